@@ -1,0 +1,107 @@
+"""The command line: each command parses, calls one library function and prints.
+
+Commands are imported when they are used, so that `mlflow-dr --help` needs neither torch nor mlflow.
+"""
+
+from __future__ import annotations
+
+import errno
+import importlib
+import logging
+import os
+import signal
+import sys
+from types import FrameType
+from typing import NoReturn
+
+import click
+
+from mlflow_dr.errors import MlflowDrError
+from mlflow_dr.version import VERSION
+
+INTERRUPTED = 130
+
+COMMANDS = {
+    "run": "Train and validate side by side; what `mlflow run .` calls.",
+    "train": "Train an encoder and publish its checkpoints to MLflow.",
+    "validate": "Validate each checkpoint of a run, now and as they come.",
+    "evaluate": "Measure one encoder on one collection, without tracking.",
+    "datasets": "List the collections that can be named.",
+}
+
+
+class _Commands(click.Group):
+    """A group whose commands are imported late; their one line of help is known here."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        return list(COMMANDS)
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        if cmd_name not in COMMANDS:
+            return None
+        os.environ["MLFLOW_DR_COMMAND"] = cmd_name
+        module = importlib.import_module(f"mlflow_dr.cli.{cmd_name}")
+        command: click.Command = module.command
+        return command
+
+    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        with formatter.section("Commands"):
+            formatter.write_dl(list(COMMANDS.items()))
+
+
+@click.group(cls=_Commands, context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(VERSION, prog_name="mlflow-dr")
+def group() -> None:
+    """Train dense retrievers and validate their checkpoints while training goes on."""
+
+
+def main() -> NoReturn:
+    """Run the command line; every known error becomes one line and an exit code."""
+    logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s")
+    package = logging.getLogger("mlflow_dr")
+    package.setLevel(logging.INFO)
+    package.propagate = False
+    handler = logging.StreamHandler()
+    handler.setFormatter(_Lines())
+    package.handlers = [handler]
+    signal.signal(signal.SIGTERM, _interrupt)
+    sys.exit(_run())
+
+
+def _run() -> int:
+    try:
+        result = group.main(standalone_mode=False, prog_name="mlflow-dr")
+        return result if isinstance(result, int) else 0
+    except MlflowDrError as error:
+        return _fail(str(error), error.exit_code)
+    except click.UsageError as error:
+        where = f"; see `{error.ctx.command_path} --help`" if error.ctx else ""
+        return _fail(f"{error.format_message().rstrip('.')}{where}", 2)
+    except click.ClickException as error:
+        return _fail(error.format_message(), 1)
+    except (KeyboardInterrupt, click.Abort):
+        return _fail("stopped", INTERRUPTED)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+    except OSError as error:
+        if error.errno == errno.ENOSPC:
+            return _fail(f"the disk is full ({error.filename or error}); make room and go on", 1)
+        raise
+
+
+class _Lines(logging.Formatter):
+    """A message as it is; its level in front when something is wrong."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        text = record.getMessage()
+        return text if record.levelno < logging.WARNING else f"{record.levelname.lower()}: {text}"
+
+
+def _fail(message: str, code: int) -> int:
+    click.echo(f"error: {' '.join(message.split())}", err=True)
+    return code
+
+
+def _interrupt(number: int, frame: FrameType | None) -> None:
+    raise KeyboardInterrupt

@@ -1,0 +1,1 @@
+"""What is searched and judged: records, one file per format, the catalogue, the built-in demo."""

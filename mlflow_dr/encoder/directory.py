@@ -1,0 +1,207 @@
+"""The encoder's directory, which `mlflow_dr`, sentence-transformers and AutoModel all load.
+
+config.json, model.safetensors, tokenizer*      the backbone, for AutoModel
+modules.json, 1_Pooling/, 2_Dense/, ...         the rest, for sentence-transformers
+mlflow_dr.json                                  everything, for mlflow_dr
+"""
+
+from __future__ import annotations
+
+import inspect
+import json
+import logging
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from mlflow_dr.encoder import sentence_transformers as st
+from mlflow_dr.encoder.config import EncoderConfig
+from mlflow_dr.encoder.model import Encoder
+from mlflow_dr.encoder.source import encoder_directory
+from mlflow_dr.errors import CheckpointError, UsageError
+
+log = logging.getLogger(__name__)
+
+CONFIG = "mlflow_dr.json"
+LAYOUT = 1
+ENCODERS_OF_PAIRS = {"t5": "T5EncoderModel", "mt5": "MT5EncoderModel", "umt5": "UMT5EncoderModel"}
+LONGEST_BY_DEFAULT = 512
+
+
+def load_encoder(
+    name: str | Path,
+    *,
+    attention: str | None = None,
+    trust_remote_code: bool = False,
+    safetensors_only: bool = False,
+    **changes: Any,
+) -> Encoder:
+    """An encoder from a directory of any of the three kinds, or from a name on the hub.
+
+    Args:
+        name: our directory, sentence-transformers', a bare backbone's, or a hub name.
+        attention: transformers' `attn_implementation`.
+        trust_remote_code: whether code in the directory may run; never by default.
+        safetensors_only: refuse weights in any other format.
+        changes: fields of `EncoderConfig` that replace what the directory says.
+
+    Returns:
+        The encoder in fp32 on the CPU, in evaluation mode.
+
+    Raises:
+        UsageError: there is no such encoder.
+        CheckpointError: its files are damaged, missing or of a kind that is not known.
+    """
+    directory = encoder_directory(str(name))
+    options: dict[str, Any] = {"trust_remote_code": trust_remote_code}
+    if attention:
+        options["attn_implementation"] = attention
+    if safetensors_only:
+        options["use_safetensors"] = True
+    backbone, tokenizer = _load_backbone(directory, options)
+    weights: list[Path] = []
+    if (directory / CONFIG).exists():
+        config = _read_config(directory)
+        weights = [directory / f"{i + 2}_Dense" for i in range(len(config.projections))]
+    elif st.is_sentence_transformer(directory):
+        config, weights = st.read_config(directory, _longest(backbone, tokenizer))
+    else:
+        length = _longest(backbone, tokenizer)
+        config = EncoderConfig("mean", query_max_length=length, passage_max_length=length)
+        if not changes:
+            log.warning(
+                "%s is a bare backbone: taking mean pooling, no normalisation, up to %d tokens",
+                name,
+                length,
+            )
+    encoder = Encoder(backbone, tokenizer, replace(config, **changes))
+    for layer, place in zip(encoder.projections, weights, strict=False):
+        state = _tensors(place / "model.safetensors")
+        try:
+            layer.load_state_dict({k.removeprefix("linear."): v for k, v in state.items()})
+        except RuntimeError as error:
+            raise CheckpointError(f"{place}: weights do not fit config.json: {error}") from error
+    return encoder.eval()
+
+
+def save_encoder(
+    directory: Path, encoder: Encoder, state: Mapping[str, Tensor] | None = None
+) -> None:
+    """Write an encoder so that all three loaders read it.
+
+    Args:
+        directory: does not exist yet.
+        encoder: what to write.
+        state: weights to write instead of the encoder's own, under `encoder.state_dict()`'s names
+            (a snapshot, while training goes on).
+    """
+    state = state if state is not None else encoder.state_dict()
+    directory.mkdir(parents=True)
+    backbone_state = {
+        key.removeprefix("backbone."): value
+        for key, value in state.items()
+        if key.startswith("backbone.")
+    }
+    with _quiet_transformers():
+        encoder.backbone.save_pretrained(directory, state_dict=backbone_state)
+    encoder.tokenizer.save_pretrained(directory)
+    width = int(encoder.backbone.config.hidden_size)
+    for index, place in enumerate(st.write_config(directory, encoder.settings, width)):
+        prefix = f"projections.{index}."
+        layer = {
+            f"linear.{key.removeprefix(prefix)}": value.contiguous()
+            for key, value in state.items()
+            if key.startswith(prefix)
+        }
+        save_file(layer, place / "model.safetensors", metadata={"format": "pt"})
+    values = {"layout": LAYOUT, "encoder": encoder.settings.to_dict()}
+    (directory / CONFIG).write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
+
+
+def _read_config(directory: Path) -> EncoderConfig:
+    path = directory / CONFIG
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+        layout = values["layout"]
+        if layout > LAYOUT:
+            raise CheckpointError(
+                f"{path}: layout {layout} was written by a newer mlflow_dr; this one reads {LAYOUT}"
+            )
+        return EncoderConfig.from_dict(values["encoder"])
+    except (OSError, ValueError, KeyError, TypeError, UsageError) as error:
+        raise CheckpointError(f"{path}: not an encoder's description ({error})") from error
+
+
+def _load_backbone(directory: Path, options: dict[str, Any]) -> tuple[Any, Any]:
+    import transformers
+
+    trust = {"trust_remote_code": options["trust_remote_code"]}
+    try:
+        config = transformers.AutoConfig.from_pretrained(directory, **trust)
+        tokenizer = transformers.AutoTokenizer.from_pretrained(directory, **trust)
+        kind = getattr(transformers, ENCODERS_OF_PAIRS.get(config.model_type, "AutoModel"))
+        if _has_unused_pooler(config):
+            options = {**options, "add_pooling_layer": False}
+        with _quiet_transformers():
+            backbone, loading = kind.from_pretrained(
+                directory, config=config, dtype=torch.float32, output_loading_info=True, **options
+            )
+    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError, ImportError) as error:
+        reason = " ".join(str(error).split())[:300]
+        raise CheckpointError(f"{directory}: the backbone cannot be loaded: {reason}") from error
+    if missing := sorted(loading["missing_keys"]):
+        raise CheckpointError(
+            f"{directory}: {len(missing)} weights of the backbone are not in the file, such as "
+            f"{missing[0]}; is it a checkpoint of this architecture ({config.model_type})?"
+        )
+    rows = backbone.get_input_embeddings().weight.shape[0]
+    if len(tokenizer) > rows:
+        raise CheckpointError(
+            f"{directory}: the tokenizer has {len(tokenizer)} tokens, but the backbone embeds only "
+            f"{rows}; tokenizer and weights do not belong together"
+        )
+    return backbone, tokenizer
+
+
+@contextmanager
+def _quiet_transformers() -> Iterator[None]:
+    """Without transformers' bars and its table of unused weights; what is missing is checked."""
+    from transformers.utils import logging as messages
+
+    level, bars = messages.get_verbosity(), messages.is_progress_bar_enabled()
+    messages.set_verbosity_error()
+    messages.disable_progress_bar()
+    try:
+        yield
+    finally:
+        messages.set_verbosity(level)
+        if bars:
+            messages.enable_progress_bar()
+
+
+def _has_unused_pooler(config: Any) -> bool:
+    """Whether AutoModel would add BERT's pooler, whose weights no vector here depends on."""
+    from transformers import AutoModel
+
+    kind = AutoModel._model_mapping.get(type(config), None)
+    return isinstance(kind, type) and "add_pooling_layer" in inspect.signature(kind).parameters
+
+
+def _longest(backbone: Any, tokenizer: Any) -> int:
+    limits = [tokenizer.model_max_length, getattr(backbone.config, "max_position_embeddings", None)]
+    known = [int(limit) for limit in limits if limit and limit < 1_000_000]
+    return min(known, default=LONGEST_BY_DEFAULT)
+
+
+def _tensors(path: Path) -> dict[str, Tensor]:
+    try:
+        return load_file(path)
+    except (OSError, SafetensorError) as error:
+        raise CheckpointError(f"{path}: cannot be read as safetensors ({error})") from error

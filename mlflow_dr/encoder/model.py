@@ -1,0 +1,73 @@
+"""The encoder as a module: backbone, pooling, projections, normalisation."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from mlflow_dr.encoder.config import EncoderConfig
+from mlflow_dr.encoder.pooling import POOLING
+from mlflow_dr.errors import UsageError
+
+ACTIVATION: dict[str, type[nn.Module]] = {
+    "identity": nn.Identity,
+    "tanh": nn.Tanh,
+    "relu": nn.ReLU,
+    "gelu": nn.GELU,
+    "sigmoid": nn.Sigmoid,
+}
+
+
+class Encoder(nn.Module):
+    """Text (as token ids) to vectors.
+
+    Args:
+        backbone: a Hugging Face model whose first output is the token vectors.
+        tokenizer: the backbone's tokenizer.
+        config: everything around the backbone.
+    """
+
+    def __init__(self, backbone: Any, tokenizer: Any, config: EncoderConfig) -> None:
+        super().__init__()
+        self.backbone = backbone
+        self.tokenizer = tokenizer
+        self.settings = config
+        self._pool = POOLING[config.pooling]
+        width = int(backbone.config.hidden_size)
+        projections: list[nn.Module] = []
+        self._activations = []
+        for layer in config.projections:
+            if layer.in_features != width:
+                raise UsageError(
+                    f"a projection takes {layer.in_features} dimensions, but the layer before it "
+                    f"gives {width}"
+                )
+            projections.append(nn.Linear(width, layer.out_features, bias=layer.bias))
+            self._activations.append(ACTIVATION[layer.activation]())
+            width = layer.out_features
+        self.projections = nn.ModuleList(projections)
+        self.dimension = width
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+        """Vectors of the texts.
+
+        Args:
+            input_ids: `(batch, length) int64`, padded at the right.
+            attention_mask: `(batch, length) int64`, 1 for tokens.
+
+        Returns:
+            `(batch, dimension) float32`, normalised in fp32 when the configuration says so.
+        """
+        states = self.backbone(input_ids=input_ids, attention_mask=attention_mask)[0]
+        vectors = self._pool(states, attention_mask)
+        for layer, activation in zip(self.projections, self._activations, strict=True):
+            vectors = activation(layer(vectors.to(next(layer.parameters()).dtype)))
+        vectors = vectors.float()
+        return nn.functional.normalize(vectors, dim=-1) if self.settings.normalize else vectors
+
+    @property
+    def device(self) -> torch.device:
+        """Where the weights are."""
+        return next(self.parameters()).device

@@ -1,0 +1,191 @@
+"""The directory layout of sentence-transformers, read as an `EncoderConfig` and written.
+
+Layout: https://sbert.net/docs/package_reference/sentence_transformer/models.html, as written by
+versions 2 to 6. The library itself is not needed.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from mlflow_dr.encoder.config import EncoderConfig, ProjectionConfig
+from mlflow_dr.errors import CheckpointError
+
+MODULES = "modules.json"
+PROMPTS = "config_sentence_transformers.json"
+LENGTHS = "sentence_bert_config.json"
+PASSAGE_PROMPT_NAMES = ("document", "passage", "corpus")
+
+POOLING_FLAGS = {
+    "cls": "pooling_mode_cls_token",
+    "mean": "pooling_mode_mean_tokens",
+    "max": "pooling_mode_max_tokens",
+    "mean_sqrt_len": "pooling_mode_mean_sqrt_len_tokens",
+    "weighted_mean": "pooling_mode_weightedmean_tokens",
+    "last": "pooling_mode_lasttoken",
+}
+POOLING_NAMES = {
+    "cls": "cls",
+    "mean": "mean",
+    "max": "max",
+    "mean_sqrt_len_tokens": "mean_sqrt_len",
+    "weightedmean": "weighted_mean",
+    "lasttoken": "last",
+}
+
+
+def is_sentence_transformer(directory: Path) -> bool:
+    """Whether the directory has sentence-transformers' list of modules."""
+    return (directory / MODULES).exists()
+
+
+def read_config(directory: Path, longest: int) -> tuple[EncoderConfig, list[Path]]:
+    """The encoder that a sentence-transformers directory describes.
+
+    Args:
+        directory: where `modules.json` is.
+        longest: the backbone's maximum length, taken where the directory names none.
+
+    Returns:
+        The configuration, and the directories of the projections' weights in order.
+
+    Raises:
+        CheckpointError: a module, pooling or activation that this encoder has no counterpart of.
+    """
+    modules = _json(directory / MODULES)
+    pooling, normalize = "mean", False
+    projections: list[ProjectionConfig] = []
+    weights: list[Path] = []
+    for module in modules:
+        kind = str(module["type"]).rsplit(".", 1)[-1]
+        place = directory / module["path"]
+        if kind == "Pooling":
+            pooling = _pooling(place / "config.json")
+        elif kind == "Dense":
+            projections.append(_projection(place / "config.json"))
+            weights.append(place)
+        elif kind == "Normalize":
+            normalize = True
+        elif kind not in ("Transformer", "Dropout"):
+            raise CheckpointError(
+                f"{directory / MODULES}: module {module['type']} is not supported; supported are "
+                "Transformer, Pooling, Dense, Dropout and Normalize"
+            )
+    lengths = _json(directory / LENGTHS) if (directory / LENGTHS).exists() else {}
+    length = lengths.get("max_seq_length") or longest
+    query_prompt, passage_prompt = _prompts(directory / PROMPTS)
+    config = EncoderConfig(
+        pooling=pooling,
+        normalize=normalize,
+        projections=tuple(projections),
+        query_prompt=query_prompt,
+        passage_prompt=passage_prompt,
+        query_max_length=length,
+        passage_max_length=length,
+        lowercase=bool(lengths.get("do_lower_case", False)),
+    )
+    return config, weights
+
+
+def write_config(directory: Path, config: EncoderConfig, width: int) -> list[Path]:
+    """Describe an encoder to sentence-transformers.
+
+    Args:
+        directory: the encoder's directory, with backbone and tokenizer.
+        config: what to describe; the one length of sentence-transformers is the passages'.
+        width: dimensions of the backbone's token vectors.
+
+    Returns:
+        Directories made for the projections' weights, in order; the weights are the caller's to
+        write, as `linear.weight` and `linear.bias` in `model.safetensors`.
+    """
+    kinds = ["Transformer", "Pooling", *("Dense" for _ in config.projections)]
+    kinds += ["Normalize"] if config.normalize else []
+    modules = [
+        {
+            "idx": index,
+            "name": str(index),
+            "path": "" if index == 0 else f"{index}_{kind}",
+            "type": f"sentence_transformers.models.{kind}",
+        }
+        for index, kind in enumerate(kinds)
+    ]
+    for module in modules[1:]:
+        (directory / str(module["path"])).mkdir()
+    _write(directory / MODULES, modules)
+    flags = {flag: name == config.pooling for name, flag in POOLING_FLAGS.items()}
+    _write(
+        directory / "1_Pooling" / "config.json",
+        {"word_embedding_dimension": width, **flags, "include_prompt": True},
+    )
+    dense = [directory / f"{index + 2}_Dense" for index in range(len(config.projections))]
+    for place, layer in zip(dense, config.projections, strict=True):
+        name = {"identity": "linear.Identity", "gelu": "activation.GELU"}.get(
+            layer.activation, f"activation.{layer.activation.capitalize()}"
+        )
+        name = "activation.ReLU" if layer.activation == "relu" else name
+        _write(
+            place / "config.json",
+            {
+                "in_features": layer.in_features,
+                "out_features": layer.out_features,
+                "bias": layer.bias,
+                "activation_function": f"torch.nn.modules.{name}",
+            },
+        )
+    _write(
+        directory / LENGTHS,
+        {"max_seq_length": config.passage_max_length, "do_lower_case": config.lowercase},
+    )
+    _write(
+        directory / PROMPTS,
+        {
+            "prompts": {"query": config.query_prompt, "document": config.passage_prompt},
+            "default_prompt_name": None,
+            "similarity_fn_name": "cosine" if config.normalize else "dot",
+        },
+    )
+    return dense
+
+
+def _pooling(path: Path) -> str:
+    values = _json(path)
+    named = values.get("pooling_mode")
+    names = [named] if isinstance(named, str) else list(named or [])
+    modes = [POOLING_NAMES.get(name, name) for name in names]
+    modes += [mode for mode, flag in POOLING_FLAGS.items() if values.get(flag)]
+    if len(modes) != 1 or modes[0] not in POOLING_FLAGS:
+        raise CheckpointError(f"{path}: pooling {modes} is not supported; expected one mode")
+    return modes[0]
+
+
+def _projection(path: Path) -> ProjectionConfig:
+    values = _json(path)
+    activation = str(values.get("activation_function", "Tanh")).rsplit(".", 1)[-1].lower()
+    return ProjectionConfig(
+        int(values["in_features"]),
+        int(values["out_features"]),
+        values.get("bias", True),
+        activation,
+    )
+
+
+def _prompts(path: Path) -> tuple[str, str]:
+    values = _json(path) if path.exists() else {}
+    prompts: dict[str, str] = values.get("prompts") or {}
+    default = prompts.get(values.get("default_prompt_name") or "", "")
+    passage = next((prompts[name] for name in PASSAGE_PROMPT_NAMES if prompts.get(name)), default)
+    return prompts.get("query") or default, passage
+
+
+def _json(path: Path) -> Any:
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{path}: cannot be read as JSON ({error})") from error
+
+
+def _write(path: Path, values: Any) -> None:
+    path.write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")

@@ -1,0 +1,1 @@
+"""Where encoding runs: this process and its devices."""

@@ -1,0 +1,62 @@
+"""How a trainer and a validator on one machine share its devices and cores."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+GPUS = "CUDA_VISIBLE_DEVICES"
+THREADS = "OMP_NUM_THREADS"
+
+
+@dataclass(frozen=True)
+class Share:
+    """Who gets what.
+
+    Attributes:
+        trainer: environment variables of the trainer.
+        validator: environment variables of the validator.
+        validator_flags: flags that tell the validator its device.
+        validator_yields: whether the validator runs at a lower priority.
+    """
+
+    trainer: Mapping[str, str]
+    validator: Mapping[str, str]
+    validator_flags: Sequence[str]
+    validator_yields: bool
+
+
+def share_machine(gpus: Sequence[str] | None = None, cores: int | None = None) -> Share:
+    """Share out a machine.
+
+    With two GPUs or more the trainer has the first and the validator the last. Else the validator
+    works on the processor: on a quarter of the cores beside a trainer that is there too, and on all
+    but two beside a trainer that has a GPU.
+
+    Args:
+        gpus: names of the GPUs as CUDA_VISIBLE_DEVICES has them; asked of this machine when None.
+        cores: number of cores; asked of this machine when None.
+    """
+    gpus = visible_gpus() if gpus is None else gpus
+    cores = cores or len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else cores
+    cores = cores or os.cpu_count() or 1
+    if len(gpus) >= 2:
+        return Share({GPUS: gpus[0]}, {GPUS: gpus[-1]}, ["--device", "cuda:0"], False)
+    validator = max(1, cores - 2) if gpus else max(1, cores // 4)
+    trainer = max(1, cores - validator)
+    return Share(
+        {THREADS: str(trainer)},
+        {THREADS: str(validator), GPUS: ""},
+        ["--device", "cpu"],
+        True,
+    )
+
+
+def visible_gpus() -> list[str]:
+    """The GPUs that CUDA programs started here would see."""
+    import torch
+
+    count = torch.cuda.device_count()
+    chosen = [name for name in os.environ.get(GPUS, "").split(",") if name]
+    return chosen[:count] if chosen else [str(index) for index in range(count)]

@@ -1,0 +1,51 @@
+"""Every error that mlflow_dr raises on purpose.
+
+The command line prints the message on one line and exits with `exit_code`: 2 for a command that
+was written wrongly, 1 for everything else. Each message says what was found, where (file:line, key
+or id) and what to do about it.
+
+    MlflowDrError
+    ├── UsageError           a name, flag or value that the command does not take
+    │   └── DeviceError      a device or dtype that this machine does not have
+    ├── DataError            a file of a collection that is missing, malformed or contradicts itself
+    ├── CheckpointError      a checkpoint that cannot be trusted or loaded
+    ├── TrackingError        the tracking server, or a run on it, is not what was asked for
+    ├── MissingExtraError    an optional dependency is not installed
+    └── ChildError           a trainer or validator started by `mlflow-dr run` ended with an error
+"""
+
+
+class MlflowDrError(Exception):
+    """Base of all errors raised on purpose."""
+
+    exit_code = 1
+
+
+class UsageError(MlflowDrError):
+    """A name, flag or value that the command does not take."""
+
+    exit_code = 2
+
+
+class DeviceError(UsageError):
+    """A device or dtype that this machine does not have."""
+
+
+class DataError(MlflowDrError):
+    """A file of a collection is missing, malformed or contradicts itself."""
+
+
+class CheckpointError(MlflowDrError):
+    """A checkpoint cannot be trusted (bytes, shapes, NaN) or loaded."""
+
+
+class TrackingError(MlflowDrError):
+    """The tracking server cannot be reached, or the run is not what was asked for."""
+
+
+class MissingExtraError(MlflowDrError):
+    """An optional dependency is not installed; the message names the extra to install."""
+
+
+class ChildError(MlflowDrError):
+    """A trainer or validator that `mlflow-dr run` started has ended with an error."""

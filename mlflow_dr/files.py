@@ -1,0 +1,101 @@
+"""Files that are whole or not there: everything is written beside its place and renamed into it."""
+
+from __future__ import annotations
+
+import gzip
+import hashlib
+import os
+import shutil
+import tempfile
+import zlib
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from filelock import FileLock
+
+from mlflow_dr.errors import DataError
+
+CACHE_VARIABLE = "MLFLOW_DR_CACHE"
+
+
+def cache_dir() -> Path:
+    """The user's cache directory: `$MLFLOW_DR_CACHE`, else `$XDG_CACHE_HOME/mlflow_dr`."""
+    chosen = os.environ.get(CACHE_VARIABLE)
+    if chosen:
+        return Path(chosen).expanduser()
+    base = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
+    return Path(base).expanduser() / "mlflow_dr"
+
+
+def digest_of(*parts: object) -> str:
+    """A short hexadecimal digest (16 characters of SHA-256) of the parts' text."""
+    return hashlib.sha256("\x00".join(str(part) for part in parts).encode()).hexdigest()[:16]
+
+
+def file_sha256(path: Path) -> str:
+    """The SHA-256 of a file's bytes, in hexadecimal."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def build_once(target: Path, build: Callable[[Path], None]) -> Path:
+    """Make `target` (a file or directory) with `build`, once, whatever number of processes ask.
+
+    `build` gets a path beside the target and writes there; the result is renamed into place when
+    `build` returns and removed when it raises, so that the target is whole or absent.
+    """
+    if target.exists():
+        return target
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with FileLock(f"{target}.lock"):
+        if not target.exists():
+            with written_beside(target) as partial:
+                build(partial)
+    return target
+
+
+@contextmanager
+def written_beside(target: Path) -> Iterator[Path]:
+    """A fresh path next to `target` that takes its place when the block ends without an error."""
+    target.parent.mkdir(parents=True, exist_ok=True)
+    room = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
+    try:
+        partial = room / target.name
+        yield partial
+        partial.replace(target)
+    finally:
+        shutil.rmtree(room, ignore_errors=True)
+
+
+def read_lines(path: Path) -> Iterator[tuple[int, bytes]]:
+    """Numbered non-blank lines (from 1, without line ends) of a text file, `.gz` or plain.
+
+    Raises:
+        DataError: the file is missing, cannot be read, or its compression breaks off.
+    """
+    number = 0
+    try:
+        with gzip.open(path, "rb") if path.suffix == ".gz" else path.open("rb") as file:
+            for number, line in enumerate(file, start=1):
+                if number == 1:
+                    line = line.removeprefix(b"\xef\xbb\xbf")
+                if stripped := line.strip():
+                    yield number, stripped
+    except FileNotFoundError as error:
+        raise DataError(f"{path}: no such file") from error
+    except (EOFError, zlib.error, gzip.BadGzipFile) as error:
+        raise DataError(
+            f"{path}:{number + 1}: the compressed file is damaged or truncated ({error}); "
+            "download it again"
+        ) from error
+    except OSError as error:
+        raise DataError(f"{path}: cannot be read ({error.strerror})") from error
+
+
+def decoded(line: bytes, path: Path, number: int) -> str:
+    """The line as text; a DataError with file:line when it is not UTF-8."""
+    try:
+        return line.decode()
+    except UnicodeDecodeError as error:
+        raise DataError(f"{path}:{number}: not UTF-8 text ({error.reason})") from error

@@ -1,0 +1,185 @@
+"""A trainer and a validator side by side, as two processes of one run."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections import deque
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from types import FrameType
+from typing import IO
+
+import psutil
+
+from mlflow_dr.collection.catalogue import open_collection
+from mlflow_dr.engines.share import share_machine
+from mlflow_dr.errors import ChildError
+from mlflow_dr.retrieval.measures import parse_measures
+from mlflow_dr.tracking.client import connect
+from mlflow_dr.tracking.curve import curve_of, summary
+from mlflow_dr.tracking.runs import RUN_VARIABLE, TrackedRun, is_over, open_run
+
+LINES_KEPT = 30
+SECONDS_TO_STOP = 60.0
+LOWER_PRIORITY = 10
+
+
+def launch(dataset: str, training: Sequence[str], validating: Sequence[str], name: str) -> int:
+    """Train and validate; returns when both have ended.
+
+    Args:
+        dataset: opened first, so that what must be built is built once.
+        training: flags of `mlflow-dr train`.
+        validating: flags of `mlflow-dr validate`, without the run.
+        name: the validation's name.
+
+    Returns:
+        0, or 130 after Ctrl-C or SIGTERM.
+
+    Raises:
+        ChildError: the trainer or the validator ended with an error.
+    """
+    measures = parse_measures(validating[validating.index("--measures") + 1])
+    open_collection(dataset)
+    client = connect()
+    run = open_run(client)
+    share = share_machine()
+    trainer = Child.start("train", training, run, share.trainer)
+    validating = ["--run-id", run.id, *share.validator_flags, *validating]
+    validator = Child.start("validate", validating, run, share.validator)
+    if share.validator_yields:
+        psutil.Process(validator.process.pid).nice(LOWER_PRIORITY)
+    stopped = _wait(run, trainer, validator)
+    _say(summary(curve_of(run, name), [measure.metric for measure in measures], run.id))
+    failed = [child.what for child in (trainer, validator) if child.failed]
+    if stopped:
+        return 130
+    if failed:
+        raise ChildError(
+            f"{' and '.join(failed)} ended with an error (its last lines are above); what is "
+            f"published stays: `mlflow-dr validate --run-id {run.id}` validates what is missing"
+        )
+    return 0
+
+
+@dataclass
+class Child:
+    """One process, its output passed on line by line, and the end of it kept."""
+
+    what: str
+    process: subprocess.Popen[str]
+    tail: deque[str]
+    reader: threading.Thread
+    reported: bool = False
+
+    @classmethod
+    def start(
+        cls, command: str, flags: Sequence[str], run: TrackedRun, variables: Mapping[str, str]
+    ) -> Child:
+        """Start `mlflow-dr <command>` in a process group of its own, so that Ctrl-C is ours."""
+        import mlflow
+
+        process = subprocess.Popen(
+            [sys.executable, "-u", "-m", "mlflow_dr", command, *flags],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            errors="replace",
+            start_new_session=True,
+            env={
+                **os.environ,
+                **variables,
+                RUN_VARIABLE: run.id,
+                "MLFLOW_TRACKING_URI": mlflow.get_tracking_uri(),
+            },
+        )
+        tail: deque[str] = deque(maxlen=LINES_KEPT)
+        reader = threading.Thread(
+            target=_pass_on, args=(process.stdout, command, tail), daemon=True
+        )
+        reader.start()
+        return cls(command, process, tail, reader)
+
+    @property
+    def ended(self) -> bool:
+        """Whether the process is gone."""
+        return self.process.poll() is not None
+
+    @property
+    def failed(self) -> bool:
+        """Whether it ended with an error."""
+        return self.process.poll() not in (None, 0)
+
+    def report_death(self) -> None:
+        """Say once, when it has failed, how it ended."""
+        if self.failed and not self.reported:
+            self.reported = True
+            self.reader.join(timeout=2)
+            last = "".join(f"    {line}\n" for line in self.tail)
+            _say(f"{self.what} ended with exit code {self.process.returncode}; its end:\n{last}")
+
+
+def _wait(run: TrackedRun, trainer: Child, validator: Child) -> bool:
+    """Wait for both; returns whether we were asked to stop."""
+    asked = 0
+    deadline = float("inf")
+
+    def ask(number: int, frame: FrameType | None) -> None:
+        nonlocal asked, deadline
+        asked += 1
+        deadline = time.monotonic() + SECONDS_TO_STOP if asked == 1 else 0.0
+
+    before = {name: signal.signal(name, ask) for name in (signal.SIGINT, signal.SIGTERM)}
+    told = False
+    try:
+        while not (trainer.ended and validator.ended):
+            if asked and not told:
+                told = True
+                _say("stopping: the trainer after its step, the validator now; again: at once")
+                _signal((trainer, validator), signal.SIGTERM)
+            if time.monotonic() > deadline:
+                _signal((trainer, validator), signal.SIGKILL)
+            if not asked:
+                for child in (trainer, validator):
+                    child.report_death()
+            if trainer.ended:
+                _end_run(run, trainer)
+            time.sleep(0.2)
+        _end_run(run, trainer)
+        if not asked:
+            for child in (trainer, validator):
+                child.report_death()
+        for child in (trainer, validator):
+            child.reader.join(timeout=5)
+    finally:
+        _signal((trainer, validator), signal.SIGKILL)
+        for name, handler in before.items():
+            signal.signal(name, handler)
+    return asked > 0
+
+
+def _end_run(run: TrackedRun, trainer: Child) -> None:
+    """A trainer that was killed could not end its run itself; the validator waits for that."""
+    if trainer.failed and not is_over(run.fetch()):
+        run.finish("FAILED")
+
+
+def _signal(children: Sequence[Child], number: signal.Signals) -> None:
+    for child in children:
+        if not child.ended:
+            child.process.send_signal(number)
+
+
+def _pass_on(stream: IO[str], what: str, tail: deque[str]) -> None:
+    for line in stream:
+        tail.append(line.rstrip())
+        _say(f"[{what}] {line.rstrip()}")
+
+
+def _say(text: str) -> None:
+    print(text, flush=True)  # noqa: T201 - the children's output is ours

@@ -1,0 +1,62 @@
+"""Rankings: what a search found, by ids; written as TREC run files."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+
+from mlflow_dr.collection.corpus import Corpus
+from mlflow_dr.collection.records import Query
+from mlflow_dr.errors import DataError
+from mlflow_dr.files import written_beside
+
+Ranking = Mapping[str, Sequence[tuple[str, float]]]
+"""query id -> (passage id, score), the best first."""
+
+
+def named_ranking(
+    queries: Sequence[Query],
+    corpus: Corpus,
+    rows: np.ndarray,
+    scores: np.ndarray,
+    depth: int,
+    keep_own_id: bool = False,
+) -> dict[str, list[tuple[str, float]]]:
+    """A ranking by ids.
+
+    Args:
+        queries: the queries, in the order of `rows`.
+        corpus: knows the passages' ids.
+        rows: corpus rows, the best first, `(n_queries, k) int64`.
+        scores: `(n_queries, k) float32`.
+        depth: passages to keep for each query.
+        keep_own_id: keep a passage that has the query's own id. BEIR leaves it out, because in
+            some of its collections the queries are passages of the corpus.
+    """
+    used, places = np.unique(rows, return_inverse=True)
+    ids = np.array(corpus.ids.take(used).to_pylist(), dtype=object)[places.reshape(rows.shape)]
+    ranking = {}
+    for query, passage_ids, values in zip(queries, ids, scores.tolist(), strict=True):
+        found = zip(passage_ids, values, strict=True)
+        kept = [(pid, score) for pid, score in found if keep_own_id or pid != query.id]
+        ranking[query.id] = kept[:depth]
+    return ranking
+
+
+def write_ranking(path: Path, ranking: Ranking, tag: str = "mlflow_dr") -> None:
+    """Write a TREC run file: `query-id Q0 passage-id rank score tag`.
+
+    Raises:
+        DataError: an id holds white space, which the format cannot express.
+    """
+    with written_beside(path) as partial, partial.open("w", encoding="utf-8") as file:
+        for query_id, found in ranking.items():
+            for rank, (passage_id, score) in enumerate(found, start=1):
+                if len(f"{query_id} {passage_id}".split()) != 2:
+                    raise DataError(
+                        f"ids {query_id!r} and {passage_id!r}: a TREC run file cannot hold white "
+                        "space in ids"
+                    )
+                file.write(f"{query_id} Q0 {passage_id} {rank} {score:.9g} {tag}\n")

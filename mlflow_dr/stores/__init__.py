@@ -1,0 +1,1 @@
+"""How text reaches memory: the token table."""

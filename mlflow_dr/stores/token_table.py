@@ -1,0 +1,115 @@
+"""A tokenised corpus on disk: written once per corpus, tokenizer, length and template, then mapped.
+
+Every checkpoint of a run encodes the same corpus with the same tokenizer, so tokenising is done
+once. Two files: the token ids of all texts end to end, and the offset at which each text starts.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import TypeVar
+
+import numpy as np
+
+from mlflow_dr.files import build_once, cache_dir, digest_of
+from mlflow_dr.progress import progress_bar
+
+T = TypeVar("T")
+
+LAYOUT = 1
+
+
+class TokenTable:
+    """Token ids by row, memory-mapped.
+
+    Attributes:
+        lengths: number of tokens of each text, `(n_texts,) int64`.
+    """
+
+    def __init__(self, ids: np.ndarray, offsets: np.ndarray) -> None:
+        self._ids = ids
+        self._offsets = offsets
+        self.lengths = np.diff(offsets)
+
+    def __len__(self) -> int:
+        return len(self.lengths)
+
+    def __getitem__(self, row: int) -> np.ndarray:
+        """Token ids of one text, `(length,) uint16 or uint32`."""
+        return self._ids[self._offsets[row] : self._offsets[row + 1]]
+
+    def padded(self, rows: np.ndarray, pad_id: int) -> tuple[np.ndarray, np.ndarray]:
+        """Texts side by side, padded at the right to the longest of them.
+
+        Returns:
+            Token ids and mask (1 for a token, 0 for padding), both `(n_rows, longest) int64`.
+        """
+        lengths = self.lengths[rows]
+        longest = int(lengths.max())
+        columns = np.arange(longest)
+        mask = columns < lengths[:, None]
+        places = np.where(mask, self._offsets[rows][:, None] + columns, 0)
+        ids = np.where(mask, self._ids[places], pad_id).astype(np.int64)
+        return ids, mask.astype(np.int64)
+
+
+def cached_token_table(
+    key: str,
+    texts: Iterable[Sequence[T]],
+    tokenize: Callable[[Sequence[T]], Sequence[Sequence[int]]],
+    vocabulary_size: int,
+    total: int,
+    description: str = "tokenising the corpus",
+) -> TokenTable:
+    """The token table of `texts`, from the user's cache or made now and kept there.
+
+    Args:
+        key: names the texts, the tokenizer, the maximum length and the template.
+        texts: groups of texts or passages; read only when the cache has no such table.
+        tokenize: one group -> token ids of each, special tokens and truncation included.
+        vocabulary_size: ids are below this; up to 65,536 they take two bytes each.
+        total: number of texts, for the progress bar.
+        description: what the progress bar says.
+    """
+    dtype = np.uint16 if vocabulary_size <= 1 << 16 else np.uint32
+    room = build_once(
+        cache_dir() / "tokens" / digest_of(LAYOUT, key),
+        lambda partial: _write(partial, texts, tokenize, dtype, total, description),
+    )
+    offsets = np.load(room / "offsets.npy")
+    path = room / "ids.bin"
+    empty = path.stat().st_size == 0
+    ids = np.empty(0, dtype) if empty else np.memmap(path, dtype=dtype, mode="r")
+    return TokenTable(ids, offsets)
+
+
+def token_table(token_ids: Sequence[Sequence[int]]) -> TokenTable:
+    """A token table in memory, for a few thousand texts such as the queries of a split."""
+    lengths = np.fromiter((len(ids) for ids in token_ids), np.int64, len(token_ids))
+    offsets = np.concatenate([[0], np.cumsum(lengths)])
+    ids = np.fromiter((i for one in token_ids for i in one), np.uint32, int(offsets[-1]))
+    return TokenTable(ids, offsets)
+
+
+def _write(
+    room: Path,
+    texts: Iterable[Sequence[T]],
+    tokenize: Callable[[Sequence[T]], Sequence[Sequence[int]]],
+    dtype: type[np.unsignedinteger],
+    total: int,
+    description: str,
+) -> None:
+    room.mkdir()
+    lengths: list[np.ndarray] = []
+    with (
+        (room / "ids.bin").open("wb") as file,
+        progress_bar(total, description, "texts") as bar,
+    ):
+        for group in texts:
+            table = token_table(tokenize(group))
+            file.write(table._ids.astype(dtype).tobytes())
+            lengths.append(table.lengths)
+            bar.update(len(group))
+    offsets = np.concatenate([[0], np.cumsum(np.concatenate(lengths))]).astype(np.int64)
+    np.save(room / "offsets.npy", offsets)

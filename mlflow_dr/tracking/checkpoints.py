@@ -1,0 +1,165 @@
+"""Checkpoints in MLflow: one LoggedModel each, READY when it is whole."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from urllib.parse import urlsplit
+
+from mlflow import MlflowClient
+from mlflow.artifacts import download_artifacts
+from mlflow.entities import LoggedModel, LoggedModelOutput, LoggedModelStatus
+from mlflow.exceptions import MlflowException
+from mlflow.utils.file_utils import local_file_uri_to_path
+
+from mlflow_dr.errors import CheckpointError
+from mlflow_dr.tracking.client import tracking_errors
+from mlflow_dr.tracking.manifest import verify_manifest, write_manifest
+from mlflow_dr.tracking.runs import TrackedRun
+
+STEP_TAG = "mlflow_dr.step"
+MANIFEST_TAG = "mlflow_dr.manifest_sha256"
+MODEL_TYPE = "dense_retriever"
+READY = LoggedModelStatus.READY
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A published encoder, as the tracking server shows it.
+
+    Attributes:
+        model_id: MLflow's id of the LoggedModel.
+        step: training step of the weights.
+        ready: whether the upload is whole.
+        created_ms: when it was made, in ms since 1970; the timestamp of its figures.
+        ready_ms: when it became READY, in ms since 1970.
+        location: artifact URI.
+        manifest: SHA-256 of the manifest.
+        params: write-once parameters of the LoggedModel.
+        tags: its tags.
+        metrics: names of the metrics it has.
+    """
+
+    model_id: str
+    step: int
+    ready: bool
+    created_ms: int
+    ready_ms: int
+    location: str
+    manifest: str
+    params: Mapping[str, str]
+    tags: Mapping[str, str]
+    metrics: frozenset[str]
+
+
+def new_checkpoint(run: TrackedRun, step: int, manifest: str) -> str:
+    """Announce a checkpoint (PENDING); returns its model id."""
+    model = run.client.create_logged_model(
+        run.experiment_id,
+        name=f"step-{step}",
+        source_run_id=run.id,
+        tags={STEP_TAG: str(step), MANIFEST_TAG: manifest},
+        model_type=MODEL_TYPE,
+    )
+    return str(model.model_id)
+
+
+def upload_checkpoint(run: TrackedRun, model_id: str, directory: Path, step: int) -> None:
+    """Upload an announced checkpoint and declare it READY, which comes last.
+
+    May be called again for the same id after a failure.
+    """
+    run.client.log_model_artifacts(model_id, str(directory))
+    run.client.log_outputs(run.id, [LoggedModelOutput(model_id, step)])
+    run.client.finalize_logged_model(model_id, READY)
+
+
+def publish(run: TrackedRun, directory: Path, step: int) -> str:
+    """Publish an encoder's directory as the checkpoint of a training step, in one go.
+
+    Raises:
+        TrackingError: the server did not take it.
+    """
+    with tracking_errors(f"publishing step {step}"):
+        model_id = new_checkpoint(run, step, write_manifest(directory))
+        upload_checkpoint(run, model_id, directory, step)
+    return model_id
+
+
+def give_up(run: TrackedRun, model_id: str) -> None:
+    """Declare an announced checkpoint FAILED."""
+    run.client.finalize_logged_model(model_id, LoggedModelStatus.FAILED)
+
+
+def checkpoints_of(run: TrackedRun) -> list[Checkpoint]:
+    """All checkpoints of a run, by step; other models that the run has logged are passed over."""
+    found: list[Checkpoint] = []
+    token = None
+    with tracking_errors(f"checkpoints of run {run.id}"):
+        while True:
+            page = run.client.search_logged_models(
+                [run.experiment_id],
+                filter_string=f"source_run_id = '{run.id}'",
+                page_token=token,
+            )
+            # a status in the filter string silently finds nothing (MLflow 3.17)
+            found += [_checkpoint(model) for model in page if STEP_TAG in (model.tags or {})]
+            token = page.token
+            if not token:
+                return sorted(found, key=lambda one: (one.step, one.created_ms))
+
+
+def checkpoint_by_id(client: MlflowClient, model_id: str) -> Checkpoint:
+    """The checkpoint behind `models:/<id>`.
+
+    Raises:
+        TrackingError: no such model.
+    """
+    with tracking_errors(f"model {model_id}"):
+        return _checkpoint(client.get_logged_model(model_id))
+
+
+@contextmanager
+def fetched(checkpoint: Checkpoint) -> Iterator[Path]:
+    """The checkpoint's directory on this machine, verified; removed afterwards if it was copied.
+
+    Raises:
+        CheckpointError: it cannot be had, or its bytes are not those that were published.
+    """
+    with tempfile.TemporaryDirectory(prefix="mlflow_dr-") as room:
+        try:
+            directory = _local(checkpoint.location) or Path(
+                download_artifacts(artifact_uri=checkpoint.location, dst_path=room)
+            )
+        except (MlflowException, OSError) as error:
+            reason = " ".join(str(error).split())[:300]
+            raise CheckpointError(f"cannot be downloaded: {reason}") from error
+        if checkpoint.manifest:
+            verify_manifest(directory, checkpoint.manifest)
+        yield directory
+
+
+def _local(location: str) -> Path | None:
+    """The directory itself where artifacts lie on this machine's file system."""
+    if urlsplit(location).scheme not in ("", "file"):
+        return None
+    return Path(local_file_uri_to_path(location))
+
+
+def _checkpoint(model: LoggedModel) -> Checkpoint:
+    tags = model.tags or {}
+    return Checkpoint(
+        model_id=str(model.model_id),
+        step=int(tags.get(STEP_TAG, 0)),
+        ready=model.status == READY,
+        created_ms=model.creation_timestamp,
+        ready_ms=model.last_updated_timestamp,
+        location=model.artifact_location,
+        manifest=tags.get(MANIFEST_TAG, ""),
+        params=model.params or {},
+        tags=tags,
+        metrics=frozenset(metric.key for metric in model.metrics or ()),
+    )

@@ -1,0 +1,142 @@
+"""Results of validations: recorded once per checkpoint, then written as metrics.
+
+The record is a write-once parameter of the LoggedModel: one write, which either happens or does
+not, and which the server refuses the second time. The metrics are written from the record with the
+checkpoint's own timestamp, so writing them again changes nothing: whenever a validator is killed,
+the next one ends with exactly one point per metric.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Mapping
+from enum import Enum
+
+from mlflow.entities import Metric
+from mlflow.exceptions import MlflowException
+
+from mlflow_dr.errors import UsageError
+from mlflow_dr.tracking.checkpoints import Checkpoint, checkpoint_by_id
+from mlflow_dr.tracking.client import tracking_errors
+from mlflow_dr.tracking.runs import TrackedRun
+
+PREFIX = "mlflow_dr.validation."
+LONGEST_TAG = 5000
+
+
+class State(Enum):
+    """What is known of one validation of one checkpoint."""
+
+    OPEN = "open"
+    RECORDED = "recorded"
+    DONE = "done"
+    FAILED = "failed"
+
+
+def state_of(checkpoint: Checkpoint, name: str) -> State:
+    """How far the validation `name` of a checkpoint has come."""
+    record = checkpoint.params.get(PREFIX + name)
+    if record is not None:
+        written = {f"{name}/{key}" for key in json.loads(record)["values"]}
+        return State.DONE if written <= checkpoint.metrics else State.RECORDED
+    if f"{PREFIX}{name}.failed" in checkpoint.tags:
+        return State.FAILED
+    return State.OPEN
+
+
+def record_result(
+    run: TrackedRun,
+    checkpoint: Checkpoint,
+    name: str,
+    values: Mapping[str, float],
+    dataset: tuple[str, str],
+) -> dict[str, float]:
+    """Record a result, if none is recorded, and write the recorded one as metrics.
+
+    Args:
+        run: the run that the checkpoint belongs to.
+        checkpoint: what was validated.
+        name: the validation's name, which prefixes the metrics.
+        values: figures by metric name without prefix. `lag_seconds`, from READY until now, is
+            added.
+        dataset: name and digest of the collection.
+
+    Returns:
+        The recorded figures, which are an earlier validator's if it recorded first.
+    """
+    now_ms = time.time_ns() // 1_000_000
+    lag = max(0, now_ms - checkpoint.ready_ms) / 1000
+    record = json.dumps({"values": {**values, "lag_seconds": lag}, "written_ms": now_ms})
+    with tracking_errors(f"recording step {checkpoint.step}"):
+        try:
+            run.client.log_model_params(checkpoint.model_id, {PREFIX + name: record})
+        except MlflowException:
+            # refused because a record exists, or a lost answer to our own write: read it back
+            found = checkpoint_by_id(run.client, checkpoint.model_id).params.get(PREFIX + name)
+            if found is None:
+                raise
+            record = found
+    return _write_metrics(run, checkpoint, name, record, dataset)
+
+
+def write_recorded(
+    run: TrackedRun, checkpoint: Checkpoint, name: str, dataset: tuple[str, str]
+) -> dict[str, float]:
+    """Write the metrics of a record whose writer did not get that far."""
+    return _write_metrics(run, checkpoint, name, checkpoint.params[PREFIX + name], dataset)
+
+
+def mark_failed(run: TrackedRun, checkpoint: Checkpoint, name: str, reason: str) -> None:
+    """Note on the checkpoint why it could not be validated."""
+    with tracking_errors(f"marking step {checkpoint.step} as failed"):
+        run.client.set_logged_model_tags(
+            checkpoint.model_id, {f"{PREFIX}{name}.failed": reason[:LONGEST_TAG]}
+        )
+
+
+def claim_name(run: TrackedRun, name: str, config: Mapping[str, object]) -> None:
+    """Bind a validation's name to its configuration on this run.
+
+    Raises:
+        UsageError: the name stands for another configuration on this run, whose curve would mix
+            with this one.
+    """
+    key = f"{PREFIX}{name}"
+    text = json.dumps(config, sort_keys=True)
+    known = run.fetch().data.tags.get(key)
+    if known is None:
+        run.set_tags({key: text})
+    elif json.loads(known) != json.loads(text):
+        raise UsageError(
+            f"validation {name!r} of run {run.id} has another configuration: it is {known}, and "
+            f"this would be {text}; give this one another --name"
+        )
+
+
+def known_config(run: TrackedRun, name: str) -> dict[str, object] | None:
+    """The configuration that a validation's name is bound to on this run, if any."""
+    known = run.fetch().data.tags.get(f"{PREFIX}{name}")
+    return json.loads(known) if known else None
+
+
+def _write_metrics(
+    run: TrackedRun, checkpoint: Checkpoint, name: str, record: str, dataset: tuple[str, str]
+) -> dict[str, float]:
+    values: dict[str, float] = json.loads(record)["values"]
+    metrics = [
+        Metric(
+            f"{name}/{key}",
+            value,
+            checkpoint.created_ms,
+            checkpoint.step,
+            model_id=checkpoint.model_id,
+            dataset_name=dataset[0],
+            dataset_digest=dataset[1],
+            run_id=run.id,
+        )
+        for key, value in values.items()
+    ]
+    with tracking_errors(f"logging the figures of step {checkpoint.step}"):
+        run.client.log_batch(run.id, metrics=metrics)
+    return values

@@ -1,0 +1,175 @@
+"""Runs: opened or taken over from `mlflow run`, with params, metrics, inputs and an end."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import time
+from collections.abc import Mapping
+from typing import Any
+
+from mlflow import MlflowClient
+from mlflow.entities import (
+    Dataset,
+    DatasetInput,
+    InputTag,
+    LifecycleStage,
+    Metric,
+    Param,
+    Run,
+    RunStatus,
+)
+from mlflow.exceptions import MlflowException
+from mlflow.tracking.context.registry import resolve_tags
+
+from mlflow_dr.errors import TrackingError
+from mlflow_dr.tracking.client import tracking_errors
+
+log = logging.getLogger(__name__)
+
+RUN_VARIABLE = "MLFLOW_RUN_ID"
+LONGEST_PARAM = 6000
+PARAMS_PER_REQUEST = 100
+OWN_TAGS = "mlflow_dr."
+
+
+class TrackedRun:
+    """One MLflow run that is written to by its id; it never becomes the active run."""
+
+    def __init__(self, client: MlflowClient, run: Run) -> None:
+        self.client = client
+        self.id: str = run.info.run_id
+        self.experiment_id: str = run.info.experiment_id
+        self.name: str = run.info.run_name or self.id
+
+    def fetch(self) -> Run:
+        """The run as it stands on the server now."""
+        with tracking_errors(f"run {self.id}"):
+            return self.client.get_run(self.id)
+
+    def log_params(self, params: Mapping[str, Any]) -> None:
+        """Log what is not logged yet; `mlflow run` logs its own parameters before we start."""
+        known = self.fetch().data.params
+        new = [
+            Param(key, str(value)[:LONGEST_PARAM])
+            for key, value in params.items()
+            if key not in known and value is not None
+        ]
+        for start in range(0, len(new), PARAMS_PER_REQUEST):
+            with tracking_errors(f"logging params of run {self.id}"):
+                self.client.log_batch(self.id, params=new[start : start + PARAMS_PER_REQUEST])
+
+    def log_metrics(self, values: Mapping[str, float], step: int) -> None:
+        """Log metrics from a thread of MLflow's, so that the caller is not held up."""
+        now = int(time.time() * 1000)
+        metrics = [Metric(key, float(value), now, step) for key, value in values.items()]
+        try:
+            self.client.log_batch(self.id, metrics=metrics, synchronous=False)
+        except (MlflowException, OSError) as error:
+            log.warning("metrics of step %d were not logged: %s", step, error)
+
+    def set_tags(self, tags: Mapping[str, str]) -> None:
+        """Set tags on the run."""
+        with tracking_errors(f"tagging run {self.id}"):
+            for key, value in tags.items():
+                self.client.set_tag(self.id, key, value)
+
+    def log_collection(
+        self, name: str, digest: str, source: str, profile: Mapping[str, Any], context: str
+    ) -> None:
+        """Show a collection among the run's dataset inputs.
+
+        Args:
+            name: the collection's name.
+            digest: digest of its contents.
+            source: where it comes from.
+            profile: sizes and the like.
+            context: what it was used for, such as `training`.
+        """
+        dataset = Dataset(
+            name=name,
+            digest=digest,
+            source_type="mlflow_dr",
+            source=json.dumps({"source": source}),
+            profile=json.dumps(profile),
+        )
+        entry = DatasetInput(dataset, [InputTag("mlflow.data.context", context)])
+        with tracking_errors(f"logging the collection of run {self.id}"):
+            self.client.log_inputs(self.id, [entry])
+
+    def finish(self, status: str) -> None:
+        """End the run: `FINISHED`, `FAILED` or `KILLED`."""
+        import mlflow
+
+        try:
+            mlflow.flush_async_logging()
+        except (MlflowException, OSError) as error:
+            log.warning("some metrics were not logged: %s", error)
+        with tracking_errors(f"ending run {self.id}"):
+            self.client.set_terminated(self.id, status)
+
+
+def open_run(client: MlflowClient, experiment: str | None = None) -> TrackedRun:
+    """The run that `mlflow run` or a parent process made, else a new one.
+
+    Args:
+        client: where.
+        experiment: name of the experiment of a new run; MLflow's own variables when None.
+    """
+    context = dict(resolve_tags())
+    if run_id := os.environ.get(RUN_VARIABLE):
+        run = find_run(client, run_id)
+        run.set_tags({k: v for k, v in context.items() if k.startswith(OWN_TAGS)})
+        if RunStatus.is_terminated(run.fetch().info.status):
+            client.update_run(run_id, status="RUNNING")
+        return run
+    with tracking_errors("making a run"):
+        return TrackedRun(client, client.create_run(_experiment(client, experiment), tags=context))
+
+
+def find_run(client: MlflowClient, run_id: str) -> TrackedRun:
+    """An existing run.
+
+    Raises:
+        TrackingError: there is no run with that id, or it was deleted.
+    """
+    try:
+        run = client.get_run(run_id)
+    except MlflowException as error:
+        if error.error_code not in ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE"):
+            raise TrackingError(f"run {run_id}: {' '.join(str(error).split())[:400]}") from error
+        import mlflow
+
+        raise TrackingError(
+            f"no run {run_id!r} on {mlflow.get_tracking_uri()}; check the id and "
+            "MLFLOW_TRACKING_URI"
+        ) from error
+    check_alive(run)
+    return TrackedRun(client, run)
+
+
+def check_alive(run: Run) -> None:
+    """Refuse a deleted run.
+
+    Raises:
+        TrackingError: the run was deleted.
+    """
+    if run.info.lifecycle_stage != LifecycleStage.ACTIVE:
+        raise TrackingError(
+            f"run {run.info.run_id} was deleted; restore it with "
+            f"`mlflow runs restore --run-id {run.info.run_id}` to go on"
+        )
+
+
+def is_over(run: Run) -> bool:
+    """Whether training has ended, for good or ill."""
+    return RunStatus.is_terminated(RunStatus.from_string(run.info.status))
+
+
+def _experiment(client: MlflowClient, name: str | None) -> str:
+    name = name or os.environ.get("MLFLOW_EXPERIMENT_NAME")
+    if not name:
+        return os.environ.get("MLFLOW_EXPERIMENT_ID") or "0"
+    found = client.get_experiment_by_name(name)
+    return found.experiment_id if found else client.create_experiment(name)

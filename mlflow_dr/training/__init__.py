@@ -1,0 +1,1 @@
+"""Contrastive training on Hugging Face's Trainer, and publishing without stopping it."""

@@ -1,0 +1,107 @@
+"""Flags and a configuration file to a training request."""
+
+from __future__ import annotations
+
+import argparse
+import difflib
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NoReturn
+
+import yaml
+from transformers import HfArgumentParser
+
+from mlflow_dr.errors import MlflowDrError, UsageError
+from mlflow_dr.training.arguments import (
+    DataArguments,
+    ModelArguments,
+    PublishArguments,
+    RetrieverTrainingArguments,
+    TrainingRequest,
+)
+from mlflow_dr.training.recipes import recipe_flags
+
+
+class _Parser(HfArgumentParser):
+    """Hugging Face's parser, whose errors are ours."""
+
+    def error(self, message: str) -> NoReturn:
+        raise UsageError(f"{message}; see `mlflow-dr train --help`")
+
+
+def training_parser() -> HfArgumentParser:
+    """The parser of all training flags; each is taken with dashes or underscores."""
+    kinds: Any = (ModelArguments, DataArguments, PublishArguments, RetrieverTrainingArguments)
+    parser = _Parser(
+        kinds, prog="mlflow-dr train", formatter_class=argparse.HelpFormatter, allow_abbrev=False
+    )
+    parser.add_argument("--config", help="A YAML or JSON file of these flags; flags go before it.")
+    return parser
+
+
+def parse_training(words: Sequence[str]) -> TrainingRequest:
+    """A training request from flags.
+
+    What counts, from last to first: the user's flags, the `--config` file, the recipe of the
+    collection, the defaults.
+
+    Raises:
+        UsageError: an unknown flag, or a value that does not fit.
+    """
+    parser = training_parser()
+    seen, unknown = parser.parse_known_args(list(words))
+    if unknown:
+        raise UsageError(_unknown_flag(parser, unknown[0]))
+    words = [*_file_flags(parser, seen.config), *words]
+    seen = parser.parse_args(words)
+    flags = [*recipe_flags(seen.dataset_name, bool(seen.use_cpu)), *words]
+    if _given(words, "save_steps") and not _given(words, "save_strategy"):
+        flags += ["--save_strategy", "steps"]
+    if _given(words, "fp16") and not _given(words, "bf16"):
+        flags += ["--bf16", "false"]
+    if _given(words, "num_train_epochs") and not _given(words, "max_steps"):
+        flags += ["--max_steps", "-1"]
+    try:
+        model, data, publish, trainer, _ = parser.parse_args_into_dataclasses(
+            flags, look_for_args_file=False
+        )
+    except MlflowDrError:
+        raise
+    except (ValueError, ImportError, TypeError) as error:
+        raise UsageError(" ".join(str(error).split())) from error
+    return TrainingRequest(model, data, publish, trainer)
+
+
+def _given(words: Sequence[str], name: str) -> bool:
+    flags = {f"--{name}", f"--{name.replace('_', '-')}"}
+    return any(word.split("=", 1)[0] in flags for word in words)
+
+
+def _unknown_flag(parser: argparse.ArgumentParser, word: str) -> str:
+    flag = word.split("=", 1)[0]
+    known = [name for action in parser._actions for name in action.option_strings]
+    close = difflib.get_close_matches(flag.replace("-", "_").replace("__", "--", 1), known, n=1)
+    hint = f"; did you mean {close[0]}?" if close else ""
+    return f"no flag {flag}{hint} `mlflow-dr train --help` lists all"
+
+
+def _file_flags(parser: argparse.ArgumentParser, file: str | None) -> list[str]:
+    if file is None:
+        return []
+    path = Path(file)
+    try:
+        values = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
+    except OSError as error:
+        raise UsageError(f"{path}: cannot be read ({error.strerror})") from error
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise UsageError(f"{path}: not YAML or JSON: {' '.join(str(error).split())}") from error
+    if not isinstance(values, dict):
+        raise UsageError(f"{path}: expected flags and values, got {type(values).__name__}")
+    flags: list[str] = []
+    for key, value in values.items():
+        name = f"--{str(key).replace('-', '_')}"
+        if name not in parser._option_string_actions or key == "config":
+            raise UsageError(f"{path}: {_unknown_flag(parser, name)}")
+        items = value if isinstance(value, list) else [value]
+        flags += [name, *(str(item) for item in items)]
+    return flags

@@ -1,0 +1,128 @@
+"""One evaluation without tracking: any encoder, one collection, a JSON report and a run file."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from mlflow_dr.collection.catalogue import open_collection
+from mlflow_dr.collection.records import validation_split
+from mlflow_dr.encoder.directory import load_encoder
+from mlflow_dr.engines.devices import resolve_device, resolve_dtype
+from mlflow_dr.errors import UsageError
+from mlflow_dr.files import written_beside
+from mlflow_dr.retrieval.measures import DEFAULT_MEASURES, check_depth, parse_measures
+from mlflow_dr.retrieval.ranking import write_ranking
+from mlflow_dr.validation.evaluate import Prepared, Report, Settings, evaluate
+
+MODEL_SCHEME = "models:/"
+
+
+@dataclass(frozen=True)
+class Once:
+    """What `mlflow-dr evaluate` was asked.
+
+    Attributes:
+        encoder: a directory, a hub name or `models:/<id>`.
+        dataset: the collection.
+        split: the queries; the development split when None.
+        measures: such as `ndcg@10 recall@100`.
+        depth: passages for each query; the largest cut-off when None.
+        output: the JSON report's place.
+        ranking: the TREC run file's place.
+        device: see `resolve_device`.
+        dtype: see `resolve_dtype`.
+        keep_own_id: keep a passage whose id is the query's id.
+        pooling: replaces what the directory says; so do the next two.
+        normalize: likewise.
+        max_length: likewise, for queries and passages.
+        trust_remote_code: whether code in the directory may run.
+        tracking_uri: where `models:/` is looked up.
+    """
+
+    encoder: str
+    dataset: str
+    split: str | None = None
+    measures: str = DEFAULT_MEASURES
+    depth: int | None = None
+    output: Path | None = None
+    ranking: Path | None = None
+    device: str = "auto"
+    dtype: str = "auto"
+    keep_own_id: bool = False
+    pooling: str | None = None
+    normalize: bool | None = None
+    max_length: int | None = None
+    trust_remote_code: bool = False
+    tracking_uri: str | None = None
+
+    def encoder_changes(self) -> dict[str, Any]:
+        """What the flags say about the encoder."""
+        wanted = {
+            "pooling": self.pooling,
+            "normalize": self.normalize,
+            "query_max_length": self.max_length,
+            "passage_max_length": self.max_length,
+        }
+        return {key: value for key, value in wanted.items() if value is not None}
+
+
+def evaluate_once(request: Once) -> Report:
+    """Evaluate an encoder, and write what was asked for.
+
+    Raises:
+        UsageError: an unknown dataset, split, measure, device or encoder.
+        DataError: the collection's files are damaged.
+        CheckpointError: the encoder's files are damaged.
+    """
+    measures = parse_measures(request.measures)
+    depth = check_depth(measures, request.depth)
+    resolve_dtype(request.dtype, resolve_device(request.device))
+    for path in (request.output, request.ranking):
+        if path is not None and not path.absolute().parent.is_dir():
+            raise UsageError(f"{path}: the folder {path.absolute().parent} does not exist")
+    collection = open_collection(request.dataset)
+    split = request.split or validation_split(collection.splits)
+    with _directory(request) as directory:
+        encoder = load_encoder(
+            directory, trust_remote_code=request.trust_remote_code, **request.encoder_changes()
+        )
+    settings = Settings(measures, depth, request.device, request.dtype, request.keep_own_id)
+    report = evaluate(encoder, Prepared(collection, split), settings)
+    if request.ranking is not None:
+        write_ranking(request.ranking, report.ranking)
+    if request.output is not None:
+        with written_beside(request.output) as partial:
+            partial.write_text(json.dumps(_as_json(request, split, depth, report)) + "\n")
+    return report
+
+
+def _as_json(request: Once, split: str, depth: int, report: Report) -> dict[str, Any]:
+    return {
+        "encoder": request.encoder,
+        "dataset": request.dataset,
+        "split": split,
+        "measures": report.measures,
+        "queries": report.per_query,
+        "depth": depth,
+        "dtype": report.dtype,
+        "seconds": report.seconds,
+        "passages": report.passages,
+    }
+
+
+@contextmanager
+def _directory(request: Once) -> Iterator[str]:
+    if not request.encoder.startswith(MODEL_SCHEME):
+        yield request.encoder
+        return
+    from mlflow_dr.tracking.checkpoints import checkpoint_by_id, fetched
+    from mlflow_dr.tracking.client import connect
+
+    model_id = request.encoder.removeprefix(MODEL_SCHEME)
+    with fetched(checkpoint_by_id(connect(request.tracking_uri), model_id)) as directory:
+        yield str(directory)
