@@ -20,11 +20,12 @@ from mlflow_dr.collection.catalogue import open_collection
 from mlflow_dr.engines.share import share_machine
 from mlflow_dr.errors import ChildError
 from mlflow_dr.retrieval.measures import parse_measures
-from mlflow_dr.tracking.client import connect
+from mlflow_dr.tracking.client import URI_VARIABLE, connect, tracking_uri
 from mlflow_dr.tracking.curve import curve_of, summary
 from mlflow_dr.tracking.runs import RUN_VARIABLE, TrackedRun, is_over, open_run
 
 LINES_KEPT = 30
+SECONDS_BETWEEN_LOOKS = 0.2
 SECONDS_TO_STOP = 60.0
 LOWER_PRIORITY = 10
 
@@ -49,15 +50,16 @@ def launch(dataset: str, training: Sequence[str], validating: Sequence[str], nam
     client = connect()
     run = open_run(client)
     share = share_machine()
-    trainer = Child.start("train", training, run, share.trainer)
-    validating = ["--run-id", run.id, *share.validator_flags, *validating]
-    validator = Child.start("validate", validating, run, share.validator)
-    if share.validator_yields:
-        psutil.Process(validator.process.pid).nice(LOWER_PRIORITY)
-    stopped = _wait(run, trainer, validator)
+    validating = ["--run-id", run.id, "--dataset", dataset, *share.validator_flags, *validating]
+    with _Stop() as stop:
+        trainer = Child.start("train", training, run, share.trainer)
+        validator = Child.start("validate", validating, run, share.validator)
+        if share.validator_yields:
+            psutil.Process(validator.process.pid).nice(LOWER_PRIORITY)
+        _wait(run, trainer, validator, stop)
     _say(summary(curve_of(run, name), [measure.metric for measure in measures], run.id))
     failed = [child.what for child in (trainer, validator) if child.failed]
-    if stopped:
+    if stop.asked:
         return 130
     if failed:
         raise ChildError(
@@ -82,8 +84,6 @@ class Child:
         cls, command: str, flags: Sequence[str], run: TrackedRun, variables: Mapping[str, str]
     ) -> Child:
         """Start `mlflow-dr <command>` in a process group of its own, so that Ctrl-C is ours."""
-        import mlflow
-
         process = subprocess.Popen(
             [sys.executable, "-u", "-m", "mlflow_dr", command, *flags],
             stdout=subprocess.PIPE,
@@ -95,7 +95,7 @@ class Child:
                 **os.environ,
                 **variables,
                 RUN_VARIABLE: run.id,
-                "MLFLOW_TRACKING_URI": mlflow.get_tracking_uri(),
+                URI_VARIABLE: tracking_uri(),
             },
         )
         tail: deque[str] = deque(maxlen=LINES_KEPT)
@@ -124,49 +124,62 @@ class Child:
             _say(f"{self.what} ended with exit code {self.process.returncode}; its end:\n{last}")
 
 
-def _wait(run: TrackedRun, trainer: Child, validator: Child) -> bool:
-    """Wait for both; returns whether we were asked to stop."""
-    asked = 0
-    deadline = float("inf")
+class _Stop:
+    """Whether we were asked to stop: once, cleanly; the same signal again, at once.
 
-    def ask(number: int, frame: FrameType | None) -> None:
-        nonlocal asked, deadline
-        asked += 1
-        deadline = time.monotonic() + SECONDS_TO_STOP if asked == 1 else 0.0
+    Ctrl-C on `mlflow run` reaches us twice, as the terminal's SIGINT and as MLflow's SIGTERM.
+    """
 
-    before = {name: signal.signal(name, ask) for name in (signal.SIGINT, signal.SIGTERM)}
-    told = False
+    def __init__(self) -> None:
+        self.asked: int | None = None
+        self.deadline = float("inf")
+
+    def __enter__(self) -> _Stop:
+        self._before = {
+            number: signal.signal(number, self._ask) for number in (signal.SIGINT, signal.SIGTERM)
+        }
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+    def _ask(self, number: int, frame: FrameType | None) -> None:
+        if self.asked is None:
+            self.asked = number
+            self.deadline = time.monotonic() + SECONDS_TO_STOP
+        elif self.asked == number:
+            self.deadline = 0.0
+
+
+def _wait(run: TrackedRun, trainer: Child, validator: Child, stop: _Stop) -> None:
+    """Wait for both, report at once the one that dies, and pass on that we were asked to stop."""
+    children = (trainer, validator)
+    told = ended = False
     try:
         while not (trainer.ended and validator.ended):
-            if asked and not told:
+            if stop.asked and not told:
                 told = True
                 _say("stopping: the trainer after its step, the validator now; again: at once")
-                _signal((trainer, validator), signal.SIGTERM)
-            if time.monotonic() > deadline:
-                _signal((trainer, validator), signal.SIGKILL)
-            if not asked:
-                for child in (trainer, validator):
-                    child.report_death()
-            if trainer.ended:
-                _end_run(run, trainer)
+                _signal(children, signal.SIGTERM)
+            if time.monotonic() > stop.deadline:
+                _signal(children, signal.SIGKILL)
+            _look_after(run, children, stop)
             time.sleep(0.2)
-        _end_run(run, trainer)
-        if not asked:
-            for child in (trainer, validator):
-                child.report_death()
-        for child in (trainer, validator):
+        _look_after(run, children, stop)
+        for child in children:
             child.reader.join(timeout=5)
     finally:
-        _signal((trainer, validator), signal.SIGKILL)
-        for name, handler in before.items():
-            signal.signal(name, handler)
-    return asked > 0
+        _signal(children, signal.SIGKILL)
 
 
-def _end_run(run: TrackedRun, trainer: Child) -> None:
-    """A trainer that was killed could not end its run itself; the validator waits for that."""
-    if trainer.failed and not is_over(run.fetch()):
-        run.finish("FAILED")
+def _look_after(run: TrackedRun, children: tuple[Child, Child], stop: _Stop) -> None:
+    """Report who has died, and end the run for a trainer that could not: validators wait for it."""
+    if not stop.asked:
+        for child in children:
+            child.report_death()
+    if children[0].failed and not is_over(run.fetch()):
+        run.finish("KILLED" if stop.asked else "FAILED")
 
 
 def _signal(children: Sequence[Child], number: signal.Signals) -> None:

@@ -87,7 +87,7 @@ def _run() -> int:
     except OSError as error:
         if error.errno == errno.ENOSPC:
             return _fail(f"the disk is full ({error.filename or error}); make room and go on", 1)
-        raise
+        return _fail(f"{type(error).__name__}: {error}", 1)
 
 
 class _Lines(logging.Formatter):

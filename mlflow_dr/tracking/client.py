@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import os
-import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
 from urllib.parse import urlsplit
@@ -15,8 +14,13 @@ from mlflow.exceptions import MlflowException
 
 from mlflow_dr.errors import TrackingError
 
-SECONDS_TO_ANSWER = 10.0
-PORTS = {"http": 80, "https": 443}
+URI_VARIABLE = "MLFLOW_TRACKING_URI"
+AT_ONCE = {"MLFLOW_HTTP_REQUEST_TIMEOUT": "10", "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "0"}
+
+
+def tracking_uri() -> str:
+    """Where MLflow is set to write."""
+    return str(mlflow.get_tracking_uri())
 
 
 def connect(uri: str | None = None) -> MlflowClient:
@@ -33,13 +37,13 @@ def connect(uri: str | None = None) -> MlflowClient:
     logging.getLogger("mlflow.store.db.utils").setLevel(logging.WARNING)
     if uri:
         mlflow.set_tracking_uri(uri)
-    uri = mlflow.get_tracking_uri()
-    address = urlsplit(uri)
-    if address.scheme in PORTS and address.hostname:
-        _check_answers(uri, address.hostname, address.port or PORTS[address.scheme])
-    with tracking_errors(f"tracking store {_without_password(uri)}"):
-        client = MlflowClient(uri)
-        client.search_experiments(max_results=1)
+    uri = tracking_uri()
+    try:
+        with _impatient():
+            client = MlflowClient(uri)
+            client.search_experiments(max_results=1)
+    except (MlflowException, OSError) as error:
+        raise TrackingError(_unreachable(uri, " ".join(str(error).split()))) from error
     return client
 
 
@@ -53,14 +57,30 @@ def tracking_errors(doing: str) -> Iterator[None]:
         raise TrackingError(f"{doing}: {reason}") from error
 
 
-def _check_answers(uri: str, host: str, port: int) -> None:
+@contextmanager
+def _impatient() -> Iterator[None]:
+    """Requests of MLflow's that fail within seconds, where the user has not set how long to try."""
+    added = {key: value for key, value in AT_ONCE.items() if key not in os.environ}
+    os.environ.update(added)
     try:
-        socket.create_connection((host, port), timeout=SECONDS_TO_ANSWER).close()
-    except OSError as error:
-        raise TrackingError(
-            f"tracking server {_without_password(uri)} does not answer ({error}); "
-            "is it running, and is MLFLOW_TRACKING_URI right?"
-        ) from error
+        yield
+    finally:
+        for key in added:
+            del os.environ[key]
+
+
+def _unreachable(uri: str, reason: str) -> str:
+    shown = _without_password(uri)
+    _, caused, cause = reason.partition("Caused by ")  # urllib3's layers of exceptions
+    if caused:
+        reason = cause.rpartition("): ")[2].removesuffix('"))').removesuffix("'))")
+    reason = reason.replace(uri, shown)[:400]
+    if urlsplit(uri).scheme not in ("http", "https"):
+        return f"tracking store {shown}: {reason}"
+    return (
+        f"tracking server {shown} does not answer ({reason}); "
+        f"is it running, and is {URI_VARIABLE} right?"
+    )
 
 
 def _without_password(uri: str) -> str:

@@ -6,9 +6,8 @@ import json
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
-import mlflow
-
 from mlflow_dr.tracking.checkpoints import checkpoints_of
+from mlflow_dr.tracking.client import tracking_uri
 from mlflow_dr.tracking.results import PREFIX
 from mlflow_dr.tracking.runs import TrackedRun
 
@@ -45,7 +44,7 @@ def summary(points: Sequence[Point], metrics: Sequence[str], run_id: str) -> str
             figures = "  ".join(f"{name} {point.values[name]:.4f}" for name in metrics)
             lines.append(f"  {what:5}  step {point.step:<7} {figures}")
         lines.append(f"best checkpoint by {metrics[0]}: models:/{best.model_id}")
-    uri = mlflow.get_tracking_uri()
+    uri = tracking_uri()
     if uri.startswith("http"):
         lines.append(f"curves: {uri}")
     else:

@@ -9,6 +9,7 @@ import time
 from collections.abc import Mapping
 from typing import Any
 
+import mlflow
 from mlflow import MlflowClient
 from mlflow.entities import (
     Dataset,
@@ -24,7 +25,7 @@ from mlflow.exceptions import MlflowException
 from mlflow.tracking.context.registry import resolve_tags
 
 from mlflow_dr.errors import TrackingError
-from mlflow_dr.tracking.client import tracking_errors
+from mlflow_dr.tracking.client import URI_VARIABLE, tracking_errors, tracking_uri
 
 log = logging.getLogger(__name__)
 
@@ -100,8 +101,6 @@ class TrackedRun:
 
     def finish(self, status: str) -> None:
         """End the run: `FINISHED`, `FAILED` or `KILLED`."""
-        import mlflow
-
         try:
             mlflow.flush_async_logging()
         except (MlflowException, OSError) as error:
@@ -121,7 +120,7 @@ def open_run(client: MlflowClient, experiment: str | None = None) -> TrackedRun:
     if run_id := os.environ.get(RUN_VARIABLE):
         run = find_run(client, run_id)
         run.set_tags({k: v for k, v in context.items() if k.startswith(OWN_TAGS)})
-        if RunStatus.is_terminated(run.fetch().info.status):
+        if is_over(run.fetch()):
             client.update_run(run_id, status="RUNNING")
         return run
     with tracking_errors("making a run"):
@@ -139,11 +138,8 @@ def find_run(client: MlflowClient, run_id: str) -> TrackedRun:
     except MlflowException as error:
         if error.error_code not in ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE"):
             raise TrackingError(f"run {run_id}: {' '.join(str(error).split())[:400]}") from error
-        import mlflow
-
         raise TrackingError(
-            f"no run {run_id!r} on {mlflow.get_tracking_uri()}; check the id and "
-            "MLFLOW_TRACKING_URI"
+            f"no run {run_id!r} on {tracking_uri()}; check the id and {URI_VARIABLE}"
         ) from error
     check_alive(run)
     return TrackedRun(client, run)

@@ -124,7 +124,8 @@ class RetrieverTrainingArguments(TrainingArguments):
         default="no", metadata={"help": "no, steps or epoch; --save_steps alone means steps."}
     )
     logging_steps: float = field(default=10, metadata={"help": "Log every so many steps."})
-    report_to: str | list[str] | None = field(
+    # HfArgumentParser takes the second type of a union that has None: a string
+    report_to: None | str | list[str] = field(  # noqa: RUF036
         default="none", metadata={"help": "Further integrations; MLflow is always written to."}
     )
 

@@ -81,7 +81,7 @@ def _unknown_flag(parser: argparse.ArgumentParser, word: str) -> str:
     flag = word.split("=", 1)[0]
     known = [name for action in parser._actions for name in action.option_strings]
     close = difflib.get_close_matches(flag.replace("-", "_").replace("__", "--", 1), known, n=1)
-    hint = f"; did you mean {close[0]}?" if close else ""
+    hint = f"; did you mean {close[0]}?" if close else ";"
     return f"no flag {flag}{hint} `mlflow-dr train --help` lists all"
 
 

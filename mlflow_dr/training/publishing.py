@@ -7,8 +7,10 @@ import queue
 import tempfile
 import threading
 import time
+from collections.abc import Mapping
 from pathlib import Path
 
+import torch
 from torch import Tensor
 
 from mlflow_dr.encoder.directory import save_encoder
@@ -53,6 +55,8 @@ class Publisher:
         self._queue: queue.Queue[tuple[int, dict[str, Tensor]] | None] = queue.Queue(
             WAITING_SNAPSHOTS
         )
+        # memory of published snapshots: writing to fresh pages takes several times as long
+        self._spare: list[dict[str, Tensor]] = []
         self._thread = threading.Thread(target=self._work, name="publisher", daemon=True)
         self._thread.start()
         self.last_step: int | None = None
@@ -60,10 +64,12 @@ class Publisher:
 
     def submit(self, step: int) -> None:
         """Snapshot the weights and have them published as the checkpoint of this step."""
-        snapshot = {
-            name: value.detach().to("cpu", copy=True)
-            for name, value in self._encoder.state_dict().items()
-        }
+        weights = self._encoder.state_dict()
+        snapshot = self._spare.pop() if self._spare else _host_copy(weights)
+        for name, value in weights.items():
+            snapshot[name].copy_(value, non_blocking=True)
+        if any(value.is_cuda for value in weights.values()):
+            torch.cuda.current_stream().synchronize()
         self._queue.put((step, snapshot))
         self.last_step = step
 
@@ -83,6 +89,7 @@ class Publisher:
             except Exception as error:  # noqa: BLE001 - whatever it is, training goes on
                 self._report(step, error)
             finally:
+                self._spare.append(snapshot)
                 self._queue.task_done()
 
     def _publish(self, step: int, snapshot: dict[str, Tensor]) -> None:
@@ -113,6 +120,14 @@ class Publisher:
             self._run.set_tags({FAILURE_TAG: f"{steps}: {_line(error)}"[:4000]})
         except Exception as second:  # noqa: BLE001 - the log has it
             log.error("nor could that be noted on the run: %s", _line(second))
+
+
+def _host_copy(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Room for the weights in host memory; page-locked where they come from a GPU."""
+    return {
+        name: torch.empty_like(value, device="cpu", pin_memory=value.is_cuda)
+        for name, value in weights.items()
+    }
 
 
 def _line(error: Exception) -> str:

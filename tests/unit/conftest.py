@@ -1,0 +1,28 @@
+"""A real MLflow store (sqlite) for the unit tests; one for all of them, a run for each."""
+
+from collections.abc import Iterator
+
+import mlflow
+import pytest
+from mlflow import MlflowClient
+
+from mlflow_dr.tracking.client import connect
+from mlflow_dr.tracking.runs import TrackedRun
+
+
+@pytest.fixture(scope="session")
+def client(tmp_path_factory: pytest.TempPathFactory) -> Iterator[MlflowClient]:
+    room = tmp_path_factory.mktemp("store")
+    before = mlflow.get_tracking_uri()
+    yield connect(f"sqlite:///{room}/mlflow.db")
+    mlflow.set_tracking_uri(before)
+
+
+@pytest.fixture(scope="session")
+def experiment(client: MlflowClient, tmp_path_factory: pytest.TempPathFactory) -> str:
+    return client.create_experiment("tests", str(tmp_path_factory.mktemp("artifacts")))
+
+
+@pytest.fixture
+def run(client: MlflowClient, experiment: str) -> TrackedRun:
+    return TrackedRun(client, client.create_run(experiment))

@@ -1,0 +1,176 @@
+"""Files that are whole or not there."""
+
+import gzip
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from mlflow_dr.errors import DataError
+from mlflow_dr.files import (
+    build_once,
+    cache_dir,
+    decoded,
+    digest_of,
+    file_sha256,
+    read_lines,
+    written_beside,
+)
+
+TWO_AT_ONCE = """
+import sys, time
+from pathlib import Path
+from mlflow_dr.files import build_once
+
+room, me, other = Path(sys.argv[1]), sys.argv[2], sys.argv[3]
+
+def build(partial):
+    with (room / "log").open("a") as log:
+        log.write(me)
+    partial.mkdir()
+    (partial / "half").write_text(me)
+    time.sleep(0.3)
+    (partial / "whole").write_text(me)
+
+(room / me).touch()
+while not (room / other).exists():
+    time.sleep(0.001)
+made = build_once(room / "target", build)
+print((made / "whole").read_text())
+"""
+
+
+def test_two_processes_build_once(tmp_path: Path) -> None:
+    pair = [
+        subprocess.Popen(
+            [sys.executable, "-c", TWO_AT_ONCE, str(tmp_path), me, other],
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+        for me, other in (("a", "b"), ("b", "a"))
+    ]
+    outputs = [process.communicate(timeout=60)[0].strip() for process in pair]
+    assert [process.returncode for process in pair] == [0, 0]
+    built_by = (tmp_path / "log").read_text()
+    assert built_by in ("a", "b")
+    assert outputs == [built_by, built_by]
+    left = sorted(path.name for path in tmp_path.iterdir())
+    assert left == ["a", "b", "log", "target", "target.lock"]
+
+
+def test_a_target_that_exists_is_not_built(tmp_path: Path) -> None:
+    (tmp_path / "target").write_text("old")
+    target = build_once(tmp_path / "target", lambda partial: pytest.fail("built again"))
+    assert target.read_text() == "old"
+
+
+@pytest.mark.parametrize("is_directory", [True, False])
+def test_an_error_leaves_nothing_and_the_next_attempt_builds(
+    tmp_path: Path, is_directory: bool
+) -> None:
+    def build(partial: Path) -> None:
+        if is_directory:
+            partial.mkdir()
+            partial = partial / "file"
+        partial.write_text("half")
+        if fails:
+            raise RuntimeError("cut off")
+
+    target = tmp_path / "deep" / "target"
+    fails = True
+    with pytest.raises(RuntimeError, match="cut off"):
+        build_once(target, build)
+    assert [path.name for path in target.parent.iterdir()] == ["target.lock"]
+    fails = False
+    assert build_once(target, build).exists()
+
+
+def test_what_is_written_beside_takes_its_place_at_the_end(tmp_path: Path) -> None:
+    target = tmp_path / "new" / "target"
+    with written_beside(target) as partial:
+        partial.write_text("text")
+        assert not target.exists()
+        assert partial.name == "target"
+    assert target.read_text() == "text"
+    assert list(target.parent.iterdir()) == [target]
+
+
+def test_an_error_keeps_what_was_there(tmp_path: Path) -> None:
+    target = tmp_path / "target"
+    target.write_text("old")
+    with pytest.raises(KeyboardInterrupt), written_beside(target) as partial:
+        partial.write_text("half")
+        raise KeyboardInterrupt
+    assert target.read_text() == "old"
+    assert list(tmp_path.iterdir()) == [target]
+
+
+def test_the_cache_is_where_the_environment_says(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("MLFLOW_DR_CACHE", "~/mine")
+    assert cache_dir() == tmp_path / "mine"
+    monkeypatch.delenv("MLFLOW_DR_CACHE")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "xdg"))
+    assert cache_dir() == tmp_path / "xdg" / "mlflow_dr"
+    monkeypatch.delenv("XDG_CACHE_HOME")
+    assert cache_dir() == tmp_path / ".cache" / "mlflow_dr"
+
+
+def test_digests() -> None:
+    assert digest_of("a", 1) == digest_of("a", "1")
+    assert len({digest_of("ab"), digest_of("a", "b"), digest_of("b", "a"), digest_of("a")}) == 4
+    assert len(digest_of("a")) == 16
+
+
+def test_the_sha256_of_a_file(tmp_path: Path) -> None:
+    (tmp_path / "file").write_bytes(b"abc")
+    # FIPS 180-2, appendix B.1
+    expected = "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad"
+    assert file_sha256(tmp_path / "file") == expected
+
+
+@pytest.mark.parametrize("suffix", ["", ".gz"])
+def test_lines_are_numbered_as_an_editor_numbers_them(tmp_path: Path, suffix: str) -> None:
+    data = b"\xef\xbb\xbfone\r\n\n  \t\ntwo\n \xef\xbb\xbf three \nfour"
+    path = tmp_path / f"file{suffix}"
+    path.write_bytes(gzip.compress(data) if suffix else data)
+    assert list(read_lines(path)) == [
+        (1, b"one"),
+        (4, b"two"),
+        (5, b"\xef\xbb\xbf three"),
+        (6, b"four"),
+    ]
+
+
+def test_a_file_that_is_not_there(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=r"file: no such file"):
+        list(read_lines(tmp_path / "file"))
+
+
+def test_a_file_that_cannot_be_read(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=r"cannot be read \(Is a directory\)"):
+        list(read_lines(tmp_path))
+
+
+@pytest.mark.parametrize("damage", ["truncated", "changed", "not packed"])
+def test_damaged_compression(tmp_path: Path, damage: str) -> None:
+    data = bytearray(gzip.compress(os.urandom(20_000).hex().encode()))
+    if damage == "truncated":
+        del data[-5000:]
+    elif damage == "changed":
+        data[5000:5100] = bytes(100)
+    else:
+        data = bytearray(b"plain text")
+    (tmp_path / "file.gz").write_bytes(data)
+    with pytest.raises(DataError, match=r"file\.gz:1: the compressed file is damaged"):
+        list(read_lines(tmp_path / "file.gz"))
+
+
+def test_text_that_is_not_utf8_is_named_by_its_line(tmp_path: Path) -> None:
+    assert decoded("é".encode(), tmp_path / "file", 7) == "é"
+    with pytest.raises(DataError, match=r"file:7: not UTF-8 text"):
+        decoded("é".encode("latin-1"), tmp_path / "file", 7)

@@ -1,0 +1,90 @@
+"""The rooms import one way, and each heavy library has one room."""
+
+import ast
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+import mlflow_dr
+
+PACKAGE = Path(mlflow_dr.__file__).parent
+
+# a room may import from those on lower floors and from its own
+FLOORS = {
+    "cli": 7,
+    "launch": 6,
+    "training": 5,
+    "validation": 5,
+    "tracking": 4,
+    "retrieval": 4,
+    "engines": 3,
+    "encoder": 3,
+    "stores": 2,
+    "collection": 1,
+    "progress": 0,
+    "files": 0,
+    "errors": 0,
+    "version": 0,
+}
+# siblings on one floor that may look at each other, one way
+ALLOWED_BESIDE = {("files", "errors")}
+
+HOMES = {
+    "mlflow": ["tracking/"],
+    "click": ["cli/"],
+    "faiss": ["retrieval/search.py"],
+    "ir_datasets": ["collection/irds.py"],
+    "datasets": ["collection/hub.py"],
+    "pytrec_eval": ["retrieval/measures.py"],
+    "psutil": ["launch.py"],
+}
+
+
+def modules() -> list[Path]:
+    return sorted(PACKAGE.rglob("*.py"))
+
+
+def room(path: Path) -> str:
+    parts = path.relative_to(PACKAGE).with_suffix("").parts
+    return parts[0]
+
+
+def imports(path: Path, top_level_only: bool = False) -> Iterator[str]:
+    tree = ast.parse(path.read_text(encoding="utf-8"))
+    nodes = tree.body if top_level_only else ast.walk(tree)
+    for node in nodes:
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}: a relative import"
+            yield node.module or ""
+
+
+@pytest.mark.parametrize("path", modules(), ids=lambda path: str(path.relative_to(PACKAGE)))
+def test_a_room_imports_only_from_lower_floors(path: Path) -> None:
+    here = room(path)
+    if here in ("__init__", "__main__"):
+        return
+    for name in imports(path):
+        if not name.startswith("mlflow_dr."):
+            continue
+        there = name.split(".")[1]
+        if there == here or (here, there) in ALLOWED_BESIDE:
+            continue
+        assert FLOORS[there] < FLOORS[here], f"{here} must not import {name}"
+
+
+@pytest.mark.parametrize("path", modules(), ids=lambda path: str(path.relative_to(PACKAGE)))
+def test_heavy_libraries_stay_in_their_room(path: Path) -> None:
+    where = path.relative_to(PACKAGE).as_posix()
+    for name in imports(path):
+        homes = HOMES.get(name.split(".")[0])
+        if homes:
+            assert any(where.startswith(home) for home in homes), f"{where} imports {name}"
+
+
+@pytest.mark.parametrize("path", modules(), ids=lambda path: str(path.relative_to(PACKAGE)))
+def test_optional_libraries_are_imported_late(path: Path) -> None:
+    early = {name.split(".")[0] for name in imports(path, top_level_only=True)}
+    assert not early & {"faiss", "ir_datasets", "datasets", "pytrec_eval"}

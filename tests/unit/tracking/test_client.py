@@ -1,0 +1,48 @@
+import socket
+import time
+
+import pytest
+
+from mlflow_dr.errors import TrackingError
+from mlflow_dr.tracking.client import connect, tracking_uri
+
+
+@pytest.fixture(autouse=True)
+def _uri_restored() -> None:
+    import mlflow
+
+    before = mlflow.get_tracking_uri()
+    yield
+    mlflow.set_tracking_uri(before)
+
+
+def test_a_server_that_is_not_there_is_told_at_once() -> None:
+    with socket.socket() as unused:
+        unused.bind(("127.0.0.1", 0))
+        port = unused.getsockname()[1]
+    start = time.monotonic()
+    with pytest.raises(TrackingError, match=rf"127.0.0.1:{port} does not answer"):
+        connect(f"http://127.0.0.1:{port}")
+    assert time.monotonic() - start < 5
+
+
+def test_a_password_in_the_uri_is_not_shown() -> None:
+    with socket.socket() as unused:
+        unused.bind(("127.0.0.1", 0))
+        port = unused.getsockname()[1]
+    with pytest.raises(TrackingError) as caught:
+        connect(f"http://user:secret@127.0.0.1:{port}")
+    assert "secret" not in str(caught.value)
+
+
+def test_a_store_that_cannot_be_opened_is_one_line() -> None:
+    with pytest.raises(TrackingError, match="tracking store") as caught:
+        connect("sqlite:////dev/null/mlflow.db")
+    assert "\n" not in str(caught.value)
+
+
+def test_an_unknown_scheme_is_one_line() -> None:
+    with pytest.raises(TrackingError) as caught:
+        connect("gopher://x")
+    assert "\n" not in str(caught.value)
+    assert tracking_uri() == "gopher://x"

@@ -1,0 +1,172 @@
+import json
+from pathlib import Path
+
+import pytest
+from mlflow import MlflowClient
+
+from mlflow_dr.errors import CheckpointError, UsageError
+from mlflow_dr.tracking.checkpoints import (
+    Checkpoint,
+    checkpoints_of,
+    fetched,
+    new_checkpoint,
+    publish,
+)
+from mlflow_dr.tracking.curve import curve_of, summary
+from mlflow_dr.tracking.results import (
+    PREFIX,
+    State,
+    claim_name,
+    known_config,
+    mark_failed,
+    record_result,
+    state_of,
+    write_recorded,
+)
+from mlflow_dr.tracking.runs import TrackedRun
+
+DATASET = ("demo", "abc")
+FIGURES = {"mrr_at_10": 0.25, "seconds": 3.0}
+
+
+@pytest.fixture
+def directory(tmp_path: Path) -> Path:
+    directory = tmp_path / "encoder"
+    directory.mkdir()
+    (directory / "model.safetensors").write_bytes(b"weights")
+    return directory
+
+
+def only(run: TrackedRun) -> Checkpoint:
+    (checkpoint,) = checkpoints_of(run)
+    return checkpoint
+
+
+def points(client: MlflowClient, run: TrackedRun, key: str) -> list[tuple[int, float, int]]:
+    history = client.get_metric_history(run.id, key)
+    return [(point.step, point.value, point.timestamp) for point in history]
+
+
+def test_a_checkpoint_is_ready_when_it_is_whole(run: TrackedRun, directory: Path) -> None:
+    new_checkpoint(run, 10, "0" * 64)
+    assert not only(run).ready
+    publish(run, directory, 20)
+    assert [(one.step, one.ready) for one in checkpoints_of(run)] == [(10, False), (20, True)]
+    (output,) = run.fetch().outputs.model_outputs
+    assert output.step == 20
+
+
+def test_another_model_of_the_run_is_no_checkpoint(client: MlflowClient, run: TrackedRun) -> None:
+    client.create_logged_model(run.experiment_id, name="other", source_run_id=run.id)
+    assert checkpoints_of(run) == []
+
+
+def test_checkpoints_come_by_step_over_several_pages(run: TrackedRun) -> None:
+    for step in reversed(range(120)):
+        new_checkpoint(run, step, "")
+    assert [one.step for one in checkpoints_of(run)] == list(range(120))
+
+
+def test_a_fetched_checkpoint_is_verified(run: TrackedRun, directory: Path) -> None:
+    publish(run, directory, 1)
+    with fetched(only(run)) as copy:
+        assert (copy / "model.safetensors").read_bytes() == b"weights"
+    (Path(only(run).location.removeprefix("file://")) / "model.safetensors").write_bytes(b"weight")
+    with pytest.raises(CheckpointError, match="6 bytes, but 7"), fetched(only(run)):
+        pass
+
+
+def test_artifacts_that_are_gone_are_a_checkpoint_error(run: TrackedRun) -> None:
+    new_checkpoint(run, 1, "0" * 64)
+    with pytest.raises(CheckpointError), fetched(only(run)):
+        pass
+
+
+def test_a_result_is_on_run_and_checkpoint_with_the_checkpoints_time(
+    client: MlflowClient, run: TrackedRun, directory: Path
+) -> None:
+    publish(run, directory, 50)
+    checkpoint = only(run)
+    assert state_of(checkpoint, "val") is State.OPEN
+    written = record_result(run, checkpoint, "val", FIGURES, DATASET)
+    assert written["lag_seconds"] >= 0
+    assert points(client, run, "val/mrr_at_10") == [(50, 0.25, checkpoint.created_ms)]
+    metrics = {
+        metric.key: metric for metric in client.get_logged_model(checkpoint.model_id).metrics
+    }
+    assert set(metrics) == {"val/mrr_at_10", "val/seconds", "val/lag_seconds"}
+    assert metrics["val/mrr_at_10"].dataset_digest == "abc"
+    assert state_of(only(run), "val") is State.DONE
+    assert state_of(only(run), "other") is State.OPEN
+
+
+def test_a_second_result_changes_nothing(
+    client: MlflowClient, run: TrackedRun, directory: Path
+) -> None:
+    publish(run, directory, 50)
+    first = record_result(run, only(run), "val", FIGURES, DATASET)
+    second = record_result(run, only(run), "val", {**FIGURES, "seconds": 9.0}, DATASET)
+    assert second == first
+    for key in ("val/mrr_at_10", "val/seconds", "val/lag_seconds"):
+        assert len(points(client, run, key)) == 1
+
+
+def test_a_record_without_metrics_is_written_out_without_new_work(
+    client: MlflowClient, run: TrackedRun, directory: Path
+) -> None:
+    publish(run, directory, 50)
+    record = json.dumps({"values": FIGURES, "written_ms": 1})
+    client.log_model_params(only(run).model_id, {f"{PREFIX}val": record})
+    assert state_of(only(run), "val") is State.RECORDED
+    write_recorded(run, only(run), "val", DATASET)
+    write_recorded(run, only(run), "val", DATASET)
+    assert state_of(only(run), "val") is State.DONE
+    assert len(points(client, run, "val/seconds")) == 1
+
+
+def test_metrics_on_the_run_alone_are_completed_without_doubles(
+    client: MlflowClient, run: TrackedRun, directory: Path
+) -> None:
+    publish(run, directory, 50)
+    checkpoint = only(run)
+    record = json.dumps({"values": FIGURES, "written_ms": 1})
+    client.log_model_params(checkpoint.model_id, {f"{PREFIX}val": record})
+    client.log_metric(run.id, "val/seconds", 3.0, timestamp=checkpoint.created_ms, step=50)
+    write_recorded(run, only(run), "val", DATASET)
+    assert len(points(client, run, "val/seconds")) == 1
+    assert state_of(only(run), "val") is State.DONE
+
+
+def test_a_failure_is_noted_with_its_reason(
+    client: MlflowClient, run: TrackedRun, directory: Path
+) -> None:
+    publish(run, directory, 50)
+    mark_failed(run, only(run), "val", "bytes differ")
+    assert state_of(only(run), "val") is State.FAILED
+    assert only(run).tags[f"{PREFIX}val.failed"] == "bytes differ"
+
+
+def test_a_name_stands_for_one_configuration(run: TrackedRun) -> None:
+    claim_name(run, "val", {"measures": "mrr@10"})
+    claim_name(run, "val", {"measures": "mrr@10"})
+    assert known_config(run, "val") == {"measures": "mrr@10"}
+    with pytest.raises(UsageError, match=r"mrr@10.*ndcg@10.*--name"):
+        claim_name(run, "val", {"measures": "ndcg@10"})
+
+
+def test_the_summary_names_first_last_and_best(run: TrackedRun, directory: Path) -> None:
+    for step in (0, 10, 20):
+        publish(run, directory, step)
+    for checkpoint, value in zip(checkpoints_of(run), (0.1, 0.5, 0.4), strict=True):
+        record_result(run, checkpoint, "val", {"mrr_at_10": value}, DATASET)
+    curve = curve_of(run, "val")
+    assert [point.step for point in curve] == [0, 10, 20]
+    text = summary(curve, ["mrr_at_10"], run.id)
+    assert "best   step 10" in text
+    assert f"models:/{curve[1].model_id}" in text
+    assert "first  step 0" in text
+    assert "last   step 20" in text
+
+
+def test_a_summary_of_nothing(run: TrackedRun) -> None:
+    assert "0 checkpoints validated" in summary([], ["mrr_at_10"], run.id)
