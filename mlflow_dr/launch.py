@@ -155,7 +155,7 @@ class _Stop:
 def _wait(run: TrackedRun, trainer: Child, validator: Child, stop: _Stop) -> None:
     """Wait for both, report at once the one that dies, and pass on that we were asked to stop."""
     children = (trainer, validator)
-    told = ended = False
+    told = False
     try:
         while not (trainer.ended and validator.ended):
             if stop.asked and not told:

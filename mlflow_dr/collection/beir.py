@@ -94,6 +94,8 @@ def _unique_passages(path: Path) -> Iterator[Passage]:
         if not isinstance(title, str):
             raise DataError(f"{path}:{number}: 'title' is not a string")
         yield Passage(passage_id, title, _text(record, "text", path, number))
+    if not seen:
+        raise DataError(f"{path}: the corpus has no passages")
 
 
 def _records(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:

@@ -70,7 +70,7 @@ def open_collection(name: str) -> Collection:
 
         return IrDataset(name.removeprefix(IR_DATASETS_PREFIX))
     folder = Path(name).expanduser()
-    if folder.is_dir():
+    if name and folder.is_dir():
         from mlflow_dr.collection.beir import BeirFolder
 
         return BeirFolder(folder, name=name)

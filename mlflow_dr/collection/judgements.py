@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
@@ -35,7 +36,7 @@ def read_qrels(path: Path) -> dict[str, dict[str, int]]:
                 "(or TREC's query-id, 0, passage-id, relevance)"
             )
         query_id, passage_id, relevance_text = (column.strip() for column in columns)
-        if not relevance_text.lstrip("-").isdecimal():
+        if not re.fullmatch(r"-?\d+", relevance_text):
             if number == 1:
                 continue  # BEIR's header
             raise DataError(f"{path}:{number}: relevance {relevance_text!r} is not a whole number")

@@ -10,6 +10,7 @@ from __future__ import annotations
 import inspect
 import json
 import logging
+import pickle
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
@@ -25,6 +26,7 @@ from mlflow_dr.encoder import sentence_transformers as st
 from mlflow_dr.encoder.config import EncoderConfig
 from mlflow_dr.encoder.model import Encoder
 from mlflow_dr.encoder.source import encoder_directory
+from mlflow_dr.encoder.tokenize import highest_id
 from mlflow_dr.errors import CheckpointError, UsageError
 
 log = logging.getLogger(__name__)
@@ -33,6 +35,8 @@ CONFIG = "mlflow_dr.json"
 LAYOUT = 1
 ENCODERS_OF_PAIRS = {"t5": "T5EncoderModel", "mt5": "MT5EncoderModel", "umt5": "UMT5EncoderModel"}
 LONGEST_BY_DEFAULT = 512
+# without its files transformers makes up a tokenizer of special tokens and, by kind, up to 2 others
+MADE_UP_TOKENS = 2
 
 
 def load_encoder(
@@ -65,29 +69,37 @@ def load_encoder(
         options["attn_implementation"] = attention
     if safetensors_only:
         options["use_safetensors"] = True
-    backbone, tokenizer = _load_backbone(directory, options)
+    ours = (directory / CONFIG).exists()
+    theirs = not ours and st.is_sentence_transformer(directory)
+    place = st.transformer_directory(directory) if theirs else directory
+    backbone, tokenizer = _load_backbone(place, options)
     weights: list[Path] = []
-    if (directory / CONFIG).exists():
+    if ours:
         config = _read_config(directory)
         weights = [directory / f"{i + 2}_Dense" for i in range(len(config.projections))]
-    elif st.is_sentence_transformer(directory):
+    elif theirs:
         config, weights = st.read_config(directory, _longest(backbone, tokenizer))
     else:
         length = _longest(backbone, tokenizer)
         config = EncoderConfig("mean", query_max_length=length, passage_max_length=length)
-        if not changes:
+        if "pooling" not in changes:
             log.warning(
                 "%s is a bare backbone: taking mean pooling, no normalisation, up to %d tokens",
                 name,
                 length,
             )
-    encoder = Encoder(backbone, tokenizer, replace(config, **changes))
+    settings = replace(config, **changes)
+    try:
+        encoder = Encoder(backbone, tokenizer, settings)
+    except UsageError as error:
+        raise CheckpointError(f"{directory}: {error}") from error
     for layer, place in zip(encoder.projections, weights, strict=False):
-        state = _tensors(place / "model.safetensors")
+        state = _tensors(place, safetensors_only)
         try:
             layer.load_state_dict({k.removeprefix("linear."): v for k, v in state.items()})
         except RuntimeError as error:
-            raise CheckpointError(f"{place}: weights do not fit config.json: {error}") from error
+            reason = " ".join(str(error).split())
+            raise CheckpointError(f"{place}: weights do not fit config.json: {reason}") from error
     return encoder.eval()
 
 
@@ -135,7 +147,7 @@ def _read_config(directory: Path) -> EncoderConfig:
                 f"{path}: layout {layout} was written by a newer mlflow_dr; this one reads {LAYOUT}"
             )
         return EncoderConfig.from_dict(values["encoder"])
-    except (OSError, ValueError, KeyError, TypeError, UsageError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, UsageError) as error:
         raise CheckpointError(f"{path}: not an encoder's description ({error})") from error
 
 
@@ -153,6 +165,11 @@ def _load_backbone(directory: Path, options: dict[str, Any]) -> tuple[Any, Any]:
             backbone, loading = kind.from_pretrained(
                 directory, config=config, dtype=torch.float32, output_loading_info=True, **options
             )
+    except pickle.UnpicklingError as error:
+        raise CheckpointError(
+            f"{directory}: the pickled weights are damaged or hold more than weights, and no code "
+            "of theirs is run; save them as safetensors"
+        ) from error
     except (OSError, ValueError, KeyError, RuntimeError, SafetensorError, ImportError) as error:
         reason = " ".join(str(error).split())[:300]
         raise CheckpointError(f"{directory}: the backbone cannot be loaded: {reason}") from error
@@ -161,11 +178,16 @@ def _load_backbone(directory: Path, options: dict[str, Any]) -> tuple[Any, Any]:
             f"{directory}: {len(missing)} weights of the backbone are not in the file, such as "
             f"{missing[0]}; is it a checkpoint of this architecture ({config.model_type})?"
         )
-    rows = backbone.get_input_embeddings().weight.shape[0]
-    if len(tokenizer) > rows:
+    if len(tokenizer) - len(set(tokenizer.all_special_tokens)) <= MADE_UP_TOKENS:
         raise CheckpointError(
-            f"{directory}: the tokenizer has {len(tokenizer)} tokens, but the backbone embeds only "
-            f"{rows}; tokenizer and weights do not belong together"
+            f"{directory}: the tokenizer has special tokens only; are its files (tokenizer.json, "
+            "vocab.txt or others) missing?"
+        )
+    rows = backbone.get_input_embeddings().weight.shape[0]
+    if (highest := highest_id(tokenizer)) >= rows:
+        raise CheckpointError(
+            f"{directory}: the tokenizer has token ids up to {highest}, but the backbone embeds "
+            f"only {rows} tokens; tokenizer and weights do not belong together"
         )
     return backbone, tokenizer
 
@@ -200,8 +222,14 @@ def _longest(backbone: Any, tokenizer: Any) -> int:
     return min(known, default=LONGEST_BY_DEFAULT)
 
 
-def _tensors(path: Path) -> dict[str, Tensor]:
+def _tensors(place: Path, safetensors_only: bool) -> dict[str, Tensor]:
+    path, pickled = place / "model.safetensors", place / "pytorch_model.bin"
     try:
+        if pickled.exists() and not path.exists() and not safetensors_only:
+            # as older sentence-transformers wrote it; with `weights_only` no code of it runs
+            return torch.load(pickled, map_location="cpu", weights_only=True)
         return load_file(path)
-    except (OSError, SafetensorError) as error:
-        raise CheckpointError(f"{path}: cannot be read as safetensors ({error})") from error
+    except (OSError, SafetensorError, pickle.UnpicklingError, RuntimeError) as error:
+        raise CheckpointError(
+            f"{path}: cannot be read as safetensors ({' '.join(str(error).split())})"
+        ) from error

@@ -7,11 +7,13 @@ versions 2 to 6. The library itself is not needed.
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from mlflow_dr.encoder.config import EncoderConfig, ProjectionConfig
-from mlflow_dr.errors import CheckpointError
+from mlflow_dr.errors import CheckpointError, UsageError
 
 MODULES = "modules.json"
 PROMPTS = "config_sentence_transformers.json"
@@ -41,6 +43,12 @@ def is_sentence_transformer(directory: Path) -> bool:
     return (directory / MODULES).exists()
 
 
+def transformer_directory(directory: Path) -> Path:
+    """Where backbone and tokenizer are: the directory itself, in old ones `0_Transformer`."""
+    kinds = _modules(directory / MODULES)
+    return directory / next((path for name, path in kinds if name.endswith("Transformer")), "")
+
+
 def read_config(directory: Path, longest: int) -> tuple[EncoderConfig, list[Path]]:
     """The encoder that a sentence-transformers directory describes.
 
@@ -52,29 +60,29 @@ def read_config(directory: Path, longest: int) -> tuple[EncoderConfig, list[Path
         The configuration, and the directories of the projections' weights in order.
 
     Raises:
-        CheckpointError: a module, pooling or activation that this encoder has no counterpart of.
+        CheckpointError: a file is malformed, or describes a module, pooling or activation that
+            this encoder has no counterpart of.
     """
-    modules = _json(directory / MODULES)
+    modules = _modules(directory / MODULES)
     pooling, normalize = "mean", False
     projections: list[ProjectionConfig] = []
     weights: list[Path] = []
-    for module in modules:
-        kind = str(module["type"]).rsplit(".", 1)[-1]
-        place = directory / module["path"]
+    for full_name, path in modules:
+        kind = full_name.rsplit(".", 1)[-1]
+        place = directory / path
         if kind == "Pooling":
             pooling = _pooling(place / "config.json")
-        elif kind == "Dense":
+        elif kind == "Dense" and not normalize:
             projections.append(_projection(place / "config.json"))
             weights.append(place)
         elif kind == "Normalize":
             normalize = True
         elif kind not in ("Transformer", "Dropout"):
             raise CheckpointError(
-                f"{directory / MODULES}: module {module['type']} is not supported; supported are "
-                "Transformer, Pooling, Dense, Dropout and Normalize"
+                f"{directory / MODULES}: module {full_name} is not supported; supported are "
+                "Transformer, Pooling, Dense, Dropout and Normalize, in this order"
             )
-    lengths = _json(directory / LENGTHS) if (directory / LENGTHS).exists() else {}
-    length = lengths.get("max_seq_length") or longest
+    length, lowercase = _length(transformer_directory(directory) / LENGTHS, longest)
     query_prompt, passage_prompt = _prompts(directory / PROMPTS)
     config = EncoderConfig(
         pooling=pooling,
@@ -84,7 +92,7 @@ def read_config(directory: Path, longest: int) -> tuple[EncoderConfig, list[Path
         passage_prompt=passage_prompt,
         query_max_length=length,
         passage_max_length=length,
-        lowercase=bool(lengths.get("do_lower_case", False)),
+        lowercase=lowercase,
     )
     return config, weights
 
@@ -150,34 +158,63 @@ def write_config(directory: Path, config: EncoderConfig, width: int) -> list[Pat
     return dense
 
 
+def _modules(path: Path) -> list[tuple[str, str]]:
+    with _malformed(path):
+        return [(str(module["type"]), str(module["path"])) for module in _json(path)]
+
+
 def _pooling(path: Path) -> str:
-    values = _json(path)
-    named = values.get("pooling_mode")
-    names = [named] if isinstance(named, str) else list(named or [])
-    modes = [POOLING_NAMES.get(name, name) for name in names]
-    modes += [mode for mode, flag in POOLING_FLAGS.items() if values.get(flag)]
+    with _malformed(path):
+        values = _json(path)
+        named = values.get("pooling_mode")
+        names = [named] if isinstance(named, str) else list(named or [])
+        modes = [POOLING_NAMES.get(name, name) for name in names]
+        modes += [mode for mode, flag in POOLING_FLAGS.items() if values.get(flag)]
+        include_prompt = values.get("include_prompt", True)
+    if not include_prompt:
+        raise CheckpointError(f"{path}: pooling without the prompt's tokens is not supported")
     if len(modes) != 1 or modes[0] not in POOLING_FLAGS:
         raise CheckpointError(f"{path}: pooling {modes} is not supported; expected one mode")
     return modes[0]
 
 
 def _projection(path: Path) -> ProjectionConfig:
-    values = _json(path)
-    activation = str(values.get("activation_function", "Tanh")).rsplit(".", 1)[-1].lower()
-    return ProjectionConfig(
-        int(values["in_features"]),
-        int(values["out_features"]),
-        values.get("bias", True),
-        activation,
-    )
+    with _malformed(path):
+        values = _json(path)
+        activation = str(values.get("activation_function", "Tanh")).rsplit(".", 1)[-1].lower()
+        return ProjectionConfig(
+            int(values["in_features"]),
+            int(values["out_features"]),
+            values.get("bias", True),
+            activation,
+        )
+
+
+def _length(path: Path, longest: int) -> tuple[int, bool]:
+    """The maximum length, and whether text is lower-cased."""
+    with _malformed(path):
+        values = _json(path) if path.exists() else {}
+        return int(values.get("max_seq_length") or longest), bool(values.get("do_lower_case"))
 
 
 def _prompts(path: Path) -> tuple[str, str]:
-    values = _json(path) if path.exists() else {}
-    prompts: dict[str, str] = values.get("prompts") or {}
-    default = prompts.get(values.get("default_prompt_name") or "", "")
-    passage = next((prompts[name] for name in PASSAGE_PROMPT_NAMES if prompts.get(name)), default)
-    return prompts.get("query") or default, passage
+    with _malformed(path):
+        values = _json(path) if path.exists() else {}
+        prompts: dict[str, str] = values.get("prompts") or {}
+        default = prompts.get(values.get("default_prompt_name") or "", "")
+        named = (prompts[name] for name in PASSAGE_PROMPT_NAMES if prompts.get(name))
+        return prompts.get("query") or default, next(named, default)
+
+
+@contextmanager
+def _malformed(path: Path) -> Iterator[None]:
+    """Turns what a file of unexpected contents leads to into one error that names the file."""
+    try:
+        yield
+    except (KeyError, TypeError, ValueError, AttributeError, UsageError) as error:
+        raise CheckpointError(
+            f"{path}: not as sentence-transformers writes it ({type(error).__name__}: {error})"
+        ) from error
 
 
 def _json(path: Path) -> Any:

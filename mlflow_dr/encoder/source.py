@@ -6,7 +6,7 @@ from pathlib import Path
 
 from mlflow_dr.errors import UsageError
 
-SAFE_FILES = ("*.json", "*.txt", "*.model", "*.safetensors", "*.jinja", "*.py")
+SOUGHT_FILES = ("*.json", "*.txt", "*.model", "*.safetensors", "*.jinja", "*.py", "*_Dense/*.bin")
 PICKLED_WEIGHTS = ("pytorch_model*.bin",)
 
 
@@ -31,7 +31,7 @@ def _from_hub(name: str) -> Path:
     from huggingface_hub import snapshot_download
 
     try:
-        directory = Path(snapshot_download(name, allow_patterns=list(SAFE_FILES)))
+        directory = Path(snapshot_download(name, allow_patterns=list(SOUGHT_FILES)))
         if not any(directory.glob("*.safetensors")):
             snapshot_download(name, allow_patterns=list(PICKLED_WEIGHTS))
     except (OSError, ValueError) as error:

@@ -5,6 +5,7 @@ Small enough to learn to retrieve in a minute or two on a laptop's processor, wi
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable
 
 from mlflow_dr.encoder.config import EncoderConfig
@@ -12,6 +13,8 @@ from mlflow_dr.encoder.model import Encoder
 
 LAYERS, WIDTH, HEADS, INNER = 2, 128, 2, 512
 VOCABULARY_SIZE = 8192
+ALPHABET_SIZE = 1000
+SPECIAL_TOKENS = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
 POSITIONS = 512
 
 
@@ -25,9 +28,8 @@ def tiny_encoder(texts: Iterable[str], config: EncoderConfig) -> Encoder:
     from tokenizers import BertWordPieceTokenizer
     from transformers import BertConfig, BertModel, BertTokenizer
 
-    learner = BertWordPieceTokenizer(lowercase=True)
-    learner.train_from_iterator(texts, vocab_size=VOCABULARY_SIZE, show_progress=False)
-    tokenizer = BertTokenizer(tokenizer_object=learner._tokenizer, model_max_length=POSITIONS)
+    rules = BertWordPieceTokenizer(_vocabulary(list(texts)), lowercase=True)
+    tokenizer = BertTokenizer(tokenizer_object=rules._tokenizer, model_max_length=POSITIONS)
     backbone = BertModel(
         BertConfig(
             vocab_size=len(tokenizer),
@@ -41,3 +43,29 @@ def tiny_encoder(texts: Iterable[str], config: EncoderConfig) -> Encoder:
         add_pooling_layer=False,
     )
     return Encoder(backbone, tokenizer, config)
+
+
+def _vocabulary(texts: list[str]) -> dict[str, int]:
+    """WordPiece's vocabulary, equal for equal texts: in every run, and on every rank of one.
+
+    Left to itself the learner numbers the pieces of one character in the order of a hash map that
+    differs from process to process, and ties between pieces go by those numbers. So they come
+    first, in an order of our own.
+    """
+    from tokenizers import BertWordPieceTokenizer
+
+    learner = BertWordPieceTokenizer(lowercase=True)
+    counts: Counter[str] = Counter()
+    for text in texts:
+        counts.update(learner.normalize(text))
+    common = sorted(counts, key=lambda character: (-counts[character], character))[:ALPHABET_SIZE]
+    alphabet = sorted(character for character in common if not character.isspace())
+    learner.train_from_iterator(
+        texts,
+        vocab_size=VOCABULARY_SIZE,
+        show_progress=False,
+        limit_alphabet=len(alphabet),
+        initial_alphabet=alphabet,
+        special_tokens=[*SPECIAL_TOKENS, *(f"##{character}" for character in alphabet)],
+    )
+    return learner.get_vocab()

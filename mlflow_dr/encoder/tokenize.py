@@ -23,7 +23,7 @@ class Tokenizing:
         self._tokenizer = tokenizer
         self._config = config
         self.pad_id: int = tokenizer.pad_token_id or 0
-        self.vocabulary_size: int = len(tokenizer)
+        self.vocabulary_size = highest_id(tokenizer) + 1
 
     def query_ids(self, queries: Sequence[Query]) -> list[list[int]]:
         """Token ids of queries, prompt and special tokens included."""
@@ -52,7 +52,8 @@ class Tokenizing:
             config.title_separator,
             config.lowercase,
         )
-        state = json.dumps([_fingerprint(self._tokenizer), settings])
+        side = getattr(self._tokenizer, "truncation_side", "right")
+        state = json.dumps([_fingerprint(self._tokenizer), side, settings])
         return hashlib.sha256(state.encode()).hexdigest()[:16]
 
     def _ids(self, texts: list[str], max_length: int) -> list[list[int]]:
@@ -69,6 +70,11 @@ class Tokenizing:
             return_token_type_ids=False,
         )
         return [ids or [self.pad_id] for ids in encoded["input_ids"]]
+
+
+def highest_id(tokenizer: Any) -> int:
+    """The largest token id; not `len(tokenizer) - 1` where a vocabulary leaves ids out."""
+    return max(tokenizer.get_vocab().values())
 
 
 def _fingerprint(tokenizer: Any) -> str:

@@ -52,8 +52,7 @@ def encode_batches(
     Yields:
         Row numbers `(n,) int64` and their vectors `(n, dim) float32` on the encoder's device.
 
-    Raises:
-        CheckpointError: a vector holds NaN or infinity.
+    NaN is let through: `check_finite` is for the caller, who may gather batches first.
     """
     device = encoder.device
     budget = max_tokens or TOKENS_PER_BATCH[device.type]

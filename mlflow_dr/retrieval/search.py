@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from mlflow_dr.errors import MissingExtraError
+from mlflow_dr.errors import CheckpointError, MissingExtraError
 
 SCORES_PER_BLOCK = 1 << 26
 
@@ -46,8 +46,17 @@ class TopK:
             chunk: `(n, dim) float32`.
             rows: the chunk's row numbers in the corpus, `(n,) int64`.
             search: one of the searches below.
+
+        Raises:
+            CheckpointError: the scores overflow.
         """
         scores, places = search(queries, chunk, min(self._k, len(chunk)), self._ranks[rows])
+        # FAISS fills up with place -1 where a score is NaN or minus infinity
+        if bool((places < 0).any()) or not bool(scores.isfinite().all()):
+            raise CheckpointError(
+                "dot products of queries and passages overflow fp32; the encoder's vectors are so "
+                "large that its weights must be broken"
+            )
         self._merge(scores, rows[places])
 
     def _merge(self, scores: Tensor, rows: Tensor) -> None:

@@ -367,7 +367,9 @@ def test_a_library_that_one_collection_needs_is_named(register: Register) -> Non
         register.parts(Docs()).corpus()
 
 
-def test_without_ir_datasets_the_package_to_install_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_ir_datasets_what_to_install_is_named(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     monkeypatch.setitem(sys.modules, "ir_datasets", None)
     with pytest.raises(MissingExtraError, match="pip install ir_datasets"):
         IrDataset("vaswani")

@@ -1,0 +1,69 @@
+"""What `--dataset` may name."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from mlflow_dr.collection import catalogue
+from mlflow_dr.collection.beir import BeirFolder
+from mlflow_dr.collection.catalogue import ENTRIES, PATTERNS, Entry, open_collection
+from mlflow_dr.collection.irds import IrDataset
+from mlflow_dr.errors import UsageError
+
+
+def test_a_folder_is_opened_as_beir_under_the_name_it_was_given(
+    beir_folder: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    beir_folder({"p": "t"}, {"q": "t"}, folder="sea", dev={"q": {"p": 1}})
+    monkeypatch.chdir(tmp_path)
+    collection = open_collection("sea")
+    assert isinstance(collection, BeirFolder)
+    assert (collection.name, collection.splits) == ("sea", ["dev"])
+
+
+def test_the_home_folder_may_be_written_as_tilde(
+    beir_folder: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    beir_folder({"p": "t"}, {"q": "t"}, folder="sea", dev={"q": {"p": 1}})
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert open_collection("~/sea").splits == ["dev"]
+
+
+def test_the_prefix_irds_opens_ir_datasets() -> None:
+    collection = open_collection("irds:vaswani")
+    assert isinstance(collection, IrDataset)
+    assert collection.name == "irds:vaswani"
+
+
+def test_a_catalogue_name_comes_before_a_folder_of_that_name(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "sea").mkdir()
+    monkeypatch.chdir(tmp_path)
+    opened = BeirFolder(tmp_path, name="from the catalogue")
+    monkeypatch.setattr(catalogue, "ENTRIES", (Entry("sea", "", "", lambda: opened),))
+    assert open_collection("sea") is opened
+
+
+@pytest.mark.parametrize("name", ["nowhere", "", "./nowhere", "/nowhere/at/all"])
+def test_an_unknown_name_lists_what_there_is(name: str) -> None:
+    with pytest.raises(UsageError, match=r"demo, msmarco, a folder.*irds:<id>"):
+        open_collection(name)
+
+
+def test_a_misspelt_name_gets_a_hint() -> None:
+    with pytest.raises(UsageError, match="did you mean 'msmarco'"):
+        open_collection("msmacro")
+
+
+def test_a_file_is_no_collection(tmp_path: Path) -> None:
+    (tmp_path / "corpus.jsonl").write_text("")
+    with pytest.raises(UsageError, match="no dataset"):
+        open_collection(str(tmp_path / "corpus.jsonl"))
+
+
+def test_every_entry_says_what_it_is() -> None:
+    assert all(entry.sizes and entry.source for entry in ENTRIES)
+    assert len({entry.name for entry in ENTRIES}) == len(ENTRIES)
+    assert all(all(pattern) for pattern in PATTERNS)

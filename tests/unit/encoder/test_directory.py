@@ -1,0 +1,563 @@
+"""The encoder's directory: three loaders give one encoder, and no damaged one is loaded."""
+
+import json
+import logging
+import pickle
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from transformers import AutoModel, AutoTokenizer
+
+from mlflow_dr.collection.records import Passage, Query
+from mlflow_dr.encoder.config import EncoderConfig, ProjectionConfig
+from mlflow_dr.encoder.directory import load_encoder, save_encoder
+from mlflow_dr.encoder.model import Encoder
+from mlflow_dr.encoder.tokenize import Tokenizing
+from mlflow_dr.errors import CheckpointError, UsageError
+from mlflow_dr.retrieval.encode import encode_all
+from mlflow_dr.stores.token_table import token_table
+
+Make = Callable[..., Encoder]
+
+FULL: dict[str, Any] = {
+    "pooling": "mean",
+    "normalize": True,
+    "projections": (ProjectionConfig(128, 32, activation="tanh"),),
+    "query_prompt": "query: ",
+    "passage_prompt": "passage: ",
+    "query_max_length": 16,
+    "passage_max_length": 24,
+}
+
+SENTENCES = (
+    "",
+    "?",
+    "Rain.",
+    "who invented the telescope",
+    "What is the capital of Mongolia?",
+    "how long does it take to boil an egg at high altitude",
+    "The cat sat on the mat.",
+    "Photosynthesis turns light, water and carbon dioxide into sugar and oxygen.",
+    "In 1905 Albert Einstein published four papers that changed physics for good.",
+    "Bread rises because yeast gives off carbon dioxide while it feeds on the flour's sugars.",
+    "The Danube flows through ten countries before it reaches the Black Sea.",
+    "A violin has four strings, tuned in perfect fifths.",
+    "Is it safe to charge a phone overnight?",
+    "Mount Everest is 8,848.86 m high; K2 is 8,611 m.",
+    "Inflation erodes the value of money that is kept under the mattress.",
+    "The Great Fire of London began in a bakery in Pudding Lane in September 1666.",
+    "Penicillin was discovered by accident, when mould grew on a dish of bacteria.",
+    "Bees dance to tell one another where the flowers are.",
+    "def add(a, b): return a + b",
+    "https://example.org/a/long/path?with=parameters&and=more",
+    "naïve café, Zürich, Łódź, 東京, Москва, 😀",
+    "UPPER CASE AND lower case Are One To An Uncased Model",
+    "antidisestablishmentarianism floccinaucinihilipilification",
+    "To be, or not to be, that is the question: whether 'tis nobler in the mind to suffer",
+    "the the the the the the the the the the",
+    "A checkpoint is a copy of a model's weights at one moment of its training.",
+    "Cholera spreads through water; John Snow showed it in 1854 by mapping a pump in Soho.",
+    "Glaciers move: slowly at the bed, faster in the middle, and fastest of all after rain.",
+    "Tabs\tand\nline ends   and   many   spaces.",
+)
+OVER_LONG = " ".join(SENTENCES) + " The last words are beyond the longest length. " * 20
+
+
+def query_vectors(encoder: Encoder, texts: list[str]) -> np.ndarray:
+    made = Tokenizing(encoder.tokenizer, encoder.settings)
+    ids = made.query_ids([Query("", text) for text in texts])
+    return encode_all(encoder, token_table(ids), made.pad_id).numpy()
+
+
+def passage_vectors(encoder: Encoder, texts: list[str]) -> np.ndarray:
+    made = Tokenizing(encoder.tokenizer, encoder.settings)
+    ids = made.passage_ids([Passage("", "", text) for text in texts])
+    return encode_all(encoder, token_table(ids), made.pad_id).numpy()
+
+
+def close(ours: np.ndarray, theirs: np.ndarray) -> None:
+    np.testing.assert_allclose(ours, theirs, rtol=0, atol=1e-5)
+
+
+def sentence_transformer(directory: Path) -> Any:
+    library = pytest.importorskip("sentence_transformers")
+    return library.SentenceTransformer(str(directory), device="cpu")
+
+
+@pytest.fixture
+def saved(make_tiny: Make, tmp_path: Path) -> Path:
+    """A directory of ours with everything in it."""
+    save_encoder(tmp_path / "encoder", make_tiny(**FULL))
+    return tmp_path / "encoder"
+
+
+@pytest.fixture
+def foreign(saved: Path) -> Path:
+    """The same without our own file, so that it is read as sentence-transformers'."""
+    (saved / "mlflow_dr.json").unlink()
+    return saved
+
+
+def change_json(path: Path, **values: Any) -> None:
+    path.write_text(json.dumps(json.loads(path.read_text()) | values))
+
+
+def truncate(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+
+
+# --- there and back -------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("settings", [FULL, {}], ids=["full", "default"])
+def test_our_loader_gives_back_what_was_saved(
+    make_tiny: Make, tmp_path: Path, texts: list[str], settings: dict[str, Any]
+) -> None:
+    encoder = make_tiny(**settings)
+    save_encoder(tmp_path / "encoder", encoder)
+    loaded = load_encoder(tmp_path / "encoder")
+    assert loaded.settings == encoder.settings
+    assert loaded.dimension == encoder.dimension == (32 if settings else 128)
+    assert not loaded.training
+    expected = encoder.state_dict()
+    assert loaded.state_dict().keys() == expected.keys()
+    for name, weight in loaded.state_dict().items():
+        torch.testing.assert_close(weight, expected[name], rtol=0, atol=0)
+    close(query_vectors(loaded, texts), query_vectors(encoder, texts))
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        FULL,
+        {"pooling": "cls"},
+        {"pooling": "last", "projections": (ProjectionConfig(128, 64, bias=False),)},
+        {
+            "pooling": "max",
+            "projections": (
+                ProjectionConfig(128, 64, activation="gelu"),
+                ProjectionConfig(64, 16, activation="relu"),
+            ),
+        },
+        {"pooling": "mean_sqrt_len", "query_max_length": 7, "passage_max_length": 7},
+        {
+            "pooling": "weighted_mean",
+            "normalize": True,
+            "projections": (ProjectionConfig(128, 8, activation="sigmoid"),),
+        },
+    ],
+    ids=lambda settings: settings["pooling"],
+)
+def test_sentence_transformers_gives_the_same_vectors(
+    make_tiny: Make, tmp_path: Path, texts: list[str], settings: dict[str, Any]
+) -> None:
+    encoder = make_tiny(**settings)
+    save_encoder(tmp_path / "encoder", encoder)
+    theirs = sentence_transformer(tmp_path / "encoder")
+    long = [*texts, " ".join(texts)]
+    close(passage_vectors(encoder, long), theirs.encode(long, prompt_name="document"))
+    short = ["tide", "a ship", "gull"]  # it has one length only: the passages'
+    close(query_vectors(encoder, short), theirs.encode(short, prompt_name="query"))
+    assert theirs.max_seq_length == encoder.settings.passage_max_length
+
+
+def test_auto_model_loads_the_backbone(make_tiny: Make, saved: Path, texts: list[str]) -> None:
+    backbone = make_tiny(**FULL).backbone
+    loaded = AutoModel.from_pretrained(saved, add_pooling_layer=False)
+    for name, weight in loaded.state_dict().items():
+        torch.testing.assert_close(weight, backbone.state_dict()[name], rtol=0, atol=0)
+    ours = load_encoder(saved).tokenizer
+    assert AutoTokenizer.from_pretrained(saved)(texts).input_ids == ours(texts).input_ids
+
+
+def test_a_snapshot_of_the_weights_is_written_instead_of_the_encoders_own(
+    make_tiny: Make, tmp_path: Path
+) -> None:
+    encoder = make_tiny(**FULL)
+    snapshot = {name: weight.clone() for name, weight in encoder.state_dict().items()}
+    for weight in encoder.parameters():
+        weight.data.add_(1.0)
+    save_encoder(tmp_path / "encoder", encoder, snapshot)
+    for name, weight in load_encoder(tmp_path / "encoder").state_dict().items():
+        torch.testing.assert_close(weight, snapshot[name], rtol=0, atol=0)
+
+
+def test_nothing_is_written_over_an_encoder(make_tiny: Make, saved: Path) -> None:
+    with pytest.raises(FileExistsError):
+        save_encoder(saved, make_tiny())
+
+
+# --- directories of others ------------------------------------------------------------------
+
+
+@pytest.fixture
+def theirs_saved(saved: Path, tmp_path: Path) -> Path:
+    """What sentence-transformers itself writes, with a projection and prompts."""
+    pytest.importorskip("sentence_transformers")
+    from sentence_transformers import SentenceTransformer
+    from sentence_transformers.sentence_transformer.modules import (
+        Dense,
+        Normalize,
+        Pooling,
+        Transformer,
+    )
+
+    backbone = tmp_path / "backbone"
+    shutil.copytree(saved, backbone)
+    for name in ("mlflow_dr.json", "modules.json"):
+        (backbone / name).unlink()
+    torch.manual_seed(5)
+    model = SentenceTransformer(
+        modules=[
+            Transformer(str(backbone), max_seq_length=12),
+            Pooling(128, pooling_mode="mean"),
+            Dense(128, 24, activation_function=torch.nn.Tanh()),
+            Dense(24, 10, bias=False, activation_function=torch.nn.Identity()),
+            Normalize(),
+        ],
+        prompts={"query": "ask: ", "document": "answer: "},
+        device="cpu",
+    )
+    model.save(str(tmp_path / "theirs"))
+    return tmp_path / "theirs"
+
+
+def test_what_sentence_transformers_saved_is_read(theirs_saved: Path, texts: list[str]) -> None:
+    encoder = load_encoder(theirs_saved)
+    assert encoder.settings == EncoderConfig(
+        pooling="mean",
+        normalize=True,
+        projections=(
+            ProjectionConfig(128, 24, activation="tanh"),
+            ProjectionConfig(24, 10, bias=False),
+        ),
+        query_prompt="ask: ",
+        passage_prompt="answer: ",
+        query_max_length=12,
+        passage_max_length=12,
+    )
+    theirs = sentence_transformer(theirs_saved)
+    close(query_vectors(encoder, texts), theirs.encode_query(texts))
+    close(passage_vectors(encoder, texts), theirs.encode_document(texts))
+
+
+def test_all_minilm_gives_the_vectors_of_sentence_transformers(minilm: Path) -> None:
+    encoder = load_encoder(minilm)
+    assert encoder.settings == EncoderConfig(
+        "mean", normalize=True, query_max_length=256, passage_max_length=256
+    )
+    sentences = [*SENTENCES, OVER_LONG]
+    lengths = [len(ids) for ids in encoder.tokenizer(sentences).input_ids]
+    assert len(sentences) == 30
+    assert (min(lengths), max(lengths) > 256) == (2, True)
+    theirs = sentence_transformer(minilm).encode(sentences)
+    close(passage_vectors(encoder, sentences), theirs)
+    close(query_vectors(encoder, sentences), theirs)
+
+
+@pytest.mark.parametrize(
+    ("values", "expected"),
+    [
+        ({"prompts": {"query": "q ", "passage": "p "}}, ("q ", "p ")),
+        ({"prompts": {"query": "q ", "corpus": "c "}}, ("q ", "c ")),
+        ({"prompts": {"query": "q "}}, ("q ", "")),
+        ({"prompts": {"any": "a "}, "default_prompt_name": "any"}, ("a ", "a ")),
+        ({"prompts": {}, "default_prompt_name": None}, ("", "")),
+    ],
+)
+def test_prompts_of_others(foreign: Path, values: dict[str, Any], expected: Any) -> None:
+    (foreign / "config_sentence_transformers.json").write_text(json.dumps(values))
+    settings = load_encoder(foreign).settings
+    assert (settings.query_prompt, settings.passage_prompt) == expected
+
+
+def test_files_that_others_may_leave_out(foreign: Path) -> None:
+    for name in ("config_sentence_transformers.json", "sentence_bert_config.json"):
+        (foreign / name).unlink()
+    settings = load_encoder(foreign).settings
+    assert (settings.query_prompt, settings.passage_max_length) == ("", 512)
+
+
+def test_a_bare_backbone_is_pooled_by_the_mean_and_says_so(
+    foreign: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    (foreign / "modules.json").unlink()
+    assert load_encoder(foreign).settings == EncoderConfig(
+        "mean", query_max_length=512, passage_max_length=512
+    )
+    assert "is a bare backbone: taking mean pooling" in caplog.text
+    caplog.clear()
+    assert load_encoder(foreign, pooling="cls").settings.pooling == "cls"
+    assert not caplog.records
+
+
+def test_changes_replace_what_the_directory_says(saved: Path) -> None:
+    settings = load_encoder(saved, query_prompt="other: ", normalize=False).settings
+    assert settings == EncoderConfig(**FULL | {"query_prompt": "other: ", "normalize": False})
+    with pytest.raises(UsageError, match="pooling 'middle'"):
+        load_encoder(saved, pooling="middle")
+
+
+def test_transformers_is_kept_quiet(
+    saved: Path, capfd: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
+) -> None:
+    with caplog.at_level(logging.WARNING):
+        load_encoder(saved)
+    assert capfd.readouterr() == ("", "")
+    assert not caplog.records
+
+
+# --- what is refused ------------------------------------------------------------------------
+
+
+def refused(directory: Path, message: str, **options: Any) -> None:
+    with pytest.raises(CheckpointError, match=message) as error:
+        load_encoder(directory, **options)
+    assert "\n" not in str(error.value)
+    assert str(directory) in str(error.value)
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "model.safetensors",
+        "2_Dense/model.safetensors",
+        "config.json",
+        "tokenizer.json",
+        "tokenizer_config.json",
+        "mlflow_dr.json",
+    ],
+)
+def test_a_truncated_file(saved: Path, name: str) -> None:
+    truncate(saved / name)
+    refused(saved, "cannot be (loaded|read)|not an encoder's description")
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("model.safetensors", "no file named model.safetensors"),
+        ("2_Dense/model.safetensors", "cannot be read as safetensors"),
+        ("config.json", "the backbone cannot be loaded"),
+        ("tokenizer.json", "the tokenizer has special tokens only"),
+    ],
+)
+def test_a_missing_file(saved: Path, name: str, message: str) -> None:
+    (saved / name).unlink()
+    refused(saved, message)
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"num_hidden_layers": 3}, r"16 weights of the backbone are not in the file.*\(bert\)"),
+        ({"model_type": "distilbert"}, r"weights of the backbone are not in the file"),
+        ({"hidden_size": 64}, "the backbone cannot be loaded"),
+        ({"model_type": "nonesuch"}, "the backbone cannot be loaded.*nonesuch"),
+    ],
+    ids=["more layers", "another kind", "another width", "unknown kind"],
+)
+def test_another_architecture(saved: Path, values: dict[str, Any], message: str) -> None:
+    change_json(saved / "config.json", **values)
+    refused(saved, message)
+
+
+def test_a_tokenizer_with_more_tokens_than_the_backbone_embeds(saved: Path) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(saved)
+    size = len(tokenizer)
+    tokenizer.add_tokens(["zeppelin"])
+    tokenizer.save_pretrained(saved)
+    refused(saved, f"token ids up to {size}, but the backbone embeds only {size} tokens")
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"layout": 2, "unheard": "of"}, "layout 2 was written by a newer mlflow_dr"),
+        ({"encoder": {}}, "'layout'"),
+        ({"layout": 1}, "'encoder'"),
+        ({"layout": "1", "encoder": {}}, "not an encoder's description"),
+        ({"layout": 1, "encoder": {"pooling": "middle"}}, "pooling 'middle': expected"),
+        ({"layout": 1, "encoder": {"poling": "cls"}}, "unknown encoder settings"),
+        ({"layout": 1, "encoder": {"projections": [{"in_features": 128}]}}, "out_features"),
+        (
+            {"layout": 1, "encoder": {"projections": [{"in_features": 9, "out_features": 2}]}},
+            "takes 9 dimensions, but the layer before it gives 128",
+        ),
+        ({"layout": 1, "encoder": ["cls"]}, "not an encoder's description"),
+        (["cls"], "not an encoder's description"),
+    ],
+)
+def test_a_description_that_is_wrong(saved: Path, values: Any, message: str) -> None:
+    (saved / "mlflow_dr.json").write_text(json.dumps(values))
+    refused(saved, message)
+
+
+ST = "sentence_transformers.models."
+TRANSFORMER = {"idx": 0, "name": "0", "path": "", "type": f"{ST}Transformer"}
+
+
+@pytest.mark.parametrize(
+    ("name", "values", "message"),
+    [
+        ("modules.json", [{"type": f"{ST}CNN", "path": ""}], "module .*CNN is not supported"),
+        (
+            "modules.json",
+            [
+                {"type": f"{ST}Normalize", "path": "3_Normalize"},
+                {"type": f"{ST}Dense", "path": "2_Dense"},
+            ],
+            "in this order",
+        ),
+        ("modules.json", [{"idx": 0}], "modules.json: not as .* writes it"),
+        ("modules.json", [TRANSFORMER, "Pooling"], "modules.json: not as .* writes it"),
+        ("1_Pooling/config.json", {}, "1_Pooling/config.json: pooling .* is not supported"),
+        (
+            "1_Pooling/config.json",
+            {"pooling_mode": ["mean", "max"]},
+            r"pooling \['mean', 'max'\] is not supported",
+        ),
+        (
+            "1_Pooling/config.json",
+            {"pooling_mode_mean_tokens": True, "pooling_mode_cls_token": True},
+            "expected one mode",
+        ),
+        (
+            "1_Pooling/config.json",
+            {"pooling_mode": "mean", "include_prompt": False},
+            "without the prompt's tokens is not supported",
+        ),
+        ("1_Pooling/config.json", ["mean"], "1_Pooling/config.json: not as .* writes it"),
+        ("2_Dense/config.json", {"in_features": 128}, "2_Dense/config.json: .*out_features"),
+        (
+            "2_Dense/config.json",
+            {"in_features": 128, "out_features": 32, "activation_function": "torch.nn.Mish"},
+            "activation 'mish'",
+        ),
+        ("2_Dense/config.json", {"in_features": 128, "out_features": 31}, "do not fit"),
+        ("2_Dense/config.json", {"in_features": 64, "out_features": 32}, "takes 64 dimensions"),
+        ("sentence_bert_config.json", {"max_seq_length": "long"}, "not as .* writes it"),
+        ("sentence_bert_config.json", [16], "not as .* writes it"),
+        ("config_sentence_transformers.json", {"prompts": 3}, "not as .* writes it"),
+    ],
+)
+def test_a_sentence_transformer_that_is_wrong_or_not_known(
+    foreign: Path, name: str, values: Any, message: str
+) -> None:
+    (foreign / name).write_text(json.dumps(values))
+    refused(foreign, message)
+
+
+@pytest.mark.parametrize("name", ["modules.json", "1_Pooling/config.json", "2_Dense/config.json"])
+def test_a_truncated_file_of_a_sentence_transformer(foreign: Path, name: str) -> None:
+    truncate(foreign / name)
+    refused(foreign, f"{name}: cannot be read as JSON")
+
+
+def test_an_empty_directory(tmp_path: Path) -> None:
+    refused(tmp_path, "the backbone cannot be loaded")
+
+
+# --- no code is run -------------------------------------------------------------------------
+
+
+def pickled(directory: Path) -> None:
+    """The weights in PyTorch's older format."""
+    backbone = AutoModel.from_pretrained(directory, add_pooling_layer=False)
+    torch.save(backbone.state_dict(), directory / "pytorch_model.bin")
+    (directory / "model.safetensors").unlink()
+
+
+def test_pickled_weights_are_read_unless_only_safetensors_will_do(saved: Path) -> None:
+    pickled(saved)
+    assert load_encoder(saved).settings == EncoderConfig(**FULL)
+    refused(saved, "no file named model.safetensors", safetensors_only=True)
+
+
+class Payload:
+    """Makes a file when it is unpickled."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+
+    def __reduce__(self) -> Any:
+        return Path.touch, (self._path,)
+
+
+def test_a_pickle_that_runs_code_is_refused(saved: Path, tmp_path: Path) -> None:
+    pickle.loads(pickle.dumps(Payload(tmp_path / "proof")))
+    assert (tmp_path / "proof").exists()
+    pickled(saved)
+    torch.save({"embeddings": Payload(tmp_path / "ran")}, saved / "pytorch_model.bin")
+    refused(saved, "hold more than weights, and no code of theirs is run")
+    assert not (tmp_path / "ran").exists()
+
+
+def test_code_in_the_directory_is_not_run(saved: Path, tmp_path: Path) -> None:
+    code = f"from pathlib import Path\nPath({str(tmp_path / 'ran')!r}).touch()\n"
+    (saved / "custom.py").write_text(code)
+    change_json(
+        saved / "config.json",
+        model_type="custom",
+        auto_map={"AutoConfig": "custom.Config", "AutoModel": "custom.Model"},
+    )
+    refused(saved, "the backbone cannot be loaded")
+    assert not (tmp_path / "ran").exists()
+
+
+# --- names ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("nobody/no-such-model", "no directory, and the Hugging Face hub gave no model"),
+        ("no-such-model", "no directory, and the Hugging Face hub gave no model"),
+        ("./no-such-model", "not a directory"),
+        ("/no/such/model", "not a directory"),
+        ("~/no-such-model", "not a directory"),
+        ("runs/17/model", "not a directory"),
+    ],
+)
+def test_an_unknown_name(
+    name: str, message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UsageError, match=message):
+        load_encoder(name)
+
+
+def test_a_file_is_no_encoder(saved: Path) -> None:
+    with pytest.raises(UsageError, match="not a directory"):
+        load_encoder(saved / "model.safetensors")
+
+
+def test_an_old_sentence_transformers_directory(minilm: Path, tmp_path: Path) -> None:
+    """Backbone in `0_Transformer`, and the projection's weights as a pickle of tensors."""
+    old = tmp_path / "old"
+    shutil.copytree(minilm, old / "0_Transformer", ignore=shutil.ignore_patterns("1_*", "modules*"))
+    shutil.copytree(minilm / "1_Pooling", old / "1_Pooling")
+    (old / "2_Dense").mkdir()
+    (old / "2_Dense" / "config.json").write_text(
+        '{"in_features": 384, "out_features": 8, "bias": true, '
+        '"activation_function": "torch.nn.modules.activation.Tanh"}'
+    )
+    weights = {"linear.weight": torch.randn(8, 384), "linear.bias": torch.randn(8)}
+    torch.save(weights, old / "2_Dense" / "pytorch_model.bin")
+    kinds = (("0_Transformer", "Transformer"), ("1_Pooling", "Pooling"), ("2_Dense", "Dense"))
+    modules = [
+        {"idx": i, "name": str(i), "path": path, "type": f"sentence_transformers.models.{kind}"}
+        for i, (path, kind) in enumerate(kinds)
+    ]
+    (old / "modules.json").write_text(json.dumps(modules))
+    encoder = load_encoder(old)
+    assert encoder.dimension == 8
+    assert encoder.settings.passage_max_length == 256
+    assert torch.equal(encoder.projections[0].weight, weights["linear.weight"])
+    with pytest.raises(CheckpointError):
+        load_encoder(old, safetensors_only=True)

@@ -1,0 +1,140 @@
+"""Text to token ids: prompts, titles, lengths, and the digest that names them."""
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import Whitespace
+from transformers import PreTrainedTokenizerFast
+
+from mlflow_dr.collection.records import Passage, Query
+from mlflow_dr.encoder.config import EncoderConfig, ProjectionConfig
+from mlflow_dr.encoder.tokenize import Tokenizing, highest_id
+
+WORDS = ["[PAD]", "[UNK]", "red", "blue", "Red", "query", "passage", "|", "title", "long"]
+
+
+def tokenizer(vocabulary: dict[str, int] | None = None) -> PreTrainedTokenizerFast:
+    """Words to their numbers, with no special tokens: an empty text has no token at all."""
+    vocabulary = vocabulary or {word: number for number, word in enumerate(WORDS)}
+    backend = Tokenizer(WordLevel(vocabulary, unk_token="[UNK]"))
+    backend.pre_tokenizer = Whitespace()
+    return PreTrainedTokenizerFast(
+        tokenizer_object=backend, pad_token="[PAD]", unk_token="[UNK]", model_max_length=512
+    )
+
+
+def tokenizing(**settings: Any) -> Tokenizing:
+    return Tokenizing(tokenizer(), EncoderConfig(**settings))
+
+
+def words(rows: list[list[int]]) -> list[str]:
+    return [" ".join(WORDS[number] for number in row) for row in rows]
+
+
+def test_prompts_are_put_before_queries_and_passages() -> None:
+    made = tokenizing(query_prompt="query ", passage_prompt="passage ")
+    assert words(made.query_ids([Query("1", " red "), Query("2", "blue")])) == [
+        "query red",
+        "query blue",
+    ]
+    passages = [Passage("1", "", "red"), Passage("2", "title", "blue")]
+    assert words(made.passage_ids(passages)) == ["passage red", "passage title blue"]
+
+
+def test_the_separator_stands_between_title_and_text_where_there_is_a_title() -> None:
+    made = tokenizing(title_separator=" | ", passage_prompt="passage: ")
+    passages = [Passage("1", "title", "red"), Passage("2", "", "red"), Passage("3", "title", "")]
+    assert made.passage_texts(passages) == [
+        "passage: title | red",
+        "passage: red",
+        "passage: title |",
+    ]
+
+
+def test_each_kind_of_text_has_its_own_length() -> None:
+    made = tokenizing(query_max_length=3, passage_max_length=5, query_prompt="query ")
+    long = "long " * 20
+    assert words(made.query_ids([Query("1", long)])) == ["query long long"]
+    assert words(made.passage_ids([Passage("1", "title", long)])) == ["title" + " long" * 4]
+
+
+def test_special_tokens_count_towards_the_length(make_tiny: Callable[..., Any]) -> None:
+    encoder = make_tiny(passage_max_length=6)
+    (ids,) = Tokenizing(encoder.tokenizer, encoder.settings).passage_ids(
+        [Passage("1", "", "ship " * 20)]
+    )
+    assert len(ids) == 6
+    assert (ids[0], ids[-1]) == (encoder.tokenizer.cls_token_id, encoder.tokenizer.sep_token_id)
+
+
+def test_lowercase() -> None:
+    assert words(tokenizing().query_ids([Query("1", "Red")])) == ["Red"]
+    assert words(tokenizing(lowercase=True).query_ids([Query("1", "Red")])) == ["red"]
+
+
+def test_an_empty_text_is_one_token_of_padding_never_none() -> None:
+    made = tokenizing()
+    assert made.passage_ids([Passage("1", "", " "), Passage("2", "", "red")]) == [[0], [2]]
+    assert made.query_ids([Query("1", "")]) == [[0]]
+    assert made.passage_ids([]) == []
+
+
+def test_ids_that_a_vocabulary_leaves_out_are_counted() -> None:
+    gapped = tokenizer({"[PAD]": 0, "[UNK]": 1, "red": 70_000})
+    assert highest_id(gapped) == 70_000
+    assert Tokenizing(gapped, EncoderConfig()).vocabulary_size == 70_001
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"passage_prompt": "passage "},
+        {"passage_max_length": 64},
+        {"title_separator": " | "},
+        {"lowercase": True},
+    ],
+    ids=lambda change: next(iter(change)),
+)
+def test_the_digest_changes_with_what_passages_depend_on(change: dict[str, Any]) -> None:
+    assert tokenizing(**change).passage_digest() != tokenizing().passage_digest()
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"query_prompt": "query "},
+        {"query_max_length": 8},
+        {"pooling": "mean"},
+        {"normalize": True},
+        {"projections": (ProjectionConfig(2, 2),)},
+    ],
+    ids=lambda change: next(iter(change)),
+)
+def test_the_digest_does_not_change_with_anything_else(change: dict[str, Any]) -> None:
+    assert tokenizing(**change).passage_digest() == tokenizing().passage_digest()
+
+
+def test_the_digest_names_the_tokenizer() -> None:
+    def digest(made: PreTrainedTokenizerFast) -> str:
+        return Tokenizing(made, EncoderConfig()).passage_digest()
+
+    swapped = {word: number for number, word in enumerate(reversed(WORDS))}
+    assert digest(tokenizer()) == digest(tokenizer())
+    assert digest(tokenizer(swapped)) != digest(tokenizer())
+    grown = tokenizer()
+    grown.add_tokens(["green"])
+    assert digest(grown) != digest(tokenizer())
+    left = tokenizer()
+    left.truncation_side = "left"
+    assert digest(left) != digest(tokenizer())
+
+
+def test_the_digest_does_not_remember_what_was_tokenised() -> None:
+    made = tokenizing()
+    before = made.passage_digest()
+    made.query_ids([Query("1", "red " * 50)])
+    made.passage_ids([Passage("1", "", "red " * 500)])
+    assert made.passage_digest() == before

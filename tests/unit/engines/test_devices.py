@@ -1,0 +1,96 @@
+"""Devices and number formats by name."""
+
+import pytest
+import torch
+
+from mlflow_dr.engines.devices import DTYPES, resolve_device, resolve_dtype
+from mlflow_dr.errors import DeviceError
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture
+def gpus(monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -> None:
+    count, capability = request.param
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: count > 0)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: count)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (capability, 0))
+
+
+none = pytest.mark.parametrize("gpus", [(0, 0)], indirect=True)
+two_new = pytest.mark.parametrize("gpus", [(2, 8)], indirect=True)
+two_old = pytest.mark.parametrize("gpus", [(2, 7)], indirect=True)
+
+
+@none
+@pytest.mark.parametrize("name", ["auto", "cpu"])
+def test_without_a_gpu(gpus: None, name: str) -> None:
+    assert resolve_device(name) == CPU
+
+
+@two_new
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [("auto", "cuda:0"), ("cuda", "cuda:0"), ("cuda:1", "cuda:1"), ("cpu", "cpu")],
+)
+def test_with_two_gpus(gpus: None, name: str, expected: str) -> None:
+    assert resolve_device(name) == torch.device(expected)
+
+
+@none
+@pytest.mark.parametrize("name", ["cuda", "cuda:0"])
+def test_no_gpu_is_said(gpus: None, name: str) -> None:
+    with pytest.raises(DeviceError, match=f"{name!r} does not exist: .* has no CUDA device"):
+        resolve_device(name)
+
+
+@two_new
+def test_a_gpu_too_many(gpus: None) -> None:
+    with pytest.raises(DeviceError, match=r"'cuda:2' does not exist: .* has CUDA devices 0 to 1"):
+        resolve_device("cuda:2")
+
+
+@pytest.mark.parametrize("name", ["", "gpu", "cuda:-1", "cuda:x", "mps", "meta"])
+def test_names_of_no_device(name: str) -> None:
+    with pytest.raises(DeviceError, match="expected auto, cpu, cuda or cuda:<n>"):
+        resolve_device(name)
+
+
+@pytest.mark.parametrize(
+    ("avx512", "amx", "expected"),
+    [(False, False, "fp32"), (True, False, "bf16"), (False, True, "bf16")],
+)
+def test_bf16_on_processors_that_multiply_it(
+    monkeypatch: pytest.MonkeyPatch, avx512: bool, amx: bool, expected: str
+) -> None:
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: avx512)
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: amx)
+    assert resolve_dtype("auto", CPU) == expected
+
+
+@two_new
+def test_bf16_on_new_gpus(gpus: None) -> None:
+    assert resolve_dtype("auto", torch.device("cuda:0")) == "bf16"
+
+
+@two_old
+def test_fp32_on_old_gpus(gpus: None) -> None:
+    assert resolve_dtype("auto", torch.device("cuda:0")) == "fp32"
+
+
+@pytest.mark.parametrize("name", ["fp32", "bf16"])
+def test_a_number_format_by_name(name: str) -> None:
+    assert resolve_dtype(name, CPU) == name
+    assert DTYPES[name] == {"fp32": torch.float32, "bf16": torch.bfloat16}[name]
+
+
+def test_fp16_needs_a_gpu() -> None:
+    assert resolve_dtype("fp16", torch.device("cuda:0")) == "fp16"
+    with pytest.raises(DeviceError, match="fp16 needs a CUDA device"):
+        resolve_dtype("fp16", CPU)
+
+
+@pytest.mark.parametrize("name", ["float32", "FP32", "", "int8"])
+def test_names_of_no_number_format(name: str) -> None:
+    with pytest.raises(DeviceError, match="expected auto, fp32, bf16, fp16"):
+        resolve_dtype(name, CPU)

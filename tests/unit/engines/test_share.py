@@ -1,0 +1,75 @@
+"""How a trainer and a validator share one machine."""
+
+import os
+
+import pytest
+import torch
+
+from mlflow_dr.engines.share import share_machine, visible_gpus
+
+
+@pytest.mark.parametrize(
+    ("cores", "trainer", "validator"),
+    [(1, 1, 1), (2, 1, 1), (3, 2, 1), (8, 6, 2), (64, 48, 16)],
+)
+def test_without_a_gpu_the_validator_has_a_quarter(
+    cores: int, trainer: int, validator: int
+) -> None:
+    share = share_machine(gpus=[], cores=cores)
+    assert share.trainer == {"OMP_NUM_THREADS": str(trainer)}
+    assert share.validator == {"OMP_NUM_THREADS": str(validator), "CUDA_VISIBLE_DEVICES": ""}
+    assert share.validator_flags == ["--device", "cpu"]
+    assert share.validator_yields
+
+
+@pytest.mark.parametrize(("cores", "trainer", "validator"), [(1, 1, 1), (4, 2, 2), (16, 2, 14)])
+def test_beside_a_trainer_with_the_one_gpu_the_validator_has_all_cores_but_two(
+    cores: int, trainer: int, validator: int
+) -> None:
+    share = share_machine(gpus=["0"], cores=cores)
+    assert share.trainer == {"OMP_NUM_THREADS": str(trainer)}
+    assert share.validator == {"OMP_NUM_THREADS": str(validator), "CUDA_VISIBLE_DEVICES": ""}
+    assert share.validator_flags == ["--device", "cpu"]
+
+
+@pytest.mark.parametrize("gpus", [["0", "1"], ["4", "7", "2"], ["GPU-a", "GPU-b"]])
+def test_of_several_gpus_the_trainer_has_the_first_and_the_validator_the_last(
+    gpus: list[str],
+) -> None:
+    share = share_machine(gpus=gpus, cores=8)
+    assert share.trainer == {"CUDA_VISIBLE_DEVICES": gpus[0]}
+    assert share.validator == {"CUDA_VISIBLE_DEVICES": gpus[-1]}
+    assert share.validator_flags == ["--device", "cuda:0"]
+    assert not share.validator_yields
+
+
+def test_the_cores_are_those_that_this_process_may_use(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: set(range(12)), raising=False)
+    assert share_machine(gpus=[]).trainer == {"OMP_NUM_THREADS": "9"}
+    monkeypatch.delattr(os, "sched_getaffinity")
+    monkeypatch.setattr(os, "cpu_count", lambda: 8)
+    assert share_machine(gpus=[]).trainer == {"OMP_NUM_THREADS": "6"}
+
+
+@pytest.mark.parametrize(
+    ("chosen", "count", "expected"),
+    [
+        (None, 0, []),
+        (None, 3, ["0", "1", "2"]),
+        ("", 0, []),
+        ("-1", 0, []),
+        ("5", 1, ["5"]),
+        ("3,1", 2, ["3", "1"]),
+        ("0,9", 1, ["0"]),
+        ("GPU-a,GPU-b", 2, ["GPU-a", "GPU-b"]),
+    ],
+)
+def test_gpus_are_named_as_the_environment_names_them(
+    monkeypatch: pytest.MonkeyPatch, chosen: str | None, count: int, expected: list[str]
+) -> None:
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: count)
+    if chosen is None:
+        monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    else:
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", chosen)
+    assert visible_gpus() == expected

@@ -1,0 +1,102 @@
+"""Encoding a token table: which rows go into which batch, and the vectors that come out."""
+
+import re
+from collections.abc import Callable
+
+import numpy as np
+import pytest
+import torch
+
+from mlflow_dr.encoder.model import Encoder
+from mlflow_dr.errors import CheckpointError
+from mlflow_dr.retrieval.encode import check_finite, encode_all, encode_batches, plan_batches
+from mlflow_dr.stores.token_table import TokenTable, token_table
+
+LENGTHS = np.random.default_rng(0).integers(1, 40, size=200)
+
+
+@pytest.fixture
+def encoder(make_tiny: Callable[..., Encoder]) -> Encoder:
+    return make_tiny(pooling="mean", normalize=True)
+
+
+@pytest.fixture
+def table(encoder: Encoder) -> TokenTable:
+    """60 texts of 1 to 39 random tokens."""
+    generator = np.random.default_rng(1)
+    size = len(encoder.tokenizer)
+    return token_table([generator.integers(5, size, n).tolist() for n in LENGTHS[:60]])
+
+
+@pytest.mark.parametrize("max_tokens", [1, 39, 100, 1000, 10**6])
+def test_every_row_is_in_one_batch(max_tokens: int) -> None:
+    batches = plan_batches(LENGTHS, max_tokens)
+    assert sorted(np.concatenate(batches).tolist()) == list(range(200))
+
+
+@pytest.mark.parametrize("max_tokens", [39, 100, 1000])
+def test_the_padded_size_of_a_batch_stays_within_the_budget(max_tokens: int) -> None:
+    sizes = [len(rows) * LENGTHS[rows].max() for rows in plan_batches(LENGTHS, max_tokens)]
+    assert max(sizes) <= max_tokens
+    # and uses it: one more text as long as the longest would exceed it
+    longest = [LENGTHS[rows].max() for rows in plan_batches(LENGTHS, max_tokens)]
+    assert all(s + n > max_tokens for s, n in zip(sizes[:-1], longest[:-1], strict=True))
+
+
+def test_a_row_longer_than_the_budget_is_a_batch_of_its_own() -> None:
+    batches = plan_batches(np.array([3, 50, 2, 60]), max_tokens=10)
+    assert [rows.tolist() for rows in batches] == [[3], [1], [0, 2]]
+
+
+def test_the_longest_rows_come_first_and_equal_ones_in_their_order() -> None:
+    order = np.concatenate(plan_batches(LENGTHS, 100)).tolist()
+    assert order == sorted(range(200), key=lambda row: (-LENGTHS[row], row))
+
+
+def test_no_rows_are_no_batches() -> None:
+    assert plan_batches(np.array([], dtype=np.int64), 100) == []
+
+
+def test_vectors_do_not_depend_on_the_budget_of_a_batch(
+    encoder: Encoder, table: TokenTable
+) -> None:
+    def vectors(max_tokens: int | None) -> torch.Tensor:
+        found = torch.full((60, 128), torch.nan)
+        for rows, batch in encode_batches(encoder, table, pad_id=0, max_tokens=max_tokens):
+            assert batch.dtype == torch.float32
+            found[torch.from_numpy(rows)] = batch
+        return found
+
+    alone = vectors(1)
+    for max_tokens in (64, 500, None):
+        torch.testing.assert_close(vectors(max_tokens), alone, rtol=0, atol=1e-5)
+
+
+def test_encode_all_keeps_the_order_of_the_rows(encoder: Encoder, table: TokenTable) -> None:
+    vectors = encode_all(encoder, table, pad_id=0)
+    assert vectors.shape == (60, 128)
+    for row in (0, 17, 59):
+        ids = torch.from_numpy(table[row].astype(np.int64))[None]
+        with torch.no_grad():
+            alone = encoder(ids, torch.ones_like(ids))
+        torch.testing.assert_close(vectors[row : row + 1], alone, rtol=0, atol=1e-5)
+
+
+def test_no_gradients_are_kept(encoder: Encoder, table: TokenTable) -> None:
+    assert not any(batch.requires_grad for _, batch in encode_batches(encoder, table, 0))
+
+
+def test_weights_with_nan_are_refused(encoder: Encoder, table: TokenTable) -> None:
+    encoder.backbone.encoder.layer[1].output.dense.weight.data[3, 3] = torch.nan
+    with pytest.raises(CheckpointError, match="NaN or infinity for 60 of 60 query vectors"):
+        encode_all(encoder, table, 0, "query")
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
+def test_vectors_that_are_not_finite_are_counted(value: float) -> None:
+    vectors = torch.zeros(5, 3)
+    check_finite(vectors, "passage")
+    vectors[1, 0] = vectors[4, 2] = vectors[4, 1] = value
+    message = re.escape("for 2 of 5 passage vectors; the weights are broken or overflow")
+    with pytest.raises(CheckpointError, match=message):
+        check_finite(vectors, "passage")

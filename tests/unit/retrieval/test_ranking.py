@@ -1,0 +1,95 @@
+"""Rankings by ids, and the TREC run file."""
+
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pytest
+
+from mlflow_dr.collection.corpus import SCHEMA, Corpus
+from mlflow_dr.collection.records import Query
+from mlflow_dr.errors import DataError
+from mlflow_dr.retrieval.ranking import named_ranking, write_ranking
+
+IDS = ["p0", "q1", "p2", "字3", "p4"]
+
+
+@pytest.fixture
+def corpus() -> Corpus:
+    empty = [""] * len(IDS)
+    return Corpus(pa.table([IDS, empty, empty], schema=SCHEMA))
+
+
+QUERIES = [Query("q1", "is a passage, too"), Query("q2", "is not")]
+ROWS = np.array([[1, 4, 0], [3, 1, 4]])
+SCORES = np.array([[3.0, 2.0, 1.0], [0.5, 0.25, -0.5]], dtype=np.float32)
+
+
+def read_trec(path: Path) -> dict[str, list[tuple[str, float]]]:
+    """As trec_eval reads it: its own order, by score and then by descending id; ranks ignored."""
+    found: dict[str, list[tuple[str, float]]] = {}
+    for line in path.read_text(encoding="utf-8").splitlines():
+        query_id, _, passage_id, _, score, _ = line.split(" ")
+        found.setdefault(query_id, []).append((passage_id, float(np.float32(score))))
+    return {
+        q: sorted(each, key=lambda one: (one[1], one[0].encode()), reverse=True)
+        for q, each in found.items()
+    }
+
+
+def test_rows_become_ids_in_their_order(corpus: Corpus) -> None:
+    ranking = named_ranking(QUERIES, corpus, ROWS, SCORES, depth=3, keep_own_id=True)
+    assert ranking == {
+        "q1": [("q1", 3.0), ("p4", 2.0), ("p0", 1.0)],
+        "q2": [("字3", 0.5), ("q1", 0.25), ("p4", -0.5)],
+    }
+
+
+def test_a_querys_own_id_is_left_out_and_only_there(corpus: Corpus) -> None:
+    ranking = named_ranking(QUERIES, corpus, ROWS, SCORES, depth=3)
+    assert [pid for pid, _ in ranking["q1"]] == ["p4", "p0"]
+    assert [pid for pid, _ in ranking["q2"]] == ["字3", "q1", "p4"]
+
+
+@pytest.mark.parametrize("depth", [1, 2])
+def test_the_depth_is_reached_also_where_the_own_id_was_left_out(
+    corpus: Corpus, depth: int
+) -> None:
+    ranking = named_ranking(QUERIES, corpus, ROWS, SCORES, depth)
+    assert [pid for pid, _ in ranking["q1"]] == ["p4", "p0"][:depth]
+    assert [pid for pid, _ in ranking["q2"]] == ["字3", "q1"][:depth]
+
+
+def test_a_corpus_smaller_than_the_depth(corpus: Corpus) -> None:
+    ranking = named_ranking(QUERIES, corpus, ROWS, SCORES, depth=100)
+    assert [len(found) for found in ranking.values()] == [2, 3]
+
+
+def test_the_file_is_trec_evals(corpus: Corpus, tmp_path: Path) -> None:
+    ranking = named_ranking(QUERIES, corpus, ROWS, SCORES, depth=2)
+    write_ranking(tmp_path / "ranking.trec", ranking, tag="mine")
+    assert (tmp_path / "ranking.trec").read_text(encoding="utf-8") == (
+        "q1 Q0 p4 1 2 mine\nq1 Q0 p0 2 1 mine\nq2 Q0 字3 1 0.5 mine\nq2 Q0 q1 2 0.25 mine\n"
+    )
+
+
+def test_read_again_the_order_is_the_same(tmp_path: Path) -> None:
+    rng = np.random.default_rng(0)
+    # neighbours in fp32, and ties: what a rounding of the scores would swap
+    scores = np.float32(0.7) + np.arange(200) // 2 * np.spacing(np.float32(0.7))
+    scores = np.concatenate([scores, rng.standard_normal(200) * 1e-8]).astype(np.float32)
+    ids = [f"p{n}" for n in rng.permutation(400)]
+    found = sorted(
+        zip(ids, scores.tolist(), strict=True), key=lambda one: (one[1], one[0]), reverse=True
+    )
+    write_ranking(tmp_path / "ranking.trec", {"q": found})
+    assert read_trec(tmp_path / "ranking.trec") == {"q": found}
+
+
+@pytest.mark.parametrize(("query_id", "passage_id"), [("q 1", "p"), ("q", "p\t1"), ("q", "")])
+def test_ids_that_the_format_cannot_hold(tmp_path: Path, query_id: str, passage_id: str) -> None:
+    with pytest.raises(DataError, match="a TREC run file cannot hold white space"):
+        write_ranking(
+            tmp_path / "ranking.trec", {"q0": [("p", 1.0)], query_id: [(passage_id, 1.0)]}
+        )
+    assert list(tmp_path.iterdir()) == []

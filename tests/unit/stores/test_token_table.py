@@ -1,0 +1,83 @@
+"""The token table: ids by row, padding, and the table in the cache."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from mlflow_dr.stores.token_table import TokenTable, cached_token_table, token_table
+
+ROWS = [[5, 6, 7], [8], [9, 10], [11, 12, 13, 14]]
+
+
+def lengths_as_ids(group: Sequence[str]) -> list[list[int]]:
+    return [[len(word) for word in text.split()] for text in group]
+
+
+def cached(key: str = "key", vocabulary_size: int = 100, texts: object = None) -> TokenTable:
+    groups = [["a bb ccc", "dddd"], ["ee f"], ["g hh iii jjjj"]] if texts is None else texts
+    return cached_token_table(key, groups, lengths_as_ids, vocabulary_size, total=4)
+
+
+def rows_of(table: TokenTable) -> list[list[int]]:
+    return [table[row].tolist() for row in range(len(table))]
+
+
+def test_rows_come_back_as_they_were() -> None:
+    table = token_table(ROWS)
+    assert len(table) == 4
+    assert rows_of(table) == ROWS
+    assert table.lengths.tolist() == [3, 1, 2, 4]
+
+
+def test_rows_are_padded_at_the_right_in_the_order_asked_for() -> None:
+    ids, mask = token_table(ROWS).padded(np.array([2, 0, 2]), pad_id=99)
+    assert ids.tolist() == [[9, 10, 99], [5, 6, 7], [9, 10, 99]]
+    assert mask.tolist() == [[1, 1, 0], [1, 1, 1], [1, 1, 0]]
+    assert ids.dtype == mask.dtype == np.int64
+
+
+def test_padding_stays_inside_the_table_at_its_end() -> None:
+    ids, mask = token_table([[1, 2, 3], [4]]).padded(np.array([1, 0]), pad_id=0)
+    assert ids.tolist() == [[4, 0, 0], [1, 2, 3]]
+    assert mask.tolist() == [[1, 0, 0], [1, 1, 1]]
+
+
+def test_the_cached_table_equals_one_in_memory() -> None:
+    table = cached()
+    assert rows_of(table) == [[1, 2, 3], [4], [2, 1], [1, 2, 3, 4]]
+    assert table.lengths.tolist() == [3, 1, 2, 4]
+    ids, _ = table.padded(np.array([1, 2]), pad_id=0)
+    assert ids.tolist() == [[4, 0], [2, 1]]
+
+
+def test_texts_are_tokenised_once_for_each_key() -> None:
+    first = cached("one")
+    again = cached("one", texts=(pytest.fail("read again") for _ in range(1)))
+    assert rows_of(first) == rows_of(again)
+    assert rows_of(cached("two", texts=[["zz"]])) == [[2]]
+
+
+def test_ids_are_mapped_not_read() -> None:
+    cached()
+    assert isinstance(cached()._ids, np.memmap)
+
+
+@pytest.mark.parametrize(("vocabulary_size", "dtype"), [(65536, "uint16"), (65537, "uint32")])
+def test_ids_take_two_bytes_where_that_is_enough(vocabulary_size: int, dtype: str) -> None:
+    largest = vocabulary_size - 1
+    table = cached_token_table("key", [["t"]], lambda _: [[0, largest]], vocabulary_size, total=1)
+    assert table[0].dtype == dtype
+    assert table[0].tolist() == [0, largest]
+
+
+def test_tokenising_that_breaks_off_leaves_nothing(own_cache: Path) -> None:
+    def breaks_off():  # type: ignore[no-untyped-def]
+        yield ["a bb"]
+        raise RuntimeError("cut off")
+
+    with pytest.raises(RuntimeError, match="cut off"):
+        cached(texts=breaks_off())
+    assert [path.suffix for path in (own_cache / "tokens").iterdir()] == [".lock"]
+    assert len(cached()) == 4
