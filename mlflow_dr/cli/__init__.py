@@ -74,6 +74,9 @@ def _run() -> int:
         return result if isinstance(result, int) else 0
     except MlflowDrError as error:
         return _fail(str(error), error.exit_code)
+    except click.exceptions.NoArgsIsHelpError as error:
+        click.echo(error.format_message(), err=True)
+        return error.exit_code
     except click.UsageError as error:
         where = f"; see `{error.ctx.command_path} --help`" if error.ctx else ""
         return _fail(f"{error.format_message().rstrip('.')}{where}", 2)

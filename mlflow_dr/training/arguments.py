@@ -52,7 +52,17 @@ class ModelArguments:
         default=False, metadata={"help": "Let code in the backbone's directory run."}
     )
 
+    grad_cache: bool = field(
+        default=False,
+        metadata={"help": "Encode the batch in chunks: the same gradient in less memory."},
+    )
+    gc_q_chunk_size: int = field(default=4, metadata={"help": "Queries in a chunk."})
+    gc_p_chunk_size: int = field(default=32, metadata={"help": "Passages in a chunk."})
+
     def __post_init__(self) -> None:
+        for name in ("gc_q_chunk_size", "gc_p_chunk_size"):
+            if getattr(self, name) < 1:
+                raise UsageError(f"{name} is {getattr(self, name)}; it must be at least 1")
         if self.temperature <= 0:
             raise UsageError(f"temperature is {self.temperature}; it must be above 0")
 
@@ -138,6 +148,12 @@ class TrainingRequest:
     data: DataArguments
     publish: PublishArguments
     trainer: RetrieverTrainingArguments
+
+    def chunk_sizes(self) -> dict[str, int] | None:
+        """Texts in a chunk of the gradient cache, by role; None without it."""
+        if not self.model.grad_cache:
+            return None
+        return {"query": self.model.gc_q_chunk_size, "passage": self.model.gc_p_chunk_size}
 
     def encoder_changes(self) -> dict[str, Any]:
         """What the flags say about the encoder; the rest stays as its directory says."""

@@ -14,7 +14,7 @@ from typing import Any
 from transformers import set_seed
 
 from mlflow_dr.collection.catalogue import open_collection
-from mlflow_dr.collection.records import Collection, Examples, check_split, validation_split
+from mlflow_dr.collection.records import Examples, check_split, validation_split
 from mlflow_dr.encoder.directory import load_encoder
 from mlflow_dr.encoder.model import Encoder
 from mlflow_dr.encoder.tiny import tiny_encoder
@@ -59,14 +59,27 @@ def train(request: TrainingRequest) -> str:
     Raises:
         UsageError: the collection has no training examples, or there is no such encoder.
         TrackingError: the tracking server cannot be reached.
+        KeyboardInterrupt: SIGINT or SIGTERM came; the step was finished and its encoder published.
     """
+    client = connect(request.publish.tracking_uri)
     collection = open_collection(request.data.dataset_name)
-    run = open_run(connect(request.publish.tracking_uri), request.publish.experiment_name)
+    split = request.data.validation_split or validation_split(collection.splits)
+    check_split(collection, split)
+    examples = collection.examples()
+    run = open_run(client, request.publish.experiment_name)
     log.info("run %s (%s)", run.id, run.name)
     status = "FAILED"
     try:
-        stop = _train(request, collection, run)
-        status = "KILLED" if stop.reason else "FINISHED"
+        run.log_params({"dataset": collection.name, "validation_split": split, **_params(request)})
+        run.log_collection(
+            collection.name,
+            digest=examples.digest,
+            source=collection.source,
+            profile={"examples": len(examples), "split": "train"},
+            context="training",
+        )
+        _train(request, examples, run)
+        status = "FINISHED"
     except KeyboardInterrupt:
         status = "KILLED"
         raise
@@ -76,24 +89,11 @@ def train(request: TrainingRequest) -> str:
     return run.id
 
 
-def _train(request: TrainingRequest, collection: Collection, run: TrackedRun) -> StopCallback:
-    examples = collection.examples()
-    split = request.data.validation_split or validation_split(collection.splits)
-    check_split(collection, split)
-    run.log_params({"dataset": collection.name, "validation_split": split, **_params(request)})
-
-    run.log_collection(
-        collection.name,
-        digest=examples.digest,
-        source=collection.source,
-        profile={"examples": len(examples), "split": "train"},
-        context="training",
-    )
-
+def _train(request: TrainingRequest, examples: Examples, run: TrackedRun) -> None:
     set_seed(request.trainer.seed)
     encoder = _encoder(request, examples)
     _one_device(request.trainer)
-    log.info("training %s on %d examples of %s", *_described(request, examples, collection))
+    log.info("training %s on %d examples", request.model.model_name_or_path, len(examples))
     publisher = Publisher(run, encoder)
     stop = StopCallback()
     trainer = RetrieverTrainer(
@@ -109,19 +109,19 @@ def _train(request: TrainingRequest, collection: Collection, run: TrackedRun) ->
             ),
             stop,
         ],
+        request.chunk_sizes(),
     )
     try:
         with _asked_by_signals(stop):
             trainer.train()
-    finally:
+    except KeyboardInterrupt:
+        raise  # at once: what is not published yet stays unpublished
+    except BaseException:
         publisher.close()
-    return stop
-
-
-def _described(
-    request: TrainingRequest, examples: Examples, collection: Collection
-) -> tuple[str, int, str]:
-    return request.model.model_name_or_path, len(examples), collection.name
+        raise
+    publisher.close()
+    if stop.reason:
+        raise KeyboardInterrupt
 
 
 def _encoder(request: TrainingRequest, examples: Examples) -> Encoder:

@@ -7,6 +7,7 @@ import math
 import shutil
 import sys
 from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from transformers.trainer_callback import PrinterCallback
 from mlflow_dr.encoder.directory import save_encoder
 from mlflow_dr.encoder.model import Encoder
 from mlflow_dr.training.batches import Collator, TrainingSet
+from mlflow_dr.training.grad_cache import Texts, cached_vectors
 from mlflow_dr.training.loss import contrastive_loss
 from mlflow_dr.training.publishing import Publisher
 
@@ -41,6 +43,7 @@ class RetrieverTrainer(Trainer):
         collator: groups to token ids.
         temperature: divides the scores.
         callbacks: called at each step.
+        chunk_sizes: texts in a chunk of the gradient cache, by role; None without it.
     """
 
     def __init__(
@@ -51,6 +54,7 @@ class RetrieverTrainer(Trainer):
         collator: Collator,
         temperature: float,
         callbacks: list[TrainerCallback],
+        chunk_sizes: Mapping[str, int] | None = None,
     ) -> None:
         arguments.remove_unused_columns = False
         arguments.disable_tqdm = arguments.disable_tqdm or not sys.stderr.isatty()
@@ -63,6 +67,7 @@ class RetrieverTrainer(Trainer):
         )
         self.remove_callback(PrinterCallback)
         self._temperature = temperature
+        self._chunk_sizes = chunk_sizes
 
     def compute_loss(  # type: ignore[override]  # two texts for each example
         self,
@@ -72,9 +77,17 @@ class RetrieverTrainer(Trainer):
         num_items_in_batch: Any = None,
     ) -> Any:
         """The loss of one batch."""
-        queries, passages = model(**inputs["query"]), model(**inputs["passage"])
-        loss = contrastive_loss(queries, passages, self._temperature)
-        return (loss, {"query": queries, "passage": passages}) if return_outputs else loss
+
+        def encode(texts: Mapping[str, Texts]) -> dict[str, Tensor]:
+            return {role: model(**one) for role, one in texts.items()}
+
+        if self._chunk_sizes:
+            no_sync = partial(self.accelerator.no_sync, model)
+            vectors = cached_vectors(encode, inputs, self._chunk_sizes, no_sync)
+        else:
+            vectors = encode(inputs)
+        loss = contrastive_loss(vectors["query"], vectors["passage"], self._temperature)
+        return (loss, vectors) if return_outputs else loss
 
     def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
         """Write the encoder's directory where Trainer wants its checkpoint."""

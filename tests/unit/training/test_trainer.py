@@ -68,6 +68,7 @@ def trained(
     room: Path,
     callbacks: list[Any],
     training_set: TrainingSet | None = None,
+    chunk_sizes: Mapping[str, int] | None = None,
     **arguments: Any,
 ) -> RetrieverTrainer:
     settings: dict[str, Any] = {
@@ -86,6 +87,7 @@ def trained(
         Collator(Tokenizing(encoder.tokenizer, encoder.settings)),
         0.05,
         callbacks,
+        chunk_sizes,
     )
     trainer.train()
     return trainer
@@ -155,3 +157,16 @@ def test_trainers_own_checkpoints_are_encoder_directories(tiny: Encoder, tmp_pat
     for name, value in tiny.state_dict().items():
         assert torch.equal(saved.state_dict()[name], value)
     assert not list(tmp_path.rglob("*.partial"))
+
+
+def test_the_gradient_cache_changes_nothing(tiny: Encoder, tmp_path: Path) -> None:
+    for module in tiny.modules():
+        if isinstance(module, torch.nn.Dropout):
+            module.p = 0.0
+    cached = copy.deepcopy(tiny)
+    settings = {"per_device_train_batch_size": 5, "gradient_accumulation_steps": 2, "max_steps": 3}
+    trained(tiny, tmp_path, [], optim="sgd", **settings)
+    sizes = {"query": 2, "passage": 3}
+    trained(cached, tmp_path, [], chunk_sizes=sizes, optim="sgd", **settings)
+    for ours, theirs in zip(cached.parameters(), tiny.parameters(), strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-6)
