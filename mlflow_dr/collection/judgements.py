@@ -37,7 +37,7 @@ def read_qrels(path: Path) -> dict[str, dict[str, int]]:
             )
         query_id, passage_id, relevance_text = (column.strip() for column in columns)
         if not re.fullmatch(r"-?\d+", relevance_text):
-            if number == 1:
+            if number == 1 and not any(map(str.isdigit, relevance_text)):
                 continue  # BEIR's header
             raise DataError(f"{path}:{number}: relevance {relevance_text!r} is not a whole number")
         judged = qrels.setdefault(query_id, {})
@@ -66,8 +66,8 @@ def checked_topics(where: str, queries: Iterable[Query], qrels: Qrels, corpus: C
     empty = [query.id for query in by_id.values() if not query.text.strip()]
     for query_id in empty:
         del by_id[query_id]
-    unknown_queries = [query_id for query_id in qrels if query_id not in by_id]
-    unknown_queries = [query_id for query_id in unknown_queries if query_id not in set(empty)]
+    known = {*by_id, *empty}
+    unknown_queries = [query_id for query_id in qrels if query_id not in known]
 
     passage_ids = sorted({pid for qid in by_id for pid in qrels[qid]})
     rows = corpus.rows_of(passage_ids)

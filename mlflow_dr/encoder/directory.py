@@ -24,7 +24,7 @@ from torch import Tensor
 
 from mlflow_dr.encoder import sentence_transformers as st
 from mlflow_dr.encoder.config import EncoderConfig
-from mlflow_dr.encoder.model import Encoder
+from mlflow_dr.encoder.model import Encoder, positions
 from mlflow_dr.encoder.source import encoder_directory
 from mlflow_dr.encoder.tokenize import highest_id
 from mlflow_dr.errors import CheckpointError, UsageError
@@ -92,6 +92,8 @@ def load_encoder(
     try:
         encoder = Encoder(backbone, tokenizer, settings)
     except UsageError as error:
+        if changes:
+            raise
         raise CheckpointError(f"{directory}: {error}") from error
     for layer, place in zip(encoder.projections, weights, strict=False):
         state = _tensors(place, safetensors_only)
@@ -217,7 +219,7 @@ def _has_unused_pooler(config: Any) -> bool:
 
 
 def _longest(backbone: Any, tokenizer: Any) -> int:
-    limits = [tokenizer.model_max_length, getattr(backbone.config, "max_position_embeddings", None)]
+    limits = [tokenizer.model_max_length, positions(backbone.config)]
     known = [int(limit) for limit in limits if limit and limit < 1_000_000]
     return min(known, default=LONGEST_BY_DEFAULT)
 

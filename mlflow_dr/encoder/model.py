@@ -19,6 +19,9 @@ ACTIVATION: dict[str, type[nn.Module]] = {
     "sigmoid": nn.Sigmoid,
 }
 
+# RoBERTa and its kin number positions from the padding token's id + 1
+NUMBERED_FROM_PADDING = ("roberta", "xlm-roberta", "xlm-roberta-xl", "camembert", "longformer")
+
 
 class Encoder(nn.Module):
     """Text (as token ids) to vectors.
@@ -27,6 +30,9 @@ class Encoder(nn.Module):
         backbone: a Hugging Face model whose first output is the token vectors.
         tokenizer: the backbone's tokenizer.
         config: everything around the backbone.
+
+    Raises:
+        UsageError: projections that do not fit, or lengths beyond the backbone's positions.
     """
 
     def __init__(self, backbone: Any, tokenizer: Any, config: EncoderConfig) -> None:
@@ -34,6 +40,7 @@ class Encoder(nn.Module):
         self.backbone = backbone
         self.tokenizer = tokenizer
         self.settings = config
+        _check_lengths(backbone.config, config)
         self._pool = POOLING[config.pooling]
         width = int(backbone.config.hidden_size)
         projections: list[nn.Module] = []
@@ -71,3 +78,27 @@ class Encoder(nn.Module):
     def device(self) -> torch.device:
         """Where the weights are."""
         return next(self.parameters()).device
+
+
+def positions(backbone: Any) -> int | None:
+    """Tokens of a text at most, by the configuration of a backbone; None where it sets no limit."""
+    limit: int | None = getattr(backbone, "max_position_embeddings", None)
+    if not limit or limit < 0:
+        return None
+    if backbone.model_type in NUMBERED_FROM_PADDING:
+        limit -= backbone.pad_token_id + 1
+    return limit
+
+
+def _check_lengths(backbone: Any, config: EncoderConfig) -> None:
+    """Refuse texts longer than the backbone has positions for."""
+    limit = positions(backbone)
+    if limit is None:
+        return
+    for side in ("query", "passage"):
+        length = getattr(config, f"{side}_max_length")
+        if length > limit:
+            raise UsageError(
+                f"{side}_max_length is {length}, but the backbone has {limit} positions; "
+                "use shorter texts or another backbone"
+            )

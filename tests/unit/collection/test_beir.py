@@ -309,3 +309,13 @@ def test_a_corpus_without_passages(folder: Path) -> None:
     (folder / "corpus.jsonl").write_text("\n")
     with pytest.raises(DataError, match="the corpus has no passages"):
         BeirFolder(folder).corpus()
+
+
+def test_a_first_line_with_a_fraction_is_no_header(
+    beir_folder: Callable[..., Path], tmp_path: Path
+) -> None:
+    folder = beir_folder({"d1": "text"}, {"q1": "query"}, dev={"q1": {"d1": 1}})
+    path = folder / "qrels" / "dev.tsv"
+    path.write_text("q1\td1\t1.5\n")
+    with pytest.raises(DataError, match=r"dev\.tsv:1: relevance '1\.5' is not a whole number"):
+        BeirFolder(folder).topics("dev")

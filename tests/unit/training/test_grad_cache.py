@@ -122,9 +122,7 @@ def test_a_loss_scale_reaches_the_gradients_once(tiny: Encoder) -> None:
 
 
 @pytest.mark.parametrize("inside", [True, False])
-def test_autocast_is_kept_and_its_cache_does_not_cut_the_graph(
-    tiny: Encoder, inside: bool
-) -> None:
+def test_autocast_is_kept_and_its_cache_does_not_cut_the_graph(tiny: Encoder, inside: bool) -> None:
     encoder = with_dropout(tiny, 0.0)
     texts = batch_of(encoder, 6, 1)
     kinds: list[torch.dtype] = []

@@ -251,10 +251,15 @@ def test_other_settings_of_the_tokenizer_do(
     assert evaluated(make_tiny(passage_max_length=3), folder).ranking == short.ranking
 
 
-def test_bf16_is_close_to_fp32_and_says_so(encoder: Encoder, folder: Path) -> None:
-    exact = evaluated(encoder, folder, depth=113)
-    rough = evaluated(encoder, folder, depth=113, dtype="bf16")
+def test_bf16_is_close_to_fp32_but_not_the_same(
+    make_tiny: Callable[..., Encoder], folder: Path
+) -> None:
+    exact = evaluated(make_tiny(normalize=True), folder, depth=113)
+    rough = evaluated(make_tiny(normalize=True), folder, depth=113, dtype="bf16")
     assert rough.dtype == "bf16"
-    for query_id, found in exact.ranking.items():
-        scores = dict(rough.ranking[query_id])
-        assert max(abs(scores[pid] - score) for pid, score in found) < 0.02
+    differences = [
+        abs(dict(rough.ranking[query_id])[pid] - score)
+        for query_id, found in exact.ranking.items()
+        for pid, score in found
+    ]
+    assert 1e-5 < max(differences) < 0.05

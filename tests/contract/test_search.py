@@ -1,0 +1,209 @@
+"""One suite for every search: what comes out is what sorting all scores would give."""
+
+import math
+import sys
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import numpy as np
+import pytest
+import torch
+
+from mlflow_dr.errors import CheckpointError, MissingExtraError
+from mlflow_dr.retrieval.search import (
+    ChunkSearch,
+    TopK,
+    default_search,
+    search_faiss,
+    search_torch,
+)
+
+
+class Place(NamedTuple):
+    """A search and where its vectors are."""
+
+    search: ChunkSearch
+    device: str
+
+
+@pytest.fixture(
+    params=[
+        pytest.param(Place(search_faiss, "cpu"), id="faiss"),
+        pytest.param(Place(search_torch, "cpu"), id="torch"),
+        pytest.param(Place(search_torch, "cuda"), id="torch-cuda", marks=pytest.mark.gpu),
+    ]
+)
+def place(request: pytest.FixtureRequest) -> Place:
+    chosen: Place = request.param
+    if chosen.search is search_faiss:
+        pytest.importorskip("faiss")
+    if chosen.device == "cuda" and not torch.cuda.is_available():
+        pytest.skip("no CUDA device")
+    return chosen
+
+
+def brute_force(
+    queries: np.ndarray, corpus: np.ndarray, k: int, ranks: np.ndarray
+) -> tuple[np.ndarray, np.ndarray]:
+    """All scores in fp64, sorted by descending score and ascending rank."""
+    scores = queries.astype(np.float64) @ corpus.astype(np.float64).T
+    order = np.stack([np.lexsort((ranks, -line)) for line in scores])[:, :k]
+    return np.take_along_axis(scores, order, axis=1), order
+
+
+def found(
+    place: Place,
+    queries: np.ndarray,
+    corpus: np.ndarray,
+    k: int,
+    ranks: np.ndarray,
+    chunks: Sequence[np.ndarray] | None = None,
+) -> tuple[np.ndarray, np.ndarray]:
+    """The same by a stream of chunks, each an array of rows."""
+    put = torch.from_numpy(queries).to(place.device)
+    top = TopK(len(queries), k, ranks, place.device)
+    for rows in chunks if chunks is not None else [np.arange(len(corpus))]:
+        vectors = torch.from_numpy(corpus[rows]).to(place.device)
+        top.update(put, vectors, torch.from_numpy(rows).to(place.device), place.search)
+    return top.scores.cpu().numpy(), top.rows.cpu().numpy()
+
+
+def split(rows: np.ndarray, size: int) -> list[np.ndarray]:
+    return [rows[start : start + size] for start in range(0, len(rows), size)]
+
+
+def real_vectors(n_queries: int, n: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    rng = np.random.default_rng(n_queries * 1000 + n)
+    queries, corpus = rng.standard_normal((n_queries, 16)), rng.standard_normal((n, 16))
+    return queries.astype(np.float32), corpus.astype(np.float32), rng.permutation(n)
+
+
+def tied_vectors(n_queries: int, n: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Whole numbers, so that sums are exact, and few of them: hundreds of equal scores."""
+    rng = np.random.default_rng(n_queries * 1000 + n)
+    queries, corpus = rng.integers(-1, 2, (n_queries, 4)), rng.integers(-1, 2, (n, 4))
+    return queries.astype(np.float32), corpus.astype(np.float32), rng.permutation(n)
+
+
+# FAISS searches by matrix products from 20 queries on, by single products below
+N_QUERIES = [1, 3, 19, 20, 25]
+
+
+@pytest.mark.parametrize("n_queries", N_QUERIES)
+def test_real_scores(place: Place, n_queries: int) -> None:
+    queries, corpus, ranks = real_vectors(n_queries, 700)
+    scores, rows = found(place, queries, corpus, 50, ranks, split(np.arange(700), 128))
+    expected_scores, expected_rows = brute_force(queries, corpus, 50, ranks)
+    np.testing.assert_array_equal(rows, expected_rows)
+    np.testing.assert_allclose(scores, expected_scores, rtol=1e-4, atol=1e-5)
+    assert (scores.dtype, rows.dtype) == (np.float32, np.int64)
+
+
+@pytest.mark.parametrize("n_queries", N_QUERIES)
+@pytest.mark.parametrize("k", [1, 10, 100])
+def test_equal_scores_are_ordered_by_rank_also_at_the_cut(
+    place: Place, n_queries: int, k: int
+) -> None:
+    queries, corpus, ranks = tied_vectors(n_queries, 700)
+    scores, rows = found(place, queries, corpus, k, ranks)
+    expected_scores, expected_rows = brute_force(queries, corpus, k, ranks)
+    np.testing.assert_array_equal(scores, expected_scores)
+    np.testing.assert_array_equal(rows, expected_rows)
+
+
+@pytest.mark.parametrize("size", [1, 7, 64, 699, 700, 10_000])
+@pytest.mark.parametrize("shuffled", [False, True])
+def test_the_result_does_not_depend_on_chunks_or_their_order(
+    place: Place, size: int, shuffled: bool
+) -> None:
+    queries, corpus, ranks = tied_vectors(25, 700)
+    rows = np.random.default_rng(size).permutation(700) if shuffled else np.arange(700)
+    scores, best = found(place, queries, corpus, 20, ranks, split(rows, size))
+    expected_scores, expected_rows = brute_force(queries, corpus, 20, ranks)
+    np.testing.assert_array_equal(scores, expected_scores)
+    np.testing.assert_array_equal(best, expected_rows)
+
+
+@pytest.mark.parametrize("n_queries", [1, 25])
+@pytest.mark.parametrize(("k", "size"), [(30, 8), (50, 50), (51, 50), (100, 50), (100, 7)])
+def test_k_larger_than_a_chunk_or_than_the_corpus(
+    place: Place, n_queries: int, k: int, size: int
+) -> None:
+    queries, corpus, ranks = tied_vectors(n_queries, 50)
+    scores, rows = found(place, queries, corpus, k, ranks, split(np.arange(50), size))
+    expected_scores, expected_rows = brute_force(queries, corpus, k, ranks)
+    assert rows.shape == (n_queries, min(k, 50))
+    np.testing.assert_array_equal(rows, expected_rows)
+    np.testing.assert_array_equal(scores, expected_scores)
+
+
+@pytest.mark.parametrize("n_queries", [1, 25])
+@pytest.mark.parametrize("k", [1, 5, 60])
+def test_more_duplicates_than_k(place: Place, n_queries: int, k: int) -> None:
+    """The same passage hundreds of times: the best ranks win, wherever they stand."""
+    rng = np.random.default_rng(k)
+    queries = rng.integers(-2, 3, (n_queries, 4)).astype(np.float32)
+    corpus = np.repeat([[1.0, 2.0, 0.0, 1.0]], 500, axis=0).astype(np.float32)
+    corpus[::50] = 0
+    ranks = rng.permutation(500)
+    for chunks in (split(np.arange(500), 500), split(rng.permutation(500), 90)):
+        _, rows = found(place, queries, corpus, k, ranks, chunks)
+        np.testing.assert_array_equal(rows, brute_force(queries, corpus, k, ranks)[1])
+
+
+def test_all_scores_equal(place: Place) -> None:
+    queries, corpus = np.ones((25, 4), np.float32), np.ones((300, 4), np.float32)
+    ranks = np.random.default_rng(0).permutation(300)
+    _, rows = found(place, queries, corpus, 7, ranks, split(np.arange(300), 100))
+    assert rows.tolist() == [np.argsort(ranks)[:7].tolist()] * 25
+
+
+@pytest.mark.parametrize("n_queries", [1, 25])
+def test_negative_scores_are_scores(place: Place, n_queries: int) -> None:
+    queries = np.ones((n_queries, 4), np.float32)
+    corpus = -np.arange(1, 41, dtype=np.float32).reshape(10, 4)
+    scores, rows = found(place, queries, corpus, 20, np.arange(10), split(np.arange(10), 3))
+    assert rows.tolist() == [list(range(10))] * n_queries
+    np.testing.assert_array_equal(scores, queries @ corpus.T)
+
+
+def test_queries_do_not_disturb_one_another(place: Place) -> None:
+    queries, corpus, ranks = tied_vectors(25, 300)
+    together = found(place, queries, corpus, 10, ranks)
+    for number in range(25):
+        alone = found(place, queries[number : number + 1], corpus, 10, ranks)
+        np.testing.assert_array_equal(alone[1][0], together[1][number])
+
+
+@pytest.mark.parametrize("n_queries", [1, 25])
+@pytest.mark.parametrize("value", [-1e30, 1e30, math.nan])
+def test_scores_that_overflow_never_become_a_passage(
+    place: Place, n_queries: int, value: float
+) -> None:
+    """FAISS marks such a place with -1, which as a row would be the last passage."""
+    queries = np.full((n_queries, 4), 1e30, np.float32)
+    corpus = np.zeros((6, 4), np.float32)
+    corpus[2] = value
+    with pytest.raises(CheckpointError, match="overflow"):
+        found(place, queries, corpus, 6, np.arange(6))
+
+
+def test_blocks_of_queries_are_put_together_in_their_order(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("mlflow_dr.retrieval.search.SCORES_PER_BLOCK", 700)
+    queries, corpus, ranks = tied_vectors(25, 300)
+    _, rows = found(Place(search_torch, "cpu"), queries, corpus, 10, ranks)
+    np.testing.assert_array_equal(rows, brute_force(queries, corpus, 10, ranks)[1])
+
+
+def test_the_search_of_each_device() -> None:
+    assert default_search(torch.device("cpu")) is search_faiss
+    assert default_search(torch.device("cuda:0")) is search_torch
+
+
+def test_without_faiss_the_extra_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "faiss", None)
+    queries, corpus, ranks = tied_vectors(1, 10)
+    with pytest.raises(MissingExtraError, match=r"mlflow_dr\[cpu\]"):
+        found(Place(search_faiss, "cpu"), queries, corpus, 1, ranks)
