@@ -1,0 +1,363 @@
+"""Real processes: an MLflow server on loopback, a small collection of real text, our commands."""
+
+import inspect
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Callable, Iterator
+from importlib import import_module
+from pathlib import Path
+from types import ModuleType, SimpleNamespace
+
+import mlflow
+import psutil
+import pytest
+from mlflow import MlflowClient
+from mlflow.entities import LoggedModel
+
+SECONDS_TO_START = 60
+SECONDS_FOR_A_COMMAND = 120
+PASSAGES = 300
+MODULES = (
+    *("argparse", "ast", "calendar", "collections", "configparser", "contextlib", "copy", "csv"),
+    *("datetime", "decimal", "difflib", "email.message", "fractions", "functools", "heapq"),
+    *("http.client", "http.cookiejar", "imaplib", "inspect", "ipaddress", "json", "locale"),
+    *("logging", "mailbox", "os", "pathlib", "pickletools", "pprint", "random", "shutil"),
+    *("smtplib", "socket", "statistics", "string", "subprocess", "tarfile", "tempfile"),
+    *("textwrap", "threading", "tokenize", "traceback", "unittest.case", "unittest.mock"),
+    *("urllib.request", "warnings", "zipfile"),
+)
+Points = dict[str, dict[int, list[float]]]
+TRAINING = {
+    "model": "tiny",
+    "max_steps": 20,
+    "publish_steps": 5,
+    "per_device_train_batch_size": 16,
+    "learning_rate": 2e-3,
+    "logging_steps": 2,
+    "p_max_len": 48,
+}
+
+
+@pytest.fixture(scope="session")
+def environment(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    """What our processes see: a cache and a temporary folder of their own, no network."""
+    room = tmp_path_factory.mktemp("processes")
+    (room / "tmp").mkdir()
+    hidden = ("MLFLOW_", "PYTEST_", "COV_")
+    kept = {key: value for key, value in os.environ.items() if not key.startswith(hidden)}
+    return {
+        **kept,
+        "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
+        "MLFLOW_DR_CACHE": str(room / "cache"),
+        "TMPDIR": str(room / "tmp"),
+        "HF_HUB_OFFLINE": "1",
+        "MLFLOW_DISABLE_TELEMETRY": "true",
+        "OMP_NUM_THREADS": "1",
+        "PYTHONUNBUFFERED": "1",
+    }
+
+
+@pytest.fixture(scope="session")
+def artifact_store(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder in which the server keeps its artifacts."""
+    return tmp_path_factory.mktemp("artifacts")
+
+
+@pytest.fixture(scope="session")
+def server(
+    environment: dict[str, str], artifact_store: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[str]:
+    """The address of a real MLflow server."""
+    room = tmp_path_factory.mktemp("server")
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    words = [sys.executable, "-m", "mlflow", "server", "--host", "127.0.0.1", "--port", str(port)]
+    words += ["--backend-store-uri", f"sqlite:///{room}/mlflow.db", "--workers", "1"]
+    words += ["--artifacts-destination", str(artifact_store)]
+    with (room / "log").open("w") as log:
+        process = subprocess.Popen(
+            words,
+            cwd=room,
+            env={**environment, "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"},
+            stdout=log,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+        )
+        try:
+            _wait_until_healthy(f"http://127.0.0.1:{port}", process, room / "log")
+            yield f"http://127.0.0.1:{port}"
+        finally:
+            _stop_group(process)
+
+
+def _wait_until_healthy(uri: str, process: subprocess.Popen, log: Path) -> None:
+    deadline = time.monotonic() + SECONDS_TO_START
+    while time.monotonic() < deadline and process.poll() is None:
+        try:
+            with urllib.request.urlopen(f"{uri}/health", timeout=5) as answer:
+                if answer.status == 200:
+                    return
+        except (urllib.error.URLError, OSError):
+            time.sleep(0.2)
+    pytest.fail(f"no MLflow server after {SECONDS_TO_START} s:\n{log.read_text()[-3000:]}")
+
+
+def _stop_group(process: subprocess.Popen) -> None:
+    for number in (signal.SIGTERM, signal.SIGKILL):
+        try:
+            os.killpg(process.pid, number)
+        except ProcessLookupError:
+            break
+        try:
+            process.wait(timeout=10)
+        except subprocess.TimeoutExpired:
+            continue
+    process.wait()
+
+
+@pytest.fixture(scope="session")
+def client(server: str) -> MlflowClient:
+    return MlflowClient(server)
+
+
+@pytest.fixture(scope="session")
+def start(
+    environment: dict[str, str], tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[Callable[..., subprocess.Popen]]:
+    """Starts a command; its variables are given as keywords, its output is one stream of text.
+
+    What a failed test leaves running is killed in the end.
+    """
+    running: list[subprocess.Popen] = []
+
+    def start(
+        *words: object, stdin: int = subprocess.DEVNULL, **variables: str
+    ) -> subprocess.Popen:
+        process = subprocess.Popen(
+            [str(word) for word in words],
+            cwd=tmp_path_factory.mktemp("cwd"),
+            env={**environment, **variables},
+            stdin=stdin,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            start_new_session=True,
+        )
+        running.append(process)
+        return process
+
+    yield start
+    for process in running:
+        if process.poll() is None:
+            for one in (*psutil.Process(process.pid).children(recursive=True), process):
+                one.kill()
+            process.wait()
+
+
+@pytest.fixture(scope="session")
+def call(
+    environment: dict[str, str], tmp_path_factory: pytest.TempPathFactory
+) -> Callable[..., subprocess.CompletedProcess]:
+    """Runs a command to its end; its variables are given as keywords."""
+
+    def call(*words: object, **variables: str) -> subprocess.CompletedProcess:
+        return subprocess.run(
+            [str(word) for word in words],
+            cwd=tmp_path_factory.mktemp("cwd"),
+            env={**environment, **variables},
+            capture_output=True,
+            text=True,
+            timeout=SECONDS_FOR_A_COMMAND,
+        )
+
+    return call
+
+
+@pytest.fixture(scope="session")
+def collection(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder in BEIR's layout: docstrings of the standard library, first line -> the rest."""
+    folder = tmp_path_factory.mktemp("collection")
+    pairs = _docstrings()
+    assert len(pairs) == PASSAGES
+    (folder / "qrels").mkdir()
+    passages, queries, qrels = [], [], {"train": [], "dev": []}
+    for number, (name, question, text) in enumerate(pairs):
+        if number % 20:  # every twentieth stays longer than encoders look
+            text = " ".join(text.split()[:40])
+        passages.append({"_id": f"p{number}", "title": name, "text": text})
+        queries.append({"_id": f"q{number}", "text": question})
+        qrels["dev" if number % 5 == 0 else "train"].append(f"q{number}\tp{number}\t1")
+    for file, records in (("corpus", passages), ("queries", queries)):
+        lines = "".join(json.dumps(record) + "\n" for record in records)
+        (folder / f"{file}.jsonl").write_text(lines)
+    for split, lines in qrels.items():
+        rows = "\n".join(["query-id\tcorpus-id\tscore", *lines])
+        (folder / "qrels" / f"{split}.tsv").write_text(rows + "\n")
+    return folder
+
+
+def _docstrings() -> list[tuple[str, str, str]]:
+    """Name, first paragraph and the rest of each docstring that has both, without repeats."""
+    found: dict[str, tuple[str, str, str]] = {}
+    for module in map(import_module, MODULES):
+        for name, member in _documented(module):
+            first, _, rest = inspect.cleandoc(member.__doc__).partition("\n\n")
+            first, rest = " ".join(first.split()), " ".join(rest.split())
+            if len(first.split()) >= 4 and len(rest.split()) >= 8:
+                found.setdefault(first, (name, first, rest))
+    return list(found.values())[:PASSAGES]
+
+
+def _documented(module: ModuleType) -> Iterator[tuple[str, object]]:
+    for name, member in sorted(vars(module).items()):
+        if getattr(member, "__module__", None) != module.__name__ or not callable(member):
+            continue
+        if isinstance(member.__doc__, str):
+            yield name, member
+        for inner, method in sorted(vars(member).items()) if inspect.isclass(member) else ():
+            if isinstance(getattr(method, "__doc__", None), str):
+                yield f"{name}.{inner}", method
+
+
+@pytest.fixture(scope="session")
+def tiny_directory(collection: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The directory of an untrained tiny encoder with the vocabulary of the collection."""
+    import torch
+
+    from mlflow_dr.encoder.config import EncoderConfig
+    from mlflow_dr.encoder.directory import save_encoder
+    from mlflow_dr.encoder.tiny import tiny_encoder
+
+    lines = (collection / "corpus.jsonl").read_text().splitlines()
+    directory = tmp_path_factory.mktemp("encoders") / "tiny"
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(1)
+        config = EncoderConfig("mean", normalize=True, passage_max_length=64)
+        save_encoder(directory, tiny_encoder((json.loads(line)["text"] for line in lines), config))
+    return directory
+
+
+@pytest.fixture(scope="session")
+def followed(
+    server: str, client: MlflowClient, collection: Path, start: Callable, call: Callable
+) -> SimpleNamespace:
+    """A training run whose validator was there first: run_id, what both printed, exit codes."""
+    run_id = client.create_run("0").info.run_id
+    validator = start(
+        *("mlflow-dr", "validate", "--run-id", run_id, "--poll-seconds", "0.2"),
+        MLFLOW_TRACKING_URI=server,
+    )
+    try:
+        first_line = validator.stdout.readline()
+        flags = [str(word) for key, value in TRAINING.items() for word in (f"--{key}", value)]
+        training = call(
+            *("mlflow-dr", "train", "--dataset", collection, *flags),
+            MLFLOW_TRACKING_URI=server,
+            MLFLOW_RUN_ID=run_id,
+        )
+        printed, _ = validator.communicate(timeout=SECONDS_FOR_A_COMMAND)
+    finally:
+        validator.kill()
+        validator.wait()
+    return SimpleNamespace(
+        run_id=run_id,
+        training=training,
+        validator_code=validator.returncode,
+        validator_printed=first_line + printed,
+    )
+
+
+@pytest.fixture(scope="session")
+def publish_noise(
+    server: str,
+    client: MlflowClient,
+    collection: Path,
+    tiny_directory: Path,
+    tmp_path_factory: pytest.TempPathFactory,
+) -> Callable[..., str]:
+    """Publishes untrained encoders, another one for each step; returns the id of their run."""
+
+    def publish_noise(*steps: int, status: str = "FINISHED") -> str:
+        from mlflow_dr.tracking.checkpoints import publish
+        from mlflow_dr.tracking.runs import TrackedRun
+
+        before = mlflow.get_tracking_uri()
+        mlflow.set_tracking_uri(server)
+        try:
+            run = TrackedRun(client, client.create_run("0"))
+            run.log_params({"dataset": collection, "validation_split": "dev"})
+            for step in steps:
+                directory = tmp_path_factory.mktemp("noise") / f"step-{step}"
+                _save_noise(tiny_directory, directory, seed=step)
+                publish(run, directory, step)
+            if status != "RUNNING":
+                run.finish(status)
+        finally:
+            mlflow.set_tracking_uri(before)
+        return run.id
+
+    return publish_noise
+
+
+def _save_noise(source: Path, directory: Path, seed: int) -> None:
+    import torch
+
+    from mlflow_dr.encoder.directory import load_encoder, save_encoder
+
+    encoder = load_encoder(source)
+    noise = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for weight in encoder.parameters():
+            weight += 0.02 * torch.randn(weight.shape, generator=noise)
+    save_encoder(directory, encoder)
+
+
+@pytest.fixture(scope="session")
+def points() -> Callable[[MlflowClient, str, str], Points]:
+    """A validation's points of a run: metric without prefix -> step -> values.
+
+    They are read from the run and from its checkpoints, and must be the same.
+    """
+
+    def points(client: MlflowClient, run_id: str, name: str) -> Points:
+        on_run: Points = {}
+        for key in client.get_run(run_id).data.metrics:
+            if key.startswith(f"{name}/"):
+                steps = on_run.setdefault(key.removeprefix(f"{name}/"), {})
+                for point in client.get_metric_history(run_id, key):
+                    steps.setdefault(point.step, []).append(point.value)
+        on_models: Points = {}
+        for model in models_of(client, run_id):
+            for metric in client.get_logged_model(model.model_id).metrics or ():
+                if metric.key.startswith(f"{name}/"):
+                    steps = on_models.setdefault(metric.key.removeprefix(f"{name}/"), {})
+                    steps.setdefault(metric.step, []).append(metric.value)
+        assert on_run == on_models
+        return on_run
+
+    return points
+
+
+@pytest.fixture(scope="session")
+def checkpoints() -> Callable[[MlflowClient, str], dict[int, LoggedModel]]:
+    """The checkpoints of a run by step."""
+
+    def checkpoints(client: MlflowClient, run_id: str) -> dict[int, LoggedModel]:
+        models = models_of(client, run_id)
+        found = {int(m.tags["mlflow_dr.step"]): m for m in models if "mlflow_dr.step" in m.tags}
+        return dict(sorted(found.items()))
+
+    return checkpoints
+
+
+def models_of(client: MlflowClient, run_id: str) -> list[LoggedModel]:
+    experiment = client.get_run(run_id).info.experiment_id
+    return list(client.search_logged_models([experiment], f"source_run_id = '{run_id}'"))

@@ -1,0 +1,163 @@
+"""A validator that is killed, or asked to stop, and started again."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+from mlflow import MlflowClient
+
+QUALITY = ("mrr_at_10", "ndcg_at_10", "recall_at_100")
+STEPS = [0, 3, 6, 9]
+INTERRUPTED = 130
+
+
+Ended = tuple[int, list[str]]
+
+
+@pytest.fixture(scope="module")
+def command(start: Callable[..., subprocess.Popen], server: str) -> Iterator[Callable[..., Ended]]:
+    """Runs `mlflow-dr`: its exit code and what it printed.
+
+    It may be ended by a signal from itself at a place (`die`), or from here after a line that it
+    prints (`kill`).
+    """
+    script = Path(__file__).parent / "forked_commands.py"
+    process = start(sys.executable, script, stdin=subprocess.PIPE, MLFLOW_TRACKING_URI=server)
+
+    def command(
+        *words: str,
+        die: tuple[str, signal.Signals] = ("nowhere", signal.SIGKILL),
+        kill: tuple[str, signal.Signals] | None = None,
+    ) -> Ended:
+        print(die[0], die[1].name, *words, file=process.stdin, flush=True)
+        pid = int(process.stdout.readline().removeprefix("started "))
+        printed = []
+        for line in process.stdout:
+            if line.startswith("ended "):
+                return int(line.split()[1]), printed
+            printed.append(line.rstrip())
+            if kill is not None and line.startswith(kill[0]):
+                time.sleep(0.3)
+                os.kill(pid, kill[1])
+        pytest.fail("\n".join(printed))
+
+    yield command
+    process.stdin.close()
+    process.wait(timeout=10)
+    process.stdout.close()
+
+
+def test_killed_at_any_moment_and_started_again_it_ends_as_if_undisturbed(
+    command: Callable[..., Ended],
+    publish_noise: Callable[..., str],
+    points: Callable,
+    checkpoints: Callable,
+    client: MlflowClient,
+) -> None:
+    run_id = publish_noise(*STEPS)
+    again = ["validate", "--run-id", run_id]
+
+    def recorded() -> list[int]:
+        key = "mlflow_dr.validation.val"
+        return [step for step, model in checkpoints(client, run_id).items() if key in model.params]
+
+    def measured() -> list[int]:
+        return sorted(points(client, run_id, "val").get("mrr_at_10", ()))
+
+    for place, then_recorded, then_measured in (
+        ("loading", [], []),
+        ("encoding", [], []),
+        ("before-recording", [], []),
+        ("after-recording", [0], []),
+        ("before-metrics", [0], []),
+        ("after-metrics", [0], [0]),
+        ("before-metrics", [0, 3], [0]),
+        ("after-metrics", [0, 3], [0, 3]),
+    ):
+        code, printed = command(*again, die=(place, signal.SIGKILL))
+        assert code == -signal.SIGKILL, printed
+        assert (recorded(), measured()) == (then_recorded, then_measured), place
+
+    code, printed = command(*again, kill=("step 6: ", signal.SIGKILL))
+    assert code in (-signal.SIGKILL, 0)  # at whatever moment that was
+
+    for name in ("val", "calm"):
+        code, printed = command(*again, "--name", name)
+        assert code == 0, printed
+    disturbed, calm = points(client, run_id, "val"), points(client, run_id, "calm")
+    assert disturbed.keys() == calm.keys()
+    for metric, by_step in disturbed.items():
+        assert sorted(by_step) == STEPS, metric
+        assert all(len(values) == 1 for values in by_step.values()), metric
+    for metric in QUALITY:
+        assert disturbed[metric] == calm[metric]
+    assert len({value for (value,) in calm["ndcg_at_10"].values()}) == len(STEPS)
+
+
+def test_writing_recorded_figures_again_adds_no_point(
+    publish_noise: Callable[..., str], points: Callable, server: str, client: MlflowClient
+) -> None:
+    from mlflow_dr.tracking.checkpoints import checkpoints_of
+    from mlflow_dr.tracking.results import record_result, write_recorded
+    from mlflow_dr.tracking.runs import TrackedRun
+
+    run = TrackedRun(client, client.get_run(publish_noise(4)))
+    (checkpoint,) = checkpoints_of(run)
+    first = record_result(run, checkpoint, "val", {"mrr_at_10": 0.25}, ("sea", "0123"))
+    before = points(client, run.id, "val")
+    time.sleep(0.01)
+    # another validator that had validated the same checkpoint at the same time, and was slower
+    second = record_result(run, checkpoint, "val", {"mrr_at_10": 0.75}, ("sea", "0123"))
+    write_recorded(run, checkpoints_of(run)[0], "val", ("sea", "0123"))
+    assert first == second
+    assert (
+        points(client, run.id, "val")
+        == before
+        == {
+            "mrr_at_10": {4: [0.25]},
+            "lag_seconds": {4: [first["lag_seconds"]]},
+        }
+    )
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("place", ["loading", "encoding"])
+def test_asked_to_stop_amid_a_checkpoint_it_leaves_nothing_behind(
+    place: str,
+    number: signal.Signals,
+    command: Callable[..., Ended],
+    publish_noise: Callable[..., str],
+    points: Callable,
+    environment: dict[str, str],
+    client: MlflowClient,
+) -> None:
+    run_id = publish_noise(1)
+    before = set(Path(environment["TMPDIR"]).iterdir())
+    code, printed = command("validate", "--run-id", run_id, die=(place, number))
+    assert code == INTERRUPTED
+    assert printed[-1] == "error: stopped"
+    assert not any("Traceback" in line for line in printed)
+    assert set(Path(environment["TMPDIR"]).iterdir()) == before
+    assert points(client, run_id, "val") == {}
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_asked_to_stop_while_it_waits_it_ends_at_once(
+    number: signal.Signals,
+    command: Callable[..., Ended],
+    publish_noise: Callable[..., str],
+    client: MlflowClient,
+) -> None:
+    run_id = publish_noise(1, status="RUNNING")
+    words = ["validate", "--run-id", run_id, "--poll-seconds", "60"]
+    code, printed = command(*words, kill=("step 1: ", number))
+    assert code == INTERRUPTED
+    assert printed[-3].startswith("step 1: ")
+    assert printed[-2:] == ["", "error: stopped"]  # click ends the terminal's line of ^C
+    assert client.get_run(run_id).info.status == "RUNNING"
+    client.set_terminated(run_id)
