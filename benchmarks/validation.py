@@ -111,9 +111,8 @@ def main(dataset: str, split: str | None, passages: int, rounds: int) -> None:
     split = split or validation_split(collection.splits)
     prepared = Prepared(Cut(collection, split, passages), split)
     print(machine())
-    print(
-        f"{dataset}/{split}: {len(prepared.corpus)} passages, {len(prepared.topics.queries)} queries"
-    )
+    passages_here, queries_here = len(prepared.corpus), len(prepared.topics.queries)
+    print(f"{dataset}/{split}: {passages_here} passages, {queries_here} queries")
     fp32, bf16, theirs = ours(prepared, "fp32"), ours(prepared, "bf16"), peer(prepared)
     print(
         f"nDCG@10: sentence-transformers {theirs:.4f}, mlflow_dr fp32 "
