@@ -73,7 +73,8 @@ def open_collection(name: str) -> Collection:
     if name and folder.is_dir():
         from mlflow_dr.collection.beir import BeirFolder
 
-        return BeirFolder(folder, name=name)
+        # the whole path, so that a validator in another folder finds it by the same name
+        return BeirFolder(folder.resolve())
     names = [entry.name for entry in ENTRIES]
     close = difflib.get_close_matches(name, names, n=1)
     hint = f"did you mean {close[0]!r}? " if close else ""

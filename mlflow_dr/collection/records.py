@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 from mlflow_dr.errors import UsageError
+from mlflow_dr.files import digest_of
 
 if TYPE_CHECKING:
     from mlflow_dr.collection.corpus import Corpus
@@ -54,6 +55,15 @@ class Topics(NamedTuple):
 
     queries: Sequence[Query]
     qrels: Qrels
+
+    @property
+    def digest(self) -> str:
+        """Digest of the queries' ids and texts and of their judgements, whatever their order."""
+        lines = sorted(
+            f"{query.id}\t{query.text}\t{sorted(self.qrels[query.id].items())}"
+            for query in self.queries
+        )
+        return digest_of(*lines)
 
 
 class Collection(Protocol):

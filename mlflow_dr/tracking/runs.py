@@ -30,6 +30,10 @@ from mlflow_dr.tracking.client import URI_VARIABLE, tracking_errors, tracking_ur
 log = logging.getLogger(__name__)
 
 RUN_VARIABLE = "MLFLOW_RUN_ID"
+# what a validator learns from a run; the tag has a folder's whole path, where the param, which
+# `mlflow run` may have logged before, has what the user typed
+DATASET_PARAM, SPLIT_PARAM = "dataset", "validation_split"
+DATASET_TAG = "mlflow_dr.dataset"
 LONGEST_PARAM = 6000
 PARAMS_PER_REQUEST = 100
 OWN_TAGS = "mlflow_dr."

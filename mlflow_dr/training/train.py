@@ -7,7 +7,7 @@ import signal
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, fields
+from dataclasses import MISSING, asdict, fields
 from types import FrameType
 from typing import Any
 
@@ -20,7 +20,13 @@ from mlflow_dr.encoder.model import Encoder
 from mlflow_dr.encoder.tiny import tiny_encoder
 from mlflow_dr.encoder.tokenize import Tokenizing
 from mlflow_dr.tracking.client import connect
-from mlflow_dr.tracking.runs import TrackedRun, open_run
+from mlflow_dr.tracking.runs import (
+    DATASET_PARAM,
+    DATASET_TAG,
+    SPLIT_PARAM,
+    TrackedRun,
+    open_run,
+)
 from mlflow_dr.training.arguments import RetrieverTrainingArguments, TrainingRequest
 from mlflow_dr.training.batches import Collator, TrainingSet
 from mlflow_dr.training.publishing import Publisher
@@ -70,7 +76,8 @@ def train(request: TrainingRequest) -> str:
     log.info("run %s (%s)", run.id, run.name)
     status = "FAILED"
     try:
-        run.log_params({"dataset": collection.name, "validation_split": split, **_params(request)})
+        run.set_tags({DATASET_TAG: collection.name})
+        run.log_params({DATASET_PARAM: collection.name, SPLIT_PARAM: split, **_params(request)})
         run.log_collection(
             collection.name,
             digest=examples.digest,
@@ -146,12 +153,17 @@ def _texts(examples: Examples) -> Iterator[str]:
 
 def _params(request: TrainingRequest) -> dict[str, Any]:
     """What the run shows: our own arguments, and Hugging Face's where they are not the default."""
-    defaults = {field.name: field.default for field in fields(RetrieverTrainingArguments)}
+    defaults = {
+        field.name: field.default
+        for field in fields(RetrieverTrainingArguments)
+        if field.default is not MISSING
+    }
     values = request.trainer.to_dict()
     chosen = {
         name: value
         for name, value in values.items()
-        if name in ALWAYS_LOGGED or (name in defaults and value != defaults[name])
+        if name in ALWAYS_LOGGED
+        or (isinstance(value, bool | int | float | str) and value != defaults.get(name, value))
     }
     own = {
         "model": request.model.model_name_or_path,

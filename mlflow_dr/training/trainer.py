@@ -152,6 +152,8 @@ class MetricCallback(TrainerCallback):
             for name, value in (logs or {}).items()
             if isinstance(value, int | float) and name != "total_flos"
         }
+        if "train/mean_loss" in values:
+            values.pop("train/epoch", None)  # the last step has it already
         self._write({k: v for k, v in values.items() if math.isfinite(v)}, state.global_step)
         if logs and "loss" in logs and not sys.stderr.isatty():
             log.info("step %d of %d: loss %.4f", state.global_step, state.max_steps, logs["loss"])

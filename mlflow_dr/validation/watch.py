@@ -24,13 +24,19 @@ from mlflow_dr.tracking.results import (
     state_of,
     write_recorded,
 )
-from mlflow_dr.tracking.runs import TrackedRun, check_alive, is_over
+from mlflow_dr.tracking.runs import (
+    DATASET_PARAM,
+    DATASET_TAG,
+    SPLIT_PARAM,
+    TrackedRun,
+    check_alive,
+    is_over,
+)
 from mlflow_dr.validation.evaluate import Prepared, Report, Settings, evaluate
 
 log = logging.getLogger(__name__)
 
 DEFAULT_NAME = "val"
-DATASET, SPLIT = "dataset", "validation_split"
 
 
 @dataclass(frozen=True)
@@ -110,17 +116,18 @@ def _can_prepare(run: TrackedRun, validation: Validation) -> bool:
     state = run.fetch()
     check_alive(state)
     params = state.data.params
-    known = (validation.dataset or DATASET in params) and (validation.split or SPLIT in params)
+    dataset = validation.dataset or DATASET_PARAM in params
+    known = dataset and (validation.split or SPLIT_PARAM in params)
     return bool(known) or is_over(state) or bool(checkpoints_of(run))
 
 
 def _prepare(run: TrackedRun, validation: Validation) -> tuple[Prepared, Settings]:
-    params = run.fetch().data.params
-    name = validation.dataset or params.get(DATASET)
+    data = run.fetch().data
+    name = validation.dataset or data.tags.get(DATASET_TAG) or data.params.get(DATASET_PARAM)
     if not name:
-        raise UsageError(f"run {run.id} names no dataset (param '{DATASET}'); give --dataset")
+        raise UsageError(f"run {run.id} names no dataset (param {DATASET_PARAM!r}); give --dataset")
     collection = open_collection(name)
-    split = validation.split or params.get(SPLIT)
+    split = validation.split or data.params.get(SPLIT_PARAM)
     split = split or validation_split(collection.splits)
     check_split(collection, split)
     prepared = Prepared(collection, split)
@@ -150,7 +157,7 @@ def _config(prepared: Prepared, settings: Settings) -> dict[str, Any]:
     """What a validation's figures depend on, beside the checkpoint."""
     return {
         "corpus": prepared.corpus.digest,
-        "dataset": prepared.collection.name,
+        "topics": prepared.topics.digest,
         "split": prepared.split,
         "subset": "full",
         "measures": " ".join(map(str, settings.measures)),
