@@ -30,7 +30,14 @@ SECONDS_TO_STOP = 60.0
 LOWER_PRIORITY = 10
 
 
-def launch(dataset: str, training: Sequence[str], validating: Sequence[str], name: str) -> int:
+def launch(
+    dataset: str,
+    training: Sequence[str],
+    validating: Sequence[str],
+    name: str,
+    uri: str | None = None,
+    experiment: str | None = None,
+) -> int:
     """Train and validate; returns when both have ended.
 
     Args:
@@ -38,6 +45,8 @@ def launch(dataset: str, training: Sequence[str], validating: Sequence[str], nam
         training: flags of `mlflow-dr train`.
         validating: flags of `mlflow-dr validate`, without the run.
         name: the validation's name.
+        uri: the tracking server; MLflow's own setting when None.
+        experiment: the experiment of a new run; MLflow's own setting when None.
 
     Returns:
         0, or 130 after Ctrl-C or SIGTERM.
@@ -47,8 +56,7 @@ def launch(dataset: str, training: Sequence[str], validating: Sequence[str], nam
     """
     measures = parse_measures(validating[validating.index("--measures") + 1])
     open_collection(dataset)
-    client = connect()
-    run = open_run(client)
+    run = open_run(connect(uri), experiment)
     share = share_machine()
     validating = ["--run-id", run.id, "--dataset", dataset, *share.validator_flags, *validating]
     with _Stop() as stop:

@@ -7,7 +7,7 @@ from typing import Any
 
 import click
 
-DEFAULT_MEASURES = "mrr@10 ndcg@10 recall@100"
+from mlflow_dr.retrieval.measures import DEFAULT_MEASURES
 
 measures = click.option(
     "--measures",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import click
 
-from mlflow_dr.cli.options import DEFAULT_MEASURES
+from mlflow_dr.cli.options import depth, dtype, measures, tracking_uri
 
 
 @click.command("run", context_settings={"ignore_unknown_options": True})
@@ -12,11 +12,13 @@ from mlflow_dr.cli.options import DEFAULT_MEASURES
 @click.option(
     "--model", default="auto", show_default=True, help="The encoder; auto: as fits the dataset."
 )
-@click.option("--measures", default=DEFAULT_MEASURES, show_default=True, help="What to measure.")
-@click.option("--depth", type=click.IntRange(min=1), help="Passages to rank for each query.")
-@click.option("--dtype", default="auto", show_default=True, help="The validator's number format.")
+@measures
+@depth
+@dtype
 @click.option("--name", default="val", show_default=True, help="Prefixes the metrics.")
 @click.option("--poll-seconds", type=click.FloatRange(min=0.05), default=2.0, show_default=True)
+@click.option("--experiment-name", help="The experiment of a new run.")
+@tracking_uri
 @click.argument("trainer_flags", nargs=-1, type=click.UNPROCESSED)
 def command(
     dataset: str,
@@ -26,6 +28,8 @@ def command(
     dtype: str,
     name: str,
     poll_seconds: float,
+    experiment_name: str | None,
+    tracking_uri: str | None,
     trainer_flags: tuple[str, ...],
 ) -> int:
     """Train and validate side by side; what `mlflow run .` calls.
@@ -46,4 +50,4 @@ def command(
     validating += ["--poll-seconds", str(poll_seconds)]
     if depth is not None:
         validating += ["--depth", str(depth)]
-    return launch(dataset, training, validating, name)
+    return launch(dataset, training, validating, name, tracking_uri, experiment_name)

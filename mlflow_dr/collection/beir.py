@@ -14,8 +14,9 @@ import orjson
 
 from mlflow_dr.collection.corpus import Corpus, cached_corpus
 from mlflow_dr.collection.examples import JudgedExamples
+from mlflow_dr.collection.interface import check_split
 from mlflow_dr.collection.judgements import checked_topics, read_qrels
-from mlflow_dr.collection.records import Passage, Query, Topics, check_split
+from mlflow_dr.collection.records import Passage, Query, Topics
 from mlflow_dr.errors import DataError
 from mlflow_dr.files import read_lines
 

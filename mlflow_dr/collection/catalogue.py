@@ -7,7 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
-from mlflow_dr.collection.records import Collection
+from mlflow_dr.collection.interface import Collection
 from mlflow_dr.errors import UsageError
 
 IR_DATASETS_PREFIX = "irds:"

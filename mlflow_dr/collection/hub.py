@@ -14,8 +14,9 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from mlflow_dr.collection.corpus import Corpus
+from mlflow_dr.collection.interface import check_split
 from mlflow_dr.collection.irds import topics_of
-from mlflow_dr.collection.records import Topics, check_split
+from mlflow_dr.collection.records import Topics
 from mlflow_dr.collection.tevatron import (
     TevatronExamples,
     arrow_table,

@@ -18,8 +18,9 @@ from urllib.parse import urlsplit
 
 from mlflow_dr.collection.corpus import Corpus, cached_corpus
 from mlflow_dr.collection.examples import JudgedExamples
+from mlflow_dr.collection.interface import check_split
 from mlflow_dr.collection.judgements import checked_topics
-from mlflow_dr.collection.records import Passage, Query, Topics, check_split
+from mlflow_dr.collection.records import Passage, Query, Topics
 from mlflow_dr.errors import DataError, MissingExtraError, MlflowDrError, UsageError
 
 log = logging.getLogger(__name__)

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from mlflow_dr.collection.records import Example, Examples, Passage, Query
+from mlflow_dr.collection.interface import Examples
+from mlflow_dr.collection.records import Example, Passage, Query
 from mlflow_dr.encoder.tokenize import Tokenizing
 from mlflow_dr.errors import DataError
 

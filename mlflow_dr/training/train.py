@@ -14,7 +14,7 @@ from typing import Any
 from transformers import set_seed
 
 from mlflow_dr.collection.catalogue import open_collection
-from mlflow_dr.collection.records import Examples, check_split, validation_split
+from mlflow_dr.collection.interface import Examples, check_split, validation_split
 from mlflow_dr.encoder.directory import load_encoder
 from mlflow_dr.encoder.model import Encoder
 from mlflow_dr.encoder.tiny import tiny_encoder

@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 
 from mlflow_dr.collection.corpus import Corpus
-from mlflow_dr.collection.records import Collection, Topics
+from mlflow_dr.collection.interface import Collection
+from mlflow_dr.collection.records import Topics
 from mlflow_dr.encoder.model import Encoder
 from mlflow_dr.encoder.tokenize import Tokenizing
 from mlflow_dr.engines.devices import DTYPES, resolve_device, resolve_dtype

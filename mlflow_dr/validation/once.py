@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from mlflow_dr.collection.catalogue import open_collection
-from mlflow_dr.collection.records import validation_split
+from mlflow_dr.collection.interface import validation_split
 from mlflow_dr.encoder.directory import load_encoder
 from mlflow_dr.engines.devices import resolve_device, resolve_dtype
 from mlflow_dr.errors import UsageError

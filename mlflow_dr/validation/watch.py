@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from mlflow_dr.collection.catalogue import open_collection
-from mlflow_dr.collection.records import check_split, validation_split
+from mlflow_dr.collection.interface import check_split, validation_split
 from mlflow_dr.encoder.directory import load_encoder
 from mlflow_dr.engines.devices import AUTO, resolve_device, resolve_dtype
 from mlflow_dr.errors import CheckpointError, UsageError

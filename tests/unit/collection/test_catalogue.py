@@ -12,14 +12,14 @@ from mlflow_dr.collection.irds import IrDataset
 from mlflow_dr.errors import UsageError
 
 
-def test_a_folder_is_opened_as_beir_under_the_name_it_was_given(
+def test_a_folder_is_opened_as_beir_under_its_whole_path(
     beir_folder: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     beir_folder({"p": "t"}, {"q": "t"}, folder="sea", dev={"q": {"p": 1}})
     monkeypatch.chdir(tmp_path)
     collection = open_collection("sea")
     assert isinstance(collection, BeirFolder)
-    assert (collection.name, collection.splits) == ("sea", ["dev"])
+    assert (collection.name, collection.splits) == (str(tmp_path / "sea"), ["dev"])
 
 
 def test_the_home_folder_may_be_written_as_tilde(

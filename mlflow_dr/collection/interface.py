@@ -1,0 +1,70 @@
+"""The one interface that every format of a collection offers, and the choice of a split."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Protocol
+
+from mlflow_dr.collection.corpus import Corpus
+from mlflow_dr.collection.records import Example, Topics
+from mlflow_dr.errors import UsageError
+
+
+class Examples(Protocol):
+    """Training examples by index; reading one costs one look-up, never the whole set."""
+
+    @property
+    def digest(self) -> str:
+        """Names the contents, in at most 36 characters."""
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, index: int) -> Example: ...
+
+
+class Collection(Protocol):
+    """A test collection. Nothing is read before it is asked for."""
+
+    @property
+    def name(self) -> str:
+        """What the user called it: a catalogue name or a folder path."""
+
+    @property
+    def source(self) -> str:
+        """Where it comes from, in words that another person can follow."""
+
+    @property
+    def splits(self) -> Sequence[str]:
+        """Splits that have judged queries."""
+
+    def corpus(self) -> Corpus:
+        """The passages."""
+
+    def topics(self, split: str) -> Topics:
+        """The judged queries of one split, checked against the corpus."""
+
+    def examples(self) -> Examples:
+        """The training examples."""
+
+
+PREFERRED_SPLITS = ("dev", "validation", "valid", "val", "test")
+
+
+def check_split(collection: Collection, split: str) -> None:
+    """Refuse a split that a collection does not have.
+
+    Raises:
+        UsageError: with the splits that it has.
+    """
+    if split not in collection.splits:
+        raise UsageError(
+            f"{collection.name} has no split {split!r}; it has: {', '.join(collection.splits)}"
+        )
+
+
+def validation_split(splits: Sequence[str]) -> str:
+    """The split to validate on when none is named: a development split before the test split."""
+    for name in PREFERRED_SPLITS:
+        if name in splits:
+            return name
+    return splits[0]
