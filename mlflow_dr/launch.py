@@ -10,6 +10,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from types import FrameType
 from typing import IO
@@ -63,7 +64,8 @@ def launch(
         trainer = Child.start("train", training, run, share.trainer)
         validator = Child.start("validate", validating, run, share.validator)
         if share.validator_yields:
-            psutil.Process(validator.process.pid).nice(LOWER_PRIORITY)
+            with suppress(psutil.NoSuchProcess):  # it may have ended by now, and will be reported
+                psutil.Process(validator.process.pid).nice(LOWER_PRIORITY)
         _wait(run, trainer, validator, stop)
     _say(summary(curve_of(run, name), [measure.metric for measure in measures], run.id))
     failed = [child.what for child in (trainer, validator) if child.failed]
@@ -86,6 +88,7 @@ class Child:
     tail: deque[str]
     reader: threading.Thread
     reported: bool = False
+    settled: bool = False
 
     @classmethod
     def start(
@@ -173,7 +176,7 @@ def _wait(run: TrackedRun, trainer: Child, validator: Child, stop: _Stop) -> Non
             if time.monotonic() > stop.deadline:
                 _signal(children, signal.SIGKILL)
             _look_after(run, children, stop)
-            time.sleep(0.2)
+            time.sleep(SECONDS_BETWEEN_LOOKS)
         _look_after(run, children, stop)
         for child in children:
             child.reader.join(timeout=5)
@@ -186,8 +189,11 @@ def _look_after(run: TrackedRun, children: tuple[Child, Child], stop: _Stop) -> 
     if not stop.asked:
         for child in children:
             child.report_death()
-    if children[0].failed and not is_over(run.fetch()):
-        run.finish("KILLED" if stop.asked else "FAILED")
+    trainer = children[0]
+    if trainer.failed and not trainer.settled:
+        trainer.settled = True
+        if not is_over(run.fetch()):
+            run.finish("KILLED" if stop.asked else "FAILED")
 
 
 def _signal(children: Sequence[Child], number: signal.Signals) -> None:

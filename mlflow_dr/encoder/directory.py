@@ -69,39 +69,28 @@ def load_encoder(
         options["attn_implementation"] = attention
     if safetensors_only:
         options["use_safetensors"] = True
-    ours = (directory / CONFIG).exists()
-    theirs = not ours and st.is_sentence_transformer(directory)
-    place = st.transformer_directory(directory) if theirs else directory
+    is_ours = (directory / CONFIG).exists()
+    is_theirs = not is_ours and st.is_sentence_transformer(directory)
+    place = st.transformer_directory(directory) if is_theirs else directory
     backbone, tokenizer = _load_backbone(place, options)
+    longest = _longest(backbone, tokenizer)
     weights: list[Path] = []
-    if ours:
+    if is_ours:
         config = _read_config(directory)
         weights = [directory / f"{i + 2}_Dense" for i in range(len(config.projections))]
-    elif theirs:
-        config, weights = st.read_config(directory, _longest(backbone, tokenizer))
+    elif is_theirs:
+        config, weights = st.read_config(directory, longest)
     else:
-        length = _longest(backbone, tokenizer)
-        config = EncoderConfig("mean", query_max_length=length, passage_max_length=length)
+        config = EncoderConfig("mean", query_max_length=longest, passage_max_length=longest)
         if "pooling" not in changes:
-            log.warning(
-                "%s is a bare backbone: taking mean pooling, no normalisation, up to %d tokens",
-                name,
-                length,
-            )
-    settings = replace(config, **changes)
+            log.warning("%s is a bare backbone: taking mean pooling, no normalisation", name)
     try:
-        encoder = Encoder(backbone, tokenizer, settings)
+        encoder = Encoder(backbone, tokenizer, replace(config, **changes))
     except UsageError as error:
         if changes:
             raise
         raise CheckpointError(f"{directory}: {error}") from error
-    for layer, place in zip(encoder.projections, weights, strict=False):
-        state = _tensors(place, safetensors_only)
-        try:
-            layer.load_state_dict({k.removeprefix("linear."): v for k, v in state.items()})
-        except RuntimeError as error:
-            reason = " ".join(str(error).split())
-            raise CheckpointError(f"{place}: weights do not fit config.json: {reason}") from error
+    _load_projections(encoder, weights, safetensors_only)
     return encoder.eval()
 
 
@@ -222,6 +211,16 @@ def _longest(backbone: Any, tokenizer: Any) -> int:
     limits = [tokenizer.model_max_length, positions(backbone.config)]
     known = [int(limit) for limit in limits if limit and limit < 1_000_000]
     return min(known, default=LONGEST_BY_DEFAULT)
+
+
+def _load_projections(encoder: Encoder, places: list[Path], safetensors_only: bool) -> None:
+    for layer, place in zip(encoder.projections, places, strict=False):
+        state = _tensors(place, safetensors_only)
+        try:
+            layer.load_state_dict({k.removeprefix("linear."): v for k, v in state.items()})
+        except RuntimeError as error:
+            reason = " ".join(str(error).split())
+            raise CheckpointError(f"{place}: weights do not fit config.json: {reason}") from error
 
 
 def _tensors(place: Path, safetensors_only: bool) -> dict[str, Tensor]:

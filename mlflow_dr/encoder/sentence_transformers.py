@@ -20,6 +20,13 @@ PROMPTS = "config_sentence_transformers.json"
 LENGTHS = "sentence_bert_config.json"
 PASSAGE_PROMPT_NAMES = ("document", "passage", "corpus")
 
+TORCH_NAMES = {
+    "identity": "linear.Identity",
+    "tanh": "activation.Tanh",
+    "relu": "activation.ReLU",
+    "gelu": "activation.GELU",
+    "sigmoid": "activation.Sigmoid",
+}
 POOLING_FLAGS = {
     "cls": "pooling_mode_cls_token",
     "mean": "pooling_mode_mean_tokens",
@@ -130,17 +137,13 @@ def write_config(directory: Path, config: EncoderConfig, width: int) -> list[Pat
     )
     dense = [directory / f"{index + 2}_Dense" for index in range(len(config.projections))]
     for place, layer in zip(dense, config.projections, strict=True):
-        name = {"identity": "linear.Identity", "gelu": "activation.GELU"}.get(
-            layer.activation, f"activation.{layer.activation.capitalize()}"
-        )
-        name = "activation.ReLU" if layer.activation == "relu" else name
         _write(
             place / "config.json",
             {
                 "in_features": layer.in_features,
                 "out_features": layer.out_features,
                 "bias": layer.bias,
-                "activation_function": f"torch.nn.modules.{name}",
+                "activation_function": f"torch.nn.modules.{TORCH_NAMES[layer.activation]}",
             },
         )
     _write(
