@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import difflib
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NoReturn
@@ -53,6 +54,7 @@ def parse_training(words: Sequence[str]) -> TrainingRequest:
     if unknown:
         raise UsageError(_unknown_flag(parser, unknown[0]))
     words = [*_file_flags(parser, seen.config), *words]
+    _refuse_what_would_be_ignored(words)
     seen = parser.parse_args(words)
     flags = [*recipe_flags(seen.dataset_name, bool(seen.use_cpu)), *words]
     if _given(words, "save_steps") and not _given(words, "save_strategy"):
@@ -70,6 +72,18 @@ def parse_training(words: Sequence[str]) -> TrainingRequest:
     except (ValueError, ImportError, TypeError) as error:
         raise UsageError(" ".join(str(error).split())) from error
     return TrainingRequest(model, data, publish, trainer)
+
+
+def _refuse_what_would_be_ignored(words: Sequence[str]) -> None:
+    """Better no training than one that is not what was asked for."""
+    processes = os.environ.get("WORLD_SIZE", "1")
+    if processes != "1":
+        raise UsageError(
+            f"{processes} training processes (WORLD_SIZE): training runs in one process so far; "
+            "start it without torchrun or accelerate launch"
+        )
+    if _given(words, "resume_from_checkpoint"):
+        raise UsageError("--resume_from_checkpoint: training cannot be resumed so far")
 
 
 def _given(words: Sequence[str], name: str) -> bool:

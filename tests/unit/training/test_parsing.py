@@ -58,6 +58,7 @@ def test_epochs_replace_the_recipes_steps() -> None:
         (["--publish_steps", "-1"], "publish_steps is -1"),
         (["--config", "/no/such.yaml"], "/no/such.yaml: cannot be read"),
         (["stray"], "no flag stray"),
+        (["--resume_from_checkpoint", "outputs/checkpoint-5"], "cannot be resumed so far"),
     ],
 )
 def test_what_is_wrong_is_one_line(flags: list[str], message: str) -> None:
@@ -81,3 +82,10 @@ def test_a_bad_file_is_named(tmp_path: Path, text: str, message: str) -> None:
     with pytest.raises(UsageError, match=message) as caught:
         parse_training(["--config", str(file)])
     assert str(file) in str(caught.value)
+
+
+def test_several_training_processes_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each would train alone, on all examples, and publish to a run of its own."""
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(UsageError, match="2 training processes"):
+        parse_training([])
