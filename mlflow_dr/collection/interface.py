@@ -68,3 +68,14 @@ def validation_split(splits: Sequence[str]) -> str:
         if name in splits:
             return name
     return splits[0]
+
+
+def chosen_split(collection: Collection, asked: str | None) -> str:
+    """The split that was asked for, or the one to validate on when none was.
+
+    Raises:
+        UsageError: the collection does not have the split that was asked for.
+    """
+    split = asked or validation_split(collection.splits)
+    check_split(collection, split)
+    return split

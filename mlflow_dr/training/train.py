@@ -14,7 +14,7 @@ from typing import Any
 from transformers import set_seed
 
 from mlflow_dr.collection.catalogue import open_collection
-from mlflow_dr.collection.interface import Examples, check_split, validation_split
+from mlflow_dr.collection.interface import Examples, chosen_split
 from mlflow_dr.encoder.directory import load_encoder
 from mlflow_dr.encoder.model import Encoder
 from mlflow_dr.encoder.tiny import tiny_encoder
@@ -69,8 +69,7 @@ def train(request: TrainingRequest) -> str:
     """
     client = connect(request.publish.tracking_uri)
     collection = open_collection(request.data.dataset_name)
-    split = request.data.validation_split or validation_split(collection.splits)
-    check_split(collection, split)
+    split = chosen_split(collection, request.data.validation_split)
     examples = collection.examples()
     run = open_run(client, request.publish.experiment_name)
     log.info("run %s (%s)", run.id, run.name)
@@ -121,9 +120,7 @@ def _train(request: TrainingRequest, examples: Examples, run: TrackedRun) -> Non
     try:
         with _asked_by_signals(stop):
             trainer.train()
-    except KeyboardInterrupt:
-        raise  # at once: what is not published yet stays unpublished
-    except BaseException:
+    except Exception:  # not KeyboardInterrupt, which means at once, published or not
         publisher.close()
         raise
     publisher.close()

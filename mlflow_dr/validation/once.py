@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from mlflow_dr.collection.catalogue import open_collection
-from mlflow_dr.collection.interface import validation_split
+from mlflow_dr.collection.interface import chosen_split
 from mlflow_dr.encoder.directory import load_encoder
 from mlflow_dr.engines.devices import resolve_device, resolve_dtype
 from mlflow_dr.errors import UsageError
@@ -86,7 +86,7 @@ def evaluate_once(request: Once) -> Report:
         if path is not None and not path.absolute().parent.is_dir():
             raise UsageError(f"{path}: the folder {path.absolute().parent} does not exist")
     collection = open_collection(request.dataset)
-    split = request.split or validation_split(collection.splits)
+    split = chosen_split(collection, request.split)
     with _directory(request) as directory:
         encoder = load_encoder(
             directory, trust_remote_code=request.trust_remote_code, **request.encoder_changes()

@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from mlflow_dr.collection.catalogue import open_collection
-from mlflow_dr.collection.interface import check_split, validation_split
+from mlflow_dr.collection.interface import chosen_split
 from mlflow_dr.encoder.directory import load_encoder
 from mlflow_dr.engines.devices import AUTO, resolve_device, resolve_dtype
 from mlflow_dr.errors import CheckpointError, UsageError
@@ -127,9 +127,7 @@ def _prepare(run: TrackedRun, validation: Validation) -> tuple[Prepared, Setting
     if not name:
         raise UsageError(f"run {run.id} names no dataset (param {DATASET_PARAM!r}); give --dataset")
     collection = open_collection(name)
-    split = validation.split or data.params.get(SPLIT_PARAM)
-    split = split or validation_split(collection.splits)
-    check_split(collection, split)
+    split = chosen_split(collection, validation.split or data.params.get(SPLIT_PARAM))
     prepared = Prepared(collection, split)
 
     settings = validation.settings
