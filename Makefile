@@ -34,6 +34,8 @@ lint: $(VENV)/.installed-dev
 bench: $(VENV)/.installed-dev
 	python -m benchmarks.validation
 	python -m benchmarks.publishing
+	python -m benchmarks.gradient_cache
+	python -m benchmarks.training
 
 # the browser test drives Debian's Chromium; where it cannot be installed the test is skipped
 browser:

@@ -29,6 +29,7 @@ from mlflow_dr.encoder.directory import load_encoder, save_encoder
 from mlflow_dr.encoder.model import Encoder
 from mlflow_dr.tracking.client import connect
 from mlflow_dr.tracking.runs import TrackedRun, open_run
+from mlflow_dr.training.publishable import EncoderSource
 from mlflow_dr.training.publishing import Publisher
 
 
@@ -83,7 +84,7 @@ def main(rounds: int) -> None:
     print(machine())
     with tempfile.TemporaryDirectory() as room, server(Path(room)) as uri:
         run = open_run(connect(uri))
-        publisher = Publisher(run, encoder)
+        publisher = Publisher(run, EncoderSource(encoder))
         pairs = [(blocking(run, encoder), stall(publisher)) for _ in range(rounds)]
         publisher.close()
     waits, stalls = zip(*pairs, strict=True)

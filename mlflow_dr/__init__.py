@@ -16,28 +16,44 @@ from mlflow_dr.version import VERSION
 if TYPE_CHECKING:
     from mlflow_dr.collection.catalogue import open_collection
     from mlflow_dr.encoder.directory import load_encoder, save_encoder
+    from mlflow_dr.mining.mine import Mining, mine
+    from mlflow_dr.mining.rule import Rule
+    from mlflow_dr.training.any_loop import flush_checkpoints, publish_checkpoint
     from mlflow_dr.training.parsing import parse_training
+    from mlflow_dr.training.publish_callback import PublishCallback
     from mlflow_dr.training.train import train
     from mlflow_dr.validation.once import Once, evaluate_once
 
 __version__ = VERSION
 
 __all__ = [
+    "Mining",
     "Once",
+    "PublishCallback",
+    "Rule",
     "evaluate_once",
+    "flush_checkpoints",
     "load_encoder",
+    "mine",
     "open_collection",
     "parse_training",
+    "publish_checkpoint",
     "save_encoder",
     "train",
 ]
 
 _HOMES = {
+    "Mining": "mlflow_dr.mining.mine",
     "Once": "mlflow_dr.validation.once",
+    "PublishCallback": "mlflow_dr.training.publish_callback",
+    "Rule": "mlflow_dr.mining.rule",
     "evaluate_once": "mlflow_dr.validation.once",
+    "flush_checkpoints": "mlflow_dr.training.any_loop",
     "load_encoder": "mlflow_dr.encoder.directory",
+    "mine": "mlflow_dr.mining.mine",
     "open_collection": "mlflow_dr.collection.catalogue",
     "parse_training": "mlflow_dr.training.parsing",
+    "publish_checkpoint": "mlflow_dr.training.any_loop",
     "save_encoder": "mlflow_dr.encoder.directory",
     "train": "mlflow_dr.training.train",
 }

@@ -8,6 +8,7 @@ or id) and what to do about it.
     ├── UsageError           a name, flag or value that the command does not take
     │   └── DeviceError      a device or dtype that this machine does not have
     ├── DataError            a file of a collection that is missing, malformed or contradicts itself
+    ├── TrainingError        training cannot go on: its loss is not a number
     ├── CheckpointError      a checkpoint that cannot be trusted or loaded
     ├── TrackingError        the tracking server, or a run on it, is not what was asked for
     ├── MissingExtraError    an optional dependency is not installed
@@ -37,6 +38,10 @@ class DataError(MlflowDrError):
 
 class CheckpointError(MlflowDrError):
     """A checkpoint cannot be trusted (bytes, shapes, NaN) or loaded."""
+
+
+class TrainingError(MlflowDrError):
+    """Training cannot go on: its loss is not a number."""
 
 
 class TrackingError(MlflowDrError):

@@ -28,6 +28,13 @@ def cache_dir() -> Path:
     return Path(base).expanduser() / "mlflow_dr"
 
 
+def usable_cores() -> int:
+    """The number of cores that this process may use."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
 def digest_of(*parts: object) -> str:
     """A short hexadecimal digest (16 characters of SHA-256) of the parts' text."""
     return hashlib.sha256("\x00".join(str(part) for part in parts).encode()).hexdigest()[:16]

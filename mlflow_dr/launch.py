@@ -17,7 +17,6 @@ from typing import IO
 
 import psutil
 
-from mlflow_dr.collection.catalogue import open_collection
 from mlflow_dr.engines.share import share_machine
 from mlflow_dr.errors import ChildError
 from mlflow_dr.retrieval.measures import parse_measures
@@ -25,6 +24,7 @@ from mlflow_dr.tracking.client import URI_VARIABLE, connect, tracking_uri
 from mlflow_dr.tracking.curve import curve_of, summary
 from mlflow_dr.tracking.runs import RUN_VARIABLE, TrackedRun, is_over, open_run
 
+TORCHRUN = ("-m", "torch.distributed.run", "--standalone")
 LINES_KEPT = 30
 SECONDS_BETWEEN_LOOKS = 0.2
 SECONDS_TO_STOP = 60.0
@@ -32,36 +32,40 @@ LOWER_PRIORITY = 10
 
 
 def launch(
-    dataset: str,
     training: Sequence[str],
     validating: Sequence[str],
     name: str,
     uri: str | None = None,
     experiment: str | None = None,
+    gpus: int = 1,
 ) -> int:
     """Train and validate; returns when both have ended.
 
     Args:
-        dataset: opened first, so that what must be built is built once.
-        training: flags of `mlflow-dr train`.
+        training: flags of `mlflow-dr train`; the collection that they name is opened first, so that
+            what must be built is built once.
         validating: flags of `mlflow-dr validate`, without the run.
         name: the validation's name.
         uri: the tracking server; MLflow's own setting when None.
         experiment: the experiment of a new run; MLflow's own setting when None.
+        gpus: training processes, each on a GPU of its own; more than one are torchrun's.
 
     Returns:
         0, or 130 after Ctrl-C or SIGTERM.
 
     Raises:
+        UsageError: a flag of either that it would not take, or nothing to resume.
+        DeviceError: fewer GPUs than training processes.
         ChildError: the trainer or the validator ended with an error.
     """
     measures = parse_measures(validating[validating.index("--measures") + 1])
-    open_collection(dataset)
-    run = open_run(connect(uri), experiment)
-    share = share_machine()
-    validating = ["--run-id", run.id, "--dataset", dataset, *share.validator_flags, *validating]
+    share = share_machine(trainers=gpus)
+    plan = _plan(training)
+    run = open_run(connect(uri), experiment, plan.run_id)
+    validating = ["--run-id", run.id, *share.validator_flags, *validating]
+    validating += ["--dataset", plan.validated]
     with _Stop() as stop:
-        trainer = Child.start("train", training, run, share.trainer)
+        trainer = Child.start("train", training, run, share.trainer, gpus)
         validator = Child.start("validate", validating, run, share.validator)
         if share.validator_yields:
             with suppress(psutil.NoSuchProcess):  # it may have ended by now, and will be reported
@@ -79,6 +83,32 @@ def launch(
     return 0
 
 
+@dataclass(frozen=True)
+class _Plan:
+    """What a training's flags mean for who starts it.
+
+    Attributes:
+        validated: the collection that validators search.
+        run_id: the run that the training goes on with; None for a new one.
+    """
+
+    validated: str
+    run_id: str | None
+
+
+def _plan(training: Sequence[str]) -> _Plan:
+    from mlflow_dr.training.data import validated_collection
+    from mlflow_dr.training.parsing import parse_training
+    from mlflow_dr.training.resume import find_resumption
+
+    request = parse_training(training)
+    validated = validated_collection(request.data)
+    resumption = find_resumption(
+        str(request.trainer.output_dir), request.trainer.resume_from_checkpoint
+    )
+    return _Plan(validated.name, resumption.run_id if resumption else None)
+
+
 @dataclass
 class Child:
     """One process, its output passed on line by line, and the end of it kept."""
@@ -92,11 +122,27 @@ class Child:
 
     @classmethod
     def start(
-        cls, command: str, flags: Sequence[str], run: TrackedRun, variables: Mapping[str, str]
+        cls,
+        command: str,
+        flags: Sequence[str],
+        run: TrackedRun,
+        variables: Mapping[str, str],
+        processes: int = 1,
     ) -> Child:
-        """Start `mlflow-dr <command>` in a process group of its own, so that Ctrl-C is ours."""
+        """Start `mlflow-dr <command>` in a process group of its own, so that Ctrl-C is ours.
+
+        Args:
+            command: `train` or `validate`.
+            flags: of the command.
+            run: what both write to.
+            variables: environment variables beside our own.
+            processes: more than one are started by torchrun.
+        """
+        module = ["-m", "mlflow_dr", command]
+        if processes > 1:
+            module = [*TORCHRUN, "--nproc-per-node", str(processes), *module]
         process = subprocess.Popen(
-            [sys.executable, "-u", "-m", "mlflow_dr", command, *flags],
+            [sys.executable, "-u", *module, *flags],
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,
@@ -107,6 +153,7 @@ class Child:
                 **variables,
                 RUN_VARIABLE: run.id,
                 URI_VARIABLE: tracking_uri(),
+                "PYTHONUNBUFFERED": "1",  # of torchrun's own children, too
             },
         )
         tail: deque[str] = deque(maxlen=LINES_KEPT)
@@ -198,8 +245,12 @@ def _look_after(run: TrackedRun, children: tuple[Child, Child], stop: _Stop) -> 
 
 def _signal(children: Sequence[Child], number: signal.Signals) -> None:
     for child in children:
-        if not child.ended:
-            child.process.send_signal(number)
+        if child.ended:
+            continue
+        if number == signal.SIGKILL:  # nothing passes this one on to torchrun's children
+            with suppress(ProcessLookupError):
+                os.killpg(child.process.pid, number)
+        child.process.send_signal(number)
 
 
 def _pass_on(stream: IO[str], what: str, tail: deque[str]) -> None:

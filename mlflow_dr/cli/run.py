@@ -12,6 +12,13 @@ from mlflow_dr.cli.options import depth, dtype, measures, tracking_uri
 @click.option(
     "--model", default="auto", show_default=True, help="The encoder; auto: as fits the dataset."
 )
+@click.option(
+    "--gpus",
+    type=click.IntRange(min=1),
+    default=1,
+    show_default=True,
+    help="Training processes, each on a GPU of its own (torchrun); the validator takes another.",
+)
 @measures
 @depth
 @dtype
@@ -23,6 +30,7 @@ from mlflow_dr.cli.options import depth, dtype, measures, tracking_uri
 def command(
     dataset: str,
     model: str,
+    gpus: int,
     measures: str,
     depth: int | None,
     dtype: str,
@@ -50,4 +58,4 @@ def command(
     validating += ["--poll-seconds", str(poll_seconds)]
     if depth is not None:
         validating += ["--depth", str(depth)]
-    return launch(dataset, training, validating, name, tracking_uri, experiment_name)
+    return launch(training, validating, name, tracking_uri, experiment_name, gpus)

@@ -5,20 +5,19 @@ Layout: Thakur et al., BEIR, NeurIPS Datasets and Benchmarks 2021.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import Any
 
-import orjson
-
-from mlflow_dr.collection.corpus import Corpus, cached_corpus
+from mlflow_dr.collection.corpus import Corpus
 from mlflow_dr.collection.examples import JudgedExamples
+from mlflow_dr.collection.fields import identifier, text, texts
 from mlflow_dr.collection.interface import check_split
 from mlflow_dr.collection.judgements import checked_topics, read_qrels
-from mlflow_dr.collection.records import Passage, Query, Topics
+from mlflow_dr.collection.passages import corpus_of_file
+from mlflow_dr.collection.recordfiles import Record, json_lines
+from mlflow_dr.collection.records import Query, Topics
 from mlflow_dr.errors import DataError
-from mlflow_dr.files import read_lines
 
 ID = "_id"
 
@@ -52,10 +51,7 @@ class BeirFolder:
 
     @cached_property
     def _corpus(self) -> Corpus:
-        path = _existing(self._folder / "corpus.jsonl")
-        state = path.stat()
-        key = f"beir:{path.resolve()}:{state.st_size}:{state.st_mtime_ns}"
-        return cached_corpus(key, _unique_passages(path))
+        return corpus_of_file(_existing(self._folder / "corpus.jsonl"))
 
     def topics(self, split: str) -> Topics:
         """The judged queries of one split."""
@@ -70,10 +66,12 @@ class BeirFolder:
     def _queries(self) -> dict[str, Query]:
         path = _existing(self._folder / "queries.jsonl")
         queries: dict[str, Query] = {}
-        for number, record in _records(path):
-            query = Query(_identifier(record, path, number), _text(record, "text", path, number))
+        for number, record in json_lines(path):
+            where = f"{path}:{number}"
+            query_id, content = identifier(record, ID, where), text(record, "text", where)
+            query = Query(query_id, content, _answers(record, where))
             if query.id in queries:
-                raise DataError(f"{path}:{number}: query id {query.id!r} is used twice")
+                raise DataError(f"{where}: query id {query.id!r} is used twice")
             queries[query.id] = query
         return queries
 
@@ -82,48 +80,11 @@ class BeirFolder:
         return _existing(self._folder / "qrels" / f"{split}.tsv")
 
 
-def _unique_passages(path: Path) -> Iterator[Passage]:
-    """All passages; an error that names both lines when an id is used twice."""
-    seen: dict[str, int] = {}
-    for number, record in _records(path):
-        passage_id = _identifier(record, path, number)
-        if (first := seen.setdefault(passage_id, number)) != number:
-            raise DataError(
-                f"{path}:{number}: passage id {passage_id!r} was used on line {first} already"
-            )
-        title = record.get("title") or ""
-        if not isinstance(title, str):
-            raise DataError(f"{path}:{number}: 'title' is not a string")
-        yield Passage(passage_id, title, _text(record, "text", path, number))
-    if not seen:
-        raise DataError(f"{path}: the corpus has no passages")
-
-
-def _records(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
-    for number, line in read_lines(path):
-        try:
-            record = orjson.loads(line)
-        except orjson.JSONDecodeError as error:
-            raise DataError(f"{path}:{number}: not JSON ({error})") from error
-        if not isinstance(record, dict):
-            raise DataError(f"{path}:{number}: expected a JSON object, got {type(record).__name__}")
-        yield number, record
-
-
-def _identifier(record: dict[str, Any], path: Path, number: int) -> str:
-    value = record.get(ID)
-    if isinstance(value, int) and not isinstance(value, bool):
-        return str(value)
-    if not isinstance(value, str) or not value:
-        raise DataError(f"{path}:{number}: no {ID!r}, or not a string; got {value!r}")
-    return value
-
-
-def _text(record: dict[str, Any], field: str, path: Path, number: int) -> str:
-    value = record.get(field)
-    if not isinstance(value, str):
-        raise DataError(f"{path}:{number}: no {field!r}, or not a string; got {value!r}")
-    return value
+def _answers(record: Record, where: str) -> tuple[str, ...]:
+    """Short answers, which BEIR's layout has no field for: `answers`, or that of `metadata`."""
+    metadata = record.get("metadata")
+    holder = metadata if "answers" not in record and isinstance(metadata, dict) else record
+    return texts(holder, "answers", where)
 
 
 def _existing(path: Path) -> Path:

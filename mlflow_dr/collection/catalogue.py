@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import difflib
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
-from mlflow_dr.collection.interface import Collection
+from mlflow_dr.collection.corpus import Corpus
+from mlflow_dr.collection.interface import Collection, Examples
 from mlflow_dr.errors import UsageError
 
 IR_DATASETS_PREFIX = "irds:"
+HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 
 
 class Entry(NamedTuple):
@@ -52,16 +55,44 @@ ENTRIES = (
 
 PATTERNS = (
     ("FOLDER", "any", "a folder in BEIR's layout: corpus.jsonl, queries.jsonl, qrels/<split>.tsv"),
+    (
+        "FILE",
+        "any",
+        "training examples, or a folder of such files: Tevatron's (with passages, by id, "
+        "tokenised) or DPR's",
+    ),
     ("irds:ID", "any", "ir_datasets, such as irds:beir/scifact/test or irds:vaswani"),
+    ("HUB/NAME", "any", "Hugging Face in Tevatron's layout, such as Tevatron/wikipedia-nq"),
 )
 
 
 def open_collection(name: str) -> Collection:
-    """The collection that a name stands for: a catalogue name, `irds:<id>` or a folder.
+    """The collection that a name stands for.
+
+    A name of the catalogue, `irds:<id>`, a folder in BEIR's layout, a file or folder of training
+    examples (which has no judged queries), or `owner/name` on the Hugging Face hub, in this order.
 
     Raises:
         UsageError: nothing goes by that name.
     """
+    return _opened(name, None)
+
+
+def open_examples(source: str | Path, corpus: Callable[[], Corpus] | None = None) -> Examples:
+    """The training examples of whatever `open_collection` opens.
+
+    Args:
+        source: a name, file or folder.
+        corpus: has the passages of a file that names them by id and has no corpus beside it.
+
+    Raises:
+        UsageError: nothing goes by that name, or it has nothing to train on.
+        DataError: the examples are malformed, of no known layout, or none is usable.
+    """
+    return _opened(str(source), corpus).examples()
+
+
+def _opened(name: str, corpus: Callable[[], Corpus] | None) -> Collection:
     for entry in ENTRIES:
         if entry.name == name:
             return entry.opened()
@@ -69,16 +100,27 @@ def open_collection(name: str) -> Collection:
         from mlflow_dr.collection.irds import IrDataset
 
         return IrDataset(name.removeprefix(IR_DATASETS_PREFIX))
-    folder = Path(name).expanduser()
-    if name and folder.is_dir():
-        from mlflow_dr.collection.beir import BeirFolder
-
+    path = Path(name).expanduser()
+    if name and path.exists():
         # the whole path, so that a validator in another folder finds it by the same name
-        return BeirFolder(folder.resolve())
+        return _opened_path(path.resolve(), corpus)
+    if HUB_NAME.fullmatch(name):
+        from mlflow_dr.collection.hub import hub_collection
+
+        return hub_collection(name)
     names = [entry.name for entry in ENTRIES]
     close = difflib.get_close_matches(name, names, n=1)
     hint = f"did you mean {close[0]!r}? " if close else ""
     raise UsageError(
         f"no dataset {name!r}: {hint}a dataset is one of {', '.join(names)}, a folder in BEIR's "
-        "layout, or irds:<id>; `mlflow-dr datasets` lists them"
+        "layout, a file of training examples, irds:<id>, or owner/name on the Hugging Face hub; "
+        "`mlflow-dr datasets` lists them"
     )
+
+
+def _opened_path(path: Path, corpus: Callable[[], Corpus] | None) -> Collection:
+    from mlflow_dr.collection.beir import BeirFolder
+    from mlflow_dr.collection.training_files import TrainingFiles, has_training_files
+
+    beir = path.is_dir() and ((path / "qrels").is_dir() or not has_training_files(path))
+    return BeirFolder(path) if beir else TrainingFiles(path, corpus)

@@ -2,21 +2,24 @@
 
 from __future__ import annotations
 
-import hashlib
-from collections.abc import Iterable, Iterator, Sequence
-from itertools import islice
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
+from types import TracebackType
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from mlflow_dr.collection.contents import ContentDigest
 from mlflow_dr.collection.records import Passage
 from mlflow_dr.errors import DataError
 from mlflow_dr.files import build_once, cache_dir, digest_of
 from mlflow_dr.progress import progress_bar
 
 SCHEMA = pa.schema([("id", pa.string()), ("title", pa.string()), ("text", pa.string())])
+TOKENS = pa.field("tokens", pa.list_(pa.int32()))
+TOKENISED_SCHEMA = SCHEMA.append(TOKENS)
 ROWS_PER_BATCH = 8192
 
 
@@ -24,19 +27,36 @@ class Corpus:
     """Passages by row number, in the order of their source.
 
     Args:
-        table: columns `id`, `title`, `text`, all strings without nulls; ids are unique.
+        table: columns `id`, `title`, `text`, all strings without nulls; ids are unique. A corpus
+            that is tokenised already has a fourth, `tokens`: lists of ids without special tokens.
         digest: digest of the contents; computed from the table when not given.
+        room: the folder that `table` is mapped from, so that a process that is handed the corpus
+            maps it too instead of being sent its passages.
     """
 
-    def __init__(self, table: pa.Table, digest: str | None = None) -> None:
-        self._table = table
-        self._batches = table.to_batches(max_chunksize=ROWS_PER_BATCH)
+    def __init__(
+        self, table: pa.Table, digest: str | None = None, room: Path | None = None
+    ) -> None:
+        self._room = room
+        self._schema = TOKENISED_SCHEMA if TOKENS.name in table.column_names else SCHEMA
+        self._table = table.select(self._schema.names)
+        self._batches = self._table.to_batches(max_chunksize=ROWS_PER_BATCH)
         self._starts = np.cumsum([0] + [len(batch) for batch in self._batches])
         self._ids: pa.ChunkedArray = table["id"]
         self._digest = digest
 
     def __len__(self) -> int:
         return int(self._starts[-1])
+
+    def __reduce__(self) -> tuple[Callable[..., Corpus], tuple[Any, ...]]:
+        if self._room is not None:
+            return opened_corpus, (self._room,)
+        return Corpus, (self._table, self._digest)
+
+    @property
+    def tokenised(self) -> bool:
+        """Whether the passages are token ids instead of text."""
+        return self._schema is TOKENISED_SCHEMA
 
     @property
     def ids(self) -> pa.ChunkedArray:
@@ -45,9 +65,9 @@ class Corpus:
 
     @property
     def digest(self) -> str:
-        """Digest of ids, titles and texts; equal for equal contents whatever the format."""
+        """Digest of ids, titles, texts and tokens; equal for equal contents whatever the format."""
         if self._digest is None:
-            content = _ContentDigest()
+            content = ContentDigest(self._schema)
             for batch in self._batches:
                 content.update(batch)
             self._digest = content.hexdigest()
@@ -56,7 +76,7 @@ class Corpus:
     def batches(self) -> Iterator[list[Passage]]:
         """All passages in order, a few thousand at a time."""
         for batch in self._batches:
-            columns = (batch.column(name).to_pylist() for name in SCHEMA.names)
+            columns = (batch.column(name).to_pylist() for name in self._schema.names)
             yield [Passage(*values) for values in zip(*columns, strict=True)]
 
     def passages(self, rows: Iterable[int]) -> list[Passage]:
@@ -68,7 +88,7 @@ class Corpus:
             raise IndexError(f"row {row} of a corpus of {len(self)} passages")
         chunk = int(np.searchsorted(self._starts, row, side="right")) - 1
         batch, offset = self._batches[chunk], row - int(self._starts[chunk])
-        return Passage(*(batch.column(name)[offset].as_py() for name in SCHEMA.names))
+        return Passage(*(batch.column(name)[offset].as_py() for name in self._schema.names))
 
     def rows_of(self, ids: Sequence[str]) -> np.ndarray:
         """Row numbers of passages, `(len(ids),) int64`; -1 where the corpus has no such id."""
@@ -88,22 +108,10 @@ class Corpus:
         return ranks
 
 
-class _ContentDigest:
-    """SHA-256 over lengths and bytes of each column, whatever the batches it comes in."""
-
-    def __init__(self) -> None:
-        self._lengths = {name: hashlib.sha256() for name in SCHEMA.names}
-        self._bytes = {name: hashlib.sha256() for name in SCHEMA.names}
-
-    def update(self, batch: pa.RecordBatch) -> None:
-        for name in SCHEMA.names:
-            column = batch.column(name)
-            self._lengths[name].update(pc.binary_length(column).to_numpy().astype("<i8").tobytes())
-            self._bytes[name].update("".join(column.to_pylist()).encode())
-
-    def hexdigest(self) -> str:
-        parts = [h.hexdigest() for h in (*self._lengths.values(), *self._bytes.values())]
-        return digest_of(*parts)
+def opened_corpus(room: Path) -> Corpus:
+    """The corpus that a `CorpusWriter` wrote into this folder, mapped from it."""
+    table = pa.ipc.open_file(pa.memory_map(str(room / "corpus.arrow"))).read_all()
+    return Corpus(table, (room / "digest").read_text(), room)
 
 
 def cached_corpus(key: str, passages: Iterable[Passage], total: int | None = None) -> Corpus:
@@ -117,36 +125,75 @@ def cached_corpus(key: str, passages: Iterable[Passage], total: int | None = Non
     Raises:
         DataError: there is no passage at all; or whatever reading `passages` raises.
     """
-    room = build_once(
-        cache_dir() / "corpora" / digest_of(key),
-        lambda partial: _write(partial, passages, total),
-    )
-    table = pa.ipc.open_file(pa.memory_map(str(room / "corpus.arrow"))).read_all()
-    return Corpus(table, digest=(room / "digest").read_text())
+
+    def write(partial: Path) -> None:
+        with CorpusWriter(partial, total) as writer:
+            for passage in passages:
+                writer.add(passage)
+        if len(writer) == 0:
+            raise DataError("the corpus has no passages")
+
+    return opened_corpus(build_once(cache_dir() / "corpora" / digest_of(key), write))
 
 
-def _write(room: Path, passages: Iterable[Passage], total: int | None) -> None:
-    room.mkdir()
-    content = _ContentDigest()
-    count = 0
-    with (
-        pa.OSFile(str(room / "corpus.arrow"), "wb") as sink,
-        pa.ipc.new_file(sink, SCHEMA) as writer,
-        progress_bar(total, "reading the corpus", "passages") as bar,
-    ):
-        for group in _grouped(passages, ROWS_PER_BATCH):
-            columns = [pa.array(column, pa.string()) for column in zip(*group, strict=True)]
-            batch = pa.record_batch(columns, schema=SCHEMA)
-            writer.write_batch(batch)
-            content.update(batch)
-            count += len(group)
-            bar.update(len(group))
-    if count == 0:
-        raise DataError("the corpus has no passages")
-    (room / "digest").write_text(content.hexdigest())
+class CorpusWriter:
+    """Writes passages into a new folder as they come; `opened_corpus` maps what it wrote.
 
+    The first passage decides whether the corpus has text or tokens.
 
-def _grouped(passages: Iterable[Passage], size: int) -> Iterator[list[Passage]]:
-    iterator = iter(passages)
-    while group := list(islice(iterator, size)):
-        yield group
+    Args:
+        room: the folder, which does not exist yet.
+        total: number of passages, where known, for the progress bar.
+        quiet: whether there is no progress bar.
+    """
+
+    def __init__(self, room: Path, total: int | None = None, quiet: bool = False) -> None:
+        room.mkdir()
+        self._room = room
+        self._waiting: list[Passage] = []
+        self._written = 0
+        self._schema: pa.Schema | None = None
+        self._sink = pa.OSFile(str(room / "corpus.arrow"), "wb")
+        self._bar = progress_bar(total, "reading the corpus", "passages", quiet)
+
+    def __len__(self) -> int:
+        return self._written + len(self._waiting)
+
+    def add(self, passage: Passage) -> None:
+        """Write one passage; its row is the number of passages before it."""
+        self._waiting.append(passage)
+        if len(self._waiting) == ROWS_PER_BATCH:
+            self._flush()
+
+    def __enter__(self) -> CorpusWriter:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        with self._sink, self._bar:
+            if error is not None:
+                return
+            self._flush()
+            self._file.close()
+            (self._room / "digest").write_text(self._content.hexdigest())
+
+    def _flush(self) -> None:
+        if self._schema is None:
+            tokenised = bool(self._waiting) and self._waiting[0].tokens is not None
+            self._schema = TOKENISED_SCHEMA if tokenised else SCHEMA
+            self._file = pa.ipc.new_file(self._sink, self._schema)
+            self._content = ContentDigest(self._schema)
+        columns = zip(*self._waiting, strict=True) if self._waiting else ((),) * 4
+        # without a schema for tokens the fourth column is left
+        fields = zip(columns, self._schema, strict=False)
+        arrays = [pa.array(column, field.type) for column, field in fields]
+        batch = pa.record_batch(arrays, schema=self._schema)
+        self._file.write_batch(batch)
+        self._content.update(batch)
+        self._bar.update(len(batch))
+        self._written += len(batch)
+        self._waiting.clear()

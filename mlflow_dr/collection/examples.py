@@ -1,20 +1,189 @@
-"""Training examples from relevance judgements."""
+"""Training examples: mapped from the user's cache, or made of relevance judgements."""
 
 from __future__ import annotations
 
-import numpy as np
+import logging
+from bisect import bisect_right
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
 
-from mlflow_dr.collection.corpus import Corpus
-from mlflow_dr.collection.records import Example, Topics
+import numpy as np
+import pyarrow as pa
+
+from mlflow_dr.collection.cleaning import SCHEMA, Rows, cleaned
+from mlflow_dr.collection.contents import ContentDigest
+from mlflow_dr.collection.corpus import Corpus, CorpusWriter, opened_corpus
+from mlflow_dr.collection.drafts import (
+    IdCodes,
+    PassageCodes,
+    RawExample,
+    Tally,
+    draft_batches,
+    write_draft,
+)
+from mlflow_dr.collection.records import Example, Query, Topics
 from mlflow_dr.errors import DataError
-from mlflow_dr.files import digest_of
+from mlflow_dr.files import build_once, cache_dir, digest_of
+
+log = logging.getLogger(__name__)
+
+LAYOUT = 1
+"""Raise it when the rules of drafts or cleaning change: what is cached is then not used."""
+
+NO_ROWS = np.empty(0, np.int64)
+
+
+def cached_examples(
+    key: str, records: Iterable[RawExample], where: str, corpus: Corpus | None = None
+) -> CachedExamples:
+    """Examples made from raw records once, kept as Arrow files in the user's cache, and mapped.
+
+    One record is one example: two records with one query id stay two examples, because files join
+    what several retrievers found for a query, and because ids of joined data sets may coincide.
+    Passages that come with the records become a corpus of their own, each id once, its first text.
+
+    What is left out is counted in one warning, again at every opening: records without a query or
+    a usable positive, passages without text or that the corpus lacks, repeats, negatives that are
+    positives of the same query, other texts of a known passage id.
+
+    Args:
+        key: names the source and its state; the cache's key.
+        records: read only when the cache has no examples under this key.
+        where: the source, for messages.
+        corpus: what passage ids are looked up in; None where the records carry their passages.
+
+    Raises:
+        DataError: no record is usable; or whatever reading `records` raises.
+    """
+    room = build_once(
+        cache_dir() / "examples" / digest_of(LAYOUT, key, corpus.digest if corpus else "inline"),
+        lambda partial: _write(partial, records, where, corpus),
+    )
+    if left_out := (room / "left_out").read_text(encoding="utf-8"):
+        log.warning("%s: left out: %s", where, left_out)
+    return CachedExamples(room, opened_corpus(room / "passages") if corpus is None else corpus)
+
+
+class CachedExamples:
+    """Examples by index, mapped from a folder of the cache; reading one takes microseconds.
+
+    Attributes:
+        passages: what positives and negatives are rows of.
+        digest: names the contents, 16 characters.
+    """
+
+    def __init__(self, room: Path, passages: Corpus) -> None:
+        self._room = room
+        self.passages = passages
+        self.digest = digest_of((room / "digest").read_text(), passages.digest)
+        table = pa.ipc.open_file(pa.memory_map(str(room / "examples.arrow"))).read_all()
+        self._batches = [_Batch(batch) for batch in table.to_batches()]
+        self._starts = np.cumsum([0] + [len(batch) for batch in self._batches]).tolist()
+
+    def __reduce__(self) -> tuple[Callable[..., CachedExamples], tuple[Any, ...]]:
+        return CachedExamples, (self._room, self.passages)
+
+    def __len__(self) -> int:
+        return int(self._starts[-1])
+
+    def __getitem__(self, index: int) -> Example:
+        if not 0 <= index < len(self):
+            raise IndexError(f"example {index} of {len(self)}")
+        batch = bisect_right(self._starts, index) - 1
+        return self._batches[batch].example(int(index) - self._starts[batch])
+
+
+class _Batch:
+    """Some examples; lists are read as parts of one array, which is much quicker than by Arrow."""
+
+    def __init__(self, batch: pa.RecordBatch) -> None:
+        self._count = len(batch)
+        self._ids, self._texts = (batch.column(name) for name in ("query_id", "query"))
+        self._answers = _Lists(batch.column("answers"))
+        self._tokens, self._positives, self._negatives, self._scores = (
+            _Lists(batch.column(name))
+            for name in ("query_tokens", "positives", "negatives", "scores")
+        )
+
+    def __len__(self) -> int:
+        return self._count
+
+    def example(self, row: int) -> Example:
+        scores = self._scores.numbers(row)
+        query = Query(
+            self._ids[row].as_py(),
+            self._texts[row].as_py(),
+            tuple(self._answers.items(row)),
+            self._tokens.items(row) or None,
+        )
+        return Example(
+            query,
+            self._positives.numbers(row).astype(np.int64),
+            self._negatives.numbers(row).astype(np.int64),
+            scores.copy() if len(scores) else None,
+        )
+
+
+class _Lists:
+    """A column of lists: all items, and where each list begins."""
+
+    def __init__(self, column: pa.Array) -> None:
+        self._offsets = column.offsets.to_numpy()
+        self._values = column.values
+        numeric = not pa.types.is_string(self._values.type)
+        self._numbers = self._values.to_numpy() if numeric else np.empty(0)
+
+    def numbers(self, row: int) -> np.ndarray:
+        return self._numbers[self._offsets[row] : self._offsets[row + 1]]
+
+    def items(self, row: int) -> list[Any]:
+        start, stop = int(self._offsets[row]), int(self._offsets[row + 1])
+        return self._values.slice(start, stop - start).to_pylist() if stop > start else []
+
+
+def _write(room: Path, records: Iterable[RawExample], where: str, corpus: Corpus | None) -> None:
+    room.mkdir()
+    draft = room / "draft.arrow"
+    tally = Tally()
+    if corpus is None:
+        with CorpusWriter(room / "passages", quiet=True) as writer:
+            count = write_draft(draft, records, PassageCodes(writer, tally), tally)
+        known = Rows(np.arange(len(writer)))
+    else:
+        codes = IdCodes()
+        count = write_draft(draft, records, codes, tally)
+        names, rows = codes.rows(corpus)
+        known = Rows(rows, names)
+    kept = _write_cleaned(room, draft, known, tally)
+    draft.unlink()
+    if kept == 0:
+        problems = str(tally) or "the source is empty"
+        raise DataError(f"{where}: none of {count} records can be trained on: {problems}")
+    (room / "left_out").write_text(str(tally), encoding="utf-8")
+
+
+def _write_cleaned(room: Path, draft: Path, known: Rows, tally: Tally) -> int:
+    kept = 0
+    content = ContentDigest(SCHEMA)
+    with (
+        pa.OSFile(str(room / "examples.arrow"), "wb") as sink,
+        pa.ipc.new_file(sink, SCHEMA) as writer,
+    ):
+        for batch in draft_batches(draft):
+            examples = cleaned(batch, known, tally)
+            writer.write_batch(examples)
+            content.update(examples)
+            kept += len(examples)
+    (room / "digest").write_text(content.hexdigest())
+    return kept
 
 
 class JudgedExamples:
     """Training examples from relevance judgements: the positives are the relevant passages."""
 
     def __init__(self, topics: Topics, corpus: Corpus) -> None:
-        self._corpus = corpus
+        self.passages = corpus
         pairs = [
             (position, passage_id)
             for position, query in enumerate(topics.queries)
@@ -36,4 +205,4 @@ class JudgedExamples:
 
     def __getitem__(self, index: int) -> Example:
         rows = self._rows[self._starts[index] : self._starts[index + 1]]
-        return Example(self._queries[index], self._corpus.passages(rows), ())
+        return Example(self._queries[index], rows, NO_ROWS)

@@ -8,63 +8,98 @@ the files are fetched as they are and read as plain JSON lines or Parquet.
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping, Sequence
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from mlflow_dr.collection.corpus import Corpus
+from mlflow_dr.collection.drafts import RawExample
+from mlflow_dr.collection.examples import CachedExamples, cached_examples
+from mlflow_dr.collection.hub_files import (
+    READERS,
+    HubFiles,
+    fetched,
+    fetched_where_there,
+    reason,
+)
 from mlflow_dr.collection.interface import check_split
 from mlflow_dr.collection.irds import topics_of
-from mlflow_dr.collection.records import Topics
-from mlflow_dr.collection.tevatron import (
-    TevatronExamples,
-    arrow_table,
-    check_passages,
-    passage_table,
-)
+from mlflow_dr.collection.judgements import checked_topics
+from mlflow_dr.collection.layouts import Layout, layout_of, raw_examples, recognised
+from mlflow_dr.collection.recordfiles import read_records
+from mlflow_dr.collection.records import Passage, Query, Topics
+from mlflow_dr.collection.tables import arrow_table, check_passages, passage_table
 from mlflow_dr.errors import DataError
-from mlflow_dr.files import build_once, cache_dir, digest_of
+from mlflow_dr.files import build_once, cache_dir
 
 log = logging.getLogger(__name__)
 
-READERS = {".parquet": "parquet", ".jsonl.gz": "json", ".jsonl": "json"}
+JUDGED_STEMS = ("dev", "validation", "test")
 
 
-def msmarco_passage() -> HubCollection:
+def msmarco_passage(name: str = "msmarco") -> HubCollection:
     """MS MARCO passage ranking: Tevatron's training examples and passages, `dev` of 6,980 queries.
 
     Source: Bajaj et al., MS MARCO: A Human Generated MAchine Reading COmprehension Dataset, 2016.
     """
     return HubCollection(
-        "msmarco",
+        name,
         examples="Tevatron/msmarco-passage",
         corpus="Tevatron/msmarco-passage-corpus",
         judged={"dev": "msmarco-passage/dev/small"},
     )
 
 
+def hub_collection(repo: str) -> HubCollection:
+    """The collection of a repository `owner/name`, whose passages are in `owner/name-corpus`.
+
+    Of a name that ends in `-new`, Tevatron's mark of examples by id, it is `owner/...-corpus-new`.
+    """
+    if repo == "Tevatron/msmarco-passage":
+        return msmarco_passage(repo)
+    corpus = re.sub(r"(-new)?$", r"-corpus\1", repo, count=1)
+    return HubCollection(repo, examples=repo, corpus=corpus)
+
+
 class HubCollection:
-    """Examples and passages from the Hugging Face hub, judged queries from ir_datasets.
+    """Examples and passages from the Hugging Face hub, judged queries from there or ir_datasets.
 
     Args:
         name: what the user calls it.
-        examples: repository of `train.jsonl.gz` (or `.jsonl`, Parquet), rows of `EXAMPLE_COLUMNS`.
-        corpus: repository of `corpus.jsonl.gz` (or the like), rows of `PASSAGE_COLUMNS`.
-        judged: split -> id in ir_datasets whose judgements name this corpus' passages.
+        examples: repository of `train.jsonl.gz` (or `.jsonl`, Parquet), in any layout of training
+            examples. Those that carry their passages need no other repository to train on.
+        corpus: repository of `corpus.jsonl.gz` (or the like), rows of `docid, title, text`.
+        judged: split -> id in ir_datasets whose judgements name this corpus' passages; without it
+            the splits are the `dev`, `validation` and `test` files beside the examples, and the
+            positives of a query in them its relevant passages.
     """
 
-    def __init__(self, name: str, examples: str, corpus: str, judged: Mapping[str, str]) -> None:
+    def __init__(
+        self, name: str, examples: str, corpus: str, judged: Mapping[str, str] | None = None
+    ) -> None:
         self.name = name
-        queries = ", ".join(judged.values())
-        self.source = f"Hugging Face {examples} and {corpus}; ir_datasets {queries}"
+        queries = f"; ir_datasets {', '.join(judged.values())}" if judged else ""
+        self.source = f"Hugging Face {examples} and {corpus}{queries}"
         self._repos = (examples, corpus)
         self._judged = judged
 
     @property
     def splits(self) -> Sequence[str]:
-        """Splits that have judged queries."""
-        return list(self._judged)
+        """Splits that have judged queries.
+
+        Raises:
+            DataError: they can neither be downloaded nor found in the cache.
+        """
+        return list(self._judged if self._judged is not None else self._judged_files)
+
+    @cached_property
+    def _judged_files(self) -> dict[str, HubFiles]:
+        with self._meant():
+            there = fetched_where_there(self._repos[0], JUDGED_STEMS)
+        return {stem: files for stem, files in there.items() if _is_judged(files)}
 
     def corpus(self) -> Corpus:
         """The passages, mapped from the Arrow file that `datasets` made of them.
@@ -77,7 +112,7 @@ class HubCollection:
 
     @cached_property
     def _corpus(self) -> Corpus:
-        return _corpus(_fetched(self._repos[1], "corpus"))
+        return _corpus(fetched(self._repos[1], "corpus"))
 
     def topics(self, split: str) -> Topics:
         """The judged queries of one split.
@@ -87,103 +122,93 @@ class HubCollection:
             DataError: queries or judgements cannot be downloaded or read, or do not fit the corpus.
         """
         check_split(self, split)
-        return topics_of(self._judged[split], self._corpus)
+        if self._judged is not None:
+            return topics_of(self._judged[split], self._corpus)
+        return _topics(self._judged_files[split], self._corpus)
 
-    def examples(self) -> TevatronExamples:
+    def examples(self) -> CachedExamples:
         """The training examples.
 
         Raises:
-            DataError: they can neither be downloaded nor found in the cache, lack a column, or
-                none of them is usable.
+            DataError: they can neither be downloaded nor found in the cache, are of no known
+                layout, or none of them is usable.
         """
-        fetched = _fetched(self._repos[0], "train")
-        return TevatronExamples(fetched.rows(), fetched.where, fetched.digest)
+        with self._meant():
+            files = fetched(self._repos[0], "train")
+        with _damage_explained(files):
+            layout = layout_of(files.files)
+        corpus = self._corpus if layout.by_id else None
+        key = f"{layout.name}:{files.digest}"
+        return cached_examples(key, _raw_examples(files, layout), files.where, corpus)
 
-
-class _Fetched(NamedTuple):
-    """Data files of one format, of one repository at one commit, on this machine."""
-
-    repo: str
-    commit: str
-    reader: str
-    files: list[Path]
-
-    @property
-    def where(self) -> str:
-        more = f" and {len(self.files) - 1} more" if len(self.files) > 1 else ""
-        return f"Hugging Face {self.repo} ({self.files[0].name}{more})"
-
-    @property
-    def digest(self) -> str:
-        """Names the contents: a commit of the hub never changes."""
-        return digest_of("hub", self.repo, self.commit, *(file.name for file in self.files))
-
-    def rows(self) -> Any:
-        """The files' rows as one `datasets.Dataset`, an Arrow file mapped from the cache.
-
-        Raises:
-            DataError: a file is damaged, or its rows have not all the same columns.
-        """
-        from datasets import load_dataset
-
-        files = [str(file) for file in self.files]
+    @contextmanager
+    def _meant(self) -> Iterator[None]:
+        """Of a repository that the user named, an error says that it is no folder either."""
         try:
-            return load_dataset(self.reader, data_files=files, split="train")
-        except Exception as error:
-            raise DataError(
-                f"{self.where}: cannot be read ({_reason(error.__cause__ or error)}); if a file is "
-                f"damaged, `hf download --force-download --repo-type dataset {self.repo}` "
-                "replaces it"
-            ) from error
+            yield
+        except DataError as error:
+            if self.name != self._repos[0]:
+                raise
+            raise DataError(f"{error}; no file or folder {self.name!r} is here either") from error
 
 
-def _fetched(repo: str, stem: str) -> _Fetched:
-    """The files `<stem>.*` or `<stem>-*.*` of a repository, downloaded where the cache lacks them.
+def _is_judged(files: HubFiles) -> bool:
+    """Whether the first record of a split's files names a relevant passage."""
+    with _damage_explained(files):
+        where, record = next(read_records(files.files[0]), ("", {}))
+        layout = recognised(record)
+        return layout is not None and len(layout.example(record, 0, where).positives) > 0
+
+
+def _topics(files: HubFiles, corpus: Corpus) -> Topics:
+    queries: list[Query] = []
+    qrels: dict[str, dict[str, int]] = {}
+    with _damage_explained(files):
+        layout = layout_of(files.files)
+    for raw in _raw_examples(files, layout):
+        queries.append(raw.query)
+        relevant = (p.id if isinstance(p, Passage) else p for p in raw.positives)
+        qrels.setdefault(raw.query.id, {}).update(dict.fromkeys(relevant, 1))
+    return checked_topics(files.where, queries, qrels, corpus)
+
+
+def _raw_examples(files: HubFiles, layout: Layout) -> Iterator[RawExample]:
+    with _damage_explained(files):
+        yield from raw_examples(files.files, layout)
+
+
+@contextmanager
+def _damage_explained(files: HubFiles) -> Iterator[None]:
+    try:
+        yield
+    except DataError as error:
+        raise DataError(f"Hugging Face {files.repo}: {error}; {files.way_out}") from error
+
+
+def _rows(files: HubFiles) -> Any:
+    """The files' rows as one `datasets.Dataset`, an Arrow file mapped from the cache.
 
     Raises:
-        DataError: the hub cannot be reached and the cache lacks them, or the repository does.
+        DataError: a file is damaged, or its rows have not all the same columns.
     """
-    from huggingface_hub import constants, snapshot_download
-    from huggingface_hub.errors import LocalEntryNotFoundError
+    from datasets import load_dataset
 
-    patterns = {suffix: _patterns(stem, suffix) for suffix in READERS}
-    every_pattern = [pattern for group in patterns.values() for pattern in group]
+    names = [str(file) for file in files.files]
     try:
-        folder = Path(snapshot_download(repo, repo_type="dataset", allow_patterns=every_pattern))
-    except LocalEntryNotFoundError as error:
-        offline = " (HF_HUB_OFFLINE is set)" if constants.HF_HUB_OFFLINE else ""
-        raise DataError(
-            f"Hugging Face {repo}: not whole in the cache {constants.HF_HUB_CACHE}, and the hub "
-            f"cannot be reached{offline}; connect to the network, unset HF_HUB_OFFLINE, or point "
-            f"HF_HUB_CACHE to a cache that `hf download --repo-type dataset {repo}` has filled"
-        ) from error
+        return load_dataset(READERS[files.suffix], data_files=names, split="train")
     except Exception as error:
-        raise DataError(f"Hugging Face {repo}: cannot be downloaded ({_reason(error)})") from error
-    for suffix, group in patterns.items():  # a repository may offer the same rows in two formats
-        if files := sorted(path for pattern in group for path in folder.glob(pattern)):
-            return _Fetched(repo, folder.name, READERS[suffix], files)
-    raise DataError(
-        f"Hugging Face {repo}: no {stem}.jsonl.gz, .jsonl or .parquet in {folder}; "
-        f"expected Tevatron's layout; `hf download --repo-type dataset {repo}` completes the folder"
-    )
+        cause = reason(error.__cause__ or error)
+        raise DataError(f"{files.where}: cannot be read ({cause}); {files.way_out}") from error
 
 
-def _reason(error: BaseException) -> str:
-    return " ".join(f"{type(error).__name__}: {error}".split())
-
-
-def _patterns(stem: str, suffix: str) -> list[str]:
-    return [f"{stem}{suffix}", f"{stem}-*{suffix}", f"data/{stem}-*{suffix}"]
-
-
-def _corpus(fetched: _Fetched) -> Corpus:
+def _corpus(files: HubFiles) -> Corpus:
     """The fetched passages; ids are checked and contents digested once for each commit."""
-    table = passage_table(arrow_table(fetched.rows()), fetched.where)
+    table = passage_table(arrow_table(_rows(files)), files.where)
 
     def check_and_digest(partial: Path) -> None:
-        log.info("%s: checking %d passages, once", fetched.where, len(table))
-        check_passages(table, fetched.where)
+        log.info("%s: checking %d passages, once", files.where, len(table))
+        check_passages(table, files.where)
         partial.write_text(Corpus(table).digest)
 
-    digest = build_once(cache_dir() / "digests" / fetched.digest, check_and_digest).read_text()
+    digest = build_once(cache_dir() / "digests" / files.digest, check_and_digest).read_text()
     return Corpus(table, digest)

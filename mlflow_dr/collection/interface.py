@@ -17,6 +17,10 @@ class Examples(Protocol):
     def digest(self) -> str:
         """Names the contents, in at most 36 characters."""
 
+    @property
+    def passages(self) -> Corpus:
+        """What the examples' positives and negatives are rows of."""
+
     def __len__(self) -> int: ...
 
     def __getitem__(self, index: int) -> Example: ...
@@ -57,9 +61,8 @@ def check_split(collection: Collection, split: str) -> None:
         UsageError: with the splits that it has.
     """
     if split not in collection.splits:
-        raise UsageError(
-            f"{collection.name} has no split {split!r}; it has: {', '.join(collection.splits)}"
-        )
+        splits = ", ".join(collection.splits) or "none, only training examples"
+        raise UsageError(f"{collection.name} has no split {split!r}; it has: {splits}")
 
 
 def validation_split(splits: Sequence[str]) -> str:
@@ -74,8 +77,13 @@ def chosen_split(collection: Collection, asked: str | None) -> str:
     """The split that was asked for, or the one to validate on when none was.
 
     Raises:
-        UsageError: the collection does not have the split that was asked for.
+        UsageError: the collection does not have the split that was asked for, or has none.
     """
+    if not (asked or collection.splits):
+        raise UsageError(
+            f"{collection.name} has no judged queries to validate on, only training examples; "
+            "name a collection that has some"
+        )
     split = asked or validation_split(collection.splits)
     check_split(collection, split)
     return split

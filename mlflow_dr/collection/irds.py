@@ -6,33 +6,26 @@ Source: MacAvaney et al., Simplified Data Wrangling with ir_datasets, SIGIR 2021
 from __future__ import annotations
 
 import difflib
-import logging
 import os
 import sys
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from functools import cached_property
-from pathlib import Path
 from typing import Any
-from urllib.parse import urlsplit
 
 from mlflow_dr.collection.corpus import Corpus, cached_corpus
-from mlflow_dr.collection.examples import JudgedExamples
-from mlflow_dr.collection.interface import check_split
+from mlflow_dr.collection.drafts import RawExample
+from mlflow_dr.collection.examples import JudgedExamples, cached_examples
+from mlflow_dr.collection.interface import Examples, check_split
+from mlflow_dr.collection.irds_pairs import candidate_examples, pair_examples
+from mlflow_dr.collection.irds_reading import HOME_VARIABLE, reading
 from mlflow_dr.collection.judgements import checked_topics
 from mlflow_dr.collection.records import Passage, Query, Topics
-from mlflow_dr.errors import DataError, MissingExtraError, MlflowDrError, UsageError
-
-log = logging.getLogger(__name__)
-
-HOME_VARIABLE = "IR_DATASETS_HOME"
+from mlflow_dr.errors import DataError, MissingExtraError, UsageError
 
 # ir_datasets waits 15 s three times for each mirror by default. Its retries start anew whenever
 # bytes arrive from a server that can resume, so fewer of them do not harm a long download.
 LESS_PATIENCE = {"IR_DATASETS_DL_TRIES": "2", "IR_DATASETS_DL_TIMEOUT": "10"}
 NO_BARS = {"IR_DATASETS_DL_DISABLE_PBAR": "true"}
-
-PROGRESS_MESSAGES = ("[", "download error", "Download failed")
 
 
 class IrDataset:
@@ -87,7 +80,7 @@ class IrDataset:
 
     @cached_property
     def _corpus(self) -> Corpus:
-        with _reading(self.name):
+        with reading(self.name):
             owner = _library().docs_parent_id(self._id)
             # the published count: `docs_count()` opens stores, and changes when one is built
             count = self._dataset.docs_metadata().get("count")
@@ -104,9 +97,30 @@ class IrDataset:
         judged_itself = _is_judged(self._dataset)
         return topics_of(self._id if judged_itself else f"{self._id}/{split}", self._corpus)
 
-    def examples(self) -> JudgedExamples:
-        """One example for each query of the train split that has a relevant passage."""
-        return JudgedExamples(self.topics("train"), self._corpus)
+    def examples(self) -> Examples:
+        """One example for each query; what the negatives are depends on what the id has itself.
+
+        Of its `docpairs` (MS MARCO's triples), the second passages; else of its `scoreddocs`, the
+        candidates that are not judged relevant; else, and for an id whose members are the splits,
+        there are none and the relevant passages of the train split are the positives.
+
+        Raises:
+            UsageError: there are neither docpairs nor a train split.
+            DataError: what is needed cannot be downloaded or read, or does not fit the corpus.
+        """
+        if self._dataset.has_docpairs():
+            queries = {query.id: query for query in _queries(self._dataset, self.name)}
+            raw = pair_examples(self._dataset, queries, self.name)
+            return self._cached("docpairs", raw)
+        split = next((split for split in self.splits if split.startswith("train")), "train")
+        topics = self.topics(split)
+        if _is_judged(self._dataset) and self._dataset.has_scoreddocs():
+            return self._cached("scoreddocs", candidate_examples(self._dataset, topics, self.name))
+        return JudgedExamples(topics, self._corpus)
+
+    def _cached(self, kind: str, raw: Iterator[RawExample]) -> Examples:
+        key = f"irds:{self._id}:{kind}:{getattr(self._dataset, f'{kind}_metadata')().get('count')}"
+        return cached_examples(key, raw, f"{self.name}, {kind}", self._corpus)
 
     def _members_to_name(self) -> str:
         members = [name for name, member in _members(self._id).items() if member.has_docs()]
@@ -130,7 +144,7 @@ def topics_of(dataset_id: str, corpus: Corpus) -> Topics:
 
 def _passages(dataset: Any, where: str) -> Iterator[Passage]:
     seen: set[str] = set()
-    with _reading(f"{where}: the passages"):
+    with reading(f"{where}: the passages"):
         for doc in dataset.docs_iter():
             if doc.doc_id in seen:
                 raise DataError(f"{where}: passage id {doc.doc_id!r} is used twice")
@@ -148,7 +162,7 @@ def _passage(doc: Any, where: str) -> Passage:
 
 
 def _queries(dataset: Any, where: str) -> Iterator[Query]:
-    with _reading(f"{where}: the queries"):
+    with reading(f"{where}: the queries"):
         for query in dataset.queries_iter():
             text = getattr(query, "text", None)
             yield Query(query.query_id, _default_text(query, where) if text is None else text)
@@ -157,7 +171,7 @@ def _queries(dataset: Any, where: str) -> Iterator[Query]:
 def _qrels(dataset: Any, where: str) -> dict[str, dict[str, int]]:
     """Judgements; a passage that is judged several times (by subtopic) keeps the highest."""
     qrels: dict[str, dict[str, int]] = {}
-    with _reading(f"{where}: the judgements"):
+    with reading(f"{where}: the judgements"):
         for qrel in dataset.qrels_iter():
             judged = qrels.setdefault(qrel.query_id, {})
             relevance = int(qrel.relevance)
@@ -180,7 +194,7 @@ def _is_judged(dataset: Any) -> bool:
 
 def _docs_handler(dataset: Any, where: str) -> Any:
     """What reads the passages; equal for ids that share their passages."""
-    with _reading(where):
+    with reading(where):
         return dataset.docs_handler()
 
 
@@ -193,7 +207,7 @@ def _members(dataset_id: str) -> dict[str, Any]:
 def _loaded(dataset_id: str) -> Any:
     """The dataset object of an id; nothing is read yet."""
     registry = _library().registry
-    with _reading(f"irds:{dataset_id}"):
+    with reading(f"irds:{dataset_id}"):
         try:
             return registry[dataset_id]
         except KeyError:
@@ -225,72 +239,3 @@ def _library() -> Any:
             f"set {HOME_VARIABLE} to a folder that can be written"
         ) from error
     return ir_datasets
-
-
-@contextmanager
-def _reading(what: str) -> Iterator[None]:
-    """Keeps ir_datasets quiet, and turns whatever it raises into one error about `what`.
-
-    What it would have printed is logged as information, or becomes the way out of the error.
-    """
-    heard: list[str] = []
-
-    def hear(record: logging.LogRecord) -> bool:
-        heard.append(" ".join(record.getMessage().split()))
-        return False
-
-    logger = logging.getLogger("ir_datasets")
-    logger.addFilter(hear)
-    try:
-        yield
-    except MlflowDrError:
-        raise
-    except ImportError as error:
-        raise MissingExtraError(f"{what}: {error}") from error
-    except Exception as error:
-        failures = _failures(error)
-        causes = "; ".join(dict.fromkeys(map(_cause, failures)))
-        raise DataError(f"{what} cannot be read: {causes}; {_way_out(failures, heard)}") from error
-    finally:
-        logger.removeFilter(hear)
-    for message in heard:
-        if not message.startswith(PROGRESS_MESSAGES):
-            log.info("ir_datasets: %s", message)
-
-
-def _failures(error: Exception) -> list[Exception]:
-    """The error itself, or for a failed download the errors of its mirrors."""
-    match error.args:
-        # ir_datasets.util.Download raises RuntimeError(text, [(mirror, error), ...])
-        case (str(), [(_, Exception()), *_] as failures):
-            errors = [failure for _, failure in failures]
-            return [each for each in errors if not isinstance(each, FileNotFoundError)] or errors
-    return [error]
-
-
-def _cause(error: Exception) -> str:
-    kind = type(error).__name__
-    if host := _host(error):
-        return f"the download from {host} failed ({kind})"
-    return " ".join(f"{kind}: {error}".split())
-
-
-def _host(error: Exception) -> str:
-    """The server that an error of `requests` is about; empty for any other error."""
-    request = getattr(error, "request", None)
-    return urlsplit(request.url).netloc if request is not None else ""
-
-
-def _way_out(failures: list[Exception], heard: list[str]) -> str:
-    home = str(Path(os.environ.get(HOME_VARIABLE, "~/.ir_datasets")).expanduser())
-    # ir_datasets prints where a file belongs that was, or can only be, fetched by hand
-    by_hand = next((message for message in reversed(heard) if home in message), None)
-    if any(_host(error) for error in failures):
-        files = f"put the files under {home} ({HOME_VARIABLE})"
-        return f"connect to the network, or {by_hand or files}"
-    if by_hand and isinstance(failures[-1], FileNotFoundError):
-        return by_hand
-    return (
-        f"remove what is damaged under {home} ({HOME_VARIABLE}) and read again; "
-        "if the error stays, upgrade ir_datasets"
-    )

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
+import numpy as np
+
 from mlflow_dr.files import digest_of
 
 Qrels = Mapping[str, Mapping[str, int]]
@@ -12,26 +14,44 @@ Qrels = Mapping[str, Mapping[str, int]]
 
 
 class Passage(NamedTuple):
-    """One document of the corpus."""
+    """One document of the corpus.
+
+    A source that is tokenised already has `tokens`, ids without special tokens, and no text.
+    """
 
     id: str
     title: str
     text: str
+    tokens: Sequence[int] | None = None
 
 
 class Query(NamedTuple):
-    """One question put to the corpus."""
+    """One question put to the corpus, with its short answers where the collection has them.
+
+    A source that is tokenised already has `tokens`, ids without special tokens, and no text.
+    """
 
     id: str
     text: str
+    answers: Sequence[str] = ()
+    tokens: Sequence[int] | None = None
 
 
 class Example(NamedTuple):
-    """One training example: a query, at least one relevant passage, and hard negatives, if any."""
+    """One training example; passages are rows of the corpus that `Examples.passages` is.
+
+    Attributes:
+        query: the question.
+        positives: rows of relevant passages, at least one, `(n_positives,) int64`.
+        negatives: rows of hard negatives, `(n_negatives,) int64`.
+        scores: a teacher's scores of the positives, then of the negatives, where the source has
+            them, `(n_positives + n_negatives,) float32`.
+    """
 
     query: Query
-    positives: Sequence[Passage]
-    negatives: Sequence[Passage]
+    positives: np.ndarray
+    negatives: np.ndarray
+    scores: np.ndarray | None = None
 
 
 class Topics(NamedTuple):

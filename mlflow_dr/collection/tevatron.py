@@ -1,154 +1,98 @@
-"""Tevatron's tables: rows of training examples with their passages, and rows of passages.
+"""Tevatron's training examples: each line has a query and its passages, as text or as token ids.
 
 Layout: Gao et al., Tevatron: An Efficient and Flexible Toolkit for Dense Retrieval, 2022.
 """
 
 from __future__ import annotations
 
-import logging
-from collections.abc import Mapping, Sequence
 from typing import Any
 
-import numpy as np
-import pyarrow as pa
-import pyarrow.compute as pc
-
-from mlflow_dr.collection.corpus import SCHEMA
-from mlflow_dr.collection.records import Example, Passage, Query
+from mlflow_dr.collection.drafts import RawExample
+from mlflow_dr.collection.fields import (
+    listed,
+    number,
+    optional_identifier,
+    optional_text,
+    text,
+    texts,
+)
+from mlflow_dr.collection.recordfiles import Record
+from mlflow_dr.collection.records import Passage, Query
 from mlflow_dr.errors import DataError
 
-log = logging.getLogger(__name__)
 
-PASSAGE_COLUMNS = ("docid", "title", "text")
-EXAMPLE_COLUMNS = ("query_id", "query", "positive_passages", "negative_passages")
+def tevatron_example(record: Record, index: int, where: str) -> RawExample:
+    """`query_id, query, positive_passages, negative_passages`, where there are any `answers`.
 
-
-class TevatronExamples:
-    """Training examples by row of a memory-mapped `datasets.Dataset`.
-
-    Rows without a query or without a positive passage are left out, with one warning that counts
-    them.
-
-    Args:
-        rows: a `datasets.Dataset` with `EXAMPLE_COLUMNS`.
-        where: its source, for messages.
-        digest: names the contents.
-    """
-
-    def __init__(self, rows: Any, where: str, digest: str) -> None:
-        table = arrow_table(rows)
-        _check_examples(table, where)
-        self._rows = rows
-        self._kept = _usable_rows(table, where)
-        self.digest = digest
-
-    def __len__(self) -> int:
-        return len(self._kept)
-
-    def __getitem__(self, index: int) -> Example:
-        row = self._rows[int(self._kept[index])]
-        return Example(
-            Query(str(row["query_id"]), row["query"]),
-            [_passage(record) for record in row["positive_passages"]],
-            [_passage(record) for record in row["negative_passages"] or ()],
-        )
-
-
-def arrow_table(rows: Any) -> pa.Table:
-    """The Arrow table under a `datasets.Dataset`, still mapped from disk."""
-    return rows.with_format("arrow")[:]
-
-
-def passage_table(table: pa.Table, where: str) -> pa.Table:
-    """Columns `id`, `title`, `text` as strings; only a column of another type is copied."""
-    _check_columns(table.schema, PASSAGE_COLUMNS, where)
-    columns = [table[name] for name in PASSAGE_COLUMNS]
-    for name, column in zip(PASSAGE_COLUMNS, columns, strict=True):
-        _check_type(column.type, name, where)
-    passages = pa.table(columns, names=SCHEMA.names).cast(SCHEMA)
-    if passages["title"].null_count:
-        passages = passages.set_column(1, SCHEMA.field("title"), passages["title"].fill_null(""))
-    return passages
-
-
-def check_passages(passages: pa.Table, where: str) -> None:
-    """Refuse passages without id or text, and ids that are used twice.
+    A passage is `docid, title, text`, without id known by its content; a `score` in it is a
+    teacher's. Without a query id the record's index stands for it.
 
     Raises:
-        DataError: with how many there are.
+        DataError: a field is not of its type, or a passage has no text.
     """
-    for name in ("id", "text"):
-        if missing := passages[name].null_count:
-            raise DataError(f"{where}: {missing} of {len(passages)} passages have no {name}")
-    ids = passages["id"]
-    if (distinct := pc.count_distinct(ids).as_py()) != len(ids):
-        counts = pc.value_counts(ids)
-        repeated = counts.filter(pc.greater(counts.field("counts"), 1)).field("values")[0]
-        raise DataError(
-            f"{where}: {len(ids) - distinct} passages repeat an id (such as {repeated.as_py()!r})"
-        )
-
-
-def _check_columns(schema: pa.Schema, expected: Sequence[str], where: str) -> None:
-    missing = [name for name in expected if name not in schema.names]
-    if missing:
-        raise DataError(
-            f"{where}: no column {', '.join(missing)}; it has {', '.join(schema.names)}, "
-            f"expected {', '.join(expected)}"
-        )
-
-
-def _check_type(got: pa.DataType, name: str, where: str) -> None:
-    """Text everywhere; an id may be a whole number, and a title is null where no row has one."""
-    text = pa.types.is_string(got) or pa.types.is_large_string(got)
-    number = name.endswith("id") and pa.types.is_integer(got)
-    untitled = name == "title" and pa.types.is_null(got)
-    if not (text or number or untitled):
-        raise DataError(f"{where}: column {name} holds {got}, expected strings")
-
-
-def _check_examples(table: pa.Table, where: str) -> None:
-    _check_columns(table.schema, EXAMPLE_COLUMNS, where)
-    for name in ("query_id", "query"):
-        _check_type(table.schema.field(name).type, name, where)
-    for name in ("positive_passages", "negative_passages"):
-        _check_passage_lists(table[name], f"{where}, {name}")
-
-
-def _check_passage_lists(lists: pa.ChunkedArray, where: str) -> None:
-    is_list = pa.types.is_list(lists.type) or pa.types.is_large_list(lists.type)
-    item = lists.type.value_type if is_list else None
-    if item is not None and pa.types.is_null(item):
-        return  # no row has a passage
-    if item is None or not pa.types.is_struct(item):
-        raise DataError(f"{where}: holds {lists.type}, expected lists of passages")
-    fields = pa.schema(list(item))
-    _check_columns(fields, PASSAGE_COLUMNS, where)
-    for name in PASSAGE_COLUMNS:
-        _check_type(fields.field(name).type, name, where)
-    passages = pc.list_flatten(lists)
-    for name in ("docid", "text"):
-        if missing := pc.struct_field(passages, name).null_count:
-            raise DataError(f"{where}: {missing} of {len(passages)} passages have no {name}")
-
-
-def _usable_rows(table: pa.Table, where: str) -> np.ndarray:
-    """Rows with a query and a positive passage, `(n_usable,) int64`; the others are counted."""
-    asked = pc.greater(pc.utf8_length(pc.utf8_trim_whitespace(table["query"])), 0)
-    answered = pc.greater(pc.list_value_length(table["positive_passages"]), 0)
-    has_query, has_positive = (
-        mask.fill_null(False).combine_chunks().to_numpy(zero_copy_only=False)
-        for mask in (asked, answered)
+    positives, positive_scores = _passages(record, "positive_passages", where)
+    negatives, negative_scores = _passages(record, "negative_passages", where)
+    query = Query(
+        optional_identifier(record, ("query_id",), where) or str(index),
+        optional_text(record, "query", where),
+        texts(record, "answers", where),
     )
-    kept = np.flatnonzero(has_query & has_positive)
-    problems = f"{(~has_query).sum()} without a query, {(~has_positive).sum()} without a positive"
-    if len(kept) == 0:
-        raise DataError(f"{where}: none of {len(table)} rows can be trained on: {problems}")
-    if len(kept) < len(table):
-        left_out = len(table) - len(kept)
-        log.warning("%s: left out: %d of %d rows (%s)", where, left_out, len(table), problems)
-    return kept
+    return RawExample(where, query, positives, negatives, positive_scores, negative_scores)
 
 
-def _passage(record: Mapping[str, Any]) -> Passage:
-    return Passage(str(record["docid"]), record["title"] or "", record["text"])
+def _passages(record: Record, field: str, where: str) -> tuple[list[Passage], list[float]]:
+    passages: list[Passage] = []
+    scores: list[float] = []
+    for index, item in enumerate(listed(record, field, where)):
+        place = f"{where}: {field}[{index}]"
+        if not isinstance(item, dict):
+            raise DataError(f"{place}: expected docid, title and text, got {item!r}")
+        passage_id = optional_identifier(item, ("docid",), place)
+        title = optional_text(item, "title", place)
+        passages.append(Passage(passage_id, title, text(item, "text", place)))
+        scores.append(number(item, "score", place))
+    return passages, scores
+
+
+def plain_example(record: Record, index: int, where: str) -> RawExample:
+    """`query, positives, negatives`, each a list of token ids without special tokens, or a string.
+
+    This is the form that Tevatron trains on after its own tokenising. Passages have no id and are
+    known by their content; the record's index is the query's id where it has no `query_id`.
+
+    Raises:
+        DataError: a field is neither text nor token ids, or the query is not what the passages are.
+    """
+    query_id = optional_identifier(record, ("query_id",), where) or str(index)
+    query = Query(query_id, *_text_and_tokens(record.get("query") or "", f"{where}: query"))
+    positives, negatives = (
+        [
+            _plain_passage(item, f"{where}: {field}[{place}]")
+            for place, item in enumerate(listed(record, field, where))
+        ]
+        for field in ("positives", "negatives")
+    )
+    if positives and query.text and positives[0].tokens is not None:
+        raise DataError(f"{where}: the query is text, its passages are token ids; tokenise both")
+    if positives and query.tokens and positives[0].tokens is None:
+        raise DataError(f"{where}: the query is token ids, its passages are text; tokenise both")
+    return RawExample(where, query, positives, negatives)
+
+
+def _plain_passage(item: Any, where: str) -> Passage:
+    content, _, tokens = _text_and_tokens(item, where)
+    return Passage("", "", content, tokens)
+
+
+def _text_and_tokens(value: Any, where: str) -> tuple[str, tuple[()], list[int] | None]:
+    """Text, no answers, and token ids: what follows the id in a query."""
+    if isinstance(value, str):
+        return value, (), None
+    if isinstance(value, list) and all(type(item) is int and 0 <= item < 2**31 for item in value):
+        return "", (), value
+    raise DataError(f"{where}: neither a string nor a list of token ids; got {_short(value)}")
+
+
+def _short(value: Any) -> str:
+    shown = repr(value)
+    return shown if len(shown) <= 60 else f"{shown[:57]}..."

@@ -3,6 +3,8 @@
 config.json, model.safetensors, tokenizer*      the backbone, for AutoModel
 modules.json, 1_Pooling/, 2_Dense/, ...         the rest, for sentence-transformers
 mlflow_dr.json                                  everything, for mlflow_dr
+query/                                          the queries' tower, where they have their own
+adapter_config.json, adapter_model.safetensors  instead of the backbone: adapters of another one
 """
 
 from __future__ import annotations
@@ -11,6 +13,7 @@ import inspect
 import json
 import logging
 import pickle
+import threading
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
@@ -22,6 +25,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from mlflow_dr.encoder import lora
 from mlflow_dr.encoder import sentence_transformers as st
 from mlflow_dr.encoder.config import EncoderConfig
 from mlflow_dr.encoder.model import Encoder, positions
@@ -32,11 +36,15 @@ from mlflow_dr.errors import CheckpointError, UsageError
 log = logging.getLogger(__name__)
 
 CONFIG = "mlflow_dr.json"
+QUERY_TOWER = "query"
 LAYOUT = 1
 ENCODERS_OF_PAIRS = {"t5": "T5EncoderModel", "mt5": "MT5EncoderModel", "umt5": "UMT5EncoderModel"}
 LONGEST_BY_DEFAULT = 512
 # without its files transformers makes up a tokenizer of special tokens and, by kind, up to 2 others
 MADE_UP_TOKENS = 2
+
+_quiet_lock = threading.Lock()
+_before_quiet: list[tuple[int, bool]] = []
 
 
 def load_encoder(
@@ -45,6 +53,9 @@ def load_encoder(
     attention: str | None = None,
     trust_remote_code: bool = False,
     safetensors_only: bool = False,
+    tokenizer: str | None = None,
+    cache_dir: str | None = None,
+    bare_pooling: str | None = None,
     **changes: Any,
 ) -> Encoder:
     """An encoder from a directory of any of the three kinds, or from a name on the hub.
@@ -54,6 +65,9 @@ def load_encoder(
         attention: transformers' `attn_implementation`.
         trust_remote_code: whether code in the directory may run; never by default.
         safetensors_only: refuse weights in any other format.
+        tokenizer: a directory or hub name whose tokenizer is taken instead.
+        cache_dir: where files from the hub are kept; Hugging Face's own cache when None.
+        bare_pooling: the pooling of a backbone whose directory names none; `mean` when None.
         changes: fields of `EncoderConfig` that replace what the directory says.
 
     Returns:
@@ -63,7 +77,7 @@ def load_encoder(
         UsageError: there is no such encoder.
         CheckpointError: its files are damaged, missing or of a kind that is not known.
     """
-    directory = encoder_directory(str(name))
+    directory = encoder_directory(str(name), cache_dir)
     options: dict[str, Any] = {"trust_remote_code": trust_remote_code}
     if attention:
         options["attn_implementation"] = attention
@@ -72,8 +86,9 @@ def load_encoder(
     is_ours = (directory / CONFIG).exists()
     is_theirs = not is_ours and st.is_sentence_transformer(directory)
     place = st.transformer_directory(directory) if is_theirs else directory
-    backbone, tokenizer = _load_backbone(place, options)
-    longest = _longest(backbone, tokenizer)
+    words = encoder_directory(tokenizer, cache_dir) if tokenizer else place
+    backbone, loaded = _load_adapted(place, words, options, cache_dir)
+    longest = _longest(backbone, loaded)
     weights: list[Path] = []
     if is_ours:
         config = _read_config(directory)
@@ -81,21 +96,36 @@ def load_encoder(
     elif is_theirs:
         config, weights = st.read_config(directory, longest)
     else:
-        config = EncoderConfig("mean", query_max_length=longest, passage_max_length=longest)
+        pooling = bare_pooling or "mean"
+        config = EncoderConfig(pooling, query_max_length=longest, passage_max_length=longest)
         if "pooling" not in changes:
-            log.warning("%s is a bare backbone: taking mean pooling, no normalisation", name)
+            log.warning("%s is a bare backbone: taking %s pooling", name, pooling)
     try:
-        encoder = Encoder(backbone, tokenizer, replace(config, **changes))
+        encoder = Encoder(backbone, loaded, replace(config, **changes))
     except UsageError as error:
         if changes:
             raise
         raise CheckpointError(f"{directory}: {error}") from error
     _load_projections(encoder, weights, safetensors_only)
+    if is_ours and (directory / QUERY_TOWER).is_dir():
+        encoder.query_tower = load_encoder(
+            directory / QUERY_TOWER,
+            attention=attention,
+            trust_remote_code=trust_remote_code,
+            safetensors_only=safetensors_only,
+            tokenizer=tokenizer,
+            cache_dir=cache_dir,
+            **changes,
+        )
     return encoder.eval()
 
 
 def save_encoder(
-    directory: Path, encoder: Encoder, state: Mapping[str, Tensor] | None = None
+    directory: Path,
+    encoder: Encoder,
+    state: Mapping[str, Tensor] | None = None,
+    merged: bool = True,
+    for_queries: bool = False,
 ) -> None:
     """Write an encoder so that all three loaders read it.
 
@@ -104,19 +134,25 @@ def save_encoder(
         encoder: what to write.
         state: weights to write instead of the encoder's own, under `encoder.state_dict()`'s names
             (a snapshot, while training goes on).
+        merged: whether adapters become part of the backbone's weights; else they are written alone.
+        for_queries: whether it is a tower of queries, which sentence-transformers cuts at their
+            length; it cuts all others at the passages'.
     """
     state = state if state is not None else encoder.state_dict()
     directory.mkdir(parents=True)
-    backbone_state = {
-        key.removeprefix("backbone."): value
-        for key, value in state.items()
-        if key.startswith("backbone.")
-    }
-    with _quiet_transformers():
-        encoder.backbone.save_pretrained(directory, state_dict=backbone_state)
+    backbone, backbone_state = encoder.backbone, _under("backbone.", state)
+    with quiet_transformers():
+        if lora.is_adapted(backbone) and not merged:
+            lora.save_adapter(directory, backbone, backbone_state)
+        else:
+            if lora.is_adapted(backbone):
+                backbone, backbone_state = lora.merged_weights(backbone, backbone_state)
+            backbone.save_pretrained(directory, state_dict=backbone_state)
     encoder.tokenizer.save_pretrained(directory)
     width = int(encoder.backbone.config.hidden_size)
-    for index, place in enumerate(st.write_config(directory, encoder.settings, width)):
+    settings = encoder.settings
+    length = settings.query_max_length if for_queries else settings.passage_max_length
+    for index, place in enumerate(st.write_config(directory, settings, width, length)):
         prefix = f"projections.{index}."
         layer = {
             f"linear.{key.removeprefix(prefix)}": value.contiguous()
@@ -124,8 +160,17 @@ def save_encoder(
             if key.startswith(prefix)
         }
         save_file(layer, place / "model.safetensors", metadata={"format": "pt"})
-    values = {"layout": LAYOUT, "encoder": encoder.settings.to_dict()}
+    values = {"layout": LAYOUT, "encoder": settings.to_dict()}
     (directory / CONFIG).write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
+    if encoder.query_tower is not None:
+        tower_state = _under("query_tower.", state)
+        save_encoder(directory / QUERY_TOWER, encoder.query_tower, tower_state, merged, True)
+        st.write_router(directory, QUERY_TOWER)
+
+
+def _under(prefix: str, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The part of a state that belongs to one module, under the names it has there."""
+    return {key.removeprefix(prefix): v for key, v in state.items() if key.startswith(prefix)}
 
 
 def _read_config(directory: Path) -> EncoderConfig:
@@ -142,17 +187,35 @@ def _read_config(directory: Path) -> EncoderConfig:
         raise CheckpointError(f"{path}: not an encoder's description ({error})") from error
 
 
-def _load_backbone(directory: Path, options: dict[str, Any]) -> tuple[Any, Any]:
+def _load_adapted(
+    directory: Path, words: Path, options: dict[str, Any], cache_dir: str | None
+) -> tuple[Any, Any]:
+    """A backbone and a tokenizer, the backbone with its adapters merged where it has some."""
+    base = lora.base_of(directory)
+    if base is None:
+        return _load_backbone(directory, words, options)
+    try:
+        place = encoder_directory(base, cache_dir)
+    except UsageError as error:
+        raise CheckpointError(f"{directory} has adapters of another backbone: {error}") from error
+    if st.is_sentence_transformer(place):
+        place = st.transformer_directory(place)
+    backbone, tokenizer = _load_adapted(place, words, options, cache_dir)
+    with quiet_transformers():
+        return lora.with_adapters(directory, backbone), tokenizer
+
+
+def _load_backbone(directory: Path, words: Path, options: dict[str, Any]) -> tuple[Any, Any]:
     import transformers
 
     trust = {"trust_remote_code": options["trust_remote_code"]}
     try:
         config = transformers.AutoConfig.from_pretrained(directory, **trust)
-        tokenizer = transformers.AutoTokenizer.from_pretrained(directory, **trust)
+        tokenizer = transformers.AutoTokenizer.from_pretrained(words, **trust)
         kind = getattr(transformers, ENCODERS_OF_PAIRS.get(config.model_type, "AutoModel"))
         if _has_unused_pooler(config):
             options = {**options, "add_pooling_layer": False}
-        with _quiet_transformers():
+        with quiet_transformers():
             backbone, loading = kind.from_pretrained(
                 directory, config=config, dtype=torch.float32, output_loading_info=True, **options
             )
@@ -171,32 +234,39 @@ def _load_backbone(directory: Path, options: dict[str, Any]) -> tuple[Any, Any]:
         )
     if len(tokenizer) - len(set(tokenizer.all_special_tokens)) <= MADE_UP_TOKENS:
         raise CheckpointError(
-            f"{directory}: the tokenizer has special tokens only; are its files (tokenizer.json, "
+            f"{words}: the tokenizer has special tokens only; are its files (tokenizer.json, "
             "vocab.txt or others) missing?"
         )
     rows = backbone.get_input_embeddings().weight.shape[0]
     if (highest := highest_id(tokenizer)) >= rows:
         raise CheckpointError(
-            f"{directory}: the tokenizer has token ids up to {highest}, but the backbone embeds "
+            f"{words}: the tokenizer has token ids up to {highest}, but the backbone embeds "
             f"only {rows} tokens; tokenizer and weights do not belong together"
         )
     return backbone, tokenizer
 
 
 @contextmanager
-def _quiet_transformers() -> Iterator[None]:
-    """Without transformers' bars and its table of unused weights; what is missing is checked."""
+def quiet_transformers() -> Iterator[None]:
+    """Without transformers' bars and its table of unused weights; threads may be here together."""
     from transformers.utils import logging as messages
 
-    level, bars = messages.get_verbosity(), messages.is_progress_bar_enabled()
-    messages.set_verbosity_error()
-    messages.disable_progress_bar()
+    with _quiet_lock:  # a publisher's thread may be here beside the trainer's
+        if not _before_quiet:
+            _before_quiet.append((messages.get_verbosity(), messages.is_progress_bar_enabled()))
+            messages.set_verbosity_error()
+            messages.disable_progress_bar()
+        else:
+            _before_quiet.append(_before_quiet[0])
     try:
         yield
     finally:
-        messages.set_verbosity(level)
-        if bars:
-            messages.enable_progress_bar()
+        with _quiet_lock:
+            level, bars = _before_quiet.pop()
+            if not _before_quiet:
+                messages.set_verbosity(level)
+                if bars:
+                    messages.enable_progress_bar()
 
 
 def _has_unused_pooler(config: Any) -> bool:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from mlflow_dr.encoder.config import EncoderConfig
-from mlflow_dr.encoder.pooling import POOLING
+from mlflow_dr.encoder.pooling import POOLING, at_least_fp32
 from mlflow_dr.errors import UsageError
 
 ACTIVATION: dict[str, type[nn.Module]] = {
@@ -30,12 +30,19 @@ class Encoder(nn.Module):
         backbone: a Hugging Face model whose first output is the token vectors.
         tokenizer: the backbone's tokenizer.
         config: everything around the backbone.
+        query_tower: the encoder of queries, where queries have weights of their own.
 
     Raises:
         UsageError: projections that do not fit, or lengths beyond the backbone's positions.
     """
 
-    def __init__(self, backbone: Any, tokenizer: Any, config: EncoderConfig) -> None:
+    def __init__(
+        self,
+        backbone: Any,
+        tokenizer: Any,
+        config: EncoderConfig,
+        query_tower: Encoder | None = None,
+    ) -> None:
         super().__init__()
         self.backbone = backbone
         self.tokenizer = tokenizer
@@ -56,6 +63,17 @@ class Encoder(nn.Module):
             width = layer.out_features
         self.projections = nn.ModuleList(projections)
         self.dimension = width
+        self.query_tower = query_tower
+        if query_tower is not None and query_tower.dimension != width:
+            raise UsageError(
+                f"queries become vectors of {query_tower.dimension} dimensions and passages of "
+                f"{width}; both towers need the same"
+            )
+
+    @property
+    def for_queries(self) -> Encoder:
+        """What encodes queries: a tower of their own, or this one."""
+        return self if self.query_tower is None else self.query_tower
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
         """Vectors of the texts.
@@ -65,13 +83,14 @@ class Encoder(nn.Module):
             attention_mask: `(batch, length) int64`, 1 for tokens.
 
         Returns:
-            `(batch, dimension) float32`, normalised in fp32 when the configuration says so.
+            `(batch, dimension) float32`, normalised in fp32 when the configuration says so; fp64
+            for an encoder in fp64.
         """
         states = self.backbone(input_ids=input_ids, attention_mask=attention_mask)[0]
         vectors = self._pool(states, attention_mask)
         for layer, activation in zip(self.projections, self._activations, strict=True):
             vectors = activation(layer(vectors.to(next(layer.parameters()).dtype)))
-        vectors = vectors.float()
+        vectors = at_least_fp32(vectors)
         return nn.functional.normalize(vectors, dim=-1) if self.settings.normalize else vectors
 
     @property

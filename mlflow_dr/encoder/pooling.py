@@ -48,8 +48,14 @@ def weighted_mean(states: Tensor, mask: Tensor) -> Tensor:
 
 
 def _sum(states: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
-    weights = weights.float()[:, :, None]
-    return (states.float() * weights).sum(dim=1), weights.sum(dim=1).clamp(min=1e-9)
+    states = at_least_fp32(states)
+    weights = weights.to(states.dtype)[:, :, None]
+    return (states * weights).sum(dim=1), weights.sum(dim=1).clamp(min=1e-9)
+
+
+def at_least_fp32(values: Tensor) -> Tensor:
+    """Half-precision numbers as fp32; others as they are."""
+    return values.to(torch.promote_types(values.dtype, torch.float32))
 
 
 POOLING: dict[str, Callable[[Tensor, Tensor], Tensor]] = {

@@ -17,6 +17,8 @@ from mlflow_dr.errors import CheckpointError, UsageError
 
 MODULES = "modules.json"
 PROMPTS = "config_sentence_transformers.json"
+ROUTER = "router_config.json"
+LIBRARY = "sentence_transformers.models"
 LENGTHS = "sentence_bert_config.json"
 PASSAGE_PROMPT_NAMES = ("document", "passage", "corpus")
 
@@ -104,13 +106,14 @@ def read_config(directory: Path, longest: int) -> tuple[EncoderConfig, list[Path
     return config, weights
 
 
-def write_config(directory: Path, config: EncoderConfig, width: int) -> list[Path]:
+def write_config(directory: Path, config: EncoderConfig, width: int, length: int) -> list[Path]:
     """Describe an encoder to sentence-transformers.
 
     Args:
         directory: the encoder's directory, with backbone and tokenizer.
-        config: what to describe; the one length of sentence-transformers is the passages'.
+        config: what to describe.
         width: dimensions of the backbone's token vectors.
+        length: the one maximum length that sentence-transformers knows.
 
     Returns:
         Directories made for the projections' weights, in order; the weights are the caller's to
@@ -123,7 +126,7 @@ def write_config(directory: Path, config: EncoderConfig, width: int) -> list[Pat
             "idx": index,
             "name": str(index),
             "path": "" if index == 0 else f"{index}_{kind}",
-            "type": f"sentence_transformers.models.{kind}",
+            "type": f"{LIBRARY}.{kind}",
         }
         for index, kind in enumerate(kinds)
     ]
@@ -148,7 +151,7 @@ def write_config(directory: Path, config: EncoderConfig, width: int) -> list[Pat
         )
     _write(
         directory / LENGTHS,
-        {"max_seq_length": config.passage_max_length, "do_lower_case": config.lowercase},
+        {"max_seq_length": length, "do_lower_case": config.lowercase},
     )
     _write(
         directory / PROMPTS,
@@ -159,6 +162,34 @@ def write_config(directory: Path, config: EncoderConfig, width: int) -> list[Pat
         },
     )
     return dense
+
+
+def write_router(directory: Path, query_tower: str) -> None:
+    """Describe two towers to sentence-transformers: one for queries, one for documents.
+
+    Args:
+        directory: the documents' encoder, described already, with the queries' in it.
+        query_tower: the folder of the queries' encoder.
+    """
+    routes = {
+        "document": _modules(directory / MODULES),
+        "query": [
+            (kind, f"{query_tower}/{path}" if path else query_tower)
+            for kind, path in _modules(directory / query_tower / MODULES)
+        ],
+    }
+    _write(
+        directory / ROUTER,
+        {
+            "types": {path or ".": kind for route in routes.values() for kind, path in route},
+            "structure": {
+                name: [path or "." for _, path in route] for name, route in routes.items()
+            },
+            "parameters": {"default_route": "document", "allow_empty_key": True},
+        },
+    )
+    router = {"idx": 0, "name": "0", "path": "", "type": f"{LIBRARY}.Router"}
+    _write(directory / MODULES, [router])
 
 
 def _modules(path: Path) -> list[tuple[str, str]]:

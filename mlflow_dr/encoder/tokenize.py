@@ -5,10 +5,12 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Sequence
+from functools import cached_property
 from typing import Any
 
 from mlflow_dr.collection.records import Passage, Query
 from mlflow_dr.encoder.config import EncoderConfig
+from mlflow_dr.errors import DataError
 
 
 class Tokenizing:
@@ -27,8 +29,12 @@ class Tokenizing:
 
     def query_ids(self, queries: Sequence[Query]) -> list[list[int]]:
         """Token ids of queries, prompt and special tokens included."""
-        texts = [self._config.query_prompt + query.text.strip() for query in queries]
-        return self._ids(texts, self._config.query_max_length)
+        config = self._config
+        if any(query.tokens is not None for query in queries):
+            tokens = [query.tokens or () for query in queries]
+            return self._framed(tokens, config.query_prompt, config.query_max_length)
+        texts = [config.query_prompt + query.text.strip() for query in queries]
+        return self._ids(texts, config.query_max_length)
 
     def passage_texts(self, passages: Sequence[Passage]) -> list[str]:
         """The text that stands for each passage: prompt, title, separator, text."""
@@ -41,20 +47,68 @@ class Tokenizing:
 
     def passage_ids(self, passages: Sequence[Passage]) -> list[list[int]]:
         """Token ids of passages, prompt and special tokens included."""
-        return self._ids(self.passage_texts(passages), self._config.passage_max_length)
+        config = self._config
+        if any(passage.tokens is not None for passage in passages):
+            tokens = [passage.tokens or () for passage in passages]
+            return self._framed(tokens, config.passage_prompt, config.passage_max_length)
+        return self._ids(self.passage_texts(passages), config.passage_max_length)
+
+    def query_digest(self) -> str:
+        """Names the tokenizer and all settings that `query_ids` depends on."""
+        config = self._config
+        return self._digest(config.query_prompt, config.query_max_length, config.lowercase)
 
     def passage_digest(self) -> str:
         """Names the tokenizer and all settings that `passage_ids` depends on."""
         config = self._config
-        settings = (
+        return self._digest(
             config.passage_prompt,
             config.passage_max_length,
             config.title_separator,
             config.lowercase,
         )
+
+    def _digest(self, *settings: object) -> str:
         side = getattr(self._tokenizer, "truncation_side", "right")
         state = json.dumps([_fingerprint(self._tokenizer), side, settings])
         return hashlib.sha256(state.encode()).hexdigest()[:16]
+
+    def _framed(
+        self, rows: Sequence[Sequence[int]], prompt: str, max_length: int
+    ) -> list[list[int]]:
+        """Ids without special tokens -> with prompt and special tokens, within the length.
+
+        Raises:
+            DataError: an id that the tokenizer does not have.
+        """
+        before, after = self._frame
+        if prompt:
+            before = (before + self._bare(prompt))[: max_length - len(after)]
+        room = max_length - len(before) - len(after)
+        if (highest := max((max(row) for row in rows if len(row)), default=0)) > (
+            self.vocabulary_size - 1
+        ):
+            raise DataError(
+                f"a tokenised text has token id {highest}, but this tokenizer's ids end at "
+                f"{self.vocabulary_size - 1}; it was tokenised for another vocabulary"
+            )
+        return [[*before, *row[:room], *after] for row in rows]
+
+    @cached_property
+    def _frame(self) -> tuple[list[int], list[int]]:
+        """The special tokens that the tokenizer puts before and after a text."""
+        bare = self._bare("a")
+        whole: list[int] = self._tokenizer("a")["input_ids"]
+        for start in range(len(whole) - len(bare) + 1):
+            if whole[start : start + len(bare)] == bare:
+                return whole[:start], whole[start + len(bare) :]
+        raise DataError(
+            "this tokenizer changes a text where it adds special tokens, so it cannot be used with "
+            "texts that are tokenised already"
+        )
+
+    def _bare(self, text: str) -> list[int]:
+        return list(self._tokenizer(text, add_special_tokens=False)["input_ids"])
 
     def _ids(self, texts: list[str], max_length: int) -> list[list[int]]:
         if not texts:

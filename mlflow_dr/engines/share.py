@@ -6,6 +6,9 @@ import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+from mlflow_dr.errors import DeviceError
+from mlflow_dr.files import usable_cores
+
 GPUS = "CUDA_VISIBLE_DEVICES"
 THREADS = "OMP_NUM_THREADS"
 
@@ -27,24 +30,35 @@ class Share:
     validator_yields: bool
 
 
-def share_machine(gpus: Sequence[str] | None = None, cores: int | None = None) -> Share:
+def share_machine(
+    gpus: Sequence[str] | None = None, cores: int | None = None, trainers: int = 1
+) -> Share:
     """Share out a machine.
 
-    With two GPUs or more the trainer has the first and the validator the last. Else the validator
-    works on the processor: on a quarter of the cores beside a trainer that is there too, and on all
-    but two beside a trainer that has a GPU.
+    Each training process has a GPU, the first ones, and the validator the last one where one is
+    left. Else the validator works on the processor: on a quarter of the cores beside a trainer that
+    is there too, and on all but two for each training process that has a GPU.
 
     Args:
         gpus: names of the GPUs as CUDA_VISIBLE_DEVICES has them; asked of this machine when None.
         cores: number of cores; asked of this machine when None.
+        trainers: training processes.
+
+    Raises:
+        DeviceError: several training processes, and fewer GPUs.
     """
     gpus = visible_gpus() if gpus is None else gpus
-    cores = cores or len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else cores
-    cores = cores or os.cpu_count() or 1
-    if len(gpus) >= 2:
-        return Share({GPUS: gpus[0]}, {GPUS: gpus[-1]}, ["--device", "cuda:0"], False)
-    validator = max(1, cores - 2) if gpus else max(1, cores // 4)
-    trainer = max(1, cores - validator)
+    cores = cores or usable_cores()
+    if trainers > 1 and trainers > len(gpus):
+        raise DeviceError(
+            f"--gpus {trainers}, but this machine has {len(gpus)}; start `torchrun -m mlflow_dr "
+            "train` yourself to train in several processes on one device"
+        )
+    if len(gpus) > trainers:
+        training = ",".join(gpus[:trainers])
+        return Share({GPUS: training}, {GPUS: gpus[-1]}, ["--device", "cuda:0"], False)
+    validator = max(1, cores - 2 * trainers) if gpus else max(1, cores // 4)
+    trainer = max(1, (cores - validator) // trainers)
     return Share(
         {THREADS: str(trainer)},
         {THREADS: str(validator), GPUS: ""},

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 
@@ -14,6 +15,22 @@ from mlflow_dr.files import written_beside
 
 Ranking = Mapping[str, Sequence[tuple[str, float]]]
 """query id -> (passage id, score), the best first."""
+
+
+class Found(NamedTuple):
+    """What a search found, by rows of the corpus.
+
+    Attributes:
+        rows: passages of each query, the best first, `(n_queries, k) int64`; -1 where a search
+            has found fewer.
+        scores: `(n_queries, k) float32`; minus infinity where there is no passage.
+        also: for each query the scores of the rows that were asked for besides,
+            `(n_asked,) float32`; empty when none were.
+    """
+
+    rows: np.ndarray
+    scores: np.ndarray
+    also: Sequence[np.ndarray]
 
 
 def named_ranking(

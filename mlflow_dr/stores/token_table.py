@@ -6,18 +6,23 @@ once. Two files: the token ids of all texts end to end, and the offset at which 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Future, ProcessPoolExecutor
+from multiprocessing import get_context
 from pathlib import Path
 from typing import TypeVar
 
 import numpy as np
 
-from mlflow_dr.files import build_once, cache_dir, digest_of
+from mlflow_dr.files import build_once, cache_dir, digest_of, usable_cores
 from mlflow_dr.progress import progress_bar
 
 T = TypeVar("T")
 
 LAYOUT = 1
+# a worker takes seconds to start
+TEXTS_WORTH_A_PROCESS = 100_000
 
 
 class TokenTable:
@@ -61,6 +66,7 @@ def cached_token_table(
     vocabulary_size: int,
     total: int,
     description: str = "tokenising the corpus",
+    processes: int = 1,
 ) -> TokenTable:
     """The token table of `texts`, from the user's cache or made now and kept there.
 
@@ -71,11 +77,14 @@ def cached_token_table(
         vocabulary_size: ids are below this; up to 65,536 they take two bytes each.
         total: number of texts, for the progress bar.
         description: what the progress bar says.
+        processes: worker processes at most; a small table and one core are worth none.
     """
     dtype = np.uint16 if vocabulary_size <= 1 << 16 else np.uint32
     room = build_once(
         cache_dir() / "tokens" / digest_of(LAYOUT, key),
-        lambda partial: _write(partial, texts, tokenize, dtype, total, description),
+        lambda partial: _write(
+            partial, _tokenised(texts, tokenize, total, processes), dtype, total, description
+        ),
     )
     offsets = np.load(room / "offsets.npy")
     path = room / "ids.bin"
@@ -92,10 +101,38 @@ def token_table(token_ids: Sequence[Sequence[int]]) -> TokenTable:
     return TokenTable(ids, offsets)
 
 
-def _write(
-    room: Path,
+def _tokenised(
     texts: Iterable[Sequence[T]],
     tokenize: Callable[[Sequence[T]], Sequence[Sequence[int]]],
+    total: int,
+    processes: int,
+) -> Iterator[TokenTable]:
+    """Each group's token ids, in order; by worker processes where that pays."""
+    workers = min(processes, usable_cores(), total // TEXTS_WORTH_A_PROCESS)
+    if workers < 2:
+        for group in texts:
+            yield token_table(tokenize(group))
+        return
+    # fresh processes: one that was forked would share threads and locks of torch and tokenizers
+    with ProcessPoolExecutor(workers, get_context("spawn")) as pool:
+        waiting: deque[Future[TokenTable]] = deque()
+        for group in texts:
+            waiting.append(pool.submit(_tokenised_group, tokenize, group))
+            if len(waiting) > 2 * workers:
+                yield waiting.popleft().result()
+        while waiting:
+            yield waiting.popleft().result()
+
+
+def _tokenised_group(
+    tokenize: Callable[[Sequence[T]], Sequence[Sequence[int]]], group: Sequence[T]
+) -> TokenTable:
+    return token_table(tokenize(group))
+
+
+def _write(
+    room: Path,
+    groups: Iterable[TokenTable],
     dtype: type[np.unsignedinteger],
     total: int,
     description: str,
@@ -106,10 +143,9 @@ def _write(
         (room / "ids.bin").open("wb") as file,
         progress_bar(total, description, "texts") as bar,
     ):
-        for group in texts:
-            table = token_table(tokenize(group))
+        for table in groups:
             file.write(table._ids.astype(dtype).tobytes())
             lengths.append(table.lengths)
-            bar.update(len(group))
+            bar.update(len(table))
     offsets = np.concatenate([[0], np.cumsum(np.concatenate(lengths))]).astype(np.int64)
     np.save(room / "offsets.npy", offsets)

@@ -34,6 +34,7 @@ class Checkpoint:
         model_id: MLflow's id of the LoggedModel.
         step: training step of the weights.
         ready: whether the upload is whole.
+        pending: whether it is announced only; for ever, where its trainer was killed.
         created_ms: when it was made, in ms since 1970; the timestamp of its figures.
         ready_ms: when it became READY, in ms since 1970.
         location: artifact URI.
@@ -46,6 +47,7 @@ class Checkpoint:
     model_id: str
     step: int
     ready: bool
+    pending: bool
     created_ms: int
     ready_ms: int
     location: str
@@ -112,6 +114,34 @@ def checkpoints_of(run: TrackedRun) -> list[Checkpoint]:
                 return sorted(found, key=lambda one: (one.step, one.created_ms))
 
 
+def ready_steps(run: TrackedRun) -> set[int]:
+    """The training steps whose checkpoint is published whole.
+
+    Raises:
+        TrackingError: the server does not answer.
+    """
+    return {one.step for one in checkpoints_of(run) if one.ready}
+
+
+def abandon_pending(run: TrackedRun) -> list[int]:
+    """Declare FAILED what a killed trainer has announced and will never upload.
+
+    To be called when a run is resumed, before anything is published: of a trainer that is alive it
+    would take the checkpoint that is on its way.
+
+    Returns:
+        The steps, ascending.
+
+    Raises:
+        TrackingError: the server does not answer.
+    """
+    left = [one for one in checkpoints_of(run) if one.pending]
+    with tracking_errors(f"giving up what run {run.id} left unfinished"):
+        for one in left:
+            give_up(run, one.model_id)
+    return [one.step for one in left]
+
+
 def checkpoint_by_id(client: MlflowClient, model_id: str) -> Checkpoint:
     """The checkpoint behind `models:/<id>`.
 
@@ -155,6 +185,7 @@ def _checkpoint(model: LoggedModel) -> Checkpoint:
         model_id=str(model.model_id),
         step=int(tags.get(STEP_TAG, 0)),
         ready=model.status == READY,
+        pending=model.status == LoggedModelStatus.PENDING,
         created_ms=model.creation_timestamp,
         ready_ms=model.last_updated_timestamp,
         location=model.artifact_location,

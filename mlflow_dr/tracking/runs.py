@@ -74,6 +74,12 @@ class TrackedRun:
         except (MlflowException, OSError) as error:
             log.warning("metrics of step %d were not logged: %s", step, error)
 
+    def last_step(self, metric: str) -> int | None:
+        """The last step that has a value of a metric; None without any."""
+        with tracking_errors(f"metrics of run {self.id}"):
+            history = self.client.get_metric_history(self.id, metric)
+        return max((one.step for one in history), default=None)
+
     def set_tags(self, tags: Mapping[str, str]) -> None:
         """Set tags on the run."""
         with tracking_errors(f"tagging run {self.id}"):
@@ -113,15 +119,18 @@ class TrackedRun:
             self.client.set_terminated(self.id, status)
 
 
-def open_run(client: MlflowClient, experiment: str | None = None) -> TrackedRun:
-    """The run that `mlflow run` or a parent process made, else a new one.
+def open_run(
+    client: MlflowClient, experiment: str | None = None, run_id: str | None = None
+) -> TrackedRun:
+    """The run that is named, or that `mlflow run` or a parent process made, else a new one.
 
     Args:
         client: where.
         experiment: name of the experiment of a new run; MLflow's own variables when None.
+        run_id: a run to go on with.
     """
     context = dict(resolve_tags())
-    if run_id := os.environ.get(RUN_VARIABLE):
+    if run_id := run_id or os.environ.get(RUN_VARIABLE):
         run = find_run(client, run_id)
         run.set_tags({k: v for k, v in context.items() if k.startswith(OWN_TAGS)})
         if is_over(run.fetch()):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -14,146 +15,233 @@ from mlflow_dr.encoder.config import (
     EncoderConfig,
 )
 from mlflow_dr.errors import UsageError
+from mlflow_dr.training.loss import Objective
+from mlflow_dr.training.towers import PASSAGE, QUERY
+
+MERGED, ADAPTER = "merged", "adapter"
+
+
+def flag(default: Any, help: str, *aliases: str, **options: Any) -> Any:
+    """A field that HfArgumentParser makes a flag of; each alias with dashes or underscores."""
+    spellings = dict.fromkeys(s for name in aliases for s in (name, dashed(name)))
+    return field(default=default, metadata={"help": help, "aliases": list(spellings), **options})
+
+
+def dashed(name: str) -> str:
+    """A flag's name with dashes where it has underscores."""
+    return "--" + name.removeprefix("--").replace("_", "-")
+
+
+def _at_least(arguments: object, lowest: int, *names: str) -> None:
+    for name in names:
+        if getattr(arguments, name) < lowest:
+            raise UsageError(f"{name} is {getattr(arguments, name)}; it must be at least {lowest}")
 
 
 @dataclass
 class ModelArguments:
     """What is trained."""
 
-    model_name_or_path: str = field(
-        default="bert-base-uncased",
-        metadata={
-            "aliases": ["--model"],
-            "help": "An encoder's or backbone's directory, a Hugging Face name, or `tiny`: a "
-            "two-layer BERT from scratch.",
-        },
+    model_name_or_path: str = flag(
+        "bert-base-uncased",
+        "An encoder's or backbone's directory, a Hugging Face name, or `tiny`: a two- "
+        "layer BERT from scratch.",
+        "--model",
     )
-    pooling: str | None = field(
-        default=None,
-        metadata={
-            "help": "cls, mean, last, max, mean_sqrt_len or weighted_mean (default: what "
-            "the encoder's directory says; mean for a bare backbone)."
-        },
+    tokenizer_name: str | None = flag(
+        None, "A tokenizer of another directory or Hugging Face name."
     )
-    normalize: bool | None = field(
-        default=None,
-        metadata={
-            "help": "Scale vectors to length 1, so that the score is the cosine (default: "
-            "what the encoder's directory says; no for a bare backbone)."
-        },
+    cache_dir: str | None = flag(None, "Where what comes from the Hugging Face hub is kept.")
+    untie_encoder: bool = flag(False, "Give queries weights of their own.")
+    add_pooler: bool = flag(False, "Add a linear layer after the pooling.")
+    projection_in_dim: int | None = flag(
+        None, "What that layer takes (default: what the encoder gives, 768 in BERT)."
     )
-    temperature: float = field(default=1.0, metadata={"help": "Divides the scores in the loss."})
-    query_prefix: str | None = field(default=None, metadata={"help": "Put before every query."})
-    passage_prefix: str | None = field(default=None, metadata={"help": "Put before every passage."})
-    attn_implementation: str | None = field(
-        default=None, metadata={"help": "transformers' attention: sdpa, eager, flash_attention_2."}
+    projection_out_dim: int = flag(768, "What that layer gives.")
+    pooling: str | None = flag(
+        None,
+        "cls, mean, last, max, mean_sqrt_len or weighted_mean (default: what the "
+        "encoder's directory says; mean for a bare backbone).",
     )
-    trust_remote_code: bool = field(
-        default=False, metadata={"help": "Let code in the backbone's directory run."}
+    normalize: bool | None = flag(
+        None,
+        "Scale vectors to length 1, so that the score is the cosine (default: what the "
+        "encoder's directory says; no for a bare backbone).",
     )
-
-    grad_cache: bool = field(
-        default=False,
-        metadata={"help": "Encode the batch in chunks: the same gradient in less memory."},
+    query_prefix: str | None = flag(None, "Put before every query.")
+    passage_prefix: str | None = flag(None, "Put before every passage.")
+    attn_implementation: str | None = flag(
+        None, "transformers' attention: sdpa, eager, flash_attention_2."
     )
-    gc_q_chunk_size: int = field(default=4, metadata={"help": "Queries in a chunk."})
-    gc_p_chunk_size: int = field(default=32, metadata={"help": "Passages in a chunk."})
+    append_eos_token: bool = flag(
+        False, "End every text with the tokenizer's end-of-sequence token."
+    )
+    trust_remote_code: bool = flag(False, "Let code in the backbone's directory run.")
+    lora: bool = flag(False, "Train low-rank adapters only (needs peft).")
+    lora_name_or_path: str | None = flag(None, "Go on with these adapters; implies --lora.")
+    lora_r: int = flag(16, "The adapters' rank.")
+    lora_alpha: int = flag(64, "Their scale, times the rank.")
+    lora_dropout: float = flag(0.1, "Their dropout.")
+    lora_target_modules: str | None = flag(
+        None,
+        "Names of the layers that get one, with commas (default: the projections of "
+        "attention and feed-forward, else all linear layers).",
+    )
+    lora_publish: str = flag("merged", "What is published: merged weights, or the adapter alone.")
 
     def __post_init__(self) -> None:
-        for name in ("gc_q_chunk_size", "gc_p_chunk_size"):
-            if getattr(self, name) < 1:
-                raise UsageError(f"{name} is {getattr(self, name)}; it must be at least 1")
-        if self.temperature <= 0:
-            raise UsageError(f"temperature is {self.temperature}; it must be above 0")
+        if self.lora_name_or_path:
+            self.lora = True
+        if self.lora_publish not in (MERGED, ADAPTER):
+            raise UsageError(
+                f"lora_publish is {self.lora_publish!r}; expected {MERGED} or {ADAPTER}"
+            )
+        _at_least(self, 1, "lora_r", "projection_out_dim")
+
+
+@dataclass
+class LossArguments:
+    """What it learns from a batch, and how the batch is computed."""
+
+    temperature: float = flag(1.0, "Divides the scores in the loss.")
+    negatives_x_device: bool = flag(
+        False, "Passages of all processes are negatives.", "--negative_x_device"
+    )
+    mask_duplicates: bool = flag(
+        True, "A query's own positive, in the batch once more, is no negative."
+    )
+    distil_weight: float = flag(
+        0.0, "The share of the loss (0 to 1) that is KL divergence from a teacher."
+    )
+    distil_temperature: float = flag(0.02, "Divides the teacher's scores.")
+    grad_cache: bool = flag(False, "Encode the batch in chunks: the same gradient in less memory.")
+    gc_q_chunk_size: int = flag(4, "Queries in a chunk.", "--q_chunk_size")
+    gc_p_chunk_size: int = flag(32, "Passages in a chunk.", "--ctx_chunk_size")
+
+    def __post_init__(self) -> None:
+        _at_least(self, 1, "gc_q_chunk_size", "gc_p_chunk_size")
+        for name in ("temperature", "distil_temperature"):
+            if not 0 < getattr(self, name) < math.inf:
+                raise UsageError(f"{name} is {getattr(self, name)}; it must be above 0")
+        if not 0 <= self.distil_weight <= 1:
+            raise UsageError(f"distil_weight is {self.distil_weight}; it must be from 0 to 1")
+
+    def objective(self) -> Objective:
+        """The loss that these flags describe."""
+        return Objective(
+            temperature=self.temperature,
+            across_devices=self.negatives_x_device,
+            mask_duplicates=self.mask_duplicates,
+            distil_weight=self.distil_weight,
+            distil_temperature=self.distil_temperature,
+        )
+
+    def chunk_sizes(self) -> dict[str, int] | None:
+        """Texts in a chunk of the gradient cache, by role; None without it."""
+        if not self.grad_cache:
+            return None
+        return {QUERY: self.gc_q_chunk_size, PASSAGE: self.gc_p_chunk_size}
 
 
 @dataclass
 class DataArguments:
     """What it is trained on."""
 
-    dataset_name: str = field(
-        default="demo",
-        metadata={
-            "aliases": ["--dataset"],
-            "help": "demo, msmarco, a folder in BEIR's layout, or irds:<id>.",
-        },
+    dataset_name: str = flag(
+        "demo",
+        "demo, msmarco, a folder, irds:<id>, or a Hugging Face name: the collection "
+        "that is trained on, and searched by validators. NAME@WEIGHT+NAME@WEIGHT mixes "
+        "several.",
+        "--dataset",
     )
-    validation_split: str | None = field(
-        default=None,
-        metadata={"help": "The split that validators measure (default: dev, else test)."},
+    train_dir: str | None = flag(
+        None,
+        "A file or folder of training examples to take instead of the collection's own; "
+        "ids in it are the collection's, unless a corpus lies beside it.",
     )
-    train_n_passages: int = field(
-        default=8,
-        metadata={"help": "Passages per query: one positive, the rest hard negatives."},
+    validation_dataset: str | None = flag(
+        None, "The collection that validators search (default: the first trained on)."
     )
-    q_max_len: int = field(
-        default=DEFAULT_QUERY_LENGTH, metadata={"help": "Tokens of a query at most."}
+    dataset_proc_num: int = flag(
+        12, "Processes that tokenise, at most; never more than there are cores.", "--num_proc"
     )
-    p_max_len: int = field(
-        default=DEFAULT_PASSAGE_LENGTH, metadata={"help": "Tokens of a passage at most."}
+    token_table: bool = flag(
+        True, "Tokenise all passages ahead, once; else each passage whenever it is read."
     )
-    passage_field_separator: str = field(
-        default=" ", metadata={"help": "Stands between a passage's title and text."}
+    validation_split: str | None = flag(
+        None, "The split that validators measure (default: dev, else test)."
     )
+    train_n_passages: int = flag(
+        8, "Passages per query: one positive, the rest hard negatives.", "--train_group_size"
+    )
+    q_max_len: int = flag(DEFAULT_QUERY_LENGTH, "Tokens of a query at most.", "--query_max_len")
+    p_max_len: int = flag(
+        DEFAULT_PASSAGE_LENGTH, "Tokens of a passage at most.", "--passage_max_len"
+    )
+    passage_field_separator: str = flag(" ", "Stands between a passage's title and text.")
 
     def __post_init__(self) -> None:
-        if self.train_n_passages < 1:
-            raise UsageError(f"train_n_passages is {self.train_n_passages}; it must be at least 1")
+        _at_least(self, 1, "train_n_passages", "dataset_proc_num")
 
 
 @dataclass
 class PublishArguments:
     """What goes to MLflow."""
 
-    publish_steps: int = field(
-        default=500, metadata={"help": "Publish a checkpoint every so many steps; 0: at the end."}
-    )
-    publish_initial: bool = field(
-        default=True, metadata={"help": "Publish the encoder before the first step, too."}
-    )
-    tracking_uri: str | None = field(
-        default=None, metadata={"help": "The tracking server (default: MLFLOW_TRACKING_URI)."}
-    )
-    experiment_name: str | None = field(
-        default=None, metadata={"help": "The experiment of a new run."}
-    )
+    publish_steps: int = flag(500, "Publish a checkpoint every so many steps; 0: at the end.")
+    publish_initial: bool = flag(True, "Publish the encoder before the first step, too.")
+    tracking_uri: str | None = flag(None, "The tracking server (default: MLFLOW_TRACKING_URI).")
+    experiment_name: str | None = flag(None, "The experiment of a new run.")
 
     def __post_init__(self) -> None:
-        if self.publish_steps < 0:
-            raise UsageError(f"publish_steps is {self.publish_steps}; it must be at least 0")
+        _at_least(self, 0, "publish_steps")
 
 
+# dataclass fields behind a function: ruff cannot see that they are no shared defaults
+# ruff: noqa: RUF009
 @dataclass
 class RetrieverTrainingArguments(TrainingArguments):
     """Hugging Face's arguments, with defaults for publishing to MLflow instead of saving here."""
 
-    output_dir: str | None = field(
-        default="outputs", metadata={"help": "Where --save_steps writes checkpoints."}
+    output_dir: str | None = flag("outputs", "Where --save_steps writes checkpoints.")
+    save_strategy: SaveStrategy | str = flag(
+        "no", "no, steps or epoch; --save_steps alone means steps."
     )
-    save_strategy: SaveStrategy | str = field(
-        default="no", metadata={"help": "no, steps or epoch; --save_steps alone means steps."}
+    overwrite_output_dir: bool = flag(
+        False, "Remove the checkpoints of another training from --output_dir."
     )
-    logging_steps: float = field(default=10, metadata={"help": "Log every so many steps."})
+    resume_from_checkpoint: str | None = flag(
+        None,
+        "Go on from the last whole checkpoint in --output_dir (or from this one), in "
+        "the same MLflow run.",
+        nargs="?",
+        const="true",
+    )
+    warmup_steps: float = flag(
+        0.1,
+        "Steps in which the learning rate rises; below 1, that share of all steps.",
+        "--warmup_ratio",
+    )
+    logging_steps: float = flag(10, "Log every so many steps.")
     # HfArgumentParser takes the second type of a union that has None: a string
-    report_to: None | str | list[str] = field(  # noqa: RUF036
-        default="none", metadata={"help": "Further integrations; MLflow is always written to."}
+    report_to: None | str | list[str] = flag(  # noqa: RUF036
+        "none", "Further integrations; MLflow is always written to."
     )
 
 
 @dataclass(frozen=True)
 class TrainingRequest:
-    """Everything that `mlflow-dr train` was asked."""
+    """Everything that `mlflow-dr train` was asked.
+
+    `bare_pooling` is the pooling of a backbone whose directory and whose user name none.
+    """
 
     model: ModelArguments
+    loss: LossArguments
     data: DataArguments
     publish: PublishArguments
     trainer: RetrieverTrainingArguments
-
-    def chunk_sizes(self) -> dict[str, int] | None:
-        """Texts in a chunk of the gradient cache, by role; None without it."""
-        if not self.model.grad_cache:
-            return None
-        return {"query": self.model.gc_q_chunk_size, "passage": self.model.gc_p_chunk_size}
+    bare_pooling: str = "cls"
 
     def encoder_changes(self) -> dict[str, Any]:
         """What the flags say about the encoder; the rest stays as its directory says."""
@@ -170,4 +258,4 @@ class TrainingRequest:
 
     def fresh_encoder_config(self) -> EncoderConfig:
         """The configuration of an encoder that is made from scratch."""
-        return EncoderConfig(**self.encoder_changes())
+        return EncoderConfig(**{"pooling": self.bare_pooling, **self.encoder_changes()})

@@ -4,99 +4,221 @@ from __future__ import annotations
 
 import random
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple, Protocol
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
 from mlflow_dr.collection.interface import Examples
-from mlflow_dr.collection.records import Example, Passage, Query
+from mlflow_dr.encoder.tables import corpus_tokens, query_tokens
 from mlflow_dr.encoder.tokenize import Tokenizing
 from mlflow_dr.errors import DataError
+from mlflow_dr.training.towers import PASSAGE, QUERY
+
+
+class Rows(Protocol):
+    """Token ids by row number: a token table, or texts that are tokenised when they are read."""
+
+    def __getitem__(self, row: int) -> np.ndarray: ...
 
 
 class Group(NamedTuple):
-    """One query with its positive first and its negatives after."""
+    """One query with its positive first and its negatives after.
 
-    query: Query
-    passages: list[Passage]
+    Attributes:
+        query_id: the query's id.
+        query: its token ids.
+        passages: token ids of each passage.
+        keys: `(n_passages,) int64`, equal for equal passages of one training set.
+        scores: a teacher's scores of the passages, `(n_passages,) float32`.
+    """
+
+    query_id: str
+    query: np.ndarray
+    passages: Sequence[np.ndarray]
+    keys: np.ndarray
+    scores: np.ndarray | None
 
 
 class TrainingSet(Dataset[Group]):
     """Examples with their passages chosen for the epoch.
 
     The positive rotates from epoch to epoch and the negatives rotate without repetition, through an
-    order that depends on the query and the seed alone. A query with fewer negatives than asked
-    repeats them.
+    order that depends on the query and the seed alone: not on workers, processes or other queries.
+    A query with fewer negatives than asked repeats them.
 
     Args:
         examples: what is trained on.
+        queries: token ids of each example's query.
+        passages: token ids of each row of `examples.passages`.
         n_passages: passages per query; the first is a positive, the rest are hard negatives.
         seed: of the choice.
+        with_scores: whether the teacher's scores are read.
+        first_key: added to the passages' keys, for sets that are mixed.
 
     Raises:
-        DataError: on reading an example without positives, or without negatives where some are
-            asked for.
+        DataError: on reading an example without positives, without negatives where some are asked
+            for, or without scores where they are.
     """
 
-    def __init__(self, examples: Examples, n_passages: int, seed: int) -> None:
+    def __init__(
+        self,
+        examples: Examples,
+        queries: Rows,
+        passages: Rows,
+        n_passages: int,
+        seed: int,
+        with_scores: bool = False,
+        first_key: int = 0,
+    ) -> None:
         self._examples = examples
+        self._queries = queries
+        self._passages = passages
         self._n_negatives = n_passages - 1
         self._seed = seed
-        self._epoch = 0
+        self._with_scores = with_scores
+        self._first_key = first_key
+        # in shared memory, so that workers that outlive an epoch see the next one
+        self._epoch = torch.zeros((), dtype=torch.int64).share_memory_()
 
     def set_epoch(self, epoch: int) -> None:
         """Choose for this epoch from now on; the Trainer's data loader calls it."""
-        self._epoch = int(epoch)
+        self._epoch.fill_(int(epoch))
 
     def __len__(self) -> int:
         return len(self._examples)
 
     def __getitem__(self, index: int) -> Group:
-        example = self._examples[index]
-        positives = self._rotated(example, "positives", example.positives, 1)
-        negatives = self._rotated(example, "negatives", example.negatives, self._n_negatives)
-        return Group(example.query, positives + negatives)
+        return self.group(index, int(self._epoch))
 
-    def _rotated(
-        self, example: Example, role: str, passages: Sequence[Passage], count: int
-    ) -> list[Passage]:
+    def group(self, index: int, visit: int) -> Group:
+        """The example at an index with the passages of its n-th visit, from 0."""
+        example = self._examples[index]
+        name = example.query.id
+        n_positives = len(example.positives)
+        positive = self._rotated(name, "positives", n_positives, 1, visit)
+        negatives = self._rotated(
+            name, "negatives", len(example.negatives), self._n_negatives, visit
+        )
+        places = [*positive, *(n_positives + place for place in negatives)]
+        rows = np.concatenate([example.positives, example.negatives])[places]
+        return Group(
+            name,
+            self._queries[index],
+            [self._passages[int(row)] for row in rows],
+            rows + self._first_key,
+            self._scores(name, example.scores, places),
+        )
+
+    def _rotated(self, query_id: str, role: str, there: int, count: int, visit: int) -> list[int]:
         if count == 0:
             return []
-        if not passages:
+        if not there:
             raise DataError(
-                f"query {example.query.id!r} has no {role}; train with --train_n_passages 1 to use "
-                "in-batch negatives only"
+                f"query {query_id!r} has no {role}; train with --train_n_passages 1 to use "
+                "in-batch negatives only, or make some with `mlflow-dr mine`"
                 if role == "negatives"
-                else f"query {example.query.id!r} has no positives to train on"
+                else f"query {query_id!r} has no positives to train on"
             )
-        order = list(passages)
-        random.Random(f"{self._seed}:{role}:{example.query.id}").shuffle(order)
-        start = self._epoch * count
-        return [order[(start + offset) % len(order)] for offset in range(count)]
+        if there == 1:
+            return [0] * count
+        order = list(range(there))
+        random.Random(f"{self._seed}:{role}:{query_id}").shuffle(order)
+        start = visit * count
+        return [order[(start + offset) % there] for offset in range(count)]
+
+    def _scores(
+        self, query_id: str, scores: np.ndarray | None, places: Sequence[int]
+    ) -> np.ndarray | None:
+        if not self._with_scores:
+            return None
+        if scores is None or not np.isfinite(scores[list(places)]).all():
+            raise DataError(
+                f"query {query_id!r} has no teacher's scores of all its passages; "
+                "--distil_weight needs them in the training data"
+            )
+        return scores[list(places)]
+
+
+class LateTokens:
+    """Token ids of passages that are read from the corpus and tokenised when they are asked for."""
+
+    def __init__(self, examples: Examples, tokenizing: Tokenizing) -> None:
+        self._corpus = examples.passages
+        self._tokenizing = tokenizing
+
+    def __getitem__(self, row: int) -> np.ndarray:
+        """Token ids of one passage, `(length,) int64`."""
+        return np.asarray(self._tokenizing.passage_ids([self._corpus[row]])[0])
+
+
+def training_set(
+    examples: Examples,
+    tokenizing_queries: Tokenizing,
+    tokenizing_passages: Tokenizing,
+    *,
+    table: bool = True,
+    processes: int = 1,
+    **options: Any,
+) -> TrainingSet:
+    """A training set over token tables, which are made on the first use and kept.
+
+    Args:
+        examples: what is trained on.
+        tokenizing_queries: queries to token ids.
+        tokenizing_passages: passages to token ids.
+        table: whether all passages are tokenised ahead, once; else each when it is read.
+        processes: worker processes at most that tokenise.
+        options: further arguments of `TrainingSet`.
+    """
+    passages: Rows = (
+        corpus_tokens(examples.passages, tokenizing_passages, processes)
+        if table
+        else LateTokens(examples, tokenizing_passages)
+    )
+    queries = query_tokens(examples, tokenizing_queries, processes)
+    return TrainingSet(examples, queries, passages, **options)
 
 
 class Collator:
-    """Groups to padded token ids."""
+    """Groups to padded token ids.
 
-    def __init__(self, tokenizing: Tokenizing) -> None:
-        self._tokenizing = tokenizing
+    Args:
+        query_pad_id: token id of the queries' padding.
+        passage_pad_id: token id of the passages' padding.
+    """
 
-    def __call__(self, groups: Sequence[Group]) -> dict[str, dict[str, Tensor]]:
-        """Token ids of `(n)` queries and `(n * n_passages)` passages, with their masks."""
-        queries = [group.query for group in groups]
+    def __init__(self, query_pad_id: int, passage_pad_id: int) -> None:
+        self._pad_ids = {QUERY: query_pad_id, PASSAGE: passage_pad_id}
+
+    def __call__(self, groups: Sequence[Group]) -> dict[str, Any]:
+        """A batch.
+
+        Returns:
+            `query` and `passage`: token ids of `(n)` queries and `(n * n_passages)` passages with
+            their masks; `keys`, `(n * n_passages,) int64`; `teacher`, `(n, n_passages) float32`,
+            where there are scores; and `query_ids`.
+        """
         passages = [passage for group in groups for passage in group.passages]
-        return {
-            "query": self._padded(self._tokenizing.query_ids(queries)),
-            "passage": self._padded(self._tokenizing.passage_ids(passages)),
+        batch: dict[str, Any] = {
+            QUERY: self._padded([group.query for group in groups], QUERY),
+            PASSAGE: self._padded(passages, PASSAGE),
+            "keys": torch.from_numpy(np.concatenate([group.keys for group in groups])),
         }
+        scores = [group.scores for group in groups if group.scores is not None]
+        if len(scores) == len(groups):
+            batch["teacher"] = torch.from_numpy(np.stack(scores).astype(np.float32))
+        batch["query_ids"] = [group.query_id for group in groups]
+        return batch
 
-    def _padded(self, rows: list[list[int]]) -> dict[str, Tensor]:
-        longest = max(map(len, rows))
-        ids = torch.full((len(rows), longest), self._tokenizing.pad_id)
-        mask = torch.zeros(len(rows), longest, dtype=torch.int64)
-        for place, row in enumerate(rows):
-            ids[place, : len(row)] = torch.tensor(row)
-            mask[place, : len(row)] = 1
-        return {"input_ids": ids, "attention_mask": mask}
+    def _padded(self, rows: Sequence[np.ndarray], role: str) -> dict[str, Tensor]:
+        lengths = np.fromiter(map(len, rows), np.int64, len(rows))
+        mask = np.arange(int(lengths.max())) < lengths[:, None]
+        ids = np.full(mask.shape, self._pad_ids[role], np.int64)
+        ids[mask] = np.concatenate(rows)
+        return {
+            "input_ids": torch.from_numpy(ids),
+            "attention_mask": torch.from_numpy(mask.astype(np.int64)),
+        }

@@ -6,7 +6,7 @@ The batch is encoded in chunks without a graph. The loss over all vectors gives 
 vector; then each chunk is encoded again, with a graph and the same dropout, and the product of its
 vectors with their gradient is propagated back. The second part runs inside the backward pass of
 whatever loss is made of the vectors, so loss, scaling and accumulation stay where they are: nothing
-but memory and time changes.
+but memory and time changes. Texts of near-equal length share a chunk, so that little is padding.
 """
 
 from __future__ import annotations
@@ -19,9 +19,7 @@ import torch
 from torch import Tensor
 
 from mlflow_dr.errors import UsageError
-
-Texts = Mapping[str, Tensor]
-"""`input_ids` and `attention_mask`, each `(n_texts, length)`."""
+from mlflow_dr.training.towers import Texts, cut, inverse
 
 Encode = Callable[[Mapping[str, Texts]], Mapping[str, Tensor]]
 """Some roles' texts -> vectors of each, `(n_texts, dim)`; called once for each chunk."""
@@ -31,7 +29,7 @@ class _Chunk(NamedTuple):
     """Texts that are encoded together, by role, and the random state before that."""
 
     texts: dict[str, Texts]
-    rows: dict[str, slice]
+    rows: dict[str, Tensor]
     state: _RandomState
 
 
@@ -93,7 +91,10 @@ def cached_vectors(
                 torch.clear_autocast_cache()
                 _surrogate(vectors, chunk.rows, by_role).backward()
 
-    joined = [torch.cat(parts[role]) for role in roles]
+    joined = [
+        torch.cat(parts[role])[inverse([one.rows[role] for one in chunks if role in one.rows])]
+        for role in roles
+    ]
     root = torch.zeros((), requires_grad=True)  # something that makes the result need a gradient
     return dict(zip(roles, _Replay.apply(replay, root, *joined), strict=True))
 
@@ -113,7 +114,7 @@ class _Replay(torch.autograd.Function):
 
 
 def _surrogate(
-    vectors: Mapping[str, Tensor], rows: Mapping[str, slice], gradients: Mapping[str, Tensor]
+    vectors: Mapping[str, Tensor], rows: Mapping[str, Tensor], gradients: Mapping[str, Tensor]
 ) -> Tensor:
     """A number whose gradient at the weights is that of the loss; at least in fp32."""
     total = torch.zeros(())
@@ -126,25 +127,18 @@ def _surrogate(
 
 def _chunked(
     texts: Mapping[str, Texts], sizes: Mapping[str, int]
-) -> Iterator[tuple[dict[str, Texts], dict[str, slice]]]:
+) -> Iterator[tuple[dict[str, Texts], dict[str, Tensor]]]:
     """Chunks of each role in turn, and the last chunks of all roles together at the end."""
-    last: dict[str, slice] = {}
+    last: dict[str, Tensor] = {}
     for role, one in texts.items():
-        count = len(next(iter(one.values())))
-        for start in range(0, count, sizes[role]):
-            rows = slice(start, min(start + sizes[role], count))
-            if rows.stop == count:
-                last[role] = rows
-            else:
-                yield {role: _cut(one, rows)}, {role: rows}
-    yield {role: _cut(texts[role], rows) for role, rows in last.items()}, last
-
-
-def _cut(texts: Texts, rows: slice) -> Texts:
-    """Some rows, without the columns that are padding in all of them."""
-    mask = texts["attention_mask"][rows]
-    longest = max(1, int(mask.sum(dim=1).max()))
-    return {name: values[rows, :longest] for name, values in texts.items()}
+        # the longest first, so that a chunk that does not fit into memory fails at once
+        order = one["attention_mask"].sum(dim=1).argsort(descending=True, stable=True)
+        for rows in order.split(sizes[role]):
+            if role in last:
+                before = last[role]
+                yield {role: cut(one, before)}, {role: before}
+            last[role] = rows
+    yield {role: cut(texts[role], rows) for role, rows in last.items()}, last
 
 
 def _devices(texts: Mapping[str, Texts]) -> set[torch.device]:

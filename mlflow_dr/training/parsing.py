@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 import difflib
-import os
+import logging
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NoReturn
@@ -15,12 +15,15 @@ from transformers import HfArgumentParser
 from mlflow_dr.errors import MlflowDrError, UsageError
 from mlflow_dr.training.arguments import (
     DataArguments,
+    LossArguments,
     ModelArguments,
     PublishArguments,
     RetrieverTrainingArguments,
     TrainingRequest,
 )
-from mlflow_dr.training.recipes import recipe_flags
+from mlflow_dr.training.recipes import recipe_flags, recipe_of
+
+log = logging.getLogger(__name__)
 
 
 class _Parser(HfArgumentParser):
@@ -32,7 +35,13 @@ class _Parser(HfArgumentParser):
 
 def training_parser() -> HfArgumentParser:
     """The parser of all training flags; each is taken with dashes or underscores."""
-    kinds: Any = (ModelArguments, DataArguments, PublishArguments, RetrieverTrainingArguments)
+    kinds: Any = (
+        ModelArguments,
+        LossArguments,
+        DataArguments,
+        PublishArguments,
+        RetrieverTrainingArguments,
+    )
     parser = _Parser(
         kinds, prog="mlflow-dr train", formatter_class=argparse.HelpFormatter, allow_abbrev=False
     )
@@ -54,9 +63,9 @@ def parse_training(words: Sequence[str]) -> TrainingRequest:
     if unknown:
         raise UsageError(_unknown_flag(parser, unknown[0]))
     words = [*_file_flags(parser, seen.config), *words]
-    _refuse_what_would_be_ignored(words)
     seen = parser.parse_args(words)
-    flags = [*recipe_flags(seen.dataset_name, bool(seen.use_cpu)), *words]
+    recipe = recipe_of(seen.dataset_name, seen.train_dir)
+    flags = [*recipe_flags(recipe, bool(seen.use_cpu)), *words]
     if _given(words, "save_steps") and not _given(words, "save_strategy"):
         flags += ["--save_strategy", "steps"]
     if _given(words, "fp16") and not _given(words, "bf16"):
@@ -64,26 +73,42 @@ def parse_training(words: Sequence[str]) -> TrainingRequest:
     if _given(words, "num_train_epochs") and not _given(words, "max_steps"):
         flags += ["--max_steps", "-1"]
     try:
-        model, data, publish, trainer, _ = parser.parse_args_into_dataclasses(
+        model, loss, data, publish, trainer, _ = parser.parse_args_into_dataclasses(
             flags, look_for_args_file=False
         )
     except MlflowDrError:
         raise
     except (ValueError, ImportError, TypeError) as error:
         raise UsageError(" ".join(str(error).split())) from error
-    return TrainingRequest(model, data, publish, trainer)
+    request = TrainingRequest(model, loss, data, publish, trainer, recipe.bare_pooling)
+    _refuse_what_would_be_ignored(request, words)
+    return request
 
 
-def _refuse_what_would_be_ignored(words: Sequence[str]) -> None:
+def _refuse_what_would_be_ignored(request: TrainingRequest, words: Sequence[str]) -> None:
     """Better no training than one that is not what was asked for."""
-    processes = os.environ.get("WORLD_SIZE", "1")
-    if processes != "1":
+    trainer, loss = request.trainer, request.loss
+    if _given(words, "do_train") and not trainer.do_train:
+        raise UsageError("--do_train false leaves nothing to do: `mlflow-dr train` trains")
+    if trainer.do_eval or trainer.do_predict:
         raise UsageError(
-            f"{processes} training processes (WORLD_SIZE): training runs in one process so far; "
-            "start it without torchrun or accelerate launch"
+            "training does not stop to evaluate; `mlflow-dr validate --run-id RUN` measures its "
+            "checkpoints meanwhile, and `mlflow-dr run` starts both"
         )
-    if _given(words, "resume_from_checkpoint"):
-        raise UsageError("--resume_from_checkpoint: training cannot be resumed so far")
+    if loss.grad_cache and (trainer.fsdp or trainer.deepspeed):
+        raise UsageError(
+            "--grad_cache cannot be used with --fsdp or --deepspeed, which shard what it replays; "
+            "use it under torchrun without them, or leave it out"
+        )
+    if trainer.fsdp and trainer.resume_from_checkpoint:
+        raise UsageError("--resume_from_checkpoint cannot be used with --fsdp so far")
+    zero = getattr(trainer, "hf_deepspeed_config", None)
+    if zero is not None and zero.is_zero3():
+        raise UsageError(
+            "ZeRO stage 3 shards weights that are to be published; use stage 1 or 2, or --fsdp"
+        )
+    if loss.negatives_x_device and trainer.world_size == 1:
+        log.warning("--negatives_x_device changes nothing: there is one training process")
 
 
 def _given(words: Sequence[str], name: str) -> bool:

@@ -2,22 +2,24 @@
 
 from __future__ import annotations
 
+import atexit
 import logging
 import queue
 import tempfile
 import threading
 import time
-from collections.abc import Mapping
+import weakref
+from collections.abc import Collection, Mapping
 from pathlib import Path
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
-from mlflow_dr.encoder.directory import save_encoder
-from mlflow_dr.encoder.model import Encoder
 from mlflow_dr.tracking.checkpoints import give_up, new_checkpoint, upload_checkpoint
 from mlflow_dr.tracking.manifest import write_manifest
 from mlflow_dr.tracking.runs import TrackedRun
+from mlflow_dr.training.publishable import Publishable
 
 log = logging.getLogger(__name__)
 
@@ -27,8 +29,31 @@ SECONDS_BETWEEN_ATTEMPTS = 5.0
 FAILURE_TAG = "mlflow_dr.unpublished_steps"
 
 
+class Submits(Protocol):
+    """What is told of the steps to publish: a publisher, or one who only takes part in it."""
+
+    last_step: int | None
+
+    def submit(self, step: int) -> bool:
+        """Take note of a step; whether it will be published from here."""
+
+
+class Mate:
+    """Takes part in gathering weights that processes share out, which the first one publishes."""
+
+    def __init__(self, source: Publishable) -> None:
+        self._source = source
+        self.last_step: int | None = None
+
+    def submit(self, step: int) -> bool:
+        """Give our share of the weights."""
+        self._source.state()
+        self.last_step = step
+        return False
+
+
 class Publisher:
-    """Takes snapshots of an encoder and publishes each as a checkpoint of a run.
+    """Takes snapshots of what is trained and publishes each as a checkpoint of a run.
 
     The caller waits for the copy of the weights into host memory, and only when two snapshots are
     still on their way, for the older one. A checkpoint that the server does not take is tried
@@ -36,7 +61,9 @@ class Publisher:
 
     Args:
         run: publishes to this run.
-        encoder: whose weights are published.
+        source: whose weights are published.
+        done: steps that the run has already, as `ready_steps` lists them; they are not published
+            again, and neither is a step that was submitted before.
         attempts: how often an upload is tried.
         pause: seconds between two tries, times the number of tries so far.
     """
@@ -44,12 +71,14 @@ class Publisher:
     def __init__(
         self,
         run: TrackedRun,
-        encoder: Encoder,
+        source: Publishable,
+        done: Collection[int] = (),
         attempts: int = ATTEMPTS,
         pause: float = SECONDS_BETWEEN_ATTEMPTS,
     ) -> None:
         self._run = run
-        self._encoder = encoder
+        self._source = source
+        self._done = set(done)
         self._attempts = attempts
         self._pause = pause
         self._queue: queue.Queue[tuple[int, dict[str, Tensor]] | None] = queue.Queue(
@@ -62,16 +91,30 @@ class Publisher:
         self.last_step: int | None = None
         self.unpublished: list[int] = []
 
-    def submit(self, step: int) -> None:
-        """Snapshot the weights and have them published as the checkpoint of this step."""
-        weights = self._encoder.state_dict()
+    def submit(self, step: int) -> bool:
+        """Snapshot the weights and have them published as the checkpoint of this step.
+
+        Returns:
+            Whether they will be; not where the run has the step already.
+
+        Raises:
+            RuntimeError: the publisher is closed.
+        """
+        if not self._thread.is_alive():
+            raise RuntimeError(f"step {step} comes after the publisher was closed")
+        self.last_step = step
+        if step in self._done:
+            log.info("step %d is published already", step)
+            return False
+        weights = self._source.state()
         snapshot = self._spare.pop() if self._spare else _host_copy(weights)
         for name, value in weights.items():
             snapshot[name].copy_(value, non_blocking=True)
         if any(value.is_cuda for value in weights.values()):
             torch.cuda.current_stream().synchronize()
+        self._done.add(step)
         self._queue.put((step, snapshot))
-        self.last_step = step
+        return True
 
     def close(self) -> None:
         """Wait until everything submitted is published, or given up."""
@@ -85,41 +128,90 @@ class Publisher:
         while (item := self._queue.get()) is not None:
             step, snapshot = item
             try:
-                self._publish(step, snapshot)
+                publish_state(self._run, step, self._source, snapshot, self._attempts, self._pause)
             except Exception as error:  # noqa: BLE001 - whatever it is, training goes on
                 self._report(step, error)
             finally:
                 self._spare.append(snapshot)
                 self._queue.task_done()
 
-    def _publish(self, step: int, snapshot: dict[str, Tensor]) -> None:
-        with tempfile.TemporaryDirectory(prefix="mlflow_dr-") as room:
-            directory = Path(room) / "encoder"
-            save_encoder(directory, self._encoder, snapshot)
-            manifest = write_manifest(directory)
-            model_id: str | None = None
-            for attempt in range(1, self._attempts + 1):
-                try:
-                    model_id = model_id or new_checkpoint(self._run, step, manifest)
-                    upload_checkpoint(self._run, model_id, directory, step)
-                    log.info("step %d published as models:/%s", step, model_id)
-                    return
-                except Exception as error:
-                    if attempt == self._attempts:
-                        if model_id is not None:
-                            give_up(self._run, model_id)
-                        raise
-                    log.warning("publishing step %d: %s; trying again", step, _line(error))
-                    time.sleep(self._pause * attempt)
-
     def _report(self, step: int, error: Exception) -> None:
         log.error("step %d was not published: %s", step, _line(error))
         self.unpublished.append(step)
+        self._done.discard(step)
         try:
             steps = ", ".join(map(str, self.unpublished))
             self._run.set_tags({FAILURE_TAG: f"{steps}: {_line(error)}"[:4000]})
         except Exception as second:  # noqa: BLE001 - the log has it
             log.error("nor could that be noted on the run: %s", _line(second))
+
+
+def close_at_exit(publisher: Publisher) -> None:
+    """Have a publisher closed when Python ends, if nobody has closed it by then."""
+    _open.add(publisher)
+
+
+def _close_all() -> None:
+    for publisher in list(_open):
+        publisher.close()
+
+
+_open: weakref.WeakSet[Publisher] = weakref.WeakSet()
+# `atexit` itself is too late: uploads go through thread pools, which by then take no work; their
+# own exit hook is this one, and runs after ours because it was registered before
+getattr(threading, "_register_atexit", atexit.register)(_close_all)
+
+
+def publish_state(
+    run: TrackedRun,
+    step: int,
+    source: Publishable,
+    state: Mapping[str, Tensor],
+    attempts: int = ATTEMPTS,
+    pause: float = SECONDS_BETWEEN_ATTEMPTS,
+) -> str:
+    """Write one state of what is trained, and publish it; a failed upload is tried again.
+
+    Args:
+        run: publishes to this run.
+        step: the training step of the state.
+        source: what writes it.
+        state: the weights.
+        attempts: how often the upload is tried.
+        pause: seconds between two tries, times the number of tries so far.
+
+    Returns:
+        The model id.
+
+    Raises:
+        Exception: what writing raised, or the last upload.
+    """
+    with tempfile.TemporaryDirectory(prefix="mlflow_dr-") as room:
+        directory = Path(room) / "encoder"
+        source.save(directory, state)
+        manifest = write_manifest(directory)
+        model_id: str | None = None
+        for attempt in range(1, attempts + 1):
+            try:
+                model_id = model_id or new_checkpoint(run, step, manifest)
+                upload_checkpoint(run, model_id, directory, step)
+                log.info("step %d published as models:/%s", step, model_id)
+                return model_id
+            except Exception as error:
+                if attempt == attempts:
+                    if model_id is not None:
+                        _give_up(run, model_id)
+                    raise
+                log.warning("publishing step %d: %s; trying again", step, _line(error))
+                time.sleep(pause * attempt)
+    raise ValueError(f"attempts is {attempts}; at least one is needed")
+
+
+def _give_up(run: TrackedRun, model_id: str) -> None:
+    try:
+        give_up(run, model_id)
+    except Exception as error:  # noqa: BLE001 - what the upload failed with says more
+        log.error("models:/%s is left PENDING: %s", model_id, _line(error))
 
 
 def _host_copy(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -2,55 +2,89 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
 from mlflow_dr.engines.devices import resolve_device, resolve_dtype
 
-TINY = {
+
+@dataclass(frozen=True)
+class Recipe:
+    """Values of flags that the user does not give.
+
+    Attributes:
+        flags: name -> value.
+        bare_pooling: the pooling of a backbone whose directory names none.
+    """
+
+    flags: Mapping[str, str] = field(default_factory=dict)
+    bare_pooling: str = "cls"
+
+
+TINY = Recipe(
     # two layers from scratch learn to retrieve in 300 steps at this rate
-    "model_name_or_path": "tiny",
-    "pooling": "mean",
-    "normalize": "true",
-    "temperature": "0.05",
-    "q_max_len": "32",
-    "p_max_len": "64",
-    "train_n_passages": "1",
-    "per_device_train_batch_size": "128",
-    "learning_rate": "2e-3",
-    "lr_scheduler_type": "linear",
-    "warmup_steps": "30",
-    "max_steps": "300",
-    "publish_steps": "50",
-}
+    {
+        "model_name_or_path": "tiny",
+        "pooling": "mean",
+        "normalize": "true",
+        "temperature": "0.05",
+        "q_max_len": "32",
+        "p_max_len": "64",
+        "train_n_passages": "1",
+        "per_device_train_batch_size": "128",
+        "learning_rate": "2e-3",
+        "lr_scheduler_type": "linear",
+        "warmup_steps": "30",
+        "max_steps": "300",
+        "publish_steps": "50",
+    }
+)
 
-MSMARCO = {
+MSMARCO = Recipe(
     # as in Tevatron's example for MS MARCO passage ranking
-    "model_name_or_path": "bert-base-uncased",
-    "pooling": "cls",
-    "normalize": "false",
-    "q_max_len": "16",
-    "p_max_len": "128",
-    "train_n_passages": "8",
-    "per_device_train_batch_size": "8",
-    "learning_rate": "5e-6",
-    "num_train_epochs": "3",
-    "publish_steps": "10000",
-}
+    {
+        "model_name_or_path": "bert-base-uncased",
+        "q_max_len": "16",
+        "p_max_len": "128",
+        "train_n_passages": "8",
+        "per_device_train_batch_size": "8",
+        "learning_rate": "5e-6",
+        "num_train_epochs": "3",
+        "publish_steps": "10000",
+    }
+)
 
-OTHER = {
+JUDGED = Recipe(
     # collections with judgements alone have no hard negatives
-    "train_n_passages": "1",
-    "per_device_train_batch_size": "64",
-    "learning_rate": "3e-5",
-    "normalize": "true",
-    "temperature": "0.05",
-    "pooling": "mean",
-}
+    {
+        "train_n_passages": "1",
+        "per_device_train_batch_size": "64",
+        "learning_rate": "3e-5",
+        "normalize": "true",
+        "temperature": "0.05",
+    },
+    bare_pooling="mean",
+)
+
+# training files come with hard negatives; the flags' own defaults are Tevatron's
+TRAINING_FILES = Recipe()
 
 RECIPES = {"demo": TINY, "msmarco": MSMARCO}
 
 
-def recipe_flags(dataset: str, use_cpu: bool = False) -> list[str]:
+def recipe_of(dataset: str, train_dir: str | None = None) -> Recipe:
+    """The recipe for a collection, or for training files."""
+    if train_dir is None and dataset in RECIPES:
+        return RECIPES[dataset]
+    place = Path(dataset).expanduser()
+    is_judged = dataset.startswith("irds:") or (place / "qrels").is_dir() or "+" in dataset
+    return JUDGED if is_judged and train_dir is None else TRAINING_FILES
+
+
+def recipe_flags(recipe: Recipe, use_cpu: bool = False) -> list[str]:
     """Command-line flags that stand before the user's own, so that the user's count."""
-    values = dict(RECIPES.get(dataset, OTHER))
+    values = dict(recipe.flags)
     device = resolve_device("cpu" if use_cpu else "auto")
     if device.type == "cpu":
         values["use_cpu"] = "true"  # without it, Trainer refuses bf16 on a processor

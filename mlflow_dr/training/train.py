@@ -5,20 +5,17 @@ from __future__ import annotations
 import logging
 import signal
 import sys
+import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import MISSING, asdict, fields
 from types import FrameType
 from typing import Any
 
-from transformers import set_seed
+from transformers import TrainerCallback, set_seed
+from transformers.trainer_utils import SaveStrategy
 
-from mlflow_dr.collection.catalogue import open_collection
-from mlflow_dr.collection.interface import Examples, chosen_split
-from mlflow_dr.encoder.directory import load_encoder
-from mlflow_dr.encoder.model import Encoder
-from mlflow_dr.encoder.tiny import tiny_encoder
-from mlflow_dr.encoder.tokenize import Tokenizing
+from mlflow_dr.tracking.checkpoints import abandon_pending, ready_steps
 from mlflow_dr.tracking.client import connect
 from mlflow_dr.tracking.runs import (
     DATASET_PARAM,
@@ -27,19 +24,21 @@ from mlflow_dr.tracking.runs import (
     TrackedRun,
     open_run,
 )
-from mlflow_dr.training.arguments import RetrieverTrainingArguments, TrainingRequest
-from mlflow_dr.training.batches import Collator, TrainingSet
-from mlflow_dr.training.publishing import Publisher
-from mlflow_dr.training.trainer import (
-    MetricCallback,
-    PublishCallback,
-    RetrieverTrainer,
-    StopCallback,
-)
+from mlflow_dr.tracking.stop_request import StopWatcher, clear_stop_request
+from mlflow_dr.training.arguments import MERGED, RetrieverTrainingArguments, TrainingRequest
+from mlflow_dr.training.building import build_encoder, collator_of, mixed_training_set
+from mlflow_dr.training.callbacks import MetricCallback, StopCallback
+from mlflow_dr.training.data import TrainingData, open_data
+from mlflow_dr.training.publish_callback import PublishCallback
+from mlflow_dr.training.publishable import EncoderSource
+from mlflow_dr.training.publishing import Mate, Publisher, Submits
+from mlflow_dr.training.resume import Resumption, begin_output, find_resumption
+from mlflow_dr.training.trainer import RetrieverTrainer
 
 log = logging.getLogger(__name__)
 
-TINY = "tiny"
+LOSS_METRIC = "train/loss"
+SECONDS_OF_ONE_REQUEST = 1.0
 ALWAYS_LOGGED = (
     "learning_rate",
     "per_device_train_batch_size",
@@ -59,32 +58,36 @@ NEVER_LOGGED = {"output_dir", "logging_dir", "run_name", "hub_token", "push_to_h
 def train(request: TrainingRequest) -> str:
     """Train an encoder and publish its checkpoints.
 
+    Under torchrun every process calls this; the first one alone writes to MLflow and saves.
+
     Returns:
         The id of the MLflow run.
 
     Raises:
-        UsageError: the collection has no training examples, or there is no such encoder.
+        UsageError: the collection has no training examples, or there is no such encoder; or there
+            is nothing to resume.
         TrackingError: the tracking server cannot be reached.
+        TrainingError: the loss is not a number.
         KeyboardInterrupt: SIGINT or SIGTERM came; the step was finished and its encoder published.
     """
+    arguments = request.trainer
+    resumption = find_resumption(str(arguments.output_dir), arguments.resume_from_checkpoint)
+    if arguments.process_index > 0:
+        logging.getLogger("mlflow_dr").setLevel(logging.WARNING)
+        _train(request, open_data(request.data), None, resumption)
+        return ""
     client = connect(request.publish.tracking_uri)
-    collection = open_collection(request.data.dataset_name)
-    split = chosen_split(collection, request.data.validation_split)
-    examples = collection.examples()
-    run = open_run(client, request.publish.experiment_name)
+    data = open_data(request.data)
+    run = open_run(
+        client, request.publish.experiment_name, resumption.run_id if resumption else None
+    )
     log.info("run %s (%s)", run.id, run.name)
     status = "FAILED"
     try:
-        run.set_tags({DATASET_TAG: collection.name})
-        run.log_params({DATASET_PARAM: collection.name, SPLIT_PARAM: split, **_params(request)})
-        run.log_collection(
-            collection.name,
-            digest=examples.digest,
-            source=collection.source,
-            profile={"examples": len(examples), "split": "train"},
-            context="training",
-        )
-        _train(request, examples, run)
+        if resumption is None and arguments.save_strategy != SaveStrategy.NO:
+            begin_output(str(arguments.output_dir), run.id, arguments.overwrite_output_dir)
+        _describe(run, request, data)
+        _train(request, data, run, resumption)
         status = "FINISHED"
     except KeyboardInterrupt:
         status = "KILLED"
@@ -95,57 +98,104 @@ def train(request: TrainingRequest) -> str:
     return run.id
 
 
-def _train(request: TrainingRequest, examples: Examples, run: TrackedRun) -> None:
+def _describe(run: TrackedRun, request: TrainingRequest, data: TrainingData) -> None:
+    """Show on the run what is trained on what, and what validators need to know."""
+    known = {DATASET_PARAM: request.data.dataset_name, **_params(request)}
+    if data.collection is not None:
+        run.set_tags({DATASET_TAG: data.collection.name})
+        known = {**known, DATASET_PARAM: data.collection.name, SPLIT_PARAM: data.split}
+    else:
+        log.warning(
+            "%s has no judged queries: nothing can be validated on it; --validation_dataset names "
+            "a collection that has some",
+            request.data.dataset_name,
+        )
+    run.log_params(known)
+    for part in data.parts:
+        run.log_collection(
+            part.name,
+            digest=part.examples.digest,
+            source=part.source,
+            profile={"examples": len(part.examples), "split": "train"},
+            context="training",
+        )
+
+
+def _train(
+    request: TrainingRequest,
+    data: TrainingData,
+    run: TrackedRun | None,
+    resumption: Resumption | None,
+) -> None:
     set_seed(request.trainer.seed)
-    encoder = _encoder(request, examples)
+    encoder = build_encoder(request, data)
     _one_device(request.trainer)
-    log.info("training %s on %d examples", request.model.model_name_or_path, len(examples))
-    publisher = Publisher(run, encoder)
+    training_set = mixed_training_set(request, data, encoder)
+    log.info("training %s on %d examples", request.model.model_name_or_path, len(training_set))
     stop = StopCallback()
-    trainer = RetrieverTrainer(
-        encoder,
-        request.trainer,
-        TrainingSet(examples, request.data.train_n_passages, request.trainer.seed),
-        Collator(Tokenizing(encoder.tokenizer, encoder.settings)),
-        request.model.temperature,
-        [
-            MetricCallback(run.log_metrics),
-            PublishCallback(
-                publisher, request.publish.publish_steps, request.publish.publish_initial
-            ),
-            stop,
-        ],
-        request.chunk_sizes(),
-    )
-    try:
-        with _asked_by_signals(stop):
-            trainer.train()
-    except Exception:  # not KeyboardInterrupt, which means at once, published or not
-        publisher.close()
-        raise
-    publisher.close()
-    if stop.reason:
+    callbacks: list[TrainerCallback] = [stop]
+    source = EncoderSource(encoder, merged=request.model.lora_publish == MERGED)
+    with ExitStack() as ending:
+        if run is not None:
+            callbacks = [*_writers(request, run, source, resumption, ending), stop]
+            watcher = StopWatcher(run, stop.ask)
+            ending.callback(watcher.close)
+        elif request.trainer.fsdp:
+            callbacks = [_publishing(request, Mate(source)), stop]
+        trainer = RetrieverTrainer(
+            encoder,
+            request.trainer,
+            training_set,
+            collator_of(encoder),
+            request.loss.objective(),
+            callbacks,
+            request.loss.chunk_sizes(),
+            run.id if run else "",
+            request.model.trust_remote_code,
+        )
+        ending.enter_context(_asked_by_signals(stop))
+        trainer.resume(resumption.checkpoint if resumption else None)
+    # an exit code of another process would have torchrun kill the first one
+    if stop.killed and run is not None:
         raise KeyboardInterrupt
+    if stop.reason:
+        log.info("training ended as asked: %s", stop.reason)
 
 
-def _encoder(request: TrainingRequest, examples: Examples) -> Encoder:
-    if request.model.model_name_or_path == TINY:
-        return tiny_encoder(_texts(examples), request.fresh_encoder_config())
-    changes: dict[str, Any] = request.encoder_changes()
-    return load_encoder(
-        request.model.model_name_or_path,
-        attention=request.model.attn_implementation,
-        trust_remote_code=request.model.trust_remote_code,
-        **changes,
-    )
+def _writers(
+    request: TrainingRequest,
+    run: TrackedRun,
+    source: EncoderSource,
+    resumption: Resumption | None,
+    ending: ExitStack,
+) -> list[TrainerCallback]:
+    """The callbacks that write to the run; what a resumed training has written it writes not twice.
+
+    Args:
+        ending: closes the publisher, unless KeyboardInterrupt means at once, published or not.
+    """
+    done: set[int] = set()
+    known = None
+    if resumption is not None:
+        clear_stop_request(run)
+        abandon_pending(run)
+        done = ready_steps(run)
+        known = run.last_step(LOSS_METRIC)
+        begun = resumption.checkpoint.name if resumption.checkpoint else "the start"
+        log.info("resuming run %s from %s", run.id, begun)
+    publisher = Publisher(run, source, done)
+
+    def close(kind: type[BaseException] | None, *_: object) -> None:
+        if kind is None or not issubclass(kind, KeyboardInterrupt):
+            publisher.close()
+
+    ending.push(close)
+    return [MetricCallback(run.log_metrics, known), _publishing(request, publisher)]
 
 
-def _texts(examples: Examples) -> Iterator[str]:
-    for index in range(len(examples)):
-        example = examples[index]
-        yield example.query.text
-        for passage in example.positives:
-            yield f"{passage.title} {passage.text}"
+def _publishing(request: TrainingRequest, publisher: Submits) -> PublishCallback:
+    asked = request.publish
+    return PublishCallback(asked.publish_steps, initial=asked.publish_initial, publisher=publisher)
 
 
 def _params(request: TrainingRequest) -> dict[str, Any]:
@@ -165,6 +215,7 @@ def _params(request: TrainingRequest) -> dict[str, Any]:
     own = {
         "model": request.model.model_name_or_path,
         **asdict(request.model),
+        **asdict(request.loss),
         **asdict(request.data),
         "publish_steps": request.publish.publish_steps,
     }
@@ -185,13 +236,19 @@ def _one_device(arguments: RetrieverTrainingArguments) -> None:
 
 @contextmanager
 def _asked_by_signals(stop: StopCallback) -> Iterator[None]:
-    """On SIGINT or SIGTERM end cleanly after the step; the second time at once."""
+    """On SIGINT or SIGTERM end cleanly after the step; the same signal once more, at once.
+
+    One Ctrl-C under torchrun reaches us twice, from the terminal and from torchrun.
+    """
+    came: dict[int, float] = {}
 
     def ask(number: int, frame: FrameType | None) -> None:
-        if stop.reason:
+        first = came.setdefault(number, time.monotonic())
+        if time.monotonic() - first > SECONDS_OF_ONE_REQUEST:
             raise KeyboardInterrupt
-        stop.ask(signal.Signals(number).name)
-        print("stopping after this step; once more to stop at once", file=sys.stderr)  # noqa: T201
+        if not stop.killed:
+            print("stopping after this step; once more to stop at once", file=sys.stderr)  # noqa: T201
+        stop.ask(signal.Signals(number).name, killed=True)
 
     before = {name: signal.signal(name, ask) for name in (signal.SIGINT, signal.SIGTERM)}
     try:

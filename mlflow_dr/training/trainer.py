@@ -1,36 +1,46 @@
-"""Hugging Face's Trainer with the contrastive loss, and the callbacks that write to MLflow."""
+"""Hugging Face's Trainer with the contrastive loss, and checkpoints that can be resumed from."""
 
 from __future__ import annotations
 
+import errno
+import json
 import logging
-import math
 import shutil
 import sys
-from collections.abc import Callable, Mapping
+import warnings
+from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor
+import torch
+from safetensors import SafetensorError
+from torch import Tensor, distributed
+from torch.utils.data import DataLoader, Dataset
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_callback import PrinterCallback
+from transformers.trainer_utils import rotate_checkpoints
 
 from mlflow_dr.encoder.directory import save_encoder
 from mlflow_dr.encoder.model import Encoder
-from mlflow_dr.training.batches import Collator, TrainingSet
-from mlflow_dr.training.grad_cache import Texts, cached_vectors
-from mlflow_dr.training.loss import contrastive_loss
-from mlflow_dr.training.publishing import Publisher
+from mlflow_dr.encoder.restore import restore_encoder
+from mlflow_dr.errors import TrainingError
+from mlflow_dr.training.batches import Collator, Group
+from mlflow_dr.training.grad_cache import cached_vectors
+from mlflow_dr.training.loss import Objective
+from mlflow_dr.training.resume import mark_whole
+from mlflow_dr.training.towers import PASSAGE, QUERY, Towers
 
 log = logging.getLogger(__name__)
 
-SUMMARY = {
-    # what Trainer logs once at the end; its mean loss is no point of the loss curve
-    "train_loss": "mean_loss",
-    "train_runtime": "runtime",
-    "train_samples_per_second": "samples_per_second",
-    "train_steps_per_second": "steps_per_second",
-}
+# torch 2.13 warns of the name that accelerate gives DistributedDataParallel for our setting
+warnings.filterwarnings(
+    "ignore", message="`broadcast_buffers` is deprecated", category=FutureWarning
+)
+
+PROGRESS_FILE = "mlflow_dr_progress.json"
+IDS_SHOWN = 8
+ALMOST_NOTHING = 1 << 20
 
 
 class RetrieverTrainer(Trainer):
@@ -41,59 +51,102 @@ class RetrieverTrainer(Trainer):
         arguments: Hugging Face's training arguments.
         training_set: groups of a query and its passages.
         collator: groups to token ids.
-        temperature: divides the scores.
+        objective: the loss.
         callbacks: called at each step.
         chunk_sizes: texts in a chunk of the gradient cache, by role; None without it.
+        run_id: the MLflow run, noted in checkpoints to resume from.
+        trust_remote_code: whether code in a checkpoint may run when it is resumed from.
     """
 
     def __init__(
         self,
         encoder: Encoder,
         arguments: TrainingArguments,
-        training_set: TrainingSet,
+        training_set: Dataset[Group],
         collator: Collator,
-        temperature: float,
+        objective: Objective,
         callbacks: list[TrainerCallback],
         chunk_sizes: Mapping[str, int] | None = None,
+        run_id: str = "",
+        trust_remote_code: bool = False,
     ) -> None:
         arguments.remove_unused_columns = False
         arguments.disable_tqdm = arguments.disable_tqdm or not sys.stderr.isatty()
+        arguments.logging_nan_inf_filter = False  # it hides what `_check` stops for
+        if arguments.ddp_find_unused_parameters is None:
+            arguments.ddp_find_unused_parameters = False
+        if arguments.ddp_broadcast_buffers is None:
+            arguments.ddp_broadcast_buffers = False
         super().__init__(
-            model=encoder,
+            model=Towers(encoder),
             args=arguments,
             train_dataset=training_set,
             data_collator=collator,
-            callbacks=callbacks,
+            callbacks=[*callbacks, _Progress(self)],
         )
         self.remove_callback(PrinterCallback)
-        self._temperature = temperature
+        self._encoder = encoder
+        self._objective = objective
         self._chunk_sizes = chunk_sizes
+        self._run_id = run_id
+        self._trust_remote_code = trust_remote_code
+        self.resumed_progress: dict[str, float] | None = None
 
-    def compute_loss(  # type: ignore[override]  # two texts for each example
+    def get_train_dataloader(self) -> DataLoader[Any]:
+        """Trainer's, whose workers are seeded by random numbers of its own.
+
+        Workers that outlive an epoch are seeded once, so a resumed training would seed its own at
+        another step, and from there on draw other numbers for dropout.
+        """
+        loader = super().get_train_dataloader()
+        inner = getattr(loader, "base_dataloader", loader)  # accelerate wraps it
+        inner.generator = torch.Generator().manual_seed(self.args.seed)
+        return loader
+
+    def compute_loss(
         self,
         model: Any,
-        inputs: Mapping[str, Mapping[str, Tensor]],
+        inputs: Mapping[str, Any],
         return_outputs: bool = False,
         num_items_in_batch: Any = None,
     ) -> Any:
         """The loss of one batch."""
-
-        def encode(texts: Mapping[str, Texts]) -> dict[str, Tensor]:
-            return {role: model(**one) for role, one in texts.items()}
-
+        texts = {role: inputs[role] for role in (QUERY, PASSAGE)}
         if self._chunk_sizes:
             no_sync = partial(self.accelerator.no_sync, model)
-            vectors = cached_vectors(encode, inputs, self._chunk_sizes, no_sync)
+            vectors = cached_vectors(model, texts, self._chunk_sizes, no_sync)
         else:
-            vectors = encode(inputs)
-        loss = contrastive_loss(vectors["query"], vectors["passage"], self._temperature)
+            vectors = model(texts)
+        loss = self._objective(
+            vectors[QUERY], vectors[PASSAGE], inputs.get("keys"), inputs.get("teacher")
+        )
+        self._check(loss, inputs)
         return (loss, vectors) if return_outputs else loss
+
+    def _check(self, loss: Tensor, inputs: Mapping[str, Any]) -> None:
+        """Stop, in all processes together, when the loss of one is not a number."""
+        broken = (~torch.isfinite(loss.detach())).any().float()
+        if self.args.world_size > 1:
+            distributed.all_reduce(broken, distributed.ReduceOp.MAX)
+        if not bool(broken):
+            return
+        ids = ", ".join(map(repr, inputs.get("query_ids", [])[:IDS_SHOWN]))
+        raise TrainingError(
+            f"the loss of step {self.state.global_step + 1} is {loss.item()} (queries {ids}, ...); "
+            "a lower --learning_rate, --max_grad_norm, or bf16 instead of fp16 may help; published "
+            "checkpoints stay"
+        )
 
     def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
         """Write the encoder's directory where Trainer wants its checkpoint."""
+        if not self.args.should_save:
+            return
         directory = Path(output_dir or str(self.args.output_dir))
         fresh = directory / "encoder.partial"
-        save_encoder(fresh, self.accelerator.unwrap_model(self.model), state_dict)
+        if state_dict is not None:
+            prefix = "encoder."
+            state_dict = {key.removeprefix(prefix): value for key, value in state_dict.items()}
+        save_encoder(fresh, self._encoder, state_dict, merged=False)
         for item in fresh.iterdir():
             target = directory / item.name
             if target.is_dir():
@@ -101,77 +154,99 @@ class RetrieverTrainer(Trainer):
             item.replace(target)
         fresh.rmdir()
 
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+        """Put the weights of a checkpoint back."""
+        if self.is_fsdp_enabled:
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
+            return
+        restore_encoder(Path(resume_from_checkpoint), self._encoder, self._trust_remote_code)
 
-class PublishCallback(TrainerCallback):
-    """Submits the encoder every so many steps, before the first one if asked, and at the end."""
+    def _save_checkpoint(self, model: Any, trial: Any) -> None:
+        """Save what training can be resumed from, and declare it whole at the very end.
 
-    def __init__(self, publisher: Publisher, every: int, initial: bool) -> None:
-        self._publisher = publisher
-        self._every = every
-        self._initial = initial
+        A disk that is full costs this checkpoint, not the training.
+        """
+        directory = Path(self._get_output_dir(trial=trial)) / f"checkpoint-{self.state.global_step}"
+        main = self.args.should_save
+        if main:
+            shutil.rmtree(directory, ignore_errors=True)  # what a killed training left there
+        self.accelerator.wait_for_everyone()
+        progress = self._progress()
+        # older checkpoints go when this one is whole
+        kept, self.args.save_total_limit = self.args.save_total_limit, None
+        try:
+            super()._save_checkpoint(model, trial)
+            self.accelerator.wait_for_everyone()
+            if main and not self.args.save_only_model:
+                (directory / PROGRESS_FILE).write_text(json.dumps(progress), encoding="utf-8")
+                mark_whole(directory, self._run_id)
+        except (OSError, SafetensorError, RuntimeError) as error:
+            if self.args.world_size > 1 or not _is_full(error, directory.parent):
+                raise
+            shutil.rmtree(directory, ignore_errors=True)
+            log.error("%s was not saved, the disk is full: %s", directory, _line(error))
+        finally:
+            self.args.save_total_limit = kept
+        if main and kept:
+            rotate_checkpoints(
+                output_dir=str(directory.parent),
+                save_total_limit=kept,
+                best_model_checkpoint=self.state.best_model_checkpoint,
+                use_mtime=True,
+            )
+
+    def _progress(self) -> dict[str, float]:
+        """What Trainer forgets in a checkpoint: the losses since they were logged last."""
+        loss = self._tr_loss.detach().clone()
+        if self.args.world_size > 1:
+            distributed.all_reduce(loss)
+            loss /= self.args.world_size
+        return {
+            "loss": loss.item(),
+            "total": self._total_loss_scalar,
+            "logged": self._globalstep_last_logged,
+        }
+
+    def restore_progress(self) -> None:
+        """Go on summing losses where the checkpoint left off."""
+        if self.resumed_progress:
+            self._tr_loss.fill_(self.resumed_progress["loss"])
+            self._total_loss_scalar = self.resumed_progress["total"]
+            self._globalstep_last_logged = int(self.resumed_progress["logged"])
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Log; the mean loss at the end is that of all steps, those before a resumption too."""
+        if "train_loss" in logs and self.state.global_step:
+            logs["train_loss"] = self._total_loss_scalar / self.state.global_step
+        super().log(logs, start_time)
+
+    def resume(self, checkpoint: Path | None) -> None:
+        """Train to the end, from a checkpoint or from the start."""
+        if checkpoint is not None:
+            path = checkpoint / PROGRESS_FILE
+            self.resumed_progress = json.loads(path.read_text(encoding="utf-8"))
+        self.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+
+
+class _Progress(TrainerCallback):
+    """Restores the sum of losses, which Trainer sets to 0 when it begins."""
+
+    def __init__(self, trainer: RetrieverTrainer) -> None:
+        self._trainer = trainer
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
     ) -> None:
-        """Publish the encoder as it is before training."""
-        if self._initial and state.global_step == 0:
-            self._publisher.submit(0)
-
-    def on_step_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
-    ) -> None:
-        """Publish when it is time."""
-        if self._every and state.global_step % self._every == 0:
-            self._publisher.submit(state.global_step)
-
-    def on_train_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
-    ) -> None:
-        """Publish the last step, unless it was."""
-        if self._publisher.last_step != state.global_step:
-            self._publisher.submit(state.global_step)
+        """Trainer has just begun."""
+        self._trainer.restore_progress()
 
 
-class MetricCallback(TrainerCallback):
-    """Writes what Trainer logs as `train/...`, and a plain line where there is no progress bar."""
-
-    def __init__(self, write: Callable[[Mapping[str, float], int], None]) -> None:
-        self._write = write
-
-    def on_log(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        logs: dict[str, Any] | None = None,
-        **_: Any,
-    ) -> None:
-        """Write the figures of this step."""
-        values = {
-            f"train/{SUMMARY.get(name, name)}": float(value)
-            for name, value in (logs or {}).items()
-            if isinstance(value, int | float) and name != "total_flos"
-        }
-        if "train/mean_loss" in values:
-            values.pop("train/epoch", None)  # the last step has it already
-        self._write({k: v for k, v in values.items() if math.isfinite(v)}, state.global_step)
-        if logs and "loss" in logs and not sys.stderr.isatty():
-            log.info("step %d of %d: loss %.4f", state.global_step, state.max_steps, logs["loss"])
+def _is_full(error: Exception, directory: Path) -> bool:
+    """Whether a write failed for want of room; torch and safetensors do not say so by type."""
+    if isinstance(error, OSError) and error.errno is not None:
+        return error.errno in (errno.ENOSPC, errno.EDQUOT)
+    return shutil.disk_usage(directory).free < ALMOST_NOTHING or "No space left" in str(error)
 
 
-class StopCallback(TrainerCallback):
-    """Ends training after the current step once asked to."""
-
-    def __init__(self) -> None:
-        self.reason: str | None = None
-
-    def ask(self, reason: str) -> None:
-        """End after the current step."""
-        self.reason = reason
-
-    def on_step_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
-    ) -> None:
-        """Tell Trainer."""
-        if self.reason:
-            control.should_training_stop = True
+def _line(error: Exception) -> str:
+    return f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"

@@ -3,28 +3,22 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
 
 import numpy as np
-import torch
-from torch import Tensor
 
 from mlflow_dr.collection.corpus import Corpus
 from mlflow_dr.collection.interface import Collection
 from mlflow_dr.collection.records import Topics
 from mlflow_dr.encoder.model import Encoder
+from mlflow_dr.encoder.tables import corpus_tokens
 from mlflow_dr.encoder.tokenize import Tokenizing
 from mlflow_dr.engines.devices import DTYPES, resolve_device, resolve_dtype
-from mlflow_dr.progress import progress_bar
-from mlflow_dr.retrieval.encode import check_finite, encode_all, encode_batches
+from mlflow_dr.retrieval.dense import search_corpus
 from mlflow_dr.retrieval.measures import Measure, check_depth, mean_values, measure_ranking
 from mlflow_dr.retrieval.ranking import Ranking, named_ranking
-from mlflow_dr.retrieval.search import TopK, default_search
-from mlflow_dr.stores.token_table import TokenTable, cached_token_table, token_table
-
-PASSAGES_PER_CHUNK = 16384
+from mlflow_dr.stores.token_table import TokenTable
 
 
 @dataclass(frozen=True)
@@ -97,15 +91,9 @@ class Prepared:
 
     def tokens(self, tokenizing: Tokenizing) -> TokenTable:
         """The corpus as token ids: made once per tokenizer and settings, then mapped."""
-        key = f"{self.corpus.digest}:{tokenizing.passage_digest()}"
+        key = tokenizing.passage_digest()
         if key not in self._tables:
-            self._tables[key] = cached_token_table(
-                key,
-                self.corpus.batches(),
-                tokenizing.passage_ids,
-                tokenizing.vocabulary_size,
-                total=len(self.corpus),
-            )
+            self._tables[key] = corpus_tokens(self.corpus, tokenizing)
         return self._tables[key]
 
 
@@ -113,8 +101,6 @@ def evaluate(
     encoder: Encoder, prepared: Prepared, settings: Settings, quiet: bool = False
 ) -> Report:
     """Encode queries and corpus, search exactly, measure.
-
-    Memory does not grow with the corpus: vectors are compared as they come and then dropped.
 
     Raises:
         CheckpointError: the encoder gives NaN.
@@ -128,48 +114,18 @@ def evaluate(
     table, topics = prepared.tokens(tokenizing), prepared.topics
 
     start = time.perf_counter()
-    encoder = encoder.eval().to(device, DTYPES[dtype])
-    query_table = token_table(tokenizing.query_ids(topics.queries))
-    queries = encode_all(encoder, query_table, tokenizing.pad_id, "query")
-    wanted = depth + (0 if settings.keep_own_id else 1)
-    top = TopK(len(queries), min(wanted, len(table)), prepared.tie_ranks, device)
-    search = default_search(device)
-    with progress_bar(len(table), "encoding the corpus", "passages", quiet) as bar:
-        for rows, vectors in _chunks(encoder, table, tokenizing.pad_id, bar):
-            check_finite(vectors, "passage")
-            top.update(queries, vectors, rows, search)
-    ranking = named_ranking(
+    found = search_corpus(
+        encoder.eval().to(device, DTYPES[dtype]),
+        tokenizing,
         topics.queries,
-        prepared.corpus,
-        top.rows.cpu().numpy(),
-        top.scores.cpu().numpy(),
-        depth,
-        settings.keep_own_id,
+        table,
+        prepared.tie_ranks,
+        depth + (0 if settings.keep_own_id else 1),
+        quiet=quiet,
+    )
+    ranking = named_ranking(
+        topics.queries, prepared.corpus, found.rows, found.scores, depth, settings.keep_own_id
     )
     per_query = measure_ranking(ranking, topics.qrels, settings.measures)
     seconds = time.perf_counter() - start
     return Report(mean_values(per_query), per_query, ranking, seconds, len(table), dtype)
-
-
-def _chunks(
-    encoder: Encoder, table: TokenTable, pad_id: int, bar: object
-) -> Iterator[tuple[Tensor, Tensor]]:
-    """Encoded batches gathered into chunks that are worth a search: rows and vectors."""
-    rows: list[np.ndarray] = []
-    vectors: list[Tensor] = []
-    gathered = 0
-    for batch_rows, batch in encode_batches(encoder, table, pad_id):
-        rows.append(batch_rows)
-        vectors.append(batch)
-        gathered += len(batch_rows)
-        bar.update(len(batch_rows))  # type: ignore[attr-defined]
-        if gathered >= PASSAGES_PER_CHUNK:
-            yield _joined(rows, vectors)
-            rows, vectors, gathered = [], [], 0
-    if rows:
-        yield _joined(rows, vectors)
-
-
-def _joined(rows: list[np.ndarray], vectors: list[Tensor]) -> tuple[Tensor, Tensor]:
-    joined = torch.cat(vectors)
-    return torch.from_numpy(np.concatenate(rows)).to(joined.device), joined

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,9 +15,8 @@ from mlflow_dr.errors import UsageError
 from mlflow_dr.files import written_beside
 from mlflow_dr.retrieval.measures import DEFAULT_MEASURES, check_depth, parse_measures
 from mlflow_dr.retrieval.ranking import write_ranking
+from mlflow_dr.tracking.encoders import fetched_encoder
 from mlflow_dr.validation.evaluate import Prepared, Report, Settings, evaluate
-
-MODEL_SCHEME = "models:/"
 
 
 @dataclass(frozen=True)
@@ -87,7 +84,7 @@ def evaluate_once(request: Once) -> Report:
             raise UsageError(f"{path}: the folder {path.absolute().parent} does not exist")
     collection = open_collection(request.dataset)
     split = chosen_split(collection, request.split)
-    with _directory(request) as directory:
+    with fetched_encoder(request.encoder, request.tracking_uri) as directory:
         encoder = load_encoder(
             directory, trust_remote_code=request.trust_remote_code, **request.encoder_changes()
         )
@@ -113,16 +110,3 @@ def _as_json(request: Once, split: str, depth: int, report: Report) -> dict[str,
         "seconds": report.seconds,
         "passages": report.passages,
     }
-
-
-@contextmanager
-def _directory(request: Once) -> Iterator[str]:
-    if not request.encoder.startswith(MODEL_SCHEME):
-        yield request.encoder
-        return
-    from mlflow_dr.tracking.checkpoints import checkpoint_by_id, fetched
-    from mlflow_dr.tracking.client import connect
-
-    model_id = request.encoder.removeprefix(MODEL_SCHEME)
-    with fetched(checkpoint_by_id(connect(request.tracking_uri), model_id)) as directory:
-        yield str(directory)

@@ -168,3 +168,35 @@ def test_asked_to_stop_before_training_began_the_run_is_killed(
     _, alive = psutil.wait_procs(started, timeout=5)
     assert not alive
     assert runs_of(store)[0].info.status == "KILLED"
+
+
+SEVERAL = """
+import sys
+from mlflow_dr import launch
+from mlflow_dr.engines.share import Share
+
+one_core = {"OMP_NUM_THREADS": "1"}
+launch.share_machine = lambda trainers: Share(one_core, {}, ["--device", "cpu"], True)
+flags = "--dataset {0} --model tiny --max_steps 4 --publish_steps 2 --logging_steps 1"
+flags += " --use_cpu --per_device_train_batch_size 4 --negatives_x_device --output_dir {1}"
+validating = ["--measures", "mrr@10", "--name", "val", "--poll-seconds", "0.2"]
+sys.exit(launch.launch(flags.format(*sys.argv[1:]).split(), validating, "val", gpus=2))
+"""
+
+
+def test_several_training_processes_are_torchruns_and_write_one_run(
+    call: Call, store: MlflowClient, collection: Path, tmp_path: Path, points: Callable
+) -> None:
+    """Two processes on the processor, where `--gpus 2` would put each on a GPU."""
+    experiment = store.create_experiment("several", str(tmp_path / "artifacts"))
+    done = call(
+        *("python", "-c", SEVERAL, collection, tmp_path / "outputs"),
+        MLFLOW_TRACKING_URI=store.tracking_uri,
+        MLFLOW_EXPERIMENT_NAME="several",
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    (run,) = store.search_runs([experiment])
+    assert run.info.status == "FINISHED"
+    losses = store.get_metric_history(run.info.run_id, "train/loss")
+    assert sorted(one.step for one in losses) == [1, 2, 3, 4]
+    assert sorted(points(store, run.info.run_id, "val")["mrr_at_10"]) == [0, 2, 4]

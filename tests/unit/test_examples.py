@@ -1,11 +1,21 @@
 """The examples run."""
 
+import os
 import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
 
+import pytest
+from mlflow import MlflowClient
+
+from mlflow_dr.retrieval.measures import parse_measures
+from mlflow_dr.tracking.checkpoints import checkpoints_of
+from mlflow_dr.tracking.client import tracking_uri
+from mlflow_dr.tracking.runs import find_run, is_over
 from mlflow_dr.training.parsing import parse_training
+from mlflow_dr.validation.evaluate import Settings
+from mlflow_dr.validation.watch import Validation, watch
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 
@@ -33,3 +43,37 @@ def test_evaluating_from_python(minilm: Path, beir_folder: Callable[..., Path]) 
     )
     assert done.returncode == 0, done.stderr
     assert "ndcg@10: 1.0000" in done.stdout
+
+
+@pytest.mark.parametrize("example", ["plain_pytorch_loop.py", "sentence_transformers_trainer.py"])
+def test_somebody_elses_loop_is_validated(
+    example: str, client: MlflowClient, experiment: str, tmp_path: Path
+) -> None:
+    hidden = ("MLFLOW_RUN_ID", "MLFLOW_EXPERIMENT_ID")
+    done = subprocess.run(
+        [sys.executable, "-W", "error::DeprecationWarning:__main__", EXAMPLES / example],
+        cwd=tmp_path,
+        env={
+            **{key: value for key, value in os.environ.items() if key not in hidden},
+            "MLFLOW_TRACKING_URI": tracking_uri(),
+            "MLFLOW_EXPERIMENT_NAME": client.get_experiment(experiment).name,
+        },
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    run = find_run(client, done.stdout.rpartition("mlflow-dr validate --run-id ")[2].strip())
+    state = run.fetch()
+    assert is_over(state)
+    assert max(one.ready_ms for one in checkpoints_of(run)) <= state.info.end_time
+    losses = {"train/loss", "loss"} & set(state.data.metrics)
+    assert losses, "the loss is on the same run"
+
+    counts = watch(run, Validation(Settings(parse_measures("mrr@10"), device="cpu", dtype="fp32")))
+    assert (counts.done, counts.failed) == (4, 0)
+    points = client.get_metric_history(run.id, "val/mrr_at_10")
+    assert sorted(point.step for point in points) == [0, 10, 20, 30]
+    assert all(0 < point.value <= 1 for point in points)
+    assert len({point.value for point in points}) > 1, "every checkpoint has the same weights"
+    assert list(tmp_path.iterdir()) == [], "the example left files behind"

@@ -58,7 +58,16 @@ def test_training_examples_come_from_the_train_split_with_a_relevant_passage(fol
     examples = BeirFolder(folder).examples()
     assert len(examples) == 1
     assert examples[0].query == Query("q2", "what sinks")
-    assert list(examples[0].positives) == [Passage("p2", "", "Iron sinks.")]
+    assert examples.passages.passages(examples[0].positives) == [Passage("p2", "", "Iron sinks.")]
+    assert examples[0].negatives.tolist() == []
+
+
+@pytest.mark.parametrize(
+    "fields", ['"answers": ["a", "b"]', '"metadata": {"answers": ["a", "b"]}, "more": 1']
+)
+def test_a_query_may_have_short_answers(folder: Path, fields: str) -> None:
+    (folder / "queries.jsonl").write_text(f'{{"_id": "q1", "text": "t", {fields}}}\n')
+    assert BeirFolder(folder).topics("dev").queries == [Query("q1", "t", ("a", "b"))]
 
 
 def test_packed_files_are_read_like_plain_ones(folder: Path) -> None:
@@ -293,7 +302,9 @@ def test_a_changed_file_is_read_again(folder: Path) -> None:
 
 def test_an_unchanged_file_is_read_once(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     BeirFolder(folder).corpus()
-    monkeypatch.setattr("mlflow_dr.collection.beir.read_lines", lambda path: pytest.fail("read"))
+    monkeypatch.setattr(
+        "mlflow_dr.collection.passages.json_lines", lambda path: pytest.fail("read")
+    )
     assert len(BeirFolder(folder).corpus()) == 3
 
 

@@ -7,7 +7,8 @@ import pytest
 
 from mlflow_dr.collection import catalogue
 from mlflow_dr.collection.beir import BeirFolder
-from mlflow_dr.collection.catalogue import ENTRIES, PATTERNS, Entry, open_collection
+from mlflow_dr.collection.catalogue import ENTRIES, PATTERNS, Entry, open_collection, open_examples
+from mlflow_dr.collection.hub import HubCollection
 from mlflow_dr.collection.irds import IrDataset
 from mlflow_dr.errors import UsageError
 
@@ -48,7 +49,7 @@ def test_a_catalogue_name_comes_before_a_folder_of_that_name(
 
 @pytest.mark.parametrize("name", ["nowhere", "", "./nowhere", "/nowhere/at/all"])
 def test_an_unknown_name_lists_what_there_is(name: str) -> None:
-    with pytest.raises(UsageError, match=r"demo, msmarco, a folder.*irds:<id>"):
+    with pytest.raises(UsageError, match=r"demo, msmarco, a folder.*irds:<id>, or owner/name"):
         open_collection(name)
 
 
@@ -57,10 +58,42 @@ def test_a_misspelt_name_gets_a_hint() -> None:
         open_collection("msmacro")
 
 
-def test_a_file_is_no_collection(tmp_path: Path) -> None:
-    (tmp_path / "corpus.jsonl").write_text("")
-    with pytest.raises(UsageError, match="no dataset"):
-        open_collection(str(tmp_path / "corpus.jsonl"))
+def test_owner_and_name_are_a_repository_of_the_hub_unless_they_are_a_folder(
+    beir_folder: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    collection = open_collection("owner/name")
+    assert isinstance(collection, HubCollection)
+    assert collection.name == "owner/name"
+    beir_folder({"p": "t"}, {"q": "t"}, folder="owner/name", dev={"q": {"p": 1}})
+    assert isinstance(open_collection("owner/name"), BeirFolder)
+
+
+@pytest.mark.parametrize(
+    ("name", "source"),
+    [
+        ("Tevatron/wikipedia-nq", "Tevatron/wikipedia-nq and Tevatron/wikipedia-nq-corpus"),
+        ("a/b-new", "a/b-new and a/b-corpus-new"),
+        (
+            "Tevatron/msmarco-passage",
+            "Tevatron/msmarco-passage and Tevatron/msmarco-passage-corpus; ir_datasets "
+            "msmarco-passage/dev/small",
+        ),
+    ],
+)
+def test_the_repositories_of_a_name(name: str, source: str) -> None:
+    collection = open_collection(name)
+    assert (collection.name, collection.source) == (name, f"Hugging Face {source}")
+
+
+def test_examples_are_those_of_whatever_a_name_opens(
+    beir_folder: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = beir_folder({"p": "t"}, {"q": "t"}, train={"q": {"p": 1}})
+    entry = Entry("sea", "", "", lambda: BeirFolder(folder))
+    monkeypatch.setattr(catalogue, "ENTRIES", (entry,))
+    for source in ("sea", str(folder), folder):
+        assert open_examples(source)[0].positives.tolist() == [0]
 
 
 def test_every_entry_says_what_it_is() -> None:

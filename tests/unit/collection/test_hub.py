@@ -18,8 +18,8 @@ import pyarrow.parquet as pq
 import pytest
 
 from mlflow_dr.collection.corpus import cached_corpus
-from mlflow_dr.collection.hub import HubCollection, msmarco_passage
-from mlflow_dr.collection.records import Passage
+from mlflow_dr.collection.hub import HubCollection, hub_collection, msmarco_passage
+from mlflow_dr.collection.records import Passage, Query
 from mlflow_dr.errors import DataError, UsageError
 
 EXAMPLES = "Tevatron/msmarco-passage"
@@ -165,7 +165,8 @@ def test_whole_numbers_are_taken_as_ids(hub: HubCache) -> None:
     collection = msmarco_passage()
     assert collection.corpus()[0] == Passage("12", "", "a")
     example = collection.examples()[0]
-    assert (example.query.id, example.positives) == ("3", [Passage("12", "", "a")])
+    assert example.query.id == "3"
+    assert collection.examples().passages.passages(example.positives) == [Passage("12", "", "a")]
 
 
 def test_the_judged_queries_are_those_of_ir_datasets(hub: HubCache, judged: None) -> None:
@@ -173,7 +174,7 @@ def test_the_judged_queries_are_those_of_ir_datasets(hub: HubCache, judged: None
     collection = msmarco_passage()
     assert collection.splits == ["dev"]
     topics = collection.topics("dev")
-    assert [tuple(query) for query in topics.queries] == [("300", "who built it")]
+    assert topics.queries == [Query("300", "who built it")]
     assert topics.qrels == {"300": {"1": 1}}
 
 
@@ -181,12 +182,16 @@ def test_an_example_has_its_query_positives_and_negatives(hub: HubCache) -> None
     hub.put(EXAMPLES, "train.jsonl.gz", TRAIN)
     examples = msmarco_passage().examples()
     assert len(examples) == 2
-    query, positives, negatives = examples[0]
-    assert tuple(query) == ("7", "one")
-    assert positives == [Passage("0", "-", "success of the project")]
-    assert [passage.id for passage in negatives] == ["1", "2"]
-    assert [passage.id for passage in examples[1].positives] == ["1", "2"]
-    assert examples[1].negatives == []
+    query, positives, negatives, scores = examples[0]
+    assert query == Query("7", "one")
+    assert examples.passages.passages(positives) == [Passage("0", "-", "success of the project")]
+    assert [passage.id for passage in examples.passages.passages(negatives)] == ["1", "2"]
+    assert scores is None
+    assert [passage.id for passage in examples.passages.passages(examples[1].positives)] == [
+        "1",
+        "2",
+    ]
+    assert examples[1].negatives.tolist() == []
     with pytest.raises(IndexError):
         examples[2]
 
@@ -203,7 +208,8 @@ def test_rows_that_cannot_be_trained_on_are_left_out_and_counted_once(
     examples = msmarco_passage().examples()
     assert [examples[index].query.id for index in range(len(examples))] == ["7", "8"]
     (warning,) = [r.getMessage() for r in caplog.records if r.levelno == logging.WARNING]
-    assert "3 of 5 rows (2 without a query, 1 without a positive)" in warning
+    assert "train.jsonl.gz): left out: 2 records without a query (such as" in warning
+    assert "1 records without a usable positive passage (such as" in warning
 
 
 def test_nothing_is_read_before_it_is_asked_for(hub: HubCache) -> None:
@@ -293,7 +299,7 @@ def test_a_file_that_is_no_json_lines_is_an_error(hub: HubCache, content: bytes)
 
 def test_a_missing_column_of_the_corpus_is_an_error_that_names_the_columns(hub: HubCache) -> None:
     hub.put(CORPUS, "corpus.jsonl.gz", [{"_id": "0", "text": "a"}])
-    expected = r"no column docid, title; it has _id, text, expected docid, title, text"
+    expected = r"no column docid; it has _id, text, title, expected docid, title, text"
     with pytest.raises(DataError, match=expected):
         msmarco_passage().corpus()
 
@@ -301,14 +307,14 @@ def test_a_missing_column_of_the_corpus_is_an_error_that_names_the_columns(hub: 
 @pytest.mark.parametrize(
     ("row", "expected"),
     [
-        ({"query": "one"}, "no column query_id, positive_passages, negative_passages"),
-        (dict(TRAIN[0], query=1), "column query holds int64, expected strings"),
-        (dict(TRAIN[0], positive_passages="p"), "positive_passages: holds string"),
-        (dict(TRAIN[0], positive_passages=["p"]), "positive_passages: holds list<item: string>"),
-        (dict(TRAIN[0], negative_passages=[{"text": "n"}]), "negative_passages: no column docid"),
+        ({"query": "one"}, r"train.jsonl.gz:1: a record with the fields query; .*DPR \("),
+        (dict(TRAIN[0], query=1), r"gz:1: 'query' is not a string; got 1"),
+        (dict(TRAIN[0], positive_passages="p"), "gz:1: 'positive_passages' is not a list; got str"),
+        (dict(TRAIN[0], positive_passages=["p"]), r"positive_passages\[0\]: expected docid"),
+        (dict(TRAIN[0], negative_passages=[{"docid": "n"}]), r"negative_passages\[0\]: no 'text'"),
         (
             dict(TRAIN[0], negative_passages=[dict(PASSAGES[0], text=2.5)]),
-            "negative_passages: column text holds double",
+            r"negative_passages\[0\]: no 'text', or not a string; got 2.5",
         ),
     ],
 )
@@ -323,13 +329,17 @@ def test_examples_of_another_layout_are_an_error_that_names_the_column(
 def test_an_example_passage_without_text_is_an_error(hub: HubCache) -> None:
     negatives = [PASSAGES[0], dict(PASSAGES[1], text=None)]
     hub.put(EXAMPLES, "train.jsonl.gz", [dict(TRAIN[0], negative_passages=negatives)])
-    with pytest.raises(DataError, match=r"negative_passages: 1 of 2 passages have no text"):
+    with pytest.raises(
+        DataError, match=r"negative_passages\[1\]: no .text., .* got None; if a file is"
+    ):
         msmarco_passage().examples()
 
 
 def test_no_row_to_train_on_is_an_error(hub: HubCache) -> None:
     hub.put(EXAMPLES, "train.jsonl.gz", [dict(TRAIN[0], positive_passages=[])])
-    with pytest.raises(DataError, match=r"none of 1 rows can be trained on: .* 1 without a pos"):
+    with pytest.raises(
+        DataError, match=r"none of 1 records can be trained on: 1 records without a us"
+    ):
         msmarco_passage().examples()
 
 
@@ -344,6 +354,93 @@ def test_a_passage_without_text_is_an_error(hub: HubCache) -> None:
     hub.put(CORPUS, "corpus.jsonl.gz", [*PASSAGES, {"docid": "3", "title": "", "text": None}])
     with pytest.raises(DataError, match="1 of 4 passages have no text"):
         msmarco_passage().corpus()
+
+
+NQ = "Tevatron/wikipedia-nq"
+JUDGED = {"query_id": "1", "query": "who", "answers": ["she"], "positive_passages": [PASSAGES[1]]}
+
+
+def test_positives_of_the_dev_file_are_the_judgements(
+    hub: HubCache, caplog: pytest.LogCaptureFixture
+) -> None:
+    gone = dict(PASSAGES[0], docid="gone")
+    rows = [
+        JUDGED,
+        {**JUDGED, "query_id": "2", "positive_passages": [PASSAGES[0], gone]},
+        {**JUDGED, "query_id": "3", "positive_passages": []},
+    ]
+    hub.put(NQ, "dev.jsonl.gz", rows)
+    hub.put(NQ, "test.jsonl.gz", [{"query_id": "9", "query": "where", "answers": ["here"]}])
+    hub.put(NQ, "validation.jsonl", [{**JUDGED, "positive_passages": []}])
+    hub.put(f"{NQ}-corpus", "corpus.jsonl.gz", PASSAGES)
+    collection = hub_collection(NQ)
+    assert collection.splits == ["dev"]  # the others judge nothing
+    topics = collection.topics("dev")
+    assert topics.queries == [Query("1", "who", ("she",)), Query("2", "who", ("she",))]
+    assert topics.qrels == {"1": {"1": 1}, "2": {"0": 1}}
+    assert "1 judgements name passages that the corpus lacks (such as 'gone')" in caplog.text
+
+
+def test_a_repository_without_judged_files_has_no_splits(hub: HubCache) -> None:
+    hub.put(NQ, "train.jsonl.gz", TRAIN)
+    assert hub_collection(NQ).splits == []
+
+
+def test_a_damaged_dev_file_is_an_error(hub: HubCache) -> None:
+    file = hub.put(NQ, "dev.jsonl.gz", [JUDGED])
+    file.write_bytes(file.read_bytes()[:-20])
+    with pytest.raises(DataError, match=rf"Hugging Face {NQ}: .*damaged.*--force-download"):
+        _ = hub_collection(NQ).splits
+
+
+def test_passages_of_the_examples_need_no_corpus_repository(hub: HubCache) -> None:
+    hub.put(NQ, "train.jsonl.gz", [dict(TRAIN[0], answers=["a"]), TRAIN[1]])
+    examples = hub_collection(NQ).examples()
+    assert examples[0].query == Query("7", "one", ("a",))
+    assert examples.passages.ids.to_pylist() == ["0", "1", "2"]
+
+
+@pytest.mark.parametrize("name", ["train.jsonl", "data/train-00000-of-00001.parquet"])
+def test_examples_by_id_are_looked_up_in_the_corpus_repository(hub: HubCache, name: str) -> None:
+    row = {
+        "query_id": "7",
+        "query_text": "one",
+        "query_image": None,
+        "positive_document_ids": ["2"],
+        "negative_document_ids": ["0", "1"],
+        "answer": None,
+        "source": "nq",
+    }
+    hub.put("a/nq-new", name, [row])
+    hub.put(
+        "a/nq-corpus-new",
+        "data/corpus-00000-of-00001.parquet",
+        [{"docid": row["docid"], "text": row["text"], "image": None} for row in PASSAGES],
+    )
+    collection = hub_collection("a/nq-new")
+    examples = collection.examples()
+    assert (examples[0].positives.tolist(), examples[0].negatives.tolist()) == ([2], [0, 1])
+    assert examples.passages is collection.corpus()
+    assert examples.passages[2] == Passage("2", "", "a third")
+
+
+def test_another_commit_is_read_anew(hub: HubCache, monkeypatch: pytest.MonkeyPatch) -> None:
+    hub.put(NQ, "train.jsonl", TRAIN)
+    assert hub_collection(NQ).examples()[0].query.text == "one"
+    monkeypatch.setitem(globals(), "COMMIT", "f" * 40)
+    hub.put(NQ, "train.jsonl", [dict(TRAIN[0], query="new")])
+    assert hub_collection(NQ).examples()[0].query.text == "new"
+
+
+@pytest.mark.parametrize("ask", [HubCollection.examples, lambda collection: collection.splits])
+def test_a_name_that_was_meant_to_be_a_folder_is_answered_so(
+    ask: Callable[[HubCollection], Any],
+) -> None:
+    with pytest.raises(DataError, match=r"HF_HUB_CACHE.*; no file or folder 'my/data' is here eit"):
+        ask(hub_collection("my/data"))
+    with pytest.raises(DataError) as caught:
+        msmarco_passage().examples()
+    assert "no file or folder" not in str(caught.value)
 
 
 def test_an_unknown_split_is_an_error_that_lists_the_splits() -> None:

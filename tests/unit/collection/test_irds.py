@@ -18,6 +18,7 @@ from typing import Any, NamedTuple
 import pytest
 
 from mlflow_dr.collection.irds import IrDataset
+from mlflow_dr.collection.records import Passage, Query
 from mlflow_dr.errors import DataError, MissingExtraError, UsageError
 
 
@@ -108,7 +109,7 @@ class Register:
     def __init__(self, folder: Path) -> None:
         import ir_datasets
 
-        self._folder = folder
+        self.folder = folder
         self._registry = ir_datasets.registry
         self.registered: list[str] = []
 
@@ -131,17 +132,43 @@ class Register:
         from ir_datasets.util import LocalDownload
 
         file = {"docs": docs, "queries": queries, "qrels": qrels}
-        local = {name: LocalDownload(_write(self._folder / name, file[name])) for name in file}
+        local = {name: LocalDownload(_write(self.folder / name, file[name])) for name in file}
         return self.parts(
             TsvDocs(local["docs"], doc_cls=classes.get("doc", GenericDoc)),
             TsvQueries(local["queries"], query_cls=classes.get("query", GenericQuery)),
             (TrecSubQrels if subtopics else TrecQrels)(local["qrels"], {}),
         )
 
-    def parts(self, *parts: Any) -> IrDataset:
+    def train(self, **files: str) -> IrDataset:
+        """A training set with any of docpairs, qrels and scoreddocs."""
+        from ir_datasets.formats import (
+            TrecQrels,
+            TrecScoredDocs,
+            TsvDocPairs,
+            TsvDocs,
+            TsvQueries,
+        )
+        from ir_datasets.util import LocalDownload
+
+        kinds: dict[str, Any] = {
+            "docs": TsvDocs,
+            "queries": TsvQueries,
+            "docpairs": TsvDocPairs,
+            "qrels": lambda file: TrecQrels(file, {}),
+            "scoreddocs": TrecScoredDocs,
+        }
+        docs = "0\tzero\n1\tfirst\n2\tsecond\n3\tthird\n"
+        files = {"docs": docs, "queries": "7\tone\n8\ttwo\n", **files}
+        parts = [
+            kinds[name](LocalDownload(_write(self.folder / name, content)))
+            for name, content in files.items()
+        ]
+        return self.parts(*parts, split="train")
+
+    def parts(self, *parts: Any, split: str = "test") -> IrDataset:
         from ir_datasets import Dataset
 
-        name = f"registered/{len(self.registered)}/test"
+        name = f"registered/{len(self.registered)}/{split}"
         self._registry.register(name, Dataset(*parts))
         self.registered.append(name)
         return IrDataset(name)
@@ -199,7 +226,7 @@ def test_members_with_judgements_are_the_splits_of_an_id_without(msmarco: Path) 
     assert {"train", "dev/small", "trec-dl-2019/judged"} <= set(collection.splits)
     assert "eval" not in collection.splits  # it has no judgements
     topics = collection.topics("dev/small")
-    assert [tuple(query) for query in topics.queries] == [("300", "who built it")]
+    assert topics.queries == [Query("300", "who built it")]
     assert topics.qrels == {"300": {"1": 1}}
 
 
@@ -210,12 +237,62 @@ def test_members_over_other_passages_are_no_splits(home: Path) -> None:
 
 
 def test_a_judged_train_member_gives_examples(msmarco: Path) -> None:
-    for name in ("msmarco-passage", "msmarco-passage/train"):
-        examples = IrDataset(name).examples()
-        assert len(examples) == 2  # query 8 has no relevant passage
-        assert examples[0].query.text == "one"
-        assert [passage.text for passage in examples[0].positives] == ["a third", "success"]
-        assert examples[1].positives[0].id == "1"
+    examples = IrDataset("msmarco-passage").examples()
+    assert len(examples) == 2  # query 8 has no relevant passage
+    assert examples[0].query.text == "one"
+    texts = [passage.text for passage in examples.passages.passages(examples[0].positives)]
+    assert texts == ["a third", "success"]
+    assert examples.passages[int(examples[1].positives[0])].id == "1"
+
+
+def test_docpairs_are_examples_grouped_by_query(
+    register: Register, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    pairs = "8\t1\t2\n7\t0\t2\n7\t0\t2\n7\t0\t3\n7\t1\t2\n8\t1\t1\n9\t0\t1\n7\t0\tgone\n"
+    collection = register.train(docpairs=pairs)
+    examples = collection.examples()
+    found = {
+        examples[index].query.id: (
+            examples[index].positives.tolist(),
+            examples[index].negatives.tolist(),
+        )
+        for index in range(len(examples))
+    }
+    assert found == {"8": ([1], [2]), "7": ([0, 1], [2, 3])}
+    assert examples[0].query == Query("8", "two")
+    assert examples.passages.digest == collection.corpus().digest
+    (warning,) = [r.getMessage() for r in caplog.records if r.levelno == logging.WARNING]
+    assert "1 records without a query (such as irds:registered/0/train: query '9')" in warning
+    assert "1 passages that the corpus lacks (such as 'gone')" in warning
+    assert "1 negatives that are also positives of their query (such as query '8')" in warning
+    assert "twice" not in warning  # pairs repeat passages by their nature
+
+
+def test_docpairs_are_read_once(register: Register) -> None:
+    collection = register.train(docpairs="7\t0\t2\n")
+    first = collection.examples()
+    (register.folder / "docpairs").unlink()
+    again = IrDataset(collection.name.removeprefix("irds:")).examples()
+    assert again.digest == first.digest
+    assert len(again) == 1
+
+
+def test_malformed_docpairs_are_an_error(register: Register) -> None:
+    with pytest.raises(DataError, match=r"registered/0/train: the docpairs cannot be read"):
+        register.train(docpairs="7\t0\n").examples()
+
+
+def test_scoreddocs_that_are_not_relevant_are_the_negatives(
+    register: Register, caplog: pytest.LogCaptureFixture
+) -> None:
+    examples = register.train(
+        qrels="7 0 0 1\n7 0 3 0\n8 0 1 1\n",
+        scoreddocs="7 Q0 0 1 9.5 x\n7 Q0 3 2 9.0 x\n7 Q0 2 3 8.0 x\n9 Q0 1 1 1.0 x\n",
+    ).examples()
+    assert [examples[i].query.id for i in range(len(examples))] == ["7", "8"]
+    assert (examples[0].positives.tolist(), examples[0].negatives.tolist()) == ([0], [3, 2])
+    assert examples[1].negatives.tolist() == []  # it has no candidates
+    assert not [r for r in caplog.records if r.levelno == logging.WARNING]  # as expected of them
 
 
 def test_ids_that_share_passages_share_one_cached_corpus(msmarco: Path, cache: Path) -> None:
@@ -229,12 +306,12 @@ def test_title_and_text_fields_are_kept_apart(scifact: None) -> None:
     collection = IrDataset("beir/scifact")
     assert sorted(collection.splits) == ["test", "train"]
     assert IrDataset("beir/scifact/test").splits == ["test"]
-    assert tuple(collection.corpus()[0]) == ("4983", "Microstructure", "of white matter")
+    assert collection.corpus()[0] == Passage("4983", "Microstructure", "of white matter")
 
 
 def test_without_a_text_field_the_default_text_is_taken_less_its_title(register: Register) -> None:
     collection = register("d\tOn wings\tof bees\n", doc=AbstractDoc)
-    assert tuple(collection.corpus()[0]) == ("d", "On wings", "of bees")
+    assert collection.corpus()[0] == Passage("d", "On wings", "of bees")
 
 
 def test_a_query_without_a_text_field_gives_its_default_text(register: Register) -> None:
@@ -344,7 +421,7 @@ def test_a_download_is_quiet_and_its_terms_are_logged(
     md5 = hashlib.md5(PASSAGE_LINE).hexdigest()
     with caplog.at_level(logging.INFO):
         corpus = register.parts(_remote_docs(served, home, md5, dua="Agree to this")).corpus()
-    assert tuple(corpus[0]) == ("1", "", "a passage")
+    assert corpus[0] == Passage("1", "", "a passage")
     assert [record.getMessage() for record in caplog.records] == ["ir_datasets: Agree to this"]
     assert capfd.readouterr() == ("", "")
 
@@ -406,9 +483,9 @@ def _remote_docs(address: str, home: Path, md5: str, dua: str | None = None) -> 
 def _reading_mirrors(home: Path, mirrors: list[Any]) -> None:
     from ir_datasets.util import Download
 
-    from mlflow_dr.collection.irds import _reading
+    from mlflow_dr.collection.irds_reading import reading
 
-    with _reading("the passages"):
+    with reading("the passages"):
         Download(mirrors, home / "never-there").path()
 
 

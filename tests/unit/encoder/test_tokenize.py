@@ -7,11 +7,13 @@ import pytest
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import Whitespace
+from tokenizers.processors import TemplateProcessing
 from transformers import PreTrainedTokenizerFast
 
 from mlflow_dr.collection.records import Passage, Query
 from mlflow_dr.encoder.config import EncoderConfig, ProjectionConfig
 from mlflow_dr.encoder.tokenize import Tokenizing, highest_id
+from mlflow_dr.errors import DataError
 
 WORDS = ["[PAD]", "[UNK]", "red", "blue", "Red", "query", "passage", "|", "title", "long"]
 
@@ -138,3 +140,50 @@ def test_the_digest_does_not_remember_what_was_tokenised() -> None:
     made.query_ids([Query("1", "red " * 50)])
     made.passage_ids([Passage("1", "", "red " * 500)])
     assert made.passage_digest() == before
+
+
+def test_texts_that_are_tokenised_already_get_prompt_and_special_tokens(
+    make_tiny: Callable[..., Any],
+) -> None:
+    """As if the text had been there; the length counts all of them."""
+    encoder = make_tiny(query_prompt="ship: ", passage_prompt="the ", passage_max_length=8)
+    made = Tokenizing(encoder.tokenizer, encoder.settings)
+    text = "the tide tables are printed a year ahead"
+    bare = encoder.tokenizer(text, add_special_tokens=False)["input_ids"]
+    assert made.query_ids([Query("1", "", (), bare)]) == made.query_ids([Query("1", text)])
+    assert made.passage_ids([Passage("1", "", "", bare)]) == made.passage_ids(
+        [Passage("1", "", text)]
+    )
+    (ids,) = made.passage_ids([Passage("1", "", "", bare)])
+    assert len(ids) == 8
+    assert ids[-1] == encoder.tokenizer.sep_token_id
+    empty = made.passage_ids([Passage("1", "", "", ()), Passage("2", "", "", bare[:2])])
+    assert empty[0] == made.passage_ids([Passage("1", "", "")])[0]
+
+
+def test_a_prompt_longer_than_the_length_is_cut_as_that_of_a_text(
+    make_tiny: Callable[..., Any],
+) -> None:
+    encoder = make_tiny(passage_prompt="the ship, the ship, the ship: ", passage_max_length=5)
+    made = Tokenizing(encoder.tokenizer, encoder.settings)
+    bare = encoder.tokenizer("the tide tables", add_special_tokens=False)["input_ids"]
+    assert made.passage_ids([Passage("1", "", "", bare)]) == made.passage_ids(
+        [Passage("1", "", "the tide tables")]
+    )
+
+
+def test_ids_beyond_the_vocabulary_are_an_error() -> None:
+    made = tokenizing()
+    assert made.passage_ids([Passage("1", "", "", [9])]) == [[9]]
+    for ids in (
+        lambda: made.passage_ids([Passage("1", "", "", [2, 10])]),
+        lambda: made.query_ids([Query("1", "", (), [2, 10])]),
+    ):
+        with pytest.raises(DataError, match=r"token id 10, .* ids end at 9"):
+            ids()
+
+
+def test_a_tokenizer_that_rewrites_texts_takes_none_that_are_tokenised() -> None:
+    made = tokenizer()
+    made._tokenizer.post_processor = TemplateProcessing(single="$A:0 $A:0", special_tokens=[])
+    assert Tokenizing(made, EncoderConfig()).passage_ids([Passage("1", "", "red")]) == [[2, 2]]

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from mlflow_dr.engines.share import share_machine, visible_gpus
+from mlflow_dr.errors import DeviceError
 
 
 @pytest.mark.parametrize(
@@ -41,6 +42,23 @@ def test_of_several_gpus_the_trainer_has_the_first_and_the_validator_the_last(
     assert share.validator == {"CUDA_VISIBLE_DEVICES": gpus[-1]}
     assert share.validator_flags == ["--device", "cuda:0"]
     assert not share.validator_yields
+
+
+def test_each_training_process_has_a_gpu_and_the_validator_what_is_left() -> None:
+    gpus = ["0", "1", "2", "3"]
+    share = share_machine(gpus=gpus, cores=8, trainers=3)
+    assert share.trainer == {"CUDA_VISIBLE_DEVICES": "0,1,2"}
+    assert share.validator == {"CUDA_VISIBLE_DEVICES": "3"}
+    share = share_machine(gpus=gpus, cores=16, trainers=4)
+    assert share.trainer == {"OMP_NUM_THREADS": "2"}
+    assert share.validator == {"OMP_NUM_THREADS": "8", "CUDA_VISIBLE_DEVICES": ""}
+    assert share.validator_flags == ["--device", "cpu"]
+
+
+@pytest.mark.parametrize(("gpus", "trainers"), [([], 2), (["0"], 2), (["0", "1"], 3)])
+def test_more_training_processes_than_gpus_are_refused(gpus: list[str], trainers: int) -> None:
+    with pytest.raises(DeviceError, match=f"--gpus {trainers}, but this machine has {len(gpus)}"):
+        share_machine(gpus=gpus, cores=8, trainers=trainers)
 
 
 def test_the_cores_are_those_that_this_process_may_use(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,11 +1,13 @@
 """The token table: ids by row, padding, and the table in the cache."""
 
-from collections.abc import Sequence
+import multiprocessing as mp
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
 import pytest
 
+import mlflow_dr.stores.token_table as token_table_module
 from mlflow_dr.stores.token_table import TokenTable, cached_token_table, token_table
 
 ROWS = [[5, 6, 7], [8], [9, 10], [11, 12, 13, 14]]
@@ -81,3 +83,40 @@ def test_tokenising_that_breaks_off_leaves_nothing(own_cache: Path) -> None:
         cached(texts=breaks_off())
     assert [path.suffix for path in (own_cache / "tokens").iterdir()] == [".lock"]
     assert len(cached()) == 4
+
+
+GROUPS = [[b"ab", b"c"], [b"def"], [b"g", b"hi"], [b"jkl", b""], [b"m"], [b"no"]]
+"""Bytes are their own ids; a process of its own can import `list`."""
+
+
+def with_processes(key: str, processes: int) -> tuple[TokenTable, int]:
+    """A table, and how many processes there were when the last group was read."""
+    workers = []
+
+    def groups() -> Iterator[list[bytes]]:
+        for group in GROUPS:
+            yield group
+            workers.append(len(mp.active_children()))
+
+    table = cached_token_table(key, groups(), list, 256, total=9, processes=processes)
+    return table, workers[-1]
+
+
+def test_processes_tokenise_in_the_order_of_the_texts(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(token_table_module, "TEXTS_WORTH_A_PROCESS", 1)
+    monkeypatch.setattr(token_table_module, "usable_cores", lambda: 2)
+    table, workers = with_processes("many", 12)
+    assert workers == 2
+    assert rows_of(table) == [list(text) for group in GROUPS for text in group]
+
+
+@pytest.mark.parametrize(("processes", "cores", "worth"), [(1, 2, 1), (12, 1, 1), (12, 2, 5)])
+def test_no_process_is_started_where_one_does_not_pay(
+    monkeypatch: pytest.MonkeyPatch, processes: int, cores: int, worth: int
+) -> None:
+    """One process asked for, one core, or fewer texts than two processes are worth."""
+    monkeypatch.setattr(token_table_module, "TEXTS_WORTH_A_PROCESS", worth)
+    monkeypatch.setattr(token_table_module, "usable_cores", lambda: cores)
+    table, workers = with_processes("few", processes)
+    assert workers == 0
+    assert rows_of(table) == [list(text) for group in GROUPS for text in group]

@@ -1,88 +1,239 @@
-import pytest
+"""Which passages an example is trained with in which epoch, and the batches made of them."""
 
-from mlflow_dr.collection.records import Example, Passage, Query
+import pickle
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch.utils.data import DataLoader
+
+from mlflow_dr.collection.records import Example
 from mlflow_dr.encoder.model import Encoder
 from mlflow_dr.encoder.tokenize import Tokenizing
 from mlflow_dr.errors import DataError
-from mlflow_dr.training.batches import Collator, TrainingSet
+from mlflow_dr.training.batches import Collator, Group, LateTokens, TrainingSet, training_set
+
+Make = Callable[..., Any]
 
 
-class Listed:
-    digest = "listed"
-
-    def __init__(self, *examples: Example) -> None:
-        self.examples = examples
-
-    def __len__(self) -> int:
-        return len(self.examples)
-
-    def __getitem__(self, index: int) -> Example:
-        return self.examples[index]
+def named(prefix: str, count: int) -> list[str]:
+    return [f"{prefix}{index}" for index in range(count)]
 
 
-def passages(prefix: str, count: int) -> list[Passage]:
-    return [Passage(f"{prefix}{index}", "", f"text {prefix}{index}") for index in range(count)]
+@pytest.fixture
+def one(make_examples: Make) -> Make:
+    """A function from numbers of positives and negatives to the set of one query."""
+
+    def make(
+        positives: int,
+        negatives: int,
+        n_passages: int,
+        query_id: str = "q",
+        scores: Any = None,
+        seed: int = 0,
+        **options: Any,
+    ) -> TrainingSet:
+        row = (query_id, named("p", positives), named("n", negatives), scores)
+        examples = make_examples(row)
+        tokens = [np.array([10 + place]) for place in range(positives + negatives)]
+        return TrainingSet(examples, [np.array([1])], tokens, n_passages, seed, **options)
+
+    return make
 
 
-def example(positives: int, negatives: int, query_id: str = "q") -> Example:
-    return Example(Query(query_id, "which"), passages("p", positives), passages("n", negatives))
+def rows_in(chosen: TrainingSet, epoch: int, index: int = 0) -> list[int]:
+    chosen.set_epoch(epoch)
+    return chosen[index].keys.tolist()
 
 
-def test_the_positive_comes_first() -> None:
-    group = TrainingSet(Listed(example(1, 5)), 4, seed=0)[0]
-    assert [p.id[0] for p in group.passages] == ["p", "n", "n", "n"]
+def test_the_positive_comes_first_and_tokens_belong_to_keys(one: Make) -> None:
+    group = one(1, 5, 4)[0]
+    assert group.query_id == "q"
+    assert group.query.tolist() == [1]
+    assert group.keys[0] == 0
+    assert set(group.keys[1:]) < {1, 2, 3, 4, 5}
+    assert [tokens.tolist() for tokens in group.passages] == [[10 + key] for key in group.keys]
+    assert one(1, 5, 4, first_key=100)[0].keys.tolist() == (group.keys + 100).tolist()
 
 
-def test_positives_rotate_over_the_epochs() -> None:
-    training_set = TrainingSet(Listed(example(3, 0)), 1, seed=0)
-    seen = []
-    for epoch in range(3):
-        training_set.set_epoch(epoch)
-        seen.append(training_set[0].passages[0].id)
-    assert sorted(seen) == ["p0", "p1", "p2"]
+def test_positives_rotate_over_the_epochs(one: Make) -> None:
+    chosen = one(3, 0, 1)
+    seen = [rows_in(chosen, epoch) for epoch in range(6)]
+    assert sorted(seen[:3]) == sorted(seen[3:]) == [[0], [1], [2]]
 
 
-def test_negatives_do_not_repeat_before_all_were_used() -> None:
-    training_set = TrainingSet(Listed(example(1, 6)), 3, seed=0)
-    seen: list[str] = []
-    for epoch in range(3):
-        training_set.set_epoch(epoch)
-        seen += [p.id for p in training_set[0].passages[1:]]
-    assert sorted(seen) == [f"n{index}" for index in range(6)]
+@pytest.mark.parametrize(("there", "asked"), [(6, 2), (5, 2), (5, 4), (7, 1)])
+def test_negatives_do_not_repeat_before_all_were_used(one: Make, there: int, asked: int) -> None:
+    chosen = one(1, there, 1 + asked)
+    seen = [row for epoch in range(there) for row in rows_in(chosen, epoch)[1:]]
+    for used in range(1, asked + 1):
+        assert set(Counter(seen[: used * there]).values()) == {used}
+        assert set(seen[: used * there]) == set(range(1, there + 1))
 
 
-def test_the_choice_depends_on_query_and_seed_alone() -> None:
-    first = TrainingSet(Listed(example(1, 50, "a"), example(1, 50, "b")), 5, seed=1)
-    other = TrainingSet(Listed(example(1, 50, "b")), 5, seed=1)
-    assert first[1].passages == other[0].passages
-    assert TrainingSet(Listed(example(1, 50, "b")), 5, seed=2)[0].passages != other[0].passages
+def test_fewer_negatives_than_asked_are_repeated_evenly(one: Make) -> None:
+    assert sorted(Counter(rows_in(one(1, 2, 6), 0)[1:]).values()) == [2, 3]
+    assert rows_in(one(1, 1, 4), 3) == [0, 1, 1, 1]
 
 
-def test_fewer_negatives_than_asked_are_repeated() -> None:
-    group = TrainingSet(Listed(example(1, 2)), 6, seed=0)[0]
-    assert len(group.passages) == 6
+def test_the_choice_depends_on_query_epoch_and_seed_alone(
+    one: Make, make_examples: Make, tiny: Encoder, set_of: Make
+) -> None:
+    """Not on the place of the query, on other queries, or on what was read before."""
+
+    def row(name: str) -> tuple[str, list[str], list[str]]:
+        return (name, named(f"{name} is ", 5), named(f"{name} is not ", 40))
+
+    def ids(chosen: TrainingSet, examples: Any, index: int) -> list[str]:
+        return [examples.passages[key].id for key in chosen[index].keys]
+
+    alone = make_examples(row("b"), digest="alone")
+    among = make_examples(row("a"), row("b"), digest="among")
+    first, second = set_of(tiny, alone, 5, seed=1), set_of(tiny, among, 5, seed=1)
+    for epoch in (3, 0, 1):
+        first.set_epoch(epoch)
+        second.set_epoch(epoch)
+        second[0]
+        assert ids(first, alone, 0) == ids(second, among, 1)
+    other = set_of(tiny, alone, 5, seed=2)
+    other.set_epoch(1)
+    assert ids(other, alone, 0) != ids(first, alone, 0)
+    assert len({tuple(rows_in(first, epoch)) for epoch in range(8)}) == 8
+    of_a, of_b = (np.array(rows_in(second, 0, index)) for index in range(2))
+    assert (of_a + 45).tolist() != of_b.tolist()
 
 
-def test_no_negatives_where_some_are_asked_for_is_an_error_with_a_way_out() -> None:
-    with pytest.raises(DataError, match="--train_n_passages 1"):
-        TrainingSet(Listed(example(1, 0)), 2, seed=0)[0]
+def test_a_share_of_the_examples_is_as_in_the_whole(
+    colours: Any, tiny: Encoder, set_of: Make
+) -> None:
+    """As in the ranks of a distributed training, each in a process of its own."""
+    whole = set_of(tiny, colours, 3)
+    for rank in range(2):
+        own = pickle.loads(pickle.dumps(set_of(tiny, colours, 3)))
+        for epoch in range(3):
+            own.set_epoch(epoch)
+            whole.set_epoch(epoch)
+            for index in range(rank, len(whole), 2):
+                assert own[index].keys.tolist() == whole[index].keys.tolist()
+                assert own[index].query.tolist() == whole[index].query.tolist()
 
 
-def test_no_positives_is_an_error() -> None:
-    with pytest.raises(DataError, match="no positives"):
-        TrainingSet(Listed(example(0, 3)), 2, seed=0)[0]
+def keys_of(groups: list[Group]) -> list[list[int]]:
+    return [group.keys.tolist() for group in groups]
 
 
-def test_a_batch_is_padded_token_ids_in_order(tiny: Encoder) -> None:
+@pytest.mark.parametrize(
+    "workers", [{"num_workers": 2}, {"num_workers": 2, "persistent_workers": True}], ids=str
+)
+def test_workers_choose_as_this_process_does(
+    colours: Any, tiny: Encoder, set_of: Make, workers: dict[str, Any]
+) -> None:
+    """Also those that outlive an epoch."""
+    found = []
+    for options in ({}, workers):
+        chosen = set_of(tiny, colours, 3)
+        loader = DataLoader(chosen, batch_size=3, collate_fn=keys_of, **options)
+        epochs = []
+        for epoch in range(3):
+            chosen.set_epoch(epoch)
+            epochs.append(list(loader))
+        found.append(epochs)
+    assert found[0] == found[1]
+    assert found[0][0] != found[0][1] != found[0][2]
+
+
+def test_scores_follow_their_passages(one: Make) -> None:
+    scores = [10.0, 11.0, 20.0, 21.0, 22.0]  # two positives, then three negatives
+    chosen = one(2, 3, 3, scores=scores, with_scores=True)
+    for epoch in range(6):
+        chosen.set_epoch(epoch)
+        group = chosen[0]
+        assert group.scores.tolist() == [scores[key] for key in group.keys]
+        assert group.scores.dtype == np.float32
+    assert one(2, 3, 3, scores=scores)[0].scores is None
+
+
+@pytest.mark.parametrize("scores", [None, [1.0, float("nan"), 2.0]])
+def test_missing_scores_are_an_error_that_names_the_query(one: Make, scores: Any) -> None:
+    with pytest.raises(DataError, match=r"query 'q7' has no teacher's scores.*--distil_weight"):
+        one(1, 2, 3, "q7", scores, with_scores=True)[0]
+
+
+def test_no_negatives_where_some_are_asked_for_is_an_error_with_a_way_out(one: Make) -> None:
+    with pytest.raises(DataError, match=r"query 'q7' has no negatives.*--train_n_passages 1"):
+        one(1, 0, 2, "q7")[0]
+    assert rows_in(one(1, 0, 1), 0) == [0]
+
+
+def test_no_positives_is_an_error(one: Make) -> None:
+    with pytest.raises(DataError, match="query 'q7' has no positives"):
+        one(0, 3, 2, "q7")[0]
+
+
+def test_the_table_holds_what_the_tokenizer_gives(
+    colours: Any, tiny: Encoder, set_of: Make
+) -> None:
     tokenizing = Tokenizing(tiny.tokenizer, tiny.settings)
-    training_set = TrainingSet(Listed(example(1, 2, "a"), example(1, 2, "b")), 3, seed=0)
-    groups = [training_set[0], training_set[1]]
-    batch = Collator(tokenizing)(groups)
-    ids = batch["passage"]["input_ids"]
-    mask = batch["passage"]["attention_mask"]
-    assert ids.shape == mask.shape
-    assert len(ids) == 6
-    flat = [p for group in groups for p in group.passages]
-    for row, kept, expected in zip(ids, mask, tokenizing.passage_ids(flat), strict=True):
-        assert row[kept.bool()].tolist() == expected
-    assert len(batch["query"]["input_ids"]) == 2
+    for table in (True, False):
+        chosen = set_of(tiny, colours, 4, table=table)
+        for index in range(len(colours)):
+            group = chosen[index]
+            example: Example = colours[index]
+            (query,) = tokenizing.query_ids([example.query])
+            assert group.query.tolist() == query
+            passages = tokenizing.passage_ids([colours.passages[key] for key in group.keys])
+            assert [tokens.tolist() for tokens in group.passages] == passages
+
+
+def test_late_tokens_are_those_of_the_table(colours: Any, tiny: Encoder, own_cache: Any) -> None:
+    """And no table of the passages is made."""
+    settings = replace(tiny.settings, passage_prompt="ship: ", passage_max_length=6)
+    tokenizing = Tokenizing(tiny.tokenizer, settings)
+    late = LateTokens(colours, tokenizing)
+    training_set(colours, tokenizing, tokenizing, table=False, n_passages=1, seed=0)
+    assert len([path for path in (own_cache / "tokens").iterdir() if path.is_dir()]) == 1
+    table = training_set(colours, tokenizing, tokenizing, n_passages=1, seed=0)
+    assert len([path for path in (own_cache / "tokens").iterdir() if path.is_dir()]) == 2
+    for row in range(len(colours.passages)):
+        assert late[row].tolist() == table._passages[row].tolist()
+        assert len(late[row]) == 6
+
+
+def test_a_batch_is_padded_token_ids_in_order() -> None:
+    rows = [[5, 6, 7], [8], [9, 9], [10, 11, 12, 13]]
+    groups = [
+        Group("a", np.array([1, 2]), [np.array(row) for row in rows[:2]], np.array([3, 4]), None),
+        Group("b", np.array([3]), [np.array(row) for row in rows[2:]], np.array([5, 3]), None),
+    ]
+    batch = Collator(query_pad_id=99, passage_pad_id=77)(groups)
+    assert batch["query_ids"] == ["a", "b"]
+    assert batch["keys"].tolist() == [3, 4, 5, 3]
+    assert "teacher" not in batch
+    assert batch["query"]["input_ids"].tolist() == [[1, 2], [3, 99]]
+    passages = batch["passage"]
+    assert passages["input_ids"].tolist() == [
+        [5, 6, 7, 77],
+        [8, 77, 77, 77],
+        [9, 9, 77, 77],
+        [10, 11, 12, 13],
+    ]
+    for row, mask, expected in zip(
+        passages["input_ids"], passages["attention_mask"], rows, strict=True
+    ):
+        assert row[mask.bool()].tolist() == expected
+    assert passages["input_ids"].dtype == passages["attention_mask"].dtype == torch.int64
+
+
+def test_a_batch_has_the_teachers_scores_by_query() -> None:
+    scores = [np.array([1, 2], np.float32), np.array([3, 4], np.float32)]
+    groups = [
+        Group(str(i), np.array([1]), [np.array([1])] * 2, np.array([0, 1]), one)
+        for i, one in enumerate(scores)
+    ]
+    batch = Collator(0, 0)(groups)
+    assert batch["teacher"].tolist() == [[1, 2], [3, 4]]
+    assert batch["teacher"].dtype == torch.float32

@@ -1,29 +1,164 @@
+"""The objective, held against sums written out and torch's own formulas."""
+
 import math
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
+from torch.profiler import ProfilerActivity, profile
 
-from mlflow_dr.training.loss import contrastive_loss
+from mlflow_dr.training.loss import Objective, across
+
+
+def vectors(
+    n_queries: int, n_passages: int, dtype: torch.dtype = torch.float64
+) -> tuple[Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    queries = torch.randn(n_queries, 8, generator=generator, dtype=dtype)
+    passages = torch.randn(n_queries * n_passages, 8, generator=generator, dtype=dtype)
+    return queries.requires_grad_(), passages.requires_grad_()
+
+
+def written_out(
+    queries: Tensor, passages: Tensor, temperature: float, keys: Sequence[int] | None = None
+) -> float:
+    """The mean over queries of minus the logarithm of the positive's softmax."""
+    each = len(passages) // len(queries)
+    total = 0.0
+    for index, query in enumerate(queries):
+        target = index * each
+        counted = [
+            place
+            for place in range(len(passages))
+            if place == target or keys is None or keys[place] != keys[target]
+        ]
+        scores = {place: (query @ passages[place]).item() / temperature for place in counted}
+        best = max(scores.values())
+        total += math.log(sum(math.exp(s - best) for s in scores.values())) + best - scores[target]
+    return total / len(queries)
 
 
 @pytest.mark.parametrize("n_passages", [1, 3])
 @pytest.mark.parametrize("temperature", [0.05, 1.0])
-def test_loss_is_the_mean_negative_log_softmax_of_the_positive(
-    n_passages: int, temperature: float
-) -> None:
-    generator = torch.Generator().manual_seed(0)
-    queries = torch.randn(4, 8, generator=generator, dtype=torch.float64)
-    passages = torch.randn(4 * n_passages, 8, generator=generator, dtype=torch.float64)
-    total = 0.0
-    for index, query in enumerate(queries):
-        scores = [float(query @ passage) / temperature for passage in passages]
-        best = max(scores)
-        total += math.log(sum(math.exp(s - best) for s in scores)) + best
-        total -= scores[index * n_passages]
-    loss = float(contrastive_loss(queries, passages, temperature))
-    assert loss == pytest.approx(total / 4, rel=1e-5)
+def test_the_mean_negative_log_softmax_of_the_positive(n_passages: int, temperature: float) -> None:
+    queries, passages = vectors(4, n_passages)
+    loss = Objective(temperature)(queries, passages).item()
+    assert loss == pytest.approx(written_out(queries, passages, temperature), rel=1e-12)
 
 
-def test_loss_in_bf16_is_computed_in_fp32() -> None:
-    vectors = torch.eye(4, dtype=torch.bfloat16)
-    assert contrastive_loss(vectors, vectors, 0.05).dtype == torch.float32
+KEYS = [7, 1, 2, 7, 3, 1, 9, 7, 4, 5, 9, 9]
+"""Of three passages for each of four queries: 0 and 1 share a positive, 7 is 0's once more."""
+
+
+def test_the_same_passage_once_more_is_no_negative() -> None:
+    queries, passages = vectors(4, 3)
+    keys = torch.tensor(KEYS)
+    loss = Objective(0.5)(queries, passages, keys).item()
+    assert loss == pytest.approx(written_out(queries, passages, 0.5, KEYS), rel=1e-12)
+    unmasked = Objective(0.5, mask_duplicates=False)(queries, passages, keys).item()
+    assert unmasked == pytest.approx(written_out(queries, passages, 0.5), rel=1e-12)
+    assert unmasked > loss
+
+
+def test_a_masked_passage_gets_no_gradient() -> None:
+    """Two queries with one positive: the copy beside another query's is no target of its own."""
+    queries, passages = vectors(2, 1)
+    Objective()(queries, passages, torch.tensor([5, 5])).backward()
+    assert not passages.grad.any()  # type: ignore[union-attr]
+
+
+@pytest.mark.parametrize("rows", [1, 3, 5, 7])
+@pytest.mark.parametrize("weight", [0.0, 0.4])
+def test_in_parts_it_is_the_same(rows: int, weight: float) -> None:
+    """Loss and gradients; 7 queries in parts of `rows`, the last one ragged."""
+    found: list[tuple[Tensor, ...]] = []
+    keys = torch.arange(14) % 5
+    teacher = torch.rand(7, 2, generator=torch.Generator().manual_seed(1))
+    for limit in (1 << 26, rows * 14):
+        queries, passages = vectors(7, 2)
+        objective = Objective(0.05, distil_weight=weight, scores_at_once=limit)
+        loss = objective(queries, passages, keys, teacher)
+        loss.backward()
+        found.append((loss.detach(), queries.grad, passages.grad))  # type: ignore[arg-type]
+    for one, other in zip(*found, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-12, atol=1e-12)
+
+
+def peak_bytes(work: Callable[[], object]) -> int:
+    """The most that torch had allocated at one time during `work`."""
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiled:
+        work()
+    events = profiled.profiler.kineto_results.events()  # type: ignore[union-attr]
+    total = peak = 0
+    for event in sorted((e for e in events if e.name() == "[memory]"), key=lambda e: e.start_ns()):
+        total += event.nbytes()
+        peak = max(peak, total)
+    return peak
+
+
+def test_in_parts_the_score_matrix_is_never_held_as_a_whole() -> None:
+    """512 x 512 scores are a megabyte in fp32; softmax and its gradient are two more."""
+
+    def work(limit: int) -> Callable[[], object]:
+        queries = torch.randn(512, 16, requires_grad=True)
+        passages = torch.randn(512, 16, requires_grad=True)
+        return lambda: Objective(0.05, scores_at_once=limit)(queries, passages).backward()
+
+    whole, parts = peak_bytes(work(1 << 26)), peak_bytes(work(16 * 512))
+    assert whole > 2 << 20
+    assert parts < 512 << 10
+
+
+def test_distillation_is_torchs_divergence() -> None:
+    queries, passages = vectors(4, 3)
+    teacher = torch.rand(4, 3, generator=torch.Generator().manual_seed(1)) * 20
+    objective = Objective(0.5, distil_weight=1.0, distil_temperature=2.0)
+    loss = objective(queries, passages, torch.tensor(KEYS), teacher)
+    own = torch.stack([passages[3 * i : 3 * i + 3] @ queries[i] for i in range(4)]) / 0.5
+    expected = torch.nn.KLDivLoss(reduction="batchmean", log_target=True)(
+        own.log_softmax(dim=1), (teacher.double() / 2.0).log_softmax(dim=1)
+    )
+    torch.testing.assert_close(loss, expected, rtol=1e-12, atol=1e-12)
+
+
+def test_distillation_is_zero_where_the_student_is_the_teacher() -> None:
+    queries, passages = vectors(4, 3)
+    own = torch.einsum("qd,qpd->qp", queries, passages.view(4, 3, 8))
+    objective = Objective(0.5, distil_weight=1.0, distil_temperature=0.5)
+    loss = objective(queries, passages, teacher=own.detach())
+    assert loss.item() == pytest.approx(0, abs=1e-12)
+
+
+def test_the_weight_is_the_teachers_share() -> None:
+    queries, passages = vectors(4, 3)
+    teacher = torch.rand(4, 3, generator=torch.Generator().manual_seed(1))
+
+    def loss(weight: float, scores: Tensor | None = teacher) -> float:
+        return Objective(0.5, distil_weight=weight)(queries, passages, teacher=scores).item()
+
+    assert loss(0.25) == pytest.approx(0.75 * loss(0.0) + 0.25 * loss(1.0), rel=1e-12)
+    assert loss(0.0) == loss(0.0, None)
+
+
+@pytest.mark.parametrize("settings", [{}, {"distil_weight": 0.5}, {"scores_at_once": 1}])
+def test_half_precision_is_computed_in_fp32(settings: dict[str, Any]) -> None:
+    """Also inside autocast, where products would be taken in bf16."""
+    queries, passages = (one.detach().to(torch.bfloat16) for one in vectors(4, 3))
+    teacher = torch.rand(4, 3, generator=torch.Generator().manual_seed(1))
+    objective = Objective(0.05, **settings)
+    expected = objective(queries.float(), passages.float(), teacher=teacher)
+    with torch.autocast("cpu", torch.bfloat16):
+        loss = objective(queries, passages, teacher=teacher)
+        wide = objective(queries.float(), passages.float(), teacher=teacher)
+    assert loss.dtype == torch.float32
+    assert torch.equal(loss, expected)
+    assert torch.equal(wide, expected)
+
+
+def test_one_process_alone_gathers_nothing() -> None:
+    queries, passages = vectors(4, 1)
+    assert across(queries) is queries
+    alone = Objective(0.05, across_devices=True)(queries, passages)
+    assert torch.equal(alone, Objective(0.05)(queries, passages))

@@ -1,9 +1,19 @@
+"""Flags, their other names, files of flags, and what is refused."""
+
+from dataclasses import fields
 from pathlib import Path
 
 import pytest
 
 from mlflow_dr.errors import UsageError
-from mlflow_dr.training.parsing import parse_training
+from mlflow_dr.training.arguments import (
+    DataArguments,
+    LossArguments,
+    ModelArguments,
+    PublishArguments,
+)
+from mlflow_dr.training.loss import Objective
+from mlflow_dr.training.parsing import parse_training, training_parser
 
 
 def test_dashes_and_underscores_are_the_same() -> None:
@@ -19,7 +29,7 @@ def test_the_recipe_stands_behind_file_and_flags(tmp_path: Path) -> None:
     request = parse_training(["--config", str(file), "--q_max_len", "20"])
     assert request.data.q_max_len == 20
     assert request.trainer.learning_rate == 1e-4
-    assert request.model.temperature == 0.05  # the recipe of demo
+    assert request.loss.temperature == 0.05  # the recipe of demo
 
 
 def test_json_is_taken_too(tmp_path: Path) -> None:
@@ -58,7 +68,20 @@ def test_epochs_replace_the_recipes_steps() -> None:
         (["--publish_steps", "-1"], "publish_steps is -1"),
         (["--config", "/no/such.yaml"], "/no/such.yaml: cannot be read"),
         (["stray"], "no flag stray"),
-        (["--resume_from_checkpoint", "outputs/checkpoint-5"], "cannot be resumed so far"),
+        (["--distil_weight", "1.5"], r"distil_weight is 1\.5; it must be from 0 to 1"),
+        (["--distil_temperature", "0"], r"distil_temperature is 0\.0"),
+        (["--gc_q_chunk_size", "0"], "gc_q_chunk_size is 0"),
+        (["--ctx_chunk_size", "-3"], "gc_p_chunk_size is -3"),
+        (["--dataset_proc_num", "0"], "dataset_proc_num is 0"),
+        (["--lora_r", "0"], "lora_r is 0"),
+        (["--lora_publish", "both"], "lora_publish is 'both'; expected merged or adapter"),
+        (["--projection_out_dim", "0"], "projection_out_dim is 0"),
+        (["--save_strategy", "often"], "often"),
+        (["--do_train", "false"], "--do_train false leaves nothing to do"),
+        (["--do_train=no"], "--do_train false leaves nothing to do"),
+        (["--do_eval"], "mlflow-dr validate --run-id RUN"),
+        (["--do_predict"], "mlflow-dr validate --run-id RUN"),
+        (["--grad_cache", "--fsdp", "full_shard"], "--grad_cache cannot be used with --fsdp"),
     ],
 )
 def test_what_is_wrong_is_one_line(flags: list[str], message: str) -> None:
@@ -84,8 +107,109 @@ def test_a_bad_file_is_named(tmp_path: Path, text: str, message: str) -> None:
     assert str(file) in str(caught.value)
 
 
-def test_several_training_processes_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Each would train alone, on all examples, and publish to a run of its own."""
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    with pytest.raises(UsageError, match="2 training processes"):
-        parse_training([])
+ALIASES = {
+    "--model": ("model", "model_name_or_path", "some/where"),
+    "--dataset": ("data", "dataset_name", "some/where"),
+    "--q_chunk_size": ("loss", "gc_q_chunk_size", 7),
+    "--ctx_chunk_size": ("loss", "gc_p_chunk_size", 7),
+    "--train_group_size": ("data", "train_n_passages", 7),
+    "--query_max_len": ("data", "q_max_len", 7),
+    "--passage_max_len": ("data", "p_max_len", 7),
+    "--num_proc": ("data", "dataset_proc_num", 7),
+    "--warmup_ratio": ("trainer", "warmup_steps", 0.25),
+}
+
+
+@pytest.mark.parametrize("dashed", [False, True])
+@pytest.mark.parametrize("alias", ALIASES)
+def test_names_of_other_trainers_are_taken(alias: str, dashed: bool) -> None:
+    """Tevatron's, GC-DPR's and Hugging Face's own before they were renamed."""
+    part, name, value = ALIASES[alias]
+    word = "--" + alias[2:].replace("_", "-") if dashed else alias
+    request = parse_training([word, str(value)])
+    assert getattr(getattr(request, part), name) == value
+
+
+@pytest.mark.parametrize(
+    "word",
+    [
+        "--negatives_x_device",
+        "--negatives-x-device",
+        "--negative_x_device",
+        "--negative-x-device",
+    ],
+)
+def test_negatives_across_devices_on_one_process_change_nothing_and_say_so(
+    word: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    request = parse_training([word])
+    assert request.loss.objective().across_devices
+    assert "changes nothing: there is one training process" in caplog.text
+    caplog.clear()
+    assert not parse_training([]).loss.objective().across_devices
+    assert caplog.text == ""
+
+
+def test_tevatrons_defaults() -> None:
+    """Of training files, as its documentation lists them."""
+    request = parse_training(["--dataset", "files.jsonl"])
+    assert request.model.model_name_or_path == "bert-base-uncased"
+    assert (request.data.q_max_len, request.data.p_max_len) == (32, 128)
+    assert request.data.train_n_passages == 8
+    assert request.data.passage_field_separator == " "
+    assert request.data.dataset_proc_num == 12
+    assert request.model.projection_out_dim == 768
+    assert not request.model.untie_encoder
+    assert not request.model.add_pooler
+    assert request.loss.chunk_sizes() is None
+    assert not request.loss.negatives_x_device
+    assert (request.loss.temperature, request.bare_pooling) == (1.0, "cls")
+
+
+def test_flags_of_the_loss_make_the_objective() -> None:
+    words = "--temperature 0.5 --mask_duplicates false --distil_weight 0.25 --distil_temperature 3"
+    objective = parse_training(words.split()).loss.objective()
+    assert objective == Objective(
+        temperature=0.5, mask_duplicates=False, distil_weight=0.25, distil_temperature=3.0
+    )
+    assert parse_training([]).loss.objective() == Objective(
+        temperature=0.05, distil_temperature=0.02
+    )
+
+
+def test_flags_of_the_gradient_cache_make_chunks() -> None:
+    assert parse_training(["--gc_q_chunk_size", "2"]).loss.chunk_sizes() is None
+    assert parse_training(["--grad_cache"]).loss.chunk_sizes() == {"query": 4, "passage": 32}
+    sizes = parse_training(["--grad_cache", "--gc_q_chunk_size", "2", "--gc-p-chunk-size", "999"])
+    assert sizes.loss.chunk_sizes() == {"query": 2, "passage": 999}
+
+
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        ([], None),
+        (["--resume_from_checkpoint"], "true"),
+        (["--resume_from_checkpoint", "true"], "true"),
+        (["--resume-from-checkpoint", "out/checkpoint-5"], "out/checkpoint-5"),
+    ],
+)
+def test_resuming_takes_a_checkpoint_or_nothing(words: list[str], expected: str | None) -> None:
+    assert parse_training([*words, "--max_steps", "3"]).trainer.resume_from_checkpoint == expected
+
+
+def test_do_train_is_taken() -> None:
+    assert parse_training(["--do_train"]).trainer.do_train
+    assert parse_training(["--do_train", "--learning_rate", "1e-4"]).trainer.do_train
+
+
+def test_adapters_to_go_on_with_are_adapters() -> None:
+    assert not parse_training([]).model.lora
+    assert parse_training(["--lora_name_or_path", "some/where"]).model.lora
+
+
+def test_every_flag_is_in_the_help_with_an_explanation() -> None:
+    text = training_parser().format_help()
+    for kind in (ModelArguments, LossArguments, DataArguments, PublishArguments):
+        for one in fields(kind):
+            assert f"--{one.name}" in text
+            assert one.metadata["help"]

@@ -1,14 +1,20 @@
+import subprocess
+import sys
 import threading
+from collections.abc import Mapping
 from pathlib import Path
 
 import pytest
 import torch
+from mlflow.entities import LoggedModelStatus
 from mlflow.exceptions import MlflowException
 
 from mlflow_dr.encoder.directory import load_encoder
 from mlflow_dr.encoder.model import Encoder
 from mlflow_dr.tracking.checkpoints import checkpoints_of, fetched
+from mlflow_dr.tracking.client import tracking_uri
 from mlflow_dr.tracking.runs import TrackedRun
+from mlflow_dr.training.publishable import EncoderSource
 from mlflow_dr.training.publishing import FAILURE_TAG, Publisher
 
 
@@ -30,7 +36,7 @@ class Unreliable:
 
 
 def test_the_weights_are_those_of_the_moment_of_submitting(run: TrackedRun, tiny: Encoder) -> None:
-    publisher = Publisher(run, tiny)
+    publisher = Publisher(run, EncoderSource(tiny))
     before = {name: value.clone() for name, value in tiny.state_dict().items()}
     publisher.submit(3)
     with torch.no_grad():
@@ -45,7 +51,7 @@ def test_the_weights_are_those_of_the_moment_of_submitting(run: TrackedRun, tiny
 
 
 def test_closing_waits_for_all(run: TrackedRun, tiny: Encoder) -> None:
-    publisher = Publisher(run, tiny)
+    publisher = Publisher(run, EncoderSource(tiny))
     for step in range(5):
         publisher.submit(step)
     publisher.close()
@@ -56,7 +62,7 @@ def test_a_failed_upload_is_tried_again_as_the_same_checkpoint(
     run: TrackedRun, tiny: Encoder
 ) -> None:
     run.client = Unreliable(run.client, failures=2)  # type: ignore[assignment]
-    publisher = Publisher(run, tiny, pause=0.01)
+    publisher = Publisher(run, EncoderSource(tiny), pause=0.01)
     publisher.submit(1)
     publisher.close()
     assert publisher.unpublished == []
@@ -67,7 +73,7 @@ def test_what_fails_for_good_is_on_the_run_and_the_next_one_goes_on(
     run: TrackedRun, tiny: Encoder
 ) -> None:
     run.client = Unreliable(run.client, failures=2)  # type: ignore[assignment]
-    publisher = Publisher(run, tiny, attempts=2, pause=0.01)
+    publisher = Publisher(run, EncoderSource(tiny), attempts=2, pause=0.01)
     publisher.submit(1)
     publisher.submit(2)
     publisher.close()
@@ -80,8 +86,120 @@ def test_nothing_is_left_in_the_temporary_directory(
     run: TrackedRun, tiny: Encoder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
-    publisher = Publisher(run, tiny)
+    publisher = Publisher(run, EncoderSource(tiny))
     publisher.submit(1)
     publisher.close()
     assert list(tmp_path.iterdir()) == []
     assert "publisher" not in {thread.name for thread in threading.enumerate()}
+
+
+def test_steps_that_the_run_has_are_not_published_again(run: TrackedRun, tiny: Encoder) -> None:
+    publisher = Publisher(run, EncoderSource(tiny), done={0, 5})
+    submitted = []
+    for step in (0, 5, 10, 10):
+        submitted.append(publisher.submit(step))
+        assert publisher.last_step == step
+    publisher.close()
+    assert submitted == [False, False, True, False]
+    assert [one.step for one in checkpoints_of(run)] == [10]
+
+
+def test_a_step_that_failed_may_come_again(run: TrackedRun, tiny: Encoder) -> None:
+    run.client = Unreliable(run.client, failures=1)  # type: ignore[assignment]
+    publisher = Publisher(run, EncoderSource(tiny), attempts=1)
+    publisher.submit(1)
+    publisher._queue.join()
+    assert publisher.submit(1)
+    publisher.close()
+    assert [(one.step, one.ready) for one in checkpoints_of(run)] == [(1, False), (1, True)]
+
+
+def test_an_upload_that_fails_while_the_server_is_away_is_reported_as_itself(
+    run: TrackedRun, tiny: Encoder, caplog: pytest.LogCaptureFixture
+) -> None:
+    class Away(Unreliable):
+        def finalize_logged_model(self, model_id: str, status: LoggedModelStatus) -> None:
+            raise MlflowException("server away")
+
+    run.client = Away(run.client, failures=1)  # type: ignore[assignment]
+    publisher = Publisher(run, EncoderSource(tiny), attempts=1)
+    publisher.submit(1)
+    publisher.close()
+    assert "no route to host" in run.fetch().data.tags[FAILURE_TAG]
+    assert "is left PENDING: MlflowException: server away" in caplog.text
+    assert [one.pending for one in checkpoints_of(run)] == [True]
+
+
+def test_after_the_end_nothing_is_taken(run: TrackedRun, tiny: Encoder) -> None:
+    publisher = Publisher(run, EncoderSource(tiny))
+    publisher.close()
+    publisher.close()
+    with pytest.raises(RuntimeError, match="step 7 comes after the publisher was closed"):
+        publisher.submit(7)
+
+
+def test_anything_with_a_state_is_published_from_the_publishers_thread(run: TrackedRun) -> None:
+    class Counter:
+        """Not an encoder at all."""
+
+        def __init__(self) -> None:
+            self.weight = torch.zeros(3)
+            self.threads: set[str] = set()
+
+        def state(self) -> Mapping[str, torch.Tensor]:
+            assert threading.current_thread() is threading.main_thread()
+            return {"weight": self.weight}
+
+        def save(self, directory: Path, state: Mapping[str, torch.Tensor]) -> None:
+            self.threads.add(threading.current_thread().name)
+            directory.mkdir()
+            (directory / "weight.txt").write_text(str(state["weight"].tolist()))
+
+    counter = Counter()
+    publisher = Publisher(run, counter)
+    for step in range(5):
+        publisher.submit(step)
+        counter.weight += 1
+    publisher.close()
+    assert counter.threads == {"publisher"}
+    written = []
+    for checkpoint in checkpoints_of(run):
+        with fetched(checkpoint) as directory:
+            written.append((directory / "weight.txt").read_text())
+    assert written == [str([float(step)] * 3) for step in range(5)]
+    assert 1 <= len(publisher._spare) <= 4, "memory is not used again"
+
+
+AT_EXIT = """
+import sys, time
+from concurrent.futures import ThreadPoolExecutor
+from mlflow_dr.tracking.client import connect
+from mlflow_dr.tracking.runs import find_run
+from mlflow_dr.training.publishing import Publisher, close_at_exit
+
+class Slow:
+    def state(self):
+        return {}
+
+    def save(self, directory, state):
+        time.sleep(1)  # by now the script has ended
+        with ThreadPoolExecutor() as pool:  # as uploads to S3 and the like do
+            pool.submit(directory.mkdir).result()
+        (directory / "weights").write_text("1")
+
+publisher = Publisher(find_run(connect(sys.argv[1]), sys.argv[2]), Slow())
+close_at_exit(publisher)
+publisher.submit(1)
+"""
+
+
+def test_what_is_under_way_when_python_ends_may_still_use_thread_pools(run: TrackedRun) -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", AT_EXIT, tracking_uri(), run.id],
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    assert [(one.step, one.ready) for one in checkpoints_of(run)] == [(1, True)], done.stderr

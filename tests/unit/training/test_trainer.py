@@ -1,172 +1,422 @@
+"""Our Trainer: its steps, its checkpoints, and going on from them."""
+
 import copy
-from collections.abc import Mapping
+import errno
+import json
+import shutil
+import subprocess
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
+from torch import Tensor
+from transformers import TrainerCallback
 
-from mlflow_dr.collection.records import Example, Passage, Query
-from mlflow_dr.encoder.directory import load_encoder
+from mlflow_dr.encoder.changes import untie, with_projection
+from mlflow_dr.encoder.directory import load_encoder, save_encoder
+from mlflow_dr.encoder.lora import add_lora
 from mlflow_dr.encoder.model import Encoder
-from mlflow_dr.encoder.tokenize import Tokenizing
-from mlflow_dr.training.arguments import RetrieverTrainingArguments
-from mlflow_dr.training.batches import Collator, Group, TrainingSet
-from mlflow_dr.training.loss import contrastive_loss
-from mlflow_dr.training.trainer import (
-    MetricCallback,
-    PublishCallback,
-    RetrieverTrainer,
-    StopCallback,
+from mlflow_dr.errors import TrainingError
+from mlflow_dr.training.batches import TrainingSet
+from mlflow_dr.training.building import collator_of
+from mlflow_dr.training.callbacks import StopCallback
+from mlflow_dr.training.loss import Objective
+from mlflow_dr.training.mixture import Mixture
+from mlflow_dr.training.resume import begin_output, find_resumption
+from mlflow_dr.training.trainer import RetrieverTrainer
+
+Make = Callable[..., Any]
+SIZES = {"query": 2, "passage": 3}
+
+
+class Watched(Objective):
+    """The objective; remembers the keys of each batch."""
+
+    def __call__(self, queries: Tensor, passages: Tensor, keys: Any = None, *_: Any) -> Tensor:
+        self.__dict__.setdefault("keys", []).append(keys.tolist())
+        return super().__call__(queries, passages, keys)
+
+
+class StopAt(StopCallback):
+    """Asks to stop after a step."""
+
+    def __init__(self, step: int) -> None:
+        super().__init__()
+        self._step = step
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **options: Any) -> None:
+        if state.global_step == self._step:
+            self.ask("test")
+        super().on_step_end(args, state, control, **options)
+
+
+@pytest.mark.parametrize(
+    ("sizes", "accumulation"), [(None, 1), (None, 3), (SIZES, 1), (SIZES, 3)], ids=str
 )
-
-WORDS = ("red", "green", "blue", "white", "black", "pink", "brown", "grey")
-
-
-class Colours:
-    """Eight questions with two right passages each."""
-
-    digest = "colours"
-
-    def __len__(self) -> int:
-        return len(WORDS)
-
-    def __getitem__(self, index: int) -> Example:
-        word = WORDS[index]
-        positives = [Passage(f"{word}{n}", "", f"all about {word} number {n}") for n in range(2)]
-        return Example(Query(word, f"what is {word}"), positives, ())
-
-
-class Recorded(TrainingSet):
-    """Remembers which positives were read in which epoch."""
-
-    def __init__(self) -> None:
-        super().__init__(Colours(), 1, seed=0)
-        self.read: dict[int, set[str]] = {}
-
-    def __getitem__(self, index: int) -> Group:
-        group = super().__getitem__(index)
-        self.read.setdefault(self._epoch, set()).add(group.passages[0].id)
-        return group
-
-
-class Submitted:
-    """Stands where the publisher is, and remembers."""
-
-    def __init__(self) -> None:
-        self.steps: list[int] = []
-
-    @property
-    def last_step(self) -> int | None:
-        return self.steps[-1] if self.steps else None
-
-    def submit(self, step: int) -> None:
-        self.steps.append(step)
-
-
-def trained(
-    encoder: Encoder,
-    room: Path,
-    callbacks: list[Any],
-    training_set: TrainingSet | None = None,
-    chunk_sizes: Mapping[str, int] | None = None,
-    **arguments: Any,
-) -> RetrieverTrainer:
-    settings: dict[str, Any] = {
-        "per_device_train_batch_size": 4,
-        "max_steps": 4,
-        "use_cpu": True,
-        "logging_steps": 1,
-        "learning_rate": 1e-3,
-        "disable_tqdm": True,
-        **arguments,
-    }
-    trainer = RetrieverTrainer(
+def test_a_step_is_the_step_of_a_plain_loop(
+    make_small: Make,
+    make_trainer: Make,
+    colours: Any,
+    set_of: Make,
+    sizes: dict[str, int] | None,
+    accumulation: int,
+) -> None:
+    """In fp64: mean over accumulated batches, clipping, then the optimizer; cached or not."""
+    encoder: Encoder = make_small(normalize=True).double()
+    plain = copy.deepcopy(encoder).train()
+    groups = [set_of(encoder, colours, 3)[index] for index in range(6)]
+    size = 6 // accumulation
+    trainer: RetrieverTrainer = make_trainer(
         encoder,
-        RetrieverTrainingArguments(output_dir=str(room), **settings),
-        training_set or TrainingSet(Colours(), 1, seed=0),
-        Collator(Tokenizing(encoder.tokenizer, encoder.settings)),
-        0.05,
-        callbacks,
-        chunk_sizes,
+        training_set=groups,
+        chunk_sizes=sizes,
+        max_steps=2,
+        per_device_train_batch_size=size,
+        gradient_accumulation_steps=accumulation,
+        max_grad_norm=0.5,
+        optim="sgd",
+        lr_scheduler_type="constant",
+        learning_rate=0.1,
     )
+    batches: list[Any] = []
+    collate = collator_of(encoder)
+    trainer.data_collator = lambda some: batches.append(collate(some)) or batches[-1]
     trainer.train()
-    return trainer
+    optimizer = torch.optim.SGD(plain.parameters(), lr=0.1)
+    for step in range(2):
+        for batch in batches[step * accumulation : (step + 1) * accumulation]:
+            assert len(batch["query"]["input_ids"]) == size
+            vectors = {role: plain(**batch[role]) for role in ("query", "passage")}
+            loss = Objective(0.05)(vectors["query"], vectors["passage"], batch["keys"])
+            (loss / accumulation).backward()
+        norm = torch.nn.utils.clip_grad_norm_(plain.parameters(), 0.5)
+        logged = trainer.state.log_history[step]
+        assert logged["grad_norm"] == pytest.approx(norm.item(), rel=1e-6)
+        optimizer.step()
+        optimizer.zero_grad()
+    for ours, theirs in zip(encoder.parameters(), plain.parameters(), strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-10, atol=1e-10)
 
 
-def test_positives_rotate_from_epoch_to_epoch(tiny: Encoder, tmp_path: Path) -> None:
-    recorded = Recorded()
-    trained(tiny, tmp_path, [], recorded)
-    assert set(recorded.read) == {0, 1}
-    assert len(recorded.read[0]) == len(recorded.read[1]) == len(WORDS)
-    assert not recorded.read[0] & recorded.read[1]
+@pytest.mark.parametrize(
+    "workers",
+    [
+        {},
+        {"dataloader_num_workers": 2},
+        {"dataloader_num_workers": 2, "dataloader_persistent_workers": True},
+    ],
+    ids=str,
+)
+def test_each_epoch_reads_the_next_positives(
+    make_small: Make, make_trainer: Make, workers: dict[str, Any]
+) -> None:
+    """The epoch reaches the workers, also those that outlive it."""
+    watched = Watched()
+    trainer = make_trainer(make_small(), objective=watched, max_steps=6, **workers)
+    trainer.train()
+    dismiss_workers(trainer)
+    keys = watched.__dict__["keys"]
+    epochs = [set(keys[0] + keys[1]), set(keys[2] + keys[3]), set(keys[4] + keys[5])]
+    assert [len(epoch) for epoch in epochs] == [8, 8, 8]
+    assert not epochs[0] & epochs[1]
+    assert epochs[0] == epochs[2]
+    alone = Watched()
+    make_trainer(make_small(), objective=alone, max_steps=6).train()
+    assert keys == alone.__dict__["keys"]
 
 
-def test_a_step_is_the_step_of_a_plain_loop(tiny: Encoder, tmp_path: Path) -> None:
-    for module in tiny.modules():
-        if isinstance(module, torch.nn.Dropout):
-            module.p = 0.0
-    plain = copy.deepcopy(tiny).train()
-    batch = Collator(Tokenizing(tiny.tokenizer, tiny.settings))(
-        [TrainingSet(Colours(), 1, seed=0)[index] for index in range(8)]
-    )
-    trained(tiny, tmp_path, [], max_steps=1, per_device_train_batch_size=8, optim="sgd")
-    optimizer = torch.optim.SGD(plain.parameters(), lr=1e-3)
-    loss = contrastive_loss(plain(**batch["query"]), plain(**batch["passage"]), 0.05)
-    loss.backward()
-    torch.nn.utils.clip_grad_norm_(plain.parameters(), 1.0)
-    optimizer.step()
-    for ours, theirs in zip(tiny.parameters(), plain.parameters(), strict=True):
-        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-6)
+def dismiss_workers(*trainers: RetrieverTrainer) -> None:
+    """At once; torch's own way, when the loader is garbage, waits for seconds."""
+    for trainer in trainers:
+        for loader in trainer.accelerator._dataloaders:
+            if loader._iterator is not None:
+                loader._iterator._shutdown_workers()
 
 
-def test_the_loss_is_written_at_its_step(tiny: Encoder, tmp_path: Path) -> None:
-    written: list[tuple[int, Mapping[str, float]]] = []
-    trained(tiny, tmp_path, [MetricCallback(lambda v, step: written.append((step, v)))])
-    assert [step for step, values in written if "train/loss" in values][:4] == [1, 2, 3, 4]
-    assert "train/learning_rate" in written[0][1]
-    assert any("train/samples_per_second" in values for _, values in written)
+def mixture_of(colours: Any, encoder: Encoder, set_of: Make) -> Mixture:
+    parts = [set_of(encoder, colours, 2), set_of(encoder, colours, 2, first_key=1000)]
+    return Mixture(parts, [2.0, 1.0], seed=0)
 
 
-def test_checkpoints_before_during_and_at_the_end(tiny: Encoder, tmp_path: Path) -> None:
-    submitted = Submitted()
-    callback = PublishCallback(submitted, every=3, initial=True)  # type: ignore[arg-type]
-    trained(tiny, tmp_path, [callback])
-    assert submitted.steps == [0, 3, 4]
+VARIANTS: dict[str, dict[str, Any]] = {
+    "plain": {},
+    "accumulation": {"gradient_accumulation_steps": 2, "per_device_train_batch_size": 2},
+    "ragged epochs": {"per_device_train_batch_size": 3},
+    "workers": {"dataloader_num_workers": 2},
+    "lasting workers": {"dataloader_num_workers": 2, "dataloader_persistent_workers": True},
+    "bf16": {"bf16": True},
+    "grad cache": {"chunk_sizes": SIZES},
+    "logged every 3, saved every 2": {"logging_steps": 3, "save_steps": 2},
+    "logged every 3, accumulated": {"logging_steps": 3, "gradient_accumulation_steps": 2},
+    "mixture": {},
+}
 
 
-def test_no_step_is_published_twice(tiny: Encoder, tmp_path: Path) -> None:
-    submitted = Submitted()
-    callback = PublishCallback(submitted, every=2, initial=False)  # type: ignore[arg-type]
-    trained(tiny, tmp_path, [callback])
-    assert submitted.steps == [2, 4]
+@pytest.mark.parametrize("stopped", [3, 4])
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_resumed_losses_are_those_of_the_run_that_was_never_stopped(
+    make_small: Make,
+    make_trainer: Make,
+    colours: Any,
+    set_of: Make,
+    tmp_path: Path,
+    variant: str,
+    stopped: int,
+) -> None:
+    """Step for step, with dropout; an epoch has two steps, so it is stopped amid one or between."""
+    settings = {"save_strategy": "steps", "save_steps": 100, "max_steps": 9, **VARIANTS[variant]}
+    settings["warmup_steps"] = 4
+
+    def trainer(room: str, *callbacks: Any) -> RetrieverTrainer:
+        encoder = make_small(0.2)
+        chosen = mixture_of(colours, encoder, set_of) if variant == "mixture" else None
+        return make_trainer(encoder, tmp_path / room, callbacks, chosen, **settings)
+
+    undisturbed = trainer("one")
+    undisturbed.train()
+    first = trainer("two", StopAt(stopped))
+    begin_output(tmp_path / "two", "run-1", overwrite=False)
+    first.train()
+    found = find_resumption(tmp_path / "two", "true")
+    assert found is not None
+    assert found.checkpoint == tmp_path / "two" / f"checkpoint-{stopped}"
+    torch.manual_seed(99)
+    second = trainer("two")
+    second.resume(found.checkpoint)
+    dismiss_workers(undisturbed, first, second)
+
+    def logged(one: RetrieverTrainer, name: str) -> dict[int, float]:
+        return {e["step"]: e[name] for e in one.state.log_history if name in e}
+
+    for name in ("loss", "grad_norm", "learning_rate", "epoch"):
+        expected = logged(undisturbed, name)
+        assert len(expected) >= 3
+        assert logged(second, name) == pytest.approx(expected, rel=1e-6)
+    expected_weights = undisturbed._encoder.state_dict()
+    for name, value in second._encoder.state_dict().items():
+        torch.testing.assert_close(value, expected_weights[name], rtol=1e-6, atol=1e-7)
+    mean = "train_loss"
+    assert logged(second, mean)[9] == pytest.approx(logged(undisturbed, mean)[9], rel=1e-6)
 
 
-def test_asked_to_stop_it_ends_after_the_step(tiny: Encoder, tmp_path: Path) -> None:
-    stop = StopCallback()
-    stop.ask("test")
-    submitted = Submitted()
-    callback = PublishCallback(submitted, every=0, initial=False)  # type: ignore[arg-type]
-    trained(tiny, tmp_path, [callback, stop])
-    assert submitted.steps == [1]
+def test_resumed_adapters_two_towers_and_projections(
+    make_small: Make, make_trainer: Make, tmp_path: Path
+) -> None:
+    """All that is trained comes back, and the optimizer's state with it."""
+    losses = {}
+    for kind in ("undisturbed", "stopped", "resumed"):
+        torch.manual_seed(0)
+        encoder = with_projection(make_small(0.2), None, 6)
+        untie(encoder)
+        add_lora(encoder, "base", rank=2, alpha=4, dropout=0.1)
+        room = tmp_path / ("one" if kind == "undisturbed" else "two")
+        callbacks = [StopAt(3)] if kind == "stopped" else []
+        trainer = make_trainer(
+            encoder, room, callbacks, save_strategy="steps", save_steps=100, max_steps=6
+        )
+        trainer.resume(room / "checkpoint-3" if kind == "resumed" else None)
+        losses[kind] = [e["loss"] for e in trainer.state.log_history if "loss" in e]
+    assert losses["stopped"] == losses["undisturbed"][:3]
+    assert losses["resumed"] == pytest.approx(losses["undisturbed"], rel=1e-6)
+    saved = tmp_path / "two" / "checkpoint-6"
+    assert {"adapter_model.safetensors", "query"} <= {path.name for path in saved.iterdir()}
+    assert (saved / "2_Dense" / "model.safetensors").exists()
+    assert not (saved / "model.safetensors").exists()
 
 
-def test_trainers_own_checkpoints_are_encoder_directories(tiny: Encoder, tmp_path: Path) -> None:
-    trained(tiny, tmp_path, [], save_strategy="steps", save_steps=2)
+def test_trainers_own_checkpoints_are_encoder_directories(
+    make_small: Make, make_trainer: Make, tmp_path: Path
+) -> None:
+    encoder: Encoder = make_small()
+    make_trainer(encoder, save_strategy="steps", save_steps=2).train()
     saved = load_encoder(tmp_path / "checkpoint-4")
-    assert saved.settings == tiny.settings
-    for name, value in tiny.state_dict().items():
+    assert saved.settings == encoder.settings
+    for name, value in encoder.state_dict().items():
         assert torch.equal(saved.state_dict()[name], value)
     assert not list(tmp_path.rglob("*.partial"))
 
 
-def test_the_gradient_cache_changes_nothing(tiny: Encoder, tmp_path: Path) -> None:
-    for module in tiny.modules():
-        if isinstance(module, torch.nn.Dropout):
-            module.p = 0.0
-    cached = copy.deepcopy(tiny)
-    settings = {"per_device_train_batch_size": 5, "gradient_accumulation_steps": 2, "max_steps": 3}
-    trained(tiny, tmp_path, [], optim="sgd", **settings)
-    sizes = {"query": 2, "passage": 3}
-    trained(cached, tmp_path, [], chunk_sizes=sizes, optim="sgd", **settings)
-    for ours, theirs in zip(cached.parameters(), tiny.parameters(), strict=True):
-        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-6)
+def test_older_checkpoints_go_when_the_new_one_is_whole(
+    make_small: Make, make_trainer: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    there: list[list[str]] = []
+    from mlflow_dr.training import trainer as module
+
+    mark = module.mark_whole
+
+    def marked(*arguments: Any) -> None:
+        there.append(sorted(path.name for path in tmp_path.glob("checkpoint-*")))
+        mark(*arguments)
+
+    monkeypatch.setattr(module, "mark_whole", marked)
+    make_trainer(make_small(), save_strategy="steps", save_steps=1, save_total_limit=2).train()
+    assert there[2] == ["checkpoint-1", "checkpoint-2", "checkpoint-3"]
+    assert there[3] == ["checkpoint-2", "checkpoint-3", "checkpoint-4"]
+    assert sorted(path.name for path in tmp_path.glob("*-*")) == ["checkpoint-3", "checkpoint-4"]
+
+
+def test_a_killed_trainings_leftovers_are_replaced(
+    make_small: Make, make_trainer: Make, tmp_path: Path
+) -> None:
+    left = tmp_path / "checkpoint-2" / "encoder.partial"
+    left.mkdir(parents=True)
+    (left / "model.safetensors").write_text("half")
+    (tmp_path / "checkpoint-2" / "rng_state_7.pth").write_text("of another world size")
+    make_trainer(make_small(), save_strategy="steps", save_steps=2, max_steps=2).train()
+    assert not left.exists()
+    assert not (tmp_path / "checkpoint-2" / "rng_state_7.pth").exists()
+    load_encoder(tmp_path / "checkpoint-2")
+
+
+class FullAt(TrainerCallback):
+    """Fills a disk after one step, and empties it after the next."""
+
+    def __init__(self, step: int, disk: Path, left: int) -> None:
+        self._step = step
+        self._left = left
+        self._filler = disk / "filler"
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        if state.global_step == self._step:
+            free = shutil.disk_usage(self._filler.parent).free
+            self._filler.write_bytes(bytes(free - self._left))
+        else:
+            self._filler.unlink(missing_ok=True)
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """A disk of 4 MB."""
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    words = ["mount", "-t", "tmpfs", "-o", "size=4m", "tmpfs", str(disk)]
+    if shutil.which("mount") is None or subprocess.run(words, capture_output=True).returncode:
+        pytest.skip("a disk can be mounted by root only")
+    yield disk
+    subprocess.run(["umount", "-l", str(disk)], check=True)
+
+
+@pytest.mark.parametrize("what", ["the encoder", "the optimizer"])
+def test_a_full_disk_costs_the_checkpoint_not_the_training(
+    make_small: Make,
+    make_trainer: Make,
+    small_disk: Path,
+    caplog: pytest.LogCaptureFixture,
+    what: str,
+) -> None:
+    """Whatever does not fit any more; safetensors and torch each have an error of their own."""
+    encoder = make_small()
+    save_encoder(small_disk / "encoder", encoder)
+    size = sum(file.stat().st_blocks * 512 for file in (small_disk / "encoder").rglob("*"))
+    shutil.rmtree(small_disk / "encoder")
+    left = size // 2 if what == "the encoder" else size + 20_000
+    trainer = make_trainer(
+        encoder,
+        small_disk,
+        [FullAt(2, small_disk, left)],
+        save_strategy="steps",
+        save_steps=1,
+        save_total_limit=1,
+    )
+    trainer.train()
+    assert trainer.state.global_step == 4
+    assert "checkpoint-2 was not saved, the disk is full" in caplog.text
+    (whole,) = small_disk.glob("checkpoint-*")
+    assert whole.name == "checkpoint-4"
+
+
+def test_while_the_disk_is_full_the_older_checkpoint_stays(
+    make_small: Make,
+    make_trainer: Make,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    from mlflow_dr.training import trainer as module
+
+    save = module.save_encoder
+    saved: list[Path] = []
+
+    def save_once(directory: Path, *arguments: Any, **options: Any) -> None:
+        saved.append(directory)
+        save(directory, *arguments, **options)
+        if len(saved) > 1:
+            raise OSError(errno.ENOSPC, "No space left on device", str(directory))
+
+    monkeypatch.setattr(module, "save_encoder", save_once)
+    begin_output(tmp_path, "run-1", overwrite=False)
+    options = {"save_strategy": "steps", "save_steps": 1, "save_total_limit": 1}
+    make_trainer(make_small(), **options).train()
+    assert caplog.text.count("the disk is full") == 3
+    assert [path.name for path in tmp_path.glob("checkpoint-*")] == ["checkpoint-1"]
+    found = find_resumption(tmp_path, "true")
+    assert found is not None
+    assert found.checkpoint == tmp_path / "checkpoint-1"
+
+
+def test_another_error_while_saving_ends_the_training(
+    make_small: Make, make_trainer: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from mlflow_dr.training import trainer as module
+
+    def refused(*_: Any, **__: Any) -> None:
+        raise PermissionError(errno.EACCES, "Permission denied")
+
+    monkeypatch.setattr(module, "save_encoder", refused)
+    with pytest.raises(PermissionError):
+        make_trainer(make_small(), save_strategy="steps", save_steps=1).train()
+
+
+@pytest.mark.parametrize("sizes", [None, SIZES], ids=str)
+def test_a_loss_that_is_no_number_stops_with_its_step_and_queries(
+    make_small: Make, make_trainer: Make, sizes: dict[str, int] | None
+) -> None:
+    class Broken(TrainerCallback):
+        def on_step_end(self, args: Any, state: Any, control: Any, **options: Any) -> None:
+            if state.global_step == 2:
+                next(encoder.parameters()).data.fill_(float("nan"))
+
+    encoder: Encoder = make_small()
+    watched: list[list[str]] = []
+    trainer = make_trainer(encoder, callbacks=[Broken()], chunk_sizes=sizes)
+    collate = collator_of(encoder)
+
+    def noted(groups: Any) -> Any:
+        watched.append([group.query_id for group in groups])
+        return collate(groups)
+
+    trainer.data_collator = noted
+    with pytest.raises(TrainingError, match=r"the loss of step 3 is nan \(queries") as caught:
+        trainer.train()
+    for name in watched[2]:
+        assert repr(name) in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_checkpoint_knows_the_losses_since_the_last_log(
+    make_small: Make, make_trainer: Make, tmp_path: Path
+) -> None:
+    trainer = make_trainer(
+        make_small(), save_strategy="steps", save_steps=1, logging_steps=3, max_steps=5
+    )
+    trainer.train()
+    notes = {
+        step: json.loads((tmp_path / f"checkpoint-{step}/mlflow_dr_progress.json").read_text())
+        for step in range(1, 6)
+    }
+    assert [notes[step]["logged"] for step in range(1, 6)] == [0, 0, 3, 3, 3]
+    assert notes[3]["loss"] == 0.0
+    assert notes[2]["loss"] > notes[1]["loss"] > 0
+    assert notes[5]["total"] == notes[3]["total"] > notes[2]["total"] == 0
+
+
+def test_a_set_without_epochs_is_trained_on_too(
+    make_small: Make, make_trainer: Make, colours: Any, set_of: Make
+) -> None:
+    encoder: Encoder = make_small()
+    chosen: TrainingSet = set_of(encoder, colours)
+    trainer = make_trainer(encoder, training_set=[chosen[index] for index in range(8)])
+    trainer.train()
+    assert trainer.state.global_step == 4

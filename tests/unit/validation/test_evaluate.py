@@ -15,10 +15,9 @@ from torch import Tensor
 from mlflow_dr.collection.beir import BeirFolder
 from mlflow_dr.encoder.model import Encoder
 from mlflow_dr.errors import CheckpointError, DeviceError, UsageError
-from mlflow_dr.retrieval import encode
+from mlflow_dr.retrieval import dense, encode
 from mlflow_dr.retrieval.measures import parse_measures
 from mlflow_dr.stores import token_table
-from mlflow_dr.validation import evaluate as module
 from mlflow_dr.validation.evaluate import Prepared, Report, Settings, evaluate
 
 MEASURES = "mrr@10 ndcg@10 recall@20 map@5"
@@ -184,7 +183,7 @@ def test_the_result_does_not_depend_on_the_size_of_a_chunk(
     encoder: Encoder, folder: Path, size: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     whole = evaluated(encoder, folder)
-    monkeypatch.setattr(module, "PASSAGES_PER_CHUNK", size)
+    monkeypatch.setattr(dense, "PASSAGES_PER_CHUNK", size)
     report = evaluated(encoder, folder)
     assert report.measures == whole.measures
     for query_id, found in whole.ranking.items():

@@ -1,0 +1,69 @@
+"""A training loop in plain PyTorch whose checkpoints are validated.
+
+Run `python examples/plain_pytorch_loop.py`. The loop knows nothing of mlflow_dr but
+`publish_checkpoint`. While it runs, or afterwards, start `mlflow-dr validate --run-id RUN` on any
+machine. (Sixteen examples are soon learnt by heart: the loss falls, and so does the curve.)
+"""
+
+from pathlib import Path
+
+import mlflow
+import torch
+from torch.nn.functional import cross_entropy, normalize
+
+from mlflow_dr import flush_checkpoints, open_collection, publish_checkpoint
+from mlflow_dr.encoder.config import EncoderConfig
+from mlflow_dr.encoder.tiny import tiny_encoder
+
+SEA = str(Path(__file__).parent / "sea")  # 24 passages; yours may be "msmarco" or any folder
+TEMPERATURE = 0.05
+
+examples = open_collection(SEA).examples()
+questions = [example.query.text for example in examples]
+answers = [
+    f"{passage.title} {passage.text}"
+    for passage in examples.passages.passages(example.positives[0] for example in examples)
+]
+
+# any Hugging Face model and tokenizer; this one is made on the spot, so that nothing is downloaded
+torch.manual_seed(0)
+tiny = tiny_encoder([*questions, *answers], EncoderConfig())
+model, tokenizer = tiny.backbone.train(), tiny.tokenizer
+
+
+def vectors(texts: list[str]) -> torch.Tensor:
+    """Mean pooling and length 1, which is what `publish_checkpoint` is told below."""
+    tokens = tokenizer(texts, padding=True, return_tensors="pt")
+    mask = tokens["attention_mask"].unsqueeze(-1)
+    states = model(tokens["input_ids"], tokens["attention_mask"])[0]
+    return normalize((states * mask).sum(1) / mask.sum(1), dim=-1)
+
+
+def publish(step: int) -> None:
+    """From a background thread; the loop waits for a copy of the weights only."""
+    publish_checkpoint(
+        *(model, step),
+        tokenizer=tokenizer,
+        pooling="mean",
+        normalize=True,
+        dataset=SEA,
+        split="dev",
+        wait=False,
+    )
+
+
+optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+with mlflow.start_run() as run:
+    publish(0)
+    for step in range(1, 31):
+        scores = vectors(questions) @ vectors(answers).T / TEMPERATURE
+        loss = cross_entropy(scores, torch.arange(len(scores)))
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        mlflow.log_metric("train/loss", loss.item(), step)
+        if step % 10 == 0:
+            publish(step)
+    flush_checkpoints()  # before the run ends: validators leave when it has
+
+print(f"now: mlflow-dr validate --run-id {run.info.run_id}")

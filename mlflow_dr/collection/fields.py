@@ -1,0 +1,115 @@
+"""Fields of raw records: the value in the type that is expected, or an error that says where."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+from mlflow_dr.collection.recordfiles import Record
+from mlflow_dr.errors import DataError
+
+
+def identifier(record: Record, field: str, where: str) -> str:
+    """An id: a string that is not empty, or a whole number, as a string.
+
+    Raises:
+        DataError: it is missing or something else.
+    """
+    value = record.get(field)
+    if isinstance(value, str) and value:
+        return value
+    if isinstance(value, int) and not isinstance(value, bool):
+        return str(value)
+    raise DataError(f"{where}: no {field!r}, or not a string; got {value!r}")
+
+
+def optional_identifier(record: Record, fields: Sequence[str], where: str) -> str:
+    """The id under the first of these fields that the record has; empty where it has none."""
+    for field in fields:
+        if record.get(field) not in (None, ""):
+            return identifier(record, field, where)
+    return ""
+
+
+def text(record: Record, field: str, where: str) -> str:
+    """A string, which may be empty.
+
+    Raises:
+        DataError: it is missing or no string.
+    """
+    value = record.get(field)
+    if not isinstance(value, str):
+        raise DataError(f"{where}: no {field!r}, or not a string; got {value!r}")
+    return value
+
+
+def optional_text(record: Record, field: str, where: str) -> str:
+    """A string; empty where the record has none.
+
+    Raises:
+        DataError: it is something else.
+    """
+    value = record.get(field)
+    if value is None:
+        return ""
+    if not isinstance(value, str):
+        raise DataError(f"{where}: {field!r} is not a string; got {value!r}")
+    return value
+
+
+def listed(record: Record, field: str, where: str) -> list[Any]:
+    """A list; empty where the record has none.
+
+    Raises:
+        DataError: it is something else.
+    """
+    value = record.get(field)
+    if value is None:
+        return []
+    if not isinstance(value, list):
+        raise DataError(f"{where}: {field!r} is not a list; got {type(value).__name__}")
+    return value
+
+
+def identifiers(record: Record, field: str, where: str) -> list[str]:
+    """A list of ids.
+
+    Raises:
+        DataError: with the index of the first that is none.
+    """
+    values = listed(record, field, where)
+    if all(type(value) is str for value in values) and "" not in values:
+        return values
+    return [
+        identifier({field: value}, field, f"{where}: {field}[{index}]")
+        for index, value in enumerate(values)
+    ]
+
+
+def texts(record: Record, field: str, where: str) -> tuple[str, ...]:
+    """Strings, of a list or one alone; none where the record has none.
+
+    Raises:
+        DataError: it is something else.
+    """
+    value = record.get(field)
+    values = [value] if isinstance(value, str) else listed(record, field, where)
+    for each in values:
+        if not isinstance(each, str):
+            raise DataError(f"{where}: {field!r} holds {each!r}, expected strings")
+    return tuple(values)
+
+
+def number(record: Record, field: str, where: str) -> float:
+    """A finite number; NaN where the record has none.
+
+    Raises:
+        DataError: it is something else.
+    """
+    value = record.get(field)
+    if value is None:
+        return math.nan
+    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+        raise DataError(f"{where}: {field!r} is not a finite number; got {value!r}")
+    return float(value)

@@ -1,0 +1,45 @@
+"""Weights of a saved encoder, put back into one of the same shape."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from torch import nn
+
+from mlflow_dr.encoder import lora
+from mlflow_dr.encoder.directory import QUERY_TOWER, _tensors, load_encoder
+from mlflow_dr.encoder.model import Encoder
+from mlflow_dr.errors import CheckpointError
+
+
+def restore_encoder(directory: Path, encoder: Encoder, trust_remote_code: bool = False) -> None:
+    """Read an encoder's weights back, as `save_encoder(..., merged=False)` wrote them.
+
+    Args:
+        directory: where they are.
+        encoder: gets them; with adapters, the adapters alone are read.
+        trust_remote_code: whether code in the directory may run.
+
+    Raises:
+        CheckpointError: the directory is damaged, or of an encoder of another shape.
+    """
+    if lora.is_adapted(encoder.backbone):
+        lora.restore_adapter(directory, encoder.backbone)
+        for index, layer in enumerate(encoder.projections):
+            state = _tensors(directory / f"{index + 2}_Dense", safetensors_only=True)
+            _put(layer, {k.removeprefix("linear."): v for k, v in state.items()}, directory)
+        if encoder.query_tower is not None:
+            restore_encoder(directory / QUERY_TOWER, encoder.query_tower, trust_remote_code)
+        return
+    saved = load_encoder(directory, trust_remote_code=trust_remote_code, safetensors_only=True)
+    _put(encoder, saved.state_dict(), directory)
+
+
+def _put(module: nn.Module, state: dict[str, object], directory: Path) -> None:
+    try:
+        module.load_state_dict(state)
+    except RuntimeError as error:
+        reason = " ".join(str(error).split())[:300]
+        raise CheckpointError(
+            f"{directory}: not of the encoder that is trained: {reason}"
+        ) from error

@@ -1,0 +1,276 @@
+"""Hard negatives for the training queries of a collection, written as a training file."""
+
+from __future__ import annotations
+
+import gzip
+import logging
+import time
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import IO, Any
+
+import numpy as np
+import orjson
+
+from mlflow_dr.collection.catalogue import open_collection, open_examples
+from mlflow_dr.collection.corpus import Corpus
+from mlflow_dr.collection.examples import JudgedExamples
+from mlflow_dr.collection.interface import Collection, Examples
+from mlflow_dr.collection.records import Example, Query
+from mlflow_dr.errors import UsageError
+from mlflow_dr.files import written_beside
+from mlflow_dr.mining.miner import BM25, Bm25Miner, Miner, dense_miner
+from mlflow_dr.mining.questions import Barred, Questions, questions_of
+from mlflow_dr.mining.rule import Rule, choose
+from mlflow_dr.retrieval.answers import AnswerFinder
+from mlflow_dr.retrieval.bm25 import Bm25Settings
+from mlflow_dr.retrieval.ranking import Found
+
+log = logging.getLogger(__name__)
+
+TRAIN = "train"
+
+
+@dataclass(frozen=True)
+class Mining:
+    """What `mlflow-dr mine` was asked.
+
+    Attributes:
+        dataset: the collection whose passages are searched.
+        train_dir: the training examples that are mined for: a file, folder or name; the
+            collection's own when None.
+        output: the file to write; `.gz` packs it.
+        miner: `bm25`, or an encoder: a directory, a hub name or `models:/<id>`.
+        rule: what makes a negative.
+        exclude_answers: leave out passages that hold one of the query's answers, where the
+            collection has answers.
+        bm25: how BM25 makes and weighs terms.
+        force: replace a file that is there.
+        device: see `resolve_device`; so much for an encoder only, like the rest.
+        dtype: see `resolve_dtype`.
+        trust_remote_code: whether code in the encoder's directory may run.
+        tracking_uri: where `models:/` is looked up.
+    """
+
+    dataset: str
+    output: Path
+    train_dir: str | None = None
+    miner: str = BM25
+    rule: Rule = field(default_factory=Rule)
+    exclude_answers: bool = True
+    bm25: Bm25Settings = field(default_factory=Bm25Settings)
+    force: bool = False
+    device: str = "auto"
+    dtype: str = "auto"
+    trust_remote_code: bool = False
+    tracking_uri: str | None = None
+
+
+@dataclass
+class Mined:
+    """What was mined.
+
+    Attributes:
+        output: the file.
+        queries: how many lines it has.
+        negatives: how many negatives, over all queries.
+        short: queries with fewer negatives than asked for, but some.
+        without: queries with none.
+        left_out: passages that the search found and the rule left out, by reason.
+        seconds: wall time.
+    """
+
+    output: Path
+    queries: int = 0
+    negatives: int = 0
+    short: int = 0
+    without: int = 0
+    left_out: Counter[str] = field(default_factory=Counter)
+    seconds: float = 0.0
+
+    def summary(self, wanted: int) -> list[str]:
+        """What was mined, in a few lines; `wanted` negatives were asked for."""
+        mean = self.negatives / max(1, self.queries)
+        counts = [f"{number} {reason}" for reason, number in self.left_out.items() if number]
+        return [
+            f"{self.queries} queries with {mean:.1f} negatives on average",
+            f"fewer than {wanted} negatives: {self.short} queries; none: {self.without} queries",
+            f"passages left out: {', '.join(counts) or 'none'}",
+            f"wrote {self.output} in {self.seconds:.1f} s",
+        ]
+
+
+def mine(request: Mining) -> Mined:
+    """Search for every training query, choose its negatives, and write them.
+
+    The file has a line of JSON for each query, under Tevatron's names: `query_id`, `query_text`,
+    `positive_document_ids`, `negative_document_ids`; besides `positive_scores` and
+    `negative_scores` (the miner's), and `answers` where the collection has them.
+
+    Raises:
+        UsageError: an unknown dataset, encoder or device, or a file that is there already.
+        DataError: the collection's files are damaged, or it has no training examples.
+        CheckpointError: the encoder's files are damaged, or it gives NaN.
+    """
+    start = time.perf_counter()
+    _check_output(request)
+    collection = open_collection(request.dataset)
+    miner = _miner(request)
+    corpus = collection.corpus()
+    questions = questions_of(_examples(request, collection), corpus)
+    if questions.unknown or questions.left_out:
+        log.warning(
+            "%s: the corpus lacks %d positives; %d examples are left out, without any positive "
+            "in the corpus or without text",
+            request.train_dir or request.dataset,
+            questions.unknown,
+            questions.left_out,
+        )
+    most = max(len(rows) for rows in questions.positives)
+    # what is barred makes room for others; a query with very many positives does not rule the depth
+    k = request.rule.depth + min(most, request.rule.depth)
+    found = miner.search(corpus, questions.queries, k, questions.positives)
+    mined = Mined(request.output)
+    barred = Barred(questions, corpus, _judged(request, collection, corpus))
+    with _lines(request.output) as file:
+        for record in _records(request, corpus, questions, barred, found, mined):
+            file.write(orjson.dumps(record, option=orjson.OPT_APPEND_NEWLINE))
+    mined.seconds = time.perf_counter() - start
+    return mined
+
+
+def _check_output(request: Mining) -> None:
+    output = request.output.absolute()
+    if output.is_dir():
+        raise UsageError(f"{request.output}: is a folder; name a file to write")
+    if output.exists() and not request.force:
+        raise UsageError(f"{request.output}: is there already; --force replaces it")
+    if not output.parent.is_dir():
+        raise UsageError(f"{request.output}: the folder {output.parent} does not exist")
+
+
+def _examples(request: Mining, collection: Collection) -> Examples:
+    if request.train_dir is None:
+        return collection.examples()
+    return open_examples(request.train_dir, collection.corpus)
+
+
+def _judged(request: Mining, collection: Collection, corpus: Corpus) -> Iterator[Example]:
+    """What a training file may leave out of what is relevant to its queries."""
+    if request.train_dir is not None and TRAIN in collection.splits:
+        examples = JudgedExamples(collection.topics(TRAIN), corpus)
+        yield from (examples[index] for index in range(len(examples)))
+
+
+def _miner(request: Mining) -> Miner:
+    if request.miner.lower() == BM25:
+        return Bm25Miner(request.bm25)
+    return dense_miner(
+        request.miner,
+        request.device,
+        request.dtype,
+        request.trust_remote_code,
+        request.tracking_uri,
+    )
+
+
+def _records(
+    request: Mining,
+    corpus: Corpus,
+    questions: Questions,
+    barred: Barred,
+    batches: Iterator[Found],
+    mined: Mined,
+) -> Iterator[dict[str, Any]]:
+    """One line for each query; what is counted is counted in `mined`."""
+    finder = AnswerFinder(corpus)
+    index = 0
+    for found in batches:
+        named = _Named(corpus, found, questions.positives[index : index + len(found.rows)])
+        for place in range(len(found.rows)):
+            query = questions.queries[index]
+            rows, scores = named.ranked(place)
+            sought = finder.sought(query.answers) if request.exclude_answers else ()
+            chosen = choose(
+                request.rule,
+                query.id,
+                rows,
+                scores,
+                barred.places(index, rows),
+                float(found.also[place].min()),
+                lambda row, sought=sought: finder.holds(row, sought),  # type: ignore[misc]
+                mined.left_out,
+            )
+            _count(mined, len(chosen), request.rule.negatives)
+            yield _record(query, named, place, chosen)
+            index += 1
+
+
+def _count(mined: Mined, negatives: int, wanted: int) -> None:
+    mined.queries += 1
+    mined.negatives += negatives
+    mined.short += 0 < negatives < wanted
+    mined.without += negatives == 0
+
+
+class _Named:
+    """What was found for some queries, with ids looked up for all of them at once."""
+
+    def __init__(self, corpus: Corpus, found: Found, positives: list[np.ndarray]) -> None:
+        used = np.unique(np.concatenate([found.rows.ravel(), *positives]))
+        used = used[used >= 0]
+        ids = corpus.ids.take(used).to_pylist()
+        self._ids = dict(zip(used.tolist(), ids, strict=True))
+        self._found = found
+        self._positives = positives
+
+    def ranked(self, place: int) -> tuple[list[int], list[float]]:
+        """Rows and scores of one query's ranking, without its empty places."""
+        rows = self._found.rows[place]
+        number = int((rows >= 0).sum())
+        return rows[:number].tolist(), self._found.scores[place, :number].tolist()
+
+    def positives(self, place: int) -> tuple[list[str], np.ndarray]:
+        """Ids and scores of one query's positives."""
+        ids = [self._ids[row] for row in self._positives[place].tolist()]
+        return ids, self._found.also[place]
+
+    def negatives(self, place: int, chosen: list[int]) -> tuple[list[str], np.ndarray]:
+        """Ids and scores at these places of one query's ranking."""
+        ids = [self._ids[row] for row in self._found.rows[place, chosen].tolist()]
+        return ids, self._found.scores[place, chosen]
+
+
+def _record(query: Query, named: _Named, place: int, chosen: list[int]) -> dict[str, Any]:
+    positive_ids, positive_scores = named.positives(place)
+    negative_ids, negative_scores = named.negatives(place, chosen)
+    answers = {"answers": list(query.answers)} if query.answers else {}
+    return {
+        "query_id": query.id,
+        "query_text": query.text,
+        **answers,
+        "positive_document_ids": positive_ids,
+        "negative_document_ids": negative_ids,
+        "positive_scores": _plain(positive_scores),
+        "negative_scores": _plain(negative_scores),
+    }
+
+
+def _plain(scores: np.ndarray) -> list[float]:
+    """fp32 scores in the seven digits that they have."""
+    return [float(f"{score:.7g}") for score in scores.tolist()]
+
+
+@contextmanager
+def _lines(path: Path) -> Iterator[IO[bytes]]:
+    """A file that is whole or not there, packed where its name ends in `.gz`."""
+    with written_beside(path) as partial, partial.open("wb") as raw:
+        if path.suffix != ".gz":
+            yield raw
+            return
+        # without a time and a name inside, so that equal contents are equal files
+        with gzip.GzipFile("", "wb", compresslevel=6, fileobj=raw, mtime=0) as packed:
+            yield packed  # type: ignore[misc]

@@ -1,0 +1,141 @@
+"""Which of the passages that a search found become negatives.
+
+Sources: the top of BM25 without the answer (Karpukhin et al., Dense Passage Retrieval, EMNLP 2020);
+the top of a dense retriever (Xiong et al., ANCE, ICLR 2021); margins below the positive's score
+(Moreira et al., NV-Retriever, 2024). Margins and ranges mean what they mean in
+sentence-transformers' `mine_hard_negatives`.
+"""
+
+from __future__ import annotations
+
+import math
+import random
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from mlflow_dr.errors import UsageError
+
+TOP, RANDOM = "top", "random"
+SAMPLES = (TOP, RANDOM)
+
+POSITIVE_OR_SAME = "positives or of the same text"
+TOO_CLOSE = "too close to the positive's score"
+OUT_OF_RANGE = "outside the range of scores"
+HOLDS_ANSWER = "holding an answer"
+
+
+@dataclass(frozen=True)
+class Rule:
+    """What makes a passage a hard negative.
+
+    Ranks are counted from 0 over what is left of a ranking without the positives.
+
+    Attributes:
+        negatives: how many for each query, at most.
+        depth: ranks from here on are not looked at.
+        range_min: the first ranks that are skipped.
+        sample: `top` takes the best of those that are left, `random` any.
+        seed: of the random sample; a query's sample depends on nothing but seed and query id.
+        margin: a negative scores at least this much less than the positive.
+        relative_margin: likewise, as a share of the positive's score: 0.05 is at most 95 % of it.
+        max_score: a negative scores at most this.
+        min_score: a negative scores at least this.
+
+    With several positives, margins are taken from the one of the lowest score.
+
+    Raises:
+        UsageError: a value out of range, or values that contradict each other.
+    """
+
+    negatives: int = 30
+    depth: int = 100
+    range_min: int = 0
+    sample: str = TOP
+    seed: int = 0
+    margin: float | None = None
+    relative_margin: float | None = None
+    max_score: float | None = None
+    min_score: float | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("margin", "relative_margin", "max_score", "min_score"):
+            value = getattr(self, name)
+            if value is not None and not math.isfinite(value):
+                raise UsageError(f"{name} {value}: expected a number")
+        if self.negatives < 1 or self.range_min < 0:
+            raise UsageError(
+                f"negatives {self.negatives} and range_min {self.range_min}: expected at least 1 "
+                "and at least 0"
+            )
+        if self.depth - self.range_min < self.negatives:
+            raise UsageError(
+                f"{self.negatives} negatives from ranks {self.range_min} to {self.depth}: there "
+                f"are {max(0, self.depth - self.range_min)}; search deeper (--depth), skip fewer "
+                "ranks (--range-min), or ask for fewer (--negatives)"
+            )
+        if self.sample not in SAMPLES:
+            raise UsageError(f"sample {self.sample!r}: expected {' or '.join(SAMPLES)}")
+        if not (self.relative_margin is None or 0 <= self.relative_margin <= 1):
+            raise UsageError(f"relative_margin {self.relative_margin}: expected 0 to 1")
+        if None not in (self.min_score, self.max_score) and self.min_score > self.max_score:  # type: ignore[operator]
+            raise UsageError(f"min_score {self.min_score} is above max_score {self.max_score}")
+
+    def ceiling(self, positive: float) -> float:
+        """The highest score of a negative, by the margins from the positive's score."""
+        highest = math.inf
+        if self.margin is not None:
+            highest = positive - self.margin
+        if self.relative_margin is not None:
+            # not (1 - margin) times: a score below 0 would be raised
+            highest = min(highest, positive - abs(positive) * self.relative_margin)
+        return highest
+
+
+def choose(
+    rule: Rule,
+    query_id: str,
+    rows: Sequence[int],
+    scores: Sequence[float],
+    barred: Sequence[bool],
+    positive: float,
+    holds_answer: Callable[[int], bool],
+    left_out: Counter[str],
+) -> list[int]:
+    """The places of the negatives in a query's ranking, the best first.
+
+    Args:
+        rule: what makes a negative.
+        query_id: seeds the random sample.
+        rows: what the search found, the best first.
+        scores: their scores.
+        barred: whether it is a positive, or as good as one.
+        positive: the positives' lowest score.
+        holds_answer: whether a row holds an answer; asked as late as possible.
+        left_out: counts what is left out, by reason.
+    """
+    others = [place for place, one in enumerate(barred) if not one]
+    left_out[POSITIVE_OR_SAME] += len(rows) - len(others)
+    ceiling = rule.ceiling(positive)
+    highest = math.inf if rule.max_score is None else rule.max_score
+    lowest = -math.inf if rule.min_score is None else rule.min_score
+    candidates = []
+    for place in others[rule.range_min : rule.depth]:
+        if scores[place] > ceiling:
+            left_out[TOO_CLOSE] += 1
+        elif not lowest <= scores[place] <= highest:
+            left_out[OUT_OF_RANGE] += 1
+        else:
+            candidates.append(place)
+    if rule.sample == RANDOM:
+        # of a random order the first that hold no answer are a random sample of all that hold none
+        random.Random(f"{rule.seed}:{query_id}").shuffle(candidates)
+    chosen: list[int] = []
+    for place in candidates:
+        if len(chosen) == rule.negatives:
+            break
+        if holds_answer(rows[place]):
+            left_out[HOLDS_ANSWER] += 1
+        else:
+            chosen.append(place)
+    return sorted(chosen)

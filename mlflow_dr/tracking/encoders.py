@@ -1,0 +1,32 @@
+"""Any encoder by one name: a directory, a hub name, or `models:/<id>` of a published checkpoint."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+MODEL_SCHEME = "models:/"
+
+
+@contextmanager
+def fetched_encoder(name: str, tracking_uri: str | None = None) -> Iterator[str]:
+    """What `load_encoder` takes for this name; a checkpoint is fetched and verified first.
+
+    Args:
+        name: a directory, a hub name or `models:/<id>`.
+        tracking_uri: where `models:/` is looked up; the environment's server when None.
+
+    Raises:
+        TrackingError: no such model, or no server.
+        CheckpointError: the checkpoint cannot be had, or its bytes are not those published.
+    """
+    if not name.startswith(MODEL_SCHEME):
+        yield name
+        return
+    # only here: an encoder of another kind needs no mlflow, which takes seconds to import
+    from mlflow_dr.tracking.checkpoints import checkpoint_by_id, fetched
+    from mlflow_dr.tracking.client import connect
+
+    model_id = name.removeprefix(MODEL_SCHEME)
+    with fetched(checkpoint_by_id(connect(tracking_uri), model_id)) as directory:
+        yield str(directory)

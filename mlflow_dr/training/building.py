@@ -1,0 +1,136 @@
+"""From a request to the things that are trained with: encoder, training set, collator."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from mlflow_dr.encoder.changes import append_eos, untie, with_projection
+from mlflow_dr.encoder.directory import load_encoder
+from mlflow_dr.encoder.lora import add_lora
+from mlflow_dr.encoder.model import Encoder
+from mlflow_dr.encoder.source import encoder_directory
+from mlflow_dr.encoder.tiny import tiny_encoder
+from mlflow_dr.encoder.tokenize import Tokenizing
+from mlflow_dr.errors import UsageError
+from mlflow_dr.training.arguments import ADAPTER, TrainingRequest
+from mlflow_dr.training.batches import Collator, TrainingSet, training_set
+from mlflow_dr.training.data import TrainingData
+from mlflow_dr.training.mixture import Mixture
+
+TINY = "tiny"
+
+
+def build_encoder(request: TrainingRequest, data: TrainingData) -> Encoder:
+    """The encoder that a request describes, as it is before the first step.
+
+    Raises:
+        UsageError: there is no such encoder, or the flags do not fit it.
+        CheckpointError: its files are damaged.
+    """
+    model = request.model
+    if model.model_name_or_path == TINY:
+        if model.lora and model.lora_publish == ADAPTER:
+            raise UsageError("tiny is made anew each time; publish its adapters merged")
+        if model.tokenizer_name:
+            raise UsageError("--tokenizer_name: tiny learns a vocabulary of its own")
+        encoder = tiny_encoder(_texts(data), request.fresh_encoder_config())
+        if model.attn_implementation:
+            encoder.backbone.set_attn_implementation(model.attn_implementation)
+    else:
+        changes: dict[str, Any] = request.encoder_changes()
+        encoder = load_encoder(
+            model.model_name_or_path,
+            attention=model.attn_implementation,
+            trust_remote_code=model.trust_remote_code,
+            tokenizer=model.tokenizer_name,
+            cache_dir=model.cache_dir,
+            bare_pooling=request.bare_pooling,
+            **changes,
+        )
+    if model.append_eos_token:
+        for tokenizer in {
+            id(e.tokenizer): e.tokenizer for e in (encoder, encoder.for_queries)
+        }.values():
+            append_eos(tokenizer)
+    if model.add_pooler:
+        encoder = with_projection(encoder, model.projection_in_dim, model.projection_out_dim)
+    if model.lora and model.lora_publish == ADAPTER and encoder.query_tower is not None:
+        raise UsageError(
+            "--lora_publish adapter: adapters name one backbone to be put on, and this encoder has "
+            "two; publish them merged"
+        )
+    if model.untie_encoder:
+        untie(encoder)
+    if model.lora:
+        targets = model.lora_target_modules
+        start = model.lora_name_or_path
+        add_lora(
+            encoder,
+            _lasting(model.model_name_or_path),
+            rank=model.lora_r,
+            alpha=model.lora_alpha,
+            dropout=model.lora_dropout,
+            targets=targets.split(",") if targets else None,
+            start=encoder_directory(start, model.cache_dir) if start else None,
+        )
+    return encoder
+
+
+def mixed_training_set(
+    request: TrainingRequest, data: TrainingData, encoder: Encoder
+) -> TrainingSet | Mixture:
+    """The examples with their passages chosen epoch by epoch, over token tables."""
+    queries, passages = _tokenizings(encoder)
+    seed = request.trainer.seed
+    sets = []
+    first_key = 0
+    for part in data.parts:
+        sets.append(
+            training_set(
+                part.examples,
+                queries,
+                passages,
+                table=request.data.token_table,
+                processes=request.data.dataset_proc_num,
+                n_passages=request.data.train_n_passages,
+                seed=seed,
+                with_scores=request.loss.distil_weight > 0,
+                first_key=first_key,
+            )
+        )
+        first_key += len(part.examples.passages)
+    if len(sets) == 1:
+        return sets[0]
+    weights = [part.weight or float(len(part.examples)) for part in data.parts]
+    return Mixture(sets, weights, seed)
+
+
+def collator_of(encoder: Encoder) -> Collator:
+    """What pads batches for an encoder."""
+    queries, passages = _tokenizings(encoder)
+    return Collator(queries.pad_id, passages.pad_id)
+
+
+def _lasting(name: str) -> str:
+    """The name of an encoder, whole where it is a folder's: others read it from elsewhere."""
+    folder = Path(name).expanduser()
+    return str(folder.resolve()) if folder.is_dir() else name
+
+
+def _tokenizings(encoder: Encoder) -> tuple[Tokenizing, Tokenizing]:
+    tower = encoder.for_queries
+    return (
+        Tokenizing(tower.tokenizer, tower.settings),
+        Tokenizing(encoder.tokenizer, encoder.settings),
+    )
+
+
+def _texts(data: TrainingData) -> Iterator[str]:
+    for part in data.parts:
+        for index in range(len(part.examples)):
+            example = part.examples[index]
+            yield example.query.text
+            for passage in part.examples.passages.passages(example.positives):
+                yield f"{passage.title} {passage.text}"

@@ -1,0 +1,100 @@
+"""What is trained on, and what its checkpoints are to be validated on."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from mlflow_dr.collection.catalogue import open_collection, open_examples
+from mlflow_dr.collection.interface import Collection, Examples, chosen_split
+from mlflow_dr.collection.mixtures import parse_mixture
+from mlflow_dr.errors import UsageError
+from mlflow_dr.training.arguments import DataArguments
+
+
+@dataclass(frozen=True)
+class Part:
+    """One set of examples of a mixture.
+
+    Attributes:
+        name: what the user called it.
+        source: where it comes from.
+        examples: what is trained on.
+        weight: its share, relative to the others; its number of examples when None.
+    """
+
+    name: str
+    source: str
+    examples: Examples
+    weight: float | None
+
+
+@dataclass(frozen=True)
+class TrainingData:
+    """What is trained on, and what is searched in validation.
+
+    Attributes:
+        parts: what is trained on, mixed by weight.
+        collection: what validators search; None where nothing has judged queries.
+        split: the queries that they put.
+    """
+
+    parts: list[Part]
+    collection: Collection | None
+    split: str
+
+
+def open_data(arguments: DataArguments) -> TrainingData:
+    """Open what the flags name.
+
+    Raises:
+        UsageError: nothing goes by such a name, it has no such split or nothing to train on, or
+            flags contradict each other.
+        DataError: files are missing, malformed or contradict themselves.
+    """
+    named = parse_mixture(arguments.dataset_name)
+    if arguments.train_dir is not None and len(named) > 1:
+        raise UsageError(
+            f"--train_dir gives the examples of one collection, but {arguments.dataset_name!r} "
+            "names several; name training files in the mixture instead"
+        )
+    collections = [open_collection(name) for name, _ in named]
+    validated = _validated(arguments, collections)
+    split = chosen_split(validated, arguments.validation_split) if validated is not None else ""
+    if arguments.train_dir is not None:
+        place = Path(arguments.train_dir).expanduser()
+        examples = open_examples(place, collections[0].corpus)
+        return TrainingData(
+            [Part(str(place), str(place.resolve()), examples, None)], validated, split
+        )
+    parts = [
+        Part(one.name, one.source, one.examples(), weight)
+        for one, (_, weight) in zip(collections, named, strict=True)
+    ]
+    return TrainingData(parts, validated, split)
+
+
+def validated_collection(arguments: DataArguments) -> Collection:
+    """The collection that validators of a training search.
+
+    Raises:
+        UsageError: nothing that the flags name has judged queries.
+    """
+    names = [name for name, _ in parse_mixture(arguments.dataset_name)]
+    found = _validated(arguments, [open_collection(name) for name in names])
+    if found is None:
+        raise UsageError(
+            f"{arguments.dataset_name} has no judged queries to validate on; name a collection "
+            "that has some with --validation_dataset, or train alone with `mlflow-dr train`"
+        )
+    return found
+
+
+def _validated(arguments: DataArguments, trained: Sequence[Collection]) -> Collection | None:
+    if arguments.validation_dataset is None:
+        return next((one for one in trained if one.splits), None)
+    named = open_collection(arguments.validation_dataset)
+    if not named.splits:
+        raise UsageError(f"{named.name} has no judged queries to validate on")
+    return named

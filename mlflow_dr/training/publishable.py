@@ -1,0 +1,284 @@
+"""What can be published as a checkpoint: our encoder, other libraries' models, a directory."""
+
+from __future__ import annotations
+
+import copy
+import shutil
+from collections.abc import Mapping
+from dataclasses import fields
+from pathlib import Path
+from typing import Any, Protocol
+
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+
+from mlflow_dr.encoder import sentence_transformers as st
+from mlflow_dr.encoder.config import EncoderConfig
+from mlflow_dr.encoder.directory import CONFIG, load_encoder, quiet_transformers, save_encoder
+from mlflow_dr.encoder.lora import is_adapted
+from mlflow_dr.encoder.model import Encoder, positions
+from mlflow_dr.errors import CheckpointError, UsageError
+
+BACKBONE_CONFIG = "config.json"
+WEIGHTS = "model*.safetensors"
+# what trainers write beside a model to resume from: often twice its size, and no part of it
+TRAINER_FILES = (
+    *("optimizer*", "scheduler.pt", "scaler.pt", "rng_state*", "trainer_state.json"),
+    *("training_args.bin", "global_step*", "latest", "zero_to_fp32.py", "pytorch_model*.bin"),
+    *("mlflow_dr_run.json", "mlflow_dr_whole.json", "*.partial", ".*", "__pycache__"),
+)
+ST_MODULES = ("Transformer", "Pooling", "Dense", "Dropout", "Normalize")
+NEEDED = ("pooling", "normalize")
+LONGEST = 1_000_000
+"""Tokenizers without a limit say a much larger number."""
+
+
+class Publishable(Protocol):
+    """Weights that are snapshot in one thread and written in another."""
+
+    def state(self) -> Mapping[str, Tensor]:
+        """The weights as they are now, not copied; called on the training thread."""
+
+    def save(self, directory: Path, state: Mapping[str, Tensor]) -> None:
+        """Write a directory that `load_encoder` reads; called on the publisher's thread.
+
+        Args:
+            directory: does not exist yet.
+            state: what `state` gave, or a copy of it on the CPU.
+        """
+
+
+class EncoderSource:
+    """An encoder of ours.
+
+    Args:
+        encoder: what is published.
+        merged: whether adapters become part of the published weights; else they go alone.
+    """
+
+    def __init__(self, encoder: Encoder, merged: bool = True) -> None:
+        self._encoder = encoder
+        self._merged = merged
+        frozen = {name for name, one in encoder.named_parameters() if not one.requires_grad}
+        self._constant = frozen if is_adapted(encoder.backbone) else set()
+
+    def state(self) -> Mapping[str, Tensor]:
+        """The encoder's weights; beside adapters, those that do not change are left out.
+
+        Weights that processes share out (FSDP) are gathered: all of them have to call this.
+        """
+        weights = self._encoder.state_dict()
+        if any(isinstance(one, DTensor) for one in weights.values()):
+            return {name: _whole(one) for name, one in weights.items()}
+        return {name: one for name, one in weights.items() if name not in self._constant}
+
+    def save(self, directory: Path, state: Mapping[str, Tensor]) -> None:
+        """Write the directory that all three libraries load."""
+        if self._constant - state.keys():
+            state = {**self._encoder.state_dict(), **state}
+        save_encoder(directory, self._encoder, state, self._merged)
+
+
+class SentenceTransformerSource:
+    """A SentenceTransformer, written by its own `save`.
+
+    The library writes the weights that a model has, and those go on changing; so a copy of the
+    model without weights is kept, which gets each snapshot as its own.
+
+    Args:
+        model: the SentenceTransformer.
+
+    Raises:
+        UsageError: it has a module that our encoder has no counterpart of, or cannot be copied.
+    """
+
+    def __init__(self, model: Any) -> None:
+        kinds = [type(module).__name__ for module in model.children()]
+        if unknown := [kind for kind in kinds if kind not in ST_MODULES]:
+            raise UsageError(
+                f"this SentenceTransformer has a {unknown[0]} module, which cannot be validated; "
+                f"supported are {', '.join(ST_MODULES)}"
+            )
+        for module in model.modules():
+            _refuse_adapters(module)
+        self._model = model
+        self._shell: Any = _without_weights(model)
+
+    def state(self) -> Mapping[str, Tensor]:
+        """The model's weights."""
+        return self._model.state_dict()
+
+    def save(self, directory: Path, state: Mapping[str, Tensor]) -> None:
+        """Write the model as sentence-transformers does, less the model card."""
+        self._shell.load_state_dict(state, assign=True)
+        with quiet_transformers():
+            self._shell.save(str(directory), create_model_card=False)
+        check_directory(directory)
+
+
+class DirectorySource:
+    """A directory that holds an encoder; it must stay as it is until it is published."""
+
+    def __init__(self, directory: Path) -> None:
+        check_directory(directory)
+        self._directory = directory
+
+    def state(self) -> Mapping[str, Tensor]:
+        """Nothing: the weights are in the directory."""
+        return {}
+
+    def save(self, directory: Path, state: Mapping[str, Tensor]) -> None:
+        """Copy the directory, less what trainers leave there to resume from."""
+        shutil.copytree(self._directory, directory, ignore=shutil.ignore_patterns(*TRAINER_FILES))
+
+
+def _whole(weight: Tensor) -> Tensor:
+    return weight.full_tensor() if isinstance(weight, DTensor) else weight
+
+
+def source_of(model: Any, tokenizer: Any = None, **settings: Any) -> Publishable:
+    """How a model is published.
+
+    Args:
+        model: our Encoder, a SentenceTransformer, a Hugging Face model or a directory; may be
+            wrapped by DistributedDataParallel or torch.compile.
+        tokenizer: a Hugging Face model's tokenizer.
+        settings: fields of `EncoderConfig`, for a Hugging Face model or a bare backbone's
+            directory, which do not say how their vectors are made.
+
+    Raises:
+        UsageError: a kind of model that cannot be published, or settings that are missing, unknown
+            or not for this kind.
+        CheckpointError: a directory that `load_encoder` would not read.
+    """
+    from transformers import PreTrainedModel
+
+    model = unwrapped(model)
+    if isinstance(model, str | Path):
+        directory = Path(model).expanduser()
+        if _is_bare(directory):
+            _check_settings(settings, str(directory))
+            return EncoderSource(load_encoder(directory, safetensors_only=True, **settings))
+        _refuse_settings(tokenizer, settings, f"the directory {directory}")
+        return DirectorySource(directory)
+    if isinstance(model, nn.Module):
+        _refuse_sharded(model)
+    if isinstance(model, Encoder):
+        _refuse_settings(tokenizer, settings, "an Encoder")
+        return EncoderSource(model)
+    if any(kind.__name__ == "SentenceTransformer" for kind in type(model).__mro__):
+        _refuse_settings(tokenizer, settings, "a SentenceTransformer")
+        return SentenceTransformerSource(model)
+    if isinstance(model, PreTrainedModel):
+        return EncoderSource(_encoder(model, tokenizer, settings))
+    raise UsageError(
+        f"a {type(model).__name__} cannot be published; expected an mlflow_dr Encoder, a "
+        "SentenceTransformer, a Hugging Face PreTrainedModel (perhaps an attribute of yours), or "
+        "the directory of one"
+    )
+
+
+def unwrapped(model: Any) -> Any:
+    """The model inside DistributedDataParallel, DataParallel and torch.compile."""
+    while True:
+        if isinstance(model, nn.parallel.DistributedDataParallel | nn.DataParallel):
+            model = model.module
+        elif isinstance(model, nn.Module) and hasattr(model, "_orig_mod"):
+            model = model._orig_mod
+        else:
+            return model
+
+
+def check_directory(directory: Path) -> None:
+    """Refuse, without reading weights, what a validator would refuse.
+
+    Raises:
+        UsageError: there is no such directory.
+        CheckpointError: it lacks the backbone's safetensors, or describes an encoder that ours has
+            no counterpart of.
+    """
+    if not directory.is_dir():
+        raise UsageError(f"{directory}: not a directory; expected one that holds an encoder")
+    if (directory / CONFIG).exists():
+        return
+    place = directory
+    if st.is_sentence_transformer(directory):
+        st.read_config(directory, longest=LONGEST)
+        place = st.transformer_directory(directory)
+    if not (place / BACKBONE_CONFIG).exists() or not any(place.glob(WEIGHTS)):
+        raise CheckpointError(
+            f"{place}: no {BACKBONE_CONFIG} with {WEIGHTS} beside it; save the whole model there "
+            "(adapters merged), with safetensors"
+        )
+
+
+def _is_bare(directory: Path) -> bool:
+    """Whether it is a backbone's directory that does not say how vectors are made."""
+    names = {path.name for path in directory.glob("*.json")}
+    return BACKBONE_CONFIG in names and not names & {CONFIG, st.MODULES}
+
+
+def _encoder(model: Any, tokenizer: Any, settings: dict[str, Any]) -> Encoder:
+    """An encoder around a Hugging Face model; it shares the weights."""
+    _refuse_adapters(model)
+    name = f"a {type(model).__name__}"
+    if not callable(getattr(tokenizer, "save_pretrained", None)):
+        raise UsageError(f"{name} is published with its tokenizer; give tokenizer=")
+    _check_settings(settings, name)
+    limits = (tokenizer.model_max_length, positions(model.config))
+    longest = min((int(one) for one in limits if one and one < LONGEST), default=0)
+    lengths = {"query_max_length": longest, "passage_max_length": longest} if longest else {}
+    return Encoder(model.base_model, tokenizer, EncoderConfig(**{**lengths, **settings}))
+
+
+def _check_settings(settings: Mapping[str, Any], name: str) -> None:
+    known = {field.name for field in fields(EncoderConfig)} - {"projections"}
+    if unknown := sorted(set(settings) - known):
+        raise UsageError(f"unknown setting {unknown[0]!r}; known are {', '.join(sorted(known))}")
+    if missing := [field for field in NEEDED if field not in settings]:
+        raise UsageError(
+            f"{name} does not say how its vectors are made; give {' and '.join(missing)}, such as "
+            "pooling='mean', normalize=True, as in your loss"
+        )
+
+
+def _refuse_settings(tokenizer: Any, settings: Mapping[str, Any], name: str) -> None:
+    given = [*(["tokenizer"] if tokenizer is not None else []), *settings]
+    if given:
+        raise UsageError(f"{name} says itself how its vectors are made; leave {given[0]} out")
+
+
+def _refuse_adapters(module: Any) -> None:
+    if getattr(module, "_hf_peft_config_loaded", False) or hasattr(module, "merge_and_unload"):
+        raise UsageError(
+            "a model with adapters is saved as the adapters alone; merge a copy of it "
+            "(`merge_and_unload`), save that to a directory and publish the directory"
+        )
+
+
+def _refuse_sharded(model: nn.Module) -> None:
+    """FSDP and ZeRO-3 hold a part of each weight on each rank."""
+    for weight in model.parameters():
+        if hasattr(weight, "ds_id") or hasattr(weight, "full_tensor"):
+            raise UsageError(
+                "the weights are sharded (FSDP, ZeRO-3); have your trainer save the whole model "
+                "to a directory and publish the directory"
+            )
+
+
+def _without_weights(model: nn.Module) -> nn.Module:
+    """A copy of the model on the meta device: structure and settings, no memory."""
+    memo: dict[int, Any] = {}
+    for weight in model.parameters():
+        memo[id(weight)] = nn.Parameter(weight.to("meta"), requires_grad=False)
+    for buffer in model.buffers():
+        memo[id(buffer)] = buffer.to("meta")
+    if card := getattr(model, "model_card_data", None):
+        memo[id(card)] = None  # it knows the trainer, and with it the data and the optimizer
+    try:
+        return copy.deepcopy(model, memo)
+    except (TypeError, RuntimeError, AttributeError) as error:
+        raise UsageError(
+            f"this {type(model).__name__} cannot be copied ({error}); save it to a directory and "
+            "publish the directory"
+        ) from error

@@ -1,0 +1,108 @@
+"""Somebody else's process against a real server: what it leaves, and what it is asked."""
+
+import socket
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Callable
+from pathlib import Path
+
+import mlflow
+import psutil
+import pytest
+from mlflow import MlflowClient
+
+from mlflow_dr.tracking.runs import TrackedRun
+from mlflow_dr.tracking.stop_request import StopWatcher, request_stop
+
+SECONDS_TO_START = 60
+LOOP = """
+import sys
+import mlflow
+from mlflow_dr import load_encoder, publish_checkpoint
+
+model = load_encoder(sys.argv[1])
+mlflow.start_run(run_id=sys.argv[2])
+for step in range(4):
+    publish_checkpoint(model, step, wait=False)
+{end}
+"""
+
+
+@pytest.mark.parametrize("end", ["", "raise SystemExit('out of memory')"])
+def test_what_was_submitted_is_published_before_the_process_ends(
+    end: str,
+    server: str,
+    client: MlflowClient,
+    call: Callable,
+    tiny_directory: Path,
+    tmp_path: Path,
+    checkpoints: Callable,
+) -> None:
+    script = tmp_path / "loop.py"
+    script.write_text(LOOP.format(end=end))
+    run_id = client.create_run("0").info.run_id
+    done = call(sys.executable, script, tiny_directory, run_id, MLFLOW_TRACKING_URI=server)
+    assert done.returncode == (1 if end else 0), done.stderr
+    assert "Traceback" not in done.stderr
+    found = checkpoints(client, run_id)
+    assert list(found) == [0, 1, 2, 3]
+    assert {model.status.name for model in found.values()} == {"READY"}
+    # MLflow ends its active run when Python ends; validators leave then
+    info = client.get_run(run_id).info
+    assert max(model.last_updated_timestamp for model in found.values()) <= info.end_time
+
+
+def test_the_watcher_outlives_its_server(
+    start: Callable, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    uri = f"http://127.0.0.1:{port}"
+    words = [sys.executable, "-m", "mlflow", "server", "--port", port, "--workers", 1]
+    words += ["--backend-store-uri", f"sqlite:///{tmp_path}/mlflow.db"]
+    before = mlflow.get_tracking_uri()
+    process = start(*words, MLFLOW_SERVER_ENABLE_JOB_EXECUTION="false")
+    _wait_until_healthy(uri, process)
+    client = MlflowClient(uri)
+    run = TrackedRun(client, client.create_run("0"))
+    asked: list[str] = []
+    watcher = StopWatcher(run, asked.append, seconds=0.1)
+    try:
+        _kill(process)
+        time.sleep(1)
+        assert watcher._thread.is_alive()
+        process = start(*words, MLFLOW_SERVER_ENABLE_JOB_EXECUTION="false")
+        _wait_until_healthy(uri, process)
+        assert asked == []
+        request_stop(run, "the curve is flat")
+        deadline = time.monotonic() + 10
+        while not asked and time.monotonic() < deadline:
+            time.sleep(0.05)
+        assert asked == ["the curve is flat"]
+    finally:
+        watcher.close()
+        _kill(process)
+        mlflow.set_tracking_uri(before)
+
+
+def _wait_until_healthy(uri: str, process: subprocess.Popen) -> None:
+    deadline = time.monotonic() + SECONDS_TO_START
+    while time.monotonic() < deadline and process.poll() is None:
+        try:
+            with urllib.request.urlopen(f"{uri}/health", timeout=5) as answer:
+                if answer.status == 200:
+                    return
+        except (urllib.error.URLError, OSError):
+            time.sleep(0.2)
+    pytest.fail(f"no MLflow server after {SECONDS_TO_START} s")
+
+
+def _kill(process: subprocess.Popen) -> None:
+    for one in (*psutil.Process(process.pid).children(recursive=True), process):
+        one.kill()
+    process.communicate()

@@ -1,0 +1,563 @@
+"""Training files in every layout: what is read of them, and what bad ones are answered with."""
+
+from __future__ import annotations
+
+import gzip
+import json
+import logging
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from mlflow_dr.collection.catalogue import open_collection, open_examples
+from mlflow_dr.collection.corpus import Corpus, cached_corpus
+from mlflow_dr.collection.examples import CachedExamples
+from mlflow_dr.collection.interface import Examples, chosen_split
+from mlflow_dr.collection.records import Passage, Query
+from mlflow_dr.collection.training_files import TrainingFiles
+from mlflow_dr.errors import DataError, UsageError
+
+Row = dict[str, Any]
+
+LINER = {"docid": "p1", "title": "Ships", "text": "a liner"}
+TUG = {"docid": "p2", "title": "", "text": "a tug"}
+BARGE = {"docid": "p3", "title": None, "text": "a barge"}
+
+TEVATRON: Row = {
+    "query_id": "q1",
+    "query": "which ship",
+    "positive_passages": [LINER],
+    "negative_passages": [TUG, BARGE],
+}
+BY_ID: Row = {
+    "query_id": "q1",
+    "query_text": "which ship",
+    "query_image": None,
+    "positive_document_ids": ["p1"],
+    "negative_document_ids": ["p2", "p3"],
+    "answer": None,
+    "source": "ours",
+}
+TOKENISED: Row = {"query": [7, 8], "positives": [[1, 2]], "negatives": [[3], [4, 5]]}
+DPR: Row = {
+    "dataset": "ships",
+    "question": "which ship",
+    "answers": ["liner", "a liner"],
+    "positive_ctxs": [
+        {"title": "Ships", "text": "a liner", "score": 1000, "title_score": 1, "passage_id": "p1"}
+    ],
+    "negative_ctxs": [{"title": "", "text": "a bus", "score": 0, "psg_id": 9}],
+    "hard_negative_ctxs": [
+        {"title": "", "text": "a tug", "score": 3.5, "psg_id": "p2"},
+        {"title": None, "text": "a barge", "score": 3.1, "passage_id": 3},
+    ],
+}
+CORPUS = [Passage("p3", "", "a barge"), Passage("p1", "Ships", "a liner"), Passage("p2", "", "tug")]
+
+
+def lines(*rows: Row) -> bytes:
+    return "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows).encode()
+
+
+@pytest.fixture
+def write(tmp_path: Path) -> Callable[..., Path]:
+    """A function that writes a file: bytes as they are, rows as its name says."""
+
+    def write(name: str, *rows: Row | bytes) -> Path:
+        path = tmp_path / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        content = b"".join(row if isinstance(row, bytes) else lines(row) for row in rows)
+        if name.endswith(".parquet"):
+            pq.write_table(pa.Table.from_pylist(list(rows)), path)
+        elif name.endswith(".array.json"):
+            path.write_text(json.dumps(rows, indent=2))
+        else:
+            path.write_bytes(gzip.compress(content) if name.endswith(".gz") else content)
+        return path
+
+    return write
+
+
+@pytest.fixture
+def ships() -> Corpus:
+    return cached_corpus("ships", CORPUS)
+
+
+def shown(examples: Examples, index: int = 0) -> tuple[Query, list[Passage], list[Passage]]:
+    query, positives, negatives, _ = examples[index]
+    passages = examples.passages.passages
+    return query, passages(positives), passages(negatives)
+
+
+def ids(examples: Examples, rows: np.ndarray) -> list[str]:
+    return [passage.id for passage in examples.passages.passages(rows)]
+
+
+def query_ids(examples: Examples) -> list[str]:
+    return [examples[index].query.id for index in range(len(examples))]
+
+
+def warning(caplog: pytest.LogCaptureFixture) -> str:
+    (record,) = [record for record in caplog.records if record.levelno == logging.WARNING]
+    return record.getMessage()
+
+
+# Tevatron, with passages
+
+
+@pytest.mark.parametrize(
+    "name", ["a.jsonl", "a.json", "a.jsonl.gz", "a.json.gz", "a.parquet", "a.array.json"]
+)
+def test_tevatrons_rows_in_every_container(write: Callable[..., Path], name: str) -> None:
+    row = dict(TEVATRON, answers=["x", "y"])
+    examples = open_examples(write(name, row, dict(row, query_id="q2")))
+    assert query_ids(examples) == ["q1", "q2"]
+    assert shown(examples) == (
+        Query("q1", "which ship", ("x", "y")),
+        [Passage("p1", "Ships", "a liner")],
+        [Passage("p2", "", "a tug"), Passage("p3", "", "a barge")],
+    )
+    assert len(examples.passages) == 3
+    assert examples[0].scores is None
+
+
+def test_what_tevatrons_rows_may_leave_out(write: Callable[..., Path]) -> None:
+    bare = {"query": "which ship", "positive_passages": [{"text": "a liner"}]}
+    numbered = dict(TEVATRON, query_id=12, positive_passages=[dict(LINER, docid=7)])
+    examples = open_examples(write("a.jsonl", bare, numbered, dict(bare, negative_passages=None)))
+    assert query_ids(examples) == ["0", "12", "2"]
+    assert examples.passages[0].text == "a liner"
+    assert ids(examples, examples[1].positives) == ["7"]
+    assert examples[0].negatives.tolist() == []
+    assert examples[2].positives.tolist() == examples[0].positives.tolist()
+
+
+def test_scores_in_tevatrons_passages_are_the_teachers(write: Callable[..., Path]) -> None:
+    scored = dict(
+        TEVATRON,
+        positive_passages=[dict(LINER, score=9.5)],
+        negative_passages=[dict(TUG, score=1), dict(BARGE, score=-2.5)],
+    )
+    examples = open_examples(write("a.jsonl", scored, TEVATRON))
+    assert examples[0].scores is not None
+    assert examples[0].scores.tolist() == [9.5, 1, -2.5]
+    assert examples[1].scores is None
+
+
+def test_unusable_records_are_counted_in_one_warning(
+    write: Callable[..., Path], caplog: pytest.LogCaptureFixture
+) -> None:
+    unusable = [dict(TEVATRON, query=" "), dict(TEVATRON, positive_passages=[])]
+    examples = open_examples(write("a.jsonl", TEVATRON, *unusable, dict(TEVATRON, query=None)))
+    assert len(examples) == 1
+    assert "a.jsonl:2" in warning(caplog)
+    assert "2 records without a query" in warning(caplog)
+    assert "1 records without a usable positive passage" in warning(caplog)
+    assert "a.jsonl:3" in warning(caplog)
+
+
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        (b"{not json\n", r":2: not JSON"),
+        (b'["q"]\n', r":2: expected a JSON object, got list"),
+        (b'{"query": "\xe9"}\n', r":2: not JSON .*UTF-8"),
+        ({"query_id": "q"}, r":2: no 'positive_passages', which the records before it have"),
+        (dict(TEVATRON, query_id=1.5), r":2: no 'query_id', or not a string; got 1.5"),
+        (dict(TEVATRON, query=["q"]), r":2: 'query' is not a string"),
+        (dict(TEVATRON, answers=[1]), r":2: 'answers' holds 1, expected strings"),
+        (dict(TEVATRON, answers={"a": 1}), r":2: 'answers' is not a list; got dict"),
+        (dict(TEVATRON, positive_passages={}), r":2: 'positive_passages' is not a list; got dict"),
+        (dict(TEVATRON, negative_passages=["p"]), r":2: negative_passages\[0\]: expected docid"),
+        (
+            dict(TEVATRON, negative_passages=[TUG, {"docid": "p"}]),
+            r":2: negative_passages\[1\]: no 'text', or not a string; got None",
+        ),
+        (
+            dict(TEVATRON, positive_passages=[dict(LINER, title=1)]),
+            r":2: positive_passages\[0\]: 'title' is not a string; got 1",
+        ),
+        (
+            dict(TEVATRON, positive_passages=[dict(LINER, docid=["p"])]),
+            r":2: positive_passages\[0\]: no 'docid', or not a string",
+        ),
+        (
+            dict(TEVATRON, positive_passages=[dict(LINER, score="high")]),
+            r":2: positive_passages\[0\]: 'score' is not a finite number; got 'high'",
+        ),
+        (
+            dict(TEVATRON, positive_passages=[dict(LINER, score=True)]),
+            r":2: positive_passages\[0\]: 'score' is not a finite number; got True",
+        ),
+    ],
+)
+def test_a_malformed_tevatron_row_is_named_by_its_line(
+    write: Callable[..., Path], row: Row | bytes, message: str
+) -> None:
+    path = write("a.jsonl", TEVATRON, row)
+    with pytest.raises(DataError, match=r"a\.jsonl" + message):
+        open_examples(path)
+
+
+def test_an_infinite_score_is_an_error(write: Callable[..., Path]) -> None:
+    scored = dict(TEVATRON, positive_passages=[dict(LINER, score=float("inf"))])
+    with pytest.raises(DataError, match=r"\[1\]: .*'score' is not a finite number; got inf"):
+        open_examples(write("a.array.json", TEVATRON, scored))
+
+
+def test_a_malformed_row_of_parquet_is_named_by_its_index(write: Callable[..., Path]) -> None:
+    path = write("a.parquet", TEVATRON, dict(TEVATRON, negative_passages=[dict(TUG, text=None)]))
+    with pytest.raises(DataError, match=r"a\.parquet\[1\]: negative_passages\[0\]: no 'text'"):
+        open_examples(path)
+
+
+# Tevatron, by id
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("corpus.jsonl", [{"_id": p.id, "title": p.title, "text": p.text} for p in CORPUS]),
+        ("corpus.jsonl.gz", [{"docid": p.id, "text": p.text, "image": None} for p in CORPUS]),
+        ("corpus.jsonl", [{"document_id": p.id, "document_text": p.text} for p in CORPUS]),
+        ("psgs_w100.tsv", [b'id\ttext\ttitle\np3\ta\tb\np1\t"a ""liner"""\tc\np2\ta\tb\n']),
+    ],
+)
+def test_ids_are_looked_up_in_the_passages_beside(
+    write: Callable[..., Path], ships: Corpus, name: str, content: list[Row | bytes]
+) -> None:
+    write(name, *content)
+    path = write("mined.jsonl", BY_ID)
+    for source in (path, path.parent):
+        examples = open_examples(source, lambda: pytest.fail("the corpus beside comes first"))
+        assert (examples[0].positives.tolist(), examples[0].negatives.tolist()) == ([1], [2, 0])
+        assert examples[0].query == Query("q1", "which ship")
+        assert examples.passages.ids.to_pylist() == ["p3", "p1", "p2"]
+    if name.endswith("tsv"):
+        assert examples.passages[1] == Passage("p1", "c", 'a "liner"')
+
+
+def test_ids_are_looked_up_in_the_given_corpus_where_none_is_beside(
+    write: Callable[..., Path], ships: Corpus
+) -> None:
+    path = write("mined.jsonl", dict(BY_ID, query="ignored", answers="liner"))
+    examples = open_examples(path, lambda: ships)
+    assert examples.passages is ships
+    assert examples[0].query.answers == ("liner",)
+    older = dict(BY_ID, query_text=None, query="which ship", answer="liner")
+    again = open_examples(write("older.jsonl", older), lambda: ships)
+    assert again[0].query == examples[0].query
+    assert again.digest == examples.digest
+
+
+def test_ids_without_a_corpus_are_an_error_that_says_where_it_belongs(
+    write: Callable[..., Path], tmp_path: Path
+) -> None:
+    path = write("mined.jsonl", BY_ID)
+    with pytest.raises(DataError, match=rf"name passages by id, and {tmp_path} has no corpus\.js"):
+        open_examples(path)
+
+
+def test_two_tables_of_passages_beside_are_an_error(write: Callable[..., Path]) -> None:
+    write("psgs_a.tsv", b"")
+    write("psgs_b.tsv", b"")
+    with pytest.raises(DataError, match=r"which of psgs_a\.tsv, psgs_b\.tsv has the passages"):
+        open_examples(write("mined.jsonl", BY_ID))
+
+
+def test_scores_by_id_go_with_their_passages(write: Callable[..., Path], ships: Corpus) -> None:
+    row = dict(BY_ID, negative_document_ids=["gone", "p3"])
+    row |= {"positive_scores": [4], "negative_scores": [0.5, -1]}
+    example = open_examples(write("mined.jsonl", row), lambda: ships)[0]
+    assert example.scores is not None
+    assert example.scores.tolist() == [4, -1]
+
+
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        (dict(BY_ID, positive_scores=[1, 2]), "2 positive_scores for 1 passages; there must be"),
+        (dict(BY_ID, negative_scores=["a", 1]), "'negative_scores' is not a finite number; got"),
+        (dict(BY_ID, positive_document_ids="p1"), "'positive_document_ids' is not a list; got str"),
+        (dict(BY_ID, negative_document_ids=["p1", None]), r"negative_document_ids\[1\]: no "),
+    ],
+)
+def test_a_malformed_row_by_id_is_named_by_its_line(
+    write: Callable[..., Path], ships: Corpus, row: Row, message: str
+) -> None:
+    with pytest.raises(DataError, match=rf"mined\.jsonl:2: .*{message}"):
+        open_examples(write("mined.jsonl", BY_ID, row), lambda: ships)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"p1\tone column less\n", r":2: 2 columns, the first of them 'p1'; expected id, text, t"),
+        (b"\ttext\ttitle\n", r":2: 3 columns, the first of them ''"),
+        (b"p1\ta\tb\np1\tc\td\n", r":3: passage id 'p1' was used on line 2 already"),
+        (b"p1\t\xe9\tb\n", r":\d: cannot be read \(invalid"),
+        (b"", "the corpus has no passages"),
+    ],
+)
+def test_malformed_tables_of_passages(
+    write: Callable[..., Path], content: bytes, message: str
+) -> None:
+    write("psgs.tsv", b"id\ttext\ttitle\n" + content)
+    with pytest.raises(DataError, match=rf"psgs\.tsv.*{message}"):
+        open_examples(write("mined.jsonl", BY_ID))
+
+
+def test_a_truncated_packed_table_of_passages(write: Callable[..., Path]) -> None:
+    rows = "".join(f"p{n}\t{n * 7919}\tt\n" for n in range(5000)).encode()
+    path = write("psgs.tsv.gz", rows)
+    path.write_bytes(path.read_bytes()[:-2000])
+    with pytest.raises(DataError, match=r"psgs\.tsv\.gz: the compressed file is damaged or trun"):
+        open_examples(write("mined.jsonl", BY_ID))
+
+
+# Tevatron, tokenised
+
+
+def test_token_ids_are_read_as_they_are(write: Callable[..., Path]) -> None:
+    rows = (TOKENISED, dict(TOKENISED, positives=[[3]], negatives=[], query_id="named"))
+    examples = open_examples(write("split00.json", *rows))
+    assert query_ids(examples) == ["0", "named"]
+    query, positives, negatives = shown(examples)
+    assert (query.text, query.tokens) == ("", [7, 8])
+    assert [passage.tokens for passage in positives + negatives] == [[1, 2], [3], [4, 5]]
+    assert {passage.text for passage in positives + negatives} == {""}
+    assert examples[1].positives.tolist() == [1]  # known by its content
+    assert examples.passages.tokenised
+
+
+def test_the_same_fields_may_hold_text(write: Callable[..., Path]) -> None:
+    row = {"query": "which ship", "positives": ["a liner"], "negatives": ["a tug"]}
+    examples = open_examples(write("a.jsonl", row))
+    query, positives, negatives = shown(examples)
+    assert query == Query("0", "which ship")
+    assert [passage.text for passage in positives + negatives] == ["a liner", "a tug"]
+    assert not examples.passages.tokenised
+
+
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        (dict(TOKENISED, query=[1.5]), r"query: neither a string nor a list of token ids; got \[1"),
+        (dict(TOKENISED, positives=[[1, -1]]), r"positives\[0\]: neither a string nor a list"),
+        (dict(TOKENISED, negatives=[[1], [True]]), r"negatives\[1\]: neither a string nor a list"),
+        (dict(TOKENISED, negatives=[[1], 5]), r"negatives\[1\]: neither a string nor .* got 5"),
+        (dict(TOKENISED, positives=[1, 2]), r"positives\[0\]: neither a string nor .* got 1"),
+        (dict(TOKENISED, query="text"), r"the query is text, its passages are token ids"),
+        (dict(TOKENISED, positives=["text"]), r"the query is token ids, its passages are text"),
+        (dict(TOKENISED, negatives=["text"]), r"a passage of text among passages of token ids"),
+        (
+            {"query": "q", "positives": ["text"], "negatives": []},
+            r"a passage of text among passages of token ids",
+        ),
+    ],
+)
+def test_a_malformed_tokenised_row_is_named_by_its_line(
+    write: Callable[..., Path], row: Row, message: str
+) -> None:
+    with pytest.raises(DataError, match=rf"a\.jsonl:2: {message}"):
+        open_examples(write("a.jsonl", TOKENISED, row))
+
+
+# DPR
+
+
+@pytest.mark.parametrize("name", ["dpr.array.json", "dpr.jsonl"])
+def test_dprs_questions_with_their_hard_negatives(write: Callable[..., Path], name: str) -> None:
+    examples = open_examples(write(name, DPR, dict(DPR, hard_negative_ctxs=[])))
+    assert shown(examples) == (
+        Query("0", "which ship", ("liner", "a liner")),
+        [Passage("p1", "Ships", "a liner")],
+        [Passage("p2", "", "a tug"), Passage("3", "", "a barge")],
+    )
+    assert examples[0].scores is None  # a retriever's scores, no teacher's
+    assert examples[1].query.id == "1"
+    assert ids(examples, examples[1].negatives) == ["9"]  # the others, where there are no hard ones
+
+
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        (dict(DPR, question=5), r"'question' is not a string; got 5"),
+        (dict(DPR, positive_ctxs=[{"title": "t"}]), r"positive_ctxs\[0\]: no 'text'"),
+        (dict(DPR, hard_negative_ctxs=[5]), r"hard_negative_ctxs\[0\]: expected title, text and"),
+        ({"question": "q"}, r"no 'positive_ctxs', which the records before it have"),
+    ],
+)
+def test_a_malformed_question_is_named_by_its_index(
+    write: Callable[..., Path], row: Row, message: str
+) -> None:
+    with pytest.raises(DataError, match=rf"dpr\.array\.json\[1\]: {message}"):
+        open_examples(write("dpr.array.json", DPR, row))
+
+
+def test_a_truncated_array_leaves_nothing_behind(
+    write: Callable[..., Path], own_cache: Path
+) -> None:
+    path = write("dpr.array.json", DPR, DPR)
+    path.write_bytes(path.read_bytes()[:-100])
+    with pytest.raises(DataError, match=r"dpr\.array\.json:\d+: the file breaks off .*at byte \d"):
+        open_examples(path)
+    assert {room.suffix for room in (own_cache / "examples").iterdir()} == {".lock"}
+
+
+# files and folders
+
+
+def test_a_layout_nobody_knows_is_one_error_with_its_fields(write: Callable[..., Path]) -> None:
+    path = write("a.jsonl", {"anchor": "q", "positive": "p"})
+    with pytest.raises(DataError) as caught:
+        open_examples(path)
+    message = str(caught.value)
+    assert message.startswith(f"{path}:1: a record with the fields anchor, positive; ")
+    for field in ("positive_passages", "positive_document_ids", "positives", "positive_ctxs"):
+        assert field in message
+    assert "\n" not in message
+
+
+@pytest.mark.parametrize("name", ["a.jsonl", "a.jsonl.gz", "a.array.json"])
+def test_a_file_without_records_is_an_error(write: Callable[..., Path], name: str) -> None:
+    with pytest.raises(DataError, match=rf"{name}: no records; expected training examples"):
+        open_examples(write(name))
+
+
+@pytest.mark.parametrize("cut", [20, 2000])
+def test_a_truncated_packed_file_is_an_error_with_its_line(
+    write: Callable[..., Path], cut: int
+) -> None:
+    rows = [dict(TEVATRON, query_id=str(n), query=f"{n * 7919}") for n in range(2000)]
+    path = write("a.jsonl.gz", *rows)
+    path.write_bytes(path.read_bytes()[:-cut])
+    with pytest.raises(DataError, match=r"a\.jsonl\.gz:\d+: the compressed file is damaged"):
+        open_examples(path)
+
+
+def test_a_damaged_parquet_file_is_an_error(write: Callable[..., Path]) -> None:
+    path = write("a.parquet", TEVATRON)
+    path.write_bytes(path.read_bytes()[:-20])
+    with pytest.raises(DataError, match=r"a\.parquet\[0\]: the Parquet file cannot be read"):
+        open_examples(path)
+
+
+def test_the_files_of_a_folder_are_read_by_name(write: Callable[..., Path], tmp_path: Path) -> None:
+    for name in ("split01.jsonl", "split00.json", "split02.jsonl.gz"):
+        write(f"set/{name}", dict(TEVATRON, query_id=name))
+    write("set/README.md", b"no data")
+    write("set/dev.jsonl", b"not read")
+    write("set/.split03.jsonl", b"not read")
+    expected = ["split00.json", "split01.jsonl", "split02.jsonl.gz"]
+    assert query_ids(open_examples(tmp_path / "set")) == expected
+    bare = {"query": "q", "positive_passages": [LINER]}
+    write("set/split01.jsonl", bare, bare)
+    assert query_ids(open_examples(tmp_path / "set"))[1:3] == ["1", "2"]  # through all files
+
+
+def test_of_a_folder_with_files_named_train_those_are_read(
+    write: Callable[..., Path], tmp_path: Path
+) -> None:
+    for name in ("train.jsonl", "train_01.jsonl", "dev.jsonl", "more.jsonl", "corpus.jsonl"):
+        write(name, dict(TEVATRON, query_id=name))
+    assert query_ids(open_examples(tmp_path)) == ["train.jsonl", "train_01.jsonl"]
+    assert query_ids(open_examples(tmp_path / "dev.jsonl")) == ["dev.jsonl"]  # when it is named
+
+
+def test_a_folder_without_training_files_says_what_it_has(
+    write: Callable[..., Path], tmp_path: Path
+) -> None:
+    write("dev.jsonl", TEVATRON)
+    with pytest.raises(DataError, match=r"there are only dev\.jsonl; name the file itself"):
+        TrainingFiles(tmp_path).examples()
+
+
+def test_a_file_in_another_layout_in_a_folder_is_named(write: Callable[..., Path]) -> None:
+    write("a/0.jsonl", TEVATRON)
+    path = write("a/1.jsonl", DPR)
+    with pytest.raises(DataError, match=r"1\.jsonl:1: no 'positive_passages', which the records"):
+        open_examples(path.parent)
+
+
+@pytest.mark.parametrize("folder", [False, True])
+def test_a_changed_file_is_read_again(write: Callable[..., Path], folder: bool) -> None:
+    path = write("a.jsonl", TEVATRON)
+    source = path.parent if folder else path
+    before = open_examples(source)
+    write("a.jsonl", dict(TEVATRON, query="which boat"))  # of the same size
+    os.utime(path, ns=(1, 1))
+    after = open_examples(source)
+    assert (before[0].query.text, after[0].query.text) == ("which ship", "which boat")
+    assert before.digest != after.digest
+
+
+def test_an_unchanged_file_is_read_once(
+    write: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = write("a.jsonl", TEVATRON)
+    first = open_examples(path)
+    monkeypatch.setattr(
+        "mlflow_dr.collection.training_files.raw_examples",
+        lambda *_: (pytest.fail("read") for _ in range(1)),
+    )
+    assert open_examples(path).digest == first.digest
+
+
+def test_a_changed_corpus_beside_is_looked_up_again(write: Callable[..., Path]) -> None:
+    path = write("mined.jsonl", BY_ID)
+    rows = [{"docid": p.id, "text": p.text} for p in CORPUS]
+    write("corpus.jsonl", *rows)
+    assert open_examples(path)[0].positives.tolist() == [1]
+    write("corpus.jsonl", *rows[1:], rows[0])
+    assert open_examples(path)[0].positives.tolist() == [0]
+
+
+def test_a_training_file_is_a_collection_without_splits(
+    write: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = write("a.jsonl", TEVATRON)
+    monkeypatch.chdir(tmp_path)
+    collection = open_collection("a.jsonl")
+    assert isinstance(collection, TrainingFiles)
+    assert (collection.name, collection.source) == (str(path), f"file {path}")
+    assert list(collection.splits) == []
+    assert collection.corpus().ids.to_pylist() == ["p1", "p2", "p3"]
+    examples = collection.examples()
+    assert isinstance(examples, CachedExamples)
+    assert examples.passages.digest == collection.corpus().digest
+    with pytest.raises(UsageError, match=r"a\.jsonl has training examples and no judged queries"):
+        collection.topics("dev")
+    with pytest.raises(UsageError, match="no judged queries to validate on"):
+        chosen_split(collection, None)
+    with pytest.raises(UsageError, match="no split 'dev'; it has: none, only training examples"):
+        chosen_split(collection, "dev")
+
+
+def test_a_training_file_is_read_when_it_is_asked_for(write: Callable[..., Path]) -> None:
+    collection = open_collection(str(write("a.jsonl", b"not json")))
+    with pytest.raises(DataError, match=r"a\.jsonl:1: not JSON"):
+        collection.examples()
+
+
+def test_a_folder_with_judgements_is_beirs_and_trains_on_them(
+    beir_folder: Callable[..., Path],
+) -> None:
+    folder = beir_folder({"p1": "a", "p2": "b"}, {"q": "t"}, train={"q": {"p2": 1}})
+    (folder / "mined.jsonl").write_bytes(lines(dict(BY_ID, negative_document_ids=["p2"])))
+    examples = open_examples(folder)
+    assert ids(examples, examples[0].positives) == ["p2"]
+    mined = open_examples(folder / "mined.jsonl")
+    assert ids(mined, mined[0].positives) == ["p1"]
+    assert mined.passages.digest == examples.passages.digest
+
+
+def test_examples_of_a_named_collection(monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(UsageError, match="no dataset 'nowhere'"):
+        open_examples("nowhere")

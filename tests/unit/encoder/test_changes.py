@@ -1,0 +1,181 @@
+"""What may be changed about an encoder before it is trained."""
+
+import logging
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from tokenizers import Tokenizer, processors
+from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import Whitespace
+from transformers import AutoTokenizer, LlamaTokenizer, PreTrainedTokenizerFast, Qwen2Tokenizer
+
+from mlflow_dr.collection.records import Passage
+from mlflow_dr.encoder.changes import append_eos, untie, with_projection
+from mlflow_dr.encoder.config import EncoderConfig
+from mlflow_dr.encoder.directory import load_encoder, save_encoder
+from mlflow_dr.encoder.model import Encoder
+from mlflow_dr.encoder.tokenize import Tokenizing
+from mlflow_dr.errors import UsageError
+
+Make = Callable[..., Encoder]
+IDS = torch.tensor([[2, 9, 8, 7, 3], [2, 6, 3, 0, 0]])
+MASK = (IDS != 0).long()
+
+
+def test_a_projection_is_added_after_the_pooling(make_tiny: Make) -> None:
+    encoder = make_tiny(pooling="mean")
+    made = with_projection(encoder, None, 48)
+    assert made.dimension == 48
+    expected = made.projections[0](encoder(IDS, MASK))
+    torch.testing.assert_close(made(IDS, MASK), expected)
+    assert with_projection(encoder, 128, 7).dimension == 7
+
+
+def test_a_projection_that_does_not_fit_is_refused(make_tiny: Make) -> None:
+    with pytest.raises(UsageError, match=r"takes 768 dimensions, but .* gives 128"):
+        with_projection(make_tiny(), 768, 48)
+
+
+def test_a_projection_that_is_there_stays(
+    make_tiny: Make, caplog: pytest.LogCaptureFixture
+) -> None:
+    made = with_projection(make_tiny(), None, 48)
+    with caplog.at_level(logging.INFO):
+        assert with_projection(made, None, 64) is made
+    assert "has a projection to 48 dimensions: it is loaded, none is added" in caplog.text
+
+
+def test_untied_towers_are_equal_at_first_and_share_nothing(
+    make_tiny: Make, caplog: pytest.LogCaptureFixture
+) -> None:
+    encoder = with_projection(make_tiny(), None, 48)
+    with caplog.at_level(logging.INFO):
+        untie(encoder)
+    assert "one tower was loaded" in caplog.text
+    tower = encoder.for_queries
+    assert tower is not encoder
+    assert torch.equal(tower(IDS, MASK), encoder(IDS, MASK))
+    assert not {p.data_ptr() for p in tower.parameters()} & {
+        p.data_ptr() for name, p in encoder.named_parameters() if "query_tower" not in name
+    }
+
+
+def test_two_towers_that_were_loaded_stay_as_they_are(
+    make_tiny: Make, caplog: pytest.LogCaptureFixture
+) -> None:
+    encoder = make_tiny()
+    encoder.query_tower = tower = make_tiny(seed=1)
+    with caplog.at_level(logging.INFO):
+        untie(encoder)
+    assert encoder.query_tower is tower
+    assert "both towers were loaded" in caplog.text
+
+
+VOCABULARY = {
+    **{"<pad>": 0, "<unk>": 1, "<s>": 2, "</s>": 3, "a": 4, "b": 5, "ab": 6},
+    **{"Ġ": 7, "Ġa": 8, "▁": 9, "▁a": 10, "c": 11, "d": 12, "e": 13},
+}
+MERGES = [("a", "b"), ("Ġ", "a"), ("▁", "a")]
+
+
+def words(rule: Any = None, **special: str) -> PreTrainedTokenizerFast:
+    """One token for each word."""
+    backend = Tokenizer(WordLevel(VOCABULARY, unk_token="<unk>"))
+    backend.pre_tokenizer = Whitespace()
+    if rule is not None:
+        backend.post_processor = rule
+    return PreTrainedTokenizerFast(
+        tokenizer_object=backend, pad_token="<pad>", unk_token="<unk>", **special
+    )
+
+
+BEGIN = processors.TemplateProcessing(
+    single="<s> $A", pair="<s> $A $B", special_tokens=[("<s>", 2)]
+)
+TOKENIZERS: dict[str, Callable[[], Any]] = {
+    "no rule": lambda: words(eos_token="</s>"),
+    "a begin": lambda: words(BEGIN, eos_token="</s>", bos_token="<s>"),
+    "a separator": lambda: words(sep_token="</s>"),
+    # bytes, and a rule of their own
+    "qwen2": lambda: Qwen2Tokenizer(
+        vocab=VOCABULARY, merges=MERGES, eos_token="</s>", pad_token="<pad>"
+    ),
+    "llama": lambda: LlamaTokenizer(
+        vocab=VOCABULARY, merges=MERGES, eos_token="</s>", bos_token="<s>", pad_token="<pad>"
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", TOKENIZERS)
+def test_every_text_ends_with_the_token(kind: str, tmp_path: Path) -> None:
+    """Cut or whole, alone or in a batch, saved and loaded by AutoTokenizer, asked for twice."""
+    before, tokenizer = TOKENIZERS[kind](), TOKENIZERS[kind]()
+    append_eos(tokenizer)
+    tokenizer.save_pretrained(tmp_path)
+    again = AutoTokenizer.from_pretrained(tmp_path)
+    append_eos(again)
+    texts = ["a b", "a", "b a b a b a b a"]
+    for made in (tokenizer, AutoTokenizer.from_pretrained(tmp_path), again):
+        assert made(texts)["input_ids"] == [[*ids, 3] for ids in before(texts)["input_ids"]]
+        assert made("")["input_ids"] == [*before("")["input_ids"], 3]
+        cut = made(texts, truncation=True, max_length=4)["input_ids"]
+        expected = before(texts, truncation=True, max_length=3)["input_ids"]
+        assert cut == [[*ids, 3] for ids in expected]
+        assert max(map(len, cut)) == 4
+
+
+def test_it_belongs_to_the_encoder_that_is_saved(make_tiny: Make, tmp_path: Path) -> None:
+    encoder = make_tiny(pooling="last", passage_max_length=5)
+    tokenizer = words(eos_token="</s>")
+    append_eos(tokenizer)
+    settings = encoder.settings
+    save_encoder(tmp_path / "saved", Encoder(encoder.backbone, tokenizer, settings))
+    loaded = load_encoder(tmp_path / "saved")
+    rows = Tokenizing(loaded.tokenizer, loaded.settings).passage_ids(
+        [Passage("1", "", "a b"), Passage("2", "", "a b c d e a b")]
+    )
+    assert rows == [[4, 5, 3], [4, 5, 11, 12, 3]]
+    digest = Tokenizing(words(eos_token="</s>"), settings).passage_digest()
+    assert Tokenizing(loaded.tokenizer, settings).passage_digest() != digest
+
+
+def test_a_tokenizer_that_ends_so_already_stays(
+    make_tiny: Make, caplog: pytest.LogCaptureFixture
+) -> None:
+    tokenizer = make_tiny().tokenizer
+    before = tokenizer("the ship")["input_ids"]
+    with caplog.at_level(logging.INFO):
+        append_eos(tokenizer)
+    assert tokenizer("the ship")["input_ids"] == before
+    assert "ends every text with [SEP] already" in caplog.text
+
+
+def test_what_cannot_end_so_is_refused() -> None:
+    with pytest.raises(UsageError, match=r"--append_eos_token: .* no end-of-sequence token"):
+        append_eos(words())
+
+    class Slow:
+        eos_token = "</s>"
+
+    with pytest.raises(UsageError, match=r"--append_eos_token needs .* tokenizer\.json"):
+        append_eos(Slow())
+
+
+def test_texts_that_are_tokenised_already_end_so_too() -> None:
+    tokenizer = words(BEGIN, eos_token="</s>")
+    append_eos(tokenizer)
+    config = EncoderConfig(passage_max_length=5)
+    rows = Tokenizing(tokenizer, config).passage_ids([Passage("1", "", "", [4, 5, 11, 12, 13])])
+    assert rows == [[2, 4, 5, 11, 3]]
+
+
+def test_two_towers_both_get_the_projection(make_tiny: Make) -> None:
+    encoder = make_tiny()
+    encoder.query_tower = tower = make_tiny(seed=1)
+    made = with_projection(encoder, None, 48)
+    assert made.query_tower is not None
+    assert made.query_tower.backbone is tower.backbone
+    assert made.dimension == made.query_tower.dimension == 48

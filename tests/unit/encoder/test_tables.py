@@ -1,0 +1,103 @@
+"""Token tables of a corpus and of training queries."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import pyarrow as pa
+import pytest
+
+from mlflow_dr.collection.corpus import Corpus
+from mlflow_dr.collection.records import Example, Query
+from mlflow_dr.encoder import tables
+from mlflow_dr.encoder.model import Encoder
+from mlflow_dr.encoder.tables import corpus_tokens, query_tokens
+from mlflow_dr.encoder.tokenize import Tokenizing
+
+
+@pytest.fixture
+def encoder(make_tiny: Callable[..., Encoder]) -> Encoder:
+    return make_tiny(query_prompt="ship: ", passage_max_length=8)
+
+
+@pytest.fixture
+def corpus(texts: Sequence[str]) -> Corpus:
+    titles = [f"title {number}" if number % 2 else "" for number in range(len(texts))]
+    return Corpus(pa.table({"id": list("abcdefghij"), "title": titles, "text": list(texts)}))
+
+
+class Asked(NamedTuple):
+    """Examples of which only the queries count."""
+
+    passages: Corpus
+    count: int
+    digest: str = "asked"
+
+    def __len__(self) -> int:
+        return self.count
+
+    def __getitem__(self, index: int) -> Example:
+        query = Query(f"q{index}", f"which ship {index}")
+        return Example(query, np.array([0]), np.empty(0, np.int64))
+
+
+def tables_in(cache: Path) -> int:
+    return sum(path.is_dir() for path in (cache / "tokens").iterdir())
+
+
+def test_passages_and_queries_are_what_the_tokenizer_gives(
+    encoder: Encoder, corpus: Corpus
+) -> None:
+    tokenizing = Tokenizing(encoder.tokenizer, encoder.settings)
+    passages = corpus_tokens(corpus, tokenizing)
+    expected = tokenizing.passage_ids(corpus.passages(range(len(corpus))))
+    assert [passages[row].tolist() for row in range(len(passages))] == expected
+    asked = Asked(corpus, 3)
+    queries = query_tokens(asked, tokenizing)
+    expected = tokenizing.query_ids([asked[index].query for index in range(3)])
+    assert [queries[row].tolist() for row in range(len(queries))] == expected
+
+
+def test_queries_are_read_in_groups(
+    encoder: Encoder, corpus: Corpus, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tables, "QUERIES_PER_GROUP", 4)
+    tokenizing = Tokenizing(encoder.tokenizer, encoder.settings)
+    asked = Asked(corpus, 10)
+    queries = query_tokens(asked, tokenizing)
+    expected = tokenizing.query_ids([asked[index].query for index in range(10)])
+    assert [queries[row].tolist() for row in range(len(queries))] == expected
+
+
+def test_one_table_for_all_that_read_alike(
+    encoder: Encoder, corpus: Corpus, own_cache: Path
+) -> None:
+    """Lengths and prompts of the other side make no difference; those of this side do."""
+
+    def made(**changes: object) -> int:
+        tokenizing = Tokenizing(encoder.tokenizer, replace(encoder.settings, **changes))
+        corpus_tokens(corpus, tokenizing)
+        query_tokens(Asked(corpus, 3), tokenizing)
+        return tables_in(own_cache)
+
+    assert made() == 2
+    assert made(pooling="mean", normalize=True) == 2
+    assert made(query_max_length=5) == 3
+    assert made(passage_max_length=5) == 4
+    assert made(passage_prompt="ship: ") == 5
+    assert made(query_prompt="") == 6
+    assert made() == 6
+
+
+def test_other_contents_are_another_table(
+    encoder: Encoder, corpus: Corpus, own_cache: Path
+) -> None:
+    tokenizing = Tokenizing(encoder.tokenizer, encoder.settings)
+    query_tokens(Asked(corpus, 3), tokenizing)
+    assert len(query_tokens(Asked(corpus, 4, "others"), tokenizing)) == 4
+    corpus_tokens(corpus, tokenizing)
+    fewer = Corpus(pa.table({"id": ["a"], "title": [""], "text": ["a ship"]}))
+    assert len(corpus_tokens(fewer, tokenizing)) == 1
+    assert tables_in(own_cache) == 4

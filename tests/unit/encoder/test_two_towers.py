@@ -1,0 +1,77 @@
+"""Queries with weights of their own: one directory for us and for sentence-transformers."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from sentence_transformers import SentenceTransformer
+from torch import Tensor
+
+from mlflow_dr.collection.records import Passage, Query
+from mlflow_dr.encoder.changes import untie, with_projection
+from mlflow_dr.encoder.directory import load_encoder, save_encoder
+from mlflow_dr.encoder.model import Encoder
+from mlflow_dr.encoder.tokenize import Tokenizing
+from mlflow_dr.errors import UsageError
+
+QUERIES = ["which fish is red", "what is a reef"]
+PASSAGES = ["A red fish lives here.", "A reef is a ridge of rock under the sea."]
+
+
+@pytest.fixture
+def two_towers(make_tiny) -> Encoder:
+    settings = {"pooling": "mean", "normalize": True}
+    encoder = make_tiny(query_prompt="ask: ", query_max_length=16, **settings)
+    encoder = with_projection(encoder, None, 24).eval()
+    untie(encoder)
+    torch.manual_seed(1)
+    with torch.no_grad():
+        for weight in encoder.for_queries.parameters():
+            weight.add_(0.05 * torch.randn_like(weight))
+    return encoder
+
+
+def vectors(encoder: Encoder, rows: list[list[int]]) -> Tensor:
+    ids = [torch.tensor([row]) for row in rows]
+    with torch.no_grad():
+        return torch.cat([encoder(one, torch.ones_like(one)) for one in ids])
+
+
+def both(encoder: Encoder) -> tuple[Tensor, Tensor]:
+    tower = encoder.for_queries
+    queries = [Query(str(i), text) for i, text in enumerate(QUERIES)]
+    passages = [Passage(str(i), "", text) for i, text in enumerate(PASSAGES)]
+    return (
+        vectors(tower, Tokenizing(tower.tokenizer, tower.settings).query_ids(queries)),
+        vectors(encoder, Tokenizing(encoder.tokenizer, encoder.settings).passage_ids(passages)),
+    )
+
+
+def test_both_towers_are_saved_and_loaded(two_towers: Encoder, tmp_path: Path) -> None:
+    save_encoder(tmp_path / "encoder", two_towers)
+    for got, expected in zip(
+        both(load_encoder(tmp_path / "encoder")), both(two_towers), strict=True
+    ):
+        torch.testing.assert_close(got, expected, rtol=0, atol=1e-6)
+
+
+def test_sentence_transformers_encodes_queries_and_documents_each_with_its_tower(
+    two_towers: Encoder, tmp_path: Path
+) -> None:
+    save_encoder(tmp_path / "encoder", two_towers)
+    peer = SentenceTransformer(str(tmp_path / "encoder"), device="cpu")
+    queries, passages = both(two_towers)
+    got = torch.from_numpy(peer.encode_query(QUERIES))
+    torch.testing.assert_close(got, queries, rtol=0, atol=1e-6)
+    got = torch.from_numpy(peer.encode_document(PASSAGES))
+    torch.testing.assert_close(got, passages, rtol=0, atol=1e-6)
+    as_passages = Tokenizing(two_towers.tokenizer, two_towers.settings)
+    rows = as_passages.query_ids([Query(text, text) for text in QUERIES])
+    swapped = vectors(two_towers, rows)
+    assert (queries - swapped).abs().max() > 1e-3  # the towers differ
+
+
+def test_towers_of_different_dimensions_are_refused(two_towers: Encoder, make_tiny) -> None:
+    other = make_tiny()
+    with pytest.raises(UsageError, match="both towers need the same"):
+        Encoder(other.backbone, other.tokenizer, other.settings, two_towers)

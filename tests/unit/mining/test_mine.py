@@ -1,0 +1,314 @@
+"""Mining as a whole, against sentence-transformers' `mine_hard_negatives` and plain counting."""
+
+import gzip
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+import mlflow_dr
+from mlflow_dr.collection.catalogue import open_examples
+from mlflow_dr.encoder.directory import save_encoder
+from mlflow_dr.encoder.model import Encoder
+from mlflow_dr.errors import CheckpointError, DataError, UsageError
+from mlflow_dr.mining import mine as module
+from mlflow_dr.mining.mine import Mining, mine
+from mlflow_dr.mining.miner import Bm25Miner
+from mlflow_dr.mining.rule import Rule
+from mlflow_dr.retrieval.bm25 import Bm25Settings
+
+Folder = Callable[..., Path]
+SUBJECTS = ("gull", "ship", "otter", "storm", "ferry", "diver")
+PLACES = ("harbour", "wreck", "mast", "island", "channel")
+
+
+@pytest.fixture
+def folder(beir_folder: Folder) -> Path:
+    """30 passages, each about a subject at a place, and a query for each of them."""
+    pairs = [(subject, place) for subject in SUBJECTS for place in PLACES]
+    corpus = {f"p-{s}-{p}": (s, f"a {s} was seen at the {p} in {len(s)} hours") for s, p in pairs}
+    queries = {f"q-{s}-{p}": f"when was the {s} at the {p}?" for s, p in pairs}
+    return beir_folder(corpus, queries, train={q: {f"p{q[1:]}": 1} for q in queries})
+
+
+def mined(folder: Path, output: str = "mined.jsonl", **others: Any) -> list[dict[str, Any]]:
+    rule = others.pop("rule", Rule(5, 20))
+    path = folder.parent / output
+    mine(Mining(str(folder), path, rule=rule, force=True, device="cpu", dtype="fp32", **others))
+    text = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
+    return [json.loads(line) for line in text.splitlines()]
+
+
+def test_a_line_for_each_query_under_tevatrons_names(folder: Path) -> None:
+    lines = mined(folder)
+    assert len(lines) == 30
+    assert list(lines[0]) == [
+        *("query_id", "query_text", "positive_document_ids", "negative_document_ids"),
+        *("positive_scores", "negative_scores"),
+    ]
+    first = lines[0]
+    assert first["query_id"] == "q-gull-harbour"
+    assert first["query_text"] == "when was the gull at the harbour?"
+    assert first["positive_document_ids"] == ["p-gull-harbour"]
+    # what shares a word; the positive, which shares two, is first in the ranking
+    assert len(first["negative_document_ids"]) == 5
+    assert all("gull" in one or "harbour" in one for one in first["negative_document_ids"])
+    assert first["positive_scores"][0] > first["negative_scores"][0]
+    assert first["negative_scores"] == sorted(first["negative_scores"], reverse=True)
+
+
+def test_the_trainers_reader_reads_it(folder: Path) -> None:
+    lines = mined(folder, "mined.jsonl.gz")
+    corpus = mlflow_dr.open_collection(str(folder)).corpus()
+    examples = open_examples(folder.parent / "mined.jsonl.gz", lambda: corpus)
+    assert len(examples) == 30
+    for index, line in enumerate(lines):
+        example = examples[index]
+        assert example.query[:2] == (line["query_id"], line["query_text"])
+        found = [passage.id for passage in examples.passages.passages(example.negatives)]
+        assert found == line["negative_document_ids"]
+        expected = line["positive_scores"] + line["negative_scores"]
+        np.testing.assert_allclose(example.scores, expected, rtol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("ours", "theirs"),
+    [
+        (Rule(5, 25), {"range_max": 25}),
+        (Rule(4, 12, range_min=5), {"range_min": 5, "range_max": 12}),
+        (Rule(4, 25, margin=0.05), {"range_max": 25, "absolute_margin": 0.05}),
+        (Rule(4, 25, relative_margin=0.2), {"range_max": 25, "relative_margin": 0.2}),
+        (Rule(4, 25, max_score=0.6), {"range_max": 25, "max_score": 0.6}),
+        (Rule(2, 25, min_score=0.3), {"range_max": 25, "min_score": 0.3}),
+    ],
+)
+def test_an_encoders_negatives_are_sentence_transformers(
+    folder: Path, minilm: Path, ours: Rule, theirs: dict[str, Any], tmp_path: Path
+) -> None:
+    from datasets import Dataset
+    from sentence_transformers import SentenceTransformer
+    from sentence_transformers.util import mine_hard_negatives
+
+    records = map(json.loads, (folder / "corpus.jsonl").read_text().splitlines())
+    texts = {one["_id"]: f"{one['title']} {one['text']}" for one in records}
+    lines = mined(folder, miner=str(minilm), rule=ours)
+    pairs = {
+        "query": [line["query_text"] for line in lines],
+        "positive": [texts[line["positive_document_ids"][0]] for line in lines],
+    }
+    expected = mine_hard_negatives(
+        Dataset.from_dict(pairs),
+        SentenceTransformer(str(minilm), device="cpu"),
+        corpus=list(texts.values()),
+        num_negatives=ours.negatives,
+        output_format="labeled-list",
+        output_scores=True,
+        verbose=False,
+        **theirs,
+    )
+    by_query = {row["query"]: row for row in expected}
+    compared = 0
+    for line in lines:
+        scores = line["positive_scores"] + line["negative_scores"]
+        row = by_query.get(line["query_text"])
+        if row is None:
+            assert not line["negative_document_ids"]
+            continue
+        np.testing.assert_allclose(row["scores"], scores, atol=1e-5)
+        found = [texts[one] for one in line["negative_document_ids"]]
+        if min(np.diff(sorted(scores)), default=1.0) > 1e-5:  # rounding decides nothing
+            assert row["positive"][1:] == found
+            compared += 1
+    assert compared >= 10
+    assert any(line["negative_document_ids"] for line in lines)
+
+
+def test_a_querys_margin_is_from_its_positive_of_the_lowest_score(beir_folder: Folder) -> None:
+    corpus = {"p1": "gull", "p2": "gull mast", "p3": "the gull at the mast of a ship"}
+    folder = beir_folder(corpus, {"q": "gull mast"}, train={"q": {"p1": 1, "p2": 2}})
+    (free,) = mined(folder, rule=Rule(1, 1))
+    (held,) = mined(folder, rule=Rule(1, 1, margin=0.0))
+    assert free["negative_document_ids"] == ["p3"]
+    assert min(free["positive_scores"]) < free["negative_scores"][0] < max(free["positive_scores"])
+    assert held["negative_document_ids"] == []
+
+
+def test_passages_that_hold_an_answer(folder: Path) -> None:
+    _add_answers(folder, lambda query: ["4 hours"] if "ship" in query else [])
+    lines = mined(folder)
+    assert all(("answers" in one) == ("ship" in one["query_id"]) for one in lines)
+    assert lines[5]["answers"] == ["4 hours"]
+    # four letters, four hours: what is said of ships and gulls
+    negatives = {line["query_id"]: line["negative_document_ids"] for line in lines}
+    ships = [one for query in negatives if "ship" in query for one in negatives[query]]
+    assert ships
+    assert not any("gull" in one or "ship" in one for one in ships)
+    kept = mined(folder, exclude_answers=False)
+    assert any("ship" in one for one in kept[5]["negative_document_ids"])
+    assert kept[5]["answers"] == ["4 hours"]
+
+
+def _add_answers(folder: Path, answers: Callable[[str], list[str]]) -> None:
+    path = folder / "queries.jsonl"
+    records = [json.loads(line) for line in path.read_text().splitlines()]
+    lines = [json.dumps({**one, "answers": answers(one["_id"])}) for one in records]
+    path.write_text("\n".join(lines) + "\n")
+
+
+def test_what_is_counted(folder: Path) -> None:
+    extra = [{"_id": "q-none", "text": "xyzzy"}, {"_id": "q-few", "text": "seen where gulls"}]
+    with (folder / "queries.jsonl").open("a") as file:
+        file.writelines(json.dumps(one) + "\n" for one in extra)
+    with (folder / "qrels" / "train.tsv").open("a") as file:
+        file.write("q-none\tp-gull-mast\t1\nq-few\tp-gull-mast\t1\n")
+    path = folder.parent / "mined.jsonl"
+    report = mine(Mining(str(folder), path, rule=Rule(20, 25)))
+    lines = [json.loads(line) for line in path.read_text().splitlines()]
+    counts = [len(line["negative_document_ids"]) for line in lines]
+    assert report.queries == len(lines) == 32
+    assert report.negatives == sum(counts)
+    assert report.without == counts.count(0) == 1
+    assert report.short == sum(0 < count < 20 for count in counts) == 30
+    # every positive is found but xyzzy's
+    assert report.left_out["positives or of the same text"] == 31
+    assert 0 < report.seconds < 60
+    summary = "\n".join(report.summary(20))
+    assert f"32 queries with {sum(counts) / 32:.1f} negatives on average" in summary
+    assert "fewer than 20 negatives: 30 queries; none: 1 queries" in summary
+    assert lines[30] | {"positive_scores": []} == {
+        "query_id": "q-none",
+        "query_text": "xyzzy",
+        "positive_document_ids": ["p-gull-mast"],
+        "negative_document_ids": [],
+        "positive_scores": [],
+        "negative_scores": [],
+    }
+
+
+def test_a_training_file_may_know_less_than_the_judgements(folder: Path) -> None:
+    (line,) = [one for one in mined(folder) if one["query_id"] == "q-ship-mast"]
+    hardest = line["negative_document_ids"][0]
+    with (folder / "qrels" / "train.tsv").open("a") as file:
+        file.write(f"q-ship-mast\t{hardest}\t1\n")
+    given = folder.parent / "given.jsonl"
+    given.write_text(json.dumps(line) + "\n")
+    (again,) = mined(folder, train_dir=str(given))
+    assert again["positive_document_ids"] == line["positive_document_ids"]
+    assert again["negative_document_ids"][:4] == line["negative_document_ids"][1:]
+    assert hardest not in again["negative_document_ids"]
+
+
+def test_equal_requests_write_equal_files(folder: Path) -> None:
+    for name in ("a.jsonl.gz", "b.jsonl.gz"):
+        mined(folder, name, rule=Rule(5, 20, sample="random", seed=7))
+    room = folder.parent
+    content = (room / "a.jsonl.gz").read_bytes()
+    assert content == (room / "b.jsonl.gz").read_bytes()
+    assert content[4:8] == bytes(4)  # gzip's place for the time
+
+
+def test_batches_of_queries_do_not_matter(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    whole = mined(folder)
+    monkeypatch.setattr("mlflow_dr.mining.miner.QUERIES_PER_BATCH", 7)
+    assert mined(folder) == whole
+
+
+def test_the_search_is_as_deep_as_the_rule_and_the_positives(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked = []
+    search = Bm25Miner.search
+
+    def watched(self, corpus, queries, k, also):  # type: ignore[no-untyped-def]
+        asked.append(k)
+        return search(self, corpus, queries, k, also)
+
+    monkeypatch.setattr(Bm25Miner, "search", watched)
+    mined(folder)
+    with (folder / "qrels" / "train.tsv").open("a") as file:
+        file.writelines(f"q-gull-mast\tp-{s}-{p}\t1\n" for s in SUBJECTS[1:] for p in PLACES)
+    mined(folder)
+    mined(folder, rule=Rule(5, 30))
+    assert asked == [21, 40, 56]
+
+
+def test_from_python_in_two_lines(folder: Path) -> None:
+    request = mlflow_dr.Mining(str(folder), folder.parent / "m.jsonl", rule=mlflow_dr.Rule(3, 10))
+    assert mlflow_dr.mine(request).negatives == 90
+
+
+def test_other_terms_find_other_negatives(folder: Path) -> None:
+    scores = [
+        [line["negative_scores"] for line in mined(folder, bm25=one)]
+        for one in (Bm25Settings(), Bm25Settings(k1=0.1), Bm25Settings(language="none"))
+    ]
+    assert scores[0] != scores[1] != scores[2] != scores[0]
+
+
+def test_a_file_that_is_there_is_kept(folder: Path, tmp_path: Path) -> None:
+    path = tmp_path / "there.jsonl"
+    path.write_text("precious")
+    with pytest.raises(UsageError, match="is there already; --force replaces it"):
+        mine(Mining(str(folder), path))
+    assert path.read_text() == "precious"
+    mine(Mining(str(folder), path, force=True))
+    assert len(path.read_text().splitlines()) == 30
+
+
+@pytest.mark.parametrize("place", ["", "nowhere/mined.jsonl"])
+def test_a_place_that_cannot_be_written(folder: Path, tmp_path: Path, place: str) -> None:
+    with pytest.raises(UsageError, match=r"is a folder|does not exist"):
+        mine(Mining(str(folder), tmp_path / place))
+
+
+def test_what_breaks_off_leaves_nothing(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    room = tmp_path / "room"
+    room.mkdir()
+    (room / "old.jsonl").write_text("precious")
+
+    def interrupted(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(module, "_count", interrupted)
+    for name in ("new.jsonl", "new.jsonl.gz", "old.jsonl"):
+        with pytest.raises(KeyboardInterrupt):
+            mine(Mining(str(folder), room / name, force=True))
+    assert [path.name for path in room.iterdir()] == ["old.jsonl"]
+    assert (room / "old.jsonl").read_text() == "precious"
+
+
+def test_weights_with_nan(folder: Path, make_tiny: Callable[..., Encoder], tmp_path: Path) -> None:
+    encoder = make_tiny()
+    encoder.backbone.embeddings.word_embeddings.weight.data[:] = float("nan")
+    save_encoder(tmp_path / "encoder", encoder)
+    with pytest.raises(CheckpointError, match="30 of 30 query vectors"):
+        mined(folder, miner=str(tmp_path / "encoder"))
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("bm52", "cannot mine with 'bm52': did you mean bm25?"),
+        ("./nowhere", r"cannot mine with './nowhere': ./nowhere: not a directory"),
+    ],
+)
+def test_an_encoder_that_is_not_there(folder: Path, name: str, message: str) -> None:
+    with pytest.raises(UsageError, match=message):
+        mined(folder, miner=name)
+
+
+def test_a_collection_without_training_examples(beir_folder: Folder, tmp_path: Path) -> None:
+    folder = beir_folder({"p": "a ship"}, {"q": "ship"}, folder="other", test={"q": {"p": 1}})
+    with pytest.raises(UsageError, match="has no split 'train'; it has: test"):
+        mined(folder)
+
+
+def test_examples_of_another_collection(folder: Path, beir_folder: Folder) -> None:
+    other = beir_folder({"x": "a ship"}, {"q": "ship"}, folder="other", train={"q": {"x": 1}})
+    with pytest.raises(DataError, match="do examples and corpus belong together"):
+        mined(folder, train_dir=str(other))

@@ -1,0 +1,55 @@
+from pathlib import Path
+
+import pytest
+from mlflow.entities import LoggedModelStatus
+
+from mlflow_dr.tracking.checkpoints import (
+    abandon_pending,
+    checkpoints_of,
+    give_up,
+    new_checkpoint,
+    publish,
+    ready_steps,
+)
+from mlflow_dr.tracking.runs import TrackedRun
+
+
+@pytest.fixture
+def left_by_a_killed_trainer(run: TrackedRun, tmp_path: Path) -> TrackedRun:
+    """Steps 0 and 5 are whole, 10 was given up, of 15 and 20 nothing came, and 20 came later."""
+    (tmp_path / "weights").write_text("1")
+    publish(run, tmp_path, 0)
+    publish(run, tmp_path, 5)
+    give_up(run, new_checkpoint(run, 10, "abc"))
+    new_checkpoint(run, 15, "abc")
+    new_checkpoint(run, 20, "abc")
+    publish(run, tmp_path, 20)
+    return run
+
+
+def test_the_steps_that_are_whole(left_by_a_killed_trainer: TrackedRun) -> None:
+    assert ready_steps(left_by_a_killed_trainer) == {0, 5, 20}
+
+
+def test_what_was_announced_only_is_given_up(left_by_a_killed_trainer: TrackedRun) -> None:
+    run = left_by_a_killed_trainer
+    assert [one.step for one in checkpoints_of(run) if one.pending] == [15, 20]
+    assert abandon_pending(run) == [15, 20]
+    assert not any(one.pending for one in checkpoints_of(run))
+    assert ready_steps(run) == {0, 5, 20}
+    models = run.client.search_logged_models([run.experiment_id], f"source_run_id = '{run.id}'")
+    failed = [model.name for model in models if model.status == LoggedModelStatus.FAILED]
+    assert sorted(failed) == ["step-10", "step-15", "step-20"]
+    assert abandon_pending(run) == []
+
+
+def test_another_runs_checkpoints_and_other_models_are_left_alone(
+    left_by_a_killed_trainer: TrackedRun,
+) -> None:
+    run = left_by_a_killed_trainer
+    other = TrackedRun(run.client, run.client.create_run(run.experiment_id))
+    new_checkpoint(other, 15, "abc")
+    theirs = run.client.create_logged_model(run.experiment_id, "classifier", source_run_id=run.id)
+    abandon_pending(run)
+    assert [one.pending for one in checkpoints_of(other)] == [True]
+    assert run.client.get_logged_model(theirs.model_id).status == LoggedModelStatus.PENDING

@@ -1,0 +1,46 @@
+from collections.abc import Iterator
+
+import mlflow
+import pytest
+
+from mlflow_dr.errors import UsageError
+from mlflow_dr.tracking.current import current_run_id, name_collection
+from mlflow_dr.tracking.runs import RUN_VARIABLE, TrackedRun
+
+
+@pytest.fixture(autouse=True)
+def _no_variable(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    monkeypatch.delenv(RUN_VARIABLE, raising=False)
+    yield
+
+
+def test_asked_for_then_active_then_the_variable(
+    run: TrackedRun, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(RUN_VARIABLE, "from-variable")
+    assert current_run_id() == "from-variable"
+    monkeypatch.delenv(RUN_VARIABLE)  # start_run would take it up
+    with mlflow.start_run(run_id=run.id):
+        monkeypatch.setenv(RUN_VARIABLE, "from-variable")
+        assert current_run_id() == run.id
+        assert current_run_id("asked") == "asked"
+
+
+def test_without_a_run_the_ways_out_are_named() -> None:
+    with pytest.raises(UsageError, match=r"mlflow.start_run.*report_to.*MLFLOW_RUN_ID.*run_id"):
+        current_run_id()
+
+
+def test_what_a_validator_needs_is_on_the_run(run: TrackedRun) -> None:
+    name_collection(run, "/data/scifact", "dev")
+    name_collection(run, "/data/scifact", "dev")
+    data = run.fetch().data
+    assert data.tags["mlflow_dr.dataset"] == "/data/scifact"
+    assert data.params == {"dataset": "/data/scifact", "validation_split": "dev"}
+
+
+def test_a_split_that_the_run_does_not_have_is_refused(run: TrackedRun) -> None:
+    run.log_params({"validation_split": "test"})
+    with pytest.raises(UsageError, match="has validation_split='test' already") as caught:
+        name_collection(run, "demo", "dev")
+    assert "--split dev" in str(caught.value)

@@ -1,0 +1,116 @@
+"""What is written at each step, and how training is asked to stop."""
+
+import math
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+from transformers import TrainerControl, TrainerState, TrainingArguments
+
+from mlflow_dr.encoder.model import Encoder
+from mlflow_dr.training.callbacks import MetricCallback, StopCallback
+from mlflow_dr.training.publish_callback import PublishCallback
+
+Written = list[tuple[int, Mapping[str, float]]]
+Make = Callable[..., Any]
+
+
+class Submitted:
+    """Stands where the publisher is, and remembers."""
+
+    def __init__(self) -> None:
+        self.steps: list[int] = []
+
+    @property
+    def last_step(self) -> int | None:
+        return self.steps[-1] if self.steps else None
+
+    def submit(self, step: int) -> None:
+        self.steps.append(step)
+
+
+def publishing(every: int, initial: bool = False) -> tuple[Submitted, PublishCallback]:
+    submitted = Submitted()
+    return submitted, PublishCallback(every, initial=initial, publisher=submitted)  # type: ignore[arg-type]
+
+
+def writing(known: int | None = None) -> tuple[Written, MetricCallback]:
+    written: Written = []
+    return written, MetricCallback(lambda values, step: written.append((step, values)), known)
+
+
+def test_each_logged_step_is_one_point(make_small: Make, make_trainer: Make) -> None:
+    written, callback = writing()
+    make_trainer(make_small(), callbacks=[callback], max_steps=7, logging_steps=3).train()
+    assert [step for step, values in written if "train/loss" in values] == [3, 6]
+    assert all("train/learning_rate" in values for _, values in written[:2])
+    assert all("train/grad_norm" in values for _, values in written[:2])
+
+
+def test_the_summary_is_no_point_of_the_curves(make_small: Make, make_trainer: Make) -> None:
+    written, callback = writing()
+    make_trainer(make_small(), callbacks=[callback]).train()
+    steps, summary = written[-1]
+    assert steps == 4
+    assert {"train/mean_loss", "train/runtime", "train/samples_per_second"} <= summary.keys()
+    assert not {"train/loss", "train/train_loss", "train/epoch"} & summary.keys()
+    epochs = [step for step, values in written if "train/epoch" in values]
+    assert epochs == sorted(set(epochs))
+
+
+def log(callback: MetricCallback, step: int, **values: float) -> None:
+    state = TrainerState(global_step=step, is_world_process_zero=True)
+    callback.on_log(TrainingArguments(use_cpu=True), state, TrainerControl(), values)
+
+
+def test_what_a_resumed_training_logs_again_is_not_written_again() -> None:
+    written, callback = writing(known=4)
+    for step in (3, 4, 5):
+        log(callback, step, loss=1.0)
+    assert written == [(5, {"train/loss": 1.0})]
+    log(callback, 4, train_loss=1.0)
+    assert written[-1] == (4, {"train/mean_loss": 1.0})
+
+
+def test_what_is_no_number_is_not_written() -> None:
+    """MLflow's sqlite store takes NaN, other stores do not."""
+    written, callback = writing()
+    log(callback, 1, loss=1.0, grad_norm=math.nan)
+    assert written == [(1, {"train/loss": 1.0})]
+
+
+def test_other_processes_write_nothing() -> None:
+    written, callback = writing()
+    state = TrainerState(global_step=1, is_world_process_zero=False)
+    callback.on_log(TrainingArguments(use_cpu=True), state, TrainerControl(), {"loss": 1.0})
+    assert written == []
+
+
+@pytest.mark.parametrize(
+    ("every", "initial", "steps"),
+    [(3, True, [0, 3, 4]), (2, False, [2, 4]), (0, False, [4]), (0, True, [0, 4])],
+)
+def test_checkpoints_before_during_and_at_the_end(
+    make_small: Make, make_trainer: Make, every: int, initial: bool, steps: list[int]
+) -> None:
+    submitted, callback = publishing(every, initial)
+    make_trainer(make_small(), callbacks=[callback]).train()
+    assert submitted.steps == steps
+
+
+@pytest.mark.parametrize("saving", [True, False])
+def test_asked_to_stop_it_ends_after_the_step(
+    make_small: Make, make_trainer: Make, tmp_path: Path, saving: bool
+) -> None:
+    """With its encoder published, and where training saves, with something to resume from."""
+    stop = StopCallback()
+    stop.ask("test")
+    submitted, callback = publishing(0)
+    strategy = {"save_strategy": "steps", "save_steps": 100} if saving else {}
+    encoder: Encoder = make_small()
+    make_trainer(encoder, callbacks=[callback, stop], **strategy).train()
+    assert submitted.steps == [1]
+    saved = [path.name for path in tmp_path.glob("checkpoint-*")]
+    assert saved == (["checkpoint-1"] if saving else [])
+    assert stop.reason == "test"

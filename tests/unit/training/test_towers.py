@@ -1,0 +1,99 @@
+"""Queries and passages to vectors: which weights, and in which pieces."""
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor
+
+from mlflow_dr.encoder.changes import untie
+from mlflow_dr.encoder.model import Encoder
+from mlflow_dr.training.towers import TOKENS_PER_PIECE, Texts, Towers, cut, in_pieces, inverse
+
+LONG = [5 + 37 * i % 90 for i in range(120)]  # 6,000 tokens, of 120 x 94 padded
+
+
+def calls_of(encoder: Encoder) -> list[tuple[int, ...]]:
+    """Filled with the shape of the token ids of each call."""
+    shapes: list[tuple[int, ...]] = []
+    encoder.register_forward_pre_hook(
+        lambda _m, _a, options: shapes.append(tuple(options["input_ids"].shape)), with_kwargs=True
+    )
+    return shapes
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-6), (torch.float64, 1e-12)])
+def test_pieces_give_the_vectors_and_gradients_of_one_padded_batch(
+    make_small: Callable[..., Encoder],
+    make_texts: Callable[..., Texts],
+    dtype: torch.dtype,
+    tolerance: float,
+) -> None:
+    encoder = make_small(normalize=True).to(dtype)
+    texts = make_texts(LONG)
+    weights = torch.randn(len(LONG), 16, generator=torch.Generator().manual_seed(1), dtype=dtype)
+    whole = encoder(**texts)
+    (whole * weights).mean().backward()
+    expected = {n: p.grad.clone() for n, p in encoder.named_parameters() if p.grad is not None}
+    encoder.zero_grad()
+    shapes = calls_of(encoder)
+    vectors = in_pieces(encoder, texts)
+    assert len(shapes) > 3
+    torch.testing.assert_close(vectors, whole, rtol=tolerance, atol=tolerance)
+    (vectors * weights).mean().backward()
+    assert expected
+    for name, weight in encoder.named_parameters():
+        torch.testing.assert_close(weight.grad, expected[name], rtol=1e-4, atol=tolerance)
+
+
+def test_pieces_keep_within_their_tokens_and_pad_little(
+    make_small: Callable[..., Encoder], make_texts: Callable[..., Texts]
+) -> None:
+    encoder = make_small()
+    shapes = calls_of(encoder)
+    in_pieces(encoder, make_texts(LONG))
+    sizes = [rows * length for rows, length in shapes]
+    assert max(sizes) <= TOKENS_PER_PIECE
+    assert sum(rows for rows, _ in shapes) == len(LONG)
+    assert sum(sizes) < 1.25 * sum(LONG) < 0.7 * len(LONG) * max(LONG)
+
+
+@pytest.mark.parametrize("lengths", [[5, 9, 40], [64] * 32, [60] * 50, [1]], ids=len)
+def test_small_batches_are_not_split(
+    make_small: Callable[..., Encoder], make_texts: Callable[..., Texts], lengths: list[int]
+) -> None:
+    encoder = make_small()
+    shapes = calls_of(encoder)
+    in_pieces(encoder, make_texts(lengths))
+    assert shapes == [(len(lengths), max(lengths))]
+
+
+def test_each_role_has_its_weights(
+    make_small: Callable[..., Encoder], make_texts: Callable[..., Texts]
+) -> None:
+    texts = make_texts([3, 8, 5])
+    encoder = make_small().eval()
+    with torch.no_grad():
+        tied = Towers(encoder)({"query": texts, "passage": texts})
+        assert torch.equal(tied["query"], tied["passage"])
+        untie(encoder)
+        for weight in encoder.for_queries.parameters():
+            weight += torch.randn(weight.shape, generator=torch.Generator().manual_seed(2))
+        apart = Towers(encoder)({"passage": texts, "query": texts})
+        assert torch.equal(apart["passage"], tied["passage"])
+        assert not torch.allclose(apart["query"], tied["query"])
+        assert torch.equal(apart["query"], encoder.for_queries(**texts))
+        assert list(Towers(encoder)({"query": texts})) == ["query"]
+
+
+def test_inverse_undoes_an_order() -> None:
+    groups = [torch.tensor([4, 1]), torch.tensor([0, 3, 2])]
+    assert torch.cat(groups)[inverse(groups)].tolist() == [0, 1, 2, 3, 4]
+
+
+def test_cutting_leaves_out_columns_of_padding(make_texts: Callable[..., Texts]) -> None:
+    texts = make_texts([2, 7, 4])
+    some: dict[str, Tensor] = dict(cut(texts, torch.tensor([2, 0])))
+    assert some["input_ids"].tolist() == texts["input_ids"][[2, 0], :4].tolist()
+    assert some["attention_mask"].tolist() == [[1, 1, 1, 1], [1, 1, 0, 0]]
+    assert cut(texts, slice(0, 1))["input_ids"].shape == (1, 2)

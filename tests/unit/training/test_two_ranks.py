@@ -1,0 +1,221 @@
+"""Two processes with half the batch each, held against one process with the whole batch."""
+
+import copy
+import os
+import socket
+import subprocess
+import sys
+from collections.abc import Callable
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from mlflow_dr.encoder.changes import untie
+from mlflow_dr.encoder.lora import add_lora
+from mlflow_dr.encoder.model import Encoder
+from mlflow_dr.training.batches import Group, TrainingSet
+from mlflow_dr.training.building import collator_of
+from mlflow_dr.training.loss import Objective
+from mlflow_dr.training.towers import Texts, Towers
+
+SIZES = {"query": 2, "passage": 3}
+ALONE = Objective(0.05, distil_weight=0.3, distil_temperature=0.5)
+ACROSS = Objective(0.05, distil_weight=0.3, distil_temperature=0.5, across_devices=True)
+APART = Objective(0.05, distil_weight=0.3, distil_temperature=0.5)
+
+STEPS = {
+    f"{encoder}, {'cached' if cached else 'plain'}, {n} batches": (encoder, cached, n)
+    for encoder, cached, n in product(("tied", "untied", "lora"), (True, False), (1, 2))
+}
+TRAINER = {"trainer, cached": True, "trainer, plain": False}
+
+
+Found = dict[str, Any]
+
+
+@pytest.fixture
+def encoders(make_small: Callable[..., Encoder]) -> dict[str, Encoder]:
+    made = {name: make_small(normalize=True) for name in ("tied", "untied", "lora")}
+    untie(made["untied"])
+    torch.manual_seed(4)
+    add_lora(made["lora"], "base", rank=2, alpha=4, dropout=0.0)
+    generator = torch.Generator().manual_seed(5)
+    for name, weight in (pair for one in made.values() for pair in one.named_parameters()):
+        if name.startswith("query_tower") or ".lora_B." in name:
+            weight.data += 0.1 * torch.randn(weight.shape, generator=generator)
+    return {name: one.double() for name, one in made.items()}
+
+
+@pytest.fixture
+def batches(make_texts: Callable[..., Texts]) -> list[dict[str, Any]]:
+    """Two batches of 10 queries with 2 passages each; passages 0 and 18 are one."""
+    return [
+        {
+            "query": make_texts([2 + 3 * i % 5 for i in range(10)], seed),
+            "passage": make_texts([3 + 5 * i % 11 for i in range(20)], seed),
+            "keys": torch.tensor([18, *range(1, 20)]),
+            "teacher": torch.rand(10, 2, generator=torch.Generator().manual_seed(seed)),
+        }
+        for seed in range(2)
+    ]
+
+
+def arguments(size: int) -> dict[str, Any]:
+    return {
+        "per_device_train_batch_size": size,
+        "gradient_accumulation_steps": 2,
+        "max_steps": 3,
+        "use_cpu": True,
+        "logging_steps": 1,
+        "learning_rate": 0.1,
+        "optim": "sgd",
+        "warmup_steps": 0,
+        "disable_tqdm": True,
+    }
+
+
+@pytest.fixture
+def groups(
+    encoders: dict[str, Encoder], colours: Any, set_of: Callable[..., TrainingSet]
+) -> list[Group]:
+    chosen = set_of(encoders["tied"], colours, 3)
+    return [chosen[index] for index in range(len(chosen))]
+
+
+@pytest.fixture
+def cases(
+    batches: list[dict[str, Any]],
+    encoders: dict[str, Encoder],
+    groups: list[Group],
+) -> dict[str, dict[str, Any]]:
+    made: dict[str, dict[str, Any]] = {}
+    for name, (encoder, cached, n) in STEPS.items():
+        for objective in (ACROSS, APART):
+            made[f"{name}, {objective.across_devices}"] = {
+                "kind": "steps",
+                "encoder": encoder,
+                "objective": objective,
+                "sizes": SIZES if cached else None,
+                "batches": batches[:n],
+            }
+    for name, cached in TRAINER.items():
+        made[name] = {
+            "kind": "trainer",
+            "encoder": name,
+            "objective": Objective(0.05, across_devices=True),
+            "sizes": SIZES if cached else None,
+            "arguments": {**arguments(2), "ddp_backend": "gloo"},
+            "training_set": list(groups),
+            "collator": collator_of(encoders["tied"]),
+        }
+    return made
+
+
+kept: list[list[Found]] = []
+"""What both ranks found, once they were asked; empty results where they failed."""
+
+
+@pytest.fixture
+def ranks(cases: dict[str, Any], encoders: dict[str, Encoder], tmp_path: Path) -> list[Found]:
+    """What each rank found; computed once, in two processes, for all tests of this file."""
+    if not kept:
+        kept.append([{}, {}])
+        room = tmp_path
+        given = {
+            "cases": cases,
+            "encoders": {**encoders, **{name: copy.deepcopy(encoders["tied"]) for name in TRAINER}},
+        }
+        torch.save(given, room / "given.pt")
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = free.getsockname()[1]
+        script = Path(__file__).parent / "two_ranks.py"
+        done = subprocess.run(
+            [sys.executable, str(script), str(room), str(port)],
+            env={**os.environ, "TOKENIZERS_PARALLELISM": "false"},
+            capture_output=True,
+            text=True,
+            timeout=60,
+        )
+        assert done.returncode == 0, done.stderr[-3000:]
+        kept[0] = [torch.load(room / f"{rank}.pt", weights_only=False) for rank in range(2)]
+    return kept[0]
+
+
+@pytest.mark.parametrize("name", STEPS)
+@pytest.mark.parametrize("objective", [ACROSS, APART], ids=["across", "apart"])
+def test_loss_and_gradients_are_those_of_one_process(
+    name: str,
+    objective: Objective,
+    ranks: list[Found],
+    encoders: dict[str, Encoder],
+    batches: list[dict[str, Any]],
+) -> None:
+    """With negatives of all devices, of the whole batch; without, of the mean of both halves."""
+    key, _, n = STEPS[name]
+    encoder = encoders[key].train()
+    losses: list[list[float]] = []
+    for batch in batches[:n]:
+        vectors = Towers(encoder)({role: batch[role] for role in ("query", "passage")})
+        parts = [slice(0, 10)] if objective.across_devices else [slice(0, 5), slice(5, 10)]
+        found = [
+            ALONE(
+                vectors["query"][part],
+                vectors["passage"][2 * part.start : 2 * part.stop],
+                batch["keys"][2 * part.start : 2 * part.stop],
+                batch["teacher"][part],
+            )
+            for part in parts
+        ]
+        (sum(found) / len(found) / n).backward(retain_graph=True)  # type: ignore[union-attr]
+        losses.append([one.item() for one in found])
+    expected = {n: p.grad for n, p in encoder.named_parameters() if p.grad is not None}
+    for rank, found_there in enumerate(ranks):
+        for step in found_there[f"{name}, {objective.across_devices}"]["steps"]:
+            own = [some[rank % len(some)] for some in losses]
+            assert step["losses"] == pytest.approx(own, rel=1e-10)
+            assert step["gradients"].keys() == expected.keys()
+            for weight, gradient in expected.items():
+                torch.testing.assert_close(
+                    step["gradients"][weight], gradient, rtol=1e-10, atol=1e-10
+                )
+
+
+@pytest.mark.parametrize("name", STEPS)
+@pytest.mark.parametrize("across", [True, False], ids=["across", "apart"])
+def test_each_gradient_is_reduced_once_a_step(name: str, across: bool, ranks: list[Found]) -> None:
+    """However many chunks and accumulated batches there are."""
+    for found in ranks:
+        case = found[f"{name}, {across}"]
+        for step in case["steps"]:
+            numbers = [number for number, _ in step["reduced"]]
+            assert sorted(numbers) == list(range(len(numbers)))
+            assert sum(size for _, size in step["reduced"]) == case["trainable"]
+        assert len(numbers) > 1 or "lora" in name
+
+
+@pytest.mark.parametrize("name", TRAINER)
+def test_our_trainer_in_two_processes_is_our_trainer_in_one(
+    name: str,
+    ranks: list[Found],
+    encoders: dict[str, Encoder],
+    groups: list[Group],
+    make_trainer: Callable[..., Any],
+) -> None:
+    """Two batches of 2 on each of two ranks are two batches of 4, for three steps."""
+    trainer = make_trainer(encoders["tied"], training_set=groups, **arguments(4))
+    trainer.train()
+    losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+    for found in ranks:
+        case = found[name]
+        for weight, value in encoders["tied"].state_dict().items():
+            torch.testing.assert_close(case["weights"][weight], value, rtol=1e-10, atol=1e-10)
+        assert len(case["reduced"]) == 3
+        for step in case["reduced"]:
+            numbers = [number for number, _ in step]
+            assert sorted(numbers) == list(range(len(numbers)))
+            assert sum(size for _, size in step) == case["trainable"]
+    assert ranks[0][name]["losses"] == pytest.approx(losses, rel=1e-6)
