@@ -93,6 +93,10 @@ class CachedExamples:
         batch = bisect_right(self._starts, index) - 1
         return self._batches[batch].example(int(index) - self._starts[batch])
 
+    def negative_counts(self) -> np.ndarray:
+        """How many hard negatives each example has, `(n_examples,) int64`."""
+        return np.concatenate([batch.negative_counts() for batch in self._batches])
+
 
 class _Batch:
     """Some examples; lists are read as parts of one array, which is much quicker than by Arrow."""
@@ -108,6 +112,9 @@ class _Batch:
 
     def __len__(self) -> int:
         return self._count
+
+    def negative_counts(self) -> np.ndarray:
+        return self._negatives.lengths().astype(np.int64)
 
     def example(self, row: int) -> Example:
         scores = self._scores.numbers(row)
@@ -133,6 +140,9 @@ class _Lists:
         self._values = column.values
         numeric = not pa.types.is_string(self._values.type)
         self._numbers = self._values.to_numpy() if numeric else np.empty(0)
+
+    def lengths(self) -> np.ndarray:
+        return np.diff(self._offsets)
 
     def numbers(self, row: int) -> np.ndarray:
         return self._numbers[self._offsets[row] : self._offsets[row + 1]]
@@ -206,3 +216,7 @@ class JudgedExamples:
     def __getitem__(self, index: int) -> Example:
         rows = self._rows[self._starts[index] : self._starts[index + 1]]
         return Example(self._queries[index], rows, NO_ROWS)
+
+    def negative_counts(self) -> np.ndarray:
+        """None for any: judgements name no hard negatives, `(n_examples,) int64`."""
+        return np.zeros(len(self), np.int64)

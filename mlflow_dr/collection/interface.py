@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Protocol
 
+import numpy as np
+
 from mlflow_dr.collection.corpus import Corpus
 from mlflow_dr.collection.records import Example, Topics
 from mlflow_dr.errors import UsageError
@@ -24,6 +26,9 @@ class Examples(Protocol):
     def __len__(self) -> int: ...
 
     def __getitem__(self, index: int) -> Example: ...
+
+    def negative_counts(self) -> np.ndarray:
+        """How many hard negatives each example has, `(n_examples,) int64`."""
 
 
 class Collection(Protocol):

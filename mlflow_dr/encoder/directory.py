@@ -13,9 +13,7 @@ import inspect
 import json
 import logging
 import pickle
-import threading
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -29,6 +27,7 @@ from mlflow_dr.encoder import lora
 from mlflow_dr.encoder import sentence_transformers as st
 from mlflow_dr.encoder.config import EncoderConfig
 from mlflow_dr.encoder.model import Encoder, positions
+from mlflow_dr.encoder.quiet import quiet_transformers
 from mlflow_dr.encoder.source import encoder_directory
 from mlflow_dr.encoder.tokenize import highest_id
 from mlflow_dr.errors import CheckpointError, UsageError
@@ -42,9 +41,6 @@ ENCODERS_OF_PAIRS = {"t5": "T5EncoderModel", "mt5": "MT5EncoderModel", "umt5": "
 LONGEST_BY_DEFAULT = 512
 # without its files transformers makes up a tokenizer of special tokens and, by kind, up to 2 others
 MADE_UP_TOKENS = 2
-
-_quiet_lock = threading.Lock()
-_before_quiet: list[tuple[int, bool]] = []
 
 
 def load_encoder(
@@ -244,29 +240,6 @@ def _load_backbone(directory: Path, words: Path, options: dict[str, Any]) -> tup
             f"only {rows} tokens; tokenizer and weights do not belong together"
         )
     return backbone, tokenizer
-
-
-@contextmanager
-def quiet_transformers() -> Iterator[None]:
-    """Without transformers' bars and its table of unused weights; threads may be here together."""
-    from transformers.utils import logging as messages
-
-    with _quiet_lock:  # a publisher's thread may be here beside the trainer's
-        if not _before_quiet:
-            _before_quiet.append((messages.get_verbosity(), messages.is_progress_bar_enabled()))
-            messages.set_verbosity_error()
-            messages.disable_progress_bar()
-        else:
-            _before_quiet.append(_before_quiet[0])
-    try:
-        yield
-    finally:
-        with _quiet_lock:
-            level, bars = _before_quiet.pop()
-            if not _before_quiet:
-                messages.set_verbosity(level)
-                if bars:
-                    messages.enable_progress_bar()
 
 
 def _has_unused_pooler(config: Any) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import random
 from collections.abc import Sequence
 from typing import Any, NamedTuple, Protocol
@@ -12,10 +13,13 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from mlflow_dr.collection.interface import Examples
+from mlflow_dr.collection.records import Example
 from mlflow_dr.encoder.tables import corpus_tokens, query_tokens
 from mlflow_dr.encoder.tokenize import Tokenizing
-from mlflow_dr.errors import DataError
+from mlflow_dr.errors import DataError, UsageError
 from mlflow_dr.training.towers import PASSAGE, QUERY
+
+log = logging.getLogger(__name__)
 
 
 class Rows(Protocol):
@@ -47,7 +51,7 @@ class TrainingSet(Dataset[Group]):
 
     The positive rotates from epoch to epoch and the negatives rotate without repetition, through an
     order that depends on the query and the seed alone: not on workers, processes or other queries.
-    A query with fewer negatives than asked repeats them.
+    A query with fewer negatives than asked repeats them; one without any gets random passages.
 
     Args:
         examples: what is trained on.
@@ -59,8 +63,8 @@ class TrainingSet(Dataset[Group]):
         first_key: added to the passages' keys, for sets that are mixed.
 
     Raises:
-        DataError: on reading an example without positives, without negatives where some are asked
-            for, or without scores where they are.
+        DataError: on reading an example without positives, or without scores where some are asked
+            for.
     """
 
     def __init__(
@@ -98,12 +102,13 @@ class TrainingSet(Dataset[Group]):
         example = self._examples[index]
         name = example.query.id
         n_positives = len(example.positives)
+        if not n_positives:
+            raise DataError(f"query {name!r} has no positives to train on")
+        pool = example.negatives if len(example.negatives) else self._random(example, visit)
         positive = self._rotated(name, "positives", n_positives, 1, visit)
-        negatives = self._rotated(
-            name, "negatives", len(example.negatives), self._n_negatives, visit
-        )
+        negatives = self._rotated(name, "negatives", len(pool), self._n_negatives, visit)
         places = [*positive, *(n_positives + place for place in negatives)]
-        rows = np.concatenate([example.positives, example.negatives])[places]
+        rows = np.concatenate([example.positives, pool])[places]
         return Group(
             name,
             self._queries[index],
@@ -115,13 +120,6 @@ class TrainingSet(Dataset[Group]):
     def _rotated(self, query_id: str, role: str, there: int, count: int, visit: int) -> list[int]:
         if count == 0:
             return []
-        if not there:
-            raise DataError(
-                f"query {query_id!r} has no {role}; train with --train_n_passages 1 to use "
-                "in-batch negatives only, or make some with `mlflow-dr mine`"
-                if role == "negatives"
-                else f"query {query_id!r} has no positives to train on"
-            )
         if there == 1:
             return [0] * count
         order = list(range(there))
@@ -129,12 +127,27 @@ class TrainingSet(Dataset[Group]):
         start = visit * count
         return [order[(start + offset) % there] for offset in range(count)]
 
+    def _random(self, example: Example, visit: int) -> np.ndarray:
+        """Passages that are no positives, for a query without negatives."""
+        positives = set(example.positives.tolist())
+        there = len(self._examples.passages)
+        if not self._n_negatives or len(positives) >= there:
+            return np.zeros(self._n_negatives, np.int64)
+        chance = random.Random(f"{self._seed}:random:{example.query.id}:{visit}")
+        rows: list[int] = []
+        while len(rows) < self._n_negatives:
+            row = chance.randrange(there)
+            if row not in positives:
+                rows.append(row)
+        return np.array(rows)
+
     def _scores(
         self, query_id: str, scores: np.ndarray | None, places: Sequence[int]
     ) -> np.ndarray | None:
         if not self._with_scores:
             return None
-        if scores is None or not np.isfinite(scores[list(places)]).all():
+        known = scores is not None and max(places) < len(scores)
+        if scores is None or not known or not np.isfinite(scores[list(places)]).all():
             raise DataError(
                 f"query {query_id!r} has no teacher's scores of all its passages; "
                 "--distil_weight needs them in the training data"
@@ -152,6 +165,32 @@ class LateTokens:
     def __getitem__(self, row: int) -> np.ndarray:
         """Token ids of one passage, `(length,) int64`."""
         return np.asarray(self._tokenizing.passage_ids([self._corpus[row]])[0])
+
+
+def check_negatives(examples: Examples, n_passages: int, name: str) -> None:
+    """Say before training what queries lack.
+
+    Raises:
+        UsageError: hard negatives are asked for, and no query has any.
+    """
+    if n_passages == 1:
+        return
+    counts = examples.negative_counts()
+    if not counts.any():
+        raise UsageError(
+            f"{name}: no query has hard negatives; --train_n_passages 1 trains with in-batch "
+            "negatives only, and `mlflow-dr mine` finds some"
+        )
+    if none := int((counts == 0).sum()):
+        log.warning(
+            "%s: %d of %d queries have no hard negatives and get random passages instead",
+            *(name, none, len(counts)),
+        )
+    if few := int((counts[counts > 0] < n_passages - 1).sum()):
+        log.info(
+            "%s: %d queries repeat their hard negatives, having fewer than the %d asked for",
+            *(name, few, n_passages - 1),
+        )
 
 
 def training_set(

@@ -15,7 +15,7 @@ from mlflow_dr.encoder.tiny import tiny_encoder
 from mlflow_dr.encoder.tokenize import Tokenizing
 from mlflow_dr.errors import UsageError
 from mlflow_dr.training.arguments import ADAPTER, TrainingRequest
-from mlflow_dr.training.batches import Collator, TrainingSet, training_set
+from mlflow_dr.training.batches import Collator, TrainingSet, check_negatives, training_set
 from mlflow_dr.training.data import TrainingData
 from mlflow_dr.training.mixture import Mixture
 
@@ -87,6 +87,7 @@ def mixed_training_set(
     sets = []
     first_key = 0
     for part in data.parts:
+        check_negatives(part.examples, request.data.train_n_passages, part.name)
         sets.append(
             training_set(
                 part.examples,

@@ -22,6 +22,7 @@ SUMMARY = {
     "train_samples_per_second": "samples_per_second",
     "train_steps_per_second": "steps_per_second",
 }
+NO_FIGURES = ("total_flos", "step")
 
 
 class MetricCallback(TrainerCallback):
@@ -38,6 +39,18 @@ class MetricCallback(TrainerCallback):
         self._write = write
         self._known = known
 
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
+    ) -> None:
+        """Write what was logged before a checkpoint that is resumed from, and never got there.
+
+        Figures are sent by a thread, so a kill loses the last of them.
+        """
+        if state.is_world_process_zero:
+            for logs in state.log_history:
+                if not SUMMARY.keys() & logs.keys():
+                    self._write_once(logs, int(logs["step"]))
+
     def on_log(
         self,
         args: TrainingArguments,
@@ -49,19 +62,22 @@ class MetricCallback(TrainerCallback):
         """Write the figures of this step."""
         if not state.is_world_process_zero:
             return
+        self._write_once(logs or {}, state.global_step)
+        if logs and "loss" in logs and not sys.stderr.isatty():
+            log.info("step %d of %d: loss %.4f", state.global_step, state.max_steps, logs["loss"])
+
+    def _write_once(self, logs: Mapping[str, Any], step: int) -> None:
         values = {
             f"train/{SUMMARY.get(name, name)}": float(value)
-            for name, value in (logs or {}).items()
-            if isinstance(value, int | float) and name != "total_flos"
+            for name, value in logs.items()
+            if isinstance(value, int | float) and name not in NO_FIGURES
         }
         if "train/mean_loss" in values:
             values.pop("train/epoch", None)  # the last step has it already
-        elif self._known is not None and state.global_step <= self._known:
+        elif self._known is not None and step <= self._known:
             values = {}
-        if values:
-            self._write({k: v for k, v in values.items() if math.isfinite(v)}, state.global_step)
-        if logs and "loss" in logs and not sys.stderr.isatty():
-            log.info("step %d of %d: loss %.4f", state.global_step, state.max_steps, logs["loss"])
+        if values := {name: value for name, value in values.items() if math.isfinite(value)}:
+            self._write(values, step)
 
 
 class StopCallback(TrainerCallback):

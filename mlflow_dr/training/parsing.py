@@ -107,6 +107,8 @@ def _refuse_what_would_be_ignored(request: TrainingRequest, words: Sequence[str]
         raise UsageError(
             "ZeRO stage 3 shards weights that are to be published; use stage 1 or 2, or --fsdp"
         )
+    if trainer.fp16 and trainer.device.type == "cpu":
+        raise UsageError("--fp16 needs a GPU; on a processor use --bf16, or neither")
     if loss.negatives_x_device and trainer.world_size == 1:
         log.warning("--negatives_x_device changes nothing: there is one training process")
 

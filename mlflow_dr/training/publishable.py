@@ -14,9 +14,10 @@ from torch.distributed.tensor import DTensor
 
 from mlflow_dr.encoder import sentence_transformers as st
 from mlflow_dr.encoder.config import EncoderConfig
-from mlflow_dr.encoder.directory import CONFIG, load_encoder, quiet_transformers, save_encoder
+from mlflow_dr.encoder.directory import CONFIG, load_encoder, save_encoder
 from mlflow_dr.encoder.lora import is_adapted
 from mlflow_dr.encoder.model import Encoder, positions
+from mlflow_dr.encoder.quiet import quiet_transformers
 from mlflow_dr.errors import CheckpointError, UsageError
 
 BACKBONE_CONFIG = "config.json"

@@ -207,6 +207,13 @@ class RetrieverTrainer(Trainer):
             "logged": self._globalstep_last_logged,
         }
 
+    def _run_epoch(self, *arguments: Any, **options: Any) -> None:
+        """One epoch; none where all steps were done before, as Trainer would do one too many."""
+        if self.state.global_step >= self.state.max_steps:
+            self.control.should_training_stop = True
+            return
+        super()._run_epoch(*arguments, **options)
+
     def restore_progress(self) -> None:
         """Go on summing losses where the checkpoint left off."""
         if self.resumed_progress:

@@ -95,9 +95,13 @@ def words(rule: Any = None, **special: str) -> PreTrainedTokenizerFast:
 BEGIN = processors.TemplateProcessing(
     single="<s> $A", pair="<s> $A $B", special_tokens=[("<s>", 2)]
 )
+AROUND = processors.TemplateProcessing(
+    single="<s> $A c", pair="<s> $A c $B c", special_tokens=[("<s>", 2), ("c", 11)]
+)
 TOKENIZERS: dict[str, Callable[[], Any]] = {
     "no rule": lambda: words(eos_token="</s>"),
     "a begin": lambda: words(BEGIN, eos_token="</s>", bos_token="<s>"),
+    "a begin and an end": lambda: words(AROUND, eos_token="</s>"),
     "a separator": lambda: words(sep_token="</s>"),
     # bytes, and a rule of their own
     "qwen2": lambda: Qwen2Tokenizer(

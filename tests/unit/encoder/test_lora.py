@@ -8,7 +8,16 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import BertConfig, BertModel, GPT2Config, GPT2Model, Qwen2Config, Qwen2Model
+from transformers import (
+    BertConfig,
+    BertModel,
+    GPT2Config,
+    GPT2Model,
+    OPTConfig,
+    OPTModel,
+    Qwen2Config,
+    Qwen2Model,
+)
 
 from mlflow_dr.encoder import lora
 from mlflow_dr.encoder.changes import untie, with_projection
@@ -30,6 +39,10 @@ def backbone(kind: str, vocabulary: int) -> Any:
         return BertModel(config, add_pooling_layer=False)
     if kind == "gpt2":  # its layers are transposed
         return GPT2Model(GPT2Config(vocab_size=vocabulary, n_embd=16, n_layer=2, n_head=2))
+    if kind == "opt":
+        return OPTModel(
+            OPTConfig(vocab_size=vocabulary, ffn_dim=32, word_embed_proj_dim=16, **SIZE)
+        )
     return Qwen2Model(
         Qwen2Config(vocab_size=vocabulary, intermediate_size=32, num_key_value_heads=1, **SIZE)
     )
@@ -83,6 +96,7 @@ def test_usual_layers_get_adapters_else_all_that_are_linear(make: Make) -> None:
         return {name.split(".lora_")[0].rsplit(".", 1)[-1] for name in names}
 
     assert layers("qwen2") == set(lora.USUAL_TARGETS)
+    assert layers("opt") == {"q_proj", "k_proj", "v_proj"}
     assert layers("bert") == {"query", "key", "value", "dense"}
     assert layers("bert", targets=["query", "value"]) == {"query", "value"}
 

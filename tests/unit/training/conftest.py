@@ -1,5 +1,6 @@
 """Small encoders, batches and examples that the tests of training share."""
 
+import gc
 import json
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -20,6 +21,15 @@ from mlflow_dr.training.loss import Objective
 from mlflow_dr.training.towers import Texts
 
 COLOURS = ("red", "green", "blue", "white", "black", "pink", "brown", "grey")
+
+
+@pytest.fixture(scope="session", autouse=True)
+def quick_collections() -> None:
+    """Trainers collect garbage when they end; what libraries made when imported is none."""
+    import mlflow_dr.training.train  # noqa: F401
+
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture
@@ -84,6 +94,9 @@ class Listed(NamedTuple):
 
     def __getitem__(self, index: int) -> Example:
         return self.examples[index]
+
+    def negative_counts(self) -> np.ndarray:
+        return np.array([len(example.negatives) for example in self.examples])
 
 
 @pytest.fixture

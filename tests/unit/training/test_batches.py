@@ -14,8 +14,15 @@ from torch.utils.data import DataLoader
 from mlflow_dr.collection.records import Example
 from mlflow_dr.encoder.model import Encoder
 from mlflow_dr.encoder.tokenize import Tokenizing
-from mlflow_dr.errors import DataError
-from mlflow_dr.training.batches import Collator, Group, LateTokens, TrainingSet, training_set
+from mlflow_dr.errors import DataError, UsageError
+from mlflow_dr.training.batches import (
+    Collator,
+    Group,
+    LateTokens,
+    TrainingSet,
+    check_negatives,
+    training_set,
+)
 
 Make = Callable[..., Any]
 
@@ -163,10 +170,41 @@ def test_missing_scores_are_an_error_that_names_the_query(one: Make, scores: Any
         one(1, 2, 3, "q7", scores, with_scores=True)[0]
 
 
-def test_no_negatives_where_some_are_asked_for_is_an_error_with_a_way_out(one: Make) -> None:
-    with pytest.raises(DataError, match=r"query 'q7' has no negatives.*--train_n_passages 1"):
-        one(1, 0, 2, "q7")[0]
-    assert rows_in(one(1, 0, 1), 0) == [0]
+def test_a_query_without_negatives_gets_passages_that_are_not_its_positives(
+    tiny: Encoder, set_of: Make, make_examples: Make
+) -> None:
+    words = [f"passage {number}" for number in range(9)]
+    examples = make_examples(("q7", words[:3], []), ("q8", words[3:4], words[4:]))
+    chosen = set_of(tiny, examples, 4)
+    seen = set()
+    for epoch in range(6):
+        chosen.set_epoch(epoch)
+        negatives = chosen[0].keys[1:].tolist()
+        assert not {0, 1, 2} & set(negatives)
+        seen.add(tuple(negatives))
+    assert len(seen) > 1
+    again = set_of(tiny, examples, 4)
+    again.set_epoch(5)
+    assert again[0].keys.tolist() == chosen[0].keys.tolist()
+    assert len(set_of(tiny, examples, 1)[0].passages) == 1
+
+
+def test_what_queries_lack_is_said_before_training(
+    make_examples: Make, caplog: pytest.LogCaptureFixture
+) -> None:
+    bare = make_examples(("q7", ["one"], []))
+    check_negatives(bare, 1, "mine")
+    with pytest.raises(UsageError, match="mine: no query has hard negatives; --train_n_passages 1"):
+        check_negatives(bare, 2, "mine")
+    caplog.set_level("INFO", "mlflow_dr")
+    check_negatives(
+        make_examples(("q7", ["one"], []), ("q8", ["two"], ["a"]), ("q9", ["three"], ["a", "b"])),
+        *(3, "mine"),
+    )
+    assert [record.getMessage() for record in caplog.records] == [
+        "mine: 1 of 3 queries have no hard negatives and get random passages instead",
+        "mine: 1 queries repeat their hard negatives, having fewer than the 2 asked for",
+    ]
 
 
 def test_no_positives_is_an_error(one: Make) -> None:

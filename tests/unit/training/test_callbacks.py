@@ -73,6 +73,19 @@ def test_what_a_resumed_training_logs_again_is_not_written_again() -> None:
     assert written[-1] == (4, {"train/mean_loss": 1.0})
 
 
+def test_what_a_kill_has_lost_is_written_when_training_goes_on() -> None:
+    """From the checkpoint, which has the figures of the steps before it."""
+    written, callback = writing(known=2)
+    history = [{"loss": float(step), "epoch": 0.5, "step": step} for step in range(1, 5)]
+    history.append({"train_loss": 1.0, "epoch": 0.5, "step": 4})
+    state = TrainerState(global_step=4, is_world_process_zero=True, log_history=history)
+    callback.on_train_begin(TrainingArguments(use_cpu=True), state, TrainerControl())
+    assert written == [
+        (3, {"train/loss": 3.0, "train/epoch": 0.5}),
+        (4, {"train/loss": 4.0, "train/epoch": 0.5}),
+    ]
+
+
 def test_what_is_no_number_is_not_written() -> None:
     """MLflow's sqlite store takes NaN, other stores do not."""
     written, callback = writing()

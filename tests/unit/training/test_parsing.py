@@ -81,6 +81,7 @@ def test_epochs_replace_the_recipes_steps() -> None:
         (["--do_train=no"], "--do_train false leaves nothing to do"),
         (["--do_eval"], "mlflow-dr validate --run-id RUN"),
         (["--do_predict"], "mlflow-dr validate --run-id RUN"),
+        (["--fp16", "--use_cpu"], "--fp16 needs a GPU; on a processor use --bf16"),
         (["--grad_cache", "--fsdp", "full_shard"], "--grad_cache cannot be used with --fsdp"),
     ],
 )

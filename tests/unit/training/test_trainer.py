@@ -146,16 +146,23 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "ragged epochs": {"per_device_train_batch_size": 3},
     "workers": {"dataloader_num_workers": 2},
     "lasting workers": {"dataloader_num_workers": 2, "dataloader_persistent_workers": True},
-    "bf16": {"bf16": True},
-    "grad cache": {"chunk_sizes": SIZES},
+    "grad cache and bf16": {"chunk_sizes": SIZES, "bf16": True},
     "logged every 3, saved every 2": {"logging_steps": 3, "save_steps": 2},
     "logged every 3, accumulated": {"logging_steps": 3, "gradient_accumulation_steps": 2},
     "mixture": {},
 }
 
 
-@pytest.mark.parametrize("stopped", [3, 4])
-@pytest.mark.parametrize("variant", VARIANTS)
+# an epoch has two steps where nothing else is said: stopped amid one, or between two
+@pytest.mark.parametrize(
+    ("variant", "stopped"),
+    [
+        *(("plain", 3), ("plain", 4), ("accumulation", 3), ("ragged epochs", 3)),
+        *(("ragged epochs", 4), ("workers", 4), ("lasting workers", 3), ("mixture", 3)),
+        *(("grad cache and bf16", 3), ("logged every 3, saved every 2", 4)),
+        *(("logged every 3, accumulated", 3), ("mixture", 4)),
+    ],
+)
 def test_resumed_losses_are_those_of_the_run_that_was_never_stopped(
     make_small: Make,
     make_trainer: Make,
@@ -165,7 +172,7 @@ def test_resumed_losses_are_those_of_the_run_that_was_never_stopped(
     variant: str,
     stopped: int,
 ) -> None:
-    """Step for step, with dropout; an epoch has two steps, so it is stopped amid one or between."""
+    """Step for step, with dropout."""
     settings = {"save_strategy": "steps", "save_steps": 100, "max_steps": 9, **VARIANTS[variant]}
     settings["warmup_steps"] = 4
 
@@ -199,6 +206,24 @@ def test_resumed_losses_are_those_of_the_run_that_was_never_stopped(
         torch.testing.assert_close(value, expected_weights[name], rtol=1e-6, atol=1e-7)
     mean = "train_loss"
     assert logged(second, mean)[9] == pytest.approx(logged(undisturbed, mean)[9], rel=1e-6)
+
+
+@pytest.mark.parametrize("steps", [3, 4])
+def test_resumed_at_its_end_it_does_no_step_more(
+    make_small: Make, make_trainer: Make, tmp_path: Path, steps: int
+) -> None:
+    """Amid an epoch, or at the end of one."""
+    settings = {"save_strategy": "steps", "save_steps": steps, "max_steps": steps}
+    first = make_trainer(make_small(0.2), **settings)
+    first.train()
+    again = make_trainer(make_small(0.2, seed=1), **settings)
+    again.resume(tmp_path / f"checkpoint-{steps}")
+    assert again.state.global_step == steps
+    assert [e["step"] for e in again.state.log_history if "loss" in e] == [*range(1, steps + 1)]
+    means = [one.state.log_history[-1]["train_loss"] for one in (first, again)]
+    assert means[1] == pytest.approx(means[0], rel=1e-6)
+    for name, value in first._encoder.state_dict().items():
+        assert torch.equal(again._encoder.state_dict()[name], value)
 
 
 def test_resumed_adapters_two_towers_and_projections(

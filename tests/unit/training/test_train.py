@@ -1,0 +1,434 @@
+"""A whole training in this process, from flags to a run in a real store."""
+
+import json
+import logging
+import os
+import signal
+import time
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import mlflow
+import pytest
+import torch
+from mlflow import MlflowClient
+
+from mlflow_dr.encoder.directory import load_encoder, save_encoder
+from mlflow_dr.encoder.model import Encoder
+from mlflow_dr.errors import TrainingError, UsageError
+from mlflow_dr.tracking.checkpoints import checkpoints_of, fetched, ready_steps
+from mlflow_dr.tracking.runs import TrackedRun
+from mlflow_dr.tracking.stop_request import StopWatcher, request_stop
+from mlflow_dr.training import train as train_module
+from mlflow_dr.training.data import open_data
+from mlflow_dr.training.loss import Objective
+from mlflow_dr.training.parsing import parse_training
+from mlflow_dr.training.train import train
+from mlflow_dr.training.trainer import RetrieverTrainer
+
+Make = Callable[..., Any]
+IDS = torch.tensor([[2, 9, 8, 7, 3], [2, 6, 3, 0, 0]])
+MASK = (IDS != 0).long()
+FLAGS = {
+    "max_steps": 4,
+    "per_device_train_batch_size": 4,
+    "logging_steps": 1,
+    "publish_steps": 2,
+    "learning_rate": 1e-2,
+    "bf16": False,
+    "use_cpu": True,
+    "warmup_steps": 0,
+}
+
+
+class Run(TrackedRun):
+    """A run, with what the tests ask of it."""
+
+    @property
+    def status(self) -> str:
+        return str(self.fetch().info.status)
+
+    def points(self, name: str = "train/loss") -> list[tuple[int, float]]:
+        mlflow.flush_async_logging()
+        history = self.client.get_metric_history(self.id, name)
+        return sorted((point.step, point.value) for point in history)
+
+    def losses(self) -> list[float]:
+        return [value for _, value in self.points()]
+
+
+@pytest.fixture(autouse=True)
+def elsewhere(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """In a folder of its own; MLflow's logging thread ends when told to, not in two seconds."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("MLFLOW_ASYNC_LOGGING_BUFFERING_SECONDS", "1")
+
+
+@pytest.fixture
+def trained(client: MlflowClient, experiment: str, folder: Path, saved: Path) -> Callable[..., Run]:
+    """A function from flags to the run of their training; of `saved` on `folder` by default."""
+
+    def trained(
+        *words: object, model: object = saved, dataset: object = folder, **flags: Any
+    ) -> Run:
+        chosen = {"model": model, "dataset": dataset, "experiment_name": "tests", **FLAGS, **flags}
+        pairs = [str(word) for name, value in chosen.items() for word in (f"--{name}", value)]
+        return run_of(train(parse_training([*map(str, words), *pairs])))
+
+    def run_of(run_id: str) -> Run:
+        return Run(client, client.get_run(run_id))
+
+    return trained
+
+
+def vectors_of(trainer: RetrieverTrainer) -> torch.Tensor:
+    """What the encoder that was trained gives now."""
+    with torch.no_grad():
+        return trainer._encoder.eval()(IDS, MASK)
+
+
+@pytest.fixture
+def last_run(client: MlflowClient, experiment: str) -> Callable[[], Run]:
+    """The run that was begun last."""
+    return lambda: Run(client, client.search_runs([experiment], max_results=1)[0])
+
+
+@pytest.fixture
+def published() -> Iterator[Callable[..., Path]]:
+    """A function from a run and a step to the directory that was published."""
+    with ExitStack() as fetches:
+
+        def published(run: Run, step: int = 4) -> Path:
+            (one,) = (one for one in checkpoints_of(run) if one.step == step)
+            return fetches.enter_context(fetched(one))
+
+        yield published
+
+
+def test_a_training_is_a_run_with_its_losses_and_checkpoints(
+    trained: Make,
+    published: Make,
+    folder: Path,
+    saved: Path,
+    trainers: list[RetrieverTrainer],
+) -> None:
+    run = trained()
+    assert run.status == "FINISHED"
+    assert [step for step, _ in run.points()] == [1, 2, 3, 4]
+    assert ready_steps(run) == {0, 2, 4}
+    assert len(checkpoints_of(run)) == 3
+    params = run.fetch().data.params
+    assert params["model"] == str(saved)
+    assert (params["dataset"], params["validation_split"]) == (str(folder), "dev")
+    (entry,) = run.fetch().inputs.dataset_inputs
+    assert entry.dataset.name == str(folder)
+    before = load_encoder(saved, normalize=True)(IDS, MASK)
+    assert torch.equal(load_encoder(published(run, 0))(IDS, MASK), before)
+    after = load_encoder(published(run, 4))(IDS, MASK)
+    torch.testing.assert_close(after, vectors_of(trainers[-1]))
+    assert not torch.allclose(after, before, atol=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("flags", "steps"),
+    [
+        ({"publish_steps": 0}, {0, 4}),
+        ({"publish_steps": 3, "publish_initial": False}, {3, 4}),
+    ],
+    ids=str,
+)
+def test_publish_steps(trained: Make, flags: dict[str, Any], steps: set[int]) -> None:
+    assert ready_steps(trained(**flags)) == steps
+
+
+@pytest.fixture
+def trainers(monkeypatch: pytest.MonkeyPatch) -> list[RetrieverTrainer]:
+    """The trainers that were made, the latest last."""
+    made: list[RetrieverTrainer] = []
+
+    class Kept(RetrieverTrainer):
+        def __init__(self, *arguments: Any) -> None:
+            super().__init__(*arguments)
+            made.append(self)
+
+    monkeypatch.setattr(train_module, "RetrieverTrainer", Kept)
+    return made
+
+
+@pytest.fixture
+def losses(
+    trainers: list[RetrieverTrainer], folder: Path, saved: Path
+) -> Callable[..., list[float]]:
+    """A function from flags to the losses of their training, as a rank that writes nothing."""
+
+    def losses(model: object = saved, dataset: object = folder, **flags: Any) -> list[float]:
+        chosen = {**FLAGS, "model": model, "dataset": dataset, **flags}
+        words = [str(word) for name, value in chosen.items() for word in (f"--{name}", value)]
+        request = parse_training(words)
+        train_module._train(request, open_data(request.data), None, None)
+        history = trainers[-1].state.log_history
+        return [entry["loss"] for entry in history if "loss" in entry]
+
+    return losses
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        {"grad_cache": True, "gc_q_chunk_size": 2, "gc_p_chunk_size": 3},
+        {"grad_cache": True, "q_chunk_size": 1, "ctx_chunk_size": 999},
+        {"gradient_checkpointing": True},
+        {"activation_checkpointing": True, "grad_cache": True, "gc_p_chunk_size": 3},
+        {"torch_compile": True, "torch_compile_backend": "eager"},
+        {"torch_compile": True, "torch_compile_backend": "eager", "grad_cache": True},
+        {"attn_implementation": "eager"},
+        {"token_table": False},
+        {"dataloader_num_workers": 1},
+    ],
+    ids=str,
+)
+@pytest.mark.filterwarnings("ignore:`gradient_checkpointing` is deprecated:FutureWarning")
+def test_what_changes_memory_and_time_only(
+    losses: Make, trainers: list[RetrieverTrainer], flags: dict[str, Any]
+) -> None:
+    """Step by step the same losses, without dropout."""
+    expected = losses()
+    assert len({round(loss, 2) for loss in expected}) > 1
+    assert losses(**flags) == pytest.approx(expected, rel=1e-4)
+    assert [bool(one._chunk_sizes) for one in trainers] == [False, "grad_cache" in flags]
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        {"temperature": 0.5},
+        {"normalize": True},
+        {"train_n_passages": 3},
+        {"distil_weight": 0.5, "train_n_passages": 3},
+        {"distil_temperature": 5, "distil_weight": 0.5, "train_n_passages": 3},
+        {"mask_duplicates": False},
+        {"query_prefix": "the ship "},
+        {"seed": 7},
+    ],
+    ids=str,
+)
+def test_what_changes_the_first_loss(losses: Make, scored: Path, flags: dict[str, Any]) -> None:
+    common: dict[str, Any] = {"dataset": scored, "max_steps": 1, "train_n_passages": 1}
+    if "distil_weight" in flags:
+        common["train_n_passages"] = 3
+    if "distil_temperature" in flags:
+        common["distil_weight"] = 0.5
+    if "mask_duplicates" in flags:
+        line = scored.read_text().splitlines()[0]
+        other = json.dumps({**json.loads(line), "query_id": "s9", "query": "ships at night"})
+        scored.write_text(f"{line}\n{other}\n")
+        common["per_device_train_batch_size"] = 2
+    one, two = losses(**common)[0], losses(**{**common, **flags})[0]
+    assert one != pytest.approx(two, rel=1e-3)
+
+
+def test_layers_are_computed_again_in_the_backward_pass(
+    make_small: Make, make_trainer: Make
+) -> None:
+    """Once more for each forward pass; `--gradient_checkpointing` is the flag's older name."""
+    calls = {}
+    for flags in ({}, {"activation_checkpointing": True}):
+        encoder: Encoder = make_small(0.2)
+        encoder.query_tower = make_small(0.2, seed=1)
+        counted: list[int] = []
+        for tower in (encoder, encoder.for_queries):
+            layer = tower.backbone.encoder.layer[0].attention.self
+            layer.register_forward_hook(lambda *_, seen=counted: seen.append(1))
+        trainer = make_trainer(encoder, max_steps=2, **flags)
+        trainer.train()
+        losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+        calls[bool(flags)] = (len(counted), losses)
+    assert calls[False][0] == 4
+    assert calls[True][0] == 8
+    assert calls[True][1] == pytest.approx(calls[False][1], rel=1e-6)
+
+
+def test_a_compiled_encoder_is_published_and_saved_under_its_own_names(
+    trained: Make, published: Make, trainers: list[RetrieverTrainer], tmp_path: Path
+) -> None:
+    from torch._dynamo.utils import counters
+
+    torch._dynamo.reset()
+    counters.clear()
+    run = trained(
+        torch_compile=True,
+        torch_compile_backend="eager",
+        output_dir=tmp_path / "out",
+        save_steps=4,
+    )
+    assert counters["stats"]["unique_graphs"] > 0
+    for directory in (published(run), tmp_path / "out" / "checkpoint-4"):
+        vectors = load_encoder(directory, safetensors_only=True)(IDS, MASK)
+        torch.testing.assert_close(vectors, vectors_of(trainers[-1]))
+
+
+LORA = ("--lora", "--lora_r", "4", "--lora_alpha", "64", "--lora_dropout", "0.2")
+
+
+@pytest.mark.parametrize("kind", ["merged", "adapter"])
+def test_lora_is_published_merged_or_as_adapters(
+    trained: Make,
+    published: Make,
+    saved: Path,
+    trainers: list[RetrieverTrainer],
+    kind: str,
+) -> None:
+    """With the vectors of the encoder that is trained."""
+    directory = published(trained(*LORA, "--lora_publish", kind))
+    assert (directory / "adapter_model.safetensors").exists() == (kind == "adapter")
+    assert (directory / "model.safetensors").exists() == (kind == "merged")
+    vectors = load_encoder(directory, safetensors_only=True)(IDS, MASK)
+    torch.testing.assert_close(vectors, vectors_of(trainers[-1]), rtol=1e-5, atol=1e-5)
+    assert (vectors - load_encoder(saved, normalize=True)(IDS, MASK)).abs().max() > 1e-3
+
+
+def test_two_towers_are_published(
+    trained: Make, published: Make, trainers: list[RetrieverTrainer]
+) -> None:
+    loaded = load_encoder(published(trained("--untie_encoder")))
+    torch.testing.assert_close(loaded(IDS, MASK), vectors_of(trainers[-1]))
+    queries = trainers[-1]._encoder.for_queries.eval()(IDS, MASK)
+    torch.testing.assert_close(loaded.for_queries(IDS, MASK), queries)
+    assert not torch.allclose(loaded(IDS, MASK), queries, atol=1e-3)
+
+
+def test_a_mixture_is_shown_with_all_its_parts(trained: Make, folder: Path, scored: Path) -> None:
+    run = trained(dataset=f"{folder}@1+{scored}@2", train_n_passages=1)
+    entries = run.fetch().inputs.dataset_inputs
+    assert {entry.dataset.name for entry in entries} == {str(folder), str(scored)}
+    assert run.fetch().data.params["dataset"] == str(folder)
+
+
+def test_files_without_judgements_are_trained_on_and_say_what_is_missing(
+    trained: Make, scored: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    run = trained(dataset=scored, train_n_passages=2)
+    assert run.status == "FINISHED"
+    assert "nothing can be validated on it; --validation_dataset names" in caplog.text
+
+
+def test_weights_that_are_no_numbers_end_the_run_as_failed(
+    trained: Make, saved: Path, tmp_path: Path, last_run: Make
+) -> None:
+    broken = load_encoder(saved)
+    next(broken.parameters()).data.fill_(float("nan"))
+    save_encoder(tmp_path / "broken", broken)
+    with pytest.raises(TrainingError, match=r"loss of step 1 is nan \(queries 'q\d'") as caught:
+        trained(model=tmp_path / "broken")
+    assert "\n" not in str(caught.value)
+    assert caught.value.exit_code == 1
+    assert last_run().status == "FAILED"
+
+
+@pytest.fixture
+def signalled(monkeypatch: pytest.MonkeyPatch) -> Callable[[int], None]:
+    """A function that has this process sent SIGTERM in the step that it names."""
+    plain = Objective.__call__
+
+    def at(step: int) -> None:
+        steps: list[int] = []
+
+        def counted(*arguments: Any) -> Any:
+            steps.append(1)
+            if len(steps) == step:
+                os.kill(os.getpid(), signal.SIGTERM)
+            return plain(*arguments)
+
+        monkeypatch.setattr(Objective, "__call__", counted)
+
+    return at
+
+
+SAVING = {"save_steps": 100, "max_steps": 7}
+
+
+def test_stopped_and_resumed_it_is_the_same_run_with_the_same_losses(
+    trained: Make,
+    last_run: Make,
+    signalled: Callable[[int], None],
+    tmp_path: Path,
+) -> None:
+    """Amid its second epoch. Nothing is published twice, and each step has one point."""
+    undisturbed = trained(**SAVING, output_dir=tmp_path / "one")
+    stopped = 3
+    signalled(stopped)
+    with pytest.raises(KeyboardInterrupt):
+        trained(**SAVING, output_dir=tmp_path / "two")
+    first = last_run()
+    assert first.status == "KILLED"
+    assert [step for step, _ in first.points()] == list(range(1, stopped + 1))
+    assert (tmp_path / "two" / f"checkpoint-{stopped}").is_dir()
+    resumed = trained("--resume_from_checkpoint", **SAVING, output_dir=tmp_path / "two")
+    assert resumed.id == first.id
+    assert resumed.status == "FINISHED"
+    assert [step for step, _ in resumed.points()] == list(range(1, 8))
+    assert resumed.losses() == pytest.approx(undisturbed.losses(), rel=1e-6)
+    steps = [one.step for one in checkpoints_of(resumed)]
+    assert sorted(steps) == sorted({0, 2, 4, 6, 7, stopped})
+    mean = "train/mean_loss"
+    assert resumed.points(mean)[-1][1] == pytest.approx(undisturbed.points(mean)[0][1], rel=1e-6)
+
+
+def test_resumed_after_its_end_it_does_nothing_twice(trained: Make, tmp_path: Path) -> None:
+    options = {"save_steps": 4, "output_dir": tmp_path / "out"}
+    first = trained(**options)
+    again = trained("--resume_from_checkpoint", **options)
+    assert again.id == first.id
+    assert again.status == "FINISHED"
+    assert len(checkpoints_of(again)) == 3
+    assert [step for step, _ in again.points()] == [1, 2, 3, 4]
+
+
+def test_nothing_to_resume_begins_no_run(
+    trained: Make, client: MlflowClient, experiment: str, tmp_path: Path
+) -> None:
+    before = client.search_runs([experiment])
+    with pytest.raises(UsageError, match="no training was started there") as caught:
+        trained("--resume_from_checkpoint", output_dir=tmp_path / "nowhere")
+    assert "\n" not in str(caught.value)
+    assert len(client.search_runs([experiment])) == len(before)
+
+
+def test_another_trainings_checkpoints_are_removed_when_asked_only(
+    trained: Make, tmp_path: Path
+) -> None:
+    options = {"save_steps": 2, "output_dir": tmp_path / "out"}
+    first = trained(**options)
+    with pytest.raises(UsageError, match="--overwrite_output_dir removes them"):
+        trained(**options)
+    assert (tmp_path / "out" / "checkpoint-4").is_dir()
+    second = trained("--overwrite_output_dir", **{**options, "max_steps": 2})
+    assert second.id != first.id
+    assert [path.name for path in (tmp_path / "out").glob("checkpoint-*")] == ["checkpoint-2"]
+
+
+def test_a_request_on_the_run_ends_the_training(
+    trained: Make, last_run: Make, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """After the step that runs; it is published, and the run has come to a good end."""
+    plain = Objective.__call__
+    steps: list[int] = []
+
+    def asked_in_step_3(*arguments: Any) -> Any:
+        steps.append(1)
+        if len(steps) == 3:
+            request_stop(last_run(), "good enough")
+            time.sleep(0.5)
+        return plain(*arguments)
+
+    monkeypatch.setattr(Objective, "__call__", asked_in_step_3)
+    monkeypatch.setattr(train_module, "StopWatcher", partial(StopWatcher, seconds=0.05))
+    with caplog.at_level(logging.INFO, "mlflow_dr"):
+        run = trained(max_steps=50)
+    assert [step for step, _ in run.points()] == [1, 2, 3]
+    assert max(ready_steps(run)) == 3
+    assert run.status == "FINISHED"
+    assert "training ended as asked: good enough" in caplog.text
