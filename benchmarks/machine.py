@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import platform
 import statistics
 import time
@@ -10,6 +9,8 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import torch
+
+from mlflow_dr.files import usable_cores
 
 
 def machine() -> str:
@@ -19,7 +20,7 @@ def machine() -> str:
     if info.exists():
         lines = info.read_text(encoding="utf-8").splitlines()
         name = next((line.split(":")[1].strip() for line in lines if "model name" in line), name)
-    cores = len(os.sched_getaffinity(0))
+    cores = usable_cores()
     gpu = f", {torch.cuda.get_device_name()}" if torch.cuda.is_available() else ""
     return f"{name}, {cores} cores{gpu}, torch {torch.__version__}"
 

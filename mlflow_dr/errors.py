@@ -16,6 +16,11 @@ or id) and what to do about it.
 """
 
 
+def one_line(error: BaseException) -> str:
+    """Kind and text of any error on one line, of some 300 characters at most."""
+    return f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
+
+
 class MlflowDrError(Exception):
     """Base of all errors raised on purpose."""
 

@@ -61,8 +61,10 @@ def harvest(roots: Sequence[Path], workers: int | None = None) -> list[Pair]:
     Raises:
         DataError: a worker process dies.
     """
+    from mlflow_dr.files import usable_cores  # which workers have no use for
+
     files = [path for root in roots for path in _python_files(root)]
-    count = min(workers or _cores(), MOST_WORKERS)
+    count = min(workers or usable_cores(), MOST_WORKERS)
     queries: set[str] = set()
     passages: set[str] = set()
     kept: list[Pair] = []
@@ -90,12 +92,6 @@ def _is_new(text: str, seen: set[str]) -> bool:
     size = len(seen)
     seen.add(" ".join(text.split()).casefold())
     return len(seen) > size
-
-
-def _cores() -> int:
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
 
 
 def _python_files(root: Path) -> Iterator[Path]:

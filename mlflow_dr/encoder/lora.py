@@ -51,7 +51,7 @@ def add_lora(
         UsageError: the backbone has no such layers, or the adapters do not fit it.
     """
     peft = _peft()
-    for one in {id(e): e for e in (encoder, encoder.for_queries)}.values():
+    for one in encoder.towers:
         try:
             with _quiet_peft():
                 if start is not None:

@@ -75,6 +75,11 @@ class Encoder(nn.Module):
         """What encodes queries: a tower of their own, or this one."""
         return self if self.query_tower is None else self.query_tower
 
+    @property
+    def towers(self) -> tuple[Encoder, ...]:
+        """This encoder, and the queries' where they have one of their own."""
+        return (self,) if self.query_tower is None else (self, self.query_tower)
+
     def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
         """Vectors of the texts.
 

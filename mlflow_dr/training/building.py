@@ -50,10 +50,8 @@ def build_encoder(request: TrainingRequest, data: TrainingData) -> Encoder:
             **changes,
         )
     if model.append_eos_token:
-        for tokenizer in {
-            id(e.tokenizer): e.tokenizer for e in (encoder, encoder.for_queries)
-        }.values():
-            append_eos(tokenizer)
+        for tower in encoder.towers:
+            append_eos(tower.tokenizer)
     if model.add_pooler:
         encoder = with_projection(encoder, model.projection_in_dim, model.projection_out_dim)
     if model.lora and model.lora_publish == ADAPTER and encoder.query_tower is not None:

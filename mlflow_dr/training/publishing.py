@@ -16,6 +16,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from mlflow_dr.errors import one_line
 from mlflow_dr.tracking.checkpoints import give_up, new_checkpoint, upload_checkpoint
 from mlflow_dr.tracking.manifest import write_manifest
 from mlflow_dr.tracking.runs import TrackedRun
@@ -136,14 +137,14 @@ class Publisher:
                 self._queue.task_done()
 
     def _report(self, step: int, error: Exception) -> None:
-        log.error("step %d was not published: %s", step, _line(error))
+        log.error("step %d was not published: %s", step, one_line(error))
         self.unpublished.append(step)
         self._done.discard(step)
         try:
             steps = ", ".join(map(str, self.unpublished))
-            self._run.set_tags({FAILURE_TAG: f"{steps}: {_line(error)}"[:4000]})
+            self._run.set_tags({FAILURE_TAG: f"{steps}: {one_line(error)}"[:4000]})
         except Exception as second:  # noqa: BLE001 - the log has it
-            log.error("nor could that be noted on the run: %s", _line(second))
+            log.error("nor could that be noted on the run: %s", one_line(second))
 
 
 def close_at_exit(publisher: Publisher) -> None:
@@ -202,7 +203,7 @@ def publish_state(
                     if model_id is not None:
                         _give_up(run, model_id)
                     raise
-                log.warning("publishing step %d: %s; trying again", step, _line(error))
+                log.warning("publishing step %d: %s; trying again", step, one_line(error))
                 time.sleep(pause * attempt)
     raise ValueError(f"attempts is {attempts}; at least one is needed")
 
@@ -211,7 +212,7 @@ def _give_up(run: TrackedRun, model_id: str) -> None:
     try:
         give_up(run, model_id)
     except Exception as error:  # noqa: BLE001 - what the upload failed with says more
-        log.error("models:/%s is left PENDING: %s", model_id, _line(error))
+        log.error("models:/%s is left PENDING: %s", model_id, one_line(error))
 
 
 def _host_copy(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -220,7 +221,3 @@ def _host_copy(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
         name: torch.empty_like(value, device="cpu", pin_memory=value.is_cuda)
         for name, value in weights.items()
     }
-
-
-def _line(error: Exception) -> str:
-    return f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"

@@ -43,7 +43,7 @@ class Towers(nn.Module):
         self, activation_checkpointing_kwargs: dict[str, Any] | None = None, **options: Any
     ) -> None:
         """Have the backbones keep few activations and compute the rest again; Trainer calls it."""
-        for encoder in {id(e): e for e in (self.encoder, self.encoder.for_queries)}.values():
+        for encoder in self.encoder.towers:
             encoder.backbone.activation_checkpointing_enable(
                 activation_checkpointing_kwargs=activation_checkpointing_kwargs, **options
             )

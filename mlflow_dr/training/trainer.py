@@ -24,7 +24,7 @@ from transformers.trainer_utils import rotate_checkpoints
 from mlflow_dr.encoder.directory import save_encoder
 from mlflow_dr.encoder.model import Encoder
 from mlflow_dr.encoder.restore import restore_encoder
-from mlflow_dr.errors import TrainingError
+from mlflow_dr.errors import TrainingError, one_line
 from mlflow_dr.training.batches import Collator, Group
 from mlflow_dr.training.grad_cache import cached_vectors
 from mlflow_dr.training.loss import Objective
@@ -72,7 +72,7 @@ class RetrieverTrainer(Trainer):
     ) -> None:
         arguments.remove_unused_columns = False
         arguments.disable_tqdm = arguments.disable_tqdm or not sys.stderr.isatty()
-        arguments.logging_nan_inf_filter = False  # it hides what `_check` stops for
+        arguments.logging_nan_inf_filter = False  # `_check` looks already
         if arguments.ddp_find_unused_parameters is None:
             arguments.ddp_find_unused_parameters = False
         if arguments.ddp_broadcast_buffers is None:
@@ -184,7 +184,7 @@ class RetrieverTrainer(Trainer):
             if self.args.world_size > 1 or not _is_full(error, directory.parent):
                 raise
             shutil.rmtree(directory, ignore_errors=True)
-            log.error("%s was not saved, the disk is full: %s", directory, _line(error))
+            log.error("%s was not saved, the disk is full: %s", directory, one_line(error))
         finally:
             self.args.save_total_limit = kept
         if main and kept:
@@ -253,7 +253,3 @@ def _is_full(error: Exception, directory: Path) -> bool:
     if isinstance(error, OSError) and error.errno is not None:
         return error.errno in (errno.ENOSPC, errno.EDQUOT)
     return shutil.disk_usage(directory).free < ALMOST_NOTHING or "No space left" in str(error)
-
-
-def _line(error: Exception) -> str:
-    return f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"

@@ -98,7 +98,13 @@ def server(
             _stop_group(process)
 
 
-def _wait_until_healthy(uri: str, process: subprocess.Popen, log: Path) -> None:
+@pytest.fixture(scope="session")
+def wait_until_healthy() -> Callable[..., None]:
+    """A function that waits for a server: its address, its process and its log, if any."""
+    return _wait_until_healthy
+
+
+def _wait_until_healthy(uri: str, process: subprocess.Popen, log: Path | None = None) -> None:
     deadline = time.monotonic() + SECONDS_TO_START
     while time.monotonic() < deadline and process.poll() is None:
         try:
@@ -107,7 +113,8 @@ def _wait_until_healthy(uri: str, process: subprocess.Popen, log: Path) -> None:
                     return
         except (urllib.error.URLError, OSError):
             time.sleep(0.2)
-    pytest.fail(f"no MLflow server after {SECONDS_TO_START} s:\n{log.read_text()[-3000:]}")
+    said = log.read_text()[-3000:] if log else ""
+    pytest.fail(f"no MLflow server after {SECONDS_TO_START} s:\n{said}")
 
 
 def _stop_group(process: subprocess.Popen) -> None:

@@ -18,7 +18,8 @@ from mlflow import MlflowClient
 from transformers import BertModel, BertTokenizer  # noqa: F401
 
 from mlflow_dr import cli
-from mlflow_dr.validation import evaluate, watch
+from mlflow_dr.retrieval import dense
+from mlflow_dr.validation import watch
 
 Wrapper = Callable[[Callable[..., Any], Callable[[], None]], Callable[..., Any]]
 
@@ -52,7 +53,7 @@ def amid(function: Callable[..., Any], die: Callable[[], None]) -> Callable[...,
 
 PLACES: dict[str, tuple[Any, str, Wrapper]] = {
     "loading": (watch, "load_encoder", before),
-    "encoding": (evaluate, "encode_batches", amid),
+    "encoding": (dense, "encode_batches", amid),
     "before-recording": (MlflowClient, "log_model_params", before),
     "after-recording": (MlflowClient, "log_model_params", after),
     "before-metrics": (MlflowClient, "log_batch", before),

@@ -4,8 +4,6 @@ import socket
 import subprocess
 import sys
 import time
-import urllib.error
-import urllib.request
 from collections.abc import Callable
 from pathlib import Path
 
@@ -17,7 +15,6 @@ from mlflow import MlflowClient
 from mlflow_dr.tracking.runs import TrackedRun
 from mlflow_dr.tracking.stop_request import StopWatcher, request_stop
 
-SECONDS_TO_START = 60
 LOOP = """
 import sys
 import mlflow
@@ -56,7 +53,10 @@ def test_what_was_submitted_is_published_before_the_process_ends(
 
 
 def test_the_watcher_outlives_its_server(
-    start: Callable, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    start: Callable,
+    wait_until_healthy: Callable,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
     with socket.socket() as free:
@@ -67,7 +67,7 @@ def test_the_watcher_outlives_its_server(
     words += ["--backend-store-uri", f"sqlite:///{tmp_path}/mlflow.db"]
     before = mlflow.get_tracking_uri()
     process = start(*words, MLFLOW_SERVER_ENABLE_JOB_EXECUTION="false")
-    _wait_until_healthy(uri, process)
+    wait_until_healthy(uri, process)
     client = MlflowClient(uri)
     run = TrackedRun(client, client.create_run("0"))
     asked: list[str] = []
@@ -77,7 +77,7 @@ def test_the_watcher_outlives_its_server(
         time.sleep(1)
         assert watcher._thread.is_alive()
         process = start(*words, MLFLOW_SERVER_ENABLE_JOB_EXECUTION="false")
-        _wait_until_healthy(uri, process)
+        wait_until_healthy(uri, process)
         assert asked == []
         request_stop(run, "the curve is flat")
         deadline = time.monotonic() + 10
@@ -88,18 +88,6 @@ def test_the_watcher_outlives_its_server(
         watcher.close()
         _kill(process)
         mlflow.set_tracking_uri(before)
-
-
-def _wait_until_healthy(uri: str, process: subprocess.Popen) -> None:
-    deadline = time.monotonic() + SECONDS_TO_START
-    while time.monotonic() < deadline and process.poll() is None:
-        try:
-            with urllib.request.urlopen(f"{uri}/health", timeout=5) as answer:
-                if answer.status == 200:
-                    return
-        except (urllib.error.URLError, OSError):
-            time.sleep(0.2)
-    pytest.fail(f"no MLflow server after {SECONDS_TO_START} s")
 
 
 def _kill(process: subprocess.Popen) -> None:
