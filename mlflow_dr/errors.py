@@ -10,6 +10,7 @@ or id) and what to do about it.
     ├── DataError            a file of a collection that is missing, malformed or contradicts itself
     ├── TrainingError        training cannot go on: its loss is not a number
     ├── CheckpointError      a checkpoint that cannot be trusted or loaded
+    │   └── UnavailableError     ... or not be had at all, perhaps for now
     ├── TrackingError        the tracking server, or a run on it, is not what was asked for
     ├── MissingExtraError    an optional dependency is not installed
     └── ChildError           a trainer or validator started by `mlflow-dr run` ended with an error
@@ -43,6 +44,10 @@ class DataError(MlflowDrError):
 
 class CheckpointError(MlflowDrError):
     """A checkpoint cannot be trusted (bytes, shapes, NaN) or loaded."""
+
+
+class UnavailableError(CheckpointError):
+    """A checkpoint cannot be had at all, perhaps because the server is away."""
 
 
 class TrainingError(MlflowDrError):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import gzip
 import hashlib
 import os
@@ -9,14 +10,17 @@ import shutil
 import tempfile
 import zlib
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
-from filelock import FileLock
+from filelock import FileLock, Timeout
 
 from mlflow_dr.errors import DataError
 
 CACHE_VARIABLE = "MLFLOW_DR_CACHE"
+SCRATCH = "mlflow_dr-scratch-"
+LOCK = "lock"
+ALMOST_NOTHING = 1 << 20
 
 
 def cache_dir() -> Path:
@@ -73,6 +77,39 @@ def written_beside(target: Path) -> Iterator[Path]:
         partial.replace(target)
     finally:
         shutil.rmtree(room, ignore_errors=True)
+
+
+@contextmanager
+def scratch() -> Iterator[Path]:
+    """A place for a fresh temporary directory, which is removed afterwards if it was made.
+
+    What killed processes have left behind is removed first: theirs is no longer locked.
+    """
+    _sweep()
+    with ExitStack() as ending:
+        while True:
+            name = tempfile.TemporaryDirectory(prefix=SCRATCH, ignore_cleanup_errors=True)
+            room = Path(ending.enter_context(name))
+            ending.enter_context(FileLock(room / LOCK))
+            if (room / LOCK).exists():  # else another process has swept it before it was locked
+                break
+        yield room / "files"
+
+
+def _sweep() -> None:
+    for lock in Path(tempfile.gettempdir()).glob(f"{SCRATCH}*/{LOCK}"):
+        try:
+            with FileLock(lock, blocking=False):
+                shutil.rmtree(lock.parent, ignore_errors=True)
+        except (OSError, Timeout):
+            continue  # in use, another user's, or gone by now
+
+
+def is_full(error: BaseException, directory: Path) -> bool:
+    """Whether a write to a directory failed for want of room; libraries do not say so by type."""
+    if isinstance(error, OSError) and error.errno is not None:
+        return error.errno in (errno.ENOSPC, errno.EDQUOT)
+    return "No space left" in str(error) or shutil.disk_usage(directory).free < ALMOST_NOTHING
 
 
 def read_lines(path: Path) -> Iterator[tuple[int, bytes]]:

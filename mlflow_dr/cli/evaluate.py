@@ -7,22 +7,34 @@ from typing import Any
 
 import click
 
-from mlflow_dr.cli.options import evaluation_options, tracking_uri
+from mlflow_dr.cli.options import (
+    TakesSeveral,
+    encoder_options,
+    evaluation_options,
+    file_options,
+    given_dataset,
+    tracking_uri,
+)
 
 
-@click.command("evaluate")
+@click.command("evaluate", cls=TakesSeveral)
 @click.argument("encoder")
-@click.option("--dataset", required=True, help="demo, msmarco, a folder, or irds:<id>.")
+@click.option("--dataset", help="demo, msmarco, a folder, or irds:<id>.")
+@file_options
 @click.option("--split", help="The queries to put (default: dev, else test).")
 @click.option("--output", type=click.Path(path_type=Path), help="Write the report here, as JSON.")
 @click.option("--ranking", type=click.Path(path_type=Path), help="Write a TREC run file here.")
 @evaluation_options
-@click.option("--pooling", help="Replaces what the encoder's directory says.")
-@click.option("--normalize/--no-normalize", default=None, help="Likewise.")
-@click.option("--max-length", type=click.IntRange(min=3), help="Likewise, for both sides.")
+@encoder_options
 @click.option("--trust-remote-code", is_flag=True, help="Let code in the directory run.")
 @tracking_uri
-def command(**options: Any) -> None:
+def command(
+    dataset: str | None,
+    candidate_dir: Path | None,
+    query_files: tuple[Path, ...],
+    qrel_files: tuple[Path, ...],
+    **options: Any,
+) -> None:
     """Measure one encoder on one collection, without tracking.
 
     ENCODER is a directory (ours, sentence-transformers' or a bare backbone's), a hub name, or
@@ -32,9 +44,15 @@ def command(**options: Any) -> None:
     Example:
         mlflow-dr evaluate my-encoder --dataset irds:vaswani --measures "ndcg@10 recall@100"
     """
+    dataset, sets = given_dataset(dataset, candidate_dir, query_files, qrel_files)
+    if dataset is None:
+        raise click.UsageError("give --dataset, or --candidate-dir, --query-file and --qrel-file")
+    if len(sets) > 1 and not options["split"]:
+        raise click.UsageError(f"which query file? Choose one: --split {' or '.join(sets)}")
+
     from mlflow_dr.validation.once import Once, evaluate_once
 
-    report = evaluate_once(Once(**options))
+    report = evaluate_once(Once(dataset=dataset, **options))
     for name, value in report.measures.items():
         click.echo(f"{name}\t{value:.4f}")
     click.echo(

@@ -2,16 +2,58 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 import click
 
 from mlflow_dr.retrieval.measures import DEFAULT_MEASURES
 
+FILES = click.Path(path_type=Path, exists=True)
+FILE_OPTIONS = ("--dataset", "--candidate-dir", "--query-file", "--qrel-file")
+
+
+class TakesSeveral(click.Command):
+    """A command whose options take several values in one go, too: `--metrics RR@10 nDCG@10`.
+
+    Where it has an argument, that has to come first: it could be such a value.
+    """
+
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        """Repeat an option that may be repeated before each of its values, then parse."""
+        has_argument = any(isinstance(one, click.Argument) for one in self.params)
+        if has_argument and args and args[0].startswith("-"):
+            return super().parse_args(ctx, args)
+        options = [one for one in self.params if isinstance(one, click.Option) and one.multiple]
+        names = {name for one in options for name in one.opts}
+        spread: list[str] = []
+        option, values = "", 0
+        for word in args:
+            if word.startswith("-"):
+                option, values = word if word in names else "", 0
+            elif option:
+                spread += [option] if values else []
+                values += 1
+            spread.append(word)
+        return super().parse_args(ctx, spread)
+
+
+def _joined(context: click.Context, parameter: click.Parameter, values: Sequence[str]) -> str:
+    return " ".join(values)
+
+
+def _whole_path(context: click.Context, parameter: click.Parameter, name: str | None) -> str | None:
+    """The whole path of a folder, so that it is one for validators in other folders, too."""
+    return str(Path(name).absolute()) if name and Path(name).is_dir() else name
+
+
 measures = click.option(
     "--measures",
-    default=DEFAULT_MEASURES,
+    "--metrics",
+    multiple=True,
+    callback=_joined,
+    default=(DEFAULT_MEASURES,),
     show_default=True,
     help="What to measure: mrr, ndcg, recall, map, precision, success or accuracy, each @k.",
 )
@@ -44,3 +86,69 @@ def evaluation_options(function: Callable[..., Any]) -> Callable[..., Any]:
     for option in (keep_own_id, dtype, device, depth, measures):
         function = option(function)
     return function
+
+
+def encoder_options(function: Callable[..., Any]) -> Callable[..., Any]:
+    """What replaces what an encoder's directory says: pooling, normalize, lengths, tokenizer."""
+    length = click.IntRange(min=3)
+    tokens = "Likewise, tokens of a"
+    for option in (
+        click.option(
+            "--tokenizer",
+            "--tokenizer_name_or_path",
+            callback=_whole_path,
+            help="Take the tokenizer of this directory or hub name instead.",
+        ),
+        click.option("--p-max-len", "--p_max_len", type=length, help=f"{tokens} passage."),
+        click.option("--q-max-len", "--q_max_len", type=length, help=f"{tokens} query."),
+        click.option("--max-length", type=length, help="Likewise, tokens of both."),
+        click.option("--normalize/--no-normalize", default=None, help="Likewise."),
+        click.option("--pooling", help="Replaces what the encoder's directory says."),
+    ):
+        function = option(function)
+    return function
+
+
+def file_options(function: Callable[..., Any]) -> Callable[..., Any]:
+    """A collection's files, as Asyncval takes them, instead of its name."""
+    for option in (
+        click.option(
+            "--qrel-file",
+            "--qrel_file",
+            "qrel_files",
+            multiple=True,
+            type=FILES,
+            help="Judgements (TREC or BEIR): one file for all query files, or one for each.",
+        ),
+        click.option(
+            "--query-file",
+            "--query_file",
+            "--query_files",
+            "query_files",
+            multiple=True,
+            type=FILES,
+            help="Queries, likewise; of several files, each is a split of the file's name.",
+        ),
+        click.option(
+            "--candidate-dir",
+            "--candidate_dir",
+            type=FILES,
+            help="Instead of --dataset: a file or folder of passages as JSON lines, text_id and "
+            "text, which is a string or token ids; with the next two.",
+        ),
+    ):
+        function = option(function)
+    return function
+
+
+def given_dataset(
+    dataset: str | None,
+    candidate_dir: Path | None,
+    query_files: Sequence[Path],
+    qrel_files: Sequence[Path],
+) -> tuple[str | None, Sequence[str]]:
+    """The dataset by `--dataset` or by `file_options`, and the splits of the latter."""
+    from mlflow_dr.collection.asyncval import given_collection
+
+    candidates = [candidate_dir] if candidate_dir else []
+    return given_collection(dataset, (candidates, query_files, qrel_files), FILE_OPTIONS)

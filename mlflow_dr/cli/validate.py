@@ -2,17 +2,67 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
 import click
 
-from mlflow_dr.cli.options import evaluation_options, tracking_uri
+from mlflow_dr.cli.options import (
+    TakesSeveral,
+    encoder_options,
+    evaluation_options,
+    file_options,
+    given_dataset,
+    tracking_uri,
+)
+
+ORDERS = ("oldest", "newest", "bisect")
 
 
-@click.command("validate")
-@click.option("--run-id", required=True, help="The MLflow run whose checkpoints are validated.")
+@click.command("validate", cls=TakesSeveral)
+@click.option("--run-id", help="The MLflow run whose checkpoints are validated.")
+@click.option("--experiment", help="Or all runs of this experiment, later ones too.")
+@click.option(
+    "--checkpoints-dir",
+    "--ckpts_dir",
+    type=click.Path(path_type=Path, file_okay=False, exists=True),
+    help="Or what a trainer saves here (Tevatron, sentence-transformers, Hugging Face); figures go "
+    "to --run-id, or to a new run.",
+)
 @click.option("--dataset", help="The collection (default: the run's).")
-@click.option("--split", help="The queries to put (default: the run's, else dev, else test).")
+@file_options
+@click.option(
+    "--split",
+    multiple=True,
+    help="The queries to put (default: the run's, else dev, else test). Of several, each is a "
+    "validation of its own, called NAME-SPLIT.",
+)
 @evaluation_options
+@encoder_options
 @click.option("--name", default="val", show_default=True, help="Prefixes the metrics.")
+@click.option(
+    "--config",
+    type=click.Path(path_type=Path),
+    help="A YAML file of several validations; flags stand for what it does not say.",
+)
+@click.option(
+    "--order",
+    type=click.Choice(ORDERS),
+    default="oldest",
+    show_default=True,
+    help="What comes first; bisect: the newest, then what lies farthest from all that is done.",
+)
+@click.option(
+    "--every", type=click.IntRange(min=1), default=1, help="Only steps that this number divides."
+)
+@click.option(
+    "--max-lag",
+    type=click.FloatRange(min=0, min_open=True),
+    help="Begin no checkpoint that was published more than so many seconds ago.",
+)
+@click.option("--retry-failed", is_flag=True, help="Try again what was recorded as failed.")
 @click.option(
     "--poll-seconds",
     type=click.FloatRange(min=0.05),
@@ -28,40 +78,116 @@ from mlflow_dr.cli.options import evaluation_options, tracking_uri
 )
 @tracking_uri
 def command(
-    run_id: str,
+    run_id: str | None,
+    experiment: str | None,
+    checkpoints_dir: Path | None,
     dataset: str | None,
-    split: str | None,
-    measures: str,
-    depth: int | None,
-    device: str,
-    dtype: str,
-    keep_own_id: bool,
+    candidate_dir: Path | None,
+    query_files: tuple[Path, ...],
+    qrel_files: tuple[Path, ...],
+    split: tuple[str, ...],
     name: str,
-    poll_seconds: float,
-    follow: bool,
+    config: Path | None,
     tracking_uri: str | None,
+    **options: Any,
 ) -> int:
-    """Validate each checkpoint of a run, now and as they come.
+    """Validate each checkpoint of a run, an experiment or a directory, now and as they come.
 
     Collection, split and lengths come from the run and its checkpoints. Start it before, during or
-    after training, stop it and start it again: it does what is missing.
+    after training, stop it and start it again, and as many as you like, on any machines: each does
+    what nobody else is at.
 
     \b
     Example:
         mlflow-dr validate --run-id 0123456789abcdef0123456789abcdef
+        mlflow-dr validate --experiment msmarco --order bisect --config validations.yaml
+        mlflow-dr validate --checkpoints-dir output --dataset path/to/beir
+        mlflow-dr validate --ckpts_dir output --candidate_dir corpus --query_files dev.json \\
+            --qrel_file qrels.tsv --metrics RR@10 nDCG@10
     """
+    if bool(run_id or checkpoints_dir) == bool(experiment):
+        raise click.UsageError("give --run-id, --experiment or --checkpoints-dir")
+    dataset, sets = given_dataset(dataset, candidate_dir, query_files, qrel_files)
+    if checkpoints_dir and not (run_id or dataset or config):
+        raise click.UsageError("a new run names no dataset; give --dataset")
+
+    from mlflow_dr.tracking.client import connect, leave_waiting_to_us
+    from mlflow_dr.validation.watch import watch
+
+    plan = _plan(config, dataset, split or sets, name, options)
+    leave_waiting_to_us()
+    client = connect(tracking_uri)
+    with _followed(client, run_id, experiment, checkpoints_dir) as followed:
+        counts = watch(followed, plan)
+    return 1 if counts.failed else 0
+
+
+@contextmanager
+def _followed(
+    client: Any, run_id: str | None, experiment: str | None, directory: Path | None
+) -> Iterator[Any]:
+    """What is followed; a run that is made for it is ended with it."""
+    from mlflow_dr.tracking.following import FollowedDirectory, FollowedExperiment, FollowedRun
+    from mlflow_dr.tracking.runs import find_run, open_run
+
+    if experiment is not None:
+        yield FollowedExperiment(client, experiment)
+    elif directory is None:
+        yield FollowedRun(find_run(client, run_id or ""))
+    elif run_id is not None:
+        yield FollowedDirectory(find_run(client, run_id), directory, is_mine=False)
+    else:
+        run = open_run(client)
+        click.echo(f"run {run.id} ({run.name})", err=True)
+        status = "FAILED"
+        try:
+            yield FollowedDirectory(run, directory, is_mine=True)
+            status = "FINISHED"
+        except KeyboardInterrupt:
+            status = "KILLED"
+            raise
+        finally:
+            run.finish(status)
+
+
+def _plan(
+    config: Path | None,
+    dataset: str | None,
+    splits: Sequence[str],
+    name: str,
+    options: dict[str, Any],
+) -> Any:
+    from mlflow_dr.encoder.config import changes_of
     from mlflow_dr.engines.devices import resolve_device
     from mlflow_dr.retrieval.measures import check_depth, parse_measures
-    from mlflow_dr.tracking.client import connect
-    from mlflow_dr.tracking.runs import find_run
     from mlflow_dr.validation.evaluate import Settings
-    from mlflow_dr.validation.watch import Validation, watch
+    from mlflow_dr.validation.order import Order
+    from mlflow_dr.validation.plan import Plan, each_split, read_plan
 
-    parsed = parse_measures(measures)
-    check_depth(parsed, depth)
-    resolve_device(device)
-    validation = Validation(
-        Settings(parsed, depth, device, dtype, keep_own_id), name, dataset, split
+    measures = parse_measures(options["measures"])
+    check_depth(measures, options["depth"])
+    resolve_device(options["device"])
+    settings = Settings(
+        measures,
+        options["depth"],
+        options["device"],
+        options["dtype"],
+        options["keep_own_id"],
     )
-    counts = watch(find_run(connect(tracking_uri), run_id), validation, follow, poll_seconds)
-    return 1 if counts.failed else 0
+    plan = Plan(
+        each_split(settings, name, dataset, splits),
+        order=Order(options["order"]),
+        every=options["every"],
+        max_lag_seconds=options["max_lag"],
+        retry_failed=options["retry_failed"],
+        follow=options["follow"],
+        poll_seconds=options["poll_seconds"],
+        encoder_changes=changes_of(
+            options["pooling"],
+            options["normalize"],
+            options["q_max_len"] or options["max_length"],
+            options["p_max_len"] or options["max_length"],
+            options["tokenizer"],
+        ),
+    )
+    return plan if config is None else read_plan(config, plan, settings)

@@ -8,6 +8,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
+from mlflow_dr.collection.asyncval import PREFIX as ASYNCVAL_PREFIX
+from mlflow_dr.collection.asyncval import asyncval_files
 from mlflow_dr.collection.corpus import Corpus
 from mlflow_dr.collection.interface import Collection, Examples
 from mlflow_dr.errors import UsageError
@@ -62,6 +64,12 @@ PATTERNS = (
         "tokenised) or DPR's",
     ),
     ("irds:ID", "any", "ir_datasets, such as irds:beir/scifact/test or irds:vaswani"),
+    (
+        "asyncval:",
+        "any",
+        "Asyncval's files, asyncval:CANDIDATES?queries=FILE&qrels=FILE; or by --candidate-dir, "
+        "--query-file, --qrel-file",
+    ),
     ("HUB/NAME", "any", "Hugging Face in Tevatron's layout, such as Tevatron/wikipedia-nq"),
 )
 
@@ -69,8 +77,9 @@ PATTERNS = (
 def open_collection(name: str) -> Collection:
     """The collection that a name stands for.
 
-    A name of the catalogue, `irds:<id>`, a folder in BEIR's layout, a file or folder of training
-    examples (which has no judged queries), or `owner/name` on the Hugging Face hub, in this order.
+    A name of the catalogue, `irds:<id>`, `asyncval:<files>`, a folder in BEIR's layout, a file or
+    folder of training examples (which has no judged queries), or `owner/name` on the Hugging Face
+    hub, in this order.
 
     Raises:
         UsageError: nothing goes by that name.
@@ -100,6 +109,8 @@ def _opened(name: str, corpus: Callable[[], Corpus] | None) -> Collection:
         from mlflow_dr.collection.irds import IrDataset
 
         return IrDataset(name.removeprefix(IR_DATASETS_PREFIX))
+    if name.startswith(ASYNCVAL_PREFIX):
+        return asyncval_files(name)
     path = Path(name).expanduser()
     if name and path.exists():
         # the whole path, so that a validator in another folder finds it by the same name
@@ -113,8 +124,8 @@ def _opened(name: str, corpus: Callable[[], Corpus] | None) -> Collection:
     hint = f"did you mean {close[0]!r}? " if close else ""
     raise UsageError(
         f"no dataset {name!r}: {hint}a dataset is one of {', '.join(names)}, a folder in BEIR's "
-        "layout, a file of training examples, irds:<id>, or owner/name on the Hugging Face hub; "
-        "`mlflow-dr datasets` lists them"
+        "layout, a file of training examples, asyncval:<files>, irds:<id>, or owner/name on the "
+        "Hugging Face hub; `mlflow-dr datasets` lists them"
     )
 
 

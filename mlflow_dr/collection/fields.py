@@ -113,3 +113,23 @@ def number(record: Record, field: str, where: str) -> float:
     if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
         raise DataError(f"{where}: {field!r} is not a finite number; got {value!r}")
     return float(value)
+
+
+def text_or_tokens(value: Any, where: str) -> tuple[str, list[int] | None]:
+    """Text and None, or no text and token ids: what Tevatron and Asyncval write into one field.
+
+    Raises:
+        DataError: it is neither a string nor a list of whole numbers from 0 to 2^31 - 1.
+    """
+    if isinstance(value, str):
+        return value, None
+    # types and limits by built-in functions: a corpus has a thousand million tokens
+    whole = isinstance(value, list) and set(map(type, value)) <= {int}
+    if whole and (not value or (min(value) >= 0 and max(value) < 2**31)):
+        return "", value
+    raise DataError(f"{where}: neither a string nor a list of token ids; got {_short(value)}")
+
+
+def _short(value: Any) -> str:
+    shown = repr(value)
+    return shown if len(shown) <= 60 else f"{shown[:57]}..."

@@ -63,7 +63,7 @@ def checked_topics(where: str, queries: Iterable[Query], qrels: Qrels, corpus: C
         DataError: no judgement is left.
     """
     by_id = {query.id: query for query in queries if query.id in qrels}
-    empty = [query.id for query in by_id.values() if not query.text.strip()]
+    empty = [query.id for query in by_id.values() if not (query.text.strip() or query.tokens)]
     for query_id in empty:
         del by_id[query_id]
     known = {*by_id, *empty}

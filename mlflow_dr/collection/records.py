@@ -62,9 +62,10 @@ class Topics(NamedTuple):
 
     @property
     def digest(self) -> str:
-        """Digest of the queries' ids and texts and of their judgements, whatever their order."""
+        """Digest of the queries' ids, texts, tokens and judgements, whatever their order."""
         lines = sorted(
             f"{query.id}\t{query.text}\t{sorted(self.qrels[query.id].items())}"
+            + ("" if query.tokens is None else f"\t{list(query.tokens)}")
             for query in self.queries
         )
         return digest_of(*lines)

@@ -14,6 +14,7 @@ from mlflow_dr.collection.fields import (
     optional_identifier,
     optional_text,
     text,
+    text_or_tokens,
     texts,
 )
 from mlflow_dr.collection.recordfiles import Record
@@ -64,7 +65,8 @@ def plain_example(record: Record, index: int, where: str) -> RawExample:
         DataError: a field is neither text nor token ids, or the query is not what the passages are.
     """
     query_id = optional_identifier(record, ("query_id",), where) or str(index)
-    query = Query(query_id, *_text_and_tokens(record.get("query") or "", f"{where}: query"))
+    content, tokens = text_or_tokens(record.get("query") or "", f"{where}: query")
+    query = Query(query_id, content, (), tokens)
     positives, negatives = (
         [
             _plain_passage(item, f"{where}: {field}[{place}]")
@@ -80,19 +82,5 @@ def plain_example(record: Record, index: int, where: str) -> RawExample:
 
 
 def _plain_passage(item: Any, where: str) -> Passage:
-    content, _, tokens = _text_and_tokens(item, where)
+    content, tokens = text_or_tokens(item, where)
     return Passage("", "", content, tokens)
-
-
-def _text_and_tokens(value: Any, where: str) -> tuple[str, tuple[()], list[int] | None]:
-    """Text, no answers, and token ids: what follows the id in a query."""
-    if isinstance(value, str):
-        return value, (), None
-    if isinstance(value, list) and all(type(item) is int and 0 <= item < 2**31 for item in value):
-        return "", (), value
-    raise DataError(f"{where}: neither a string nor a list of token ids; got {_short(value)}")
-
-
-def _short(value: Any) -> str:
-    shown = repr(value)
-    return shown if len(shown) <= 60 else f"{shown[:57]}..."

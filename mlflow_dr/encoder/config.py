@@ -79,3 +79,21 @@ class EncoderConfig:
             raise UsageError(f"unknown encoder settings {unknown}; known are {sorted(known)}")
         projections = tuple(ProjectionConfig(**one) for one in values.get("projections", ()))
         return cls(**{**values, "projections": projections})
+
+
+def changes_of(
+    pooling: str | None,
+    normalize: bool | None,
+    query_max_length: int | None,
+    passage_max_length: int | None,
+    tokenizer: str | None = None,
+) -> dict[str, Any]:
+    """What a user's flags say about an encoder, as `load_encoder` takes it; None says nothing."""
+    wanted = {
+        "pooling": pooling,
+        "normalize": normalize,
+        "query_max_length": query_max_length,
+        "passage_max_length": passage_max_length,
+        "tokenizer": tokenizer,
+    }
+    return {key: value for key, value in wanted.items() if value is not None}

@@ -85,17 +85,10 @@ def load_encoder(
     words = encoder_directory(tokenizer, cache_dir) if tokenizer else place
     backbone, loaded = _load_adapted(place, words, options, cache_dir)
     longest = _longest(backbone, loaded)
-    weights: list[Path] = []
-    if is_ours:
-        config = _read_config(directory)
-        weights = [directory / f"{i + 2}_Dense" for i in range(len(config.projections))]
-    elif is_theirs:
-        config, weights = st.read_config(directory, longest)
-    else:
-        pooling = bare_pooling or "mean"
-        config = EncoderConfig(pooling, query_max_length=longest, passage_max_length=longest)
-        if "pooling" not in changes:
-            log.warning("%s is a bare backbone: taking %s pooling", name, pooling)
+    if not is_ours and not is_theirs and "pooling" not in changes:
+        changes = {"pooling": bare_pooling or "mean", **changes}
+        log.warning("%s is a bare backbone: taking %s pooling", name, changes["pooling"])
+    config, weights = _described(directory, is_theirs, longest)
     try:
         encoder = Encoder(backbone, loaded, replace(config, **changes))
     except UsageError as error:
@@ -114,6 +107,16 @@ def load_encoder(
             **changes,
         )
     return encoder.eval()
+
+
+def _described(directory: Path, is_theirs: bool, longest: int) -> tuple[EncoderConfig, list[Path]]:
+    """What a directory says of its encoder, and where the weights of its projections are."""
+    if (directory / CONFIG).exists():
+        config = _read_config(directory)
+        return config, [directory / f"{i + 2}_Dense" for i in range(len(config.projections))]
+    if is_theirs:
+        return st.read_config(directory, longest)
+    return EncoderConfig("mean", query_max_length=longest, passage_max_length=longest), []
 
 
 def save_encoder(

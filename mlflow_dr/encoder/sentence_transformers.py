@@ -21,6 +21,7 @@ ROUTER = "router_config.json"
 LIBRARY = "sentence_transformers.models"
 LENGTHS = "sentence_bert_config.json"
 PASSAGE_PROMPT_NAMES = ("document", "passage", "corpus")
+WIDTHS = ("embedding_dimension", "word_embedding_dimension")
 
 TORCH_NAMES = {
     "identity": "linear.Identity",
@@ -104,6 +105,18 @@ def read_config(directory: Path, longest: int) -> tuple[EncoderConfig, list[Path
         lowercase=lowercase,
     )
     return config, weights
+
+
+def vector_size(directory: Path) -> int | None:
+    """Dimensions of the vectors of a described encoder; None where the description does not say."""
+    try:
+        places = sorted(directory.glob("*_Dense/config.json"), key=_position)
+        if places:
+            return int(_json(places[-1])["out_features"])
+        values = _json(next(directory.glob("*_Pooling/config.json")))
+        return int(values[next(key for key in WIDTHS if key in values)])
+    except (StopIteration, KeyError, TypeError, ValueError, CheckpointError):
+        return None
 
 
 def write_config(directory: Path, config: EncoderConfig, width: int, length: int) -> list[Path]:
@@ -190,6 +203,11 @@ def write_router(directory: Path, query_tower: str) -> None:
     )
     router = {"idx": 0, "name": "0", "path": "", "type": f"{LIBRARY}.Router"}
     _write(directory / MODULES, [router])
+
+
+def _position(config: Path) -> int:
+    """A module's place among the modules, by its folder: `2_Dense`."""
+    return int(config.parent.name.partition("_")[0])
 
 
 def _modules(path: Path) -> list[tuple[str, str]]:

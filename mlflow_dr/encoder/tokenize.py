@@ -28,13 +28,16 @@ class Tokenizing:
         self.vocabulary_size = highest_id(tokenizer) + 1
 
     def query_ids(self, queries: Sequence[Query]) -> list[list[int]]:
-        """Token ids of queries, prompt and special tokens included."""
-        config = self._config
-        if any(query.tokens is not None for query in queries):
-            tokens = [query.tokens or () for query in queries]
-            return self._framed(tokens, config.query_prompt, config.query_max_length)
-        texts = [config.query_prompt + query.text.strip() for query in queries]
-        return self._ids(texts, config.query_max_length)
+        """Token ids of queries, prompt and special tokens included.
+
+        Text and tokens may stand side by side: several sets of queries are put together.
+        """
+        prompt, length = self._config.query_prompt, self._config.query_max_length
+        texts = [prompt + query.text.strip() for query in queries if query.tokens is None]
+        tokens = [query.tokens for query in queries if query.tokens is not None]
+        of_texts = iter(self._ids(texts, length))
+        of_tokens = iter(self._framed(tokens, prompt, length))
+        return [next(of_texts if query.tokens is None else of_tokens) for query in queries]
 
     def passage_texts(self, passages: Sequence[Passage]) -> list[str]:
         """The text that stands for each passage: prompt, title, separator, text."""
@@ -81,9 +84,10 @@ class Tokenizing:
         Raises:
             DataError: an id that the tokenizer does not have.
         """
+        if not rows:
+            return []
         before, after = self._frame
-        if prompt:
-            before = (before + self._bare(prompt))[: max_length - len(after)]
+        lead = self._bare(prompt) if prompt else []
         room = max_length - len(before) - len(after)
         if (highest := max((max(row) for row in rows if len(row)), default=0)) > (
             self.vocabulary_size - 1
@@ -92,7 +96,14 @@ class Tokenizing:
                 f"a tokenised text has token id {highest}, but this tokenizer's ids end at "
                 f"{self.vocabulary_size - 1}; it was tokenised for another vocabulary"
             )
-        return [[*before, *row[:room], *after] for row in rows]
+        whole = ([*lead, *row] for row in rows)
+        cut = (ids[max(len(ids) - room, 0) :] if self._cuts_left else ids[:room] for ids in whole)
+        return [[*before, *ids, *after] or [self.pad_id] for ids in cut]
+
+    @property
+    def _cuts_left(self) -> bool:
+        """Whether a text that is too long loses its beginning."""
+        return bool(getattr(self._tokenizer, "truncation_side", "right") == "left")
 
     @cached_property
     def _frame(self) -> tuple[list[int], list[int]]:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-import tempfile
+import errno
+import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -15,15 +16,23 @@ from mlflow.entities import LoggedModel, LoggedModelOutput, LoggedModelStatus
 from mlflow.exceptions import MlflowException
 from mlflow.utils.file_utils import local_file_uri_to_path
 
-from mlflow_dr.errors import CheckpointError
+from mlflow_dr.encoder.whole import why_not_whole
+from mlflow_dr.errors import UnavailableError
+from mlflow_dr.files import digest_of, is_full, scratch
 from mlflow_dr.tracking.client import tracking_errors
 from mlflow_dr.tracking.manifest import verify_manifest, write_manifest
+from mlflow_dr.tracking.mlmodel import write_mlmodel
 from mlflow_dr.tracking.runs import TrackedRun
 
 STEP_TAG = "mlflow_dr.step"
+DIRECTORY_TAG = "mlflow_dr.directory"
 MANIFEST_TAG = "mlflow_dr.manifest_sha256"
 MODEL_TYPE = "dense_retriever"
 READY = LoggedModelStatus.READY
+PER_REQUEST = 1000
+NO_PART_OF_IT = shutil.ignore_patterns(
+    *("optimizer*", "scheduler.pt", "scaler.pt", "rng_state*", "global_step*", ".*")
+)
 
 
 @dataclass(frozen=True)
@@ -32,6 +41,7 @@ class Checkpoint:
 
     Attributes:
         model_id: MLflow's id of the LoggedModel.
+        run_id: the run that it was published by.
         step: training step of the weights.
         ready: whether the upload is whole.
         pending: whether it is announced only; for ever, where its trainer was killed.
@@ -42,9 +52,11 @@ class Checkpoint:
         params: write-once parameters of the LoggedModel.
         tags: its tags.
         metrics: names of the metrics it has.
+        directory: where it lies if it was not published but found, on the machine that found it.
     """
 
     model_id: str
+    run_id: str
     step: int
     ready: bool
     pending: bool
@@ -55,6 +67,17 @@ class Checkpoint:
     params: Mapping[str, str]
     tags: Mapping[str, str]
     metrics: frozenset[str]
+    directory: str = ""
+
+
+def seal(directory: Path) -> str:
+    """Complete a checkpoint's directory: MLflow's description of it, then the list of its files.
+
+    Returns:
+        The SHA-256 of the list, which `new_checkpoint` takes.
+    """
+    write_mlmodel(directory)
+    return write_manifest(directory)
 
 
 def new_checkpoint(run: TrackedRun, step: int, manifest: str) -> str:
@@ -69,14 +92,64 @@ def new_checkpoint(run: TrackedRun, step: int, manifest: str) -> str:
     return str(model.model_id)
 
 
+def register_directory(run: TrackedRun, directory: Path, step: int) -> str:
+    """Make a checkpoint of a run stand for a directory on this machine, whose files stay there.
+
+    Of several validators that do so at the same time, one decides.
+
+    Returns:
+        The model id.
+    """
+    key = f"{DIRECTORY_TAG}.{digest_of(directory)}"
+    known = run.fetch().data.params.get(key)
+    if known is None:
+        known = _registered(run, directory, step, key)
+    if checkpoint_by_id(run.client, known).pending:
+        _tie(run, known, step)
+        run.client.finalize_logged_model(known, READY)
+    return known
+
+
+def _registered(run: TrackedRun, directory: Path, step: int, key: str) -> str:
+    model_id = str(
+        run.client.create_logged_model(
+            run.experiment_id,
+            name=f"step-{step}",
+            source_run_id=run.id,
+            tags={STEP_TAG: str(step), DIRECTORY_TAG: str(directory)},
+            model_type=MODEL_TYPE,
+        ).model_id
+    )
+    try:
+        run.client.log_param(run.id, key, model_id)  # of two the server refuses the second
+    except MlflowException:
+        known = run.fetch().data.params.get(key)
+        if known is None:
+            raise
+        if known != model_id:
+            run.client.delete_logged_model(model_id)
+        return known
+    return model_id
+
+
 def upload_checkpoint(run: TrackedRun, model_id: str, directory: Path, step: int) -> None:
     """Upload an announced checkpoint and declare it READY, which comes last.
 
     May be called again for the same id after a failure.
     """
     run.client.log_model_artifacts(model_id, str(directory))
-    run.client.log_outputs(run.id, [LoggedModelOutput(model_id, step)])
+    _tie(run, model_id, step)
     run.client.finalize_logged_model(model_id, READY)
+
+
+def _tie(run: TrackedRun, model_id: str, step: int) -> None:
+    """Show a checkpoint as the run's output at its step; MLflow refuses to be told twice."""
+    try:
+        run.client.log_outputs(run.id, [LoggedModelOutput(model_id, step)])
+    except MlflowException:
+        outputs = run.fetch().outputs
+        if outputs is None or model_id not in {one.model_id for one in outputs.model_outputs}:
+            raise
 
 
 def publish(run: TrackedRun, directory: Path, step: int) -> str:
@@ -86,7 +159,7 @@ def publish(run: TrackedRun, directory: Path, step: int) -> str:
         TrackingError: the server did not take it.
     """
     with tracking_errors(f"publishing step {step}"):
-        model_id = new_checkpoint(run, step, write_manifest(directory))
+        model_id = new_checkpoint(run, step, seal(directory))
         upload_checkpoint(run, model_id, directory, step)
     return model_id
 
@@ -98,16 +171,36 @@ def give_up(run: TrackedRun, model_id: str) -> None:
 
 def checkpoints_of(run: TrackedRun) -> list[Checkpoint]:
     """All checkpoints of a run, by step; other models that the run has logged are passed over."""
+    return find_checkpoints(run.client, run.experiment_id, run.id)
+
+
+def find_checkpoints(
+    client: MlflowClient, experiment_id: str, run_id: str | None = None, since_ms: int = 0
+) -> list[Checkpoint]:
+    """Checkpoints of an experiment, by step; one request for each 1,000.
+
+    Args:
+        client: where.
+        experiment_id: of this experiment.
+        run_id: of this run only.
+        since_ms: created then or later, in ms since 1970.
+
+    Raises:
+        TrackingError: the server does not answer.
+    """
+    # a status in the filter string silently finds nothing (MLflow 3.17)
+    conditions = [f"source_run_id = '{run_id}'"] if run_id else []
+    conditions += [f"creation_timestamp >= {since_ms}"] if since_ms else []
     found: list[Checkpoint] = []
     token = None
-    with tracking_errors(f"checkpoints of run {run.id}"):
+    with tracking_errors(f"checkpoints of {run_id or f'experiment {experiment_id}'}"):
         while True:
-            page = run.client.search_logged_models(
-                [run.experiment_id],
-                filter_string=f"source_run_id = '{run.id}'",
+            page = client.search_logged_models(
+                [experiment_id],
+                filter_string=" AND ".join(conditions) or None,
+                max_results=PER_REQUEST,
                 page_token=token,
             )
-            # a status in the filter string silently finds nothing (MLflow 3.17)
             found += [_checkpoint(model) for model in page if STEP_TAG in (model.tags or {})]
             token = page.token
             if not token:
@@ -156,20 +249,34 @@ def checkpoint_by_id(client: MlflowClient, model_id: str) -> Checkpoint:
 def fetched(checkpoint: Checkpoint) -> Iterator[Path]:
     """The checkpoint's directory on this machine, verified; removed afterwards if it was copied.
 
+    One that was found in a directory is copied, because its trainer may remove it meanwhile.
+
     Raises:
         CheckpointError: it cannot be had, or its bytes are not those that were published.
+        OSError: the disk is full.
     """
-    with tempfile.TemporaryDirectory(prefix="mlflow_dr-") as room:
+    with scratch() as room:
         try:
-            directory = _local(checkpoint.location) or Path(
-                download_artifacts(artifact_uri=checkpoint.location, dst_path=room)
-            )
+            directory = _had(checkpoint, room)
         except (MlflowException, OSError) as error:
+            if is_full(error, room.parent):
+                message = "the disk is full; TMPDIR names a directory on another one"
+                raise OSError(errno.ENOSPC, message, str(room.parent)) from error
             reason = " ".join(str(error).split())[:300]
-            raise CheckpointError(f"cannot be downloaded: {reason}") from error
+            raise UnavailableError(f"cannot be downloaded: {reason}") from error
         if checkpoint.manifest:
             verify_manifest(directory, checkpoint.manifest)
+        elif checkpoint.directory and (reason := why_not_whole(directory)):
+            raise UnavailableError(f"{checkpoint.directory}: {reason}")
         yield directory
+
+
+def _had(checkpoint: Checkpoint, room: Path) -> Path:
+    if checkpoint.directory:
+        return Path(shutil.copytree(checkpoint.directory, room, ignore=NO_PART_OF_IT))
+    return _local(checkpoint.location) or Path(
+        download_artifacts(artifact_uri=checkpoint.location, dst_path=str(room))
+    )
 
 
 def _local(location: str) -> Path | None:
@@ -183,6 +290,7 @@ def _checkpoint(model: LoggedModel) -> Checkpoint:
     tags = model.tags or {}
     return Checkpoint(
         model_id=str(model.model_id),
+        run_id=str(model.source_run_id or ""),
         step=int(tags.get(STEP_TAG, 0)),
         ready=model.status == READY,
         pending=model.status == LoggedModelStatus.PENDING,
@@ -193,4 +301,5 @@ def _checkpoint(model: LoggedModel) -> Checkpoint:
         params=model.params or {},
         tags=tags,
         metrics=frozenset(metric.key for metric in model.metrics or ()),
+        directory=tags.get(DIRECTORY_TAG, ""),
     )

@@ -15,7 +15,11 @@ from mlflow.exceptions import MlflowException
 from mlflow_dr.errors import TrackingError
 
 URI_VARIABLE = "MLFLOW_TRACKING_URI"
-AT_ONCE = {"MLFLOW_HTTP_REQUEST_TIMEOUT": "10", "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "0"}
+SERVER_ERROR = 500
+RETRIES = "MLFLOW_HTTP_REQUEST_MAX_RETRIES"
+FEW_RETRIES = "2"
+AT_ONCE = {"MLFLOW_HTTP_REQUEST_TIMEOUT": "10", RETRIES: "0"}
+_set_by_us: set[str] = set()
 
 
 def tracking_uri() -> str:
@@ -43,8 +47,28 @@ def connect(uri: str | None = None) -> MlflowClient:
             client = MlflowClient(uri)
             client.search_experiments(max_results=1)
     except (MlflowException, OSError) as error:
-        raise TrackingError(_unreachable(uri, " ".join(str(error).split()))) from error
+        refusal = _refusal(error)
+        raise TrackingError(refusal or _unreachable(uri, _one_line(error))) from error
     return client
+
+
+def answers(client: MlflowClient) -> bool:
+    """Whether the server answers now, be it with a refusal."""
+    try:
+        with _impatient():
+            client.search_experiments(max_results=1)
+    except MlflowException as error:
+        return error.get_http_status_code() < SERVER_ERROR
+    except OSError:
+        return False
+    return True
+
+
+def leave_waiting_to_us() -> None:
+    """Have MLflow give up on a server soon, where the user has not said when; we wait better."""
+    if RETRIES not in os.environ:
+        os.environ[RETRIES] = FEW_RETRIES
+        _set_by_us.add(RETRIES)
 
 
 @contextmanager
@@ -53,20 +77,45 @@ def tracking_errors(doing: str) -> Iterator[None]:
     try:
         yield
     except (MlflowException, OSError) as error:
-        reason = " ".join(str(error).split())[:400]
-        raise TrackingError(f"{doing}: {reason}") from error
+        raise TrackingError(f"{doing}: {_refusal(error) or _one_line(error)[:400]}") from error
 
 
 @contextmanager
 def _impatient() -> Iterator[None]:
     """Requests of MLflow's that fail within seconds, where the user has not set how long to try."""
-    added = {key: value for key, value in AT_ONCE.items() if key not in os.environ}
-    os.environ.update(added)
+    before = {key: os.environ.get(key) for key in AT_ONCE}
+    free = [key for key, value in before.items() if value is None or key in _set_by_us]
+    os.environ.update({key: AT_ONCE[key] for key in free})
     try:
         yield
     finally:
-        for key in added:
-            del os.environ[key]
+        for key in free:
+            if (value := before[key]) is None:
+                del os.environ[key]
+            else:
+                os.environ[key] = value
+
+
+def _refusal(error: Exception) -> str:
+    """What a server with users asks for; empty for errors of another kind."""
+    code = error.error_code if isinstance(error, MlflowException) else ""
+    user = os.environ.get("MLFLOW_TRACKING_USERNAME")
+    if code == "UNAUTHENTICATED":
+        return (
+            f"the tracking server does not know user {user!r} with this password"
+            if user
+            else "the tracking server asks who you are"
+        ) + "; set MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD"
+    if code == "PERMISSION_DENIED":
+        return (
+            f"user {user!r} may not do that: publishing and validating need the permission EDIT on "
+            "the experiment, looking needs READ; an administrator of the tracking server grants it"
+        )
+    return ""
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split())
 
 
 def _unreachable(uri: str, reason: str) -> str:

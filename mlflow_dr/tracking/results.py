@@ -45,12 +45,18 @@ def state_of(checkpoint: Checkpoint, name: str) -> State:
     return State.OPEN
 
 
+def failure_of(checkpoint: Checkpoint, name: str) -> str:
+    """Why a checkpoint could not be validated; empty where nobody has said that."""
+    return checkpoint.tags.get(f"{PREFIX}{name}.failed", "")
+
+
 def record_result(
     run: TrackedRun,
     checkpoint: Checkpoint,
     name: str,
     values: Mapping[str, float],
     dataset: tuple[str, str],
+    now_ms: int | None = None,
 ) -> dict[str, float]:
     """Record a result, if none is recorded, and write the recorded one as metrics.
 
@@ -61,11 +67,12 @@ def record_result(
         values: figures by metric name without prefix. `lag_seconds`, from READY until now, is
             added.
         dataset: name and digest of the collection.
+        now_ms: the server's time, in ms since 1970; this machine's when None.
 
     Returns:
         The recorded figures, which are an earlier validator's if it recorded first.
     """
-    now_ms = time.time_ns() // 1_000_000
+    now_ms = now_ms or time.time_ns() // 1_000_000
     lag = max(0, now_ms - checkpoint.ready_ms) / 1000
     record = json.dumps({"values": {**values, "lag_seconds": lag}, "written_ms": now_ms})
     with tracking_errors(f"recording step {checkpoint.step}"):
@@ -95,28 +102,49 @@ def mark_failed(run: TrackedRun, checkpoint: Checkpoint, name: str, reason: str)
         )
 
 
-def claim_name(run: TrackedRun, name: str, config: Mapping[str, object]) -> None:
-    """Bind a validation's name to its configuration on this run.
+def bind_name(run: TrackedRun, name: str, config: Mapping[str, object]) -> dict[str, object]:
+    """Bind a validation's name to its configuration on this run; who is first decides.
 
-    Raises:
-        UsageError: the name stands for another configuration on this run, whose curve would mix
-            with this one.
+    Args:
+        run: the run.
+        name: the validation's name, which prefixes its metrics.
+        config: what its figures depend on.
+
+    Returns:
+        The configuration that the name stands for: this one, or one that was there before.
     """
     key = f"{PREFIX}{name}"
     text = json.dumps(config, sort_keys=True)
-    known = run.fetch().data.tags.get(key)
-    if known is None:
-        run.set_tags({key: text})
-    elif json.loads(known) != json.loads(text):
+    with tracking_errors(f"binding validation {name!r} of run {run.id}"):
+        try:
+            run.client.log_param(run.id, key, text)  # of two values the server refuses the second
+        except MlflowException:
+            known = known_config(run, name)
+            if known is None:
+                raise
+            return known
+    return dict(config)
+
+
+def refuse_other_config(
+    run: TrackedRun, name: str, known: Mapping[str, object], wanted: Mapping[str, object]
+) -> None:
+    """Refuse a name that stands for another configuration, whose curve would mix with this one.
+
+    Raises:
+        UsageError: both configurations.
+    """
+    if known != wanted:
         raise UsageError(
-            f"validation {name!r} of run {run.id} has another configuration: it is {known}, and "
-            f"this would be {text}; give this one another --name"
+            f"validation {name!r} of run {run.id} has another configuration: it is "
+            f"{json.dumps(known, sort_keys=True)}, and this would be "
+            f"{json.dumps(wanted, sort_keys=True)}; give this one another --name"
         )
 
 
 def known_config(run: TrackedRun, name: str) -> dict[str, object] | None:
     """The configuration that a validation's name is bound to on this run, if any."""
-    known = run.fetch().data.tags.get(f"{PREFIX}{name}")
+    known = run.fetch().data.params.get(f"{PREFIX}{name}")
     return json.loads(known) if known else None
 
 

@@ -26,6 +26,7 @@ from mlflow.tracking.context.registry import resolve_tags
 
 from mlflow_dr.errors import TrackingError
 from mlflow_dr.tracking.client import URI_VARIABLE, tracking_errors, tracking_uri
+from mlflow_dr.tracking.datasets import CollectionSource
 
 log = logging.getLogger(__name__)
 
@@ -87,7 +88,13 @@ class TrackedRun:
                 self.client.set_tag(self.id, key, value)
 
     def log_collection(
-        self, name: str, digest: str, source: str, profile: Mapping[str, Any], context: str
+        self,
+        name: str,
+        digest: str,
+        source: str,
+        profile: Mapping[str, Any],
+        context: str,
+        collection: str | None = None,
     ) -> None:
         """Show a collection among the run's dataset inputs.
 
@@ -95,14 +102,16 @@ class TrackedRun:
             name: the collection's name.
             digest: digest of its contents.
             source: where it comes from.
-            profile: sizes and the like.
+            profile: sizes and the like; `split` is kept with the source, too.
             context: what it was used for, such as `training`.
+            collection: what `open_collection` takes; the name when None.
         """
+        origin = CollectionSource(collection or name, profile.get("split"), source)
         dataset = Dataset(
             name=name,
             digest=digest,
-            source_type="mlflow_dr",
-            source=json.dumps({"source": source}),
+            source_type=origin._get_source_type(),
+            source=origin.to_json(),
             profile=json.dumps(profile),
         )
         entry = DatasetInput(dataset, [InputTag("mlflow.data.context", context)])

@@ -228,6 +228,16 @@ class RetrieverTrainingArguments(TrainingArguments):
         "none", "Further integrations; MLflow is always written to."
     )
 
+    def __post_init__(self) -> None:
+        # the usual names; Trainer warns of them because it has newer ones
+        for usual, newer in (
+            ("gradient_checkpointing", "activation_checkpointing"),
+            ("gradient_checkpointing_kwargs", "activation_checkpointing_kwargs"),
+        ):
+            if getattr(self, newer) is None:
+                setattr(self, newer, getattr(self, usual))
+        super().__post_init__()
+
 
 @dataclass(frozen=True)
 class TrainingRequest:

@@ -26,7 +26,7 @@ WEIGHTS = "model*.safetensors"
 TRAINER_FILES = (
     *("optimizer*", "scheduler.pt", "scaler.pt", "rng_state*", "trainer_state.json"),
     *("training_args.bin", "global_step*", "latest", "zero_to_fp32.py", "pytorch_model*.bin"),
-    *("mlflow_dr_run.json", "mlflow_dr_whole.json", "*.partial", ".*", "__pycache__"),
+    *("mlflow_dr_*.json", "*.partial", ".*", "__pycache__"),
 )
 ST_MODULES = ("Transformer", "Pooling", "Dense", "Dropout", "Normalize")
 NEEDED = ("pooling", "normalize")

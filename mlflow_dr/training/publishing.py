@@ -5,20 +5,18 @@ from __future__ import annotations
 import atexit
 import logging
 import queue
-import tempfile
 import threading
 import time
 import weakref
 from collections.abc import Collection, Mapping
-from pathlib import Path
 from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from mlflow_dr.errors import one_line
-from mlflow_dr.tracking.checkpoints import give_up, new_checkpoint, upload_checkpoint
-from mlflow_dr.tracking.manifest import write_manifest
+from mlflow_dr.files import scratch
+from mlflow_dr.tracking.checkpoints import give_up, new_checkpoint, seal, upload_checkpoint
 from mlflow_dr.tracking.runs import TrackedRun
 from mlflow_dr.training.publishable import Publishable
 
@@ -117,6 +115,15 @@ class Publisher:
         self._queue.put((step, snapshot))
         return True
 
+    def make_up(self, step: int, source: Publishable) -> bool:
+        """Publish an earlier step from where its weights were kept, and wait for it.
+
+        Returns:
+            Whether it was published; a failure is reported as that of a submitted step is.
+        """
+        self._done.add(step)
+        return self._publish(step, source, source.state())
+
     def close(self) -> None:
         """Wait until everything submitted is published, or given up."""
         if self._thread.is_alive():
@@ -129,12 +136,18 @@ class Publisher:
         while (item := self._queue.get()) is not None:
             step, snapshot = item
             try:
-                publish_state(self._run, step, self._source, snapshot, self._attempts, self._pause)
-            except Exception as error:  # noqa: BLE001 - whatever it is, training goes on
-                self._report(step, error)
+                self._publish(step, self._source, snapshot)
             finally:
                 self._spare.append(snapshot)
                 self._queue.task_done()
+
+    def _publish(self, step: int, source: Publishable, state: Mapping[str, Tensor]) -> bool:
+        try:
+            publish_state(self._run, step, source, state, self._attempts, self._pause)
+        except Exception as error:  # noqa: BLE001 - whatever it is, training goes on
+            self._report(step, error)
+            return False
+        return True
 
     def _report(self, step: int, error: Exception) -> None:
         log.error("step %d was not published: %s", step, one_line(error))
@@ -187,10 +200,9 @@ def publish_state(
     Raises:
         Exception: what writing raised, or the last upload.
     """
-    with tempfile.TemporaryDirectory(prefix="mlflow_dr-") as room:
-        directory = Path(room) / "encoder"
+    with scratch() as directory:
         source.save(directory, state)
-        manifest = write_manifest(directory)
+        manifest = seal(directory)
         model_id: str | None = None
         for attempt in range(1, attempts + 1):
             try:

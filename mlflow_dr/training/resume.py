@@ -10,7 +10,6 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -65,31 +64,34 @@ def find_resumption(output_dir: str | Path, asked: str | None) -> Resumption | N
             f"{directory}: no training was started there ({RUN_FILE} is missing); give the "
             "--output_dir that it had, or leave --resume_from_checkpoint out"
         )
-    whole = [path for path in checkpoints(directory) if _run_of_whole(path) == run_id]
+    whole = [path for path in checkpoints(directory).values() if _run_of_whole(path) == run_id]
     return Resumption(run_id, whole[-1] if whole else None)
 
 
-def begin_output(output_dir: str | Path, run_id: str, overwrite: bool) -> None:
-    """Note in the output directory whose checkpoints it holds.
+def check_output(output_dir: str | Path, overwrite: bool) -> None:
+    """Refuse an output directory that holds another training's checkpoints.
 
     Args:
-        output_dir: where a new training saves.
-        run_id: its MLflow run.
-        overwrite: whether checkpoints of another training are removed.
+        output_dir: where a new training will save.
+        overwrite: whether such checkpoints are to be removed.
 
     Raises:
         UsageError: there are such checkpoints, and they are not to be removed.
     """
     directory = Path(output_dir)
-    if there := list(checkpoints(directory)):
-        if not overwrite:
-            raise UsageError(
-                f"{directory} has checkpoints of another training (such as {there[-1].name}); "
-                "--resume_from_checkpoint goes on with it, --overwrite_output_dir removes them, "
-                "or give another --output_dir"
-            )
-        for checkpoint in there:
-            shutil.rmtree(checkpoint)
+    if not overwrite and (there := list(checkpoints(directory).values())):
+        raise UsageError(
+            f"{directory} has checkpoints of another training (such as {there[-1].name}); "
+            "--resume_from_checkpoint goes on with it, --overwrite_output_dir removes them, "
+            "or give another --output_dir"
+        )
+
+
+def begin_output(output_dir: str | Path, run_id: str) -> None:
+    """Note in the output directory whose checkpoints it holds, and remove those of others."""
+    directory = Path(output_dir)
+    for checkpoint in checkpoints(directory).values():
+        shutil.rmtree(checkpoint)
     _write(directory / RUN_FILE, {"run_id": run_id})
 
 
@@ -103,11 +105,25 @@ def mark_whole(checkpoint: Path, run_id: str) -> None:
     _write(checkpoint / WHOLE_FILE, {"run_id": run_id, "files": sizes})
 
 
-def checkpoints(directory: Path) -> Iterator[Path]:
-    """Trainer's checkpoints in a directory, whole or not, by step."""
+def checkpoints(directory: Path) -> dict[int, Path]:
+    """Trainer's checkpoints in a directory, whole or not, by step; ascending."""
     named = [(re.fullmatch(r"checkpoint-(\d+)", path.name), path) for path in directory.glob("*")]
-    found = [(int(match[1]), path) for match, path in named if match and path.is_dir()]
-    return (path for _, path in sorted(found))
+    return dict(sorted((int(match[1]), path) for match, path in named if match and path.is_dir()))
+
+
+def whole_checkpoints_until(last: Path) -> dict[int, Path]:
+    """Whole checkpoints beside one and of the same run, by step, ascending; it is the last.
+
+    None for one that was given another name.
+    """
+    run_id = _run_of_whole(last)
+    found: dict[int, Path] = {}
+    for step, path in checkpoints(last.parent).items():
+        if _run_of_whole(path) == run_id:
+            found[step] = path
+        if path == last:
+            return found
+    return {}
 
 
 def _run_of_whole(checkpoint: Path) -> str | None:

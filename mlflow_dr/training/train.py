@@ -6,15 +6,17 @@ import logging
 import signal
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import MISSING, asdict, fields
+from pathlib import Path
 from types import FrameType
 from typing import Any
 
 from transformers import TrainerCallback, set_seed
 from transformers.trainer_utils import SaveStrategy
 
+from mlflow_dr.encoder.directory import load_encoder
 from mlflow_dr.tracking.checkpoints import abandon_pending, ready_steps
 from mlflow_dr.tracking.client import connect
 from mlflow_dr.tracking.runs import (
@@ -30,9 +32,15 @@ from mlflow_dr.training.building import build_encoder, collator_of, mixed_traini
 from mlflow_dr.training.callbacks import MetricCallback, StopCallback
 from mlflow_dr.training.data import TrainingData, open_data
 from mlflow_dr.training.publish_callback import PublishCallback
-from mlflow_dr.training.publishable import EncoderSource
+from mlflow_dr.training.publishable import DirectorySource, EncoderSource, Publishable
 from mlflow_dr.training.publishing import Mate, Publisher, Submits
-from mlflow_dr.training.resume import Resumption, begin_output, find_resumption
+from mlflow_dr.training.resume import (
+    Resumption,
+    begin_output,
+    check_output,
+    find_resumption,
+    whole_checkpoints_until,
+)
 from mlflow_dr.training.trainer import RetrieverTrainer
 
 log = logging.getLogger(__name__)
@@ -76,6 +84,9 @@ def train(request: TrainingRequest) -> str:
         logging.getLogger("mlflow_dr").setLevel(logging.WARNING)
         _train(request, open_data(request.data), None, resumption)
         return ""
+    saves = arguments.save_strategy != SaveStrategy.NO
+    if resumption is None and saves:
+        check_output(str(arguments.output_dir), arguments.overwrite_output_dir)
     client = connect(request.publish.tracking_uri)
     data = open_data(request.data)
     run = open_run(
@@ -84,8 +95,8 @@ def train(request: TrainingRequest) -> str:
     log.info("run %s (%s)", run.id, run.name)
     status = "FAILED"
     try:
-        if resumption is None and arguments.save_strategy != SaveStrategy.NO:
-            begin_output(str(arguments.output_dir), run.id, arguments.overwrite_output_dir)
+        if resumption is None and saves:
+            begin_output(str(arguments.output_dir), run.id)
         _describe(run, request, data)
         _train(request, data, run, resumption)
         status = "FINISHED"
@@ -153,7 +164,7 @@ def _train(
             run.id if run else "",
             request.model.trust_remote_code,
         )
-        ending.enter_context(_asked_by_signals(stop))
+        ending.enter_context(_asked_by_signals(stop, says=run is not None))
         trainer.resume(resumption.checkpoint if resumption else None)
     # an exit code of another process would have torchrun kill the first one
     if stop.killed and run is not None:
@@ -190,7 +201,52 @@ def _writers(
             publisher.close()
 
     ending.push(close)
+    if resumption is not None and resumption.checkpoint is not None:
+        _make_up(request, publisher, source, done, resumption.checkpoint)
     return [MetricCallback(run.log_metrics, known), _publishing(request, publisher)]
+
+
+def _make_up(
+    request: TrainingRequest,
+    publisher: Publisher,
+    source: EncoderSource,
+    done: Collection[int],
+    checkpoint: Path,
+) -> None:
+    """Publish what a kill kept from being published: from Trainer's checkpoints on this disk.
+
+    Steps after the one that is resumed from are trained once more, and published then.
+
+    Args:
+        request: what is trained.
+        publisher: of the run.
+        source: the encoder as it is before training.
+        done: steps that are published.
+        checkpoint: what is resumed from.
+    """
+    if request.publish.publish_initial and 0 not in done:
+        publisher.make_up(0, source)
+    if not (every := request.publish.publish_steps):
+        return
+    there = whole_checkpoints_until(checkpoint)
+    due = [step for step in range(every, max(there, default=0) + 1, every) if step not in done]
+    for step in due:
+        if step in there:
+            log.info("step %d was left unpublished; publishing %s", step, there[step])
+            publisher.make_up(step, _kept(there[step], request))
+    if lost := [str(step) for step in due if step not in there]:
+        log.warning(
+            "step %s was neither published before the training was stopped nor kept in %s",
+            *(", ".join(lost), checkpoint.parent),
+        )
+
+
+def _kept(directory: Path, request: TrainingRequest) -> Publishable:
+    """What Trainer's checkpoint holds, as it is published."""
+    if request.model.lora and request.model.lora_publish == MERGED:
+        merged = load_encoder(directory, trust_remote_code=request.model.trust_remote_code)
+        return EncoderSource(merged)
+    return DirectorySource(directory)
 
 
 def _publishing(request: TrainingRequest, publisher: Submits) -> PublishCallback:
@@ -235,7 +291,7 @@ def _one_device(arguments: RetrieverTrainingArguments) -> None:
 
 
 @contextmanager
-def _asked_by_signals(stop: StopCallback) -> Iterator[None]:
+def _asked_by_signals(stop: StopCallback, says: bool) -> Iterator[None]:
     """On SIGINT or SIGTERM end cleanly after the step; the same signal once more, at once.
 
     One Ctrl-C under torchrun reaches us twice, from the terminal and from torchrun.
@@ -246,7 +302,7 @@ def _asked_by_signals(stop: StopCallback) -> Iterator[None]:
         first = came.setdefault(number, time.monotonic())
         if time.monotonic() - first > SECONDS_OF_ONE_REQUEST:
             raise KeyboardInterrupt
-        if not stop.killed:
+        if says and not stop.killed:
             print("stopping after this step; once more to stop at once", file=sys.stderr)  # noqa: T201
         stop.ask(signal.Signals(number).name, killed=True)
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import json
 import logging
 import shutil
@@ -25,6 +24,7 @@ from mlflow_dr.encoder.directory import save_encoder
 from mlflow_dr.encoder.model import Encoder
 from mlflow_dr.encoder.restore import restore_encoder
 from mlflow_dr.errors import TrainingError, one_line
+from mlflow_dr.files import is_full
 from mlflow_dr.training.batches import Collator, Group
 from mlflow_dr.training.grad_cache import cached_vectors
 from mlflow_dr.training.loss import Objective
@@ -40,7 +40,6 @@ warnings.filterwarnings(
 
 PROGRESS_FILE = "mlflow_dr_progress.json"
 IDS_SHOWN = 8
-ALMOST_NOTHING = 1 << 20
 
 
 class RetrieverTrainer(Trainer):
@@ -181,7 +180,7 @@ class RetrieverTrainer(Trainer):
                 (directory / PROGRESS_FILE).write_text(json.dumps(progress), encoding="utf-8")
                 mark_whole(directory, self._run_id)
         except (OSError, SafetensorError, RuntimeError) as error:
-            if self.args.world_size > 1 or not _is_full(error, directory.parent):
+            if self.args.world_size > 1 or not is_full(error, directory.parent):
                 raise
             shutil.rmtree(directory, ignore_errors=True)
             log.error("%s was not saved, the disk is full: %s", directory, one_line(error))
@@ -246,10 +245,3 @@ class _Progress(TrainerCallback):
     ) -> None:
         """Trainer has just begun."""
         self._trainer.restore_progress()
-
-
-def _is_full(error: Exception, directory: Path) -> bool:
-    """Whether a write failed for want of room; torch and safetensors do not say so by type."""
-    if isinstance(error, OSError) and error.errno is not None:
-        return error.errno in (errno.ENOSPC, errno.EDQUOT)
-    return shutil.disk_usage(directory).free < ALMOST_NOTHING or "No space left" in str(error)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -15,6 +16,7 @@ from mlflow_dr.encoder.model import Encoder
 from mlflow_dr.encoder.tables import corpus_tokens
 from mlflow_dr.encoder.tokenize import Tokenizing
 from mlflow_dr.engines.devices import DTYPES, resolve_device, resolve_dtype
+from mlflow_dr.files import digest_of
 from mlflow_dr.retrieval.dense import search_corpus
 from mlflow_dr.retrieval.measures import Measure, check_depth, mean_values, measure_ranking
 from mlflow_dr.retrieval.ranking import Ranking, named_ranking
@@ -61,28 +63,21 @@ class Report:
     dtype: str
 
 
-class Prepared:
-    """A split of a collection with everything that does not depend on the weights.
+class Searched:
+    """The corpus of a collection with everything that does not depend on the weights.
 
     Args:
-        collection: where passages, queries and judgements come from.
-        split: whose queries are put.
+        collection: whose corpus.
     """
 
-    def __init__(self, collection: Collection, split: str) -> None:
-        self.collection = collection
-        self.split = split
+    def __init__(self, collection: Collection) -> None:
+        self._collection = collection
         self._tables: dict[str, TokenTable] = {}
 
     @cached_property
     def corpus(self) -> Corpus:
         """The passages."""
-        return self.collection.corpus()
-
-    @cached_property
-    def topics(self) -> Topics:
-        """The judged queries."""
-        return self.collection.topics(self.split)
+        return self._collection.corpus()
 
     @cached_property
     def tie_ranks(self) -> np.ndarray:
@@ -97,35 +92,101 @@ class Prepared:
         return self._tables[key]
 
 
+class Prepared:
+    """A split of a collection with everything that does not depend on the weights.
+
+    Args:
+        collection: where passages, queries and judgements come from.
+        split: whose queries are put.
+        searched: the collection's corpus, where another split has it already.
+    """
+
+    def __init__(
+        self, collection: Collection, split: str, searched: Searched | None = None
+    ) -> None:
+        self.collection = collection
+        self.split = split
+        self.searched = searched or Searched(collection)
+
+    @property
+    def corpus(self) -> Corpus:
+        """The passages."""
+        return self.searched.corpus
+
+    @cached_property
+    def topics(self) -> Topics:
+        """The judged queries."""
+        return self.collection.topics(self.split)
+
+    @cached_property
+    def digest(self) -> str:
+        """Of the corpus, the queries and their judgements."""
+        return digest_of(self.corpus.digest, self.topics.digest)
+
+
 def evaluate(
     encoder: Encoder, prepared: Prepared, settings: Settings, quiet: bool = False
 ) -> Report:
-    """Encode queries and corpus, search exactly, measure.
+    """Encode queries and corpus, search exactly, measure; see `evaluate_all`."""
+    (report,) = evaluate_all(encoder, [(prepared, settings)], quiet)
+    return report
+
+
+def evaluate_all(
+    encoder: Encoder, asked: Sequence[tuple[Prepared, Settings]], quiet: bool = False
+) -> list[Report]:
+    """Encode several sets of queries and their common corpus once, search exactly, measure each.
+
+    Args:
+        encoder: moved to the device, and into the number format.
+        asked: splits of one corpus, on one device and in one number format.
+        quiet: no progress bar.
+
+    Returns:
+        A report for each, with the seconds of all together.
 
     Raises:
         CheckpointError: the encoder gives NaN.
         DeviceError: no such device.
         UsageError: a measure looks deeper than the depth.
+        ValueError: corpora, devices or formats differ.
     """
-    depth = check_depth(settings.measures, settings.depth)
-    device = resolve_device(settings.device)
-    dtype = resolve_dtype(settings.dtype, device)
+    searched, common = asked[0][0].searched, asked[0][1]
+    for prepared, settings in asked:
+        same = prepared.corpus.digest == searched.corpus.digest
+        if not same or (settings.device, settings.dtype) != (common.device, common.dtype):
+            raise ValueError("one pass is over one corpus, on one device and in one number format")
+    depths = [check_depth(settings.measures, settings.depth) for _, settings in asked]
+    device = resolve_device(common.device)
+    dtype = resolve_dtype(common.dtype, device)
     tokenizing = Tokenizing(encoder.tokenizer, encoder.settings)
-    table, topics = prepared.tokens(tokenizing), prepared.topics
+    table = searched.tokens(tokenizing)
+    queries = [prepared.topics.queries for prepared, _ in asked]
 
     start = time.perf_counter()
     found = search_corpus(
         encoder.eval().to(device, DTYPES[dtype]),
         tokenizing,
-        topics.queries,
+        [query for some in queries for query in some],
         table,
-        prepared.tie_ranks,
-        depth + (0 if settings.keep_own_id else 1),
+        searched.tie_ranks,
+        max(
+            depth + (0 if settings.keep_own_id else 1)
+            for depth, (_, settings) in zip(depths, asked, strict=True)
+        ),
         quiet=quiet,
     )
-    ranking = named_ranking(
-        topics.queries, prepared.corpus, found.rows, found.scores, depth, settings.keep_own_id
-    )
-    per_query = measure_ranking(ranking, topics.qrels, settings.measures)
+    results = []
+    ends = np.cumsum([len(some) for some in queries])[:-1]
+    parts = zip(np.split(found.rows, ends), np.split(found.scores, ends), strict=True)
+    for (prepared, settings), depth, (rows, scores) in zip(asked, depths, parts, strict=True):
+        topics = prepared.topics
+        ranking = named_ranking(
+            topics.queries, searched.corpus, rows, scores, depth, settings.keep_own_id
+        )
+        results.append((measure_ranking(ranking, topics.qrels, settings.measures), ranking))
     seconds = time.perf_counter() - start
-    return Report(mean_values(per_query), per_query, ranking, seconds, len(table), dtype)
+    return [
+        Report(mean_values(per_query), per_query, ranking, seconds, len(table), dtype)
+        for per_query, ranking in results
+    ]

@@ -9,6 +9,7 @@ from typing import Any
 
 from mlflow_dr.collection.catalogue import open_collection
 from mlflow_dr.collection.interface import chosen_split
+from mlflow_dr.encoder.config import changes_of
 from mlflow_dr.encoder.directory import load_encoder
 from mlflow_dr.engines.devices import resolve_device, resolve_dtype
 from mlflow_dr.errors import UsageError
@@ -37,6 +38,9 @@ class Once:
         pooling: replaces what the directory says; so do the next two.
         normalize: likewise.
         max_length: likewise, for queries and passages.
+        q_max_len: likewise, for queries.
+        p_max_len: likewise, for passages.
+        tokenizer: a directory or hub name whose tokenizer is taken instead.
         trust_remote_code: whether code in the directory may run.
         tracking_uri: where `models:/` is looked up.
     """
@@ -54,18 +58,19 @@ class Once:
     pooling: str | None = None
     normalize: bool | None = None
     max_length: int | None = None
+    q_max_len: int | None = None
+    p_max_len: int | None = None
+    tokenizer: str | None = None
     trust_remote_code: bool = False
     tracking_uri: str | None = None
 
     def encoder_changes(self) -> dict[str, Any]:
         """What the flags say about the encoder."""
-        wanted = {
-            "pooling": self.pooling,
-            "normalize": self.normalize,
-            "query_max_length": self.max_length,
-            "passage_max_length": self.max_length,
-        }
-        return {key: value for key, value in wanted.items() if value is not None}
+        query_length = self.q_max_len or self.max_length
+        passage_length = self.p_max_len or self.max_length
+        return changes_of(
+            self.pooling, self.normalize, query_length, passage_length, self.tokenizer
+        )
 
 
 def evaluate_once(request: Once) -> Report:

@@ -1,26 +1,43 @@
-"""Follow a run and validate each of its checkpoints once."""
+"""Follow checkpoints, among any number of validators, and validate each of them once."""
 
 from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple, TypeVar
 
 from mlflow_dr.collection.catalogue import open_collection
-from mlflow_dr.collection.interface import chosen_split
+from mlflow_dr.collection.interface import Collection, chosen_split
 from mlflow_dr.encoder.directory import load_encoder
+from mlflow_dr.encoder.model import Encoder
+from mlflow_dr.encoder.whole import why_not_whole
 from mlflow_dr.engines.devices import AUTO, resolve_device, resolve_dtype
-from mlflow_dr.errors import CheckpointError, UsageError
+from mlflow_dr.errors import (
+    CheckpointError,
+    MlflowDrError,
+    TrackingError,
+    UnavailableError,
+    UsageError,
+)
 from mlflow_dr.retrieval.measures import check_depth
-from mlflow_dr.tracking.checkpoints import Checkpoint, checkpoints_of, fetched
+from mlflow_dr.tracking.checkpoints import Checkpoint, fetched
+from mlflow_dr.tracking.claims import Claims, Watchman
+from mlflow_dr.tracking.client import answers
+from mlflow_dr.tracking.clock import ServerClock
+from mlflow_dr.tracking.datasets import shown_name
+from mlflow_dr.tracking.following import Followed, Look
 from mlflow_dr.tracking.results import (
     State,
-    claim_name,
+    bind_name,
     known_config,
     mark_failed,
     record_result,
+    refuse_other_config,
     state_of,
     write_recorded,
 )
@@ -32,28 +49,18 @@ from mlflow_dr.tracking.runs import (
     check_alive,
     is_over,
 )
-from mlflow_dr.validation.evaluate import Prepared, Report, Settings, evaluate
+from mlflow_dr.tracking.status import note_summary, summary_of
+from mlflow_dr.validation.evaluate import Prepared, Report, Searched, Settings, evaluate_all
+from mlflow_dr.validation.order import in_order
+from mlflow_dr.validation.plan import Plan, Validation
 
 log = logging.getLogger(__name__)
 
-DEFAULT_NAME = "val"
+LONGEST_WAIT = 30.0
+UNAVAILABLE = (TrackingError, UnavailableError)
 
-
-@dataclass(frozen=True)
-class Validation:
-    """What is measured on every checkpoint of a run.
-
-    Attributes:
-        settings: measures, depth, device, dtype.
-        name: prefixes the metrics.
-        dataset: the collection; the run's own when None.
-        split: the split; the run's own, or the collection's development split, when None.
-    """
-
-    settings: Settings
-    name: str = DEFAULT_NAME
-    dataset: str | None = None
-    split: str | None = None
+Result = TypeVar("Result")
+Outcome = dict[str, float] | CheckpointError | None
 
 
 @dataclass
@@ -64,94 +71,383 @@ class Counts:
     failed: int = 0
 
 
+class Bound(NamedTuple):
+    """A validation as it is on one run: what is searched for what is known, and its settings."""
+
+    name: str
+    prepared: Prepared
+    settings: Settings
+
+    @property
+    def group(self) -> tuple[str, str, str]:
+        """Equal for validations that may encode a corpus together."""
+        return self.prepared.corpus.digest, self.settings.device, self.settings.dtype
+
+    @property
+    def dataset(self) -> tuple[str, str]:
+        """Name and digest of the collection, as MLflow shows them."""
+        return shown_name(self.prepared.collection.name), self.prepared.digest
+
+
+class Job(NamedTuple):
+    """A checkpoint, and the validations that this process has claimed of it."""
+
+    checkpoint: Checkpoint
+    run: TrackedRun
+    bound: Sequence[Bound]
+
+
 def watch(
-    run: TrackedRun,
-    validation: Validation,
-    follow: bool = True,
-    poll_seconds: float = 2.0,
+    followed: Followed,
+    plan: Plan,
     sleep: Callable[[float], None] = time.sleep,
+    claims: Claims | None = None,
 ) -> Counts:
-    """Validate the checkpoints of a run, oldest first, each once, and write figures to the run.
+    """Validate checkpoints until the run has ended, and write the figures to their runs.
+
+    Other validators may follow the same: each checkpoint is claimed before it is validated, and a
+    claim whose owner has died is taken over. A server that is away is waited for.
 
     Args:
-        run: the run to follow.
-        validation: what to measure.
-        follow: wait for checkpoints until the run has ended; else do what is there and return.
-        poll_seconds: time between two looks at the server, which cost two requests each.
+        followed: a run or an experiment.
+        plan: what is done.
         sleep: waits; passed in by tests.
+        claims: likewise.
 
     Raises:
-        UsageError: the name stands for another configuration on this run, or an unknown dataset.
-        TrackingError: the server or the run is gone.
+        UsageError: a name stands for another configuration on its run, or an unknown dataset.
+        TrackingError: the run is gone.
+        OSError: the disk is full.
     """
-    if follow and not _can_prepare(run, validation):
-        log.info("waiting until the trainer of run %s has said what it trains on", run.id)
-        while not _can_prepare(run, validation):
-            sleep(poll_seconds)
-    prepared, settings = _prepare(run, validation)
-    dataset = (prepared.collection.name, prepared.corpus.digest)
-    counts = Counts()
-    while True:
-        # the end is read before the checkpoints, so that none published in between is missed
+    worker = _Worker(followed, plan, sleep, claims or Claims(followed.client))
+    try:
+        return worker.run()
+    finally:
+        worker.claims.close()
+
+
+class _Worker:
+    """One validator."""
+
+    def __init__(
+        self,
+        followed: Followed,
+        plan: Plan,
+        sleep: Callable[[float], None],
+        claims: Claims,
+    ) -> None:
+        self.claims = claims
+        self._followed = followed
+        self._plan = plan
+        self._sleep = sleep
+        self._watchman = Watchman(plan.patience_seconds, longest_gap=2 * plan.poll_seconds)
+        self._clock = ServerClock()
+        self._collections = _Collections()
+        self._bound: dict[str, list[Bound]] = {}
+        self._refused: set[str] = set()
+        self._failed_here: set[tuple[str, str]] = set()
+        self._served: dict[str, int] = defaultdict(int)
+        self._noted: dict[tuple[str, str], str] = {}
+        self._counts = Counts()
+
+    def run(self) -> Counts:
+        if self._followed.run is not None:
+            self._bind_ahead(self._followed.run)
+        while True:
+            look = self._patiently(self._followed.look)
+            self._patiently(partial(self._note, look))
+            waiting = self._waiting(look)
+            job = self._patiently(partial(self._claimed, look, waiting))
+            if job is not None:
+                self._work(job)
+            elif not self._plan.follow or (look.over and not waiting):
+                break
+            else:
+                self._sleep(self._plan.poll_seconds)
+        counts = self._counts
+        log.info(
+            "validated %d checkpoints of %s; %d failed",
+            *(counts.done, self._followed.name, counts.failed),
+        )
+        return counts
+
+    def _note(self, look: Look) -> None:
+        """Show on the runs how far they are, when that has changed."""
+        for run_id, bound in self._bound.items():
+            of_run = [one for one in look.checkpoints if one.run_id == run_id]
+            for name, summary in ((one.name, summary_of(of_run, one.name)) for one in bound):
+                if of_run and self._noted.get((run_id, name)) != summary:
+                    note_summary(self._followed.run_of(of_run[0]), name, summary)
+                    self._noted[run_id, name] = summary
+
+    def _waiting(self, look: Look) -> dict[str, list[Checkpoint]]:
+        """By run, the checkpoints that something remains to be done for, be it by others."""
+        waiting: dict[str, list[Checkpoint]] = defaultdict(list)
+        for one in look.checkpoints:
+            if one.pending:
+                continue
+            if not one.ready or one.step % self._plan.every or not self._open(one):
+                self._followed.settle(one)
+            elif one.run_id not in self._refused and not self._is_late(one):
+                waiting[one.run_id].append(one)
+        return waiting
+
+    def _open(self, checkpoint: Checkpoint) -> list[str]:
+        """The validations that remain to be done for a checkpoint."""
+        return [one.name for one in self._plan.validations if self._is_open(checkpoint, one.name)]
+
+    def _is_open(self, checkpoint: Checkpoint, name: str) -> bool:
+        state = state_of(checkpoint, name)
+        if state is State.FAILED:
+            tried = (checkpoint.model_id, name) in self._failed_here
+            return self._plan.retry_failed and not tried
+        return state in (State.OPEN, State.RECORDED)
+
+    def _is_late(self, checkpoint: Checkpoint) -> bool:
+        most = self._plan.max_lag_seconds
+        return most is not None and self._clock.now_ms() - checkpoint.ready_ms > 1000 * most
+
+    def _claimed(self, look: Look, waiting: Mapping[str, Sequence[Checkpoint]]) -> Job | None:
+        """The next piece of work that is ours."""
+        free: dict[str, dict[str, list[str]]] = {}
+        for run_id, checkpoints in waiting.items():
+            for one in checkpoints:
+                names = [n for n in self._open(one) if self._watchman.is_free(one, n)]
+                if names:
+                    free.setdefault(run_id, {})[one.model_id] = names
+        # the run that has had the least of us comes first
+        for run_id in sorted(free, key=lambda one: self._served[one]):
+            for checkpoint in self._in_order(look, run_id, free[run_id]):
+                run = self._followed.run_of(checkpoint)
+                if not (bound := self._bound_to(run)):
+                    break
+                names = free[run_id][checkpoint.model_id]
+                group = next(one.group for one in bound if one.name in names)
+                mine = [
+                    one
+                    for one in bound
+                    if one.name in names
+                    and one.group == group
+                    and self.claims.claim(checkpoint, one.name)
+                ]
+                if mine:
+                    self._served[run_id] += 1
+                    return Job(checkpoint, run, mine)
+        return None
+
+    def _in_order(
+        self, look: Look, run_id: str, free: Mapping[str, Sequence[str]]
+    ) -> Iterator[Checkpoint]:
+        """The free checkpoints of a run, the next one first."""
+        by_step: dict[int, list[Checkpoint]] = defaultdict(list)
+        taken: set[int] = set()
+        for one in look.checkpoints:
+            if one.run_id != run_id:
+                continue
+            if one.model_id in free:
+                by_step[one.step].append(one)
+            elif one.ready and one.step % self._plan.every == 0 and not self._is_late(one):
+                taken.add(one.step)
+        steps = sorted(by_step)
+        for step in in_order(steps, sorted(taken - set(steps)), self._plan.order):
+            yield from by_step[step]
+
+    def _work(self, job: Job) -> None:
+        """Do what was claimed, and give back what is not done: because of an error, or failed."""
+        checkpoint = job.checkpoint
+        outcomes: dict[str, State] = {}
+        try:
+            for name, outcome in self._outcomes(job):
+                outcomes[name] = self._written(job, name, outcome)
+        finally:
+            for one in job.bound:
+                is_done = outcomes.get(one.name) is State.DONE
+                self.claims.drop(checkpoint, one.name, finished=is_done)
+                self._watchman.forget(checkpoint, one.name)
+        failed = {name for name, state in outcomes.items() if state is State.FAILED}
+        self._failed_here |= {(checkpoint.model_id, name) for name in failed}
+        self._counts.failed += bool(failed)
+        self._counts.done += bool(outcomes and not failed)
+
+    def _written(self, job: Job, name: str, outcome: Outcome) -> State:
+        """Record what came of a validation."""
+        checkpoint, run = job.checkpoint, job.run
+        dataset = next(one.dataset for one in job.bound if one.name == name)
+        if isinstance(outcome, CheckpointError):
+            log.error("step %d cannot be validated: %s", checkpoint.step, outcome)
+            self._patiently(partial(mark_failed, run, checkpoint, name, str(outcome)))
+            return State.FAILED
+        if outcome is None:
+            write = partial(write_recorded, run, checkpoint, name, dataset)
+        else:
+            now_ms = self._clock.now_ms()
+            write = partial(record_result, run, checkpoint, name, outcome, dataset, now_ms)
+        figures = self._patiently(write)
+        several = f"{name}: " if len(self._plan.validations) > 1 else ""
+        values = "  ".join(f"{key} {value:.4g}" for key, value in figures.items())
+        log.info("step %d: %s%s", checkpoint.step, several, values)
+        return State.DONE
+
+    def _outcomes(self, job: Job) -> Iterator[tuple[str, Outcome]]:
+        """What comes of each validation; None where figures are recorded already."""
+        left: list[Bound] = []
+        for one in job.bound:
+            if state_of(job.checkpoint, one.name) is State.RECORDED:
+                yield one.name, None
+            else:
+                left.append(one)
+        if left:
+            yield from self._evaluated(job, left)
+
+    def _evaluated(self, job: Job, bound: Sequence[Bound]) -> list[tuple[str, Outcome]]:
+        """Figures by validation, or why there are none."""
+        try:
+            fetch = partial(_fetched_encoder, job.checkpoint, self._plan.encoder_changes)
+            encoder = self._patiently(fetch, UNAVAILABLE)
+            reports = evaluate_all(encoder, [(one.prepared, one.settings) for one in bound])
+        except CheckpointError as error:
+            found_at = job.checkpoint.directory
+            if isinstance(error, UnavailableError) and found_at and why_not_whole(Path(found_at)):
+                log.warning("step %d is passed over: %s", job.checkpoint.step, error)
+                return []
+            return [(one.name, error) for one in bound]
+        return [(one.name, _figures(report)) for one, report in zip(bound, reports, strict=True)]
+
+    def _bind_ahead(self, run: TrackedRun) -> None:
+        """Open the collections before the first checkpoint is there, as soon as they are known."""
+        said = False
+        while not self._patiently(partial(self._can_bind, run)):
+            if not self._plan.follow:
+                break
+            if not said:
+                log.info("waiting until the trainer of run %s has said what it trains on", run.id)
+                said = True
+            self._sleep(self._plan.poll_seconds)
+        self._patiently(partial(self._bound_to, run))
+
+    def _can_bind(self, run: TrackedRun) -> bool:
+        """Whether dataset and split are known, or the run says no more: over, or publishing."""
         state = run.fetch()
         check_alive(state)
-        over = is_over(state)
-        waiting = [one for one in checkpoints_of(run) if one.ready and _needed(one, validation)]
-        if waiting:
-            _validate(run, waiting[0], validation.name, settings, prepared, dataset, counts)
-        elif over or not follow:
-            break
-        else:
-            sleep(poll_seconds)
-    log.info("validated %d checkpoints of run %s; %d failed", counts.done, run.id, counts.failed)
-    return counts
+        params = state.data.params
+        known = all(
+            (one.dataset or DATASET_PARAM in params) and (one.split or SPLIT_PARAM in params)
+            for one in self._plan.validations
+        )
+        return known or is_over(state) or bool(self._followed.look().checkpoints)
+
+    def _bound_to(self, run: TrackedRun) -> list[Bound]:
+        """The validations as they are on a run; none where the run says too little for them.
+
+        Raises:
+            UsageError: the one run that is followed says too little, or something else.
+        """
+        if run.id not in self._bound:
+            try:
+                self._bound[run.id] = [
+                    self._collections.bind(run, one, self._plan.encoder_changes)
+                    for one in self._plan.validations
+                ]
+            except TrackingError:
+                raise
+            except MlflowDrError as error:
+                if self._followed.run is not None:
+                    raise
+                log.error("run %s is passed over: %s", run.id, error)
+                self._refused.add(run.id)
+                self._bound[run.id] = []
+        return self._bound[run.id]
+
+    def _patiently(
+        self, act: Callable[[], Result], errors: tuple[type[Exception], ...] = (TrackingError,)
+    ) -> Result:
+        """Do something, and again for as long as the server is away."""
+        again = False
+        while True:
+            try:
+                return act()
+            except errors as error:
+                if answers(self._followed.client):
+                    if again:
+                        raise
+                    again = True  # it may have been away until just now
+                    continue
+                log.warning("%s; waiting for the server", error)
+            wait = self._plan.poll_seconds
+            while not answers(self._followed.client):
+                self._sleep(wait)
+                wait = min(2 * wait, LONGEST_WAIT)
+            log.info("the server answers again")
 
 
-def _needed(checkpoint: Checkpoint, validation: Validation) -> bool:
-    return state_of(checkpoint, validation.name) in (State.OPEN, State.RECORDED)
+class _Collections:
+    """Collections that are open, and their corpora, each once."""
+
+    def __init__(self) -> None:
+        self._open: dict[str, Collection] = {}
+        self._searched: dict[str, Searched] = {}
+        self._prepared: dict[tuple[str, str], Prepared] = {}
+
+    def bind(self, run: TrackedRun, validation: Validation, changes: Mapping[str, Any]) -> Bound:
+        """A validation as it is on a run: with its dataset, split and number format."""
+        data = run.fetch().data
+        dataset = validation.dataset or data.tags.get(DATASET_TAG) or data.params.get(DATASET_PARAM)
+        if not dataset:
+            raise UsageError(
+                f"run {run.id} names no dataset (param {DATASET_PARAM!r}); give --dataset"
+            )
+        prepared = self._prepare(dataset, validation.split or data.params.get(SPLIT_PARAM))
+        settings = _bound_settings(run, validation, prepared, changes)
+        queries, passages = len(prepared.topics.queries), len(prepared.corpus)
+        log.info(
+            "validation %r of run %s: %s/%s, %d queries, %d passages, %s on %s",
+            *(validation.name, run.id, dataset, prepared.split, queries, passages),
+            *(settings.dtype, settings.device),
+        )
+        run.log_collection(
+            shown_name(dataset),
+            prepared.digest,
+            prepared.collection.source,
+            {"passages": passages, "queries": queries, "split": prepared.split},
+            context=f"validation {validation.name}",
+            collection=dataset,
+        )
+        return Bound(validation.name, prepared, settings)
+
+    def _prepare(self, dataset: str, split: str | None) -> Prepared:
+        if dataset not in self._open:
+            self._open[dataset] = open_collection(dataset)
+            self._searched[dataset] = Searched(self._open[dataset])
+        collection = self._open[dataset]
+        key = (dataset, chosen_split(collection, split))
+        if key not in self._prepared:
+            self._prepared[key] = Prepared(collection, key[1], self._searched[dataset])
+        return self._prepared[key]
 
 
-def _can_prepare(run: TrackedRun, validation: Validation) -> bool:
-    """Whether dataset and split are known, or the run says no more: it is over, or publishes."""
-    state = run.fetch()
-    check_alive(state)
-    params = state.data.params
-    dataset = validation.dataset or DATASET_PARAM in params
-    known = dataset and (validation.split or SPLIT_PARAM in params)
-    return bool(known) or is_over(state) or bool(checkpoints_of(run))
+def _bound_settings(
+    run: TrackedRun, validation: Validation, prepared: Prepared, changes: Mapping[str, Any]
+) -> Settings:
+    """Settings with device and number format; `auto` is the one that the name stands for.
 
-
-def _prepare(run: TrackedRun, validation: Validation) -> tuple[Prepared, Settings]:
-    data = run.fetch().data
-    name = validation.dataset or data.tags.get(DATASET_TAG) or data.params.get(DATASET_PARAM)
-    if not name:
-        raise UsageError(f"run {run.id} names no dataset (param {DATASET_PARAM!r}); give --dataset")
-    collection = open_collection(name)
-    split = chosen_split(collection, validation.split or data.params.get(SPLIT_PARAM))
-    prepared = Prepared(collection, split)
-
+    Raises:
+        UsageError: the name stands for another configuration on this run.
+    """
     settings = validation.settings
     device = resolve_device(settings.device)
     known = known_config(run, validation.name) or {}
-    dtype = str(known.get("dtype", AUTO)) if settings.dtype == AUTO else settings.dtype
-    settings = replace(settings, dtype=resolve_dtype(dtype, device))
-    claim_name(run, validation.name, _config(prepared, settings))
-    queries, passages = len(prepared.topics.queries), len(prepared.corpus)
-    log.info(
-        "validation %r of run %s: %s/%s, %d queries, %d passages, %s on %s",
-        *(validation.name, run.id, name, split, queries, passages, settings.dtype, device),
-    )
-    run.log_collection(
-        name,
-        prepared.corpus.digest,
-        collection.source,
-        {"passages": passages, "queries": queries, "split": split},
-        context=f"validation {validation.name}",
-    )
-    return prepared, settings
+    while True:
+        dtype = str(known.get("dtype", AUTO)) if settings.dtype == AUTO else settings.dtype
+        chosen = replace(settings, device=str(device), dtype=resolve_dtype(dtype, device))
+        config = {**_config(prepared, chosen), **changes}
+        bound = bind_name(run, validation.name, config)
+        if bound.get("dtype") == config["dtype"] or known == bound or settings.dtype != AUTO:
+            refuse_other_config(run, validation.name, bound, config)
+            return chosen
+        known = bound  # another validator, on another kind of machine, was faster
 
 
-def _config(prepared: Prepared, settings: Settings) -> dict[str, Any]:
+def _config(prepared: Prepared, settings: Settings) -> dict[str, object]:
     """What a validation's figures depend on, beside the checkpoint."""
     return {
         "corpus": prepared.corpus.digest,
@@ -165,30 +461,10 @@ def _config(prepared: Prepared, settings: Settings) -> dict[str, Any]:
     }
 
 
-def _validate(
-    run: TrackedRun,
-    checkpoint: Checkpoint,
-    name: str,
-    settings: Settings,
-    prepared: Prepared,
-    dataset: tuple[str, str],
-    counts: Counts,
-) -> None:
-    if state_of(checkpoint, name) is State.RECORDED:
-        figures = write_recorded(run, checkpoint, name, dataset)
-    else:
-        try:
-            with fetched(checkpoint) as directory:
-                encoder = load_encoder(directory, safetensors_only=True)
-            report = evaluate(encoder, prepared, settings)
-        except CheckpointError as error:
-            log.error("step %d cannot be validated: %s", checkpoint.step, error)
-            mark_failed(run, checkpoint, name, str(error))
-            counts.failed += 1
-            return
-        figures = record_result(run, checkpoint, name, _figures(report), dataset)
-    counts.done += 1
-    log.info("step %d: %s", checkpoint.step, "  ".join(f"{k} {v:.4g}" for k, v in figures.items()))
+def _fetched_encoder(checkpoint: Checkpoint, changes: Mapping[str, Any]) -> Encoder:
+    with fetched(checkpoint) as directory:
+        is_published = not checkpoint.directory
+        return load_encoder(directory, safetensors_only=is_published, **changes)
 
 
 def _figures(report: Report) -> dict[str, float]:

@@ -10,10 +10,11 @@ import sys
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from importlib import import_module
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
+from typing import NamedTuple
 
 import mlflow
 import psutil
@@ -22,6 +23,7 @@ from mlflow import MlflowClient
 from mlflow.entities import LoggedModel
 
 SECONDS_TO_START = 60
+ADMIN_PASSWORD = "of all runs here"
 SECONDS_FOR_A_COMMAND = 120
 PASSAGES = 300
 MODULES = (
@@ -43,6 +45,18 @@ TRAINING = {
     "logging_steps": 2,
     "p_max_len": 48,
 }
+
+
+class Ended(NamedTuple):
+    """How some commands ended, and what they printed together."""
+
+    codes: list[int]
+    printed: list[str]
+
+    @property
+    def code(self) -> int:
+        (code,) = self.codes
+        return code
 
 
 @pytest.fixture(scope="session")
@@ -71,31 +85,57 @@ def artifact_store(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def server(
-    environment: dict[str, str], artifact_store: Path, tmp_path_factory: pytest.TempPathFactory
-) -> Iterator[str]:
-    """The address of a real MLflow server."""
-    room = tmp_path_factory.mktemp("server")
+def serve(environment: dict[str, str]) -> Iterator[Callable[..., tuple[str, subprocess.Popen]]]:
+    """Starts a real MLflow server: its room, its artifact store, a port if need be, and flags.
+
+    Returns its address and its process.
+    """
+    running: list[subprocess.Popen] = []
+
+    def serve(
+        room: Path, store: Path, port: int | None = None, *more: str
+    ) -> tuple[str, subprocess.Popen]:
+        port = port or _free_port()
+        words = [sys.executable, "-m", "mlflow", "server", "--host", "127.0.0.1"]
+        words += ["--port", str(port), "--backend-store-uri", f"sqlite:///{room}/mlflow.db"]
+        words += ["--workers", "1", "--artifacts-destination", str(store), *more]
+        with (room / "log").open("w") as log:
+            process = subprocess.Popen(
+                words,
+                cwd=room,
+                env={
+                    **environment,
+                    "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false",
+                    "MLFLOW_FLASK_SERVER_SECRET_KEY": "for tests",
+                    "MLFLOW_AUTH_ADMIN_PASSWORD": ADMIN_PASSWORD,
+                },
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,
+            )
+        running.append(process)
+        _wait_until_healthy(f"http://127.0.0.1:{port}", process, room / "log")
+        return f"http://127.0.0.1:{port}", process
+
+    yield serve
+    for process in running:
+        _stop_group(process)
+
+
+def _free_port() -> int:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    words = [sys.executable, "-m", "mlflow", "server", "--host", "127.0.0.1", "--port", str(port)]
-    words += ["--backend-store-uri", f"sqlite:///{room}/mlflow.db", "--workers", "1"]
-    words += ["--artifacts-destination", str(artifact_store)]
-    with (room / "log").open("w") as log:
-        process = subprocess.Popen(
-            words,
-            cwd=room,
-            env={**environment, "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"},
-            stdout=log,
-            stderr=subprocess.STDOUT,
-            start_new_session=True,
-        )
-        try:
-            _wait_until_healthy(f"http://127.0.0.1:{port}", process, room / "log")
-            yield f"http://127.0.0.1:{port}"
-        finally:
-            _stop_group(process)
+        return int(free.getsockname()[1])
+
+
+@pytest.fixture(scope="session")
+def server(
+    serve: Callable[..., tuple[str, subprocess.Popen]],
+    artifact_store: Path,
+    tmp_path_factory: pytest.TempPathFactory,
+) -> str:
+    """The address of a real MLflow server."""
+    return serve(tmp_path_factory.mktemp("server"), artifact_store)[0]
 
 
 @pytest.fixture(scope="session")
@@ -292,14 +332,19 @@ def publish_noise(
 ) -> Callable[..., str]:
     """Publishes untrained encoders, another one for each step; returns the id of their run."""
 
-    def publish_noise(*steps: int, status: str = "FINISHED") -> str:
+    def publish_noise(
+        *steps: int,
+        status: str = "FINISHED",
+        client: MlflowClient = client,
+        experiment: str = "0",
+    ) -> str:
         from mlflow_dr.tracking.checkpoints import publish
         from mlflow_dr.tracking.runs import TrackedRun
 
         before = mlflow.get_tracking_uri()
-        mlflow.set_tracking_uri(server)
+        mlflow.set_tracking_uri(client.tracking_uri)
         try:
-            run = TrackedRun(client, client.create_run("0"))
+            run = TrackedRun(client, client.create_run(experiment))
             run.log_params({"dataset": collection, "validation_split": "dev"})
             for step in steps:
                 directory = tmp_path_factory.mktemp("noise") / f"step-{step}"
@@ -325,6 +370,51 @@ def _save_noise(source: Path, directory: Path, seed: int) -> None:
         for weight in encoder.parameters():
             weight += 0.02 * torch.randn(weight.shape, generator=noise)
     save_encoder(directory, encoder)
+
+
+@pytest.fixture(scope="module")
+def forked(start: Callable[..., subprocess.Popen], server: str) -> Iterator[Callable[..., Ended]]:
+    """Runs `mlflow-dr` in one or more processes at once; how each ended and what all printed.
+
+    One may be sent a signal by itself at a place (`die`), or from here after a line that it prints
+    (`kill`); functions in `then` are called with the process id, once, after the first line with
+    that beginning.
+    """
+    script = Path(__file__).parent / "forked_commands.py"
+    process = start(sys.executable, script, stdin=subprocess.PIPE, MLFLOW_TRACKING_URI=server)
+
+    def forked(
+        *words: object,
+        times: int = 1,
+        die: tuple[str, signal.Signals] = ("nowhere", signal.SIGKILL),
+        kill: tuple[str, signal.Signals] | None = None,
+        then: Mapping[str, Callable[[int], None]] | None = None,
+    ) -> Ended:
+        print(times, die[0], die[1].name, *words, file=process.stdin, flush=True)
+        printed: list[str] = []
+        codes: list[int] = []
+        left = dict(then or {})
+        pid = 0
+        for line in process.stdout:
+            if line.startswith("started "):
+                pid = int(line.split()[1])
+            elif line.startswith("ended "):
+                codes.append(int(line.split()[1]))
+                if len(codes) == times:
+                    return Ended(codes, printed)
+            else:
+                printed.append(line.rstrip())
+            if kill is not None and line.startswith(kill[0]):
+                time.sleep(0.3)
+                os.kill(pid, kill[1])
+            for beginning in [one for one in left if line.startswith(one)]:
+                left.pop(beginning)(pid)
+        pytest.fail("\n".join(printed))
+
+    yield forked
+    process.stdin.close()
+    process.wait(timeout=10)
+    process.stdout.close()
 
 
 @pytest.fixture(scope="session")

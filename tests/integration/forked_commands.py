@@ -1,8 +1,8 @@
 """Runs `mlflow-dr` commands, which may end themselves by a signal at a chosen place.
 
-Each line of input, `PLACE SIGNAL WORDS...`, is one command in a process of its own, which is a fork
-of this one, so that torch and mlflow are imported once. Prints `started PID` before and `ended
-CODE` after what the command prints. At the place `nowhere` there is no signal.
+Each line of input, `TIMES PLACE SIGNAL WORDS...`, is one command in processes of its own, which
+are forks of this one, so that torch and mlflow are imported once. Prints `started PID` before and
+`ended CODE` after what each prints. At the place `nowhere` there is no signal.
 """
 
 import os
@@ -19,6 +19,8 @@ from transformers import BertModel, BertTokenizer  # noqa: F401
 
 from mlflow_dr import cli
 from mlflow_dr.retrieval import dense
+from mlflow_dr.tracking import results
+from mlflow_dr.tracking.claims import Claims
 from mlflow_dr.validation import watch
 
 Wrapper = Callable[[Callable[..., Any], Callable[[], None]], Callable[..., Any]]
@@ -54,8 +56,10 @@ def amid(function: Callable[..., Any], die: Callable[[], None]) -> Callable[...,
 PLACES: dict[str, tuple[Any, str, Wrapper]] = {
     "loading": (watch, "load_encoder", before),
     "encoding": (dense, "encode_batches", amid),
-    "before-recording": (MlflowClient, "log_model_params", before),
-    "after-recording": (MlflowClient, "log_model_params", after),
+    "before-claiming": (Claims, "claim", before),
+    "after-claiming": (Claims, "claim", after),
+    "before-recording": (watch, "record_result", before),
+    "after-recording": (results, "_write_metrics", before),
     "before-metrics": (MlflowClient, "log_batch", before),
     "after-metrics": (MlflowClient, "log_batch", after),
 }
@@ -67,18 +71,24 @@ def _die(number: int) -> None:
 
 def main() -> None:
     for line in sys.stdin:
-        place, name, *words = line.split()
-        child = os.fork()
-        if child == 0:
-            print("started", os.getpid(), flush=True)
-            if place != "nowhere":
-                owner, function, wrapper = PLACES[place]
-                die = partial(_die, signal.Signals[name])
-                setattr(owner, function, wrapper(getattr(owner, function), die))
-            sys.argv = ["mlflow-dr", *words]
-            cli.main()
-        _, status = os.waitpid(child, 0)
-        print("ended", os.waitstatus_to_exitcode(status), flush=True)
+        times, place, name, *words = line.split()
+        children = [_started(place, name, words) for _ in range(int(times))]
+        for child in children:
+            _, status = os.waitpid(child, 0)
+            print("ended", os.waitstatus_to_exitcode(status), flush=True)
+
+
+def _started(place: str, name: str, words: list[str]) -> int:
+    child = os.fork()
+    if child:
+        return child
+    print("started", os.getpid(), flush=True)
+    if place != "nowhere":
+        owner, function, wrapper = PLACES[place]
+        die = partial(_die, signal.Signals[name])
+        setattr(owner, function, wrapper(getattr(owner, function), die))
+    sys.argv = ["mlflow-dr", *words]
+    cli.main()
 
 
 if __name__ == "__main__":

@@ -91,3 +91,15 @@ def close_assistant(page: "Page") -> None:
     button = page.locator('[data-component-id="mlflow.assistant.chat_panel.close"]')
     if button.count():
         button.click()
+
+
+def test_the_overview_shows_collection_checkpoints_and_how_far_validation_is(
+    page: "Page", server: str, followed: SimpleNamespace, collection: Path, output: Path
+) -> None:
+    page.goto(f"{server}/#/experiments/0/runs/{followed.run_id}")
+    close_assistant(page)
+    for shown in (collection.name, "5 of 5 checkpoints done", "val/mrr_at_10", "step-20"):
+        page.get_by_text(shown).first.wait_for(state="attached")
+    figures = page.get_by_role("row").filter(has_text="val/mrr_at_10")
+    assert "step-20" in figures.first.inner_text()
+    page.screenshot(path=output / "run-overview.png")

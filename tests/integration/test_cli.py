@@ -121,7 +121,7 @@ def test_datasets_lists_the_catalogue(command: Callable) -> None:
     code, output, _ = command("datasets")
     assert code == 0
     assert [line.split()[0] for line in output.splitlines()[::2]] == [
-        *("demo", "msmarco", "FOLDER", "FILE", "irds:ID", "HUB/NAME")
+        *("demo", "msmarco", "FOLDER", "FILE", "irds:ID", "asyncval:", "HUB/NAME")
     ]
 
 

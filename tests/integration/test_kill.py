@@ -1,59 +1,28 @@
 """A validator that is killed, or asked to stop, and started again."""
 
-import os
 import signal
-import subprocess
-import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from mlflow import MlflowClient
+
+from mlflow_dr.tracking.checkpoints import checkpoints_of
+from mlflow_dr.tracking.claims import standing
+from mlflow_dr.tracking.runs import TrackedRun
 
 QUALITY = ("mrr_at_10", "ndcg_at_10", "recall_at_100")
 STEPS = [0, 3, 6, 9]
 INTERRUPTED = 130
 
 
-Ended = tuple[int, list[str]]
-
-
-@pytest.fixture(scope="module")
-def command(start: Callable[..., subprocess.Popen], server: str) -> Iterator[Callable[..., Ended]]:
-    """Runs `mlflow-dr`: its exit code and what it printed.
-
-    It may be ended by a signal from itself at a place (`die`), or from here after a line that it
-    prints (`kill`).
-    """
-    script = Path(__file__).parent / "forked_commands.py"
-    process = start(sys.executable, script, stdin=subprocess.PIPE, MLFLOW_TRACKING_URI=server)
-
-    def command(
-        *words: str,
-        die: tuple[str, signal.Signals] = ("nowhere", signal.SIGKILL),
-        kill: tuple[str, signal.Signals] | None = None,
-    ) -> Ended:
-        print(die[0], die[1].name, *words, file=process.stdin, flush=True)
-        pid = int(process.stdout.readline().removeprefix("started "))
-        printed = []
-        for line in process.stdout:
-            if line.startswith("ended "):
-                return int(line.split()[1]), printed
-            printed.append(line.rstrip())
-            if kill is not None and line.startswith(kill[0]):
-                time.sleep(0.3)
-                os.kill(pid, kill[1])
-        pytest.fail("\n".join(printed))
-
-    yield command
-    process.stdin.close()
-    process.wait(timeout=10)
-    process.stdout.close()
+Forked = Callable[..., SimpleNamespace]
 
 
 def test_killed_at_any_moment_and_started_again_it_ends_as_if_undisturbed(
-    command: Callable[..., Ended],
+    forked: Forked,
     publish_noise: Callable[..., str],
     points: Callable,
     checkpoints: Callable,
@@ -70,6 +39,8 @@ def test_killed_at_any_moment_and_started_again_it_ends_as_if_undisturbed(
         return sorted(points(client, run_id, "val").get("mrr_at_10", ()))
 
     for place, then_recorded, then_measured in (
+        ("before-claiming", [], []),
+        ("after-claiming", [], []),
         ("loading", [], []),
         ("encoding", [], []),
         ("before-recording", [], []),
@@ -79,16 +50,16 @@ def test_killed_at_any_moment_and_started_again_it_ends_as_if_undisturbed(
         ("before-metrics", [0, 3], [0]),
         ("after-metrics", [0, 3], [0, 3]),
     ):
-        code, printed = command(*again, die=(place, signal.SIGKILL))
-        assert code == -signal.SIGKILL, printed
+        ended = forked(*again, die=(place, signal.SIGKILL))
+        assert ended.code == -signal.SIGKILL, ended.printed
         assert (recorded(), measured()) == (then_recorded, then_measured), place
 
-    code, printed = command(*again, kill=("step 6: ", signal.SIGKILL))
-    assert code in (-signal.SIGKILL, 0)  # at whatever moment that was
+    ended = forked(*again, kill=("step 6: ", signal.SIGKILL))
+    assert ended.code in (-signal.SIGKILL, 0)  # at whatever moment that was
 
     for name in ("val", "calm"):
-        code, printed = command(*again, "--name", name)
-        assert code == 0, printed
+        ended = forked(*again, "--name", name)
+        assert ended.code == 0, ended.printed
     disturbed, calm = points(client, run_id, "val"), points(client, run_id, "calm")
     assert disturbed.keys() == calm.keys()
     for metric, by_step in disturbed.items():
@@ -130,7 +101,7 @@ def test_writing_recorded_figures_again_adds_no_point(
 def test_asked_to_stop_amid_a_checkpoint_it_leaves_nothing_behind(
     place: str,
     number: signal.Signals,
-    command: Callable[..., Ended],
+    forked: Forked,
     publish_noise: Callable[..., str],
     points: Callable,
     environment: dict[str, str],
@@ -138,26 +109,28 @@ def test_asked_to_stop_amid_a_checkpoint_it_leaves_nothing_behind(
 ) -> None:
     run_id = publish_noise(1)
     before = set(Path(environment["TMPDIR"]).iterdir())
-    code, printed = command("validate", "--run-id", run_id, die=(place, number))
-    assert code == INTERRUPTED
-    assert printed[-1] == "error: stopped"
-    assert not any("Traceback" in line for line in printed)
+    ended = forked("validate", "--run-id", run_id, die=(place, number))
+    assert ended.code == INTERRUPTED
+    assert ended.printed[-1] == "error: stopped"
+    assert not any("Traceback" in line for line in ended.printed)
     assert set(Path(environment["TMPDIR"]).iterdir()) == before
     assert points(client, run_id, "val") == {}
+    (checkpoint,) = checkpoints_of(TrackedRun(client, client.get_run(run_id)))
+    assert standing(checkpoint, "val").given_back
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_asked_to_stop_while_it_waits_it_ends_at_once(
     number: signal.Signals,
-    command: Callable[..., Ended],
+    forked: Forked,
     publish_noise: Callable[..., str],
     client: MlflowClient,
 ) -> None:
     run_id = publish_noise(1, status="RUNNING")
     words = ["validate", "--run-id", run_id, "--poll-seconds", "60"]
-    code, printed = command(*words, kill=("step 1: ", number))
-    assert code == INTERRUPTED
-    assert printed[-3].startswith("step 1: ")
-    assert printed[-2:] == ["", "error: stopped"]  # click ends the terminal's line of ^C
+    ended = forked(*words, kill=("step 1: ", number))
+    assert ended.code == INTERRUPTED
+    assert ended.printed[-3].startswith("step 1: ")
+    assert ended.printed[-2:] == ["", "error: stopped"]  # click ends the terminal's line of ^C
     assert client.get_run(run_id).info.status == "RUNNING"
     client.set_terminated(run_id)

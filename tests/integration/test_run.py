@@ -34,9 +34,11 @@ def variables(store: MlflowClient) -> dict[str, str]:
     return {"MLFLOW_TRACKING_URI": store.tracking_uri, "MLFLOW_EXPERIMENT_NAME": EXPERIMENT}
 
 
-def project_run(collection: Path, output: Path, **parameters: object) -> list[object]:
+def project_run(
+    collection: Path, output: Path, entry: str = "main", **parameters: object
+) -> list[object]:
     """`mlflow run` of this repository."""
-    words: list[object] = ["mlflow", "run", REPOSITORY, "--env-manager", "local"]
+    words: list[object] = ["mlflow", "run", REPOSITORY, "--env-manager", "local", "-e", entry]
     for name, value in {"dataset": collection, "output_dir": output, **parameters}.items():
         words += ["-P", f"{name}={value}"]
     return words
@@ -110,6 +112,34 @@ def test_the_run_ends_with_a_summary(
     models = {model.model_id: step for step, model in checkpoints(store, run_id).items()}
     assert curve[models[best]] == max(curve.values())
     assert f"curves: mlflow server --backend-store-uri {store.tracking_uri}" in printed
+
+
+def test_tevatrons_flags_are_parameters_of_the_training_entry(
+    call: Call,
+    store: MlflowClient,
+    variables: dict[str, str],
+    collection: Path,
+    checkpoints: Callable,
+    tmp_path: Path,
+) -> None:
+    flags = {
+        "model_name_or_path": "tiny",
+        "do_train": True,
+        "train_n_passages": 1,
+        "q_max_len": 8,
+        "p_max_len": 16,
+        "grad_cache": True,
+        "gc_q_chunk_size": 2,
+        "gc_p_chunk_size": 3,
+        "save_steps": 2,
+        "max_steps": 2,
+    }
+    done = call(*project_run(collection, tmp_path, "train", **flags), **variables)
+    assert done.returncode == 0, done.stderr
+    run = runs_of(store)[0]
+    assert run.data.params.items() >= {(name, str(value)) for name, value in flags.items()}
+    assert list(checkpoints(store, run.info.run_id)) == [0, 2]
+    assert (tmp_path / "checkpoint-2" / "model.safetensors").is_file()
 
 
 def test_a_bad_flag_of_the_trainer_ends_the_run_at_once(

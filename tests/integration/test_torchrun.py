@@ -38,8 +38,20 @@ def still_directory(tiny_directory: Path, tmp_path_factory: Any) -> Path:
 
 
 @pytest.fixture(scope="module")
+def torchrun(start: Callable[..., subprocess.Popen]) -> Callable[..., subprocess.Popen]:
+    """Starts `mlflow-dr train` in two processes on this machine."""
+
+    def torchrun(*words: object, **variables: str) -> subprocess.Popen:
+        command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", 2]
+        command += ["--master-port", free_port(), "-m", "mlflow_dr", "train", *words]
+        return start(*command, **variables)
+
+    return torchrun
+
+
+@pytest.fixture(scope="module")
 def ended(
-    start: Callable[..., subprocess.Popen],
+    torchrun: Callable[..., subprocess.Popen],
     call: Callable[..., subprocess.CompletedProcess],
     collection: Path,
     still_directory: Path,
@@ -68,14 +80,9 @@ def ended(
         }
         pairs = [word for name, value in flags.items() for word in (f"--{name}", value)]
         cached = ["--grad_cache", "--gc_p_chunk_size", 5, "--negatives_x_device", "--use_cpu"]
-        return ["train", *pairs, *cached]
+        return [*pairs, *cached]
 
-    def torchrun(*more: object) -> subprocess.Popen:
-        command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", 2]
-        command += ["--master-port", free_port(), "-m", "mlflow_dr", *words("two", 8), *more]
-        return start(*command, MLFLOW_TRACKING_URI=uri)
-
-    first = torchrun()
+    first = torchrun(*words("two", 8), MLFLOW_TRACKING_URI=uri)
     printed = []
     for line in first.stdout:
         printed.append(line)
@@ -86,9 +93,9 @@ def ended(
     saved = sorted(path.name for path in (room / "two").glob("checkpoint-*"))
     experiment = client.get_experiment_by_name("torchrun").experiment_id
     (stopped,) = client.search_runs([experiment])
-    second = torchrun("--resume_from_checkpoint")
+    second = torchrun(*words("two", 8), "--resume_from_checkpoint", MLFLOW_TRACKING_URI=uri)
     resumed, _ = second.communicate(timeout=SECONDS)
-    one = call("mlflow-dr", *words("one", 16), MLFLOW_TRACKING_URI=uri)
+    one = call("mlflow-dr", "train", *words("one", 16), MLFLOW_TRACKING_URI=uri)
     assert one.returncode == 0, one.stderr
     runs = client.search_runs([experiment])
     return SimpleNamespace(
@@ -155,3 +162,40 @@ def test_the_first_process_alone_speaks(ended: SimpleNamespace) -> None:
     spoken = [line for line in lines if line.startswith("step ") and " of " in line]
     assert len(spoken) == STEPS - int(ended.stopped.saved[0].removeprefix("checkpoint-"))
     assert {lines[line] for line in spoken} == {1}
+
+
+def test_weights_that_two_processes_share_out_are_published_whole(
+    torchrun: Callable[..., subprocess.Popen],
+    collection: Path,
+    still_directory: Path,
+    tmp_path: Path,
+) -> None:
+    """FSDP; at the start it is the encoder that went in, and at the end another."""
+    from mlflow_dr.encoder.directory import load_encoder
+
+    uri = f"sqlite:///{tmp_path}/mlflow.db"
+    client = MlflowClient(uri)
+    client.create_experiment("fsdp", (tmp_path / "artifacts").as_uri())
+    process = torchrun(
+        *("--dataset", collection, "--model", still_directory, "--experiment_name", "fsdp"),
+        *("--max_steps", 2, "--publish_steps", 0, "--per_device_train_batch_size", 4),
+        *("--p_max_len", 16, "--logging_steps", 1, "--use_cpu", "--fsdp", "full_shard"),
+        MLFLOW_TRACKING_URI=uri,
+    )
+    printed, _ = process.communicate(timeout=SECONDS)
+    assert process.returncode == 0, printed
+    experiment = client.get_experiment_by_name("fsdp").experiment_id
+    (run,) = client.search_runs([experiment])
+    assert [step for step, _ in points(client, run.info.run_id)] == [1, 2]
+    models = {one.tags["mlflow_dr.step"]: one for one in client.search_logged_models([experiment])}
+    assert {step: str(one.status) for step, one in models.items()} == {"0": "READY", "2": "READY"}
+    before, first, last = (
+        load_encoder(directory).state_dict()
+        for directory in (
+            still_directory,
+            *(Path(models[step].artifact_location.removeprefix("file://")) for step in "02"),
+        )
+    )
+    assert before.keys() == first.keys() == last.keys()
+    assert all(before[name].equal(first[name]) for name in before)
+    assert not all(before[name].equal(last[name]) for name in before)

@@ -12,10 +12,12 @@ from mlflow import MlflowClient
 from mlflow_dr.retrieval.measures import parse_measures
 from mlflow_dr.tracking.checkpoints import checkpoints_of
 from mlflow_dr.tracking.client import tracking_uri
+from mlflow_dr.tracking.following import FollowedRun
 from mlflow_dr.tracking.runs import find_run, is_over
 from mlflow_dr.training.parsing import parse_training
 from mlflow_dr.validation.evaluate import Settings
-from mlflow_dr.validation.watch import Validation, watch
+from mlflow_dr.validation.plan import Plan, Validation
+from mlflow_dr.validation.watch import watch
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 
@@ -70,7 +72,8 @@ def test_somebody_elses_loop_is_validated(
     losses = {"train/loss", "loss"} & set(state.data.metrics)
     assert losses, "the loss is on the same run"
 
-    counts = watch(run, Validation(Settings(parse_measures("mrr@10"), device="cpu", dtype="fp32")))
+    settings = Settings(parse_measures("mrr@10"), device="cpu", dtype="fp32")
+    counts = watch(FollowedRun(run), Plan((Validation(settings),)))
     assert (counts.done, counts.failed) == (4, 0)
     points = client.get_metric_history(run.id, "val/mrr_at_10")
     assert sorted(point.step for point in points) == [0, 10, 20, 30]

@@ -2,8 +2,10 @@
 
 import gzip
 import os
+import signal
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -16,6 +18,7 @@ from mlflow_dr.files import (
     digest_of,
     file_sha256,
     read_lines,
+    scratch,
     written_beside,
 )
 
@@ -174,3 +177,35 @@ def test_text_that_is_not_utf8_is_named_by_its_line(tmp_path: Path) -> None:
     assert decoded("é".encode(), tmp_path / "file", 7) == "é"
     with pytest.raises(DataError, match=r"file:7: not UTF-8 text"):
         decoded("é".encode("latin-1"), tmp_path / "file", 7)
+
+
+def test_a_scratch_directory_is_removed(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    with scratch() as directory:
+        directory.mkdir()
+        (directory / "weights").write_text("1")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_what_a_killed_process_left_behind_is_removed_and_nothing_else(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    code = (
+        "import os, signal\n"
+        "from mlflow_dr.files import scratch\n"
+        "with scratch() as directory:\n"
+        "    directory.mkdir()\n"
+        "    os.kill(os.getpid(), signal.SIGKILL)\n"
+    )
+    variables = {**os.environ, "TMPDIR": str(tmp_path)}
+    assert subprocess.run([sys.executable, "-c", code], env=variables).returncode == -signal.SIGKILL
+    (left,) = tmp_path.iterdir()
+    others = {tmp_path / "mlflow_dr-scratch-mine", tmp_path / "mlflow_dr-notes"}
+    for other in others:
+        other.mkdir()
+    with scratch() as first, scratch() as second:
+        assert not left.exists()
+        assert first.parent.exists()
+        assert second.parent.exists()
+    assert set(tmp_path.iterdir()) == others

@@ -17,6 +17,7 @@ FLOORS = {
     "training": 5,
     "validation": 5,
     "mining": 5,
+    "pyfunc": 5,
     "tracking": 4,
     "retrieval": 4,
     "engines": 3,

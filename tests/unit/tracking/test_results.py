@@ -16,10 +16,11 @@ from mlflow_dr.tracking.curve import curve_of, summary
 from mlflow_dr.tracking.results import (
     PREFIX,
     State,
-    claim_name,
+    bind_name,
     known_config,
     mark_failed,
     record_result,
+    refuse_other_config,
     state_of,
     write_recorded,
 )
@@ -147,11 +148,17 @@ def test_a_failure_is_noted_with_its_reason(
 
 
 def test_a_name_stands_for_one_configuration(run: TrackedRun) -> None:
-    claim_name(run, "val", {"measures": "mrr@10"})
-    claim_name(run, "val", {"measures": "mrr@10"})
-    assert known_config(run, "val") == {"measures": "mrr@10"}
+    """Of several that bind it at the same time, too: MLflow takes a param's first value."""
+    first, second = {"measures": "mrr@10"}, {"measures": "ndcg@10"}
+    assert known_config(run, "val") is None
+    assert bind_name(run, "val", first) == first
+    assert bind_name(run, "val", first) == first
+    assert bind_name(run, "val", second) == first
+    assert known_config(run, "val") == first
+    assert bind_name(run, "other", second) == second
+    refuse_other_config(run, "val", first, first)
     with pytest.raises(UsageError, match=r"mrr@10.*ndcg@10.*--name"):
-        claim_name(run, "val", {"measures": "ndcg@10"})
+        refuse_other_config(run, "val", first, second)
 
 
 def test_the_summary_names_first_last_and_best(run: TrackedRun, directory: Path) -> None:

@@ -16,10 +16,12 @@ from mlflow_dr.encoder.model import Encoder
 from mlflow_dr.errors import CheckpointError, TrackingError, UsageError
 from mlflow_dr.retrieval.measures import parse_measures
 from mlflow_dr.tracking.checkpoints import checkpoints_of, fetched
+from mlflow_dr.tracking.following import FollowedRun
 from mlflow_dr.tracking.runs import RUN_VARIABLE, TrackedRun
 from mlflow_dr.training import any_loop
 from mlflow_dr.validation.evaluate import Settings
-from mlflow_dr.validation.watch import Validation, watch
+from mlflow_dr.validation.plan import Plan, Validation
+from mlflow_dr.validation.watch import watch
 
 VALIDATION = Validation(Settings(parse_measures("mrr@10"), device="cpu", dtype="fp32"))
 
@@ -53,7 +55,7 @@ def test_a_checkpoint_is_ready_on_return_and_a_validator_needs_no_more(
         second = publish_checkpoint(tiny, np.int64(10), dataset=str(folder), split="dev")  # type: ignore[arg-type]
         assert steps(run) == [(0, True), (10, True)]
         assert [one.model_id for one in checkpoints_of(run)] == [first, second]
-    assert watch(run, VALIDATION).done == 2
+    assert watch(FollowedRun(run), Plan((VALIDATION,))).done == 2
     history = run.client.get_metric_history(run.id, "val/mrr_at_10")
     assert sorted(point.step for point in history) == [0, 10]
 

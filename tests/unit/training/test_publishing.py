@@ -9,12 +9,12 @@ import torch
 from mlflow.entities import LoggedModelStatus
 from mlflow.exceptions import MlflowException
 
-from mlflow_dr.encoder.directory import load_encoder
+from mlflow_dr.encoder.directory import load_encoder, save_encoder
 from mlflow_dr.encoder.model import Encoder
 from mlflow_dr.tracking.checkpoints import checkpoints_of, fetched
 from mlflow_dr.tracking.client import tracking_uri
 from mlflow_dr.tracking.runs import TrackedRun
-from mlflow_dr.training.publishable import EncoderSource
+from mlflow_dr.training.publishable import DirectorySource, EncoderSource
 from mlflow_dr.training.publishing import FAILURE_TAG, Publisher
 
 
@@ -102,6 +102,18 @@ def test_steps_that_the_run_has_are_not_published_again(run: TrackedRun, tiny: E
     publisher.close()
     assert submitted == [False, False, True, False]
     assert [one.step for one in checkpoints_of(run)] == [10]
+
+
+def test_an_earlier_step_is_made_up_for(run: TrackedRun, tiny: Encoder, tmp_path: Path) -> None:
+    save_encoder(tmp_path / "kept", tiny)
+    run.client = Unreliable(run.client, failures=1)  # type: ignore[assignment]
+    publisher = Publisher(run, EncoderSource(tiny), attempts=1)
+    kept = DirectorySource(tmp_path / "kept")
+    assert [publisher.make_up(step, kept) for step in (1, 2)] == [False, True]
+    assert publisher.unpublished == [1]
+    assert [publisher.submit(step) for step in (2, 3)] == [False, True]
+    publisher.close()
+    assert [one.step for one in checkpoints_of(run) if one.ready] == [2, 3]
 
 
 def test_a_step_that_failed_may_come_again(run: TrackedRun, tiny: Encoder) -> None:

@@ -10,9 +10,11 @@ from mlflow_dr.training.resume import (
     WHOLE_FILE,
     Resumption,
     begin_output,
+    check_output,
     checkpoints,
     find_resumption,
     mark_whole,
+    whole_checkpoints_until,
 )
 
 
@@ -31,7 +33,7 @@ def checkpoint(room: Path, step: int, run_id: str | None = "run-1") -> Path:
 def room(tmp_path: Path) -> Path:
     """An output directory with checkpoints 5, 10 and 100 of run-1."""
     room = tmp_path / "out"
-    begin_output(room, "run-1", overwrite=False)
+    begin_output(room, "run-1")
     for step in (10, 5, 100):
         checkpoint(room, step)
     return room
@@ -40,7 +42,7 @@ def room(tmp_path: Path) -> Path:
 @pytest.mark.parametrize("asked", ["true", "True"])
 def test_the_last_whole_checkpoint_by_step(room: Path, asked: str) -> None:
     assert find_resumption(room, asked) == Resumption("run-1", room / "checkpoint-100")
-    assert [path.name for path in checkpoints(room)] == [
+    assert [path.name for path in checkpoints(room).values()] == [
         "checkpoint-5",
         "checkpoint-10",
         "checkpoint-100",
@@ -84,7 +86,7 @@ def test_what_is_not_a_checkpoint_is_passed_over(room: Path) -> None:
 
 
 def test_stopped_before_the_first_checkpoint_it_begins_anew_in_the_same_run(tmp_path: Path) -> None:
-    begin_output(tmp_path, "run-1", overwrite=False)
+    begin_output(tmp_path, "run-1")
     checkpoint(tmp_path, 5, run_id=None)
     assert find_resumption(tmp_path, "true") == Resumption("run-1", None)
 
@@ -118,10 +120,21 @@ def test_nothing_to_resume_is_one_line(tmp_path: Path, there: bool) -> None:
 def test_checkpoints_of_another_training_are_not_mixed_with_new_ones(room: Path) -> None:
     (room / "mine.txt").write_text("kept")
     with pytest.raises(UsageError, match=r"checkpoint-100.*--overwrite_output_dir") as caught:
-        begin_output(room, "run-2", overwrite=False)
+        check_output(room, overwrite=False)
     assert "\n" not in str(caught.value)
     assert find_resumption(room, "true") == Resumption("run-1", room / "checkpoint-100")
-    begin_output(room, "run-2", overwrite=True)
+    check_output(room, overwrite=True)
+    begin_output(room, "run-2")
     assert find_resumption(room, "true") == Resumption("run-2", None)
-    assert list(checkpoints(room)) == []
+    assert checkpoints(room) == {}
     assert (room / "mine.txt").read_text() == "kept"
+
+
+def test_whole_checkpoints_of_the_same_run_until_one(room: Path) -> None:
+    checkpoint(room, 7, run_id="run-2")
+    checkpoint(room, 8, run_id=None)
+    there = {step: room / f"checkpoint-{step}" for step in (5, 10, 100)}
+    assert whole_checkpoints_until(room / "checkpoint-100") == there
+    assert list(whole_checkpoints_until(room / "checkpoint-10")) == [5, 10]
+    (room / "checkpoint-100").rename(room / "best")
+    assert whole_checkpoints_until(room / "best") == {}

@@ -190,7 +190,6 @@ def losses(
     ],
     ids=str,
 )
-@pytest.mark.filterwarnings("ignore:`gradient_checkpointing` is deprecated:FutureWarning")
 def test_what_changes_memory_and_time_only(
     losses: Make, trainers: list[RetrieverTrainer], flags: dict[str, Any]
 ) -> None:

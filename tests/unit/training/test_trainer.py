@@ -184,7 +184,7 @@ def test_resumed_losses_are_those_of_the_run_that_was_never_stopped(
     undisturbed = trainer("one")
     undisturbed.train()
     first = trainer("two", StopAt(stopped))
-    begin_output(tmp_path / "two", "run-1", overwrite=False)
+    begin_output(tmp_path / "two", "run-1")
     first.train()
     found = find_resumption(tmp_path / "two", "true")
     assert found is not None
@@ -371,7 +371,7 @@ def test_while_the_disk_is_full_the_older_checkpoint_stays(
             raise OSError(errno.ENOSPC, "No space left on device", str(directory))
 
     monkeypatch.setattr(module, "save_encoder", save_once)
-    begin_output(tmp_path, "run-1", overwrite=False)
+    begin_output(tmp_path, "run-1")
     options = {"save_strategy": "steps", "save_steps": 1, "save_total_limit": 1}
     make_trainer(make_small(), **options).train()
     assert caplog.text.count("the disk is full") == 3

@@ -1,22 +1,36 @@
 """Following a run, in one process, over a real store."""
 
+import json
+import re
 import shutil
+import time
 from collections.abc import Callable
 from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
 from mlflow import MlflowClient
+from mlflow.exceptions import MlflowException
+from safetensors.torch import load_file, save_file
 
 from mlflow_dr.encoder.directory import save_encoder
 from mlflow_dr.encoder.model import Encoder
 from mlflow_dr.errors import TrackingError, UsageError
 from mlflow_dr.retrieval.measures import parse_measures
 from mlflow_dr.tracking.checkpoints import checkpoints_of, publish
+from mlflow_dr.tracking.claims import Claims, Owner, standing
+from mlflow_dr.tracking.following import FollowedDirectory, FollowedExperiment, FollowedRun
+from mlflow_dr.tracking.results import failure_of
 from mlflow_dr.tracking.runs import DATASET_TAG, TrackedRun
+from mlflow_dr.validation import watch as watching
 from mlflow_dr.validation.evaluate import Settings
-from mlflow_dr.validation.watch import Validation, watch
+from mlflow_dr.validation.order import Order
+from mlflow_dr.validation.plan import Plan, Validation
+from mlflow_dr.validation.watch import Counts
+from mlflow_dr.validation.watch import watch as watch_followed
 
 VALIDATION = Validation(Settings(parse_measures("mrr@10"), device="cpu", dtype="fp32"))
 
@@ -43,6 +57,12 @@ def publishing(
         return publish(run, directory, step)
 
     return publish_step
+
+
+def watch(
+    run: TrackedRun, *validations: Validation, sleep: Any = time.sleep, **plan: Any
+) -> Counts:
+    return watch_followed(FollowedRun(run), Plan(validations, **plan), sleep)
 
 
 def steps(client: MlflowClient, run: TrackedRun, key: str = "val/mrr_at_10") -> list[int]:
@@ -169,3 +189,345 @@ def test_a_run_that_is_deleted_while_followed(
 ) -> None:
     with pytest.raises(TrackingError, match="was deleted"):
         watch(run, VALIDATION, sleep=lambda seconds: client.delete_run(run.id))
+
+
+def test_a_claimed_checkpoint_is_left_alone_until_its_owner_is_gone(
+    client: MlflowClient, run: TrackedRun, publishing: Callable[[int], str]
+) -> None:
+    publishing(1)
+    publishing(2)
+    first, second = checkpoints_of(run)
+    elsewhere = Owner("elsewhere", 1, "another boot", 0, "a token")
+    dead = replace(Owner.me(), started=1, token="of a process that is gone")
+    assert Claims(client, elsewhere).claim(first, "val")
+    assert Claims(client, dead).claim(second, "val")
+    assert watch(run, VALIDATION, follow=False).done == 1
+    assert steps(client, run) == [2]
+    there = {one.step: standing(one, "val") for one in checkpoints_of(run)}
+    assert (there[1].attempt, there[1].owner) == (1, elsewhere)
+    assert there[2].attempt == 2
+
+
+def test_a_claim_that_stands_still_is_taken_over(
+    client: MlflowClient, run: TrackedRun, publishing: Callable[[int], str]
+) -> None:
+    """By the observer's own clock; and the run's end is no reason to leave before."""
+    publishing(1)
+    (checkpoint,) = checkpoints_of(run)
+    owner = Claims(client, Owner("elsewhere", 1, "another boot", 0, "a token"), every=0.05)
+    assert owner.claim(checkpoint, "val")
+    client.set_terminated(run.id)
+    slept = 0
+
+    def sleep(seconds: float) -> None:
+        nonlocal slept
+        slept += 1
+        time.sleep(0.2)
+        if slept == 3:  # it dies
+            owner._closed.set()
+            owner._thread.join()
+
+    counts = watch_followed(
+        FollowedRun(run), Plan((VALIDATION,), poll_seconds=0.2, patience_seconds=0.5), sleep
+    )
+    assert counts.done == 1
+    assert 5 <= slept <= 8
+    assert steps(client, run) == [1]
+
+
+def test_what_is_given_back_is_taken_at_once(
+    client: MlflowClient, run: TrackedRun, publishing: Callable[[int], str]
+) -> None:
+    publishing(1)
+    (checkpoint,) = checkpoints_of(run)
+    owner = Claims(client, Owner("elsewhere", 1, "another boot", 0, "a token"))
+    assert owner.claim(checkpoint, "val")
+    owner.close()
+    assert watch(run, VALIDATION, follow=False, sleep=no_sleep).done == 1
+
+
+def test_an_error_that_ends_the_validator_gives_the_claim_back(
+    run: TrackedRun, publishing: Callable[[int], str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    publishing(1)
+
+    def interrupted(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("mlflow_dr.validation.watch.evaluate_all", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        watch(run, VALIDATION)
+    assert standing(checkpoints_of(run)[0], "val").given_back
+
+
+def test_several_validations_encode_the_corpus_once(
+    client: MlflowClient,
+    run: TrackedRun,
+    publishing: Callable[[int], str],
+    folder: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    (folder / "qrels" / "test.tsv").write_text("query-id\tcorpus-id\tscore\nq2\tp1\t1\n")
+    publishing(1)
+    deep = replace(VALIDATION.settings, measures=parse_measures("recall@3"))
+    both = (VALIDATION, Validation(deep, "test", split="test"))
+    calls: list[int] = []
+    real = watching.evaluate_all
+
+    def counted(encoder: Encoder, asked: Any) -> Any:
+        calls.append(len(asked))
+        return real(encoder, asked)
+
+    monkeypatch.setattr(watching, "evaluate_all", counted)
+    assert watch(run, *both, follow=False).done == 1
+    assert calls == [2]
+    monkeypatch.undo()
+    alone = (replace(one, name=f"alone-{one.name}") for one in both)
+    assert watch(run, *alone, follow=False).done == 1
+    values = client.get_run(run.id).data.metrics
+    for key in ("val/mrr_at_10", "test/recall_at_3"):
+        assert values[key] == values[f"alone-{key}"]
+    assert "test/mrr_at_10" not in values
+
+
+def test_a_validation_that_is_added_later_is_done_for_all_checkpoints(
+    client: MlflowClient, run: TrackedRun, publishing: Callable[[int], str]
+) -> None:
+    publishing(1)
+    watch(run, VALIDATION, follow=False)
+    publishing(2)
+    assert watch(run, VALIDATION, replace(VALIDATION, name="more"), follow=False).done == 2
+    for name in ("val", "more"):
+        assert steps(client, run, f"{name}/mrr_at_10") == [1, 2]
+
+
+@pytest.mark.parametrize(
+    ("plan", "expected"),
+    [
+        ({"order": Order.NEWEST}, [8, 6, 4, 3, 1]),
+        ({"order": Order.BISECT}, [8, 1, 4, 6, 3]),
+        ({"every": 2}, [4, 6, 8]),
+        ({"max_lag_seconds": 1e-9}, []),
+        ({"max_lag_seconds": 1000}, [1, 3, 4, 6, 8]),
+    ],
+    ids=str,
+)
+def test_which_checkpoints_and_in_which_order(
+    run: TrackedRun,
+    publishing: Callable[[int], str],
+    plan: dict[str, Any],
+    expected: list[int],
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    for step in (4, 1, 8, 3, 6):
+        publishing(step)
+    with caplog.at_level("INFO", logger="mlflow_dr"):
+        watch(run, VALIDATION, follow=False, **plan)
+    done = [re.match(r"step (\d+): mrr", message) for message in caplog.messages]
+    assert [int(match[1]) for match in done if match] == expected
+
+
+def test_what_failed_is_tried_again_when_asked(
+    client: MlflowClient, run: TrackedRun, publishing: Callable[[int], str]
+) -> None:
+    publishing(1)
+    weights = Path(checkpoints_of(run)[0].location.removeprefix("file://")) / "model.safetensors"
+    whole = weights.read_bytes()
+    weights.write_bytes(whole[:-1])
+    for retry in (False, True):
+        counts = watch(run, VALIDATION, follow=False, retry_failed=retry)
+        assert (counts.done, counts.failed) == (0, 1)
+    weights.write_bytes(whole)
+    assert watch(run, VALIDATION, follow=False).done == 0
+    assert watch(run, VALIDATION, follow=False, retry_failed=True).done == 1
+    assert steps(client, run) == [1]
+    assert watch(run, VALIDATION, follow=False, retry_failed=True).done == 0
+
+
+def test_an_experiment_with_runs_that_begin_later(
+    client: MlflowClient,
+    make_tiny: Callable[..., Encoder],
+    tmp_path: Path,
+    folder: Path,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """Each run in turn; one that names no dataset is passed over with a reason."""
+    experiment = client.create_experiment("some runs")
+    runs: list[TrackedRun] = []
+
+    def begin(dataset: str | None) -> TrackedRun:
+        begun = TrackedRun(client, client.create_run(experiment))
+        if dataset:
+            begun.log_params({"dataset": dataset})
+        for step in (1, 2):
+            directory = tmp_path / f"{begun.id}-{step}"
+            save_encoder(directory, make_tiny(seed=step, pooling="mean", normalize=True))
+            publish(begun, directory, step)
+        runs.append(begun)
+        return begun
+
+    def sleep(seconds: float) -> None:
+        if len(runs) == 3:
+            raise KeyboardInterrupt
+        begin(str(folder) if runs else None)
+
+    plan = Plan((VALIDATION,))
+    with pytest.raises(KeyboardInterrupt), caplog.at_level("INFO", logger="mlflow_dr"):
+        watch_followed(FollowedExperiment(client, "some runs"), plan, sleep)
+    assert [steps(client, one) for one in runs] == [[], [1, 2], [1, 2]]
+    assert f"run {runs[0].id} is passed over: run {runs[0].id} names no dataset" in caplog.text
+
+
+def test_a_server_that_is_away_is_waited_for(
+    client: MlflowClient,
+    run: TrackedRun,
+    publishing: Callable[[int], str],
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """Away while figures are recorded, for three looks; the work is not done again."""
+    publishing(1)
+    away = 0
+    real = client.log_model_params
+
+    def log_model_params(model_id: str, params: dict[str, str]) -> None:
+        nonlocal away
+        if "mlflow_dr.validation.val" in params and not away:
+            away = 3
+            raise MlflowException("no route to host")
+        real(model_id, params)
+
+    def search_experiments(*_: Any, **__: Any) -> list:
+        nonlocal away
+        if away > 1:
+            away -= 1
+            raise MlflowException("no route to host")
+        return []
+
+    monkeypatch.setattr(client, "log_model_params", log_model_params)
+    monkeypatch.setattr(client, "search_experiments", search_experiments)
+    slept: list[float] = []
+    assert watch(run, VALIDATION, follow=False, sleep=slept.append, poll_seconds=3).done == 1
+    assert slept == [3]
+    assert steps(client, run) == [1]
+    assert "no route to host; waiting for the server" in caplog.text
+
+
+def test_a_kind_of_checkpoint_that_is_gone_fails_alone(
+    client: MlflowClient, run: TrackedRun, publishing: Callable[[int], str]
+) -> None:
+    publishing(1)
+    publishing(2)
+    shutil.rmtree(checkpoints_of(run)[0].location.removeprefix("file://"))
+    counts = watch(run, VALIDATION, follow=False)
+    assert (counts.done, counts.failed) == (1, 1)
+    assert steps(client, run) == [2]
+
+
+def test_a_directory_of_checkpoints(
+    client: MlflowClient,
+    run: TrackedRun,
+    make_tiny: Callable[..., Encoder],
+    tmp_path: Path,
+    folder: Path,
+) -> None:
+    """Its figures are those of the published encoder; one that is no encoder fails alone."""
+    output = tmp_path / "output"
+    for step in (1, 2):
+        encoder = make_tiny(seed=step, pooling="mean", normalize=True)
+        save_encoder(output / f"checkpoint-{step}", encoder)
+        publish(run, output / f"checkpoint-{step}", step)
+    shutil.copytree(output / "checkpoint-1", output / "checkpoint-3")
+    (output / "checkpoint-3" / "config.json").write_text('{"model_type": "no such"}')
+    validation = replace(VALIDATION, dataset=str(folder))
+    assert watch(run, validation, follow=False).done == 2
+    other = TrackedRun(client, client.create_run(run.experiment_id))
+    followed = FollowedDirectory(other, output, is_mine=True)
+    counts = watch_followed(followed, Plan((validation,), follow=False), no_sleep)
+    assert (counts.done, counts.failed) == (2, 1)
+    histories = [client.get_metric_history(one.id, "val/mrr_at_10") for one in (run, other)]
+    ours, theirs = (
+        [(point.step, point.value) for point in sorted(h, key=lambda p: p.step)] for h in histories
+    )
+    assert ours == theirs
+
+
+def test_a_directory_that_vanishes_while_it_is_read(
+    client: MlflowClient,
+    run: TrackedRun,
+    make_tiny: Callable[..., Encoder],
+    tmp_path: Path,
+    folder: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    output = tmp_path / "output"
+    for step in (1, 2):
+        save_encoder(output / f"checkpoint-{step}", make_tiny(seed=step))
+    real = shutil.copytree
+
+    def rotated(source: Path, *args: Any, **more: Any) -> Any:
+        shutil.rmtree(output / "checkpoint-1", ignore_errors=True)
+        return real(source, *args, **more)
+
+    monkeypatch.setattr(shutil, "copytree", rotated)
+    followed = FollowedDirectory(run, output, is_mine=True)
+    plan = Plan((replace(VALIDATION, dataset=str(folder)),), follow=False)
+    counts = watch_followed(followed, plan, no_sleep)
+    assert (counts.done, counts.failed) == (1, 0)
+    assert "step 1 is passed over" in caplog.text
+    assert steps(client, run) == [2]
+
+
+def test_the_run_says_how_far_it_is(
+    client: MlflowClient, run: TrackedRun, publishing: Callable[[int], str]
+) -> None:
+    publishing(1)
+    publishing(7)
+    watch(run, VALIDATION, follow=False)
+    tags = client.get_run(run.id).data.tags
+    said = tags["mlflow_dr.validation.val.status"]
+    assert said == "2 of 2 checkpoints done, the last at step 7"
+
+
+def _nan(directory: Path) -> None:
+    state = load_file(directory / "model.safetensors")
+    save_file({name: value * float("nan") for name, value in state.items()}, directory / "nan")
+    (directory / "nan").replace(directory / "model.safetensors")
+
+
+def _other_architecture(directory: Path) -> None:
+    config = json.loads((directory / "config.json").read_text())
+    (directory / "config.json").write_text(json.dumps({**config, "hidden_size": 64}))
+
+
+def _pickled(directory: Path) -> None:
+    torch.save(load_file(directory / "model.safetensors"), directory / "pytorch_model.bin")
+    (directory / "model.safetensors").unlink()
+
+
+def _without_tokenizer(directory: Path) -> None:
+    for path in [*directory.glob("tokenizer*"), *directory.glob("vocab*")]:
+        path.unlink()
+
+
+@pytest.mark.parametrize("damage", [_nan, _other_architecture, _pickled, _without_tokenizer])
+def test_what_no_encoder_can_be_made_of_fails_with_the_reason_and_alone(
+    client: MlflowClient,
+    run: TrackedRun,
+    publishing: Callable[[int], str],
+    make_tiny: Callable[..., Encoder],
+    tmp_path: Path,
+    damage: Callable[[Path], None],
+) -> None:
+    directory = tmp_path / "damaged"
+    save_encoder(directory, make_tiny(pooling="mean", normalize=True))
+    damage(directory)
+    publish(run, directory, 1)
+    publishing(2)
+    counts = watch(run, VALIDATION, follow=False)
+    assert (counts.done, counts.failed) == (1, 1)
+    assert steps(client, run) == [2]
+    failed = checkpoints_of(run)[0]
+    assert len(failure_of(failed, "val")) > 20
+    assert "\n" not in failure_of(failed, "val")

@@ -1,0 +1,71 @@
+"""A real MLflow server on loopback, which may be killed and started again."""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+import urllib.request
+from pathlib import Path
+from types import TracebackType
+
+SECONDS_TO_START = 60
+
+
+class Server:
+    """An MLflow server with a sqlite database and an artifact store in a folder.
+
+    Args:
+        room: the folder.
+    """
+
+    def __init__(self, room: Path) -> None:
+        self._room = room
+        with socket.socket() as unused:
+            unused.bind(("127.0.0.1", 0))
+            self._port = unused.getsockname()[1]
+        self.uri = f"http://127.0.0.1:{self._port}"
+        self._process: subprocess.Popen[bytes] | None = None
+
+    def start(self) -> None:
+        """Start it, and wait until it answers."""
+        words = [sys.executable, "-m", "mlflow", "server", "--port", str(self._port)]
+        words += ["--backend-store-uri", f"sqlite:///{self._room}/mlflow.db", "--workers", "1"]
+        words += ["--artifacts-destination", str(self._room / "artifacts")]
+        self._process = subprocess.Popen(
+            words,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+            start_new_session=True,
+            env={**os.environ, "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"},
+        )
+        deadline = time.monotonic() + SECONDS_TO_START
+        while time.monotonic() < deadline:
+            try:
+                urllib.request.urlopen(f"{self.uri}/health").close()
+                return
+            except OSError:
+                time.sleep(0.1)
+        raise SystemExit("the MLflow server does not answer")
+
+    def kill(self) -> None:
+        """SIGKILL to it and to its workers."""
+        if self._process is not None:
+            os.killpg(self._process.pid, signal.SIGKILL)
+            self._process.wait()
+            self._process = None
+
+    def __enter__(self) -> Server:
+        self.start()
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.kill()

@@ -1,0 +1,173 @@
+"""What several validators cost the tracking server, and how soon they begin.
+
+    python -m benchmarks.validators
+
+A real MLflow server on loopback; checkpoints are a few bytes, and evaluating one is a wait of a
+second, so that what is left is the traffic: looks, claims, heartbeats, downloads, records, metrics.
+"""
+
+from __future__ import annotations
+
+import statistics
+import tempfile
+import threading
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import click
+import mlflow
+from mlflow import MlflowClient
+
+from benchmarks.machine import machine
+from benchmarks.server import Server
+from mlflow_dr.collection.catalogue import open_collection
+from mlflow_dr.retrieval.measures import parse_measures
+from mlflow_dr.tracking.checkpoints import checkpoints_of, publish
+from mlflow_dr.tracking.following import FollowedRun
+from mlflow_dr.tracking.results import mark_failed
+from mlflow_dr.tracking.runs import TrackedRun
+from mlflow_dr.validation import watch as watching
+from mlflow_dr.validation.evaluate import Report, Settings
+from mlflow_dr.validation.plan import Plan, Validation
+
+COLLECTION = Path(__file__).parents[1] / "examples" / "sea"
+VALIDATION = Validation(Settings(parse_measures("mrr@10"), device="cpu", dtype="fp32"))
+LOOKS = 20
+
+
+def new_run(client: MlflowClient) -> TrackedRun:
+    run = TrackedRun(client, client.create_run("0"))
+    run.log_params({"dataset": open_collection(str(COLLECTION)).name, "validation_split": "dev"})
+    return run
+
+
+def published(run: TrackedRun, steps: Sequence[int], directory: Path) -> None:
+    for step in steps:
+        publish(run, directory, step)
+
+
+def waiting(seconds: float) -> Callable[..., list[Report]]:
+    """An evaluation that takes its time and finds the same figure for all."""
+
+    def evaluate_all(encoder: object, asked: Sequence[Any], quiet: bool = False) -> list[Report]:
+        time.sleep(seconds)
+        return [Report({"mrr@10": 0.5}, {}, {}, seconds, 24, "fp32") for _ in asked]
+
+    return evaluate_all
+
+
+def cost_of_a_look(client: MlflowClient, directory: Path, count: int) -> tuple[int, float]:
+    """Requests and milliseconds of a look at a run that has so many checkpoints done."""
+    run = new_run(client)
+    published(run, range(count), directory)
+    followed = FollowedRun(run)
+    for one in followed.look().checkpoints:
+        mark_failed(run, one, "val", "no encoder")
+        followed.settle(one)
+    followed.look()
+    times: list[float] = []
+    with mock.patch("mlflow.utils.rest_utils.http_request", wraps=_http_request()) as requests:
+        for _ in range(LOOKS):
+            start = time.perf_counter()
+            followed.look()
+            times.append(time.perf_counter() - start)
+        calls = requests.call_count // LOOKS
+    return calls, 1000 * statistics.median(times)
+
+
+def _http_request() -> Callable[..., Any]:
+    from mlflow.utils import rest_utils
+
+    return rest_utils.http_request
+
+
+def begun_after(client: MlflowClient, directory: Path, poll_seconds: float, count: int) -> float:
+    """The most seconds from READY until a checkpoint is claimed by a validator that waits."""
+    run = new_run(client)
+    ready: dict[int, float] = {}
+    claimed: dict[int, float] = {}
+    real = watching.Claims.claim
+
+    def claim(self: Any, checkpoint: Any, name: str) -> bool:
+        won = real(self, checkpoint, name)
+        claimed[checkpoint.step] = time.monotonic()
+        return won
+
+    with mock.patch.object(watching.Claims, "claim", claim):
+        thread = threading.Thread(
+            target=watching.watch,
+            args=(FollowedRun(run), Plan((VALIDATION,), poll_seconds=poll_seconds)),
+        )
+        thread.start()
+        time.sleep(2)
+        for step in range(count):
+            publish(run, directory, step)
+            ready[step] = time.monotonic()
+            time.sleep(1.3 * poll_seconds)
+        client.set_terminated(run.id)
+        thread.join()
+    return max(claimed[step] - ready[step] for step in ready)
+
+
+def share_of_traffic(
+    client: MlflowClient, directory: Path, count: int, validators: int
+) -> tuple[float, int]:
+    """The share of the validators' time that is not evaluation; and evaluations done twice."""
+    run = new_run(client)
+    published(run, range(count), directory)
+    client.set_terminated(run.id)
+    results: list[tuple[float, int]] = []
+
+    def work() -> None:
+        start = time.perf_counter()
+        done = watching.watch(FollowedRun(run), Plan((VALIDATION,))).done
+        results.append((time.perf_counter() - start, done))
+
+    threads = [threading.Thread(target=work) for _ in range(validators)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    evaluated = sum(done for _, done in results)
+    # the last look, when others are still at their last checkpoint, is a wait and no traffic
+    busy = max(seconds for seconds, _ in results) * validators
+    assert len(checkpoints_of(run)) == count
+    return 1 - evaluated / busy, evaluated - count
+
+
+@click.command()
+@click.option("--checkpoints", default=1000, show_default=True)
+@click.option("--validators", default=8, show_default=True)
+@click.option("--poll-seconds", default=2.0, show_default=True)
+def main(checkpoints: int, validators: int, poll_seconds: float) -> None:
+    """Cost of a look, time until a checkpoint is begun, and the share of the traffic."""
+    print(machine())
+    with (
+        tempfile.TemporaryDirectory() as name,
+        Server(Path(name)) as server,
+        mock.patch.object(watching, "load_encoder", lambda *_, **__: None),
+    ):
+        directory = Path(name) / "encoder"
+        directory.mkdir()
+        (directory / "weights").write_text("1")
+        mlflow.set_tracking_uri(server.uri)
+        client = MlflowClient(server.uri)
+        for count in (10, checkpoints):
+            requests, milliseconds = cost_of_a_look(client, directory, count)
+            print(f"a look, {count:5} checkpoints done: {requests} requests, {milliseconds:.1f} ms")
+        with mock.patch.object(watching, "evaluate_all", waiting(0.0)):
+            seconds = begun_after(client, directory, poll_seconds, count=10)
+        print(f"READY to claimed, polling every {poll_seconds} s: at most {seconds:.2f} s")
+        with mock.patch.object(watching, "evaluate_all", waiting(1.0)):
+            share, twice = share_of_traffic(client, directory, checkpoints, validators)
+        print(
+            f"{validators} validators, {checkpoints} checkpoints of one second: "
+            f"{100 * share:.1f} % of the time is not evaluation; {twice} done twice"
+        )
+
+
+if __name__ == "__main__":
+    main()

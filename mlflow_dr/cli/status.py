@@ -1,0 +1,28 @@
+"""`mlflow-dr status`."""
+
+from __future__ import annotations
+
+import click
+
+from mlflow_dr.cli.options import tracking_uri
+
+
+@click.command("status")
+@click.option("--run-id", required=True, help="The MLflow run.")
+@tracking_uri
+def command(run_id: str, tracking_uri: str | None) -> int:
+    """Show what has become of a run's checkpoints: validations, owners, age, lag and failures.
+
+    \b
+    Example:
+        mlflow-dr status --run-id 0123456789abcdef0123456789abcdef
+    """
+    from mlflow_dr.tracking.client import connect
+    from mlflow_dr.tracking.clock import ServerClock
+    from mlflow_dr.tracking.runs import find_run
+    from mlflow_dr.tracking.status import status_of, table
+
+    run = find_run(connect(tracking_uri), run_id)
+    lines = status_of(run, ServerClock().now_ms())
+    click.echo(table(lines) if lines else f"run {run.id} has published no checkpoint yet")
+    return 0

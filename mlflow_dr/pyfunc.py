@@ -1,0 +1,102 @@
+"""A published encoder as MLflow's `python_function`: texts in, vectors out.
+
+The file `MLmodel` of every published checkpoint names this module, and MLflow calls `_load_pyfunc`;
+so its name stays. Nothing of it is pickled into a checkpoint.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import numpy as np
+
+from mlflow_dr.collection.records import Passage, Query
+from mlflow_dr.encoder.directory import load_encoder
+from mlflow_dr.encoder.model import Encoder
+from mlflow_dr.encoder.tokenize import Tokenizing
+from mlflow_dr.engines.devices import resolve_device
+from mlflow_dr.errors import UsageError
+from mlflow_dr.retrieval.encode import encode_all
+from mlflow_dr.stores.token_table import token_table
+
+QUERY, PASSAGE = "query", "passage"
+
+
+class TextsToVectors:
+    """An encoder that MLflow calls.
+
+    Args:
+        encoder: on its device, in evaluation mode.
+    """
+
+    def __init__(self, encoder: Encoder) -> None:
+        self._encoder = encoder
+        self._tokenizing = {
+            QUERY: Tokenizing(encoder.for_queries.tokenizer, encoder.for_queries.settings),
+            PASSAGE: Tokenizing(encoder.tokenizer, encoder.settings),
+        }
+        # a server calls from several threads, and tokenizers keep the length they cut at as state
+        self._lock = threading.Lock()
+
+    def predict(self, model_input: Any, params: Mapping[str, Any] | None = None) -> np.ndarray:
+        """Vectors of texts, the same that a validation compares.
+
+        Args:
+            model_input: a data frame, whose first column is read, or a list of texts. A passage
+                with a title is title, separator and text in one.
+            params: `prompt`, either `query` (the default) or `passage`: what the texts are, and
+                with it prompt, length and tower.
+
+        Returns:
+            `(n_texts, dim) float32`.
+
+        Raises:
+            UsageError: another prompt, or something that is no text.
+            CheckpointError: the encoder gives NaN or infinity.
+        """
+        kind = (params or {}).get("prompt", QUERY)
+        if kind not in self._tokenizing:
+            raise UsageError(f"prompt {kind!r}: expected {QUERY!r} or {PASSAGE!r}")
+        texts = _texts(model_input)
+        tokenizing = self._tokenizing[kind]
+        with self._lock:
+            if kind == QUERY:
+                ids = tokenizing.query_ids([Query("", text) for text in texts])
+            else:
+                ids = tokenizing.passage_ids([Passage("", "", text) for text in texts])
+        tower = self._encoder.for_queries if kind == QUERY else self._encoder
+        return encode_all(tower, token_table(ids), tokenizing.pad_id, kind).cpu().numpy()
+
+    def get_raw_model(self) -> Encoder:
+        """The encoder; what `mlflow.pyfunc.PyFuncModel.get_raw_model` gives."""
+        return self._encoder
+
+
+def _load_pyfunc(path: str) -> TextsToVectors:
+    """What `mlflow.pyfunc.load_model` calls with the directory of a checkpoint.
+
+    Raises:
+        CheckpointError: its files are damaged or missing.
+    """
+    encoder = load_encoder(path, safetensors_only=True)
+    return TextsToVectors(encoder.to(resolve_device()))
+
+
+def _texts(model_input: Any) -> list[str]:
+    """The texts of a data frame's first column, or of a list.
+
+    Raises:
+        UsageError: with the first thing that is no text, and where it is.
+    """
+    if isinstance(model_input, str):
+        return [model_input]
+    column: Iterable[Any] = model_input
+    if getattr(model_input, "ndim", 1) == 2:  # MLflow makes a data frame of whatever it is given
+        column = model_input.iloc[:, 0]
+    texts = list(column)
+    for number, text in enumerate(texts):
+        if not isinstance(text, str):
+            raise UsageError(f"text {number} is {text!r:.80}; expected a string in each row")
+    return texts

@@ -1,0 +1,281 @@
+"""Claims: of several validators exactly one gets a checkpoint, and another takes over if it dies.
+
+A claim is a write-once parameter of the LoggedModel, one for each attempt; the server refuses the
+second writer. Its owner renews a heartbeat, a tag. Who sees a claim whose heartbeat has stood still
+for long enough by the observer's own clock makes the next attempt; times of two machines are never
+compared. Nothing but the tracking server is shared.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import platform
+import threading
+import time
+import uuid
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from mlflow import MlflowClient
+from mlflow.exceptions import MlflowException
+
+from mlflow_dr.errors import one_line
+from mlflow_dr.tracking.checkpoints import Checkpoint, checkpoint_by_id
+from mlflow_dr.tracking.client import tracking_errors
+from mlflow_dr.tracking.results import PREFIX
+
+log = logging.getLogger(__name__)
+
+RENEWED_EVERY = 10.0
+PATIENCE = 60.0
+GIVEN_BACK = "given back"
+START_TIME = 22 - 3  # of proc(5)'s fields, counted from the one after the name
+
+
+@dataclass(frozen=True)
+class Owner:
+    """A validator, as others see it in its claims.
+
+    Attributes:
+        host: name of the machine.
+        pid: process id there.
+        room: which processes can see that id: the boot of the machine and its process namespace.
+        started: when it began, in clock ticks since the boot; ids are given again after a while.
+        token: what nobody else has.
+    """
+
+    host: str
+    pid: int
+    room: str
+    started: int
+    token: str
+
+    @staticmethod
+    def me() -> Owner:
+        """This process."""
+        pid = os.getpid()
+        return Owner(platform.node(), pid, _room(), _started(pid) or 0, uuid.uuid4().hex)
+
+    @staticmethod
+    def parse(text: str) -> Owner | None:
+        """An owner from a claim's value; None from anything else."""
+        try:
+            return Owner(**json.loads(text))
+        except (ValueError, TypeError):
+            return None
+
+    def __str__(self) -> str:
+        return f"{self.host}:{self.pid}"
+
+    @property
+    def is_gone(self) -> bool:
+        """Whether it is known to be dead, which only processes of the same machine can tell."""
+        return bool(self.room) and self.room == _room() and _started(self.pid) != self.started
+
+
+@dataclass(frozen=True)
+class Standing:
+    """The latest claim of a validation of a checkpoint.
+
+    Attributes:
+        attempt: its number, from 1.
+        owner: who made it; None if its value makes no sense.
+        beat: the heartbeat's value; empty before the first.
+        given_back: whether the owner has said that it will not finish.
+    """
+
+    attempt: int
+    owner: Owner | None
+    beat: str
+    given_back: bool
+
+
+def standing(checkpoint: Checkpoint, name: str) -> Standing | None:
+    """Who has claimed the validation `name` of a checkpoint; None if nobody has."""
+    prefix = _key(name, "")
+    attempts = [
+        int(number)
+        for key in checkpoint.params
+        if key.startswith(prefix) and (number := key.removeprefix(prefix)).isdigit()
+    ]
+    if not attempts:
+        return None
+    attempt = max(attempts)
+    owner = Owner.parse(checkpoint.params[_key(name, attempt)])
+    beat = checkpoint.tags.get(_beat_key(name), "")
+    given_back = beat == _beat(attempt, GIVEN_BACK)
+    return Standing(attempt, owner, beat, given_back)
+
+
+class Watchman:
+    """Sees which claims are kept up, by how long their heartbeats have stood still.
+
+    Args:
+        patience: seconds of standing still after which a claim is free again.
+        longest_gap: seconds between two looks that count at most; while nobody could look, nobody
+            could renew either.
+        clock: seconds that pass.
+    """
+
+    def __init__(
+        self,
+        patience: float = PATIENCE,
+        longest_gap: float = RENEWED_EVERY,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._patience = patience
+        self._longest_gap = longest_gap
+        self._clock = clock
+        self._seen: dict[tuple[str, str], _Seen] = {}
+
+    def is_free(self, checkpoint: Checkpoint, name: str) -> bool:
+        """Whether nobody is at it; to be asked at every look at the server."""
+        there = standing(checkpoint, name)
+        if there is None or there.given_back or (there.owner and there.owner.is_gone):
+            return True
+        now, key = self._clock(), (checkpoint.model_id, name)
+        before = self._seen.get(key)
+        if before is None or before.value != (there.attempt, there.beat):
+            self._seen[key] = _Seen((there.attempt, there.beat), now, 0.0)
+            return False
+        still = before.still + min(now - before.at, self._longest_gap)
+        self._seen[key] = _Seen(before.value, now, still)
+        return still >= self._patience
+
+    def forget(self, checkpoint: Checkpoint, name: str) -> None:
+        """A validation that is done needs no watching."""
+        self._seen.pop((checkpoint.model_id, name), None)
+
+
+@dataclass(frozen=True)
+class _Seen:
+    value: tuple[int, str]
+    at: float
+    still: float
+
+
+class Claims:
+    """The claims of one process, renewed by a thread until they are dropped.
+
+    Args:
+        client: where they are made.
+        owner: in whose name.
+        every: seconds between two renewals.
+    """
+
+    def __init__(
+        self, client: MlflowClient, owner: Owner | None = None, every: float = RENEWED_EVERY
+    ) -> None:
+        self.owner = owner or Owner.me()
+        self._client = client
+        self._every = every
+        self._mine: dict[tuple[str, str], int] = {}
+        self._lock = threading.Lock()
+        self._closed = threading.Event()
+        self._is_cut_off = False
+        self._thread: threading.Thread | None = None
+
+    def claim(self, checkpoint: Checkpoint, name: str) -> bool:
+        """Try to get the validation `name` of a checkpoint.
+
+        Returns:
+            Whether it is ours now; else another validator was faster.
+
+        Raises:
+            TrackingError: the server does not answer.
+        """
+        before = standing(checkpoint, name)
+        attempt = before.attempt + 1 if before else 1
+        key, value = _key(name, attempt), json.dumps(vars(self.owner))
+        with tracking_errors(f"claiming step {checkpoint.step}"):
+            try:
+                self._client.log_model_params(checkpoint.model_id, {key: value})
+            except MlflowException:
+                # another's, or the lost answer to our own request: what is there decides
+                found = checkpoint_by_id(self._client, checkpoint.model_id).params.get(key)
+                if found is None:
+                    raise
+                if found != value:
+                    return False
+        with self._lock:
+            self._mine[checkpoint.model_id, name] = attempt
+            if self._thread is None:
+                self._thread = threading.Thread(target=self._renew, name="heartbeat", daemon=True)
+                self._thread.start()
+        if before is not None:
+            log.info("step %d is taken over from %s", checkpoint.step, before.owner)
+        return True
+
+    def drop(self, checkpoint: Checkpoint, name: str, *, finished: bool) -> None:
+        """Renew a claim no more; give it back where the work is not finished."""
+        with self._lock:
+            attempt = self._mine.pop((checkpoint.model_id, name), None)
+        if attempt is not None and not finished:
+            self._tag(checkpoint.model_id, {_beat_key(name): _beat(attempt, GIVEN_BACK)})
+
+    def close(self) -> None:
+        """Give everything back."""
+        self._closed.set()
+        with self._lock:
+            left, self._mine = self._mine, {}
+        for (model_id, name), attempt in left.items():
+            self._tag(model_id, {_beat_key(name): _beat(attempt, GIVEN_BACK)})
+
+    def _renew(self) -> None:
+        number = 0
+        while not self._closed.wait(self._every):
+            number += 1
+            with self._lock:
+                by_model: dict[str, dict[str, str]] = {}
+                for (model_id, name), attempt in self._mine.items():
+                    by_model.setdefault(model_id, {})[_beat_key(name)] = _beat(attempt, number)
+            for model_id, tags in by_model.items():
+                self._tag(model_id, tags)
+
+    def _tag(self, model_id: str, tags: Mapping[str, str]) -> None:
+        try:
+            self._client.set_logged_model_tags(model_id, dict(tags))
+        except Exception as error:  # noqa: BLE001 - the work goes on; at worst another repeats it
+            if not self._is_cut_off:
+                why = one_line(error)
+                log.warning("the claim of models:/%s was not renewed: %s", model_id, why)
+            self._is_cut_off = True
+        else:
+            self._is_cut_off = False
+
+
+def _key(name: str, attempt: int | str) -> str:
+    return f"{PREFIX}{name}.claim.{attempt}"
+
+
+def _beat_key(name: str) -> str:
+    return f"{PREFIX}{name}.heartbeat"
+
+
+def _beat(attempt: int, what: Any) -> str:
+    return f"{attempt}: {what}"
+
+
+def _started(pid: int) -> int | None:
+    """When a process began, in clock ticks since the boot; None if there is none."""
+    try:
+        words = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8", errors="replace")
+    except OSError:
+        return None
+    return int(words.rpartition(")")[2].split()[START_TIME])
+
+
+@cache
+def _room() -> str:
+    """Processes that can see one another's ids; empty where that cannot be told."""
+    try:
+        boot = Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii").strip()
+        namespace = Path("/proc/self/ns/pid").stat().st_ino
+    except OSError:
+        return ""
+    return f"{boot}/{namespace}"

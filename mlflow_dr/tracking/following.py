@@ -1,0 +1,273 @@
+"""What validators follow: the checkpoints of a run, or of all runs of an experiment.
+
+Checkpoints that nothing remains to be done for are not asked for again, so a look at a run of a
+thousand costs as much as a look at one of ten.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import NamedTuple, Protocol
+
+from mlflow import MlflowClient
+
+from mlflow_dr.encoder.whole import signature_of, step_of, why_not_whole
+from mlflow_dr.errors import TrackingError, UsageError
+from mlflow_dr.tracking.checkpoints import Checkpoint, find_checkpoints, register_directory
+from mlflow_dr.tracking.client import tracking_errors
+from mlflow_dr.tracking.runs import TrackedRun, check_alive, find_run, is_over
+
+log = logging.getLogger(__name__)
+
+SECONDS_BETWEEN_FULL_LOOKS = 600.0
+
+
+class Look(NamedTuple):
+    """What there is to see.
+
+    Attributes:
+        checkpoints: all, by step; those that are settled as they were seen last.
+        over: whether nothing will be added.
+    """
+
+    checkpoints: list[Checkpoint]
+    over: bool
+
+
+class Followed(Protocol):
+    """What is looked at again and again; `run` is the only run, where there is but one."""
+
+    client: MlflowClient
+    name: str
+    run: TrackedRun | None
+
+    def look(self) -> Look:
+        """See what there is now."""
+
+    def settle(self, checkpoint: Checkpoint) -> None:
+        """Ask for this one no more."""
+
+    def run_of(self, checkpoint: Checkpoint) -> TrackedRun:
+        """The run that a checkpoint belongs to."""
+
+
+class FollowedRun:
+    """One run; a look costs two requests.
+
+    Args:
+        run: which.
+    """
+
+    run: TrackedRun | None
+
+    def __init__(self, run: TrackedRun) -> None:
+        self.client = run.client
+        self.name = f"run {run.id}"
+        self.run = self._run = run
+        self._list = _Unsettled(run.client, run.experiment_id, run.id)
+
+    def look(self) -> Look:
+        """See what there is now.
+
+        Raises:
+            TrackingError: the server does not answer, or the run was deleted.
+        """
+        # the end is read before the checkpoints, so that none published in between is missed
+        state = self._run.fetch()
+        check_alive(state)
+        return Look(self._list.look(), is_over(state))
+
+    def settle(self, checkpoint: Checkpoint) -> None:
+        """Ask for this one no more."""
+        self._list.settle(checkpoint)
+
+    def run_of(self, checkpoint: Checkpoint) -> TrackedRun:
+        """The run."""
+        return self._run
+
+
+class FollowedExperiment:
+    """All runs of an experiment, also those that begin later; a look costs one request.
+
+    Args:
+        client: where.
+        name: the experiment's name.
+
+    Raises:
+        TrackingError: there is no such experiment.
+    """
+
+    run: TrackedRun | None
+
+    def __init__(self, client: MlflowClient, name: str) -> None:
+        self.name = f"experiment {name!r}"
+        self.run = None
+        self.client = client
+        with tracking_errors(self.name):
+            found = client.get_experiment_by_name(name)
+        if found is None or found.lifecycle_stage != "active":
+            raise TrackingError(f"no experiment {name!r}; `mlflow experiments search` lists them")
+        self._list = _Unsettled(client, found.experiment_id)
+        self._runs: dict[str, TrackedRun] = {}
+
+    def look(self) -> Look:
+        """See what there is now; there may always come more.
+
+        Raises:
+            TrackingError: the server does not answer.
+        """
+        return Look(self._list.look(), over=False)
+
+    def settle(self, checkpoint: Checkpoint) -> None:
+        """Ask for this one no more."""
+        self._list.settle(checkpoint)
+
+    def run_of(self, checkpoint: Checkpoint) -> TrackedRun:
+        """The run that a checkpoint belongs to.
+
+        Raises:
+            TrackingError: it was deleted.
+        """
+        if checkpoint.run_id not in self._runs:
+            self._runs[checkpoint.run_id] = find_run(self.client, checkpoint.run_id)
+        return self._runs[checkpoint.run_id]
+
+
+class FollowedDirectory:
+    """The checkpoints that a trainer writes into a directory on this machine.
+
+    A checkpoint counts when it is whole by its own files and as it was at the last look. What else
+    lies there is passed over, and so is what the trainer has removed. Each is registered with the
+    run, without its files, so that claims and figures are as those of published ones.
+
+    Args:
+        run: where figures go.
+        directory: Trainer's `output_dir`, for example.
+        is_mine: whether the run was made for this; else its end is the end.
+
+    Raises:
+        UsageError: there is no such directory.
+    """
+
+    run: TrackedRun | None
+
+    def __init__(self, run: TrackedRun, directory: Path, is_mine: bool) -> None:
+        if not directory.is_dir():
+            raise UsageError(f"{directory}: no such directory")
+        self.client = run.client
+        self.name = f"directory {directory}"
+        self.run = self._run = run
+        self._directory = directory.absolute()
+        self._is_mine = is_mine
+        self._list = _Unsettled(run.client, run.experiment_id, run.id, str(self._directory))
+        self._seen: dict[Path, _Seen] = {}
+        self._registered: set[Path] = set()
+        self._told: set[tuple[Path, str]] = set()
+        self._whole()
+
+    def look(self) -> Look:
+        """See what there is now, and register what is new.
+
+        Raises:
+            TrackingError: the server does not answer, or the run was deleted.
+        """
+        state = self._run.fetch()
+        check_alive(state)
+        whole = self._whole()
+        for path, step in whole.items():
+            if path not in self._registered:
+                with tracking_errors(f"registering {path}"):
+                    register_directory(self._run, path, step)
+                self._registered.add(path)
+        there = [one for one in self._list.look() if Path(one.directory) in whole]
+        return Look(there, over=not self._is_mine and is_over(state))
+
+    def settle(self, checkpoint: Checkpoint) -> None:
+        """Ask for this one no more."""
+        self._list.settle(checkpoint)
+
+    def run_of(self, checkpoint: Checkpoint) -> TrackedRun:
+        """The run."""
+        return self._run
+
+    def _whole(self) -> dict[Path, int]:
+        """Checkpoints that are whole and have not changed since the last look, with their steps."""
+        before, self._seen = self._seen, {}
+        found: dict[Path, int] = {}
+        for path in sorted(self._directory.iterdir()):
+            if not path.is_dir() or path.name.startswith("."):
+                continue
+            signature, known = signature_of(path), before.get(path)
+            if known is None or known.signature != signature:
+                self._seen[path] = _Seen(signature, step_of(path), why_not_whole(path))
+                continue
+            self._seen[path] = known
+            if known.step is None:
+                self._tell(path, "neither its name nor a trainer_state.json says a step")
+            elif known.lacks:
+                self._tell(path, known.lacks)
+            else:
+                found[path] = known.step
+        return found
+
+    def _tell(self, path: Path, reason: str) -> None:
+        if (path, reason) not in self._told:
+            self._told.add((path, reason))
+            log.info("%s is passed over for now: %s", path, reason)
+
+
+class _Seen(NamedTuple):
+    """A directory as it was at a look; what it lacks to be whole."""
+
+    signature: tuple[tuple[str, int, int], ...]
+    step: int | None
+    lacks: str
+
+
+class _Unsettled:
+    """Checkpoints, of which those are asked for that are new or not settled.
+
+    The oldest of these bounds the search by its time of creation. Where several machines write to a
+    database without a server, that time is theirs, and may be wrong: so now and then everything is
+    asked for.
+    """
+
+    def __init__(
+        self,
+        client: MlflowClient,
+        experiment_id: str,
+        run_id: str | None = None,
+        directory: str = "",
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._where = (client, experiment_id, run_id)
+        self._directory = directory
+        self._clock = clock
+        self._known: dict[str, Checkpoint] = {}
+        self._settled: set[str] = set()
+        self._full_look_at = -float("inf")
+
+    def look(self) -> list[Checkpoint]:
+        full = self._clock() - self._full_look_at >= SECONDS_BETWEEN_FULL_LOOKS
+        found = find_checkpoints(*self._where, since_ms=0 if full else self._since())
+        if full:
+            self._known = {}  # what was deleted is gone
+            self._full_look_at = self._clock()
+        self._known.update({one.model_id: one for one in found if self._is_meant(one)})
+        return sorted(self._known.values(), key=lambda one: (one.step, one.created_ms))
+
+    def _is_meant(self, checkpoint: Checkpoint) -> bool:
+        """Published ones, or those of the directory; of others there are no files here."""
+        where = checkpoint.directory
+        return str(Path(where).parent) == self._directory if where else not self._directory
+
+    def settle(self, checkpoint: Checkpoint) -> None:
+        self._settled.add(checkpoint.model_id)
+
+    def _since(self) -> int:
+        times = {key: one.created_ms for key, one in self._known.items()}
+        left = [time for key, time in times.items() if key not in self._settled]
+        return min(left, default=max(times.values(), default=0))

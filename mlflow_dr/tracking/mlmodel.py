@@ -1,0 +1,87 @@
+"""The files by which MLflow knows a checkpoint as a model that it can load and serve.
+
+MLmodel             the flavour `python_function`: module that loads it, inputs, outputs, params
+requirements.txt    what has to be installed
+python_env.yaml     the same for `--env-manager virtualenv` and `uv`
+conda.yaml          the same for `--env-manager conda`
+
+Format: https://mlflow.org/docs/latest/ml/model/. Written without ids and times, so that the same
+encoder has the same files.
+"""
+
+from __future__ import annotations
+
+import json
+import platform
+from functools import cache
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from mlflow_dr.encoder.sentence_transformers import vector_size
+from mlflow_dr.version import VERSION
+
+MLMODEL = "MLmodel"
+REQUIREMENTS = "requirements.txt"
+PYTHON_ENV = "python_env.yaml"
+CONDA_ENV = "conda.yaml"
+LOADER = "mlflow_dr.pyfunc"
+# beside our own package: what the vectors depend on
+PACKAGES = ("mlflow", "torch", "transformers")
+ANY_SIZE = -1
+
+
+def write_mlmodel(directory: Path) -> None:
+    """Describe an encoder's directory to MLflow, as a function from texts to vectors.
+
+    Args:
+        directory: as `save_encoder` or sentence-transformers wrote it; nothing that is there is
+            changed but an earlier description.
+    """
+    python = platform.python_version()
+    versions = _versions()
+    requirements = [f"mlflow_dr=={VERSION}", *(f"{name}=={one}" for name, one in versions.items())]
+    (directory / REQUIREMENTS).write_text("\n".join(requirements) + "\n", encoding="utf-8")
+    env = {"python": python, "dependencies": [f"-r {REQUIREMENTS}"]}
+    _write(directory / PYTHON_ENV, env)
+    conda = {
+        "name": "mlflow-env",
+        "channels": ["conda-forge"],
+        "dependencies": [f"python={python}", "pip", {"pip": requirements}],
+    }
+    _write(directory / CONDA_ENV, conda)
+    flavor = {
+        "loader_module": LOADER,
+        "python_version": python,
+        "env": {"conda": CONDA_ENV, "virtualenv": PYTHON_ENV},
+    }
+    model = {
+        "flavors": {"python_function": flavor},
+        "mlflow_version": versions["mlflow"],
+        "signature": _signature(vector_size(directory) or ANY_SIZE),
+    }
+    _write(directory / MLMODEL, model)
+
+
+def _signature(size: int) -> dict[str, str]:
+    """Texts, `(n_texts,)` strings -> vectors, `(n_texts, size) float32`; params: `prompt`."""
+    tensor = {"dtype": "float32", "shape": [ANY_SIZE, size]}
+    prompt = {"name": "prompt", "type": "string", "default": "query", "shape": None}
+    return {
+        # without a name, so that lists are taken and a column may be called anything
+        "inputs": json.dumps([{"type": "string", "required": True}]),
+        "outputs": json.dumps([{"type": "tensor", "tensor-spec": tensor}]),
+        "params": json.dumps([prompt]),
+    }
+
+
+@cache
+def _versions() -> dict[str, str]:
+    """Those of `PACKAGES`; without what names a build, such as 2.9.0+cpu, which no index has."""
+    return {name: metadata.version(name).partition("+")[0] for name in PACKAGES}
+
+
+def _write(path: Path, values: Any) -> None:
+    path.write_text(yaml.safe_dump(values, sort_keys=False), encoding="utf-8")

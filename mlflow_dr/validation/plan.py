@@ -1,0 +1,212 @@
+"""What a validator does: which validations, on which checkpoints, in which order."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, fields, replace
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from mlflow_dr.collection.asyncval import given_collection
+from mlflow_dr.errors import UsageError
+from mlflow_dr.retrieval.measures import DEFAULT_MEASURES, check_depth, parse_measures
+from mlflow_dr.tracking.claims import PATIENCE
+from mlflow_dr.validation.evaluate import Settings
+from mlflow_dr.validation.order import Order
+
+DEFAULT_NAME = "val"
+# what MLflow allows in a metric's name, less the slash and the dot, which have a meaning here
+NAME = re.compile(r"[\w\- ]+")
+NOT_IN_NAME = re.compile(r"[^\w\- ]")
+COLLECTION = ("dataset", "candidates", "queries", "qrels")
+
+
+@dataclass(frozen=True)
+class Validation:
+    """What is measured on every checkpoint of a run.
+
+    Attributes:
+        settings: measures, depth, device, dtype.
+        name: prefixes the metrics.
+        dataset: the collection; the run's own when None.
+        split: the split; the run's own, or the collection's development split, when None.
+    """
+
+    settings: Settings
+    name: str = DEFAULT_NAME
+    dataset: str | None = None
+    split: str | None = None
+
+    def __post_init__(self) -> None:
+        if not NAME.fullmatch(self.name):
+            raise UsageError(
+                f"a validation cannot be called {self.name!r}: letters, digits, _, - and blanks"
+            )
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What one validator does.
+
+    Attributes:
+        validations: on each checkpoint; those over one corpus encode it once.
+        order: which checkpoint comes first.
+        every: only steps that this divides.
+        max_lag_seconds: no checkpoint that has been READY for longer than this is begun.
+        retry_failed: try again what was recorded as failed, once.
+        follow: wait for checkpoints; else do what is there, and end.
+        poll_seconds: between two looks at the server.
+        encoder_changes: what replaces what checkpoints say: fields of `EncoderConfig`, and
+            `tokenizer`, a directory or hub name.
+        patience_seconds: how long another validator's claim may stand still before it is free.
+    """
+
+    validations: tuple[Validation, ...]
+    order: Order = Order.OLDEST
+    every: int = 1
+    max_lag_seconds: float | None = None
+    retry_failed: bool = False
+    follow: bool = True
+    poll_seconds: float = 2.0
+    patience_seconds: float = PATIENCE
+    encoder_changes: Mapping[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        names = [one.name for one in self.validations]
+        if repeated := {name for name in names if names.count(name) > 1}:
+            raise UsageError(f"two validations are called {min(repeated)!r}")
+        if self.every < 1:
+            raise UsageError(f"every is {self.every}; it must be at least 1")
+        if self.poll_seconds <= 0:
+            raise UsageError(f"poll_seconds is {self.poll_seconds}; it must be above 0")
+
+
+def each_split(
+    settings: Settings, name: str, dataset: str | None, splits: Sequence[str]
+) -> tuple[Validation, ...]:
+    """A validation of each split; of several, each is called NAME-SPLIT.
+
+    Args:
+        settings: those of all.
+        name: the validation's name, or what their names begin with.
+        dataset: the collection; the run's own when None.
+        splits: what is measured; the run's own, or the development split, when there are none.
+    """
+    if len(splits) <= 1:
+        return (Validation(settings, name, dataset, *splits),)
+    return tuple(
+        Validation(settings, f"{name}-{NOT_IN_NAME.sub('_', split)}", dataset, split)
+        for split in splits
+    )
+
+
+def read_plan(path: Path, plan: Plan, settings: Settings) -> Plan:
+    """A plan from a YAML file; what the file does not say is as it was given.
+
+        order: bisect
+        validations:
+          dev: {dataset: msmarco, split: dev, measures: mrr@10 recall@1000}
+          covid: {dataset: beir/trec-covid, measures: ndcg@10}
+          nq: {candidates: nq/corpus, queries: nq/test.json, qrels: nq/qrels.tsv}
+
+    The last one names files as Asyncval takes them. It may have several query files, each of which
+    is a validation of its own, called NAME-FILE.
+
+    Args:
+        path: the file.
+        plan: taken where the file says nothing.
+        settings: likewise, for each validation.
+
+    Raises:
+        UsageError: no such file, or a key or value that has no place in it.
+    """
+    try:
+        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise UsageError(f"{path}: not a YAML file: {' '.join(str(error).split())}") from error
+    values = _mapping(values, str(path), {one.name for one in fields(Plan)} - {"encoder_changes"})
+    described = values.pop("validations", None)
+    if not isinstance(described, dict) or not described:
+        raise UsageError(f"{path}: expected `validations:` with a name for each")
+    if "order" in values:
+        values["order"] = _order(values["order"], f"{path}: order")
+    kinds = {"every": int, "retry_failed": bool, "follow": bool}
+    kinds |= dict.fromkeys(("max_lag_seconds", "poll_seconds", "patience_seconds"), float)
+    for key, kind in kinds.items():
+        if key in values:
+            values[key] = _value(values[key], kind, f"{path}: {key}")
+    validations = tuple(
+        validation
+        for name, value in described.items()
+        for validation in _validations(
+            str(name), value, settings, plan, f"{path}: validations.{name}"
+        )
+    )
+    return replace(plan, validations=validations, **values)
+
+
+def _validations(
+    name: str, given: Any, settings: Settings, plan: Plan, where: str
+) -> tuple[Validation, ...]:
+    known = {*COLLECTION, "split", *(one.name for one in fields(Settings))}
+    values = _mapping(given or {}, where, known)
+    named = {
+        key: _value(values.pop(key), str, f"{where}.{key}")
+        for key in ("dataset", "split")
+        if key in values
+    }
+    files = [_paths(values.pop(key, []), f"{where}.{key}") for key in COLLECTION[1:]]
+    dataset, splits = given_collection(named.get("dataset"), files, COLLECTION, f"{where}: ")
+    if dataset is None:
+        dataset = plan.validations[0].dataset
+        splits = [one.split for one in plan.validations if one.split]
+    if "split" in named:
+        splits = [named["split"]]
+    if "measures" in values:
+        text = values["measures"]
+        values["measures"] = parse_measures(" ".join(text) if isinstance(text, list) else str(text))
+    for key, kind in {"depth": int, "device": str, "dtype": str, "keep_own_id": bool}.items():
+        if key in values:
+            values[key] = _value(values[key], kind, f"{where}.{key}")
+    changed = replace(settings, **values)
+    check_depth(changed.measures, changed.depth)
+    return each_split(changed, name, dataset, splits)
+
+
+def _paths(value: Any, where: str) -> list[Path]:
+    """One path or several."""
+    values = value if isinstance(value, list) else [value]
+    return [Path(_value(one, str, where)) for one in values]
+
+
+def _mapping(given: Any, where: str, known: set[str]) -> dict[str, Any]:
+    if not isinstance(given, Mapping):
+        raise UsageError(f"{where}: expected keys with values, such as {', '.join(sorted(known))}")
+    if unknown := sorted(map(str, set(given) - known)):
+        raise UsageError(f"{where}: no key {unknown[0]!r}; known are {', '.join(sorted(known))}")
+    return dict(given)
+
+
+def _order(value: Any, where: str) -> Order:
+    try:
+        return Order(value)
+    except ValueError:
+        names = ", ".join(order.value for order in Order)
+        raise UsageError(f"{where} is {value!r}; expected one of {names}") from None
+
+
+def _value(value: Any, kind: type, where: str) -> Any:
+    right = isinstance(value, kind) and (kind is bool or not isinstance(value, bool))
+    if kind is float and isinstance(value, int) and not isinstance(value, bool):
+        return float(value)
+    if not right:
+        raise UsageError(f"{where} is {value!r}; expected a value of type {kind.__name__}")
+    return value
+
+
+def default_settings() -> Settings:
+    """Settings of a validation that says nothing."""
+    return Settings(parse_measures(DEFAULT_MEASURES))

@@ -1,0 +1,81 @@
+"""A tracking server that asks for names and passwords."""
+
+import subprocess
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import mlflow
+import pytest
+import requests
+from mlflow import MlflowClient
+
+Call = Callable[..., subprocess.CompletedProcess]
+ADMIN = {"MLFLOW_TRACKING_USERNAME": "admin", "MLFLOW_TRACKING_PASSWORD": "of all runs here"}
+READER = {"MLFLOW_TRACKING_USERNAME": "reader", "MLFLOW_TRACKING_PASSWORD": "reader of runs"}
+
+
+class Guarded(NamedTuple):
+    """The server's address, and a run of the administrator's with one checkpoint."""
+
+    uri: str
+    run_id: str
+
+
+@pytest.fixture(scope="module")
+def guarded(
+    serve: Callable, publish_noise: Callable[..., str], tmp_path_factory: pytest.TempPathFactory
+) -> Guarded:
+    pytest.importorskip("flask_wtf")
+    room = tmp_path_factory.mktemp("guarded")
+    uri, _ = serve(room, room / "artifacts", None, "--app-name", "basic-auth")
+    before = mlflow.get_tracking_uri()
+    with pytest.MonkeyPatch.context() as patched:
+        for name, value in ADMIN.items():
+            patched.setenv(name, value)
+        mlflow.set_tracking_uri(uri)
+        try:
+            made = requests.post(
+                f"{uri}/api/2.0/mlflow/users/create",
+                json=dict(zip(("username", "password"), READER.values(), strict=True)),
+                auth=tuple(ADMIN.values()),
+                timeout=30,
+            )
+            made.raise_for_status()
+            run_id = publish_noise(1, client=MlflowClient(uri))
+        finally:
+            mlflow.set_tracking_uri(before)
+    return Guarded(uri, run_id)
+
+
+@pytest.mark.parametrize(
+    ("user", "says"),
+    [
+        ({}, "the tracking server asks who you are; set MLFLOW_TRACKING_USERNAME"),
+        ({**READER, "MLFLOW_TRACKING_PASSWORD": "wrong"}, "does not know user 'reader'"),
+        (
+            READER,
+            "user 'reader' may not do that: publishing and validating need the permission EDIT",
+        ),
+    ],
+    ids=["nobody", "wrong password", "too few rights"],
+)
+def test_who_may_not_validate_is_told_why(
+    call: Call, guarded: Guarded, user: dict[str, str], says: str
+) -> None:
+    ended = call(
+        *("mlflow-dr", "validate", "--run-id", guarded.run_id, "--once"),
+        MLFLOW_TRACKING_URI=guarded.uri,
+        **user,
+    )
+    assert ended.returncode == 1
+    assert "Traceback" not in ended.stderr
+    last = ended.stderr.splitlines()[-1]
+    assert last.startswith("error: ")
+    assert says in last
+
+
+def test_mlflows_own_variables_are_enough(call: Call, guarded: Guarded) -> None:
+    words: list[Any] = ["mlflow-dr", "validate", "--run-id", guarded.run_id]
+    ended = call(*words, MLFLOW_TRACKING_URI=guarded.uri, **ADMIN)
+    assert ended.returncode == 0, ended.stderr
+    assert "step 1: mrr_at_10" in ended.stderr

@@ -1,0 +1,217 @@
+"""`mlflow-dr validate` and `evaluate` with Asyncval's flags."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import click
+import pytest
+from mlflow import MlflowClient
+
+from mlflow_dr.cli import evaluate, validate
+from mlflow_dr.collection.asyncval import asyncval_name
+from mlflow_dr.encoder.directory import save_encoder
+from mlflow_dr.encoder.model import Encoder
+from mlflow_dr.errors import UsageError
+from mlflow_dr.retrieval.measures import parse_measures
+from mlflow_dr.tracking.current import name_collection
+from mlflow_dr.tracking.following import FollowedDirectory
+from mlflow_dr.tracking.runs import TrackedRun
+from mlflow_dr.validation.evaluate import Settings
+from mlflow_dr.validation.plan import Plan, Validation
+from mlflow_dr.validation.watch import watch
+
+
+@pytest.fixture
+def files(tmp_path: Path, texts: list[str]) -> Path:
+    """Asyncval's inputs, with two sets of queries."""
+    (tmp_path / "corpus").mkdir()
+    write(tmp_path / "corpus/part.json", {f"p{place}": text for place, text in enumerate(texts)})
+    write(tmp_path / "dev.query.json", {"q1": "who counts the ships"})
+    write(tmp_path / "test.json", {"q2": "what do the gulls follow"})
+    (tmp_path / "qrels.tsv").write_text("q1\t0\tp0\t1\nq2\t0\tp3\t1\n")
+    return tmp_path
+
+
+def write(path: Path, texts: dict[str, str]) -> None:
+    records = [{"text_id": key, "text": text} for key, text in texts.items()]
+    path.write_text("".join(json.dumps(one) + "\n" for one in records))
+
+
+@pytest.fixture
+def encoder(make_tiny: Callable[..., Encoder]) -> Encoder:
+    return make_tiny(pooling="mean", normalize=True)
+
+
+def flags(files: Path, *queries: str) -> list[str]:
+    return [
+        *("--query_files", *(str(files / name) for name in queries)),
+        *("--candidate_dir", str(files / "corpus"), "--qrel_file", str(files / "qrels.tsv")),
+    ]
+
+
+def called(command: click.Command, *words: object) -> Any:
+    return command.main([str(word) for word in words], "mlflow-dr", standalone_mode=False)
+
+
+def planned(words: list[str]) -> Plan:
+    """The plan that `validate` makes of some flags."""
+    with validate.command.make_context("validate", ["--run-id", "0", *words]) as context:
+        given = dict(context.params)
+    dataset, sets = validate.given_dataset(
+        given["dataset"], given["candidate_dir"], given["query_files"], given["qrel_files"]
+    )
+    splits = given["split"] or sets
+    plan = validate._plan(given["config"], dataset, splits, given["name"], given)
+    assert isinstance(plan, Plan)
+    return plan
+
+
+def test_asyncvals_own_command_line(files: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(files)
+    (files / "words").mkdir()
+    plan = planned(
+        [
+            *flags(files, "dev.query.json"),
+            *("--tokenizer_name_or_path", "words", "--q_max_len", "16", "--p_max_len", "64"),
+            *("--depth", "100", "--metrics", "RR@10", "nDCG@10", "R@100", "AP@100"),
+        ]
+    )
+    (one,) = plan.validations
+    name = asyncval_name(files / "corpus", [files / "dev.query.json"], [files / "qrels.tsv"])
+    assert (one.name, one.dataset, one.split) == ("val", name, "dev.query")
+    assert one.settings.measures == parse_measures("mrr@10 ndcg@10 recall@100 map@100")
+    assert one.settings.depth == 100
+    assert plan.encoder_changes == {
+        "query_max_length": 16,
+        "passage_max_length": 64,
+        "tokenizer": str(files / "words"),
+    }
+
+
+@pytest.mark.parametrize(
+    "spelt",
+    [
+        ["--query-file", "A", "--query-file", "B"],
+        ["--query_file", "A", "--query_file", "B"],
+        ["--query_files", "A", "B"],
+        ["--query_files", "A", "--query-file", "B"],
+    ],
+)
+def test_several_query_files_are_several_validations(files: Path, spelt: list[str]) -> None:
+    names = {"A": str(files / "dev.query.json"), "B": str(files / "test.json")}
+    words = [names.get(word, word) for word in spelt]
+    words += ["--candidate-dir", str(files / "corpus"), "--qrel-file", str(files / "qrels.tsv")]
+    plan = planned(words)
+    assert [(one.name, one.split) for one in plan.validations] == [
+        ("val-dev_query", "dev.query"),
+        ("val-test", "test"),
+    ]
+    (chosen,) = planned([*words, "--split", "test"]).validations
+    assert (chosen.name, chosen.split) == ("val", "test")
+
+
+@pytest.mark.parametrize("words", [["--measures", "mrr@5 ap@7"], ["--metrics", "mrr@5", "AP@7"]])
+def test_measures_in_one_word_or_in_several(words: list[str]) -> None:
+    (one,) = planned(words).validations
+    assert one.settings.measures == parse_measures("mrr@5 map@7")
+
+
+def test_flags_and_a_plan(files: Path) -> None:
+    """A validation of the plan that names no collection has that of the flags."""
+    (files / "plan.yaml").write_text(
+        "validations: {short: {measures: mrr@5}, other: {dataset: demo, split: dev}}"
+    )
+    words = [*flags(files, "dev.query.json", "test.json"), "--config", str(files / "plan.yaml")]
+    plan = planned(words)
+    queries = [files / "dev.query.json", files / "test.json"]
+    name = asyncval_name(files / "corpus", queries, [files / "qrels.tsv"])
+    assert [(one.name, one.dataset, one.split) for one in plan.validations] == [
+        ("short-dev_query", name, "dev.query"),
+        ("short-test", name, "test"),
+        ("other", "demo", "dev"),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--candidate_dir", "."], "there is no --query-file, no --qrel-file"),
+        (["--dataset", "demo", "--candidate_dir", "."], "give --dataset, or --candidate-dir"),
+    ],
+)
+def test_files_and_a_dataset(words: list[str], message: str) -> None:
+    for command, given in ((validate.command, ["--run-id", "0"]), (evaluate.command, ["tiny"])):
+        with pytest.raises(UsageError, match=message):
+            called(command, *given, *words)
+
+
+def test_evaluate_asks_for_a_dataset_and_for_one_set(files: Path) -> None:
+    with pytest.raises(click.UsageError, match="give --dataset, or --candidate-dir, --query-file"):
+        called(evaluate.command, "tiny")
+    words = flags(files, "dev.query.json")
+    words += ["--query_files", str(files / "test.json")]
+    with pytest.raises(click.UsageError, match=r"--split dev\.query or test"):
+        called(evaluate.command, "tiny", *words)
+
+
+def test_evaluate(
+    files: Path, encoder: Encoder, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    save_encoder(tmp_path / "encoder", encoder)
+    output = tmp_path / "report.json"
+    words = [*flags(files, "test.json"), "--output", output, "--device", "cpu"]
+    called(evaluate.command, tmp_path / "encoder", *words, "--metrics", "RR@10", "nDCG@10")
+    report = json.loads(output.read_text())
+    assert list(report["queries"]) == ["q2"]
+    assert list(report["measures"]) == ["mrr@10", "ndcg@10"]
+    assert f"mrr@10\t{report['measures']['mrr@10']:.4f}" in capsys.readouterr().out
+
+
+def test_an_encoder_after_an_option_is_no_value_of_it() -> None:
+    words = ["--dataset", "demo", "--metrics", "RR@10", "encoder"]
+    with evaluate.command.make_context("evaluate", words) as context:
+        assert (context.params["measures"], context.params["encoder"]) == ("RR@10", "encoder")
+
+
+def test_a_directory_of_checkpoints_is_validated_at_their_steps(
+    client: MlflowClient,
+    run: TrackedRun,
+    files: Path,
+    encoder: Encoder,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Fault 6: the steps are those of the training, not the validator's count."""
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "2")  # the command sets it
+    for step in (500, 1000):
+        save_encoder(files / f"output/checkpoint-{step}", encoder)
+    words = [*flags(files, "dev.query.json", "test.json"), "--metrics", "RR@10", "nDCG@10"]
+    words += ["--depth", "100", "--q_max_len", "16", "--tokenizer_name_or_path"]
+    words += [str(files / "output/checkpoint-500"), "--ckpts_dir", str(files / "output")]
+    words += ["--run-id", run.id, "--once", "--device", "cpu", "--dtype", "fp32"]
+    assert called(validate.command, *words, "--tracking-uri", client.tracking_uri) == 0
+    for name in ("val-dev_query", "val-test"):
+        points = client.get_metric_history(run.id, f"{name}/mrr_at_10")
+        assert sorted(one.step for one in points) == [500, 1000]
+
+
+def test_a_run_names_the_files_and_another_validator_opens_them(
+    client: MlflowClient, run: TrackedRun, files: Path, encoder: Encoder
+) -> None:
+    far = files.joinpath(*["a-folder-with-a-name-that-is-long" * 4] * 2)
+    far.mkdir(parents=True)
+    queries = [path.rename(far / path.name) for path in sorted(files.glob("*.json"))]
+    name = asyncval_name(files / "corpus", queries, [files / "qrels.tsv"])
+    assert len(name) > 500  # more than MLflow takes as a dataset's name
+    name_collection(run, name, "test")
+    save_encoder(files / "output/checkpoint-3", encoder)
+    settings = Settings(parse_measures("mrr@10"), device="cpu", dtype="fp32")
+    plan = Plan((Validation(settings),), follow=False)
+    counts = watch(FollowedDirectory(run, files / "output", is_mine=False), plan)
+    assert (counts.done, counts.failed) == (1, 0)
+    (point,) = client.get_metric_history(run.id, "val/mrr_at_10")
+    assert point.step == 3
+    (shown,) = run.fetch().inputs.dataset_inputs
+    assert len(shown.dataset.name) == 500
+    assert "dev.query.json" in shown.dataset.source

@@ -1,0 +1,487 @@
+"""Asyncval's files: what is read, what every malformed line is answered with, and its faults."""
+
+import gzip
+import json
+import logging
+import subprocess
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+from urllib.parse import unquote
+
+import pytest
+from transformers import AutoTokenizer
+from transformers.models.bert.tokenization_bert_legacy import BertTokenizerLegacy
+
+from mlflow_dr.collection.asyncval import (
+    AsyncvalFiles,
+    asyncval_files,
+    asyncval_name,
+    given_collection,
+)
+from mlflow_dr.collection.beir import BeirFolder
+from mlflow_dr.collection.catalogue import open_collection
+from mlflow_dr.collection.interface import Collection
+from mlflow_dr.collection.records import Passage, Query
+from mlflow_dr.encoder.config import EncoderConfig
+from mlflow_dr.encoder.model import Encoder
+from mlflow_dr.encoder.tokenize import Tokenizing
+from mlflow_dr.errors import DataError, UsageError
+from mlflow_dr.retrieval.measures import parse_measures
+from mlflow_dr.validation.evaluate import Prepared, Report, Searched, Settings, evaluate_all
+
+Write = Callable[..., Path]
+Tokens = Callable[[str], list[int]]
+
+SUBJECTS = ("gull", "ship", "otter", "storm", "ferry", "diver", "pilot", "star")
+PLACES = ("harbour", "wreck", "mast", "island", "channel", "horizon", "port")
+
+
+def lines(path: Path, records: Sequence[dict[str, Any]]) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("".join(json.dumps(one) + "\n" for one in records), encoding="utf-8")
+    return path
+
+
+@pytest.fixture
+def room(tmp_path: Path) -> Path:
+    """Two files of passages, two sets of queries, and judgements of both in one file."""
+    lines(tmp_path / "corpus/split00.json", [{"text_id": "p1", "text": "Cork swims."}])
+    lines(tmp_path / "corpus/split01.jsonl", [{"text_id": "p2", "text": "Iron sinks."}])
+    lines(tmp_path / "dev.query.json", [{"text_id": "q1", "text": "what swims"}])
+    lines(tmp_path / "test.json", [{"text_id": "q2", "text": "what sinks"}])
+    (tmp_path / "qrels.tsv").write_text("q1\t0\tp1\t1\nq2\t0\tp2\t1\n")
+    return tmp_path
+
+
+def opened(room: Path, queries: Sequence[str] = ("dev.query.json", "test.json")) -> AsyncvalFiles:
+    return AsyncvalFiles(room / "corpus", [room / name for name in queries], [room / "qrels.tsv"])
+
+
+def passages_of(collection: Collection) -> list[Passage]:
+    corpus = collection.corpus()
+    return corpus.passages(range(len(corpus)))
+
+
+def records_of(folder: Path, file: str) -> Iterator[tuple[str, str]]:
+    for line in (folder / file).read_text(encoding="utf-8").splitlines():
+        record = json.loads(line)
+        yield record["_id"], f"{record.get('title', '')} {record['text']}".strip()
+
+
+def converted(folder: Path, room: Path, tokens: Tokens | None = None) -> AsyncvalFiles:
+    """A BEIR folder's collection in Asyncval's files: passages in two files, a file for each split.
+
+    As Asyncval's own scripts do it: the title before the text, and token ids without special ones.
+    """
+
+    def record(key: str, text: str) -> dict[str, Any]:
+        return {"text_id": key, "text": tokens(text) if tokens else text}
+
+    passages = [record(*one) for one in records_of(folder, "corpus.jsonl")]
+    middle = len(passages) // 2
+    for number, part in enumerate((passages[:middle], passages[middle:])):
+        lines(room / f"corpus/split{number:02d}.json", part)
+    queries = dict(records_of(folder, "queries.jsonl"))
+    judged: list[str] = []
+    files = []
+    for path in sorted((folder / "qrels").glob("*.tsv")):
+        rows = [line.split("\t") for line in path.read_text().splitlines()[1:]]
+        judged += [f"{query_id}\t0\t{passage_id}\t{rel}\n" for query_id, passage_id, rel in rows]
+        ids = dict.fromkeys(query_id for query_id, _, _ in rows)
+        files.append(lines(room / f"{path.stem}.json", [record(one, queries[one]) for one in ids]))
+    (room / "qrels.txt").write_text("".join(judged))
+    return AsyncvalFiles(room / "corpus", files, [room / "qrels.txt"])
+
+
+def test_passages_in_the_order_of_the_files_and_a_split_for_each_query_file(room: Path) -> None:
+    collection = opened(room)
+    assert collection.splits == ["dev.query", "test"]
+    assert passages_of(collection) == [
+        Passage("p1", "", "Cork swims."),
+        Passage("p2", "", "Iron sinks."),
+    ]
+    topics = collection.topics("test")
+    assert topics.queries == [Query("q2", "what sinks")]
+    assert topics.qrels == {"q2": {"p2": 1}}
+
+
+def test_one_file_of_passages_packed_files_and_numbers_as_ids(room: Path) -> None:
+    packed = room / "all.json.gz"
+    packed.write_bytes(gzip.compress(b'{"text_id": 7, "text": "Cork", "more": 1}\n'))
+    (room / "qrels.tsv").write_text("q1\t0\t7\t1\n")
+    collection = AsyncvalFiles(packed, [room / "dev.query.json"], [room / "qrels.tsv"])
+    assert passages_of(collection) == [Passage("7", "", "Cork")]
+    assert collection.topics("dev.query").qrels == {"q1": {"7": 1}}
+
+
+def test_text_that_is_tokenised(room: Path) -> None:
+    lines(room / "corpus/split00.json", [{"text_id": "p1", "text": [2, 3]}])
+    lines(room / "corpus/split01.jsonl", [{"text_id": "p2", "text": []}])
+    lines(room / "dev.query.json", [{"text_id": "q1", "text": [4]}])
+    collection = opened(room)
+    assert passages_of(collection) == [Passage("p1", "", "", [2, 3]), Passage("p2", "", "", [])]
+    topics = collection.topics("dev.query")
+    assert topics.queries == [Query("q1", "", (), [4])]
+    lines(room / "dev.query.json", [{"text_id": "q1", "text": [5]}])
+    assert opened(room).topics("dev.query").digest != topics.digest
+
+
+@pytest.mark.parametrize(
+    "qrels",
+    ["q1\t0\tp1\t1\n", "q1 Q0 p1 1\n", "q1\tp1\t1\n", "query-id\tcorpus-id\tscore\nq1 p1 1"],
+)
+def test_layouts_of_judgements(room: Path, qrels: str) -> None:
+    (room / "qrels.tsv").write_text(qrels)
+    assert opened(room, ["dev.query.json"]).topics("dev.query").qrels == {"q1": {"p1": 1}}
+
+
+def test_judgements_for_each_query_file_in_their_order(room: Path) -> None:
+    (room / "other.tsv").write_text("q2\t0\tp1\t2\n")
+    queries = [room / "dev.query.json", room / "test.json"]
+    collection = AsyncvalFiles(room / "corpus", queries, [room / "qrels.tsv", room / "other.tsv"])
+    assert collection.topics("test").qrels == {"q2": {"p1": 2}}
+
+
+def test_a_corpus_is_read_once_and_again_when_a_file_has_changed(
+    room: Path, own_cache: Path
+) -> None:
+    first = opened(room).corpus().digest
+    assert opened(room).corpus().digest == first
+    assert len(list((own_cache / "corpora").glob("*/corpus.arrow"))) == 1
+    lines(room / "corpus/split02.json", [{"text_id": "p3", "text": "More."}])
+    assert opened(room).corpus().digest != first
+
+
+GOOD = '{"text_id": "a", "text": "1"}\n'
+MALFORMED = [
+    pytest.param("{not json", "not JSON", id="not JSON"),
+    pytest.param('["a"]', "expected a JSON object, got list", id="no object"),
+    pytest.param('{"_id": "b", "text": "t"}', "no 'text_id'; it has _id, text", id="no id"),
+    pytest.param('{"text_id": "", "text": "t"}', "no 'text_id'", id="empty id"),
+    pytest.param('{"text_id": 1.5, "text": "t"}', "got 1.5", id="fraction as id"),
+    pytest.param('{"text_id": "b"}', "text: neither a string nor", id="no text"),
+    pytest.param('{"text_id": "b", "text": null}', "got None", id="null text"),
+    pytest.param('{"text_id": "b", "text": ["t"]}', "neither a string nor", id="words"),
+    pytest.param('{"text_id": "b", "text": [1, -1]}', "neither a string nor", id="below 0"),
+    pytest.param('{"text_id": "b", "text": [true]}', "neither a string nor", id="booleans"),
+    pytest.param('{"text_id": "b", "text": [1.0]}', "neither a string nor", id="fractions"),
+    pytest.param('{"text_id": "b", "text": [2147483648]}', "neither a string", id="too large"),
+    pytest.param('{"text_id": "b", "text": [1]}', "is token ids, those before it", id="mixed"),
+    pytest.param('{"text_id": "a", "text": "2"}', "id 'a' was used at .*:1 already", id="twice"),
+]
+
+
+@pytest.mark.parametrize(("line", "message"), MALFORMED)
+def test_a_malformed_line_is_named(room: Path, line: str, message: str) -> None:
+    for file, ask in (
+        ("test.json", lambda: opened(room).topics("test")),
+        ("corpus/split01.jsonl", lambda: opened(room).corpus()),
+    ):
+        (room / file).write_text(f"{GOOD}\n{line}\n")
+        with pytest.raises(DataError, match=rf"{file}:3: .*{message}") as caught:
+            ask()
+        assert "\n" not in str(caught.value)
+
+
+def test_an_id_that_another_file_has_used_names_both(room: Path) -> None:
+    lines(room / "corpus/split01.jsonl", [{"text_id": "p1", "text": "again"}])
+    with pytest.raises(DataError, match=r"split01\.jsonl:1: passage id 'p1' .*split00\.json:1 alr"):
+        opened(room).corpus()
+
+
+def test_what_is_missing(room: Path) -> None:
+    with pytest.raises(DataError, match=r"nowhere: cannot be read"):
+        AsyncvalFiles(room / "nowhere", [room / "test.json"], [room / "qrels.tsv"]).corpus()
+    with pytest.raises(DataError, match=r"nowhere\.json: no such file"):
+        AsyncvalFiles(room, [room / "nowhere.json"], [room / "qrels.tsv"]).topics("nowhere")
+    (room / "empty").mkdir()
+    with pytest.raises(DataError, match=r"empty: expected files of passages .*, there are none"):
+        AsyncvalFiles(room / "empty", [room / "test.json"], [room / "qrels.tsv"]).corpus()
+    (room / "empty/part.json").write_text("\n")
+    with pytest.raises(DataError, match=r"part\.json: the corpus has no passages"):
+        AsyncvalFiles(room / "empty", [room / "test.json"], [room / "qrels.tsv"]).corpus()
+
+
+def test_what_cannot_be_measured_is_counted(room: Path, caplog: pytest.LogCaptureFixture) -> None:
+    records = [
+        {"text_id": "q1", "text": " "},
+        {"text_id": "q3", "text": "what swims"},
+        {"text_id": "q4", "text": "not judged"},
+    ]
+    lines(room / "dev.query.json", records)
+    (room / "qrels.tsv").write_text("q1\t0\tp1\t1\nq3\t0\tp1\t1\nq3\t0\tp9\t1\nq5\t0\tp1\t1\n")
+    assert opened(room, ["dev.query.json"]).topics("dev.query").qrels == {"q3": {"p1": 1}}
+    said = caplog.text
+    assert "1 judgements name passages that the corpus lacks (such as 'p9')" in said
+    assert "1 judged queries are not in the query file (such as 'q5')" in said
+    assert "1 judged queries have no text (such as 'q1')" in said
+    assert "1 queries are not judged (such as 'q4')" in said
+
+
+def test_a_tokenised_query_without_tokens_is_empty(
+    room: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    records = [{"text_id": "q1", "text": []}, {"text_id": "q2", "text": [3]}]
+    lines(room / "dev.query.json", records)
+    assert [one.id for one in opened(room, ["dev.query.json"]).topics("dev.query").queries] == [
+        "q2"
+    ]
+    assert "1 judged queries have no text (such as 'q1')" in caplog.text
+
+
+def test_no_judgement_is_left(room: Path) -> None:
+    (room / "qrels.tsv").write_text("q1\t0\tp9\t1\n")
+    with pytest.raises(DataError, match=r"qrels\.tsv for dev\.query\.json: no judgement is left"):
+        opened(room).topics("dev.query")
+
+
+def test_files_that_do_not_go_together(room: Path) -> None:
+    query, qrels = room / "test.json", room / "qrels.tsv"
+    with pytest.raises(UsageError, match="0 query files and 1 files of judgements"):
+        AsyncvalFiles(room, [], [qrels])
+    with pytest.raises(UsageError, match="1 query files and 2 files of judgements"):
+        AsyncvalFiles(room, [query], [qrels, qrels])
+    with pytest.raises(UsageError, match="two query files are called 'test'"):
+        AsyncvalFiles(room, [query, room / "other/test.jsonl"], [qrels])
+
+
+def test_there_is_nothing_to_train_on_and_no_other_split(room: Path) -> None:
+    with pytest.raises(UsageError, match="no training examples"):
+        opened(room).examples()
+    with pytest.raises(UsageError, match=r"no split 'dev'; it has: dev\.query, test"):
+        opened(room).topics("dev")
+
+
+def test_another_process_opens_it_by_its_name(room: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever the paths have in them, and in whatever folder that process is."""
+    odd = room / "a b&c=d?e%20#f+g@é"
+    odd.mkdir()
+    for name in ("corpus", "dev.query.json", "qrels.tsv"):
+        (room / name).rename(odd / name)
+    monkeypatch.chdir(room)
+    files = (Path(odd.name) / name for name in ("corpus", "dev.query.json", "qrels.tsv"))
+    corpus, queries, qrels = files
+    name = asyncval_name(corpus, [queries], [qrels])
+    assert unquote(name) == (
+        f"asyncval:{odd}/corpus?queries={odd}/dev.query.json&qrels={odd}/qrels.tsv"
+    )
+    code = (
+        "import sys; from mlflow_dr.collection.catalogue import open_collection\n"
+        "found = open_collection(sys.argv[1])\n"
+        "print(found.name, found.corpus().digest, found.topics('dev.query').digest)"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code, name], cwd="/", capture_output=True, text=True, check=True
+    )
+    here = open_collection(name)
+    assert done.stdout.split() == [*(name, here.corpus().digest, here.topics("dev.query").digest)]
+    assert str(odd) in here.source
+
+
+def test_a_name_that_is_typed(room: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(room)
+    typed = "asyncval:corpus?queries=dev.query.json&queries=test.json&qrels=qrels.tsv"
+    assert open_collection(typed).name == opened(room).name
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        *(
+            "asyncval:",
+            "asyncval:corpus",
+            "asyncval:?queries=a&qrels=b",
+            "asyncval:c?queries=&qrels=b",
+        ),
+        *("asyncval:c?query=a&qrels=b", "asyncval:c?queries=a&", "asyncval:c?queries=a,qrels=b&x"),
+    ],
+)
+def test_a_name_of_another_form(name: str) -> None:
+    with pytest.raises(UsageError, match=r"expected asyncval:CANDIDATES\?queries=FILE&qrels=FILE"):
+        asyncval_files(name)
+
+
+def test_a_name_without_judgements() -> None:
+    with pytest.raises(UsageError, match="1 query files and 0 files of judgements"):
+        asyncval_files("asyncval:c?queries=a")
+
+
+def test_what_a_user_gives(room: Path) -> None:
+    words = ("dataset", "candidates", "queries", "qrels")
+    corpus, query, qrels = room / "corpus", room / "test.json", room / "qrels.tsv"
+    name = asyncval_name(corpus, [query], [qrels])
+    assert given_collection(None, ([], [], []), words) == (None, ())
+    assert given_collection("demo", ([], [], []), words) == ("demo", ())
+    assert given_collection(None, ([corpus], [query], [qrels]), words) == (name, ["test"])
+    with pytest.raises(UsageError, match=r"^here: give dataset, or .*; there is no queries, no qr"):
+        given_collection(None, ([corpus], [], []), words, "here: ")
+    for wrong in (("demo", [corpus]), (None, [corpus, corpus])):
+        with pytest.raises(UsageError, match=r"give dataset, or candidates \(once\), queries and"):
+            given_collection(wrong[0], (wrong[1], [query], [qrels]), words)
+
+
+# What Asyncval does wrong with its inputs, by its number in the list of the peers' errors; the
+# others are not about inputs.
+
+
+@pytest.fixture
+def folder(beir_folder: Write) -> Path:
+    corpus: dict[str, Any] = {
+        f"{subject}-{place}": (subject, f"the {subject} at the {place} " * (1 + len(place) % 3))
+        for subject in SUBJECTS
+        for place in PLACES
+    }
+    corpus["long"] = "the pilot counts the ships that pass the lighthouse at night " * 20
+    queries = {"q1": "gull harbour", "q2": "which ship is at the island", "q3": "otter"}
+    return beir_folder(
+        corpus,
+        {**queries, "q4": "the storm " * 40},
+        dev={
+            "q1": {"gull-harbour": 2, "gull-mast": 1, "star-port": 0},
+            "q2": {"ship-island": 1},
+        },
+        test={"q3": {f"otter-{place}": 1 for place in PLACES}, "q4": {"long": 1}},
+    )
+
+
+def evaluated(
+    encoder: Encoder,
+    collection: Collection,
+    measures: str = "RR@10 nDCG@10 R@20 AP@50",
+    **more: Any,
+) -> dict[str, Report]:
+    settings = Settings(parse_measures(measures), device="cpu", dtype="fp32", **more)
+    searched = Searched(collection)
+    asked = [(Prepared(collection, one, searched), settings) for one in collection.splits]
+    return dict(zip(collection.splits, evaluate_all(encoder, asked, quiet=True), strict=True))
+
+
+@pytest.fixture
+def encoder(make_tiny: Callable[..., Encoder]) -> Encoder:
+    return make_tiny(pooling="mean", normalize=True, query_max_length=12, passage_max_length=24)
+
+
+@pytest.fixture
+def bare(encoder: Encoder) -> Tokens:
+    return lambda text: encoder.tokenizer(text, add_special_tokens=False)["input_ids"]
+
+
+@pytest.mark.parametrize("tokenised", [False, True])
+def test_measures_are_those_of_the_collection_in_beirs_layout(
+    tokenised: bool, folder: Path, tmp_path: Path, encoder: Encoder, bare: Tokens
+) -> None:
+    collection = converted(folder, tmp_path / "asyncval", bare if tokenised else None)
+    expected, found = (evaluated(encoder, one) for one in (BeirFolder(folder), collection))
+    assert list(found) == ["dev", "test"]
+    for split, report in expected.items():
+        assert found[split].measures == pytest.approx(report.measures, abs=1e-6)
+        assert found[split].per_query.keys() == report.per_query.keys()
+        assert any(0 < value < 1 for value in report.measures.values())
+
+
+def test_fault_1_a_depth_beyond_the_corpus_finds_no_passage_twice(
+    room: Path, make_tiny: Callable[..., Encoder]
+) -> None:
+    report = evaluated(make_tiny(), opened(room), "RR@10", depth=100)["test"]
+    ((query_id, found),) = report.ranking.items()
+    assert (query_id, sorted(pid for pid, _ in found)) == ("q2", ["p1", "p2"])
+    assert all(abs(score) < 1e6 for _, score in found)
+
+
+def test_fault_2_a_passage_below_the_tenth_rank_adds_nothing_to_rr_10(
+    folder: Path, tmp_path: Path, encoder: Encoder
+) -> None:
+    collection = converted(folder, tmp_path / "asyncval")
+    before = evaluated(encoder, collection, depth=100)["dev"]
+    eleventh = before.ranking["q2"][10][0]
+    (tmp_path / "asyncval/qrels.txt").write_text(f"q2\t0\t{eleventh}\t1\nq3\t0\tlong\t1\n")
+    after = evaluated(encoder, collection, "RR@10 RR@11", depth=100)["dev"]
+    assert after.measures == {"mrr@10": 0.0, "mrr@11": pytest.approx(1 / 11)}
+
+
+def test_fault_4_queries_of_other_sets_do_not_count(
+    folder: Path, tmp_path: Path, encoder: Encoder, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Sets that share their judgements, and have ids in common, are measured as if alone."""
+    together = converted(folder, tmp_path / "asyncval")
+    room = tmp_path / "asyncval"
+    with (room / "test.json").open("a") as file:
+        file.write(json.dumps({"text_id": "q1", "text": "gull harbour"}) + "\n")
+    found = evaluated(encoder, together)
+    assert {key: set(one.per_query) for key, one in found.items()} == {
+        "dev": {"q1", "q2"},
+        "test": {"q1", "q3", "q4"},
+    }
+    assert not [one for one in caplog.records if one.levelno >= logging.WARNING]
+    for split in together.splits:
+        alone = AsyncvalFiles(room / "corpus", [room / f"{split}.json"], [room / "qrels.txt"])
+        assert evaluated(encoder, alone)[split].measures == pytest.approx(found[split].measures)
+    assert "2 judged queries are not in the query file" in caplog.text
+
+
+def test_fault_5_stray_files_are_passed_over(room: Path, caplog: pytest.LogCaptureFixture) -> None:
+    digest = opened(room).corpus().digest
+    (room / "corpus/README.md").write_text("no JSON")
+    (room / "corpus/split02.json.tmp").write_text("{")
+    (room / "corpus/.split00.json.swp.json").write_text("{")
+    (room / "corpus/older.json").mkdir()
+    with caplog.at_level(logging.INFO):
+        assert opened(room).corpus().digest == digest
+    assert "corpus: passed over: 3 other files (such as README.md)" in caplog.text
+
+
+def test_fault_7_the_passages_of_a_row_are_those_that_were_asked_for(
+    folder: Path, tmp_path: Path, bare: Tokens
+) -> None:
+    corpus = converted(folder, tmp_path / "asyncval", bare).corpus()
+    ids = ["long", "gull-mast", "long", "nobody"]
+    rows = corpus.rows_of(ids)
+    assert rows[3] == -1
+    assert [one.id for one in corpus.passages(rows[:3])] == ids[:3]
+
+
+# Token ids as Asyncval's tokenizer makes them
+
+
+@pytest.mark.parametrize("side", ["right", "left"])
+@pytest.mark.parametrize("length", [3, 8, 32])
+def test_ids_are_cut_and_framed_as_by_asyncvals_tokenizer(
+    minilm: Path, length: int, side: str
+) -> None:
+    """Asyncval calls a slow tokenizer: `encode_plus(ids, truncation="only_first")`."""
+    slow = BertTokenizerLegacy(str(minilm / "vocab.txt"), truncation_side=side)
+    fast = AutoTokenizer.from_pretrained(minilm, truncation_side=side)
+    config = EncoderConfig(query_max_length=length, passage_max_length=length)
+    made = Tokenizing(fast, config)
+    text = "the tide tables are printed a year ahead by the port authority"
+    bare = slow.convert_tokens_to_ids(slow.tokenize(text))
+    rows = [[], bare[:1], bare[: length - 2], bare[: length - 1], bare]
+    expected = [
+        slow(row, max_length=length, truncation="only_first", padding=False)["input_ids"]
+        if row
+        else slow.build_inputs_with_special_tokens([])
+        for row in rows
+    ]
+    assert made.query_ids([Query("q", "", (), row) for row in rows]) == expected
+    assert made.passage_ids([Passage("p", "", "", row) for row in rows]) == expected
+    assert len(expected[-1]) == min(length, len(bare) + 2)
+    assert made.query_ids([Query("q", text)]) == expected[-1:]
+
+
+def test_queries_of_text_and_of_token_ids_side_by_side(encoder: Encoder, bare: Tokens) -> None:
+    """Two validations over one corpus put their queries together."""
+    made = Tokenizing(encoder.tokenizer, encoder.settings)
+    texts = ["the ship", "gulls at night", "storm"]
+    queries = [Query("1", texts[0]), Query("2", "", (), bare(texts[1])), Query("3", texts[2])]
+    assert made.query_ids(queries) == made.query_ids([Query("", text) for text in texts])
+
+
+def test_token_ids_of_another_vocabulary_end_a_validation(
+    room: Path, encoder: Encoder, bare: Tokens
+) -> None:
+    lines(room / "dev.query.json", [{"text_id": "q1", "text": [999_999]}])
+    lines(room / "test.json", [{"text_id": "q2", "text": bare("what")}])
+    with pytest.raises(DataError, match=r"token id 999999, but this tokenizer's ids end at"):
+        evaluated(encoder, opened(room), "RR@10")

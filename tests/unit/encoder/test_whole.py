@@ -1,0 +1,94 @@
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from mlflow_dr.encoder.directory import save_encoder
+from mlflow_dr.encoder.model import Encoder
+from mlflow_dr.encoder.whole import signature_of, step_of, why_not_whole
+
+
+@pytest.fixture
+def directory(make_tiny: Callable[..., Encoder], tmp_path: Path) -> Path:
+    save_encoder(tmp_path / "checkpoint-10", make_tiny())
+    return tmp_path / "checkpoint-10"
+
+
+def cut(path: Path, left: int) -> None:
+    path.write_bytes(path.read_bytes()[:left])
+
+
+def test_a_whole_encoder(directory: Path) -> None:
+    assert why_not_whole(directory) == ""
+
+
+@pytest.mark.parametrize(
+    ("damage", "says"),
+    [
+        (lambda place: (place / "model.safetensors").unlink(), "no weights"),
+        (lambda place: cut(place / "model.safetensors", -1), "but its header says"),
+        (lambda place: cut(place / "model.safetensors", 30), "cut off after 30 bytes"),
+        (lambda place: cut(place / "model.safetensors", 4), "cut off after 4 bytes"),
+        (lambda place: (place / "config.json").write_text('{"model_ty'), "Unterminated"),
+        (lambda place: [one.unlink() for one in place.glob("*.json")], "none of config.json"),
+        (lambda place: shutil.rmtree(place), "none of config.json"),
+    ],
+)
+def test_what_is_missing_or_damaged(
+    directory: Path, damage: Callable[[Path], None], says: str
+) -> None:
+    damage(directory)
+    assert says in why_not_whole(directory)
+
+
+def test_shards_that_an_index_names_must_be_there(directory: Path) -> None:
+    shard = directory / "model-00001-of-00002.safetensors"
+    (directory / "model.safetensors").rename(shard)
+    names = {"a": shard.name, "b": "model-00002-of-00002.safetensors"}
+    index = directory / "model.safetensors.index.json"
+    index.write_text(json.dumps({"weight_map": names}))
+    assert why_not_whole(directory) == "model-00002-of-00002.safetensors is missing"
+    shutil.copy(shard, directory / "model-00002-of-00002.safetensors")
+    assert why_not_whole(directory) == ""
+    index.write_text('{"weight_map": {"a": "model')
+    assert why_not_whole(directory)
+
+
+def test_older_weights_and_those_of_modules_count(directory: Path) -> None:
+    (directory / "model.safetensors").unlink()
+    (directory / "pytorch_model.bin").write_bytes(b"")
+    assert why_not_whole(directory) == "pytorch_model.bin is empty"
+    (directory / "pytorch_model.bin").write_bytes(b"1")
+    assert why_not_whole(directory) == ""
+
+
+def test_what_changes_while_it_is_written(directory: Path) -> None:
+    before = signature_of(directory)
+    assert signature_of(directory) == before
+    with (directory / "model.safetensors").open("ab") as file:
+        file.write(b"1")
+    assert signature_of(directory) != before
+
+
+@pytest.mark.parametrize(
+    ("name", "state", "step"),
+    [
+        ("checkpoint-500", None, 500),
+        ("checkpoint-500", '{"global_step": 12}', 12),
+        ("checkpoint-500", '{"global', 500),
+        ("checkpoint-500", '{"epoch": 1}', 500),
+        ("step_20", None, 20),
+        ("0007", None, 7),
+        ("epoch2-step300", None, 300),
+        ("runs", None, None),
+        ("checkpoint-500-old", None, None),
+    ],
+)
+def test_the_step(tmp_path: Path, name: str, state: str | None, step: int | None) -> None:
+    place = tmp_path / name
+    place.mkdir()
+    if state:
+        (place / "trainer_state.json").write_text(state)
+    assert step_of(place) == step

@@ -1,0 +1,168 @@
+import subprocess
+import sys
+import threading
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from mlflow import MlflowClient
+from mlflow.exceptions import MlflowException
+
+from mlflow_dr.tracking.checkpoints import Checkpoint, checkpoints_of, publish
+from mlflow_dr.tracking.claims import Claims, Owner, Watchman, standing
+from mlflow_dr.tracking.runs import TrackedRun
+
+ELSEWHERE = Owner("elsewhere", 7, "another boot", 1, "token")
+
+
+@pytest.fixture
+def published(run: TrackedRun, tmp_path: Path) -> TrackedRun:
+    (tmp_path / "weights").write_text("1")
+    publish(run, tmp_path, 5)
+    return run
+
+
+def only(run: TrackedRun) -> Checkpoint:
+    (checkpoint,) = checkpoints_of(run)
+    return checkpoint
+
+
+def test_of_eight_at_the_same_instant_one_wins(published: TrackedRun) -> None:
+    """Each with a view of the checkpoint on which nobody has claimed it."""
+    checkpoint = only(published)
+    claims = [Claims(published.client, replace(ELSEWHERE, token=str(n))) for n in range(8)]
+    start = threading.Barrier(8)
+    won: list[str] = []
+
+    def race(one: Claims) -> None:
+        start.wait()
+        if one.claim(checkpoint, "val"):
+            won.append(one.owner.token)
+
+    threads = [threading.Thread(target=race, args=(one,)) for one in claims]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    (token,) = won
+    there = standing(only(published), "val")
+    assert there is not None
+    assert (there.attempt, there.given_back) == (1, False)
+    assert there.owner == replace(ELSEWHERE, token=token)
+
+
+def test_a_lost_answer_to_our_own_claim_is_ours(
+    published: TrackedRun, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = published.client.log_model_params
+
+    def lost(model_id: str, params: dict[str, str]) -> None:
+        real(model_id, params)
+        raise MlflowException("connection reset")
+
+    monkeypatch.setattr(published.client, "log_model_params", lost)
+    assert Claims(published.client).claim(only(published), "val")
+
+
+def test_validations_are_claimed_apart(published: TrackedRun) -> None:
+    checkpoint = only(published)
+    assert Claims(published.client, ELSEWHERE).claim(checkpoint, "val")
+    assert Claims(published.client).claim(checkpoint, "test")
+    assert standing(only(published), "val").owner == ELSEWHERE
+    assert standing(only(published), "other") is None
+
+
+def test_a_heartbeat_is_renewed_until_the_work_is_finished(published: TrackedRun) -> None:
+    claims = Claims(published.client, every=0.02)
+    checkpoint = only(published)
+    assert claims.claim(checkpoint, "val")
+    deadline = time.monotonic() + 10
+    while standing(only(published), "val").beat < "1: 2" and time.monotonic() < deadline:
+        time.sleep(0.02)
+    claims.drop(checkpoint, "val", finished=True)
+    claims.close()
+    there = standing(only(published), "val")
+    assert there.beat >= "1: 2"
+    assert not there.given_back
+
+
+def test_a_renewal_that_fails_is_tried_again(
+    published: TrackedRun, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    real, failures = published.client.set_logged_model_tags, [1, 2]
+
+    def unreliable(model_id: str, tags: dict[str, str]) -> None:
+        if failures:
+            failures.pop()
+            raise MlflowException("no route to host")
+        real(model_id, tags)
+
+    monkeypatch.setattr(published.client, "set_logged_model_tags", unreliable)
+    claims = Claims(published.client, every=0.02)
+    assert claims.claim(only(published), "val")
+    deadline = time.monotonic() + 10
+    while not standing(only(published), "val").beat and time.monotonic() < deadline:
+        time.sleep(0.02)
+    claims.close()
+    assert "was not renewed: MlflowException: no route to host" in caplog.text
+    assert standing(only(published), "val").given_back
+
+
+@pytest.mark.parametrize("finished", [False, True])
+def test_unfinished_work_is_given_back(published: TrackedRun, finished: bool) -> None:
+    claims = Claims(published.client, ELSEWHERE)
+    assert claims.claim(only(published), "val")
+    claims.drop(only(published), "val", finished=finished)
+    checkpoint = only(published)
+    assert standing(checkpoint, "val").given_back is not finished
+    assert Watchman().is_free(checkpoint, "val") is not finished
+    if not finished:
+        assert Claims(published.client).claim(checkpoint, "val")
+        again = only(published)
+        assert standing(again, "val").attempt == 2
+        assert not standing(again, "val").given_back
+
+
+def test_a_claim_is_free_when_its_heartbeat_has_stood_still(
+    published: TrackedRun, client: MlflowClient
+) -> None:
+    """By our own clock, of which only time between two looks counts."""
+    now = 0.0
+    watchman = Watchman(patience=60, longest_gap=10, clock=lambda: now)
+    assert Claims(client, ELSEWHERE).claim(only(published), "val")
+
+    def free_after(seconds: float, beat: str | None = None) -> bool:
+        nonlocal now
+        now += seconds
+        if beat:
+            tags = {"mlflow_dr.validation.val.heartbeat": beat}
+            client.set_logged_model_tags(only(published).model_id, tags)
+        return watchman.is_free(only(published), "val")
+
+    assert not free_after(1000)
+    assert not any(free_after(10) for _ in range(5))
+    assert not free_after(10, beat="1: 1")
+    assert not free_after(3600)  # nobody could look, so it counts for 10 s
+    assert not any(free_after(10) for _ in range(4))
+    assert free_after(10)
+
+
+def test_the_owner_is_known_to_be_gone_on_its_own_machine_only() -> None:
+    me = Owner.me()
+    assert not me.is_gone
+    assert replace(me, started=me.started + 1).is_gone  # the id was given to another process
+    assert not replace(me, started=me.started + 1, room="another boot").is_gone
+    code = (
+        "import json; from mlflow_dr.tracking.claims import Owner; "
+        "print(json.dumps(vars(Owner.me())))"
+    )
+    ended = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    owner = Owner.parse(ended.stdout)
+    assert owner is not None
+    assert owner.is_gone
+
+
+@pytest.mark.parametrize("value", ["", "{}", "[]", "null", '{"host": 1}'])
+def test_a_claim_that_makes_no_sense_has_no_owner(value: str) -> None:
+    assert Owner.parse(value) is None

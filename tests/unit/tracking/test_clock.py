@@ -1,0 +1,44 @@
+import threading
+import time
+from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, HTTPServer
+
+import pytest
+
+from mlflow_dr.tracking.clock import ServerClock
+
+HOUR = 3600
+
+
+@pytest.fixture
+def an_hour_ahead() -> Iterator[str]:
+    """A server whose clock is an hour ahead of ours."""
+
+    class Ahead(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            self.send_response(200)
+            self.end_headers()
+
+        def date_time_string(self, timestamp: float | None = None) -> str:
+            return super().date_time_string(time.time() + HOUR)
+
+        def log_message(self, *_: object) -> None:
+            pass
+
+    server = HTTPServer(("127.0.0.1", 0), Ahead)
+    thread = threading.Thread(target=server.serve_forever)
+    thread.start()
+    yield f"http://127.0.0.1:{server.server_port}"
+    server.shutdown()
+    thread.join()
+    server.server_close()
+
+
+def test_it_is_the_servers_time(an_hour_ahead: str) -> None:
+    ahead = ServerClock(an_hour_ahead).now_ms() / 1000 - time.time()
+    assert ahead == pytest.approx(HOUR, abs=3)
+
+
+@pytest.mark.parametrize("uri", ["sqlite:///mlflow.db", "http://127.0.0.1:9"])
+def test_without_a_server_it_is_ours(uri: str) -> None:
+    assert ServerClock(uri).now_ms() / 1000 == pytest.approx(time.time(), abs=1)

@@ -1,0 +1,187 @@
+"""Published checkpoints as MLflow's `python_function`, against sentence-transformers."""
+
+import sys
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import mlflow
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from mlflow.models import Model
+from mlflow.types.schema import ColSpec, ParamSchema, ParamSpec, Schema, TensorSpec
+from sentence_transformers import SentenceTransformer
+from transformers import AutoModel
+
+from mlflow_dr import pyfunc
+from mlflow_dr.encoder.changes import untie, with_projection
+from mlflow_dr.encoder.directory import load_encoder, save_encoder
+from mlflow_dr.encoder.model import Encoder
+from mlflow_dr.errors import CheckpointError, UsageError
+from mlflow_dr.tracking.checkpoints import checkpoint_by_id, fetched, publish, seal
+from mlflow_dr.tracking.runs import TrackedRun
+from mlflow_dr.training.any_loop import publish_checkpoint
+
+TEXTS = ["gulls and trawlers", "The tide is in the harbour at noon.", "otter"]
+
+
+@pytest.fixture
+def encoder(make_tiny: Callable[..., Encoder]) -> Encoder:
+    """Queries and passages differ in prompt, length and weights."""
+    settings = {"pooling": "mean", "normalize": True, "passage_prompt": "tell of "}
+    encoder = make_tiny(query_prompt="find the ", query_max_length=16, **settings)
+    encoder = with_projection(encoder, None, 24).eval()
+    untie(encoder)
+    torch.manual_seed(1)
+    with torch.no_grad():
+        for weight in encoder.for_queries.parameters():
+            weight.add_(0.05 * torch.randn_like(weight))
+    return encoder
+
+
+@pytest.fixture
+def directory(encoder: Encoder, tmp_path: Path) -> Path:
+    save_encoder(tmp_path / "encoder", encoder)
+    seal(tmp_path / "encoder")
+    return tmp_path / "encoder"
+
+
+def peers_vectors(directory: Path, texts: Sequence[str], kind: str) -> np.ndarray:
+    peer = SentenceTransformer(str(directory), device="cpu")
+    encode = peer.encode_query if kind == "query" else peer.encode_document
+    return np.asarray(encode(list(texts)))
+
+
+@pytest.mark.parametrize("kind", ["query", "passage"])
+def test_a_published_checkpoint_gives_the_vectors_that_sentence_transformers_gives(
+    kind: str, run: TrackedRun, directory: Path
+) -> None:
+    model = mlflow.pyfunc.load_model(f"models:/{publish(run, directory, 3)}")
+    got = model.predict(TEXTS, params={"prompt": kind})
+    assert (got.dtype, got.shape) == (np.float32, (3, 24))
+    np.testing.assert_allclose(got, peers_vectors(directory, TEXTS, kind), rtol=0, atol=1e-5)
+
+
+def test_texts_are_queries_unless_it_is_said(directory: Path) -> None:
+    model = mlflow.pyfunc.load_model(str(directory))
+    queries = model.predict(TEXTS, params={"prompt": "query"})
+    assert np.array_equal(model.predict(TEXTS), queries)
+    assert not np.allclose(model.predict(TEXTS, params={"prompt": "passage"}), queries, atol=0.01)
+
+
+@pytest.mark.parametrize(
+    "given",
+    [
+        TEXTS,
+        np.array(TEXTS),
+        pd.Series(TEXTS),
+        pd.DataFrame({"anything": TEXTS}),
+        pd.DataFrame({"text": TEXTS}, index=[7, 3, 5]),
+    ],
+    ids=["list", "array", "series", "frame", "index"],
+)
+def test_texts_come_in_any_form(given: object, directory: Path) -> None:
+    model = mlflow.pyfunc.load_model(str(directory))
+    np.testing.assert_allclose(model.predict(given), model.predict(TEXTS), rtol=0, atol=1e-6)
+
+
+def test_no_texts_give_no_vectors(directory: Path) -> None:
+    model = mlflow.pyfunc.load_model(str(directory))
+    assert model.predict(pd.DataFrame({"text": []}, dtype=object)).shape == (0, 24)
+    assert model.predict("gulls").shape == (1, 24)
+
+
+def test_what_is_no_text_and_no_prompt_is_refused(directory: Path) -> None:
+    model = mlflow.pyfunc.load_model(str(directory))
+    with pytest.raises(UsageError, match="text 1 is nan; expected a string in each row"):
+        model.predict(["gulls", None])  # which is nan by the time that MLflow calls
+    with pytest.raises(UsageError, match="prompt 'document': expected 'query' or 'passage'"):
+        model.predict(TEXTS, params={"prompt": "document"})
+
+
+def test_threads_that_ask_at_once_have_their_texts_cut_at_their_own_lengths(
+    make_tiny: Callable[..., Encoder], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # token counts instead of vectors, which would take most of the time
+    monkeypatch.setattr(pyfunc, "encode_all", lambda _, table, *others: torch.tensor(table.lengths))
+    model = pyfunc.TextsToVectors(make_tiny(query_max_length=16))
+    kinds = ["query", "passage"] * 1000
+    before = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    try:
+        with ThreadPoolExecutor(8) as pool:
+            found = list(
+                pool.map(lambda kind: model.predict(["x " * 200], {"prompt": kind}), kinds)
+            )
+    finally:
+        sys.setswitchinterval(before)
+    assert [int(one[0]) for one in found] == [16, 128] * 1000
+
+
+def test_mlflow_reads_what_the_model_takes_and_gives(directory: Path) -> None:
+    signature = Model.load(str(directory)).signature
+    assert signature.inputs == Schema([ColSpec("string")])
+    assert signature.outputs == Schema([TensorSpec(np.dtype("float32"), (-1, 24))])
+    assert signature.params == ParamSchema([ParamSpec("prompt", "string", "query")])
+
+
+def test_mlflow_knows_what_has_to_be_installed(directory: Path) -> None:
+    requirements = Path(mlflow.pyfunc.get_model_dependencies(str(directory))).read_text()
+    assert requirements.startswith("mlflow_dr==")
+    assert f"\ntorch=={torch.__version__.partition('+')[0]}\n" in requirements
+    conda = Path(mlflow.pyfunc.get_model_dependencies(str(directory), format="conda"))
+    assert "mlflow_dr==" in conda.read_text()
+
+
+def test_the_same_encoder_has_the_same_files(encoder: Encoder, tmp_path: Path) -> None:
+    digests = []
+    for name in ("one", "two"):
+        save_encoder(tmp_path / name, encoder)
+        digests.append(seal(tmp_path / name))
+    assert digests[0] == digests[1]
+    assert seal(tmp_path / "two") == digests[0]
+
+
+def test_nothing_is_pickled(directory: Path) -> None:
+    kinds = {path.suffix for path in directory.rglob("*") if path.is_file()}
+    assert kinds <= {".json", ".safetensors", ".txt", ".yaml", ""}
+    assert {path.name for path in directory.rglob("*") if not path.suffix} >= {"MLmodel"}
+    text = (directory / "MLmodel").read_text()
+    assert "loader_module: mlflow_dr.pyfunc" in text
+    assert "pickle" not in text
+
+
+def test_the_directory_loads_as_before(directory: Path, encoder: Encoder) -> None:
+    state = load_encoder(directory).state_dict()
+    assert all(torch.equal(value, state[name]) for name, value in encoder.state_dict().items())
+    assert AutoModel.from_pretrained(directory, add_pooling_layer=False) is not None
+
+
+def test_the_description_is_verified_like_every_file(run: TrackedRun, directory: Path) -> None:
+    checkpoint = checkpoint_by_id(run.client, publish(run, directory, 1))
+    with fetched(checkpoint) as place:
+        (place / "MLmodel").write_text("loader_module: os")
+    with pytest.raises(CheckpointError, match="MLmodel has"), fetched(checkpoint):
+        pass
+
+
+def test_what_other_trainers_publish_loads_too(
+    run: TrackedRun, make_tiny: Callable[..., Encoder], tmp_path: Path
+) -> None:
+    save_encoder(tmp_path / "start", make_tiny(pooling="cls", query_prompt="ask "))
+    (tmp_path / "start" / "mlflow_dr.json").unlink()
+    theirs = SentenceTransformer(str(tmp_path / "start"), device="cpu")
+    model_id = publish_checkpoint(theirs, 5, run_id=run.id)
+    model = mlflow.pyfunc.load_model(f"models:/{model_id}")
+    assert model.metadata.signature.outputs.inputs[0].shape == (-1, 128)
+    expected = theirs.encode(TEXTS, prompt_name="query")
+    np.testing.assert_allclose(model.predict(TEXTS), expected, rtol=0, atol=1e-5)
+
+
+def test_a_damaged_checkpoint_is_refused_in_one_line(directory: Path) -> None:
+    whole = (directory / "model.safetensors").read_bytes()
+    (directory / "model.safetensors").write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(CheckpointError, match="the backbone cannot be loaded"):
+        mlflow.pyfunc.load_model(str(directory))

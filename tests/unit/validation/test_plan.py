@@ -1,0 +1,135 @@
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from mlflow_dr.collection.asyncval import asyncval_name
+from mlflow_dr.errors import UsageError
+from mlflow_dr.retrieval.measures import parse_measures
+from mlflow_dr.validation.evaluate import Settings
+from mlflow_dr.validation.order import Order
+from mlflow_dr.validation.plan import Plan, Validation, each_split, read_plan
+
+SETTINGS = Settings(parse_measures("mrr@10"), dtype="fp32")
+PLAN = Plan((Validation(SETTINGS),), every=100)
+
+
+def read(tmp_path: Path, text: str) -> Plan:
+    path = tmp_path / "validations.yaml"
+    path.write_text(text)
+    return read_plan(path, PLAN, SETTINGS)
+
+
+def test_what_the_file_says_and_what_it_leaves(tmp_path: Path) -> None:
+    plan = read(
+        tmp_path,
+        """
+        order: bisect
+        max_lag_seconds: 60
+        validations:
+          dev: {dataset: msmarco, split: dev, measures: mrr@10 recall@1000, depth: 1000}
+          covid:
+            dataset: beir/trec-covid
+            measures: [ndcg@10]
+            dtype: bf16
+          plain:
+        """,
+    )
+    assert (plan.order, plan.every, plan.max_lag_seconds) == (Order.BISECT, 100, 60.0)
+    dev, covid, plain = plan.validations
+    assert (dev.name, dev.dataset, dev.split, dev.settings.depth) == ("dev", "msmarco", "dev", 1000)
+    assert dev.settings.measures == parse_measures("mrr@10 recall@1000")
+    assert (dev.settings.dtype, covid.settings.dtype) == ("fp32", "bf16")
+    assert covid.settings.measures == parse_measures("ndcg@10")
+    assert plain == Validation(SETTINGS, "plain")
+
+
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [
+        ("", "expected keys"),
+        ("[1]", "expected keys"),
+        ("a: [", "not a YAML file"),
+        ("order: oldest", "expected `validations:`"),
+        ("validations: []", "expected `validations:`"),
+        ("ordre: oldest\nvalidations: {a: }", "no key 'ordre'"),
+        ("order: best\nvalidations: {a: }", "order is 'best'; expected one of oldest"),
+        ("every: 0\nvalidations: {a: }", "every is 0"),
+        ("every: yes\nvalidations: {a: }", "every is True"),
+        ("every: 1.5\nvalidations: {a: }", "every is 1.5; expected a value of type int"),
+        ("validations: {a: {depth: deep}}", "validations.a.depth is 'deep'"),
+        ("validations: {a: {dataset: 5}}", "validations.a.dataset is 5"),
+        ("validations: {a: {dpeth: 5}}", "validations.a: no key 'dpeth'"),
+        ("validations: {a: [1]}", "validations.a: expected keys"),
+        ("validations: {a: {measures: mmr@10}}", "mmr"),
+        ("validations: {a: {measures: mrr@10, depth: 5}}", "depth"),
+        ("validations: {a/b: }", "cannot be called 'a/b'"),
+        ("validations: {a: {candidates: c}}", "validations.a: give dataset, or candidates (once),"),
+        ("validations: {a: {candidates: c}}", "there is no queries, no qrels"),
+        (
+            "validations: {a: {dataset: d, candidates: c, queries: q, qrels: r}}",
+            "validations.a: give dataset, or candidates (once), queries and qrels",
+        ),
+        ("validations: {a: {candidates: [c, d], queries: q, qrels: r}}", "candidates (once)"),
+        ("validations: {a: {candidates: c, queries: 5, qrels: r}}", "validations.a.queries is 5"),
+        (
+            "validations: {a: {candidates: c, queries: [q], qrels: [r, s]}}",
+            "1 query files and 2 files of judgements",
+        ),
+    ],
+)
+def test_a_file_that_is_wrong_is_one_line(tmp_path: Path, text: str, says: str) -> None:
+    with pytest.raises(UsageError) as caught:
+        read(tmp_path, text)
+    assert says in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_files_instead_of_a_dataset(tmp_path: Path) -> None:
+    plan = read(
+        tmp_path,
+        """
+        validations:
+          nq: {candidates: c, queries: nq.json, qrels: q.tsv, measures: nDCG@10}
+          both: {candidates: c, queries: [a.json, b.b.json], qrels: [a.tsv, b.tsv]}
+          one: {candidates: c, queries: [a.json, b.json], qrels: q.tsv, split: b}
+        """,
+    )
+    assert [(one.name, one.split) for one in plan.validations] == [
+        *(("nq", "nq"), ("both-a", "a"), ("both-b_b", "b.b"), ("one", "b"))
+    ]
+    queries, qrels = [Path("a.json"), Path("b.b.json")], [Path("a.tsv"), Path("b.tsv")]
+    both = asyncval_name(Path("c"), queries, qrels)
+    assert {one.dataset for one in plan.validations[1:3]} == {both}
+    assert plan.validations[0].settings.measures == parse_measures("ndcg@10")
+
+
+def test_what_the_flags_say_stands_where_the_file_names_no_collection(tmp_path: Path) -> None:
+    (tmp_path / "plan.yaml").write_text(
+        "validations: {short: {measures: mrr@5}, c: {split: c}, other: {dataset: demo}}"
+    )
+    flags = Plan(each_split(SETTINGS, "val", "here", ["a", "b"]))
+    plan = read_plan(tmp_path / "plan.yaml", flags, SETTINGS)
+    assert [(one.name, one.dataset, one.split) for one in plan.validations] == [
+        ("short-a", "here", "a"),
+        ("short-b", "here", "b"),
+        ("c", "here", "c"),
+        ("other", "demo", None),
+    ]
+
+
+def test_no_such_file(tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match=r"nowhere\.yaml"):
+        read_plan(tmp_path / "nowhere.yaml", PLAN, SETTINGS)
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"validations": (Validation(SETTINGS), Validation(SETTINGS))},
+        {"validations": (Validation(SETTINGS),), "poll_seconds": 0.0},
+    ],
+)
+def test_a_plan_that_makes_no_sense(wrong: dict[str, Any]) -> None:
+    with pytest.raises(UsageError):
+        Plan(**wrong)
