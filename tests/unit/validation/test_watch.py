@@ -1,5 +1,6 @@
 """Following a run, in one process, over a real store."""
 
+import errno
 import json
 import re
 import shutil
@@ -23,7 +24,7 @@ from mlflow_dr.retrieval.measures import parse_measures
 from mlflow_dr.tracking.checkpoints import checkpoints_of, publish
 from mlflow_dr.tracking.claims import Claims, Owner, standing
 from mlflow_dr.tracking.following import FollowedDirectory, FollowedExperiment, FollowedRun
-from mlflow_dr.tracking.results import failure_of
+from mlflow_dr.tracking.results import State, failure_of, state_of
 from mlflow_dr.tracking.runs import DATASET_TAG, TrackedRun
 from mlflow_dr.validation import watch as watching
 from mlflow_dr.validation.evaluate import Settings
@@ -531,3 +532,28 @@ def test_what_no_encoder_can_be_made_of_fails_with_the_reason_and_alone(
     failed = checkpoints_of(run)[0]
     assert len(failure_of(failed, "val")) > 20
     assert "\n" not in failure_of(failed, "val")
+
+
+def test_a_full_disk_is_no_fault_of_the_checkpoint(
+    run: TrackedRun, publishing: Callable[[int], str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    publishing(1)
+
+    def full(*_: Any) -> Path:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as patched:
+        patched.setattr("mlflow_dr.tracking.checkpoints._had", full)
+        with pytest.raises(OSError, match="TMPDIR names a directory on another one"):
+            watch(run, VALIDATION, follow=False)
+    (checkpoint,) = checkpoints_of(run)
+    assert standing(checkpoint, "val").given_back
+    assert state_of(checkpoint, "val") is State.OPEN
+    assert watch(run, VALIDATION, follow=False).done == 1
+
+
+def test_an_experiment_without_runs(client: MlflowClient) -> None:
+    client.create_experiment("nothing yet")
+    followed = FollowedExperiment(client, "nothing yet")
+    counts = watch_followed(followed, Plan((VALIDATION,), follow=False), no_sleep)
+    assert (counts.done, counts.failed) == (0, 0)
