@@ -203,6 +203,8 @@ def start(
 
     yield start
     for process in running:
+        if process.stdout is not None:
+            process.stdout.close()
         if process.poll() is None:
             for one in (*psutil.Process(process.pid).children(recursive=True), process):
                 one.kill()

@@ -103,7 +103,7 @@ def test_what_sentence_transformers_saves(
     assert sorted(evaluated(ended.printed)) == [20, 40]
     (run_id,) = [line.split()[1] for line in ended.printed if re.match(r"run \w+ \(", line)]
     assert client.get_run(run_id).info.status == "FINISHED"
-    published = forked("evaluate", tiny_directory, "--dataset", collection).printed
+    published = forked("evaluate", output / "checkpoint-20", "--dataset", collection).printed
     assert published[0].startswith("mrr@10")
     for point in client.get_metric_history(run_id, "val/mrr_at_10"):
         assert f"{point.value:.4f}" == published[0].split()[1]
