@@ -21,13 +21,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import click
-import mlflow
 from mlflow import MlflowClient
 
 from benchmarks.server import Server
 from mlflow_dr.retrieval.measures import parse_measures
 from mlflow_dr.tracking.checkpoints import Checkpoint, checkpoints_of
 from mlflow_dr.tracking.claims import standing
+from mlflow_dr.tracking.client import connect
 from mlflow_dr.tracking.following import FollowedRun
 from mlflow_dr.tracking.results import State, state_of
 from mlflow_dr.tracking.runs import TrackedRun
@@ -168,8 +168,7 @@ def main(rounds: int, validators: int, steps: int, seed: int) -> None:
     with tempfile.TemporaryDirectory() as name, Server(Path(name)) as server:
         room = Path(name)
         (room / "tmp").mkdir()
-        mlflow.set_tracking_uri(server.uri)
-        client = MlflowClient(server.uri)
+        client = connect(server.uri)
         run_id = client.create_run("0").info.run_id
         variables = {
             "MLFLOW_TRACKING_URI": server.uri,

@@ -18,7 +18,6 @@ from typing import Any
 from unittest import mock
 
 import click
-import mlflow
 from mlflow import MlflowClient
 
 from benchmarks.machine import machine
@@ -26,6 +25,7 @@ from benchmarks.server import Server
 from mlflow_dr.collection.catalogue import open_collection
 from mlflow_dr.retrieval.measures import parse_measures
 from mlflow_dr.tracking.checkpoints import checkpoints_of, publish
+from mlflow_dr.tracking.client import connect
 from mlflow_dr.tracking.following import FollowedRun
 from mlflow_dr.tracking.results import mark_failed
 from mlflow_dr.tracking.runs import TrackedRun
@@ -153,8 +153,7 @@ def main(checkpoints: int, validators: int, poll_seconds: float) -> None:
         directory = Path(name) / "encoder"
         directory.mkdir()
         (directory / "weights").write_text("1")
-        mlflow.set_tracking_uri(server.uri)
-        client = MlflowClient(server.uri)
+        client = connect(server.uri)
         for count in (10, checkpoints):
             requests, milliseconds = cost_of_a_look(client, directory, count)
             print(f"a look, {count:5} checkpoints done: {requests} requests, {milliseconds:.1f} ms")

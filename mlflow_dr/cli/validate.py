@@ -117,18 +117,23 @@ def command(
     plan = _plan(config, dataset, split or sets, name, options)
     leave_waiting_to_us()
     client = connect(tracking_uri)
-    with _followed(client, run_id, experiment, checkpoints_dir) as followed:
+    with _followed(client, run_id, experiment, checkpoints_dir, dataset) as followed:
         counts = watch(followed, plan)
     return 1 if counts.failed else 0
 
 
 @contextmanager
 def _followed(
-    client: Any, run_id: str | None, experiment: str | None, directory: Path | None
+    client: Any,
+    run_id: str | None,
+    experiment: str | None,
+    directory: Path | None,
+    dataset: str | None,
 ) -> Iterator[Any]:
-    """What is followed; a run that is made for it is ended with it."""
+    """What is followed; a run that is made for it names the dataset, and is ended with it."""
+    from mlflow_dr.collection.catalogue import open_collection
     from mlflow_dr.tracking.following import FollowedDirectory, FollowedExperiment, FollowedRun
-    from mlflow_dr.tracking.runs import find_run, open_run
+    from mlflow_dr.tracking.runs import DATASET_TAG, find_run, open_run
 
     if experiment is not None:
         yield FollowedExperiment(client, experiment)
@@ -137,7 +142,9 @@ def _followed(
     elif run_id is not None:
         yield FollowedDirectory(find_run(client, run_id), directory, is_mine=False)
     else:
+        named = {DATASET_TAG: open_collection(dataset).name} if dataset else {}
         run = open_run(client)
+        run.set_tags(named)
         click.echo(f"run {run.id} ({run.name})", err=True)
         status = "FAILED"
         try:

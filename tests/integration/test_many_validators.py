@@ -107,7 +107,8 @@ def test_what_sentence_transformers_saves(
     assert published[0].startswith("mrr@10")
     for point in client.get_metric_history(run_id, "val/mrr_at_10"):
         assert f"{point.value:.4f}" == published[0].split()[1]
-    again = forked("validate", *flags, "--run-id", run_id)
+    again = forked("validate", "--checkpoints-dir", output, "--run-id", run_id, "--once")
+    assert again.code == 0, again.printed
     assert evaluated(again.printed) == {}
 
 
