@@ -132,7 +132,8 @@ def _followed(
 ) -> Iterator[Any]:
     """What is followed; a run that is made for it names the dataset, and is ended with it."""
     from mlflow_dr.collection.catalogue import open_collection
-    from mlflow_dr.tracking.following import FollowedDirectory, FollowedExperiment, FollowedRun
+    from mlflow_dr.tracking.directories import FollowedDirectory
+    from mlflow_dr.tracking.following import FollowedExperiment, FollowedRun
     from mlflow_dr.tracking.runs import DATASET_TAG, find_run, open_run
 
     if experiment is not None:

@@ -89,12 +89,7 @@ def load_encoder(
         changes = {"pooling": bare_pooling or "mean", **changes}
         log.warning("%s is a bare backbone: taking %s pooling", name, changes["pooling"])
     config, weights = _described(directory, is_theirs, longest)
-    try:
-        encoder = Encoder(backbone, loaded, replace(config, **changes))
-    except UsageError as error:
-        if changes:
-            raise
-        raise CheckpointError(f"{directory}: {error}") from error
+    encoder = _made(directory, backbone, loaded, config, changes)
     _load_projections(encoder, weights, safetensors_only)
     if is_ours and (directory / QUERY_TOWER).is_dir():
         encoder.query_tower = load_encoder(
@@ -107,6 +102,18 @@ def load_encoder(
             **changes,
         )
     return encoder.eval()
+
+
+def _made(
+    directory: Path, backbone: Any, tokenizer: Any, config: EncoderConfig, changes: dict[str, Any]
+) -> Encoder:
+    """An encoder of these parts; what does not fit is the user's error where the user says it."""
+    try:
+        return Encoder(backbone, tokenizer, replace(config, **changes))
+    except UsageError as error:
+        if changes:
+            raise
+        raise CheckpointError(f"{directory}: {error}") from error
 
 
 def _described(directory: Path, is_theirs: bool, longest: int) -> tuple[EncoderConfig, list[Path]]:

@@ -2,25 +2,16 @@
 
 from __future__ import annotations
 
-import errno
-import shutil
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from urllib.parse import urlsplit
 
 from mlflow import MlflowClient
-from mlflow.artifacts import download_artifacts
 from mlflow.entities import LoggedModel, LoggedModelOutput, LoggedModelStatus
 from mlflow.exceptions import MlflowException
-from mlflow.utils.file_utils import local_file_uri_to_path
 
-from mlflow_dr.encoder.whole import why_not_whole
-from mlflow_dr.errors import UnavailableError
-from mlflow_dr.files import digest_of, is_full, scratch
 from mlflow_dr.tracking.client import tracking_errors
-from mlflow_dr.tracking.manifest import verify_manifest, write_manifest
+from mlflow_dr.tracking.manifest import write_manifest
 from mlflow_dr.tracking.mlmodel import write_mlmodel
 from mlflow_dr.tracking.runs import TrackedRun
 
@@ -30,9 +21,6 @@ MANIFEST_TAG = "mlflow_dr.manifest_sha256"
 MODEL_TYPE = "dense_retriever"
 READY = LoggedModelStatus.READY
 PER_REQUEST = 1000
-NO_PART_OF_IT = shutil.ignore_patterns(
-    *("optimizer*", "scheduler.pt", "scaler.pt", "rng_state*", "global_step*", ".*")
-)
 
 
 @dataclass(frozen=True)
@@ -92,57 +80,17 @@ def new_checkpoint(run: TrackedRun, step: int, manifest: str) -> str:
     return str(model.model_id)
 
 
-def register_directory(run: TrackedRun, directory: Path, step: int) -> str:
-    """Make a checkpoint of a run stand for a directory on this machine, whose files stay there.
-
-    Of several validators that do so at the same time, one decides.
-
-    Returns:
-        The model id.
-    """
-    key = f"{DIRECTORY_TAG}.{digest_of(directory)}"
-    known = run.fetch().data.params.get(key)
-    if known is None:
-        known = _registered(run, directory, step, key)
-    if checkpoint_by_id(run.client, known).pending:
-        _tie(run, known, step)
-        run.client.finalize_logged_model(known, READY)
-    return known
-
-
-def _registered(run: TrackedRun, directory: Path, step: int, key: str) -> str:
-    model_id = str(
-        run.client.create_logged_model(
-            run.experiment_id,
-            name=f"step-{step}",
-            source_run_id=run.id,
-            tags={STEP_TAG: str(step), DIRECTORY_TAG: str(directory)},
-            model_type=MODEL_TYPE,
-        ).model_id
-    )
-    try:
-        run.client.log_param(run.id, key, model_id)  # of two the server refuses the second
-    except MlflowException:
-        known = run.fetch().data.params.get(key)
-        if known is None:
-            raise
-        if known != model_id:
-            run.client.delete_logged_model(model_id)
-        return known
-    return model_id
-
-
 def upload_checkpoint(run: TrackedRun, model_id: str, directory: Path, step: int) -> None:
     """Upload an announced checkpoint and declare it READY, which comes last.
 
     May be called again for the same id after a failure.
     """
     run.client.log_model_artifacts(model_id, str(directory))
-    _tie(run, model_id, step)
+    tie_to_run(run, model_id, step)
     run.client.finalize_logged_model(model_id, READY)
 
 
-def _tie(run: TrackedRun, model_id: str, step: int) -> None:
+def tie_to_run(run: TrackedRun, model_id: str, step: int) -> None:
     """Show a checkpoint as the run's output at its step; MLflow refuses to be told twice."""
     try:
         run.client.log_outputs(run.id, [LoggedModelOutput(model_id, step)])
@@ -243,47 +191,6 @@ def checkpoint_by_id(client: MlflowClient, model_id: str) -> Checkpoint:
     """
     with tracking_errors(f"model {model_id}"):
         return _checkpoint(client.get_logged_model(model_id))
-
-
-@contextmanager
-def fetched(checkpoint: Checkpoint) -> Iterator[Path]:
-    """The checkpoint's directory on this machine, verified; removed afterwards if it was copied.
-
-    One that was found in a directory is copied, because its trainer may remove it meanwhile.
-
-    Raises:
-        CheckpointError: it cannot be had, or its bytes are not those that were published.
-        OSError: the disk is full.
-    """
-    with scratch() as room:
-        try:
-            directory = _had(checkpoint, room)
-        except (MlflowException, OSError) as error:
-            if is_full(error, room.parent):
-                message = "the disk is full; TMPDIR names a directory on another one"
-                raise OSError(errno.ENOSPC, message, str(room.parent)) from error
-            reason = " ".join(str(error).split())[:300]
-            raise UnavailableError(f"cannot be downloaded: {reason}") from error
-        if checkpoint.manifest:
-            verify_manifest(directory, checkpoint.manifest)
-        elif checkpoint.directory and (reason := why_not_whole(directory)):
-            raise UnavailableError(f"{checkpoint.directory}: {reason}")
-        yield directory
-
-
-def _had(checkpoint: Checkpoint, room: Path) -> Path:
-    if checkpoint.directory:
-        return Path(shutil.copytree(checkpoint.directory, room, ignore=NO_PART_OF_IT))
-    return _local(checkpoint.location) or Path(
-        download_artifacts(artifact_uri=checkpoint.location, dst_path=str(room))
-    )
-
-
-def _local(location: str) -> Path | None:
-    """The directory itself where artifacts lie on this machine's file system."""
-    if urlsplit(location).scheme not in ("", "file"):
-        return None
-    return Path(local_file_uri_to_path(location))
 
 
 def _checkpoint(model: LoggedModel) -> Checkpoint:

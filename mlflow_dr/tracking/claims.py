@@ -117,19 +117,19 @@ class Watchman:
 
     Args:
         patience: seconds of standing still after which a claim is free again.
-        longest_gap: seconds between two looks that count at most; while nobody could look, nobody
-            could renew either.
+        longest_gap: seconds between two looks that count at most, half the patience when None;
+            while the server was away, the owner could not renew either.
         clock: seconds that pass.
     """
 
     def __init__(
         self,
         patience: float = PATIENCE,
-        longest_gap: float = RENEWED_EVERY,
+        longest_gap: float | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._patience = patience
-        self._longest_gap = longest_gap
+        self._longest_gap = patience / 2 if longest_gap is None else longest_gap
         self._clock = clock
         self._seen: dict[tuple[str, str], _Seen] = {}
 

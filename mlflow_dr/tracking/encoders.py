@@ -24,8 +24,9 @@ def fetched_encoder(name: str, tracking_uri: str | None = None) -> Iterator[str]
         yield name
         return
     # only here: an encoder of another kind needs no mlflow, which takes seconds to import
-    from mlflow_dr.tracking.checkpoints import checkpoint_by_id, fetched
+    from mlflow_dr.tracking.checkpoints import checkpoint_by_id
     from mlflow_dr.tracking.client import connect
+    from mlflow_dr.tracking.fetching import fetched
 
     model_id = name.removeprefix(MODEL_SCHEME)
     with fetched(checkpoint_by_id(connect(tracking_uri), model_id)) as directory:

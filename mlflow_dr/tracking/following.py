@@ -14,9 +14,8 @@ from typing import NamedTuple, Protocol
 
 from mlflow import MlflowClient
 
-from mlflow_dr.encoder.whole import signature_of, step_of, why_not_whole
-from mlflow_dr.errors import TrackingError, UsageError
-from mlflow_dr.tracking.checkpoints import Checkpoint, find_checkpoints, register_directory
+from mlflow_dr.errors import TrackingError
+from mlflow_dr.tracking.checkpoints import Checkpoint, find_checkpoints
 from mlflow_dr.tracking.client import tracking_errors
 from mlflow_dr.tracking.runs import TrackedRun, check_alive, find_run, is_over
 
@@ -67,7 +66,7 @@ class FollowedRun:
         self.client = run.client
         self.name = f"run {run.id}"
         self.run = self._run = run
-        self._list = _Unsettled(run.client, run.experiment_id, run.id)
+        self._list = Unsettled(run.client, run.experiment_id, run.id)
 
     def look(self) -> Look:
         """See what there is now.
@@ -110,7 +109,7 @@ class FollowedExperiment:
             found = client.get_experiment_by_name(name)
         if found is None or found.lifecycle_stage != "active":
             raise TrackingError(f"no experiment {name!r}; `mlflow experiments search` lists them")
-        self._list = _Unsettled(client, found.experiment_id)
+        self._list = Unsettled(client, found.experiment_id)
         self._runs: dict[str, TrackedRun] = {}
 
     def look(self) -> Look:
@@ -136,98 +135,7 @@ class FollowedExperiment:
         return self._runs[checkpoint.run_id]
 
 
-class FollowedDirectory:
-    """The checkpoints that a trainer writes into a directory on this machine.
-
-    A checkpoint counts when it is whole by its own files and as it was at the last look. What else
-    lies there is passed over, and so is what the trainer has removed. Each is registered with the
-    run, without its files, so that claims and figures are as those of published ones.
-
-    Args:
-        run: where figures go.
-        directory: Trainer's `output_dir`, for example.
-        is_mine: whether the run was made for this; else its end is the end.
-
-    Raises:
-        UsageError: there is no such directory.
-    """
-
-    run: TrackedRun | None
-
-    def __init__(self, run: TrackedRun, directory: Path, is_mine: bool) -> None:
-        if not directory.is_dir():
-            raise UsageError(f"{directory}: no such directory")
-        self.client = run.client
-        self.name = f"directory {directory}"
-        self.run = self._run = run
-        self._directory = directory.absolute()
-        self._is_mine = is_mine
-        self._list = _Unsettled(run.client, run.experiment_id, run.id, str(self._directory))
-        self._seen: dict[Path, _Seen] = {}
-        self._registered: set[Path] = set()
-        self._told: set[tuple[Path, str]] = set()
-        self._whole()
-
-    def look(self) -> Look:
-        """See what there is now, and register what is new.
-
-        Raises:
-            TrackingError: the server does not answer, or the run was deleted.
-        """
-        state = self._run.fetch()
-        check_alive(state)
-        whole = self._whole()
-        for path, step in whole.items():
-            if path not in self._registered:
-                with tracking_errors(f"registering {path}"):
-                    register_directory(self._run, path, step)
-                self._registered.add(path)
-        there = [one for one in self._list.look() if Path(one.directory) in whole]
-        return Look(there, over=not self._is_mine and is_over(state))
-
-    def settle(self, checkpoint: Checkpoint) -> None:
-        """Ask for this one no more."""
-        self._list.settle(checkpoint)
-
-    def run_of(self, checkpoint: Checkpoint) -> TrackedRun:
-        """The run."""
-        return self._run
-
-    def _whole(self) -> dict[Path, int]:
-        """Checkpoints that are whole and have not changed since the last look, with their steps."""
-        before, self._seen = self._seen, {}
-        found: dict[Path, int] = {}
-        for path in sorted(self._directory.iterdir()):
-            if not path.is_dir() or path.name.startswith("."):
-                continue
-            signature, known = signature_of(path), before.get(path)
-            if known is None or known.signature != signature:
-                self._seen[path] = _Seen(signature, step_of(path), why_not_whole(path))
-                continue
-            self._seen[path] = known
-            if known.step is None:
-                self._tell(path, "neither its name nor a trainer_state.json says a step")
-            elif known.lacks:
-                self._tell(path, known.lacks)
-            else:
-                found[path] = known.step
-        return found
-
-    def _tell(self, path: Path, reason: str) -> None:
-        if (path, reason) not in self._told:
-            self._told.add((path, reason))
-            log.info("%s is passed over for now: %s", path, reason)
-
-
-class _Seen(NamedTuple):
-    """A directory as it was at a look; what it lacks to be whole."""
-
-    signature: tuple[tuple[str, int, int], ...]
-    step: int | None
-    lacks: str
-
-
-class _Unsettled:
+class Unsettled:
     """Checkpoints, of which those are asked for that are new or not settled.
 
     The oldest of these bounds the search by its time of creation. Where several machines write to a
@@ -251,6 +159,7 @@ class _Unsettled:
         self._full_look_at = -float("inf")
 
     def look(self) -> list[Checkpoint]:
+        """All that are known, by step, as they are now or were when they were settled."""
         full = self._clock() - self._full_look_at >= SECONDS_BETWEEN_FULL_LOOKS
         found = find_checkpoints(*self._where, since_ms=0 if full else self._since())
         if full:
@@ -265,6 +174,7 @@ class _Unsettled:
         return str(Path(where).parent) == self._directory if where else not self._directory
 
     def settle(self, checkpoint: Checkpoint) -> None:
+        """Ask for this one no more."""
         self._settled.add(checkpoint.model_id)
 
     def _since(self) -> int:

@@ -6,17 +6,15 @@ import logging
 import signal
 import sys
 import time
-from collections.abc import Collection, Iterator
+from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import MISSING, asdict, fields
-from pathlib import Path
 from types import FrameType
 from typing import Any
 
 from transformers import TrainerCallback, set_seed
 from transformers.trainer_utils import SaveStrategy
 
-from mlflow_dr.encoder.directory import load_encoder
 from mlflow_dr.tracking.checkpoints import abandon_pending, ready_steps
 from mlflow_dr.tracking.client import connect
 from mlflow_dr.tracking.runs import (
@@ -31,15 +29,15 @@ from mlflow_dr.training.arguments import MERGED, RetrieverTrainingArguments, Tra
 from mlflow_dr.training.building import build_encoder, collator_of, mixed_training_set
 from mlflow_dr.training.callbacks import MetricCallback, StopCallback
 from mlflow_dr.training.data import TrainingData, open_data
+from mlflow_dr.training.making_up import make_up
 from mlflow_dr.training.publish_callback import PublishCallback
-from mlflow_dr.training.publishable import DirectorySource, EncoderSource, Publishable
+from mlflow_dr.training.publishable import EncoderSource
 from mlflow_dr.training.publishing import Mate, Publisher, Submits
 from mlflow_dr.training.resume import (
     Resumption,
     begin_output,
     check_output,
     find_resumption,
-    whole_checkpoints_until,
 )
 from mlflow_dr.training.trainer import RetrieverTrainer
 
@@ -202,51 +200,8 @@ def _writers(
 
     ending.push(close)
     if resumption is not None and resumption.checkpoint is not None:
-        _make_up(request, publisher, source, done, resumption.checkpoint)
+        make_up(request, publisher, source, done, resumption.checkpoint)
     return [MetricCallback(run.log_metrics, known), _publishing(request, publisher)]
-
-
-def _make_up(
-    request: TrainingRequest,
-    publisher: Publisher,
-    source: EncoderSource,
-    done: Collection[int],
-    checkpoint: Path,
-) -> None:
-    """Publish what a kill kept from being published: from Trainer's checkpoints on this disk.
-
-    Steps after the one that is resumed from are trained once more, and published then.
-
-    Args:
-        request: what is trained.
-        publisher: of the run.
-        source: the encoder as it is before training.
-        done: steps that are published.
-        checkpoint: what is resumed from.
-    """
-    if request.publish.publish_initial and 0 not in done:
-        publisher.make_up(0, source)
-    if not (every := request.publish.publish_steps):
-        return
-    there = whole_checkpoints_until(checkpoint)
-    due = [step for step in range(every, max(there, default=0) + 1, every) if step not in done]
-    for step in due:
-        if step in there:
-            log.info("step %d was left unpublished; publishing %s", step, there[step])
-            publisher.make_up(step, _kept(there[step], request))
-    if lost := [str(step) for step in due if step not in there]:
-        log.warning(
-            "step %s was neither published before the training was stopped nor kept in %s",
-            *(", ".join(lost), checkpoint.parent),
-        )
-
-
-def _kept(directory: Path, request: TrainingRequest) -> Publishable:
-    """What Trainer's checkpoint holds, as it is published."""
-    if request.model.lora and request.model.lora_publish == MERGED:
-        merged = load_encoder(directory, trust_remote_code=request.model.trust_remote_code)
-        return EncoderSource(merged)
-    return DirectorySource(directory)
 
 
 def _publishing(request: TrainingRequest, publisher: Submits) -> PublishCallback:

@@ -6,60 +6,48 @@ import logging
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple
 
-from mlflow_dr.collection.catalogue import open_collection
-from mlflow_dr.collection.interface import Collection, chosen_split
 from mlflow_dr.encoder.directory import load_encoder
 from mlflow_dr.encoder.model import Encoder
 from mlflow_dr.encoder.whole import why_not_whole
-from mlflow_dr.engines.devices import AUTO, resolve_device, resolve_dtype
 from mlflow_dr.errors import (
     CheckpointError,
     MlflowDrError,
     TrackingError,
     UnavailableError,
-    UsageError,
 )
-from mlflow_dr.retrieval.measures import check_depth
-from mlflow_dr.tracking.checkpoints import Checkpoint, fetched
+from mlflow_dr.tracking.checkpoints import Checkpoint
 from mlflow_dr.tracking.claims import Claims, Watchman
-from mlflow_dr.tracking.client import answers
 from mlflow_dr.tracking.clock import ServerClock
-from mlflow_dr.tracking.datasets import shown_name
+from mlflow_dr.tracking.fetching import fetched
 from mlflow_dr.tracking.following import Followed, Look
+from mlflow_dr.tracking.patience import Patience
 from mlflow_dr.tracking.results import (
     State,
-    bind_name,
-    known_config,
     mark_failed,
     record_result,
-    refuse_other_config,
     state_of,
     write_recorded,
 )
 from mlflow_dr.tracking.runs import (
     DATASET_PARAM,
-    DATASET_TAG,
     SPLIT_PARAM,
     TrackedRun,
     check_alive,
     is_over,
 )
 from mlflow_dr.tracking.status import note_summary, summary_of
-from mlflow_dr.validation.evaluate import Prepared, Report, Searched, Settings, evaluate_all
+from mlflow_dr.validation.binding import Bound, Collections
+from mlflow_dr.validation.evaluate import Report, evaluate_all
 from mlflow_dr.validation.order import in_order
-from mlflow_dr.validation.plan import Plan, Validation
+from mlflow_dr.validation.plan import Plan
 
 log = logging.getLogger(__name__)
 
-LONGEST_WAIT = 30.0
-UNAVAILABLE = (TrackingError, UnavailableError)
-
-Result = TypeVar("Result")
 Outcome = dict[str, float] | CheckpointError | None
 
 
@@ -69,24 +57,6 @@ class Counts:
 
     done: int = 0
     failed: int = 0
-
-
-class Bound(NamedTuple):
-    """A validation as it is on one run: what is searched for what is known, and its settings."""
-
-    name: str
-    prepared: Prepared
-    settings: Settings
-
-    @property
-    def group(self) -> tuple[str, str, str]:
-        """Equal for validations that may encode a corpus together."""
-        return self.prepared.corpus.digest, self.settings.device, self.settings.dtype
-
-    @property
-    def dataset(self) -> tuple[str, str]:
-        """Name and digest of the collection, as MLflow shows them."""
-        return shown_name(self.prepared.collection.name), self.prepared.digest
 
 
 class Job(NamedTuple):
@@ -140,9 +110,10 @@ class _Worker:
         self._followed = followed
         self._plan = plan
         self._sleep = sleep
-        self._watchman = Watchman(plan.patience_seconds, longest_gap=2 * plan.poll_seconds)
+        self._watchman = Watchman(plan.patience_seconds)
+        self._patiently = Patience(followed.client, plan.poll_seconds, sleep)
         self._clock = ServerClock()
-        self._collections = _Collections()
+        self._collections = Collections()
         self._bound: dict[str, list[Bound]] = {}
         self._refused: set[str] = set()
         self._failed_here: set[tuple[str, str]] = set()
@@ -303,7 +274,7 @@ class _Worker:
         """Figures by validation, or why there are none."""
         try:
             fetch = partial(_fetched_encoder, job.checkpoint, self._plan.encoder_changes)
-            encoder = self._patiently(fetch, UNAVAILABLE)
+            encoder = self._patiently(fetch, UnavailableError)
             reports = evaluate_all(encoder, [(one.prepared, one.settings) for one in bound])
         except CheckpointError as error:
             found_at = job.checkpoint.directory
@@ -357,108 +328,6 @@ class _Worker:
                 self._refused.add(run.id)
                 self._bound[run.id] = []
         return self._bound[run.id]
-
-    def _patiently(
-        self, act: Callable[[], Result], errors: tuple[type[Exception], ...] = (TrackingError,)
-    ) -> Result:
-        """Do something, and again for as long as the server is away."""
-        again = False
-        while True:
-            try:
-                return act()
-            except errors as error:
-                if answers(self._followed.client):
-                    if again:
-                        raise
-                    again = True  # it may have been away until just now
-                    continue
-                log.warning("%s; waiting for the server", error)
-            wait = self._plan.poll_seconds
-            while not answers(self._followed.client):
-                self._sleep(wait)
-                wait = min(2 * wait, LONGEST_WAIT)
-            log.info("the server answers again")
-
-
-class _Collections:
-    """Collections that are open, and their corpora, each once."""
-
-    def __init__(self) -> None:
-        self._open: dict[str, Collection] = {}
-        self._searched: dict[str, Searched] = {}
-        self._prepared: dict[tuple[str, str], Prepared] = {}
-
-    def bind(self, run: TrackedRun, validation: Validation, changes: Mapping[str, Any]) -> Bound:
-        """A validation as it is on a run: with its dataset, split and number format."""
-        data = run.fetch().data
-        dataset = validation.dataset or data.tags.get(DATASET_TAG) or data.params.get(DATASET_PARAM)
-        if not dataset:
-            raise UsageError(
-                f"run {run.id} names no dataset (param {DATASET_PARAM!r}); give --dataset"
-            )
-        prepared = self._prepare(dataset, validation.split or data.params.get(SPLIT_PARAM))
-        settings = _bound_settings(run, validation, prepared, changes)
-        queries, passages = len(prepared.topics.queries), len(prepared.corpus)
-        log.info(
-            "validation %r of run %s: %s/%s, %d queries, %d passages, %s on %s",
-            *(validation.name, run.id, dataset, prepared.split, queries, passages),
-            *(settings.dtype, settings.device),
-        )
-        run.log_collection(
-            shown_name(dataset),
-            prepared.digest,
-            prepared.collection.source,
-            {"passages": passages, "queries": queries, "split": prepared.split},
-            context=f"validation {validation.name}",
-            collection=dataset,
-        )
-        return Bound(validation.name, prepared, settings)
-
-    def _prepare(self, dataset: str, split: str | None) -> Prepared:
-        if dataset not in self._open:
-            self._open[dataset] = open_collection(dataset)
-            self._searched[dataset] = Searched(self._open[dataset])
-        collection = self._open[dataset]
-        key = (dataset, chosen_split(collection, split))
-        if key not in self._prepared:
-            self._prepared[key] = Prepared(collection, key[1], self._searched[dataset])
-        return self._prepared[key]
-
-
-def _bound_settings(
-    run: TrackedRun, validation: Validation, prepared: Prepared, changes: Mapping[str, Any]
-) -> Settings:
-    """Settings with device and number format; `auto` is the one that the name stands for.
-
-    Raises:
-        UsageError: the name stands for another configuration on this run.
-    """
-    settings = validation.settings
-    device = resolve_device(settings.device)
-    known = known_config(run, validation.name) or {}
-    while True:
-        dtype = str(known.get("dtype", AUTO)) if settings.dtype == AUTO else settings.dtype
-        chosen = replace(settings, device=str(device), dtype=resolve_dtype(dtype, device))
-        config = {**_config(prepared, chosen), **changes}
-        bound = bind_name(run, validation.name, config)
-        if bound.get("dtype") == config["dtype"] or known == bound or settings.dtype != AUTO:
-            refuse_other_config(run, validation.name, bound, config)
-            return chosen
-        known = bound  # another validator, on another kind of machine, was faster
-
-
-def _config(prepared: Prepared, settings: Settings) -> dict[str, object]:
-    """What a validation's figures depend on, beside the checkpoint."""
-    return {
-        "corpus": prepared.corpus.digest,
-        "topics": prepared.topics.digest,
-        "split": prepared.split,
-        "subset": "full",
-        "measures": " ".join(map(str, settings.measures)),
-        "depth": check_depth(settings.measures, settings.depth),
-        "dtype": settings.dtype,
-        "keep_own_id": settings.keep_own_id,
-    }
 
 
 def _fetched_encoder(checkpoint: Checkpoint, changes: Mapping[str, Any]) -> Encoder:

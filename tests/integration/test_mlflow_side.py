@@ -14,7 +14,8 @@ import numpy as np
 import pytest
 from mlflow import MlflowClient
 
-from mlflow_dr.tracking.checkpoints import checkpoint_by_id, fetched
+from mlflow_dr.tracking.checkpoints import checkpoint_by_id
+from mlflow_dr.tracking.fetching import fetched
 
 QUERIES = ["Return a shallow copy of a list.", "How are two dates compared?"]
 PASSAGES = [

@@ -1,16 +1,12 @@
-import shutil
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 from mlflow import MlflowClient
 
-from mlflow_dr.encoder.directory import save_encoder
-from mlflow_dr.encoder.model import Encoder
-from mlflow_dr.errors import TrackingError, UsageError
+from mlflow_dr.errors import TrackingError
 from mlflow_dr.tracking import following
-from mlflow_dr.tracking.checkpoints import checkpoints_of, new_checkpoint, publish
-from mlflow_dr.tracking.following import FollowedDirectory, FollowedExperiment, FollowedRun
+from mlflow_dr.tracking.checkpoints import new_checkpoint, publish
+from mlflow_dr.tracking.following import FollowedExperiment, FollowedRun
 from mlflow_dr.tracking.runs import TrackedRun
 
 
@@ -92,90 +88,3 @@ def test_the_end_of_a_run_and_that_of_an_experiment(client: MlflowClient, direct
 def test_no_such_experiment(client: MlflowClient) -> None:
     with pytest.raises(TrackingError, match="no experiment 'nowhere'"):
         FollowedExperiment(client, "nowhere")
-
-
-@pytest.fixture
-def output(make_tiny: Callable[..., Encoder], tmp_path: Path) -> Path:
-    """A trainer's output with two checkpoints, and what else lies there."""
-    output = tmp_path / "output"
-    for step in (5, 10):
-        save_encoder(output / f"checkpoint-{step}", make_tiny(seed=step))
-    (output / "runs").mkdir()
-    (output / "notes.txt").write_text("1")
-    (output / "checkpoint-15").mkdir()
-    return output
-
-
-def steps_of(followed: FollowedDirectory) -> list[int]:
-    return [one.step for one in followed.look().checkpoints]
-
-
-def test_a_directory_is_looked_at_again_and_again(
-    run: TrackedRun, output: Path, caplog: pytest.LogCaptureFixture
-) -> None:
-    """What is being written comes when it is whole and still; what is removed goes."""
-    followed = FollowedDirectory(run, output, is_mine=True)
-    with caplog.at_level("INFO", logger="mlflow_dr"):
-        assert steps_of(followed) == [5, 10]
-        for _ in range(2):
-            assert steps_of(followed) == [5, 10]
-    assert caplog.text.count("checkpoint-15 is passed over for now: none of config.json") == 1
-    assert caplog.text.count("runs is passed over for now: neither its name") == 1
-    late = output / "checkpoint-15"
-    for path in (output / "checkpoint-10").iterdir():
-        if path.is_file():
-            (late / path.name).write_bytes(path.read_bytes())
-    assert steps_of(followed) == [5, 10]
-    assert steps_of(followed) == [5, 10, 15]
-    shutil.rmtree(output / "checkpoint-5")
-    assert steps_of(followed) == [10, 15]
-    assert not followed.look().over
-
-
-def test_a_directory_is_registered_once_by_several(run: TrackedRun, output: Path) -> None:
-    first = FollowedDirectory(run, output, is_mine=False)
-    second = FollowedDirectory(run, output, is_mine=False)
-    assert steps_of(first) == steps_of(second) == [5, 10]
-    ids = {one.model_id for one in first.look().checkpoints}
-    assert ids == {one.model_id for one in second.look().checkpoints}
-    assert len(checkpoints_of(run)) == 2
-    assert all(one.ready for one in checkpoints_of(run))
-
-
-def test_whoever_follows_the_run_elsewhere_has_not_its_files(run: TrackedRun, output: Path) -> None:
-    publish(run, output / "checkpoint-5", 7)
-    (run_only,) = FollowedRun(run).look().checkpoints
-    assert run_only.step == 7
-    FollowedDirectory(run, output, is_mine=False).look()
-    assert [one.step for one in FollowedRun(run).look().checkpoints] == [7]
-    other = output.parent / "other"
-    shutil.copytree(output, other)
-    assert steps_of(FollowedDirectory(run, other, is_mine=False)) == [5, 10]
-    assert len(checkpoints_of(run)) == 5
-
-
-def test_the_end_of_a_run_that_is_not_ours_is_the_end(
-    client: MlflowClient, run: TrackedRun, output: Path
-) -> None:
-    client.set_terminated(run.id)
-    assert FollowedDirectory(run, output, is_mine=False).look().over
-    assert not FollowedDirectory(run, output, is_mine=True).look().over
-
-
-def test_a_killed_registration_is_finished_by_the_next(
-    run: TrackedRun, output: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def killed(*_: object) -> None:
-        raise KeyboardInterrupt
-
-    with monkeypatch.context() as patched:
-        patched.setattr(run.client, "finalize_logged_model", killed)
-        with pytest.raises(KeyboardInterrupt):
-            FollowedDirectory(run, output, is_mine=False).look()
-    assert steps_of(FollowedDirectory(run, output, is_mine=False)) == [5, 10]
-    assert len(checkpoints_of(run)) == 2
-
-
-def test_no_such_directory(run: TrackedRun, tmp_path: Path) -> None:
-    with pytest.raises(UsageError, match="no such directory"):
-        FollowedDirectory(run, tmp_path / "nowhere", is_mine=True)

@@ -20,7 +20,8 @@ from mlflow_dr.encoder.changes import untie, with_projection
 from mlflow_dr.encoder.directory import load_encoder, save_encoder
 from mlflow_dr.encoder.model import Encoder
 from mlflow_dr.errors import CheckpointError, UsageError
-from mlflow_dr.tracking.checkpoints import checkpoint_by_id, fetched, publish, seal
+from mlflow_dr.tracking.checkpoints import checkpoint_by_id, publish, seal
+from mlflow_dr.tracking.fetching import fetched
 from mlflow_dr.tracking.runs import TrackedRun
 from mlflow_dr.training.any_loop import publish_checkpoint
 

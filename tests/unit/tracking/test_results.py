@@ -8,11 +8,11 @@ from mlflow_dr.errors import CheckpointError, UsageError
 from mlflow_dr.tracking.checkpoints import (
     Checkpoint,
     checkpoints_of,
-    fetched,
     new_checkpoint,
     publish,
 )
 from mlflow_dr.tracking.curve import curve_of, summary
+from mlflow_dr.tracking.fetching import fetched
 from mlflow_dr.tracking.results import (
     PREFIX,
     State,

@@ -15,7 +15,8 @@ from mlflow_dr.encoder.directory import load_encoder, save_encoder
 from mlflow_dr.encoder.model import Encoder
 from mlflow_dr.errors import CheckpointError, TrackingError, UsageError
 from mlflow_dr.retrieval.measures import parse_measures
-from mlflow_dr.tracking.checkpoints import checkpoints_of, fetched
+from mlflow_dr.tracking.checkpoints import checkpoints_of
+from mlflow_dr.tracking.fetching import fetched
 from mlflow_dr.tracking.following import FollowedRun
 from mlflow_dr.tracking.runs import RUN_VARIABLE, TrackedRun
 from mlflow_dr.training import any_loop

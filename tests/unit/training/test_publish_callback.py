@@ -31,7 +31,8 @@ from mlflow_dr import PublishCallback
 from mlflow_dr.encoder.directory import load_encoder, save_encoder
 from mlflow_dr.encoder.model import Encoder
 from mlflow_dr.errors import UsageError
-from mlflow_dr.tracking.checkpoints import checkpoints_of, fetched, new_checkpoint
+from mlflow_dr.tracking.checkpoints import checkpoints_of, new_checkpoint
+from mlflow_dr.tracking.fetching import fetched
 from mlflow_dr.tracking.runs import RUN_VARIABLE, TrackedRun
 from mlflow_dr.training.publishable import EncoderSource
 from mlflow_dr.training.publishing import Publisher

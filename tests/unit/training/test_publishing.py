@@ -11,8 +11,9 @@ from mlflow.exceptions import MlflowException
 
 from mlflow_dr.encoder.directory import load_encoder, save_encoder
 from mlflow_dr.encoder.model import Encoder
-from mlflow_dr.tracking.checkpoints import checkpoints_of, fetched
+from mlflow_dr.tracking.checkpoints import checkpoints_of
 from mlflow_dr.tracking.client import tracking_uri
+from mlflow_dr.tracking.fetching import fetched
 from mlflow_dr.tracking.runs import TrackedRun
 from mlflow_dr.training.publishable import DirectorySource, EncoderSource
 from mlflow_dr.training.publishing import FAILURE_TAG, Publisher

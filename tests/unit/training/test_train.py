@@ -19,7 +19,8 @@ from mlflow import MlflowClient
 from mlflow_dr.encoder.directory import load_encoder, save_encoder
 from mlflow_dr.encoder.model import Encoder
 from mlflow_dr.errors import TrainingError, UsageError
-from mlflow_dr.tracking.checkpoints import checkpoints_of, fetched, ready_steps
+from mlflow_dr.tracking.checkpoints import checkpoints_of, ready_steps
+from mlflow_dr.tracking.fetching import fetched
 from mlflow_dr.tracking.runs import TrackedRun
 from mlflow_dr.tracking.stop_request import StopWatcher, request_stop
 from mlflow_dr.training import train as train_module

@@ -23,7 +23,8 @@ from mlflow_dr.errors import TrackingError, UsageError
 from mlflow_dr.retrieval.measures import parse_measures
 from mlflow_dr.tracking.checkpoints import checkpoints_of, publish
 from mlflow_dr.tracking.claims import Claims, Owner, standing
-from mlflow_dr.tracking.following import FollowedDirectory, FollowedExperiment, FollowedRun
+from mlflow_dr.tracking.directories import FollowedDirectory
+from mlflow_dr.tracking.following import FollowedExperiment, FollowedRun
 from mlflow_dr.tracking.results import State, failure_of, state_of
 from mlflow_dr.tracking.runs import DATASET_TAG, TrackedRun
 from mlflow_dr.validation import watch as watching
@@ -543,7 +544,7 @@ def test_a_full_disk_is_no_fault_of_the_checkpoint(
         raise OSError(errno.ENOSPC, "No space left on device")
 
     with monkeypatch.context() as patched:
-        patched.setattr("mlflow_dr.tracking.checkpoints._had", full)
+        patched.setattr("mlflow_dr.tracking.fetching._had", full)
         with pytest.raises(OSError, match="TMPDIR names a directory on another one"):
             watch(run, VALIDATION, follow=False)
     (checkpoint,) = checkpoints_of(run)

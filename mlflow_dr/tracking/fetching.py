@@ -1,0 +1,65 @@
+"""A checkpoint's files on this machine, whole and verified."""
+
+from __future__ import annotations
+
+import errno
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from urllib.parse import urlsplit
+
+from mlflow.artifacts import download_artifacts
+from mlflow.exceptions import MlflowException
+from mlflow.utils.file_utils import local_file_uri_to_path
+
+from mlflow_dr.encoder.whole import why_not_whole
+from mlflow_dr.errors import UnavailableError
+from mlflow_dr.files import is_full, scratch
+from mlflow_dr.tracking.checkpoints import Checkpoint
+from mlflow_dr.tracking.manifest import verify_manifest
+
+NO_PART_OF_IT = shutil.ignore_patterns(
+    *("optimizer*", "scheduler.pt", "scaler.pt", "rng_state*", "global_step*", ".*")
+)
+
+
+@contextmanager
+def fetched(checkpoint: Checkpoint) -> Iterator[Path]:
+    """The checkpoint's directory on this machine, verified; removed afterwards if it was copied.
+
+    One that was found in a directory is copied, because its trainer may remove it meanwhile.
+
+    Raises:
+        CheckpointError: it cannot be had, or its bytes are not those that were published.
+        OSError: the disk is full.
+    """
+    with scratch() as room:
+        try:
+            directory = _had(checkpoint, room)
+        except (MlflowException, OSError) as error:
+            if is_full(error, room.parent):
+                message = "the disk is full; TMPDIR names a directory on another one"
+                raise OSError(errno.ENOSPC, message, str(room.parent)) from error
+            reason = " ".join(str(error).split())[:300]
+            raise UnavailableError(f"cannot be downloaded: {reason}") from error
+        if checkpoint.manifest:
+            verify_manifest(directory, checkpoint.manifest)
+        elif checkpoint.directory and (reason := why_not_whole(directory)):
+            raise UnavailableError(f"{checkpoint.directory}: {reason}")
+        yield directory
+
+
+def _had(checkpoint: Checkpoint, room: Path) -> Path:
+    if checkpoint.directory:
+        return Path(shutil.copytree(checkpoint.directory, room, ignore=NO_PART_OF_IT))
+    return _local(checkpoint.location) or Path(
+        download_artifacts(artifact_uri=checkpoint.location, dst_path=str(room))
+    )
+
+
+def _local(location: str) -> Path | None:
+    """The directory itself where artifacts lie on this machine's file system."""
+    if urlsplit(location).scheme not in ("", "file"):
+        return None
+    return Path(local_file_uri_to_path(location))

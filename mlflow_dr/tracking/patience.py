@@ -1,0 +1,67 @@
+"""Waiting for a tracking server that is away."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable
+from typing import TypeVar
+
+from mlflow import MlflowClient
+
+from mlflow_dr.errors import TrackingError
+from mlflow_dr.tracking.client import answers
+
+log = logging.getLogger(__name__)
+
+LONGEST_WAIT = 30.0
+
+Result = TypeVar("Result")
+
+
+class Patience:
+    """Does what needs the server, and does it again for as long as the server is away.
+
+    Args:
+        client: the server.
+        wait: seconds before it is tried again; from time to time twice as long.
+        sleep: waits; passed in by tests.
+    """
+
+    def __init__(
+        self, client: MlflowClient, wait: float, sleep: Callable[[float], None] = time.sleep
+    ) -> None:
+        self._client = client
+        self._wait = wait
+        self._sleep = sleep
+
+    def __call__(self, act: Callable[[], Result], *also: type[Exception]) -> Result:
+        """What `act` gives, once it can be had.
+
+        Args:
+            act: may be called several times.
+            also: what, beside TrackingError, may come of a server that is away.
+
+        Raises:
+            TrackingError: as `act` did, twice, although the server answers; or another of `also`.
+        """
+        again = False
+        kinds: tuple[type[Exception], ...] = (TrackingError, *also)
+        while True:
+            try:
+                return act()
+            except kinds as error:
+                if answers(self._client):
+                    if again:
+                        raise
+                    again = True  # it may have been away until just now
+                    continue
+                log.warning("%s; waiting for the server", error)
+            self._wait_for_server()
+
+    def _wait_for_server(self) -> None:
+        wait = self._wait
+        while not answers(self._client):
+            self._sleep(wait)
+            wait = min(2 * wait, LONGEST_WAIT)
+        log.info("the server answers again")

@@ -1,0 +1,58 @@
+"""Publishing, when a training is resumed, what a kill kept from being published."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Collection
+from pathlib import Path
+
+from mlflow_dr.encoder.directory import load_encoder
+from mlflow_dr.training.arguments import MERGED, TrainingRequest
+from mlflow_dr.training.publishable import DirectorySource, EncoderSource, Publishable
+from mlflow_dr.training.publishing import Publisher
+from mlflow_dr.training.resume import whole_checkpoints_until
+
+log = logging.getLogger(__name__)
+
+
+def make_up(
+    request: TrainingRequest,
+    publisher: Publisher,
+    source: EncoderSource,
+    done: Collection[int],
+    checkpoint: Path,
+) -> None:
+    """Publish what is missing from Trainer's checkpoints on this disk.
+
+    Steps after the one that is resumed from are trained once more, and published then.
+
+    Args:
+        request: what is trained.
+        publisher: of the run.
+        source: the encoder as it is before training.
+        done: steps that are published.
+        checkpoint: what is resumed from.
+    """
+    if request.publish.publish_initial and 0 not in done:
+        publisher.make_up(0, source)
+    if not (every := request.publish.publish_steps):
+        return
+    there = whole_checkpoints_until(checkpoint)
+    due = [step for step in range(every, max(there, default=0) + 1, every) if step not in done]
+    for step in due:
+        if step in there:
+            log.info("step %d was left unpublished; publishing %s", step, there[step])
+            publisher.make_up(step, _kept(there[step], request))
+    if lost := [str(step) for step in due if step not in there]:
+        log.warning(
+            "step %s was neither published before the training was stopped nor kept in %s",
+            *(", ".join(lost), checkpoint.parent),
+        )
+
+
+def _kept(directory: Path, request: TrainingRequest) -> Publishable:
+    """What Trainer's checkpoint holds, as it is published."""
+    if request.model.lora and request.model.lora_publish == MERGED:
+        merged = load_encoder(directory, trust_remote_code=request.model.trust_remote_code)
+        return EncoderSource(merged)
+    return DirectorySource(directory)
