@@ -54,7 +54,7 @@ def waiting(seconds: float) -> Callable[..., list[Report]]:
 
     def evaluate_all(encoder: object, asked: Sequence[Any], quiet: bool = False) -> list[Report]:
         time.sleep(seconds)
-        return [Report({"mrr@10": 0.5}, {}, {}, seconds, 24, "fp32") for _ in asked]
+        return [Report({"mrr@10": 0.5}, {}, {}, max(seconds, 0.001), 24, "fp32") for _ in asked]
 
     return evaluate_all
 
