@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import logging
+import random
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
+from itertools import chain, islice
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -188,7 +190,12 @@ class _Worker:
                     free.setdefault(run_id, {})[one.model_id] = names
         # the run that has had the least of us comes first
         for run_id in sorted(free, key=lambda one: self._served[one]):
-            for checkpoint in self._in_order(look, run_id, free[run_id]):
+            # others that are at work want the same ones next: a claim that is lost costs requests
+            others = len(waiting[run_id]) - len(free[run_id])
+            ordered = self._in_order(look, run_id, free[run_id])
+            first = list(islice(ordered, others + 1))
+            random.shuffle(first)
+            for checkpoint in chain(first, ordered):
                 run = self._followed.run_of(checkpoint)
                 if not (bound := self._bound_to(run)):
                     break
