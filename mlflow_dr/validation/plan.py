@@ -12,7 +12,7 @@ import yaml
 
 from mlflow_dr.collection.asyncval import given_collection
 from mlflow_dr.errors import UsageError
-from mlflow_dr.retrieval.measures import DEFAULT_MEASURES, check_depth, parse_measures
+from mlflow_dr.retrieval.measures import check_depth, parse_measures
 from mlflow_dr.tracking.claims import PATIENCE
 from mlflow_dr.validation.evaluate import Settings
 from mlflow_dr.validation.order import Order
@@ -205,8 +205,3 @@ def _value(value: Any, kind: type, where: str) -> Any:
     if not right:
         raise UsageError(f"{where} is {value!r}; expected a value of type {kind.__name__}")
     return value
-
-
-def default_settings() -> Settings:
-    """Settings of a validation that says nothing."""
-    return Settings(parse_measures(DEFAULT_MEASURES))

@@ -81,7 +81,7 @@ def watch(
     claim whose owner has died is taken over. A server that is away is waited for.
 
     Args:
-        followed: a run or an experiment.
+        followed: a run, an experiment or a directory.
         plan: what is done.
         sleep: waits; passed in by tests.
         claims: likewise.
