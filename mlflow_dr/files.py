@@ -10,7 +10,7 @@ import shutil
 import tempfile
 import zlib
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
 from filelock import FileLock, Timeout
@@ -90,9 +90,10 @@ def scratch() -> Iterator[Path]:
         while True:
             name = tempfile.TemporaryDirectory(prefix=SCRATCH, ignore_cleanup_errors=True)
             room = Path(ending.enter_context(name))
-            ending.enter_context(FileLock(room / LOCK))
-            if (room / LOCK).exists():  # else another process has swept it before it was locked
-                break
+            with suppress(FileNotFoundError):  # another process sweeps it before it is locked
+                ending.enter_context(FileLock(room / LOCK))
+                if (room / LOCK).exists():
+                    break
         yield room / "files"
 
 

@@ -73,6 +73,26 @@ Qrels = Mapping[str, Mapping[str, int]]
 
 
 @pytest.fixture
+def make_two_towers(make_tiny: Callable[..., "Encoder"]) -> Callable[..., "Encoder"]:
+    """Makes a tiny encoder whose queries have weights of their own; settings as `make_tiny`."""
+    import torch
+
+    from mlflow_dr.encoder.changes import untie, with_projection
+
+    def make(**settings: object) -> "Encoder":
+        encoder = make_tiny(pooling="mean", normalize=True, query_max_length=16, **settings)
+        encoder = with_projection(encoder, None, 24).eval()
+        untie(encoder)
+        torch.manual_seed(1)
+        with torch.no_grad():
+            for weight in encoder.for_queries.parameters():
+                weight.add_(0.05 * torch.randn_like(weight))
+        return encoder
+
+    return make
+
+
+@pytest.fixture
 def beir_folder(tmp_path: Path) -> Callable[..., Path]:
     """A function that writes a folder in BEIR's layout.
 

@@ -147,15 +147,8 @@ def _followed(
         run = open_run(client)
         run.set_tags(named)
         click.echo(f"run {run.id} ({run.name})", err=True)
-        status = "FAILED"
-        try:
+        with run.ending("validation"):
             yield FollowedDirectory(run, directory, is_mine=True)
-            status = "FINISHED"
-        except KeyboardInterrupt:
-            status = "KILLED"
-            raise
-        finally:
-            run.finish(status)
 
 
 def _plan(

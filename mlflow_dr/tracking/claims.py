@@ -166,12 +166,16 @@ class Claims:
         client: where they are made.
         owner: in whose name.
         every: seconds between two renewals.
+
+    Attributes:
+        faster: who had the claim that was lost last.
     """
 
     def __init__(
         self, client: MlflowClient, owner: Owner | None = None, every: float = RENEWED_EVERY
     ) -> None:
         self.owner = owner or Owner.me()
+        self.faster: Owner | None = None
         self._client = client
         self._every = every
         self._mine: dict[tuple[str, str], int] = {}
@@ -201,6 +205,7 @@ class Claims:
                 if found is None:
                     raise
                 if found != value:
+                    self.faster = Owner.parse(found)
                     return False
         with self._lock:
             self._mine[checkpoint.model_id, name] = attempt

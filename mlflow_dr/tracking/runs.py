@@ -6,7 +6,8 @@ import json
 import logging
 import os
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import mlflow
@@ -117,6 +118,24 @@ class TrackedRun:
         entry = DatasetInput(dataset, [InputTag("mlflow.data.context", context)])
         with tracking_errors(f"logging the collection of run {self.id}"):
             self.client.log_inputs(self.id, [entry])
+
+    @contextmanager
+    def ending(self, what: str) -> Iterator[None]:
+        """End the run with the block: finished, failed, or killed where Ctrl-C ended it.
+
+        Args:
+            what: was done, for the log.
+        """
+        status = "FAILED"
+        try:
+            yield
+            status = "FINISHED"
+        except KeyboardInterrupt:
+            status = "KILLED"
+            raise
+        finally:
+            self.finish(status)
+            log.info("run %s: %s %s", self.id, what, status.lower())
 
     def finish(self, status: str) -> None:
         """End the run: `FINISHED`, `FAILED` or `KILLED`."""

@@ -91,19 +91,11 @@ def train(request: TrainingRequest) -> str:
         client, request.publish.experiment_name, resumption.run_id if resumption else None
     )
     log.info("run %s (%s)", run.id, run.name)
-    status = "FAILED"
-    try:
+    with run.ending("training"):
         if resumption is None and saves:
             begin_output(str(arguments.output_dir), run.id)
         _describe(run, request, data)
         _train(request, data, run, resumption)
-        status = "FINISHED"
-    except KeyboardInterrupt:
-        status = "KILLED"
-        raise
-    finally:
-        run.finish(status)
-        log.info("run %s: training %s", run.id, status.lower())
     return run.id
 
 

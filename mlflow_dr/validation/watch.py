@@ -3,13 +3,10 @@
 from __future__ import annotations
 
 import logging
-import random
 import time
-from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from itertools import chain, islice
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -23,7 +20,7 @@ from mlflow_dr.errors import (
     UnavailableError,
 )
 from mlflow_dr.tracking.checkpoints import Checkpoint
-from mlflow_dr.tracking.claims import Claims, Watchman
+from mlflow_dr.tracking.claims import Claims
 from mlflow_dr.tracking.clock import ServerClock
 from mlflow_dr.tracking.fetching import fetched
 from mlflow_dr.tracking.following import Followed, Look
@@ -44,11 +41,13 @@ from mlflow_dr.tracking.runs import (
 )
 from mlflow_dr.tracking.status import note_summary, summary_of
 from mlflow_dr.validation.binding import Bound, Collections
+from mlflow_dr.validation.choice import Choice
 from mlflow_dr.validation.evaluate import Report, evaluate_all
-from mlflow_dr.validation.order import in_order
 from mlflow_dr.validation.plan import Plan
 
 log = logging.getLogger(__name__)
+
+SHARE_OF_LOOKS = 0.02  # of a validator's time at most, while there is work
 
 Outcome = dict[str, float] | CheckpointError | None
 
@@ -112,14 +111,11 @@ class _Worker:
         self._followed = followed
         self._plan = plan
         self._sleep = sleep
-        self._watchman = Watchman(plan.patience_seconds)
         self._patiently = Patience(followed.client, plan.poll_seconds, sleep)
         self._clock = ServerClock()
+        self._choice = Choice(plan, claims.owner.token, self._clock.now_ms)
         self._collections = Collections()
         self._bound: dict[str, list[Bound]] = {}
-        self._refused: set[str] = set()
-        self._failed_here: set[tuple[str, str]] = set()
-        self._served: dict[str, int] = defaultdict(int)
         self._noted: dict[tuple[str, str], str] = {}
         self._counts = Counts()
 
@@ -127,22 +123,33 @@ class _Worker:
         if self._followed.run is not None:
             self._bind_ahead(self._followed.run)
         while True:
+            start = time.monotonic()
             look = self._patiently(self._followed.look)
+            next_look = time.monotonic() + self._seconds_to_work(time.monotonic() - start)
+            for one in self._choice.see(look):
+                self._followed.settle(one)
             self._patiently(partial(self._note, look))
-            waiting = self._waiting(look)
-            job = self._patiently(partial(self._claimed, look, waiting))
-            if job is not None:
+            found = False
+            while job := self._patiently(self._claimed):
+                found = True
                 self._work(job)
-            elif not self._plan.follow or (look.over and not waiting):
+                if time.monotonic() >= next_look:
+                    break
+            if found or self._choice.is_stale:
+                continue
+            if not self._plan.follow or (look.over and not self._choice.is_waiting):
                 break
-            else:
-                self._sleep(self._plan.poll_seconds)
+            self._sleep(self._plan.poll_seconds)
         counts = self._counts
         log.info(
             "validated %d checkpoints of %s; %d failed",
             *(counts.done, self._followed.name, counts.failed),
         )
         return counts
+
+    def _seconds_to_work(self, look_seconds: float) -> float:
+        """How long to work by what a look has shown; long ones, where many wait, are rare."""
+        return max(self._plan.poll_seconds, look_seconds / SHARE_OF_LOOKS)
 
     def _note(self, look: Look) -> None:
         """Show on the runs how far they are, when that has changed."""
@@ -153,82 +160,22 @@ class _Worker:
                     note_summary(self._followed.run_of(of_run[0]), name, summary)
                     self._noted[run_id, name] = summary
 
-    def _waiting(self, look: Look) -> dict[str, list[Checkpoint]]:
-        """By run, the checkpoints that something remains to be done for, be it by others."""
-        waiting: dict[str, list[Checkpoint]] = defaultdict(list)
-        for one in look.checkpoints:
-            if one.pending:
-                continue
-            if not one.ready or one.step % self._plan.every or not self._open(one):
-                self._followed.settle(one)
-            elif one.run_id not in self._refused and not self._is_late(one):
-                waiting[one.run_id].append(one)
-        return waiting
-
-    def _open(self, checkpoint: Checkpoint) -> list[str]:
-        """The validations that remain to be done for a checkpoint."""
-        return [one.name for one in self._plan.validations if self._is_open(checkpoint, one.name)]
-
-    def _is_open(self, checkpoint: Checkpoint, name: str) -> bool:
-        state = state_of(checkpoint, name)
-        if state is State.FAILED:
-            tried = (checkpoint.model_id, name) in self._failed_here
-            return self._plan.retry_failed and not tried
-        return state in (State.OPEN, State.RECORDED)
-
-    def _is_late(self, checkpoint: Checkpoint) -> bool:
-        most = self._plan.max_lag_seconds
-        return most is not None and self._clock.now_ms() - checkpoint.ready_ms > 1000 * most
-
-    def _claimed(self, look: Look, waiting: Mapping[str, Sequence[Checkpoint]]) -> Job | None:
+    def _claimed(self) -> Job | None:
         """The next piece of work that is ours."""
-        free: dict[str, dict[str, list[str]]] = {}
-        for run_id, checkpoints in waiting.items():
-            for one in checkpoints:
-                names = [n for n in self._open(one) if self._watchman.is_free(one, n)]
-                if names:
-                    free.setdefault(run_id, {})[one.model_id] = names
-        # the run that has had the least of us comes first
-        for run_id in sorted(free, key=lambda one: self._served[one]):
-            # others that are at work want the same ones next: a claim that is lost costs requests
-            others = len(waiting[run_id]) - len(free[run_id])
-            ordered = self._in_order(look, run_id, free[run_id])
-            first = list(islice(ordered, others + 1))
-            random.shuffle(first)
-            for checkpoint in chain(first, ordered):
-                run = self._followed.run_of(checkpoint)
-                if not (bound := self._bound_to(run)):
-                    break
-                names = free[run_id][checkpoint.model_id]
-                group = next(one.group for one in bound if one.name in names)
-                mine = [
-                    one
-                    for one in bound
-                    if one.name in names
-                    and one.group == group
-                    and self.claims.claim(checkpoint, one.name)
-                ]
-                if mine:
-                    self._served[run_id] += 1
-                    return Job(checkpoint, run, mine)
-        return None
-
-    def _in_order(
-        self, look: Look, run_id: str, free: Mapping[str, Sequence[str]]
-    ) -> Iterator[Checkpoint]:
-        """The free checkpoints of a run, the next one first."""
-        by_step: dict[int, list[Checkpoint]] = defaultdict(list)
-        taken: set[int] = set()
-        for one in look.checkpoints:
-            if one.run_id != run_id:
+        for checkpoint, names in self._choice.candidates():
+            run = self._followed.run_of(checkpoint)
+            bound = self._bound_to(run)
+            if not bound:
+                self._choice.refuse(run.id)
                 continue
-            if one.model_id in free:
-                by_step[one.step].append(one)
-            elif one.ready and one.step % self._plan.every == 0 and not self._is_late(one):
-                taken.add(one.step)
-        steps = sorted(by_step)
-        for step in in_order(steps, sorted(taken - set(steps)), self._plan.order):
-            yield from by_step[step]
+            group = next(one.group for one in bound if one.name in names)
+            wanted = [one for one in bound if one.name in names and one.group == group]
+            mine = [one for one in wanted if self.claims.claim(checkpoint, one.name)]
+            lost_to = None if mine else self.claims.faster
+            self._choice.tried(checkpoint, [one.name for one in wanted], lost_to)
+            if mine:
+                return Job(checkpoint, run, mine)
+        return None
 
     def _work(self, job: Job) -> None:
         """Do what was claimed, and give back what is not done: because of an error, or failed."""
@@ -239,12 +186,11 @@ class _Worker:
                 outcomes[name] = self._written(job, name, outcome)
         finally:
             for one in job.bound:
-                is_done = outcomes.get(one.name) is State.DONE
-                self.claims.drop(checkpoint, one.name, finished=is_done)
-                self._watchman.forget(checkpoint, one.name)
-        failed = {name for name, state in outcomes.items() if state is State.FAILED}
-        self._failed_here |= {(checkpoint.model_id, name) for name in failed}
-        self._counts.failed += bool(failed)
+                state = outcomes.get(one.name)
+                self.claims.drop(checkpoint, one.name, finished=state is State.DONE)
+                self._choice.ended(checkpoint, one.name, state)
+        failed = State.FAILED in outcomes.values()
+        self._counts.failed += failed
         self._counts.done += bool(outcomes and not failed)
 
     def _written(self, job: Job, name: str, outcome: Outcome) -> State:
@@ -332,7 +278,6 @@ class _Worker:
                 if self._followed.run is not None:
                     raise
                 log.error("run %s is passed over: %s", run.id, error)
-                self._refused.add(run.id)
                 self._bound[run.id] = []
         return self._bound[run.id]
 

@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import tempfile
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -177,6 +178,22 @@ def test_text_that_is_not_utf8_is_named_by_its_line(tmp_path: Path) -> None:
     assert decoded("é".encode(), tmp_path / "file", 7) == "é"
     with pytest.raises(DataError, match=r"file:7: not UTF-8 text"):
         decoded("é".encode("latin-1"), tmp_path / "file", 7)
+
+
+def test_many_want_scratch_directories_at_once(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """One that is being made may be swept before it is locked; then another is made."""
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+
+    def work(_: int) -> None:
+        for _ in range(40):
+            with scratch() as directory:
+                directory.mkdir()
+
+    with ThreadPoolExecutor(8) as pool:
+        list(pool.map(work, range(8)))
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_a_scratch_directory_is_removed(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -8,7 +8,6 @@ from sentence_transformers import SentenceTransformer
 from torch import Tensor
 
 from mlflow_dr.collection.records import Passage, Query
-from mlflow_dr.encoder.changes import untie, with_projection
 from mlflow_dr.encoder.directory import load_encoder, save_encoder
 from mlflow_dr.encoder.model import Encoder
 from mlflow_dr.encoder.tokenize import Tokenizing
@@ -19,16 +18,8 @@ PASSAGES = ["A red fish lives here.", "A reef is a ridge of rock under the sea."
 
 
 @pytest.fixture
-def two_towers(make_tiny) -> Encoder:
-    settings = {"pooling": "mean", "normalize": True}
-    encoder = make_tiny(query_prompt="ask: ", query_max_length=16, **settings)
-    encoder = with_projection(encoder, None, 24).eval()
-    untie(encoder)
-    torch.manual_seed(1)
-    with torch.no_grad():
-        for weight in encoder.for_queries.parameters():
-            weight.add_(0.05 * torch.randn_like(weight))
-    return encoder
+def two_towers(make_two_towers) -> Encoder:
+    return make_two_towers(query_prompt="ask: ")
 
 
 def vectors(encoder: Encoder, rows: list[list[int]]) -> Tensor:

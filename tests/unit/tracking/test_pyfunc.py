@@ -16,7 +16,6 @@ from sentence_transformers import SentenceTransformer
 from transformers import AutoModel
 
 from mlflow_dr import pyfunc
-from mlflow_dr.encoder.changes import untie, with_projection
 from mlflow_dr.encoder.directory import load_encoder, save_encoder
 from mlflow_dr.encoder.model import Encoder
 from mlflow_dr.errors import CheckpointError, UsageError
@@ -29,17 +28,9 @@ TEXTS = ["gulls and trawlers", "The tide is in the harbour at noon.", "otter"]
 
 
 @pytest.fixture
-def encoder(make_tiny: Callable[..., Encoder]) -> Encoder:
+def encoder(make_two_towers: Callable[..., Encoder]) -> Encoder:
     """Queries and passages differ in prompt, length and weights."""
-    settings = {"pooling": "mean", "normalize": True, "passage_prompt": "tell of "}
-    encoder = make_tiny(query_prompt="find the ", query_max_length=16, **settings)
-    encoder = with_projection(encoder, None, 24).eval()
-    untie(encoder)
-    torch.manual_seed(1)
-    with torch.no_grad():
-        for weight in encoder.for_queries.parameters():
-            weight.add_(0.05 * torch.randn_like(weight))
-    return encoder
+    return make_two_towers(query_prompt="find the ", passage_prompt="tell of ")
 
 
 @pytest.fixture

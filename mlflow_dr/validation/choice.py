@@ -1,0 +1,224 @@
+"""Which checkpoint a validator takes next, beside others that follow the same."""
+
+from __future__ import annotations
+
+import random
+import time
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Sequence
+from itertools import chain, islice
+from typing import NamedTuple
+
+from mlflow_dr.tracking.checkpoints import Checkpoint
+from mlflow_dr.tracking.claims import Owner, Watchman, standing
+from mlflow_dr.tracking.following import Look
+from mlflow_dr.tracking.results import State, state_of
+from mlflow_dr.validation.order import in_order
+from mlflow_dr.validation.plan import Plan
+
+SECONDS_REMEMBERED = 120.0
+LOST_TO_LOOK_AGAIN = 2
+CHOSEN_AMONG = 4  # checkpoints for each validator at work
+
+
+class Candidate(NamedTuple):
+    """A checkpoint, and its validations that nobody is at."""
+
+    checkpoint: Checkpoint
+    names: Sequence[str]
+
+
+class Choice:
+    """What is left to do, as the last look showed it, less what was tried since.
+
+    Args:
+        plan: which checkpoints, in which order.
+        token: the validator's own, in its claims.
+        now_ms: the server's time, in ms since 1970.
+        clock: seconds that pass.
+    """
+
+    def __init__(
+        self,
+        plan: Plan,
+        token: str,
+        now_ms: Callable[[], int],
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._plan = plan
+        self._now_ms = now_ms
+        self._watchman = Watchman(plan.patience_seconds)
+        self._turns = Turns(token, clock)
+        self._look = Look([], over=False)
+        self._waiting: dict[str, list[Checkpoint]] = {}
+        self._free: dict[str, dict[str, list[str]]] = {}
+        self._settled: dict[str, Checkpoint] = {}
+        self._refused: set[str] = set()
+        self._failed_here: set[tuple[str, str]] = set()
+        self._served: dict[str, int] = defaultdict(int)
+        self._tried = self._lost = 0
+
+    @property
+    def is_waiting(self) -> bool:
+        """Whether something remained to be done at the last look, be it by others."""
+        return any(self._waiting.values())
+
+    @property
+    def is_stale(self) -> bool:
+        """Whether others have taken what the last look showed as free."""
+        return self._lost >= LOST_TO_LOOK_AGAIN
+
+    def see(self, look: Look) -> list[Checkpoint]:
+        """Take in what there is now; returns what nothing remains to be done for."""
+        self._look = look
+        self._tried = self._lost = 0
+        settled: list[Checkpoint] = []
+        self._waiting = defaultdict(list)
+        self._free = defaultdict(dict)
+        names = [one.name for one in self._plan.validations]
+        for one in look.checkpoints:
+            if one.pending or self._settled.get(one.model_id) is one:
+                continue
+            self._turns.see(one, names)
+            left = self._open(one)
+            if not self._is_meant(one) or not left:
+                settled.append(one)
+                self._settled[one.model_id] = one
+            elif one.run_id not in self._refused and not self._is_late(one):
+                self._waiting[one.run_id].append(one)
+                if free := [name for name in left if self._watchman.is_free(one, name)]:
+                    self._free[one.run_id][one.model_id] = free
+        return settled
+
+    def candidates(self) -> Iterator[Candidate]:
+        """What to try, the best first: of the run that has had the least of us.
+
+        Ends early where so much was lost to others that another look is cheaper.
+        """
+        for run_id in sorted(self._free, key=lambda one: self._served[one]):
+            ordered = self._turns.ours_first(
+                self._in_order(run_id), self._look.checkpoints, self._tried
+            )
+            for one in ordered:
+                if run_id in self._refused or self.is_stale:
+                    break
+                if not self._is_late(one):
+                    yield Candidate(one, self._free[run_id][one.model_id])
+
+    def refuse(self, run_id: str) -> None:
+        """Pass over a run from now on."""
+        self._refused.add(run_id)
+
+    def tried(
+        self, checkpoint: Checkpoint, names: Sequence[str], lost_to: Owner | None = None
+    ) -> None:
+        """These validations were claimed, or lost to another: they are not tried again now."""
+        of_run = self._free[checkpoint.run_id]
+        left = [name for name in of_run[checkpoint.model_id] if name not in names]
+        if left:
+            of_run[checkpoint.model_id] = left
+        else:
+            del of_run[checkpoint.model_id]
+        self._tried += 1
+        if lost_to is None:
+            self._served[checkpoint.run_id] += 1
+        else:
+            self._lost += 1
+            self._turns.note(lost_to)
+
+    def ended(self, checkpoint: Checkpoint, name: str, state: State | None) -> None:
+        """What came of a validation that was claimed; None if nothing did."""
+        self._watchman.forget(checkpoint, name)
+        if state is State.FAILED:
+            self._failed_here.add((checkpoint.model_id, name))
+
+    def _is_meant(self, checkpoint: Checkpoint) -> bool:
+        return checkpoint.ready and checkpoint.step % self._plan.every == 0
+
+    def _open(self, checkpoint: Checkpoint) -> list[str]:
+        """The validations that remain to be done for a checkpoint."""
+        return [one.name for one in self._plan.validations if self._is_open(checkpoint, one.name)]
+
+    def _is_open(self, checkpoint: Checkpoint, name: str) -> bool:
+        state = state_of(checkpoint, name)
+        if state is State.FAILED:
+            tried = (checkpoint.model_id, name) in self._failed_here
+            return self._plan.retry_failed and not tried
+        return state in (State.OPEN, State.RECORDED)
+
+    def _is_late(self, checkpoint: Checkpoint) -> bool:
+        most = self._plan.max_lag_seconds
+        return most is not None and self._now_ms() - checkpoint.ready_ms > 1000 * most
+
+    def _in_order(self, run_id: str) -> Iterator[Checkpoint]:
+        """The free checkpoints of a run, the next one first."""
+        free = set(self._free[run_id])
+        by_step: dict[int, list[Checkpoint]] = defaultdict(list)
+        taken: set[int] = set()
+        for one in self._look.checkpoints:
+            if one.run_id != run_id:
+                continue
+            if one.model_id in free:
+                by_step[one.step].append(one)
+            elif self._is_meant(one) and not self._is_late(one):
+                taken.add(one.step)
+        steps = sorted(by_step)
+        for step in in_order(steps, sorted(taken - set(steps)), self._plan.order):
+            yield from by_step[step]
+
+
+class Turns:
+    """Keeps validators that choose among the same checkpoints out of each other's way.
+
+    A claim that is lost costs requests. Each of m validators at work prefers those of the next few
+    checkpoints whose place among all is its own number modulo m; no one is told a number: it is the
+    place of its token among the tokens that were seen in claims lately.
+
+    Args:
+        token: our own.
+        clock: seconds that pass.
+    """
+
+    def __init__(self, token: str, clock: Callable[[], float]) -> None:
+        self._token = token
+        self._clock = clock
+        self._claims_seen: dict[tuple[str, str], int] = {}
+        self._last_seen: dict[str, float] = {}
+
+    def see(self, checkpoint: Checkpoint, names: Sequence[str]) -> None:
+        """Learn from a checkpoint who is at work."""
+        for name in names:
+            claim, key = standing(checkpoint, name), (checkpoint.model_id, name)
+            if claim is None or claim.owner is None or self._claims_seen.get(key) == claim.attempt:
+                continue
+            self._claims_seen[key] = claim.attempt
+            if not claim.given_back and not claim.owner.is_gone:
+                self.note(claim.owner)
+
+    def note(self, owner: Owner) -> None:
+        """This validator is at work."""
+        self._last_seen[owner.token] = self._clock()
+
+    def ours_first(
+        self, ordered: Iterator[Checkpoint], everything: Sequence[Checkpoint], tried: int = 0
+    ) -> Iterator[Checkpoint]:
+        """Of the next few, our own before those of others; then the rest as it is ordered.
+
+        Args:
+            ordered: what is free, the next one first.
+            everything: all checkpoints; a place among these makes one ours.
+            tried: how many we have taken since these were seen; others took about as many each.
+        """
+        since = self._clock() - SECONDS_REMEMBERED
+        others = {token for token, seen in self._last_seen.items() if seen >= since}
+        tokens = sorted(others | {self._token})
+        if len(tokens) == 1:
+            yield from ordered
+            return
+        number = tokens.index(self._token)
+        places = {one.model_id: place for place, one in enumerate(everything)}
+        few = list(islice(ordered, (CHOSEN_AMONG + tried) * len(tokens)))
+        ours = [one for one in few if places[one.model_id] % len(tokens) == number]
+        left = [one for one in few if places[one.model_id] % len(tokens) != number]
+        random.shuffle(left)
+        yield from chain(ours, left, ordered)
