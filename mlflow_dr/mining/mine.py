@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import gzip
 import logging
 import time
@@ -22,16 +23,17 @@ from mlflow_dr.collection.interface import Collection, Examples
 from mlflow_dr.collection.records import Example, Query
 from mlflow_dr.errors import UsageError
 from mlflow_dr.files import written_beside
-from mlflow_dr.mining.miner import BM25, Bm25Miner, Miner, dense_miner
 from mlflow_dr.mining.questions import Barred, Questions, questions_of
 from mlflow_dr.mining.rule import Rule, choose
 from mlflow_dr.retrieval.answers import AnswerFinder
 from mlflow_dr.retrieval.bm25 import Bm25Settings
 from mlflow_dr.retrieval.ranking import Found
+from mlflow_dr.retrieval.searchers import Bm25Searcher, DenseSearcher, Searcher
 
 log = logging.getLogger(__name__)
 
 TRAIN = "train"
+BM25 = "bm25"
 
 
 @dataclass(frozen=True)
@@ -165,16 +167,21 @@ def _judged(request: Mining, collection: Collection, corpus: Corpus) -> Iterator
         yield from (examples[index] for index in range(len(examples)))
 
 
-def _miner(request: Mining) -> Miner:
+def _miner(request: Mining) -> Searcher:
     if request.miner.lower() == BM25:
-        return Bm25Miner(request.bm25)
-    return dense_miner(
-        request.miner,
-        request.device,
-        request.dtype,
-        request.trust_remote_code,
-        request.tracking_uri,
-    )
+        return Bm25Searcher(request.bm25)
+    # only here: BM25 needs no torch, which takes seconds to import
+    from mlflow_dr.encoder.directory import load_encoder
+    from mlflow_dr.tracking.encoders import fetched_encoder
+
+    name = request.miner
+    try:
+        with fetched_encoder(name, request.tracking_uri) as directory:
+            encoder = load_encoder(directory, trust_remote_code=request.trust_remote_code)
+    except UsageError as error:
+        hint = f"did you mean {BM25}? " if difflib.get_close_matches(name.lower(), [BM25]) else ""
+        raise UsageError(f"cannot mine with {name!r}: {hint}{error}") from error
+    return DenseSearcher(encoder, request.device, request.dtype)
 
 
 def _records(

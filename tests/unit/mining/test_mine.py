@@ -16,9 +16,9 @@ from mlflow_dr.encoder.model import Encoder
 from mlflow_dr.errors import CheckpointError, DataError, UsageError
 from mlflow_dr.mining import mine as module
 from mlflow_dr.mining.mine import Mining, mine
-from mlflow_dr.mining.miner import Bm25Miner
 from mlflow_dr.mining.rule import Rule
 from mlflow_dr.retrieval.bm25 import Bm25Settings
+from mlflow_dr.retrieval.searchers import Bm25Searcher
 
 Folder = Callable[..., Path]
 SUBJECTS = ("gull", "ship", "otter", "storm", "ferry", "diver")
@@ -212,7 +212,7 @@ def test_equal_requests_write_equal_files(folder: Path) -> None:
 
 def test_batches_of_queries_do_not_matter(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     whole = mined(folder)
-    monkeypatch.setattr("mlflow_dr.mining.miner.QUERIES_PER_BATCH", 7)
+    monkeypatch.setattr("mlflow_dr.retrieval.searchers.QUERIES_PER_BATCH", 7)
     assert mined(folder) == whole
 
 
@@ -220,13 +220,13 @@ def test_the_search_is_as_deep_as_the_rule_and_the_positives(
     folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     asked = []
-    search = Bm25Miner.search
+    search = Bm25Searcher.search
 
     def watched(self, corpus, queries, k, also):  # type: ignore[no-untyped-def]
         asked.append(k)
         return search(self, corpus, queries, k, also)
 
-    monkeypatch.setattr(Bm25Miner, "search", watched)
+    monkeypatch.setattr(Bm25Searcher, "search", watched)
     mined(folder)
     with (folder / "qrels" / "train.tsv").open("a") as file:
         file.writelines(f"q-gull-mast\tp-{s}-{p}\t1\n" for s in SUBJECTS[1:] for p in PLACES)

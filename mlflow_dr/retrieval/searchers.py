@@ -1,8 +1,7 @@
-"""What searches for negatives: BM25, or any encoder."""
+"""Searching a corpus for many queries at once: by BM25, or by any encoder."""
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Protocol
 
@@ -10,7 +9,6 @@ import numpy as np
 
 from mlflow_dr.collection.corpus import Corpus
 from mlflow_dr.collection.records import Query
-from mlflow_dr.errors import UsageError
 from mlflow_dr.progress import progress_bar
 from mlflow_dr.retrieval.bm25 import Bm25Settings, bm25_index
 from mlflow_dr.retrieval.ranking import Found
@@ -18,15 +16,14 @@ from mlflow_dr.retrieval.ranking import Found
 if TYPE_CHECKING:
     from mlflow_dr.encoder.model import Encoder
 
-BM25 = "bm25"
 QUERIES_PER_BATCH = 1024
 
 
-class Miner(Protocol):
+class Searcher(Protocol):
     """Searches a corpus for many queries."""
 
     def search(
-        self, corpus: Corpus, queries: Sequence[Query], k: int, also: Sequence[np.ndarray]
+        self, corpus: Corpus, queries: Sequence[Query], k: int, also: Sequence[np.ndarray] = ()
     ) -> Iterator[Found]:
         """The best k passages of each query, and the scores of the rows in `also`.
 
@@ -35,16 +32,16 @@ class Miner(Protocol):
         """
 
 
-class Bm25Miner:
+class Bm25Searcher:
     """Searches by BM25."""
 
-    def __init__(self, settings: Bm25Settings) -> None:
+    def __init__(self, settings: Bm25Settings | None = None) -> None:
         self._settings = settings
 
     def search(
-        self, corpus: Corpus, queries: Sequence[Query], k: int, also: Sequence[np.ndarray]
+        self, corpus: Corpus, queries: Sequence[Query], k: int, also: Sequence[np.ndarray] = ()
     ) -> Iterator[Found]:
-        """See `Miner`."""
+        """See `Searcher`."""
         index = bm25_index(corpus, self._settings)
         with progress_bar(len(queries), "searching by BM25", "queries") as bar:
             for start in range(0, len(queries), QUERIES_PER_BATCH):
@@ -53,7 +50,7 @@ class Bm25Miner:
                 bar.update(len(queries[some]))
 
 
-class DenseMiner:
+class DenseSearcher:
     """Searches by an encoder's vectors.
 
     Args:
@@ -72,9 +69,9 @@ class DenseMiner:
         self._encoder = encoder.eval().to(place, DTYPES[resolve_dtype(dtype, place)])
 
     def search(
-        self, corpus: Corpus, queries: Sequence[Query], k: int, also: Sequence[np.ndarray]
+        self, corpus: Corpus, queries: Sequence[Query], k: int, also: Sequence[np.ndarray] = ()
     ) -> Iterator[Found]:
-        """See `Miner`; all queries are searched for in one pass over the corpus."""
+        """See `Searcher`; all queries are searched for in one pass over the corpus."""
         from mlflow_dr.encoder.tables import corpus_tokens
         from mlflow_dr.encoder.tokenize import Tokenizing
         from mlflow_dr.retrieval.dense import search_corpus
@@ -83,25 +80,3 @@ class DenseMiner:
         table = corpus_tokens(corpus, tokenizing)
         ranks = corpus.tie_ranks()
         yield search_corpus(self._encoder, tokenizing, queries, table, ranks, k, also)
-
-
-def dense_miner(
-    name: str, device: str, dtype: str, trust_remote_code: bool, tracking_uri: str | None
-) -> DenseMiner:
-    """The miner of an encoder: a directory, a hub name, or `models:/<id>`.
-
-    Raises:
-        UsageError: no such encoder, device or dtype.
-        CheckpointError: its files are damaged.
-        TrackingError: no such model, or no server.
-    """
-    from mlflow_dr.encoder.directory import load_encoder
-    from mlflow_dr.tracking.encoders import fetched_encoder
-
-    try:
-        with fetched_encoder(name, tracking_uri) as directory:
-            encoder = load_encoder(directory, trust_remote_code=trust_remote_code)
-    except UsageError as error:
-        hint = f"did you mean {BM25}? " if difflib.get_close_matches(name.lower(), [BM25]) else ""
-        raise UsageError(f"cannot mine with {name!r}: {hint}{error}") from error
-    return DenseMiner(encoder, device, dtype)
