@@ -13,6 +13,7 @@ from mlflow_dr.cli.options import (
     evaluation_options,
     file_options,
     given_dataset,
+    subset_options,
     tracking_uri,
 )
 
@@ -24,6 +25,7 @@ from mlflow_dr.cli.options import (
 @click.option("--split", help="The queries to put (default: dev, else test).")
 @click.option("--output", type=click.Path(path_type=Path), help="Write the report here, as JSON.")
 @click.option("--ranking", type=click.Path(path_type=Path), help="Write a TREC run file here.")
+@subset_options
 @evaluation_options
 @encoder_options
 @click.option("--trust-remote-code", is_flag=True, help="Let code in the directory run.")
@@ -33,6 +35,7 @@ def command(
     candidate_dir: Path | None,
     query_files: tuple[Path, ...],
     qrel_files: tuple[Path, ...],
+    subsets: tuple[str, ...],
     **options: Any,
 ) -> None:
     """Measure one encoder on one collection, without tracking.
@@ -49,10 +52,12 @@ def command(
         raise click.UsageError("give --dataset, or --candidate-dir, --query-file and --qrel-file")
     if len(sets) > 1 and not options["split"]:
         raise click.UsageError(f"which query file? Choose one: --split {' or '.join(sets)}")
+    if len(subsets) > 1:
+        raise click.UsageError("one --subset at a time; + joins several to one")
 
     from mlflow_dr.validation.once import Once, evaluate_once
 
-    report = evaluate_once(Once(dataset=dataset, **options))
+    report = evaluate_once(Once(dataset=dataset, subset=next(iter(subsets), None), **options))
     for name, value in report.measures.items():
         click.echo(f"{name}\t{value:.4f}")
     click.echo(

@@ -109,6 +109,33 @@ def encoder_options(function: Callable[..., Any]) -> Callable[..., Any]:
     return function
 
 
+subset = click.option(
+    "--subset",
+    "subsets",
+    multiple=True,
+    help="Encode only a part of the corpus, and the judged passages: random:N, bm25@K, "
+    "ranking:FILE@K, pool:FILE,FILE@K, encoder:NAME@K, rerank:FILE@K, queries:N, full; joined "
+    "by +.",
+)
+judged = click.option(
+    "--judged",
+    type=click.Choice(("relevant", "all")),
+    default="relevant",
+    show_default=True,
+    help="Which judged passages are always in a subset.",
+)
+seed = click.option(
+    "--seed", type=click.IntRange(min=0), default=0, help="Of what a subset draws by lot."
+)
+
+
+def subset_options(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Which part of the corpus is encoded."""
+    for option in (seed, judged, subset):
+        function = option(function)
+    return function
+
+
 def file_options(function: Callable[..., Any]) -> Callable[..., Any]:
     """A collection's files, as Asyncval takes them, instead of its name."""
     for option in (

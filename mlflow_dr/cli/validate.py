@@ -15,6 +15,7 @@ from mlflow_dr.cli.options import (
     evaluation_options,
     file_options,
     given_dataset,
+    subset_options,
     tracking_uri,
 )
 
@@ -39,9 +40,25 @@ ORDERS = ("oldest", "newest", "bisect")
     help="The queries to put (default: the run's, else dev, else test). Of several, each is a "
     "validation of its own, called NAME-SPLIT.",
 )
+@subset_options
+@click.option(
+    "--refine",
+    metavar="SUBSET@N",
+    help="Besides, validate the N checkpoints that are best so far on this, such as full@3.",
+)
+@click.option(
+    "--keep-up",
+    is_flag=True,
+    help="Of several --subset, take the largest that keeps up with the trainer.",
+)
 @evaluation_options
 @encoder_options
-@click.option("--name", default="val", show_default=True, help="Prefixes the metrics.")
+@click.option(
+    "--name",
+    default="val",
+    show_default=True,
+    help="Prefixes the metrics; of a subset, its name is added.",
+)
 @click.option(
     "--config",
     type=click.Path(path_type=Path),
@@ -161,9 +178,10 @@ def _plan(
     from mlflow_dr.encoder.config import changes_of
     from mlflow_dr.engines.devices import resolve_device
     from mlflow_dr.retrieval.measures import check_depth, parse_measures
+    from mlflow_dr.subsets.spec import parse_spec
     from mlflow_dr.validation.evaluate import Settings
     from mlflow_dr.validation.order import Order
-    from mlflow_dr.validation.plan import Plan, each_split, read_plan
+    from mlflow_dr.validation.plan import Plan, each_split, read_plan, refining
 
     measures = parse_measures(options["measures"])
     check_depth(measures, options["depth"])
@@ -175,12 +193,17 @@ def _plan(
         options["dtype"],
         options["keep_own_id"],
     )
+    subsets = [parse_spec(text, options["seed"], options["judged"]) for text in options["subsets"]]
+    validations = each_split(settings, name, dataset, splits, subsets)
+    if options["refine"]:
+        validations += refining(options["refine"], validations, options["seed"])
     plan = Plan(
-        each_split(settings, name, dataset, splits),
+        validations,
         order=Order(options["order"]),
         every=options["every"],
         max_lag_seconds=options["max_lag"],
         retry_failed=options["retry_failed"],
+        keep_up=options["keep_up"],
         follow=options["follow"],
         poll_seconds=options["poll_seconds"],
         encoder_changes=changes_of(

@@ -6,7 +6,7 @@ Memory does not grow with the corpus: vectors are compared with the queries and 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -15,15 +15,35 @@ from torch import Tensor
 from mlflow_dr.collection.records import Query
 from mlflow_dr.encoder.model import Encoder
 from mlflow_dr.encoder.tokenize import Tokenizing
+from mlflow_dr.errors import CheckpointError
 from mlflow_dr.progress import progress_bar
 from mlflow_dr.retrieval.encode import check_finite, encode_all, encode_batches
 from mlflow_dr.retrieval.ranking import Found
-from mlflow_dr.retrieval.search import TopK, default_search
+from mlflow_dr.retrieval.search import OVERFLOW, TopK, default_search
 from mlflow_dr.stores.token_table import TokenTable, token_table
 
 PASSAGES_PER_CHUNK = 16384
 # merging the best so far takes several times their memory: so many queries are merged at a time
 QUERIES_PER_MERGE = 65536
+
+
+class Search(NamedTuple):
+    """What is sought in one pass over a corpus.
+
+    Attributes:
+        queries: what is asked.
+        k: passages for each query; no more than there are are found.
+        within: only these rows of the corpus, ascending, `(n,) int64`; all when None.
+        candidates: for each query the only rows that it ranks; None for no such limit.
+        also: for each query rows whose scores are wanted whatever their rank; nothing, or one
+            array for each query.
+    """
+
+    queries: Sequence[Query]
+    k: int
+    within: np.ndarray | None = None
+    candidates: Sequence[np.ndarray] | None = None
+    also: Sequence[np.ndarray] = ()
 
 
 def search_corpus(
@@ -36,17 +56,30 @@ def search_corpus(
     also: Sequence[np.ndarray] = (),
     quiet: bool = False,
 ) -> Found:
-    """The best k passages of each query, by dot product of vectors that are made on the way.
+    """The best k passages of each query of one search over a whole corpus; see `search_all`."""
+    search = Search(queries, k, also=also)
+    (found,) = search_all(encoder, tokenizing, [search], table, tie_ranks, quiet)
+    return found
+
+
+def search_all(
+    encoder: Encoder,
+    tokenizing: Tokenizing,
+    searches: Sequence[Search],
+    table: TokenTable,
+    tie_ranks: np.ndarray,
+    quiet: bool = False,
+) -> list[Found]:
+    """The best passages of each query, by dot product of vectors that are made on the way.
+
+    Each query, and each passage that some search wants, is encoded once.
 
     Args:
         encoder: on its device and in its dtype, in evaluation mode.
         tokenizing: how the encoder's passages became token ids.
-        queries: what is asked.
+        searches: what is sought.
         table: the corpus as token ids.
         tie_ranks: each passage's place among equal scores, `(n_passages,) int64`.
-        k: passages for each query; no more than the corpus has are found.
-        also: for each query rows whose scores are wanted whatever their rank; nothing, or one
-            array for each query.
         quiet: no progress bar.
 
     Raises:
@@ -54,23 +87,111 @@ def search_corpus(
     """
     tower = encoder.for_queries
     asking = Tokenizing(tower.tokenizer, tower.settings)
-    vectors = encode_all(tower, token_table(asking.query_ids(queries)), asking.pad_id, "query")
-    device = vectors.device
-    groups = vectors.split(QUERIES_PER_MERGE)
-    tops = [TopK(len(group), k, tie_ranks, device) for group in groups]
-    pairs = _Pairs(also, len(table))
-    search = default_search(device)
-    with progress_bar(len(table), "encoding the corpus", "passages", quiet) as bar:
-        for rows, chunk in _chunks(encoder, table, tokenizing.pad_id, bar):
+    distinct, places = _distinct([one.queries for one in searches])
+    vectors = encode_all(tower, token_table(asking.query_ids(distinct)), asking.pad_id, "query")
+    seekers = [
+        _Seeker(search, vectors[torch.from_numpy(place).to(vectors.device)], tie_ranks)
+        for search, place in zip(searches, places, strict=True)
+    ]
+    rows = wanted_rows(searches, len(table))
+    total = len(table) if rows is None else len(rows)
+    with progress_bar(total, "encoding the corpus", "passages", quiet) as bar:
+        for of_chunk, chunk in _chunks(encoder, table, tokenizing.pad_id, rows, bar):
             check_finite(chunk, "passage")
-            pairs.update(vectors, chunk, rows)
-            for group, top in zip(groups, tops, strict=True):
-                top.update(group, chunk, rows, search)
-    return Found(
-        np.concatenate([top.rows.cpu().numpy() for top in tops]),
-        np.concatenate([top.scores.cpu().numpy() for top in tops]),
-        pairs.scores(),
-    )
+            for seeker in seekers:
+                seeker.update(chunk, of_chunk)
+    return [seeker.found() for seeker in seekers]
+
+
+def wanted_rows(searches: Sequence[Search], n_passages: int) -> np.ndarray | None:
+    """The rows that some search wants, ascending, `(n,) int64`; None for all."""
+    wanted = np.zeros(n_passages, bool)
+    for one in searches:
+        if one.candidates is not None:
+            for rows in one.candidates:
+                wanted[rows] = True
+        elif one.within is None:
+            return None
+        else:
+            wanted[one.within] = True
+        for rows in one.also:
+            wanted[rows] = True
+    return np.flatnonzero(wanted)
+
+
+def _distinct(groups: Sequence[Sequence[Query]]) -> tuple[list[Query], list[np.ndarray]]:
+    """Each query once, and where the queries of each group are among them."""
+    places: dict[int, int] = {}
+    distinct: list[Query] = []
+    for query in (query for group in groups for query in group):
+        if places.setdefault(id(query), len(distinct)) == len(distinct):
+            distinct.append(query)
+    return distinct, [np.array([places[id(one)] for one in group], np.int64) for group in groups]
+
+
+class _Seeker:
+    """One search, as the passages come by."""
+
+    def __init__(self, search: Search, queries: Tensor, tie_ranks: np.ndarray) -> None:
+        self._search = search
+        self._queries = queries
+        self._ranks = tie_ranks
+        self._method = default_search(queries.device)
+        self._pairs = _Pairs(search.candidates or search.also, len(tie_ranks))
+        self._groups = () if search.candidates else queries.split(QUERIES_PER_MERGE)
+        self._tops = [
+            TopK(len(group), search.k, tie_ranks, queries.device) for group in self._groups
+        ]
+        self._within: Tensor | None = None
+        if search.within is not None:
+            self._within = torch.zeros(len(tie_ranks), dtype=torch.bool, device=queries.device)
+            self._within[torch.from_numpy(search.within).to(queries.device)] = True
+
+    def update(self, chunk: Tensor, rows: Tensor) -> None:
+        self._pairs.update(self._queries, chunk, rows)
+        if self._within is not None:
+            here = self._within[rows]
+            chunk, rows = chunk[here], rows[here]
+        if len(rows):
+            for group, top in zip(self._groups, self._tops, strict=True):
+                top.update(group, chunk, rows, self._method)
+
+    def found(self) -> Found:
+        if self._search.candidates is not None:
+            return ranked_candidates(
+                self._search.candidates, self._pairs.scores(), self._search.k, self._ranks
+            )
+        return Found(
+            np.concatenate([top.rows.cpu().numpy() for top in self._tops]),
+            np.concatenate([top.scores.cpu().numpy() for top in self._tops]),
+            self._pairs.scores(),
+        )
+
+
+def ranked_candidates(
+    candidates: Sequence[np.ndarray], scores: Sequence[np.ndarray], k: int, ranks: np.ndarray
+) -> Found:
+    """Each query's own candidates by descending score, equal ones by rank.
+
+    Args:
+        candidates: rows of each query, `(n_candidates,) int64`.
+        scores: their scores, `(n_candidates,) float32`.
+        k: how many to keep.
+        ranks: each passage's place among equal scores, `(n_passages,) int64`.
+
+    Raises:
+        CheckpointError: the scores overflow.
+    """
+    width = min(k, max((len(rows) for rows in candidates), default=0))
+    best = np.full((len(candidates), width), -1, np.int64)
+    values = np.full((len(candidates), width), -np.inf, np.float32)
+    for place, (rows, of_query) in enumerate(zip(candidates, scores, strict=True)):
+        if not np.isfinite(of_query).all():
+            raise CheckpointError(OVERFLOW)
+        order = np.lexsort((ranks[rows], -of_query))[:width]
+        best[place, : len(order)] = rows[order]
+        values[place, : len(order)] = of_query[order]
+    return Found(best, values, [])
 
 
 class _Pairs:
@@ -102,13 +223,13 @@ class _Pairs:
 
 
 def _chunks(
-    encoder: Encoder, table: TokenTable, pad_id: int, bar: Any
+    encoder: Encoder, table: TokenTable, pad_id: int, wanted: np.ndarray | None, bar: Any
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """Encoded batches gathered into chunks that are worth a search: rows and vectors."""
     rows: list[np.ndarray] = []
     vectors: list[Tensor] = []
     gathered = 0
-    for batch_rows, batch in encode_batches(encoder, table, pad_id):
+    for batch_rows, batch in encode_batches(encoder, table, pad_id, rows=wanted):
         rows.append(batch_rows)
         vectors.append(batch)
         gathered += len(batch_rows)

@@ -39,15 +39,20 @@ def plan_batches(lengths: np.ndarray, max_tokens: int) -> list[np.ndarray]:
 
 @torch.inference_mode()
 def encode_batches(
-    encoder: Encoder, table: TokenTable, pad_id: int, max_tokens: int | None = None
+    encoder: Encoder,
+    table: TokenTable,
+    pad_id: int,
+    max_tokens: int | None = None,
+    rows: np.ndarray | None = None,
 ) -> Iterator[tuple[np.ndarray, Tensor]]:
-    """Vectors of every row of a table, batch by batch.
+    """Vectors of the rows of a table, batch by batch.
 
     Args:
         encoder: on its device and in its dtype.
         table: token ids.
         pad_id: the token id of padding.
         max_tokens: token budget of a batch; chosen by device when None.
+        rows: which rows, `(n_rows,) int64`; all when None.
 
     Yields:
         Row numbers `(n,) int64` and their vectors `(n, dim) float32` on the encoder's device.
@@ -56,12 +61,14 @@ def encode_batches(
     """
     device = encoder.device
     budget = max_tokens or TOKENS_PER_BATCH[device.type]
-    for rows in plan_batches(table.lengths, budget):
-        ids, mask = (torch.from_numpy(array) for array in table.padded(rows, pad_id))
+    lengths = table.lengths if rows is None else table.lengths[rows]
+    for places in plan_batches(lengths, budget):
+        of_batch = places if rows is None else rows[places]
+        ids, mask = (torch.from_numpy(array) for array in table.padded(of_batch, pad_id))
         if device.type == "cuda":
             ids, mask = ids.pin_memory(), mask.pin_memory()
         yield (
-            rows,
+            of_batch,
             encoder(ids.to(device, non_blocking=True), mask.to(device, non_blocking=True)),
         )
 

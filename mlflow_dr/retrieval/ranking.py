@@ -46,18 +46,25 @@ def named_ranking(
     Args:
         queries: the queries, in the order of `rows`.
         corpus: knows the passages' ids.
-        rows: corpus rows, the best first, `(n_queries, k) int64`.
+        rows: corpus rows, the best first, `(n_queries, k) int64`; -1 where there is none.
         scores: `(n_queries, k) float32`.
         depth: passages to keep for each query.
         keep_own_id: keep a passage that has the query's own id. BEIR leaves it out, because in
             some of its collections the queries are passages of the corpus.
     """
     used, places = np.unique(rows, return_inverse=True)
-    ids = np.array(corpus.ids.take(used).to_pylist(), dtype=object)[places.reshape(rows.shape)]
+    names = corpus.ids.take(used[used >= 0]).to_pylist()
+    if len(names) < len(used):
+        names.insert(0, None)
+    ids = np.array(names, dtype=object)[places.reshape(rows.shape)]
     ranking = {}
     for query, passage_ids, values in zip(queries, ids, scores.tolist(), strict=True):
         found = zip(passage_ids, values, strict=True)
-        kept = [(pid, score) for pid, score in found if keep_own_id or pid != query.id]
+        kept = [
+            (pid, score)
+            for pid, score in found
+            if pid is not None and (keep_own_id or pid != query.id)
+        ]
         ranking[query.id] = kept[:depth]
     return ranking
 

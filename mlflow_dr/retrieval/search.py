@@ -15,6 +15,10 @@ from torch import Tensor
 from mlflow_dr.errors import CheckpointError, MissingExtraError
 
 SCORES_PER_BLOCK = 1 << 26
+OVERFLOW = (
+    "dot products of queries and passages overflow fp32; the encoder's vectors are so large that "
+    "its weights must be broken"
+)
 
 ChunkSearch = Callable[[Tensor, Tensor, int, Tensor], tuple[Tensor, Tensor]]
 """queries (n_queries, dim), chunk (n, dim), k, ranks (n,) -> scores and places (n_queries, k)."""
@@ -53,10 +57,7 @@ class TopK:
         scores, places = search(queries, chunk, min(self._k, len(chunk)), self._ranks[rows])
         # FAISS fills up with place -1 where a score is NaN or minus infinity
         if bool((places < 0).any()) or not bool(scores.isfinite().all()):
-            raise CheckpointError(
-                "dot products of queries and passages overflow fp32; the encoder's vectors are so "
-                "large that its weights must be broken"
-            )
+            raise CheckpointError(OVERFLOW)
         self._merge(scores, rows[places])
 
     def _merge(self, scores: Tensor, rows: Tensor) -> None:

@@ -28,21 +28,38 @@ TEXTS_WORTH_A_PROCESS = 100_000
 class TokenTable:
     """Token ids by row, memory-mapped.
 
+    Args:
+        ids: of all texts, end to end.
+        starts: where each text starts, `(n_texts,) int64`.
+        lengths: see below.
+
     Attributes:
         lengths: number of tokens of each text, `(n_texts,) int64`.
     """
 
-    def __init__(self, ids: np.ndarray, offsets: np.ndarray) -> None:
+    def __init__(self, ids: np.ndarray, starts: np.ndarray, lengths: np.ndarray) -> None:
         self._ids = ids
-        self._offsets = offsets
-        self.lengths = np.diff(offsets)
+        self._starts = starts
+        self.lengths = lengths
 
     def __len__(self) -> int:
         return len(self.lengths)
 
     def __getitem__(self, row: int) -> np.ndarray:
         """Token ids of one text, `(length,) uint16 or uint32`."""
-        return self._ids[self._offsets[row] : self._offsets[row + 1]]
+        start = self._starts[row]
+        return self._ids[start : start + self.lengths[row]]
+
+    def spread(self, rows: np.ndarray, n_texts: int) -> TokenTable:
+        """The table of more texts, of which only some have tokens: those at `rows` are this one's.
+
+        Args:
+            rows: the row of each text in the new table, `(n,) int64`.
+            n_texts: rows of the new table.
+        """
+        starts, lengths = np.zeros(n_texts, np.int64), np.zeros(n_texts, np.int64)
+        starts[rows], lengths[rows] = self._starts, self.lengths
+        return TokenTable(self._ids, starts, lengths)
 
     def padded(self, rows: np.ndarray, pad_id: int) -> tuple[np.ndarray, np.ndarray]:
         """Texts side by side, padded at the right to the longest of them.
@@ -54,7 +71,7 @@ class TokenTable:
         longest = int(lengths.max())
         columns = np.arange(longest)
         mask = columns < lengths[:, None]
-        places = np.where(mask, self._offsets[rows][:, None] + columns, 0)
+        places = np.where(mask, self._starts[rows][:, None] + columns, 0)
         ids = np.where(mask, self._ids[places], pad_id).astype(np.int64)
         return ids, mask.astype(np.int64)
 
@@ -81,7 +98,7 @@ def cached_token_table(
     """
     dtype = np.uint16 if vocabulary_size <= 1 << 16 else np.uint32
     room = build_once(
-        cache_dir() / "tokens" / digest_of(LAYOUT, key),
+        _place(key),
         lambda partial: _write(
             partial, _tokenised(texts, tokenize, total, processes), dtype, total, description
         ),
@@ -90,15 +107,23 @@ def cached_token_table(
     path = room / "ids.bin"
     empty = path.stat().st_size == 0
     ids = np.empty(0, dtype) if empty else np.memmap(path, dtype=dtype, mode="r")
-    return TokenTable(ids, offsets)
+    return TokenTable(ids, offsets[:-1], np.diff(offsets))
+
+
+def is_cached(key: str) -> bool:
+    """Whether the cache has the token table of this key."""
+    return _place(key).exists()
+
+
+def _place(key: str) -> Path:
+    return cache_dir() / "tokens" / digest_of(LAYOUT, key)
 
 
 def token_table(token_ids: Sequence[Sequence[int]]) -> TokenTable:
     """A token table in memory, for a few thousand texts such as the queries of a split."""
     lengths = np.fromiter((len(ids) for ids in token_ids), np.int64, len(token_ids))
-    offsets = np.concatenate([[0], np.cumsum(lengths)])
-    ids = np.fromiter((i for one in token_ids for i in one), np.uint32, int(offsets[-1]))
-    return TokenTable(ids, offsets)
+    ids = np.fromiter((i for one in token_ids for i in one), np.uint32, int(lengths.sum()))
+    return TokenTable(ids, np.cumsum(lengths) - lengths, lengths)
 
 
 def _tokenised(

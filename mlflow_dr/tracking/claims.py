@@ -26,7 +26,7 @@ from mlflow.exceptions import MlflowException
 
 from mlflow_dr.errors import one_line
 from mlflow_dr.tracking.checkpoints import Checkpoint, checkpoint_by_id
-from mlflow_dr.tracking.client import tracking_errors
+from mlflow_dr.tracking.client import tracking_errors, write_once
 from mlflow_dr.tracking.results import PREFIX
 
 log = logging.getLogger(__name__)
@@ -198,7 +198,7 @@ class Claims:
         key, value = _key(name, attempt), json.dumps(vars(self.owner))
         with tracking_errors(f"claiming step {checkpoint.step}"):
             try:
-                self._client.log_model_params(checkpoint.model_id, {key: value})
+                write_once(self._client, checkpoint.model_id, key, value)
             except MlflowException:
                 # another's, or the lost answer to our own request: what is there decides
                 found = checkpoint_by_id(self._client, checkpoint.model_id).params.get(key)

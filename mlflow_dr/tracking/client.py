@@ -64,6 +64,19 @@ def answers(client: MlflowClient) -> bool:
     return True
 
 
+def write_once(client: MlflowClient, model_id: str, key: str, value: str) -> None:
+    """Write a parameter of a LoggedModel, which the server refuses if another value is there.
+
+    `MlflowClient.log_model_params` asks for the whole model first; where many validators share a
+    server, that is a fifth of all requests.
+
+    Raises:
+        MlflowException: refused, or the server does not answer.
+    """
+    writer = getattr(client, "_tracking_client", client)
+    writer.log_model_params(model_id, {key: value})
+
+
 def leave_waiting_to_us() -> None:
     """Have MLflow give up on a server soon, where the user has not said when; we wait better."""
     if RETRIES not in os.environ:

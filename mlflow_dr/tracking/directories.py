@@ -6,8 +6,6 @@ import logging
 from pathlib import Path
 from typing import NamedTuple
 
-from mlflow.exceptions import MlflowException
-
 from mlflow_dr.encoder.whole import signature_of, step_of, why_not_whole
 from mlflow_dr.errors import UsageError
 from mlflow_dr.files import digest_of
@@ -80,6 +78,10 @@ class FollowedDirectory:
         """Ask for this one no more."""
         self._list.settle(checkpoint)
 
+    def ask_again(self) -> None:
+        """Nothing is settled any more."""
+        self._list.ask_again()
+
     def run_of(self, checkpoint: Checkpoint) -> TrackedRun:
         """The run."""
         return self._run
@@ -146,13 +148,7 @@ def _registered(run: TrackedRun, directory: Path, step: int, key: str) -> str:
             model_type=MODEL_TYPE,
         ).model_id
     )
-    try:
-        run.client.log_param(run.id, key, model_id)  # of two the server refuses the second
-    except MlflowException:
-        known = run.fetch().data.params.get(key)
-        if known is None:
-            raise
-        if known != model_id:
-            run.client.delete_logged_model(model_id)
-        return known
-    return model_id
+    known = run.decide(key, model_id)
+    if known != model_id:
+        run.client.delete_logged_model(model_id)
+    return known

@@ -49,6 +49,9 @@ class Followed(Protocol):
     def settle(self, checkpoint: Checkpoint) -> None:
         """Ask for this one no more."""
 
+    def ask_again(self) -> None:
+        """Nothing is settled any more: something else is to be done."""
+
     def run_of(self, checkpoint: Checkpoint) -> TrackedRun:
         """The run that a checkpoint belongs to."""
 
@@ -82,6 +85,10 @@ class FollowedRun:
     def settle(self, checkpoint: Checkpoint) -> None:
         """Ask for this one no more."""
         self._list.settle(checkpoint)
+
+    def ask_again(self) -> None:
+        """Nothing is settled any more."""
+        self._list.ask_again()
 
     def run_of(self, checkpoint: Checkpoint) -> TrackedRun:
         """The run."""
@@ -123,6 +130,10 @@ class FollowedExperiment:
     def settle(self, checkpoint: Checkpoint) -> None:
         """Ask for this one no more."""
         self._list.settle(checkpoint)
+
+    def ask_again(self) -> None:
+        """Nothing is settled any more."""
+        self._list.ask_again()
 
     def run_of(self, checkpoint: Checkpoint) -> TrackedRun:
         """The run that a checkpoint belongs to.
@@ -176,6 +187,11 @@ class Unsettled:
     def settle(self, checkpoint: Checkpoint) -> None:
         """Ask for this one no more."""
         self._settled.add(checkpoint.model_id)
+
+    def ask_again(self) -> None:
+        """Ask for all of them at the next look."""
+        self._settled = set()
+        self._full_look_at = -float("inf")
 
     def _since(self) -> int:
         times = {key: one.created_ms for key, one in self._known.items()}

@@ -18,7 +18,7 @@ from mlflow.exceptions import MlflowException
 
 from mlflow_dr.errors import UsageError
 from mlflow_dr.tracking.checkpoints import Checkpoint, checkpoint_by_id
-from mlflow_dr.tracking.client import tracking_errors
+from mlflow_dr.tracking.client import tracking_errors, write_once
 from mlflow_dr.tracking.runs import TrackedRun
 
 PREFIX = "mlflow_dr.validation."
@@ -43,6 +43,18 @@ def state_of(checkpoint: Checkpoint, name: str) -> State:
     if f"{PREFIX}{name}.failed" in checkpoint.tags:
         return State.FAILED
     return State.OPEN
+
+
+def recorded_values(checkpoint: Checkpoint, name: str) -> dict[str, float]:
+    """The figures of a validation, by metric name without prefix; empty before it is recorded."""
+    record = checkpoint.params.get(PREFIX + name)
+    values: dict[str, float] = json.loads(record)["values"] if record is not None else {}
+    return values
+
+
+def metric_key(measure: object) -> str:
+    """A measure as MLflow takes it in a metric's name: `mrr@10` is `mrr_at_10`."""
+    return str(measure).replace("@", "_at_")
 
 
 def failure_of(checkpoint: Checkpoint, name: str) -> str:
@@ -77,7 +89,7 @@ def record_result(
     record = json.dumps({"values": {**values, "lag_seconds": lag}, "written_ms": now_ms})
     with tracking_errors(f"recording step {checkpoint.step}"):
         try:
-            run.client.log_model_params(checkpoint.model_id, {PREFIX + name: record})
+            write_once(run.client, checkpoint.model_id, PREFIX + name, record)
         except MlflowException:
             # refused because a record exists, or a lost answer to our own write: read it back
             found = checkpoint_by_id(run.client, checkpoint.model_id).params.get(PREFIX + name)
@@ -113,17 +125,10 @@ def bind_name(run: TrackedRun, name: str, config: Mapping[str, object]) -> dict[
     Returns:
         The configuration that the name stands for: this one, or one that was there before.
     """
-    key = f"{PREFIX}{name}"
-    text = json.dumps(config, sort_keys=True)
-    with tracking_errors(f"binding validation {name!r} of run {run.id}"):
-        try:
-            run.client.log_param(run.id, key, text)  # of two values the server refuses the second
-        except MlflowException:
-            known = known_config(run, name)
-            if known is None:
-                raise
-            return known
-    return dict(config)
+    there: dict[str, object] = json.loads(
+        run.decide(f"{PREFIX}{name}", json.dumps(config, sort_keys=True))
+    )
+    return there
 
 
 def refuse_other_config(

@@ -67,6 +67,26 @@ class TrackedRun:
             with tracking_errors(f"logging params of run {self.id}"):
                 self.client.log_batch(self.id, params=new[start : start + PARAMS_PER_REQUEST])
 
+    def decide(self, key: str, text: str) -> str:
+        """Write a param that nobody writes again; who is first decides.
+
+        Returns:
+            What is there: this text, or one that was there before.
+
+        Raises:
+            TrackingError: the server does not answer.
+        """
+        with tracking_errors(f"param {key!r} of run {self.id}"):
+            try:
+                # of two values the server refuses the second
+                self.client.log_param(self.id, key, text)
+            except MlflowException:
+                known: str | None = self.fetch().data.params.get(key)
+                if known is None:
+                    raise
+                return known
+        return text
+
     def log_metrics(self, values: Mapping[str, float], step: int) -> None:
         """Log metrics from a thread of MLflow's, so that the caller is not held up."""
         now = int(time.time() * 1000)

@@ -12,9 +12,14 @@ from mlflow_dr.collection.interface import Collection, chosen_split
 from mlflow_dr.engines.devices import AUTO, resolve_device, resolve_dtype
 from mlflow_dr.errors import UsageError
 from mlflow_dr.retrieval.measures import check_depth
+from mlflow_dr.subsets.searching import CachedSearching
+from mlflow_dr.subsets.spec import Spec
+from mlflow_dr.subsets.subset import Subset, make_subset
+from mlflow_dr.tracking.checkpoints import checkpoints_of
 from mlflow_dr.tracking.datasets import shown_name
 from mlflow_dr.tracking.results import bind_name, known_config, refuse_other_config
 from mlflow_dr.tracking.runs import DATASET_PARAM, DATASET_TAG, SPLIT_PARAM, TrackedRun
+from mlflow_dr.tracking.subsets import log_subset
 from mlflow_dr.validation.evaluate import Prepared, Searched, Settings
 from mlflow_dr.validation.plan import Validation
 
@@ -35,8 +40,8 @@ class Bound(NamedTuple):
 
     @property
     def dataset(self) -> tuple[str, str]:
-        """Name and digest of the collection, as MLflow shows them."""
-        return shown_name(self.prepared.collection.name), self.prepared.digest
+        """Name and digest of what is searched for what, as MLflow shows them."""
+        return _shown(self.prepared), self.prepared.digest
 
 
 class Collections:
@@ -45,7 +50,7 @@ class Collections:
     def __init__(self) -> None:
         self._open: dict[str, Collection] = {}
         self._searched: dict[str, Searched] = {}
-        self._prepared: dict[tuple[str, str], Prepared] = {}
+        self._prepared: dict[tuple[str, str, Spec, str], Prepared] = {}
 
     def bind(self, run: TrackedRun, validation: Validation, changes: Mapping[str, Any]) -> Bound:
         """A validation as it is on a run: with its dataset, split and number format."""
@@ -55,33 +60,93 @@ class Collections:
             raise UsageError(
                 f"run {run.id} names no dataset (param {DATASET_PARAM!r}); give --dataset"
             )
-        prepared = self._prepare(dataset, validation.split or data.params.get(SPLIT_PARAM))
+        split = validation.split or data.params.get(SPLIT_PARAM)
+        prepared = self._prepare(run, dataset, split, validation)
         settings = _bound_settings(run, validation, prepared, changes)
-        queries, passages = len(prepared.topics.queries), len(prepared.corpus)
+        queries, passages = len(prepared.topics.queries), prepared.n_passages
         log.info(
-            "validation %r of run %s: %s/%s, %d queries, %d passages, %s on %s",
+            "validation %r of run %s: %s/%s, %d queries, %d passages%s, %s on %s",
             *(validation.name, run.id, dataset, prepared.split, queries, passages),
+            f" ({prepared.subset.spec.shown})" if prepared.subset else "",
             *(settings.dtype, settings.device),
         )
+        profile = {"passages": passages, "queries": queries, "split": prepared.split}
+        if prepared.subset:
+            about = _about(prepared.subset, dataset, prepared.split)
+            profile |= {"subset": prepared.subset.spec.shown, "origins": prepared.subset.sizes}
+            log_subset(run, validation.name, prepared.subset.table(), about)
         run.log_collection(
-            shown_name(dataset),
+            _shown(prepared),
             prepared.digest,
             prepared.collection.source,
-            {"passages": passages, "queries": queries, "split": prepared.split},
+            profile,
             context=f"validation {validation.name}",
             collection=dataset,
         )
         return Bound(validation.name, prepared, settings)
 
-    def _prepare(self, dataset: str, split: str | None) -> Prepared:
+    def _prepare(
+        self, run: TrackedRun, dataset: str, split: str | None, validation: Validation
+    ) -> Prepared:
         if dataset not in self._open:
             self._open[dataset] = open_collection(dataset)
             self._searched[dataset] = Searched(self._open[dataset])
-        collection = self._open[dataset]
-        key = (dataset, chosen_split(collection, split))
+        collection, searched = self._open[dataset], self._searched[dataset]
+        chosen, spec = chosen_split(collection, split), validation.subset
+        # a checkpoint of the run itself is another one on another run
+        of_run = run.id if any(part.step is not None for part in spec.parts) else ""
+        key = (dataset, chosen, spec, of_run)
         if key not in self._prepared:
-            self._prepared[key] = Prepared(collection, key[1], self._searched[dataset])
+            whole = Prepared(collection, chosen, searched)
+            self._prepared[key] = whole
+            if spec != Spec():
+                subset = _chosen(run, spec, whole, validation.settings)
+                self._prepared[key] = Prepared(collection, chosen, searched, subset)
         return self._prepared[key]
+
+
+def _chosen(run: TrackedRun, spec: Spec, whole: Prepared, settings: Settings) -> Subset:
+    """The subset of a collection that a validation of a run searches."""
+    device = resolve_device(settings.device)
+    dtype = resolve_dtype(settings.dtype, device)
+    searching = CachedSearching(
+        whole.corpus, str(device), dtype, lambda step: published_at(run, step)
+    )
+    return make_subset(spec, whole.corpus, whole.topics, searching)
+
+
+def published_at(run: TrackedRun, step: int) -> str:
+    """The checkpoint of a training step, as `models:/<id>`.
+
+    Raises:
+        UsageError: no such checkpoint is published.
+    """
+    ready = [one for one in checkpoints_of(run) if one.ready]
+    found = [one.model_id for one in ready if one.step == step]
+    if not found:
+        steps = ", ".join(str(one.step) for one in ready) or "none"
+        raise UsageError(f"run {run.id} has published no step {step}; there are {steps}")
+    return f"models:/{found[0]}"
+
+
+def _shown(prepared: Prepared) -> str:
+    subset = f" ({prepared.subset.spec.shown})" if prepared.subset else ""
+    return shown_name(f"{prepared.collection.name}{subset}")
+
+
+def _about(subset: Subset, dataset: str, split: str) -> dict[str, object]:
+    """How a subset was chosen."""
+    about: dict[str, object] = {
+        "subset": subset.spec.shown,
+        "dataset": dataset,
+        "split": split,
+        "digest": subset.digest,
+        "passages": len(subset),
+        "origins": subset.sizes,
+    }
+    if subset.spec.n_queries is not None:
+        about["queries"] = [query.id for query in subset.topics.queries]
+    return about
 
 
 def _bound_settings(
@@ -112,9 +177,15 @@ def _config(prepared: Prepared, settings: Settings) -> dict[str, object]:
         "corpus": prepared.corpus.digest,
         "topics": prepared.topics.digest,
         "split": prepared.split,
-        "subset": "full",
+        "subset": _subset_name(prepared),
         "measures": " ".join(map(str, settings.measures)),
         "depth": check_depth(settings.measures, settings.depth),
         "dtype": settings.dtype,
         "keep_own_id": settings.keep_own_id,
     }
+
+
+def _subset_name(prepared: Prepared) -> str:
+    """What is searched, in words that differ where the passages, or their candidates, do."""
+    subset = prepared.subset
+    return "full" if subset is None else f"{subset.spec.shown}, {subset.digest}"

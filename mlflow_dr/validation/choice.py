@@ -12,9 +12,9 @@ from typing import NamedTuple
 from mlflow_dr.tracking.checkpoints import Checkpoint
 from mlflow_dr.tracking.claims import Owner, Watchman, standing
 from mlflow_dr.tracking.following import Look
-from mlflow_dr.tracking.results import State, state_of
+from mlflow_dr.tracking.results import State, metric_key, recorded_values, state_of
 from mlflow_dr.validation.order import in_order
-from mlflow_dr.validation.plan import Plan
+from mlflow_dr.validation.plan import Plan, Refines
 
 SECONDS_REMEMBERED = 120.0
 LOST_TO_LOOK_AGAIN = 2
@@ -55,6 +55,8 @@ class Choice:
         self._settled: dict[str, Checkpoint] = {}
         self._refused: set[str] = set()
         self._failed_here: set[tuple[str, str]] = set()
+        self._only: dict[str, Sequence[str]] = {}
+        self._contenders: dict[str, set[str]] = {}
         self._served: dict[str, int] = defaultdict(int)
         self._tried = self._lost = 0
 
@@ -76,6 +78,11 @@ class Choice:
         self._waiting = defaultdict(list)
         self._free = defaultdict(dict)
         names = [one.name for one in self._plan.validations]
+        self._contenders = {
+            one.name: _best(look.checkpoints, one.refines)
+            for one in self._plan.validations
+            if one.refines
+        }
         for one in look.checkpoints:
             if one.pending or self._settled.get(one.model_id) is one:
                 continue
@@ -104,6 +111,19 @@ class Choice:
                     break
                 if not self._is_late(one):
                     yield Candidate(one, self._free[run_id][one.model_id])
+
+    def limit(self, run_id: str, names: Sequence[str]) -> bool:
+        """Do only these validations on a run, from the next look on; whether that is a change."""
+        if self._only.get(run_id) == names:
+            return False
+        self._only[run_id] = names
+        self._settled = {}
+        return True
+
+    @property
+    def validators(self) -> int:
+        """How many were seen at work lately, this one included."""
+        return len(self._turns.tokens())
 
     def refuse(self, run_id: str) -> None:
         """Pass over a run from now on."""
@@ -137,7 +157,13 @@ class Choice:
 
     def _open(self, checkpoint: Checkpoint) -> list[str]:
         """The validations that remain to be done for a checkpoint."""
-        return [one.name for one in self._plan.validations if self._is_open(checkpoint, one.name)]
+        names = [one.name for one in self._plan.validations]
+        return [
+            name
+            for name in self._only.get(checkpoint.run_id, names)
+            if self._is_open(checkpoint, name)
+            and checkpoint.model_id in self._contenders.get(name, (checkpoint.model_id,))
+        ]
 
     def _is_open(self, checkpoint: Checkpoint, name: str) -> bool:
         state = state_of(checkpoint, name)
@@ -199,6 +225,12 @@ class Turns:
         """This validator is at work."""
         self._last_seen[owner.token] = self._clock()
 
+    def tokens(self) -> list[str]:
+        """Of the validators at work, this one included, in their order."""
+        since = self._clock() - SECONDS_REMEMBERED
+        others = {token for token, seen in self._last_seen.items() if seen >= since}
+        return sorted(others | {self._token})
+
     def ours_first(
         self, ordered: Iterator[Checkpoint], everything: Sequence[Checkpoint], tried: int = 0
     ) -> Iterator[Checkpoint]:
@@ -209,9 +241,7 @@ class Turns:
             everything: all checkpoints; a place among these makes one ours.
             tried: how many we have taken since these were seen; others took about as many each.
         """
-        since = self._clock() - SECONDS_REMEMBERED
-        others = {token for token, seen in self._last_seen.items() if seen >= since}
-        tokens = sorted(others | {self._token})
+        tokens = self.tokens()
         if len(tokens) == 1:
             yield from ordered
             return
@@ -222,3 +252,16 @@ class Turns:
         left = [one for one in few if places[one.model_id] % len(tokens) != number]
         random.shuffle(left)
         yield from chain(ours, left, ordered)
+
+
+def _best(checkpoints: Sequence[Checkpoint], refines: Refines) -> set[str]:
+    """The model ids of each run's best checkpoints so far by a cheap validation."""
+    key = metric_key(refines.measure)
+    by_run: dict[str, list[tuple[float, int, str]]] = defaultdict(list)
+    for one in checkpoints:
+        value = recorded_values(one, refines.name).get(key)
+        if value is not None:
+            by_run[one.run_id].append((-value, one.step, one.model_id))
+    return {
+        model_id for found in by_run.values() for _, _, model_id in sorted(found)[: refines.best]
+    }

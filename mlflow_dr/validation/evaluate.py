@@ -13,14 +13,15 @@ from mlflow_dr.collection.corpus import Corpus
 from mlflow_dr.collection.interface import Collection
 from mlflow_dr.collection.records import Topics
 from mlflow_dr.encoder.model import Encoder
-from mlflow_dr.encoder.tables import corpus_tokens
+from mlflow_dr.encoder.tables import corpus_tokens, subset_tokens
 from mlflow_dr.encoder.tokenize import Tokenizing
 from mlflow_dr.engines.devices import DTYPES, resolve_device, resolve_dtype
 from mlflow_dr.files import digest_of
-from mlflow_dr.retrieval.dense import search_corpus
+from mlflow_dr.retrieval.dense import Search, search_all, wanted_rows
 from mlflow_dr.retrieval.measures import Measure, check_depth, mean_values, measure_ranking
 from mlflow_dr.retrieval.ranking import Ranking, named_ranking
 from mlflow_dr.stores.token_table import TokenTable
+from mlflow_dr.subsets.subset import Subset
 
 
 @dataclass(frozen=True)
@@ -72,7 +73,7 @@ class Searched:
 
     def __init__(self, collection: Collection) -> None:
         self._collection = collection
-        self._tables: dict[str, TokenTable] = {}
+        self._tables: dict[tuple[str, bytes | None], TokenTable] = {}
 
     @cached_property
     def corpus(self) -> Corpus:
@@ -84,11 +85,15 @@ class Searched:
         """Each passage's place among equal scores, `(n_passages,) int64`."""
         return self.corpus.tie_ranks()
 
-    def tokens(self, tokenizing: Tokenizing) -> TokenTable:
-        """The corpus as token ids: made once per tokenizer and settings, then mapped."""
-        key = tokenizing.passage_digest()
+    def tokens(self, tokenizing: Tokenizing, rows: np.ndarray | None = None) -> TokenTable:
+        """The corpus, or these rows of it, as token ids: made once per tokenizer and settings."""
+        key = tokenizing.passage_digest(), None if rows is None else rows.tobytes()
         if key not in self._tables:
-            self._tables[key] = corpus_tokens(self.corpus, tokenizing)
+            self._tables[key] = (
+                corpus_tokens(self.corpus, tokenizing)
+                if rows is None
+                else subset_tokens(self.corpus, rows, tokenizing)
+            )
         return self._tables[key]
 
 
@@ -99,14 +104,20 @@ class Prepared:
         collection: where passages, queries and judgements come from.
         split: whose queries are put.
         searched: the collection's corpus, where another split has it already.
+        subset: what is searched instead of the whole corpus.
     """
 
     def __init__(
-        self, collection: Collection, split: str, searched: Searched | None = None
+        self,
+        collection: Collection,
+        split: str,
+        searched: Searched | None = None,
+        subset: Subset | None = None,
     ) -> None:
         self.collection = collection
         self.split = split
         self.searched = searched or Searched(collection)
+        self.subset = subset
 
     @property
     def corpus(self) -> Corpus:
@@ -115,13 +126,26 @@ class Prepared:
 
     @cached_property
     def topics(self) -> Topics:
-        """The judged queries."""
-        return self.collection.topics(self.split)
+        """The judged queries that are put."""
+        return self.subset.topics if self.subset else self.collection.topics(self.split)
 
     @cached_property
     def digest(self) -> str:
-        """Of the corpus, the queries and their judgements."""
-        return digest_of(self.corpus.digest, self.topics.digest)
+        """Of the passages that are searched, the queries and their judgements."""
+        subset = [self.subset.digest] if self.subset else []
+        return digest_of(self.corpus.digest, self.topics.digest, *subset)
+
+    @property
+    def n_passages(self) -> int:
+        """How many passages are searched."""
+        return len(self.subset or self.corpus)
+
+    def search(self, k: int) -> Search:
+        """What is sought, k passages deep."""
+        subset = self.subset
+        if subset is None:
+            return Search(self.topics.queries, k)
+        return Search(self.topics.queries, k, subset.rows, subset.candidates)
 
 
 def evaluate(
@@ -137,13 +161,15 @@ def evaluate_all(
 ) -> list[Report]:
     """Encode several sets of queries and their common corpus once, search exactly, measure each.
 
+    Of subsets, what one of them holds is encoded, once, and each is searched by itself.
+
     Args:
         encoder: moved to the device, and into the number format.
         asked: splits of one corpus, on one device and in one number format.
         quiet: no progress bar.
 
     Returns:
-        A report for each, with the seconds of all together.
+        A report for each, with the seconds and passages of all together.
 
     Raises:
         CheckpointError: the encoder gives NaN.
@@ -160,33 +186,37 @@ def evaluate_all(
     device = resolve_device(common.device)
     dtype = resolve_dtype(common.dtype, device)
     tokenizing = Tokenizing(encoder.tokenizer, encoder.settings)
-    table = searched.tokens(tokenizing)
-    queries = [prepared.topics.queries for prepared, _ in asked]
+    searches = [
+        prepared.search(depth + (0 if settings.keep_own_id else 1))
+        for depth, (prepared, settings) in zip(depths, asked, strict=True)
+    ]
+    rows = wanted_rows(searches, len(searched.corpus))
+    table = searched.tokens(tokenizing, rows)
 
     start = time.perf_counter()
-    found = search_corpus(
+    founds = search_all(
         encoder.eval().to(device, DTYPES[dtype]),
         tokenizing,
-        [query for some in queries for query in some],
+        searches,
         table,
         searched.tie_ranks,
-        max(
-            depth + (0 if settings.keep_own_id else 1)
-            for depth, (_, settings) in zip(depths, asked, strict=True)
-        ),
         quiet=quiet,
     )
     results = []
-    ends = np.cumsum([len(some) for some in queries])[:-1]
-    parts = zip(np.split(found.rows, ends), np.split(found.scores, ends), strict=True)
-    for (prepared, settings), depth, (rows, scores) in zip(asked, depths, parts, strict=True):
+    for (prepared, settings), depth, found in zip(asked, depths, founds, strict=True):
         topics = prepared.topics
         ranking = named_ranking(
-            topics.queries, searched.corpus, rows, scores, depth, settings.keep_own_id
+            topics.queries,
+            searched.corpus,
+            found.rows,
+            found.scores,
+            depth,
+            settings.keep_own_id,
         )
         results.append((measure_ranking(ranking, topics.qrels, settings.measures), ranking))
     seconds = time.perf_counter() - start
+    passages = len(table) if rows is None else len(rows)
     return [
-        Report(mean_values(per_query), per_query, ranking, seconds, len(table), dtype)
+        Report(mean_values(per_query), per_query, ranking, seconds, passages, dtype)
         for per_query, ranking in results
     ]

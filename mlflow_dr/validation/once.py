@@ -16,6 +16,9 @@ from mlflow_dr.errors import UsageError
 from mlflow_dr.files import written_beside
 from mlflow_dr.retrieval.measures import DEFAULT_MEASURES, check_depth, parse_measures
 from mlflow_dr.retrieval.ranking import write_ranking
+from mlflow_dr.subsets.searching import CachedSearching
+from mlflow_dr.subsets.spec import FULL, RELEVANT, parse_spec
+from mlflow_dr.subsets.subset import make_subset
 from mlflow_dr.tracking.encoders import fetched_encoder
 from mlflow_dr.validation.evaluate import Prepared, Report, Settings, evaluate
 
@@ -35,6 +38,9 @@ class Once:
         device: see `resolve_device`.
         dtype: see `resolve_dtype`.
         keep_own_id: keep a passage whose id is the query's id.
+        subset: what is searched, such as `bm25@50`; the whole corpus when None.
+        seed: of what the subset draws by lot.
+        judged: which judged passages are always in it: `relevant` or `all`.
         pooling: replaces what the directory says; so do the next two.
         normalize: likewise.
         max_length: likewise, for queries and passages.
@@ -55,6 +61,9 @@ class Once:
     device: str = "auto"
     dtype: str = "auto"
     keep_own_id: bool = False
+    subset: str | None = None
+    seed: int = 0
+    judged: str = RELEVANT
     pooling: str | None = None
     normalize: bool | None = None
     max_length: int | None = None
@@ -83,7 +92,8 @@ def evaluate_once(request: Once) -> Report:
     """
     measures = parse_measures(request.measures)
     depth = check_depth(measures, request.depth)
-    resolve_dtype(request.dtype, resolve_device(request.device))
+    dtype = resolve_dtype(request.dtype, resolve_device(request.device))
+    spec = parse_spec(request.subset, request.seed, request.judged) if request.subset else None
     for path in (request.output, request.ranking):
         if path is not None and not path.absolute().parent.is_dir():
             raise UsageError(f"{path}: the folder {path.absolute().parent} does not exist")
@@ -94,7 +104,12 @@ def evaluate_once(request: Once) -> Report:
             directory, trust_remote_code=request.trust_remote_code, **request.encoder_changes()
         )
     settings = Settings(measures, depth, request.device, request.dtype, request.keep_own_id)
-    report = evaluate(encoder, Prepared(collection, split), settings)
+    prepared = Prepared(collection, split)
+    if spec is not None:
+        searching = CachedSearching(prepared.corpus, request.device, dtype)
+        subset = make_subset(spec, prepared.corpus, prepared.topics, searching)
+        prepared = Prepared(collection, split, prepared.searched, subset)
+    report = evaluate(encoder, prepared, settings)
     if request.ranking is not None:
         write_ranking(request.ranking, report.ranking)
     if request.output is not None:
@@ -108,6 +123,7 @@ def _as_json(request: Once, split: str, depth: int, report: Report) -> dict[str,
         "encoder": request.encoder,
         "dataset": request.dataset,
         "split": split,
+        "subset": request.subset or FULL,
         "measures": report.measures,
         "queries": report.per_query,
         "depth": depth,

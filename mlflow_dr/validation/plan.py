@@ -6,13 +6,14 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import yaml
 
 from mlflow_dr.collection.asyncval import given_collection
 from mlflow_dr.errors import UsageError
-from mlflow_dr.retrieval.measures import check_depth, parse_measures
+from mlflow_dr.retrieval.measures import Measure, check_depth, parse_measures
+from mlflow_dr.subsets.spec import FULL, RELEVANT, Spec, parse_spec
 from mlflow_dr.tracking.claims import PATIENCE
 from mlflow_dr.validation.evaluate import Settings
 from mlflow_dr.validation.order import Order
@@ -22,6 +23,21 @@ DEFAULT_NAME = "val"
 NAME = re.compile(r"[\w\- ]+")
 NOT_IN_NAME = re.compile(r"[^\w\- ]")
 COLLECTION = ("dataset", "candidates", "queries", "qrels")
+SUBSET = ("subset", "seed", "judged", "refine")
+
+
+class Refines(NamedTuple):
+    """Which checkpoints a dear validation is worth.
+
+    Attributes:
+        name: the cheap validation's.
+        measure: by which of its measures.
+        best: so many of the best that it has found so far.
+    """
+
+    name: str
+    measure: Measure
+    best: int
 
 
 @dataclass(frozen=True)
@@ -33,12 +49,16 @@ class Validation:
         name: prefixes the metrics.
         dataset: the collection; the run's own when None.
         split: the split; the run's own, or the collection's development split, when None.
+        subset: what is searched.
+        refines: done for the best checkpoints of another validation only.
     """
 
     settings: Settings
     name: str = DEFAULT_NAME
     dataset: str | None = None
     split: str | None = None
+    subset: Spec = field(default_factory=Spec)
+    refines: Refines | None = None
 
     def __post_init__(self) -> None:
         if not NAME.fullmatch(self.name):
@@ -62,6 +82,8 @@ class Plan:
         encoder_changes: what replaces what checkpoints say: fields of `EncoderConfig`, and
             `tokenizer`, a directory or hub name.
         patience_seconds: how long another validator's claim may stand still before it is free.
+        keep_up: of the validations, which differ in their subsets, do only the one with the
+            largest subset that keeps up with the trainer.
     """
 
     validations: tuple[Validation, ...]
@@ -73,8 +95,16 @@ class Plan:
     poll_seconds: float = 2.0
     patience_seconds: float = PATIENCE
     encoder_changes: Mapping[str, Any] = field(default_factory=dict)
+    keep_up: bool = False
+
+    @property
+    def cheap(self) -> tuple[Validation, ...]:
+        """Those that are done for every checkpoint, not for the best only."""
+        return tuple(one for one in self.validations if one.refines is None)
 
     def __post_init__(self) -> None:
+        if self.keep_up and len({one.subset for one in self.cheap}) < 2:
+            raise UsageError("keep_up chooses among subsets; give --subset at least twice")
         names = [one.name for one in self.validations]
         if repeated := {name for name in names if names.count(name) > 1}:
             raise UsageError(f"two validations are called {min(repeated)!r}")
@@ -85,22 +115,58 @@ class Plan:
 
 
 def each_split(
-    settings: Settings, name: str, dataset: str | None, splits: Sequence[str]
+    settings: Settings,
+    name: str,
+    dataset: str | None,
+    splits: Sequence[str],
+    subsets: Sequence[Spec] = (),
 ) -> tuple[Validation, ...]:
-    """A validation of each split; of several, each is called NAME-SPLIT.
+    """A validation of each split and subset.
+
+    Of several splits, each is called NAME-SPLIT. One on a subset is called NAME-SUBSET, so that its
+    figures, which are higher, never share a curve with those on the whole corpus.
 
     Args:
         settings: those of all.
         name: the validation's name, or what their names begin with.
         dataset: the collection; the run's own when None.
         splits: what is measured; the run's own, or the development split, when there are none.
+        subsets: what is searched; the whole corpus when there are none.
     """
-    if len(splits) <= 1:
-        return (Validation(settings, name, dataset, *splits),)
+    named: list[tuple[str, str | None]] = [(name, splits[0] if splits else None)]
+    if len(splits) > 1:
+        named = [(f"{name}-{NOT_IN_NAME.sub('_', split)}", split) for split in splits]
     return tuple(
-        Validation(settings, f"{name}-{NOT_IN_NAME.sub('_', split)}", dataset, split)
-        for split in splits
+        Validation(settings, "-".join(filter(None, (called, spec.slug))), dataset, split, spec)
+        for called, split in named
+        for spec in subsets or (Spec(),)
     )
+
+
+def refining(text: str, validations: Sequence[Validation], seed: int = 0) -> tuple[Validation, ...]:
+    """What `--refine full@3` adds: a dear validation of the three best checkpoints so far.
+
+    Args:
+        text: a subset, and of how many checkpoints.
+        validations: the cheap ones; each is refined by its first measure.
+        seed: of what the dear subset draws by lot.
+
+    Raises:
+        UsageError: not of this form, or the same as a cheap one.
+    """
+    words, _, count = text.rpartition("@")
+    if not words or not count.isdecimal() or int(count) == 0:
+        raise UsageError(f"refine {text!r}: expected SUBSET@N, such as full@3")
+    spec = parse_spec(words, seed)
+    added = []
+    for cheap in validations:
+        if cheap.subset == spec:
+            raise UsageError(f"refine {text!r} is what validation {cheap.name!r} does already")
+        base = cheap.name.removesuffix(f"-{cheap.subset.slug}")
+        name = "-".join(filter(None, (base, spec.slug)))
+        refines = Refines(cheap.name, cheap.settings.measures[0], int(count))
+        added.append(replace(cheap, name=name, subset=spec, refines=refines))
+    return tuple(added)
 
 
 def read_plan(path: Path, plan: Plan, settings: Settings) -> Plan:
@@ -110,6 +176,7 @@ def read_plan(path: Path, plan: Plan, settings: Settings) -> Plan:
         validations:
           dev: {dataset: msmarco, split: dev, measures: mrr@10 recall@1000}
           covid: {dataset: beir/trec-covid, measures: ndcg@10}
+            msmarco: {dataset: msmarco, subset: bm25@50+random:10000, refine: full@3}
           nq: {candidates: nq/corpus, queries: nq/test.json, qrels: nq/qrels.tsv}
 
     The last one names files as Asyncval takes them. It may have several query files, each of which
@@ -133,7 +200,7 @@ def read_plan(path: Path, plan: Plan, settings: Settings) -> Plan:
         raise UsageError(f"{path}: expected `validations:` with a name for each")
     if "order" in values:
         values["order"] = _order(values["order"], f"{path}: order")
-    kinds = {"every": int, "retry_failed": bool, "follow": bool}
+    kinds = {"every": int, "retry_failed": bool, "follow": bool, "keep_up": bool}
     kinds |= dict.fromkeys(("max_lag_seconds", "poll_seconds", "patience_seconds"), float)
     for key, kind in kinds.items():
         if key in values:
@@ -151,7 +218,7 @@ def read_plan(path: Path, plan: Plan, settings: Settings) -> Plan:
 def _validations(
     name: str, given: Any, settings: Settings, plan: Plan, where: str
 ) -> tuple[Validation, ...]:
-    known = {*COLLECTION, "split", *(one.name for one in fields(Settings))}
+    known = {*COLLECTION, "split", *SUBSET, *(one.name for one in fields(Settings))}
     values = _mapping(given or {}, where, known)
     named = {
         key: _value(values.pop(key), str, f"{where}.{key}")
@@ -165,6 +232,11 @@ def _validations(
         splits = [one.split for one in plan.validations if one.split]
     if "split" in named:
         splits = [named["split"]]
+    subset = {
+        key: _value(values.pop(key), int if key == "seed" else str, f"{where}.{key}")
+        for key in SUBSET
+        if key in values
+    }
     if "measures" in values:
         text = values["measures"]
         values["measures"] = parse_measures(" ".join(text) if isinstance(text, list) else str(text))
@@ -173,7 +245,12 @@ def _validations(
             values[key] = _value(values[key], kind, f"{where}.{key}")
     changed = replace(settings, **values)
     check_depth(changed.measures, changed.depth)
-    return each_split(changed, name, dataset, splits)
+    seed = int(subset.get("seed", 0))
+    spec = parse_spec(str(subset.get("subset", FULL)), seed, str(subset.get("judged", RELEVANT)))
+    validations = each_split(changed, name, dataset, splits, [spec])
+    if "refine" in subset:
+        validations += refining(str(subset["refine"]), validations, seed)
+    return validations
 
 
 def _paths(value: Any, where: str) -> list[Path]:

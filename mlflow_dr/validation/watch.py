@@ -28,6 +28,7 @@ from mlflow_dr.tracking.patience import Patience
 from mlflow_dr.tracking.results import (
     State,
     mark_failed,
+    metric_key,
     record_result,
     state_of,
     write_recorded,
@@ -43,6 +44,7 @@ from mlflow_dr.tracking.status import note_summary, summary_of
 from mlflow_dr.validation.binding import Bound, Collections
 from mlflow_dr.validation.choice import Choice
 from mlflow_dr.validation.evaluate import Report, evaluate_all
+from mlflow_dr.validation.pace import Pacer
 from mlflow_dr.validation.plan import Plan
 
 log = logging.getLogger(__name__)
@@ -113,11 +115,13 @@ class _Worker:
         self._sleep = sleep
         self._patiently = Patience(followed.client, plan.poll_seconds, sleep)
         self._clock = ServerClock()
+        self._pacer = Pacer(plan)
         self._choice = Choice(plan, claims.owner.token, self._clock.now_ms)
         self._collections = Collections()
         self._bound: dict[str, list[Bound]] = {}
         self._noted: dict[tuple[str, str], str] = {}
         self._counts = Counts()
+        self._evaluation: tuple[int, float] | None = None  # passages and seconds of the last
 
     def run(self) -> Counts:
         if self._followed.run is not None:
@@ -126,6 +130,9 @@ class _Worker:
             start = time.monotonic()
             look = self._patiently(self._followed.look)
             next_look = time.monotonic() + self._seconds_to_work(time.monotonic() - start)
+            if self._plan.keep_up and self._patiently(partial(self._keep_pace, look)):
+                self._followed.ask_again()
+                continue
             for one in self._choice.see(look):
                 self._followed.settle(one)
             self._patiently(partial(self._note, look))
@@ -160,10 +167,24 @@ class _Worker:
                     note_summary(self._followed.run_of(of_run[0]), name, summary)
                     self._noted[run_id, name] = summary
 
+    def _keep_pace(self, look: Look) -> bool:
+        """Do only what there is the time for; returns whether that has changed."""
+        changed = False
+        for run_id, bound in self._bound.items():
+            of_run = [one for one in look.checkpoints if one.run_id == run_id]
+            if bound and of_run:
+                run = self._followed.run_of(of_run[0])
+                names = self._pacer.names(run, bound, of_run, self._choice.validators)
+                changed |= self._choice.limit(run_id, names)
+        return changed
+
     def _claimed(self) -> Job | None:
         """The next piece of work that is ours."""
         for checkpoint, names in self._choice.candidates():
             run = self._followed.run_of(checkpoint)
+            if run.id not in self._bound and self._plan.keep_up:
+                self._bound_to(run)
+                return None  # which of them are done is known at the next look
             bound = self._bound_to(run)
             if not bound:
                 self._choice.refuse(run.id)
@@ -181,6 +202,7 @@ class _Worker:
         """Do what was claimed, and give back what is not done: because of an error, or failed."""
         checkpoint = job.checkpoint
         outcomes: dict[str, State] = {}
+        start = time.monotonic()
         try:
             for name, outcome in self._outcomes(job):
                 outcomes[name] = self._written(job, name, outcome)
@@ -189,6 +211,9 @@ class _Worker:
                 state = outcomes.get(one.name)
                 self.claims.drop(checkpoint, one.name, finished=state is State.DONE)
                 self._choice.ended(checkpoint, one.name, state)
+        if self._evaluation is not None:
+            self._pacer.note(*self._evaluation, time.monotonic() - start)
+            self._evaluation = None
         failed = State.FAILED in outcomes.values()
         self._counts.failed += failed
         self._counts.done += bool(outcomes and not failed)
@@ -235,6 +260,7 @@ class _Worker:
                 log.warning("step %d is passed over: %s", job.checkpoint.step, error)
                 return []
             return [(one.name, error) for one in bound]
+        self._evaluation = (reports[0].passages, reports[0].seconds)
         return [(one.name, _figures(report)) for one, report in zip(bound, reports, strict=True)]
 
     def _bind_ahead(self, run: TrackedRun) -> None:
@@ -290,7 +316,7 @@ def _fetched_encoder(checkpoint: Checkpoint, changes: Mapping[str, Any]) -> Enco
 
 def _figures(report: Report) -> dict[str, float]:
     """A report as metrics, named as MLflow allows."""
-    measured = {key.replace("@", "_at_"): value for key, value in report.measures.items()}
+    measured = {metric_key(key): value for key, value in report.measures.items()}
     return {
         **measured,
         "seconds": report.seconds,

@@ -55,13 +55,13 @@ def test_of_eight_at_the_same_instant_one_wins(published: TrackedRun) -> None:
 def test_a_lost_answer_to_our_own_claim_is_ours(
     published: TrackedRun, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    real = published.client.log_model_params
+    real = published.client._tracking_client.log_model_params
 
     def lost(model_id: str, params: dict[str, str]) -> None:
         real(model_id, params)
         raise MlflowException("connection reset")
 
-    monkeypatch.setattr(published.client, "log_model_params", lost)
+    monkeypatch.setattr(published.client._tracking_client, "log_model_params", lost)
     assert Claims(published.client).claim(only(published), "val")
 
 

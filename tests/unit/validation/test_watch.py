@@ -390,7 +390,7 @@ def test_a_server_that_is_away_is_waited_for(
     """Away while figures are recorded, for three looks; the work is not done again."""
     publishing(1)
     away = 0
-    real = client.log_model_params
+    real = client._tracking_client.log_model_params
 
     def log_model_params(model_id: str, params: dict[str, str]) -> None:
         nonlocal away
@@ -406,7 +406,7 @@ def test_a_server_that_is_away_is_waited_for(
             raise MlflowException("no route to host")
         return []
 
-    monkeypatch.setattr(client, "log_model_params", log_model_params)
+    monkeypatch.setattr(client._tracking_client, "log_model_params", log_model_params)
     monkeypatch.setattr(client, "search_experiments", search_experiments)
     slept: list[float] = []
     assert watch(run, VALIDATION, follow=False, sleep=slept.append, poll_seconds=3).done == 1

@@ -1,0 +1,97 @@
+"""Tops of a corpus by BM25 or an encoder, searched once and kept in the user's cache."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import numpy as np
+
+from mlflow_dr.collection.corpus import Corpus
+from mlflow_dr.collection.records import Query
+from mlflow_dr.encoder.directory import load_encoder
+from mlflow_dr.encoder.source import encoder_directory
+from mlflow_dr.errors import UsageError
+from mlflow_dr.files import build_once, cache_dir, digest_of, file_sha256
+from mlflow_dr.retrieval.searchers import Bm25Searcher, DenseSearcher, Searcher
+from mlflow_dr.subsets.spec import BM25, Part
+from mlflow_dr.tracking.encoders import fetched_encoder
+
+LAYOUT = 1
+WEIGHTS = ("*.safetensors", "*.bin", "*.json")
+
+
+class CachedSearching:
+    """Searches a corpus for the tops that subsets are made of.
+
+    Args:
+        corpus: what is searched.
+        device: where encoders run.
+        dtype: in which number format.
+        published: gives `models:/<id>` for a training step of the run, where there is one.
+    """
+
+    def __init__(
+        self,
+        corpus: Corpus,
+        device: str = "auto",
+        dtype: str = "auto",
+        published: Callable[[int], str] | None = None,
+    ) -> None:
+        self._corpus = corpus
+        self._device = device
+        self._dtype = dtype
+        self._published = published
+
+    def tops(self, part: Part, queries: Sequence[Query]) -> list[np.ndarray]:
+        """The best passages of each query: rows of the corpus, the best first, `(<= k,) int64`.
+
+        Raises:
+            UsageError: no such encoder, or no such checkpoint.
+            DataError: the corpus is token ids, which BM25 cannot search.
+            CheckpointError: the encoder's files are damaged.
+            TrackingError: no such model, or no server.
+        """
+        if part.kind == BM25:
+            return self._cached(("bm25",), Bm25Searcher, part.count, queries)
+        with fetched_encoder(self._encoder_name(part)) as name:
+            directory = encoder_directory(name)
+            identity = [f"{digest_of(*_weights(directory))}", self._dtype]
+            return self._cached(
+                identity,
+                lambda: DenseSearcher(load_encoder(directory), self._device, self._dtype),
+                part.count,
+                queries,
+            )
+
+    def _encoder_name(self, part: Part) -> str:
+        (name,) = part.names
+        if part.step is None:
+            return name
+        if self._published is None:
+            raise UsageError(f"subset {part}: there is no run here whose checkpoint that could be")
+        return self._published(part.step)
+
+    def _cached(
+        self,
+        identity: Sequence[str],
+        searcher: Callable[[], Searcher],
+        k: int,
+        queries: Sequence[Query],
+    ) -> list[np.ndarray]:
+        asked = [f"{one.id}\t{one.text}\t{one.tokens or ''}" for one in queries]
+        key = digest_of(LAYOUT, self._corpus.digest, *identity, k, *asked)
+
+        def write(partial: Path) -> None:
+            found = [one.rows for one in searcher().search(self._corpus, queries, k)]
+            with partial.open("wb") as file:
+                np.save(file, np.concatenate(found))
+
+        rows = np.load(build_once(cache_dir() / "tops" / key, write))
+        return [one[one >= 0] for one in rows]
+
+
+def _weights(directory: Path) -> list[str]:
+    """What an encoder's figures depend on."""
+    files = sorted({path for pattern in WEIGHTS for path in directory.rglob(pattern)})
+    return [f"{path.relative_to(directory)} {file_sha256(path)}" for path in files]
