@@ -96,6 +96,10 @@ class Pacer:
         rate = passages / max(evaluation_seconds, 1e-9)
         self._speed = Speed(rate, max(0.0, seconds - evaluation_seconds))
 
+    def has_chosen(self, run_id: str) -> bool:
+        """Whether it is decided for this run."""
+        return run_id in self._chosen
+
     def names(
         self,
         run: TrackedRun,

@@ -136,13 +136,14 @@ class _Worker:
             for one in self._choice.see(look):
                 self._followed.settle(one)
             self._patiently(partial(self._note, look))
-            found = False
+            found, bound_before = False, set(self._bound)
             while job := self._patiently(self._claimed):
                 found = True
                 self._work(job)
-                if time.monotonic() >= next_look:
+                unpaced = self._plan.keep_up and not self._pacer.has_chosen(job.run.id)
+                if time.monotonic() >= next_look or unpaced:
                     break
-            if found or self._choice.is_stale:
+            if found or self._choice.is_stale or self._bound.keys() > bound_before:
                 continue
             if not self._plan.follow or (look.over and not self._choice.is_waiting):
                 break

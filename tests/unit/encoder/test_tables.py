@@ -13,7 +13,7 @@ from mlflow_dr.collection.corpus import Corpus
 from mlflow_dr.collection.records import Example, Query
 from mlflow_dr.encoder import tables
 from mlflow_dr.encoder.model import Encoder
-from mlflow_dr.encoder.tables import corpus_tokens, query_tokens
+from mlflow_dr.encoder.tables import corpus_tokens, query_tokens, subset_tokens
 from mlflow_dr.encoder.tokenize import Tokenizing
 
 
@@ -101,3 +101,28 @@ def test_other_contents_are_another_table(
     fewer = Corpus(pa.table({"id": ["a"], "title": [""], "text": ["a ship"]}))
     assert len(corpus_tokens(fewer, tokenizing)) == 1
     assert tables_in(own_cache) == 4
+
+
+def test_a_part_of_a_corpus_is_tokenised_alone(
+    encoder: Encoder, corpus: Corpus, own_cache: Path
+) -> None:
+    tokenizing = Tokenizing(encoder.tokenizer, encoder.settings)
+    some = np.array([1, 4, 7])
+    part = subset_tokens(corpus, some, tokenizing)
+    assert len(part) == len(corpus)
+    assert (part.lengths > 0).nonzero()[0].tolist() == some.tolist()
+    whole = corpus_tokens(corpus, tokenizing)
+    for row in some:
+        assert part[row].tolist() == whole[row].tolist()
+    backwards = some[::-1]
+    for mine, theirs in zip(part.padded(backwards, 0), whole.padded(backwards, 0), strict=True):
+        np.testing.assert_array_equal(mine, theirs)
+    assert tables_in(own_cache) == 2
+    # the whole corpus has been tokenised by now: that is taken
+    assert (subset_tokens(corpus, np.array([0]), tokenizing).lengths > 0).all()
+    assert tables_in(own_cache) == 2
+
+
+def test_most_of_a_corpus_is_tokenised_whole(encoder: Encoder, corpus: Corpus) -> None:
+    tokenizing = Tokenizing(encoder.tokenizer, encoder.settings)
+    assert (subset_tokens(corpus, np.arange(6), tokenizing).lengths > 0).all()

@@ -8,8 +8,9 @@ import pytest
 from mlflow_dr.collection.records import Passage, Query
 from mlflow_dr.encoder.model import Encoder
 from mlflow_dr.encoder.tokenize import Tokenizing
+from mlflow_dr.errors import CheckpointError
 from mlflow_dr.retrieval import dense, encode
-from mlflow_dr.retrieval.dense import search_corpus
+from mlflow_dr.retrieval.dense import Search, ranked_candidates, search_all, search_corpus
 from mlflow_dr.retrieval.encode import encode_all
 from mlflow_dr.retrieval.ranking import Found
 from mlflow_dr.stores.token_table import TokenTable, token_table
@@ -82,3 +83,49 @@ def test_queries_that_have_an_encoder_of_their_own(
     best = -np.sort(-apart.scores, axis=1)[:, :4]
     np.testing.assert_allclose(apart.search(4).scores, best, atol=1e-5)
     assert np.abs(apart.scores - alone.scores).max() > 0.1
+
+
+def test_several_searches_of_parts_in_one_pass(
+    setting: Setting, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each as if it were alone, and no passage is encoded that nobody wants."""
+    monkeypatch.setattr(dense, "PASSAGES_PER_CHUNK", 4)
+    ranks = np.arange(len(setting.table))
+    few, other = np.array([1, 4, 6, 7, 18]), np.array([0, 4, 5])
+    candidates = [np.array([3, 1, 8]), np.array([2]), np.array([], np.int64)]
+    searches = [
+        Search(setting.queries, 3, few),
+        Search(setting.queries[:2], 10, other),
+        Search(setting.queries[2:], 2, candidates=candidates),
+    ]
+    encoded = []
+    real = dense.encode_batches
+
+    def counted(*args: object, **more: object):
+        for rows, vectors in real(*args, **more):
+            encoded.extend(rows.tolist())
+            yield rows, vectors
+
+    monkeypatch.setattr(dense, "encode_batches", counted)
+    found = search_all(
+        setting.encoder, setting.tokenizing, searches, setting.table, ranks, quiet=True
+    )
+    assert sorted(encoded) == sorted({*few, *other, 3, 1, 8, 2})
+    for place in range(5):
+        order = few[np.argsort(-setting.scores[place, few], kind="stable")]
+        assert found[0].rows[place].tolist() == order[:3].tolist()
+    order = other[np.argsort(-setting.scores[1, other], kind="stable")]
+    assert found[1].rows.shape == (2, 3)
+    assert found[1].rows[1].tolist() == order.tolist()
+    own = candidates[0][np.argsort(-setting.scores[2, candidates[0]])]
+    assert found[2].rows.tolist() == [own[:2].tolist(), [2, -1], [-1, -1]]
+    np.testing.assert_allclose(found[2].scores[0], setting.scores[2, own[:2]], atol=1e-5)
+
+
+def test_equal_candidates_by_rank() -> None:
+    found = ranked_candidates(
+        [np.array([4, 2, 9])], [np.array([1.0, 1.0, 1.0], np.float32)], 2, np.arange(10)[::-1]
+    )
+    assert found.rows.tolist() == [[9, 4]]
+    with pytest.raises(CheckpointError, match="overflow"):
+        ranked_candidates([np.array([1])], [np.array([np.inf], np.float32)], 2, np.arange(3))

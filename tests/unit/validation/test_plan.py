@@ -6,9 +6,17 @@ import pytest
 from mlflow_dr.collection.asyncval import asyncval_name
 from mlflow_dr.errors import UsageError
 from mlflow_dr.retrieval.measures import parse_measures
+from mlflow_dr.subsets.spec import parse_spec
 from mlflow_dr.validation.evaluate import Settings
 from mlflow_dr.validation.order import Order
-from mlflow_dr.validation.plan import Plan, Validation, each_split, read_plan
+from mlflow_dr.validation.plan import (
+    Plan,
+    Refines,
+    Validation,
+    each_split,
+    read_plan,
+    refining,
+)
 
 SETTINGS = Settings(parse_measures("mrr@10"), dtype="fp32")
 PLAN = Plan((Validation(SETTINGS),), every=100)
@@ -133,3 +141,54 @@ def test_no_such_file(tmp_path: Path) -> None:
 def test_a_plan_that_makes_no_sense(wrong: dict[str, Any]) -> None:
     with pytest.raises(UsageError):
         Plan(**wrong)
+
+
+def test_a_subset_is_in_the_name_and_the_whole_corpus_is_not() -> None:
+    subsets = [parse_spec("full"), parse_spec("bm25@50+random:10000")]
+    made = each_split(SETTINGS, "val", "demo", ["dev", "test"], subsets)
+    assert [one.name for one in made] == [
+        "val-dev",
+        "val-dev-bm25_at_50-random_10000",
+        "val-test",
+        "val-test-bm25_at_50-random_10000",
+    ]
+
+
+def test_what_refines() -> None:
+    cheap = each_split(SETTINGS, "val", None, (), [parse_spec("random:5")])
+    (dear,) = refining("full@3", cheap)
+    assert (dear.name, dear.subset, dear.refines) == (
+        "val",
+        parse_spec("full"),
+        Refines("val-random_5", SETTINGS.measures[0], 3),
+    )
+    (wider,) = refining("bm25@5@2", cheap)
+    assert (wider.name, wider.refines and wider.refines.best) == ("val-bm25_at_5", 2)
+    for text in ("full", "full@", "full@0", "@3", "full@x"):
+        with pytest.raises(UsageError, match="expected SUBSET@N"):
+            refining(text, cheap)
+    with pytest.raises(UsageError, match="does already"):
+        refining("random:5@3", cheap)
+
+
+def test_subsets_in_the_file(tmp_path: Path) -> None:
+    path = tmp_path / "plan.yaml"
+    path.write_text(
+        "keep_up: true\n"
+        "validations:\n"
+        "  a: {subset: random:5, seed: 3, judged: all, refine: full@2}\n"
+        "  b: {subset: bm25@7}\n"
+    )
+    plan = read_plan(path, Plan((Validation(SETTINGS),)), SETTINGS)
+    assert plan.keep_up
+    assert [one.name for one in plan.validations] == [
+        "a-random_5-seed_3-all_judged",
+        "a",
+        "b-bm25_at_7",
+    ]
+    assert [one.name for one in plan.cheap] == ["a-random_5-seed_3-all_judged", "b-bm25_at_7"]
+
+
+def test_keeping_up_chooses_among_subsets() -> None:
+    with pytest.raises(UsageError, match="at least twice"):
+        Plan((Validation(SETTINGS),), keep_up=True)

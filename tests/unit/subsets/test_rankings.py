@@ -1,0 +1,109 @@
+"""Ranking files: whatever their order, one right answer or one clear error."""
+
+import gzip
+import random
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pytest
+
+from mlflow_dr.collection.corpus import Corpus
+from mlflow_dr.collection.records import Query
+from mlflow_dr.errors import DataError
+from mlflow_dr.subsets.rankings import ranking_tops
+
+QUERIES = [Query("q1", "one"), Query("q2", "two")]
+
+
+@pytest.fixture
+def corpus() -> Corpus:
+    ids = [f"p{number}" for number in range(10)]
+    return Corpus(pa.table({"id": ids, "title": [""] * 10, "text": ids}))
+
+
+def trec(scores: dict[str, dict[str, float]]) -> list[str]:
+    return [
+        f"{query} Q0 {passage} 1 {score} tag\n"
+        for query, found in scores.items()
+        for passage, score in found.items()
+    ]
+
+
+SCORES = {"q1": {f"p{n}": float(n % 7) for n in range(10)}, "q2": {"p3": -2.0, "p4": -1.0}}
+
+
+def tops(path: Path, k: int, corpus: Corpus) -> list[list[int]]:
+    return [rows.tolist() for rows in ranking_tops(path, k, QUERIES, corpus)]
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_by_score_and_not_by_line(tmp_path: Path, corpus: Corpus, packed: bool) -> None:
+    """Shuffled and interleaved; equal scores by descending id, as trec_eval has them."""
+    lines = trec(SCORES)
+    random.Random(1).shuffle(lines)
+    data = "".join(lines).encode()
+    path = tmp_path / ("run.gz" if packed else "run.trec")
+    path.write_bytes(gzip.compress(data) if packed else data)
+    assert tops(path, 3, corpus) == [[6, 5, 4], [4, 3]]
+    assert tops(path, 100, corpus) == [[6, 5, 4, 3, 9, 2, 8, 1, 7, 0], [4, 3]]
+
+
+def test_many_lines_of_one_query_are_not_kept(tmp_path: Path, corpus: Corpus) -> None:
+    lines = [f"q1 Q0 x{number} 1 {number % 1000 / 1000} t\n" for number in range(20_000)]
+    random.Random(2).shuffle(lines)
+    path = tmp_path / "run.trec"
+    path.write_text("".join([*lines, "q1 Q0 p1 1 7 t\n", "q1 Q0 p2 1 8 t\n", "q2 Q0 p0 1 1 t\n"]))
+    assert tops(path, 2, corpus) == [[2, 1], [0]]
+
+
+def test_ms_marcos_ranks_and_lines_with_scores(tmp_path: Path, corpus: Corpus) -> None:
+    ranks, scores = tmp_path / "ranks.tsv", tmp_path / "scores.tsv"
+    ranks.write_text("q1\tp5\t2\nq2\tp1\t1\nq1\tp7\t1\nq1\tp2\t10\n")
+    scores.write_text("q1\tp5\t2.5\nq2\tp1\t1\nq1\tp7\t1e1\nq1\tp2\t10.5\n")
+    assert tops(ranks, 2, corpus) == [[7, 5], [1]]
+    assert tops(scores, 2, corpus) == [[2, 7], [1]]
+
+
+def test_unknown_ids_and_a_query_without_a_line(
+    tmp_path: Path, corpus: Corpus, caplog: pytest.LogCaptureFixture
+) -> None:
+    path = tmp_path / "run.trec"
+    path.write_text("q1 Q0 nobody 1 9 t\nq1 Q0 p1 2 8 t\nstranger Q0 p2 1 9 t\n")
+    assert tops(path, 5, corpus) == [[1], []]
+    (message,) = caplog.messages
+    assert "1 passages that the corpus lacks; 1 of 2 queries have no line" in message
+    assert "'q2'" in message
+
+
+@pytest.mark.parametrize(
+    ("text", "reason"),
+    [
+        ("", "run.trec: the file has no line"),
+        ("\n\n", "run.trec: the file has no line"),
+        ("stranger Q0 p1 1 9 t\n", "no line names a query of the collection"),
+        ("q1 Q0 nobody 1 9 t\n", "no line names a passage of the collection"),
+        ("q1 Q0 p1 1 9 t\nq1 Q0 p2 2 t\n", "run.trec:2: 5 columns; expected"),
+        ("q1 p1\n", "run.trec:1: 2 columns; expected"),
+        ("q1 Q0 p1 1 high t\n", "run.trec:1: 'high' is not a score"),
+        ("q1 Q0 p1 1 nan t\n", "run.trec:1: 'nan' is not a score"),
+        ("q1 p1 1\nq1 p2 0.5\n", "run.trec:2: '0.5' is not a rank"),
+        ("q1 Q0 p1 1 9 t\nq2 p1 1\n", "run.trec:2: 3 columns"),
+    ],
+)
+def test_one_clear_error(tmp_path: Path, corpus: Corpus, text: str, reason: str) -> None:
+    path = tmp_path / "run.trec"
+    path.write_text(text)
+    with pytest.raises(DataError, match=reason):
+        ranking_tops(path, 5, QUERIES, corpus)
+
+
+def test_no_such_file(tmp_path: Path, corpus: Corpus) -> None:
+    with pytest.raises(DataError, match="no such file"):
+        ranking_tops(tmp_path / "run.trec", 5, QUERIES, corpus)
+
+
+def test_rows_are_int64(tmp_path: Path, corpus: Corpus) -> None:
+    path = tmp_path / "run.trec"
+    path.write_text("q1 Q0 p1 1 9 t\n")
+    assert {rows.dtype for rows in ranking_tops(path, 5, QUERIES, corpus)} == {np.dtype(np.int64)}

@@ -1,0 +1,88 @@
+"""The words for a subset."""
+
+from pathlib import Path
+
+import pytest
+
+from mlflow_dr.errors import UsageError
+from mlflow_dr.subsets.spec import ALL, Part, Spec, parse_spec
+
+
+@pytest.mark.parametrize(
+    ("text", "slug"),
+    [
+        ("full", ""),
+        ("random:2000", "random_2000"),
+        ("bm25@50", "bm25_at_50"),
+        ("bm25@50+random:10000", "bm25_at_50-random_10000"),
+        ("encoder:sentence-transformers/all-MiniLM-L6-v2@10", "encoder_all-MiniLM-L6-v2_at_10"),
+        ("encoder:models:/m-1@best@10", "encoder_m-1_best_at_10"),
+        ("encoder:step-100@50", "encoder_step-100_at_50"),
+        ("queries:200", "full-queries_200"),
+        ("full+queries:200", "full-queries_200"),
+        ("bm25@5+queries:20", "bm25_at_5-queries_20"),
+        ("ranking:a/b+c@d.trec@100", "ranking_b_c_d_at_100"),
+        ("pool:one.trec,two.txt.gz@7", "pool_one_two_at_7"),
+        ("rerank:top.tsv@100", "rerank_top_at_100"),
+    ],
+)
+def test_each_form_has_a_name_for_metrics(text: str, slug: str) -> None:
+    assert parse_spec(text).slug == slug
+    written = "full+queries:200" if text == "queries:200" else text
+    assert str(parse_spec(text)) == written
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        *("", "random", "random:", "random:x", "random:0", "random:-3", "bm25:50", "bm25", "bm25@"),
+        *("ranking:file", "ranking:@5", "pool:a,,b@5", "full@3", "top@50", "encoder:@5", "full+"),
+        *("bm25@50+", "rerank:a@b", "queries@5"),
+    ],
+)
+def test_what_is_no_subset_is_told_with_the_forms(text: str) -> None:
+    with pytest.raises(UsageError, match=r"^subset '.*expected|whole number above 0"):
+        parse_spec(text)
+
+
+@pytest.mark.parametrize(
+    ("text", "reason"),
+    [
+        ("full+bm25@5", "joins with queries:N only"),
+        ("rerank:a@5+random:10", "each query its own passages"),
+        ("bm25@5+bm25@5", "twice"),
+        ("queries:5+queries:6", "twice"),
+    ],
+)
+def test_what_makes_no_sense_together(text: str, reason: str) -> None:
+    with pytest.raises(UsageError, match=reason):
+        parse_spec(text)
+
+
+def test_seed_and_judged_are_in_the_name_where_they_matter() -> None:
+    assert parse_spec("random:5", seed=3).slug == "random_5-seed_3"
+    assert parse_spec("bm25@5", seed=3).slug == "bm25_at_5"
+    assert parse_spec("bm25@5", judged=ALL).slug == "bm25_at_5-all_judged"
+    assert parse_spec("full", seed=3, judged=ALL).slug == ""
+    with pytest.raises(UsageError, match="judged"):
+        parse_spec("bm25@5", judged="some")
+
+
+def test_a_file_is_found_from_everywhere_and_shown_without_its_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "top.trec").touch()
+    monkeypatch.chdir(tmp_path)
+    spec = parse_spec("ranking:top.trec@5")
+    assert spec.parts == (Part("ranking", 5, (str(tmp_path / "top.trec"),)),)
+    assert spec.shown == "ranking:top.trec@5"
+
+
+def test_a_long_name_is_cut_and_still_its_own() -> None:
+    slugs = {parse_spec(f"pool:{','.join(['name' * 9] * 5)},{end}@5").slug for end in "ab"}
+    assert len(slugs) == 2
+    assert all(len(slug) <= 100 for slug in slugs)
+
+
+def test_the_whole_corpus_is_the_default() -> None:
+    assert parse_spec("full") == Spec()

@@ -1,0 +1,130 @@
+"""Which passages a subset holds, and why."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pytest
+
+from mlflow_dr.collection.corpus import Corpus
+from mlflow_dr.collection.records import Query, Topics
+from mlflow_dr.subsets.spec import Part, parse_spec
+from mlflow_dr.subsets.subset import Subset, make_subset
+
+N = 50
+TOPICS = Topics(
+    [Query(f"q{number}", "text") for number in range(10)],
+    {f"q{number}": {f"p{number}": 1, f"p{number + 20}": 0} for number in range(10)},
+)
+
+
+def corpus(order: Sequence[int] = range(N)) -> Corpus:
+    ids = [f"p{number}" for number in order]
+    return Corpus(pa.table({"id": ids, "title": [""] * N, "text": ids}))
+
+
+class Tops:
+    """Each query's tops are the passages of its own number and the next ones, plus 30."""
+
+    def __init__(self, corpus: Corpus) -> None:
+        self._corpus = corpus
+        self.asked: list[list[str]] = []
+
+    def tops(self, part: Part, queries: Sequence[Query]) -> list[np.ndarray]:
+        self.asked.append([query.id for query in queries])
+        return [
+            self._corpus.rows_of([f"p{30 + int(one.id[1:]) + n}" for n in range(part.count)])
+            for one in queries
+        ]
+
+
+def made(text: str, order: Sequence[int] = range(N), **more: object) -> Subset:
+    of = corpus(order)
+    return make_subset(parse_spec(text, **more), of, TOPICS, Tops(of))  # type: ignore[arg-type]
+
+
+def ids(subset: Subset) -> set[str]:
+    return set(subset.corpus.ids.take(pa.array(subset.rows)).to_pylist())
+
+
+RELEVANT = {f"p{number}" for number in range(10)}
+
+
+def test_tops_and_what_is_relevant() -> None:
+    assert ids(made("bm25@3")) == RELEVANT | {f"p{number}" for number in range(30, 42)}
+    everything_judged = made("bm25@1", judged="all")
+    assert {f"p{number}" for number in range(20, 30)} <= ids(everything_judged)
+
+
+def test_lots_depend_on_ids_and_seed_not_on_the_order_of_the_corpus() -> None:
+    shuffled = np.random.default_rng(5).permutation(N).tolist()
+    assert ids(made("random:12")) == ids(made("random:12", shuffled))
+    assert ids(made("random:12")) != ids(made("random:12", seed=1))
+    assert made("random:12").digest == made("random:12", shuffled).digest
+    assert len(ids(made("random:12")) - RELEVANT) in range(12 - 10, 13)
+
+
+def test_a_smaller_lot_is_part_of_a_larger_one() -> None:
+    assert ids(made("random:5")) < ids(made("random:25")) < ids(made("random:1000"))
+    assert len(made("random:1000")) == N
+
+
+def test_origins() -> None:
+    subset = made("bm25@1+random:20")
+    origins = dict(zip(*subset.table().to_pydict().values(), strict=True))
+    assert origins.keys() == ids(subset)
+    assert {origin for one, origin in origins.items() if one in RELEVANT} <= {
+        "judged",
+        "judged + random:20",
+    }
+    assert subset.sizes == {
+        "judged": 10,
+        "bm25@1": 10,
+        "random:20": sum("random:20" in one for one in origins.values()),
+    }
+    assert subset.sizes["random:20"] == 20
+
+
+def test_queries_are_drawn_first_and_tops_are_theirs() -> None:
+    of = corpus()
+    searching = Tops(of)
+    subset = make_subset(parse_spec("bm25@1+queries:4"), of, TOPICS, searching)
+    drawn = [query.id for query in subset.topics.queries]
+    assert len(drawn) == 4
+    assert searching.asked == [drawn]
+    assert subset.topics.qrels.keys() == set(drawn)
+    assert len(subset) == 4 + 4
+    more = [query.id for query in made("queries:7").topics.queries]
+    assert set(drawn) < set(more)
+    assert len(made("queries:7")) == N
+    assert len(made("queries:700").topics.queries) == 10
+
+
+def test_each_query_ranks_its_own_candidates(tmp_path: Path) -> None:
+    path = tmp_path / "top.tsv"
+    path.write_text("".join(f"q{n}\tp{40 + n % 3}\t1\nq{n}\tp45\t2\n" for n in range(10)))
+    subset = made(f"rerank:{path}@1")
+    assert subset.candidates is not None
+    assert [sorted(rows.tolist()) for rows in subset.candidates] == [
+        [n, 40 + n % 3] for n in range(10)
+    ]
+    assert ids(subset) == RELEVANT | {"p40", "p41", "p42"}
+    assert subset.digest != made(f"ranking:{path}@1").digest
+    assert made(f"ranking:{path}@1").candidates is None
+
+
+def test_a_pool_of_files(tmp_path: Path) -> None:
+    for name, offset in (("a", 40), ("b", 45)):
+        lines = [f"q{n}\tp{offset + n % 2}\t1\n" for n in range(10)]
+        (tmp_path / f"{name}.tsv").write_text("".join(lines))
+    subset = made(f"pool:{tmp_path}/a.tsv,{tmp_path}/b.tsv@3")
+    assert ids(subset) == RELEVANT | {"p40", "p41", "p45", "p46"}
+    assert subset.names == ("judged", "pool:a.tsv,b.tsv@3")
+
+
+@pytest.mark.parametrize("text", ["bm25@2", "random:9", "queries:3"])
+def test_the_digest_is_that_of_the_contents(text: str) -> None:
+    assert made(text).digest == made(text).digest
+    digests = {made(other).digest for other in ("bm25@2", "bm25@3", "random:9", "queries:3")}
+    assert len(digests) == 4

@@ -1,0 +1,197 @@
+"""Validations on subsets, in one process, over a real store."""
+
+import json
+import logging
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import pyarrow.parquet as pq
+import pytest
+from mlflow import MlflowClient
+
+from mlflow_dr.encoder.directory import save_encoder
+from mlflow_dr.encoder.model import Encoder
+from mlflow_dr.errors import UsageError
+from mlflow_dr.retrieval.measures import parse_measures
+from mlflow_dr.subsets.spec import parse_spec
+from mlflow_dr.tracking.checkpoints import checkpoints_of, publish
+from mlflow_dr.tracking.following import FollowedExperiment, FollowedRun
+from mlflow_dr.tracking.results import recorded_values
+from mlflow_dr.tracking.runs import TrackedRun
+from mlflow_dr.validation import watch as watching
+from mlflow_dr.validation.evaluate import Settings
+from mlflow_dr.validation.pace import CHOSEN_PARAM
+from mlflow_dr.validation.plan import Plan, each_split, refining
+from mlflow_dr.validation.watch import Counts, watch
+
+SETTINGS = Settings(parse_measures("mrr@10 recall@1"), device="cpu", dtype="fp32")
+
+
+@pytest.fixture
+def folder(beir_folder: Callable[..., Path], texts: list[str]) -> Path:
+    return beir_folder(
+        {f"p{number}": text for number, text in enumerate(texts)},
+        {"q1": "who counts the ships", "q2": "what do the gulls follow", "q3": "the tide at noon"},
+        dev={"q1": {"p0": 1}, "q2": {"p3": 1}, "q3": {"p5": 1}},
+    )
+
+
+@pytest.fixture
+def publishing(
+    run: TrackedRun, make_tiny: Callable[..., Encoder], tmp_path: Path, folder: Path
+) -> Callable[[int], str]:
+    run.log_params({"dataset": str(folder), "validation_split": "dev"})
+
+    def publish_step(step: int) -> str:
+        directory = tmp_path / f"step-{step}"
+        save_encoder(directory, make_tiny(seed=step, pooling="mean", normalize=True))
+        return publish(run, directory, step)
+
+    return publish_step
+
+
+def plan(*subsets: str, refine: str = "", **more: Any) -> Plan:
+    validations = each_split(SETTINGS, "val", None, (), [parse_spec(one) for one in subsets])
+    if refine:
+        validations += refining(refine, validations)
+    return Plan(validations, follow=False, **more)
+
+
+def validated(run: TrackedRun, *subsets: str, **more: Any) -> Counts:
+    return watch(FollowedRun(run), plan(*subsets, **more), sleep=no_sleep)
+
+
+def no_sleep(seconds: float) -> None:
+    raise AssertionError(f"slept {seconds} s")
+
+
+def steps(client: MlflowClient, run: TrackedRun, key: str) -> list[int]:
+    return sorted(point.step for point in client.get_metric_history(run.id, key))
+
+
+def test_a_subset_has_a_curve_an_artifact_and_a_dataset_of_its_own(
+    client: MlflowClient, run: TrackedRun, publishing: Callable[[int], str], tmp_path: Path
+) -> None:
+    publishing(1)
+    assert validated(run, "full", "random:2").done == 1
+    names = client.get_run(run.id).data.metrics
+    assert {"val/mrr_at_10", "val-random_2/mrr_at_10"} <= names.keys()
+    assert names["val-random_2/mrr_at_10"] >= names["val/mrr_at_10"]
+    inputs = {one.dataset.name: one.dataset for one in client.get_run(run.id).inputs.dataset_inputs}
+    (whole,) = (one for name, one in inputs.items() if "random" not in name)
+    (part,) = (one for name, one in inputs.items() if name.endswith("(random:2)"))
+    assert whole.digest != part.digest
+    profile = json.loads(part.profile)
+    assert profile["origins"]["judged"] == 3
+    assert profile["passages"] in (3, 4, 5)
+    local = client.download_artifacts(run.id, "subsets", str(tmp_path))
+    table = pq.read_table(Path(local) / "val-random_2.parquet")
+    assert {"p0", "p3", "p5"} <= set(table["passage_id"].to_pylist())
+    about = json.loads((Path(local) / "val-random_2.json").read_text())
+    assert (about["subset"], about["passages"]) == ("random:2", len(table))
+    assert sorted(Path(local).iterdir())[0].name == "val-random_2.json"
+
+
+def test_subsets_and_the_whole_corpus_are_read_from_one_pass(
+    run: TrackedRun,
+    publishing: Callable[[int], str],
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+) -> None:
+    publishing(1)
+    calls = []
+    real = watching.evaluate_all
+
+    def counted(encoder: Encoder, asked: Sequence[Any], **more: Any) -> Any:
+        calls.append(len(asked))
+        return real(encoder, asked, **more)
+
+    monkeypatch.setattr(watching, "evaluate_all", counted)
+    validated(run, "full", "random:2", "bm25@1", "queries:2")
+    assert calls == [4]
+    # each has the figures that it has alone
+    (one,) = checkpoints_of(run)
+    together = recorded_values(one, "val-bm25_at_1")
+    publish(run, tmp_path / "step-1", 2)
+    validated(run, "bm25@1")
+    alone = recorded_values(checkpoints_of(run)[-1], "val-bm25_at_1")
+    assert alone["mrr_at_10"] == pytest.approx(together["mrr_at_10"], abs=1e-9)
+
+
+def test_other_contents_under_one_name_are_refused(
+    run: TrackedRun, publishing: Callable[[int], str], tmp_path: Path
+) -> None:
+    publishing(1)
+    path = tmp_path / "top.tsv"
+    path.write_text("q1\tp1\t1\n")
+    validated(run, f"ranking:{path}@2")
+    path.write_text("q1\tp2\t1\n")
+    with pytest.raises(UsageError, match="another configuration"):
+        validated(run, f"ranking:{path}@2")
+
+
+def test_tops_of_a_checkpoint_of_the_run(
+    client: MlflowClient, run: TrackedRun, publishing: Callable[[int], str]
+) -> None:
+    publishing(0)
+    publishing(10)
+    assert validated(run, "encoder:step-0@1").done == 2
+    assert steps(client, run, "val-encoder_step-0_at_1/mrr_at_10") == [0, 10]
+    with pytest.raises(UsageError, match="published no step 7; there are 0, 10"):
+        validated(run, "encoder:step-7@1")
+
+
+def test_the_best_so_far_get_the_whole_corpus_once(
+    client: MlflowClient, run: TrackedRun, publishing: Callable[[int], str]
+) -> None:
+    for step in range(6):
+        publishing(step)
+    validated(run, "bm25@1", refine="full@2")
+    cheap = {one.step: recorded_values(one, "val-bm25_at_1") for one in checkpoints_of(run)}
+    order = sorted(cheap, key=lambda step: (-cheap[step]["mrr_at_10"], step))
+    assert len(cheap) == 6
+    refined = steps(client, run, "val/mrr_at_10")
+    assert set(order[:2]) <= set(refined)
+    before = len(refined)
+    validated(run, "bm25@1", refine="full@2")
+    assert len(steps(client, run, "val/mrr_at_10")) == before
+
+
+def test_the_trainer_gives_the_pace(
+    client: MlflowClient,
+    run: TrackedRun,
+    publishing: Callable[[int], str],
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """The smallest until the speed is known, then one and the same, also for a later validator."""
+    for step in range(4):
+        publishing(step)
+    caplog.set_level(logging.INFO)
+    monkeypatch.setattr("mlflow_dr.validation.pace.publishing_interval", lambda _: 1e6)
+    validated(run, "random:1", "random:4", "full", keep_up=True)
+    assert steps(client, run, "val/mrr_at_10") == [0, 1, 2, 3]
+    assert len(steps(client, run, "val-random_1/mrr_at_10")) == 1
+    assert steps(client, run, "val-random_4/mrr_at_10") == []
+    assert "full keeps up with a checkpoint every" in caplog.text
+    assert client.get_run(run.id).data.params[CHOSEN_PARAM] == "full"
+    publishing(4)
+    monkeypatch.setattr("mlflow_dr.validation.pace.publishing_interval", lambda _: 1e-6)
+    validated(run, "random:1", "random:4", "full", keep_up=True)
+    assert steps(client, run, "val/mrr_at_10") == [0, 1, 2, 3, 4]
+    assert "full, as another validator has chosen" in caplog.text
+
+
+def test_the_pace_on_an_experiment(
+    client: MlflowClient,
+    run: TrackedRun,
+    publishing: Callable[[int], str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    for step in range(3):
+        publishing(step)
+    monkeypatch.setattr("mlflow_dr.validation.pace.publishing_interval", lambda _: 1e6)
+    name = client.get_experiment(run.experiment_id).name
+    watch(FollowedExperiment(client, name), plan("random:1", "full", keep_up=True))
+    assert steps(client, run, "val/mrr_at_10") == [0, 1, 2]
