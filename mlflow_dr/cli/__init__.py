@@ -28,6 +28,7 @@ COMMANDS = {
     "status": "Show what has become of a run's checkpoints.",
     "evaluate": "Measure one encoder on one collection, without tracking.",
     "mine": "Find hard negatives for training queries, by BM25 or an encoder.",
+    "subset": "Write a part of a collection, as validations would take it.",
     "datasets": "List the collections that can be named.",
 }
 

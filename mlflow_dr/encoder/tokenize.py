@@ -4,13 +4,33 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import cached_property
 from typing import Any
 
 from mlflow_dr.collection.records import Passage, Query
 from mlflow_dr.encoder.config import EncoderConfig
-from mlflow_dr.errors import DataError
+from mlflow_dr.errors import DataError, UsageError
+
+
+def plain_tokens(name: str) -> Callable[[Sequence[str]], list[list[int]]]:
+    """What makes token ids of texts without special tokens, by the tokenizer of this name.
+
+    Args:
+        name: a directory or hub name.
+
+    Raises:
+        UsageError: no such tokenizer.
+    """
+    from transformers import AutoTokenizer
+
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(name)
+    except (OSError, ValueError) as error:
+        raise UsageError(
+            f"{name!r}: no tokenizer of this name, in a directory, on the hub or in its cache"
+        ) from error
+    return lambda texts: tokenizer(list(texts), add_special_tokens=False)["input_ids"]
 
 
 class Tokenizing:

@@ -1,0 +1,156 @@
+"""Subsets written down: as a BEIR folder, whole or in shards, or as Asyncval's files."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import orjson
+import pyarrow.parquet as pq
+
+from mlflow_dr.collection.records import Passage, Query, Topics
+from mlflow_dr.errors import UsageError
+from mlflow_dr.files import written_beside
+from mlflow_dr.progress import progress_bar
+from mlflow_dr.subsets.subset import Subset
+
+BEIR, ASYNCVAL = "beir", "asyncval"
+ROWS_PER_GROUP = 8192
+
+Tokens = Callable[[Sequence[str]], Sequence[Sequence[int]]]
+"""Texts to token ids, without special tokens."""
+
+
+def write_subset(
+    output: Path,
+    subset: Subset,
+    split: str,
+    layout: str = BEIR,
+    shards: int = 1,
+    tokens: Tokens | None = None,
+) -> None:
+    """Write a subset, its queries and judgements, and where its passages come from.
+
+    - `beir`: `corpus.jsonl`, `queries.jsonl`, `qrels/<split>.tsv`; of several shards
+      `corpus-00000-of-00004.jsonl` and so on.
+    - `asyncval`: `candidates/split00.jsonl` and so on, `queries.<split>.jsonl`,
+      `qrels.<split>.tsv`; lines of `text_id` and `text`, title in front.
+
+    Both have `subset.parquet`: passage ids and origins.
+
+    Args:
+        output: a folder that is not there yet; whole, or not there.
+        subset: what is written.
+        split: names the judgements.
+        layout: `beir` or `asyncval`.
+        shards: files of passages, of nearly equal numbers.
+        tokens: makes token ids of texts, which Asyncval itself wants; with its layout only.
+
+    Raises:
+        UsageError: the folder is there, or the subset cannot be written so.
+    """
+    if output.exists():
+        raise UsageError(f"{output}: is there already; name another folder")
+    if subset.candidates is not None:
+        raise UsageError(
+            f"subset {subset.spec.shown} gives each query its own passages, which no folder can "
+            "express; write ranking:FILE@K instead"
+        )
+    if subset.corpus.tokenised and layout == BEIR:
+        raise UsageError("the corpus is token ids; it can be written with --format asyncval only")
+    if not 1 <= shards <= len(subset):
+        raise UsageError(f"{shards} shards of {len(subset)} passages; expected 1 to {len(subset)}")
+    names = _corpus_files(layout, shards)
+    record = _beir if layout == BEIR else _asyncval(tokens)
+    with written_beside(output) as room:
+        (room / Path(names[0]).parent).mkdir(parents=True)
+        _write_passages([room / name for name in names], subset, record)
+        of_split = "" if layout == BEIR else f".{split}"
+        _write_lines(room / f"queries{of_split}.jsonl", _queries(subset.topics, layout, tokens))
+        _write_qrels(room, subset.topics, split, layout)
+        pq.write_table(subset.table(), room / "subset.parquet", compression="zstd")
+
+
+def _corpus_files(layout: str, shards: int) -> list[str]:
+    if layout == ASYNCVAL:
+        return [f"candidates/split{place:02}.jsonl" for place in range(shards)]
+    if shards == 1:
+        return ["corpus.jsonl"]
+    return [f"corpus-{place:05}-of-{shards:05}.jsonl" for place in range(shards)]
+
+
+def _write_passages(
+    paths: Sequence[Path],
+    subset: Subset,
+    records: Callable[[Sequence[Passage]], Iterator[Mapping[str, Any]]],
+) -> None:
+    with ExitStack() as ending:
+        bar = ending.enter_context(progress_bar(len(subset), "writing the subset", "passages"))
+        for path, rows in zip(paths, np.array_split(subset.rows, len(paths)), strict=True):
+            with path.open("wb") as file:
+                for start in range(0, len(rows), ROWS_PER_GROUP):
+                    group = subset.corpus.passages(rows[start : start + ROWS_PER_GROUP])
+                    for record in records(group):
+                        file.write(orjson.dumps(record, option=orjson.OPT_APPEND_NEWLINE))
+                    bar.update(len(group))
+
+
+def _write_lines(path: Path, records: Iterator[Mapping[str, Any]]) -> None:
+    with path.open("wb") as file:
+        for record in records:
+            file.write(orjson.dumps(record, option=orjson.OPT_APPEND_NEWLINE))
+
+
+def _write_qrels(room: Path, topics: Topics, split: str, layout: str) -> None:
+    path = (
+        room
+        / ("qrels" if layout == BEIR else "")
+        / (f"{split}.tsv" if layout == BEIR else f"qrels.{split}.tsv")
+    )
+    path.parent.mkdir(exist_ok=True)
+    with path.open("w", encoding="utf-8") as file:
+        if layout == BEIR:
+            file.write("query-id\tcorpus-id\tscore\n")
+        for query in topics.queries:
+            for passage_id, relevance in topics.qrels[query.id].items():
+                iteration = "" if layout == BEIR else "\t0"
+                file.write(f"{query.id}{iteration}\t{passage_id}\t{relevance}\n")
+
+
+def _queries(topics: Topics, layout: str, tokens: Tokens | None) -> Iterator[Mapping[str, Any]]:
+    if layout == BEIR:
+        for query in topics.queries:
+            answers = {"metadata": {"answers": list(query.answers)}} if query.answers else {}
+            yield {"_id": query.id, "text": query.text, **answers}
+        return
+    yield from _texts(list(topics.queries), [query.text for query in topics.queries], tokens)
+
+
+def _beir(passages: Sequence[Passage]) -> Iterator[Mapping[str, Any]]:
+    for one in passages:
+        yield {"_id": one.id, "title": one.title, "text": one.text}
+
+
+def _asyncval(
+    tokens: Tokens | None,
+) -> Callable[[Sequence[Passage]], Iterator[Mapping[str, Any]]]:
+    def records(passages: Sequence[Passage]) -> Iterator[Mapping[str, Any]]:
+        texts = [f"{one.title} {one.text}".strip() for one in passages]
+        return _texts(list(passages), texts, tokens)
+
+    return records
+
+
+def _texts(
+    those: Sequence[Passage | Query], texts: Sequence[str], tokens: Tokens | None
+) -> Iterator[Mapping[str, Any]]:
+    """Lines of `text_id` and `text`: token ids where they are known or made, else the text."""
+    made = tokens(texts) if tokens is not None else [None] * len(texts)
+    for one, text, ids in zip(those, texts, made, strict=True):
+        if one.tokens is not None:
+            yield {"text_id": one.id, "text": list(one.tokens)}
+        else:
+            yield {"text_id": one.id, "text": text if ids is None else list(ids)}

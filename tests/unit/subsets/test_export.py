@@ -1,0 +1,105 @@
+"""Subsets written down are collections that open again."""
+
+import json
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+from click.testing import CliRunner
+
+from mlflow_dr.cli.subset import command
+from mlflow_dr.collection.catalogue import open_collection
+from mlflow_dr.collection.records import Query
+from mlflow_dr.encoder.directory import save_encoder
+from mlflow_dr.encoder.model import Encoder
+from mlflow_dr.encoder.tokenize import plain_tokens
+from mlflow_dr.errors import UsageError
+from mlflow_dr.subsets.export import write_subset
+from mlflow_dr.subsets.spec import Part, parse_spec
+from mlflow_dr.subsets.subset import Subset, make_subset
+
+
+class NoTops:
+    def tops(self, part: Part, queries: Sequence[Query]) -> list[np.ndarray]:
+        raise AssertionError(part)
+
+
+@pytest.fixture
+def folder(beir_folder: Callable[..., Path], texts: list[str]) -> Path:
+    return beir_folder(
+        {f"p{number}": text for number, text in enumerate(texts)},
+        {"q1": "who counts the ships", "q2": "what do the gulls follow", "q3": "the tide at noon"},
+        dev={"q1": {"p0": 1, "p1": 0}, "q2": {"p3": 2}, "q3": {"p5": 1}},
+    )
+
+
+@pytest.fixture
+def subset(folder: Path) -> Subset:
+    collection = open_collection(str(folder))
+    spec = parse_spec("random:4+queries:2", judged="all")
+    return make_subset(spec, collection.corpus(), collection.topics("dev"), NoTops())
+
+
+def test_a_beir_folder_opens_as_the_collection_that_it_was(subset: Subset, tmp_path: Path) -> None:
+    write_subset(tmp_path / "small", subset, "dev")
+    opened = open_collection(str(tmp_path / "small"))
+    assert len(opened.corpus()) == len(subset)
+    assert opened.topics("dev").digest == subset.topics.digest
+    table = pq.read_table(tmp_path / "small" / "subset.parquet")
+    assert sorted(table["passage_id"].to_pylist()) == sorted(opened.corpus().ids.to_pylist())
+    with pytest.raises(UsageError, match="is there already"):
+        write_subset(tmp_path / "small", subset, "dev")
+
+
+def test_shards_are_nearly_equal(subset: Subset, tmp_path: Path) -> None:
+    write_subset(tmp_path / "small", subset, "dev", shards=3)
+    files = sorted((tmp_path / "small").glob("corpus-*"))
+    assert [file.name for file in files] == [f"corpus-{n:05}-of-00003.jsonl" for n in range(3)]
+    counts = [len(file.read_text().splitlines()) for file in files]
+    assert sum(counts) == len(subset)
+    assert max(counts) - min(counts) <= 1
+    with pytest.raises(UsageError, match="expected 1 to"):
+        write_subset(tmp_path / "other", subset, "dev", shards=1000)
+    assert sorted(path.name for path in tmp_path.iterdir() if path.name != "collection") == [
+        "small"
+    ]
+
+
+@pytest.mark.parametrize("tokenised", [False, True])
+def test_asyncvals_files_open_too(
+    subset: Subset, tmp_path: Path, make_tiny: Callable[..., Encoder], tokenised: bool
+) -> None:
+    save_encoder(tmp_path / "encoder", make_tiny())
+    tokens = plain_tokens(str(tmp_path / "encoder")) if tokenised else None
+    room = tmp_path / "small"
+    write_subset(room, subset, "dev", "asyncval", shards=2, tokens=tokens)
+    first = json.loads((room / "candidates" / "split00.jsonl").read_text().splitlines()[0])
+    assert isinstance(first["text"], list if tokenised else str)
+    name = f"asyncval:{room}/candidates?queries={room}/queries.dev.jsonl&qrels={room}/qrels.dev.tsv"
+    opened = open_collection(name)
+    (split,) = opened.splits
+    assert len(opened.corpus()) == len(subset)
+    assert opened.topics(split).qrels == subset.topics.qrels
+
+
+def test_the_command(folder: Path, tmp_path: Path) -> None:
+    words = ["--dataset", folder, "--subset", "bm25@1", "--output", tmp_path / "small"]
+    result = CliRunner().invoke(command, list(map(str, words)))
+    assert result.exit_code == 0, result.output
+    assert "passages (judged 3, bm25@1" in result.output
+    assert set(open_collection(str(tmp_path / "small")).corpus().ids.to_pylist()) >= {"p0", "p3"}
+
+
+def test_each_query_with_its_own_passages_is_no_folder(folder: Path, tmp_path: Path) -> None:
+    (tmp_path / "top.tsv").write_text("q1\tp1\t1\n")
+    words = ["--dataset", folder, "--subset", f"rerank:{tmp_path}/top.tsv@1", "--output"]
+    result = CliRunner().invoke(command, [*map(str, words), str(tmp_path / "small")])
+    assert isinstance(result.exception, UsageError)
+    assert "write ranking:FILE@K instead" in str(result.exception)
+
+
+def test_no_such_tokenizer(tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="no tokenizer"):
+        plain_tokens(str(tmp_path / "nothing"))
