@@ -79,6 +79,9 @@ keep_own_id = click.option(
 tracking_uri = click.option(
     "--tracking-uri", help="The tracking server (default: MLFLOW_TRACKING_URI)."
 )
+seed = click.option(
+    "--seed", default=0, show_default=True, help="Of the randomisation test and the bootstrap."
+)
 
 
 def evaluation_options(function: Callable[..., Any]) -> Callable[..., Any]:

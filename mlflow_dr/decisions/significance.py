@@ -36,6 +36,9 @@ class Difference(NamedTuple):
     p_value: float
     queries: int
 
+    def __str__(self) -> str:
+        return f"95 % interval {self.low:+.4f} to {self.high:+.4f}, p {self.p_value:.4f}"
+
 
 def difference(first: np.ndarray, second: np.ndarray, seed: int = 0) -> Difference:
     """The mean difference of paired values, its interval and its p-value.

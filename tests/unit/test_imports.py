@@ -25,6 +25,7 @@ FLOORS = {
     "encoder": 3,
     "stores": 2,
     "collection": 1,
+    "columns": 0,
     "progress": 0,
     "files": 0,
     "errors": 0,
