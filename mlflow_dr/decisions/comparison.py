@@ -20,6 +20,7 @@ from mlflow_dr.files import written_beside
 LETTERS = string.ascii_uppercase
 VALUES, PICTURE = "values.csv", "differences.png"
 LONGEST_TEXT = 80
+LONGEST_LABEL = 100
 
 
 @dataclass(frozen=True)
@@ -166,7 +167,8 @@ def write(comparison: Comparison, directory: Path) -> None:
         for query_id, values in zip(comparison.query_ids, comparison.values.T, strict=True):
             rows.writerow([query_id, comparison.texts.get(query_id, ""), *values.tolist()])
     titles = [
-        f"{heads[place]}  minus  {heads[0]}\n{found.mean:+.4f} on average; {_counts(change)}"
+        f"{_end(heads[place])}\nless {_end(heads[0])}\n"
+        f"{found.mean:+.4f} on average; {_counts(change)}"
         for place, (found, change) in enumerate(
             zip(comparison.differences, comparison.changes, strict=True), start=1
         )
@@ -177,4 +179,9 @@ def write(comparison: Comparison, directory: Path) -> None:
 
 def _counts(change: np.ndarray) -> str:
     better, worse = int((change > 0).sum()), int((change < 0).sum())
-    return f"{better} queries better, {worse} worse, {len(change) - better - worse} equal"
+    return f"{better} better, {worse} worse, {len(change) - better - worse} equal"
+
+
+def _end(label: str) -> str:
+    """What a line has room for; the end of a path says more than its beginning."""
+    return label if len(label) <= LONGEST_LABEL else f"{label[:2]}...{label[5 - LONGEST_LABEL :]}"

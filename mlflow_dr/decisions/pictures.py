@@ -11,7 +11,7 @@ import numpy as np
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-WIDTH, HEIGHT = 9.0, 3.2  # inches, of each panel
+WIDTH, HEIGHT = 9.0, 3.4  # inches, of each panel
 BETTER, WORSE = "tab:blue", "tab:red"
 
 
@@ -42,7 +42,7 @@ def changes_figure(titles: Sequence[str], changes: np.ndarray, measure: str) -> 
             # one outline of all bars: a patch for each takes seconds for thousands of queries
             panel.stairs(part, fill=True, color=colour)
         panel.axhline(0, color="black", linewidth=0.8)
-        panel.set_title(title, fontsize=9)
+        panel.set_title(title, fontsize=9, parse_math=False)
         panel.set_ylabel(f"change of {measure}")
     panels[-1].set_xlabel(f"{changes.shape[1]} queries, sorted by change")
     return figure

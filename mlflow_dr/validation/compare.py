@@ -1,4 +1,7 @@
-"""Several encoders on the same queries, by the values that are kept or by evaluating them now."""
+"""Several encoders on the same queries, by the values that are kept or by evaluating them now.
+
+Where all values are kept torch is not needed, so it waits until it is: it takes seconds to import.
+"""
 
 from __future__ import annotations
 
@@ -8,28 +11,29 @@ from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 from mlflow_dr.collection.catalogue import open_collection
 from mlflow_dr.collection.interface import chosen_split
 from mlflow_dr.collection.records import Query
+from mlflow_dr.decisions.best import FIRST_NAME
 from mlflow_dr.decisions.comparison import Comparison, check_count, compared, write
-from mlflow_dr.encoder.directory import load_encoder
-from mlflow_dr.engines.devices import AUTO, resolve_device, resolve_dtype
 from mlflow_dr.errors import MlflowDrError, NoValuesError, UsageError
 from mlflow_dr.retrieval.measures import DEFAULT_MEASURES, Measure, parse_measures
 from mlflow_dr.tracking.fetching import fetched
 from mlflow_dr.tracking.tables import PerQuery, values_of
 from mlflow_dr.tracking.validations import collection_of
-from mlflow_dr.validation.evaluate import Prepared, Settings, evaluate
 from mlflow_dr.validation.operands import Operand, find_operands
-from mlflow_dr.validation.plan import DEFAULT_NAME
+
+if TYPE_CHECKING:
+    from mlflow_dr.validation.evaluate import Prepared
 
 log = logging.getLogger(__name__)
 
 # of a validation's configuration, what decides whether values may be compared
 COMPARABLE = ("corpus", "topics", "subset", "keep_own_id")
 FULL_CORPUS = "full"
+AUTO = "auto"
 
 
 @dataclass(frozen=True)
@@ -52,7 +56,7 @@ class Comparing:
     """
 
     operands: tuple[str, ...]
-    name: str = DEFAULT_NAME
+    name: str = FIRST_NAME
     measure: str | None = None
     dataset: str | None = None
     split: str | None = None
@@ -85,9 +89,10 @@ def compare(request: Comparing) -> Comparison:
         TrackingError: no such run or checkpoint, or no server.
     """
     asked = _measure(request.measure)
-    resolve_dtype(request.dtype, resolve_device(request.device))
     if request.output is not None and request.output.exists() and not request.output.is_dir():
         raise UsageError(f"{request.output}: expected a folder, not a file")
+    if request.dataset is not None:
+        _check_device(request)
     operands = find_operands(request.operands, request.name, asked, request.tracking_uri)
     kept = [_kept(one, request.name) for one in operands]
     known = [one for one, (values, _) in zip(operands, kept, strict=True) if values is not None]
@@ -123,6 +128,12 @@ def _measure(text: str | None) -> Measure | None:
     return measures[0]
 
 
+def _check_device(request: Comparing) -> None:
+    from mlflow_dr.engines.devices import resolve_device, resolve_dtype
+
+    resolve_dtype(request.dtype, resolve_device(request.device))
+
+
 def _kept(operand: Operand, name: str) -> Kept:
     """The values that a validator has kept."""
     if operand.run is None or operand.checkpoint is None:
@@ -138,6 +149,8 @@ def _prepared(request: Comparing, basis: Mapping[str, object]) -> Prepared | Non
     """The collection that was named."""
     if request.dataset is None:
         return None
+    from mlflow_dr.validation.evaluate import Prepared
+
     collection = open_collection(request.dataset)
     split = request.split or str(basis.get("split", ""))
     return Prepared(collection, chosen_split(collection, split or None))
@@ -176,6 +189,9 @@ def _evaluated(
     basis: Mapping[str, object],
 ) -> PerQuery:
     """The values of an encoder on the collection that was named."""
+    from mlflow_dr.encoder.directory import load_encoder
+    from mlflow_dr.validation.evaluate import Settings, evaluate
+
     depth = basis.get("depth")
     settings = Settings(
         measures,
@@ -203,6 +219,7 @@ def _queries(name: str, known: Sequence[Operand], prepared: Prepared | None) -> 
     operand = known[0]
     collection = collection_of(operand.run, name) if operand.run else None
     if collection is None or not Path(collection).exists():
+        log.info("--dataset %s would show the texts of the queries", collection or "NAME")
         return ()
     try:
         topics = open_collection(collection).topics(str(operand.config.get("split")))

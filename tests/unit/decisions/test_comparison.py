@@ -90,9 +90,9 @@ def test_as_text() -> None:
         "B  0.5000  new",
         "C  0.2900  odd",
         f"B - A  mrr@10 +0.1500, {first} (Holm {found.corrected[0]:.4f}); "
-        "2 queries better, 1 worse, 2 equal",
+        "2 better, 1 worse, 2 equal",
         f"C - A  mrr@10 -0.0600, {second} (Holm {found.corrected[1]:.4f}); "
-        "1 queries better, 1 worse, 3 equal",
+        "1 better, 1 worse, 3 equal",
         "queries that changed most by mrr@10:",
         "A       B       C       query",
         "0.0000  1.0000  0.0000  q0     who keeps  " + "x" * 69,
@@ -119,6 +119,13 @@ def test_what_is_written(tmp_path: Path) -> None:
     assert picture.read_bytes().startswith(b"\x89PNG")
     write(found, tmp_path / "new" / "folder")
     assert {one.name for one in picture.parent.iterdir()} == {"values.csv", "differences.png"}
+
+
+def test_a_label_of_any_length_and_any_signs(tmp_path: Path) -> None:
+    names = ["/home/$me/" + "deep/" * 100 + "$old", "new $\\frac$"]
+    found = compared(names, [table(OLD), table(NEW)], "mrr@10")
+    write(found, tmp_path)
+    assert (tmp_path / "differences.png").stat().st_size > 5000
 
 
 def test_the_picture_has_a_panel_of_each_pair_with_sorted_bars() -> None:

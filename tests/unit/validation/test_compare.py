@@ -1,6 +1,8 @@
 """Comparisons of checkpoints and encoders, over a real store."""
 
 import re
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -21,7 +23,7 @@ from mlflow_dr.tracking.checkpoints import checkpoints_of, publish
 from mlflow_dr.tracking.results import record_result
 from mlflow_dr.tracking.runs import TrackedRun
 from mlflow_dr.tracking.tables import log_values
-from mlflow_dr.validation import compare as comparing
+from mlflow_dr.validation import evaluate as evaluating
 from mlflow_dr.validation.binding import Collections
 from mlflow_dr.validation.compare import Comparing, compare
 from mlflow_dr.validation.evaluate import Prepared, Report, Settings, evaluate
@@ -131,7 +133,7 @@ def test_kept_values_are_not_measured_again(
 ) -> None:
     validated(1)
     validated(2)
-    monkeypatch.setattr(comparing, "evaluate", lambda *_: pytest.fail("evaluated"))
+    monkeypatch.setattr(evaluating, "evaluate", lambda *_: pytest.fail("evaluated"))
     found = compared(f"{run.id}@1", f"{run.id}@2", measure="ndcg@5", seed=3)
     assert found.measure == "ndcg@5"
     again = compared(f"{run.id}@1", f"{run.id}@2", measure="ndcg@5", seed=3, dataset=str(folder))
@@ -252,7 +254,7 @@ def test_a_server_that_is_gone() -> None:
     [
         ({"measure": "ndgc@10"}, UsageError, "measure 'ndgc@10': expected one of"),
         ({"measure": "mrr@10 ndcg@5"}, UsageError, "one measure is compared, not 2"),
-        ({"dtype": "fp8"}, DeviceError, "dtype 'fp8'"),
+        ({"dtype": "fp8", "dataset": "demo"}, DeviceError, "dtype 'fp8'"),
         ({"output": Path(__file__)}, UsageError, "expected a folder, not a file"),
     ],
 )
@@ -261,6 +263,12 @@ def test_a_wrong_flag_is_told_before_any_work(
 ) -> None:
     with pytest.raises(error, match=message):
         compared("nowhere/a", "nowhere/b", **others)
+
+
+def test_values_that_are_kept_need_no_torch() -> None:
+    code = "import sys, mlflow_dr.validation.compare; print('torch' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.stdout == "False\n", done.stderr
 
 
 def test_the_command_prints_and_writes(
@@ -276,3 +284,7 @@ def test_the_command_prints_and_writes(
     assert {one.name for one in (tmp_path / "out").iterdir()} == {"values.csv", "differences.png"}
     with pytest.raises(UsageError, match="1 encoders to compare; expected 2 to 26"):
         CliRunner().invoke(command, words[1:], catch_exceptions=False)
+
+
+def test_one_name_is_what_is_taken_when_none_is_given() -> None:
+    assert Comparing(("a", "b")).name == Validation(SETTINGS).name
