@@ -25,13 +25,15 @@ from benchmarks.server import Server
 from mlflow_dr.collection.catalogue import open_collection
 from mlflow_dr.retrieval.measures import parse_measures
 from mlflow_dr.tracking.checkpoints import checkpoints_of, publish
+from mlflow_dr.tracking.claims import Claims
 from mlflow_dr.tracking.client import connect
 from mlflow_dr.tracking.following import FollowedRun
 from mlflow_dr.tracking.results import mark_failed
 from mlflow_dr.tracking.runs import TrackedRun
-from mlflow_dr.validation import watch as watching
+from mlflow_dr.validation import jobs
 from mlflow_dr.validation.evaluate import Report, Settings
 from mlflow_dr.validation.plan import Plan, Validation
+from mlflow_dr.validation.watch import watch
 
 COLLECTION = Path(__file__).parents[1] / "examples" / "sea"
 VALIDATION = Validation(Settings(parse_measures("mrr@10"), device="cpu", dtype="fp32"))
@@ -89,16 +91,16 @@ def begun_after(client: MlflowClient, directory: Path, poll_seconds: float, coun
     run = new_run(client)
     ready: dict[int, float] = {}
     claimed: dict[int, float] = {}
-    real = watching.Claims.claim
+    real = Claims.claim
 
     def claim(self: Any, checkpoint: Any, name: str) -> bool:
         won = real(self, checkpoint, name)
         claimed[checkpoint.step] = time.monotonic()
         return won
 
-    with mock.patch.object(watching.Claims, "claim", claim):
+    with mock.patch.object(Claims, "claim", claim):
         thread = threading.Thread(
-            target=watching.watch,
+            target=watch,
             args=(FollowedRun(run), Plan((VALIDATION,), poll_seconds=poll_seconds)),
         )
         thread.start()
@@ -123,7 +125,7 @@ def share_of_traffic(
 
     def work() -> None:
         start = time.perf_counter()
-        done = watching.watch(FollowedRun(run), Plan((VALIDATION,))).done
+        done = watch(FollowedRun(run), Plan((VALIDATION,))).done
         results.append((time.perf_counter() - start, done))
 
     threads = [threading.Thread(target=work) for _ in range(validators)]
@@ -148,7 +150,7 @@ def main(checkpoints: int, validators: int, poll_seconds: float) -> None:
     with (
         tempfile.TemporaryDirectory() as name,
         Server(Path(name)) as server,
-        mock.patch.object(watching, "load_encoder", lambda *_, **__: None),
+        mock.patch.object(jobs, "load_encoder", lambda *_, **__: None),
     ):
         directory = Path(name) / "encoder"
         directory.mkdir()
@@ -157,10 +159,10 @@ def main(checkpoints: int, validators: int, poll_seconds: float) -> None:
         for count in (10, checkpoints):
             requests, milliseconds = cost_of_a_look(client, directory, count)
             print(f"a look, {count:5} checkpoints done: {requests} requests, {milliseconds:.1f} ms")
-        with mock.patch.object(watching, "evaluate_all", waiting(0.0)):
+        with mock.patch.object(jobs, "evaluate_all", waiting(0.0)):
             seconds = begun_after(client, directory, poll_seconds, count=10)
         print(f"READY to claimed, polling every {poll_seconds} s: at most {seconds:.2f} s")
-        with mock.patch.object(watching, "evaluate_all", waiting(1.0)):
+        with mock.patch.object(jobs, "evaluate_all", waiting(1.0)):
             share, twice = share_of_traffic(client, directory, checkpoints, validators)
         print(
             f"{validators} validators, {checkpoints} checkpoints of one second: "

@@ -22,15 +22,18 @@ if TYPE_CHECKING:
     from mlflow_dr.training.parsing import parse_training
     from mlflow_dr.training.publish_callback import PublishCallback
     from mlflow_dr.training.train import train
+    from mlflow_dr.validation.compare import Comparing, compare
     from mlflow_dr.validation.once import Once, evaluate_once
 
 __version__ = VERSION
 
 __all__ = [
+    "Comparing",
     "Mining",
     "Once",
     "PublishCallback",
     "Rule",
+    "compare",
     "evaluate_once",
     "flush_checkpoints",
     "load_encoder",
@@ -43,10 +46,12 @@ __all__ = [
 ]
 
 _HOMES = {
+    "Comparing": "mlflow_dr.validation.compare",
     "Mining": "mlflow_dr.mining.mine",
     "Once": "mlflow_dr.validation.once",
     "PublishCallback": "mlflow_dr.training.publish_callback",
     "Rule": "mlflow_dr.mining.rule",
+    "compare": "mlflow_dr.validation.compare",
     "evaluate_once": "mlflow_dr.validation.once",
     "flush_checkpoints": "mlflow_dr.training.any_loop",
     "load_encoder": "mlflow_dr.encoder.directory",

@@ -26,6 +26,8 @@ COMMANDS = {
     "train": "Train an encoder and publish its checkpoints to MLflow.",
     "validate": "Validate each checkpoint of a run, now and as they come.",
     "status": "Show what has become of a run's checkpoints.",
+    "best": "Show a run's best checkpoint; download or register it.",
+    "compare": "Compare encoders query by query, and test the difference.",
     "evaluate": "Measure one encoder on one collection, without tracking.",
     "mine": "Find hard negatives for training queries, by BM25 or an encoder.",
     "subset": "Write a part of a collection, as validations would take it.",

@@ -79,6 +79,13 @@ keep_own_id = click.option(
 tracking_uri = click.option(
     "--tracking-uri", help="The tracking server (default: MLFLOW_TRACKING_URI)."
 )
+seed = click.option(
+    "--seed",
+    type=click.IntRange(min=0),
+    default=0,
+    show_default=True,
+    help="Of what is drawn by lot.",
+)
 
 
 def evaluation_options(function: Callable[..., Any]) -> Callable[..., Any]:
@@ -123,9 +130,6 @@ judged = click.option(
     default="relevant",
     show_default=True,
     help="Which judged passages are always in a subset.",
-)
-seed = click.option(
-    "--seed", type=click.IntRange(min=0), default=0, help="Of what a subset draws by lot."
 )
 
 

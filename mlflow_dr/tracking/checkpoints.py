@@ -18,6 +18,7 @@ from mlflow_dr.tracking.runs import TrackedRun
 STEP_TAG = "mlflow_dr.step"
 DIRECTORY_TAG = "mlflow_dr.directory"
 MANIFEST_TAG = "mlflow_dr.manifest_sha256"
+PRUNED_TAG = "mlflow_dr.pruned"
 MODEL_TYPE = "dense_retriever"
 READY = LoggedModelStatus.READY
 PER_REQUEST = 1000
@@ -56,6 +57,16 @@ class Checkpoint:
     tags: Mapping[str, str]
     metrics: frozenset[str]
     directory: str = ""
+
+    @property
+    def uri(self) -> str:
+        """What it is called by: `models:/<id>`."""
+        return f"models:/{self.model_id}"
+
+    @property
+    def is_pruned(self) -> bool:
+        """Whether its files were removed."""
+        return PRUNED_TAG in self.tags
 
 
 def seal(directory: Path) -> str:

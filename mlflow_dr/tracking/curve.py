@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 from mlflow_dr.tracking.checkpoints import checkpoints_of
 from mlflow_dr.tracking.client import tracking_uri
-from mlflow_dr.tracking.results import PREFIX
 from mlflow_dr.tracking.runs import TrackedRun
+from mlflow_dr.tracking.validations import figures_of
 
 
 class Point(NamedTuple):
@@ -23,9 +22,9 @@ class Point(NamedTuple):
 def curve_of(run: TrackedRun, name: str) -> list[Point]:
     """The recorded figures of a validation, by step."""
     return [
-        Point(one.step, one.model_id, json.loads(one.params[PREFIX + name])["values"])
+        Point(one.step, one.model_id, figures)
         for one in checkpoints_of(run)
-        if PREFIX + name in one.params
+        if (figures := figures_of(one, name))
     ]
 
 

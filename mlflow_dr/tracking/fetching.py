@@ -14,8 +14,8 @@ from mlflow.exceptions import MlflowException
 from mlflow.utils.file_utils import local_file_uri_to_path
 
 from mlflow_dr.encoder.whole import why_not_whole
-from mlflow_dr.errors import UnavailableError
-from mlflow_dr.files import is_full, scratch
+from mlflow_dr.errors import UnavailableError, UsageError
+from mlflow_dr.files import is_full, scratch, written_beside
 from mlflow_dr.tracking.checkpoints import Checkpoint
 from mlflow_dr.tracking.manifest import verify_manifest
 
@@ -48,6 +48,25 @@ def fetched(checkpoint: Checkpoint) -> Iterator[Path]:
         elif checkpoint.directory and (reason := why_not_whole(directory)):
             raise UnavailableError(f"{checkpoint.directory}: {reason}")
         yield directory
+
+
+def download(checkpoint: Checkpoint, directory: Path) -> None:
+    """Put a checkpoint's files, verified, into a directory that does not exist or is empty.
+
+    Raises:
+        UsageError: there is something in the directory, or it is a file.
+        CheckpointError: the files were removed, cannot be had, or are not those published.
+        OSError: the disk is full.
+    """
+    if directory.exists() and (not directory.is_dir() or any(directory.iterdir())):
+        raise UsageError(f"{directory}: expected a directory that is new or empty")
+    if checkpoint.is_pruned:
+        raise UnavailableError(
+            f"the files of {checkpoint.uri} (step {checkpoint.step}) were removed; its figures are "
+            "all that is left"
+        )
+    with fetched(checkpoint) as files, written_beside(directory.absolute()) as partial:
+        shutil.copytree(files, partial)
 
 
 def _had(checkpoint: Checkpoint, room: Path) -> Path:

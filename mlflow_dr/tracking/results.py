@@ -45,18 +45,6 @@ def state_of(checkpoint: Checkpoint, name: str) -> State:
     return State.OPEN
 
 
-def recorded_values(checkpoint: Checkpoint, name: str) -> dict[str, float]:
-    """The figures of a validation, by metric name without prefix; empty before it is recorded."""
-    record = checkpoint.params.get(PREFIX + name)
-    values: dict[str, float] = json.loads(record)["values"] if record is not None else {}
-    return values
-
-
-def metric_key(measure: object) -> str:
-    """A measure as MLflow takes it in a metric's name: `mrr@10` is `mrr_at_10`."""
-    return str(measure).replace("@", "_at_")
-
-
 def failure_of(checkpoint: Checkpoint, name: str) -> str:
     """Why a checkpoint could not be validated; empty where nobody has said that."""
     return checkpoint.tags.get(f"{PREFIX}{name}.failed", "")

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-import json
 import time
 from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
+from mlflow_dr.columns import in_columns
 from mlflow_dr.tracking.checkpoints import Checkpoint, checkpoints_of
 from mlflow_dr.tracking.claims import standing
 from mlflow_dr.tracking.results import PREFIX, State, failure_of, state_of
 from mlflow_dr.tracking.runs import TrackedRun
+from mlflow_dr.tracking.validations import figures_of, validations_of
 
 CLAIMED = "claimed"
 LONGEST_NOTE = 60
@@ -51,14 +52,8 @@ def status_of(run: TrackedRun, now_ms: int | None = None) -> list[Line]:
         TrackingError: the server does not answer.
     """
     now_ms = now_ms or time.time_ns() // 1_000_000
-    names = [
-        key.removeprefix(PREFIX) for key in run.fetch().data.params if key.startswith(PREFIX)
-    ] or [""]
-    return [
-        _line(checkpoint, name, now_ms)
-        for checkpoint in checkpoints_of(run)
-        for name in sorted(names)
-    ]
+    names = list(validations_of(run)) or [""]
+    return [_line(checkpoint, name, now_ms) for checkpoint in checkpoints_of(run) for name in names]
 
 
 def summary_of(checkpoints: Iterable[Checkpoint], name: str) -> str:
@@ -103,19 +98,14 @@ def table(lines: Sequence[Line]) -> str:
             for one in lines
         ),
     ]
-    widths = [max(len(row[column]) for row in rows) for column in range(len(HEADS))]
-    return "\n".join(
-        "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
-        for row in rows
-    )
+    return in_columns(rows)
 
 
 def _line(checkpoint: Checkpoint, name: str, now_ms: int) -> Line:
     there = standing(checkpoint, name)
     state = state_of(checkpoint, name)
-    lag, note = None, ""
-    if record := checkpoint.params.get(PREFIX + name):
-        lag = json.loads(record)["values"].get("lag_seconds")
+    note = ""
+    lag = figures_of(checkpoint, name).get("lag_seconds")
     if state is State.FAILED:
         note = failure_of(checkpoint, name)[:LONGEST_NOTE]
     elif there is not None and there.attempt > 1:

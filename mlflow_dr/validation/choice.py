@@ -12,7 +12,8 @@ from typing import NamedTuple
 from mlflow_dr.tracking.checkpoints import Checkpoint
 from mlflow_dr.tracking.claims import Owner, Watchman, standing
 from mlflow_dr.tracking.following import Look
-from mlflow_dr.tracking.results import State, metric_key, recorded_values, state_of
+from mlflow_dr.tracking.results import State, state_of
+from mlflow_dr.tracking.validations import figures_of
 from mlflow_dr.validation.order import in_order
 from mlflow_dr.validation.plan import Plan, Refines
 
@@ -256,10 +257,10 @@ class Turns:
 
 def _best(checkpoints: Sequence[Checkpoint], refines: Refines) -> set[str]:
     """The model ids of each run's best checkpoints so far by a cheap validation."""
-    key = metric_key(refines.measure)
+    key = refines.measure.metric
     by_run: dict[str, list[tuple[float, int, str]]] = defaultdict(list)
     for one in checkpoints:
-        value = recorded_values(one, refines.name).get(key)
+        value = figures_of(one, refines.name).get(key)
         if value is not None:
             by_run[one.run_id].append((-value, one.step, one.model_id))
     return {

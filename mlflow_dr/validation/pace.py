@@ -11,6 +11,7 @@ from typing import NamedTuple
 from mlflow_dr.tracking.checkpoints import Checkpoint
 from mlflow_dr.tracking.runs import TrackedRun
 from mlflow_dr.validation.binding import Bound
+from mlflow_dr.validation.evaluate import Report
 from mlflow_dr.validation.plan import Plan
 
 log = logging.getLogger(__name__)
@@ -29,6 +30,12 @@ class Speed(NamedTuple):
 
     passages_per_second: float
     overhead: float
+
+    @staticmethod
+    def of(report: Report, seconds: float) -> Speed:
+        """By an evaluation, and the seconds that everything took."""
+        rate = report.passages / max(report.seconds, 1e-9)
+        return Speed(rate, max(0.0, seconds - report.seconds))
 
     def seconds(self, passages: int) -> float:
         """What a checkpoint takes, on so many passages."""
@@ -88,13 +95,7 @@ class Pacer:
 
     def __init__(self, plan: Plan) -> None:
         self._plan = plan
-        self._speed: Speed | None = None
         self._chosen: dict[str, str] = {}
-
-    def note(self, passages: int, evaluation_seconds: float, seconds: float) -> None:
-        """Take in how long a checkpoint took: its evaluation, and everything."""
-        rate = passages / max(evaluation_seconds, 1e-9)
-        self._speed = Speed(rate, max(0.0, seconds - evaluation_seconds))
 
     def has_chosen(self, run_id: str) -> bool:
         """Whether it is decided for this run."""
@@ -105,6 +106,7 @@ class Pacer:
         run: TrackedRun,
         bound: Sequence[Bound],
         checkpoints: Sequence[Checkpoint],
+        speed: Speed | None,
         validators: int,
     ) -> list[str]:
         """The validations that are done on a run, as far as is known.
@@ -113,6 +115,7 @@ class Pacer:
             run: which.
             bound: the plan's validations as they are on it.
             checkpoints: of the run.
+            speed: of this validator, once it is known.
             validators: how many are at work on it.
 
         Raises:
@@ -125,8 +128,8 @@ class Pacer:
                 sizes[subset] = sizes.get(subset, 0) + one.prepared.n_passages
         subset = self._chosen.get(run.id) or min(sizes, key=lambda name: sizes[name])
         interval = publishing_interval([one.ready_ms for one in checkpoints if one.ready])
-        if run.id not in self._chosen and self._speed and interval is not None:
-            chosen = largest_that_keeps_up(sizes, self._speed, interval, validators)
+        if run.id not in self._chosen and speed and interval is not None:
+            chosen = largest_that_keeps_up(sizes, speed, interval, validators)
             subset = self._chosen[run.id] = run.decide(CHOSEN_PARAM, chosen.subset)
             if subset == chosen.subset:
                 log.info("run %s: %s", run.id, chosen.why)

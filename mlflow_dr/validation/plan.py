@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 import yaml
 
 from mlflow_dr.collection.asyncval import given_collection
+from mlflow_dr.decisions.best import FIRST_NAME
 from mlflow_dr.errors import UsageError
 from mlflow_dr.retrieval.measures import Measure, check_depth, parse_measures
 from mlflow_dr.subsets.spec import FULL, RELEVANT, Spec, parse_spec
@@ -18,7 +19,6 @@ from mlflow_dr.tracking.claims import PATIENCE
 from mlflow_dr.validation.evaluate import Settings
 from mlflow_dr.validation.order import Order
 
-DEFAULT_NAME = "val"
 # what MLflow allows in a metric's name, less the slash and the dot, which have a meaning here
 NAME = re.compile(r"[\w\- ]+")
 NOT_IN_NAME = re.compile(r"[^\w\- ]")
@@ -54,7 +54,7 @@ class Validation:
     """
 
     settings: Settings
-    name: str = DEFAULT_NAME
+    name: str = FIRST_NAME
     dataset: str | None = None
     split: str | None = None
     subset: Spec = field(default_factory=Spec)

@@ -4,34 +4,20 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
-from typing import Any, NamedTuple
 
-from mlflow_dr.encoder.directory import load_encoder
-from mlflow_dr.encoder.model import Encoder
-from mlflow_dr.encoder.whole import why_not_whole
 from mlflow_dr.errors import (
-    CheckpointError,
     MlflowDrError,
     TrackingError,
-    UnavailableError,
 )
-from mlflow_dr.tracking.checkpoints import Checkpoint
 from mlflow_dr.tracking.claims import Claims
 from mlflow_dr.tracking.clock import ServerClock
-from mlflow_dr.tracking.fetching import fetched
 from mlflow_dr.tracking.following import Followed, Look
 from mlflow_dr.tracking.patience import Patience
 from mlflow_dr.tracking.results import (
     State,
-    mark_failed,
-    metric_key,
-    record_result,
-    state_of,
-    write_recorded,
 )
 from mlflow_dr.tracking.runs import (
     DATASET_PARAM,
@@ -43,15 +29,13 @@ from mlflow_dr.tracking.runs import (
 from mlflow_dr.tracking.status import note_summary, summary_of
 from mlflow_dr.validation.binding import Bound, Collections
 from mlflow_dr.validation.choice import Choice
-from mlflow_dr.validation.evaluate import Report, evaluate_all
+from mlflow_dr.validation.jobs import Job, Jobs
 from mlflow_dr.validation.pace import Pacer
 from mlflow_dr.validation.plan import Plan
 
 log = logging.getLogger(__name__)
 
 SHARE_OF_LOOKS = 0.02  # of a validator's time at most, while there is work
-
-Outcome = dict[str, float] | CheckpointError | None
 
 
 @dataclass
@@ -60,14 +44,6 @@ class Counts:
 
     done: int = 0
     failed: int = 0
-
-
-class Job(NamedTuple):
-    """A checkpoint, and the validations that this process has claimed of it."""
-
-    checkpoint: Checkpoint
-    run: TrackedRun
-    bound: Sequence[Bound]
 
 
 def watch(
@@ -115,13 +91,13 @@ class _Worker:
         self._sleep = sleep
         self._patiently = Patience(followed.client, plan.poll_seconds, sleep)
         self._clock = ServerClock()
+        self._jobs = Jobs(plan, self._patiently, self._clock)
         self._pacer = Pacer(plan)
         self._choice = Choice(plan, claims.owner.token, self._clock.now_ms)
         self._collections = Collections()
         self._bound: dict[str, list[Bound]] = {}
         self._noted: dict[tuple[str, str], str] = {}
         self._counts = Counts()
-        self._evaluation: tuple[int, float] | None = None  # passages and seconds of the last
 
     def run(self) -> Counts:
         if self._followed.run is not None:
@@ -175,7 +151,9 @@ class _Worker:
             of_run = [one for one in look.checkpoints if one.run_id == run_id]
             if bound and of_run:
                 run = self._followed.run_of(of_run[0])
-                names = self._pacer.names(run, bound, of_run, self._choice.validators)
+                names = self._pacer.names(
+                    run, bound, of_run, self._jobs.speed, self._choice.validators
+                )
                 changed |= self._choice.limit(run_id, names)
         return changed
 
@@ -202,67 +180,17 @@ class _Worker:
     def _work(self, job: Job) -> None:
         """Do what was claimed, and give back what is not done: because of an error, or failed."""
         checkpoint = job.checkpoint
-        outcomes: dict[str, State] = {}
-        start = time.monotonic()
+        states: dict[str, State] = {}
         try:
-            for name, outcome in self._outcomes(job):
-                outcomes[name] = self._written(job, name, outcome)
+            states.update(self._jobs.do(job))
         finally:
             for one in job.bound:
-                state = outcomes.get(one.name)
+                state = states.get(one.name)
                 self.claims.drop(checkpoint, one.name, finished=state is State.DONE)
                 self._choice.ended(checkpoint, one.name, state)
-        if self._evaluation is not None:
-            self._pacer.note(*self._evaluation, time.monotonic() - start)
-            self._evaluation = None
-        failed = State.FAILED in outcomes.values()
+        failed = State.FAILED in states.values()
         self._counts.failed += failed
-        self._counts.done += bool(outcomes and not failed)
-
-    def _written(self, job: Job, name: str, outcome: Outcome) -> State:
-        """Record what came of a validation."""
-        checkpoint, run = job.checkpoint, job.run
-        dataset = next(one.dataset for one in job.bound if one.name == name)
-        if isinstance(outcome, CheckpointError):
-            log.error("step %d cannot be validated: %s", checkpoint.step, outcome)
-            self._patiently(partial(mark_failed, run, checkpoint, name, str(outcome)))
-            return State.FAILED
-        if outcome is None:
-            write = partial(write_recorded, run, checkpoint, name, dataset)
-        else:
-            now_ms = self._clock.now_ms()
-            write = partial(record_result, run, checkpoint, name, outcome, dataset, now_ms)
-        figures = self._patiently(write)
-        several = f"{name}: " if len(self._plan.validations) > 1 else ""
-        values = "  ".join(f"{key} {value:.4g}" for key, value in figures.items())
-        log.info("step %d: %s%s", checkpoint.step, several, values)
-        return State.DONE
-
-    def _outcomes(self, job: Job) -> Iterator[tuple[str, Outcome]]:
-        """What comes of each validation; None where figures are recorded already."""
-        left: list[Bound] = []
-        for one in job.bound:
-            if state_of(job.checkpoint, one.name) is State.RECORDED:
-                yield one.name, None
-            else:
-                left.append(one)
-        if left:
-            yield from self._evaluated(job, left)
-
-    def _evaluated(self, job: Job, bound: Sequence[Bound]) -> list[tuple[str, Outcome]]:
-        """Figures by validation, or why there are none."""
-        try:
-            fetch = partial(_fetched_encoder, job.checkpoint, self._plan.encoder_changes)
-            encoder = self._patiently(fetch, UnavailableError)
-            reports = evaluate_all(encoder, [(one.prepared, one.settings) for one in bound])
-        except CheckpointError as error:
-            found_at = job.checkpoint.directory
-            if isinstance(error, UnavailableError) and found_at and why_not_whole(Path(found_at)):
-                log.warning("step %d is passed over: %s", job.checkpoint.step, error)
-                return []
-            return [(one.name, error) for one in bound]
-        self._evaluation = (reports[0].passages, reports[0].seconds)
-        return [(one.name, _figures(report)) for one, report in zip(bound, reports, strict=True)]
+        self._counts.done += bool(states and not failed)
 
     def _bind_ahead(self, run: TrackedRun) -> None:
         """Open the collections before the first checkpoint is there, as soon as they are known."""
@@ -307,19 +235,3 @@ class _Worker:
                 log.error("run %s is passed over: %s", run.id, error)
                 self._bound[run.id] = []
         return self._bound[run.id]
-
-
-def _fetched_encoder(checkpoint: Checkpoint, changes: Mapping[str, Any]) -> Encoder:
-    with fetched(checkpoint) as directory:
-        is_published = not checkpoint.directory
-        return load_encoder(directory, safetensors_only=is_published, **changes)
-
-
-def _figures(report: Report) -> dict[str, float]:
-    """A report as metrics, named as MLflow allows."""
-    measured = {metric_key(key): value for key, value in report.measures.items()}
-    return {
-        **measured,
-        "seconds": report.seconds,
-        "passages_per_second": report.passages / report.seconds,
-    }

@@ -27,7 +27,7 @@ from mlflow_dr.tracking.directories import FollowedDirectory
 from mlflow_dr.tracking.following import FollowedExperiment, FollowedRun
 from mlflow_dr.tracking.results import State, failure_of, state_of
 from mlflow_dr.tracking.runs import DATASET_TAG, TrackedRun
-from mlflow_dr.validation import watch as watching
+from mlflow_dr.validation import jobs
 from mlflow_dr.validation.evaluate import Settings
 from mlflow_dr.validation.order import Order
 from mlflow_dr.validation.plan import Plan, Validation
@@ -256,7 +256,7 @@ def test_an_error_that_ends_the_validator_gives_the_claim_back(
     def interrupted(*_: Any) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("mlflow_dr.validation.watch.evaluate_all", interrupted)
+    monkeypatch.setattr("mlflow_dr.validation.jobs.evaluate_all", interrupted)
     with pytest.raises(KeyboardInterrupt):
         watch(run, VALIDATION)
     assert standing(checkpoints_of(run)[0], "val").given_back
@@ -274,13 +274,13 @@ def test_several_validations_encode_the_corpus_once(
     deep = replace(VALIDATION.settings, measures=parse_measures("recall@3"))
     both = (VALIDATION, Validation(deep, "test", split="test"))
     calls: list[int] = []
-    real = watching.evaluate_all
+    real = jobs.evaluate_all
 
     def counted(encoder: Encoder, asked: Any) -> Any:
         calls.append(len(asked))
         return real(encoder, asked)
 
-    monkeypatch.setattr(watching, "evaluate_all", counted)
+    monkeypatch.setattr(jobs, "evaluate_all", counted)
     assert watch(run, *both, follow=False).done == 1
     assert calls == [2]
     monkeypatch.undo()

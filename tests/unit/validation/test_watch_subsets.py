@@ -17,9 +17,9 @@ from mlflow_dr.retrieval.measures import parse_measures
 from mlflow_dr.subsets.spec import parse_spec
 from mlflow_dr.tracking.checkpoints import checkpoints_of, publish
 from mlflow_dr.tracking.following import FollowedExperiment, FollowedRun
-from mlflow_dr.tracking.results import recorded_values
 from mlflow_dr.tracking.runs import TrackedRun
-from mlflow_dr.validation import watch as watching
+from mlflow_dr.tracking.validations import figures_of
+from mlflow_dr.validation import jobs
 from mlflow_dr.validation.evaluate import Settings
 from mlflow_dr.validation.pace import CHOSEN_PARAM
 from mlflow_dr.validation.plan import Plan, each_split, refining
@@ -101,21 +101,21 @@ def test_subsets_and_the_whole_corpus_are_read_from_one_pass(
 ) -> None:
     publishing(1)
     calls = []
-    real = watching.evaluate_all
+    real = jobs.evaluate_all
 
     def counted(encoder: Encoder, asked: Sequence[Any], **more: Any) -> Any:
         calls.append(len(asked))
         return real(encoder, asked, **more)
 
-    monkeypatch.setattr(watching, "evaluate_all", counted)
+    monkeypatch.setattr(jobs, "evaluate_all", counted)
     validated(run, "full", "random:2", "bm25@1", "queries:2")
     assert calls == [4]
     # each has the figures that it has alone
     (one,) = checkpoints_of(run)
-    together = recorded_values(one, "val-bm25_at_1")
+    together = figures_of(one, "val-bm25_at_1")
     publish(run, tmp_path / "step-1", 2)
     validated(run, "bm25@1")
-    alone = recorded_values(checkpoints_of(run)[-1], "val-bm25_at_1")
+    alone = figures_of(checkpoints_of(run)[-1], "val-bm25_at_1")
     assert alone["mrr_at_10"] == pytest.approx(together["mrr_at_10"], abs=1e-9)
 
 
@@ -148,7 +148,7 @@ def test_the_best_so_far_get_the_whole_corpus_once(
     for step in range(6):
         publishing(step)
     validated(run, "bm25@1", refine="full@2")
-    cheap = {one.step: recorded_values(one, "val-bm25_at_1") for one in checkpoints_of(run)}
+    cheap = {one.step: figures_of(one, "val-bm25_at_1") for one in checkpoints_of(run)}
     order = sorted(cheap, key=lambda step: (-cheap[step]["mrr_at_10"], step))
     assert len(cheap) == 6
     refined = steps(client, run, "val/mrr_at_10")

@@ -1,0 +1,61 @@
+"""`mlflow-dr best`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+
+from mlflow_dr.cli.options import seed, tracking_uri
+
+
+@click.command("best")
+@click.option("--run-id", required=True, help="The MLflow run.")
+@click.option(
+    "--metric",
+    help="A measure of a validation, such as val/mrr_at_10 (default: the first measure of val, "
+    "or of the first validation by name).",
+)
+@click.option(
+    "--download",
+    type=click.Path(path_type=Path),
+    help="Put the checkpoint's files, verified, into this directory, which is new or empty.",
+)
+@click.option(
+    "--register",
+    help="Make it a version of this registered model, which the alias `best` then names.",
+)
+@seed
+@tracking_uri
+def command(
+    run_id: str,
+    metric: str | None,
+    download: Path | None,
+    register: str | None,
+    seed: int,
+    tracking_uri: str | None,
+) -> None:
+    """Show a run's best checkpoint, and whether its lead over the next one may be chance.
+
+    The lead is tested query by query: paired randomisation test, and a bootstrap interval of the
+    mean difference. The run and the checkpoint are tagged mlflow_dr.best.<validation>.
+
+    \b
+    Example:
+        mlflow-dr best --run-id 0123456789abcdef0123456789abcdef --download best-encoder
+    """
+    from mlflow_dr.decisions.best import find_best, mark_best, summary
+    from mlflow_dr.tracking import fetching, registry
+    from mlflow_dr.tracking.client import connect
+    from mlflow_dr.tracking.runs import find_run
+
+    run = find_run(connect(tracking_uri), run_id)
+    best = find_best(run, metric)
+    click.echo(summary(run, best, seed))
+    mark_best(run, best)
+    if download is not None:
+        fetching.download(best.checkpoint, download)
+        click.echo(f"  downloaded  {download}")
+    if register is not None:
+        version = registry.register(run, best.checkpoint, register)
+        click.echo(f"  registered  models:/{register}/{version} and models:/{register}@best")

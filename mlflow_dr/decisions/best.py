@@ -1,0 +1,199 @@
+"""Which checkpoint of a run is best, and how sure that is."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+from mlflow_dr.decisions.alignment import aligned
+from mlflow_dr.decisions.significance import Difference, difference
+from mlflow_dr.errors import NoValuesError, TrackingError, UsageError
+from mlflow_dr.retrieval.measures import Measure, parse_measures
+from mlflow_dr.tracking.checkpoints import Checkpoint, checkpoints_of
+from mlflow_dr.tracking.marks import BEST_TAG, set_best, unset_best
+from mlflow_dr.tracking.runs import TrackedRun
+from mlflow_dr.tracking.tables import values_of
+from mlflow_dr.tracking.validations import figures_of, validations_of
+
+FIRST_NAME = "val"  # what a validation is called whose user has not called it anything
+
+
+class Metric(NamedTuple):
+    """A measure of a validation, as MLflow stores it."""
+
+    validation: str
+    measure: Measure
+
+    def __str__(self) -> str:
+        return f"{self.validation}/{self.measure.metric}"
+
+
+class Scored(NamedTuple):
+    """A checkpoint and its value."""
+
+    checkpoint: Checkpoint
+    value: float
+
+    def __str__(self) -> str:
+        return f"step {self.checkpoint.step}, {self.checkpoint.uri}, {self.value:.4f}"
+
+
+@dataclass(frozen=True)
+class Best:
+    """The best checkpoint of a run by a metric.
+
+    Attributes:
+        metric: by which.
+        first: the best; of equal ones the earliest.
+        runner_up: the best of the others, likewise; None without another.
+        marked_before: other checkpoints that are tagged as best by this validation.
+    """
+
+    metric: Metric
+    first: Scored
+    runner_up: Scored | None
+    marked_before: tuple[Checkpoint, ...]
+
+    @property
+    def checkpoint(self) -> Checkpoint:
+        """The best one."""
+        return self.first.checkpoint
+
+    @property
+    def is_tied(self) -> bool:
+        """Whether the runner-up is as good."""
+        return self.runner_up is not None and self.runner_up.value == self.first.value
+
+
+def find_best(
+    run: TrackedRun,
+    metric: str | None = None,
+    checkpoints: Sequence[Checkpoint] | None = None,
+) -> Best:
+    """The READY checkpoint that has the highest value of a metric; of equal ones the earliest.
+
+    Args:
+        run: whose checkpoints.
+        metric: a measure of a validation, such as `val/mrr_at_10`; the first measure of `val`, or
+            of the first validation by name, when None.
+        checkpoints: the run's, where they were just asked for.
+
+    Raises:
+        UsageError: the run has no such metric.
+        TrackingError: nothing was measured yet, or the server does not answer.
+    """
+    chosen = chosen_metric(run.id, validations_of(run), metric)
+    if checkpoints is None:
+        checkpoints = checkpoints_of(run)
+    ready = [one for one in checkpoints if one.ready]
+    scored = [
+        Scored(one, value)
+        for one in ready
+        if (value := figures_of(one, chosen.validation).get(chosen.measure.metric)) is not None
+        and not math.isnan(value)
+    ]
+    if not scored:
+        raise TrackingError(
+            f"run {run.id}: none of {len(ready)} published checkpoints has a value of {chosen} "
+            f"yet; `mlflow-dr validate --run-id {run.id}` measures them"
+        )
+    scored.sort(key=lambda one: (-one.value, one.checkpoint.step, one.checkpoint.created_ms))
+    first = scored[0]
+    marked = (one for one in checkpoints if BEST_TAG + chosen.validation in one.tags)
+    return Best(
+        chosen,
+        first,
+        scored[1] if len(scored) > 1 else None,
+        tuple(one for one in marked if one.model_id != first.checkpoint.model_id),
+    )
+
+
+def mark_best(run: TrackedRun, best: Best) -> None:
+    """Tag the run with its best checkpoint, and this with its value; no other remains tagged.
+
+    Raises:
+        TrackingError: the server did not take it.
+    """
+    name = best.metric.validation
+    set_best(run, name, best.checkpoint, str(best.metric), best.first.value)
+    unset_best(run, name, best.marked_before)
+
+
+def against_runner_up(run: TrackedRun, best: Best, seed: int = 0) -> Difference | None:
+    """How far the best checkpoint is above the next one, over the queries; None without another.
+
+    Args:
+        run: whose checkpoints they are.
+        best: what `find_best` has found.
+        seed: of the randomisations and the bootstrap.
+
+    Raises:
+        NoValuesError: the values of single queries are not there.
+        DataError: they are not of the same queries, or damaged.
+        TrackingError: the server does not answer.
+    """
+    if best.runner_up is None:
+        return None
+    pair = (best.runner_up.checkpoint, best.checkpoint)
+    tables = [values_of(run, one, best.metric.validation) for one in pair]
+    _, values = aligned([one.uri for one in pair], tables, str(best.metric.measure))
+    return difference(values[0], values[1], seed)
+
+
+def summary(run: TrackedRun, best: Best, seed: int = 0) -> str:
+    """The best checkpoint and what it is ahead of, in a few lines.
+
+    Raises:
+        DataError: the values of single queries are damaged, or not of the same queries.
+        TrackingError: the server does not answer.
+    """
+    lines = [f"best checkpoint of run {run.id} by {best.metric}: {best.first}"]
+    if best.checkpoint.is_pruned:
+        lines.append("  its files were removed; its figures are all that is left")
+    if best.runner_up is None:
+        return "\n".join([*lines, "  no other checkpoint has a value"])
+    tie = " (as good; of equal ones the earliest is best)" if best.is_tied else ""
+    lines.append(f"  runner-up   {best.runner_up}{tie}")
+    ahead = f"  difference  {best.first.value - best.runner_up.value:+.4f}"
+    try:
+        found = against_runner_up(run, best, seed)
+    except NoValuesError as error:
+        return "\n".join([*lines, ahead, f"  no test: {error}"])
+    if found is not None:
+        ahead += f" over {found.queries} queries, {found}"
+    return "\n".join([*lines, ahead])
+
+
+def chosen_metric(
+    run_id: str, validations: Mapping[str, Mapping[str, object]], metric: str | None
+) -> Metric:
+    """The metric that is meant by a name, or by none.
+
+    Args:
+        run_id: for errors.
+        validations: the configurations of the run's validations, by name.
+        metric: see `find_best`.
+
+    Raises:
+        UsageError: there is no such metric.
+        TrackingError: there is no validation.
+    """
+    known = [
+        Metric(name, measure)
+        for name in sorted(validations, key=lambda name: (name != FIRST_NAME, name))
+        for measure in parse_measures(str(validations[name].get("measures", "")))
+    ]
+    if not known:
+        raise TrackingError(
+            f"run {run_id} has no validation yet; `mlflow-dr validate --run-id {run_id}` begins one"
+        )
+    if metric is None:
+        return known[0]
+    for one in known:
+        if str(one) == metric.replace("@", "_at_"):
+            return one
+    raise UsageError(
+        f"run {run_id} has no metric {metric!r} to choose by; it has: {', '.join(map(str, known))}"
+    )

@@ -1,0 +1,187 @@
+"""Several encoders on the same queries: means, differences, and the queries that changed most."""
+
+from __future__ import annotations
+
+import csv
+import string
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from mlflow_dr.columns import in_columns
+from mlflow_dr.decisions.alignment import aligned
+from mlflow_dr.decisions.pictures import draw_changes
+from mlflow_dr.decisions.significance import Difference, difference, holm
+from mlflow_dr.errors import UsageError
+from mlflow_dr.files import written_beside
+
+LETTERS = string.ascii_uppercase
+VALUES, PICTURE = "values.csv", "differences.png"
+LONGEST_TEXT = 80
+LONGEST_LABEL = 100
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """What is known of several encoders; each is compared with the first.
+
+    Attributes:
+        labels: what they are called.
+        measure: what is compared.
+        means: means of all measures that each of them has, `measure -> (n_encoders,)`.
+        query_ids: the queries.
+        values: `(n_encoders, n_queries) float64`.
+        differences: of each but the first, from the first.
+        corrected: their p-values by Holm's rule, since there are several.
+        texts: of the queries, by id, where they are known.
+    """
+
+    labels: tuple[str, ...]
+    measure: str
+    means: Mapping[str, Sequence[float]]
+    query_ids: list[str]
+    values: np.ndarray
+    differences: tuple[Difference, ...]
+    corrected: tuple[float, ...]
+    texts: Mapping[str, str]
+
+    @property
+    def changes(self) -> np.ndarray:
+        """Of each but the first, query by query, `(n_encoders - 1, n_queries) float64`."""
+        changes: np.ndarray = self.values[1:] - self.values[0]
+        return changes
+
+
+def compared(
+    labels: Sequence[str],
+    tables: Sequence[Mapping[str, Mapping[str, float]]],
+    measure: str,
+    seed: int = 0,
+    texts: Mapping[str, str] | None = None,
+) -> Comparison:
+    """Compare encoders with the first of them.
+
+    Args:
+        labels: what they are called.
+        tables: of each, query id -> measure -> value.
+        measure: what is compared.
+        seed: of the randomisations and the bootstrap.
+        texts: of the queries, by id.
+
+    Raises:
+        UsageError: fewer than two encoders, or more than there are letters.
+        DataError: the queries differ, the measure is missing, or a value is no number.
+    """
+    check_count(len(labels))
+    ids, values = aligned(labels, tables, measure)
+    differences = tuple(difference(values[0], other, seed) for other in values[1:])
+    known = [name for name in tables[0][ids[0]] if all(name in one[ids[0]] for one in tables)]
+    return Comparison(
+        labels=tuple(labels),
+        measure=measure,
+        means={name: aligned(labels, tables, name)[1].mean(axis=1).tolist() for name in known},
+        query_ids=ids,
+        values=values,
+        differences=differences,
+        corrected=tuple(holm([one.p_value for one in differences])),
+        texts=texts or {},
+    )
+
+
+def check_count(encoders: int) -> None:
+    """Refuse to compare less than two encoders, or more than there are letters for.
+
+    Raises:
+        UsageError: with their number.
+    """
+    if not 2 <= encoders <= len(LETTERS):
+        raise UsageError(f"{encoders} encoders to compare; expected 2 to {len(LETTERS)}")
+
+
+def changed_most(comparison: Comparison, count: int) -> list[int]:
+    """Places of the queries whose values differ most from the first encoder's, the most first."""
+    largest = np.abs(comparison.changes).max(axis=0)
+    order = np.argsort(-largest, kind="stable")[:count]
+    return [int(place) for place in order if largest[place] > 0]
+
+
+def as_text(comparison: Comparison, changed: int) -> str:
+    """The comparison in a few lines.
+
+    Args:
+        comparison: what was found.
+        changed: how many of the queries that changed most are shown.
+    """
+    letters = LETTERS[: len(comparison.labels)]
+    means = [
+        ("", *comparison.means, f"mean of {len(comparison.query_ids)} queries"),
+        *(
+            (letter, *(f"{mean[place]:.4f}" for mean in comparison.means.values()), label)
+            for place, (letter, label) in enumerate(zip(letters, comparison.labels, strict=True))
+        ),
+    ]
+    lines = [in_columns(means)]
+    for letter, found, corrected, change in zip(
+        letters[1:],
+        comparison.differences,
+        comparison.corrected,
+        comparison.changes,
+        strict=True,
+    ):
+        holms = f" (Holm {corrected:.4f})" if len(comparison.differences) > 1 else ""
+        lines.append(
+            f"{letter} - A  {comparison.measure} {found.mean:+.4f}, {found}{holms}; "
+            f"{_counts(change)}"
+        )
+    places = changed_most(comparison, changed)
+    if places:
+        rows = [
+            (
+                *(f"{value:.4f}" for value in comparison.values[:, place]),
+                comparison.query_ids[place],
+                comparison.texts.get(comparison.query_ids[place], "")[:LONGEST_TEXT],
+            )
+            for place in places
+        ]
+        lines.append(f"queries that changed most by {comparison.measure}:")
+        lines.append(in_columns([(*letters, "query", ""), *rows]))
+    return "\n".join(lines)
+
+
+def write(comparison: Comparison, directory: Path) -> None:
+    """Write the values of all queries as `values.csv`, and a picture of the differences.
+
+    Args:
+        comparison: what was found.
+        directory: is made if it is new.
+    """
+    heads = [f"{a} {b}" for a, b in zip(LETTERS, comparison.labels, strict=False)]
+    with (
+        written_beside(directory / VALUES) as partial,
+        partial.open("w", encoding="utf-8", newline="") as file,
+    ):
+        rows = csv.writer(file)
+        rows.writerow(["query_id", "query", *heads])
+        for query_id, values in zip(comparison.query_ids, comparison.values.T, strict=True):
+            rows.writerow([query_id, comparison.texts.get(query_id, ""), *values.tolist()])
+    titles = [
+        f"{_end(heads[place])}\nless {_end(heads[0])}\n"
+        f"{found.mean:+.4f} on average; {_counts(change)}"
+        for place, (found, change) in enumerate(
+            zip(comparison.differences, comparison.changes, strict=True), start=1
+        )
+    ]
+    with written_beside(directory / PICTURE) as partial:
+        draw_changes(partial, titles, comparison.changes, comparison.measure)
+
+
+def _counts(change: np.ndarray) -> str:
+    better, worse = int((change > 0).sum()), int((change < 0).sum())
+    return f"{better} better, {worse} worse, {len(change) - better - worse} equal"
+
+
+def _end(label: str) -> str:
+    """What a line has room for; the end of a path says more than its beginning."""
+    return label if len(label) <= LONGEST_LABEL else f"{label[:2]}...{label[5 - LONGEST_LABEL :]}"

@@ -1,0 +1,69 @@
+"""Checkpoints in MLflow's model registry."""
+
+from __future__ import annotations
+
+from mlflow import MlflowClient
+from mlflow.entities.model_registry import ModelVersion
+from mlflow.exceptions import MlflowException
+
+from mlflow_dr.errors import UsageError
+from mlflow_dr.tracking.checkpoints import Checkpoint
+from mlflow_dr.tracking.client import tracking_errors
+from mlflow_dr.tracking.runs import TrackedRun
+
+BEST_ALIAS = "best"
+
+
+def register(run: TrackedRun, checkpoint: Checkpoint, name: str) -> str:
+    """Make a checkpoint the version of a registered model that its alias `best` names.
+
+    A checkpoint that has a version already gets no second one.
+
+    Args:
+        run: the run that the checkpoint belongs to.
+        checkpoint: published with its files.
+        name: the registered model's, which is made if it is new.
+
+    Returns:
+        The version.
+
+    Raises:
+        UsageError: MLflow does not have the checkpoint's files.
+        TrackingError: the server did not take it, or allows no such name.
+    """
+    if checkpoint.directory or checkpoint.is_pruned:
+        where = f"they lie in {checkpoint.directory}" if checkpoint.directory else "were removed"
+        raise UsageError(
+            f"{checkpoint.uri} cannot be registered: MLflow does not have its files ({where})"
+        )
+    with tracking_errors(f"registering {checkpoint.uri} as {name!r}"):
+        _make_model(run.client, name)
+        version = _version_of(run.client, checkpoint, name)
+        if version is None:
+            version = run.client.create_model_version(
+                name, checkpoint.uri, run.id, model_id=checkpoint.model_id
+            )
+        run.client.set_registered_model_alias(name, BEST_ALIAS, version.version)
+    return str(version.version)
+
+
+def _make_model(client: MlflowClient, name: str) -> None:
+    try:
+        client.create_registered_model(name)
+    except MlflowException as error:
+        if error.error_code != "RESOURCE_ALREADY_EXISTS":
+            raise
+
+
+def _version_of(client: MlflowClient, checkpoint: Checkpoint, name: str) -> ModelVersion | None:
+    quote = '"' if "'" in name else "'"
+    token = None
+    while True:
+        page = client.search_model_versions(f"name={quote}{name}{quote}", page_token=token)
+        for one in page:
+            # databases keep the source alone (MLflow 3.17)
+            if checkpoint.model_id == one.model_id or checkpoint.uri == one.source:
+                return one
+        token = page.token
+        if not token:
+            return None

@@ -1,0 +1,229 @@
+"""Several encoders on the same queries, by the values that are kept or by evaluating them now.
+
+Where all values are kept torch is not needed, so it waits until it is: it takes seconds to import.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, NamedTuple
+
+from mlflow_dr.collection.catalogue import open_collection
+from mlflow_dr.collection.interface import chosen_split
+from mlflow_dr.collection.records import Query
+from mlflow_dr.decisions.best import FIRST_NAME
+from mlflow_dr.decisions.comparison import Comparison, check_count, compared, write
+from mlflow_dr.errors import MlflowDrError, NoValuesError, UsageError
+from mlflow_dr.retrieval.measures import DEFAULT_MEASURES, Measure, parse_measures
+from mlflow_dr.tracking.fetching import fetched
+from mlflow_dr.tracking.tables import PerQuery, values_of
+from mlflow_dr.tracking.validations import collection_of
+from mlflow_dr.validation.operands import Operand, find_operands
+
+if TYPE_CHECKING:
+    from mlflow_dr.validation.evaluate import Prepared
+
+log = logging.getLogger(__name__)
+
+# of a validation's configuration, what decides whether values may be compared
+COMPARABLE = ("corpus", "topics", "subset", "keep_own_id")
+FULL_CORPUS = "full"
+AUTO = "auto"
+
+
+@dataclass(frozen=True)
+class Comparing:
+    """What `mlflow-dr compare` was asked.
+
+    Attributes:
+        operands: two or more of run ids (their best checkpoints), `RUN@STEP`, `models:/<id>`, and
+            encoders by directory or hub name; the others are compared with the first.
+        name: the validation whose values are taken.
+        measure: what is compared; the validation's first measure when None.
+        dataset: the collection on which those are evaluated now that have no values.
+        split: its queries; those of the validation, else the development split, when None.
+        device: see `resolve_device`.
+        dtype: see `resolve_dtype`; as the validation has it when `auto`.
+        output: a folder for the values of all queries and a picture.
+        seed: of the randomisation test and the bootstrap.
+        trust_remote_code: whether code in an encoder's directory may run.
+        tracking_uri: where runs and checkpoints are looked up.
+    """
+
+    operands: tuple[str, ...]
+    name: str = FIRST_NAME
+    measure: str | None = None
+    dataset: str | None = None
+    split: str | None = None
+    device: str = AUTO
+    dtype: str = AUTO
+    output: Path | None = None
+    seed: int = 0
+    trust_remote_code: bool = False
+    tracking_uri: str | None = None
+
+    def __post_init__(self) -> None:
+        check_count(len(self.operands))
+
+
+class Kept(NamedTuple):
+    """The values of an operand, or why there are none."""
+
+    values: PerQuery | None
+    why_not: str = ""
+
+
+def compare(request: Comparing) -> Comparison:
+    """Compare encoders with the first of them, and write what was asked for.
+
+    Raises:
+        UsageError: an operand, dataset, split, measure or device that is not there, or operands
+            that were measured on other collections.
+        DataError: values or files that are damaged, or of other queries.
+        CheckpointError: a checkpoint that cannot be evaluated.
+        TrackingError: no such run or checkpoint, or no server.
+    """
+    asked = _measure(request.measure)
+    if request.output is not None and request.output.exists() and not request.output.is_dir():
+        raise UsageError(f"{request.output}: expected a folder, not a file")
+    if request.dataset is not None:
+        _check_device(request)
+    operands = find_operands(request.operands, request.name, asked, request.tracking_uri)
+    kept = [_kept(one, request.name) for one in operands]
+    known = [one for one, (values, _) in zip(operands, kept, strict=True) if values is not None]
+    basis = known[0].config if known else {}
+    prepared = _prepared(request, basis)
+    _refuse_other_queries(known, prepared, basis)
+    measures = parse_measures(str(basis.get("measures") or request.measure or DEFAULT_MEASURES))
+    tables: list[PerQuery] = []
+    for operand, (values, why_not) in zip(operands, kept, strict=True):
+        if values is None:
+            if prepared is None:
+                raise UsageError(f"{why_not}; give --dataset to evaluate it now")
+            values = _evaluated(operand, request, prepared, measures, basis)
+        tables.append(values)
+    comparison = compared(
+        [one.label for one in operands],
+        tables,
+        str(asked or measures[0]),
+        request.seed,
+        {query.id: query.text for query in _queries(request.name, known, prepared)},
+    )
+    if request.output is not None:
+        write(comparison, request.output)
+    return comparison
+
+
+def _measure(text: str | None) -> Measure | None:
+    if text is None:
+        return None
+    measures = parse_measures(text)
+    if len(measures) != 1:
+        raise UsageError(f"one measure is compared, not {len(measures)}: {text!r}")
+    return measures[0]
+
+
+def _check_device(request: Comparing) -> None:
+    from mlflow_dr.engines.devices import resolve_device, resolve_dtype
+
+    resolve_dtype(request.dtype, resolve_device(request.device))
+
+
+def _kept(operand: Operand, name: str) -> Kept:
+    """The values that a validator has kept."""
+    if operand.run is None or operand.checkpoint is None:
+        forms = "a run id, RUN@STEP or models:/<id>"
+        return Kept(None, f"{operand.given!r} is not {forms}, and an encoder has to be evaluated")
+    try:
+        return Kept(values_of(operand.run, operand.checkpoint, name))
+    except NoValuesError as error:
+        return Kept(None, str(error))
+
+
+def _prepared(request: Comparing, basis: Mapping[str, object]) -> Prepared | None:
+    """The collection that was named."""
+    if request.dataset is None:
+        return None
+    from mlflow_dr.validation.evaluate import Prepared
+
+    collection = open_collection(request.dataset)
+    split = request.split or str(basis.get("split", ""))
+    return Prepared(collection, chosen_split(collection, split or None))
+
+
+def _refuse_other_queries(
+    known: Sequence[Operand], prepared: Prepared | None, basis: Mapping[str, object]
+) -> None:
+    """Refuse to compare what was measured on other queries, passages or judgements.
+
+    Raises:
+        UsageError: with both configurations.
+    """
+    configs = [(one.label, {key: one.config.get(key) for key in COMPARABLE}) for one in known]
+    if prepared is not None:
+        now = {
+            "corpus": prepared.corpus.digest,
+            "topics": prepared.topics.digest,
+            "subset": FULL_CORPUS,
+            "keep_own_id": basis.get("keep_own_id", False),
+        }
+        configs.append((f"{prepared.collection.name}/{prepared.split}", now))
+    for label, config in configs[1:]:
+        if config != configs[0][1]:
+            raise UsageError(
+                f"values of other collections do not compare: of {configs[0][0]} they are by "
+                f"{json.dumps(configs[0][1])}, of {label} by {json.dumps(config)}"
+            )
+
+
+def _evaluated(
+    operand: Operand,
+    request: Comparing,
+    prepared: Prepared,
+    measures: tuple[Measure, ...],
+    basis: Mapping[str, object],
+) -> PerQuery:
+    """The values of an encoder on the collection that was named."""
+    from mlflow_dr.encoder.directory import load_encoder
+    from mlflow_dr.validation.evaluate import Settings, evaluate
+
+    depth = basis.get("depth")
+    settings = Settings(
+        measures,
+        depth if isinstance(depth, int) else None,
+        request.device,
+        str(basis.get("dtype", AUTO)) if request.dtype == AUTO else request.dtype,
+        bool(basis.get("keep_own_id", False)),
+    )
+    log.info("%s is evaluated on %s/%s", operand.label, prepared.collection.name, prepared.split)
+    checkpoint = operand.checkpoint
+    with nullcontext(operand.given) if checkpoint is None else fetched(checkpoint) as files:
+        encoder = load_encoder(
+            files,
+            trust_remote_code=request.trust_remote_code,
+            safetensors_only=checkpoint is not None and not checkpoint.directory,
+            **operand.encoder_changes,
+        )
+    return evaluate(encoder, prepared, settings).per_query
+
+
+def _queries(name: str, known: Sequence[Operand], prepared: Prepared | None) -> Sequence[Query]:
+    """The queries, where the collection is at hand: named, or a file of this machine."""
+    if prepared is not None:
+        return prepared.topics.queries
+    operand = known[0]
+    collection = collection_of(operand.run, name) if operand.run else None
+    if collection is None or not Path(collection).exists():
+        log.info("--dataset %s would show the texts of the queries", collection or "NAME")
+        return ()
+    try:
+        topics = open_collection(collection).topics(str(operand.config.get("split")))
+    except MlflowDrError as error:
+        log.info("the texts of the queries cannot be shown: %s", error)
+        return ()
+    return topics.queries if topics.digest == operand.config.get("topics") else ()

@@ -1,0 +1,144 @@
+"""One job of a validator: fetch a checkpoint, evaluate it, and record what was found."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from mlflow_dr.encoder.directory import load_encoder
+from mlflow_dr.encoder.model import Encoder
+from mlflow_dr.encoder.whole import why_not_whole
+from mlflow_dr.errors import CheckpointError, UnavailableError
+from mlflow_dr.retrieval.measures import parse_measures
+from mlflow_dr.tracking.checkpoints import Checkpoint
+from mlflow_dr.tracking.clock import ServerClock
+from mlflow_dr.tracking.fetching import fetched
+from mlflow_dr.tracking.patience import Patience
+from mlflow_dr.tracking.results import (
+    State,
+    mark_failed,
+    record_result,
+    state_of,
+    write_recorded,
+)
+from mlflow_dr.tracking.runs import TrackedRun
+from mlflow_dr.tracking.tables import log_values
+from mlflow_dr.validation.binding import Bound
+from mlflow_dr.validation.evaluate import Report, evaluate_all
+from mlflow_dr.validation.pace import Speed
+from mlflow_dr.validation.plan import Plan
+
+log = logging.getLogger(__name__)
+
+Outcome = Report | CheckpointError | None
+"""What came of a validation; None where figures were recorded already."""
+
+
+class Job(NamedTuple):
+    """A checkpoint, and the validations that this process has claimed of it."""
+
+    checkpoint: Checkpoint
+    run: TrackedRun
+    bound: Sequence[Bound]
+
+
+class Jobs:
+    """Does one job after another.
+
+    Args:
+        plan: how encoders are read.
+        patiently: does what needs the server.
+        clock: the server's time.
+
+    Attributes:
+        speed: how fast the last evaluation was; None before the first.
+    """
+
+    def __init__(self, plan: Plan, patiently: Patience, clock: ServerClock) -> None:
+        self.speed: Speed | None = None
+        self._plan = plan
+        self._patiently = patiently
+        self._clock = clock
+
+    def do(self, job: Job) -> Iterator[tuple[str, State]]:
+        """What becomes of each validation of a job, as it does; nothing of one that is put off.
+
+        Raises:
+            OSError: the disk is full.
+            TrackingError: the server refuses what it is told.
+        """
+        start = time.monotonic()
+        left: list[Bound] = []
+        for one in job.bound:
+            if state_of(job.checkpoint, one.name) is State.RECORDED:
+                yield one.name, self._written(job, one, None)
+            else:
+                left.append(one)
+        outcomes = self._evaluated(job, left) if left else []
+        for one, outcome in zip(left, outcomes, strict=False):
+            yield one.name, self._written(job, one, outcome)
+        reports = [one for one in outcomes if isinstance(one, Report)]
+        if reports:
+            self.speed = Speed.of(reports[0], time.monotonic() - start)
+
+    def _evaluated(self, job: Job, bound: Sequence[Bound]) -> Sequence[Outcome]:
+        """A report of each validation, or why there is none; nothing where it is put off."""
+        try:
+            fetch = partial(fetched_encoder, job.checkpoint, self._plan.encoder_changes)
+            encoder = self._patiently(fetch, UnavailableError)
+            return evaluate_all(encoder, [(one.prepared, one.settings) for one in bound])
+        except CheckpointError as error:
+            found_at = job.checkpoint.directory
+            if isinstance(error, UnavailableError) and found_at and why_not_whole(Path(found_at)):
+                log.warning("step %d is passed over: %s", job.checkpoint.step, error)
+                return []
+            return [error] * len(bound)
+
+    def _written(self, job: Job, bound: Bound, outcome: Outcome) -> State:
+        """Record what came of a validation: the values of each query, then the figures."""
+        checkpoint, run, name = job.checkpoint, job.run, bound.name
+        if isinstance(outcome, CheckpointError):
+            log.error("step %d cannot be validated: %s", checkpoint.step, outcome)
+            self._patiently(partial(mark_failed, run, checkpoint, name, str(outcome)))
+            return State.FAILED
+        if outcome is None:
+            write = partial(write_recorded, run, checkpoint, name, bound.dataset)
+        else:
+            self._patiently(partial(log_values, run, checkpoint, name, outcome.per_query))
+            now_ms, values = self._clock.now_ms(), _figures(outcome)
+            write = partial(record_result, run, checkpoint, name, values, bound.dataset, now_ms)
+        figures = self._patiently(write)
+        several = f"{name}: " if len(self._plan.validations) > 1 else ""
+        shown = "  ".join(f"{key} {value:.4g}" for key, value in figures.items())
+        log.info("step %d: %s%s", checkpoint.step, several, shown)
+        return State.DONE
+
+
+def fetched_encoder(checkpoint: Checkpoint, changes: Mapping[str, Any]) -> Encoder:
+    """The encoder of a checkpoint, which may come as safetensors only where it was published.
+
+    Args:
+        checkpoint: published, or found in a directory.
+        changes: what replaces what the checkpoint says.
+
+    Raises:
+        CheckpointError: it cannot be had, or read.
+        OSError: the disk is full.
+    """
+    with fetched(checkpoint) as directory:
+        is_published = not checkpoint.directory
+        return load_encoder(directory, safetensors_only=is_published, **changes)
+
+
+def _figures(report: Report) -> dict[str, float]:
+    """A report as metrics, named as MLflow allows."""
+    measures = parse_measures(" ".join(report.measures))
+    return {
+        **{one.metric: report.measures[str(one)] for one in measures},
+        "seconds": report.seconds,
+        "passages_per_second": report.passages / report.seconds,
+    }

@@ -1,0 +1,45 @@
+"""Runs whose checkpoints have figures, and values of single queries."""
+
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+
+import pytest
+
+from mlflow_dr.tracking.checkpoints import Checkpoint, checkpoints_of, publish
+from mlflow_dr.tracking.results import bind_name, record_result
+from mlflow_dr.tracking.runs import TrackedRun
+from mlflow_dr.tracking.tables import log_values
+
+MEASURES = "mrr@10 ndcg@10"
+
+
+@pytest.fixture
+def measured(run: TrackedRun, tmp_path: Path) -> Callable[..., Checkpoint]:
+    """Publishes the checkpoint of a step and records a validation of it.
+
+    Its arguments: the step, the figure, and as keywords the reciprocal ranks of queries q0, q1 ...
+    if they are kept, and the validation's name.
+    """
+    directory = tmp_path / "published"
+    directory.mkdir()
+    (directory / "model.safetensors").write_bytes(b"weights")
+
+    def measured(
+        step: int, value: float, ranks: Sequence[float] | None = None, name: str = "val"
+    ) -> Checkpoint:
+        bind_name(run, name, {"measures": MEASURES})
+        known = [one for one in checkpoints_of(run) if one.step == step]
+        if not known:
+            publish(run, directory, step)
+        checkpoint = next(one for one in checkpoints_of(run) if one.step == step)
+        figures = {"mrr_at_10": value, "ndcg_at_10": 1 - value, "seconds": 2.0}
+        record_result(run, checkpoint, name, figures, ("sea", "0"))
+        if ranks is not None:
+            log_values(run, checkpoint, name, per_query(ranks))
+        return next(one for one in checkpoints_of(run) if one.step == step)
+
+    return measured
+
+
+def per_query(ranks: Sequence[float]) -> Mapping[str, Mapping[str, float]]:
+    return {f"q{n}": {"mrr@10": value, "ndcg@10": 1 - value} for n, value in enumerate(ranks)}

@@ -1,0 +1,347 @@
+"""The best checkpoint of a run, over a real store."""
+
+import math
+import re
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import mlflow
+import numpy as np
+import pytest
+from click.testing import CliRunner
+from mlflow import MlflowClient
+
+from mlflow_dr.cli.best import command
+from mlflow_dr.decisions.best import Best, against_runner_up, find_best, mark_best, summary
+from mlflow_dr.decisions.significance import difference
+from mlflow_dr.errors import (
+    CheckpointError,
+    DataError,
+    NoValuesError,
+    TrackingError,
+    UnavailableError,
+    UsageError,
+)
+from mlflow_dr.tracking.checkpoints import (
+    PRUNED_TAG,
+    Checkpoint,
+    checkpoints_of,
+    give_up,
+    new_checkpoint,
+)
+from mlflow_dr.tracking.client import connect
+from mlflow_dr.tracking.directories import register_directory
+from mlflow_dr.tracking.results import bind_name, record_result
+from mlflow_dr.tracking.runs import TrackedRun
+
+Measured = Callable[..., Checkpoint]
+TAG = "mlflow_dr.best.val"
+
+
+def places(best: Best) -> tuple[int, int | None]:
+    return best.checkpoint.step, best.runner_up and best.runner_up.checkpoint.step
+
+
+def tagged(run: TrackedRun) -> dict[int, str]:
+    return {one.step: one.tags[TAG] for one in checkpoints_of(run) if TAG in one.tags}
+
+
+def test_the_highest_value_is_best(run: TrackedRun, measured: Measured) -> None:
+    for step, value in ((0, 0.1), (10, 0.5), (20, 0.45)):
+        measured(step, value)
+    best = find_best(run)
+    assert places(best) == (10, 20)
+    assert (str(best.metric), best.first.value, best.is_tied) == ("val/mrr_at_10", 0.5, False)
+    assert places(find_best(run, "val/ndcg_at_10")) == (0, 20)
+    assert find_best(run, "val/ndcg@10") == find_best(run, "val/ndcg_at_10")
+
+
+def test_of_equal_ones_the_earliest_is_best(run: TrackedRun, measured: Measured) -> None:
+    for step in (30, 20, 10):
+        measured(step, 0.5)
+    best = find_best(run)
+    assert places(best) == (10, 20)
+    assert best.is_tied
+    assert "as good; of equal ones the earliest is best" in summary(run, best)
+
+
+def test_what_is_not_whole_not_measured_or_no_number_is_passed_over(
+    run: TrackedRun, measured: Measured
+) -> None:
+    measured(10, 0.2)
+    measured(20, math.nan)
+    pending, lost = (new_checkpoint(run, step, "") for step in (30, 40))
+    for one in checkpoints_of(run):
+        if one.model_id in (pending, lost):
+            record_result(run, one, "val", {"mrr_at_10": 0.9}, ("sea", "0"))
+    give_up(run, lost)
+    assert places(find_best(run)) == (10, None)
+
+
+def test_val_comes_first_then_the_first_by_name(run: TrackedRun, measured: Measured) -> None:
+    measured(10, 0.5, name="test")
+    assert str(find_best(run).metric) == "test/mrr_at_10"
+    measured(10, 0.5, name="nq")
+    assert str(find_best(run).metric) == "nq/mrr_at_10"
+    measured(10, 0.5)
+    assert str(find_best(run).metric) == "val/mrr_at_10"
+
+
+def test_a_metric_that_is_not_there(run: TrackedRun, measured: Measured) -> None:
+    measured(10, 0.5)
+    for name in ("val/mrr_at_5", "loss", "val/seconds", "test/mrr_at_10"):
+        with pytest.raises(
+            UsageError,
+            match=rf"run {run.id} has no metric '{name}' .*: val/mrr_at_10, val/ndcg_at_10$",
+        ):
+            find_best(run, name)
+
+
+def test_a_run_that_nobody_validates(run: TrackedRun) -> None:
+    with pytest.raises(TrackingError, match=rf"run {run.id} has no validation yet; .*validate"):
+        find_best(run)
+    bind_name(run, "val", {"measures": "mrr@10"})
+    with pytest.raises(TrackingError, match="none of 0 published checkpoints has a value of val/"):
+        find_best(run)
+
+
+def test_checkpoints_that_are_known_are_not_asked_for(run: TrackedRun, measured: Measured) -> None:
+    measured(10, 0.5)
+    known = checkpoints_of(run)
+    measured(20, 0.9)
+    assert places(find_best(run, checkpoints=known)) == (10, None)
+
+
+def test_marks_move_on(run: TrackedRun, measured: Measured) -> None:
+    one = measured(10, 0.25)
+    mark_best(run, find_best(run))
+    assert tagged(run) == {10: "0.25"}
+    assert run.fetch().data.tags[TAG] == f"step 10, {one.uri}, val/mrr_at_10 0.25"
+    two = measured(20, 1 / 3)
+    mark_best(run, find_best(run))
+    assert tagged(run) == {20: "0.333333"}
+    assert run.fetch().data.tags[TAG] == f"step 20, {two.uri}, val/mrr_at_10 0.333333"
+    mark_best(run, find_best(run))
+    assert tagged(run) == {20: "0.333333"}
+
+
+def test_a_mark_that_another_validator_has_removed(run: TrackedRun, measured: Measured) -> None:
+    measured(10, 0.25)
+    mark_best(run, find_best(run))
+    measured(20, 0.5)
+    best = find_best(run)
+    mark_best(run, best)
+    mark_best(run, best)
+    assert tagged(run) == {20: "0.5"}
+
+
+def test_validations_have_marks_of_their_own(run: TrackedRun, measured: Measured) -> None:
+    for step, value, other in ((10, 0.5, 0.1), (20, 0.4, 0.9)):
+        measured(step, value)
+        measured(step, other, name="test")
+    mark_best(run, find_best(run))
+    mark_best(run, find_best(run, "test/mrr_at_10"))
+    assert tagged(run) == {10: "0.5"}
+    assert run.fetch().data.tags["mlflow_dr.best.test"].startswith("step 20, ")
+
+
+def test_the_lead_is_tested_query_by_query(run: TrackedRun, measured: Measured) -> None:
+    first, second = [1, 0.5, 1, 1, 0.25, 1], [0.5, 0.5, 0, 1 / 3, 0.25, 0.5]
+    measured(10, 0.79, ranks=first)
+    measured(20, 0.35, ranks=second)
+    best = find_best(run)
+    expected = difference(np.array(second), np.array(first), seed=4)
+    assert against_runner_up(run, best, seed=4) == expected
+    assert expected.mean == pytest.approx(np.mean(first) - np.mean(second))
+    lines = summary(run, best, seed=4).splitlines()
+    assert lines[0].startswith(f"best checkpoint of run {run.id} by val/mrr_at_10: step 10, models")
+    assert lines[1].split() == ["runner-up", "step", "20,", f"{best.runner_up[0].uri},", "0.3500"]
+    assert lines[2] == (
+        f"  difference  +0.4400 over 6 queries, 95 % interval {expected.low:+.4f} to "
+        f"{expected.high:+.4f}, p {expected.p_value:.4f}"
+    )
+
+
+def test_older_runs_have_no_values_of_single_queries(run: TrackedRun, measured: Measured) -> None:
+    measured(10, 0.5, ranks=[0.5])
+    measured(20, 0.4)
+    best = find_best(run)
+    with pytest.raises(NoValuesError):
+        against_runner_up(run, best)
+    *_, lead, note = summary(run, best).splitlines()
+    assert lead == "  difference  +0.1000"
+    assert note.startswith(f"  no test: run {run.id} has no values of single queries for step 20 ")
+
+
+def test_a_single_checkpoint_has_no_runner_up(run: TrackedRun, measured: Measured) -> None:
+    measured(10, 0.5)
+    best = find_best(run)
+    assert against_runner_up(run, best) is None
+    assert summary(run, best).splitlines()[1:] == ["  no other checkpoint has a value"]
+
+
+@pytest.mark.parametrize(
+    ("ranks", "message"),
+    [
+        ([1.0, 0.5], "measured on other queries: 0 of 2 are missing .* and 1 of 3 "),
+        ([1.0, 0.5, math.nan], "1 values of mrr@10 of models:/m-.* are not finite"),
+    ],
+)
+def test_values_that_cannot_be_compared(
+    ranks: list[float], message: str, run: TrackedRun, measured: Measured
+) -> None:
+    measured(10, 0.5, ranks=[1.0, 0.5, 0.0])
+    measured(20, 0.4, ranks=ranks)
+    with pytest.raises(DataError, match=message):
+        against_runner_up(run, find_best(run))
+
+
+@pytest.fixture
+def best(run: TrackedRun, client: MlflowClient) -> Callable[..., str]:
+    """Runs `mlflow-dr best` for the run; returns what it prints."""
+
+    def best(*words: object) -> str:
+        done = CliRunner().invoke(
+            command,
+            ["--run-id", run.id, "--tracking-uri", client.tracking_uri, *map(str, words)],
+            catch_exceptions=False,
+        )
+        assert done.exit_code == 0, done.output
+        return done.output
+
+    return best
+
+
+def test_the_command_prints_and_marks(
+    run: TrackedRun, measured: Measured, best: Callable[..., str]
+) -> None:
+    measured(10, 0.5, ranks=[1.0, 0.0])
+    measured(20, 0.25, ranks=[0.5, 0.0])
+    printed = best("--seed", 3)
+    assert printed == summary(run, find_best(run), seed=3) + "\n"
+    assert tagged(run) == {10: "0.5"}
+
+
+@pytest.mark.parametrize("there", [False, True])
+def test_a_download_is_what_was_published(
+    there: bool, measured: Measured, best: Callable[..., str], tmp_path: Path
+) -> None:
+    measured(10, 0.5)
+    target = tmp_path / "best" / "encoder"
+    if there:
+        target.mkdir(parents=True)
+    assert best("--download", target).endswith(f"  downloaded  {target}\n")
+    files = {one.name for one in target.iterdir()}
+    assert files >= {"model.safetensors", "manifest.json", "MLmodel"}
+    assert (target / "model.safetensors").read_bytes() == b"weights"
+    assert [one.name for one in target.parent.iterdir()] == ["encoder"]
+
+
+def test_a_download_goes_nowhere_where_something_is(
+    measured: Measured, best: Callable[..., str], tmp_path: Path
+) -> None:
+    measured(10, 0.5)
+    (tmp_path / "mine.txt").write_text("kept")
+    for target in (tmp_path, tmp_path / "mine.txt"):
+        with pytest.raises(UsageError, match=f"{re.escape(str(target))}: expected a directory"):
+            best("--download", target)
+    assert (tmp_path / "mine.txt").read_text() == "kept"
+
+
+def test_a_damaged_checkpoint_is_not_downloaded(
+    measured: Measured, best: Callable[..., str], tmp_path: Path
+) -> None:
+    checkpoint = measured(10, 0.5)
+    (Path(checkpoint.location.removeprefix("file://")) / "model.safetensors").write_bytes(b"w")
+    with pytest.raises(CheckpointError, match="1 bytes, but 7 were published"):
+        best("--download", tmp_path / "encoder")
+    assert not (tmp_path / "encoder").exists()
+
+
+def test_a_pruned_checkpoint_is_best_still(
+    run: TrackedRun, measured: Measured, best: Callable[..., str], tmp_path: Path
+) -> None:
+    checkpoint = measured(10, 0.5)
+    measured(20, 0.4)
+    run.client.set_logged_model_tags(checkpoint.model_id, {PRUNED_TAG: "true"})
+    shutil.rmtree(checkpoint.location.removeprefix("file://"))
+    assert "step 10" in (printed := best())
+    assert "its files were removed" in printed
+    with pytest.raises(UnavailableError, match=rf"the files of {checkpoint.uri} .* were removed"):
+        best("--download", tmp_path / "encoder")
+    with pytest.raises(UsageError, match=r"cannot be registered: .*were removed"):
+        best("--register", "pruned")
+
+
+def test_a_registered_checkpoint_gets_one_version(
+    run: TrackedRun, measured: Measured, best: Callable[..., str], client: MlflowClient
+) -> None:
+    def versions() -> dict[str, str]:
+        found = client.search_model_versions("name='sea encoder'")
+        return {str(one.version): one.source for one in found}
+
+    def alias() -> str:
+        return str(client.get_model_version_by_alias("sea encoder", "best").version)
+
+    one = measured(10, 0.5)
+    printed = best("--register", "sea encoder")
+    assert printed.endswith("  registered  models:/sea encoder/1 and models:/sea encoder@best\n")
+    best("--register", "sea encoder")
+    assert (versions(), alias()) == ({"1": one.uri}, "1")
+    two = measured(20, 0.75)
+    best("--register", "sea encoder")
+    assert (versions(), alias()) == ({"1": one.uri, "2": two.uri}, "2")
+    best("--register", "sea encoder", "--metric", "val/ndcg_at_10")
+    assert (versions(), alias()) == ({"1": one.uri, "2": two.uri}, "1")
+    files = mlflow.artifacts.list_artifacts("models:/sea encoder@best")
+    assert "model.safetensors" in {file.path for file in files}
+
+
+def test_a_name_that_the_registry_does_not_allow(
+    measured: Measured, best: Callable[..., str]
+) -> None:
+    measured(10, 0.5)
+    with pytest.raises(TrackingError, match=r"registering models:/m-.* as 'a/b': .*'/' or ':'"):
+        best("--register", "a/b")
+
+
+def test_a_directory_of_somebody_elses_trainer(
+    run: TrackedRun, best: Callable[..., str], tmp_path: Path
+) -> None:
+    found = tmp_path / "output" / "checkpoint-10"
+    found.mkdir(parents=True)
+    register_directory(run, found, 10)
+    (checkpoint,) = checkpoints_of(run)
+    bind_name(run, "val", {"measures": "mrr@10"})
+    record_result(run, checkpoint, "val", {"mrr_at_10": 0.5}, ("sea", "0"))
+    assert "step 10" in best()
+    with pytest.raises(UsageError, match=f"they lie in {re.escape(str(found))}"):
+        best("--register", "found")
+
+
+def test_no_such_run(client: MlflowClient) -> None:
+    with pytest.raises(TrackingError, match="no run '0123'"):
+        CliRunner().invoke(
+            command,
+            ["--run-id", "0123", "--tracking-uri", client.tracking_uri],
+            catch_exceptions=False,
+        )
+
+
+def test_a_server_that_is_gone(
+    run: TrackedRun, measured: Measured, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    measured(10, 0.5)
+    best = find_best(run)
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
+    away = "http://127.0.0.1:9"
+    run.client = MlflowClient(away)
+    with pytest.raises(TrackingError, match=rf"run {run.id}: .*127\.0\.0\.1"):
+        find_best(run)
+    with pytest.raises(TrackingError, match="tagging step 10 as best: "):
+        mark_best(run, best)
+    before = mlflow.get_tracking_uri()
+    with pytest.raises(TrackingError, match=f"tracking server {away} does not answer"):
+        connect(away)
+    mlflow.set_tracking_uri(before)

@@ -1,0 +1,102 @@
+from pathlib import Path
+
+import pyarrow.parquet as pq
+import pytest
+
+from mlflow_dr.errors import DataError, NoValuesError, TrackingError
+from mlflow_dr.tracking.checkpoints import Checkpoint, checkpoints_of, new_checkpoint
+from mlflow_dr.tracking.runs import TrackedRun
+from mlflow_dr.tracking.tables import log_values, values_of
+
+VALUES = {
+    "q1": {"mrr@10": 0.5, "recall@100": 1.0},
+    "q/2 é": {"mrr@10": 0.0, "recall@100": 1 / 3},
+}
+
+
+@pytest.fixture
+def checkpoint(run: TrackedRun) -> Checkpoint:
+    new_checkpoint(run, 1200, "")
+    (checkpoint,) = checkpoints_of(run)
+    return checkpoint
+
+
+def folder(run: TrackedRun) -> Path:
+    return Path(run.fetch().info.artifact_uri.removeprefix("file://")) / "validation"
+
+
+def test_values_come_back_as_they_were(run: TrackedRun, checkpoint: Checkpoint) -> None:
+    log_values(run, checkpoint, "val", VALUES)
+    found = values_of(run, checkpoint, "val")
+    assert found == VALUES
+    assert list(found) == list(VALUES)
+
+
+def test_the_file_is_a_column_of_each_measure(run: TrackedRun, checkpoint: Checkpoint) -> None:
+    log_values(run, checkpoint, "on the sea", VALUES)
+    (path,) = folder(run).rglob("*.parquet")
+    assert path.relative_to(folder(run)).as_posix() == (
+        f"on the sea/step-00001200-{checkpoint.model_id}.parquet"
+    )
+    table = pq.read_table(path)
+    assert dict(zip(table.column_names, map(str, table.schema.types), strict=True)) == {
+        "query_id": "string",
+        "mrr@10": "double",
+        "recall@100": "double",
+    }
+
+
+def test_writing_them_again_changes_nothing(run: TrackedRun, checkpoint: Checkpoint) -> None:
+    log_values(run, checkpoint, "val", VALUES)
+    (path,) = folder(run).rglob("*.parquet")
+    before = path.read_bytes()
+    log_values(run, checkpoint, "val", VALUES)
+    assert [one.read_bytes() for one in folder(run).rglob("*.parquet")] == [before]
+
+
+def test_validations_and_checkpoints_have_files_of_their_own(run: TrackedRun) -> None:
+    for step in (1, 1, 2):
+        new_checkpoint(run, step, "")
+    published = checkpoints_of(run)
+    expected = {}
+    for number, checkpoint in enumerate(published):
+        for name in ("val", "test"):
+            values = {"q": {"mrr@10": number + len(name) / 10}}
+            log_values(run, checkpoint, name, values)
+            expected[number, name] = values
+    for (number, name), values in expected.items():
+        assert values_of(run, published[number], name) == values
+
+
+def test_values_that_nobody_has_kept(run: TrackedRun, checkpoint: Checkpoint) -> None:
+    message = rf"run {run.id} has no values of single queries for step 1200 \(no artifact valid"
+    with pytest.raises(NoValuesError, match=message):
+        values_of(run, checkpoint, "val")
+    log_values(run, checkpoint, "val", VALUES)
+    with pytest.raises(NoValuesError):
+        values_of(run, checkpoint, "test")
+
+
+@pytest.mark.parametrize("damage", [b"", b"PAR1 and no more", None])
+def test_a_damaged_file(run: TrackedRun, checkpoint: Checkpoint, damage: bytes | None) -> None:
+    log_values(run, checkpoint, "val", VALUES)
+    (path,) = folder(run).rglob("*.parquet")
+    path.write_bytes(path.read_bytes()[:-20] if damage is None else damage)
+    with pytest.raises(DataError, match=rf"run {run.id}, artifact validation/val/.*: no table"):
+        values_of(run, checkpoint, "val")
+
+
+def test_a_table_of_something_else(run: TrackedRun, checkpoint: Checkpoint) -> None:
+    log_values(run, checkpoint, "val", VALUES)
+    (path,) = folder(run).rglob("*.parquet")
+    pq.write_table(pq.read_table(path).drop_columns("query_id"), path)
+    with pytest.raises(DataError, match="query_id"):
+        values_of(run, checkpoint, "val")
+
+
+def test_a_store_that_cannot_be_written(run: TrackedRun, checkpoint: Checkpoint) -> None:
+    room = folder(run)
+    room.parent.mkdir(parents=True)
+    room.write_text("a file where the folder would be")
+    with pytest.raises(TrackingError, match="keeping the values of step 1200: "):
+        log_values(run, checkpoint, "val", VALUES)

@@ -1,0 +1,290 @@
+"""Comparisons of checkpoints and encoders, over a real store."""
+
+import re
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import mlflow
+import pytest
+from click.testing import CliRunner
+from mlflow import MlflowClient
+
+from mlflow_dr.cli.compare import command
+from mlflow_dr.collection.beir import BeirFolder
+from mlflow_dr.decisions.comparison import Comparison, as_text
+from mlflow_dr.encoder.directory import load_encoder, save_encoder
+from mlflow_dr.encoder.model import Encoder
+from mlflow_dr.errors import DataError, DeviceError, TrackingError, UsageError
+from mlflow_dr.retrieval.measures import parse_measures
+from mlflow_dr.tracking.checkpoints import checkpoints_of, publish
+from mlflow_dr.tracking.results import record_result
+from mlflow_dr.tracking.runs import TrackedRun
+from mlflow_dr.tracking.tables import log_values
+from mlflow_dr.validation import evaluate as evaluating
+from mlflow_dr.validation.binding import Collections
+from mlflow_dr.validation.compare import Comparing, compare
+from mlflow_dr.validation.evaluate import Prepared, Report, Settings, evaluate
+from mlflow_dr.validation.operands import find_operands
+from mlflow_dr.validation.plan import Validation
+
+MEASURES = "mrr@10 ndcg@5"
+SETTINGS = Settings(parse_measures(MEASURES), device="cpu", dtype="fp32")
+Validate = Callable[..., str]
+
+
+@pytest.fixture
+def folder(beir_folder: Callable[..., Path], texts: list[str]) -> Path:
+    return beir_folder(
+        {f"p{number}": text for number, text in enumerate(texts)},
+        {f"q{number}": " ".join(text.split()[2:5]) for number, text in enumerate(texts)},
+        dev={f"q{number}": {f"p{number}": 1} for number in range(7)},
+        test={f"q{number}": {f"p{number}": 1} for number in range(7, 10)},
+    )
+
+
+@pytest.fixture
+def encoders(make_tiny: Callable[..., Encoder], tmp_path: Path) -> Callable[[int], Path]:
+    """The directory of an encoder, other weights for each number."""
+
+    def directory(seed: int) -> Path:
+        path = tmp_path / f"encoder-{seed}"
+        if not path.exists():
+            save_encoder(path, make_tiny(seed=seed, pooling="mean", normalize=True))
+        return path
+
+    return directory
+
+
+def report(directory: Path, folder: Path, split: str = "dev") -> Report:
+    prepared = Prepared(BeirFolder(folder), split)
+    return evaluate(load_encoder(directory), prepared, SETTINGS, quiet=True)
+
+
+@pytest.fixture
+def validated(run: TrackedRun, encoders: Callable[[int], Path], folder: Path) -> Validate:
+    """Publishes encoder n as the checkpoint of step n, validated as a validator does it.
+
+    Keywords: whether values of single queries are kept, the validation's name and split, and the
+    run. Returns the model id.
+    """
+
+    def validated(
+        step: int, keep: bool = True, name: str = "val", split: str = "dev", to: TrackedRun = run
+    ) -> str:
+        bound = Collections().bind(to, Validation(SETTINGS, name, str(folder), split), {})
+        model_id = publish(to, encoders(step), step)
+        checkpoint = next(one for one in checkpoints_of(to) if one.model_id == model_id)
+        found = report(encoders(step), folder, split)
+        values = {key.replace("@", "_at_"): value for key, value in found.measures.items()}
+        record_result(to, checkpoint, name, values, bound.dataset)
+        if keep:
+            log_values(to, checkpoint, name, found.per_query)
+        return model_id
+
+    return validated
+
+
+@pytest.fixture
+def other_run(client: MlflowClient, experiment: str) -> TrackedRun:
+    return TrackedRun(client, client.create_run(experiment))
+
+
+def compared(*operands: object, **others: Any) -> Comparison:
+    return compare(Comparing(tuple(map(str, operands)), device="cpu", **others))
+
+
+def test_each_kind_of_operand(
+    run: TrackedRun,
+    other_run: TrackedRun,
+    validated: Validate,
+    encoders: Callable[[int], Path],
+    folder: Path,
+) -> None:
+    first = validated(1)
+    by_id = validated(2)
+    validated(3, to=other_run)
+    validated(4, to=other_run)
+    values = {step: report(encoders(step), folder) for step in (1, 2, 3, 4, 5)}
+    best = max((3, 4), key=lambda step: (values[step].measures["mrr@10"], -step))
+    operands = (f"{run.id}@1", other_run.id, f"models:/{by_id}", encoders(5))
+    found = compared(*operands, dataset=str(folder))
+    for row, step in zip(found.values, (1, best, 2, 5), strict=True):
+        expected = [one["mrr@10"] for one in values[step].per_query.values()]
+        assert row.tolist() == pytest.approx(expected)
+    assert found.labels == (
+        f"{run.name} step 1, models:/{first}",
+        f"{other_run.name} step {best}, models:/{checkpoints_of(other_run)[best - 3].model_id}",
+        f"{run.name} step 2, models:/{by_id}",
+        str(encoders(5)),
+    )
+    assert len(found.differences) == 3
+    assert found.query_ids == [f"q{number}" for number in range(7)]
+    assert list(found.means) == ["mrr@10", "ndcg@5"]
+    assert found.means["ndcg@5"] == pytest.approx(
+        [values[step].measures["ndcg@5"] for step in (1, best, 2, 5)]
+    )
+
+
+def test_kept_values_are_not_measured_again(
+    run: TrackedRun, validated: Validate, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    validated(1)
+    validated(2)
+    monkeypatch.setattr(evaluating, "evaluate", lambda *_: pytest.fail("evaluated"))
+    found = compared(f"{run.id}@1", f"{run.id}@2", measure="ndcg@5", seed=3)
+    assert found.measure == "ndcg@5"
+    again = compared(f"{run.id}@1", f"{run.id}@2", measure="ndcg@5", seed=3, dataset=str(folder))
+    assert again.differences == found.differences
+
+
+def test_a_checkpoint_without_values_is_evaluated_as_the_validation_says(
+    run: TrackedRun, validated: Validate, folder: Path, encoders: Callable[[int], Path]
+) -> None:
+    validated(1)
+    validated(2, keep=False)
+    operands = (f"{run.id}@1", f"{run.id}@2")
+    message = rf"run {run.id} has no values of single queries for step 2 .*; give --dataset to eval"
+    with pytest.raises(UsageError, match=message):
+        compared(*operands)
+    found = compared(*operands, dataset=str(folder))
+    expected = report(encoders(2), folder).per_query
+    assert found.values[1].tolist() == [one["mrr@10"] for one in expected.values()]
+
+
+def test_the_split_of_the_validation_is_evaluated(
+    run: TrackedRun, validated: Validate, folder: Path, encoders: Callable[[int], Path]
+) -> None:
+    validated(1, name="test", split="test")
+    found = compared(run.id, encoders(2), name="test", dataset=str(folder))
+    assert found.query_ids == ["q7", "q8", "q9"]
+
+
+def test_two_encoders_need_no_server(
+    encoders: Callable[[int], Path], folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://127.0.0.1:9")
+    found = compared(encoders(1), encoders(2), dataset=str(folder), split="test", measure="mrr@3")
+    assert (found.measure, list(found.means)) == ("mrr@3", ["mrr@3"])
+    assert found.query_ids == ["q7", "q8", "q9"]
+
+
+def test_an_encoder_needs_a_dataset(run: TrackedRun, encoders: Callable[[int], Path]) -> None:
+    name = re.escape(str(encoders(1)))
+    with pytest.raises(UsageError, match=rf"'{name}' is not a run id, RUN@STEP .* give --dataset"):
+        compared(encoders(1), encoders(1))
+
+
+def test_queries_are_shown_where_the_collection_is_at_hand(
+    run: TrackedRun, validated: Validate, folder: Path
+) -> None:
+    validated(1)
+    validated(2)
+    operands = (f"{run.id}@1", f"{run.id}@2")
+    texts = {query.id: query.text for query in BeirFolder(folder).topics("dev").queries}
+    assert compared(*operands).texts == texts
+    moved = folder.rename(folder.with_name("moved"))
+    assert compared(*operands).texts == {}
+    assert compared(*operands, dataset=str(moved)).texts == texts
+    moved.rename(folder)
+    (folder / "qrels" / "dev.tsv").write_text("q1\tp1\t1\n")
+    assert compared(*operands).texts == {}
+    (folder / "qrels" / "dev.tsv").write_text("q1\tp1\n")
+    assert compared(*operands).texts == {}
+
+
+def test_other_collections_do_not_compare(
+    run: TrackedRun, other_run: TrackedRun, validated: Validate, folder: Path
+) -> None:
+    validated(1)
+    validated(2, split="test", to=other_run)
+    with pytest.raises(UsageError, match=r"do not compare: of .* step 1, .*corpus.* of .* step 2"):
+        compared(run.id, other_run.id)
+    with pytest.raises(UsageError, match=rf"do not compare: .* of {re.escape(str(folder))}/test"):
+        compared(run.id, run.id, dataset=str(folder), split="test")
+
+
+def test_queries_that_are_missing_are_counted(run: TrackedRun, validated: Validate) -> None:
+    validated(1)
+    validated(2)
+    second = checkpoints_of(run)[1]
+    log_values(run, second, "val", {"q1": {"mrr@10": 1.0, "ndcg@5": 1.0}})
+    with pytest.raises(DataError, match="6 of 7 are missing from the latter, and 0 of 1 from"):
+        compared(f"{run.id}@1", f"{run.id}@2")
+
+
+def test_a_step_that_was_not_published(run: TrackedRun, validated: Validate) -> None:
+    with pytest.raises(UsageError, match=r"no published checkpoint of step 7; .* no step at all"):
+        find_operands([f"{run.id}@7"], "val", None, run.client.tracking_uri)
+    for step in (1, 2):
+        validated(step, keep=False)
+    with pytest.raises(UsageError, match=r"step 7; the nearest are of 1, 2$"):
+        compared(f"{run.id}@7", run.id)
+
+
+def test_a_validation_that_is_not_there(run: TrackedRun, validated: Validate) -> None:
+    validated(1)
+    with pytest.raises(UsageError, match=rf"run {run.id} has no validation 'nq' to choose"):
+        compared(run.id, f"{run.id}@1", name="nq")
+    with pytest.raises(UsageError, match="has no metric 'val/recall_at_3'"):
+        compared(run.id, run.id, measure="recall@3")
+    with pytest.raises(DataError, match=r"has no values of recall@3; it has: mrr@10, ndcg@5"):
+        compared(f"{run.id}@1", f"{run.id}@1", measure="recall@3")
+
+
+def test_a_run_or_checkpoint_that_is_not_there(run: TrackedRun, validated: Validate) -> None:
+    validated(1)
+    with pytest.raises(TrackingError, match=f"no run '{'0' * 32}'"):
+        compared(run.id, "0" * 32)
+    with pytest.raises(TrackingError, match="model m-0: "):
+        compared(run.id, "models:/m-0")
+
+
+def test_a_server_that_is_gone() -> None:
+    before = mlflow.get_tracking_uri()
+    with pytest.raises(TrackingError, match=r"tracking server http://127\.0\.0\.1:9 does not answ"):
+        compared("0" * 32, "1" * 32, tracking_uri="http://127.0.0.1:9")
+    mlflow.set_tracking_uri(before)
+
+
+@pytest.mark.parametrize(
+    ("others", "error", "message"),
+    [
+        ({"measure": "ndgc@10"}, UsageError, "measure 'ndgc@10': expected one of"),
+        ({"measure": "mrr@10 ndcg@5"}, UsageError, "one measure is compared, not 2"),
+        ({"dtype": "fp8", "dataset": "demo"}, DeviceError, "dtype 'fp8'"),
+        ({"output": Path(__file__)}, UsageError, "expected a folder, not a file"),
+    ],
+)
+def test_a_wrong_flag_is_told_before_any_work(
+    others: dict[str, Any], error: type[Exception], message: str
+) -> None:
+    with pytest.raises(error, match=message):
+        compared("nowhere/a", "nowhere/b", **others)
+
+
+def test_values_that_are_kept_need_no_torch() -> None:
+    code = "import sys, mlflow_dr.validation.compare; print('torch' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.stdout == "False\n", done.stderr
+
+
+def test_the_command_prints_and_writes(
+    run: TrackedRun, validated: Validate, tmp_path: Path, client: MlflowClient
+) -> None:
+    validated(1)
+    validated(2)
+    operands = [f"{run.id}@1", f"{run.id}@2"]
+    words = [*operands, "--tracking-uri", client.tracking_uri, "--output", str(tmp_path / "out")]
+    done = CliRunner().invoke(command, [*words, "--changed", "3"], catch_exceptions=False)
+    assert done.exit_code == 0
+    assert done.output == as_text(compared(*operands), 3) + "\n"
+    assert {one.name for one in (tmp_path / "out").iterdir()} == {"values.csv", "differences.png"}
+    with pytest.raises(UsageError, match="1 encoders to compare; expected 2 to 26"):
+        CliRunner().invoke(command, words[1:], catch_exceptions=False)
+
+
+def test_one_name_is_what_is_taken_when_none_is_given() -> None:
+    assert Comparing(("a", "b")).name == Validation(SETTINGS).name
