@@ -1,0 +1,1 @@
+"""What follows from the curve: which checkpoint is best, when to stop, what to keep."""
