@@ -26,6 +26,7 @@ COMMANDS = {
     "train": "Train an encoder and publish its checkpoints to MLflow.",
     "validate": "Validate each checkpoint of a run, now and as they come.",
     "status": "Show what has become of a run's checkpoints.",
+    "prune": "Remove files of checkpoints that need not be kept.",
     "evaluate": "Measure one encoder on one collection, without tracking.",
     "mine": "Find hard negatives for training queries, by BM25 or an encoder.",
     "datasets": "List the collections that can be named.",
