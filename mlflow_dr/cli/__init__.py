@@ -28,6 +28,7 @@ COMMANDS = {
     "status": "Show what has become of a run's checkpoints.",
     "best": "Show a run's best checkpoint; download or register it.",
     "compare": "Compare encoders query by query, and test the difference.",
+    "prune": "Remove files of checkpoints that need not be kept.",
     "evaluate": "Measure one encoder on one collection, without tracking.",
     "mine": "Find hard negatives for training queries, by BM25 or an encoder.",
     "subset": "Write a part of a collection, as validations would take it.",

@@ -51,6 +51,26 @@ ORDERS = ("oldest", "newest", "bisect")
     is_flag=True,
     help="Of several --subset, take the largest that keeps up with the trainer.",
 )
+@click.option(
+    "--metric",
+    help="What the best are best by, such as val/mrr_at_10 (default: the first measure of the "
+    "validation val, or of the first).",
+)
+@click.option(
+    "--patience",
+    type=click.IntRange(min=1),
+    help="Ask the training to end when the metric has not risen for so many checkpoints.",
+)
+@click.option(
+    "--min-delta",
+    type=click.FloatRange(min=0),
+    default=0.0,
+    help="A rise by this or less is none.",
+)
+@click.option(
+    "--keep",
+    help="Remove the files of all other checkpoints, such as best:3,last:2,every:10000.",
+)
 @evaluation_options
 @encoder_options
 @click.option(
@@ -175,6 +195,7 @@ def _plan(
     name: str,
     options: dict[str, Any],
 ) -> Any:
+    from mlflow_dr.decisions.keep import parse_policy
     from mlflow_dr.encoder.config import changes_of
     from mlflow_dr.engines.devices import resolve_device
     from mlflow_dr.retrieval.measures import check_depth, parse_measures
@@ -182,6 +203,7 @@ def _plan(
     from mlflow_dr.validation.evaluate import Settings
     from mlflow_dr.validation.order import Order
     from mlflow_dr.validation.plan import Plan, each_split, read_plan, refining
+    from mlflow_dr.validation.policies import Wishes
 
     measures = parse_measures(options["measures"])
     check_depth(measures, options["depth"])
@@ -204,6 +226,12 @@ def _plan(
         max_lag_seconds=options["max_lag"],
         retry_failed=options["retry_failed"],
         keep_up=options["keep_up"],
+        wishes=Wishes(
+            options["metric"],
+            options["patience"],
+            options["min_delta"],
+            parse_policy(options["keep"]) if options["keep"] else None,
+        ),
         follow=options["follow"],
         poll_seconds=options["poll_seconds"],
         encoder_changes=changes_of(

@@ -1,1 +1,1 @@
-"""What figures say: which checkpoint is best, and whether a difference is more than chance."""
+"""What follows from the curve: which checkpoint is best, when to stop, what to keep."""

@@ -3,31 +3,19 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
 from mlflow_dr.decisions.alignment import aligned
 from mlflow_dr.decisions.significance import Difference, difference
-from mlflow_dr.errors import NoValuesError, TrackingError, UsageError
-from mlflow_dr.retrieval.measures import Measure, parse_measures
+from mlflow_dr.errors import NoValuesError, TrackingError
+from mlflow_dr.retrieval.measures import parse_measures
 from mlflow_dr.tracking.checkpoints import Checkpoint, checkpoints_of
 from mlflow_dr.tracking.marks import BEST_TAG, set_best, unset_best
 from mlflow_dr.tracking.runs import TrackedRun
 from mlflow_dr.tracking.tables import values_of
-from mlflow_dr.tracking.validations import figures_of, validations_of
-
-FIRST_NAME = "val"  # what a validation is called whose user has not called it anything
-
-
-class Metric(NamedTuple):
-    """A measure of a validation, as MLflow stores it."""
-
-    validation: str
-    measure: Measure
-
-    def __str__(self) -> str:
-        return f"{self.validation}/{self.measure.metric}"
+from mlflow_dr.tracking.validations import Metric, chosen_metric, value_of
 
 
 class Scored(NamedTuple):
@@ -84,15 +72,14 @@ def find_best(
         UsageError: the run has no such metric.
         TrackingError: nothing was measured yet, or the server does not answer.
     """
-    chosen = chosen_metric(run.id, validations_of(run), metric)
+    chosen = chosen_metric(run, metric)
     if checkpoints is None:
         checkpoints = checkpoints_of(run)
     ready = [one for one in checkpoints if one.ready]
     scored = [
         Scored(one, value)
         for one in ready
-        if (value := figures_of(one, chosen.validation).get(chosen.measure.metric)) is not None
-        and not math.isnan(value)
+        if (value := value_of(one, chosen)) is not None and not math.isnan(value)
     ]
     if not scored:
         raise TrackingError(
@@ -138,7 +125,7 @@ def against_runner_up(run: TrackedRun, best: Best, seed: int = 0) -> Difference 
         return None
     pair = (best.runner_up.checkpoint, best.checkpoint)
     tables = [values_of(run, one, best.metric.validation) for one in pair]
-    _, values = aligned([one.uri for one in pair], tables, str(best.metric.measure))
+    _, values = aligned([one.uri for one in pair], tables, str(*parse_measures(best.metric.key)))
     return difference(values[0], values[1], seed)
 
 
@@ -164,36 +151,3 @@ def summary(run: TrackedRun, best: Best, seed: int = 0) -> str:
     if found is not None:
         ahead += f" over {found.queries} queries, {found}"
     return "\n".join([*lines, ahead])
-
-
-def chosen_metric(
-    run_id: str, validations: Mapping[str, Mapping[str, object]], metric: str | None
-) -> Metric:
-    """The metric that is meant by a name, or by none.
-
-    Args:
-        run_id: for errors.
-        validations: the configurations of the run's validations, by name.
-        metric: see `find_best`.
-
-    Raises:
-        UsageError: there is no such metric.
-        TrackingError: there is no validation.
-    """
-    known = [
-        Metric(name, measure)
-        for name in sorted(validations, key=lambda name: (name != FIRST_NAME, name))
-        for measure in parse_measures(str(validations[name].get("measures", "")))
-    ]
-    if not known:
-        raise TrackingError(
-            f"run {run_id} has no validation yet; `mlflow-dr validate --run-id {run_id}` begins one"
-        )
-    if metric is None:
-        return known[0]
-    for one in known:
-        if str(one) == metric.replace("@", "_at_"):
-            return one
-    raise UsageError(
-        f"run {run_id} has no metric {metric!r} to choose by; it has: {', '.join(map(str, known))}"
-    )

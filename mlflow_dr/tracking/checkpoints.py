@@ -19,6 +19,7 @@ STEP_TAG = "mlflow_dr.step"
 DIRECTORY_TAG = "mlflow_dr.directory"
 MANIFEST_TAG = "mlflow_dr.manifest_sha256"
 PRUNED_TAG = "mlflow_dr.pruned"
+BEGUN, TAKEN_BACK = "begun", "taken back"
 MODEL_TYPE = "dense_retriever"
 READY = LoggedModelStatus.READY
 PER_REQUEST = 1000
@@ -65,8 +66,13 @@ class Checkpoint:
 
     @property
     def is_pruned(self) -> bool:
-        """Whether its files were removed."""
-        return PRUNED_TAG in self.tags
+        """Whether its files were removed, or are about to be."""
+        return self.tags.get(PRUNED_TAG, TAKEN_BACK) != TAKEN_BACK
+
+    @property
+    def is_gone(self) -> bool:
+        """Whether its files were removed, all of them."""
+        return self.is_pruned and self.tags[PRUNED_TAG] != BEGUN
 
 
 def seal(directory: Path) -> str:

@@ -14,8 +14,11 @@ from mlflow.exceptions import MlflowException
 
 from mlflow_dr.errors import TrackingError
 
+Client = MlflowClient  # the name for rooms that leave mlflow to this one
+
 URI_VARIABLE = "MLFLOW_TRACKING_URI"
 SERVER_ERROR = 500
+FORBIDDEN = 403
 RETRIES = "MLFLOW_HTTP_REQUEST_MAX_RETRIES"
 FEW_RETRIES = "2"
 AT_ONCE = {"MLFLOW_HTTP_REQUEST_TIMEOUT": "10", RETRIES: "0"}
@@ -112,6 +115,9 @@ def _impatient() -> Iterator[None]:
 def _refusal(error: Exception) -> str:
     """What a server with users asks for; empty for errors of another kind."""
     code = error.error_code if isinstance(error, MlflowException) else ""
+    answer = getattr(error, "response", None)  # of the artifact store, without MLflow's codes
+    if getattr(answer, "status_code", None) == FORBIDDEN:
+        code = "PERMISSION_DENIED"
     user = os.environ.get("MLFLOW_TRACKING_USERNAME")
     if code == "UNAUTHENTICATED":
         return (
@@ -122,7 +128,8 @@ def _refusal(error: Exception) -> str:
     if code == "PERMISSION_DENIED":
         return (
             f"user {user!r} may not do that: publishing and validating need the permission EDIT on "
-            "the experiment, looking needs READ; an administrator of the tracking server grants it"
+            "the experiment, removing files needs MANAGE, looking READ; an administrator of the "
+            "tracking server grants it"
         )
     return ""
 

@@ -16,7 +16,7 @@ from mlflow.utils.file_utils import local_file_uri_to_path
 from mlflow_dr.encoder.whole import why_not_whole
 from mlflow_dr.errors import UnavailableError, UsageError
 from mlflow_dr.files import is_full, scratch, written_beside
-from mlflow_dr.tracking.checkpoints import Checkpoint
+from mlflow_dr.tracking.checkpoints import PRUNED_TAG, Checkpoint
 from mlflow_dr.tracking.manifest import verify_manifest
 
 NO_PART_OF_IT = shutil.ignore_patterns(
@@ -34,6 +34,9 @@ def fetched(checkpoint: Checkpoint) -> Iterator[Path]:
         CheckpointError: it cannot be had, or its bytes are not those that were published.
         OSError: the disk is full.
     """
+    if checkpoint.is_pruned:
+        when = checkpoint.tags[PRUNED_TAG]
+        raise UnavailableError(f"models:/{checkpoint.model_id}: its files were removed ({when})")
     with scratch() as room:
         try:
             directory = _had(checkpoint, room)

@@ -14,6 +14,7 @@ from mlflow_dr.tracking.runs import TrackedRun
 from mlflow_dr.tracking.validations import figures_of, validations_of
 
 CLAIMED = "claimed"
+PRUNED = "pruned"
 LONGEST_NOTE = 60
 HEADS = ("step", "validation", "state", "owner", "age", "lag", "note")
 
@@ -25,11 +26,11 @@ class Line(NamedTuple):
         step: of the checkpoint.
         validation: its name.
         state: `pending` (being published), `lost` (never to be), `open`, `claimed`, `recorded`,
-            `done` or `failed`.
+            `done`, `failed` or `pruned` (its files were removed before it was done).
         owner: the validator that has claimed it last, as host:pid.
         age: seconds since it was READY.
         lag: seconds from READY to the figures.
-        note: why it failed, or how often it was taken over.
+        note: why it failed, how often it was taken over, whether its files were removed.
     """
 
     step: int
@@ -63,7 +64,8 @@ def summary_of(checkpoints: Iterable[Checkpoint], name: str) -> str:
         checkpoints: of one run.
         name: the validation's.
     """
-    ready = [one for one in checkpoints if one.ready]
+    there = [one for one in checkpoints if one.ready]
+    ready = [one for one in there if not (one.is_pruned and state_of(one, name) is State.OPEN)]
     states = [state_of(one, name) for one in ready]
     done = [one.step for one, state in zip(ready, states, strict=True) if state is State.DONE]
     words = f"{len(done)} of {len(ready)} checkpoints done"
@@ -104,20 +106,23 @@ def table(lines: Sequence[Line]) -> str:
 def _line(checkpoint: Checkpoint, name: str, now_ms: int) -> Line:
     there = standing(checkpoint, name)
     state = state_of(checkpoint, name)
-    note = ""
     lag = figures_of(checkpoint, name).get("lag_seconds")
+    notes = [PRUNED] if checkpoint.is_pruned else []
     if state is State.FAILED:
-        note = failure_of(checkpoint, name)[:LONGEST_NOTE]
+        notes.append(failure_of(checkpoint, name)[:LONGEST_NOTE])
     elif there is not None and there.attempt > 1:
-        note = f"attempt {there.attempt}"
+        notes.append(f"attempt {there.attempt}")
     shown = state.value
     if not checkpoint.ready:
         shown = "pending" if checkpoint.pending else "lost"
+    elif state is State.OPEN and checkpoint.is_pruned:
+        shown, notes = PRUNED, []
     elif state is State.OPEN and there is not None and not there.given_back:
         shown = CLAIMED
     owner = str(there.owner) if there is not None and there.owner is not None else ""
     since = checkpoint.ready_ms if checkpoint.ready else checkpoint.created_ms
-    return Line(checkpoint.step, name, shown, owner, max(0, now_ms - since) / 1000, lag, note)
+    age = max(0, now_ms - since) / 1000
+    return Line(checkpoint.step, name, shown, owner, age, lag, "; ".join(notes))
 
 
 def _span(seconds: float) -> str:

@@ -71,6 +71,10 @@ class Choice:
         """Whether others have taken what the last look showed as free."""
         return self._lost >= LOST_TO_LOOK_AGAIN
 
+    def waiting_of(self, run_id: str) -> list[Checkpoint]:
+        """What remained to be done of a run at the last look, be it by others."""
+        return self._waiting.get(run_id, [])
+
     def see(self, look: Look) -> list[Checkpoint]:
         """Take in what there is now; returns what nothing remains to be done for."""
         self._look = look
@@ -168,6 +172,8 @@ class Choice:
 
     def _is_open(self, checkpoint: Checkpoint, name: str) -> bool:
         state = state_of(checkpoint, name)
+        if checkpoint.is_pruned and state is not State.RECORDED:
+            return False
         if state is State.FAILED:
             tried = (checkpoint.model_id, name) in self._failed_here
             return self._plan.retry_failed and not tried

@@ -16,13 +16,12 @@ from typing import TYPE_CHECKING, NamedTuple
 from mlflow_dr.collection.catalogue import open_collection
 from mlflow_dr.collection.interface import chosen_split
 from mlflow_dr.collection.records import Query
-from mlflow_dr.decisions.best import FIRST_NAME
 from mlflow_dr.decisions.comparison import Comparison, check_count, compared, write
 from mlflow_dr.errors import MlflowDrError, NoValuesError, UsageError
 from mlflow_dr.retrieval.measures import DEFAULT_MEASURES, Measure, parse_measures
 from mlflow_dr.tracking.fetching import fetched
 from mlflow_dr.tracking.tables import PerQuery, values_of
-from mlflow_dr.tracking.validations import collection_of
+from mlflow_dr.tracking.validations import FIRST_NAME, collection_of
 from mlflow_dr.validation.operands import Operand, find_operands
 
 if TYPE_CHECKING:

@@ -14,7 +14,7 @@ from mlflow_dr.encoder.model import Encoder
 from mlflow_dr.encoder.whole import why_not_whole
 from mlflow_dr.errors import CheckpointError, UnavailableError
 from mlflow_dr.retrieval.measures import parse_measures
-from mlflow_dr.tracking.checkpoints import Checkpoint
+from mlflow_dr.tracking.checkpoints import Checkpoint, checkpoint_by_id
 from mlflow_dr.tracking.clock import ServerClock
 from mlflow_dr.tracking.fetching import fetched
 from mlflow_dr.tracking.patience import Patience
@@ -92,6 +92,12 @@ class Jobs:
             encoder = self._patiently(fetch, UnavailableError)
             return evaluate_all(encoder, [(one.prepared, one.settings) for one in bound])
         except CheckpointError as error:
+            now = self._patiently(
+                partial(checkpoint_by_id, job.run.client, job.checkpoint.model_id)
+            )
+            if now.is_pruned:
+                log.warning("step %d is passed over: its files were removed", now.step)
+                return []
             found_at = job.checkpoint.directory
             if isinstance(error, UnavailableError) and found_at and why_not_whole(Path(found_at)):
                 log.warning("step %d is passed over: %s", job.checkpoint.step, error)

@@ -11,13 +11,15 @@ from typing import Any, NamedTuple
 import yaml
 
 from mlflow_dr.collection.asyncval import given_collection
-from mlflow_dr.decisions.best import FIRST_NAME
+from mlflow_dr.decisions.keep import parse_policy
 from mlflow_dr.errors import UsageError
 from mlflow_dr.retrieval.measures import Measure, check_depth, parse_measures
 from mlflow_dr.subsets.spec import FULL, RELEVANT, Spec, parse_spec
 from mlflow_dr.tracking.claims import PATIENCE
+from mlflow_dr.tracking.validations import FIRST_NAME
 from mlflow_dr.validation.evaluate import Settings
 from mlflow_dr.validation.order import Order
+from mlflow_dr.validation.policies import Wishes
 
 # what MLflow allows in a metric's name, less the slash and the dot, which have a meaning here
 NAME = re.compile(r"[\w\- ]+")
@@ -84,6 +86,7 @@ class Plan:
         patience_seconds: how long another validator's claim may stand still before it is free.
         keep_up: of the validations, which differ in their subsets, do only the one with the
             largest subset that keeps up with the trainer.
+        wishes: what is to follow from the curve.
     """
 
     validations: tuple[Validation, ...]
@@ -96,6 +99,7 @@ class Plan:
     patience_seconds: float = PATIENCE
     encoder_changes: Mapping[str, Any] = field(default_factory=dict)
     keep_up: bool = False
+    wishes: Wishes = field(default_factory=Wishes)
 
     @property
     def cheap(self) -> tuple[Validation, ...]:
@@ -194,7 +198,8 @@ def read_plan(path: Path, plan: Plan, settings: Settings) -> Plan:
         values = yaml.safe_load(path.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         raise UsageError(f"{path}: not a YAML file: {' '.join(str(error).split())}") from error
-    values = _mapping(values, str(path), {one.name for one in fields(Plan)} - {"encoder_changes"})
+    known = {one.name for one in fields(Plan)} - {"encoder_changes", "wishes"}
+    values = _mapping(values, str(path), known | {one.name for one in fields(Wishes)})
     described = values.pop("validations", None)
     if not isinstance(described, dict) or not described:
         raise UsageError(f"{path}: expected `validations:` with a name for each")
@@ -205,6 +210,7 @@ def read_plan(path: Path, plan: Plan, settings: Settings) -> Plan:
     for key, kind in kinds.items():
         if key in values:
             values[key] = _value(values[key], kind, f"{path}: {key}")
+    wishes = {one.name: values.pop(one.name) for one in fields(Wishes) if one.name in values}
     validations = tuple(
         validation
         for name, value in described.items()
@@ -212,7 +218,16 @@ def read_plan(path: Path, plan: Plan, settings: Settings) -> Plan:
             str(name), value, settings, plan, f"{path}: validations.{name}"
         )
     )
-    return replace(plan, validations=validations, **values)
+    wished = replace(plan.wishes, **_wishes(wishes, str(path)))
+    return replace(plan, validations=validations, wishes=wished, **values)
+
+
+def _wishes(values: Mapping[str, Any], where: str) -> dict[str, Any]:
+    kinds: dict[str, type] = {"metric": str, "patience": int, "min_delta": float, "keep": str}
+    checked = {key: _value(value, kinds[key], f"{where}: {key}") for key, value in values.items()}
+    if "keep" in checked:
+        checked["keep"] = parse_policy(checked["keep"])
+    return checked
 
 
 def _validations(

@@ -32,6 +32,7 @@ from mlflow_dr.validation.choice import Choice
 from mlflow_dr.validation.jobs import Job, Jobs
 from mlflow_dr.validation.pace import Pacer
 from mlflow_dr.validation.plan import Plan
+from mlflow_dr.validation.policies import Policies
 
 log = logging.getLogger(__name__)
 
@@ -96,7 +97,8 @@ class _Worker:
         self._choice = Choice(plan, claims.owner.token, self._clock.now_ms)
         self._collections = Collections()
         self._bound: dict[str, list[Bound]] = {}
-        self._noted: dict[tuple[str, str], str] = {}
+        self._policies = Policies(plan.wishes)
+        self._noted: dict[str, dict[str, str]] = {}
         self._counts = Counts()
 
     def run(self) -> Counts:
@@ -136,13 +138,19 @@ class _Worker:
         return max(self._plan.poll_seconds, look_seconds / SHARE_OF_LOOKS)
 
     def _note(self, look: Look) -> None:
-        """Show on the runs how far they are, when that has changed."""
+        """Where there is something new on a run, show it there, and do what follows from it."""
         for run_id, bound in self._bound.items():
             of_run = [one for one in look.checkpoints if one.run_id == run_id]
-            for name, summary in ((one.name, summary_of(of_run, one.name)) for one in bound):
-                if of_run and self._noted.get((run_id, name)) != summary:
-                    note_summary(self._followed.run_of(of_run[0]), name, summary)
-                    self._noted[run_id, name] = summary
+            summaries = {one.name: summary_of(of_run, one.name) for one in bound}
+            before = self._noted.get(run_id, {})
+            if not of_run or summaries == before:
+                continue
+            run = self._followed.run_of(of_run[0])
+            for name, summary in summaries.items():
+                if before.get(name) != summary:
+                    note_summary(run, name, summary)
+            self._policies.act(run, of_run, self._choice.waiting_of(run_id))
+            self._noted[run_id] = summaries
 
     def _keep_pace(self, look: Look) -> bool:
         """Do only what there is the time for; returns whether that has changed."""

@@ -19,7 +19,7 @@ from transformers import BertModel, BertTokenizer  # noqa: F401
 
 from mlflow_dr import cli
 from mlflow_dr.retrieval import dense
-from mlflow_dr.tracking import results
+from mlflow_dr.tracking import pruning, results
 from mlflow_dr.tracking.claims import Claims
 from mlflow_dr.validation import watch
 
@@ -61,6 +61,8 @@ PLACES: dict[str, tuple[Any, str, Wrapper]] = {
     "before-recording": (watch, "record_result", before),
     "after-recording": (results, "_write_metrics", before),
     "before-metrics": (MlflowClient, "log_batch", before),
+    "before-removing": (pruning, "_empty", before),
+    "after-removing": (pruning, "_empty", after),
     "after-metrics": (MlflowClient, "log_batch", after),
 }
 

@@ -11,6 +11,7 @@ from mlflow import MlflowClient
 
 Call = Callable[..., subprocess.CompletedProcess]
 ADMIN = {"MLFLOW_TRACKING_USERNAME": "admin", "MLFLOW_TRACKING_PASSWORD": "of all runs here"}
+EDITOR = {"MLFLOW_TRACKING_USERNAME": "editor", "MLFLOW_TRACKING_PASSWORD": "editor of runs"}
 READER = {"MLFLOW_TRACKING_USERNAME": "reader", "MLFLOW_TRACKING_PASSWORD": "reader of runs"}
 
 
@@ -34,17 +35,22 @@ def guarded(
             patched.setenv(name, value)
         mlflow.set_tracking_uri(uri)
         try:
-            made = requests.post(
-                f"{uri}/api/2.0/mlflow/users/create",
-                json=dict(zip(("username", "password"), READER.values(), strict=True)),
-                auth=tuple(ADMIN.values()),
-                timeout=30,
+            for user in (READER, EDITOR):
+                name, password = user.values()
+                _post(f"{uri}/api/2.0/mlflow/users/create", username=name, password=password)
+            _post(
+                f"{uri}/api/3.0/mlflow/users/permissions/grant",
+                **{"username": "editor", "resource_type": "experiment", "resource_id": "0"},
+                permission="EDIT",
             )
-            made.raise_for_status()
             run_id = publish_noise(1, client=MlflowClient(uri))
         finally:
             mlflow.set_tracking_uri(before)
     return Guarded(uri, run_id)
+
+
+def _post(address: str, **values: str) -> None:
+    requests.post(address, json=values, auth=tuple(ADMIN.values()), timeout=30).raise_for_status()
 
 
 @pytest.mark.parametrize(
@@ -79,3 +85,19 @@ def test_mlflows_own_variables_are_enough(call: Call, guarded: Guarded) -> None:
     ended = call(*words, MLFLOW_TRACKING_URI=guarded.uri, **ADMIN)
     assert ended.returncode == 0, ended.stderr
     assert "step 1: mrr_at_10" in ended.stderr
+
+
+def test_who_may_not_remove_files_is_told_why_and_changes_nothing(
+    call: Call, guarded: Guarded
+) -> None:
+    words: list[Any] = ["mlflow-dr", "prune", "--run-id", guarded.run_id, "--keep", "every:2"]
+    words.append("--unvalidated")
+    ended = call(*words, MLFLOW_TRACKING_URI=guarded.uri, **EDITOR)
+    assert ended.returncode == 1
+    (line,) = ended.stderr.splitlines()
+    assert line.startswith("error: removing the files of step 1")
+    assert "user 'editor' may not do that" in line
+    assert "removing files needs MANAGE" in line
+    ended = call(*words, MLFLOW_TRACKING_URI=guarded.uri, **ADMIN)
+    assert ended.stdout.splitlines()[0].endswith("goes: none of every:2")
+    assert " 0 files" not in ended.stdout

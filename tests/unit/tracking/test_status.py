@@ -3,7 +3,13 @@ from pathlib import Path
 
 import pytest
 
-from mlflow_dr.tracking.checkpoints import checkpoints_of, give_up, new_checkpoint, publish
+from mlflow_dr.tracking.checkpoints import (
+    PRUNED_TAG,
+    checkpoints_of,
+    give_up,
+    new_checkpoint,
+    publish,
+)
 from mlflow_dr.tracking.claims import Claims, Owner
 from mlflow_dr.tracking.results import bind_name, mark_failed, record_result
 from mlflow_dr.tracking.runs import TrackedRun
@@ -47,6 +53,19 @@ def test_as_a_table(varied: TrackedRun) -> None:
     head, first, *_ = table(status_of(varied, now)).splitlines()
     assert head.split() == ["step", "validation", "state", "owner", "age", "lag", "note"]
     assert first.split() == ["1", "val", "done", "far:7", "2.0", "h", "1.5", "min"]
+
+
+def test_files_that_were_removed(varied: TrackedRun) -> None:
+    """Before or after the checkpoint was done; what was never done is left to do no more."""
+    for one in checkpoints_of(varied):
+        if one.step in (1, 3, 4):
+            varied.client.set_logged_model_tags(one.model_id, {PRUNED_TAG: "2026-11-21"})
+    lines = {one.step: one for one in status_of(varied)}
+    assert [lines[step].state for step in (1, 2, 3, 4)] == ["done", "claimed", "failed", "pruned"]
+    notes = [lines[step].note for step in (1, 2, 3, 4)]
+    assert notes == ["pruned", "", "pruned; the weights hold NaN", ""]
+    words = summary_of(checkpoints_of(varied), "val")
+    assert words == "1 of 3 checkpoints done, 1 failed, the last at step 1"
 
 
 def test_a_run_that_nobody_validates(run: TrackedRun, tmp_path: Path) -> None:

@@ -1,0 +1,134 @@
+"""What to keep: which checkpoints' files go, and why each of the others stays."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass, fields
+from typing import NamedTuple
+
+from mlflow_dr.errors import UsageError
+from mlflow_dr.tracking.checkpoints import Checkpoint
+from mlflow_dr.tracking.orphans import RunState
+from mlflow_dr.tracking.pruning import is_whole, needed
+from mlflow_dr.tracking.results import State, state_of
+from mlflow_dr.tracking.validations import Metric, value_of
+
+EXAMPLE = "best:3,last:2,every:10000"
+
+
+@dataclass(frozen=True)
+class Policy:
+    """Which checkpoints of a run are kept; 0 is no rule.
+
+    Attributes:
+        best: so many, by a metric.
+        last: so many, by step.
+        every: those whose step this divides.
+    """
+
+    best: int = 0
+    last: int = 0
+    every: int = 0
+
+    def __str__(self) -> str:
+        rules = {one.name: getattr(self, one.name) for one in fields(self)}
+        return ",".join(f"{name}:{number}" for name, number in rules.items() if number)
+
+
+class Verdict(NamedTuple):
+    """Whether a checkpoint's files go, and why, or why not; what its run is."""
+
+    checkpoint: Checkpoint
+    goes: bool
+    reason: str
+    run: RunState = RunState.ACTIVE
+
+
+def parse_policy(text: str) -> Policy:
+    """A policy from words such as `best:3,last:2,every:10000`.
+
+    Raises:
+        UsageError: an unknown rule, one without a number, or one that is given twice.
+    """
+    rules: dict[str, int] = {}
+    for word in text.replace(",", " ").split():
+        name, _, number = word.partition(":")
+        if name not in {one.name for one in fields(Policy)}:
+            raise UsageError(f"no rule {word!r} of what to keep; rules are {EXAMPLE}")
+        if not (number.isascii() and number.isdigit() and int(number)):
+            raise UsageError(f"{word!r}: expected {name}:N with a number from 1 on")
+        if name in rules:
+            raise UsageError(f"two rules {name!r} of what to keep in {text!r}")
+        rules[name] = int(number)
+    if not rules:
+        raise UsageError(f"nothing says what to keep; rules are {EXAMPLE}")
+    return Policy(**rules)
+
+
+def select(
+    checkpoints: Collection[Checkpoint],
+    policy: Policy,
+    metric: Metric | None,
+    validations: Collection[str],
+    registered: Mapping[str, str],
+    unvalidated: bool = False,
+) -> list[Verdict]:
+    """What becomes of each checkpoint of a run that has files, by step.
+
+    Kept whatever the policy says: those that are being published or validated, called the best, or
+    registered; those that a trainer writes into a directory; and, unless `unvalidated`, those that
+    a validation is still to be done of. What an interrupted call has begun to remove goes.
+
+    Args:
+        checkpoints: all of the run, as they were seen last.
+        policy: what is kept.
+        metric: what the best are best by, higher being better; None where no rule needs it.
+        validations: names of those that are to be done of each checkpoint.
+        registered: model id -> why it is kept.
+        unvalidated: whether checkpoints may go that a validation is still to be done of.
+    """
+    kept = _kept_by(policy, metric, [one for one in checkpoints if is_whole(one)])
+    verdicts: list[Verdict] = []
+    for one in sorted(checkpoints, key=lambda one: (one.step, one.created_ms)):
+        if one.is_gone:
+            continue
+        reason = needed(one) or registered.get(one.model_id, "")
+        if not reason and is_whole(one):
+            if not unvalidated and _is_unvalidated(one, validations):
+                reason = "not validated yet"
+            else:
+                reason = ", ".join(kept.get(one.model_id, []))
+        verdicts.append(Verdict(one, not reason, reason or _why_it_goes(one, policy)))
+    return verdicts
+
+
+def _kept_by(
+    policy: Policy, metric: Metric | None, whole: Collection[Checkpoint]
+) -> dict[str, list[str]]:
+    """Model id -> the rules that keep it."""
+    kept: dict[str, list[str]] = {one.model_id: [] for one in whole}
+    if policy.best and metric is not None:
+        values = [(one, value_of(one, metric)) for one in whole]
+        numbers = [(one, v) for one, v in values if v is not None and not math.isnan(v)]
+        numbers.sort(key=lambda one: (-one[1], one[0].step))
+        for rank, (one, _) in enumerate(numbers[: policy.best], start=1):
+            kept[one.model_id].append(f"best {rank} of {metric}")
+    by_step = sorted(whole, key=lambda one: (one.step, one.created_ms))
+    for one in by_step[-policy.last :] if policy.last else ():
+        kept[one.model_id].append("last")
+    for one in by_step if policy.every else ():
+        if one.step % policy.every == 0:
+            kept[one.model_id].append(f"every {policy.every}")
+    return kept
+
+
+def _is_unvalidated(checkpoint: Checkpoint, validations: Collection[str]) -> bool:
+    states = [state_of(checkpoint, name) for name in validations]
+    return not states or any(one not in (State.DONE, State.FAILED) for one in states)
+
+
+def _why_it_goes(checkpoint: Checkpoint, policy: Policy) -> str:
+    if checkpoint.is_pruned:
+        return "begun before"
+    return f"none of {policy}" if checkpoint.ready else "never published whole"

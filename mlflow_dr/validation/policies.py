@@ -1,0 +1,88 @@
+"""What a validator does by the curve as it grows: mark the best, ask for a stop, make room."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Collection
+from dataclasses import dataclass
+
+from mlflow_dr.decisions.best import find_best, mark_best
+from mlflow_dr.decisions.keep import Policy
+from mlflow_dr.decisions.prune import keep_only
+from mlflow_dr.decisions.stop import check_patience, stop_if_plateau
+from mlflow_dr.errors import TrackingError
+from mlflow_dr.tracking.checkpoints import Checkpoint
+from mlflow_dr.tracking.runs import TrackedRun
+from mlflow_dr.tracking.validations import Metric, chosen_metric, points_of
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Wishes:
+    """What is to follow from the curve.
+
+    Attributes:
+        metric: by which; `chosen_metric` says what None means.
+        patience: ask the training to end after so many checkpoints without a rise; never when None.
+        min_delta: a rise by this or less is none.
+        keep: remove the files of the others; of none when None.
+    """
+
+    metric: str | None = None
+    patience: int | None = None
+    min_delta: float = 0.0
+    keep: Policy | None = None
+
+    def __post_init__(self) -> None:
+        if self.patience is not None:
+            check_patience(self.patience, self.min_delta)
+
+
+class Policies:
+    """Acts on the runs that a validator follows.
+
+    Args:
+        wishes: what is asked for.
+    """
+
+    def __init__(self, wishes: Wishes) -> None:
+        self._wishes = wishes
+        self._metrics: dict[str, Metric] = {}
+        self._marked: dict[str, tuple[int, float]] = {}
+        self._cannot_remove = False
+
+    def act(
+        self,
+        run: TrackedRun,
+        checkpoints: Collection[Checkpoint],
+        waiting: Collection[Checkpoint],
+    ) -> None:
+        """To be called when there are new figures.
+
+        Args:
+            run: which.
+            checkpoints: of the run, as they were seen last.
+            waiting: those that some validator will still do.
+
+        Raises:
+            UsageError: the run has no such metric.
+            TrackingError: the server does not answer.
+        """
+        wishes = self._wishes
+        if run.id not in self._metrics:
+            self._metrics[run.id] = chosen_metric(run, wishes.metric)
+        metric = self._metrics[run.id]
+        top = max(points_of(checkpoints, metric), key=lambda one: (one[1], -one[0]), default=None)
+        if top is not None and self._marked.get(run.id) != top:
+            mark_best(run, find_best(run, str(metric), list(checkpoints)))
+            self._marked[run.id] = top
+        if wishes.patience is not None:
+            stop_if_plateau(run, checkpoints, metric, wishes.patience, wishes.min_delta, waiting)
+        if wishes.keep is not None and not self._cannot_remove:
+            try:
+                keep_only(run, checkpoints, wishes.keep, wishes.metric)
+            except TrackingError as error:
+                # who may validate need not be allowed to remove
+                self._cannot_remove = True
+                log.warning("files are not removed from now on: %s", error)

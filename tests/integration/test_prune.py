@@ -1,0 +1,142 @@
+"""Pruning over HTTP: the server proxies artifacts, and runs are deleted as MLflow deletes them."""
+
+import re
+import signal
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+from mlflow import MlflowClient
+
+Forked = Callable[..., SimpleNamespace]
+LINE = re.compile(r"step (\d+)  models:/m-\w+  ([\d.]+) MB in (\d+) files  (goes|stays): (.+)")
+
+
+def said(printed: list[str]) -> dict[int, tuple[str, str]]:
+    """Step -> `goes` or `stays`, and why."""
+    found = [match for line in printed if (match := LINE.fullmatch(line))]
+    return {int(match[1]): (match[4], match[5]) for match in found}
+
+
+def files(store: Path, model_id: str) -> list[Path]:
+    return [path for path in store.rglob("*") if path.is_file() and model_id in path.parts]
+
+
+def test_of_a_run_the_best_is_left_whole_and_all_figures(
+    forked: Forked,
+    publish_noise: Callable[..., str],
+    checkpoints: Callable,
+    points: Callable,
+    client: MlflowClient,
+    artifact_store: Path,
+    collection: Path,
+) -> None:
+    run_id = publish_noise(1, 2, 3)
+    assert forked("validate", "--run-id", run_id).code == 0
+    figures = points(client, run_id, "val")
+    values = {step: value for step, (value,) in figures["mrr_at_10"].items()}
+    best = max(values, key=lambda step: (values[step], -step))
+    models = checkpoints(client, run_id)
+    everything = {path for path in artifact_store.rglob("*") if path.is_file()}
+    theirs = {step: set(files(artifact_store, model.model_id)) for step, model in models.items()}
+
+    words = ("prune", "--run-id", run_id, "--keep", "best:1")
+    dry, real = forked(*words, "--dry-run"), forked(*words)
+    assert (dry.code, real.code) == (0, 0), (dry.printed, real.printed)
+    assert real.printed == [line.replace("would be removed", "removed") for line in dry.printed]
+    assert said(real.printed) == {
+        step: ("stays", "best 1 of val/mrr_at_10") if step == best else ("goes", "none of best:1")
+        for step in (1, 2, 3)
+    }
+    left = {path for path in artifact_store.rglob("*") if path.is_file()}
+    assert everything - left == set().union(*(theirs[step] for step in values if step != best))
+    assert points(client, run_id, "val") == figures
+
+    words = ("--dataset", collection, "--split", "dev")
+    evaluated = forked("evaluate", f"models:/{models[best].model_id}", *words)
+    assert evaluated.printed[0].split() == ["mrr@10", f"{values[best]:.4f}"]
+    other = min(set(values) - {best})
+    ended = forked("evaluate", f"models:/{models[other].model_id}", *words)
+    assert ended.code == 1
+    assert "its files were removed" in ended.printed[-1]
+    states = [line.split() for line in forked("status", "--run-id", run_id).printed[1:]]
+    assert [state[2] for state in states] == ["done"] * 3
+    assert sum(state[-1] == "pruned" for state in states) == 2
+
+
+@pytest.mark.parametrize("place", ["before-removing", "after-removing"])
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGKILL])
+def test_what_is_ended_in_the_middle_is_finished(
+    forked: Forked,
+    publish_noise: Callable[..., str],
+    checkpoints: Callable,
+    client: MlflowClient,
+    artifact_store: Path,
+    place: str,
+    number: signal.Signals,
+) -> None:
+    run_id = publish_noise(1, 2)
+    words = ("prune", "--run-id", run_id, "--keep", "last:1", "--unvalidated")
+    ended = forked(*words, die=(place, number))
+    if number is signal.SIGINT:
+        assert (ended.code, ended.printed[-1]) == (130, "error: stopped")
+    assert checkpoints(client, run_id)[1].tags["mlflow_dr.pruned"] == "begun"
+    again = forked(*words)
+    assert again.code == 0
+    assert said(again.printed) == {1: ("goes", "begun before"), 2: ("stays", "last")}
+    models = checkpoints(client, run_id)
+    assert models[1].tags["mlflow_dr.pruned"].startswith("20")
+    assert [bool(files(artifact_store, models[step].model_id)) for step in (1, 2)] == [False, True]
+
+
+def test_of_deleted_runs_what_mlflow_leaves_behind(
+    serve: Callable,
+    publish_noise: Callable[..., str],
+    call: Callable[..., subprocess.CompletedProcess],
+    forked: Forked,
+    tmp_path: Path,
+) -> None:
+    """After `mlflow gc` the server still lists checkpoints of runs that are gone."""
+    store = tmp_path / "store"
+    uri, _ = serve(tmp_path, store)
+    client = MlflowClient(uri)
+    kept, deleted, gone = (publish_noise(step, client=client) for step in (1, 2, 3))
+    client.delete_run(gone)
+    collected = call(
+        *(sys.executable, "-m", "mlflow", "gc", "--tracking-uri", uri),
+        *("--backend-store-uri", f"sqlite:///{tmp_path}/mlflow.db"),
+        *("--artifacts-destination", store),
+        MLFLOW_TRACKING_URI=uri,
+    )
+    assert collected.returncode == 0, collected.stderr
+    client.delete_run(deleted)
+    models = {model.source_run_id: model for model in client.search_logged_models(["0"])}
+    assert set(models) == {kept, deleted, gone}
+    assert all(files(store, model.model_id) for model in models.values())
+
+    words = ("prune", "--deleted", "--tracking-uri", uri)
+    dry, real = forked(*words, "--dry-run"), forked(*words)
+    assert (dry.code, real.code) == (0, 0), (dry.printed, real.printed)
+    assert (
+        said(real.printed)
+        == said(dry.printed)
+        == {
+            2: ("goes", f"run {deleted} is deleted"),
+            3: ("goes", f"run {gone} is gone"),
+        }
+    )
+    there = {run for run, model in models.items() if files(store, model.model_id)}
+    assert there == {kept}
+    listed = {model.source_run_id for model in client.search_logged_models(["0"])}
+    assert listed == {kept, deleted}
+
+
+@pytest.mark.parametrize("words", [("--deleted",), ("--run-id", "1", "--keep", "last:1")])
+def test_a_server_that_is_away_is_one_line(forked: Forked, words: tuple[str, ...]) -> None:
+    ended = forked("prune", *words, "--tracking-uri", "http://127.0.0.1:9")
+    assert ended.code == 1
+    (line,) = ended.printed
+    assert line.startswith("error: tracking server http://127.0.0.1:9 does not answer")

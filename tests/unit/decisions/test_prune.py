@@ -1,0 +1,233 @@
+"""`mlflow-dr prune`, and what validators call."""
+
+import re
+from collections.abc import Callable
+from pathlib import Path
+
+import click
+import pytest
+from click.testing import CliRunner, Result
+from mlflow import MlflowClient
+
+from mlflow_dr.cli.prune import command
+from mlflow_dr.decisions.keep import parse_policy
+from mlflow_dr.decisions.prune import keep_only
+from mlflow_dr.encoder.directory import load_encoder, save_encoder
+from mlflow_dr.encoder.model import Encoder
+from mlflow_dr.errors import TrackingError, UsageError
+from mlflow_dr.tracking.checkpoints import Checkpoint, checkpoints_of, publish
+from mlflow_dr.tracking.claims import Claims, Owner
+from mlflow_dr.tracking.fetching import fetched
+from mlflow_dr.tracking.results import bind_name, record_result
+from mlflow_dr.tracking.runs import TrackedRun
+
+VALUES = {0: 0.1, 10: 0.3, 20: 0.5, 30: 0.4, 40: 0.2}
+ELSEWHERE = Owner("far", 7, "another boot", 1, "token")
+
+
+@pytest.fixture
+def validated(run: TrackedRun, make_tiny: Callable[..., Encoder], tmp_path: Path) -> TrackedRun:
+    """Five checkpoints, all done; the best by `val` is at step 20, by `other` at step 40."""
+    bind_name(run, "val", {"measures": "mrr@10 ndcg@10"})
+    bind_name(run, "other", {"measures": "recall@100"})
+    save_encoder(tmp_path / "encoder", make_tiny())
+    for step, value in VALUES.items():
+        publish(run, tmp_path / "encoder", step)
+        (one,) = [one for one in checkpoints_of(run) if one.step == step]
+        figures = {"mrr_at_10": value, "ndcg_at_10": 1 - value}
+        record_result(run, one, "val", figures, ("sea", "0"))
+        record_result(run, one, "other", {"recall_at_100": step / 100}, ("sea", "0"))
+    return run
+
+
+def prune(client: MlflowClient, *words: object) -> Result:
+    flags = [*map(str, words), "--tracking-uri", client.tracking_uri]
+    return CliRunner().invoke(command, flags, catch_exceptions=False, standalone_mode=False)
+
+
+def lines(result: Result) -> dict[int, tuple[str, str]]:
+    """Step -> `goes` or `stays`, and why."""
+    form = re.compile(r"step (\d+)  models:/m-\w+  [\d.]+ MB in \d+ files  (goes|stays): (.+)")
+    *each, _ = result.output.splitlines()
+    found = [form.fullmatch(line) for line in each]
+    assert all(found), each
+    return {int(one[1]): (one[2], one[3]) for one in found if one}
+
+
+def with_files(run: TrackedRun) -> list[int]:
+    return [one.step for one in checkpoints_of(run) if list(Path(one.location).rglob("*"))]
+
+
+def at(run: TrackedRun, step: int) -> Checkpoint:
+    (found,) = [one for one in checkpoints_of(run) if one.step == step]
+    return found
+
+
+def test_a_dry_run_says_what_a_real_one_does_and_the_best_still_loads(
+    validated: TrackedRun,
+) -> None:
+    flags = ("--run-id", validated.id, "--keep", "best:1,last:1")
+    said = prune(validated.client, *flags, "--dry-run")
+    assert with_files(validated) == list(VALUES)
+    assert not any(one.is_pruned for one in checkpoints_of(validated))
+    assert lines(said) == {
+        0: ("goes", "none of best:1,last:1"),
+        10: ("goes", "none of best:1,last:1"),
+        20: ("stays", "best 1 of val/mrr_at_10"),
+        30: ("goes", "none of best:1,last:1"),
+        40: ("stays", "last"),
+    }
+    assert re.fullmatch(
+        r"3 of 5 checkpoints would be removed: [\d.]+ MB", said.output.splitlines()[-1]
+    )
+
+    done = prune(validated.client, *flags)
+    assert done.output == said.output.replace("would be removed", "removed")
+    assert with_files(validated) == [20, 40]
+    with fetched(at(validated, 20)) as directory:
+        load_encoder(directory, safetensors_only=True)
+    history = validated.client.get_metric_history(validated.id, "val/mrr_at_10")
+    assert {one.step: one.value for one in history} == VALUES
+
+    again = prune(validated.client, *flags)
+    assert list(lines(again)) == [20, 40]
+    assert again.output.splitlines()[-1].startswith("0 of 2 checkpoints removed: 0.0 MB")
+
+
+@pytest.mark.parametrize(
+    ("metric", "best"),
+    [("mrr@10", 20), ("ndcg_at_10", 0), ("val/ndcg@10", 0), ("other/recall_at_100", 40)],
+)
+def test_the_best_by_another_metric(validated: TrackedRun, metric: str, best: int) -> None:
+    prune(validated.client, "--run-id", validated.id, "--keep", "best:1", "--metric", metric)
+    assert with_files(validated) == [best]
+
+
+def test_claims_are_respected(validated: TrackedRun) -> None:
+    claims = Claims(validated.client, ELSEWHERE)
+    assert claims.claim(at(validated, 10), "later")
+    flags = ("--run-id", validated.id, "--keep", "last:1", "--unvalidated")
+    assert lines(prune(validated.client, *flags))[10] == ("stays", "being validated by far:7")
+    assert with_files(validated) == [10, 40]
+    claims.drop(at(validated, 10), "later", finished=False)
+    assert lines(prune(validated.client, *flags))[10] == ("goes", "none of last:1")
+    assert with_files(validated) == [40]
+
+
+def test_what_is_not_validated_yet(validated: TrackedRun) -> None:
+    bind_name(validated, "new", {"measures": "mrr@10"})
+    flags = ("--run-id", validated.id, "--keep", "last:1")
+    assert set(lines(prune(validated.client, *flags)).values()) == {("stays", "not validated yet")}
+    assert with_files(validated) == list(VALUES)
+    prune(validated.client, *flags, "--unvalidated")
+    assert with_files(validated) == [40]
+
+
+def test_a_registered_one_stays(validated: TrackedRun) -> None:
+    validated.client.create_registered_model(validated.id)
+    validated.client.create_model_version(validated.id, f"models:/{at(validated, 0).model_id}")
+    said = lines(prune(validated.client, "--run-id", validated.id, "--keep", "last:1"))
+    assert said[0] == ("stays", f"registered as {validated.id} version 1")
+    assert with_files(validated) == [0, 40]
+
+
+def test_of_deleted_runs(validated: TrackedRun, client: MlflowClient, tmp_path: Path) -> None:
+    """Files of a run that may be restored, everything of one that is gone, of others nothing."""
+    experiment = client.create_experiment(tmp_path.name, str(tmp_path / "artifacts"))
+    kept, deleted, gone = (TrackedRun(client, client.create_run(experiment)) for _ in range(3))
+    for run in (kept, deleted, gone):
+        publish(run, tmp_path / "encoder", 7)
+    assert Claims(client, ELSEWHERE).claim(at(gone, 7), "val")
+    for run in (deleted, gone):
+        client.delete_run(run.id)
+    client._tracking_client.store._hard_delete_run(gone.id)
+
+    flags = ("--deleted", "--experiment", tmp_path.name)
+    said = prune(client, *flags, "--dry-run")
+    assert sorted(why for _, why in lines_by_run(said)) == sorted(
+        [f"run {deleted.id} is deleted", f"run {gone.id} is gone"]
+    )
+    folders = [at(run, 7).location for run in (kept, deleted, gone)]
+    assert all(Path(folder).exists() for folder in folders)
+    done = prune(client, *flags)
+    assert done.output == said.output.replace("would be removed", "removed")
+    assert [Path(folder).exists() for folder in folders] == [True, False, False]
+    assert at(deleted, 7).is_gone
+    assert checkpoints_of(gone) == []
+    assert prune(client, *flags).output == "0 of 0 checkpoints removed: 0.0 MB\n"
+    assert with_files(validated) == list(VALUES)
+
+    client._tracking_client.store._hard_delete_run(deleted.id)
+    assert prune(client, *flags).output.endswith("1 of 1 checkpoints removed: 0.0 MB\n")
+    assert checkpoints_of(deleted) == []
+
+
+def lines_by_run(result: Result) -> list[tuple[str, str]]:
+    *each, _ = result.output.splitlines()
+    return [(line.split()[1], line.rpartition(": ")[2]) for line in each]
+
+
+def test_of_deleted_runs_a_claimed_or_registered_one_stays(
+    client: MlflowClient, tmp_path: Path
+) -> None:
+    (tmp_path / "encoder").mkdir()
+    (tmp_path / "encoder" / "weights").write_text("1")
+    experiment = client.create_experiment(tmp_path.name, str(tmp_path / "artifacts"))
+    run = TrackedRun(client, client.create_run(experiment))
+    for step in (1, 2, 3):
+        publish(run, tmp_path / "encoder", step)
+    assert Claims(client, ELSEWHERE).claim(at(run, 1), "val")
+    client.create_registered_model(run.id)
+    client.create_model_version(run.id, f"models:/{at(run, 2).model_id}")
+    client.delete_run(run.id)
+    said = prune(client, "--deleted", "--experiment", tmp_path.name)
+    assert lines(said) == {
+        1: ("stays", "being validated by far:7"),
+        2: ("stays", f"registered as {run.id} version 1"),
+        3: ("goes", f"run {run.id} is deleted"),
+    }
+    assert with_files(run) == [1, 2]
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ([], "give --run-id and --keep, or --deleted"),
+        (["--run-id", "1"], "give --run-id and --keep, or --deleted"),
+        (["--keep", "last:1"], "give --run-id and --keep, or --deleted"),
+        (["--deleted", "--keep", "last:1"], "give --run-id and --keep, or --deleted"),
+        (["--deleted", "--unvalidated"], "belong to --run-id"),
+        (["--run-id", "1", "--keep", "last:1", "--experiment", "x"], "belongs to --deleted"),
+    ],
+)
+def test_flags_that_do_not_go_together(
+    client: MlflowClient, words: list[str], message: str
+) -> None:
+    with pytest.raises(click.UsageError, match=message):
+        prune(client, *words)
+
+
+def test_what_cannot_be_done_is_said_before_anything_is(validated: TrackedRun) -> None:
+    client = validated.client
+    with pytest.raises(UsageError, match="no rule 'worst:1'"):
+        prune(client, "--run-id", validated.id, "--keep", "worst:1")
+    with pytest.raises(UsageError, match="no metric 'mrr@5' to choose by; it has: "):
+        prune(client, "--run-id", validated.id, "--keep", "best:1", "--metric", "mrr@5")
+    with pytest.raises(TrackingError, match="no run 'nowhere'"):
+        prune(client, "--run-id", "nowhere", "--keep", "last:1")
+    assert with_files(validated) == list(VALUES)
+
+
+def test_a_validator_keeps_only_what_its_policy_says(
+    validated: TrackedRun, caplog: pytest.LogCaptureFixture
+) -> None:
+    """By what it saw last, whatever has happened since."""
+    seen = checkpoints_of(validated)
+    tags = {"mlflow_dr.best.val/mrr_at_10": "0.3"}
+    validated.client.set_logged_model_tags(at(validated, 10).model_id, tags)
+    with caplog.at_level("INFO", "mlflow_dr"):
+        removed = keep_only(validated, seen, parse_policy("best:1,last:1"))
+    assert [one.verdict.checkpoint.step for one in removed] == [0, 30]
+    assert with_files(validated) == [10, 20, 40]
+    assert caplog.text.count("removed the files of step ") == 2
+    assert keep_only(validated, checkpoints_of(validated), parse_policy("best:1,last:1")) == []

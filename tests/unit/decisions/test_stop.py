@@ -1,0 +1,171 @@
+import json
+import random
+from collections.abc import Sequence
+from itertools import product
+from pathlib import Path
+
+import pytest
+
+from mlflow_dr.decisions.stop import plateau, stop_if_plateau
+from mlflow_dr.errors import UsageError
+from mlflow_dr.tracking.checkpoints import checkpoints_of, publish
+from mlflow_dr.tracking.results import mark_failed, record_result
+from mlflow_dr.tracking.runs import TrackedRun
+from mlflow_dr.tracking.stop_request import clear_stop_request, request_stop, stop_request
+from mlflow_dr.tracking.validations import Metric
+
+MRR = Metric("val", "mrr_at_10")
+NAN = float("nan")
+
+
+def points(*values: float) -> list[tuple[int, float]]:
+    """At steps 10, 20, ..."""
+    return [(10 * place, value) for place, value in enumerate(values, start=1)]
+
+
+def test_the_reason_in_words() -> None:
+    reason = plateau(points(0.1, 0.2341, 0.2, 0.2345, 0.2297), 3, 0.001, metric=str(MRR))
+    assert reason == (
+        "val/mrr_at_10 has not risen by more than 0.001 for 3 checkpoints: "
+        "best 0.2345 at step 40, last 0.2297 at step 50"
+    )
+    assert (plateau(points(0.2, 0.1), 1) or "").startswith(
+        "the measure has not risen for 1 checkpoint: "
+    )
+
+
+@pytest.mark.parametrize(
+    ("values", "patience", "min_delta", "stops"),
+    [
+        ([0.5, 0.4, 0.4], 2, 0.0, True),
+        ([0.5, 0.4, 0.6], 2, 0.0, False),
+        ([0.5, 0.5, 0.5], 2, 0.0, True),
+        ([0.4, 0.5], 2, 0.0, False),  # too few
+        ([], 1, 0.0, False),
+        ([0.5, 0.51, 0.509], 2, 0.02, True),
+        ([0.5, 0.509, 0.518, 0.527], 3, 0.02, False),  # slow, but more than that in the end
+        ([0.5, 0.3, 0.3, 0.45, 0.51], 3, 0.0, False),  # it has risen after a plateau
+        ([NAN, 0.5, NAN, NAN], 2, 0.0, True),
+        ([NAN, NAN, NAN], 2, 0.0, False),
+        ([NAN, 0.5, 0.4], 2, 0.0, False),
+    ],
+)
+def test_of_the_last_none_is_better_than_what_came_before(
+    values: Sequence[float], patience: int, min_delta: float, stops: bool
+) -> None:
+    there = points(*values)
+    assert (plateau(there, patience, min_delta) is not None) is stops
+    random.Random(0).shuffle(there)
+    assert (plateau(there, patience, min_delta) is not None) is stops
+
+
+def test_a_step_that_was_done_twice_counts_once() -> None:
+    assert plateau([(10, 0.5), (20, 0.4), (20, 0.3)], 2) is None
+
+
+@pytest.mark.parametrize(("waiting", "stops"), [([35], False), ([15, 25, 60], True)])
+def test_one_among_the_last_that_is_still_to_be_done_is_waited_for(
+    waiting: list[int], stops: bool
+) -> None:
+    there = points(0.5, 0.4, 0.4, 0.3)
+    assert (plateau(there, 2, waiting=waiting) is not None) is stops
+
+
+def test_what_is_said_holds_whatever_the_missing_values_are() -> None:
+    """Each choice of what is done of five checkpoints, with each value of the others."""
+    grid, steps = (0.0, 1.0, 1.5, 2.0), range(1, 6)
+    said = 0
+    for done in product([True, False], repeat=5):
+        known = [step for step in steps if done[step - 1]]
+        for values in product(grid, repeat=len(known)):
+            there = list(zip(known, values, strict=True))
+            missing = [step for step in steps if step not in known]
+            if plateau(there, 2, 0.5, waiting=missing) is None:
+                continue
+            said += 1
+            due = [step for step in missing if step < known[-1]]
+            for others in product(grid, repeat=len(due)):
+                filled = there + list(zip(due, others, strict=True))
+                assert plateau(filled, 2, 0.5), (there, others)
+    assert said > 100
+
+
+@pytest.mark.parametrize(
+    ("patience", "min_delta"), [(0, 0.0), (-1, 0.0), (1, -0.1), (1, NAN), (1, float("inf"))]
+)
+def test_what_makes_no_sense(patience: int, min_delta: float) -> None:
+    with pytest.raises(UsageError, match=r"(patience|min_delta) is .*; it must be"):
+        plateau(points(0.1), patience, min_delta)
+
+
+@pytest.fixture
+def falling(run: TrackedRun, tmp_path: Path) -> TrackedRun:
+    """Four checkpoints, each worse than the one before."""
+    (tmp_path / "weights").write_text("1")
+    for step in (10, 20, 30, 40):
+        add(run, tmp_path, step, 1 / step)
+    return run
+
+
+def add(run: TrackedRun, directory: Path, step: int, value: float | None) -> None:
+    model_id = publish(run, directory, step)
+    (one,) = [one for one in checkpoints_of(run) if one.model_id == model_id]
+    if value is not None:
+        record_result(run, one, "val", {MRR.key: value}, ("sea", "0"))
+
+
+def asked(run: TrackedRun, patience: int = 3) -> str | None:
+    return stop_if_plateau(run, checkpoints_of(run), MRR, patience)
+
+
+def test_the_request_is_made_once(falling: TrackedRun) -> None:
+    reason = asked(falling)
+    assert reason is not None
+    assert stop_request(falling) == reason
+    request_stop(falling, "somebody else's")
+    assert asked(falling) is None
+    assert stop_request(falling) == "somebody else's"
+
+
+def test_a_run_that_is_over_is_not_asked(falling: TrackedRun) -> None:
+    falling.finish("FINISHED")
+    assert asked(falling) is None
+    assert stop_request(falling) is None
+
+
+def test_a_training_that_goes_on_gets_new_checkpoints(falling: TrackedRun, tmp_path: Path) -> None:
+    assert asked(falling)
+    clear_stop_request(falling)
+    for step in (50, 60):
+        add(falling, tmp_path, step, 0.01)
+        assert asked(falling) is None
+    add(falling, tmp_path, 70, 0.01)
+    assert asked(falling)
+
+
+def test_it_waits_for_those_that_somebody_will_do(falling: TrackedRun, tmp_path: Path) -> None:
+    add(falling, tmp_path, 35, None)
+    assert asked(falling) is None
+    there = checkpoints_of(falling)
+    assert stop_if_plateau(falling, there, MRR, 3, waiting=there) is None
+    assert stop_if_plateau(falling, there, MRR, 3, waiting=[])
+
+
+def test_one_that_failed_is_neither_waited_for_nor_counted(
+    falling: TrackedRun, tmp_path: Path
+) -> None:
+    add(falling, tmp_path, 35, None)
+    (failed,) = [one for one in checkpoints_of(falling) if one.step == 35]
+    mark_failed(falling, failed, "val", "NaN")
+    assert asked(falling, patience=4) is None
+    assert asked(falling)
+
+
+def test_a_value_that_is_no_number(run: TrackedRun, tmp_path: Path) -> None:
+    (tmp_path / "weights").write_text("1")
+    for step, value in ((1, 0.5), (2, NAN), (3, NAN)):
+        add(run, tmp_path, step, value)
+    assert json.loads(checkpoints_of(run)[1].params["mlflow_dr.validation.val"])
+    reason = asked(run, patience=2)
+    assert reason is not None
+    assert reason.endswith("best 0.5000 at step 1, last nan at step 3")

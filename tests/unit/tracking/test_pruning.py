@@ -1,0 +1,329 @@
+import sqlite3
+import threading
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+import pytest
+from mlflow import MlflowClient
+from mlflow.exceptions import MlflowException
+from mlflow.store.artifact.local_artifact_repo import LocalArtifactRepository
+
+from mlflow_dr.errors import CheckpointError, TrackingError
+from mlflow_dr.tracking.checkpoints import (
+    Checkpoint,
+    checkpoints_of,
+    give_up,
+    new_checkpoint,
+    publish,
+    ready_steps,
+)
+from mlflow_dr.tracking.claims import Claims, Owner
+from mlflow_dr.tracking.directories import register_directory
+from mlflow_dr.tracking.fetching import fetched
+from mlflow_dr.tracking.orphans import RunState, orphans
+from mlflow_dr.tracking.pruning import Stored, needed, prune, registered, stored
+from mlflow_dr.tracking.results import State, record_result, state_of
+from mlflow_dr.tracking.runs import TrackedRun
+
+ELSEWHERE = Owner("far", 7, "another boot", 1, "token")
+
+
+@pytest.fixture
+def directory(tmp_path: Path) -> Path:
+    directory = tmp_path / "encoder"
+    (directory / "1_Pooling").mkdir(parents=True)
+    (directory / "model.safetensors").write_bytes(b"weights")
+    (directory / "1_Pooling" / "config.json").write_text("{}")
+    return directory
+
+
+@pytest.fixture
+def published(run: TrackedRun, directory: Path) -> TrackedRun:
+    """Three checkpoints; the second one is done."""
+    for step in (1, 2, 3):
+        publish(run, directory, step)
+    record_result(run, at(run, 2), "val", {"mrr_at_10": 0.5}, ("sea", "0"))
+    return run
+
+
+def at(run: TrackedRun, step: int) -> Checkpoint:
+    (found,) = [one for one in checkpoints_of(run) if one.step == step]
+    return found
+
+
+def place(checkpoint: Checkpoint) -> Path:
+    return Path(checkpoint.location)
+
+
+def tree(folder: Path) -> Mapping[str, bytes]:
+    return {str(path): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def test_files_go_and_everything_else_stays(published: TrackedRun) -> None:
+    before = at(published, 2)
+    folder = place(before)
+    beside = tree(folder.parents[2])
+    size = sum(len(beside.pop(name)) for name in tree(folder))
+    (folder.parent / "neighbour").write_text("1")
+    beside[str(folder.parent / "neighbour")] = b"1"
+
+    there = stored(published.client, before)
+    removal = prune(published.client, before)
+    assert removal.stored == there
+    assert there.bytes == size
+    assert removal.kept == ""
+    assert tree(folder.parents[2]) == beside
+
+    after = at(published, 2)
+    assert (after.is_pruned, after.is_gone) == (True, True)
+    assert after.tags["mlflow_dr.pruned"].startswith("20")
+    assert (after.params, after.metrics) == (before.params, before.metrics)
+    assert state_of(after, "val") is State.DONE
+    history = published.client.get_metric_history(published.id, "val/mrr_at_10")
+    assert [one.step for one in history] == [2]
+    with pytest.raises(CheckpointError, match="its files were removed"), fetched(after):
+        pass
+    assert prune(published.client, before).stored == Stored(0, 0)
+
+
+def test_a_training_that_is_resumed_has_the_step(published: TrackedRun) -> None:
+    prune(published.client, at(published, 2))
+    assert ready_steps(published) == {1, 2, 3}
+
+
+@pytest.mark.parametrize("by", ["claim", "tag"])
+def test_what_came_into_use_since_it_was_seen_stays(published: TrackedRun, by: str) -> None:
+    seen = at(published, 1)
+    if by == "claim":
+        assert Claims(published.client, ELSEWHERE).claim(seen, "val")
+    else:
+        tags = {"mlflow_dr.best.val/mrr_at_10": "0.5"}
+        published.client.set_logged_model_tags(seen.model_id, tags)
+    removal = prune(published.client, seen)
+    assert (
+        removal.kept
+        == {
+            "claim": "being validated by far:7",
+            "tag": "called the best by val/mrr_at_10",
+        }[by]
+    )
+    assert not at(published, 1).is_pruned
+    with fetched(at(published, 1)) as copy:
+        assert (copy / "model.safetensors").exists()
+
+
+def test_a_claim_between_the_tag_and_the_second_look_wins(
+    published: TrackedRun, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = published.client.set_logged_model_tags
+
+    def tag_and_be_late(model_id: str, tags: dict[str, str]) -> None:
+        real(model_id, tags)
+        assert Claims(MlflowClient(), ELSEWHERE).claim(at(published, 1), "val")
+
+    monkeypatch.setattr(published.client, "set_logged_model_tags", tag_and_be_late)
+    assert prune(published.client, at(published, 1)).kept == "being validated by far:7"
+    assert not at(published, 1).is_pruned
+    with fetched(at(published, 1)):
+        pass
+    Claims(published.client).claim(at(published, 1), "val")
+    monkeypatch.undo()
+    validated = at(published, 1)
+    record_result(published, validated, "val", {"mrr_at_10": 0.5}, ("sea", "0"))
+    assert prune(published.client, validated).kept == ""
+    assert at(published, 1).is_gone
+
+
+def test_what_was_interrupted_is_finished(
+    published: TrackedRun, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def remove_one(store: LocalArtifactRepository, path: str | None = None) -> None:
+        (Path(store.artifact_dir) / "model.safetensors").unlink()
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr(LocalArtifactRepository, "delete_artifacts", remove_one)
+        with pytest.raises(KeyboardInterrupt):
+            prune(published.client, at(published, 1))
+    left = at(published, 1)
+    assert (left.is_pruned, left.is_gone) == (True, False)
+    with pytest.raises(CheckpointError, match="its files were removed"), fetched(left):
+        pass
+    removal = prune(published.client, left)
+    assert removal.stored.files == stored(published.client, at(published, 2)).files - 1
+    assert at(published, 1).is_gone
+    assert not place(left).exists()
+
+
+def test_an_interruption_before_anything_was_removed_and_a_claim_then(
+    published: TrackedRun,
+) -> None:
+    """The tag stays, the claim is respected, and later it goes."""
+    one = at(published, 1)
+    published.client.set_logged_model_tags(one.model_id, {"mlflow_dr.pruned": "begun"})
+    claims = Claims(published.client, ELSEWHERE)
+    assert claims.claim(one, "val")
+    assert prune(published.client, one).kept == "being validated by far:7"
+    assert (at(published, 1).is_pruned, place(one).exists()) == (True, True)
+    claims.drop(one, "val", finished=False)
+    assert prune(published.client, one).kept == ""
+    assert at(published, 1).is_gone
+
+
+def test_a_store_that_does_not_remove_is_told(
+    published: TrackedRun, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(store: LocalArtifactRepository, path: str | None = None) -> None:
+        raise MlflowException("not\nimplemented")
+
+    monkeypatch.setattr("mlflow_dr.tracking.pruning.SECONDS_BETWEEN_ATTEMPTS", 0.0)
+    with monkeypatch.context() as patched:
+        patched.setattr(LocalArtifactRepository, "delete_artifacts", refuse)
+        with pytest.raises(
+            TrackingError, match=r"removing the files of step 1 .*: not implemented"
+        ):
+            prune(published.client, at(published, 1))
+        patched.setattr(LocalArtifactRepository, "delete_artifacts", lambda store: None)
+        with pytest.raises(TrackingError, match="7 files are still there"):
+            prune(published.client, at(published, 1))
+    assert not at(published, 1).is_pruned
+    with fetched(at(published, 1)):
+        pass
+    assert prune(published.client, at(published, 1)).kept == ""
+
+
+def test_two_at_the_same_time(published: TrackedRun) -> None:
+    one = at(published, 1)
+    start = threading.Barrier(4)
+    ended: list[str] = []
+
+    def race() -> None:
+        start.wait()
+        ended.append(prune(published.client, one).kept)
+
+    threads = [threading.Thread(target=race) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert ended == [""] * 4
+    assert at(published, 1).is_gone
+
+
+def test_what_is_announced_stays_and_what_was_given_up_goes(
+    run: TrackedRun, directory: Path
+) -> None:
+    new_checkpoint(run, 1, "0")
+    run.client.log_model_artifacts(at(run, 1).model_id, str(directory))
+    assert prune(run.client, at(run, 1)).kept == "pending"
+    assert stored(run.client, at(run, 1)).files == 2
+    give_up(run, at(run, 1).model_id)
+    assert prune(run.client, at(run, 1)).stored.files == 2
+
+
+def test_a_directory_that_was_found_is_not_ours(run: TrackedRun, directory: Path) -> None:
+    register_directory(run, directory, 1)
+    before = tree(directory)
+    assert prune(run.client, at(run, 1)).kept == f"found in {directory}"
+    assert tree(directory) == before
+
+
+@pytest.mark.parametrize("outside", ["", "..", "models"])
+def test_a_place_that_is_not_its_own(
+    published: TrackedRun, client: MlflowClient, outside: str
+) -> None:
+    """The folder above all, one that leaves its own, and that of all models."""
+    one = at(published, 1)
+    whole = tree(place(one).parents[2])
+    above = place(one).parents[2]
+    elsewhere = {"": above, "..": f"{one.location}/../..", "models": above / "models"}[outside]
+    with sqlite3.connect(str(client.tracking_uri).removeprefix("sqlite:///")) as database:
+        database.execute(
+            "UPDATE logged_models SET artifact_location = ? WHERE model_id = ?",
+            (str(elsewhere), one.model_id),
+        )
+    with pytest.raises(TrackingError, match="not a place of its own"):
+        prune(client, one)
+    assert tree(above) == whole
+    assert not at(published, 1).is_pruned
+
+
+def test_versions_of_registered_models(published: TrackedRun, directory: Path) -> None:
+    """By id, by place, and a copy of one of these; and one of another run."""
+    client = published.client
+    publish(published, directory, 4)
+    by_id, by_place, copied, free = (at(published, step) for step in (1, 2, 3, 4))
+    name = f"retriever-{published.id}"
+    for one in (name, f"{name}-copy"):
+        client.create_registered_model(one)
+    client.create_model_version(name, f"models:/{by_id.model_id}")
+    client.create_model_version(name, by_place.location)
+    version = client.create_model_version(name, f"models:/{copied.model_id}")
+    client.copy_model_version(f"models:/{name}/{version.version}", f"{name}-copy")
+    client.delete_model_version(name, version.version)
+    assert registered(client, checkpoints_of(published)) == {
+        by_id.model_id: f"registered as {name} version 1",
+        by_place.model_id: f"registered as {name} version 2",
+        copied.model_id: f"registered as {name}-copy version 1",
+    }
+    assert registered(client, [free]) == {}
+
+
+def test_checkpoints_of_runs_that_were_deleted(
+    client: MlflowClient, directory: Path, tmp_path: Path
+) -> None:
+    name = f"orphans-{tmp_path.name}"
+    experiment = client.create_experiment(name, str(tmp_path / "artifacts"))
+    active, deleted, gone = (TrackedRun(client, client.create_run(experiment)) for _ in range(3))
+    for run in (active, deleted, gone):
+        publish(run, directory, 1)
+    client.create_logged_model(experiment, "of nobody")
+    for run in (deleted, gone):
+        client.delete_run(run.id)
+    hard_delete(client)(gone.id)
+
+    def states() -> dict[str, RunState]:
+        return {one.checkpoint.run_id: one.run for one in orphans(client, name)}
+
+    assert states() == {deleted.id: RunState.DELETED, gone.id: RunState.GONE}
+    client.restore_run(deleted.id)
+    assert states() == {gone.id: RunState.GONE}
+    client.delete_experiment(experiment)
+    everywhere = {one.checkpoint.run_id: one.run for one in orphans(client)}
+    assert {active.id, deleted.id, gone.id} <= set(everywhere)
+    with pytest.raises(TrackingError, match="no experiment 'nowhere'"):
+        orphans(client, "nowhere")
+
+
+def test_a_server_that_refuses_to_tell_of_a_run(
+    client: MlflowClient, directory: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It may be there."""
+    name = f"refused-{tmp_path.name}"
+    run = TrackedRun(client, client.create_run(client.create_experiment(name)))
+    new_checkpoint(run, 1, "0")
+    client.delete_run(run.id)
+
+    def refuse(run_id: str) -> None:
+        raise MlflowException("no permission", 7)
+
+    monkeypatch.setattr(client, "get_run", refuse)
+    with pytest.raises(TrackingError, match="no permission"):
+        orphans(client, name)
+
+
+def hard_delete(client: MlflowClient) -> Callable[[str], None]:
+    """What `mlflow gc` calls for each deleted run."""
+    function: Callable[[str], None] = client._tracking_client.store._hard_delete_run
+    return function
+
+
+def test_why_is_asked_of_the_checkpoint_as_it_is(published: TrackedRun) -> None:
+    asked: list[Checkpoint] = []
+
+    def why(checkpoint: Checkpoint) -> str:
+        asked.append(checkpoint)
+        return needed(checkpoint)
+
+    prune(published.client, at(published, 1), why)
+    assert [one.is_pruned for one in asked] == [False, True]
