@@ -13,6 +13,8 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable, Sequence
+from itertools import pairwise
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -29,15 +31,18 @@ from mlflow_dr.tracking.claims import Claims
 from mlflow_dr.tracking.client import connect
 from mlflow_dr.tracking.following import FollowedRun
 from mlflow_dr.tracking.results import mark_failed
-from mlflow_dr.tracking.runs import TrackedRun
+from mlflow_dr.tracking.runs import TrackedRun, find_run
 from mlflow_dr.validation import jobs
 from mlflow_dr.validation.evaluate import Report, Settings
+from mlflow_dr.validation.order import Order
 from mlflow_dr.validation.plan import Plan, Validation
 from mlflow_dr.validation.watch import watch
 
 COLLECTION = Path(__file__).parents[1] / "examples" / "sea"
 VALIDATION = Validation(Settings(parse_measures("mrr@10"), device="cpu", dtype="fp32"))
 LOOKS = 20
+SLOW = 3.0
+SECONDS_TO_BEGIN = 3.0
 
 
 def new_run(client: MlflowClient) -> TrackedRun:
@@ -56,7 +61,10 @@ def waiting(seconds: float) -> Callable[..., list[Report]]:
 
     def evaluate_all(encoder: object, asked: Sequence[Any], quiet: bool = False) -> list[Report]:
         time.sleep(seconds)
-        return [Report({"mrr@10": 0.5}, {}, {}, max(seconds, 0.001), 24, "fp32") for _ in asked]
+        per_query = {f"q{place}": {"mrr@10": 0.5} for place in range(24)}
+        return [
+            Report({"mrr@10": 0.5}, per_query, {}, max(seconds, 0.001), 24, "fp32") for _ in asked
+        ]
 
     return evaluate_all
 
@@ -140,6 +148,44 @@ def share_of_traffic(
     return 1 - evaluated / busy, evaluated - count
 
 
+def covers_evenly(
+    client: MlflowClient, directory: Path, validators: int, count: int, interval: float
+) -> tuple[int, int, int]:
+    """A trainer publishes three times as fast as a validator works, which goes by bisection.
+
+    Returns:
+        How many checkpoints were done when the trainer ended, the widest gap between two of them in
+        checkpoints, and how many are done in the end.
+    """
+    run = new_run(client)
+    plan = Plan((VALIDATION,), order=Order.BISECT, poll_seconds=interval)
+    context = get_context("fork")
+    processes = [context.Process(target=_follow, args=(run.id, plan)) for _ in range(validators)]
+    for process in processes:
+        process.start()
+    time.sleep(SECONDS_TO_BEGIN)
+    for step in range(count):
+        publish(run, directory, step)
+        time.sleep(interval)
+    done = steps_done(client, run)
+    client.set_terminated(run.id)
+    for process in processes:
+        process.join()
+    gaps = [after - before for before, after in pairwise([-1, *done, count])]
+    return len(done), max(gaps), len(steps_done(client, run))
+
+
+def _follow(run_id: str, plan: Plan) -> None:
+    watch(FollowedRun(find_run(connect(), run_id)), plan)
+
+
+def steps_done(client: MlflowClient, run: TrackedRun) -> list[int]:
+    """The steps that have a figure, each once."""
+    points = client.get_metric_history(run.id, "val/mrr_at_10")
+    assert len(points) == len({point.step for point in points})
+    return sorted(point.step for point in points)
+
+
 @click.command()
 @click.option("--checkpoints", default=1000, show_default=True)
 @click.option("--validators", default=8, show_default=True)
@@ -168,6 +214,14 @@ def main(checkpoints: int, validators: int, poll_seconds: float) -> None:
             f"{validators} validators, {checkpoints} checkpoints of one second: "
             f"{100 * share:.1f} % of the time is not evaluation; {twice} done twice"
         )
+        with mock.patch.object(jobs, "evaluate_all", waiting(SLOW)):
+            for number in (1, 2):
+                done, gap, ended = covers_evenly(client, directory, number, 30, SLOW / 3)
+                print(
+                    f"{number} validators by bisection, 30 checkpoints three times as fast as one "
+                    f"works: {done} done when the trainer ends, the widest gap {gap} "
+                    f"checkpoints; {ended} in the end"
+                )
 
 
 if __name__ == "__main__":

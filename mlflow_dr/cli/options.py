@@ -133,9 +133,50 @@ judged = click.option(
 )
 
 
+refine = click.option(
+    "--refine",
+    metavar="SUBSET@N",
+    help="Besides, validate the N checkpoints that are best so far on this, such as full@3.",
+)
+keep_up = click.option(
+    "--keep-up",
+    is_flag=True,
+    help="Of several --subset, take the largest that keeps up with the trainer.",
+)
+
+
 def subset_options(function: Callable[..., Any]) -> Callable[..., Any]:
     """Which part of the corpus is encoded."""
     for option in (seed, judged, subset):
+        function = option(function)
+    return function
+
+
+def policy_options(function: Callable[..., Any]) -> Callable[..., Any]:
+    """What follows from the curve: a stop, what is kept, by which metric."""
+    for option in (
+        click.option(
+            "--keep",
+            help="Remove the files of all other checkpoints, such as best:3,last:2,every:10000.",
+        ),
+        click.option(
+            "--min-delta",
+            type=click.FloatRange(min=0),
+            default=0.0,
+            show_default=True,
+            help="A rise by this or less is none.",
+        ),
+        click.option(
+            "--patience",
+            type=click.IntRange(min=1),
+            help="Ask the training to end when the metric has not risen for so many checkpoints.",
+        ),
+        click.option(
+            "--metric",
+            help="What the best are best by, such as val/mrr_at_10 (default: the first measure of "
+            "the validation val, or of the first).",
+        ),
+    ):
         function = option(function)
     return function
 

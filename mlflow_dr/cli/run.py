@@ -2,9 +2,21 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import click
 
-from mlflow_dr.cli.options import depth, dtype, measures, tracking_uri
+from mlflow_dr.cli.options import (
+    depth,
+    dtype,
+    judged,
+    keep_up,
+    measures,
+    policy_options,
+    refine,
+    subset,
+    tracking_uri,
+)
 
 
 @click.command("run", context_settings={"ignore_unknown_options": True})
@@ -22,6 +34,11 @@ from mlflow_dr.cli.options import depth, dtype, measures, tracking_uri
 @measures
 @depth
 @dtype
+@subset
+@judged
+@refine
+@keep_up
+@policy_options
 @click.option("--name", default="val", show_default=True, help="Prefixes the metrics.")
 @click.option("--poll-seconds", type=click.FloatRange(min=0.05), default=2.0, show_default=True)
 @click.option("--experiment-name", help="The experiment of a new run.")
@@ -31,31 +48,36 @@ def command(
     dataset: str,
     model: str,
     gpus: int,
-    measures: str,
-    depth: int | None,
-    dtype: str,
     name: str,
-    poll_seconds: float,
+    subsets: tuple[str, ...],
     experiment_name: str | None,
     tracking_uri: str | None,
     trainer_flags: tuple[str, ...],
+    **validator_options: Any,
 ) -> int:
     """Train and validate side by side; what `mlflow run .` calls.
 
-    Flags that are not listed go to `mlflow-dr train`. The validator takes the last GPU when there
-    are two or more, else its share of the processor.
+    Flags that are not listed go to `mlflow-dr train`, and --seed is the training's. The validator
+    takes the last GPU when there are two or more, else its share of the processor.
 
     \b
     Example:
-        mlflow-dr run --dataset demo --learning-rate 1e-3
+        mlflow-dr run --dataset demo --learning-rate 1e-3 --patience 3
     """
     from mlflow_dr.launch import launch
+    from mlflow_dr.subsets.spec import parse_spec
 
     training = ["--dataset", dataset, *trainer_flags]
     if model != "auto":
         training += ["--model", model]
-    validating = ["--measures", measures, "--dtype", dtype, "--name", name]
-    validating += ["--poll-seconds", str(poll_seconds)]
-    if depth is not None:
-        validating += ["--depth", str(depth)]
-    return launch(training, validating, name, tracking_uri, experiment_name, gpus)
+    validating = ["--name", name]
+    for key, value in [*validator_options.items(), *(("subset", one) for one in subsets)]:
+        flag = f"--{key.replace('_', '-')}"
+        if value is True:
+            validating.append(flag)
+        elif value not in (None, False):
+            validating += [flag, str(value)]
+    # what is shown in the end is the first of them
+    specs = [parse_spec(one, judged=validator_options["judged"]) for one in subsets]
+    shown = "-".join(filter(None, (name, *(spec.slug for spec in specs[:1]))))
+    return launch(training, validating, shown, tracking_uri, experiment_name, gpus)

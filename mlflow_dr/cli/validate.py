@@ -15,6 +15,9 @@ from mlflow_dr.cli.options import (
     evaluation_options,
     file_options,
     given_dataset,
+    keep_up,
+    policy_options,
+    refine,
     subset_options,
     tracking_uri,
 )
@@ -41,36 +44,9 @@ ORDERS = ("oldest", "newest", "bisect")
     "validation of its own, called NAME-SPLIT.",
 )
 @subset_options
-@click.option(
-    "--refine",
-    metavar="SUBSET@N",
-    help="Besides, validate the N checkpoints that are best so far on this, such as full@3.",
-)
-@click.option(
-    "--keep-up",
-    is_flag=True,
-    help="Of several --subset, take the largest that keeps up with the trainer.",
-)
-@click.option(
-    "--metric",
-    help="What the best are best by, such as val/mrr_at_10 (default: the first measure of the "
-    "validation val, or of the first).",
-)
-@click.option(
-    "--patience",
-    type=click.IntRange(min=1),
-    help="Ask the training to end when the metric has not risen for so many checkpoints.",
-)
-@click.option(
-    "--min-delta",
-    type=click.FloatRange(min=0),
-    default=0.0,
-    help="A rise by this or less is none.",
-)
-@click.option(
-    "--keep",
-    help="Remove the files of all other checkpoints, such as best:3,last:2,every:10000.",
-)
+@refine
+@keep_up
+@policy_options
 @evaluation_options
 @encoder_options
 @click.option(

@@ -12,6 +12,7 @@ from dataclasses import MISSING, asdict, fields
 from types import FrameType
 from typing import Any
 
+from torch import distributed as dist
 from transformers import TrainerCallback, set_seed
 from transformers.trainer_utils import SaveStrategy
 
@@ -156,6 +157,9 @@ def _train(
         )
         ending.enter_context(_asked_by_signals(stop, says=run is not None))
         trainer.resume(resumption.checkpoint if resumption else None)
+    if dist.is_available() and dist.is_initialized():
+        # left to the interpreter's end, threads of the group may abort the process
+        dist.destroy_process_group()
     # an exit code of another process would have torchrun kill the first one
     if stop.killed and run is not None:
         raise KeyboardInterrupt

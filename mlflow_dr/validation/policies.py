@@ -75,7 +75,8 @@ class Policies:
         metric = self._metrics[run.id]
         top = max(points_of(checkpoints, metric), key=lambda one: (one[1], -one[0]), default=None)
         if top is not None and self._marked.get(run.id) != top:
-            mark_best(run, find_best(run, str(metric), list(checkpoints)))
+            # looked at anew: other validators mark, too
+            mark_best(run, find_best(run, str(metric)))
             self._marked[run.id] = top
         if wishes.patience is not None:
             stop_if_plateau(run, checkpoints, metric, wishes.patience, wishes.min_delta, waiting)

@@ -21,7 +21,7 @@ from mlflow_dr import cli
 from mlflow_dr.retrieval import dense
 from mlflow_dr.tracking import pruning, results
 from mlflow_dr.tracking.claims import Claims
-from mlflow_dr.validation import watch
+from mlflow_dr.validation import jobs
 
 Wrapper = Callable[[Callable[..., Any], Callable[[], None]], Callable[..., Any]]
 
@@ -54,11 +54,11 @@ def amid(function: Callable[..., Any], die: Callable[[], None]) -> Callable[...,
 
 
 PLACES: dict[str, tuple[Any, str, Wrapper]] = {
-    "loading": (watch, "load_encoder", before),
+    "loading": (jobs, "load_encoder", before),
     "encoding": (dense, "encode_batches", amid),
     "before-claiming": (Claims, "claim", before),
     "after-claiming": (Claims, "claim", after),
-    "before-recording": (watch, "record_result", before),
+    "before-recording": (jobs, "record_result", before),
     "after-recording": (results, "_write_metrics", before),
     "before-metrics": (MlflowClient, "log_batch", before),
     "before-removing": (pruning, "_empty", before),

@@ -20,6 +20,7 @@ class Guarded(NamedTuple):
 
     uri: str
     run_id: str
+    unvalidated: str
 
 
 @pytest.fixture(scope="module")
@@ -43,10 +44,10 @@ def guarded(
                 **{"username": "editor", "resource_type": "experiment", "resource_id": "0"},
                 permission="EDIT",
             )
-            run_id = publish_noise(1, client=MlflowClient(uri))
+            run_ids = [publish_noise(1, client=MlflowClient(uri)) for _ in range(2)]
         finally:
             mlflow.set_tracking_uri(before)
-    return Guarded(uri, run_id)
+    return Guarded(uri, *run_ids)
 
 
 def _post(address: str, **values: str) -> None:
@@ -90,8 +91,8 @@ def test_mlflows_own_variables_are_enough(call: Call, guarded: Guarded) -> None:
 def test_who_may_not_remove_files_is_told_why_and_changes_nothing(
     call: Call, guarded: Guarded
 ) -> None:
-    words: list[Any] = ["mlflow-dr", "prune", "--run-id", guarded.run_id, "--keep", "every:2"]
-    words.append("--unvalidated")
+    words: list[Any] = ["mlflow-dr", "prune", "--run-id", guarded.unvalidated]
+    words += ["--keep", "every:2", "--unvalidated"]
     ended = call(*words, MLFLOW_TRACKING_URI=guarded.uri, **EDITOR)
     assert ended.returncode == 1
     (line,) = ended.stderr.splitlines()

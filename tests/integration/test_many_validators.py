@@ -129,3 +129,21 @@ def test_a_run_or_an_experiment(forked: Forked, words: list[str]) -> None:
     ended = forked("validate", *words)
     assert ended.code == 2
     assert ended.printed[-1].startswith("error: give --run-id, --experiment or --checkpoints-dir")
+
+
+def test_contenders_get_the_whole_corpus_once(
+    forked: Forked, publish_noise: Callable[..., str], points: Callable, client: MlflowClient
+) -> None:
+    """Two validators refine one run; whatever was among the best two for a while may be done."""
+    steps = list(range(8))
+    run_id = publish_noise(*steps)
+    words = ("--subset", "random:6", "--refine", "full@2", "--poll-seconds", 0.2)
+    ended = forked("validate", "--run-id", run_id, *words, times=2)
+    assert ended.codes == [0, 0], ended.printed
+    cheap = points(client, run_id, "val-random_6")["mrr_at_10"]
+    dear = points(client, run_id, "val")["mrr_at_10"]
+    assert {step: len(values) for step, values in cheap.items()} == dict.fromkeys(steps, 1)
+    assert {len(values) for values in dear.values()} == {1}
+    best = sorted(cheap, key=lambda step: (-cheap[step][0], step))[:2]
+    assert set(best) <= set(dear)
+    assert len(dear) <= len(steps)

@@ -48,7 +48,7 @@ def test_of_a_run_the_best_is_left_whole_and_all_figures(
     assert (dry.code, real.code) == (0, 0), (dry.printed, real.printed)
     assert real.printed == [line.replace("would be removed", "removed") for line in dry.printed]
     assert said(real.printed) == {
-        step: ("stays", "best 1 of val/mrr_at_10") if step == best else ("goes", "none of best:1")
+        step: ("stays", "called the best by val") if step == best else ("goes", "none of best:1")
         for step in (1, 2, 3)
     }
     left = {path for path in artifact_store.rglob("*") if path.is_file()}

@@ -227,3 +227,35 @@ def test_several_training_processes_are_torchruns_and_write_one_run(
     losses = store.get_metric_history(run.info.run_id, "train/loss")
     assert sorted(one.step for one in losses) == [1, 2, 3, 4]
     assert sorted(points(store, run.info.run_id, "val")["mrr_at_10"]) == [0, 2, 4]
+
+
+def test_a_training_that_does_not_rise_ends_early(
+    call: Call,
+    store: MlflowClient,
+    variables: dict[str, str],
+    collection: Path,
+    tmp_path: Path,
+    points: Callable,
+) -> None:
+    """On a subset, whose curve is shown; no measure rises by more than 1."""
+    words = project_run(
+        collection,
+        tmp_path / "output",
+        **FOREVER,
+        per_device_train_batch_size=8,
+        poll_seconds=0.2,
+        subset="random:50",
+        patience=2,
+        min_delta=1,
+    )
+    done = call(*words, **variables)
+    assert done.returncode == 0, done.stdout + done.stderr
+    run = runs_of(store)[0]
+    assert run.info.status == "FINISHED"
+    reason = run.data.tags["mlflow_dr.stop_request"]
+    assert reason.startswith("val-random_50/mrr_at_10 has not risen by more than 1")
+    assert f"training ended as asked: {reason}" in done.stdout + done.stderr
+    curve = points(store, run.info.run_id, "val-random_50")["mrr_at_10"]
+    assert f"run {run.info.run_id}: {len(curve)} checkpoints validated" in done.stdout
+    best = max(curve, key=lambda step: (curve[step][0], -step))
+    assert run.data.tags["mlflow_dr.best.val-random_50"].startswith(f"step {best}, models:/")

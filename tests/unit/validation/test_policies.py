@@ -1,0 +1,95 @@
+"""What follows from the curve while it grows."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from mlflow_dr.decisions.keep import parse_policy
+from mlflow_dr.errors import TrackingError, UsageError
+from mlflow_dr.tracking.checkpoints import checkpoints_of, publish
+from mlflow_dr.tracking.results import bind_name, record_result
+from mlflow_dr.tracking.runs import TrackedRun
+from mlflow_dr.tracking.stop_request import stop_request
+from mlflow_dr.validation.policies import Policies, Wishes
+
+Measuring = Callable[[int, float], None]
+TAG = "mlflow_dr.best.val"
+
+
+@pytest.fixture
+def measured(run: TrackedRun, tmp_path: Path) -> Measuring:
+    """Publishes a step that has a value."""
+    bind_name(run, "val", {"measures": "mrr@10"})
+    (tmp_path / "published").mkdir()
+    (tmp_path / "published" / "weights").write_text("1")
+
+    def measure(step: int, value: float) -> None:
+        publish(run, tmp_path / "published", step)
+        record_result(run, checkpoints_of(run)[-1], "val", {"mrr_at_10": value}, ("c", "0"))
+
+    return measure
+
+
+def act(run: TrackedRun, policies: Policies) -> None:
+    policies.act(run, checkpoints_of(run), [])
+
+
+def marked(run: TrackedRun) -> list[int]:
+    return [one.step for one in checkpoints_of(run) if TAG in one.tags]
+
+
+def test_one_checkpoint_is_marked_whoever_marked_before(
+    run: TrackedRun, measured: Measuring
+) -> None:
+    one, other = Policies(Wishes()), Policies(Wishes())
+    for step, value in ((1, 0.1), (2, 0.3), (3, 0.2)):
+        measured(step, value)
+        for policies in (one, other):
+            act(run, policies)
+    assert marked(run) == [2]
+    measured(4, 0.4)
+    stale = checkpoints_of(run)[:3]  # as a validator sees what it has settled
+    other.act(run, [*stale, checkpoints_of(run)[3]], [])
+    assert marked(run) == [4]
+    assert run.fetch().data.tags[TAG].startswith("step 4, models:/")
+
+
+def test_it_asks_for_a_stop_and_makes_room(run: TrackedRun, measured: Measuring) -> None:
+    policies = Policies(Wishes(patience=2, keep=parse_policy("best:1,last:1")))
+    for step, value in ((1, 0.1), (2, 0.3), (3, 0.2)):
+        measured(step, value)
+        act(run, policies)
+        assert stop_request(run) is None
+    measured(4, 0.3)
+    act(run, policies)
+    assert (stop_request(run) or "").startswith("val/mrr_at_10 has not risen")
+    assert [one.step for one in checkpoints_of(run) if not one.is_pruned] == [2, 4]
+
+
+def test_who_may_not_remove_goes_on(
+    run: TrackedRun,
+    measured: Measuring,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    asked = []
+
+    def refused(*_: object) -> None:
+        asked.append(1)
+        raise TrackingError("no permission")
+
+    monkeypatch.setattr("mlflow_dr.validation.policies.keep_only", refused)
+    policies = Policies(Wishes(keep=parse_policy("last:1")))
+    for step in (1, 2):
+        measured(step, 0.1)
+        act(run, policies)
+    assert asked == [1]
+    assert caplog.messages == ["files are not removed from now on: no permission"]
+
+
+def test_wishes_that_make_no_sense(run: TrackedRun, measured: Measuring) -> None:
+    with pytest.raises(UsageError, match="patience"):
+        Wishes(patience=0)
+    with pytest.raises(UsageError, match="no metric 'val/ndcg@10'"):
+        act(run, Policies(Wishes(metric="val/ndcg@10")))
