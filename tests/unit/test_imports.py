@@ -14,6 +14,7 @@ PACKAGE = Path(mlflow_dr.__file__).parent
 FLOORS = {
     "cli": 8,
     "launch": 7,
+    "fidelity": 7,
     "training": 6,
     "validation": 6,
     "mining": 6,
@@ -25,6 +26,7 @@ FLOORS = {
     "encoder": 3,
     "stores": 2,
     "collection": 1,
+    "columns": 0,
     "progress": 0,
     "files": 0,
     "errors": 0,
@@ -44,6 +46,7 @@ HOMES = {
     "datasets": ["collection/hub.py"],
     "pytrec_eval": ["retrieval/measures.py"],
     "psutil": ["launch.py"],
+    "matplotlib": ["fidelity/pictures.py"],
 }
 
 
