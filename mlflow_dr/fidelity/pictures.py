@@ -17,7 +17,17 @@ if TYPE_CHECKING:
 WIDTH, HEIGHT, DPI = 10.0, 6.0, 120  # inches, dots per inch
 FULL = "black"
 # in an order in which neighbours differ also for the colour-blind (Okabe, Ito)
-COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#7f7f7f")
+COLOURS = (
+    "#0072b2",
+    "#d55e00",
+    "#009e73",
+    "#cc79a7",
+    "#e69f00",
+    "#56b4e9",
+    "#7f7f7f",
+    "#8c564b",
+    "#5e3c99",
+)
 LINES = ("-", "--", ":")
 LABEL = 10.0  # size of labels, in points
 LOG_FROM = 6.25  # longest seconds by shortest; from here two ticks of 1, 2, 5 are in sight
