@@ -25,6 +25,7 @@ COMMANDS = {
     "run": "Train and validate side by side; what `mlflow run .` calls.",
     "train": "Train an encoder and publish its checkpoints to MLflow.",
     "validate": "Validate each checkpoint of a run, now and as they come.",
+    "fidelity": "Find the subset that chooses the right checkpoint in less time.",
     "status": "Show what has become of a run's checkpoints.",
     "best": "Show a run's best checkpoint; download or register it.",
     "compare": "Compare encoders query by query, and test the difference.",

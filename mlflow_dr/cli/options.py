@@ -161,6 +161,7 @@ def policy_options(function: Callable[..., Any]) -> Callable[..., Any]:
         ),
         click.option(
             "--min-delta",
+            "--min_delta",
             type=click.FloatRange(min=0),
             default=0.0,
             show_default=True,

@@ -24,6 +24,8 @@ from mlflow_dr.tracking.runs import TrackedRun, check_alive, is_over
 
 log = logging.getLogger(__name__)
 
+NO_STEP = "neither its name nor a trainer_state.json says a step"
+
 
 class FollowedDirectory:
     """The checkpoints that a trainer writes into a directory on this machine.
@@ -99,7 +101,7 @@ class FollowedDirectory:
                 continue
             self._seen[path] = known
             if known.step is None:
-                self._tell(path, "neither its name nor a trainer_state.json says a step")
+                self._tell(path, NO_STEP)
             elif known.lacks:
                 self._tell(path, known.lacks)
             else:
@@ -110,6 +112,47 @@ class FollowedDirectory:
         if (path, reason) not in self._told:
             self._told.add((path, reason))
             log.info("%s is passed over for now: %s", path, reason)
+
+
+def found_checkpoints(directory: Path) -> list[Checkpoint]:
+    """The whole checkpoints that lie in a directory now, by step; no run knows of them.
+
+    Args:
+        directory: Trainer's `output_dir`, for example.
+
+    Raises:
+        UsageError: there is no such directory.
+    """
+    if not directory.is_dir():
+        raise UsageError(f"{directory}: no such directory")
+    found: list[Checkpoint] = []
+    for path in sorted(directory.absolute().iterdir()):
+        if not path.is_dir() or path.name.startswith("."):
+            continue
+        step, lacks = step_of(path), why_not_whole(path)
+        if step is None or lacks:
+            log.info("%s is passed over: %s", path, NO_STEP if step is None else lacks)
+            continue
+        found.append(_unregistered(path, step))
+    return sorted(found, key=lambda one: one.step)
+
+
+def _unregistered(path: Path, step: int) -> Checkpoint:
+    return Checkpoint(
+        model_id="",
+        run_id="",
+        step=step,
+        ready=True,
+        pending=False,
+        created_ms=0,
+        ready_ms=0,
+        location="",
+        manifest="",
+        params={},
+        tags={},
+        metrics=frozenset(),
+        directory=str(path),
+    )
 
 
 class _Seen(NamedTuple):

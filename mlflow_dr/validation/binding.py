@@ -54,13 +54,7 @@ class Collections:
 
     def bind(self, run: TrackedRun, validation: Validation, changes: Mapping[str, Any]) -> Bound:
         """A validation as it is on a run: with its dataset, split and number format."""
-        data = run.fetch().data
-        dataset = validation.dataset or data.tags.get(DATASET_TAG) or data.params.get(DATASET_PARAM)
-        if not dataset:
-            raise UsageError(
-                f"run {run.id} names no dataset (param {DATASET_PARAM!r}); give --dataset"
-            )
-        split = validation.split or data.params.get(SPLIT_PARAM)
+        dataset, split = named_data(run, validation.dataset, validation.split)
         prepared = self._prepare(run, dataset, split, validation)
         settings = _bound_settings(run, validation, prepared, changes)
         queries, passages = len(prepared.topics.queries), prepared.n_passages
@@ -103,6 +97,19 @@ class Collections:
                 subset = _chosen(run, spec, whole, validation.settings)
                 self._prepared[key] = Prepared(collection, chosen, searched, subset)
         return self._prepared[key]
+
+
+def named_data(run: TrackedRun, dataset: str | None, split: str | None) -> tuple[str, str | None]:
+    """What is searched for what: as asked, else as the run says.
+
+    Raises:
+        UsageError: neither names a dataset.
+    """
+    data = run.fetch().data
+    dataset = dataset or data.tags.get(DATASET_TAG) or data.params.get(DATASET_PARAM)
+    if not dataset:
+        raise UsageError(f"run {run.id} names no dataset (param {DATASET_PARAM!r}); give --dataset")
+    return dataset, split or data.params.get(SPLIT_PARAM)
 
 
 def _chosen(run: TrackedRun, spec: Spec, whole: Prepared, settings: Settings) -> Subset:

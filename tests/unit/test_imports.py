@@ -14,6 +14,7 @@ PACKAGE = Path(mlflow_dr.__file__).parent
 FLOORS = {
     "cli": 8,
     "launch": 7,
+    "fidelity": 7,
     "training": 6,
     "validation": 6,
     "mining": 6,
@@ -47,7 +48,7 @@ HOMES = {
     "pytrec_eval": ["retrieval/measures.py"],
     "psutil": ["launch.py"],
     "scipy": ["decisions/significance.py"],
-    "matplotlib": ["decisions/pictures.py"],
+    "matplotlib": ["decisions/pictures.py", "fidelity/pictures.py"],
 }
 
 

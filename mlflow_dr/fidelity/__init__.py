@@ -1,0 +1,1 @@
+"""Whether a subset of the corpus chooses the checkpoint that the whole corpus chooses."""

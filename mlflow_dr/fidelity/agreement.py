@@ -1,0 +1,210 @@
+"""How a subset's curve agrees with the full corpus's: figures, and their bootstrap intervals.
+
+Kendall's tau-b (Kendall: The treatment of ties in ranking problems, Biometrika 33, 1945) and
+Pearson's correlation, as SciPy computes them. Efron, Tibshirani: An Introduction to the Bootstrap,
+1993 (percentile interval).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
+
+import numpy as np
+
+CONFIDENCE = 0.95
+RESAMPLES = 1000
+FIGURES = ("tau", "pearson", "regret", "inflation")
+DIGITS = 12  # what differs by less is equal: sums are rounded
+CELLS = 1 << 22  # numbers that are held at a time
+
+
+class Estimate(NamedTuple):
+    """A figure and the ends of its interval; NaN where they are not defined."""
+
+    value: float
+    low: float = math.nan
+    high: float = math.nan
+
+    @property
+    def is_defined(self) -> bool:
+        """Whether there is such a figure."""
+        return not math.isnan(self.value)
+
+    @property
+    def has_interval(self) -> bool:
+        """Whether its interval is known."""
+        return not math.isnan(self.low)
+
+
+class Agreement(NamedTuple):
+    """How far a subset can stand for the full corpus.
+
+    Attributes:
+        tau: Kendall's tau-b of the checkpoints' values; undefined where one curve is constant.
+        pearson: their correlation, likewise.
+        regret: what the full corpus's best checkpoint is above the one that the subset chooses, by
+            the full corpus's values; of equal ones, each chooses the earliest.
+        inflation: how much higher the subset's values are, on average over the checkpoints.
+    """
+
+    tau: Estimate
+    pearson: Estimate
+    regret: Estimate
+    inflation: Estimate
+
+
+class Spread(NamedTuple):
+    """How far the checkpoints lie apart on the full corpus.
+
+    Attributes:
+        observed: the best one's value less the worst one's.
+        by_chance: were all equally good, other queries would make this much of it, or less, in 95
+            of 100 cases.
+    """
+
+    observed: float
+    by_chance: float
+
+    @property
+    def is_flat(self) -> bool:
+        """Whether no order of the checkpoints can be told."""
+        return self.observed <= self.by_chance
+
+
+def agreement(
+    full: np.ndarray,
+    subset: np.ndarray,
+    own: np.ndarray | None = None,
+    resamples: int = RESAMPLES,
+    seed: int = 0,
+) -> Agreement:
+    """Compare a subset's values with those of the full corpus, checkpoint by checkpoint.
+
+    A resample draws queries with replacement and does everything anew on them: each query brings
+    its values of all checkpoints, on the subset and on the full corpus. Where the subset has drawn
+    its queries, so many are drawn from these, and as many as remain from the others: the subset's
+    means are over the former, the full corpus's over both. A figure that some resamples leave
+    undefined has the interval of the others.
+
+    Args:
+        full: values of each query, `(n_checkpoints, n_queries) float64`.
+        subset: likewise, `(n_checkpoints, n_own) float64`.
+        own: which of the queries the subset's are, `(n_own,) int64`; the same ones when None.
+        resamples: how many; the intervals are undefined when 0, or when the subset has one query.
+        seed: of what is drawn.
+    """
+    n_queries, n_own = full.shape[1], subset.shape[1]
+    own = np.arange(n_own) if own is None else own
+    others = np.setdiff1d(np.arange(n_queries), own)
+    full = full[:, np.concatenate([own, others])]  # the subset's queries first
+    found = _figures(means(subset), means(full))
+    if resamples == 0 or n_own == 1:
+        return Agreement(*map(Estimate, found.tolist()))
+    drawn = [
+        _figures(
+            _rounded(counts[:, :n_own] @ subset.T / n_own), _rounded(counts @ full.T / n_queries)
+        )
+        for counts in _draws((n_own, len(others)), resamples, seed, len(full))
+    ]
+    intervals = map(_interval, np.concatenate(drawn).T)
+    return Agreement(
+        *(Estimate(value, *ends) for value, ends in zip(found.tolist(), intervals, strict=True))
+    )
+
+
+def spread(full: np.ndarray, resamples: int = RESAMPLES, seed: int = 0) -> Spread:
+    """How far the checkpoints lie apart, and how far they would if all were equal.
+
+    Resampled means less the observed ones are what chance makes of checkpoints that are equal.
+
+    Args:
+        full: values of each query, `(n_checkpoints, n_queries) float64`.
+        resamples: how many.
+        seed: of what is drawn.
+    """
+    observed = means(full)
+    by_chance = [
+        np.ptp(_rounded(counts @ full.T / full.shape[1]) - observed, axis=1)
+        for counts in _draws((full.shape[1],), resamples, seed, len(full))
+    ]
+    limit = np.quantile(np.concatenate(by_chance), CONFIDENCE) if by_chance else math.nan
+    return Spread(float(np.ptp(observed)), float(limit))
+
+
+def means(values: np.ndarray) -> np.ndarray:
+    """Means over the queries, such that those that are equal but for rounding are equal.
+
+    Args:
+        values: `(n_checkpoints, n_queries) float64`.
+
+    Returns:
+        `(n_checkpoints,) float64`.
+    """
+    return _rounded(values.mean(axis=1))
+
+
+def _figures(subset: np.ndarray, full: np.ndarray) -> np.ndarray:
+    """The four figures of curves `(..., n_checkpoints)`: `(..., 4) float64`."""
+    best = full.max(axis=-1)
+    chosen = np.take_along_axis(full, subset.argmax(axis=-1)[..., None], axis=-1)[..., 0]
+    figures = (
+        _kendall(subset, full),
+        _pearson(subset, full),
+        best - chosen,
+        (subset - full).mean(axis=-1),
+    )
+    return _rounded(np.stack(figures, axis=-1))
+
+
+def _kendall(first: np.ndarray, second: np.ndarray) -> np.ndarray:
+    one, other = np.triu_indices(first.shape[-1], 1)
+    left = np.sign(first[..., one] - first[..., other])
+    right = np.sign(second[..., one] - second[..., other])
+    return _cosine(left, right)
+
+
+def _pearson(first: np.ndarray, second: np.ndarray) -> np.ndarray:
+    left, right = (one - one.mean(axis=-1, keepdims=True) for one in (first, second))
+    for centred, values in ((left, first), (right, second)):
+        centred[np.ptp(values, axis=-1) == 0] = 0  # whose mean may be rounded
+    return _cosine(left, right)
+
+
+def _cosine(left: np.ndarray, right: np.ndarray) -> np.ndarray:
+    """NaN where one of them is nought."""
+    lengths = np.sqrt((left**2).sum(axis=-1) * (right**2).sum(axis=-1))
+    with np.errstate(invalid="ignore"):
+        cosines: np.ndarray = ((left * right).sum(axis=-1) / lengths).clip(-1, 1)
+    return cosines
+
+
+def _draws(
+    sizes: Sequence[int], resamples: int, seed: int, n_checkpoints: int
+) -> Iterator[np.ndarray]:
+    """How often each query is drawn: blocks `(n, sum(sizes)) float64`, each size by itself."""
+    generator = np.random.default_rng(seed)
+    pairs = n_checkpoints * (n_checkpoints - 1) // 2
+    block = max(1, CELLS // max(sum(sizes), pairs, 1))
+    for start in range(0, resamples, block):
+        count = min(block, resamples - start)
+        yield np.hstack([_counts(generator, count, size) for size in sizes if size])
+
+
+def _counts(generator: np.random.Generator, count: int, size: int) -> np.ndarray:
+    drawn = generator.integers(0, size, (count, size)) + size * np.arange(count)[:, None]
+    counts = np.bincount(drawn.ravel(), minlength=count * size)
+    return counts.reshape(count, size).astype(np.float64)
+
+
+def _interval(drawn: np.ndarray) -> tuple[float, float]:
+    defined = drawn[~np.isnan(drawn)]
+    if not len(defined):
+        return math.nan, math.nan
+    low, high = np.quantile(defined, ((1 - CONFIDENCE) / 2, (1 + CONFIDENCE) / 2))
+    return float(low), float(high)
+
+
+def _rounded(values: np.ndarray) -> np.ndarray:
+    return values.round(DIGITS)

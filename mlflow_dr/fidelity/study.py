@@ -1,0 +1,257 @@
+"""A study of fidelity: every checkpoint once on the full corpus, and every subset read from it."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from mlflow_dr.collection.catalogue import open_collection
+from mlflow_dr.collection.interface import chosen_split
+from mlflow_dr.encoder.model import Encoder
+from mlflow_dr.encoder.whole import signature_of
+from mlflow_dr.engines.devices import resolve_device, resolve_dtype
+from mlflow_dr.errors import CheckpointError, UsageError
+from mlflow_dr.fidelity.agreement import RESAMPLES
+from mlflow_dr.fidelity.findings import TOLERANCE, Curve, Findings, findings_of
+from mlflow_dr.fidelity.kept import Kept
+from mlflow_dr.retrieval.measures import Measure
+from mlflow_dr.subsets.searching import CachedSearching
+from mlflow_dr.subsets.spec import FULL, Spec
+from mlflow_dr.subsets.subset import make_subset
+from mlflow_dr.tracking.checkpoints import Checkpoint
+from mlflow_dr.tracking.runs import TrackedRun
+from mlflow_dr.validation.binding import named_data, published_at
+from mlflow_dr.validation.evaluate import Prepared, Report, Settings, evaluate, evaluate_all
+from mlflow_dr.validation.jobs import fetched_encoder
+
+log = logging.getLogger(__name__)
+
+FEWEST = 3  # of two checkpoints, any subset has the order right every other time
+ENOUGH_SECONDS, ENOUGH_TIMES = 2.0, 3  # for a time that can be trusted
+
+
+@dataclass(frozen=True)
+class Study:
+    """What `mlflow-dr fidelity` was asked.
+
+    Attributes:
+        subsets: what is compared with the full corpus.
+        measure: by which checkpoints are ordered.
+        dataset: the collection; the run's own when None.
+        split: the queries; the run's own, or the development split, when None.
+        device: see `resolve_device`.
+        dtype: see `resolve_dtype`.
+        keep_own_id: keep a passage whose id is the query's id.
+        encoder_changes: what replaces what checkpoints say; see `load_encoder`.
+        steps: only the checkpoints of these steps; all when empty.
+        every: only steps that this divides.
+        tolerance: the regret that is accepted.
+        resamples: of the bootstrap.
+    """
+
+    subsets: tuple[Spec, ...]
+    measure: Measure
+    dataset: str | None = None
+    split: str | None = None
+    device: str = "auto"
+    dtype: str = "auto"
+    keep_own_id: bool = False
+    encoder_changes: Mapping[str, Any] = field(default_factory=dict)
+    steps: tuple[int, ...] = ()
+    every: int = 1
+    tolerance: float = TOLERANCE
+    resamples: int = RESAMPLES
+
+    def __post_init__(self) -> None:
+        slugs = [one.slug for one in self.subsets]
+        if not slugs:
+            raise UsageError("no subset to study; give --subset, once for each")
+        if "" in slugs:
+            raise UsageError("--subset full is what the others are compared with; leave it out")
+        if repeated := [one.shown for one in self.subsets if slugs.count(one.slug) > 1]:
+            raise UsageError(f"two subsets are called {repeated[0]!r}")
+
+
+def study(
+    checkpoints: Sequence[Checkpoint], asked: Study, run: TrackedRun | None = None
+) -> Findings:
+    """Measure checkpoints on the full corpus and on subsets, and compare.
+
+    The corpus is encoded once for each checkpoint, and every subset is read from that one pass.
+    Values are kept in the user's cache as they are found, so that the same study, or one with
+    another subset, goes on where it was interrupted. Seconds are measured on one checkpoint, the
+    last one, on which the full corpus and each subset are validated by themselves.
+
+    Args:
+        checkpoints: what is studied, by step; of one step the last.
+        asked: how.
+        run: says what is searched where `asked` does not, and what `encoder:step-N` is.
+
+    Raises:
+        UsageError: fewer than three checkpoints, no such step, an unknown dataset or subset.
+        DataError: the collection's files are damaged.
+    """
+    chosen = _chosen(checkpoints, asked)
+    device = resolve_device(asked.device)
+    dtype = resolve_dtype(asked.dtype, device)
+    settings = Settings((asked.measure,), None, str(device), dtype, asked.keep_own_id)
+    prepared = _prepared(asked, settings, run)
+    work = _Work(prepared, settings, asked)
+    skipped: dict[int, str] = {}
+    values: dict[int, list[np.ndarray]] = {}
+    for number, checkpoint in enumerate(chosen, start=1):
+        step = checkpoint.step
+        try:
+            values[step] = work.values(checkpoint)
+        except CheckpointError as error:
+            skipped[step] = str(error)
+            log.warning("step %d is passed over: %s", step, error)
+            continue
+        of_full = values[step][0].mean()
+        log.info(
+            "checkpoint %d of %d: step %d: %s %.4f on the full corpus",
+            *(number, len(chosen), step, asked.measure, of_full),
+        )
+    left = [one for one in chosen if one.step in values]
+    _check_count(len(left), f"{len(skipped)} could not be read")
+    seconds = work.seconds(left)
+    curves = [
+        Curve(
+            name=one.subset.spec.shown if one.subset else FULL,
+            slug=one.subset.spec.slug if one.subset else FULL,
+            passages=one.n_passages,
+            query_ids=tuple(one.topics.qrels),
+            values=np.array([of_step[place] for of_step in values.values()]),
+            seconds=seconds[place],
+        )
+        for place, one in enumerate(prepared)
+    ]
+    whole = prepared[0]
+    return findings_of(
+        str(asked.measure),
+        whole.collection.name,
+        whole.split,
+        list(values),
+        curves,
+        asked.tolerance,
+        skipped,
+        asked.resamples,
+    )
+
+
+class _Work:
+    """What is done to checkpoints, and what is known of them already."""
+
+    def __init__(self, prepared: Sequence[Prepared], settings: Settings, asked: Study) -> None:
+        self._prepared = prepared
+        self._settings = settings
+        self._changes = asked.encoder_changes
+        self._measure = str(asked.measure)
+        said = sorted(asked.encoder_changes.items())
+        common = (self._measure, settings.dtype, settings.keep_own_id, said)
+        self._kept = Kept([(*common, one.digest) for one in prepared])
+
+    def values(self, checkpoint: Checkpoint) -> list[np.ndarray]:
+        """Values of each query, of the full corpus and of each subset, `(n_queries,) float64`.
+
+        Raises:
+            CheckpointError: the checkpoint cannot be had, or gives NaN.
+        """
+        identity = _identity(checkpoint)
+        known = self._kept.values(identity)
+        missing = [place for place, values in enumerate(known) if values is None]
+        if missing:
+            pairs = [(self._prepared[place], self._settings) for place in missing]
+            reports = evaluate_all(fetched_encoder(checkpoint, self._changes), pairs)
+            for place, report in zip(missing, reports, strict=True):
+                known[place] = self._of_queries(report, self._prepared[place])
+            self._kept.keep(identity, known)
+        return [values for values in known if values is not None]
+
+    def seconds(self, checkpoints: Sequence[Checkpoint]) -> list[float]:
+        """What the full corpus and each subset cost by themselves, on the last checkpoint.
+
+        The first time is not counted: libraries are slower then. Times of a second or less are
+        taken several times, and the shortest counts.
+
+        Raises:
+            UsageError: none of the checkpoints can be read any more.
+        """
+        for checkpoint in reversed(checkpoints):
+            identity = f"{_identity(checkpoint)} on {self._settings.device}"
+            if known := self._kept.seconds(identity):
+                return known
+            try:
+                encoder = fetched_encoder(checkpoint, self._changes)
+            except CheckpointError as error:
+                log.warning("step %d cannot be timed: %s", checkpoint.step, error)
+                continue
+            log.info("timing the full corpus and each subset on step %d", checkpoint.step)
+            smallest = min(self._prepared, key=lambda one: one.n_passages)
+            evaluate(encoder, smallest, self._settings, quiet=True)
+            seconds = [self._shortest(encoder, one) for one in self._prepared]
+            self._kept.keep_seconds(identity, seconds)
+            return seconds
+        raise UsageError("none of the checkpoints can be read any more to be timed")
+
+    def _shortest(self, encoder: Encoder, prepared: Prepared) -> float:
+        start = time.perf_counter()
+        found: list[float] = []
+        while not found or (
+            len(found) < ENOUGH_TIMES and time.perf_counter() - start < ENOUGH_SECONDS
+        ):
+            found.append(evaluate(encoder, prepared, self._settings).seconds)
+        return min(found)
+
+    def _of_queries(self, report: Report, prepared: Prepared) -> np.ndarray:
+        per_query = report.per_query
+        return np.array([per_query[one][self._measure] for one in prepared.topics.qrels])
+
+
+def _chosen(checkpoints: Sequence[Checkpoint], asked: Study) -> list[Checkpoint]:
+    """Those that are asked for, by step, one of each."""
+    of_steps = {one.step: one for one in checkpoints}
+    if unknown := sorted(set(asked.steps) - set(of_steps)):
+        there = ", ".join(map(str, sorted(of_steps))) or "none"
+        raise UsageError(f"there is no checkpoint of step {unknown[0]}; there are {there}")
+    steps = sorted(asked.steps or of_steps)
+    chosen = [of_steps[step] for step in steps if step % asked.every == 0]
+    _check_count(len(chosen), f"of {len(of_steps)} that are whole")
+    return chosen
+
+
+def _check_count(count: int, about: str) -> None:
+    if count < FEWEST:
+        raise UsageError(f"{count} checkpoints to study ({about}); an order needs {FEWEST} or more")
+
+
+def _prepared(asked: Study, settings: Settings, run: TrackedRun | None) -> list[Prepared]:
+    """The full corpus, then each subset of it."""
+    dataset, split = asked.dataset, asked.split
+    if run is not None:
+        dataset, split = named_data(run, dataset, split)
+    if dataset is None:
+        raise UsageError("which collection? Give --dataset")
+    collection = open_collection(dataset)
+    whole = Prepared(collection, chosen_split(collection, split))
+    published = None if run is None else lambda step: published_at(run, step)
+    searching = CachedSearching(whole.corpus, settings.device, settings.dtype, published)
+    prepared = [whole]
+    for spec in asked.subsets:
+        subset = make_subset(spec, whole.corpus, whole.topics, searching)
+        log.info("%s: %d passages, %d queries", spec.shown, len(subset), len(subset.topics.queries))
+        prepared.append(Prepared(collection, whole.split, whole.searched, subset))
+    return prepared
+
+
+def _identity(checkpoint: Checkpoint) -> str:
+    """What is equal for equal weights."""
+    if checkpoint.manifest:
+        return checkpoint.manifest
+    return f"{checkpoint.directory} {signature_of(Path(checkpoint.directory))}"

@@ -1,0 +1,196 @@
+"""What is recommended, and how it is said, written and drawn."""
+
+import csv
+import math
+from collections.abc import Callable, Sequence
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+from matplotlib.text import Text
+
+from mlflow_dr.fidelity.findings import Curve, Findings, findings_of
+from mlflow_dr.fidelity.pictures import _apart, curves_figure, time_figure
+from mlflow_dr.fidelity.report import as_text, metrics_of, recommendation, write_files
+
+MakeCurve = Callable[..., Curve]
+MakeFindings = Callable[..., Findings]
+
+GOOD = (0.2, 0.4, 0.55, 0.5, 0.6)  # the full corpus's order
+CLOSE = (0.2, 0.4, 0.65, 0.5, 0.6)  # chooses step 300, which is 0.08 worse
+REVERSED = (0.6, 0.5, 0.45, 0.55, 0.2)
+CONSTANT = (0.5,) * 5
+
+
+def test_the_fastest_that_may_be_trusted_is_recommended(
+    make_curve: MakeCurve, make_findings: MakeFindings
+) -> None:
+    findings = make_findings(
+        make_curve("random:5", REVERSED, 0.1),
+        make_curve("bm25@1", CLOSE, 0.5),
+        make_curve("bm25@20", GOOD, 2.0),
+        make_curve("bm25@50", GOOD, 4.0),
+    )
+    assert [one.curve.name for one in findings.trusted] == ["bm25@20", "bm25@50"]
+    assert findings.recommended is findings.subsets[2]
+    words = recommendation(findings)
+    assert words.startswith("Validate on bm25@20: 20% of the full corpus's time (2.00 s instead ")
+    assert "chooses step 500, as the full corpus does (regret 0.0000 mrr@10)" in words
+    assert "tau 1.000" in words
+    assert "differ by +0.1060 from" in words
+    assert "refine" not in words
+
+
+def test_a_regret_within_the_tolerance_is_accepted(
+    make_curve: MakeCurve, make_findings: MakeFindings
+) -> None:
+    findings = make_findings(make_curve("bm25@1", CLOSE, 0.5), tolerance=0.08)
+    assert findings.recommended is findings.subsets[0]
+    assert "step 300, the full corpus step 500 (regret 0.0800 mrr@10)" in recommendation(findings)
+
+
+def test_a_regret_that_is_within_it_by_luck_is_said(
+    make_curve: MakeCurve, make_findings: MakeFindings
+) -> None:
+    subset = make_curve("bm25@1", GOOD)
+    subset.values[2, :2] += 0.6  # two queries speak for step 300
+    findings = make_findings(subset)
+    assert findings.subsets[0].agreement.regret.value == 0
+    words = recommendation(findings)
+    assert words.startswith("Validate on bm25@1")
+    assert "On other queries the regret might be 0.08" in words
+    assert "`--refine full@3` lets the full corpus decide" in words
+
+
+@pytest.mark.parametrize("means", [CLOSE, REVERSED, CONSTANT])
+def test_where_none_may_be_trusted_refining_is_advised(
+    means: Sequence[float], make_curve: MakeCurve, make_findings: MakeFindings
+) -> None:
+    findings = make_findings(make_curve("random:5", REVERSED), make_curve("bm25@1", means))
+    assert findings.recommended is None
+    words = recommendation(findings)
+    assert words.startswith("None of these subsets can be trusted")
+    if means is CLOSE:
+        assert "the best that bm25@1 finds (`--refine full@3`" in words
+
+
+def test_a_flat_curve_orders_nothing(make_curve: MakeCurve, make_findings: MakeFindings) -> None:
+    full = make_curve("full", CONSTANT, 10.0)
+    full.values[:] += np.random.default_rng(1).normal(scale=0.2, size=full.values.shape)
+    same = make_curve("bm25@20", full.means)
+    assert make_findings(same, full=full.means).recommended  # there all queries say the same
+    findings = findings_of("mrr@10", "sea", "dev", range(5), [full, same])
+    assert findings.subsets[0].agreement.regret.value == 0
+    assert findings.recommended is None
+    assert recommendation(findings).startswith("No order can be told: on the full corpus the ")
+
+
+def test_what_is_not_faster_is_not_recommended(
+    make_curve: MakeCurve, make_findings: MakeFindings
+) -> None:
+    findings = make_findings(make_curve("bm25@5000", GOOD, 10.5))
+    assert findings.trusted
+    assert findings.recommended is None
+    assert recommendation(findings).startswith("The full corpus: bm25@5000 can be trusted, but")
+
+
+def test_the_table_shows_figures_with_their_intervals(
+    make_curve: MakeCurve, make_findings: MakeFindings
+) -> None:
+    findings = make_findings(
+        make_curve("bm25@20", GOOD, 2.0),
+        make_curve("random:5", CONSTANT),
+        make_curve("full+queries:10", GOOD, 9.0, queries=10),
+    )
+    lines = as_text(findings).splitlines()
+    cells = [line.split() for line in lines]
+    assert cells[3] == ["full", "100", "30", "10.00", *"----", "step", "500"]
+    assert cells[4][:8] == ["bm25@20", "100", "30", "2.00", "1.000", "0.997", "0.0000", "+0.1060"]
+    assert cells[4][8:] == ["step", "500", "*"]
+    assert cells[5][:3] == ["1.000", "to", "1.000"]
+    assert cells[6][4:7] == ["-", "-", "0.4000"]
+    assert cells[8][:4] == ["full+queries:10", "100", "10", "9.00"]
+
+
+def test_metrics_are_those_that_are_defined(
+    make_curve: MakeCurve, make_findings: MakeFindings
+) -> None:
+    findings = make_findings(make_curve("bm25@20", GOOD, 2.0), make_curve("random:5", CONSTANT))
+    metrics = metrics_of(findings)
+    assert metrics["fidelity/full/seconds"] == 10
+    assert metrics["fidelity/bm25_at_20/tau"] == 1
+    assert metrics["fidelity/bm25_at_20/seconds"] == 2
+    assert {key for key in metrics if key.startswith("fidelity/random_5/")} == {
+        f"fidelity/random_5/{name}" for name in ("regret", "inflation", "seconds", "passages")
+    }
+
+
+def test_the_files_say_the_same(
+    make_curve: MakeCurve, make_findings: MakeFindings, tmp_path: Path
+) -> None:
+    findings = make_findings(
+        make_curve("bm25@20", GOOD, 2.0),
+        make_curve("random:5", CONSTANT),
+        make_curve("full+queries:10", GOOD, 9.0, queries=10),
+    )
+    files = write_files(findings, tmp_path / "study")
+    assert sorted(files) == sorted((tmp_path / "study").iterdir())
+    assert (tmp_path / "study/report.txt").read_text() == as_text(findings) + "\n"
+    with (tmp_path / "study/table.csv").open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert [row["subset"] for row in rows] == ["full", "bm25@20", "random:5", "full+queries:10"]
+    assert [row["recommended"] for row in rows] == ["", "yes", "", ""]
+    assert [row["tau"] for row in rows] == ["", "1.0", "", "1.0"]
+    assert float(rows[1]["pearson_low"]) == findings.subsets[0].agreement.pearson.low
+    values = pq.read_table(tmp_path / "study/values.parquet")
+    assert values.column_names == ["strategy", "step", "query_id", "value"]
+    assert len(values) == 5 * (3 * 30 + 10)
+    (found,) = [
+        row["value"]
+        for row in values.to_pylist()
+        if (row["strategy"], row["step"], row["query_id"]) == ("full+queries:10", 300, "q7")
+    ]
+    assert found == findings.subsets[2].curve.values[2, 7]
+    for name in ("curves.png", "time_against_fidelity.png"):
+        assert (tmp_path / "study" / name).read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.parametrize("figure", [curves_figure, time_figure])
+@pytest.mark.parametrize("slowest", [0.11, 9.0])
+def test_names_in_pictures_do_not_meet(
+    figure: Callable[[Findings], Any],
+    slowest: float,
+    make_curve: MakeCurve,
+    make_findings: MakeFindings,
+) -> None:
+    """Twelve curves that end at one point, some of them equally fast, and a name with dollars."""
+    subsets = [
+        make_curve(f"bm25@{number}", GOOD, 0.1 + slowest * (number // 2) / 6)
+        for number in range(11)
+    ]
+    drawn = figure(make_findings(*subsets, make_curve("encoder:a$b$c@10", CONSTANT)))
+    drawn.draw_without_rendering()
+    names = [text for text in drawn.axes[0].texts if text.get_text()]
+    assert len(names) == 13
+    boxes = [Text.get_window_extent(name) for name in names]
+    line = 10 / 72 * drawn.dpi  # the height of letters
+    if figure is curves_figure:
+        places = sorted((box.y0 + box.y1) / 2 for box in boxes)
+    else:  # names are turned by 40 degrees
+        places = sorted(math.sin(math.radians(40)) * box.x0 for box in boxes)
+    assert all(upper - lower >= line for lower, upper in pairwise(places))
+    right, top = drawn.bbox.max
+    for box in boxes:
+        assert 0 <= box.x0 < box.x1 <= right
+        assert 0 <= box.y0 < box.y1 <= top
+
+
+def test_what_lies_close_is_moved_apart() -> None:
+    places = np.array([5.0, 1.0, 5.0, 5.5, 90.0])
+    assert _apart(places, 10, -99, 99).tolist() == [-0.875, -10.875, 9.125, 19.125, 90]
+    assert _apart(places, 10, 0, 99).tolist() == [10, 0, 20, 30, 90]
+    assert _apart(places, 10, 0, 40).tolist() == [10, 0, 20, 30, 40]
+    assert _apart(np.array([30.0, 10.0]), 10, 0, 99).tolist() == [30, 10]

@@ -1,0 +1,297 @@
+"""Studies of tiny encoders over a small collection and a real store."""
+
+import re
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+from mlflow import MlflowClient
+from scipy import stats
+
+from mlflow_dr.cli import fidelity as cli
+from mlflow_dr.collection.beir import BeirFolder
+from mlflow_dr.encoder.directory import load_encoder, save_encoder
+from mlflow_dr.encoder.model import Encoder
+from mlflow_dr.errors import UsageError
+from mlflow_dr.fidelity import study as studying
+from mlflow_dr.fidelity.findings import Findings
+from mlflow_dr.fidelity.study import Study
+from mlflow_dr.retrieval import dense
+from mlflow_dr.retrieval.measures import parse_measures
+from mlflow_dr.subsets.spec import parse_spec
+from mlflow_dr.tracking.checkpoints import checkpoints_of, publish
+from mlflow_dr.tracking.directories import found_checkpoints
+from mlflow_dr.tracking.runs import TrackedRun
+from mlflow_dr.validation.evaluate import Prepared, Settings, evaluate
+
+SUBJECTS = ("gull", "ship", "otter", "storm", "ferry", "diver", "pilot", "star")
+PLACES = ("harbour", "wreck", "mast", "island", "channel", "horizon", "port")
+PASSAGES, QUERIES = 56, 8
+STEPS = (5, 10, 15, 20)
+SUBSETS = ("random:12", "bm25@2", "bm25@2+random:12", "full+queries:5")
+(MRR,) = parse_measures("mrr@10")
+
+
+@pytest.fixture
+def folder(beir_folder: Callable[..., Path]) -> Path:
+    corpus = {
+        f"{subject}-{place}": f"the {subject} at the {place} " * (1 + len(place) % 3)
+        for subject in SUBJECTS
+        for place in PLACES
+    }
+    queries = {one: f"which {one} is at the {PLACES[len(one) % 7]}" for one in SUBJECTS}
+    dev = {one: {f"{one}-{PLACES[len(one) % 7]}": 1} for one in SUBJECTS}
+    return beir_folder(corpus, queries, dev=dev)
+
+
+@pytest.fixture
+def output(make_tiny: Callable[..., Encoder], tmp_path: Path) -> Path:
+    """What a trainer has saved: encoders of other weights for each step."""
+    for step in STEPS:
+        encoder = make_tiny(seed=step, pooling="mean", normalize=True)
+        save_encoder(tmp_path / f"output/checkpoint-{step}", encoder)
+    return tmp_path / "output"
+
+
+@pytest.fixture
+def published(run: TrackedRun, output: Path, folder: Path) -> TrackedRun:
+    """A run that has published them."""
+    run.log_params({"dataset": str(folder), "validation_split": "dev"})
+    for step in STEPS:
+        publish(run, output / f"checkpoint-{step}", step)
+    return run
+
+
+@pytest.fixture
+def encoded(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """How many passages each pass over the corpus has encoded."""
+    counts: list[int] = []
+    real = dense.encode_batches
+
+    def counting(*args: Any, rows: np.ndarray | None = None, **more: Any) -> Any:
+        counts.append(PASSAGES if rows is None else len(rows))
+        return real(*args, rows=rows, **more)
+
+    monkeypatch.setattr(dense, "encode_batches", counting)
+    return counts
+
+
+@pytest.fixture
+def untimed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Seconds are not measured, so that only the study's own passes are counted."""
+    timed = lambda self, checkpoints: [float(10 - place) for place in range(len(self._prepared))]  # noqa: E731
+    monkeypatch.setattr(studying._Work, "seconds", timed)
+
+
+def asked(*subsets: str, **others: Any) -> Study:
+    specs = tuple(parse_spec(one, seed=1) for one in subsets or SUBSETS)
+    return Study(specs, MRR, **({"device": "cpu", "dtype": "fp32"} | others))
+
+
+def study(run: TrackedRun, *subsets: str, **others: Any) -> Findings:
+    return studying.study(checkpoints_of(run), asked(*subsets, **others), run)
+
+
+def called(*words: object) -> Any:
+    return cli.command.main([str(word) for word in words], "mlflow-dr", standalone_mode=False)
+
+
+def test_one_pass_over_the_corpus_for_each_checkpoint(
+    published: TrackedRun, encoded: list[int], untimed: None
+) -> None:
+    findings = study(published)
+    assert encoded == [PASSAGES] * len(STEPS)
+    assert findings.steps == STEPS
+    assert [one.curve.name for one in findings.subsets] == [
+        *("random:12, seed 1", "bm25@2", "bm25@2+random:12, seed 1", "full+queries:5, seed 1")
+    ]
+    assert [len(one.curve.query_ids) for one in findings.subsets] == [8, 8, 8, 5]
+
+
+def test_figures_are_those_of_separate_validations(
+    published: TrackedRun, output: Path, folder: Path
+) -> None:
+    findings = study(published, "random:12", "bm25@2", "full+queries:5")
+    settings = Settings((MRR,), device="cpu", dtype="fp32")
+    means = []
+    for place, step in enumerate(STEPS):
+        encoder = load_encoder(output / f"checkpoint-{step}")
+        report = evaluate(encoder, Prepared(BeirFolder(folder), "dev"), settings)
+        values = [report.per_query[one]["mrr@10"] for one in findings.full.query_ids]
+        assert findings.full.values[place] == pytest.approx(values)
+        means.append(report.measures["mrr@10"])
+    assert findings.full.means == pytest.approx(means)
+    for one in findings.subsets:
+        tau = stats.kendalltau(one.curve.means, means).statistic
+        assert one.agreement.tau.value == pytest.approx(tau)
+        pearson = stats.pearsonr(one.curve.means, means).statistic
+        assert one.agreement.pearson.value == pytest.approx(pearson)
+        chosen = list(one.curve.means).index(max(one.curve.means))
+        assert one.agreement.regret.value == pytest.approx(max(means) - means[chosen])
+    few = findings.subsets[2].curve
+    places = [findings.full.query_ids.index(one) for one in few.query_ids]
+    assert np.array_equal(few.values, findings.full.values[:, places])
+    smaller = (findings.subsets[0].curve.values >= findings.full.values).all()
+    assert smaller, "a subset's ranks are never worse"
+
+
+def test_seconds_are_each_strategys_own(published: TrackedRun, encoded: list[int]) -> None:
+    """The full corpus and each subset are timed by themselves, once for the same study."""
+    findings = study(published, "random:12", "bm25@2")
+    sizes = [findings.full.passages, *(one.curve.passages for one in findings.subsets)]
+    assert sizes[0] == PASSAGES
+    timed = encoded[len(STEPS) :]
+    assert timed[0] == min(sizes), "the first time does not count"
+    assert [size for size in sizes for _ in range(studying.ENOUGH_TIMES)] == timed[1:]
+    assert all(one.share == one.curve.seconds / findings.full.seconds for one in findings.subsets)
+    encoded.clear()
+    again = study(published, "random:12", "bm25@2")
+    assert encoded == []
+    assert again.full.seconds == findings.full.seconds
+
+
+def test_an_interrupted_study_goes_on(
+    published: TrackedRun, encoded: list[int], untimed: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = study(published)
+    shutil.rmtree(Path(published_cache()))
+    encoded.clear()
+    real = studying.evaluate_all
+
+    def interrupted(*args: Any) -> Any:
+        if len(encoded) == 2:
+            raise KeyboardInterrupt
+        return real(*args)
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(studying, "evaluate_all", interrupted)
+        study(published)
+    assert len(encoded) == 2
+    findings = study(published)
+    assert encoded == [PASSAGES] * len(STEPS)
+    assert np.array_equal(findings.full.values, whole.full.values)
+    assert [one.agreement for one in findings.subsets] == [one.agreement for one in whole.subsets]
+
+
+def published_cache() -> str:
+    from mlflow_dr.files import cache_dir
+
+    return str(cache_dir() / "fidelity")
+
+
+def test_another_subset_costs_its_own_passages_only(
+    published: TrackedRun, encoded: list[int], untimed: None
+) -> None:
+    study(published, "random:12")
+    encoded.clear()
+    findings = study(published, "random:12", "bm25@2")
+    assert encoded == [findings.subsets[1].curve.passages] * len(STEPS)
+    encoded.clear()
+    study(published, "random:12", "bm25@2", keep_own_id=True)
+    assert encoded == [PASSAGES] * len(STEPS), "another configuration has other values"
+
+
+def test_what_cannot_be_read_is_passed_over(
+    published: TrackedRun, client: MlflowClient, untimed: None, caplog: pytest.LogCaptureFixture
+) -> None:
+    broken = checkpoints_of(published)[1]
+    (Path(broken.location.removeprefix("file://")) / "model.safetensors").write_bytes(b"1")
+    findings = study(published)
+    assert findings.steps == (5, 15, 20)
+    assert list(findings.skipped) == [10]
+    assert "step 10 is passed over: " in caplog.text
+    with pytest.raises(UsageError, match=r"2 checkpoints to study .1 could not be read.; an order"):
+        study(published, steps=(5, 10, 15))
+
+
+@pytest.mark.parametrize(
+    ("subsets", "others", "message"),
+    [
+        (("full",), {}, "--subset full is what the others are compared with"),
+        (("random:3", "random:3"), {}, "two subsets are called 'random:3, seed 1'"),
+        (("random:3",), {"every": 10}, "2 checkpoints to study .of 4 that are whole."),
+        (("random:3",), {"steps": (5, 7)}, "no checkpoint of step 7; there are 5, 10, 15, 20"),
+        (("random:3",), {"dataset": "dmeo"}, "no dataset 'dmeo'"),
+        (("encoder:step-7@3",), {}, "has published no step 7"),
+    ],
+)
+def test_what_cannot_be_studied_is_refused(
+    subsets: tuple[str, ...], others: dict[str, Any], message: str, published: TrackedRun
+) -> None:
+    with pytest.raises(UsageError, match=message):
+        study(published, *subsets, **others)
+    with pytest.raises(UsageError, match="no subset to study"):
+        Study((), MRR)
+
+
+def test_a_checkpoint_of_the_run_and_a_ranking_make_subsets(
+    published: TrackedRun, untimed: None, tmp_path: Path
+) -> None:
+    lines = [
+        f"{one} {one}-{place} {-number}" for one in SUBJECTS for number, place in enumerate(PLACES)
+    ]
+    (tmp_path / "lines.tsv").write_text("".join(f"{line}.5\n" for line in lines))
+    findings = study(published, "encoder:step-20@2", f"rerank:{tmp_path}/lines.tsv@3")
+    assert [one.curve.slug for one in findings.subsets] == [
+        "encoder_step-20_at_2",
+        "rerank_lines_at_3",
+    ]
+    assert (findings.subsets[1].curve.values >= 0.25).all(), "each ranks four passages at most"
+
+
+def test_the_command_prints_logs_and_writes(
+    client: MlflowClient, published: TrackedRun, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ("--device", "cpu", "--dtype", "fp32", "--subset", "random:12", "bm25@2")
+    called("--run-id", published.id, *words, "--output", tmp_path / "study")
+    printed = capsys.readouterr().out
+    assert re.search(r"^full +56 +8 +\d+\.\d\d +- +- +- +- +step \d+$", printed, re.MULTILINE)
+    assert re.search(r"^bm25@2 +\d+ +8 +\d", printed, re.MULTILINE)
+    assert (tmp_path / "study/report.txt").read_text() == printed
+    metrics = published.fetch().data.metrics
+    assert metrics["fidelity/full/passages"] == PASSAGES
+    assert metrics["fidelity/random_12/passages"] >= 12
+    assert {"fidelity/bm25_at_2/regret", "fidelity/bm25_at_2/inflation"} <= set(metrics)
+    files = {one.path for one in client.list_artifacts(published.id, "fidelity")}
+    names = ("report.txt", "table.csv", "values.parquet", "curves.png", "time_against_fidelity.png")
+    assert files == {f"fidelity/{name}" for name in names}
+    fetched = client.download_artifacts(published.id, "fidelity/values.parquet", str(tmp_path))
+    assert pq.read_table(fetched) == pq.read_table(tmp_path / "study/values.parquet")
+
+
+def test_a_directory_needs_no_run(
+    folder: Path, output: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (output / "checkpoint-25").mkdir()
+    (output / "notes").mkdir()
+    words = ("--dataset", folder, "--device", "cpu", "--subset", "bm25@2", "--steps", 5, 10, 20)
+    called("--checkpoints-dir", output, *words, "--output", tmp_path / "study")
+    assert "3 checkpoints (steps 5 to 20) of 8 queries" in capsys.readouterr().out
+    assert (tmp_path / "study/curves.png").exists()
+    assert [one.step for one in found_checkpoints(output)] == list(STEPS)
+
+
+def test_nothing_is_logged_where_that_is_not_wanted(
+    client: MlflowClient, published: TrackedRun
+) -> None:
+    called("--run-id", published.id, "--no-log", "--device", "cpu", "--subset", "bm25@2")
+    assert not published.fetch().data.metrics
+    assert not client.list_artifacts(published.id, "fidelity")
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ([], "give --run-id or --checkpoints-dir"),
+        (["--checkpoints-dir", "."], "without a run, give --dataset"),
+        (["--run-id", "0", "--measure", "mrr@10 ndcg@10"], "one --measure orders the checkpoints"),
+        (["--run-id", "0"], "no subset to study"),
+    ],
+)
+def test_a_command_that_says_too_little(words: list[str], message: str) -> None:
+    with pytest.raises(Exception, match=message):
+        called(*words)
