@@ -5,30 +5,38 @@ from __future__ import annotations
 import errno
 import shutil
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 from urllib.parse import urlsplit
 
 from mlflow.artifacts import download_artifacts
 from mlflow.exceptions import MlflowException
+from mlflow.store.artifact.artifact_repository_registry import get_artifact_repository
 from mlflow.utils.file_utils import local_file_uri_to_path
 
 from mlflow_dr.encoder.whole import why_not_whole
 from mlflow_dr.errors import UnavailableError, UsageError
 from mlflow_dr.files import is_full, scratch, written_beside
+from mlflow_dr.tracking import mlmodel
 from mlflow_dr.tracking.checkpoints import PRUNED_TAG, Checkpoint
-from mlflow_dr.tracking.manifest import verify_manifest
+from mlflow_dr.tracking.manifest import MANIFEST, Manifest, read_manifest, verify_files
 
 NO_PART_OF_IT = shutil.ignore_patterns(
     *("optimizer*", "scheduler.pt", "scaler.pt", "rng_state*", "global_step*", ".*")
 )
+FILES_AT_ONCE = 8
 
 
 @contextmanager
-def fetched(checkpoint: Checkpoint) -> Iterator[Path]:
+def fetched(checkpoint: Checkpoint, whole: bool = False) -> Iterator[Path]:
     """The checkpoint's directory on this machine, verified; removed afterwards if it was copied.
 
     One that was found in a directory is copied, because its trainer may remove it meanwhile.
+
+    Args:
+        checkpoint: which.
+        whole: also the files by which MLflow alone knows it, which no encoder needs.
 
     Raises:
         CheckpointError: it cannot be had, or its bytes are not those that were published.
@@ -39,7 +47,7 @@ def fetched(checkpoint: Checkpoint) -> Iterator[Path]:
         raise UnavailableError(f"models:/{checkpoint.model_id}: its files were removed ({when})")
     with scratch() as room:
         try:
-            directory = _had(checkpoint, room)
+            directory = _had(checkpoint, room, whole)
         except (MlflowException, OSError) as error:
             if is_full(error, room.parent):
                 message = "the disk is full; TMPDIR names a directory on another one"
@@ -47,7 +55,7 @@ def fetched(checkpoint: Checkpoint) -> Iterator[Path]:
             reason = " ".join(str(error).split())[:300]
             raise UnavailableError(f"cannot be downloaded: {reason}") from error
         if checkpoint.manifest:
-            verify_manifest(directory, checkpoint.manifest)
+            verify_files(directory, _listed(directory, checkpoint, whole))
         elif checkpoint.directory and (reason := why_not_whole(directory)):
             raise UnavailableError(f"{checkpoint.directory}: {reason}")
         yield directory
@@ -68,16 +76,33 @@ def download(checkpoint: Checkpoint, directory: Path) -> None:
             f"the files of {checkpoint.uri} (step {checkpoint.step}) were removed; its figures are "
             "all that is left"
         )
-    with fetched(checkpoint) as files, written_beside(directory.absolute()) as partial:
+    with fetched(checkpoint, whole=True) as files, written_beside(directory.absolute()) as partial:
         shutil.copytree(files, partial)
 
 
-def _had(checkpoint: Checkpoint, room: Path) -> Path:
+def _had(checkpoint: Checkpoint, room: Path, whole: bool) -> Path:
     if checkpoint.directory:
         return Path(shutil.copytree(checkpoint.directory, room, ignore=NO_PART_OF_IT))
-    return _local(checkpoint.location) or Path(
-        download_artifacts(artifact_uri=checkpoint.location, dst_path=str(room))
-    )
+    if here := _local(checkpoint.location):
+        return here
+    if not checkpoint.manifest:
+        return Path(download_artifacts(artifact_uri=checkpoint.location, dst_path=str(room)))
+    # by the manifest: to ask what there is takes a request for each directory
+    room.mkdir()
+    store = get_artifact_repository(checkpoint.location)
+    store._download_file(MANIFEST, str(room / MANIFEST))
+    names = list(_listed(room, checkpoint, whole))
+    for parent in {(room / name).parent for name in names}:
+        parent.mkdir(parents=True, exist_ok=True)
+    with ThreadPoolExecutor(FILES_AT_ONCE) as pool:
+        list(pool.map(lambda name: store._download_file(name, str(room / name)), names))
+    return room
+
+
+def _listed(directory: Path, checkpoint: Checkpoint, whole: bool) -> Manifest:
+    """What the manifest says of the files that are wanted."""
+    listed = read_manifest(directory, checkpoint.manifest)
+    return {name: said for name, said in listed.items() if whole or name not in mlmodel.FILES}
 
 
 def _local(location: str) -> Path | None:

@@ -22,6 +22,7 @@ from mlflow_dr.tracking.runs import TrackedRun, check_alive, find_run, is_over
 log = logging.getLogger(__name__)
 
 SECONDS_BETWEEN_FULL_LOOKS = 600.0
+SECONDS_BETWEEN_STATES = 30.0
 
 
 class Look(NamedTuple):
@@ -29,11 +30,11 @@ class Look(NamedTuple):
 
     Attributes:
         checkpoints: all, by step; those that are settled as they were seen last.
-        over: whether nothing will be added.
+        over: whether nothing will be added; None where that was not asked.
     """
 
     checkpoints: list[Checkpoint]
-    over: bool
+    over: bool | None
 
 
 class Followed(Protocol):
@@ -57,7 +58,7 @@ class Followed(Protocol):
 
 
 class FollowedRun:
-    """One run; a look costs two requests.
+    """One run; a look costs two requests, and one while there is something to do.
 
     Args:
         run: which.
@@ -70,6 +71,7 @@ class FollowedRun:
         self.name = f"run {run.id}"
         self.run = self._run = run
         self._list = Unsettled(run.client, run.experiment_id, run.id)
+        self._ask_at = 0.0
 
     def look(self) -> Look:
         """See what there is now.
@@ -77,9 +79,12 @@ class FollowedRun:
         Raises:
             TrackingError: the server does not answer, or the run was deleted.
         """
+        if self._list.has_open and time.monotonic() < self._ask_at:
+            return Look(self._list.look(), over=None)  # that matters when nothing is left
         # the end is read before the checkpoints, so that none published in between is missed
         state = self._run.fetch()
         check_alive(state)
+        self._ask_at = time.monotonic() + SECONDS_BETWEEN_STATES
         return Look(self._list.look(), is_over(state))
 
     def settle(self, checkpoint: Checkpoint) -> None:
@@ -168,6 +173,11 @@ class Unsettled:
         self._known: dict[str, Checkpoint] = {}
         self._settled: set[str] = set()
         self._full_look_at = -float("inf")
+
+    @property
+    def has_open(self) -> bool:
+        """Whether something READY was not settled at the last look."""
+        return any(one.ready and key not in self._settled for key, one in self._known.items())
 
     def look(self) -> list[Checkpoint]:
         """All that are known, by step, as they are now or were when they were settled."""

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import json
-from pathlib import Path
+from pathlib import Path, PurePosixPath
+from typing import Any
 
 from mlflow_dr.errors import CheckpointError
 from mlflow_dr.files import file_sha256
 
 MANIFEST = "manifest.json"
+
+Manifest = dict[str, dict[str, Any]]
+"""file name -> `bytes`, `sha256`."""
 
 
 def write_manifest(directory: Path) -> str:
@@ -32,12 +36,34 @@ def verify_manifest(directory: Path, digest: str) -> None:
     Raises:
         CheckpointError: a file is missing or its bytes are not those that were published.
     """
+    verify_files(directory, read_manifest(directory, digest))
+
+
+def read_manifest(directory: Path, digest: str) -> Manifest:
+    """The files that a directory's manifest lists, the manifest compared with its digest.
+
+    Raises:
+        CheckpointError: it is missing, another one, or names a file outside the directory.
+    """
     manifest = directory / MANIFEST
     if not manifest.is_file():
         raise CheckpointError(f"{MANIFEST} is missing: the checkpoint was not published whole")
     if file_sha256(manifest) != digest:
         raise CheckpointError(f"{MANIFEST} is not the one that was published (SHA-256 differs)")
-    for name, expected in json.loads(manifest.read_text(encoding="utf-8")).items():
+    files: Manifest = json.loads(manifest.read_text(encoding="utf-8"))
+    for name in files:
+        if PurePosixPath(name).is_absolute() or ".." in PurePosixPath(name).parts:
+            raise CheckpointError(f"{MANIFEST} names {name!r}, which is outside the checkpoint")
+    return files
+
+
+def verify_files(directory: Path, files: Manifest) -> None:
+    """Compare files with what a manifest says of them.
+
+    Raises:
+        CheckpointError: a file is missing or its bytes are not those that were published.
+    """
+    for name, expected in files.items():
         path = directory / name
         if not path.is_file():
             raise CheckpointError(f"{name} is missing from the checkpoint")

@@ -27,6 +27,7 @@ MLMODEL = "MLmodel"
 REQUIREMENTS = "requirements.txt"
 PYTHON_ENV = "python_env.yaml"
 CONDA_ENV = "conda.yaml"
+FILES = frozenset((MLMODEL, REQUIREMENTS, PYTHON_ENV, CONDA_ENV))
 LOADER = "mlflow_dr.pyfunc"
 # beside our own package: what the vectors depend on
 PACKAGES = ("mlflow", "torch", "transformers")

@@ -67,6 +67,11 @@ class Choice:
         return any(self._waiting.values())
 
     @property
+    def has_free(self) -> bool:
+        """Whether there is something left that nobody is at, as far as is known."""
+        return any(self._free.values())
+
+    @property
     def is_stale(self) -> bool:
         """Whether others have taken what the last look showed as free."""
         return self._lost >= LOST_TO_LOOK_AGAIN

@@ -36,6 +36,7 @@ from mlflow_dr.validation.policies import Policies
 
 log = logging.getLogger(__name__)
 
+SECONDS_BETWEEN_NOTES = 10.0  # while there is work
 SHARE_OF_LOOKS = 0.02  # of a validator's time at most, while there is work
 
 
@@ -104,6 +105,7 @@ class _Worker:
     def run(self) -> Counts:
         if self._followed.run is not None:
             self._bind_ahead(self._followed.run)
+        note_at = -float("inf")
         while True:
             start = time.monotonic()
             look = self._patiently(self._followed.look)
@@ -113,7 +115,9 @@ class _Worker:
                 continue
             for one in self._choice.see(look):
                 self._followed.settle(one)
-            self._patiently(partial(self._note, look))
+            if start >= note_at or not self._choice.has_free:
+                self._patiently(partial(self._note, look))
+                note_at = start + SECONDS_BETWEEN_NOTES
             found, bound_before = False, set(self._bound)
             while job := self._patiently(self._claimed):
                 found = True
@@ -123,6 +127,8 @@ class _Worker:
                     break
             if found or self._choice.is_stale or self._bound.keys() > bound_before:
                 continue
+            if self._plan.follow and look.over is None and not self._choice.is_waiting:
+                continue  # nothing is left, so it is asked whether that is all
             if not self._plan.follow or (look.over and not self._choice.is_waiting):
                 break
             self._sleep(self._plan.poll_seconds)

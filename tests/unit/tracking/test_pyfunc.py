@@ -155,7 +155,7 @@ def test_the_description_is_verified_like_every_file(run: TrackedRun, directory:
     checkpoint = checkpoint_by_id(run.client, publish(run, directory, 1))
     with fetched(checkpoint) as place:
         (place / "MLmodel").write_text("loader_module: os")
-    with pytest.raises(CheckpointError, match="MLmodel has"), fetched(checkpoint):
+    with pytest.raises(CheckpointError, match="MLmodel has"), fetched(checkpoint, whole=True):
         pass
 
 
