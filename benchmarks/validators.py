@@ -13,6 +13,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable, Sequence
+from functools import wraps
 from itertools import pairwise
 from multiprocessing import get_context
 from pathlib import Path
@@ -21,11 +22,13 @@ from unittest import mock
 
 import click
 from mlflow import MlflowClient
+from requests import Session
 
 from benchmarks.machine import machine
 from benchmarks.server import Server
 from mlflow_dr.collection.catalogue import open_collection
 from mlflow_dr.retrieval.measures import parse_measures
+from mlflow_dr.tracking import fetching
 from mlflow_dr.tracking.checkpoints import checkpoints_of, publish
 from mlflow_dr.tracking.claims import Claims
 from mlflow_dr.tracking.client import connect
@@ -37,6 +40,7 @@ from mlflow_dr.validation.evaluate import Report, Settings
 from mlflow_dr.validation.order import Order
 from mlflow_dr.validation.plan import Plan, Validation
 from mlflow_dr.validation.watch import watch
+from mlflow_dr.validation.writing import Writing
 
 COLLECTION = Path(__file__).parents[1] / "examples" / "sea"
 VALIDATION = Validation(Settings(parse_measures("mrr@10"), device="cpu", dtype="fp32"))
@@ -122,30 +126,68 @@ def begun_after(client: MlflowClient, directory: Path, poll_seconds: float, coun
     return max(claimed[step] - ready[step] for step in ready)
 
 
+class Traffic:
+    """Seconds that threads are held up by: requests, downloads, writing that is waited for."""
+
+    def __init__(self) -> None:
+        self.seconds: dict[int, float] = {}
+        self._inside = threading.local()
+
+    def timed(self, function: Callable[..., Any]) -> Callable[..., Any]:
+        """The function, whose time counts; within another one that counts it does not."""
+
+        @wraps(function)
+        def wrapped(*args: Any, **options: Any) -> Any:
+            if getattr(self._inside, "counting", False):
+                return function(*args, **options)
+            self._inside.counting, start = True, time.perf_counter()
+            try:
+                return function(*args, **options)
+            finally:
+                self._inside.counting = False
+                spent, me = time.perf_counter() - start, threading.get_ident()
+                self.seconds[me] = self.seconds.get(me, 0.0) + spent
+
+        return wrapped
+
+
 def share_of_traffic(
     client: MlflowClient, directory: Path, count: int, validators: int
-) -> tuple[float, int]:
-    """The share of the validators' time that is not evaluation; and evaluations done twice."""
+) -> tuple[float, float, int]:
+    """The share of the validators' time that traffic holds them up, and that is not evaluation.
+
+    The latter has their start and their end, when one waits for the last of the others.
+
+    Returns:
+        Both shares, and how many evaluations were done twice.
+    """
     run = new_run(client)
     published(run, range(count), directory)
     client.set_terminated(run.id)
-    results: list[tuple[float, int]] = []
+    traffic = Traffic()
+    results: list[tuple[float, int, float]] = []
 
     def work() -> None:
         start = time.perf_counter()
         done = watch(FollowedRun(run), Plan((VALIDATION,))).done
-        results.append((time.perf_counter() - start, done))
+        held_up = traffic.seconds.get(threading.get_ident(), 0.0)
+        results.append((time.perf_counter() - start, done, held_up))
 
-    threads = [threading.Thread(target=work) for _ in range(validators)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    evaluated = sum(done for _, done in results)
-    # the last look, when others are still at their last checkpoint, is a wait and no traffic
-    busy = max(seconds for seconds, _ in results) * validators
+    with (
+        mock.patch.object(Session, "request", traffic.timed(Session.request)),
+        mock.patch.object(fetching, "_had", traffic.timed(fetching._had)),
+        mock.patch.object(Writing, "wait", traffic.timed(Writing.wait)),
+    ):
+        threads = [threading.Thread(target=work) for _ in range(validators)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+    evaluated = sum(done for _, done, _ in results)
+    busy = max(seconds for seconds, _, _ in results) * validators
+    held_up = sum(seconds for _, _, seconds in results)
     assert len(checkpoints_of(run)) == count
-    return 1 - evaluated / busy, evaluated - count
+    return held_up / busy, 1 - evaluated / busy, evaluated - count
 
 
 def covers_evenly(
@@ -209,10 +251,11 @@ def main(checkpoints: int, validators: int, poll_seconds: float) -> None:
             seconds = begun_after(client, directory, poll_seconds, count=10)
         print(f"READY to claimed, polling every {poll_seconds} s: at most {seconds:.2f} s")
         with mock.patch.object(jobs, "evaluate_all", waiting(1.0)):
-            share, twice = share_of_traffic(client, directory, checkpoints, validators)
+            held_up, other, twice = share_of_traffic(client, directory, checkpoints, validators)
         print(
-            f"{validators} validators, {checkpoints} checkpoints of one second: "
-            f"{100 * share:.1f} % of the time is not evaluation; {twice} done twice"
+            f"{validators} validators, {checkpoints} checkpoints of one second: held up by traffic "
+            f"{100 * held_up:.1f} % of the time, not evaluating {100 * other:.1f} %; {twice} done "
+            "twice"
         )
         with mock.patch.object(jobs, "evaluate_all", waiting(SLOW)):
             for number in (1, 2):

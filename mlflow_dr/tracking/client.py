@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from urllib.parse import urlsplit
@@ -23,6 +24,7 @@ RETRIES = "MLFLOW_HTTP_REQUEST_MAX_RETRIES"
 FEW_RETRIES = "2"
 AT_ONCE = {"MLFLOW_HTTP_REQUEST_TIMEOUT": "10", RETRIES: "0"}
 _set_by_us: set[str] = set()
+_one_at_a_time = threading.RLock()  # they change the process's environment
 
 
 def tracking_uri() -> str:
@@ -99,17 +101,18 @@ def tracking_errors(doing: str) -> Iterator[None]:
 @contextmanager
 def _impatient() -> Iterator[None]:
     """Requests of MLflow's that fail within seconds, where the user has not set how long to try."""
-    before = {key: os.environ.get(key) for key in AT_ONCE}
-    free = [key for key, value in before.items() if value is None or key in _set_by_us]
-    os.environ.update({key: AT_ONCE[key] for key in free})
-    try:
-        yield
-    finally:
-        for key in free:
-            if (value := before[key]) is None:
-                del os.environ[key]
-            else:
-                os.environ[key] = value
+    with _one_at_a_time:
+        before = {key: os.environ.get(key) for key in AT_ONCE}
+        free = [key for key, value in before.items() if value is None or key in _set_by_us]
+        os.environ.update({key: AT_ONCE[key] for key in free})
+        try:
+            yield
+        finally:
+            for key in free:
+                if (value := before[key]) is None:
+                    del os.environ[key]
+                else:
+                    os.environ[key] = value
 
 
 def _refusal(error: Exception) -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -46,6 +46,13 @@ class Job(NamedTuple):
     bound: Sequence[Bound]
 
 
+class Found(NamedTuple):
+    """What came of the validations of a job; nothing of those that are put off."""
+
+    job: Job
+    outcomes: Sequence[tuple[Bound, Outcome]]
+
+
 class Jobs:
     """Does one job after another.
 
@@ -64,26 +71,34 @@ class Jobs:
         self._patiently = patiently
         self._clock = clock
 
-    def do(self, job: Job) -> Iterator[tuple[str, State]]:
-        """What becomes of each validation of a job, as it does; nothing of one that is put off.
+    def evaluated(self, job: Job) -> Found:
+        """Fetch the checkpoint and evaluate it, where that was not done before.
 
         Raises:
             OSError: the disk is full.
-            TrackingError: the server refuses what it is told.
         """
         start = time.monotonic()
-        left: list[Bound] = []
-        for one in job.bound:
-            if state_of(job.checkpoint, one.name) is State.RECORDED:
-                yield one.name, self._written(job, one, None)
-            else:
-                left.append(one)
+        recorded = [
+            one for one in job.bound if state_of(job.checkpoint, one.name) is State.RECORDED
+        ]
+        left = [one for one in job.bound if one not in recorded]
         outcomes = self._evaluated(job, left) if left else []
-        for one, outcome in zip(left, outcomes, strict=False):
-            yield one.name, self._written(job, one, outcome)
         reports = [one for one in outcomes if isinstance(one, Report)]
         if reports:
             self.speed = Speed.of(reports[0], time.monotonic() - start)
+        nothing: list[tuple[Bound, Outcome]] = [(one, None) for one in recorded]
+        return Found(job, [*nothing, *zip(left, outcomes, strict=False)])
+
+    def written(self, found: Found) -> dict[str, State]:
+        """Record what was found; what has become of each validation, nothing of one put off.
+
+        Raises:
+            TrackingError: the server refuses what it is told.
+        """
+        return {
+            bound.name: self._written(found.job, bound, outcome)
+            for bound, outcome in found.outcomes
+        }
 
     def _evaluated(self, job: Job, bound: Sequence[Bound]) -> Sequence[Outcome]:
         """A report of each validation, or why there is none; nothing where it is put off."""

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 
@@ -33,11 +34,13 @@ from mlflow_dr.validation.jobs import Job, Jobs
 from mlflow_dr.validation.pace import Pacer
 from mlflow_dr.validation.plan import Plan
 from mlflow_dr.validation.policies import Policies
+from mlflow_dr.validation.writing import Writing
 
 log = logging.getLogger(__name__)
 
+SECONDS_TO_WRITE = 5.0  # when it is to end at once
 SECONDS_BETWEEN_NOTES = 10.0  # while there is work
-SHARE_OF_LOOKS = 0.02  # of a validator's time at most, while there is work
+SHARE_OF_LOOKS = 0.01  # of a validator's time at most, while there is work
 
 
 @dataclass
@@ -74,7 +77,7 @@ def watch(
     try:
         return worker.run()
     finally:
-        worker.claims.close()
+        worker.close()
 
 
 class _Worker:
@@ -101,12 +104,14 @@ class _Worker:
         self._policies = Policies(plan.wishes)
         self._noted: dict[str, dict[str, str]] = {}
         self._counts = Counts()
+        self._writing: Writing | None = None
 
     def run(self) -> Counts:
         if self._followed.run is not None:
             self._bind_ahead(self._followed.run)
         note_at = -float("inf")
         while True:
+            self._finish()
             start = time.monotonic()
             look = self._patiently(self._followed.look)
             next_look = time.monotonic() + self._seconds_to_work(time.monotonic() - start)
@@ -192,19 +197,41 @@ class _Worker:
         return None
 
     def _work(self, job: Job) -> None:
-        """Do what was claimed, and give back what is not done: because of an error, or failed."""
-        checkpoint = job.checkpoint
-        states: dict[str, State] = {}
+        """Evaluate what was claimed; its figures are written beside the next evaluation."""
         try:
-            states.update(self._jobs.do(job))
+            found = self._jobs.evaluated(job)
+        except BaseException:
+            self._ended(job, {})
+            raise
+        self._finish()
+        self._writing = Writing(found, self._jobs.written)
+
+    def _finish(self, seconds: float | None = None) -> None:
+        """Wait until the last figures are written, and give back what was not done."""
+        if self._writing is None:
+            return
+        try:
+            self._writing.wait(seconds)
         finally:
-            for one in job.bound:
-                state = states.get(one.name)
-                self.claims.drop(checkpoint, one.name, finished=state is State.DONE)
-                self._choice.ended(checkpoint, one.name, state)
+            writing, self._writing = self._writing, None
+            self._ended(writing.job, writing.states)
+
+    def _ended(self, job: Job, states: Mapping[str, State]) -> None:
+        for one in job.bound:
+            state = states.get(one.name)
+            self.claims.drop(job.checkpoint, one.name, finished=state is State.DONE)
+            self._choice.ended(job.checkpoint, one.name, state)
         failed = State.FAILED in states.values()
         self._counts.failed += failed
         self._counts.done += bool(states and not failed)
+
+    def close(self) -> None:
+        """Give everything back, at once but for what is being written."""
+        try:
+            with suppress(Exception):  # another error ends this validator
+                self._finish(SECONDS_TO_WRITE)
+        finally:
+            self.claims.close()
 
     def _bind_ahead(self, run: TrackedRun) -> None:
         """Open the collections before the first checkpoint is there, as soon as they are known."""
