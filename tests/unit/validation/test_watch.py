@@ -46,21 +46,6 @@ def folder(beir_folder: Callable[..., Path], texts: list[str]) -> Path:
     )
 
 
-@pytest.fixture
-def publishing(
-    run: TrackedRun, make_tiny: Callable[..., Encoder], tmp_path: Path, folder: Path
-) -> Callable[[int], str]:
-    """Publishes an encoder of other weights for each step."""
-    run.log_params({"dataset": str(folder), "validation_split": "dev"})
-
-    def publish_step(step: int) -> str:
-        directory = tmp_path / f"step-{step}"
-        save_encoder(directory, make_tiny(seed=step, pooling="mean", normalize=True))
-        return publish(run, directory, step)
-
-    return publish_step
-
-
 def watch(
     run: TrackedRun, *validations: Validation, sleep: Any = time.sleep, **plan: Any
 ) -> Counts:

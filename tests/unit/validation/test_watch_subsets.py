@@ -10,7 +10,6 @@ import pyarrow.parquet as pq
 import pytest
 from mlflow import MlflowClient
 
-from mlflow_dr.encoder.directory import save_encoder
 from mlflow_dr.encoder.model import Encoder
 from mlflow_dr.errors import UsageError
 from mlflow_dr.retrieval.measures import parse_measures
@@ -35,20 +34,6 @@ def folder(beir_folder: Callable[..., Path], texts: list[str]) -> Path:
         {"q1": "who counts the ships", "q2": "what do the gulls follow", "q3": "the tide at noon"},
         dev={"q1": {"p0": 1}, "q2": {"p3": 1}, "q3": {"p5": 1}},
     )
-
-
-@pytest.fixture
-def publishing(
-    run: TrackedRun, make_tiny: Callable[..., Encoder], tmp_path: Path, folder: Path
-) -> Callable[[int], str]:
-    run.log_params({"dataset": str(folder), "validation_split": "dev"})
-
-    def publish_step(step: int) -> str:
-        directory = tmp_path / f"step-{step}"
-        save_encoder(directory, make_tiny(seed=step, pooling="mean", normalize=True))
-        return publish(run, directory, step)
-
-    return publish_step
 
 
 def plan(*subsets: str, refine: str = "", **more: Any) -> Plan:
