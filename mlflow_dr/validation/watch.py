@@ -109,7 +109,7 @@ class _Worker:
     def run(self) -> Counts:
         if self._followed.run is not None:
             self._bind_ahead(self._followed.run)
-        note_at = -float("inf")
+        note_at, asked = -float("inf"), False
         while True:
             self._finish()
             start = time.monotonic()
@@ -132,11 +132,13 @@ class _Worker:
                     break
             if found or self._choice.is_stale or self._bound.keys() > bound_before:
                 continue
-            if self._plan.follow and look.over is None and not self._choice.is_waiting:
-                continue  # nothing is left, so it is asked whether that is all
+            if look.over is None and not self._choice.is_waiting and not asked:
+                asked = True  # nothing is left: whether that is all is asked now, not after a wait
+                continue
             if not self._plan.follow or (look.over and not self._choice.is_waiting):
                 break
             self._sleep(self._plan.poll_seconds)
+            asked = False
         counts = self._counts
         log.info(
             "validated %d checkpoints of %s; %d failed",
