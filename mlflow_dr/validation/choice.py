@@ -18,7 +18,8 @@ from mlflow_dr.validation.order import in_order
 from mlflow_dr.validation.plan import Plan, Refines
 
 SECONDS_REMEMBERED = 120.0
-LOST_TO_LOOK_AGAIN = 2
+LOST_TO_LOOK_AGAIN = 2  # claims
+SECONDS_TO_LOSE = 0.1  # one
 CHOSEN_AMONG = 4  # checkpoints for each validator at work
 
 
@@ -59,6 +60,7 @@ class Choice:
         self._only: dict[str, Sequence[str]] = {}
         self._contenders: dict[str, set[str]] = {}
         self._served: dict[str, int] = defaultdict(int)
+        self._look_seconds = 0.0
         self._tried = self._lost = 0
 
     @property
@@ -74,15 +76,21 @@ class Choice:
     @property
     def is_stale(self) -> bool:
         """Whether others have taken what the last look showed as free."""
-        return self._lost >= LOST_TO_LOOK_AGAIN
+        return self._lost >= max(LOST_TO_LOOK_AGAIN, self._look_seconds / SECONDS_TO_LOSE)
 
     def waiting_of(self, run_id: str) -> list[Checkpoint]:
         """What remained to be done of a run at the last look, be it by others."""
         return self._waiting.get(run_id, [])
 
-    def see(self, look: Look) -> list[Checkpoint]:
-        """Take in what there is now; returns what nothing remains to be done for."""
+    def see(self, look: Look, seconds: float = 0.0) -> list[Checkpoint]:
+        """Take in what there is now; returns what nothing remains to be done for.
+
+        Args:
+            look: what there is.
+            seconds: what the look took; a dear one is worth some claims that are lost.
+        """
         self._look = look
+        self._look_seconds = seconds
         self._tried = self._lost = 0
         settled: list[Checkpoint] = []
         self._waiting = defaultdict(list)

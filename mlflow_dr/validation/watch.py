@@ -114,11 +114,12 @@ class _Worker:
             self._finish()
             start = time.monotonic()
             look = self._patiently(self._followed.look)
-            next_look = time.monotonic() + self._seconds_to_work(time.monotonic() - start)
+            took = time.monotonic() - start
+            next_look = time.monotonic() + self._seconds_to_work(took)
             if self._plan.keep_up and self._patiently(partial(self._keep_pace, look)):
                 self._followed.ask_again()
                 continue
-            for one in self._choice.see(look):
+            for one in self._choice.see(look, took):
                 self._followed.settle(one)
             if start >= note_at or not self._choice.has_free:
                 self._patiently(partial(self._note, look))

@@ -91,15 +91,17 @@ def test_it_goes_on_with_its_own_after_others_have_had_theirs() -> None:
     assert taken == sorted(taken)
 
 
-def test_after_two_losses_it_wants_another_look() -> None:
+@pytest.mark.parametrize(("seconds", "losses"), [(0.0, 2), (0.1, 2), (0.5, 5)])
+def test_after_some_losses_it_wants_another_look(seconds: float, losses: int) -> None:
+    """After two, or more where a look is dear."""
     there = [checkpoint(step) for step in range(10)]
     one = choice("b")
-    one.see(Look(there, over=False))
+    one.see(Look(there, over=False), seconds)
     tried = []
     for candidate, names in one.candidates():
         tried.append(candidate.step)
         one.tried(candidate, names, lost_to=replace(OWNER, token=f"c{candidate.step}"))
-    assert len(tried) == 2
+    assert len(tried) == losses
     assert one.is_stale
     one.see(Look(there, over=False))
     assert not one.is_stale
