@@ -170,13 +170,17 @@ def test_the_trainer_gives_the_pace(
 
 def test_the_pace_on_an_experiment(
     client: MlflowClient,
-    run: TrackedRun,
     publishing: Callable[[int], str],
+    folder: Path,
+    tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    name = "of one run"
+    run = TrackedRun(client, client.create_run(client.create_experiment(name)))
+    run.log_params({"dataset": str(folder), "validation_split": "dev"})
     for step in range(3):
         publishing(step)
+        publish(run, tmp_path / f"step-{step}", step)
     monkeypatch.setattr("mlflow_dr.validation.pace.publishing_interval", lambda _: 1e6)
-    name = client.get_experiment(run.experiment_id).name
     watch(FollowedExperiment(client, name), plan("random:1", "full", keep_up=True))
     assert steps(client, run, "val/mrr_at_10") == [0, 1, 2]
