@@ -21,7 +21,7 @@ demo: $(VENV)/.installed
 	@echo "the curves: make ui"
 
 test: $(VENV)/.installed-dev browser
-	python -m pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder
+	python -m pytest --numprocesses 2 --dist loadfile
 
 ui: $(VENV)/.installed
 	mlflow server --backend-store-uri sqlite:///mlflow.db --port 5000

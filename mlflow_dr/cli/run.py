@@ -40,7 +40,13 @@ from mlflow_dr.cli.options import (
 @keep_up
 @policy_options
 @click.option("--name", default="val", show_default=True, help="Prefixes the metrics.")
-@click.option("--poll-seconds", "--poll_seconds", type=click.FloatRange(min=0.05), default=2.0, show_default=True)
+@click.option(
+    "--poll-seconds",
+    "--poll_seconds",
+    type=click.FloatRange(min=0.05),
+    default=2.0,
+    show_default=True,
+)
 @click.option("--experiment-name", help="The experiment of a new run.")
 @tracking_uri
 @click.argument("trainer_flags", nargs=-1, type=click.UNPROCESSED)

@@ -130,13 +130,7 @@ class CollectionDataset(Dataset, PyFuncConvertibleDatasetMixin):
     @property
     def profile(self) -> dict[str, Any]:
         """Sizes."""
-        qrels = self.topics.qrels.values()
-        return {
-            "passages": len(self.corpus),
-            "queries": len(self.topics.queries),
-            "judgements": sum(len(judged) for judged in qrels),
-            "split": self.split,
-        }
+        return profile_of(len(self.corpus), self.topics, self.split)
 
     @property
     def schema(self) -> None:
@@ -211,6 +205,16 @@ def from_dense_retrieval(
     if isinstance(collection, str | Path):
         collection = open_collection(str(collection))
     return CollectionDataset(collection, chosen_split(collection, split), name, digest)
+
+
+def profile_of(passages: int, topics: "Topics", split: str) -> dict[str, Any]:
+    """Sizes of what is searched and asked; one for each digest, of which MLflow keeps the first."""
+    return {
+        "passages": passages,
+        "queries": len(topics.queries),
+        "judgements": sum(len(judged) for judged in topics.qrels.values()),
+        "split": split,
+    }
 
 
 def shown_name(collection: str) -> str:

@@ -16,7 +16,7 @@ from mlflow_dr.subsets.searching import CachedSearching
 from mlflow_dr.subsets.spec import Spec
 from mlflow_dr.subsets.subset import Subset, make_subset
 from mlflow_dr.tracking.checkpoints import checkpoints_of
-from mlflow_dr.tracking.datasets import shown_name
+from mlflow_dr.tracking.datasets import profile_of, shown_name
 from mlflow_dr.tracking.results import bind_name, known_config, refuse_other_config
 from mlflow_dr.tracking.runs import DATASET_PARAM, DATASET_TAG, SPLIT_PARAM, TrackedRun
 from mlflow_dr.tracking.subsets import log_subset
@@ -64,7 +64,7 @@ class Collections:
             f" ({prepared.subset.spec.shown})" if prepared.subset else "",
             *(settings.dtype, settings.device),
         )
-        profile = {"passages": passages, "queries": queries, "split": prepared.split}
+        profile = profile_of(passages, prepared.topics, prepared.split)
         if prepared.subset:
             about = _about(prepared.subset, dataset, prepared.split)
             profile |= {"subset": prepared.subset.spec.shown, "origins": prepared.subset.sizes}

@@ -238,7 +238,7 @@ def test_a_training_that_does_not_rise_ends_early(
     points: Callable,
 ) -> None:
     """On a subset, whose curve is shown; no measure rises by more than 1."""
-    flags = {**FOREVER, "publish_steps": 5, "per_device_train_batch_size": 8}
+    flags = {**FOREVER, "publish_steps": 40, "per_device_train_batch_size": 8}
     flags |= {"dataset": collection, "output_dir": tmp_path / "output", "poll_seconds": 0.2}
     flags |= {"subset": "random:50", "patience": 2, "min_delta": 1}
     words = [word for name, value in flags.items() for word in (f"--{name}", value)]

@@ -53,7 +53,8 @@ def test_points_name_the_collection_they_were_measured_on(
     assert json.loads(by_context["training"].profile) == {"examples": 240, "split": "train"}
     validated = by_context["validation val"]
     assert validated.name == str(collection)
-    assert json.loads(validated.profile) == {"passages": 300, "queries": 60, "split": "dev"}
+    sizes = {"passages": 300, "queries": 60, "judgements": 60}
+    assert json.loads(validated.profile) == {**sizes, "split": "dev"}
     for model in checkpoints(client, followed.run_id).values():
         for metric in client.get_logged_model(model.model_id).metrics:
             assert (metric.dataset_name, metric.dataset_digest) == (
