@@ -19,7 +19,7 @@ from mlflow_dr.engines.devices import DTYPES, resolve_device, resolve_dtype
 from mlflow_dr.files import digest_of
 from mlflow_dr.retrieval.dense import Search, search_all, wanted_rows
 from mlflow_dr.retrieval.measures import Measure, check_depth, mean_values, measure_ranking
-from mlflow_dr.retrieval.ranking import Ranking, named_ranking
+from mlflow_dr.retrieval.ranking import Found, Ranking, named_ranking
 from mlflow_dr.stores.token_table import TokenTable
 from mlflow_dr.subsets.subset import Subset
 
@@ -202,21 +202,24 @@ def evaluate_all(
         searched.tie_ranks,
         quiet=quiet,
     )
-    results = []
-    for (prepared, settings), depth, found in zip(asked, depths, founds, strict=True):
-        topics = prepared.topics
-        ranking = named_ranking(
-            topics.queries,
-            searched.corpus,
-            found.rows,
-            found.scores,
-            depth,
-            settings.keep_own_id,
-        )
-        results.append((measure_ranking(ranking, topics.qrels, settings.measures), ranking))
+    results = [
+        _measured(prepared, settings, depth, found)
+        for (prepared, settings), depth, found in zip(asked, depths, founds, strict=True)
+    ]
     seconds = time.perf_counter() - start
     passages = len(table) if rows is None else len(rows)
     return [
         Report(mean_values(per_query), per_query, ranking, seconds, passages, dtype)
         for per_query, ranking in results
     ]
+
+
+def _measured(
+    prepared: Prepared, settings: Settings, depth: int, found: Found
+) -> tuple[dict[str, dict[str, float]], Ranking]:
+    """The values of each query, and the ranking that they are of."""
+    topics = prepared.topics
+    ranking = named_ranking(
+        topics.queries, prepared.corpus, found.rows, found.scores, depth, settings.keep_own_id
+    )
+    return measure_ranking(ranking, topics.qrels, settings.measures), ranking
