@@ -9,6 +9,7 @@ import click
 
 from mlflow_dr.cli.options import (
     TakesSeveral,
+    check_one_set,
     encoder_options,
     evaluation_options,
     file_options,
@@ -50,8 +51,7 @@ def command(
     dataset, sets = given_dataset(dataset, candidate_dir, query_files, qrel_files)
     if dataset is None:
         raise click.UsageError("give --dataset, or --candidate-dir, --query-file and --qrel-file")
-    if len(sets) > 1 and not options["split"]:
-        raise click.UsageError(f"which query file? Choose one: --split {' or '.join(sets)}")
+    check_one_set(sets, options["split"])
     if len(subsets) > 1:
         raise click.UsageError("one --subset at a time; + joins several to one")
 

@@ -9,8 +9,10 @@ import click
 
 from mlflow_dr.cli.options import (
     TakesSeveral,
+    check_one_set,
     device,
     dtype,
+    encoder_changes,
     encoder_options,
     file_options,
     given_dataset,
@@ -99,8 +101,7 @@ def command(
     dataset, sets = given_dataset(dataset, candidate_dir, query_files, qrel_files)
     if not (run_id or dataset):
         raise click.UsageError("without a run, give --dataset")
-    if len(sets) > 1 and not options["split"]:
-        raise click.UsageError(f"which query file? Choose one: --split {' or '.join(sets)}")
+    check_one_set(sets, options["split"])
     asked = _asked(dataset, options["split"] or next(iter(sets), None), options)
 
     from mlflow_dr.fidelity.report import as_text, metrics_of, write_files
@@ -127,7 +128,6 @@ def command(
 
 
 def _asked(dataset: str | None, split: str | None, options: dict[str, Any]) -> Any:
-    from mlflow_dr.encoder.config import changes_of
     from mlflow_dr.fidelity.study import Study
     from mlflow_dr.retrieval.measures import parse_measures
     from mlflow_dr.subsets.spec import parse_spec
@@ -143,13 +143,7 @@ def _asked(dataset: str | None, split: str | None, options: dict[str, Any]) -> A
         device=options["device"],
         dtype=options["dtype"],
         keep_own_id=options["keep_own_id"],
-        encoder_changes=changes_of(
-            options["pooling"],
-            options["normalize"],
-            options["q_max_len"] or options["max_length"],
-            options["p_max_len"] or options["max_length"],
-            options["tokenizer"],
-        ),
+        encoder_changes=encoder_changes(options),
         steps=options["steps"],
         every=options["every"],
         tolerance=options["tolerance"],

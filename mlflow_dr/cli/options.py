@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -182,6 +182,19 @@ def policy_options(function: Callable[..., Any]) -> Callable[..., Any]:
     return function
 
 
+def encoder_changes(options: Mapping[str, Any]) -> dict[str, Any]:
+    """What the flags of `encoder_options` say about the encoder."""
+    from mlflow_dr.encoder.config import changes_of
+
+    return changes_of(
+        options["pooling"],
+        options["normalize"],
+        options["q_max_len"] or options["max_length"],
+        options["p_max_len"] or options["max_length"],
+        options["tokenizer"],
+    )
+
+
 def file_options(function: Callable[..., Any]) -> Callable[..., Any]:
     """A collection's files, as Asyncval takes them, instead of its name."""
     for option in (
@@ -225,3 +238,9 @@ def given_dataset(
 
     candidates = [candidate_dir] if candidate_dir else []
     return given_collection(dataset, (candidates, query_files, qrel_files), FILE_OPTIONS)
+
+
+def check_one_set(sets: Sequence[str], split: str | None) -> None:
+    """Refuse several query files where one is meant and no split says which."""
+    if len(sets) > 1 and not split:
+        raise click.UsageError(f"which query file? Choose one: --split {' or '.join(sets)}")

@@ -8,6 +8,7 @@ import click
 
 from mlflow_dr.cli.options import (
     TakesSeveral,
+    check_one_set,
     device,
     dtype,
     file_options,
@@ -69,8 +70,7 @@ def command(
         raise click.UsageError("give --dataset, or --candidate-dir, --query-file and --qrel-file")
     if len(subsets) != 1:
         raise click.UsageError("give one --subset; + joins several to one")
-    if len(sets) > 1 and not split:
-        raise click.UsageError(f"which query file? Choose one: --split {' or '.join(sets)}")
+    check_one_set(sets, split)
     if tokenizer and layout != "asyncval":
         raise click.UsageError("--tokenizer writes token ids, which --format asyncval alone holds")
 

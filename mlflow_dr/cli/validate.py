@@ -11,6 +11,7 @@ import click
 
 from mlflow_dr.cli.options import (
     TakesSeveral,
+    encoder_changes,
     encoder_options,
     evaluation_options,
     file_options,
@@ -172,7 +173,6 @@ def _plan(
     options: dict[str, Any],
 ) -> Any:
     from mlflow_dr.decisions.keep import parse_policy
-    from mlflow_dr.encoder.config import changes_of
     from mlflow_dr.engines.devices import resolve_device
     from mlflow_dr.retrieval.measures import check_depth, parse_measures
     from mlflow_dr.subsets.spec import parse_spec
@@ -210,12 +210,6 @@ def _plan(
         ),
         follow=options["follow"],
         poll_seconds=options["poll_seconds"],
-        encoder_changes=changes_of(
-            options["pooling"],
-            options["normalize"],
-            options["q_max_len"] or options["max_length"],
-            options["p_max_len"] or options["max_length"],
-            options["tokenizer"],
-        ),
+        encoder_changes=encoder_changes(options),
     )
     return plan if config is None else read_plan(config, plan, settings)

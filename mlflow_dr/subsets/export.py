@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -87,8 +86,7 @@ def _write_passages(
     subset: Subset,
     records: Callable[[Sequence[Passage]], Iterator[Mapping[str, Any]]],
 ) -> None:
-    with ExitStack() as ending:
-        bar = ending.enter_context(progress_bar(len(subset), "writing the subset", "passages"))
+    with progress_bar(len(subset), "writing the subset", "passages") as bar:
         for path, rows in zip(paths, np.array_split(subset.rows, len(paths)), strict=True):
             with path.open("wb") as file:
                 for start in range(0, len(rows), ROWS_PER_GROUP):
@@ -105,11 +103,7 @@ def _write_lines(path: Path, records: Iterator[Mapping[str, Any]]) -> None:
 
 
 def _write_qrels(room: Path, topics: Topics, split: str, layout: str) -> None:
-    path = (
-        room
-        / ("qrels" if layout == BEIR else "")
-        / (f"{split}.tsv" if layout == BEIR else f"qrels.{split}.tsv")
-    )
+    path = room / (f"qrels/{split}.tsv" if layout == BEIR else f"qrels.{split}.tsv")
     path.parent.mkdir(exist_ok=True)
     with path.open("w", encoding="utf-8") as file:
         if layout == BEIR:

@@ -56,7 +56,7 @@ class CachedSearching:
             return self._cached(("bm25",), Bm25Searcher, part.count, queries)
         with fetched_encoder(self._encoder_name(part)) as name:
             directory = encoder_directory(name)
-            identity = [f"{digest_of(*_weights(directory))}", self._dtype]
+            identity = [digest_of(*_weights(directory)), self._dtype]
             return self._cached(
                 identity,
                 lambda: DenseSearcher(load_encoder(directory), self._device, self._dtype),

@@ -115,7 +115,7 @@ def make_subset(spec: Spec, corpus: Corpus, topics: Topics, searching: Searching
         origins[_union(judged)] |= 1
         return Subset(spec, corpus, topics, rows, origins)
     parts = [
-        _drawn(len(corpus), part.count, spec.seed, corpus)
+        _drawn(corpus, part.count, spec.seed)
         if part.kind == RANDOM
         else _union(_tops(part, corpus, topics, searching))
         for part in spec.parts
@@ -134,11 +134,10 @@ def _drawn_topics(spec: Spec, topics: Topics) -> Topics:
     return Topics(queries, {query.id: topics.qrels[query.id] for query in queries})
 
 
-def _drawn(size: int, count: int, seed: int, corpus: Corpus) -> np.ndarray:
+def _drawn(corpus: Corpus, count: int, seed: int) -> np.ndarray:
     """Rows drawn by lot from those in the order of their ids."""
-    by_id = np.empty(size, np.int64)
-    by_id[corpus.tie_ranks()] = np.arange(size)
-    return by_id[np.random.default_rng(seed).permutation(size)[:count]]
+    by_id = np.argsort(corpus.tie_ranks())
+    return by_id[np.random.default_rng(seed).permutation(len(by_id))[:count]]
 
 
 def _judged_rows(spec: Spec, corpus: Corpus, topics: Topics) -> list[np.ndarray]:
