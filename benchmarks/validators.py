@@ -36,11 +36,11 @@ from mlflow_dr.tracking.following import FollowedRun
 from mlflow_dr.tracking.results import mark_failed
 from mlflow_dr.tracking.runs import TrackedRun, find_run
 from mlflow_dr.validation import jobs
+from mlflow_dr.validation.beside import Beside
 from mlflow_dr.validation.evaluate import Report, Settings
 from mlflow_dr.validation.order import Order
 from mlflow_dr.validation.plan import Plan, Validation
 from mlflow_dr.validation.watch import watch
-from mlflow_dr.validation.writing import Writing
 
 COLLECTION = Path(__file__).parents[1] / "examples" / "sea"
 VALIDATION = Validation(Settings(parse_measures("mrr@10"), device="cpu", dtype="fp32"))
@@ -176,7 +176,7 @@ def share_of_traffic(
     with (
         mock.patch.object(Session, "request", traffic.timed(Session.request)),
         mock.patch.object(fetching, "_had", traffic.timed(fetching._had)),
-        mock.patch.object(Writing, "wait", traffic.timed(Writing.wait)),
+        mock.patch.object(Beside, "wait", traffic.timed(Beside.wait)),
     ):
         threads = [threading.Thread(target=work) for _ in range(validators)]
         for thread in threads:

@@ -83,7 +83,8 @@ def written_beside(target: Path) -> Iterator[Path]:
 def scratch() -> Iterator[Path]:
     """A place for a fresh temporary directory, which is removed afterwards if it was made.
 
-    What killed processes have left behind is removed first: theirs is no longer locked.
+    What killed processes have left behind is removed first: theirs is no longer locked. It may be
+    made in one thread and left in another.
     """
     _sweep()
     with ExitStack() as ending:
@@ -91,7 +92,7 @@ def scratch() -> Iterator[Path]:
             name = tempfile.TemporaryDirectory(prefix=SCRATCH, ignore_cleanup_errors=True)
             room = Path(ending.enter_context(name))
             with suppress(FileNotFoundError):  # another process sweeps it before it is locked
-                ending.enter_context(FileLock(room / LOCK))
+                ending.enter_context(FileLock(room / LOCK, thread_local=False))
                 if (room / LOCK).exists():
                     break
         yield room / "files"

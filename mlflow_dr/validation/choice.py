@@ -74,6 +74,11 @@ class Choice:
         return any(self._free.values())
 
     @property
+    def has_plenty(self) -> bool:
+        """Whether more than one checkpoint for each validator at work is left."""
+        return sum(len(of_run) for of_run in self._free.values()) > self.validators
+
+    @property
     def is_stale(self) -> bool:
         """Whether others have taken what the last look showed as free."""
         return self._lost >= max(LOST_TO_LOOK_AGAIN, self._look_seconds / SECONDS_TO_LOSE)

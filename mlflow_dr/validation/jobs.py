@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -39,11 +40,55 @@ Outcome = Report | CheckpointError | None
 
 
 class Job(NamedTuple):
-    """A checkpoint, and the validations that this process has claimed of it."""
+    """A checkpoint, and the validations that this process has claimed of it.
+
+    Attributes:
+        checkpoint: which.
+        run: whose.
+        bound: the validations.
+        files: the checkpoint's, where they were fetched ahead.
+    """
 
     checkpoint: Checkpoint
     run: TrackedRun
     bound: Sequence[Bound]
+    files: Files | None = None
+
+    def with_files(self) -> Job:
+        """The same, its files fetched; without where they cannot be had now."""
+        try:
+            return self._replace(files=Files(self.checkpoint))
+        except (CheckpointError, OSError):
+            return self  # that is asked again, and told, when its turn comes
+
+    def drop_files(self) -> None:
+        """Remove what was fetched ahead."""
+        if self.files:
+            self.files.close()
+
+
+class Files:
+    """A checkpoint's files, had before their turn.
+
+    Args:
+        checkpoint: published, or found in a directory.
+
+    Attributes:
+        directory: where they are until they are closed.
+
+    Raises:
+        CheckpointError: they cannot be had.
+        OSError: the disk is full.
+    """
+
+    def __init__(self, checkpoint: Checkpoint) -> None:
+        with ExitStack() as ending:
+            self.directory: Path = ending.enter_context(fetched(checkpoint))
+            self._ending = ending.pop_all()
+
+    def close(self) -> None:
+        """Remove them, if they were copied."""
+        self._ending.close()
 
 
 class Found(NamedTuple):
@@ -63,10 +108,12 @@ class Jobs:
 
     Attributes:
         speed: how fast the last evaluation was; None before the first.
+        seconds: what the last job took; None before the first.
     """
 
     def __init__(self, plan: Plan, patiently: Patience, clock: ServerClock) -> None:
         self.speed: Speed | None = None
+        self.seconds: float | None = None
         self._plan = plan
         self._patiently = patiently
         self._clock = clock
@@ -83,9 +130,10 @@ class Jobs:
         ]
         left = [one for one in job.bound if one not in recorded]
         outcomes = self._evaluated(job, left) if left else []
+        self.seconds = time.monotonic() - start
         reports = [one for one in outcomes if isinstance(one, Report)]
         if reports:
-            self.speed = Speed.of(reports[0], time.monotonic() - start)
+            self.speed = Speed.of(reports[0], self.seconds)
         nothing: list[tuple[Bound, Outcome]] = [(one, None) for one in recorded]
         return Found(job, [*nothing, *zip(left, outcomes, strict=False)])
 
@@ -103,8 +151,7 @@ class Jobs:
     def _evaluated(self, job: Job, bound: Sequence[Bound]) -> Sequence[Outcome]:
         """A report of each validation, or why there is none; nothing where it is put off."""
         try:
-            fetch = partial(fetched_encoder, job.checkpoint, self._plan.encoder_changes)
-            encoder = self._patiently(fetch, UnavailableError)
+            encoder = self._encoder(job)
             return evaluate_all(encoder, [(one.prepared, one.settings) for one in bound])
         except CheckpointError as error:
             now = self._patiently(
@@ -118,6 +165,15 @@ class Jobs:
                 log.warning("step %d is passed over: %s", job.checkpoint.step, error)
                 return []
             return [error] * len(bound)
+
+    def _encoder(self, job: Job) -> Encoder:
+        changes = self._plan.encoder_changes
+        if job.files:
+            try:
+                return _loaded(job.checkpoint, job.files.directory, changes)
+            finally:
+                job.drop_files()
+        return self._patiently(partial(fetched_encoder, job.checkpoint, changes), UnavailableError)
 
     def _written(self, job: Job, bound: Bound, outcome: Outcome) -> State:
         """Record what came of a validation: the values of each query, then the figures."""
@@ -151,8 +207,11 @@ def fetched_encoder(checkpoint: Checkpoint, changes: Mapping[str, Any]) -> Encod
         OSError: the disk is full.
     """
     with fetched(checkpoint) as directory:
-        is_published = not checkpoint.directory
-        return load_encoder(directory, safetensors_only=is_published, **changes)
+        return _loaded(checkpoint, directory, changes)
+
+
+def _loaded(checkpoint: Checkpoint, directory: Path, changes: Mapping[str, Any]) -> Encoder:
+    return load_encoder(directory, safetensors_only=not checkpoint.directory, **changes)
 
 
 def _figures(report: Report) -> dict[str, float]:

@@ -28,13 +28,13 @@ from mlflow_dr.tracking.runs import (
     is_over,
 )
 from mlflow_dr.tracking.status import note_summary, summary_of
+from mlflow_dr.validation.beside import Beside
 from mlflow_dr.validation.binding import Bound, Collections
 from mlflow_dr.validation.choice import Choice
 from mlflow_dr.validation.jobs import Job, Jobs
 from mlflow_dr.validation.pace import Pacer
 from mlflow_dr.validation.plan import Plan
 from mlflow_dr.validation.policies import Policies
-from mlflow_dr.validation.writing import Writing
 
 log = logging.getLogger(__name__)
 
@@ -104,7 +104,8 @@ class _Worker:
         self._policies = Policies(plan.wishes)
         self._noted: dict[str, dict[str, str]] = {}
         self._counts = Counts()
-        self._writing: Writing | None = None
+        self._writing: tuple[Job, Beside[dict[str, State]]] | None = None
+        self._ahead: Beside[Job | None] | None = None
 
     def run(self) -> Counts:
         if self._followed.run is not None:
@@ -125,7 +126,7 @@ class _Worker:
                 self._patiently(partial(self._note, look))
                 note_at = start + SECONDS_BETWEEN_NOTES
             found, bound_before = False, set(self._bound)
-            while job := self._patiently(self._claimed):
+            while job := self._next():
                 found = True
                 self._work(job)
                 unpaced = self._plan.keep_up and not self._pacer.has_chosen(job.run.id)
@@ -199,25 +200,53 @@ class _Worker:
                 return Job(checkpoint, run, mine)
         return None
 
+    def _next(self) -> Job | None:
+        """The next piece of work: what was claimed ahead, or what can be claimed now."""
+        if self._ahead is None:
+            return self._patiently(self._claimed)
+        ahead, self._ahead = self._ahead, None
+        return ahead.wait()
+
+    def _go_ahead(self) -> None:
+        """Claim and fetch the next checkpoint beside the evaluation of this one.
+
+        Only where another validator would not be done with it sooner: evaluations are short, and
+        there is enough for all.
+        """
+        seconds = self._jobs.seconds
+        is_short = seconds is not None and seconds < self._plan.poll_seconds
+        if is_short and not self._plan.keep_up and self._choice.has_plenty:
+            self._ahead = Beside(self._claimed_ahead, name="ahead")
+
+    def _claimed_ahead(self) -> Job | None:
+        job = self._patiently(self._claimed)
+        return job and job.with_files()
+
     def _work(self, job: Job) -> None:
         """Evaluate what was claimed; its figures are written beside the next evaluation."""
+        self._go_ahead()
         try:
             found = self._jobs.evaluated(job)
         except BaseException:
             self._ended(job, {})
             raise
+        finally:
+            job.drop_files()
         self._finish()
-        self._writing = Writing(found, self._jobs.written)
+        self._writing = job, Beside(partial(self._jobs.written, found), name="writing")
+        if self._ahead:
+            self._ahead.wait()
 
     def _finish(self, seconds: float | None = None) -> None:
         """Wait until the last figures are written, and give back what was not done."""
         if self._writing is None:
             return
+        (job, writing), states = self._writing, None
         try:
-            self._writing.wait(seconds)
+            states = writing.wait(seconds)
         finally:
-            writing, self._writing = self._writing, None
-            self._ended(writing.job, writing.states)
+            self._writing = None
+            self._ended(job, states or {})
 
     def _ended(self, job: Job, states: Mapping[str, State]) -> None:
         for one in job.bound:
@@ -233,6 +262,9 @@ class _Worker:
         try:
             with suppress(Exception):  # another error ends this validator
                 self._finish(SECONDS_TO_WRITE)
+            with suppress(Exception):
+                if self._ahead and (job := self._ahead.wait(SECONDS_TO_WRITE)):
+                    job.drop_files()
         finally:
             self.claims.close()
 

@@ -7,6 +7,7 @@ import subprocess
 import sys
 import tempfile
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
@@ -202,6 +203,19 @@ def test_a_scratch_directory_is_removed(monkeypatch: pytest.MonkeyPatch, tmp_pat
         directory.mkdir()
         (directory / "weights").write_text("1")
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_scratch_directory_made_in_one_thread_and_left_in_another(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    with ExitStack() as ending:
+        with ThreadPoolExecutor(1) as pool:
+            pool.submit(ending.enter_context, scratch()).result()
+        (room,) = tmp_path.iterdir()
+    assert list(tmp_path.iterdir()) == []
+    opened = [str(one.readlink()) for one in Path("/proc/self/fd").iterdir() if one.is_symlink()]
+    assert not [one for one in opened if one.startswith(str(room))]
 
 
 def test_what_a_killed_process_left_behind_is_removed_and_nothing_else(

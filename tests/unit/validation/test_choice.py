@@ -107,6 +107,16 @@ def test_after_some_losses_it_wants_another_look(seconds: float, losses: int) ->
     assert not one.is_stale
 
 
+def test_there_is_plenty_while_each_validator_at_work_can_have_another() -> None:
+    one = choice("a")
+    one.see(Look([checkpoint(1), checkpoint(2)], over=False))
+    assert one.has_plenty
+    one.tried(checkpoint(1), ["val"])
+    assert not one.has_plenty
+    one.see(Look([checkpoint(1), checkpoint(2), claimed(3, "b")], over=False))
+    assert not one.has_plenty
+
+
 def test_what_was_tried_is_not_tried_again_before_the_next_look() -> None:
     one = choice()
     one.see(Look([checkpoint(1), checkpoint(2)], over=False))

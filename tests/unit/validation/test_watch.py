@@ -19,9 +19,9 @@ from safetensors.torch import load_file, save_file
 
 from mlflow_dr.encoder.directory import save_encoder
 from mlflow_dr.encoder.model import Encoder
-from mlflow_dr.errors import TrackingError, UsageError
+from mlflow_dr.errors import TrackingError, UnavailableError, UsageError
 from mlflow_dr.retrieval.measures import parse_measures
-from mlflow_dr.tracking.checkpoints import checkpoints_of, publish
+from mlflow_dr.tracking.checkpoints import Checkpoint, checkpoints_of, publish
 from mlflow_dr.tracking.claims import Claims, Owner, standing
 from mlflow_dr.tracking.directories import FollowedDirectory
 from mlflow_dr.tracking.following import FollowedExperiment, FollowedRun
@@ -245,6 +245,86 @@ def test_an_error_that_ends_the_validator_gives_the_claim_back(
     with pytest.raises(KeyboardInterrupt):
         watch(run, VALIDATION)
     assert standing(checkpoints_of(run)[0], "val").given_back
+
+
+@pytest.mark.parametrize(("poll_seconds", "ahead"), [(5.0, 1), (0.001, 0)], ids=str)
+def test_while_evaluations_are_short_the_next_one_is_claimed_and_fetched_ahead(
+    run: TrackedRun,
+    publishing: Callable[[int], str],
+    monkeypatch: pytest.MonkeyPatch,
+    poll_seconds: float,
+    ahead: int,
+) -> None:
+    """A second one is enough; the last is left to whoever is idle, and the first tells how long."""
+    for step in range(4):
+        publishing(step)
+    fetched: list[int] = []
+    claimed: list[list[int]] = []
+    real_files, real = jobs.Files, jobs.evaluate_all
+
+    def files(checkpoint: Checkpoint) -> jobs.Files:
+        fetched.append(checkpoint.step)
+        return real_files(checkpoint)
+
+    def evaluate_all(*asked: Any) -> Any:
+        done = real(*asked)
+        time.sleep(0.3)
+        claimed.append([one.step for one in checkpoints_of(run) if standing(one, "val")])
+        return done
+
+    monkeypatch.setattr(jobs, "Files", files)
+    monkeypatch.setattr(jobs, "evaluate_all", evaluate_all)
+    assert watch(run, VALIDATION, follow=False, poll_seconds=poll_seconds).done == 4
+    assert [len(there) - place for place, there in enumerate(claimed, 1)] == [0, ahead, 0, 0]
+    assert fetched == [2] * ahead
+
+
+def test_what_was_claimed_ahead_is_given_back_and_its_files_are_removed(
+    run: TrackedRun, publishing: Callable[[int], str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for step in range(4):
+        publishing(step)
+    closed: list[str] = []
+    real_close, real, calls = jobs.Files.close, jobs.evaluate_all, []
+
+    def close(self: jobs.Files) -> None:
+        closed.append(self.directory.name)
+        real_close(self)
+
+    def interrupted(*asked: Any) -> Any:
+        calls.append(1)
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        return real(*asked)
+
+    monkeypatch.setattr(jobs.Files, "close", close)
+    monkeypatch.setattr(jobs, "evaluate_all", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        watch(run, VALIDATION, poll_seconds=5.0)
+    there = [standing(one, "val") for one in checkpoints_of(run)]
+    assert [one and one.given_back for one in there] == [False, True, True, None]
+    assert len(closed) == 1
+
+
+@pytest.mark.parametrize(
+    "error", [UnavailableError("away"), OSError(errno.ENOSPC, "full")], ids=str
+)
+def test_files_that_cannot_be_had_ahead_are_had_in_their_turn(
+    client: MlflowClient,
+    run: TrackedRun,
+    publishing: Callable[[int], str],
+    monkeypatch: pytest.MonkeyPatch,
+    error: Exception,
+) -> None:
+    for step in range(4):
+        publishing(step)
+
+    def files(checkpoint: Checkpoint) -> jobs.Files:
+        raise error
+
+    monkeypatch.setattr(jobs, "Files", files)
+    assert watch(run, VALIDATION, follow=False, poll_seconds=5.0).done == 4
+    assert steps(client, run) == [0, 1, 2, 3]
 
 
 def test_several_validations_encode_the_corpus_once(
