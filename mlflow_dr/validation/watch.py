@@ -32,6 +32,7 @@ from mlflow_dr.validation.beside import Beside
 from mlflow_dr.validation.binding import Bound, Collections
 from mlflow_dr.validation.choice import Choice
 from mlflow_dr.validation.jobs import Job, Jobs
+from mlflow_dr.validation.order import Order
 from mlflow_dr.validation.pace import Pacer
 from mlflow_dr.validation.plan import Plan
 from mlflow_dr.validation.policies import Policies
@@ -40,7 +41,8 @@ log = logging.getLogger(__name__)
 
 SECONDS_TO_WRITE = 5.0  # when it is to end at once
 SECONDS_BETWEEN_NOTES = 10.0  # while there is work
-SHARE_OF_LOOKS = 0.01  # of a validator's time at most, while there is work
+# of a validator's time at most, while there is work; the oldest do not change by what is published
+SHARE_OF_LOOKS = {Order.OLDEST: 0.01, Order.NEWEST: 0.1, Order.BISECT: 0.1}
 
 
 @dataclass
@@ -150,7 +152,7 @@ class _Worker:
 
     def _seconds_to_work(self, look_seconds: float) -> float:
         """How long to work by what a look has shown; long ones, where many wait, are rare."""
-        return max(self._plan.poll_seconds, look_seconds / SHARE_OF_LOOKS)
+        return max(self._plan.poll_seconds, look_seconds / SHARE_OF_LOOKS[self._plan.order])
 
     def _note(self, look: Look) -> None:
         """Where there is something new on a run, show it there, and do what follows from it."""

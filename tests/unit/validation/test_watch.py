@@ -394,6 +394,35 @@ def test_which_checkpoints_and_in_which_order(
     assert [int(match[1]) for match in done if match] == expected
 
 
+@pytest.mark.parametrize(
+    ("order", "expected"),
+    [(Order.NEWEST, [3, 8, 2, 1]), (Order.BISECT, [3, 8, 1, 2]), (Order.OLDEST, [1, 2, 3, 8])],
+)
+def test_what_is_published_meanwhile_comes_first_where_the_newest_does(
+    run: TrackedRun,
+    publishing: Callable[[int], str],
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    order: Order,
+    expected: list[int],
+) -> None:
+    for step in (1, 2, 3):
+        publishing(step)
+    real = jobs.evaluate_all
+
+    def evaluate_all(*asked: Any) -> Any:
+        if not [one for one in checkpoints_of(run) if one.step == 8]:
+            publishing(8)
+        time.sleep(0.5)
+        return real(*asked)
+
+    monkeypatch.setattr(jobs, "evaluate_all", evaluate_all)
+    with caplog.at_level("INFO", logger="mlflow_dr"):
+        watch(run, VALIDATION, follow=False, order=order, poll_seconds=0.1)
+    done = [re.match(r"step (\d+): mrr", message) for message in caplog.messages]
+    assert [int(match[1]) for match in done if match] == expected
+
+
 def test_what_failed_is_tried_again_when_asked(
     client: MlflowClient, run: TrackedRun, publishing: Callable[[int], str]
 ) -> None:
