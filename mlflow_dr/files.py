@@ -8,18 +8,19 @@ import hashlib
 import os
 import shutil
 import tempfile
+import uuid
 import zlib
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from filelock import FileLock, Timeout
+from filelock import BaseFileLock, FileLock, Timeout
 
 from mlflow_dr.errors import DataError
 
 CACHE_VARIABLE = "MLFLOW_DR_CACHE"
 SCRATCH = "mlflow_dr-scratch-"
-LOCK = "lock"
+LOCK = ".lock"
 ALMOST_NOTHING = 1 << 20
 
 
@@ -83,28 +84,49 @@ def written_beside(target: Path) -> Iterator[Path]:
 def scratch() -> Iterator[Path]:
     """A place for a fresh temporary directory, which is removed afterwards if it was made.
 
-    What killed processes have left behind is removed first: theirs is no longer locked. It may be
-    made in one thread and left in another.
+    What killed processes have left behind is removed first: theirs is no longer locked. The lock
+    lies beside the directory, is there before it and goes after it, so that nothing is left without
+    one at any moment. It may be made in one thread and left in another.
     """
     _sweep()
-    with ExitStack() as ending:
-        while True:
-            name = tempfile.TemporaryDirectory(prefix=SCRATCH, ignore_cleanup_errors=True)
-            room = Path(ending.enter_context(name))
-            with suppress(FileNotFoundError):  # another process sweeps it before it is locked
-                ending.enter_context(FileLock(room / LOCK, thread_local=False))
-                if (room / LOCK).exists():
-                    break
+    lock = _fresh_lock()
+    room = _beside(lock)
+    try:
+        room.mkdir(mode=0o700)
         yield room / "files"
+    finally:
+        _remove(lock)
+        lock.release()
+
+
+def _fresh_lock() -> BaseFileLock:
+    """A lock that is held, of a name that no other had."""
+    while True:
+        path = Path(tempfile.gettempdir(), f"{SCRATCH}{uuid.uuid4().hex}{LOCK}")
+        lock = FileLock(path, blocking=False, thread_local=False)
+        with suppress(Timeout):  # another process sweeps it before it is locked
+            lock.acquire()
+            if path.exists():
+                return lock
+            lock.release()
 
 
 def _sweep() -> None:
-    for lock in Path(tempfile.gettempdir()).glob(f"{SCRATCH}*/{LOCK}"):
+    for path in Path(tempfile.gettempdir()).glob(f"{SCRATCH}*{LOCK}"):
         try:
-            with FileLock(lock, blocking=False):
-                shutil.rmtree(lock.parent, ignore_errors=True)
+            with FileLock(path, blocking=False) as lock:
+                _remove(lock)
         except (OSError, Timeout):
             continue  # in use, another user's, or gone by now
+
+
+def _remove(lock: BaseFileLock) -> None:
+    shutil.rmtree(_beside(lock), ignore_errors=True)
+    Path(lock.lock_file).unlink(missing_ok=True)
+
+
+def _beside(lock: BaseFileLock) -> Path:
+    return Path(lock.lock_file).with_suffix("")
 
 
 def is_full(error: BaseException, directory: Path) -> bool:

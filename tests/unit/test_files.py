@@ -212,7 +212,7 @@ def test_a_scratch_directory_made_in_one_thread_and_left_in_another(
     with ExitStack() as ending:
         with ThreadPoolExecutor(1) as pool:
             pool.submit(ending.enter_context, scratch()).result()
-        (room,) = tmp_path.iterdir()
+        room, _ = sorted(tmp_path.iterdir())
     assert list(tmp_path.iterdir()) == []
     opened = [str(one.readlink()) for one in Path("/proc/self/fd").iterdir() if one.is_symlink()]
     assert not [one for one in opened if one.startswith(str(room))]
@@ -231,12 +231,47 @@ def test_what_a_killed_process_left_behind_is_removed_and_nothing_else(
     )
     variables = {**os.environ, "TMPDIR": str(tmp_path)}
     assert subprocess.run([sys.executable, "-c", code], env=variables).returncode == -signal.SIGKILL
-    (left,) = tmp_path.iterdir()
+    left, lock = sorted(tmp_path.iterdir())
     others = {tmp_path / "mlflow_dr-scratch-mine", tmp_path / "mlflow_dr-notes"}
     for other in others:
         other.mkdir()
     with scratch() as first, scratch() as second:
         assert not left.exists()
+        assert not lock.exists()
         assert first.parent.exists()
         assert second.parent.exists()
     assert set(tmp_path.iterdir()) == others
+
+
+def test_killed_at_any_moment_nothing_stays(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+
+    def die_at(moment: int) -> None:
+        moments = iter(range(moment))
+
+        def hook(event: str, _: object) -> None:
+            is_about_files = event.startswith(("os.", "open", "shutil."))
+            if is_about_files and next(moments, None) is None:
+                signal.raise_signal(signal.SIGKILL)
+
+        sys.addaudithook(hook)
+        with scratch() as directory:
+            directory.mkdir()
+            (directory / "weights").write_text("1")
+
+    for moment in range(100):
+        child = os.fork()
+        if child == 0:
+            try:
+                die_at(moment)
+            finally:
+                os._exit(0)
+        _, status = os.waitpid(child, 0)
+        with scratch():
+            pass
+        assert list(tmp_path.iterdir()) == [], moment
+        if status == 0:
+            break
+    assert moment > 5
