@@ -6,6 +6,7 @@ Commands are imported when they are used, so that `mlflow-dr --help` needs neith
 from __future__ import annotations
 
 import errno
+import gc
 import importlib
 import logging
 import os
@@ -72,7 +73,9 @@ def main() -> NoReturn:
     handler.setFormatter(_Lines())
     package.handlers = [handler]
     signal.signal(signal.SIGTERM, _interrupt)
-    sys.exit(_run())
+    code = _run()
+    gc.freeze()  # the interpreter's last collection takes a second with torch and mlflow imported
+    sys.exit(code)
 
 
 def _run() -> int:

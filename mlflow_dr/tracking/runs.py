@@ -10,7 +10,6 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
-import mlflow
 from mlflow import MlflowClient
 from mlflow.entities import (
     Dataset,
@@ -158,11 +157,7 @@ class TrackedRun:
             log.info("run %s: %s %s", self.id, what, status.lower())
 
     def finish(self, status: str) -> None:
-        """End the run: `FINISHED`, `FAILED` or `KILLED`."""
-        try:
-            mlflow.flush_async_logging()
-        except (MlflowException, OSError) as error:
-            log.warning("some metrics were not logged: %s", error)
+        """End the run, after all that is on its way: `FINISHED`, `FAILED` or `KILLED`."""
         with tracking_errors(f"ending run {self.id}"):
             self.client.set_terminated(self.id, status)
 

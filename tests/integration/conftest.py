@@ -19,6 +19,7 @@ from typing import NamedTuple
 import mlflow
 import psutil
 import pytest
+from forks import NO_PLACE, Fork, Forks
 from mlflow import MlflowClient
 from mlflow.entities import LoggedModel
 
@@ -57,6 +58,10 @@ class Ended(NamedTuple):
     def code(self) -> int:
         (code,) = self.codes
         return code
+
+    @property
+    def text(self) -> str:
+        return "\n".join(self.printed)
 
 
 @pytest.fixture(scope="session")
@@ -176,23 +181,32 @@ def client(server: str) -> MlflowClient:
 
 
 @pytest.fixture(scope="session")
+def forks(environment: dict[str, str], tmp_path_factory: pytest.TempPathFactory) -> Iterator[Forks]:
+    """The process that `mlflow-dr` commands are forks of."""
+    forks = Forks(environment, tmp_path_factory.mktemp("forks"))
+    yield forks
+    forks.close()
+
+
+@pytest.fixture(scope="session")
 def start(
-    environment: dict[str, str], tmp_path_factory: pytest.TempPathFactory
-) -> Iterator[Callable[..., subprocess.Popen]]:
+    environment: dict[str, str], forks: Forks, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[Callable[..., subprocess.Popen | Fork]]:
     """Starts a command; its variables are given as keywords, its output is one stream of text.
 
-    What a failed test leaves running is killed in the end.
+    `mlflow-dr` is forked. What a failed test leaves running is killed in the end.
     """
     running: list[subprocess.Popen] = []
 
-    def start(
-        *words: object, stdin: int = subprocess.DEVNULL, **variables: str
-    ) -> subprocess.Popen:
+    def start(*words: object, **variables: str) -> subprocess.Popen | Fork:
+        directory = tmp_path_factory.mktemp("cwd")
+        if words[0] == "mlflow-dr":
+            return forks.start(*words[1:], variables=variables, directory=directory)[0]
         process = subprocess.Popen(
             [str(word) for word in words],
-            cwd=tmp_path_factory.mktemp("cwd"),
+            cwd=directory,
             env={**environment, **variables},
-            stdin=stdin,
+            stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,
@@ -213,14 +227,22 @@ def start(
 
 @pytest.fixture(scope="session")
 def call(
-    environment: dict[str, str], tmp_path_factory: pytest.TempPathFactory
+    environment: dict[str, str], forks: Forks, tmp_path_factory: pytest.TempPathFactory
 ) -> Callable[..., subprocess.CompletedProcess]:
-    """Runs a command to its end; its variables are given as keywords."""
+    """Runs a command to its end; its variables are given as keywords. `mlflow-dr` is forked."""
 
     def call(*words: object, **variables: str) -> subprocess.CompletedProcess:
+        directory = tmp_path_factory.mktemp("cwd")
+        if words[0] == "mlflow-dr":
+            return forks.call(
+                *words[1:],
+                variables=variables,
+                directory=directory,
+                timeout=SECONDS_FOR_A_COMMAND,
+            )
         return subprocess.run(
             [str(word) for word in words],
-            cwd=tmp_path_factory.mktemp("cwd"),
+            cwd=directory,
             env={**environment, **variables},
             capture_output=True,
             text=True,
@@ -374,49 +396,46 @@ def _save_noise(source: Path, directory: Path, seed: int) -> None:
     save_encoder(directory, encoder)
 
 
-@pytest.fixture(scope="module")
-def forked(start: Callable[..., subprocess.Popen], server: str) -> Iterator[Callable[..., Ended]]:
+@pytest.fixture(scope="session")
+def forked(
+    forks: Forks, server: str, tmp_path_factory: pytest.TempPathFactory
+) -> Callable[..., Ended]:
     """Runs `mlflow-dr` in one or more processes at once; how each ended and what all printed.
 
-    One may be sent a signal by itself at a place (`die`), or from here after a line that it prints
-    (`kill`); functions in `then` are called with the process id, once, after the first line with
-    that beginning.
+    One may be sent a signal by itself at a place (`die`), or from here some seconds after a line
+    that it prints (`kill`); functions in `then` are called with the process id, once, after the
+    first line with that beginning.
     """
-    script = Path(__file__).parent / "forked_commands.py"
-    process = start(sys.executable, script, stdin=subprocess.PIPE, MLFLOW_TRACKING_URI=server)
 
     def forked(
         *words: object,
         times: int = 1,
-        die: tuple[str, signal.Signals] = ("nowhere", signal.SIGKILL),
-        kill: tuple[str, signal.Signals] | None = None,
+        die: tuple[str, signal.Signals] = NO_PLACE,
+        kill: tuple[str, float, signal.Signals] | None = None,
         then: Mapping[str, Callable[[int], None]] | None = None,
+        **variables: str,
     ) -> Ended:
-        print(times, die[0], die[1].name, *words, file=process.stdin, flush=True)
+        started = forks.start(
+            *words,
+            variables={"MLFLOW_TRACKING_URI": server, **variables},
+            directory=tmp_path_factory.mktemp("cwd"),
+            die=die,
+            times=times,
+        )
         printed: list[str] = []
-        codes: list[int] = []
         left = dict(then or {})
-        pid = 0
-        for line in process.stdout:
-            if line.startswith("started "):
-                pid = int(line.split()[1])
-            elif line.startswith("ended "):
-                codes.append(int(line.split()[1]))
-                if len(codes) == times:
-                    return Ended(codes, printed)
-            else:
+        with started[0].stdout as lines:
+            for line in lines:
                 printed.append(line.rstrip())
-            if kill is not None and line.startswith(kill[0]):
-                time.sleep(0.3)
-                os.kill(pid, kill[1])
-            for beginning in [one for one in left if line.startswith(one)]:
-                left.pop(beginning)(pid)
-        pytest.fail("\n".join(printed))
+                if kill is not None and line.startswith(kill[0]):
+                    time.sleep(kill[1])
+                    started[0].send_signal(kill[2])
+                    kill = None
+                for beginning in [one for one in left if line.startswith(one)]:
+                    left.pop(beginning)(started[0].pid)
+        return Ended([one.wait(SECONDS_FOR_A_COMMAND) for one in started], printed)
 
-    yield forked
-    process.stdin.close()
-    process.wait(timeout=10)
-    process.stdout.close()
+    return forked
 
 
 @pytest.fixture(scope="session")

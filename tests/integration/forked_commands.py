@@ -1,29 +1,63 @@
-"""Runs `mlflow-dr` commands, which may end themselves by a signal at a chosen place.
+"""Runs `mlflow-dr` commands in forks of one process, so that torch and mlflow are imported once.
 
-Each line of input, `TIMES PLACE SIGNAL WORDS...`, is one command in processes of its own, which
-are forks of this one, so that torch and mlflow are imported once. Prints `started PID` before and
-`ended CODE` after what each prints. At the place `nowhere` there is no signal.
+Each line of input is a command as JSON; `Order` has its keys. A command may send itself a signal at
+a place of `PLACES`; `step-3` is the third time that `step` is come by.
 """
 
+import gc
+import json
 import os
 import signal
 import sys
+import tempfile
 from collections.abc import Callable, Iterator
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple, NoReturn
 
 import faiss  # noqa: F401 - what the commands import late is imported before the forks
+import git  # noqa: F401
 import pytrec_eval  # noqa: F401
 from mlflow import MlflowClient
+from mlflow.store.tracking import sqlalchemy_store  # noqa: F401
 from transformers import BertModel, BertTokenizer  # noqa: F401
 
 from mlflow_dr import cli
+from mlflow_dr.mining import mine  # noqa: F401
 from mlflow_dr.retrieval import dense
 from mlflow_dr.tracking import pruning, results
 from mlflow_dr.tracking.claims import Claims
+from mlflow_dr.tracking.runs import TrackedRun
+from mlflow_dr.training import publishing, train, trainer
+from mlflow_dr.training.loss import Objective
 from mlflow_dr.validation import jobs
 
+NOWHERE = "nowhere"
+
 Wrapper = Callable[[Callable[..., Any], Callable[[], None]], Callable[..., Any]]
+
+
+class Order(NamedTuple):
+    """A command.
+
+    Attributes:
+        words: after `mlflow-dr`.
+        variables: all that it sees.
+        directory: where it runs.
+        output: the file or named pipe that it prints to.
+        errors: likewise, its standard error.
+        state: a named pipe that gets its process id, and then how it ended.
+        place: where it sends itself a signal.
+        number: that signal.
+    """
+
+    words: list[str]
+    variables: dict[str, str]
+    directory: str
+    output: str
+    errors: str
+    state: str
+    place: str
+    number: int
 
 
 def before(function: Callable[..., Any], die: Callable[[], None]) -> Callable[..., Any]:
@@ -61,36 +95,71 @@ PLACES: dict[str, tuple[Any, str, Wrapper]] = {
     "before-recording": (jobs, "record_result", before),
     "after-recording": (results, "_write_metrics", before),
     "before-metrics": (MlflowClient, "log_batch", before),
+    "after-metrics": (MlflowClient, "log_batch", after),
     "before-removing": (pruning, "_empty", before),
     "after-removing": (pruning, "_empty", after),
-    "after-metrics": (MlflowClient, "log_batch", after),
+    "step": (Objective, "__call__", before),
+    "saving": (trainer, "save_encoder", after),
+    "marking": (trainer, "mark_whole", before),
+    "marked": (trainer, "mark_whole", after),
+    "rotating": (trainer, "rotate_checkpoints", before),
+    "uploading": (publishing, "upload_checkpoint", before),
+    "uploaded": (publishing, "upload_checkpoint", after),
+    "beginning": (train, "_describe", after),
+    "finishing": (TrackedRun, "finish", before),
 }
 
 
-def _die(number: int) -> None:
-    os.kill(os.getpid(), number)
-
-
 def main() -> None:
+    gc.freeze()  # what is imported is neither searched nor copied by the forks
+    signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # nobody waits for the attendants
     for line in sys.stdin:
-        times, place, name, *words = line.split()
-        children = [_started(place, name, words) for _ in range(int(times))]
-        for child in children:
-            _, status = os.waitpid(child, 0)
-            print("ended", os.waitstatus_to_exitcode(status), flush=True)
+        if os.fork() == 0:
+            signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+            _attend(Order(**json.loads(line)))
+            break
 
 
-def _started(place: str, name: str, words: list[str]) -> int:
-    child = os.fork()
-    if child:
-        return child
-    print("started", os.getpid(), flush=True)
-    if place != "nowhere":
-        owner, function, wrapper = PLACES[place]
-        die = partial(_die, signal.Signals[name])
+def _attend(order: Order) -> None:
+    """Become the command in a fork, and say here how that goes."""
+    with open(order.state, "w") as state:  # noqa: PTH123
+        printing = [os.open(name, os.O_WRONLY) for name in (order.output, order.errors)]
+        child = os.fork()
+        if child == 0:
+            state.close()
+            _become(order, *printing)
+        for number in printing:
+            os.close(number)
+        print(child, file=state, flush=True)
+        _, status = os.waitpid(child, 0)
+        print(os.waitstatus_to_exitcode(status), file=state, flush=True)
+    os._exit(0)
+
+
+def _become(order: Order, output: int, errors: int) -> NoReturn:
+    os.setsid()
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    os.environ.clear()
+    os.environ.update(order.variables)
+    os.chdir(order.directory)
+    tempfile.tempdir = None
+    for source, target in ((os.open(os.devnull, os.O_RDONLY), 0), (output, 1), (errors, 2)):
+        os.dup2(source, target)
+        os.close(source)
+    name, _, count = order.place.rpartition("-")
+    name, count = (name, count) if count.isdigit() else (order.place, "1")
+    if name != NOWHERE:
+        owner, function, wrapper = PLACES[name]
+        die = partial(_die, int(count), order.number, [])
         setattr(owner, function, wrapper(getattr(owner, function), die))
-    sys.argv = ["mlflow-dr", *words]
+    sys.argv = ["mlflow-dr", *order.words]
     cli.main()
+
+
+def _die(count: int, number: int, times: list[int]) -> None:
+    times.append(1)
+    if len(times) == count:
+        os.kill(os.getpid(), number)
 
 
 if __name__ == "__main__":

@@ -19,6 +19,7 @@ from mlflow_dr import cli
 from mlflow_dr.cli import COMMANDS
 from mlflow_dr.tracking.client import connect
 
+SCRIPT = Path(sys.executable).parent / "mlflow-dr"
 Call = Callable[..., subprocess.CompletedProcess]
 Failure = Callable[..., tuple[int, str]]
 Folder = Callable[..., Path]
@@ -86,7 +87,7 @@ def tracked(store: MlflowClient) -> Iterator[MlflowClient]:
 
 
 def test_help_lists_every_command_with_one_line_each(call: Call) -> None:
-    done = call("mlflow-dr", "--help")
+    done = call(SCRIPT, "--help")
     assert done.returncode == 0
     for name, line in COMMANDS.items():
         assert re.search(rf"^  {name} +{re.escape(line)}$", done.stdout, re.MULTILINE), name
@@ -130,7 +131,7 @@ def test_an_unknown_command_is_one_line(failure: Failure) -> None:
 
 
 def test_a_console_script_prints_no_traceback(call: Call) -> None:
-    done = call("mlflow-dr", "evaluate", "nowhere/", "--dataset", "dmeo")
+    done = call(SCRIPT, "evaluate", "nowhere/", "--dataset", "dmeo")
     assert done.returncode == 2
     assert done.stdout == ""
     assert re.fullmatch(r"error: no dataset 'dmeo': did you mean 'demo'\? [^\n]+\n", done.stderr)

@@ -54,7 +54,7 @@ def test_killed_at_any_moment_and_started_again_it_ends_as_if_undisturbed(
         assert ended.code == -signal.SIGKILL, ended.printed
         assert (recorded(), measured()) == (then_recorded, then_measured), place
 
-    ended = forked(*again, kill=("step 6: ", signal.SIGKILL))
+    ended = forked(*again, kill=("step 6: ", 0.3, signal.SIGKILL))
     assert ended.code in (-signal.SIGKILL, 0)  # at whatever moment that was
 
     for name in ("val", "calm"):
@@ -128,7 +128,7 @@ def test_asked_to_stop_while_it_waits_it_ends_at_once(
 ) -> None:
     run_id = publish_noise(1, status="RUNNING")
     words = ["validate", "--run-id", run_id, "--poll-seconds", "60"]
-    ended = forked(*words, kill=("step 1: ", number))
+    ended = forked(*words, kill=("step 1: ", 0.3, number))
     assert ended.code == INTERRUPTED
     assert ended.printed[-3].startswith("step 1: ")
     assert ended.printed[-2:] == ["", "error: stopped"]  # click ends the terminal's line of ^C

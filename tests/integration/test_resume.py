@@ -1,15 +1,11 @@
 """A training that is killed, or asked to stop, and goes on: as if it had never been stopped."""
 
-import os
 import random
 import signal
-import subprocess
-import sys
-import time
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import pytest
 from mlflow import MlflowClient
@@ -49,57 +45,31 @@ VARIANTS: dict[str, dict[str, Any]] = {
 }
 
 
-class Ended(NamedTuple):
-    """How a command ended."""
-
-    code: int
-    printed: list[str]
-
-    @property
-    def text(self) -> str:
-        return "\n".join(self.printed)
-
-
 class Trainings:
-    """Trainings in forks of one process, and the store that they write to."""
+    """Trainings, and the store that they write to."""
 
-    def __init__(self, process: subprocess.Popen, client: MlflowClient, **flags: Path) -> None:
-        self._process = process
+    def __init__(self, forked: Callable[..., Any], client: MlflowClient, **flags: Path) -> None:
+        self._forked = forked
         self._flags = flags
         self.client = client
 
-    def train(
-        self,
-        output: Path,
-        *words: str,
-        die: tuple[str, signal.Signals] = ("nowhere", signal.SIGKILL),
-        kill: tuple[str, float, signal.Signals] | None = None,
-        **flags: Any,
-    ) -> Ended:
+    def train(self, output: Path, *words: str, **options: Any) -> Any:
         """Run `mlflow-dr train`.
 
         Args:
             output: its --output_dir.
             words: more flags.
-            die: a place at which the training sends itself a signal.
-            kill: a beginning of a line that it prints, seconds from there, and a signal.
-            flags: flags with their values.
+            options: `die` and `kill` as `forked` has them, and flags with their values.
         """
-        chosen = {**FLAGS, **self._flags, "output_dir": output, **flags}
+        ways = {name: options.pop(name) for name in ("die", "kill") if name in options}
+        chosen = {**FLAGS, **self._flags, "output_dir": output, **options}
         pairs = [str(word) for name, value in chosen.items() for word in (f"--{name}", value)]
-        command = ["1", die[0], die[1].name, "train", *words, *pairs]
-        print(*command, file=self._process.stdin, flush=True)
-        pid = int(self._process.stdout.readline().removeprefix("started "))
-        printed: list[str] = []
-        for line in self._process.stdout:
-            if line.startswith("ended "):
-                return Ended(int(line.split()[1]), printed)
-            printed.append(line.rstrip())
-            if kill is not None and line.startswith(kill[0]):
-                time.sleep(kill[1])
-                os.kill(pid, kill[2])
-                kill = None
-        pytest.fail("\n".join(printed))
+        # MLflow's thread waits for a second before it sends figures; those are lost in a kill
+        variables = {
+            "MLFLOW_TRACKING_URI": self.client.tracking_uri,
+            "MLFLOW_ASYNC_LOGGING_BUFFERING_SECONDS": "1",
+        }
+        return self._forked("train", *words, *pairs, **ways, **variables)
 
     def last_run(self) -> str:
         experiment = self.client.get_experiment_by_name("resume")
@@ -126,23 +96,15 @@ class Trainings:
 
 @pytest.fixture(scope="module")
 def trainings(
-    start: Callable[..., subprocess.Popen],
+    forked: Callable[..., Any],
     collection: Path,
     tiny_directory: Path,
-    tmp_path_factory: Any,
-) -> Iterator[Trainings]:
-    """MLflow's thread waits for a second before it sends figures, and those are lost in a kill."""
+    tmp_path_factory: pytest.TempPathFactory,
+) -> Trainings:
     room = tmp_path_factory.mktemp("store")
-    uri = f"sqlite:///{room}/mlflow.db"
-    client = MlflowClient(uri)
+    client = MlflowClient(f"sqlite:///{room}/mlflow.db")
     client.create_experiment("resume", (room / "artifacts").as_uri())
-    script = Path(__file__).parent / "forked_trainings.py"
-    variables = {"MLFLOW_TRACKING_URI": uri, "MLFLOW_ASYNC_LOGGING_BUFFERING_SECONDS": "1"}
-    process = start(sys.executable, script, stdin=subprocess.PIPE, **variables)
-    yield Trainings(process, client, dataset=collection, model=tiny_directory)
-    process.stdin.close()
-    process.wait(timeout=10)
-    process.stdout.close()
+    return Trainings(forked, client, dataset=collection, model=tiny_directory)
 
 
 @pytest.mark.parametrize(
