@@ -42,7 +42,7 @@ def command(
     """Measure one encoder on one collection, without tracking.
 
     ENCODER is a directory (ours, sentence-transformers' or a bare backbone's), a hub name, or
-    models:/<id> for a published checkpoint.
+    models:/<id> or models:/NAME@best for a published checkpoint.
 
     \b
     Example:

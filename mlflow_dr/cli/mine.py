@@ -30,7 +30,7 @@ from mlflow_dr.cli.options import device, dtype, tracking_uri
     "miner",
     default="bm25",
     show_default=True,
-    help="bm25, or an encoder: a directory, a hub name, or models:/<id>.",
+    help="bm25, or an encoder: a directory, a hub name, or models:/... of a published one.",
 )
 @click.option(
     "--depth",

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -55,26 +54,20 @@ class Best:
         return self.runner_up is not None and self.runner_up.value == self.first.value
 
 
-def find_best(
-    run: TrackedRun,
-    metric: str | None = None,
-    checkpoints: Sequence[Checkpoint] | None = None,
-) -> Best:
+def find_best(run: TrackedRun, metric: str | None = None) -> Best:
     """The READY checkpoint that has the highest value of a metric; of equal ones the earliest.
 
     Args:
         run: whose checkpoints.
         metric: a measure of a validation, such as `val/mrr_at_10`; the first measure of `val`, or
             of the first validation by name, when None.
-        checkpoints: the run's, where they were just asked for.
 
     Raises:
         UsageError: the run has no such metric.
         TrackingError: nothing was measured yet, or the server does not answer.
     """
     chosen = chosen_metric(run, metric)
-    if checkpoints is None:
-        checkpoints = checkpoints_of(run)
+    checkpoints = checkpoints_of(run)
     ready = [one for one in checkpoints if one.ready]
     scored = [
         Scored(one, value)

@@ -24,11 +24,11 @@ from mlflow_dr.retrieval.measures import Measure
 from mlflow_dr.subsets.searching import CachedSearching
 from mlflow_dr.subsets.spec import FULL, Spec
 from mlflow_dr.subsets.subset import make_subset
-from mlflow_dr.tracking.checkpoints import Checkpoint
+from mlflow_dr.tracking.checkpoints import Checkpoint, checkpoint_of_step
 from mlflow_dr.tracking.runs import TrackedRun
-from mlflow_dr.validation.binding import named_data, published_at
+from mlflow_dr.validation.binding import named_data
 from mlflow_dr.validation.evaluate import Prepared, Report, Settings, evaluate, evaluate_all
-from mlflow_dr.validation.jobs import fetched_encoder
+from mlflow_dr.validation.jobs import encoder_of
 
 log = logging.getLogger(__name__)
 
@@ -168,7 +168,7 @@ class _Work:
         missing = [place for place, values in enumerate(known) if values is None]
         if missing:
             pairs = [(self._prepared[place], self._settings) for place in missing]
-            reports = evaluate_all(fetched_encoder(checkpoint, self._changes), pairs)
+            reports = evaluate_all(encoder_of(checkpoint, self._changes), pairs)
             for place, report in zip(missing, reports, strict=True):
                 known[place] = self._of_queries(report, self._prepared[place])
             self._kept.keep(identity, known)
@@ -188,7 +188,7 @@ class _Work:
             if known := self._kept.seconds(identity):
                 return known
             try:
-                encoder = fetched_encoder(checkpoint, self._changes)
+                encoder = encoder_of(checkpoint, self._changes)
             except CheckpointError as error:
                 log.warning("step %d cannot be timed: %s", checkpoint.step, error)
                 continue
@@ -240,7 +240,7 @@ def _prepared(asked: Study, settings: Settings, run: TrackedRun | None) -> list[
         raise UsageError("which collection? Give --dataset")
     collection = open_collection(dataset)
     whole = Prepared(collection, chosen_split(collection, split))
-    published = None if run is None else lambda step: published_at(run, step)
+    published = None if run is None else lambda step: checkpoint_of_step(run, step).uri
     searching = CachedSearching(whole.corpus, settings.device, settings.dtype, published)
     prepared = [whole]
     for spec in asked.subsets:

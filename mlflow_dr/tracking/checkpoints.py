@@ -10,6 +10,7 @@ from mlflow import MlflowClient
 from mlflow.entities import LoggedModel, LoggedModelOutput, LoggedModelStatus
 from mlflow.exceptions import MlflowException
 
+from mlflow_dr.errors import UsageError
 from mlflow_dr.tracking.client import tracking_errors
 from mlflow_dr.tracking.manifest import write_manifest
 from mlflow_dr.tracking.mlmodel import write_mlmodel
@@ -23,6 +24,7 @@ BEGUN, TAKEN_BACK = "begun", "taken back"
 MODEL_TYPE = "dense_retriever"
 READY = LoggedModelStatus.READY
 PER_REQUEST = 1000
+NEAREST = 4  # steps that are named where one is missing
 
 
 @dataclass(frozen=True)
@@ -208,6 +210,24 @@ def checkpoint_by_id(client: MlflowClient, model_id: str) -> Checkpoint:
     """
     with tracking_errors(f"model {model_id}"):
         return _checkpoint(client.get_logged_model(model_id))
+
+
+def checkpoint_of_step(run: TrackedRun, step: int) -> Checkpoint:
+    """The whole checkpoint of a training step; the first, were there several.
+
+    Raises:
+        UsageError: no such checkpoint is published.
+        TrackingError: the server does not answer.
+    """
+    ready = [one for one in checkpoints_of(run) if one.ready]
+    of_step = [one for one in ready if one.step == step]
+    if of_step:
+        return of_step[0]
+    near = sorted({one.step for one in ready}, key=lambda other: abs(other - step))[:NEAREST]
+    raise UsageError(
+        f"run {run.id} has no published checkpoint of step {step}; "
+        f"the nearest are of {', '.join(map(str, sorted(near))) or 'no step at all'}"
+    )
 
 
 def _checkpoint(model: LoggedModel) -> Checkpoint:

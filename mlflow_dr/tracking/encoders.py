@@ -1,4 +1,4 @@
-"""Any encoder by one name: a directory, a hub name, or `models:/<id>` of a published checkpoint."""
+"""Any encoder by one name: a directory, a hub name, or `models:/...` of a published checkpoint."""
 
 from __future__ import annotations
 
@@ -13,10 +13,11 @@ def fetched_encoder(name: str, tracking_uri: str | None = None) -> Iterator[str]
     """What `load_encoder` takes for this name; a checkpoint is fetched and verified first.
 
     Args:
-        name: a directory, a hub name or `models:/<id>`.
+        name: a directory, a hub name, or what `checkpoint_by_uri` takes.
         tracking_uri: where `models:/` is looked up; the environment's server when None.
 
     Raises:
+        UsageError: a registered model's version that is no checkpoint.
         TrackingError: no such model, or no server.
         CheckpointError: the checkpoint cannot be had, or its bytes are not those published.
     """
@@ -24,10 +25,9 @@ def fetched_encoder(name: str, tracking_uri: str | None = None) -> Iterator[str]
         yield name
         return
     # only here: an encoder of another kind needs no mlflow, which takes seconds to import
-    from mlflow_dr.tracking.checkpoints import checkpoint_by_id
     from mlflow_dr.tracking.client import connect
     from mlflow_dr.tracking.fetching import fetched
+    from mlflow_dr.tracking.registry import checkpoint_by_uri
 
-    model_id = name.removeprefix(MODEL_SCHEME)
-    with fetched(checkpoint_by_id(connect(tracking_uri), model_id)) as directory:
+    with fetched(checkpoint_by_uri(connect(tracking_uri), name)) as directory:
         yield str(directory)

@@ -2,16 +2,43 @@
 
 from __future__ import annotations
 
+import re
+
 from mlflow import MlflowClient
 from mlflow.entities.model_registry import ModelVersion
 from mlflow.exceptions import MlflowException
+from mlflow.store.artifact.utils.models import get_model_name_and_version
 
 from mlflow_dr.errors import UsageError
-from mlflow_dr.tracking.checkpoints import Checkpoint
+from mlflow_dr.tracking.checkpoints import Checkpoint, checkpoint_by_id
 from mlflow_dr.tracking.client import tracking_errors
 from mlflow_dr.tracking.runs import TrackedRun
 
 BEST_ALIAS = "best"
+MODEL_ID = re.compile(r"\bm-[0-9a-f]{32}\b")
+
+
+def checkpoint_by_uri(client: MlflowClient, uri: str) -> Checkpoint:
+    """The checkpoint behind `models:/<id>`, or a version of a registered model.
+
+    Args:
+        client: where.
+        uri: `models:/<id>`, `models:/NAME/VERSION`, `models:/NAME/latest` or `models:/NAME@ALIAS`.
+
+    Raises:
+        UsageError: the version is not of a checkpoint.
+        TrackingError: no such model, or the server does not answer.
+    """
+    name = uri.removeprefix("models:/")
+    if not {"/", "@"} & set(name):
+        return checkpoint_by_id(client, name)
+    with tracking_errors(uri):
+        version = client.get_model_version(*get_model_name_and_version(client, uri))
+    # databases keep the source alone (MLflow 3.17): a model's URI, or where its files are
+    found = version.model_id or next(iter(MODEL_ID.findall(version.source or "")), None)
+    if not found:
+        raise UsageError(f"{uri} is no published checkpoint; it was made from {version.source}")
+    return checkpoint_by_id(client, found)
 
 
 def register(run: TrackedRun, checkpoint: Checkpoint, name: str) -> str:

@@ -44,8 +44,8 @@ class ModelArguments:
 
     model_name_or_path: str = flag(
         "bert-base-uncased",
-        "An encoder's or backbone's directory, a Hugging Face name, or `tiny`: a two- "
-        "layer BERT from scratch.",
+        "An encoder's or backbone's directory, a Hugging Face name, a published checkpoint "
+        "(models:/...), or `tiny`: a two-layer BERT from scratch.",
         "--model",
     )
     tokenizer_name: str | None = flag(

@@ -14,6 +14,7 @@ from mlflow_dr.encoder.source import encoder_directory
 from mlflow_dr.encoder.tiny import tiny_encoder
 from mlflow_dr.encoder.tokenize import Tokenizing
 from mlflow_dr.errors import UsageError
+from mlflow_dr.tracking.encoders import MODEL_SCHEME
 from mlflow_dr.training.arguments import ADAPTER, TrainingRequest
 from mlflow_dr.training.batches import Collator, TrainingSet, check_negatives, training_set
 from mlflow_dr.training.data import TrainingData
@@ -22,8 +23,13 @@ from mlflow_dr.training.mixture import Mixture
 TINY = "tiny"
 
 
-def build_encoder(request: TrainingRequest, data: TrainingData) -> Encoder:
+def build_encoder(request: TrainingRequest, data: TrainingData, start: str) -> Encoder:
     """The encoder that a request describes, as it is before the first step.
+
+    Args:
+        request: what is asked for.
+        data: what it is trained on.
+        start: the encoder's directory or hub name; a published one's files.
 
     Raises:
         UsageError: there is no such encoder, or the flags do not fit it.
@@ -41,7 +47,7 @@ def build_encoder(request: TrainingRequest, data: TrainingData) -> Encoder:
     else:
         changes: dict[str, Any] = request.encoder_changes()
         encoder = load_encoder(
-            model.model_name_or_path,
+            start,
             attention=model.attn_implementation,
             trust_remote_code=model.trust_remote_code,
             tokenizer=model.tokenizer_name,
@@ -54,16 +60,13 @@ def build_encoder(request: TrainingRequest, data: TrainingData) -> Encoder:
             append_eos(tower.tokenizer)
     if model.add_pooler:
         encoder = with_projection(encoder, model.projection_in_dim, model.projection_out_dim)
-    if model.lora and model.lora_publish == ADAPTER and encoder.query_tower is not None:
-        raise UsageError(
-            "--lora_publish adapter: adapters name one backbone to be put on, and this encoder has "
-            "two; publish them merged"
-        )
+    if model.lora and model.lora_publish == ADAPTER:
+        _check_base(model.model_name_or_path, encoder)
     if model.untie_encoder:
         untie(encoder)
     if model.lora:
         targets = model.lora_target_modules
-        start = model.lora_name_or_path
+        adapters = model.lora_name_or_path
         add_lora(
             encoder,
             _lasting(model.model_name_or_path),
@@ -71,9 +74,20 @@ def build_encoder(request: TrainingRequest, data: TrainingData) -> Encoder:
             alpha=model.lora_alpha,
             dropout=model.lora_dropout,
             targets=targets.split(",") if targets else None,
-            start=encoder_directory(start, model.cache_dir) if start else None,
+            start=encoder_directory(adapters, model.cache_dir) if adapters else None,
         )
     return encoder
+
+
+def _check_base(name: str, encoder: Encoder) -> None:
+    """Refuse to publish adapters alone where nobody could say what they are put on."""
+    if encoder.query_tower is not None:
+        why = "adapters name one backbone to be put on, and this encoder has two"
+    elif name.startswith(MODEL_SCHEME):
+        why = f"adapters name a directory or a hub name to be put on, and {name} is neither"
+    else:
+        return
+    raise UsageError(f"--lora_publish adapter: {why}; publish them merged")
 
 
 def mixed_training_set(

@@ -18,6 +18,7 @@ from transformers.trainer_utils import SaveStrategy
 
 from mlflow_dr.tracking.checkpoints import abandon_pending, ready_steps
 from mlflow_dr.tracking.client import connect
+from mlflow_dr.tracking.encoders import fetched_encoder
 from mlflow_dr.tracking.runs import (
     DATASET_PARAM,
     DATASET_TAG,
@@ -129,8 +130,20 @@ def _train(
     run: TrackedRun | None,
     resumption: Resumption | None,
 ) -> None:
+    name = request.model.model_name_or_path
+    with fetched_encoder(name, request.publish.tracking_uri) as start:
+        _train_from(start, request, data, run, resumption)
+
+
+def _train_from(
+    start: str,
+    request: TrainingRequest,
+    data: TrainingData,
+    run: TrackedRun | None,
+    resumption: Resumption | None,
+) -> None:
     set_seed(request.trainer.seed)
-    encoder = build_encoder(request, data)
+    encoder = build_encoder(request, data, start)
     _one_device(request.trainer)
     training_set = mixed_training_set(request, data, encoder)
     log.info("training %s on %d examples", request.model.model_name_or_path, len(training_set))

@@ -15,7 +15,7 @@ from mlflow_dr.retrieval.measures import check_depth
 from mlflow_dr.subsets.searching import CachedSearching
 from mlflow_dr.subsets.spec import Spec
 from mlflow_dr.subsets.subset import Subset, make_subset
-from mlflow_dr.tracking.checkpoints import checkpoints_of
+from mlflow_dr.tracking.checkpoints import checkpoint_of_step
 from mlflow_dr.tracking.datasets import profile_of, shown_name
 from mlflow_dr.tracking.results import bind_name, known_config, refuse_other_config
 from mlflow_dr.tracking.runs import DATASET_PARAM, DATASET_TAG, SPLIT_PARAM, TrackedRun
@@ -117,23 +117,9 @@ def _chosen(run: TrackedRun, spec: Spec, whole: Prepared, settings: Settings) ->
     device = resolve_device(settings.device)
     dtype = resolve_dtype(settings.dtype, device)
     searching = CachedSearching(
-        whole.corpus, str(device), dtype, lambda step: published_at(run, step)
+        whole.corpus, str(device), dtype, lambda step: checkpoint_of_step(run, step).uri
     )
     return make_subset(spec, whole.corpus, whole.topics, searching)
-
-
-def published_at(run: TrackedRun, step: int) -> str:
-    """The checkpoint of a training step, as `models:/<id>`.
-
-    Raises:
-        UsageError: no such checkpoint is published.
-    """
-    ready = [one for one in checkpoints_of(run) if one.ready]
-    found = [one.model_id for one in ready if one.step == step]
-    if not found:
-        steps = ", ".join(str(one.step) for one in ready) or "none"
-        raise UsageError(f"run {run.id} has published no step {step}; there are {steps}")
-    return f"models:/{found[0]}"
 
 
 def _shown(prepared: Prepared) -> str:

@@ -173,7 +173,7 @@ class Jobs:
                 return _loaded(job.checkpoint, job.files.directory, changes)
             finally:
                 job.drop_files()
-        return self._patiently(partial(fetched_encoder, job.checkpoint, changes), UnavailableError)
+        return self._patiently(partial(encoder_of, job.checkpoint, changes), UnavailableError)
 
     def _written(self, job: Job, bound: Bound, outcome: Outcome) -> State:
         """Record what came of a validation: the values of each query, then the figures."""
@@ -195,7 +195,7 @@ class Jobs:
         return State.DONE
 
 
-def fetched_encoder(checkpoint: Checkpoint, changes: Mapping[str, Any]) -> Encoder:
+def encoder_of(checkpoint: Checkpoint, changes: Mapping[str, Any]) -> Encoder:
     """The encoder of a checkpoint, which may come as safetensors only where it was published.
 
     Args:

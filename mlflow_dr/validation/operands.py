@@ -12,16 +12,16 @@ from typing import Any
 from mlflow_dr.decisions.best import find_best
 from mlflow_dr.errors import UsageError
 from mlflow_dr.retrieval.measures import Measure, parse_measures
-from mlflow_dr.tracking.checkpoints import Checkpoint, checkpoint_by_id, checkpoints_of
+from mlflow_dr.tracking.checkpoints import Checkpoint, checkpoint_of_step
 from mlflow_dr.tracking.client import connect
 from mlflow_dr.tracking.encoders import MODEL_SCHEME
+from mlflow_dr.tracking.registry import checkpoint_by_uri
 from mlflow_dr.tracking.runs import TrackedRun, find_run
 from mlflow_dr.tracking.validations import validations_of
 
 RUN = re.compile(r"([0-9a-f]{32})(?:@(\d+))?")
 # of a validation's configuration, what replaces what the checkpoint says
 ENCODER_CHANGES = ("pooling", "normalize", "query_max_length", "passage_max_length", "tokenizer")
-NEAREST = 4
 
 
 @dataclass(frozen=True)
@@ -59,7 +59,8 @@ def find_operands(
     """What the words stand for; a server is asked only if one of them is on it.
 
     Args:
-        words: `RUN`, `RUN@STEP`, `models:/<id>`, or an encoder's directory or hub name.
+        words: `RUN`, `RUN@STEP`, what `checkpoint_by_uri` takes, or an encoder's directory or
+            hub name.
         name: the validation by which a run's best checkpoint is chosen.
         measure: likewise; the validation's first when None.
         tracking_uri: where runs and checkpoints are looked up.
@@ -72,7 +73,7 @@ def find_operands(
 
     def found(word: str) -> Operand:
         if word.startswith(MODEL_SCHEME):
-            checkpoint = checkpoint_by_id(connected(), word.removeprefix(MODEL_SCHEME))
+            checkpoint = checkpoint_by_uri(connected(), word)
             if not checkpoint.run_id:
                 return Operand(word)
             run = find_run(connected(), checkpoint.run_id)
@@ -83,7 +84,7 @@ def find_operands(
         run = find_run(connected(), match[1])
         config = validations_of(run).get(name, {})
         if match[2] is not None:
-            return Operand(word, run, _of_step(run, int(match[2])), config)
+            return Operand(word, run, checkpoint_of_step(run, int(match[2])), config)
         if not config:
             raise UsageError(
                 f"run {run.id} has no validation {name!r} to choose its best checkpoint by; give "
@@ -93,16 +94,3 @@ def find_operands(
         return Operand(word, run, find_best(run, f"{name}/{chosen.metric}").checkpoint, config)
 
     return [found(word) for word in words]
-
-
-def _of_step(run: TrackedRun, step: int) -> Checkpoint:
-    """The latest whole checkpoint of a step."""
-    ready = [one for one in checkpoints_of(run) if one.ready]
-    of_step = [one for one in ready if one.step == step]
-    if of_step:
-        return of_step[-1]
-    near = sorted({one.step for one in ready}, key=lambda other: abs(other - step))[:NEAREST]
-    raise UsageError(
-        f"run {run.id} has no published checkpoint of step {step}; "
-        f"the nearest are of {', '.join(map(str, sorted(near))) or 'no step at all'}"
-    )

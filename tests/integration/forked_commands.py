@@ -143,6 +143,7 @@ def _become(order: Order, output: int, errors: int) -> NoReturn:
     os.environ.update(order.variables)
     os.chdir(order.directory)
     tempfile.tempdir = None
+    tempfile.gettempdir()  # known, as it is wherever torch was imported, before there are threads
     for source, target in ((os.open(os.devnull, os.O_RDONLY), 0), (output, 1), (errors, 2)):
         os.dup2(source, target)
         os.close(source)

@@ -106,13 +106,6 @@ def test_a_run_that_nobody_validates(run: TrackedRun) -> None:
         find_best(run)
 
 
-def test_checkpoints_that_are_known_are_not_asked_for(run: TrackedRun, measured: Measured) -> None:
-    measured(10, 0.5)
-    known = checkpoints_of(run)
-    measured(20, 0.9)
-    assert places(find_best(run, checkpoints=known)) == (10, None)
-
-
 def test_marks_move_on(run: TrackedRun, measured: Measured) -> None:
     one = measured(10, 0.25)
     mark_best(run, find_best(run))

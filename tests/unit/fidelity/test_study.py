@@ -216,7 +216,7 @@ def test_what_cannot_be_read_is_passed_over(
         (("random:3",), {"every": 10}, "2 checkpoints to study .of 4 that are whole."),
         (("random:3",), {"steps": (5, 7)}, "no checkpoint of step 7; there are 5, 10, 15, 20"),
         (("random:3",), {"dataset": "dmeo"}, "no dataset 'dmeo'"),
-        (("encoder:step-7@3",), {}, "has published no step 7"),
+        (("encoder:step-7@3",), {}, "has no published checkpoint of step 7"),
     ],
 )
 def test_what_cannot_be_studied_is_refused(

@@ -54,7 +54,8 @@ def build(folder: Path, saved: Path) -> Callable[..., Built]:
         words = ["--dataset", dataset, "--model", model, "--use_cpu", *flags]
         request = parse_training([str(word) for word in words])
         data = open_data(request.data)
-        return Built(request, data, build_encoder(request, data))
+        encoder = build_encoder(request, data, request.model.model_name_or_path)
+        return Built(request, data, encoder)
 
     return build
 

@@ -133,6 +133,22 @@ def test_a_training_is_a_run_with_its_losses_and_checkpoints(
     assert not torch.allclose(after, before, atol=1e-3)
 
 
+def test_a_training_goes_on_from_a_published_checkpoint(
+    trained: Make, published: Make, trainers: list[RetrieverTrainer]
+) -> None:
+    first = trained()
+    checkpoint = checkpoints_of(first)[-1]
+    first.client.create_registered_model("to go on")
+    first.client.create_model_version("to go on", checkpoint.uri)
+    for model in (checkpoint.uri, "models:/to go on/1"):
+        run = trained(model=model, normalize=True)
+        assert run.fetch().data.params["model"] == model
+        there = load_encoder(published(run, 0))(IDS, MASK)
+        assert torch.equal(there, load_encoder(published(first, 4), normalize=True)(IDS, MASK))
+    with pytest.raises(UsageError, match="adapters name a directory or a hub name"):
+        trained("--lora", model=checkpoint.uri, lora_publish="adapter")
+
+
 @pytest.mark.parametrize(
     ("flags", "steps"),
     [
