@@ -10,10 +10,12 @@ import click
 from mlflow_dr.cli.options import (
     TakesSeveral,
     check_one_set,
+    checkpoints_dir,
     device,
     dtype,
     encoder_changes,
     encoder_options,
+    every,
     file_options,
     given_dataset,
     keep_own_id,
@@ -25,12 +27,7 @@ from mlflow_dr.retrieval.measures import DEFAULT_MEASURES
 
 @click.command("fidelity", cls=TakesSeveral)
 @click.option("--run-id", help="The MLflow run whose checkpoints are studied; gets the figures.")
-@click.option(
-    "--checkpoints-dir",
-    "--ckpts_dir",
-    type=click.Path(path_type=Path, file_okay=False, exists=True),
-    help="Or what a trainer has saved here (Tevatron, sentence-transformers, Hugging Face).",
-)
+@checkpoints_dir()
 @click.option("--dataset", help="The collection (default: the run's).")
 @file_options
 @click.option("--split", help="The queries to put (default: the run's, else dev, else test).")
@@ -46,9 +43,7 @@ from mlflow_dr.retrieval.measures import DEFAULT_MEASURES
 @keep_own_id
 @encoder_options
 @click.option("--steps", multiple=True, type=int, help="Only the checkpoints of these steps.")
-@click.option(
-    "--every", type=click.IntRange(min=1), default=1, help="Only steps that this number divides."
-)
+@every
 @click.option(
     "--tolerance",
     type=click.FloatRange(min=0),

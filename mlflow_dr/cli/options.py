@@ -88,6 +88,25 @@ seed = click.option(
 )
 
 
+every = click.option(
+    "--every", type=click.IntRange(min=1), default=1, help="Only steps that this number divides."
+)
+
+
+def checkpoints_dir(more: str = "") -> Callable[..., Any]:
+    """A trainer's directory instead of a run.
+
+    Args:
+        more: ends the help's sentence.
+    """
+    return click.option(
+        "--checkpoints-dir",
+        "--ckpts_dir",
+        type=click.Path(path_type=Path, file_okay=False, exists=True),
+        help=f"Or what a trainer saves here (Tevatron, sentence-transformers, Hugging Face){more}.",
+    )
+
+
 def evaluation_options(function: Callable[..., Any]) -> Callable[..., Any]:
     """Measures, depth, device, dtype and keep-own-id."""
     for option in (keep_own_id, dtype, device, depth, measures):

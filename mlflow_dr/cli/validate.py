@@ -11,9 +11,11 @@ import click
 
 from mlflow_dr.cli.options import (
     TakesSeveral,
+    checkpoints_dir,
     encoder_changes,
     encoder_options,
     evaluation_options,
+    every,
     file_options,
     given_dataset,
     keep_up,
@@ -29,13 +31,7 @@ ORDERS = ("oldest", "newest", "bisect")
 @click.command("validate", cls=TakesSeveral)
 @click.option("--run-id", help="The MLflow run whose checkpoints are validated.")
 @click.option("--experiment", help="Or all runs of this experiment, later ones too.")
-@click.option(
-    "--checkpoints-dir",
-    "--ckpts_dir",
-    type=click.Path(path_type=Path, file_okay=False, exists=True),
-    help="Or what a trainer saves here (Tevatron, sentence-transformers, Hugging Face); figures go "
-    "to --run-id, or to a new run.",
-)
+@checkpoints_dir("; figures go to --run-id, or to a new run")
 @click.option("--dataset", help="The collection (default: the run's).")
 @file_options
 @click.option(
@@ -68,9 +64,7 @@ ORDERS = ("oldest", "newest", "bisect")
     show_default=True,
     help="What comes first; bisect: the newest, then what lies farthest from all that is done.",
 )
-@click.option(
-    "--every", type=click.IntRange(min=1), default=1, help="Only steps that this number divides."
-)
+@every
 @click.option(
     "--max-lag",
     type=click.FloatRange(min=0, min_open=True),

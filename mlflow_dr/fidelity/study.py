@@ -103,21 +103,7 @@ def study(
     settings = Settings((asked.measure,), None, str(device), dtype, asked.keep_own_id)
     prepared = _prepared(asked, settings, run)
     work = _Work(prepared, settings, asked)
-    skipped: dict[int, str] = {}
-    values: dict[int, list[np.ndarray]] = {}
-    for number, checkpoint in enumerate(chosen, start=1):
-        step = checkpoint.step
-        try:
-            values[step] = work.values(checkpoint)
-        except CheckpointError as error:
-            skipped[step] = str(error)
-            log.warning("step %d is passed over: %s", step, error)
-            continue
-        of_full = values[step][0].mean()
-        log.info(
-            "checkpoint %d of %d: step %d: %s %.4f on the full corpus",
-            *(number, len(chosen), step, asked.measure, of_full),
-        )
+    values, skipped = work.all_values(chosen)
     left = [one for one in chosen if one.step in values]
     _check_count(len(left), f"{len(skipped)} could not be read")
     seconds = work.seconds(left)
@@ -156,6 +142,27 @@ class _Work:
         said = sorted(asked.encoder_changes.items())
         common = (self._measure, settings.dtype, settings.keep_own_id, said)
         self._kept = Kept([(*common, one.digest) for one in prepared])
+
+    def all_values(
+        self, checkpoints: Sequence[Checkpoint]
+    ) -> tuple[dict[int, list[np.ndarray]], dict[int, str]]:
+        """`values` of each checkpoint, by step; and why others have none."""
+        found: dict[int, list[np.ndarray]] = {}
+        skipped: dict[int, str] = {}
+        for number, checkpoint in enumerate(checkpoints, start=1):
+            step = checkpoint.step
+            try:
+                found[step] = self.values(checkpoint)
+            except CheckpointError as error:
+                skipped[step] = str(error)
+                log.warning("step %d is passed over: %s", step, error)
+                continue
+            of_full = found[step][0].mean()
+            log.info(
+                "checkpoint %d of %d: step %d: %s %.4f on the full corpus",
+                *(number, len(checkpoints), step, self._measure, of_full),
+            )
+        return found, skipped
 
     def values(self, checkpoint: Checkpoint) -> list[np.ndarray]:
         """Values of each query, of the full corpus and of each subset, `(n_queries,) float64`.

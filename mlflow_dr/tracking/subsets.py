@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import pyarrow as pa
@@ -16,13 +16,15 @@ from mlflow_dr.tracking.runs import TrackedRun
 FOLDER = "subsets"
 
 
-def log_subset(run: TrackedRun, name: str, passages: pa.Table, about: Mapping[str, Any]) -> None:
+def log_subset(
+    run: TrackedRun, name: str, passages: Callable[[], pa.Table], about: Mapping[str, Any]
+) -> None:
     """Keep the subset of a validation with the run, unless it is there already.
 
     Args:
         run: which.
         name: the validation's, which stands for one subset on a run.
-        passages: columns `passage_id` and `origin`.
+        passages: gives columns `passage_id` and `origin`.
         about: how it was chosen, sizes, digest.
 
     Raises:
@@ -34,7 +36,7 @@ def log_subset(run: TrackedRun, name: str, passages: pa.Table, about: Mapping[st
         if f"{FOLDER}/{text}" in there:
             return
         room.mkdir()
-        pq.write_table(passages, room / table, compression="zstd")
+        pq.write_table(passages(), room / table, compression="zstd")
         (room / text).write_text(json.dumps(about, indent=1) + "\n", encoding="utf-8")
         for file in (table, text):  # the text last: with it, both are there
             run.client.log_artifact(run.id, str(room / file), FOLDER)

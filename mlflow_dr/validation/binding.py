@@ -68,7 +68,7 @@ class Collections:
         if prepared.subset:
             about = _about(prepared.subset, dataset, prepared.split)
             profile |= {"subset": prepared.subset.spec.shown, "origins": prepared.subset.sizes}
-            log_subset(run, validation.name, prepared.subset.table(), about)
+            log_subset(run, validation.name, prepared.subset.table, about)
         run.log_collection(
             _shown(prepared),
             prepared.digest,
