@@ -78,6 +78,7 @@ def environment(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
         "TMPDIR": str(room / "tmp"),
         "HF_HUB_OFFLINE": "1",
         "MLFLOW_DISABLE_TELEMETRY": "true",
+        "MLFLOW_ASYNC_LOGGING_BUFFERING_SECONDS": "1",  # its thread ends when told to, not later
         "OMP_NUM_THREADS": "1",
         "PYTHONUNBUFFERED": "1",
     }

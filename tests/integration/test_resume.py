@@ -65,10 +65,7 @@ class Trainings:
         chosen = {**FLAGS, **self._flags, "output_dir": output, **options}
         pairs = [str(word) for name, value in chosen.items() for word in (f"--{name}", value)]
         # MLflow's thread waits for a second before it sends figures; those are lost in a kill
-        variables = {
-            "MLFLOW_TRACKING_URI": self.client.tracking_uri,
-            "MLFLOW_ASYNC_LOGGING_BUFFERING_SECONDS": "1",
-        }
+        variables = {"MLFLOW_TRACKING_URI": self.client.tracking_uri}
         return self._forked("train", *words, *pairs, **ways, **variables)
 
     def last_run(self) -> str:

@@ -413,7 +413,7 @@ def test_what_is_published_meanwhile_comes_first_where_the_newest_does(
     def evaluate_all(*asked: Any) -> Any:
         if not [one for one in checkpoints_of(run) if one.step == 8]:
             publishing(8)
-        time.sleep(0.5)
+        time.sleep(0.3)
         return real(*asked)
 
     monkeypatch.setattr(jobs, "evaluate_all", evaluate_all)
