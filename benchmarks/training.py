@@ -130,6 +130,16 @@ def tevatron_style(
     return train
 
 
+def cut(tokenizer: Any, texts: Sequence[str], length: int) -> list[str]:
+    """The texts up to where they have so many tokens, special ones included."""
+    found = tokenizer(list(texts), truncation=True, max_length=length, return_offsets_mapping=True)[
+        "offset_mapping"
+    ]
+    return [
+        text[: max(end for _, end in places)] for text, places in zip(texts, found, strict=True)
+    ]
+
+
 def peer(
     pairs: Sequence[Pair], lengths: tuple[int, int], arguments: dict[str, Any]
 ) -> Callable[[], object]:
@@ -144,7 +154,9 @@ def peer(
     model = SentenceTransformer(MODEL, device="cpu")
     model.max_seq_length = lengths[1]
     queries, passages = zip(*pairs, strict=True)
-    rows = Dataset.from_dict({"anchor": list(queries), "positive": list(passages)})
+    # it has one length for both, so queries are cut beforehand, to as many tokens as the others'
+    queries = cut(model.tokenizer, queries, lengths[0])
+    rows = Dataset.from_dict({"anchor": queries, "positive": list(passages)})
 
     def train() -> object:
         return SentenceTransformerTrainer(

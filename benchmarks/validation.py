@@ -25,6 +25,7 @@ from mlflow_dr.collection.catalogue import open_collection
 from mlflow_dr.collection.corpus import Corpus, cached_corpus
 from mlflow_dr.collection.interface import Collection, validation_split
 from mlflow_dr.collection.records import Topics
+from mlflow_dr.encoder.config import EncoderConfig
 from mlflow_dr.encoder.directory import load_encoder
 from mlflow_dr.encoder.tokenize import Tokenizing
 from mlflow_dr.files import CACHE_VARIABLE
@@ -75,11 +76,11 @@ def ours(prepared: Prepared, dtype: str, forget: bool = False) -> Report:
     return report
 
 
-def peer(prepared: Prepared) -> float:
+def peer(prepared: Prepared, settings: EncoderConfig) -> float:
     from sentence_transformers import SentenceTransformer
 
     model = SentenceTransformer(MODEL, device="cuda" if torch.cuda.is_available() else "cpu")
-    texts = Tokenizing(model.tokenizer, load_encoder(MODEL).settings).passage_texts(
+    texts = Tokenizing(model.tokenizer, settings).passage_texts(
         [passage for batch in prepared.corpus.batches() for passage in batch]
     )
     vectors = model.encode(texts, batch_size=64, show_progress_bar=False)
@@ -114,7 +115,9 @@ def main(dataset: str, split: str | None, passages: int, rounds: int) -> None:
     print(machine())
     passages_here, queries_here = len(prepared.corpus), len(prepared.topics.queries)
     print(f"{dataset}/{split}: {passages_here} passages, {queries_here} queries")
-    fp32, bf16, theirs = ours(prepared, "fp32"), ours(prepared, "bf16"), peer(prepared)
+    settings = load_encoder(MODEL).settings
+    fp32, bf16 = ours(prepared, "fp32"), ours(prepared, "bf16")
+    theirs = peer(prepared, settings)
     print(
         f"nDCG@10: sentence-transformers {theirs:.4f}, mlflow_dr fp32 "
         f"{fp32.measures['ndcg@10']:.4f}, bf16 {bf16.measures['ndcg@10']:.4f}"
@@ -122,7 +125,7 @@ def main(dataset: str, split: str | None, passages: int, rounds: int) -> None:
     peers = "sentence-transformers fp32"
     taken = seconds_of(
         {
-            peers: lambda: peer(prepared),
+            peers: lambda: peer(prepared, settings),
             "mlflow_dr fp32, first checkpoint": lambda: ours(prepared, "fp32", forget=True),
             "mlflow_dr fp32, every further one": lambda: ours(prepared, "fp32"),
             "mlflow_dr bf16, every further one": lambda: ours(prepared, "bf16"),

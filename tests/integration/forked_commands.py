@@ -113,6 +113,7 @@ PLACES: dict[str, tuple[Any, str, Wrapper]] = {
 def main() -> None:
     gc.freeze()  # what is imported is neither searched nor copied by the forks
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # nobody waits for the attendants
+    print("ready", flush=True)
     for line in sys.stdin:
         if os.fork() == 0:
             signal.signal(signal.SIGCHLD, signal.SIG_DFL)

@@ -12,8 +12,11 @@ from contextlib import suppress
 from pathlib import Path
 from typing import BinaryIO, TextIO
 
+import psutil
+
 SCRIPT = Path(__file__).parent / "forked_commands.py"
 SECONDS_TO_BEGIN = 60
+READY = "ready\n"
 NO_PLACE = ("nowhere", signal.SIGKILL)
 
 
@@ -70,14 +73,20 @@ class Fork:
             os.kill(self.pid, number)
 
     def kill(self) -> None:
-        """At once."""
-        self.send_signal(signal.SIGKILL)
+        """At once, with the processes that it has started."""
+        if self.poll() is None:
+            for one in psutil.Process(self.pid).children(recursive=True):
+                with suppress(psutil.NoSuchProcess):
+                    one.kill()
+            self.send_signal(signal.SIGKILL)
 
     def _next(self, timeout: float | None) -> int:
         """The next number that its attendant says."""
         if not select.select([self._state], [], [], timeout)[0]:
             raise subprocess.TimeoutExpired(["mlflow-dr"], timeout or 0)
-        return int(self._state.readline())
+        if not (line := self._state.readline()):
+            raise ChildProcessError("the attendant of the command has died")
+        return int(line)
 
 
 class Forks:
@@ -86,6 +95,9 @@ class Forks:
     Args:
         variables: what it sees of the environment.
         room: an empty directory for pipes.
+
+    Raises:
+        ChildProcessError: it has not come to begin.
     """
 
     def __init__(self, variables: Mapping[str, str], room: Path) -> None:
@@ -95,10 +107,13 @@ class Forks:
         self._process = subprocess.Popen(
             [sys.executable, SCRIPT],
             stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
             env=self._variables,
             text=True,
             start_new_session=True,
         )
+        if self._process.stdout.readline() != READY:  # its errors go where pytest's do
+            raise ChildProcessError(f"{SCRIPT.name} ended with {self._process.wait()}")
         self._running: list[Fork] = []
 
     def start(
@@ -146,6 +161,7 @@ class Forks:
                 fork.stdout.close()
             fork.kill()
         self._process.stdin.close()
+        self._process.stdout.close()
         self._process.wait(timeout=10)
 
     def _send(

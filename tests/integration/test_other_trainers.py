@@ -1,14 +1,13 @@
 """Somebody else's process against a real server: what it leaves, and what it is asked."""
 
-import socket
-import subprocess
+import os
+import signal
 import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
 
 import mlflow
-import psutil
 import pytest
 from mlflow import MlflowClient
 
@@ -53,31 +52,21 @@ def test_what_was_submitted_is_published_before_the_process_ends(
 
 
 def test_the_watcher_outlives_its_server(
-    start: Callable,
-    wait_until_healthy: Callable,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
+    serve: Callable, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    uri = f"http://127.0.0.1:{port}"
-    words = [sys.executable, "-m", "mlflow", "server", "--port", port, "--workers", 1]
-    words += ["--backend-store-uri", f"sqlite:///{tmp_path}/mlflow.db"]
     before = mlflow.get_tracking_uri()
-    process = start(*words, MLFLOW_SERVER_ENABLE_JOB_EXECUTION="false")
-    wait_until_healthy(uri, process)
+    uri, server = serve(tmp_path, tmp_path / "artifacts")
     client = MlflowClient(uri)
     run = TrackedRun(client, client.create_run("0"))
     asked: list[str] = []
     watcher = StopWatcher(run, asked.append, seconds=0.1)
     try:
-        _kill(process)
+        os.killpg(server.pid, signal.SIGKILL)
+        server.wait()
         time.sleep(1)
         assert watcher._thread.is_alive()
-        process = start(*words, MLFLOW_SERVER_ENABLE_JOB_EXECUTION="false")
-        wait_until_healthy(uri, process)
+        serve(tmp_path, tmp_path / "artifacts", int(uri.rpartition(":")[2]))
         assert asked == []
         request_stop(run, "the curve is flat")
         deadline = time.monotonic() + 10
@@ -86,11 +75,4 @@ def test_the_watcher_outlives_its_server(
         assert asked == ["the curve is flat"]
     finally:
         watcher.close()
-        _kill(process)
         mlflow.set_tracking_uri(before)
-
-
-def _kill(process: subprocess.Popen) -> None:
-    for one in (*psutil.Process(process.pid).children(recursive=True), process):
-        one.kill()
-    process.communicate()

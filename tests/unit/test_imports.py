@@ -69,7 +69,10 @@ def imports(path: Path, top_level_only: bool = False) -> Iterator[str]:
             yield from (alias.name for alias in node.names)
         elif isinstance(node, ast.ImportFrom):
             assert node.level == 0, f"{path}: a relative import"
-            yield node.module or ""
+            if node.module == "mlflow_dr":
+                yield from (f"mlflow_dr.{alias.name}" for alias in node.names)
+            else:
+                yield node.module or ""
 
 
 @pytest.mark.parametrize("path", modules(), ids=lambda path: str(path.relative_to(PACKAGE)))

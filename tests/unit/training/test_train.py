@@ -4,7 +4,7 @@ import json
 import logging
 import os
 import signal
-import time
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from functools import partial
@@ -436,8 +436,9 @@ def test_a_request_on_the_run_ends_the_training(
     def asked_in_step_3(*arguments: Any) -> Any:
         steps.append(1)
         if len(steps) == 3:
+            (watcher,) = (one for one in threading.enumerate() if one.name == "stop-watcher")
             request_stop(last_run(), "good enough")
-            time.sleep(0.5)
+            watcher.join(30)
         return plain(*arguments)
 
     monkeypatch.setattr(Objective, "__call__", asked_in_step_3)

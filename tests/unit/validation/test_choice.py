@@ -14,7 +14,7 @@ from mlflow_dr.tracking.results import State
 from mlflow_dr.validation.choice import Choice
 from mlflow_dr.validation.evaluate import Settings
 from mlflow_dr.validation.order import Order
-from mlflow_dr.validation.plan import Plan, Validation
+from mlflow_dr.validation.plan import Plan, Refines, Validation
 
 VALIDATION = Validation(Settings(parse_measures("mrr@10")))
 PLAN = Plan((VALIDATION,))
@@ -167,6 +167,21 @@ def test_what_nothing_remains_to_be_done_for() -> None:
     assert [done.step for done in one.see(Look(there, over=False))] == [6]
     assert one.see(Look(there, over=False)) == []
     assert not one.is_waiting
+
+
+def test_a_dear_validation_is_for_the_best_by_the_cheap_one() -> None:
+    """Of equal ones the earliest; who has no figure yet is none of them."""
+    (measure,) = parse_measures("mrr@10")
+    dear = Validation(VALIDATION.settings, "dear", refines=Refines("val", measure, 2))
+    values = {1: 0.1, 2: 0.3, 3: 0.2, 4: 0.3, 5: 0.3}
+    there = [checkpoint(6)]
+    for step, value in values.items():
+        record = {"mlflow_dr.validation.val": json.dumps({"values": {"mrr_at_10": value}})}
+        there.append(checkpoint(step, record, metrics=frozenset(["val/mrr_at_10"])))
+    one = choice(plan=Plan((VALIDATION, dear)))
+    one.see(Look(there, over=False))
+    found = {step.step: list(names) for step, names in one.candidates()}
+    assert found == {2: ["dear"], 4: ["dear"], 6: ["val"]}
 
 
 @pytest.mark.parametrize(("now_ms", "expected"), [(5_000, [1, 2, 3]), (7_500, [3])])

@@ -268,9 +268,15 @@ def test_while_evaluations_are_short_the_next_one_is_claimed_and_fetched_ahead(
 
     def evaluate_all(*asked: Any) -> Any:
         done = real(*asked)
-        time.sleep(0.3)
-        claimed.append([one.step for one in checkpoints_of(run) if standing(one, "val")])
+        expected = len(claimed) + 1 + ahead * (len(claimed) == 1)
+        deadline = time.monotonic() + 2.0
+        while len(there := steps_claimed()) < expected and time.monotonic() < deadline:
+            time.sleep(0.02)
+        claimed.append(there)
         return done
+
+    def steps_claimed() -> list[int]:
+        return [one.step for one in checkpoints_of(run) if standing(one, "val")]
 
     monkeypatch.setattr(jobs, "Files", files)
     monkeypatch.setattr(jobs, "evaluate_all", evaluate_all)
