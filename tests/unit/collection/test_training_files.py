@@ -471,6 +471,33 @@ def test_of_a_folder_with_files_named_train_those_are_read(
     assert query_ids(open_examples(tmp_path / "dev.jsonl")) == ["dev.jsonl"]  # when it is named
 
 
+@pytest.mark.parametrize(
+    ("names", "read"),
+    [
+        (["nq-dev.json", "nq-train.json", "more.json"], ["nq-train.json"]),
+        (["biencoder-nq-dev.json", "biencoder-nq.json"], ["biencoder-nq.json"]),
+        (["msmarco_Dev.jsonl", "msmarco_Train.jsonl"], ["msmarco_Train.jsonl"]),
+        (["train.jsonl", "train_queries.jsonl"], ["train.jsonl"]),
+        (["train_no_test.jsonl", "more.jsonl"], ["train_no_test.jsonl"]),
+        (["devices.jsonl", "my-test2.jsonl"], ["devices.jsonl"]),
+    ],
+)
+def test_the_split_may_stand_anywhere_in_the_name(
+    write: Callable[..., Path],
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
+    names: list[str],
+    read: list[str],
+) -> None:
+    for name in names:
+        write(f"set/{name}", dict(TEVATRON, query_id=name))
+    with caplog.at_level(logging.INFO):
+        assert query_ids(open_examples(tmp_path / "set")) == read
+    assert caplog.messages == [
+        f"{tmp_path / 'set'}: of {len(names)} files these are read: {', '.join(read)}"
+    ]
+
+
 def test_a_folder_without_training_files_says_what_it_has(
     write: Callable[..., Path], tmp_path: Path
 ) -> None:
