@@ -119,7 +119,8 @@ class IrDataset:
         return JudgedExamples(topics, self._corpus)
 
     def _cached(self, kind: str, raw: Iterator[RawExample]) -> Examples:
-        key = f"irds:{self._id}:{kind}:{getattr(self._dataset, f'{kind}_metadata')().get('count')}"
+        count = getattr(self._dataset, f"{kind}_metadata")().get("count")
+        key = f"irds:{self._id}:{kind}:{count}:with answers"
         return cached_examples(key, raw, f"{self.name}, {kind}", self._corpus)
 
     def _members_to_name(self) -> str:
@@ -165,7 +166,17 @@ def _queries(dataset: Any, where: str) -> Iterator[Query]:
     with reading(f"{where}: the queries"):
         for query in dataset.queries_iter():
             text = getattr(query, "text", None)
-            yield Query(query.query_id, _default_text(query, where) if text is None else text)
+            if text is None:
+                text = _default_text(query, where)
+            yield Query(query.query_id, text, _answers(query))
+
+
+def _answers(query: Any) -> Sequence[str]:
+    """Short answers, where the query has them (those of `dpr-w100` and `msmarco-qna` do)."""
+    answers = getattr(query, "answers", ())
+    if isinstance(answers, list | tuple) and all(isinstance(one, str) for one in answers):
+        return tuple(answers)
+    return ()
 
 
 def _qrels(dataset: Any, where: str) -> dict[str, dict[str, int]]:
