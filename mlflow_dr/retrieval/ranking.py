@@ -9,7 +9,7 @@ from typing import NamedTuple
 import numpy as np
 
 from mlflow_dr.collection.corpus import Corpus
-from mlflow_dr.collection.records import Query
+from mlflow_dr.collection.records import Topics
 from mlflow_dr.errors import DataError
 from mlflow_dr.files import written_beside
 
@@ -34,7 +34,7 @@ class Found(NamedTuple):
 
 
 def named_ranking(
-    queries: Sequence[Query],
+    topics: Topics,
     corpus: Corpus,
     rows: np.ndarray,
     scores: np.ndarray,
@@ -44,13 +44,14 @@ def named_ranking(
     """A ranking by ids.
 
     Args:
-        queries: the queries, in the order of `rows`.
+        topics: the queries, in the order of `rows`, and what is relevant to them.
         corpus: knows the passages' ids.
         rows: corpus rows, the best first, `(n_queries, k) int64`; -1 where there is none.
         scores: `(n_queries, k) float32`.
         depth: passages to keep for each query.
         keep_own_id: keep a passage that has the query's own id. BEIR leaves it out, because in
-            some of its collections the queries are passages of the corpus.
+            some of its collections the queries are passages of the corpus. One that is judged
+            relevant is kept anyway: its id is the query's by chance.
     """
     used, places = np.unique(rows, return_inverse=True)
     names = corpus.ids.take(used[used >= 0]).to_pylist()
@@ -58,13 +59,10 @@ def named_ranking(
         names.insert(0, None)
     ids = np.array(names, dtype=object)[places.reshape(rows.shape)]
     ranking = {}
-    for query, passage_ids, values in zip(queries, ids, scores.tolist(), strict=True):
+    for query, passage_ids, values in zip(topics.queries, ids, scores.tolist(), strict=True):
+        own = None if keep_own_id or topics.qrels[query.id].get(query.id, 0) > 0 else query.id
         found = zip(passage_ids, values, strict=True)
-        kept = [
-            (pid, score)
-            for pid, score in found
-            if pid is not None and (keep_own_id or pid != query.id)
-        ]
+        kept = [(pid, score) for pid, score in found if pid is not None and pid != own]
         ranking[query.id] = kept[:depth]
     return ranking
 
