@@ -19,6 +19,7 @@ from mlflow_dr.collection.catalogue import open_collection, open_examples
 from mlflow_dr.collection.corpus import Corpus, cached_corpus
 from mlflow_dr.collection.examples import CachedExamples
 from mlflow_dr.collection.interface import Examples, chosen_split
+from mlflow_dr.collection.passages import corpus_of_file
 from mlflow_dr.collection.records import Passage, Query
 from mlflow_dr.collection.training_files import TrainingFiles
 from mlflow_dr.errors import DataError, UsageError
@@ -311,6 +312,19 @@ def test_malformed_tables_of_passages(
     write("psgs.tsv", b"id\ttext\ttitle\n" + content)
     with pytest.raises(DataError, match=rf"psgs\.tsv.*{message}"):
         open_examples(write("mined.jsonl", BY_ID))
+
+
+@pytest.mark.parametrize("name", ["psgs.tsv", "psgs.tsv.gz"])
+def test_a_line_of_a_table_ends_where_a_files_line_ends(
+    write: Callable[..., Path], name: str
+) -> None:
+    """And not at whatever else Unicode calls the end of a line."""
+    odd = "a\u2028b\u2029c\x85d\x0be\x0cf\x1cg\x1dh\x1ei"
+    table = f'id\ttext\ttitle\r\np1\t{odd}\t{odd}\r\np2\t"{odd}\n\r\n""j"""\tt\n'
+    passages = corpus_of_file(write(name, table.encode("utf-8-sig")))
+    assert [*passages.batches()] == [
+        [Passage("p1", odd, odd), Passage("p2", "t", f'{odd}\n\r\n"j"')]
+    ]
 
 
 def test_a_truncated_packed_table_of_passages(write: Callable[..., Path]) -> None:
