@@ -18,7 +18,7 @@ from mlflow_dr.collection.examples import JudgedExamples, cached_examples
 from mlflow_dr.collection.interface import Examples, check_split
 from mlflow_dr.collection.irds_pairs import candidate_examples, pair_examples
 from mlflow_dr.collection.irds_reading import HOME_VARIABLE, reading
-from mlflow_dr.collection.judgements import checked_topics
+from mlflow_dr.collection.judgements import EXPECTED, RELEVANCES, checked_topics
 from mlflow_dr.collection.records import Passage, Query, Topics
 from mlflow_dr.errors import DataError, MissingExtraError, UsageError
 
@@ -186,6 +186,11 @@ def _qrels(dataset: Any, where: str) -> dict[str, dict[str, int]]:
         for qrel in dataset.qrels_iter():
             judged = qrels.setdefault(qrel.query_id, {})
             relevance = int(qrel.relevance)
+            if relevance not in RELEVANCES:
+                raise DataError(
+                    f"{where}: query {qrel.query_id!r} and passage {qrel.doc_id!r} have relevance "
+                    f"{relevance}; expected {EXPECTED}"
+                )
             judged[qrel.doc_id] = max(relevance, judged.get(qrel.doc_id, relevance))
     return qrels
 

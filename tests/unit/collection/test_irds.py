@@ -348,6 +348,15 @@ def test_answers_that_are_no_list_are_left_out(register: Register) -> None:
     assert collection.topics("test").queries == [Query("q", "why")]
 
 
+@pytest.mark.parametrize("relevance", [1 << 40, -32_768])
+def test_a_relevance_that_trec_eval_cannot_count_is_an_error(
+    register: Register, relevance: int
+) -> None:
+    collection = register("d\ttext\n", qrels=f"q 0 d {relevance}\n")
+    with pytest.raises(DataError, match=rf"query 'q' and passage 'd' have relevance {relevance}; "):
+        collection.topics("test")
+
+
 def test_a_passage_judged_by_subtopic_keeps_the_highest_relevance(register: Register) -> None:
     collection = register("d\ta passage\n", qrels="q 1 d 0\nq 2 d 3\nq 3 d 1\n", subtopics=True)
     assert collection.topics("test").qrels == {"q": {"d": 3}}
