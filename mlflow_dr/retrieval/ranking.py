@@ -11,7 +11,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from mlflow_dr.collection.corpus import Corpus
-from mlflow_dr.collection.records import Topics
+from mlflow_dr.collection.records import Query
 from mlflow_dr.errors import DataError
 from mlflow_dr.files import written_beside
 
@@ -39,7 +39,7 @@ class Found(NamedTuple):
 
 
 def named_ranking(
-    topics: Topics,
+    queries: Sequence[Query],
     corpus: Corpus,
     rows: np.ndarray,
     scores: np.ndarray,
@@ -49,14 +49,13 @@ def named_ranking(
     """A ranking by ids.
 
     Args:
-        topics: the queries, in the order of `rows`, and what is relevant to them.
+        queries: the queries, in the order of `rows`.
         corpus: knows the passages' ids.
         rows: corpus rows, the best first, `(n_queries, k) int64`; -1 where there is none.
         scores: `(n_queries, k) float32`.
         depth: passages to keep for each query.
         keep_own_id: keep a passage that has the query's own id. BEIR leaves it out, because in
-            some of its collections the queries are passages of the corpus. One that is judged
-            relevant is kept anyway: its id is the query's by chance.
+            some of its collections the queries are passages of the corpus.
     """
     used, places = np.unique(rows, return_inverse=True)
     names = corpus.ids.take(used[used >= 0]).to_pylist()
@@ -64,10 +63,13 @@ def named_ranking(
         names.insert(0, None)
     ids = np.array(names, dtype=object)[places.reshape(rows.shape)]
     ranking = {}
-    for query, passage_ids, values in zip(topics.queries, ids, scores.tolist(), strict=True):
-        own = None if keep_own_id or topics.qrels[query.id].get(query.id, 0) > 0 else query.id
+    for query, passage_ids, values in zip(queries, ids, scores.tolist(), strict=True):
         found = zip(passage_ids, values, strict=True)
-        kept = [(pid, score) for pid, score in found if pid is not None and pid != own]
+        kept = [
+            (pid, score)
+            for pid, score in found
+            if pid is not None and (keep_own_id or pid != query.id)
+        ]
         ranking[query.id] = kept[:depth]
     return ranking
 

@@ -34,7 +34,7 @@ class Settings:
         depth: passages kept for each query; the largest cut-off when None.
         device: `auto`, `cpu`, `cuda` or `cuda:<n>`.
         dtype: `auto`, `fp32`, `bf16` or `fp16`.
-        keep_own_id: keep a passage whose id is the query's id, also where it is not relevant.
+        keep_own_id: keep a passage whose id is the query's id.
     """
 
     measures: tuple[Measure, ...]
@@ -231,6 +231,6 @@ def _measured(
     """The values of each query, and the ranking that they are of."""
     topics = prepared.topics
     ranking = named_ranking(
-        topics, prepared.corpus, found.rows, found.scores, depth, settings.keep_own_id
+        topics.queries, prepared.corpus, found.rows, found.scores, depth, settings.keep_own_id
     )
     return measure_ranking(ranking, topics.qrels, settings.measures), ranking

@@ -8,7 +8,7 @@ import pyarrow.compute as pc
 import pytest
 
 from mlflow_dr.collection.corpus import SCHEMA, Corpus
-from mlflow_dr.collection.records import Query, Topics
+from mlflow_dr.collection.records import Query
 from mlflow_dr.errors import DataError
 from mlflow_dr.retrieval.ranking import UNWRITABLE, check_ids, named_ranking, write_ranking
 
@@ -22,7 +22,6 @@ def corpus() -> Corpus:
 
 
 QUERIES = [Query("q1", "is a passage, too"), Query("q2", "is not")]
-TOPICS = Topics(QUERIES, {"q1": {"p4": 1, "q1": 0}, "q2": {"q1": 1}})
 ROWS = np.array([[1, 4, 0], [3, 1, 4]])
 SCORES = np.array([[3.0, 2.0, 1.0], [0.5, 0.25, -0.5]], dtype=np.float32)
 
@@ -40,7 +39,7 @@ def read_trec(path: Path) -> dict[str, list[tuple[str, float]]]:
 
 
 def test_rows_become_ids_in_their_order(corpus: Corpus) -> None:
-    ranking = named_ranking(TOPICS, corpus, ROWS, SCORES, depth=3, keep_own_id=True)
+    ranking = named_ranking(QUERIES, corpus, ROWS, SCORES, depth=3, keep_own_id=True)
     assert ranking == {
         "q1": [("q1", 3.0), ("p4", 2.0), ("p0", 1.0)],
         "q2": [("字3", 0.5), ("q1", 0.25), ("p4", -0.5)],
@@ -48,33 +47,27 @@ def test_rows_become_ids_in_their_order(corpus: Corpus) -> None:
 
 
 def test_a_querys_own_id_is_left_out_and_only_there(corpus: Corpus) -> None:
-    ranking = named_ranking(TOPICS, corpus, ROWS, SCORES, depth=3)
+    ranking = named_ranking(QUERIES, corpus, ROWS, SCORES, depth=3)
     assert [pid for pid, _ in ranking["q1"]] == ["p4", "p0"]
     assert [pid for pid, _ in ranking["q2"]] == ["字3", "q1", "p4"]
-
-
-def test_a_passage_of_the_querys_id_that_is_relevant_is_kept(corpus: Corpus) -> None:
-    topics = Topics(QUERIES, TOPICS.qrels | {"q1": {"q1": 1}})
-    ranking = named_ranking(topics, corpus, ROWS, SCORES, depth=2)
-    assert [pid for pid, _ in ranking["q1"]] == ["q1", "p4"]
 
 
 @pytest.mark.parametrize("depth", [1, 2])
 def test_the_depth_is_reached_also_where_the_own_id_was_left_out(
     corpus: Corpus, depth: int
 ) -> None:
-    ranking = named_ranking(TOPICS, corpus, ROWS, SCORES, depth)
+    ranking = named_ranking(QUERIES, corpus, ROWS, SCORES, depth)
     assert [pid for pid, _ in ranking["q1"]] == ["p4", "p0"][:depth]
     assert [pid for pid, _ in ranking["q2"]] == ["字3", "q1"][:depth]
 
 
 def test_a_corpus_smaller_than_the_depth(corpus: Corpus) -> None:
-    ranking = named_ranking(TOPICS, corpus, ROWS, SCORES, depth=100)
+    ranking = named_ranking(QUERIES, corpus, ROWS, SCORES, depth=100)
     assert [len(found) for found in ranking.values()] == [2, 3]
 
 
 def test_the_file_is_trec_evals(corpus: Corpus, tmp_path: Path) -> None:
-    ranking = named_ranking(TOPICS, corpus, ROWS, SCORES, depth=2)
+    ranking = named_ranking(QUERIES, corpus, ROWS, SCORES, depth=2)
     write_ranking(tmp_path / "ranking.trec", ranking, tag="mine")
     assert (tmp_path / "ranking.trec").read_text(encoding="utf-8") == (
         "q1 Q0 p4 1 2 mine\nq1 Q0 p0 2 1 mine\nq2 Q0 字3 1 0.5 mine\nq2 Q0 q1 2 0.25 mine\n"
