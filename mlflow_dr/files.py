@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import glob
 import gzip
 import hashlib
 import os
@@ -55,12 +56,15 @@ def build_once(target: Path, build: Callable[[Path], None]) -> Path:
     """Make `target` (a file or directory) with `build`, once, whatever number of processes ask.
 
     `build` gets a path beside the target and writes there; the result is renamed into place when
-    `build` returns and removed when it raises, so that the target is whole or absent.
+    `build` returns and removed when it raises, so that the target is whole or absent. What a killed
+    process left of its try is removed by the next one.
     """
     if target.exists():
         return target
     target.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(f"{target}.lock"):
+        for left in target.parent.glob(f".{glob.escape(target.name)}.*"):
+            shutil.rmtree(left, ignore_errors=True)
         if not target.exists():
             with written_beside(target) as partial:
                 build(partial)

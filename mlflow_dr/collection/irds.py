@@ -18,7 +18,7 @@ from mlflow_dr.collection.examples import JudgedExamples, cached_examples
 from mlflow_dr.collection.interface import Examples, check_split
 from mlflow_dr.collection.irds_pairs import candidate_examples, pair_examples
 from mlflow_dr.collection.irds_reading import HOME_VARIABLE, reading
-from mlflow_dr.collection.judgements import checked_topics
+from mlflow_dr.collection.judgements import EXPECTED, RELEVANCES, checked_topics
 from mlflow_dr.collection.records import Passage, Query, Topics
 from mlflow_dr.errors import DataError, MissingExtraError, UsageError
 
@@ -119,7 +119,8 @@ class IrDataset:
         return JudgedExamples(topics, self._corpus)
 
     def _cached(self, kind: str, raw: Iterator[RawExample]) -> Examples:
-        key = f"irds:{self._id}:{kind}:{getattr(self._dataset, f'{kind}_metadata')().get('count')}"
+        count = getattr(self._dataset, f"{kind}_metadata")().get("count")
+        key = f"irds:{self._id}:{kind}:{count}:with answers"
         return cached_examples(key, raw, f"{self.name}, {kind}", self._corpus)
 
     def _members_to_name(self) -> str:
@@ -165,7 +166,17 @@ def _queries(dataset: Any, where: str) -> Iterator[Query]:
     with reading(f"{where}: the queries"):
         for query in dataset.queries_iter():
             text = getattr(query, "text", None)
-            yield Query(query.query_id, _default_text(query, where) if text is None else text)
+            if text is None:
+                text = _default_text(query, where)
+            yield Query(query.query_id, text, _answers(query))
+
+
+def _answers(query: Any) -> Sequence[str]:
+    """Short answers, where the query has them (those of `dpr-w100` and `msmarco-qna` do)."""
+    answers = getattr(query, "answers", ())
+    if isinstance(answers, list | tuple) and all(isinstance(one, str) for one in answers):
+        return tuple(answers)
+    return ()
 
 
 def _qrels(dataset: Any, where: str) -> dict[str, dict[str, int]]:
@@ -175,6 +186,11 @@ def _qrels(dataset: Any, where: str) -> dict[str, dict[str, int]]:
         for qrel in dataset.qrels_iter():
             judged = qrels.setdefault(qrel.query_id, {})
             relevance = int(qrel.relevance)
+            if relevance not in RELEVANCES:
+                raise DataError(
+                    f"{where}: query {qrel.query_id!r} and passage {qrel.doc_id!r} have relevance "
+                    f"{relevance}; expected {EXPECTED}"
+                )
             judged[qrel.doc_id] = max(relevance, judged.get(qrel.doc_id, relevance))
     return qrels
 

@@ -19,6 +19,7 @@ from mlflow_dr.errors import DataError
 BYTES_AT_A_TIME = 1 << 22
 LONGEST_TOKEN = len(r"\ud83d\ude00")  # that is no string: an escaped pair of surrogates
 BLANK = re.compile(r"[ \t\n\r]*")
+SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")
 CUT_STRING = "Unterminated string"
 
 
@@ -78,6 +79,8 @@ class _ArrayText:
         while True:
             try:
                 item, end = self._parse(self._text, self._at)
+                if SURROGATE.search(self._text, self._at, end):
+                    self._check_pairs(item)
             except json.JSONDecodeError as error:
                 self._read_on_or_refuse(error)
             except RecursionError as error:
@@ -85,6 +88,13 @@ class _ArrayText:
             else:
                 self._at = end
                 return item
+
+    def _check_pairs(self, item: Any) -> None:
+        try:
+            json.dumps(item, ensure_ascii=False).encode()
+        except UnicodeEncodeError as error:
+            half = error.object[error.start].encode("unicode_escape").decode()
+            raise self._error(f"the item has half a surrogate pair ({half})") from error
 
     def _read_on_or_refuse(self, error: json.JSONDecodeError) -> None:
         unterminated = error.msg.startswith(CUT_STRING)

@@ -15,14 +15,18 @@ from mlflow_dr.files import decoded, read_lines
 log = logging.getLogger(__name__)
 
 TREC_COLUMNS = 4
+RELEVANCES = range(-32_767, 32_768)
+"""trec_eval counts the passages of each relevance up to the highest: of 2^40, till it crashes."""
+
+EXPECTED = f"a whole number from {RELEVANCES[0]:,} to {RELEVANCES[-1]:,}"
 
 
 def read_qrels(path: Path) -> dict[str, dict[str, int]]:
     """Judgements from a BEIR file (`query-id  corpus-id  score`) or a TREC file of four columns.
 
     Raises:
-        DataError: a line has the wrong number of columns, a relevance that is no whole number, or
-            judges a passage differently from an earlier line.
+        DataError: a line has the wrong number of columns, a relevance that is no whole number or
+            beyond 32,767, or judges a passage differently from an earlier line.
     """
     qrels: dict[str, dict[str, int]] = {}
     for number, line in read_lines(path):
@@ -36,12 +40,12 @@ def read_qrels(path: Path) -> dict[str, dict[str, int]]:
                 "(or TREC's query-id, 0, passage-id, relevance)"
             )
         query_id, passage_id, relevance_text = (column.strip() for column in columns)
-        if not re.fullmatch(r"-?\d+", relevance_text):
+        relevance = int(relevance_text) if re.fullmatch(r"-?\d{1,20}", relevance_text) else None
+        if relevance is None or relevance not in RELEVANCES:
             if number == 1 and not any(map(str.isdigit, relevance_text)):
                 continue  # BEIR's header
-            raise DataError(f"{path}:{number}: relevance {relevance_text!r} is not a whole number")
+            raise DataError(f"{path}:{number}: relevance {relevance_text!r} is not {EXPECTED}")
         judged = qrels.setdefault(query_id, {})
-        relevance = int(relevance_text)
         if judged.setdefault(passage_id, relevance) != relevance:
             raise DataError(
                 f"{path}:{number}: query {query_id!r} and passage {passage_id!r} have relevance "

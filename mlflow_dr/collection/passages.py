@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import codecs
 import csv
+import io
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -80,7 +80,8 @@ def _field(record: Record, names: Sequence[str]) -> str:
 def _dpr_passages(path: Path) -> Iterator[tuple[int, Passage]]:
     csv.field_size_limit(sys.maxsize)
     with opened(path) as file:
-        rows = csv.reader(codecs.getreader("utf-8-sig")(file), delimiter="\t")
+        lines = io.TextIOWrapper(file, encoding="utf-8-sig", newline="")
+        rows = csv.reader(lines, delimiter="\t")
         number = 0
         try:
             for number, row in enumerate(rows, start=1):

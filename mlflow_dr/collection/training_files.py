@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import re
 from collections.abc import Callable, Sequence
 from functools import cached_property
@@ -15,7 +16,12 @@ from mlflow_dr.collection.recordfiles import SUFFIXES, state_of
 from mlflow_dr.collection.records import Topics
 from mlflow_dr.errors import DataError, UsageError
 
-OTHER = re.compile(r"(corpus|psgs|queries|dev|valid|validation|val|test|eval)([._\d-]|$)")
+log = logging.getLogger(__name__)
+
+TRAIN = re.compile(r"(^|[._-])train", re.IGNORECASE)
+OTHER = re.compile(
+    r"(^|[._-])(corpus|psgs|queries|dev|valid|validation|val|test|eval)([._\d-]|$)", re.IGNORECASE
+)
 
 
 class TrainingFiles:
@@ -85,8 +91,9 @@ class TrainingFiles:
 def training_files(path: Path) -> list[Path]:
     """The files of training examples: the path itself, or those of a folder, by name.
 
-    In a folder these are the files called `train...`, else all but those of passages, of queries
-    and of other splits (`dev...`, `test...`).
+    In a folder these are the files with `train` at the start of a part of their name
+    (`nq-train.json`), else all but those of passages, of queries and of other splits
+    (`nq-dev.json`, `test.jsonl`).
 
     Raises:
         DataError: there are none.
@@ -94,20 +101,28 @@ def training_files(path: Path) -> list[Path]:
     if not path.is_dir():
         return [path]
     files = sorted(file for file in path.iterdir() if _is_data(file))
-    chosen = [file for file in files if file.name.startswith("train")]
-    chosen = chosen or [file for file in files if not OTHER.match(file.name)]
+    chosen = _chosen(files)
     if not chosen:
         there = f"only {', '.join(file.name for file in files)}" if files else "none"
         raise DataError(
             f"{path}: expected files of training examples ({', '.join(SUFFIXES)}), there are "
             f"{there}; name the file itself to train on it"
         )
+    names = ", ".join(file.name for file in chosen)
+    log.info("%s: of %d files these are read: %s", path, len(files), names)
     return chosen
 
 
 def has_training_files(folder: Path) -> bool:
     """Whether a folder has files that `training_files` would choose."""
-    return any(_is_data(file) and not OTHER.match(file.name) for file in folder.iterdir())
+    return bool(_chosen([file for file in folder.iterdir() if _is_data(file)]))
+
+
+def _chosen(files: Sequence[Path]) -> list[Path]:
+    others = {file for file in files if OTHER.search(file.name)}
+    train = [file for file in files if TRAIN.search(file.name)]
+    plain = [file for file in train if file not in others]  # no `train_queries.jsonl`
+    return plain or train or [file for file in files if file not in others]
 
 
 def _is_data(file: Path) -> bool:

@@ -7,6 +7,8 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
 
 from mlflow_dr.collection.corpus import Corpus
 from mlflow_dr.collection.records import Query
@@ -15,6 +17,9 @@ from mlflow_dr.files import written_beside
 
 Ranking = Mapping[str, Sequence[tuple[str, float]]]
 """query id -> (passage id, score), the best first."""
+
+UNWRITABLE = r"[\pZ\x09-\x0d\x1c-\x1f\x{85}]|^$"
+"""What no id in a TREC run file may be: empty, or with white space as `str.split` knows it."""
 
 
 class Found(NamedTuple):
@@ -73,14 +78,25 @@ def write_ranking(path: Path, ranking: Ranking, tag: str = "mlflow_dr") -> None:
     """Write a TREC run file: `query-id Q0 passage-id rank score tag`.
 
     Raises:
-        DataError: an id holds white space, which the format cannot express.
+        DataError: see `check_ids`.
     """
+    passages = {passage_id for found in ranking.values() for passage_id, _ in found}
+    check_ids(pa.array([*ranking, *passages], pa.string()))
     with written_beside(path) as partial, partial.open("w", encoding="utf-8") as file:
         for query_id, found in ranking.items():
             for rank, (passage_id, score) in enumerate(found, start=1):
-                if len(f"{query_id} {passage_id}".split()) != 2:
-                    raise DataError(
-                        f"ids {query_id!r} and {passage_id!r}: a TREC run file cannot hold white "
-                        "space in ids"
-                    )
                 file.write(f"{query_id} Q0 {passage_id} {rank} {score:.9g} {tag}\n")
+
+
+def check_ids(ids: pa.Array | pa.ChunkedArray) -> None:
+    """Refuse ids that a TREC run file cannot express, before hours are spent on its ranking.
+
+    Raises:
+        DataError: an id is empty or holds white space.
+    """
+    refused = ids.filter(pc.match_substring_regex(ids, UNWRITABLE))
+    if len(refused):
+        raise DataError(
+            f"id {refused[0].as_py()!r}: a TREC run file cannot hold white space in ids, nor an "
+            f"empty one ({len(refused):,} of {len(ids):,} are such); ask for no ranking"
+        )

@@ -6,11 +6,14 @@ once. Two files: the token ids of all texts end to end, and the offset at which 
 
 from __future__ import annotations
 
+import sys
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
-from multiprocessing import get_context
+from contextlib import contextmanager
+from multiprocessing import current_process, get_context
 from pathlib import Path
+from types import ModuleType
 from typing import TypeVar
 
 import numpy as np
@@ -134,7 +137,7 @@ def _tokenised(
 ) -> Iterator[TokenTable]:
     """Each group's token ids, in order; by worker processes where that pays."""
     workers = min(processes, usable_cores(), total // TEXTS_WORTH_A_PROCESS)
-    if workers < 2:
+    if workers < 2 or current_process().daemon:  # which may not have processes of its own
         for group in texts:
             yield token_table(tokenize(group))
         return
@@ -142,11 +145,27 @@ def _tokenised(
     with ProcessPoolExecutor(workers, get_context("spawn")) as pool:
         waiting: deque[Future[TokenTable]] = deque()
         for group in texts:
-            waiting.append(pool.submit(_tokenised_group, tokenize, group))
+            with _main_module_hidden():
+                waiting.append(pool.submit(_tokenised_group, tokenize, group))
             if len(waiting) > 2 * workers:
                 yield waiting.popleft().result()
         while waiting:
             yield waiting.popleft().result()
+
+
+@contextmanager
+def _main_module_hidden() -> Iterator[None]:
+    """Processes that start meanwhile do not run the user's script.
+
+    One without `if __name__ == "__main__"` would train in each of them, and there wait for the
+    table that this process is making.
+    """
+    main = sys.modules["__main__"]
+    sys.modules["__main__"] = ModuleType("__main__")
+    try:
+        yield
+    finally:
+        sys.modules["__main__"] = main
 
 
 def _tokenised_group(

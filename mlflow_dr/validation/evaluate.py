@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from functools import cached_property
 
 import numpy as np
+import pyarrow as pa
 
 from mlflow_dr.collection.corpus import Corpus
 from mlflow_dr.collection.interface import Collection
@@ -19,7 +20,7 @@ from mlflow_dr.engines.devices import DTYPES, resolve_device, resolve_dtype
 from mlflow_dr.files import digest_of
 from mlflow_dr.retrieval.dense import Search, search_all, wanted_rows
 from mlflow_dr.retrieval.measures import Measure, check_depth, mean_values, measure_ranking
-from mlflow_dr.retrieval.ranking import Found, Ranking, named_ranking
+from mlflow_dr.retrieval.ranking import Found, Ranking, check_ids, named_ranking
 from mlflow_dr.stores.token_table import TokenTable
 from mlflow_dr.subsets.subset import Subset
 
@@ -139,6 +140,16 @@ class Prepared:
     def n_passages(self) -> int:
         """How many passages are searched."""
         return len(self.subset or self.corpus)
+
+    def check_ids(self) -> None:
+        """Refuse to search what no ranking can be written of.
+
+        Raises:
+            DataError: the id of a query, or of a passage that is searched, has white space.
+        """
+        check_ids(pa.array([query.id for query in self.topics.queries], pa.string()))
+        ids = self.corpus.ids
+        check_ids(ids if self.subset is None else ids.take(pa.array(self.subset.rows)))
 
     def search(self, k: int) -> Search:
         """What is sought, k passages deep."""

@@ -85,7 +85,8 @@ class DenseRetrievalEvaluator(ModelEvaluator):
         Raises:
             UsageError: a model, data or configuration that is none for this evaluator.
             CheckpointError: the encoder gives NaN.
-            DataError: the collection's files are damaged.
+            DataError: the collection's files are damaged, or its ids are such that no ranking can
+                be written.
         """
         from mlflow_dr.validation.evaluate import Prepared, evaluate
 
@@ -98,9 +99,12 @@ class DenseRetrievalEvaluator(ModelEvaluator):
         settings = _settings(config)
         encoder = _encoder(model)
         judged = _judged(dataset, config)
+        prepared = Prepared(judged.collection, judged.split)
+        if config.get("log_ranking"):
+            prepared.check_ids()
         if not isinstance(dataset, JudgedQueries):
             log_dataset(run_id, judged)
-        report = evaluate(encoder, Prepared(judged.collection, judged.split), settings)
+        report = evaluate(encoder, prepared, settings)
         prefix = config.get("metric_prefix", "")
         names = {str(measure): f"{prefix}{measure.metric}" for measure in settings.measures}
         values = {names[key]: value for key, value in report.measures.items()}

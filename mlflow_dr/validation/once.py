@@ -87,7 +87,8 @@ def evaluate_once(request: Once) -> Report:
 
     Raises:
         UsageError: an unknown dataset, split, measure, device or encoder.
-        DataError: the collection's files are damaged.
+        DataError: the collection's files are damaged, or its ids are such that no ranking can be
+            written.
         CheckpointError: the encoder's files are damaged.
     """
     measures = parse_measures(request.measures)
@@ -109,12 +110,14 @@ def evaluate_once(request: Once) -> Report:
         searching = CachedSearching(prepared.corpus, request.device, dtype)
         subset = make_subset(spec, prepared.corpus, prepared.topics, searching)
         prepared = Prepared(collection, split, prepared.searched, subset)
-    report = evaluate(encoder, prepared, settings)
     if request.ranking is not None:
-        write_ranking(request.ranking, report.ranking)
+        prepared.check_ids()
+    report = evaluate(encoder, prepared, settings)
     if request.output is not None:
         with written_beside(request.output) as partial:
             partial.write_text(json.dumps(_as_json(request, split, depth, report)) + "\n")
+    if request.ranking is not None:
+        write_ranking(request.ranking, report.ranking)
     return report
 
 

@@ -71,6 +71,30 @@ def test_a_target_that_exists_is_not_built(tmp_path: Path) -> None:
     assert target.read_text() == "old"
 
 
+KILLED = """
+import os, signal, sys
+from pathlib import Path
+from mlflow_dr.files import build_once
+
+def build(partial):
+    partial.mkdir()
+    (partial / "half").write_text("half")
+    os.kill(os.getpid(), signal.SIGKILL)
+
+build_once(Path(sys.argv[1]), build)
+"""
+
+
+def test_what_a_killed_process_left_of_its_try_is_removed(tmp_path: Path) -> None:
+    target = tmp_path / "[a]"
+    done = subprocess.run([sys.executable, "-c", KILLED, target], check=False)
+    assert done.returncode == -signal.SIGKILL
+    assert len(list(tmp_path.glob(".*/*/half"))) == 1
+    (tmp_path / ".other.half").mkdir()
+    build_once(target, Path.touch)
+    assert sorted(path.name for path in tmp_path.iterdir()) == [".other.half", "[a]", "[a].lock"]
+
+
 @pytest.mark.parametrize("is_directory", [True, False])
 def test_an_error_leaves_nothing_and_the_next_attempt_builds(
     tmp_path: Path, is_directory: bool

@@ -319,6 +319,44 @@ def test_a_query_without_a_text_field_gives_its_default_text(register: Register)
     assert collection.topics("test").queries[0].text == "wings"
 
 
+def test_answers_of_queries_are_kept(register: Register) -> None:
+    from ir_datasets.datasets.dpr_w100 import DprW100Queries
+    from ir_datasets.formats import TrecQrels, TsvDocs
+    from ir_datasets.util import LocalDownload
+
+    files = {
+        "docs": "p\ta liner\n",
+        "queries": "0\twhich ship\tliner\ta tug\n1\twhy\n",
+        "qrels": "0 0 p 2\n1 0 p 2\n",
+    }
+    docs, queries, qrels = (
+        LocalDownload(_write(register.folder / name, text)) for name, text in files.items()
+    )
+    collection = register.parts(TsvDocs(docs), DprW100Queries(queries), TrecQrels(qrels, {}))
+    expected = [Query("0", "which ship", ("liner", "a tug")), Query("1", "why")]
+    assert collection.topics("test").queries == expected
+
+
+class AnsweredQuery(NamedTuple):
+    query_id: str
+    text: str
+    answers: str
+
+
+def test_answers_that_are_no_list_are_left_out(register: Register) -> None:
+    collection = register("d\ttext\n", queries="q\twhy\tso\n", query=AnsweredQuery)
+    assert collection.topics("test").queries == [Query("q", "why")]
+
+
+@pytest.mark.parametrize("relevance", [1 << 40, -32_768])
+def test_a_relevance_that_trec_eval_cannot_count_is_an_error(
+    register: Register, relevance: int
+) -> None:
+    collection = register("d\ttext\n", qrels=f"q 0 d {relevance}\n")
+    with pytest.raises(DataError, match=rf"query 'q' and passage 'd' have relevance {relevance}; "):
+        collection.topics("test")
+
+
 def test_a_passage_judged_by_subtopic_keeps_the_highest_relevance(register: Register) -> None:
     collection = register("d\ta passage\n", qrels="q 1 d 0\nq 2 d 3\nq 3 d 1\n", subtopics=True)
     assert collection.topics("test").qrels == {"q": {"d": 3}}

@@ -70,6 +70,8 @@ def test_an_empty_array_has_no_items(tmp_path: Path, steps: int) -> None:
         ('[{"a": 1},\n{"b": nul, "c": "a longer text"}]', r"a\.json:2: not JSON \(Expecting v"),
         ('[{"a": 1}, ]', r"a\.json:1: not JSON \(Expecting value\)"),
         ('[{"a": 1}]\n[{"b": 2}]', r"a\.json:2: text after the end of the array"),
+        ('[{"a": "\\ud83d\\ude00"},\n{"b": "a \\uD83D b"}]', r"a\.json:2: .*pair \(\\ud83d\)"),
+        ('[{"a": 1},\n{"\\udc00": [12345678901234567890]}]', r"a\.json:2: .*pair \(\\udc00\)"),
         ('[{"a": 1}, 5]', r"a\.json\[1\]: expected a JSON object, got int"),
     ],
 )

@@ -19,6 +19,7 @@ from mlflow_dr.collection.catalogue import open_collection, open_examples
 from mlflow_dr.collection.corpus import Corpus, cached_corpus
 from mlflow_dr.collection.examples import CachedExamples
 from mlflow_dr.collection.interface import Examples, chosen_split
+from mlflow_dr.collection.passages import corpus_of_file
 from mlflow_dr.collection.records import Passage, Query
 from mlflow_dr.collection.training_files import TrainingFiles
 from mlflow_dr.errors import DataError, UsageError
@@ -313,6 +314,19 @@ def test_malformed_tables_of_passages(
         open_examples(write("mined.jsonl", BY_ID))
 
 
+@pytest.mark.parametrize("name", ["psgs.tsv", "psgs.tsv.gz"])
+def test_a_line_of_a_table_ends_where_a_files_line_ends(
+    write: Callable[..., Path], name: str
+) -> None:
+    """And not at whatever else Unicode calls the end of a line."""
+    odd = "a\u2028b\u2029c\x85d\x0be\x0cf\x1cg\x1dh\x1ei"
+    table = f'id\ttext\ttitle\r\np1\t{odd}\t{odd}\r\np2\t"{odd}\n\r\n""j"""\tt\n'
+    passages = corpus_of_file(write(name, table.encode("utf-8-sig")))
+    assert [*passages.batches()] == [
+        [Passage("p1", odd, odd), Passage("p2", "t", f'{odd}\n\r\n"j"')]
+    ]
+
+
 def test_a_truncated_packed_table_of_passages(write: Callable[..., Path]) -> None:
     rows = "".join(f"p{n}\t{n * 7919}\tt\n" for n in range(5000)).encode()
     path = write("psgs.tsv.gz", rows)
@@ -469,6 +483,33 @@ def test_of_a_folder_with_files_named_train_those_are_read(
         write(name, dict(TEVATRON, query_id=name))
     assert query_ids(open_examples(tmp_path)) == ["train.jsonl", "train_01.jsonl"]
     assert query_ids(open_examples(tmp_path / "dev.jsonl")) == ["dev.jsonl"]  # when it is named
+
+
+@pytest.mark.parametrize(
+    ("names", "read"),
+    [
+        (["nq-dev.json", "nq-train.json", "more.json"], ["nq-train.json"]),
+        (["biencoder-nq-dev.json", "biencoder-nq.json"], ["biencoder-nq.json"]),
+        (["msmarco_Dev.jsonl", "msmarco_Train.jsonl"], ["msmarco_Train.jsonl"]),
+        (["train.jsonl", "train_queries.jsonl"], ["train.jsonl"]),
+        (["train_no_test.jsonl", "more.jsonl"], ["train_no_test.jsonl"]),
+        (["devices.jsonl", "my-test2.jsonl"], ["devices.jsonl"]),
+    ],
+)
+def test_the_split_may_stand_anywhere_in_the_name(
+    write: Callable[..., Path],
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
+    names: list[str],
+    read: list[str],
+) -> None:
+    for name in names:
+        write(f"set/{name}", dict(TEVATRON, query_id=name))
+    with caplog.at_level(logging.INFO):
+        assert query_ids(open_examples(tmp_path / "set")) == read
+    assert caplog.messages == [
+        f"{tmp_path / 'set'}: of {len(names)} files these are read: {', '.join(read)}"
+    ]
 
 
 def test_a_folder_without_training_files_says_what_it_has(

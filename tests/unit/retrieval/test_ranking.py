@@ -4,12 +4,13 @@ from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pytest
 
 from mlflow_dr.collection.corpus import SCHEMA, Corpus
 from mlflow_dr.collection.records import Query
 from mlflow_dr.errors import DataError
-from mlflow_dr.retrieval.ranking import named_ranking, write_ranking
+from mlflow_dr.retrieval.ranking import UNWRITABLE, check_ids, named_ranking, write_ranking
 
 IDS = ["p0", "q1", "p2", "字3", "p4"]
 
@@ -93,3 +94,10 @@ def test_ids_that_the_format_cannot_hold(tmp_path: Path, query_id: str, passage_
             tmp_path / "ranking.trec", {"q0": [("p", 1.0)], query_id: [(passage_id, 1.0)]}
         )
     assert list(tmp_path.iterdir()) == []
+
+
+def test_white_space_is_what_splits_a_line() -> None:
+    ids = [f"p{chr(code)}1" for code in [*range(0xD800), *range(0xE000, 0x10000)]]
+    refused = pc.match_substring_regex(pa.array(ids), UNWRITABLE).to_pylist()
+    assert refused == [len(one.split()) == 2 for one in ids]
+    check_ids(pa.array(["p1", "字3"]))

@@ -1,6 +1,8 @@
 """The token table: ids by row, padding, and the table in the cache."""
 
 import multiprocessing as mp
+import subprocess
+import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -120,3 +122,31 @@ def test_no_process_is_started_where_one_does_not_pay(
     table, workers = with_processes("few", processes)
     assert workers == 0
     assert rows_of(table) == [list(text) for group in GROUPS for text in group]
+
+
+SCRIPT = """
+print("here", flush=True)
+import mlflow_dr.stores.token_table as module
+module.TEXTS_WORTH_A_PROCESS = 1
+module.usable_cores = lambda: 2
+texts = [[b"ab", b"c"], [b"def"]]
+print(len(module.cached_token_table("script", texts, list, 256, total=3, processes=2)))
+"""
+
+
+def test_processes_do_not_run_the_script_that_asks_for_a_table(tmp_path: Path) -> None:
+    """It has no `if __name__ == "__main__"`, and the lock of the table is held meanwhile."""
+    script = tmp_path / "script.py"
+    script.write_text(SCRIPT)
+    done = subprocess.run(
+        [sys.executable, script], capture_output=True, text=True, timeout=60, check=False
+    )
+    assert (done.stdout, done.stderr) == ("here\n3\n", "")
+
+
+def test_a_process_that_may_start_none_tokenises_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(token_table_module, "TEXTS_WORTH_A_PROCESS", 1)
+    monkeypatch.setattr(token_table_module, "usable_cores", lambda: 2)
+    monkeypatch.setitem(mp.current_process()._config, "daemon", True)  # type: ignore[attr-defined]
+    table, _ = with_processes("daemon", 2)
+    assert len(table) == 9

@@ -15,7 +15,7 @@ from mlflow.models import EvaluationResult
 from mlflow_dr.collection.beir import BeirFolder
 from mlflow_dr.encoder.directory import save_encoder
 from mlflow_dr.encoder.model import Encoder
-from mlflow_dr.errors import UsageError
+from mlflow_dr.errors import DataError, UsageError
 from mlflow_dr.retrieval.measures import parse_measures
 from mlflow_dr.tracking.checkpoints import publish
 from mlflow_dr.tracking.datasets import CollectionDataset
@@ -132,6 +132,18 @@ def test_a_prefix_is_put_before_all_names(
     assert lines[0].split()[:2] == ["q0", "Q0"]
     path = mlflow.artifacts.download_artifacts(run_id=active, artifact_path="sea/ranking.trec")
     assert Path(path).read_text() == result.artifacts["ranking"].content
+
+
+def test_ids_that_no_ranking_holds_are_refused_before_anything_is_logged(
+    model_id: str, beir_folder: Callable[..., Path], active: str, client: MlflowClient
+) -> None:
+    judged = {"q1": {"p 1": 1}}
+    folder = beir_folder({"p 1": "a tug"}, {"q1": "which ship"}, "spaced", dev=judged)
+    data = mlflow.data.from_dense_retrieval(str(folder), split="dev")
+    with pytest.raises(DataError, match="cannot hold white space in ids"):
+        measured(f"models:/{model_id}", data, log_ranking=True)
+    assert client.get_run(active).data.metrics == {}
+    assert measured(f"models:/{model_id}", data).metrics["mrr_at_10"] == 1
 
 
 def test_a_loaded_model_is_measured_and_left_as_it_was(

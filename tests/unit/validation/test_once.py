@@ -1,0 +1,66 @@
+"""One evaluation without tracking: what is written, and when."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import mlflow_dr.validation.once as once_module
+from mlflow_dr.encoder.directory import save_encoder
+from mlflow_dr.encoder.model import Encoder
+from mlflow_dr.errors import DataError
+from mlflow_dr.validation.once import Once, evaluate_once
+
+
+@pytest.fixture
+def encoder(make_tiny: Callable[..., Encoder], tmp_path: Path) -> str:
+    save_encoder(tmp_path / "encoder", make_tiny(pooling="mean"))
+    return str(tmp_path / "encoder")
+
+
+def asked(encoder: str, folder: Path, **others: Any) -> Once:
+    return Once(encoder, str(folder), device="cpu", dtype="fp32", **others)
+
+
+@pytest.mark.parametrize(("query_id", "passage_id"), [("q 1", "p2"), ("q1", "p\t2"), ("q1", "p 2")])
+def test_ids_that_no_ranking_holds_are_refused_before_anything_is_encoded(
+    encoder: str,
+    beir_folder: Callable[..., Path],
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+    query_id: str,
+    passage_id: str,
+) -> None:
+    passages = {"p1": "a tug", passage_id: "a liner"}
+    folder = beir_folder(passages, {query_id: "which ship"}, dev={query_id: {"p1": 1}})
+    evaluated = evaluate_once(asked(encoder, folder, output=tmp_path / "first.json"))
+    assert evaluated.ranking.keys() == {query_id}
+    monkeypatch.setattr(once_module, "evaluate", lambda *_: pytest.fail("encoded"))
+    with pytest.raises(DataError, match="cannot hold white space in ids"):
+        evaluate_once(asked(encoder, folder, ranking=tmp_path / "ranking.trec"))
+
+
+def test_only_the_ids_of_a_subset_count(
+    encoder: str, beir_folder: Callable[..., Path], tmp_path: Path
+) -> None:
+    folder = beir_folder(
+        {"p1": "a ship", "p 2": "a tug"}, {"q1": "which ship"}, dev={"q1": {"p1": 1}}
+    )
+    ranking = tmp_path / "ranking.trec"
+    evaluate_once(asked(encoder, folder, subset="bm25@1", ranking=ranking))
+    assert ranking.read_text().split()[:3] == ["q1", "Q0", "p1"]
+
+
+def test_the_report_is_there_where_the_ranking_cannot_be_written(
+    encoder: str, beir_folder: Callable[..., Path], tmp_path: Path
+) -> None:
+    folder = beir_folder({"p1": "a tug"}, {"q1": "which ship"}, dev={"q1": {"p1": 1}})
+    ranking, output = tmp_path / "ranking", tmp_path / "report.json"
+    (ranking / "folder").mkdir(parents=True)
+    with pytest.raises(OSError, match="ranking"):
+        evaluate_once(asked(encoder, folder, ranking=ranking, output=output))
+    assert json.loads(output.read_text())["queries"].keys() == {"q1"}
