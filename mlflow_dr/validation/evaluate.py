@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -23,6 +24,8 @@ from mlflow_dr.retrieval.measures import Measure, check_depth, mean_values, meas
 from mlflow_dr.retrieval.ranking import Found, Ranking, check_ids, named_ranking
 from mlflow_dr.stores.token_table import TokenTable
 from mlflow_dr.subsets.subset import Subset
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -119,6 +122,7 @@ class Prepared:
         self.split = split
         self.searched = searched or Searched(collection)
         self.subset = subset
+        self._told_own_ids = False
 
     @property
     def corpus(self) -> Corpus:
@@ -140,6 +144,21 @@ class Prepared:
     def n_passages(self) -> int:
         """How many passages are searched."""
         return len(self.subset or self.corpus)
+
+    def tell_own_ids(self) -> None:
+        """Say, once, that passages are left out which are relevant and have their query's id."""
+        if self._told_own_ids:
+            return
+        self._told_own_ids = True
+        qrels = self.topics.qrels
+        relevant = [query for query, judged in qrels.items() if judged.get(query, 0) > 0]
+        if relevant:
+            log.warning(
+                "%s/%s: of %d queries (%r, ...) the passage of the same id is judged relevant, and "
+                "left out as BEIR does; if ids of queries and passages have nothing to do with one "
+                "another, --keep-own-id keeps it",
+                *(self.collection.name, self.split, len(relevant), relevant[0]),
+            )
 
     def check_ids(self) -> None:
         """Refuse to search what no ranking can be written of.
@@ -193,6 +212,8 @@ def evaluate_all(
         same = prepared.corpus.digest == searched.corpus.digest
         if not same or (settings.device, settings.dtype) != (common.device, common.dtype):
             raise ValueError("one pass is over one corpus, on one device and in one number format")
+        if not settings.keep_own_id:
+            prepared.tell_own_ids()
     depths = [check_depth(settings.measures, settings.depth) for _, settings in asked]
     device = resolve_device(common.device)
     dtype = resolve_dtype(common.dtype, device)

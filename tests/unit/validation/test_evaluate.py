@@ -120,6 +120,25 @@ def independent(
     return rankings, values
 
 
+@pytest.mark.parametrize(("keep_own_id", "times"), [(False, 1), (True, 0)])
+def test_relevant_passages_that_are_left_out_are_told_once(
+    encoder: Encoder,
+    beir_folder: Callable[..., Path],
+    texts: list[str],
+    caplog: pytest.LogCaptureFixture,
+    keep_own_id: bool,
+    times: int,
+) -> None:
+    numbered = {str(number): text for number, text in enumerate(texts)}
+    folder = beir_folder(numbered, {"1": "ships", "2": "iron"}, dev={"1": {"1": 1}, "2": {"2": 0}})
+    prepared = Prepared(BeirFolder(folder), "dev")
+    for _ in range(2):
+        evaluate(encoder, prepared, settings("mrr@3", keep_own_id=keep_own_id), quiet=True)
+    told = [one for one in caplog.messages if "judged relevant" in one]
+    assert len(told) == times
+    assert all("of 1 queries ('1', ...)" in one and "--keep-own-id" in one for one in told)
+
+
 @pytest.mark.parametrize("keep_own_id", [False, True])
 def test_rankings_and_measures_are_those_of_a_full_sort(
     encoder: Encoder, folder: Path, keep_own_id: bool
