@@ -37,8 +37,8 @@ ORDERS = ("oldest", "newest", "bisect")
 @click.option(
     "--split",
     multiple=True,
-    help="The queries to put (default: the run's, else dev, else test). Of several, each is a "
-    "validation of its own, called NAME-SPLIT.",
+    help="The queries to put (default: the run's on its own collection, else dev, else test). Of "
+    "several, each is a validation of its own, called NAME-SPLIT.",
 )
 @subset_options
 @refine

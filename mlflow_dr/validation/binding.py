@@ -100,16 +100,19 @@ class Collections:
 
 
 def named_data(run: TrackedRun, dataset: str | None, split: str | None) -> tuple[str, str | None]:
-    """What is searched for what: as asked, else as the run says.
+    """What is searched for what: as asked, else as the run says; its split is of its own dataset.
 
     Raises:
-        UsageError: neither names a dataset.
+        UsageError: neither names a dataset, or nothing goes by the name that is asked for.
     """
     data = run.fetch().data
-    dataset = dataset or data.tags.get(DATASET_TAG) or data.params.get(DATASET_PARAM)
-    if not dataset:
+    own = data.tags.get(DATASET_TAG) or data.params.get(DATASET_PARAM)
+    named = dataset or own
+    if not named:
         raise UsageError(f"run {run.id} names no dataset (param {DATASET_PARAM!r}); give --dataset")
-    return dataset, split or data.params.get(SPLIT_PARAM)
+    if not split and (named == own or open_collection(named).name == own):
+        split = data.params.get(SPLIT_PARAM)
+    return named, split or None
 
 
 def _chosen(run: TrackedRun, spec: Spec, whole: Prepared, settings: Settings) -> Subset:
