@@ -20,7 +20,7 @@ from mlflow_dr.cli.options import (
 
 
 @click.command("run", context_settings={"ignore_unknown_options": True})
-@click.option("--dataset", default="demo", show_default=True, help="The collection.")
+@click.option("--dataset", help="The collection (default: what --config says, else demo).")
 @click.option(
     "--model", default="auto", show_default=True, help="The encoder; auto: as fits the dataset."
 )
@@ -51,7 +51,7 @@ from mlflow_dr.cli.options import (
 @tracking_uri
 @click.argument("trainer_flags", nargs=-1, type=click.UNPROCESSED)
 def command(
-    dataset: str,
+    dataset: str | None,
     model: str,
     gpus: int,
     name: str,
@@ -73,7 +73,7 @@ def command(
     from mlflow_dr.launch import launch
     from mlflow_dr.subsets.spec import parse_spec
 
-    training = ["--dataset", dataset, *trainer_flags]
+    training = [*(("--dataset", dataset) if dataset else ()), *trainer_flags]
     if model != "auto":
         training += ["--model", model]
     validating = ["--name", name]
