@@ -158,6 +158,20 @@ def _followed(
             yield FollowedDirectory(run, directory, is_mine=True)
 
 
+def plan_of(words: Sequence[str]) -> Any:
+    """The plan that the command would make of these flags.
+
+    Raises:
+        ClickException: a flag that it does not have, or a value that it does not take.
+        UsageError: flags that make no sense together.
+    """
+    with command.make_context("validate", list(words)) as context:
+        given = context.params
+    names = ("dataset", "candidate_dir", "query_files", "qrel_files")
+    dataset, sets = given_dataset(*(given[name] for name in names))
+    return _plan(given["config"], (dataset, sets, given["split"]), given["name"], given)
+
+
 def _plan(
     config: Path | None,
     data: tuple[str | None, Sequence[str], Sequence[str]],
@@ -165,7 +179,7 @@ def _plan(
     options: dict[str, Any],
 ) -> Any:
     from mlflow_dr.decisions.keep import parse_policy
-    from mlflow_dr.engines.devices import resolve_device
+    from mlflow_dr.engines.devices import resolve_device, resolve_dtype
     from mlflow_dr.retrieval.measures import check_depth, parse_measures
     from mlflow_dr.tracking.validations import FIRST_NAME
     from mlflow_dr.validation.evaluate import Settings
@@ -177,7 +191,7 @@ def _plan(
         raise click.UsageError("--name beside --config: names are in the file")
     measures = parse_measures(options["measures"])
     check_depth(measures, options["depth"])
-    resolve_device(options["device"])
+    resolve_dtype(options["dtype"], resolve_device(options["device"]))
     settings = Settings(
         measures,
         options["depth"],

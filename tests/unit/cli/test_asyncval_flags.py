@@ -57,12 +57,7 @@ def called(command: click.Command, *words: object) -> Any:
 
 def planned(words: list[str]) -> Plan:
     """The plan that `validate` makes of some flags."""
-    with validate.command.make_context("validate", ["--run-id", "0", *words]) as context:
-        given = dict(context.params)
-    dataset, sets = validate.given_dataset(
-        given["dataset"], given["candidate_dir"], given["query_files"], given["qrel_files"]
-    )
-    plan = validate._plan(given["config"], (dataset, sets, given["split"]), given["name"], given)
+    plan = validate.plan_of(["--run-id", "0", *words])
     assert isinstance(plan, Plan)
     return plan
 
