@@ -54,8 +54,7 @@ class Collections:
 
     def bind(self, run: TrackedRun, validation: Validation, changes: Mapping[str, Any]) -> Bound:
         """A validation as it is on a run: with its dataset, split and number format."""
-        dataset, split = named_data(run, validation.dataset, validation.split)
-        prepared = self._prepare(run, dataset, split, validation)
+        dataset, prepared = self.prepare(run, validation)
         settings = _bound_settings(run, validation, prepared, changes)
         queries, passages = len(prepared.topics.queries), prepared.n_passages
         log.info(
@@ -79,9 +78,9 @@ class Collections:
         )
         return Bound(validation.name, prepared, settings)
 
-    def _prepare(
-        self, run: TrackedRun, dataset: str, split: str | None, validation: Validation
-    ) -> Prepared:
+    def prepare(self, run: TrackedRun, validation: Validation) -> tuple[str, Prepared]:
+        """What a validation of a run searches, and its dataset's name; nothing is written there."""
+        dataset, split = named_data(run, validation.dataset, validation.split)
         if dataset not in self._open:
             self._open[dataset] = open_collection(dataset)
             self._searched[dataset] = Searched(self._open[dataset])
@@ -96,7 +95,7 @@ class Collections:
             if spec != Spec():
                 subset = _chosen(run, spec, whole, validation.settings)
                 self._prepared[key] = Prepared(collection, chosen, searched, subset)
-        return self._prepared[key]
+        return dataset, self._prepared[key]
 
 
 def named_data(run: TrackedRun, dataset: str | None, split: str | None) -> tuple[str, str | None]:

@@ -12,6 +12,7 @@ import yaml
 
 from mlflow_dr.collection.asyncval import given_collection
 from mlflow_dr.decisions.keep import parse_policy
+from mlflow_dr.encoder.config import EncoderConfig
 from mlflow_dr.errors import UsageError
 from mlflow_dr.retrieval.measures import Measure, check_depth, parse_measures
 from mlflow_dr.subsets.spec import RELEVANT, Spec, parse_spec
@@ -144,6 +145,8 @@ class Plan:
         return tuple(one for one in self.validations if one.refines is None)
 
     def __post_init__(self) -> None:
+        said = {key: value for key, value in self.encoder_changes.items() if key != "tokenizer"}
+        replace(EncoderConfig(), **said)  # refuses what no encoder takes
         if self.keep_up and len({one.subset for one in self.cheap}) < 2:
             raise UsageError("keep_up chooses among subsets; give --subset at least twice")
         names = [one.name for one in self.validations]
