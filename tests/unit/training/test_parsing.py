@@ -52,6 +52,12 @@ def test_save_steps_alone_means_saving() -> None:
     assert parse_training(["--save_steps", "5"]).trainer.save_strategy == "steps"
 
 
+@pytest.mark.parametrize("flag", ["per_device_train_batch_size", "gradient_accumulation_steps"])
+def test_a_batch_has_something_in_it(flag: str) -> None:
+    with pytest.raises(UsageError, match=f"{flag} is 0; it must be at least 1"):
+        parse_training([f"--{flag}", "0"])
+
+
 def test_epochs_replace_the_recipes_steps() -> None:
     request = parse_training(["--num_train_epochs", "2"])
     assert request.trainer.max_steps == -1
