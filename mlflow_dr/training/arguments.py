@@ -226,7 +226,7 @@ class RetrieverTrainingArguments(TrainingArguments):
     logging_steps: float = flag(10, "Log every so many steps.")
     # HfArgumentParser takes the second type of a union that has None: a string
     report_to: None | str | list[str] = flag(  # noqa: RUF036
-        "none", "Further integrations; MLflow is always written to."
+        "none", "Further integrations; MLflow is always written to.", nargs="+"
     )
 
     def __post_init__(self) -> None:
