@@ -46,8 +46,8 @@ def launch(
             what must be built is built once.
         validating: flags of `mlflow-dr validate`, without the run.
         name: the validation's name.
-        uri: the tracking server; MLflow's own setting when None.
-        experiment: the experiment of a new run; MLflow's own setting when None.
+        uri: the tracking server; the one that the training names, or MLflow's own, when None.
+        experiment: the experiment of a new run; likewise.
         gpus: training processes, each on a GPU of its own; more than one are torchrun's.
 
     Returns:
@@ -61,7 +61,7 @@ def launch(
     measures = parse_measures(validating[validating.index("--measures") + 1])
     share = share_machine(trainers=gpus)
     plan = _plan(training)
-    run = open_run(connect(uri), experiment, plan.run_id)
+    run = open_run(connect(uri or plan.uri), experiment or plan.experiment, plan.run_id)
     validating = ["--run-id", run.id, *share.validator_flags, *validating]
     validating += ["--dataset", plan.validated]
     with _Stop() as stop:
@@ -90,10 +90,14 @@ class _Plan:
     Attributes:
         validated: the collection that validators search.
         run_id: the run that the training goes on with; None for a new one.
+        uri: the tracking server that they name.
+        experiment: the experiment.
     """
 
     validated: str
     run_id: str | None
+    uri: str | None
+    experiment: str | None
 
 
 def _plan(training: Sequence[str]) -> _Plan:
@@ -106,7 +110,12 @@ def _plan(training: Sequence[str]) -> _Plan:
     resumption = find_resumption(
         str(request.trainer.output_dir), request.trainer.resume_from_checkpoint
     )
-    return _Plan(validated.name, resumption.run_id if resumption else None)
+    return _Plan(
+        validated.name,
+        resumption.run_id if resumption else None,
+        request.publish.tracking_uri,
+        request.publish.experiment_name,
+    )
 
 
 @dataclass

@@ -30,7 +30,10 @@ from mlflow_dr.retrieval.measures import DEFAULT_MEASURES
 @checkpoints_dir()
 @click.option("--dataset", help="The collection (default: the run's).")
 @file_options
-@click.option("--split", help="The queries to put (default: the run's, else dev, else test).")
+@click.option(
+    "--split",
+    help="The queries to put (default: the run's on its own collection, else dev, else test).",
+)
 @subset_options
 @click.option(
     "--measure",

@@ -77,7 +77,9 @@ keep_own_id = click.option(
     help="Keep a passage whose id is the query's id (BEIR's convention leaves it out).",
 )
 tracking_uri = click.option(
-    "--tracking-uri", help="The tracking server (default: MLFLOW_TRACKING_URI)."
+    "--tracking-uri",
+    "--tracking_uri",
+    help="The tracking server (default: MLFLOW_TRACKING_URI).",
 )
 seed = click.option(
     "--seed",

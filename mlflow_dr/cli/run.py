@@ -20,7 +20,7 @@ from mlflow_dr.cli.options import (
 
 
 @click.command("run", context_settings={"ignore_unknown_options": True})
-@click.option("--dataset", default="demo", show_default=True, help="The collection.")
+@click.option("--dataset", help="The collection (default: what --config says, else demo).")
 @click.option(
     "--model", default="auto", show_default=True, help="The encoder; auto: as fits the dataset."
 )
@@ -47,11 +47,11 @@ from mlflow_dr.cli.options import (
     default=2.0,
     show_default=True,
 )
-@click.option("--experiment-name", help="The experiment of a new run.")
+@click.option("--experiment-name", "--experiment_name", help="The experiment of a new run.")
 @tracking_uri
 @click.argument("trainer_flags", nargs=-1, type=click.UNPROCESSED)
 def command(
-    dataset: str,
+    dataset: str | None,
     model: str,
     gpus: int,
     name: str,
@@ -70,10 +70,11 @@ def command(
     Example:
         mlflow-dr run --dataset demo --learning-rate 1e-3 --patience 3
     """
+    from mlflow_dr.cli.validate import plan_of
+    from mlflow_dr.engines.share import share_machine
     from mlflow_dr.launch import launch
-    from mlflow_dr.subsets.spec import parse_spec
 
-    training = ["--dataset", dataset, *trainer_flags]
+    training = [*(("--dataset", dataset) if dataset else ()), *trainer_flags]
     if model != "auto":
         training += ["--model", model]
     validating = ["--name", name]
@@ -83,7 +84,7 @@ def command(
             validating.append(flag)
         elif value not in (None, False):
             validating += [flag, str(value)]
+    plan = plan_of([*share_machine(trainers=gpus).validator_flags, *validating])
     # what is shown in the end is the first of them
-    specs = [parse_spec(one, judged=validator_options["judged"]) for one in subsets]
-    shown = "-".join(filter(None, (name, *(spec.slug for spec in specs[:1]))))
+    shown = plan.validations[0].name
     return launch(training, validating, shown, tracking_uri, experiment_name, gpus)

@@ -37,8 +37,8 @@ ORDERS = ("oldest", "newest", "bisect")
 @click.option(
     "--split",
     multiple=True,
-    help="The queries to put (default: the run's, else dev, else test). Of several, each is a "
-    "validation of its own, called NAME-SPLIT.",
+    help="The queries to put (default: the run's on its own collection, else dev, else test). Of "
+    "several, each is a validation of its own, called NAME-SPLIT.",
 )
 @subset_options
 @refine
@@ -48,14 +48,13 @@ ORDERS = ("oldest", "newest", "bisect")
 @encoder_options
 @click.option(
     "--name",
-    default="val",
-    show_default=True,
-    help="Prefixes the metrics; of a subset, its name is added.",
+    help="Prefixes the metrics (default: val); of a subset, its name is added.",
 )
 @click.option(
     "--config",
     type=click.Path(path_type=Path),
-    help="A YAML file of several validations; flags stand for what it does not say.",
+    help="A YAML file of several validations, each with its name; other flags stand for what it "
+    "does not say.",
 )
 @click.option(
     "--order",
@@ -94,7 +93,7 @@ def command(
     query_files: tuple[Path, ...],
     qrel_files: tuple[Path, ...],
     split: tuple[str, ...],
-    name: str,
+    name: str | None,
     config: Path | None,
     tracking_uri: str | None,
     **options: Any,
@@ -122,7 +121,7 @@ def command(
     from mlflow_dr.tracking.client import connect, leave_waiting_to_us
     from mlflow_dr.validation.watch import watch
 
-    plan = _plan(config, dataset, split or sets, name, options)
+    plan = _plan(config, (dataset, sets, split), name, options)
     leave_waiting_to_us()
     client = connect(tracking_uri)
     with _followed(client, run_id, experiment, checkpoints_dir, dataset) as followed:
@@ -159,25 +158,40 @@ def _followed(
             yield FollowedDirectory(run, directory, is_mine=True)
 
 
+def plan_of(words: Sequence[str]) -> Any:
+    """The plan that the command would make of these flags.
+
+    Raises:
+        ClickException: a flag that it does not have, or a value that it does not take.
+        UsageError: flags that make no sense together.
+    """
+    with command.make_context("validate", list(words)) as context:
+        given = context.params
+    names = ("dataset", "candidate_dir", "query_files", "qrel_files")
+    dataset, sets = given_dataset(*(given[name] for name in names))
+    return _plan(given["config"], (dataset, sets, given["split"]), given["name"], given)
+
+
 def _plan(
     config: Path | None,
-    dataset: str | None,
-    splits: Sequence[str],
-    name: str,
+    data: tuple[str | None, Sequence[str], Sequence[str]],
+    name: str | None,
     options: dict[str, Any],
 ) -> Any:
     from mlflow_dr.decisions.keep import parse_policy
-    from mlflow_dr.engines.devices import resolve_device
+    from mlflow_dr.engines.devices import resolve_device, resolve_dtype
     from mlflow_dr.retrieval.measures import check_depth, parse_measures
-    from mlflow_dr.subsets.spec import parse_spec
+    from mlflow_dr.tracking.validations import FIRST_NAME
     from mlflow_dr.validation.evaluate import Settings
     from mlflow_dr.validation.order import Order
-    from mlflow_dr.validation.plan import Plan, each_split, read_plan, refining
+    from mlflow_dr.validation.plan import Asked, Plan, read_plan
     from mlflow_dr.validation.policies import Wishes
 
+    if config is not None and name is not None:
+        raise click.UsageError("--name beside --config: names are in the file")
     measures = parse_measures(options["measures"])
     check_depth(measures, options["depth"])
-    resolve_device(options["device"])
+    resolve_dtype(options["dtype"], resolve_device(options["device"]))
     settings = Settings(
         measures,
         options["depth"],
@@ -185,25 +199,30 @@ def _plan(
         options["dtype"],
         options["keep_own_id"],
     )
-    subsets = [parse_spec(text, options["seed"], options["judged"]) for text in options["subsets"]]
-    validations = each_split(settings, name, dataset, splits, subsets)
-    if options["refine"]:
-        validations += refining(options["refine"], validations, options["seed"])
-    plan = Plan(
-        validations,
-        order=Order(options["order"]),
-        every=options["every"],
-        max_lag_seconds=options["max_lag"],
-        retry_failed=options["retry_failed"],
-        keep_up=options["keep_up"],
-        wishes=Wishes(
+    asked = Asked(
+        settings,
+        *data,
+        subsets=options["subsets"],
+        seed=options["seed"],
+        judged=options["judged"],
+        refine=options["refine"],
+    )
+    others: dict[str, Any] = {
+        "order": Order(options["order"]),
+        "every": options["every"],
+        "max_lag_seconds": options["max_lag"],
+        "retry_failed": options["retry_failed"],
+        "keep_up": options["keep_up"],
+        "wishes": Wishes(
             options["metric"],
             options["patience"],
             options["min_delta"],
             parse_policy(options["keep"]) if options["keep"] else None,
         ),
-        follow=options["follow"],
-        poll_seconds=options["poll_seconds"],
-        encoder_changes=encoder_changes(options),
-    )
-    return plan if config is None else read_plan(config, plan, settings)
+        "follow": options["follow"],
+        "poll_seconds": options["poll_seconds"],
+        "encoder_changes": encoder_changes(options),
+    }
+    if config is not None:
+        return read_plan(config, asked, **others)
+    return Plan(asked.validations(name or FIRST_NAME), **others)

@@ -70,6 +70,12 @@ class IrDataset:
             )
         return members
 
+    @property
+    def has_negatives(self) -> bool:
+        """Whether its training examples come with hard negatives; see `examples`."""
+        judged = _is_judged(self._dataset)
+        return bool(self._dataset.has_docpairs() or (judged and self._dataset.has_scoreddocs()))
+
     def corpus(self) -> Corpus:
         """The passages; ids that share them (such as the splits of one collection) share a cache.
 

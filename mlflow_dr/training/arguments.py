@@ -61,7 +61,8 @@ class ModelArguments:
     pooling: str | None = flag(
         None,
         "cls, mean, last, max, mean_sqrt_len or weighted_mean (default: what the "
-        "encoder's directory says; mean for a bare backbone).",
+        "encoder's directory says; for a bare backbone cls, or mean where the collection has "
+        "judgements alone).",
     )
     normalize: bool | None = flag(
         None,
@@ -225,10 +226,11 @@ class RetrieverTrainingArguments(TrainingArguments):
     logging_steps: float = flag(10, "Log every so many steps.")
     # HfArgumentParser takes the second type of a union that has None: a string
     report_to: None | str | list[str] = flag(  # noqa: RUF036
-        "none", "Further integrations; MLflow is always written to."
+        "none", "Further integrations; MLflow is always written to.", nargs="+"
     )
 
     def __post_init__(self) -> None:
+        _at_least(self, 1, "per_device_train_batch_size", "gradient_accumulation_steps")
         # the usual names; Trainer warns of them because it has newer ones
         for usual, newer in (
             ("gradient_checkpointing", "activation_checkpointing"),

@@ -68,7 +68,7 @@ def parse_training(words: Sequence[str]) -> TrainingRequest:
     flags = [*recipe_flags(recipe, bool(seen.use_cpu)), *words]
     if _given(words, "save_steps") and not _given(words, "save_strategy"):
         flags += ["--save_strategy", "steps"]
-    if _given(words, "fp16") and not _given(words, "bf16"):
+    if seen.fp16 and not _given(words, "bf16"):
         flags += ["--bf16", "false"]
     if _given(words, "num_train_epochs") and not _given(words, "max_steps"):
         flags += ["--max_steps", "-1"]
@@ -144,5 +144,13 @@ def _file_flags(parser: argparse.ArgumentParser, file: str | None) -> list[str]:
         if name not in parser._option_string_actions or key == "config":
             raise UsageError(f"{path}: {_unknown_flag(parser, name)}")
         items = value if isinstance(value, list) else [value]
-        flags += [name, *(str(item) for item in items)]
+        action = parser._option_string_actions[name]
+        flags += [name, *(_word(item, action) for item in items)]
     return flags
+
+
+def _word(value: Any, action: argparse.Action) -> str:
+    """A value as it is written behind a flag; YAML reads the word `no` as false."""
+    if isinstance(value, bool) and action.choices:
+        return "yes" if value else "no"
+    return str(value)

@@ -6,6 +6,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from mlflow_dr.collection.catalogue import IR_DATASETS_PREFIX
+from mlflow_dr.collection.irds import IrDataset
+from mlflow_dr.collection.mixtures import parse_mixture
 from mlflow_dr.engines.devices import resolve_device, resolve_dtype
 
 
@@ -74,12 +77,23 @@ RECIPES = {"demo": TINY, "msmarco": MSMARCO}
 
 
 def recipe_of(dataset: str, train_dir: str | None = None) -> Recipe:
-    """The recipe for a collection, or for training files."""
+    """The recipe for a collection, a mixture of several, or for training files.
+
+    Raises:
+        UsageError: a mixture that cannot be read, or ir_datasets has no such id.
+    """
     if train_dir is None and dataset in RECIPES:
         return RECIPES[dataset]
-    place = Path(dataset).expanduser()
-    is_judged = dataset.startswith("irds:") or (place / "qrels").is_dir() or "+" in dataset
-    return JUDGED if is_judged and train_dir is None else TRAINING_FILES
+    if train_dir is None and all(_is_judged(name) for name, _ in parse_mixture(dataset)):
+        return JUDGED
+    return TRAINING_FILES
+
+
+def _is_judged(name: str) -> bool:
+    """Whether a collection has judgements alone to train on, so no hard negatives."""
+    if name.startswith(IR_DATASETS_PREFIX):
+        return not IrDataset(name.removeprefix(IR_DATASETS_PREFIX)).has_negatives
+    return name == "demo" or (Path(name).expanduser() / "qrels").is_dir()
 
 
 def recipe_flags(recipe: Recipe, use_cpu: bool = False) -> list[str]:

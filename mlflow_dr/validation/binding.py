@@ -54,8 +54,7 @@ class Collections:
 
     def bind(self, run: TrackedRun, validation: Validation, changes: Mapping[str, Any]) -> Bound:
         """A validation as it is on a run: with its dataset, split and number format."""
-        dataset, split = named_data(run, validation.dataset, validation.split)
-        prepared = self._prepare(run, dataset, split, validation)
+        dataset, prepared = self.prepare(run, validation)
         settings = _bound_settings(run, validation, prepared, changes)
         queries, passages = len(prepared.topics.queries), prepared.n_passages
         log.info(
@@ -79,9 +78,9 @@ class Collections:
         )
         return Bound(validation.name, prepared, settings)
 
-    def _prepare(
-        self, run: TrackedRun, dataset: str, split: str | None, validation: Validation
-    ) -> Prepared:
+    def prepare(self, run: TrackedRun, validation: Validation) -> tuple[str, Prepared]:
+        """What a validation of a run searches, and its dataset's name; nothing is written there."""
+        dataset, split = named_data(run, validation.dataset, validation.split)
         if dataset not in self._open:
             self._open[dataset] = open_collection(dataset)
             self._searched[dataset] = Searched(self._open[dataset])
@@ -96,20 +95,23 @@ class Collections:
             if spec != Spec():
                 subset = _chosen(run, spec, whole, validation.settings)
                 self._prepared[key] = Prepared(collection, chosen, searched, subset)
-        return self._prepared[key]
+        return dataset, self._prepared[key]
 
 
 def named_data(run: TrackedRun, dataset: str | None, split: str | None) -> tuple[str, str | None]:
-    """What is searched for what: as asked, else as the run says.
+    """What is searched for what: as asked, else as the run says; its split is of its own dataset.
 
     Raises:
-        UsageError: neither names a dataset.
+        UsageError: neither names a dataset, or nothing goes by the name that is asked for.
     """
     data = run.fetch().data
-    dataset = dataset or data.tags.get(DATASET_TAG) or data.params.get(DATASET_PARAM)
-    if not dataset:
+    own = data.tags.get(DATASET_TAG) or data.params.get(DATASET_PARAM)
+    named = dataset or own
+    if not named:
         raise UsageError(f"run {run.id} names no dataset (param {DATASET_PARAM!r}); give --dataset")
-    return dataset, split or data.params.get(SPLIT_PARAM)
+    if not split and (named == own or open_collection(named).name == own):
+        split = data.params.get(SPLIT_PARAM)
+    return named, split or None
 
 
 def _chosen(run: TrackedRun, spec: Spec, whole: Prepared, settings: Settings) -> Subset:

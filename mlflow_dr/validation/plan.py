@@ -12,9 +12,10 @@ import yaml
 
 from mlflow_dr.collection.asyncval import given_collection
 from mlflow_dr.decisions.keep import parse_policy
+from mlflow_dr.encoder.config import EncoderConfig
 from mlflow_dr.errors import UsageError
 from mlflow_dr.retrieval.measures import Measure, check_depth, parse_measures
-from mlflow_dr.subsets.spec import FULL, RELEVANT, Spec, parse_spec
+from mlflow_dr.subsets.spec import RELEVANT, Spec, parse_spec
 from mlflow_dr.tracking.claims import PATIENCE
 from mlflow_dr.tracking.validations import FIRST_NAME
 from mlflow_dr.validation.evaluate import Settings
@@ -70,6 +71,43 @@ class Validation:
 
 
 @dataclass(frozen=True)
+class Asked:
+    """What validations are made of; a file may say it for one of them, flags for all.
+
+    Attributes:
+        settings: measures, depth, device, dtype.
+        dataset: the collection; the run's own when None.
+        sets: splits that come with it, such as those of several query files.
+        splits: what is measured instead of all of these.
+        subsets: what is searched, in words; the whole corpus when there are none.
+        seed: of what subsets draw by lot.
+        judged: which judged passages are always in them.
+        refine: what is done for the best checkpoints besides, such as `full@3`.
+    """
+
+    settings: Settings
+    dataset: str | None = None
+    sets: Sequence[str] = ()
+    splits: Sequence[str] = ()
+    subsets: Sequence[str] = ()
+    seed: int = 0
+    judged: str = RELEVANT
+    refine: str | None = None
+
+    def validations(self, name: str) -> tuple[Validation, ...]:
+        """Those of this name.
+
+        Raises:
+            UsageError: words for a subset that say nothing, or a depth below a measure's cut-off.
+        """
+        check_depth(self.settings.measures, self.settings.depth)
+        specs = [parse_spec(one, self.seed, self.judged) for one in self.subsets]
+        splits = self.splits or self.sets
+        made = each_split(self.settings, name, self.dataset, splits, specs)
+        return made + (refining(self.refine, made, self.seed) if self.refine else ())
+
+
+@dataclass(frozen=True)
 class Plan:
     """What one validator does.
 
@@ -107,6 +145,8 @@ class Plan:
         return tuple(one for one in self.validations if one.refines is None)
 
     def __post_init__(self) -> None:
+        said = {key: value for key, value in self.encoder_changes.items() if key != "tokenizer"}
+        replace(EncoderConfig(), **said)  # refuses what no encoder takes
         if self.keep_up and len({one.subset for one in self.cheap}) < 2:
             raise UsageError("keep_up chooses among subsets; give --subset at least twice")
         names = [one.name for one in self.validations]
@@ -173,14 +213,14 @@ def refining(text: str, validations: Sequence[Validation], seed: int = 0) -> tup
     return tuple(added)
 
 
-def read_plan(path: Path, plan: Plan, settings: Settings) -> Plan:
+def read_plan(path: Path, asked: Asked, **others: Any) -> Plan:
     """A plan from a YAML file; what the file does not say is as it was given.
 
         order: bisect
         validations:
           dev: {dataset: msmarco, split: dev, measures: mrr@10 recall@1000}
-          covid: {dataset: beir/trec-covid, measures: ndcg@10}
-            msmarco: {dataset: msmarco, subset: bm25@50+random:10000, refine: full@3}
+          covid: {dataset: irds:beir/trec-covid, measures: ndcg@10}
+          msmarco: {dataset: msmarco, subset: bm25@50+random:10000, refine: full@3}
           nq: {candidates: nq/corpus, queries: nq/test.json, qrels: nq/qrels.tsv}
 
     The last one names files as Asyncval takes them. It may have several query files, each of which
@@ -188,8 +228,8 @@ def read_plan(path: Path, plan: Plan, settings: Settings) -> Plan:
 
     Args:
         path: the file.
-        plan: taken where the file says nothing.
-        settings: likewise, for each validation.
+        asked: what each validation is made of where the file says nothing.
+        others: likewise, attributes of the plan.
 
     Raises:
         UsageError: no such file, or a key or value that has no place in it.
@@ -214,12 +254,10 @@ def read_plan(path: Path, plan: Plan, settings: Settings) -> Plan:
     validations = tuple(
         validation
         for name, value in described.items()
-        for validation in _validations(
-            str(name), value, settings, plan, f"{path}: validations.{name}"
-        )
+        for validation in _validations(str(name), value, asked, f"{path}: validations.{name}")
     )
-    wished = replace(plan.wishes, **_wishes(wishes, str(path)))
-    return replace(plan, validations=validations, wishes=wished, **values)
+    wished = replace(others.pop("wishes", Wishes()), **_wishes(wishes, str(path)))
+    return Plan(validations, wishes=wished, **{**others, **values})
 
 
 def _wishes(values: Mapping[str, Any], where: str) -> dict[str, Any]:
@@ -230,9 +268,7 @@ def _wishes(values: Mapping[str, Any], where: str) -> dict[str, Any]:
     return checked
 
 
-def _validations(
-    name: str, given: Any, settings: Settings, plan: Plan, where: str
-) -> tuple[Validation, ...]:
+def _validations(name: str, given: Any, asked: Asked, where: str) -> tuple[Validation, ...]:
     known = {*COLLECTION, "split", *SUBSET, *(one.name for one in fields(Settings))}
     values = _mapping(given or {}, where, known)
     named = {
@@ -241,13 +277,12 @@ def _validations(
         if key in values
     }
     files = [_paths(values.pop(key, []), f"{where}.{key}") for key in COLLECTION[1:]]
-    dataset, splits = given_collection(named.get("dataset"), files, COLLECTION, f"{where}: ")
-    if dataset is None:
-        dataset = plan.validations[0].dataset
-        splits = [one.split for one in plan.validations if one.split]
+    dataset, sets = given_collection(named.get("dataset"), files, COLLECTION, f"{where}: ")
+    if dataset is not None:
+        asked = replace(asked, dataset=dataset, sets=sets, splits=() if sets else asked.splits)
     if "split" in named:
-        splits = [named["split"]]
-    subset = {
+        asked = replace(asked, splits=[named["split"]])
+    subset: dict[str, Any] = {
         key: _value(values.pop(key), int if key == "seed" else str, f"{where}.{key}")
         for key in SUBSET
         if key in values
@@ -258,14 +293,9 @@ def _validations(
     for key, kind in {"depth": int, "device": str, "dtype": str, "keep_own_id": bool}.items():
         if key in values:
             values[key] = _value(values[key], kind, f"{where}.{key}")
-    changed = replace(settings, **values)
-    check_depth(changed.measures, changed.depth)
-    seed = int(subset.get("seed", 0))
-    spec = parse_spec(str(subset.get("subset", FULL)), seed, str(subset.get("judged", RELEVANT)))
-    validations = each_split(changed, name, dataset, splits, [spec])
-    if "refine" in subset:
-        validations += refining(str(subset["refine"]), validations, seed)
-    return validations
+    if "subset" in subset:
+        subset["subsets"] = [subset.pop("subset")]
+    return replace(asked, settings=replace(asked.settings, **values), **subset).validations(name)
 
 
 def _paths(value: Any, where: str) -> list[Path]:

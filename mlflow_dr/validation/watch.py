@@ -36,6 +36,7 @@ from mlflow_dr.validation.order import Order
 from mlflow_dr.validation.pace import Pacer
 from mlflow_dr.validation.plan import Plan
 from mlflow_dr.validation.policies import Policies
+from mlflow_dr.validation.trying import is_tried
 
 log = logging.getLogger(__name__)
 
@@ -280,7 +281,7 @@ class _Worker:
                 log.info("waiting until the trainer of run %s has said what it trains on", run.id)
                 said = True
             self._sleep(self._plan.poll_seconds)
-        self._patiently(partial(self._bound_to, run))
+        self._patiently(partial(self._bound_to, run, ahead=True))
 
     def _can_bind(self, run: TrackedRun) -> bool:
         """Whether dataset and split are known, or the run says no more: over, or publishing."""
@@ -293,17 +294,28 @@ class _Worker:
         )
         return known or is_over(state) or bool(self._followed.look().checkpoints)
 
-    def _bound_to(self, run: TrackedRun) -> list[Bound]:
+    def _bound_to(self, run: TrackedRun, ahead: bool = False) -> list[Bound]:
         """The validations as they are on a run; none where the run says too little for them.
+
+        Args:
+            run: whose checkpoints are validated.
+            ahead: whether there may be none yet to try the changes of encoders with.
 
         Raises:
             UsageError: the one run that is followed says too little, or something else.
         """
         if run.id not in self._bound:
+            changes, names = (
+                self._plan.encoder_changes,
+                [one.name for one in self._plan.validations],
+            )
             try:
+                if not is_tried(run, names, changes) and ahead:
+                    for one in self._plan.validations:
+                        self._collections.prepare(run, one)
+                    return []
                 self._bound[run.id] = [
-                    self._collections.bind(run, one, self._plan.encoder_changes)
-                    for one in self._plan.validations
+                    self._collections.bind(run, one, changes) for one in self._plan.validations
                 ]
             except TrackingError:
                 raise

@@ -57,13 +57,7 @@ def called(command: click.Command, *words: object) -> Any:
 
 def planned(words: list[str]) -> Plan:
     """The plan that `validate` makes of some flags."""
-    with validate.command.make_context("validate", ["--run-id", "0", *words]) as context:
-        given = dict(context.params)
-    dataset, sets = validate.given_dataset(
-        given["dataset"], given["candidate_dir"], given["query_files"], given["qrel_files"]
-    )
-    splits = given["split"] or sets
-    plan = validate._plan(given["config"], dataset, splits, given["name"], given)
+    plan = validate.plan_of(["--run-id", "0", *words])
     assert isinstance(plan, Plan)
     return plan
 
@@ -132,6 +126,23 @@ def test_flags_and_a_plan(files: Path) -> None:
         ("short-test", name, "test"),
         ("other", "demo", "dev"),
     ]
+
+
+def test_a_plan_and_the_other_flags(tmp_path: Path) -> None:
+    """Flags stand for what the file does not say; names it says itself."""
+    file = tmp_path / "plan.yaml"
+    file.write_text("validations: {a: , b: {dataset: demo}}")
+    words = ["--config", str(file), "--subset", "random:5", "--seed", "2"]
+    words += ["--subset", "random:9", "--split", "dev", "--keep-up"]
+    plan = planned(words)
+    assert plan.keep_up
+    assert [(one.name, one.split) for one in plan.validations] == [
+        (f"{name}{subset}", "dev")
+        for name in "ab"
+        for subset in ("-random_5-seed_2", "-random_9-seed_2")
+    ]
+    with pytest.raises(click.UsageError, match="--name beside --config"):
+        planned(["--config", str(file), "--name", "c"])
 
 
 @pytest.mark.parametrize(

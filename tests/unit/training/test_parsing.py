@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 
+from mlflow_dr.engines import devices
 from mlflow_dr.errors import UsageError
 from mlflow_dr.training.arguments import (
     DataArguments,
@@ -50,6 +51,36 @@ def test_model_and_dataset_are_short_names() -> None:
 def test_save_steps_alone_means_saving() -> None:
     assert parse_training([]).trainer.save_strategy == "no"
     assert parse_training(["--save_steps", "5"]).trainer.save_strategy == "steps"
+
+
+@pytest.mark.parametrize("flag", ["per_device_train_batch_size", "gradient_accumulation_steps"])
+def test_a_batch_has_something_in_it(flag: str) -> None:
+    with pytest.raises(UsageError, match=f"{flag} is 0; it must be at least 1"):
+        parse_training([f"--{flag}", "0"])
+
+
+def test_the_word_no_and_lists_in_yaml(tmp_path: Path) -> None:
+    file = tmp_path / "train.yaml"
+    file.write_text("save_strategy: no\nreport_to: [wandb, tensorboard]\nnormalize: no\n")
+    request = parse_training(["--config", str(file)])
+    assert request.trainer.save_strategy == "no"
+    assert request.trainer.report_to == ["wandb", "tensorboard"]
+    assert request.model.normalize is False
+    flags = ["--report_to", "wandb", "tensorboard", "--max_steps", "3"]
+    assert parse_training(flags).trainer.report_to == ["wandb", "tensorboard"]
+    assert parse_training([]).trainer.report_to == []
+
+
+def test_bf16_gives_way_to_fp16_only_where_that_is_wanted(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(devices, "_native_bf16", lambda device: True)
+    file = tmp_path / "train.yaml"
+    file.write_text("fp16: false\n")
+    assert parse_training(["--use_cpu", "--config", str(file)]).trainer.bf16
+    assert parse_training(["--use_cpu", "--fp16", "false"]).trainer.bf16
+    with pytest.raises(UsageError, match="--fp16 needs a GPU"):
+        parse_training(["--use_cpu", "--fp16"])
 
 
 def test_epochs_replace_the_recipes_steps() -> None:

@@ -10,6 +10,7 @@ from mlflow_dr.subsets.spec import parse_spec
 from mlflow_dr.validation.evaluate import Settings
 from mlflow_dr.validation.order import Order
 from mlflow_dr.validation.plan import (
+    Asked,
     Plan,
     Refines,
     Validation,
@@ -19,13 +20,13 @@ from mlflow_dr.validation.plan import (
 )
 
 SETTINGS = Settings(parse_measures("mrr@10"), dtype="fp32")
-PLAN = Plan((Validation(SETTINGS),), every=100)
+ASKED = Asked(SETTINGS)
 
 
-def read(tmp_path: Path, text: str) -> Plan:
+def read(tmp_path: Path, text: str, asked: Asked = ASKED, **others: Any) -> Plan:
     path = tmp_path / "validations.yaml"
     path.write_text(text)
-    return read_plan(path, PLAN, SETTINGS)
+    return read_plan(path, asked, **{"every": 100, **others})
 
 
 def test_what_the_file_says_and_what_it_leaves(tmp_path: Path) -> None:
@@ -113,11 +114,11 @@ def test_files_instead_of_a_dataset(tmp_path: Path) -> None:
 
 
 def test_what_the_flags_say_stands_where_the_file_names_no_collection(tmp_path: Path) -> None:
-    (tmp_path / "plan.yaml").write_text(
-        "validations: {short: {measures: mrr@5}, c: {split: c}, other: {dataset: demo}}"
+    plan = read(
+        tmp_path,
+        "validations: {short: {measures: mrr@5}, c: {split: c}, other: {dataset: demo}}",
+        Asked(SETTINGS, "here", ["a", "b"]),
     )
-    flags = Plan(each_split(SETTINGS, "val", "here", ["a", "b"]))
-    plan = read_plan(tmp_path / "plan.yaml", flags, SETTINGS)
     assert [(one.name, one.dataset, one.split) for one in plan.validations] == [
         ("short-a", "here", "a"),
         ("short-b", "here", "b"),
@@ -126,9 +127,58 @@ def test_what_the_flags_say_stands_where_the_file_names_no_collection(tmp_path: 
     ]
 
 
+def test_a_split_of_the_flags_is_that_of_a_dataset_of_the_file(tmp_path: Path) -> None:
+    plan = read(
+        tmp_path,
+        """
+        validations:
+          a:
+          b: {dataset: demo}
+          c: {dataset: demo, split: dev}
+          d: {candidates: c, queries: nq.json, qrels: q.tsv}
+        """,
+        Asked(SETTINGS, "here", splits=["test"], subsets=["random:5", "random:7"]),
+    )
+    assert [(one.name, one.dataset, one.split) for one in plan.validations[:6]] == [
+        ("a-random_5", "here", "test"),
+        ("a-random_7", "here", "test"),
+        ("b-random_5", "demo", "test"),
+        ("b-random_7", "demo", "test"),
+        ("c-random_5", "demo", "dev"),
+        ("c-random_7", "demo", "dev"),
+    ]
+    assert {one.split for one in plan.validations[6:]} == {"nq"}
+
+
+def test_subsets_of_the_flags_are_those_of_validations_without_one(tmp_path: Path) -> None:
+    plan = read(
+        tmp_path,
+        """
+        validations:
+          a:
+          b: {subset: bm25@7, judged: relevant, refine: full@1}
+          c: {seed: 4}
+        """,
+        Asked(SETTINGS, subsets=["random:5"], seed=3, judged="all", refine="random:9@2"),
+        keep_up=True,
+    )
+    assert [one.name for one in plan.validations] == [
+        "a-random_5-seed_3-all_judged",
+        "a-random_9-seed_3",
+        "b-bm25_at_7",
+        "b",
+        "c-random_5-seed_4-all_judged",
+        "c-random_9-seed_4",
+    ]
+    assert [one.refines and one.refines.best for one in plan.validations] == [
+        *(None, 2, None, 1, None, 2)
+    ]
+    assert plan.keep_up
+
+
 def test_no_such_file(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match=r"nowhere\.yaml"):
-        read_plan(tmp_path / "nowhere.yaml", PLAN, SETTINGS)
+        read_plan(tmp_path / "nowhere.yaml", ASKED)
 
 
 @pytest.mark.parametrize(
@@ -136,6 +186,7 @@ def test_no_such_file(tmp_path: Path) -> None:
     [
         {"validations": (Validation(SETTINGS), Validation(SETTINGS))},
         {"validations": (Validation(SETTINGS),), "poll_seconds": 0.0},
+        {"validations": (Validation(SETTINGS),), "encoder_changes": {"pooling": "foo"}},
     ],
 )
 def test_a_plan_that_makes_no_sense(wrong: dict[str, Any]) -> None:
@@ -172,14 +223,13 @@ def test_what_refines() -> None:
 
 
 def test_subsets_in_the_file(tmp_path: Path) -> None:
-    path = tmp_path / "plan.yaml"
-    path.write_text(
+    plan = read(
+        tmp_path,
         "keep_up: true\n"
         "validations:\n"
         "  a: {subset: random:5, seed: 3, judged: all, refine: full@2}\n"
-        "  b: {subset: bm25@7}\n"
+        "  b: {subset: bm25@7}\n",
     )
-    plan = read_plan(path, Plan((Validation(SETTINGS),)), SETTINGS)
     assert plan.keep_up
     assert [one.name for one in plan.validations] == [
         "a-random_5-seed_3-all_judged",

@@ -1,0 +1,100 @@
+"""`mlflow-dr run`, as far as the two processes that it starts."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import mlflow
+import pytest
+from mlflow import MlflowClient
+
+from mlflow_dr import launch
+from mlflow_dr.cli import run
+from mlflow_dr.errors import MlflowDrError
+from mlflow_dr.tracking.runs import TrackedRun
+from mlflow_dr.training.parsing import parse_training
+
+
+@pytest.fixture
+def launched(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
+    """What would be launched."""
+    calls: list[Any] = []
+    monkeypatch.setattr(launch, "launch", lambda *arguments: calls.append(arguments) or 0)
+    return calls
+
+
+@pytest.fixture
+def folder(beir_folder: Callable[..., Path]) -> Path:
+    return beir_folder({"p": "gulls"}, {"q": "what flies"}, dev={"q": {"p": 1}})
+
+
+def called(*words: object) -> Any:
+    return run.command.main([str(word) for word in words], "mlflow-dr", standalone_mode=False)
+
+
+def test_the_dataset_is_the_flags_else_the_files_else_demo(
+    launched: list[Any], tmp_path: Path
+) -> None:
+    file = tmp_path / "train.yaml"
+    file.write_text("dataset: irds:vaswani\nmodel: tiny\n")
+    for words in ([], ["--config", file], ["--config", file, "--dataset", "msmarco"]):
+        called("--use_cpu", *words)
+    trained = [parse_training(training).data.dataset_name for training, *_ in launched]
+    assert trained == ["demo", "irds:vaswani", "msmarco"]
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["--keep-up", "--subset", "random:5"],
+        ["--dtype", "bf17"],
+        ["--keep", "zz"],
+        ["--refine", "full"],
+        ["--name", "a/b"],
+        ["--depth", "5", "--measures", "mrr@10"],
+        ["--subset", "randm:5"],
+    ],
+)
+def test_nothing_begins_with_flags_that_the_validator_would_refuse(
+    launched: list[Any], words: list[str]
+) -> None:
+    with pytest.raises(MlflowDrError):
+        called(*words)
+    assert not launched
+
+
+def test_the_curve_that_is_shown_is_the_first_validations(launched: list[Any]) -> None:
+    called("--name", "small", "--subset", "random:5", "--subset", "full", "--judged", "all")
+    called("--seed", "5")
+    assert [name for _, _, name, *_ in launched] == ["small-random_5-all_judged", "val"]
+
+
+@pytest.mark.parametrize("in_file", [False, True])
+def test_server_and_experiment_are_everybodys(
+    client: MlflowClient,
+    folder: Path,
+    tmp_path: Path,
+    in_file: bool,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Whether they are spelt with underscores, or stand in the trainer's file."""
+
+    def stop(run: TrackedRun, *_: object) -> None:
+        raise RuntimeError(run.id)
+
+    monkeypatch.setattr(launch.Child, "start", lambda command, flags, run, *_: stop(run))
+    named = {"tracking_uri": client.tracking_uri, "experiment_name": "spelt"}
+    words = [word for name, value in named.items() for word in (f"--{name}", value)]
+    if in_file:
+        (tmp_path / "train.yaml").write_text(json.dumps(named))
+        words = ["--config", str(tmp_path / "train.yaml")]
+    before = mlflow.get_tracking_uri()
+    mlflow.set_tracking_uri(f"sqlite:///{tmp_path}/other.db")
+    try:
+        with pytest.raises(RuntimeError) as caught:
+            called("--dataset", folder, "--model", "tiny", "--use_cpu", *words)
+        run = client.get_run(str(caught.value))
+    finally:
+        mlflow.set_tracking_uri(before)
+    assert client.get_experiment(run.info.experiment_id).name == "spelt"

@@ -1,0 +1,48 @@
+"""Which recipe stands behind which collection."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from mlflow_dr.errors import UsageError
+from mlflow_dr.training.recipes import JUDGED, MSMARCO, TINY, TRAINING_FILES, recipe_of
+
+
+@pytest.fixture
+def folder(beir_folder: Callable[..., Path]) -> str:
+    return str(beir_folder({"p": "gulls"}, {"q": "what flies"}, train={"q": {"p": 1}}))
+
+
+def test_the_recipes_of_the_catalogue() -> None:
+    assert recipe_of("demo") is TINY
+    assert recipe_of("msmarco") is MSMARCO
+    assert recipe_of("demo", "mined.jsonl") is TRAINING_FILES
+
+
+def test_what_has_judgements_alone(folder: str) -> None:
+    for name in (
+        folder,
+        "irds:vaswani",
+        "irds:beir/scifact",
+        f"{folder}@3+irds:vaswani",
+        "demo+demo",
+    ):
+        assert recipe_of(name) is JUDGED, name
+
+
+def test_hard_negatives_are_not_dropped(folder: str, tmp_path: Path) -> None:
+    file = tmp_path / "train.jsonl"
+    file.write_text("{}")
+    for name in (
+        *("irds:msmarco-passage/train", "irds:msmarco-passage/train/triples-small"),
+        *(str(file), f"{file}@3+{folder}", "Tevatron/wikipedia-nq+Tevatron/wikipedia-trivia"),
+        f"msmarco+{folder}",
+    ):
+        assert recipe_of(name) is TRAINING_FILES, name
+    assert recipe_of(folder, str(file)) is TRAINING_FILES
+
+
+def test_a_mixture_that_cannot_be_read() -> None:
+    with pytest.raises(UsageError, match="not a positive number"):
+        recipe_of("demo@x+demo")

@@ -1,0 +1,94 @@
+"""What replaces what checkpoints say is tried before a validation's name stands for it."""
+
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from mlflow_dr.encoder.config import EncoderConfig
+from mlflow_dr.encoder.directory import save_encoder
+from mlflow_dr.encoder.model import Encoder
+from mlflow_dr.encoder.tiny import tiny_encoder
+from mlflow_dr.errors import UsageError
+from mlflow_dr.retrieval.measures import parse_measures
+from mlflow_dr.tracking.directories import FollowedDirectory
+from mlflow_dr.tracking.following import FollowedRun
+from mlflow_dr.tracking.results import known_config
+from mlflow_dr.tracking.runs import TrackedRun
+from mlflow_dr.validation.evaluate import Settings
+from mlflow_dr.validation.plan import Plan, Validation
+from mlflow_dr.validation.watch import Counts, watch
+
+VALIDATION = Validation(Settings(parse_measures("mrr@10"), device="cpu", dtype="fp32"))
+
+
+@pytest.fixture
+def folder(beir_folder: Callable[..., Path], texts: list[str]) -> Path:
+    corpus = {f"p{number}": text for number, text in enumerate(texts)}
+    return beir_folder(corpus, {"q1": "who counts the ships"}, dev={"q1": {"p0": 1}})
+
+
+def no_sleep(seconds: float) -> None:
+    raise AssertionError(f"slept {seconds} s")
+
+
+def validated(run: TrackedRun, validation: Validation = VALIDATION, **changes: Any) -> Counts:
+    plan = Plan((validation,), follow=False, encoder_changes=changes)
+    return watch(FollowedRun(run), plan, no_sleep)
+
+
+def test_a_length_that_no_checkpoint_has_binds_no_name(
+    run: TrackedRun, publishing: Callable[[int], str]
+) -> None:
+    publishing(1)
+    with pytest.raises(UsageError, match="passage_max_length is 100000"):
+        validated(run, passage_max_length=100_000)
+    assert known_config(run, "val") is None
+    assert validated(run, passage_max_length=16).done == 1
+    with pytest.raises(UsageError, match="another configuration"):
+        validated(run)
+
+
+def test_a_tokenizer_that_does_not_fit_binds_no_name(
+    run: TrackedRun, publishing: Callable[[int], str], tmp_path: Path
+) -> None:
+    publishing(1)
+    with pytest.raises(UsageError, match="not a directory"):
+        validated(run, tokenizer=str(tmp_path / "nowhere"))
+    many = [f"{letter}{other} word" for letter in "abcdefghij" for other in "klmnopqrst"]
+    save_encoder(tmp_path / "larger", tiny_encoder(many * 3, EncoderConfig()))
+    with pytest.raises(UsageError, match="step 1 cannot be read with tokenizer"):
+        validated(run, tokenizer=str(tmp_path / "larger"))
+    assert known_config(run, "val") is None
+    assert validated(run).done == 1
+
+
+def test_a_name_is_bound_with_the_first_checkpoint(
+    run: TrackedRun, publishing: Callable[[int], str], folder: Path
+) -> None:
+    with pytest.raises(UsageError, match="no split 'test'"):
+        validated(run, replace(VALIDATION, split="test"), pooling="max")
+    assert validated(run, pooling="max").done == 0
+    assert known_config(run, "val") is None
+    publishing(1)
+    assert validated(run, pooling="max").done == 1
+    assert (known_config(run, "val") or {})["pooling"] == "max"
+
+
+def test_a_directory_of_checkpoints_to_come(
+    run: TrackedRun, folder: Path, tmp_path: Path, make_tiny: Callable[..., Encoder]
+) -> None:
+    run.log_params({"dataset": str(folder), "validation_split": "dev"})
+    (tmp_path / "output").mkdir()
+
+    def save(seconds: float) -> None:
+        if not (tmp_path / "output/checkpoint-3").exists():
+            save_encoder(tmp_path / "output/checkpoint-3", make_tiny())
+        elif known_config(run, "val"):
+            run.finish("FINISHED")
+
+    plan = Plan((VALIDATION,), encoder_changes={"pooling": "mean"}, poll_seconds=0.01)
+    followed = FollowedDirectory(run, tmp_path / "output", is_mine=False)
+    assert watch(followed, plan, save).done == 1
