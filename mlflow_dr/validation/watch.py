@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Mapping
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
 
@@ -25,6 +25,7 @@ from mlflow_dr.tracking.runs import (
     SPLIT_PARAM,
     TrackedRun,
     check_alive,
+    is_gone,
     is_over,
 )
 from mlflow_dr.tracking.status import note_summary, summary_of
@@ -72,7 +73,7 @@ def watch(
 
     Raises:
         UsageError: a name stands for another configuration on its run, or an unknown dataset.
-        TrackingError: the run is gone.
+        TrackingError: the one run that is followed is gone.
         OSError: the disk is full.
     """
     worker = _Worker(followed, plan, sleep, claims or Claims(followed.client))
@@ -160,21 +161,24 @@ class _Worker:
             of_run = [one for one in look.checkpoints if one.run_id == run_id]
             summaries = {one.name: summary_of(of_run, one.name) for one in bound}
             before = self._noted.get(run_id, {})
-            if not of_run or summaries == before:
+            if not bound or not of_run or summaries == before:
                 continue
-            run = self._followed.run_of(of_run[0])
-            for name, summary in summaries.items():
-                if before.get(name) != summary:
-                    note_summary(run, name, summary)
-            self._policies.act(run, of_run, self._choice.waiting_of(run_id))
-            self._noted[run_id] = summaries
+            with self._going_on_without(run_id):
+                run = self._followed.run_of(of_run[0])
+                for name, summary in summaries.items():
+                    if before.get(name) != summary:
+                        note_summary(run, name, summary)
+                self._policies.act(run, of_run, self._choice.waiting_of(run_id))
+                self._noted[run_id] = summaries
 
     def _keep_pace(self, look: Look) -> bool:
         """Do only what there is the time for; returns whether that has changed."""
         changed = False
         for run_id, bound in self._bound.items():
             of_run = [one for one in look.checkpoints if one.run_id == run_id]
-            if bound and of_run:
+            if not bound or not of_run:
+                continue
+            with self._going_on_without(run_id):
                 run = self._followed.run_of(of_run[0])
                 names = self._pacer.names(
                     run, bound, of_run, self._jobs.speed, self._choice.validators
@@ -182,24 +186,42 @@ class _Worker:
                 changed |= self._choice.limit(run_id, names)
         return changed
 
+    @contextmanager
+    def _going_on_without(self, run_id: str) -> Iterator[None]:
+        """Pass over a run of an experiment that turns out to be deleted.
+
+        Raises:
+            TrackingError: it is another trouble, or the one run that is followed.
+        """
+        try:
+            yield
+        except TrackingError:
+            if self._followed.run is not None or not is_gone(self._followed.client, run_id):
+                raise
+            if self._bound.get(run_id) != []:
+                log.error("run %s is passed over: it was deleted", run_id)
+            self._bound[run_id] = []
+            self._choice.refuse(run_id)
+
     def _claimed(self) -> Job | None:
         """The next piece of work that is ours."""
         for checkpoint, names in self._choice.candidates():
-            run = self._followed.run_of(checkpoint)
-            if run.id not in self._bound and self._plan.keep_up:
-                self._bound_to(run)
-                return None  # which of them are done is known at the next look
-            bound = self._bound_to(run)
-            if not bound:
-                self._choice.refuse(run.id)
-                continue
-            group = next(one.group for one in bound if one.name in names)
-            wanted = [one for one in bound if one.name in names and one.group == group]
-            mine = [one for one in wanted if self.claims.claim(checkpoint, one.name)]
-            lost_to = None if mine else self.claims.faster
-            self._choice.tried(checkpoint, [one.name for one in wanted], lost_to)
-            if mine:
-                return Job(checkpoint, run, mine)
+            with self._going_on_without(checkpoint.run_id):
+                run = self._followed.run_of(checkpoint)
+                if run.id not in self._bound and self._plan.keep_up:
+                    self._bound_to(run)
+                    return None  # which of them are done is known at the next look
+                bound = self._bound_to(run)
+                if not bound:
+                    self._choice.refuse(run.id)
+                    continue
+                group = next(one.group for one in bound if one.name in names)
+                wanted = [one for one in bound if one.name in names and one.group == group]
+                mine = [one for one in wanted if self.claims.claim(checkpoint, one.name)]
+                lost_to = None if mine else self.claims.faster
+                self._choice.tried(checkpoint, [one.name for one in wanted], lost_to)
+                if mine:
+                    return Job(checkpoint, run, mine)
         return None
 
     def _next(self) -> Job | None:
@@ -245,7 +267,8 @@ class _Worker:
             return
         (job, writing), states = self._writing, None
         try:
-            states = writing.wait(seconds)
+            with self._going_on_without(job.run.id):
+                states = writing.wait(seconds)
         finally:
             self._writing = None
             self._ended(job, states or {})

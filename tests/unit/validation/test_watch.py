@@ -27,11 +27,12 @@ from mlflow_dr.tracking.directories import FollowedDirectory
 from mlflow_dr.tracking.following import FollowedExperiment, FollowedRun
 from mlflow_dr.tracking.results import State, failure_of, state_of
 from mlflow_dr.tracking.runs import DATASET_TAG, TrackedRun
+from mlflow_dr.tracking.status import note_summary
 from mlflow_dr.validation import jobs
 from mlflow_dr.validation.evaluate import Settings
 from mlflow_dr.validation.order import Order
 from mlflow_dr.validation.plan import Plan, Validation
-from mlflow_dr.validation.watch import Counts
+from mlflow_dr.validation.watch import Counts, _Worker
 from mlflow_dr.validation.watch import watch as watch_followed
 
 VALIDATION = Validation(Settings(parse_measures("mrr@10"), device="cpu", dtype="fp32"))
@@ -472,6 +473,51 @@ def test_an_experiment_with_runs_that_begin_later(
         watch_followed(FollowedExperiment(client, "some runs"), plan, sleep)
     assert [steps(client, one) for one in runs] == [[], [1, 2], [1, 2]]
     assert f"run {runs[0].id} is passed over: run {runs[0].id} names no dataset" in caplog.text
+
+
+@pytest.fixture
+def two_runs(
+    client: MlflowClient, make_tiny: Callable[..., Encoder], tmp_path: Path, folder: Path
+) -> tuple[FollowedExperiment, list[TrackedRun]]:
+    """An experiment with two runs of two checkpoints each."""
+    name = f"two runs of {tmp_path.name}"
+    experiment = client.create_experiment(name, str(tmp_path / "artifacts"))
+    runs = [TrackedRun(client, client.create_run(experiment)) for _ in range(2)]
+    for one in runs:
+        one.log_params({"dataset": str(folder)})
+        for step in (1, 2):
+            directory = tmp_path / f"{one.id}-{step}"
+            save_encoder(directory, make_tiny(seed=step, pooling="mean", normalize=True))
+            publish(one, directory, step)
+    return FollowedExperiment(client, name), runs
+
+
+@pytest.mark.parametrize("when", ["before", "evaluated", "noted"])
+def test_of_an_experiment_a_deleted_run_is_passed_over(
+    client: MlflowClient,
+    two_runs: tuple[FollowedExperiment, list[TrackedRun]],
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    when: str,
+) -> None:
+    followed, (first, second) = two_runs
+    name, real = {
+        "before": ("mlflow_dr.validation.watch._Worker.run", _Worker.run),
+        "evaluated": ("mlflow_dr.validation.jobs.evaluate_all", jobs.evaluate_all),
+        "noted": ("mlflow_dr.validation.watch.note_summary", note_summary),
+    }[when]
+
+    def deleting(*args: Any) -> Any:
+        client.delete_run(first.id)
+        return real(*args)
+
+    monkeypatch.setattr(name, deleting)
+    counts = watch_followed(followed, Plan((VALIDATION,), follow=False), no_sleep)
+    assert counts.done == {"before": 2, "evaluated": 2, "noted": 4}[when]
+    assert steps(client, second) == [1, 2]
+    assert caplog.text.count(f"run {first.id} is passed over: it was deleted") == 1
+    there = [standing(one, "val") for one in checkpoints_of(first)]
+    assert all(one is None or one.given_back for one in there) or when == "noted"
 
 
 def test_a_server_that_is_away_is_waited_for(
