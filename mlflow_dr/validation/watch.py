@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
@@ -13,6 +13,7 @@ from mlflow_dr.errors import (
     MlflowDrError,
     TrackingError,
 )
+from mlflow_dr.tracking.checkpoints import Checkpoint
 from mlflow_dr.tracking.claims import Claims
 from mlflow_dr.tracking.clock import ServerClock
 from mlflow_dr.tracking.following import Followed, Look
@@ -217,12 +218,29 @@ class _Worker:
                     continue
                 group = next(one.group for one in bound if one.name in names)
                 wanted = [one for one in bound if one.name in names and one.group == group]
-                mine = [one for one in wanted if self.claims.claim(checkpoint, one.name)]
-                lost_to = None if mine else self.claims.faster
-                self._choice.tried(checkpoint, [one.name for one in wanted], lost_to)
-                if mine:
+                if mine := self._ours(checkpoint, wanted):
                     return Job(checkpoint, run, mine)
         return None
+
+    def _ours(self, checkpoint: Checkpoint, wanted: Sequence[Bound]) -> list[Bound]:
+        """Those of these validations that can be claimed.
+
+        Where the server goes away after the first, that one is enough to begin with.
+        """
+        mine: list[Bound] = []
+        tried: list[str] = []
+        for one in wanted:
+            try:
+                is_ours = self.claims.claim(checkpoint, one.name)
+            except TrackingError:
+                if not mine:
+                    raise
+                break  # else what was claimed would be renewed and never done
+            tried.append(one.name)
+            if is_ours:
+                mine.append(one)
+        self._choice.tried(checkpoint, tried, None if mine else self.claims.faster)
+        return mine
 
     def _next(self) -> Job | None:
         """The next piece of work: what was claimed ahead, or what can be claimed now."""

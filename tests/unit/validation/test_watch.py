@@ -5,7 +5,7 @@ import json
 import re
 import shutil
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
@@ -29,6 +29,7 @@ from mlflow_dr.tracking.results import State, failure_of, state_of
 from mlflow_dr.tracking.runs import DATASET_TAG, TrackedRun
 from mlflow_dr.tracking.status import note_summary
 from mlflow_dr.validation import jobs
+from mlflow_dr.validation.choice import Candidate, Choice
 from mlflow_dr.validation.evaluate import Settings
 from mlflow_dr.validation.order import Order
 from mlflow_dr.validation.plan import Plan, Validation
@@ -553,6 +554,45 @@ def test_a_server_that_is_away_is_waited_for(
     assert slept == [3]
     assert steps(client, run) == [1]
     assert "no route to host; waiting for the server" in caplog.text
+
+
+def test_a_server_that_goes_away_between_two_claims_of_a_checkpoint(
+    client: MlflowClient,
+    run: TrackedRun,
+    publishing: Callable[[int], str],
+    folder: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """When it is back, another checkpoint comes first; what was claimed is not left behind."""
+    (folder / "qrels" / "test.tsv").write_text("query-id\tcorpus-id\tscore\nq2\tp1\t1\n")
+    for step in range(3):
+        publishing(step)
+    client.set_terminated(run.id)
+    claimed: list[str] = []
+    real, candidates = client._tracking_client.log_model_params, Choice.candidates
+
+    def log_model_params(model_id: str, params: dict[str, str]) -> None:
+        claimed.extend(params)
+        if len(claimed) == 2:
+            raise MlflowException("no route to host")
+        real(model_id, params)
+
+    def other_ones(self: Choice) -> Iterator[Candidate]:
+        found = list(candidates(self))
+        yield from found if len(claimed) != 2 else reversed(found)
+
+    def sleep(seconds: float) -> None:
+        slept.append(seconds)
+        assert len(slept) < 5
+
+    monkeypatch.setattr(client._tracking_client, "log_model_params", log_model_params)
+    monkeypatch.setattr(Choice, "candidates", other_ones)
+    monkeypatch.setattr("mlflow_dr.validation.watch.SHARE_OF_LOOKS", {Order.OLDEST: 10.0})
+    slept: list[float] = []
+    both = (VALIDATION, replace(VALIDATION, name="test", split="test"))
+    watch(run, *both, sleep=sleep, poll_seconds=0.001)
+    for name in ("val", "test"):
+        assert steps(client, run, f"{name}/mrr_at_10") == [0, 1, 2]
 
 
 def test_a_kind_of_checkpoint_that_is_gone_fails_alone(
