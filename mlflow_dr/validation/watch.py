@@ -9,6 +9,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
 
+from mlflow_dr.beside import Beside
 from mlflow_dr.errors import (
     MlflowDrError,
     TrackingError,
@@ -30,7 +31,6 @@ from mlflow_dr.tracking.runs import (
     is_over,
 )
 from mlflow_dr.tracking.status import note_summary, summary_of
-from mlflow_dr.validation.beside import Beside
 from mlflow_dr.validation.binding import Bound, Collections
 from mlflow_dr.validation.choice import Choice
 from mlflow_dr.validation.jobs import Job, Jobs

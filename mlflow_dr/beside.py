@@ -1,4 +1,4 @@
-"""What is done while a checkpoint is evaluated: writing the last one's figures, say."""
+"""What is done beside something else: writing figures while the next are computed, say."""
 
 from __future__ import annotations
 
