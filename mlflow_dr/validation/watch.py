@@ -280,16 +280,22 @@ class _Worker:
             self._ahead.wait()
 
     def _finish(self, seconds: float | None = None) -> None:
-        """Wait until the last figures are written, and give back what was not done."""
+        """Wait until the last figures are written, and give back what was not done.
+
+        Interrupted, it leaves them to `close`.
+        """
         if self._writing is None:
             return
         (job, writing), states = self._writing, None
         try:
             with self._going_on_without(job.run.id):
                 states = writing.wait(seconds)
-        finally:
+        except Exception:
             self._writing = None
-            self._ended(job, states or {})
+            self._ended(job, {})
+            raise
+        self._writing = None
+        self._ended(job, states or {})
 
     def _ended(self, job: Job, states: Mapping[str, State]) -> None:
         for one in job.bound:

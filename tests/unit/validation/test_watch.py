@@ -4,6 +4,8 @@ import errno
 import json
 import re
 import shutil
+import signal
+import threading
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -247,6 +249,30 @@ def test_an_error_that_ends_the_validator_gives_the_claim_back(
     with pytest.raises(KeyboardInterrupt):
         watch(run, VALIDATION)
     assert standing(checkpoints_of(run)[0], "val").given_back
+
+
+def test_ctrl_c_while_figures_are_written_leaves_them_the_time(
+    client: MlflowClient,
+    run: TrackedRun,
+    publishing: Callable[[int], str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    publishing(1)
+    real = jobs.record_result
+
+    def slow(*args: Any) -> Any:
+        main = threading.main_thread().ident
+        assert main is not None
+        signal.pthread_kill(main, signal.SIGINT)
+        time.sleep(0.5)
+        return real(*args)
+
+    monkeypatch.setattr(jobs, "record_result", slow)
+    with pytest.raises(KeyboardInterrupt):
+        watch(run, VALIDATION, follow=False)
+    (checkpoint,) = checkpoints_of(run)
+    assert state_of(checkpoint, "val") is State.DONE
+    assert not standing(checkpoint, "val").given_back
 
 
 @pytest.mark.parametrize(("poll_seconds", "ahead"), [(5.0, 1), (0.001, 0)], ids=str)
