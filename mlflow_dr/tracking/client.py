@@ -48,7 +48,7 @@ def connect(uri: str | None = None) -> MlflowClient:
         mlflow.set_tracking_uri(uri)
     uri = tracking_uri()
     try:
-        with _impatient():
+        with impatient():
             client = MlflowClient(uri)
             client.search_experiments(max_results=1)
     except (MlflowException, OSError) as error:
@@ -60,7 +60,7 @@ def connect(uri: str | None = None) -> MlflowClient:
 def answers(client: MlflowClient) -> bool:
     """Whether the server answers now, be it with a refusal."""
     try:
-        with _impatient():
+        with impatient():
             client.search_experiments(max_results=1)
     except MlflowException as error:
         return error.get_http_status_code() < SERVER_ERROR
@@ -99,7 +99,7 @@ def tracking_errors(doing: str) -> Iterator[None]:
 
 
 @contextmanager
-def _impatient() -> Iterator[None]:
+def impatient() -> Iterator[None]:
     """Requests of MLflow's that fail within seconds, where the user has not set how long to try."""
     with _one_at_a_time:
         before = {key: os.environ.get(key) for key in AT_ONCE}

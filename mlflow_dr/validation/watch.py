@@ -298,10 +298,13 @@ class _Worker:
         self._ended(job, states or {})
 
     def _ended(self, job: Job, states: Mapping[str, State]) -> None:
-        for one in job.bound:
-            state = states.get(one.name)
-            self.claims.drop(job.checkpoint, one.name, finished=state is State.DONE)
-            self._choice.ended(job.checkpoint, one.name, state)
+        names = [one.name for one in job.bound]
+        done = [name for name in names if states.get(name) is State.DONE]
+        self.claims.drop(job.checkpoint, *done, finished=True)
+        left = [name for name in names if name not in done]
+        self.claims.drop(job.checkpoint, *left, finished=False)
+        for name in names:
+            self._choice.ended(job.checkpoint, name, states.get(name))
         failed = State.FAILED in states.values()
         self._counts.failed += failed
         self._counts.done += bool(states and not failed)
