@@ -247,7 +247,7 @@ class _Worker:
         if self._ahead is None:
             return self._patiently(self._claimed)
         ahead, self._ahead = self._ahead, None
-        return ahead.wait()
+        return ahead.wait() or self._patiently(self._claimed)
 
     def _go_ahead(self) -> None:
         """Claim and fetch the next checkpoint beside the evaluation of this one.

@@ -307,6 +307,32 @@ def test_while_evaluations_are_short_the_next_one_is_claimed_and_fetched_ahead(
     assert fetched == [2] * ahead
 
 
+def test_what_was_lost_ahead_is_not_the_end(
+    run: TrackedRun, publishing: Callable[[int], str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The look that it was chosen by was old; the next one shows what is left."""
+    for step in range(5):
+        publishing(step)
+    others = Claims(run.client, Owner("elsewhere", 1, "another boot", 0, "a token"))
+    real, real_ahead = jobs.evaluate_all, _Worker._claimed_ahead
+
+    def lost(self: _Worker) -> Any:
+        for one in checkpoints_of(run)[2:4]:
+            others.claim(one, "val")
+        return real_ahead(self)
+
+    def evaluate_all(*asked: Any) -> Any:
+        time.sleep(0.6)
+        return real(*asked)
+
+    monkeypatch.setattr(_Worker, "_claimed_ahead", lost)
+    monkeypatch.setattr(jobs, "evaluate_all", evaluate_all)
+    monkeypatch.setattr("mlflow_dr.validation.watch.SHARE_OF_LOOKS", {Order.OLDEST: 10.0})
+    watch(run, VALIDATION, follow=False, poll_seconds=1.0)
+    others.close()
+    assert standing(checkpoints_of(run)[4], "val")
+
+
 def test_what_was_claimed_ahead_is_given_back_and_its_files_are_removed(
     run: TrackedRun, publishing: Callable[[int], str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
