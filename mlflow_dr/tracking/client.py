@@ -90,11 +90,12 @@ def leave_waiting_to_us() -> None:
 
 
 @contextmanager
-def tracking_errors(doing: str) -> Iterator[None]:
-    """Turn MLflow's errors into a TrackingError of one line."""
+def tracking_errors(doing: str, *also: type[Exception]) -> Iterator[None]:
+    """Turn MLflow's errors, and those of `also`, into a TrackingError of one line."""
+    kinds: tuple[type[Exception], ...] = (MlflowException, OSError, *also)
     try:
         yield
-    except (MlflowException, OSError) as error:
+    except kinds as error:
         raise TrackingError(f"{doing}: {_refusal(error) or _one_line(error)[:400]}") from error
 
 

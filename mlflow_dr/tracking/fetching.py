@@ -11,13 +11,12 @@ from pathlib import Path
 from urllib.parse import urlsplit
 
 from mlflow.artifacts import download_artifacts
-from mlflow.exceptions import MlflowException
 from mlflow.store.artifact.artifact_repository_registry import get_artifact_repository
 from mlflow.utils.file_utils import local_file_uri_to_path
 
 from mlflow_dr.beside import Beside
 from mlflow_dr.encoder.whole import why_not_whole
-from mlflow_dr.errors import UnavailableError, UsageError
+from mlflow_dr.errors import MlflowDrError, UnavailableError, UsageError
 from mlflow_dr.files import is_full, scratch, written_beside
 from mlflow_dr.tracking import mlmodel
 from mlflow_dr.tracking.checkpoints import PRUNED_TAG, Checkpoint
@@ -49,7 +48,9 @@ def fetched(checkpoint: Checkpoint, whole: bool = False) -> Iterator[Path]:
     with scratch() as room:
         try:
             directory = _had(checkpoint, room, whole)
-        except (MlflowException, OSError) as error:
+        except MlflowDrError:
+            raise
+        except Exception as error:  # an object store's errors are of no common kind
             if is_full(error, room.parent):
                 message = "the disk is full; TMPDIR names a directory on another one"
                 raise OSError(errno.ENOSPC, message, str(room.parent)) from error

@@ -64,6 +64,25 @@ def test_a_file_that_is_not_there(
         pass
 
 
+class ObjectStoreError(Exception):
+    """As botocore's, of no kind that others share."""
+
+
+def test_an_error_of_an_object_store(
+    run: TrackedRun, directory: Path, elsewhere: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    publish(run, directory, 1)
+    (checkpoint,) = checkpoints_of(run)
+
+    def refused(*_: object) -> None:
+        raise ObjectStoreError("could not connect to\nthe endpoint")
+
+    monkeypatch.setattr(LocalArtifactRepository, "_download_file", refused)
+    message = "cannot be downloaded: could not connect to the endpoint"
+    with pytest.raises(UnavailableError, match=message), fetching.fetched(checkpoint):
+        pass
+
+
 def test_ctrl_c_does_not_wait_for_the_files_under_way(
     run: TrackedRun, directory: Path, elsewhere: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
