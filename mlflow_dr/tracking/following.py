@@ -37,6 +37,13 @@ class Look(NamedTuple):
     checkpoints: list[Checkpoint]
     over: bool | None
 
+    def by_run(self) -> dict[str, list[Checkpoint]]:
+        """The checkpoints of each run that has any, by step."""
+        found: dict[str, list[Checkpoint]] = {}
+        for one in self.checkpoints:
+            found.setdefault(one.run_id, []).append(one)
+        return found
+
 
 class Followed(Protocol):
     """What is looked at again and again; `run` is the only run, where there is but one."""

@@ -107,6 +107,7 @@ class _Worker:
         self._bound: dict[str, list[Bound]] = {}
         self._policies = Policies(plan.wishes)
         self._noted: dict[str, dict[str, str]] = {}
+        self._seen: dict[str, list[Checkpoint]] = {}  # when that was noted
         self._counts = Counts()
         self._writing: tuple[Job, Beside[dict[str, State]]] | None = None
         self._ahead: Beside[Job | None] | None = None
@@ -158,11 +159,14 @@ class _Worker:
 
     def _note(self, look: Look) -> None:
         """Where there is something new on a run, show it there, and do what follows from it."""
-        for run_id, bound in self._bound.items():
-            of_run = [one for one in look.checkpoints if one.run_id == run_id]
+        for run_id, of_run in look.by_run().items():
+            bound = self._bound.get(run_id)
+            if not bound or self._seen.get(run_id) == of_run:
+                continue
             summaries = {one.name: summary_of(of_run, one.name) for one in bound}
             before = self._noted.get(run_id, {})
-            if not bound or not of_run or summaries == before:
+            if summaries == before:
+                self._seen[run_id] = of_run
                 continue
             with self._going_on_without(run_id):
                 run = self._followed.run_of(of_run[0])
@@ -170,14 +174,14 @@ class _Worker:
                     if before.get(name) != summary:
                         note_summary(run, name, summary)
                 self._policies.act(run, of_run, self._choice.waiting_of(run_id))
-                self._noted[run_id] = summaries
+                self._noted[run_id], self._seen[run_id] = summaries, of_run
 
     def _keep_pace(self, look: Look) -> bool:
         """Do only what there is the time for; returns whether that has changed."""
         changed = False
-        for run_id, bound in self._bound.items():
-            of_run = [one for one in look.checkpoints if one.run_id == run_id]
-            if not bound or not of_run:
+        for run_id, of_run in look.by_run().items():
+            bound = self._bound.get(run_id)
+            if not bound:
                 continue
             with self._going_on_without(run_id):
                 run = self._followed.run_of(of_run[0])

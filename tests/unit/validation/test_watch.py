@@ -29,7 +29,7 @@ from mlflow_dr.tracking.directories import FollowedDirectory
 from mlflow_dr.tracking.following import FollowedExperiment, FollowedRun
 from mlflow_dr.tracking.results import State, failure_of, state_of
 from mlflow_dr.tracking.runs import DATASET_TAG, TrackedRun
-from mlflow_dr.tracking.status import note_summary
+from mlflow_dr.tracking.status import note_summary, summary_of
 from mlflow_dr.validation import jobs
 from mlflow_dr.validation.choice import Candidate, Choice
 from mlflow_dr.validation.evaluate import Settings
@@ -722,6 +722,34 @@ def test_the_run_says_how_far_it_is(
     tags = client.get_run(run.id).data.tags
     said = tags["mlflow_dr.validation.val.status"]
     assert said == "2 of 2 checkpoints done, the last at step 7"
+
+
+def test_a_poll_costs_nothing_for_a_run_that_has_not_changed(
+    client: MlflowClient,
+    run: TrackedRun,
+    publishing: Callable[[int], str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Where an experiment has hundreds of runs, almost all of them are such."""
+    publishing(1)
+    summed: list[str] = []
+    polls: list[int] = []
+
+    def counted(checkpoints: Any, name: str) -> str:
+        summed.append(name)
+        return summary_of(checkpoints, name)
+
+    def sleep(seconds: float) -> None:
+        polls.append(len(summed))
+        if len(polls) == 2:
+            publishing(2)
+        if len(polls) == 4:
+            client.set_terminated(run.id)
+
+    monkeypatch.setattr("mlflow_dr.validation.watch.summary_of", counted)
+    watch(run, VALIDATION, sleep=sleep)
+    assert polls[0] == polls[1] < polls[2] == polls[3]
+    assert client.get_run(run.id).data.tags["mlflow_dr.validation.val.status"].startswith("2 of 2")
 
 
 def _nan(directory: Path) -> None:
