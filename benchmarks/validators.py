@@ -26,6 +26,7 @@ from requests import Session
 
 from benchmarks.machine import machine
 from benchmarks.server import Server
+from mlflow_dr.beside import Beside
 from mlflow_dr.collection.catalogue import open_collection
 from mlflow_dr.retrieval.measures import parse_measures
 from mlflow_dr.tracking import fetching
@@ -36,7 +37,6 @@ from mlflow_dr.tracking.following import FollowedRun
 from mlflow_dr.tracking.results import mark_failed
 from mlflow_dr.tracking.runs import TrackedRun, find_run
 from mlflow_dr.validation import jobs
-from mlflow_dr.validation.beside import Beside
 from mlflow_dr.validation.evaluate import Report, Settings
 from mlflow_dr.validation.order import Order
 from mlflow_dr.validation.plan import Plan, Validation

@@ -12,6 +12,7 @@ or id) and what to do about it.
     ├── CheckpointError      a checkpoint that cannot be trusted or loaded
     │   └── UnavailableError     ... or not be had at all, perhaps for now
     ├── TrackingError        the tracking server, or a run on it, is not what was asked for
+    │   ├── RunGoneError     ... was deleted, or never was
     │   └── NoValuesError    ... has no values of single queries of a checkpoint
     ├── MissingExtraError    an optional dependency is not installed
     └── ChildError           a trainer or validator started by `mlflow-dr run` ended with an error
@@ -57,6 +58,10 @@ class TrainingError(MlflowDrError):
 
 class TrackingError(MlflowDrError):
     """The tracking server cannot be reached, or the run is not what was asked for."""
+
+
+class RunGoneError(TrackingError):
+    """A run was deleted, or there is none with that id."""
 
 
 class NoValuesError(TrackingError):

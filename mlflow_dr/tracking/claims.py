@@ -26,7 +26,7 @@ from mlflow.exceptions import MlflowException
 
 from mlflow_dr.errors import one_line
 from mlflow_dr.tracking.checkpoints import Checkpoint, checkpoint_by_id
-from mlflow_dr.tracking.client import tracking_errors, write_once
+from mlflow_dr.tracking.client import impatient, tracking_errors, write_once
 from mlflow_dr.tracking.results import PREFIX
 
 log = logging.getLogger(__name__)
@@ -216,35 +216,41 @@ class Claims:
             log.info("step %d is taken over from %s", checkpoint.step, before.owner)
         return True
 
-    def drop(self, checkpoint: Checkpoint, name: str, *, finished: bool) -> None:
-        """Renew a claim no more; give it back where the work is not finished."""
+    def drop(self, checkpoint: Checkpoint, *names: str, finished: bool) -> None:
+        """Renew claims no more; give them back where the work is not finished."""
         with self._lock:
-            attempt = self._mine.pop((checkpoint.model_id, name), None)
-        if attempt is not None and not finished:
-            self._tag(checkpoint.model_id, {_beat_key(name): _beat(attempt, GIVEN_BACK)})
+            keys = [(checkpoint.model_id, name) for name in names]
+            dropped = {key: self._mine.pop(key) for key in keys if key in self._mine}
+        if not finished:
+            self._say(dropped, GIVEN_BACK)
 
     def close(self) -> None:
         """Give everything back."""
         self._closed.set()
         with self._lock:
             left, self._mine = self._mine, {}
-        for (model_id, name), attempt in left.items():
-            self._tag(model_id, {_beat_key(name): _beat(attempt, GIVEN_BACK)})
+        self._say(left, GIVEN_BACK)
 
     def _renew(self) -> None:
         number = 0
         while not self._closed.wait(self._every):
             number += 1
             with self._lock:
-                by_model: dict[str, dict[str, str]] = {}
-                for (model_id, name), attempt in self._mine.items():
-                    by_model.setdefault(model_id, {})[_beat_key(name)] = _beat(attempt, number)
-            for model_id, tags in by_model.items():
-                self._tag(model_id, tags)
+                mine = dict(self._mine)
+            self._say(mine, number)
+
+    def _say(self, claims: Mapping[tuple[str, str], int], what: Any) -> None:
+        """Say the same of several claims, by one request for each model."""
+        by_model: dict[str, dict[str, str]] = {}
+        for (model_id, name), attempt in claims.items():
+            by_model.setdefault(model_id, {})[_beat_key(name)] = _beat(attempt, what)
+        for model_id, tags in by_model.items():
+            self._tag(model_id, tags)
 
     def _tag(self, model_id: str, tags: Mapping[str, str]) -> None:
         try:
-            self._client.set_logged_model_tags(model_id, dict(tags))
+            with impatient():
+                self._client.set_logged_model_tags(model_id, dict(tags))
         except Exception as error:  # noqa: BLE001 - the work goes on; at worst another repeats it
             if not self._is_cut_off:
                 why = one_line(error)

@@ -48,7 +48,7 @@ def connect(uri: str | None = None) -> MlflowClient:
         mlflow.set_tracking_uri(uri)
     uri = tracking_uri()
     try:
-        with _impatient():
+        with impatient():
             client = MlflowClient(uri)
             client.search_experiments(max_results=1)
     except (MlflowException, OSError) as error:
@@ -60,7 +60,7 @@ def connect(uri: str | None = None) -> MlflowClient:
 def answers(client: MlflowClient) -> bool:
     """Whether the server answers now, be it with a refusal."""
     try:
-        with _impatient():
+        with impatient():
             client.search_experiments(max_results=1)
     except MlflowException as error:
         return error.get_http_status_code() < SERVER_ERROR
@@ -90,16 +90,17 @@ def leave_waiting_to_us() -> None:
 
 
 @contextmanager
-def tracking_errors(doing: str) -> Iterator[None]:
-    """Turn MLflow's errors into a TrackingError of one line."""
+def tracking_errors(doing: str, *also: type[Exception]) -> Iterator[None]:
+    """Turn MLflow's errors, and those of `also`, into a TrackingError of one line."""
+    kinds: tuple[type[Exception], ...] = (MlflowException, OSError, *also)
     try:
         yield
-    except (MlflowException, OSError) as error:
+    except kinds as error:
         raise TrackingError(f"{doing}: {_refusal(error) or _one_line(error)[:400]}") from error
 
 
 @contextmanager
-def _impatient() -> Iterator[None]:
+def impatient() -> Iterator[None]:
     """Requests of MLflow's that fail within seconds, where the user has not set how long to try."""
     with _one_at_a_time:
         before = {key: os.environ.get(key) for key in AT_ONCE}

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 import urllib.request
 from email.utils import parsedate_to_datetime
+from http.client import HTTPException
 from urllib.parse import urlsplit
 
 from mlflow_dr.tracking.client import tracking_uri
@@ -30,12 +31,15 @@ class ServerClock:
 
 def _ahead_ms(uri: str) -> int:
     """How far the server is ahead of us; 0 within the second that its answer is dated to."""
-    if urlsplit(uri).scheme not in ("http", "https"):
+    address = urlsplit(uri)
+    if address.scheme not in ("http", "https"):
         return 0
+    host = address.netloc.rpartition("@")[2]  # urllib takes a user for a part of the host
+    health = f"{address.scheme}://{host}{address.path.rstrip('/')}/health"
     try:
-        with urllib.request.urlopen(f"{uri.rstrip('/')}/health", timeout=SECONDS_TO_ANSWER) as got:
+        with urllib.request.urlopen(health, timeout=SECONDS_TO_ANSWER) as got:
             date = parsedate_to_datetime(got.headers["Date"])
-    except (OSError, TypeError, ValueError):
+    except (OSError, HTTPException, TypeError, ValueError):
         return 0
     ahead = int(date.timestamp() * 1000) - _own_ms()
     return ahead if abs(ahead) > RESOLUTION_MS else 0

@@ -73,8 +73,9 @@ class FollowedDirectory:
                 with tracking_errors(f"registering {path}"):
                     register_directory(self._run, path, step)
                 self._registered.add(path)
-        there = [one for one in self._list.look() if Path(one.directory) in whole]
-        return Look(there, over=not self._is_mine and is_over(state))
+        over = not self._is_mine and is_over(state)
+        there = [one for one in self._list.look(for_good=over) if Path(one.directory) in whole]
+        return Look(there, over)
 
     def settle(self, checkpoint: Checkpoint) -> None:
         """Ask for this one no more."""

@@ -4,19 +4,19 @@ from __future__ import annotations
 
 import errno
 import shutil
-from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from urllib.parse import urlsplit
 
 from mlflow.artifacts import download_artifacts
-from mlflow.exceptions import MlflowException
 from mlflow.store.artifact.artifact_repository_registry import get_artifact_repository
 from mlflow.utils.file_utils import local_file_uri_to_path
 
+from mlflow_dr.beside import Beside
 from mlflow_dr.encoder.whole import why_not_whole
-from mlflow_dr.errors import UnavailableError, UsageError
+from mlflow_dr.errors import MlflowDrError, UnavailableError, UsageError
 from mlflow_dr.files import is_full, scratch, written_beside
 from mlflow_dr.tracking import mlmodel
 from mlflow_dr.tracking.checkpoints import PRUNED_TAG, Checkpoint
@@ -48,7 +48,9 @@ def fetched(checkpoint: Checkpoint, whole: bool = False) -> Iterator[Path]:
     with scratch() as room:
         try:
             directory = _had(checkpoint, room, whole)
-        except (MlflowException, OSError) as error:
+        except MlflowDrError:
+            raise
+        except Exception as error:  # an object store's errors are of no common kind
             if is_full(error, room.parent):
                 message = "the disk is full; TMPDIR names a directory on another one"
                 raise OSError(errno.ENOSPC, message, str(room.parent)) from error
@@ -94,9 +96,38 @@ def _had(checkpoint: Checkpoint, room: Path, whole: bool) -> Path:
     names = list(_listed(room, checkpoint, whole))
     for parent in {(room / name).parent for name in names}:
         parent.mkdir(parents=True, exist_ok=True)
-    with ThreadPoolExecutor(FILES_AT_ONCE) as pool:
-        list(pool.map(lambda name: store._download_file(name, str(room / name)), names))
+    _for_each(names, lambda name: store._download_file(name, str(room / name)))
     return room
+
+
+def _for_each(names: Iterable[str], act: Callable[[str], object]) -> None:
+    """Do it for several at once; whoever interrupts this need not wait for those under way."""
+    left = deque(names)
+
+    def work() -> None:
+        while True:
+            try:
+                name = left.popleft()
+            except IndexError:
+                return
+            try:
+                act(name)
+            except Exception:
+                left.clear()
+                raise
+
+    workers = [Beside(work, "download") for _ in range(min(FILES_AT_ONCE, len(left)))]
+    errors: list[Exception] = []
+    try:
+        for one in workers:
+            try:
+                one.wait()
+            except Exception as error:  # noqa: BLE001 - raised when all have ended
+                errors.append(error)
+    finally:
+        left.clear()
+    if errors:
+        raise errors[0]
 
 
 def _listed(directory: Path, checkpoint: Checkpoint, whole: bool) -> Manifest:

@@ -23,6 +23,7 @@ log = logging.getLogger(__name__)
 
 SECONDS_BETWEEN_FULL_LOOKS = 600.0
 SECONDS_BETWEEN_STATES = 30.0
+LONGEST_UPLOAD_MS = 3_600_000
 
 
 class Look(NamedTuple):
@@ -35,6 +36,13 @@ class Look(NamedTuple):
 
     checkpoints: list[Checkpoint]
     over: bool | None
+
+    def by_run(self) -> dict[str, list[Checkpoint]]:
+        """The checkpoints of each run that has any, by step."""
+        found: dict[str, list[Checkpoint]] = {}
+        for one in self.checkpoints:
+            found.setdefault(one.run_id, []).append(one)
+        return found
 
 
 class Followed(Protocol):
@@ -85,7 +93,8 @@ class FollowedRun:
         state = self._run.fetch()
         check_alive(state)
         self._ask_at = time.monotonic() + SECONDS_BETWEEN_STATES
-        return Look(self._list.look(), is_over(state))
+        over = is_over(state)
+        return Look(self._list.look(for_good=over), over)
 
     def settle(self, checkpoint: Checkpoint) -> None:
         """Ask for this one no more."""
@@ -154,9 +163,9 @@ class FollowedExperiment:
 class Unsettled:
     """Checkpoints, of which those are asked for that are new or not settled.
 
-    The oldest of these bounds the search by its time of creation. Where several machines write to a
-    database without a server, that time is theirs, and may be wrong: so now and then everything is
-    asked for.
+    The oldest of these bounds the search by its time of creation; one that is still PENDING an hour
+    later, whose trainer may have died, does not. Where several machines write to a database without
+    a server, that time is theirs, and may be wrong: so now and then everything is asked for.
     """
 
     def __init__(
@@ -179,10 +188,14 @@ class Unsettled:
         """Whether something READY was not settled at the last look."""
         return any(one.ready and key not in self._settled for key, one in self._known.items())
 
-    def look(self) -> list[Checkpoint]:
-        """All that are known, by step, as they are now or were when they were settled."""
+    def look(self, for_good: bool = False) -> list[Checkpoint]:
+        """All that are known, by step, as they are now or were when they were settled.
+
+        Args:
+            for_good: nothing will be added: what was PENDING for long is asked for once more.
+        """
         full = self._clock() - self._full_look_at >= SECONDS_BETWEEN_FULL_LOOKS
-        found = find_checkpoints(*self._where, since_ms=0 if full else self._since())
+        found = find_checkpoints(*self._where, since_ms=0 if full else self._since(for_good))
         if full:
             self._known = {}  # what was deleted is gone
             self._full_look_at = self._clock()
@@ -203,7 +216,12 @@ class Unsettled:
         self._settled = set()
         self._full_look_at = -float("inf")
 
-    def _since(self) -> int:
-        times = {key: one.created_ms for key, one in self._known.items()}
-        left = [time for key, time in times.items() if key not in self._settled]
-        return min(left, default=max(times.values(), default=0))
+    def _since(self, for_good: bool) -> int:
+        newest = max((one.created_ms for one in self._known.values()), default=0)
+        left = [
+            one.created_ms
+            for key, one in self._known.items()
+            if key not in self._settled
+            and (for_good or not one.pending or one.created_ms >= newest - LONGEST_UPLOAD_MS)
+        ]
+        return min(left, default=newest)

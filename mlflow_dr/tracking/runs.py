@@ -24,7 +24,7 @@ from mlflow.entities import (
 from mlflow.exceptions import MlflowException
 from mlflow.tracking.context.registry import resolve_tags
 
-from mlflow_dr.errors import TrackingError
+from mlflow_dr.errors import RunGoneError, TrackingError
 from mlflow_dr.tracking.client import URI_VARIABLE, tracking_errors, tracking_uri
 from mlflow_dr.tracking.datasets import CollectionSource
 
@@ -187,14 +187,15 @@ def find_run(client: MlflowClient, run_id: str) -> TrackedRun:
     """An existing run.
 
     Raises:
-        TrackingError: there is no run with that id, or it was deleted.
+        RunGoneError: there is no run with that id, or it was deleted.
+        TrackingError: the server does not answer.
     """
     try:
         run = client.get_run(run_id)
     except MlflowException as error:
         if error.error_code not in ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE"):
             raise TrackingError(f"run {run_id}: {' '.join(str(error).split())[:400]}") from error
-        raise TrackingError(
+        raise RunGoneError(
             f"no run {run_id!r} on {tracking_uri()}; check the id and {URI_VARIABLE}"
         ) from error
     check_alive(run)
@@ -205,13 +206,22 @@ def check_alive(run: Run) -> None:
     """Refuse a deleted run.
 
     Raises:
-        TrackingError: the run was deleted.
+        RunGoneError: the run was deleted.
     """
     if run.info.lifecycle_stage != LifecycleStage.ACTIVE:
-        raise TrackingError(
+        raise RunGoneError(
             f"run {run.info.run_id} was deleted; restore it with "
             f"`mlflow runs restore --run-id {run.info.run_id}` to go on"
         )
+
+
+def is_gone(client: MlflowClient, run_id: str) -> bool:
+    """Whether a run was deleted, or never was; False where the server does not say."""
+    try:
+        find_run(client, run_id)
+    except TrackingError as error:
+        return isinstance(error, RunGoneError)
+    return False
 
 
 def is_over(run: Run) -> bool:

@@ -43,7 +43,8 @@ def log_values(run: TrackedRun, checkpoint: Checkpoint, name: str, per_query: Pe
         room.mkdir()
         file = room / _file(checkpoint)
         pq.write_table(_table(per_query), file)
-        with tracking_errors(f"keeping the values of step {checkpoint.step}"):
+        # an object store's errors are of no common kind
+        with tracking_errors(f"keeping the values of step {checkpoint.step}", Exception):
             run.client.log_artifact(run.id, str(file), _folder(name))
 
 

@@ -111,10 +111,11 @@ class Choice:
                 continue
             self._turns.see(one, names)
             left = self._open(one)
-            if not self._is_meant(one) or not left or self._is_late(one):
+            is_refused = one.run_id in self._refused
+            if is_refused or not self._is_meant(one) or not left or self._is_late(one):
                 settled.append(one)
                 self._settled[one.model_id] = one
-            elif one.run_id not in self._refused:
+            else:
                 self._waiting[one.run_id].append(one)
                 if free := [name for name in left if self._watchman.is_free(one, name)]:
                     self._free[one.run_id][one.model_id] = free

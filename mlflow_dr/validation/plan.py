@@ -154,8 +154,10 @@ class Plan:
             raise UsageError(f"two validations are called {min(repeated)!r}")
         if self.every < 1:
             raise UsageError(f"every is {self.every}; it must be at least 1")
-        if self.poll_seconds <= 0:
-            raise UsageError(f"poll_seconds is {self.poll_seconds}; it must be above 0")
+        for key in ("poll_seconds", "patience_seconds", "max_lag_seconds"):
+            value = getattr(self, key)
+            if value is not None and value <= 0:
+                raise UsageError(f"{key} is {value}; it must be above 0")
 
 
 def each_split(

@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Mapping
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
 
+from mlflow_dr.beside import Beside
 from mlflow_dr.errors import (
     MlflowDrError,
     TrackingError,
 )
+from mlflow_dr.tracking.checkpoints import Checkpoint
 from mlflow_dr.tracking.claims import Claims
 from mlflow_dr.tracking.clock import ServerClock
 from mlflow_dr.tracking.following import Followed, Look
@@ -25,10 +27,10 @@ from mlflow_dr.tracking.runs import (
     SPLIT_PARAM,
     TrackedRun,
     check_alive,
+    is_gone,
     is_over,
 )
 from mlflow_dr.tracking.status import note_summary, summary_of
-from mlflow_dr.validation.beside import Beside
 from mlflow_dr.validation.binding import Bound, Collections
 from mlflow_dr.validation.choice import Choice
 from mlflow_dr.validation.jobs import Job, Jobs
@@ -73,7 +75,7 @@ def watch(
 
     Raises:
         UsageError: a name stands for another configuration on its run, or an unknown dataset.
-        TrackingError: the run is gone.
+        TrackingError: the one run that is followed is gone.
         OSError: the disk is full.
     """
     worker = _Worker(followed, plan, sleep, claims or Claims(followed.client))
@@ -106,6 +108,7 @@ class _Worker:
         self._bound: dict[str, list[Bound]] = {}
         self._policies = Policies(plan.wishes)
         self._noted: dict[str, dict[str, str]] = {}
+        self._seen: dict[str, list[Checkpoint]] = {}  # when that was noted
         self._counts = Counts()
         self._writing: tuple[Job, Beside[dict[str, State]]] | None = None
         self._ahead: Beside[Job | None] | None = None
@@ -157,25 +160,31 @@ class _Worker:
 
     def _note(self, look: Look) -> None:
         """Where there is something new on a run, show it there, and do what follows from it."""
-        for run_id, bound in self._bound.items():
-            of_run = [one for one in look.checkpoints if one.run_id == run_id]
+        for run_id, of_run in look.by_run().items():
+            bound = self._bound.get(run_id)
+            if not bound or self._seen.get(run_id) == of_run:
+                continue
             summaries = {one.name: summary_of(of_run, one.name) for one in bound}
             before = self._noted.get(run_id, {})
-            if not of_run or summaries == before:
+            if summaries == before:
+                self._seen[run_id] = of_run
                 continue
-            run = self._followed.run_of(of_run[0])
-            for name, summary in summaries.items():
-                if before.get(name) != summary:
-                    note_summary(run, name, summary)
-            self._policies.act(run, of_run, self._choice.waiting_of(run_id))
-            self._noted[run_id] = summaries
+            with self._going_on_without(run_id):
+                run = self._followed.run_of(of_run[0])
+                for name, summary in summaries.items():
+                    if before.get(name) != summary:
+                        note_summary(run, name, summary)
+                self._policies.act(run, of_run, self._choice.waiting_of(run_id))
+                self._noted[run_id], self._seen[run_id] = summaries, of_run
 
     def _keep_pace(self, look: Look) -> bool:
         """Do only what there is the time for; returns whether that has changed."""
         changed = False
-        for run_id, bound in self._bound.items():
-            of_run = [one for one in look.checkpoints if one.run_id == run_id]
-            if bound and of_run:
+        for run_id, of_run in look.by_run().items():
+            bound = self._bound.get(run_id)
+            if not bound:
+                continue
+            with self._going_on_without(run_id):
                 run = self._followed.run_of(of_run[0])
                 names = self._pacer.names(
                     run, bound, of_run, self._jobs.speed, self._choice.validators
@@ -183,32 +192,67 @@ class _Worker:
                 changed |= self._choice.limit(run_id, names)
         return changed
 
+    @contextmanager
+    def _going_on_without(self, run_id: str) -> Iterator[None]:
+        """Pass over a run of an experiment that turns out to be deleted.
+
+        Raises:
+            TrackingError: it is another trouble, or the one run that is followed.
+        """
+        try:
+            yield
+        except TrackingError:
+            if self._followed.run is not None or not is_gone(self._followed.client, run_id):
+                raise
+            if self._bound.get(run_id) != []:
+                log.error("run %s is passed over: it was deleted", run_id)
+            self._bound[run_id] = []
+            self._choice.refuse(run_id)
+
     def _claimed(self) -> Job | None:
         """The next piece of work that is ours."""
         for checkpoint, names in self._choice.candidates():
-            run = self._followed.run_of(checkpoint)
-            if run.id not in self._bound and self._plan.keep_up:
-                self._bound_to(run)
-                return None  # which of them are done is known at the next look
-            bound = self._bound_to(run)
-            if not bound:
-                self._choice.refuse(run.id)
-                continue
-            group = next(one.group for one in bound if one.name in names)
-            wanted = [one for one in bound if one.name in names and one.group == group]
-            mine = [one for one in wanted if self.claims.claim(checkpoint, one.name)]
-            lost_to = None if mine else self.claims.faster
-            self._choice.tried(checkpoint, [one.name for one in wanted], lost_to)
-            if mine:
-                return Job(checkpoint, run, mine)
+            with self._going_on_without(checkpoint.run_id):
+                run = self._followed.run_of(checkpoint)
+                if run.id not in self._bound and self._plan.keep_up:
+                    self._bound_to(run)
+                    return None  # which of them are done is known at the next look
+                bound = self._bound_to(run)
+                if not bound:
+                    self._choice.refuse(run.id)
+                    continue
+                group = next(one.group for one in bound if one.name in names)
+                wanted = [one for one in bound if one.name in names and one.group == group]
+                if mine := self._ours(checkpoint, wanted):
+                    return Job(checkpoint, run, mine)
         return None
+
+    def _ours(self, checkpoint: Checkpoint, wanted: Sequence[Bound]) -> list[Bound]:
+        """Those of these validations that can be claimed.
+
+        Where the server goes away after the first, that one is enough to begin with.
+        """
+        mine: list[Bound] = []
+        tried: list[str] = []
+        for one in wanted:
+            try:
+                is_ours = self.claims.claim(checkpoint, one.name)
+            except TrackingError:
+                if not mine:
+                    raise
+                break  # else what was claimed would be renewed and never done
+            tried.append(one.name)
+            if is_ours:
+                mine.append(one)
+        self._choice.tried(checkpoint, tried, None if mine else self.claims.faster)
+        return mine
 
     def _next(self) -> Job | None:
         """The next piece of work: what was claimed ahead, or what can be claimed now."""
         if self._ahead is None:
             return self._patiently(self._claimed)
         ahead, self._ahead = self._ahead, None
-        return ahead.wait()
+        return ahead.wait() or self._patiently(self._claimed)
 
     def _go_ahead(self) -> None:
         """Claim and fetch the next checkpoint beside the evaluation of this one.
@@ -241,21 +285,31 @@ class _Worker:
             self._ahead.wait()
 
     def _finish(self, seconds: float | None = None) -> None:
-        """Wait until the last figures are written, and give back what was not done."""
+        """Wait until the last figures are written, and give back what was not done.
+
+        Interrupted, it leaves them to `close`.
+        """
         if self._writing is None:
             return
         (job, writing), states = self._writing, None
         try:
-            states = writing.wait(seconds)
-        finally:
+            with self._going_on_without(job.run.id):
+                states = writing.wait(seconds)
+        except Exception:
             self._writing = None
-            self._ended(job, states or {})
+            self._ended(job, {})
+            raise
+        self._writing = None
+        self._ended(job, states or {})
 
     def _ended(self, job: Job, states: Mapping[str, State]) -> None:
-        for one in job.bound:
-            state = states.get(one.name)
-            self.claims.drop(job.checkpoint, one.name, finished=state is State.DONE)
-            self._choice.ended(job.checkpoint, one.name, state)
+        names = [one.name for one in job.bound]
+        done = [name for name in names if states.get(name) is State.DONE]
+        self.claims.drop(job.checkpoint, *done, finished=True)
+        left = [name for name in names if name not in done]
+        self.claims.drop(job.checkpoint, *left, finished=False)
+        for name in names:
+            self._choice.ended(job.checkpoint, name, states.get(name))
         failed = State.FAILED in states.values()
         self._counts.failed += failed
         self._counts.done += bool(states and not failed)

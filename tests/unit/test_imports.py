@@ -28,6 +28,7 @@ FLOORS = {
     "stores": 2,
     "collection": 1,
     "columns": 0,
+    "beside": 0,
     "progress": 0,
     "files": 0,
     "errors": 0,

@@ -1,3 +1,4 @@
+import socket
 import subprocess
 import sys
 import threading
@@ -11,6 +12,7 @@ from mlflow.exceptions import MlflowException
 
 from mlflow_dr.tracking.checkpoints import Checkpoint, checkpoints_of, publish
 from mlflow_dr.tracking.claims import Claims, Owner, Watchman, standing
+from mlflow_dr.tracking.client import AT_ONCE
 from mlflow_dr.tracking.runs import TrackedRun
 
 ELSEWHERE = Owner("elsewhere", 7, "another boot", 1, "token")
@@ -50,6 +52,29 @@ def test_of_eight_at_the_same_instant_one_wins(published: TrackedRun) -> None:
     assert there is not None
     assert (there.attempt, there.given_back) == (1, False)
     assert there.owner == replace(ELSEWHERE, token=token)
+
+
+def test_giving_back_does_not_wait_long_for_a_server_that_drops_packets(
+    published: TrackedRun, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """One request for all validations of a checkpoint, and no second try."""
+    monkeypatch.setitem(AT_ONCE, "MLFLOW_HTTP_REQUEST_TIMEOUT", "1")
+    claims, checkpoint = Claims(published.client), only(published)
+    for name in ("val", "test"):
+        assert claims.claim(checkpoint, name)
+    with socket.socket() as silent:
+        silent.bind(("127.0.0.1", 0))
+        silent.listen()
+        claims._client = MlflowClient(f"http://127.0.0.1:{silent.getsockname()[1]}")
+        start = time.monotonic()
+        claims.drop(checkpoint, "val", "test", finished=False)
+        assert time.monotonic() - start < 30
+        silent.setblocking(False)
+        silent.accept()[0].close()
+        with pytest.raises(BlockingIOError):
+            silent.accept()
+    assert "was not renewed" in caplog.text
+    claims.close()
 
 
 def test_a_lost_answer_to_our_own_claim_is_ours(

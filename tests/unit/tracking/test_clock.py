@@ -39,6 +39,14 @@ def test_it_is_the_servers_time(an_hour_ahead: str) -> None:
     assert ahead == pytest.approx(HOUR, abs=3)
 
 
-@pytest.mark.parametrize("uri", ["sqlite:///mlflow.db", "http://127.0.0.1:9"])
+def test_also_where_the_uri_names_a_user(an_hour_ahead: str) -> None:
+    uri = an_hour_ahead.replace("://", "://user:secret@")
+    ahead = ServerClock(uri).now_ms() / 1000 - time.time()
+    assert ahead == pytest.approx(HOUR, abs=3)
+
+
+@pytest.mark.parametrize(
+    "uri", ["sqlite:///mlflow.db", "http://127.0.0.1:9", "http://user:secret@127.0.0.1:port"]
+)
 def test_without_a_server_it_is_ours(uri: str) -> None:
     assert ServerClock(uri).now_ms() / 1000 == pytest.approx(time.time(), abs=1)

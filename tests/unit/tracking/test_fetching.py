@@ -1,10 +1,14 @@
 """Files of a checkpoint, by its manifest."""
 
 import json
+import signal
+import threading
+import time
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from mlflow.store.artifact.local_artifact_repo import LocalArtifactRepository
 
 from mlflow_dr.errors import CheckpointError, UnavailableError
 from mlflow_dr.files import file_sha256
@@ -58,6 +62,47 @@ def test_a_file_that_is_not_there(
     message = f"cannot be downloaded: .*{lost}"
     with pytest.raises(UnavailableError, match=message), fetching.fetched(checkpoint):
         pass
+
+
+class ObjectStoreError(Exception):
+    """As botocore's, of no kind that others share."""
+
+
+def test_an_error_of_an_object_store(
+    run: TrackedRun, directory: Path, elsewhere: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    publish(run, directory, 1)
+    (checkpoint,) = checkpoints_of(run)
+
+    def refused(*_: object) -> None:
+        raise ObjectStoreError("could not connect to\nthe endpoint")
+
+    monkeypatch.setattr(LocalArtifactRepository, "_download_file", refused)
+    message = "cannot be downloaded: could not connect to the endpoint"
+    with pytest.raises(UnavailableError, match=message), fetching.fetched(checkpoint):
+        pass
+
+
+def test_ctrl_c_does_not_wait_for_the_files_under_way(
+    run: TrackedRun, directory: Path, elsewhere: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    publish(run, directory, 1)
+    (checkpoint,) = checkpoints_of(run)
+    released, real = threading.Event(), LocalArtifactRepository._download_file
+
+    def slow(self: LocalArtifactRepository, name: str, path: str) -> None:
+        if name == "weights":
+            main = threading.main_thread().ident
+            threading.Timer(0.1, signal.pthread_kill, (main, signal.SIGINT)).start()
+            released.wait(20)
+        real(self, name, path)
+
+    monkeypatch.setattr(LocalArtifactRepository, "_download_file", slow)
+    start = time.monotonic()
+    with pytest.raises(KeyboardInterrupt), fetching.fetched(checkpoint):
+        pass
+    released.set()
+    assert time.monotonic() - start < 10
 
 
 @pytest.mark.parametrize("name", ["../outside", "/etc/passwd", "a/../../b"])

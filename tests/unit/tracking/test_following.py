@@ -1,11 +1,13 @@
+import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 from mlflow import MlflowClient
 
 from mlflow_dr.errors import TrackingError
 from mlflow_dr.tracking import following
-from mlflow_dr.tracking.checkpoints import new_checkpoint, publish
+from mlflow_dr.tracking.checkpoints import Checkpoint, new_checkpoint, publish
 from mlflow_dr.tracking.following import FollowedExperiment, FollowedRun
 from mlflow_dr.tracking.runs import TrackedRun
 
@@ -55,6 +57,31 @@ def test_a_pending_checkpoint_is_seen_when_it_is_ready(run: TrackedRun, director
     followed.settle(seen[1])
     upload_checkpoint(run, model_id, directory, 1)
     assert [(one.step, one.ready) for one in followed.look().checkpoints] == [(1, True), (2, True)]
+
+
+def test_what_a_killed_trainer_has_announced_is_not_asked_for_for_ever(
+    run: TrackedRun, directory: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(following, "LONGEST_UPLOAD_MS", 50)
+    new_checkpoint(run, 1, "")
+    time.sleep(0.1)
+    publish(run, directory, 2)
+    bounds: list[int] = []
+    real = following.find_checkpoints
+
+    def noted(*args: Any, since_ms: int) -> list[Checkpoint]:
+        bounds.append(since_ms)
+        return real(*args, since_ms=since_ms)
+
+    monkeypatch.setattr(following, "find_checkpoints", noted)
+    followed = FollowedRun(run)
+    pending, ready = followed.look().checkpoints
+    followed.settle(ready)
+    assert [one.step for one in followed.look().checkpoints] == [1, 2]
+    assert bounds == [0, ready.created_ms]
+    run.client.finalize_logged_model(pending.model_id, "READY")
+    run.client.set_terminated(run.id)
+    assert [one.ready for one in followed.look().checkpoints] == [True, True]
 
 
 def test_everything_is_asked_for_now_and_then(

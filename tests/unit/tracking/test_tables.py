@@ -1,12 +1,19 @@
 from pathlib import Path
+from typing import Any
 
 import pyarrow.parquet as pq
 import pytest
+from mlflow.store.artifact.local_artifact_repo import LocalArtifactRepository
 
 from mlflow_dr.errors import DataError, NoValuesError, TrackingError
 from mlflow_dr.tracking.checkpoints import Checkpoint, checkpoints_of, new_checkpoint
 from mlflow_dr.tracking.runs import TrackedRun
 from mlflow_dr.tracking.tables import log_values, values_of
+
+
+class ObjectStoreError(Exception):
+    """As botocore's, of no kind that others share."""
+
 
 VALUES = {
     "q1": {"mrr@10": 0.5, "recall@100": 1.0},
@@ -52,6 +59,17 @@ def test_writing_them_again_changes_nothing(run: TrackedRun, checkpoint: Checkpo
     before = path.read_bytes()
     log_values(run, checkpoint, "val", VALUES)
     assert [one.read_bytes() for one in folder(run).rglob("*.parquet")] == [before]
+
+
+def test_an_error_of_an_object_store_is_one_of_the_server(
+    run: TrackedRun, checkpoint: Checkpoint, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def log_artifact(*_: Any) -> None:
+        raise ObjectStoreError("could not connect to\nthe endpoint")
+
+    monkeypatch.setattr(LocalArtifactRepository, "log_artifact", log_artifact)
+    with pytest.raises(TrackingError, match="values of step 1200: could not connect to the"):
+        log_values(run, checkpoint, "val", VALUES)
 
 
 def test_validations_and_checkpoints_have_files_of_their_own(run: TrackedRun) -> None:

@@ -150,6 +150,9 @@ def test_the_run_that_has_had_least_comes_first() -> None:
     one.see(Look(there, over=False))
     one.refuse("first")
     assert {candidate.run_id for candidate, _ in one.candidates()} == {"second"}
+    settled = one.see(Look(there, over=False))
+    assert {done.run_id for done in settled} == {"first"}
+    assert one.see(Look(there, over=False)) == []
 
 
 def test_what_nothing_remains_to_be_done_for() -> None:

@@ -187,6 +187,8 @@ def test_no_such_file(tmp_path: Path) -> None:
         {"validations": (Validation(SETTINGS), Validation(SETTINGS))},
         {"validations": (Validation(SETTINGS),), "poll_seconds": 0.0},
         {"validations": (Validation(SETTINGS),), "encoder_changes": {"pooling": "foo"}},
+        {"validations": (Validation(SETTINGS),), "patience_seconds": -1.0},
+        {"validations": (Validation(SETTINGS),), "max_lag_seconds": -5.0},
     ],
 )
 def test_a_plan_that_makes_no_sense(wrong: dict[str, Any]) -> None:

@@ -4,8 +4,10 @@ import errno
 import json
 import re
 import shutil
+import signal
+import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
@@ -27,11 +29,13 @@ from mlflow_dr.tracking.directories import FollowedDirectory
 from mlflow_dr.tracking.following import FollowedExperiment, FollowedRun
 from mlflow_dr.tracking.results import State, failure_of, state_of
 from mlflow_dr.tracking.runs import DATASET_TAG, TrackedRun
+from mlflow_dr.tracking.status import note_summary, summary_of
 from mlflow_dr.validation import jobs
+from mlflow_dr.validation.choice import Candidate, Choice
 from mlflow_dr.validation.evaluate import Settings
 from mlflow_dr.validation.order import Order
 from mlflow_dr.validation.plan import Plan, Validation
-from mlflow_dr.validation.watch import Counts
+from mlflow_dr.validation.watch import Counts, _Worker
 from mlflow_dr.validation.watch import watch as watch_followed
 
 VALIDATION = Validation(Settings(parse_measures("mrr@10"), device="cpu", dtype="fp32"))
@@ -247,6 +251,30 @@ def test_an_error_that_ends_the_validator_gives_the_claim_back(
     assert standing(checkpoints_of(run)[0], "val").given_back
 
 
+def test_ctrl_c_while_figures_are_written_leaves_them_the_time(
+    client: MlflowClient,
+    run: TrackedRun,
+    publishing: Callable[[int], str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    publishing(1)
+    real = jobs.record_result
+
+    def slow(*args: Any) -> Any:
+        main = threading.main_thread().ident
+        assert main is not None
+        signal.pthread_kill(main, signal.SIGINT)
+        time.sleep(0.5)
+        return real(*args)
+
+    monkeypatch.setattr(jobs, "record_result", slow)
+    with pytest.raises(KeyboardInterrupt):
+        watch(run, VALIDATION, follow=False)
+    (checkpoint,) = checkpoints_of(run)
+    assert state_of(checkpoint, "val") is State.DONE
+    assert not standing(checkpoint, "val").given_back
+
+
 @pytest.mark.parametrize(("poll_seconds", "ahead"), [(5.0, 1), (0.001, 0)], ids=str)
 def test_while_evaluations_are_short_the_next_one_is_claimed_and_fetched_ahead(
     run: TrackedRun,
@@ -283,6 +311,32 @@ def test_while_evaluations_are_short_the_next_one_is_claimed_and_fetched_ahead(
     assert watch(run, VALIDATION, follow=False, poll_seconds=poll_seconds).done == 4
     assert [len(there) - place for place, there in enumerate(claimed, 1)] == [0, ahead, 0, 0]
     assert fetched == [2] * ahead
+
+
+def test_what_was_lost_ahead_is_not_the_end(
+    run: TrackedRun, publishing: Callable[[int], str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The look that it was chosen by was old; the next one shows what is left."""
+    for step in range(5):
+        publishing(step)
+    others = Claims(run.client, Owner("elsewhere", 1, "another boot", 0, "a token"))
+    real, real_ahead = jobs.evaluate_all, _Worker._claimed_ahead
+
+    def lost(self: _Worker) -> Any:
+        for one in checkpoints_of(run)[2:4]:
+            others.claim(one, "val")
+        return real_ahead(self)
+
+    def evaluate_all(*asked: Any) -> Any:
+        time.sleep(0.6)
+        return real(*asked)
+
+    monkeypatch.setattr(_Worker, "_claimed_ahead", lost)
+    monkeypatch.setattr(jobs, "evaluate_all", evaluate_all)
+    monkeypatch.setattr("mlflow_dr.validation.watch.SHARE_OF_LOOKS", {Order.OLDEST: 10.0})
+    watch(run, VALIDATION, follow=False, poll_seconds=1.0)
+    others.close()
+    assert standing(checkpoints_of(run)[4], "val")
 
 
 def test_what_was_claimed_ahead_is_given_back_and_its_files_are_removed(
@@ -480,6 +534,51 @@ def test_an_experiment_with_runs_that_begin_later(
     assert f"run {runs[0].id} is passed over: run {runs[0].id} names no dataset" in caplog.text
 
 
+@pytest.fixture
+def two_runs(
+    client: MlflowClient, make_tiny: Callable[..., Encoder], tmp_path: Path, folder: Path
+) -> tuple[FollowedExperiment, list[TrackedRun]]:
+    """An experiment with two runs of two checkpoints each."""
+    name = f"two runs of {tmp_path.name}"
+    experiment = client.create_experiment(name, str(tmp_path / "artifacts"))
+    runs = [TrackedRun(client, client.create_run(experiment)) for _ in range(2)]
+    for one in runs:
+        one.log_params({"dataset": str(folder)})
+        for step in (1, 2):
+            directory = tmp_path / f"{one.id}-{step}"
+            save_encoder(directory, make_tiny(seed=step, pooling="mean", normalize=True))
+            publish(one, directory, step)
+    return FollowedExperiment(client, name), runs
+
+
+@pytest.mark.parametrize("when", ["before", "evaluated", "noted"])
+def test_of_an_experiment_a_deleted_run_is_passed_over(
+    client: MlflowClient,
+    two_runs: tuple[FollowedExperiment, list[TrackedRun]],
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    when: str,
+) -> None:
+    followed, (first, second) = two_runs
+    name, real = {
+        "before": ("mlflow_dr.validation.watch._Worker.run", _Worker.run),
+        "evaluated": ("mlflow_dr.validation.jobs.evaluate_all", jobs.evaluate_all),
+        "noted": ("mlflow_dr.validation.watch.note_summary", note_summary),
+    }[when]
+
+    def deleting(*args: Any) -> Any:
+        client.delete_run(first.id)
+        return real(*args)
+
+    monkeypatch.setattr(name, deleting)
+    counts = watch_followed(followed, Plan((VALIDATION,), follow=False), no_sleep)
+    assert counts.done == {"before": 2, "evaluated": 2, "noted": 4}[when]
+    assert steps(client, second) == [1, 2]
+    assert caplog.text.count(f"run {first.id} is passed over: it was deleted") == 1
+    there = [standing(one, "val") for one in checkpoints_of(first)]
+    assert all(one is None or one.given_back for one in there) or when == "noted"
+
+
 def test_a_server_that_is_away_is_waited_for(
     client: MlflowClient,
     run: TrackedRun,
@@ -513,6 +612,45 @@ def test_a_server_that_is_away_is_waited_for(
     assert slept == [3]
     assert steps(client, run) == [1]
     assert "no route to host; waiting for the server" in caplog.text
+
+
+def test_a_server_that_goes_away_between_two_claims_of_a_checkpoint(
+    client: MlflowClient,
+    run: TrackedRun,
+    publishing: Callable[[int], str],
+    folder: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """When it is back, another checkpoint comes first; what was claimed is not left behind."""
+    (folder / "qrels" / "test.tsv").write_text("query-id\tcorpus-id\tscore\nq2\tp1\t1\n")
+    for step in range(3):
+        publishing(step)
+    client.set_terminated(run.id)
+    claimed: list[str] = []
+    real, candidates = client._tracking_client.log_model_params, Choice.candidates
+
+    def log_model_params(model_id: str, params: dict[str, str]) -> None:
+        claimed.extend(params)
+        if len(claimed) == 2:
+            raise MlflowException("no route to host")
+        real(model_id, params)
+
+    def other_ones(self: Choice) -> Iterator[Candidate]:
+        found = list(candidates(self))
+        yield from found if len(claimed) != 2 else reversed(found)
+
+    def sleep(seconds: float) -> None:
+        slept.append(seconds)
+        assert len(slept) < 5
+
+    monkeypatch.setattr(client._tracking_client, "log_model_params", log_model_params)
+    monkeypatch.setattr(Choice, "candidates", other_ones)
+    monkeypatch.setattr("mlflow_dr.validation.watch.SHARE_OF_LOOKS", {Order.OLDEST: 10.0})
+    slept: list[float] = []
+    both = (VALIDATION, replace(VALIDATION, name="test", split="test"))
+    watch(run, *both, sleep=sleep, poll_seconds=0.001)
+    for name in ("val", "test"):
+        assert steps(client, run, f"{name}/mrr_at_10") == [0, 1, 2]
 
 
 def test_a_kind_of_checkpoint_that_is_gone_fails_alone(
@@ -590,6 +728,34 @@ def test_the_run_says_how_far_it_is(
     tags = client.get_run(run.id).data.tags
     said = tags["mlflow_dr.validation.val.status"]
     assert said == "2 of 2 checkpoints done, the last at step 7"
+
+
+def test_a_poll_costs_nothing_for_a_run_that_has_not_changed(
+    client: MlflowClient,
+    run: TrackedRun,
+    publishing: Callable[[int], str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Where an experiment has hundreds of runs, almost all of them are such."""
+    publishing(1)
+    summed: list[str] = []
+    polls: list[int] = []
+
+    def counted(checkpoints: Any, name: str) -> str:
+        summed.append(name)
+        return summary_of(checkpoints, name)
+
+    def sleep(seconds: float) -> None:
+        polls.append(len(summed))
+        if len(polls) == 2:
+            publishing(2)
+        if len(polls) == 4:
+            client.set_terminated(run.id)
+
+    monkeypatch.setattr("mlflow_dr.validation.watch.summary_of", counted)
+    watch(run, VALIDATION, sleep=sleep)
+    assert polls[0] == polls[1] < polls[2] == polls[3]
+    assert client.get_run(run.id).data.tags["mlflow_dr.validation.val.status"].startswith("2 of 2")
 
 
 def _nan(directory: Path) -> None:

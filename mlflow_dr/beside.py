@@ -1,4 +1,4 @@
-"""What is done while a checkpoint is evaluated: writing the last one's figures, say."""
+"""What is done beside something else: writing figures while the next are computed, say."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ class Beside(Generic[Result]):
     def __init__(self, act: Callable[[], Result], name: str) -> None:
         self._result: Result | None = None
         self._error: BaseException | None = None
-        self._thread = threading.Thread(target=self._run, args=(act,), name=name, daemon=True)
-        self._thread.start()
+        self._done = threading.Event()  # a join that was interrupted takes the thread for ended
+        threading.Thread(target=self._run, args=(act,), name=name, daemon=True).start()
 
     def wait(self, seconds: float | None = None) -> Result | None:
         """Until it is done, or for so many seconds.
@@ -32,7 +32,7 @@ class Beside(Generic[Result]):
         Raises:
             Exception: whatever it has raised, once.
         """
-        self._thread.join(seconds)
+        self._done.wait(seconds)
         if self._error is not None:
             error, self._error = self._error, None
             raise error
@@ -43,3 +43,5 @@ class Beside(Generic[Result]):
             self._result = act()
         except BaseException as error:  # noqa: BLE001 - raised where it is waited for
             self._error = error
+        finally:
+            self._done.set()
