@@ -6,7 +6,7 @@ import logging
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from typing import NamedTuple
 
-from mlflow_dr.decisions.keep import Policy, Verdict, select
+from mlflow_dr.decisions.keep import Own, Policy, Verdict, select
 from mlflow_dr.tracking.checkpoints import Checkpoint, checkpoints_of
 from mlflow_dr.tracking.client import Client
 from mlflow_dr.tracking.orphans import RunState, orphans
@@ -122,7 +122,7 @@ def keep_only(
     checkpoints: Collection[Checkpoint],
     policy: Policy,
     asked: str | None = None,
-    unvalidated: bool = False,
+    own: Own | None = None,
 ) -> list[Outcome]:
     """Remove what a policy does not keep of a run, as a validator does after each checkpoint.
 
@@ -131,7 +131,7 @@ def keep_only(
         checkpoints: all of the run, as they were seen last.
         policy: what is kept.
         asked: the metric that the best are best by, as `chosen_metric` takes it.
-        unvalidated: whether checkpoints may go that a validation is still to be done of.
+        own: what the validator does; None of one that does everything.
 
     Returns:
         What was removed.
@@ -140,7 +140,7 @@ def keep_only(
         UsageError: the best are to be kept, and the run has no such metric.
         TrackingError: the server does not answer, or the artifact store refuses.
     """
-    verdicts = _reviewed(run, checkpoints, policy, asked, unvalidated)
+    verdicts = _reviewed(run, checkpoints, policy, asked, own=own)
     going = [one for one in verdicts if one.goes]
     removed = [one for one in outcomes(run.client, going) if one.verdict.goes]
     for one in removed:
@@ -161,12 +161,13 @@ def _reviewed(
     checkpoints: Collection[Checkpoint],
     policy: Policy,
     asked: str | None,
-    unvalidated: bool,
+    unvalidated: bool = False,
+    own: Own | None = None,
 ) -> list[Verdict]:
     metric = chosen_metric(run, asked) if policy.best or asked else None
     names = list(metrics_of(run))
-    verdicts = select(checkpoints, policy, metric, names, {}, unvalidated)
+    verdicts = select(checkpoints, policy, metric, names, {}, unvalidated, own)
     if going := [one.checkpoint for one in verdicts if one.goes]:
         versions = registered(run.client, going)
-        verdicts = select(checkpoints, policy, metric, names, versions, unvalidated)
+        verdicts = select(checkpoints, policy, metric, names, versions, unvalidated, own)
     return verdicts

@@ -16,7 +16,7 @@ from mlflow_dr.errors import UsageError
 from mlflow_dr.retrieval.measures import Measure, check_depth, parse_measures
 from mlflow_dr.subsets.spec import FULL, RELEVANT, Spec, parse_spec
 from mlflow_dr.tracking.claims import PATIENCE
-from mlflow_dr.tracking.validations import FIRST_NAME
+from mlflow_dr.tracking.validations import FIRST_NAME, Metric
 from mlflow_dr.validation.evaluate import Settings
 from mlflow_dr.validation.order import Order
 from mlflow_dr.validation.policies import Wishes
@@ -105,6 +105,14 @@ class Plan:
     def cheap(self) -> tuple[Validation, ...]:
         """Those that are done for every checkpoint, not for the best only."""
         return tuple(one for one in self.validations if one.refines is None)
+
+    @property
+    def deciding(self) -> dict[str, Metric | None]:
+        """Each validation, and the metric whose best it is done for; None for every checkpoint."""
+        return {
+            one.name: one.refines and Metric(one.refines.name, one.refines.measure.metric)
+            for one in self.validations
+        }
 
     def __post_init__(self) -> None:
         if self.keep_up and len({one.subset for one in self.cheap}) < 2:

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 
 from mlflow_dr.decisions.best import find_best, mark_best
-from mlflow_dr.decisions.keep import Policy
+from mlflow_dr.decisions.keep import Own, Policy
 from mlflow_dr.decisions.prune import keep_only
 from mlflow_dr.decisions.stop import check_patience, stop_if_plateau
 from mlflow_dr.errors import TrackingError
@@ -44,10 +44,13 @@ class Policies:
 
     Args:
         wishes: what is asked for.
+        deciding: the validator's validations -> the metric that decides which checkpoints are worth
+            each of them; None for those that are done of every one.
     """
 
-    def __init__(self, wishes: Wishes) -> None:
+    def __init__(self, wishes: Wishes, deciding: Mapping[str, Metric | None]) -> None:
         self._wishes = wishes
+        self._deciding = deciding
         self._metrics: dict[str, Metric] = {}
         self._marked: dict[str, tuple[int, float]] = {}
         self._cannot_remove = False
@@ -82,8 +85,12 @@ class Policies:
             stop_if_plateau(run, checkpoints, metric, wishes.patience, wishes.min_delta, waiting)
         if wishes.keep is not None and not self._cannot_remove:
             try:
-                keep_only(run, checkpoints, wishes.keep, wishes.metric)
+                keep_only(run, checkpoints, wishes.keep, wishes.metric, self._own(waiting))
             except TrackingError as error:
                 # who may validate need not be allowed to remove
                 self._cannot_remove = True
                 log.warning("files are not removed from now on: %s", error)
+
+    def _own(self, waiting: Collection[Checkpoint]) -> Own:
+        deciding = {name: by.validation if by else name for name, by in self._deciding.items()}
+        return Own(deciding, {one.model_id for one in waiting})

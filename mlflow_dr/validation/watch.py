@@ -103,7 +103,7 @@ class _Worker:
         self._choice = Choice(plan, claims.owner.token, self._clock.now_ms)
         self._collections = Collections()
         self._bound: dict[str, list[Bound]] = {}
-        self._policies = Policies(plan.wishes)
+        self._policies = Policies(plan.wishes, plan.deciding)
         self._noted: dict[str, dict[str, str]] = {}
         self._counts = Counts()
         self._writing: tuple[Job, Beside[dict[str, State]]] | None = None

@@ -15,6 +15,7 @@ from mlflow_dr.validation.policies import Policies, Wishes
 
 Measuring = Callable[[int, float], None]
 TAG = "mlflow_dr.best.val"
+VAL = {"val": None}
 
 
 @pytest.fixture
@@ -42,7 +43,7 @@ def marked(run: TrackedRun) -> list[int]:
 def test_one_checkpoint_is_marked_whoever_marked_before(
     run: TrackedRun, measured: Measuring
 ) -> None:
-    one, other = Policies(Wishes()), Policies(Wishes())
+    one, other = Policies(Wishes(), VAL), Policies(Wishes(), VAL)
     for step, value in ((1, 0.1), (2, 0.3), (3, 0.2)):
         measured(step, value)
         for policies in (one, other):
@@ -56,7 +57,7 @@ def test_one_checkpoint_is_marked_whoever_marked_before(
 
 
 def test_it_asks_for_a_stop_and_makes_room(run: TrackedRun, measured: Measuring) -> None:
-    policies = Policies(Wishes(patience=2, keep=parse_policy("best:1,last:1")))
+    policies = Policies(Wishes(patience=2, keep=parse_policy("best:1,last:1")), VAL)
     for step, value in ((1, 0.1), (2, 0.3), (3, 0.2)):
         measured(step, value)
         act(run, policies)
@@ -80,7 +81,7 @@ def test_who_may_not_remove_goes_on(
         raise TrackingError("no permission")
 
     monkeypatch.setattr("mlflow_dr.validation.policies.keep_only", refused)
-    policies = Policies(Wishes(keep=parse_policy("last:1")))
+    policies = Policies(Wishes(keep=parse_policy("last:1")), VAL)
     for step in (1, 2):
         measured(step, 0.1)
         act(run, policies)
@@ -92,4 +93,4 @@ def test_wishes_that_make_no_sense(run: TrackedRun, measured: Measuring) -> None
     with pytest.raises(UsageError, match="patience"):
         Wishes(patience=0)
     with pytest.raises(UsageError, match="no metric 'val/ndcg@10'"):
-        act(run, Policies(Wishes(metric="val/ndcg@10")))
+        act(run, Policies(Wishes(metric="val/ndcg@10"), VAL))

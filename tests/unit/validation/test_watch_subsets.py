@@ -10,18 +10,21 @@ import pyarrow.parquet as pq
 import pytest
 from mlflow import MlflowClient
 
+from mlflow_dr.decisions.keep import parse_policy
 from mlflow_dr.encoder.model import Encoder
 from mlflow_dr.errors import UsageError
 from mlflow_dr.retrieval.measures import parse_measures
 from mlflow_dr.subsets.spec import parse_spec
 from mlflow_dr.tracking.checkpoints import checkpoints_of, publish
 from mlflow_dr.tracking.following import FollowedExperiment, FollowedRun
+from mlflow_dr.tracking.results import State, mark_failed, state_of
 from mlflow_dr.tracking.runs import TrackedRun
 from mlflow_dr.tracking.validations import figures_of
 from mlflow_dr.validation import jobs
 from mlflow_dr.validation.evaluate import Settings
 from mlflow_dr.validation.pace import CHOSEN_PARAM
 from mlflow_dr.validation.plan import Plan, each_split, refining
+from mlflow_dr.validation.policies import Wishes
 from mlflow_dr.validation.watch import Counts, watch
 
 SETTINGS = Settings(parse_measures("mrr@10 recall@1"), device="cpu", dtype="fp32")
@@ -143,6 +146,33 @@ def test_the_best_so_far_get_the_whole_corpus_once(
     assert len(steps(client, run, "val/mrr_at_10")) == before
 
 
+def with_files(run: TrackedRun) -> list[int]:
+    return [one.step for one in checkpoints_of(run) if not one.is_pruned]
+
+
+def test_those_that_are_not_refined_go(run: TrackedRun, publishing: Callable[[int], str]) -> None:
+    for step in range(6):
+        publishing(step)
+    wishes = Wishes("val-bm25_at_1/mrr@10", keep=parse_policy("best:1,last:1"))
+    validated(run, "bm25@1", refine="full@2", wishes=wishes)
+    cheap = {one.step: figures_of(one, "val-bm25_at_1") for one in checkpoints_of(run)}
+    best = min(cheap, key=lambda step: (-cheap[step]["mrr_at_10"], step))
+    assert with_files(run) == sorted({best, 5})
+
+
+def test_what_failed_keeps_its_files_until_it_was_tried_again(
+    run: TrackedRun, publishing: Callable[[int], str]
+) -> None:
+    for step in range(4):
+        publishing(step)
+    for one in checkpoints_of(run)[1:3]:
+        mark_failed(run, one, "val", "out of memory")
+    wishes = Wishes(keep=parse_policy("best:1,last:1"))
+    assert validated(run, retry_failed=True, wishes=wishes).done == 4
+    assert all(state_of(one, "val") is State.DONE for one in checkpoints_of(run))
+    assert len(with_files(run)) <= 2
+
+
 def test_the_trainer_gives_the_pace(
     client: MlflowClient,
     run: TrackedRun,
@@ -166,6 +196,9 @@ def test_the_trainer_gives_the_pace(
     validated(run, "random:1", "random:4", "full", keep_up=True)
     assert steps(client, run, "val/mrr_at_10") == [0, 1, 2, 3, 4]
     assert "full, as another validator has chosen" in caplog.text
+    wishes = Wishes(keep=parse_policy("last:2"))
+    validated(run, "random:1", "random:4", "full", keep_up=True, wishes=wishes)
+    assert {3, 4} <= set(with_files(run)) < {0, 1, 2, 3, 4}
 
 
 def test_the_pace_on_an_experiment(
