@@ -7,8 +7,9 @@ from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from typing import NamedTuple
 
 from mlflow_dr.decisions.keep import Own, Policy, Verdict, select
+from mlflow_dr.errors import ForbiddenError, TrackingError
 from mlflow_dr.tracking.checkpoints import Checkpoint, checkpoints_of
-from mlflow_dr.tracking.client import Client
+from mlflow_dr.tracking.client import Client, answers
 from mlflow_dr.tracking.orphans import RunState, orphans
 from mlflow_dr.tracking.pruning import (
     Stored,
@@ -126,6 +127,8 @@ def keep_only(
 ) -> list[Outcome]:
     """Remove what a policy does not keep of a run, as a validator does after each checkpoint.
 
+    A checkpoint whose files cannot be removed is told in the log, and stays for the next call.
+
     Args:
         run: whose checkpoints.
         checkpoints: all of the run, as they were seen last.
@@ -138,13 +141,25 @@ def keep_only(
 
     Raises:
         UsageError: the best are to be kept, and the run has no such metric.
-        TrackingError: the server does not answer, or the artifact store refuses.
+        ForbiddenError: this user may not remove files.
+        TrackingError: the server does not answer.
     """
-    verdicts = _reviewed(run, checkpoints, policy, asked, own=own)
-    going = [one for one in verdicts if one.goes]
-    removed = [one for one in outcomes(run.client, going) if one.verdict.goes]
-    for one in removed:
-        log.info("removed the files of %s", one)
+    removed: list[Outcome] = []
+    for verdict in _reviewed(run, checkpoints, policy, asked, own=own):
+        if not verdict.goes:
+            continue
+        try:
+            found = [one for one in outcomes(run.client, [verdict]) if one.verdict.goes]
+        except ForbiddenError:
+            raise
+        except TrackingError as error:
+            if not answers(run.client):
+                raise
+            log.warning("%s; this is tried again", error)
+            continue
+        for one in found:
+            log.info("removed the files of %s", one)
+        removed += found
     return removed
 
 

@@ -10,8 +10,9 @@ from mlflow_dr.decisions.best import find_best, mark_best
 from mlflow_dr.decisions.keep import Own, Policy
 from mlflow_dr.decisions.prune import keep_only
 from mlflow_dr.decisions.stop import check_patience, stop_if_plateau
-from mlflow_dr.errors import TrackingError
+from mlflow_dr.errors import ForbiddenError, TrackingError
 from mlflow_dr.tracking.checkpoints import Checkpoint
+from mlflow_dr.tracking.client import answers
 from mlflow_dr.tracking.runs import TrackedRun
 from mlflow_dr.tracking.validations import Metric, chosen_metric, points_of
 
@@ -86,10 +87,14 @@ class Policies:
         if wishes.keep is not None and not self._cannot_remove:
             try:
                 keep_only(run, checkpoints, wishes.keep, wishes.metric, self._own(waiting))
-            except TrackingError as error:
+            except ForbiddenError as error:
                 # who may validate need not be allowed to remove
                 self._cannot_remove = True
                 log.warning("files are not removed from now on: %s", error)
+            except TrackingError as error:
+                if not answers(run.client):
+                    raise
+                log.warning("files are not removed now: %s", error)
 
     def _own(self, waiting: Collection[Checkpoint]) -> Own:
         deciding = {name: by.validation if by else name for name, by in self._deciding.items()}

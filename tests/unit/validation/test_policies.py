@@ -4,9 +4,10 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from mlflow.exceptions import MlflowException
 
 from mlflow_dr.decisions.keep import parse_policy
-from mlflow_dr.errors import TrackingError, UsageError
+from mlflow_dr.errors import ForbiddenError, TrackingError, UsageError
 from mlflow_dr.tracking.checkpoints import checkpoints_of, publish
 from mlflow_dr.tracking.results import bind_name, record_result
 from mlflow_dr.tracking.runs import TrackedRun
@@ -78,7 +79,7 @@ def test_who_may_not_remove_goes_on(
 
     def refused(*_: object) -> None:
         asked.append(1)
-        raise TrackingError("no permission")
+        raise ForbiddenError("no permission")
 
     monkeypatch.setattr("mlflow_dr.validation.policies.keep_only", refused)
     policies = Policies(Wishes(keep=parse_policy("last:1")), VAL)
@@ -87,6 +88,36 @@ def test_who_may_not_remove_goes_on(
         act(run, policies)
     assert asked == [1]
     assert caplog.messages == ["files are not removed from now on: no permission"]
+
+
+def test_a_server_that_fails_once_is_asked_again(
+    run: TrackedRun,
+    measured: Measuring,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    real, asked = type(run.client).search_model_versions, []
+
+    def failing(*args: object, **more: object) -> object:
+        asked.append(1)
+        if len(asked) < 3:
+            raise MlflowException("out of connections")
+        return real(*args, **more)
+
+    monkeypatch.setattr(type(run.client), "search_model_versions", failing)
+    policies = Policies(Wishes(keep=parse_policy("last:1")), VAL)
+    for step in (1, 2, 3):  # the first one is called the best
+        measured(step, 1 / step)
+    act(run, policies)
+    (told,) = caplog.messages
+    assert told.startswith("files are not removed now: ")
+    assert told.endswith("out of connections")
+    with monkeypatch.context() as away:
+        away.setattr("mlflow_dr.validation.policies.answers", lambda _: False)
+        with pytest.raises(TrackingError):
+            act(run, policies)
+    act(run, policies)
+    assert [one.step for one in checkpoints_of(run) if not one.is_pruned] == [1, 3]
 
 
 def test_wishes_that_make_no_sense(run: TrackedRun, measured: Measuring) -> None:
