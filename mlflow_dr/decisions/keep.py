@@ -96,22 +96,23 @@ def select(
     policy: Policy,
     metric: Metric | None,
     validations: Collection[str],
-    registered: Mapping[str, str],
+    reasons: Mapping[str, str],
     unvalidated: bool = False,
     own: Own | None = None,
 ) -> list[Verdict]:
     """What becomes of each checkpoint of a run that has files, by step.
 
     Kept whatever the policy says: those that are being published or validated, called the best, or
-    registered; those that a trainer writes into a directory; and, unless `unvalidated`, those that
-    a validation is still to be done of. What an interrupted call has begun to remove goes.
+    registered; those that a subset is chosen by, or a trainer writes into a directory; and, unless
+    `unvalidated`, those that a validation is still to be done of. What an interrupted call has
+    begun to remove goes.
 
     Args:
         checkpoints: all of the run, as they were seen last.
         policy: what is kept.
         metric: what the best are best by, higher being better; None where no rule needs it.
         validations: names of those that are to be done of each checkpoint.
-        registered: model id -> why it is kept.
+        reasons: model id -> why it is kept: registered, or what a subset is chosen by.
         unvalidated: whether checkpoints may go that a validation is still to be done of.
         own: of these validations, those that are done by who asks, which does not do all of them of
             each checkpoint.
@@ -121,7 +122,7 @@ def select(
     for one in sorted(checkpoints, key=lambda one: (one.step, one.created_ms)):
         if one.is_gone:
             continue
-        reason = needed(one) or registered.get(one.model_id, "")
+        reason = needed(one) or reasons.get(one.model_id, "")
         if not reason and is_whole(one):
             if not unvalidated and _is_unvalidated(one, validations, metric, own):
                 reason = "not validated yet"

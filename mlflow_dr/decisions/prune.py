@@ -14,6 +14,7 @@ from mlflow_dr.tracking.orphans import RunState, orphans
 from mlflow_dr.tracking.pruning import (
     Stored,
     in_use,
+    is_whole,
     needed,
     not_in_mlflow,
     prune,
@@ -22,7 +23,7 @@ from mlflow_dr.tracking.pruning import (
     stored,
 )
 from mlflow_dr.tracking.runs import TrackedRun
-from mlflow_dr.tracking.validations import chosen_metric, metrics_of
+from mlflow_dr.tracking.validations import chosen_metric, steps_searched_with, validations_of
 
 log = logging.getLogger(__name__)
 
@@ -180,9 +181,15 @@ def _reviewed(
     own: Own | None = None,
 ) -> list[Verdict]:
     metric = chosen_metric(run, asked) if policy.best or asked else None
-    names = list(metrics_of(run))
-    verdicts = select(checkpoints, policy, metric, names, {}, unvalidated, own)
+    names = validations_of(run)
+    steps = steps_searched_with(names)
+    reasons = {
+        one.model_id: f"chooses the subset of {steps[one.step]}"
+        for one in checkpoints
+        if one.step in steps and is_whole(one)
+    }
+    verdicts = select(checkpoints, policy, metric, names, reasons, unvalidated, own)
     if going := [one.checkpoint for one in verdicts if one.goes]:
-        versions = registered(run.client, going)
-        verdicts = select(checkpoints, policy, metric, names, versions, unvalidated, own)
+        reasons |= registered(run.client, going)
+        verdicts = select(checkpoints, policy, metric, names, reasons, unvalidated, own)
     return verdicts

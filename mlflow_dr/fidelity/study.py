@@ -250,7 +250,7 @@ def _prepared(asked: Study, settings: Settings, run: TrackedRun | None) -> list[
         raise UsageError("which collection? Give --dataset")
     collection = open_collection(dataset)
     whole = Prepared(collection, chosen_split(collection, split))
-    published = None if run is None else lambda step: checkpoint_of_step(run, step).uri
+    published = None if run is None else lambda step: checkpoint_of_step(run, step)
     searching = CachedSearching(whole.corpus, settings.device, settings.dtype, published)
     prepared = [whole]
     for spec in asked.subsets:

@@ -124,6 +124,14 @@ def test_what_is_not_validated_yet(validated: TrackedRun) -> None:
     assert with_files(validated) == [40]
 
 
+def test_what_a_subset_is_chosen_by_stays(validated: TrackedRun) -> None:
+    subset = "bm25@5+encoder:step-10@50, seed 3, 0123456789abcdef"
+    bind_name(validated, "small", {"measures": "mrr@10", "subset": subset})
+    flags = ("--run-id", validated.id, "--keep", "last:1", "--unvalidated")
+    assert lines(prune(validated.client, *flags))[10] == ("stays", "chooses the subset of small")
+    assert with_files(validated) == [10, 40]
+
+
 def test_a_registered_one_stays(validated: TrackedRun) -> None:
     validated.client.create_registered_model(validated.id)
     validated.client.create_model_version(validated.id, f"models:/{at(validated, 0).model_id}")

@@ -3,6 +3,7 @@
 import json
 import logging
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from mlflow_dr.retrieval.measures import parse_measures
 from mlflow_dr.subsets.spec import parse_spec
 from mlflow_dr.tracking.checkpoints import checkpoints_of, publish
 from mlflow_dr.tracking.following import FollowedExperiment, FollowedRun
+from mlflow_dr.tracking.pruning import prune
 from mlflow_dr.tracking.results import State, mark_failed, state_of
 from mlflow_dr.tracking.runs import TrackedRun
 from mlflow_dr.tracking.validations import figures_of
@@ -128,6 +130,70 @@ def test_tops_of_a_checkpoint_of_the_run(
     assert steps(client, run, "val-encoder_step-0_at_1/mrr_at_10") == [0, 10]
     with pytest.raises(UsageError, match=r"no published .* step 7; the nearest are of 0, 10"):
         validated(run, "encoder:step-7@1")
+
+
+def test_tops_that_are_kept_need_no_files(
+    client: MlflowClient, run: TrackedRun, publishing: Callable[[int], str]
+) -> None:
+    for step in (0, 10):
+        publishing(step)
+    assert validated(run, "encoder:step-0@1").done == 2
+    prune(client, checkpoints_of(run)[0], why=lambda _: "")
+    publishing(20)
+    assert validated(run, "encoder:step-0@1").done == 1
+
+
+def test_a_checkpoint_that_chooses_a_subset_is_waited_for(
+    client: MlflowClient, run: TrackedRun, publishing: Callable[[int], str]
+) -> None:
+    events = iter([lambda: publishing(0), lambda: publishing(10)])
+
+    def sleep(_: float) -> None:
+        if event := next(events, None):
+            event()
+        else:
+            client.set_terminated(run.id)
+
+    waiting = replace(plan("encoder:step-10@1"), follow=True)
+    assert watch(FollowedRun(run), waiting, sleep=sleep).done == 2
+    missed = replace(plan("encoder:step-7@1"), follow=True)
+    with pytest.raises(UsageError, match="no published checkpoint of step 7"):
+        watch(FollowedRun(run), missed, sleep=no_sleep)
+
+
+@pytest.mark.parametrize("keep_up", [False, True])
+def test_in_an_experiment_other_runs_do_not_wait_with_it(
+    client: MlflowClient,
+    run: TrackedRun,
+    publishing: Callable[[int], str],
+    folder: Path,
+    tmp_path: Path,
+    keep_up: bool,
+) -> None:
+    for step in (0, 10):
+        publishing(step)
+    name = f"two runs, {keep_up}"
+    experiment = client.create_experiment(name)
+    early, ready = (TrackedRun(client, client.create_run(experiment)) for _ in range(2))
+    for one in (early, ready):
+        one.log_params({"dataset": str(folder), "validation_split": "dev"})
+        publish(one, tmp_path / "step-0", 0)
+    publish(ready, tmp_path / "step-10", 10)
+    seen = []
+
+    def sleep(_: float) -> None:
+        key = "val-encoder_step-10_at_1/mrr_at_10"
+        seen.append([steps(client, one, key) for one in (early, ready)])
+        if len(seen) == 1:
+            publish(early, tmp_path / "step-10", 10)
+        elif len(seen) == 3:
+            raise KeyboardInterrupt
+
+    subsets = ("encoder:step-10@1", "full") if keep_up else ("encoder:step-10@1",)
+    waiting = replace(plan(*subsets, keep_up=keep_up), follow=True)
+    with pytest.raises(KeyboardInterrupt):
+        watch(FollowedExperiment(client, name), waiting, sleep=sleep)
+    assert seen == [[[], [0, 10]], [[0, 10], [0, 10]], [[0, 10], [0, 10]]]
 
 
 def test_the_best_so_far_get_the_whole_corpus_once(
