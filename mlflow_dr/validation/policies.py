@@ -24,7 +24,8 @@ class Wishes:
     """What is to follow from the curve.
 
     Attributes:
-        metric: by which; `chosen_metric` says what None means.
+        metric: by which; `chosen_metric` says what None means. A training is then stopped by what
+            every checkpoint has: the cheap validation, where that one refines it.
         patience: ask the training to end after so many checkpoints without a rise; never when None.
         min_delta: a rise by this or less is none.
         keep: remove the files of the others; of none when None.
@@ -83,7 +84,10 @@ class Policies:
             mark_best(run, find_best(run, str(metric)))
             self._marked[run.id] = top
         if wishes.patience is not None:
-            stop_if_plateau(run, checkpoints, metric, wishes.patience, wishes.min_delta, waiting)
+            rising = metric
+            if wishes.metric is None:  # what only the best get has no plateau
+                rising = self._deciding.get(metric.validation) or metric
+            stop_if_plateau(run, checkpoints, rising, wishes.patience, wishes.min_delta, waiting)
         if wishes.keep is not None and not self._cannot_remove:
             try:
                 keep_only(run, checkpoints, wishes.keep, wishes.metric, self._own(waiting))

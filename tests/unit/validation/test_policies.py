@@ -12,6 +12,7 @@ from mlflow_dr.tracking.checkpoints import checkpoints_of, publish
 from mlflow_dr.tracking.results import bind_name, record_result
 from mlflow_dr.tracking.runs import TrackedRun
 from mlflow_dr.tracking.stop_request import stop_request
+from mlflow_dr.tracking.validations import Metric
 from mlflow_dr.validation.policies import Policies, Wishes
 
 Measuring = Callable[[int, float], None]
@@ -67,6 +68,24 @@ def test_it_asks_for_a_stop_and_makes_room(run: TrackedRun, measured: Measuring)
     act(run, policies)
     assert (stop_request(run) or "").startswith("val/mrr_at_10 has not risen")
     assert [one.step for one in checkpoints_of(run) if not one.is_pruned] == [2, 4]
+
+
+def test_with_refinement_the_cheap_validation_asks_for_a_stop(
+    run: TrackedRun, measured: Measuring
+) -> None:
+    """The dear one is done for what was best, and always rises."""
+    cheap = Metric("val-small", "mrr_at_10")
+    bind_name(run, "val-small", {"measures": "mrr@10"})
+    for step, value in enumerate((0.1, 0.3, 0.2, 0.2), start=1):
+        measured(step, step / 10)
+        figures = {"mrr_at_10": value}
+        record_result(run, checkpoints_of(run)[-1], "val-small", figures, ("c", "0"))
+    deciding = {"val-small": None, "val": cheap}
+    act(run, Policies(Wishes("val/mrr@10", patience=2), deciding))
+    assert stop_request(run) is None
+    act(run, Policies(Wishes(patience=2), deciding))
+    assert (stop_request(run) or "").startswith("val-small/mrr_at_10 has not risen")
+    assert marked(run) == [4]
 
 
 def test_who_may_not_remove_goes_on(
