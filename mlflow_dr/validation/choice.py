@@ -112,13 +112,16 @@ class Choice:
             if one.pending or self._settled.get(one.model_id) is one:
                 continue
             self._turns.see(one, names)
-            left = self._open(one)
-            if not self._is_meant(one) or not left or self._is_late(one):
+            left = self._open(one) if self._is_meant(one) else []
+            free = [name for name in left if self._watchman.is_free(one, name)]
+            # what was begun in time is still to be done, by whom it was begun
+            late = self._is_late(one)
+            if not left or (late and free == left):
                 settled.append(one)
                 self._settled[one.model_id] = one
             elif one.run_id not in self._refused:
                 self._waiting[one.run_id].append(one)
-                if free := [name for name in left if self._watchman.is_free(one, name)]:
+                if free and not late:
                     self._free[one.run_id][one.model_id] = free
         return settled
 
