@@ -188,7 +188,8 @@ def _plan(
     subsets = [parse_spec(text, options["seed"], options["judged"]) for text in options["subsets"]]
     validations = each_split(settings, name, dataset, splits, subsets)
     if options["refine"]:
-        validations += refining(options["refine"], validations, options["seed"])
+        lots = options["seed"], options["judged"]
+        validations += refining(options["refine"], validations, *lots)
     plan = Plan(
         validations,
         order=Order(options["order"]),

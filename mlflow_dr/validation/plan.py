@@ -155,13 +155,16 @@ def each_split(
     )
 
 
-def refining(text: str, validations: Sequence[Validation], seed: int = 0) -> tuple[Validation, ...]:
+def refining(
+    text: str, validations: Sequence[Validation], seed: int = 0, judged: str = RELEVANT
+) -> tuple[Validation, ...]:
     """What `--refine full@3` adds: a dear validation of the three best checkpoints so far.
 
     Args:
         text: a subset, and of how many checkpoints.
         validations: the cheap ones; each is refined by its first measure.
         seed: of what the dear subset draws by lot.
+        judged: which judged passages are always in it: the `relevant` ones, or `all`.
 
     Raises:
         UsageError: not of this form, or the same as a cheap one.
@@ -169,7 +172,7 @@ def refining(text: str, validations: Sequence[Validation], seed: int = 0) -> tup
     words, _, count = text.rpartition("@")
     if not words or not count.isdecimal() or int(count) == 0:
         raise UsageError(f"refine {text!r}: expected SUBSET@N, such as full@3")
-    spec = parse_spec(words, seed)
+    spec = parse_spec(words, seed, judged)
     added = []
     for cheap in validations:
         if cheap.subset == spec:
@@ -269,10 +272,11 @@ def _validations(
     changed = replace(settings, **values)
     check_depth(changed.measures, changed.depth)
     seed = int(subset.get("seed", 0))
-    spec = parse_spec(str(subset.get("subset", FULL)), seed, str(subset.get("judged", RELEVANT)))
+    judged = str(subset.get("judged", RELEVANT))
+    spec = parse_spec(str(subset.get("subset", FULL)), seed, judged)
     validations = each_split(changed, name, dataset, splits, [spec])
     if "refine" in subset:
-        validations += refining(str(subset["refine"]), validations, seed)
+        validations += refining(str(subset["refine"]), validations, seed, judged)
     return validations
 
 

@@ -164,6 +164,9 @@ def test_what_refines() -> None:
     )
     (wider,) = refining("bm25@5@2", cheap)
     assert (wider.name, wider.refines and wider.refines.best) == ("val-bm25_at_5", 2)
+    (judged,) = refining("bm25@5@2", cheap, judged="all")
+    assert judged.name == "val-bm25_at_5-all_judged"
+    assert refining("full@3", cheap, seed=7, judged="all") == (dear,)
     for text in ("full", "full@", "full@0", "@3", "full@x"):
         with pytest.raises(UsageError, match="expected SUBSET@N"):
             refining(text, cheap)

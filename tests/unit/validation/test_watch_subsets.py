@@ -212,6 +212,17 @@ def test_the_best_so_far_get_the_whole_corpus_once(
     assert len(steps(client, run, "val/mrr_at_10")) == before
 
 
+def test_a_seed_leaves_the_whole_corpus_what_it_is(
+    client: MlflowClient, run: TrackedRun, publishing: Callable[[int], str]
+) -> None:
+    publishing(1)
+    validated(run)
+    cheap = each_split(SETTINGS, "val", None, (), [parse_spec("random:2", 7, "all")])
+    refined = Plan(cheap + refining("full@1", cheap, 7, "all"), follow=False)
+    assert watch(FollowedRun(run), refined, sleep=no_sleep).failed == 0
+    assert steps(client, run, "val-random_2-seed_7-all_judged/mrr_at_10") == [1]
+
+
 def with_files(run: TrackedRun) -> list[int]:
     return [one.step for one in checkpoints_of(run) if not one.is_pruned]
 
