@@ -95,7 +95,8 @@ def outcomes(
 ) -> Iterator[Outcome]:
     """Remove the files of what goes, one after another; of runs that are gone, the entity too.
 
-    One that has come into use since it was looked at stays.
+    One that has come into use since it was looked at stays; of one whose files somebody else has
+    removed since, nothing is said.
 
     Args:
         client: where.
@@ -116,6 +117,8 @@ def outcomes(
             continue
         if verdict.run is RunState.GONE:
             remove_entity(client, verdict.checkpoint)
+        elif removal.was_gone:
+            continue
         yield Outcome(verdict, removal.stored)
 
 
@@ -125,6 +128,7 @@ def keep_only(
     policy: Policy,
     asked: str | None = None,
     own: Own | None = None,
+    gone: set[str] | None = None,
 ) -> list[Outcome]:
     """Remove what a policy does not keep of a run, as a validator does after each checkpoint.
 
@@ -136,6 +140,8 @@ def keep_only(
         policy: what is kept.
         asked: the metric that the best are best by, as `chosen_metric` takes it.
         own: what the validator does; None of one that does everything.
+        gone: model ids of checkpoints that are known to have no files, and are passed over; those
+            that have none now are added.
 
     Returns:
         What was removed.
@@ -145,12 +151,14 @@ def keep_only(
         ForbiddenError: this user may not remove files.
         TrackingError: the server does not answer.
     """
+    gone = set() if gone is None else gone
+    left = [one for one in checkpoints if one.model_id not in gone]
     removed: list[Outcome] = []
-    for verdict in _reviewed(run, checkpoints, policy, asked, own=own):
+    for verdict in _reviewed(run, left, policy, asked, own=own):
         if not verdict.goes:
             continue
         try:
-            found = [one for one in outcomes(run.client, [verdict]) if one.verdict.goes]
+            found = list(outcomes(run.client, [verdict]))
         except ForbiddenError:
             raise
         except TrackingError as error:
@@ -158,9 +166,12 @@ def keep_only(
                 raise
             log.warning("%s; this is tried again", error)
             continue
+        if any(not one.verdict.goes for one in found):
+            continue
+        gone.add(verdict.checkpoint.model_id)
+        removed += found
         for one in found:
             log.info("removed the files of %s", one)
-        removed += found
     return removed
 
 

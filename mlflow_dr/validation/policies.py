@@ -56,6 +56,7 @@ class Policies:
         self._metrics: dict[str, Metric] = {}
         self._marked: dict[str, tuple[int, float]] = {}
         self._cannot_remove = False
+        self._gone: set[str] = set()
 
     def act(
         self,
@@ -90,7 +91,8 @@ class Policies:
             stop_if_plateau(run, checkpoints, rising, wishes.patience, wishes.min_delta, waiting)
         if wishes.keep is not None and not self._cannot_remove:
             try:
-                keep_only(run, checkpoints, wishes.keep, wishes.metric, self._own(waiting))
+                own = self._own(waiting)
+                keep_only(run, checkpoints, wishes.keep, wishes.metric, own, self._gone)
             except ForbiddenError as error:
                 # who may validate need not be allowed to remove
                 self._cannot_remove = True

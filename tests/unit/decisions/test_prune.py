@@ -242,6 +242,21 @@ def test_a_validator_keeps_only_what_its_policy_says(
     assert keep_only(validated, checkpoints_of(validated), parse_policy("best:1,last:1")) == []
 
 
+def test_what_is_gone_is_removed_and_told_once(
+    validated: TrackedRun, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Though it is shown as it was seen before; also what another validator has removed."""
+    seen, policy = checkpoints_of(validated), parse_policy("best:1,last:1")
+    mine, another = set[str](), set[str]()
+    with caplog.at_level("INFO", "mlflow_dr"):
+        assert len(keep_only(validated, seen, policy, gone=mine)) == 3
+        assert keep_only(validated, seen, policy, gone=another) == []
+    assert caplog.text.count("removed the files of step ") == 3
+    assert mine == another == {at(validated, step).model_id for step in (0, 10, 30)}
+    monkeypatch.setattr("mlflow_dr.decisions.prune.prune", None)
+    assert keep_only(validated, seen, policy, gone=mine) == []
+
+
 def test_one_whose_files_cannot_be_removed_is_left_for_the_next_call(
     validated: TrackedRun, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -139,6 +139,20 @@ def test_a_server_that_fails_once_is_asked_again(
     assert [one.step for one in checkpoints_of(run) if not one.is_pruned] == [1, 3]
 
 
+def test_what_it_has_removed_is_not_looked_at_again(
+    run: TrackedRun, measured: Measuring, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nor counted, though what is settled is shown as it was seen last."""
+    policies = Policies(Wishes(keep=parse_policy("last:1")), VAL)
+    for step in (1, 2, 3):
+        measured(step, 1 / step)
+    seen = checkpoints_of(run)
+    policies.act(run, seen, [])
+    assert [one.step for one in checkpoints_of(run) if not one.is_pruned] == [1, 3]
+    monkeypatch.setattr("mlflow_dr.decisions.prune.prune", None)
+    policies.act(run, seen[1:], [])
+
+
 def test_wishes_that_make_no_sense(run: TrackedRun, measured: Measuring) -> None:
     with pytest.raises(UsageError, match="patience"):
         Wishes(patience=0)
