@@ -33,6 +33,7 @@ class CachedSearching:
         device: where encoders run.
         dtype: in which number format.
         published: gives the checkpoint of a training step of the run, where there is one.
+        tracking_uri: where `models:/` is looked up; the environment's server when None.
     """
 
     def __init__(
@@ -41,11 +42,13 @@ class CachedSearching:
         device: str = "auto",
         dtype: str = "auto",
         published: Callable[[int], Checkpoint] | None = None,
+        tracking_uri: str | None = None,
     ) -> None:
         self._corpus = corpus
         self._device = device
         self._dtype = dtype
         self._published = published
+        self._tracking_uri = tracking_uri
 
     def tops(self, part: Part, queries: Sequence[Query]) -> list[np.ndarray]:
         """The best passages of each query: rows of the corpus, the best first, `(<= k,) int64`.
@@ -77,7 +80,7 @@ class CachedSearching:
     def _source(self, part: Part) -> Checkpoint | str:
         (name,) = part.names
         if part.step is None:
-            return looked_up(name)
+            return looked_up(name, self._tracking_uri)
         if self._published is None:
             raise UsageError(f"subset {part}: there is no run here whose checkpoint that could be")
         return self._published(part.step)
