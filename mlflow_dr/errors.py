@@ -13,7 +13,8 @@ or id) and what to do about it.
     │   └── UnavailableError     ... or not be had at all, perhaps for now
     ├── TrackingError        the tracking server, or a run on it, is not what was asked for
     │   ├── RunGoneError     ... was deleted, or never was
-    │   └── NoValuesError    ... has no values of single queries of a checkpoint
+    │   ├── NoValuesError    ... has no values of single queries of a checkpoint
+    │   └── ForbiddenError   ... allows this user something less
     ├── MissingExtraError    an optional dependency is not installed
     └── ChildError           a trainer or validator started by `mlflow-dr run` ended with an error
 """
@@ -66,6 +67,10 @@ class RunGoneError(TrackingError):
 
 class NoValuesError(TrackingError):
     """A run has no values of single queries of a checkpoint; older ones have none."""
+
+
+class ForbiddenError(TrackingError):
+    """The tracking server, or where its artifacts lie, does not allow this user what was asked."""
 
 
 class MissingExtraError(MlflowDrError):

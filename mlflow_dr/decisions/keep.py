@@ -36,6 +36,31 @@ class Policy:
         return ",".join(f"{name}:{number}" for name, number in rules.items() if number)
 
 
+@dataclass(frozen=True)
+class Own:
+    """What a validator does of a run's checkpoints, as far as it is known to it.
+
+    Attributes:
+        deciding: its validations -> what decides whether a checkpoint is worth each of them: the
+            cheap one that it refines, or itself.
+        waiting: model ids of checkpoints that something remains to be done for, be it by others.
+    """
+
+    deciding: Mapping[str, str]
+    waiting: Collection[str]
+
+    def is_judged(self, checkpoint: Checkpoint, metric: Metric | None) -> bool:
+        """Whether nothing is left, and what decides has been done: by a metric, or at all.
+
+        What was passed over (other steps, those that were READY for too long) may be another's.
+        """
+        if checkpoint.model_id in self.waiting:
+            return False
+        decides = metric and self.deciding.get(metric.validation)
+        names = [decides] if decides else self.deciding.values()
+        return any(_is_settled(checkpoint, name) for name in names)
+
+
 class Verdict(NamedTuple):
     """Whether a checkpoint's files go, and why, or why not; what its run is."""
 
@@ -71,31 +96,35 @@ def select(
     policy: Policy,
     metric: Metric | None,
     validations: Collection[str],
-    registered: Mapping[str, str],
+    reasons: Mapping[str, str],
     unvalidated: bool = False,
+    own: Own | None = None,
 ) -> list[Verdict]:
     """What becomes of each checkpoint of a run that has files, by step.
 
     Kept whatever the policy says: those that are being published or validated, called the best, or
-    registered; those that a trainer writes into a directory; and, unless `unvalidated`, those that
-    a validation is still to be done of. What an interrupted call has begun to remove goes.
+    registered; those that a subset is chosen by, or a trainer writes into a directory; and, unless
+    `unvalidated`, those that a validation is still to be done of. What an interrupted call has
+    begun to remove goes.
 
     Args:
         checkpoints: all of the run, as they were seen last.
         policy: what is kept.
         metric: what the best are best by, higher being better; None where no rule needs it.
         validations: names of those that are to be done of each checkpoint.
-        registered: model id -> why it is kept.
+        reasons: model id -> why it is kept: registered, or what a subset is chosen by.
         unvalidated: whether checkpoints may go that a validation is still to be done of.
+        own: of these validations, those that are done by who asks, which does not do all of them of
+            each checkpoint.
     """
     kept = _kept_by(policy, metric, [one for one in checkpoints if is_whole(one)])
     verdicts: list[Verdict] = []
     for one in sorted(checkpoints, key=lambda one: (one.step, one.created_ms)):
         if one.is_gone:
             continue
-        reason = needed(one) or registered.get(one.model_id, "")
+        reason = needed(one) or reasons.get(one.model_id, "")
         if not reason and is_whole(one):
-            if not unvalidated and _is_unvalidated(one, validations):
+            if not unvalidated and _is_unvalidated(one, validations, metric, own):
                 reason = "not validated yet"
             else:
                 reason = ", ".join(kept.get(one.model_id, []))
@@ -123,9 +152,17 @@ def _kept_by(
     return kept
 
 
-def _is_unvalidated(checkpoint: Checkpoint, validations: Collection[str]) -> bool:
-    states = [state_of(checkpoint, name) for name in validations]
-    return not states or any(one not in (State.DONE, State.FAILED) for one in states)
+def _is_unvalidated(
+    checkpoint: Checkpoint, validations: Collection[str], metric: Metric | None, own: Own | None
+) -> bool:
+    if own is not None and not own.is_judged(checkpoint, metric):
+        return True
+    others = [one for one in validations if own is None or one not in own.deciding]
+    return not validations or not all(_is_settled(checkpoint, name) for name in others)
+
+
+def _is_settled(checkpoint: Checkpoint, name: str) -> bool:
+    return state_of(checkpoint, name) in (State.DONE, State.FAILED)
 
 
 def _why_it_goes(checkpoint: Checkpoint, policy: Policy) -> str:

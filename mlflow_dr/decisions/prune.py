@@ -6,13 +6,15 @@ import logging
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from typing import NamedTuple
 
-from mlflow_dr.decisions.keep import Policy, Verdict, select
+from mlflow_dr.decisions.keep import Own, Policy, Verdict, select
+from mlflow_dr.errors import ForbiddenError, TrackingError
 from mlflow_dr.tracking.checkpoints import Checkpoint, checkpoints_of
-from mlflow_dr.tracking.client import Client
+from mlflow_dr.tracking.client import Client, answers
 from mlflow_dr.tracking.orphans import RunState, orphans
 from mlflow_dr.tracking.pruning import (
     Stored,
     in_use,
+    is_whole,
     needed,
     not_in_mlflow,
     prune,
@@ -21,7 +23,7 @@ from mlflow_dr.tracking.pruning import (
     stored,
 )
 from mlflow_dr.tracking.runs import TrackedRun
-from mlflow_dr.tracking.validations import chosen_metric, metrics_of
+from mlflow_dr.tracking.validations import chosen_metric, steps_searched_with, validations_of
 
 log = logging.getLogger(__name__)
 
@@ -93,7 +95,8 @@ def outcomes(
 ) -> Iterator[Outcome]:
     """Remove the files of what goes, one after another; of runs that are gone, the entity too.
 
-    One that has come into use since it was looked at stays.
+    One that has come into use since it was looked at stays; of one whose files somebody else has
+    removed since, nothing is said.
 
     Args:
         client: where.
@@ -114,6 +117,8 @@ def outcomes(
             continue
         if verdict.run is RunState.GONE:
             remove_entity(client, verdict.checkpoint)
+        elif removal.was_gone:
+            continue
         yield Outcome(verdict, removal.stored)
 
 
@@ -122,29 +127,51 @@ def keep_only(
     checkpoints: Collection[Checkpoint],
     policy: Policy,
     asked: str | None = None,
-    unvalidated: bool = False,
+    own: Own | None = None,
+    gone: set[str] | None = None,
 ) -> list[Outcome]:
     """Remove what a policy does not keep of a run, as a validator does after each checkpoint.
+
+    A checkpoint whose files cannot be removed is told in the log, and stays for the next call.
 
     Args:
         run: whose checkpoints.
         checkpoints: all of the run, as they were seen last.
         policy: what is kept.
         asked: the metric that the best are best by, as `chosen_metric` takes it.
-        unvalidated: whether checkpoints may go that a validation is still to be done of.
+        own: what the validator does; None of one that does everything.
+        gone: model ids of checkpoints that are known to have no files, and are passed over; those
+            that have none now are added.
 
     Returns:
         What was removed.
 
     Raises:
         UsageError: the best are to be kept, and the run has no such metric.
-        TrackingError: the server does not answer, or the artifact store refuses.
+        ForbiddenError: this user may not remove files.
+        TrackingError: the server does not answer.
     """
-    verdicts = _reviewed(run, checkpoints, policy, asked, unvalidated)
-    going = [one for one in verdicts if one.goes]
-    removed = [one for one in outcomes(run.client, going) if one.verdict.goes]
-    for one in removed:
-        log.info("removed the files of %s", one)
+    gone = set() if gone is None else gone
+    left = [one for one in checkpoints if one.model_id not in gone]
+    removed: list[Outcome] = []
+    for verdict in _reviewed(run, left, policy, asked, own=own):
+        if not verdict.goes:
+            continue
+        try:
+            found = list(outcomes(run.client, [verdict]))
+        except ForbiddenError:
+            raise
+        except TrackingError as error:
+            if not answers(run.client):
+                raise
+            log.warning("%s; this is tried again", error)
+            continue
+        if any(not one.verdict.goes for one in found):
+            continue
+        gone.add(verdict.checkpoint.model_id)
+        removed += found
+        for one in found:
+            log.info("removed the files of %s", one)
     return removed
 
 
@@ -161,12 +188,19 @@ def _reviewed(
     checkpoints: Collection[Checkpoint],
     policy: Policy,
     asked: str | None,
-    unvalidated: bool,
+    unvalidated: bool = False,
+    own: Own | None = None,
 ) -> list[Verdict]:
     metric = chosen_metric(run, asked) if policy.best or asked else None
-    names = list(metrics_of(run))
-    verdicts = select(checkpoints, policy, metric, names, {}, unvalidated)
+    names = validations_of(run)
+    steps = steps_searched_with(names)
+    reasons = {
+        one.model_id: f"chooses the subset of {steps[one.step]}"
+        for one in checkpoints
+        if one.step in steps and is_whole(one)
+    }
+    verdicts = select(checkpoints, policy, metric, names, reasons, unvalidated, own)
     if going := [one.checkpoint for one in verdicts if one.goes]:
-        versions = registered(run.client, going)
-        verdicts = select(checkpoints, policy, metric, names, versions, unvalidated)
+        reasons |= registered(run.client, going)
+        verdicts = select(checkpoints, policy, metric, names, reasons, unvalidated, own)
     return verdicts

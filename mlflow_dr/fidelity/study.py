@@ -20,6 +20,7 @@ from mlflow_dr.errors import CheckpointError, UsageError
 from mlflow_dr.fidelity.agreement import RESAMPLES
 from mlflow_dr.fidelity.findings import TOLERANCE, Curve, Findings, findings_of
 from mlflow_dr.fidelity.kept import Kept
+from mlflow_dr.files import digest_of
 from mlflow_dr.retrieval.measures import Measure
 from mlflow_dr.subsets.searching import CachedSearching
 from mlflow_dr.subsets.spec import FULL, Spec
@@ -141,7 +142,9 @@ class _Work:
         self._measure = str(asked.measure)
         said = sorted(asked.encoder_changes.items())
         common = (self._measure, settings.dtype, settings.keep_own_id, said)
-        self._kept = Kept([(*common, one.digest) for one in prepared])
+        # values lie in the order of the queries, which a collection's digest does not tell
+        of_each = [(one.digest, digest_of(*one.topics.qrels)) for one in prepared]
+        self._kept = Kept([(*common, *digests) for digests in of_each])
 
     def all_values(
         self, checkpoints: Sequence[Checkpoint]
@@ -247,7 +250,7 @@ def _prepared(asked: Study, settings: Settings, run: TrackedRun | None) -> list[
         raise UsageError("which collection? Give --dataset")
     collection = open_collection(dataset)
     whole = Prepared(collection, chosen_split(collection, split))
-    published = None if run is None else lambda step: checkpoint_of_step(run, step).uri
+    published = None if run is None else lambda step: checkpoint_of_step(run, step)
     searching = CachedSearching(whole.corpus, settings.device, settings.dtype, published)
     prepared = [whole]
     for spec in asked.subsets:

@@ -38,7 +38,8 @@ def write_subset(
     - `asyncval`: `candidates/split00.jsonl` and so on, `queries.<split>.jsonl`,
       `qrels.<split>.tsv`; lines of `text_id` and `text`, title in front.
 
-    Both have `subset.parquet`: passage ids and origins.
+    Both have `subset.parquet`: passage ids and origins. In the names of files a split's slashes are
+    underscores.
 
     Args:
         output: a folder that is not there yet; whole, or not there.
@@ -62,6 +63,7 @@ def write_subset(
         raise UsageError("the corpus is token ids; it can be written with --format asyncval only")
     if not 1 <= shards <= len(subset):
         raise UsageError(f"{shards} shards of {len(subset)} passages; expected 1 to {len(subset)}")
+    split = split.replace("/", "_")
     names = _corpus_files(layout, shards)
     record = _beir if layout == BEIR else _asyncval(tokens)
     with written_beside(output) as room:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -15,7 +16,10 @@ from mlflow_dr.errors import UsageError
 from mlflow_dr.files import build_once, cache_dir, digest_of, file_sha256
 from mlflow_dr.retrieval.searchers import Bm25Searcher, DenseSearcher, Searcher
 from mlflow_dr.subsets.spec import BM25, Part
-from mlflow_dr.tracking.encoders import fetched_encoder
+from mlflow_dr.tracking.encoders import encoder_files, looked_up
+
+if TYPE_CHECKING:
+    from mlflow_dr.tracking.checkpoints import Checkpoint
 
 LAYOUT = 1
 WEIGHTS = ("*.safetensors", "*.bin", "*.json")
@@ -28,7 +32,8 @@ class CachedSearching:
         corpus: what is searched.
         device: where encoders run.
         dtype: in which number format.
-        published: gives `models:/<id>` for a training step of the run, where there is one.
+        published: gives the checkpoint of a training step of the run, where there is one.
+        tracking_uri: where `models:/` is looked up; the environment's server when None.
     """
 
     def __init__(
@@ -36,12 +41,14 @@ class CachedSearching:
         corpus: Corpus,
         device: str = "auto",
         dtype: str = "auto",
-        published: Callable[[int], str] | None = None,
+        published: Callable[[int], Checkpoint] | None = None,
+        tracking_uri: str | None = None,
     ) -> None:
         self._corpus = corpus
         self._device = device
         self._dtype = dtype
         self._published = published
+        self._tracking_uri = tracking_uri
 
     def tops(self, part: Part, queries: Sequence[Query]) -> list[np.ndarray]:
         """The best passages of each query: rows of the corpus, the best first, `(<= k,) int64`.
@@ -54,20 +61,26 @@ class CachedSearching:
         """
         if part.kind == BM25:
             return self._cached(("bm25",), Bm25Searcher, part.count, queries)
-        with fetched_encoder(self._encoder_name(part)) as name:
+        source = self._source(part)
+        if not isinstance(source, str) and source.manifest:
+            # what is kept needs no files, which may be gone by now
+            identity = (source.manifest, self._dtype)
+            return self._cached(identity, lambda: self._searcher(source), part.count, queries)
+        with encoder_files(source) as name:
             directory = encoder_directory(name)
-            identity = [digest_of(*_weights(directory)), self._dtype]
+            identity = (digest_of(*_weights(directory)), self._dtype)
             return self._cached(
-                identity,
-                lambda: DenseSearcher(load_encoder(directory), self._device, self._dtype),
-                part.count,
-                queries,
+                identity, lambda: self._searcher(str(directory)), part.count, queries
             )
 
-    def _encoder_name(self, part: Part) -> str:
+    def _searcher(self, source: Checkpoint | str) -> Searcher:
+        with encoder_files(source) as directory:
+            return DenseSearcher(load_encoder(directory), self._device, self._dtype)
+
+    def _source(self, part: Part) -> Checkpoint | str:
         (name,) = part.names
         if part.step is None:
-            return name
+            return looked_up(name, self._tracking_uri)
         if self._published is None:
             raise UsageError(f"subset {part}: there is no run here whose checkpoint that could be")
         return self._published(part.step)

@@ -75,17 +75,24 @@ class Part:
 
 @dataclass(frozen=True)
 class Spec:
-    """A subset as it was asked for.
+    """A subset as it was asked for; equal for what is asked for in words of equal meaning.
 
     Attributes:
         parts: what is joined.
-        seed: of what is drawn by lot.
-        judged: which judged passages are always in: the `relevant` ones, or `all`.
+        seed: of what is drawn by lot; 0 where nothing is.
+        judged: which judged passages are always in: the `relevant` ones, or `all`; `relevant` where
+            the whole corpus is searched.
     """
 
     parts: tuple[Part, ...] = (Part(FULL),)
     seed: int = 0
     judged: str = RELEVANT
+
+    def __post_init__(self) -> None:
+        if not self._by_lot:
+            object.__setattr__(self, "seed", 0)
+        if self.is_whole:
+            object.__setattr__(self, "judged", RELEVANT)
 
     def __str__(self) -> str:
         return "+".join(map(str, self.parts))
@@ -94,8 +101,8 @@ class Spec:
     def shown(self) -> str:
         """In words that are the same on every machine."""
         text = "+".join(part.shown for part in self.parts)
-        text += f", seed {self.seed}" if self.seed and self._by_lot else ""
-        return text + (", all judged" if self.judged == ALL and not self.is_whole else "")
+        text += f", seed {self.seed}" if self.seed else ""
+        return text + (", all judged" if self.judged == ALL else "")
 
     @property
     def slug(self) -> str:
@@ -103,8 +110,8 @@ class Spec:
         if self.parts == (Part(FULL),):
             return ""
         slug = "-".join(part.slug for part in self.parts)
-        slug += f"-seed_{self.seed}" if self.seed and self._by_lot else ""
-        slug += "-all_judged" if self.judged == ALL and not self.is_whole else ""
+        slug += f"-seed_{self.seed}" if self.seed else ""
+        slug += "-all_judged" if self.judged == ALL else ""
         if len(slug) > LONGEST_SLUG:
             slug = f"{slug[: LONGEST_SLUG - 10]}-{digest_of(slug)[:8]}"
         return slug

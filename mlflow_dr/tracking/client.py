@@ -13,13 +13,14 @@ import mlflow
 from mlflow import MlflowClient
 from mlflow.exceptions import MlflowException
 
-from mlflow_dr.errors import TrackingError
+from mlflow_dr.errors import ForbiddenError, TrackingError
 
 Client = MlflowClient  # the name for rooms that leave mlflow to this one
 
 URI_VARIABLE = "MLFLOW_TRACKING_URI"
 SERVER_ERROR = 500
 FORBIDDEN = 403
+DENIED = "PERMISSION_DENIED"
 RETRIES = "MLFLOW_HTTP_REQUEST_MAX_RETRIES"
 FEW_RETRIES = "2"
 AT_ONCE = {"MLFLOW_HTTP_REQUEST_TIMEOUT": "10", RETRIES: "0"}
@@ -91,12 +92,17 @@ def leave_waiting_to_us() -> None:
 
 @contextmanager
 def tracking_errors(doing: str, *also: type[Exception]) -> Iterator[None]:
-    """Turn MLflow's errors, and those of `also`, into a TrackingError of one line."""
+    """Turn MLflow's errors, and those of `also`, into a TrackingError of one line.
+
+    A ForbiddenError where it is one.
+    """
     kinds: tuple[type[Exception], ...] = (MlflowException, OSError, *also)
     try:
         yield
     except kinds as error:
-        raise TrackingError(f"{doing}: {_refusal(error) or _one_line(error)[:400]}") from error
+        is_forbidden = isinstance(error, PermissionError) or _code(error) == DENIED
+        kind = ForbiddenError if is_forbidden else TrackingError
+        raise kind(f"{doing}: {_refusal(error) or _one_line(error)[:400]}") from error
 
 
 @contextmanager
@@ -118,10 +124,7 @@ def impatient() -> Iterator[None]:
 
 def _refusal(error: Exception) -> str:
     """What a server with users asks for; empty for errors of another kind."""
-    code = error.error_code if isinstance(error, MlflowException) else ""
-    answer = getattr(error, "response", None)  # of the artifact store, without MLflow's codes
-    if getattr(answer, "status_code", None) == FORBIDDEN:
-        code = "PERMISSION_DENIED"
+    code = _code(error)
     user = os.environ.get("MLFLOW_TRACKING_USERNAME")
     if code == "UNAUTHENTICATED":
         return (
@@ -129,13 +132,21 @@ def _refusal(error: Exception) -> str:
             if user
             else "the tracking server asks who you are"
         ) + "; set MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD"
-    if code == "PERMISSION_DENIED":
+    if code == DENIED:
         return (
             f"user {user!r} may not do that: publishing and validating need the permission EDIT on "
             "the experiment, removing files needs MANAGE, looking READ; an administrator of the "
             "tracking server grants it"
         )
     return ""
+
+
+def _code(error: Exception) -> str:
+    """MLflow's name for the kind of an error; empty where it has none."""
+    answer = getattr(error, "response", None)  # of the artifact store, without MLflow's codes
+    if getattr(answer, "status_code", None) == FORBIDDEN:
+        return DENIED
+    return error.error_code if isinstance(error, MlflowException) else ""
 
 
 def _one_line(error: Exception) -> str:

@@ -58,10 +58,12 @@ class Removal(NamedTuple):
     Attributes:
         stored: what was there and is not any more.
         kept: why they were left; empty where they were removed.
+        was_gone: whether somebody had removed them before.
     """
 
     stored: Stored
     kept: str = ""
+    was_gone: bool = False
 
 
 def is_whole(checkpoint: Checkpoint) -> bool:
@@ -153,7 +155,7 @@ def prune(client: MlflowClient, checkpoint: Checkpoint, why: Why = needed) -> Re
     with tracking_errors(doing):
         now = checkpoint_by_id(client, checkpoint.model_id)
         if now.is_gone:
-            return Removal(Stored(0, 0))
+            return Removal(Stored(0, 0), was_gone=True)
         if reason := why(now):
             return Removal(Stored(0, 0), kept=reason)
         store = _store(client, now)

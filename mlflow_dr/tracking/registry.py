@@ -88,8 +88,10 @@ def _version_of(client: MlflowClient, checkpoint: Checkpoint, name: str) -> Mode
     while True:
         page = client.search_model_versions(f"name={quote}{name}{quote}", page_token=token)
         for one in page:
-            # databases keep the source alone (MLflow 3.17)
-            if checkpoint.model_id == one.model_id or checkpoint.uri == one.source:
+            # databases keep the source alone (MLflow 3.17): a model's URI, or where its files are
+            source = (one.source or "").rstrip("/")
+            places = (checkpoint.uri, checkpoint.location.rstrip("/"))
+            if checkpoint.model_id == one.model_id or source in places:
                 return one
         token = page.token
         if not token:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable
+import re
+from collections.abc import Iterable, Mapping
 from typing import NamedTuple
 
 from mlflow_dr.errors import TrackingError, UsageError
@@ -12,6 +13,7 @@ from mlflow_dr.tracking.results import PREFIX
 from mlflow_dr.tracking.runs import TrackedRun
 
 CONTEXT_TAG = "mlflow.data.context"
+STEP_OF_SUBSET = re.compile(r"\bencoder:step-(\d+)@")
 FIRST_NAME = "val"  # what a validation is called whose user has not called it anything
 
 
@@ -41,6 +43,19 @@ def validations_of(run: TrackedRun) -> dict[str, dict[str, object]]:
         key.removeprefix(PREFIX): json.loads(value)
         for key, value in sorted(params.items())
         if key.startswith(PREFIX)
+    }
+
+
+def steps_searched_with(configs: Mapping[str, Mapping[str, object]]) -> dict[int, str]:
+    """Steps of a run's checkpoints by which subsets are chosen -> the validation of the subset.
+
+    Args:
+        configs: as `validations_of` gives them.
+    """
+    return {
+        int(step): name
+        for name, config in configs.items()
+        for step in STEP_OF_SUBSET.findall(str(config.get("subset", "")))
     }
 
 

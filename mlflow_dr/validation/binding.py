@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from typing import Any, NamedTuple
 
@@ -15,10 +15,16 @@ from mlflow_dr.retrieval.measures import check_depth
 from mlflow_dr.subsets.searching import CachedSearching
 from mlflow_dr.subsets.spec import Spec
 from mlflow_dr.subsets.subset import Subset, make_subset
-from mlflow_dr.tracking.checkpoints import checkpoint_of_step
+from mlflow_dr.tracking.checkpoints import checkpoint_of_step, ready_steps
 from mlflow_dr.tracking.datasets import profile_of, shown_name
 from mlflow_dr.tracking.results import bind_name, known_config, refuse_other_config
-from mlflow_dr.tracking.runs import DATASET_PARAM, DATASET_TAG, SPLIT_PARAM, TrackedRun
+from mlflow_dr.tracking.runs import (
+    DATASET_PARAM,
+    DATASET_TAG,
+    SPLIT_PARAM,
+    TrackedRun,
+    is_over,
+)
 from mlflow_dr.tracking.subsets import log_subset
 from mlflow_dr.validation.evaluate import Prepared, Searched, Settings
 from mlflow_dr.validation.plan import Validation
@@ -98,6 +104,20 @@ class Collections:
         return dataset, self._prepared[key]
 
 
+def is_early(run: TrackedRun, validations: Iterable[Validation]) -> bool:
+    """Whether the checkpoint of a step that a subset is chosen by is still to be published.
+
+    One that others of later steps have gone past never will be.
+
+    Raises:
+        TrackingError: the server does not answer.
+    """
+    steps = {part.step for one in validations for part in one.subset.parts if part.step is not None}
+    if not steps or is_over(run.fetch()):
+        return False
+    return max(steps) > max(ready_steps(run), default=-1)
+
+
 def named_data(run: TrackedRun, dataset: str | None, split: str | None) -> tuple[str, str | None]:
     """What is searched for what: as asked, else as the run says; its split is of its own dataset.
 
@@ -119,7 +139,7 @@ def _chosen(run: TrackedRun, spec: Spec, whole: Prepared, settings: Settings) ->
     device = resolve_device(settings.device)
     dtype = resolve_dtype(settings.dtype, device)
     searching = CachedSearching(
-        whole.corpus, str(device), dtype, lambda step: checkpoint_of_step(run, step).uri
+        whole.corpus, str(device), dtype, lambda step: checkpoint_of_step(run, step)
     )
     return make_subset(spec, whole.corpus, whole.topics, searching)
 

@@ -56,6 +56,7 @@ class Choice:
         self._free: dict[str, dict[str, list[str]]] = {}
         self._settled: dict[str, Checkpoint] = {}
         self._refused: set[str] = set()
+        self._put_off: set[str] = set()
         self._failed_here: set[tuple[str, str]] = set()
         self._only: dict[str, Sequence[str]] = {}
         self._contenders: dict[str, set[str]] = {}
@@ -97,6 +98,7 @@ class Choice:
         self._look = look
         self._look_seconds = seconds
         self._tried = self._lost = 0
+        self._put_off = set()
         settled: list[Checkpoint] = []
         self._waiting = defaultdict(list)
         self._free = defaultdict(dict)
@@ -110,14 +112,17 @@ class Choice:
             if one.pending or self._settled.get(one.model_id) is one:
                 continue
             self._turns.see(one, names)
-            left = self._open(one)
-            is_refused = one.run_id in self._refused
-            if is_refused or not self._is_meant(one) or not left or self._is_late(one):
+            is_meant = self._is_meant(one) and one.run_id not in self._refused
+            left = self._open(one) if is_meant else []
+            free = [name for name in left if self._watchman.is_free(one, name)]
+            # what was begun in time is still to be done, by whom it was begun
+            late = self._is_late(one)
+            if not left or (late and free == left):
                 settled.append(one)
                 self._settled[one.model_id] = one
             else:
                 self._waiting[one.run_id].append(one)
-                if free := [name for name in left if self._watchman.is_free(one, name)]:
+                if free and not late:
                     self._free[one.run_id][one.model_id] = free
         return settled
 
@@ -131,7 +136,7 @@ class Choice:
                 self._in_order(run_id), self._look.checkpoints, self._tried
             )
             for one in ordered:
-                if run_id in self._refused or self.is_stale:
+                if run_id in self._refused | self._put_off or self.is_stale:
                     break
                 if not self._is_late(one):
                     yield Candidate(one, self._free[run_id][one.model_id])
@@ -152,6 +157,10 @@ class Choice:
     def refuse(self, run_id: str) -> None:
         """Pass over a run from now on."""
         self._refused.add(run_id)
+
+    def put_off(self, run_id: str) -> None:
+        """Pass over a run until the next look."""
+        self._put_off.add(run_id)
 
     def tried(
         self, checkpoint: Checkpoint, names: Sequence[str], lost_to: Owner | None = None

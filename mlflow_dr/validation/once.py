@@ -107,7 +107,9 @@ def evaluate_once(request: Once) -> Report:
     settings = Settings(measures, depth, request.device, request.dtype, request.keep_own_id)
     prepared = Prepared(collection, split)
     if spec is not None:
-        searching = CachedSearching(prepared.corpus, request.device, dtype)
+        searching = CachedSearching(
+            prepared.corpus, request.device, dtype, tracking_uri=request.tracking_uri
+        )
         subset = make_subset(spec, prepared.corpus, prepared.topics, searching)
         prepared = Prepared(collection, split, prepared.searched, subset)
     if request.ranking is not None:

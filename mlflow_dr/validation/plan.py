@@ -17,7 +17,7 @@ from mlflow_dr.errors import UsageError
 from mlflow_dr.retrieval.measures import Measure, check_depth, parse_measures
 from mlflow_dr.subsets.spec import RELEVANT, Spec, parse_spec
 from mlflow_dr.tracking.claims import PATIENCE
-from mlflow_dr.tracking.validations import FIRST_NAME
+from mlflow_dr.tracking.validations import FIRST_NAME, Metric
 from mlflow_dr.validation.evaluate import Settings
 from mlflow_dr.validation.order import Order
 from mlflow_dr.validation.policies import Wishes
@@ -104,7 +104,7 @@ class Asked:
         specs = [parse_spec(one, self.seed, self.judged) for one in self.subsets]
         splits = self.splits or self.sets
         made = each_split(self.settings, name, self.dataset, splits, specs)
-        return made + (refining(self.refine, made, self.seed) if self.refine else ())
+        return made + (refining(self.refine, made, self.seed, self.judged) if self.refine else ())
 
 
 @dataclass(frozen=True)
@@ -143,6 +143,14 @@ class Plan:
     def cheap(self) -> tuple[Validation, ...]:
         """Those that are done for every checkpoint, not for the best only."""
         return tuple(one for one in self.validations if one.refines is None)
+
+    @property
+    def deciding(self) -> dict[str, Metric | None]:
+        """Each validation, and the metric whose best it is done for; None for every checkpoint."""
+        return {
+            one.name: one.refines and Metric(one.refines.name, one.refines.measure.metric)
+            for one in self.validations
+        }
 
     def __post_init__(self) -> None:
         said = {key: value for key, value in self.encoder_changes.items() if key != "tokenizer"}
@@ -189,13 +197,16 @@ def each_split(
     )
 
 
-def refining(text: str, validations: Sequence[Validation], seed: int = 0) -> tuple[Validation, ...]:
+def refining(
+    text: str, validations: Sequence[Validation], seed: int = 0, judged: str = RELEVANT
+) -> tuple[Validation, ...]:
     """What `--refine full@3` adds: a dear validation of the three best checkpoints so far.
 
     Args:
         text: a subset, and of how many checkpoints.
         validations: the cheap ones; each is refined by its first measure.
         seed: of what the dear subset draws by lot.
+        judged: which judged passages are always in it: the `relevant` ones, or `all`.
 
     Raises:
         UsageError: not of this form, or the same as a cheap one.
@@ -203,7 +214,7 @@ def refining(text: str, validations: Sequence[Validation], seed: int = 0) -> tup
     words, _, count = text.rpartition("@")
     if not words or not count.isdecimal() or int(count) == 0:
         raise UsageError(f"refine {text!r}: expected SUBSET@N, such as full@3")
-    spec = parse_spec(words, seed)
+    spec = parse_spec(words, seed, judged)
     added = []
     for cheap in validations:
         if cheap.subset == spec:

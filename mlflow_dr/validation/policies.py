@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 
 from mlflow_dr.decisions.best import find_best, mark_best
-from mlflow_dr.decisions.keep import Policy
+from mlflow_dr.decisions.keep import Own, Policy
 from mlflow_dr.decisions.prune import keep_only
 from mlflow_dr.decisions.stop import check_patience, stop_if_plateau
-from mlflow_dr.errors import TrackingError
+from mlflow_dr.errors import ForbiddenError, TrackingError
 from mlflow_dr.tracking.checkpoints import Checkpoint
+from mlflow_dr.tracking.client import answers
 from mlflow_dr.tracking.runs import TrackedRun
 from mlflow_dr.tracking.validations import Metric, chosen_metric, points_of
 
@@ -23,7 +24,8 @@ class Wishes:
     """What is to follow from the curve.
 
     Attributes:
-        metric: by which; `chosen_metric` says what None means.
+        metric: by which; `chosen_metric` says what None means. A training is then stopped by what
+            every checkpoint has: the cheap validation, where that one refines it.
         patience: ask the training to end after so many checkpoints without a rise; never when None.
         min_delta: a rise by this or less is none.
         keep: remove the files of the others; of none when None.
@@ -44,13 +46,17 @@ class Policies:
 
     Args:
         wishes: what is asked for.
+        deciding: the validator's validations -> the metric that decides which checkpoints are worth
+            each of them; None for those that are done of every one.
     """
 
-    def __init__(self, wishes: Wishes) -> None:
+    def __init__(self, wishes: Wishes, deciding: Mapping[str, Metric | None]) -> None:
         self._wishes = wishes
+        self._deciding = deciding
         self._metrics: dict[str, Metric] = {}
         self._marked: dict[str, tuple[int, float]] = {}
         self._cannot_remove = False
+        self._gone: set[str] = set()
 
     def act(
         self,
@@ -79,11 +85,23 @@ class Policies:
             mark_best(run, find_best(run, str(metric)))
             self._marked[run.id] = top
         if wishes.patience is not None:
-            stop_if_plateau(run, checkpoints, metric, wishes.patience, wishes.min_delta, waiting)
+            rising = metric
+            if wishes.metric is None:  # what only the best get has no plateau
+                rising = self._deciding.get(metric.validation) or metric
+            stop_if_plateau(run, checkpoints, rising, wishes.patience, wishes.min_delta, waiting)
         if wishes.keep is not None and not self._cannot_remove:
             try:
-                keep_only(run, checkpoints, wishes.keep, wishes.metric)
-            except TrackingError as error:
+                own = self._own(waiting)
+                keep_only(run, checkpoints, wishes.keep, wishes.metric, own, self._gone)
+            except ForbiddenError as error:
                 # who may validate need not be allowed to remove
                 self._cannot_remove = True
                 log.warning("files are not removed from now on: %s", error)
+            except TrackingError as error:
+                if not answers(run.client):
+                    raise
+                log.warning("files are not removed now: %s", error)
+
+    def _own(self, waiting: Collection[Checkpoint]) -> Own:
+        deciding = {name: by.validation if by else name for name, by in self._deciding.items()}
+        return Own(deciding, {one.model_id for one in waiting})

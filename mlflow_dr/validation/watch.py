@@ -31,7 +31,7 @@ from mlflow_dr.tracking.runs import (
     is_over,
 )
 from mlflow_dr.tracking.status import note_summary, summary_of
-from mlflow_dr.validation.binding import Bound, Collections
+from mlflow_dr.validation.binding import Bound, Collections, is_early
 from mlflow_dr.validation.choice import Choice
 from mlflow_dr.validation.jobs import Job, Jobs
 from mlflow_dr.validation.order import Order
@@ -106,7 +106,7 @@ class _Worker:
         self._choice = Choice(plan, claims.owner.token, self._clock.now_ms)
         self._collections = Collections()
         self._bound: dict[str, list[Bound]] = {}
-        self._policies = Policies(plan.wishes)
+        self._policies = Policies(plan.wishes, plan.deciding)
         self._noted: dict[str, dict[str, str]] = {}
         self._seen: dict[str, list[Checkpoint]] = {}  # when that was noted
         self._counts = Counts()
@@ -214,6 +214,9 @@ class _Worker:
         for checkpoint, names in self._choice.candidates():
             with self._going_on_without(checkpoint.run_id):
                 run = self._followed.run_of(checkpoint)
+                if run.id not in self._bound and self._is_early(run):
+                    self._choice.put_off(run.id)
+                    continue
                 if run.id not in self._bound and self._plan.keep_up:
                     self._bound_to(run)
                     return None  # which of them are done is known at the next look
@@ -332,13 +335,16 @@ class _Worker:
             if not self._plan.follow:
                 break
             if not said:
-                log.info("waiting until the trainer of run %s has said what it trains on", run.id)
+                log.info("waiting until run %s has what its validations need", run.id)
                 said = True
             self._sleep(self._plan.poll_seconds)
         self._patiently(partial(self._bound_to, run, ahead=True))
 
     def _can_bind(self, run: TrackedRun) -> bool:
-        """Whether dataset and split are known, or the run says no more: over, or publishing."""
+        """Whether dataset and split are known, or the run says no more: over, or publishing.
+
+        And so are the checkpoints that subsets are chosen by.
+        """
         state = run.fetch()
         check_alive(state)
         params = state.data.params
@@ -346,7 +352,11 @@ class _Worker:
             (one.dataset or DATASET_PARAM in params) and (one.split or SPLIT_PARAM in params)
             for one in self._plan.validations
         )
-        return known or is_over(state) or bool(self._followed.look().checkpoints)
+        known = known or is_over(state) or bool(self._followed.look().checkpoints)
+        return known and not self._is_early(run)
+
+    def _is_early(self, run: TrackedRun) -> bool:
+        return self._plan.follow and is_early(run, self._plan.validations)
 
     def _bound_to(self, run: TrackedRun, ahead: bool = False) -> list[Bound]:
         """The validations as they are on a run; none where the run says too little for them.

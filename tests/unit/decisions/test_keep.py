@@ -3,7 +3,7 @@ from dataclasses import replace
 
 import pytest
 
-from mlflow_dr.decisions.keep import Policy, parse_policy, select
+from mlflow_dr.decisions.keep import Own, Policy, parse_policy, select
 from mlflow_dr.errors import UsageError
 from mlflow_dr.tracking.checkpoints import Checkpoint
 from mlflow_dr.tracking.claims import Owner
@@ -43,10 +43,13 @@ def said(
     policy: str = "last:1",
     validations: tuple[str, ...] = ("val",),
     unvalidated: bool = False,
+    own: Own | None = None,
     **registered: str,
 ) -> dict[int, str]:
     """Step -> why it stays, or `goes: ` and why."""
-    verdicts = select(checkpoints, parse_policy(policy), MRR, validations, registered, unvalidated)
+    verdicts = select(
+        checkpoints, parse_policy(policy), MRR, validations, registered, unvalidated, own
+    )
     return {one.checkpoint.step: "goes: " * one.goes + one.reason for one in verdicts}
 
 
@@ -144,6 +147,34 @@ def test_what_is_not_validated_yet_stays_unless_it_is_asked_for() -> None:
     assert said(there, validations=())[4] == "not validated yet"
     freely = said(there, unvalidated=True)
     assert [step for step, why in freely.items() if why.startswith("goes")] == [1, 2, 3]
+
+
+def test_a_validator_knows_what_it_has_still_to_do_itself() -> None:
+    """Of `dear` nothing, but for what waits; of others' validations what is not done."""
+    failed = {"mlflow_dr.validation.val.failed": "out of memory"}
+    there = [checkpoint(1), checkpoint(2, tags=failed), checkpoint(3, 0.5), checkpoint(4, 0.5)]
+    there += [checkpoint(5, tags=failed)]
+    own = Own({"val": "val", "dear": "val"}, waiting={"m-2", "m-3"})
+    assert said(there, validations=("val", "dear"), own=own) == {
+        1: "not validated yet",
+        2: "not validated yet",
+        3: "not validated yet",
+        4: "goes: none of last:1",
+        5: "last",
+    }
+    elsewhere = said(there, validations=("val", "dear", "other"), own=own)
+    assert set(elsewhere.values()) == {"not validated yet"}
+
+
+def test_what_the_metric_knows_nothing_of_stays() -> None:
+    """One of several subsets is done of each checkpoint, and another one decides."""
+    record = {"mlflow_dr.validation.small": json.dumps({"values": {}})}
+    there = [checkpoint(1, params=record), checkpoint(2, 0.5, params=record), checkpoint(3, 0.5)]
+    own = Own({"val": "val", "small": "small"}, waiting=())
+    assert said(there, validations=("val", "small"), own=own)[1] == "not validated yet"
+    by_small = MRR._replace(validation="small")
+    (first, *_) = select(there, parse_policy("last:1"), by_small, ("val", "small"), {}, own=own)
+    assert first.goes
 
 
 def test_what_is_called_the_best_or_registered_stays() -> None:

@@ -8,13 +8,14 @@ import click
 import pytest
 from click.testing import CliRunner, Result
 from mlflow import MlflowClient
+from mlflow.store.artifact.local_artifact_repo import LocalArtifactRepository
 
 from mlflow_dr.cli.prune import command
 from mlflow_dr.decisions.keep import parse_policy
 from mlflow_dr.decisions.prune import keep_only
 from mlflow_dr.encoder.directory import load_encoder, save_encoder
 from mlflow_dr.encoder.model import Encoder
-from mlflow_dr.errors import TrackingError, UsageError
+from mlflow_dr.errors import ForbiddenError, TrackingError, UsageError
 from mlflow_dr.tracking.checkpoints import Checkpoint, checkpoints_of, publish
 from mlflow_dr.tracking.claims import Claims, Owner
 from mlflow_dr.tracking.fetching import fetched
@@ -121,6 +122,14 @@ def test_what_is_not_validated_yet(validated: TrackedRun) -> None:
     assert with_files(validated) == list(VALUES)
     prune(validated.client, *flags, "--unvalidated")
     assert with_files(validated) == [40]
+
+
+def test_what_a_subset_is_chosen_by_stays(validated: TrackedRun) -> None:
+    subset = "bm25@5+encoder:step-10@50, seed 3, 0123456789abcdef"
+    bind_name(validated, "small", {"measures": "mrr@10", "subset": subset})
+    flags = ("--run-id", validated.id, "--keep", "last:1", "--unvalidated")
+    assert lines(prune(validated.client, *flags))[10] == ("stays", "chooses the subset of small")
+    assert with_files(validated) == [10, 40]
 
 
 def test_a_registered_one_stays(validated: TrackedRun) -> None:
@@ -231,3 +240,51 @@ def test_a_validator_keeps_only_what_its_policy_says(
     assert with_files(validated) == [10, 20, 40]
     assert caplog.text.count("removed the files of step ") == 2
     assert keep_only(validated, checkpoints_of(validated), parse_policy("best:1,last:1")) == []
+
+
+def test_what_is_gone_is_removed_and_told_once(
+    validated: TrackedRun, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Though it is shown as it was seen before; also what another validator has removed."""
+    seen, policy = checkpoints_of(validated), parse_policy("best:1,last:1")
+    mine, another = set[str](), set[str]()
+    with caplog.at_level("INFO", "mlflow_dr"):
+        assert len(keep_only(validated, seen, policy, gone=mine)) == 3
+        assert keep_only(validated, seen, policy, gone=another) == []
+    assert caplog.text.count("removed the files of step ") == 3
+    assert mine == another == {at(validated, step).model_id for step in (0, 10, 30)}
+    monkeypatch.setattr("mlflow_dr.decisions.prune.prune", None)
+    assert keep_only(validated, seen, policy, gone=mine) == []
+
+
+def test_one_whose_files_cannot_be_removed_is_left_for_the_next_call(
+    validated: TrackedRun, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    real, refused = LocalArtifactRepository.delete_artifacts, at(validated, 0).model_id
+
+    def refuse(store: LocalArtifactRepository, path: str | None = None) -> None:
+        if refused in store.artifact_dir:
+            raise OSError("input/output error")
+        real(store, path)
+
+    monkeypatch.setattr("mlflow_dr.tracking.pruning.SECONDS_BETWEEN_ATTEMPTS", 0)
+    with monkeypatch.context() as broken:
+        broken.setattr(LocalArtifactRepository, "delete_artifacts", refuse)
+        keep_only(validated, checkpoints_of(validated), parse_policy("last:1"))
+    assert with_files(validated) == [0, 40]
+    (told,) = caplog.messages
+    assert told.endswith("input/output error; this is tried again")
+    keep_only(validated, checkpoints_of(validated), parse_policy("last:1"))
+    assert with_files(validated) == [40]
+
+
+def test_who_may_not_remove_files_is_told_so(
+    validated: TrackedRun, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(store: LocalArtifactRepository, path: str | None = None) -> None:
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr("mlflow_dr.tracking.pruning.SECONDS_BETWEEN_ATTEMPTS", 0)
+    monkeypatch.setattr(LocalArtifactRepository, "delete_artifacts", refuse)
+    with pytest.raises(ForbiddenError, match=r"removing the files of step 0 .* Permission denied"):
+        keep_only(validated, checkpoints_of(validated), parse_policy("last:1"))

@@ -2,7 +2,7 @@
 
 import re
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,7 @@ from mlflow_dr.encoder.model import Encoder
 from mlflow_dr.errors import UsageError
 from mlflow_dr.fidelity import study as studying
 from mlflow_dr.fidelity.findings import Findings
+from mlflow_dr.fidelity.report import values_table
 from mlflow_dr.fidelity.study import Study
 from mlflow_dr.retrieval import dense
 from mlflow_dr.retrieval.measures import parse_measures
@@ -37,15 +38,25 @@ SUBSETS = ("random:12", "bm25@2", "bm25@2+random:12", "full+queries:5")
 
 
 @pytest.fixture
-def folder(beir_folder: Callable[..., Path]) -> Path:
+def make_folder(beir_folder: Callable[..., Path]) -> Callable[..., Path]:
+    """A function from a name to a collection, its queries in this order."""
     corpus = {
         f"{subject}-{place}": f"the {subject} at the {place} " * (1 + len(place) % 3)
         for subject in SUBJECTS
         for place in PLACES
     }
-    queries = {one: f"which {one} is at the {PLACES[len(one) % 7]}" for one in SUBJECTS}
-    dev = {one: {f"{one}-{PLACES[len(one) % 7]}": 1} for one in SUBJECTS}
-    return beir_folder(corpus, queries, dev=dev)
+
+    def make(name: str = "collection", subjects: Sequence[str] = SUBJECTS) -> Path:
+        queries = {one: f"which {one} is at the {PLACES[len(one) % 7]}" for one in subjects}
+        dev = {one: {f"{one}-{PLACES[len(one) % 7]}": 1} for one in subjects}
+        return beir_folder(corpus, queries, folder=name, dev=dev)
+
+    return make
+
+
+@pytest.fixture
+def folder(make_folder: Callable[..., Path]) -> Path:
+    return make_folder()
 
 
 @pytest.fixture
@@ -110,6 +121,28 @@ def test_one_pass_over_the_corpus_for_each_checkpoint(
         *("random:12, seed 1", "bm25@2", "bm25@2+random:12, seed 1", "full+queries:5, seed 1")
     ]
     assert [len(one.curve.query_ids) for one in findings.subsets] == [8, 8, 8, 5]
+
+
+def test_queries_in_another_order_have_values_of_their_own(
+    output: Path,
+    make_folder: Callable[..., Path],
+    tmp_path: Path,
+    untimed: None,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Of the same collection, as a mirror of it may have them."""
+    checkpoints = found_checkpoints(output)
+    first, second = make_folder("first"), make_folder("second", SUBJECTS[::-1])
+
+    def values(folder: Path) -> list[float]:
+        more = {"dataset": str(folder), "split": "dev"}
+        findings = studying.study(checkpoints, asked("bm25@2", "full+queries:5", **more))
+        return values_table(findings)["value"].to_pylist()
+
+    values(first)
+    warm = values(second)
+    monkeypatch.setenv("MLFLOW_DR_CACHE", str(tmp_path / "empty"))
+    assert warm == pytest.approx(values(second))
 
 
 def test_figures_are_those_of_separate_validations(

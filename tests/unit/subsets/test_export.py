@@ -84,6 +84,18 @@ def test_asyncvals_files_open_too(
     assert opened.topics(split).qrels == subset.topics.qrels
 
 
+@pytest.mark.parametrize("layout", ["beir", "asyncval"])
+def test_a_split_with_a_slash(subset: Subset, tmp_path: Path, layout: str) -> None:
+    room = tmp_path / "small"
+    write_subset(room, subset, "dev/small", layout)
+    names = ("queries.dev_small.jsonl", "qrels.dev_small.tsv")
+    files = f"asyncval:{room}/candidates?queries={room}/{names[0]}&qrels={room}/{names[1]}"
+    opened = open_collection(str(room) if layout == "beir" else files)
+    (split,) = opened.splits
+    assert split.endswith("dev_small")
+    assert opened.topics(split).qrels == subset.topics.qrels
+
+
 def test_the_command(folder: Path, tmp_path: Path) -> None:
     words = ["--dataset", folder, "--subset", "bm25@1", "--output", tmp_path / "small"]
     result = CliRunner().invoke(command, list(map(str, words)))

@@ -68,6 +68,14 @@ def test_seed_and_judged_are_in_the_name_where_they_matter() -> None:
         parse_spec("bm25@5", judged="some")
 
 
+def test_a_seed_and_judged_that_cannot_matter_make_no_difference() -> None:
+    assert parse_spec("full", seed=3, judged=ALL) == Spec()
+    assert parse_spec("bm25@5", seed=3) == parse_spec("bm25@5")
+    assert parse_spec("queries:5", seed=3, judged=ALL) == parse_spec("queries:5", seed=3)
+    assert parse_spec("queries:5", seed=3) != parse_spec("queries:5")
+    assert parse_spec("rerank:a@5", judged=ALL) != parse_spec("rerank:a@5")
+
+
 def test_a_file_is_found_from_everywhere_and_shown_without_its_folder(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -2,9 +2,11 @@ import socket
 import time
 
 import pytest
+from mlflow.exceptions import MlflowException
+from mlflow.protos.databricks_pb2 import INTERNAL_ERROR, PERMISSION_DENIED
 
-from mlflow_dr.errors import TrackingError
-from mlflow_dr.tracking.client import connect, tracking_uri
+from mlflow_dr.errors import ForbiddenError, TrackingError
+from mlflow_dr.tracking.client import connect, tracking_errors, tracking_uri
 
 
 @pytest.fixture(autouse=True)
@@ -46,3 +48,12 @@ def test_an_unknown_scheme_is_one_line() -> None:
         connect("gopher://x")
     assert "\n" not in str(caught.value)
     assert tracking_uri() == "gopher://x"
+
+
+def test_what_a_user_may_not_do_is_an_error_of_its_own() -> None:
+    doing = tracking_errors("publishing")
+    with pytest.raises(ForbiddenError, match=r"publishing: user .* may not do that"), doing:
+        raise MlflowException("no", PERMISSION_DENIED)
+    with pytest.raises(TrackingError) as caught, tracking_errors("publishing"):
+        raise MlflowException("out of connections", INTERNAL_ERROR)
+    assert not isinstance(caught.value, ForbiddenError)

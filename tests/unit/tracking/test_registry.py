@@ -41,6 +41,8 @@ def test_a_version_that_was_made_from_where_the_files_are(
     run.client.create_registered_model("by place")
     run.client.create_model_version("by place", checkpoints[0].location, run.id)
     assert checkpoint_by_uri(run.client, "models:/by place/1").step == 1
+    assert register(run, checkpoints[0], "by place") == "1"
+    assert register(run, checkpoints[1], "by place") == "2"
 
 
 def test_what_is_no_checkpoint(run: TrackedRun, tmp_path: Path) -> None:

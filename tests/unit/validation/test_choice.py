@@ -187,6 +187,21 @@ def test_a_dear_validation_is_for_the_best_by_the_cheap_one() -> None:
     assert found == {2: ["dear"], 4: ["dear"], 6: ["val"]}
 
 
+def test_what_another_has_begun_in_time_is_waited_for() -> None:
+    """Until its claim stands still, or is given back."""
+    plan = Plan((VALIDATION,), max_lag_seconds=5.0, patience_seconds=1e-9)
+    one = choice(plan=plan, now_ms=60_000)
+    begun = claimed(1, "far")
+    back = {"mlflow_dr.validation.val.heartbeat": "1: given back"}
+    there = [begun, replace(claimed(2, "far"), tags=back)]
+    assert [done.step for done in one.see(Look(there, over=False))] == [2]
+    assert one.waiting_of("run") == [begun]
+    assert not one.has_free
+    assert list(one.candidates()) == []
+    assert one.see(Look(there, over=False)) == [begun]
+    assert not one.is_waiting
+
+
 @pytest.mark.parametrize(("now_ms", "expected"), [(5_000, [1, 2, 3]), (7_500, [3])])
 def test_what_was_ready_long_ago_is_passed_over(now_ms: int, expected: list[int]) -> None:
     plan = Plan((VALIDATION,), max_lag_seconds=5.0)

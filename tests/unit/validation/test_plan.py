@@ -164,11 +164,11 @@ def test_subsets_of_the_flags_are_those_of_validations_without_one(tmp_path: Pat
     )
     assert [one.name for one in plan.validations] == [
         "a-random_5-seed_3-all_judged",
-        "a-random_9-seed_3",
+        "a-random_9-seed_3-all_judged",
         "b-bm25_at_7",
         "b",
         "c-random_5-seed_4-all_judged",
-        "c-random_9-seed_4",
+        "c-random_9-seed_4-all_judged",
     ]
     assert [one.refines and one.refines.best for one in plan.validations] == [
         *(None, 2, None, 1, None, 2)
@@ -217,6 +217,9 @@ def test_what_refines() -> None:
     )
     (wider,) = refining("bm25@5@2", cheap)
     assert (wider.name, wider.refines and wider.refines.best) == ("val-bm25_at_5", 2)
+    (judged,) = refining("bm25@5@2", cheap, judged="all")
+    assert judged.name == "val-bm25_at_5-all_judged"
+    assert refining("full@3", cheap, seed=7, judged="all") == (dear,)
     for text in ("full", "full@", "full@0", "@3", "full@x"):
         with pytest.raises(UsageError, match="expected SUBSET@N"):
             refining(text, cheap)

@@ -4,17 +4,20 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from mlflow.exceptions import MlflowException
 
 from mlflow_dr.decisions.keep import parse_policy
-from mlflow_dr.errors import TrackingError, UsageError
+from mlflow_dr.errors import ForbiddenError, TrackingError, UsageError
 from mlflow_dr.tracking.checkpoints import checkpoints_of, publish
 from mlflow_dr.tracking.results import bind_name, record_result
 from mlflow_dr.tracking.runs import TrackedRun
 from mlflow_dr.tracking.stop_request import stop_request
+from mlflow_dr.tracking.validations import Metric
 from mlflow_dr.validation.policies import Policies, Wishes
 
 Measuring = Callable[[int, float], None]
 TAG = "mlflow_dr.best.val"
+VAL = {"val": None}
 
 
 @pytest.fixture
@@ -42,7 +45,7 @@ def marked(run: TrackedRun) -> list[int]:
 def test_one_checkpoint_is_marked_whoever_marked_before(
     run: TrackedRun, measured: Measuring
 ) -> None:
-    one, other = Policies(Wishes()), Policies(Wishes())
+    one, other = Policies(Wishes(), VAL), Policies(Wishes(), VAL)
     for step, value in ((1, 0.1), (2, 0.3), (3, 0.2)):
         measured(step, value)
         for policies in (one, other):
@@ -56,7 +59,7 @@ def test_one_checkpoint_is_marked_whoever_marked_before(
 
 
 def test_it_asks_for_a_stop_and_makes_room(run: TrackedRun, measured: Measuring) -> None:
-    policies = Policies(Wishes(patience=2, keep=parse_policy("best:1,last:1")))
+    policies = Policies(Wishes(patience=2, keep=parse_policy("best:1,last:1")), VAL)
     for step, value in ((1, 0.1), (2, 0.3), (3, 0.2)):
         measured(step, value)
         act(run, policies)
@@ -65,6 +68,24 @@ def test_it_asks_for_a_stop_and_makes_room(run: TrackedRun, measured: Measuring)
     act(run, policies)
     assert (stop_request(run) or "").startswith("val/mrr_at_10 has not risen")
     assert [one.step for one in checkpoints_of(run) if not one.is_pruned] == [2, 4]
+
+
+def test_with_refinement_the_cheap_validation_asks_for_a_stop(
+    run: TrackedRun, measured: Measuring
+) -> None:
+    """The dear one is done for what was best, and always rises."""
+    cheap = Metric("val-small", "mrr_at_10")
+    bind_name(run, "val-small", {"measures": "mrr@10"})
+    for step, value in enumerate((0.1, 0.3, 0.2, 0.2), start=1):
+        measured(step, step / 10)
+        figures = {"mrr_at_10": value}
+        record_result(run, checkpoints_of(run)[-1], "val-small", figures, ("c", "0"))
+    deciding = {"val-small": None, "val": cheap}
+    act(run, Policies(Wishes("val/mrr@10", patience=2), deciding))
+    assert stop_request(run) is None
+    act(run, Policies(Wishes(patience=2), deciding))
+    assert (stop_request(run) or "").startswith("val-small/mrr_at_10 has not risen")
+    assert marked(run) == [4]
 
 
 def test_who_may_not_remove_goes_on(
@@ -77,10 +98,10 @@ def test_who_may_not_remove_goes_on(
 
     def refused(*_: object) -> None:
         asked.append(1)
-        raise TrackingError("no permission")
+        raise ForbiddenError("no permission")
 
     monkeypatch.setattr("mlflow_dr.validation.policies.keep_only", refused)
-    policies = Policies(Wishes(keep=parse_policy("last:1")))
+    policies = Policies(Wishes(keep=parse_policy("last:1")), VAL)
     for step in (1, 2):
         measured(step, 0.1)
         act(run, policies)
@@ -88,8 +109,52 @@ def test_who_may_not_remove_goes_on(
     assert caplog.messages == ["files are not removed from now on: no permission"]
 
 
+def test_a_server_that_fails_once_is_asked_again(
+    run: TrackedRun,
+    measured: Measuring,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    real, asked = type(run.client).search_model_versions, []
+
+    def failing(*args: object, **more: object) -> object:
+        asked.append(1)
+        if len(asked) < 3:
+            raise MlflowException("out of connections")
+        return real(*args, **more)
+
+    monkeypatch.setattr(type(run.client), "search_model_versions", failing)
+    policies = Policies(Wishes(keep=parse_policy("last:1")), VAL)
+    for step in (1, 2, 3):  # the first one is called the best
+        measured(step, 1 / step)
+    act(run, policies)
+    (told,) = caplog.messages
+    assert told.startswith("files are not removed now: ")
+    assert told.endswith("out of connections")
+    with monkeypatch.context() as away:
+        away.setattr("mlflow_dr.validation.policies.answers", lambda _: False)
+        with pytest.raises(TrackingError):
+            act(run, policies)
+    act(run, policies)
+    assert [one.step for one in checkpoints_of(run) if not one.is_pruned] == [1, 3]
+
+
+def test_what_it_has_removed_is_not_looked_at_again(
+    run: TrackedRun, measured: Measuring, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nor counted, though what is settled is shown as it was seen last."""
+    policies = Policies(Wishes(keep=parse_policy("last:1")), VAL)
+    for step in (1, 2, 3):
+        measured(step, 1 / step)
+    seen = checkpoints_of(run)
+    policies.act(run, seen, [])
+    assert [one.step for one in checkpoints_of(run) if not one.is_pruned] == [1, 3]
+    monkeypatch.setattr("mlflow_dr.decisions.prune.prune", None)
+    policies.act(run, seen[1:], [])
+
+
 def test_wishes_that_make_no_sense(run: TrackedRun, measured: Measuring) -> None:
     with pytest.raises(UsageError, match="patience"):
         Wishes(patience=0)
     with pytest.raises(UsageError, match="no metric 'val/ndcg@10'"):
-        act(run, Policies(Wishes(metric="val/ndcg@10")))
+        act(run, Policies(Wishes(metric="val/ndcg@10"), VAL))

@@ -3,6 +3,7 @@
 import json
 import logging
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -10,18 +11,22 @@ import pyarrow.parquet as pq
 import pytest
 from mlflow import MlflowClient
 
+from mlflow_dr.decisions.keep import parse_policy
 from mlflow_dr.encoder.model import Encoder
 from mlflow_dr.errors import UsageError
 from mlflow_dr.retrieval.measures import parse_measures
 from mlflow_dr.subsets.spec import parse_spec
 from mlflow_dr.tracking.checkpoints import checkpoints_of, publish
 from mlflow_dr.tracking.following import FollowedExperiment, FollowedRun
+from mlflow_dr.tracking.pruning import prune
+from mlflow_dr.tracking.results import State, mark_failed, state_of
 from mlflow_dr.tracking.runs import TrackedRun
 from mlflow_dr.tracking.validations import figures_of
 from mlflow_dr.validation import jobs
 from mlflow_dr.validation.evaluate import Settings
 from mlflow_dr.validation.pace import CHOSEN_PARAM
 from mlflow_dr.validation.plan import Plan, each_split, refining
+from mlflow_dr.validation.policies import Wishes
 from mlflow_dr.validation.watch import Counts, watch
 
 SETTINGS = Settings(parse_measures("mrr@10 recall@1"), device="cpu", dtype="fp32")
@@ -127,6 +132,70 @@ def test_tops_of_a_checkpoint_of_the_run(
         validated(run, "encoder:step-7@1")
 
 
+def test_tops_that_are_kept_need_no_files(
+    client: MlflowClient, run: TrackedRun, publishing: Callable[[int], str]
+) -> None:
+    for step in (0, 10):
+        publishing(step)
+    assert validated(run, "encoder:step-0@1").done == 2
+    prune(client, checkpoints_of(run)[0], why=lambda _: "")
+    publishing(20)
+    assert validated(run, "encoder:step-0@1").done == 1
+
+
+def test_a_checkpoint_that_chooses_a_subset_is_waited_for(
+    client: MlflowClient, run: TrackedRun, publishing: Callable[[int], str]
+) -> None:
+    events = iter([lambda: publishing(0), lambda: publishing(10)])
+
+    def sleep(_: float) -> None:
+        if event := next(events, None):
+            event()
+        else:
+            client.set_terminated(run.id)
+
+    waiting = replace(plan("encoder:step-10@1"), follow=True)
+    assert watch(FollowedRun(run), waiting, sleep=sleep).done == 2
+    missed = replace(plan("encoder:step-7@1"), follow=True)
+    with pytest.raises(UsageError, match="no published checkpoint of step 7"):
+        watch(FollowedRun(run), missed, sleep=no_sleep)
+
+
+@pytest.mark.parametrize("keep_up", [False, True])
+def test_in_an_experiment_other_runs_do_not_wait_with_it(
+    client: MlflowClient,
+    run: TrackedRun,
+    publishing: Callable[[int], str],
+    folder: Path,
+    tmp_path: Path,
+    keep_up: bool,
+) -> None:
+    for step in (0, 10):
+        publishing(step)
+    name = f"two runs, {keep_up}"
+    experiment = client.create_experiment(name)
+    early, ready = (TrackedRun(client, client.create_run(experiment)) for _ in range(2))
+    for one in (early, ready):
+        one.log_params({"dataset": str(folder), "validation_split": "dev"})
+        publish(one, tmp_path / "step-0", 0)
+    publish(ready, tmp_path / "step-10", 10)
+    seen = []
+
+    def sleep(_: float) -> None:
+        key = "val-encoder_step-10_at_1/mrr_at_10"
+        seen.append([steps(client, one, key) for one in (early, ready)])
+        if len(seen) == 1:
+            publish(early, tmp_path / "step-10", 10)
+        elif len(seen) == 3:
+            raise KeyboardInterrupt
+
+    subsets = ("encoder:step-10@1", "full") if keep_up else ("encoder:step-10@1",)
+    waiting = replace(plan(*subsets, keep_up=keep_up), follow=True)
+    with pytest.raises(KeyboardInterrupt):
+        watch(FollowedExperiment(client, name), waiting, sleep=sleep)
+    assert seen == [[[], [0, 10]], [[0, 10], [0, 10]], [[0, 10], [0, 10]]]
+
+
 def test_the_best_so_far_get_the_whole_corpus_once(
     client: MlflowClient, run: TrackedRun, publishing: Callable[[int], str]
 ) -> None:
@@ -141,6 +210,44 @@ def test_the_best_so_far_get_the_whole_corpus_once(
     before = len(refined)
     validated(run, "bm25@1", refine="full@2")
     assert len(steps(client, run, "val/mrr_at_10")) == before
+
+
+def test_a_seed_leaves_the_whole_corpus_what_it_is(
+    client: MlflowClient, run: TrackedRun, publishing: Callable[[int], str]
+) -> None:
+    publishing(1)
+    validated(run)
+    cheap = each_split(SETTINGS, "val", None, (), [parse_spec("random:2", 7, "all")])
+    refined = Plan(cheap + refining("full@1", cheap, 7, "all"), follow=False)
+    assert watch(FollowedRun(run), refined, sleep=no_sleep).failed == 0
+    assert steps(client, run, "val-random_2-seed_7-all_judged/mrr_at_10") == [1]
+
+
+def with_files(run: TrackedRun) -> list[int]:
+    return [one.step for one in checkpoints_of(run) if not one.is_pruned]
+
+
+def test_those_that_are_not_refined_go(run: TrackedRun, publishing: Callable[[int], str]) -> None:
+    for step in range(6):
+        publishing(step)
+    wishes = Wishes("val-bm25_at_1/mrr@10", keep=parse_policy("best:1,last:1"))
+    validated(run, "bm25@1", refine="full@2", wishes=wishes)
+    cheap = {one.step: figures_of(one, "val-bm25_at_1") for one in checkpoints_of(run)}
+    best = min(cheap, key=lambda step: (-cheap[step]["mrr_at_10"], step))
+    assert with_files(run) == sorted({best, 5})
+
+
+def test_what_failed_keeps_its_files_until_it_was_tried_again(
+    run: TrackedRun, publishing: Callable[[int], str]
+) -> None:
+    for step in range(4):
+        publishing(step)
+    for one in checkpoints_of(run)[1:3]:
+        mark_failed(run, one, "val", "out of memory")
+    wishes = Wishes(keep=parse_policy("best:1,last:1"))
+    assert validated(run, retry_failed=True, wishes=wishes).done == 4
+    assert all(state_of(one, "val") is State.DONE for one in checkpoints_of(run))
+    assert len(with_files(run)) <= 2
 
 
 def test_the_trainer_gives_the_pace(
@@ -166,6 +273,9 @@ def test_the_trainer_gives_the_pace(
     validated(run, "random:1", "random:4", "full", keep_up=True)
     assert steps(client, run, "val/mrr_at_10") == [0, 1, 2, 3, 4]
     assert "full, as another validator has chosen" in caplog.text
+    wishes = Wishes(keep=parse_policy("last:2"))
+    validated(run, "random:1", "random:4", "full", keep_up=True, wishes=wishes)
+    assert {3, 4} <= set(with_files(run)) < {0, 1, 2, 3, 4}
 
 
 def test_the_pace_on_an_experiment(
