@@ -157,7 +157,9 @@ def _submit(
     model = Path(model) if isinstance(model, str) else unwrapped(model)
     how = (id(tokenizer), dataset, split, *sorted(settings.items()))
     known = _background.get(key)
-    if known is None or known.how != how or not _is_same(known.model, model):
+    # the weights of a bare backbone's directory, which needs settings, are read with its source
+    is_read = isinstance(model, Path) and bool(settings)
+    if known is None or known.how != how or is_read or not _is_same(known.model, model):
         source = source_of(model, tokenizer, **settings)
         run = prepared_run(run_id, dataset, split)
         if known is not None:

@@ -3,6 +3,7 @@
 import logging
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import mlflow
 import numpy as np
@@ -130,6 +131,22 @@ def test_another_model_waits_for_the_one_before(
         with fetched(checkpoint) as directory:
             found = next(load_encoder(directory).parameters())
             assert torch.equal(found, next(encoder.parameters()))
+
+
+def test_a_bare_directory_that_is_used_again_is_read_again(
+    run: TrackedRun, make_tiny: Callable[..., Encoder], tmp_path: Path
+) -> None:
+    settings: dict[str, Any] = {"pooling": "mean", "normalize": True}
+    encoders = [make_tiny(seed=seed, **settings) for seed in range(3)]
+    directory = tmp_path / "last"
+    for step, encoder in enumerate(encoders):
+        encoder.backbone.save_pretrained(directory)
+        encoder.tokenizer.save_pretrained(directory)
+        publish_checkpoint(directory, step, run_id=run.id, wait=False, **settings)
+    flush_checkpoints()
+    for checkpoint, encoder in zip(checkpoints_of(run), encoders, strict=True):
+        with fetched(checkpoint) as found:
+            assert torch.equal(next(load_encoder(found).parameters()), next(encoder.parameters()))
 
 
 @pytest.mark.parametrize("wait", [True, False])
