@@ -123,6 +123,15 @@ class Publisher:
         self._done.add(step)
         return self._publish(step, source, source.state())
 
+    def skip(self, step: int) -> None:
+        """Take it that a step is published, by somebody else."""
+        self._done.add(step)
+
+    def wait(self) -> None:
+        """Wait until everything submitted so far is published, or given up."""
+        if self._thread.is_alive():
+            self._queue.join()
+
     def close(self) -> None:
         """Wait until everything submitted is published, or given up."""
         if self._thread.is_alive():

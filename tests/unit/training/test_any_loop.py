@@ -161,6 +161,18 @@ def test_a_step_that_the_run_has_is_not_published_again(
     assert "not published again" in caplog.text
 
 
+@pytest.mark.parametrize("waits", [(True, False, True), (False, True, False)], ids=str)
+def test_a_step_is_published_once_waited_for_or_not(
+    run: TrackedRun, tiny: Encoder, waits: tuple[bool, ...]
+) -> None:
+    """The first of them while there is a publisher in the background."""
+    publish_checkpoint(tiny, 1, run_id=run.id, wait=False)
+    found = {publish_checkpoint(tiny, 2, run_id=run.id, wait=wait) for wait in waits} - {None}
+    flush_checkpoints()
+    assert steps(run) == [(1, True), (2, True)]
+    assert found == {checkpoints_of(run)[1].model_id}
+
+
 def test_what_failed_in_the_background_is_told_when_flushed(
     run: TrackedRun, tmp_path: Path, tiny: Encoder
 ) -> None:
