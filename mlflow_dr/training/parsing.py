@@ -49,11 +49,15 @@ def training_parser() -> HfArgumentParser:
     return parser
 
 
-def parse_training(words: Sequence[str]) -> TrainingRequest:
+def parse_training(words: Sequence[str], processes: int = 1) -> TrainingRequest:
     """A training request from flags.
 
     What counts, from last to first: the user's flags, the `--config` file, the recipe of the
     collection, the defaults.
+
+    Args:
+        words: the flags.
+        processes: training processes that will be started with them; torchrun's own know theirs.
 
     Raises:
         UsageError: an unknown flag, or a value that does not fit.
@@ -81,11 +85,13 @@ def parse_training(words: Sequence[str]) -> TrainingRequest:
     except (ValueError, ImportError, TypeError) as error:
         raise UsageError(" ".join(str(error).split())) from error
     request = TrainingRequest(model, loss, data, publish, trainer, recipe.bare_pooling)
-    _refuse_what_would_be_ignored(request, words)
+    _refuse_what_would_be_ignored(request, words, processes)
     return request
 
 
-def _refuse_what_would_be_ignored(request: TrainingRequest, words: Sequence[str]) -> None:
+def _refuse_what_would_be_ignored(
+    request: TrainingRequest, words: Sequence[str], processes: int
+) -> None:
     """Better no training than one that is not what was asked for."""
     trainer, loss = request.trainer, request.loss
     if _given(words, "do_train") and not trainer.do_train:
@@ -109,7 +115,7 @@ def _refuse_what_would_be_ignored(request: TrainingRequest, words: Sequence[str]
         )
     if trainer.fp16 and trainer.device.type == "cpu":
         raise UsageError("--fp16 needs a GPU; on a processor use --bf16, or neither")
-    if loss.negatives_x_device and trainer.world_size == 1:
+    if loss.negatives_x_device and max(trainer.world_size, processes) == 1:
         log.warning("--negatives_x_device changes nothing: there is one training process")
 
 
