@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import difflib
+import json
 import logging
 from collections.abc import Sequence
 from pathlib import Path
@@ -149,6 +150,13 @@ def _file_flags(parser: argparse.ArgumentParser, file: str | None) -> list[str]:
         name = f"--{str(key).replace('-', '_')}"
         if name not in parser._option_string_actions or key == "config":
             raise UsageError(f"{path}: {_unknown_flag(parser, name)}")
+        if value is None:
+            continue
         items = value if isinstance(value, list) else [value]
-        flags += [name, *(str(item) for item in items)]
+        flags += [name, *map(_word, items)]
     return flags
+
+
+def _word(value: Any) -> str:
+    """A file's value as it is typed; Hugging Face's flags take mappings as JSON."""
+    return json.dumps(value) if isinstance(value, dict) else str(value)
