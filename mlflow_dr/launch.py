@@ -60,7 +60,7 @@ def launch(
     """
     measures = parse_measures(validating[validating.index("--measures") + 1])
     share = share_machine(trainers=gpus)
-    plan = _plan(training)
+    plan = _plan(training, gpus)
     run = open_run(connect(uri or plan.uri), experiment or plan.experiment, plan.run_id)
     validating = ["--run-id", run.id, *share.validator_flags, *validating]
     validating += ["--dataset", plan.validated]
@@ -100,12 +100,12 @@ class _Plan:
     experiment: str | None
 
 
-def _plan(training: Sequence[str]) -> _Plan:
+def _plan(training: Sequence[str], processes: int) -> _Plan:
     from mlflow_dr.training.data import validated_collection
     from mlflow_dr.training.parsing import parse_training
     from mlflow_dr.training.resume import find_resumption
 
-    request = parse_training(training)
+    request = parse_training(training, processes)
     validated = validated_collection(request.data)
     resumption = find_resumption(
         str(request.trainer.output_dir), request.trainer.resume_from_checkpoint
@@ -162,6 +162,9 @@ class Child:
                 **variables,
                 RUN_VARIABLE: run.id,
                 URI_VARIABLE: tracking_uri(),
+                # between passing SIGTERM on to its children and killing them (torch 2.13; where it
+                # does not know this, half a minute)
+                "TORCH_ELASTIC_SHUTDOWN_TIMEOUT": str(int(SECONDS_TO_STOP)),
                 "PYTHONUNBUFFERED": "1",  # of torchrun's own children, too
             },
         )
@@ -256,10 +259,20 @@ def _signal(children: Sequence[Child], number: signal.Signals) -> None:
     for child in children:
         if child.ended:
             continue
-        if number == signal.SIGKILL:  # nothing passes this one on to torchrun's children
-            with suppress(ProcessLookupError):
-                os.killpg(child.process.pid, number)
+        if number == signal.SIGKILL:  # nothing passes this one on
+            _kill_descendants(child.process.pid)
         child.process.send_signal(number)
+
+
+def _kill_descendants(pid: int) -> None:
+    """Kill what a process has started; torchrun's children are in sessions of their own."""
+    with suppress(psutil.NoSuchProcess):
+        descendants = psutil.Process(pid).children(recursive=True)
+        with suppress(ProcessLookupError):
+            os.killpg(pid, signal.SIGKILL)
+        for one in descendants:
+            with suppress(psutil.NoSuchProcess):
+                one.kill()
 
 
 def _pass_on(stream: IO[str], what: str, tail: deque[str]) -> None:

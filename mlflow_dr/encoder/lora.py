@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import re
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -23,6 +23,7 @@ WEIGHTS = "adapter_model.safetensors"
 # attention and feed-forward in most decoders; other backbones get adapters on all linear layers
 USUAL_TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "down_proj", "up_proj", "gate_proj")
 ALL_LINEAR = "all-linear"
+PRODUCT = (".lora_A.default.weight", ".lora_B.default.weight")
 
 
 def add_lora(
@@ -34,6 +35,7 @@ def add_lora(
     dropout: float,
     targets: Sequence[str] | None = None,
     start: str | Path | None = None,
+    merged: bool = True,
 ) -> None:
     """Put adapters on an encoder's backbone and freeze the rest of it.
 
@@ -45,13 +47,16 @@ def add_lora(
         dropout: on the adapters' input.
         targets: names of the layers; by the kind of backbone when None.
         start: a directory of adapters to go on with; rank and the rest are then its own.
+        merged: whether they will be saved merged.
 
     Raises:
         MissingExtraError: peft is not installed.
-        UsageError: the backbone has no such layers, or the adapters do not fit it.
+        UsageError: the backbone has no such layers, or the adapters do not fit it, or are of a kind
+            that cannot be saved merged.
     """
     peft = _peft()
     for one in encoder.towers:
+        plain = set(one.backbone.state_dict())
         try:
             with _quiet_peft():
                 if start is not None:
@@ -69,6 +74,12 @@ def add_lora(
         except (ValueError, OSError, RuntimeError, SafetensorError) as error:
             reason = " ".join(str(error).split())[:300]
             raise UsageError(f"no adapters on {base}: {reason}") from error
+        if merged and (more := _more_than_products(one.backbone, plain)):
+            raise UsageError(
+                f"{start or base}: the adapters have {more}, so they are more than products of two "
+                "matrices and cannot be published merged; `--lora_publish adapter` publishes them "
+                "alone, or merge them with peft's `merge_and_unload` and begin with that encoder"
+            )
         one.backbone.peft_config["default"].base_model_name_or_path = base
 
 
@@ -163,6 +174,24 @@ def restore_adapter(directory: Path, backbone: Any) -> None:
     except (OSError, ValueError, RuntimeError, KeyError, SafetensorError) as error:
         reason = " ".join(str(error).split())[:300]
         raise CheckpointError(f"{directory}: adapters that do not fit: {reason}") from error
+
+
+def _more_than_products(backbone: Any, plain: Collection[str]) -> str | None:
+    """The first thing in a backbone with adapters that `merged_weights` would leave out.
+
+    Args:
+        backbone: with adapters.
+        plain: the names of its weights without.
+    """
+    for module in backbone.modules():
+        if variant := getattr(module, "lora_variant", {}).get("default"):
+            return type(variant).__name__
+    for name, value in backbone.state_dict().items():
+        place = name.removeprefix("base_model.model.").replace(".base_layer.", ".")
+        is_product = place.endswith(PRODUCT) and value.ndim == 2
+        if not is_product and place not in plain:
+            return place
+    return None
 
 
 def _targets(backbone: nn.Module) -> list[str] | str:

@@ -56,9 +56,10 @@ def publish_checkpoint(
         dataset: what the run is to be validated on, as `mlflow-dr validate --dataset` takes it;
             noted on the run, so that `mlflow-dr validate --run-id RUN` needs nothing else.
         split: the queries; the development split when None.
-        wait: return when the checkpoint is READY. If not, only the copy of the weights into host
-            memory is waited for (and, with two snapshots on their way, the older one); what fails
-            later is in the log and on the run. Call `flush_checkpoints` before the run ends.
+        wait: return when the checkpoint is READY, after those of the run that are on their way. If
+            not, only the copy of the weights into host memory is waited for (and, with two
+            snapshots on their way, the older one); what fails later is in the log and on the run.
+            Call `flush_checkpoints` before the run ends.
         settings: fields of `EncoderConfig` for a PreTrainedModel, which does not say how its
             vectors are made: `pooling` and `normalize` are needed; prompts and lengths may be.
 
@@ -79,11 +80,17 @@ def publish_checkpoint(
         return None
     source = source_of(model, tokenizer, **settings)
     run = prepared_run(run_id, dataset, split)
+    background = _background.get((tracking_uri(), run_id))
+    if background is not None:
+        background.publisher.wait()  # the step may be on its way
     if known := [one for one in checkpoints_of(run) if one.ready and one.step == step]:
         log.warning("step %d is models:/%s already; not published again", step, known[0].model_id)
         return known[0].model_id
     with tracking_errors(f"publishing step {step}"):
-        return publish_state(run, step, source, source.state())
+        model_id = publish_state(run, step, source, source.state())
+    if background is not None:
+        background.publisher.skip(step)
+    return model_id
 
 
 def flush_checkpoints() -> None:
@@ -157,7 +164,9 @@ def _submit(
     model = Path(model) if isinstance(model, str) else unwrapped(model)
     how = (id(tokenizer), dataset, split, *sorted(settings.items()))
     known = _background.get(key)
-    if known is None or known.how != how or not _is_same(known.model, model):
+    # the weights of a bare backbone's directory, which needs settings, are read with its source
+    is_read = isinstance(model, Path) and bool(settings)
+    if known is None or known.how != how or is_read or not _is_same(known.model, model):
         source = source_of(model, tokenizer, **settings)
         run = prepared_run(run_id, dataset, split)
         if known is not None:

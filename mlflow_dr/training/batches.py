@@ -88,7 +88,7 @@ class TrainingSet(Dataset[Group]):
         self._epoch = torch.zeros((), dtype=torch.int64).share_memory_()
 
     def set_epoch(self, epoch: int) -> None:
-        """Choose for this epoch from now on; the Trainer's data loader calls it."""
+        """Choose for this epoch from now on; `RetrieverTrainer` calls it before each."""
         self._epoch.fill_(int(epoch))
 
     def __len__(self) -> int:

@@ -15,7 +15,7 @@ from mlflow_dr.encoder.tiny import tiny_encoder
 from mlflow_dr.encoder.tokenize import Tokenizing
 from mlflow_dr.errors import UsageError
 from mlflow_dr.tracking.encoders import MODEL_SCHEME
-from mlflow_dr.training.arguments import ADAPTER, TrainingRequest
+from mlflow_dr.training.arguments import ADAPTER, MERGED, TrainingRequest
 from mlflow_dr.training.batches import Collator, TrainingSet, check_negatives, training_set
 from mlflow_dr.training.data import TrainingData
 from mlflow_dr.training.mixture import Mixture
@@ -75,6 +75,7 @@ def build_encoder(request: TrainingRequest, data: TrainingData, start: str) -> E
             dropout=model.lora_dropout,
             targets=targets.split(",") if targets else None,
             start=encoder_directory(adapters, model.cache_dir) if adapters else None,
+            merged=model.lora_publish == MERGED,
         )
     return encoder
 

@@ -6,8 +6,8 @@ import logging
 from collections.abc import Collection
 from pathlib import Path
 
-from mlflow_dr.encoder.directory import load_encoder
-from mlflow_dr.training.arguments import MERGED, TrainingRequest
+from mlflow_dr.encoder.restore import restore_encoder
+from mlflow_dr.training.arguments import TrainingRequest
 from mlflow_dr.training.publishable import DirectorySource, EncoderSource, Publishable
 from mlflow_dr.training.publishing import Publisher
 from mlflow_dr.training.resume import whole_checkpoints_until
@@ -29,7 +29,8 @@ def make_up(
     Args:
         request: what is trained.
         publisher: of the run.
-        source: the encoder as it is before training.
+        source: the encoder as it is before training; its adapters may be others afterwards, until
+            those of `checkpoint` are read.
         done: steps that are published.
         checkpoint: what is resumed from.
     """
@@ -42,7 +43,7 @@ def make_up(
     for step in due:
         if step in there:
             log.info("step %d was left unpublished; publishing %s", step, there[step])
-            publisher.make_up(step, _kept(there[step], request))
+            publisher.make_up(step, _kept(there[step], request, source))
     if lost := [str(step) for step in due if step not in there]:
         log.warning(
             "step %s was neither published before the training was stopped nor kept in %s",
@@ -50,9 +51,11 @@ def make_up(
         )
 
 
-def _kept(directory: Path, request: TrainingRequest) -> Publishable:
+def _kept(directory: Path, request: TrainingRequest, source: EncoderSource) -> Publishable:
     """What Trainer's checkpoint holds, as it is published."""
-    if request.model.lora and request.model.lora_publish == MERGED:
-        merged = load_encoder(directory, trust_remote_code=request.model.trust_remote_code)
-        return EncoderSource(merged)
-    return DirectorySource(directory)
+    if not request.model.lora:
+        return DirectorySource(directory)
+    # the base that the adapters name need not be theirs: that of two towers has others beside it,
+    # and neither `tiny` nor a published checkpoint is found by its name
+    restore_encoder(directory, source.encoder, request.model.trust_remote_code)
+    return source

@@ -33,7 +33,7 @@ class Mixture(Dataset[Group]):
         self._orders: dict[tuple[int, int], np.ndarray] = {}
 
     def set_epoch(self, epoch: int) -> None:
-        """Choose for this epoch from now on; the Trainer's data loader calls it."""
+        """Choose for this epoch from now on; `RetrieverTrainer` calls it before each."""
         self._epoch.fill_(int(epoch))
 
     def __len__(self) -> int:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import difflib
+import json
 import logging
 from collections.abc import Sequence
 from pathlib import Path
@@ -49,11 +50,15 @@ def training_parser() -> HfArgumentParser:
     return parser
 
 
-def parse_training(words: Sequence[str]) -> TrainingRequest:
+def parse_training(words: Sequence[str], processes: int = 1) -> TrainingRequest:
     """A training request from flags.
 
     What counts, from last to first: the user's flags, the `--config` file, the recipe of the
     collection, the defaults.
+
+    Args:
+        words: the flags.
+        processes: training processes that will be started with them; torchrun's own know theirs.
 
     Raises:
         UsageError: an unknown flag, or a value that does not fit.
@@ -81,11 +86,13 @@ def parse_training(words: Sequence[str]) -> TrainingRequest:
     except (ValueError, ImportError, TypeError) as error:
         raise UsageError(" ".join(str(error).split())) from error
     request = TrainingRequest(model, loss, data, publish, trainer, recipe.bare_pooling)
-    _refuse_what_would_be_ignored(request, words)
+    _refuse_what_would_be_ignored(request, words, processes)
     return request
 
 
-def _refuse_what_would_be_ignored(request: TrainingRequest, words: Sequence[str]) -> None:
+def _refuse_what_would_be_ignored(
+    request: TrainingRequest, words: Sequence[str], processes: int
+) -> None:
     """Better no training than one that is not what was asked for."""
     trainer, loss = request.trainer, request.loss
     if _given(words, "do_train") and not trainer.do_train:
@@ -109,7 +116,7 @@ def _refuse_what_would_be_ignored(request: TrainingRequest, words: Sequence[str]
         )
     if trainer.fp16 and trainer.device.type == "cpu":
         raise UsageError("--fp16 needs a GPU; on a processor use --bf16, or neither")
-    if loss.negatives_x_device and trainer.world_size == 1:
+    if loss.negatives_x_device and max(trainer.world_size, processes) == 1:
         log.warning("--negatives_x_device changes nothing: there is one training process")
 
 
@@ -143,6 +150,8 @@ def _file_flags(parser: argparse.ArgumentParser, file: str | None) -> list[str]:
         name = f"--{str(key).replace('-', '_')}"
         if name not in parser._option_string_actions or key == "config":
             raise UsageError(f"{path}: {_unknown_flag(parser, name)}")
+        if value is None:
+            continue
         items = value if isinstance(value, list) else [value]
         action = parser._option_string_actions[name]
         flags += [name, *(_word(item, action) for item in items)]
@@ -150,7 +159,7 @@ def _file_flags(parser: argparse.ArgumentParser, file: str | None) -> list[str]:
 
 
 def _word(value: Any, action: argparse.Action) -> str:
-    """A value as it is written behind a flag; YAML reads the word `no` as false."""
+    """A file's value as it is typed: YAML reads `no` as false, mappings are typed as JSON."""
     if isinstance(value, bool) and action.choices:
         return "yes" if value else "no"
-    return str(value)
+    return json.dumps(value) if isinstance(value, dict) else str(value)

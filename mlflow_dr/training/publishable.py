@@ -58,7 +58,7 @@ class EncoderSource:
     """
 
     def __init__(self, encoder: Encoder, merged: bool = True) -> None:
-        self._encoder = encoder
+        self.encoder = encoder
         self._merged = merged
         frozen = {name for name, one in encoder.named_parameters() if not one.requires_grad}
         self._constant = frozen if is_adapted(encoder.backbone) else set()
@@ -68,7 +68,7 @@ class EncoderSource:
 
         Weights that processes share out (FSDP) are gathered: all of them have to call this.
         """
-        weights = self._encoder.state_dict()
+        weights = self.encoder.state_dict()
         if any(isinstance(one, DTensor) for one in weights.values()):
             return {name: _whole(one) for name, one in weights.items()}
         return {name: one for name, one in weights.items() if name not in self._constant}
@@ -76,8 +76,8 @@ class EncoderSource:
     def save(self, directory: Path, state: Mapping[str, Tensor]) -> None:
         """Write the directory that all three libraries load."""
         if self._constant - state.keys():
-            state = {**self._encoder.state_dict(), **state}
-        save_encoder(directory, self._encoder, state, self._merged)
+            state = {**self.encoder.state_dict(), **state}
+        save_encoder(directory, self.encoder, state, self._merged)
 
 
 class SentenceTransformerSource:

@@ -109,8 +109,7 @@ class Publisher:
         snapshot = self._spare.pop() if self._spare else _host_copy(weights)
         for name, value in weights.items():
             snapshot[name].copy_(value, non_blocking=True)
-        if any(value.is_cuda for value in weights.values()):
-            torch.cuda.current_stream().synchronize()
+        _wait_for_copies(weights)
         self._done.add(step)
         self._queue.put((step, snapshot))
         return True
@@ -123,6 +122,15 @@ class Publisher:
         """
         self._done.add(step)
         return self._publish(step, source, source.state())
+
+    def skip(self, step: int) -> None:
+        """Take it that a step is published, by somebody else."""
+        self._done.add(step)
+
+    def wait(self) -> None:
+        """Wait until everything submitted so far is published, or given up."""
+        if self._thread.is_alive():
+            self._queue.join()
 
     def close(self) -> None:
         """Wait until everything submitted is published, or given up."""
@@ -225,6 +233,12 @@ def _give_up(run: TrackedRun, model_id: str) -> None:
         give_up(run, model_id)
     except Exception as error:  # noqa: BLE001 - what the upload failed with says more
         log.error("models:/%s is left PENDING: %s", model_id, one_line(error))
+
+
+def _wait_for_copies(weights: Mapping[str, Tensor]) -> None:
+    """Wait until what was asked of each GPU that holds weights is done."""
+    for device in {value.device for value in weights.values() if value.is_cuda}:
+        torch.cuda.current_stream(device).synchronize()
 
 
 def _host_copy(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:

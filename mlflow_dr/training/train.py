@@ -18,12 +18,14 @@ from transformers.trainer_utils import SaveStrategy
 
 from mlflow_dr.tracking.checkpoints import abandon_pending, ready_steps
 from mlflow_dr.tracking.client import connect
-from mlflow_dr.tracking.encoders import fetched_encoder
+from mlflow_dr.tracking.encoders import MODEL_SCHEME, fetched_encoder
+from mlflow_dr.tracking.registry import checkpoint_by_uri
 from mlflow_dr.tracking.runs import (
     DATASET_PARAM,
     DATASET_TAG,
     SPLIT_PARAM,
     TrackedRun,
+    find_run,
     open_run,
 )
 from mlflow_dr.tracking.stop_request import StopWatcher, clear_stop_request
@@ -46,6 +48,7 @@ from mlflow_dr.training.trainer import RetrieverTrainer
 log = logging.getLogger(__name__)
 
 LOSS_METRIC = "train/loss"
+START_TAG = "mlflow_dr.start"
 SECONDS_OF_ONE_REQUEST = 1.0
 ALWAYS_LOGGED = (
     "learning_rate",
@@ -130,9 +133,28 @@ def _train(
     run: TrackedRun | None,
     resumption: Resumption | None,
 ) -> None:
-    name = request.model.model_name_or_path
+    name = _start(request, run, resumption)
     with fetched_encoder(name, request.publish.tracking_uri) as start:
         _train_from(start, request, data, run, resumption)
+
+
+def _start(request: TrainingRequest, run: TrackedRun | None, resumption: Resumption | None) -> str:
+    """The encoder's name; of a published one its id, which a resumed training takes from its run.
+
+    An alias may name another version by then, and adapters would be put on another base.
+    """
+    name = request.model.model_name_or_path
+    if not name.startswith(MODEL_SCHEME):
+        return name
+    client = connect(request.publish.tracking_uri)
+    if resumption is not None:
+        begun = find_run(client, resumption.run_id).fetch().data.tags.get(START_TAG)
+        if begun is not None:
+            return begun
+    uri = checkpoint_by_uri(client, name).uri
+    if run is not None:
+        run.set_tags({START_TAG: uri})
+    return uri
 
 
 def _train_from(

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
 from transformers import (
     BertConfig,
     BertModel,
@@ -129,6 +130,43 @@ def test_saved_merged_it_is_a_plain_encoder_with_the_same_vectors(
     assert not list(tmp_path.rglob("adapter*"))
     assert tied == (loaded.query_tower is None)
     assert type(loaded.backbone).__name__ == type(backbone(kind, 10)).__name__
+
+
+@pytest.mark.parametrize(
+    ("more", "what"),
+    [
+        ({"use_dora": True}, "Dora|magnitude"),
+        ({"lora_bias": True}, r"lora_B\.default\.bias"),
+        ({"modules_to_save": ["word_embeddings"]}, "word_embeddings"),
+        ({"target_modules": ["query", "word_embeddings"]}, "lora_embedding_A"),
+    ],
+    ids=["dora", "bias", "modules", "embeddings"],
+)
+@pytest.mark.filterwarnings("ignore:.*have invalid shape")  # peft 0.21, of biases that it trains
+def test_adapters_that_are_more_than_products_are_not_merged(
+    make: Make, tmp_path: Path, more: dict[str, Any], what: str
+) -> None:
+    """They would be published wrong; alone they are published."""
+    config = LoraConfig(**{"target_modules": ["query", "dense"], "r": 2, **more})
+    torch.manual_seed(1)
+    with lora._quiet_peft():
+        trained = get_peft_model(make().backbone, config)
+    for weight in trained.parameters():
+        if weight.requires_grad:
+            weight.data += 0.2 * torch.randn_like(weight)
+    trained.save_pretrained(str(tmp_path / "adapters"), save_embedding_layers=False)
+    options: dict[str, Any] = {"rank": 4, "alpha": 8, "dropout": 0.0}
+    with pytest.raises(UsageError, match=what) as caught:
+        add_lora(make(), "base", start=tmp_path / "adapters", **options)
+    assert "\n" not in str(caught.value)
+    base = make()
+    save_encoder(tmp_path / "base", base)
+    name = str(tmp_path / "base")
+    add_lora(base, name, start=tmp_path / "adapters", merged=False, **options)
+    save_encoder(tmp_path / "saved", base, merged=False)
+    vectors = load_encoder(tmp_path / "saved", safetensors_only=True)(IDS, MASK)
+    torch.testing.assert_close(vectors, base.eval()(IDS, MASK), rtol=1e-5, atol=1e-5)
+    assert (vectors - make()(IDS, MASK)).abs().max() > 1e-2
 
 
 @pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])

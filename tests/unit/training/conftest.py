@@ -129,12 +129,15 @@ def make_examples() -> Callable[..., Listed]:
 
 @pytest.fixture
 def colours(make_examples: Callable[..., Listed]) -> Listed:
-    """Eight questions; each has two right passages and three wrong ones of its own."""
+    """Eight questions; each has two right passages and three wrong ones of its own.
+
+    No two passages have the same token ids.
+    """
     return make_examples(
         *(
             (
                 word,
-                [f"all about {word} number {n}" for n in range(2)],
+                [f"all about {word} {when}" for when in ("at night", "at noon")],
                 [f"never about {word} but {other}" for other in ("sea", "sky", "sand")],
             )
             for word in COLOURS

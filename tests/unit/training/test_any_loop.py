@@ -3,6 +3,7 @@
 import logging
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import mlflow
 import numpy as np
@@ -132,6 +133,22 @@ def test_another_model_waits_for_the_one_before(
             assert torch.equal(found, next(encoder.parameters()))
 
 
+def test_a_bare_directory_that_is_used_again_is_read_again(
+    run: TrackedRun, make_tiny: Callable[..., Encoder], tmp_path: Path
+) -> None:
+    settings: dict[str, Any] = {"pooling": "mean", "normalize": True}
+    encoders = [make_tiny(seed=seed, **settings) for seed in range(3)]
+    directory = tmp_path / "last"
+    for step, encoder in enumerate(encoders):
+        encoder.backbone.save_pretrained(directory)
+        encoder.tokenizer.save_pretrained(directory)
+        publish_checkpoint(directory, step, run_id=run.id, wait=False, **settings)
+    flush_checkpoints()
+    for checkpoint, encoder in zip(checkpoints_of(run), encoders, strict=True):
+        with fetched(checkpoint) as found:
+            assert torch.equal(next(load_encoder(found).parameters()), next(encoder.parameters()))
+
+
 @pytest.mark.parametrize("wait", [True, False])
 def test_a_step_that_the_run_has_is_not_published_again(
     run: TrackedRun, tiny: Encoder, wait: bool, caplog: pytest.LogCaptureFixture
@@ -142,6 +159,18 @@ def test_a_step_that_the_run_has_is_not_published_again(
     assert steps(run) == [(5, True)]
     assert again == (first if wait else None)
     assert "not published again" in caplog.text
+
+
+@pytest.mark.parametrize("waits", [(True, False, True), (False, True, False)], ids=str)
+def test_a_step_is_published_once_waited_for_or_not(
+    run: TrackedRun, tiny: Encoder, waits: tuple[bool, ...]
+) -> None:
+    """The first of them while there is a publisher in the background."""
+    publish_checkpoint(tiny, 1, run_id=run.id, wait=False)
+    found = {publish_checkpoint(tiny, 2, run_id=run.id, wait=wait) for wait in waits} - {None}
+    flush_checkpoints()
+    assert steps(run) == [(1, True), (2, True)]
+    assert found == {checkpoints_of(run)[1].model_id}
 
 
 def test_what_failed_in_the_background_is_told_when_flushed(

@@ -33,6 +33,20 @@ def test_the_recipe_stands_behind_file_and_flags(tmp_path: Path) -> None:
     assert request.loss.temperature == 0.05  # the recipe of demo
 
 
+def test_a_file_may_say_nothing_of_a_flag_or_give_it_a_mapping(tmp_path: Path) -> None:
+    file = tmp_path / "train.yaml"
+    file.write_text(
+        "tokenizer_name: null\nlearning_rate:\nlr_scheduler_type: cosine_with_min_lr\n"
+        "lr_scheduler_kwargs: {min_lr_rate: 0.1}\naccelerator_config:\n  split_batches: true\n"
+    )
+    request = parse_training(["--config", str(file)])
+    default = parse_training([])
+    assert request.model.tokenizer_name is None
+    assert request.trainer.learning_rate == default.trainer.learning_rate
+    assert request.trainer.lr_scheduler_kwargs == {"min_lr_rate": 0.1}
+    assert request.trainer.accelerator_config.split_batches is True
+
+
 def test_json_is_taken_too(tmp_path: Path) -> None:
     file = tmp_path / "demo.json"
     file.write_text('{"normalize": false, "max_steps": 3}')

@@ -3,6 +3,7 @@ import sys
 import threading
 from collections.abc import Mapping
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -49,6 +50,33 @@ def test_the_weights_are_those_of_the_moment_of_submitting(run: TrackedRun, tiny
     with fetched(checkpoint) as directory:
         state = load_encoder(directory).state_dict()
     assert all(torch.equal(before[name], state[name]) for name in before)
+
+
+def test_the_copies_of_every_gpu_are_waited_for(
+    run: TrackedRun, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of weights on several GPUs, not of the current one alone."""
+
+    class OnGpu(torch.Tensor):
+        """A tensor in host memory that says it is on a GPU."""
+
+        is_cuda = True
+        device = property(lambda self: torch.device("cuda", len(self)))  # type: ignore[assignment]
+
+    waited: list[torch.device | None] = []
+
+    def current_stream(device: torch.device | None = None) -> SimpleNamespace:
+        return SimpleNamespace(synchronize=lambda: waited.append(device))
+
+    monkeypatch.setattr(torch.cuda, "current_stream", current_stream)
+    weights = {str(n): torch.zeros(n).as_subclass(OnGpu) for n in (1, 2)}
+    weights["on the host"] = torch.zeros(3)
+    source = SimpleNamespace(state=lambda: weights, save=lambda to, _: to.mkdir())
+    publisher = Publisher(run, source)
+    publisher._spare.append({"1": torch.ones(1), "2": torch.ones(2), "on the host": torch.ones(3)})
+    publisher.submit(1)
+    publisher.close()
+    assert {device and device.index for device in waited} == {1, 2}
 
 
 def test_closing_waits_for_all(run: TrackedRun, tiny: Encoder) -> None:

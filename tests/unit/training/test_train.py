@@ -149,6 +149,26 @@ def test_a_training_goes_on_from_a_published_checkpoint(
         trained("--lora", model=checkpoint.uri, lora_publish="adapter")
 
 
+def test_a_training_is_resumed_from_what_the_name_stood_for(
+    trained: Make, trainers: list[RetrieverTrainer], tmp_path: Path
+) -> None:
+    """An alias that was given to another version meanwhile is no other base to its adapters."""
+    first = trained()
+    client = first.client
+    client.create_registered_model("moving")
+    for checkpoint in (checkpoints_of(first)[0], checkpoints_of(first)[-1]):
+        client.create_model_version("moving", checkpoint.uri)
+    client.set_registered_model_alias("moving", "best", "1")
+    flags = {"model": "models:/moving@best", "output_dir": tmp_path / "out", "save_steps": 2}
+    begun = trained(*LORA, **flags)
+    expected = vectors_of(trainers[-1])
+    assert begun.fetch().data.tags["mlflow_dr.start"] == checkpoints_of(first)[0].uri
+    client.set_registered_model_alias("moving", "best", "2")
+    again = trained(*LORA, "--resume_from_checkpoint", **flags)
+    assert again.id == begun.id
+    assert torch.equal(vectors_of(trainers[-1]), expected)
+
+
 @pytest.mark.parametrize(
     ("flags", "steps"),
     [
@@ -304,6 +324,37 @@ def test_lora_is_published_merged_or_as_adapters(
     vectors = load_encoder(directory, safetensors_only=True)(IDS, MASK)
     torch.testing.assert_close(vectors, vectors_of(trainers[-1]), rtol=1e-5, atol=1e-5)
     assert (vectors - load_encoder(saved, normalize=True)(IDS, MASK)).abs().max() > 1e-3
+
+
+@pytest.mark.parametrize("start", ["two towers", "models:/", "tiny"])
+def test_what_lora_left_unpublished_is_made_up(
+    trained: Make,
+    published: Make,
+    make_two_towers: Callable[..., Encoder],
+    tmp_path: Path,
+    start: str,
+) -> None:
+    """As it would have been published."""
+    model = start
+    if start == "two towers":
+        save_encoder(tmp_path / "towers", make_two_towers())
+        model = str(tmp_path / "towers")
+    elif start == "models:/":
+        model = checkpoints_of(trained(max_steps=1))[0].uri
+    flags = {"model": model, "output_dir": tmp_path / "out", "save_steps": 2}
+    first = trained(*LORA, **flags)
+    before = load_encoder(published(first, 2))
+    for one in checkpoints_of(first):
+        if one.step == 2:
+            first.client.delete_logged_model(one.model_id)
+    assert ready_steps(first) == {0, 4}
+    again = trained(*LORA, "--resume_from_checkpoint", **flags)
+    assert again.id == first.id
+    assert again.status == "FINISHED"
+    assert ready_steps(again) == {0, 2, 4}
+    made_up = load_encoder(published(again, 2))
+    for one, other in zip(made_up.towers, before.towers, strict=True):
+        torch.testing.assert_close(one(IDS, MASK), other(IDS, MASK))
 
 
 def test_two_towers_are_published(

@@ -153,12 +153,13 @@ VARIANTS: dict[str, dict[str, Any]] = {
 }
 
 
-# an epoch has two steps where nothing else is said: stopped amid one, or between two
+# an epoch has two steps where nothing else is said, a mixture's four: stopped amid one later than
+# the first, or between two
 @pytest.mark.parametrize(
     ("variant", "stopped"),
     [
         *(("plain", 3), ("plain", 4), ("accumulation", 3), ("ragged epochs", 3)),
-        *(("ragged epochs", 4), ("workers", 4), ("lasting workers", 3), ("mixture", 3)),
+        *(("ragged epochs", 4), ("workers", 4), ("lasting workers", 3), ("mixture", 6)),
         *(("grad cache and bf16", 3), ("logged every 3, saved every 2", 4)),
         *(("logged every 3, accumulated", 3), ("mixture", 4)),
     ],
@@ -172,14 +173,14 @@ def test_resumed_losses_are_those_of_the_run_that_was_never_stopped(
     variant: str,
     stopped: int,
 ) -> None:
-    """Step for step, with dropout."""
+    """Step for step, with dropout; and the passages are the same."""
     settings = {"save_strategy": "steps", "save_steps": 100, "max_steps": 9, **VARIANTS[variant]}
     settings["warmup_steps"] = 4
 
     def trainer(room: str, *callbacks: Any) -> RetrieverTrainer:
         encoder = make_small(0.2)
         chosen = mixture_of(colours, encoder, set_of) if variant == "mixture" else None
-        return make_trainer(encoder, tmp_path / room, callbacks, chosen, **settings)
+        return make_trainer(encoder, tmp_path / room, callbacks, chosen, Watched(), **settings)
 
     undisturbed = trainer("one")
     undisturbed.train()
@@ -193,6 +194,8 @@ def test_resumed_losses_are_those_of_the_run_that_was_never_stopped(
     second = trainer("two")
     second.resume(found.checkpoint)
     dismiss_workers(undisturbed, first, second)
+    read = [one._objective.__dict__["keys"] for one in (undisturbed, first, second)]
+    assert read[1] + read[2] == read[0]
 
     def logged(one: RetrieverTrainer, name: str) -> dict[int, float]:
         return {e["step"]: e[name] for e in one.state.log_history if name in e}

@@ -19,6 +19,7 @@ from mlflow_dr.encoder.model import Encoder
 from mlflow_dr.training.batches import Group, TrainingSet
 from mlflow_dr.training.building import collator_of
 from mlflow_dr.training.loss import Objective
+from mlflow_dr.training.mixture import Mixture
 from mlflow_dr.training.towers import Texts, Towers
 
 SIZES = {"query": 2, "passage": 3}
@@ -31,6 +32,7 @@ STEPS = {
     for encoder, cached, n in product(("tied", "untied", "lora"), (True, False), (1, 2))
 }
 TRAINER = {"trainer, cached": True, "trainer, plain": False}
+EPOCHS = [f"{what}, {kind}" for kind in ("one set", "mixture") for what in ("whole", "resumed")]
 
 
 Found = dict[str, Any]
@@ -63,7 +65,7 @@ def batches(make_texts: Callable[..., Texts]) -> list[dict[str, Any]]:
     ]
 
 
-def arguments(size: int) -> dict[str, Any]:
+def arguments(size: int, **others: Any) -> dict[str, Any]:
     return {
         "per_device_train_batch_size": size,
         "gradient_accumulation_steps": 2,
@@ -74,7 +76,32 @@ def arguments(size: int) -> dict[str, Any]:
         "optim": "sgd",
         "warmup_steps": 0,
         "disable_tqdm": True,
+        **others,
     }
+
+
+def over_epochs(size: int, mixed: bool) -> dict[str, Any]:
+    """Three epochs of two steps each, or of four; kept amid the second."""
+    per_epoch = 4 if mixed else 2
+    return arguments(
+        size,
+        gradient_accumulation_steps=1,
+        max_steps=3 * per_epoch,
+        save_strategy="steps",
+        save_steps=per_epoch + 1,
+    )
+
+
+def sets_of(encoder: Encoder, colours: Any, set_of: Callable[..., TrainingSet]) -> dict[str, Any]:
+    """A training set and a mixture that another process can be given."""
+
+    def listed(first_key: int) -> TrainingSet:
+        chosen = set_of(encoder, colours, 2, first_key=first_key)
+        queries = [chosen._queries[row] for row in range(len(colours))]
+        passages = [chosen._passages[row] for row in range(len(colours.passages))]
+        return TrainingSet(colours.examples, queries, passages, 2, seed=0, first_key=first_key)
+
+    return {"one set": listed(0), "mixture": Mixture([listed(0), listed(1000)], [2.0, 1.0], seed=0)}
 
 
 @pytest.fixture
@@ -90,6 +117,8 @@ def cases(
     batches: list[dict[str, Any]],
     encoders: dict[str, Encoder],
     groups: list[Group],
+    colours: Any,
+    set_of: Callable[..., TrainingSet],
 ) -> dict[str, dict[str, Any]]:
     made: dict[str, dict[str, Any]] = {}
     for name, (encoder, cached, n) in STEPS.items():
@@ -110,6 +139,23 @@ def cases(
             "arguments": {**arguments(2), "ddp_backend": "gloo"},
             "training_set": list(groups),
             "collator": collator_of(encoders["tied"]),
+            "room": name,
+            "resumed": None,
+        }
+    sets = sets_of(encoders["tied"], colours, set_of)
+    for name in EPOCHS:
+        what, kind = name.split(", ")
+        settings = over_epochs(2, kind == "mixture")
+        made[name] = {
+            "kind": "trainer",
+            "encoder": name,
+            "objective": Objective(0.05, across_devices=True),
+            "sizes": None,
+            "arguments": {**settings, "ddp_backend": "gloo"},
+            "training_set": sets[kind],
+            "collator": collator_of(encoders["tied"]),
+            "room": kind,
+            "resumed": f"checkpoint-{settings['save_steps']}" if what == "resumed" else None,
         }
     return made
 
@@ -124,10 +170,8 @@ def ranks(cases: dict[str, Any], encoders: dict[str, Encoder], tmp_path: Path) -
     if not kept:
         kept.append([{}, {}])
         room = tmp_path
-        given = {
-            "cases": cases,
-            "encoders": {**encoders, **{name: copy.deepcopy(encoders["tied"]) for name in TRAINER}},
-        }
+        trained = {name: copy.deepcopy(encoders["tied"]) for name in (*TRAINER, *EPOCHS)}
+        given = {"cases": cases, "encoders": {**encoders, **trained}}
         torch.save(given, room / "given.pt")
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
@@ -219,3 +263,42 @@ def test_our_trainer_in_two_processes_is_our_trainer_in_one(
             assert sorted(numbers) == list(range(len(numbers)))
             assert sum(size for _, size in step) == case["trainable"]
     assert ranks[0][name]["losses"] == pytest.approx(losses, rel=1e-6)
+
+
+@pytest.mark.parametrize("mixed", [False, True], ids=["one set", "mixture"])
+def test_two_processes_read_the_passages_of_each_epoch(
+    mixed: bool,
+    ranks: list[Found],
+    encoders: dict[str, Encoder],
+    colours: Any,
+    set_of: Callable[..., TrainingSet],
+    make_trainer: Callable[..., Any],
+) -> None:
+    """Those that one process reads, also when they go on amid the second epoch."""
+    kind = "mixture" if mixed else "one set"
+    settings = over_epochs(4, mixed)
+    read: list[list[int]] = []
+    trainer = make_trainer(
+        encoders["tied"],
+        training_set=sets_of(encoders["tied"], colours, set_of)[kind],
+        **{**settings, "save_strategy": "no"},
+    )
+    collate = trainer.data_collator
+    trainer.data_collator = lambda groups: (
+        read.append([int(key) for group in groups for key in group.keys]) or collate(groups)
+    )
+    trainer.train()
+    epochs = torch.tensor(read).view(3, -1).sort().values.tolist()
+    assert epochs[0] != epochs[1] != epochs[2]
+    whole, resumed = (
+        [one + other for one, other in zip(*(found[name]["keys"] for found in ranks), strict=True)]
+        for name in (f"whole, {kind}", f"resumed, {kind}")
+    )
+    assert whole == read
+    assert resumed == read[settings["save_steps"] :]
+    for found in ranks:
+        weights = [found[f"{what}, {kind}"]["weights"] for what in ("whole", "resumed")]
+        for weight, value in encoders["tied"].state_dict().items():
+            torch.testing.assert_close(weights[0][weight], value, rtol=1e-10, atol=1e-10)
+            # kept in fp32
+            torch.testing.assert_close(weights[1][weight], value, rtol=1e-4, atol=1e-6)

@@ -11,6 +11,7 @@ import sys
 import warnings
 from collections.abc import Mapping
 from contextlib import nullcontext
+from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -84,6 +85,14 @@ def computed(case: Mapping[str, Any], given: Mapping[str, Any], rank: int) -> di
     return {"steps": steps, "trainable": sum(v.numel() for v in grads.values())}
 
 
+class Watched(Objective):
+    """The objective; remembers the keys of each batch."""
+
+    def __call__(self, queries: Tensor, passages: Tensor, keys: Any = None, *_: Any) -> Tensor:
+        self.__dict__.setdefault("keys", []).append(keys.tolist())
+        return super().__call__(queries, passages, keys)
+
+
 class Counting(TrainerCallback):
     """Notes the all-reduces of each step of Trainer's."""
 
@@ -101,21 +110,23 @@ class Counting(TrainerCallback):
 
 
 def trained(case: Mapping[str, Any], given: Mapping[str, Any], room: Path) -> dict[str, Any]:
-    """Losses and weights after some steps of our Trainer."""
+    """What our Trainer reads in some steps, and losses and weights after them."""
     encoder = given["encoders"][case["encoder"]]
     counting = Counting()
+    watched = Watched(**asdict(case["objective"]))
     trainer = RetrieverTrainer(
         encoder,
-        RetrieverTrainingArguments(output_dir=str(room), **case["arguments"]),
+        RetrieverTrainingArguments(output_dir=str(room / case["room"]), **case["arguments"]),
         case["training_set"],
         case["collator"],
-        case["objective"],
+        watched,
         [counting],
         case["sizes"],
     )
     counting.trainer = trainer
-    trainer.train()
+    trainer.resume(room / case["room"] / case["resumed"] if case["resumed"] else None)
     return {
+        "keys": watched.__dict__["keys"],
         "losses": [entry["loss"] for entry in trainer.state.log_history if "loss" in entry],
         "weights": encoder.state_dict(),
         "reduced": counting.steps,

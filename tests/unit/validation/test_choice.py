@@ -198,6 +198,7 @@ def test_what_another_has_begun_in_time_is_waited_for() -> None:
     assert one.waiting_of("run") == [begun]
     assert not one.has_free
     assert list(one.candidates()) == []
+    assert one.see(Look(there, over=False)) == []  # half the patience counts at most
     assert one.see(Look(there, over=False)) == [begun]
     assert not one.is_waiting
 

@@ -1,0 +1,87 @@
+"""Starting and ending a trainer and a validator; the whole of it is in tests/integration."""
+
+import logging
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections import deque
+from collections.abc import Callable
+from pathlib import Path
+
+import psutil
+import pytest
+
+from mlflow_dr import launch
+from mlflow_dr.launch import SECONDS_TO_STOP, Child, _plan, _signal
+from mlflow_dr.tracking.runs import TrackedRun
+
+STUBBORN = "import signal, time; signal.signal(signal.SIGTERM, signal.SIG_IGN); time.sleep(600)"
+PARENT = f"""
+import subprocess, sys, time
+words = [sys.executable, "-c", {STUBBORN!r}]
+print(*(subprocess.Popen(words, start_new_session=own).pid for own in (True, False)), flush=True)
+time.sleep(600)
+"""
+
+
+def test_killing_reaches_what_a_child_has_started() -> None:
+    """As torchrun does: in a session of its own. And what is in the child's."""
+    process = subprocess.Popen(
+        [sys.executable, "-c", PARENT], stdout=subprocess.PIPE, text=True, start_new_session=True
+    )
+    assert process.stdout is not None
+    workers = [psutil.Process(int(pid)) for pid in process.stdout.readline().split()]
+    try:
+        _signal([Child("train", process, deque(), threading.Thread())], signal.SIGKILL)
+        assert process.wait(timeout=10) == -signal.SIGKILL
+        deadline = time.monotonic() + 10
+        while any(map(_lives, workers)) and time.monotonic() < deadline:
+            time.sleep(0.01)
+        assert not any(map(_lives, workers))
+    finally:
+        for one in (process, *filter(_lives, workers)):
+            one.kill()
+        process.stdout.close()
+        process.wait()
+
+
+def _lives(process: psutil.Process) -> bool:
+    """Whether it is there; what nobody has waited for yet is not."""
+    try:
+        return process.status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return False
+
+
+def test_torchrun_waits_for_its_children_as_long_as_we_do(
+    run: TrackedRun, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By torch's own reading of what it is given."""
+    printing = (
+        "from torch.distributed.launcher.api import LaunchConfig as C; "
+        "print(getattr(C(1, 1, 1), 'shutdown_timeout', 'unknown'))"
+    )
+    monkeypatch.setattr(launch, "TORCHRUN", ("-c", printing))
+    child = Child.start("train", [], run, {}, processes=2)
+    with child.process:
+        child.reader.join(timeout=60)
+    if child.tail[-1] == "unknown":
+        pytest.skip("this torch waits for half a minute")
+    assert float(child.tail[-1]) == SECONDS_TO_STOP
+
+
+@pytest.mark.parametrize("gpus", [1, 4])
+def test_negatives_across_devices_are_looked_at_with_the_processes_to_come(
+    beir_folder: Callable[..., Path],
+    tmp_path: Path,
+    gpus: int,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    folder = beir_folder({"p": "gulls"}, {"q": "birds"}, train={"q": {"p": 1}}, dev={"q": {"p": 1}})
+    flags = ["--dataset", str(folder), "--negatives_x_device", "--use_cpu"]
+    with caplog.at_level(logging.WARNING, "mlflow_dr"):
+        plan = _plan([*flags, "--output_dir", str(tmp_path / "out")], gpus)
+    assert (plan.validated, plan.run_id) == (str(folder), None)
+    assert ("there is one training process" in caplog.text) == (gpus == 1)
