@@ -209,18 +209,23 @@ def refining(
         judged: which judged passages are always in it: the `relevant` ones, or `all`.
 
     Raises:
-        UsageError: not of this form, or the same as a cheap one.
+        UsageError: not of this form, the same as a cheap one, or one for several of them.
     """
     words, _, count = text.rpartition("@")
     if not words or not count.isdecimal() or int(count) == 0:
         raise UsageError(f"refine {text!r}: expected SUBSET@N, such as full@3")
     spec = parse_spec(words, seed, judged)
-    added = []
+    added: list[Validation] = []
     for cheap in validations:
         if cheap.subset == spec:
             raise UsageError(f"refine {text!r} is what validation {cheap.name!r} does already")
         base = cheap.name.removesuffix(f"-{cheap.subset.slug}")
         name = "-".join(filter(None, (base, spec.slug)))
+        if name in {one.name for one in added}:
+            raise UsageError(
+                f"refine {text!r}: validation {name!r} would be of the best by several subsets; "
+                "give one --subset"
+            )
         refines = Refines(cheap.name, cheap.settings.measures[0], int(count))
         added.append(replace(cheap, name=name, subset=spec, refines=refines))
     return tuple(added)

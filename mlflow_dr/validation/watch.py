@@ -369,10 +369,8 @@ class _Worker:
             UsageError: the one run that is followed says too little, or something else.
         """
         if run.id not in self._bound:
-            changes, names = (
-                self._plan.encoder_changes,
-                [one.name for one in self._plan.validations],
-            )
+            changes = self._plan.encoder_changes
+            names = [one.name for one in self._plan.validations]
             try:
                 if not is_tried(run, names, changes) and ahead:
                     for one in self._plan.validations:

@@ -21,7 +21,7 @@ METRICS = {
 def test_trainer_and_validator_end_well(followed: SimpleNamespace) -> None:
     assert followed.training.returncode == 0, followed.training.stderr
     assert followed.validator_code == 0, followed.validator_printed
-    assert followed.validator_printed.startswith("waiting until the trainer of run")
+    assert followed.validator_printed.startswith(f"waiting until run {followed.run_id} has")
     assert (
         f"validated 5 checkpoints of run {followed.run_id}; 0 failed" in followed.validator_printed
     )

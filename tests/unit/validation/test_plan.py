@@ -176,6 +176,12 @@ def test_subsets_of_the_flags_are_those_of_validations_without_one(tmp_path: Pat
     assert plan.keep_up
 
 
+def test_several_subsets_are_not_refined_by_one_validation() -> None:
+    cheap = Asked(SETTINGS, subsets=["bm25@1", "random:5"], refine="full@3")
+    with pytest.raises(UsageError, match="'val' would be of the best by several subsets"):
+        cheap.validations("val")
+
+
 def test_no_such_file(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match=r"nowhere\.yaml"):
         read_plan(tmp_path / "nowhere.yaml", ASKED)

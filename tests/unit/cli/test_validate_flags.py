@@ -1,0 +1,63 @@
+"""Each flag of `mlflow-dr validate` reaches the plan."""
+
+from operator import attrgetter
+
+import pytest
+
+from mlflow_dr.cli import validate
+
+FLAGS = {
+    "--order bisect": ("order.value", "bisect"),
+    "--every 7": ("every", 7),
+    "--max-lag 60": ("max_lag_seconds", 60.0),
+    "--retry-failed": ("retry_failed", True),
+    "--poll-seconds 5": ("poll_seconds", 5.0),
+    "--once": ("follow", False),
+    "--patience 3": ("wishes.patience", 3),
+    "--min-delta 0.01": ("wishes.min_delta", 0.01),
+    "--metric val/ndcg_at_10": ("wishes.metric", "val/ndcg_at_10"),
+    "--pooling cls": ("encoder_changes", {"pooling": "cls"}),
+    "--no-normalize": ("encoder_changes", {"normalize": False}),
+    "--max-length 9": ("encoder_changes", {"query_max_length": 9, "passage_max_length": 9}),
+}
+OF_THE_VALIDATION = {
+    "--name other": ("name", "other"),
+    "--dataset demo": ("dataset", "demo"),
+    "--split test": ("split", "test"),
+    "--depth 200": ("settings.depth", 200),
+    "--device cpu": ("settings.device", "cpu"),
+    "--dtype fp32": ("settings.dtype", "fp32"),
+    "--keep-own-id": ("settings.keep_own_id", True),
+    "--subset bm25@5": ("subset.shown", "bm25@5"),
+    "--subset random:5 --seed 3": ("subset.seed", 3),
+    "--subset random:5 --judged all": ("subset.judged", "all"),
+}
+
+
+@pytest.mark.parametrize("words", FLAGS)
+def test_a_flag_of_the_plan(words: str) -> None:
+    name, expected = FLAGS[words]
+    plan = validate.plan_of(["--run-id", "0", *words.split()])
+    assert attrgetter(name)(plan) == expected
+    assert attrgetter(name)(validate.plan_of(["--run-id", "0"])) != expected
+
+
+@pytest.mark.parametrize("words", OF_THE_VALIDATION)
+def test_a_flag_of_the_validation(words: str) -> None:
+    name, expected = OF_THE_VALIDATION[words]
+    (found,) = validate.plan_of(["--run-id", "0", *words.split()]).validations
+    assert attrgetter(name)(found) == expected
+    (plain,) = validate.plan_of(["--run-id", "0"]).validations
+    assert attrgetter(name)(plain) != expected
+
+
+def test_flags_of_several_validations() -> None:
+    words = "--run-id 0 --subset random:5 random:9 --keep-up --keep best:2,last:1"
+    plan = validate.plan_of(words.split())
+    assert plan.keep_up
+    assert (plan.wishes.keep.best, plan.wishes.keep.last) == (2, 1)
+    (cheap, dear) = validate.plan_of(
+        ["--run-id", "0", "--subset", "random:5", "--refine", "full@4", "--measures", "ndcg@5"]
+    ).validations
+    assert (cheap.refines, dear.refines.name, dear.refines.best) == (None, cheap.name, 4)
+    assert str(dear.refines.measure) == "ndcg@5"
