@@ -10,35 +10,23 @@ from dataclasses import dataclass
 from functools import partial
 
 from mlflow_dr.beside import Beside
-from mlflow_dr.errors import (
-    MlflowDrError,
-    TrackingError,
-)
+from mlflow_dr.errors import TrackingError
 from mlflow_dr.tracking.checkpoints import Checkpoint
 from mlflow_dr.tracking.claims import Claims
 from mlflow_dr.tracking.clock import ServerClock
 from mlflow_dr.tracking.following import Followed, Look
 from mlflow_dr.tracking.patience import Patience
-from mlflow_dr.tracking.results import (
-    State,
-)
-from mlflow_dr.tracking.runs import (
-    DATASET_PARAM,
-    SPLIT_PARAM,
-    TrackedRun,
-    check_alive,
-    is_gone,
-    is_over,
-)
+from mlflow_dr.tracking.results import State
+from mlflow_dr.tracking.runs import is_gone
 from mlflow_dr.tracking.status import note_summary, summary_of
-from mlflow_dr.validation.binding import Bound, Collections, is_early
+from mlflow_dr.validation.binding import Bound
+from mlflow_dr.validation.bound_runs import BoundRuns
 from mlflow_dr.validation.choice import Choice
 from mlflow_dr.validation.jobs import Job, Jobs
 from mlflow_dr.validation.order import Order
 from mlflow_dr.validation.pace import Pacer
 from mlflow_dr.validation.plan import Plan
 from mlflow_dr.validation.policies import Policies
-from mlflow_dr.validation.trying import is_tried
 
 log = logging.getLogger(__name__)
 
@@ -104,8 +92,7 @@ class _Worker:
         self._jobs = Jobs(plan, self._patiently, self._clock)
         self._pacer = Pacer(plan)
         self._choice = Choice(plan, claims.owner.token, self._clock.now_ms)
-        self._collections = Collections()
-        self._bound: dict[str, list[Bound]] = {}
+        self._bound = BoundRuns(followed, plan, self._patiently, sleep)
         self._policies = Policies(plan.wishes, plan.deciding)
         self._noted: dict[str, dict[str, str]] = {}
         self._seen: dict[str, list[Checkpoint]] = {}  # when that was noted
@@ -115,7 +102,7 @@ class _Worker:
 
     def run(self) -> Counts:
         if self._followed.run is not None:
-            self._bind_ahead(self._followed.run)
+            self._bound.bind_ahead(self._followed.run)
         note_at, asked = -float("inf"), False
         while True:
             self._finish()
@@ -131,14 +118,14 @@ class _Worker:
             if start >= note_at or not self._choice.has_free:
                 self._patiently(partial(self._note, look))
                 note_at = start + SECONDS_BETWEEN_NOTES
-            found, bound_before = False, set(self._bound)
+            found, bound_before = False, len(self._bound)
             while job := self._next():
                 found = True
                 self._work(job)
                 unpaced = self._plan.keep_up and not self._pacer.has_chosen(job.run.id)
                 if time.monotonic() >= next_look or unpaced:
                     break
-            if found or self._choice.is_stale or self._bound.keys() > bound_before:
+            if found or self._choice.is_stale or len(self._bound) > bound_before:
                 continue
             if look.over is None and not self._choice.is_waiting and not asked:
                 asked = True  # nothing is left: whether that is all is asked now, not after a wait
@@ -161,7 +148,7 @@ class _Worker:
     def _note(self, look: Look) -> None:
         """Where there is something new on a run, show it there, and do what follows from it."""
         for run_id, of_run in look.by_run().items():
-            bound = self._bound.get(run_id)
+            bound = self._bound.known(run_id)
             if not bound or self._seen.get(run_id) == of_run:
                 continue
             summaries = {one.name: summary_of(of_run, one.name) for one in bound}
@@ -181,7 +168,7 @@ class _Worker:
         """Do only what there is the time for; returns whether that has changed."""
         changed = False
         for run_id, of_run in look.by_run().items():
-            bound = self._bound.get(run_id)
+            bound = self._bound.known(run_id)
             if not bound:
                 continue
             with self._going_on_without(run_id):
@@ -204,9 +191,9 @@ class _Worker:
         except TrackingError:
             if self._followed.run is not None or not is_gone(self._followed.client, run_id):
                 raise
-            if self._bound.get(run_id) != []:
+            if self._bound.known(run_id) != []:
                 log.error("run %s is passed over: it was deleted", run_id)
-            self._bound[run_id] = []
+            self._bound.pass_over(run_id)
             self._choice.refuse(run_id)
 
     def _claimed(self) -> Job | None:
@@ -214,13 +201,13 @@ class _Worker:
         for checkpoint, names in self._choice.candidates():
             with self._going_on_without(checkpoint.run_id):
                 run = self._followed.run_of(checkpoint)
-                if run.id not in self._bound and self._is_early(run):
+                is_new = self._bound.known(run.id) is None
+                if is_new and self._bound.is_early(run):
                     self._choice.put_off(run.id)
                     continue
-                if run.id not in self._bound and self._plan.keep_up:
-                    self._bound_to(run)
+                bound = self._bound.of(run)
+                if is_new and self._plan.keep_up:
                     return None  # which of them are done is known at the next look
-                bound = self._bound_to(run)
                 if not bound:
                     self._choice.refuse(run.id)
                     continue
@@ -327,63 +314,3 @@ class _Worker:
                     job.drop_files()
         finally:
             self.claims.close()
-
-    def _bind_ahead(self, run: TrackedRun) -> None:
-        """Open the collections before the first checkpoint is there, as soon as they are known."""
-        said = False
-        while not self._patiently(partial(self._can_bind, run)):
-            if not self._plan.follow:
-                break
-            if not said:
-                log.info("waiting until run %s has what its validations need", run.id)
-                said = True
-            self._sleep(self._plan.poll_seconds)
-        self._patiently(partial(self._bound_to, run, ahead=True))
-
-    def _can_bind(self, run: TrackedRun) -> bool:
-        """Whether dataset and split are known, or the run says no more: over, or publishing.
-
-        And so are the checkpoints that subsets are chosen by.
-        """
-        state = run.fetch()
-        check_alive(state)
-        params = state.data.params
-        known = all(
-            (one.dataset or DATASET_PARAM in params) and (one.split or SPLIT_PARAM in params)
-            for one in self._plan.validations
-        )
-        known = known or is_over(state) or bool(self._followed.look().checkpoints)
-        return known and not self._is_early(run)
-
-    def _is_early(self, run: TrackedRun) -> bool:
-        return self._plan.follow and is_early(run, self._plan.validations)
-
-    def _bound_to(self, run: TrackedRun, ahead: bool = False) -> list[Bound]:
-        """The validations as they are on a run; none where the run says too little for them.
-
-        Args:
-            run: whose checkpoints are validated.
-            ahead: whether there may be none yet to try the changes of encoders with.
-
-        Raises:
-            UsageError: the one run that is followed says too little, or something else.
-        """
-        if run.id not in self._bound:
-            changes = self._plan.encoder_changes
-            names = [one.name for one in self._plan.validations]
-            try:
-                if not is_tried(run, names, changes) and ahead:
-                    for one in self._plan.validations:
-                        self._collections.prepare(run, one)
-                    return []
-                self._bound[run.id] = [
-                    self._collections.bind(run, one, changes) for one in self._plan.validations
-                ]
-            except TrackingError:
-                raise
-            except MlflowDrError as error:
-                if self._followed.run is not None:
-                    raise
-                log.error("run %s is passed over: %s", run.id, error)
-                self._bound[run.id] = []
-        return self._bound[run.id]
