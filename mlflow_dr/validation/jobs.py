@@ -169,10 +169,7 @@ class Jobs:
     def _encoder(self, job: Job) -> Encoder:
         changes = self._plan.encoder_changes
         if job.files:
-            try:
-                return _loaded(job.checkpoint, job.files.directory, changes)
-            finally:
-                job.drop_files()
+            return _loaded(job.checkpoint, job.files.directory, changes)
         return self._patiently(partial(encoder_of, job.checkpoint, changes), UnavailableError)
 
     def _written(self, job: Job, bound: Bound, outcome: Outcome) -> State:

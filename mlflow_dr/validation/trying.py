@@ -8,8 +8,8 @@ from typing import Any
 
 from mlflow_dr.errors import CheckpointError, UnavailableError, UsageError
 from mlflow_dr.tracking.checkpoints import Checkpoint, checkpoints_of
-from mlflow_dr.tracking.results import known_config
 from mlflow_dr.tracking.runs import TrackedRun
+from mlflow_dr.tracking.validations import validations_of
 from mlflow_dr.validation.jobs import encoder_of
 
 
@@ -30,7 +30,7 @@ def is_tried(run: TrackedRun, names: Sequence[str], changes: Mapping[str, Any]) 
     Raises:
         UsageError: a checkpoint can be read without the changes only.
     """
-    if not changes or all(known_config(run, name) for name in names):
+    if not changes or validations_of(run).keys() >= set(names):
         return True
     for checkpoint in checkpoints_of(run):
         if checkpoint.ready and not checkpoint.is_pruned and _is_readable(checkpoint, changes):
