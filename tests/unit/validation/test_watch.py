@@ -50,6 +50,12 @@ def folder(beir_folder: Callable[..., Path], texts: list[str]) -> Path:
     )
 
 
+@pytest.fixture
+def two_splits(folder: Path) -> None:
+    """`test` beside `dev`."""
+    (folder / "qrels" / "test.tsv").write_text("query-id\tcorpus-id\tscore\nq2\tp1\t1\n")
+
+
 def watch(
     run: TrackedRun, *validations: Validation, sleep: Any = time.sleep, **plan: Any
 ) -> Counts:
@@ -391,10 +397,9 @@ def test_several_validations_encode_the_corpus_once(
     client: MlflowClient,
     run: TrackedRun,
     publishing: Callable[[int], str],
-    folder: Path,
+    two_splits: None,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    (folder / "qrels" / "test.tsv").write_text("query-id\tcorpus-id\tscore\nq2\tp1\t1\n")
     publishing(1)
     deep = replace(VALIDATION.settings, measures=parse_measures("recall@3"))
     both = (VALIDATION, Validation(deep, "test", split="test"))
@@ -618,11 +623,10 @@ def test_a_server_that_goes_away_between_two_claims_of_a_checkpoint(
     client: MlflowClient,
     run: TrackedRun,
     publishing: Callable[[int], str],
-    folder: Path,
+    two_splits: None,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """When it is back, another checkpoint comes first; what was claimed is not left behind."""
-    (folder / "qrels" / "test.tsv").write_text("query-id\tcorpus-id\tscore\nq2\tp1\t1\n")
     for step in range(3):
         publishing(step)
     client.set_terminated(run.id)
