@@ -1,0 +1,331 @@
+"""Checkpoints on a real server, validators as processes, and what became of them."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from mlflow import MlflowClient
+
+from benchmarks.server import Server
+from mlflow_dr.collection.catalogue import open_collection
+from mlflow_dr.encoder.config import EncoderConfig
+from mlflow_dr.encoder.directory import save_encoder
+from mlflow_dr.encoder.model import Encoder
+from mlflow_dr.encoder.tiny import tiny_encoder
+from mlflow_dr.errors import MlflowDrError
+from mlflow_dr.tracking.checkpoints import checkpoint_by_id, publish
+from mlflow_dr.tracking.client import connect
+from mlflow_dr.tracking.results import State, state_of
+from mlflow_dr.tracking.runs import TrackedRun
+from mlflow_dr.tracking.tables import values_of
+
+PASSAGES, QUERIES, WORDS = 400, 60, 900  # of a collection on which untrained encoders differ
+MEASURES = "mrr@10 ndcg@10"
+METRICS = ("mrr_at_10", "ndcg_at_10")
+STARTS = 4  # of a validator that is started again whenever it ends with an error
+SECONDS_TO_END = 240
+
+COUNTS = (
+    *("checkpoints", "points", "doubled", "lost", "different", "failed", "unkept"),
+    "tracebacks",
+)
+
+Points = dict[str, dict[int, list[float]]]
+"""metric -> step -> values."""
+
+
+def points(client: MlflowClient, run_id: str, name: str) -> Points:
+    """The points that a validation's metrics have on a run."""
+    found: Points = {}
+    for metric in METRICS:
+        steps = found.setdefault(metric, {})
+        for point in client.get_metric_history(run_id, f"{name}/{metric}"):
+            steps.setdefault(point.step, []).append(point.value)
+    return found
+
+
+@dataclass
+class Row:
+    """What a scenario left.
+
+    Attributes:
+        scenario: what was done.
+        checkpoints: how many sound checkpoints there were.
+        points: how many of their points there are, of all metrics.
+        doubled: points beyond the first of a metric and a step.
+        lost: points that are missing.
+        different: points with a value other than an undisturbed run's.
+        failed: sound checkpoints that are noted as FAILED.
+        unkept: sound checkpoints whose values of single queries cannot be had.
+        tracebacks: how many the validators have printed.
+        codes: exit codes of the validators, each with those of all its starts.
+        seconds: from the first validator's start until the last one's end.
+        notes: anything else.
+    """
+
+    scenario: str
+    checkpoints: int = 0
+    points: int = 0
+    doubled: int = 0
+    lost: int = 0
+    different: int = 0
+    failed: int = 0
+    unkept: int = 0
+    tracebacks: int = 0
+    codes: list[str] = field(default_factory=list)
+    seconds: float = 0.0
+    notes: list[str] = field(default_factory=list)
+
+    @property
+    def is_good(self) -> bool:
+        """Whether each sound checkpoint has what it has to have, and nothing more."""
+        return not (
+            self.doubled
+            or self.lost
+            or self.different
+            or self.failed
+            or self.unkept
+            or self.tracebacks
+        )
+
+
+class Validator:
+    """`mlflow-dr validate` as a process of its own, which follows a run until that has ended.
+
+    Args:
+        words: flags.
+        variables: of its environment.
+        log: where its output goes.
+        name: for the table.
+        before: words before the command, such as `unshare`.
+        starts: how often it is started, while it ends with an error.
+    """
+
+    def __init__(
+        self,
+        words: Sequence[str],
+        variables: Mapping[str, str],
+        log: Path,
+        name: str = "validator",
+        before: Sequence[str] = (),
+        starts: int = 1,
+    ) -> None:
+        self.name = name
+        self.log = log
+        self.codes: list[int] = []
+        self._words = [*before, sys.executable, "-m", "mlflow_dr", "validate", *words]
+        self._variables = {**os.environ, **variables}
+        self._starts = starts
+        self._process: subprocess.Popen[bytes] | None = None
+
+    def start(self) -> None:
+        """Start it, unless it was started before."""
+        if self._process is not None:
+            return
+        with self.log.open("ab") as log:
+            self._process = subprocess.Popen(
+                self._words, env=self._variables, stdout=log, stderr=log, start_new_session=True
+            )
+
+    def has_ended(self) -> bool:
+        """Whether it has ended, for the last time; starts it again where it may be."""
+        if self._process is None:
+            return bool(self.codes)
+        code = self._process.poll()
+        if code is None:
+            return False
+        self.codes.append(code)
+        self._process = None
+        if code and len(self.codes) < self._starts:
+            self.start()
+            return False
+        return True
+
+    def kill(self) -> None:
+        """End it at once."""
+        if self._process is not None and self._process.poll() is None:
+            os.killpg(self._process.pid, signal.SIGKILL)
+            self.codes.append(self._process.wait())
+        self._process = None
+
+    @property
+    def tracebacks(self) -> int:
+        """How many it has printed."""
+        return self.log.read_text(errors="replace").count("Traceback (most recent call last)")
+
+
+class Scene:
+    """A server, encoders of several steps, and what an undisturbed validator finds of them.
+
+    Args:
+        server: it runs.
+        room: a folder for everything.
+        count: how many sound checkpoints each scenario has.
+    """
+
+    def __init__(self, server: Server, room: Path, count: int) -> None:
+        self.server = server
+        self.room = room
+        self.client = connect(server.uri)
+        self.steps = list(range(10, 10 * count + 10, 10))
+        os.environ["MLFLOW_DR_CACHE"] = str(room / "cache")
+        os.environ["MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT"] = "true"
+        self.collection = _written_collection(room / "collection")
+        for step in self.steps:
+            save_encoder(self.encoder(step), _tiny(self.collection, step))
+        run = self.new_run("undisturbed")
+        self.publish(run)
+        self.client.set_terminated(run.id)
+        all_ended([self.validator(run, "undisturbed")])
+        self.right = points(self.client, run.id, "val")
+        self.config = self._config(run)
+        if any(
+            len(self.right[metric].get(step, ())) != 1 for metric in METRICS for step in self.steps
+        ):
+            raise SystemExit("an undisturbed validator has not written one point for each metric")
+
+    def encoder(self, step: int) -> Path:
+        """The directory of the sound encoder of a step."""
+        return self.room / "encoders" / f"step-{step}"
+
+    def new_run(self, name: str, store: str | None = None) -> TrackedRun:
+        """A run in an experiment of its own; `store` is where its artifacts lie."""
+        experiment = self.client.create_experiment(name, artifact_location=store)
+        run = TrackedRun(self.client, self.client.create_run(experiment, run_name=name))
+        run.log_params({"dataset": str(self.collection), "validation_split": "dev"})
+        return run
+
+    def publish(self, run: TrackedRun, steps: Sequence[int] = ()) -> dict[int, str]:
+        """Publish the sound encoders, or those of these steps; their model ids by step."""
+        return {step: publish(run, self.encoder(step), step) for step in steps or self.steps}
+
+    def validator(
+        self,
+        run: TrackedRun,
+        name: str,
+        variables: Mapping[str, str] | None = None,
+        uri: str | None = None,
+        before: Sequence[str] = (),
+        starts: int = 1,
+    ) -> Validator:
+        """A validator of a run, with a cache and a temporary directory that others have, too."""
+        temporary = self.room / "tmp"
+        temporary.mkdir(exist_ok=True)
+        experiment = self.client.get_experiment(run.experiment_id).name
+        return Validator(
+            ["--run-id", run.id, "--measures", MEASURES, "--poll-seconds", "0.5"],
+            {
+                "MLFLOW_TRACKING_URI": uri or self.server.uri,
+                "TMPDIR": str(temporary),
+                "OMP_NUM_THREADS": "1",
+                **(variables or {}),
+            },
+            self.room / f"{experiment}, {name}.log",
+            name,
+            before,
+            starts,
+        )
+
+    def row(
+        self,
+        scenario: str,
+        run: TrackedRun,
+        sound: Mapping[int, str],
+        validators: Sequence[Validator],
+        seconds: float,
+    ) -> Row:
+        """Count what is there of the sound checkpoints of a run, asking the server itself."""
+        row = Row(scenario, len(sound), seconds=seconds)
+        there = points(self.client, run.id, "val")
+        for metric in METRICS:
+            for step in sound:
+                values = there[metric].get(step, [])
+                row.points += len(values)
+                row.doubled += max(0, len(values) - 1)
+                row.lost += not values
+                row.different += sum([value] != self.right[metric][step] for value in values)
+        if (config := self._config(run)) != self.config:
+            row.different += 1
+            row.notes.append(f"the validation's configuration is another one: {config}")
+        for model_id in sound.values():
+            checkpoint = checkpoint_by_id(self.client, model_id)
+            row.failed += "mlflow_dr.validation.val.failed" in checkpoint.tags
+            if state_of(checkpoint, "val") is State.DONE:
+                try:
+                    values_of(run, checkpoint, "val")
+                except MlflowDrError:
+                    row.unkept += 1
+        for one in validators:
+            row.codes.append(f"{one.name} {','.join(map(str, one.codes)) or '-'}")
+            row.tracebacks += one.tracebacks
+        return row
+
+    def _config(self, run: TrackedRun) -> str | None:
+        """The configuration that the validation's name stands for on a run."""
+        return self.client.get_run(run.id).data.params.get("mlflow_dr.validation.val")
+
+
+def all_ended(validators: Sequence[Validator], seconds: float = SECONDS_TO_END) -> float:
+    """Start validators and wait until all have ended, or kill them; the seconds that it took."""
+    start = time.monotonic()
+    try:
+        for one in validators:
+            one.start()
+        while time.monotonic() - start < seconds:
+            ended = [one.has_ended() for one in validators]  # each is asked: it is started again
+            if all(ended):
+                break
+            time.sleep(0.2)
+    finally:
+        for one in validators:
+            one.kill()
+    return time.monotonic() - start
+
+
+def merged(scenario: str, rows: Sequence[Row]) -> Row:
+    """The rows of several runs as one; validators that did not end well are named."""
+    whole = Row(scenario)
+    for one in rows:
+        for name in COUNTS:
+            setattr(whole, name, getattr(whole, name) + getattr(one, name))
+        whole.codes += [code for code in one.codes if not code.endswith(" 0")]
+        whole.notes += one.notes
+        whole.seconds += one.seconds
+    whole.codes.append(f"others {len(rows) - len(whole.codes)} x 0")
+    return whole
+
+
+def _written_collection(room: Path) -> Path:
+    """Passages of random words in BEIR's layout, and queries of some words of one of them."""
+    chance = random.Random(0)
+    words = ["".join(chance.choices("abcdefghiklmnoprstu", k=5)) for _ in range(WORDS)]
+    passages = [chance.choices(words, k=chance.randint(5, 30)) for _ in range(PASSAGES)]
+    queries = [chance.sample(passage, 3) for passage in chance.sample(passages, QUERIES)]
+    (room / "qrels").mkdir(parents=True)
+    for name, texts in (("corpus", passages), ("queries", queries)):
+        with (room / f"{name}.jsonl").open("w", encoding="utf-8") as file:
+            for number, text in enumerate(texts):
+                file.write(json.dumps({"_id": f"{name[0]}{number}", "text": " ".join(text)}) + "\n")
+    with (room / "qrels" / "dev.tsv").open("w", encoding="utf-8") as file:
+        file.write("query-id\tcorpus-id\tscore\n")
+        for number, query in enumerate(queries):
+            found = next(row for row, text in enumerate(passages) if set(query) <= set(text))
+            file.write(f"q{number}\tc{found}\t1\n")
+    return room
+
+
+def _tiny(collection: Path, step: int) -> Encoder:
+    corpus = open_collection(str(collection)).corpus()
+    texts = [passage.text for batch in corpus.batches() for passage in batch]
+    torch.manual_seed(step)
+    return tiny_encoder(texts, EncoderConfig(pooling="mean", normalize=True)).eval()
