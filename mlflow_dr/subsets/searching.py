@@ -8,12 +8,13 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from mlflow_dr.cache import cache_entry
 from mlflow_dr.collection.corpus import Corpus
 from mlflow_dr.collection.records import Query
 from mlflow_dr.encoder.directory import load_encoder
 from mlflow_dr.encoder.source import encoder_directory
 from mlflow_dr.errors import UsageError
-from mlflow_dr.files import build_once, cache_dir, digest_of, file_sha256
+from mlflow_dr.files import digest_of, file_sha256
 from mlflow_dr.retrieval.searchers import Bm25Searcher, DenseSearcher, Searcher
 from mlflow_dr.subsets.spec import BM25, Part
 from mlflow_dr.tracking.encoders import encoder_files, looked_up
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
     from mlflow_dr.tracking.checkpoints import Checkpoint
 
 LAYOUT = 1
+ROWS = "rows.npy"
 WEIGHTS = ("*.safetensors", "*.bin", "*.json")
 
 
@@ -97,10 +99,10 @@ class CachedSearching:
 
         def write(partial: Path) -> None:
             found = [one.rows for one in searcher().search(self._corpus, queries, k)]
-            with partial.open("wb") as file:
-                np.save(file, np.concatenate(found))
+            partial.mkdir()
+            np.save(partial / ROWS, np.concatenate(found))
 
-        rows = np.load(build_once(cache_dir() / "tops" / key, write))
+        rows = np.load(cache_entry("tops", key, write) / ROWS)
         return [one[one >= 0] for one in rows]
 
 
