@@ -24,7 +24,8 @@ if TYPE_CHECKING:
 
 LAYOUT = 1
 ROWS = "rows.npy"
-WEIGHTS = ("*.safetensors", "*.bin", "*.json")
+# weights, settings, and vocabularies of all kinds
+FILES = ("*.safetensors", "*.bin", "*.json", "*.txt", "*.model", "*.spm", "*.tiktoken", "*.py")
 
 
 class CachedSearching:
@@ -70,7 +71,7 @@ class CachedSearching:
             return self._cached(identity, lambda: self._searcher(source), part.count, queries)
         with encoder_files(source) as name:
             directory = encoder_directory(name)
-            identity = (digest_of(*_weights(directory)), self._dtype)
+            identity = (digest_of(*_files(directory)), self._dtype)
             return self._cached(
                 identity, lambda: self._searcher(str(directory)), part.count, queries
             )
@@ -106,7 +107,7 @@ class CachedSearching:
         return [one[one >= 0] for one in rows]
 
 
-def _weights(directory: Path) -> list[str]:
+def _files(directory: Path) -> list[str]:
     """What an encoder's figures depend on."""
-    files = sorted({path for pattern in WEIGHTS for path in directory.rglob(pattern)})
+    files = sorted({path for pattern in FILES for path in directory.rglob(pattern)})
     return [f"{path.relative_to(directory)} {file_sha256(path)}" for path in files]

@@ -172,6 +172,18 @@ def test_a_file_that_was_replaced_is_read_again(hub: HubCache) -> None:
     assert before.digest != after.digest
 
 
+def test_damaged_rows_in_the_cache_are_read_again(
+    hub: HubCache, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    hub.put(CORPUS, "corpus.jsonl", PASSAGES)
+    before = msmarco_passage().corpus()
+    (rows,) = (tmp_path / "cache/hub").glob("*/*.arrow")
+    rows.write_bytes(rows.read_bytes().replace(b"project", b"prospect"))
+    after = msmarco_passage().corpus()
+    assert (next(after.batches()), after.digest) == (next(before.batches()), before.digest)
+    assert [record for record in caplog.messages if "damaged" in record and "again" in record]
+
+
 def test_whole_numbers_are_taken_as_ids(hub: HubCache) -> None:
     hub.put(CORPUS, "corpus.jsonl", [{"docid": 12, "title": None, "text": "a"}])
     passage = {"docid": 12, "title": None, "text": "a"}
