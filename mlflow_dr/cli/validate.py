@@ -126,7 +126,7 @@ def command(
     client = connect(tracking_uri)
     with _followed(client, run_id, experiment, checkpoints_dir, dataset) as followed:
         counts = watch(followed, plan)
-    return 1 if counts.failed else 0
+    return 0 if counts.are_good else 1
 
 
 @contextmanager

@@ -10,13 +10,29 @@ from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from mlflow_dr.collection.records import Passage, Query
 from mlflow_dr.encoder.directory import load_encoder
+from mlflow_dr.encoder.lora import base_of
 from mlflow_dr.encoder.model import Encoder
+from mlflow_dr.encoder.source import encoder_directory
+from mlflow_dr.encoder.tokenize import Tokenizing
 from mlflow_dr.encoder.whole import why_not_whole
-from mlflow_dr.errors import CheckpointError, UnavailableError
+from mlflow_dr.engines.devices import DTYPES, resolve_device
+from mlflow_dr.errors import (
+    CheckpointError,
+    LostError,
+    MlflowDrError,
+    UnavailableError,
+    UsageError,
+    one_line,
+)
+from mlflow_dr.files import is_full
+from mlflow_dr.retrieval.encode import encode_all
 from mlflow_dr.retrieval.measures import parse_measures
+from mlflow_dr.stores.token_table import token_table
 from mlflow_dr.tracking.checkpoints import Checkpoint, checkpoint_by_id
 from mlflow_dr.tracking.clock import ServerClock
+from mlflow_dr.tracking.encoders import local_cause, reading
 from mlflow_dr.tracking.fetching import fetched
 from mlflow_dr.tracking.patience import Patience
 from mlflow_dr.tracking.results import (
@@ -29,12 +45,13 @@ from mlflow_dr.tracking.results import (
 from mlflow_dr.tracking.runs import TrackedRun
 from mlflow_dr.tracking.tables import log_values
 from mlflow_dr.validation.binding import Bound
-from mlflow_dr.validation.evaluate import Report, evaluate_all
+from mlflow_dr.validation.evaluate import Report, Settings, evaluate_all
 from mlflow_dr.validation.pace import Speed
 from mlflow_dr.validation.plan import Plan
 
 log = logging.getLogger(__name__)
 
+TEXT = "text"
 Outcome = Report | CheckpointError | None
 """What came of a validation; None where figures were recorded already."""
 
@@ -92,10 +109,17 @@ class Files:
 
 
 class Found(NamedTuple):
-    """What came of the validations of a job; nothing of those that are put off."""
+    """What came of the validations of a job; nothing of those that are put off.
+
+    Attributes:
+        job: which.
+        outcomes: what came of each.
+        setback: why the others are put off, where that is this validator's trouble.
+    """
 
     job: Job
     outcomes: Sequence[tuple[Bound, Outcome]]
+    setback: UnavailableError | None = None
 
 
 class Jobs:
@@ -129,13 +153,18 @@ class Jobs:
             one for one in job.bound if state_of(job.checkpoint, one.name) is State.RECORDED
         ]
         left = [one for one in job.bound if one not in recorded]
-        outcomes = self._evaluated(job, left) if left else []
+        outcomes: Sequence[Outcome] = []
+        setback: UnavailableError | None = None
+        try:
+            outcomes = self._evaluated(job, left) if left else []
+        except UnavailableError as error:
+            setback = error
         self.seconds = time.monotonic() - start
         reports = [one for one in outcomes if isinstance(one, Report)]
         if reports:
             self.speed = Speed.of(reports[0], self.seconds)
         nothing: list[tuple[Bound, Outcome]] = [(one, None) for one in recorded]
-        return Found(job, [*nothing, *zip(left, outcomes, strict=False)])
+        return Found(job, [*nothing, *zip(left, outcomes, strict=False)], setback)
 
     def written(self, found: Found) -> dict[str, State]:
         """Record what was found; what has become of each validation, nothing of one put off.
@@ -149,10 +178,16 @@ class Jobs:
         }
 
     def _evaluated(self, job: Job, bound: Sequence[Bound]) -> Sequence[Outcome]:
-        """A report of each validation, or why there is none; nothing where it is put off."""
+        """A report of each validation, or why there is none; nothing where it is put off.
+
+        Raises:
+            UnavailableError: this validator cannot have the checkpoint, for now or at all.
+        """
         try:
             encoder = self._encoder(job)
-            return evaluate_all(encoder, [(one.prepared, one.settings) for one in bound])
+            with reading(job.checkpoint.uri):
+                _check_vectors(encoder, bound[0].settings)
+            return _reports(encoder, bound)
         except CheckpointError as error:
             now = self._patiently(
                 partial(checkpoint_by_id, job.run.client, job.checkpoint.model_id)
@@ -164,6 +199,8 @@ class Jobs:
             if isinstance(error, UnavailableError) and found_at and why_not_whole(Path(found_at)):
                 log.warning("step %d is passed over: %s", job.checkpoint.step, error)
                 return []
+            if isinstance(error, UnavailableError) and not isinstance(error, LostError):
+                raise
             return [error] * len(bound)
 
     def _encoder(self, job: Job) -> Encoder:
@@ -200,7 +237,9 @@ def encoder_of(checkpoint: Checkpoint, changes: Mapping[str, Any]) -> Encoder:
         changes: what replaces what the checkpoint says.
 
     Raises:
-        CheckpointError: it cannot be had, or read.
+        UnavailableError: it cannot be had or read here.
+        CheckpointError: it cannot be read anywhere.
+        UsageError: it can be read without the changes only.
         OSError: the disk is full.
     """
     with fetched(checkpoint) as directory:
@@ -208,7 +247,75 @@ def encoder_of(checkpoint: Checkpoint, changes: Mapping[str, Any]) -> Encoder:
 
 
 def _loaded(checkpoint: Checkpoint, directory: Path, changes: Mapping[str, Any]) -> Encoder:
-    return load_encoder(directory, safetensors_only=not checkpoint.directory, **changes)
+    what = checkpoint.directory or checkpoint.uri
+    try:
+        with reading(what):
+            return load_encoder(directory, safetensors_only=not checkpoint.directory, **changes)
+    except UsageError as error:
+        if changes:
+            _loaded(checkpoint, directory, {})
+            raise  # it is what the user has asked for
+        raise CheckpointError(f"{what} cannot be read: {error}") from error
+    except CheckpointError:
+        _check_bases(directory)
+        raise
+
+
+def _check_bases(directory: Path) -> None:
+    """Find out whether adapters cannot be read because the backbone is not to be had here.
+
+    Raises:
+        UnavailableError: so it is.
+        CheckpointError: they are based on themselves.
+    """
+    seen: set[Path] = set()
+    with reading(str(directory)):
+        while (base := base_of(directory)) is not None:
+            seen.add(directory.resolve())
+            try:
+                directory = encoder_directory(base)
+            except UsageError as error:
+                message = f"the backbone of its adapters cannot be had here: {error}"
+                raise UnavailableError(message) from error
+            if directory.resolve() in seen:
+                raise CheckpointError(f"its adapters are based on themselves ({base!r:.200})")
+
+
+def _check_vectors(encoder: Encoder, settings: Settings) -> None:
+    """Encode a query and a passage: what cannot be encoded at all is no encoder.
+
+    Raises:
+        CheckpointError: the encoder gives NaN.
+        Exception: as the libraries raise.
+    """
+    encoder.eval().to(resolve_device(settings.device), DTYPES[settings.dtype])
+    tower = encoder.for_queries
+    asking = Tokenizing(tower.tokenizer, tower.settings)
+    answering = Tokenizing(encoder.tokenizer, encoder.settings)
+    query_ids = asking.query_ids([Query("", TEXT)])
+    passage_ids = answering.passage_ids([Passage("", TEXT, TEXT)])
+    encode_all(tower, token_table(query_ids), asking.pad_id, "query")
+    encode_all(encoder, token_table(passage_ids), answering.pad_id, "passage")
+
+
+def _reports(encoder: Encoder, bound: Sequence[Bound]) -> Sequence[Report]:
+    """Evaluate an encoder that gives vectors.
+
+    Raises:
+        UnavailableError: something breaks that may be this machine's fault as well.
+        OSError: the disk is full.
+        MlflowDrError: as it was raised.
+    """
+    try:
+        return evaluate_all(encoder, [(one.prepared, one.settings) for one in bound])
+    except MlflowDrError:
+        raise
+    except Exception as error:
+        if isinstance(error, OSError) and is_full(error, Path()):
+            raise
+        log.debug("an evaluation has broken off", exc_info=True)
+        reason = f"it cannot be evaluated here: {one_line(error)}"
+        raise UnavailableError(reason, lasting=local_cause(error) is None) from error
 
 
 def _figures(report: Report) -> dict[str, float]:

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from functools import partial
 
 from mlflow_dr.beside import Beside
-from mlflow_dr.errors import TrackingError
+from mlflow_dr.errors import TrackingError, UnavailableError
 from mlflow_dr.tracking.checkpoints import Checkpoint
 from mlflow_dr.tracking.claims import Claims
 from mlflow_dr.tracking.clock import ServerClock
@@ -27,6 +27,7 @@ from mlflow_dr.validation.order import Order
 from mlflow_dr.validation.pace import Pacer
 from mlflow_dr.validation.plan import Plan
 from mlflow_dr.validation.policies import Policies
+from mlflow_dr.validation.setbacks import Setbacks
 
 log = logging.getLogger(__name__)
 
@@ -38,10 +39,32 @@ SHARE_OF_LOOKS = {Order.OLDEST: 0.01, Order.NEWEST: 0.1, Order.BISECT: 0.1}
 
 @dataclass
 class Counts:
-    """How many checkpoints were validated, and how many could not be."""
+    """How many checkpoints were validated, and how many were not.
+
+    Attributes:
+        done: validated.
+        failed: noted as FAILED, because no encoder can be read from them.
+        passed_over: FAILED before, or noted so by another validator.
+        unavailable: left to other validators, because they cannot be fetched or read here.
+    """
 
     done: int = 0
     failed: int = 0
+    passed_over: int = 0
+    unavailable: int = 0
+
+    @property
+    def are_good(self) -> bool:
+        """Whether everything that was to be done is done."""
+        return not (self.failed or self.passed_over or self.unavailable)
+
+    def __str__(self) -> str:
+        words = f"{self.failed} failed"
+        if self.passed_over:
+            words += f", {self.passed_over} passed over that had FAILED (--retry-failed)"
+        if self.unavailable:
+            words += f", {self.unavailable} left that cannot be read here"
+        return words
 
 
 def watch(
@@ -63,7 +86,8 @@ def watch(
 
     Raises:
         UsageError: a name stands for another configuration on its run, or an unknown dataset.
-        TrackingError: the one run that is followed is gone.
+        TrackingError: what is followed is gone.
+        UnavailableError: checkpoint after checkpoint cannot be fetched or read on this machine.
         OSError: the disk is full.
     """
     worker = _Worker(followed, plan, sleep, claims or Claims(followed.client))
@@ -91,7 +115,8 @@ class _Worker:
         self._clock = ServerClock()
         self._jobs = Jobs(plan, self._patiently, self._clock)
         self._pacer = Pacer(plan)
-        self._choice = Choice(plan, claims.owner.token, self._clock.now_ms)
+        self._setbacks = Setbacks(plan.poll_seconds)
+        self._choice = Choice(plan, claims.owner.token, self._clock.now_ms, setbacks=self._setbacks)
         self._bound = BoundRuns(followed, plan, self._patiently, sleep)
         self._policies = Policies(plan.wishes, plan.deciding)
         self._noted: dict[str, dict[str, str]] = {}
@@ -122,6 +147,8 @@ class _Worker:
             while job := self._next():
                 found = True
                 self._work(job)
+                if self._setbacks.is_in_one:
+                    break
                 unpaced = self._plan.keep_up and not self._pacer.has_chosen(job.run.id)
                 if time.monotonic() >= next_look or unpaced:
                     break
@@ -135,10 +162,9 @@ class _Worker:
             self._sleep(self._plan.poll_seconds)
             asked = False
         counts = self._counts
-        log.info(
-            "validated %d checkpoints of %s; %d failed",
-            *(counts.done, self._followed.name, counts.failed),
-        )
+        counts.passed_over = len(self._choice.passed_over)
+        counts.unavailable = len(self._choice.unavailable)
+        log.info("validated %d checkpoints of %s; %s", counts.done, self._followed.name, counts)
         return counts
 
     def _seconds_to_work(self, look_seconds: float) -> float:
@@ -273,6 +299,26 @@ class _Worker:
         self._writing = job, Beside(partial(self._jobs.written, found), name="writing")
         if self._ahead:
             self._ahead.wait()
+        if found.setback is None:
+            self._setbacks.note_success()
+        else:
+            self._put_off(job, found.setback)
+
+    def _put_off(self, job: Job, setback: UnavailableError) -> None:
+        """Give a checkpoint back that cannot be had here now, and wait a little.
+
+        Raises:
+            UnavailableError: that was too often in a row.
+        """
+        self._finish()
+        step = job.checkpoint.step
+        wait = self._setbacks.note(job.checkpoint, setback)
+        if self._setbacks.has_given_up(job.checkpoint):
+            log.error("step %d is left to other validators: %s", step, setback)
+        else:
+            log.warning("step %d is given back for now: %s", step, setback)
+        if wait:
+            self._sleep(wait)
 
     def _finish(self, seconds: float | None = None) -> None:
         """Wait until the last figures are written, and give back what was not done.
