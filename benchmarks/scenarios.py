@@ -12,14 +12,17 @@ from urllib.parse import urlsplit
 
 from mlflow.store.artifact import artifact_repository_registry
 
+from benchmarks.kills import trainer_words
 from benchmarks.malformed import MALFORMED
 from benchmarks.proxy import Fault, Proxy
-from benchmarks.scene import METRICS, STARTS, Row, Scene, Validator, all_ended, merged, points
+from benchmarks.scene import METRICS, STARTS, Row, Scene, Process, all_ended, merged, points
+from mlflow_dr.tracking.checkpoints import checkpoints_of
 from mlflow_dr.tracking.runs import TrackedRun
 
 TIMEOUT = "2"  # seconds, of a client's request
 DELAY = 3.0
 LOGIN_RATE = 0.15
+TRAINING_STEPS = 40  # of which every 5th is published
 HEAD_START = 12.0  # seconds, of the validators that cannot do it
 ROOM = 1 << 20  # bytes, less than a checkpoint has
 CACHE_ROOM = "8192"  # bytes, less than the collection takes
@@ -52,6 +55,26 @@ class FaultStore(LocalArtifactRepository):
 def proxied(scene: Scene, rate: float, seed: int) -> Row:
     """Two validators behind a proxy that disturbs a share of the answers in every way."""
     return _behind(scene, f"proxy, {rate:.0%} in every way", rate, tuple(Fault), seed)
+
+
+def trainer_behind(scene: Scene, rate: float, seed: int) -> Row:
+    """A trainer and two validators behind a proxy; the undisturbed validator comes afterwards."""
+    run = TrackedRun(scene.client, scene.client.create_run("0"))
+    behind = {"MLFLOW_HTTP_REQUEST_TIMEOUT": TIMEOUT}
+    with Proxy(scene.server.uri, rate, seed=seed, delay=DELAY) as proxy:
+        variables = {**scene.variables(proxy.uri), **behind, "MLFLOW_RUN_ID": run.id}
+        words = trainer_words(scene.room / "output", TRAINING_STEPS)
+        trainer = Process(words, variables, scene.room / "trainer.log", "trainer")
+        validators = [
+            scene.validator(run, f"{number}", behind, proxy.uri, starts=STARTS) for number in (1, 2)
+        ]
+        seconds = all_ended([trainer, *validators])
+    ready = {one.step: one.model_id for one in checkpoints_of(run) if one.ready}
+    all_ended([scene.validator(run, "undisturbed", words=("--name", "undisturbed", "--once"))])
+    scenario = f"trainer and validators, {rate:.0%} in every way"
+    row = scene.row(scenario, run, ready, [trainer, *validators], seconds, "undisturbed")
+    row.notes += [f"run {scene.client.get_run(run.id).info.status}", _faults(proxy)]
+    return row
 
 
 def login_page(scene: Scene, rate: float, seed: int) -> Row:
@@ -128,14 +151,14 @@ def without_room(scene: Scene, rate: float, seed: int) -> Row:
 
 
 def damaged_cache(scene: Scene, rate: float, seed: int) -> Row:
-    """Validators that start with a cache of which one file is damaged, each another one."""
+    """Processs that start with a cache of which one file is damaged, each another one."""
     chance = random.Random(seed)
     whole = scene.room / "cache"
     files = [path.relative_to(whole) for path in sorted(whole.rglob("*")) if _is_content(path)]
     steps = scene.steps[:2]
     rows: list[Row] = []
     for first in range(0, len(files), 2):
-        started: list[tuple[TrackedRun, dict[int, str], Validator]] = []
+        started: list[tuple[TrackedRun, dict[int, str], Process]] = []
         for number, name in enumerate(files[first : first + 2], start=first):
             cache = scene.room / f"cache-{number}"
             shutil.copytree(whole, cache)
@@ -210,6 +233,7 @@ def malformed_among_sound(scene: Scene, rate: float, seed: int) -> Row:
 SCENARIOS: Mapping[str, Callable[[Scene, float, int], Row]] = {
     "proxy": proxied,
     "login": login_page,
+    "trainer": trainer_behind,
     "modules": without_modules,
     "room": without_room,
     "cache": damaged_cache,
@@ -230,9 +254,13 @@ def _behind(scene: Scene, scenario: str, rate: float, faults: Sequence[Fault], s
         ]
         seconds = all_ended(validators)
     row = scene.row(scenario, run, sound, validators, seconds)
-    made = ", ".join(f"{fault.name.lower()} {count}" for fault, count in proxy.faults.items())
-    row.notes.append(f"{proxy.requests} requests: {made}")
+    row.notes.append(_faults(proxy))
     return row
+
+
+def _faults(proxy: Proxy) -> str:
+    made = ", ".join(f"{fault.name.lower()} {count}" for fault, count in proxy.faults.items())
+    return f"{proxy.requests} requests: {made}"
 
 
 def _sound_one_last(
@@ -240,7 +268,7 @@ def _sound_one_last(
     scenario: str,
     run: TrackedRun,
     sound: Mapping[int, str],
-    validators: Mapping[str, Validator],
+    validators: Mapping[str, Process],
 ) -> Row:
     """What becomes of checkpoints that other validators are at before the one that can do it."""
     start = time.monotonic()

@@ -99,11 +99,11 @@ class Row:
         )
 
 
-class Validator:
-    """`mlflow-dr validate` as a process of its own, which follows a run until that has ended.
+class Process:
+    """An `mlflow-dr` command as a process of its own.
 
     Args:
-        words: flags.
+        words: the command and its flags.
         variables: of its environment.
         log: where its output goes.
         name: for the table.
@@ -116,14 +116,14 @@ class Validator:
         words: Sequence[str],
         variables: Mapping[str, str],
         log: Path,
-        name: str = "validator",
+        name: str,
         before: Sequence[str] = (),
         starts: int = 1,
     ) -> None:
         self.name = name
         self.log = log
         self.codes: list[int] = []
-        self._words = [*before, sys.executable, "-m", "mlflow_dr", "validate", *words]
+        self._words = [*before, sys.executable, "-m", "mlflow_dr", *words]
         self._variables = {**os.environ, **variables}
         self._starts = starts
         self._process: subprocess.Popen[bytes] | None = None
@@ -188,7 +188,7 @@ class Scene:
         self.client.set_terminated(run.id)
         all_ended([self.validator(run, "undisturbed")])
         self.right = points(self.client, run.id, "val")
-        self.config = self._config(run)
+        self.config = self.config_of(run)
         if any(
             len(self.right[metric].get(step, ())) != 1 for metric in METRICS for step in self.steps
         ):
@@ -217,34 +217,40 @@ class Scene:
         uri: str | None = None,
         before: Sequence[str] = (),
         starts: int = 1,
-    ) -> Validator:
+        words: Sequence[str] = (),
+    ) -> Process:
         """A validator of a run, with a cache and a temporary directory that others have, too."""
+        experiment = self.client.get_experiment(run.experiment_id).name
+        follow = ("--run-id", run.id, "--measures", MEASURES, "--poll-seconds", "0.5")
+        log = self.room / f"{experiment}, {name}.log"
+        environment = {**self.variables(uri), **(variables or {})}
+        return Process(["validate", *follow, *words], environment, log, name, before, starts)
+
+    def variables(self, uri: str | None = None) -> dict[str, str]:
+        """The environment of a process that talks to the server, or to a proxy of it."""
         temporary = self.room / "tmp"
         temporary.mkdir(exist_ok=True)
-        experiment = self.client.get_experiment(run.experiment_id).name
-        return Validator(
-            ["--run-id", run.id, "--measures", MEASURES, "--poll-seconds", "0.5"],
-            {
-                "MLFLOW_TRACKING_URI": uri or self.server.uri,
-                "TMPDIR": str(temporary),
-                "OMP_NUM_THREADS": "1",
-                **(variables or {}),
-            },
-            self.room / f"{experiment}, {name}.log",
-            name,
-            before,
-            starts,
-        )
+        return {
+            "MLFLOW_TRACKING_URI": uri or self.server.uri,
+            "TMPDIR": str(temporary),
+            "OMP_NUM_THREADS": "1",
+        }
 
     def row(
         self,
         scenario: str,
         run: TrackedRun,
         sound: Mapping[int, str],
-        validators: Sequence[Validator],
+        validators: Sequence[Process],
         seconds: float,
+        undisturbed: str | None = None,
     ) -> Row:
-        """Count what is there of the sound checkpoints of a run, asking the server itself."""
+        """Count what is there of the sound checkpoints of a run, asking the server itself.
+
+        `undisturbed` names a validation of the same run that is right; else the scene's is.
+        """
+        right = points(self.client, run.id, undisturbed) if undisturbed else self.right
+        config = self.config_of(run, undisturbed) if undisturbed else self.config
         row = Row(scenario, len(sound), seconds=seconds)
         there = points(self.client, run.id, "val")
         for metric in METRICS:
@@ -253,10 +259,10 @@ class Scene:
                 row.points += len(values)
                 row.doubled += max(0, len(values) - 1)
                 row.lost += not values
-                row.different += sum([value] != self.right[metric][step] for value in values)
-        if (config := self._config(run)) != self.config:
+                row.different += sum([value] != right[metric].get(step) for value in values)
+        if (other := self.config_of(run)) != config:
             row.different += 1
-            row.notes.append(f"the validation's configuration is another one: {config}")
+            row.notes.append(f"the validation's configuration is another one: {other}")
         for model_id in sound.values():
             checkpoint = checkpoint_by_id(self.client, model_id)
             row.failed += "mlflow_dr.validation.val.failed" in checkpoint.tags
@@ -270,12 +276,12 @@ class Scene:
             row.tracebacks += one.tracebacks
         return row
 
-    def _config(self, run: TrackedRun) -> str | None:
-        """The configuration that the validation's name stands for on a run."""
-        return self.client.get_run(run.id).data.params.get("mlflow_dr.validation.val")
+    def config_of(self, run: TrackedRun, name: str = "val") -> str | None:
+        """The configuration that a validation's name stands for on a run."""
+        return self.client.get_run(run.id).data.params.get(f"mlflow_dr.validation.{name}")
 
 
-def all_ended(validators: Sequence[Validator], seconds: float = SECONDS_TO_END) -> float:
+def all_ended(validators: Sequence[Process], seconds: float = SECONDS_TO_END) -> float:
     """Start validators and wait until all have ended, or kill them; the seconds that it took."""
     start = time.monotonic()
     try:
