@@ -225,6 +225,15 @@ def checkpoint_by_id(client: MlflowClient, model_id: str) -> Checkpoint:
         return _checkpoint(model)
 
 
+def is_deleted(client: MlflowClient, model_id: str) -> bool:
+    """Whether a checkpoint was deleted, or never was; False where the server does not say."""
+    try:
+        client.get_logged_model(model_id)
+    except Exception as error:  # noqa: BLE001 - what is no answer of MLflow's fails in many ways
+        return getattr(error, "error_code", "") == "RESOURCE_DOES_NOT_EXIST"
+    return False
+
+
 def checkpoint_of_step(run: TrackedRun, step: int) -> Checkpoint:
     """The whole checkpoint of a training step; the first, were there several.
 

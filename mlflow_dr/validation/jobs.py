@@ -4,33 +4,25 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
-from mlflow_dr.collection.records import Passage, Query
-from mlflow_dr.encoder.directory import load_encoder
-from mlflow_dr.encoder.lora import base_of
 from mlflow_dr.encoder.model import Encoder
-from mlflow_dr.encoder.source import encoder_directory
-from mlflow_dr.encoder.tokenize import Tokenizing
 from mlflow_dr.encoder.whole import why_not_whole
-from mlflow_dr.engines.devices import DTYPES, resolve_device
 from mlflow_dr.errors import (
     CheckpointError,
     LostError,
     MlflowDrError,
+    TrackingError,
     UnavailableError,
-    UsageError,
     one_line,
 )
 from mlflow_dr.files import is_full
-from mlflow_dr.retrieval.encode import encode_all
 from mlflow_dr.retrieval.measures import parse_measures
-from mlflow_dr.stores.token_table import token_table
-from mlflow_dr.tracking.checkpoints import Checkpoint, checkpoint_by_id
+from mlflow_dr.tracking.checkpoints import Checkpoint, checkpoint_by_id, is_deleted
 from mlflow_dr.tracking.clock import ServerClock
 from mlflow_dr.tracking.encoders import local_cause, reading
 from mlflow_dr.tracking.fetching import fetched
@@ -45,13 +37,13 @@ from mlflow_dr.tracking.results import (
 from mlflow_dr.tracking.runs import TrackedRun
 from mlflow_dr.tracking.tables import log_values
 from mlflow_dr.validation.binding import Bound
-from mlflow_dr.validation.evaluate import Report, Settings, evaluate_all
+from mlflow_dr.validation.evaluate import Report, evaluate_all
+from mlflow_dr.validation.loading import check_vectors, encoder_of, loaded
 from mlflow_dr.validation.pace import Speed
 from mlflow_dr.validation.plan import Plan
 
 log = logging.getLogger(__name__)
 
-TEXT = "text"
 Outcome = Report | CheckpointError | None
 """What came of a validation; None where figures were recorded already."""
 
@@ -186,14 +178,11 @@ class Jobs:
         try:
             encoder = self._encoder(job)
             with reading(job.checkpoint.uri):
-                _check_vectors(encoder, bound[0].settings)
+                check_vectors(encoder, bound[0].settings)
             return _reports(encoder, bound)
         except CheckpointError as error:
-            now = self._patiently(
-                partial(checkpoint_by_id, job.run.client, job.checkpoint.model_id)
-            )
-            if now.is_pruned:
-                log.warning("step %d is passed over: its files were removed", now.step)
+            if self._is_removed(job):
+                log.warning("step %d is passed over: it was removed", job.checkpoint.step)
                 return []
             found_at = job.checkpoint.directory
             if isinstance(error, UnavailableError) and found_at and why_not_whole(Path(found_at)):
@@ -203,10 +192,20 @@ class Jobs:
                 raise
             return [error] * len(bound)
 
+    def _is_removed(self, job: Job) -> bool:
+        """Whether the files of a checkpoint, or all of it, were removed meanwhile."""
+        client, model_id = job.run.client, job.checkpoint.model_id
+        try:
+            return self._patiently(partial(checkpoint_by_id, client, model_id)).is_pruned
+        except TrackingError:
+            if not is_deleted(client, model_id):
+                raise
+            return True
+
     def _encoder(self, job: Job) -> Encoder:
         changes = self._plan.encoder_changes
         if job.files:
-            return _loaded(job.checkpoint, job.files.directory, changes)
+            return loaded(job.checkpoint, job.files.directory, changes)
         return self._patiently(partial(encoder_of, job.checkpoint, changes), UnavailableError)
 
     def _written(self, job: Job, bound: Bound, outcome: Outcome) -> State:
@@ -227,75 +226,6 @@ class Jobs:
         shown = "  ".join(f"{key} {value:.4g}" for key, value in figures.items())
         log.info("step %d: %s%s", checkpoint.step, several, shown)
         return State.DONE
-
-
-def encoder_of(checkpoint: Checkpoint, changes: Mapping[str, Any]) -> Encoder:
-    """The encoder of a checkpoint, which may come as safetensors only where it was published.
-
-    Args:
-        checkpoint: published, or found in a directory.
-        changes: what replaces what the checkpoint says.
-
-    Raises:
-        UnavailableError: it cannot be had or read here.
-        CheckpointError: it cannot be read anywhere.
-        UsageError: it can be read without the changes only.
-        OSError: the disk is full.
-    """
-    with fetched(checkpoint) as directory:
-        return _loaded(checkpoint, directory, changes)
-
-
-def _loaded(checkpoint: Checkpoint, directory: Path, changes: Mapping[str, Any]) -> Encoder:
-    what = checkpoint.directory or checkpoint.uri
-    try:
-        with reading(what):
-            return load_encoder(directory, safetensors_only=not checkpoint.directory, **changes)
-    except UsageError as error:
-        if changes:
-            _loaded(checkpoint, directory, {})
-            raise  # it is what the user has asked for
-        raise CheckpointError(f"{what} cannot be read: {error}") from error
-    except CheckpointError:
-        _check_bases(directory)
-        raise
-
-
-def _check_bases(directory: Path) -> None:
-    """Find out whether adapters cannot be read because the backbone is not to be had here.
-
-    Raises:
-        UnavailableError: so it is.
-        CheckpointError: they are based on themselves.
-    """
-    seen: set[Path] = set()
-    with reading(str(directory)):
-        while (base := base_of(directory)) is not None:
-            seen.add(directory.resolve())
-            try:
-                directory = encoder_directory(base)
-            except UsageError as error:
-                message = f"the backbone of its adapters cannot be had here: {error}"
-                raise UnavailableError(message) from error
-            if directory.resolve() in seen:
-                raise CheckpointError(f"its adapters are based on themselves ({base!r:.200})")
-
-
-def _check_vectors(encoder: Encoder, settings: Settings) -> None:
-    """Encode a query and a passage: what cannot be encoded at all is no encoder.
-
-    Raises:
-        CheckpointError: the encoder gives NaN.
-        Exception: as the libraries raise.
-    """
-    encoder.eval().to(resolve_device(settings.device), DTYPES[settings.dtype])
-    tower = encoder.for_queries
-    asking = Tokenizing(tower.tokenizer, tower.settings)
-    answering = Tokenizing(encoder.tokenizer, encoder.settings)
-    query_ids = asking.query_ids([Query("", TEXT)])
-    passage_ids = answering.passage_ids([Passage("", TEXT, TEXT)])
-    encode_all(tower, token_table(query_ids), asking.pad_id, "query")
-    encode_all(encoder, token_table(passage_ids), answering.pad_id, "passage")
 
 
 def _reports(encoder: Encoder, bound: Sequence[Bound]) -> Sequence[Report]:

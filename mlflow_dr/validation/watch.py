@@ -6,12 +6,11 @@ import logging
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
 from functools import partial
 
 from mlflow_dr.beside import Beside
 from mlflow_dr.errors import TrackingError, UnavailableError
-from mlflow_dr.tracking.checkpoints import Checkpoint
+from mlflow_dr.tracking.checkpoints import Checkpoint, is_deleted
 from mlflow_dr.tracking.claims import Claims
 from mlflow_dr.tracking.clock import ServerClock
 from mlflow_dr.tracking.following import Followed, Look
@@ -22,6 +21,7 @@ from mlflow_dr.tracking.status import note_summary, summary_of
 from mlflow_dr.validation.binding import Bound
 from mlflow_dr.validation.bound_runs import BoundRuns
 from mlflow_dr.validation.choice import Choice
+from mlflow_dr.validation.counts import Counts
 from mlflow_dr.validation.jobs import Job, Jobs
 from mlflow_dr.validation.order import Order
 from mlflow_dr.validation.pace import Pacer
@@ -35,36 +35,6 @@ SECONDS_TO_WRITE = 5.0  # when it is to end at once
 SECONDS_BETWEEN_NOTES = 10.0  # while there is work
 # of a validator's time at most, while there is work; the oldest do not change by what is published
 SHARE_OF_LOOKS = {Order.OLDEST: 0.01, Order.NEWEST: 0.1, Order.BISECT: 0.1}
-
-
-@dataclass
-class Counts:
-    """How many checkpoints were validated, and how many were not.
-
-    Attributes:
-        done: validated.
-        failed: noted as FAILED, because no encoder can be read from them.
-        passed_over: FAILED before, or noted so by another validator.
-        unavailable: left to other validators, because they cannot be fetched or read here.
-    """
-
-    done: int = 0
-    failed: int = 0
-    passed_over: int = 0
-    unavailable: int = 0
-
-    @property
-    def are_good(self) -> bool:
-        """Whether everything that was to be done is done."""
-        return not (self.failed or self.passed_over or self.unavailable)
-
-    def __str__(self) -> str:
-        words = f"{self.failed} failed"
-        if self.passed_over:
-            words += f", {self.passed_over} passed over that had FAILED (--retry-failed)"
-        if self.unavailable:
-            words += f", {self.unavailable} left that cannot be read here"
-        return words
 
 
 def watch(
@@ -206,8 +176,10 @@ class _Worker:
         return changed
 
     @contextmanager
-    def _going_on_without(self, run_id: str) -> Iterator[None]:
-        """Pass over a run of an experiment that turns out to be deleted.
+    def _going_on_without(
+        self, run_id: str, checkpoint: Checkpoint | None = None
+    ) -> Iterator[None]:
+        """Pass over a checkpoint, or a run of an experiment, that turns out to be deleted.
 
         Raises:
             TrackingError: it is another trouble, or the one run that is followed.
@@ -215,6 +187,10 @@ class _Worker:
         try:
             yield
         except TrackingError:
+            if checkpoint and is_deleted(self._followed.client, checkpoint.model_id):
+                log.warning("step %d is passed over: it was deleted", checkpoint.step)
+                self._choice.forget(checkpoint)
+                return
             if self._followed.run is not None or not is_gone(self._followed.client, run_id):
                 raise
             if self._bound.known(run_id) != []:
@@ -225,7 +201,7 @@ class _Worker:
     def _claimed(self) -> Job | None:
         """The next piece of work that is ours."""
         for checkpoint, names in self._choice.candidates():
-            with self._going_on_without(checkpoint.run_id):
+            with self._going_on_without(checkpoint.run_id, checkpoint):
                 run = self._followed.run_of(checkpoint)
                 is_new = self._bound.known(run.id) is None
                 if is_new and self._bound.is_early(run):
@@ -278,7 +254,8 @@ class _Worker:
         """
         seconds = self._jobs.seconds
         is_short = seconds is not None and seconds < self._plan.poll_seconds
-        if is_short and not self._plan.keep_up and self._choice.has_plenty:
+        is_sound = not self._setbacks.is_in_one
+        if is_short and is_sound and not self._plan.keep_up and self._choice.has_plenty:
             self._ahead = Beside(self._claimed_ahead, name="ahead")
 
     def _claimed_ahead(self) -> Job | None:
@@ -329,7 +306,7 @@ class _Worker:
             return
         (job, writing), states = self._writing, None
         try:
-            with self._going_on_without(job.run.id):
+            with self._going_on_without(job.run.id, job.checkpoint):
                 states = writing.wait(seconds)
         except Exception:
             self._writing = None
