@@ -31,7 +31,8 @@ def cache_entry(kind: str, key: str, build: Callable[[Path], None]) -> Path:
     """The directory of an entry, made now where the cache lacks it or has it damaged.
 
     Processes may ask for one entry at the same time: one makes it, the others wait. A damaged entry
-    stays in its place until the new one is complete, and who has mapped its files keeps them.
+    stays in its place until the new one is complete. Processes that have mapped its files keep
+    them.
 
     Args:
         kind: the folder of the cache.
@@ -74,6 +75,8 @@ def _damage(place: Path) -> str:
         state = _state(place)
         if _sound.get(place) == state:
             return ""
+        if not (place / CHECKSUMS).is_file():
+            return "it has no checksums"
         noted = (place / CHECKSUMS).read_bytes().decode(errors="replace").split("\n")
         found = _lines(place, place)
     except OSError as error:

@@ -118,10 +118,10 @@ class Tokenizing:
         return _fingerprint(self._tokenizer)
 
     def _probed(self, text: str, max_length: int) -> list[int] | None:
-        """Token ids of a probe: they show rules that a tokenizer does not tell of."""
+        """Token ids of a probe: they show rules that are neither in the settings nor in files."""
         try:
             return self._ids([text], max_length)[0]
-        except Exception:  # noqa: BLE001 - one without a token for the unknown refuses some texts
+        except Exception:  # noqa: BLE001 - without an unknown token some texts are refused
             return None
 
     def _framed(
@@ -207,7 +207,7 @@ def _backend_rules(tokenizer: Any) -> Any:
         return None
     try:
         rules = json.loads(backend.to_str())
-    except Exception:  # noqa: BLE001 - it is raised as such, for a part that is a Python object
+    except Exception:  # noqa: BLE001 - what `tokenizers` raises for a part in Python
         return None
     rules.pop("truncation", None)
     rules.pop("padding", None)
@@ -221,7 +221,7 @@ def _python_rules(tokenizer: Any) -> Any:
     """
     saved: dict[str, Any] = {}
     with TemporaryDirectory() as folder:
-        # some cannot save their vocabulary, and raise anything; the settings are saved before it
+        # a tokenizer of unknown origin may fail to save its vocabulary; its settings come before
         with suppress(Exception):
             tokenizer.save_pretrained(folder)
         for path in Path(folder).iterdir():

@@ -97,7 +97,7 @@ class CachedSearching:
         k: int,
         queries: Sequence[Query],
     ) -> list[np.ndarray]:
-        asked = [f"{one.id}\t{one.text}\t{one.tokens or ''}" for one in queries]
+        asked = [repr((one.id, one.text, list(one.tokens or ()))) for one in queries]
         key = digest_of(LAYOUT, self._corpus.digest, *identity, k, *asked)
 
         def write(partial: Path) -> None:

@@ -99,7 +99,13 @@ def made_a_folder(path: Path) -> None:
     path.mkdir()
 
 
-DAMAGES = (flipped, cut_off, emptied, exchanged, Path.unlink, moved, made_a_folder)
+def made_a_pipe(path: Path) -> None:
+    """Opening it would wait for ever."""
+    path.unlink()
+    os.mkfifo(path)
+
+
+DAMAGES = (flipped, cut_off, emptied, exchanged, Path.unlink, moved, made_a_folder, made_a_pipe)
 
 
 @pytest.mark.parametrize("damage", DAMAGES, ids=lambda damage: damage.__name__)

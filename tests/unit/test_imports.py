@@ -50,6 +50,7 @@ HOMES = {
     "pytrec_eval": ["retrieval/measures.py"],
     "psutil": ["launch.py"],
     "scipy": ["decisions/significance.py"],
+    "xxhash": ["cache.py"],
     "matplotlib": ["decisions/pictures.py", "fidelity/pictures.py"],
 }
 
