@@ -15,7 +15,7 @@ from mlflow.store.artifact import artifact_repository_registry
 from benchmarks.kills import trainer_words
 from benchmarks.malformed import MALFORMED
 from benchmarks.proxy import Fault, Proxy
-from benchmarks.scene import METRICS, STARTS, Row, Scene, Process, all_ended, merged, points
+from benchmarks.scene import METRICS, STARTS, Process, Row, Scene, all_ended, merged, points
 from mlflow_dr.tracking.checkpoints import checkpoints_of
 from mlflow_dr.tracking.runs import TrackedRun
 
