@@ -36,7 +36,7 @@ FLOORS = {
     "version": 0,
 }
 # siblings on one floor that may look at each other, one way
-ALLOWED_BESIDE = {("files", "errors"), ("cache", "files")}
+ALLOWED_BESIDE = {("files", "errors"), ("cache", "files"), ("cache", "errors")}
 
 HOMES = {
     "mlflow": ["tracking/"],
