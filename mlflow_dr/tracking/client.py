@@ -84,6 +84,8 @@ def may_pass(error: BaseException) -> bool:
     """Whether MLflow's error is no refusal of the server: an answer broke off, or made no sense."""
     if not isinstance(error, MlflowException):
         return True
+    if error.__cause__ is not None:  # MLflow says "no such model" of any failure to ask for it
+        return may_pass(error.__cause__)
     status = error.get_http_status_code()
     return not CLIENT_ERROR <= status < SERVER_ERROR or status in PASSING
 

@@ -52,6 +52,26 @@ def test_answers_that_make_no_sense_are_asked_for_again_with_growing_waits(
     assert slept == [1, 2, 4, 8]
 
 
+def test_a_model_that_could_not_be_asked_for_need_not_be_gone(
+    client: MlflowClient, patiently: Patience, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """MLflow makes "no such model" of every failure to ask for one before it is tagged."""
+    asked: list[str] = []
+
+    def lost(model_id: str) -> None:
+        asked.append(model_id)
+        raise no_json()
+
+    def tag() -> None:
+        with tracking_errors("tagging"):
+            client.set_logged_model_tags("m-1", {"a": "b"})
+
+    monkeypatch.setattr(client._tracking_client, "get_logged_model", lost)
+    with pytest.raises(TrackingError, match="may have been deleted"):
+        patiently(tag)
+    assert len(asked) == TRIES
+
+
 def test_in_the_end_the_error_is_raised(patiently: Patience, slept: list[float]) -> None:
     errors = [no_json() for _ in range(TRIES + 1)]
     with pytest.raises(TrackingError, match="asking: Expecting value"):

@@ -180,6 +180,10 @@ def _wordy_width(directory: Path) -> None:
     _configure(directory, hidden_size="wide")
 
 
+def _million_layers(directory: Path) -> None:
+    _configure(directory, num_hidden_layers=1_000_000)
+
+
 def _configure(directory: Path, **values: object) -> None:
     path = directory / "config.json"
     path.write_text(json.dumps({**json.loads(path.read_text()), **values}))
@@ -206,7 +210,10 @@ def _adapters_of_themselves(directory: Path) -> None:
 
 @pytest.mark.parametrize(
     "damage",
-    [_no_activation, _wordy_width, _config_list, _nested, _tokenizer_list, _adapters_of_themselves],
+    [
+        *(_no_activation, _wordy_width, _million_layers, _config_list, _nested),
+        *(_tokenizer_list, _adapters_of_themselves),
+    ],
 )
 def test_a_malformed_checkpoint_fails_alone_and_on_one_line(
     run: TrackedRun,
