@@ -19,10 +19,22 @@ or id) and what to do about it.
     └── ChildError           a trainer or validator started by `mlflow-dr run` ended with an error
 """
 
+from collections.abc import Iterable
+from difflib import get_close_matches
+
+from mlflow_dr.terminal import one_line_of
+
 
 def one_line(error: BaseException) -> str:
-    """Kind and text of any error on one line, of some 300 characters at most."""
-    return f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
+    """Kind and text of any error on one line, of some 300 characters at most, without secrets."""
+    return f"{type(error).__name__}: {one_line_of(str(error), 300)}"
+
+
+def did_you_mean(word: str, known: Iterable[str]) -> str:
+    """The known word that is nearest to one that is not known, as the end of a message."""
+    by_lower_case = {one.lower(): one for one in known}
+    close = get_close_matches(word.lower(), by_lower_case, n=1)
+    return f"; did you mean {by_lower_case[close[0]]!r}?" if close else ""
 
 
 class MlflowDrError(Exception):

@@ -32,10 +32,11 @@ FLOORS = {
     "progress": 0,
     "files": 0,
     "errors": 0,
+    "terminal": 0,
     "version": 0,
 }
 # siblings on one floor that may look at each other, one way
-ALLOWED_BESIDE = {("files", "errors")}
+ALLOWED_BESIDE = {("files", "errors"), ("errors", "terminal"), ("columns", "terminal")}
 
 HOMES = {
     "mlflow": ["tracking/"],
