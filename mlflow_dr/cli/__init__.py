@@ -29,6 +29,7 @@ COMMANDS = {
     "train": "Train an encoder and publish its checkpoints to MLflow.",
     "validate": "Validate each checkpoint of a run, now and as they come.",
     "fidelity": "Find the subset that chooses the right checkpoint in less time.",
+    "ui": "Start MLflow's pages on the curves of the latest run.",
     "status": "Show what has become of a run's checkpoints.",
     "best": "Show a run's best checkpoint; download or register it.",
     "compare": "Compare encoders query by query, and test the difference.",
@@ -79,6 +80,8 @@ def main() -> NoReturn:
     package = logging.getLogger("mlflow_dr")
     package.setLevel(logging.INFO)
     package.propagate = False
+    # a server that is away is said once, by who waits for it, not at each try
+    logging.getLogger("urllib3.connectionpool").setLevel(logging.ERROR)
     handler = logging.StreamHandler()
     handler.setFormatter(_Lines())
     package.handlers = [handler]

@@ -42,10 +42,10 @@ from mlflow_dr.cli.options import device, dtype, seed, tracking_uri
 def command(changed: int, **options: Any) -> None:
     """Compare two or more encoders with the first of them, query by query.
 
-    OPERANDS are run ids (their best checkpoints), RUN@STEP, models:/..., or encoders by directory
-    or hub name, which need --dataset. Shown are means, the difference with a 95 % bootstrap
-    interval, the p-value of the paired randomisation test (of several by Holm's rule, too), and the
-    queries that changed most.
+    OPERANDS are runs by id or name (their best checkpoints), RUN@STEP, models:/..., or encoders by
+    directory or hub name, which need --dataset. Shown are means, the difference with a 95 %
+    bootstrap interval, the p-value of the paired randomisation test (of several by Holm's rule,
+    too), and the queries that changed most.
 
     \b
     Example:

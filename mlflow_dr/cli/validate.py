@@ -10,6 +10,7 @@ from typing import Any
 import click
 
 from mlflow_dr.cli.options import (
+    RUN,
     TakesSeveral,
     checkpoints_dir,
     encoder_changes,
@@ -21,6 +22,7 @@ from mlflow_dr.cli.options import (
     keep_up,
     policy_options,
     refine,
+    run_of_project,
     subset_options,
     tracking_uri,
 )
@@ -29,7 +31,7 @@ ORDERS = ("oldest", "newest", "bisect")
 
 
 @click.command("validate", cls=TakesSeveral)
-@click.option("--run-id", help="The MLflow run whose checkpoints are validated.")
+@click.option("--run-id", help=RUN)
 @click.option("--experiment", help="Or all runs of this experiment, later ones too.")
 @checkpoints_dir("; figures go to --run-id, or to a new run")
 @click.option("--dataset", help="The collection (default: the run's).")
@@ -119,13 +121,23 @@ def command(
         raise click.UsageError("a new run names no dataset; give --dataset")
 
     from mlflow_dr.tracking.client import connect, leave_waiting_to_us
+    from mlflow_dr.tracking.curve import where_to_look
     from mlflow_dr.validation.watch import watch
 
+    project = run_of_project(tracking_uri)
     plan = _plan(config, (dataset, sets, split), name, options)
     leave_waiting_to_us()
-    client = connect(tracking_uri)
+    # a run that is there is followed; a new one may be the first of its store
+    client = connect(tracking_uri, may_create=not (run_id or experiment))
     with _followed(client, run_id, experiment, checkpoints_dir, dataset) as followed:
         counts = watch(followed, plan)
+        is_project = project and followed.run and followed.run.id == project.id
+        if followed.run is not None and not is_project:
+            click.echo(where_to_look(followed.run), err=True)
+        if project is not None and not is_project:
+            text = f"validated {counts.done} checkpoints of {followed.name}\n"
+            figures = {"validated/done": counts.done, "validated/failed": counts.failed}
+            project.log_report(figures, {"validated.txt": text})
     return 1 if counts.failed else 0
 
 
@@ -141,14 +153,14 @@ def _followed(
     from mlflow_dr.collection.catalogue import open_collection
     from mlflow_dr.tracking.directories import FollowedDirectory
     from mlflow_dr.tracking.following import FollowedExperiment, FollowedRun
-    from mlflow_dr.tracking.runs import DATASET_TAG, find_run, open_run
+    from mlflow_dr.tracking.runs import DATASET_TAG, open_run, resolve_run
 
     if experiment is not None:
         yield FollowedExperiment(client, experiment)
     elif directory is None:
-        yield FollowedRun(find_run(client, run_id or ""))
+        yield FollowedRun(resolve_run(client, run_id or ""))
     elif run_id is not None:
-        yield FollowedDirectory(find_run(client, run_id), directory, is_mine=False)
+        yield FollowedDirectory(resolve_run(client, run_id), directory, is_mine=False)
     else:
         named = {DATASET_TAG: open_collection(dataset).name} if dataset else {}
         run = open_run(client)

@@ -45,6 +45,11 @@ def shown_uri(uri: str | None = None) -> str:
     return without_secrets(tracking_uri() if uri is None else uri)
 
 
+def is_server(uri: str) -> bool:
+    """Whether a tracking URI is a server's, which has pages; else it is a store's."""
+    return uri.startswith(("http:", "https:"))
+
+
 def connect(uri: str | None = None, may_create: bool = True) -> MlflowClient:
     """A client for the tracking server that MLflow is set to, or for `uri`.
 
@@ -200,7 +205,7 @@ def _unreachable(uri: str, reason: str) -> str:
     if caused:
         reason = cause.rpartition("): ")[2].removesuffix('"))').removesuffix("'))")
     reason = one_line_of(reason, LONGEST_REASON)
-    if not uri.startswith(("http:", "https:")):
+    if not is_server(uri):
         return f"tracking store {shown_uri(uri)}: {reason}"
     return (
         f"tracking server {shown_uri(uri)} does not answer ({reason}); "
