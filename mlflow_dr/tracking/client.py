@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -12,17 +13,21 @@ import mlflow
 from mlflow import MlflowClient
 from mlflow.exceptions import MlflowException
 
-from mlflow_dr.errors import ForbiddenError, TrackingError
+from mlflow_dr.errors import ForbiddenError, MlflowDrError, TrackingError
 from mlflow_dr.terminal import HIDDEN, one_line_of, without_secrets
 
 Client = MlflowClient  # the name for rooms that leave mlflow to this one
 
 URI_VARIABLE = "MLFLOW_TRACKING_URI"
-SERVER_ERROR = 500
+CLIENT_ERROR, SERVER_ERROR = 400, 500
 FORBIDDEN = 403
+PASSING = {408, 429, 499}  # time is up, too many requests: what the server may say otherwise later
 DENIED = "PERMISSION_DENIED"
+NOBODY = "Connection refused"
 RETRIES = "MLFLOW_HTTP_REQUEST_MAX_RETRIES"
 FEW_RETRIES = "2"
+SECONDS_TO_CONNECT = 2.0
+SECONDS_BETWEEN_TRIES = 0.1  # twice as long each time
 AT_ONCE = {"MLFLOW_HTTP_REQUEST_TIMEOUT": "10", RETRIES: "0"}
 SQLITE = "sqlite:///"
 LONGEST_REASON = 300  # characters of what MLflow or a driver says
@@ -53,8 +58,8 @@ def is_server(uri: str) -> bool:
 def connect(uri: str | None = None, may_create: bool = True) -> MlflowClient:
     """A client for the tracking server that MLflow is set to, or for `uri`.
 
-    MLflow itself tries for minutes before it gives up on a server; here a server that does not
-    answer is told at once.
+    MLflow itself tries for minutes before it gives up on a server. Here a server that refuses the
+    connection is told at once, and one whose answers make no sense or break off after seconds.
 
     Args:
         uri: the server; MLflow's own when None.
@@ -74,20 +79,27 @@ def connect(uri: str | None = None, may_create: bool = True) -> MlflowClient:
             f"there is no tracking store {shown_uri(uri)} ({missing} does not exist): start this "
             f"where the training was started, or set {URI_VARIABLE} or --tracking-uri"
         )
-    try:
-        with impatient():
-            client = MlflowClient(uri)
-            client.search_experiments(max_results=1)
-    except ModuleNotFoundError as error:
-        module = error.name or str(error)
-        raise TrackingError(
-            f"tracking store {shown_uri(uri)} needs the Python module {module!r}, which is not "
-            f"installed: pip install '{DRIVERS.get(module, module)}'"
-        ) from error
-    except Exception as error:  # drivers and plugins of MLflow raise errors of their own
-        refusal = _refusal(error)
-        raise TrackingError(refusal or _unreachable(uri, _text(error))) from error
-    return client
+    deadline, wait = time.monotonic() + SECONDS_TO_CONNECT, SECONDS_BETWEEN_TRIES
+    while True:
+        try:
+            with impatient():
+                client = MlflowClient(uri)
+                client.search_experiments(max_results=1)
+        except ModuleNotFoundError as error:
+            module = error.name or str(error)
+            raise TrackingError(
+                f"tracking store {shown_uri(uri)} needs the Python module {module!r}, which is not "
+                f"installed: pip install '{DRIVERS.get(module, module)}'"
+            ) from error
+        except Exception as error:  # drivers and plugins of MLflow raise errors of their own
+            again = is_server(uri) and may_pass(error)
+            if not again or NOBODY in str(error) or time.monotonic() + wait > deadline:
+                refusal = _refusal(error)
+                raise TrackingError(refusal or _unreachable(uri, _text(error))) from error
+        else:
+            return client
+        time.sleep(wait)
+        wait *= 2
 
 
 def _missing_file(uri: str) -> str:
@@ -102,11 +114,17 @@ def answers(client: MlflowClient) -> bool:
     try:
         with impatient():
             client.search_experiments(max_results=1)
-    except MlflowException as error:
-        return error.get_http_status_code() < SERVER_ERROR
-    except OSError:
-        return False
+    except Exception as error:  # noqa: BLE001 - what is no answer of MLflow's fails in many ways
+        return not may_pass(error)
     return True
+
+
+def may_pass(error: BaseException) -> bool:
+    """Whether MLflow's error is no refusal of the server: an answer broke off, or made no sense."""
+    if not isinstance(error, MlflowException):
+        return True
+    status = error.get_http_status_code()
+    return not CLIENT_ERROR <= status < SERVER_ERROR or status in PASSING
 
 
 def write_once(client: MlflowClient, model_id: str, key: str, value: str) -> None:
@@ -130,15 +148,16 @@ def leave_waiting_to_us() -> None:
 
 
 @contextmanager
-def tracking_errors(doing: str, *also: type[Exception]) -> Iterator[None]:
-    """Turn MLflow's errors, and those of `also`, into a TrackingError of one line.
+def tracking_errors(doing: str) -> Iterator[None]:
+    """Turn what MLflow raises into a TrackingError of one line; a ForbiddenError where it is one.
 
-    A ForbiddenError where it is one.
+    Where an answer is cut off, or is another server's, that may be an error of any kind.
     """
-    kinds: tuple[type[Exception], ...] = (MlflowException, OSError, *also)
     try:
         yield
-    except kinds as error:
+    except (MlflowDrError, MemoryError):
+        raise
+    except Exception as error:
         is_forbidden = isinstance(error, PermissionError) or _code(error) == DENIED
         kind = ForbiddenError if is_forbidden else TrackingError
         raise kind(f"{doing}: {_refusal(error) or _one_line(error)}") from error

@@ -91,8 +91,10 @@ def find_operands(
             run = find_run(connected(), checkpoint.run_id)
             return Operand(word, run, checkpoint, validations_of(run).get(name, {}))
         match = RUN.fullmatch(word)
-        if match is None or Path(word).is_dir() or not (run := found_run(match[1])):
+        named = found_run(match[1]) if match and not Path(word).is_dir() else None
+        if match is None or named is None:
             return Operand(word)
+        run = named
         config = validations_of(run).get(name, {})
         if match[2] is not None:
             return Operand(word, run, checkpoint_of_step(run, int(match[2])), config)
