@@ -22,6 +22,7 @@ from mlflow_dr.retrieval.measures import parse_measures
 from mlflow_dr.tracking.client import URI_VARIABLE, connect, tracking_uri
 from mlflow_dr.tracking.curve import curve_of, summary
 from mlflow_dr.tracking.runs import RUN_VARIABLE, TrackedRun, is_over, open_run
+from mlflow_dr.tracking.validations import MAIN_PARAM
 
 TORCHRUN = ("-m", "torch.distributed.run", "--standalone")
 SECONDS_BETWEEN_LOOKS = 0.2
@@ -60,6 +61,8 @@ def launch(
     share = share_machine(trainers=gpus)
     plan = _plan(training, gpus)
     run = open_run(connect(uri or plan.uri), experiment or plan.experiment, plan.run_id)
+    if "--keep-up" not in validating:
+        run.decide(MAIN_PARAM, name)
     validating = ["--run-id", run.id, *share.validator_flags, *validating]
     validating += ["--dataset", plan.validated]
     with _Stop() as stop:

@@ -13,8 +13,8 @@ from mlflow_dr.cli.options import RUN, seed, tracking_uri
 @click.option("--run-id", required=True, help=RUN)
 @click.option(
     "--metric",
-    help="A measure of a validation, such as val/mrr_at_10 (default: the first measure of val, "
-    "or of the first validation by name).",
+    help="A measure of a validation, such as val/mrr_at_10 (default: the first measure of the "
+    "validation that was begun first).",
 )
 @click.option(
     "--download",

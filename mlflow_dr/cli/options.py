@@ -198,7 +198,7 @@ def policy_options(function: Callable[..., Any]) -> Callable[..., Any]:
         click.option(
             "--metric",
             help="What the best are best by, such as val/mrr_at_10 (default: the first measure of "
-            "the validation val, or of the first).",
+            "the validation that was begun first).",
         ),
     ):
         function = option(function)

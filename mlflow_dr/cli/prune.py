@@ -15,7 +15,7 @@ from mlflow_dr.cli.options import RUN, tracking_uri
 @click.option(
     "--metric",
     help="What the best are best by, such as val/mrr_at_10 (default: the first measure of the "
-    "validation val, or of the only one).",
+    "validation that was begun first).",
 )
 @click.option("--unvalidated", is_flag=True, help="Let those go, too, that are not validated yet.")
 @click.option("--dry-run", is_flag=True, help="Only say what would go and what stays.")

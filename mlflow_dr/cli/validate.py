@@ -205,7 +205,8 @@ def _plan(
     from mlflow_dr.tracking.validations import FIRST_NAME
     from mlflow_dr.validation.evaluate import Settings
     from mlflow_dr.validation.order import Order
-    from mlflow_dr.validation.plan import Asked, Plan, read_plan
+    from mlflow_dr.validation.plan import Asked, Plan
+    from mlflow_dr.validation.plan_file import read_plan
     from mlflow_dr.validation.policies import Wishes
 
     if config is not None and name is not None:

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from mlflow_dr.errors import UsageError
+from mlflow_dr.errors import UsageError, did_you_mean
 from mlflow_dr.files import digest_of
 
 FULL, RANDOM, RANKING, BM25, POOL = "full", "random", "ranking", "bm25", "pool"
@@ -26,6 +26,7 @@ FORMS = {
 JOINT = re.compile(r"\+(?=(?:full$|full\+|bm25@|(?:random|ranking|pool|encoder|rerank|queries):))")
 STEP = re.compile(r"step-(\d+)")
 LONGEST_SLUG = 100
+MOST_DIGITS = 12  # of a number of passages or queries
 RELEVANT, ALL = "relevant", "all"
 
 
@@ -179,11 +180,13 @@ def _part(text: str, whole: str) -> Part:
             return Part(kind, _count(count, text), tuple(map(_whole, names)))
     forms = ", ".join(FORMS.values())
     of = "" if text == whole else f" in {whole!r}"
-    raise UsageError(f"subset {text!r}{of}: expected {FORMS.get(kind) or f'one of {forms}'}")
+    near = "" if kind in FORMS else did_you_mean(kind, FORMS)
+    expected = FORMS.get(kind) or f"one of {forms}"
+    raise UsageError(f"subset {text!r}{of}: expected {expected}{near}")
 
 
 def _count(text: str, part: str) -> int:
-    if not text.isdecimal() or int(text) == 0:
+    if not text.isdecimal() or len(text) > MOST_DIGITS or int(text) == 0:
         raise UsageError(f"subset {part!r}: {text!r} is not a whole number above 0")
     return int(text)
 

@@ -5,7 +5,6 @@ Where all values are kept torch is not needed, so it waits until it is: it takes
 
 from __future__ import annotations
 
-import json
 import logging
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
@@ -21,6 +20,7 @@ from mlflow_dr.errors import MlflowDrError, NoValuesError, UsageError
 from mlflow_dr.retrieval.measures import DEFAULT_MEASURES, Measure, parse_measures
 from mlflow_dr.tracking.encoders import reading
 from mlflow_dr.tracking.fetching import fetched
+from mlflow_dr.tracking.results import differences
 from mlflow_dr.tracking.tables import PerQuery, values_of
 from mlflow_dr.tracking.validations import FIRST_NAME, collection_of
 from mlflow_dr.validation.operands import Operand, find_operands
@@ -176,8 +176,8 @@ def _refuse_other_queries(
     for label, config in configs[1:]:
         if config != configs[0][1]:
             raise UsageError(
-                f"values of other collections do not compare: of {configs[0][0]} they are by "
-                f"{json.dumps(configs[0][1])}, of {label} by {json.dumps(config)}"
+                f"values of other collections do not compare: of {configs[0][0]} "
+                f"{differences(configs[0][1], config)} as of {label}"
             )
 
 
