@@ -29,6 +29,19 @@ from mlflow_dr.cli.options import device, dtype, seed, tracking_uri
     type=click.Path(path_type=Path),
     help="Write the values of all queries (CSV) and a picture of the differences to this folder.",
 )
+@click.option("--force", is_flag=True, help="Replace these files if they are there.")
+@click.option(
+    "--q-max-len",
+    "--q_max_len",
+    type=click.IntRange(min=3),
+    help="Tokens of a query, for encoders that are evaluated now (default: their own).",
+)
+@click.option(
+    "--p-max-len",
+    "--p_max_len",
+    type=click.IntRange(min=3),
+    help="Tokens of a passage, for encoders that are evaluated now (default: their own).",
+)
 @click.option(
     "--changed",
     type=click.IntRange(min=0),

@@ -125,7 +125,7 @@ def _wishes(values: Mapping[str, Any], where: str) -> dict[str, Any]:
 def _validations(name: str, given: Any, asked: Asked, where: str) -> tuple[Validation, ...]:
     known = {*COLLECTION, "split", *SUBSET, *(one.name for one in fields(Settings))}
     values = _mapping(given or {}, where, known)
-    named = {
+    named: dict[str, str] = {
         key: _value(values.pop(key), str, f"{where}.{key}")
         for key in ("dataset", "split")
         if key in values
