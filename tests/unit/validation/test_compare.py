@@ -201,7 +201,8 @@ def test_other_collections_do_not_compare(
 ) -> None:
     validated(1)
     validated(2, split="test", to=other_run)
-    with pytest.raises(UsageError, match=r"do not compare: of .* step 1, .* topics is '.*', not '.*' as of .* step 2"):
+    message = r"do not compare: of .* step 1, .* topics is '.*', not '.*' as of .* step 2"
+    with pytest.raises(UsageError, match=message):
         compared(run.id, other_run.id)
     with pytest.raises(UsageError, match=rf"do not compare: .* of {re.escape(str(folder))}/test"):
         compared(run.id, run.id, dataset=str(folder), split="test")
