@@ -45,7 +45,15 @@ def without_secrets(text: str) -> str:
 
 def one_line_of(text: str, longest: int = LONGEST_LINE) -> str:
     """A message on one line of limited length: the middle of a longer one is left out."""
-    line = printable(" ".join(without_secrets(text).split()))
+    return _shortened(printable(" ".join(without_secrets(text).split())), longest)
+
+
+def log_line(text: str, longest: int) -> str:
+    """A message on one line of limited length, its columns left as they are."""
+    return _shortened(printable(without_secrets(text)), longest)
+
+
+def _shortened(line: str, longest: int) -> str:
     if len(line) <= longest:
         return line
     beginning = int(longest * SHARE_OF_BEGINNING)
