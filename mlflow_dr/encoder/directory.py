@@ -297,7 +297,8 @@ def _read_own_settings(path: Path) -> dict[str, Any]:
             raise UsageError(
                 f"unknown encoder settings {unknown}; known are {sorted(OWN_SETTINGS)}"
             )
-        for name, value in own.items():
+        for name in OWN_SETTINGS:
+            value = own[name]
             if not isinstance(value, OWN_SETTINGS[name]):
                 raise UsageError(f"{name} is {value!r:.80}; expected {OWN_SETTINGS[name].__name__}")
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:

@@ -11,7 +11,7 @@ from torch import nn
 from mlflow_dr.encoder import lora
 from mlflow_dr.encoder.directory import QUERY_TOWER, head_state, load_encoder
 from mlflow_dr.encoder.model import Encoder
-from mlflow_dr.encoder.sentence_transformers import module_folder
+from mlflow_dr.encoder.sentence_transformers import module_folder, reading
 from mlflow_dr.errors import CheckpointError
 
 
@@ -26,13 +26,18 @@ def restore_encoder(directory: Path, encoder: Encoder, trust_remote_code: bool =
     Raises:
         CheckpointError: the directory is damaged, or of an encoder of another shape.
     """
+    with reading(directory):
+        _restore(directory, encoder, trust_remote_code)
+
+
+def _restore(directory: Path, encoder: Encoder, trust_remote_code: bool) -> None:
     if lora.is_adapted(encoder.backbone):
         lora.restore_adapter(directory, encoder.backbone)
         for index, module in enumerate(encoder.head, start=1):
             if module.state_dict():
                 _put(module, head_state(directory / module_folder(index, module)), directory)
         if encoder.query_tower is not None:
-            restore_encoder(directory / QUERY_TOWER, encoder.query_tower, trust_remote_code)
+            _restore(directory / QUERY_TOWER, encoder.query_tower, trust_remote_code)
         return
     saved = load_encoder(directory, trust_remote_code=trust_remote_code, safetensors_only=True)
     _put(encoder, saved.state_dict(), directory)

@@ -373,7 +373,7 @@ def _all_modules(
             file = directory / place / ROUTER
             file = file if file.exists() else file.with_name("config.json")
             with _malformed(file):
-                types = [(str(kind), str(path)) for path, kind in _json(file)["types"].items()]
+                types = [(_text(kind), _inside(path)) for path, kind in _json(file)["types"].items()]
             yield from _all_modules(directory, place, types)
 
 
@@ -461,7 +461,21 @@ def _modules(directory: Path) -> list[tuple[str, str]]:
                 raise CheckpointError(
                     f"{path}: kwargs {module['kwargs']!r:.80} of a module are not supported"
                 )
-        return [(str(module["type"]), str(module["path"])) for module in values]
+        return [(_text(module["type"]), _inside(module["path"])) for module in values]
+
+
+def _text(value: object) -> str:
+    if not isinstance(value, str):
+        raise TypeError(f"{value!r:.80} is no text")
+    return value
+
+
+def _inside(path: object) -> str:
+    """A module's folder, which must not lead out of the model's directory."""
+    parts = Path(_text(path)).parts
+    if Path(_text(path)).is_absolute() or ".." in parts:
+        raise ValueError(f"path {path!r:.80} leads out of the directory")
+    return _text(path)
 
 
 def _position(config: Path) -> int:

@@ -401,6 +401,7 @@ def test_a_tokenizer_with_more_tokens_than_the_backbone_embeds(saved: Path) -> N
         ({"layout": 1, "encoder": {}}, "layout 1 was written by an earlier mlflow_dr"),
         ({"encoder": {}}, "'layout'"),
         ({"layout": 2}, "'encoder'"),
+        ({"layout": 2, "encoder": {}}, "'title_separator'"),
         ({"layout": "2", "encoder": {}}, "not an encoder's description"),
         ({"layout": 2, "encoder": {"title_separator": 3}}, "title_separator is 3; expected str"),
         ({"layout": 2, "encoder": {"poling": "cls"}}, "unknown encoder settings"),
@@ -422,6 +423,8 @@ TRANSFORMER = {"idx": 0, "name": "0", "path": "", "type": f"{ST}Transformer"}
     [
         ("modules.json", [{"type": f"{ST}CNN", "path": ""}], "module .*CNN' is not supported"),
         ("modules.json", [{"type": "os.system", "path": ""}], "module .*system' is not supported"),
+        ("modules.json", [TRANSFORMER | {"path": "../x"}], "leads out of the directory"),
+        ("modules.json", [TRANSFORMER | {"path": ["x"]}], "modules.json: not as .* no text"),
         ("modules.json", [TRANSFORMER | {"kwargs": ["task"]}], "kwargs .* are not supported"),
         (
             "modules.json",
