@@ -56,7 +56,7 @@ def test_two_processes_build_once(tmp_path: Path) -> None:
         )
         for me, other in (("a", "b"), ("b", "a"))
     ]
-    outputs = [process.communicate(timeout=60)[0].strip() for process in pair]
+    outputs = [process.communicate(timeout=600)[0].strip() for process in pair]
     assert [process.returncode for process in pair] == [0, 0]
     built_by = (tmp_path / "log").read_text()
     assert built_by in ("a", "b")

@@ -66,7 +66,7 @@ def test_torchrun_waits_for_its_children_as_long_as_we_do(
     monkeypatch.setattr(launch, "TORCHRUN", ("-c", printing))
     child = Child.start("train", [], run, {}, processes=2)
     with child.process:
-        child.reader.join(timeout=60)
+        child.reader.join(timeout=600)
     if child.tail[-1] == "unknown":
         pytest.skip("this torch waits for half a minute")
     assert float(child.tail[-1]) == SECONDS_TO_STOP

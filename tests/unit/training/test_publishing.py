@@ -239,7 +239,7 @@ def test_what_is_under_way_when_python_ends_may_still_use_thread_pools(run: Trac
         [sys.executable, "-c", AT_EXIT, tracking_uri(), run.id],
         capture_output=True,
         text=True,
-        timeout=60,
+        timeout=600,
         check=False,
     )
     assert done.returncode == 0, done.stderr
