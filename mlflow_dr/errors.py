@@ -10,7 +10,8 @@ or id) and what to do about it.
     ├── DataError            a file of a collection that is missing, malformed or contradicts itself
     ├── TrainingError        training cannot go on: its loss is not a number
     ├── CheckpointError      a checkpoint that cannot be trusted or loaded
-    │   └── UnavailableError     ... or not be had at all, perhaps for now
+    │   └── UnavailableError     ... that cannot be fetched or read here, perhaps for now
+    │       └── LostError            ... whose files are gone from a store that answers
     ├── TrackingError        the tracking server, or a run on it, is not what was asked for
     │   ├── RunGoneError     ... was deleted, or never was
     │   ├── NoValuesError    ... has no values of single queries of a checkpoint
@@ -19,10 +20,22 @@ or id) and what to do about it.
     └── ChildError           a trainer or validator started by `mlflow-dr run` ended with an error
 """
 
+from collections.abc import Iterator
+
 
 def one_line(error: BaseException) -> str:
     """Kind and text of any error on one line, of some 300 characters at most."""
-    return f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
+    return f"{type(error).__name__}: {' '.join(str(error).split())[:300]}".rstrip(": ")
+
+
+def causes(error: BaseException) -> Iterator[BaseException]:
+    """An error, what it was raised from, and so on."""
+    seen: set[int] = set()
+    found: BaseException | None = error
+    while found is not None and id(found) not in seen:
+        seen.add(id(found))
+        yield found
+        found = found.__cause__
 
 
 class MlflowDrError(Exception):
@@ -50,7 +63,20 @@ class CheckpointError(MlflowDrError):
 
 
 class UnavailableError(CheckpointError):
-    """A checkpoint cannot be had at all, perhaps because the server is away."""
+    """A checkpoint cannot be fetched or read on this machine, which says nothing about it.
+
+    Args:
+        message: the reason.
+        lasting: whether another try in this process is of no use: a module is missing, say.
+    """
+
+    def __init__(self, message: str, lasting: bool = False) -> None:
+        super().__init__(message)
+        self.lasting = lasting
+
+
+class LostError(UnavailableError):
+    """The files of a checkpoint are gone, although their store answers."""
 
 
 class TrainingError(MlflowDrError):

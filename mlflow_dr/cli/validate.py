@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import click
 
@@ -104,6 +105,9 @@ def command(
     after training, stop it and start it again, and as many as you like, on any machines: each does
     what nobody else is at.
 
+    The exit code is 1 when a checkpoint is FAILED, which says that no encoder can be read from its
+    files, or when some could not be fetched or read on this machine and are left to others.
+
     \b
     Example:
         mlflow-dr validate --run-id 0123456789abcdef0123456789abcdef
@@ -119,19 +123,22 @@ def command(
         raise click.UsageError("a new run names no dataset; give --dataset")
 
     from mlflow_dr.tracking.client import connect, leave_waiting_to_us
+    from mlflow_dr.tracking.patience import Patience
     from mlflow_dr.validation.watch import watch
 
     plan = _plan(config, (dataset, sets, split), name, options)
     leave_waiting_to_us()
     client = connect(tracking_uri)
-    with _followed(client, run_id, experiment, checkpoints_dir, dataset) as followed:
+    patiently = Patience(client, plan.poll_seconds)
+    with _followed(client, patiently, run_id, experiment, checkpoints_dir, dataset) as followed:
         counts = watch(followed, plan)
-    return 1 if counts.failed else 0
+    return 0 if counts.are_good else 1
 
 
 @contextmanager
 def _followed(
     client: Any,
+    patiently: Any,
     run_id: str | None,
     experiment: str | None,
     directory: Path | None,
@@ -144,18 +151,20 @@ def _followed(
     from mlflow_dr.tracking.runs import DATASET_TAG, find_run, open_run
 
     if experiment is not None:
-        yield FollowedExperiment(client, experiment)
-    elif directory is None:
-        yield FollowedRun(find_run(client, run_id or ""))
+        yield patiently(partial(FollowedExperiment, client, experiment))
     elif run_id is not None:
-        yield FollowedDirectory(find_run(client, run_id), directory, is_mine=False)
+        run = patiently(partial(find_run, client, run_id))
+        if directory is None:
+            yield FollowedRun(run)
+        else:
+            yield FollowedDirectory(run, directory, is_mine=False)
     else:
         named = {DATASET_TAG: open_collection(dataset).name} if dataset else {}
-        run = open_run(client)
-        run.set_tags(named)
+        run = patiently(partial(open_run, client))
+        patiently(partial(run.set_tags, named))
         click.echo(f"run {run.id} ({run.name})", err=True)
         with run.ending("validation"):
-            yield FollowedDirectory(run, directory, is_mine=True)
+            yield FollowedDirectory(run, cast(Path, directory), is_mine=True)
 
 
 def plan_of(words: Sequence[str]) -> Any:

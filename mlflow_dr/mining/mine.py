@@ -172,11 +172,11 @@ def _miner(request: Mining) -> Searcher:
         return Bm25Searcher(request.bm25)
     # only here: BM25 needs no torch, which takes seconds to import
     from mlflow_dr.encoder.directory import load_encoder
-    from mlflow_dr.tracking.encoders import fetched_encoder
+    from mlflow_dr.tracking.encoders import fetched_encoder, reading
 
     name = request.miner
     try:
-        with fetched_encoder(name, request.tracking_uri) as directory:
+        with fetched_encoder(name, request.tracking_uri) as directory, reading(name):
             encoder = load_encoder(directory, trust_remote_code=request.trust_remote_code)
     except UsageError as error:
         hint = f"did you mean {BM25}? " if difflib.get_close_matches(name.lower(), [BM25]) else ""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from urllib.parse import urlsplit
@@ -13,16 +14,20 @@ import mlflow
 from mlflow import MlflowClient
 from mlflow.exceptions import MlflowException
 
-from mlflow_dr.errors import ForbiddenError, TrackingError
+from mlflow_dr.errors import ForbiddenError, MlflowDrError, TrackingError
 
 Client = MlflowClient  # the name for rooms that leave mlflow to this one
 
 URI_VARIABLE = "MLFLOW_TRACKING_URI"
-SERVER_ERROR = 500
+CLIENT_ERROR, SERVER_ERROR = 400, 500
 FORBIDDEN = 403
+PASSING = {408, 429, 499}  # time is up, too many requests: what the server may say otherwise later
 DENIED = "PERMISSION_DENIED"
+NOBODY = "Connection refused"
 RETRIES = "MLFLOW_HTTP_REQUEST_MAX_RETRIES"
 FEW_RETRIES = "2"
+SECONDS_TO_CONNECT = 2.0
+SECONDS_BETWEEN_TRIES = 0.1  # twice as long each time
 AT_ONCE = {"MLFLOW_HTTP_REQUEST_TIMEOUT": "10", RETRIES: "0"}
 _set_by_us: set[str] = set()
 _one_at_a_time = threading.RLock()  # they change the process's environment
@@ -36,8 +41,8 @@ def tracking_uri() -> str:
 def connect(uri: str | None = None) -> MlflowClient:
     """A client for the tracking server that MLflow is set to, or for `uri`.
 
-    MLflow itself tries for minutes before it gives up on a server; here a server that does not
-    answer is told at once.
+    MLflow itself tries for minutes before it gives up on a server. Here a server that refuses the
+    connection is told at once, and one whose answers make no sense or break off after seconds.
 
     Raises:
         TrackingError: nothing answers there, or the store cannot be opened.
@@ -48,14 +53,21 @@ def connect(uri: str | None = None) -> MlflowClient:
     if uri:
         mlflow.set_tracking_uri(uri)
     uri = tracking_uri()
-    try:
-        with impatient():
-            client = MlflowClient(uri)
-            client.search_experiments(max_results=1)
-    except (MlflowException, OSError) as error:
-        refusal = _refusal(error)
-        raise TrackingError(refusal or _unreachable(uri, _one_line(error))) from error
-    return client
+    deadline, wait = time.monotonic() + SECONDS_TO_CONNECT, SECONDS_BETWEEN_TRIES
+    while True:
+        try:
+            with impatient():
+                client = MlflowClient(uri)
+                client.search_experiments(max_results=1)
+        except Exception as error:
+            again = urlsplit(uri).scheme in ("http", "https") and may_pass(error)
+            if not again or NOBODY in str(error) or time.monotonic() + wait > deadline:
+                refusal = _refusal(error)
+                raise TrackingError(refusal or _unreachable(uri, _one_line(error))) from error
+        else:
+            return client
+        time.sleep(wait)
+        wait *= 2
 
 
 def answers(client: MlflowClient) -> bool:
@@ -63,11 +75,19 @@ def answers(client: MlflowClient) -> bool:
     try:
         with impatient():
             client.search_experiments(max_results=1)
-    except MlflowException as error:
-        return error.get_http_status_code() < SERVER_ERROR
-    except OSError:
-        return False
+    except Exception as error:  # noqa: BLE001 - what is no answer of MLflow's fails in many ways
+        return not may_pass(error)
     return True
+
+
+def may_pass(error: BaseException) -> bool:
+    """Whether MLflow's error is no refusal of the server: an answer broke off, or made no sense."""
+    if not isinstance(error, MlflowException):
+        return True
+    if error.__cause__ is not None:  # MLflow says "no such model" of any failure to ask for it
+        return may_pass(error.__cause__)
+    status = error.get_http_status_code()
+    return not CLIENT_ERROR <= status < SERVER_ERROR or status in PASSING
 
 
 def write_once(client: MlflowClient, model_id: str, key: str, value: str) -> None:
@@ -91,15 +111,16 @@ def leave_waiting_to_us() -> None:
 
 
 @contextmanager
-def tracking_errors(doing: str, *also: type[Exception]) -> Iterator[None]:
-    """Turn MLflow's errors, and those of `also`, into a TrackingError of one line.
+def tracking_errors(doing: str) -> Iterator[None]:
+    """Turn what MLflow raises into a TrackingError of one line; a ForbiddenError where it is one.
 
-    A ForbiddenError where it is one.
+    Where an answer is cut off, or is another server's, that may be an error of any kind.
     """
-    kinds: tuple[type[Exception], ...] = (MlflowException, OSError, *also)
     try:
         yield
-    except kinds as error:
+    except (MlflowDrError, MemoryError):
+        raise
+    except Exception as error:
         is_forbidden = isinstance(error, PermissionError) or _code(error) == DENIED
         kind = ForbiddenError if is_forbidden else TrackingError
         raise kind(f"{doing}: {_refusal(error) or _one_line(error)[:400]}") from error

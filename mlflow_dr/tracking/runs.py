@@ -52,7 +52,10 @@ class TrackedRun:
     def fetch(self) -> Run:
         """The run as it stands on the server now."""
         with tracking_errors(f"run {self.id}"):
-            return self.client.get_run(self.id)
+            run = self.client.get_run(self.id)
+            if run.info.run_id != self.id:  # an empty answer reads as a run without anything
+                raise ValueError("the server's answer is not about this run")
+            return run
 
     def log_params(self, params: Mapping[str, Any]) -> None:
         """Log what is not logged yet; `mlflow run` logs its own parameters before we start."""
@@ -79,7 +82,7 @@ class TrackedRun:
             try:
                 # of two values the server refuses the second
                 self.client.log_param(self.id, key, text)
-            except MlflowException:
+            except Exception:
                 known: str | None = self.fetch().data.params.get(key)
                 if known is None:
                     raise
@@ -190,14 +193,17 @@ def find_run(client: MlflowClient, run_id: str) -> TrackedRun:
         RunGoneError: there is no run with that id, or it was deleted.
         TrackingError: the server does not answer.
     """
-    try:
-        run = client.get_run(run_id)
-    except MlflowException as error:
-        if error.error_code not in ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE"):
-            raise TrackingError(f"run {run_id}: {' '.join(str(error).split())[:400]}") from error
-        raise RunGoneError(
-            f"no run {run_id!r} on {tracking_uri()}; check the id and {URI_VARIABLE}"
-        ) from error
+    with tracking_errors(f"run {run_id}"):
+        try:
+            run = client.get_run(run_id)
+        except MlflowException as error:
+            if error.error_code not in ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE"):
+                raise
+            raise RunGoneError(
+                f"no run {run_id!r} on {tracking_uri()}; check the id and {URI_VARIABLE}"
+            ) from error
+        if run.info.run_id != run_id:
+            raise ValueError("the server's answer is not about this run")
     check_alive(run)
     return TrackedRun(client, run)
 

@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Iterable, Mapping
 from typing import NamedTuple
 
 from mlflow_dr.errors import TrackingError, UsageError
 from mlflow_dr.tracking.checkpoints import Checkpoint
-from mlflow_dr.tracking.results import PREFIX
+from mlflow_dr.tracking.results import PREFIX, parse_config, parse_record
 from mlflow_dr.tracking.runs import TrackedRun
 
 CONTEXT_TAG = "mlflow.data.context"
-STEP_OF_SUBSET = re.compile(r"\bencoder:step-(\d+)@")
+STEP_OF_SUBSET = re.compile(r"\bencoder:step-([0-9]{1,18})@")
 FIRST_NAME = "val"  # what a validation is called whose user has not called it anything
 
 
@@ -35,14 +34,16 @@ class Metric(NamedTuple):
 def validations_of(run: TrackedRun) -> dict[str, dict[str, object]]:
     """The configuration that each validation's name is bound to on a run, by name.
 
+    Params that only look like one are passed over.
+
     Raises:
         TrackingError: the server does not answer.
     """
     params = run.fetch().data.params
     return {
-        key.removeprefix(PREFIX): json.loads(value)
+        key.removeprefix(PREFIX): config
         for key, value in sorted(params.items())
-        if key.startswith(PREFIX)
+        if key.startswith(PREFIX) and (config := parse_config(value)) is not None
     }
 
 
@@ -62,7 +63,7 @@ def steps_searched_with(configs: Mapping[str, Mapping[str, object]]) -> dict[int
 def figures_of(checkpoint: Checkpoint, name: str) -> dict[str, float]:
     """The recorded figures of a validation, by metric name without prefix; none where none are."""
     record = checkpoint.params.get(PREFIX + name)
-    return json.loads(record)["values"] if record else {}
+    return (parse_record(record) or {}) if record else {}
 
 
 def value_of(checkpoint: Checkpoint, metric: Metric) -> float | None:
@@ -130,6 +131,6 @@ def collection_of(run: TrackedRun, name: str) -> str | None:
     inputs = run.fetch().inputs
     for entry in inputs.dataset_inputs if inputs else ():
         if {tag.key: tag.value for tag in entry.tags}.get(CONTEXT_TAG) == f"validation {name}":
-            known: str | None = json.loads(entry.dataset.source).get("collection")
-            return known
+            known = (parse_config(entry.dataset.source) or {}).get("collection")
+            return known if isinstance(known, str) else None
     return None

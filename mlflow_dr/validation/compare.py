@@ -19,6 +19,7 @@ from mlflow_dr.collection.records import Query
 from mlflow_dr.decisions.comparison import Comparison, check_count, compared, write
 from mlflow_dr.errors import MlflowDrError, NoValuesError, UsageError
 from mlflow_dr.retrieval.measures import DEFAULT_MEASURES, Measure, parse_measures
+from mlflow_dr.tracking.encoders import reading
 from mlflow_dr.tracking.fetching import fetched
 from mlflow_dr.tracking.tables import PerQuery, values_of
 from mlflow_dr.tracking.validations import FIRST_NAME, collection_of
@@ -201,7 +202,8 @@ def _evaluated(
     )
     log.info("%s is evaluated on %s/%s", operand.label, prepared.collection.name, prepared.split)
     checkpoint = operand.checkpoint
-    with nullcontext(operand.given) if checkpoint is None else fetched(checkpoint) as files:
+    source = nullcontext(operand.given) if checkpoint is None else fetched(checkpoint)
+    with source as files, reading(operand.label):
         encoder = load_encoder(
             files,
             trust_remote_code=request.trust_remote_code,

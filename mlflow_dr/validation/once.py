@@ -19,7 +19,7 @@ from mlflow_dr.retrieval.ranking import write_ranking
 from mlflow_dr.subsets.searching import CachedSearching
 from mlflow_dr.subsets.spec import FULL, RELEVANT, parse_spec
 from mlflow_dr.subsets.subset import make_subset
-from mlflow_dr.tracking.encoders import fetched_encoder
+from mlflow_dr.tracking.encoders import fetched_encoder, reading
 from mlflow_dr.validation.evaluate import Prepared, Report, Settings, evaluate
 
 
@@ -100,7 +100,8 @@ def evaluate_once(request: Once) -> Report:
             raise UsageError(f"{path}: the folder {path.absolute().parent} does not exist")
     collection = open_collection(request.dataset)
     split = chosen_split(collection, request.split)
-    with fetched_encoder(request.encoder, request.tracking_uri) as directory:
+    name = request.encoder
+    with fetched_encoder(name, request.tracking_uri) as directory, reading(name):
         encoder = load_encoder(
             directory, trust_remote_code=request.trust_remote_code, **request.encoder_changes()
         )
