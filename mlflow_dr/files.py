@@ -38,6 +38,14 @@ def cache_dir() -> Path:
     return Path(base).expanduser() / "mlflow_dr"
 
 
+def is_path(text: str) -> bool:
+    """Whether there is a file or folder of this name; False also for what no path can be called."""
+    try:
+        return bool(text) and Path(text).expanduser().exists()
+    except (OSError, RuntimeError, ValueError):  # too long, an unknown home, a NUL character
+        return False
+
+
 def usable_cores() -> int:
     """The number of cores that this process may use."""
     if hasattr(os, "sched_getaffinity"):

@@ -192,6 +192,8 @@ def _quoted(path: Path) -> str:
 
 
 def _unquoted(text: str) -> Path:
+    if "\0" in text or "%00" in text:
+        raise UsageError(f"{quoted(text)}: no file can have a NUL character in its name")
     return Path(os.fsdecode(unquote_to_bytes(text)))
 
 

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass, fields
+from numbers import Integral
 from typing import Any
 
-from mlflow_dr.errors import UsageError
+from mlflow_dr.errors import UsageError, quoted
 
 POOLINGS = ("cls", "mean", "last", "max", "mean_sqrt_len", "weighted_mean")
 ACTIVATIONS = ("identity", "tanh", "relu", "gelu", "sigmoid")
@@ -23,6 +24,7 @@ class ProjectionConfig:
     activation: str = "identity"
 
     def __post_init__(self) -> None:
+        check_types(self)
         if self.activation not in ACTIVATIONS:
             raise UsageError(
                 f"activation {self.activation!r}: expected one of {', '.join(ACTIVATIONS)}"
@@ -56,6 +58,7 @@ class EncoderConfig:
     lowercase: bool = False
 
     def __post_init__(self) -> None:
+        check_types(self)
         if self.pooling not in POOLINGS:
             raise UsageError(f"pooling {self.pooling!r}: expected one of {', '.join(POOLINGS)}")
         for name in ("query_max_length", "passage_max_length"):
@@ -79,6 +82,27 @@ class EncoderConfig:
             raise UsageError(f"unknown encoder settings {unknown}; known are {sorted(known)}")
         projections = tuple(ProjectionConfig(**one) for one in values.get("projections", ()))
         return cls(**{**values, "projections": projections})
+
+
+def check_types(settings: Any) -> None:
+    """Refuse a setting of another type than its default, such as the string `"no"` as a boolean.
+
+    Args:
+        settings: a dataclass; fields without a default, or with None, are not looked at.
+
+    Raises:
+        UsageError: with the name of the setting.
+    """
+    for field in fields(settings):
+        value, kind = getattr(settings, field.name), type(field.default)
+        expected = {bool: bool, int: Integral, str: str}.get(kind)
+        if expected and (
+            not isinstance(value, expected) or isinstance(value, bool) > (kind is bool)
+        ):
+            raise UsageError(
+                f"{field.name} is {quoted(value)}; expected a value of type {kind.__name__}"
+                + (" (true or false, without quotation marks)" if kind is bool else "")
+            )
 
 
 def changes_of(

@@ -37,6 +37,15 @@ def test_there_and_back_through_json(config: EncoderConfig) -> None:
             {"projections": [{"in_features": 2, "out_features": 1, "activation": "step"}]},
             "activation 'step': expected one of identity, tanh",
         ),
+        ({"normalize": "no"}, "normalize is 'no'; expected a value of type bool"),
+        ({"lowercase": 0}, "lowercase is 0; expected a value of type bool"),
+        ({"query_max_length": "32"}, "query_max_length is '32'; expected a value of type int"),
+        ({"passage_max_length": True}, "passage_max_length is True; expected a value of type int"),
+        ({"query_prompt": None}, "query_prompt is None; expected a value of type str"),
+        (
+            {"projections": [{"in_features": 2, "out_features": 1, "bias": "false"}]},
+            "bias is 'false'; expected a value of type bool",
+        ),
     ],
 )
 def test_what_is_refused(values: dict[str, Any], message: str) -> None:
