@@ -72,8 +72,8 @@ def _found(repo: str, stems: Sequence[str]) -> tuple[dict[str, HubFiles], Path]:
     for stem in stems:
         for suffix in READERS:  # a repository may offer the same rows in two formats
             patterns = _patterns(stem, suffix)
-            if files := sorted(path for pattern in patterns for path in _matching(folder, pattern)):
-                found.setdefault(stem, HubFiles(repo, folder.name, suffix, files))
+            if paths := sorted(path for pattern in patterns for path in _matching(folder, pattern)):
+                found.setdefault(stem, HubFiles(repo, folder.name, suffix, paths))
     for files in found.values():
         try:
             check_complete(files.files)

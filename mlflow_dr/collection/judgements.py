@@ -71,7 +71,7 @@ class _Columns(NamedTuple):
     """Which columns of a file with a header are which."""
 
     places: tuple[int, int, int]
-    count: int
+    number: int
 
     def of(self, columns: Sequence[str], where: str) -> list[str]:
         """Query, passage and relevance of a line.
@@ -79,8 +79,8 @@ class _Columns(NamedTuple):
         Raises:
             DataError: it has not as many columns as the header.
         """
-        if len(columns) != self.count:
-            raise DataError(f"{where}: {len(columns)} columns; the first line names {self.count}")
+        if len(columns) != self.number:
+            raise DataError(f"{where}: {len(columns)} columns; the first line names {self.number}")
         return [columns[place] for place in self.places]
 
 

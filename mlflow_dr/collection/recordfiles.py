@@ -23,7 +23,6 @@ log = logging.getLogger(__name__)
 Record = Mapping[str, Any]
 SUFFIXES = (".jsonl", ".json", ".jsonl.gz", ".json.gz", ".parquet")
 UNFINISHED = (".part", ".partial", ".tmp", ".temp", ".incomplete", ".crdownload", ".download")
-MOST_SHARDS = 100_000
 SHARD = re.compile(r"(.*?)(\d+)-of-(\d+)(.*)")
 BYTES_TO_PEEK = 1024
 ROWS_AT_A_TIME = 1024
@@ -111,17 +110,16 @@ def check_complete(files: Sequence[Path]) -> None:
     for file in files:
         check_link(file)
         if found := SHARD.fullmatch(file.name):
-            shards[file.parent, found[1], found[3]][int(found[2][-9:])] = found[2]
-    for (folder, start, total), numbers in shards.items():
+            shards[file.parent, found[1], found[3]][int(found[2][-9:])] = file.name
+    for (folder, start, total), names in shards.items():
         count = int(total[-9:])
-        first = 1 if count in numbers else 0  # some count from 1
-        expected = range(first, first + count)
-        if len(numbers) < count and count <= MOST_SHARDS:
-            missing = next(number for number in expected if number not in numbers)
-            width = len(next(iter(numbers.values())))
+        first = 1 if count in names else 0  # some count from 1
+        missing = next((one for one in range(first, first + count) if one not in names), None)
+        if missing is not None:
+            _, number, _, end = SHARD.fullmatch(next(iter(names.values()))).groups()  # type: ignore[union-attr]
+            name = f"{start}{missing:0{len(number)}}-of-{total}{end}"
             raise DataError(
-                f"{folder}: {start}{missing:0{width}}-of-{total} is missing; there are "
-                f"{len(numbers)} of {count} such files"
+                f"{folder}: {name} is missing; there are {len(names)} of {count} such files"
             )
 
 

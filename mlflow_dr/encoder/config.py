@@ -10,6 +10,7 @@ from mlflow_dr.errors import UsageError, quoted
 
 POOLINGS = ("cls", "mean", "last", "max", "mean_sqrt_len", "weighted_mean")
 ACTIVATIONS = ("identity", "tanh", "relu", "gelu", "sigmoid")
+EXPECTED: dict[type, type] = {bool: bool, int: Integral, str: str}
 DEFAULT_QUERY_LENGTH = 32
 DEFAULT_PASSAGE_LENGTH = 128
 
@@ -95,10 +96,9 @@ def check_types(settings: Any) -> None:
     """
     for field in fields(settings):
         value, kind = getattr(settings, field.name), type(field.default)
-        expected = {bool: bool, int: Integral, str: str}.get(kind)
-        if expected and (
-            not isinstance(value, expected) or isinstance(value, bool) > (kind is bool)
-        ):
+        if kind not in EXPECTED:
+            continue
+        if not isinstance(value, EXPECTED[kind]) or (kind is int and isinstance(value, bool)):
             raise UsageError(
                 f"{field.name} is {quoted(value)}; expected a value of type {kind.__name__}"
                 + (" (true or false, without quotation marks)" if kind is bool else "")

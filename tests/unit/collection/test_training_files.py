@@ -401,7 +401,9 @@ def test_a_file_is_missing_among_those_that_count_themselves(
 ) -> None:
     for name in names:
         folder = write(name, TEVATRON).parent
-    with pytest.raises(DataError, match=rf"{missing} is missing; there are {len(names)} of \d"):
+    with pytest.raises(
+        DataError, match=rf"{missing}\.jsonl is missing; there are {len(names)} of \d"
+    ):
         open_examples(folder)
 
 
