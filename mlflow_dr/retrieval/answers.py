@@ -31,7 +31,7 @@ SECONDS_PER_MATCH = 5.0
 LONGEST_PATTERN = 10_000
 """Characters of a regular expression; of a million, compiling takes a minute."""
 
-FLAGS = regex.IGNORECASE | regex.UNICODE | regex.MULTILINE | regex.VERSION0
+FLAGS = regex.IGNORECASE | regex.UNICODE | regex.MULTILINE
 
 _TOKEN = regex.compile(r"[\p{L}\p{N}\p{M}]+|[^\p{Z}\p{C}]")
 
@@ -65,16 +65,21 @@ class AnswerFinder:
     def sought(self, answers: Sequence[str]) -> tuple[Any, ...]:
         """Answers as `holds` takes them.
 
-        One without any token (empty, or white space) is left out: DPR's rule would find it in
-        every passage.
-
-        Raises:
-            DataError: an answer is no regular expression, where they are to be some.
+        By `string`, one without any token (empty, or white space) is left out: DPR's rule would
+        find it in every passage. By `regex`, one that is no regular expression is left out, as DPR
+        does; `faults` says which.
         """
         if self._match == REGEX:
-            return tuple(_pattern(answer) for answer in dict.fromkeys(answers) if answer.strip())
+            patterns = map(_pattern, dict.fromkeys(answers))
+            return tuple(one for one in patterns if not isinstance(one, str))
         texts = (_spaced(answer) for answer in answers)
         return tuple(dict.fromkeys(text for text in texts if text.strip()))
+
+    def faults(self, answers: Sequence[str]) -> list[str]:
+        """Which of the answers are to be regular expressions and are not, with the reason."""
+        if self._match == STRING:
+            return []
+        return [fault for answer in answers if isinstance(fault := _pattern(answer), str)]
 
     def holds(self, row: int, sought: Sequence[Any]) -> bool:
         """Whether the passage at this row holds one of the answers.
@@ -104,19 +109,14 @@ class AnswerFinder:
         return _spaced(text) if self._match == STRING else unicodedata.normalize("NFD", text)
 
 
-def _pattern(answer: str) -> regex.Pattern[str]:
+def _pattern(answer: str) -> regex.Pattern[str] | str:
+    """An answer as a regular expression, or what is wrong with it."""
     if len(answer) > LONGEST_PATTERN:
-        raise DataError(
-            f"answer {quoted(answer)}: a regular expression of {len(answer):,} characters; "
-            f"expected {LONGEST_PATTERN:,} at most"
-        )
+        return f"{quoted(answer)}: {len(answer):,} characters, more than {LONGEST_PATTERN:,}"
     try:
         return regex.compile(unicodedata.normalize("NFD", answer), FLAGS)
     except (regex.error, RecursionError, OverflowError, ValueError, MemoryError) as error:
-        raise DataError(
-            f"answer {quoted(answer)}: not a regular expression ({error}); correct it, or match "
-            "answers as strings (--match string)"
-        ) from error
+        return f"{quoted(answer)}: {error}"
 
 
 def _spaced(text: str) -> str:

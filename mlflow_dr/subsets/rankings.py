@@ -120,7 +120,7 @@ def _best(found: dict[str, float], k: int) -> list[tuple[str, float]]:
 def _score(text: str, is_rank: bool, where: str) -> float:
     try:
         score = -float(int(text)) if is_rank else float(text)
-    except ValueError:
+    except (ValueError, OverflowError):
         score = math.nan
     if not math.isfinite(score):
         what = "a rank (a whole number), as on the lines before" if is_rank else "a score"

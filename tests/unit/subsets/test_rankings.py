@@ -89,6 +89,7 @@ def test_unknown_ids_and_a_query_without_a_line(
         ("q1 Q0 p1 1 nan t\n", "run.trec:1: 'nan' is not a score"),
         ("q1 Q0 p1 1 1e999 t\n", "run.trec:1: '1e999' is not a score"),
         (f"q1 p1 {'9' * 5000}\n", "run.trec:1: '9+... is not a rank"),
+        (f"q1 p1 {'9' * 500}\n", "run.trec:1: '9+... is not a rank"),
         ("q1\tp1\t1\nq1\t\t2\n", "run.trec:2: an id is empty"),
         ("q1 Q0 p1\x00 1 9 t\n", "run.trec:1: id .* has a NUL character"),
         ("q1 p1 12\nq1 p2 9\n", "run.trec: no query has a passage of rank 0 or 1"),
