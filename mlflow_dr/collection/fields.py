@@ -105,10 +105,11 @@ def identifiers(record: Record, field: str, where: str) -> list[str]:
         DataError: with the index of the first that is none.
     """
     values = listed(record, field, where)
-    if all(type(value) is str and value and value == value.strip() for value in values) and (
-        not any("\0" in value for value in values)
-    ):
-        return values
+    # one look at most lists: a training file has tens of millions of ids
+    if all(type(value) is str for value in values):
+        joined = " ".join(values)
+        if "\0" not in joined and joined.split() == values:
+            return values
     return [
         identifier({field: value}, field, f"{where}: {field}[{index}]")
         for index, value in enumerate(values)

@@ -22,7 +22,7 @@ RELEVANCES = range(-32_767, 32_768)
 
 NAMES = (
     {"queryid", "qid", "query", "topic", "topicid"},
-    {"corpusid", "docid", "docno", "documentid", "passageid", "pid", "corpus", "document"},
+    {"corpusid", "docid", "docno", "documentid", "passageid", "pid", "doc", "document", "passage"},
     {"score", "relevance", "rel", "label", "relevant", "judgment", "judgement"},
 )
 """How headers name query, passage and relevance; case, `-` and `_` do not count."""
@@ -51,7 +51,7 @@ def read_qrels(path: Path) -> dict[str, dict[str, int]]:
         columns = [one.strip() for one in (text.split("\t") if "\t" in text else text.split())]
         if number == 1 and (names := _header(columns)):
             continue
-        three = names.of(columns, where) if names else _unnamed(columns, where)
+        three = names.of(columns, where) if names else _unnamed(columns, where, number == 1)
         query_id, passage_id, relevance_text = three
         relevance = int(relevance_text) if re.fullmatch(r"-?\d{1,20}", relevance_text) else None
         if relevance is None or relevance not in RELEVANCES:
@@ -94,17 +94,21 @@ def _header(columns: Sequence[str]) -> _Columns | None:
     return _Columns((query, passage, relevance), len(columns))
 
 
-def _unnamed(columns: Sequence[str], where: str) -> Sequence[str]:
+def _unnamed(columns: Sequence[str], where: str, is_first: bool) -> Sequence[str]:
     """Query, passage and relevance of a line of a file without a header.
 
     Of four columns the second is TREC's iteration: `0`, `Q0`, or the number of a topic's aspect or
     of a round. With anything else there, or where the third could be BEIR's score, the line may
-    mean two things.
+    mean two things. The first line may have names that are not known.
+
+    Raises:
+        DataError: there are neither three nor four columns, or four that are not TREC's.
     """
     if len(columns) == TREC_COLUMNS:
         query, iteration, passage, relevance = columns
         is_number = NUMBER.fullmatch(iteration) and not NUMBER.fullmatch(passage)
-        if not (iteration.upper() in ("0", "Q0") or is_number or not NUMBER.search(relevance)):
+        is_header = is_first and not NUMBER.search(relevance)
+        if not (iteration.upper() in ("0", "Q0") or is_number or is_header):
             raise DataError(
                 f"{where}: 4 columns, the second of them {quoted(iteration)}; TREC's have 0 there; "
                 "BEIR's with more than three columns need a first line such as query-id, "

@@ -90,7 +90,7 @@ def _dpr_passages(path: Path) -> Iterator[tuple[int, Passage]]:
                 if not row or row[0] == DPR_COLUMNS[0]:
                     continue
                 where = f"{path}:{first}"
-                if any("\t" in cell and "\n" in cell for cell in row):
+                if number > first and any("\t" in cell and "\n" in cell for cell in row):
                     raise DataError(
                         f"{where}: a quotation mark is not closed on this line: what is quoted "
                         f'goes on to line {number}; double each " in the text (""), and quote it'

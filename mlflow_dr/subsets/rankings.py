@@ -72,22 +72,22 @@ def _read(path: Path, k: int, wanted: set[str]) -> dict[str, list[str]]:
     kept: dict[str, dict[str, float]] = {}
     columns, is_rank = 0, False
     for number, line in read_lines(path):
-        where = f"{path}:{number}"
         words = _columns(decoded(line, path, number))
         if not columns:
             columns = len(words)
             is_rank = columns == SHORT_COLUMNS and words[2].isdecimal()
         if len(words) != columns or columns not in (TREC_COLUMNS, SHORT_COLUMNS):
             raise DataError(
-                f"{where}: {len(words)} columns; expected TREC's query-id Q0 passage-id "
+                f"{path}:{number}: {len(words)} columns; expected TREC's query-id Q0 passage-id "
                 "rank score tag, or query-id passage-id rank (or score), on every line alike"
             )
         query_id, passage_id = words[0], words[2 if columns == TREC_COLUMNS else 1]
-        score = _score(words[4 if columns == TREC_COLUMNS else 2], is_rank, where)
+        score = _score(words[4 if columns == TREC_COLUMNS else 2], is_rank, path, number)
         if query_id not in wanted:
             continue
         found = kept.setdefault(query_id, {})
-        check_id(passage_id, where)
+        if not passage_id or "\0" in passage_id:
+            check_id(passage_id, f"{path}:{number}")
         found[passage_id] = max(score, found.get(passage_id, -math.inf))
         if len(found) > KEPT_MEANWHILE * k:
             kept[query_id] = dict(_best(found, k))
@@ -107,22 +107,23 @@ def _columns(text: str) -> list[str]:
 
     Only ASCII's blanks part columns, as in trec_eval; between tabs an id may hold blanks.
     """
-    columns = [one.strip() for one in text.split("\t")]
-    if len(columns) in (TREC_COLUMNS, SHORT_COLUMNS):
-        return columns
-    return BLANKS.split(text)
+    if "\t" in text:
+        columns = [one.strip() for one in text.split("\t")]
+        if len(columns) in (TREC_COLUMNS, SHORT_COLUMNS):
+            return columns
+    return text.split() if text.isascii() else BLANKS.split(text)
 
 
 def _best(found: dict[str, float], k: int) -> list[tuple[str, float]]:
     return nlargest(k, found.items(), key=lambda one: (one[1], one[0]))
 
 
-def _score(text: str, is_rank: bool, where: str) -> float:
+def _score(text: str, is_rank: bool, path: Path, number: int) -> float:
     try:
         score = -float(int(text)) if is_rank else float(text)
     except (ValueError, OverflowError):
         score = math.nan
     if not math.isfinite(score):
         what = "a rank (a whole number), as on the lines before" if is_rank else "a score"
-        raise DataError(f"{where}: {quoted(text)} is not {what}")
+        raise DataError(f"{path}:{number}: {quoted(text)} is not {what}")
     return score

@@ -221,6 +221,7 @@ def test_text_that_is_not_utf8(folder: Path) -> None:
         ("q1\tp1\t1\t0", "4 columns, the second of them 'p1'; TREC's have 0 there"),
         ("q1\t7\t1\t0", "4 columns, the second of them '7'; TREC's have 0 there"),
         ("q1\t\t1", "an id is empty"),
+        ("q1\tp1\t1\tgood", "4 columns, the second of them 'p1'; TREC's have 0 there"),
         ("q1\tp1\x00tail\t1", r"id 'p1\\x00tail' has a NUL character"),
         ("q\x001\tp1\t1", r"id 'q\\x001' has a NUL character"),
     ],
