@@ -102,6 +102,11 @@ def _dpr_passages(path: Path) -> Iterator[tuple[int, Passage]]:
                     )
                 passage_id, content, title = row
                 yield first, Passage(check_id(passage_id, where), title, content)
-        except (csv.Error, UnicodeDecodeError) as error:
-            reason = getattr(error, "reason", error)
-            raise DataError(f"{path}:{rows.line_num + 1}: cannot be read ({reason})") from error
+        except csv.Error as error:
+            raise DataError(
+                f"{path}:{number + 1}: cannot be read ({error}); a quotation mark on this line may "
+                "not be closed"
+            ) from error
+        except UnicodeDecodeError as error:
+            line = rows.line_num + 1
+            raise DataError(f"{path}:{line}: cannot be read ({error.reason})") from error

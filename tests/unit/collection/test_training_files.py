@@ -373,7 +373,7 @@ def test_a_passage_that_never_ends(
 ) -> None:
     monkeypatch.setattr("mlflow_dr.collection.passages.LONGEST_LINE", 1000)
     path = write("psgs.tsv", b'1\t"' + b"x" * 80 + b"\n" * 2000)
-    with pytest.raises(DataError, match=r"psgs\.tsv:\d+: cannot be read \(field larger"):
+    with pytest.raises(DataError, match=r"psgs\.tsv:1: cannot be read \(field larger"):
         corpus_of_file(path)
 
 
