@@ -1,10 +1,11 @@
-"""Random SIGKILLs of validators, trainer and server, and what is left of them in the end.
+"""Random SIGKILLs of validators, trainer and server, and damage to cached files.
 
     python -m benchmarks.faults --rounds 50
 
 A trainer publishes checkpoints of a tiny encoder to a real MLflow server; validators follow. In
-each round one of them is killed at a random moment and started again. In the end every checkpoint
-must have exactly one point for each metric, equal to what an undisturbed validation gives.
+each round one of them is killed at a random moment and started again, or a file in the cache that
+they share is replaced by half of it. In the end every checkpoint must have exactly one point for
+each metric, equal to what an undisturbed validation gives.
 """
 
 from __future__ import annotations
@@ -101,23 +102,46 @@ def trainer_words(output: Path, steps: int) -> list[str]:
     return ["train", *(str(word) for name, value in flags.items() for word in (f"--{name}", value))]
 
 
+def damaged(cache: Path, chance: random.Random) -> bool:
+    """Replace a file of the cache by its first half; whether there was one.
+
+    Processes that have mapped the file keep the whole of it.
+    """
+    paths = sorted(path for path in cache.glob("*/*/*") if path.is_file())
+    if not paths:
+        return False
+    path = chance.choice(paths)
+    content = path.read_bytes()
+    half = path.with_name(f".{path.name}")
+    half.write_bytes(content[: len(content) // 2])
+    half.replace(path)
+    return True
+
+
 def disturb(
-    commands: dict[str, Command], server: Server, rounds: int, chance: random.Random
+    commands: dict[str, Command],
+    server: Server,
+    rounds: int,
+    chance: random.Random,
+    cache: Path,
 ) -> Counter[str]:
-    """Kill one after the other, at random moments, and start each again."""
+    """Kill one after the other, at random moments, and start each again; damage the cache."""
     kills: Counter[str] = Counter()
     while sum(kills.values()) < rounds:
         time.sleep(chance.uniform(0, LONGEST_LIFE))
         ended = {name: command.keep_alive() for name, command in commands.items()}
-        victim = chance.choice([*commands, "server"])
-        if victim == "server":
+        victim = chance.choice([*commands, "server", "cache"])
+        if victim == "cache":
+            if not damaged(cache, chance):
+                continue
+        elif victim == "server":
             server.kill()
             time.sleep(chance.uniform(0, 2))
             server.start()
         elif ended[victim] or not commands[victim].kill():
             continue
         kills[victim] += 1
-        if victim != "server":
+        if victim in commands:
             commands[victim].keep_alive()
         print(f"round {sum(kills.values())}: {victim}", flush=True)
         if all(ended.values()):
@@ -156,14 +180,14 @@ def stuck(checkpoint: Checkpoint) -> bool:
 
 
 @click.command()
-@click.option("--rounds", default=50, show_default=True, help="How many are killed.")
+@click.option("--rounds", default=50, show_default=True, help="Kills and damaged files.")
 @click.option("--validators", default=2, show_default=True)
 @click.option(
     "--steps", default=1500, show_default=True, help="Of training; every 5th is published."
 )
 @click.option("--seed", default=0, show_default=True)
 def main(rounds: int, validators: int, steps: int, seed: int) -> None:
-    """Count what random SIGKILLs do."""
+    """Count what random SIGKILLs and damaged files do."""
     chance = random.Random(seed)
     with tempfile.TemporaryDirectory() as name, Server(Path(name)) as server:
         room = Path(name)
@@ -193,7 +217,7 @@ def main(rounds: int, validators: int, steps: int, seed: int) -> None:
         }
         start = time.monotonic()
         try:
-            kills = disturb(commands, server, rounds, chance)
+            kills = disturb(commands, server, rounds, chance, room / "cache")
             ended(commands)
         finally:
             for command in commands.values():
@@ -225,6 +249,9 @@ def report(client: MlflowClient, run_id: str, kills: Counter[str], room: Path) -
             for step, values in by_step.items()
         ),
         "claims left": sum(map(stuck, ready)),
+        "cache entries made again": sum(
+            log.read_text(encoding="utf-8").count("it is made again") for log in room.glob("*.log")
+        ),
         "temporary directories left": len(list((room / "tmp").glob("mlflow_dr-scratch-*"))),
     }
     print("; ".join(f"{what} {count}" for what, count in kills.items()))

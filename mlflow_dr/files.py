@@ -6,6 +6,7 @@ import errno
 import glob
 import gzip
 import hashlib
+import logging
 import os
 import shutil
 import tempfile
@@ -19,6 +20,8 @@ from typing import IO
 from filelock import BaseFileLock, FileLock, Timeout
 
 from mlflow_dr.errors import DataError
+
+log = logging.getLogger(__name__)
 
 CACHE_VARIABLE = "MLFLOW_DR_CACHE"
 SCRATCH = "mlflow_dr-scratch-"
@@ -66,22 +69,37 @@ def file_sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def build_once(target: Path, build: Callable[[Path], None]) -> Path:
+def build_once(
+    target: Path,
+    build: Callable[[Path], None],
+    damage: Callable[[Path], str] = lambda target: "",
+) -> Path:
     """Make `target` (a file or directory) with `build`, once, whatever number of processes ask.
 
     `build` gets a path beside the target and writes there; the result is renamed into place when
     `build` returns and removed when it raises, so that the target is whole or absent. What a killed
     process left of its try is removed by the next one.
+
+    Args:
+        target: what is made.
+        build: makes it at another path.
+        damage: says what is wrong with a target that exists, empty when nothing is. A damaged
+            target is made again, with a warning, and removed when the new one is complete.
     """
-    if target.exists():
+    if target.exists() and not damage(target):
         return target
     target.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(f"{target}.lock"):
         for left in target.parent.glob(f".{glob.escape(target.name)}.*"):
             shutil.rmtree(left, ignore_errors=True)
-        if not target.exists():
+        damaged = damage(target) if target.exists() else ""
+        if damaged:
+            log.warning("%s in the cache is damaged (%s); it is made again", target, damaged)
+        if damaged or not target.exists():
             with written_beside(target) as partial:
                 build(partial)
+                if os.path.lexists(target):
+                    target.rename(partial.parent / "damaged")
     return target
 
 

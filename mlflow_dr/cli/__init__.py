@@ -17,7 +17,7 @@ from typing import NoReturn
 
 import click
 
-from mlflow_dr.errors import MlflowDrError
+from mlflow_dr.errors import MlflowDrError, one_line
 from mlflow_dr.version import VERSION
 
 INTERRUPTED = 130
@@ -92,7 +92,10 @@ def _run() -> int:
         return _fail(f"{error.format_message().rstrip('.')}{where}", 2)
     except click.ClickException as error:
         return _fail(error.format_message(), 1)
-    except (KeyboardInterrupt, click.Abort):
+    except (KeyboardInterrupt, click.Abort) as error:
+        cause = error.__cause__
+        if isinstance(cause, EOFError):  # click takes any of them for the end of the input
+            return _fail(f"what was read ended too early ({one_line(cause)})", 1)
         return _fail("stopped", INTERRUPTED)
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

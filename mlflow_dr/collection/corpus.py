@@ -11,10 +11,10 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from mlflow_dr.cache import cache_entry
 from mlflow_dr.collection.contents import ContentDigest
 from mlflow_dr.collection.records import Passage
 from mlflow_dr.errors import DataError, quoted
-from mlflow_dr.files import build_once, cache_dir, digest_of
 from mlflow_dr.progress import progress_bar
 
 SCHEMA = pa.schema([("id", pa.string()), ("title", pa.string()), ("text", pa.string())])
@@ -132,7 +132,7 @@ def cached_corpus(key: str, passages: Iterable[Passage], total: int | None = Non
     """A corpus made from `passages` once and kept as an Arrow file in the user's cache.
 
     Args:
-        key: names the source and its state (path, size, time of change); the cache's key.
+        key: names the source and its state (see `state_of`); the cache's key.
         passages: read only when the cache has no corpus under this key.
         total: number of passages, where known, for the progress bar.
 
@@ -147,7 +147,7 @@ def cached_corpus(key: str, passages: Iterable[Passage], total: int | None = Non
         if len(writer) == 0:
             raise DataError("the corpus has no passages")
 
-    return opened_corpus(build_once(cache_dir() / "corpora" / digest_of(key), write))
+    return opened_corpus(cache_entry("corpora", key, write))
 
 
 class CorpusWriter:

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
+from mlflow_dr.cache import cache_entry
 from mlflow_dr.collection.cleaning import SCHEMA, Rows, cleaned
 from mlflow_dr.collection.contents import ContentDigest
 from mlflow_dr.collection.corpus import Corpus, CorpusWriter, opened_corpus
@@ -24,7 +25,7 @@ from mlflow_dr.collection.drafts import (
 )
 from mlflow_dr.collection.records import Example, Query, Topics
 from mlflow_dr.errors import DataError
-from mlflow_dr.files import build_once, cache_dir, digest_of
+from mlflow_dr.files import digest_of
 
 log = logging.getLogger(__name__)
 
@@ -57,8 +58,9 @@ def cached_examples(
     Raises:
         DataError: no record is usable; or whatever reading `records` raises.
     """
-    room = build_once(
-        cache_dir() / "examples" / digest_of(LAYOUT, key, corpus.digest if corpus else "inline"),
+    room = cache_entry(
+        "examples",
+        digest_of(LAYOUT, key, corpus.digest if corpus else "inline"),
         lambda partial: _write(partial, records, where, corpus),
     )
     if left_out := (room / "left_out").read_text(encoding="utf-8"):

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from mlflow_dr.collection.recordfiles import check_complete
+from mlflow_dr.collection.recordfiles import check_complete, state_of
 from mlflow_dr.errors import DataError
 from mlflow_dr.files import digest_of
 
@@ -30,8 +30,8 @@ class HubFiles(NamedTuple):
 
     @property
     def digest(self) -> str:
-        """Names the contents: a commit of the hub never changes."""
-        return digest_of("hub", self.repo, self.commit, *(file.name for file in self.files))
+        """Names the commit, and what its files hold on this machine now; a cache's key."""
+        return digest_of("hub", self.repo, self.commit, *map(state_of, self.files))
 
     @property
     def way_out(self) -> str:

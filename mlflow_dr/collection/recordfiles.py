@@ -63,7 +63,14 @@ def json_lines(path: Path) -> Iterator[tuple[int, Record]]:
 
 
 def state_of(path: Path) -> str:
-    """Names a file and what it holds now: path, size and time of change; a cache's key.
+    """Names a file and what it holds now; a cache's key.
+
+    The key has the path, the size, and two times: of the last change of the contents (`mtime`) and
+    of the file's status (`ctime`). Programs set `mtime` when they copy or unpack a file. They
+    cannot set `ctime`, so a file that was replaced by another of equal size and `mtime` has a new
+    key. A file that was only linked or given other rights has a new key, too, and is read again. A
+    file system without a `ctime` of its own, such as an object store that is mounted, hides a
+    replacement of equal size and `mtime`. The inode is left out: some mounts number files anew.
 
     Raises:
         DataError: there is no such file.
@@ -73,7 +80,7 @@ def state_of(path: Path) -> str:
         state = path.stat()
     except OSError as error:
         raise DataError(f"{path}: cannot be read ({error.strerror})") from error
-    return f"{path.resolve()}:{state.st_size}:{state.st_mtime_ns}"
+    return f"{path.resolve()}:{state.st_size}:{state.st_mtime_ns}:{state.st_ctime_ns}"
 
 
 def named_files(

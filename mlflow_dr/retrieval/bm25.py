@@ -19,10 +19,11 @@ from typing import Any
 
 import numpy as np
 
+from mlflow_dr.cache import cache_entry
 from mlflow_dr.collection.corpus import Corpus
 from mlflow_dr.collection.records import Query
 from mlflow_dr.errors import DataError, MissingExtraError, UsageError
-from mlflow_dr.files import build_once, cache_dir, digest_of
+from mlflow_dr.files import digest_of
 from mlflow_dr.progress import progress_bar
 from mlflow_dr.retrieval.ranking import Found
 
@@ -152,9 +153,7 @@ def bm25_index(corpus: Corpus, settings: Bm25Settings | None = None) -> Bm25:
     terms = Terms(settings.language)
     bm25s = _bm25s()
     key = digest_of(LAYOUT, corpus.digest, *astuple(settings))
-    room = build_once(
-        cache_dir() / "bm25" / key, lambda partial: _write(partial, corpus, settings, terms)
-    )
+    room = cache_entry("bm25", key, lambda partial: _write(partial, corpus, settings, terms))
     index = bm25s.BM25.load(room, mmap=True, show_progress=False)
     # plain views of the mapped files: every slice of a memmap object costs as much as a term
     index.scores = {

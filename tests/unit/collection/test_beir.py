@@ -2,6 +2,7 @@
 
 import gzip
 import logging
+import os
 from collections.abc import Callable
 from pathlib import Path
 
@@ -353,6 +354,28 @@ def test_a_changed_file_is_read_again(folder: Path) -> None:
     after = BeirFolder(folder).corpus()
     assert (before[1].text, after[1].text) == ("Iron sinks.", "Gold sinks.")
     assert before.digest != after.digest
+
+
+def replaced_in_place(path: Path, new: bytes) -> None:
+    path.write_bytes(new)
+
+
+def replaced_by_renaming(path: Path, new: bytes) -> None:
+    (path.parent / "new").write_bytes(new)
+    (path.parent / "new").replace(path)
+
+
+@pytest.mark.parametrize("replace", [replaced_in_place, replaced_by_renaming])
+def test_a_file_of_equal_size_and_time_is_another_file(
+    folder: Path, replace: Callable[[Path, bytes], None]
+) -> None:
+    path = folder / "corpus.jsonl"
+    before, state = BeirFolder(folder).corpus(), path.stat()
+    replace(path, path.read_bytes().replace(b"Iron", b"Gold"))
+    os.utime(path, ns=(state.st_atime_ns, state.st_mtime_ns))
+    assert (path.stat().st_size, path.stat().st_mtime_ns) == (state.st_size, state.st_mtime_ns)
+    after = BeirFolder(folder).corpus()
+    assert (before[1].text, after[1].text) == ("Iron sinks.", "Gold sinks.")
 
 
 def test_an_unchanged_file_is_read_once(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
