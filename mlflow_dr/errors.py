@@ -22,6 +22,9 @@ or id) and what to do about it.
 
 from collections.abc import Iterator
 
+LONGEST_MESSAGE = 480
+LONGEST_QUOTE = 100
+
 
 def one_line(error: BaseException) -> str:
     """Kind and text of any error on one line, of some 300 characters at most."""
@@ -38,10 +41,35 @@ def causes(error: BaseException) -> Iterator[BaseException]:
         found = found.__cause__
 
 
+def quoted(value: object) -> str:
+    """A value from a file as a message quotes it: its first 100 characters."""
+    # of a long text or list only the start is made printable
+    start = value[: LONGEST_QUOTE + 1] if isinstance(value, str | bytes | list) else value
+    try:
+        shown = repr(start)
+    except ValueError:  # Python writes no whole number of more than 4,300 digits
+        shown = "a whole number of thousands of digits"
+    return shown if len(shown) <= LONGEST_QUOTE else f"{shown[: LONGEST_QUOTE - 3]}..."
+
+
+def shortened(text: str, limit: int = LONGEST_MESSAGE) -> str:
+    """A message of at most `limit` characters; of a longer one the middle is left out.
+
+    The start says what is wrong and where, the end what to do.
+    """
+    if len(text) <= limit:
+        return text
+    end = limit // 3
+    return f"{text[: limit - end - 5]} ... {text[-end:]}"
+
+
 class MlflowDrError(Exception):
-    """Base of all errors raised on purpose."""
+    """Base of all errors raised on purpose; a message is shortened to a line that can be read."""
 
     exit_code = 1
+
+    def __init__(self, message: object = "") -> None:
+        super().__init__(shortened(str(message)))
 
 
 class UsageError(MlflowDrError):

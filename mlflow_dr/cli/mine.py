@@ -76,6 +76,13 @@ from mlflow_dr.cli.options import device, dtype, tracking_uri
     show_default=True,
     help="Leave out passages that hold an answer, where the collection has answers.",
 )
+@click.option(
+    "--match",
+    type=click.Choice(["string", "regex"]),
+    default="string",
+    show_default=True,
+    help="How answers are matched; regex where they are regular expressions (CuratedTREC).",
+)
 @click.option("--k1", type=float, default=0.9, show_default=True, help="BM25's k1.")
 @click.option("--b", type=float, default=0.4, show_default=True, help="BM25's b.")
 @click.option(

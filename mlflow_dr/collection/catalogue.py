@@ -13,6 +13,7 @@ from mlflow_dr.collection.asyncval import asyncval_files
 from mlflow_dr.collection.corpus import Corpus
 from mlflow_dr.collection.interface import Collection, Examples
 from mlflow_dr.errors import UsageError
+from mlflow_dr.files import is_path
 
 IR_DATASETS_PREFIX = "irds:"
 HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
@@ -111,10 +112,9 @@ def _opened(name: str, corpus: Callable[[], Corpus] | None) -> Collection:
         return IrDataset(name.removeprefix(IR_DATASETS_PREFIX))
     if name.startswith(ASYNCVAL_PREFIX):
         return asyncval_files(name)
-    path = Path(name).expanduser()
-    if name and path.exists():
+    if is_path(name):
         # the whole path, so that a validator in another folder finds it by the same name
-        return _opened_path(path.resolve(), corpus)
+        return _opened_path(Path(name).expanduser().resolve(), corpus)
     if HUB_NAME.fullmatch(name):
         from mlflow_dr.collection.hub import hub_collection
 

@@ -15,7 +15,7 @@ from mlflow_dr.collection.fields import (
 )
 from mlflow_dr.collection.recordfiles import Record
 from mlflow_dr.collection.records import Passage, Query
-from mlflow_dr.errors import DataError
+from mlflow_dr.errors import DataError, quoted
 
 PASSAGE_IDS = ("passage_id", "psg_id", "id")
 
@@ -46,7 +46,7 @@ def _passages(record: Record, field: str, where: str) -> list[Passage]:
     for index, item in enumerate(listed(record, field, where)):
         place = f"{where}: {field}[{index}]"
         if not isinstance(item, dict):
-            raise DataError(f"{place}: expected title, text and passage_id, got {item!r}")
+            raise DataError(f"{place}: expected title, text and passage_id, got {quoted(item)}")
         passage_id = optional_identifier(item, PASSAGE_IDS, place)
         title = optional_text(item, "title", place)
         passages.append(Passage(passage_id, title, text(item, "text", place)))

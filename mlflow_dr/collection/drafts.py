@@ -40,7 +40,6 @@ EXAMPLES_PER_BATCH = 8192
 NO_QUERY = "records without a query"
 NO_POSITIVE = "records without a usable positive passage"
 EMPTY = "passages without text"
-OTHER_TEXT = "passages with another text than the first one of their id"
 
 
 class RawExample(NamedTuple):
@@ -92,8 +91,8 @@ class Codes(Protocol):
 class PassageCodes:
     """Codes of passages that come with the examples: the rows of the corpus they are written to.
 
-    A passage is known by its id, or by its content where it has no id. Of an id with several texts
-    the first one is kept.
+    A passage is known by its content, as DPR and Tevatron train on the text and not on the id. It
+    keeps its id; where another passage before it has the same id, its content makes it one.
     """
 
     def __init__(self, writer: CorpusWriter, tally: Tally) -> None:
@@ -116,11 +115,13 @@ class PassageCodes:
             return None
         content = hash((passage.title, passage.text, tuple(passage.tokens or ())))
         passage_id = passage.id or _content_id(passage)
-        code = self._codes.setdefault(passage_id, len(self._contents))
-        if code < len(self._contents):
-            if self._contents[code] != content:
-                self._tally.add(OTHER_TEXT, f"id {passage_id!r} at {where}")
+        code = self._codes.get(passage_id)
+        if code is not None and self._contents[code] != content:
+            passage_id = _content_id(passage)
+            code = self._codes.get(passage_id)
+        if code is not None:
             return code
+        self._codes[passage_id] = len(self._contents)
         tokenised = passage.tokens is not None
         if self._tokenised not in (None, tokenised):
             raise DataError(
@@ -130,7 +131,7 @@ class PassageCodes:
         self._tokenised = tokenised
         self._contents.append(content)
         self._writer.add(passage._replace(id=passage_id))
-        return code
+        return self._codes[passage_id]
 
 
 class IdCodes:

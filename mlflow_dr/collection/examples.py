@@ -29,7 +29,7 @@ from mlflow_dr.files import digest_of
 
 log = logging.getLogger(__name__)
 
-LAYOUT = 1
+LAYOUT = 2
 """Raise it when the rules of drafts or cleaning change: what is cached is then not used."""
 
 NO_ROWS = np.empty(0, np.int64)
@@ -42,11 +42,12 @@ def cached_examples(
 
     One record is one example: two records with one query id stay two examples, because files join
     what several retrievers found for a query, and because ids of joined data sets may coincide.
-    Passages that come with the records become a corpus of their own, each id once, its first text.
+    Passages that come with the records become a corpus of their own, each id once; two texts with
+    one id are two passages.
 
     What is left out is counted in one warning, again at every opening: records without a query or
     a usable positive, passages without text or that the corpus lacks, repeats, negatives that are
-    positives of the same query, other texts of a known passage id.
+    positives of the same query.
 
     Args:
         key: names the source and its state; the cache's key.

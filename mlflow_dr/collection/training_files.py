@@ -12,7 +12,7 @@ from mlflow_dr.collection.corpus import Corpus
 from mlflow_dr.collection.examples import CachedExamples, cached_examples
 from mlflow_dr.collection.layouts import layout_of, raw_examples
 from mlflow_dr.collection.passages import corpus_beside, corpus_of_file
-from mlflow_dr.collection.recordfiles import SUFFIXES, state_of
+from mlflow_dr.collection.recordfiles import SUFFIXES, check_complete, named_files, state_of
 from mlflow_dr.collection.records import Topics
 from mlflow_dr.errors import DataError, UsageError
 
@@ -100,8 +100,9 @@ def training_files(path: Path) -> list[Path]:
     """
     if not path.is_dir():
         return [path]
-    files = sorted(file for file in path.iterdir() if _is_data(file))
+    files = named_files(path)
     chosen = _chosen(files)
+    check_complete(chosen)
     if not chosen:
         there = f"only {', '.join(file.name for file in files)}" if files else "none"
         raise DataError(
@@ -115,7 +116,7 @@ def training_files(path: Path) -> list[Path]:
 
 def has_training_files(folder: Path) -> bool:
     """Whether a folder has files that `training_files` would choose."""
-    return bool(_chosen([file for file in folder.iterdir() if _is_data(file)]))
+    return bool(_chosen(named_files(folder, warn=False)))
 
 
 def _chosen(files: Sequence[Path]) -> list[Path]:
@@ -123,7 +124,3 @@ def _chosen(files: Sequence[Path]) -> list[Path]:
     train = [file for file in files if TRAIN.search(file.name)]
     plain = [file for file in train if file not in others]  # no `train_queries.jsonl`
     return plain or train or [file for file in files if file not in others]
-
-
-def _is_data(file: Path) -> bool:
-    return file.name.endswith(SUFFIXES) and file.is_file() and not file.name.startswith(".")

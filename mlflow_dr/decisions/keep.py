@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, fields
 from typing import NamedTuple
 
-from mlflow_dr.errors import UsageError
+from mlflow_dr.errors import UsageError, quoted
 from mlflow_dr.tracking.checkpoints import Checkpoint
 from mlflow_dr.tracking.orphans import RunState
 from mlflow_dr.tracking.pruning import is_whole, needed
@@ -81,8 +82,8 @@ def parse_policy(text: str) -> Policy:
         name, _, number = word.partition(":")
         if name not in {one.name for one in fields(Policy)}:
             raise UsageError(f"no rule {word!r} of what to keep; rules are {EXAMPLE}")
-        if not (number.isascii() and number.isdigit() and int(number)):
-            raise UsageError(f"{word!r}: expected {name}:N with a number from 1 on")
+        if not re.fullmatch(r"0*[1-9][0-9]{0,17}", number):
+            raise UsageError(f"{quoted(word)}: expected {name}:N with a number from 1 on")
         if name in rules:
             raise UsageError(f"two rules {name!r} of what to keep in {text!r}")
         rules[name] = int(number)

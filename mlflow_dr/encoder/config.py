@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
+from numbers import Integral
 from typing import Any
 
-from mlflow_dr.errors import UsageError
+from mlflow_dr.errors import UsageError, quoted
 
 POOLINGS = ("cls", "mean", "last", "max", "mean_sqrt_len", "weighted_mean")
+EXPECTED: dict[type, type] = {bool: bool, int: Integral, str: str}
 DEFAULT_QUERY_LENGTH = 32
 DEFAULT_PASSAGE_LENGTH = 128
 
@@ -20,6 +22,9 @@ class ProjectionConfig:
     out_features: int
     bias: bool = True
     activation: str = "identity"
+
+    def __post_init__(self) -> None:
+        check_types(self)
 
 
 @dataclass(frozen=True)
@@ -49,12 +54,33 @@ class EncoderConfig:
     lowercase: bool = False
 
     def __post_init__(self) -> None:
+        check_types(self)
         if not set(self.pooling.split("+")) <= set(POOLINGS):
             raise UsageError(f"pooling {self.pooling!r}: expected one of {', '.join(POOLINGS)}")
         for name in ("query_max_length", "passage_max_length"):
             length = getattr(self, name)
             if length < 3:
                 raise UsageError(f"{name} is {length}; at least 3 tokens are needed")
+
+
+def check_types(settings: Any) -> None:
+    """Refuse a setting of another type than its default, such as the string `"no"` as a boolean.
+
+    Args:
+        settings: a dataclass; fields without a default, or with None, are not looked at.
+
+    Raises:
+        UsageError: with the name of the setting.
+    """
+    for field in fields(settings):
+        value, kind = getattr(settings, field.name), type(field.default)
+        if kind not in EXPECTED:
+            continue
+        if not isinstance(value, EXPECTED[kind]) or (kind is int and isinstance(value, bool)):
+            raise UsageError(
+                f"{field.name} is {quoted(value)}; expected a value of type {kind.__name__}"
+                + (" (true or false, without quotation marks)" if kind is bool else "")
+            )
 
 
 def changes_of(

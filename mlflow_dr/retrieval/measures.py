@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 from mlflow_dr.collection.records import Qrels
-from mlflow_dr.errors import UsageError
+from mlflow_dr.errors import UsageError, quoted
 from mlflow_dr.retrieval.ranking import Ranking
 
 DEFAULT_MEASURES = "mrr@10 ndcg@10 recall@100"
@@ -47,11 +47,11 @@ def parse_measures(text: str) -> tuple[Measure, ...]:
     """
     measures = []
     for word in text.replace(",", " ").split():
-        match = re.fullmatch(r"([a-z]+)(?:@|_at_)([1-9]\d*)", word.lower())
+        match = re.fullmatch(r"([a-z]+)(?:@|_at_)([1-9]\d{0,6})", word.lower())
         name = ALIASES.get(match[1], match[1]) if match else ""
         if not match or name not in TREC_NAMES:
             raise UsageError(
-                f"measure {word!r}: expected one of {', '.join(TREC_NAMES)} with a cut-off, "
+                f"measure {quoted(word)}: expected one of {', '.join(TREC_NAMES)} with a cut-off, "
                 "such as ndcg@10"
             )
         measures.append(Measure(name, int(match[2])))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
@@ -13,9 +14,9 @@ import yaml
 from mlflow_dr.collection.asyncval import given_collection
 from mlflow_dr.decisions.keep import parse_policy
 from mlflow_dr.encoder.config import EncoderConfig
-from mlflow_dr.errors import UsageError
+from mlflow_dr.errors import UsageError, quoted
 from mlflow_dr.retrieval.measures import Measure, check_depth, parse_measures
-from mlflow_dr.subsets.spec import RELEVANT, Spec, parse_spec
+from mlflow_dr.subsets.spec import MOST_DIGITS, RELEVANT, Spec, parse_spec
 from mlflow_dr.tracking.claims import PATIENCE
 from mlflow_dr.tracking.validations import FIRST_NAME, Metric
 from mlflow_dr.validation.evaluate import Settings
@@ -164,8 +165,8 @@ class Plan:
             raise UsageError(f"every is {self.every}; it must be at least 1")
         for key in ("poll_seconds", "patience_seconds", "max_lag_seconds"):
             value = getattr(self, key)
-            if value is not None and value <= 0:
-                raise UsageError(f"{key} is {value}; it must be above 0")
+            if value is not None and not 0 < value < math.inf:
+                raise UsageError(f"{key} is {value}; it must be a number above 0")
 
 
 def each_split(
@@ -212,8 +213,8 @@ def refining(
         UsageError: not of this form, the same as a cheap one, or one for several of them.
     """
     words, _, count = text.rpartition("@")
-    if not words or not count.isdecimal() or int(count) == 0:
-        raise UsageError(f"refine {text!r}: expected SUBSET@N, such as full@3")
+    if not words or not count.isdecimal() or len(count) > MOST_DIGITS or int(count) == 0:
+        raise UsageError(f"refine {quoted(text)}: expected SUBSET@N, such as full@3")
     spec = parse_spec(words, seed, judged)
     added: list[Validation] = []
     for cheap in validations:
@@ -254,7 +255,8 @@ def read_plan(path: Path, asked: Asked, **others: Any) -> Plan:
     """
     try:
         values = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+    except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
+        # ValueError: no UTF-8, a date that is none, or a number of thousands of digits
         raise UsageError(f"{path}: not a YAML file: {' '.join(str(error).split())}") from error
     known = {one.name for one in fields(Plan)} - {"encoder_changes", "wishes"}
     values = _mapping(values, str(path), known | {one.name for one in fields(Wishes)})
@@ -326,7 +328,9 @@ def _mapping(given: Any, where: str, known: set[str]) -> dict[str, Any]:
     if not isinstance(given, Mapping):
         raise UsageError(f"{where}: expected keys with values, such as {', '.join(sorted(known))}")
     if unknown := sorted(map(str, set(given) - known)):
-        raise UsageError(f"{where}: no key {unknown[0]!r}; known are {', '.join(sorted(known))}")
+        raise UsageError(
+            f"{where}: no key {quoted(unknown[0])}; known are {', '.join(sorted(known))}"
+        )
     return dict(given)
 
 
@@ -335,7 +339,7 @@ def _order(value: Any, where: str) -> Order:
         return Order(value)
     except ValueError:
         names = ", ".join(order.value for order in Order)
-        raise UsageError(f"{where} is {value!r}; expected one of {names}") from None
+        raise UsageError(f"{where} is {quoted(value)}; expected one of {names}") from None
 
 
 def _value(value: Any, kind: type, where: str) -> Any:
@@ -343,5 +347,8 @@ def _value(value: Any, kind: type, where: str) -> Any:
     if kind is float and isinstance(value, int) and not isinstance(value, bool):
         return float(value)
     if not right:
-        raise UsageError(f"{where} is {value!r}; expected a value of type {kind.__name__}")
+        raise UsageError(
+            f"{where} is {quoted(value)}; expected a value of type {kind.__name__}"
+            + (" (true or false, without quotation marks)" if kind is bool else "")
+        )
     return value

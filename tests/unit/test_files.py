@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import tempfile
+import tracemalloc
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from pathlib import Path
@@ -153,6 +154,7 @@ def test_digests() -> None:
     assert digest_of("a", 1) == digest_of("a", "1")
     assert len({digest_of("ab"), digest_of("a", "b"), digest_of("b", "a"), digest_of("a")}) == 4
     assert len(digest_of("a")) == 16
+    assert len(digest_of(os.fsdecode(b"name of a file that is no UTF-8: \xff"))) == 16
 
 
 def test_the_sha256_of_a_file(tmp_path: Path) -> None:
@@ -183,6 +185,23 @@ def test_a_file_that_is_not_there(tmp_path: Path) -> None:
 def test_a_file_that_cannot_be_read(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"cannot be read \(Is a directory\)"):
         list(read_lines(tmp_path))
+
+
+@pytest.mark.parametrize("suffix", ["", ".gz"])
+def test_a_line_that_never_ends_is_refused_before_it_fills_the_memory(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, suffix: str
+) -> None:
+    monkeypatch.setattr("mlflow_dr.files.LONGEST_LINE", 1 << 20)
+    path = tmp_path / f"file{suffix}"
+    data = b"short\n" + b"x" * (1 << 24)
+    path.write_bytes(gzip.compress(data, 1) if suffix else data)
+    tracemalloc.start()
+    lines = read_lines(path)
+    assert next(lines) == (1, b"short")
+    with pytest.raises(DataError, match=r"file.*:2: the line is longer than 1 MiB"):
+        next(lines)
+    assert tracemalloc.get_traced_memory()[1] < 1 << 22
+    tracemalloc.stop()
 
 
 @pytest.mark.parametrize("damage", ["truncated", "changed", "not packed"])
