@@ -11,6 +11,7 @@ from mlflow.entities import LoggedModel, LoggedModelOutput, LoggedModelStatus
 from mlflow.exceptions import MlflowException
 
 from mlflow_dr.errors import UsageError
+from mlflow_dr.files import grant_umask_modes
 from mlflow_dr.tracking.client import tracking_errors
 from mlflow_dr.tracking.manifest import write_manifest
 from mlflow_dr.tracking.mlmodel import write_mlmodel
@@ -84,6 +85,7 @@ def seal(directory: Path) -> str:
         The SHA-256 of the list, which `new_checkpoint` takes.
     """
     write_mlmodel(directory)
+    grant_umask_modes(directory)
     return write_manifest(directory)
 
 
