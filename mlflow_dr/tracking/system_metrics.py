@@ -27,14 +27,14 @@ def system_metrics(run: TrackedRun) -> Iterator[None]:
         return
     from mlflow.system_metrics.system_metrics_monitor import SystemMetricsMonitor
 
+    monitor = None
     try:
         monitor = SystemMetricsMonitor(run.id, resume_logging=True, tracking_uri=tracking_uri())
         monitor.start()
     except Exception as error:  # noqa: BLE001 - as MLflow: training goes on without
         log.warning("the machine's figures are not logged: %s", error)
-        yield
-        return
     try:
         yield
     finally:
-        monitor.finish()
+        if monitor is not None:
+            monitor.finish()

@@ -29,6 +29,7 @@ WAITING_SNAPSHOTS = 2
 ATTEMPTS = 4
 TRIES_WHEN_REFUSED = 2  # an answer may be falsified on its way
 SECONDS_BETWEEN_ATTEMPTS = 5.0
+LONGEST_REASON = 300
 FAILURE_TAG = "mlflow_dr.unpublished_steps"
 
 
@@ -150,14 +151,8 @@ class Publisher:
         is_refused = self.refused and not self._has_published
         if not is_refused and self.last_step not in self.unpublished:
             return None
-        if self._kept is None:
-            return TrackingError(self._reason)
-        step = self._kept.name.rpartition("-")[2]
-        arguments = f"{str(self._kept)!r}, {step}, run_id={self._run.id!r}"
-        return TrackingError(
-            f"{self._reason}; the encoder is saved in {self._kept}, and "
-            f"publish_checkpoint({arguments}) publishes it later"
-        )
+        where = f"; the encoder is saved in {self._kept}, which publish_checkpoint takes later"
+        return TrackingError(f"{self._reason[:LONGEST_REASON]}{where if self._kept else ''}")
 
     def _work(self) -> None:
         while (item := self._queue.get()) is not None:
@@ -173,7 +168,8 @@ class Publisher:
 
     def _publish(self, step: int, source: Publishable, state: Mapping[str, Tensor]) -> bool:
         try:
-            publish_state(self._run, step, source, state, self._attempts, self._pause)
+            attempts = 1 if self.refused else self._attempts
+            publish_state(self._run, step, source, state, attempts, self._pause)
         except Exception as error:  # noqa: BLE001 - whatever it is, training goes on
             self._report(step, error)
             return False
@@ -183,7 +179,7 @@ class Publisher:
     def _report(self, step: int, error: Exception) -> None:
         ours = isinstance(error, MlflowDrError)
         self._reason = str(error) if ours else f"step {step} was not published: {one_line(error)}"
-        log.error("%s", self._reason)
+        log.log(logging.DEBUG if self.refused else logging.ERROR, "%s", self._reason)
         self.unpublished.append(step)
         self._done.discard(step)
         if lasts(error) and not self._has_published and not self.refused:
@@ -212,7 +208,7 @@ class Publisher:
             return
         self._drop_kept(but=target)
         self._kept = target
-        log.warning("step %d is saved in %s", step, target)
+        log.log(logging.DEBUG if self.refused else logging.WARNING, "it is saved in %s", target)
 
     def _drop_kept(self, but: Path | None = None) -> None:
         if self._kept is not None and self._kept != but:

@@ -97,6 +97,23 @@ def _named(checkpoint: Path) -> Resumption:
     return Resumption(run_id, checkpoint)
 
 
+def output_directories(
+    output_dir: str | Path, saves: bool, resumption: Resumption | None
+) -> list[Path]:
+    """The directories that no second training may write to meanwhile.
+
+    Args:
+        output_dir: of the training.
+        saves: whether it saves checkpoints to resume from.
+        resumption: what it goes on from.
+    """
+    own = Path(output_dir)
+    if resumption is None:
+        return [own] if saves else []
+    begun = resumption.checkpoint.parent if resumption.checkpoint else own
+    return [own, begun] if saves else [begun]
+
+
 @contextmanager
 def locked_output(*directories: str | Path) -> Iterator[None]:
     """Keep other trainings out of output directories; the lock dies with this process.
@@ -168,7 +185,7 @@ def mark_whole(checkpoint: Path, run_id: str) -> None:
     """Declare a checkpoint whole, once all its files are on the disk."""
     files: dict[str, dict[str, Any]] = {}
     for path in sorted(checkpoint.rglob("*")):
-        if path.is_file():
+        if path.is_file() and path != checkpoint / WHOLE_FILE:
             with path.open("rb") as file:
                 os.fsync(file.fileno())
             name = path.relative_to(checkpoint).as_posix()

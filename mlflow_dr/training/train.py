@@ -45,6 +45,7 @@ from mlflow_dr.training.resume import (
     check_output,
     find_resumption,
     locked_output,
+    output_directories,
 )
 from mlflow_dr.training.trainer import RetrieverTrainer
 
@@ -78,18 +79,9 @@ def train(request: TrainingRequest) -> str:
         logging.getLogger("mlflow_dr").setLevel(logging.WARNING)
         _train(request, open_data(request.data), None, resumption)
         return ""
-    with locked_output(*output_directories(arguments, resumption)):
-        return _train_first(request, resumption)
-
-
-def output_directories(
-    arguments: RetrieverTrainingArguments, resumption: Resumption | None
-) -> list[Path]:
-    """The directories that no other training may write to meanwhile."""
-    own = Path(str(arguments.output_dir))
     saves = arguments.save_strategy != SaveStrategy.NO
-    begun = resumption.checkpoint.parent if resumption and resumption.checkpoint else own
-    return [*([own] if saves else []), *([begun] if resumption else [])]
+    with locked_output(*output_directories(str(arguments.output_dir), saves, resumption)):
+        return _train_first(request, resumption)
 
 
 def _train_first(request: TrainingRequest, resumption: Resumption | None) -> str:
@@ -245,8 +237,8 @@ def _writers(
             publisher.close()
         if kind is None and not stop.killed and (error := publisher.error()) is not None:
             saves = request.trainer.save_strategy != SaveStrategy.NO
-            hint = "; --resume_from_checkpoint goes on with the training" if saves else ""
-            raise TrackingError(f"{error}{hint}")
+            began = "training has stopped: " if publisher.refused else ""
+            raise TrackingError(f"{began}{error}{'; --resume_from_checkpoint goes on' * saves}")
 
     ending.push(close)
     if resumption is not None and resumption.checkpoint is not None:
