@@ -179,13 +179,16 @@ class Publisher:
     def _report(self, step: int, error: Exception) -> None:
         ours = isinstance(error, MlflowDrError)
         self._reason = str(error) if ours else f"step {step} was not published: {one_line(error)}"
-        log.log(logging.DEBUG if self.refused else logging.ERROR, "%s", self._reason)
         self.unpublished.append(step)
         self._done.discard(step)
-        if lasts(error) and not self._has_published and not self.refused:
-            self.refused = True
-            if self._on_refused is not None:
+        was_refused = self.refused
+        is_first = not self._has_published and isinstance(error, TrackingError)
+        self.refused = was_refused or (is_first and lasts(error))
+        if self.refused and self._on_refused is not None:
+            if not was_refused:
                 self._on_refused(self._reason)
+        elif not was_refused:
+            log.error("%s", self._reason)
         try:
             steps = ", ".join(map(str, self.unpublished))
             self._run.set_tags({FAILURE_TAG: f"{steps}: {self._reason}"[:4000]})

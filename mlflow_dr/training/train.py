@@ -235,10 +235,14 @@ def _writers(
     def close(kind: type[BaseException] | None, *_: object) -> None:
         if kind is None or not issubclass(kind, KeyboardInterrupt):
             publisher.close()
-        if kind is None and not stop.killed and (error := publisher.error()) is not None:
-            saves = request.trainer.save_strategy != SaveStrategy.NO
-            began = "training has stopped: " if publisher.refused else ""
-            raise TrackingError(f"{began}{error}{'; --resume_from_checkpoint goes on' * saves}")
+        if (error := publisher.error()) is None:
+            return
+        if kind is not None or stop.killed:
+            log.error("%s", error)  # what ends the training is something else
+            return
+        saves = request.trainer.save_strategy != SaveStrategy.NO
+        began = "training has stopped: " if publisher.refused else ""
+        raise TrackingError(f"{began}{error}{'; --resume_from_checkpoint goes on' * saves}")
 
     ending.push(close)
     if resumption is not None and resumption.checkpoint is not None:
