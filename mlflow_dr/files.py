@@ -9,6 +9,7 @@ import hashlib
 import logging
 import os
 import shutil
+import stat
 import tempfile
 import uuid
 import zlib
@@ -114,6 +115,23 @@ def written_beside(target: Path) -> Iterator[Path]:
         partial.replace(target)
     finally:
         shutil.rmtree(room, ignore_errors=True)
+
+
+def grant_umask_modes(directory: Path) -> None:
+    """Give each file below a directory the permissions that the umask allows.
+
+    safetensors writes with mode 0600, which keeps other users of a shared store from reading.
+    """
+    probe = directory / f".mode-{uuid.uuid4().hex}"
+    probe.touch()  # setting the umask, the only way to ask for it, would be seen by other threads
+    mode = stat.S_IMODE(probe.stat().st_mode)
+    probe.unlink()
+    for path in directory.rglob("*"):
+        if path.is_file() and not path.is_symlink():
+            known = stat.S_IMODE(path.stat().st_mode)
+            if known | mode != known:
+                with suppress(OSError):  # of another owner, or a file system without modes
+                    path.chmod(known | mode)
 
 
 @contextmanager

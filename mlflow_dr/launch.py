@@ -44,8 +44,7 @@ def launch(
     Args:
         training: flags of `mlflow-dr train`; the collection that they name is opened first, so that
             what must be built is built once.
-        validating: flags of `mlflow-dr validate`, without the run.
-        name: the validation's name.
+        validating: flags of `mlflow-dr validate`, without the run; `name`: the validation's.
         uri: the tracking server; the one that the training names, or MLflow's own, when None.
         experiment: the experiment of a new run; likewise.
         gpus: training processes, each on a GPU of its own; more than one are torchrun's.
@@ -56,7 +55,7 @@ def launch(
     Raises:
         UsageError: a flag of either that it would not take, or nothing to resume.
         DeviceError: fewer GPUs than training processes.
-        ChildError: the trainer or the validator ended with an error.
+        ChildError: the trainer or the validator ended with an error; its exit code is theirs.
     """
     measures = parse_measures(validating[validating.index("--measures") + 1])
     share = share_machine(trainers=gpus)
@@ -72,14 +71,16 @@ def launch(
                 psutil.Process(validator.process.pid).nice(LOWER_PRIORITY)
         _wait(run, trainer, validator, stop)
     _say(summary(curve_of(run, name), [measure.metric for measure in measures], run.id))
-    failed = [child.what for child in (trainer, validator) if child.failed]
+    failed = [child for child in (trainer, validator) if child.failed]
     if stop.asked:
         return 130
     if failed:
-        raise ChildError(
-            f"{' and '.join(failed)} ended with an error (its last lines are above); what is "
-            f"published stays: `mlflow-dr validate --run-id {run.id}` validates what is missing"
+        error = ChildError(
+            f"{' and '.join(one.what for one in failed)} ended with an error, which is above; what "
+            f"is published stays: `mlflow-dr validate --run-id {run.id}` validates what is missing"
         )
+        error.exit_code = next((one.code for one in failed if one.code > 0), error.exit_code)
+        raise error
     return 0
 
 
@@ -103,13 +104,20 @@ class _Plan:
 def _plan(training: Sequence[str], processes: int) -> _Plan:
     from mlflow_dr.training.data import validated_collection
     from mlflow_dr.training.parsing import parse_training
-    from mlflow_dr.training.resume import find_resumption
+    from mlflow_dr.training.resume import (
+        check_output,
+        find_resumption,
+        locked_output,
+        output_directories,
+    )
 
     request = parse_training(training, processes)
     validated = validated_collection(request.data)
-    resumption = find_resumption(
-        str(request.trainer.output_dir), request.trainer.resume_from_checkpoint
-    )
+    output, saves = str(request.trainer.output_dir), request.trainer.save_strategy != "no"
+    resumption = find_resumption(output, request.trainer.resume_from_checkpoint)
+    with locked_output(*output_directories(output, saves, resumption)):  # else refused by now
+        if resumption is None and saves:
+            check_output(output, request.trainer.overwrite_output_dir)
     return _Plan(
         validated.name,
         resumption.run_id if resumption else None,
@@ -185,11 +193,18 @@ class Child:
         """Whether it ended with an error."""
         return self.process.poll() not in (None, 0)
 
+    @property
+    def code(self) -> int:
+        """How it ended: its exit code, less than 0 for a signal."""
+        return self.process.wait()
+
     def report_death(self) -> None:
-        """Say once, when it has failed, how it ended."""
+        """Say once, when it has failed without an error of its own, how it ended."""
         if self.failed and not self.reported:
             self.reported = True
             self.reader.join(timeout=2)
+            if any(line.startswith("error: ") for line in self.tail):
+                return  # it has been passed on
             last = "".join(f"    {line}\n" for line in self.tail)
             _say(f"{self.what} ended with exit code {self.process.returncode}; its end:\n{last}")
 

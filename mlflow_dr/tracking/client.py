@@ -144,7 +144,9 @@ def impatient() -> Iterator[None]:
 
 
 def _refusal(error: Exception) -> str:
-    """What a server with users asks for; empty for errors of another kind."""
+    """What is missing here, or what a server with users asks for; empty for other errors."""
+    if isinstance(error, ImportError):
+        return f"{_one_line(error)}, and this artifact store needs it; install it here"
     code = _code(error)
     user = os.environ.get("MLFLOW_TRACKING_USERNAME")
     if code == "UNAUTHENTICATED":

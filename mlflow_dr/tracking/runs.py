@@ -148,16 +148,20 @@ class TrackedRun:
         Args:
             what: was done, for the log.
         """
-        status = "FAILED"
         try:
             yield
-            status = "FINISHED"
-        except KeyboardInterrupt:
-            status = "KILLED"
+        except BaseException as error:
+            status = "KILLED" if isinstance(error, KeyboardInterrupt) else "FAILED"
+            try:
+                self._end(status, what)
+            except TrackingError as second:  # the first error says more
+                log.error("%s", second)
             raise
-        finally:
-            self.finish(status)
-            log.info("run %s: %s %s", self.id, what, status.lower())
+        self._end("FINISHED", what)
+
+    def _end(self, status: str, what: str) -> None:
+        self.finish(status)
+        log.info("run %s: %s %s", self.id, what, status.lower())
 
     def finish(self, status: str) -> None:
         """End the run, after all that is on its way: `FINISHED`, `FAILED` or `KILLED`."""

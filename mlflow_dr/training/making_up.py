@@ -10,7 +10,7 @@ from mlflow_dr.encoder.restore import restore_encoder
 from mlflow_dr.training.arguments import TrainingRequest
 from mlflow_dr.training.publishable import DirectorySource, EncoderSource, Publishable
 from mlflow_dr.training.publishing import Publisher
-from mlflow_dr.training.resume import whole_checkpoints_until
+from mlflow_dr.training.resume import find_damage, whole_checkpoints_until
 
 log = logging.getLogger(__name__)
 
@@ -41,12 +41,14 @@ def make_up(
     there = whole_checkpoints_until(checkpoint)
     due = [step for step in range(every, max(there, default=0) + 1, every) if step not in done]
     for step in due:
+        if step in there and (problem := find_damage(there[step])):
+            log.warning("%s: %s", there.pop(step), problem)
         if step in there:
             log.info("step %d was left unpublished; publishing %s", step, there[step])
             publisher.make_up(step, _kept(there[step], request, source))
     if lost := [str(step) for step in due if step not in there]:
         log.warning(
-            "step %s was neither published before the training was stopped nor kept in %s",
+            "step %s was neither published before the training was stopped nor is it whole in %s",
             *(", ".join(lost), checkpoint.parent),
         )
 

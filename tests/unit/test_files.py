@@ -20,6 +20,7 @@ from mlflow_dr.files import (
     decoded,
     digest_of,
     file_sha256,
+    grant_umask_modes,
     read_lines,
     scratch,
     written_beside,
@@ -318,3 +319,20 @@ def test_killed_at_any_moment_nothing_stays(
         if status == 0:
             break
     assert moment > 5
+
+
+def test_files_get_the_mode_that_the_umask_allows(tmp_path: Path) -> None:
+    """And keep what they allow beyond it; links are left alone."""
+    (tmp_path / "sub").mkdir()
+    private, program = tmp_path / "sub" / "private", tmp_path / "program"
+    for path, mode in ((private, 0o600), (program, 0o755)):
+        path.write_text("")
+        path.chmod(mode)
+    (tmp_path / "link").symlink_to(tmp_path / "nowhere")
+    before = os.umask(0o022)
+    try:
+        grant_umask_modes(tmp_path)
+    finally:
+        os.umask(before)
+    assert [path.stat().st_mode & 0o777 for path in (private, program)] == [0o644, 0o755]
+    assert {path.name for path in tmp_path.iterdir()} == {"sub", "program", "link"}

@@ -14,8 +14,10 @@ import psutil
 import pytest
 
 from mlflow_dr import launch
+from mlflow_dr.errors import UsageError
 from mlflow_dr.launch import SECONDS_TO_STOP, Child, _plan, _signal
 from mlflow_dr.tracking.runs import TrackedRun
+from mlflow_dr.training.resume import begin_output, locked_output
 
 STUBBORN = "import signal, time; signal.signal(signal.SIGTERM, signal.SIG_IGN); time.sleep(600)"
 PARENT = f"""
@@ -85,3 +87,51 @@ def test_negatives_across_devices_are_looked_at_with_the_processes_to_come(
         plan = _plan([*flags, "--output_dir", str(tmp_path / "out")], gpus)
     assert (plan.validated, plan.run_id) == (str(folder), None)
     assert ("there is one training process" in caplog.text) == (gpus == 1)
+
+
+FAILING = "import sys; print('step 1'); print('error: no bucket', file=sys.stderr); sys.exit(2)"
+
+
+@pytest.mark.parametrize(("script", "says"), [(FAILING, 0), ("1 / 0", 1)])
+def test_what_a_child_has_said_itself_is_not_said_again(
+    script: str, says: int, run: TrackedRun, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """A traceback's end is, once."""
+    process = subprocess.Popen(
+        [sys.executable, "-c", script],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+    tail: deque[str] = deque()
+    reader = threading.Thread(target=launch._pass_on, args=(process.stdout, "train", tail))
+    reader.start()
+    with process:
+        child = Child("train", process, tail, reader)
+        process.wait()
+        for _ in range(2):
+            child.report_death()
+    printed = capfd.readouterr().out
+    assert printed.count("ended with exit code") == says
+    assert printed.count("[train] error: no bucket") == 1 - says
+    assert child.code == (2 if not says else 1)
+
+
+def test_an_output_directory_in_use_is_refused_before_there_is_a_run(
+    beir_folder: Callable[..., Path], tmp_path: Path
+) -> None:
+    """A run that is resumed twice would be ended for the training that has it."""
+    folder = beir_folder({"p": "gulls"}, {"q": "birds"}, train={"q": {"p": 1}}, dev={"q": {"p": 1}})
+    flags = ["--dataset", str(folder), "--use_cpu", "--output_dir", str(tmp_path / "out")]
+    with locked_output(tmp_path / "out"):
+        assert _plan(flags, 1).run_id is None
+        with pytest.raises(UsageError, match="another training"):
+            _plan([*flags, "--save_steps", "2"], 1)
+    begin_output(tmp_path / "out", "run-1")
+    (tmp_path / "out" / "checkpoint-2").mkdir()
+    with pytest.raises(UsageError, match="has checkpoints of another training"):
+        _plan([*flags, "--save_steps", "2"], 1)
+    resumed = [*flags, "--resume_from_checkpoint"]
+    assert _plan(resumed, 1).run_id == "run-1"
+    with locked_output(tmp_path / "out"), pytest.raises(UsageError, match="another training"):
+        _plan(resumed, 1)
