@@ -69,7 +69,8 @@ dtype = click.option(
     "--dtype",
     default="auto",
     show_default=True,
-    help="auto (bf16 where the hardware multiplies it, else fp32), fp32, bf16 or fp16.",
+    help="auto (bf16 where the hardware multiplies it, else fp32), fp32, bf16 or fp16; also "
+    "by PyTorch's names: float32, bfloat16, float16.",
 )
 keep_own_id = click.option(
     "--keep-own-id",

@@ -7,6 +7,8 @@ import torch
 from mlflow_dr.errors import DeviceError
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+TORCH_NAMES = {str(dtype).removeprefix("torch."): name for name, dtype in DTYPES.items()}
+"""PyTorch's own names, which are taken for ours: `float32`, `bfloat16`, `float16`."""
 AUTO = "auto"
 
 
@@ -35,8 +37,10 @@ def resolve_device(name: str = AUTO) -> torch.device:
     return torch.device("cuda", device.index or 0)
 
 
-def resolve_dtype(name: str, device: torch.device) -> str:
+def resolve_dtype(name: str | torch.dtype, device: torch.device) -> str:
     """The number format of the encoder: `fp32`, `bf16` or `fp16`.
+
+    PyTorch's names (`float32`, `torch.bfloat16`) and its formats themselves are taken, too.
 
     `auto` is bf16 where the hardware multiplies it natively (CUDA from Ampere on; processors with
     AMX or AVX512-BF16), else fp32.
@@ -44,10 +48,12 @@ def resolve_dtype(name: str, device: torch.device) -> str:
     Raises:
         DeviceError: no such format, or fp16 on a processor.
     """
+    name = str(name).removeprefix("torch.")
+    name = TORCH_NAMES.get(name, name)
     if name == AUTO:
         return "bf16" if _native_bf16(device) else "fp32"
     if name not in DTYPES:
-        raise DeviceError(f"dtype {name!r}: expected auto, {', '.join(DTYPES)}")
+        raise DeviceError(f"dtype {name!r}: expected auto, {', '.join((*DTYPES, *TORCH_NAMES))}")
     if name == "fp16" and device.type == "cpu":
         raise DeviceError("dtype fp16 needs a CUDA device; on a processor use bf16 or fp32")
     return name
