@@ -50,7 +50,9 @@ from mlflow_dr.cli.options import (
 @click.option("--experiment-name", "--experiment_name", help="The experiment of a new run.")
 @tracking_uri
 @click.argument("trainer_flags", nargs=-1, type=click.UNPROCESSED)
+@click.pass_context
 def command(
+    context: click.Context,
     dataset: str | None,
     model: str,
     gpus: int,
@@ -70,6 +72,10 @@ def command(
     Example:
         mlflow-dr run --dataset demo --learning-rate 1e-3 --patience 3
     """
+    from mlflow_dr.training.flags import check_flags
+
+    own = [name for parameter in context.command.params for name in parameter.opts]
+    check_flags(trainer_flags, own)  # before five seconds of imports
     from mlflow_dr.cli.validate import plan_of
     from mlflow_dr.engines.share import share_machine
     from mlflow_dr.launch import launch

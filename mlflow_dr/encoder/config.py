@@ -11,6 +11,8 @@ POOLINGS = ("cls", "mean", "last", "max", "mean_sqrt_len", "weighted_mean")
 ACTIVATIONS = ("identity", "tanh", "relu", "gelu", "sigmoid")
 DEFAULT_QUERY_LENGTH = 32
 DEFAULT_PASSAGE_LENGTH = 128
+SHORTEST = 3
+"""Tokens of a text at most: a special token at each end, and one between them."""
 
 
 @dataclass(frozen=True)
@@ -43,6 +45,7 @@ class EncoderConfig:
         passage_max_length: tokens of a passage at most, likewise.
         title_separator: stands between title and text of a passage that has a title.
         lowercase: whether text is lower-cased before the tokenizer sees it.
+        strip_question_mark: whether a query loses one `?` at its very end, as in DPR's training.
     """
 
     pooling: str = "cls"
@@ -54,14 +57,15 @@ class EncoderConfig:
     passage_max_length: int = DEFAULT_PASSAGE_LENGTH
     title_separator: str = " "
     lowercase: bool = False
+    strip_question_mark: bool = False
 
     def __post_init__(self) -> None:
         if self.pooling not in POOLINGS:
             raise UsageError(f"pooling {self.pooling!r}: expected one of {', '.join(POOLINGS)}")
         for name in ("query_max_length", "passage_max_length"):
             length = getattr(self, name)
-            if length < 3:
-                raise UsageError(f"{name} is {length}; at least 3 tokens are needed")
+            if length < SHORTEST:
+                raise UsageError(f"{name} is {length}; at least {SHORTEST} tokens are needed")
 
     def to_dict(self) -> dict[str, Any]:
         """As plain values, for JSON."""

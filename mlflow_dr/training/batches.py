@@ -61,6 +61,7 @@ class TrainingSet(Dataset[Group]):
         seed: of the choice.
         with_scores: whether the teacher's scores are read.
         first_key: added to the passages' keys, for sets that are mixed.
+        first_positive: whether the positive is always the first one, instead of rotating.
 
     Raises:
         DataError: on reading an example without positives, or without scores where some are asked
@@ -76,6 +77,7 @@ class TrainingSet(Dataset[Group]):
         seed: int,
         with_scores: bool = False,
         first_key: int = 0,
+        first_positive: bool = False,
     ) -> None:
         self._examples = examples
         self._queries = queries
@@ -84,6 +86,7 @@ class TrainingSet(Dataset[Group]):
         self._seed = seed
         self._with_scores = with_scores
         self._first_key = first_key
+        self._first_positive = first_positive
         # in shared memory, so that workers that outlive an epoch see the next one
         self._epoch = torch.zeros((), dtype=torch.int64).share_memory_()
 
@@ -105,7 +108,9 @@ class TrainingSet(Dataset[Group]):
         if not n_positives:
             raise DataError(f"query {name!r} has no positives to train on")
         pool = example.negatives if len(example.negatives) else self._random(example, visit)
-        positive = self._rotated(name, "positives", n_positives, 1, visit)
+        positive = [0]
+        if not self._first_positive:
+            positive = self._rotated(name, "positives", n_positives, 1, visit)
         negatives = self._rotated(name, "negatives", len(pool), self._n_negatives, visit)
         places = [*positive, *(n_positives + place for place in negatives)]
         rows = np.concatenate([example.positives, pool])[places]

@@ -8,9 +8,7 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import MISSING, asdict, fields
 from types import FrameType
-from typing import Any
 
 from torch import distributed as dist
 from transformers import TrainerCallback, set_seed
@@ -29,14 +27,17 @@ from mlflow_dr.tracking.runs import (
     open_run,
 )
 from mlflow_dr.tracking.stop_request import StopWatcher, clear_stop_request
-from mlflow_dr.training.arguments import MERGED, RetrieverTrainingArguments, TrainingRequest
+from mlflow_dr.training.arguments import RetrieverTrainingArguments, TrainingRequest
 from mlflow_dr.training.building import build_encoder, collator_of, mixed_training_set
 from mlflow_dr.training.callbacks import MetricCallback, StopCallback
 from mlflow_dr.training.data import TrainingData, open_data
+from mlflow_dr.training.due import Due, due_steps
 from mlflow_dr.training.making_up import make_up
+from mlflow_dr.training.params import run_params
 from mlflow_dr.training.publish_callback import PublishCallback
 from mlflow_dr.training.publishable import EncoderSource
 from mlflow_dr.training.publishing import Mate, Publisher, Submits
+from mlflow_dr.training.ranges import MERGED
 from mlflow_dr.training.resume import (
     Resumption,
     begin_output,
@@ -50,20 +51,6 @@ log = logging.getLogger(__name__)
 LOSS_METRIC = "train/loss"
 START_TAG = "mlflow_dr.start"
 SECONDS_OF_ONE_REQUEST = 1.0
-ALWAYS_LOGGED = (
-    "learning_rate",
-    "per_device_train_batch_size",
-    "num_train_epochs",
-    "max_steps",
-    "lr_scheduler_type",
-    "warmup_steps",
-    "weight_decay",
-    "gradient_accumulation_steps",
-    "seed",
-    "bf16",
-    "fp16",
-)
-NEVER_LOGGED = {"output_dir", "logging_dir", "run_name", "hub_token", "push_to_hub_token"}
 
 
 def train(request: TrainingRequest) -> str:
@@ -93,7 +80,10 @@ def train(request: TrainingRequest) -> str:
     client = connect(request.publish.tracking_uri)
     data = open_data(request.data)
     run = open_run(
-        client, request.publish.experiment_name, resumption.run_id if resumption else None
+        client,
+        request.publish.experiment_name,
+        resumption.run_id if resumption else None,
+        arguments.run_name,
     )
     log.info("run %s (%s)", run.id, run.name)
     with run.ending("training"):
@@ -106,7 +96,7 @@ def train(request: TrainingRequest) -> str:
 
 def _describe(run: TrackedRun, request: TrainingRequest, data: TrainingData) -> None:
     """Show on the run what is trained on what, and what validators need to know."""
-    known = {DATASET_PARAM: request.data.dataset_name, **_params(request)}
+    known = {DATASET_PARAM: request.data.dataset_name, **run_params(request)}
     if data.collection is not None:
         run.set_tags({DATASET_TAG: data.collection.name})
         known = {**known, DATASET_PARAM: data.collection.name, SPLIT_PARAM: data.split}
@@ -169,16 +159,17 @@ def _train_from(
     _one_device(request.trainer)
     training_set = mixed_training_set(request, data, encoder)
     log.info("training %s on %d examples", request.model.model_name_or_path, len(training_set))
+    is_due = due_steps(request, len(training_set))
     stop = StopCallback()
     callbacks: list[TrainerCallback] = [stop]
     source = EncoderSource(encoder, merged=request.model.lora_publish == MERGED)
     with ExitStack() as ending:
         if run is not None:
-            callbacks = [*_writers(request, run, source, resumption, ending), stop]
+            callbacks = [*_writers(request, run, source, resumption, is_due, ending), stop]
             watcher = StopWatcher(run, stop.ask)
             ending.callback(watcher.close)
         elif request.trainer.fsdp:
-            callbacks = [_publishing(request, Mate(source)), stop]
+            callbacks = [_publishing(request, Mate(source), is_due), stop]
         trainer = RetrieverTrainer(
             encoder,
             request.trainer,
@@ -207,11 +198,13 @@ def _writers(
     run: TrackedRun,
     source: EncoderSource,
     resumption: Resumption | None,
+    is_due: Due,
     ending: ExitStack,
 ) -> list[TrainerCallback]:
     """The callbacks that write to the run; what a resumed training has written it writes not twice.
 
     Args:
+        is_due: after which steps a checkpoint is published.
         ending: closes the publisher, unless KeyboardInterrupt means at once, published or not.
     """
     done: set[int] = set()
@@ -231,42 +224,13 @@ def _writers(
 
     ending.push(close)
     if resumption is not None and resumption.checkpoint is not None:
-        make_up(request, publisher, source, done, resumption.checkpoint)
-    return [MetricCallback(run.log_metrics, known), _publishing(request, publisher)]
+        make_up(request, publisher, source, done, resumption.checkpoint, is_due)
+    return [MetricCallback(run.log_metrics, known), _publishing(request, publisher, is_due)]
 
 
-def _publishing(request: TrainingRequest, publisher: Submits) -> PublishCallback:
-    asked = request.publish
-    return PublishCallback(asked.publish_steps, initial=asked.publish_initial, publisher=publisher)
-
-
-def _params(request: TrainingRequest) -> dict[str, Any]:
-    """What the run shows: our own arguments, and Hugging Face's where they are not the default."""
-    defaults = {
-        field.name: field.default
-        for field in fields(RetrieverTrainingArguments)
-        if field.default is not MISSING
-    }
-    values = request.trainer.to_dict()
-    chosen = {
-        name: value
-        for name, value in values.items()
-        if name in ALWAYS_LOGGED
-        or (isinstance(value, bool | int | float | str) and value != defaults.get(name, value))
-    }
-    own = {
-        "model": request.model.model_name_or_path,
-        **asdict(request.model),
-        **asdict(request.loss),
-        **asdict(request.data),
-        "publish_steps": request.publish.publish_steps,
-    }
-    both = {**chosen, **own}
-    return {
-        name: value
-        for name, value in both.items()
-        if value not in (None, "") and name not in NEVER_LOGGED
-    }
+def _publishing(request: TrainingRequest, publisher: Submits, is_due: Due) -> PublishCallback:
+    initial = request.publish.publish_initial
+    return PublishCallback(is_due, initial=initial, publisher=publisher)
 
 
 def _one_device(arguments: RetrieverTrainingArguments) -> None:
