@@ -50,9 +50,7 @@ from mlflow_dr.cli.options import (
 @click.option("--experiment-name", "--experiment_name", help="The experiment of a new run.")
 @tracking_uri
 @click.argument("trainer_flags", nargs=-1, type=click.UNPROCESSED)
-@click.pass_context
 def command(
-    context: click.Context,
     dataset: str | None,
     model: str,
     gpus: int,
@@ -74,7 +72,8 @@ def command(
     """
     from mlflow_dr.training.flags import check_flags
 
-    own = [name for parameter in context.command.params for name in parameter.opts]
+    parameters = click.get_current_context().command.params
+    own = [name for parameter in parameters for name in parameter.opts]
     check_flags(trainer_flags, own)  # before five seconds of imports
     from mlflow_dr.cli.validate import plan_of
     from mlflow_dr.engines.share import share_machine

@@ -55,7 +55,8 @@ def check_flags(words: Sequence[str], others: Iterable[str] = ()) -> None:
         if name.startswith("--") and name != "--" and name not in known:
             raise UsageError(unknown_flag(name, [*known, *others]))
     for name, value in values_of(words):
-        check_choices({name.removeprefix("--").replace("-", "_"): value}, lambda _, n=name: n)
+        field_name = name.removeprefix("--").replace("-", "_")
+        check_choices({field_name: value}, {field_name: name}.__getitem__)
         if name == "--config":
             read_flags(Path(value), known)
 

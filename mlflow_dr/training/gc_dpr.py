@@ -79,12 +79,12 @@ class GcDprArguments:
     val_av_rank_max_qs: str | None = flag(None, AVERAGE_RANK)
 
 
-def translated(given: Mapping[str, Any], typed: Collection[str]) -> dict[str, str]:
+def translated(given: Mapping[str, Any], typed: Mapping[str, str]) -> dict[str, str]:
     """Our flags for GC-DPR's, name -> value, to stand before the user's own.
 
     Args:
         given: name -> value of all training flags; None where the user gave none.
-        typed: names of the flags that the user gave.
+        typed: the flags that the user gave, name -> as it was typed; aliases under both names.
 
     Raises:
         UsageError: a flag asks for what is not offered here, names no file, or is given besides
@@ -101,15 +101,23 @@ def translated(given: Mapping[str, Any], typed: Collection[str]) -> dict[str, st
             f"--encoder_model_type {kind} is not offered; use hf_bert, and name the Hugging Face "
             "model by --pretrained_model_cfg, such as roberta-base"
         )
+    validates = {"dev_file", "model_file"} & set(typed)
+    if validates and not {"train_file", "dataset_name"} & set(typed):
+        raise UsageError(
+            f"--{min(validates)} without --train_file, which names what is trained on; "
+            "`mlflow-dr evaluate` measures an encoder without training"
+        )
     values: dict[str, str] = {}
     for name, stands_for in _STAND_FOR.items():
         if name not in names:
             continue
         meant = stands_for(given[name])
         if twice := sorted((set(meant) - MAY_DIFFER) & set(typed)):
-            raise UsageError(f"--{name} stands for --{twice[0]}: give one of them, not both")
+            raise UsageError(
+                f"{typed[name]} and {typed[twice[0]]} say the same thing: give one of them"
+            )
         values |= meant
-    if without := [f"--{name}" for name in names if name in WITHOUT_EFFECT]:
+    if without := [f"--{name}" for name in WITHOUT_EFFECT if name in typed]:
         log.warning("%s: accepted, and without effect here", ", ".join(without))
     return values
 

@@ -27,12 +27,15 @@ from mlflow_dr.training.recipes import recipe_flags, recipe_of
 
 log = logging.getLogger(__name__)
 
+LONGEST = 300
+
 
 class _Parser(HfArgumentParser):
     """Hugging Face's parser, whose errors are ours."""
 
     def error(self, message: str) -> NoReturn:
-        raise UsageError(f"{message}; see `mlflow-dr train --help`")
+        short = message if len(message) <= LONGEST else f"{message[:LONGEST]}..."
+        raise UsageError(f"{short}; see `mlflow-dr train --help`")
 
 
 def training_parser() -> HfArgumentParser:
@@ -70,15 +73,15 @@ def parse_training(words: Sequence[str], processes: int = 1) -> TrainingRequest:
     seen, unknown = parser.parse_known_args(list(words))
     if unknown:
         raise UsageError(unknown_flag(unknown[0], parser._option_string_actions))
-    words = [*_file_flags(parser, seen.config), *words]
+    in_file = _file_flags(parser, seen.config)
+    typed = {**_typed(parser, in_file, f"{seen.config}: "), **_typed(parser, words)}
+    words = [*in_file, *words]
     given = vars(parser.parse_args(words))
-    typed = _typed(parser, words)
     check_values(given, lambda name: typed.get(name, name))
-    spelled = {word.removeprefix("--").replace("-", "_") for word in _names(words)}
-    theirs = translated(given, {*typed, *spelled})
+    theirs = translated(given, typed)
     own = {**given, **theirs}
     recipe = recipe_of(
-        own["dataset_name"], own["train_dir"], own["recipe"], gc_dpr=is_gc_dpr(spelled)
+        own["dataset_name"], own["train_dir"], own["recipe"], gc_dpr=is_gc_dpr(typed)
     )
     flags = [*recipe_flags(recipe, bool(given["use_cpu"])), *_as_words(theirs), *words]
     flags += _consequences(given, typed)
@@ -116,14 +119,19 @@ def _consequences(given: Mapping[str, Any], typed: Collection[str]) -> list[str]
     return flags
 
 
-def _names(words: Sequence[str]) -> list[str]:
-    return [word.split("=", 1)[0] for word in words if word.startswith("--")]
-
-
-def _typed(parser: argparse.ArgumentParser, words: Sequence[str]) -> dict[str, str]:
-    """The flags among words: name -> as the user spelled it."""
-    actions = parser._option_string_actions
-    return {actions[name].dest: name for name in _names(words) if name in actions}
+def _typed(
+    parser: argparse.ArgumentParser, words: Sequence[str], where: str = ""
+) -> dict[str, str]:
+    """The flags among words: name -> as the user spelled it; an alias has both names."""
+    typed: dict[str, str] = {}
+    for word in words:
+        name = word.split("=", 1)[0]
+        if action := parser._option_string_actions.get(name):
+            spelled = f"{where}{name.removeprefix('--')}" if where else name
+            typed |= dict.fromkeys(
+                (action.dest, name.removeprefix("--").replace("-", "_")), spelled
+            )
+    return typed
 
 
 def _as_words(values: Mapping[str, str]) -> list[str]:
@@ -171,6 +179,10 @@ def _file_flags(parser: argparse.ArgumentParser, file: str | None) -> list[str]:
             continue
         items = value if isinstance(value, list) else [value]
         flags += [name, *(_word(item, actions[name]) for item in items)]
+    try:
+        parser.parse_args(flags)
+    except UsageError as error:
+        raise UsageError(f"{file}: {error}") from error
     return flags
 
 

@@ -128,8 +128,7 @@ def check_choices(values: Mapping[str, Any], typed: Callable[[str], str] = str) 
 def _named(name: str, typed: Callable[[str], str]) -> str:
     """The flag as it was typed, and its first name where that is another one."""
     spelled = typed(name)
-    same = spelled.removeprefix("--").replace("-", "_") == name
-    return spelled if same else f"{spelled}: {name}"
+    return spelled if spelled.replace("-", "_").endswith(name) else f"{spelled}: {name}"
 
 
 def numbers_of(text: str, name: str, example: str) -> list[float]:
