@@ -228,10 +228,8 @@ def test_berts_separator_needs_a_tokenizer_that_has_it(
     built([*words, "--passage_field_separator", "</s>"])
 
 
-@pytest.mark.parametrize(
-    "more", [[], ["--grad_cache", "--q_chunk_size", "1", "--ctx_chunk_size", "1"]]
-)
-def test_a_fixed_passage_encoder_stays(room: Path, make_trainer: Any, more: list[str]) -> None:
+@pytest.mark.parametrize("more", ["", "--grad_cache --q_chunk_size 1 --ctx_chunk_size 1"])
+def test_a_fixed_passage_encoder_stays(room: Path, make_trainer: Any, more: str) -> None:
     words = ["--train_file", f"{room}/nq-train-1.json", "--pretrained_model_cfg", "tiny"]
     words += ["--sequence_length", "32", "--fix_ctx_encoder", "--use_cpu", *more.split()]
     request, data, encoder = built(words)
