@@ -172,6 +172,9 @@ class DataArguments:
     train_n_passages: int = flag(
         8, "Passages per query: one positive, the rest hard negatives.", "--train_group_size"
     )
+    other_negatives: int = flag(
+        0, "Further negatives of a query that are not hard: DPR's negative_ctxs."
+    )
     positive_passage_no_shuffle: bool = flag(
         False, "Always take a query's first positive; else all of them in turn, epoch by epoch."
     )

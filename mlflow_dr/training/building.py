@@ -139,6 +139,7 @@ def mixed_training_set(
                 with_scores=request.loss.distil_weight > 0,
                 first_key=first_key,
                 first_positive=request.data.positive_passage_no_shuffle,
+                n_others=request.data.other_negatives,
             )
         )
         first_key += len(part.examples.passages)

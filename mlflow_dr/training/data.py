@@ -9,6 +9,7 @@ from pathlib import Path
 from mlflow_dr.collection.catalogue import open_collection, open_examples
 from mlflow_dr.collection.interface import Collection, Examples, chosen_split
 from mlflow_dr.collection.mixtures import parse_mixture
+from mlflow_dr.collection.training_files import TrainingFiles
 from mlflow_dr.errors import UsageError
 from mlflow_dr.training.arguments import DataArguments
 from mlflow_dr.training.ranges import upsample_rates
@@ -67,16 +68,30 @@ def open_data(arguments: DataArguments) -> TrainingData:
     validated = _validated(arguments, collections)
     split = chosen_split(validated, arguments.validation_split) if validated is not None else ""
     if arguments.train_dir is not None:
+        if arguments.other_negatives:
+            raise UsageError("--other_negatives: name the file as --dataset, not as --train_dir")
         place = Path(arguments.train_dir).expanduser()
         examples = open_examples(place, collections[0].corpus)
         return TrainingData(
             [Part(str(place), str(place.resolve()), examples, None, rates[0])], validated, split
         )
     parts = [
-        Part(one.name, one.source, one.examples(), weight, rate)
+        Part(one.name, one.source, _examples(one, arguments.other_negatives), weight, rate)
         for one, (_, weight), rate in zip(collections, named, rates, strict=True)
     ]
     return TrainingData(parts, validated, split)
+
+
+def _examples(collection: Collection, n_others: int) -> Examples:
+    """A collection's examples, with negatives that are not hard where some are asked for."""
+    if not n_others:
+        return collection.examples()
+    if not isinstance(collection, TrainingFiles):
+        raise UsageError(
+            f"{collection.name} has no negatives but hard ones; DPR's files have others; leave out "
+            "--other_negatives"
+        )
+    return collection.with_others().examples()
 
 
 def _rates(arguments: DataArguments, weights: Sequence[float | None]) -> list[int]:

@@ -56,9 +56,6 @@ class GcDprArguments:
     hard_negatives: int | None = flag(
         None, "GC-DPR's: hard negatives of a query; see --train_n_passages."
     )
-    other_negatives: int | None = flag(
-        None, "GC-DPR's: further negatives of a query, of its negative_ctxs; 0 alone is offered."
-    )
     shuffle_positive_ctx: bool | None = flag(
         None,
         "GC-DPR's: take all positives of a query in turn; see --positive_passage_no_shuffle.",
@@ -153,15 +150,6 @@ def _files(pattern: str, flag_name: str) -> list[str]:
     return files
 
 
-def _other_negatives(count: int) -> dict[str, str]:
-    if count:
-        raise UsageError(
-            f"--other_negatives {count} is not offered; use --hard_negatives, which takes "
-            "negative_ctxs where a question has no others"
-        )
-    return {}
-
-
 def _projection(size: int) -> dict[str, str]:
     if not size:
         return {"add_pooler": "false"}
@@ -181,7 +169,6 @@ _STAND_FOR: Mapping[str, Callable[[Any], dict[str, str]]] = {
     "train_file": _train_file,
     "dev_file": _dev_file,
     "hard_negatives": lambda count: {"train_n_passages": str(1 + count)},
-    "other_negatives": _other_negatives,
     "shuffle_positive_ctx": lambda yes: {"positive_passage_no_shuffle": str(not yes)},
     "sequence_length": lambda length: dict.fromkeys(("q_max_len", "p_max_len"), str(length)),
     "projection_dim": _projection,

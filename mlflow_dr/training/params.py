@@ -23,17 +23,12 @@ ALWAYS_LOGGED = (
 NEVER_LOGGED = {"output_dir", "logging_dir", "run_name", "hub_token", "push_to_hub_token"}
 
 
-def run_params(request: TrainingRequest) -> dict[str, Any]:
+def params_of(request: TrainingRequest) -> dict[str, Any]:
     """What the run shows: our own arguments, and Hugging Face's where they are not the default."""
-    defaults = {
-        field.name: field.default
-        for field in fields(RetrieverTrainingArguments)
-        if field.default is not MISSING
-    }
-    values = request.trainer.to_dict()
+    defaults = _defaults()
     chosen = {
         name: value
-        for name, value in values.items()
+        for name, value in request.trainer.to_dict().items()
         if name in ALWAYS_LOGGED
         or (isinstance(value, bool | int | float | str) and value != defaults.get(name, value))
     }
@@ -58,3 +53,11 @@ def _published(request: TrainingRequest) -> dict[str, Any]:
     if asked.publish_per_epoch is not None:
         return {"publish_per_epoch": asked.publish_per_epoch}
     return {"publish_steps": asked.publish_steps}
+
+
+def _defaults() -> dict[str, Any]:
+    return {
+        field.name: field.default
+        for field in fields(RetrieverTrainingArguments)
+        if field.default is not MISSING
+    }

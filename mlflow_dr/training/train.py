@@ -33,7 +33,7 @@ from mlflow_dr.training.callbacks import MetricCallback, StopCallback
 from mlflow_dr.training.data import TrainingData, open_data
 from mlflow_dr.training.due import Due, due_steps
 from mlflow_dr.training.making_up import make_up
-from mlflow_dr.training.params import run_params
+from mlflow_dr.training.params import params_of
 from mlflow_dr.training.publish_callback import PublishCallback
 from mlflow_dr.training.publishable import EncoderSource
 from mlflow_dr.training.publishing import Mate, Publisher, Submits
@@ -96,7 +96,7 @@ def train(request: TrainingRequest) -> str:
 
 def _describe(run: TrackedRun, request: TrainingRequest, data: TrainingData) -> None:
     """Show on the run what is trained on what, and what validators need to know."""
-    known = {DATASET_PARAM: request.data.dataset_name, **run_params(request)}
+    known = {DATASET_PARAM: request.data.dataset_name, **params_of(request)}
     if data.collection is not None:
         run.set_tags({DATASET_TAG: data.collection.name})
         known = {**known, DATASET_PARAM: data.collection.name, SPLIT_PARAM: data.split}

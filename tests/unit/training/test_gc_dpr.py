@@ -133,7 +133,7 @@ def test_a_flag_alone_that_has_another_name_here_changes_nothing_else() -> None:
         ("--train_file {file} --hard_negatives 1 --train_group_size 2", "--train_group_size say"),
         ("--train_file {file} --encoder_model_type pytext_bert", "pytext_bert is not offered"),
         ("--train_file {file} --encoder_model_type bert", "expected hf_bert, pytext_bert or"),
-        ("--train_file {file} --other_negatives 2", "--other_negatives 2 is not offered"),
+        ("--train_file {file} --other_negatives -2", "--other_negatives is -2; it must be"),
         ("--train_file {file} --adam_betas 0.9", "--adam_betas is '0.9'; expected two numbers"),
         ("--train_file {file} --adam_betas nine", "--adam_betas is 'nine'; expected numbers"),
         ("--dev_file {file}", "--dev_file without --train_file"),
@@ -185,6 +185,33 @@ def test_the_positive_is_the_first_unless_they_are_shuffled(room: Path) -> None:
 
     assert len(positives([])) == 1
     assert len(positives(["--shuffle_positive_ctx"])) == 2
+
+
+def test_other_negatives_are_the_files_negative_ctxs(room: Path) -> None:
+    words = ["--train_file", f"{room}/nq-train-1.json", "--pretrained_model_cfg", "tiny"]
+    words += ["--sequence_length", "32", "--use_cpu", "--hard_negatives", "2"]
+    for count in (0, 1, 2):
+        request, data, encoder = built([*words, "--other_negatives", str(count)])
+        training_set = mixed_training_set(request, data, encoder)
+        for index, name in enumerate("abcdef"):
+            texts = [encoder.tokenizer.decode(ids) for ids in training_set[index].passages]
+            found = [text.split("[SEP]")[1].split()[0] for text in texts]
+            assert found[0] == f"{name * 3}a"
+            assert set(found[1:3]) == {f"{name * 3}h", f"{name * 3}i"}
+            assert found[3:] == [f"{name * 3}n"] * count
+    batch = collator_of(encoder)([training_set[index] for index in range(3)])
+    assert len(batch["passage"]["input_ids"]) == len(batch["keys"]) == 15
+
+
+def test_other_negatives_of_what_has_none(room: Path, tmp_path: Path) -> None:
+    passage = {"docid": "d", "title": "", "text": "all about it"}
+    more = {"positive_passages": [passage], "negative_passages": [{**passage, "docid": "e"}]}
+    (tmp_path / "tevatron.jsonl").write_text(json.dumps({"query_id": "1", "query": "it"} | more))
+    for name in (str(tmp_path / "tevatron.jsonl"), "irds:vaswani"):
+        words = ["--dataset", name, "--validation_dataset", f"pool:{room}/nq-dev.json"]
+        request = parse_training([*words, "--other_negatives", "1", "--use_cpu"])
+        with pytest.raises(UsageError, match="leave out --other_negatives"):
+            open_data(request.data)
 
 
 def test_the_development_file_is_what_validators_search(room: Path) -> None:
