@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,19 @@ from mlflow_dr.retrieval.measures import DEFAULT_MEASURES
 
 FILES = click.Path(path_type=Path, exists=True)
 FILE_OPTIONS = ("--dataset", "--candidate-dir", "--query-file", "--qrel-file")
+
+
+class Finite(click.FloatRange):
+    """A number in a range; neither NaN, which every range would let pass, nor infinite."""
+
+    def convert(
+        self, value: Any, param: click.Parameter | None, ctx: click.Context | None
+    ) -> float:
+        """The number."""
+        number = float(super().convert(value, param, ctx))
+        if not math.isfinite(number):
+            self.fail(f"{value} is not a finite number.", param, ctx)
+        return number
 
 
 class TakesSeveral(click.Command):
@@ -184,7 +198,7 @@ def policy_options(function: Callable[..., Any]) -> Callable[..., Any]:
         click.option(
             "--min-delta",
             "--min_delta",
-            type=click.FloatRange(min=0),
+            type=Finite(min=0),
             default=0.0,
             show_default=True,
             help="A rise by this or less is none.",

@@ -7,6 +7,7 @@ from typing import Any
 import click
 
 from mlflow_dr.cli.options import (
+    Finite,
     depth,
     dtype,
     judged,
@@ -43,7 +44,7 @@ from mlflow_dr.cli.options import (
 @click.option(
     "--poll-seconds",
     "--poll_seconds",
-    type=click.FloatRange(min=0.05),
+    type=Finite(min=0.05),
     default=2.0,
     show_default=True,
 )
