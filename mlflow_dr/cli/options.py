@@ -62,6 +62,20 @@ def _whole_path(context: click.Context, parameter: click.Parameter, name: str | 
     return str(Path(name).absolute()) if name and Path(name).is_dir() else name
 
 
+def _format(context: click.Context, parameter: click.Parameter, name: str) -> str:
+    """Our name of a number format."""
+    from mlflow_dr.engines.formats import format_name
+
+    return format_name(name)
+
+
+def _pooling(context: click.Context, parameter: click.Parameter, name: str | None) -> str | None:
+    """A pooling that there is."""
+    from mlflow_dr.encoder.config import EncoderConfig
+
+    return name if name is None else EncoderConfig(pooling=name).pooling
+
+
 measures = click.option(
     "--measures",
     "--metrics",
@@ -82,6 +96,7 @@ device = click.option(
 dtype = click.option(
     "--dtype",
     default="auto",
+    callback=_format,
     show_default=True,
     help="auto (bf16 where the hardware multiplies it, else fp32), fp32, bf16 or fp16; also "
     "by PyTorch's names: float32, bfloat16, float16.",
@@ -146,7 +161,9 @@ def encoder_options(function: Callable[..., Any]) -> Callable[..., Any]:
         click.option("--q-max-len", "--q_max_len", type=length, help=f"{tokens} query."),
         click.option("--max-length", type=length, help="Likewise, tokens of both."),
         click.option("--normalize/--no-normalize", default=None, help="Likewise."),
-        click.option("--pooling", help="Replaces what the encoder's directory says."),
+        click.option(
+            "--pooling", callback=_pooling, help="Replaces what the encoder's directory says."
+        ),
     ):
         function = option(function)
     return function

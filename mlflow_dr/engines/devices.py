@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import torch
 
+from mlflow_dr.engines.formats import AUTO, TORCH_NAMES, format_name
 from mlflow_dr.errors import DeviceError
 
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-TORCH_NAMES = {str(dtype).removeprefix("torch."): name for name, dtype in DTYPES.items()}
-"""PyTorch's own names, which are taken for ours: `float32`, `bfloat16`, `float16`."""
-AUTO = "auto"
+__all__ = ["AUTO", "DTYPES", "resolve_device", "resolve_dtype"]
+
+DTYPES: dict[str, torch.dtype] = {
+    ours: getattr(torch, theirs) for ours, theirs in TORCH_NAMES.items()
+}
 
 
 def resolve_device(name: str = AUTO) -> torch.device:
@@ -48,12 +50,9 @@ def resolve_dtype(name: str | torch.dtype, device: torch.device) -> str:
     Raises:
         DeviceError: no such format, or fp16 on a processor.
     """
-    name = str(name).removeprefix("torch.")
-    name = TORCH_NAMES.get(name, name)
+    name = format_name(name)
     if name == AUTO:
         return "bf16" if _native_bf16(device) else "fp32"
-    if name not in DTYPES:
-        raise DeviceError(f"dtype {name!r}: expected auto, {', '.join((*DTYPES, *TORCH_NAMES))}")
     if name == "fp16" and device.type == "cpu":
         raise DeviceError("dtype fp16 needs a CUDA device; on a processor use bf16 or fp32")
     return name
