@@ -60,7 +60,7 @@ def launch(
     measures = parse_measures(validating[validating.index("--measures") + 1])
     share = share_machine(trainers=gpus)
     plan = _plan(training, gpus)
-    run = open_run(connect(uri or plan.uri), experiment or plan.experiment, plan.run_id)
+    run = open_run(connect(uri or plan.uri), experiment or plan.experiment, plan.run_id, plan.name)
     validating = ["--run-id", run.id, *share.validator_flags, *validating]
     validating += ["--dataset", plan.validated]
     with _Stop() as stop:
@@ -93,12 +93,14 @@ class _Plan:
         run_id: the run that the training goes on with; None for a new one.
         uri: the tracking server that they name.
         experiment: the experiment.
+        name: of the run.
     """
 
     validated: str
     run_id: str | None
     uri: str | None
     experiment: str | None
+    name: str | None
 
 
 def _plan(training: Sequence[str], processes: int) -> _Plan:
@@ -123,6 +125,7 @@ def _plan(training: Sequence[str], processes: int) -> _Plan:
         resumption.run_id if resumption else None,
         request.publish.tracking_uri,
         request.publish.experiment_name,
+        request.trainer.run_name,
     )
 
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import click
 
-from mlflow_dr.cli.options import device, dtype, tracking_uri
+from mlflow_dr.cli.options import Finite, device, dtype, tracking_uri
 
 
 @click.command("mine")
@@ -65,7 +65,7 @@ from mlflow_dr.cli.options import device, dtype, tracking_uri
 @click.option("--margin", type=float, help="Score at least so much below the positive.")
 @click.option(
     "--relative-margin",
-    type=click.FloatRange(0, 1),
+    type=Finite(0, 1),
     help="Likewise as a share of the positive's score (NV-Retriever: 0.05).",
 )
 @click.option("--max-score", type=float, help="Score at most this.")

@@ -11,6 +11,7 @@ from typing import Any, cast
 import click
 
 from mlflow_dr.cli.options import (
+    Finite,
     TakesSeveral,
     checkpoints_dir,
     encoder_changes,
@@ -67,13 +68,13 @@ ORDERS = ("oldest", "newest", "bisect")
 @every
 @click.option(
     "--max-lag",
-    type=click.FloatRange(min=0, min_open=True),
+    type=Finite(min=0, min_open=True),
     help="Begin no checkpoint that was published more than so many seconds ago.",
 )
 @click.option("--retry-failed", is_flag=True, help="Try again what was recorded as failed.")
 @click.option(
     "--poll-seconds",
-    type=click.FloatRange(min=0.05),
+    type=Finite(min=0.05),
     default=2.0,
     show_default=True,
     help="Time between two looks at the server.",

@@ -20,7 +20,7 @@ from mlflow_dr.errors import DataError, quoted
 PASSAGE_IDS = ("passage_id", "psg_id", "id")
 
 
-def dpr_example(record: Record, index: int, where: str) -> RawExample:
+def dpr_example(record: Record, index: int, where: str, others: bool = False) -> RawExample:
     """`question, answers, positive_ctxs, negative_ctxs, hard_negative_ctxs`.
 
     The hard negatives are the negatives; where a question has none, its `negative_ctxs` are, which
@@ -38,7 +38,13 @@ def dpr_example(record: Record, index: int, where: str) -> RawExample:
     )
     positives = _passages(record, "positive_ctxs", where)
     hard = _passages(record, "hard_negative_ctxs", where)
-    return RawExample(where, query, positives, hard or _passages(record, "negative_ctxs", where))
+    rest = _passages(record, "negative_ctxs", where) if others or not hard else []
+    return RawExample(where, query, positives, hard or rest, others=rest if others else ())
+
+
+def dpr_example_with_others(record: Record, index: int, where: str) -> RawExample:
+    """The same, where `negative_ctxs` are the others besides."""
+    return dpr_example(record, index, where, others=True)
 
 
 def _passages(record: Record, field: str, where: str) -> list[Passage]:

@@ -31,8 +31,10 @@ DRAFT_SCHEMA = pa.schema(
         ("query_tokens", pa.list_(pa.int32())),
         ("positives", pa.list_(pa.int32())),
         ("negatives", pa.list_(pa.int32())),
+        ("others", pa.list_(pa.int32())),
         ("positive_scores", pa.list_(pa.float32())),
         ("negative_scores", pa.list_(pa.float32())),
+        ("other_scores", pa.list_(pa.float32())),
     ]
 )
 EXAMPLES_PER_BATCH = 8192
@@ -53,6 +55,7 @@ class RawExample(NamedTuple):
         positive_scores: a teacher's scores of the positives, NaN where one is missing; empty where
             all are.
         negative_scores: likewise of the negatives.
+        others: negatives that are not hard, where the format has them and they are asked for.
     """
 
     where: str
@@ -61,6 +64,7 @@ class RawExample(NamedTuple):
     negatives: Sequence[Passage] | Sequence[str]
     positive_scores: Sequence[float] = ()
     negative_scores: Sequence[float] = ()
+    others: Sequence[Passage] | Sequence[str] = ()
 
 
 class Tally:
@@ -181,7 +185,7 @@ def draft_batches(path: Path) -> Iterator[pa.RecordBatch]:
 
 def _batch(group: Sequence[RawExample], codes: Codes, tally: Tally) -> pa.RecordBatch:
     queries: list[Query] = []
-    sides = (_Side(), _Side())
+    sides = (_Side(), _Side(), _Side())
     for raw in group:
         query = raw.query
         if not (query.text.strip() or query.tokens):
@@ -191,6 +195,7 @@ def _batch(group: Sequence[RawExample], codes: Codes, tally: Tally) -> pa.Record
             tally.add(NO_POSITIVE, raw.where)
             continue
         sides[1].add(raw.negatives, raw.negative_scores, codes, raw.where)
+        sides[2].add(raw.others, (), codes, raw.where)
         queries.append(query)
     columns = [
         [query.id for query in queries],
@@ -205,7 +210,7 @@ def _batch(group: Sequence[RawExample], codes: Codes, tally: Tally) -> pa.Record
 
 
 class _Side:
-    """The positives or the negatives of a group of examples, end to end."""
+    """The positives, the negatives or the others of a group of examples, end to end."""
 
     def __init__(self) -> None:
         self._codes = array("i")

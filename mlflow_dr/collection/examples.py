@@ -96,6 +96,11 @@ class CachedExamples:
         batch = bisect_right(self._starts, index) - 1
         return self._batches[batch].example(int(index) - self._starts[batch])
 
+    def others(self, index: int) -> np.ndarray:
+        """Rows of an example's negatives that are not hard, `(n_others,) int64`; most have none."""
+        batch = bisect_right(self._starts, index) - 1
+        return self._batches[batch].others(int(index) - self._starts[batch])
+
     def negative_counts(self) -> np.ndarray:
         """How many hard negatives each example has, `(n_examples,) int64`."""
         return np.concatenate([batch.negative_counts() for batch in self._batches])
@@ -108,9 +113,9 @@ class _Batch:
         self._count = len(batch)
         self._ids, self._texts = (batch.column(name) for name in ("query_id", "query"))
         self._answers = _Lists(batch.column("answers"))
-        self._tokens, self._positives, self._negatives, self._scores = (
+        self._tokens, self._positives, self._negatives, self._scores, self._others = (
             _Lists(batch.column(name))
-            for name in ("query_tokens", "positives", "negatives", "scores")
+            for name in ("query_tokens", "positives", "negatives", "scores", "others")
         )
 
     def __len__(self) -> int:
@@ -118,6 +123,9 @@ class _Batch:
 
     def negative_counts(self) -> np.ndarray:
         return self._negatives.lengths().astype(np.int64)
+
+    def others(self, row: int) -> np.ndarray:
+        return self._others.numbers(row).astype(np.int64)
 
     def example(self, row: int) -> Example:
         scores = self._scores.numbers(row)

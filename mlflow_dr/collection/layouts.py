@@ -7,7 +7,7 @@ from itertools import count
 from pathlib import Path
 from typing import NamedTuple
 
-from mlflow_dr.collection.dpr import dpr_example
+from mlflow_dr.collection.dpr import dpr_example, dpr_example_with_others
 from mlflow_dr.collection.drafts import RawExample
 from mlflow_dr.collection.fields import fields_of
 from mlflow_dr.collection.recordfiles import Record, read_records
@@ -25,6 +25,7 @@ class Layout(NamedTuple):
         mark: the field that no other layout has.
         by_id: whether its passages are ids, to be looked up in a corpus.
         example: a record, its index in the source and its place -> a raw example.
+        with_others: likewise, with negatives that are not hard; None where there are none.
     """
 
     name: str
@@ -32,6 +33,7 @@ class Layout(NamedTuple):
     mark: str
     by_id: bool
     example: Callable[[Record, int, str], RawExample]
+    with_others: Callable[[Record, int, str], RawExample] | None = None
 
 
 LAYOUTS = (
@@ -56,6 +58,7 @@ LAYOUTS = (
         "positive_ctxs",
         False,
         dpr_example,
+        dpr_example_with_others,
     ),
 )
 

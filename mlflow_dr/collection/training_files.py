@@ -34,13 +34,17 @@ class TrainingFiles:
     Args:
         path: a file, or a folder whose files are read in the order of their names.
         corpus: has the passages that ids name where no file beside the examples does.
+        others: whether negatives that are not hard are read, too.
     """
 
     splits: Sequence[str] = ()
 
-    def __init__(self, path: Path, corpus: Callable[[], Corpus] | None = None) -> None:
+    def __init__(
+        self, path: Path, corpus: Callable[[], Corpus] | None = None, others: bool = False
+    ) -> None:
         self._path = path
         self._given = corpus
+        self._others = others
         self.name = str(path)
         self.source = f"{'folder' if path.is_dir() else 'file'} {path}"
 
@@ -67,10 +71,21 @@ class TrainingFiles:
         """
         return self._examples
 
+    def with_others(self) -> TrainingFiles:
+        """The same files, read with negatives that are not hard."""
+        return TrainingFiles(self._path, self._given, others=True)
+
     @cached_property
     def _examples(self) -> CachedExamples:
         files = training_files(self._path)
         layout = layout_of(files)
+        if self._others:
+            if layout.with_others is None:
+                raise UsageError(
+                    f"{self._path}: files in the layout {layout.name} have no negatives but hard "
+                    "ones; leave out --other_negatives"
+                )
+            layout = layout._replace(name=f"{layout.name} others", example=layout.with_others)
         key = "\n".join([layout.name, *map(state_of, files)])
         corpus = self._corpus_of_ids() if layout.by_id else None
         return cached_examples(key, raw_examples(files, layout), str(self._path), corpus)

@@ -12,6 +12,8 @@ POOLINGS = ("cls", "mean", "last", "max", "mean_sqrt_len", "weighted_mean")
 EXPECTED: dict[type, type] = {bool: bool, int: Integral, str: str}
 DEFAULT_QUERY_LENGTH = 32
 DEFAULT_PASSAGE_LENGTH = 128
+SHORTEST = 3
+"""Tokens of a text at most: a special token at each end, and one between them."""
 
 
 @dataclass(frozen=True)
@@ -41,6 +43,7 @@ class EncoderConfig:
         passage_max_length: tokens of a passage at most, likewise.
         title_separator: stands between title and text of a passage that has a title.
         lowercase: whether text is lower-cased before the tokenizer sees it.
+        strip_question_mark: whether a query loses one `?` at its very end, as in DPR's training.
     """
 
     pooling: str = "cls"
@@ -52,6 +55,7 @@ class EncoderConfig:
     passage_max_length: int = DEFAULT_PASSAGE_LENGTH
     title_separator: str = " "
     lowercase: bool = False
+    strip_question_mark: bool = False
 
     def __post_init__(self) -> None:
         check_types(self)
@@ -59,8 +63,8 @@ class EncoderConfig:
             raise UsageError(f"pooling {self.pooling!r}: expected one of {', '.join(POOLINGS)}")
         for name in ("query_max_length", "passage_max_length"):
             length = getattr(self, name)
-            if length < 3:
-                raise UsageError(f"{name} is {length}; at least 3 tokens are needed")
+            if length < SHORTEST:
+                raise UsageError(f"{name} is {length}; at least {SHORTEST} tokens are needed")
 
 
 def check_types(settings: Any) -> None:

@@ -53,7 +53,7 @@ def params_of(request: TrainingRequest) -> dict[str, Any]:
         **asdict(request.model),
         **asdict(request.loss),
         **asdict(request.data),
-        "publish_steps": request.publish.publish_steps,
+        **_published(request),
     }
     both = {**chosen, **own}
     return {
@@ -61,6 +61,14 @@ def params_of(request: TrainingRequest) -> dict[str, Any]:
         for name, value in both.items()
         if value not in (None, "") and name not in NEVER_LOGGED
     }
+
+
+def _published(request: TrainingRequest) -> dict[str, Any]:
+    """When checkpoints are published, under the name of the flag that says it."""
+    asked = request.publish
+    if asked.publish_per_epoch is not None:
+        return {"publish_per_epoch": asked.publish_per_epoch}
+    return {"publish_steps": asked.publish_steps}
 
 
 def note_changes(run: TrackedRun, request: TrainingRequest, place: str) -> None:

@@ -12,6 +12,7 @@ from mlflow_dr.errors import TrackingError, UsageError
 from mlflow_dr.tracking.checkpoints import abandon_pending, ready_steps
 from mlflow_dr.tracking.current import current_run_id
 from mlflow_dr.training.any_loop import prepared_run
+from mlflow_dr.training.due import Due
 from mlflow_dr.training.publishable import Publishable, source_of, unwrapped
 from mlflow_dr.training.publishing import Publisher, close_at_exit
 
@@ -58,8 +59,9 @@ class PublishCallback(TrainerCallback):
         )
 
     Args:
-        every: steps between two checkpoints; when None, there is one whenever the trainer saves;
-            when 0, there are the first and the last one.
+        every: steps between two checkpoints, or a function that says whether one is due after a
+            step; when None, there is one whenever the trainer saves; when 0, there are the first
+            and the last one.
         initial: whether the model is published before the first step, too.
         final: whether it is after the last one.
         run_id: the MLflow run; that of the trainer's own MLflow callback, MLflow's active run or
@@ -81,7 +83,7 @@ class PublishCallback(TrainerCallback):
 
     def __init__(
         self,
-        every: int | None = None,
+        every: int | Callable[[int], bool] | None = None,
         *,
         initial: bool = True,
         final: bool = True,
@@ -93,9 +95,9 @@ class PublishCallback(TrainerCallback):
         publisher: Submits | None = None,
         **settings: Any,
     ) -> None:
-        if every is not None and every < 0:
+        if isinstance(every, int) and every < 0:
             raise UsageError(f"every is {every}; expected a number of steps, or None for each save")
-        self._every = every
+        self._every = Due(every) if isinstance(every, int) else every
         self._initial = initial
         self._final = final
         self._run_id = run_id
@@ -132,7 +134,7 @@ class PublishCallback(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
     ) -> None:
         """Publish when it is time."""
-        if self._every and state.global_step % self._every == 0:
+        if self._every is not None and self._every(state.global_step):
             self._submit(state)
         if self._is_mine and isinstance(self._publisher, Publisher) and self._publisher.refused:
             self._stop(args, control)

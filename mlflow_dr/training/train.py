@@ -30,15 +30,17 @@ from mlflow_dr.tracking.runs import (
 )
 from mlflow_dr.tracking.stop_request import StopWatcher, clear_stop_request
 from mlflow_dr.tracking.system_metrics import system_metrics
-from mlflow_dr.training.arguments import MERGED, RetrieverTrainingArguments, TrainingRequest
+from mlflow_dr.training.arguments import RetrieverTrainingArguments, TrainingRequest
 from mlflow_dr.training.building import build_encoder, collator_of, mixed_training_set
 from mlflow_dr.training.callbacks import MetricCallback, StopCallback
 from mlflow_dr.training.data import TrainingData, open_data
+from mlflow_dr.training.due import Due, due_steps
 from mlflow_dr.training.making_up import make_up
 from mlflow_dr.training.params import note_changes, params_of
 from mlflow_dr.training.publish_callback import Mate, PublishCallback, Submits
 from mlflow_dr.training.publishable import EncoderSource
 from mlflow_dr.training.publishing import Publisher
+from mlflow_dr.training.ranges import MERGED
 from mlflow_dr.training.resume import (
     Resumption,
     begin_output,
@@ -93,7 +95,10 @@ def _train_first(request: TrainingRequest, resumption: Resumption | None) -> str
     client = connect(request.publish.tracking_uri)
     data = open_data(request.data)
     run = open_run(
-        client, request.publish.experiment_name, resumption.run_id if resumption else None
+        client,
+        request.publish.experiment_name,
+        resumption.run_id if resumption else None,
+        arguments.run_name,
     )
     log.info("run %s (%s)", run.id, run.name)
     with run.ending("training"), system_metrics(run):
@@ -172,17 +177,18 @@ def _train_from(
     _one_device(request.trainer)
     training_set = mixed_training_set(request, data, encoder)
     log.info("training %s on %d examples", request.model.model_name_or_path, len(training_set))
+    is_due = due_steps(request, len(training_set))
     stop = StopCallback()
     callbacks: list[TrainerCallback] = [stop]
     source = EncoderSource(encoder, merged=request.model.lora_publish == MERGED)
     with ExitStack() as ending:
         ending.callback(_leave_group)
         if run is not None:
-            callbacks = [*_writers(request, run, source, resumption, stop, ending), stop]
+            callbacks = [*_writers(request, run, source, resumption, stop, is_due, ending), stop]
             watcher = StopWatcher(run, stop.ask)
             ending.callback(watcher.close)
         elif request.trainer.fsdp:
-            callbacks = [_publishing(request, Mate(source)), stop]
+            callbacks = [_publishing(request, Mate(source), is_due), stop]
         trainer = RetrieverTrainer(
             encoder,
             request.trainer,
@@ -209,12 +215,14 @@ def _writers(
     source: EncoderSource,
     resumption: Resumption | None,
     stop: StopCallback,
+    is_due: Due,
     ending: ExitStack,
 ) -> list[TrainerCallback]:
     """The callbacks that write to the run; what a resumed training has written it writes not twice.
 
     Args:
         stop: asked where nothing can be published.
+        is_due: after which steps a checkpoint is published.
         ending: closes the publisher, unless KeyboardInterrupt means at once, published or not; then
             raises a TrackingError where the last checkpoint was not published.
     """
@@ -246,13 +254,13 @@ def _writers(
 
     ending.push(close)
     if resumption is not None and resumption.checkpoint is not None:
-        make_up(request, publisher, source, done, resumption.checkpoint)
-    return [MetricCallback(run.log_metrics, known), _publishing(request, publisher)]
+        make_up(request, publisher, source, done, resumption.checkpoint, is_due)
+    return [MetricCallback(run.log_metrics, known), _publishing(request, publisher, is_due)]
 
 
-def _publishing(request: TrainingRequest, publisher: Submits) -> PublishCallback:
-    asked = request.publish
-    return PublishCallback(asked.publish_steps, initial=asked.publish_initial, publisher=publisher)
+def _publishing(request: TrainingRequest, publisher: Submits, is_due: Due) -> PublishCallback:
+    initial = request.publish.publish_initial
+    return PublishCallback(is_due, initial=initial, publisher=publisher)
 
 
 def _leave_group() -> None:

@@ -81,7 +81,8 @@ def trained(client: MlflowClient, experiment: str, folder: Path, saved: Path) ->
         *words: object, model: object = saved, dataset: object = folder, **flags: Any
     ) -> Run:
         chosen = {"model": model, "dataset": dataset, "experiment_name": "tests", **FLAGS, **flags}
-        pairs = [str(word) for name, value in chosen.items() for word in (f"--{name}", value)]
+        given = {name: value for name, value in chosen.items() if value is not None}
+        pairs = [str(word) for name, value in given.items() for word in (f"--{name}", value)]
         return run_of(train(parse_training([*map(str, words), *pairs])))
 
     def run_of(run_id: str) -> Run:
@@ -121,8 +122,8 @@ def test_a_training_is_a_run_with_its_losses_and_checkpoints(
     saved: Path,
     trainers: list[RetrieverTrainer],
 ) -> None:
-    run = trained()
-    assert run.status == "FINISHED"
+    run = trained(run_name="mine")
+    assert (run.status, run.name) == ("FINISHED", "mine")
     assert [step for step, _ in run.points()] == [1, 2, 3, 4]
     assert ready_steps(run) == {0, 2, 4}
     assert len(checkpoints_of(run)) == 3
@@ -179,6 +180,7 @@ def test_a_training_is_resumed_from_what_the_name_stood_for(
     [
         ({"publish_steps": 0}, {0, 4}),
         ({"publish_steps": 3, "publish_initial": False}, {3, 4}),
+        ({"publish_steps": None, "publish_per_epoch": 1, "max_steps": 3}, {0, 2, 3}),
     ],
     ids=str,
 )
