@@ -62,7 +62,7 @@ def looked_up(name: str, tracking_uri: str | None = None) -> Checkpoint | str:
     from mlflow_dr.tracking.client import connect
     from mlflow_dr.tracking.registry import checkpoint_by_uri
 
-    return checkpoint_by_uri(connect(tracking_uri), name)
+    return checkpoint_by_uri(connect(tracking_uri, may_create=False), name)
 
 
 @contextmanager

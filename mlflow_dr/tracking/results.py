@@ -160,10 +160,19 @@ def refuse_other_config(
     """
     if known != wanted:
         raise UsageError(
-            f"validation {name!r} of run {run.id} has another configuration: it is "
-            f"{json.dumps(known, sort_keys=True)}, and this would be "
-            f"{json.dumps(wanted, sort_keys=True)}; give this one another --name"
+            f"validation {name!r} of run {run.id} has another configuration: "
+            f"{differences(known, wanted)}; give this one another --name"
         )
+
+
+def differences(known: Mapping[str, object], wanted: Mapping[str, object]) -> str:
+    """Where two configurations differ, in words: `measures is 'mrr@10', not 'ndcg@10'`."""
+    keys = [key for key in sorted({*known, *wanted}) if known.get(key) != wanted.get(key)]
+    return ", ".join(f"{key} is {_said(known, key)}, not {_said(wanted, key)}" for key in keys)
+
+
+def _said(config: Mapping[str, object], key: str) -> str:
+    return repr(config[key]) if key in config else "not given"
 
 
 def known_config(run: TrackedRun, name: str) -> dict[str, object] | None:
