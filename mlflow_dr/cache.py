@@ -9,11 +9,13 @@ changed, removed, added or exchanged for one of another entry is never read.
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import xxhash
 
+from mlflow_dr.errors import DataError
 from mlflow_dr.files import build_once, cache_dir, digest_of
 
 LAYOUT = 2
@@ -49,6 +51,44 @@ def sound_entry(kind: str, key: str) -> Path | None:
     return None if not place.exists() or _damage(place) else place
 
 
+@contextmanager
+def unchanged_cache() -> Iterator[None]:
+    """Refuse what is done within if a file that this process has mapped was written to.
+
+    Only the states of the files are looked at, before and after. An entry that was removed or
+    replaced is no trouble: who has mapped it keeps the old files.
+
+    Raises:
+        DataError: an entry was damaged after it was opened.
+    """
+    _check_opened()
+    try:
+        yield
+    finally:
+        _check_opened()
+
+
+def _check_opened() -> None:
+    for place, state in list(_sound.items()):
+        if not place.is_relative_to(cache_dir()) or not any(map(_is_written_to, state)):
+            continue
+        if damage := _damage(place):
+            raise DataError(
+                f"{place} in the cache was damaged while it was in use ({damage}); start again: it "
+                "is then made again"
+            )
+
+
+def _is_written_to(before: tuple[str, int, int, int, int]) -> bool:
+    """Whether a file that is still in its place has another size or time of change."""
+    path, inode, size, changed_ns, _ = before
+    try:
+        now = Path(path).stat()
+    except OSError:
+        return False
+    return now.st_ino == inode and (now.st_size, now.st_mtime_ns) != (size, changed_ns)
+
+
 def file_checksum(path: Path) -> str:
     """XXH3 (128 bits) of a file's bytes, in hexadecimal: several GB/s; no cryptographic hash."""
     checksum = xxhash.xxh3_128()
@@ -67,12 +107,13 @@ def _build(partial: Path, place: Path, build: Callable[[Path], None]) -> None:
     build(partial)
     lines = "\n".join(_lines(partial, place))
     (partial / CHECKSUMS).write_text(lines, encoding="utf-8")
+    _sound[place] = _state(partial, place)
 
 
 def _damage(place: Path) -> str:
     """What is wrong with an entry; empty when it is sound."""
     try:
-        state = _state(place)
+        state = _state(place, place)
         if _sound.get(place) == state:
             return ""
         if not (place / CHECKSUMS).is_file():
@@ -96,9 +137,9 @@ def _lines(room: Path, place: Path) -> list[str]:
     return [f"{place.parent.name}/{place.name}", *sums]
 
 
-def _state(place: Path) -> State:
-    """What changes whenever somebody writes or replaces a file."""
-    states = ((path, path.stat()) for path in _files(place))
+def _state(room: Path, place: Path) -> State:
+    """What changes whenever somebody writes or replaces a file; `room` is moved to `place`."""
+    states = ((place / path.relative_to(room), path.stat()) for path in _files(room))
     return tuple(
         (str(path), state.st_ino, state.st_size, state.st_mtime_ns, state.st_ctime_ns)
         for path, state in states

@@ -199,7 +199,7 @@ class Child:
         return self.process.wait()
 
     def report_death(self) -> None:
-        """Say once, when it has failed without an error of its own, how it ended."""
+        """Say once, when it has failed, how it ended; its own error has been passed on."""
         if self.failed and not self.reported:
             self.reported = True
             self.reader.join(timeout=2)  # its error comes first

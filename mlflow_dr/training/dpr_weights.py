@@ -53,13 +53,14 @@ def _load(file: str, tower: Encoder, part: Mapping[str, Tensor]) -> None:
     weights = {
         name: value for name, value in part.items() if not name.startswith((PROJECTION, *UNUSED))
     }
-    if bool(layer) != bool(len(tower.projections)):
+    projections: list[Any] = [module for module in tower.head if hasattr(module, "linear")]
+    if bool(layer) != bool(projections):
         size = len(layer["weight"]) if "weight" in layer else 0
         raise UsageError(f"--model_file {file} needs --projection_dim {size}")
     try:
         missing, unexpected = tower.backbone.load_state_dict(weights, strict=False)
         if layer:
-            tower.projections[0].load_state_dict(layer)
+            projections[0].linear.load_state_dict(layer)
     except RuntimeError as error:
         raise UsageError(
             f"--model_file {file}: its weights are not of the model's shape; name the model that "

@@ -276,7 +276,7 @@ def publish_state(
                 if attempt == attempts or refusals == TRIES_WHEN_REFUSED:
                     if model_id is not None:
                         _give_up(run, model_id)
-                    with tracking_errors(f"step {step} was not published", Exception):
+                    with tracking_errors(f"step {step} was not published"):
                         raise
                 log.warning("publishing step %d: %s; trying again", step, one_line(error))
                 time.sleep(pause * attempt)

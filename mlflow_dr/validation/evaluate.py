@@ -11,6 +11,7 @@ from functools import cached_property
 import numpy as np
 import pyarrow as pa
 
+from mlflow_dr.cache import unchanged_cache
 from mlflow_dr.collection.corpus import Corpus
 from mlflow_dr.collection.interface import Collection
 from mlflow_dr.collection.records import Topics
@@ -190,6 +191,7 @@ def evaluate(
     return report
 
 
+@unchanged_cache()
 def evaluate_all(
     encoder: Encoder, asked: Sequence[tuple[Prepared, Settings]], quiet: bool = False
 ) -> list[Report]:
@@ -207,6 +209,7 @@ def evaluate_all(
 
     Raises:
         CheckpointError: the encoder gives NaN.
+        DataError: what is mapped from the cache was damaged meanwhile.
         DeviceError: no such device.
         UsageError: a measure looks deeper than the depth.
         ValueError: corpora, devices or formats differ.

@@ -39,6 +39,7 @@ FLOORS = {
 # siblings on one floor that may look at each other, one way
 ALLOWED_BESIDE = {
     ("files", "errors"),
+    ("cache", "errors"),
     ("cache", "files"),
     ("errors", "terminal"),
     ("columns", "terminal"),

@@ -116,34 +116,6 @@ def test_negatives_across_devices_are_looked_at_with_the_processes_to_come(
     assert ("there is one training process" in caplog.text) == (gpus == 1)
 
 
-FAILING = "import sys; print('step 1'); print('error: no bucket', file=sys.stderr); sys.exit(2)"
-
-
-@pytest.mark.parametrize(("script", "says"), [(FAILING, 0), ("1 / 0", 1)])
-def test_what_a_child_has_said_itself_is_not_said_again(
-    script: str, says: int, run: TrackedRun, capfd: pytest.CaptureFixture[str]
-) -> None:
-    """A traceback's end is, once."""
-    process = subprocess.Popen(
-        [sys.executable, "-c", script],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-    )
-    tail: deque[str] = deque()
-    reader = threading.Thread(target=launch._pass_on, args=(process.stdout, "train", tail))
-    reader.start()
-    with process:
-        child = Child("train", process, tail, reader)
-        process.wait()
-        for _ in range(2):
-            child.report_death()
-    printed = capfd.readouterr().out
-    assert printed.count("ended with exit code") == says
-    assert printed.count("[train] error: no bucket") == 1 - says
-    assert child.code == (2 if not says else 1)
-
-
 def test_an_output_directory_in_use_is_refused_before_there_is_a_run(
     beir_folder: Callable[..., Path], tmp_path: Path
 ) -> None:

@@ -39,6 +39,36 @@ class Unreliable:
         self._client.log_model_artifacts(model_id, local_dir)  # type: ignore[attr-defined]
 
 
+class Swallowed(Unreliable):
+    """A client some of whose uploads come to nothing, or come halved, without an error."""
+
+    def log_model_artifacts(self, model_id: str, local_dir: str) -> None:
+        self._client.log_model_artifacts(model_id, local_dir)  # type: ignore[attr-defined]
+        model = self._client.get_logged_model(model_id)  # type: ignore[attr-defined]
+        weights = Path(model.artifact_location, "model.safetensors")
+        pooling = Path(model.artifact_location, "1_Pooling", "config.json")
+        if self.failures == 2:
+            weights.write_bytes(weights.read_bytes()[:-1])
+        elif self.failures == 1:
+            pooling.unlink()
+        self.failures -= 1
+
+
+def test_a_checkpoint_is_ready_when_the_store_lists_all_of_it(
+    run: TrackedRun, tiny: Encoder, caplog: pytest.LogCaptureFixture
+) -> None:
+    run.client = Swallowed(run.client, failures=2)  # type: ignore[assignment]
+    publisher = Publisher(run, EncoderSource(tiny), pause=0.0)
+    publisher.submit(3)
+    publisher.close()
+    (checkpoint,) = checkpoints_of(run)
+    assert checkpoint.ready
+    with fetched(checkpoint) as directory:
+        load_encoder(directory)
+    assert "bytes of model.safetensors after its upload of" in caplog.text
+    assert "does not list 1_Pooling/config.json after its upload" in caplog.text
+
+
 def test_the_weights_are_those_of_the_moment_of_submitting(run: TrackedRun, tiny: Encoder) -> None:
     publisher = Publisher(run, EncoderSource(tiny))
     before = {name: value.clone() for name, value in tiny.state_dict().items()}
