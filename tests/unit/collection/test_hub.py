@@ -9,6 +9,7 @@ import os
 import socket
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterator
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
@@ -165,6 +166,7 @@ def test_a_file_that_was_replaced_is_read_again(hub: HubCache) -> None:
     """Of one commit, size and time of change; `datasets` alone would take what it read before."""
     file = hub.put(CORPUS, "corpus.jsonl", PASSAGES)
     before, state = msmarco_passage().corpus(), file.stat()
+    time.sleep(0.02)  # longer than the clock of a file system needs to tick
     file.write_bytes(file.read_bytes().replace(b"project", b"PROJECT"))
     os.utime(file, ns=(state.st_atime_ns, state.st_mtime_ns))
     after = msmarco_passage().corpus()
