@@ -43,9 +43,10 @@ def launch(
     Args:
         training: flags of `mlflow-dr train`; the collection that they name is opened first, so that
             what must be built is built once.
-        validating: flags of `mlflow-dr validate`, without the run; `name`: the validation's.
+        validating: flags of `mlflow-dr validate`, without the run.
+        name: the validation's name.
         uri: the tracking server; the one that the training names, or MLflow's own, when None.
-        experiment: the experiment of a new run; likewise.
+        experiment: the experiment of a new run, in the same way.
         gpus: training processes, each on a GPU of its own; more than one are torchrun's.
 
     Returns:
@@ -105,22 +106,18 @@ class _Plan:
 
 
 def _plan(training: Sequence[str], processes: int) -> _Plan:
+    from mlflow_dr.training import resume
     from mlflow_dr.training.data import validated_collection
     from mlflow_dr.training.parsing import parse_training
-    from mlflow_dr.training.resume import (
-        check_output,
-        find_resumption,
-        locked_output,
-        output_directories,
-    )
 
     request = parse_training(training, processes)
     validated = validated_collection(request.data)
     output, saves = str(request.trainer.output_dir), request.trainer.save_strategy != "no"
-    resumption = find_resumption(output, request.trainer.resume_from_checkpoint)
-    with locked_output(*output_directories(output, saves, resumption)):  # else refused by now
+    resumption = resume.find_resumption(output, request.trainer.resume_from_checkpoint)
+    in_use = resume.output_directories(output, saves, resumption)
+    with resume.locked_output(*in_use):  # else it is refused before there is a run
         if resumption is None and saves:
-            check_output(output, request.trainer.overwrite_output_dir)
+            resume.check_output(output, request.trainer.overwrite_output_dir)
     return _Plan(
         validated.name,
         resumption.run_id if resumption else None,

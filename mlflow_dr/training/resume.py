@@ -28,7 +28,10 @@ from mlflow_dr.files import file_sha256, written_beside
 log = logging.getLogger(__name__)
 
 LOCK_FILE = ".mlflow_dr.lock"
-NO_LOCKS = frozenset((errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP))
+# no locks there, or what is resumed from may only be read
+NO_LOCKS = frozenset(
+    (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EACCES, errno.EPERM, errno.EROFS)
+)
 RUN_FILE = "mlflow_dr_run.json"
 WHOLE_FILE = "mlflow_dr_whole.json"
 LAST = "true"

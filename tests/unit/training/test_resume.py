@@ -1,10 +1,12 @@
 """Which run and which checkpoint a training goes on from."""
 
+import errno
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+from filelock import FileLock
 
 from mlflow_dr.errors import UsageError
 from mlflow_dr.training.resume import (
@@ -251,3 +253,15 @@ def test_which_directories_no_second_training_may_write_to(tmp_path: Path) -> No
     assert output_directories("out", False, named) == [tmp_path / "begun"]
     assert output_directories("out", True, named) == [Path("out"), tmp_path / "begun"]
     assert output_directories("out", False, anew) == [Path("out")]
+
+
+def test_what_may_only_be_read_can_be_resumed_from(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def read_only(*_: object, **__: object) -> None:
+        raise OSError(errno.EROFS, "Read-only file system")
+
+    monkeypatch.setattr(FileLock, "acquire", read_only)
+    with locked_output(tmp_path):
+        pass
+    assert f"{tmp_path} cannot be locked" in caplog.text
