@@ -168,7 +168,7 @@ def _beside(lock: BaseFileLock) -> Path:
 def is_full(error: BaseException, directory: Path) -> bool:
     """Whether a write to a directory failed for want of room; libraries do not say so by type."""
     if isinstance(error, OSError) and error.errno is not None:
-        return error.errno in (errno.ENOSPC, errno.EDQUOT)
+        return error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
     return "No space left" in str(error) or shutil.disk_usage(directory).free < ALMOST_NOTHING
 
 

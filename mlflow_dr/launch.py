@@ -8,7 +8,6 @@ import subprocess
 import sys
 import threading
 import time
-from collections import deque
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
@@ -23,9 +22,9 @@ from mlflow_dr.retrieval.measures import parse_measures
 from mlflow_dr.tracking.client import URI_VARIABLE, connect, tracking_uri
 from mlflow_dr.tracking.curve import curve_of, summary
 from mlflow_dr.tracking.runs import RUN_VARIABLE, TrackedRun, is_over, open_run
+from mlflow_dr.tracking.validations import MAIN_PARAM
 
 TORCHRUN = ("-m", "torch.distributed.run", "--standalone")
-LINES_KEPT = 30
 SECONDS_BETWEEN_LOOKS = 0.2
 SECONDS_TO_STOP = 60.0
 LOWER_PRIORITY = 10
@@ -62,6 +61,8 @@ def launch(
     share = share_machine(trainers=gpus)
     plan = _plan(training, gpus)
     run = open_run(connect(uri or plan.uri), experiment or plan.experiment, plan.run_id)
+    if "--keep-up" not in validating:
+        run.decide(MAIN_PARAM, name)
     validating = ["--run-id", run.id, *share.validator_flags, *validating]
     validating += ["--dataset", plan.validated]
     with _Stop() as stop:
@@ -71,14 +72,14 @@ def launch(
             with suppress(psutil.NoSuchProcess):  # it may have ended by now, and will be reported
                 psutil.Process(validator.process.pid).nice(LOWER_PRIORITY)
         _wait(run, trainer, validator, stop)
-    _say(summary(curve_of(run, name), [measure.metric for measure in measures], run.id))
+    _say(summary(curve_of(run, name), [measure.metric for measure in measures], run))
     failed = [child.what for child in (trainer, validator) if child.failed]
     if stop.asked:
         return 130
     if failed:
         raise ChildError(
-            f"{' and '.join(failed)} ended with an error (its last lines are above); what is "
-            f"published stays: `mlflow-dr validate --run-id {run.id}` validates what is missing"
+            f"{' and '.join(failed)} ended with an error, which is above; what is published stays: "
+            f"`mlflow-dr validate --run-id {run.id}` validates what is missing"
         )
     return 0
 
@@ -120,11 +121,10 @@ def _plan(training: Sequence[str], processes: int) -> _Plan:
 
 @dataclass
 class Child:
-    """One process, its output passed on line by line, and the end of it kept."""
+    """One process, its output passed on line by line."""
 
     what: str
     process: subprocess.Popen[str]
-    tail: deque[str]
     reader: threading.Thread
     reported: bool = False
     settled: bool = False
@@ -168,12 +168,9 @@ class Child:
                 "PYTHONUNBUFFERED": "1",  # of torchrun's own children, too
             },
         )
-        tail: deque[str] = deque(maxlen=LINES_KEPT)
-        reader = threading.Thread(
-            target=_pass_on, args=(process.stdout, command, tail), daemon=True
-        )
+        reader = threading.Thread(target=_pass_on, args=(process.stdout, command), daemon=True)
         reader.start()
-        return cls(command, process, tail, reader)
+        return cls(command, process, reader)
 
     @property
     def ended(self) -> bool:
@@ -189,9 +186,10 @@ class Child:
         """Say once, when it has failed, how it ended."""
         if self.failed and not self.reported:
             self.reported = True
-            self.reader.join(timeout=2)
-            last = "".join(f"    {line}\n" for line in self.tail)
-            _say(f"{self.what} ended with exit code {self.process.returncode}; its end:\n{last}")
+            self.reader.join(timeout=2)  # its error comes first
+            code = self.process.returncode
+            how = f"exit code {code}" if code > 0 else signal.Signals(-code).name
+            _say(f"{self.what} ended with {how}")
 
 
 class _Stop:
@@ -275,9 +273,8 @@ def _kill_descendants(pid: int) -> None:
                 one.kill()
 
 
-def _pass_on(stream: IO[str], what: str, tail: deque[str]) -> None:
+def _pass_on(stream: IO[str], what: str) -> None:
     for line in stream:
-        tail.append(line.rstrip())
         _say(f"[{what}] {line.rstrip()}")
 
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import click
 
-from mlflow_dr.cli.options import device, dtype, tracking_uri
+from mlflow_dr.cli.options import device, dtype, run_of_project, tracking_uri
 
 
 @click.command("mine")
@@ -112,7 +112,11 @@ def command(k1: float, b: float, language: str, **options: Any) -> None:
     from mlflow_dr.mining.rule import Rule
     from mlflow_dr.retrieval.bm25 import Bm25Settings
 
+    run = run_of_project(options["tracking_uri"])
     rule = Rule(**{field.name: options.pop(field.name) for field in fields(Rule)})
     mined = mine(Mining(rule=rule, bm25=Bm25Settings(k1, b, language), **options))
-    for line in mined.summary(rule.negatives):
+    lines = mined.summary(rule.negatives)
+    for line in lines:
         click.echo(line)
+    if run is not None:
+        run.log_report(mined.figures(), {"mined.txt": "\n".join(lines) + "\n"})

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ import click
 from mlflow_dr.retrieval.measures import DEFAULT_MEASURES
 
 FILES = click.Path(path_type=Path, exists=True)
+RUN = "The MLflow run: its id, the beginning of it, or its name."
 FILE_OPTIONS = ("--dataset", "--candidate-dir", "--query-file", "--qrel-file")
 
 
@@ -196,7 +198,7 @@ def policy_options(function: Callable[..., Any]) -> Callable[..., Any]:
         click.option(
             "--metric",
             help="What the best are best by, such as val/mrr_at_10 (default: the first measure of "
-            "the validation val, or of the first).",
+            "the validation that was begun first).",
         ),
     ):
         function = option(function)
@@ -259,6 +261,15 @@ def given_dataset(
 
     candidates = [candidate_dir] if candidate_dir else []
     return given_collection(dataset, (candidates, query_files, qrel_files), FILE_OPTIONS)
+
+
+def run_of_project(tracking_uri: str | None) -> Any:
+    """The run that `mlflow run` has made for this command, if it was started by that."""
+    if "MLFLOW_RUN_ID" not in os.environ:
+        return None  # without mlflow, which takes seconds to import
+    from mlflow_dr.tracking.current import run_of_project
+
+    return run_of_project(tracking_uri)
 
 
 def check_one_set(sets: Sequence[str], split: str | None) -> None:

@@ -7,7 +7,8 @@ from collections.abc import Sequence
 from typing import Any
 
 from mlflow_dr.collection.recordfiles import Record
-from mlflow_dr.errors import LONGEST_QUOTE, DataError, quoted, shortened
+from mlflow_dr.errors import LONGEST_QUOTE, DataError, quoted
+from mlflow_dr.terminal import shortened
 
 LARGEST_ID = 10**100
 LARGEST_NUMBER = 3.4e38

@@ -15,8 +15,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from mlflow_dr.collection.jsonarray import array_items
-from mlflow_dr.errors import DataError, shortened
+from mlflow_dr.errors import DataError
 from mlflow_dr.files import BYTE_ORDER_MARK, opened, read_lines
+from mlflow_dr.terminal import shortened
 
 log = logging.getLogger(__name__)
 

@@ -29,7 +29,7 @@ from mlflow_dr.tracking.checkpoints import Checkpoint, checkpoint_of_step
 from mlflow_dr.tracking.runs import TrackedRun
 from mlflow_dr.validation.binding import named_data
 from mlflow_dr.validation.evaluate import Prepared, Report, Settings, evaluate, evaluate_all
-from mlflow_dr.validation.jobs import encoder_of
+from mlflow_dr.validation.loading import encoder_of
 
 log = logging.getLogger(__name__)
 

@@ -20,7 +20,7 @@ from mlflow_dr.collection.corpus import Corpus
 from mlflow_dr.collection.examples import JudgedExamples
 from mlflow_dr.collection.interface import Collection, Examples
 from mlflow_dr.collection.records import Example, Query
-from mlflow_dr.errors import DataError, UsageError, quoted
+from mlflow_dr.errors import DataError, UnavailableError, UsageError, quoted
 from mlflow_dr.files import written_beside
 from mlflow_dr.mining.lines import NamedPassages, record_of
 from mlflow_dr.mining.questions import Barred, Questions, questions_of
@@ -96,6 +96,16 @@ class Mined:
     unmatched: int = 0
     left_out: Counter[str] = field(default_factory=Counter)
     seconds: float = 0.0
+
+    def figures(self) -> dict[str, float]:
+        """The counts, by the names that they have as metrics."""
+        return {
+            "mined/queries": self.queries,
+            "mined/negatives": self.negatives,
+            "mined/queries_with_fewer": self.short,
+            "mined/queries_without": self.without,
+            "mined/seconds": self.seconds,
+        }
 
     def summary(self, wanted: int) -> list[str]:
         """What was mined, in a few lines; `wanted` negatives were asked for."""
@@ -226,14 +236,16 @@ def _miner(request: Mining) -> Searcher:
         return Bm25Searcher(request.bm25)
     # only here: BM25 needs no torch, which takes seconds to import
     from mlflow_dr.encoder.directory import load_encoder
-    from mlflow_dr.tracking.encoders import fetched_encoder
+    from mlflow_dr.tracking.encoders import fetched_encoder, reading
 
     name = request.miner
     try:
-        with fetched_encoder(name, request.tracking_uri) as directory:
+        with fetched_encoder(name, request.tracking_uri) as directory, reading(name):
             encoder = load_encoder(directory, trust_remote_code=request.trust_remote_code)
-    except UsageError as error:
+    except (UsageError, UnavailableError) as error:
         hint = f"did you mean {BM25}? " if difflib.get_close_matches(name.lower(), [BM25]) else ""
+        if isinstance(error, UnavailableError) and not hint:
+            raise
         raise UsageError(f"cannot mine with {name!r}: {hint}{error}") from error
     return DenseSearcher(encoder, request.device, request.dtype)
 

@@ -18,7 +18,7 @@ from mlflow_dr.files import digest_of, file_sha256
 from mlflow_dr.retrieval.bm25 import warn_of_no_matches
 from mlflow_dr.retrieval.searchers import Bm25Searcher, DenseSearcher, Searcher
 from mlflow_dr.subsets.spec import BM25, Part
-from mlflow_dr.tracking.encoders import encoder_files, looked_up
+from mlflow_dr.tracking.encoders import encoder_files, looked_up, reading
 
 if TYPE_CHECKING:
     from mlflow_dr.tracking.checkpoints import Checkpoint
@@ -83,8 +83,10 @@ class CachedSearching:
             )
 
     def _searcher(self, source: Checkpoint | str) -> Searcher:
-        with encoder_files(source) as directory:
-            return DenseSearcher(load_encoder(directory), self._device, self._dtype)
+        name = source if isinstance(source, str) else source.uri
+        with encoder_files(source) as directory, reading(name):
+            encoder = load_encoder(directory)
+        return DenseSearcher(encoder, self._device, self._dtype)
 
     def _source(self, part: Part) -> Checkpoint | str:
         (name,) = part.names

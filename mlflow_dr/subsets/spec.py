@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from mlflow_dr.errors import UsageError, quoted
+from mlflow_dr.errors import UsageError, did_you_mean, quoted
 from mlflow_dr.files import digest_of, is_path
 
 FULL, RANDOM, RANKING, BM25, POOL = "full", "random", "ranking", "bm25", "pool"
@@ -25,8 +25,8 @@ FORMS = {
 # a plus sign in the name of a file joins nothing
 JOINT = re.compile(r"\+(?=(?:full$|full\+|bm25@|(?:random|ranking|pool|encoder|rerank|queries):))")
 STEP = re.compile(r"step-(\d{1,18})")
-MOST_DIGITS = 12
 LONGEST_SLUG = 100
+MOST_DIGITS = 12  # of a number of passages or queries
 RELEVANT, ALL = "relevant", "all"
 
 
@@ -180,7 +180,9 @@ def _part(text: str, whole: str) -> Part:
             return Part(kind, _count(count, text), tuple(map(_whole, names)))
     forms = ", ".join(FORMS.values())
     of = "" if text == whole else f" in {quoted(whole)}"
-    raise UsageError(f"subset {quoted(text)}{of}: expected {FORMS.get(kind) or f'one of {forms}'}")
+    near = "" if kind in FORMS else did_you_mean(kind, FORMS)
+    expected = FORMS.get(kind) or f"one of {forms}"
+    raise UsageError(f"subset {quoted(text)}{of}: expected {expected}{near}")
 
 
 def _count(text: str, part: str) -> int:

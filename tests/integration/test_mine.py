@@ -135,7 +135,7 @@ def test_stopped_on_the_way_it_leaves_nothing(
     process.send_signal(number)
     printed, _ = process.communicate(timeout=60)
     assert process.returncode == 130, printed
-    assert printed.splitlines()[-1] == "error: stopped"
+    assert printed.splitlines()[-1] == "stopped"
     assert not any(tmp_path.iterdir())
 
 

@@ -2,7 +2,8 @@
 
 import pytest
 
-from mlflow_dr.errors import DataError, MlflowDrError, UsageError, quoted, shortened
+from mlflow_dr.errors import DataError, MlflowDrError, UsageError, quoted
+from mlflow_dr.terminal import shortened
 
 
 @pytest.mark.parametrize("kind", [MlflowDrError, DataError, UsageError])

@@ -33,10 +33,16 @@ FLOORS = {
     "cache": 0,
     "files": 0,
     "errors": 0,
+    "terminal": 0,
     "version": 0,
 }
 # siblings on one floor that may look at each other, one way
-ALLOWED_BESIDE = {("files", "errors"), ("cache", "files")}
+ALLOWED_BESIDE = {
+    ("files", "errors"),
+    ("cache", "files"),
+    ("errors", "terminal"),
+    ("columns", "terminal"),
+}
 
 HOMES = {
     "mlflow": ["tracking/"],

@@ -6,7 +6,6 @@ import subprocess
 import sys
 import threading
 import time
-from collections import deque
 from collections.abc import Callable
 from pathlib import Path
 
@@ -34,7 +33,7 @@ def test_killing_reaches_what_a_child_has_started() -> None:
     assert process.stdout is not None
     workers = [psutil.Process(int(pid)) for pid in process.stdout.readline().split()]
     try:
-        _signal([Child("train", process, deque(), threading.Thread())], signal.SIGKILL)
+        _signal([Child("train", process, threading.Thread())], signal.SIGKILL)
         assert process.wait(timeout=10) == -signal.SIGKILL
         deadline = time.monotonic() + 10
         while any(map(_lives, workers)) and time.monotonic() < deadline:
@@ -56,7 +55,7 @@ def _lives(process: psutil.Process) -> bool:
 
 
 def test_torchrun_waits_for_its_children_as_long_as_we_do(
-    run: TrackedRun, monkeypatch: pytest.MonkeyPatch
+    run: TrackedRun, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """By torch's own reading of what it is given."""
     printing = (
@@ -67,9 +66,37 @@ def test_torchrun_waits_for_its_children_as_long_as_we_do(
     child = Child.start("train", [], run, {}, processes=2)
     with child.process:
         child.reader.join(timeout=60)
-    if child.tail[-1] == "unknown":
+    last = capsys.readouterr().out.splitlines()[-1].removeprefix("[train] ")
+    if last == "unknown":
         pytest.skip("this torch waits for half a minute")
-    assert float(child.tail[-1]) == SECONDS_TO_STOP
+    assert float(last) == SECONDS_TO_STOP
+
+
+@pytest.mark.parametrize(
+    ("ending", "how"),
+    [
+        ("sys.exit('error: no such encoder')", "exit code 1"),
+        ("os.kill(os.getpid(), 9)", "SIGKILL"),
+    ],
+)
+def test_a_childs_error_is_said_once(
+    run: TrackedRun,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    ending: str,
+    how: str,
+) -> None:
+    code = f"import os, sys; print('begun', flush=True); {ending}"
+    monkeypatch.setattr(launch, "TORCHRUN", ("-c", code))
+    child = Child.start("train", [], run, {}, processes=2)
+    with child.process:
+        child.reader.join(timeout=60)
+    child.report_death()
+    child.report_death()
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0] == "[train] begun"
+    assert lines[-1] == f"train ended with {how}"
+    assert sum("no such encoder" in line for line in lines) == (how == "exit code 1")
 
 
 @pytest.mark.parametrize("gpus", [1, 4])

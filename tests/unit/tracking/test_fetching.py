@@ -31,7 +31,7 @@ def directory(tmp_path: Path) -> Path:
 @pytest.fixture
 def elsewhere(monkeypatch: pytest.MonkeyPatch) -> None:
     """The store is on another machine."""
-    monkeypatch.setattr(fetching, "_local", lambda location: None)
+    monkeypatch.setattr(fetching, "local_directory", lambda location: None)
 
 
 def names(directory: Path) -> set[str]:

@@ -2,7 +2,7 @@ import pytest
 from mlflow import MlflowClient
 from mlflow.entities import Param
 
-from mlflow_dr.errors import TrackingError
+from mlflow_dr.errors import RunGoneError, TrackingError, UsageError
 from mlflow_dr.tracking.context import COMMAND_VARIABLE, DenseRetrievalRunContext
 from mlflow_dr.tracking.runs import (
     RUN_VARIABLE,
@@ -10,6 +10,7 @@ from mlflow_dr.tracking.runs import (
     find_run,
     is_over,
     open_run,
+    resolve_run,
 )
 
 
@@ -48,6 +49,22 @@ def test_the_collection_is_a_dataset_input(run: TrackedRun) -> None:
 def test_no_run_with_that_id(client: MlflowClient) -> None:
     with pytest.raises(TrackingError, match="no run 'f00'"):
         find_run(client, "f00")
+
+
+def test_a_run_goes_by_its_name_or_the_beginning_of_its_id(
+    client: MlflowClient, experiment: str
+) -> None:
+    named = client.create_run(experiment, run_name="it's mine")
+    twice = [client.create_run(experiment, run_name="twice") for _ in range(2)]
+    for text in ("it's mine", named.info.run_id[:12], named.info.run_id):
+        assert resolve_run(client, text).id == named.info.run_id
+    with pytest.raises(UsageError, match="run 'twice' could be twice") as caught:
+        resolve_run(client, "twice")
+    assert all(one.info.run_id[:8] in str(caught.value) for one in twice)
+    with pytest.raises(RunGoneError, match=r"no run 'it s mine' .*; did you mean \"it's mine\"\?"):
+        resolve_run(client, "it s mine")
+    with pytest.raises(RunGoneError, match=f"no run '{'0' * 32}'"):
+        resolve_run(client, "0" * 32)
 
 
 def test_a_deleted_run_says_how_to_restore_it(client: MlflowClient, run: TrackedRun) -> None:
