@@ -48,6 +48,11 @@ def one_line_of(text: str, longest: int = LONGEST_LINE) -> str:
     return shortened(printable(" ".join(without_secrets(text).split())), longest)
 
 
+def log_line(text: str, longest: int) -> str:
+    """A message on one line of limited length, its columns left as they are."""
+    return shortened(printable(without_secrets(text)), longest)
+
+
 def shortened(text: str, longest: int = LONGEST_LINE) -> str:
     """A message of limited length; of a longer one the middle is left out.
 

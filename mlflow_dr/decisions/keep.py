@@ -15,7 +15,6 @@ from mlflow_dr.tracking.pruning import is_whole, needed
 from mlflow_dr.tracking.results import State, state_of
 from mlflow_dr.tracking.validations import Metric, value_of
 
-MOST_DIGITS = 12
 EXAMPLE = "best:3,last:2,every:10000"
 
 
