@@ -30,6 +30,7 @@ from mlflow_dr.encoder.model import Encoder, is_static, positions
 from mlflow_dr.encoder.quiet import quiet_transformers
 from mlflow_dr.encoder.source import encoder_directory
 from mlflow_dr.errors import CheckpointError, UsageError
+from mlflow_dr.files import grant_umask_modes
 
 log = logging.getLogger(__name__)
 
@@ -253,6 +254,7 @@ def save_encoder(
     own = {name: getattr(settings, name) for name in OWN_SETTINGS}
     values = {"layout": LAYOUT, "encoder": own}
     (directory / CONFIG).write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
+    grant_umask_modes(directory)  # safetensors writes files that their owner alone may read
     if encoder.query_tower is not None:
         tower_state = _under("query_tower.", state)
         save_encoder(directory / QUERY_TOWER, encoder.query_tower, tower_state, merged, True)
