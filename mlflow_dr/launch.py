@@ -46,7 +46,7 @@ def launch(
         validating: flags of `mlflow-dr validate`, without the run.
         name: the validation's name.
         uri: the tracking server; the one that the training names, or MLflow's own, when None.
-        experiment: the experiment of a new run; likewise.
+        experiment: the experiment of a new run, in the same way.
         gpus: training processes, each on a GPU of its own; more than one are torchrun's.
 
     Returns:
@@ -55,12 +55,12 @@ def launch(
     Raises:
         UsageError: a flag of either that it would not take, or nothing to resume.
         DeviceError: fewer GPUs than training processes.
-        ChildError: the trainer or the validator ended with an error.
+        ChildError: the trainer or the validator ended with an error; its exit code is theirs.
     """
     measures = parse_measures(validating[validating.index("--measures") + 1])
     share = share_machine(trainers=gpus)
     plan = _plan(training, gpus)
-    run = open_run(connect(uri or plan.uri), experiment or plan.experiment, plan.run_id)
+    run = open_run(connect(uri or plan.uri), experiment or plan.experiment, plan.run_id, plan.name)
     if "--keep-up" not in validating:
         run.decide(MAIN_PARAM, name)
     validating = ["--run-id", run.id, *share.validator_flags, *validating]
@@ -73,14 +73,16 @@ def launch(
                 psutil.Process(validator.process.pid).nice(LOWER_PRIORITY)
         _wait(run, trainer, validator, stop)
     _say(summary(curve_of(run, name), [measure.metric for measure in measures], run))
-    failed = [child.what for child in (trainer, validator) if child.failed]
+    failed = [child for child in (trainer, validator) if child.failed]
     if stop.asked:
         return 130
     if failed:
-        raise ChildError(
-            f"{' and '.join(failed)} ended with an error, which is above; what is published stays: "
-            f"`mlflow-dr validate --run-id {run.id}` validates what is missing"
+        error = ChildError(
+            f"{' and '.join(one.what for one in failed)} ended with an error, which is above; what "
+            f"is published stays: `mlflow-dr validate --run-id {run.id}` validates what is missing"
         )
+        error.exit_code = next((one.code for one in failed if one.code > 0), error.exit_code)
+        raise error
     return 0
 
 
@@ -93,29 +95,35 @@ class _Plan:
         run_id: the run that the training goes on with; None for a new one.
         uri: the tracking server that they name.
         experiment: the experiment.
+        name: of the run.
     """
 
     validated: str
     run_id: str | None
     uri: str | None
     experiment: str | None
+    name: str | None
 
 
 def _plan(training: Sequence[str], processes: int) -> _Plan:
+    from mlflow_dr.training import resume
     from mlflow_dr.training.data import validated_collection
     from mlflow_dr.training.parsing import parse_training
-    from mlflow_dr.training.resume import find_resumption
 
     request = parse_training(training, processes)
     validated = validated_collection(request.data)
-    resumption = find_resumption(
-        str(request.trainer.output_dir), request.trainer.resume_from_checkpoint
-    )
+    output, saves = str(request.trainer.output_dir), request.trainer.save_strategy != "no"
+    resumption = resume.find_resumption(output, request.trainer.resume_from_checkpoint)
+    in_use = resume.output_directories(output, saves, resumption)
+    with resume.locked_output(*in_use):  # else it is refused before there is a run
+        if resumption is None and saves:
+            resume.check_output(output, request.trainer.overwrite_output_dir)
     return _Plan(
         validated.name,
         resumption.run_id if resumption else None,
         request.publish.tracking_uri,
         request.publish.experiment_name,
+        request.trainer.run_name,
     )
 
 
@@ -182,8 +190,13 @@ class Child:
         """Whether it ended with an error."""
         return self.process.poll() not in (None, 0)
 
+    @property
+    def code(self) -> int:
+        """How it ended: its exit code, less than 0 for a signal."""
+        return self.process.wait()
+
     def report_death(self) -> None:
-        """Say once, when it has failed, how it ended."""
+        """Say once, when it has failed, how it ended; its own error has been passed on."""
         if self.failed and not self.reported:
             self.reported = True
             self.reader.join(timeout=2)  # its error comes first

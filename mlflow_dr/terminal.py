@@ -45,19 +45,23 @@ def without_secrets(text: str) -> str:
 
 def one_line_of(text: str, longest: int = LONGEST_LINE) -> str:
     """A message on one line of limited length: the middle of a longer one is left out."""
-    return _shortened(printable(" ".join(without_secrets(text).split())), longest)
+    return shortened(printable(" ".join(without_secrets(text).split())), longest)
 
 
 def log_line(text: str, longest: int) -> str:
     """A message on one line of limited length, its columns left as they are."""
-    return _shortened(printable(without_secrets(text)), longest)
+    return shortened(printable(without_secrets(text)), longest)
 
 
-def _shortened(line: str, longest: int) -> str:
-    if len(line) <= longest:
-        return line
+def shortened(text: str, longest: int = LONGEST_LINE) -> str:
+    """A message of limited length; of a longer one the middle is left out.
+
+    The start says what is wrong and where, the end what to do.
+    """
+    if len(text) <= longest:
+        return text
     beginning = int(longest * SHARE_OF_BEGINNING)
-    return f"{line[:beginning]} ... {line[beginning + 5 - longest :]}"
+    return f"{text[:beginning]} ... {text[beginning + 5 - longest :]}"
 
 
 def guard_streams() -> None:

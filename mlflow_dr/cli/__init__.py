@@ -17,7 +17,7 @@ from typing import NoReturn
 
 import click
 
-from mlflow_dr.errors import MlflowDrError, did_you_mean
+from mlflow_dr.errors import MlflowDrError, did_you_mean, one_line
 from mlflow_dr.terminal import guard_streams, log_line, one_line_of
 from mlflow_dr.version import VERSION
 
@@ -106,7 +106,10 @@ def _run() -> int:
         return _fail(f"{message}{' ' if message.endswith('?') else '; '}{where}", 2)
     except click.ClickException as error:
         return _fail(error.format_message(), 1)
-    except (KeyboardInterrupt, click.Abort):
+    except (KeyboardInterrupt, click.Abort) as error:
+        cause = error.__cause__
+        if isinstance(cause, EOFError):  # click takes any of them for the end of the input
+            return _fail(f"what was read ended too early ({one_line(cause)})", 1)
         click.echo("stopped", err=True)  # as it was asked to
         return INTERRUPTED
     except BrokenPipeError:

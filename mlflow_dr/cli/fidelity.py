@@ -9,6 +9,7 @@ import click
 
 from mlflow_dr.cli.options import (
     RUN,
+    Finite,
     TakesSeveral,
     check_one_set,
     checkpoints_dir,
@@ -50,7 +51,7 @@ from mlflow_dr.retrieval.measures import DEFAULT_MEASURES
 @every
 @click.option(
     "--tolerance",
-    type=click.FloatRange(min=0),
+    type=Finite(min=0),
     default=0.005,
     show_default=True,
     help="How much worse than the best a subset's choice may be.",

@@ -8,7 +8,7 @@ from typing import Any
 
 import click
 
-from mlflow_dr.cli.options import device, dtype, run_of_project, tracking_uri
+from mlflow_dr.cli.options import Finite, device, dtype, run_of_project, tracking_uri
 
 
 @click.command("mine")
@@ -65,7 +65,7 @@ from mlflow_dr.cli.options import device, dtype, run_of_project, tracking_uri
 @click.option("--margin", type=float, help="Score at least so much below the positive.")
 @click.option(
     "--relative-margin",
-    type=click.FloatRange(0, 1),
+    type=Finite(0, 1),
     help="Likewise as a share of the positive's score (NV-Retriever: 0.05).",
 )
 @click.option("--max-score", type=float, help="Score at most this.")
@@ -75,6 +75,13 @@ from mlflow_dr.cli.options import device, dtype, run_of_project, tracking_uri
     default=True,
     show_default=True,
     help="Leave out passages that hold an answer, where the collection has answers.",
+)
+@click.option(
+    "--match",
+    type=click.Choice(["string", "regex"]),
+    default="string",
+    show_default=True,
+    help="How answers are matched; regex where they are regular expressions (CuratedTREC).",
 )
 @click.option("--k1", type=float, default=0.9, show_default=True, help="BM25's k1.")
 @click.option("--b", type=float, default=0.4, show_default=True, help="BM25's b.")

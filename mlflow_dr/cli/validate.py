@@ -12,6 +12,7 @@ import click
 
 from mlflow_dr.cli.options import (
     RUN,
+    Finite,
     TakesSeveral,
     checkpoints_dir,
     encoder_changes,
@@ -69,13 +70,13 @@ ORDERS = ("oldest", "newest", "bisect")
 @every
 @click.option(
     "--max-lag",
-    type=click.FloatRange(min=0, min_open=True),
+    type=Finite(min=0, min_open=True),
     help="Begin no checkpoint that was published more than so many seconds ago.",
 )
 @click.option("--retry-failed", is_flag=True, help="Try again what was recorded as failed.")
 @click.option(
     "--poll-seconds",
-    type=click.FloatRange(min=0.05),
+    type=Finite(min=0.05),
     default=2.0,
     show_default=True,
     help="Time between two looks at the server.",

@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, fields
 from typing import NamedTuple
 
-from mlflow_dr.errors import UsageError, did_you_mean
+from mlflow_dr.errors import UsageError, did_you_mean, quoted
 from mlflow_dr.tracking.checkpoints import Checkpoint
 from mlflow_dr.tracking.orphans import RunState
 from mlflow_dr.tracking.pruning import is_whole, needed
 from mlflow_dr.tracking.results import State, state_of
 from mlflow_dr.tracking.validations import Metric, value_of
 
-MOST_DIGITS = 12
 EXAMPLE = "best:3,last:2,every:10000"
 
 
@@ -82,11 +82,9 @@ def parse_policy(text: str) -> Policy:
         name, _, number = word.partition(":")
         if name not in {one.name for one in fields(Policy)}:
             near = did_you_mean(name, (one.name for one in fields(Policy)))
-            raise UsageError(f"no rule {word!r} of what to keep; rules are {EXAMPLE}{near}")
-        if not (
-            number.isascii() and number.isdigit() and len(number) < MOST_DIGITS and int(number)
-        ):
-            raise UsageError(f"{word!r}: expected {name}:N with a number from 1 on")
+            raise UsageError(f"no rule {quoted(word)} of what to keep; rules are {EXAMPLE}{near}")
+        if not re.fullmatch(r"0*[1-9][0-9]{0,17}", number):
+            raise UsageError(f"{quoted(word)}: expected {name}:N with a number from 1 on")
         if name in rules:
             raise UsageError(f"two rules {name!r} of what to keep in {text!r}")
         rules[name] = int(number)

@@ -6,15 +6,16 @@ import logging
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 
 from mlflow import MlflowClient
 from mlflow.entities import LoggedModel, LoggedModelOutput, LoggedModelStatus
 
 from mlflow_dr.errors import TrackingError, UsageError
+from mlflow_dr.files import grant_umask_modes
 from mlflow_dr.tracking.client import tracking_errors
-from mlflow_dr.tracking.manifest import write_manifest
+from mlflow_dr.tracking.manifest import verify_upload, write_manifest
 from mlflow_dr.tracking.mlmodel import write_mlmodel
 from mlflow_dr.tracking.runs import TrackedRun
 
@@ -89,6 +90,7 @@ def seal(directory: Path) -> str:
         The SHA-256 of the list, which `new_checkpoint` takes.
     """
     write_mlmodel(directory)
+    grant_umask_modes(directory)
     return write_manifest(directory)
 
 
@@ -108,8 +110,13 @@ def upload_checkpoint(run: TrackedRun, model_id: str, directory: Path, step: int
     """Upload an announced checkpoint and declare it READY, which comes last.
 
     May be called again for the same id after a failure.
+
+    Raises:
+        TrackingError: the store does not list what was uploaded.
+        Exception: as MLflow and the store raise it.
     """
     run.client.log_model_artifacts(model_id, str(directory))
+    verify_upload(directory, partial(run.client.list_logged_model_artifacts, model_id))
     tie_to_run(run, model_id, step)
     run.client.finalize_logged_model(model_id, READY)
 

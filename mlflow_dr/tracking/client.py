@@ -123,6 +123,8 @@ def may_pass(error: BaseException) -> bool:
     """Whether MLflow's error is no refusal of the server: an answer broke off, or made no sense."""
     if not isinstance(error, MlflowException):
         return True
+    if error.__cause__ is not None:  # MLflow says "no such model" of any failure to ask for it
+        return may_pass(error.__cause__)
     status = error.get_http_status_code()
     return not CLIENT_ERROR <= status < SERVER_ERROR or status in PASSING
 
@@ -181,7 +183,9 @@ def impatient() -> Iterator[None]:
 
 
 def _refusal(error: Exception) -> str:
-    """What a server with users asks for; empty for errors of another kind."""
+    """What is missing here, or what a server with users asks for; empty for other errors."""
+    if isinstance(error, ImportError):
+        return f"{_one_line(error)}, and this artifact store needs it; install it here"
     code = _code(error)
     user = os.environ.get("MLFLOW_TRACKING_USERNAME")
     if code == "UNAUTHENTICATED":

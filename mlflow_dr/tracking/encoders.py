@@ -28,7 +28,8 @@ LOCAL_ERRORS = {
     *(errno.EMFILE, errno.ENFILE, errno.EAGAIN, errno.EBUSY, errno.ENOLCK, errno.ETIMEDOUT),
     *(errno.ECONNREFUSED, errno.ECONNRESET, errno.EHOSTUNREACH, errno.ENETUNREACH, errno.EPIPE),
 }
-NETWORK_LIBRARIES = {"huggingface_hub", "requests", "urllib3", "httpx", "httpcore"}
+NETWORK_LIBRARIES = {"requests", "urllib3", "httpx", "httpcore"}
+HUB = "huggingface_hub"  # whose other errors are of malformed configurations
 NO_MEMORY = ("out of memory", "can't allocate memory", "not enough memory", "CUDA error")
 
 
@@ -118,7 +119,8 @@ def local_cause(error: BaseException) -> BaseException | None:
 def _is_local(error: BaseException) -> bool:
     if isinstance(error, MemoryError | ImportError | MissingExtraError | ConnectionError):
         return True
-    if type(error).__module__.partition(".")[0] in NETWORK_LIBRARIES:
+    library = type(error).__module__.partition(".")[0]
+    if library in NETWORK_LIBRARIES or (library == HUB and isinstance(error, OSError)):
         return True
     if isinstance(error, OSError) and error.errno is not None:
         return error.errno in LOCAL_ERRORS or is_full(error, Path())

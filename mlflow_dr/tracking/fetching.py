@@ -140,11 +140,13 @@ def _in_place(checkpoint: Checkpoint, here: Path, room: Path, whole: bool) -> Pa
     more = not_listed(here, everything)
     if not more:
         return here
-    shown = ", ".join(more[:NAMES_SHOWN]) + (", ..." if len(more) > NAMES_SHOWN else "")
-    log.warning(
-        "step %d: %d files or folders of %s are not in its manifest and are not used: %s",
-        *(checkpoint.step, len(more), here, shown),
-    )
+    files = [name for name in more if not (here / name).is_dir()]
+    if files:  # Normalize of sentence-transformers has a folder, which is empty
+        shown = ", ".join(files[:NAMES_SHOWN]) + (", ..." if len(files) > NAMES_SHOWN else "")
+        log.warning(
+            "step %d: %d files in %s are not in its manifest and are not used: %s",
+            *(checkpoint.step, len(files), here, shown),
+        )
     return only_listed(here, everything, room)
 
 

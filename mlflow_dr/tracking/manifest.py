@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from mlflow_dr.errors import CheckpointError
+from mlflow.entities import FileInfo
+
+from mlflow_dr.errors import CheckpointError, TrackingError
 from mlflow_dr.files import file_sha256
 
 MANIFEST = "manifest.json"
@@ -148,3 +150,30 @@ def _why_no_name(name: str) -> str:
     if "\0" in name or not 0 < longest <= LONGEST_PART or name != "/".join(parts):
         return "not the name of a file"
     return "the manifest itself" if name == MANIFEST else ""
+
+
+def verify_upload(directory: Path, listed: Callable[[str | None], Iterable[FileInfo]]) -> None:
+    """Compare what an artifact store lists with the directory that was uploaded.
+
+    A login page in place of the store's answer to an upload has status 200, too.
+
+    Args:
+        directory: what was uploaded.
+        listed: gives what the store has in a folder; None is the top.
+
+    Raises:
+        TrackingError: a file is missing there, or has another size.
+    """
+    files = [path for path in directory.rglob("*") if path.is_file()]
+    sizes: dict[str, int | None] = {}
+    for folder in {path.relative_to(directory).parent.as_posix() for path in files}:
+        found = listed(None if folder == "." else folder)
+        sizes.update({one.path: one.file_size for one in found if not one.is_dir})
+    for path in files:
+        name, size = path.relative_to(directory).as_posix(), path.stat().st_size
+        if name not in sizes:
+            raise TrackingError(f"the artifact store does not list {name} after its upload")
+        if sizes[name] not in (None, size):
+            raise TrackingError(
+                f"the artifact store has {sizes[name]} bytes of {name} after its upload of {size}"
+            )

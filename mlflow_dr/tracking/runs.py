@@ -169,16 +169,20 @@ class TrackedRun:
         Args:
             what: was done, for the log.
         """
-        status = "FAILED"
         try:
             yield
-            status = "FINISHED"
-        except KeyboardInterrupt:
-            status = "KILLED"
+        except BaseException as error:
+            status = "KILLED" if isinstance(error, KeyboardInterrupt) else "FAILED"
+            try:
+                self._end(status, what)
+            except TrackingError as second:  # the first error says more
+                log.error("%s", second)
             raise
-        finally:
-            self.finish(status)
-            log.info("run %s: %s %s", self.id, what, status.lower())
+        self._end("FINISHED", what)
+
+    def _end(self, status: str, what: str) -> None:
+        self.finish(status)
+        log.info("run %s: %s %s", self.id, what, status.lower())
 
     def finish(self, status: str) -> None:
         """End the run, after all that is on its way: `FINISHED`, `FAILED` or `KILLED`."""
@@ -187,7 +191,10 @@ class TrackedRun:
 
 
 def open_run(
-    client: MlflowClient, experiment: str | None = None, run_id: str | None = None
+    client: MlflowClient,
+    experiment: str | None = None,
+    run_id: str | None = None,
+    name: str | None = None,
 ) -> TrackedRun:
     """The run that is named, or that `mlflow run` or a parent process made, else a new one.
 
@@ -195,16 +202,21 @@ def open_run(
         client: where.
         experiment: name of the experiment of a new run; MLflow's own variables when None.
         run_id: a run to go on with.
+        name: the run's name; one that exists is renamed. Its own, or one of MLflow's, when None.
     """
     context = dict(resolve_tags())
     if run_id := run_id or os.environ.get(RUN_VARIABLE):
         run = find_run(client, run_id)
         run.set_tags({k: v for k, v in context.items() if k.startswith(OWN_TAGS)})
-        if is_over(run.fetch()):
-            client.update_run(run_id, status="RUNNING")
+        status = "RUNNING" if is_over(run.fetch()) else None
+        if status or name:
+            with tracking_errors(f"updating run {run_id}"):
+                client.update_run(run_id, status=status, name=name)
+            run = find_run(client, run_id)
         return run
     with tracking_errors("making a run"):
-        return TrackedRun(client, client.create_run(_experiment(client, experiment), tags=context))
+        made = client.create_run(_experiment(client, experiment), tags=context, run_name=name)
+    return TrackedRun(client, made)
 
 
 def find_run(client: MlflowClient, run_id: str) -> TrackedRun:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,9 @@ from mlflow_dr.tracking.fetching import fetched
 from mlflow_dr.validation.evaluate import Settings
 
 TEXT = "text"
+CONFIG = "config.json"
+LAYERS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers", "encoder_layers")
+MOST_LAYERS = 1000
 
 
 def encoder_of(checkpoint: Checkpoint, changes: Mapping[str, Any]) -> Encoder:
@@ -46,6 +50,7 @@ def loaded(checkpoint: Checkpoint, directory: Path, changes: Mapping[str, Any]) 
     what = checkpoint.directory or checkpoint.uri
     try:
         with reading(what):
+            _check_layers(directory)
             return load_encoder(directory, safetensors_only=not checkpoint.directory, **changes)
     except UsageError as error:
         if changes:
@@ -55,6 +60,22 @@ def loaded(checkpoint: Checkpoint, directory: Path, changes: Mapping[str, Any]) 
     except CheckpointError:
         _check_bases(directory)
         raise
+
+
+def _check_layers(directory: Path) -> None:
+    """Refuse a configuration of more layers than could ever be built.
+
+    Raises:
+        CheckpointError: so it is, or the configuration is not JSON.
+    """
+    for path in directory.rglob(CONFIG):
+        config = json.loads(path.read_text(encoding="utf-8"))
+        for key in LAYERS if isinstance(config, dict) else ():
+            count = config.get(key)
+            if isinstance(count, int) and count > MOST_LAYERS:
+                raise CheckpointError(
+                    f"{path.name}: {key} is {count:.3g}, of {MOST_LAYERS} at most"
+                )
 
 
 def _check_bases(directory: Path) -> None:

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
 from mlflow_dr.encoder.config import EncoderConfig
-from mlflow_dr.errors import UsageError
+from mlflow_dr.errors import UsageError, quoted
 from mlflow_dr.retrieval.measures import Measure, check_depth
-from mlflow_dr.subsets.spec import RELEVANT, Spec, parse_spec
+from mlflow_dr.subsets.spec import MOST_DIGITS, RELEVANT, Spec, parse_spec
 from mlflow_dr.tracking.claims import PATIENCE
 from mlflow_dr.tracking.validations import FIRST_NAME, Metric
 from mlflow_dr.validation.evaluate import Settings
@@ -157,8 +158,8 @@ class Plan:
             raise UsageError(f"every is {self.every}; it must be at least 1")
         for key in ("poll_seconds", "patience_seconds", "max_lag_seconds"):
             value = getattr(self, key)
-            if value is not None and value <= 0:
-                raise UsageError(f"{key} is {value}; it must be above 0")
+            if value is not None and not 0 < value < math.inf:
+                raise UsageError(f"{key} is {value}; it must be a number above 0")
 
 
 def each_split(
@@ -205,8 +206,8 @@ def refining(
         UsageError: not of this form, the same as a cheap one, or one for several of them.
     """
     words, _, count = text.rpartition("@")
-    if not words or not count.isdecimal() or int(count) == 0:
-        raise UsageError(f"refine {text!r}: expected SUBSET@N, such as full@3")
+    if not words or not count.isdecimal() or len(count) > MOST_DIGITS or int(count) == 0:
+        raise UsageError(f"refine {quoted(text)}: expected SUBSET@N, such as full@3")
     spec = parse_spec(words, seed, judged)
     added: list[Validation] = []
     for cheap in validations:

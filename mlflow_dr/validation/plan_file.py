@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import reprlib
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import fields, replace
@@ -17,7 +16,7 @@ from mlflow_dr.collection.catalogue import HUB_NAME, open_collection
 from mlflow_dr.collection.interface import check_split
 from mlflow_dr.decisions.keep import parse_policy
 from mlflow_dr.engines.devices import resolve_device, resolve_dtype
-from mlflow_dr.errors import UsageError, did_you_mean
+from mlflow_dr.errors import UsageError, did_you_mean, quoted
 from mlflow_dr.retrieval.measures import parse_measures
 from mlflow_dr.subsets.spec import parse_spec
 from mlflow_dr.terminal import one_line_of
@@ -188,7 +187,7 @@ def _mapping(given: Any, where: str, known: set[str]) -> dict[str, Any]:
     if unknown := sorted(map(str, set(given) - known)):
         near = did_you_mean(unknown[0], known) or ";"
         raise UsageError(
-            f"{where}: no key {unknown[0]!r}{near} known are {', '.join(sorted(known))}"
+            f"{where}: no key {quoted(unknown[0])}{near} known are {', '.join(sorted(known))}"
         )
     return dict(given)
 
@@ -198,7 +197,7 @@ def _order(value: Any, where: str) -> Order:
         return Order(value if isinstance(value, str) else "")
     except ValueError:
         names = ", ".join(order.value for order in Order)
-        raise UsageError(f"{where} is {_short(value)}; expected one of {names}") from None
+        raise UsageError(f"{where} is {quoted(value)}; expected one of {names}") from None
 
 
 def _value(value: Any, kind: type, where: str) -> Any:
@@ -206,12 +205,8 @@ def _value(value: Any, kind: type, where: str) -> Any:
     if kind is float and isinstance(value, int) and not isinstance(value, bool):
         value, right = float(min(value, LARGEST)), True
     if not right or (kind is float and not math.isfinite(value)):
-        raise UsageError(f"{where} is {_short(value)}; expected a value of type {kind.__name__}")
+        raise UsageError(
+            f"{where} is {quoted(value)}; expected a value of type {kind.__name__}"
+            + (" (true or false, without quotation marks)" if kind is bool else "")
+        )
     return value
-
-
-def _short(value: Any) -> str:
-    """A value as it may be shown; aliases of YAML can make a small file an endless text."""
-    short = reprlib.Repr()
-    short.maxlevel = 2
-    return short.repr(value)

@@ -259,7 +259,8 @@ class _Worker:
         """
         seconds = self._jobs.seconds
         is_short = seconds is not None and seconds < self._plan.poll_seconds
-        if is_short and not self._plan.keep_up and self._choice.has_plenty:
+        is_sound = not self._setbacks.is_in_one
+        if is_short and is_sound and not self._plan.keep_up and self._choice.has_plenty:
             self._ahead = Beside(self._claimed_ahead, name="ahead")
 
     def _claimed_ahead(self) -> Job | None:

@@ -91,6 +91,27 @@ def test_the_run_of_a_parent_is_taken_over_with_our_tags(
     assert opened.fetch().data.tags["mlflow_dr.command"] == "train"
 
 
+@pytest.mark.parametrize("status", ["RUNNING", "FINISHED"])
+def test_a_run_of_a_parent_gets_the_name_that_is_asked_for(
+    client: MlflowClient, run: TrackedRun, monkeypatch: pytest.MonkeyPatch, status: str
+) -> None:
+    """As under `mlflow run . -P run_name=...`, which makes the run before us."""
+    monkeypatch.setenv(RUN_VARIABLE, run.id)
+    client.update_run(run.id, status=status)
+    assert open_run(client, name="second try").name == "second try"
+    known = client.get_run(run.id)
+    assert known.info.run_name == known.data.tags["mlflow.runName"] == "second try"
+    assert known.info.status == "RUNNING"
+    assert open_run(client).name == "second try"
+
+
+def test_a_new_run_has_the_name_that_is_asked_for(
+    client: MlflowClient, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv(RUN_VARIABLE, raising=False)
+    assert client.get_run(open_run(client, name="first try").id).info.run_name == "first try"
+
+
 def test_a_new_run_goes_to_the_experiment_by_name(
     client: MlflowClient, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -108,3 +129,17 @@ def test_context_tags_stay_away_from_other_peoples_runs(monkeypatch: pytest.Monk
     monkeypatch.setenv(COMMAND_VARIABLE, "train")
     assert DenseRetrievalRunContext().in_context()
     assert DenseRetrievalRunContext().tags()["mlflow_dr.torch"]
+
+
+def test_a_server_that_is_away_hides_no_error(
+    run: TrackedRun, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def away(status: str) -> None:
+        raise TrackingError(f"ending run {run.id}: away")
+
+    monkeypatch.setattr(run, "finish", away)
+    with pytest.raises(ValueError, match="the first"), run.ending("training"):
+        raise ValueError("the first")
+    assert "away" in caplog.text
+    with pytest.raises(TrackingError, match="away"), run.ending("training"):
+        pass

@@ -69,6 +69,16 @@ def test_what_the_file_says_and_what_it_leaves(tmp_path: Path) -> None:
         ("every: 0\nvalidations: {a: }", "every is 0"),
         ("every: yes\nvalidations: {a: }", "every is True"),
         ("every: 1.5\nvalidations: {a: }", "every is 1.5; expected a value of type int"),
+        (f"every: {'9' * 5000}\nvalidations: {{a: }}", "not a YAML file"),
+        ("every: 2001-99-99\nvalidations: {a: }", "not a YAML file"),
+        ("[" * 5000, "not a YAML file"),
+        ("follow: 'false'\nvalidations: {a: }", "follow is 'false'; expected a value of type bool"),
+        ("validations: {a: {keep_own_id: 'false'}}", "validations.a.keep_own_id is 'false'; exp"),
+        ("validations: {a: {keep_own_id: 0}}", "validations.a.keep_own_id is 0; expected a value"),
+        (f"validations: {{a: {{depth: {'x' * 100_000}}}}}", "validations.a.depth is 'xxx"),
+        (f"validations: {{a: {{subset: bm25@{'9' * 5000}}}}}", "is not a whole number above 0"),
+        (f"validations: {{a: {{refine: full@{'9' * 5000}}}}}", "expected SUBSET@N"),
+        (f"validations: {{a: {{measures: mrr@{'9' * 5000}}}}}", "with a cut-off"),
         ("validations: {a: {depth: deep}}", "validations.a.depth is 'deep'"),
         ("validations: {a: {dataset: 5}}", "validations.a.dataset is 5"),
         ("validations: {a: {dpeth: 5}}", "validations.a: no key 'dpeth'"),
@@ -109,7 +119,12 @@ def test_a_file_that_is_wrong_is_one_line(tmp_path: Path, text: str, says: str) 
     assert says in str(caught.value)
     assert "\n" not in str(caught.value)
     assert str(caught.value).startswith(str(tmp_path / "validations.yaml"))
-    assert len(str(caught.value)) < 800
+    assert len(str(caught.value)) < 500
+
+
+def test_settings_from_python_are_checked_too() -> None:
+    with pytest.raises(UsageError, match="keep_own_id is 'false'; expected a value of type bool"):
+        Settings(parse_measures("mrr@10"), keep_own_id="false")  # type: ignore[arg-type]
 
 
 def test_a_split_that_the_dataset_of_the_file_does_not_have(
