@@ -20,12 +20,27 @@ or id) and what to do about it.
     └── ChildError           a trainer or validator started by `mlflow-dr run` ended with an error
 """
 
-from collections.abc import Iterator
+import reprlib
+from collections.abc import Iterable, Iterator
+from difflib import get_close_matches
+
+from mlflow_dr.terminal import one_line_of, shortened
+
+LONGEST_QUOTE = 100
+_quote = reprlib.Repr()
+_quote.maxlevel, _quote.maxstring, _quote.maxother, _quote.maxlong = 2, 100, 100, 100
 
 
 def one_line(error: BaseException) -> str:
-    """Kind and text of any error on one line, of some 300 characters at most."""
-    return f"{type(error).__name__}: {' '.join(str(error).split())[:300]}".rstrip(": ")
+    """Kind and text of any error on one line, of some 300 characters at most, without secrets."""
+    return f"{type(error).__name__}: {one_line_of(str(error), 300)}".rstrip(": ")
+
+
+def did_you_mean(word: str, known: Iterable[str]) -> str:
+    """The known word that is nearest to one that is not known, as the end of a message."""
+    by_lower_case = {one.lower(): one for one in known}
+    close = get_close_matches(word.lower(), by_lower_case, n=1)
+    return f"; did you mean {by_lower_case[close[0]]!r}?" if close else ""
 
 
 def causes(error: BaseException) -> Iterator[BaseException]:
@@ -38,10 +53,25 @@ def causes(error: BaseException) -> Iterator[BaseException]:
         found = found.__cause__
 
 
+def quoted(value: object) -> str:
+    """A value from a file as a message quotes it: its first 100 characters."""
+    # of a long text or list only the start is made printable; aliases of YAML can make of a small
+    # file an endless one
+    start = value[: LONGEST_QUOTE + 1] if isinstance(value, str | bytes | list) else value
+    try:
+        shown = repr(start) if isinstance(start, str | bytes) else _quote.repr(start)
+    except ValueError:  # Python writes no whole number of more than 4,300 digits
+        shown = "a whole number of thousands of digits"
+    return shown if len(shown) <= LONGEST_QUOTE else f"{shown[: LONGEST_QUOTE - 3]}..."
+
+
 class MlflowDrError(Exception):
-    """Base of all errors raised on purpose."""
+    """Base of all errors raised on purpose; a message is shortened to a line that can be read."""
 
     exit_code = 1
+
+    def __init__(self, message: object = "") -> None:
+        super().__init__(shortened(str(message)))
 
 
 class UsageError(MlflowDrError):

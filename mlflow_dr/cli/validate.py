@@ -11,6 +11,8 @@ from typing import Any, cast
 import click
 
 from mlflow_dr.cli.options import (
+    RUN,
+    Finite,
     TakesSeveral,
     checkpoints_dir,
     encoder_changes,
@@ -22,6 +24,7 @@ from mlflow_dr.cli.options import (
     keep_up,
     policy_options,
     refine,
+    run_of_project,
     subset_options,
     tracking_uri,
 )
@@ -30,7 +33,7 @@ ORDERS = ("oldest", "newest", "bisect")
 
 
 @click.command("validate", cls=TakesSeveral)
-@click.option("--run-id", help="The MLflow run whose checkpoints are validated.")
+@click.option("--run-id", help=RUN)
 @click.option("--experiment", help="Or all runs of this experiment, later ones too.")
 @checkpoints_dir("; figures go to --run-id, or to a new run")
 @click.option("--dataset", help="The collection (default: the run's).")
@@ -67,13 +70,13 @@ ORDERS = ("oldest", "newest", "bisect")
 @every
 @click.option(
     "--max-lag",
-    type=click.FloatRange(min=0, min_open=True),
+    type=Finite(min=0, min_open=True),
     help="Begin no checkpoint that was published more than so many seconds ago.",
 )
 @click.option("--retry-failed", is_flag=True, help="Try again what was recorded as failed.")
 @click.option(
     "--poll-seconds",
-    type=click.FloatRange(min=0.05),
+    type=Finite(min=0.05),
     default=2.0,
     show_default=True,
     help="Time between two looks at the server.",
@@ -123,15 +126,25 @@ def command(
         raise click.UsageError("a new run names no dataset; give --dataset")
 
     from mlflow_dr.tracking.client import connect, leave_waiting_to_us
+    from mlflow_dr.tracking.curve import where_to_look
     from mlflow_dr.tracking.patience import Patience
     from mlflow_dr.validation.watch import watch
 
+    project = run_of_project(tracking_uri)
     plan = _plan(config, (dataset, sets, split), name, options)
     leave_waiting_to_us()
-    client = connect(tracking_uri)
+    # a run that is there is followed; a new one may be the first of its store
+    client = connect(tracking_uri, may_create=not (run_id or experiment))
     patiently = Patience(client, plan.poll_seconds)
     with _followed(client, patiently, run_id, experiment, checkpoints_dir, dataset) as followed:
         counts = watch(followed, plan)
+        is_project = project and followed.run and followed.run.id == project.id
+        if followed.run is not None and not is_project:
+            click.echo(where_to_look(followed.run), err=True)
+        if project is not None and not is_project:
+            text = f"validated {counts.done} checkpoints of {followed.name}\n"
+            figures = {"validated/done": counts.done, "validated/failed": counts.failed}
+            project.log_report(figures, {"validated.txt": text})
     return 0 if counts.are_good else 1
 
 
@@ -148,12 +161,12 @@ def _followed(
     from mlflow_dr.collection.catalogue import open_collection
     from mlflow_dr.tracking.directories import FollowedDirectory
     from mlflow_dr.tracking.following import FollowedExperiment, FollowedRun
-    from mlflow_dr.tracking.runs import DATASET_TAG, find_run, open_run
+    from mlflow_dr.tracking.runs import DATASET_TAG, open_run, resolve_run
 
     if experiment is not None:
         yield patiently(partial(FollowedExperiment, client, experiment))
     elif run_id is not None:
-        run = patiently(partial(find_run, client, run_id))
+        run = patiently(partial(resolve_run, client, run_id))
         if directory is None:
             yield FollowedRun(run)
         else:
@@ -193,7 +206,8 @@ def _plan(
     from mlflow_dr.tracking.validations import FIRST_NAME
     from mlflow_dr.validation.evaluate import Settings
     from mlflow_dr.validation.order import Order
-    from mlflow_dr.validation.plan import Asked, Plan, read_plan
+    from mlflow_dr.validation.plan import Asked, Plan
+    from mlflow_dr.validation.plan_file import read_plan
     from mlflow_dr.validation.policies import Wishes
 
     if config is not None and name is not None:

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from mlflow_dr.collection.recordfiles import state_of
+from mlflow_dr.collection.recordfiles import check_complete, state_of
 from mlflow_dr.errors import DataError
 from mlflow_dr.files import digest_of
 
@@ -70,9 +71,17 @@ def _found(repo: str, stems: Sequence[str]) -> tuple[dict[str, HubFiles], Path]:
     found: dict[str, HubFiles] = {}
     for stem in stems:
         for suffix in READERS:  # a repository may offer the same rows in two formats
-            paths = (path for pattern in _patterns(stem, suffix) for path in folder.glob(pattern))
-            if files := sorted(paths):
-                found.setdefault(stem, HubFiles(repo, folder.name, suffix, files))
+            patterns = _patterns(stem, suffix)
+            if paths := sorted(path for pattern in patterns for path in _matching(folder, pattern)):
+                found.setdefault(stem, HubFiles(repo, folder.name, suffix, paths))
+    for files in found.values():
+        try:
+            check_complete(files.files)
+        except DataError as error:
+            raise DataError(
+                f"Hugging Face {repo}: {error}; `hf download --repo-type dataset {repo}` completes "
+                "the folder"
+            ) from error
     return found, folder
 
 
@@ -91,6 +100,13 @@ def _snapshot(repo: str, patterns: Sequence[str]) -> Path:
         ) from error
     except Exception as error:
         raise DataError(f"Hugging Face {repo}: cannot be downloaded ({reason(error)})") from error
+
+
+def _matching(folder: Path, pattern: str) -> list[Path]:
+    """Files by name; also a link to nowhere, which `glob` passes over in a pattern without `*`."""
+    if "*" in pattern:
+        return list(folder.glob(pattern))
+    return [folder / pattern] if os.path.lexists(folder / pattern) else []
 
 
 def _patterns(stem: str, suffix: str) -> list[str]:

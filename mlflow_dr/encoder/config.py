@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, fields
+from dataclasses import dataclass, fields
+from numbers import Integral
 from typing import Any
 
-from mlflow_dr.errors import UsageError
+from mlflow_dr.errors import UsageError, quoted
 
 POOLINGS = ("cls", "mean", "last", "max", "mean_sqrt_len", "weighted_mean")
-ACTIVATIONS = ("identity", "tanh", "relu", "gelu", "sigmoid")
+EXPECTED: dict[type, type] = {bool: bool, int: Integral, str: str}
 DEFAULT_QUERY_LENGTH = 32
 DEFAULT_PASSAGE_LENGTH = 128
+SHORTEST = 3
+"""Tokens of a text at most: a special token at each end, and one between them."""
 
 
 @dataclass(frozen=True)
@@ -23,10 +26,7 @@ class ProjectionConfig:
     activation: str = "identity"
 
     def __post_init__(self) -> None:
-        if self.activation not in ACTIVATIONS:
-            raise UsageError(
-                f"activation {self.activation!r}: expected one of {', '.join(ACTIVATIONS)}"
-            )
+        check_types(self)
 
 
 @dataclass(frozen=True)
@@ -34,7 +34,7 @@ class EncoderConfig:
     """How text becomes a vector around the backbone.
 
     Attributes:
-        pooling: how the token vectors become one; see `mlflow_dr.encoder.pooling`.
+        pooling: how the token vectors become one; one of `POOLINGS`, or several joined by `+`.
         normalize: whether vectors are scaled to length 1, so that the dot product is the cosine.
         projections: linear layers between pooling and normalisation.
         query_prompt: put before every query.
@@ -43,6 +43,7 @@ class EncoderConfig:
         passage_max_length: tokens of a passage at most, likewise.
         title_separator: stands between title and text of a passage that has a title.
         lowercase: whether text is lower-cased before the tokenizer sees it.
+        strip_question_mark: whether a query loses one `?` at its very end, as in DPR's training.
     """
 
     pooling: str = "cls"
@@ -54,31 +55,36 @@ class EncoderConfig:
     passage_max_length: int = DEFAULT_PASSAGE_LENGTH
     title_separator: str = " "
     lowercase: bool = False
+    strip_question_mark: bool = False
 
     def __post_init__(self) -> None:
-        if self.pooling not in POOLINGS:
+        check_types(self)
+        if not set(self.pooling.split("+")) <= set(POOLINGS):
             raise UsageError(f"pooling {self.pooling!r}: expected one of {', '.join(POOLINGS)}")
         for name in ("query_max_length", "passage_max_length"):
             length = getattr(self, name)
-            if length < 3:
-                raise UsageError(f"{name} is {length}; at least 3 tokens are needed")
+            if length < SHORTEST:
+                raise UsageError(f"{name} is {length}; at least {SHORTEST} tokens are needed")
 
-    def to_dict(self) -> dict[str, Any]:
-        """As plain values, for JSON."""
-        return asdict(self)
 
-    @classmethod
-    def from_dict(cls, values: dict[str, Any]) -> EncoderConfig:
-        """From what `to_dict` gave.
+def check_types(settings: Any) -> None:
+    """Refuse a setting of another type than its default, such as the string `"no"` as a boolean.
 
-        Raises:
-            UsageError: a key that this version does not know.
-        """
-        known = {field.name for field in fields(cls)}
-        if unknown := sorted(set(values) - known):
-            raise UsageError(f"unknown encoder settings {unknown}; known are {sorted(known)}")
-        projections = tuple(ProjectionConfig(**one) for one in values.get("projections", ()))
-        return cls(**{**values, "projections": projections})
+    Args:
+        settings: a dataclass; fields without a default, or with None, are not looked at.
+
+    Raises:
+        UsageError: with the name of the setting.
+    """
+    for field in fields(settings):
+        value, kind = getattr(settings, field.name), type(field.default)
+        if kind not in EXPECTED:
+            continue
+        if not isinstance(value, EXPECTED[kind]) or (kind is int and isinstance(value, bool)):
+            raise UsageError(
+                f"{field.name} is {quoted(value)}; expected a value of type {kind.__name__}"
+                + (" (true or false, without quotation marks)" if kind is bool else "")
+            )
 
 
 def changes_of(

@@ -69,11 +69,16 @@ class Tokenizing:
         Text and tokens may stand side by side: several sets of queries are put together.
         """
         prompt, length = self._config.query_prompt, self._config.query_max_length
-        texts = [prompt + query.text.strip() for query in queries if query.tokens is None]
+        texts = [prompt + self._query_text(query) for query in queries if query.tokens is None]
         tokens = [query.tokens for query in queries if query.tokens is not None]
         of_texts = iter(self._ids(texts, length))
         of_tokens = iter(self._framed(tokens, prompt, length))
         return [next(of_texts if query.tokens is None else of_tokens) for query in queries]
+
+    def _query_text(self, query: Query) -> str:
+        """A query's text without its prompt; as in DPR, a `?` before a final blank stays."""
+        stripped = self._config.strip_question_mark
+        return (query.text.removesuffix("?") if stripped else query.text).strip()
 
     def passage_texts(self, passages: Sequence[Passage]) -> list[str]:
         """The text that stands for each passage: prompt, title, separator, text."""
@@ -95,7 +100,12 @@ class Tokenizing:
     def query_digest(self) -> str:
         """Names the tokenizer and all settings that `query_ids` depends on."""
         config = self._config
-        return self._digest(config.query_max_length, config.query_prompt, config.lowercase)
+        return self._digest(
+            config.query_max_length,
+            config.query_prompt,
+            config.lowercase,
+            config.strip_question_mark,
+        )
 
     def passage_digest(self) -> str:
         """Names the tokenizer and all settings that `passage_ids` depends on."""
@@ -169,11 +179,17 @@ class Tokenizing:
     def _bare(self, text: str) -> list[int]:
         return list(self._tokenizer(text, add_special_tokens=False)["input_ids"])
 
+    def _lowered(self, text: str) -> str:
+        """A text in lower case; the separator stays, which may be a special token."""
+        separator = self._config.title_separator
+        parts = text.split(separator) if separator.strip() else [text]
+        return separator.join(part.lower() for part in parts)
+
     def _ids(self, texts: list[str], max_length: int) -> list[list[int]]:
         if not texts:
             return []
         if self._config.lowercase:
-            texts = [text.lower() for text in texts]
+            texts = [self._lowered(text) for text in texts]
         encoded = self._tokenizer(
             texts,
             truncation=True,

@@ -30,6 +30,12 @@ from mlflow_dr.retrieval.ranking import Found
 LAYOUT = 1
 """Raise it when terms or scores change: indexes of the old rules are then not used."""
 
+log = logging.getLogger(__name__)
+
+WORDS = (
+    "BM25 needs text with words set apart by blanks, unlike Chinese, Japanese or Thai; an encoder "
+    "does not (--subset encoder:NAME@K, mine --with NAME)"
+)
 NO_LANGUAGE = "none"
 WORD = re.compile(r"\w\w+")
 
@@ -157,6 +163,24 @@ def bm25_index(corpus: Corpus, settings: Bm25Settings | None = None) -> Bm25:
     return Bm25(index, terms, corpus.tie_ranks())
 
 
+def warn_of_no_matches(without: int, queries: int, consequence: str) -> None:
+    """Say that BM25 found no passage for most of the queries, as it does in Chinese or Japanese.
+
+    Args:
+        without: queries that no passage was found for.
+        queries: all of them.
+        consequence: what follows from it.
+    """
+    if without > queries / 2:
+        log.warning(
+            "BM25 found no passage for %d of %d queries: %s. %s",
+            without,
+            queries,
+            consequence,
+            WORDS,
+        )
+
+
 def _write(room: Path, corpus: Corpus, settings: Bm25Settings, terms: Terms) -> None:
     vocabulary: dict[str, int] = {}
     passages: list[array[int]] = []
@@ -168,7 +192,7 @@ def _write(room: Path, corpus: Corpus, settings: Bm25Settings, terms: Terms) -> 
                 passages.append(array("i", ids))
             bar.update(len(batch))
     if not vocabulary:
-        raise DataError("no passage of the corpus has a word that BM25 could match")
+        raise DataError(f"no passage of the corpus has a word that BM25 could match. {WORDS}")
     index = _bm25s().BM25(k1=settings.k1, b=settings.b, method="lucene")
     index.index((passages, vocabulary), create_empty_token=False, show_progress=False)
     index.save(room, show_progress=False)

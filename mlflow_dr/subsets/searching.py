@@ -15,6 +15,7 @@ from mlflow_dr.encoder.directory import load_encoder
 from mlflow_dr.encoder.source import encoder_directory
 from mlflow_dr.errors import UsageError
 from mlflow_dr.files import digest_of, file_sha256
+from mlflow_dr.retrieval.bm25 import warn_of_no_matches
 from mlflow_dr.retrieval.searchers import Bm25Searcher, DenseSearcher, Searcher
 from mlflow_dr.subsets.spec import BM25, Part
 from mlflow_dr.tracking.encoders import encoder_files, looked_up, reading
@@ -63,7 +64,12 @@ class CachedSearching:
             TrackingError: no such model, or no server.
         """
         if part.kind == BM25:
-            return self._cached(("bm25",), Bm25Searcher, part.count, queries)
+            found = self._cached(("bm25",), Bm25Searcher, part.count, queries)
+            without = sum(len(rows) == 0 for rows in found)
+            warn_of_no_matches(
+                without, len(queries), f"subset {part} has only judged passages for these"
+            )
+            return found
         source = self._source(part)
         if not isinstance(source, str) and source.manifest:
             # what is kept needs no files, which may be gone by now

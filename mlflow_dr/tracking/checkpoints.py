@@ -13,6 +13,7 @@ from mlflow import MlflowClient
 from mlflow.entities import LoggedModel, LoggedModelOutput, LoggedModelStatus
 
 from mlflow_dr.errors import TrackingError, UsageError
+from mlflow_dr.files import grant_umask_modes
 from mlflow_dr.tracking.client import tracking_errors
 from mlflow_dr.tracking.manifest import verify_upload, write_manifest
 from mlflow_dr.tracking.mlmodel import write_mlmodel
@@ -89,6 +90,7 @@ def seal(directory: Path) -> str:
         The SHA-256 of the list, which `new_checkpoint` takes.
     """
     write_mlmodel(directory)
+    grant_umask_modes(directory)
     return write_manifest(directory)
 
 

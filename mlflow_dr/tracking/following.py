@@ -15,7 +15,7 @@ from typing import NamedTuple, Protocol
 from mlflow import MlflowClient
 from mlflow.entities import LifecycleStage
 
-from mlflow_dr.errors import TrackingError
+from mlflow_dr.errors import TrackingError, did_you_mean
 from mlflow_dr.tracking.checkpoints import Checkpoint, find_checkpoints
 from mlflow_dr.tracking.client import tracking_errors
 from mlflow_dr.tracking.runs import TrackedRun, check_alive, find_run, is_over
@@ -130,7 +130,7 @@ class FollowedExperiment:
         with tracking_errors(self.name):
             found = client.get_experiment_by_name(name)
         if found is None or found.lifecycle_stage != "active":
-            raise TrackingError(f"no experiment {name!r}; `mlflow experiments search` lists them")
+            raise TrackingError(no_experiment(client, name))
         self._id = found.experiment_id
         self._list = Unsettled(client, self._id)
         self._runs: dict[str, TrackedRun] = {}
@@ -175,6 +175,13 @@ class FollowedExperiment:
                 f"{self.name} was deleted; restore it with "
                 f"`mlflow experiments restore --experiment-id {self._id}` to go on"
             )
+
+
+def no_experiment(client: MlflowClient, name: str) -> str:
+    """What to say of an experiment that is not there: which one was meant, perhaps."""
+    with tracking_errors(f"experiment {name!r}"):
+        near = did_you_mean(name, [one.name for one in client.search_experiments()])
+    return f"no experiment {name!r}{near or ';'} `mlflow experiments search` lists them"
 
 
 class Unsettled:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import threading
 import time
 from collections.abc import Callable
 from typing import TypeVar
@@ -10,7 +11,8 @@ from typing import TypeVar
 from mlflow import MlflowClient
 
 from mlflow_dr.errors import TrackingError
-from mlflow_dr.tracking.client import answers, may_pass
+from mlflow_dr.terminal import one_line_of
+from mlflow_dr.tracking.client import LONGEST_REASON, answers, may_pass
 
 log = logging.getLogger(__name__)
 
@@ -35,6 +37,8 @@ class Patience:
         self._client = client
         self._wait = wait
         self._sleep = sleep
+        self._lock = threading.Lock()  # several threads wait, and one of them says so
+        self._is_away = False
 
     def __call__(self, act: Callable[[], Result], *also: type[Exception]) -> Result:
         """What `act` gives, once it can be had.
@@ -54,7 +58,7 @@ class Patience:
                 return act()
             except kinds as error:
                 if not answers(self._client):
-                    log.warning("%s; waiting for the server", error)
+                    self._note(error)
                     self._wait_for_server()
                     continue
                 tries += 1
@@ -69,7 +73,17 @@ class Patience:
         while not answers(self._client):
             self._sleep(wait)
             wait = min(2 * wait, LONGEST_WAIT)
-        log.info("the server answers again")
+        with self._lock:
+            if self._is_away:
+                log.info("the server answers again")
+            self._is_away = False
+
+    def _note(self, error: Exception) -> None:
+        """Say once in an outage that the server is away."""
+        with self._lock:
+            if not self._is_away:
+                log.warning("%s; waiting for the server", one_line_of(str(error), LONGEST_REASON))
+            self._is_away = True
 
 
 def _may_pass(error: Exception) -> bool:

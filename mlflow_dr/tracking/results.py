@@ -16,6 +16,7 @@ from enum import Enum
 from mlflow.entities import Metric
 
 from mlflow_dr.errors import TrackingError, UsageError
+from mlflow_dr.terminal import one_line_of
 from mlflow_dr.tracking.checkpoints import Checkpoint, checkpoint_by_id
 from mlflow_dr.tracking.client import tracking_errors, write_once
 from mlflow_dr.tracking.runs import TrackedRun
@@ -128,7 +129,7 @@ def mark_failed(run: TrackedRun, checkpoint: Checkpoint, name: str, reason: str)
     """Note on the checkpoint why it could not be validated."""
     with tracking_errors(f"marking step {checkpoint.step} as failed"):
         run.client.set_logged_model_tags(
-            checkpoint.model_id, {f"{PREFIX}{name}.failed": reason[:LONGEST_TAG]}
+            checkpoint.model_id, {f"{PREFIX}{name}.failed": one_line_of(reason, LONGEST_TAG)}
         )
 
 
@@ -160,10 +161,19 @@ def refuse_other_config(
     """
     if known != wanted:
         raise UsageError(
-            f"validation {name!r} of run {run.id} has another configuration: it is "
-            f"{json.dumps(known, sort_keys=True)}, and this would be "
-            f"{json.dumps(wanted, sort_keys=True)}; give this one another --name"
+            f"validation {name!r} of run {run.id} has another configuration: "
+            f"{differences(known, wanted)}; give this one another --name"
         )
+
+
+def differences(known: Mapping[str, object], wanted: Mapping[str, object]) -> str:
+    """Where two configurations differ, in words: `measures is 'mrr@10', not 'ndcg@10'`."""
+    keys = [key for key in sorted({*known, *wanted}) if known.get(key) != wanted.get(key)]
+    return ", ".join(f"{key} is {_said(known, key)}, not {_said(wanted, key)}" for key in keys)
+
+
+def _said(config: Mapping[str, object], key: str) -> str:
+    return repr(config[key]) if key in config else "not given"
 
 
 def known_config(run: TrackedRun, name: str) -> dict[str, object] | None:

@@ -91,6 +91,24 @@ class Choice:
         """Whether others have taken what the last look showed as free."""
         return self._lost >= max(LOST_TO_LOOK_AGAIN, self._look_seconds / SECONDS_TO_LOSE)
 
+    def why_nothing(self) -> str:
+        """Why there was nothing to do at the last look; empty where it was done before."""
+        ready = [one for one in self._look.checkpoints if one.ready]
+        if not ready:
+            return "no checkpoint is published yet"
+        accepted = [one for one in ready if one.run_id not in self._refused]
+        if not accepted:
+            runs = len({one.run_id for one in ready})
+            return f"none of {runs} runs can be validated, for the reasons above"
+        if self.is_waiting:
+            return "other validators are at what is left"
+        names = [one.name for one in self._plan.validations]
+        if any(state_of(one, name) is not State.OPEN for one in accepted for name in names):
+            return ""
+        if all(one.is_pruned for one in accepted):
+            return f"the files of all {len(accepted)} checkpoints were removed"
+        return f"of {len(accepted)} checkpoints --every and --max-lag leave none"
+
     def waiting_of(self, run_id: str) -> list[Checkpoint]:
         """What remained to be done of a run at the last look, be it by others."""
         return self._waiting.get(run_id, [])

@@ -15,6 +15,7 @@ from mlflow_dr.cache import unchanged_cache
 from mlflow_dr.collection.corpus import Corpus
 from mlflow_dr.collection.interface import Collection
 from mlflow_dr.collection.records import Topics
+from mlflow_dr.encoder.config import check_types
 from mlflow_dr.encoder.model import Encoder
 from mlflow_dr.encoder.tables import corpus_tokens, subset_tokens
 from mlflow_dr.encoder.tokenize import Tokenizing
@@ -46,6 +47,9 @@ class Settings:
     device: str = "auto"
     dtype: str = "auto"
     keep_own_id: bool = False
+
+    def __post_init__(self) -> None:
+        check_types(self)
 
 
 @dataclass(frozen=True)

@@ -121,16 +121,20 @@ class Jobs:
         plan: how encoders are read.
         patiently: does what needs the server.
         clock: the server's time.
+        names_runs: whether log lines name the run, because there may be several.
 
     Attributes:
         speed: how fast the last evaluation was; None before the first.
         seconds: what the last job took; None before the first.
     """
 
-    def __init__(self, plan: Plan, patiently: Patience, clock: ServerClock) -> None:
+    def __init__(
+        self, plan: Plan, patiently: Patience, clock: ServerClock, names_runs: bool = False
+    ) -> None:
         self.speed: Speed | None = None
         self.seconds: float | None = None
         self._plan = plan
+        self._names_runs = names_runs
         self._patiently = patiently
         self._clock = clock
 
@@ -182,11 +186,11 @@ class Jobs:
             return _reports(encoder, bound)
         except CheckpointError as error:
             if self._is_removed(job):
-                log.warning("step %d is passed over: it was removed", job.checkpoint.step)
+                log.warning("%s is passed over: it was removed", self._shown(job))
                 return []
             found_at = job.checkpoint.directory
             if isinstance(error, UnavailableError) and found_at and why_not_whole(Path(found_at)):
-                log.warning("step %d is passed over: %s", job.checkpoint.step, error)
+                log.warning("%s is passed over: %s", self._shown(job), error)
                 return []
             if isinstance(error, UnavailableError) and not isinstance(error, LostError):
                 raise
@@ -212,7 +216,7 @@ class Jobs:
         """Record what came of a validation: the values of each query, then the figures."""
         checkpoint, run, name = job.checkpoint, job.run, bound.name
         if isinstance(outcome, CheckpointError):
-            log.error("step %d cannot be validated: %s", checkpoint.step, outcome)
+            log.error("%s cannot be validated: %s", self._shown(job), outcome)
             self._patiently(partial(mark_failed, run, checkpoint, name, str(outcome)))
             return State.FAILED
         if outcome is None:
@@ -224,8 +228,13 @@ class Jobs:
         figures = self._patiently(write)
         several = f"{name}: " if len(self._plan.validations) > 1 else ""
         shown = "  ".join(f"{key} {value:.4g}" for key, value in figures.items())
-        log.info("step %d: %s%s", checkpoint.step, several, shown)
+        log.info("%s: %s%s", self._shown(job), several, shown)
         return State.DONE
+
+    def _shown(self, job: Job) -> str:
+        """The step; of several runs also which one."""
+        run = f"{job.run.label} " if self._names_runs else ""
+        return f"{run}step {job.checkpoint.step}"
 
 
 def _reports(encoder: Encoder, bound: Sequence[Bound]) -> Sequence[Report]:

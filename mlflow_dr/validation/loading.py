@@ -18,7 +18,7 @@ from mlflow_dr.errors import CheckpointError, UnavailableError, UsageError
 from mlflow_dr.retrieval.encode import encode_all
 from mlflow_dr.stores.token_table import token_table
 from mlflow_dr.tracking.checkpoints import Checkpoint
-from mlflow_dr.tracking.encoders import reading
+from mlflow_dr.tracking.encoders import local_cause, reading
 from mlflow_dr.tracking.fetching import fetched
 from mlflow_dr.validation.evaluate import Settings
 
@@ -56,7 +56,8 @@ def loaded(checkpoint: Checkpoint, directory: Path, changes: Mapping[str, Any]) 
         if changes:
             loaded(checkpoint, directory, {})
             raise  # it is what the user has asked for
-        raise CheckpointError(f"{what} cannot be read: {error}") from error
+        kind = UnavailableError if local_cause(error) else CheckpointError
+        raise kind(f"{what} cannot be read: {error}") from error
     except CheckpointError:
         _check_bases(directory)
         raise

@@ -83,7 +83,7 @@ class _Worker:
         self._sleep = sleep
         self._patiently = Patience(followed.client, plan.poll_seconds, sleep)
         self._clock = ServerClock()
-        self._jobs = Jobs(plan, self._patiently, self._clock)
+        self._jobs = Jobs(plan, self._patiently, self._clock, names_runs=followed.run is None)
         self._pacer = Pacer(plan)
         self._setbacks = Setbacks(plan.poll_seconds)
         self._choice = Choice(plan, claims.owner.token, self._clock.now_ms, setbacks=self._setbacks)
@@ -92,6 +92,7 @@ class _Worker:
         self._noted: dict[str, dict[str, str]] = {}
         self._seen: dict[str, list[Checkpoint]] = {}  # when that was noted
         self._counts = Counts()
+        self._done: set[str] = set()  # model ids
         self._writing: tuple[Job, Beside[dict[str, State]]] | None = None
         self._ahead: Beside[Job | None] | None = None
 
@@ -134,7 +135,11 @@ class _Worker:
         counts = self._counts
         counts.passed_over = len(self._choice.passed_over)
         counts.unavailable = len(self._choice.unavailable)
-        log.info("validated %d checkpoints of %s; %s", counts.done, self._followed.name, counts)
+        if not (self._plan.follow or counts.done):
+            counts.nothing = self._choice.why_nothing()
+            if counts.nothing:
+                log.error("nothing was validated: %s", counts.nothing)
+        log.info("validated %s of %s; %s", counts.checkpoints, self._followed.name, counts)
         return counts
 
     def _seconds_to_work(self, look_seconds: float) -> float:
@@ -170,7 +175,7 @@ class _Worker:
             with self._going_on_without(run_id):
                 run = self._followed.run_of(of_run[0])
                 names = self._pacer.names(
-                    run, bound, of_run, self._jobs.speed, self._choice.validators
+                    run, bound, of_run, self._jobs.speed, self._choice.validators, look.over
                 )
                 changed |= self._choice.limit(run_id, names)
         return changed
@@ -325,7 +330,10 @@ class _Worker:
             self._choice.ended(job.checkpoint, name, states.get(name))
         failed = State.FAILED in states.values()
         self._counts.failed += failed
-        self._counts.done += bool(states and not failed)
+        if states and not failed:
+            self._done.add(job.checkpoint.model_id)
+            self._counts.done = len(self._done)
+        self._counts.validations += len(done)
 
     def close(self) -> None:
         """Give everything back, at once but for what is being written."""

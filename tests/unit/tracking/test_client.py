@@ -3,6 +3,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from http.server import BaseHTTPRequestHandler, HTTPServer
+from pathlib import Path
 
 import pytest
 from mlflow.exceptions import MlflowException
@@ -38,6 +39,37 @@ def test_a_password_in_the_uri_is_not_shown() -> None:
     with pytest.raises(TrackingError) as caught:
         connect(f"http://user:secret@127.0.0.1:{port}")
     assert "secret" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "uri",
+    [
+        "https://s3cretTOKEN@127.0.0.1:9",
+        "http://127.0.0.1:9/?token=s3cretTOKEN",
+        "http://127.0.0.1:9/?t=s3cretTOKEN",
+        "postgresql+nosuch://user:s3cretTOKEN@host/db",
+        "mysql+pymysql://user:s3cretTOKEN@host/db",
+    ],
+)
+def test_no_secret_of_the_uri_is_shown(uri: str) -> None:
+    with pytest.raises(TrackingError) as caught:
+        connect(uri)
+    assert "s3cretTOKEN" not in str(caught.value)
+    assert "***" in str(caught.value)
+
+
+def test_a_database_without_its_driver_names_what_to_install() -> None:
+    with pytest.raises(TrackingError, match=r"'pymysql', which is not installed: pip install"):
+        connect("mysql+pymysql://user@host/db")
+
+
+def test_who_only_reads_makes_no_database(tmp_path: Path) -> None:
+    for path in (tmp_path / "mlflow.db", tmp_path / "nodir" / "x.db"):
+        with pytest.raises(TrackingError, match=f"there is no tracking store .*{path}"):
+            connect(f"sqlite:///{path}", may_create=False)
+    assert not list(tmp_path.iterdir())
+    connect(f"sqlite:///{tmp_path}/mlflow.db")
+    connect(f"sqlite:///{tmp_path}/mlflow.db", may_create=False)
 
 
 def test_a_store_that_cannot_be_opened_is_one_line() -> None:

@@ -170,7 +170,7 @@ def test_the_summary_names_first_last_and_best(run: TrackedRun, directory: Path)
         record_result(run, checkpoint, "val", {"mrr_at_10": value}, DATASET)
     curve = curve_of(run, "val")
     assert [point.step for point in curve] == [0, 10, 20]
-    text = summary(curve, ["mrr_at_10"], run.id)
+    text = summary(curve, ["mrr_at_10"], run)
     assert "best   step 10" in text
     assert f"models:/{curve[1].model_id}" in text
     assert "first  step 0" in text
@@ -178,7 +178,7 @@ def test_the_summary_names_first_last_and_best(run: TrackedRun, directory: Path)
 
 
 def test_a_summary_of_nothing(run: TrackedRun) -> None:
-    assert "0 checkpoints validated" in summary([], ["mrr_at_10"], run.id)
+    assert "0 checkpoints validated" in summary([], ["mrr_at_10"], run)
 
 
 @pytest.mark.parametrize(
