@@ -5,10 +5,11 @@ from __future__ import annotations
 import copy
 import json
 import logging
-from dataclasses import replace
 from typing import Any
 
-from mlflow_dr.encoder.config import ProjectionConfig
+from torch import nn
+
+from mlflow_dr.encoder.head import is_normalized
 from mlflow_dr.encoder.model import Encoder
 from mlflow_dr.errors import UsageError
 
@@ -34,12 +35,15 @@ def with_projection(encoder: Encoder, in_features: int | None, out_features: int
             encoder.dimension,
         )
         return encoder
-    layer = ProjectionConfig(in_features or encoder.dimension, out_features)
-    settings = replace(encoder.settings, projections=(layer,))
+    from sentence_transformers.sentence_transformer.modules import Dense
+
+    head = list(encoder.head)
+    layer = Dense(in_features or encoder.dimension, out_features, activation_function=nn.Identity())
+    head.insert(len(head) - is_normalized(head), layer)
     tower = encoder.query_tower
     if tower is not None:
         tower = with_projection(tower, in_features, out_features)
-    return Encoder(encoder.backbone, encoder.tokenizer, settings, tower)
+    return Encoder(encoder.backbone, encoder.tokenizer, encoder.settings, tower, head)
 
 
 def untie(encoder: Encoder) -> None:

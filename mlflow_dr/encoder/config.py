@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, fields
+from dataclasses import dataclass
 from typing import Any
 
 from mlflow_dr.errors import UsageError
 
 POOLINGS = ("cls", "mean", "last", "max", "mean_sqrt_len", "weighted_mean")
-ACTIVATIONS = ("identity", "tanh", "relu", "gelu", "sigmoid")
 DEFAULT_QUERY_LENGTH = 32
 DEFAULT_PASSAGE_LENGTH = 128
 
@@ -22,19 +21,13 @@ class ProjectionConfig:
     bias: bool = True
     activation: str = "identity"
 
-    def __post_init__(self) -> None:
-        if self.activation not in ACTIVATIONS:
-            raise UsageError(
-                f"activation {self.activation!r}: expected one of {', '.join(ACTIVATIONS)}"
-            )
-
 
 @dataclass(frozen=True)
 class EncoderConfig:
     """How text becomes a vector around the backbone.
 
     Attributes:
-        pooling: how the token vectors become one; see `mlflow_dr.encoder.pooling`.
+        pooling: how the token vectors become one; one of `POOLINGS`, or several joined by `+`.
         normalize: whether vectors are scaled to length 1, so that the dot product is the cosine.
         projections: linear layers between pooling and normalisation.
         query_prompt: put before every query.
@@ -56,29 +49,12 @@ class EncoderConfig:
     lowercase: bool = False
 
     def __post_init__(self) -> None:
-        if self.pooling not in POOLINGS:
+        if not set(self.pooling.split("+")) <= set(POOLINGS):
             raise UsageError(f"pooling {self.pooling!r}: expected one of {', '.join(POOLINGS)}")
         for name in ("query_max_length", "passage_max_length"):
             length = getattr(self, name)
             if length < 3:
                 raise UsageError(f"{name} is {length}; at least 3 tokens are needed")
-
-    def to_dict(self) -> dict[str, Any]:
-        """As plain values, for JSON."""
-        return asdict(self)
-
-    @classmethod
-    def from_dict(cls, values: dict[str, Any]) -> EncoderConfig:
-        """From what `to_dict` gave.
-
-        Raises:
-            UsageError: a key that this version does not know.
-        """
-        known = {field.name for field in fields(cls)}
-        if unknown := sorted(set(values) - known):
-            raise UsageError(f"unknown encoder settings {unknown}; known are {sorted(known)}")
-        projections = tuple(ProjectionConfig(**one) for one in values.get("projections", ()))
-        return cls(**{**values, "projections": projections})
 
 
 def changes_of(

@@ -1,46 +1,43 @@
 """The encoder's directory, which `mlflow_dr`, sentence-transformers and AutoModel all load.
 
 config.json, model.safetensors, tokenizer*      the backbone, for AutoModel
-modules.json, 1_Pooling/, 2_Dense/, ...         the rest, for sentence-transformers
-mlflow_dr.json                                  everything, for mlflow_dr
+modules.json, 1_Pooling/, 2_Dense/, ...         the rest, as sentence-transformers writes it
+mlflow_dr.json                                  what sentence-transformers has no place for
 query/                                          the queries' tower, where they have their own
 adapter_config.json, adapter_model.safetensors  instead of the backbone: adapters of another one
 """
 
 from __future__ import annotations
 
-import inspect
+import copy
 import json
 import logging
-import pickle
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor
 
 from mlflow_dr.encoder import lora
 from mlflow_dr.encoder import sentence_transformers as st
+from mlflow_dr.encoder.agreement import check_agreement
 from mlflow_dr.encoder.config import EncoderConfig
-from mlflow_dr.encoder.model import Encoder, positions
+from mlflow_dr.encoder.head import TOKENS, changed_head
+from mlflow_dr.encoder.model import Encoder, is_static, positions
 from mlflow_dr.encoder.quiet import quiet_transformers
 from mlflow_dr.encoder.source import encoder_directory
-from mlflow_dr.encoder.tokenize import highest_id
 from mlflow_dr.errors import CheckpointError, UsageError
 
 log = logging.getLogger(__name__)
 
 CONFIG = "mlflow_dr.json"
 QUERY_TOWER = "query"
-LAYOUT = 1
-ENCODERS_OF_PAIRS = {"t5": "T5EncoderModel", "mt5": "MT5EncoderModel", "umt5": "UMT5EncoderModel"}
+LAYOUT = 2
+OWN_SETTINGS = {"title_separator": str}
 LONGEST_BY_DEFAULT = 512
-# without its files transformers makes up a tokenizer of special tokens and, by kind, up to 2 others
-MADE_UP_TOKENS = 2
 
 
 def load_encoder(
@@ -63,7 +60,8 @@ def load_encoder(
         safetensors_only: refuse weights in any other format.
         tokenizer: a directory or hub name whose tokenizer is taken instead.
         cache_dir: where files from the hub are kept; Hugging Face's own cache when None.
-        bare_pooling: the pooling of a backbone whose directory names none; `mean` when None.
+        bare_pooling: the pooling of a backbone whose directory names none; the library's choice
+            (`last` for a language model that looks to the left only, else `mean`) when None.
         changes: fields of `EncoderConfig` that replace what the directory says.
 
     Returns:
@@ -74,56 +72,155 @@ def load_encoder(
         CheckpointError: its files are damaged, missing or of a kind that is not known.
     """
     directory = encoder_directory(str(name), cache_dir)
-    options: dict[str, Any] = {"trust_remote_code": trust_remote_code}
+    options: dict[str, Any] = {
+        "model_kwargs": {"trust_remote_code": trust_remote_code, "cache_dir": cache_dir},
+        "processor_kwargs": {"trust_remote_code": trust_remote_code},
+        "config_kwargs": {"trust_remote_code": trust_remote_code},
+    }
     if attention:
-        options["attn_implementation"] = attention
+        options["model_kwargs"]["attn_implementation"] = attention
     if safetensors_only:
-        options["use_safetensors"] = True
-    is_ours = (directory / CONFIG).exists()
-    is_theirs = not is_ours and st.is_sentence_transformer(directory)
-    place = st.transformer_directory(directory) if is_theirs else directory
-    words = encoder_directory(tokenizer, cache_dir) if tokenizer else place
-    backbone, loaded = _load_adapted(place, words, options, cache_dir)
-    longest = _longest(backbone, loaded)
-    if not is_ours and not is_theirs and "pooling" not in changes:
-        changes = {"pooling": bare_pooling or "mean", **changes}
-        log.warning("%s is a bare backbone: taking %s pooling", name, changes["pooling"])
-    config, weights = _described(directory, is_theirs, longest)
-    encoder = _made(directory, backbone, loaded, config, changes)
-    _load_projections(encoder, weights, safetensors_only)
-    if is_ours and (directory / QUERY_TOWER).is_dir():
-        encoder.query_tower = load_encoder(
-            directory / QUERY_TOWER,
-            attention=attention,
-            trust_remote_code=trust_remote_code,
-            safetensors_only=safetensors_only,
-            tokenizer=tokenizer,
-            cache_dir=cache_dir,
-            **changes,
-        )
+        options["model_kwargs"]["use_safetensors"] = True
+    words = str(encoder_directory(tokenizer, cache_dir)) if tokenizer else None
+    with st.reading(directory):
+        if st.is_sentence_transformer(directory):
+            encoder = _load_described(directory, options, words, changes, safetensors_only)
+        elif (directory / CONFIG).exists():
+            raise CheckpointError(f"{directory}: {CONFIG} without {st.MODULES}; publish it again")
+        else:
+            encoder = _load_bare(directory, str(name), options, words, changes, bare_pooling)
     return encoder.eval()
 
 
-def _made(
-    directory: Path, backbone: Any, tokenizer: Any, config: EncoderConfig, changes: dict[str, Any]
+def _load_described(
+    directory: Path,
+    options: dict[str, Any],
+    words: str | None,
+    changes: dict[str, Any],
+    safetensors_only: bool,
 ) -> Encoder:
-    """An encoder of these parts; what does not fit is the user's error where the user says it."""
+    """An encoder that sentence-transformers' files describe, ours among them."""
+    from mlflow_dr.encoder.backbone import Backbone
+
+    is_ours = (directory / CONFIG).exists()
+    own = _read_own_settings(directory / CONFIG) if is_ours else {}
+    st.check_description(directory, "normalize" in changes, safetensors_only)
+    kind = type("Backbone", (Backbone,), {"tokenizer_place": words}) if words else Backbone
+    model = st.load_model(directory, kind, **options)
+    encoder = encoder_of(model, directory, own)
+    if not is_ours:
+        check_agreement(model, encoder, directory)
+    return changed(encoder, changes)
+
+
+def encoder_of(model: Any, name: object, own: Mapping[str, Any] | None = None) -> Encoder:
+    """An encoder of the modules of a SentenceTransformer, whose weights it shares.
+
+    Args:
+        model: the library's model.
+        name: what an error names.
+        own: settings that the library has no place for.
+
+    Raises:
+        CheckpointError: the model has modules or settings that cannot be taken.
+    """
+    query, document = st.routes_of(model, name)
     try:
-        return Encoder(backbone, tokenizer, replace(config, **changes))
+        config = EncoderConfig(
+            query_prompt=query.prompt,
+            passage_prompt=document.prompt,
+            query_max_length=query.max_length,
+            passage_max_length=document.max_length,
+            **(own or {}),
+        )
+        is_shared = query.source is document.source and query.head is document.head
+        tower = None if is_shared else _tower(query, config)
+        return _tower(document, config, tower)
     except UsageError as error:
-        if changes:
-            raise
-        raise CheckpointError(f"{directory}: {error}") from error
+        raise CheckpointError(f"{name}: {error}") from error
 
 
-def _described(directory: Path, is_theirs: bool, longest: int) -> tuple[EncoderConfig, list[Path]]:
-    """What a directory says of its encoder, and where the weights of its projections are."""
-    if (directory / CONFIG).exists():
-        config = _read_config(directory)
-        return config, [directory / f"{i + 2}_Dense" for i in range(len(config.projections))]
-    if is_theirs:
-        return st.read_config(directory, longest)
-    return EncoderConfig("mean", query_max_length=longest, passage_max_length=longest), []
+def _tower(route: st.Route, config: EncoderConfig, query_tower: Encoder | None = None) -> Encoder:
+    if is_static(route.source):
+        backbone, tokenizer = route.source, static_tokenizer(route.source.tokenizer)
+    else:
+        backbone, tokenizer = route.source.model, route.source.tokenizer
+        limit = positions(backbone)
+        if limit is not None:  # the other task's length may be another backbone's
+            config = replace(
+                config,
+                query_max_length=min(config.query_max_length, limit),
+                passage_max_length=min(config.passage_max_length, limit),
+            )
+    return Encoder(backbone, tokenizer, config, query_tower, route.head)
+
+
+def changed(encoder: Encoder, changes: Mapping[str, Any]) -> Encoder:
+    """An encoder whose settings are replaced, in both towers where there are two.
+
+    Args:
+        encoder: gives its backbone and weights.
+        changes: fields of `EncoderConfig`.
+
+    Raises:
+        UsageError: values that are unknown or do not fit.
+    """
+    if not changes:
+        return encoder
+    settings = replace(encoder.settings, **changes)  # checks the values
+    head = changed_head(
+        encoder.head,
+        settings.pooling if "pooling" in changes else None,
+        settings.normalize if "normalize" in changes else None,
+    )
+    tower = encoder.query_tower
+    if tower is not None:
+        tower = changed(tower, changes)
+    return Encoder(encoder.backbone, encoder.tokenizer, settings, tower, head)
+
+
+def _load_bare(
+    directory: Path,
+    name: str,
+    options: dict[str, Any],
+    words: str | None,
+    changes: dict[str, Any],
+    bare_pooling: str | None,
+) -> Encoder:
+    """An encoder of a backbone whose directory does not say how vectors are made."""
+    from mlflow_dr.encoder.backbone import Backbone, refuse_classifier, usual_pooling
+
+    if "pooling" not in changes and bare_pooling is None:
+        refuse_classifier(directory)
+    text = {"method": "forward", "method_output_name": "last_hidden_state"}
+    source = Backbone(
+        str(directory),
+        tokenizer_name_or_path=words,
+        modality_config={"text": text},
+        module_output_name=TOKENS,
+        **options,
+    )
+    tokenizer: Any = source.tokenizer
+    limits = (tokenizer.model_max_length, positions(source.model))
+    known = [int(limit) for limit in limits if limit and limit < st.UNLIMITED]
+    longest = min(known, default=LONGEST_BY_DEFAULT)
+    if "pooling" not in changes:
+        pooling = bare_pooling or usual_pooling(source.config)
+        changes = {"pooling": pooling, **changes}
+        log.warning("%s is a bare backbone: taking %s pooling", name, pooling)
+    config = EncoderConfig("mean", query_max_length=longest, passage_max_length=longest)
+    return Encoder(source.model, tokenizer, replace(config, **changes))
+
+
+def static_tokenizer(tokenizer: Any) -> Any:
+    """The tokenizer of a table of token vectors, as transformers has it: no special tokens."""
+    from tokenizers import Tokenizer
+    from tokenizers.processors import Sequence
+    from transformers import PreTrainedTokenizerFast
+
+    plain = Tokenizer.from_str(tokenizer.to_str())
+    plain.post_processor = Sequence([])
+    return PreTrainedTokenizerFast(tokenizer_object=plain)
 
 
 def save_encoder(
@@ -142,31 +239,19 @@ def save_encoder(
             (a snapshot, while training goes on).
         merged: whether adapters become part of the backbone's weights; else they are written alone.
         for_queries: whether it is a tower of queries, which sentence-transformers cuts at their
-            length; it cuts all others at the passages'.
+            length where it is not told what a text is; it cuts all others at the passages'.
     """
     state = state if state is not None else encoder.state_dict()
     directory.mkdir(parents=True)
-    backbone, backbone_state = encoder.backbone, _under("backbone.", state)
-    with quiet_transformers():
-        if lora.is_adapted(backbone) and not merged:
-            lora.save_adapter(directory, backbone, backbone_state)
-        else:
-            if lora.is_adapted(backbone):
-                backbone, backbone_state = lora.merged_weights(backbone, backbone_state)
-            backbone.save_pretrained(directory, state_dict=backbone_state)
-    encoder.tokenizer.save_pretrained(directory)
-    width = int(encoder.backbone.config.hidden_size)
+    _save_backbone(directory, encoder, _under("backbone.", state), merged)
+    head = copy.deepcopy(encoder.head)
+    head.load_state_dict(_under("head.", state))
     settings = encoder.settings
     length = settings.query_max_length if for_queries else settings.passage_max_length
-    for index, place in enumerate(st.write_config(directory, settings, width, length)):
-        prefix = f"projections.{index}."
-        layer = {
-            f"linear.{key.removeprefix(prefix)}": value.contiguous()
-            for key, value in state.items()
-            if key.startswith(prefix)
-        }
-        save_file(layer, place / "model.safetensors", metadata={"format": "pt"})
-    values = {"layout": LAYOUT, "encoder": settings.to_dict()}
+    source = st.SOURCES[1 if encoder.is_static else 0]
+    st.write_description(directory, settings, source, list(head), length)
+    own = {name: getattr(settings, name) for name in OWN_SETTINGS}
+    values = {"layout": LAYOUT, "encoder": own}
     (directory / CONFIG).write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
     if encoder.query_tower is not None:
         tower_state = _under("query_tower.", state)
@@ -174,116 +259,65 @@ def save_encoder(
         st.write_router(directory, QUERY_TOWER)
 
 
+def _save_backbone(
+    directory: Path, encoder: Encoder, state: dict[str, Tensor], merged: bool
+) -> None:
+    backbone = encoder.backbone
+    if encoder.is_static:
+        table = copy.deepcopy(backbone)
+        table.load_state_dict(state)
+        table.save(str(directory))
+        return
+    with quiet_transformers():
+        if lora.is_adapted(backbone) and not merged:
+            lora.save_adapter(directory, backbone, state)
+        else:
+            if lora.is_adapted(backbone):
+                backbone, state = lora.merged_weights(backbone, state)
+            backbone.save_pretrained(directory, state_dict=state)
+    encoder.tokenizer.save_pretrained(directory)
+
+
 def _under(prefix: str, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """The part of a state that belongs to one module, under the names it has there."""
     return {key.removeprefix(prefix): v for key, v in state.items() if key.startswith(prefix)}
 
 
-def _read_config(directory: Path) -> EncoderConfig:
-    path = directory / CONFIG
+def _read_own_settings(path: Path) -> dict[str, Any]:
+    """What our own file says, checked."""
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
-        layout = values["layout"]
-        if layout > LAYOUT:
+        layout, own = values["layout"], dict(values["encoder"])
+        if layout != LAYOUT:
+            made = "a newer" if layout > LAYOUT else "an earlier"
             raise CheckpointError(
-                f"{path}: layout {layout} was written by a newer mlflow_dr; this one reads {LAYOUT}"
+                f"{path}: layout {layout} was written by {made} mlflow_dr; this one reads {LAYOUT}"
             )
-        return EncoderConfig.from_dict(values["encoder"])
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, UsageError) as error:
+        if unknown := sorted(set(own) - set(OWN_SETTINGS)):
+            raise UsageError(
+                f"unknown encoder settings {unknown}; known are {sorted(OWN_SETTINGS)}"
+            )
+        for name in OWN_SETTINGS:
+            value = own[name]
+            if not isinstance(value, OWN_SETTINGS[name]):
+                raise UsageError(f"{name} is {value!r:.80}; expected {OWN_SETTINGS[name].__name__}")
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise CheckpointError(f"{path}: not an encoder's description ({error})") from error
-
-
-def _load_adapted(
-    directory: Path, words: Path, options: dict[str, Any], cache_dir: str | None
-) -> tuple[Any, Any]:
-    """A backbone and a tokenizer, the backbone with its adapters merged where it has some."""
-    base = lora.base_of(directory)
-    if base is None:
-        return _load_backbone(directory, words, options)
-    try:
-        place = encoder_directory(base, cache_dir)
     except UsageError as error:
-        raise CheckpointError(f"{directory} has adapters of another backbone: {error}") from error
-    if st.is_sentence_transformer(place):
-        place = st.transformer_directory(place)
-    backbone, tokenizer = _load_adapted(place, words, options, cache_dir)
-    with quiet_transformers():
-        return lora.with_adapters(directory, backbone), tokenizer
+        raise CheckpointError(f"{path}: not an encoder's description ({error})") from error
+    return own
 
 
-def _load_backbone(directory: Path, words: Path, options: dict[str, Any]) -> tuple[Any, Any]:
-    import transformers
+def head_state(place: Path) -> dict[str, Tensor]:
+    """The weights of one module of the head, from its own folder.
 
-    trust = {"trust_remote_code": options["trust_remote_code"]}
+    Raises:
+        CheckpointError: they are not there, or cannot be read.
+    """
+    path = place / "model.safetensors"
     try:
-        config = transformers.AutoConfig.from_pretrained(directory, **trust)
-        tokenizer = transformers.AutoTokenizer.from_pretrained(words, **trust)
-        kind = getattr(transformers, ENCODERS_OF_PAIRS.get(config.model_type, "AutoModel"))
-        if _has_unused_pooler(config):
-            options = {**options, "add_pooling_layer": False}
-        with quiet_transformers():
-            backbone, loading = kind.from_pretrained(
-                directory, config=config, dtype=torch.float32, output_loading_info=True, **options
-            )
-    except pickle.UnpicklingError as error:
-        raise CheckpointError(
-            f"{directory}: the pickled weights are damaged or hold more than weights, and no code "
-            "of theirs is run; save them as safetensors"
-        ) from error
-    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError, ImportError) as error:
-        reason = " ".join(str(error).split())[:300]
-        raise CheckpointError(f"{directory}: the backbone cannot be loaded: {reason}") from error
-    if missing := sorted(loading["missing_keys"]):
-        raise CheckpointError(
-            f"{directory}: {len(missing)} weights of the backbone are not in the file, such as "
-            f"{missing[0]}; is it a checkpoint of this architecture ({config.model_type})?"
-        )
-    if len(tokenizer) - len(set(tokenizer.all_special_tokens)) <= MADE_UP_TOKENS:
-        raise CheckpointError(
-            f"{words}: the tokenizer has special tokens only; are its files (tokenizer.json, "
-            "vocab.txt or others) missing?"
-        )
-    rows = backbone.get_input_embeddings().weight.shape[0]
-    if (highest := highest_id(tokenizer)) >= rows:
-        raise CheckpointError(
-            f"{words}: the tokenizer has token ids up to {highest}, but the backbone embeds "
-            f"only {rows} tokens; tokenizer and weights do not belong together"
-        )
-    return backbone, tokenizer
-
-
-def _has_unused_pooler(config: Any) -> bool:
-    """Whether AutoModel would add BERT's pooler, whose weights no vector here depends on."""
-    from transformers import AutoModel
-
-    kind = AutoModel._model_mapping.get(type(config), None)
-    return isinstance(kind, type) and "add_pooling_layer" in inspect.signature(kind).parameters
-
-
-def _longest(backbone: Any, tokenizer: Any) -> int:
-    limits = [tokenizer.model_max_length, positions(backbone.config)]
-    known = [int(limit) for limit in limits if limit and limit < 1_000_000]
-    return min(known, default=LONGEST_BY_DEFAULT)
-
-
-def _load_projections(encoder: Encoder, places: list[Path], safetensors_only: bool) -> None:
-    for layer, place in zip(encoder.projections, places, strict=False):
-        state = _tensors(place, safetensors_only)
-        try:
-            layer.load_state_dict({k.removeprefix("linear."): v for k, v in state.items()})
-        except RuntimeError as error:
-            reason = " ".join(str(error).split())
-            raise CheckpointError(f"{place}: weights do not fit config.json: {reason}") from error
-
-
-def _tensors(place: Path, safetensors_only: bool) -> dict[str, Tensor]:
-    path, pickled = place / "model.safetensors", place / "pytorch_model.bin"
-    try:
-        if pickled.exists() and not path.exists() and not safetensors_only:
-            # as older sentence-transformers wrote it; with `weights_only` no code of it runs
-            return torch.load(pickled, map_location="cpu", weights_only=True)
         return load_file(path)
-    except (OSError, SafetensorError, pickle.UnpicklingError, RuntimeError) as error:
+    except (OSError, SafetensorError) as error:
         raise CheckpointError(
             f"{path}: cannot be read as safetensors ({' '.join(str(error).split())})"
         ) from error

@@ -12,10 +12,11 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from mlflow_dr.encoder.model import Encoder
+from mlflow_dr.encoder.source import encoder_directory
 from mlflow_dr.errors import CheckpointError, MissingExtraError, UsageError
 
 CONFIG = "adapter_config.json"
@@ -23,6 +24,9 @@ WEIGHTS = "adapter_model.safetensors"
 # attention and feed-forward in most decoders; other backbones get adapters on all linear layers
 USUAL_TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "down_proj", "up_proj", "gate_proj")
 ALL_LINEAR = "all-linear"
+EXPRESSIONS = ("rank_pattern", "alpha_pattern", "exclude_modules", "layers_pattern")
+PLAIN_NAME = re.compile(r"\^?[\w.\\-]*\$?")
+ADAPTED_LAYER = re.compile(r"base_model\.model\.(.+)\.lora_(?:embedding_)?A(?:\.weight)?")
 PRODUCT = (".lora_A.default.weight", ".lora_B.default.weight")
 
 
@@ -61,7 +65,10 @@ def add_lora(
             with _quiet_peft():
                 if start is not None:
                     one.backbone = peft.PeftModel.from_pretrained(
-                        one.backbone, str(start), is_trainable=True
+                        one.backbone,
+                        str(start),
+                        is_trainable=True,
+                        config=_checked_config(peft, Path(start)),
                     )
                 else:
                     config = peft.LoraConfig(
@@ -143,6 +150,33 @@ def base_of(directory: Path) -> str | None:
     return base
 
 
+def adapter_chain(directory: Path, cache_dir: str | None = None) -> list[Path]:
+    """The directories of adapters that lie on one another, the outermost first, then their base.
+
+    Args:
+        directory: with adapters, or the base itself.
+        cache_dir: where files from the hub are kept; Hugging Face's own cache when None.
+
+    Raises:
+        CheckpointError: adapters whose base is not to be had, or is based on themselves.
+    """
+    chain = [directory]
+    while (base := base_of(chain[-1])) is not None:
+        try:
+            place = encoder_directory(base, cache_dir)
+        except UsageError as error:
+            raise CheckpointError(
+                f"{chain[-1]} has adapters of another backbone: {error}"
+            ) from error
+        if any(place.resolve() == known.resolve() for known in chain):
+            raise CheckpointError(
+                f"{chain[-1] / CONFIG}: base_model_name_or_path {base!r:.120} leads back to "
+                "adapters that are based on it"
+            )
+        chain.append(place)
+    return chain
+
+
 def with_adapters(directory: Path, backbone: Any) -> Any:
     """A bare backbone with a directory's adapters merged into it.
 
@@ -155,10 +189,38 @@ def with_adapters(directory: Path, backbone: Any) -> Any:
     peft = _peft()
     try:
         with _quiet_peft():
-            return peft.PeftModel.from_pretrained(backbone, str(directory)).merge_and_unload()
+            config = _checked_config(peft, directory)
+            adapted = peft.PeftModel.from_pretrained(backbone, str(directory), config=config)
+            return adapted.merge_and_unload()
     except (ValueError, OSError, RuntimeError, KeyError, TypeError, SafetensorError) as error:
         reason = " ".join(str(error).split())[:300]
         raise CheckpointError(f"{directory}: adapters that do not fit: {reason}") from error
+
+
+def _checked_config(peft: Any, directory: Path) -> Any:
+    """The description of adapters, without regular expressions from elsewhere.
+
+    peft matches them with the name of every layer; one that is made for it takes for ever. The
+    layers are those that the file of weights names.
+
+    Raises:
+        CheckpointError: an expression that the weights do not stand for.
+    """
+    config = peft.PeftConfig.from_pretrained(str(directory))
+    targets = getattr(config, "target_modules", None)
+    if isinstance(targets, str) and targets != ALL_LINEAR:
+        with safe_open(directory / WEIGHTS, "pt") as file:
+            found = (ADAPTED_LAYER.fullmatch(name) for name in list(file.keys()))
+            config.target_modules = {match[1] for match in found if match}
+    said: dict[str, Any] = {name: getattr(config, name, None) for name in EXPRESSIONS}
+    for name, value in said.items():
+        parts = [value] if isinstance(value, str) else list(value or ())
+        if wrong := [part for part in parts if not PLAIN_NAME.fullmatch(str(part))]:
+            raise CheckpointError(
+                f"{directory / CONFIG}: {name} has the regular expression {wrong[0]!r:.80}; "
+                "expected names of layers"
+            )
+    return config
 
 
 def restore_adapter(directory: Path, backbone: Any) -> None:

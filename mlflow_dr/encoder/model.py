@@ -1,39 +1,43 @@
-"""The encoder as a module: backbone, pooling, projections, normalisation."""
+"""The encoder as a module: a backbone, and the head that makes one vector of its token vectors."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from mlflow_dr.encoder.config import EncoderConfig
-from mlflow_dr.encoder.pooling import POOLING, at_least_fp32
+from mlflow_dr.encoder.head import (
+    SENTENCE,
+    TOKENS,
+    apply_head,
+    is_normalized,
+    pooling_name,
+    projections_of,
+    standard_head,
+    vector_dimension,
+)
 from mlflow_dr.errors import UsageError
-
-ACTIVATION: dict[str, type[nn.Module]] = {
-    "identity": nn.Identity,
-    "tanh": nn.Tanh,
-    "relu": nn.ReLU,
-    "gelu": nn.GELU,
-    "sigmoid": nn.Sigmoid,
-}
-
-# RoBERTa and its kin number positions from the padding token's id + 1
-NUMBERED_FROM_PADDING = ("roberta", "xlm-roberta", "xlm-roberta-xl", "camembert", "longformer")
 
 
 class Encoder(nn.Module):
     """Text (as token ids) to vectors.
 
     Args:
-        backbone: a Hugging Face model whose first output is the token vectors.
+        backbone: a Hugging Face model whose first output is the token vectors, or the library's
+            `StaticEmbedding`, which gives the mean of its tokens' vectors.
         tokenizer: the backbone's tokenizer.
         config: everything around the backbone.
         query_tower: the encoder of queries, where queries have weights of their own.
+        head: sentence-transformers' modules after the backbone, in the place of those that
+            `config` describes; pooling, projections and normalisation of `settings` are then
+            theirs.
 
     Raises:
-        UsageError: projections that do not fit, or lengths beyond the backbone's positions.
+        UsageError: modules that do not fit, or lengths beyond the backbone's positions.
     """
 
     def __init__(
@@ -42,33 +46,36 @@ class Encoder(nn.Module):
         tokenizer: Any,
         config: EncoderConfig,
         query_tower: Encoder | None = None,
+        head: Sequence[nn.Module] | None = None,
     ) -> None:
         super().__init__()
         self.backbone = backbone
         self.tokenizer = tokenizer
-        self.settings = config
-        _check_lengths(backbone.config, config)
-        self._pool = POOLING[config.pooling]
-        width = int(backbone.config.hidden_size)
-        projections: list[nn.Module] = []
-        self._activations = []
-        for layer in config.projections:
-            if layer.in_features != width:
-                raise UsageError(
-                    f"a projection takes {layer.in_features} dimensions, but the layer before it "
-                    f"gives {width}"
-                )
-            projections.append(nn.Linear(width, layer.out_features, bias=layer.bias))
-            self._activations.append(ACTIVATION[layer.activation]())
-            width = layer.out_features
-        self.projections = nn.ModuleList(projections)
-        self.dimension = width
+        self.is_static = is_static(backbone)
+        _check_lengths(backbone, config)
+        modules = standard_head(config, self.width) if head is None else list(head)
+        self.settings = replace(
+            config,
+            pooling=pooling_name(modules) or config.pooling,
+            normalize=is_normalized(modules),
+            projections=projections_of(modules),
+        )
+        self.head = nn.ModuleList(modules)
+        start = SENTENCE if self.is_static else TOKENS
+        self.dimension = vector_dimension(modules, self.width, start)
         self.query_tower = query_tower
-        if query_tower is not None and query_tower.dimension != width:
+        if query_tower is not None and query_tower.dimension != self.dimension:
             raise UsageError(
                 f"queries become vectors of {query_tower.dimension} dimensions and passages of "
-                f"{width}; both towers need the same"
+                f"{self.dimension}; both towers need the same"
             )
+
+    @property
+    def width(self) -> int:
+        """Dimensions of what the backbone gives."""
+        if self.is_static:
+            return int(self.backbone.embedding_dim)
+        return int(self.backbone.config.hidden_size)
 
     @property
     def for_queries(self) -> Encoder:
@@ -91,12 +98,18 @@ class Encoder(nn.Module):
             `(batch, dimension) float32`, normalised in fp32 when the configuration says so; fp64
             for an encoder in fp64.
         """
-        states = self.backbone(input_ids=input_ids, attention_mask=attention_mask)[0]
-        vectors = self._pool(states, attention_mask)
-        for layer, activation in zip(self.projections, self._activations, strict=True):
-            vectors = activation(layer(vectors.to(next(layer.parameters()).dtype)))
-        vectors = at_least_fp32(vectors)
-        return nn.functional.normalize(vectors, dim=-1) if self.settings.normalize else vectors
+        features: dict[str, Any] = {"attention_mask": attention_mask}
+        if self.is_static:
+            lengths = attention_mask.sum(dim=1)
+            flat = {
+                "input_ids": input_ids[attention_mask.bool()],
+                "offsets": torch.cumsum(lengths, 0) - lengths,
+            }
+            features[SENTENCE] = self.backbone(flat)[SENTENCE]
+        else:
+            states = self.backbone(input_ids=input_ids, attention_mask=attention_mask)[0]
+            features[TOKENS] = states
+        return apply_head(self.head, features)
 
     @property
     def device(self) -> torch.device:
@@ -104,13 +117,22 @@ class Encoder(nn.Module):
         return next(self.parameters()).device
 
 
+def is_static(backbone: Any) -> bool:
+    """Whether a backbone is the library's table of token vectors instead of a transformer."""
+    return type(backbone).__name__ == "StaticEmbedding"
+
+
 def positions(backbone: Any) -> int | None:
-    """Tokens of a text at most, by the configuration of a backbone; None where it sets no limit."""
-    limit: int | None = getattr(backbone, "max_position_embeddings", None)
+    """Tokens of a text at most, by a backbone's table of positions; None where it sets no limit."""
+    limit: int | None = getattr(getattr(backbone, "config", None), "max_position_embeddings", None)
     if not limit or limit < 0:
         return None
-    if backbone.model_type in NUMBERED_FROM_PADDING:
-        limit -= backbone.pad_token_id + 1
+    for module in backbone.modules():
+        # RoBERTa, MPNet, data2vec and their kin number positions from the padding token's id + 1
+        table = getattr(module, "position_embeddings", None)
+        padding = getattr(module, "padding_idx", None)
+        if isinstance(padding, int) and isinstance(table, nn.Embedding):
+            return limit - padding - 1
     return limit
 
 

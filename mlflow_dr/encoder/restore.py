@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from torch import nn
 
 from mlflow_dr.encoder import lora
-from mlflow_dr.encoder.directory import QUERY_TOWER, _tensors, load_encoder
+from mlflow_dr.encoder.directory import QUERY_TOWER, head_state, load_encoder
 from mlflow_dr.encoder.model import Encoder
+from mlflow_dr.encoder.sentence_transformers import module_folder, reading
 from mlflow_dr.errors import CheckpointError
 
 
@@ -23,19 +26,24 @@ def restore_encoder(directory: Path, encoder: Encoder, trust_remote_code: bool =
     Raises:
         CheckpointError: the directory is damaged, or of an encoder of another shape.
     """
+    with reading(directory):
+        _restore(directory, encoder, trust_remote_code)
+
+
+def _restore(directory: Path, encoder: Encoder, trust_remote_code: bool) -> None:
     if lora.is_adapted(encoder.backbone):
         lora.restore_adapter(directory, encoder.backbone)
-        for index, layer in enumerate(encoder.projections):
-            state = _tensors(directory / f"{index + 2}_Dense", safetensors_only=True)
-            _put(layer, {k.removeprefix("linear."): v for k, v in state.items()}, directory)
+        for index, module in enumerate(encoder.head, start=1):
+            if module.state_dict():
+                _put(module, head_state(directory / module_folder(index, module)), directory)
         if encoder.query_tower is not None:
-            restore_encoder(directory / QUERY_TOWER, encoder.query_tower, trust_remote_code)
+            _restore(directory / QUERY_TOWER, encoder.query_tower, trust_remote_code)
         return
     saved = load_encoder(directory, trust_remote_code=trust_remote_code, safetensors_only=True)
     _put(encoder, saved.state_dict(), directory)
 
 
-def _put(module: nn.Module, state: dict[str, object], directory: Path) -> None:
+def _put(module: nn.Module, state: Mapping[str, Any], directory: Path) -> None:
     try:
         module.load_state_dict(state)
     except RuntimeError as error:

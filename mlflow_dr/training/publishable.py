@@ -28,10 +28,7 @@ TRAINER_FILES = (
     *("training_args.bin", "global_step*", "latest", "zero_to_fp32.py", "pytorch_model*.bin"),
     *("mlflow_dr_*.json", "*.partial", ".*", "__pycache__"),
 )
-ST_MODULES = ("Transformer", "Pooling", "Dense", "Dropout", "Normalize")
 NEEDED = ("pooling", "normalize")
-LONGEST = 1_000_000
-"""Tokenizers without a limit say a much larger number."""
 
 
 class Publishable(Protocol):
@@ -94,11 +91,14 @@ class SentenceTransformerSource:
     """
 
     def __init__(self, model: Any) -> None:
-        kinds = [type(module).__name__ for module in model.children()]
-        if unknown := [kind for kind in kinds if kind not in ST_MODULES]:
+        try:
+            st.routes_of(model, "this SentenceTransformer")
+        except CheckpointError as error:
+            raise UsageError(str(error)) from error
+        if model.similarity_fn_name not in st.SIMILARITIES:
             raise UsageError(
-                f"this SentenceTransformer has a {unknown[0]} module, which cannot be validated; "
-                f"supported are {', '.join(ST_MODULES)}"
+                f"this SentenceTransformer compares by {model.similarity_fn_name}; expected "
+                f"{' or '.join(st.SIMILARITIES)} (set its similarity_fn_name)"
             )
         for module in model.modules():
             _refuse_adapters(module)
@@ -202,15 +202,16 @@ def check_directory(directory: Path) -> None:
         raise UsageError(f"{directory}: not a directory; expected one that holds an encoder")
     if (directory / CONFIG).exists():
         return
-    place = directory
+    places = [directory]
     if st.is_sentence_transformer(directory):
-        st.read_config(directory, longest=LONGEST)
-        place = st.transformer_directory(directory)
-    if not (place / BACKBONE_CONFIG).exists() or not any(place.glob(WEIGHTS)):
-        raise CheckpointError(
-            f"{place}: no {BACKBONE_CONFIG} with {WEIGHTS} beside it; save the whole model there "
-            "(adapters merged), with safetensors"
-        )
+        st.check_description(directory, safetensors_only=True)
+        places = st.transformer_directories(directory)
+    for place in places:
+        if not (place / BACKBONE_CONFIG).exists() or not any(place.glob(WEIGHTS)):
+            raise CheckpointError(
+                f"{place}: no {BACKBONE_CONFIG} with {WEIGHTS} beside it; save the whole model "
+                "there (adapters merged), with safetensors"
+            )
 
 
 def _is_bare(directory: Path) -> bool:
@@ -226,8 +227,8 @@ def _encoder(model: Any, tokenizer: Any, settings: dict[str, Any]) -> Encoder:
     if not callable(getattr(tokenizer, "save_pretrained", None)):
         raise UsageError(f"{name} is published with its tokenizer; give tokenizer=")
     _check_settings(settings, name)
-    limits = (tokenizer.model_max_length, positions(model.config))
-    longest = min((int(one) for one in limits if one and one < LONGEST), default=0)
+    limits = (tokenizer.model_max_length, positions(model))
+    longest = min((int(one) for one in limits if one and one < st.UNLIMITED), default=0)
     lengths = {"query_max_length": longest, "passage_max_length": longest} if longest else {}
     return Encoder(model.base_model, tokenizer, EncoderConfig(**{**lengths, **settings}))
 

@@ -48,6 +48,7 @@ HOMES = {
     "datasets": ["collection/hub.py"],
     "pytrec_eval": ["retrieval/measures.py"],
     "psutil": ["launch.py"],
+    "sentence_transformers": ["encoder/"],
     "scipy": ["decisions/significance.py"],
     "matplotlib": ["decisions/pictures.py", "fidelity/pictures.py"],
 }
@@ -99,8 +100,15 @@ def test_heavy_libraries_stay_in_their_room(path: Path) -> None:
             assert any(where.startswith(home) for home in homes), f"{where} imports {name}"
 
 
+# imports sentence_transformers at its top, so it is imported late itself
+LATE = ["mlflow_dr.encoder.backbone"]
+
+
 @pytest.mark.parametrize("path", modules(), ids=lambda path: str(path.relative_to(PACKAGE)))
 def test_optional_libraries_are_imported_late(path: Path) -> None:
     early = {name.split(".")[0] for name in imports(path, top_level_only=True)}
     late = {"faiss", "ir_datasets", "datasets", "pytrec_eval", "bm25s", "Stemmer"}
     assert not early & (late | {"scipy", "matplotlib"})
+    assert not set(imports(path, top_level_only=True)) & set(LATE)
+    if path.name != "backbone.py":
+        assert "sentence_transformers" not in early

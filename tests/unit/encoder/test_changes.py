@@ -29,7 +29,7 @@ def test_a_projection_is_added_after_the_pooling(make_tiny: Make) -> None:
     encoder = make_tiny(pooling="mean")
     made = with_projection(encoder, None, 48)
     assert made.dimension == 48
-    expected = made.projections[0](encoder(IDS, MASK))
+    expected = made.head[1].linear(encoder(IDS, MASK))
     torch.testing.assert_close(made(IDS, MASK), expected)
     assert with_projection(encoder, 128, 7).dimension == 7
 

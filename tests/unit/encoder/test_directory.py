@@ -261,19 +261,35 @@ def test_all_minilm_gives_the_vectors_of_sentence_transformers(minilm: Path) -> 
 
 
 @pytest.mark.parametrize(
-    ("values", "expected"),
+    ("values", "unused"),
     [
-        ({"prompts": {"query": "q ", "passage": "p "}}, ("q ", "p ")),
-        ({"prompts": {"query": "q ", "corpus": "c "}}, ("q ", "c ")),
-        ({"prompts": {"query": "q "}}, ("q ", "")),
-        ({"prompts": {"any": "a "}, "default_prompt_name": "any"}, ("a ", "a ")),
-        ({"prompts": {}, "default_prompt_name": None}, ("", "")),
+        ({"prompts": {"query": "q ", "document": "d "}}, None),
+        ({"prompts": {"query": "q ", "passage": "p "}}, "passage"),
+        ({"prompts": {"query": "q ", "corpus": "c "}}, "corpus"),
+        ({"prompts": {"query": "q "}}, None),
+        ({"prompts": {"any": "a "}, "default_prompt_name": "any"}, "any"),
+        ({"prompts": {"query": "", "any": "a "}, "default_prompt_name": "any"}, "any"),
+        ({"prompts": {}, "default_prompt_name": None}, None),
     ],
 )
-def test_prompts_of_others(foreign: Path, values: dict[str, Any], expected: Any) -> None:
+def test_prompts_are_those_that_the_library_uses(
+    foreign: Path,
+    values: dict[str, Any],
+    unused: str | None,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
     (foreign / "config_sentence_transformers.json").write_text(json.dumps(values))
     settings = load_encoder(foreign).settings
-    assert (settings.query_prompt, settings.passage_prompt) == expected
+    theirs = sentence_transformer(foreign)
+    used = []
+    monkeypatch.setattr(theirs, "encode", lambda inputs, **said: used.append(said))
+    theirs.encode_query(["a"])
+    theirs.encode_document(["a"])
+    prompts = [theirs._resolve_prompt(said["prompt"], said["prompt_name"]) for said in used]
+    assert [settings.query_prompt, settings.passage_prompt] == prompts
+    assert (unused is not None) == ("does not put before" in caplog.text)
+    assert repr(unused or "") in caplog.text or unused is None
 
 
 def test_files_that_others_may_leave_out(foreign: Path) -> None:
@@ -378,18 +394,18 @@ def test_a_tokenizer_with_more_tokens_than_the_backbone_embeds(saved: Path) -> N
 @pytest.mark.parametrize(
     ("values", "message"),
     [
-        ({"layout": 2, "unheard": "of"}, "layout 2 was written by a newer mlflow_dr"),
-        ({"encoder": {}}, "'layout'"),
-        ({"layout": 1}, "'encoder'"),
-        ({"layout": "1", "encoder": {}}, "not an encoder's description"),
-        ({"layout": 1, "encoder": {"pooling": "middle"}}, "pooling 'middle': expected"),
-        ({"layout": 1, "encoder": {"poling": "cls"}}, "unknown encoder settings"),
-        ({"layout": 1, "encoder": {"projections": [{"in_features": 128}]}}, "out_features"),
         (
-            {"layout": 1, "encoder": {"projections": [{"in_features": 9, "out_features": 2}]}},
-            "takes 9 dimensions, but the layer before it gives 128",
+            {"layout": 3, "unheard": "of", "encoder": {}},
+            "layout 3 was written by a newer mlflow_dr",
         ),
-        ({"layout": 1, "encoder": ["cls"]}, "not an encoder's description"),
+        ({"layout": 1, "encoder": {}}, "layout 1 was written by an earlier mlflow_dr"),
+        ({"encoder": {}}, "'layout'"),
+        ({"layout": 2}, "'encoder'"),
+        ({"layout": 2, "encoder": {}}, "'title_separator'"),
+        ({"layout": "2", "encoder": {}}, "not an encoder's description"),
+        ({"layout": 2, "encoder": {"title_separator": 3}}, "title_separator is 3; expected str"),
+        ({"layout": 2, "encoder": {"poling": "cls"}}, "unknown encoder settings"),
+        ({"layout": 2, "encoder": ["cls"]}, "not an encoder's description"),
         (["cls"], "not an encoder's description"),
     ],
 )
@@ -405,45 +421,68 @@ TRANSFORMER = {"idx": 0, "name": "0", "path": "", "type": f"{ST}Transformer"}
 @pytest.mark.parametrize(
     ("name", "values", "message"),
     [
-        ("modules.json", [{"type": f"{ST}CNN", "path": ""}], "module .*CNN is not supported"),
+        ("modules.json", [{"type": f"{ST}CNN", "path": ""}], "module .*CNN' is not supported"),
+        ("modules.json", [{"type": "os.system", "path": ""}], "module .*system' is not supported"),
+        ("modules.json", [TRANSFORMER | {"path": "../x"}], "leads out of the directory"),
+        ("modules.json", [TRANSFORMER | {"path": ["x"]}], "modules.json: not as .* no text"),
+        ("modules.json", [TRANSFORMER | {"kwargs": ["task"]}], "kwargs .* are not supported"),
         (
             "modules.json",
             [
-                {"type": f"{ST}Normalize", "path": "3_Normalize"},
-                {"type": f"{ST}Dense", "path": "2_Dense"},
+                {"idx": 0, "name": "0", "type": f"{ST}Normalize", "path": "3_Normalize"},
+                {"idx": 1, "name": "1", "type": f"{ST}Dense", "path": "2_Dense"},
             ],
-            "in this order",
+            "expected Transformer or StaticEmbedding, then Pooling",
         ),
+        ("modules.json", [TRANSFORMER], "reads sentence_embedding, but no module before it"),
         ("modules.json", [{"idx": 0}], "modules.json: not as .* writes it"),
         ("modules.json", [TRANSFORMER, "Pooling"], "modules.json: not as .* writes it"),
-        ("1_Pooling/config.json", {}, "1_Pooling/config.json: pooling .* is not supported"),
+        ("1_Pooling/config.json", {}, "1_Pooling/config.json: not as .*embedding_dimension"),
         (
             "1_Pooling/config.json",
-            {"pooling_mode": ["mean", "max"]},
-            r"pooling \['mean', 'max'\] is not supported",
+            {"embedding_dimension": 128, "pooling_mode": "middle"},
+            "Invalid pooling mode: 'middle'",
         ),
         (
             "1_Pooling/config.json",
-            {"pooling_mode_mean_tokens": True, "pooling_mode_cls_token": True},
-            "expected one mode",
+            {"embedding_dimension": 128, "pooling_mode": ["mean", "max"]},
+            "takes 128 dimensions, but the layer before it gives 256",
         ),
         (
             "1_Pooling/config.json",
-            {"pooling_mode": "mean", "include_prompt": False},
+            {"embedding_dimension": 128, "pooling_mode": "mean", "include_prompt": False},
             "without the prompt's tokens is not supported",
         ),
         ("1_Pooling/config.json", ["mean"], "1_Pooling/config.json: not as .* writes it"),
         ("2_Dense/config.json", {"in_features": 128}, "2_Dense/config.json: .*out_features"),
-        (
-            "2_Dense/config.json",
-            {"in_features": 128, "out_features": 32, "activation_function": "torch.nn.Mish"},
-            "activation 'mish'",
-        ),
         ("2_Dense/config.json", {"in_features": 128, "out_features": 31}, "do not fit"),
-        ("2_Dense/config.json", {"in_features": 64, "out_features": 32}, "takes 64 dimensions"),
+        ("2_Dense/config.json", {"in_features": 64, "out_features": 32}, "do not fit"),
         ("sentence_bert_config.json", {"max_seq_length": "long"}, "not as .* writes it"),
         ("sentence_bert_config.json", [16], "not as .* writes it"),
         ("config_sentence_transformers.json", {"prompts": 3}, "not as .* writes it"),
+        ("config_sentence_transformers.json", {"prompts": {"query": 3}}, "not as .* writes it"),
+        (
+            "config_sentence_transformers.json",
+            {"model_type": "CrossEncoder"},
+            "the model is a 'CrossEncoder'",
+        ),
+        (
+            "config_sentence_transformers.json",
+            {"similarity_fn_name": "manhattan"},
+            "similarity_fn_name 'manhattan' is not supported; choose cosine with --normalize",
+        ),
+        ("config_sentence_transformers.json", {"truncate_dim": 8}, "truncate_dim"),
+        ("sentence_bert_config.json", {"query_expansion": {"length": 8}}, "query_expansion has"),
+        (
+            "sentence_bert_config.json",
+            {"processing_kwargs": {"text": {"add_special_tokens": False}}},
+            "processing_kwargs.text.add_special_tokens has a value",
+        ),
+        (
+            "sentence_bert_config.json",
+            {"model_args": {"weights_only": False}},
+            "model_args.weights_only has a value",
+        ),
     ],
 )
 def test_a_sentence_transformer_that_is_wrong_or_not_known(
@@ -558,6 +597,6 @@ def test_an_old_sentence_transformers_directory(minilm: Path, tmp_path: Path) ->
     encoder = load_encoder(old)
     assert encoder.dimension == 8
     assert encoder.settings.passage_max_length == 256
-    assert torch.equal(encoder.projections[0].weight, weights["linear.weight"])
-    with pytest.raises(CheckpointError):
+    assert torch.equal(encoder.head[1].linear.weight, weights["linear.weight"])
+    with pytest.raises(CheckpointError, match="2_Dense"):
         load_encoder(old, safetensors_only=True)

@@ -291,3 +291,59 @@ def test_adapters_may_be_put_on_adapters(make: Make, saved: Path) -> None:
     save_encoder(saved.parent / "second", second, merged=False)
     loaded = load_encoder(saved.parent / "second")
     torch.testing.assert_close(loaded(IDS, MASK), second(IDS, MASK), rtol=1e-5, atol=1e-5)
+
+
+def described(make_tiny: Make, folder: Path, **values: object) -> Path:
+    """Adapters whose description is changed."""
+    encoder = make_tiny(pooling="mean")
+    save_encoder(folder / "base", make_tiny(pooling="mean"))
+    add_lora(encoder, str(folder / "base"), rank=2, alpha=4, dropout=0.0, merged=False)
+    for name, weight in encoder.named_parameters():
+        if "lora_B" in name:
+            weight.data.normal_()
+    save_encoder(folder / "adapters", encoder, merged=False)
+    path = folder / "adapters" / "adapter_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | values))
+    return folder / "adapters"
+
+
+def test_a_regular_expression_for_the_layers_is_not_run(make_tiny: Make, tmp_path: Path) -> None:
+    directory = described(make_tiny, tmp_path / "plain")
+    expected = load_encoder(directory).state_dict()
+    other = described(make_tiny, tmp_path / "other", target_modules="(([a-z._0-9]*)*)*!")
+    for name, value in load_encoder(other).state_dict().items():
+        assert value.shape == expected[name].shape
+
+
+@pytest.mark.parametrize("name", ["rank_pattern", "alpha_pattern"])
+def test_other_regular_expressions_are_refused(make_tiny: Make, tmp_path: Path, name: str) -> None:
+    directory = described(make_tiny, tmp_path, **{name: {"(a+)+$": 4}})
+    with pytest.raises(CheckpointError, match=rf"adapter_config.json: {name} has the regular"):
+        load_encoder(directory)
+
+
+def test_adapters_that_are_based_on_themselves(make_tiny: Make, tmp_path: Path) -> None:
+    directory = described(make_tiny, tmp_path)
+    path = directory / "adapter_config.json"
+    values = json.loads(path.read_text()) | {"base_model_name_or_path": str(directory)}
+    path.write_text(json.dumps(values))
+    with pytest.raises(CheckpointError, match="leads back to adapters that are based on it"):
+        load_encoder(directory)
+
+
+def test_adapters_without_a_tokenizer_take_their_base_s(make_tiny: Make, tmp_path: Path) -> None:
+    directory = described(make_tiny, tmp_path)
+    expected = load_encoder(directory)
+    for path in directory.glob("*token*"):
+        path.unlink()
+    found = load_encoder(directory)
+    assert found.tokenizer("a ship").input_ids == expected.tokenizer("a ship").input_ids
+
+
+@pytest.mark.parametrize("name", ["num_hidden_layers", "vocab_size"])
+def test_a_backbone_of_absurd_size_is_refused(make_tiny: Make, tmp_path: Path, name: str) -> None:
+    save_encoder(tmp_path / "huge", make_tiny())
+    path = tmp_path / "huge" / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {name: 1_000_000_000}))
+    with pytest.raises(CheckpointError, match=name):
+        load_encoder(tmp_path / "huge")

@@ -4,7 +4,14 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from transformers import RobertaConfig, T5Config
+from transformers import (
+    BertConfig,
+    BertModel,
+    RobertaConfig,
+    RobertaModel,
+    T5Config,
+    T5EncoderModel,
+)
 
 from mlflow_dr.encoder.config import EncoderConfig, ProjectionConfig
 from mlflow_dr.encoder.model import Encoder, positions
@@ -40,7 +47,7 @@ def test_gradients_reach_the_backbone_through_the_projections(make_tiny: Make) -
     encoder(IDS, MASK).sum().backward()
     embeddings = encoder.backbone.embeddings.word_embeddings.weight.grad
     assert embeddings[9].abs().sum() > 0
-    assert all(layer.weight.grad is not None for layer in encoder.projections)
+    assert all(layer.linear.weight.grad is not None for layer in encoder.head if layer.state_dict())
 
 
 def test_layers_that_do_not_fit_one_another(make_tiny: Make) -> None:
@@ -48,6 +55,12 @@ def test_layers_that_do_not_fit_one_another(make_tiny: Make) -> None:
     layers = (ProjectionConfig(128, 48), ProjectionConfig(32, 16))
     with pytest.raises(UsageError, match="takes 32 dimensions, but the layer before it gives 48"):
         Encoder(tiny.backbone, tiny.tokenizer, EncoderConfig(projections=layers))
+
+
+def test_an_activation_that_is_not_known(make_tiny: Make) -> None:
+    layer = ProjectionConfig(128, 48, activation="step")
+    with pytest.raises(UsageError, match="activation 'step': expected one of identity, tanh"):
+        make_tiny(projections=(layer,))
 
 
 def test_texts_longer_than_the_backbone_has_positions_are_refused(
@@ -59,6 +72,12 @@ def test_texts_longer_than_the_backbone_has_positions_are_refused(
 
 
 def test_roberta_numbers_its_positions_from_the_padding() -> None:
-    config = RobertaConfig(max_position_embeddings=514, pad_token_id=1)
-    assert positions(config) == 512
-    assert positions(T5Config()) is None
+    small = {"hidden_size": 8, "num_attention_heads": 1, "intermediate_size": 8, "vocab_size": 9}
+    config = RobertaConfig(
+        max_position_embeddings=514, pad_token_id=1, num_hidden_layers=1, **small
+    )
+    assert positions(RobertaModel(config)) == 512
+    bert = BertConfig(max_position_embeddings=40, pad_token_id=1, num_hidden_layers=1, **small)
+    assert positions(BertModel(bert)) == 40
+    t5 = T5Config(d_model=8, d_kv=8, d_ff=8, num_layers=1, num_heads=1, vocab_size=9)
+    assert positions(T5EncoderModel(t5)) is None

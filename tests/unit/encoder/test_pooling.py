@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from mlflow_dr.encoder.config import POOLINGS
-from mlflow_dr.encoder.pooling import POOLING
+from mlflow_dr.encoder.head import TOKENS, apply_head, pooling_module
 
 LENGTHS = (1, 4, 7, 7)
 
@@ -46,8 +46,9 @@ def mask() -> Tensor:
     return (torch.arange(7) < torch.tensor(LENGTHS)[:, None]).long()
 
 
-def test_every_pooling_of_the_configuration_exists() -> None:
-    assert set(POOLING) == set(POOLINGS)
+def pooled(name: str, states: Tensor, mask: Tensor) -> Tensor:
+    head = [pooling_module(name, states.shape[-1])]
+    return apply_head(head, {TOKENS: states, "attention_mask": mask})
 
 
 @pytest.mark.parametrize("name", POOLINGS)
@@ -55,7 +56,7 @@ def test_against_a_plain_loop(name: str, states: Tensor, mask: Tensor) -> None:
     expected = [
         plain(name, text[:length].tolist()) for text, length in zip(states, LENGTHS, strict=True)
     ]
-    torch.testing.assert_close(POOLING[name](states, mask), torch.tensor(expected))
+    torch.testing.assert_close(pooled(name, states, mask), torch.tensor(expected))
 
 
 @pytest.mark.parametrize("name", POOLINGS)
@@ -64,13 +65,18 @@ def test_padding_does_not_matter(name: str, filling: float, states: Tensor, mask
     filled = states.masked_fill(mask[:, :, None] == 0, filling)
     longer = torch.cat([filled, torch.full((4, 3, 5), filling)], dim=1)
     longer_mask = torch.cat([mask, torch.zeros(4, 3, dtype=mask.dtype)], dim=1)
-    torch.testing.assert_close(POOLING[name](longer, longer_mask), POOLING[name](states, mask))
+    torch.testing.assert_close(pooled(name, longer, longer_mask), pooled(name, states, mask))
+
+
+def test_several_poolings_are_laid_side_by_side(states: Tensor, mask: Tensor) -> None:
+    both = torch.cat([pooled("cls", states, mask), pooled("mean", states, mask)], dim=1)
+    torch.testing.assert_close(pooled("cls+mean", states, mask), both)
 
 
 def test_sums_are_kept_in_fp32_whatever_the_backbone_computes_in(mask: Tensor) -> None:
     # 4096 + 1 is 4096 in bf16: summed there, the small tokens would vanish
     states = torch.ones(4, 7, 5, dtype=torch.bfloat16)
     states[:, 0] = 4096
-    vectors = POOLING["mean"](states, mask)
+    vectors = pooled("mean", states, mask)
     assert vectors.dtype == torch.float32
     assert vectors[:, 0].tolist() == pytest.approx([(4096 + n - 1) / n for n in LENGTHS])

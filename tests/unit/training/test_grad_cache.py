@@ -189,8 +189,8 @@ def test_dropout_projection_and_adapters(
     got, expected = both(encoder, batches, Objective(0.05), RAGGED, same_calls=dropout > 0)
     assert_equal(got, expected)
     if lora:
-        assert all(".lora_" in name or "projections." in name for name in got)
-    assert any("projections." in name for name in got) == projection
+        assert all(".lora_" in name or "head." in name for name in got)
+    assert any("head." in name for name in got) == projection
 
 
 def test_dropout_draws_anew_in_each_chunk(

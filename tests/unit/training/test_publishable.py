@@ -119,17 +119,26 @@ def test_a_sentence_transformer_that_ours_cannot_read_is_refused_at_once(
         pass
 
     theirs.append(LSTM())
-    with pytest.raises(UsageError, match="has a LSTM module, which cannot be validated"):
+    with pytest.raises(UsageError, match="a LSTM module is not supported"):
         source_of(theirs)
 
 
-def test_pooling_that_ours_has_not_is_refused_when_it_is_written(
+def test_pooling_that_ours_has_not_is_refused_at_once_and_when_it_is_written(
     theirs: SentenceTransformer, tmp_path: Path
 ) -> None:
-    theirs[1].include_prompt = False
     source = source_of(theirs)
+    theirs[1].include_prompt = False
+    with pytest.raises(UsageError, match="without the prompt's tokens"):
+        source_of(theirs)
+    source._shell[1].include_prompt = False
     with pytest.raises(CheckpointError, match="without the prompt's tokens"):
         source.save(tmp_path / "out", source.state())
+
+
+def test_a_similarity_that_ours_has_not_is_refused_at_once(theirs: SentenceTransformer) -> None:
+    theirs.similarity_fn_name = "euclidean"
+    with pytest.raises(UsageError, match="compares by euclidean; expected cosine or dot"):
+        source_of(theirs)
 
 
 def test_a_hugging_face_model_is_published_with_what_it_does_not_say(

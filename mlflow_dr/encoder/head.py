@@ -1,0 +1,202 @@
+"""From token vectors to the vector of a text: sentence-transformers' own modules, in order.
+
+Keys of `features`: `token_embeddings` is `(batch, length, width)`, `attention_mask` is
+`(batch, length)` with 1 for a token and 0 for padding; `sentence_embedding` is `(batch, width)`.
+Modules: https://sbert.net/docs/package_reference/sentence_transformer/modules.html.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from mlflow_dr.encoder.config import EncoderConfig, ProjectionConfig
+from mlflow_dr.errors import UsageError
+
+if TYPE_CHECKING:
+    from sentence_transformers.sentence_transformer.modules import Pooling
+
+TOKENS, SENTENCE = "token_embeddings", "sentence_embedding"
+SUPPORTED = ("Pooling", "Dense", "Normalize", "LayerNorm", "Dropout")
+# our names of the poolings, and the library's
+POOLING = {
+    "cls": "cls",
+    "mean": "mean",
+    "max": "max",
+    "last": "lasttoken",
+    "mean_sqrt_len": "mean_sqrt_len_tokens",
+    "weighted_mean": "weightedmean",
+}
+ACTIVATION: dict[str, type[nn.Module]] = {
+    "identity": nn.Identity,
+    "tanh": nn.Tanh,
+    "relu": nn.ReLU,
+    "gelu": nn.GELU,
+    "sigmoid": nn.Sigmoid,
+}
+
+
+def standard_head(config: EncoderConfig, width: int) -> list[nn.Module]:
+    """The modules that a configuration describes: pooling, projections, normalisation.
+
+    Args:
+        config: which ones.
+        width: dimensions of the backbone's token vectors.
+
+    Raises:
+        UsageError: an activation that is not known.
+    """
+    from sentence_transformers.sentence_transformer.modules import Dense, Normalize
+
+    for layer in config.projections:
+        if layer.activation not in ACTIVATION:
+            raise UsageError(
+                f"activation {layer.activation!r}: expected one of {', '.join(ACTIVATION)}"
+            )
+    head: list[nn.Module] = [pooling_module(config.pooling, width)]
+    head += [
+        Dense(
+            layer.in_features,
+            layer.out_features,
+            bias=layer.bias,
+            activation_function=ACTIVATION[layer.activation](),
+        )
+        for layer in config.projections
+    ]
+    return [*head, Normalize()] if config.normalize else head
+
+
+def pooling_module(name: str, width: int) -> Pooling:
+    """The library's pooling of this name of ours; several names are joined by `+`."""
+    from sentence_transformers.sentence_transformer.modules import Pooling
+
+    modes: Any = [POOLING[mode] for mode in name.split("+")]
+    return Pooling(width, modes)
+
+
+def changed_head(
+    head: Iterable[nn.Module], pooling: str | None, normalize: bool | None
+) -> list[nn.Module]:
+    """A head with another pooling or normalisation; None leaves it as it is.
+
+    Args:
+        head: the modules that were loaded.
+        pooling: one of `POOLING`.
+        normalize: whether vectors get length 1 in the end.
+    """
+    from sentence_transformers.sentence_transformer.modules import Normalize, Pooling
+
+    changed = list(head)
+    if pooling is not None:
+        changed = [
+            pooling_module(pooling, int(module.embedding_dimension))
+            if isinstance(module, Pooling)
+            else module
+            for module in changed
+        ]
+        if not any(isinstance(module, Pooling) for module in changed):
+            raise UsageError(f"pooling {pooling!r}: this encoder has no pooling to replace")
+    if normalize is not None and normalize != is_normalized(changed):
+        if normalize:
+            return [*changed, Normalize()]
+        while is_normalized(changed):
+            changed.pop()
+    return changed
+
+
+def is_normalized(head: Sequence[nn.Module]) -> bool:
+    """Whether vectors have length 1 because of the last module."""
+    last = head[-1] if head else None
+    return type(last).__name__ == "Normalize" and output_of(last) == SENTENCE
+
+
+def pooling_name(head: Iterable[nn.Module]) -> str | None:
+    """Our name of a head's pooling, several joined by `+`; None where there is none."""
+    names = {theirs: ours for ours, theirs in POOLING.items()}
+    for module in head:
+        if type(module).__name__ == "Pooling":
+            modes: Any = module.pooling_mode
+            return "+".join(names[mode] for mode in ([modes] if isinstance(modes, str) else modes))
+    return None
+
+
+def projections_of(head: Iterable[Any]) -> tuple[ProjectionConfig, ...]:
+    """The linear layers after the pooling, for a reader; a residual is not mentioned."""
+    return tuple(
+        ProjectionConfig(
+            int(dense.in_features),
+            int(dense.out_features),
+            bool(dense.bias),
+            type(dense.activation_function).__name__.lower(),
+        )
+        for dense in head
+        if type(dense).__name__ == "Dense" and input_of(dense) == SENTENCE
+    )
+
+
+def input_of(module: Any) -> str:
+    """Which of the features a module reads."""
+    if type(module).__name__ == "Pooling":
+        return TOKENS
+    return str(getattr(module, "module_input_name", SENTENCE))
+
+
+def output_of(module: Any) -> str:
+    """Which of the features a module writes."""
+    return str(getattr(module, "module_output_name", SENTENCE))
+
+
+def vector_dimension(head: Iterable[Any], width: int, start: str = TOKENS) -> int:
+    """Dimensions of the vectors that come out of a head.
+
+    Args:
+        head: the modules.
+        width: dimensions of what goes in.
+        start: which of the features goes in.
+
+    Raises:
+        UsageError: the modules do not fit each other, or give no vector.
+    """
+    widths = {start: width}
+    for module in head:
+        given = widths.get(input_of(module))
+        if given is None:
+            raise UsageError(
+                f"module {type(module).__name__} reads {input_of(module)}, but no module before "
+                "it gives that"
+            )
+        wanted = getattr(module, "in_features", None) or getattr(module, "dimension", None)
+        if wanted is not None and wanted != given:
+            raise UsageError(
+                f"a projection takes {wanted} dimensions, but the layer before it gives {given}"
+            )
+        if type(module).__name__ == "Pooling":
+            modes = module.pooling_mode
+            given *= 1 if isinstance(modes, str) else len(modes)
+        widths[output_of(module)] = int(getattr(module, "out_features", given))
+    if SENTENCE not in widths:
+        raise UsageError("token vectors are not pooled: the encoder has no Pooling module")
+    return widths[SENTENCE]
+
+
+def apply_head(head: Iterable[nn.Module], features: dict[str, Any]) -> Tensor:
+    """The vectors of a batch, `(batch, dimension)`; fp32, or fp64 for token vectors in fp64.
+
+    Half-precision numbers are turned into fp32 before each module, so that poolings sum and
+    normalisation divides in fp32; a linear layer works in the precision of its own weights.
+    """
+    for module in head:
+        name = input_of(module)
+        weight = next(module.parameters(), None)
+        values = features[name]
+        features[name] = at_least_fp32(values) if weight is None else values.to(weight.dtype)
+        features = module(features)
+    return at_least_fp32(features[SENTENCE])
+
+
+def at_least_fp32(values: Tensor) -> Tensor:
+    """Half-precision numbers as fp32; others as they are."""
+    return values.to(torch.promote_types(values.dtype, torch.float32))
