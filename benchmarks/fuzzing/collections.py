@@ -164,9 +164,8 @@ def beir(chance: Random, room: Path) -> Case:
         ids = {one[0] for one in passages} | set(known)
         return right(passages, known, reading.qrels(there["qrels/dev.tsv"], ids))
 
-    return Case(
-        how, lambda: read(open_collection(str(folder)), "dev"), plain, (Path(name).name, "qrels")
-    )
+    names = ("corpus.jsonl", "queries.jsonl", "dev.tsv", "qrels")
+    return Case(how, lambda: read(open_collection(str(folder)), "dev"), plain, names)
 
 
 def _answers(record: dict[str, Any]) -> list[str]:

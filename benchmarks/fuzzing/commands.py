@@ -101,7 +101,7 @@ def commands(chance: Random, room: Path) -> Case:
     names = (
         "--",
         "see `mlflow-dr",
-        *(one[:10] for word in words for one in re.split(r"[\s@:,+]|--", word) if len(one) > 2),
+        *(one[:10] for word in words for one in re.split(r"[\s@:,+=]|--", word) if len(one) > 2),
     )
 
     def read() -> Any:

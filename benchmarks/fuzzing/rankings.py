@@ -76,7 +76,9 @@ def _tops(path: Path, k: int, queries: list[str], passages: list[str]) -> list[l
     found: dict[str, dict[str, float]] = {query: {} for query in queries}
     width, by_rank = 0, False
     for line in reading.lines(path):
-        words = [one for one in re.split(r"[ \t\r\v\f]+", line) if one]
+        words = [one.strip() for one in line.split("\t")]
+        if len(words) not in (3, 6):
+            words = [one for one in re.split(r"[ \t\r\v\f]+", line) if one]
         if not width:
             width = len(words)
             by_rank = width == 3 and words[2].isdecimal()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import gzip
+import io
 import json
 import math
 import re
@@ -139,20 +140,23 @@ def json_passages(path: Path) -> Passages:
 
 
 def table_passages(path: Path) -> Passages:
-    """DPR's table: each line is a row, whose fields may be quoted as CSV has it."""
+    """DPR's table, as DPR reads it; no cell of it has a tab and a line end."""
     try:
-        rows = content(path).decode().split("\n")
+        text = content(path).decode()
     except UnicodeDecodeError as error:
         raise UnreadableError("not UTF-8") from error
-    made: Passages = []
-    for number, line in enumerate(rows):
-        line = line.removesuffix("\r")
-        if not line or (number == 0 and line.split("\t") == ["id", "text", "title"]):
-            continue
-        try:
-            row = next(csv.reader([line], delimiter="\t", strict=True))
-        except (csv.Error, StopIteration) as error:
+    try:
+        rows = list(csv.reader(io.StringIO(text, newline=""), delimiter="\t"))
+        list(csv.reader(io.StringIO(text, newline=""), delimiter="\t", strict=True))
+    except csv.Error as error:
+        if "expected after" not in str(error):
             raise UnreadableError("an open quotation mark") from error
+    made: Passages = []
+    for row in rows:
+        if any("\t" in cell and "\n" in cell for cell in row):
+            raise UnreadableError("an open quotation mark")
+        if not row or row[0] == "id":
+            continue
         if len(row) != 3 or not row[0]:
             raise UnreadableError("not three columns")
         made.append((row[0], row[2], row[1], None))
