@@ -1,234 +1,77 @@
-"""Random SIGKILLs of validators, trainer and server, and what is left of them in the end.
+"""Faults of processes, networks, machines and checkpoints, and what is left of them in the end.
 
-    python -m benchmarks.faults --rounds 50
+    python -m benchmarks.faults                         everything, in a short form: some minutes
+    python -m benchmarks.faults --only proxy --rate 0.2
+    python -m benchmarks.faults --only kills --rounds 50 --steps 1500
 
-A trainer publishes checkpoints of a tiny encoder to a real MLflow server; validators follow. In
-each round one of them is killed at a random moment and started again. In the end every checkpoint
-must have exactly one point for each metric, equal to what an undisturbed validation gives.
+`kills` is of a trainer, two validators and a server that get SIGKILL; see `benchmarks/kills.py`.
+The others publish checkpoints of tiny encoders to a real MLflow server, and validators follow as
+processes of their own; see `benchmarks/scenarios.py`. In the end each sound checkpoint must have
+one point for each metric, equal to an undisturbed validator's, and none of them may be FAILED.
 """
 
 from __future__ import annotations
 
-import os
-import random
-import signal
-import subprocess
-import sys
 import tempfile
-import time
-from collections import Counter
-from dataclasses import dataclass
 from pathlib import Path
 
 import click
-from mlflow import MlflowClient
 
+from benchmarks import kills
+from benchmarks.machine import machine
+from benchmarks.scenarios import SCENARIOS
+from benchmarks.scene import COUNTS, Row, Scene
 from benchmarks.server import Server
-from mlflow_dr.retrieval.measures import parse_measures
-from mlflow_dr.tracking.checkpoints import Checkpoint, checkpoints_of
-from mlflow_dr.tracking.claims import standing
-from mlflow_dr.tracking.client import connect
-from mlflow_dr.tracking.following import FollowedRun
-from mlflow_dr.tracking.results import State, state_of
-from mlflow_dr.tracking.runs import TrackedRun
-from mlflow_dr.training.resume import RUN_FILE
-from mlflow_dr.validation.evaluate import Settings
-from mlflow_dr.validation.plan import Plan, Validation
-from mlflow_dr.validation.watch import watch
 
-COLLECTION = Path(__file__).parents[1] / "examples" / "sea"
-MEASURES = "mrr@10 ndcg@10"
-METRICS = ("mrr_at_10", "ndcg_at_10")
-LONGEST_LIFE = 6.0
-SECONDS_TO_END = 900
+KILLS = "kills"
 
 
-@dataclass
-class Command:
-    """A command that is started again whenever it has ended before its time.
-
-    With the file `begun` there, it goes on with what it has begun.
-    """
-
-    words: list[str]
-    variables: dict[str, str]
-    log: Path
-    begun: Path | None = None
-    process: subprocess.Popen[bytes] | None = None
-
-    def keep_alive(self) -> bool:
-        """Start it if it does not run; whether it has come to a good end."""
-        if self.process is not None:
-            code = self.process.poll()
-            if code is None:
-                return False
-            if code == 0:
-                return True
-        resumes = self.begun is not None and self.begun.exists()
-        more = ["--resume_from_checkpoint"] if resumes else []
-        with self.log.open("ab") as log:
-            self.process = subprocess.Popen(
-                [sys.executable, "-m", "mlflow_dr", *self.words, *more],
-                env={**os.environ, **self.variables},
-                stdout=log,
-                stderr=subprocess.STDOUT,
-                start_new_session=True,
-            )
-        return False
-
-    def kill(self) -> bool:
-        """SIGKILL; whether there was something to kill."""
-        if self.process is None or self.process.poll() is not None:
-            return False
-        os.killpg(self.process.pid, signal.SIGKILL)
-        self.process.wait()
-        return True
-
-
-def trainer_words(output: Path, steps: int) -> list[str]:
-    flags = {
-        "dataset": COLLECTION,
-        "model": "tiny",
-        "output_dir": output,
-        "max_steps": steps,
-        "publish_steps": 5,
-        "save_steps": 5,
-        "save_total_limit": 1000,
-        "per_device_train_batch_size": 4,
-        "logging_steps": 5,
-        "train_n_passages": 1,
-    }
-    return ["train", *(str(word) for name, value in flags.items() for word in (f"--{name}", value))]
-
-
-def disturb(
-    commands: dict[str, Command], server: Server, rounds: int, chance: random.Random
-) -> Counter[str]:
-    """Kill one after the other, at random moments, and start each again."""
-    kills: Counter[str] = Counter()
-    while sum(kills.values()) < rounds:
-        time.sleep(chance.uniform(0, LONGEST_LIFE))
-        ended = {name: command.keep_alive() for name, command in commands.items()}
-        victim = chance.choice([*commands, "server"])
-        if victim == "server":
-            server.kill()
-            time.sleep(chance.uniform(0, 2))
-            server.start()
-        elif ended[victim] or not commands[victim].kill():
-            continue
-        kills[victim] += 1
-        if victim != "server":
-            commands[victim].keep_alive()
-        print(f"round {sum(kills.values())}: {victim}", flush=True)
-        if all(ended.values()):
-            print("everything has ended before the last round; give more --steps")
-            break
-    return kills
-
-
-def ended(commands: dict[str, Command]) -> None:
-    """Wait until all have come to a good end."""
-    deadline = time.monotonic() + SECONDS_TO_END
-    while True:
-        states = [command.keep_alive() for command in commands.values()]
-        if all(states):
-            return
-        if time.monotonic() > deadline:
-            raise SystemExit("the commands do not end; see the logs")
-        time.sleep(0.5)
-
-
-def points(client: MlflowClient, run_id: str, name: str) -> dict[str, dict[int, list[float]]]:
-    """metric -> step -> values."""
-    found: dict[str, dict[int, list[float]]] = {}
-    for metric in METRICS:
-        steps = found.setdefault(metric, {})
-        for point in client.get_metric_history(run_id, f"{name}/{metric}"):
-            steps.setdefault(point.step, []).append(point.value)
-    return found
-
-
-def stuck(checkpoint: Checkpoint) -> bool:
-    """Whether a checkpoint is claimed, and neither done nor failed."""
-    there = standing(checkpoint, "val")
-    state = state_of(checkpoint, "val")
-    return there is not None and state not in (State.DONE, State.FAILED)
+def print_row(row: Row) -> None:
+    """What a scenario left."""
+    verdict = "good" if row.is_good else "BAD"
+    counts = ", ".join(f"{name} {getattr(row, name)}" for name in COUNTS)
+    print(f"{row.scenario}: {verdict}\n    {counts}, {row.seconds:.0f} s")
+    print(f"    exit codes: {'; '.join(row.codes)}")
+    for note in row.notes:
+        print(f"    {note}", flush=True)
 
 
 @click.command()
-@click.option("--rounds", default=50, show_default=True, help="How many are killed.")
-@click.option("--validators", default=2, show_default=True)
-@click.option(
-    "--steps", default=1500, show_default=True, help="Of training; every 5th is published."
-)
+@click.option("--only", multiple=True, type=click.Choice([*SCENARIOS, KILLS]), help="Of these.")
+@click.option("--checkpoints", default=8, show_default=True, help="Sound ones, of each scenario.")
+@click.option("--rate", default=0.05, show_default=True, help="Of the answers, by the proxy.")
+@click.option("--rounds", default=10, show_default=True, help="How many processes are killed.")
+@click.option("--steps", default=200, show_default=True, help="Of the trainer that is killed.")
+@click.option("--validators", default=2, show_default=True, help="That are killed.")
 @click.option("--seed", default=0, show_default=True)
-def main(rounds: int, validators: int, steps: int, seed: int) -> None:
-    """Count what random SIGKILLs do."""
-    chance = random.Random(seed)
-    with tempfile.TemporaryDirectory() as name, Server(Path(name)) as server:
-        room = Path(name)
-        (room / "tmp").mkdir()
-        client = connect(server.uri)
-        run_id = client.create_run("0").info.run_id
-        variables = {
-            "MLFLOW_TRACKING_URI": server.uri,
-            "MLFLOW_RUN_ID": run_id,
-            "MLFLOW_DR_CACHE": str(room / "cache"),
-            "TMPDIR": str(room / "tmp"),
-            "OMP_NUM_THREADS": "1",
-        }
-        os.environ["MLFLOW_DR_CACHE"] = variables["MLFLOW_DR_CACHE"]
-        validate = ["validate", "--run-id", run_id, "--measures", MEASURES, "--poll-seconds", "0.5"]
-        commands = {
-            "trainer": Command(
-                trainer_words(room / "output", steps),
-                variables,
-                room / "trainer.log",
-                room / "output" / RUN_FILE,
-            ),
-            **{
-                f"validator {number}": Command(validate, variables, room / f"{number}.log")
-                for number in range(1, validators + 1)
-            },
-        }
-        start = time.monotonic()
-        try:
-            kills = disturb(commands, server, rounds, chance)
-            ended(commands)
-        finally:
-            for command in commands.values():
-                command.kill()
-        report(client, run_id, kills, room)
-        print(f"{time.monotonic() - start:.0f} s, {steps} steps, {validators} validators")
-
-
-def report(client: MlflowClient, run_id: str, kills: Counter[str], room: Path) -> None:
-    """Print the counts, the last ones against an undisturbed validation."""
-    run = TrackedRun(client, client.get_run(run_id))
-    ready = [one for one in checkpoints_of(run) if one.ready]
-    claims = [there for one in ready if (there := standing(one, "val"))]
-    settings = Settings(parse_measures(MEASURES))
-    watch(FollowedRun(run), Plan((Validation(settings, "calm"),), follow=False))
-    disturbed, calm = points(client, run_id, "val"), points(client, run_id, "calm")
-    steps = Counter(one.step for one in ready)
-    counts = {
-        "kills": sum(kills.values()),
-        "checkpoints": len(ready),
-        "takeovers": sum(there.attempt - 1 for there in claims),
-        "duplicates": sum(steps.values())
-        - len(steps)
-        + sum(len(values) - 1 for by_step in disturbed.values() for values in by_step.values()),
-        "lost": sum(step not in by_step for by_step in disturbed.values() for step in steps),
-        "mismatched values": sum(
-            values != calm[metric].get(step)
-            for metric, by_step in disturbed.items()
-            for step, values in by_step.items()
-        ),
-        "claims left": sum(map(stuck, ready)),
-        "temporary directories left": len(list((room / "tmp").glob("mlflow_dr-scratch-*"))),
-    }
-    print("; ".join(f"{what} {count}" for what, count in kills.items()))
-    print(", ".join(f"{what} {count}" for what, count in counts.items()))
+@click.option("--keep", type=click.Path(path_type=Path), help="A new folder, kept with the logs.")
+def main(
+    only: tuple[str, ...],
+    checkpoints: int,
+    rate: float,
+    rounds: int,
+    steps: int,
+    validators: int,
+    seed: int,
+    keep: Path | None,
+) -> None:
+    """Count what faults do; exit code 1 if anything was lost, doubled, changed or condemned."""
+    print(machine())
+    rows: list[Row] = []
+    with tempfile.TemporaryDirectory() as name:
+        room = keep or Path(name)
+        room.mkdir(parents=True, exist_ok=True)
+        chosen = [key for key in SCENARIOS if not only or key in only]
+        if chosen:
+            with Server(room) as server:
+                scene = Scene(server, room, checkpoints)
+                for key in chosen:
+                    rows.append(SCENARIOS[key](scene, rate, seed))
+                    print_row(rows[-1])
+    is_good = all(row.is_good for row in rows)
+    if not only or KILLS in only:
+        is_good &= kills.run(rounds, validators, steps, seed)
+    raise SystemExit(0 if is_good else 1)
 
 
 if __name__ == "__main__":

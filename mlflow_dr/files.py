@@ -6,23 +6,31 @@ import errno
 import glob
 import gzip
 import hashlib
+import logging
 import os
 import shutil
+import stat
 import tempfile
 import uuid
 import zlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import IO
 
 from filelock import BaseFileLock, FileLock, Timeout
 
 from mlflow_dr.errors import DataError
 
+log = logging.getLogger(__name__)
+
 CACHE_VARIABLE = "MLFLOW_DR_CACHE"
 SCRATCH = "mlflow_dr-scratch-"
 LOCK = ".lock"
 ALMOST_NOTHING = 1 << 20
+BYTE_ORDER_MARK = b"\xef\xbb\xbf"
+LONGEST_LINE = 1 << 26
+"""Bytes of the longest line that is read; a few MiB of `.gz` can hold one that fills the memory."""
 
 
 def cache_dir() -> Path:
@@ -34,6 +42,14 @@ def cache_dir() -> Path:
     return Path(base).expanduser() / "mlflow_dr"
 
 
+def is_path(text: str) -> bool:
+    """Whether there is a file or folder of this name; False also for what no path can be called."""
+    try:
+        return bool(text) and Path(text).expanduser().exists()
+    except (OSError, RuntimeError, ValueError):  # too long, an unknown home, a NUL character
+        return False
+
+
 def usable_cores() -> int:
     """The number of cores that this process may use."""
     if hasattr(os, "sched_getaffinity"):
@@ -43,7 +59,9 @@ def usable_cores() -> int:
 
 def digest_of(*parts: object) -> str:
     """A short hexadecimal digest (16 characters of SHA-256) of the parts' text."""
-    return hashlib.sha256("\x00".join(str(part) for part in parts).encode()).hexdigest()[:16]
+    text = "\x00".join(str(part) for part in parts)
+    # names of files need not be UTF-8
+    return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()[:16]
 
 
 def file_sha256(path: Path) -> str:
@@ -52,22 +70,37 @@ def file_sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def build_once(target: Path, build: Callable[[Path], None]) -> Path:
+def build_once(
+    target: Path,
+    build: Callable[[Path], None],
+    damage: Callable[[Path], str] = lambda target: "",
+) -> Path:
     """Make `target` (a file or directory) with `build`, once, whatever number of processes ask.
 
     `build` gets a path beside the target and writes there; the result is renamed into place when
     `build` returns and removed when it raises, so that the target is whole or absent. What a killed
     process left of its try is removed by the next one.
+
+    Args:
+        target: what is made.
+        build: makes it at another path.
+        damage: says what is wrong with a target that exists, empty when nothing is. A damaged
+            target is made again, with a warning, and removed when the new one is complete.
     """
-    if target.exists():
+    if target.exists() and not damage(target):
         return target
     target.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(f"{target}.lock"):
         for left in target.parent.glob(f".{glob.escape(target.name)}.*"):
             shutil.rmtree(left, ignore_errors=True)
-        if not target.exists():
+        damaged = damage(target) if target.exists() else ""
+        if damaged:
+            log.warning("%s in the cache is damaged (%s); it is made again", target, damaged)
+        if damaged or not target.exists():
             with written_beside(target) as partial:
                 build(partial)
+                if os.path.lexists(target):
+                    target.rename(partial.parent / "damaged")
     return target
 
 
@@ -82,6 +115,23 @@ def written_beside(target: Path) -> Iterator[Path]:
         partial.replace(target)
     finally:
         shutil.rmtree(room, ignore_errors=True)
+
+
+def grant_umask_modes(directory: Path) -> None:
+    """Give each file below a directory the permissions that the umask allows.
+
+    safetensors writes with mode 0600, which keeps other users of a shared store from reading.
+    """
+    probe = directory / f".mode-{uuid.uuid4().hex}"
+    probe.touch()  # setting the umask, the only way to ask for it, would be seen by other threads
+    mode = stat.S_IMODE(probe.stat().st_mode)
+    probe.unlink()
+    for path in directory.rglob("*"):
+        if path.is_file() and not path.is_symlink():
+            known = stat.S_IMODE(path.stat().st_mode)
+            if known | mode != known:
+                with suppress(OSError):  # of another owner, or a file system without modes
+                    path.chmod(known | mode)
 
 
 @contextmanager
@@ -136,33 +186,64 @@ def _beside(lock: BaseFileLock) -> Path:
 def is_full(error: BaseException, directory: Path) -> bool:
     """Whether a write to a directory failed for want of room; libraries do not say so by type."""
     if isinstance(error, OSError) and error.errno is not None:
-        return error.errno in (errno.ENOSPC, errno.EDQUOT)
+        return error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
     return "No space left" in str(error) or shutil.disk_usage(directory).free < ALMOST_NOTHING
+
+
+@contextmanager
+def opened(path: Path, where: Callable[[], str] | None = None) -> Iterator[IO[bytes]]:
+    """A file for reading, unpacked where its name ends in `.gz`.
+
+    Args:
+        path: the file.
+        where: the place that has been reached, for messages about damage; the path when None.
+
+    Raises:
+        DataError: inside the block too, when the file is missing or its compression breaks off.
+    """
+    try:
+        with gzip.open(path, "rb") if path.suffix == ".gz" else path.open("rb") as file:
+            yield file  # type: ignore[misc]
+    except FileNotFoundError as error:
+        raise DataError(f"{path}: no such file") from error
+    except (EOFError, zlib.error, gzip.BadGzipFile) as error:
+        raise DataError(
+            f"{where() if where else path}: the compressed file is damaged or truncated ({error}); "
+            "download it again"
+        ) from error
+    except OSError as error:
+        raise DataError(f"{path}: cannot be read ({error.strerror})") from error
 
 
 def read_lines(path: Path) -> Iterator[tuple[int, bytes]]:
     """Numbered non-blank lines (from 1, without line ends) of a text file, `.gz` or plain.
 
     Raises:
-        DataError: the file is missing, cannot be read, or its compression breaks off.
+        DataError: the file is missing, cannot be read, its compression breaks off, or a line is
+            longer than `LONGEST_LINE`.
     """
     number = 0
-    try:
-        with gzip.open(path, "rb") if path.suffix == ".gz" else path.open("rb") as file:
-            for number, line in enumerate(file, start=1):
-                if number == 1:
-                    line = line.removeprefix(b"\xef\xbb\xbf")
-                if stripped := line.strip():
-                    yield number, stripped
-    except FileNotFoundError as error:
-        raise DataError(f"{path}: no such file") from error
-    except (EOFError, zlib.error, gzip.BadGzipFile) as error:
-        raise DataError(
-            f"{path}:{number + 1}: the compressed file is damaged or truncated ({error}); "
-            "download it again"
-        ) from error
-    except OSError as error:
-        raise DataError(f"{path}: cannot be read ({error.strerror})") from error
+    with opened(path, lambda: f"{path}:{number + 1}") as file:
+        for number, line in bounded_lines(path, file):
+            if stripped := line.strip():
+                yield number, stripped
+
+
+def bounded_lines(path: Path, file: IO[bytes]) -> Iterator[tuple[int, bytes]]:
+    """All lines of an open file, numbered from 1, without a byte order mark at the start.
+
+    Raises:
+        DataError: a line is longer than `LONGEST_LINE`; no more than that of it is read.
+    """
+    number = 0
+    while line := file.readline(LONGEST_LINE + 1):
+        number += 1
+        if len(line) > LONGEST_LINE:
+            raise DataError(
+                f"{path}:{number}: the line is longer than {LONGEST_LINE >> 20} MiB; expected "
+                "a passage, query or judgement on each line"
+            )
+        yield number, line.removeprefix(BYTE_ORDER_MARK) if number == 1 else line
 
 
 def decoded(line: bytes, path: Path, number: int) -> str:

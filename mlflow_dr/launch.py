@@ -8,7 +8,6 @@ import subprocess
 import sys
 import threading
 import time
-from collections import deque
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
@@ -23,9 +22,9 @@ from mlflow_dr.retrieval.measures import parse_measures
 from mlflow_dr.tracking.client import URI_VARIABLE, connect, tracking_uri
 from mlflow_dr.tracking.curve import curve_of, summary
 from mlflow_dr.tracking.runs import RUN_VARIABLE, TrackedRun, is_over, open_run
+from mlflow_dr.tracking.validations import MAIN_PARAM
 
 TORCHRUN = ("-m", "torch.distributed.run", "--standalone")
-LINES_KEPT = 30
 SECONDS_BETWEEN_LOOKS = 0.2
 SECONDS_TO_STOP = 60.0
 LOWER_PRIORITY = 10
@@ -47,7 +46,7 @@ def launch(
         validating: flags of `mlflow-dr validate`, without the run.
         name: the validation's name.
         uri: the tracking server; the one that the training names, or MLflow's own, when None.
-        experiment: the experiment of a new run; likewise.
+        experiment: the experiment of a new run, in the same way.
         gpus: training processes, each on a GPU of its own; more than one are torchrun's.
 
     Returns:
@@ -56,12 +55,14 @@ def launch(
     Raises:
         UsageError: a flag of either that it would not take, or nothing to resume.
         DeviceError: fewer GPUs than training processes.
-        ChildError: the trainer or the validator ended with an error.
+        ChildError: the trainer or the validator ended with an error; its exit code is theirs.
     """
     measures = parse_measures(validating[validating.index("--measures") + 1])
     share = share_machine(trainers=gpus)
     plan = _plan(training, gpus)
-    run = open_run(connect(uri or plan.uri), experiment or plan.experiment, plan.run_id)
+    run = open_run(connect(uri or plan.uri), experiment or plan.experiment, plan.run_id, plan.name)
+    if "--keep-up" not in validating:
+        run.decide(MAIN_PARAM, name)
     validating = ["--run-id", run.id, *share.validator_flags, *validating]
     validating += ["--dataset", plan.validated]
     with _Stop() as stop:
@@ -71,15 +72,17 @@ def launch(
             with suppress(psutil.NoSuchProcess):  # it may have ended by now, and will be reported
                 psutil.Process(validator.process.pid).nice(LOWER_PRIORITY)
         _wait(run, trainer, validator, stop)
-    _say(summary(curve_of(run, name), [measure.metric for measure in measures], run.id))
-    failed = [child.what for child in (trainer, validator) if child.failed]
+    _say(summary(curve_of(run, name), [measure.metric for measure in measures], run))
+    failed = [child for child in (trainer, validator) if child.failed]
     if stop.asked:
         return 130
     if failed:
-        raise ChildError(
-            f"{' and '.join(failed)} ended with an error (its last lines are above); what is "
-            f"published stays: `mlflow-dr validate --run-id {run.id}` validates what is missing"
+        error = ChildError(
+            f"{' and '.join(one.what for one in failed)} ended with an error, which is above; what "
+            f"is published stays: `mlflow-dr validate --run-id {run.id}` validates what is missing"
         )
+        error.exit_code = next((one.code for one in failed if one.code > 0), error.exit_code)
+        raise error
     return 0
 
 
@@ -92,39 +95,44 @@ class _Plan:
         run_id: the run that the training goes on with; None for a new one.
         uri: the tracking server that they name.
         experiment: the experiment.
+        name: of the run.
     """
 
     validated: str
     run_id: str | None
     uri: str | None
     experiment: str | None
+    name: str | None
 
 
 def _plan(training: Sequence[str], processes: int) -> _Plan:
+    from mlflow_dr.training import resume
     from mlflow_dr.training.data import validated_collection
     from mlflow_dr.training.parsing import parse_training
-    from mlflow_dr.training.resume import find_resumption
 
     request = parse_training(training, processes)
     validated = validated_collection(request.data)
-    resumption = find_resumption(
-        str(request.trainer.output_dir), request.trainer.resume_from_checkpoint
-    )
+    output, saves = str(request.trainer.output_dir), request.trainer.save_strategy != "no"
+    resumption = resume.find_resumption(output, request.trainer.resume_from_checkpoint)
+    in_use = resume.output_directories(output, saves, resumption)
+    with resume.locked_output(*in_use):  # else it is refused before there is a run
+        if resumption is None and saves:
+            resume.check_output(output, request.trainer.overwrite_output_dir)
     return _Plan(
         validated.name,
         resumption.run_id if resumption else None,
         request.publish.tracking_uri,
         request.publish.experiment_name,
+        request.trainer.run_name,
     )
 
 
 @dataclass
 class Child:
-    """One process, its output passed on line by line, and the end of it kept."""
+    """One process, its output passed on line by line."""
 
     what: str
     process: subprocess.Popen[str]
-    tail: deque[str]
     reader: threading.Thread
     reported: bool = False
     settled: bool = False
@@ -168,12 +176,9 @@ class Child:
                 "PYTHONUNBUFFERED": "1",  # of torchrun's own children, too
             },
         )
-        tail: deque[str] = deque(maxlen=LINES_KEPT)
-        reader = threading.Thread(
-            target=_pass_on, args=(process.stdout, command, tail), daemon=True
-        )
+        reader = threading.Thread(target=_pass_on, args=(process.stdout, command), daemon=True)
         reader.start()
-        return cls(command, process, tail, reader)
+        return cls(command, process, reader)
 
     @property
     def ended(self) -> bool:
@@ -185,13 +190,19 @@ class Child:
         """Whether it ended with an error."""
         return self.process.poll() not in (None, 0)
 
+    @property
+    def code(self) -> int:
+        """How it ended: its exit code, less than 0 for a signal."""
+        return self.process.wait()
+
     def report_death(self) -> None:
-        """Say once, when it has failed, how it ended."""
+        """Say once, when it has failed, how it ended; its own error has been passed on."""
         if self.failed and not self.reported:
             self.reported = True
-            self.reader.join(timeout=2)
-            last = "".join(f"    {line}\n" for line in self.tail)
-            _say(f"{self.what} ended with exit code {self.process.returncode}; its end:\n{last}")
+            self.reader.join(timeout=2)  # its error comes first
+            code = self.process.returncode
+            how = f"exit code {code}" if code > 0 else signal.Signals(-code).name
+            _say(f"{self.what} ended with {how}")
 
 
 class _Stop:
@@ -275,9 +286,8 @@ def _kill_descendants(pid: int) -> None:
                 one.kill()
 
 
-def _pass_on(stream: IO[str], what: str, tail: deque[str]) -> None:
+def _pass_on(stream: IO[str], what: str) -> None:
     for line in stream:
-        tail.append(line.rstrip())
         _say(f"[{what}] {line.rstrip()}")
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Iterable, Mapping
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -18,8 +19,10 @@ from mlflow_dr.encoder.model import Encoder
 from mlflow_dr.encoder.tokenize import Tokenizing
 from mlflow_dr.engines.devices import resolve_device
 from mlflow_dr.errors import UsageError
+from mlflow_dr.files import scratch
 from mlflow_dr.retrieval.encode import encode_all
 from mlflow_dr.stores.token_table import token_table
+from mlflow_dr.tracking.manifest import MANIFEST, not_listed, only_listed, read_manifest
 
 QUERY, PASSAGE = "query", "passage"
 
@@ -80,8 +83,17 @@ def _load_pyfunc(path: str) -> TextsToVectors:
     Raises:
         CheckpointError: its files are damaged or missing.
     """
-    encoder = load_encoder(path, safetensors_only=True)
-    return TextsToVectors(encoder.to(resolve_device()))
+    with scratch() as room:
+        encoder = load_encoder(_listed_files(Path(path), room), safetensors_only=True)
+        return TextsToVectors(encoder.to(resolve_device()))
+
+
+def _listed_files(directory: Path, view: Path) -> Path:
+    """The directory, or links to the files that its manifest lists where it holds others, too."""
+    if not (directory / MANIFEST).is_file():
+        return directory
+    listed = read_manifest(directory, None)
+    return only_listed(directory, listed, view) if not_listed(directory, listed) else directory
 
 
 def _texts(model_input: Any) -> list[str]:

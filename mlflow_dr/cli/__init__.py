@@ -17,16 +17,19 @@ from typing import NoReturn
 
 import click
 
-from mlflow_dr.errors import MlflowDrError
+from mlflow_dr.errors import MlflowDrError, did_you_mean, one_line
+from mlflow_dr.terminal import guard_streams, one_line_of
 from mlflow_dr.version import VERSION
 
 INTERRUPTED = 130
+LONGEST_LOG_LINE = 4000  # characters of what is no error
 
 COMMANDS = {
     "run": "Train and validate side by side; what `mlflow run .` calls.",
     "train": "Train an encoder and publish its checkpoints to MLflow.",
     "validate": "Validate each checkpoint of a run, now and as they come.",
     "fidelity": "Find the subset that chooses the right checkpoint in less time.",
+    "ui": "Start MLflow's pages on the curves of the latest run.",
     "status": "Show what has become of a run's checkpoints.",
     "best": "Show a run's best checkpoint; download or register it.",
     "compare": "Compare encoders query by query, and test the difference.",
@@ -52,6 +55,13 @@ class _Commands(click.Group):
         command: click.Command = module.command
         return command
 
+    def resolve_command(
+        self, ctx: click.Context, args: list[str]
+    ) -> tuple[str | None, click.Command | None, list[str]]:
+        if args and args[0] not in COMMANDS and not args[0].startswith("-"):
+            ctx.fail(f"No such command {args[0]!r}{did_you_mean(args[0], COMMANDS)}")
+        return super().resolve_command(ctx, args)
+
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         with formatter.section("Commands"):
             formatter.write_dl(list(COMMANDS.items()))
@@ -65,10 +75,13 @@ def group() -> None:
 
 def main() -> NoReturn:
     """Run the command line; every known error becomes one line and an exit code."""
+    guard_streams()
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s")
     package = logging.getLogger("mlflow_dr")
     package.setLevel(logging.INFO)
     package.propagate = False
+    # a server that is away is said once, by who waits for it, not at each try
+    logging.getLogger("urllib3.connectionpool").setLevel(logging.ERROR)
     handler = logging.StreamHandler()
     handler.setFormatter(_Lines())
     package.handlers = [handler]
@@ -88,12 +101,17 @@ def _run() -> int:
         click.echo(error.format_message(), err=True)
         return error.exit_code
     except click.UsageError as error:
-        where = f"; see `{error.ctx.command_path} --help`" if error.ctx else ""
-        return _fail(f"{error.format_message().rstrip('.')}{where}", 2)
+        message = error.format_message().rstrip(".")
+        where = f"see `{error.ctx.command_path} --help`" if error.ctx else ""
+        return _fail(f"{message}{' ' if message.endswith('?') else '; '}{where}", 2)
     except click.ClickException as error:
         return _fail(error.format_message(), 1)
-    except (KeyboardInterrupt, click.Abort):
-        return _fail("stopped", INTERRUPTED)
+    except (KeyboardInterrupt, click.Abort) as error:
+        cause = error.__cause__
+        if isinstance(cause, EOFError):  # click takes any of them for the end of the input
+            return _fail(f"what was read ended too early ({one_line(cause)})", 1)
+        click.echo("stopped", err=True)  # as it was asked to
+        return INTERRUPTED
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
@@ -104,15 +122,16 @@ def _run() -> int:
 
 
 class _Lines(logging.Formatter):
-    """A message as it is; its level in front when something is wrong."""
+    """A message on one line; its level in front when something is wrong."""
 
     def format(self, record: logging.LogRecord) -> str:
-        text = record.getMessage()
-        return text if record.levelno < logging.WARNING else f"{record.levelname.lower()}: {text}"
+        if record.levelno < logging.WARNING:
+            return one_line_of(record.getMessage(), LONGEST_LOG_LINE)
+        return f"{record.levelname.lower()}: {one_line_of(record.getMessage())}"
 
 
 def _fail(message: str, code: int) -> int:
-    click.echo(f"error: {' '.join(message.split())}", err=True)
+    click.echo(f"error: {one_line_of(message)}", err=True)
     return code
 
 

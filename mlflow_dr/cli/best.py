@@ -6,15 +6,15 @@ from pathlib import Path
 
 import click
 
-from mlflow_dr.cli.options import seed, tracking_uri
+from mlflow_dr.cli.options import RUN, seed, tracking_uri
 
 
 @click.command("best")
-@click.option("--run-id", required=True, help="The MLflow run.")
+@click.option("--run-id", required=True, help=RUN)
 @click.option(
     "--metric",
-    help="A measure of a validation, such as val/mrr_at_10 (default: the first measure of val, "
-    "or of the first validation by name).",
+    help="A measure of a validation, such as val/mrr_at_10 (default: the first measure of the "
+    "validation that was begun first).",
 )
 @click.option(
     "--download",
@@ -47,9 +47,9 @@ def command(
     from mlflow_dr.decisions.best import find_best, mark_best, summary
     from mlflow_dr.tracking import fetching, registry
     from mlflow_dr.tracking.client import connect
-    from mlflow_dr.tracking.runs import find_run
+    from mlflow_dr.tracking.runs import resolve_run
 
-    run = find_run(connect(tracking_uri), run_id)
+    run = resolve_run(connect(tracking_uri, may_create=False), run_id)
     best = find_best(run, metric)
     click.echo(summary(run, best, seed))
     mark_best(run, best)

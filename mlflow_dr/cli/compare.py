@@ -29,6 +29,19 @@ from mlflow_dr.cli.options import device, dtype, seed, tracking_uri
     type=click.Path(path_type=Path),
     help="Write the values of all queries (CSV) and a picture of the differences to this folder.",
 )
+@click.option("--force", is_flag=True, help="Replace these files if they are there.")
+@click.option(
+    "--q-max-len",
+    "--q_max_len",
+    type=click.IntRange(min=3),
+    help="Tokens of a query, for encoders that are evaluated now (default: their own).",
+)
+@click.option(
+    "--p-max-len",
+    "--p_max_len",
+    type=click.IntRange(min=3),
+    help="Tokens of a passage, for encoders that are evaluated now (default: their own).",
+)
 @click.option(
     "--changed",
     type=click.IntRange(min=0),
@@ -42,10 +55,10 @@ from mlflow_dr.cli.options import device, dtype, seed, tracking_uri
 def command(changed: int, **options: Any) -> None:
     """Compare two or more encoders with the first of them, query by query.
 
-    OPERANDS are run ids (their best checkpoints), RUN@STEP, models:/..., or encoders by directory
-    or hub name, which need --dataset. Shown are means, the difference with a 95 % bootstrap
-    interval, the p-value of the paired randomisation test (of several by Holm's rule, too), and the
-    queries that changed most.
+    OPERANDS are runs by id or name (their best checkpoints), RUN@STEP, models:/..., or encoders by
+    directory or hub name, which need --dataset. Shown are means, the difference with a 95 %
+    bootstrap interval, the p-value of the paired randomisation test (of several by Holm's rule,
+    too), and the queries that changed most.
 
     \b
     Example:

@@ -14,6 +14,7 @@ from mlflow_dr.cli.options import (
     evaluation_options,
     file_options,
     given_dataset,
+    run_of_project,
     subset_options,
     tracking_uri,
 )
@@ -26,6 +27,7 @@ from mlflow_dr.cli.options import (
 @click.option("--split", help="The queries to put (default: dev, else test).")
 @click.option("--output", type=click.Path(path_type=Path), help="Write the report here, as JSON.")
 @click.option("--ranking", type=click.Path(path_type=Path), help="Write a TREC run file here.")
+@click.option("--force", is_flag=True, help="Replace these files if they are there.")
 @subset_options
 @evaluation_options
 @encoder_options
@@ -42,7 +44,8 @@ def command(
     """Measure one encoder on one collection, without tracking.
 
     ENCODER is a directory (ours, sentence-transformers' or a bare backbone's), a hub name, or
-    models:/<id> or models:/NAME@best for a published checkpoint.
+    models:/<id> or models:/NAME@best for a published checkpoint. Under `mlflow run` the report is
+    logged to the run, too.
 
     \b
     Example:
@@ -57,7 +60,9 @@ def command(
 
     from mlflow_dr.validation.once import Once, evaluate_once
 
-    report = evaluate_once(Once(dataset=dataset, subset=next(iter(subsets), None), **options))
+    run = run_of_project(options["tracking_uri"])
+    request = Once(dataset=dataset, subset=next(iter(subsets), None), **options)
+    report = evaluate_once(request, run)
     for name, value in report.measures.items():
         click.echo(f"{name}\t{value:.4f}")
     click.echo(

@@ -8,6 +8,8 @@ from typing import Any
 import click
 
 from mlflow_dr.cli.options import (
+    RUN,
+    Finite,
     TakesSeveral,
     check_one_set,
     checkpoints_dir,
@@ -26,7 +28,7 @@ from mlflow_dr.retrieval.measures import DEFAULT_MEASURES
 
 
 @click.command("fidelity", cls=TakesSeveral)
-@click.option("--run-id", help="The MLflow run whose checkpoints are studied; gets the figures.")
+@click.option("--run-id", help=RUN)
 @checkpoints_dir()
 @click.option("--dataset", help="The collection (default: the run's).")
 @file_options
@@ -49,7 +51,7 @@ from mlflow_dr.retrieval.measures import DEFAULT_MEASURES
 @every
 @click.option(
     "--tolerance",
-    type=click.FloatRange(min=0),
+    type=Finite(min=0),
     default=0.005,
     show_default=True,
     help="How much worse than the best a subset's choice may be.",
@@ -109,9 +111,10 @@ def command(
     from mlflow_dr.tracking.client import connect
     from mlflow_dr.tracking.directories import found_checkpoints
     from mlflow_dr.tracking.fidelity import log_study
-    from mlflow_dr.tracking.runs import find_run
+    from mlflow_dr.tracking.runs import resolve_run
 
-    run = find_run(connect(tracking_uri), run_id) if run_id else None
+    client = connect(tracking_uri, may_create=False) if run_id else None
+    run = resolve_run(client, run_id) if client and run_id else None
     if checkpoints_dir is not None:
         checkpoints = found_checkpoints(checkpoints_dir)
     else:

@@ -8,7 +8,7 @@ from typing import Any
 
 import click
 
-from mlflow_dr.cli.options import device, dtype, tracking_uri
+from mlflow_dr.cli.options import Finite, device, dtype, run_of_project, tracking_uri
 
 
 @click.command("mine")
@@ -65,7 +65,7 @@ from mlflow_dr.cli.options import device, dtype, tracking_uri
 @click.option("--margin", type=float, help="Score at least so much below the positive.")
 @click.option(
     "--relative-margin",
-    type=click.FloatRange(0, 1),
+    type=Finite(0, 1),
     help="Likewise as a share of the positive's score (NV-Retriever: 0.05).",
 )
 @click.option("--max-score", type=float, help="Score at most this.")
@@ -75,6 +75,13 @@ from mlflow_dr.cli.options import device, dtype, tracking_uri
     default=True,
     show_default=True,
     help="Leave out passages that hold an answer, where the collection has answers.",
+)
+@click.option(
+    "--match",
+    type=click.Choice(["string", "regex"]),
+    default="string",
+    show_default=True,
+    help="How answers are matched; regex where they are regular expressions (CuratedTREC).",
 )
 @click.option("--k1", type=float, default=0.9, show_default=True, help="BM25's k1.")
 @click.option("--b", type=float, default=0.4, show_default=True, help="BM25's b.")
@@ -105,7 +112,11 @@ def command(k1: float, b: float, language: str, **options: Any) -> None:
     from mlflow_dr.mining.rule import Rule
     from mlflow_dr.retrieval.bm25 import Bm25Settings
 
+    run = run_of_project(options["tracking_uri"])
     rule = Rule(**{field.name: options.pop(field.name) for field in fields(Rule)})
     mined = mine(Mining(rule=rule, bm25=Bm25Settings(k1, b, language), **options))
-    for line in mined.summary(rule.negatives):
+    lines = mined.summary(rule.negatives)
+    for line in lines:
         click.echo(line)
+    if run is not None:
+        run.log_report(mined.figures(), {"mined.txt": "\n".join(lines) + "\n"})

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import os
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -11,7 +13,21 @@ import click
 from mlflow_dr.retrieval.measures import DEFAULT_MEASURES
 
 FILES = click.Path(path_type=Path, exists=True)
+RUN = "The MLflow run: its id, the beginning of it, or its name."
 FILE_OPTIONS = ("--dataset", "--candidate-dir", "--query-file", "--qrel-file")
+
+
+class Finite(click.FloatRange):
+    """A number in a range; neither NaN, which every range would let pass, nor infinite."""
+
+    def convert(
+        self, value: Any, param: click.Parameter | None, ctx: click.Context | None
+    ) -> float:
+        """The number."""
+        number = float(super().convert(value, param, ctx))
+        if not math.isfinite(number):
+            self.fail(f"{value} is not a finite number.", param, ctx)
+        return number
 
 
 class TakesSeveral(click.Command):
@@ -48,6 +64,20 @@ def _whole_path(context: click.Context, parameter: click.Parameter, name: str | 
     return str(Path(name).absolute()) if name and Path(name).is_dir() else name
 
 
+def _format(context: click.Context, parameter: click.Parameter, name: str) -> str:
+    """Our name of a number format."""
+    from mlflow_dr.engines.formats import format_name
+
+    return format_name(name)
+
+
+def _pooling(context: click.Context, parameter: click.Parameter, name: str | None) -> str | None:
+    """A pooling that there is."""
+    from mlflow_dr.encoder.config import EncoderConfig
+
+    return name if name is None else EncoderConfig(pooling=name).pooling
+
+
 measures = click.option(
     "--measures",
     "--metrics",
@@ -68,8 +98,10 @@ device = click.option(
 dtype = click.option(
     "--dtype",
     default="auto",
+    callback=_format,
     show_default=True,
-    help="auto (bf16 where the hardware multiplies it, else fp32), fp32, bf16 or fp16.",
+    help="auto (bf16 where the hardware multiplies it, else fp32), fp32, bf16 or fp16; also "
+    "by PyTorch's names: float32, bfloat16, float16.",
 )
 keep_own_id = click.option(
     "--keep-own-id",
@@ -131,7 +163,9 @@ def encoder_options(function: Callable[..., Any]) -> Callable[..., Any]:
         click.option("--q-max-len", "--q_max_len", type=length, help=f"{tokens} query."),
         click.option("--max-length", type=length, help="Likewise, tokens of both."),
         click.option("--normalize/--no-normalize", default=None, help="Likewise."),
-        click.option("--pooling", help="Replaces what the encoder's directory says."),
+        click.option(
+            "--pooling", callback=_pooling, help="Replaces what the encoder's directory says."
+        ),
     ):
         function = option(function)
     return function
@@ -183,7 +217,7 @@ def policy_options(function: Callable[..., Any]) -> Callable[..., Any]:
         click.option(
             "--min-delta",
             "--min_delta",
-            type=click.FloatRange(min=0),
+            type=Finite(min=0),
             default=0.0,
             show_default=True,
             help="A rise by this or less is none.",
@@ -196,7 +230,7 @@ def policy_options(function: Callable[..., Any]) -> Callable[..., Any]:
         click.option(
             "--metric",
             help="What the best are best by, such as val/mrr_at_10 (default: the first measure of "
-            "the validation val, or of the first).",
+            "the validation that was begun first).",
         ),
     ):
         function = option(function)
@@ -259,6 +293,15 @@ def given_dataset(
 
     candidates = [candidate_dir] if candidate_dir else []
     return given_collection(dataset, (candidates, query_files, qrel_files), FILE_OPTIONS)
+
+
+def run_of_project(tracking_uri: str | None) -> Any:
+    """The run that `mlflow run` has made for this command, if it was started by that."""
+    if "MLFLOW_RUN_ID" not in os.environ:
+        return None  # without mlflow, which takes seconds to import
+    from mlflow_dr.tracking.current import run_of_project
+
+    return run_of_project(tracking_uri)
 
 
 def check_one_set(sets: Sequence[str], split: str | None) -> None:

@@ -4,18 +4,18 @@ from __future__ import annotations
 
 import click
 
-from mlflow_dr.cli.options import tracking_uri
+from mlflow_dr.cli.options import RUN, tracking_uri
 
 
 @click.command("prune")
-@click.option("--run-id", help="The MLflow run whose checkpoints are looked at.")
+@click.option("--run-id", help=RUN)
 @click.option("--deleted", is_flag=True, help="Or those of all deleted runs.")
 @click.option("--experiment", help="With --deleted: of this experiment only.")
 @click.option("--keep", help="What stays, such as best:3,last:2,every:10000.")
 @click.option(
     "--metric",
     help="What the best are best by, such as val/mrr_at_10 (default: the first measure of the "
-    "validation val, or of the only one).",
+    "validation that was begun first).",
 )
 @click.option("--unvalidated", is_flag=True, help="Let those go, too, that are not validated yet.")
 @click.option("--dry-run", is_flag=True, help="Only say what would go and what stays.")
@@ -51,13 +51,13 @@ def command(
     from mlflow_dr.decisions.keep import parse_policy
     from mlflow_dr.decisions.prune import outcomes, review, review_orphans, summary
     from mlflow_dr.tracking.client import connect, leave_waiting_to_us
-    from mlflow_dr.tracking.runs import find_run
+    from mlflow_dr.tracking.runs import resolve_run
 
     policy = parse_policy(keep) if keep else None
     leave_waiting_to_us()
-    client = connect(tracking_uri)
+    client = connect(tracking_uri, may_create=False)
     if run_id and policy:
-        verdicts = review(find_run(client, run_id), policy, metric, unvalidated)
+        verdicts = review(resolve_run(client, run_id), policy, metric, unvalidated)
     else:
         verdicts = review_orphans(client, experiment)
     done = []

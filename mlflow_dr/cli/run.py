@@ -7,6 +7,7 @@ from typing import Any
 import click
 
 from mlflow_dr.cli.options import (
+    Finite,
     depth,
     dtype,
     judged,
@@ -43,7 +44,7 @@ from mlflow_dr.cli.options import (
 @click.option(
     "--poll-seconds",
     "--poll_seconds",
-    type=click.FloatRange(min=0.05),
+    type=Finite(min=0.05),
     default=2.0,
     show_default=True,
 )
@@ -70,6 +71,11 @@ def command(
     Example:
         mlflow-dr run --dataset demo --learning-rate 1e-3 --patience 3
     """
+    from mlflow_dr.training.flags import check_flags
+
+    parameters = click.get_current_context().command.params
+    own = [name for parameter in parameters for name in parameter.opts]
+    check_flags(trainer_flags, own)  # before five seconds of imports
     from mlflow_dr.cli.validate import plan_of
     from mlflow_dr.engines.share import share_machine
     from mlflow_dr.launch import launch

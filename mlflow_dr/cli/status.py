@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import click
 
-from mlflow_dr.cli.options import tracking_uri
+from mlflow_dr.cli.options import RUN, tracking_uri
 
 
 @click.command("status")
-@click.option("--run-id", required=True, help="The MLflow run.")
+@click.option("--run-id", required=True, help=RUN)
 @tracking_uri
 def command(run_id: str, tracking_uri: str | None) -> int:
     """Show what has become of a run's checkpoints: validations, owners, age, lag and failures.
@@ -19,10 +19,10 @@ def command(run_id: str, tracking_uri: str | None) -> int:
     """
     from mlflow_dr.tracking.client import connect
     from mlflow_dr.tracking.clock import ServerClock
-    from mlflow_dr.tracking.runs import find_run
+    from mlflow_dr.tracking.runs import resolve_run
     from mlflow_dr.tracking.status import status_of, table
 
-    run = find_run(connect(tracking_uri), run_id)
+    run = resolve_run(connect(tracking_uri, may_create=False), run_id)
     lines = status_of(run, ServerClock().now_ms())
-    click.echo(table(lines) if lines else f"run {run.id} has published no checkpoint yet")
+    click.echo(table(lines) if lines else f"run {run.label} has published no checkpoint yet")
     return 0

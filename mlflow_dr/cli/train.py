@@ -26,6 +26,9 @@ def command(flags: tuple[str, ...]) -> None:
 
         click.echo(training_parser().format_help())
         return
+    from mlflow_dr.training.flags import check_flags
+
+    check_flags(flags)  # before five seconds of imports
     from mlflow_dr.training.parsing import parse_training
     from mlflow_dr.training.train import train
 

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import click
 
 from mlflow_dr.cli.options import (
+    RUN,
+    Finite,
     TakesSeveral,
     checkpoints_dir,
     encoder_changes,
@@ -21,6 +24,7 @@ from mlflow_dr.cli.options import (
     keep_up,
     policy_options,
     refine,
+    run_of_project,
     subset_options,
     tracking_uri,
 )
@@ -29,7 +33,7 @@ ORDERS = ("oldest", "newest", "bisect")
 
 
 @click.command("validate", cls=TakesSeveral)
-@click.option("--run-id", help="The MLflow run whose checkpoints are validated.")
+@click.option("--run-id", help=RUN)
 @click.option("--experiment", help="Or all runs of this experiment, later ones too.")
 @checkpoints_dir("; figures go to --run-id, or to a new run")
 @click.option("--dataset", help="The collection (default: the run's).")
@@ -66,13 +70,13 @@ ORDERS = ("oldest", "newest", "bisect")
 @every
 @click.option(
     "--max-lag",
-    type=click.FloatRange(min=0, min_open=True),
+    type=Finite(min=0, min_open=True),
     help="Begin no checkpoint that was published more than so many seconds ago.",
 )
 @click.option("--retry-failed", is_flag=True, help="Try again what was recorded as failed.")
 @click.option(
     "--poll-seconds",
-    type=click.FloatRange(min=0.05),
+    type=Finite(min=0.05),
     default=2.0,
     show_default=True,
     help="Time between two looks at the server.",
@@ -104,6 +108,9 @@ def command(
     after training, stop it and start it again, and as many as you like, on any machines: each does
     what nobody else is at.
 
+    The exit code is 1 when a checkpoint is FAILED, which says that no encoder can be read from its
+    files, or when some could not be fetched or read on this machine and are left to others.
+
     \b
     Example:
         mlflow-dr validate --run-id 0123456789abcdef0123456789abcdef
@@ -119,19 +126,32 @@ def command(
         raise click.UsageError("a new run names no dataset; give --dataset")
 
     from mlflow_dr.tracking.client import connect, leave_waiting_to_us
+    from mlflow_dr.tracking.curve import where_to_look
+    from mlflow_dr.tracking.patience import Patience
     from mlflow_dr.validation.watch import watch
 
+    project = run_of_project(tracking_uri)
     plan = _plan(config, (dataset, sets, split), name, options)
     leave_waiting_to_us()
-    client = connect(tracking_uri)
-    with _followed(client, run_id, experiment, checkpoints_dir, dataset) as followed:
+    # a run that is there is followed; a new one may be the first of its store
+    client = connect(tracking_uri, may_create=not (run_id or experiment))
+    patiently = Patience(client, plan.poll_seconds)
+    with _followed(client, patiently, run_id, experiment, checkpoints_dir, dataset) as followed:
         counts = watch(followed, plan)
-    return 1 if counts.failed else 0
+        is_project = project and followed.run and followed.run.id == project.id
+        if followed.run is not None and not is_project:
+            click.echo(where_to_look(followed.run), err=True)
+        if project is not None and not is_project:
+            text = f"validated {counts.done} checkpoints of {followed.name}\n"
+            figures = {"validated/done": counts.done, "validated/failed": counts.failed}
+            project.log_report(figures, {"validated.txt": text})
+    return 0 if counts.are_good else 1
 
 
 @contextmanager
 def _followed(
     client: Any,
+    patiently: Any,
     run_id: str | None,
     experiment: str | None,
     directory: Path | None,
@@ -141,21 +161,23 @@ def _followed(
     from mlflow_dr.collection.catalogue import open_collection
     from mlflow_dr.tracking.directories import FollowedDirectory
     from mlflow_dr.tracking.following import FollowedExperiment, FollowedRun
-    from mlflow_dr.tracking.runs import DATASET_TAG, find_run, open_run
+    from mlflow_dr.tracking.runs import DATASET_TAG, open_run, resolve_run
 
     if experiment is not None:
-        yield FollowedExperiment(client, experiment)
-    elif directory is None:
-        yield FollowedRun(find_run(client, run_id or ""))
+        yield patiently(partial(FollowedExperiment, client, experiment))
     elif run_id is not None:
-        yield FollowedDirectory(find_run(client, run_id), directory, is_mine=False)
+        run = patiently(partial(resolve_run, client, run_id))
+        if directory is None:
+            yield FollowedRun(run)
+        else:
+            yield FollowedDirectory(run, directory, is_mine=False)
     else:
         named = {DATASET_TAG: open_collection(dataset).name} if dataset else {}
-        run = open_run(client)
-        run.set_tags(named)
+        run = patiently(partial(open_run, client))
+        patiently(partial(run.set_tags, named))
         click.echo(f"run {run.id} ({run.name})", err=True)
         with run.ending("validation"):
-            yield FollowedDirectory(run, directory, is_mine=True)
+            yield FollowedDirectory(run, cast(Path, directory), is_mine=True)
 
 
 def plan_of(words: Sequence[str]) -> Any:
@@ -184,7 +206,8 @@ def _plan(
     from mlflow_dr.tracking.validations import FIRST_NAME
     from mlflow_dr.validation.evaluate import Settings
     from mlflow_dr.validation.order import Order
-    from mlflow_dr.validation.plan import Asked, Plan, read_plan
+    from mlflow_dr.validation.plan import Asked, Plan
+    from mlflow_dr.validation.plan_file import read_plan
     from mlflow_dr.validation.policies import Wishes
 
     if config is not None and name is not None:

@@ -16,12 +16,12 @@ from typing import NamedTuple
 from urllib.parse import quote, unquote_to_bytes
 
 from mlflow_dr.collection.corpus import Corpus, cached_corpus
-from mlflow_dr.collection.fields import identifier, text_or_tokens
+from mlflow_dr.collection.fields import fields_of, identifier, text_or_tokens
 from mlflow_dr.collection.interface import Examples, check_split
 from mlflow_dr.collection.judgements import checked_topics, read_qrels
-from mlflow_dr.collection.recordfiles import read_records, state_of
+from mlflow_dr.collection.recordfiles import check_complete, named_files, read_records, state_of
 from mlflow_dr.collection.records import Passage, Query, Topics
-from mlflow_dr.errors import DataError, UsageError
+from mlflow_dr.errors import DataError, UsageError, quoted
 
 log = logging.getLogger(__name__)
 
@@ -192,6 +192,8 @@ def _quoted(path: Path) -> str:
 
 
 def _unquoted(text: str) -> Path:
+    if "\0" in text or "%00" in text:
+        raise UsageError(f"{quoted(text)}: no file can have a NUL character in its name")
     return Path(os.fsdecode(unquote_to_bytes(text)))
 
 
@@ -217,8 +219,9 @@ def _passage_files(candidates: Path) -> list[Path]:
     """
     if not candidates.is_dir():
         return [candidates]
+    files = named_files(candidates, SUFFIXES)
+    check_complete(files)
     there = sorted(path for path in candidates.iterdir() if not path.name.startswith("."))
-    files = [path for path in there if path.name.endswith(SUFFIXES) and path.is_file()]
     strays = [path.name for path in there if path not in files]
     if not files:
         raise DataError(
@@ -250,7 +253,7 @@ def _checked(what: str, read: Callable[[], Iterator[_Text]]) -> Iterator[_Text]:
     for one in read():
         if one.id in seen:
             first = next(other.where for other in read() if other.id == one.id)
-            raise DataError(f"{one.where}: {what} id {one.id!r} was used at {first} already")
+            raise DataError(f"{one.where}: {what} id {quoted(one.id)} was used at {first} already")
         seen.add(one.id)
         if tokenised not in (None, one.tokens is not None):
             kinds = ("text", "token ids") if tokenised else ("token ids", "text")
@@ -267,7 +270,7 @@ def _texts(files: Sequence[Path]) -> Iterator[_Text]:
         for where, record in read_records(file):
             if ID not in record:
                 raise DataError(
-                    f"{where}: no {ID!r}; it has {', '.join(record) or 'no field'}, expected {ID}, "
+                    f"{where}: no {ID!r}; it has {fields_of(record)}, expected {ID}, "
                     f"{TEXT}; if the file holds something else, move it elsewhere"
                 )
             content, tokens = text_or_tokens(record.get(TEXT), f"{where}: {TEXT}")

@@ -5,6 +5,7 @@ Layout: Thakur et al., BEIR, NeurIPS Datasets and Benchmarks 2021.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
@@ -15,9 +16,9 @@ from mlflow_dr.collection.fields import identifier, text, texts
 from mlflow_dr.collection.interface import check_split
 from mlflow_dr.collection.judgements import checked_topics, read_qrels
 from mlflow_dr.collection.passages import corpus_of_file
-from mlflow_dr.collection.recordfiles import Record, json_lines
+from mlflow_dr.collection.recordfiles import Record, check_link, json_lines
 from mlflow_dr.collection.records import Query, Topics
-from mlflow_dr.errors import DataError
+from mlflow_dr.errors import DataError, quoted
 
 ID = "_id"
 
@@ -71,7 +72,7 @@ class BeirFolder:
             query_id, content = identifier(record, ID, where), text(record, "text", where)
             query = Query(query_id, content, _answers(record, where))
             if query.id in queries:
-                raise DataError(f"{where}: query id {query.id!r} is used twice")
+                raise DataError(f"{where}: query id {quoted(query.id)} is used twice")
             queries[query.id] = query
         return queries
 
@@ -90,8 +91,8 @@ def _answers(record: Record, where: str) -> tuple[str, ...]:
 def _existing(path: Path) -> Path:
     """`path`, or `path.gz` where only that exists."""
     packed = path.with_name(path.name + ".gz")
-    if path.exists():
-        return path
-    if packed.exists():
-        return packed
+    for there in (path, packed):
+        if os.path.lexists(there):
+            check_link(there)
+            return there
     raise DataError(f"{path}: no such file (nor {packed.name})")

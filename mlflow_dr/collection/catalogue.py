@@ -13,8 +13,10 @@ from mlflow_dr.collection.asyncval import asyncval_files
 from mlflow_dr.collection.corpus import Corpus
 from mlflow_dr.collection.interface import Collection, Examples
 from mlflow_dr.errors import UsageError
+from mlflow_dr.files import is_path
 
 IR_DATASETS_PREFIX = "irds:"
+POOL_PREFIX = "pool:"
 HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 
 
@@ -70,6 +72,11 @@ PATTERNS = (
         "Asyncval's files, asyncval:CANDIDATES?queries=FILE&qrels=FILE; or by --candidate-dir, "
         "--query-file, --qrel-file",
     ),
+    (
+        "pool:FILE",
+        "any",
+        "questions of training examples, judged on the passages of all: DPR's dev files",
+    ),
     ("HUB/NAME", "any", "Hugging Face in Tevatron's layout, such as Tevatron/wikipedia-nq"),
 )
 
@@ -77,9 +84,9 @@ PATTERNS = (
 def open_collection(name: str) -> Collection:
     """The collection that a name stands for.
 
-    A name of the catalogue, `irds:<id>`, `asyncval:<files>`, a folder in BEIR's layout, a file or
-    folder of training examples (which has no judged queries), or `owner/name` on the Hugging Face
-    hub, in this order.
+    A name of the catalogue, `irds:<id>`, `asyncval:<files>`, `pool:<file>`, a folder in BEIR's
+    layout, a file or folder of training examples (which has no judged queries), or `owner/name` on
+    the Hugging Face hub, in this order.
 
     Raises:
         UsageError: nothing goes by that name.
@@ -111,10 +118,13 @@ def _opened(name: str, corpus: Callable[[], Corpus] | None) -> Collection:
         return IrDataset(name.removeprefix(IR_DATASETS_PREFIX))
     if name.startswith(ASYNCVAL_PREFIX):
         return asyncval_files(name)
-    path = Path(name).expanduser()
-    if name and path.exists():
+    if name.startswith(POOL_PREFIX):
+        from mlflow_dr.collection.pool import passage_pool
+
+        return passage_pool(name)
+    if is_path(name):
         # the whole path, so that a validator in another folder finds it by the same name
-        return _opened_path(path.resolve(), corpus)
+        return _opened_path(Path(name).expanduser().resolve(), corpus)
     if HUB_NAME.fullmatch(name):
         from mlflow_dr.collection.hub import hub_collection
 
@@ -124,7 +134,8 @@ def _opened(name: str, corpus: Callable[[], Corpus] | None) -> Collection:
     hint = f"did you mean {close[0]!r}? " if close else ""
     raise UsageError(
         f"no dataset {name!r}: {hint}a dataset is one of {', '.join(names)}, a folder in BEIR's "
-        "layout, a file of training examples, asyncval:<files>, irds:<id>, or owner/name on the "
+        "layout, a file of training examples, pool:<file>, asyncval:<files>, irds:<id>, or "
+        "owner/name on the "
         "Hugging Face hub; `mlflow-dr datasets` lists them"
     )
 

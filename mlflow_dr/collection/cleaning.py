@@ -20,6 +20,7 @@ SCHEMA = pa.schema(
         ("positives", pa.list_(pa.int32())),
         ("negatives", pa.list_(pa.int32())),
         ("scores", pa.list_(pa.float32())),
+        ("others", pa.list_(pa.int32())),
     ]
 )
 QUERY_COLUMNS = SCHEMA.names[:4]
@@ -61,25 +62,33 @@ def cleaned(draft: pa.RecordBatch, known: Rows, tally: Tally) -> pa.RecordBatch:
     are positives of the same query too, and scores of examples that lack some.
     """
     ids = draft.column("query_id")
-    positives, negatives = (
+    positives, *rest = (
         _distinct(_known(_side(draft, name, known.rows), known, tally), ids, tally)
-        for name in ("positives", "negatives")
+        for name in ("positives", "negatives", "others")
     )
-    also_positive = np.isin(_keys(negatives), _keys(positives))
-    _count(tally, ALSO_POSITIVE, negatives.owners[also_positive], ids)
-    negatives = negatives.where(~also_positive)
+    negatives, others = (_no_positives(side, positives, ids, tally) for side in rest)
 
     usable = np.bincount(positives.owners, minlength=len(draft)) > 0
     _count(tally, NO_POSITIVE, np.flatnonzero(~usable), ids)
-    positives, negatives = (side.where(usable[side.owners]) for side in (positives, negatives))
+    positives, negatives, others = (
+        side.where(usable[side.owners]) for side in (positives, negatives, others)
+    )
     scores = _scores(positives, negatives, len(draft), ids, tally)
     kept = draft.select(QUERY_COLUMNS).filter(pa.array(usable))
     lists = [
         _lists(positives.owners, positives.rows.astype(np.int32), usable),
         _lists(negatives.owners, negatives.rows.astype(np.int32), usable),
         _lists(*scores, usable),
+        _lists(others.owners, others.rows.astype(np.int32), usable),
     ]
     return pa.record_batch([*kept.columns, *lists], schema=SCHEMA)
+
+
+def _no_positives(side: _Side, positives: _Side, ids: pa.Array, tally: Tally) -> _Side:
+    """Negatives without those that are positives of the same query."""
+    also_positive = np.isin(_keys(side), _keys(positives))
+    _count(tally, ALSO_POSITIVE, side.owners[also_positive], ids)
+    return side.where(~also_positive)
 
 
 def _side(draft: pa.RecordBatch, name: str, rows: np.ndarray) -> _Side:

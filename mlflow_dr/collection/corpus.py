@@ -11,10 +11,10 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from mlflow_dr.cache import cache_entry
 from mlflow_dr.collection.contents import ContentDigest
 from mlflow_dr.collection.records import Passage
-from mlflow_dr.errors import DataError
-from mlflow_dr.files import build_once, cache_dir, digest_of
+from mlflow_dr.errors import DataError, quoted
 from mlflow_dr.progress import progress_bar
 
 SCHEMA = pa.schema([("id", pa.string()), ("title", pa.string()), ("text", pa.string())])
@@ -108,6 +108,20 @@ class Corpus:
         return ranks
 
 
+def check_ids(ids: pa.Array | pa.ChunkedArray) -> None:
+    """Refuse passage ids with a NUL character, where trec_eval's strings end.
+
+    Raises:
+        DataError: with the first of them.
+    """
+    refused = ids.filter(pc.match_substring(ids, "\0"))
+    if len(refused):
+        raise DataError(
+            f"passage id {quoted(refused[0].as_py())} has a NUL character; remove it, because "
+            "trec_eval cannot name such an id"
+        )
+
+
 def opened_corpus(room: Path) -> Corpus:
     """The corpus that a `CorpusWriter` wrote into this folder, mapped from it."""
     table = pa.ipc.open_file(pa.memory_map(str(room / "corpus.arrow"))).read_all()
@@ -118,7 +132,7 @@ def cached_corpus(key: str, passages: Iterable[Passage], total: int | None = Non
     """A corpus made from `passages` once and kept as an Arrow file in the user's cache.
 
     Args:
-        key: names the source and its state (path, size, time of change); the cache's key.
+        key: names the source and its state (see `state_of`); the cache's key.
         passages: read only when the cache has no corpus under this key.
         total: number of passages, where known, for the progress bar.
 
@@ -133,7 +147,7 @@ def cached_corpus(key: str, passages: Iterable[Passage], total: int | None = Non
         if len(writer) == 0:
             raise DataError("the corpus has no passages")
 
-    return opened_corpus(build_once(cache_dir() / "corpora" / digest_of(key), write))
+    return opened_corpus(cache_entry("corpora", key, write))
 
 
 class CorpusWriter:
@@ -191,6 +205,7 @@ class CorpusWriter:
         # without a schema for tokens the fourth column is left
         fields = zip(columns, self._schema, strict=False)
         arrays = [pa.array(column, field.type) for column, field in fields]
+        check_ids(arrays[0])
         batch = pa.record_batch(arrays, schema=self._schema)
         self._file.write_batch(batch)
         self._content.update(batch)

@@ -18,10 +18,11 @@ from typing import NamedTuple
 
 import orjson
 
+from mlflow_dr.cache import cache_entry
 from mlflow_dr.collection.beir import BeirFolder
 from mlflow_dr.collection.docstrings import harvest
 from mlflow_dr.errors import DataError
-from mlflow_dr.files import build_once, cache_dir, digest_of
+from mlflow_dr.files import digest_of
 
 LAYOUT = 1
 """Raise it when the rules below change: the cached collection of the old rules is then not used."""
@@ -59,8 +60,9 @@ def demo_collection() -> BeirFolder:
     """
     sources = installed_sources()
     versions = [f"{source.name} {source.version}" for source in sources]
-    folder = build_once(
-        cache_dir() / "collections" / f"demo-{digest_of(LAYOUT, *versions)}",
+    folder = cache_entry(
+        "demo",
+        digest_of(LAYOUT, *versions),
         lambda partial: write_demo(partial, [source.root for source in sources]),
     )
     return BeirFolder(folder, name="demo", source=f"docstrings of {', '.join(versions)}")

@@ -15,12 +15,12 @@ from mlflow_dr.collection.fields import (
 )
 from mlflow_dr.collection.recordfiles import Record
 from mlflow_dr.collection.records import Passage, Query
-from mlflow_dr.errors import DataError
+from mlflow_dr.errors import DataError, quoted
 
 PASSAGE_IDS = ("passage_id", "psg_id", "id")
 
 
-def dpr_example(record: Record, index: int, where: str) -> RawExample:
+def dpr_example(record: Record, index: int, where: str, others: bool = False) -> RawExample:
     """`question, answers, positive_ctxs, negative_ctxs, hard_negative_ctxs`.
 
     The hard negatives are the negatives; where a question has none, its `negative_ctxs` are, which
@@ -38,7 +38,13 @@ def dpr_example(record: Record, index: int, where: str) -> RawExample:
     )
     positives = _passages(record, "positive_ctxs", where)
     hard = _passages(record, "hard_negative_ctxs", where)
-    return RawExample(where, query, positives, hard or _passages(record, "negative_ctxs", where))
+    rest = _passages(record, "negative_ctxs", where) if others or not hard else []
+    return RawExample(where, query, positives, hard or rest, others=rest if others else ())
+
+
+def dpr_example_with_others(record: Record, index: int, where: str) -> RawExample:
+    """The same, where `negative_ctxs` are the others besides."""
+    return dpr_example(record, index, where, others=True)
 
 
 def _passages(record: Record, field: str, where: str) -> list[Passage]:
@@ -46,7 +52,7 @@ def _passages(record: Record, field: str, where: str) -> list[Passage]:
     for index, item in enumerate(listed(record, field, where)):
         place = f"{where}: {field}[{index}]"
         if not isinstance(item, dict):
-            raise DataError(f"{place}: expected title, text and passage_id, got {item!r}")
+            raise DataError(f"{place}: expected title, text and passage_id, got {quoted(item)}")
         passage_id = optional_identifier(item, PASSAGE_IDS, place)
         title = optional_text(item, "title", place)
         passages.append(Passage(passage_id, title, text(item, "text", place)))

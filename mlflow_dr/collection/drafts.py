@@ -31,8 +31,10 @@ DRAFT_SCHEMA = pa.schema(
         ("query_tokens", pa.list_(pa.int32())),
         ("positives", pa.list_(pa.int32())),
         ("negatives", pa.list_(pa.int32())),
+        ("others", pa.list_(pa.int32())),
         ("positive_scores", pa.list_(pa.float32())),
         ("negative_scores", pa.list_(pa.float32())),
+        ("other_scores", pa.list_(pa.float32())),
     ]
 )
 EXAMPLES_PER_BATCH = 8192
@@ -40,7 +42,6 @@ EXAMPLES_PER_BATCH = 8192
 NO_QUERY = "records without a query"
 NO_POSITIVE = "records without a usable positive passage"
 EMPTY = "passages without text"
-OTHER_TEXT = "passages with another text than the first one of their id"
 
 
 class RawExample(NamedTuple):
@@ -54,6 +55,7 @@ class RawExample(NamedTuple):
         positive_scores: a teacher's scores of the positives, NaN where one is missing; empty where
             all are.
         negative_scores: likewise of the negatives.
+        others: negatives that are not hard, where the format has them and they are asked for.
     """
 
     where: str
@@ -62,6 +64,7 @@ class RawExample(NamedTuple):
     negatives: Sequence[Passage] | Sequence[str]
     positive_scores: Sequence[float] = ()
     negative_scores: Sequence[float] = ()
+    others: Sequence[Passage] | Sequence[str] = ()
 
 
 class Tally:
@@ -92,8 +95,8 @@ class Codes(Protocol):
 class PassageCodes:
     """Codes of passages that come with the examples: the rows of the corpus they are written to.
 
-    A passage is known by its id, or by its content where it has no id. Of an id with several texts
-    the first one is kept.
+    A passage is known by its content, as DPR and Tevatron train on the text and not on the id. It
+    keeps its id; where another passage before it has the same id, its content makes it one.
     """
 
     def __init__(self, writer: CorpusWriter, tally: Tally) -> None:
@@ -116,11 +119,13 @@ class PassageCodes:
             return None
         content = hash((passage.title, passage.text, tuple(passage.tokens or ())))
         passage_id = passage.id or _content_id(passage)
-        code = self._codes.setdefault(passage_id, len(self._contents))
-        if code < len(self._contents):
-            if self._contents[code] != content:
-                self._tally.add(OTHER_TEXT, f"id {passage_id!r} at {where}")
+        code = self._codes.get(passage_id)
+        if code is not None and self._contents[code] != content:
+            passage_id = _content_id(passage)
+            code = self._codes.get(passage_id)
+        if code is not None:
             return code
+        self._codes[passage_id] = len(self._contents)
         tokenised = passage.tokens is not None
         if self._tokenised not in (None, tokenised):
             raise DataError(
@@ -130,7 +135,7 @@ class PassageCodes:
         self._tokenised = tokenised
         self._contents.append(content)
         self._writer.add(passage._replace(id=passage_id))
-        return code
+        return self._codes[passage_id]
 
 
 class IdCodes:
@@ -180,7 +185,7 @@ def draft_batches(path: Path) -> Iterator[pa.RecordBatch]:
 
 def _batch(group: Sequence[RawExample], codes: Codes, tally: Tally) -> pa.RecordBatch:
     queries: list[Query] = []
-    sides = (_Side(), _Side())
+    sides = (_Side(), _Side(), _Side())
     for raw in group:
         query = raw.query
         if not (query.text.strip() or query.tokens):
@@ -190,6 +195,7 @@ def _batch(group: Sequence[RawExample], codes: Codes, tally: Tally) -> pa.Record
             tally.add(NO_POSITIVE, raw.where)
             continue
         sides[1].add(raw.negatives, raw.negative_scores, codes, raw.where)
+        sides[2].add(raw.others, (), codes, raw.where)
         queries.append(query)
     columns = [
         [query.id for query in queries],
@@ -204,7 +210,7 @@ def _batch(group: Sequence[RawExample], codes: Codes, tally: Tally) -> pa.Record
 
 
 class _Side:
-    """The positives or the negatives of a group of examples, end to end."""
+    """The positives, the negatives or the others of a group of examples, end to end."""
 
     def __init__(self) -> None:
         self._codes = array("i")

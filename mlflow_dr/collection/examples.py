@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
+from mlflow_dr.cache import cache_entry
 from mlflow_dr.collection.cleaning import SCHEMA, Rows, cleaned
 from mlflow_dr.collection.contents import ContentDigest
 from mlflow_dr.collection.corpus import Corpus, CorpusWriter, opened_corpus
@@ -24,11 +25,11 @@ from mlflow_dr.collection.drafts import (
 )
 from mlflow_dr.collection.records import Example, Query, Topics
 from mlflow_dr.errors import DataError
-from mlflow_dr.files import build_once, cache_dir, digest_of
+from mlflow_dr.files import digest_of
 
 log = logging.getLogger(__name__)
 
-LAYOUT = 1
+LAYOUT = 2
 """Raise it when the rules of drafts or cleaning change: what is cached is then not used."""
 
 NO_ROWS = np.empty(0, np.int64)
@@ -41,11 +42,12 @@ def cached_examples(
 
     One record is one example: two records with one query id stay two examples, because files join
     what several retrievers found for a query, and because ids of joined data sets may coincide.
-    Passages that come with the records become a corpus of their own, each id once, its first text.
+    Passages that come with the records become a corpus of their own, each id once; two texts with
+    one id are two passages.
 
     What is left out is counted in one warning, again at every opening: records without a query or
     a usable positive, passages without text or that the corpus lacks, repeats, negatives that are
-    positives of the same query, other texts of a known passage id.
+    positives of the same query.
 
     Args:
         key: names the source and its state; the cache's key.
@@ -56,8 +58,9 @@ def cached_examples(
     Raises:
         DataError: no record is usable; or whatever reading `records` raises.
     """
-    room = build_once(
-        cache_dir() / "examples" / digest_of(LAYOUT, key, corpus.digest if corpus else "inline"),
+    room = cache_entry(
+        "examples",
+        digest_of(LAYOUT, key, corpus.digest if corpus else "inline"),
         lambda partial: _write(partial, records, where, corpus),
     )
     if left_out := (room / "left_out").read_text(encoding="utf-8"):
@@ -93,6 +96,11 @@ class CachedExamples:
         batch = bisect_right(self._starts, index) - 1
         return self._batches[batch].example(int(index) - self._starts[batch])
 
+    def others(self, index: int) -> np.ndarray:
+        """Rows of an example's negatives that are not hard, `(n_others,) int64`; most have none."""
+        batch = bisect_right(self._starts, index) - 1
+        return self._batches[batch].others(int(index) - self._starts[batch])
+
     def negative_counts(self) -> np.ndarray:
         """How many hard negatives each example has, `(n_examples,) int64`."""
         return np.concatenate([batch.negative_counts() for batch in self._batches])
@@ -105,9 +113,9 @@ class _Batch:
         self._count = len(batch)
         self._ids, self._texts = (batch.column(name) for name in ("query_id", "query"))
         self._answers = _Lists(batch.column("answers"))
-        self._tokens, self._positives, self._negatives, self._scores = (
+        self._tokens, self._positives, self._negatives, self._scores, self._others = (
             _Lists(batch.column(name))
-            for name in ("query_tokens", "positives", "negatives", "scores")
+            for name in ("query_tokens", "positives", "negatives", "scores", "others")
         )
 
     def __len__(self) -> int:
@@ -115,6 +123,9 @@ class _Batch:
 
     def negative_counts(self) -> np.ndarray:
         return self._negatives.lengths().astype(np.int64)
+
+    def others(self, row: int) -> np.ndarray:
+        return self._others.numbers(row).astype(np.int64)
 
     def example(self, row: int) -> Example:
         scores = self._scores.numbers(row)

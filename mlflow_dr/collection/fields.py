@@ -7,21 +7,48 @@ from collections.abc import Sequence
 from typing import Any
 
 from mlflow_dr.collection.recordfiles import Record
-from mlflow_dr.errors import DataError
+from mlflow_dr.errors import LONGEST_QUOTE, DataError, quoted
+from mlflow_dr.terminal import shortened
+
+LARGEST_ID = 10**100
+LARGEST_NUMBER = 3.4e38
 
 
 def identifier(record: Record, field: str, where: str) -> str:
-    """An id: a string that is not empty, or a whole number, as a string.
+    """An id: a string that `check_id` allows, or a whole number, as a string.
 
     Raises:
         DataError: it is missing or something else.
     """
     value = record.get(field)
     if isinstance(value, str) and value:
-        return value
-    if isinstance(value, int) and not isinstance(value, bool):
+        return check_id(value, where)
+    if isinstance(value, int) and not isinstance(value, bool) and abs(value) < LARGEST_ID:
         return str(value)
-    raise DataError(f"{where}: no {field!r}, or not a string; got {value!r}")
+    raise DataError(f"{where}: no {field!r}, or not a string; got {quoted(value)}")
+
+
+def check_id(value: str, where: str) -> str:
+    """An id that judgements can name and trec_eval can read; given back as it is.
+
+    Raises:
+        DataError: it is empty, has white space at its start or end, or a NUL character, where
+            trec_eval's strings end.
+    """
+    if not value:
+        raise DataError(f"{where}: an id is empty; expected a string such as 'p1'")
+    if "\0" in value or value != value.strip():
+        fault = "a NUL character" if "\0" in value else "white space at its start or end"
+        raise DataError(
+            f"{where}: id {quoted(value)} has {fault}; remove it, because files of judgements and "
+            "trec_eval cannot name such an id"
+        )
+    return value
+
+
+def fields_of(record: Record) -> str:
+    """The names of a record's fields, for messages."""
+    return shortened(", ".join(record), LONGEST_QUOTE) or "(none)"
 
 
 def optional_identifier(record: Record, fields: Sequence[str], where: str) -> str:
@@ -40,7 +67,7 @@ def text(record: Record, field: str, where: str) -> str:
     """
     value = record.get(field)
     if not isinstance(value, str):
-        raise DataError(f"{where}: no {field!r}, or not a string; got {value!r}")
+        raise DataError(f"{where}: no {field!r}, or not a string; got {quoted(value)}")
     return value
 
 
@@ -54,7 +81,7 @@ def optional_text(record: Record, field: str, where: str) -> str:
     if value is None:
         return ""
     if not isinstance(value, str):
-        raise DataError(f"{where}: {field!r} is not a string; got {value!r}")
+        raise DataError(f"{where}: {field!r} is not a string; got {quoted(value)}")
     return value
 
 
@@ -79,8 +106,11 @@ def identifiers(record: Record, field: str, where: str) -> list[str]:
         DataError: with the index of the first that is none.
     """
     values = listed(record, field, where)
-    if all(type(value) is str for value in values) and "" not in values:
-        return values
+    # one look at most lists: a training file has tens of millions of ids
+    if all(type(value) is str for value in values):
+        joined = " ".join(values)
+        if "\0" not in joined and joined.split() == values:
+            return values
     return [
         identifier({field: value}, field, f"{where}: {field}[{index}]")
         for index, value in enumerate(values)
@@ -97,12 +127,12 @@ def texts(record: Record, field: str, where: str) -> tuple[str, ...]:
     values = [value] if isinstance(value, str) else listed(record, field, where)
     for each in values:
         if not isinstance(each, str):
-            raise DataError(f"{where}: {field!r} holds {each!r}, expected strings")
+            raise DataError(f"{where}: {field!r} holds {quoted(each)}, expected strings")
     return tuple(values)
 
 
 def number(record: Record, field: str, where: str) -> float:
-    """A finite number; NaN where the record has none.
+    """A number that fp32 can hold; NaN where the record has none.
 
     Raises:
         DataError: it is something else.
@@ -110,8 +140,9 @@ def number(record: Record, field: str, where: str) -> float:
     value = record.get(field)
     if value is None:
         return math.nan
-    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
-        raise DataError(f"{where}: {field!r} is not a finite number; got {value!r}")
+    plain = isinstance(value, int | float) and not isinstance(value, bool)
+    if not (plain and -LARGEST_NUMBER <= value <= LARGEST_NUMBER):
+        raise DataError(f"{where}: {field!r} is not a finite number; got {quoted(value)}")
     return float(value)
 
 
@@ -127,9 +158,4 @@ def text_or_tokens(value: Any, where: str) -> tuple[str, list[int] | None]:
     whole = isinstance(value, list) and set(map(type, value)) <= {int}
     if whole and (not value or (min(value) >= 0 and max(value) < 2**31)):
         return "", value
-    raise DataError(f"{where}: neither a string nor a list of token ids; got {_short(value)}")
-
-
-def _short(value: Any) -> str:
-    shown = repr(value)
-    return shown if len(shown) <= 60 else f"{shown[:57]}..."
+    raise DataError(f"{where}: neither a string nor a list of token ids; got {quoted(value)}")

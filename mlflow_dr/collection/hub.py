@@ -13,8 +13,12 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
+import pyarrow as pa
+
+from mlflow_dr.cache import cache_entry
 from mlflow_dr.collection.corpus import Corpus
 from mlflow_dr.collection.drafts import RawExample
 from mlflow_dr.collection.examples import CachedExamples, cached_examples
@@ -33,7 +37,6 @@ from mlflow_dr.collection.recordfiles import read_records
 from mlflow_dr.collection.records import Passage, Query, Topics
 from mlflow_dr.collection.tables import arrow_table, check_passages, passage_table
 from mlflow_dr.errors import DataError
-from mlflow_dr.files import build_once, cache_dir
 
 log = logging.getLogger(__name__)
 
@@ -185,8 +188,8 @@ def _damage_explained(files: HubFiles) -> Iterator[None]:
         raise DataError(f"Hugging Face {files.repo}: {error}; {files.way_out}") from error
 
 
-def _rows(files: HubFiles) -> Any:
-    """The files' rows as one `datasets.Dataset`, an Arrow file mapped from the cache.
+def _rows(files: HubFiles, room: Path) -> Any:
+    """The files' rows as one `datasets.Dataset` of Arrow files, which are written into `room`.
 
     Raises:
         DataError: a file is damaged, or its rows have not all the same columns.
@@ -195,20 +198,34 @@ def _rows(files: HubFiles) -> Any:
 
     names = [str(file) for file in files.files]
     try:
-        return load_dataset(READERS[files.suffix], data_files=names, split="train")
+        return load_dataset(
+            READERS[files.suffix], data_files=names, split="train", cache_dir=str(room)
+        )
     except Exception as error:
         cause = reason(error.__cause__ or error)
         raise DataError(f"{files.where}: cannot be read ({cause}); {files.way_out}") from error
 
 
 def _corpus(files: HubFiles) -> Corpus:
-    """The fetched passages; ids are checked and contents digested once for each commit."""
-    table = passage_table(arrow_table(_rows(files)), files.where)
+    """The fetched passages; they are read, checked and digested once."""
 
-    def check_and_digest(partial: Path) -> None:
+    def write(partial: Path) -> None:
+        partial.mkdir()
+        with TemporaryDirectory(dir=partial) as room:
+            for number, part in enumerate(_rows(files, Path(room)).cache_files):
+                Path(part["filename"]).rename(partial / f"rows-{number:05}.arrow")
+        table = _table(partial, files.where)
         log.info("%s: checking %d passages, once", files.where, len(table))
         check_passages(table, files.where)
-        partial.write_text(Corpus(table).digest)
+        (partial / "digest").write_text(Corpus(table).digest)
 
-    digest = build_once(cache_dir() / "digests" / files.digest, check_and_digest).read_text()
-    return Corpus(table, digest)
+    room = cache_entry("hub", files.digest, write)
+    return Corpus(_table(room, files.where), (room / "digest").read_text())
+
+
+def _table(room: Path, where: str) -> pa.Table:
+    """The passages, mapped from the Arrow files that `datasets` has written."""
+    from datasets import Dataset, concatenate_datasets
+
+    parts = [Dataset.from_file(str(path)) for path in sorted(room.glob("rows-*.arrow"))]
+    return passage_table(arrow_table(concatenate_datasets(parts)), where)

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
+from mlflow_dr.collection.recordfiles import check_complete, state_of
 from mlflow_dr.errors import DataError
 from mlflow_dr.files import digest_of
 
@@ -28,8 +30,8 @@ class HubFiles(NamedTuple):
 
     @property
     def digest(self) -> str:
-        """Names the contents: a commit of the hub never changes."""
-        return digest_of("hub", self.repo, self.commit, *(file.name for file in self.files))
+        """Names the commit, and what its files hold on this machine now; a cache's key."""
+        return digest_of("hub", self.repo, self.commit, *map(state_of, self.files))
 
     @property
     def way_out(self) -> str:
@@ -69,9 +71,17 @@ def _found(repo: str, stems: Sequence[str]) -> tuple[dict[str, HubFiles], Path]:
     found: dict[str, HubFiles] = {}
     for stem in stems:
         for suffix in READERS:  # a repository may offer the same rows in two formats
-            paths = (path for pattern in _patterns(stem, suffix) for path in folder.glob(pattern))
-            if files := sorted(paths):
-                found.setdefault(stem, HubFiles(repo, folder.name, suffix, files))
+            patterns = _patterns(stem, suffix)
+            if paths := sorted(path for pattern in patterns for path in _matching(folder, pattern)):
+                found.setdefault(stem, HubFiles(repo, folder.name, suffix, paths))
+    for files in found.values():
+        try:
+            check_complete(files.files)
+        except DataError as error:
+            raise DataError(
+                f"Hugging Face {repo}: {error}; `hf download --repo-type dataset {repo}` completes "
+                "the folder"
+            ) from error
     return found, folder
 
 
@@ -90,6 +100,13 @@ def _snapshot(repo: str, patterns: Sequence[str]) -> Path:
         ) from error
     except Exception as error:
         raise DataError(f"Hugging Face {repo}: cannot be downloaded ({reason(error)})") from error
+
+
+def _matching(folder: Path, pattern: str) -> list[Path]:
+    """Files by name; also a link to nowhere, which `glob` passes over in a pattern without `*`."""
+    if "*" in pattern:
+        return list(folder.glob(pattern))
+    return [folder / pattern] if os.path.lexists(folder / pattern) else []
 
 
 def _patterns(stem: str, suffix: str) -> list[str]:

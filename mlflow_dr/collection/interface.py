@@ -9,7 +9,7 @@ import numpy as np
 
 from mlflow_dr.collection.corpus import Corpus
 from mlflow_dr.collection.records import Example, Topics
-from mlflow_dr.errors import UsageError
+from mlflow_dr.errors import UsageError, did_you_mean
 
 
 class Examples(Protocol):
@@ -67,7 +67,8 @@ def check_split(collection: Collection, split: str) -> None:
     """
     if split not in collection.splits:
         splits = ", ".join(collection.splits) or "none, only training examples"
-        raise UsageError(f"{collection.name} has no split {split!r}; it has: {splits}")
+        near = did_you_mean(split, collection.splits) or ";"
+        raise UsageError(f"{collection.name} has no split {split!r}{near} it has: {splits}")
 
 
 def validation_split(splits: Sequence[str]) -> str:

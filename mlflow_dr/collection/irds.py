@@ -20,7 +20,7 @@ from mlflow_dr.collection.irds_pairs import candidate_examples, pair_examples
 from mlflow_dr.collection.irds_reading import HOME_VARIABLE, reading
 from mlflow_dr.collection.judgements import EXPECTED, RELEVANCES, checked_topics
 from mlflow_dr.collection.records import Passage, Query, Topics
-from mlflow_dr.errors import DataError, MissingExtraError, UsageError
+from mlflow_dr.errors import DataError, MissingExtraError, UsageError, quoted
 
 # ir_datasets waits 15 s three times for each mirror by default. Its retries start anew whenever
 # bytes arrive from a server that can resume, so fewer of them do not harm a long download.
@@ -154,7 +154,7 @@ def _passages(dataset: Any, where: str) -> Iterator[Passage]:
     with reading(f"{where}: the passages"):
         for doc in dataset.docs_iter():
             if doc.doc_id in seen:
-                raise DataError(f"{where}: passage id {doc.doc_id!r} is used twice")
+                raise DataError(f"{where}: passage id {quoted(doc.doc_id)} is used twice")
             seen.add(doc.doc_id)
             yield _passage(doc, where)
 

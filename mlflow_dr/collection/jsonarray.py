@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from mlflow_dr.errors import DataError
+from mlflow_dr.files import LONGEST_LINE
 
 BYTES_AT_A_TIME = 1 << 22
 LONGEST_TOKEN = len(r"\ud83d\ude00")  # that is no string: an escaped pair of surrogates
@@ -83,6 +84,8 @@ class _ArrayText:
                     self._check_pairs(item)
             except json.JSONDecodeError as error:
                 self._read_on_or_refuse(error)
+            except ValueError as error:  # Python reads no number of more than 4,300 digits
+                raise self._error("the item has a number of thousands of digits") from error
             except RecursionError as error:
                 raise self._error("not JSON that can be read (nested too deeply)") from error
             else:
@@ -115,6 +118,8 @@ class _ArrayText:
             return False
         parsed, self._text = self._text[: self._at], self._text[self._at :]
         self._at = 0
+        if len(self._text) > LONGEST_LINE:
+            raise self._error(f"an item is longer than {LONGEST_LINE >> 20} MiB")
         self._lines += parsed.count("\n")
         self._bytes += len(parsed.encode())
         # a long item is read in ever larger steps, because it is parsed anew after each

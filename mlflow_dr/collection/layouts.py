@@ -7,8 +7,9 @@ from itertools import count
 from pathlib import Path
 from typing import NamedTuple
 
-from mlflow_dr.collection.dpr import dpr_example
+from mlflow_dr.collection.dpr import dpr_example, dpr_example_with_others
 from mlflow_dr.collection.drafts import RawExample
+from mlflow_dr.collection.fields import fields_of
 from mlflow_dr.collection.recordfiles import Record, read_records
 from mlflow_dr.collection.tevatron import plain_example, tevatron_example
 from mlflow_dr.collection.tevatron_ids import id_example
@@ -20,10 +21,11 @@ class Layout(NamedTuple):
 
     Attributes:
         name: what people call it.
-        fields: its fields, for messages.
+        fields: those that it needs, for messages.
         mark: the field that no other layout has.
         by_id: whether its passages are ids, to be looked up in a corpus.
         example: a record, its index in the source and its place -> a raw example.
+        with_others: likewise, with negatives that are not hard; None where there are none.
     """
 
     name: str
@@ -31,30 +33,32 @@ class Layout(NamedTuple):
     mark: str
     by_id: bool
     example: Callable[[Record, int, str], RawExample]
+    with_others: Callable[[Record, int, str], RawExample] | None = None
 
 
 LAYOUTS = (
     Layout(
         "Tevatron",
-        "query_id, query, positive_passages, negative_passages",
+        "query, positive_passages",
         "positive_passages",
         False,
         tevatron_example,
     ),
     Layout(
         "Tevatron by id",
-        "query_id, query_text, positive_document_ids, negative_document_ids",
+        "query_text, positive_document_ids",
         "positive_document_ids",
         True,
         id_example,
     ),
-    Layout("Tevatron tokenised", "query, positives, negatives", "positives", False, plain_example),
+    Layout("Tevatron tokenised", "query, positives", "positives", False, plain_example),
     Layout(
         "DPR",
-        "question, answers, positive_ctxs, negative_ctxs, hard_negative_ctxs",
+        "question, positive_ctxs",
         "positive_ctxs",
         False,
         dpr_example,
+        dpr_example_with_others,
     ),
 )
 
@@ -76,7 +80,7 @@ def layout_of(files: Sequence[Path]) -> Layout:
                 return layout
             known = "; ".join(f"{layout.name} ({layout.fields})" for layout in LAYOUTS)
             raise DataError(
-                f"{where}: a record with the fields {', '.join(record) or '(none)'}; training "
+                f"{where}: a record with the fields {fields_of(record)}; training "
                 f"examples have those of one of: {known}"
             )
     raise DataError(f"{', '.join(map(str, files))}: no records; expected training examples")
@@ -94,6 +98,6 @@ def raw_examples(files: Sequence[Path], layout: Layout) -> Iterator[RawExample]:
             if layout.mark not in record:
                 raise DataError(
                     f"{where}: no {layout.mark!r}, which the records before it have; it has "
-                    f"{', '.join(record) or 'no field'}"
+                    f"{fields_of(record)}"
                 )
             yield layout.example(record, next(indexes), where)

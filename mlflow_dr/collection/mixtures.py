@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import math
-from pathlib import Path
 
 from mlflow_dr.errors import UsageError
+from mlflow_dr.files import is_path
 
 JOIN = "+"
 WEIGHT = "@"
@@ -20,14 +20,14 @@ def parse_mixture(text: str) -> list[tuple[str, float | None]]:
     Raises:
         UsageError: a name is empty, or a weight is no positive number.
     """
-    if _exists(text):
+    if is_path(text):
         return [(text, None)]
     return [_part(part, text) for part in text.split(JOIN)]
 
 
 def _part(part: str, whole: str) -> tuple[str, float | None]:
     part = part.strip()
-    if _exists(part):
+    if is_path(part):
         return part, None
     name, at, weight = part.rpartition(WEIGHT) if WEIGHT in part else (part, "", "")
     if not name.strip():
@@ -46,10 +46,3 @@ def _weight(text: str, name: str, whole: str) -> float:
     if not (math.isfinite(weight) and weight > 0):
         raise UsageError(f"{whole!r}: the weight of {name!r} is {text!r}, not a positive number")
     return weight
-
-
-def _exists(text: str) -> bool:
-    try:
-        return bool(text) and Path(text).expanduser().exists()
-    except (OSError, RuntimeError, ValueError):  # too long for a path, or an unknown home
-        return False

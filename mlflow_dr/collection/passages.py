@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import csv
-import io
-import sys
+import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from mlflow_dr.collection.corpus import Corpus, cached_corpus
-from mlflow_dr.collection.fields import identifier, optional_text, text
-from mlflow_dr.collection.recordfiles import Record, json_lines, opened, state_of
+from mlflow_dr.collection.fields import check_id, identifier, optional_text, text
+from mlflow_dr.collection.recordfiles import Record, json_lines, state_of
 from mlflow_dr.collection.records import Passage
-from mlflow_dr.errors import DataError
+from mlflow_dr.errors import DataError, quoted
+from mlflow_dr.files import LONGEST_LINE, bounded_lines, opened
 
 ID_FIELDS = ("_id", "docid", "document_id", "id")
 TEXT_FIELDS = ("text", "document_text")
@@ -40,7 +40,7 @@ def corpus_beside(folder: Path) -> Path | None:
         DataError: it has several of DPR's tables.
     """
     for name in ("corpus.jsonl", "corpus.jsonl.gz"):
-        if (folder / name).is_file():
+        if os.path.lexists(folder / name):  # a link that leads nowhere is refused when it is read
             return folder / name
     tables = sorted([*folder.glob("psgs*.tsv"), *folder.glob("psgs*.tsv.gz")])
     if len(tables) > 1:
@@ -55,7 +55,7 @@ def _unique(path: Path, passages: Iterator[tuple[int, Passage]]) -> Iterator[Pas
     for number, passage in passages:
         if (first := seen.setdefault(passage.id, number)) != number:
             raise DataError(
-                f"{path}:{number}: passage id {passage.id!r} was used on line {first} already"
+                f"{path}:{number}: passage id {quoted(passage.id)} was used on line {first} already"
             )
         yield passage
     if not seen:
@@ -78,22 +78,35 @@ def _field(record: Record, names: Sequence[str]) -> str:
 
 
 def _dpr_passages(path: Path) -> Iterator[tuple[int, Passage]]:
-    csv.field_size_limit(sys.maxsize)
+    """Rows as DPR's own reader has them, each with the line on which it begins."""
+    csv.field_size_limit(LONGEST_LINE)
+    number = 0
     with opened(path) as file:
-        lines = io.TextIOWrapper(file, encoding="utf-8-sig", newline="")
+        lines = (line.decode() for _, line in bounded_lines(path, file))
         rows = csv.reader(lines, delimiter="\t")
-        number = 0
         try:
-            for number, row in enumerate(rows, start=1):
-                if (number == 1 and row == DPR_COLUMNS) or not row:
+            for row in rows:
+                first, number = number + 1, rows.line_num
+                if not row or row[0] == DPR_COLUMNS[0]:
                     continue
+                where = f"{path}:{first}"
+                if number > first and any("\t" in cell and "\n" in cell for cell in row):
+                    raise DataError(
+                        f"{where}: a quotation mark is not closed on this line: what is quoted "
+                        f'goes on to line {number}; double each " in the text (""), and quote it'
+                    )
                 if len(row) != len(DPR_COLUMNS) or not row[0]:
                     raise DataError(
-                        f"{path}:{rows.line_num}: {len(row)} columns, the first of them "
-                        f"{row[0]!r}; expected {', '.join(DPR_COLUMNS)}, separated by tabs"
+                        f"{where}: {len(row)} columns, the first of them {quoted(row[0])}; "
+                        f"expected {', '.join(DPR_COLUMNS)}, separated by tabs"
                     )
                 passage_id, content, title = row
-                yield rows.line_num, Passage(passage_id, title, content)
-        except (csv.Error, UnicodeDecodeError) as error:
-            reason = getattr(error, "reason", error)
-            raise DataError(f"{path}:{rows.line_num + 1}: cannot be read ({reason})") from error
+                yield first, Passage(check_id(passage_id, where), title, content)
+        except csv.Error as error:
+            raise DataError(
+                f"{path}:{number + 1}: cannot be read ({error}); a quotation mark on this line may "
+                "not be closed"
+            ) from error
+        except UnicodeDecodeError as error:
+            line = rows.line_num + 1
+            raise DataError(f"{path}:{line}: cannot be read ({error.reason})") from error

@@ -11,8 +11,8 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from mlflow_dr.collection.corpus import SCHEMA
-from mlflow_dr.errors import DataError
+from mlflow_dr.collection.corpus import SCHEMA, check_ids
+from mlflow_dr.errors import DataError, quoted
 
 PASSAGE_COLUMNS = ("docid", "title", "text")
 TITLE = "title"
@@ -51,11 +51,16 @@ def check_passages(passages: pa.Table, where: str) -> None:
         if missing := passages[name].null_count:
             raise DataError(f"{where}: {missing} of {len(passages)} passages have no {name}")
     ids = passages["id"]
+    try:
+        check_ids(ids)
+    except DataError as error:
+        raise DataError(f"{where}: {error}") from error
     if (distinct := pc.count_distinct(ids).as_py()) != len(ids):
         counts = pc.value_counts(ids)
         repeated = counts.filter(pc.greater(counts.field("counts"), 1)).field("values")[0]
         raise DataError(
-            f"{where}: {len(ids) - distinct} passages repeat an id (such as {repeated.as_py()!r})"
+            f"{where}: {len(ids) - distinct} passages repeat an id (such as "
+            f"{quoted(repeated.as_py())})"
         )
 
 

@@ -19,7 +19,7 @@ from mlflow_dr.collection.fields import (
 )
 from mlflow_dr.collection.recordfiles import Record
 from mlflow_dr.collection.records import Passage, Query
-from mlflow_dr.errors import DataError
+from mlflow_dr.errors import DataError, quoted
 
 
 def tevatron_example(record: Record, index: int, where: str) -> RawExample:
@@ -47,7 +47,7 @@ def _passages(record: Record, field: str, where: str) -> tuple[list[Passage], li
     for index, item in enumerate(listed(record, field, where)):
         place = f"{where}: {field}[{index}]"
         if not isinstance(item, dict):
-            raise DataError(f"{place}: expected docid, title and text, got {item!r}")
+            raise DataError(f"{place}: expected docid, title and text, got {quoted(item)}")
         passage_id = optional_identifier(item, ("docid",), place)
         title = optional_text(item, "title", place)
         passages.append(Passage(passage_id, title, text(item, "text", place)))

@@ -12,7 +12,7 @@ from mlflow_dr.collection.corpus import Corpus
 from mlflow_dr.collection.examples import CachedExamples, cached_examples
 from mlflow_dr.collection.layouts import layout_of, raw_examples
 from mlflow_dr.collection.passages import corpus_beside, corpus_of_file
-from mlflow_dr.collection.recordfiles import SUFFIXES, state_of
+from mlflow_dr.collection.recordfiles import SUFFIXES, check_complete, named_files, state_of
 from mlflow_dr.collection.records import Topics
 from mlflow_dr.errors import DataError, UsageError
 
@@ -34,13 +34,17 @@ class TrainingFiles:
     Args:
         path: a file, or a folder whose files are read in the order of their names.
         corpus: has the passages that ids name where no file beside the examples does.
+        others: whether negatives that are not hard are read, too.
     """
 
     splits: Sequence[str] = ()
 
-    def __init__(self, path: Path, corpus: Callable[[], Corpus] | None = None) -> None:
+    def __init__(
+        self, path: Path, corpus: Callable[[], Corpus] | None = None, others: bool = False
+    ) -> None:
         self._path = path
         self._given = corpus
+        self._others = others
         self.name = str(path)
         self.source = f"{'folder' if path.is_dir() else 'file'} {path}"
 
@@ -67,10 +71,21 @@ class TrainingFiles:
         """
         return self._examples
 
+    def with_others(self) -> TrainingFiles:
+        """The same files, read with negatives that are not hard."""
+        return TrainingFiles(self._path, self._given, others=True)
+
     @cached_property
     def _examples(self) -> CachedExamples:
         files = training_files(self._path)
         layout = layout_of(files)
+        if self._others:
+            if layout.with_others is None:
+                raise UsageError(
+                    f"{self._path}: files in the layout {layout.name} have no negatives but hard "
+                    "ones; leave out --other_negatives"
+                )
+            layout = layout._replace(name=f"{layout.name} others", example=layout.with_others)
         key = "\n".join([layout.name, *map(state_of, files)])
         corpus = self._corpus_of_ids() if layout.by_id else None
         return cached_examples(key, raw_examples(files, layout), str(self._path), corpus)
@@ -100,8 +115,9 @@ def training_files(path: Path) -> list[Path]:
     """
     if not path.is_dir():
         return [path]
-    files = sorted(file for file in path.iterdir() if _is_data(file))
+    files = named_files(path)
     chosen = _chosen(files)
+    check_complete(chosen)
     if not chosen:
         there = f"only {', '.join(file.name for file in files)}" if files else "none"
         raise DataError(
@@ -115,7 +131,7 @@ def training_files(path: Path) -> list[Path]:
 
 def has_training_files(folder: Path) -> bool:
     """Whether a folder has files that `training_files` would choose."""
-    return bool(_chosen([file for file in folder.iterdir() if _is_data(file)]))
+    return bool(_chosen(named_files(folder, warn=False)))
 
 
 def _chosen(files: Sequence[Path]) -> list[Path]:
@@ -123,7 +139,3 @@ def _chosen(files: Sequence[Path]) -> list[Path]:
     train = [file for file in files if TRAIN.search(file.name)]
     plain = [file for file in train if file not in others]  # no `train_queries.jsonl`
     return plain or train or [file for file in files if file not in others]
-
-
-def _is_data(file: Path) -> bool:
-    return file.name.endswith(SUFFIXES) and file.is_file() and not file.name.startswith(".")

@@ -59,8 +59,8 @@ def find_best(run: TrackedRun, metric: str | None = None) -> Best:
 
     Args:
         run: whose checkpoints.
-        metric: a measure of a validation, such as `val/mrr_at_10`; the first measure of `val`, or
-            of the first validation by name, when None.
+        metric: a measure of a validation, such as `val/mrr_at_10`; the first measure of the
+            validation that was begun first when None.
 
     Raises:
         UsageError: the run has no such metric.

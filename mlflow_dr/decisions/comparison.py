@@ -150,6 +150,17 @@ def as_text(comparison: Comparison, changed: int) -> str:
     return "\n".join(lines)
 
 
+def check_output(directory: Path | None, force: bool) -> None:
+    """Refuse to replace what was written before, unless it is asked for.
+
+    Raises:
+        UsageError: with the file that is there.
+    """
+    for name in (VALUES, PICTURE):
+        if directory is not None and not force and (directory / name).exists():
+            raise UsageError(f"{directory / name}: is there already; --force replaces it")
+
+
 def write(comparison: Comparison, directory: Path) -> None:
     """Write the values of all queries as `values.csv`, and a picture of the differences.
 

@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, fields
 from typing import NamedTuple
 
-from mlflow_dr.errors import UsageError
+from mlflow_dr.errors import UsageError, did_you_mean, quoted
 from mlflow_dr.tracking.checkpoints import Checkpoint
 from mlflow_dr.tracking.orphans import RunState
 from mlflow_dr.tracking.pruning import is_whole, needed
 from mlflow_dr.tracking.results import State, state_of
 from mlflow_dr.tracking.validations import Metric, value_of
 
+MOST_DIGITS = 12
 EXAMPLE = "best:3,last:2,every:10000"
 
 
@@ -80,9 +82,10 @@ def parse_policy(text: str) -> Policy:
     for word in text.replace(",", " ").split():
         name, _, number = word.partition(":")
         if name not in {one.name for one in fields(Policy)}:
-            raise UsageError(f"no rule {word!r} of what to keep; rules are {EXAMPLE}")
-        if not (number.isascii() and number.isdigit() and int(number)):
-            raise UsageError(f"{word!r}: expected {name}:N with a number from 1 on")
+            near = did_you_mean(name, (one.name for one in fields(Policy)))
+            raise UsageError(f"no rule {word!r} of what to keep; rules are {EXAMPLE}{near}")
+        if not re.fullmatch(r"0*[1-9][0-9]{0,17}", number):
+            raise UsageError(f"{quoted(word)}: expected {name}:N with a number from 1 on")
         if name in rules:
             raise UsageError(f"two rules {name!r} of what to keep in {text!r}")
         rules[name] = int(number)
@@ -99,6 +102,7 @@ def select(
     reasons: Mapping[str, str],
     unvalidated: bool = False,
     own: Own | None = None,
+    taken: Mapping[str, int] | None = None,
 ) -> list[Verdict]:
     """What becomes of each checkpoint of a run that has files, by step.
 
@@ -116,6 +120,7 @@ def select(
         unvalidated: whether checkpoints may go that a validation is still to be done of.
         own: of these validations, those that are done by who asks, which does not do all of them of
             each checkpoint.
+        taken: validation -> the steps that it is done of, as `steps_taken` gives them.
     """
     kept = _kept_by(policy, metric, [one for one in checkpoints if is_whole(one)])
     verdicts: list[Verdict] = []
@@ -124,10 +129,9 @@ def select(
             continue
         reason = needed(one) or reasons.get(one.model_id, "")
         if not reason and is_whole(one):
-            if not unvalidated and _is_unvalidated(one, validations, metric, own):
-                reason = "not validated yet"
-            else:
-                reason = ", ".join(kept.get(one.model_id, []))
+            if not unvalidated:
+                reason = _why_unvalidated(one, validations, metric, own, taken or {})
+            reason = reason or ", ".join(kept.get(one.model_id, []))
         verdicts.append(Verdict(one, not reason, reason or _why_it_goes(one, policy)))
     return verdicts
 
@@ -152,13 +156,33 @@ def _kept_by(
     return kept
 
 
-def _is_unvalidated(
-    checkpoint: Checkpoint, validations: Collection[str], metric: Metric | None, own: Own | None
-) -> bool:
-    if own is not None and not own.is_judged(checkpoint, metric):
-        return True
+def _why_unvalidated(
+    checkpoint: Checkpoint,
+    validations: Collection[str],
+    metric: Metric | None,
+    own: Own | None,
+    taken: Mapping[str, int],
+) -> str:
+    """Which validations are still to be done of a checkpoint; empty where none is."""
     others = [one for one in validations if own is None or one not in own.deciding]
-    return not validations or not all(_is_settled(checkpoint, name) for name in others)
+    left = [
+        name
+        for name in others
+        if not _is_settled(checkpoint, name) and _takes(taken.get(name, 1), checkpoint.step)
+    ]
+    if own is not None and not own.is_judged(checkpoint, metric):
+        left += [name for name in own.deciding if not _is_settled(checkpoint, name)]
+        return f"not validated yet{_by(left)}"
+    return f"not validated yet{_by(left)}" if left or not validations else ""
+
+
+def _takes(every: int, step: int) -> bool:
+    """Whether a validation is done of a step; one that chooses by itself is not waited for."""
+    return bool(every) and step % every == 0
+
+
+def _by(names: Collection[str]) -> str:
+    return f" by {', '.join(sorted(names))}" if names else ""
 
 
 def _is_settled(checkpoint: Checkpoint, name: str) -> bool:

@@ -23,7 +23,12 @@ from mlflow_dr.tracking.pruning import (
     stored,
 )
 from mlflow_dr.tracking.runs import TrackedRun
-from mlflow_dr.tracking.validations import chosen_metric, steps_searched_with, validations_of
+from mlflow_dr.tracking.validations import (
+    chosen_metric,
+    steps_searched_with,
+    steps_taken,
+    validations_of,
+)
 
 log = logging.getLogger(__name__)
 
@@ -193,14 +198,15 @@ def _reviewed(
 ) -> list[Verdict]:
     metric = chosen_metric(run, asked) if policy.best or asked else None
     names = validations_of(run)
+    taken = steps_taken(run)
     steps = steps_searched_with(names)
     reasons = {
         one.model_id: f"chooses the subset of {steps[one.step]}"
         for one in checkpoints
         if one.step in steps and is_whole(one)
     }
-    verdicts = select(checkpoints, policy, metric, names, reasons, unvalidated, own)
+    verdicts = select(checkpoints, policy, metric, names, reasons, unvalidated, own, taken)
     if going := [one.checkpoint for one in verdicts if one.goes]:
         reasons |= registered(run.client, going)
-        verdicts = select(checkpoints, policy, metric, names, reasons, unvalidated, own)
+        verdicts = select(checkpoints, policy, metric, names, reasons, unvalidated, own, taken)
     return verdicts

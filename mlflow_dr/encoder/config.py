@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
+from numbers import Integral
 from typing import Any
 
-from mlflow_dr.errors import UsageError
+from mlflow_dr.errors import UsageError, quoted
 
 POOLINGS = ("cls", "mean", "last", "max", "mean_sqrt_len", "weighted_mean")
+EXPECTED: dict[type, type] = {bool: bool, int: Integral, str: str}
 DEFAULT_QUERY_LENGTH = 32
 DEFAULT_PASSAGE_LENGTH = 128
+SHORTEST = 3
+"""Tokens of a text at most: a special token at each end, and one between them."""
 
 
 @dataclass(frozen=True)
@@ -20,6 +24,9 @@ class ProjectionConfig:
     out_features: int
     bias: bool = True
     activation: str = "identity"
+
+    def __post_init__(self) -> None:
+        check_types(self)
 
 
 @dataclass(frozen=True)
@@ -36,6 +43,7 @@ class EncoderConfig:
         passage_max_length: tokens of a passage at most, likewise.
         title_separator: stands between title and text of a passage that has a title.
         lowercase: whether text is lower-cased before the tokenizer sees it.
+        strip_question_mark: whether a query loses one `?` at its very end, as in DPR's training.
     """
 
     pooling: str = "cls"
@@ -47,14 +55,36 @@ class EncoderConfig:
     passage_max_length: int = DEFAULT_PASSAGE_LENGTH
     title_separator: str = " "
     lowercase: bool = False
+    strip_question_mark: bool = False
 
     def __post_init__(self) -> None:
+        check_types(self)
         if not set(self.pooling.split("+")) <= set(POOLINGS):
             raise UsageError(f"pooling {self.pooling!r}: expected one of {', '.join(POOLINGS)}")
         for name in ("query_max_length", "passage_max_length"):
             length = getattr(self, name)
-            if length < 3:
-                raise UsageError(f"{name} is {length}; at least 3 tokens are needed")
+            if length < SHORTEST:
+                raise UsageError(f"{name} is {length}; at least {SHORTEST} tokens are needed")
+
+
+def check_types(settings: Any) -> None:
+    """Refuse a setting of another type than its default, such as the string `"no"` as a boolean.
+
+    Args:
+        settings: a dataclass; fields without a default, or with None, are not looked at.
+
+    Raises:
+        UsageError: with the name of the setting.
+    """
+    for field in fields(settings):
+        value, kind = getattr(settings, field.name), type(field.default)
+        if kind not in EXPECTED:
+            continue
+        if not isinstance(value, EXPECTED[kind]) or (kind is int and isinstance(value, bool)):
+            raise UsageError(
+                f"{field.name} is {quoted(value)}; expected a value of type {kind.__name__}"
+                + (" (true or false, without quotation marks)" if kind is bool else "")
+            )
 
 
 def changes_of(

@@ -36,7 +36,7 @@ log = logging.getLogger(__name__)
 CONFIG = "mlflow_dr.json"
 QUERY_TOWER = "query"
 LAYOUT = 2
-OWN_SETTINGS = {"title_separator": str}
+OWN_SETTINGS = {"title_separator": str, "strip_question_mark": bool}
 LONGEST_BY_DEFAULT = 512
 
 

@@ -174,21 +174,6 @@ def routes_of(model: Any, name: object) -> tuple[Route, Route]:
     return routes[0], routes[1]
 
 
-def vector_size(directory: Path) -> int | None:
-    """Dimensions of the vectors of a described encoder; None where the description does not say."""
-    try:
-        places = sorted(directory.glob("*_Dense/config.json"), key=_position)
-        dense = [values for values in map(_json, places) if _writes_vectors(values)]
-        if dense:
-            return int(dense[-1]["out_features"])
-        values = _json(next(directory.glob("*_Pooling/config.json")))
-        modes = values.get("pooling_mode")
-        width = int(values[next(key for key in WIDTHS if key in values)])
-        return width * (len(modes) if isinstance(modes, list) else 1)
-    except (StopIteration, KeyError, TypeError, ValueError, AttributeError, CheckpointError):
-        return None
-
-
 def write_description(
     directory: Path, config: EncoderConfig, source: str, head: Sequence[Any], length: int
 ) -> None:
@@ -373,7 +358,9 @@ def _all_modules(
             file = directory / place / ROUTER
             file = file if file.exists() else file.with_name("config.json")
             with _malformed(file):
-                types = [(_text(kind), _inside(path)) for path, kind in _json(file)["types"].items()]
+                types = [
+                    (_text(kind), _inside(path)) for path, kind in _json(file)["types"].items()
+                ]
             yield from _all_modules(directory, place, types)
 
 
@@ -476,15 +463,6 @@ def _inside(path: object) -> str:
     if Path(_text(path)).is_absolute() or ".." in parts:
         raise ValueError(f"path {path!r:.80} leads out of the directory")
     return _text(path)
-
-
-def _position(config: Path) -> int:
-    """A module's place among the modules, by its folder: `2_Dense`."""
-    return int(config.parent.name.partition("_")[0])
-
-
-def _writes_vectors(dense: Mapping[str, Any]) -> bool:
-    return (dense.get("module_output_name") or dense.get("module_input_name", SENTENCE)) == SENTENCE
 
 
 @contextmanager

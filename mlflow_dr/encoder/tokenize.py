@@ -5,12 +5,28 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from functools import cached_property
+from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 from mlflow_dr.collection.records import Passage, Query
 from mlflow_dr.encoder.config import EncoderConfig
 from mlflow_dr.errors import DataError, UsageError
+
+SETTINGS_FILE = "tokenizer_config.json"
+CHAT_TEMPLATE = ".jinja"
+NO_RULES = {"is_local", "local_files_only", "model_max_length", "processor_class"}
+
+# short ones, because a length may be short
+PROBES = (
+    *("", "The THE the", "don't U.S.A.'s", "naïve Straße", "a_b#c <tag> [x] {y}", "$1,234.50 20%"),
+    *("  two  spaces", "tab\tline\nline\r", "soft\u00adhyphen\u200b\u00a0\ufeff", "e\u0301 ÀÉ"),
+    *("ΣΑΣ İ ŉ", "Привет МИР", "東京都に行く", "北京大学生", "한국어", "ภาษาไทย"),
+    *("العَرَبِيَّة", "हिन्दी", "👩\u200d👧 ☃", "ﬁ ½ Ⅳ ｶﾞ"),
+    *("[CLS] [SEP] [MASK] [UNK]", "<s> </s> <pad> <unk>"),
+)
 
 
 def plain_tokens(name: str) -> Callable[[Sequence[str]], list[list[int]]]:
@@ -53,11 +69,16 @@ class Tokenizing:
         Text and tokens may stand side by side: several sets of queries are put together.
         """
         prompt, length = self._config.query_prompt, self._config.query_max_length
-        texts = [prompt + query.text.strip() for query in queries if query.tokens is None]
+        texts = [prompt + self._query_text(query) for query in queries if query.tokens is None]
         tokens = [query.tokens for query in queries if query.tokens is not None]
         of_texts = iter(self._ids(texts, length))
         of_tokens = iter(self._framed(tokens, prompt, length))
         return [next(of_texts if query.tokens is None else of_tokens) for query in queries]
+
+    def _query_text(self, query: Query) -> str:
+        """A query's text without its prompt; as in DPR, a `?` before a final blank stays."""
+        stripped = self._config.strip_question_mark
+        return (query.text.removesuffix("?") if stripped else query.text).strip()
 
     def passage_texts(self, passages: Sequence[Passage]) -> list[str]:
         """The text that stands for each passage: prompt, title, separator, text."""
@@ -79,22 +100,39 @@ class Tokenizing:
     def query_digest(self) -> str:
         """Names the tokenizer and all settings that `query_ids` depends on."""
         config = self._config
-        return self._digest(config.query_prompt, config.query_max_length, config.lowercase)
+        return self._digest(
+            config.query_max_length,
+            config.query_prompt,
+            config.lowercase,
+            config.strip_question_mark,
+        )
 
     def passage_digest(self) -> str:
         """Names the tokenizer and all settings that `passage_ids` depends on."""
         config = self._config
         return self._digest(
-            config.passage_prompt,
             config.passage_max_length,
+            config.passage_prompt,
             config.title_separator,
             config.lowercase,
         )
 
-    def _digest(self, *settings: object) -> str:
+    def _digest(self, max_length: int, *settings: object) -> str:
         side = getattr(self._tokenizer, "truncation_side", "right")
-        state = json.dumps([_fingerprint(self._tokenizer), side, settings])
+        probed = [self._probed(text, max_length) for text in PROBES]
+        state = json.dumps([self._rules, self.pad_id, side, max_length, settings, probed])
         return hashlib.sha256(state.encode()).hexdigest()[:16]
+
+    @cached_property
+    def _rules(self) -> str:
+        return _fingerprint(self._tokenizer)
+
+    def _probed(self, text: str, max_length: int) -> list[int] | None:
+        """Token ids of a probe: they show rules that are neither in the settings nor in files."""
+        try:
+            return self._ids([text], max_length)[0]
+        except Exception:  # noqa: BLE001 - without an unknown token some texts are refused
+            return None
 
     def _framed(
         self, rows: Sequence[Sequence[int]], prompt: str, max_length: int
@@ -141,11 +179,17 @@ class Tokenizing:
     def _bare(self, text: str) -> list[int]:
         return list(self._tokenizer(text, add_special_tokens=False)["input_ids"])
 
+    def _lowered(self, text: str) -> str:
+        """A text in lower case; the separator stays, which may be a special token."""
+        separator = self._config.title_separator
+        parts = text.split(separator) if separator.strip() else [text]
+        return separator.join(part.lower() for part in parts)
+
     def _ids(self, texts: list[str], max_length: int) -> list[list[int]]:
         if not texts:
             return []
         if self._config.lowercase:
-            texts = [text.lower() for text in texts]
+            texts = [self._lowered(text) for text in texts]
         encoded = self._tokenizer(
             texts,
             truncation=True,
@@ -164,11 +208,44 @@ def highest_id(tokenizer: Any) -> int:
 
 def _fingerprint(tokenizer: Any) -> str:
     """Digest of a tokenizer's rules and vocabulary; truncation and padding state left out."""
-    backend = getattr(tokenizer, "backend_tokenizer", None)
-    if backend is not None:
-        rules = json.loads(backend.to_str())
-        rules.pop("truncation", None)
-        rules.pop("padding", None)
-    else:
-        rules = [type(tokenizer).__name__, sorted(tokenizer.get_vocab().items())]
+    rules = [
+        type(tokenizer).__name__,
+        getattr(tokenizer, "split_special_tokens", False),
+        _backend_rules(tokenizer) or _python_rules(tokenizer),
+    ]
     return hashlib.sha256(json.dumps(rules, sort_keys=True).encode()).hexdigest()
+
+
+def _backend_rules(tokenizer: Any) -> Any:
+    """The rules of the library `tokenizers`; None where some of them are Python code."""
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    if backend is None:
+        return None
+    try:
+        rules = json.loads(backend.to_str())
+    except Exception:  # noqa: BLE001 - what `tokenizers` raises for a part in Python
+        return None
+    rules.pop("truncation", None)
+    rules.pop("padding", None)
+    return rules
+
+
+def _python_rules(tokenizer: Any) -> Any:
+    """The vocabulary and, by name, all that the tokenizer saves: its settings and its own files.
+
+    Where the settings came from is left out, and so are those that change no token id.
+    """
+    saved: dict[str, Any] = {}
+    with TemporaryDirectory() as folder:
+        # a tokenizer of unknown origin may fail to save its vocabulary; its settings come before
+        with suppress(Exception):
+            tokenizer.save_pretrained(folder)
+        for path in Path(folder).iterdir():
+            if path.is_dir() or path.suffix == CHAT_TEMPLATE:
+                continue
+            content = path.read_bytes()
+            saved[path.name] = hashlib.sha256(content).hexdigest()
+            if path.name == SETTINGS_FILE:
+                settings = json.loads(content)
+                saved[path.name] = {k: v for k, v in settings.items() if k not in NO_RULES}
+    return [saved, sorted(tokenizer.get_vocab().items())]

@@ -14,7 +14,8 @@ WEIGHTS = ("*.safetensors", "pytorch_model*.bin", "adapter_model.bin")
 HEADER = 8
 LONGEST_HEADER = 100_000_000
 STATE = "trainer_state.json"
-STEP = re.compile(r"(?:.*[^\d])?(\d+)")
+STEP = re.compile(r"(?:.*[^0-9])?([0-9]{1,18})", re.DOTALL)  # what a metric takes is 64 bits
+LARGEST_STEP = 10**18
 
 
 def why_not_whole(directory: Path) -> str:
@@ -44,7 +45,9 @@ def why_not_whole(directory: Path) -> str:
     except FileNotFoundError as error:
         return f"{Path(str(error.filename)).name} has gone"
     except (OSError, ValueError) as error:
-        return " ".join(str(error).split())
+        return " ".join(str(error).split())[:300]
+    except RecursionError:
+        return "its JSON is nested too deeply"
     return ""
 
 
@@ -54,7 +57,7 @@ def signature_of(directory: Path) -> tuple[tuple[str, int, int], ...]:
     for path in sorted(directory.rglob("*")):
         try:
             state = path.stat()
-        except FileNotFoundError:
+        except OSError:
             continue
         found.append((str(path.relative_to(directory)), state.st_size, state.st_mtime_ns))
     return tuple(found)
@@ -67,25 +70,40 @@ def step_of(directory: Path) -> int | None:
     """
     try:
         noted = json.loads((directory / STATE).read_text(encoding="utf-8"))["global_step"]
-    except (OSError, ValueError, KeyError, TypeError):
+    except (OSError, ValueError, KeyError, TypeError, IndexError, RecursionError):
         noted = None
-    if isinstance(noted, int):
+    if type(noted) is int and 0 <= noted < LARGEST_STEP:
         return noted
     match = STEP.fullmatch(directory.name)
     return int(match[1]) if match else None
 
 
 def _shards(directory: Path) -> Iterator[Path]:
-    """The files that an index names."""
+    """The files that an index names.
+
+    Raises:
+        ValueError: it is no index.
+    """
     for name in INDEXES:
         index = directory / name
-        if index.is_file():
-            files: Any = json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()
-            yield from (directory / str(file) for file in sorted(set(files)))
+        if not index.is_file():
+            continue
+        values = json.loads(index.read_text(encoding="utf-8"))
+        names = values.get("weight_map") if isinstance(values, dict) else None
+        if not isinstance(names, dict) or not names:
+            raise ValueError(f"{name} has no weight_map that names files")
+        for file in names.values():
+            if not isinstance(file, str) or Path(file).name != file:
+                raise ValueError(f"{name} names {file!r:.100}, which is no file beside it")
+        yield from (directory / file for file in sorted(set(names.values())))
 
 
 def _damage(path: Path) -> str:
-    """How a file of weights is cut off; empty when it is not."""
+    """How a file of weights is cut off; empty when it is not.
+
+    Raises:
+        ValueError: its header is malformed.
+    """
     size = path.stat().st_size
     if path.suffix != ".safetensors":
         return "" if size else "is empty"
@@ -93,7 +111,12 @@ def _damage(path: Path) -> str:
         length = int.from_bytes(file.read(HEADER), "little")
         if size < HEADER or not 0 < length <= min(LONGEST_HEADER, size - HEADER):
             return f"is cut off after {size} bytes"
-        header: dict[str, Any] = json.loads(file.read(length))
-    ends = [one["data_offsets"][1] for name, one in header.items() if name != "__metadata__"]
+        header: Any = json.loads(file.read(length))
+    try:
+        ends = [one["data_offsets"][1] for name, one in header.items() if name != "__metadata__"]
+    except (AttributeError, KeyError, TypeError, IndexError):
+        ends = [None]
+    if not all(type(end) is int for end in ends):
+        raise ValueError(f"{path.name} has a malformed header")
     whole = HEADER + length + max(ends, default=0)
     return "" if size == whole else f"has {size} bytes, but its header says {whole}"

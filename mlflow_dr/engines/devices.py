@@ -4,10 +4,14 @@ from __future__ import annotations
 
 import torch
 
+from mlflow_dr.engines.formats import AUTO, TORCH_NAMES, format_name
 from mlflow_dr.errors import DeviceError
 
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-AUTO = "auto"
+__all__ = ["AUTO", "DTYPES", "resolve_device", "resolve_dtype"]
+
+DTYPES: dict[str, torch.dtype] = {
+    ours: getattr(torch, theirs) for ours, theirs in TORCH_NAMES.items()
+}
 
 
 def resolve_device(name: str = AUTO) -> torch.device:
@@ -35,8 +39,10 @@ def resolve_device(name: str = AUTO) -> torch.device:
     return torch.device("cuda", device.index or 0)
 
 
-def resolve_dtype(name: str, device: torch.device) -> str:
+def resolve_dtype(name: str | torch.dtype, device: torch.device) -> str:
     """The number format of the encoder: `fp32`, `bf16` or `fp16`.
+
+    PyTorch's names (`float32`, `torch.bfloat16`) and its formats themselves are taken, too.
 
     `auto` is bf16 where the hardware multiplies it natively (CUDA from Ampere on; processors with
     AMX or AVX512-BF16), else fp32.
@@ -44,10 +50,9 @@ def resolve_dtype(name: str, device: torch.device) -> str:
     Raises:
         DeviceError: no such format, or fp16 on a processor.
     """
+    name = format_name(name)
     if name == AUTO:
         return "bf16" if _native_bf16(device) else "fp32"
-    if name not in DTYPES:
-        raise DeviceError(f"dtype {name!r}: expected auto, {', '.join(DTYPES)}")
     if name == "fp16" and device.type == "cpu":
         raise DeviceError("dtype fp16 needs a CUDA device; on a processor use bf16 or fp32")
     return name

@@ -8,13 +8,16 @@ from pathlib import Path
 
 import numpy as np
 
-from mlflow_dr.files import cache_dir, digest_of, written_beside
+from mlflow_dr.cache import cache_entry, sound_entry
+from mlflow_dr.files import digest_of
 
+KIND = "fidelity"
+VALUES = "values.npy"
 LAYOUT = 1
 
 
 class Kept:
-    """Files of values, one for each checkpoint and strategy.
+    """Entries of the cache, one for each checkpoint and strategy.
 
     Args:
         strategies: all that the values of each depend on, beside the checkpoint.
@@ -29,13 +32,13 @@ class Kept:
         Args:
             checkpoint: names its weights.
         """
-        return [_read(path) for path in self._files(checkpoint)]
+        return [_read(key) for key in self._keys(checkpoint)]
 
     def keep(self, checkpoint: str, values: Sequence[np.ndarray | None]) -> None:
         """Keep what is known of a checkpoint."""
-        for path, of_strategy in zip(self._files(checkpoint), values, strict=True):
+        for key, of_strategy in zip(self._keys(checkpoint), values, strict=True):
             if of_strategy is not None:
-                _write(path, of_strategy)
+                _keep(key, of_strategy)
 
     def seconds(self, where: str) -> list[float]:
         """What each strategy cost; empty unless these were timed together, on this machine.
@@ -48,26 +51,23 @@ class Kept:
 
     def keep_seconds(self, where: str, seconds: Sequence[float]) -> None:
         """Keep what each strategy cost."""
-        _write(self._timed(where), np.array(seconds))
+        _keep(self._timed(where), np.array(seconds))
 
-    def _files(self, checkpoint: str) -> list[Path]:
-        return [_file("values", checkpoint, *strategy) for strategy in self._strategies]
+    def _keys(self, checkpoint: str) -> list[str]:
+        return [digest_of(LAYOUT, "values", checkpoint, *one) for one in self._strategies]
 
-    def _timed(self, where: str) -> Path:
-        return _file("seconds", platform.node(), where, *self._strategies)
-
-
-def _file(*parts: object) -> Path:
-    return cache_dir() / "fidelity" / f"{digest_of(LAYOUT, *parts)}.npy"
+    def _timed(self, where: str) -> str:
+        return digest_of(LAYOUT, "seconds", platform.node(), where, *self._strategies)
 
 
-def _read(path: Path) -> np.ndarray | None:
-    if not path.exists():
-        return None
-    values: np.ndarray = np.load(path)
-    return values
+def _read(key: str) -> np.ndarray | None:
+    entry = sound_entry(KIND, key)
+    return None if entry is None else np.load(entry / VALUES)
 
 
-def _write(path: Path, values: np.ndarray) -> None:
-    with written_beside(path) as partial, partial.open("wb") as file:
-        np.save(file, values)
+def _keep(key: str, values: np.ndarray) -> None:
+    def write(partial: Path) -> None:
+        partial.mkdir()
+        np.save(partial / VALUES, values)
+
+    cache_entry(KIND, key, write)

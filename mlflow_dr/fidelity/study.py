@@ -13,8 +13,8 @@ import numpy as np
 
 from mlflow_dr.collection.catalogue import open_collection
 from mlflow_dr.collection.interface import chosen_split
+from mlflow_dr.collection.recordfiles import state_of
 from mlflow_dr.encoder.model import Encoder
-from mlflow_dr.encoder.whole import signature_of
 from mlflow_dr.engines.devices import resolve_device, resolve_dtype
 from mlflow_dr.errors import CheckpointError, UsageError
 from mlflow_dr.fidelity.agreement import RESAMPLES
@@ -29,7 +29,7 @@ from mlflow_dr.tracking.checkpoints import Checkpoint, checkpoint_of_step
 from mlflow_dr.tracking.runs import TrackedRun
 from mlflow_dr.validation.binding import named_data
 from mlflow_dr.validation.evaluate import Prepared, Report, Settings, evaluate, evaluate_all
-from mlflow_dr.validation.jobs import encoder_of
+from mlflow_dr.validation.loading import encoder_of
 
 log = logging.getLogger(__name__)
 
@@ -264,4 +264,5 @@ def _identity(checkpoint: Checkpoint) -> str:
     """What is equal for equal weights."""
     if checkpoint.manifest:
         return checkpoint.manifest
-    return f"{checkpoint.directory} {signature_of(Path(checkpoint.directory))}"
+    paths = sorted(Path(checkpoint.directory).rglob("*"))
+    return "\n".join(state_of(path) for path in paths if path.is_file())

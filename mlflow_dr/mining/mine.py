@@ -13,7 +13,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, Any
 
-import numpy as np
 import orjson
 
 from mlflow_dr.collection.catalogue import open_collection, open_examples
@@ -21,12 +20,13 @@ from mlflow_dr.collection.corpus import Corpus
 from mlflow_dr.collection.examples import JudgedExamples
 from mlflow_dr.collection.interface import Collection, Examples
 from mlflow_dr.collection.records import Example, Query
-from mlflow_dr.errors import UsageError
+from mlflow_dr.errors import DataError, UsageError, quoted
 from mlflow_dr.files import written_beside
+from mlflow_dr.mining.lines import NamedPassages, record_of
 from mlflow_dr.mining.questions import Barred, Questions, questions_of
 from mlflow_dr.mining.rule import Rule, choose
-from mlflow_dr.retrieval.answers import AnswerFinder
-from mlflow_dr.retrieval.bm25 import Bm25Settings
+from mlflow_dr.retrieval.answers import STRING, AnswerFinder
+from mlflow_dr.retrieval.bm25 import WORDS, Bm25Settings, warn_of_no_matches
 from mlflow_dr.retrieval.ranking import Found
 from mlflow_dr.retrieval.searchers import Bm25Searcher, DenseSearcher, Searcher
 
@@ -49,6 +49,7 @@ class Mining:
         rule: what makes a negative.
         exclude_answers: leave out passages that hold one of the query's answers, where the
             collection has answers.
+        match: what answers are: a `string`, or a `regex`, a regular expression.
         bm25: how BM25 makes and weighs terms.
         force: replace a file that is there.
         device: see `resolve_device`; so much for an encoder only, like the rest.
@@ -63,6 +64,7 @@ class Mining:
     miner: str = BM25
     rule: Rule = field(default_factory=Rule)
     exclude_answers: bool = True
+    match: str = STRING
     bm25: Bm25Settings = field(default_factory=Bm25Settings)
     force: bool = False
     device: str = "auto"
@@ -81,6 +83,7 @@ class Mined:
         negatives: how many negatives, over all queries.
         short: queries with fewer negatives than asked for, but some.
         without: queries with none.
+        unmatched: queries for which the search found no passage.
         left_out: passages that the search found and the rule left out, by reason.
         seconds: wall time.
     """
@@ -90,19 +93,34 @@ class Mined:
     negatives: int = 0
     short: int = 0
     without: int = 0
+    unmatched: int = 0
     left_out: Counter[str] = field(default_factory=Counter)
     seconds: float = 0.0
+
+    def figures(self) -> dict[str, float]:
+        """The counts, by the names that they have as metrics."""
+        return {
+            "mined/queries": self.queries,
+            "mined/negatives": self.negatives,
+            "mined/queries_with_fewer": self.short,
+            "mined/queries_without": self.without,
+            "mined/seconds": self.seconds,
+        }
 
     def summary(self, wanted: int) -> list[str]:
         """What was mined, in a few lines; `wanted` negatives were asked for."""
         mean = self.negatives / max(1, self.queries)
-        counts = [f"{number} {reason}" for reason, number in self.left_out.items() if number]
         return [
             f"{self.queries} queries with {mean:.1f} negatives on average",
             f"fewer than {wanted} negatives: {self.short} queries; none: {self.without} queries",
-            f"passages left out: {', '.join(counts) or 'none'}",
+            f"passages left out: {self.reasons()}",
             f"wrote {self.output} in {self.seconds:.1f} s",
         ]
+
+    def reasons(self) -> str:
+        """How many passages were left out, and why."""
+        counts = [f"{number} {reason}" for reason, number in self.left_out.items() if number]
+        return ", ".join(counts) or "none"
 
 
 def mine(request: Mining) -> Mined:
@@ -114,7 +132,8 @@ def mine(request: Mining) -> Mined:
 
     Raises:
         UsageError: an unknown dataset, encoder or device, or a file that is there already.
-        DataError: the collection's files are damaged, or it has no training examples.
+        DataError: the collection's files are damaged, it has no training examples, the search
+            for a regular expression takes too long, or nothing is found for any query.
         CheckpointError: the encoder's files are damaged, or it gives NaN.
     """
     start = time.perf_counter()
@@ -131,6 +150,9 @@ def mine(request: Mining) -> Mined:
             questions.unknown,
             questions.left_out,
         )
+    finder = AnswerFinder(corpus, match=request.match)
+    if request.exclude_answers:
+        _check_answers(finder, questions)
     most = max(len(rows) for rows in questions.positives)
     # what is barred makes room for others; a query with very many positives does not rule the depth
     k = request.rule.depth + min(most, request.rule.depth)
@@ -138,10 +160,52 @@ def mine(request: Mining) -> Mined:
     mined = Mined(request.output)
     barred = Barred(questions, corpus, _judged(request, collection, corpus))
     with _lines(request.output) as file:
-        for record in _records(request, corpus, questions, barred, found, mined):
+        for record in _records(request, corpus, questions, barred, found, finder, mined):
             file.write(orjson.dumps(record, option=orjson.OPT_APPEND_NEWLINE))
+        _check_found(request, mined)
     mined.seconds = time.perf_counter() - start
     return mined
+
+
+def _check_answers(finder: AnswerFinder, questions: Questions) -> None:
+    """Warn of answers that are no regular expressions now, not after hours of searching."""
+    faults = [
+        f"query {quoted(query.id)}, {fault}"
+        for query in questions.queries
+        for fault in finder.faults(query.answers)
+    ]
+    if faults:
+        log.warning(
+            "%d answers are not regular expressions, so that no passage holds them (such as %s)",
+            *(len(faults), faults[0]),
+        )
+
+
+@contextmanager
+def _naming(query: Query) -> Iterator[None]:
+    """An error about answers says whose they are."""
+    try:
+        yield
+    except DataError as error:
+        raise DataError(f"query {quoted(query.id)}: {error}") from error
+
+
+def _check_found(request: Mining, mined: Mined) -> None:
+    """Warn of queries without negatives; no file is written where the search found nothing at all.
+
+    Raises:
+        DataError: no passage was found for any query.
+    """
+    by_bm25 = request.miner.lower() == BM25
+    if mined.unmatched == mined.queries:
+        raise DataError(
+            f"{request.dataset}: the search found no passage for any of {mined.queries} queries, "
+            f"so that there are no negatives to write{f'. {WORDS}' if by_bm25 else ''}"
+        )
+    if by_bm25:
+        warn_of_no_matches(mined.unmatched, mined.queries, "they get no negatives")
+    if mined.negatives == 0:
+        log.warning("no query has any negative (passages left out: %s)", mined.reasons())
 
 
 def _check_output(request: Mining) -> None:
@@ -172,11 +236,11 @@ def _miner(request: Mining) -> Searcher:
         return Bm25Searcher(request.bm25)
     # only here: BM25 needs no torch, which takes seconds to import
     from mlflow_dr.encoder.directory import load_encoder
-    from mlflow_dr.tracking.encoders import fetched_encoder
+    from mlflow_dr.tracking.encoders import fetched_encoder, reading
 
     name = request.miner
     try:
-        with fetched_encoder(name, request.tracking_uri) as directory:
+        with fetched_encoder(name, request.tracking_uri) as directory, reading(name):
             encoder = load_encoder(directory, trust_remote_code=request.trust_remote_code)
     except UsageError as error:
         hint = f"did you mean {BM25}? " if difflib.get_close_matches(name.lower(), [BM25]) else ""
@@ -190,29 +254,31 @@ def _records(
     questions: Questions,
     barred: Barred,
     batches: Iterator[Found],
+    finder: AnswerFinder,
     mined: Mined,
 ) -> Iterator[dict[str, Any]]:
     """One line for each query; what is counted is counted in `mined`."""
-    finder = AnswerFinder(corpus)
     index = 0
     for found in batches:
-        named = _Named(corpus, found, questions.positives[index : index + len(found.rows)])
+        named = NamedPassages(corpus, found, questions.positives[index : index + len(found.rows)])
         for place in range(len(found.rows)):
             query = questions.queries[index]
             rows, scores = named.ranked(place)
-            sought = finder.sought(query.answers) if request.exclude_answers else ()
-            chosen = choose(
-                request.rule,
-                query.id,
-                rows,
-                scores,
-                barred.places(index, rows),
-                float(found.also[place].min()),
-                lambda row, sought=sought: finder.holds(row, sought),  # type: ignore[misc]
-                mined.left_out,
-            )
+            mined.unmatched += not rows
+            with _naming(query):
+                sought = finder.sought(query.answers) if request.exclude_answers else ()
+                chosen = choose(
+                    request.rule,
+                    query.id,
+                    rows,
+                    scores,
+                    barred.places(index, rows),
+                    float(found.also[place].min()),
+                    lambda row, sought=sought: finder.holds(row, sought),  # type: ignore[misc]
+                    mined.left_out,
+                )
             _count(mined, len(chosen), request.rule.negatives)
-            yield _record(query, named, place, chosen)
+            yield record_of(query, named, place, chosen)
             index += 1
 
 
@@ -221,54 +287,6 @@ def _count(mined: Mined, negatives: int, wanted: int) -> None:
     mined.negatives += negatives
     mined.short += 0 < negatives < wanted
     mined.without += negatives == 0
-
-
-class _Named:
-    """What was found for some queries, with ids looked up for all of them at once."""
-
-    def __init__(self, corpus: Corpus, found: Found, positives: list[np.ndarray]) -> None:
-        used = np.unique(np.concatenate([found.rows.ravel(), *positives]))
-        used = used[used >= 0]
-        ids = corpus.ids.take(used).to_pylist()
-        self._ids = dict(zip(used.tolist(), ids, strict=True))
-        self._found = found
-        self._positives = positives
-
-    def ranked(self, place: int) -> tuple[list[int], list[float]]:
-        """Rows and scores of one query's ranking, without its empty places."""
-        rows = self._found.rows[place]
-        number = int((rows >= 0).sum())
-        return rows[:number].tolist(), self._found.scores[place, :number].tolist()
-
-    def positives(self, place: int) -> tuple[list[str], np.ndarray]:
-        """Ids and scores of one query's positives."""
-        ids = [self._ids[row] for row in self._positives[place].tolist()]
-        return ids, self._found.also[place]
-
-    def negatives(self, place: int, chosen: list[int]) -> tuple[list[str], np.ndarray]:
-        """Ids and scores at these places of one query's ranking."""
-        ids = [self._ids[row] for row in self._found.rows[place, chosen].tolist()]
-        return ids, self._found.scores[place, chosen]
-
-
-def _record(query: Query, named: _Named, place: int, chosen: list[int]) -> dict[str, Any]:
-    positive_ids, positive_scores = named.positives(place)
-    negative_ids, negative_scores = named.negatives(place, chosen)
-    answers = {"answers": list(query.answers)} if query.answers else {}
-    return {
-        "query_id": query.id,
-        "query_text": query.text,
-        **answers,
-        "positive_document_ids": positive_ids,
-        "negative_document_ids": negative_ids,
-        "positive_scores": _plain(positive_scores),
-        "negative_scores": _plain(negative_scores),
-    }
-
-
-def _plain(scores: np.ndarray) -> list[float]:
-    """fp32 scores in the seven digits that they have."""
-    return [float(f"{score:.7g}") for score in scores.tolist()]
 
 
 @contextmanager

@@ -1,10 +1,13 @@
-"""Whether a passage holds an answer, by the rule of DPR's evaluation.
+"""Whether a passage holds an answer, by the rules of DPR's evaluation.
 
-An answer is held where its tokens follow each other in the passage's text (the title does not
-count), after Unicode's canonical decomposition (NFD) and in lower case. A token is a run of
-letters, digits and marks, or any other single character that is neither white space nor a control
-character. Source: Karpukhin et al., Dense Passage Retrieval for Open-Domain Question Answering,
-EMNLP 2020, whose code takes the tokens from DrQA (Chen et al., ACL 2017).
+By `string`, an answer is held where its tokens follow each other in the passage's text (the title
+does not count), after Unicode's canonical decomposition (NFD) and in lower case. A token is a run
+of letters, digits and marks, or any other single character that is neither white space nor a
+control character. By `regex`, an answer is a regular expression of the `regex` module, searched for
+in the text without regard to case, after NFD of both.
+
+Source: Karpukhin et al., Dense Passage Retrieval for Open-Domain Question Answering, EMNLP 2020,
+whose code takes the tokens from DrQA (Chen et al., ACL 2017).
 """
 
 from __future__ import annotations
@@ -12,12 +15,23 @@ from __future__ import annotations
 import unicodedata
 from collections.abc import Sequence
 from functools import lru_cache
+from typing import Any
 
 import regex
 
 from mlflow_dr.collection.corpus import Corpus
+from mlflow_dr.errors import DataError, UsageError, quoted
 
+STRING, REGEX = "string", "regex"
+MATCHES = (STRING, REGEX)
 PASSAGES_KEPT = 1 << 18
+SECONDS_PER_MATCH = 5.0
+"""Processor time of one search; some expressions would take years on a long text."""
+
+LONGEST_PATTERN = 10_000
+"""Characters of a regular expression; of a million, compiling takes a minute."""
+
+FLAGS = regex.IGNORECASE | regex.UNICODE | regex.MULTILINE
 
 _TOKEN = regex.compile(r"[\p{L}\p{N}\p{M}]+|[^\p{Z}\p{C}]")
 
@@ -35,30 +49,74 @@ class AnswerFinder:
     Args:
         corpus: the passages.
         kept: passages whose tokens are kept; of a 120-word passage they take about 1 KB.
+        match: `string`, or `regex` where answers are regular expressions (CuratedTREC's are).
+
+    Raises:
+        UsageError: no such way to match.
     """
 
-    def __init__(self, corpus: Corpus, kept: int = PASSAGES_KEPT) -> None:
+    def __init__(self, corpus: Corpus, kept: int = PASSAGES_KEPT, match: str = STRING) -> None:
+        if match not in MATCHES:
+            raise UsageError(f"match {match!r}: expected {' or '.join(MATCHES)}")
         self._corpus = corpus
+        self._match = match
         self._text = lru_cache(kept)(self._read)
 
-    def sought(self, answers: Sequence[str]) -> tuple[str, ...]:
+    def sought(self, answers: Sequence[str]) -> tuple[Any, ...]:
         """Answers as `holds` takes them.
 
-        One without any token (empty, or white space) is left out: DPR's rule would find it in
-        every passage.
+        By `string`, one without any token (empty, or white space) is left out: DPR's rule would
+        find it in every passage. By `regex`, one that is no regular expression is left out, as DPR
+        does; `faults` says which.
         """
+        if self._match == REGEX:
+            patterns = map(_pattern, dict.fromkeys(answers))
+            return tuple(one for one in patterns if not isinstance(one, str))
         texts = (_spaced(answer) for answer in answers)
         return tuple(dict.fromkeys(text for text in texts if text.strip()))
 
-    def holds(self, row: int, sought: Sequence[str]) -> bool:
-        """Whether the passage at this row holds one of the answers."""
+    def faults(self, answers: Sequence[str]) -> list[str]:
+        """Which of the answers are to be regular expressions and are not, with the reason."""
+        if self._match == STRING:
+            return []
+        return [fault for answer in answers if isinstance(fault := _pattern(answer), str)]
+
+    def holds(self, row: int, sought: Sequence[Any]) -> bool:
+        """Whether the passage at this row holds one of the answers.
+
+        Raises:
+            DataError: the search for a regular expression takes too long.
+        """
         if not sought:
             return False
         text = self._text(row)
+        if self._match == REGEX:
+            return any(self._is_found(pattern, text, row) for pattern in sought)
         return any(answer in text for answer in sought)
 
+    def _is_found(self, pattern: regex.Pattern[str], text: str, row: int) -> bool:
+        try:
+            return pattern.search(text, timeout=SECONDS_PER_MATCH) is not None
+        except TimeoutError:
+            raise DataError(
+                f"answer {quoted(pattern.pattern)}: the regular expression takes more than "
+                f"{SECONDS_PER_MATCH:g} s on passage {quoted(self._corpus[row].id)}; write it "
+                "without repeats inside repeats"
+            ) from None
+
     def _read(self, row: int) -> str:
-        return _spaced(self._corpus[row].text)
+        text = self._corpus[row].text
+        return _spaced(text) if self._match == STRING else unicodedata.normalize("NFD", text)
+
+
+def _pattern(answer: str) -> regex.Pattern[str] | str:
+    """An answer as a regular expression, or what is wrong with it."""
+    if len(answer) > LONGEST_PATTERN:
+        return f"{quoted(answer)}: {len(answer):,} characters, more than {LONGEST_PATTERN:,}"
+    try:
+        return regex.compile(unicodedata.normalize("NFD", answer), FLAGS)
+    except (regex.error, RecursionError, OverflowError, ValueError, MemoryError) as error:
+        return f"{quoted(answer)}: {error}"
 
 
 def _spaced(text: str) -> str:

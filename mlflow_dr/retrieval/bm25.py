@@ -19,16 +19,23 @@ from typing import Any
 
 import numpy as np
 
+from mlflow_dr.cache import cache_entry
 from mlflow_dr.collection.corpus import Corpus
 from mlflow_dr.collection.records import Query
 from mlflow_dr.errors import DataError, MissingExtraError, UsageError
-from mlflow_dr.files import build_once, cache_dir, digest_of
+from mlflow_dr.files import digest_of
 from mlflow_dr.progress import progress_bar
 from mlflow_dr.retrieval.ranking import Found
 
 LAYOUT = 1
 """Raise it when terms or scores change: indexes of the old rules are then not used."""
 
+log = logging.getLogger(__name__)
+
+WORDS = (
+    "BM25 needs text with words set apart by blanks, unlike Chinese, Japanese or Thai; an encoder "
+    "does not (--subset encoder:NAME@K, mine --with NAME)"
+)
 NO_LANGUAGE = "none"
 WORD = re.compile(r"\w\w+")
 
@@ -146,9 +153,7 @@ def bm25_index(corpus: Corpus, settings: Bm25Settings | None = None) -> Bm25:
     terms = Terms(settings.language)
     bm25s = _bm25s()
     key = digest_of(LAYOUT, corpus.digest, *astuple(settings))
-    room = build_once(
-        cache_dir() / "bm25" / key, lambda partial: _write(partial, corpus, settings, terms)
-    )
+    room = cache_entry("bm25", key, lambda partial: _write(partial, corpus, settings, terms))
     index = bm25s.BM25.load(room, mmap=True, show_progress=False)
     # plain views of the mapped files: every slice of a memmap object costs as much as a term
     index.scores = {
@@ -156,6 +161,24 @@ def bm25_index(corpus: Corpus, settings: Bm25Settings | None = None) -> Bm25:
         for name, part in index.scores.items()
     }
     return Bm25(index, terms, corpus.tie_ranks())
+
+
+def warn_of_no_matches(without: int, queries: int, consequence: str) -> None:
+    """Say that BM25 found no passage for most of the queries, as it does in Chinese or Japanese.
+
+    Args:
+        without: queries that no passage was found for.
+        queries: all of them.
+        consequence: what follows from it.
+    """
+    if without > queries / 2:
+        log.warning(
+            "BM25 found no passage for %d of %d queries: %s. %s",
+            without,
+            queries,
+            consequence,
+            WORDS,
+        )
 
 
 def _write(room: Path, corpus: Corpus, settings: Bm25Settings, terms: Terms) -> None:
@@ -169,7 +192,7 @@ def _write(room: Path, corpus: Corpus, settings: Bm25Settings, terms: Terms) -> 
                 passages.append(array("i", ids))
             bar.update(len(batch))
     if not vocabulary:
-        raise DataError("no passage of the corpus has a word that BM25 could match")
+        raise DataError(f"no passage of the corpus has a word that BM25 could match. {WORDS}")
     index = _bm25s().BM25(k1=settings.k1, b=settings.b, method="lucene")
     index.index((passages, vocabulary), create_empty_token=False, show_progress=False)
     index.save(room, show_progress=False)

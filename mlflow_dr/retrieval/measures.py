@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 from mlflow_dr.collection.records import Qrels
-from mlflow_dr.errors import UsageError
+from mlflow_dr.errors import UsageError, did_you_mean, quoted
 from mlflow_dr.retrieval.ranking import Ranking
 
 DEFAULT_MEASURES = "mrr@10 ndcg@10 recall@100"
@@ -47,12 +47,13 @@ def parse_measures(text: str) -> tuple[Measure, ...]:
     """
     measures = []
     for word in text.replace(",", " ").split():
-        match = re.fullmatch(r"([a-z]+)(?:@|_at_)([1-9]\d*)", word.lower())
+        match = re.fullmatch(r"([a-z]+)(?:@|_at_)([1-9]\d{0,6})", word.lower())
         name = ALIASES.get(match[1], match[1]) if match else ""
         if not match or name not in TREC_NAMES:
+            near = did_you_mean(match[1], TREC_NAMES) if match else ""
             raise UsageError(
-                f"measure {word!r}: expected one of {', '.join(TREC_NAMES)} with a cut-off, "
-                "such as ndcg@10"
+                f"measure {quoted(word)}: expected one of {', '.join(TREC_NAMES)} with a cut-off, "
+                f"such as ndcg@10{near}"
             )
         measures.append(Measure(name, int(match[2])))
     if not measures:

@@ -12,7 +12,7 @@ import pyarrow.compute as pc
 
 from mlflow_dr.collection.corpus import Corpus
 from mlflow_dr.collection.records import Query
-from mlflow_dr.errors import DataError
+from mlflow_dr.errors import DataError, quoted
 from mlflow_dr.files import written_beside
 
 Ranking = Mapping[str, Sequence[tuple[str, float]]]
@@ -97,6 +97,6 @@ def check_ids(ids: pa.Array | pa.ChunkedArray) -> None:
     refused = ids.filter(pc.match_substring_regex(ids, UNWRITABLE))
     if len(refused):
         raise DataError(
-            f"id {refused[0].as_py()!r}: a TREC run file cannot hold white space in ids, nor an "
-            f"empty one ({len(refused):,} of {len(ids):,} are such); ask for no ranking"
+            f"id {quoted(refused[0].as_py())}: a TREC run file cannot hold white space in ids, nor "
+            f"an empty one ({len(refused):,} of {len(ids):,} are such); ask for no ranking"
         )

@@ -18,11 +18,13 @@ from typing import TypeVar
 
 import numpy as np
 
-from mlflow_dr.files import build_once, cache_dir, digest_of, usable_cores
+from mlflow_dr.cache import cache_entry, sound_entry
+from mlflow_dr.files import digest_of, usable_cores
 from mlflow_dr.progress import progress_bar
 
 T = TypeVar("T")
 
+KIND = "tokens"
 LAYOUT = 1
 # a worker takes seconds to start
 TEXTS_WORTH_A_PROCESS = 100_000
@@ -100,8 +102,9 @@ def cached_token_table(
         processes: worker processes at most; a small table and one core are worth none.
     """
     dtype = np.uint16 if vocabulary_size <= 1 << 16 else np.uint32
-    room = build_once(
-        _place(key),
+    room = cache_entry(
+        KIND,
+        digest_of(LAYOUT, key),
         lambda partial: _write(
             partial, _tokenised(texts, tokenize, total, processes), dtype, total, description
         ),
@@ -114,12 +117,8 @@ def cached_token_table(
 
 
 def is_cached(key: str) -> bool:
-    """Whether the cache has the token table of this key."""
-    return _place(key).exists()
-
-
-def _place(key: str) -> Path:
-    return cache_dir() / "tokens" / digest_of(LAYOUT, key)
+    """Whether the cache has the token table of this key, undamaged."""
+    return sound_entry(KIND, digest_of(LAYOUT, key)) is not None
 
 
 def token_table(token_ids: Sequence[Sequence[int]]) -> TokenTable:

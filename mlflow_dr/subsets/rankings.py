@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
+import re
 from collections.abc import Sequence
 from heapq import nlargest
 from pathlib import Path
@@ -11,12 +12,14 @@ from pathlib import Path
 import numpy as np
 
 from mlflow_dr.collection.corpus import Corpus
+from mlflow_dr.collection.fields import check_id
 from mlflow_dr.collection.records import Query
-from mlflow_dr.errors import DataError
+from mlflow_dr.errors import DataError, quoted
 from mlflow_dr.files import decoded, read_lines
 
 log = logging.getLogger(__name__)
 
+BLANKS = re.compile(r"[ \t\r\x0b\x0c]+")
 TREC_COLUMNS, SHORT_COLUMNS = 6, 3
 KEPT_MEANWHILE = 4  # times as many as are wanted, before the worst are dropped
 
@@ -53,7 +56,7 @@ def ranking_tops(path: Path, k: int, queries: Sequence[Query], corpus: Corpus) -
             f"{path}: no line names a {what} of the collection; is it a ranking of another one?"
         )
     if unknown or missing:
-        example = f" (such as {missing[0]!r})" if missing else ""
+        example = f" (such as {quoted(missing[0])})" if missing else ""
         log.warning(
             "%s: left out: %d passages that the corpus lacks; %d of %d queries have no line%s",
             *(path, unknown, len(missing), len(queries), example),
@@ -69,7 +72,7 @@ def _read(path: Path, k: int, wanted: set[str]) -> dict[str, list[str]]:
     kept: dict[str, dict[str, float]] = {}
     columns, is_rank = 0, False
     for number, line in read_lines(path):
-        words = decoded(line, path, number).split()
+        words = _columns(decoded(line, path, number))
         if not columns:
             columns = len(words)
             is_rank = columns == SHORT_COLUMNS and words[2].isdecimal()
@@ -79,28 +82,48 @@ def _read(path: Path, k: int, wanted: set[str]) -> dict[str, list[str]]:
                 "rank score tag, or query-id passage-id rank (or score), on every line alike"
             )
         query_id, passage_id = words[0], words[2 if columns == TREC_COLUMNS else 1]
-        score = _score(words[4 if columns == TREC_COLUMNS else 2], is_rank, f"{path}:{number}")
+        score = _score(words[4 if columns == TREC_COLUMNS else 2], is_rank, path, number)
         if query_id not in wanted:
             continue
         found = kept.setdefault(query_id, {})
+        if not passage_id or "\0" in passage_id:
+            check_id(passage_id, f"{path}:{number}")
         found[passage_id] = max(score, found.get(passage_id, -math.inf))
         if len(found) > KEPT_MEANWHILE * k:
             kept[query_id] = dict(_best(found, k))
     if not columns:
         raise DataError(f"{path}: the file has no line; expected a ranking")
+    best = [max(found.values()) for found in kept.values()]
+    if is_rank and best and max(best) < -1:
+        raise DataError(
+            f"{path}: no query has a passage of rank 0 or 1; if the third column has scores, write "
+            "them with a decimal point"
+        )
     return {query_id: [one for one, _ in _best(found, k)] for query_id, found in kept.items()}
+
+
+def _columns(text: str) -> list[str]:
+    """The columns of a line: between tabs where there are as many as needed, else between blanks.
+
+    Only ASCII's blanks part columns, as in trec_eval; between tabs an id may hold blanks.
+    """
+    if "\t" in text:
+        columns = [one.strip() for one in text.split("\t")]
+        if len(columns) in (TREC_COLUMNS, SHORT_COLUMNS):
+            return columns
+    return text.split() if text.isascii() else BLANKS.split(text)
 
 
 def _best(found: dict[str, float], k: int) -> list[tuple[str, float]]:
     return nlargest(k, found.items(), key=lambda one: (one[1], one[0]))
 
 
-def _score(text: str, is_rank: bool, where: str) -> float:
+def _score(text: str, is_rank: bool, path: Path, number: int) -> float:
     try:
         score = -float(int(text)) if is_rank else float(text)
-    except ValueError:
+    except (ValueError, OverflowError):
         score = math.nan
-    if math.isnan(score):
+    if not math.isfinite(score):
         what = "a rank (a whole number), as on the lines before" if is_rank else "a score"
-        raise DataError(f"{where}: {text!r} is not {what}")
+        raise DataError(f"{path}:{number}: {quoted(text)} is not {what}")
     return score

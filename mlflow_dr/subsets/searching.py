@@ -8,21 +8,25 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from mlflow_dr.cache import cache_entry
 from mlflow_dr.collection.corpus import Corpus
 from mlflow_dr.collection.records import Query
 from mlflow_dr.encoder.directory import load_encoder
 from mlflow_dr.encoder.source import encoder_directory
 from mlflow_dr.errors import UsageError
-from mlflow_dr.files import build_once, cache_dir, digest_of, file_sha256
+from mlflow_dr.files import digest_of, file_sha256
+from mlflow_dr.retrieval.bm25 import warn_of_no_matches
 from mlflow_dr.retrieval.searchers import Bm25Searcher, DenseSearcher, Searcher
 from mlflow_dr.subsets.spec import BM25, Part
-from mlflow_dr.tracking.encoders import encoder_files, looked_up
+from mlflow_dr.tracking.encoders import encoder_files, looked_up, reading
 
 if TYPE_CHECKING:
     from mlflow_dr.tracking.checkpoints import Checkpoint
 
 LAYOUT = 1
-WEIGHTS = ("*.safetensors", "*.bin", "*.json")
+ROWS = "rows.npy"
+# weights, settings, and vocabularies of all kinds
+FILES = ("*.safetensors", "*.bin", "*.json", "*.txt", "*.model", "*.spm", "*.tiktoken", "*.py")
 
 
 class CachedSearching:
@@ -60,7 +64,12 @@ class CachedSearching:
             TrackingError: no such model, or no server.
         """
         if part.kind == BM25:
-            return self._cached(("bm25",), Bm25Searcher, part.count, queries)
+            found = self._cached(("bm25",), Bm25Searcher, part.count, queries)
+            without = sum(len(rows) == 0 for rows in found)
+            warn_of_no_matches(
+                without, len(queries), f"subset {part} has only judged passages for these"
+            )
+            return found
         source = self._source(part)
         if not isinstance(source, str) and source.manifest:
             # what is kept needs no files, which may be gone by now
@@ -68,14 +77,16 @@ class CachedSearching:
             return self._cached(identity, lambda: self._searcher(source), part.count, queries)
         with encoder_files(source) as name:
             directory = encoder_directory(name)
-            identity = (digest_of(*_weights(directory)), self._dtype)
+            identity = (digest_of(*_files(directory)), self._dtype)
             return self._cached(
                 identity, lambda: self._searcher(str(directory)), part.count, queries
             )
 
     def _searcher(self, source: Checkpoint | str) -> Searcher:
-        with encoder_files(source) as directory:
-            return DenseSearcher(load_encoder(directory), self._device, self._dtype)
+        name = source if isinstance(source, str) else source.uri
+        with encoder_files(source) as directory, reading(name):
+            encoder = load_encoder(directory)
+        return DenseSearcher(encoder, self._device, self._dtype)
 
     def _source(self, part: Part) -> Checkpoint | str:
         (name,) = part.names
@@ -92,19 +103,19 @@ class CachedSearching:
         k: int,
         queries: Sequence[Query],
     ) -> list[np.ndarray]:
-        asked = [f"{one.id}\t{one.text}\t{one.tokens or ''}" for one in queries]
+        asked = [repr((one.id, one.text, list(one.tokens or ()))) for one in queries]
         key = digest_of(LAYOUT, self._corpus.digest, *identity, k, *asked)
 
         def write(partial: Path) -> None:
             found = [one.rows for one in searcher().search(self._corpus, queries, k)]
-            with partial.open("wb") as file:
-                np.save(file, np.concatenate(found))
+            partial.mkdir()
+            np.save(partial / ROWS, np.concatenate(found))
 
-        rows = np.load(build_once(cache_dir() / "tops" / key, write))
+        rows = np.load(cache_entry("tops", key, write) / ROWS)
         return [one[one >= 0] for one in rows]
 
 
-def _weights(directory: Path) -> list[str]:
+def _files(directory: Path) -> list[str]:
     """What an encoder's figures depend on."""
-    files = sorted({path for pattern in WEIGHTS for path in directory.rglob(pattern)})
+    files = sorted({path for pattern in FILES for path in directory.rglob(pattern)})
     return [f"{path.relative_to(directory)} {file_sha256(path)}" for path in files]

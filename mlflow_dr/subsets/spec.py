@@ -7,8 +7,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from mlflow_dr.errors import UsageError
-from mlflow_dr.files import digest_of
+from mlflow_dr.errors import UsageError, did_you_mean, quoted
+from mlflow_dr.files import digest_of, is_path
 
 FULL, RANDOM, RANKING, BM25, POOL = "full", "random", "ranking", "bm25", "pool"
 ENCODER, RERANK, QUERIES = "encoder", "rerank", "queries"
@@ -24,7 +24,8 @@ FORMS = {
 }
 # a plus sign in the name of a file joins nothing
 JOINT = re.compile(r"\+(?=(?:full$|full\+|bm25@|(?:random|ranking|pool|encoder|rerank|queries):))")
-STEP = re.compile(r"step-(\d+)")
+STEP = re.compile(r"step-(\d{1,18})")
+MOST_DIGITS = 12
 LONGEST_SLUG = 100
 RELEVANT, ALL = "relevant", "all"
 
@@ -178,20 +179,24 @@ def _part(text: str, whole: str) -> Part:
         if at and all(names):
             return Part(kind, _count(count, text), tuple(map(_whole, names)))
     forms = ", ".join(FORMS.values())
-    of = "" if text == whole else f" in {whole!r}"
-    raise UsageError(f"subset {text!r}{of}: expected {FORMS.get(kind) or f'one of {forms}'}")
+    of = "" if text == whole else f" in {quoted(whole)}"
+    near = "" if kind in FORMS else did_you_mean(kind, FORMS)
+    expected = FORMS.get(kind) or f"one of {forms}"
+    raise UsageError(f"subset {quoted(text)}{of}: expected {expected}{near}")
 
 
 def _count(text: str, part: str) -> int:
-    if not text.isdecimal() or int(text) == 0:
-        raise UsageError(f"subset {part!r}: {text!r} is not a whole number above 0")
+    if not text.isdecimal() or len(text) > MOST_DIGITS or int(text) == 0:
+        raise UsageError(
+            f"subset {quoted(part)}: {quoted(text)} is not a whole number above 0, of at most "
+            f"{MOST_DIGITS} digits"
+        )
     return int(text)
 
 
 def _whole(name: str) -> str:
     """The whole path of what is a file or folder here, so that it is found from other folders."""
-    path = Path(name).expanduser()
-    return str(path.absolute()) if path.exists() else name
+    return str(Path(name).expanduser().absolute()) if is_path(name) else name
 
 
 def _last(name: str) -> str:

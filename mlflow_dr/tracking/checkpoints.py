@@ -2,19 +2,24 @@
 
 from __future__ import annotations
 
+import logging
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cache, partial
 from pathlib import Path
 
 from mlflow import MlflowClient
 from mlflow.entities import LoggedModel, LoggedModelOutput, LoggedModelStatus
-from mlflow.exceptions import MlflowException
 
-from mlflow_dr.errors import UsageError
+from mlflow_dr.errors import TrackingError, UsageError
+from mlflow_dr.files import grant_umask_modes
 from mlflow_dr.tracking.client import tracking_errors
-from mlflow_dr.tracking.manifest import write_manifest
+from mlflow_dr.tracking.manifest import verify_upload, write_manifest
 from mlflow_dr.tracking.mlmodel import write_mlmodel
 from mlflow_dr.tracking.runs import TrackedRun
+
+log = logging.getLogger(__name__)
 
 STEP_TAG = "mlflow_dr.step"
 DIRECTORY_TAG = "mlflow_dr.directory"
@@ -24,6 +29,7 @@ BEGUN, TAKEN_BACK = "begun", "taken back"
 MODEL_TYPE = "dense_retriever"
 READY = LoggedModelStatus.READY
 PER_REQUEST = 1000
+STEP = re.compile(r"[0-9]{1,18}")  # what a metric may have is 64 bits
 NEAREST = 4  # steps that are named where one is missing
 
 
@@ -84,6 +90,7 @@ def seal(directory: Path) -> str:
         The SHA-256 of the list, which `new_checkpoint` takes.
     """
     write_mlmodel(directory)
+    grant_umask_modes(directory)
     return write_manifest(directory)
 
 
@@ -103,8 +110,13 @@ def upload_checkpoint(run: TrackedRun, model_id: str, directory: Path, step: int
     """Upload an announced checkpoint and declare it READY, which comes last.
 
     May be called again for the same id after a failure.
+
+    Raises:
+        TrackingError: the store does not list what was uploaded.
+        Exception: as MLflow and the store raise it.
     """
     run.client.log_model_artifacts(model_id, str(directory))
+    verify_upload(directory, partial(run.client.list_logged_model_artifacts, model_id))
     tie_to_run(run, model_id, step)
     run.client.finalize_logged_model(model_id, READY)
 
@@ -113,7 +125,7 @@ def tie_to_run(run: TrackedRun, model_id: str, step: int) -> None:
     """Show a checkpoint as the run's output at its step; MLflow refuses to be told twice."""
     try:
         run.client.log_outputs(run.id, [LoggedModelOutput(model_id, step)])
-    except MlflowException:
+    except Exception:
         outputs = run.fetch().outputs
         if outputs is None or model_id not in {one.model_id for one in outputs.model_outputs}:
             raise
@@ -146,6 +158,8 @@ def find_checkpoints(
 ) -> list[Checkpoint]:
     """Checkpoints of an experiment, by step; one request for each 1,000.
 
+    One whose step is malformed is passed over with a warning.
+
     Args:
         client: where.
         experiment_id: of this experiment.
@@ -168,7 +182,7 @@ def find_checkpoints(
                 max_results=PER_REQUEST,
                 page_token=token,
             )
-            found += [_checkpoint(model) for model in page if STEP_TAG in (model.tags or {})]
+            found += [_checkpoint(model) for model in page if _is_checkpoint(model)]
             token = page.token
             if not token:
                 return sorted(found, key=lambda one: (one.step, one.created_ms))
@@ -206,10 +220,25 @@ def checkpoint_by_id(client: MlflowClient, model_id: str) -> Checkpoint:
     """The checkpoint behind `models:/<id>`.
 
     Raises:
-        TrackingError: no such model.
+        TrackingError: no such model, or its step is malformed.
     """
     with tracking_errors(f"model {model_id}"):
-        return _checkpoint(client.get_logged_model(model_id))
+        model = client.get_logged_model(model_id)
+        if model.model_id != model_id:  # an empty answer reads as a model without anything
+            raise ValueError("the server's answer is not about this model")
+        step = (model.tags or {}).get(STEP_TAG, "0")
+        if not STEP.fullmatch(step):
+            raise TrackingError(f"model {model_id}: its tag {STEP_TAG} is no step: {step!r:.80}")
+        return _checkpoint(model)
+
+
+def is_deleted(client: MlflowClient, model_id: str) -> bool:
+    """Whether a checkpoint was deleted, or never was; False where the server does not say."""
+    try:
+        client.get_logged_model(model_id)
+    except Exception as error:  # noqa: BLE001 - what is no answer of MLflow's fails in many ways
+        return getattr(error, "error_code", "") == "RESOURCE_DOES_NOT_EXIST"
+    return False
 
 
 def checkpoint_of_step(run: TrackedRun, step: int) -> Checkpoint:
@@ -230,17 +259,32 @@ def checkpoint_of_step(run: TrackedRun, step: int) -> Checkpoint:
     )
 
 
+def _is_checkpoint(model: LoggedModel) -> bool:
+    """Whether a model is tagged with a training step."""
+    step = (model.tags or {}).get(STEP_TAG)
+    if step is not None and not STEP.fullmatch(step):
+        _pass_over(str(model.model_id), step[:80])
+        return False
+    return step is not None
+
+
+@cache
+def _pass_over(model_id: str, step: str) -> None:
+    """Warn, once, of a model whose tag is no step."""
+    log.warning("model %s is passed over: its tag %s is no step: %r", model_id, STEP_TAG, step)
+
+
 def _checkpoint(model: LoggedModel) -> Checkpoint:
     tags = model.tags or {}
     return Checkpoint(
         model_id=str(model.model_id),
         run_id=str(model.source_run_id or ""),
-        step=int(tags.get(STEP_TAG, 0)),
+        step=int(tags.get(STEP_TAG, "0")),
         ready=model.status == READY,
         pending=model.status == LoggedModelStatus.PENDING,
-        created_ms=model.creation_timestamp,
-        ready_ms=model.last_updated_timestamp,
-        location=model.artifact_location,
+        created_ms=model.creation_timestamp or 0,
+        ready_ms=model.last_updated_timestamp or 0,
+        location=model.artifact_location or "",
         manifest=tags.get(MANIFEST_TAG, ""),
         params=model.params or {},
         tags=tags,

@@ -12,6 +12,7 @@ import json
 import logging
 import os
 import platform
+import re
 import threading
 import time
 import uuid
@@ -22,7 +23,6 @@ from pathlib import Path
 from typing import Any
 
 from mlflow import MlflowClient
-from mlflow.exceptions import MlflowException
 
 from mlflow_dr.errors import one_line
 from mlflow_dr.tracking.checkpoints import Checkpoint, checkpoint_by_id
@@ -34,6 +34,7 @@ log = logging.getLogger(__name__)
 RENEWED_EVERY = 10.0
 PATIENCE = 60.0
 GIVEN_BACK = "given back"
+ATTEMPT = re.compile(r"[1-9][0-9]{0,8}")
 START_TIME = 22 - 3  # of proc(5)'s fields, counted from the one after the name
 
 
@@ -65,9 +66,12 @@ class Owner:
     def parse(text: str) -> Owner | None:
         """An owner from a claim's value; None from anything else."""
         try:
-            return Owner(**json.loads(text))
-        except (ValueError, TypeError):
+            owner = Owner(**json.loads(text))
+        except (ValueError, TypeError, RecursionError):
             return None
+        words, numbers = (owner.host, owner.room, owner.token), (owner.pid, owner.started)
+        is_one = all(isinstance(one, str) for one in words)
+        return owner if is_one and all(type(one) is int for one in numbers) else None
 
     def __str__(self) -> str:
         return f"{self.host}:{self.pid}"
@@ -101,7 +105,7 @@ def standing(checkpoint: Checkpoint, name: str) -> Standing | None:
     attempts = [
         int(number)
         for key in checkpoint.params
-        if key.startswith(prefix) and (number := key.removeprefix(prefix)).isdigit()
+        if key.startswith(prefix) and ATTEMPT.fullmatch(number := key.removeprefix(prefix))
     ]
     if not attempts:
         return None
@@ -199,7 +203,7 @@ class Claims:
         with tracking_errors(f"claiming step {checkpoint.step}"):
             try:
                 write_once(self._client, checkpoint.model_id, key, value)
-            except MlflowException:
+            except Exception:
                 # another's, or the lost answer to our own request: what is there decides
                 found = checkpoint_by_id(self._client, checkpoint.model_id).params.get(key)
                 if found is None:

@@ -5,25 +5,37 @@ from __future__ import annotations
 import logging
 import os
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from urllib.parse import urlsplit
 
 import mlflow
 from mlflow import MlflowClient
 from mlflow.exceptions import MlflowException
 
-from mlflow_dr.errors import ForbiddenError, TrackingError
+from mlflow_dr.errors import ForbiddenError, MlflowDrError, TrackingError
+from mlflow_dr.terminal import HIDDEN, one_line_of, without_secrets
 
 Client = MlflowClient  # the name for rooms that leave mlflow to this one
 
 URI_VARIABLE = "MLFLOW_TRACKING_URI"
-SERVER_ERROR = 500
+CLIENT_ERROR, SERVER_ERROR = 400, 500
 FORBIDDEN = 403
+PASSING = {408, 429, 499}  # time is up, too many requests: what the server may say otherwise later
 DENIED = "PERMISSION_DENIED"
+NOBODY = "Connection refused"
 RETRIES = "MLFLOW_HTTP_REQUEST_MAX_RETRIES"
 FEW_RETRIES = "2"
+SECONDS_TO_CONNECT = 2.0
+SECONDS_BETWEEN_TRIES = 0.1  # twice as long each time
 AT_ONCE = {"MLFLOW_HTTP_REQUEST_TIMEOUT": "10", RETRIES: "0"}
+SQLITE = "sqlite:///"
+LONGEST_REASON = 300  # characters of what MLflow or a driver says
+DRIVERS = {  # module -> what pip installs
+    "psycopg": "psycopg[binary]",
+    "psycopg2": "psycopg2-binary",
+    "MySQLdb": "mysqlclient",
+}
 _set_by_us: set[str] = set()
 _one_at_a_time = threading.RLock()  # they change the process's environment
 
@@ -33,14 +45,28 @@ def tracking_uri() -> str:
     return str(mlflow.get_tracking_uri())
 
 
-def connect(uri: str | None = None) -> MlflowClient:
+def shown_uri(uri: str | None = None) -> str:
+    """A tracking URI, MLflow's own by default, without what is secret in it."""
+    return without_secrets(tracking_uri() if uri is None else uri)
+
+
+def is_server(uri: str) -> bool:
+    """Whether a tracking URI is a server's, which has pages; else it is a store's."""
+    return uri.startswith(("http:", "https:"))
+
+
+def connect(uri: str | None = None, may_create: bool = True) -> MlflowClient:
     """A client for the tracking server that MLflow is set to, or for `uri`.
 
-    MLflow itself tries for minutes before it gives up on a server; here a server that does not
-    answer is told at once.
+    MLflow itself tries for minutes before it gives up on a server. Here a server that refuses the
+    connection is told at once, and one whose answers make no sense or break off after seconds.
+
+    Args:
+        uri: the server; MLflow's own when None.
+        may_create: whether a database file that is not there is made; who only reads needs none.
 
     Raises:
-        TrackingError: nothing answers there, or the store cannot be opened.
+        TrackingError: nothing answers there, or the store cannot be opened, or is not there.
     """
     os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
     logging.getLogger("alembic").setLevel(logging.WARNING)
@@ -48,14 +74,39 @@ def connect(uri: str | None = None) -> MlflowClient:
     if uri:
         mlflow.set_tracking_uri(uri)
     uri = tracking_uri()
-    try:
-        with impatient():
-            client = MlflowClient(uri)
-            client.search_experiments(max_results=1)
-    except (MlflowException, OSError) as error:
-        refusal = _refusal(error)
-        raise TrackingError(refusal or _unreachable(uri, _one_line(error))) from error
-    return client
+    if not may_create and (missing := _missing_file(uri)):
+        raise TrackingError(
+            f"there is no tracking store {shown_uri(uri)} ({missing} does not exist): start this "
+            f"where the training was started, or set {URI_VARIABLE} or --tracking-uri"
+        )
+    deadline, wait = time.monotonic() + SECONDS_TO_CONNECT, SECONDS_BETWEEN_TRIES
+    while True:
+        try:
+            with impatient():
+                client = MlflowClient(uri)
+                client.search_experiments(max_results=1)
+        except ModuleNotFoundError as error:
+            module = error.name or str(error)
+            raise TrackingError(
+                f"tracking store {shown_uri(uri)} needs the Python module {module!r}, which is not "
+                f"installed: pip install '{DRIVERS.get(module, module)}'"
+            ) from error
+        except Exception as error:  # drivers and plugins of MLflow raise errors of their own
+            again = is_server(uri) and may_pass(error)
+            if not again or NOBODY in str(error) or time.monotonic() + wait > deadline:
+                refusal = _refusal(error)
+                raise TrackingError(refusal or _unreachable(uri, _text(error))) from error
+        else:
+            return client
+        time.sleep(wait)
+        wait *= 2
+
+
+def _missing_file(uri: str) -> str:
+    """The file of a database that is not there; empty for all other stores."""
+    path = uri.removeprefix(SQLITE).partition("?")[0]
+    is_file = uri.startswith(SQLITE) and path not in ("", ":memory:")
+    return path if is_file and not os.path.exists(path) else ""  # noqa: PTH110 - any string
 
 
 def answers(client: MlflowClient) -> bool:
@@ -63,11 +114,19 @@ def answers(client: MlflowClient) -> bool:
     try:
         with impatient():
             client.search_experiments(max_results=1)
-    except MlflowException as error:
-        return error.get_http_status_code() < SERVER_ERROR
-    except OSError:
-        return False
+    except Exception as error:  # noqa: BLE001 - what is no answer of MLflow's fails in many ways
+        return not may_pass(error)
     return True
+
+
+def may_pass(error: BaseException) -> bool:
+    """Whether MLflow's error is no refusal of the server: an answer broke off, or made no sense."""
+    if not isinstance(error, MlflowException):
+        return True
+    if error.__cause__ is not None:  # MLflow says "no such model" of any failure to ask for it
+        return may_pass(error.__cause__)
+    status = error.get_http_status_code()
+    return not CLIENT_ERROR <= status < SERVER_ERROR or status in PASSING
 
 
 def write_once(client: MlflowClient, model_id: str, key: str, value: str) -> None:
@@ -91,18 +150,19 @@ def leave_waiting_to_us() -> None:
 
 
 @contextmanager
-def tracking_errors(doing: str, *also: type[Exception]) -> Iterator[None]:
-    """Turn MLflow's errors, and those of `also`, into a TrackingError of one line.
+def tracking_errors(doing: str) -> Iterator[None]:
+    """Turn what MLflow raises into a TrackingError of one line; a ForbiddenError where it is one.
 
-    A ForbiddenError where it is one.
+    Where an answer is cut off, or is another server's, that may be an error of any kind.
     """
-    kinds: tuple[type[Exception], ...] = (MlflowException, OSError, *also)
     try:
         yield
-    except kinds as error:
+    except (MlflowDrError, MemoryError):
+        raise
+    except Exception as error:
         is_forbidden = isinstance(error, PermissionError) or _code(error) == DENIED
         kind = ForbiddenError if is_forbidden else TrackingError
-        raise kind(f"{doing}: {_refusal(error) or _one_line(error)[:400]}") from error
+        raise kind(f"{doing}: {_refusal(error) or _one_line(error)}") from error
 
 
 @contextmanager
@@ -123,7 +183,9 @@ def impatient() -> Iterator[None]:
 
 
 def _refusal(error: Exception) -> str:
-    """What a server with users asks for; empty for errors of another kind."""
+    """What is missing here, or what a server with users asks for; empty for other errors."""
+    if isinstance(error, ImportError):
+        return f"{_one_line(error)}, and this artifact store needs it; install it here"
     code = _code(error)
     user = os.environ.get("MLFLOW_TRACKING_USERNAME")
     if code == "UNAUTHENTICATED":
@@ -150,25 +212,25 @@ def _code(error: Exception) -> str:
 
 
 def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split())
+    return one_line_of(_text(error), LONGEST_REASON)
+
+
+def _text(error: Exception) -> str:
+    """What an error says; of the tracking server's URI nothing that is secret."""
+    uri = tracking_uri()
+    text = str(error).replace(uri, shown_uri(uri))
+    query = uri.partition("?")[2]  # requests' errors show it without the server
+    return text.replace(query, HIDDEN) if query else text
 
 
 def _unreachable(uri: str, reason: str) -> str:
-    shown = _without_password(uri)
     _, caused, cause = reason.partition("Caused by ")  # urllib3's layers of exceptions
     if caused:
         reason = cause.rpartition("): ")[2].removesuffix('"))').removesuffix("'))")
-    reason = reason.replace(uri, shown)[:400]
-    if urlsplit(uri).scheme not in ("http", "https"):
-        return f"tracking store {shown}: {reason}"
+    reason = one_line_of(reason, LONGEST_REASON)
+    if not is_server(uri):
+        return f"tracking store {shown_uri(uri)}: {reason}"
     return (
-        f"tracking server {shown} does not answer ({reason}); "
+        f"tracking server {shown_uri(uri)} does not answer ({reason}); "
         f"is it running, and is {URI_VARIABLE} right?"
     )
-
-
-def _without_password(uri: str) -> str:
-    address = urlsplit(uri)
-    if address.password is None:
-        return uri
-    return uri.replace(f":{address.password}@", ":***@")

@@ -1,4 +1,4 @@
-"""The run that somebody else's training loop writes to."""
+"""The run that somebody else has made for us: a training loop, or `mlflow run`."""
 
 from __future__ import annotations
 
@@ -7,12 +7,14 @@ import os
 import mlflow
 
 from mlflow_dr.errors import UsageError
+from mlflow_dr.tracking.client import connect
 from mlflow_dr.tracking.runs import (
     DATASET_PARAM,
     DATASET_TAG,
     RUN_VARIABLE,
     SPLIT_PARAM,
     TrackedRun,
+    find_run,
 )
 
 
@@ -34,6 +36,16 @@ def current_run_id(asked: str | None = None) -> str:
         "no MLflow run to publish to: start one around the training (`with mlflow.start_run():`, "
         f"or report_to='mlflow' in Hugging Face's arguments), set {RUN_VARIABLE}, or give run_id"
     )
+
+
+def run_of_project(tracking_uri: str | None = None) -> TrackedRun | None:
+    """The run that `mlflow run`, or another parent process, has made for this command.
+
+    Raises:
+        TrackingError: it is gone, or the server does not answer.
+    """
+    run_id = os.environ.get(RUN_VARIABLE)
+    return find_run(connect(tracking_uri, may_create=False), run_id) if run_id else None
 
 
 def name_collection(run: TrackedRun, collection: str, split: str) -> None:

@@ -24,6 +24,7 @@ from mlflow_dr.tracking.runs import TrackedRun, check_alive, is_over
 
 log = logging.getLogger(__name__)
 
+NO_TEXT = "its name is not UTF-8"
 NO_STEP = "neither its name nor a trainer_state.json says a step"
 
 
@@ -96,6 +97,9 @@ class FollowedDirectory:
         for path in sorted(self._directory.iterdir()):
             if not path.is_dir() or path.name.startswith("."):
                 continue
+            if not _is_text(path):  # MLflow could not be told of it
+                self._tell(path, NO_TEXT)
+                continue
             signature, known = signature_of(path), before.get(path)
             if known is None or known.signature != signature:
                 self._seen[path] = _Seen(signature, step_of(path), why_not_whole(path))
@@ -112,7 +116,7 @@ class FollowedDirectory:
     def _tell(self, path: Path, reason: str) -> None:
         if (path, reason) not in self._told:
             self._told.add((path, reason))
-            log.info("%s is passed over for now: %s", path, reason)
+            log.info("%s is passed over for now: %s", _shown(path), reason)
 
 
 def found_checkpoints(directory: Path) -> list[Checkpoint]:
@@ -154,6 +158,14 @@ def _unregistered(path: Path, step: int) -> Checkpoint:
         metrics=frozenset(),
         directory=str(path),
     )
+
+
+def _is_text(path: Path) -> bool:
+    return _shown(path) == str(path)
+
+
+def _shown(path: Path) -> str:
+    return str(path).encode(errors="backslashreplace").decode()
 
 
 class _Seen(NamedTuple):

@@ -2,14 +2,35 @@
 
 from __future__ import annotations
 
+import errno
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import TYPE_CHECKING
+
+from mlflow_dr.errors import (
+    CheckpointError,
+    MissingExtraError,
+    MlflowDrError,
+    UnavailableError,
+    causes,
+    one_line,
+)
+from mlflow_dr.files import is_full
 
 if TYPE_CHECKING:  # an encoder of another kind needs no mlflow, which takes seconds to import
     from mlflow_dr.tracking.checkpoints import Checkpoint
 
 MODEL_SCHEME = "models:/"
+# what a machine lacks, or a network; a file that is missing or no file is the checkpoint's
+LOCAL_ERRORS = {
+    *(errno.ENOMEM, errno.EACCES, errno.EPERM, errno.EROFS, errno.EIO, errno.ESTALE),
+    *(errno.EMFILE, errno.ENFILE, errno.EAGAIN, errno.EBUSY, errno.ENOLCK, errno.ETIMEDOUT),
+    *(errno.ECONNREFUSED, errno.ECONNRESET, errno.EHOSTUNREACH, errno.ENETUNREACH, errno.EPIPE),
+}
+NETWORK_LIBRARIES = {"requests", "urllib3", "httpx", "httpcore"}
+HUB = "huggingface_hub"  # whose other errors are of malformed configurations
+NO_MEMORY = ("out of memory", "can't allocate memory", "not enough memory", "CUDA error")
 
 
 @contextmanager
@@ -41,7 +62,7 @@ def looked_up(name: str, tracking_uri: str | None = None) -> Checkpoint | str:
     from mlflow_dr.tracking.client import connect
     from mlflow_dr.tracking.registry import checkpoint_by_uri
 
-    return checkpoint_by_uri(connect(tracking_uri), name)
+    return checkpoint_by_uri(connect(tracking_uri, may_create=False), name)
 
 
 @contextmanager
@@ -58,3 +79,49 @@ def encoder_files(source: Checkpoint | str) -> Iterator[str]:
 
     with fetched(source) as directory:
         yield str(directory)
+
+
+@contextmanager
+def reading(what: str) -> Iterator[None]:
+    """Make one line of whatever goes wrong between an encoder's files and its first vector.
+
+    The files are somebody else's, and the libraries that read them raise errors of all kinds.
+
+    Args:
+        what: is read, for the message.
+
+    Raises:
+        UnavailableError: this machine lacks memory, a module, a right or the network.
+        CheckpointError: anything else is the files' fault.
+        OSError: the disk is full.
+        MlflowDrError: as it was raised.
+    """
+    try:
+        yield
+    except Exception as error:
+        local = local_cause(error)
+        if isinstance(local, OSError) and is_full(local, Path()):
+            raise local from error
+        if local is not None:
+            reason = str(local) if isinstance(local, MlflowDrError) else one_line(local)
+            lasting = isinstance(local, ImportError | MissingExtraError)
+            raise UnavailableError(f"{what} cannot be read here: {reason}", lasting) from error
+        if isinstance(error, MlflowDrError):
+            raise
+        raise CheckpointError(f"{what} cannot be read: {one_line(error)}") from error
+
+
+def local_cause(error: BaseException) -> BaseException | None:
+    """What of an error and its causes is the fault of this machine, or of the network."""
+    return next((one for one in causes(error) if _is_local(one)), None)
+
+
+def _is_local(error: BaseException) -> bool:
+    if isinstance(error, MemoryError | ImportError | MissingExtraError | ConnectionError):
+        return True
+    library = type(error).__module__.partition(".")[0]
+    if library in NETWORK_LIBRARIES or (library == HUB and isinstance(error, OSError)):
+        return True
+    if isinstance(error, OSError) and error.errno is not None:
+        return error.errno in LOCAL_ERRORS or is_full(error, Path())
+    return isinstance(error, RuntimeError) and any(words in str(error) for words in NO_MEMORY)

@@ -3,48 +3,77 @@
 from __future__ import annotations
 
 import errno
+import logging
 import shutil
+import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 from urllib.parse import urlsplit
 
 from mlflow.artifacts import download_artifacts
+from mlflow.store.artifact.artifact_repo import ArtifactRepository
 from mlflow.store.artifact.artifact_repository_registry import get_artifact_repository
 from mlflow.utils.file_utils import local_file_uri_to_path
 
 from mlflow_dr.beside import Beside
 from mlflow_dr.encoder.whole import why_not_whole
-from mlflow_dr.errors import MlflowDrError, UnavailableError, UsageError
-from mlflow_dr.files import is_full, scratch, written_beside
+from mlflow_dr.errors import (
+    CheckpointError,
+    LostError,
+    MlflowDrError,
+    UnavailableError,
+    UsageError,
+    causes,
+)
+from mlflow_dr.files import file_sha256, is_full, scratch, written_beside
 from mlflow_dr.tracking import mlmodel
 from mlflow_dr.tracking.checkpoints import PRUNED_TAG, Checkpoint
-from mlflow_dr.tracking.manifest import MANIFEST, Manifest, read_manifest, verify_files
+from mlflow_dr.tracking.manifest import (
+    MANIFEST,
+    Manifest,
+    not_listed,
+    only_listed,
+    read_manifest,
+    verify_files,
+    why_other,
+)
+
+log = logging.getLogger(__name__)
 
 NO_PART_OF_IT = shutil.ignore_patterns(
     *("optimizer*", "scheduler.pt", "scaler.pt", "rng_state*", "global_step*", ".*")
 )
 FILES_AT_ONCE = 8
+TRIES = 4  # of each file
+SECONDS_BETWEEN_TRIES = 0.05  # after the first; twice as long after each of the others
+NAMES_SHOWN = 3
+NOT_THERE = -1
 
 
 @contextmanager
 def fetched(checkpoint: Checkpoint, whole: bool = False) -> Iterator[Path]:
-    """The checkpoint's directory on this machine, verified; removed afterwards if it was copied.
+    """The checkpoint's directory on this machine, verified; removed afterwards if it was made.
 
-    One that was found in a directory is copied, because its trainer may remove it meanwhile.
+    It holds the files that its manifest lists, and no others. One that was found in a directory is
+    copied, because its trainer may remove it meanwhile.
 
     Args:
         checkpoint: which.
         whole: also the files by which MLflow alone knows it, which no encoder needs.
 
     Raises:
-        CheckpointError: it cannot be had, or its bytes are not those that were published.
+        LostError: its files are gone.
+        UnavailableError: it cannot be had here, for now or (`lasting`) at all.
+        CheckpointError: its bytes are not those that were published: several fetches have shown the
+            same ones.
         OSError: the disk is full.
     """
     if checkpoint.is_pruned:
         when = checkpoint.tags[PRUNED_TAG]
-        raise UnavailableError(f"models:/{checkpoint.model_id}: its files were removed ({when})")
+        raise LostError(f"models:/{checkpoint.model_id}: its files were removed ({when})")
     with scratch() as room:
         try:
             directory = _had(checkpoint, room, whole)
@@ -54,11 +83,9 @@ def fetched(checkpoint: Checkpoint, whole: bool = False) -> Iterator[Path]:
             if is_full(error, room.parent):
                 message = "the disk is full; TMPDIR names a directory on another one"
                 raise OSError(errno.ENOSPC, message, str(room.parent)) from error
-            reason = " ".join(str(error).split())[:300]
-            raise UnavailableError(f"cannot be downloaded: {reason}") from error
-        if checkpoint.manifest:
-            verify_files(directory, _listed(directory, checkpoint, whole))
-        elif checkpoint.directory and (reason := why_not_whole(directory)):
+            lasting = any(isinstance(one, ImportError) for one in causes(error))
+            raise UnavailableError(f"cannot be downloaded: {_words(error)}", lasting) from error
+        if checkpoint.directory and (reason := why_not_whole(directory)):
             raise UnavailableError(f"{checkpoint.directory}: {reason}")
         yield directory
 
@@ -85,19 +112,98 @@ def download(checkpoint: Checkpoint, directory: Path) -> None:
 def _had(checkpoint: Checkpoint, room: Path, whole: bool) -> Path:
     if checkpoint.directory:
         return Path(shutil.copytree(checkpoint.directory, room, ignore=NO_PART_OF_IT))
-    if here := _local(checkpoint.location):
-        return here
+    if here := local_directory(checkpoint.location):
+        return _in_place(checkpoint, here, room, whole)
     if not checkpoint.manifest:
         return Path(download_artifacts(artifact_uri=checkpoint.location, dst_path=str(room)))
     # by the manifest: to ask what there is takes a request for each directory
     room.mkdir()
     store = get_artifact_repository(checkpoint.location)
-    store._download_file(MANIFEST, str(room / MANIFEST))
-    names = list(_listed(room, checkpoint, whole))
-    for parent in {(room / name).parent for name in names}:
+    _download(store, MANIFEST, room, {"sha256": checkpoint.manifest})
+    listed = _listed(room, checkpoint, whole)
+    for parent in {(room / name).parent for name in listed}:
         parent.mkdir(parents=True, exist_ok=True)
-    _for_each(names, lambda name: store._download_file(name, str(room / name)))
+    _for_each(listed, lambda name: _download(store, name, room, listed[name]))
     return room
+
+
+def _in_place(checkpoint: Checkpoint, here: Path, room: Path, whole: bool) -> Path:
+    """The directory where a checkpoint lies, or links to what its manifest lists of it."""
+    if not here.is_dir():
+        # where the folder of all models is there, too, this one has gone; else nothing is known
+        kind = LostError if here.parents[1].is_dir() else UnavailableError
+        raise kind(f"cannot be read: there is no directory {here} on this machine")
+    if not checkpoint.manifest:
+        return here
+    verify_files(here, _listed(here, checkpoint, whole))
+    everything = read_manifest(here, checkpoint.manifest)
+    more = not_listed(here, everything)
+    if not more:
+        return here
+    files = [name for name in more if not (here / name).is_dir()]
+    if files:  # Normalize of sentence-transformers has a folder, which is empty
+        shown = ", ".join(files[:NAMES_SHOWN]) + (", ..." if len(files) > NAMES_SHOWN else "")
+        log.warning(
+            "step %d: %d files in %s are not in its manifest and are not used: %s",
+            *(checkpoint.step, len(files), here, shown),
+        )
+    return only_listed(here, everything, room)
+
+
+def _download(store: ArtifactRepository, name: str, room: Path, expected: dict[str, Any]) -> None:
+    """Fetch a file, again where it does not come as it was published.
+
+    Args:
+        store: where the checkpoint lies.
+        name: of the file.
+        room: where it goes.
+        expected: its `sha256` and, where that is known, its `bytes`.
+
+    Raises:
+        CheckpointError: each time the same other bytes came, as many as the store says it has.
+        LostError: the store does not list it.
+        UnavailableError: it came in another way each time.
+        Exception: as the store has raised.
+    """
+    path = room / name
+    came: set[str] = set()
+    for number in range(TRIES):
+        if number:
+            time.sleep(SECONDS_BETWEEN_TRIES * 2 ** (number - 1))
+        failed: Exception | None = None
+        try:
+            store._download_file(name, str(path))
+        except Exception as error:
+            if isinstance(error, ImportError) or is_full(error, room):
+                raise
+            failed = error
+            came.add("")
+            continue
+        digest = file_sha256(path)
+        if digest == expected["sha256"]:
+            return
+        came.add(digest)
+    size = _size_in_store(store, name)
+    if len(came) == 1 and failed is None and size in (None, path.stat().st_size):
+        if "bytes" not in expected:
+            raise CheckpointError(f"{name} is not the one that was published (SHA-256 differs)")
+        raise CheckpointError(why_other(path, name, expected))
+    if came == {""} and failed is not None and size == NOT_THERE:
+        raise LostError(f"cannot be downloaded: {name}: {_words(failed)}") from failed
+    if failed is not None:
+        raise failed
+    raise UnavailableError(f"cannot be downloaded: {name} did not come as it was published")
+
+
+def _size_in_store(store: ArtifactRepository, name: str) -> int | None:
+    """Bytes of a file as the store lists it; NOT_THERE where it lists others, None if unknown."""
+    folder = name.rpartition("/")[0]
+    try:
+        listed = {one.path: one for one in store.list_artifacts(folder or None)}
+    except Exception:  # noqa: BLE001 - an object store's errors are of no common kind
+        return None
+    found = listed.get(name)
+    return NOT_THERE if found is None else found.file_size
 
 
 def _for_each(names: Iterable[str], act: Callable[[str], object]) -> None:
@@ -136,8 +242,13 @@ def _listed(directory: Path, checkpoint: Checkpoint, whole: bool) -> Manifest:
     return {name: said for name, said in listed.items() if whole or name not in mlmodel.FILES}
 
 
-def _local(location: str) -> Path | None:
+def local_directory(location: str) -> Path | None:
     """The directory itself where artifacts lie on this machine's file system."""
     if urlsplit(location).scheme not in ("", "file"):
         return None
     return Path(local_file_uri_to_path(location))
+
+
+def _words(error: Exception) -> str:
+    """What an error says, on one line; its kind where it says nothing."""
+    return " ".join(str(error).split())[:300] or type(error).__name__

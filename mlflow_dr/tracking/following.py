@@ -13,8 +13,9 @@ from pathlib import Path
 from typing import NamedTuple, Protocol
 
 from mlflow import MlflowClient
+from mlflow.entities import LifecycleStage
 
-from mlflow_dr.errors import TrackingError
+from mlflow_dr.errors import TrackingError, did_you_mean
 from mlflow_dr.tracking.checkpoints import Checkpoint, find_checkpoints
 from mlflow_dr.tracking.client import tracking_errors
 from mlflow_dr.tracking.runs import TrackedRun, check_alive, find_run, is_over
@@ -129,16 +130,21 @@ class FollowedExperiment:
         with tracking_errors(self.name):
             found = client.get_experiment_by_name(name)
         if found is None or found.lifecycle_stage != "active":
-            raise TrackingError(f"no experiment {name!r}; `mlflow experiments search` lists them")
-        self._list = Unsettled(client, found.experiment_id)
+            raise TrackingError(no_experiment(client, name))
+        self._id = found.experiment_id
+        self._list = Unsettled(client, self._id)
         self._runs: dict[str, TrackedRun] = {}
+        self._ask_at = time.monotonic() + SECONDS_BETWEEN_STATES
 
     def look(self) -> Look:
         """See what there is now; there may always come more.
 
         Raises:
-            TrackingError: the server does not answer.
+            TrackingError: the server does not answer, or the experiment was deleted.
         """
+        if time.monotonic() >= self._ask_at:
+            self._check_alive()
+            self._ask_at = time.monotonic() + SECONDS_BETWEEN_STATES
         return Look(self._list.look(), over=False)
 
     def settle(self, checkpoint: Checkpoint) -> None:
@@ -158,6 +164,24 @@ class FollowedExperiment:
         if checkpoint.run_id not in self._runs:
             self._runs[checkpoint.run_id] = find_run(self.client, checkpoint.run_id)
         return self._runs[checkpoint.run_id]
+
+    def _check_alive(self) -> None:
+        with tracking_errors(self.name):
+            found = self.client.get_experiment(self._id)
+            if found.experiment_id != self._id:
+                raise ValueError("the server's answer is not about this experiment")
+        if found.lifecycle_stage != LifecycleStage.ACTIVE:
+            raise TrackingError(
+                f"{self.name} was deleted; restore it with "
+                f"`mlflow experiments restore --experiment-id {self._id}` to go on"
+            )
+
+
+def no_experiment(client: MlflowClient, name: str) -> str:
+    """What to say of an experiment that is not there: which one was meant, perhaps."""
+    with tracking_errors(f"experiment {name!r}"):
+        near = did_you_mean(name, [one.name for one in client.search_experiments()])
+    return f"no experiment {name!r}{near or ';'} `mlflow experiments search` lists them"
 
 
 class Unsettled:

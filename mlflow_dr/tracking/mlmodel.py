@@ -20,7 +20,6 @@ from typing import Any
 
 import yaml
 
-from mlflow_dr.encoder.sentence_transformers import vector_size
 from mlflow_dr.version import VERSION
 
 MLMODEL = "MLmodel"
@@ -32,6 +31,8 @@ LOADER = "mlflow_dr.pyfunc"
 # beside our own package: what the vectors depend on
 PACKAGES = ("mlflow", "torch", "transformers")
 ANY_SIZE = -1
+WIDTHS = ("embedding_dimension", "word_embedding_dimension")
+SENTENCE = "sentence_embedding"
 
 
 def write_mlmodel(directory: Path) -> None:
@@ -61,7 +62,7 @@ def write_mlmodel(directory: Path) -> None:
     model = {
         "flavors": {"python_function": flavor},
         "mlflow_version": versions["mlflow"],
-        "signature": _signature(vector_size(directory) or ANY_SIZE),
+        "signature": _signature(_vector_size(directory) or ANY_SIZE),
     }
     _write(directory / MLMODEL, model)
 
@@ -76,6 +77,38 @@ def _signature(size: int) -> dict[str, str]:
         "outputs": json.dumps([{"type": "tensor", "tensor-spec": tensor}]),
         "params": json.dumps([prompt]),
     }
+
+
+def _vector_size(directory: Path) -> int | None:
+    """Dimensions of the vectors of an encoder; None where sentence-transformers' files do not say.
+
+    Read without that library, which takes seconds to import.
+    """
+    try:
+        places = sorted(directory.glob("*_Dense/config.json"), key=_position)
+        dense = [values for values in map(_json, places) if _writes_vectors(values)]
+        if dense:
+            return int(dense[-1]["out_features"])
+        values = _json(next(directory.glob("*_Pooling/config.json")))
+        modes = values.get("pooling_mode")
+        width = int(values[next(key for key in WIDTHS if key in values)])
+        return width * (len(modes) if isinstance(modes, list) else 1)
+    except (OSError, StopIteration, KeyError, TypeError, ValueError, AttributeError):
+        return None
+
+
+def _position(config: Path) -> int:
+    """A module's place among the modules, by its folder: `2_Dense`."""
+    return int(config.parent.name.partition("_")[0])
+
+
+def _writes_vectors(dense: dict[str, Any]) -> bool:
+    names = (dense.get("module_output_name"), dense.get("module_input_name"))
+    return next((name for name in names if name), SENTENCE) == SENTENCE
+
+
+def _json(path: Path) -> Any:
+    return json.loads(path.read_text(encoding="utf-8"))
 
 
 @cache

@@ -13,6 +13,7 @@ from mlflow.exceptions import MlflowException
 from mlflow_dr.errors import TrackingError
 from mlflow_dr.tracking.checkpoints import PER_REQUEST, Checkpoint, find_checkpoints
 from mlflow_dr.tracking.client import tracking_errors
+from mlflow_dr.tracking.following import no_experiment
 
 
 class RunState(Enum):
@@ -59,9 +60,7 @@ def _experiments(client: MlflowClient, name: str | None) -> Iterator[Experiment]
         if name is not None:
             found = client.get_experiment_by_name(name)
             if found is None:
-                raise TrackingError(
-                    f"no experiment {name!r}; `mlflow experiments search` lists them"
-                )
+                raise TrackingError(no_experiment(client, name))
             yield found
             return
         token = None

@@ -31,6 +31,7 @@ from mlflow_dr.tracking.checkpoints import (
 )
 from mlflow_dr.tracking.claims import standing
 from mlflow_dr.tracking.client import tracking_errors
+from mlflow_dr.tracking.fetching import local_directory
 from mlflow_dr.tracking.results import PREFIX, State, state_of
 
 log = logging.getLogger(__name__)
@@ -217,7 +218,8 @@ def _store(client: MlflowClient, checkpoint: Checkpoint) -> ArtifactRepository:
     Raises:
         TrackingError: the place is not its own.
     """
-    parts = urlsplit(checkpoint.location).path.split("/")
+    here = local_directory(checkpoint.location)  # a path, where # and ? are letters like others
+    parts = here.parts if here else urlsplit(checkpoint.location).path.split("/")
     if checkpoint.model_id not in parts or ".." in parts:
         raise TrackingError(
             f"step {checkpoint.step} lies at {checkpoint.location}, which is not a place of its "

@@ -14,9 +14,8 @@ from collections.abc import Mapping
 from enum import Enum
 
 from mlflow.entities import Metric
-from mlflow.exceptions import MlflowException
 
-from mlflow_dr.errors import UsageError
+from mlflow_dr.errors import TrackingError, UsageError
 from mlflow_dr.tracking.checkpoints import Checkpoint, checkpoint_by_id
 from mlflow_dr.tracking.client import tracking_errors, write_once
 from mlflow_dr.tracking.runs import TrackedRun
@@ -38,16 +37,47 @@ def state_of(checkpoint: Checkpoint, name: str) -> State:
     """How far the validation `name` of a checkpoint has come."""
     record = checkpoint.params.get(PREFIX + name)
     if record is not None:
-        written = {f"{name}/{key}" for key in json.loads(record)["values"]}
+        values = parse_record(record)
+        if values is None:  # nobody can write another one
+            return State.FAILED
+        written = {f"{name}/{key}" for key in values}
         return State.DONE if written <= checkpoint.metrics else State.RECORDED
     if f"{PREFIX}{name}.failed" in checkpoint.tags:
         return State.FAILED
     return State.OPEN
 
 
+def has_record(checkpoint: Checkpoint, name: str) -> bool:
+    """Whether something stands where the figures of a validation are recorded."""
+    return PREFIX + name in checkpoint.params
+
+
 def failure_of(checkpoint: Checkpoint, name: str) -> str:
     """Why a checkpoint could not be validated; empty where nobody has said that."""
+    record = checkpoint.params.get(PREFIX + name)
+    if record is not None and parse_record(record) is None:
+        return f"its param {PREFIX}{name} is no record of figures: {record!r:.80}"
     return checkpoint.tags.get(f"{PREFIX}{name}.failed", "")
+
+
+def parse_record(record: str) -> dict[str, float] | None:
+    """The figures of a record; None where it is none."""
+    try:
+        values = json.loads(record)["values"]
+    except (ValueError, KeyError, TypeError, IndexError, RecursionError):
+        return None
+    if not isinstance(values, dict):
+        return None
+    return values if all(type(one) in (int, float) for one in values.values()) else None
+
+
+def parse_config(text: str) -> dict[str, object] | None:
+    """The configuration that a param of a run holds; None where it holds none."""
+    try:
+        config = json.loads(text)
+    except (ValueError, RecursionError):
+        return None
+    return config if isinstance(config, dict) else None
 
 
 def record_result(
@@ -78,7 +108,7 @@ def record_result(
     with tracking_errors(f"recording step {checkpoint.step}"):
         try:
             write_once(run.client, checkpoint.model_id, PREFIX + name, record)
-        except MlflowException:
+        except Exception:
             # refused because a record exists, or a lost answer to our own write: read it back
             found = checkpoint_by_id(run.client, checkpoint.model_id).params.get(PREFIX + name)
             if found is None:
@@ -112,11 +142,12 @@ def bind_name(run: TrackedRun, name: str, config: Mapping[str, object]) -> dict[
 
     Returns:
         The configuration that the name stands for: this one, or one that was there before.
+
+    Raises:
+        UsageError: what was there before is no configuration.
+        TrackingError: the server does not answer.
     """
-    there: dict[str, object] = json.loads(
-        run.decide(f"{PREFIX}{name}", json.dumps(config, sort_keys=True))
-    )
-    return there
+    return _config(run, name, run.decide(f"{PREFIX}{name}", json.dumps(config, sort_keys=True)))
 
 
 def refuse_other_config(
@@ -129,22 +160,51 @@ def refuse_other_config(
     """
     if known != wanted:
         raise UsageError(
-            f"validation {name!r} of run {run.id} has another configuration: it is "
-            f"{json.dumps(known, sort_keys=True)}, and this would be "
-            f"{json.dumps(wanted, sort_keys=True)}; give this one another --name"
+            f"validation {name!r} of run {run.id} has another configuration: "
+            f"{differences(known, wanted)}; give this one another --name"
         )
 
 
+def differences(known: Mapping[str, object], wanted: Mapping[str, object]) -> str:
+    """Where two configurations differ, in words: `measures is 'mrr@10', not 'ndcg@10'`."""
+    keys = [key for key in sorted({*known, *wanted}) if known.get(key) != wanted.get(key)]
+    return ", ".join(f"{key} is {_said(known, key)}, not {_said(wanted, key)}" for key in keys)
+
+
+def _said(config: Mapping[str, object], key: str) -> str:
+    return repr(config[key]) if key in config else "not given"
+
+
 def known_config(run: TrackedRun, name: str) -> dict[str, object] | None:
-    """The configuration that a validation's name is bound to on this run, if any."""
+    """The configuration that a validation's name is bound to on this run, if any.
+
+    Raises:
+        UsageError: it is bound to something that is no configuration.
+        TrackingError: the server does not answer.
+    """
     known = run.fetch().data.params.get(f"{PREFIX}{name}")
-    return json.loads(known) if known else None
+    return _config(run, name, known) if known else None
+
+
+def _config(run: TrackedRun, name: str, text: str) -> dict[str, object]:
+    config = parse_config(text)
+    if config is None:
+        raise UsageError(
+            f"run {run.id}: param {PREFIX}{name} is no configuration of a validation: "
+            f"{text!r:.80}; give this validation another --name"
+        )
+    return config
 
 
 def _write_metrics(
     run: TrackedRun, checkpoint: Checkpoint, name: str, record: str, dataset: tuple[str, str]
 ) -> dict[str, float]:
-    values: dict[str, float] = json.loads(record)["values"]
+    values = parse_record(record)
+    if values is None:
+        raise TrackingError(
+            f"step {checkpoint.step}: param {PREFIX}{name} of {checkpoint.uri} is no record of "
+            f"figures: {record!r:.80}"
+        )
     metrics = [
         Metric(
             f"{name}/{key}",

@@ -24,8 +24,8 @@ from mlflow.entities import (
 from mlflow.exceptions import MlflowException
 from mlflow.tracking.context.registry import resolve_tags
 
-from mlflow_dr.errors import RunGoneError, TrackingError
-from mlflow_dr.tracking.client import URI_VARIABLE, tracking_errors, tracking_uri
+from mlflow_dr.errors import RunGoneError, TrackingError, UsageError, did_you_mean
+from mlflow_dr.tracking.client import URI_VARIABLE, shown_uri, tracking_errors
 from mlflow_dr.tracking.datasets import CollectionSource
 
 log = logging.getLogger(__name__)
@@ -38,6 +38,9 @@ DATASET_TAG = "mlflow_dr.dataset"
 LONGEST_PARAM = 6000
 PARAMS_PER_REQUEST = 100
 OWN_TAGS = "mlflow_dr."
+SHORT_ID, SHORTEST_ID, LONGEST_ID = 8, 4, 32  # characters
+CANDIDATES = 5  # runs that are named where several could be meant
+LATEST_RUNS = 200  # whose names a wrong one is compared with
 
 
 class TrackedRun:
@@ -49,10 +52,18 @@ class TrackedRun:
         self.experiment_id: str = run.info.experiment_id
         self.name: str = run.info.run_name or self.id
 
+    @property
+    def label(self) -> str:
+        """What a person calls it: its name, and the beginning of its id."""
+        return f"{self.name} ({self.id[:SHORT_ID]})"
+
     def fetch(self) -> Run:
         """The run as it stands on the server now."""
         with tracking_errors(f"run {self.id}"):
-            return self.client.get_run(self.id)
+            run = self.client.get_run(self.id)
+            if run.info.run_id != self.id:  # an empty answer reads as a run without anything
+                raise ValueError("the server's answer is not about this run")
+            return run
 
     def log_params(self, params: Mapping[str, Any]) -> None:
         """Log what is not logged yet; `mlflow run` logs its own parameters before we start."""
@@ -79,7 +90,7 @@ class TrackedRun:
             try:
                 # of two values the server refuses the second
                 self.client.log_param(self.id, key, text)
-            except MlflowException:
+            except Exception:
                 known: str | None = self.fetch().data.params.get(key)
                 if known is None:
                     raise
@@ -94,6 +105,19 @@ class TrackedRun:
             self.client.log_batch(self.id, metrics=metrics, synchronous=False)
         except (MlflowException, OSError) as error:
             log.warning("metrics of step %d were not logged: %s", step, error)
+
+    def log_report(self, values: Mapping[str, float], files: Mapping[str, str]) -> None:
+        """Show what a command has found: figures as metrics, texts as artifacts, by their names.
+
+        Raises:
+            TrackingError: the server did not take it.
+        """
+        now = int(time.time() * 1000)
+        metrics = [Metric(key, float(value), now, 0) for key, value in values.items()]
+        with tracking_errors(f"logging to run {self.id}"):
+            self.client.log_batch(self.id, metrics=metrics)
+            for name, text in files.items():
+                self.client.log_text(self.id, text, name)
 
     def last_step(self, metric: str) -> int | None:
         """The last step that has a value of a metric; None without any."""
@@ -145,16 +169,20 @@ class TrackedRun:
         Args:
             what: was done, for the log.
         """
-        status = "FAILED"
         try:
             yield
-            status = "FINISHED"
-        except KeyboardInterrupt:
-            status = "KILLED"
+        except BaseException as error:
+            status = "KILLED" if isinstance(error, KeyboardInterrupt) else "FAILED"
+            try:
+                self._end(status, what)
+            except TrackingError as second:  # the first error says more
+                log.error("%s", second)
             raise
-        finally:
-            self.finish(status)
-            log.info("run %s: %s %s", self.id, what, status.lower())
+        self._end("FINISHED", what)
+
+    def _end(self, status: str, what: str) -> None:
+        self.finish(status)
+        log.info("run %s: %s %s", self.id, what, status.lower())
 
     def finish(self, status: str) -> None:
         """End the run, after all that is on its way: `FINISHED`, `FAILED` or `KILLED`."""
@@ -163,7 +191,10 @@ class TrackedRun:
 
 
 def open_run(
-    client: MlflowClient, experiment: str | None = None, run_id: str | None = None
+    client: MlflowClient,
+    experiment: str | None = None,
+    run_id: str | None = None,
+    name: str | None = None,
 ) -> TrackedRun:
     """The run that is named, or that `mlflow run` or a parent process made, else a new one.
 
@@ -171,35 +202,93 @@ def open_run(
         client: where.
         experiment: name of the experiment of a new run; MLflow's own variables when None.
         run_id: a run to go on with.
+        name: the run's name; one that exists is renamed. Its own, or one of MLflow's, when None.
     """
     context = dict(resolve_tags())
     if run_id := run_id or os.environ.get(RUN_VARIABLE):
         run = find_run(client, run_id)
         run.set_tags({k: v for k, v in context.items() if k.startswith(OWN_TAGS)})
-        if is_over(run.fetch()):
-            client.update_run(run_id, status="RUNNING")
+        status = "RUNNING" if is_over(run.fetch()) else None
+        if status or name:
+            with tracking_errors(f"updating run {run_id}"):
+                client.update_run(run_id, status=status, name=name)
+            run = find_run(client, run_id)
         return run
     with tracking_errors("making a run"):
-        return TrackedRun(client, client.create_run(_experiment(client, experiment), tags=context))
+        made = client.create_run(_experiment(client, experiment), tags=context, run_name=name)
+    return TrackedRun(client, made)
 
 
 def find_run(client: MlflowClient, run_id: str) -> TrackedRun:
-    """An existing run.
+    """An existing run, by its whole id.
 
     Raises:
         RunGoneError: there is no run with that id, or it was deleted.
         TrackingError: the server does not answer.
     """
-    try:
-        run = client.get_run(run_id)
-    except MlflowException as error:
-        if error.error_code not in ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE"):
-            raise TrackingError(f"run {run_id}: {' '.join(str(error).split())[:400]}") from error
-        raise RunGoneError(
-            f"no run {run_id!r} on {tracking_uri()}; check the id and {URI_VARIABLE}"
-        ) from error
+    run = _run_with_id(client, run_id)
+    if run is None:
+        raise RunGoneError(f"no run {run_id!r} on {shown_uri()}; check the id and {URI_VARIABLE}")
     check_alive(run)
     return TrackedRun(client, run)
+
+
+def resolve_run(client: MlflowClient, text: str) -> TrackedRun:
+    """The run that a user means: by its id, the beginning of its id, or its name.
+
+    Raises:
+        UsageError: several runs are called so, with their ids.
+        RunGoneError: there is no such run, with the nearest name; or it was deleted.
+        TrackingError: the server does not answer.
+    """
+    if _run_with_id(client, text) is not None:
+        return find_run(client, text)
+    if len(text) == LONGEST_ID and _is_hex(text):
+        return find_run(client, text)  # says that there is none
+    with tracking_errors(f"looking for run {text!r}"):
+        experiments = [one.experiment_id for one in client.search_experiments()]
+
+        def search(condition: str, most: int) -> list[Run]:
+            newest_first = ["attributes.start_time DESC"]
+            found = client.search_runs(
+                experiments, condition, max_results=most, order_by=newest_first
+            )
+            return list(found)
+
+        quote = '"' if "'" in text else "'"
+        found = search(f"attributes.run_name = {quote}{text}{quote}", CANDIDATES + 1)
+        if not found and len(text) >= SHORTEST_ID and _is_hex(text):
+            found = search(f"attributes.run_id LIKE '{text}%'", CANDIDATES + 1)
+        known = [] if found else [one.info.run_name or "" for one in search("", LATEST_RUNS)]
+    if not found:
+        raise RunGoneError(
+            f"no run {text!r} on {shown_uri()}{did_you_mean(text, known)}; give an id, the "
+            f"beginning of one, or a run's name, and check {URI_VARIABLE}"
+        )
+    if len(found) > 1:
+        labels = [TrackedRun(client, one).label for one in found[:CANDIDATES]]
+        more = ", ..." if len(found) > CANDIDATES else ""
+        raise UsageError(
+            f"run {text!r} could be {', '.join(labels)}{more}; give the id of the one you mean"
+        )
+    return TrackedRun(client, found[0])
+
+
+def _run_with_id(client: MlflowClient, run_id: str) -> Run | None:
+    with tracking_errors(f"run {run_id}"):
+        try:
+            run = client.get_run(run_id)
+        except MlflowException as error:
+            if error.error_code not in ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE"):
+                raise
+            return None
+        if run.info.run_id != run_id:
+            raise ValueError("the server's answer is not about this run")
+    return run
+
+
+def _is_hex(text: str) -> bool:
+    return all(one in "0123456789abcdef" for one in text)
 
 
 def check_alive(run: Run) -> None:

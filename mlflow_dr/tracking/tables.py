@@ -26,7 +26,7 @@ PerQuery = Mapping[str, Mapping[str, float]]
 
 
 def log_values(run: TrackedRun, checkpoint: Checkpoint, name: str, per_query: PerQuery) -> None:
-    """Keep the values of each query; one request, and one more for the first of a run.
+    """Keep the values of each query; two requests, and one more for the first of a run.
 
     The same values give the same bytes, so writing them again changes nothing.
 
@@ -43,9 +43,13 @@ def log_values(run: TrackedRun, checkpoint: Checkpoint, name: str, per_query: Pe
         room.mkdir()
         file = room / _file(checkpoint)
         pq.write_table(_table(per_query), file)
-        # an object store's errors are of no common kind
-        with tracking_errors(f"keeping the values of step {checkpoint.step}", Exception):
+        with tracking_errors(f"keeping the values of step {checkpoint.step}"):
             run.client.log_artifact(run.id, str(file), _folder(name))
+            # a login page in place of the store's answer has status 200, too
+            store = run.client._tracking_client._get_artifact_repo(run.id)
+            there = {one.path for one in store.list_artifacts(_folder(name))}
+            if f"{_folder(name)}/{file.name}" not in there:
+                raise OSError("the artifact store does not list them after they were written")
 
 
 def values_of(run: TrackedRun, checkpoint: Checkpoint, name: str) -> dict[str, dict[str, float]]:

@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
-import json
+import math
 import re
 from collections.abc import Iterable, Mapping
 from typing import NamedTuple
 
-from mlflow_dr.errors import TrackingError, UsageError
+from mlflow_dr.errors import TrackingError, UsageError, did_you_mean
 from mlflow_dr.tracking.checkpoints import Checkpoint
-from mlflow_dr.tracking.results import PREFIX
+from mlflow_dr.tracking.results import PREFIX, parse_config, parse_record
 from mlflow_dr.tracking.runs import TrackedRun
 
+EVERY = ".every"
 CONTEXT_TAG = "mlflow.data.context"
-STEP_OF_SUBSET = re.compile(r"\bencoder:step-(\d+)@")
+STEP_OF_SUBSET = re.compile(r"\bencoder:step-([0-9]{1,18})@")
+MAIN_PARAM = "mlflow_dr.main_validation"  # of a run: which validation decides, if nothing is said
 FIRST_NAME = "val"  # what a validation is called whose user has not called it anything
 
 
@@ -35,14 +37,16 @@ class Metric(NamedTuple):
 def validations_of(run: TrackedRun) -> dict[str, dict[str, object]]:
     """The configuration that each validation's name is bound to on a run, by name.
 
+    Params that only look like one are passed over.
+
     Raises:
         TrackingError: the server does not answer.
     """
     params = run.fetch().data.params
     return {
-        key.removeprefix(PREFIX): json.loads(value)
+        key.removeprefix(PREFIX): config
         for key, value in sorted(params.items())
-        if key.startswith(PREFIX)
+        if key.startswith(PREFIX) and (config := parse_config(value)) is not None
     }
 
 
@@ -62,7 +66,7 @@ def steps_searched_with(configs: Mapping[str, Mapping[str, object]]) -> dict[int
 def figures_of(checkpoint: Checkpoint, name: str) -> dict[str, float]:
     """The recorded figures of a validation, by metric name without prefix; none where none are."""
     record = checkpoint.params.get(PREFIX + name)
-    return json.loads(record)["values"] if record else {}
+    return (parse_record(record) or {}) if record else {}
 
 
 def value_of(checkpoint: Checkpoint, metric: Metric) -> float | None:
@@ -98,8 +102,8 @@ def chosen_metric(run: TrackedRun, asked: str | None = None) -> Metric:
 
     Args:
         run: whose.
-        asked: `NAME/MEASURE`, or a measure of the first validation, which is `val` or else the
-            first one by name; its first measure when None. `mrr@10` stands for `mrr_at_10`.
+        asked: `NAME/MEASURE`, or a measure of the run's main validation, which is the one that was
+            begun first; its first measure when None. `mrr@10` stands for `mrr_at_10`.
 
     Raises:
         UsageError: the run has no such metric.
@@ -110,15 +114,72 @@ def chosen_metric(run: TrackedRun, asked: str | None = None) -> Metric:
         raise TrackingError(
             f"run {run.id} has no validation yet; `mlflow-dr validate --run-id {run.id}` begins one"
         )
-    first = FIRST_NAME if FIRST_NAME in known else min(known)
+    first = main_validation(run, known)
     if asked is None:
         return known[first][0]
     name, slash, key = asked.rpartition("/")
     wanted = Metric(name if slash else first, key.replace("@", "_at_"))
     if wanted not in known.get(wanted.validation, []):
         there = ", ".join(str(one) for name in sorted(known) for one in known[name])
-        raise UsageError(f"run {run.id} has no metric {asked!r} to choose by; it has: {there}")
+        names = [str(one) for keys in known.values() for one in keys]
+        near = did_you_mean(str(wanted), names)
+        raise UsageError(
+            f"run {run.id} has no metric {asked!r} to choose by{near or ';'} it has: {there}"
+        )
     return wanted
+
+
+def main_validation(run: TrackedRun, names: Iterable[str]) -> str:
+    """Which validation decides about a run's checkpoints where the user names none.
+
+    The one that was begun first, as every validator notes it; else `val`, else the first by name.
+
+    Args:
+        run: whose.
+        names: the validations that it has, one at least.
+
+    Raises:
+        TrackingError: the server does not answer.
+    """
+    names = list(names)
+    noted = run.fetch().data.params.get(MAIN_PARAM)
+    return next((one for one in (noted, FIRST_NAME) if one in names), min(names))
+
+
+def note_steps(run: TrackedRun, every: Mapping[str, int]) -> None:
+    """Note which steps validations are done of; of what several validators say, the most counts.
+
+    Args:
+        run: which.
+        every: validation -> it takes the steps that this divides; 0 where it chooses them itself.
+
+    Raises:
+        TrackingError: the server does not answer.
+    """
+    known = steps_taken(run)
+    wanted = {name: math.gcd(known.get(name, 0), number) for name, number in every.items()}
+    run.set_tags(
+        {
+            f"{PREFIX}{name}{EVERY}": str(number)
+            for name, number in wanted.items()
+            if known.get(name) != number
+        }
+    )
+
+
+def steps_taken(run: TrackedRun) -> dict[str, int]:
+    """Validation -> it is done of the steps that this divides; 0: of those that it chooses.
+
+    A validation that is not in it is done of every step.
+
+    Raises:
+        TrackingError: the server does not answer.
+    """
+    return {
+        key.removeprefix(PREFIX).removesuffix(EVERY): int(value)
+        for key, value in run.fetch().data.tags.items()
+        if key.startswith(PREFIX) and key.endswith(EVERY) and value.isdecimal()
+    }
 
 
 def collection_of(run: TrackedRun, name: str) -> str | None:
@@ -130,6 +191,6 @@ def collection_of(run: TrackedRun, name: str) -> str | None:
     inputs = run.fetch().inputs
     for entry in inputs.dataset_inputs if inputs else ():
         if {tag.key: tag.value for tag in entry.tags}.get(CONTEXT_TAG) == f"validation {name}":
-            known: str | None = json.loads(entry.dataset.source).get("collection")
-            return known
+            known = (parse_config(entry.dataset.source) or {}).get("collection")
+            return known if isinstance(known, str) else None
     return None

@@ -22,6 +22,8 @@ from mlflow_dr.training.publishing import Publisher, close_at_exit, publish_stat
 
 log = logging.getLogger(__name__)
 
+UNPUBLISHED = "unpublished"
+
 
 def publish_checkpoint(
     model: Any,
@@ -58,8 +60,9 @@ def publish_checkpoint(
         split: the queries; the development split when None.
         wait: return when the checkpoint is READY, after those of the run that are on their way. If
             not, only the copy of the weights into host memory is waited for (and, with two
-            snapshots on their way, the older one); what fails later is in the log and on the run.
-            Call `flush_checkpoints` before the run ends.
+            snapshots on their way, the older one); what fails later is in the log and on the run,
+            the last of it is saved below `unpublished/` in the working directory, and where nothing
+            can be published the next call raises. Call `flush_checkpoints` before the run ends.
         settings: fields of `EncoderConfig` for a PreTrainedModel, which does not say how its
             vectors are made: `pooling` and `normalize` are needed; prompts and lengths may be.
 
@@ -69,7 +72,7 @@ def publish_checkpoint(
     Raises:
         UsageError: no run, a model that cannot be published, an unknown dataset or split.
         CheckpointError: a directory whose files are missing or damaged.
-        TrackingError: the server did not take it.
+        TrackingError: the server did not take it; or, without waiting, not the first one.
     """
     step = _checked_step(step)
     if not is_first_rank():
@@ -102,13 +105,16 @@ def flush_checkpoints() -> None:
         TrackingError: steps that were not published.
     """
     failed: list[int] = []
+    why: TrackingError | None = None
     while _background:
         publisher = _background.popitem()[1].publisher
         publisher.close()
         failed += publisher.unpublished
+        why = why or publisher.error()
     if failed:
         steps = ", ".join(map(str, failed))
-        raise TrackingError(f"not published: step {steps}; the log and the run's tags say why")
+        reason = why or "the log and the run's tags say why"
+        raise TrackingError(f"not published: step {steps}; {reason}")
 
 
 def prepared_run(run_id: str, dataset: str | None, split: str | None) -> TrackedRun:
@@ -171,11 +177,13 @@ def _submit(
         run = prepared_run(run_id, dataset, split)
         if known is not None:
             known.publisher.close()
-        publisher = Publisher(run, source, ready_steps(run))
+        publisher = Publisher(run, source, ready_steps(run), keep_in=Path(UNPUBLISHED, run_id))
         close_at_exit(publisher)
         if known is not None:
             publisher.unpublished += known.publisher.unpublished
         _background[key] = known = _Background(publisher, model, how)
+    if known.publisher.refused and (error := known.publisher.error()) is not None:
+        raise error
     if not known.publisher.submit(step):
         log.warning("step %d is published already; not published again", step)
 

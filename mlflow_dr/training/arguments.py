@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 from transformers import TrainingArguments
@@ -14,28 +13,10 @@ from mlflow_dr.encoder.config import (
     DEFAULT_QUERY_LENGTH,
     EncoderConfig,
 )
-from mlflow_dr.errors import UsageError
+from mlflow_dr.training.flags import flag
 from mlflow_dr.training.loss import Objective
+from mlflow_dr.training.ranges import check_values, upsample_rates
 from mlflow_dr.training.towers import PASSAGE, QUERY
-
-MERGED, ADAPTER = "merged", "adapter"
-
-
-def flag(default: Any, help: str, *aliases: str, **options: Any) -> Any:
-    """A field that HfArgumentParser makes a flag of; each alias with dashes or underscores."""
-    spellings = dict.fromkeys(s for name in aliases for s in (name, dashed(name)))
-    return field(default=default, metadata={"help": help, "aliases": list(spellings), **options})
-
-
-def dashed(name: str) -> str:
-    """A flag's name with dashes where it has underscores."""
-    return "--" + name.removeprefix("--").replace("_", "-")
-
-
-def _at_least(arguments: object, lowest: int, *names: str) -> None:
-    for name in names:
-        if getattr(arguments, name) < lowest:
-            raise UsageError(f"{name} is {getattr(arguments, name)}; it must be at least {lowest}")
 
 
 @dataclass
@@ -47,12 +28,22 @@ class ModelArguments:
         "An encoder's or backbone's directory, a Hugging Face name, a published checkpoint "
         "(models:/...), or `tiny`: a two-layer BERT from scratch.",
         "--model",
+        "--pretrained_model_cfg",
+    )
+    model_file: str | None = flag(
+        None, "A checkpoint file of DPR's or GC-DPR's, whose weights replace the model's."
     )
     tokenizer_name: str | None = flag(
         None, "A tokenizer of another directory or Hugging Face name."
     )
     cache_dir: str | None = flag(None, "Where what comes from the Hugging Face hub is kept.")
     untie_encoder: bool = flag(False, "Give queries weights of their own.")
+    fix_ctx_encoder: bool = flag(
+        False, "Train the queries' weights only; needs --untie_encoder or two encoders."
+    )
+    dropout: float | None = flag(
+        None, "The backbone's dropout, of hidden states and attention (default: the model's own)."
+    )
     add_pooler: bool = flag(False, "Add a linear layer after the pooling.")
     projection_in_dim: int | None = flag(
         None, "What that layer takes (default: what the encoder gives, 768 in BERT)."
@@ -71,6 +62,13 @@ class ModelArguments:
     )
     query_prefix: str | None = flag(None, "Put before every query.")
     passage_prefix: str | None = flag(None, "Put before every passage.")
+    do_lower_case: bool = flag(False, "Lower-case every text, also where the tokenizer would not.")
+    strip_question_mark: bool | None = flag(
+        None,
+        "Drop one ? at the very end of a query, as DPR does; travels with the checkpoint.",
+        nargs="?",
+        const=True,
+    )
     attn_implementation: str | None = flag(
         None, "transformers' attention: sdpa, eager, flash_attention_2."
     )
@@ -93,11 +91,7 @@ class ModelArguments:
     def __post_init__(self) -> None:
         if self.lora_name_or_path:
             self.lora = True
-        if self.lora_publish not in (MERGED, ADAPTER):
-            raise UsageError(
-                f"lora_publish is {self.lora_publish!r}; expected {MERGED} or {ADAPTER}"
-            )
-        _at_least(self, 1, "lora_r", "projection_out_dim")
+        check_values(vars(self))
 
 
 @dataclass
@@ -120,12 +114,7 @@ class LossArguments:
     gc_p_chunk_size: int = flag(32, "Passages in a chunk.", "--ctx_chunk_size")
 
     def __post_init__(self) -> None:
-        _at_least(self, 1, "gc_q_chunk_size", "gc_p_chunk_size")
-        for name in ("temperature", "distil_temperature"):
-            if not 0 < getattr(self, name) < math.inf:
-                raise UsageError(f"{name} is {getattr(self, name)}; it must be above 0")
-        if not 0 <= self.distil_weight <= 1:
-            raise UsageError(f"distil_weight is {self.distil_weight}; it must be from 0 to 1")
+        check_values(vars(self))
 
     def objective(self) -> Objective:
         """The loss that these flags describe."""
@@ -148,6 +137,11 @@ class LossArguments:
 class DataArguments:
     """What it is trained on."""
 
+    recipe: str | None = flag(
+        None,
+        "Whose choices stand where no flag does: demo, msmarco, judged, tevatron or dpr "
+        "(default: by dataset; dpr with GC-DPR's --train_file).",
+    )
     dataset_name: str = flag(
         "demo",
         "demo, msmarco, a folder, irds:<id>, or a Hugging Face name: the collection "
@@ -166,6 +160,9 @@ class DataArguments:
     dataset_proc_num: int = flag(
         12, "Processes that tokenise, at most; never more than there are cores.", "--num_proc"
     )
+    train_files_upsample_rates: str | None = flag(
+        None, "How often each part of a mixture is read in an epoch, such as [1,2]."
+    )
     token_table: bool = flag(
         True, "Tokenise all passages ahead, once; else each passage whenever it is read."
     )
@@ -175,6 +172,12 @@ class DataArguments:
     train_n_passages: int = flag(
         8, "Passages per query: one positive, the rest hard negatives.", "--train_group_size"
     )
+    other_negatives: int = flag(
+        0, "Further negatives of a query that are not hard: DPR's negative_ctxs."
+    )
+    positive_passage_no_shuffle: bool = flag(
+        False, "Always take a query's first positive; else all of them in turn, epoch by epoch."
+    )
     q_max_len: int = flag(DEFAULT_QUERY_LENGTH, "Tokens of a query at most.", "--query_max_len")
     p_max_len: int = flag(
         DEFAULT_PASSAGE_LENGTH, "Tokens of a passage at most.", "--passage_max_len"
@@ -182,7 +185,8 @@ class DataArguments:
     passage_field_separator: str = flag(" ", "Stands between a passage's title and text.")
 
     def __post_init__(self) -> None:
-        _at_least(self, 1, "train_n_passages", "dataset_proc_num")
+        check_values(vars(self))
+        upsample_rates(self.train_files_upsample_rates)
 
 
 @dataclass
@@ -190,12 +194,17 @@ class PublishArguments:
     """What goes to MLflow."""
 
     publish_steps: int = flag(500, "Publish a checkpoint every so many steps; 0: at the end.")
+    publish_per_epoch: int | None = flag(
+        None,
+        "Publish a checkpoint so many times an epoch, instead of --publish_steps.",
+        "--eval_per_epoch",
+    )
     publish_initial: bool = flag(True, "Publish the encoder before the first step, too.")
     tracking_uri: str | None = flag(None, "The tracking server (default: MLFLOW_TRACKING_URI).")
     experiment_name: str | None = flag(None, "The experiment of a new run.")
 
     def __post_init__(self) -> None:
-        _at_least(self, 0, "publish_steps")
+        check_values(vars(self))
 
 
 # dataclass fields behind a function: ruff cannot see that they are no shared defaults
@@ -223,14 +232,20 @@ class RetrieverTrainingArguments(TrainingArguments):
         "Steps in which the learning rate rises; below 1, that share of all steps.",
         "--warmup_ratio",
     )
-    logging_steps: float = flag(10, "Log every so many steps.")
+    logging_steps: float = flag(10, "Log every so many steps.", "--log_batch_step")
+    run_name: str | None = flag(None, "The name of the MLflow run.")
+    per_device_train_batch_size: int = flag(
+        8, "Queries in a batch, in each training process.", "--batch_size"
+    )
+    adam_epsilon: float = flag(1e-8, "Adam's epsilon.", "--adam_eps")
+    use_cpu: bool = flag(False, "Train on the processor.", "--no_cuda")
     # HfArgumentParser takes the second type of a union that has None: a string
     report_to: None | str | list[str] = flag(  # noqa: RUF036
         "none", "Further integrations; MLflow is always written to.", nargs="+"
     )
 
     def __post_init__(self) -> None:
-        _at_least(self, 1, "per_device_train_batch_size", "gradient_accumulation_steps")
+        check_values(vars(self))
         # the usual names; Trainer warns of them because it has newer ones
         for usual, newer in (
             ("gradient_checkpointing", "activation_checkpointing"),
@@ -265,6 +280,7 @@ class TrainingRequest:
             "query_max_length": self.data.q_max_len,
             "passage_max_length": self.data.p_max_len,
             "title_separator": self.data.passage_field_separator,
+            "strip_question_mark": self.model.strip_question_mark,
         }
         return {key: value for key, value in wanted.items() if value is not None}
 

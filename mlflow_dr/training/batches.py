@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import random
 from collections.abc import Sequence
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
 import torch
@@ -20,6 +20,17 @@ from mlflow_dr.errors import DataError, UsageError
 from mlflow_dr.training.towers import PASSAGE, QUERY
 
 log = logging.getLogger(__name__)
+
+
+NO_ROWS = np.empty(0, np.int64)
+
+
+@runtime_checkable
+class HasOthers(Protocol):
+    """Examples that may have negatives that are not hard."""
+
+    def others(self, index: int) -> np.ndarray:
+        """Rows of one example's, `(n_others,) int64`."""
 
 
 class Rows(Protocol):
@@ -61,6 +72,8 @@ class TrainingSet(Dataset[Group]):
         seed: of the choice.
         with_scores: whether the teacher's scores are read.
         first_key: added to the passages' keys, for sets that are mixed.
+        n_others: negatives that are not hard, for each query after the others.
+        first_positive: whether the positive is always the first one, instead of rotating.
 
     Raises:
         DataError: on reading an example without positives, or without scores where some are asked
@@ -76,6 +89,8 @@ class TrainingSet(Dataset[Group]):
         seed: int,
         with_scores: bool = False,
         first_key: int = 0,
+        first_positive: bool = False,
+        n_others: int = 0,
     ) -> None:
         self._examples = examples
         self._queries = queries
@@ -84,6 +99,8 @@ class TrainingSet(Dataset[Group]):
         self._seed = seed
         self._with_scores = with_scores
         self._first_key = first_key
+        self._first_positive = first_positive
+        self._n_others = n_others
         # in shared memory, so that workers that outlive an epoch see the next one
         self._epoch = torch.zeros((), dtype=torch.int64).share_memory_()
 
@@ -104,17 +121,22 @@ class TrainingSet(Dataset[Group]):
         n_positives = len(example.positives)
         if not n_positives:
             raise DataError(f"query {name!r} has no positives to train on")
-        pool = example.negatives if len(example.negatives) else self._random(example, visit)
-        positive = self._rotated(name, "positives", n_positives, 1, visit)
+        pool = example.negatives
+        if not len(pool):
+            pool = self._random(example, self._n_negatives, "random", visit)
+        others = self._others(example, index, visit)
+        positive = [0]
+        if not self._first_positive:
+            positive = self._rotated(name, "positives", n_positives, 1, visit)
         negatives = self._rotated(name, "negatives", len(pool), self._n_negatives, visit)
         places = [*positive, *(n_positives + place for place in negatives)]
-        rows = np.concatenate([example.positives, pool])[places]
+        rows = np.concatenate([np.concatenate([example.positives, pool])[places], others])
         return Group(
             name,
             self._queries[index],
             [self._passages[int(row)] for row in rows],
             rows + self._first_key,
-            self._scores(name, example.scores, places),
+            self._scores(name, example.scores, places, len(others)),
         )
 
     def _rotated(self, query_id: str, role: str, there: int, count: int, visit: int) -> list[int]:
@@ -127,26 +149,35 @@ class TrainingSet(Dataset[Group]):
         start = visit * count
         return [order[(start + offset) % there] for offset in range(count)]
 
-    def _random(self, example: Example, visit: int) -> np.ndarray:
-        """Passages that are no positives, for a query without negatives."""
+    def _others(self, example: Example, index: int, visit: int) -> np.ndarray:
+        """Negatives that are not hard, `(n_others,) int64`; random passages where it has none."""
+        if not self._n_others:
+            return NO_ROWS
+        pool = self._examples.others(index) if isinstance(self._examples, HasOthers) else NO_ROWS
+        if not len(pool):
+            return self._random(example, self._n_others, "other", visit)
+        return pool[self._rotated(example.query.id, "others", len(pool), self._n_others, visit)]
+
+    def _random(self, example: Example, count: int, role: str, visit: int) -> np.ndarray:
+        """Passages that are no positives, for a query without negatives, `(count,) int64`."""
         positives = set(example.positives.tolist())
         there = len(self._examples.passages)
-        if not self._n_negatives or len(positives) >= there:
-            return np.zeros(self._n_negatives, np.int64)
-        chance = random.Random(f"{self._seed}:random:{example.query.id}:{visit}")
+        if not count or len(positives) >= there:
+            return np.zeros(count, np.int64)
+        chance = random.Random(f"{self._seed}:{role}:{example.query.id}:{visit}")
         rows: list[int] = []
-        while len(rows) < self._n_negatives:
+        while len(rows) < count:
             row = chance.randrange(there)
             if row not in positives:
                 rows.append(row)
         return np.array(rows)
 
     def _scores(
-        self, query_id: str, scores: np.ndarray | None, places: Sequence[int]
+        self, query_id: str, scores: np.ndarray | None, places: Sequence[int], others: int
     ) -> np.ndarray | None:
         if not self._with_scores:
             return None
-        known = scores is not None and max(places) < len(scores)
+        known = scores is not None and max(places) < len(scores) and not others
         if scores is None or not known or not np.isfinite(scores[list(places)]).all():
             raise DataError(
                 f"query {query_id!r} has no teacher's scores of all its passages; "

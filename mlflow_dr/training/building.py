@@ -15,10 +15,18 @@ from mlflow_dr.encoder.tiny import tiny_encoder
 from mlflow_dr.encoder.tokenize import Tokenizing
 from mlflow_dr.errors import UsageError
 from mlflow_dr.tracking.encoders import MODEL_SCHEME
-from mlflow_dr.training.arguments import ADAPTER, MERGED, TrainingRequest
+from mlflow_dr.training.arguments import TrainingRequest
+from mlflow_dr.training.backbones import (
+    check_separator,
+    freeze_passages,
+    lower_case,
+    set_dropout,
+)
 from mlflow_dr.training.batches import Collator, TrainingSet, check_negatives, training_set
 from mlflow_dr.training.data import TrainingData
+from mlflow_dr.training.dpr_weights import load_dpr_weights
 from mlflow_dr.training.mixture import Mixture
+from mlflow_dr.training.ranges import ADAPTER, MERGED
 
 TINY = "tiny"
 
@@ -55,15 +63,18 @@ def build_encoder(request: TrainingRequest, data: TrainingData, start: str) -> E
             bare_pooling=request.bare_pooling,
             **changes,
         )
+    _adjust(encoder, request)
     if model.append_eos_token:
         for tower in encoder.towers:
             append_eos(tower.tokenizer)
     if model.add_pooler:
         encoder = with_projection(encoder, model.projection_in_dim, model.projection_out_dim)
     if model.lora and model.lora_publish == ADAPTER:
-        _check_base(model.model_name_or_path, encoder)
+        _check_base(request, encoder)
     if model.untie_encoder:
         untie(encoder)
+    if model.model_file:
+        load_dpr_weights(model.model_file, encoder)
     if model.lora:
         targets = model.lora_target_modules
         adapters = model.lora_name_or_path
@@ -77,12 +88,27 @@ def build_encoder(request: TrainingRequest, data: TrainingData, start: str) -> E
             start=encoder_directory(adapters, model.cache_dir) if adapters else None,
             merged=model.lora_publish == MERGED,
         )
+    if model.fix_ctx_encoder:
+        freeze_passages(encoder)
     return encoder
 
 
-def _check_base(name: str, encoder: Encoder) -> None:
+def _adjust(encoder: Encoder, request: TrainingRequest) -> None:
+    """Change what flags say of a loaded encoder's backbone and tokenizer."""
+    model = request.model
+    check_separator(encoder.tokenizer, request.data.passage_field_separator)
+    if model.dropout is not None:
+        set_dropout(encoder, model.dropout)
+    if model.do_lower_case:
+        lower_case(encoder)
+
+
+def _check_base(request: TrainingRequest, encoder: Encoder) -> None:
     """Refuse to publish adapters alone where nobody could say what they are put on."""
-    if encoder.query_tower is not None:
+    name = request.model.model_name_or_path
+    if request.model.model_file:
+        why = "adapters name a backbone to be put on, and --model_file replaces its weights"
+    elif encoder.query_tower is not None:
         why = "adapters name one backbone to be put on, and this encoder has two"
     elif name.startswith(MODEL_SCHEME):
         why = f"adapters name a directory or a hub name to be put on, and {name} is neither"
@@ -112,13 +138,17 @@ def mixed_training_set(
                 seed=seed,
                 with_scores=request.loss.distil_weight > 0,
                 first_key=first_key,
+                first_positive=request.data.positive_passage_no_shuffle,
+                n_others=request.data.other_negatives,
             )
         )
         first_key += len(part.examples.passages)
-    if len(sets) == 1:
+    rates = [part.rate for part in data.parts]
+    if len(sets) == 1 and rates == [1]:
         return sets[0]
-    weights = [part.weight or float(len(part.examples)) for part in data.parts]
-    return Mixture(sets, weights, seed)
+    counts = [rate * len(part.examples) for rate, part in zip(rates, data.parts, strict=True)]
+    weights = [part.weight or float(n) for part, n in zip(data.parts, counts, strict=True)]
+    return Mixture(sets, weights, seed, sum(counts))
 
 
 def collator_of(encoder: Encoder) -> Collator:

@@ -9,8 +9,10 @@ from pathlib import Path
 from mlflow_dr.collection.catalogue import open_collection, open_examples
 from mlflow_dr.collection.interface import Collection, Examples, chosen_split
 from mlflow_dr.collection.mixtures import parse_mixture
+from mlflow_dr.collection.training_files import TrainingFiles
 from mlflow_dr.errors import UsageError
 from mlflow_dr.training.arguments import DataArguments
+from mlflow_dr.training.ranges import upsample_rates
 
 
 @dataclass(frozen=True)
@@ -22,12 +24,14 @@ class Part:
         source: where it comes from.
         examples: what is trained on.
         weight: its share, relative to the others; its number of examples when None.
+        rate: how often each of its examples is read in an epoch, on average.
     """
 
     name: str
     source: str
     examples: Examples
     weight: float | None
+    rate: int = 1
 
 
 @dataclass(frozen=True)
@@ -59,20 +63,52 @@ def open_data(arguments: DataArguments) -> TrainingData:
             f"--train_dir gives the examples of one collection, but {arguments.dataset_name!r} "
             "names several; name training files in the mixture instead"
         )
+    rates = _rates(arguments, [weight for _, weight in named])
     collections = [open_collection(name) for name, _ in named]
     validated = _validated(arguments, collections)
     split = chosen_split(validated, arguments.validation_split) if validated is not None else ""
     if arguments.train_dir is not None:
+        if arguments.other_negatives:
+            raise UsageError("--other_negatives: name the file as --dataset, not as --train_dir")
         place = Path(arguments.train_dir).expanduser()
         examples = open_examples(place, collections[0].corpus)
         return TrainingData(
-            [Part(str(place), str(place.resolve()), examples, None)], validated, split
+            [Part(str(place), str(place.resolve()), examples, None, rates[0])], validated, split
         )
     parts = [
-        Part(one.name, one.source, one.examples(), weight)
-        for one, (_, weight) in zip(collections, named, strict=True)
+        Part(one.name, one.source, _examples(one, arguments.other_negatives), weight, rate)
+        for one, (_, weight), rate in zip(collections, named, rates, strict=True)
     ]
     return TrainingData(parts, validated, split)
+
+
+def _examples(collection: Collection, n_others: int) -> Examples:
+    """A collection's examples, with negatives that are not hard where some are asked for."""
+    if not n_others:
+        return collection.examples()
+    if not isinstance(collection, TrainingFiles):
+        raise UsageError(
+            f"{collection.name} has no negatives but hard ones; DPR's files have others; leave out "
+            "--other_negatives"
+        )
+    return collection.with_others().examples()
+
+
+def _rates(arguments: DataArguments, weights: Sequence[float | None]) -> list[int]:
+    """How often each part is read in an epoch."""
+    rates = upsample_rates(arguments.train_files_upsample_rates)
+    if not rates:
+        return [1] * len(weights)
+    if len(rates) != len(weights):
+        raise UsageError(
+            f"--train_files_upsample_rates has {len(rates)} rates, but {arguments.dataset_name} "
+            f"has {len(weights)} parts"
+        )
+    if any(weight is not None for weight in weights):
+        raise UsageError(
+            f"--train_files_upsample_rates cannot be used with weights ({arguments.dataset_name})"
+        )
+    return rates
 
 
 def validated_collection(arguments: DataArguments) -> Collection:

@@ -89,7 +89,9 @@ def cached_vectors(
                 with _replayed(chunk.state), mode():
                     vectors = encode(chunk.texts)
                 torch.clear_autocast_cache()
-                _surrogate(vectors, chunk.rows, by_role).backward()
+                surrogate = _surrogate(vectors, chunk.rows, by_role)
+                if surrogate.requires_grad:  # not where a role's weights are frozen
+                    surrogate.backward()
 
     joined = [
         torch.cat(parts[role])[inverse([one.rows[role] for one in chunks if role in one.rows])]

@@ -8,9 +8,10 @@ from pathlib import Path
 
 from mlflow_dr.encoder.restore import restore_encoder
 from mlflow_dr.training.arguments import TrainingRequest
+from mlflow_dr.training.due import Due
 from mlflow_dr.training.publishable import DirectorySource, EncoderSource, Publishable
 from mlflow_dr.training.publishing import Publisher
-from mlflow_dr.training.resume import whole_checkpoints_until
+from mlflow_dr.training.resume import find_damage, whole_checkpoints_until
 
 log = logging.getLogger(__name__)
 
@@ -21,6 +22,7 @@ def make_up(
     source: EncoderSource,
     done: Collection[int],
     checkpoint: Path,
+    is_due: Due,
 ) -> None:
     """Publish what is missing from Trainer's checkpoints on this disk.
 
@@ -33,20 +35,22 @@ def make_up(
             those of `checkpoint` are read.
         done: steps that are published.
         checkpoint: what is resumed from.
+        is_due: after which steps there is a checkpoint.
     """
     if request.publish.publish_initial and 0 not in done:
         publisher.make_up(0, source)
-    if not (every := request.publish.publish_steps):
-        return
     there = whole_checkpoints_until(checkpoint)
-    due = [step for step in range(every, max(there, default=0) + 1, every) if step not in done]
+    steps = range(1, max(there, default=0) + 1)
+    due = [step for step in steps if is_due(step) and step not in done]
     for step in due:
+        if step in there and (problem := find_damage(there[step])):
+            log.warning("%s: %s", there.pop(step), problem)
         if step in there:
             log.info("step %d was left unpublished; publishing %s", step, there[step])
             publisher.make_up(step, _kept(there[step], request, source))
     if lost := [str(step) for step in due if step not in there]:
         log.warning(
-            "step %s was neither published before the training was stopped nor kept in %s",
+            "step %s was neither published before the training was stopped nor is it whole in %s",
             *(", ".join(lost), checkpoint.parent),
         )
 

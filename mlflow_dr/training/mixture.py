@@ -12,7 +12,7 @@ from mlflow_dr.training.batches import Group, TrainingSet
 
 
 class Mixture(Dataset[Group]):
-    """Several training sets as one; an epoch has as many examples as they have together.
+    """Several training sets as one; an epoch has as many examples as they have together, or more.
 
     Each set gives its share of an epoch. It goes on through its examples, in an order drawn anew
     for each pass, from where the epoch before ended; so a small set with a large weight is read
@@ -22,12 +22,19 @@ class Mixture(Dataset[Group]):
         parts: what is mixed.
         weights: the share of each; relative to each other.
         seed: of the order.
+        total: examples of an epoch; as many as the sets have together when None.
     """
 
-    def __init__(self, parts: Sequence[TrainingSet], weights: Sequence[float], seed: int) -> None:
+    def __init__(
+        self,
+        parts: Sequence[TrainingSet],
+        weights: Sequence[float],
+        seed: int,
+        total: int | None = None,
+    ) -> None:
         self._parts = parts
         self._seed = seed
-        self._counts = _shares(sum(map(len, parts)), weights)
+        self._counts = _shares(total or sum(map(len, parts)), weights)
         self._starts = np.cumsum([0, *self._counts])
         self._epoch = torch.zeros((), dtype=torch.int64).share_memory_()
         self._orders: dict[tuple[int, int], np.ndarray] = {}

@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import argparse
-import difflib
 import json
 import logging
-from collections.abc import Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
-import yaml
 from transformers import HfArgumentParser
 
 from mlflow_dr.errors import MlflowDrError, UsageError
@@ -22,16 +20,22 @@ from mlflow_dr.training.arguments import (
     RetrieverTrainingArguments,
     TrainingRequest,
 )
+from mlflow_dr.training.flags import check_flags, read_flags, unknown_flag
+from mlflow_dr.training.gc_dpr import GcDprArguments, is_gc_dpr, translated
+from mlflow_dr.training.ranges import check_values
 from mlflow_dr.training.recipes import recipe_flags, recipe_of
 
 log = logging.getLogger(__name__)
+
+LONGEST = 300
 
 
 class _Parser(HfArgumentParser):
     """Hugging Face's parser, whose errors are ours."""
 
     def error(self, message: str) -> NoReturn:
-        raise UsageError(f"{message}; see `mlflow-dr train --help`")
+        short = message if len(message) <= LONGEST else f"{message[:LONGEST]}..."
+        raise UsageError(f"{short}; see `mlflow-dr train --help`")
 
 
 def training_parser() -> HfArgumentParser:
@@ -41,6 +45,7 @@ def training_parser() -> HfArgumentParser:
         LossArguments,
         DataArguments,
         PublishArguments,
+        GcDprArguments,
         RetrieverTrainingArguments,
     )
     parser = _Parser(
@@ -63,39 +68,82 @@ def parse_training(words: Sequence[str], processes: int = 1) -> TrainingRequest:
     Raises:
         UsageError: an unknown flag, or a value that does not fit.
     """
+    check_flags(words)
     parser = training_parser()
     seen, unknown = parser.parse_known_args(list(words))
     if unknown:
-        raise UsageError(_unknown_flag(parser, unknown[0]))
-    words = [*_file_flags(parser, seen.config), *words]
-    seen = parser.parse_args(words)
-    recipe = recipe_of(seen.dataset_name, seen.train_dir)
-    flags = [*recipe_flags(recipe, bool(seen.use_cpu)), *words]
-    if _given(words, "save_steps") and not _given(words, "save_strategy"):
-        flags += ["--save_strategy", "steps"]
-    if seen.fp16 and not _given(words, "bf16"):
-        flags += ["--bf16", "false"]
-    if _given(words, "num_train_epochs") and not _given(words, "max_steps"):
-        flags += ["--max_steps", "-1"]
+        raise UsageError(unknown_flag(unknown[0], parser._option_string_actions))
+    in_file = _file_flags(parser, seen.config)
+    typed = {**_typed(parser, in_file, f"{seen.config}: "), **_typed(parser, words)}
+    words = [*in_file, *words]
+    given = vars(parser.parse_args(words))
+    check_values(given, lambda name: typed.get(name, name))
+    theirs = translated(given, typed)
+    own = {**given, **theirs}
+    recipe = recipe_of(
+        own["dataset_name"], own["train_dir"], own["recipe"], gc_dpr=is_gc_dpr(typed)
+    )
+    flags = [*recipe_flags(recipe, bool(given["use_cpu"])), *_as_words(theirs), *words]
+    flags += _consequences(given, typed)
     try:
-        model, loss, data, publish, trainer, _ = parser.parse_args_into_dataclasses(
+        model, loss, data, publish, _, trainer, _ = parser.parse_args_into_dataclasses(
             flags, look_for_args_file=False
         )
     except MlflowDrError:
         raise
     except (ValueError, ImportError, TypeError) as error:
         raise UsageError(" ".join(str(error).split())) from error
+    if "publish_steps" in typed:
+        if "publish_per_epoch" in typed:
+            raise UsageError(
+                f"{typed['publish_per_epoch']} and {typed['publish_steps']} both say when to "
+                "publish: give one of them"
+            )
+        publish.publish_per_epoch = None
     request = TrainingRequest(model, loss, data, publish, trainer, recipe.bare_pooling)
-    _refuse_what_would_be_ignored(request, words, processes)
+    _refuse_what_would_be_ignored(request, typed, processes)
     return request
 
 
+def _consequences(given: Mapping[str, Any], typed: Collection[str]) -> list[str]:
+    """What follows from the user's flags for others that a recipe or a default may have set."""
+    flags: list[str] = []
+    for name, other, value in (
+        ("save_steps", "save_strategy", "steps"),
+        ("num_train_epochs", "max_steps", "-1"),
+    ):
+        if name in typed and other not in typed:
+            flags += [f"--{other}", value]
+    if given["fp16"] and "bf16" not in typed:
+        flags += ["--bf16", "false"]
+    return flags
+
+
+def _typed(
+    parser: argparse.ArgumentParser, words: Sequence[str], where: str = ""
+) -> dict[str, str]:
+    """The flags among words: name -> as the user spelled it; an alias has both names."""
+    typed: dict[str, str] = {}
+    for word in words:
+        name = word.split("=", 1)[0]
+        if action := parser._option_string_actions.get(name):
+            spelled = f"{where}{name.removeprefix('--')}" if where else name
+            typed |= dict.fromkeys(
+                (action.dest, name.removeprefix("--").replace("-", "_")), spelled
+            )
+    return typed
+
+
+def _as_words(values: Mapping[str, str]) -> list[str]:
+    return [word for name, value in values.items() for word in (f"--{name}", value)]
+
+
 def _refuse_what_would_be_ignored(
-    request: TrainingRequest, words: Sequence[str], processes: int
+    request: TrainingRequest, typed: Collection[str], processes: int
 ) -> None:
     """Better no training than one that is not what was asked for."""
     trainer, loss = request.trainer, request.loss
-    if _given(words, "do_train") and not trainer.do_train:
+    if "do_train" in typed and not trainer.do_train:
         raise UsageError("--do_train false leaves nothing to do: `mlflow-dr train` trains")
     if trainer.do_eval or trainer.do_predict:
         raise UsageError(
@@ -116,45 +164,25 @@ def _refuse_what_would_be_ignored(
         )
     if trainer.fp16 and trainer.device.type == "cpu":
         raise UsageError("--fp16 needs a GPU; on a processor use --bf16, or neither")
-    if loss.negatives_x_device and max(trainer.world_size, processes) == 1:
+    alone = max(trainer.world_size, processes) == 1
+    if loss.negatives_x_device and alone and "negatives_x_device" in typed:
         log.warning("--negatives_x_device changes nothing: there is one training process")
-
-
-def _given(words: Sequence[str], name: str) -> bool:
-    flags = {f"--{name}", f"--{name.replace('_', '-')}"}
-    return any(word.split("=", 1)[0] in flags for word in words)
-
-
-def _unknown_flag(parser: argparse.ArgumentParser, word: str) -> str:
-    flag = word.split("=", 1)[0]
-    known = [name for action in parser._actions for name in action.option_strings]
-    close = difflib.get_close_matches(flag.replace("-", "_").replace("__", "--", 1), known, n=1)
-    hint = f"; did you mean {close[0]}?" if close else ";"
-    return f"no flag {flag}{hint} `mlflow-dr train --help` lists all"
 
 
 def _file_flags(parser: argparse.ArgumentParser, file: str | None) -> list[str]:
     if file is None:
         return []
-    path = Path(file)
-    try:
-        values = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
-    except OSError as error:
-        raise UsageError(f"{path}: cannot be read ({error.strerror})") from error
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise UsageError(f"{path}: not YAML or JSON: {' '.join(str(error).split())}") from error
-    if not isinstance(values, dict):
-        raise UsageError(f"{path}: expected flags and values, got {type(values).__name__}")
+    actions = parser._option_string_actions
     flags: list[str] = []
-    for key, value in values.items():
-        name = f"--{str(key).replace('-', '_')}"
-        if name not in parser._option_string_actions or key == "config":
-            raise UsageError(f"{path}: {_unknown_flag(parser, name)}")
+    for name, value in read_flags(Path(file), actions).items():
         if value is None:
             continue
         items = value if isinstance(value, list) else [value]
-        action = parser._option_string_actions[name]
-        flags += [name, *(_word(item, action) for item in items)]
+        flags += [name, *(_word(item, actions[name]) for item in items)]
+    try:
+        parser.parse_args(flags)
+    except UsageError as error:
+        raise UsageError(f"{file}: {error}") from error
     return flags
 
 

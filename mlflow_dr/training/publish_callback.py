@@ -3,19 +3,44 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from pathlib import Path
+from typing import Any, Protocol
 
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from mlflow_dr.errors import UsageError
+from mlflow_dr.errors import TrackingError, UsageError
 from mlflow_dr.tracking.checkpoints import abandon_pending, ready_steps
 from mlflow_dr.tracking.current import current_run_id
 from mlflow_dr.training.any_loop import prepared_run
-from mlflow_dr.training.publishable import source_of, unwrapped
-from mlflow_dr.training.publishing import Publisher, Submits, close_at_exit
+from mlflow_dr.training.due import Due
+from mlflow_dr.training.publishable import Publishable, source_of, unwrapped
+from mlflow_dr.training.publishing import Publisher, close_at_exit
 
 SUMMARY_KEY = "train_runtime"
 """In what Trainer logs once, after the last step and before the run is ended by its callbacks."""
+
+
+class Submits(Protocol):
+    """What is told of the steps to publish: a publisher, or one who only takes part in it."""
+
+    last_step: int | None
+
+    def submit(self, step: int) -> bool:
+        """Take note of a step; whether it will be published from here."""
+
+
+class Mate:
+    """Takes part in gathering weights that processes share out, which the first one publishes."""
+
+    def __init__(self, source: Publishable) -> None:
+        self._source = source
+        self.last_step: int | None = None
+
+    def submit(self, step: int) -> bool:
+        """Give our share of the weights."""
+        self._source.state()
+        self.last_step = step
+        return False
 
 
 class PublishCallback(TrainerCallback):
@@ -24,14 +49,19 @@ class PublishCallback(TrainerCallback):
     The trainer waits for the copy of the weights into host memory; a thread does the rest. The
     first rank alone publishes. Training that was resumed publishes no step a second time.
 
+    Training stops when the first checkpoint is refused for good (no permission, a module that is
+    missing). When training has ended and its last checkpoint could not be published, `train` raises
+    a TrackingError; that checkpoint is saved in the trainer's `output_dir`.
+
         trainer = SentenceTransformerTrainer(
             model, arguments, train_dataset, loss=loss,
             callbacks=[PublishCallback(every=1000, dataset="msmarco")],
         )
 
     Args:
-        every: steps between two checkpoints; when None, there is one whenever the trainer saves;
-            when 0, there are the first and the last one.
+        every: steps between two checkpoints, or a function that says whether one is due after a
+            step; when None, there is one whenever the trainer saves; when 0, there are the first
+            and the last one.
         initial: whether the model is published before the first step, too.
         final: whether it is after the last one.
         run_id: the MLflow run; that of the trainer's own MLflow callback, MLflow's active run or
@@ -47,12 +77,13 @@ class PublishCallback(TrainerCallback):
     Raises:
         UsageError: `every` is less than 0. When training begins: no run, or a model, dataset or
             split that is none.
-        TrackingError: when training begins: the server does not answer.
+        TrackingError: when training begins: the server does not answer. When it ends: the last
+            checkpoint was not published.
     """
 
     def __init__(
         self,
-        every: int | None = None,
+        every: int | Callable[[int], bool] | None = None,
         *,
         initial: bool = True,
         final: bool = True,
@@ -64,9 +95,9 @@ class PublishCallback(TrainerCallback):
         publisher: Submits | None = None,
         **settings: Any,
     ) -> None:
-        if every is not None and every < 0:
+        if isinstance(every, int) and every < 0:
             raise UsageError(f"every is {every}; expected a number of steps, or None for each save")
-        self._every = every
+        self._every = Due(every) if isinstance(every, int) else every
         self._initial = initial
         self._final = final
         self._run_id = run_id
@@ -76,6 +107,7 @@ class PublishCallback(TrainerCallback):
         self._settings = settings
         self._is_mine = publisher is None
         self._publisher: Submits | None = publisher
+        self._error: TrackingError | None = None
 
     def on_train_begin(
         self,
@@ -91,7 +123,10 @@ class PublishCallback(TrainerCallback):
             return
         if self._is_mine:
             self._close()
-            self._publisher = self._opened(model, processing_class, resumed=state.global_step > 0)
+            self._error = None
+            resumed = state.global_step > 0
+            keep_in = Path(args.output_dir or ".")
+            self._publisher = self._opened(model, processing_class, resumed, keep_in)
         if self._initial and state.global_step == 0:
             self._submit(state)
 
@@ -99,8 +134,10 @@ class PublishCallback(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
     ) -> None:
         """Publish when it is time."""
-        if self._every and state.global_step % self._every == 0:
+        if self._every is not None and self._every(state.global_step):
             self._submit(state)
+        if self._is_mine and isinstance(self._publisher, Publisher) and self._publisher.refused:
+            self._stop(args, control)
 
     def on_save(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
@@ -124,10 +161,20 @@ class PublishCallback(TrainerCallback):
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
     ) -> None:
-        """The same, for a trainer that logs no summary."""
+        """The same, for a trainer that logs no summary; raises what went wrong."""
         self._end(state)
+        if self._error is not None:
+            raise self._error
 
-    def _opened(self, model: Any, processing_class: Any, resumed: bool) -> Publisher:
+    def _stop(self, args: TrainingArguments, control: TrainerControl) -> None:
+        """End the training, whose checkpoints nobody would take."""
+        if args.world_size > 1:  # the other processes would wait for us in their next step
+            self._close()
+            if self._error is not None:
+                raise self._error
+        control.should_training_stop = True
+
+    def _opened(self, model: Any, processing_class: Any, resumed: bool, keep_in: Path) -> Publisher:
         model = unwrapped(model)
         model = self._part(model) if self._part else model
         tokenizer = self._tokenizer
@@ -137,7 +184,7 @@ class PublishCallback(TrainerCallback):
         run = prepared_run(current_run_id(self._run_id), *self._named)
         if resumed:
             abandon_pending(run)
-        publisher = Publisher(run, source, ready_steps(run) if resumed else ())
+        publisher = Publisher(run, source, ready_steps(run) if resumed else (), keep_in=keep_in)
         close_at_exit(publisher)
         return publisher
 
@@ -159,4 +206,5 @@ class PublishCallback(TrainerCallback):
     def _close(self) -> None:
         if isinstance(self._publisher, Publisher):
             self._publisher.close()
+            self._error = self._publisher.error()
         self._publisher = None

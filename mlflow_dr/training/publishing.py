@@ -5,50 +5,32 @@ from __future__ import annotations
 import atexit
 import logging
 import queue
+import shutil
 import threading
 import time
 import weakref
-from collections.abc import Collection, Mapping
-from typing import Protocol
+from collections.abc import Callable, Collection, Mapping
+from pathlib import Path
 
-import torch
 from torch import Tensor
 
-from mlflow_dr.errors import one_line
-from mlflow_dr.files import scratch
+from mlflow_dr.errors import MlflowDrError, TrackingError, one_line
+from mlflow_dr.files import grant_umask_modes, scratch, written_beside
 from mlflow_dr.tracking.checkpoints import give_up, new_checkpoint, seal, upload_checkpoint
+from mlflow_dr.tracking.client import tracking_errors
+from mlflow_dr.tracking.faults import lasts
 from mlflow_dr.tracking.runs import TrackedRun
 from mlflow_dr.training.publishable import Publishable
+from mlflow_dr.training.snapshots import host_copy, wait_for_copies
 
 log = logging.getLogger(__name__)
 
 WAITING_SNAPSHOTS = 2
 ATTEMPTS = 4
+TRIES_WHEN_REFUSED = 2  # an answer may be falsified on its way
 SECONDS_BETWEEN_ATTEMPTS = 5.0
+LONGEST_REASON = 300
 FAILURE_TAG = "mlflow_dr.unpublished_steps"
-
-
-class Submits(Protocol):
-    """What is told of the steps to publish: a publisher, or one who only takes part in it."""
-
-    last_step: int | None
-
-    def submit(self, step: int) -> bool:
-        """Take note of a step; whether it will be published from here."""
-
-
-class Mate:
-    """Takes part in gathering weights that processes share out, which the first one publishes."""
-
-    def __init__(self, source: Publishable) -> None:
-        self._source = source
-        self.last_step: int | None = None
-
-    def submit(self, step: int) -> bool:
-        """Give our share of the weights."""
-        self._source.state()
-        self.last_step = step
-        return False
 
 
 class Publisher:
@@ -56,7 +38,8 @@ class Publisher:
 
     The caller waits for the copy of the weights into host memory, and only when two snapshots are
     still on their way, for the older one. A checkpoint that the server does not take is tried
-    again; in the end it is reported, on the run too, and training goes on.
+    again; in the end it is reported, on the run too, and training goes on. Where another try would
+    not help and nothing has been published so far, nothing will be: `refused` says so.
 
     Args:
         run: publishes to this run.
@@ -65,6 +48,15 @@ class Publisher:
             again, and neither is a step that was submitted before.
         attempts: how often an upload is tried.
         pause: seconds between two tries, times the number of tries so far.
+        keep_in: a directory in which a checkpoint that was not published is saved, until a later
+            one is published or saved; None to save none.
+        on_refused: called once with the reason, on the publisher's thread, when the first
+            publication is refused.
+
+    Attributes:
+        last_step: the step that was submitted last.
+        unpublished: steps that were not published.
+        refused: whether the first publication was refused for good.
     """
 
     def __init__(
@@ -74,7 +66,15 @@ class Publisher:
         done: Collection[int] = (),
         attempts: int = ATTEMPTS,
         pause: float = SECONDS_BETWEEN_ATTEMPTS,
+        keep_in: Path | None = None,
+        on_refused: Callable[[str], None] | None = None,
     ) -> None:
+        self._keep_in = keep_in
+        self._on_refused = on_refused
+        self._kept: Path | None = None
+        self._reason = ""
+        self._has_published = False
+        self.refused = False
         self._run = run
         self._source = source
         self._done = set(done)
@@ -106,10 +106,10 @@ class Publisher:
             log.info("step %d is published already", step)
             return False
         weights = self._source.state()
-        snapshot = self._spare.pop() if self._spare else _host_copy(weights)
+        snapshot = self._spare.pop() if self._spare else host_copy(weights)
         for name, value in weights.items():
             snapshot[name].copy_(value, non_blocking=True)
-        _wait_for_copies(weights)
+        wait_for_copies(weights)
         self._done.add(step)
         self._queue.put((step, snapshot))
         return True
@@ -119,9 +119,15 @@ class Publisher:
 
         Returns:
             Whether it was published; a failure is reported as that of a submitted step is.
+
+        Raises:
+            TrackingError: it is refused for good, and it is the first.
         """
         self._done.add(step)
-        return self._publish(step, source, source.state())
+        published = self._publish(step, source, source.state())
+        if self.refused:
+            raise TrackingError(self._reason)
+        return published
 
     def skip(self, step: int) -> None:
         """Take it that a step is published, by somebody else."""
@@ -140,32 +146,77 @@ class Publisher:
             self._queue.put(None)
             self._thread.join()
 
+    def error(self) -> TrackingError | None:
+        """What is wrong where nothing will be published, or the last step was not; else None."""
+        is_refused = self.refused and not self._has_published
+        if not is_refused and self.last_step not in self.unpublished:
+            return None
+        where = f"; the encoder is saved in {self._kept}, which publish_checkpoint takes later"
+        return TrackingError(f"{self._reason[:LONGEST_REASON]}{where if self._kept else ''}")
+
     def _work(self) -> None:
         while (item := self._queue.get()) is not None:
             step, snapshot = item
             try:
-                self._publish(step, self._source, snapshot)
+                if self._publish(step, self._source, snapshot):
+                    self._drop_kept()
+                else:
+                    self._keep(step, snapshot)
             finally:
                 self._spare.append(snapshot)
                 self._queue.task_done()
 
     def _publish(self, step: int, source: Publishable, state: Mapping[str, Tensor]) -> bool:
         try:
-            publish_state(self._run, step, source, state, self._attempts, self._pause)
+            attempts = 1 if self.refused else self._attempts
+            publish_state(self._run, step, source, state, attempts, self._pause)
         except Exception as error:  # noqa: BLE001 - whatever it is, training goes on
             self._report(step, error)
             return False
+        self._has_published = True
         return True
 
     def _report(self, step: int, error: Exception) -> None:
-        log.error("step %d was not published: %s", step, one_line(error))
+        ours = isinstance(error, MlflowDrError)
+        self._reason = str(error) if ours else f"step {step} was not published: {one_line(error)}"
         self.unpublished.append(step)
         self._done.discard(step)
+        was_refused = self.refused
+        is_first = not self._has_published and isinstance(error, TrackingError)
+        self.refused = was_refused or (is_first and lasts(error))
+        if self.refused and self._on_refused is not None:
+            if not was_refused:
+                self._on_refused(self._reason)
+        elif not was_refused:
+            log.error("%s", self._reason)
         try:
             steps = ", ".join(map(str, self.unpublished))
-            self._run.set_tags({FAILURE_TAG: f"{steps}: {one_line(error)}"[:4000]})
+            self._run.set_tags({FAILURE_TAG: f"{steps}: {self._reason}"[:4000]})
         except Exception as second:  # noqa: BLE001 - the log has it
             log.error("nor could that be noted on the run: %s", one_line(second))
+
+    def _keep(self, step: int, state: Mapping[str, Tensor]) -> None:
+        """Save what was not published, so that the last of it outlives the training."""
+        if self._keep_in is None:
+            return
+        target = self._keep_in.absolute() / f"unpublished-{step}"
+        try:
+            if target.exists():
+                shutil.rmtree(target)
+            with written_beside(target) as partial:
+                self._source.save(partial, state)
+                grant_umask_modes(partial)
+        except Exception as error:  # noqa: BLE001 - whatever it is, training goes on
+            log.error("step %d could not be saved in %s either: %s", step, target, one_line(error))
+            return
+        self._drop_kept(but=target)
+        self._kept = target
+        log.log(logging.DEBUG if self.refused else logging.WARNING, "it is saved in %s", target)
+
+    def _drop_kept(self, but: Path | None = None) -> None:
+        if self._kept is not None and self._kept != but:
+            shutil.rmtree(self._kept, ignore_errors=True)
+            self._kept = None
 
 
 def close_at_exit(publisher: Publisher) -> None:
@@ -206,12 +257,14 @@ def publish_state(
         The model id.
 
     Raises:
-        Exception: what writing raised, or the last upload.
+        TrackingError: the upload failed, as often as it was tried or for good.
+        Exception: what writing raised.
     """
     with scratch() as directory:
         source.save(directory, state)
         manifest = seal(directory)
         model_id: str | None = None
+        refusals = 0
         for attempt in range(1, attempts + 1):
             try:
                 model_id = model_id or new_checkpoint(run, step, manifest)
@@ -219,10 +272,12 @@ def publish_state(
                 log.info("step %d published as models:/%s", step, model_id)
                 return model_id
             except Exception as error:
-                if attempt == attempts:
+                refusals = refusals + 1 if lasts(error) else 0
+                if attempt == attempts or refusals == TRIES_WHEN_REFUSED:
                     if model_id is not None:
                         _give_up(run, model_id)
-                    raise
+                    with tracking_errors(f"step {step} was not published"):
+                        raise
                 log.warning("publishing step %d: %s; trying again", step, one_line(error))
                 time.sleep(pause * attempt)
     raise ValueError(f"attempts is {attempts}; at least one is needed")
@@ -233,17 +288,3 @@ def _give_up(run: TrackedRun, model_id: str) -> None:
         give_up(run, model_id)
     except Exception as error:  # noqa: BLE001 - what the upload failed with says more
         log.error("models:/%s is left PENDING: %s", model_id, one_line(error))
-
-
-def _wait_for_copies(weights: Mapping[str, Tensor]) -> None:
-    """Wait until what was asked of each GPU that holds weights is done."""
-    for device in {value.device for value in weights.values() if value.is_cuda}:
-        torch.cuda.current_stream(device).synchronize()
-
-
-def _host_copy(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Room for the weights in host memory; page-locked where they come from a GPU."""
-    return {
-        name: torch.empty_like(value, device="cpu", pin_memory=value.is_cuda)
-        for name, value in weights.items()
-    }

@@ -73,15 +73,70 @@ JUDGED = Recipe(
 # training files come with hard negatives; the flags' own defaults are Tevatron's
 TRAINING_FILES = Recipe()
 
+DPR = Recipe(
+    # Karpukhin et al. 2020 and Gao et al. 2021, as GC-DPR's README trains on Natural Questions
+    {
+        "pooling": "cls",
+        "normalize": "false",
+        "untie_encoder": "true",
+        "temperature": "1.0",
+        "passage_field_separator": " [SEP] ",
+        "strip_question_mark": "true",
+        "positive_passage_no_shuffle": "true",
+        "negatives_x_device": "true",
+        "q_max_len": "256",
+        "p_max_len": "256",
+        "train_n_passages": "2",
+        "per_device_train_batch_size": "128",
+        "grad_cache": "true",
+        "gc_q_chunk_size": "16",
+        "gc_p_chunk_size": "8",
+        "learning_rate": "2e-5",
+        "lr_scheduler_type": "linear",
+        "warmup_steps": "1237",
+        "max_grad_norm": "2.0",
+        "num_train_epochs": "40",
+        "publish_per_epoch": "1",
+    }
+)
+
+GC_DPR = Recipe(
+    # what GC-DPR's program does where its command line says nothing; lengths are the published 256
+    {
+        **DPR.flags,
+        "per_device_train_batch_size": "2",
+        "grad_cache": "false",
+        "learning_rate": "1e-5",
+        "warmup_steps": "100",
+        "max_grad_norm": "1.0",
+        "num_train_epochs": "3",
+        "logging_steps": "100",
+        "seed": "0",
+    }
+)
+
 RECIPES = {"demo": TINY, "msmarco": MSMARCO}
+NAMED = {**RECIPES, "judged": JUDGED, "tevatron": TRAINING_FILES, "dpr": DPR}
 
 
-def recipe_of(dataset: str, train_dir: str | None = None) -> Recipe:
-    """The recipe for a collection, a mixture of several, or for training files.
+def recipe_of(
+    dataset: str, train_dir: str | None = None, name: str | None = None, gc_dpr: bool = False
+) -> Recipe:
+    """The recipe that is named, else that for a collection, a mixture, or training files.
+
+    Args:
+        dataset: what is trained on.
+        train_dir: its examples, where they are others than its own.
+        name: of `NAMED`.
+        gc_dpr: whether the command line is GC-DPR's.
 
     Raises:
         UsageError: a mixture that cannot be read, or ir_datasets has no such id.
     """
+    if name is not None:
+        return NAMED[name]
+    if gc_dpr:
+        return GC_DPR
     if train_dir is None and dataset in RECIPES:
         return RECIPES[dataset]
     if train_dir is None and all(_is_judged(name) for name, _ in parse_mixture(dataset)):

@@ -1,22 +1,37 @@
 """Going on with a training that was stopped: which run it was, and which checkpoints are whole.
 
 Trainer writes a checkpoint file by file, so one that a crash has cut off looks like any other. Here
-a list of its files and their sizes is written last, when everything is on the disk.
+a list of its files with their sizes and SHA-256 is written last, when everything is on the disk. A
+checkpoint whose files are others than the list says is passed over, or refused where it was named.
 """
 
 from __future__ import annotations
 
+import errno
 import json
+import logging
 import os
 import re
 import shutil
-from dataclasses import dataclass
+import socket
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from mlflow_dr.errors import UsageError
-from mlflow_dr.files import written_beside
+from filelock import FileLock, Timeout
 
+from mlflow_dr.errors import UsageError
+from mlflow_dr.files import file_sha256, written_beside
+
+log = logging.getLogger(__name__)
+
+LOCK_FILE = ".mlflow_dr.lock"
+# no locks there, or what is resumed from may only be read
+NO_LOCKS = frozenset(
+    (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EACCES, errno.EPERM, errno.EROFS)
+)
 RUN_FILE = "mlflow_dr_run.json"
 WHOLE_FILE = "mlflow_dr_whole.json"
 LAST = "true"
@@ -29,10 +44,12 @@ class Resumption:
     Attributes:
         run_id: the MLflow run.
         checkpoint: Trainer's checkpoint; None where the training was stopped before the first.
+        damaged: what is wrong with later checkpoints, which were passed over.
     """
 
     run_id: str
     checkpoint: Path | None
+    damaged: tuple[str, ...] = field(default=(), compare=False)
 
 
 def find_resumption(output_dir: str | Path, asked: str | None) -> Resumption | None:
@@ -44,28 +61,100 @@ def find_resumption(output_dir: str | Path, asked: str | None) -> Resumption | N
             None or `false` for a new training.
 
     Raises:
-        UsageError: there is nothing to go on from.
+        UsageError: there is nothing to go on from, or it is damaged.
     """
     if asked is None or asked.lower() == "false":
         return None
     if asked.lower() != LAST:
-        checkpoint = Path(asked).expanduser()
-        run_id = _run_of_whole(checkpoint)
-        if run_id is None:
-            raise UsageError(
-                f"{checkpoint}: not a whole checkpoint of `mlflow-dr train` (its {WHOLE_FILE} is "
-                "missing or names other files); --resume_from_checkpoint alone takes the last whole"
-            )
-        return Resumption(run_id, checkpoint)
+        return _named(Path(asked).expanduser())
     directory = Path(output_dir)
     run_id = _read(directory / RUN_FILE).get("run_id")
-    if not run_id:
+    if not isinstance(run_id, str) or not run_id:
         raise UsageError(
-            f"{directory}: no training was started there ({RUN_FILE} is missing); give the "
-            "--output_dir that it had, or leave --resume_from_checkpoint out"
+            f"{directory}: no training was started there ({RUN_FILE} is missing or damaged); give "
+            "the --output_dir that it had, name a checkpoint, or leave --resume_from_checkpoint out"
         )
-    whole = [path for path in checkpoints(directory).values() if _run_of_whole(path) == run_id]
-    return Resumption(run_id, whole[-1] if whole else None)
+    damaged: list[str] = []
+    for path in reversed(checkpoints(directory).values()):
+        if not (path / WHOLE_FILE).exists() or _run_of(path) not in (None, run_id):
+            continue  # a crash has cut it off, or it is another run's
+        if problem := find_damage(path):
+            damaged.append(f"{path}: {problem}")
+        else:
+            return Resumption(run_id, path, tuple(damaged))
+    if damaged:
+        raise UsageError(
+            f"{damaged[0]}, and there is no whole checkpoint in {directory}; restore that file, or "
+            "begin anew with --overwrite_output_dir and without --resume_from_checkpoint"
+        )
+    return Resumption(run_id, None)
+
+
+def _named(checkpoint: Path) -> Resumption:
+    problem, run_id = find_damage(checkpoint), _run_of(checkpoint)
+    if problem or run_id is None:
+        raise UsageError(
+            f"{checkpoint}: not a whole checkpoint of `mlflow-dr train` ({problem}); "
+            "--resume_from_checkpoint without a value takes the last whole one in --output_dir"
+        )
+    return Resumption(run_id, checkpoint)
+
+
+def output_directories(
+    output_dir: str | Path, saves: bool, resumption: Resumption | None
+) -> list[Path]:
+    """The directories that no second training may write to meanwhile.
+
+    Args:
+        output_dir: of the training.
+        saves: whether it saves checkpoints to resume from.
+        resumption: what it goes on from.
+    """
+    own = Path(output_dir)
+    if resumption is None:
+        return [own] if saves else []
+    begun = resumption.checkpoint.parent if resumption.checkpoint else own
+    return [own, begun] if saves else [begun]
+
+
+@contextmanager
+def locked_output(*directories: str | Path) -> Iterator[None]:
+    """Keep other trainings out of output directories; the lock dies with this process.
+
+    Raises:
+        UsageError: another training has one of them, or one cannot be written.
+    """
+    if not directories:
+        yield
+        return
+    first, *rest = dict.fromkeys(Path(one).expanduser().absolute() for one in directories)
+    with _lock(first), locked_output(*rest):
+        yield
+
+
+@contextmanager
+def _lock(directory: Path) -> Iterator[None]:
+    path = directory / LOCK_FILE
+    lock = FileLock(path, blocking=False)
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+        lock.acquire()
+        path.write_text(f"process {os.getpid()} on {socket.gethostname()}", encoding="utf-8")
+    except Timeout as error:
+        owner = path.read_text(encoding="utf-8", errors="replace")[:100]
+        raise UsageError(
+            f"{directory}: another training ({owner or 'unknown'}) is writing there; wait until it "
+            "has ended, or give another --output_dir"
+        ) from error
+    except (OSError, NotImplementedError) as error:
+        number = getattr(error, "errno", errno.ENOSYS)
+        if number not in NO_LOCKS:
+            raise UsageError(f"{directory}: cannot be written to ({error})") from error
+        log.warning("%s cannot be locked (%s): start no second training there", directory, error)
+    try:
+        yield
+    finally:
+        lock.release()
 
 
 def check_output(output_dir: str | Path, overwrite: bool) -> None:
@@ -97,12 +186,14 @@ def begin_output(output_dir: str | Path, run_id: str) -> None:
 
 def mark_whole(checkpoint: Path, run_id: str) -> None:
     """Declare a checkpoint whole, once all its files are on the disk."""
-    files = [path for path in sorted(checkpoint.rglob("*")) if path.is_file()]
-    for path in files:
-        with path.open("rb") as file:
-            os.fsync(file.fileno())
-    sizes = {path.relative_to(checkpoint).as_posix(): path.stat().st_size for path in files}
-    _write(checkpoint / WHOLE_FILE, {"run_id": run_id, "files": sizes})
+    files: dict[str, dict[str, Any]] = {}
+    for path in sorted(checkpoint.rglob("*")):
+        if path.is_file() and path != checkpoint / WHOLE_FILE:
+            with path.open("rb") as file:
+                os.fsync(file.fileno())
+            name = path.relative_to(checkpoint).as_posix()
+            files[name] = {"bytes": path.stat().st_size, "sha256": file_sha256(path)}
+    _write(checkpoint / WHOLE_FILE, {"run_id": run_id, "files": files})
 
 
 def checkpoints(directory: Path) -> dict[int, Path]:
@@ -112,37 +203,56 @@ def checkpoints(directory: Path) -> dict[int, Path]:
 
 
 def whole_checkpoints_until(last: Path) -> dict[int, Path]:
-    """Whole checkpoints beside one and of the same run, by step, ascending; it is the last.
+    """Checkpoints beside one and of the same run that were saved whole; it is the last.
 
-    None for one that was given another name.
+    Their files have the right sizes; `find_damage` says whether they have the right bytes.
+
+    Returns:
+        step -> directory, ascending; nothing where `last` was given another name.
     """
-    run_id = _run_of_whole(last)
+    run_id = _run_of(last)
     found: dict[int, Path] = {}
     for step, path in checkpoints(last.parent).items():
-        if _run_of_whole(path) == run_id:
+        if _run_of(path) == run_id and not find_damage(path, sizes_only=True):
             found[step] = path
         if path == last:
             return found
     return {}
 
 
-def _run_of_whole(checkpoint: Path) -> str | None:
-    """The run of a checkpoint that is whole; None for one that is not."""
-    note = _read(checkpoint / WHOLE_FILE)
-    files = note.get("files")
-    if not isinstance(files, dict):
-        return None
-    for name, size in files.items():
+def find_damage(checkpoint: Path, sizes_only: bool = False) -> str:
+    """What is wrong with the files of a checkpoint; empty where nothing is.
+
+    Args:
+        checkpoint: its directory.
+        sizes_only: whether to leave the bytes of files unread.
+    """
+    files = _read(checkpoint / WHOLE_FILE).get("files")
+    if not isinstance(files, dict) or not files or _run_of(checkpoint) is None:
+        return f"{WHOLE_FILE} is missing or damaged"
+    for name, known in files.items():
         path = checkpoint / name
-        if not path.is_file() or path.stat().st_size != size:
-            return None
-    return note.get("run_id")
+        if not isinstance(known, dict) or "\0" in name:
+            return f"{WHOLE_FILE} is damaged, or of an earlier version"
+        if not path.is_file():
+            return f"{name} is missing"
+        if (size := path.stat().st_size) != known.get("bytes"):
+            return f"{name} has {size} bytes, but {known.get('bytes')} were saved"
+        if not sizes_only and file_sha256(path) != known.get("sha256"):
+            return f"{name} has other bytes than were saved"
+    return ""
+
+
+def _run_of(checkpoint: Path) -> str | None:
+    """The run that a checkpoint's list of files names; None without one."""
+    run_id = _read(checkpoint / WHOLE_FILE).get("run_id")
+    return run_id if isinstance(run_id, str) else None
 
 
 def _read(path: Path) -> dict[str, Any]:
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         return {}
     return values if isinstance(values, dict) else {}
 

@@ -8,14 +8,14 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import MISSING, asdict, fields
+from pathlib import Path
 from types import FrameType
-from typing import Any
 
 from torch import distributed as dist
 from transformers import TrainerCallback, set_seed
 from transformers.trainer_utils import SaveStrategy
 
+from mlflow_dr.errors import TrackingError
 from mlflow_dr.tracking.checkpoints import abandon_pending, ready_steps
 from mlflow_dr.tracking.client import connect
 from mlflow_dr.tracking.encoders import MODEL_SCHEME, fetched_encoder
@@ -29,19 +29,25 @@ from mlflow_dr.tracking.runs import (
     open_run,
 )
 from mlflow_dr.tracking.stop_request import StopWatcher, clear_stop_request
-from mlflow_dr.training.arguments import MERGED, RetrieverTrainingArguments, TrainingRequest
+from mlflow_dr.tracking.system_metrics import system_metrics
+from mlflow_dr.training.arguments import RetrieverTrainingArguments, TrainingRequest
 from mlflow_dr.training.building import build_encoder, collator_of, mixed_training_set
 from mlflow_dr.training.callbacks import MetricCallback, StopCallback
 from mlflow_dr.training.data import TrainingData, open_data
+from mlflow_dr.training.due import Due, due_steps
 from mlflow_dr.training.making_up import make_up
-from mlflow_dr.training.publish_callback import PublishCallback
+from mlflow_dr.training.params import note_changes, params_of
+from mlflow_dr.training.publish_callback import Mate, PublishCallback, Submits
 from mlflow_dr.training.publishable import EncoderSource
-from mlflow_dr.training.publishing import Mate, Publisher, Submits
+from mlflow_dr.training.publishing import Publisher
+from mlflow_dr.training.ranges import MERGED
 from mlflow_dr.training.resume import (
     Resumption,
     begin_output,
     check_output,
     find_resumption,
+    locked_output,
+    output_directories,
 )
 from mlflow_dr.training.trainer import RetrieverTrainer
 
@@ -50,20 +56,6 @@ log = logging.getLogger(__name__)
 LOSS_METRIC = "train/loss"
 START_TAG = "mlflow_dr.start"
 SECONDS_OF_ONE_REQUEST = 1.0
-ALWAYS_LOGGED = (
-    "learning_rate",
-    "per_device_train_batch_size",
-    "num_train_epochs",
-    "max_steps",
-    "lr_scheduler_type",
-    "warmup_steps",
-    "weight_decay",
-    "gradient_accumulation_steps",
-    "seed",
-    "bf16",
-    "fp16",
-)
-NEVER_LOGGED = {"output_dir", "logging_dir", "run_name", "hub_token", "push_to_hub_token"}
 
 
 def train(request: TrainingRequest) -> str:
@@ -76,8 +68,10 @@ def train(request: TrainingRequest) -> str:
 
     Raises:
         UsageError: the collection has no training examples, or there is no such encoder; or there
-            is nothing to resume.
-        TrackingError: the tracking server cannot be reached.
+            is nothing to resume, or another training is writing to `output_dir`.
+        TrackingError: the tracking server cannot be reached, or the last checkpoint could not be
+            published; its encoder is saved in `output_dir` then.
+        CheckpointError: what is resumed from does not fit.
         TrainingError: the loss is not a number.
         KeyboardInterrupt: SIGINT or SIGTERM came; the step was finished and its encoder published.
     """
@@ -88,17 +82,31 @@ def train(request: TrainingRequest) -> str:
         _train(request, open_data(request.data), None, resumption)
         return ""
     saves = arguments.save_strategy != SaveStrategy.NO
+    with locked_output(*output_directories(str(arguments.output_dir), saves, resumption)):
+        return _train_first(request, resumption)
+
+
+def _train_first(request: TrainingRequest, resumption: Resumption | None) -> str:
+    """Train in the process that writes to MLflow and saves; returns the run's id."""
+    arguments = request.trainer
+    saves = arguments.save_strategy != SaveStrategy.NO
     if resumption is None and saves:
         check_output(str(arguments.output_dir), arguments.overwrite_output_dir)
     client = connect(request.publish.tracking_uri)
     data = open_data(request.data)
     run = open_run(
-        client, request.publish.experiment_name, resumption.run_id if resumption else None
+        client,
+        request.publish.experiment_name,
+        resumption.run_id if resumption else None,
+        arguments.run_name,
     )
     log.info("run %s (%s)", run.id, run.name)
-    with run.ending("training"):
+    with run.ending("training"), system_metrics(run):
         if resumption is None and saves:
             begin_output(str(arguments.output_dir), run.id)
+        if resumption is not None:
+            begun = resumption.checkpoint.name if resumption.checkpoint else "the start"
+            note_changes(run, request, begun)
         _describe(run, request, data)
         _train(request, data, run, resumption)
     return run.id
@@ -106,7 +114,7 @@ def train(request: TrainingRequest) -> str:
 
 def _describe(run: TrackedRun, request: TrainingRequest, data: TrainingData) -> None:
     """Show on the run what is trained on what, and what validators need to know."""
-    known = {DATASET_PARAM: request.data.dataset_name, **_params(request)}
+    known = {DATASET_PARAM: request.data.dataset_name, **params_of(request)}
     if data.collection is not None:
         run.set_tags({DATASET_TAG: data.collection.name})
         known = {**known, DATASET_PARAM: data.collection.name, SPLIT_PARAM: data.split}
@@ -169,16 +177,18 @@ def _train_from(
     _one_device(request.trainer)
     training_set = mixed_training_set(request, data, encoder)
     log.info("training %s on %d examples", request.model.model_name_or_path, len(training_set))
+    is_due = due_steps(request, len(training_set))
     stop = StopCallback()
     callbacks: list[TrainerCallback] = [stop]
     source = EncoderSource(encoder, merged=request.model.lora_publish == MERGED)
     with ExitStack() as ending:
+        ending.callback(_leave_group)
         if run is not None:
-            callbacks = [*_writers(request, run, source, resumption, ending), stop]
+            callbacks = [*_writers(request, run, source, resumption, stop, is_due, ending), stop]
             watcher = StopWatcher(run, stop.ask)
             ending.callback(watcher.close)
         elif request.trainer.fsdp:
-            callbacks = [_publishing(request, Mate(source)), stop]
+            callbacks = [_publishing(request, Mate(source), is_due), stop]
         trainer = RetrieverTrainer(
             encoder,
             request.trainer,
@@ -192,9 +202,6 @@ def _train_from(
         )
         ending.enter_context(_asked_by_signals(stop, says=run is not None))
         trainer.resume(resumption.checkpoint if resumption else None)
-    if dist.is_available() and dist.is_initialized():
-        # left to the interpreter's end, threads of the group may abort the process
-        dist.destroy_process_group()
     # an exit code of another process would have torchrun kill the first one
     if stop.killed and run is not None:
         raise KeyboardInterrupt
@@ -207,12 +214,17 @@ def _writers(
     run: TrackedRun,
     source: EncoderSource,
     resumption: Resumption | None,
+    stop: StopCallback,
+    is_due: Due,
     ending: ExitStack,
 ) -> list[TrainerCallback]:
     """The callbacks that write to the run; what a resumed training has written it writes not twice.
 
     Args:
-        ending: closes the publisher, unless KeyboardInterrupt means at once, published or not.
+        stop: asked where nothing can be published.
+        is_due: after which steps a checkpoint is published.
+        ending: closes the publisher, unless KeyboardInterrupt means at once, published or not; then
+            raises a TrackingError where the last checkpoint was not published.
     """
     done: set[int] = set()
     known = None
@@ -222,51 +234,39 @@ def _writers(
         done = ready_steps(run)
         known = run.last_step(LOSS_METRIC)
         begun = resumption.checkpoint.name if resumption.checkpoint else "the start"
+        for problem in resumption.damaged:
+            log.warning("%s; passed over", problem)
         log.info("resuming run %s from %s", run.id, begun)
-    publisher = Publisher(run, source, done)
+    output = Path(str(request.trainer.output_dir))
+    publisher = Publisher(run, source, done, keep_in=output, on_refused=stop.ask)
 
     def close(kind: type[BaseException] | None, *_: object) -> None:
         if kind is None or not issubclass(kind, KeyboardInterrupt):
             publisher.close()
+        if (error := publisher.error()) is None:
+            return
+        if kind is not None or stop.killed:
+            log.error("%s", error)  # what ends the training is something else
+            return
+        saves = request.trainer.save_strategy != SaveStrategy.NO
+        began = "training has stopped: " if publisher.refused else ""
+        raise TrackingError(f"{began}{error}{'; --resume_from_checkpoint goes on' * saves}")
 
     ending.push(close)
     if resumption is not None and resumption.checkpoint is not None:
-        make_up(request, publisher, source, done, resumption.checkpoint)
-    return [MetricCallback(run.log_metrics, known), _publishing(request, publisher)]
+        make_up(request, publisher, source, done, resumption.checkpoint, is_due)
+    return [MetricCallback(run.log_metrics, known), _publishing(request, publisher, is_due)]
 
 
-def _publishing(request: TrainingRequest, publisher: Submits) -> PublishCallback:
-    asked = request.publish
-    return PublishCallback(asked.publish_steps, initial=asked.publish_initial, publisher=publisher)
+def _publishing(request: TrainingRequest, publisher: Submits, is_due: Due) -> PublishCallback:
+    initial = request.publish.publish_initial
+    return PublishCallback(is_due, initial=initial, publisher=publisher)
 
 
-def _params(request: TrainingRequest) -> dict[str, Any]:
-    """What the run shows: our own arguments, and Hugging Face's where they are not the default."""
-    defaults = {
-        field.name: field.default
-        for field in fields(RetrieverTrainingArguments)
-        if field.default is not MISSING
-    }
-    values = request.trainer.to_dict()
-    chosen = {
-        name: value
-        for name, value in values.items()
-        if name in ALWAYS_LOGGED
-        or (isinstance(value, bool | int | float | str) and value != defaults.get(name, value))
-    }
-    own = {
-        "model": request.model.model_name_or_path,
-        **asdict(request.model),
-        **asdict(request.loss),
-        **asdict(request.data),
-        "publish_steps": request.publish.publish_steps,
-    }
-    both = {**chosen, **own}
-    return {
-        name: value
-        for name, value in both.items()
-        if value not in (None, "") and name not in NEVER_LOGGED
-    }
+def _leave_group() -> None:
+    """Left to the interpreter's end, threads of the process group may abort the process."""
+    if dist.is_available() and dist.is_initialized():
+        dist.destroy_process_group()
 
 
 def _one_device(arguments: RetrieverTrainingArguments) -> None:

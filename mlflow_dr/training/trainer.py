@@ -7,7 +7,8 @@ import logging
 import shutil
 import sys
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -17,14 +18,15 @@ from safetensors import SafetensorError
 from torch import Tensor, distributed
 from torch.utils.data import DataLoader, Dataset
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_callback import PrinterCallback
 from transformers.trainer_utils import rotate_checkpoints
 
 from mlflow_dr.encoder.directory import save_encoder
 from mlflow_dr.encoder.model import Encoder
 from mlflow_dr.encoder.restore import restore_encoder
-from mlflow_dr.errors import TrainingError, one_line
-from mlflow_dr.files import is_full
+from mlflow_dr.errors import CheckpointError, MlflowDrError, TrainingError, one_line
+from mlflow_dr.files import grant_umask_modes, is_full
 from mlflow_dr.training.batches import Collator, Group
 from mlflow_dr.training.grad_cache import cached_vectors
 from mlflow_dr.training.loss import Objective
@@ -152,6 +154,7 @@ class RetrieverTrainer(Trainer):
                 shutil.rmtree(target)
             item.replace(target)
         fresh.rmdir()
+        grant_umask_modes(directory)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         """Put the weights of a checkpoint back."""
@@ -159,6 +162,21 @@ class RetrieverTrainer(Trainer):
             super()._load_from_checkpoint(resume_from_checkpoint, model)
             return
         restore_encoder(Path(resume_from_checkpoint), self._encoder, self._trust_remote_code)
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        """Trainer's; what does not fit is one line."""
+        with _resuming(checkpoint, "optimizer.pt or scheduler.pt"):
+            super()._load_optimizer_and_scheduler(checkpoint)
+
+    def _load_rng_state(self, checkpoint: str | None) -> None:
+        """Trainer's; what does not fit is one line."""
+        with _resuming(checkpoint, "rng_state.pth"):
+            super()._load_rng_state(checkpoint)
+
+    def _load_scaler(self, checkpoint: str | None) -> None:
+        """Trainer's; what does not fit is one line."""
+        with _resuming(checkpoint, "scaler.pt"):
+            super()._load_scaler(checkpoint)
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
         """Save what training can be resumed from, and declare it whole at the very end.
@@ -235,9 +253,33 @@ class RetrieverTrainer(Trainer):
     def resume(self, checkpoint: Path | None) -> None:
         """Train to the end, from a checkpoint or from the start."""
         if checkpoint is not None:
-            path = checkpoint / PROGRESS_FILE
-            self.resumed_progress = json.loads(path.read_text(encoding="utf-8"))
+            with _resuming(checkpoint, PROGRESS_FILE):
+                progress = json.loads((checkpoint / PROGRESS_FILE).read_text(encoding="utf-8"))
+                self.resumed_progress = {
+                    key: float(progress[key]) for key in ("loss", "total", "logged")
+                }
+            with _resuming(checkpoint, TRAINER_STATE_NAME):
+                state = TrainerState.load_from_json(str(checkpoint / TRAINER_STATE_NAME))
+                int(state.global_step)
         self.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+
+
+@contextmanager
+def _resuming(checkpoint: str | Path | None, name: str) -> Iterator[None]:
+    """Turn what goes wrong while a file of a checkpoint is taken into one line.
+
+    Raises:
+        CheckpointError: the file is damaged, or of another training.
+    """
+    try:
+        yield
+    except MlflowDrError:
+        raise
+    except Exception as error:
+        raise CheckpointError(
+            f"{checkpoint}: {name} does not fit this training ({one_line(error)}); resume with the "
+            "flags that it was begun with, or from another checkpoint"
+        ) from error
 
 
 class _Progress(TrainerCallback):

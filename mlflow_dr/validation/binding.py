@@ -29,6 +29,7 @@ from mlflow_dr.tracking.subsets import log_subset
 from mlflow_dr.validation.evaluate import Prepared, Searched, Settings
 from mlflow_dr.validation.plan import Validation
 
+TEST_SPLIT = "test"
 log = logging.getLogger(__name__)
 
 
@@ -63,6 +64,13 @@ class Collections:
         dataset, prepared = self.prepare(run, validation)
         settings = _bound_settings(run, validation, prepared, changes)
         queries, passages = len(prepared.topics.queries), prepared.n_passages
+        if validation.split is None and prepared.split == TEST_SPLIT:
+            log.warning(
+                "%s has no development split, so checkpoints are validated on %r, and whatever is "
+                "chosen or stopped by these figures is chosen on test data (--split %s says that "
+                "this is meant)",
+                *(dataset, TEST_SPLIT, TEST_SPLIT),
+            )
         log.info(
             "validation %r of run %s: %s/%s, %d queries, %d passages%s, %s on %s",
             *(validation.name, run.id, dataset, prepared.split, queries, passages),

@@ -17,6 +17,7 @@ from mlflow_dr.tracking.runs import (
     check_alive,
     is_over,
 )
+from mlflow_dr.tracking.validations import MAIN_PARAM, note_steps
 from mlflow_dr.validation.binding import Bound, Collections, is_early
 from mlflow_dr.validation.plan import Plan
 from mlflow_dr.validation.trying import is_tried
@@ -103,9 +104,11 @@ class BoundRuns:
                     for one in self._plan.validations:
                         self._collections.prepare(run, one)
                     return []
-                self._bound[run.id] = [
+                bound = [
                     self._collections.bind(run, one, changes) for one in self._plan.validations
                 ]
+                self._note(run)
+                self._bound[run.id] = bound
             except TrackingError:
                 raise
             except MlflowDrError as error:
@@ -114,6 +117,17 @@ class BoundRuns:
                 log.error("run %s is passed over: %s", run.id, error)
                 self.pass_over(run.id)
         return self._bound[run.id]
+
+    def _note(self, run: TrackedRun) -> None:
+        """Say on a run which validation decides, and which checkpoints they are done of."""
+        plan = self._plan
+        if not plan.keep_up:
+            run.decide(MAIN_PARAM, plan.validations[0].name)
+        chooses = plan.keep_up or plan.max_lag_seconds is not None
+        note_steps(
+            run,
+            {one.name: 0 if chooses or one.refines else plan.every for one in plan.validations},
+        )
 
     def _can_bind(self, run: TrackedRun) -> bool:
         """Whether dataset and split are known, or the run says no more: over, or publishing.

@@ -2,25 +2,23 @@
 
 from __future__ import annotations
 
-import random
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
-from itertools import chain, islice
 from typing import NamedTuple
 
 from mlflow_dr.tracking.checkpoints import Checkpoint
-from mlflow_dr.tracking.claims import Owner, Watchman, standing
+from mlflow_dr.tracking.claims import Owner, Watchman
 from mlflow_dr.tracking.following import Look
-from mlflow_dr.tracking.results import State, state_of
+from mlflow_dr.tracking.results import State, has_record, state_of
 from mlflow_dr.tracking.validations import figures_of
 from mlflow_dr.validation.order import in_order
 from mlflow_dr.validation.plan import Plan, Refines
+from mlflow_dr.validation.setbacks import Setbacks
+from mlflow_dr.validation.turns import Turns
 
-SECONDS_REMEMBERED = 120.0
 LOST_TO_LOOK_AGAIN = 2  # claims
 SECONDS_TO_LOSE = 0.1  # one
-CHOSEN_AMONG = 4  # checkpoints for each validator at work
 
 
 class Candidate(NamedTuple):
@@ -38,6 +36,11 @@ class Choice:
         token: the validator's own, in its claims.
         now_ms: the server's time, in ms since 1970.
         clock: seconds that pass.
+        setbacks: which checkpoints could not be had.
+
+    Attributes:
+        unavailable: checkpoints that are left to others, because they could not be had here.
+        passed_over: checkpoints that somebody else has noted as FAILED, or that were before.
     """
 
     def __init__(
@@ -46,7 +49,11 @@ class Choice:
         token: str,
         now_ms: Callable[[], int],
         clock: Callable[[], float] = time.monotonic,
+        setbacks: Setbacks | None = None,
     ) -> None:
+        self.unavailable: set[str] = set()
+        self.passed_over: set[str] = set()
+        self._setbacks = setbacks or Setbacks(plan.poll_seconds)
         self._plan = plan
         self._now_ms = now_ms
         self._watchman = Watchman(plan.patience_seconds)
@@ -84,6 +91,24 @@ class Choice:
         """Whether others have taken what the last look showed as free."""
         return self._lost >= max(LOST_TO_LOOK_AGAIN, self._look_seconds / SECONDS_TO_LOSE)
 
+    def why_nothing(self) -> str:
+        """Why there was nothing to do at the last look; empty where it was done before."""
+        ready = [one for one in self._look.checkpoints if one.ready]
+        if not ready:
+            return "no checkpoint is published yet"
+        accepted = [one for one in ready if one.run_id not in self._refused]
+        if not accepted:
+            runs = len({one.run_id for one in ready})
+            return f"none of {runs} runs can be validated, for the reasons above"
+        if self.is_waiting:
+            return "other validators are at what is left"
+        names = [one.name for one in self._plan.validations]
+        if any(state_of(one, name) is not State.OPEN for one in accepted for name in names):
+            return ""
+        if all(one.is_pruned for one in accepted):
+            return f"the files of all {len(accepted)} checkpoints were removed"
+        return f"of {len(accepted)} checkpoints --every and --max-lag leave none"
+
     def waiting_of(self, run_id: str) -> list[Checkpoint]:
         """What remained to be done of a run at the last look, be it by others."""
         return self._waiting.get(run_id, [])
@@ -99,6 +124,7 @@ class Choice:
         self._look_seconds = seconds
         self._tried = self._lost = 0
         self._put_off = set()
+        self.unavailable = set()
         settled: list[Checkpoint] = []
         self._waiting = defaultdict(list)
         self._free = defaultdict(dict)
@@ -114,6 +140,13 @@ class Choice:
             self._turns.see(one, names)
             is_meant = self._is_meant(one) and one.run_id not in self._refused
             left = self._open(one) if is_meant else []
+            if is_meant and self._has_failed(one):
+                self.passed_over.add(one.model_id)
+            else:
+                self.passed_over.discard(one.model_id)
+            if left and self._setbacks.has_given_up(one):
+                self.unavailable.add(one.model_id)
+                continue
             free = [name for name in left if self._watchman.is_free(one, name)]
             # what was begun in time is still to be done, by whom it was begun
             late = self._is_late(one)
@@ -157,6 +190,11 @@ class Choice:
     def refuse(self, run_id: str) -> None:
         """Pass over a run from now on."""
         self._refused.add(run_id)
+
+    def forget(self, checkpoint: Checkpoint) -> None:
+        """Pass over a checkpoint from now on."""
+        self._free[checkpoint.run_id].pop(checkpoint.model_id, None)
+        self._settled[checkpoint.model_id] = checkpoint
 
     def put_off(self, run_id: str) -> None:
         """Pass over a run until the next look."""
@@ -204,15 +242,25 @@ class Choice:
             return False
         if state is State.FAILED:
             tried = (checkpoint.model_id, name) in self._failed_here
-            return self._plan.retry_failed and not tried
+            # what has a record that makes no sense can have no other
+            return self._plan.retry_failed and not tried and not has_record(checkpoint, name)
         return state in (State.OPEN, State.RECORDED)
+
+    def _has_failed(self, checkpoint: Checkpoint) -> bool:
+        """Whether a validation of a checkpoint is FAILED, and not by this validator."""
+        names = [one.name for one in self._plan.validations]
+        return not checkpoint.is_pruned and any(
+            state_of(checkpoint, name) is State.FAILED
+            and (checkpoint.model_id, name) not in self._failed_here
+            for name in names
+        )
 
     def _is_late(self, checkpoint: Checkpoint) -> bool:
         most = self._plan.max_lag_seconds
         return most is not None and self._now_ms() - checkpoint.ready_ms > 1000 * most
 
     def _in_order(self, run_id: str) -> Iterator[Checkpoint]:
-        """The free checkpoints of a run, the next one first."""
+        """The free checkpoints of a run, the next one first; those with setbacks are the last."""
         free = set(self._free[run_id])
         by_step: dict[int, list[Checkpoint]] = defaultdict(list)
         taken: set[int] = set()
@@ -224,69 +272,14 @@ class Choice:
             elif self._is_meant(one) and not self._is_late(one):
                 taken.add(one.step)
         steps = sorted(by_step)
-        for step in in_order(steps, sorted(taken - set(steps)), self._plan.order):
-            yield from by_step[step]
-
-
-class Turns:
-    """Keeps validators that choose among the same checkpoints out of each other's way.
-
-    A claim that is lost costs requests. Each of m validators at work prefers those of the next few
-    checkpoints whose place among all is its own number modulo m; no one is told a number: it is the
-    place of its token among the tokens that were seen in claims lately.
-
-    Args:
-        token: our own.
-        clock: seconds that pass.
-    """
-
-    def __init__(self, token: str, clock: Callable[[], float]) -> None:
-        self._token = token
-        self._clock = clock
-        self._claims_seen: dict[tuple[str, str], int] = {}
-        self._last_seen: dict[str, float] = {}
-
-    def see(self, checkpoint: Checkpoint, names: Sequence[str]) -> None:
-        """Learn from a checkpoint who is at work."""
-        for name in names:
-            claim, key = standing(checkpoint, name), (checkpoint.model_id, name)
-            if claim is None or claim.owner is None or self._claims_seen.get(key) == claim.attempt:
-                continue
-            self._claims_seen[key] = claim.attempt
-            if not claim.given_back and not claim.owner.is_gone:
-                self.note(claim.owner)
-
-    def note(self, owner: Owner) -> None:
-        """This validator is at work."""
-        self._last_seen[owner.token] = self._clock()
-
-    def tokens(self) -> list[str]:
-        """Of the validators at work, this one included, in their order."""
-        since = self._clock() - SECONDS_REMEMBERED
-        others = {token for token, seen in self._last_seen.items() if seen >= since}
-        return sorted(others | {self._token})
-
-    def ours_first(
-        self, ordered: Iterator[Checkpoint], everything: Sequence[Checkpoint], tried: int = 0
-    ) -> Iterator[Checkpoint]:
-        """Of the next few, our own before those of others; then the rest as it is ordered.
-
-        Args:
-            ordered: what is free, the next one first.
-            everything: all checkpoints; a place among these makes one ours.
-            tried: how many we have taken since these were seen; others took about as many each.
-        """
-        tokens = self.tokens()
-        if len(tokens) == 1:
-            yield from ordered
-            return
-        number = tokens.index(self._token)
-        places = {one.model_id: place for place, one in enumerate(everything)}
-        few = list(islice(ordered, (CHOSEN_AMONG + tried) * len(tokens)))
-        ours = [one for one in few if places[one.model_id] % len(tokens) == number]
-        left = [one for one in few if places[one.model_id] % len(tokens) != number]
-        random.shuffle(left)
-        yield from chain(ours, left, ordered)
+        ordered = in_order(steps, sorted(taken - set(steps)), self._plan.order)
+        last: list[Checkpoint] = []
+        for one in (one for step in ordered for one in by_step[step]):
+            if self._setbacks.tries(one):
+                last.append(one)
+            else:
+                yield one
+        yield from sorted(last, key=self._setbacks.tries)
 
 
 def _best(checkpoints: Sequence[Checkpoint], refines: Refines) -> set[str]:

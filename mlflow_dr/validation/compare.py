@@ -5,21 +5,30 @@ Where all values are kept torch is not needed, so it waits until it is: it takes
 
 from __future__ import annotations
 
-import json
 import logging
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from mlflow_dr.collection.catalogue import open_collection
 from mlflow_dr.collection.interface import chosen_split
 from mlflow_dr.collection.records import Query
-from mlflow_dr.decisions.comparison import Comparison, check_count, compared, write
+from mlflow_dr.decisions.comparison import (
+    LETTERS,
+    Comparison,
+    check_count,
+    check_output,
+    compared,
+    write,
+)
+from mlflow_dr.encoder.config import changes_of
 from mlflow_dr.errors import MlflowDrError, NoValuesError, UsageError
 from mlflow_dr.retrieval.measures import DEFAULT_MEASURES, Measure, parse_measures
+from mlflow_dr.tracking.encoders import reading
 from mlflow_dr.tracking.fetching import fetched
+from mlflow_dr.tracking.results import differences
 from mlflow_dr.tracking.tables import PerQuery, values_of
 from mlflow_dr.tracking.validations import FIRST_NAME, collection_of
 from mlflow_dr.validation.operands import Operand, find_operands
@@ -49,6 +58,9 @@ class Comparing:
         device: see `resolve_device`.
         dtype: see `resolve_dtype`; as the validation has it when `auto`.
         output: a folder for the values of all queries and a picture.
+        force: replace these two if they are there.
+        q_max_len: tokens of a query for encoders that are evaluated now; their own when None.
+        p_max_len: tokens of a passage, in the same way.
         seed: of the randomisation test and the bootstrap.
         trust_remote_code: whether code in an encoder's directory may run.
         tracking_uri: where runs and checkpoints are looked up.
@@ -62,12 +74,27 @@ class Comparing:
     device: str = AUTO
     dtype: str = AUTO
     output: Path | None = None
+    force: bool = False
+    q_max_len: int | None = None
+    p_max_len: int | None = None
     seed: int = 0
     trust_remote_code: bool = False
     tracking_uri: str | None = None
 
     def __post_init__(self) -> None:
         check_count(len(self.operands))
+
+    @property
+    def lengths(self) -> dict[str, Any]:
+        """The lengths that were asked for, as `load_encoder` takes them."""
+        return changes_of(None, None, self.q_max_len, self.p_max_len)
+
+
+class Lengths(NamedTuple):
+    """How much of a text an encoder reads at most, in tokens; None where nothing says it."""
+
+    queries: int | None
+    passages: int | None
 
 
 class Kept(NamedTuple):
@@ -90,6 +117,7 @@ def compare(request: Comparing) -> Comparison:
     asked = _measure(request.measure)
     if request.output is not None and request.output.exists() and not request.output.is_dir():
         raise UsageError(f"{request.output}: expected a folder, not a file")
+    check_output(request.output, request.force)
     if request.dataset is not None:
         _check_device(request)
     operands = find_operands(request.operands, request.name, asked, request.tracking_uri)
@@ -100,12 +128,17 @@ def compare(request: Comparing) -> Comparison:
     _refuse_other_queries(known, prepared, basis)
     measures = parse_measures(str(basis.get("measures") or request.measure or DEFAULT_MEASURES))
     tables: list[PerQuery] = []
+    lengths: list[Lengths] = []
     for operand, (values, why_not) in zip(operands, kept, strict=True):
         if values is None:
             if prepared is None:
                 raise UsageError(f"{why_not}; give --dataset to evaluate it now")
-            values = _evaluated(operand, request, prepared, measures, basis)
+            values, of_encoder = _evaluated(operand, request, prepared, measures, basis)
+            lengths.append(of_encoder)
+        else:
+            lengths.append(_known_lengths(operand))
         tables.append(values)
+    _tell_other_lengths(lengths)
     comparison = compared(
         [one.label for one in operands],
         tables,
@@ -175,8 +208,8 @@ def _refuse_other_queries(
     for label, config in configs[1:]:
         if config != configs[0][1]:
             raise UsageError(
-                f"values of other collections do not compare: of {configs[0][0]} they are by "
-                f"{json.dumps(configs[0][1])}, of {label} by {json.dumps(config)}"
+                f"values of other collections do not compare: of {configs[0][0]} "
+                f"{differences(configs[0][1], config)} as of {label}"
             )
 
 
@@ -186,8 +219,8 @@ def _evaluated(
     prepared: Prepared,
     measures: tuple[Measure, ...],
     basis: Mapping[str, object],
-) -> PerQuery:
-    """The values of an encoder on the collection that was named."""
+) -> tuple[PerQuery, Lengths]:
+    """The values of an encoder on the collection that was named, and its lengths."""
     from mlflow_dr.encoder.directory import load_encoder
     from mlflow_dr.validation.evaluate import Settings, evaluate
 
@@ -201,14 +234,41 @@ def _evaluated(
     )
     log.info("%s is evaluated on %s/%s", operand.label, prepared.collection.name, prepared.split)
     checkpoint = operand.checkpoint
-    with nullcontext(operand.given) if checkpoint is None else fetched(checkpoint) as files:
+    source = nullcontext(operand.given) if checkpoint is None else fetched(checkpoint)
+    with source as files, reading(operand.label):
         encoder = load_encoder(
             files,
             trust_remote_code=request.trust_remote_code,
             safetensors_only=checkpoint is not None and not checkpoint.directory,
-            **operand.encoder_changes,
+            **{**operand.encoder_changes, **request.lengths},
         )
-    return evaluate(encoder, prepared, settings).per_query
+    queries = encoder.for_queries.settings.query_max_length
+    lengths = Lengths(queries, encoder.settings.passage_max_length)
+    return evaluate(encoder, prepared, settings).per_query, lengths
+
+
+def _known_lengths(operand: Operand) -> Lengths:
+    """What a validation, or else the training, says of an encoder's lengths; None where neither."""
+    params = operand.run.fetch().data.params if operand.run else {}
+    found = (
+        operand.config.get(key) or params.get(param)
+        for key, param in (("query_max_length", "q_max_len"), ("passage_max_length", "p_max_len"))
+    )
+    return Lengths(*(int(str(one)) if str(one).isdecimal() else None for one in found))
+
+
+def _tell_other_lengths(lengths: Sequence[Lengths]) -> None:
+    """Say that encoders read texts of other lengths, which makes a difference of its own."""
+    for what, values in zip(Lengths._fields, zip(*lengths, strict=True), strict=True):
+        if len({one for one in values if one is not None}) > 1:
+            said = ", ".join(
+                f"{letter} {one or 'unknown'}" for letter, one in zip(LETTERS, values, strict=False)
+            )
+            log.warning(
+                "the encoders read %s of other lengths in tokens (%s), which alone makes a "
+                "difference; --q-max-len and --p-max-len set those of encoders evaluated now",
+                *(what, said),
+            )
 
 
 def _queries(name: str, known: Sequence[Operand], prepared: Prepared | None) -> Sequence[Query]:

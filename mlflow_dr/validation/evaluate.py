@@ -11,9 +11,11 @@ from functools import cached_property
 import numpy as np
 import pyarrow as pa
 
+from mlflow_dr.cache import unchanged_cache
 from mlflow_dr.collection.corpus import Corpus
 from mlflow_dr.collection.interface import Collection
 from mlflow_dr.collection.records import Topics
+from mlflow_dr.encoder.config import check_types
 from mlflow_dr.encoder.model import Encoder
 from mlflow_dr.encoder.tables import corpus_tokens, subset_tokens
 from mlflow_dr.encoder.tokenize import Tokenizing
@@ -45,6 +47,9 @@ class Settings:
     device: str = "auto"
     dtype: str = "auto"
     keep_own_id: bool = False
+
+    def __post_init__(self) -> None:
+        check_types(self)
 
 
 @dataclass(frozen=True)
@@ -186,6 +191,7 @@ def evaluate(
     return report
 
 
+@unchanged_cache()
 def evaluate_all(
     encoder: Encoder, asked: Sequence[tuple[Prepared, Settings]], quiet: bool = False
 ) -> list[Report]:
@@ -203,6 +209,7 @@ def evaluate_all(
 
     Raises:
         CheckpointError: the encoder gives NaN.
+        DataError: what is mapped from the cache was damaged meanwhile.
         DeviceError: no such device.
         UsageError: a measure looks deeper than the depth.
         ValueError: corpora, devices or formats differ.

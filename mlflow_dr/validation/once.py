@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from mlflow_dr.collection.catalogue import open_collection
 from mlflow_dr.collection.interface import chosen_split
@@ -19,8 +19,13 @@ from mlflow_dr.retrieval.ranking import write_ranking
 from mlflow_dr.subsets.searching import CachedSearching
 from mlflow_dr.subsets.spec import FULL, RELEVANT, parse_spec
 from mlflow_dr.subsets.subset import make_subset
-from mlflow_dr.tracking.encoders import fetched_encoder
+from mlflow_dr.tracking.encoders import fetched_encoder, reading
 from mlflow_dr.validation.evaluate import Prepared, Report, Settings, evaluate
+
+if TYPE_CHECKING:  # without a run no mlflow is needed, which takes seconds to import
+    from mlflow_dr.tracking.runs import TrackedRun
+
+REPORT = "report.json"
 
 
 @dataclass(frozen=True)
@@ -35,6 +40,7 @@ class Once:
         depth: passages for each query; the largest cut-off when None.
         output: the JSON report's place.
         ranking: the TREC run file's place.
+        force: replace these two if they are there.
         device: see `resolve_device`.
         dtype: see `resolve_dtype`.
         keep_own_id: keep a passage whose id is the query's id.
@@ -58,6 +64,7 @@ class Once:
     depth: int | None = None
     output: Path | None = None
     ranking: Path | None = None
+    force: bool = False
     device: str = "auto"
     dtype: str = "auto"
     keep_own_id: bool = False
@@ -82,11 +89,16 @@ class Once:
         )
 
 
-def evaluate_once(request: Once) -> Report:
+def evaluate_once(request: Once, run: TrackedRun | None = None) -> Report:
     """Evaluate an encoder, and write what was asked for.
 
+    Args:
+        request: what is evaluated.
+        run: gets the measures as metrics and the report as an artifact.
+
     Raises:
-        UsageError: an unknown dataset, split, measure, device or encoder.
+        UsageError: an unknown dataset, split, measure, device or encoder, or a file that is there
+            already.
         DataError: the collection's files are damaged, or its ids are such that no ranking can be
             written.
         CheckpointError: the encoder's files are damaged.
@@ -98,9 +110,12 @@ def evaluate_once(request: Once) -> Report:
     for path in (request.output, request.ranking):
         if path is not None and not path.absolute().parent.is_dir():
             raise UsageError(f"{path}: the folder {path.absolute().parent} does not exist")
+        if path is not None and path.is_file() and not request.force:
+            raise UsageError(f"{path}: is there already; --force replaces it")
     collection = open_collection(request.dataset)
     split = chosen_split(collection, request.split)
-    with fetched_encoder(request.encoder, request.tracking_uri) as directory:
+    name = request.encoder
+    with fetched_encoder(name, request.tracking_uri) as directory, reading(name):
         encoder = load_encoder(
             directory, trust_remote_code=request.trust_remote_code, **request.encoder_changes()
         )
@@ -115,11 +130,15 @@ def evaluate_once(request: Once) -> Report:
     if request.ranking is not None:
         prepared.check_ids()
     report = evaluate(encoder, prepared, settings)
+    text = json.dumps(_as_json(request, split, depth, report)) + "\n"
     if request.output is not None:
         with written_beside(request.output) as partial:
-            partial.write_text(json.dumps(_as_json(request, split, depth, report)) + "\n")
+            partial.write_text(text)
     if request.ranking is not None:
         write_ranking(request.ranking, report.ranking)
+    if run is not None:
+        values = {one.metric: report.measures[str(one)] for one in measures}
+        run.log_report({**values, "seconds": report.seconds}, {REPORT: text})
     return report
 
 

@@ -10,16 +10,17 @@ from pathlib import Path
 from typing import Any
 
 from mlflow_dr.decisions.best import find_best
-from mlflow_dr.errors import UsageError
+from mlflow_dr.errors import TrackingError, UsageError
 from mlflow_dr.retrieval.measures import Measure, parse_measures
 from mlflow_dr.tracking.checkpoints import Checkpoint, checkpoint_of_step
 from mlflow_dr.tracking.client import connect
 from mlflow_dr.tracking.encoders import MODEL_SCHEME
 from mlflow_dr.tracking.registry import checkpoint_by_uri
-from mlflow_dr.tracking.runs import TrackedRun, find_run
+from mlflow_dr.tracking.runs import TrackedRun, find_run, resolve_run
 from mlflow_dr.tracking.validations import validations_of
 
-RUN = re.compile(r"([0-9a-f]{32})(?:@(\d+))?")
+RUN = re.compile(r"([^/\\]+?)(?:@(\d+))?")
+RUN_ID = re.compile(r"[0-9a-f]{32}")
 # of a validation's configuration, what replaces what the checkpoint says
 ENCODER_CHANGES = ("pooling", "normalize", "query_max_length", "passage_max_length", "tokenizer")
 
@@ -56,11 +57,11 @@ class Operand:
 def find_operands(
     words: Sequence[str], name: str, measure: Measure | None, tracking_uri: str | None = None
 ) -> list[Operand]:
-    """What the words stand for; a server is asked only if one of them is on it.
+    """What the words stand for; a server is asked only if one of them may be on it.
 
     Args:
-        words: `RUN`, `RUN@STEP`, what `checkpoint_by_uri` takes, or an encoder's directory or
-            hub name.
+        words: `RUN` (an id, the beginning of one, or a name), `RUN@STEP`, what
+            `checkpoint_by_uri` takes, or an encoder's directory or hub name.
         name: the validation by which a run's best checkpoint is chosen.
         measure: likewise; the validation's first when None.
         tracking_uri: where runs and checkpoints are looked up.
@@ -69,7 +70,18 @@ def find_operands(
         UsageError: a run has no such step, validation or measure.
         TrackingError: no such run or checkpoint, nothing was measured, or no server.
     """
-    connected = cache(lambda: connect(tracking_uri))
+    connected = cache(lambda: connect(tracking_uri, may_create=False))
+
+    def found_run(text: str) -> TrackedRun | None:
+        """The run that is meant; None where the text can only be an encoder's name."""
+        try:
+            return resolve_run(connected(), text)
+        except UsageError:  # several runs
+            raise
+        except TrackingError:
+            if RUN_ID.fullmatch(text):
+                raise
+            return None
 
     def found(word: str) -> Operand:
         if word.startswith(MODEL_SCHEME):
@@ -79,9 +91,10 @@ def find_operands(
             run = find_run(connected(), checkpoint.run_id)
             return Operand(word, run, checkpoint, validations_of(run).get(name, {}))
         match = RUN.fullmatch(word)
-        if match is None or Path(word).is_dir():
+        named = found_run(match[1]) if match and not Path(word).is_dir() else None
+        if match is None or named is None:
             return Operand(word)
-        run = find_run(connected(), match[1])
+        run = named
         config = validations_of(run).get(name, {})
         if match[2] is not None:
             return Operand(word, run, checkpoint_of_step(run, int(match[2])), config)

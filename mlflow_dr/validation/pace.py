@@ -84,6 +84,10 @@ def largest_that_keeps_up(
     return Chosen(chosen, f"{chosen} {keeps} a checkpoint every {interval:.1f} s: {takes}{among}")
 
 
+def _nobody(largest: str) -> str:
+    return f"the training has ended, so --keep-up takes the largest subset, {largest}"
+
+
 class Pacer:
     """Decides for each run which of a plan's subsets is validated, once for all its validators.
 
@@ -108,6 +112,7 @@ class Pacer:
         checkpoints: Sequence[Checkpoint],
         speed: Speed | None,
         validators: int,
+        over: bool | None = None,
     ) -> list[str]:
         """The validations that are done on a run, as far as is known.
 
@@ -117,6 +122,7 @@ class Pacer:
             checkpoints: of the run.
             speed: of this validator, once it is known.
             validators: how many are at work on it.
+            over: whether its training has ended, so that there is nobody to keep up with.
 
         Raises:
             TrackingError: the server does not answer.
@@ -127,9 +133,13 @@ class Pacer:
                 subset = self._subset(one.name)
                 sizes[subset] = sizes.get(subset, 0) + one.prepared.n_passages
         subset = self._chosen.get(run.id) or min(sizes, key=lambda name: sizes[name])
+        chosen = None
         interval = publishing_interval([one.ready_ms for one in checkpoints if one.ready])
-        if run.id not in self._chosen and speed and interval is not None:
+        if over and run.id not in self._chosen:
+            chosen = Chosen(largest := max(sizes, key=lambda name: sizes[name]), _nobody(largest))
+        elif run.id not in self._chosen and speed and interval is not None:
             chosen = largest_that_keeps_up(sizes, speed, interval, validators)
+        if chosen is not None:
             subset = self._chosen[run.id] = run.decide(CHOSEN_PARAM, chosen.subset)
             if subset == chosen.subset:
                 log.info("run %s: %s", run.id, chosen.why)

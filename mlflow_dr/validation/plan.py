@@ -2,20 +2,16 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, fields, replace
-from pathlib import Path
+from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
-import yaml
-
-from mlflow_dr.collection.asyncval import given_collection
-from mlflow_dr.decisions.keep import parse_policy
 from mlflow_dr.encoder.config import EncoderConfig
-from mlflow_dr.errors import UsageError
-from mlflow_dr.retrieval.measures import Measure, check_depth, parse_measures
-from mlflow_dr.subsets.spec import RELEVANT, Spec, parse_spec
+from mlflow_dr.errors import UsageError, quoted
+from mlflow_dr.retrieval.measures import Measure, check_depth
+from mlflow_dr.subsets.spec import MOST_DIGITS, RELEVANT, Spec, parse_spec
 from mlflow_dr.tracking.claims import PATIENCE
 from mlflow_dr.tracking.validations import FIRST_NAME, Metric
 from mlflow_dr.validation.evaluate import Settings
@@ -25,8 +21,6 @@ from mlflow_dr.validation.policies import Wishes
 # what MLflow allows in a metric's name, less the slash and the dot, which have a meaning here
 NAME = re.compile(r"[\w\- ]+")
 NOT_IN_NAME = re.compile(r"[^\w\- ]")
-COLLECTION = ("dataset", "candidates", "queries", "qrels")
-SUBSET = ("subset", "seed", "judged", "refine")
 
 
 class Refines(NamedTuple):
@@ -164,8 +158,8 @@ class Plan:
             raise UsageError(f"every is {self.every}; it must be at least 1")
         for key in ("poll_seconds", "patience_seconds", "max_lag_seconds"):
             value = getattr(self, key)
-            if value is not None and value <= 0:
-                raise UsageError(f"{key} is {value}; it must be above 0")
+            if value is not None and not 0 < value < math.inf:
+                raise UsageError(f"{key} is {value}; it must be a number above 0")
 
 
 def each_split(
@@ -212,8 +206,8 @@ def refining(
         UsageError: not of this form, the same as a cheap one, or one for several of them.
     """
     words, _, count = text.rpartition("@")
-    if not words or not count.isdecimal() or int(count) == 0:
-        raise UsageError(f"refine {text!r}: expected SUBSET@N, such as full@3")
+    if not words or not count.isdecimal() or len(count) > MOST_DIGITS or int(count) == 0:
+        raise UsageError(f"refine {quoted(text)}: expected SUBSET@N, such as full@3")
     spec = parse_spec(words, seed, judged)
     added: list[Validation] = []
     for cheap in validations:
@@ -229,119 +223,3 @@ def refining(
         refines = Refines(cheap.name, cheap.settings.measures[0], int(count))
         added.append(replace(cheap, name=name, subset=spec, refines=refines))
     return tuple(added)
-
-
-def read_plan(path: Path, asked: Asked, **others: Any) -> Plan:
-    """A plan from a YAML file; what the file does not say is as it was given.
-
-        order: bisect
-        validations:
-          dev: {dataset: msmarco, split: dev, measures: mrr@10 recall@1000}
-          covid: {dataset: irds:beir/trec-covid, measures: ndcg@10}
-          msmarco: {dataset: msmarco, subset: bm25@50+random:10000, refine: full@3}
-          nq: {candidates: nq/corpus, queries: nq/test.json, qrels: nq/qrels.tsv}
-
-    The last one names files as Asyncval takes them. It may have several query files, each of which
-    is a validation of its own, called NAME-FILE.
-
-    Args:
-        path: the file.
-        asked: what each validation is made of where the file says nothing.
-        others: likewise, attributes of the plan.
-
-    Raises:
-        UsageError: no such file, or a key or value that has no place in it.
-    """
-    try:
-        values = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise UsageError(f"{path}: not a YAML file: {' '.join(str(error).split())}") from error
-    known = {one.name for one in fields(Plan)} - {"encoder_changes", "wishes"}
-    values = _mapping(values, str(path), known | {one.name for one in fields(Wishes)})
-    described = values.pop("validations", None)
-    if not isinstance(described, dict) or not described:
-        raise UsageError(f"{path}: expected `validations:` with a name for each")
-    if "order" in values:
-        values["order"] = _order(values["order"], f"{path}: order")
-    kinds = {"every": int, "retry_failed": bool, "follow": bool, "keep_up": bool}
-    kinds |= dict.fromkeys(("max_lag_seconds", "poll_seconds", "patience_seconds"), float)
-    for key, kind in kinds.items():
-        if key in values:
-            values[key] = _value(values[key], kind, f"{path}: {key}")
-    wishes = {one.name: values.pop(one.name) for one in fields(Wishes) if one.name in values}
-    validations = tuple(
-        validation
-        for name, value in described.items()
-        for validation in _validations(str(name), value, asked, f"{path}: validations.{name}")
-    )
-    wished = replace(others.pop("wishes", Wishes()), **_wishes(wishes, str(path)))
-    return Plan(validations, wishes=wished, **{**others, **values})
-
-
-def _wishes(values: Mapping[str, Any], where: str) -> dict[str, Any]:
-    kinds: dict[str, type] = {"metric": str, "patience": int, "min_delta": float, "keep": str}
-    checked = {key: _value(value, kinds[key], f"{where}: {key}") for key, value in values.items()}
-    if "keep" in checked:
-        checked["keep"] = parse_policy(checked["keep"])
-    return checked
-
-
-def _validations(name: str, given: Any, asked: Asked, where: str) -> tuple[Validation, ...]:
-    known = {*COLLECTION, "split", *SUBSET, *(one.name for one in fields(Settings))}
-    values = _mapping(given or {}, where, known)
-    named = {
-        key: _value(values.pop(key), str, f"{where}.{key}")
-        for key in ("dataset", "split")
-        if key in values
-    }
-    files = [_paths(values.pop(key, []), f"{where}.{key}") for key in COLLECTION[1:]]
-    dataset, sets = given_collection(named.get("dataset"), files, COLLECTION, f"{where}: ")
-    if dataset is not None:
-        asked = replace(asked, dataset=dataset, sets=sets, splits=() if sets else asked.splits)
-    if "split" in named:
-        asked = replace(asked, splits=[named["split"]])
-    subset: dict[str, Any] = {
-        key: _value(values.pop(key), int if key == "seed" else str, f"{where}.{key}")
-        for key in SUBSET
-        if key in values
-    }
-    if "measures" in values:
-        text = values["measures"]
-        values["measures"] = parse_measures(" ".join(text) if isinstance(text, list) else str(text))
-    for key, kind in {"depth": int, "device": str, "dtype": str, "keep_own_id": bool}.items():
-        if key in values:
-            values[key] = _value(values[key], kind, f"{where}.{key}")
-    if "subset" in subset:
-        subset["subsets"] = [subset.pop("subset")]
-    return replace(asked, settings=replace(asked.settings, **values), **subset).validations(name)
-
-
-def _paths(value: Any, where: str) -> list[Path]:
-    """One path or several."""
-    values = value if isinstance(value, list) else [value]
-    return [Path(_value(one, str, where)) for one in values]
-
-
-def _mapping(given: Any, where: str, known: set[str]) -> dict[str, Any]:
-    if not isinstance(given, Mapping):
-        raise UsageError(f"{where}: expected keys with values, such as {', '.join(sorted(known))}")
-    if unknown := sorted(map(str, set(given) - known)):
-        raise UsageError(f"{where}: no key {unknown[0]!r}; known are {', '.join(sorted(known))}")
-    return dict(given)
-
-
-def _order(value: Any, where: str) -> Order:
-    try:
-        return Order(value)
-    except ValueError:
-        names = ", ".join(order.value for order in Order)
-        raise UsageError(f"{where} is {value!r}; expected one of {names}") from None
-
-
-def _value(value: Any, kind: type, where: str) -> Any:
-    right = isinstance(value, kind) and (kind is bool or not isinstance(value, bool))
-    if kind is float and isinstance(value, int) and not isinstance(value, bool):
-        return float(value)
-    if not right:
-        raise UsageError(f"{where} is {value!r}; expected a value of type {kind.__name__}")
-    return value

@@ -10,7 +10,7 @@ from mlflow_dr.errors import CheckpointError, UnavailableError, UsageError
 from mlflow_dr.tracking.checkpoints import Checkpoint, checkpoints_of
 from mlflow_dr.tracking.runs import TrackedRun
 from mlflow_dr.tracking.validations import validations_of
-from mlflow_dr.validation.jobs import encoder_of
+from mlflow_dr.validation.loading import encoder_of
 
 
 def is_tried(run: TrackedRun, names: Sequence[str], changes: Mapping[str, Any]) -> bool:

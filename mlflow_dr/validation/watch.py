@@ -6,12 +6,11 @@ import logging
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
 from functools import partial
 
 from mlflow_dr.beside import Beside
-from mlflow_dr.errors import TrackingError
-from mlflow_dr.tracking.checkpoints import Checkpoint
+from mlflow_dr.errors import TrackingError, UnavailableError
+from mlflow_dr.tracking.checkpoints import Checkpoint, is_deleted
 from mlflow_dr.tracking.claims import Claims
 from mlflow_dr.tracking.clock import ServerClock
 from mlflow_dr.tracking.following import Followed, Look
@@ -22,11 +21,13 @@ from mlflow_dr.tracking.status import note_summary, summary_of
 from mlflow_dr.validation.binding import Bound
 from mlflow_dr.validation.bound_runs import BoundRuns
 from mlflow_dr.validation.choice import Choice
+from mlflow_dr.validation.counts import Counts
 from mlflow_dr.validation.jobs import Job, Jobs
 from mlflow_dr.validation.order import Order
 from mlflow_dr.validation.pace import Pacer
 from mlflow_dr.validation.plan import Plan
 from mlflow_dr.validation.policies import Policies
+from mlflow_dr.validation.setbacks import Setbacks
 
 log = logging.getLogger(__name__)
 
@@ -34,14 +35,6 @@ SECONDS_TO_WRITE = 5.0  # when it is to end at once
 SECONDS_BETWEEN_NOTES = 10.0  # while there is work
 # of a validator's time at most, while there is work; the oldest do not change by what is published
 SHARE_OF_LOOKS = {Order.OLDEST: 0.01, Order.NEWEST: 0.1, Order.BISECT: 0.1}
-
-
-@dataclass
-class Counts:
-    """How many checkpoints were validated, and how many could not be."""
-
-    done: int = 0
-    failed: int = 0
 
 
 def watch(
@@ -63,7 +56,8 @@ def watch(
 
     Raises:
         UsageError: a name stands for another configuration on its run, or an unknown dataset.
-        TrackingError: the one run that is followed is gone.
+        TrackingError: what is followed is gone.
+        UnavailableError: checkpoint after checkpoint cannot be fetched or read on this machine.
         OSError: the disk is full.
     """
     worker = _Worker(followed, plan, sleep, claims or Claims(followed.client))
@@ -89,14 +83,16 @@ class _Worker:
         self._sleep = sleep
         self._patiently = Patience(followed.client, plan.poll_seconds, sleep)
         self._clock = ServerClock()
-        self._jobs = Jobs(plan, self._patiently, self._clock)
+        self._jobs = Jobs(plan, self._patiently, self._clock, names_runs=followed.run is None)
         self._pacer = Pacer(plan)
-        self._choice = Choice(plan, claims.owner.token, self._clock.now_ms)
+        self._setbacks = Setbacks(plan.poll_seconds)
+        self._choice = Choice(plan, claims.owner.token, self._clock.now_ms, setbacks=self._setbacks)
         self._bound = BoundRuns(followed, plan, self._patiently, sleep)
         self._policies = Policies(plan.wishes, plan.deciding)
         self._noted: dict[str, dict[str, str]] = {}
         self._seen: dict[str, list[Checkpoint]] = {}  # when that was noted
         self._counts = Counts()
+        self._done: set[str] = set()  # model ids
         self._writing: tuple[Job, Beside[dict[str, State]]] | None = None
         self._ahead: Beside[Job | None] | None = None
 
@@ -122,6 +118,8 @@ class _Worker:
             while job := self._next():
                 found = True
                 self._work(job)
+                if self._setbacks.is_in_one:
+                    break
                 unpaced = self._plan.keep_up and not self._pacer.has_chosen(job.run.id)
                 if time.monotonic() >= next_look or unpaced:
                     break
@@ -135,10 +133,13 @@ class _Worker:
             self._sleep(self._plan.poll_seconds)
             asked = False
         counts = self._counts
-        log.info(
-            "validated %d checkpoints of %s; %d failed",
-            *(counts.done, self._followed.name, counts.failed),
-        )
+        counts.passed_over = len(self._choice.passed_over)
+        counts.unavailable = len(self._choice.unavailable)
+        if not (self._plan.follow or counts.done):
+            counts.nothing = self._choice.why_nothing()
+            if counts.nothing:
+                log.error("nothing was validated: %s", counts.nothing)
+        log.info("validated %s of %s; %s", counts.checkpoints, self._followed.name, counts)
         return counts
 
     def _seconds_to_work(self, look_seconds: float) -> float:
@@ -174,14 +175,16 @@ class _Worker:
             with self._going_on_without(run_id):
                 run = self._followed.run_of(of_run[0])
                 names = self._pacer.names(
-                    run, bound, of_run, self._jobs.speed, self._choice.validators
+                    run, bound, of_run, self._jobs.speed, self._choice.validators, look.over
                 )
                 changed |= self._choice.limit(run_id, names)
         return changed
 
     @contextmanager
-    def _going_on_without(self, run_id: str) -> Iterator[None]:
-        """Pass over a run of an experiment that turns out to be deleted.
+    def _going_on_without(
+        self, run_id: str, checkpoint: Checkpoint | None = None
+    ) -> Iterator[None]:
+        """Pass over a checkpoint, or a run of an experiment, that turns out to be deleted.
 
         Raises:
             TrackingError: it is another trouble, or the one run that is followed.
@@ -189,6 +192,10 @@ class _Worker:
         try:
             yield
         except TrackingError:
+            if checkpoint and is_deleted(self._followed.client, checkpoint.model_id):
+                log.warning("step %d is passed over: it was deleted", checkpoint.step)
+                self._choice.forget(checkpoint)
+                return
             if self._followed.run is not None or not is_gone(self._followed.client, run_id):
                 raise
             if self._bound.known(run_id) != []:
@@ -199,7 +206,7 @@ class _Worker:
     def _claimed(self) -> Job | None:
         """The next piece of work that is ours."""
         for checkpoint, names in self._choice.candidates():
-            with self._going_on_without(checkpoint.run_id):
+            with self._going_on_without(checkpoint.run_id, checkpoint):
                 run = self._followed.run_of(checkpoint)
                 is_new = self._bound.known(run.id) is None
                 if is_new and self._bound.is_early(run):
@@ -252,7 +259,8 @@ class _Worker:
         """
         seconds = self._jobs.seconds
         is_short = seconds is not None and seconds < self._plan.poll_seconds
-        if is_short and not self._plan.keep_up and self._choice.has_plenty:
+        is_sound = not self._setbacks.is_in_one
+        if is_short and is_sound and not self._plan.keep_up and self._choice.has_plenty:
             self._ahead = Beside(self._claimed_ahead, name="ahead")
 
     def _claimed_ahead(self) -> Job | None:
@@ -273,6 +281,26 @@ class _Worker:
         self._writing = job, Beside(partial(self._jobs.written, found), name="writing")
         if self._ahead:
             self._ahead.wait()
+        if found.setback is None:
+            self._setbacks.note_success()
+        else:
+            self._put_off(job, found.setback)
+
+    def _put_off(self, job: Job, setback: UnavailableError) -> None:
+        """Give a checkpoint back that cannot be had here now, and wait a little.
+
+        Raises:
+            UnavailableError: that was too often in a row.
+        """
+        self._finish()
+        step = job.checkpoint.step
+        wait = self._setbacks.note(job.checkpoint, setback)
+        if self._setbacks.has_given_up(job.checkpoint):
+            log.error("step %d is left to other validators: %s", step, setback)
+        else:
+            log.warning("step %d is given back for now: %s", step, setback)
+        if wait:
+            self._sleep(wait)
 
     def _finish(self, seconds: float | None = None) -> None:
         """Wait until the last figures are written, and give back what was not done.
@@ -283,7 +311,7 @@ class _Worker:
             return
         (job, writing), states = self._writing, None
         try:
-            with self._going_on_without(job.run.id):
+            with self._going_on_without(job.run.id, job.checkpoint):
                 states = writing.wait(seconds)
         except Exception:
             self._writing = None
@@ -302,7 +330,10 @@ class _Worker:
             self._choice.ended(job.checkpoint, name, states.get(name))
         failed = State.FAILED in states.values()
         self._counts.failed += failed
-        self._counts.done += bool(states and not failed)
+        if states and not failed:
+            self._done.add(job.checkpoint.model_id)
+            self._counts.done = len(self._done)
+        self._counts.validations += len(done)
 
     def close(self) -> None:
         """Give everything back, at once but for what is being written."""

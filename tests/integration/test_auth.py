@@ -51,7 +51,7 @@ def guarded(
 
 
 def _post(address: str, **values: str) -> None:
-    requests.post(address, json=values, auth=tuple(ADMIN.values()), timeout=30).raise_for_status()
+    requests.post(address, json=values, auth=tuple(ADMIN.values()), timeout=600).raise_for_status()
 
 
 @pytest.mark.parametrize(

@@ -127,7 +127,10 @@ def test_datasets_lists_the_catalogue(command: Callable) -> None:
 
 
 def test_an_unknown_command_is_one_line(failure: Failure) -> None:
-    assert failure("trian") == (2, "error: No such command 'trian'; see `mlflow-dr --help`")
+    assert failure("trian") == (
+        2,
+        "error: No such command 'trian'; did you mean 'train'? see `mlflow-dr --help`",
+    )
 
 
 def test_a_console_script_prints_no_traceback(call: Call) -> None:

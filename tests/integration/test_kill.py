@@ -111,7 +111,7 @@ def test_asked_to_stop_amid_a_checkpoint_it_leaves_nothing_behind(
     before = set(Path(environment["TMPDIR"]).iterdir())
     ended = forked("validate", "--run-id", run_id, die=(place, number))
     assert ended.code == INTERRUPTED
-    assert ended.printed[-1] == "error: stopped"
+    assert ended.printed[-1] == "stopped"
     assert not any("Traceback" in line for line in ended.printed)
     assert set(Path(environment["TMPDIR"]).iterdir()) == before
     assert points(client, run_id, "val") == {}
@@ -133,6 +133,6 @@ def test_asked_to_stop_while_it_waits_it_ends_at_once(
     assert time.monotonic() - begun < 60
     assert ended.code == INTERRUPTED
     assert ended.printed[-3].startswith("step 1: ")
-    assert ended.printed[-2:] == ["", "error: stopped"]  # click ends the terminal's line of ^C
+    assert ended.printed[-2:] == ["", "stopped"]  # click ends the terminal's line of ^C
     assert client.get_run(run_id).info.status == "RUNNING"
     client.set_terminated(run_id)

@@ -98,7 +98,7 @@ def post(address: str, payload: object) -> np.ndarray:
         json.dumps(payload).encode(),
         {"Content-Type": "application/json"},
     )
-    with urllib.request.urlopen(request, timeout=60) as answer:
+    with urllib.request.urlopen(request, timeout=600) as answer:
         return np.array(json.loads(answer.read())["predictions"], np.float32)
 
 

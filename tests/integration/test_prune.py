@@ -82,7 +82,7 @@ def test_what_is_ended_in_the_middle_is_finished(
     words = ("prune", "--run-id", run_id, "--keep", "last:1", "--unvalidated")
     ended = forked(*words, die=(place, number))
     if number is signal.SIGINT:
-        assert (ended.code, ended.printed[-1]) == (130, "error: stopped")
+        assert (ended.code, ended.printed[-1]) == (130, "stopped")
     assert checkpoints(client, run_id)[1].tags["mlflow_dr.pruned"] == "begun"
     again = forked(*words)
     assert again.code == 0

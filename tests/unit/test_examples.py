@@ -1,6 +1,7 @@
 """The examples run."""
 
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -29,6 +30,14 @@ def test_the_demo_file_says_what_the_recipe_says() -> None:
     assert by_file.data == by_recipe.data
     assert by_file.publish == by_recipe.publish
     assert by_file.trainer.to_dict() == by_recipe.trainer.to_dict()
+
+
+def test_the_sea_is_what_its_generator_writes(tmp_path: Path) -> None:
+    (tmp_path / "qrels").mkdir()
+    shutil.copy(EXAMPLES / "sea" / "generate.py", tmp_path)
+    subprocess.run([sys.executable, tmp_path / "generate.py"], check=True)
+    for name in ("corpus.jsonl", "queries.jsonl", "qrels/train.tsv", "qrels/dev.tsv"):
+        assert (tmp_path / name).read_bytes() == (EXAMPLES / "sea" / name).read_bytes()
 
 
 def test_evaluating_from_python(minilm: Path, beir_folder: Callable[..., Path]) -> None:
@@ -78,5 +87,8 @@ def test_somebody_elses_loop_is_validated(
     points = client.get_metric_history(run.id, "val/mrr_at_10")
     assert sorted(point.step for point in points) == [0, 10, 20, 30]
     assert all(0 < point.value <= 1 for point in points)
+    curve = [point.value for point in sorted(points, key=lambda point: point.step)]
+    assert curve == sorted(curve), "the curve falls"
+    assert curve[0] < 0.1 and curve[-1] > 0.8, curve
     assert len({point.value for point in points}) > 1, "every checkpoint has the same weights"
     assert list(tmp_path.iterdir()) == [], "the example left files behind"

@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import tempfile
+import tracemalloc
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from pathlib import Path
@@ -19,6 +20,7 @@ from mlflow_dr.files import (
     decoded,
     digest_of,
     file_sha256,
+    grant_umask_modes,
     read_lines,
     scratch,
     written_beside,
@@ -56,7 +58,7 @@ def test_two_processes_build_once(tmp_path: Path) -> None:
         )
         for me, other in (("a", "b"), ("b", "a"))
     ]
-    outputs = [process.communicate(timeout=60)[0].strip() for process in pair]
+    outputs = [process.communicate(timeout=600)[0].strip() for process in pair]
     assert [process.returncode for process in pair] == [0, 0]
     built_by = (tmp_path / "log").read_text()
     assert built_by in ("a", "b")
@@ -153,6 +155,7 @@ def test_digests() -> None:
     assert digest_of("a", 1) == digest_of("a", "1")
     assert len({digest_of("ab"), digest_of("a", "b"), digest_of("b", "a"), digest_of("a")}) == 4
     assert len(digest_of("a")) == 16
+    assert len(digest_of(os.fsdecode(b"name of a file that is no UTF-8: \xff"))) == 16
 
 
 def test_the_sha256_of_a_file(tmp_path: Path) -> None:
@@ -183,6 +186,23 @@ def test_a_file_that_is_not_there(tmp_path: Path) -> None:
 def test_a_file_that_cannot_be_read(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"cannot be read \(Is a directory\)"):
         list(read_lines(tmp_path))
+
+
+@pytest.mark.parametrize("suffix", ["", ".gz"])
+def test_a_line_that_never_ends_is_refused_before_it_fills_the_memory(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, suffix: str
+) -> None:
+    monkeypatch.setattr("mlflow_dr.files.LONGEST_LINE", 1 << 20)
+    path = tmp_path / f"file{suffix}"
+    data = b"short\n" + b"x" * (1 << 24)
+    path.write_bytes(gzip.compress(data, 1) if suffix else data)
+    tracemalloc.start()
+    lines = read_lines(path)
+    assert next(lines) == (1, b"short")
+    with pytest.raises(DataError, match=r"file.*:2: the line is longer than 1 MiB"):
+        next(lines)
+    assert tracemalloc.get_traced_memory()[1] < 1 << 22
+    tracemalloc.stop()
 
 
 @pytest.mark.parametrize("damage", ["truncated", "changed", "not packed"])
@@ -299,3 +319,20 @@ def test_killed_at_any_moment_nothing_stays(
         if status == 0:
             break
     assert moment > 5
+
+
+def test_files_get_the_mode_that_the_umask_allows(tmp_path: Path) -> None:
+    """And keep what they allow beyond it; links are left alone."""
+    (tmp_path / "sub").mkdir()
+    private, program = tmp_path / "sub" / "private", tmp_path / "program"
+    for path, mode in ((private, 0o600), (program, 0o755)):
+        path.write_text("")
+        path.chmod(mode)
+    (tmp_path / "link").symlink_to(tmp_path / "nowhere")
+    before = os.umask(0o022)
+    try:
+        grant_umask_modes(tmp_path)
+    finally:
+        os.umask(before)
+    assert [path.stat().st_mode & 0o777 for path in (private, program)] == [0o644, 0o755]
+    assert {path.name for path in tmp_path.iterdir()} == {"sub", "program", "link"}

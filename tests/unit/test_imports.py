@@ -30,12 +30,20 @@ FLOORS = {
     "columns": 0,
     "beside": 0,
     "progress": 0,
+    "cache": 0,
     "files": 0,
     "errors": 0,
+    "terminal": 0,
     "version": 0,
 }
 # siblings on one floor that may look at each other, one way
-ALLOWED_BESIDE = {("files", "errors")}
+ALLOWED_BESIDE = {
+    ("files", "errors"),
+    ("cache", "errors"),
+    ("cache", "files"),
+    ("errors", "terminal"),
+    ("columns", "terminal"),
+}
 
 HOMES = {
     "mlflow": ["tracking/"],
@@ -50,6 +58,7 @@ HOMES = {
     "psutil": ["launch.py"],
     "sentence_transformers": ["encoder/"],
     "scipy": ["decisions/significance.py"],
+    "xxhash": ["cache.py"],
     "matplotlib": ["decisions/pictures.py", "fidelity/pictures.py"],
 }
 

@@ -6,7 +6,6 @@ import subprocess
 import sys
 import threading
 import time
-from collections import deque
 from collections.abc import Callable
 from pathlib import Path
 
@@ -14,8 +13,10 @@ import psutil
 import pytest
 
 from mlflow_dr import launch
+from mlflow_dr.errors import UsageError
 from mlflow_dr.launch import SECONDS_TO_STOP, Child, _plan, _signal
 from mlflow_dr.tracking.runs import TrackedRun
+from mlflow_dr.training.resume import begin_output, locked_output
 
 STUBBORN = "import signal, time; signal.signal(signal.SIGTERM, signal.SIG_IGN); time.sleep(600)"
 PARENT = f"""
@@ -34,7 +35,7 @@ def test_killing_reaches_what_a_child_has_started() -> None:
     assert process.stdout is not None
     workers = [psutil.Process(int(pid)) for pid in process.stdout.readline().split()]
     try:
-        _signal([Child("train", process, deque(), threading.Thread())], signal.SIGKILL)
+        _signal([Child("train", process, threading.Thread())], signal.SIGKILL)
         assert process.wait(timeout=10) == -signal.SIGKILL
         deadline = time.monotonic() + 10
         while any(map(_lives, workers)) and time.monotonic() < deadline:
@@ -56,7 +57,7 @@ def _lives(process: psutil.Process) -> bool:
 
 
 def test_torchrun_waits_for_its_children_as_long_as_we_do(
-    run: TrackedRun, monkeypatch: pytest.MonkeyPatch
+    run: TrackedRun, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """By torch's own reading of what it is given."""
     printing = (
@@ -66,10 +67,38 @@ def test_torchrun_waits_for_its_children_as_long_as_we_do(
     monkeypatch.setattr(launch, "TORCHRUN", ("-c", printing))
     child = Child.start("train", [], run, {}, processes=2)
     with child.process:
-        child.reader.join(timeout=60)
-    if child.tail[-1] == "unknown":
+        child.reader.join(timeout=600)
+    last = capsys.readouterr().out.splitlines()[-1].removeprefix("[train] ")
+    if last == "unknown":
         pytest.skip("this torch waits for half a minute")
-    assert float(child.tail[-1]) == SECONDS_TO_STOP
+    assert float(last) == SECONDS_TO_STOP
+
+
+@pytest.mark.parametrize(
+    ("ending", "how"),
+    [
+        ("sys.exit('error: no such encoder')", "exit code 1"),
+        ("os.kill(os.getpid(), 9)", "SIGKILL"),
+    ],
+)
+def test_a_childs_error_is_said_once(
+    run: TrackedRun,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    ending: str,
+    how: str,
+) -> None:
+    code = f"import os, sys; print('begun', flush=True); {ending}"
+    monkeypatch.setattr(launch, "TORCHRUN", ("-c", code))
+    child = Child.start("train", [], run, {}, processes=2)
+    with child.process:
+        child.reader.join(timeout=600)
+    child.report_death()
+    child.report_death()
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0] == "[train] begun"
+    assert lines[-1] == f"train ended with {how}"
+    assert sum("no such encoder" in line for line in lines) == (how == "exit code 1")
 
 
 @pytest.mark.parametrize("gpus", [1, 4])
@@ -85,3 +114,23 @@ def test_negatives_across_devices_are_looked_at_with_the_processes_to_come(
         plan = _plan([*flags, "--output_dir", str(tmp_path / "out")], gpus)
     assert (plan.validated, plan.run_id) == (str(folder), None)
     assert ("there is one training process" in caplog.text) == (gpus == 1)
+
+
+def test_an_output_directory_in_use_is_refused_before_there_is_a_run(
+    beir_folder: Callable[..., Path], tmp_path: Path
+) -> None:
+    """A run that is resumed twice would be ended for the training that has it."""
+    folder = beir_folder({"p": "gulls"}, {"q": "birds"}, train={"q": {"p": 1}}, dev={"q": {"p": 1}})
+    flags = ["--dataset", str(folder), "--use_cpu", "--output_dir", str(tmp_path / "out")]
+    with locked_output(tmp_path / "out"):
+        assert _plan(flags, 1).run_id is None
+        with pytest.raises(UsageError, match="another training"):
+            _plan([*flags, "--save_steps", "2"], 1)
+    begin_output(tmp_path / "out", "run-1")
+    (tmp_path / "out" / "checkpoint-2").mkdir()
+    with pytest.raises(UsageError, match="has checkpoints of another training"):
+        _plan([*flags, "--save_steps", "2"], 1)
+    resumed = [*flags, "--resume_from_checkpoint"]
+    assert _plan(resumed, 1).run_id == "run-1"
+    with locked_output(tmp_path / "out"), pytest.raises(UsageError, match="another training"):
+        _plan(resumed, 1)

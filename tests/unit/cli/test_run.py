@@ -84,7 +84,7 @@ def test_server_and_experiment_are_everybodys(
         raise RuntimeError(run.id)
 
     monkeypatch.setattr(launch.Child, "start", lambda command, flags, run, *_: stop(run))
-    named = {"tracking_uri": client.tracking_uri, "experiment_name": "spelt"}
+    named = {"tracking_uri": client.tracking_uri, "experiment_name": "spelt", "run_name": "mine"}
     words = [word for name, value in named.items() for word in (f"--{name}", value)]
     if in_file:
         (tmp_path / "train.yaml").write_text(json.dumps(named))
@@ -98,3 +98,4 @@ def test_server_and_experiment_are_everybodys(
     finally:
         mlflow.set_tracking_uri(before)
     assert client.get_experiment(run.info.experiment_id).name == "spelt"
+    assert run.info.run_name == "mine"

@@ -2,6 +2,7 @@
 
 from operator import attrgetter
 
+import click
 import pytest
 
 from mlflow_dr.cli import validate
@@ -61,3 +62,10 @@ def test_flags_of_several_validations() -> None:
     ).validations
     assert (cheap.refines, dear.refines.name, dear.refines.best) == (None, cheap.name, 4)
     assert str(dear.refines.measure) == "ndcg@5"
+
+
+@pytest.mark.parametrize("flag", ["--poll-seconds", "--max-lag", "--min-delta"])
+@pytest.mark.parametrize("value", ["nan", "inf", "-1"])
+def test_numbers_that_no_range_should_let_pass(flag: str, value: str) -> None:
+    with pytest.raises(click.BadParameter, match=rf"{value}.* is not|range"):
+        validate.plan_of(["--run-id", "0", flag, value])

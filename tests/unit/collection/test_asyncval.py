@@ -432,6 +432,22 @@ def test_fault_5_stray_files_are_passed_over(room: Path, caplog: pytest.LogCaptu
     assert "corpus: passed over: 3 other files (such as README.md)" in caplog.text
 
 
+def test_half_of_the_passages_is_no_corpus(room: Path) -> None:
+    link = room / "corpus/split02.jsonl"
+    link.symlink_to("gone.jsonl")
+    with pytest.raises(DataError, match=r"split02\.jsonl: a link to gone\.jsonl, which does not"):
+        opened(room).corpus()
+    link.unlink()
+    lines(room / "corpus/more-1-of-2.json", [{"text_id": "p3", "text": "Oil floats."}])
+    with pytest.raises(DataError, match=r"more-0-of-2\.json is missing; there are 1 of 2"):
+        opened(room).corpus()
+
+
+def test_a_name_that_no_file_can_have() -> None:
+    with pytest.raises(UsageError, match="no file can have a NUL character in its name"):
+        open_collection("asyncval:a%00b?queries=q.json&qrels=q.tsv")
+
+
 def test_fault_7_the_passages_of_a_row_are_those_that_were_asked_for(
     folder: Path, tmp_path: Path, bare: Tokens
 ) -> None:

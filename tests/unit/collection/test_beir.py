@@ -2,6 +2,8 @@
 
 import gzip
 import logging
+import os
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -90,6 +92,17 @@ def test_packed_files_are_read_like_plain_ones(folder: Path) -> None:
         pytest.param("\ufeffq1\tp1\t2\nq2\tp2\t1\n", id="byte order mark"),
         pytest.param("q1\tp1\t2\n\n \n\t\nq2\tp2\t1\n\n", id="blank lines"),
         pytest.param("q1\tp1\t2\nq2\tp2\t1\nq1\tp1\t2\n", id="a line repeated"),
+        pytest.param("q1 \tp1\t 2\n q2\tp2\t1 \n", id="blanks beside tabs"),
+        pytest.param("q1\t1.5\tp1\t2\nq2\t3\tp2\t1\n", id="TREC with rounds"),
+        pytest.param(
+            "query-id\tcorpus-id\tscore\tgrader\nq1\tp1\t2\t0\nq2\tp2\t1\t0\n",
+            id="a fourth column",
+        ),
+        pytest.param(
+            "Doc_ID\tlabel\tnote\tquery_id\np1\t2\t\tq1\np2\t1\tp1\tq2\n",
+            id="columns in another order",
+        ),
+        pytest.param("topic 0 docno rel\nq1 0 p1 2\nq2 0 p2 1\n", id="TREC with a header"),
     ],
 )
 def test_layouts_of_judgements(folder: Path, text: str) -> None:
@@ -137,6 +150,11 @@ MALFORMED = [
     pytest.param('{"_id": "", "text": "t"}', "no '_id'", id="empty id"),
     pytest.param('{"_id": 1.5, "text": "t"}', "got 1.5", id="fraction as id"),
     pytest.param('{"_id": true, "text": "t"}', "got True", id="boolean as id"),
+    pytest.param('{"_id": null, "text": "t"}', "got None", id="null as id"),
+    pytest.param('{"_id": "b\\u0000c", "text": "t"}', "has a NUL character", id="NUL in id"),
+    pytest.param('{"_id": "b ", "text": "t"}', "white space at its start or end", id="blank in id"),
+    pytest.param('{"_id": "\\ud800", "text": "t"}', "not JSON", id="half a surrogate pair"),
+    pytest.param(f'{{"_id": {"9" * 5000}, "text": "t"}}', "not JSON", id="5,000 digits"),
     pytest.param('{"_id": "b"}', "no 'text'", id="no text"),
     pytest.param('{"_id": "b", "text": null}', "no 'text'", id="null text"),
     pytest.param('{"_id": "b", "text": ["t"]}', "got \\['t'\\]", id="list as text"),
@@ -202,12 +220,48 @@ def test_text_that_is_not_utf8(folder: Path) -> None:
         ("q1\tp1\thigh", "relevance 'high' is not a whole number"),
         ("q1\tp1\t--1", "relevance '--1' is not a whole number"),
         ("q2\tp2\t3", "have relevance 3 here and 1 on an earlier line"),
+        ("q1\tp1\t1\t0", "4 columns, the second of them 'p1'; TREC's have 0 there"),
+        ("q1\t7\t1\t0", "4 columns, the second of them '7'; TREC's have 0 there"),
+        ("q1\t\t1", "an id is empty"),
+        ("q1\tp1\t1\tgood", "4 columns, the second of them 'p1'; TREC's have 0 there"),
+        ("q1\tp1\x00tail\t1", r"id 'p1\\x00tail' has a NUL character"),
+        ("q\x001\tp1\t1", r"id 'q\\x001' has a NUL character"),
     ],
 )
 def test_malformed_judgements(folder: Path, line: str, message: str) -> None:
     (folder / "qrels/dev.tsv").write_text(f"q2\tp2\t1\n\n{line}\n")
     with pytest.raises(DataError, match=rf"dev\.tsv:3: .*{message}"):
         BeirFolder(folder).topics("dev")
+
+
+@pytest.mark.parametrize("line", ["q1\tp1\t1", "q1\tp1\t1\t0\t0"])
+def test_a_line_of_other_columns_than_the_first_line_names(folder: Path, line: str) -> None:
+    (folder / "qrels/dev.tsv").write_text(f"query-id\tcorpus-id\tscore\tgrader\n{line}\n")
+    with pytest.raises(DataError, match=r"dev\.tsv:2: \d columns; the first line names 4"):
+        BeirFolder(folder).topics("dev")
+
+
+def test_ids_that_differ_by_unicode_normalisation_are_two(folder: Path) -> None:
+    composed, decomposed = "caf\u00e9", "cafe\u0301"
+    (folder / "corpus.jsonl").write_text(
+        "".join(f'{{"_id": "{one}", "text": "t"}}\n' for one in (composed, decomposed))
+    )
+    (folder / "qrels/dev.tsv").write_text(f"q1\t{composed}\t1\nq1\t{decomposed}\t2\n")
+    assert judged(folder) == {"q1": {composed: 1, decomposed: 2}}
+
+
+def test_a_link_to_nowhere_is_not_passed_over_for_the_packed_file(folder: Path) -> None:
+    packed(folder / "corpus.jsonl")
+    (folder / "corpus.jsonl").symlink_to(folder / "gone.jsonl")
+    with pytest.raises(DataError, match=r"corpus\.jsonl: a link to .*gone\.jsonl, which does not"):
+        BeirFolder(folder).corpus()
+
+
+def test_messages_quote_the_start_of_long_values(folder: Path) -> None:
+    (folder / "corpus.jsonl").write_text(f'{{"_id": ["{"x" * 200_000}"], "text": "t"}}\n')
+    with pytest.raises(DataError, match=r"corpus\.jsonl:1: no '_id'") as error:
+        BeirFolder(folder).corpus()
+    assert len(str(error.value)) < 500
 
 
 def test_a_truncated_packed_file(folder: Path) -> None:
@@ -301,6 +355,29 @@ def test_a_changed_file_is_read_again(folder: Path) -> None:
     after = BeirFolder(folder).corpus()
     assert (before[1].text, after[1].text) == ("Iron sinks.", "Gold sinks.")
     assert before.digest != after.digest
+
+
+def replaced_in_place(path: Path, new: bytes) -> None:
+    path.write_bytes(new)
+
+
+def replaced_by_renaming(path: Path, new: bytes) -> None:
+    (path.parent / "new").write_bytes(new)
+    (path.parent / "new").replace(path)
+
+
+@pytest.mark.parametrize("replace", [replaced_in_place, replaced_by_renaming])
+def test_a_file_of_equal_size_and_time_is_another_file(
+    folder: Path, replace: Callable[[Path, bytes], None]
+) -> None:
+    path = folder / "corpus.jsonl"
+    before, state = BeirFolder(folder).corpus(), path.stat()
+    time.sleep(0.02)  # longer than the clock of a file system needs to tick
+    replace(path, path.read_bytes().replace(b"Iron", b"Gold"))
+    os.utime(path, ns=(state.st_atime_ns, state.st_mtime_ns))
+    assert (path.stat().st_size, path.stat().st_mtime_ns) == (state.st_size, state.st_mtime_ns)
+    after = BeirFolder(folder).corpus()
+    assert (before[1].text, after[1].text) == ("Iron sinks.", "Gold sinks.")
 
 
 def test_an_unchanged_file_is_read_once(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:

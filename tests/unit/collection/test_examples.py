@@ -111,16 +111,18 @@ def test_passages_without_id_are_known_by_their_content() -> None:
     assert again == names[::-1]
 
 
-def test_of_one_id_with_two_texts_the_first_is_kept_and_the_others_counted(
-    caplog: pytest.LogCaptureFixture,
-) -> None:
+def test_two_texts_with_one_id_are_two_passages(caplog: pytest.LogCaptureFixture) -> None:
+    """DPR trains on the text that the file has, whatever the id."""
     other = LINER._replace(text="another liner")
-    examples = made(raw([LINER]), raw([other], where="file:2"), raw([other], where="file:3"))
-    assert examples.passages.passages([0]) == [LINER]
-    assert len(examples.passages) == 1
-    assert (
-        "2 passages with another text than the first one of their id (such as id 'p1' at file:2)"
-    ) in warning(caplog)
+    examples = made(raw([LINER], [other]), raw([other]), raw([LINER]))
+    positives, negatives = examples[0].positives, examples[0].negatives
+    assert examples.passages.passages(positives) == [LINER]
+    assert [one.text for one in examples.passages.passages(negatives)] == ["another liner"]
+    assert examples[1].positives.tolist() == negatives.tolist()
+    assert examples[2].positives.tolist() == positives.tolist()
+    assert len(examples.passages) == 2
+    assert len(set(examples.passages.ids.to_pylist())) == 2
+    assert not caplog.records
 
 
 def test_ids_are_rows_of_the_given_corpus(corpus: Corpus) -> None:

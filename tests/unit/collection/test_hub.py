@@ -5,9 +5,11 @@ from __future__ import annotations
 import gzip
 import json
 import logging
+import os
 import socket
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterator
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
@@ -17,7 +19,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from mlflow_dr.collection.corpus import cached_corpus
+from mlflow_dr.collection import hub as hub_module
+from mlflow_dr.collection.corpus import Corpus, cached_corpus
 from mlflow_dr.collection.hub import HubCollection, hub_collection, msmarco_passage
 from mlflow_dr.collection.records import Passage, Query
 from mlflow_dr.errors import DataError, UsageError
@@ -149,12 +152,39 @@ def test_equal_contents_have_equal_digests_whatever_the_format(hub: HubCache) ->
     assert msmarco_passage().corpus().digest == cached_corpus("same", same).digest
 
 
-def test_passages_are_checked_and_digested_once(hub: HubCache, tmp_path: Path) -> None:
+def test_passages_are_checked_and_digested_once(
+    hub: HubCache, monkeypatch: pytest.MonkeyPatch
+) -> None:
     hub.put(CORPUS, "corpus.jsonl.gz", PASSAGES)
-    msmarco_passage().corpus()
-    (digest,) = [file for file in (tmp_path / "cache/digests").iterdir() if not file.suffix]
-    digest.write_text("kept")
-    assert msmarco_passage().corpus().digest == "kept"
+    digest = msmarco_passage().corpus().digest
+    monkeypatch.setattr(hub_module, "check_passages", lambda *_: pytest.fail("checked again"))
+    monkeypatch.setattr(Corpus, "digest", property(lambda corpus: corpus._digest))
+    assert msmarco_passage().corpus().digest == digest
+
+
+def test_a_file_that_was_replaced_is_read_again(hub: HubCache) -> None:
+    """Of one commit, size and time of change; `datasets` alone would take what it read before."""
+    file = hub.put(CORPUS, "corpus.jsonl", PASSAGES)
+    before, state = msmarco_passage().corpus(), file.stat()
+    time.sleep(0.02)  # longer than the clock of a file system needs to tick
+    file.write_bytes(file.read_bytes().replace(b"project", b"PROJECT"))
+    os.utime(file, ns=(state.st_atime_ns, state.st_mtime_ns))
+    after = msmarco_passage().corpus()
+    assert [before[0].text, after[0].text] == ["success of the project", "success of the PROJECT"]
+    assert before.digest != after.digest
+
+
+def test_damaged_rows_in_the_cache_are_read_again(
+    hub: HubCache, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    hub.put(CORPUS, "corpus.jsonl", PASSAGES)
+    before = msmarco_passage().corpus()
+    passages = next(before.batches())
+    (rows,) = (tmp_path / "cache/hub").glob("*/*.arrow")
+    rows.write_bytes(rows.read_bytes().replace(b"project", b"prospect"))
+    after = msmarco_passage().corpus()
+    assert (next(after.batches()), after.digest) == (passages, before.digest)
+    assert [record for record in caplog.messages if "damaged" in record and "again" in record]
 
 
 def test_whole_numbers_are_taken_as_ids(hub: HubCache) -> None:
@@ -459,3 +489,36 @@ def _connect(monkeypatch: pytest.MonkeyPatch, port: int) -> None:
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
     monkeypatch.setattr(constants, "ENDPOINT", f"http://127.0.0.1:{port}")
     monkeypatch.setenv("NO_PROXY", "127.0.0.1")
+
+
+@pytest.mark.parametrize("name", ["corpus.jsonl.gz", "corpus-00001-of-00002.parquet"])
+def test_a_file_of_the_cache_whose_contents_are_gone(hub: HubCache, name: str) -> None:
+    """The cache has links to contents that are kept elsewhere; half a corpus is no corpus."""
+    if name.endswith("parquet"):
+        hub.put(CORPUS, "corpus-00000-of-00002.parquet", PASSAGES[:2])
+    link = hub.put(CORPUS, name, PASSAGES[2:])
+    link.unlink()
+    link.symlink_to("../../blobs/gone")
+    with pytest.raises(DataError, match=rf"{CORPUS}: .*{name}: a link to .*gone.*hf download --"):
+        HubCollection("mine", EXAMPLES, CORPUS, {"dev": "none"}).corpus()
+
+
+def test_a_file_is_missing_among_those_that_count_themselves(hub: HubCache) -> None:
+    hub.put(CORPUS, "data/corpus-00001-of-00002.parquet", PASSAGES)
+    with pytest.raises(DataError, match=rf"{CORPUS}: .*corpus-00000-of-00002.parquet is missing"):
+        HubCollection("mine", EXAMPLES, CORPUS, {"dev": "none"}).corpus()
+
+
+@pytest.mark.parametrize(
+    ("rows", "message"),
+    [
+        ([dict(PASSAGES[0], docid="0\x00tail")], r"id '0\\x00tail' has a NUL character"),
+        ([PASSAGES[0], dict(PASSAGES[1], docid="0")], r"1 passages repeat an id \(such as '0'\)"),
+    ],
+)
+def test_ids_that_cannot_be_told_apart(
+    hub: HubCache, rows: list[dict[str, Any]], message: str
+) -> None:
+    hub.put(CORPUS, "corpus.jsonl", rows)
+    with pytest.raises(DataError, match=message):
+        HubCollection("mine", EXAMPLES, CORPUS, {"dev": "none"}).corpus()

@@ -146,3 +146,18 @@ def test_a_long_item_is_read_in_growing_steps(
     monkeypatch.setattr(json.JSONDecoder, "raw_decode", counted)
     assert len(items(path)) == 1
     assert len(parsed) < 20
+
+
+def test_a_number_of_thousands_of_digits(tmp_path: Path) -> None:
+    path = tmp_path / "a.json"
+    path.write_text(f'[{{"id": 1}},\n {{"id": {"9" * 5000}}}]')
+    with pytest.raises(DataError, match=r"a\.json:2: the item has a number of thousands of digits"):
+        items(path)
+
+
+def test_an_item_that_never_ends(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(jsonarray, "LONGEST_LINE", 1 << 20)
+    path = tmp_path / "a.json"
+    path.write_text('[{}, {"a": "' + "x" * (1 << 23) + '"}]')
+    with pytest.raises(DataError, match=r"a\.json:1: an item is longer than 1 MiB"):
+        items(path)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import csv
 import gzip
+import io
 import json
 import logging
 import os
@@ -26,6 +28,7 @@ from mlflow_dr.errors import DataError, UsageError
 
 Row = dict[str, Any]
 
+NO_PASSAGES = {name: pa.array([], pa.string()) for name in ("id", "title", "text")}
 LINER = {"docid": "p1", "title": "Ships", "text": "a liner"}
 TUG = {"docid": "p2", "title": "", "text": "a tug"}
 BARGE = {"docid": "p3", "title": None, "text": "a barge"}
@@ -325,6 +328,103 @@ def test_a_line_of_a_table_ends_where_a_files_line_ends(
     assert [*passages.batches()] == [
         [Passage("p1", odd, odd), Passage("p2", "t", f'{odd}\n\r\n"j"')]
     ]
+
+
+def test_a_quotation_mark_that_is_not_closed_is_named(
+    write: Callable[..., Path],
+) -> None:
+    rows = [
+        "id\ttext\ttitle",
+        "1\tRye grows slowly\tRye",
+        '2\t"Alpha begins the tale\tMills',
+        "3\tBarley is sown in spring\tBarley",
+        '4\tThe ferry crosses at noon" she said\tFerries',
+    ]
+    path = write("psgs.tsv", "\n".join(rows).encode())
+    with pytest.raises(DataError, match=r"psgs\.tsv:3: a quotation mark is not closed .* line 5"):
+        corpus_of_file(path)
+
+
+def test_a_table_is_read_as_dpr_reads_it(write: Callable[..., Path]) -> None:
+    """By Python's csv with tabs: quoted line ends, doubled quotes; lines of names are left out."""
+    table = (
+        'id\ttext\ttitle\n1\t"a ""b""\nc"\t"t\tu"\n2\tsaid "he"\t\nid\ttext\ttitle\n\n3\t"x" y\tz\n'
+    )
+    rows = [row for row in csv.reader(io.StringIO(table), delimiter="\t") if row]
+    expected = [Passage(one, title, text) for one, text, title in rows if one != "id"]
+    (passages,) = corpus_of_file(write("psgs.tsv", table.encode())).batches()
+    assert passages == expected
+    assert len(passages) == 3
+
+
+@pytest.mark.parametrize("character", ["\x00", " "])
+def test_an_id_that_judgements_cannot_name(write: Callable[..., Path], character: str) -> None:
+    path = write("psgs.tsv", f"id\ttext\ttitle\np1{character}\ta\tb\n".encode())
+    with pytest.raises(DataError, match=r"psgs\.tsv:2: id 'p1.* has "):
+        corpus_of_file(path)
+    path.unlink()
+    rows = dict(BY_ID, negative_document_ids=["p2", f"p1{character}"])
+    with pytest.raises(DataError, match=r"mined\.jsonl:1: negative_document_ids\[1\]: id 'p1"):
+        open_examples(write("mined.jsonl", rows), lambda: Corpus(pa.table(NO_PASSAGES)))
+
+
+def test_a_passage_that_never_ends(
+    write: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("mlflow_dr.collection.passages.LONGEST_LINE", 1000)
+    path = write("psgs.tsv", b'1\t"' + b"x" * 80 + b"\n" * 2000)
+    with pytest.raises(DataError, match=r"psgs\.tsv:1: cannot be read \(field larger"):
+        corpus_of_file(path)
+
+
+# Folders that are not complete
+
+
+def test_a_link_to_nowhere_among_training_files(write: Callable[..., Path]) -> None:
+    path = write("train-1.jsonl", TEVATRON)
+    (path.parent / "train-2.jsonl").symlink_to("gone.jsonl")
+    (path.parent / "dev.jsonl").symlink_to("gone.jsonl")
+    with pytest.raises(DataError, match=r"train-2\.jsonl: a link to gone\.jsonl, which does not"):
+        open_examples(path.parent)
+
+
+@pytest.mark.parametrize(
+    ("names", "missing"),
+    [
+        (["train-00000-of-00003.jsonl", "train-00002-of-00003.jsonl"], "train-00001-of-00003"),
+        (["train-1-of-3.jsonl", "train-3-of-3.jsonl"], "train-2-of-3"),
+        (["train.00001-of-00002.jsonl"], "train.00000-of-00002"),
+    ],
+)
+def test_a_file_is_missing_among_those_that_count_themselves(
+    write: Callable[..., Path], names: list[str], missing: str
+) -> None:
+    for name in names:
+        folder = write(name, TEVATRON).parent
+    with pytest.raises(
+        DataError, match=rf"{missing}\.jsonl is missing; there are {len(names)} of \d"
+    ):
+        open_examples(folder)
+
+
+@pytest.mark.parametrize("first", [0, 1])
+def test_files_that_count_themselves_and_are_all_there(
+    write: Callable[..., Path], first: int
+) -> None:
+    for number in (first, first + 1):
+        folder = write(f"train-0000{number}-of-00002.jsonl", TEVATRON).parent
+    assert len(open_examples(folder)) == 2
+
+
+def test_a_download_that_was_not_finished_is_named(
+    write: Callable[..., Path], caplog: pytest.LogCaptureFixture
+) -> None:
+    folder = write("train-1.jsonl", TEVATRON).parent
+    write("train-2.jsonl.part", TEVATRON)
+    (folder / "train-1.jsonl.tmp").touch()  # of one that is finished
+    assert len(open_examples(folder)) == 1
+    (warning,) = caplog.messages
+    assert "train-2.jsonl.part: passed over, as a download that was not finished" in warning
 
 
 def test_a_truncated_packed_table_of_passages(write: Callable[..., Path]) -> None:

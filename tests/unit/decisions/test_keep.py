@@ -44,11 +44,12 @@ def said(
     validations: tuple[str, ...] = ("val",),
     unvalidated: bool = False,
     own: Own | None = None,
+    taken: dict[str, int] | None = None,
     **registered: str,
 ) -> dict[int, str]:
     """Step -> why it stays, or `goes: ` and why."""
     verdicts = select(
-        checkpoints, parse_policy(policy), MRR, validations, registered, unvalidated, own
+        checkpoints, parse_policy(policy), MRR, validations, registered, unvalidated, own, taken
     )
     return {one.checkpoint.step: "goes: " * one.goes + one.reason for one in verdicts}
 
@@ -136,13 +137,16 @@ def test_what_is_not_validated_yet_stays_unless_it_is_asked_for() -> None:
     recorded = checkpoint(3, 0.5, metrics=frozenset())
     there = [checkpoint(1), checkpoint(2, tags=failed), recorded, checkpoint(4, 0.5)]
     assert said(there) == {
-        1: "not validated yet",
+        1: "not validated yet by val",
         2: "goes: none of last:1",
-        3: "not validated yet",
+        3: "not validated yet by val",
         4: "last",
     }
     assert said(there, validations=("val", "test")) == {
-        step: "last" if step == 5 else "not validated yet" for step in (1, 2, 3, 4)
+        1: "not validated yet by test, val",
+        2: "not validated yet by test",
+        3: "not validated yet by test, val",
+        4: "not validated yet by test",
     }
     assert said(there, validations=())[4] == "not validated yet"
     freely = said(there, unvalidated=True)
@@ -156,14 +160,26 @@ def test_a_validator_knows_what_it_has_still_to_do_itself() -> None:
     there += [checkpoint(5, tags=failed)]
     own = Own({"val": "val", "dear": "val"}, waiting={"m-2", "m-3"})
     assert said(there, validations=("val", "dear"), own=own) == {
-        1: "not validated yet",
-        2: "not validated yet",
-        3: "not validated yet",
+        1: "not validated yet by dear, val",
+        2: "not validated yet by dear",
+        3: "not validated yet by dear",
         4: "goes: none of last:1",
         5: "last",
     }
     elsewhere = said(there, validations=("val", "dear", "other"), own=own)
-    assert set(elsewhere.values()) == {"not validated yet"}
+    assert elsewhere[1] == "not validated yet by dear, other, val"
+    assert elsewhere[4] == elsewhere[5] == "not validated yet by other"
+
+
+def test_a_validation_that_takes_some_steps_only_is_waited_for_on_these_alone() -> None:
+    """Of `some` each sixth step; `dear` chooses by itself."""
+    there = [checkpoint(step, 0.5) for step in (5, 6, 7)]
+    names, taken = ("val", "some", "dear"), {"val": 1, "some": 6, "dear": 0}
+    assert said(there, validations=names, taken=taken) == {
+        5: "goes: none of last:1",
+        6: "not validated yet by some",
+        7: "last",
+    }
 
 
 def test_what_the_metric_knows_nothing_of_stays() -> None:
@@ -171,7 +187,7 @@ def test_what_the_metric_knows_nothing_of_stays() -> None:
     record = {"mlflow_dr.validation.small": json.dumps({"values": {}})}
     there = [checkpoint(1, params=record), checkpoint(2, 0.5, params=record), checkpoint(3, 0.5)]
     own = Own({"val": "val", "small": "small"}, waiting=())
-    assert said(there, validations=("val", "small"), own=own)[1] == "not validated yet"
+    assert said(there, validations=("val", "small"), own=own)[1] == "not validated yet by val"
     by_small = MRR._replace(validation="small")
     (first, *_) = select(there, parse_policy("last:1"), by_small, ("val", "small"), {}, own=own)
     assert first.goes

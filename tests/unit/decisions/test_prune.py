@@ -118,7 +118,9 @@ def test_claims_are_respected(validated: TrackedRun) -> None:
 def test_what_is_not_validated_yet(validated: TrackedRun) -> None:
     bind_name(validated, "new", {"measures": "mrr@10"})
     flags = ("--run-id", validated.id, "--keep", "last:1")
-    assert set(lines(prune(validated.client, *flags)).values()) == {("stays", "not validated yet")}
+    assert set(lines(prune(validated.client, *flags)).values()) == {
+        ("stays", "not validated yet by new")
+    }
     assert with_files(validated) == list(VALUES)
     prune(validated.client, *flags, "--unvalidated")
     assert with_files(validated) == [40]

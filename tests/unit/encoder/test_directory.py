@@ -103,6 +103,9 @@ def foreign(saved: Path) -> Path:
     return saved
 
 
+OWN = {"title_separator": " ", "strip_question_mark": False}
+
+
 def change_json(path: Path, **values: Any) -> None:
     path.write_text(json.dumps(json.loads(path.read_text()) | values))
 
@@ -403,7 +406,8 @@ def test_a_tokenizer_with_more_tokens_than_the_backbone_embeds(saved: Path) -> N
         ({"layout": 2}, "'encoder'"),
         ({"layout": 2, "encoder": {}}, "'title_separator'"),
         ({"layout": "2", "encoder": {}}, "not an encoder's description"),
-        ({"layout": 2, "encoder": {"title_separator": 3}}, "title_separator is 3; expected str"),
+        ({"layout": 2, "encoder": OWN | {"title_separator": 3}}, "separator is 3; expected str"),
+        ({"layout": 2, "encoder": OWN | {"strip_question_mark": "no"}}, "'no'; expected bool"),
         ({"layout": 2, "encoder": {"poling": "cls"}}, "unknown encoder settings"),
         ({"layout": 2, "encoder": ["cls"]}, "not an encoder's description"),
         (["cls"], "not an encoder's description"),

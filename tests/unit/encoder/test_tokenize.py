@@ -1,14 +1,16 @@
 """Text to token ids: prompts, titles, lengths, and the digest that names them."""
 
-from collections.abc import Callable
+import shutil
+from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 import pytest
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
-from tokenizers.pre_tokenizers import Whitespace
+from tokenizers.pre_tokenizers import PreTokenizer, Whitespace
 from tokenizers.processors import TemplateProcessing
-from transformers import PreTrainedTokenizerFast
+from transformers import BertJapaneseTokenizer, PreTrainedTokenizerFast
 
 from mlflow_dr.collection.records import Passage, Query
 from mlflow_dr.encoder.config import EncoderConfig, ProjectionConfig
@@ -132,6 +134,97 @@ def test_the_digest_names_the_tokenizer() -> None:
     left = tokenizer()
     left.truncation_side = "left"
     assert digest(left) != digest(tokenizer())
+
+
+PYTHON_WORDS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "red", "Red", "blue", "##s"]
+
+
+class PythonTokenizer(BertJapaneseTokenizer):
+    """Has no backend; `hidden` is a rule that it says nowhere."""
+
+    hidden = False
+
+    def _tokenize(self, text: str) -> list[str]:
+        return super()._tokenize(text.replace("don't", "red") if self.hidden else text)
+
+
+@pytest.fixture
+def python_digest(tmp_path: Path) -> Callable[..., str]:
+    """The digest of a tokenizer without a backend, from files that are gone by then."""
+
+    def digest(
+        change: Callable[[Any], object] = lambda made: None,
+        vocabulary: Sequence[str] = PYTHON_WORDS,
+        room: str = "room",
+        **settings: Any,
+    ) -> str:
+        (tmp_path / room).mkdir()
+        path = tmp_path / room / "vocab.txt"
+        path.write_text("\n".join(vocabulary))
+        made = PythonTokenizer(str(path), name_or_path=str(path.parent), **settings)
+        shutil.rmtree(tmp_path / room)
+        assert not hasattr(made, "backend_tokenizer")
+        change(made)
+        return Tokenizing(made, EncoderConfig()).passage_digest()
+
+    return digest
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"do_lower_case": True},
+        {"do_word_tokenize": False},
+        {"subword_tokenizer_type": "character"},
+        {"never_split": ["reds"]},
+        {"split_special_tokens": True},
+        {"cls_token": "[MASK]"},
+        {"vocabulary": [*PYTHON_WORDS, "new"]},
+        {"change": lambda made: made.add_tokens(["green"])},
+        {"change": lambda made: setattr(made, "truncation_side", "left")},
+        {"change": lambda made: setattr(made, "pad_token", "[MASK]")},
+        {"change": lambda made: setattr(made, "hidden", True)},
+        {"change": lambda made: setattr(made, "special_tokens_pattern", "cls")},
+    ],
+    ids=lambda change: next(iter(change)),
+)
+def test_the_digest_holds_the_settings_of_a_tokenizer_in_python(
+    python_digest: Callable[..., str], change: dict[str, Any]
+) -> None:
+    assert python_digest(**change) != python_digest()
+
+
+def test_the_digest_of_a_tokenizer_in_python_holds_nothing_else(
+    python_digest: Callable[..., str],
+) -> None:
+    """Every checkpoint of a run is read from a folder of its own."""
+    others = {"chat_template": "{{ x }}", "model_max_length": 77, "local_files_only": True}
+    assert python_digest(room="other", **others) == python_digest()
+
+
+def test_the_digest_holds_what_no_backend_knows() -> None:
+    split = tokenizer()
+    split.split_special_tokens = True
+    pad = tokenizer()
+    pad.pad_token = "red"
+    digests = {
+        Tokenizing(made, EncoderConfig()).passage_digest() for made in (tokenizer(), split, pad)
+    }
+    assert len(digests) == 3
+
+
+class Reversed:
+    """A rule in Python, which no backend can write down."""
+
+    def pre_tokenize(self, text: Any) -> None:
+        text.split(lambda _, part: [*reversed(part.split(" ", "removed"))])
+
+
+def test_a_backend_with_a_rule_in_python_has_a_digest() -> None:
+    made = tokenizer()
+    made.backend_tokenizer.pre_tokenizer = PreTokenizer.custom(Reversed())
+    digest = Tokenizing(made, EncoderConfig()).passage_digest()
+    assert digest != Tokenizing(tokenizer(), EncoderConfig()).passage_digest()
 
 
 def test_the_digest_does_not_remember_what_was_tokenised() -> None:

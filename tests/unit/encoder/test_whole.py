@@ -92,3 +92,37 @@ def test_the_step(tmp_path: Path, name: str, state: str | None, step: int | None
     if state:
         (place / "trainer_state.json").write_text(state)
     assert step_of(place) == step
+
+
+@pytest.mark.parametrize(
+    "index",
+    [
+        "{}",
+        "[]",
+        '{"weight_map": null}',
+        '{"weight_map": {"a": 7}}',
+        '{"weight_map": {"a": "../b"}}',
+    ],
+)
+def test_an_index_that_is_none(directory: Path, index: str) -> None:
+    (directory / "model.safetensors.index.json").write_text(index)
+    assert "model.safetensors.index.json" in why_not_whole(directory)
+
+
+@pytest.mark.parametrize(
+    "header", [b"[]", b"7", b'{"a": 7}', b'{"a": {"data_offsets": 1}}', b'{"a": {}}', b"[" * 9999]
+)
+def test_a_malformed_header(directory: Path, header: bytes) -> None:
+    path = directory / "model.safetensors"
+    path.write_bytes(len(header).to_bytes(8, "little") + header)
+    assert why_not_whole(directory)
+
+
+@pytest.mark.parametrize("noted", ["-1", "true", "1e3", "9" * 4000, "[" * 9999, '"5"'], ids=len)
+def test_a_step_that_is_none_is_taken_from_the_name(directory: Path, noted: str) -> None:
+    (directory / "trainer_state.json").write_text(f'{{"global_step": {noted}}}')
+    assert step_of(directory) == 10
+
+
+def test_a_name_that_ends_in_thousands_of_digits(tmp_path: Path) -> None:
+    assert step_of(tmp_path / ("9" * 200)) is None

@@ -84,13 +84,20 @@ def test_a_number_format_by_name(name: str) -> None:
     assert DTYPES[name] == {"fp32": torch.float32, "bf16": torch.bfloat16}[name]
 
 
+@pytest.mark.parametrize("name", ["bfloat16", "torch.bfloat16", torch.bfloat16])
+def test_a_number_format_by_pytorchs_name(name: str | torch.dtype) -> None:
+    assert resolve_dtype(name, CPU) == "bf16"
+    assert resolve_dtype("float32", CPU) == "fp32"
+    assert resolve_dtype("float16", torch.device("cuda:0")) == "fp16"
+
+
 def test_fp16_needs_a_gpu() -> None:
     assert resolve_dtype("fp16", torch.device("cuda:0")) == "fp16"
     with pytest.raises(DeviceError, match="fp16 needs a CUDA device"):
         resolve_dtype("fp16", CPU)
 
 
-@pytest.mark.parametrize("name", ["float32", "FP32", "", "int8"])
+@pytest.mark.parametrize("name", ["float64", "float8", "FP32", "", "int8"])
 def test_names_of_no_number_format(name: str) -> None:
     with pytest.raises(DeviceError, match="expected auto, fp32, bf16, fp16"):
         resolve_dtype(name, CPU)

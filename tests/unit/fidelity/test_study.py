@@ -1,9 +1,12 @@
 """Studies of tiny encoders over a small collection and a real store."""
 
+import os
 import re
 import shutil
+import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -328,3 +331,15 @@ def test_nothing_is_logged_where_that_is_not_wanted(
 def test_a_command_that_says_too_little(words: list[str], message: str) -> None:
     with pytest.raises(Exception, match=message):
         called(*words)
+
+
+def test_a_directory_that_was_replaced_is_another_checkpoint(tmp_path: Path) -> None:
+    """Also by files of equal size and time."""
+    weights = tmp_path / "model.safetensors"
+    weights.write_text("one")
+    checkpoint = SimpleNamespace(manifest=None, directory=str(tmp_path))
+    before, state = studying._identity(checkpoint), weights.stat()  # type: ignore[arg-type]
+    time.sleep(0.02)  # longer than the clock of a file system needs to tick
+    weights.write_text("two")
+    os.utime(weights, ns=(state.st_atime_ns, state.st_mtime_ns))
+    assert studying._identity(checkpoint) != before  # type: ignore[arg-type]

@@ -151,6 +151,66 @@ def test_passages_that_hold_an_answer(folder: Path) -> None:
     assert kept[5]["answers"] == ["4 hours"]
 
 
+def test_answers_that_are_regular_expressions(folder: Path) -> None:
+    _add_answers(folder, lambda query: [r"[4]\s+hours?"] if "ship" in query else [])
+    as_strings, as_patterns = mined(folder), mined(folder, match="regex")
+    assert any("ship" in one for one in as_strings[5]["negative_document_ids"])
+    ships = [line for line in as_patterns if "ship" in line["query_id"]]
+    negatives = [one for line in ships for one in line["negative_document_ids"]]
+    assert negatives
+    assert not any("gull" in one or "ship" in one for one in negatives)
+
+
+def test_a_bad_regular_expression_is_told_and_held_by_no_passage(
+    folder: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """CuratedTREC has such; DPR passes over them."""
+    _add_answers(folder, lambda query: ["("] if "ship" in query else [])
+    lines = mined(folder, match="regex")
+    assert lines[5]["negative_document_ids"] == mined(folder)[5]["negative_document_ids"]
+    assert (
+        "5 answers are not regular expressions, so that no passage holds them (such as query "
+        "'q-ship-harbour', '(': missing ) at position 1)"
+    ) in caplog.text
+
+
+def test_a_regular_expression_that_would_take_years(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("mlflow_dr.retrieval.answers.SECONDS_PER_MATCH", 0.05)
+    _add_answers(folder, lambda query: [r"(.|..)+\b\B"] if query == "q-ship-mast" else [])
+    with pytest.raises(DataError, match=r"query 'q-ship-mast': answer .* takes more than 0\.05 s"):
+        mined(folder, match="regex")
+    assert not (folder.parent / "mined.jsonl").exists()
+
+
+CHINESE = {"p1": "\u6e21\u8239\u5728\u6e2f\u53e3", "p2": "\u98ce\u8f66\u5728\u5c71\u4e0a"}
+
+
+def test_text_without_blanks_between_words(
+    beir_folder: Folder, caplog: pytest.LogCaptureFixture
+) -> None:
+    queries = {"q1": "\u6e21\u8239", "q2": "\u98ce\u8f66", "q3": "gull"}
+    train = {"q1": {"p1": 1}, "q2": {"p2": 1}}
+    corpus = {**CHINESE, "p3": "gull", "p4": "a gull"}
+    folder = beir_folder(corpus, queries, train=train, more={**train, "q3": {"p3": 1}})
+    with pytest.raises(DataError, match=r"no passage for any of 2 queries.*set apart") as error:
+        mined(folder)
+    assert len(str(error.value)) < 500
+    assert not (folder.parent / "mined.jsonl").exists()
+    (folder / "qrels/more.tsv").replace(folder / "qrels/train.tsv")
+    assert [len(line["negative_document_ids"]) for line in mined(folder)] == [0, 0, 1]
+    assert "BM25 found no passage for 2 of 3 queries: they get no negatives" in caplog.text
+
+
+def test_no_negatives_at_all_are_a_warning_with_the_reasons(
+    folder: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    assert not any(line["negative_document_ids"] for line in mined(folder, rule=Rule(min_score=99)))
+    assert "no query has any negative (passages left out: " in caplog.text
+    assert "outside the range of scores" in caplog.text
+
+
 def _add_answers(folder: Path, answers: Callable[[str], list[str]]) -> None:
     path = folder / "queries.jsonl"
     records = [json.loads(line) for line in path.read_text().splitlines()]

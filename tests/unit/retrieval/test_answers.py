@@ -8,6 +8,7 @@ import pyarrow as pa
 import pytest
 
 from mlflow_dr.collection.corpus import Corpus
+from mlflow_dr.errors import DataError, UsageError
 from mlflow_dr.retrieval.answers import AnswerFinder, answer_tokens
 
 ALPHABET = "aaAbÉéeıİΣσς1²½٣汉한-–'’.,%_ \u0301\u0307\u00a0\u200b\u00ad\t\n𝔸ﬁⅣ\u0915\u093e\ue000"  # noqa: RUF001
@@ -100,6 +101,62 @@ def test_an_answer_is_found(text: str, answer: str) -> None:
 def test_an_answer_is_not_found(text: str, answer: str) -> None:
     assert not holds(text, answer)
     assert not slow_holds(text, answer)
+
+
+def matches(text: str, *answers: str) -> bool:
+    corpus = Corpus(pa.table({"id": ["p0"], "title": ["title"], "text": [text]}))
+    found = AnswerFinder(corpus, match="regex")
+    return found.holds(0, found.sought(answers))
+
+
+@pytest.mark.parametrize(
+    ("text", "pattern"),
+    [
+        ("It was built in 18890.", "1889"),
+        ("in FEBRUARY of 1906", r"Feb(?:ruary)?\s+(?:of\s+)?1906"),
+        ("one\nTwo", r"^two$"),
+        ("Beyonce\u0301", "BEYONC\u00c9"),
+        ("\u4e2d\u56fd", r"\p{Han}{2}"),
+        ("a", "(?V1)[[a-z]--[eiou]]"),
+        ("a", ""),
+        ("12 years", r"(?<=(?:^|\s))\d+(?= years)"),
+    ],
+)
+def test_a_regular_expression_is_found(text: str, pattern: str) -> None:
+    assert matches(text, pattern)
+    assert matches(text, "nothing of it", pattern)
+
+
+@pytest.mark.parametrize(
+    ("text", "patterns"),
+    [("the ferry", ["^ferry"]), ("a\nb", ["a.b"]), ("", ["a"]), ("a", []), ("a", [" "])],
+)
+def test_a_regular_expression_is_not_found(text: str, patterns: list[str]) -> None:
+    assert not matches(text, *patterns)
+
+
+@pytest.mark.parametrize(
+    "pattern", ["(", "+", "[a", "a{99999999999999999999}", "(" * 5000, "a|" * 10_000]
+)
+def test_what_is_no_regular_expression(pattern: str) -> None:
+    """By DPR's rule no passage holds it; `faults` says why."""
+    assert not matches(f"text {pattern}", pattern)
+    assert matches("text", pattern, "TEXT")
+    corpus = Corpus(pa.table({"id": [], "title": [], "text": []}))
+    (fault,) = AnswerFinder(corpus, match="regex").faults(["text", pattern])
+    assert fault.startswith(f"'{pattern[:90]}")
+    assert not AnswerFinder(corpus).faults(["text", pattern])
+
+
+def test_a_search_that_would_take_years(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("mlflow_dr.retrieval.answers.SECONDS_PER_MATCH", 0.05)
+    with pytest.raises(DataError, match=r"aa\)\+\$': .* takes more than 0.05 s on passage 'p0'"):
+        matches("a" * 100 + "b", "(a|aa)+$")
+
+
+def test_another_way_to_match() -> None:
+    with pytest.raises(UsageError, match="match 'kilt': expected string or regex"):
+        AnswerFinder(Corpus(pa.table({"id": [], "title": [], "text": []})), match="kilt")
 
 
 @pytest.mark.parametrize("answer", ["", "  ", "\u200b", "\n\u00a0"])

@@ -139,7 +139,7 @@ def test_processes_do_not_run_the_script_that_asks_for_a_table(tmp_path: Path) -
     script = tmp_path / "script.py"
     script.write_text(SCRIPT)
     done = subprocess.run(
-        [sys.executable, script], capture_output=True, text=True, timeout=60, check=False
+        [sys.executable, script], capture_output=True, text=True, timeout=600, check=False
     )
     assert (done.stdout, done.stderr) == ("here\n3\n", "")
 

@@ -87,6 +87,12 @@ def test_unknown_ids_and_a_query_without_a_line(
         ("q1 p1\n", "run.trec:1: 2 columns; expected"),
         ("q1 Q0 p1 1 high t\n", "run.trec:1: 'high' is not a score"),
         ("q1 Q0 p1 1 nan t\n", "run.trec:1: 'nan' is not a score"),
+        ("q1 Q0 p1 1 1e999 t\n", "run.trec:1: '1e999' is not a score"),
+        (f"q1 p1 {'9' * 5000}\n", "run.trec:1: '9+... is not a rank"),
+        (f"q1 p1 {'9' * 500}\n", "run.trec:1: '9+... is not a rank"),
+        ("q1\tp1\t1\nq1\t\t2\n", "run.trec:2: an id is empty"),
+        ("q1 Q0 p1\x00 1 9 t\n", "run.trec:1: id .* has a NUL character"),
+        ("q1 p1 12\nq1 p2 9\n", "run.trec: no query has a passage of rank 0 or 1"),
         ("q1 p1 1\nq1 p2 0.5\n", "run.trec:2: '0.5' is not a rank"),
         ("q1 Q0 p1 1 9 t\nq2 p1 1\n", "run.trec:2: 3 columns"),
     ],
@@ -96,6 +102,28 @@ def test_one_clear_error(tmp_path: Path, corpus: Corpus, text: str, reason: str)
     path.write_text(text)
     with pytest.raises(DataError, match=reason):
         ranking_tops(path, 5, QUERIES, corpus)
+
+
+@pytest.mark.parametrize(
+    "line",
+    ["{q}\tQ0\t{p}\t1\t9\tt\n", "{q}\t{p}\t1\n", " {q} \t {p} \t 9.5 \n"],
+    ids=["TREC", "ranks", "scores"],
+)
+def test_ids_with_blanks_between_tabs(tmp_path: Path, line: str) -> None:
+    passage = "the p\u00a0one"
+    table = pa.table({"id": ["other", passage], "title": ["", ""], "text": ["", ""]})
+    path = tmp_path / "run.tsv"
+    path.write_text(line.format(q="a q", p=passage), encoding="utf-8")
+    (rows,) = ranking_tops(path, 5, [Query("a q", "text")], Corpus(table))
+    assert rows.tolist() == [1]
+
+
+def test_a_blank_that_ascii_lacks_is_part_of_an_id(tmp_path: Path) -> None:
+    """As in trec_eval."""
+    table = pa.table({"id": ["p\u00a01", "p\u30001"], "title": ["", ""], "text": ["", ""]})
+    path = tmp_path / "run.trec"
+    path.write_text("q1 Q0 p\u30001 1 9 t\nq1  Q0 p\u00a01 2 8 t\n", encoding="utf-8")
+    assert tops(path, 5, Corpus(table))[0] == [1, 0]
 
 
 def test_no_such_file(tmp_path: Path, corpus: Corpus) -> None:

@@ -45,6 +45,18 @@ def test_what_is_no_subset_is_told_with_the_forms(text: str) -> None:
         parse_spec(text)
 
 
+@pytest.mark.parametrize("text", [f"bm25@{'9' * 5000}", f"random:{'9' * 13}", "x" * 200_000])
+def test_what_is_too_long_is_refused_in_one_short_line(text: str) -> None:
+    with pytest.raises(UsageError, match=r"^subset '") as error:
+        parse_spec(text)
+    assert len(str(error.value)) < 500
+
+
+def test_a_step_of_thousands_of_digits_is_no_step() -> None:
+    (part,) = parse_spec(f"encoder:step-{'9' * 5000}@5").parts
+    assert part.step is None
+
+
 @pytest.mark.parametrize(
     ("text", "reason"),
     [

@@ -9,6 +9,7 @@ import pytest
 
 from mlflow_dr.collection.corpus import Corpus
 from mlflow_dr.collection.records import Query, Topics
+from mlflow_dr.subsets.searching import CachedSearching
 from mlflow_dr.subsets.spec import Part, parse_spec
 from mlflow_dr.subsets.subset import Subset, make_subset
 
@@ -55,6 +56,24 @@ def test_tops_and_what_is_relevant() -> None:
     assert ids(made("bm25@3")) == RELEVANT | {f"p{number}" for number in range(30, 42)}
     everything_judged = made("bm25@1", judged="all")
     assert {f"p{number}" for number in range(20, 30)} <= ids(everything_judged)
+
+
+@pytest.mark.parametrize(("blanks", "warned"), [(True, False), (False, True)])
+def test_a_subset_by_bm25_of_text_without_blanks(
+    caplog: pytest.LogCaptureFixture, blanks: bool, warned: bool
+) -> None:
+    texts = [f"\u98ce{chr(0x4E00 + n)} \u8f66{chr(0x4E00 + n)}" for n in range(4)]
+    texts = texts if blanks else [text.replace(" ", "") for text in texts]
+    ids_of = [f"p{n}" for n in range(4)]
+    of = Corpus(pa.table({"id": ids_of, "title": [""] * 4, "text": texts}))
+    queries = [Query(f"q{n}", texts[n][-2:]) for n in range(4)]
+    topics = Topics(queries, {f"q{n}": {f"p{n}": 1} for n in range(4)})
+    for _ in range(2):  # found, and taken from the cache
+        caplog.clear()
+        subset = make_subset(parse_spec("bm25@2"), of, topics, CachedSearching(of))
+        assert len(subset) == 4
+        message = "BM25 found no passage for 4 of 4 queries: subset bm25@2 has only judged passages"
+        assert (message in caplog.text) == warned
 
 
 def test_lots_depend_on_ids_and_seed_not_on_the_order_of_the_corpus() -> None:

@@ -3,8 +3,11 @@ from pathlib import Path
 import pytest
 from mlflow.entities import LoggedModelStatus
 
+from mlflow_dr.errors import TrackingError
 from mlflow_dr.tracking.checkpoints import (
+    STEP_TAG,
     abandon_pending,
+    checkpoint_by_id,
     checkpoints_of,
     give_up,
     new_checkpoint,
@@ -53,3 +56,18 @@ def test_another_runs_checkpoints_and_other_models_are_left_alone(
     abandon_pending(run)
     assert [one.pending for one in checkpoints_of(other)] == [True]
     assert run.client.get_logged_model(theirs.model_id).status == LoggedModelStatus.PENDING
+
+
+@pytest.mark.parametrize("step", ["abc", "-1", "1.5", "", "9" * 4900, "\u0661"], ids=len)
+def test_a_model_whose_step_is_malformed_is_passed_over_with_one_warning(
+    run: TrackedRun, tmp_path: Path, caplog: pytest.LogCaptureFixture, step: str
+) -> None:
+    (tmp_path / "weights").write_text("1")
+    model_id = publish(run, tmp_path, 5)
+    publish(run, tmp_path, 6)
+    run.client.set_logged_model_tags(model_id, {STEP_TAG: step})
+    for _ in range(2):
+        assert [one.step for one in checkpoints_of(run)] == [6]
+    assert caplog.text.count(f"model {model_id} is passed over") == 1
+    with pytest.raises(TrackingError, match="is no step"):
+        checkpoint_by_id(run.client, model_id)

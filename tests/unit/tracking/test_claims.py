@@ -195,3 +195,30 @@ def test_the_owner_is_known_to_be_gone_on_its_own_machine_only() -> None:
 @pytest.mark.parametrize("value", ["", "{}", "[]", "null", '{"host": 1}'])
 def test_a_claim_that_makes_no_sense_has_no_owner(value: str) -> None:
     assert Owner.parse(value) is None
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "[]",
+        "{}",
+        "7",
+        "{",
+        "[" * 5000,
+        '{"host": 1, "pid": 1, "room": "", "started": 1, "token": 1}',
+    ],
+    ids=lambda text: text[:20],
+)
+def test_a_claim_of_nobody(text: str) -> None:
+    assert Owner.parse(text) is None
+
+
+def test_a_claim_without_a_number_is_none(run: TrackedRun, tmp_path: Path) -> None:
+    (tmp_path / "weights").write_text("1")
+    model_id = publish(run, tmp_path, 1)
+    keys = {f"mlflow_dr.validation.val.claim.{one}": "{}" for one in ("²", "0", "-1", "9" * 4900)}
+    for key, value in keys.items():
+        if len(key) < 250:
+            run.client.log_model_params(model_id, {key: value})
+    (checkpoint,) = checkpoints_of(run)
+    assert standing(checkpoint, "val") is None

@@ -1,12 +1,16 @@
 import socket
+import threading
 import time
+from collections.abc import Callable, Iterator
+from http.server import BaseHTTPRequestHandler, HTTPServer
+from pathlib import Path
 
 import pytest
 from mlflow.exceptions import MlflowException
 from mlflow.protos.databricks_pb2 import INTERNAL_ERROR, PERMISSION_DENIED
 
 from mlflow_dr.errors import ForbiddenError, TrackingError
-from mlflow_dr.tracking.client import connect, tracking_errors, tracking_uri
+from mlflow_dr.tracking.client import answers, connect, tracking_errors, tracking_uri
 
 
 @pytest.fixture(autouse=True)
@@ -37,6 +41,37 @@ def test_a_password_in_the_uri_is_not_shown() -> None:
     assert "secret" not in str(caught.value)
 
 
+@pytest.mark.parametrize(
+    "uri",
+    [
+        "https://s3cretTOKEN@127.0.0.1:9",
+        "http://127.0.0.1:9/?token=s3cretTOKEN",
+        "http://127.0.0.1:9/?t=s3cretTOKEN",
+        "postgresql+nosuch://user:s3cretTOKEN@host/db",
+        "mysql+pymysql://user:s3cretTOKEN@host/db",
+    ],
+)
+def test_no_secret_of_the_uri_is_shown(uri: str) -> None:
+    with pytest.raises(TrackingError) as caught:
+        connect(uri)
+    assert "s3cretTOKEN" not in str(caught.value)
+    assert "***" in str(caught.value)
+
+
+def test_a_database_without_its_driver_names_what_to_install() -> None:
+    with pytest.raises(TrackingError, match=r"'pymysql', which is not installed: pip install"):
+        connect("mysql+pymysql://user@host/db")
+
+
+def test_who_only_reads_makes_no_database(tmp_path: Path) -> None:
+    for path in (tmp_path / "mlflow.db", tmp_path / "nodir" / "x.db"):
+        with pytest.raises(TrackingError, match=f"there is no tracking store .*{path}"):
+            connect(f"sqlite:///{path}", may_create=False)
+    assert not list(tmp_path.iterdir())
+    connect(f"sqlite:///{tmp_path}/mlflow.db")
+    connect(f"sqlite:///{tmp_path}/mlflow.db", may_create=False)
+
+
 def test_a_store_that_cannot_be_opened_is_one_line() -> None:
     with pytest.raises(TrackingError, match="tracking store") as caught:
         connect("sqlite:////dev/null/mlflow.db")
@@ -57,3 +92,50 @@ def test_what_a_user_may_not_do_is_an_error_of_its_own() -> None:
     with pytest.raises(TrackingError) as caught, tracking_errors("publishing"):
         raise MlflowException("out of connections", INTERNAL_ERROR)
     assert not isinstance(caught.value, ForbiddenError)
+
+
+@pytest.fixture
+def disturbed() -> Iterator[Callable[[list[bytes]], str]]:
+    """A server that answers with these bytes, one after the other, and closes the connection."""
+    servers: list[HTTPServer] = []
+
+    def serve(answers: list[bytes]) -> str:
+        class Handler(BaseHTTPRequestHandler):
+            def do_POST(self) -> None:
+                self.rfile.read(int(self.headers["Content-Length"]))
+                self.wfile.write(answers.pop(0) if len(answers) > 1 else answers[0])
+
+            def log_message(self, *_: object) -> None:
+                pass
+
+        servers.append(HTTPServer(("127.0.0.1", 0), Handler))
+        threading.Thread(target=servers[-1].serve_forever, args=(0.02,), daemon=True).start()
+        return f"http://127.0.0.1:{servers[-1].server_port}"
+
+    yield serve
+    for one in servers:
+        one.shutdown()
+        one.server_close()
+
+
+PAGE = b"HTTP/1.0 200 OK\r\nContent-Type: text/html\r\n\r\n<html>Please log in.</html>"
+LATER = b"HTTP/1.0 503 Service Unavailable\r\n\r\n<h1>Later</h1>"
+NOTHING_THERE = b"HTTP/1.0 200 OK\r\nContent-Type: application/json\r\n\r\n{}"
+
+
+def test_a_first_request_that_fails_is_made_again(
+    disturbed: Callable[[list[bytes]], str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("mlflow_dr.tracking.client.SECONDS_TO_CONNECT", 60.0)
+    client = connect(disturbed([PAGE, b"", LATER, NOTHING_THERE]))
+    assert answers(client)
+
+
+def test_a_server_that_is_another_one_is_one_line(
+    disturbed: Callable[[list[bytes]], str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("mlflow_dr.tracking.client.SECONDS_TO_CONNECT", 0.2)
+    uri = disturbed([PAGE])
+    with pytest.raises(TrackingError, match=f"tracking server {uri} does not answer") as caught:
+        connect(uri)
+    assert "\n" not in str(caught.value)

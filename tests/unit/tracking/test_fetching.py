@@ -1,19 +1,21 @@
 """Files of a checkpoint, by its manifest."""
 
 import json
+import shutil
 import signal
 import threading
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 from mlflow.store.artifact.local_artifact_repo import LocalArtifactRepository
 
-from mlflow_dr.errors import CheckpointError, UnavailableError
+from mlflow_dr.errors import CheckpointError, LostError, UnavailableError
 from mlflow_dr.files import file_sha256
 from mlflow_dr.tracking import fetching
-from mlflow_dr.tracking.checkpoints import checkpoints_of, publish
+from mlflow_dr.tracking.checkpoints import Checkpoint, checkpoints_of, publish
 from mlflow_dr.tracking.manifest import read_manifest
 from mlflow_dr.tracking.runs import TrackedRun
 
@@ -31,7 +33,7 @@ def directory(tmp_path: Path) -> Path:
 @pytest.fixture
 def elsewhere(monkeypatch: pytest.MonkeyPatch) -> None:
     """The store is on another machine."""
-    monkeypatch.setattr(fetching, "_local", lambda location: None)
+    monkeypatch.setattr(fetching, "local_directory", lambda location: None)
 
 
 def names(directory: Path) -> set[str]:
@@ -111,3 +113,138 @@ def test_a_manifest_that_names_a_file_elsewhere(directory: Path, name: str) -> N
     path.write_text(json.dumps({name: {"bytes": 1, "sha256": ""}}))
     with pytest.raises(CheckpointError, match="outside the checkpoint"):
         read_manifest(directory, file_sha256(path))
+
+
+PAGE = b"<!DOCTYPE html><html>Please log in.</html>"
+
+
+def place(checkpoint: Checkpoint) -> Path:
+    return Path(checkpoint.location.removeprefix("file://"))
+
+
+def test_of_a_store_that_is_read_in_place_only_what_is_listed_is_used(
+    run: TrackedRun, directory: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    publish(run, directory, 1)
+    (checkpoint,) = checkpoints_of(run)
+    with fetching.fetched(checkpoint) as found:
+        assert found == place(checkpoint)
+    (place(checkpoint) / "query").mkdir()
+    (place(checkpoint) / "query" / "config.json").write_text("{}")
+    (place(checkpoint) / "special_tokens_map.json").write_text("{}")
+    with fetching.fetched(checkpoint) as found:
+        assert names(found) == names(directory)
+        assert (found / "weights").read_text() == "1"
+    assert not found.exists()
+    assert "not in its manifest and are not used: query/config.json, special" in caplog.text
+    fetching.download(checkpoint, tmp_path / "whole")
+    assert names(tmp_path / "whole") == names(directory)
+    assert not (tmp_path / "whole" / "weights").is_symlink()
+
+
+def test_an_answer_of_other_bytes_is_asked_for_again(
+    run: TrackedRun, directory: Path, elsewhere: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A login page with status 200 for each file, and an answer that is cut."""
+    publish(run, directory, 1)
+    (checkpoint,) = checkpoints_of(run)
+    real, asked = LocalArtifactRepository._download_file, []
+
+    def disturbed(self: LocalArtifactRepository, name: str, path: str) -> None:
+        asked.append(name)
+        number = asked.count(name)
+        if number == 1:
+            Path(path).write_bytes(PAGE)
+        elif number == 2:
+            raise ConnectionError("broken off")
+        else:
+            real(self, name, path)
+
+    monkeypatch.setattr(LocalArtifactRepository, "_download_file", disturbed)
+    with fetching.fetched(checkpoint) as found:
+        assert (found / "weights").read_text() == "1"
+    assert asked.count("weights") == asked.count("manifest.json") == 3
+
+
+def test_a_login_page_in_place_of_every_file_says_nothing_about_the_checkpoint(
+    run: TrackedRun, directory: Path, elsewhere: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    publish(run, directory, 1)
+    (checkpoint,) = checkpoints_of(run)
+
+    def page(self: LocalArtifactRepository, name: str, path: str) -> None:
+        Path(path).write_bytes(PAGE)
+
+    monkeypatch.setattr(LocalArtifactRepository, "_download_file", page)
+    with pytest.raises(UnavailableError, match="did not come as"), fetching.fetched(checkpoint):
+        pass
+
+
+def test_bytes_that_differ_from_time_to_time_say_nothing_about_the_checkpoint(
+    run: TrackedRun, directory: Path, elsewhere: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    publish(run, directory, 1)
+    (checkpoint,) = checkpoints_of(run)
+    real, asked = LocalArtifactRepository._download_file, []
+
+    def flipped(self: LocalArtifactRepository, name: str, path: str) -> None:
+        real(self, name, path)
+        if name == "weights":
+            asked.append(name)
+            Path(path).write_text(str(1 + len(asked)))
+
+    monkeypatch.setattr(LocalArtifactRepository, "_download_file", flipped)
+    with pytest.raises(UnavailableError, match="weights did not"), fetching.fetched(checkpoint):
+        pass
+
+
+@pytest.mark.parametrize(
+    ("name", "says"),
+    [("weights", "weights has 5 bytes, but 1 were published"), ("manifest.json", "not the one")],
+)
+def test_a_store_that_has_other_bytes(
+    run: TrackedRun, directory: Path, elsewhere: None, name: str, says: str
+) -> None:
+    publish(run, directory, 1)
+    (checkpoint,) = checkpoints_of(run)
+    (place(checkpoint) / name).write_text("other")
+    with pytest.raises(CheckpointError, match=says) as caught, fetching.fetched(checkpoint):
+        pass
+    assert not isinstance(caught.value, UnavailableError)
+
+
+def test_files_that_are_gone_and_a_store_that_is_not_there(
+    run: TrackedRun, directory: Path, elsewhere: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    publish(run, directory, 1)
+    (checkpoint,) = checkpoints_of(run)
+    (place(checkpoint) / "weights").unlink()
+    with pytest.raises(LostError, match="weights"), fetching.fetched(checkpoint):
+        pass
+    monkeypatch.undo()  # the store is on this machine
+    shutil.rmtree(place(checkpoint))
+    with pytest.raises(LostError, match="no directory"), fetching.fetched(checkpoint):
+        pass
+    other = replace(checkpoint, location="/no/such/mount/models/m-1/artifacts")
+    with pytest.raises(UnavailableError) as caught, fetching.fetched(other):
+        pass
+    assert not isinstance(caught.value, LostError)
+
+
+def test_a_missing_module_will_not_come(
+    run: TrackedRun, directory: Path, elsewhere: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    publish(run, directory, 1)
+    (checkpoint,) = checkpoints_of(run)
+    asked: list[str] = []
+
+    def without(self: LocalArtifactRepository, name: str, path: str) -> None:
+        asked.append(name)
+        import no_such_sdk  # type: ignore[import-not-found]  # noqa: F401
+
+    monkeypatch.setattr(LocalArtifactRepository, "_download_file", without)
+    message = "no_such_sdk"
+    with pytest.raises(UnavailableError, match=message) as caught, fetching.fetched(checkpoint):
+        pass
+    assert caught.value.lasting
+    assert len(asked) == 1

@@ -118,3 +118,15 @@ def test_the_end_of_a_run_and_that_of_an_experiment(client: MlflowClient, direct
 def test_no_such_experiment(client: MlflowClient) -> None:
     with pytest.raises(TrackingError, match="no experiment 'nowhere'"):
         FollowedExperiment(client, "nowhere")
+
+
+def test_an_experiment_that_is_deleted_while_it_is_followed(
+    client: MlflowClient, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    experiment = client.create_experiment("to be deleted")
+    monkeypatch.setattr(following, "SECONDS_BETWEEN_STATES", 0.0)
+    followed = FollowedExperiment(client, "to be deleted")
+    assert followed.look().checkpoints == []
+    client.delete_experiment(experiment)
+    with pytest.raises(TrackingError, match=f"experiments restore --experiment-id {experiment}`"):
+        followed.look()

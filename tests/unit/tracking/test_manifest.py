@@ -1,9 +1,21 @@
+import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from mlflow_dr.errors import CheckpointError
-from mlflow_dr.tracking.manifest import MANIFEST, verify_manifest, write_manifest
+from mlflow_dr.files import file_sha256
+from mlflow_dr.tracking.manifest import (
+    MANIFEST,
+    not_listed,
+    only_listed,
+    read_manifest,
+    verify_manifest,
+    write_manifest,
+)
+
+SAID = {"bytes": 1, "sha256": "0" * 64}
 
 
 @pytest.fixture
@@ -56,3 +68,46 @@ def test_a_manifest_that_was_changed_too_is_found(directory: Path) -> None:
 def test_no_manifest_means_not_whole(directory: Path) -> None:
     with pytest.raises(CheckpointError, match="not published whole"):
         verify_manifest(directory, "0" * 64)
+
+
+@pytest.mark.parametrize(
+    "files",
+    [
+        *([], {}, 7, None, "text", [SAID]),
+        *({"a": None}, {"a": 7}, {"a": {}}, {"a": [1, "0" * 64]}),
+        *({"a": {**SAID, "bytes": -1}}, {"a": {**SAID, "bytes": True}}),
+        *({"a": {**SAID, "bytes": "1"}}, {"a": {**SAID, "bytes": 1.5}}),
+        *({"a": {**SAID, "sha256": None}}, {"a": {**SAID, "sha256": "0" * 63}}),
+        *({"": SAID}, {".": SAID}, {"a/": SAID}, {"./a": SAID}, {"a//b": SAID}),
+        *({"a\0b": SAID}, {"\ud800": SAID}, {"a" * 256: SAID}, {MANIFEST: SAID}),
+        {"a": SAID, "a/b": SAID},
+    ],
+    ids=lambda files: repr(files)[:30],
+)
+def test_a_malformed_manifest_is_refused_on_one_line(tmp_path: Path, files: Any) -> None:
+    path = tmp_path / MANIFEST
+    path.write_text(json.dumps(files))
+    with pytest.raises(CheckpointError, match=MANIFEST) as caught:
+        read_manifest(tmp_path, file_sha256(path))
+    assert "\n" not in str(caught.value)
+    assert len(str(caught.value)) < 500
+
+
+@pytest.mark.parametrize("text", ["", "{", "[" * 100_000, '{"a": ' + "9" * 5000 + "}"], ids=len)
+def test_a_manifest_that_is_no_json(tmp_path: Path, text: str) -> None:
+    (tmp_path / MANIFEST).write_text(text)
+    with pytest.raises(CheckpointError, match="is not JSON"):
+        read_manifest(tmp_path, None)
+
+
+def test_a_view_has_what_is_listed_and_nothing_else(directory: Path, tmp_path: Path) -> None:
+    write_manifest(directory)
+    listed = read_manifest(directory, None)
+    assert not_listed(directory, listed) == []
+    (directory / "query").mkdir()
+    (directory / "1_Pooling" / "added.json").write_text("{}")
+    assert not_listed(directory, listed) == ["1_Pooling/added.json", "query"]
+    view = only_listed(directory, listed, tmp_path / "view")
+    names = {path.relative_to(view).as_posix() for path in view.rglob("*")}
+    assert names == {MANIFEST, "model.safetensors", "1_Pooling", "1_Pooling/config.json"}
+    assert (view / "model.safetensors").read_bytes() == b"weights"

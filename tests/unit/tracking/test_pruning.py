@@ -228,6 +228,21 @@ def test_a_directory_that_was_found_is_not_ours(run: TrackedRun, directory: Path
     assert tree(directory) == before
 
 
+@pytest.mark.parametrize("folder", ["proj#3", "what?now", "100%25 sure"])
+def test_a_store_in_a_folder_of_any_name(
+    client: MlflowClient, directory: Path, tmp_path: Path, folder: str
+) -> None:
+    """A path is no URL: MLflow keeps the place of an experiment as it is, where it is a path."""
+    experiment = client.create_experiment(f"{tmp_path}/{folder}", str(tmp_path / folder))
+    run = TrackedRun(client, client.create_run(experiment))
+    for step in (1, 2):
+        publish(run, directory, step)
+    assert prune(client, at(run, 1)).stored.files == stored(client, at(run, 2)).files > 0
+    assert at(run, 1).is_gone
+    with fetched(at(run, 2)) as found:
+        assert (found / "model.safetensors").read_bytes() == b"weights"
+
+
 @pytest.mark.parametrize("outside", ["", "..", "models"])
 def test_a_place_that_is_not_its_own(
     published: TrackedRun, client: MlflowClient, outside: str

@@ -177,3 +177,11 @@ def test_a_damaged_checkpoint_is_refused_in_one_line(directory: Path) -> None:
     (directory / "model.safetensors").write_bytes(whole[: len(whole) // 2])
     with pytest.raises(CheckpointError, match="the backbone cannot be loaded"):
         mlflow.pyfunc.load_model(str(directory))
+
+
+def test_only_what_the_manifest_lists_is_used(directory: Path) -> None:
+    before = mlflow.pyfunc.load_model(str(directory)).predict(TEXTS)
+    (directory / "special_tokens_map.json").write_text('{"cls_token": "the"}')
+    (directory / "query" / "added").mkdir()
+    after = mlflow.pyfunc.load_model(str(directory)).predict(TEXTS)
+    np.testing.assert_array_equal(before, after)

@@ -4,7 +4,7 @@ from pathlib import Path
 import pytest
 from mlflow import MlflowClient
 
-from mlflow_dr.errors import CheckpointError, UsageError
+from mlflow_dr.errors import CheckpointError, TrackingError, UsageError
 from mlflow_dr.tracking.checkpoints import (
     Checkpoint,
     checkpoints_of,
@@ -17,6 +17,7 @@ from mlflow_dr.tracking.results import (
     PREFIX,
     State,
     bind_name,
+    failure_of,
     known_config,
     mark_failed,
     record_result,
@@ -25,6 +26,7 @@ from mlflow_dr.tracking.results import (
     write_recorded,
 )
 from mlflow_dr.tracking.runs import TrackedRun
+from mlflow_dr.tracking.validations import Metric, validations_of, value_of
 
 DATASET = ("demo", "abc")
 FIGURES = {"mrr_at_10": 0.25, "seconds": 3.0}
@@ -168,7 +170,7 @@ def test_the_summary_names_first_last_and_best(run: TrackedRun, directory: Path)
         record_result(run, checkpoint, "val", {"mrr_at_10": value}, DATASET)
     curve = curve_of(run, "val")
     assert [point.step for point in curve] == [0, 10, 20]
-    text = summary(curve, ["mrr_at_10"], run.id)
+    text = summary(curve, ["mrr_at_10"], run)
     assert "best   step 10" in text
     assert f"models:/{curve[1].model_id}" in text
     assert "first  step 0" in text
@@ -176,4 +178,33 @@ def test_the_summary_names_first_last_and_best(run: TrackedRun, directory: Path)
 
 
 def test_a_summary_of_nothing(run: TrackedRun) -> None:
-    assert "0 checkpoints validated" in summary([], ["mrr_at_10"], run.id)
+    assert "0 checkpoints validated" in summary([], ["mrr_at_10"], run)
+
+
+@pytest.mark.parametrize(
+    "record",
+    ["{", "[1]", "7", '{"values": [1]}', '{"values": {"mrr_at_10": "high"}}', "[" * 5000],
+    ids=lambda text: text[:20],
+)
+def test_a_record_that_makes_no_sense_is_a_failure(
+    run: TrackedRun, directory: Path, record: str
+) -> None:
+    """Nobody can write another one."""
+    publish(run, directory, 1)
+    run.client.log_model_params(only(run).model_id, {f"{PREFIX}val": record})
+    checkpoint = only(run)
+    assert state_of(checkpoint, "val") is State.FAILED
+    assert "is no record of figures" in failure_of(checkpoint, "val")
+    assert value_of(checkpoint, Metric("val", "mrr_at_10")) is None
+    with pytest.raises(TrackingError, match="no record of figures"):
+        record_result(run, checkpoint, "val", FIGURES, DATASET)
+
+
+@pytest.mark.parametrize("text", ["abc", "[1]", "[" * 5000], ids=lambda text: text[:20])
+def test_a_name_that_is_bound_to_no_configuration(run: TrackedRun, text: str) -> None:
+    run.log_params({f"{PREFIX}val": text, f"{PREFIX}test": "{}"})
+    with pytest.raises(UsageError, match="another --name"):
+        known_config(run, "val")
+    with pytest.raises(UsageError, match="another --name"):
+        bind_name(run, "val", {"depth": 10})
+    assert list(validations_of(run)) == ["test"]

@@ -2,7 +2,7 @@ import pytest
 from mlflow import MlflowClient
 from mlflow.entities import Param
 
-from mlflow_dr.errors import TrackingError
+from mlflow_dr.errors import RunGoneError, TrackingError, UsageError
 from mlflow_dr.tracking.context import COMMAND_VARIABLE, DenseRetrievalRunContext
 from mlflow_dr.tracking.runs import (
     RUN_VARIABLE,
@@ -10,6 +10,7 @@ from mlflow_dr.tracking.runs import (
     find_run,
     is_over,
     open_run,
+    resolve_run,
 )
 
 
@@ -50,6 +51,22 @@ def test_no_run_with_that_id(client: MlflowClient) -> None:
         find_run(client, "f00")
 
 
+def test_a_run_goes_by_its_name_or_the_beginning_of_its_id(
+    client: MlflowClient, experiment: str
+) -> None:
+    named = client.create_run(experiment, run_name="it's mine")
+    twice = [client.create_run(experiment, run_name="twice") for _ in range(2)]
+    for text in ("it's mine", named.info.run_id[:12], named.info.run_id):
+        assert resolve_run(client, text).id == named.info.run_id
+    with pytest.raises(UsageError, match="run 'twice' could be twice") as caught:
+        resolve_run(client, "twice")
+    assert all(one.info.run_id[:8] in str(caught.value) for one in twice)
+    with pytest.raises(RunGoneError, match=r"no run 'it s mine' .*; did you mean \"it's mine\"\?"):
+        resolve_run(client, "it s mine")
+    with pytest.raises(RunGoneError, match=f"no run '{'0' * 32}'"):
+        resolve_run(client, "0" * 32)
+
+
 def test_a_deleted_run_says_how_to_restore_it(client: MlflowClient, run: TrackedRun) -> None:
     client.delete_run(run.id)
     with pytest.raises(TrackingError, match=f"mlflow runs restore --run-id {run.id}"):
@@ -72,6 +89,27 @@ def test_the_run_of_a_parent_is_taken_over_with_our_tags(
     assert opened.id == run.id
     assert not is_over(opened.fetch())
     assert opened.fetch().data.tags["mlflow_dr.command"] == "train"
+
+
+@pytest.mark.parametrize("status", ["RUNNING", "FINISHED"])
+def test_a_run_of_a_parent_gets_the_name_that_is_asked_for(
+    client: MlflowClient, run: TrackedRun, monkeypatch: pytest.MonkeyPatch, status: str
+) -> None:
+    """As under `mlflow run . -P run_name=...`, which makes the run before us."""
+    monkeypatch.setenv(RUN_VARIABLE, run.id)
+    client.update_run(run.id, status=status)
+    assert open_run(client, name="second try").name == "second try"
+    known = client.get_run(run.id)
+    assert known.info.run_name == known.data.tags["mlflow.runName"] == "second try"
+    assert known.info.status == "RUNNING"
+    assert open_run(client).name == "second try"
+
+
+def test_a_new_run_has_the_name_that_is_asked_for(
+    client: MlflowClient, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv(RUN_VARIABLE, raising=False)
+    assert client.get_run(open_run(client, name="first try").id).info.run_name == "first try"
 
 
 def test_a_new_run_goes_to_the_experiment_by_name(

@@ -2,6 +2,7 @@
 
 import logging
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +10,7 @@ import mlflow
 import numpy as np
 import pytest
 import torch
+from mlflow import MlflowClient
 from mlflow.exceptions import MlflowException
 
 from mlflow_dr import flush_checkpoints, publish_checkpoint
@@ -17,10 +19,12 @@ from mlflow_dr.encoder.model import Encoder
 from mlflow_dr.errors import CheckpointError, TrackingError, UsageError
 from mlflow_dr.retrieval.measures import parse_measures
 from mlflow_dr.tracking.checkpoints import checkpoints_of
+from mlflow_dr.tracking.client import tracking_uri
 from mlflow_dr.tracking.fetching import fetched
 from mlflow_dr.tracking.following import FollowedRun
 from mlflow_dr.tracking.runs import RUN_VARIABLE, TrackedRun
 from mlflow_dr.training import any_loop
+from mlflow_dr.training.publishing import Publisher
 from mlflow_dr.validation.evaluate import Settings
 from mlflow_dr.validation.plan import Plan, Validation
 from mlflow_dr.validation.watch import watch
@@ -250,3 +254,24 @@ def test_the_log_names_the_model(
     with caplog.at_level(logging.INFO, "mlflow_dr"):
         model_id = publish_checkpoint(tiny, 7, run_id=run.id)
     assert f"step 7 published as models:/{model_id}" in caplog.text
+
+
+def test_what_nobody_would_take_is_told_at_the_next_call_and_kept(
+    client: MlflowClient, tiny: Encoder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(any_loop, "Publisher", partial(Publisher, pause=0.0))
+    (tmp_path / "a file").write_text("")
+    experiment = client.create_experiment(f"no store {tmp_path}", str(tmp_path / "a file" / "x"))
+    run_id = client.create_run(experiment).info.run_id
+    publish_checkpoint(tiny, 1, run_id=run_id, wait=False)
+    any_loop._background[(tracking_uri(), run_id)].publisher.wait()
+    with pytest.raises(TrackingError, match=r"step 1 was not published: .*Not a directory"):
+        publish_checkpoint(tiny, 2, run_id=run_id, wait=False)
+    kept = tmp_path / "unpublished" / run_id / "unpublished-1"
+    with pytest.raises(TrackingError, match="not published: step 1; ") as caught:
+        flush_checkpoints()
+    assert str(kept) in str(caught.value)
+    assert torch.equal(next(load_encoder(kept).parameters()), next(tiny.parameters()))
+    with pytest.raises(TrackingError, match=r"publishing step 3|step 3 was not published"):
+        publish_checkpoint(tiny, 3, run_id=run_id)

@@ -9,6 +9,7 @@ import mlflow
 import pytest
 import torch
 from datasets import Dataset
+from mlflow import MlflowClient
 from sentence_transformers import (
     SentenceTransformer,
     SentenceTransformerTrainer,
@@ -30,10 +31,11 @@ from transformers import (
 from mlflow_dr import PublishCallback
 from mlflow_dr.encoder.directory import load_encoder, save_encoder
 from mlflow_dr.encoder.model import Encoder
-from mlflow_dr.errors import UsageError
+from mlflow_dr.errors import TrackingError, UsageError
 from mlflow_dr.tracking.checkpoints import checkpoints_of, new_checkpoint
 from mlflow_dr.tracking.fetching import fetched
 from mlflow_dr.tracking.runs import RUN_VARIABLE, TrackedRun
+from mlflow_dr.training import publish_callback
 from mlflow_dr.training.publishable import EncoderSource
 from mlflow_dr.training.publishing import Publisher
 
@@ -268,3 +270,53 @@ def test_the_same_callback_in_a_second_training(
         with mlflow.start_run(run_id=one.id):
             hf_trainer(tiny, tmp_path, publishing).train()
     assert steps(run) == steps(other) == [0, 4, 6]
+
+
+class Quick(Publisher):
+    """A publisher that tries again at once."""
+
+    def __init__(self, *arguments: Any, **options: Any) -> None:
+        super().__init__(*arguments, **{**options, "pause": 0.0})
+
+
+@pytest.fixture
+def refusing(client: MlflowClient, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> TrackedRun:
+    """A run whose artifacts would lie below a file."""
+    monkeypatch.setattr(publish_callback, "Publisher", Quick)
+    (tmp_path / "a file").write_text("")
+    experiment = client.create_experiment(f"no store {tmp_path}", str(tmp_path / "a file" / "x"))
+    return TrackedRun(client, client.create_run(experiment))
+
+
+def test_training_stops_when_nothing_can_be_published_and_the_last_is_kept(
+    refusing: TrackedRun, tiny: Encoder, tmp_path: Path
+) -> None:
+    out = tmp_path / "out"
+    publishing = callback(every=1000, run_id=refusing.id)
+    trainer = hf_trainer(tiny, out, publishing, max_steps=100_000)
+    with pytest.raises(TrackingError, match=r"was not published: .*Not a directory") as caught:
+        trainer.train()
+    assert trainer.state.global_step < 100_000
+    (kept,) = out.glob("unpublished-*")
+    assert str(kept) in str(caught.value)
+    assert "\n" not in str(caught.value)
+    assert kept.name == f"unpublished-{trainer.state.global_step}"
+    weights = next(load_encoder(kept, safetensors_only=True).backbone.parameters())
+    assert torch.equal(weights, next(tiny.backbone.parameters()))
+
+
+def test_of_several_processes_the_first_one_does_not_wait_for_the_others(
+    refusing: TrackedRun, tiny: Encoder, tmp_path: Path
+) -> None:
+    """They are in their next step; torchrun ends them when this one fails."""
+    publishing = callback(every=1000, run_id=refusing.id)
+    state: Any = SimpleNamespace(is_world_process_zero=True, global_step=0)
+    arguments: Any = SimpleNamespace(world_size=2, output_dir=str(tmp_path / "out"))
+    nothing: Any = None
+    model = BiEncoder(tiny.backbone)
+    publishing.on_train_begin(arguments, state, nothing, model, tiny.tokenizer)
+    publisher: Any = publishing._publisher
+    publisher.wait()
+    state.global_step = 1
+    with pytest.raises(TrackingError, match="step 0 was not published"):
+        publishing.on_step_end(arguments, state, nothing)

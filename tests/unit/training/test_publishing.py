@@ -1,3 +1,4 @@
+import os
 import subprocess
 import sys
 import threading
@@ -12,7 +13,8 @@ from mlflow.exceptions import MlflowException
 
 from mlflow_dr.encoder.directory import load_encoder, save_encoder
 from mlflow_dr.encoder.model import Encoder
-from mlflow_dr.tracking.checkpoints import checkpoints_of
+from mlflow_dr.errors import TrackingError
+from mlflow_dr.tracking.checkpoints import checkpoints_of, ready_steps
 from mlflow_dr.tracking.client import tracking_uri
 from mlflow_dr.tracking.fetching import fetched
 from mlflow_dr.tracking.runs import TrackedRun
@@ -35,6 +37,36 @@ class Unreliable:
             self.failures -= 1
             raise MlflowException("no route to host")
         self._client.log_model_artifacts(model_id, local_dir)  # type: ignore[attr-defined]
+
+
+class Swallowed(Unreliable):
+    """A client some of whose uploads come to nothing, or come halved, without an error."""
+
+    def log_model_artifacts(self, model_id: str, local_dir: str) -> None:
+        self._client.log_model_artifacts(model_id, local_dir)  # type: ignore[attr-defined]
+        model = self._client.get_logged_model(model_id)  # type: ignore[attr-defined]
+        weights = Path(model.artifact_location, "model.safetensors")
+        pooling = Path(model.artifact_location, "1_Pooling", "config.json")
+        if self.failures == 2:
+            weights.write_bytes(weights.read_bytes()[:-1])
+        elif self.failures == 1:
+            pooling.unlink()
+        self.failures -= 1
+
+
+def test_a_checkpoint_is_ready_when_the_store_lists_all_of_it(
+    run: TrackedRun, tiny: Encoder, caplog: pytest.LogCaptureFixture
+) -> None:
+    run.client = Swallowed(run.client, failures=2)  # type: ignore[assignment]
+    publisher = Publisher(run, EncoderSource(tiny), pause=0.0)
+    publisher.submit(3)
+    publisher.close()
+    (checkpoint,) = checkpoints_of(run)
+    assert checkpoint.ready
+    with fetched(checkpoint) as directory:
+        load_encoder(directory)
+    assert "bytes of model.safetensors after its upload of" in caplog.text
+    assert "does not list 1_Pooling/config.json after its upload" in caplog.text
 
 
 def test_the_weights_are_those_of_the_moment_of_submitting(run: TrackedRun, tiny: Encoder) -> None:
@@ -239,8 +271,124 @@ def test_what_is_under_way_when_python_ends_may_still_use_thread_pools(run: Trac
         [sys.executable, "-c", AT_EXIT, tracking_uri(), run.id],
         capture_output=True,
         text=True,
-        timeout=60,
+        timeout=600,
         check=False,
     )
     assert done.returncode == 0, done.stderr
     assert [(one.step, one.ready) for one in checkpoints_of(run)] == [(1, True)], done.stderr
+
+
+class Refusing(Unreliable):
+    """A client whose uploads raise one error each, until there are none left."""
+
+    def __init__(self, client: object, *errors: Exception) -> None:
+        super().__init__(client, 0)
+        self.errors = list(errors)
+
+    def log_model_artifacts(self, model_id: str, local_dir: str) -> None:
+        if self.errors:
+            raise self.errors.pop(0)
+        super().log_model_artifacts(model_id, local_dir)
+
+
+NO_BOTO = ModuleNotFoundError("No module named 'boto3'", name="boto3")
+
+
+def test_a_first_checkpoint_that_is_refused_for_good_is_told_at_once(
+    run: TrackedRun, tiny: Encoder, tmp_path: Path
+) -> None:
+    """After two tries; later ones are tried once, and the last of them is kept."""
+    run.client = client = Refusing(run.client, *[NO_BOTO] * 9)  # type: ignore[assignment]
+    told: list[str] = []
+    publisher = Publisher(
+        run, EncoderSource(tiny), pause=0.01, keep_in=tmp_path / "out", on_refused=told.append
+    )
+    publisher.submit(0)
+    publisher.wait()
+    reason = "step 0 was not published: No module named 'boto3', and this artifact store needs it"
+    assert [one[: len(reason)] for one in told] == [reason]
+    assert publisher.refused
+    assert len(client.errors) == 7
+    publisher.submit(3)
+    publisher.close()
+    assert len(client.errors) == 6
+    assert len(told) == 1
+    kept = tmp_path / "out" / "unpublished-3"
+    assert list((tmp_path / "out").iterdir()) == [kept]
+    assert torch.equal(next(load_encoder(kept).parameters()), next(tiny.parameters()))
+    error = publisher.error()
+    assert str(kept) in str(error) and "No module named 'boto3'" in str(error)
+    assert "\n" not in str(error)
+    assert "boto3" in run.fetch().data.tags[FAILURE_TAG]
+    assert [one.ready for one in checkpoints_of(run)] == [False, False]
+
+
+def test_one_refusal_among_answers_that_pass_is_tried_again(run: TrackedRun, tiny: Encoder) -> None:
+    """A proxy may have answered in the server's place."""
+    passing = MlflowException("away")
+    run.client = Refusing(run.client, PermissionError(13, "no"), passing, PermissionError(13, "no"))  # type: ignore[assignment]
+    publisher = Publisher(run, EncoderSource(tiny), pause=0.01)
+    publisher.submit(1)
+    publisher.close()
+    assert not publisher.refused
+    assert ready_steps(run) == {1}
+
+
+def test_a_later_refusal_does_not_stop_a_training_that_has_published(
+    run: TrackedRun, tiny: Encoder, tmp_path: Path
+) -> None:
+    run.client = client = Refusing(run.client)  # type: ignore[assignment]
+    publisher = Publisher(run, EncoderSource(tiny), pause=0.01, keep_in=tmp_path)
+    publisher.submit(1)
+    publisher.wait()
+    client.errors = [NO_BOTO, NO_BOTO]
+    publisher.submit(2)
+    publisher.wait()
+    assert not publisher.refused
+    assert publisher.error() is not None, "the last one is not published"
+    assert (tmp_path / "unpublished-2").is_dir()
+    publisher.submit(3)
+    publisher.close()
+    assert publisher.error() is None
+    assert publisher.unpublished == [2]
+    assert list(tmp_path.iterdir()) == [], "a later one is published"
+
+
+def test_what_is_made_up_and_refused_for_good_ends_it(
+    run: TrackedRun, tiny: Encoder, tmp_path: Path
+) -> None:
+    save_encoder(tmp_path / "kept", tiny)
+    run.client = Refusing(run.client, NO_BOTO, NO_BOTO)  # type: ignore[assignment]
+    publisher = Publisher(run, EncoderSource(tiny), pause=0.01)
+    with pytest.raises(TrackingError, match="step 1 was not published: No module named 'boto3'"):
+        publisher.make_up(1, DirectorySource(tmp_path / "kept"))
+    publisher.close()
+
+
+def test_a_place_without_room_is_said_too(
+    run: TrackedRun, tiny: Encoder, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    (tmp_path / "out").write_text("a file")
+    run.client = Refusing(run.client, NO_BOTO, NO_BOTO)  # type: ignore[assignment]
+    publisher = Publisher(run, EncoderSource(tiny), pause=0.01, keep_in=tmp_path / "out")
+    publisher.submit(1)
+    publisher.close()
+    assert "step 1 could not be saved in" in caplog.text
+    assert "saved" not in str(publisher.error())
+
+
+def test_published_files_have_the_mode_that_the_umask_allows(
+    run: TrackedRun, tiny: Encoder
+) -> None:
+    """Weights too, which safetensors writes for their owner alone."""
+    before = os.umask(0o027)
+    try:
+        publisher = Publisher(run, EncoderSource(tiny))
+        publisher.submit(1)
+        publisher.close()
+    finally:
+        os.umask(before)
+    root = Path(checkpoints_of(run)[0].location.removeprefix("file://"))
+    modes = {path.name: path.stat().st_mode & 0o777 for path in root.rglob("*") if path.is_file()}
+    assert modes["model.safetensors"] == 0o640
+    assert set(modes.values()) == {0o640}

@@ -6,7 +6,17 @@ from pathlib import Path
 import pytest
 
 from mlflow_dr.errors import UsageError
-from mlflow_dr.training.recipes import JUDGED, MSMARCO, TINY, TRAINING_FILES, recipe_of
+from mlflow_dr.training.ranges import RECIPE_NAMES
+from mlflow_dr.training.recipes import (
+    DPR,
+    GC_DPR,
+    JUDGED,
+    MSMARCO,
+    NAMED,
+    TINY,
+    TRAINING_FILES,
+    recipe_of,
+)
 
 
 @pytest.fixture
@@ -46,3 +56,11 @@ def test_hard_negatives_are_not_dropped(folder: str, tmp_path: Path) -> None:
 def test_a_mixture_that_cannot_be_read() -> None:
     with pytest.raises(UsageError, match="not a positive number"):
         recipe_of("demo@x+demo")
+
+
+def test_a_recipe_by_name_goes_before_the_datasets() -> None:
+    assert tuple(NAMED) == RECIPE_NAMES
+    assert recipe_of("demo", name="dpr") is DPR
+    assert recipe_of("demo", name="msmarco") is MSMARCO
+    assert recipe_of("nq-train.json", gc_dpr=True) is GC_DPR
+    assert recipe_of("nq-train.json", name="dpr", gc_dpr=True) is DPR

@@ -1,8 +1,12 @@
 """Which run and which checkpoint a training goes on from."""
 
+import errno
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
+from filelock import FileLock
 
 from mlflow_dr.errors import UsageError
 from mlflow_dr.training.resume import (
@@ -13,7 +17,9 @@ from mlflow_dr.training.resume import (
     check_output,
     checkpoints,
     find_resumption,
+    locked_output,
     mark_whole,
+    output_directories,
     whole_checkpoints_until,
 )
 
@@ -138,3 +144,124 @@ def test_whole_checkpoints_of_the_same_run_until_one(room: Path) -> None:
     assert list(whole_checkpoints_until(room / "checkpoint-10")) == [5, 10]
     (room / "checkpoint-100").rename(room / "best")
     assert whole_checkpoints_until(room / "best") == {}
+
+
+DAMAGED = ("model.safetensors", "optimizer.pt", "query/model.safetensors")
+
+
+@pytest.mark.parametrize("name", DAMAGED)
+def test_a_checkpoint_with_a_flipped_bit_is_passed_over_by_name(room: Path, name: str) -> None:
+    path = room / "checkpoint-100" / name
+    path.write_bytes(bytes(99) + b"\1")
+    found = find_resumption(room, "true")
+    assert found == Resumption("run-1", room / "checkpoint-10")
+    assert found is not None
+    assert found.damaged == (f"{room}/checkpoint-100: {name} has other bytes than were saved",)
+    with pytest.raises(UsageError, match=f"{name} has other bytes than were saved"):
+        find_resumption(room, str(room / "checkpoint-100"))
+
+
+def test_damaged_checkpoints_alone_are_no_reason_to_begin_anew(tmp_path: Path) -> None:
+    begin_output(tmp_path, "run-1")
+    (checkpoint(tmp_path, 5) / "optimizer.pt").write_bytes(b"")
+    with pytest.raises(UsageError, match=r"checkpoint-5: optimizer.pt has 0 bytes") as caught:
+        find_resumption(tmp_path, "true")
+    assert "--overwrite_output_dir" in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        '{"run_id": "run-1", "files": {"optimizer.pt": 100}}',  # of an earlier version
+        '{"run_id": "run-1", "files": {"optimizer.pt": null}}',
+        '{"run_id": "run-1", "files": {"optimizer.pt": {}}}',
+        '{"run_id": "run-1", "files": {"a\\u0000b": {"bytes": 1}}}',
+        '{"run_id": "run-1", "files": {}}',
+        '{"run_id": ["run-1"], "files": {"optimizer.pt": {"bytes": 100}}}',
+        "[" * 100_000,
+        "\udcff",
+    ],
+    ids=range(8),
+)
+def test_a_list_of_files_may_hold_anything(room: Path, text: str) -> None:
+    mark = room / "checkpoint-100" / WHOLE_FILE
+    mark.write_text(text, encoding="utf-8", errors="surrogateescape")
+    found = find_resumption(room, "true")
+    assert found == Resumption("run-1", room / "checkpoint-10")
+    assert found is not None and len(found.damaged) == 1
+
+
+@pytest.mark.parametrize("text", ["", "[]", '{"run_id": 3}', '{"run_id": ["run-1"]}', "{" * 9])
+def test_a_damaged_note_of_the_run_is_one_line_with_the_way_out(room: Path, text: str) -> None:
+    (room / RUN_FILE).write_text(text)
+    with pytest.raises(UsageError, match=r"is missing or damaged.*name a checkpoint"):
+        find_resumption(room, "true")
+    named = find_resumption(room, str(room / "checkpoint-100"))
+    assert named == Resumption("run-1", room / "checkpoint-100")
+
+
+HOLDING = """
+import sys, time
+from mlflow_dr.training.resume import locked_output
+with locked_output(sys.argv[1]):
+    print("locked", flush=True)
+    time.sleep(600)
+"""
+
+
+def test_a_second_training_in_an_output_directory_is_refused(tmp_path: Path) -> None:
+    """Until the first is gone, which a kill is enough for."""
+    out = tmp_path / "out"
+    first = subprocess.Popen(
+        [sys.executable, "-c", HOLDING, str(out)], stdout=subprocess.PIPE, text=True
+    )
+    try:
+        assert first.stdout is not None and first.stdout.readline() == "locked\n"
+        with (
+            pytest.raises(UsageError, match=f"another training .process {first.pid} on") as caught,
+            locked_output(tmp_path / "other", out),
+        ):
+            pass
+        assert str(out) in str(caught.value)
+        assert "\n" not in str(caught.value)
+    finally:
+        first.kill()
+        first.wait()
+        assert first.stdout is not None
+        first.stdout.close()
+    with locked_output(out, out, tmp_path / "other"):
+        pass
+    with locked_output():
+        pass
+
+
+def test_an_output_directory_that_cannot_be_written_is_one_line(tmp_path: Path) -> None:
+    (tmp_path / "out").write_text("a file")
+    with (
+        pytest.raises(UsageError, match="out: cannot be written to"),
+        locked_output(tmp_path / "out"),
+    ):
+        pass
+
+
+def test_which_directories_no_second_training_may_write_to(tmp_path: Path) -> None:
+    named = Resumption("run-1", tmp_path / "begun" / "checkpoint-5")
+    anew = Resumption("run-1", None)
+    assert output_directories("out", False, None) == []
+    assert output_directories("out", True, None) == [Path("out")]
+    assert output_directories("out", False, named) == [tmp_path / "begun"]
+    assert output_directories("out", True, named) == [Path("out"), tmp_path / "begun"]
+    assert output_directories("out", False, anew) == [Path("out")]
+
+
+def test_what_may_only_be_read_can_be_resumed_from(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def read_only(*_: object, **__: object) -> None:
+        raise OSError(errno.EROFS, "Read-only file system")
+
+    monkeypatch.setattr(FileLock, "acquire", read_only)
+    with locked_output(tmp_path):
+        pass
+    assert f"{tmp_path} cannot be locked" in caplog.text

@@ -15,18 +15,23 @@ import mlflow
 import pytest
 import torch
 from mlflow import MlflowClient
+from mlflow.exceptions import MlflowException
 
+from mlflow_dr import publish_checkpoint
 from mlflow_dr.encoder.directory import load_encoder, save_encoder
 from mlflow_dr.encoder.model import Encoder
-from mlflow_dr.errors import TrainingError, UsageError
+from mlflow_dr.errors import CheckpointError, TrackingError, TrainingError, UsageError
 from mlflow_dr.tracking.checkpoints import checkpoints_of, ready_steps
 from mlflow_dr.tracking.fetching import fetched
 from mlflow_dr.tracking.runs import TrackedRun
 from mlflow_dr.tracking.stop_request import StopWatcher, request_stop
+from mlflow_dr.training import publishing
 from mlflow_dr.training import train as train_module
 from mlflow_dr.training.data import open_data
 from mlflow_dr.training.loss import Objective
 from mlflow_dr.training.parsing import parse_training
+from mlflow_dr.training.publishing import Publisher
+from mlflow_dr.training.resume import locked_output, mark_whole
 from mlflow_dr.training.train import train
 from mlflow_dr.training.trainer import RetrieverTrainer
 
@@ -76,7 +81,8 @@ def trained(client: MlflowClient, experiment: str, folder: Path, saved: Path) ->
         *words: object, model: object = saved, dataset: object = folder, **flags: Any
     ) -> Run:
         chosen = {"model": model, "dataset": dataset, "experiment_name": "tests", **FLAGS, **flags}
-        pairs = [str(word) for name, value in chosen.items() for word in (f"--{name}", value)]
+        given = {name: value for name, value in chosen.items() if value is not None}
+        pairs = [str(word) for name, value in given.items() for word in (f"--{name}", value)]
         return run_of(train(parse_training([*map(str, words), *pairs])))
 
     def run_of(run_id: str) -> Run:
@@ -116,8 +122,8 @@ def test_a_training_is_a_run_with_its_losses_and_checkpoints(
     saved: Path,
     trainers: list[RetrieverTrainer],
 ) -> None:
-    run = trained()
-    assert run.status == "FINISHED"
+    run = trained(run_name="mine")
+    assert (run.status, run.name) == ("FINISHED", "mine")
     assert [step for step, _ in run.points()] == [1, 2, 3, 4]
     assert ready_steps(run) == {0, 2, 4}
     assert len(checkpoints_of(run)) == 3
@@ -174,6 +180,7 @@ def test_a_training_is_resumed_from_what_the_name_stood_for(
     [
         ({"publish_steps": 0}, {0, 4}),
         ({"publish_steps": 3, "publish_initial": False}, {3, 4}),
+        ({"publish_steps": None, "publish_per_epoch": 1, "max_steps": 3}, {0, 2, 3}),
     ],
     ids=str,
 )
@@ -500,3 +507,168 @@ def test_a_request_on_the_run_ends_the_training(
     assert max(ready_steps(run)) == 3
     assert run.status == "FINISHED"
     assert "training ended as asked: good enough" in caplog.text
+
+
+@pytest.fixture
+def no_store(
+    client: MlflowClient, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> Callable[[], Run]:
+    """A function to the run of the experiment whose artifacts would lie below a file."""
+    monkeypatch.setattr(train_module, "Publisher", partial(Publisher, pause=0.0))
+    (tmp_path / "a file").write_text("")
+    place = str(tmp_path / "a file" / "x")
+    experiment = client.create_experiment(f"no store {tmp_path}", place)
+    return lambda: Run(client, client.search_runs([experiment])[0])
+
+
+def test_a_training_whose_checkpoints_nobody_takes_stops_and_is_a_failure(
+    trained: Make, no_store: Make, tmp_path: Path, trainers: list[RetrieverTrainer]
+) -> None:
+    """Nothing is lost: the last encoder is kept, and what it can be resumed from."""
+    flags = {"max_steps": 100_000, "save_steps": 100_000, "logging_steps": 1000}
+    with pytest.raises(TrackingError, match=r"training has stopped: step .*Not a directory") as bad:
+        trained(experiment_name=f"no store {tmp_path}", output_dir=tmp_path / "out", **flags)
+    last = trainers[-1].state.global_step
+    assert 0 < last < 100_000
+    assert no_store().status == "FAILED"
+    kept = tmp_path / "out" / f"unpublished-{last}"
+    assert f"saved in {kept}" in str(bad.value)
+    assert "--resume_from_checkpoint goes on" in str(bad.value)
+    assert "\n" not in str(bad.value)
+    assert len(str(bad.value)) < 500 + len(str(kept))
+    torch.testing.assert_close(load_encoder(kept)(IDS, MASK), vectors_of(trainers[-1]))
+    assert (tmp_path / "out" / f"checkpoint-{last}").is_dir()
+
+
+def test_a_training_whose_last_checkpoint_is_not_published_is_a_failure(
+    trained: Make,
+    last_run: Make,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    trainers: list[RetrieverTrainer],
+) -> None:
+    """For a reason that might have passed; those before are published."""
+    plain = publishing.upload_checkpoint
+    away = [True]
+
+    def broken(run: TrackedRun, model_id: str, directory: Path, step: int) -> None:
+        if step == 4 and away:
+            raise MlflowException("no route to host")
+        plain(run, model_id, directory, step)
+
+    monkeypatch.setattr(publishing, "upload_checkpoint", broken)
+    monkeypatch.setattr(train_module, "Publisher", partial(Publisher, pause=0.0))
+    with pytest.raises(TrackingError, match="step 4 was not published: no route to host") as bad:
+        trained(output_dir=tmp_path / "out")
+    assert last_run().status == "FAILED"
+    assert ready_steps(last_run()) == {0, 2}
+    kept = tmp_path / "out" / "unpublished-4"
+    assert f"saved in {kept}" in str(bad.value)
+    torch.testing.assert_close(load_encoder(kept)(IDS, MASK), vectors_of(trainers[-1]))
+    away.clear()
+    assert publish_checkpoint(kept, 4, run_id=last_run().id)
+    assert ready_steps(last_run()) == {0, 2, 4}
+
+
+def test_a_damaged_checkpoint_is_passed_over_when_resumed(
+    trained: Make, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    flags = {"output_dir": tmp_path / "out", "save_steps": 2}
+    first = trained(**flags)
+    path = tmp_path / "out" / "checkpoint-4" / "optimizer.pt"
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+    with caplog.at_level(logging.INFO, "mlflow_dr"):
+        again = trained("--resume_from_checkpoint", **flags)
+    assert (again.id, again.status) == (first.id, "FINISHED")
+    assert "checkpoint-4: optimizer.pt has other bytes than were saved; passed over" in caplog.text
+    assert f"resuming run {first.id} from checkpoint-2" in caplog.text
+    assert [step for step, _ in again.points()] == [1, 2, 3, 4]
+
+
+def test_what_does_not_fit_the_training_is_one_line(trained: Make, tmp_path: Path) -> None:
+    """Files that are as they were saved, and of another kind."""
+    flags = {"output_dir": tmp_path / "out", "save_steps": 2, "max_steps": 2}
+    run = trained(**flags)
+    directory = tmp_path / "out" / "checkpoint-2"
+    contents = {
+        "optimizer.pt": [{}, {"state": 3, "param_groups": []}, torch.zeros(3)],
+        "scheduler.pt": [[], torch.zeros(3)],
+        "rng_state.pth": [{"python": 3}, None],
+        "trainer_state.json": ["[]", "{", '{"global_step": "x"}', '{"surprise": 1}'],
+        "mlflow_dr_progress.json": ["[]", "{", "{}", '{"loss": [], "total": 0, "logged": 0}'],
+    }
+    flags["max_steps"] = 3
+    for name, values in contents.items():
+        path = directory / name
+        sound = path.read_bytes()
+        for value in values:
+            if isinstance(value, str):
+                path.write_text(value)
+            else:
+                torch.save(value, path)
+            mark_whole(directory, run.id)
+            with pytest.raises(CheckpointError, match=f"checkpoint-2: .*{name}") as caught:
+                trained("--resume_from_checkpoint", **flags)
+            assert "\n" not in str(caught.value)
+        path.write_bytes(sound)
+    mark_whole(directory, run.id)
+    assert trained("--resume_from_checkpoint", **flags).status == "FINISHED"
+
+
+def test_a_second_training_in_one_output_directory_is_refused(
+    trained: Make, client: MlflowClient, experiment: str, tmp_path: Path
+) -> None:
+    """Before it has a run; one that saves nothing may share the directory."""
+    flags = {"output_dir": tmp_path / "out"}
+    before = len(client.search_runs([experiment]))
+    with locked_output(tmp_path / "out"):
+        with pytest.raises(UsageError, match=r"another training .* is writing there"):
+            trained(save_steps=2, **flags)
+        assert len(client.search_runs([experiment])) == before
+        assert trained(**flags).status == "FINISHED"
+
+
+def test_other_values_than_before_are_said_and_noted_when_resumed(
+    trained: Make, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Params are written once and keep the first ones."""
+    flags = {"output_dir": tmp_path / "out", "save_steps": 2, "save_total_limit": 3}
+    first = trained(**flags)
+    caplog.clear()
+    more = {**flags, "max_steps": 6, "learning_rate": "5e-3", "logging_steps": 2}
+    second = trained("--resume_from_checkpoint", **more)
+    assert second.id == first.id
+    (said,) = (one for one in caplog.messages if "resuming with other values" in one)
+    assert "learning_rate 0.005 (was 0.01), max_steps 6 (was 4); they hold from" in said
+    data = second.fetch().data
+    assert data.params["max_steps"] == "4"
+    noted = {"checkpoint-4": {"learning_rate": "0.005", "max_steps": "6"}}
+    assert json.loads(data.tags["mlflow_dr.resumed"]) == noted
+    assert max(step for step, _ in second.points()) == 6
+    caplog.clear()
+    trained("--resume_from_checkpoint", **more)
+    assert "resuming with other values" not in caplog.text
+    trained("--resume_from_checkpoint", **{**more, "max_steps": 7})
+    assert "max_steps 7 (was 6)" in caplog.text
+    noted["checkpoint-6"] = {"max_steps": "7"}
+    assert json.loads(second.fetch().data.tags["mlflow_dr.resumed"]) == noted
+
+
+def test_the_machines_figures_are_on_the_run_where_mlflow_is_to_log_them(
+    trained: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """At MLflow's own interval, and further where a training is resumed."""
+    name = "system/cpu_utilization_percentage"
+    assert trained(max_steps=1).points(name) == []
+    monkeypatch.setenv("MLFLOW_ENABLE_SYSTEM_METRICS_LOGGING", "true")
+    monkeypatch.setenv("MLFLOW_SYSTEM_METRICS_SAMPLING_INTERVAL", "0.01")
+    flags = {"output_dir": tmp_path / "out", "save_steps": 4}
+    first = trained(**flags)
+    steps = [step for step, _ in first.points(name)]
+    assert steps == list(range(len(steps))) and steps
+    assert "SystemMetricsMonitor" not in {one.name for one in threading.enumerate()}
+    again = trained("--resume_from_checkpoint", **{**flags, "max_steps": 8})
+    more = [step for step, _ in again.points(name)]
+    assert more == list(range(len(more))) and len(more) > len(steps)

@@ -182,7 +182,7 @@ def ranks(cases: dict[str, Any], encoders: dict[str, Encoder], tmp_path: Path) -
             env={**os.environ, "TOKENIZERS_PARALLELISM": "false"},
             capture_output=True,
             text=True,
-            timeout=60,
+            timeout=600,
         )
         assert done.returncode == 0, done.stderr[-3000:]
         kept[0] = [torch.load(room / f"{rank}.pt", weights_only=False) for rank in range(2)]

@@ -4,6 +4,7 @@ import re
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -200,7 +201,8 @@ def test_other_collections_do_not_compare(
 ) -> None:
     validated(1)
     validated(2, split="test", to=other_run)
-    with pytest.raises(UsageError, match=r"do not compare: of .* step 1, .*corpus.* of .* step 2"):
+    message = r"do not compare: of .* step 1, .* topics is '.*', not '.*' as of .* step 2"
+    with pytest.raises(UsageError, match=message):
         compared(run.id, other_run.id)
     with pytest.raises(UsageError, match=rf"do not compare: .* of {re.escape(str(folder))}/test"):
         compared(run.id, run.id, dataset=str(folder), split="test")
@@ -288,3 +290,38 @@ def test_the_command_prints_and_writes(
 
 def test_one_name_is_what_is_taken_when_none_is_given() -> None:
     assert Comparing(("a", "b")).name == Validation(SETTINGS).name
+
+
+def test_lengths_that_differ_are_said_and_can_be_set(
+    run: TrackedRun,
+    validated: Validate,
+    encoders: Callable[[int], Path],
+    folder: Path,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """A run at 24 tokens, and an encoder with its own length."""
+    validated(1)
+    run.log_params({"p_max_len": 24})
+    words, data = (f"{run.id}@1", str(encoders(2))), {"dataset": str(folder), "device": "cpu"}
+    with caplog.at_level("WARNING", "mlflow_dr"):
+        compare(Comparing(words, p_max_len=24, **data))
+        assert "of other lengths" not in caplog.text
+        compare(Comparing(words, p_max_len=12, **data))
+    assert "read passages of other lengths in tokens (A 24, B 12)" in caplog.text
+
+
+def test_a_run_may_be_named(run: TrackedRun, validated: Validate) -> None:
+    validated(1), validated(2)
+    by_name = compare(Comparing((f"{run.id}@1", f"{run.name}@2")))
+    assert by_name.labels == compare(Comparing((f"{run.id}@1", f"{run.id[:12]}@2"))).labels
+
+
+def test_what_was_written_before_is_left_alone(
+    run: TrackedRun, validated: Validate, tmp_path: Path
+) -> None:
+    validated(1), validated(2)
+    asked = Comparing((f"{run.id}@1", f"{run.id}@2"), output=tmp_path / "out")
+    compare(asked)
+    with pytest.raises(UsageError, match=r"values\.csv: is there already; --force replaces it"):
+        compare(asked)
+    compare(replace(asked, force=True))

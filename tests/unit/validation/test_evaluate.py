@@ -2,6 +2,7 @@
 
 import copy
 import re
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ from torch import Tensor
 
 from mlflow_dr.collection.beir import BeirFolder
 from mlflow_dr.encoder.model import Encoder
-from mlflow_dr.errors import CheckpointError, DeviceError, UsageError
+from mlflow_dr.errors import CheckpointError, DataError, DeviceError, UsageError
 from mlflow_dr.retrieval import dense, encode
 from mlflow_dr.retrieval.measures import parse_measures
 from mlflow_dr.stores import token_table
@@ -257,6 +258,34 @@ def test_another_checkpoint_does_not_tokenise_the_corpus_again(
     anew = evaluated(make_tiny(seed=2), folder)
     assert first.ranking != second.ranking
     assert second.ranking == anew.ranking
+
+
+@pytest.mark.parametrize("name", ["ids.bin", "corpus.arrow"])
+def test_a_cache_that_is_damaged_meanwhile_gives_no_report(
+    encoder: Encoder, folder: Path, own_cache: Path, name: str
+) -> None:
+    prepared = Prepared(BeirFolder(folder), "dev")
+    before = evaluate(encoder, prepared, settings(), quiet=True)
+    (path,) = own_cache.rglob(name)
+    path.touch()  # another time, and the same contents
+    assert evaluate(encoder, prepared, settings(), quiet=True).per_query == before.per_query
+    content = path.read_bytes()
+    path.write_bytes(bytes(len(content)))
+    with pytest.raises(DataError, match=f"damaged while it was in use .*{name}"):
+        evaluate(encoder, prepared, settings(), quiet=True)
+    path.write_bytes(content)
+
+
+def test_a_cache_that_is_removed_or_made_again_meanwhile_is_no_trouble(
+    encoder: Encoder, folder: Path, own_cache: Path
+) -> None:
+    prepared = Prepared(BeirFolder(folder), "dev")
+    before = evaluate(encoder, prepared, settings(), quiet=True)
+    shutil.rmtree(own_cache)
+    assert evaluate(encoder, prepared, settings(), quiet=True).per_query == before.per_query
+    again = evaluate(encoder, Prepared(BeirFolder(folder), "dev"), settings(), quiet=True)
+    assert again.per_query == before.per_query
+    assert evaluate(encoder, prepared, settings(), quiet=True).per_query == before.per_query
 
 
 def test_other_settings_of_the_tokenizer_do(

@@ -1,8 +1,16 @@
 """Which subset there is the time for."""
 
+from dataclasses import replace
+from types import SimpleNamespace
+
 import pytest
 
-from mlflow_dr.validation.pace import Speed, largest_that_keeps_up, publishing_interval
+from mlflow_dr.retrieval.measures import parse_measures
+from mlflow_dr.subsets.spec import parse_spec
+from mlflow_dr.tracking.runs import TrackedRun
+from mlflow_dr.validation.evaluate import Settings
+from mlflow_dr.validation.pace import Pacer, Speed, largest_that_keeps_up, publishing_interval
+from mlflow_dr.validation.plan import Plan, Validation
 
 SIZES = {"small": 1_000, "middle": 10_000, "large": 100_000}
 SPEED = Speed(passages_per_second=1_000.0, overhead=2.0)
@@ -34,3 +42,17 @@ def test_the_choice_is_said_in_words() -> None:
 def test_the_interval_is_the_median_and_known_after_three() -> None:
     assert publishing_interval([1_000, 9_000]) is None
     assert publishing_interval([100_000, 0, 10_000, 21_000]) == 11.0
+
+
+def test_of_a_run_that_has_ended_the_largest_is_taken(run: TrackedRun) -> None:
+    settings = Settings(parse_measures("mrr@10"))
+    pair = [Validation(settings, "a", subset=parse_spec(f"random:{n}")) for n in (5, 10)]
+    pair[1] = replace(pair[1], name="b")
+    plan = Plan(tuple(pair), keep_up=True)
+    sizes = {"a": 5, "b": 10}
+    bound = [
+        SimpleNamespace(name=name, prepared=SimpleNamespace(n_passages=size))
+        for name, size in sizes.items()
+    ]
+    assert Pacer(plan).names(run, bound, [], None, 1) == ["a"]
+    assert Pacer(plan).names(run, bound, [], None, 1, over=True) == ["b"]

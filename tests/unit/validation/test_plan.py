@@ -1,3 +1,4 @@
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -15,12 +16,14 @@ from mlflow_dr.validation.plan import (
     Refines,
     Validation,
     each_split,
-    read_plan,
     refining,
 )
+from mlflow_dr.validation.plan_file import read_plan
 
 SETTINGS = Settings(parse_measures("mrr@10"), dtype="fp32")
 ASKED = Asked(SETTINGS)
+LISTS = "\n".join(f"  l{n + 1}: &l{n + 1} [{', '.join([f'*l{n}'] * 9)}]" for n in range(8))
+BOMB = f"validations:\n  l0: &l0 [0]\n{LISTS}\norder: *l8\n"  # 43 million numbers
 
 
 def read(tmp_path: Path, text: str, asked: Asked = ASKED, **others: Any) -> Plan:
@@ -66,12 +69,36 @@ def test_what_the_file_says_and_what_it_leaves(tmp_path: Path) -> None:
         ("every: 0\nvalidations: {a: }", "every is 0"),
         ("every: yes\nvalidations: {a: }", "every is True"),
         ("every: 1.5\nvalidations: {a: }", "every is 1.5; expected a value of type int"),
+        (f"every: {'9' * 5000}\nvalidations: {{a: }}", "not a YAML file"),
+        ("every: 2001-99-99\nvalidations: {a: }", "not a YAML file"),
+        ("[" * 5000, "not a YAML file"),
+        ("follow: 'false'\nvalidations: {a: }", "follow is 'false'; expected a value of type bool"),
+        ("poll_seconds: .nan\nvalidations: {a: }", "poll_seconds is nan; it must be a number"),
+        ("validations: {a: {keep_own_id: 'false'}}", "validations.a.keep_own_id is 'false'; exp"),
+        ("validations: {a: {keep_own_id: 0}}", "validations.a.keep_own_id is 0; expected a value"),
+        (f"validations: {{a: {{depth: {'x' * 100_000}}}}}", "validations.a.depth is 'xxx"),
+        (f"validations: {{a: {{subset: bm25@{'9' * 5000}}}}}", "is not a whole number above 0"),
+        (f"validations: {{a: {{refine: full@{'9' * 5000}}}}}", "expected SUBSET@N"),
+        (f"validations: {{a: {{measures: mrr@{'9' * 5000}}}}}", "with a cut-off"),
         ("validations: {a: {depth: deep}}", "validations.a.depth is 'deep'"),
         ("validations: {a: {dataset: 5}}", "validations.a.dataset is 5"),
         ("validations: {a: {dpeth: 5}}", "validations.a: no key 'dpeth'"),
         ("validations: {a: [1]}", "validations.a: expected keys"),
         ("validations: {a: {measures: mmr@10}}", "mmr"),
         ("validations: {a: {measures: mrr@10, depth: 5}}", "depth"),
+        ("validations: {a: {measures: mmr@10}}", "validations.a.measures: measure 'mmr@10'"),
+        ("validations: {a: {subset: bm52@10}}", "validations.a.subset: subset 'bm52@10'"),
+        ("validations: {a: {dtype: fp9}}", "validations.a.dtype: dtype 'fp9'"),
+        ("validations: {a: {device: gpu}}", "validations.a.device: device 'gpu'"),
+        ("validations: {a: {dataset: dmeo}}", "validations.a.dataset: no dataset 'dmeo'"),
+        ("validations: {a: {refine: full}}", "validations.a: refine 'full'"),
+        ("keep: worst:1\nvalidations: {a: }", "validations.yaml: keep: no rule 'worst:1'"),
+        ("patience: -1\nvalidations: {a: }", "validations.yaml: patience"),
+        ("poll_seconds: .nan\nvalidations: {a: }", "poll_seconds is nan; expected a value of"),
+        (f"every: {'9' * 5000}\nvalidations: {{a: }}", "not a YAML file: Exceeds the limit"),
+        ("validations: {a: , a: }", "key 'a' stands twice in the mapping of line 1"),
+        ("order: " + "[" * 5000, "not a YAML file"),
+        (BOMB, "order is"),
         ("validations: {a/b: }", "cannot be called 'a/b'"),
         ("validations: {a: {candidates: c}}", "validations.a: give dataset, or candidates (once),"),
         ("validations: {a: {candidates: c}}", "there is no queries, no qrels"),
@@ -92,6 +119,21 @@ def test_a_file_that_is_wrong_is_one_line(tmp_path: Path, text: str, says: str) 
         read(tmp_path, text)
     assert says in str(caught.value)
     assert "\n" not in str(caught.value)
+    assert str(caught.value).startswith(str(tmp_path / "validations.yaml"))
+    assert len(str(caught.value)) < 500
+
+
+def test_settings_from_python_are_checked_too() -> None:
+    with pytest.raises(UsageError, match="keep_own_id is 'false'; expected a value of type bool"):
+        Settings(parse_measures("mrr@10"), keep_own_id="false")  # type: ignore[arg-type]
+
+
+def test_a_split_that_the_dataset_of_the_file_does_not_have(
+    tmp_path: Path, beir_folder: Callable[..., Path]
+) -> None:
+    folder = beir_folder({"p": "gulls"}, {"q": "birds"}, dev={"q": {"p": 1}})
+    with pytest.raises(UsageError, match=r"yaml: validations\.a\.split: .* no split 'dav'; did"):
+        read(tmp_path, f"validations: {{a: {{dataset: {folder}, split: dav}}}}")
 
 
 def test_files_instead_of_a_dataset(tmp_path: Path) -> None:
@@ -183,7 +225,7 @@ def test_several_subsets_are_not_refined_by_one_validation() -> None:
 
 
 def test_no_such_file(tmp_path: Path) -> None:
-    with pytest.raises(UsageError, match=r"nowhere\.yaml"):
+    with pytest.raises(UsageError, match=r"nowhere\.yaml: cannot be read \(No such file"):
         read_plan(tmp_path / "nowhere.yaml", ASKED)
 
 

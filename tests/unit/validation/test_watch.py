@@ -30,6 +30,7 @@ from mlflow_dr.tracking.following import FollowedExperiment, FollowedRun
 from mlflow_dr.tracking.results import State, failure_of, state_of
 from mlflow_dr.tracking.runs import DATASET_TAG, TrackedRun
 from mlflow_dr.tracking.status import note_summary, summary_of
+from mlflow_dr.tracking.validations import chosen_metric, steps_taken
 from mlflow_dr.validation import jobs
 from mlflow_dr.validation.choice import Candidate, Choice
 from mlflow_dr.validation.evaluate import Settings
@@ -828,3 +829,62 @@ def test_an_experiment_without_runs(client: MlflowClient) -> None:
     followed = FollowedExperiment(client, "nothing yet")
     counts = watch_followed(followed, Plan((VALIDATION,), follow=False), no_sleep)
     assert (counts.done, counts.failed) == (0, 0)
+
+
+def test_validating_on_test_data_is_said(
+    run: TrackedRun,
+    folder: Path,
+    publishing: Callable[[int], str],
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    other = tmp_path / "other"
+    shutil.copytree(folder, other)
+    (other / "qrels" / "dev.tsv").rename(other / "qrels" / "test.tsv")
+    publishing(1)
+    there = replace(VALIDATION, dataset=str(other))
+    watch(run, replace(there, name="meant", split="test"), follow=False)
+    assert "chosen on test data" not in caplog.text
+    watch(run, there, follow=False)
+    assert "has no development split" in caplog.text
+
+
+def test_what_was_begun_first_decides_and_each_says_which_steps_it_takes(
+    run: TrackedRun, publishing: Callable[[int], str]
+) -> None:
+    publishing(3), publishing(4)
+    watch(run, replace(VALIDATION, name="z"), follow=False, every=3)
+    watch(run, VALIDATION, follow=False)
+    assert chosen_metric(run).validation == "z"
+    assert steps_taken(run) == {"z": 3, "val": 1}
+    watch(run, replace(VALIDATION, name="z"), follow=False, every=4)
+    assert steps_taken(run) == {"z": 1, "val": 1}
+
+
+def test_several_validations_of_a_checkpoint_are_one_checkpoint(
+    run: TrackedRun, publishing: Callable[[int], str], caplog: pytest.LogCaptureFixture
+) -> None:
+    publishing(1), publishing(2)
+    counts = watch(run, VALIDATION, replace(VALIDATION, name="more"), follow=False)
+    assert (counts.done, counts.validations) == (2, 4)
+    assert counts.checkpoints == "2 checkpoints (4 validations)"
+
+
+def test_nothing_to_do_says_why(
+    run: TrackedRun, publishing: Callable[[int], str], client: MlflowClient
+) -> None:
+    client.create_experiment("of nothing")
+    followed = FollowedExperiment(client, "of nothing")
+    counts = watch_followed(followed, Plan((VALIDATION,), follow=False))
+    assert counts.nothing == "no checkpoint is published yet"
+
+    def nothing(**plan: Any) -> str:
+        followed = FollowedRun(run)
+        counts = watch_followed(followed, Plan((VALIDATION,), follow=False, **plan))
+        assert counts.are_good == (not counts.nothing)
+        return counts.nothing
+
+    publishing(5)
+    assert nothing(every=2) == "of 1 checkpoints --every and --max-lag leave none"
+    assert nothing() == ""
+    assert nothing() == ""  # it is done

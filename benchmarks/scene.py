@@ -1,0 +1,251 @@
+"""Checkpoints on a real server, validators as processes, and what became of them."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from mlflow import MlflowClient
+
+from benchmarks.process import Process, all_ended
+from benchmarks.server import Server
+from mlflow_dr.collection.catalogue import open_collection
+from mlflow_dr.encoder.config import EncoderConfig
+from mlflow_dr.encoder.directory import save_encoder
+from mlflow_dr.encoder.model import Encoder
+from mlflow_dr.encoder.tiny import tiny_encoder
+from mlflow_dr.errors import MlflowDrError
+from mlflow_dr.tracking.checkpoints import checkpoint_by_id, publish
+from mlflow_dr.tracking.client import connect
+from mlflow_dr.tracking.results import State, state_of
+from mlflow_dr.tracking.runs import TrackedRun
+from mlflow_dr.tracking.tables import values_of
+
+PASSAGES, QUERIES, WORDS = 400, 60, 900  # of a collection on which untrained encoders differ
+MEASURES = "mrr@10 ndcg@10"
+METRICS = ("mrr_at_10", "ndcg_at_10")
+STARTS = 4  # of a validator that is started again whenever it ends with an error
+
+COUNTS = (
+    *("checkpoints", "points", "doubled", "lost", "different", "failed", "unkept"),
+    "tracebacks",
+)
+
+Points = dict[str, dict[int, list[float]]]
+"""metric -> step -> values."""
+
+
+def points(client: MlflowClient, run_id: str, name: str) -> Points:
+    """The points that a validation's metrics have on a run."""
+    found: Points = {}
+    for metric in METRICS:
+        steps = found.setdefault(metric, {})
+        for point in client.get_metric_history(run_id, f"{name}/{metric}"):
+            steps.setdefault(point.step, []).append(point.value)
+    return found
+
+
+@dataclass
+class Row:
+    """What a scenario left.
+
+    Attributes:
+        scenario: what was done.
+        checkpoints: how many sound checkpoints there were.
+        points: how many of their points there are, of all metrics.
+        doubled: points beyond the first of a metric and a step.
+        lost: points that are missing.
+        different: points with a value other than an undisturbed run's.
+        failed: sound checkpoints that are noted as FAILED.
+        unkept: sound checkpoints whose values of single queries cannot be had.
+        tracebacks: how many the validators have printed.
+        codes: exit codes of the validators, each with those of all its starts.
+        seconds: from the first validator's start until the last one's end.
+        notes: anything else.
+    """
+
+    scenario: str
+    checkpoints: int = 0
+    points: int = 0
+    doubled: int = 0
+    lost: int = 0
+    different: int = 0
+    failed: int = 0
+    unkept: int = 0
+    tracebacks: int = 0
+    codes: list[str] = field(default_factory=list)
+    seconds: float = 0.0
+    notes: list[str] = field(default_factory=list)
+
+    @property
+    def is_good(self) -> bool:
+        """Whether each sound checkpoint has what it has to have, and nothing more."""
+        return not (
+            self.doubled
+            or self.lost
+            or self.different
+            or self.failed
+            or self.unkept
+            or self.tracebacks
+        )
+
+
+class Scene:
+    """A server, encoders of several steps, and what an undisturbed validator finds of them.
+
+    Args:
+        server: it runs.
+        room: a folder for everything.
+        count: how many sound checkpoints each scenario has.
+    """
+
+    def __init__(self, server: Server, room: Path, count: int) -> None:
+        self.server = server
+        self.room = room
+        self.client = connect(server.uri)
+        self.steps = list(range(10, 10 * count + 10, 10))
+        os.environ["MLFLOW_DR_CACHE"] = str(room / "cache")
+        os.environ["MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT"] = "true"
+        self.collection = _written_collection(room / "collection")
+        for step in self.steps:
+            save_encoder(self.encoder(step), _tiny(self.collection, step))
+        run = self.new_run("undisturbed")
+        self.publish(run)
+        self.client.set_terminated(run.id)
+        all_ended([self.validator(run, "undisturbed")])
+        self.right = points(self.client, run.id, "val")
+        self.config = self.config_of(run)
+        if any(
+            len(self.right[metric].get(step, ())) != 1 for metric in METRICS for step in self.steps
+        ):
+            raise SystemExit("an undisturbed validator has not written one point for each metric")
+
+    def encoder(self, step: int) -> Path:
+        """The directory of the sound encoder of a step."""
+        return self.room / "encoders" / f"step-{step}"
+
+    def new_run(self, name: str, store: str | None = None) -> TrackedRun:
+        """A run in an experiment of its own; `store` is where its artifacts lie."""
+        experiment = self.client.create_experiment(name, artifact_location=store)
+        run = TrackedRun(self.client, self.client.create_run(experiment, run_name=name))
+        run.log_params({"dataset": str(self.collection), "validation_split": "dev"})
+        return run
+
+    def publish(self, run: TrackedRun, steps: Sequence[int] = ()) -> dict[int, str]:
+        """Publish the sound encoders, or those of these steps; their model ids by step."""
+        return {step: publish(run, self.encoder(step), step) for step in steps or self.steps}
+
+    def validator(
+        self,
+        run: TrackedRun,
+        name: str,
+        variables: Mapping[str, str] | None = None,
+        uri: str | None = None,
+        before: Sequence[str] = (),
+        starts: int = 1,
+        words: Sequence[str] = (),
+    ) -> Process:
+        """A validator of a run, with a cache and a temporary directory that others have, too."""
+        experiment = self.client.get_experiment(run.experiment_id).name
+        follow = ("--run-id", run.id, "--measures", MEASURES, "--poll-seconds", "0.5")
+        log = self.room / f"{experiment}, {name}.log"
+        environment = {**self.variables(uri), **(variables or {})}
+        return Process(["validate", *follow, *words], environment, log, name, before, starts)
+
+    def variables(self, uri: str | None = None) -> dict[str, str]:
+        """The environment of a process that talks to the server, or to a proxy of it."""
+        temporary = self.room / "tmp"
+        temporary.mkdir(exist_ok=True)
+        return {
+            "MLFLOW_TRACKING_URI": uri or self.server.uri,
+            "TMPDIR": str(temporary),
+            "OMP_NUM_THREADS": "1",
+        }
+
+    def row(
+        self,
+        scenario: str,
+        run: TrackedRun,
+        sound: Mapping[int, str],
+        validators: Sequence[Process],
+        seconds: float,
+        undisturbed: str | None = None,
+    ) -> Row:
+        """Count what is there of the sound checkpoints of a run, asking the server itself.
+
+        `undisturbed` names a validation of the same run that is right; else the scene's is.
+        """
+        right = points(self.client, run.id, undisturbed) if undisturbed else self.right
+        config = self.config_of(run, undisturbed) if undisturbed else self.config
+        row = Row(scenario, len(sound), seconds=seconds)
+        there = points(self.client, run.id, "val")
+        for metric in METRICS:
+            for step in sound:
+                values = there[metric].get(step, [])
+                row.points += len(values)
+                row.doubled += max(0, len(values) - 1)
+                row.lost += not values
+                row.different += sum([value] != right[metric].get(step) for value in values)
+        if (other := self.config_of(run)) != config:
+            row.different += 1
+            row.notes.append(f"the validation's configuration is another one: {other}")
+        for model_id in sound.values():
+            checkpoint = checkpoint_by_id(self.client, model_id)
+            row.failed += "mlflow_dr.validation.val.failed" in checkpoint.tags
+            if state_of(checkpoint, "val") is State.DONE:
+                try:
+                    values_of(run, checkpoint, "val")
+                except MlflowDrError:
+                    row.unkept += 1
+        for one in validators:
+            row.codes.append(f"{one.name} {','.join(map(str, one.codes)) or '-'}")
+            row.tracebacks += one.tracebacks
+        return row
+
+    def config_of(self, run: TrackedRun, name: str = "val") -> str | None:
+        """The configuration that a validation's name stands for on a run."""
+        return self.client.get_run(run.id).data.params.get(f"mlflow_dr.validation.{name}")
+
+
+def merged(scenario: str, rows: Sequence[Row]) -> Row:
+    """The rows of several runs as one; validators that did not end well are named."""
+    whole = Row(scenario)
+    for one in rows:
+        for name in COUNTS:
+            setattr(whole, name, getattr(whole, name) + getattr(one, name))
+        whole.codes += [code for code in one.codes if not code.endswith(" 0")]
+        whole.notes += one.notes
+        whole.seconds += one.seconds
+    whole.codes.append(f"others {len(rows) - len(whole.codes)} x 0")
+    return whole
+
+
+def _written_collection(room: Path) -> Path:
+    """Passages of random words in BEIR's layout, and queries of some words of one of them."""
+    chance = random.Random(0)
+    words = ["".join(chance.choices("abcdefghiklmnoprstu", k=5)) for _ in range(WORDS)]
+    passages = [chance.choices(words, k=chance.randint(5, 30)) for _ in range(PASSAGES)]
+    queries = [chance.sample(passage, 3) for passage in chance.sample(passages, QUERIES)]
+    (room / "qrels").mkdir(parents=True)
+    for name, texts in (("corpus", passages), ("queries", queries)):
+        with (room / f"{name}.jsonl").open("w", encoding="utf-8") as file:
+            for number, text in enumerate(texts):
+                file.write(json.dumps({"_id": f"{name[0]}{number}", "text": " ".join(text)}) + "\n")
+    with (room / "qrels" / "dev.tsv").open("w", encoding="utf-8") as file:
+        file.write("query-id\tcorpus-id\tscore\n")
+        for number, query in enumerate(queries):
+            found = next(row for row, text in enumerate(passages) if set(query) <= set(text))
+            file.write(f"q{number}\tc{found}\t1\n")
+    return room
+
+
+def _tiny(collection: Path, step: int) -> Encoder:
+    corpus = open_collection(str(collection)).corpus()
+    texts = [passage.text for batch in corpus.batches() for passage in batch]
+    torch.manual_seed(step)
+    return tiny_encoder(texts, EncoderConfig(pooling="mean", normalize=True)).eval()

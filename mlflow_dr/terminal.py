@@ -1,0 +1,119 @@
+"""What may be shown in a terminal: no control characters, no secrets, no endless lines.
+
+Names of runs, folders and checkpoints are other people's: an escape sequence in one of them could
+write the clipboard (OSC 52) or repaint the screen, and a bidirectional override shows another text
+than is there. Both are shown as Python would write them: `\\x1b`, `\\u202e`.
+"""
+
+from __future__ import annotations
+
+import io
+import re
+import sys
+from typing import TextIO
+
+LONGEST_LINE = 480  # of an error or a warning, in characters; with its level it stays below 500
+SHARE_OF_BEGINNING = 0.7  # of what is left of a line that is too long; its end says what to do
+HIDDEN = "***"
+
+_ALWAYS = "\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\u2028\u2029\u202a-\u202e\u2066-\u2069"
+_CONTROL = re.compile(f"[{_ALWAYS}]")  # a stream's: it may begin lines
+_CONTROL_OR_END = re.compile(f"[{_ALWAYS}\r\n\t]")  # a name's
+_MOVES = re.compile(r"[\r\n]*(\x1b\[A)*")  # what tqdm writes to reach the line of another bar
+
+_URI = re.compile(r"\b([a-z][a-z0-9+.-]{0,40})://([^\s'\"]+)", re.IGNORECASE)
+_QUERY_VALUE = re.compile(r"([^&=]+)=([^&]*)")
+_SECRETS = "token|secret|password|passwd|pwd|signature|credential|api_?key|access_?key"
+_SECRET_VALUE = re.compile(rf"\b([\w.-]{{0,40}}(?:{_SECRETS})=)[^&\s'\",;]+", re.IGNORECASE)
+
+
+def printable(text: str) -> str:
+    """A name on one line: its control characters and line ends as Python writes them."""
+    return _CONTROL_OR_END.sub(_escaped, text) if not text.isprintable() else text
+
+
+def without_secrets(text: str) -> str:
+    """The text without passwords, tokens and the query values of the URIs in it.
+
+    Of `https://TOKEN@host` and `https://user:password@host` the user goes, too, because a token
+    may stand in either place; of a database's URI the password alone.
+    """
+    if "://" in text:
+        text = _URI.sub(_shown_uri, text)
+    return _SECRET_VALUE.sub(rf"\1{HIDDEN}", text) if "=" in text else text
+
+
+def one_line_of(text: str, longest: int = LONGEST_LINE) -> str:
+    """A message on one line of limited length: the middle of a longer one is left out."""
+    return shortened(printable(" ".join(without_secrets(text).split())), longest)
+
+
+def shortened(text: str, longest: int = LONGEST_LINE) -> str:
+    """A message of limited length; of a longer one the middle is left out.
+
+    The start says what is wrong and where, the end what to do.
+    """
+    if len(text) <= longest:
+        return text
+    beginning = int(longest * SHARE_OF_BEGINNING)
+    return f"{text[:beginning]} ... {text[beginning + 5 - longest :]}"
+
+
+def guard_streams() -> None:
+    """Escape control characters and hide secrets in all that this process prints from now on.
+
+    Characters that the stream's encoding does not have are escaped, too: they end no command.
+    """
+    sys.stdout, sys.stderr = _guarded(sys.stdout), _guarded(sys.stderr)
+
+
+class _Guarded(io.TextIOWrapper):
+    """A text stream that lets no control characters and no secrets through."""
+
+    def write(self, text: str, /) -> int:
+        shown = without_secrets(text)
+        if not _MOVES.fullmatch(shown):
+            shown = _CONTROL.sub(_escaped, shown)
+        super().write(shown)
+        return len(text)
+
+    def close(self) -> None:
+        """Leave the buffer open: it is another stream's."""
+        if not self.buffer.closed:
+            self.flush()
+
+
+def _guarded(stream: TextIO) -> TextIO:
+    if isinstance(stream, _Guarded) or not hasattr(stream, "buffer"):
+        return stream
+    stream.flush()
+    line_buffering = getattr(stream, "line_buffering", False)
+    return _Guarded(
+        stream.buffer,
+        encoding=stream.encoding,
+        errors="backslashreplace",
+        line_buffering=line_buffering,
+        write_through=getattr(stream, "write_through", False),
+    )
+
+
+def _escaped(match: re.Match[str]) -> str:
+    return match[0].encode("unicode_escape").decode()
+
+
+def _shown_uri(match: re.Match[str]) -> str:
+    scheme, rest = match[1], match[2]
+    user = rest.partition("@")[0]
+    if scheme.lower() in ("http", "https"):
+        server, slash, path = rest.partition("/")
+        _, has_user, host = server.rpartition("@")
+        rest = f"{HIDDEN}@{host}{slash}{path}" if has_user else rest
+    elif "@" in rest and ":" in user and "/" not in user.partition(":")[0]:
+        # a password that was not quoted may have any sign, also the next ones
+        rest = f"{user.partition(':')[0]}:{HIDDEN}@{rest.rpartition('@')[2]}"
+    rest, fragment, after = rest.partition("#")
+    rest, mark, query = rest.partition("?")
+    if query:
+        values = _QUERY_VALUE.sub(rf"\1={HIDDEN}", query)
+        query = values if "=" in query else HIDDEN
+    return f"{scheme}://{rest}{mark}{query}{fragment}{after}"

@@ -1,0 +1,29 @@
+"""What ends the command line, and how it says so."""
+
+import pytest
+
+from mlflow_dr import cli
+from mlflow_dr.cli import datasets
+
+
+@pytest.mark.parametrize(
+    ("raised", "code", "said"),
+    [
+        (KeyboardInterrupt(), 130, "error: stopped"),
+        (EOFError("No data left"), 1, "error: what was read ended too early (EOFError: No data"),
+    ],
+)
+def test_only_an_interrupt_means_that_it_was_stopped(
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    raised: BaseException,
+    code: int,
+    said: str,
+) -> None:
+    def fails() -> None:
+        raise raised
+
+    monkeypatch.setattr(datasets.command, "callback", fails)
+    monkeypatch.setattr("sys.argv", ["mlflow-dr", "datasets"])
+    assert cli._run() == code
+    assert said in capsys.readouterr().err

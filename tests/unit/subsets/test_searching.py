@@ -1,0 +1,21 @@
+"""What the tops of an encoder are known by in the cache."""
+
+import os
+from pathlib import Path
+
+import pytest
+
+from mlflow_dr.subsets.searching import _files
+
+
+@pytest.mark.parametrize(
+    "name", ["model.safetensors", "config.json", "vocab.txt", "spiece.model", "1_Dense/model.bin"]
+)
+def test_the_files_of_an_encoder_are_known_by_their_contents(tmp_path: Path, name: str) -> None:
+    path = tmp_path / name
+    path.parent.mkdir(exist_ok=True)
+    path.write_text("one")
+    before, state = _files(tmp_path), path.stat()
+    path.write_text("two")
+    os.utime(path, ns=(state.st_atime_ns, state.st_mtime_ns))
+    assert _files(tmp_path) != before

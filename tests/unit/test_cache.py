@@ -1,0 +1,301 @@
+"""Entries of the cache: what is damaged is made again, and gives what an empty cache gives."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from itertools import count
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from mlflow_dr.cache import CHECKSUMS, cache_entry, sound_entry
+from mlflow_dr.collection.corpus import Corpus, cached_corpus
+from mlflow_dr.collection.drafts import RawExample
+from mlflow_dr.collection.examples import cached_examples
+from mlflow_dr.collection.records import Passage, Query
+from mlflow_dr.fidelity.kept import Kept
+from mlflow_dr.retrieval.bm25 import bm25_index
+from mlflow_dr.stores.token_table import cached_token_table
+from mlflow_dr.subsets.searching import CachedSearching
+from mlflow_dr.subsets.spec import BM25, Part
+
+PASSAGES = [
+    Passage(f"p{n}", "Ports", f"a {w} sails")
+    for n, w in enumerate(("liner", "tug", "barge", "tug tug"))
+]
+QUERY = Query("q", "which tug sails")
+
+
+def corpus() -> list[Any]:
+    made = cached_corpus("key", PASSAGES)
+    return [made.digest, *made.passages(range(len(made)))]
+
+
+def examples() -> list[Any]:
+    raw = RawExample("file:1", QUERY, PASSAGES[:1], PASSAGES[1:], [0.5], [0.1, 0.2, 0.3])
+    made = cached_examples("key", [raw], "the source")
+    query, positives, negatives, scores = made[0]
+    passages = made.passages.passages([*positives, *negatives])
+    return [made.digest, query, list(passages), scores.tolist()]
+
+
+def tokens() -> list[Any]:
+    made = cached_token_table("key", [[b"ab", b"c"], [b"def"]], list, 256, total=3)
+    return [made[row].tolist() for row in range(len(made))]
+
+
+def bm25() -> list[Any]:
+    found = bm25_index(_corpus()).search([QUERY], 2)
+    return [found.rows.tolist(), found.scores.tolist()]
+
+
+def tops() -> list[Any]:
+    return [rows.tolist() for rows in CachedSearching(_corpus()).tops(Part(BM25, 2), [QUERY])]
+
+
+def fidelity() -> list[Any]:
+    kept = Kept([("bm25@2",)])
+    if kept.values("step 4")[0] is None:
+        kept.keep("step 4", [np.array([0.5, 0.25])])
+    return [values.tolist() for values in kept.values("step 4") if values is not None]
+
+
+def _corpus() -> Corpus:
+    return cached_corpus("key", PASSAGES)
+
+
+def flipped(path: Path) -> None:
+    content = bytearray(path.read_bytes() or b"0")
+    content[len(content) // 2] ^= 4
+    path.write_bytes(content)
+
+
+def cut_off(path: Path) -> None:
+    os.truncate(path, path.stat().st_size // 2)
+
+
+def emptied(path: Path) -> None:
+    os.truncate(path, 0)
+
+
+def exchanged(path: Path) -> None:
+    """For another file of the entry, or for one that is as long where there is no other."""
+    others = [other for other in path.parent.iterdir() if other != path and other.is_file()]
+    shutil.copy(others[0], path)
+
+
+def moved(path: Path) -> None:
+    path.rename(path.with_name("other"))
+
+
+def made_a_folder(path: Path) -> None:
+    path.unlink()
+    path.mkdir()
+
+
+def made_a_pipe(path: Path) -> None:
+    """Opening it would wait for ever."""
+    path.unlink()
+    os.mkfifo(path)
+
+
+DAMAGES = (flipped, cut_off, emptied, exchanged, Path.unlink, moved, made_a_folder, made_a_pipe)
+
+
+@pytest.mark.parametrize("damage", DAMAGES, ids=lambda damage: damage.__name__)
+@pytest.mark.parametrize(
+    ("kind", "use"),
+    [
+        ("corpora", corpus),
+        ("examples", examples),
+        ("tokens", tokens),
+        ("bm25", bm25),
+        ("tops", tops),
+        ("fidelity", fidelity),
+    ],
+    ids=lambda part: part if isinstance(part, str) else "",
+)
+def test_a_damaged_entry_is_made_again_with_one_line(
+    own_cache: Path,
+    caplog: pytest.LogCaptureFixture,
+    kind: str,
+    use: Callable[[], list[Any]],
+    damage: Callable[[Path], object],
+) -> None:
+    expected = use()
+    (entry,) = [path for path in (own_cache / kind).iterdir() if path.is_dir()]
+    names = sorted(path.relative_to(entry) for path in entry.rglob("*") if path.is_file())
+    assert len(names) > 1
+    for name in names:
+        if damage in (cut_off, emptied) and (entry / name).stat().st_size == 0:
+            continue
+        damage(entry / name)
+        caplog.clear()
+        assert use() == expected
+        (line,) = [record.getMessage() for record in caplog.records]
+        assert f"{entry} in the cache is damaged" in line
+        assert "made again" in line
+        assert "\n" not in line
+        assert sorted(path.relative_to(entry) for path in entry.rglob("*") if path.is_file()) == (
+            names
+        )
+        caplog.clear()
+        assert use() == expected
+        assert not caplog.records
+
+
+@pytest.fixture
+def made() -> Callable[..., Path]:
+    """Makes or opens an entry; its file says how many were made before it."""
+    before = count()
+
+    def write(partial: Path) -> None:
+        partial.mkdir()
+        (partial / "text").write_text(f"made {next(before)}")
+
+    return lambda key="key", kind="kind": cache_entry(kind, key, write)
+
+
+def text(entry: Path) -> str:
+    return (entry / "text").read_text()
+
+
+def test_an_entry_that_was_found_sound_is_not_read_again(
+    made: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert text(made()) == text(made()) == "made 0"
+    monkeypatch.setattr("mlflow_dr.cache.file_checksum", lambda path: pytest.fail("read again"))
+    assert text(made()) == "made 0"
+    assert sound_entry("kind", "key") == made()
+
+
+def test_an_entry_that_is_damaged_while_it_is_in_use_is_found_damaged(
+    made: Callable[..., Path],
+) -> None:
+    """Also with the size and the time that it had."""
+    entry = made()
+    assert made() == entry
+    state = (entry / "text").stat()
+    (entry / "text").unlink()
+    (entry / "text").write_text("made 7")
+    os.utime(entry / "text", ns=(state.st_atime_ns, state.st_mtime_ns))
+    assert sound_entry("kind", "key") is None
+    assert text(made()) == "made 1"
+
+
+def test_who_has_mapped_a_damaged_file_keeps_it(made: Callable[..., Path]) -> None:
+    entry = made()
+    flipped(entry / "text")
+    mapped = np.memmap(entry / "text", np.uint8, "r")
+    before = bytes(mapped)
+    assert text(made()) == "made 1"
+    assert bytes(mapped) == before
+
+
+def test_a_damaged_entry_stays_where_a_new_one_cannot_be_made(made: Callable[..., Path]) -> None:
+    entry = made()
+    flipped(entry / "text")
+    before = text(entry)
+
+    def fails(partial: Path) -> None:
+        partial.mkdir()
+        raise OSError("no room")
+
+    with pytest.raises(OSError, match="no room"):
+        cache_entry("kind", "key", fails)
+    assert text(entry) == before
+    assert text(made()) == "made 1"
+
+
+def test_entries_that_changed_places_are_both_made_again(made: Callable[..., Path]) -> None:
+    one, other = made("one"), made("other")
+    one.rename(one.with_name("aside"))
+    other.rename(one)
+    one.with_name("aside").rename(other)
+    assert [text(made("one")), text(made("other"))] == ["made 2", "made 3"]
+
+
+@pytest.mark.parametrize("added", ["more", "folder/more"])
+def test_a_file_that_was_added_is_damage(made: Callable[..., Path], added: str) -> None:
+    """A folder of a collection has a file for each split."""
+    path = made() / added
+    path.parent.mkdir(exist_ok=True)
+    path.write_text("more")
+    assert text(made()) == "made 1"
+    assert not path.exists()
+
+
+def test_hidden_files_are_no_part_of_an_entry(made: Callable[..., Path]) -> None:
+    (made() / ".nfs0001").touch()
+    assert text(made()) == "made 0"
+
+
+def test_a_file_in_the_place_of_an_entry_is_replaced(made: Callable[..., Path]) -> None:
+    entry = made()
+    shutil.rmtree(entry)
+    entry.write_text("no folder")
+    assert text(made()) == "made 1"
+
+
+def test_an_entry_without_checksums_is_not_trusted(made: Callable[..., Path]) -> None:
+    """What an interrupted copy of a cache leaves."""
+    (made() / CHECKSUMS).unlink()
+    assert sound_entry("kind", "key") is None
+    assert text(made()) == "made 1"
+
+
+def test_an_entry_may_move_with_the_cache(
+    made: Callable[..., Path], own_cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made()
+    shutil.copytree(own_cache, tmp_path / "copy")
+    monkeypatch.setenv("MLFLOW_DR_CACHE", str(tmp_path / "copy"))
+    assert made().is_relative_to(tmp_path / "copy")
+    assert text(made()) == "made 0"
+
+
+AT_ONCE = """
+import sys, time
+from pathlib import Path
+from mlflow_dr.cache import cache_entry
+
+room, me, other = Path(sys.argv[1]), sys.argv[2], sys.argv[3]
+
+def write(partial):
+    with (room / "log").open("a") as log:
+        log.write(me)
+    partial.mkdir()
+    time.sleep(0.1)
+    (partial / "text").write_text(me)
+
+(room / me).touch()
+while not (room / other).exists():
+    time.sleep(0.001)
+print((cache_entry("kind", "key", write) / "text").read_text())
+"""
+
+
+def test_two_processes_make_a_damaged_entry_again_once(
+    made: Callable[..., Path], tmp_path: Path
+) -> None:
+    flipped(made() / "text")
+    pair = [
+        subprocess.Popen(
+            [sys.executable, "-c", AT_ONCE, str(tmp_path), me, other],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for me, other in (("a", "b"), ("b", "a"))
+    ]
+    said = [process.communicate(timeout=60) for process in pair]
+    by = (tmp_path / "log").read_text()
+    assert by in ("a", "b")
+    assert [out.strip() for out, _ in said] == [by, by]
+    assert sum("is damaged" in error for _, error in said) == 1

@@ -1,0 +1,96 @@
+"""What is tried again, and for how long."""
+
+import json
+from collections.abc import Callable, Iterator
+
+import pytest
+from mlflow import MlflowClient
+from mlflow.exceptions import MlflowException
+from mlflow.protos.databricks_pb2 import INVALID_PARAMETER_VALUE
+
+from mlflow_dr.errors import RunGoneError, TrackingError
+from mlflow_dr.tracking.client import tracking_errors
+from mlflow_dr.tracking.patience import TRIES, Patience
+
+PAGE = "<html>Please log in.</html>"
+
+
+@pytest.fixture
+def slept() -> list[float]:
+    return []
+
+
+@pytest.fixture
+def patiently(client: MlflowClient, slept: list[float]) -> Patience:
+    return Patience(client, 1.0, slept.append)
+
+
+def failing(errors: Iterator[Exception]) -> Callable[[], str]:
+    """Raises one after the other, then gives its answer."""
+
+    def act() -> str:
+        with tracking_errors("asking"):
+            for error in errors:
+                raise error
+        return "answer"
+
+    return act
+
+
+def no_json() -> Exception:
+    """What MLflow's client raises where a login page comes in place of JSON."""
+    with pytest.raises(json.JSONDecodeError) as caught:
+        json.loads(PAGE)
+    return caught.value
+
+
+def test_answers_that_make_no_sense_are_asked_for_again_with_growing_waits(
+    patiently: Patience, slept: list[float]
+) -> None:
+    errors = [no_json(), KeyError("run"), MlflowException("cut"), ConnectionError("cut"), no_json()]
+    assert patiently(failing(iter(errors))) == "answer"
+    assert slept == [1, 2, 4, 8]
+
+
+def test_a_model_that_could_not_be_asked_for_need_not_be_gone(
+    client: MlflowClient, patiently: Patience, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """MLflow makes "no such model" of every failure to ask for one before it is tagged."""
+    asked: list[str] = []
+
+    def lost(model_id: str) -> None:
+        asked.append(model_id)
+        raise no_json()
+
+    def tag() -> None:
+        with tracking_errors("tagging"):
+            client.set_logged_model_tags("m-1", {"a": "b"})
+
+    monkeypatch.setattr(client._tracking_client, "get_logged_model", lost)
+    with pytest.raises(TrackingError, match="may have been deleted"):
+        patiently(tag)
+    assert len(asked) == TRIES
+
+
+def test_in_the_end_the_error_is_raised(patiently: Patience, slept: list[float]) -> None:
+    errors = [no_json() for _ in range(TRIES + 1)]
+    with pytest.raises(TrackingError, match="asking: Expecting value"):
+        patiently(failing(iter(errors)))
+    assert slept == [1, 2, 4, 8, 16, 30, 30, 30]
+
+
+@pytest.mark.parametrize(
+    "error", [MlflowException("no", INVALID_PARAMETER_VALUE), RunGoneError("deleted")], ids=repr
+)
+def test_what_the_server_refuses_is_asked_for_twice(
+    patiently: Patience, slept: list[float], error: Exception
+) -> None:
+    assert patiently(failing(iter([error]))) == "answer"
+    with pytest.raises(TrackingError):
+        patiently(failing(iter([error, error])))
+    assert slept == []
+
+
+def test_no_memory_is_no_trouble_of_the_server(patiently: Patience) -> None:
+    with pytest.raises(MemoryError):
+        patiently(failing(iter([MemoryError()])))

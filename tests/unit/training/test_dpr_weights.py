@@ -1,0 +1,117 @@
+"""A checkpoint file of DPR's to begin with."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from mlflow_dr.encoder.changes import untie, with_projection
+from mlflow_dr.encoder.model import Encoder
+from mlflow_dr.errors import CheckpointError, UsageError
+from mlflow_dr.training.dpr_weights import load_dpr_weights
+
+
+@pytest.fixture
+def make(make_small: Callable[..., Encoder]) -> Callable[..., Encoder]:
+    """A function from a seed to an encoder of two towers with different weights."""
+
+    def make(seed: int = 0, size: int | None = None) -> Encoder:
+        encoder = make_small(seed=seed, pooling="cls")
+        encoder = with_projection(encoder, None, size) if size else encoder
+        untie(encoder)
+        if seed:
+            with torch.no_grad():
+                for weight in encoder.for_queries.parameters():
+                    weight.add_(1.0)
+        return encoder.eval()
+
+    return make
+
+
+def dpr_file(path: Path, encoder: Encoder, **more: Any) -> str:
+    """What DPR saves of two BERTs: an unused pooler, positions, and a projection where it has."""
+    state: dict[str, torch.Tensor] = {}
+    for prefix, tower in (("question_model.", encoder.for_queries), ("ctx_model.", encoder)):
+        part = dict(tower.backbone.state_dict())
+        part["pooler.dense.weight"] = torch.zeros(16, 16)
+        part["embeddings.position_ids"] = torch.arange(128)
+        for layer in tower.projections:
+            part |= {f"encode_proj.{name}": value for name, value in layer.state_dict().items()}
+        state |= {prefix + name: value for name, value in part.items()}
+    params = {"do_lower_case": True, "projection_dim": len(encoder.projections)}
+    torch.save({"model_dict": state, "epoch": 3, "encoder_params": params, **more}, path)
+    return str(path)
+
+
+@pytest.mark.parametrize("size", [None, 8])
+def test_both_encoders_are_the_files(
+    make: Callable[..., Encoder], tmp_path: Path, size: int | None
+) -> None:
+    theirs, ours = make(seed=1, size=size), make(seed=0, size=size)
+    load_dpr_weights(dpr_file(tmp_path / "dpr_biencoder.3", theirs), ours)
+    ids = torch.tensor([[2, 9, 8, 3]])
+    for one, other in zip(ours.towers, theirs.towers, strict=True):
+        assert torch.equal(one(ids, torch.ones_like(ids)), other(ids, torch.ones_like(ids)))
+    assert not torch.equal(*(tower(ids, torch.ones_like(ids)) for tower in ours.towers))
+
+
+def test_a_file_that_does_not_fit(
+    make: Callable[..., Encoder], make_tiny: Callable[..., Encoder], tmp_path: Path
+) -> None:
+    file = dpr_file(tmp_path / "dpr_biencoder.3", make(seed=1, size=8))
+    with pytest.raises(UsageError, match="needs --projection_dim 8"):
+        load_dpr_weights(file, make())
+    file = dpr_file(tmp_path / "dpr_biencoder.4", make(seed=1))
+    with pytest.raises(UsageError, match="needs --projection_dim 0"):
+        load_dpr_weights(file, make(size=8))
+    large = make_tiny()
+    with pytest.raises(UsageError, match="add --untie_encoder"):
+        load_dpr_weights(file, large)
+    untie(large)
+    with pytest.raises(UsageError, match=r"not of the model's shape; .* --pretrained_model_cfg"):
+        load_dpr_weights(file, large)
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        b"",
+        b"no pickle",
+        b"PK\x03\x04 cut",
+        {"model_dict": {}},
+        {"model_dict": {"question_model.x": 3}},
+        {"weights": {}},
+        [1, 2],
+        {"model_dict": {"ctx_model.x": torch.zeros(1)}},
+    ],
+)
+def test_what_is_no_such_file(make: Callable[..., Encoder], tmp_path: Path, content: Any) -> None:
+    path = tmp_path / "dpr_biencoder.0"
+    if isinstance(content, bytes):
+        path.write_bytes(content)
+    else:
+        torch.save(content, path)
+    with pytest.raises(CheckpointError, match=str(path)) as caught:
+        load_dpr_weights(str(path), make())
+    assert "\n" not in str(caught.value)
+
+
+class Trap:
+    """Code that a pickle would run."""
+
+    def __reduce__(self) -> Any:
+        return (Path.touch, (Path("trapped"),))
+
+
+def test_nothing_in_a_file_is_run(
+    make: Callable[..., Encoder], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    file = dpr_file(tmp_path / "dpr_biencoder.3", make(seed=1), encoder_params=Trap())
+    with pytest.raises(CheckpointError, match="whose code would run; where you trust it, keep"):
+        load_dpr_weights(file, make())
+    assert not (tmp_path / "trapped").exists()
+    with pytest.raises(UsageError, match="no such file"):
+        load_dpr_weights(str(tmp_path / "none"), make())
