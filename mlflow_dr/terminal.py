@@ -8,9 +8,10 @@ than is there. Both are shown as Python would write them: `\\x1b`, `\\u202e`.
 from __future__ import annotations
 
 import io
+import os
 import re
 import sys
-from typing import TextIO
+from typing import BinaryIO, TextIO
 
 LONGEST_LINE = 480  # of an error or a warning, in characters; with its level it stays below 500
 SHARE_OF_BEGINNING = 0.7  # of what is left of a line that is too long; its end says what to do
@@ -94,12 +95,22 @@ def _guarded(stream: TextIO) -> TextIO:
     stream.flush()
     line_buffering = getattr(stream, "line_buffering", False)
     return _Guarded(
-        stream.buffer,
+        _buffer(stream),
         encoding=stream.encoding,
         errors="backslashreplace",
         line_buffering=line_buffering,
         write_through=getattr(stream, "write_through", False),
     )
+
+
+def _buffer(stream: TextIO) -> BinaryIO:
+    """A stream's bytes; opened anew where the descriptor was a file and is a pipe by now."""
+    try:
+        if stream.buffer.seekable():
+            stream.buffer.tell()
+        return stream.buffer
+    except OSError:
+        return os.fdopen(stream.fileno(), "wb", closefd=False)
 
 
 def _escaped(match: re.Match[str]) -> str:

@@ -1,0 +1,253 @@
+"""Malformed inputs: each is read rightly or refused in one line, whatever is wrong with it.
+
+    python -m benchmarks.fuzz
+    python -m benchmarks.fuzz --kind beir --cases 500 --show
+    python -m benchmarks.fuzz --case beir/17
+
+A case is an input of some kind (a collection's files, an encoder's directory, an entry of the
+cache, words of the command line ...) with seeded damage. What mlflow_dr makes of it is one of
+
+- equal: the value that an independent, plain reading of the same input gives;
+- refused: an error of `mlflow_dr/errors.py`, one line under 500 characters without control
+  characters, that names the file or key;
+- a finding: a traceback, a hang, a crash, another value, or a poor refusal.
+
+Cases run in a process of their own, which is killed when one takes too long.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import faulthandler
+import logging
+import multiprocessing
+import os
+import resource
+import shutil
+import sys
+import tempfile
+import time
+import warnings
+from collections import Counter
+from collections.abc import Iterator
+from multiprocessing.connection import Connection
+from pathlib import Path
+from random import Random
+from typing import Any
+
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["TOKENIZERS_PARALLELISM"] = "false"
+
+import click
+
+from benchmarks.fuzzing.case import EQUAL, FINDING, REFUSED, Kind, Verdict, judged
+from mlflow_dr.files import CACHE_VARIABLE
+
+SECONDS_TO_START = 300.0
+SECONDS_TO_END = 2.0
+MEMORY = 12 << 30
+OUTCOMES = (REFUSED, EQUAL, FINDING)
+
+
+def kinds_by_name() -> dict[str, Kind]:
+    from benchmarks.fuzzing import all_kinds
+
+    return {one.name: one for one in all_kinds()}
+
+
+def run_case(kind: Kind, seed: int, number: int) -> Verdict:
+    """One case, in an empty folder and with an empty cache."""
+    with tempfile.TemporaryDirectory(prefix="fuzz-") as name:
+        room = Path(name, "case")
+        room.mkdir()
+        os.environ[CACHE_VARIABLE] = str(Path(name, "cache"))
+        chance = Random(f"{seed}/{kind.name}/{number}")
+        with contextlib.chdir(room):
+            return judged(kind.make(chance, room))
+
+
+def work(pipe: Connection, names: list[str], seed: int, seconds: float, log: str) -> None:
+    """Run the cases whose names come, in a process of its own."""
+    where = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    for stream in (1, 2):
+        os.dup2(where, stream)
+    resource.setrlimit(resource.RLIMIT_DATA, (MEMORY, MEMORY))
+    warnings.simplefilter("ignore")
+    logging.getLogger("transformers").setLevel(logging.CRITICAL)
+    kinds = {name: kind for name, kind in kinds_by_name().items() if name in names}
+    for kind in kinds.values():
+        kind.prepare()
+    pipe.send(None)
+    while (asked := pipe.recv()) is not None:
+        name, number = asked
+        os.ftruncate(where, 0)
+        faulthandler.dump_traceback_later(seconds * 0.9, file=where)
+        try:
+            verdict = run_case(kinds[name], seed, number)
+        except Exception as error:  # noqa: BLE001 - a fault of the fuzzer itself
+            import traceback
+
+            verdict = Verdict(
+                FINDING, "the fuzzer itself", "".join(traceback.format_exception(error))[-1500:]
+            )
+        faulthandler.cancel_dump_traceback_later()
+        pipe.send(verdict)
+
+
+class Worker:
+    """The process that runs cases, started again after it was killed."""
+
+    def __init__(self, names: list[str], seed: int, seconds: float) -> None:
+        self._names, self._seed, self._seconds = names, seed, seconds
+        self._room = Path(tempfile.mkdtemp(prefix="fuzz-worker-"))
+        self._process: Any = None
+        self._pipe: Any = None
+
+    def verdict(self, kind: str, number: int) -> Verdict:
+        """What came of a case; a hang or a crash is said so."""
+        if self._process is None:
+            self._start()
+        self._pipe.send((kind, number))
+        try:
+            if self._pipe.poll(self._seconds):
+                verdict: Verdict = self._pipe.recv()
+                return verdict
+        except (EOFError, ConnectionError):
+            self.close()
+            code = self._exitcode
+            return Verdict(FINDING, f"crash: exit code {code}", self._last_words())
+        self.close()
+        return Verdict(FINDING, f"hang: {self._last_place()}", self._last_words())
+
+    def close(self) -> None:
+        """End the process."""
+        if self._process is not None:
+            with contextlib.suppress(OSError):
+                self._pipe.send(None)
+            self._process.join(SECONDS_TO_END)
+            self._process.kill()
+            self._process.join()
+            self._exitcode = self._process.exitcode
+            self._process = None
+
+    def remove(self) -> None:
+        """End the process, and remove what it has left."""
+        self.close()
+        shutil.rmtree(self._room, ignore_errors=True)
+
+    def _start(self) -> None:
+        context = multiprocessing.get_context("spawn")
+        self._pipe, theirs = context.Pipe()
+        log = str(self._room / "log")
+        self._process = context.Process(
+            target=work,
+            args=(theirs, self._names, self._seed, self._seconds, log),
+            daemon=True,
+        )
+        os.environ["TMPDIR"] = str(self._room)
+        self._process.start()
+        theirs.close()
+        if not self._pipe.poll(SECONDS_TO_START):
+            raise SystemExit("the process that runs cases does not start")
+        self._pipe.recv()
+
+    def _last_words(self) -> str:
+        return (self._room / "log").read_text(errors="replace")[-3000:]
+
+    def _last_place(self) -> str:
+        lines = self._last_words().splitlines()
+        own = (line.split("/mlflow_dr/")[-1] for line in lines if "/mlflow_dr/" in line)
+        return next(own, "in no known place")
+
+
+def planned(kinds: dict[str, Kind], cases: int) -> Iterator[tuple[str, int]]:
+    """So many cases, by share, the kinds in turn."""
+    whole = sum(one.share for one in kinds.values())
+    wanted = {name: round(one.share * cases / whole) for name, one in kinds.items()}
+    for number in range(max(wanted.values())):
+        yield from ((name, number) for name in kinds if number < wanted[name])
+
+
+@click.command()
+@click.option("--cases", default=10_000, show_default=True)
+@click.option("--seed", default=0, show_default=True)
+@click.option("--kind", "names", multiple=True, help="Only these kinds.")
+@click.option("--case", "one", help="Only this case, such as beir/17, and all that is known of it.")
+@click.option("--seconds-per-case", default=30.0, show_default=True, help="Longer is a hang.")
+@click.option("--show", is_flag=True, help="Every finding, and how to run it again.")
+def main(
+    cases: int,
+    seed: int,
+    names: tuple[str, ...],
+    one: str | None,
+    seconds_per_case: float,
+    show: bool,
+) -> None:
+    """Count what becomes of malformed inputs; exit 1 when there are findings."""
+    kinds = {name: kind for name, kind in kinds_by_name().items() if not names or name in names}
+    if one:
+        name, _, number = one.partition("/")
+        plan = [(name, int(number))]
+    else:
+        plan = list(planned(kinds, cases))
+    worker = Worker(sorted({name for name, _ in plan}), seed, seconds_per_case)
+    counts: Counter[tuple[str, str]] = Counter()
+    causes: dict[tuple[str, str], list[tuple[int, Verdict]]] = {}
+    seconds: Counter[str] = Counter()
+    start = time.monotonic()
+    try:
+        for place, (name, number) in enumerate(plan, start=1):
+            before = time.monotonic()
+            verdict = worker.verdict(name, number)
+            seconds[name] += time.monotonic() - before
+            counts[name, verdict.outcome] += 1
+            if verdict.outcome == FINDING:
+                causes.setdefault((name, verdict.cause), []).append((number, verdict))
+            if one:
+                print(*map(visible, verdict), sep="\n")
+            elif place % 500 == 0:
+                found = sum(map(len, causes.values()))
+                print(
+                    f"{place} cases, {found} findings, {time.monotonic() - start:.0f} s", flush=True
+                )
+    finally:
+        worker.remove()
+    report(counts, causes, seconds, seed, show)
+    sys.exit(1 if causes else 0)
+
+
+def report(
+    counts: Counter[tuple[str, str]],
+    causes: dict[tuple[str, str], list[tuple[int, Verdict]]],
+    seconds: Counter[str],
+    seed: int,
+    show: bool,
+) -> None:
+    """Print the findings by cause, and the counts by kind."""
+    for (name, cause), found in sorted(causes.items()):
+        print(f"\n{name}: {visible(cause):.200} ({len(found)})")
+        for number, verdict in found if show else found[:1]:
+            print(f"    {visible(verdict.what):.200}")
+            for line in verdict.text.splitlines()[-6:]:
+                print(f"    | {visible(line):.300}")
+            print(f"    python -m benchmarks.fuzz --seed {seed} --case {name}/{number}")
+    print(f"\n{'kind':16}{'cases':>8}{'refused':>9}{'equal':>8}{'findings':>10}{'s':>8}")
+    for name in seconds:
+        of_kind = [counts[name, outcome] for outcome in OUTCOMES]
+        print_row(name, of_kind, seconds[name])
+    whole = [sum(n for (_, what), n in counts.items() if what == outcome) for outcome in OUTCOMES]
+    print_row("all", whole, seconds.total())
+
+
+def print_row(name: str, numbers: list[int], spent: float) -> None:
+    refused, equal, findings = numbers
+    print(f"{name:16}{sum(numbers):8}{refused:9}{equal:8}{findings:10}{spent:8.0f}")
+
+
+def visible(text: str) -> str:
+    """Text without what a terminal obeys."""
+    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
+
+
+if __name__ == "__main__":
+    main()

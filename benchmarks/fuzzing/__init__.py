@@ -1,0 +1,34 @@
+"""Kinds of malformed inputs, and what is right for each, for `benchmarks/fuzz.py`."""
+
+from __future__ import annotations
+
+from benchmarks.fuzzing.case import Kind
+
+
+def all_kinds() -> list[Kind]:
+    """All kinds; what they need is imported here, in the process that runs them."""
+    from benchmarks.fuzzing import (
+        caches,
+        checkpoints,
+        collections,
+        commands,
+        encoders,
+        examples,
+        plans,
+        rankings,
+        training_flags,
+        words,
+    )
+
+    return [
+        *collections.KINDS,
+        *examples.KINDS,
+        *rankings.KINDS,
+        *caches.KINDS,
+        *encoders.KINDS,
+        *checkpoints.KINDS,
+        *words.KINDS,
+        *commands.KINDS,
+        *plans.KINDS,
+        *training_flags.KINDS,
+    ]

@@ -1,0 +1,192 @@
+"""Entries of the user's cache: a damaged one is made again, and gives what an empty cache gives."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Callable
+from functools import cache
+from pathlib import Path
+from random import Random
+from typing import Any
+
+import numpy as np
+
+from benchmarks.fuzzing import damage
+from benchmarks.fuzzing.case import AnyOf, Case, Kind
+from benchmarks.fuzzing.collections import PASSAGES, QUERIES, jsonl, passages_of
+from benchmarks.fuzzing.examples import ours
+from benchmarks.fuzzing.layouts import records_of
+from mlflow_dr.files import cache_dir
+
+
+@cache
+def tiny() -> Any:
+    """A small encoder, the same in every process."""
+    import torch
+
+    from mlflow_dr.encoder.config import EncoderConfig
+    from mlflow_dr.encoder.tiny import tiny_encoder
+
+    torch.manual_seed(0)
+    texts = [f"{title} {text}" for _, title, text in PASSAGES] + [text for _, text, _ in QUERIES]
+    return tiny_encoder(
+        texts, EncoderConfig(pooling="mean", query_max_length=16, passage_max_length=24)
+    ).eval()
+
+
+def _corpus_file(room: Path) -> Path:
+    path = room / "corpus.jsonl"
+    if not path.exists():
+        jsonl(path, [{"_id": i, "title": title, "text": text} for i, title, text in PASSAGES])
+    return path
+
+
+def corpora(room: Path) -> Any:
+    from mlflow_dr.collection.passages import corpus_of_file
+
+    corpus = corpus_of_file(_corpus_file(room))
+    ids = [one[0] for one in PASSAGES]
+    return [
+        passages_of(corpus),
+        corpus.digest,
+        len(corpus),
+        corpus.rows_of(ids).tolist(),
+        corpus.tie_ranks().tolist(),
+    ]
+
+
+def examples(room: Path) -> Any:
+    from mlflow_dr.collection.catalogue import open_examples
+
+    if not (room / "train.jsonl").exists():
+        jsonl(room / "train.jsonl", records_of("Tevatron"))
+    made = open_examples(room / "train.jsonl")
+    return [ours(made), made.digest, made.negative_counts().tolist()]
+
+
+def tokens(room: Path) -> Any:
+    from mlflow_dr.collection.passages import corpus_of_file
+    from mlflow_dr.encoder.tables import corpus_tokens, subset_tokens
+    from mlflow_dr.encoder.tokenize import Tokenizing
+
+    encoder = tiny()
+    tokenizing = Tokenizing(encoder.tokenizer, encoder.settings)
+    corpus = corpus_of_file(_corpus_file(room))
+    rows = np.array([1, 3])
+    made = [subset_tokens(corpus, rows, tokenizing), corpus_tokens(corpus, tokenizing)]
+    ids, mask = made[1].padded(np.arange(len(corpus)), tokenizing.pad_id)
+    read = [
+        [made[0][int(row)].tolist() for row in rows],
+        [made[1][row].tolist() for row in range(len(corpus))],
+    ]
+    return [read, made[1].lengths.tolist(), ids.tolist(), mask.tolist()]
+
+
+def tops(room: Path) -> Any:
+    from mlflow_dr.collection.passages import corpus_of_file
+    from mlflow_dr.collection.records import Query
+    from mlflow_dr.subsets.searching import CachedSearching
+    from mlflow_dr.subsets.spec import parse_spec
+
+    corpus = corpus_of_file(_corpus_file(room))
+    queries = [Query(one[0], one[1]) for one in QUERIES]
+    found = CachedSearching(corpus).tops(parse_spec("bm25@3").parts[0], queries)
+    return [one.tolist() for one in found]
+
+
+def fidelity(room: Path) -> Any:
+    from mlflow_dr.fidelity.kept import Kept
+
+    kept = Kept([("a", 1), ("b", 2)])
+    values = [np.array([0.5, 0.25, 1.0]), np.array([0.0, 1 / 3, 0.125])]
+    before = [kept.values("one"), kept.seconds("here")]
+    if all(one is None for one in before[0]) and not len(before[1]):
+        kept.keep("one", values)
+        kept.keep_seconds("here", [1.5, 2.5])
+        before = [kept.values("one"), kept.seconds("here")]
+    return [[None if one is None else one.tolist() for one in before[0]], list(before[1])]
+
+
+def entry(read: Callable[[Path], Any], folders: tuple[str, ...]) -> Callable[[Random, Path], Case]:
+    """Cases of a kind of entry: made, damaged, and asked for again."""
+
+    def make(chance: Random, room: Path) -> Case:
+        right = read(room)
+        folder = cache_dir() / chance.choice(folders)
+        files = sorted(one for one in folder.rglob("*") if one.is_file())
+        path = chance.choice([one for one in files if one.suffix != ".lock"] * 9 + files)
+        act = chance.randrange(14)
+        how = f"{path.relative_to(cache_dir()).parts[-1]}: "
+        if act == 0:
+            (path.parent / chance.choice((".x", "more", f"{path.name}~"))).write_bytes(b"\x00")
+            how += "a file more"
+        elif act == 1:
+            other = chance.choice(files)
+            if other != path:
+                data = other.read_bytes()
+                path.unlink()
+                path.write_bytes(data)
+            how += "another file of the entry"
+        elif act == 2:
+            top = next(one for one in (path, *path.parents) if one.parent == folder)
+            shutil.rmtree(top) if top.is_dir() else top.unlink()
+            if chance.random() < 0.5:
+                top.mkdir()
+            else:
+                top.write_bytes(b"")
+            how += "an entry that is empty"
+        else:
+            data = path.read_bytes()
+            path.unlink()  # what is mapped stays as it is
+            path.write_bytes(data)
+            how += damage.file(chance, path)
+        return Case(how, lambda: read(room), lambda: right, (), refusable=False)
+
+    return make
+
+
+def replaced(chance: Random, room: Path) -> Case:
+    """A file replaced by one of its size and time."""
+    read, name, old, new = chance.choice(
+        (
+            (corpora, "corpus.jsonl", b"ferry", b"barge"),
+            (examples, "train.jsonl", b"tanker", b"vessel"),
+        )
+    )
+    read(room)
+    path = room / name
+    state, data = path.stat(), path.read_bytes()
+    if chance.random() < 0.5:
+        path.unlink()
+    path.write_bytes(data.replace(old, new))
+    os.utime(path, ns=(state.st_atime_ns, state.st_mtime_ns))
+
+    def right() -> Any:
+        shutil.rmtree(cache_dir())
+        return read(room)
+
+    return Case(
+        f"{name} replaced by one of its size and time", lambda: read(room), right, (), False
+    )
+
+
+def kept(chance: Random, room: Path) -> Case:
+    """Values of a study, which may be gone, but never others."""
+    case = entry(fidelity, ("fidelity",))(chance, room)
+    values, seconds = case.right()
+    a, b = values
+    some = [[one, other] for one in (a, None) for other in (b, None)]
+    return case._replace(
+        right=lambda: AnyOf([one, times] for one in some for times in (seconds, []))
+    )
+
+
+KINDS = [
+    Kind("cache-corpora", entry(corpora, ("corpora",)), 5),
+    Kind("cache-tokens", entry(tokens, ("tokens", "tokens", "corpora")), 5, tiny),
+    Kind("cache-examples", entry(examples, ("examples",)), 5),
+    Kind("cache-tops", entry(tops, ("tops", "tops", "corpora")), 4),
+    Kind("cache-fidelity", kept, 3),
+    Kind("cache-replaced", replaced, 1),
+]

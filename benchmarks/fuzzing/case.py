@@ -1,0 +1,216 @@
+"""A case of the fuzzer, and how what came of it is judged."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import logging
+import math
+import re
+import traceback
+import unicodedata
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from random import Random
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from mlflow_dr import cli
+from mlflow_dr.errors import MlflowDrError
+
+LONGEST = 500
+EQUAL, REFUSED, FINDING = "equal", "refused", "finding"
+DIRECTION = set("\u200e\u200f\u061c\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069")
+
+
+class UnreadableError(Exception):
+    """What the independent reading says of an input that has no right value."""
+
+
+class RefusedError(MlflowDrError):
+    """The last line that a command printed when it ended with an error."""
+
+
+class AnyOf(tuple[Any, ...]):
+    """Several values, each of which is right."""
+
+    __slots__ = ()
+
+
+class Case(NamedTuple):
+    """One malformed input.
+
+    Attributes:
+        what: what was damaged and how.
+        ours: what mlflow_dr makes of it.
+        right: what it is by an independent reading; `UnreadableError` where nothing is.
+        names: of which a refusal has to name one.
+        refusable: whether it may be refused at all.
+    """
+
+    what: str
+    ours: Callable[[], Any]
+    right: Callable[[], Any]
+    names: Sequence[str]
+    refusable: bool = True
+
+
+class Kind(NamedTuple):
+    """A kind of cases.
+
+    Attributes:
+        name: what `--kind` takes.
+        make: a seeded source of chance and an empty folder to a case.
+        share: cases of this kind, relative to the others.
+        prepare: makes what all of them need.
+    """
+
+    name: str
+    make: Callable[[Random, Path], Case]
+    share: int
+    prepare: Callable[[], object] = dict
+
+
+class Verdict(NamedTuple):
+    """What came of a case.
+
+    Attributes:
+        outcome: `equal`, `refused` or `finding`.
+        cause: equal for findings that are likely to have one cause.
+        text: the refusal, or what is wrong.
+        what: the case's words.
+    """
+
+    outcome: str
+    cause: str = ""
+    text: str = ""
+    what: str = ""
+
+
+class _Lines(logging.Handler):
+    """What was logged, as the command line shows it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.lines: list[str] = []
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self.lines.append(cli._Lines().format(record))
+
+
+def judged(case: Case) -> Verdict:
+    """Run a case and say what came of it."""
+    package = logging.getLogger("mlflow_dr")
+    package.propagate = False
+    package.setLevel(logging.INFO)
+    package.handlers = [lines := _Lines()]
+    verdict = _outcome(case)._replace(what=case.what)
+    if verdict.outcome != FINDING:
+        for line in lines.lines:
+            if problem := unprintable(line):
+                return Verdict(FINDING, f"log line: {problem}", repr(line)[:400], case.what)
+    return verdict
+
+
+def _outcome(case: Case) -> Verdict:
+    try:
+        value = case.ours()
+    except MlflowDrError as error:
+        return _refusal(case, error)
+    except Exception as error:  # noqa: BLE001 - that is what is looked for
+        return Verdict(
+            FINDING,
+            f"traceback: {_where(error)}",
+            "".join(traceback.format_exception(error))[-1500:],
+        )
+    try:
+        right = case.right()
+    except UnreadableError as error:
+        return Verdict(FINDING, f"accepted: {error}", f"ours: {value!r:.600}")
+    if any(same(value, one) for one in (right if isinstance(right, AnyOf) else (right,))):
+        return Verdict(EQUAL)
+    text = difference(value, right)
+    return Verdict(
+        FINDING, f"different value at {re.sub(r'[0-9]+', 'N', text.partition(': ours')[0])}", text
+    )
+
+
+def _refusal(case: Case, error: MlflowDrError) -> Verdict:
+    shown = _printed(error)
+    if not case.refusable:
+        return Verdict(FINDING, f"refused what must be read: {_where(error)}", shown[:600])
+    problem = unprintable(shown)
+    if not problem and len(shown) >= LONGEST:
+        problem = f"{LONGEST} characters or more"
+    if not problem and not any(name in shown for name in case.names):
+        problem = "names neither file nor key"
+    if problem:
+        return Verdict(FINDING, f"refusal: {problem}: {_where(error)}", shown[:600])
+    return Verdict(REFUSED, type(error).__name__, shown)
+
+
+def _printed(error: MlflowDrError) -> str:
+    """What the command line prints."""
+    if isinstance(error, RefusedError):
+        return str(error)
+    with contextlib.redirect_stderr(io.StringIO()) as printed:
+        cli._fail(str(error), error.exit_code)
+    return printed.getvalue().removesuffix("\n")
+
+
+def unprintable(line: str) -> str:
+    """The first character that a terminal obeys, in words; empty where there is none."""
+    for character in line.replace("\t", " "):
+        if unicodedata.category(character) in ("Cc", "Cs") or character in DIRECTION:
+            return f"control character {ord(character):#06x}"
+    return ""
+
+
+def _where(error: BaseException) -> str:
+    """Kind of error, and the last place in the package that it came through."""
+    frames = traceback.extract_tb(error.__traceback__)
+    own = [one for one in frames if "/mlflow_dr/" in one.filename]
+    place = own[-1] if own else frames[-1]
+    file = place.filename.rpartition("/mlflow_dr/")[2]
+    return f"{type(error).__name__} in {file}:{place.name}"
+
+
+def same(ours: Any, right: Any) -> bool:
+    """Whether two values are equal: NaN is NaN, floating-point arrays to 1e-5."""
+    if isinstance(ours, np.ndarray) or isinstance(right, np.ndarray):
+        a, b = np.asarray(ours), np.asarray(right)
+        if a.shape != b.shape:
+            return False
+        if a.dtype.kind == "f" or b.dtype.kind == "f":
+            return bool(np.allclose(a, b, rtol=1e-5, atol=1e-5, equal_nan=True))
+        return bool(np.array_equal(a, b))
+    if isinstance(ours, dict) and isinstance(right, dict):
+        return ours.keys() == right.keys() and all(same(ours[key], right[key]) for key in ours)
+    if isinstance(ours, list | tuple) and isinstance(right, list | tuple):
+        return len(ours) == len(right) and all(map(same, ours, right))
+    if isinstance(ours, float) and isinstance(right, float):
+        return (math.isnan(ours) and math.isnan(right)) or math.isclose(
+            ours, right, rel_tol=1e-6, abs_tol=1e-9
+        )
+    return type(ours) is type(right) and bool(ours == right)
+
+
+def difference(ours: Any, right: Any, path: str = "") -> str:
+    """The first place where two values differ."""
+    if isinstance(right, AnyOf):
+        return " or ".join(difference(ours, one) for one in right)
+    if isinstance(ours, dict) and isinstance(right, dict) and ours.keys() == right.keys():
+        pairs = [(f"[{key!r}]", ours[key], right[key]) for key in ours]
+    elif (
+        isinstance(ours, list | tuple)
+        and isinstance(right, list | tuple)
+        and len(ours) == len(right)
+    ):
+        pairs = [(f"[{place}]", *both) for place, both in enumerate(zip(ours, right, strict=True))]
+    else:
+        return f"{path or 'value'}: ours {ours!r:.250}, right {right!r:.250}"
+    for step, a, b in pairs:
+        if not same(a, b):
+            return difference(a, b, path + step)
+    return ""

@@ -1,0 +1,281 @@
+"""Published checkpoints: their files and manifest, and what is said of them on the server."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import tempfile
+import uuid
+from functools import cache
+from pathlib import Path
+from random import Random
+from typing import Any
+
+from mlflow import MlflowClient
+
+from benchmarks.fuzzing import damage, odd
+from benchmarks.fuzzing.case import Case, Kind, unprintable
+from benchmarks.fuzzing.encoders import hurt, scores, sound, stray, templates
+from mlflow_dr.files import file_sha256
+from mlflow_dr.tracking.checkpoints import (
+    DIRECTORY_TAG,
+    MANIFEST_TAG,
+    MODEL_TYPE,
+    PRUNED_TAG,
+    READY,
+    STEP_TAG,
+    checkpoints_of,
+    publish,
+)
+from mlflow_dr.tracking.claims import standing
+from mlflow_dr.tracking.client import connect
+from mlflow_dr.tracking.fetching import fetched
+from mlflow_dr.tracking.results import PREFIX, failure_of, state_of
+from mlflow_dr.tracking.runs import TrackedRun
+from mlflow_dr.tracking.status import status_of, summary_of, table
+from mlflow_dr.tracking.validations import (
+    chosen_metric,
+    figures_of,
+    metrics_of,
+    steps_searched_with,
+    validations_of,
+)
+
+CONFIG = {
+    "corpus": "0123456789abcdef",
+    "topics": "fedcba9876543210",
+    "split": "dev",
+    "subset": "full",
+    "measures": "mrr@10 ndcg@10",
+    "depth": 10,
+    "dtype": "fp32",
+    "keep_own_id": False,
+}
+FIGURES = {"mrr_at_10": 0.5, "ndcg_at_10": 0.75, "seconds": 1.5, "passages": 7, "lag_seconds": 2.0}
+OWNER = {"host": "here", "pid": 1, "room": "boot/1", "started": 5, "token": "0" * 32}
+
+
+@cache
+def client() -> MlflowClient:
+    """A real store (sqlite), also where the process is started again."""
+    room = Path(tempfile.gettempdir(), "fuzz-store")
+    room.mkdir(exist_ok=True)
+    return connect(f"sqlite:///{room}/mlflow.db")
+
+
+def fresh_run(room: Path) -> TrackedRun:
+    experiment = client().create_experiment(
+        uuid.uuid4().hex, artifact_location=str(room / "artifacts")
+    )
+    return TrackedRun(client(), client().create_run(experiment))
+
+
+def manifest(chance: Random, room: Path) -> Case:
+    """A checkpoint's files damaged, files beside them, or a manifest that is damaged and sealed."""
+    run = fresh_run(room)
+    directory = room / "encoder"
+    shutil.copytree(templates()["ours"], directory)
+    publish(run, directory, 5)
+    (checkpoint,) = checkpoints_of(run)
+    place = Path(checkpoint.location.removeprefix("file://"))
+    listed = place / "manifest.json"
+    names = (listed.name, checkpoint.model_id, *json.loads(listed.read_text()))
+    act = chance.randrange(8)
+    if act < 2:
+        _, how = hurt(chance, place)
+    elif act == 2:
+        how = stray(chance, place)
+    elif act == 3:
+        how = beside(chance, place)
+    elif act == 4:
+        tag, how = odd.word(chance, checkpoint.manifest)
+        client().set_logged_model_tags(
+            checkpoint.model_id, {MANIFEST_TAG: tag.encode("utf-8", "replace").decode()[:5000]}
+        )
+        how = f"its digest: {how}"
+    else:
+        values = json.loads(listed.read_text())
+        if act == 5:
+            listed.write_bytes(damage.raw(chance, listed.read_bytes())[0])
+            how = "manifest of other bytes"
+        elif act == 6:
+            chosen = chance.choice(list(values))
+            values[
+                chance.choice(
+                    (
+                        "../evil",
+                        "/etc/passwd",
+                        "a/../../b",
+                        "",
+                        ".",
+                        "\x1b]0;x\x07",
+                        "x" * 300,
+                        "nul\x00",
+                        "~",
+                        "manifest.json",
+                        "C:\\x",
+                        "sub/../config.json",
+                    )
+                )
+            ] = values[chosen]
+            if chance.random() < 0.5:
+                del values[chosen]
+            how = "manifest with another name"
+            listed.write_bytes(damage.dumped(chance, values, 1))
+        else:
+            values, how = damage.tree(chance, values)
+            how = f"manifest: {how}"
+            listed.write_bytes(damage.dumped(chance, values, 1))
+        client().set_logged_model_tags(checkpoint.model_id, {MANIFEST_TAG: file_sha256(listed)})
+
+    def read() -> Any:
+        (one,) = checkpoints_of(run)
+        with fetched(one) as files:
+            return scores(files)
+
+    return Case(how, read, lambda: sound("ours"), names)
+
+
+def beside(chance: Random, place: Path) -> str:
+    """Add a file that an encoder's loader would read, and that the manifest does not list."""
+    act = chance.randrange(6)
+    if act == 0:
+        shutil.copytree(templates()["towers"] / "query", place / "query")
+        return "a tower of queries beside it"
+    name, text = (
+        ("special_tokens_map.json", '{"unk_token": "ships", "pad_token": "ships"}'),
+        ("added_tokens.json", '{"ships": 3}'),
+        ("vocab.txt", "[PAD]\n[UNK]\n[CLS]\n[SEP]\n[MASK]\nthe\n"),
+        (
+            "adapter_config.json",
+            json.dumps(
+                {
+                    "base_model_name_or_path": str(templates()["bare"]),
+                    "peft_type": "LORA",
+                    "r": 4,
+                    "target_modules": ["query"],
+                }
+            ),
+        ),
+        ("chat_template.jinja", "{{ 1 }}"),
+    )[act - 1]
+    (place / name).write_text(text)
+    return f"{name} beside it"
+
+
+def server(chance: Random, room: Path) -> Case:
+    """One tag or param of a checkpoint, or of its run, that nobody of us has written so."""
+    run = fresh_run(room)
+    record = json.dumps({"values": FIGURES, "written_ms": 1_700_000_000_000})
+    tags = {
+        STEP_TAG: "10",
+        MANIFEST_TAG: "0" * 64,
+        f"{PREFIX}val.heartbeat": "1: 3",
+        "mlflow_dr.best.val": "0.5",
+    }
+    params = {f"{PREFIX}val": record, f"{PREFIX}val.claim.1": json.dumps(OWNER)}
+    more = {
+        PRUNED_TAG: "begun",
+        DIRECTORY_TAG: "/nowhere/checkpoint-10",
+        f"{PREFIX}val.failed": "because",
+    }
+    of_run = {f"{PREFIX}val": json.dumps(CONFIG), "dataset": "demo", "validation_split": "dev"}
+    where = chance.choice(("tags", "tags", "params", "params", "more", "run"))
+    if where == "more":
+        key = chance.choice(list(more))
+        tags[key], how = _changed(chance, more[key])
+        if chance.random() < 0.5:
+            del params[f"{PREFIX}val"]
+    else:
+        chosen = {"tags": tags, "params": params, "run": of_run}[where]
+        key = chance.choice(list(chosen))
+        if chance.random() < 0.15:
+            added = chance.choice(
+                (
+                    f"{PREFIX}val.claim.9999999999999999999999",
+                    f"{PREFIX}val.claim.²",
+                    f"{PREFIX}x y/z",
+                    f"{PREFIX}val.claim.",
+                    PREFIX,
+                    "mlflow_dr.x",
+                )
+            )
+            chosen[added] = chosen.pop(key) if chance.random() < 0.5 else chosen[key]
+            how, key = f"{key} also under {added}", added
+        else:
+            chosen[key], how = _changed(chance, chosen[key])
+    model(run, {STEP_TAG: "5", MANIFEST_TAG: "0" * 64}, {f"{PREFIX}val": record}, 5)
+    model(run, tags, params, 10)
+    for name, value in of_run.items():
+        client().log_param(run.id, name, value)
+
+    def read() -> Any:
+        checkpoints = checkpoints_of(run)
+        mine = next(one for one in checkpoints if one.step == 5 and len(one.params) == 1)
+        shown = []
+        for one in checkpoints:
+            for name in ("val", "x y/z", ""):
+                shown += [
+                    str(state_of(one, name)),
+                    failure_of(one, name),
+                    str(standing(one, name)),
+                    str(figures_of(one, name)),
+                ]
+            shown.append(f"{one.is_gone} {one.is_pruned} {one.uri}")
+        shown += table(status_of(run)).splitlines()
+        shown += [summary_of(checkpoints, "val")]
+        bound = validations_of(run)
+        shown += map(
+            str,
+            (
+                bound,
+                metrics_of(run),
+                chosen_metric(run, "val/mrr_at_10"),
+                steps_searched_with(bound),
+            ),
+        )
+        bad = [
+            problem for line in table(status_of(run)).splitlines() if (problem := unprintable(line))
+        ]
+        return [mine.step, str(state_of(mine, "val")), dict(figures_of(mine, "val")), bad]
+
+    right: list[Any] = [5, "State.RECORDED", FIGURES, []]
+    return Case(
+        f"{where}: {key}: {how}",
+        read,
+        lambda: right,
+        (key, key.removeprefix(PREFIX)),
+        where == "run",
+    )
+
+
+def _changed(chance: Random, text: str) -> tuple[str, str]:
+    """Another text, without half of a surrogate pair, which no database takes."""
+    if text.startswith("{") and chance.random() < 0.7:
+        values, how = damage.tree(chance, json.loads(text))
+        made = json.dumps(values)
+    else:
+        made, how = odd.word(chance, text)
+    made = made.encode("utf-8", "replace").decode()[:5000]
+    return made or "x", f"{how}: {made!r:.60}"
+
+
+def model(run: TrackedRun, tags: dict[str, str], params: dict[str, str], step: int) -> None:
+    made = client().create_logged_model(
+        run.experiment_id,
+        name=f"step-{step}",
+        source_run_id=run.id,
+        tags=tags,
+        params=params,
+        model_type=MODEL_TYPE,
+    )
+    client().finalize_logged_model(made.model_id, READY)
+
+
+def prepare() -> None:
+    """What takes long the first time."""
+    sound("ours")
+    client().search_experiments()
+
+
+KINDS = [Kind("manifest", manifest, 6, prepare), Kind("server", server, 8, prepare)]

@@ -1,0 +1,274 @@
+"""Directories of encoders: ours, sentence-transformers', bare backbones' and adapters'."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import struct
+from collections.abc import Callable
+from functools import cache
+from pathlib import Path
+from random import Random
+from typing import Any
+
+import numpy as np
+
+from benchmarks.fuzzing import damage, odd
+from benchmarks.fuzzing.case import AnyOf, Case, Kind, UnreadableError
+from benchmarks.fuzzing.collections import PASSAGES
+from benchmarks.fuzzing.templates import QUERY_TEXTS, templates
+
+PASSAGE_TEXTS = [text for _, _, text in PASSAGES] + [" ".join(text for _, _, text in PASSAGES)]
+HUGE = (2**31, 10**6, 10**9, 0, -1, 1e9, "128", None, True, [128], 10**30, float("nan"))
+SIZES = [
+    "num_hidden_layers",
+    "hidden_size",
+    "num_attention_heads",
+    "intermediate_size",
+    "vocab_size",
+    "max_position_embeddings",
+    "type_vocab_size",
+    "hidden_act",
+    "layer_norm_eps",
+    "model_type",
+    "architectures",
+    "pad_token_id",
+    "hidden_dropout_prob",
+    "dtype",
+    "transformers_version",
+    "auto_map",
+    "attn_implementation",
+    "quantization_config",
+    "tie_word_embeddings",
+    "is_decoder",
+]
+ADAPTER = [
+    "base_model_name_or_path",
+    "target_modules",
+    "r",
+    "lora_alpha",
+    "peft_type",
+    "task_type",
+    "lora_dropout",
+    "fan_in_fan_out",
+    "bias",
+    "modules_to_save",
+    "rank_pattern",
+    "alpha_pattern",
+    "use_rslora",
+    "auto_mapping",
+    "layers_to_transform",
+    "init_lora_weights",
+    "use_dora",
+    "exclude_modules",
+]
+
+
+def scores(directory: Path) -> np.ndarray:
+    """What a validation compares: each query with each passage, `(n_queries, n_passages)`."""
+    from mlflow_dr.encoder.directory import load_encoder
+    from mlflow_dr.encoder.whole import step_of, why_not_whole
+    from mlflow_dr.pyfunc import TextsToVectors
+
+    reason, step = why_not_whole(directory), step_of(directory)
+    assert isinstance(reason, str), reason
+    assert step is None or isinstance(step, int), step
+    model = TextsToVectors(load_encoder(directory))
+    queries = model.predict(QUERY_TEXTS, {"prompt": "query"})
+    return queries @ model.predict(PASSAGE_TEXTS, {"prompt": "passage"}).T
+
+
+def library(directory: Path, dot: bool = False) -> np.ndarray:
+    """The same by sentence-transformers itself."""
+    from sentence_transformers import SentenceTransformer
+
+    model = SentenceTransformer(
+        str(directory), device="cpu", model_kwargs={"dtype": "float32"}, local_files_only=True
+    )
+    queries = model.encode_query(QUERY_TEXTS, show_progress_bar=False)
+    passages = model.encode_document(PASSAGE_TEXTS, show_progress_bar=False)
+    made = queries @ passages.T if dot else model.similarity(queries, passages).numpy()
+    return np.asarray(made, np.float32)
+
+
+def described(directory: Path) -> np.ndarray:
+    """The same by our description and transformers alone.
+
+    Raises:
+        UnreadableError: the description is not one.
+    """
+    import torch
+    from safetensors.numpy import load_file
+    from transformers import AutoModel, AutoTokenizer
+
+    try:
+        values = json.loads((directory / "mlflow_dr.json").read_text(encoding="utf-8"))
+        said, layout = values["encoder"], values["layout"]
+        fields = {
+            "pooling": str,
+            "normalize": bool,
+            "projections": list,
+            "query_prompt": str,
+            "passage_prompt": str,
+            "query_max_length": int,
+            "passage_max_length": int,
+            "title_separator": str,
+            "lowercase": bool,
+        }
+        right = set(said) == set(fields) and all(
+            type(said[name]) is kind for name, kind in fields.items()
+        )
+        right = right and type(layout) is int
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise UnreadableError("no description") from error
+    if not right:
+        raise UnreadableError("a setting is missing, unknown, or of another type")
+    tokenizer = AutoTokenizer.from_pretrained(directory)
+    backbone = AutoModel.from_pretrained(
+        directory, dtype=torch.float32, add_pooling_layer=False
+    ).eval()
+
+    def vectors(texts: list[str], side: str) -> np.ndarray:
+        made = []
+        for text in texts:
+            words = (
+                said[f"{side}_prompt"] + text.strip()
+                if side == "query"
+                else (said["passage_prompt"] + text).strip()
+            )
+            words = words.lower() if said["lowercase"] else words
+            ids = tokenizer(
+                words, truncation=True, max_length=said[f"{side}_max_length"], return_tensors="pt"
+            )
+            with torch.no_grad():
+                states = backbone(ids["input_ids"])[0][0].numpy().astype(np.float64)
+            n = len(states)
+            weights = np.arange(1, n + 1)[:, None]
+            vector = {
+                "cls": states[0],
+                "mean": states.mean(0),
+                "last": states[-1],
+                "max": states.max(0),
+                "mean_sqrt_len": states.sum(0) / n**0.5,
+                "weighted_mean": (states * weights).sum(0) / weights.sum(),
+            }[said["pooling"]]
+            for place, layer in enumerate(said["projections"]):
+                weight = load_file(directory / f"{place + 2}_Dense" / "model.safetensors")
+                vector = weight["linear.weight"] @ vector + (
+                    weight["linear.bias"] if layer["bias"] else 0
+                )
+                vector = np.tanh(vector) if layer["activation"] == "tanh" else vector
+            made.append(vector / np.linalg.norm(vector) if said["normalize"] else vector)
+        return np.array(made, np.float32)
+
+    return vectors(QUERY_TEXTS, "query") @ vectors(PASSAGE_TEXTS, "passage").T
+
+
+def hurt(chance: Random, directory: Path) -> tuple[Path, str]:
+    """Damage one file of a directory; which, and how."""
+    files = sorted(one for one in directory.rglob("*") if one.is_file())
+    documents = [one for one in files if one.suffix == ".json" and one.name != "tokenizer.json"]
+    path = chance.choice((chance.choice(documents), chance.choice(documents), chance.choice(files)))
+    name = str(path.relative_to(directory))
+    if path.suffix == ".safetensors" and chance.random() < 0.5:
+        return path, f"{name}: {header(chance, path)}"
+    if path.suffix != ".json" or path.name == "tokenizer.json" or chance.random() < 0.25:
+        return path, f"{name}: {damage.file(chance, path)}"
+    values = json.loads(path.read_text(encoding="utf-8"))
+    known = {"config.json": SIZES, "adapter_config.json": ADAPTER}.get(name, ())
+    if known and chance.random() < 0.5:
+        key = chance.choice(known)
+        values[key] = chance.choice((chance.choice(HUGE), odd.value(chance)))
+        how = f"{key} = {values[key]!r:.60}"
+    else:
+        values, how = damage.tree(chance, values)
+    path.write_bytes(damage.dumped(chance, values, 2))
+    return path, f"{name}: {how}"
+
+
+def header(chance: Random, path: Path) -> str:
+    """Damage the header of a safetensors file, its length kept right."""
+    data = path.read_bytes()
+    (length,) = struct.unpack("<Q", data[:8])
+    values, how = damage.tree(chance, json.loads(data[8 : 8 + length]))
+    made = damage.dumped(chance, values)
+    path.write_bytes(struct.pack("<Q", len(made)) + made + data[8 + length :])
+    return f"header: {how}"
+
+
+def stray(chance: Random, directory: Path) -> str:
+    """Put something into a directory that no encoder reads."""
+    name = chance.choice(
+        (
+            "README.md",
+            ".gitattributes",
+            "optimizer.pt",
+            "notes.json",
+            "onnx/model.onnx",
+            "a b.txt",
+            ".lock",
+            "trainer_state.json",
+        )
+    )
+    path = directory / name
+    path.parent.mkdir(exist_ok=True)
+    path.write_bytes(damage.raw(chance, b'{"global_step": 5, "a": [1, 2]}\n')[0])
+    return f"{name} beside it"
+
+
+@cache
+def sound(kind: str) -> np.ndarray:
+    """Scores of the undamaged directory."""
+    return library(templates()[kind], kind == "bare")
+
+
+def directory(kinds: tuple[str, ...]) -> Callable[[Random, Path], Case]:
+    """Cases of directories of these kinds."""
+
+    def make(chance: Random, room: Path) -> Case:
+        kind = chance.choice(kinds)
+        right = sound(kind)
+        place = room / "encoder"
+        shutil.copytree(templates()[kind], place)
+        if chance.random() < 0.06:
+            path, how = place, stray(chance, place)
+        else:
+            path, how = hurt(chance, place)
+            if path.name == "adapter_config.json" and chance.random() < 0.1:
+                values = {
+                    **json.loads((templates()[kind] / path.name).read_text()),
+                    "base_model_name_or_path": str(place),
+                }
+                path.unlink(missing_ok=True)
+                path.write_text(json.dumps(values))
+                how = "an adapter of itself"
+
+        def plain() -> Any:
+            made = [] if path.name == "mlflow_dr.json" else [right]
+            reasons = []
+            for read in (described, lambda one: library(one, kind == "bare")):
+                if read is not described and path.name == "mlflow_dr.json" and path.exists():
+                    continue
+                try:
+                    made.append(read(place))
+                except Exception as error:  # noqa: BLE001 - damage of any kind
+                    reasons.append(
+                        type(error).__name__
+                        if not isinstance(error, UnreadableError)
+                        else str(error)
+                    )
+            if not made:
+                raise UnreadableError(f"{path.name}: {', '.join(reasons)}")
+            return AnyOf(made)
+
+        return Case(f"{kind}: {how}", lambda: scores(place), plain, ("encoder", path.name))
+
+    return make
+
+
+KINDS = [
+    Kind("encoder-ours", directory(("ours", "ours", "towers")), 8, templates),
+    Kind("encoder-st", directory(("mean", "dense", "dot")), 9, templates),
+    Kind("encoder-bare", directory(("bare",)), 5, templates),
+    Kind("encoder-adapter", directory(("adapter",)), 6, templates),
+]

@@ -1,0 +1,275 @@
+"""Validations in a YAML file."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from random import Random
+from typing import Any
+
+import yaml
+
+from benchmarks.fuzzing import damage, odd, words
+from benchmarks.fuzzing.case import Case, Kind, UnreadableError
+
+PLAN: dict[str, Any] = {
+    "order": "bisect",
+    "every": 2,
+    "max_lag_seconds": 60,
+    "retry_failed": False,
+    "follow": True,
+    "poll_seconds": 1.5,
+    "patience": 3,
+    "min_delta": 0.01,
+    "keep": "best:3,last:2",
+    "metric": "dev/mrr_at_10",
+    "validations": {
+        "dev": {
+            "dataset": "demo",
+            "split": "dev",
+            "measures": "mrr@10 recall@100",
+            "depth": 100,
+            "dtype": "fp32",
+        },
+        "other": {
+            "dataset": "irds:vaswani",
+            "measures": ["ndcg@10", "map@5"],
+            "device": "cpu",
+            "keep_own_id": True,
+        },
+        "small": {"dataset": "demo", "subset": "bm25@50+random:10", "seed": 3, "judged": "all"},
+        "refined": {"subset": "random:5", "refine": "full@3"},
+    },
+}
+
+
+def read_yaml(path: Path) -> Any:
+    try:
+        return yaml.safe_load(path.read_bytes().decode("utf-8-sig"))
+    except (
+        OSError,
+        ValueError,
+        yaml.YAMLError,
+        RecursionError,
+        AttributeError,
+        TypeError,
+        KeyError,
+        IndexError,
+    ) as error:
+        raise UnreadableError(f"not YAML ({type(error).__name__})") from error
+
+
+def mapping(value: Any, known: set[str]) -> dict[str, Any]:
+    if not isinstance(value, dict) or not set(value) <= known:
+        raise UnreadableError("no mapping, or an unknown key")
+    return value
+
+
+def typed(
+    values: dict[str, Any],
+    key: str,
+    kind: type,
+    default: Any,
+    least: float = -math.inf,
+    open_: bool = False,
+) -> Any:
+    """A value of a type, from `least` on."""
+    if key not in values:
+        return default
+    value = values[key]
+    if kind is float and isinstance(value, int) and not isinstance(value, bool):
+        try:
+            value = float(value)
+        except OverflowError as error:
+            raise UnreadableError(f"{key} is too large") from error
+    if not isinstance(value, kind) or (isinstance(value, bool) and kind is not bool):
+        raise UnreadableError(f"{key} is no {kind.__name__}")
+    if kind in (int, float) and (math.isnan(value) or value < least or (open_ and value == least)):
+        raise UnreadableError(f"{key} is too small")
+    return value
+
+
+def plan_right(path: Path) -> Any:
+    """A plan by the plain reading."""
+    values = mapping(read_yaml(path), set(PLAN) | {"keep_up", "patience_seconds"})
+    described = values.get("validations")
+    if not isinstance(described, dict) or not described:
+        raise UnreadableError("no validations")
+    if values.get("order", "oldest") not in ("oldest", "newest", "bisect"):
+        raise UnreadableError("no such order")
+    made = {
+        "order": values.get("order", "oldest"),
+        "every": typed(values, "every", int, 1, 1),
+        "max_lag_seconds": typed(values, "max_lag_seconds", float, None, 0, True),
+        "retry_failed": typed(values, "retry_failed", bool, False),
+        "follow": typed(values, "follow", bool, True),
+        "poll_seconds": typed(values, "poll_seconds", float, 2.0, 0, True),
+        "patience": typed(values, "patience", int, None, 1),
+        "min_delta": typed(values, "min_delta", float, 0.0, 0),
+        "keep": words.policy(typed(values, "keep", str, "")) if "keep" in values else None,
+        "metric": typed(values, "metric", str, None),
+    }
+    if not math.isfinite(made["min_delta"]):
+        raise UnreadableError("min_delta is not finite")
+    validations: dict[str, Any] = {}
+    for name, given in described.items():
+        for key, one in validation(str(name), given).items():
+            if key in validations:
+                raise UnreadableError("two of one name")
+            validations[key] = one
+    return {**made, "validations": validations}
+
+
+def validation(name: str, given: Any) -> dict[str, Any]:
+    known = {
+        "dataset",
+        "split",
+        "measures",
+        "depth",
+        "dtype",
+        "device",
+        "keep_own_id",
+        "subset",
+        "seed",
+        "judged",
+        "refine",
+    }
+    values = mapping(given or {}, known)
+    text = values.get("measures", "mrr@10")
+    if isinstance(text, list):
+        if not all(isinstance(one, str) for one in text):
+            raise UnreadableError("measures are no words")
+        text = " ".join(text)
+    measures = words.measures(str(text))
+    depth = typed(values, "depth", int, None, 1)
+    if depth is not None and depth < max(cut for _, cut in measures):
+        raise UnreadableError("too shallow")
+    seed, judged = typed(values, "seed", int, 0, 0), typed(values, "judged", str, "relevant")
+    if judged not in ("relevant", "all"):
+        raise UnreadableError("no such judged")
+    dtype = typed(values, "dtype", str, "fp32")
+    words.number_format(dtype)
+    words.device(typed(values, "device", str, "auto"))
+    one = {
+        "dataset": typed(values, "dataset", str, None),
+        "split": typed(values, "split", str, None),
+        "measures": measures,
+        "depth": depth,
+        "dtype": words.FORMATS[dtype.strip().lower().removeprefix("torch.")],
+        "device": values.get("device", "auto"),
+        "keep_own_id": typed(values, "keep_own_id", bool, False),
+        "refines": None,
+    }
+    spec = words.subset(typed(values, "subset", str, "full"))
+    made = {name: {**one, **shown(spec, seed, judged)}}
+    if "refine" in values:
+        dear, _, count = typed(values, "refine", str, "").rpartition("@")
+        more = words.subset(dear)
+        if not count or more == spec:
+            raise UnreadableError("refines nothing")
+        made[f"{name}+"] = {**one, **shown(more, seed, judged), "refines": words.whole(count)}
+    return made
+
+
+def shown(spec: list[Any], seed: int, judged: str) -> dict[str, Any]:
+    kinds = {one[0] for one in spec}
+    return {
+        "subset": spec,
+        "seed": seed if kinds & {"random", "queries"} else 0,
+        "judged": "relevant" if "full" in kinds else judged,
+    }
+
+
+def plan_ours(path: Path) -> Any:
+    from mlflow_dr.retrieval.measures import parse_measures
+    from mlflow_dr.validation.evaluate import Settings
+    from mlflow_dr.validation.plan import Asked, read_plan
+
+    plan = read_plan(path, Asked(Settings(parse_measures("mrr@10"), dtype="fp32")))
+    validations = {}
+    for one in plan.validations:
+        spec = one.subset
+        parts = sorted((part.kind, part.count, part.names) for part in spec.parts)
+        name = one.name.removesuffix(f"-{spec.slug}") if spec.slug and not one.refines else one.name
+        if one.refines is not None:
+            base = (key for key, cheap in validations.items() if cheap["_name"] == one.refines.name)
+            name = f"{next(base)}+"
+        validations[name] = {
+            "dataset": one.dataset,
+            "split": one.split,
+            "measures": [(m.name, m.cutoff) for m in one.settings.measures],
+            "depth": one.settings.depth,
+            "dtype": one.settings.dtype,
+            "device": one.settings.device,
+            "keep_own_id": one.settings.keep_own_id,
+            "refines": one.refines and one.refines.best,
+            "subset": parts,
+            "seed": spec.seed,
+            "judged": spec.judged,
+            "_name": one.name,
+        }
+    for one in validations.values():
+        del one["_name"]
+    keep = plan.wishes.keep
+    return {
+        "order": plan.order.value,
+        "every": plan.every,
+        "max_lag_seconds": plan.max_lag_seconds,
+        "retry_failed": plan.retry_failed,
+        "follow": plan.follow,
+        "poll_seconds": plan.poll_seconds,
+        "patience": plan.wishes.patience,
+        "min_delta": plan.wishes.min_delta,
+        "keep": keep and {"best": keep.best, "last": keep.last, "every": keep.every},
+        "metric": plan.wishes.metric,
+        "validations": validations,
+    }
+
+
+def written(chance: Random, path: Path, values: Any) -> str:
+    """Write a configuration with something in it changed; what."""
+    act = chance.randrange(4)
+    if act:
+        values, how = damage.tree(chance, values)
+        if chance.random() < 0.3 and how.split(" ")[0].rpartition(".")[2] in (
+            "measures",
+            "subset",
+            "keep",
+            "refine",
+            "dtype",
+        ):
+            how += " "
+    else:
+        how = ""
+    try:
+        text = (
+            json.dumps(values)
+            if chance.random() < 0.3
+            else yaml.safe_dump(values, allow_unicode=True, sort_keys=False)
+        )
+        path.write_bytes(text.encode("utf-8", "replace"))
+    except (yaml.YAMLError, RecursionError):
+        path.write_text(json.dumps(values))
+    return how or damage.file(chance, path)
+
+
+def plan(chance: Random, room: Path) -> Case:
+    path = room / "plan.yaml"
+    values = PLAN
+    if chance.random() < 0.3:
+        name = chance.choice(("dev", "small", "refined"))
+        key = {"dev": "measures", "small": "subset", "refined": "refine"}[name]
+        text, how = odd.word(chance, PLAN["validations"][name][key])
+        values = {
+            **PLAN,
+            "validations": {**PLAN["validations"], name: {**PLAN["validations"][name], key: text}},
+        }
+        path.write_bytes(yaml.safe_dump(values, allow_unicode=True).encode("utf-8", "replace"))
+        how = f"{name}.{key} {how}: {text!r:.60}"
+    else:
+        how = written(chance, path, values)
+    return Case(how, lambda: plan_ours(path), lambda: plan_right(path), ("plan.yaml",))
+
+
+KINDS = [Kind("plan", plan, 7)]
