@@ -100,7 +100,7 @@ def commands(chance: Random, room: Path) -> Case:
         words.append("--once")
     names = (
         "--",
-        "see `mlflow-dr",
+        "`mlflow-dr",
         *(one[:10] for word in words for one in re.split(r"[\s@:,+=]|--", word) if len(one) > 2),
     )
 
