@@ -32,6 +32,7 @@ class Fault(Enum):
     STATUS = "status 500, 502, 503 or 429, with or without the server having the request"
     LOGIN = "a login page with status 200, and the server does not have the request"
     TRUNCATED = "status 200 and half of the answer, whose length seems right"
+    EMPTY = "status 200 and nothing else, with or without the server having the request"
     FLIPPED = "artifact bytes with one that is another"
 
 
@@ -146,11 +147,12 @@ class _Handler(BaseHTTPRequestHandler):
         if fault is Fault.LOGIN:
             self._send(Answer(200, [("Content-Type", "text/html")], LOGIN_PAGE))
             return
-        if fault is Fault.STATUS:
+        if fault in (Fault.STATUS, Fault.EMPTY):
             if where < 0.5:
                 self._ask(body)
             status = STATUSES[int(where * 1000) % len(STATUSES)]
-            self._send(Answer(status, [("Content-Type", "text/html")], b"<h1>Error</h1>"))
+            said = {Fault.STATUS: (status, b"<h1>Error</h1>"), Fault.EMPTY: (200, b"")}[fault]
+            self._send(Answer(said[0], [("Content-Type", "text/html")], said[1]))
             return
         try:
             answer = self._ask(body)

@@ -194,6 +194,7 @@ class Scene:
         if (other := self.config_of(run)) != config:
             row.different += 1
             row.notes.append(f"the validation's configuration is another one: {other}")
+        row.doubled += self._doubled_others(run, sound)
         for model_id in sound.values():
             checkpoint = checkpoint_by_id(self.client, model_id)
             row.failed += "mlflow_dr.validation.val.failed" in checkpoint.tags
@@ -206,6 +207,14 @@ class Scene:
             row.codes.append(f"{one.name} {','.join(map(str, one.codes)) or '-'}")
             row.tracebacks += one.tracebacks
         return row
+
+    def _doubled_others(self, run: TrackedRun, sound: Mapping[int, str]) -> int:
+        """Points beyond the first of a step, of metrics that differ from run to run, as seconds."""
+        names = {name for name in self.client.get_run(run.id).data.metrics if "val/" in name}
+        names -= {f"val/{metric}" for metric in METRICS}
+        histories = [self.client.get_metric_history(run.id, name) for name in names]
+        steps = [point.step for history in histories for point in history if point.step in sound]
+        return len(steps) - len(names) * len(set(steps))
 
     def config_of(self, run: TrackedRun, name: str = "val") -> str | None:
         """The configuration that a validation's name stands for on a run."""

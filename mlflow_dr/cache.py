@@ -123,8 +123,9 @@ def _damage(place: Path) -> str:
     except OSError as error:
         return f"{Path(str(error.filename)).name} cannot be read: {error.strerror}"
     if noted != found:
-        (first, *_) = sorted(set(noted) ^ set(found)) or found
-        return f"{first.split(' ')[-1][:80]!r} is not as it was written"
+        # what `checksums` says may be anything, so what is there is named first
+        (first, *_) = [one for one in (*found, *noted) if (one in found) != (one in noted)] or found
+        return f"{first.split(' ')[-1][:40]!r} is not as it was written"
     _sound[place] = state
     return ""
 

@@ -8,9 +8,10 @@ than is there. Both are shown as Python would write them: `\\x1b`, `\\u202e`.
 from __future__ import annotations
 
 import io
+import os
 import re
 import sys
-from typing import TextIO
+from typing import BinaryIO, TextIO
 
 LONGEST_LINE = 480  # of an error or a warning, in characters; with its level it stays below 500
 SHARE_OF_BEGINNING = 0.7  # of what is left of a line that is too long; its end says what to do
@@ -46,6 +47,11 @@ def without_secrets(text: str) -> str:
 def one_line_of(text: str, longest: int = LONGEST_LINE) -> str:
     """A message on one line of limited length: the middle of a longer one is left out."""
     return shortened(printable(" ".join(without_secrets(text).split())), longest)
+
+
+def log_line(text: str, longest: int) -> str:
+    """A message on one line of limited length, its columns left as they are."""
+    return shortened(printable(without_secrets(text)), longest)
 
 
 def shortened(text: str, longest: int = LONGEST_LINE) -> str:
@@ -89,12 +95,22 @@ def _guarded(stream: TextIO) -> TextIO:
     stream.flush()
     line_buffering = getattr(stream, "line_buffering", False)
     return _Guarded(
-        stream.buffer,
+        _buffer(stream),
         encoding=stream.encoding,
         errors="backslashreplace",
         line_buffering=line_buffering,
         write_through=getattr(stream, "write_through", False),
     )
+
+
+def _buffer(stream: TextIO) -> BinaryIO:
+    """A stream's bytes; opened anew where the descriptor was a file and is a pipe by now."""
+    try:
+        if stream.buffer.seekable():
+            stream.buffer.tell()
+        return stream.buffer
+    except OSError:
+        return os.fdopen(stream.fileno(), "wb", closefd=False)
 
 
 def _escaped(match: re.Match[str]) -> str:

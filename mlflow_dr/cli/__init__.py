@@ -18,7 +18,7 @@ from typing import NoReturn
 import click
 
 from mlflow_dr.errors import MlflowDrError, did_you_mean, one_line
-from mlflow_dr.terminal import guard_streams, one_line_of
+from mlflow_dr.terminal import guard_streams, log_line, one_line_of
 from mlflow_dr.version import VERSION
 
 INTERRUPTED = 130
@@ -126,7 +126,7 @@ class _Lines(logging.Formatter):
 
     def format(self, record: logging.LogRecord) -> str:
         if record.levelno < logging.WARNING:
-            return one_line_of(record.getMessage(), LONGEST_LOG_LINE)
+            return log_line(record.getMessage(), LONGEST_LOG_LINE)
         return f"{record.levelname.lower()}: {one_line_of(record.getMessage())}"
 
 

@@ -78,7 +78,7 @@ def layout_of(files: Sequence[Path]) -> Layout:
         for where, record in read_records(file):
             if layout := recognised(record):
                 return layout
-            known = "; ".join(f"{layout.name} ({layout.fields})" for layout in LAYOUTS)
+            known = "; ".join(f"{layout.name} ({layout.fields})" for layout in reversed(LAYOUTS))
             raise DataError(
                 f"{where}: a record with the fields {fields_of(record)}; training "
                 f"examples have those of one of: {known}"

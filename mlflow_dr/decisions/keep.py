@@ -15,7 +15,6 @@ from mlflow_dr.tracking.pruning import is_whole, needed
 from mlflow_dr.tracking.results import State, state_of
 from mlflow_dr.tracking.validations import Metric, value_of
 
-MOST_DIGITS = 12
 EXAMPLE = "best:3,last:2,every:10000"
 
 
@@ -83,7 +82,7 @@ def parse_policy(text: str) -> Policy:
         name, _, number = word.partition(":")
         if name not in {one.name for one in fields(Policy)}:
             near = did_you_mean(name, (one.name for one in fields(Policy)))
-            raise UsageError(f"no rule {word!r} of what to keep; rules are {EXAMPLE}{near}")
+            raise UsageError(f"no rule {quoted(word)} of what to keep; rules are {EXAMPLE}{near}")
         if not re.fullmatch(r"0*[1-9][0-9]{0,17}", number):
             raise UsageError(f"{quoted(word)}: expected {name}:N with a number from 1 on")
         if name in rules:

@@ -20,11 +20,11 @@ import transformers
 from sentence_transformers.base.modules import Transformer
 
 from mlflow_dr.encoder import lora
-from mlflow_dr.encoder.quiet import quiet_transformers
-from mlflow_dr.encoder.sentence_transformers import (
+from mlflow_dr.encoder.description import (
     is_sentence_transformer,
     transformer_directories,
 )
+from mlflow_dr.encoder.quiet import quiet_transformers
 from mlflow_dr.encoder.tokenize import highest_id
 from mlflow_dr.errors import CheckpointError, MlflowDrError
 

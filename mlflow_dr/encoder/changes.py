@@ -1,19 +1,45 @@
-"""What a user may change about an encoder before it is trained."""
+"""What a user may change about an encoder that is loaded, or before it is trained."""
 
 from __future__ import annotations
 
 import copy
 import json
 import logging
+from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 from torch import nn
 
-from mlflow_dr.encoder.head import is_normalized
+from mlflow_dr.encoder.head import changed_head, is_normalized
 from mlflow_dr.encoder.model import Encoder
 from mlflow_dr.errors import UsageError
 
 log = logging.getLogger(__name__)
+
+
+def changed(encoder: Encoder, changes: Mapping[str, Any]) -> Encoder:
+    """An encoder whose settings are replaced, in both towers where there are two.
+
+    Args:
+        encoder: gives its backbone and weights.
+        changes: fields of `EncoderConfig`.
+
+    Raises:
+        UsageError: values that are unknown or do not fit.
+    """
+    if not changes:
+        return encoder
+    settings = replace(encoder.settings, **changes)  # checks the values
+    head = changed_head(
+        encoder.head,
+        settings.pooling if "pooling" in changes else None,
+        settings.normalize if "normalize" in changes else None,
+    )
+    tower = encoder.query_tower
+    if tower is not None:
+        tower = changed(tower, changes)
+    return Encoder(encoder.backbone, encoder.tokenizer, settings, tower, head)
 
 
 def with_projection(encoder: Encoder, in_features: int | None, out_features: int) -> Encoder:

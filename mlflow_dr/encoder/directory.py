@@ -21,15 +21,17 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
-from mlflow_dr.encoder import lora
+from mlflow_dr.encoder import description, lora
 from mlflow_dr.encoder import sentence_transformers as st
 from mlflow_dr.encoder.agreement import check_agreement
+from mlflow_dr.encoder.changes import changed
 from mlflow_dr.encoder.config import EncoderConfig
-from mlflow_dr.encoder.head import TOKENS, changed_head
+from mlflow_dr.encoder.head import TOKENS
 from mlflow_dr.encoder.model import Encoder, is_static, positions
 from mlflow_dr.encoder.quiet import quiet_transformers
 from mlflow_dr.encoder.source import encoder_directory
 from mlflow_dr.errors import CheckpointError, UsageError
+from mlflow_dr.files import grant_umask_modes
 
 log = logging.getLogger(__name__)
 
@@ -82,11 +84,13 @@ def load_encoder(
     if safetensors_only:
         options["model_kwargs"]["use_safetensors"] = True
     words = str(encoder_directory(tokenizer, cache_dir)) if tokenizer else None
-    with st.reading(directory):
-        if st.is_sentence_transformer(directory):
+    with description.reading(directory):
+        if description.is_sentence_transformer(directory):
             encoder = _load_described(directory, options, words, changes, safetensors_only)
         elif (directory / CONFIG).exists():
-            raise CheckpointError(f"{directory}: {CONFIG} without {st.MODULES}; publish it again")
+            raise CheckpointError(
+                f"{directory}: {CONFIG} without {description.MODULES}; publish it again"
+            )
         else:
             encoder = _load_bare(directory, str(name), options, words, changes, bare_pooling)
     return encoder.eval()
@@ -104,7 +108,7 @@ def _load_described(
 
     is_ours = (directory / CONFIG).exists()
     own = _read_own_settings(directory / CONFIG) if is_ours else {}
-    st.check_description(directory, "normalize" in changes, safetensors_only)
+    description.check_description(directory, "normalize" in changes, safetensors_only)
     kind = type("Backbone", (Backbone,), {"tokenizer_place": words}) if words else Backbone
     model = st.load_model(directory, kind, **options)
     encoder = encoder_of(model, directory, own)
@@ -142,7 +146,7 @@ def encoder_of(model: Any, name: object, own: Mapping[str, Any] | None = None) -
 
 def _tower(route: st.Route, config: EncoderConfig, query_tower: Encoder | None = None) -> Encoder:
     if is_static(route.source):
-        backbone, tokenizer = route.source, static_tokenizer(route.source.tokenizer)
+        backbone, tokenizer = route.source, st.static_tokenizer(route.source.tokenizer)
     else:
         backbone, tokenizer = route.source.model, route.source.tokenizer
         limit = positions(backbone)
@@ -153,30 +157,6 @@ def _tower(route: st.Route, config: EncoderConfig, query_tower: Encoder | None =
                 passage_max_length=min(config.passage_max_length, limit),
             )
     return Encoder(backbone, tokenizer, config, query_tower, route.head)
-
-
-def changed(encoder: Encoder, changes: Mapping[str, Any]) -> Encoder:
-    """An encoder whose settings are replaced, in both towers where there are two.
-
-    Args:
-        encoder: gives its backbone and weights.
-        changes: fields of `EncoderConfig`.
-
-    Raises:
-        UsageError: values that are unknown or do not fit.
-    """
-    if not changes:
-        return encoder
-    settings = replace(encoder.settings, **changes)  # checks the values
-    head = changed_head(
-        encoder.head,
-        settings.pooling if "pooling" in changes else None,
-        settings.normalize if "normalize" in changes else None,
-    )
-    tower = encoder.query_tower
-    if tower is not None:
-        tower = changed(tower, changes)
-    return Encoder(encoder.backbone, encoder.tokenizer, settings, tower, head)
 
 
 def _load_bare(
@@ -212,17 +192,6 @@ def _load_bare(
     return Encoder(source.model, tokenizer, replace(config, **changes))
 
 
-def static_tokenizer(tokenizer: Any) -> Any:
-    """The tokenizer of a table of token vectors, as transformers has it: no special tokens."""
-    from tokenizers import Tokenizer
-    from tokenizers.processors import Sequence
-    from transformers import PreTrainedTokenizerFast
-
-    plain = Tokenizer.from_str(tokenizer.to_str())
-    plain.post_processor = Sequence([])
-    return PreTrainedTokenizerFast(tokenizer_object=plain)
-
-
 def save_encoder(
     directory: Path,
     encoder: Encoder,
@@ -248,11 +217,12 @@ def save_encoder(
     head.load_state_dict(_under("head.", state))
     settings = encoder.settings
     length = settings.query_max_length if for_queries else settings.passage_max_length
-    source = st.SOURCES[1 if encoder.is_static else 0]
+    source = description.SOURCES[1 if encoder.is_static else 0]
     st.write_description(directory, settings, source, list(head), length)
     own = {name: getattr(settings, name) for name in OWN_SETTINGS}
     values = {"layout": LAYOUT, "encoder": own}
     (directory / CONFIG).write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
+    grant_umask_modes(directory)  # safetensors writes files that their owner alone may read
     if encoder.query_tower is not None:
         tower_state = _under("query_tower.", state)
         save_encoder(directory / QUERY_TOWER, encoder.query_tower, tower_state, merged, True)

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from mlflow_dr.encoder.model import Encoder
 from mlflow_dr.encoder.source import encoder_directory
-from mlflow_dr.errors import CheckpointError, MissingExtraError, UsageError
+from mlflow_dr.errors import CheckpointError, MissingExtraError, UnavailableError, UsageError
 
 CONFIG = "adapter_config.json"
 WEIGHTS = "adapter_model.safetensors"
@@ -158,14 +158,15 @@ def adapter_chain(directory: Path, cache_dir: str | None = None) -> list[Path]:
         cache_dir: where files from the hub are kept; Hugging Face's own cache when None.
 
     Raises:
-        CheckpointError: adapters whose base is not to be had, or is based on themselves.
+        UnavailableError: a base that cannot be had on this machine.
+        CheckpointError: adapters that are based on themselves.
     """
     chain = [directory]
     while (base := base_of(chain[-1])) is not None:
         try:
             place = encoder_directory(base, cache_dir)
         except UsageError as error:
-            raise CheckpointError(
+            raise UnavailableError(
                 f"{chain[-1]} has adapters of another backbone: {error}"
             ) from error
         if any(place.resolve() == known.resolve() for known in chain):

@@ -9,9 +9,10 @@ from typing import Any
 from torch import nn
 
 from mlflow_dr.encoder import lora
+from mlflow_dr.encoder.description import reading
 from mlflow_dr.encoder.directory import QUERY_TOWER, head_state, load_encoder
 from mlflow_dr.encoder.model import Encoder
-from mlflow_dr.encoder.sentence_transformers import module_folder, reading
+from mlflow_dr.encoder.sentence_transformers import module_folder
 from mlflow_dr.errors import CheckpointError
 
 

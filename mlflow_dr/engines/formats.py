@@ -18,6 +18,5 @@ def format_name(name: object) -> str:
     text = str(name).removeprefix("torch.")
     ours = {theirs: ours for ours, theirs in TORCH_NAMES.items()}.get(text, text)
     if ours != AUTO and ours not in TORCH_NAMES:
-        expected = ", ".join((AUTO, *TORCH_NAMES, *TORCH_NAMES.values()))
-        raise DeviceError(f"dtype {text[:40]!r}: expected {expected}")
+        raise DeviceError(f"dtype {text[:40]!r}: expected {', '.join((AUTO, *TORCH_NAMES))}")
     return ours

@@ -20,7 +20,7 @@ from mlflow_dr.collection.corpus import Corpus
 from mlflow_dr.collection.examples import JudgedExamples
 from mlflow_dr.collection.interface import Collection, Examples
 from mlflow_dr.collection.records import Example, Query
-from mlflow_dr.errors import DataError, UsageError, quoted
+from mlflow_dr.errors import DataError, UnavailableError, UsageError, quoted
 from mlflow_dr.files import written_beside
 from mlflow_dr.mining.lines import NamedPassages, record_of
 from mlflow_dr.mining.questions import Barred, Questions, questions_of
@@ -242,8 +242,10 @@ def _miner(request: Mining) -> Searcher:
     try:
         with fetched_encoder(name, request.tracking_uri) as directory, reading(name):
             encoder = load_encoder(directory, trust_remote_code=request.trust_remote_code)
-    except UsageError as error:
+    except (UsageError, UnavailableError) as error:
         hint = f"did you mean {BM25}? " if difflib.get_close_matches(name.lower(), [BM25]) else ""
+        if isinstance(error, UnavailableError) and not hint:
+            raise
         raise UsageError(f"cannot mine with {name!r}: {hint}{error}") from error
     return DenseSearcher(encoder, request.device, request.dtype)
 

@@ -25,8 +25,8 @@ FORMS = {
 # a plus sign in the name of a file joins nothing
 JOINT = re.compile(r"\+(?=(?:full$|full\+|bm25@|(?:random|ranking|pool|encoder|rerank|queries):))")
 STEP = re.compile(r"step-(\d{1,18})")
-MOST_DIGITS = 12
 LONGEST_SLUG = 100
+MOST_DIGITS = 12  # of a number of passages or queries
 RELEVANT, ALL = "relevant", "all"
 
 

@@ -30,6 +30,7 @@ LOCAL_ERRORS = {
 }
 NETWORK_LIBRARIES = {"requests", "urllib3", "httpx", "httpcore"}
 HUB = "huggingface_hub"  # whose other errors are of malformed configurations
+ABOUT_FILES = (CheckpointError, MissingExtraError)
 NO_MEMORY = ("out of memory", "can't allocate memory", "not enough memory", "CUDA error")
 
 
@@ -99,6 +100,8 @@ def reading(what: str) -> Iterator[None]:
     try:
         yield
     except Exception as error:
+        if isinstance(error, MlflowDrError) and not isinstance(error, ABOUT_FILES):
+            raise  # a name that nothing goes by, say
         local = local_cause(error)
         if isinstance(local, OSError) and is_full(local, Path()):
             raise local from error

@@ -16,6 +16,7 @@ from enum import Enum
 from mlflow.entities import Metric
 
 from mlflow_dr.errors import TrackingError, UsageError
+from mlflow_dr.terminal import one_line_of
 from mlflow_dr.tracking.checkpoints import Checkpoint, checkpoint_by_id
 from mlflow_dr.tracking.client import tracking_errors, write_once
 from mlflow_dr.tracking.runs import TrackedRun
@@ -128,7 +129,7 @@ def mark_failed(run: TrackedRun, checkpoint: Checkpoint, name: str, reason: str)
     """Note on the checkpoint why it could not be validated."""
     with tracking_errors(f"marking step {checkpoint.step} as failed"):
         run.client.set_logged_model_tags(
-            checkpoint.model_id, {f"{PREFIX}{name}.failed": reason[:LONGEST_TAG]}
+            checkpoint.model_id, {f"{PREFIX}{name}.failed": one_line_of(reason, LONGEST_TAG)}
         )
 
 

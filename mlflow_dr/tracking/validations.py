@@ -7,7 +7,7 @@ import re
 from collections.abc import Iterable, Mapping
 from typing import NamedTuple
 
-from mlflow_dr.errors import TrackingError, UsageError, did_you_mean
+from mlflow_dr.errors import TrackingError, UsageError
 from mlflow_dr.tracking.checkpoints import Checkpoint
 from mlflow_dr.tracking.results import PREFIX, parse_config, parse_record
 from mlflow_dr.tracking.runs import TrackedRun
@@ -121,11 +121,7 @@ def chosen_metric(run: TrackedRun, asked: str | None = None) -> Metric:
     wanted = Metric(name if slash else first, key.replace("@", "_at_"))
     if wanted not in known.get(wanted.validation, []):
         there = ", ".join(str(one) for name in sorted(known) for one in known[name])
-        names = [str(one) for keys in known.values() for one in keys]
-        near = did_you_mean(str(wanted), names)
-        raise UsageError(
-            f"run {run.id} has no metric {asked!r} to choose by{near or ';'} it has: {there}"
-        )
+        raise UsageError(f"run {run.id} has no metric {asked!r} to choose by; it has: {there}")
     return wanted
 
 

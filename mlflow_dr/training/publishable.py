@@ -12,6 +12,7 @@ from typing import Any, Protocol
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
+from mlflow_dr.encoder import description
 from mlflow_dr.encoder import sentence_transformers as st
 from mlflow_dr.encoder.config import EncoderConfig
 from mlflow_dr.encoder.directory import CONFIG, load_encoder, save_encoder
@@ -95,10 +96,10 @@ class SentenceTransformerSource:
             st.routes_of(model, "this SentenceTransformer")
         except CheckpointError as error:
             raise UsageError(str(error)) from error
-        if model.similarity_fn_name not in st.SIMILARITIES:
+        if model.similarity_fn_name not in description.SIMILARITIES:
             raise UsageError(
                 f"this SentenceTransformer compares by {model.similarity_fn_name}; expected "
-                f"{' or '.join(st.SIMILARITIES)} (set its similarity_fn_name)"
+                f"{' or '.join(description.SIMILARITIES)} (set its similarity_fn_name)"
             )
         for module in model.modules():
             _refuse_adapters(module)
@@ -203,9 +204,9 @@ def check_directory(directory: Path) -> None:
     if (directory / CONFIG).exists():
         return
     places = [directory]
-    if st.is_sentence_transformer(directory):
-        st.check_description(directory, safetensors_only=True)
-        places = st.transformer_directories(directory)
+    if description.is_sentence_transformer(directory):
+        description.check_description(directory, safetensors_only=True)
+        places = description.transformer_directories(directory)
     for place in places:
         if not (place / BACKBONE_CONFIG).exists() or not any(place.glob(WEIGHTS)):
             raise CheckpointError(
@@ -217,7 +218,7 @@ def check_directory(directory: Path) -> None:
 def _is_bare(directory: Path) -> bool:
     """Whether it is a backbone's directory that does not say how vectors are made."""
     names = {path.name for path in directory.glob("*.json")}
-    return BACKBONE_CONFIG in names and not names & {CONFIG, st.MODULES}
+    return BACKBONE_CONFIG in names and not names & {CONFIG, description.MODULES}
 
 
 def _encoder(model: Any, tokenizer: Any, settings: dict[str, Any]) -> Encoder:

@@ -126,8 +126,8 @@ def check_choices(values: Mapping[str, Any], typed: Callable[[str], str] = str) 
 
 
 def _named(name: str, typed: Callable[[str], str]) -> str:
-    """The flag as it was typed, and its first name where that is another one."""
-    spelled = typed(name)
+    """The flag as it was typed, without dashes, and its first name where that is another one."""
+    spelled = typed(name).removeprefix("--")
     return spelled if spelled.replace("-", "_").endswith(name) else f"{spelled}: {name}"
 
 

@@ -2,30 +2,24 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from mlflow_dr.collection.records import Passage, Query
 from mlflow_dr.encoder.directory import load_encoder
-from mlflow_dr.encoder.lora import base_of
 from mlflow_dr.encoder.model import Encoder
-from mlflow_dr.encoder.source import encoder_directory
 from mlflow_dr.encoder.tokenize import Tokenizing
 from mlflow_dr.engines.devices import DTYPES, resolve_device
 from mlflow_dr.errors import CheckpointError, UnavailableError, UsageError
 from mlflow_dr.retrieval.encode import encode_all
 from mlflow_dr.stores.token_table import token_table
 from mlflow_dr.tracking.checkpoints import Checkpoint
-from mlflow_dr.tracking.encoders import reading
+from mlflow_dr.tracking.encoders import local_cause, reading
 from mlflow_dr.tracking.fetching import fetched
 from mlflow_dr.validation.evaluate import Settings
 
 TEXT = "text"
-CONFIG = "config.json"
-LAYERS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers", "encoder_layers")
-MOST_LAYERS = 1000
 
 
 def encoder_of(checkpoint: Checkpoint, changes: Mapping[str, Any]) -> Encoder:
@@ -50,52 +44,13 @@ def loaded(checkpoint: Checkpoint, directory: Path, changes: Mapping[str, Any]) 
     what = checkpoint.directory or checkpoint.uri
     try:
         with reading(what):
-            _check_layers(directory)
             return load_encoder(directory, safetensors_only=not checkpoint.directory, **changes)
     except UsageError as error:
         if changes:
             loaded(checkpoint, directory, {})
             raise  # it is what the user has asked for
-        raise CheckpointError(f"{what} cannot be read: {error}") from error
-    except CheckpointError:
-        _check_bases(directory)
-        raise
-
-
-def _check_layers(directory: Path) -> None:
-    """Refuse a configuration of more layers than could ever be built.
-
-    Raises:
-        CheckpointError: so it is, or the configuration is not JSON.
-    """
-    for path in directory.rglob(CONFIG):
-        config = json.loads(path.read_text(encoding="utf-8"))
-        for key in LAYERS if isinstance(config, dict) else ():
-            count = config.get(key)
-            if isinstance(count, int) and count > MOST_LAYERS:
-                raise CheckpointError(
-                    f"{path.name}: {key} is {count:.3g}, of {MOST_LAYERS} at most"
-                )
-
-
-def _check_bases(directory: Path) -> None:
-    """Find out whether adapters cannot be read because the backbone is not to be had here.
-
-    Raises:
-        UnavailableError: so it is.
-        CheckpointError: they are based on themselves.
-    """
-    seen: set[Path] = set()
-    with reading(str(directory)):
-        while (base := base_of(directory)) is not None:
-            seen.add(directory.resolve())
-            try:
-                directory = encoder_directory(base)
-            except UsageError as error:
-                message = f"the backbone of its adapters cannot be had here: {error}"
-                raise UnavailableError(message) from error
-            if directory.resolve() in seen:
-                raise CheckpointError(f"its adapters are based on themselves ({base!r:.200})")
+        kind = UnavailableError if local_cause(error) else CheckpointError
+        raise kind(f"{what} cannot be read: {error}") from error
 
 
 def check_vectors(encoder: Encoder, settings: Settings) -> None:

@@ -3,6 +3,7 @@
 import json
 import logging
 import re
+import shutil
 import signal
 import socket
 import subprocess
@@ -122,7 +123,7 @@ def test_datasets_lists_the_catalogue(command: Callable) -> None:
     code, output, _ = command("datasets")
     assert code == 0
     assert [line.split()[0] for line in output.splitlines()[::2]] == [
-        *("demo", "msmarco", "FOLDER", "FILE", "irds:ID", "asyncval:", "HUB/NAME")
+        *("demo", "msmarco", "FOLDER", "FILE", "irds:ID", "asyncval:", "pool:FILE", "HUB/NAME")
     ]
 
 
@@ -198,10 +199,7 @@ def test_a_truncated_weight_file_is_a_damaged_checkpoint(
 @pytest.fixture
 def damaged_directory(tiny_directory: Path, tmp_path: Path) -> Path:
     directory = tmp_path / "damaged"
-    directory.mkdir()
-    for path in tiny_directory.iterdir():
-        if path.is_file():
-            (directory / path.name).write_bytes(path.read_bytes())
+    shutil.copytree(tiny_directory, directory)
     weights = directory / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[: weights.stat().st_size // 2])
     return directory

@@ -3,6 +3,7 @@
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 
@@ -101,3 +102,18 @@ def test_everything_that_a_command_prints_is_guarded(stream: str) -> None:
 def test_the_nearest_word_is_named() -> None:
     assert did_you_mean("Trian", ["train", "validate"]) == "; did you mean 'train'?"
     assert did_you_mean("zzz", ["train", "validate"]) == ""
+
+
+def test_a_stream_whose_file_became_a_pipe_is_guarded(tmp_path: Path) -> None:
+    """A file knows once whether it can seek; a process that is started anew may find a pipe."""
+    code = (
+        "import os, sys; sys.stdout.seekable(); sys.stdout.buffer.tell();"
+        "r, w = os.pipe(); os.dup2(w, 1); from mlflow_dr.terminal import guard_streams;"
+        "guard_streams(); print('a\\x1b'); sys.stdout.flush();"
+        "sys.stderr.write(os.read(r, 99).decode())"
+    )
+    with (tmp_path / "out").open("w") as file:
+        done = subprocess.run(
+            [sys.executable, "-c", code], stdout=file, stderr=subprocess.PIPE, text=True, check=True
+        )
+    assert done.stderr == "a\\x1b\n"

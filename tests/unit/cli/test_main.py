@@ -9,7 +9,7 @@ from mlflow_dr.cli import datasets
 @pytest.mark.parametrize(
     ("raised", "code", "said"),
     [
-        (KeyboardInterrupt(), 130, "error: stopped"),
+        (KeyboardInterrupt(), 130, "stopped"),
         (EOFError("No data left"), 1, "error: what was read ended too early (EOFError: No data"),
     ],
 )

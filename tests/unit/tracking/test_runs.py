@@ -129,3 +129,17 @@ def test_context_tags_stay_away_from_other_peoples_runs(monkeypatch: pytest.Monk
     monkeypatch.setenv(COMMAND_VARIABLE, "train")
     assert DenseRetrievalRunContext().in_context()
     assert DenseRetrievalRunContext().tags()["mlflow_dr.torch"]
+
+
+def test_a_server_that_is_away_hides_no_error(
+    run: TrackedRun, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def away(status: str) -> None:
+        raise TrackingError(f"ending run {run.id}: away")
+
+    monkeypatch.setattr(run, "finish", away)
+    with pytest.raises(ValueError, match="the first"), run.ending("training"):
+        raise ValueError("the first")
+    assert "away" in caplog.text
+    with pytest.raises(TrackingError, match="away"), run.ending("training"):
+        pass

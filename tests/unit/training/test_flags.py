@@ -23,9 +23,9 @@ def test_the_names_are_the_parsers() -> None:
         (["--trian_file", "x"], "no flag --trian_file; did you mean --train_file?"),
         (["--measurs", "x"], "did you mean --measures?"),
         (["--zzzzzz"], "no flag --zzzzzz; `mlflow-dr train --help` lists all"),
-        (["--pooling", "clss"], "--pooling is 'clss'; expected cls, mean, .* or weighted_mean"),
-        (["--lora-publish=both"], "--lora-publish is 'both'; expected merged or adapter"),
-        (["--recipe", "DPR"], "--recipe is 'DPR'; expected demo, msmarco, .* or dpr"),
+        (["--pooling", "clss"], "^pooling is 'clss'; expected cls, mean, .* or weighted_mean"),
+        (["--lora-publish=both"], "^lora-publish is 'both'; expected merged or adapter"),
+        (["--recipe", "DPR"], "^recipe is 'DPR'; expected demo, msmarco, .* or dpr"),
         (["--config", "/no/such.yaml"], "/no/such.yaml: cannot be read"),
     ],
 )
@@ -51,7 +51,7 @@ def test_values_that_look_like_flags_are_left_alone() -> None:
     ("words", "message"),
     [
         ("train --learning_rat 1", "did you mean --learning_rate?"),
-        ("train --recipe dprr", "--recipe is 'dprr'; expected"),
+        ("train --recipe dprr", "recipe is 'dprr'; expected"),
         ("run --learning_rat 1", "did you mean --learning_rate?"),
         ("run --measurs mrr@10", "did you mean --measures?"),
         ("validate --run-id x --dtype bf17", "dtype 'bf17': expected auto, fp32"),

@@ -133,7 +133,7 @@ def test_a_flag_alone_that_has_another_name_here_changes_nothing_else() -> None:
         ("--train_file {file} --hard_negatives 1 --train_group_size 2", "--train_group_size say"),
         ("--train_file {file} --encoder_model_type pytext_bert", "pytext_bert is not offered"),
         ("--train_file {file} --encoder_model_type bert", "expected hf_bert, pytext_bert or"),
-        ("--train_file {file} --other_negatives -2", "--other_negatives is -2; it must be"),
+        ("--train_file {file} --other_negatives -2", "other_negatives is -2; it must be"),
         ("--train_file {file} --adam_betas 0.9", "--adam_betas is '0.9'; expected two numbers"),
         ("--train_file {file} --adam_betas nine", "--adam_betas is 'nine'; expected numbers"),
         ("--dev_file {file}", "--dev_file without --train_file"),

@@ -66,14 +66,14 @@ def test_ranges(name: str, bad: tuple[float, ...], good: tuple[float, ...]) -> N
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["--learning-rate", "nan"], "--learning-rate is nan; it must be at least 0"),
-        (["--learning_rate=-1"], "--learning_rate is -1.0; it must be at least 0"),
-        (["--batch_size", "0"], "--batch_size: per_device_train_batch_size is 0; it must be at"),
-        (["--eval-per-epoch", "0"], "--eval-per-epoch: publish_per_epoch is 0; it must be at"),
-        (["--query_max_len", "0"], "--query_max_len: q_max_len is 0; it must be at least 3"),
-        (["--seed", "9" * 3000], "--seed is too large; it must be at most 4294967295"),
+        (["--learning-rate", "nan"], "learning-rate is nan; it must be at least 0"),
+        (["--learning_rate=-1"], "learning_rate is -1.0; it must be at least 0"),
+        (["--batch_size", "0"], "batch_size: per_device_train_batch_size is 0; it must be at"),
+        (["--eval-per-epoch", "0"], "eval-per-epoch: publish_per_epoch is 0; it must be at"),
+        (["--query_max_len", "0"], "query_max_len: q_max_len is 0; it must be at least 3"),
+        (["--seed", "9" * 3000], "seed is too large; it must be at most 4294967295"),
         (["--train_files_upsample_rates", "[1,0]"], "expected whole numbers above 0"),
-        (["--adam_betas", "(0.9, 1)"], "--adam_betas: adam_beta2 is 1.0; it must be at least 0"),
+        (["--adam_betas", "(0.9, 1)"], "adam_betas: adam_beta2 is 1.0; it must be at least 0"),
     ],
 )
 def test_the_flag_is_named_as_it_was_typed(words: list[str], message: str) -> None:

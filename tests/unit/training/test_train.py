@@ -672,3 +672,20 @@ def test_the_machines_figures_are_on_the_run_where_mlflow_is_to_log_them(
     again = trained("--resume_from_checkpoint", **{**flags, "max_steps": 8})
     more = [step for step, _ in again.points(name)]
     assert more == list(range(len(more))) and len(more) > len(steps)
+
+
+def test_a_damaged_checkpoint_is_not_published_when_resumed(
+    trained: Make, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    flags = {"output_dir": tmp_path / "out", "save_steps": 2}
+    first = trained(**flags)
+    for one in checkpoints_of(first):
+        if one.step == 2:
+            first.client.delete_logged_model(one.model_id)
+    path = tmp_path / "out" / "checkpoint-2" / "model.safetensors"
+    content = bytearray(path.read_bytes())
+    content[-1] ^= 1
+    path.write_bytes(content)
+    assert ready_steps(trained("--resume_from_checkpoint", **flags)) == {0, 4}
+    assert "checkpoint-2: model.safetensors has other bytes than were saved" in caplog.text
+    assert "step 2 was neither published" in caplog.text

@@ -1,0 +1,51 @@
+"""`mlflow-dr ui`, and the link that it prints."""
+
+import os
+import socket
+from typing import Any
+
+import click
+import pytest
+from mlflow import MlflowClient
+
+from mlflow_dr.cli import ui
+from mlflow_dr.tracking.curve import link
+from mlflow_dr.tracking.results import bind_name
+from mlflow_dr.tracking.runs import TrackedRun
+
+
+def called(client: MlflowClient, port: int) -> Any:
+    words = ["--port", str(port), "--tracking-uri", client.tracking_uri]
+    return ui.command.main(words, "mlflow-dr", standalone_mode=False)
+
+
+def test_a_port_that_is_taken_is_said_with_another(client: MlflowClient) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        with pytest.raises(click.ClickException, match=rf"port {port} is taken: give --port \d+"):
+            called(client, port)
+
+
+def test_the_curves_of_the_run_that_was_validated_last_are_named(
+    client: MlflowClient,
+    run: TrackedRun,
+    experiment: str,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    bind_name(run, "val", {})
+    client.create_run(experiment)  # later, and not validated
+    started: list[Any] = []
+    monkeypatch.setattr(os, "execv", lambda *words: started.append(words))
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    called(client, port)
+    shown = f"http://127.0.0.1:{port}/#/experiments/{experiment}/runs/{run.id}/model-metrics"
+    assert f"{shown}?workflowType=machine_learning" in capsys.readouterr().out
+    assert started[0][1][-1] == str(port)
+
+
+def test_a_link_holds_no_secret(run: TrackedRun) -> None:
+    shown = link(run, "https://TOKEN@host/mlflow/?t=TOKEN")
+    assert shown.startswith(f"https://host/mlflow/#/experiments/{run.experiment_id}/runs/{run.id}/")
+    assert "TOKEN" not in shown
