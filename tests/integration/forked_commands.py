@@ -29,7 +29,7 @@ from mlflow_dr.tracking.claims import Claims
 from mlflow_dr.tracking.runs import TrackedRun
 from mlflow_dr.training import publishing, train, trainer
 from mlflow_dr.training.loss import Objective
-from mlflow_dr.validation import jobs
+from mlflow_dr.validation import jobs, loading
 
 NOWHERE = "nowhere"
 
@@ -88,7 +88,7 @@ def amid(function: Callable[..., Any], die: Callable[[], None]) -> Callable[...,
 
 
 PLACES: dict[str, tuple[Any, str, Wrapper]] = {
-    "loading": (jobs, "load_encoder", before),
+    "loading": (loading, "load_encoder", before),
     "encoding": (dense, "encode_batches", amid),
     "before-claiming": (Claims, "claim", before),
     "after-claiming": (Claims, "claim", after),

@@ -73,7 +73,7 @@ def test_steps_of_a_run_are_compared(
         "values.csv",
         "differences.png",
     }
-    words[1] = f"{run.id}@30"
+    words[1], words[-1] = f"{run.id}@30", tmp_path / "another"
     done = call("mlflow-dr", "compare", *words, "--tracking-uri", server)
     assert done.returncode == 2
     assert done.stderr.startswith(f"error: run {run.id} has no values of single queries for step ")

@@ -72,10 +72,10 @@ def test_validate_logs_what_it_has_done_of_another_run(
     encoder: Path,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    run = TrackedRun(client, client.create_run(experiment, run_name="mine"))
+    run = TrackedRun(client, client.create_run(experiment, run_name="one of these tests"))
     publish(run, encoder, 5)
     words = ["--dataset", folder, "--measures", "mrr@10", "--once", "--device", "cpu"]
-    assert called(validate.command, "--run-id", "mine", *words) == 0
+    assert called(validate.command, "--run-id", "one of these tests", *words) == 0
     assert project.fetch().data.metrics == {"validated/done": 1, "validated/failed": 0}
     link = f"#/experiments/{experiment}/runs/{run.id}/model-metrics?workflowType=machine_learning"
     assert link in capsys.readouterr().err

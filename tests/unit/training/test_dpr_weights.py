@@ -37,10 +37,11 @@ def dpr_file(path: Path, encoder: Encoder, **more: Any) -> str:
         part = dict(tower.backbone.state_dict())
         part["pooler.dense.weight"] = torch.zeros(16, 16)
         part["embeddings.position_ids"] = torch.arange(128)
-        for layer in tower.projections:
-            part |= {f"encode_proj.{name}": value for name, value in layer.state_dict().items()}
+        for module in tower.head:
+            for name, value in module.state_dict().items():
+                part[f"encode_proj.{name.removeprefix('linear.')}"] = value
         state |= {prefix + name: value for name, value in part.items()}
-    params = {"do_lower_case": True, "projection_dim": len(encoder.projections)}
+    params = {"do_lower_case": True, "projection_dim": len(encoder.settings.projections)}
     torch.save({"model_dict": state, "epoch": 3, "encoder_params": params, **more}, path)
     return str(path)
 
