@@ -17,6 +17,7 @@ def all_kinds() -> list[Kind]:
         plans,
         rankings,
         training_flags,
+        validators,
         words,
     )
 
@@ -27,6 +28,7 @@ def all_kinds() -> list[Kind]:
         *caches.KINDS,
         *encoders.KINDS,
         *checkpoints.KINDS,
+        *validators.KINDS,
         *words.KINDS,
         *commands.KINDS,
         *plans.KINDS,

@@ -96,7 +96,8 @@ class _Lines(logging.Handler):
         self.lines: list[str] = []
 
     def emit(self, record: logging.LogRecord) -> None:
-        self.lines.append(cli._Lines().format(record))
+        line = cli._Lines().format(record)
+        self.lines.append(line.encode("utf-8", "backslashreplace").decode())
 
 
 def judged(case: Case) -> Verdict:
@@ -137,7 +138,7 @@ def _outcome(case: Case) -> Verdict:
 
 
 def _refusal(case: Case, error: MlflowDrError) -> Verdict:
-    shown = _printed(error)
+    shown = printed(error)
     if not case.refusable:
         return Verdict(FINDING, f"refused what must be read: {_where(error)}", shown[:600])
     problem = unprintable(shown)
@@ -150,13 +151,15 @@ def _refusal(case: Case, error: MlflowDrError) -> Verdict:
     return Verdict(REFUSED, type(error).__name__, shown)
 
 
-def _printed(error: MlflowDrError) -> str:
+def printed(error: MlflowDrError) -> str:
     """What the command line prints."""
     if isinstance(error, RefusedError):
         return str(error)
     with contextlib.redirect_stderr(io.StringIO()) as printed:
         cli._fail(str(error), error.exit_code)
-    return printed.getvalue().removesuffix("\n")
+    # as Python's standard error shows half of a surrogate pair
+    shown = printed.getvalue().encode("utf-8", "backslashreplace").decode()
+    return shown.removesuffix("\n")
 
 
 def unprintable(line: str) -> str:

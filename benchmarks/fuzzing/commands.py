@@ -80,7 +80,7 @@ def commands(chance: Random, room: Path) -> Case:
     words = list(sound)
     place = chance.randrange(len(words))
     act = chance.randrange(6)
-    if act == 0:
+    if act == 0 and len(words) > 1:
         how = f"{words.pop(place)!r:.40} left out"
     elif act == 1:
         words.insert(place, words[place])
@@ -100,7 +100,7 @@ def commands(chance: Random, room: Path) -> Case:
         words.append("--once")
     names = (
         "--",
-        "see `mlflow-dr",
+        "`mlflow-dr",
         *(one[:10] for word in words for one in re.split(r"[\s@:,+=]|--", word) if len(one) > 2),
     )
 

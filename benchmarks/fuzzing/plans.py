@@ -12,6 +12,7 @@ import yaml
 
 from benchmarks.fuzzing import damage, odd, words
 from benchmarks.fuzzing.case import Case, Kind, UnreadableError
+from benchmarks.fuzzing.collections import beir_folder
 
 PLAN: dict[str, Any] = {
     "order": "bisect",
@@ -26,7 +27,7 @@ PLAN: dict[str, Any] = {
     "metric": "dev/mrr_at_10",
     "validations": {
         "dev": {
-            "dataset": "demo",
+            "dataset": "set",
             "split": "dev",
             "measures": "mrr@10 recall@100",
             "depth": 100,
@@ -38,7 +39,7 @@ PLAN: dict[str, Any] = {
             "device": "cpu",
             "keep_own_id": True,
         },
-        "small": {"dataset": "demo", "subset": "bm25@50+random:10", "seed": 3, "judged": "all"},
+        "small": {"dataset": "set", "subset": "bm25@50+random:10", "seed": 3, "judged": "all"},
         "refined": {"subset": "random:5", "refine": "full@3"},
     },
 }
@@ -184,7 +185,8 @@ def shown(spec: list[Any], seed: int, judged: str) -> dict[str, Any]:
 def plan_ours(path: Path) -> Any:
     from mlflow_dr.retrieval.measures import parse_measures
     from mlflow_dr.validation.evaluate import Settings
-    from mlflow_dr.validation.plan import Asked, read_plan
+    from mlflow_dr.validation.plan import Asked
+    from mlflow_dr.validation.plan_file import read_plan
 
     plan = read_plan(path, Asked(Settings(parse_measures("mrr@10"), dtype="fp32")))
     validations = {}
@@ -256,6 +258,7 @@ def written(chance: Random, path: Path, values: Any) -> str:
 
 def plan(chance: Random, room: Path) -> Case:
     path = room / "plan.yaml"
+    beir_folder(room / "set")
     values = PLAN
     if chance.random() < 0.3:
         name = chance.choice(("dev", "small", "refined"))

@@ -87,14 +87,14 @@ def _dpr_passages(path: Path) -> Iterator[tuple[int, Passage]]:
         try:
             for row in rows:
                 first, number = number + 1, rows.line_num
-                if not row or row[0] == DPR_COLUMNS[0]:
-                    continue
                 where = f"{path}:{first}"
                 if number > first and any("\t" in cell and "\n" in cell for cell in row):
                     raise DataError(
                         f"{where}: a quotation mark is not closed on this line: what is quoted "
                         f'goes on to line {number}; double each " in the text (""), and quote it'
                     )
+                if not row or row[0] == DPR_COLUMNS[0]:
+                    continue
                 if len(row) != len(DPR_COLUMNS) or not row[0]:
                     raise DataError(
                         f"{where}: {len(row)} columns, the first of them {quoted(row[0])}; "

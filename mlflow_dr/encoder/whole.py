@@ -75,7 +75,8 @@ def step_of(directory: Path) -> int | None:
     if type(noted) is int and 0 <= noted < LARGEST_STEP:
         return noted
     match = STEP.fullmatch(directory.name)
-    return int(match[1]) if match else None
+    step = int(match[1]) if match else LARGEST_STEP
+    return step if step < LARGEST_STEP else None
 
 
 def _shards(directory: Path) -> Iterator[Path]:

@@ -120,6 +120,8 @@ def _best(found: dict[str, float], k: int) -> list[tuple[str, float]]:
 
 def _score(text: str, is_rank: bool, path: Path, number: int) -> float:
     try:
+        if "_" in text or not text.isascii():  # Python reads them as digits, trec_eval does not
+            raise ValueError
         score = -float(int(text)) if is_rank else float(text)
     except (ValueError, OverflowError):
         score = math.nan

@@ -83,7 +83,7 @@ def read_flags(path: Path, known: Iterable[str]) -> dict[str, Any]:
         values = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
     except OSError as error:
         raise UsageError(f"{path}: cannot be read ({error.strerror})") from error
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
         raise UsageError(f"{path}: not YAML or JSON: {' '.join(str(error).split())}") from error
     if not isinstance(values, Mapping):
         raise UsageError(f"{path}: expected flags and values, got {type(values).__name__}")

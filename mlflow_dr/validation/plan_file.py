@@ -154,6 +154,8 @@ def _validations(name: str, given: Any, asked: Asked, where: str) -> tuple[Valid
         subset["subsets"] = [subset.pop("subset")]
         with _at(f"{where}.subset"):
             parse_spec(subset["subsets"][0])
+    if subset.get("refine") == "":
+        raise UsageError(f"{where}.refine is empty; expected SUBSET@N, such as full@3")
     settings = replace(asked.settings, **values)
     with _at(f"{where}.device"):
         device = resolve_device(settings.device)

@@ -345,6 +345,12 @@ def test_a_quotation_mark_that_is_not_closed_is_named(
         corpus_of_file(path)
 
 
+def test_a_quotation_mark_in_the_names_of_the_columns(write: Callable[..., Path]) -> None:
+    path = write("psgs.tsv", b'id\t"text\ttitle\n1\tRye" grows\tRye\n2\tOats\tOats\n')
+    with pytest.raises(DataError, match=r"psgs\.tsv:1: a quotation mark is not closed .* line 2"):
+        corpus_of_file(path)
+
+
 def test_a_table_is_read_as_dpr_reads_it(write: Callable[..., Path]) -> None:
     """By Python's csv with tabs: quoted line ends, doubled quotes; lines of names are left out."""
     table = (

@@ -84,6 +84,7 @@ def test_what_changes_while_it_is_written(directory: Path) -> None:
         ("epoch2-step300", None, 300),
         ("runs", None, None),
         ("checkpoint-500-old", None, None),
+        (f"checkpoint-{10**18}", None, None),
     ],
 )
 def test_the_step(tmp_path: Path, name: str, state: str | None, step: int | None) -> None:

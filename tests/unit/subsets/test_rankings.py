@@ -94,6 +94,9 @@ def test_unknown_ids_and_a_query_without_a_line(
         ("q1 Q0 p1\x00 1 9 t\n", "run.trec:1: id .* has a NUL character"),
         ("q1 p1 12\nq1 p2 9\n", "run.trec: no query has a passage of rank 0 or 1"),
         ("q1 p1 1\nq1 p2 0.5\n", "run.trec:2: '0.5' is not a rank"),
+        ("q1 p1 1\nq1 p2 1_0\n", "run.trec:2: '1_0' is not a rank"),
+        ("q1 p1 1\nq1 p2 \u0662\n", "run.trec:2: '\u0662' is not a rank"),
+        ("q1 Q0 p1 1 1_0.5 t\n", "run.trec:1: '1_0.5' is not a score"),
         ("q1 Q0 p1 1 9 t\nq2 p1 1\n", "run.trec:2: 3 columns"),
     ],
 )

@@ -85,6 +85,14 @@ def test_the_word_no_and_lists_in_yaml(tmp_path: Path) -> None:
     assert parse_training([]).trainer.report_to == []
 
 
+@pytest.mark.parametrize("text", ["[" * 9999, f"seed: {'9' * 5000}", "a: b: c"], ids=len)
+def test_a_file_of_flags_that_is_no_yaml(tmp_path: Path, text: str) -> None:
+    file = tmp_path / "train.yaml"
+    file.write_text(text)
+    with pytest.raises(UsageError, match=r"train\.yaml: not YAML or JSON"):
+        parse_training(["--config", str(file)])
+
+
 def test_bf16_gives_way_to_fp16_only_where_that_is_wanted(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

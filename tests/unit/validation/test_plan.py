@@ -91,6 +91,7 @@ def test_what_the_file_says_and_what_it_leaves(tmp_path: Path) -> None:
         ("validations: {a: {device: gpu}}", "validations.a.device: device 'gpu'"),
         ("validations: {a: {dataset: dmeo}}", "validations.a.dataset: no dataset 'dmeo'"),
         ("validations: {a: {refine: full}}", "validations.a: refine 'full'"),
+        ("validations: {a: {refine: ''}}", "validations.a.refine is empty"),
         ("keep: worst:1\nvalidations: {a: }", "validations.yaml: keep: no rule 'worst:1'"),
         ("patience: -1\nvalidations: {a: }", "validations.yaml: patience"),
         ("poll_seconds: .nan\nvalidations: {a: }", "poll_seconds is nan; expected a value of"),

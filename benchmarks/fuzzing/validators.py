@@ -1,0 +1,108 @@
+"""A malformed checkpoint beside a sound one, and a validator that meets both."""
+
+from __future__ import annotations
+
+import shutil
+from functools import cache
+from pathlib import Path
+from random import Random
+from typing import Any
+
+from benchmarks.fuzzing import odd
+from benchmarks.fuzzing.case import Case, Kind, printed, unprintable
+from benchmarks.fuzzing.checkpoints import beside, client, fresh_run
+from benchmarks.fuzzing.collections import beir_folder
+from benchmarks.fuzzing.encoders import hurt, stray
+from benchmarks.fuzzing.templates import templates
+from mlflow_dr.errors import MlflowDrError
+from mlflow_dr.retrieval.measures import parse_measures
+from mlflow_dr.tracking.checkpoints import STEP_TAG, checkpoints_of, publish
+from mlflow_dr.tracking.following import FollowedRun
+from mlflow_dr.tracking.manifest import write_manifest
+from mlflow_dr.tracking.runs import TrackedRun
+from mlflow_dr.validation.evaluate import Settings
+from mlflow_dr.validation.plan import Plan, Validation
+from mlflow_dr.validation.watch import watch
+
+MEASURES = parse_measures("mrr@10 ndcg@10")
+SOUND, OTHER = 5, 10
+
+
+def figures(run: TrackedRun, step: int) -> dict[str, list[float]]:
+    """Points of each measure at a step."""
+    return {
+        one.metric: [
+            point.value
+            for point in client().get_metric_history(run.id, f"val/{one.metric}")
+            if point.step == step
+        ]
+        for one in MEASURES
+    }
+
+
+def validate(run: TrackedRun, folder: Path) -> str:
+    """Validate once; what is wrong with the line that it ended with."""
+    settings = Settings(MEASURES, device="cpu", dtype="fp32")
+    validation = Validation(settings, dataset=str(folder), split="dev")
+    try:
+        watch(FollowedRun(run), Plan((validation,), follow=False), sleep=lambda seconds: None)
+    except MlflowDrError as error:
+        return unprintable(printed(error))
+    return ""
+
+
+@cache
+def undisturbed() -> dict[str, list[float]]:
+    """What the sound checkpoint has alone."""
+    room = templates()["ours"].parent / "alone"
+    shutil.rmtree(room, ignore_errors=True)
+    beir_folder(room / "set")
+    run = fresh_run(room)
+    shutil.copytree(templates()["ours"], room / "sound")
+    publish(run, room / "sound", SOUND)
+    validate(run, room / "set")
+    made = figures(run, SOUND)
+    if any(len(values) != 1 for values in made.values()):
+        raise ValueError(f"the undisturbed run has {made}")
+    return made
+
+
+def validator(chance: Random, room: Path) -> Case:
+    right = undisturbed()
+    beir_folder(room / "set")
+    run = fresh_run(room)
+    for step in (SOUND, OTHER):
+        shutil.copytree(templates()["ours"], room / str(step))
+    act = chance.randrange(4)
+    if act == 0:  # before it is published, so that its manifest agrees
+        _, how = hurt(chance, room / str(OTHER))
+    for step in (SOUND, OTHER):
+        publish(run, room / str(step), step)
+    victim = next(one for one in checkpoints_of(run) if one.step == OTHER)
+    place = Path(victim.location.removeprefix("file://"))
+    if act == 1:
+        _, how = hurt(chance, place)
+    elif act == 2:
+        how = stray(chance, place) if chance.random() < 0.5 else beside(chance, place)
+        if chance.random() < 0.3:
+            write_manifest(place)
+            how += ", and in the manifest"
+    elif act == 3:
+        tags = {**victim.tags, "mlflow_dr.pruned": "begun", "mlflow_dr.directory": "/nowhere"}
+        key = chance.choice([STEP_TAG, *tags])
+        value, how = odd.word(chance, tags[key])
+        value = value.encode("utf-8", "replace").decode()[:5000] or "x"
+        client().set_logged_model_tags(victim.model_id, {key: value})
+        how = f"{key} {how}: {value!r:.60}"
+
+    def read() -> Any:
+        ended = validate(run, room / "set")
+        nothing: dict[str, list[float]] = {name: [] for name in right}
+        # what was damaged before it was published may well be another encoder
+        agrees = act == 0 or figures(run, OTHER) in (right, nothing)
+        return [figures(run, SOUND), agrees, ended]
+
+    return Case(f"{act}: {how}", read, lambda: [right, True, ""], (), refusable=False)
+
+
+KINDS = [Kind("validator", validator, 2, undisturbed)]
