@@ -37,6 +37,7 @@ from mlflow_dr.validation.plan import Plan, Validation
 from mlflow_dr.validation.watch import watch
 
 COLLECTION = Path(__file__).parents[1] / "examples" / "sea"
+PUBLISH_STEPS = 5
 LONGEST_LIFE = 6.0
 SECONDS_TO_END = 900
 WRONG = ("duplicates", "lost", "mismatched values", "claims left", "temporary directories left")
@@ -90,8 +91,8 @@ def trainer_words(output: Path, steps: int) -> list[str]:
         "model": "tiny",
         "output_dir": output,
         "max_steps": steps,
-        "publish_steps": 5,
-        "save_steps": 5,
+        "publish_steps": PUBLISH_STEPS,
+        "save_steps": PUBLISH_STEPS,
         "save_total_limit": 1000,
         "per_device_train_batch_size": 4,
         "logging_steps": 5,

@@ -23,6 +23,7 @@ class Process:
         name: for the table.
         before: words before the command, such as `unshare`.
         starts: how often it is started, while it ends with an error.
+        expected: the exit code of its last start; any when None.
     """
 
     def __init__(
@@ -33,6 +34,7 @@ class Process:
         name: str,
         before: Sequence[str] = (),
         starts: int = 1,
+        expected: int | None = 0,
     ) -> None:
         self.name = name
         self.log = log
@@ -40,6 +42,7 @@ class Process:
         self._words = [*before, sys.executable, "-m", "mlflow_dr", *words]
         self._variables = {**os.environ, **variables}
         self._starts = starts
+        self._expected = expected
         self._process: subprocess.Popen[bytes] | None = None
 
     def start(self) -> None:
@@ -71,6 +74,12 @@ class Process:
             os.killpg(self._process.pid, signal.SIGKILL)
             self.codes.append(self._process.wait())
         self._process = None
+
+    @property
+    def is_as_expected(self) -> bool:
+        """Whether it has ended by itself, with the exit code that it should have."""
+        code = self.codes[-1] if self.codes else None
+        return code is not None and code >= 0 and self._expected in (None, code)
 
     @property
     def tracebacks(self) -> int:

@@ -12,7 +12,7 @@ from urllib.parse import urlsplit
 from mlflow.store.artifact import artifact_repository_registry
 
 from benchmarks.cache_faults import cache_damaged_meanwhile, damaged_cache
-from benchmarks.kills import trainer_words
+from benchmarks.kills import PUBLISH_STEPS, trainer_words
 from benchmarks.malformed import MALFORMED
 from benchmarks.process import Process, all_ended
 from benchmarks.proxy import Fault, Proxy
@@ -23,7 +23,7 @@ from mlflow_dr.tracking.runs import TrackedRun
 TIMEOUT = "2"  # seconds, of a client's request
 DELAY = 3.0
 LOGIN_RATE = 0.15
-TRAINING_STEPS = 40  # of which every 5th is published
+TRAINING_STEPS = 40
 HEAD_START = 12.0  # seconds, of the validators that cannot do it
 ROOM = 1 << 20  # bytes, less than a checkpoint has
 CACHE_ROOM = "8192"  # bytes, less than the collection takes
@@ -74,6 +74,7 @@ def trainer_behind(scene: Scene, rate: float, seed: int) -> Row:
     all_ended([scene.validator(run, "undisturbed", words=("--name", "undisturbed", "--once"))])
     scenario = f"trainer and validators, {rate:.0%} in every way"
     row = scene.row(scenario, run, ready, [trainer, *validators], seconds, "undisturbed")
+    row.lost += sum(step not in ready for step in range(0, TRAINING_STEPS + 1, PUBLISH_STEPS))
     row.notes += [f"run {scene.client.get_run(run.id).info.status}", _faults(proxy)]
     return row
 
@@ -119,6 +120,7 @@ def without_modules(scene: Scene, rate: float, seed: int) -> Row:
                 "PYTHONPATH": ":".join(map(str, [Path(__file__).parents[1], *more])),
                 **({"FAULTSTORE_PASSWORD": "1"} if name == "sound" else {}),
             },
+            expected=0 if name == "sound" else None,
         )
         for name, more in paths.items()
     }
@@ -136,7 +138,7 @@ def without_room(scene: Scene, rate: float, seed: int) -> Row:
     tiny = scene.room / "tiny"
     tiny.mkdir()
     here = {"TINY_ROOM": str(tiny), "BYTES": str(ROOM)}
-    made = {"small files": scene.validator(run, "small files", before=SMALL_FILES)}
+    made = {"small files": scene.validator(run, "small files", before=SMALL_FILES, expected=1)}
     notes = []
     if subprocess.run([*TINY_ROOM, "true"], env=here, capture_output=True).returncode:
         notes = ["no full disks: `unshare` may not mount here"]
@@ -144,7 +146,7 @@ def without_room(scene: Scene, rate: float, seed: int) -> Row:
         no_room = {"full TMPDIR": {**here, "TMPDIR": str(tiny)}}
         no_room["full cache"] = {**here, "MLFLOW_DR_CACHE": str(tiny), "BYTES": CACHE_ROOM}
         for name, variables in no_room.items():
-            made[name] = scene.validator(run, name, variables, before=TINY_ROOM)
+            made[name] = scene.validator(run, name, variables, before=TINY_ROOM, expected=1)
     made["sound"] = scene.validator(run, "sound")
     row = _sound_one_last(scene, "validators without room", run, sound, made)
     row.notes += notes
@@ -167,8 +169,8 @@ def malformed_among_sound(scene: Scene, rate: float, seed: int) -> Row:
         sound |= scene.publish(run, [step])
     scene.client.set_terminated(run.id)
     validators = [
-        scene.validator(run, "of the run"),
-        scene.validator(run, "of the experiment", of_experiment=True),
+        scene.validator(run, "of the run", expected=1),
+        scene.validator(run, "of the experiment", expected=1, of_experiment=True),
     ]
     seconds = all_ended(validators)
     row = scene.row("malformed among sound ones", run, sound, validators, seconds)

@@ -33,7 +33,7 @@ STARTS = 4  # of a validator that is started again whenever it ends with an erro
 
 COUNTS = (
     *("checkpoints", "points", "doubled", "lost", "different", "failed", "unkept"),
-    "tracebacks",
+    *("tracebacks", "surprises"),
 )
 
 Points = dict[str, dict[int, list[float]]]
@@ -64,6 +64,8 @@ class Row:
         failed: sound checkpoints that are noted as FAILED.
         unkept: sound checkpoints whose values of single queries cannot be had.
         tracebacks: how many the validators have printed.
+        surprises: validators that were killed because they did not end, or that ended with another
+            exit code than they should.
         codes: exit codes of the validators, each with those of all its starts.
         seconds: from the first validator's start until the last one's end.
         notes: anything else.
@@ -78,6 +80,7 @@ class Row:
     failed: int = 0
     unkept: int = 0
     tracebacks: int = 0
+    surprises: int = 0
     codes: list[str] = field(default_factory=list)
     seconds: float = 0.0
     notes: list[str] = field(default_factory=list)
@@ -85,14 +88,8 @@ class Row:
     @property
     def is_good(self) -> bool:
         """Whether each sound checkpoint has what it has to have, and nothing more."""
-        return not (
-            self.doubled
-            or self.lost
-            or self.different
-            or self.failed
-            or self.unkept
-            or self.tracebacks
-        )
+        wrong = set(COUNTS) - {"checkpoints", "points"}
+        return not any(getattr(self, name) for name in wrong)
 
 
 class Scene:
@@ -148,6 +145,7 @@ class Scene:
         uri: str | None = None,
         before: Sequence[str] = (),
         starts: int = 1,
+        expected: int | None = 0,
         words: Sequence[str] = (),
         of_experiment: bool = False,
     ) -> Process:
@@ -160,7 +158,9 @@ class Scene:
         follow += ["--measures", MEASURES, "--poll-seconds", "0.5"]
         log = self.room / f"{experiment}, {name}.log"
         environment = {**self.variables(uri), **(variables or {})}
-        return Process(["validate", *follow, *words], environment, log, name, before, starts)
+        return Process(
+            ["validate", *follow, *words], environment, log, name, before, starts, expected
+        )
 
     def variables(self, uri: str | None = None) -> dict[str, str]:
         """The environment of a process that talks to the server, or to a proxy of it."""
@@ -211,6 +211,7 @@ class Scene:
         for one in validators:
             row.codes.append(f"{one.name} {','.join(map(str, one.codes)) or '-'}")
             row.tracebacks += one.tracebacks
+            row.surprises += not one.is_as_expected
         return row
 
     def _doubled_others(self, run: TrackedRun, sound: Mapping[int, str]) -> int:

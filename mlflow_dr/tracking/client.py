@@ -90,7 +90,7 @@ def connect(uri: str | None = None, may_create: bool = True) -> MlflowClient:
         try:
             with impatient():
                 client = MlflowClient(uri)
-                client._tracking_client = _TrackingClient(uri)
+                client._tracking_client = _TrackingClient(client.tracking_uri)
                 client.search_experiments(max_results=1)
         except ModuleNotFoundError as error:
             module = error.name or str(error)
