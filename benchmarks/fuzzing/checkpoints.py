@@ -100,24 +100,7 @@ def manifest(chance: Random, room: Path) -> Case:
             how = "manifest of other bytes"
         elif act == 6:
             chosen = chance.choice(list(values))
-            values[
-                chance.choice(
-                    (
-                        "../evil",
-                        "/etc/passwd",
-                        "a/../../b",
-                        "",
-                        ".",
-                        "\x1b]0;x\x07",
-                        "x" * 300,
-                        "nul\x00",
-                        "~",
-                        "manifest.json",
-                        "C:\\x",
-                        "sub/../config.json",
-                    )
-                )
-            ] = values[chosen]
+            values[chance.choice(odd.PATHS)] = values[chosen]
             if chance.random() < 0.5:
                 del values[chosen]
             how = "manifest with another name"
@@ -127,6 +110,8 @@ def manifest(chance: Random, room: Path) -> Case:
             how = f"manifest: {how}"
             listed.write_bytes(damage.dumped(chance, values, 1))
         client().set_logged_model_tags(checkpoint.model_id, {MANIFEST_TAG: file_sha256(listed)})
+
+    names = (*names, *(one for one in odd.PATHS if one.strip(".")))
 
     def read() -> Any:
         (one,) = checkpoints_of(run)
