@@ -12,6 +12,11 @@ from benchmarks.process import Process, all_ended
 from benchmarks.scene import METRICS, STARTS, Row, Scene, merged, points
 from mlflow_dr.tracking.runs import TrackedRun
 
+SECONDS_TO_BEGIN = 90.0
+AT_ONCE = 3  # validators
+
+Damage = Callable[[Path, random.Random], None]
+
 
 def damaged_cache(scene: Scene, rate: float, seed: int) -> Row:
     """Processs that start with a cache of which one file is damaged, each another one."""
@@ -20,9 +25,9 @@ def damaged_cache(scene: Scene, rate: float, seed: int) -> Row:
     files = [path.relative_to(whole) for path in sorted(whole.rglob("*")) if _is_content(path)]
     steps = scene.steps[:2]
     rows: list[Row] = []
-    for first in range(0, len(files), 2):
+    for first in range(0, len(files), AT_ONCE):
         started: list[tuple[TrackedRun, dict[int, str], Process]] = []
-        for number, name in enumerate(files[first : first + 2], start=first):
+        for number, name in enumerate(files[first : first + AT_ONCE], start=first):
             cache = scene.room / f"cache-{number}"
             shutil.copytree(whole, cache)
             how = chance.choice(list(DAMAGES))
@@ -44,18 +49,21 @@ def damaged_cache(scene: Scene, rate: float, seed: int) -> Row:
 def cache_damaged_meanwhile(scene: Scene, rate: float, seed: int) -> Row:
     """Caches are damaged when their validators have done their first checkpoint."""
     chance = random.Random(seed)
-    rows: list[Row] = []
+    start = time.monotonic()
+    started: list[tuple[TrackedRun, dict[int, str], Process]] = []
+    caches: list[tuple[Path, Damage]] = []
     for how, damage in {**DAMAGES, "removed": lambda path, _: path.unlink()}.items():
         cache = scene.room / f"cache-{how}"
         shutil.copytree(scene.room / "cache", cache)
+        caches.append((cache, damage))
         run = scene.new_run(f"cache {how} meanwhile")
-        sound = scene.publish(run, scene.steps[:1])
         variables = {"MLFLOW_DR_CACHE": str(cache)}
         validator = scene.validator(run, how, variables, starts=STARTS)
-        start = time.monotonic()
+        started.append((run, scene.publish(run, scene.steps[:1]), validator))
         validator.start()
+    for (run, sound, validator), (cache, damage) in zip(started, caches, strict=True):
         while not points(scene.client, run.id, "val")[METRICS[0]]:
-            if validator.has_ended() or time.monotonic() - start > 60:
+            if validator.has_ended() or time.monotonic() - start > SECONDS_TO_BEGIN:
                 break
             time.sleep(0.1)
         for path in sorted(cache.rglob("*")):
@@ -63,8 +71,9 @@ def cache_damaged_meanwhile(scene: Scene, rate: float, seed: int) -> Row:
                 damage(path, chance)
         sound |= scene.publish(run, scene.steps[1:3])
         scene.client.set_terminated(run.id)
-        all_ended([validator])
-        rows.append(scene.row("", run, sound, [validator], time.monotonic() - start))
+    all_ended([validator for _, _, validator in started])
+    seconds = (time.monotonic() - start) / len(started)
+    rows = [scene.row("", run, sound, [one], seconds) for run, sound, one in started]
     return merged("cache damaged meanwhile", rows)
 
 
@@ -92,7 +101,7 @@ def _blank(path: Path, chance: random.Random) -> None:
         file.write(bytes(size))
 
 
-DAMAGES: Mapping[str, Callable[[Path, random.Random], None]] = {
+DAMAGES: Mapping[str, Damage] = {
     "flipped": _flip,
     "halved": _halve,
     "blanked": _blank,

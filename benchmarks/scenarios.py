@@ -152,7 +152,7 @@ def without_room(scene: Scene, rate: float, seed: int) -> Row:
 
 
 def malformed_among_sound(scene: Scene, rate: float, seed: int) -> Row:
-    """Malformed checkpoints, each between two sound ones, and two validators."""
+    """Malformed checkpoints, each between two sound ones; validators of run and experiment."""
     run = scene.new_run("malformed")
     sound: dict[int, str] = {}
     malformed: dict[str, str] = {}
@@ -166,7 +166,10 @@ def malformed_among_sound(scene: Scene, rate: float, seed: int) -> Row:
         del left[:each]
         sound |= scene.publish(run, [step])
     scene.client.set_terminated(run.id)
-    validators = [scene.validator(run, f"{number}", starts=2) for number in (1, 2)]
+    validators = [
+        scene.validator(run, "of the run"),
+        scene.validator(run, "of the experiment", of_experiment=True),
+    ]
     seconds = all_ended(validators)
     row = scene.row("malformed among sound ones", run, sound, validators, seconds)
     tags = {name: scene.client.get_logged_model(key).tags for name, key in malformed.items()}

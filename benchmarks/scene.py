@@ -149,10 +149,15 @@ class Scene:
         before: Sequence[str] = (),
         starts: int = 1,
         words: Sequence[str] = (),
+        of_experiment: bool = False,
     ) -> Process:
-        """A validator of a run, with a cache and a temporary directory that others have, too."""
+        """A validator of a run, or of what its experiment has now, beside others of this machine.
+
+        They share a cache and a temporary directory.
+        """
         experiment = self.client.get_experiment(run.experiment_id).name
-        follow = ("--run-id", run.id, "--measures", MEASURES, "--poll-seconds", "0.5")
+        follow = ["--experiment", experiment, "--once"] if of_experiment else ["--run-id", run.id]
+        follow += ["--measures", MEASURES, "--poll-seconds", "0.5"]
         log = self.room / f"{experiment}, {name}.log"
         environment = {**self.variables(uri), **(variables or {})}
         return Process(["validate", *follow, *words], environment, log, name, before, starts)

@@ -224,8 +224,6 @@ def checkpoint_by_id(client: MlflowClient, model_id: str) -> Checkpoint:
     """
     with tracking_errors(f"model {model_id}"):
         model = client.get_logged_model(model_id)
-        if model.model_id != model_id:  # an empty answer reads as a model without anything
-            raise ValueError("the server's answer is not about this model")
         step = (model.tags or {}).get(STEP_TAG, "0")
         if not STEP.fullmatch(step):
             raise TrackingError(f"model {model_id}: its tag {STEP_TAG} is no step: {step!r:.80}")

@@ -8,10 +8,13 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import mlflow
 from mlflow import MlflowClient
+from mlflow.entities import LoggedModel, LoggedModelStatus, Run
 from mlflow.exceptions import MlflowException
+from mlflow.tracking._tracking_service.client import TrackingServiceClient
 
 from mlflow_dr.errors import ForbiddenError, MlflowDrError, TrackingError
 from mlflow_dr.terminal import HIDDEN, one_line_of, without_secrets
@@ -27,6 +30,7 @@ NOBODY = "Connection refused"
 RETRIES = "MLFLOW_HTTP_REQUEST_MAX_RETRIES"
 FEW_RETRIES = "2"
 SECONDS_TO_CONNECT = 2.0
+FEWEST_TRIES = 2  # one answer that is late says little
 SECONDS_BETWEEN_TRIES = 0.1  # twice as long each time
 AT_ONCE = {"MLFLOW_HTTP_REQUEST_TIMEOUT": "10", RETRIES: "0"}
 SQLITE = "sqlite:///"
@@ -80,10 +84,13 @@ def connect(uri: str | None = None, may_create: bool = True) -> MlflowClient:
             f"where the training was started, or set {URI_VARIABLE} or --tracking-uri"
         )
     deadline, wait = time.monotonic() + SECONDS_TO_CONNECT, SECONDS_BETWEEN_TRIES
+    tries = 0
     while True:
+        tries += 1
         try:
             with impatient():
                 client = MlflowClient(uri)
+                client._tracking_client = _TrackingClient(uri)
                 client.search_experiments(max_results=1)
         except ModuleNotFoundError as error:
             module = error.name or str(error)
@@ -93,13 +100,52 @@ def connect(uri: str | None = None, may_create: bool = True) -> MlflowClient:
             ) from error
         except Exception as error:  # drivers and plugins of MLflow raise errors of their own
             again = is_server(uri) and may_pass(error)
-            if not again or NOBODY in str(error) or time.monotonic() + wait > deadline:
+            is_late = tries >= FEWEST_TRIES and time.monotonic() + wait > deadline
+            if not again or NOBODY in str(error) or is_late:
                 refusal = _refusal(error)
                 raise TrackingError(refusal or _unreachable(uri, _text(error))) from error
         else:
             return client
         time.sleep(wait)
         wait *= 2
+
+
+class _TrackingClient(TrackingServiceClient):
+    """MLflow's client below `MlflowClient`, which refuses answers that are about something else.
+
+    MLflow takes an empty answer with status 200 for a run, or a model, that has no id, no files and
+    no place for them: artifacts would then go into the working directory.
+    """
+
+    def create_run(self, *args: Any, **kwargs: Any) -> Run:
+        run = super().create_run(*args, **kwargs)
+        _check_answer(run.info.run_id)
+        return run
+
+    def get_run(self, run_id: str) -> Run:
+        run = super().get_run(run_id)
+        _check_answer(run.info.run_id == run_id)
+        return run
+
+    def create_logged_model(self, *args: Any, **kwargs: Any) -> LoggedModel:
+        model = super().create_logged_model(*args, **kwargs)
+        _check_answer(model.model_id)
+        return model
+
+    def get_logged_model(self, model_id: str) -> LoggedModel:
+        model = super().get_logged_model(model_id)
+        _check_answer(model.model_id == model_id)
+        return model
+
+    def finalize_logged_model(self, model_id: str, status: LoggedModelStatus) -> LoggedModel:
+        model = super().finalize_logged_model(model_id, status)
+        _check_answer((model.model_id, model.status) == (model_id, status))
+        return model
+
+
+def _check_answer(is_meant: object) -> None:
+    if not is_meant:
+        raise OSError("the server's answer is not about what was asked for")
 
 
 def _missing_file(uri: str) -> str:

@@ -35,11 +35,16 @@ def lasts(error: BaseException) -> bool:
     return next((verdict for verdict in verdicts if verdict is not None), False)
 
 
+def is_storeless(error: BaseException) -> bool:
+    """Whether MLflow knows no artifact store of the URI's kind: its plugin is not installed."""
+    return NO_STORE in str(error)
+
+
 def _verdict(error: BaseException) -> bool | None:
     """Whether one error lasts; None where it does not say."""
     if isinstance(error, ImportError):
         return True
-    if type(error).__name__ in NO_CREDENTIALS or NO_STORE in str(error):
+    if type(error).__name__ in NO_CREDENTIALS or is_storeless(error):
         return True
     status = _status(error)
     if status is not None and status != UNCLEAR:

@@ -31,6 +31,7 @@ from mlflow_dr.errors import (
 from mlflow_dr.files import file_sha256, is_full, scratch, written_beside
 from mlflow_dr.tracking import mlmodel
 from mlflow_dr.tracking.checkpoints import PRUNED_TAG, Checkpoint
+from mlflow_dr.tracking.faults import is_storeless
 from mlflow_dr.tracking.manifest import (
     MANIFEST,
     Manifest,
@@ -83,7 +84,9 @@ def fetched(checkpoint: Checkpoint, whole: bool = False) -> Iterator[Path]:
             if is_full(error, room.parent):
                 message = "the disk is full; TMPDIR names a directory on another one"
                 raise OSError(errno.ENOSPC, message, str(room.parent)) from error
-            lasting = any(isinstance(one, ImportError) for one in causes(error))
+            lasting = any(
+                isinstance(one, ImportError) or is_storeless(one) for one in causes(error)
+            )
             raise UnavailableError(f"cannot be downloaded: {_words(error)}", lasting) from error
         if checkpoint.directory and (reason := why_not_whole(directory)):
             raise UnavailableError(f"{checkpoint.directory}: {reason}")

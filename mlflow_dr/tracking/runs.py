@@ -60,10 +60,7 @@ class TrackedRun:
     def fetch(self) -> Run:
         """The run as it stands on the server now."""
         with tracking_errors(f"run {self.id}"):
-            run = self.client.get_run(self.id)
-            if run.info.run_id != self.id:  # an empty answer reads as a run without anything
-                raise ValueError("the server's answer is not about this run")
-            return run
+            return self.client.get_run(self.id)
 
     def log_params(self, params: Mapping[str, Any]) -> None:
         """Log what is not logged yet; `mlflow run` logs its own parameters before we start."""
@@ -277,14 +274,11 @@ def resolve_run(client: MlflowClient, text: str) -> TrackedRun:
 def _run_with_id(client: MlflowClient, run_id: str) -> Run | None:
     with tracking_errors(f"run {run_id}"):
         try:
-            run = client.get_run(run_id)
+            return client.get_run(run_id)
         except MlflowException as error:
             if error.error_code not in ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE"):
                 raise
             return None
-        if run.info.run_id != run_id:
-            raise ValueError("the server's answer is not about this run")
-    return run
 
 
 def _is_hex(text: str) -> bool:

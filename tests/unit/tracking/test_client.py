@@ -2,10 +2,12 @@ import socket
 import threading
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 
 import pytest
+from mlflow.entities import LoggedModelStatus
 from mlflow.exceptions import MlflowException
 from mlflow.protos.databricks_pb2 import INTERNAL_ERROR, PERMISSION_DENIED
 
@@ -102,8 +104,10 @@ def disturbed() -> Iterator[Callable[[list[bytes]], str]]:
     def serve(answers: list[bytes]) -> str:
         class Handler(BaseHTTPRequestHandler):
             def do_POST(self) -> None:
-                self.rfile.read(int(self.headers["Content-Length"]))
+                self.rfile.read(int(self.headers.get("Content-Length", 0)))
                 self.wfile.write(answers.pop(0) if len(answers) > 1 else answers[0])
+
+            do_GET = do_PATCH = do_POST  # noqa: N815
 
             def log_message(self, *_: object) -> None:
                 pass
@@ -139,3 +143,32 @@ def test_a_server_that_is_another_one_is_one_line(
     with pytest.raises(TrackingError, match=f"tracking server {uri} does not answer") as caught:
         connect(uri)
     assert "\n" not in str(caught.value)
+
+
+def test_an_empty_answer_is_no_run_no_model_and_no_place_for_files(
+    disturbed: Callable[[list[bytes]], str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    client = connect(disturbed([NOTHING_THERE, b"HTTP/1.0 200 OK\r\n\r\n"]))
+    (tmp_path / "file").write_text("1")
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    run_id, model_id = "a" * 32, "m-" + "a" * 32
+    for act in (
+        partial(client.create_run, "0"),
+        partial(client.get_run, run_id),
+        partial(client.log_artifact, run_id, str(tmp_path / "file")),
+        partial(client.create_logged_model, "0"),
+        partial(client.get_logged_model, model_id),
+        partial(client.log_model_artifacts, model_id, str(tmp_path)),
+        partial(client.finalize_logged_model, model_id, LoggedModelStatus.READY),
+    ):
+        with pytest.raises(TrackingError, match="not about what was asked"), tracking_errors("it"):
+            act()
+    assert not any(Path.cwd().iterdir())
+
+
+def test_a_first_answer_that_is_late_is_asked_for_again(
+    disturbed: Callable[[list[bytes]], str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("mlflow_dr.tracking.client.SECONDS_TO_CONNECT", 0.0)
+    assert answers(connect(disturbed([b"", NOTHING_THERE])))

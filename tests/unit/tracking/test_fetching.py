@@ -231,6 +231,14 @@ def test_files_that_are_gone_and_a_store_that_is_not_there(
     assert not isinstance(caught.value, LostError)
 
 
+def test_a_missing_plugin_of_the_store_will_not_come(run: TrackedRun, directory: Path) -> None:
+    publish(run, directory, 1)
+    checkpoint = replace(checkpoints_of(run)[0], location="nostore://bucket/m-1/artifacts")
+    with pytest.raises(UnavailableError, match="nostore") as caught, fetching.fetched(checkpoint):
+        pass
+    assert caught.value.lasting
+
+
 def test_a_missing_module_will_not_come(
     run: TrackedRun, directory: Path, elsewhere: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
