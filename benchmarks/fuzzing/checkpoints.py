@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 import tempfile
 import uuid
 from functools import cache
 from pathlib import Path
 from random import Random
-from typing import Any
+from typing import Any, NamedTuple
 
 from mlflow import MlflowClient
 
@@ -53,6 +54,16 @@ CONFIG = {
 }
 FIGURES = {"mrr_at_10": 0.5, "ndcg_at_10": 0.75, "seconds": 1.5, "passages": 7, "lag_seconds": 2.0}
 OWNER = {"host": "here", "pid": 1, "room": "boot/1", "started": 5, "token": "0" * 32}
+RECORD = json.dumps({"values": FIGURES, "written_ms": 1_700_000_000_000})
+MORE = {
+    PRUNED_TAG: "begun",
+    DIRECTORY_TAG: "/nowhere/checkpoint-10",
+    f"{PREFIX}val.failed": "because",
+}
+ADDED = (
+    *(f"{PREFIX}val.claim.{number}" for number in ("9" * 22, "\u00b2", "", "01", "-1")),
+    *(f"{PREFIX}x y/z", PREFIX, "mlflow_dr.x"),
+)
 
 
 @cache
@@ -100,24 +111,7 @@ def manifest(chance: Random, room: Path) -> Case:
             how = "manifest of other bytes"
         elif act == 6:
             chosen = chance.choice(list(values))
-            values[
-                chance.choice(
-                    (
-                        "../evil",
-                        "/etc/passwd",
-                        "a/../../b",
-                        "",
-                        ".",
-                        "\x1b]0;x\x07",
-                        "x" * 300,
-                        "nul\x00",
-                        "~",
-                        "manifest.json",
-                        "C:\\x",
-                        "sub/../config.json",
-                    )
-                )
-            ] = values[chosen]
+            values[chance.choice(odd.PATHS)] = values[chosen]
             if chance.random() < 0.5:
                 del values[chosen]
             how = "manifest with another name"
@@ -127,6 +121,8 @@ def manifest(chance: Random, room: Path) -> Case:
             how = f"manifest: {how}"
             listed.write_bytes(damage.dumped(chance, values, 1))
         client().set_logged_model_tags(checkpoint.model_id, {MANIFEST_TAG: file_sha256(listed)})
+
+    names = (*names, *(one for one in odd.PATHS if one.strip(".")))
 
     def read() -> Any:
         (one,) = checkpoints_of(run)
@@ -163,48 +159,57 @@ def beside(chance: Random, place: Path) -> str:
     return f"{name} beside it"
 
 
-def server(chance: Random, room: Path) -> Case:
-    """One tag or param of a checkpoint, or of its run, that nobody of us has written so."""
-    run = fresh_run(room)
-    record = json.dumps({"values": FIGURES, "written_ms": 1_700_000_000_000})
+class Said(NamedTuple):
+    """What a server says of a checkpoint and of its run, one thing of it changed.
+
+    Attributes:
+        where: what it is: tags, params or the run.
+        key: its name.
+        how: how it was changed.
+        tags: of the checkpoint.
+        params: of the checkpoint.
+        of_run: params of the run.
+    """
+
+    where: str
+    key: str
+    how: str
+    tags: dict[str, str]
+    params: dict[str, str]
+    of_run: dict[str, str]
+
+
+def said(chance: Random) -> Said:
     tags = {
         STEP_TAG: "10",
         MANIFEST_TAG: "0" * 64,
         f"{PREFIX}val.heartbeat": "1: 3",
         "mlflow_dr.best.val": "0.5",
     }
-    params = {f"{PREFIX}val": record, f"{PREFIX}val.claim.1": json.dumps(OWNER)}
-    more = {
-        PRUNED_TAG: "begun",
-        DIRECTORY_TAG: "/nowhere/checkpoint-10",
-        f"{PREFIX}val.failed": "because",
-    }
+    params = {f"{PREFIX}val": RECORD, f"{PREFIX}val.claim.1": json.dumps(OWNER)}
     of_run = {f"{PREFIX}val": json.dumps(CONFIG), "dataset": "demo", "validation_split": "dev"}
     where = chance.choice(("tags", "tags", "params", "params", "more", "run"))
     if where == "more":
-        key = chance.choice(list(more))
-        tags[key], how = _changed(chance, more[key])
+        key = chance.choice(list(MORE))
+        tags[key], how = _changed(chance, MORE[key])
         if chance.random() < 0.5:
             del params[f"{PREFIX}val"]
-    else:
-        chosen = {"tags": tags, "params": params, "run": of_run}[where]
-        key = chance.choice(list(chosen))
-        if chance.random() < 0.15:
-            added = chance.choice(
-                (
-                    f"{PREFIX}val.claim.9999999999999999999999",
-                    f"{PREFIX}val.claim.²",
-                    f"{PREFIX}x y/z",
-                    f"{PREFIX}val.claim.",
-                    PREFIX,
-                    "mlflow_dr.x",
-                )
-            )
-            chosen[added] = chosen.pop(key) if chance.random() < 0.5 else chosen[key]
-            how, key = f"{key} also under {added}", added
-        else:
-            chosen[key], how = _changed(chance, chosen[key])
-    model(run, {STEP_TAG: "5", MANIFEST_TAG: "0" * 64}, {f"{PREFIX}val": record}, 5)
+        return Said(where, key, how, tags, params, of_run)
+    chosen = {"tags": tags, "params": params, "run": of_run}[where]
+    key = chance.choice(list(chosen))
+    if chance.random() < 0.15:
+        added = chance.choice(ADDED)
+        chosen[added] = chosen.pop(key) if chance.random() < 0.5 else chosen[key]
+        return Said(where, added, f"{key} also under it", tags, params, of_run)
+    chosen[key], how = _changed(chance, chosen[key])
+    return Said(where, key, how, tags, params, of_run)
+
+
+def server(chance: Random, room: Path) -> Case:
+    """One tag or param of a checkpoint, or of its run, that nobody of us has written so."""
+    run = fresh_run(room)
+    where, key, how, tags, params, of_run = said(chance)
+    model(run, {STEP_TAG: "5", MANIFEST_TAG: "0" * 64}, {f"{PREFIX}val": RECORD}, 5)
     model(run, tags, params, 10)
     for name, value in of_run.items():
         client().log_param(run.id, name, value)
@@ -237,9 +242,12 @@ def server(chance: Random, room: Path) -> Case:
         bad = [
             problem for line in table(status_of(run)).splitlines() if (problem := unprintable(line))
         ]
-        return [mine.step, str(state_of(mine, "val")), dict(figures_of(mine, "val")), bad]
+        others = [one.step for one in checkpoints if one is not mine]
+        return [others, str(state_of(mine, "val")), dict(figures_of(mine, "val")), bad]
 
-    right: list[Any] = [5, "State.RECORDED", FIGURES, []]
+    step = tags.get(STEP_TAG, "")
+    others = [int(step)] if re.fullmatch(r"\d{1,18}", step, re.ASCII) else []
+    right: list[Any] = [others, "State.RECORDED", FIGURES, []]
     return Case(
         f"{where}: {key}: {how}",
         read,

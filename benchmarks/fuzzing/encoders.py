@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 import struct
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import cache
 from pathlib import Path
 from random import Random
@@ -17,6 +17,7 @@ from benchmarks.fuzzing import damage, odd
 from benchmarks.fuzzing.case import AnyOf, Case, Kind, UnreadableError
 from benchmarks.fuzzing.collections import PASSAGES
 from benchmarks.fuzzing.templates import QUERY_TEXTS, templates
+from mlflow_dr.encoder.directory import LAYOUT
 
 PASSAGE_TEXTS = [text for _, _, text in PASSAGES] + [" ".join(text for _, _, text in PASSAGES)]
 HUGE = (2**31, 10**6, 10**9, 0, -1, 1e9, "128", None, True, [128], 10**30, float("nan"))
@@ -78,90 +79,36 @@ def scores(directory: Path) -> np.ndarray:
     return queries @ model.predict(PASSAGE_TEXTS, {"prompt": "passage"}).T
 
 
-def library(directory: Path, dot: bool = False) -> np.ndarray:
+def library(directory: Path, dot: bool = False, queries: Sequence[str] = QUERY_TEXTS) -> np.ndarray:
     """The same by sentence-transformers itself."""
     from sentence_transformers import SentenceTransformer
 
     model = SentenceTransformer(
         str(directory), device="cpu", model_kwargs={"dtype": "float32"}, local_files_only=True
     )
-    queries = model.encode_query(QUERY_TEXTS, show_progress_bar=False)
+    asked = model.encode_query(list(queries), show_progress_bar=False)
     passages = model.encode_document(PASSAGE_TEXTS, show_progress_bar=False)
-    made = queries @ passages.T if dot else model.similarity(queries, passages).numpy()
+    made = asked @ passages.T if dot else model.similarity(asked, passages).numpy()
     return np.asarray(made, np.float32)
 
 
 def described(directory: Path) -> np.ndarray:
-    """The same by our description and transformers alone.
+    """The library's scores, where our own file is sound; each of its settings has one type.
 
     Raises:
-        UnreadableError: the description is not one.
+        UnreadableError: it is not.
     """
-    import torch
-    from safetensors.numpy import load_file
-    from transformers import AutoModel, AutoTokenizer
-
     try:
         values = json.loads((directory / "mlflow_dr.json").read_text(encoding="utf-8"))
-        said, layout = values["encoder"], values["layout"]
-        fields = {
-            "pooling": str,
-            "normalize": bool,
-            "projections": list,
-            "query_prompt": str,
-            "passage_prompt": str,
-            "query_max_length": int,
-            "passage_max_length": int,
-            "title_separator": str,
-            "lowercase": bool,
-        }
-        right = set(said) == set(fields) and all(
-            type(said[name]) is kind for name, kind in fields.items()
-        )
-        right = right and type(layout) is int
+        own, layout = values["encoder"], values["layout"]
+        kinds = {"title_separator": str, "strip_question_mark": bool}
+        right = set(own) == set(kinds) and all(type(own[name]) is kinds[name] for name in kinds)
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise UnreadableError("no description") from error
-    if not right:
+    if not right or type(layout) is not int or layout != LAYOUT:
         raise UnreadableError("a setting is missing, unknown, or of another type")
-    tokenizer = AutoTokenizer.from_pretrained(directory)
-    backbone = AutoModel.from_pretrained(
-        directory, dtype=torch.float32, add_pooling_layer=False
-    ).eval()
-
-    def vectors(texts: list[str], side: str) -> np.ndarray:
-        made = []
-        for text in texts:
-            words = (
-                said[f"{side}_prompt"] + text.strip()
-                if side == "query"
-                else (said["passage_prompt"] + text).strip()
-            )
-            words = words.lower() if said["lowercase"] else words
-            ids = tokenizer(
-                words, truncation=True, max_length=said[f"{side}_max_length"], return_tensors="pt"
-            )
-            with torch.no_grad():
-                states = backbone(ids["input_ids"])[0][0].numpy().astype(np.float64)
-            n = len(states)
-            weights = np.arange(1, n + 1)[:, None]
-            vector = {
-                "cls": states[0],
-                "mean": states.mean(0),
-                "last": states[-1],
-                "max": states.max(0),
-                "mean_sqrt_len": states.sum(0) / n**0.5,
-                "weighted_mean": (states * weights).sum(0) / weights.sum(),
-            }[said["pooling"]]
-            for place, layer in enumerate(said["projections"]):
-                weight = load_file(directory / f"{place + 2}_Dense" / "model.safetensors")
-                vector = weight["linear.weight"] @ vector + (
-                    weight["linear.bias"] if layer["bias"] else 0
-                )
-                vector = np.tanh(vector) if layer["activation"] == "tanh" else vector
-            made.append(vector / np.linalg.norm(vector) if said["normalize"] else vector)
-        return np.array(made, np.float32)
-
-    return vectors(QUERY_TEXTS, "query") @ vectors(PASSAGE_TEXTS, "passage").T
+    texts = [text.removesuffix("?") for text in QUERY_TEXTS]
+    return library(directory, queries=texts if own["strip_question_mark"] else QUERY_TEXTS)
 
 
 def hurt(chance: Random, directory: Path) -> tuple[Path, str]:
@@ -244,10 +191,11 @@ def directory(kinds: tuple[str, ...]) -> Callable[[Random, Path], Case]:
                 how = "an adapter of itself"
 
         def plain() -> Any:
-            made = [] if path.name == "mlflow_dr.json" else [right]
+            own = path == place / "mlflow_dr.json"
+            made = [] if own else [right]
             reasons = []
             for read in (described, lambda one: library(one, kind == "bare")):
-                if read is not described and path.name == "mlflow_dr.json" and path.exists():
+                if read is not described and own:
                     continue
                 try:
                     made.append(read(place))

@@ -17,7 +17,7 @@ from typing import Any
 from safetensors import SafetensorError, safe_open
 
 from mlflow_dr.encoder.head import SUPPORTED, TOKENS
-from mlflow_dr.errors import CheckpointError, MlflowDrError, one_line
+from mlflow_dr.errors import CheckpointError, MlflowDrError, one_line, quoted
 
 MODULES = "modules.json"
 SETTINGS = "config_sentence_transformers.json"
@@ -41,6 +41,8 @@ HARMLESS: Mapping[str, tuple[Any, ...]] = {
     "add_special_tokens": (True,),
 }
 MODEL_OPTIONS = ("torch_dtype", "dtype", "attn_implementation", "add_pooling_layer", "subfolder")
+
+LENGTH_NAMES = ("max_seq_length", "query_length", "document_length")
 
 
 def is_sentence_transformer(directory: Path) -> bool:
@@ -168,8 +170,11 @@ def _check_transformer(directory: Path, path: str) -> None:
     file = directory / path / LENGTHS
     with _malformed(file):
         config = Transformer.load_config(str(directory), subfolder=path, local_files_only=True)
-        int(config.get("max_seq_length") or 0)
         text = config["modality_config"].get("text")
+        for name in LENGTH_NAMES:
+            length = config.get(name)
+            if length is not None and (type(length) is not int or length < 0):
+                raise TypeError(f"{name} is {quoted(length)}, no number of tokens")
         wrong = {
             "transformer_task": config.get("transformer_task", "feature-extraction")
             != "feature-extraction",

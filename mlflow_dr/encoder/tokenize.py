@@ -13,7 +13,7 @@ from typing import Any
 
 from mlflow_dr.collection.records import Passage, Query
 from mlflow_dr.encoder.config import EncoderConfig
-from mlflow_dr.errors import DataError, UsageError
+from mlflow_dr.errors import CheckpointError, DataError, UsageError, one_line
 
 SETTINGS_FILE = "tokenizer_config.json"
 CHAT_TEMPLATE = ".jinja"
@@ -190,14 +190,21 @@ class Tokenizing:
             return []
         if self._config.lowercase:
             texts = [self._lowered(text) for text in texts]
-        encoded = self._tokenizer(
-            texts,
-            truncation=True,
-            max_length=max_length,
-            padding=False,
-            return_attention_mask=False,
-            return_token_type_ids=False,
-        )
+        try:
+            encoded = self._tokenizer(
+                texts,
+                truncation=True,
+                max_length=max_length,
+                padding=False,
+                return_attention_mask=False,
+                return_token_type_ids=False,
+            )
+        except Exception as error:  # the Rust library's errors are of no kind of their own
+            place = getattr(self._tokenizer, "name_or_path", "")
+            raise CheckpointError(
+                f"{place}: the tokenizer cannot make token ids of a text ({one_line(error)}); are "
+                "its files damaged?"
+            ) from error
         return [ids or [self.pad_id] for ids in encoded["input_ids"]]
 
 

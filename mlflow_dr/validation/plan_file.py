@@ -12,7 +12,7 @@ from typing import Any
 import yaml
 
 from mlflow_dr.collection.asyncval import given_collection
-from mlflow_dr.collection.catalogue import HUB_NAME, open_collection
+from mlflow_dr.collection.catalogue import ENTRIES, HUB_NAME, open_collection
 from mlflow_dr.collection.interface import check_split
 from mlflow_dr.decisions.keep import parse_policy
 from mlflow_dr.engines.devices import resolve_device, resolve_dtype
@@ -166,9 +166,12 @@ def _validations(name: str, given: Any, asked: Asked, where: str) -> tuple[Valid
 
 
 def _check_data(named: Mapping[str, str], where: str) -> None:
-    """Refuse a dataset, or a split of it, that is not there; the hub is not asked."""
+    """Refuse a dataset, or a split of it, that is not there; nothing is fetched or made for it."""
     dataset = named.get("dataset")
-    if dataset is None or (HUB_NAME.fullmatch(dataset) and not Path(dataset).exists()):
+    known = {entry.name for entry in ENTRIES}
+    if dataset is None or dataset in known:
+        return
+    if HUB_NAME.fullmatch(dataset) and not Path(dataset).exists():
         return
     with _at(f"{where}.dataset"):
         collection = open_collection(dataset)

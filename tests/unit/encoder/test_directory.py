@@ -2,6 +2,7 @@
 
 import json
 import logging
+import math
 import pickle
 import shutil
 from collections.abc import Callable
@@ -463,6 +464,9 @@ TRANSFORMER = {"idx": 0, "name": "0", "path": "", "type": f"{ST}Transformer"}
         ("2_Dense/config.json", {"in_features": 64, "out_features": 32}, "do not fit"),
         ("sentence_bert_config.json", {"max_seq_length": "long"}, "not as .* writes it"),
         ("sentence_bert_config.json", [16], "not as .* writes it"),
+        ("sentence_bert_config.json", {"document_length": math.nan}, "document_length is nan"),
+        ("sentence_bert_config.json", {"query_length": -1}, "query_length is -1"),
+        ("sentence_bert_config.json", {"max_seq_length": 24.0}, "max_seq_length is 24.0"),
         ("config_sentence_transformers.json", {"prompts": 3}, "not as .* writes it"),
         ("config_sentence_transformers.json", {"prompts": {"query": 3}}, "not as .* writes it"),
         (
@@ -494,6 +498,14 @@ def test_a_sentence_transformer_that_is_wrong_or_not_known(
 ) -> None:
     (foreign / name).write_text(json.dumps(values))
     refused(foreign, message)
+
+
+def test_a_tokenizer_that_cannot_read_a_text(saved: Path, texts: list[str]) -> None:
+    path = saved / "tokenizer_config.json"
+    values = json.loads(path.read_text())
+    path.write_text(json.dumps({**values, "unk_token": ""}))
+    with pytest.raises(CheckpointError, match=f"{saved}: the tokenizer cannot make token ids"):
+        query_vectors(load_encoder(saved), ["\u4e00 a word that was not learnt"])
 
 
 @pytest.mark.parametrize("name", ["modules.json", "1_Pooling/config.json", "2_Dense/config.json"])

@@ -136,6 +136,11 @@ def test_a_split_that_the_dataset_of_the_file_does_not_have(
         read(tmp_path, f"validations: {{a: {{dataset: {folder}, split: dav}}}}")
 
 
+def test_nothing_is_made_to_read_a_file(tmp_path: Path, own_cache: Path) -> None:
+    read(tmp_path, "validations: {a: {dataset: demo, split: dev}}")
+    assert not any(own_cache.iterdir())
+
+
 def test_files_instead_of_a_dataset(tmp_path: Path) -> None:
     plan = read(
         tmp_path,
