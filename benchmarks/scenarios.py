@@ -61,7 +61,8 @@ def proxied(scene: Scene, rate: float, seed: int) -> Row:
 def trainer_behind(scene: Scene, rate: float, seed: int) -> Row:
     """A trainer and two validators behind a proxy; the undisturbed validator comes afterwards."""
     run = TrackedRun(scene.client, scene.client.create_run("0"))
-    behind = {"MLFLOW_HTTP_REQUEST_TIMEOUT": TIMEOUT}
+    cache = {"MLFLOW_DR_CACHE": str(scene.room / "trainer's cache")}
+    behind = {"MLFLOW_HTTP_REQUEST_TIMEOUT": TIMEOUT, **cache}
     with Proxy(scene.server.uri, rate, seed=seed, delay=DELAY) as proxy:
         variables = {**scene.variables(proxy.uri), **behind, "MLFLOW_RUN_ID": run.id}
         words = trainer_words(scene.room / "output", TRAINING_STEPS)
@@ -71,7 +72,8 @@ def trainer_behind(scene: Scene, rate: float, seed: int) -> Row:
         ]
         seconds = all_ended([trainer, *validators])
     ready = {one.step: one.model_id for one in checkpoints_of(run) if one.ready}
-    all_ended([scene.validator(run, "undisturbed", words=("--name", "undisturbed", "--once"))])
+    words = ["--name", "undisturbed", "--once"]
+    all_ended([scene.validator(run, "undisturbed", cache, words=words)])
     scenario = f"trainer and validators, {rate:.0%} in every way"
     row = scene.row(scenario, run, ready, [trainer, *validators], seconds, "undisturbed")
     row.lost += sum(step not in ready for step in range(0, TRAINING_STEPS + 1, PUBLISH_STEPS))
