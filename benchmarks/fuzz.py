@@ -210,6 +210,8 @@ def main(
                 print(
                     f"{place} cases, {found} findings, {time.monotonic() - start:.0f} s", flush=True
                 )
+    except KeyboardInterrupt:
+        print("stopped; so far:")
     finally:
         worker.remove()
     report(counts, causes, seconds, seed, show)

@@ -122,7 +122,7 @@ def manifest(chance: Random, room: Path) -> Case:
             listed.write_bytes(damage.dumped(chance, values, 1))
         client().set_logged_model_tags(checkpoint.model_id, {MANIFEST_TAG: file_sha256(listed)})
 
-    names = (*names, *(one for one in odd.PATHS if one.strip(".")))
+    names = (*names, *(ascii(one)[1:-1] for one in odd.PATHS if one.strip(".")))
 
     def read() -> Any:
         (one,) = checkpoints_of(run)

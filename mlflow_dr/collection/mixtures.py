@@ -32,8 +32,8 @@ def _part(part: str, whole: str) -> tuple[str, float | None]:
     name, at, weight = part.rpartition(WEIGHT) if WEIGHT in part else (part, "", "")
     if not name.strip():
         raise UsageError(
-            f"{whole!r}: a part without a name; a mixture is NAME@WEIGHT+NAME@WEIGHT, weights may "
-            "be left out"
+            f"dataset {whole!r}: a part without a name; a mixture is NAME@WEIGHT+NAME@WEIGHT, "
+            "weights may be left out"
         )
     return name.strip(), _weight(weight, name, whole) if at else None
 

@@ -12,6 +12,7 @@ from __future__ import annotations
 import copy
 import json
 import logging
+import os
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -106,7 +107,7 @@ def _load_described(
     """An encoder that sentence-transformers' files describe, ours among them."""
     from mlflow_dr.encoder.backbone import Backbone
 
-    is_ours = (directory / CONFIG).exists()
+    is_ours = os.path.lexists(directory / CONFIG)  # a dangling link is no missing file
     own = _read_own_settings(directory / CONFIG) if is_ours else {}
     description.check_description(directory, "normalize" in changes, safetensors_only)
     kind = type("Backbone", (Backbone,), {"tokenizer_place": words}) if words else Backbone

@@ -178,6 +178,8 @@ def _file_flags(parser: argparse.ArgumentParser, file: str | None) -> list[str]:
         if value is None:
             continue
         items = value if isinstance(value, list) else [value]
+        if any(isinstance(item, list) for item in items):
+            raise UsageError(f"{file}: {name}: expected a value, or a list of values")
         flags += [name, *(_word(item, actions[name]) for item in items)]
     try:
         parser.parse_args(flags)

@@ -500,6 +500,12 @@ def test_a_sentence_transformer_that_is_wrong_or_not_known(
     refused(foreign, message)
 
 
+def test_our_own_file_is_a_dangling_link(saved: Path) -> None:
+    (saved / "mlflow_dr.json").unlink()
+    (saved / "mlflow_dr.json").symlink_to("nowhere")
+    refused(saved, "mlflow_dr.json: not an encoder's description")
+
+
 def test_a_tokenizer_that_cannot_read_a_text(saved: Path, texts: list[str]) -> None:
     path = saved / "tokenizer_config.json"
     values = json.loads(path.read_text())

@@ -93,6 +93,13 @@ def test_a_file_of_flags_that_is_no_yaml(tmp_path: Path, text: str) -> None:
         parse_training(["--config", str(file)])
 
 
+def test_a_list_of_lists_is_no_value(tmp_path: Path) -> None:
+    file = tmp_path / "train.yaml"
+    file.write_text("query_prefix: [[a]]\n")
+    with pytest.raises(UsageError, match=r"train\.yaml: --query_prefix: expected a value"):
+        parse_training(["--config", str(file)])
+
+
 def test_bf16_gives_way_to_fp16_only_where_that_is_wanted(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
