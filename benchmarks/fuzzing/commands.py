@@ -102,6 +102,8 @@ def commands(chance: Random, room: Path) -> Case:
         "--",
         "`mlflow-dr",
         *(one[:10] for word in words for one in re.split(r"[\s@:,+=]|--", word) if len(one) > 2),
+        *(repr(one)[:10] for word in words for one in (word, *word.split())),
+        "tracking store",
     )
 
     def read() -> Any:

@@ -89,7 +89,7 @@ def _tops(path: Path, k: int, queries: list[str], passages: list[str]) -> list[l
             words[2 if width == 6 else 1],
             words[4 if width == 6 else 2],
         )
-        if not (re.fullmatch(r"-?\d{1,300}", number) if by_rank else NUMBER.fullmatch(number)):
+        if not (re.fullmatch(r"[-+]?\d{1,300}", number) if by_rank else NUMBER.fullmatch(number)):
             raise UnreadableError("no number")
         score = -float(number) if by_rank else float(number)
         if query in found:

@@ -118,7 +118,7 @@ def training(chance: Random, room: Path) -> Case:
         path.write_bytes(yaml.safe_dump(values, allow_unicode=True).encode())
     else:
         how = written(chance, path, values)
-    names = (path.name, *TRAINING)
+    names = (path.name, *TRAINING, "dataset")
     return Case(how, lambda: training_ours(path), lambda: training_right(path), names)
 
 

@@ -9,6 +9,7 @@ versions 2 to 6.
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -47,7 +48,7 @@ LENGTH_NAMES = ("max_seq_length", "query_length", "document_length")
 
 def is_sentence_transformer(directory: Path) -> bool:
     """Whether the directory has sentence-transformers' list of modules."""
-    return (directory / MODULES).exists()
+    return os.path.lexists(directory / MODULES)  # a dangling link is no missing file
 
 
 def transformer_directories(directory: Path) -> list[Path]:

@@ -82,7 +82,7 @@ def verify_files(directory: Path, files: Manifest) -> None:
 def why_other(path: Path, name: str, expected: dict[str, Any]) -> str:
     """How a file differs from what a manifest says of it; empty where it does not."""
     if not path.is_file():
-        return f"{name} is missing from the checkpoint"
+        return f"{MANIFEST} lists {name}, which is missing from the checkpoint"
     size = path.stat().st_size
     if size != expected["bytes"]:
         return f"{name} has {size} bytes, but {expected['bytes']} were published"

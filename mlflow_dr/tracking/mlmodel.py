@@ -93,7 +93,9 @@ def _vector_size(directory: Path) -> int | None:
         modes = values.get("pooling_mode")
         width = int(values[next(key for key in WIDTHS if key in values)])
         return width * (len(modes) if isinstance(modes, list) else 1)
-    except (OSError, StopIteration, KeyError, TypeError, ValueError, AttributeError):
+    except (OSError, StopIteration, LookupError, TypeError, ValueError, AttributeError):
+        return None
+    except RecursionError:  # JSON of endless brackets
         return None
 
 

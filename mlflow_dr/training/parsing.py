@@ -6,6 +6,7 @@ import argparse
 import json
 import logging
 from collections.abc import Collection, Mapping, Sequence
+from dataclasses import fields
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -28,6 +29,7 @@ from mlflow_dr.training.recipes import recipe_flags, recipe_of
 log = logging.getLogger(__name__)
 
 LONGEST = 300
+MAPPINGS = {field.name for field in fields(RetrieverTrainingArguments) if "dict" in str(field.type)}
 
 
 class _Parser(HfArgumentParser):
@@ -180,6 +182,8 @@ def _file_flags(parser: argparse.ArgumentParser, file: str | None) -> list[str]:
         items = value if isinstance(value, list) else [value]
         if any(isinstance(item, list) for item in items):
             raise UsageError(f"{file}: {name}: expected a value, or a list of values")
+        if any(isinstance(item, dict) for item in items) and actions[name].dest not in MAPPINGS:
+            raise UsageError(f"{file}: {name}: expected a value, not a mapping")
         flags += [name, *(_word(item, actions[name]) for item in items)]
     try:
         parser.parse_args(flags)

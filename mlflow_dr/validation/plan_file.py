@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import fields, replace
@@ -207,11 +206,11 @@ def _order(value: Any, where: str) -> Order:
 
 def _value(value: Any, kind: type, where: str) -> Any:
     right = isinstance(value, kind) and (kind is bool or not isinstance(value, bool))
-    if kind is float and isinstance(value, int) and not isinstance(value, bool):
-        value, right = float(min(value, LARGEST)), True
-    if not right or (kind is float and not math.isfinite(value)):
+    if kind is float and isinstance(value, int | float) and not isinstance(value, bool):
+        right = abs(value) <= LARGEST  # false of NaN, too
+    if not right:
         raise UsageError(
             f"{where} is {quoted(value)}; expected a value of type {kind.__name__}"
             + (" (true or false, without quotation marks)" if kind is bool else "")
         )
-    return value
+    return float(value) if kind is float else value

@@ -506,6 +506,13 @@ def test_our_own_file_is_a_dangling_link(saved: Path) -> None:
     refused(saved, "mlflow_dr.json: not an encoder's description")
 
 
+def test_the_list_of_modules_is_a_dangling_link(foreign: Path) -> None:
+    """It is no bare backbone for that."""
+    (foreign / "modules.json").unlink()
+    (foreign / "modules.json").symlink_to("nowhere")
+    refused(foreign, "modules.json: cannot be read as JSON")
+
+
 def test_a_tokenizer_that_cannot_read_a_text(saved: Path, texts: list[str]) -> None:
     path = saved / "tokenizer_config.json"
     values = json.loads(path.read_text())

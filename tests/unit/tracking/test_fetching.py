@@ -151,6 +151,8 @@ def test_an_answer_of_other_bytes_is_asked_for_again(
     real, asked = LocalArtifactRepository._download_file, []
 
     def disturbed(self: LocalArtifactRepository, name: str, path: str) -> None:
+        if checkpoint.model_id not in self.artifact_uri:  # a download that another test gave up
+            return real(self, name, path)
         asked.append(name)
         number = asked.count(name)
         if number == 1:

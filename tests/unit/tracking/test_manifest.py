@@ -39,7 +39,9 @@ def test_writing_it_again_gives_the_same_digest(directory: Path) -> None:
 def test_a_missing_file_is_named(directory: Path) -> None:
     digest = write_manifest(directory)
     (directory / "1_Pooling" / "config.json").unlink()
-    with pytest.raises(CheckpointError, match=r"1_Pooling/config\.json is missing"):
+    with pytest.raises(
+        CheckpointError, match=r"manifest\.json lists 1_Pooling/config\.json, which is missing"
+    ):
         verify_manifest(directory, digest)
 
 

@@ -100,6 +100,14 @@ def test_a_list_of_lists_is_no_value(tmp_path: Path) -> None:
         parse_training(["--config", str(file)])
 
 
+@pytest.mark.parametrize("name", ["dataset_name", "output_dir"])
+def test_a_mapping_where_a_file_of_flags_needs_a_value(tmp_path: Path, name: str) -> None:
+    file = tmp_path / "train.yaml"
+    file.write_text(f"{name}: {{a: 1}}\n")
+    with pytest.raises(UsageError, match=rf"train\.yaml: --{name}: expected a value, not a map"):
+        parse_training(["--config", str(file)])
+
+
 def test_bf16_gives_way_to_fp16_only_where_that_is_wanted(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -94,6 +94,7 @@ def test_what_the_file_says_and_what_it_leaves(tmp_path: Path) -> None:
         ("validations: {a: {refine: ''}}", "validations.a.refine is empty"),
         ("keep: worst:1\nvalidations: {a: }", "validations.yaml: keep: no rule 'worst:1'"),
         ("patience: -1\nvalidations: {a: }", "validations.yaml: patience"),
+        (f"poll_seconds: {10**16}\nvalidations: {{a: }}", "poll_seconds is 10000000000000000"),
         ("poll_seconds: .nan\nvalidations: {a: }", "poll_seconds is nan; expected a value of"),
         (f"every: {'9' * 5000}\nvalidations: {{a: }}", "not a YAML file: Exceeds the limit"),
         ("validations: {a: , a: }", "key 'a' stands twice in the mapping of line 1"),
