@@ -163,7 +163,9 @@ class Worker:
 def planned(kinds: dict[str, Kind], cases: int) -> Iterator[tuple[str, int]]:
     """So many cases, by share, the kinds in turn."""
     whole = sum(one.share for one in kinds.values())
-    wanted = {name: round(one.share * cases / whole) for name, one in kinds.items()}
+    wanted = {name: one.share * cases // whole for name, one in kinds.items()}
+    for name in list(kinds)[: cases - sum(wanted.values())]:
+        wanted[name] += 1
     for number in range(max(wanted.values())):
         yield from ((name, number) for name in kinds if number < wanted[name])
 
