@@ -25,7 +25,7 @@ class Layout(NamedTuple):
         mark: the field that no other layout has.
         by_id: whether its passages are ids, to be looked up in a corpus.
         example: a record, its index in the source and its place -> a raw example.
-        with_others: likewise, with negatives that are not hard; None where there are none.
+        with_others: the same with DPR's `negative_ctxs`; None for a layout without them.
     """
 
     name: str
