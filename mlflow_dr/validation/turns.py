@@ -17,7 +17,7 @@ class Turns:
     """Keeps validators that choose among the same checkpoints out of each other's way.
 
     A claim that is lost costs requests. Each of m validators at work prefers those of the next few
-    checkpoints whose place among all is its own number modulo m; nobody assigns the number: it is the
+    checkpoints whose place among all is its own number modulo m. Nobody assigns it: it is the
     place of its token among the tokens that were seen in claims lately.
 
     Args:
