@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import logging
+import os
 import signal
-import sys
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
@@ -56,6 +56,7 @@ log = logging.getLogger(__name__)
 LOSS_METRIC = "train/loss"
 START_TAG = "mlflow_dr.start"
 SECONDS_OF_ONE_REQUEST = 1.0
+STDERR = 2
 
 
 def train(request: TrainingRequest) -> str:
@@ -289,7 +290,8 @@ def _asked_by_signals(stop: StopCallback, says: bool) -> Iterator[None]:
         if time.monotonic() - first > SECONDS_OF_ONE_REQUEST:
             raise KeyboardInterrupt
         if says and not stop.killed:
-            print("stopping after this step; once more to stop at once", file=sys.stderr)  # noqa: T201
+            # the signal may have come amid a write to the stream, which takes no second one then
+            os.write(STDERR, b"stopping after this step; once more to stop at once\n")
         stop.ask(signal.Signals(number).name, killed=True)
 
     before = {name: signal.signal(name, ask) for name in (signal.SIGINT, signal.SIGTERM)}

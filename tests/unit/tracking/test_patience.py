@@ -69,7 +69,7 @@ def test_a_model_that_could_not_be_asked_for_need_not_be_gone(
     monkeypatch.setattr(client._tracking_client, "get_logged_model", lost)
     with pytest.raises(TrackingError, match="may have been deleted"):
         patiently(tag)
-    assert len(asked) == TRIES
+    assert asked.count("m-1") == TRIES  # a publisher of another test may still ask, too
 
 
 def test_in_the_end_the_error_is_raised(patiently: Patience, slept: list[float]) -> None:
