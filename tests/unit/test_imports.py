@@ -31,6 +31,7 @@ FLOORS = {
     "beside": 0,
     "progress": 0,
     "cache": 0,
+    "extensions": 0,
     "files": 0,
     "errors": 0,
     "terminal": 0,
@@ -42,6 +43,7 @@ ALLOWED_BESIDE = {
     ("cache", "errors"),
     ("cache", "files"),
     ("errors", "terminal"),
+    ("extensions", "errors"),
     ("columns", "terminal"),
 }
 

@@ -1,0 +1,76 @@
+"""Parts that other packages add: dataset formats, subset strategies, losses, search back ends.
+
+A part is registered under a name, by a decorator in Python or by an entry point of an installed
+package. Entry points are loaded when their name is first asked for.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from importlib.metadata import EntryPoint, entry_points
+from typing import Generic, TypeVar
+
+from mlflow_dr.errors import UsageError, did_you_mean, one_line
+
+T = TypeVar("T")
+
+
+class Registry(Generic[T]):
+    """Parts of one kind, by name.
+
+    Args:
+        kind: what a part is called in messages, such as `loss`.
+        group: the entry point group of other packages, such as `mlflow_dr.losses`.
+    """
+
+    def __init__(self, kind: str, group: str) -> None:
+        self.kind = kind
+        self.group = group
+        self._parts: dict[str, T] = {}
+
+    def register(self, name: str) -> Callable[[T], T]:
+        """Decorate a class or function to register it under a name.
+
+        Raises:
+            UsageError: the name is taken.
+        """
+
+        def decorate(part: T) -> T:
+            if name in self._parts and self._parts[name] is not part:
+                raise UsageError(f"a {self.kind} named {name!r} is already registered")
+            self._parts[name] = part
+            return part
+
+        return decorate
+
+    def names(self) -> list[str]:
+        """All names, in alphabetical order; entry points are listed without loading them."""
+        return sorted({*self._parts, *self._entry_points()})
+
+    def get(self, name: str) -> T:
+        """The part of a name.
+
+        Raises:
+            UsageError: there is none, or the package that offers it cannot be imported.
+        """
+        if name in self._parts:
+            return self._parts[name]
+        found = self._entry_points()
+        if name not in found:
+            known = ", ".join(self.names())
+            raise UsageError(
+                f"unknown {self.kind} {name!r}{did_you_mean(name, self.names())} (known: {known})"
+            )
+        try:
+            part: T = found[name].load()
+        except Exception as error:
+            where = found[name].value
+            message = f"the {self.kind} {name!r} cannot be imported from {where}: {one_line(error)}"
+            raise UsageError(message) from error
+        return self._parts.setdefault(name, part)
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._parts or name in self._entry_points()
+
+    def _entry_points(self) -> dict[str, EntryPoint]:
+        return {point.name: point for point in entry_points(group=self.group)}
