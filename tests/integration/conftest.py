@@ -23,9 +23,9 @@ from forks import NO_PLACE, Fork, Forks
 from mlflow import MlflowClient
 from mlflow.entities import LoggedModel
 
-SECONDS_TO_START = 60
+SECONDS_TO_START = 300
 ADMIN_PASSWORD = "of all runs here"
-SECONDS_FOR_A_COMMAND = 120
+SECONDS_FOR_A_COMMAND = 600
 PASSAGES = 300
 MODULES = (
     *("argparse", "ast", "calendar", "collections", "configparser", "contextlib", "copy", "csv"),
@@ -170,7 +170,7 @@ def _stop_group(process: subprocess.Popen) -> None:
         except ProcessLookupError:
             break
         try:
-            process.wait(timeout=10)
+            process.wait(timeout=120)
         except subprocess.TimeoutExpired:
             continue
     process.wait()

@@ -162,7 +162,7 @@ class Forks:
             fork.kill()
         self._process.stdin.close()
         self._process.stdout.close()
-        self._process.wait(timeout=10)
+        self._process.wait(timeout=120)
 
     def _send(
         self,

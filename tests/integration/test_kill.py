@@ -127,10 +127,10 @@ def test_asked_to_stop_while_it_waits_it_ends_at_once(
     client: MlflowClient,
 ) -> None:
     run_id = publish_noise(1, status="RUNNING")
-    words = ["validate", "--run-id", run_id, "--poll-seconds", "120"]
+    words = ["validate", "--run-id", run_id, "--poll-seconds", "1000"]
     begun = time.monotonic()
     ended = forked(*words, kill=("step 1: ", 0.3, number))
-    assert time.monotonic() - begun < 60
+    assert time.monotonic() - begun < 600
     assert ended.code == INTERRUPTED
     assert ended.printed[-3].startswith("step 1: ")
     assert ended.printed[-2:] == ["", "stopped"]  # click ends the terminal's line of ^C

@@ -168,11 +168,11 @@ def test_ctrl_c_stops_both_after_the_step(
     asked = time.monotonic()
     os.killpg(process.pid, signal.SIGINT)  # as a terminal does it
     printed, _ = process.communicate(timeout=600)
-    assert time.monotonic() - asked < 30
+    assert time.monotonic() - asked < 300
     assert process.returncode != 0
     assert "training killed" in printed, printed
     assert "Traceback" not in printed
-    _, alive = psutil.wait_procs(started, timeout=5)
+    _, alive = psutil.wait_procs(started, timeout=120)
     assert not alive
     # killed by us; `mlflow run` then writes FAILED over it (its check for an end never holds, 3.17)
     assert runs_of(store)[0].info.status in ("KILLED", "FAILED")
@@ -183,16 +183,16 @@ def test_asked_to_stop_before_training_began_the_run_is_killed(
 ) -> None:
     words = [word for key, value in FOREVER.items() for word in (f"--{key}", value)]
     process = start("mlflow-dr", "run", "--dataset", collection, *words, **variables)
-    deadline = time.monotonic() + 60
+    deadline = time.monotonic() + 600
     while len(descendants(process)) < 2 and time.monotonic() < deadline:
         time.sleep(0.02)
     started = descendants(process)
     asked = time.monotonic()
     process.send_signal(signal.SIGINT)
     printed, _ = process.communicate(timeout=600)
-    assert time.monotonic() - asked < 30
+    assert time.monotonic() - asked < 300
     assert process.returncode == 130, printed
-    _, alive = psutil.wait_procs(started, timeout=5)
+    _, alive = psutil.wait_procs(started, timeout=120)
     assert not alive
     assert runs_of(store)[0].info.status == "KILLED"
 

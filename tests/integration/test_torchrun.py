@@ -15,7 +15,7 @@ import pytest
 from mlflow import MlflowClient
 
 STEPS = 10
-SECONDS = 200
+SECONDS = 600
 
 
 def free_port() -> int:

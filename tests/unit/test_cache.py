@@ -294,7 +294,7 @@ def test_two_processes_make_a_damaged_entry_again_once(
         )
         for me, other in (("a", "b"), ("b", "a"))
     ]
-    said = [process.communicate(timeout=60) for process in pair]
+    said = [process.communicate(timeout=600) for process in pair]
     by = (tmp_path / "log").read_text()
     assert by in ("a", "b")
     assert [out.strip() for out, _ in said] == [by, by]

@@ -354,9 +354,9 @@ def test_reading_an_example_takes_microseconds() -> None:
     examples = made(*(raw([LINER], negatives, Query(str(n), "t")) for n in range(300)))
 
     def seconds() -> float:
-        start = time.perf_counter()
+        start = time.process_time()
         for index in range(len(examples)):
             examples[index]
-        return (time.perf_counter() - start) / len(examples)
+        return (time.process_time() - start) / len(examples)
 
     assert min(seconds() for _ in range(5)) < 100e-6  # 5 microseconds on an idle core

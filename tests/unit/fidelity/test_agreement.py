@@ -121,9 +121,9 @@ def test_one_query_has_no_interval() -> None:
 def test_a_large_study_takes_seconds() -> None:
     generator = np.random.default_rng(0)
     full, subset = generator.random((2, 8, 10_000))
-    start = time.perf_counter()
+    start = time.process_time()
     found = agreement(full, subset)
-    assert time.perf_counter() - start < 10
+    assert time.process_time() - start < 10
     assert found.tau.has_interval
 
 

@@ -96,7 +96,7 @@ def test_ctrl_c_does_not_wait_for_the_files_under_way(
         if name == "weights":
             main = threading.main_thread().ident
             threading.Timer(0.1, signal.pthread_kill, (main, signal.SIGINT)).start()
-            released.wait(20)
+            released.wait(300)
         real(self, name, path)
 
     monkeypatch.setattr(LocalArtifactRepository, "_download_file", slow)
@@ -104,7 +104,7 @@ def test_ctrl_c_does_not_wait_for_the_files_under_way(
     with pytest.raises(KeyboardInterrupt), fetching.fetched(checkpoint):
         pass
     released.set()
-    assert time.monotonic() - start < 10
+    assert time.monotonic() - start < 120
 
 
 @pytest.mark.parametrize("name", ["../outside", "/etc/passwd", "a/../../b"])

@@ -38,7 +38,7 @@ def watch() -> Iterator[Watch]:
 
 
 def wait_for(condition: Callable[[], object]) -> None:
-    deadline = time.monotonic() + 10
+    deadline = time.monotonic() + 120
     while not condition():
         assert time.monotonic() < deadline
         time.sleep(0.01)
@@ -90,7 +90,7 @@ def test_the_watcher_tells_once_and_ends(run: TrackedRun, watch: Watch) -> None:
 def test_it_looks_at_once_and_from_another_thread(run: TrackedRun) -> None:
     request_stop(run, "enough")
     names: list[str] = []
-    watcher = StopWatcher(run, lambda _: names.append(threading.current_thread().name), seconds=60)
+    watcher = StopWatcher(run, lambda _: names.append(threading.current_thread().name), seconds=600)
     wait_for(lambda: names)
     watcher.close()
     assert names == ["stop-watcher"]
@@ -117,10 +117,10 @@ def test_a_server_that_is_away_is_one_warning_and_then_read_again(
 def test_closing_does_not_wait_for_the_interval_nor_for_a_hanging_server(run: TrackedRun) -> None:
     asked: list[str] = []
     start = time.monotonic()
-    waiting = StopWatcher(run, asked.append, seconds=60)
+    waiting = StopWatcher(run, asked.append, seconds=600)
     time.sleep(0.2)
     waiting.close()
-    assert time.monotonic() - start < 2
+    assert time.monotonic() - start < 60
     assert not waiting._thread.is_alive()
 
     answers = threading.Event()
@@ -129,7 +129,7 @@ def test_closing_does_not_wait_for_the_interval_nor_for_a_hanging_server(run: Tr
     class Hanging(Flaky):
         def get_run(self, run_id: str) -> Run:
             self.looks += 1
-            answers.wait(20)
+            answers.wait(300)
             return super().get_run(run_id)
 
     run.client = hanging = Hanging(client)  # type: ignore[assignment]
@@ -138,8 +138,8 @@ def test_closing_does_not_wait_for_the_interval_nor_for_a_hanging_server(run: Tr
     wait_for(lambda: hanging.looks)
     start = time.monotonic()
     watcher.close()
-    assert time.monotonic() - start < 2
+    assert time.monotonic() - start < 60
     answers.set()
-    watcher._thread.join(10)
+    watcher._thread.join(120)
     assert not watcher._thread.is_alive()
     assert asked == []
