@@ -11,6 +11,7 @@ import io
 import os
 import re
 import sys
+from collections.abc import Sequence
 from typing import BinaryIO, TextIO
 
 LONGEST_LINE = 480  # of an error or a warning, in characters; with its level it stays below 500
@@ -133,3 +134,13 @@ def _shown_uri(match: re.Match[str]) -> str:
         values = _QUERY_VALUE.sub(rf"\1={HIDDEN}", query)
         query = values if "=" in query else HIDDEN
     return f"{scheme}://{rest}{mark}{query}{fragment}{after}"
+
+
+def in_columns(rows: Sequence[Sequence[str]]) -> str:
+    """Rows of equally many cells under one another, a line each, whatever the cells hold."""
+    rows = [[printable(cell) for cell in row] for row in rows]
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return "\n".join(
+        "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
+        for row in rows
+    )

@@ -43,7 +43,7 @@ def _corpus_file(room: Path) -> Path:
 
 
 def corpora(room: Path) -> Any:
-    from mlflow_dr.collection.passages import corpus_of_file
+    from mlflow_dr.collection.training_files import corpus_of_file
 
     corpus = corpus_of_file(_corpus_file(room))
     ids = [one[0] for one in PASSAGES]
@@ -66,7 +66,7 @@ def examples(room: Path) -> Any:
 
 
 def tokens(room: Path) -> Any:
-    from mlflow_dr.collection.passages import corpus_of_file
+    from mlflow_dr.collection.training_files import corpus_of_file
     from mlflow_dr.encoder.tables import corpus_tokens, subset_tokens
     from mlflow_dr.encoder.tokenize import Tokenizing
 
@@ -84,8 +84,8 @@ def tokens(room: Path) -> Any:
 
 
 def tops(room: Path) -> Any:
-    from mlflow_dr.collection.passages import corpus_of_file
     from mlflow_dr.collection.records import Query
+    from mlflow_dr.collection.training_files import corpus_of_file
     from mlflow_dr.subsets.searching import CachedSearching
     from mlflow_dr.subsets.spec import parse_spec
 

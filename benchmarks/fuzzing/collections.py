@@ -11,7 +11,7 @@ from benchmarks.fuzzing import damage, odd, reading
 from benchmarks.fuzzing.case import Case, Kind, UnreadableError
 from mlflow_dr.collection.catalogue import open_collection
 from mlflow_dr.collection.corpus import Corpus
-from mlflow_dr.collection.interface import Collection
+from mlflow_dr.collection.formats import Collection
 from mlflow_dr.retrieval.measures import measure_ranking, parse_measures
 
 PASSAGES = [
@@ -230,7 +230,7 @@ def _texts(path: Path) -> reading.Passages:
 
 
 def dpr_table(chance: Random, room: Path) -> Case:
-    from mlflow_dr.collection.passages import corpus_of_file
+    from mlflow_dr.collection.training_files import corpus_of_file
 
     rows = [(i, f'"{text.replace(chr(34), chr(34) * 2)}"', title) for i, title, text in PASSAGES]
     table(room / "psgs.tsv", rows, chance.choice(("id\ttext\ttitle\n", "")))

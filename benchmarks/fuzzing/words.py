@@ -11,7 +11,7 @@ from typing import Any
 
 from benchmarks.fuzzing import odd
 from benchmarks.fuzzing.case import AnyOf, Case, Kind, UnreadableError
-from mlflow_dr.collection.mixtures import parse_mixture
+from mlflow_dr.collection.catalogue import parse_mixture
 from mlflow_dr.decisions.keep import parse_policy
 from mlflow_dr.engines.devices import resolve_device, resolve_dtype
 from mlflow_dr.retrieval.measures import parse_measures

@@ -75,7 +75,7 @@ def command(
         raise click.UsageError("--tokenizer writes token ids, which --format asyncval alone holds")
 
     from mlflow_dr.collection.catalogue import open_collection
-    from mlflow_dr.collection.interface import chosen_split
+    from mlflow_dr.collection.formats import chosen_split
     from mlflow_dr.subsets.export import write_subset
     from mlflow_dr.subsets.searching import CachedSearching
     from mlflow_dr.subsets.spec import parse_spec

@@ -16,10 +16,17 @@ from typing import NamedTuple
 from urllib.parse import quote, unquote_to_bytes
 
 from mlflow_dr.collection.corpus import Corpus, cached_corpus
-from mlflow_dr.collection.fields import fields_of, identifier, text_or_tokens
-from mlflow_dr.collection.interface import Examples, check_split
-from mlflow_dr.collection.judgements import checked_topics, read_qrels
-from mlflow_dr.collection.recordfiles import check_complete, named_files, read_records, state_of
+from mlflow_dr.collection.formats import Examples, check_split
+from mlflow_dr.collection.jsonl import (
+    check_complete,
+    fields_of,
+    identifier,
+    named_files,
+    read_records,
+    state_of,
+    text_or_tokens,
+)
+from mlflow_dr.collection.qrels import checked_topics, read_qrels
 from mlflow_dr.collection.records import Passage, Query, Topics
 from mlflow_dr.errors import DataError, UsageError, quoted
 

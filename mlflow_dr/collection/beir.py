@@ -12,12 +12,11 @@ from pathlib import Path
 
 from mlflow_dr.collection.corpus import Corpus
 from mlflow_dr.collection.examples import JudgedExamples
-from mlflow_dr.collection.fields import identifier, text, texts
-from mlflow_dr.collection.interface import check_split
-from mlflow_dr.collection.judgements import checked_topics, read_qrels
-from mlflow_dr.collection.passages import corpus_of_file
-from mlflow_dr.collection.recordfiles import Record, check_link, json_lines
+from mlflow_dr.collection.formats import check_split
+from mlflow_dr.collection.jsonl import Record, check_link, identifier, json_lines, text, texts
+from mlflow_dr.collection.qrels import checked_topics, read_qrels
 from mlflow_dr.collection.records import Query, Topics
+from mlflow_dr.collection.training_files import corpus_of_file
 from mlflow_dr.errors import DataError, quoted
 
 ID = "_id"

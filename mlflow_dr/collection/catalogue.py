@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import math
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -11,7 +12,7 @@ from typing import NamedTuple
 from mlflow_dr.collection.asyncval import PREFIX as ASYNCVAL_PREFIX
 from mlflow_dr.collection.asyncval import asyncval_files
 from mlflow_dr.collection.corpus import Corpus
-from mlflow_dr.collection.interface import Collection, Examples
+from mlflow_dr.collection.formats import Collection, Examples
 from mlflow_dr.errors import UsageError
 from mlflow_dr.files import is_path
 
@@ -119,7 +120,7 @@ def _opened(name: str, corpus: Callable[[], Corpus] | None) -> Collection:
     if name.startswith(ASYNCVAL_PREFIX):
         return asyncval_files(name)
     if name.startswith(POOL_PREFIX):
-        from mlflow_dr.collection.pool import passage_pool
+        from mlflow_dr.collection.training_files import passage_pool
 
         return passage_pool(name)
     if is_path(name):
@@ -146,3 +147,44 @@ def _opened_path(path: Path, corpus: Callable[[], Corpus] | None) -> Collection:
 
     beir = path.is_dir() and ((path / "qrels").is_dir() or not has_training_files(path))
     return BeirFolder(path) if beir else TrainingFiles(path, corpus)
+
+
+JOIN = "+"
+WEIGHT = "@"
+
+
+def parse_mixture(text: str) -> list[tuple[str, float | None]]:
+    """The names in `text` and their weights, None where one has no weight of its own.
+
+    `+` joins, `@` sets a name and its weight apart. What is a path that exists is a name, whatever
+    is in it, be it the whole text or one part with its `@`.
+
+    Raises:
+        UsageError: a name is empty, or a weight is no positive number.
+    """
+    if is_path(text):
+        return [(text, None)]
+    return [_part(part, text) for part in text.split(JOIN)]
+
+
+def _part(part: str, whole: str) -> tuple[str, float | None]:
+    part = part.strip()
+    if is_path(part):
+        return part, None
+    name, at, weight = part.rpartition(WEIGHT) if WEIGHT in part else (part, "", "")
+    if not name.strip():
+        raise UsageError(
+            f"dataset {whole!r}: a part without a name; a mixture is NAME@WEIGHT+NAME@WEIGHT, "
+            "weights may be left out"
+        )
+    return name.strip(), _weight(weight, name, whole) if at else None
+
+
+def _weight(text: str, name: str, whole: str) -> float:
+    try:
+        weight = float(text)
+    except ValueError:
+        weight = math.nan
+    if not (math.isfinite(weight) and weight > 0):
+        raise UsageError(f"{whole!r}: the weight of {name!r} is {text!r}, not a positive number")
+    return weight

@@ -5,15 +5,15 @@ Layout: Karpukhin et al., Dense Passage Retrieval for Open-Domain Question Answe
 
 from __future__ import annotations
 
-from mlflow_dr.collection.drafts import RawExample
-from mlflow_dr.collection.fields import (
+from mlflow_dr.collection.examples import RawExample
+from mlflow_dr.collection.jsonl import (
+    Record,
     listed,
     optional_identifier,
     optional_text,
     text,
     texts,
 )
-from mlflow_dr.collection.recordfiles import Record
 from mlflow_dr.collection.records import Passage, Query
 from mlflow_dr.errors import DataError, quoted
 

@@ -8,35 +8,29 @@ the files are fetched as they are and read as plain JSON lines or Parquet.
 from __future__ import annotations
 
 import logging
+import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any
+from typing import Any, NamedTuple
 
 import pyarrow as pa
+import pyarrow.compute as pc
 
 from mlflow_dr.cache import cache_entry
-from mlflow_dr.collection.corpus import Corpus
-from mlflow_dr.collection.drafts import RawExample
-from mlflow_dr.collection.examples import CachedExamples, cached_examples
-from mlflow_dr.collection.hub_files import (
-    READERS,
-    HubFiles,
-    fetched,
-    fetched_where_there,
-    reason,
-)
-from mlflow_dr.collection.interface import check_split
+from mlflow_dr.collection.corpus import SCHEMA, Corpus, check_ids
+from mlflow_dr.collection.examples import CachedExamples, RawExample, cached_examples
+from mlflow_dr.collection.formats import check_split
 from mlflow_dr.collection.irds import topics_of
-from mlflow_dr.collection.judgements import checked_topics
-from mlflow_dr.collection.layouts import Layout, layout_of, raw_examples, recognised
-from mlflow_dr.collection.recordfiles import read_records
+from mlflow_dr.collection.jsonl import check_complete, read_records, state_of
+from mlflow_dr.collection.qrels import checked_topics
 from mlflow_dr.collection.records import Passage, Query, Topics
-from mlflow_dr.collection.tables import arrow_table, check_passages, passage_table
-from mlflow_dr.errors import DataError
+from mlflow_dr.collection.training_files import Layout, layout_of, raw_examples, recognised
+from mlflow_dr.errors import DataError, quoted
+from mlflow_dr.files import digest_of
 
 log = logging.getLogger(__name__)
 
@@ -229,3 +223,178 @@ def _table(room: Path, where: str) -> pa.Table:
 
     parts = [Dataset.from_file(str(path)) for path in sorted(room.glob("rows-*.arrow"))]
     return passage_table(arrow_table(concatenate_datasets(parts)), where)
+
+
+PASSAGE_COLUMNS = ("docid", "title", "text")
+TITLE = "title"
+
+
+def arrow_table(rows: Any) -> pa.Table:
+    """The Arrow table under a `datasets.Dataset`, still mapped from disk."""
+    return rows.with_format("arrow")[:]
+
+
+def passage_table(table: pa.Table, where: str) -> pa.Table:
+    """Columns `id`, `title`, `text` as strings; only a column of another type is copied.
+
+    Raises:
+        DataError: `docid` or `text` is missing, or a column is of another type.
+    """
+    if TITLE not in table.column_names:
+        table = table.append_column(TITLE, pa.nulls(len(table)))
+    _check_columns(table.schema, PASSAGE_COLUMNS, where)
+    columns = [table[name] for name in PASSAGE_COLUMNS]
+    for name, column in zip(PASSAGE_COLUMNS, columns, strict=True):
+        _check_type(column.type, name, where)
+    passages = pa.table(columns, names=SCHEMA.names).cast(SCHEMA)
+    if passages["title"].null_count:
+        passages = passages.set_column(1, SCHEMA.field("title"), passages["title"].fill_null(""))
+    return passages
+
+
+def check_passages(passages: pa.Table, where: str) -> None:
+    """Refuse passages without id or text, and ids that are used twice.
+
+    Raises:
+        DataError: with how many there are.
+    """
+    for name in ("id", "text"):
+        if missing := passages[name].null_count:
+            raise DataError(f"{where}: {missing} of {len(passages)} passages have no {name}")
+    ids = passages["id"]
+    try:
+        check_ids(ids)
+    except DataError as error:
+        raise DataError(f"{where}: {error}") from error
+    if (distinct := pc.count_distinct(ids).as_py()) != len(ids):
+        counts = pc.value_counts(ids)
+        repeated = counts.filter(pc.greater(counts.field("counts"), 1)).field("values")[0]
+        raise DataError(
+            f"{where}: {len(ids) - distinct} passages repeat an id (such as "
+            f"{quoted(repeated.as_py())})"
+        )
+
+
+def _check_columns(schema: pa.Schema, expected: Sequence[str], where: str) -> None:
+    missing = [name for name in expected if name not in schema.names]
+    if missing:
+        raise DataError(
+            f"{where}: no column {', '.join(missing)}; it has {', '.join(schema.names)}, "
+            f"expected {', '.join(expected)} ({TITLE} may be left out)"
+        )
+
+
+def _check_type(got: pa.DataType, name: str, where: str) -> None:
+    """Text everywhere; an id may be a whole number, and a title is null where no row has one."""
+    text = pa.types.is_string(got) or pa.types.is_large_string(got)
+    number = name.endswith("id") and pa.types.is_integer(got)
+    untitled = name == TITLE and pa.types.is_null(got)
+    if not (text or number or untitled):
+        raise DataError(f"{where}: column {name} holds {got}, expected strings")
+
+
+READERS = {".parquet": "parquet", ".jsonl.gz": "json", ".jsonl": "json"}
+
+
+class HubFiles(NamedTuple):
+    """Data files of one format, of one repository at one commit, on this machine."""
+
+    repo: str
+    commit: str
+    suffix: str
+    files: list[Path]
+
+    @property
+    def where(self) -> str:
+        """The repository and its first file, for messages."""
+        more = f" and {len(self.files) - 1} more" if len(self.files) > 1 else ""
+        return f"Hugging Face {self.repo} ({self.files[0].name}{more})"
+
+    @property
+    def digest(self) -> str:
+        """Names the commit, and what its files hold on this machine now; a cache's key."""
+        return digest_of("hub", self.repo, self.commit, *map(state_of, self.files))
+
+    @property
+    def way_out(self) -> str:
+        """What to do about a damaged file."""
+        return (
+            "if a file is damaged, "
+            f"`hf download --force-download --repo-type dataset {self.repo}` replaces it"
+        )
+
+
+def fetched(repo: str, stem: str) -> HubFiles:
+    """The files `<stem>.*` or `<stem>-*.*` of a repository, downloaded where the cache lacks them.
+
+    Raises:
+        DataError: the hub cannot be reached and the cache lacks them, or the repository does.
+    """
+    found, folder = _found(repo, [stem])
+    if stem not in found:
+        raise DataError(
+            f"Hugging Face {repo}: no {stem}.jsonl.gz, .jsonl or .parquet in {folder}; expected "
+            f"Tevatron's layout; `hf download --repo-type dataset {repo}` completes the folder"
+        )
+    return found[stem]
+
+
+def fetched_where_there(repo: str, stems: Sequence[str]) -> dict[str, HubFiles]:
+    """The files of those stems that the repository has.
+
+    Raises:
+        DataError: the hub cannot be reached and the cache has nothing of the repository.
+    """
+    return _found(repo, stems)[0]
+
+
+def _found(repo: str, stems: Sequence[str]) -> tuple[dict[str, HubFiles], Path]:
+    folder = _snapshot(repo, [p for stem in stems for s in READERS for p in _patterns(stem, s)])
+    found: dict[str, HubFiles] = {}
+    for stem in stems:
+        for suffix in READERS:  # a repository may offer the same rows in two formats
+            patterns = _patterns(stem, suffix)
+            if paths := sorted(path for pattern in patterns for path in _matching(folder, pattern)):
+                found.setdefault(stem, HubFiles(repo, folder.name, suffix, paths))
+    for files in found.values():
+        try:
+            check_complete(files.files)
+        except DataError as error:
+            raise DataError(
+                f"Hugging Face {repo}: {error}; `hf download --repo-type dataset {repo}` completes "
+                "the folder"
+            ) from error
+    return found, folder
+
+
+def _snapshot(repo: str, patterns: Sequence[str]) -> Path:
+    from huggingface_hub import constants, snapshot_download
+    from huggingface_hub.errors import LocalEntryNotFoundError
+
+    try:
+        return Path(snapshot_download(repo, repo_type="dataset", allow_patterns=list(patterns)))
+    except LocalEntryNotFoundError as error:
+        offline = " (HF_HUB_OFFLINE is set)" if constants.HF_HUB_OFFLINE else ""
+        raise DataError(
+            f"Hugging Face {repo}: not whole in the cache {constants.HF_HUB_CACHE}, and the hub "
+            f"cannot be reached{offline}; connect to the network, unset HF_HUB_OFFLINE, or point "
+            f"HF_HUB_CACHE to a cache that `hf download --repo-type dataset {repo}` has filled"
+        ) from error
+    except Exception as error:
+        raise DataError(f"Hugging Face {repo}: cannot be downloaded ({reason(error)})") from error
+
+
+def _matching(folder: Path, pattern: str) -> list[Path]:
+    """Files by name; also a link to nowhere, which `glob` passes over in a pattern without `*`."""
+    if "*" in pattern:
+        return list(folder.glob(pattern))
+    return [folder / pattern] if os.path.lexists(folder / pattern) else []
+
+
+def _patterns(stem: str, suffix: str) -> list[str]:
+    return [f"{stem}{suffix}", f"{stem}-*{suffix}", f"data/{stem}-*{suffix}"]
+
+
+def reason(error: BaseException) -> str:
+    """An error of another library on one line."""
+    return " ".join(f"{type(error).__name__}: {error}".split())

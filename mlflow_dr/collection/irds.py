@@ -6,21 +6,23 @@ Source: MacAvaney et al., Simplified Data Wrangling with ir_datasets, SIGIR 2021
 from __future__ import annotations
 
 import difflib
+import logging
 import os
 import sys
-from collections.abc import Iterator, Sequence
+from array import array
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from functools import cached_property
+from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 from mlflow_dr.collection.corpus import Corpus, cached_corpus
-from mlflow_dr.collection.drafts import RawExample
-from mlflow_dr.collection.examples import JudgedExamples, cached_examples
-from mlflow_dr.collection.interface import Examples, check_split
-from mlflow_dr.collection.irds_pairs import candidate_examples, pair_examples
-from mlflow_dr.collection.irds_reading import HOME_VARIABLE, reading
-from mlflow_dr.collection.judgements import EXPECTED, RELEVANCES, checked_topics
+from mlflow_dr.collection.examples import JudgedExamples, RawExample, cached_examples
+from mlflow_dr.collection.formats import Examples, check_split
+from mlflow_dr.collection.qrels import EXPECTED, RELEVANCES, checked_topics
 from mlflow_dr.collection.records import Passage, Query, Topics
-from mlflow_dr.errors import DataError, MissingExtraError, UsageError, quoted
+from mlflow_dr.errors import DataError, MissingExtraError, MlflowDrError, UsageError, quoted
 
 # ir_datasets waits 15 s three times for each mirror by default. Its retries start anew whenever
 # bytes arrive from a server that can resume, so fewer of them do not harm a long download.
@@ -261,3 +263,156 @@ def _library() -> Any:
             f"set {HOME_VARIABLE} to a folder that can be written"
         ) from error
     return ir_datasets
+
+
+RELEVANT = 1
+
+
+def pair_examples(dataset: Any, queries: Mapping[str, Query], name: str) -> Iterator[RawExample]:
+    """One example for each query of the docpairs: first passages against second passages.
+
+    The pairs come in any order, so all are held until the last one is read, four bytes for each.
+
+    Args:
+        dataset: an ir_datasets dataset with docpairs.
+        queries: the queries by id.
+        name: what the user calls it, for messages.
+
+    Raises:
+        DataError: the pairs cannot be downloaded or read.
+    """
+    groups = _Groups()
+    with reading(f"{name}: the docpairs"):
+        for pair in dataset.docpairs_iter():
+            groups.add(pair.query_id, pair.doc_id_a, pair.doc_id_b)
+    for query_id, positives, negatives in groups:
+        query = queries.get(query_id) or Query(query_id, "")
+        yield RawExample(f"{name}: query {query_id!r}", query, positives, negatives)
+
+
+def candidate_examples(dataset: Any, topics: Topics, name: str) -> Iterator[RawExample]:
+    """One example for each judged query: its relevant passages against its other scoreddocs.
+
+    Args:
+        dataset: an ir_datasets dataset with scoreddocs.
+        topics: the judged queries.
+        name: what the user calls it, for messages.
+
+    Raises:
+        DataError: the scoreddocs cannot be downloaded or read.
+    """
+    groups = _Groups()
+    with reading(f"{name}: the scoreddocs"):
+        for scored in dataset.scoreddocs_iter():
+            judged = topics.qrels.get(scored.query_id)
+            if judged is not None and judged.get(scored.doc_id, 0) < RELEVANT:
+                groups.add(scored.query_id, None, scored.doc_id)
+    candidates = {query_id: negatives for query_id, _, negatives in groups}
+    for query in topics.queries:
+        judged = topics.qrels[query.id]
+        positives = [passage_id for passage_id, rel in judged.items() if rel >= RELEVANT]
+        where = f"{name}: query {query.id!r}"
+        yield RawExample(where, query, positives, candidates.get(query.id, []))
+
+
+class _Groups:
+    """Passages by query, each passage's id held once."""
+
+    def __init__(self) -> None:
+        self._codes: dict[str, int] = {}
+        self._queries: dict[str, tuple[dict[int, None], array[int]]] = {}
+
+    def add(self, query_id: str, positive: str | None, negative: str) -> None:
+        if (group := self._queries.get(query_id)) is None:
+            group = self._queries[query_id] = ({}, array("i"))
+        if positive is not None:
+            group[0][self._code(positive)] = None
+        group[1].append(self._code(negative))
+
+    def __iter__(self) -> Iterator[tuple[str, list[str], list[str]]]:
+        """Query, positives and negatives, each passage once; in the order they came in."""
+        ids = list(self._codes)
+        for query_id, (positives, negatives) in self._queries.items():
+            yield (
+                query_id,
+                [ids[code] for code in positives],
+                [ids[code] for code in dict.fromkeys(negatives)],
+            )
+
+    def _code(self, passage_id: str) -> int:
+        return self._codes.setdefault(passage_id, len(self._codes))
+
+
+log = logging.getLogger(__name__)
+
+HOME_VARIABLE = "IR_DATASETS_HOME"
+PROGRESS_MESSAGES = ("[", "download error", "Download failed")
+
+
+@contextmanager
+def reading(what: str) -> Iterator[None]:
+    """Keeps ir_datasets quiet, and turns whatever it raises into one error about `what`.
+
+    What it would have printed is logged as information, or becomes the way out of the error.
+    """
+    heard: list[str] = []
+
+    def hear(record: logging.LogRecord) -> bool:
+        heard.append(" ".join(record.getMessage().split()))
+        return False
+
+    logger = logging.getLogger("ir_datasets")
+    logger.addFilter(hear)
+    try:
+        yield
+    except MlflowDrError:
+        raise
+    except ImportError as error:
+        raise MissingExtraError(f"{what}: {error}") from error
+    except Exception as error:
+        failures = _failures(error)
+        causes = "; ".join(dict.fromkeys(map(_cause, failures)))
+        raise DataError(f"{what} cannot be read: {causes}; {_way_out(failures, heard)}") from error
+    finally:
+        logger.removeFilter(hear)
+    for message in heard:
+        if not message.startswith(PROGRESS_MESSAGES):
+            log.info("ir_datasets: %s", message)
+
+
+def _failures(error: Exception) -> list[Exception]:
+    """The error itself, or for a failed download the errors of its mirrors."""
+    match error.args:
+        # ir_datasets.util.Download raises RuntimeError(text, [(mirror, error), ...])
+        case (str(), [(_, Exception()), *_] as failures):
+            errors = [failure for _, failure in failures]
+            return [each for each in errors if not isinstance(each, FileNotFoundError)] or errors
+    return [error]
+
+
+def _cause(error: Exception) -> str:
+    kind = type(error).__name__
+    if host := _host(error):
+        return f"the download from {host} failed ({kind})"
+    return " ".join(f"{kind}: {error}".split())
+
+
+def _host(error: Exception) -> str:
+    """The server that an error of `requests` is about; empty for any other error."""
+    request = getattr(error, "request", None)
+    return urlsplit(request.url).netloc if request is not None else ""
+
+
+def _way_out(failures: list[Exception], heard: list[str]) -> str:
+    home = str(Path(os.environ.get(HOME_VARIABLE, "~/.ir_datasets")).expanduser())
+    # ir_datasets prints where a file belongs that was, or can only be, fetched by hand
+    by_hand = next((message for message in reversed(heard) if home in message), None)
+    if any(_host(error) for error in failures):
+        files = f"put the files under {home} ({HOME_VARIABLE})"
+        return f"connect to the network, or {by_hand or files}"
+    if by_hand and isinstance(failures[-1], FileNotFoundError):
+        return by_hand
+    return (
+        f"remove what is damaged under {home} ({HOME_VARIABLE}) and read again; "
+        "if the error stays, upgrade ir_datasets"
+    )

@@ -10,12 +10,12 @@ from pathlib import Path
 
 import numpy as np
 
-from mlflow_dr.columns import in_columns
 from mlflow_dr.decisions.alignment import aligned
 from mlflow_dr.decisions.pictures import draw_changes
 from mlflow_dr.decisions.significance import Difference, difference, holm
 from mlflow_dr.errors import UsageError
 from mlflow_dr.files import written_beside
+from mlflow_dr.terminal import in_columns
 
 LETTERS = string.ascii_uppercase
 VALUES, PICTURE = "values.csv", "differences.png"

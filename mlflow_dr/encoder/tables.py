@@ -8,7 +8,7 @@ from hashlib import sha256
 import numpy as np
 
 from mlflow_dr.collection.corpus import Corpus
-from mlflow_dr.collection.interface import Examples
+from mlflow_dr.collection.formats import Examples
 from mlflow_dr.collection.records import Passage, Query
 from mlflow_dr.encoder.tokenize import Tokenizing
 from mlflow_dr.stores.token_table import TokenTable, cached_token_table, is_cached

@@ -9,11 +9,11 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from mlflow_dr.columns import in_columns
 from mlflow_dr.fidelity.agreement import FIGURES, Estimate
 from mlflow_dr.fidelity.findings import Compared, Curve, Findings
 from mlflow_dr.fidelity.pictures import draw_curves, draw_time_against_fidelity
 from mlflow_dr.files import written_beside
+from mlflow_dr.terminal import in_columns
 
 REPORT, TABLE, VALUES = "report.txt", "table.csv", "values.parquet"
 CURVES, TIME = "curves.png", "time_against_fidelity.png"

@@ -12,8 +12,8 @@ from typing import Any
 import numpy as np
 
 from mlflow_dr.collection.catalogue import open_collection
-from mlflow_dr.collection.interface import chosen_split
-from mlflow_dr.collection.recordfiles import state_of
+from mlflow_dr.collection.formats import chosen_split
+from mlflow_dr.collection.jsonl import state_of
 from mlflow_dr.encoder.model import Encoder
 from mlflow_dr.engines.devices import resolve_device, resolve_dtype
 from mlflow_dr.errors import CheckpointError, UsageError

@@ -18,7 +18,7 @@ import orjson
 from mlflow_dr.collection.catalogue import open_collection, open_examples
 from mlflow_dr.collection.corpus import Corpus
 from mlflow_dr.collection.examples import JudgedExamples
-from mlflow_dr.collection.interface import Collection, Examples
+from mlflow_dr.collection.formats import Collection, Examples
 from mlflow_dr.collection.records import Example, Query
 from mlflow_dr.errors import DataError, UnavailableError, UsageError, quoted
 from mlflow_dr.files import written_beside

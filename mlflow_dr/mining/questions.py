@@ -9,7 +9,7 @@ from typing import NamedTuple
 import numpy as np
 
 from mlflow_dr.collection.corpus import Corpus
-from mlflow_dr.collection.interface import Examples
+from mlflow_dr.collection.formats import Examples
 from mlflow_dr.collection.records import Example, Passage, Query
 from mlflow_dr.errors import DataError
 

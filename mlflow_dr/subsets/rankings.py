@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 
 from mlflow_dr.collection.corpus import Corpus
-from mlflow_dr.collection.fields import check_id
+from mlflow_dr.collection.jsonl import check_id
 from mlflow_dr.collection.records import Query
 from mlflow_dr.errors import DataError, quoted
 from mlflow_dr.files import decoded, read_lines

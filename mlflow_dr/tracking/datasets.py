@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     import pandas as pd
 
     from mlflow_dr.collection.corpus import Corpus
-    from mlflow_dr.collection.interface import Collection
+    from mlflow_dr.collection.formats import Collection
     from mlflow_dr.collection.records import Topics
 
 INTERFACE = ("name", "source", "splits", "corpus", "topics")
@@ -200,7 +200,7 @@ def from_dense_retrieval(
         DataError: the collection's files are damaged.
     """
     from mlflow_dr.collection.catalogue import open_collection
-    from mlflow_dr.collection.interface import chosen_split
+    from mlflow_dr.collection.formats import chosen_split
 
     if isinstance(collection, str | Path):
         collection = open_collection(str(collection))

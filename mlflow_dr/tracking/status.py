@@ -6,7 +6,7 @@ import time
 from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
-from mlflow_dr.columns import in_columns
+from mlflow_dr.terminal import in_columns
 from mlflow_dr.tracking.checkpoints import Checkpoint, checkpoints_of
 from mlflow_dr.tracking.claims import standing
 from mlflow_dr.tracking.results import PREFIX, State, failure_of, state_of

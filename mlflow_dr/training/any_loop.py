@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from mlflow_dr.collection.catalogue import open_collection
-from mlflow_dr.collection.interface import chosen_split
+from mlflow_dr.collection.formats import chosen_split
 from mlflow_dr.errors import TrackingError, UsageError
 from mlflow_dr.tracking.checkpoints import checkpoints_of, ready_steps
 from mlflow_dr.tracking.client import connect, tracking_errors, tracking_uri

@@ -6,9 +6,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from mlflow_dr.collection.catalogue import open_collection, open_examples
-from mlflow_dr.collection.interface import Collection, Examples, chosen_split
-from mlflow_dr.collection.mixtures import parse_mixture
+from mlflow_dr.collection.catalogue import open_collection, open_examples, parse_mixture
+from mlflow_dr.collection.formats import Collection, Examples, chosen_split
 from mlflow_dr.collection.training_files import TrainingFiles
 from mlflow_dr.errors import UsageError
 from mlflow_dr.training.arguments import DataArguments

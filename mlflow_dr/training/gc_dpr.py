@@ -12,8 +12,7 @@ from glob import glob
 from pathlib import Path
 from typing import Any
 
-from mlflow_dr.collection.catalogue import POOL_PREFIX
-from mlflow_dr.collection.mixtures import JOIN
+from mlflow_dr.collection.catalogue import JOIN, POOL_PREFIX
 from mlflow_dr.errors import UsageError
 from mlflow_dr.training.flags import flag
 from mlflow_dr.training.ranges import check_values, numbers_of

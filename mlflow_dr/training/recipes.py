@@ -6,9 +6,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from mlflow_dr.collection.catalogue import IR_DATASETS_PREFIX
+from mlflow_dr.collection.catalogue import IR_DATASETS_PREFIX, parse_mixture
 from mlflow_dr.collection.irds import IrDataset
-from mlflow_dr.collection.mixtures import parse_mixture
 from mlflow_dr.engines.devices import resolve_device, resolve_dtype
 
 

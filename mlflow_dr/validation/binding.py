@@ -8,7 +8,7 @@ from dataclasses import replace
 from typing import Any, NamedTuple
 
 from mlflow_dr.collection.catalogue import open_collection
-from mlflow_dr.collection.interface import Collection, chosen_split
+from mlflow_dr.collection.formats import Collection, chosen_split
 from mlflow_dr.engines.devices import AUTO, resolve_device, resolve_dtype
 from mlflow_dr.errors import UsageError
 from mlflow_dr.retrieval.measures import check_depth

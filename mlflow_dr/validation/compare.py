@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from mlflow_dr.collection.catalogue import open_collection
-from mlflow_dr.collection.interface import chosen_split
+from mlflow_dr.collection.formats import chosen_split
 from mlflow_dr.collection.records import Query
 from mlflow_dr.decisions.comparison import (
     LETTERS,

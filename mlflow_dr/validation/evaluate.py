@@ -13,7 +13,7 @@ import pyarrow as pa
 
 from mlflow_dr.cache import unchanged_cache
 from mlflow_dr.collection.corpus import Corpus
-from mlflow_dr.collection.interface import Collection
+from mlflow_dr.collection.formats import Collection
 from mlflow_dr.collection.records import Topics
 from mlflow_dr.encoder.config import check_types
 from mlflow_dr.encoder.model import Encoder

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mlflow_dr.collection.catalogue import open_collection
-from mlflow_dr.collection.interface import chosen_split
+from mlflow_dr.collection.formats import chosen_split
 from mlflow_dr.encoder.config import changes_of
 from mlflow_dr.encoder.directory import load_encoder
 from mlflow_dr.engines.devices import resolve_device, resolve_dtype

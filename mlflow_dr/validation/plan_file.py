@@ -12,7 +12,7 @@ import yaml
 
 from mlflow_dr.collection.asyncval import given_collection
 from mlflow_dr.collection.catalogue import ENTRIES, HUB_NAME, open_collection
-from mlflow_dr.collection.interface import check_split
+from mlflow_dr.collection.formats import check_split
 from mlflow_dr.decisions.keep import parse_policy
 from mlflow_dr.engines.devices import resolve_device, resolve_dtype
 from mlflow_dr.errors import UsageError, did_you_mean, quoted

@@ -27,7 +27,6 @@ FLOORS = {
     "encoder": 3,
     "stores": 2,
     "collection": 1,
-    "columns": 0,
     "beside": 0,
     "progress": 0,
     "cache": 0,
@@ -44,7 +43,6 @@ ALLOWED_BESIDE = {
     ("cache", "files"),
     ("errors", "terminal"),
     ("extensions", "errors"),
-    ("columns", "terminal"),
 }
 
 HOMES = {

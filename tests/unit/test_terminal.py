@@ -7,9 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from mlflow_dr.columns import in_columns
 from mlflow_dr.errors import did_you_mean, one_line
-from mlflow_dr.terminal import LONGEST_LINE, one_line_of, printable, without_secrets
+from mlflow_dr.terminal import LONGEST_LINE, in_columns, one_line_of, printable, without_secrets
 
 CLIPBOARD = "\x1b]52;c;cm0gLXJm\x07"  # OSC 52 writes the clipboard
 OVERRIDE = "\u202e"  # what follows is shown from right to left

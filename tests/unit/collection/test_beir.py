@@ -383,7 +383,7 @@ def test_a_file_of_equal_size_and_time_is_another_file(
 def test_an_unchanged_file_is_read_once(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     BeirFolder(folder).corpus()
     monkeypatch.setattr(
-        "mlflow_dr.collection.passages.json_lines", lambda path: pytest.fail("read")
+        "mlflow_dr.collection.training_files.json_lines", lambda path: pytest.fail("read")
     )
     assert len(BeirFolder(folder).corpus()) == 3
 

@@ -521,7 +521,7 @@ def _remote_docs(address: str, home: Path, md5: str, dua: str | None = None) -> 
 def _reading_mirrors(home: Path, mirrors: list[Any]) -> None:
     from ir_datasets.util import Download
 
-    from mlflow_dr.collection.irds_reading import reading
+    from mlflow_dr.collection.irds import reading
 
     with reading("the passages"):
         Download(mirrors, home / "never-there").path()

@@ -10,8 +10,8 @@ from typing import Any
 
 import pytest
 
-from mlflow_dr.collection import jsonarray
-from mlflow_dr.collection.recordfiles import read_records
+from mlflow_dr.collection import jsonl
+from mlflow_dr.collection.jsonl import read_records
 from mlflow_dr.errors import DataError
 
 ITEMS: list[dict[str, Any]] = [
@@ -28,7 +28,7 @@ def items(path: Path) -> list[Any]:
 
 @pytest.fixture(params=[1, 2, 3, 7, 64, 1 << 22])
 def steps(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> int:
-    monkeypatch.setattr(jsonarray, "BYTES_AT_A_TIME", request.param)
+    monkeypatch.setattr(jsonl, "BYTES_AT_A_TIME", request.param)
     return int(request.param)
 
 
@@ -127,13 +127,13 @@ def test_memory_holds_an_item_and_not_the_file(tmp_path: Path) -> None:
     _, peak = tracemalloc.get_traced_memory()
     tracemalloc.stop()
     assert peak < path.stat().st_size  # 40 MB
-    assert peak < 8 * jsonarray.BYTES_AT_A_TIME
+    assert peak < 8 * jsonl.BYTES_AT_A_TIME
 
 
 def test_a_long_item_is_read_in_growing_steps(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(jsonarray, "BYTES_AT_A_TIME", 16)
+    monkeypatch.setattr(jsonl, "BYTES_AT_A_TIME", 16)
     path = tmp_path / "a.json"
     path.write_text(json.dumps([{"text": "x" * 100_000}]))
     parsed = []
@@ -156,7 +156,7 @@ def test_a_number_of_thousands_of_digits(tmp_path: Path) -> None:
 
 
 def test_an_item_that_never_ends(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(jsonarray, "LONGEST_LINE", 1 << 20)
+    monkeypatch.setattr(jsonl, "LONGEST_LINE", 1 << 20)
     path = tmp_path / "a.json"
     path.write_text('[{}, {"a": "' + "x" * (1 << 23) + '"}]')
     with pytest.raises(DataError, match=r"a\.json:1: an item is longer than 1 MiB"):

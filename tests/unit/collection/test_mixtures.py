@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from mlflow_dr.collection.mixtures import parse_mixture
+from mlflow_dr.collection.catalogue import parse_mixture
 from mlflow_dr.errors import UsageError
 
 

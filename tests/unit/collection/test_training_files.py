@@ -20,10 +20,9 @@ import pytest
 from mlflow_dr.collection.catalogue import open_collection, open_examples
 from mlflow_dr.collection.corpus import Corpus, cached_corpus
 from mlflow_dr.collection.examples import CachedExamples
-from mlflow_dr.collection.interface import Examples, chosen_split
-from mlflow_dr.collection.passages import corpus_of_file
+from mlflow_dr.collection.formats import Examples, chosen_split
 from mlflow_dr.collection.records import Passage, Query
-from mlflow_dr.collection.training_files import TrainingFiles
+from mlflow_dr.collection.training_files import TrainingFiles, corpus_of_file
 from mlflow_dr.errors import DataError, UsageError
 
 Row = dict[str, Any]
@@ -377,7 +376,7 @@ def test_an_id_that_judgements_cannot_name(write: Callable[..., Path], character
 def test_a_passage_that_never_ends(
     write: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("mlflow_dr.collection.passages.LONGEST_LINE", 1000)
+    monkeypatch.setattr("mlflow_dr.collection.training_files.LONGEST_LINE", 1000)
     path = write("psgs.tsv", b'1\t"' + b"x" * 80 + b"\n" * 2000)
     with pytest.raises(DataError, match=r"psgs\.tsv:1: cannot be read \(field larger"):
         corpus_of_file(path)

@@ -9,12 +9,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from mlflow_dr.columns import in_columns
 from mlflow_dr.decisions.alignment import aligned
 from mlflow_dr.decisions.comparison import Comparison, as_text, changed_most, compared, write
 from mlflow_dr.decisions.pictures import changes_figure
 from mlflow_dr.decisions.significance import difference, holm
 from mlflow_dr.errors import DataError, UsageError
+from mlflow_dr.terminal import in_columns
 
 OLD = [0.0, 0.5, 1.0, 0.25, 0.0]
 NEW = [1.0, 0.5, 0.5, 0.5, 0.0]

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from mlflow_dr.collection.corpus import Corpus
-from mlflow_dr.collection.fields import check_id
+from mlflow_dr.collection.jsonl import check_id
 from mlflow_dr.collection.records import Qrels, Query, Topics
 from mlflow_dr.errors import DataError, quoted
 from mlflow_dr.files import decoded, read_lines
