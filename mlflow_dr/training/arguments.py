@@ -13,10 +13,9 @@ from mlflow_dr.encoder.config import (
     DEFAULT_QUERY_LENGTH,
     EncoderConfig,
 )
-from mlflow_dr.training.flags import flag
+from mlflow_dr.training.bi_encoder import PASSAGE, QUERY
+from mlflow_dr.training.flags import check_values, flag, upsample_rates
 from mlflow_dr.training.loss import Objective
-from mlflow_dr.training.ranges import check_values, upsample_rates
-from mlflow_dr.training.towers import PASSAGE, QUERY
 
 
 @dataclass

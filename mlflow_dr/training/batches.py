@@ -17,7 +17,7 @@ from mlflow_dr.collection.records import Example
 from mlflow_dr.encoder.tables import corpus_tokens, query_tokens
 from mlflow_dr.encoder.tokenize import Tokenizing
 from mlflow_dr.errors import DataError, UsageError
-from mlflow_dr.training.towers import PASSAGE, QUERY
+from mlflow_dr.training.bi_encoder import PASSAGE, QUERY
 
 log = logging.getLogger(__name__)
 
@@ -33,7 +33,7 @@ class HasOthers(Protocol):
         """Rows of one example's, `(n_others,) int64`."""
 
 
-class Rows(Protocol):
+class TokenRows(Protocol):
     """Token ids by row number: a token table, or texts that are tokenised when they are read."""
 
     def __getitem__(self, row: int) -> np.ndarray: ...
@@ -83,8 +83,8 @@ class TrainingSet(Dataset[Group]):
     def __init__(
         self,
         examples: Examples,
-        queries: Rows,
-        passages: Rows,
+        queries: TokenRows,
+        passages: TokenRows,
         n_passages: int,
         seed: int,
         with_scores: bool = False,
@@ -243,7 +243,7 @@ def training_set(
         processes: worker processes at most that tokenise.
         options: further arguments of `TrainingSet`.
     """
-    passages: Rows = (
+    passages: TokenRows = (
         corpus_tokens(examples.passages, tokenizing_passages, processes)
         if table
         else LateTokens(examples, tokenizing_passages)

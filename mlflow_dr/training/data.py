@@ -6,16 +6,21 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
+import torch
+from torch.utils.data import Dataset
+
 from mlflow_dr.collection.catalogue import open_collection, open_examples, parse_mixture
 from mlflow_dr.collection.formats import Collection, Examples, chosen_split
 from mlflow_dr.collection.training_files import TrainingFiles
 from mlflow_dr.errors import UsageError
 from mlflow_dr.training.arguments import DataArguments
-from mlflow_dr.training.ranges import upsample_rates
+from mlflow_dr.training.batches import Group, TrainingSet
+from mlflow_dr.training.flags import upsample_rates
 
 
 @dataclass(frozen=True)
-class Part:
+class WeightedExamples:
     """One set of examples of a mixture.
 
     Attributes:
@@ -43,7 +48,7 @@ class TrainingData:
         split: the queries that they put.
     """
 
-    parts: list[Part]
+    parts: list[WeightedExamples]
     collection: Collection | None
     split: str
 
@@ -72,10 +77,14 @@ def open_data(arguments: DataArguments) -> TrainingData:
         place = Path(arguments.train_dir).expanduser()
         examples = open_examples(place, collections[0].corpus)
         return TrainingData(
-            [Part(str(place), str(place.resolve()), examples, None, rates[0])], validated, split
+            [WeightedExamples(str(place), str(place.resolve()), examples, None, rates[0])],
+            validated,
+            split,
         )
     parts = [
-        Part(one.name, one.source, _examples(one, arguments.other_negatives), weight, rate)
+        WeightedExamples(
+            one.name, one.source, _examples(one, arguments.other_negatives), weight, rate
+        )
         for one, (_, weight), rate in zip(collections, named, rates, strict=True)
     ]
     return TrainingData(parts, validated, split)
@@ -133,3 +142,59 @@ def _validated(arguments: DataArguments, trained: Sequence[Collection]) -> Colle
     if not named.splits:
         raise UsageError(f"{named.name} has no judged queries to validate on")
     return named
+
+
+class Mixture(Dataset[Group]):
+    """Several training sets as one; an epoch has as many examples as they have together, or more.
+
+    Each set gives its share of an epoch. It goes on through its examples, in an order drawn anew
+    for each pass, from where the epoch before ended; so a small set with a large weight is read
+    several times an epoch, and each time with the next of its positives and negatives.
+
+    Args:
+        parts: what is mixed.
+        weights: the share of each; relative to each other.
+        seed: of the order.
+        total: examples of an epoch; as many as the sets have together when None.
+    """
+
+    def __init__(
+        self,
+        parts: Sequence[TrainingSet],
+        weights: Sequence[float],
+        seed: int,
+        total: int | None = None,
+    ) -> None:
+        self._parts = parts
+        self._seed = seed
+        self._counts = _shares(total or sum(map(len, parts)), weights)
+        self._starts = np.cumsum([0, *self._counts])
+        self._epoch = torch.zeros((), dtype=torch.int64).share_memory_()
+        self._orders: dict[tuple[int, int], np.ndarray] = {}
+
+    def set_epoch(self, epoch: int) -> None:
+        """Choose for this epoch from now on; `RetrieverTrainer` calls it before each."""
+        self._epoch.fill_(int(epoch))
+
+    def __len__(self) -> int:
+        return int(self._starts[-1])
+
+    def __getitem__(self, index: int) -> Group:
+        part = int(np.searchsorted(self._starts, index, side="right")) - 1
+        place = int(self._epoch) * self._counts[part] + index - int(self._starts[part])
+        visit, place = divmod(place, len(self._parts[part]))
+        return self._parts[part].group(int(self._order(part, visit)[place]), visit)
+
+    def _order(self, part: int, visit: int) -> np.ndarray:
+        if (part, visit) not in self._orders:
+            for old in [key for key in self._orders if key[0] == part and key[1] < visit - 1]:
+                del self._orders[old]
+            generator = np.random.default_rng([self._seed, part, visit])
+            self._orders[part, visit] = generator.permutation(len(self._parts[part]))
+        return self._orders[part, visit]
+
+
+def _shares(total: int, weights: Sequence[float]) -> list[int]:
+    """Whole numbers that add up to `total`, in the proportion of the weights."""
+    ends = np.round(np.cumsum(weights) / sum(weights) * total).astype(int)
+    return np.diff([0, *ends.tolist()]).tolist()

@@ -14,8 +14,7 @@ from typing import Any
 
 from mlflow_dr.collection.catalogue import JOIN, POOL_PREFIX
 from mlflow_dr.errors import UsageError
-from mlflow_dr.training.flags import flag
-from mlflow_dr.training.ranges import check_values, numbers_of
+from mlflow_dr.training.flags import check_values, flag, numbers_of
 
 log = logging.getLogger(__name__)
 

@@ -21,9 +21,8 @@ from mlflow_dr.training.arguments import (
     RetrieverTrainingArguments,
     TrainingRequest,
 )
-from mlflow_dr.training.flags import check_flags, read_flags, unknown_flag
+from mlflow_dr.training.flags import check_flags, check_values, read_flags, unknown_flag
 from mlflow_dr.training.gc_dpr import GcDprArguments, is_gc_dpr, translated
-from mlflow_dr.training.ranges import check_values
 from mlflow_dr.training.recipes import recipe_flags, recipe_of
 
 log = logging.getLogger(__name__)

@@ -4,24 +4,29 @@ from __future__ import annotations
 
 import atexit
 import logging
+import math
 import queue
 import shutil
 import threading
 import time
 import weakref
 from collections.abc import Callable, Collection, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 
+import torch
 from torch import Tensor
 
+from mlflow_dr.encoder.restore import restore_encoder
 from mlflow_dr.errors import MlflowDrError, TrackingError, one_line
 from mlflow_dr.files import grant_umask_modes, scratch, written_beside
 from mlflow_dr.tracking.checkpoints import give_up, new_checkpoint, seal, upload_checkpoint
 from mlflow_dr.tracking.client import tracking_errors
 from mlflow_dr.tracking.faults import lasts
 from mlflow_dr.tracking.runs import TrackedRun
-from mlflow_dr.training.publishable import Publishable
-from mlflow_dr.training.snapshots import host_copy, wait_for_copies
+from mlflow_dr.training.arguments import TrainingRequest
+from mlflow_dr.training.checkpoint_source import CheckpointSource, DirectorySource, EncoderSource
+from mlflow_dr.training.resume import complete_checkpoints_until, incomplete_reason
 
 log = logging.getLogger(__name__)
 
@@ -62,7 +67,7 @@ class Publisher:
     def __init__(
         self,
         run: TrackedRun,
-        source: Publishable,
+        source: CheckpointSource,
         done: Collection[int] = (),
         attempts: int = ATTEMPTS,
         pause: float = SECONDS_BETWEEN_ATTEMPTS,
@@ -114,7 +119,7 @@ class Publisher:
         self._queue.put((step, snapshot))
         return True
 
-    def make_up(self, step: int, source: Publishable) -> bool:
+    def publish_missed_checkpoints(self, step: int, source: CheckpointSource) -> bool:
         """Publish an earlier step from where its weights were kept, and wait for it.
 
         Returns:
@@ -166,7 +171,7 @@ class Publisher:
                 self._spare.append(snapshot)
                 self._queue.task_done()
 
-    def _publish(self, step: int, source: Publishable, state: Mapping[str, Tensor]) -> bool:
+    def _publish(self, step: int, source: CheckpointSource, state: Mapping[str, Tensor]) -> bool:
         try:
             attempts = 1 if self.refused else self._attempts
             publish_state(self._run, step, source, state, attempts, self._pause)
@@ -238,7 +243,7 @@ getattr(threading, "_register_atexit", atexit.register)(_close_all)
 def publish_state(
     run: TrackedRun,
     step: int,
-    source: Publishable,
+    source: CheckpointSource,
     state: Mapping[str, Tensor],
     attempts: int = ATTEMPTS,
     pause: float = SECONDS_BETWEEN_ATTEMPTS,
@@ -288,3 +293,100 @@ def _give_up(run: TrackedRun, model_id: str) -> None:
         give_up(run, model_id)
     except Exception as error:  # noqa: BLE001 - what the upload failed with says more
         log.error("models:/%s is left PENDING: %s", model_id, one_line(error))
+
+
+def wait_for_copies(weights: Mapping[str, Tensor]) -> None:
+    """Wait until what was asked of each GPU that holds weights is done."""
+    for device in {value.device for value in weights.values() if value.is_cuda}:
+        torch.cuda.current_stream(device).synchronize()
+
+
+def host_copy(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Room for the weights in host memory; page-locked where they come from a GPU."""
+    return {
+        name: torch.empty_like(value, device="cpu", pin_memory=value.is_cuda)
+        for name, value in weights.items()
+    }
+
+
+def publish_missed_checkpoints(
+    request: TrainingRequest,
+    publisher: Publisher,
+    source: EncoderSource,
+    done: Collection[int],
+    checkpoint: Path,
+    is_due: PublishSchedule,
+) -> None:
+    """Publish what is missing from Trainer's checkpoints on this disk.
+
+    Steps after the one that is resumed from are trained once more, and published then.
+
+    Args:
+        request: what is trained.
+        publisher: of the run.
+        source: the encoder as it is before training; its adapters may be others afterwards, until
+            those of `checkpoint` are read.
+        done: steps that are published.
+        checkpoint: what is resumed from.
+        is_due: after which steps there is a checkpoint.
+    """
+    if request.publish.publish_initial and 0 not in done:
+        publisher.publish_missed_checkpoints(0, source)
+    there = complete_checkpoints_until(checkpoint)
+    steps = range(1, max(there, default=0) + 1)
+    due = [step for step in steps if is_due(step) and step not in done]
+    for step in due:
+        if step in there and (problem := incomplete_reason(there[step])):
+            log.warning("%s: %s", there.pop(step), problem)
+        if step in there:
+            log.info("step %d was left unpublished; publishing %s", step, there[step])
+            publisher.publish_missed_checkpoints(step, _kept(there[step], request, source))
+    if lost := [str(step) for step in due if step not in there]:
+        log.warning(
+            "step %s was neither published before the training was stopped nor is it whole in %s",
+            *(", ".join(lost), checkpoint.parent),
+        )
+
+
+def _kept(directory: Path, request: TrainingRequest, source: EncoderSource) -> CheckpointSource:
+    """What Trainer's checkpoint holds, as it is published."""
+    if not request.model.lora:
+        return DirectorySource(directory)
+    # the base that the adapters name need not be theirs: that of two towers has others beside it,
+    # and neither `tiny` nor a published checkpoint is found by its name
+    restore_encoder(directory, source.encoder, request.model.trust_remote_code)
+    return source
+
+
+@dataclass(frozen=True)
+class PublishSchedule:
+    """Every so many steps, counted from the start or anew in each epoch.
+
+    Attributes:
+        every: steps; 0 for none.
+        epoch: steps of an epoch, at whose end there is a checkpoint, too; 0 to count from the
+            start.
+    """
+
+    every: int
+    epoch: int = 0
+
+    def __call__(self, step: int) -> bool:
+        """Whether a checkpoint is due after this step."""
+        counted = step % self.epoch if self.epoch else step
+        return bool(self.every) and counted % self.every == 0
+
+
+def publish_schedule(request: TrainingRequest, examples: int) -> PublishSchedule:
+    """When a training on so many examples publishes.
+
+    GC-DPR's `--eval_per_epoch` evaluates every `ceil(steps of an epoch / n)` steps of an epoch, and
+    at its end.
+    """
+    if request.publish.publish_per_epoch is None:
+        return PublishSchedule(request.publish.publish_steps)
+    trainer = request.trainer
+    batch = trainer.per_device_train_batch_size * trainer.world_size
+    batches = examples // batch if trainer.dataloader_drop_last else math.ceil(examples / batch)
+    epoch = max(1, math.ceil(batches / trainer.gradient_accumulation_steps))
+    return PublishSchedule(math.ceil(epoch / request.publish.publish_per_epoch), epoch)

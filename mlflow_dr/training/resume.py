@@ -33,7 +33,7 @@ NO_LOCKS = frozenset(
     (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EACCES, errno.EPERM, errno.EROFS)
 )
 RUN_FILE = "mlflow_dr_run.json"
-WHOLE_FILE = "mlflow_dr_whole.json"
+COMPLETE_FILE = "mlflow_dr_complete.json"
 LAST = "true"
 
 
@@ -76,9 +76,9 @@ def find_resumption(output_dir: str | Path, asked: str | None) -> Resumption | N
         )
     damaged: list[str] = []
     for path in reversed(checkpoints(directory).values()):
-        if not (path / WHOLE_FILE).exists() or _run_of(path) not in (None, run_id):
+        if not (path / COMPLETE_FILE).exists() or _run_of(path) not in (None, run_id):
             continue  # a crash has cut it off, or it is another run's
-        if problem := find_damage(path):
+        if problem := incomplete_reason(path):
             damaged.append(f"{path}: {problem}")
         else:
             return Resumption(run_id, path, tuple(damaged))
@@ -91,7 +91,7 @@ def find_resumption(output_dir: str | Path, asked: str | None) -> Resumption | N
 
 
 def _named(checkpoint: Path) -> Resumption:
-    problem, run_id = find_damage(checkpoint), _run_of(checkpoint)
+    problem, run_id = incomplete_reason(checkpoint), _run_of(checkpoint)
     if problem or run_id is None:
         raise UsageError(
             f"{checkpoint}: not a whole checkpoint of `mlflow-dr train` ({problem}); "
@@ -157,7 +157,7 @@ def _lock(directory: Path) -> Iterator[None]:
         lock.release()
 
 
-def check_output(output_dir: str | Path, overwrite: bool) -> None:
+def check_output_dir(output_dir: str | Path, overwrite: bool) -> None:
     """Refuse an output directory that holds another training's checkpoints.
 
     Args:
@@ -184,16 +184,16 @@ def begin_output(output_dir: str | Path, run_id: str) -> None:
     _write(directory / RUN_FILE, {"run_id": run_id})
 
 
-def mark_whole(checkpoint: Path, run_id: str) -> None:
+def mark_complete(checkpoint: Path, run_id: str) -> None:
     """Declare a checkpoint whole, once all its files are on the disk."""
     files: dict[str, dict[str, Any]] = {}
     for path in sorted(checkpoint.rglob("*")):
-        if path.is_file() and path != checkpoint / WHOLE_FILE:
+        if path.is_file() and path != checkpoint / COMPLETE_FILE:
             with path.open("rb") as file:
                 os.fsync(file.fileno())
             name = path.relative_to(checkpoint).as_posix()
             files[name] = {"bytes": path.stat().st_size, "sha256": file_sha256(path)}
-    _write(checkpoint / WHOLE_FILE, {"run_id": run_id, "files": files})
+    _write(checkpoint / COMPLETE_FILE, {"run_id": run_id, "files": files})
 
 
 def checkpoints(directory: Path) -> dict[int, Path]:
@@ -202,10 +202,10 @@ def checkpoints(directory: Path) -> dict[int, Path]:
     return dict(sorted((int(match[1]), path) for match, path in named if match and path.is_dir()))
 
 
-def whole_checkpoints_until(last: Path) -> dict[int, Path]:
+def complete_checkpoints_until(last: Path) -> dict[int, Path]:
     """Checkpoints beside one and of the same run that were saved whole; it is the last.
 
-    Their files have the right sizes; `find_damage` says whether they have the right bytes.
+    Their files have the right sizes; `incomplete_reason` says whether they have the right bytes.
 
     Returns:
         step -> directory, ascending; nothing where `last` was given another name.
@@ -213,27 +213,27 @@ def whole_checkpoints_until(last: Path) -> dict[int, Path]:
     run_id = _run_of(last)
     found: dict[int, Path] = {}
     for step, path in checkpoints(last.parent).items():
-        if _run_of(path) == run_id and not find_damage(path, sizes_only=True):
+        if _run_of(path) == run_id and not incomplete_reason(path, sizes_only=True):
             found[step] = path
         if path == last:
             return found
     return {}
 
 
-def find_damage(checkpoint: Path, sizes_only: bool = False) -> str:
+def incomplete_reason(checkpoint: Path, sizes_only: bool = False) -> str:
     """What is wrong with the files of a checkpoint; empty where nothing is.
 
     Args:
         checkpoint: its directory.
         sizes_only: whether to leave the bytes of files unread.
     """
-    files = _read(checkpoint / WHOLE_FILE).get("files")
+    files = _read(checkpoint / COMPLETE_FILE).get("files")
     if not isinstance(files, dict) or not files or _run_of(checkpoint) is None:
-        return f"{WHOLE_FILE} is missing or damaged"
+        return f"{COMPLETE_FILE} is missing or damaged"
     for name, known in files.items():
         path = checkpoint / name
         if not isinstance(known, dict) or "\0" in name:
-            return f"{WHOLE_FILE} is damaged, or of an earlier version"
+            return f"{COMPLETE_FILE} is damaged, or of an earlier version"
         if not path.is_file():
             return f"{name} is missing"
         if (size := path.stat().st_size) != known.get("bytes"):
@@ -245,7 +245,7 @@ def find_damage(checkpoint: Path, sizes_only: bool = False) -> str:
 
 def _run_of(checkpoint: Path) -> str | None:
     """The run that a checkpoint's list of files names; None without one."""
-    run_id = _read(checkpoint / WHOLE_FILE).get("run_id")
+    run_id = _read(checkpoint / COMPLETE_FILE).get("run_id")
     return run_id if isinstance(run_id, str) else None
 
 

@@ -31,20 +31,23 @@ from mlflow_dr.tracking.runs import (
 from mlflow_dr.tracking.stop_request import StopWatcher, clear_stop_request
 from mlflow_dr.tracking.system_metrics import system_metrics
 from mlflow_dr.training.arguments import RetrieverTrainingArguments, TrainingRequest
-from mlflow_dr.training.building import build_encoder, collator_of, mixed_training_set
 from mlflow_dr.training.callbacks import MetricCallback, StopCallback
+from mlflow_dr.training.checkpoint_source import EncoderSource
 from mlflow_dr.training.data import TrainingData, open_data
-from mlflow_dr.training.due import Due, due_steps
-from mlflow_dr.training.making_up import make_up
+from mlflow_dr.training.encoder_setup import build_encoder, collator_of, mixed_training_set
+from mlflow_dr.training.flags import MERGED
 from mlflow_dr.training.params import note_changes, params_of
-from mlflow_dr.training.publish_callback import Mate, PublishCallback, Submits
-from mlflow_dr.training.publishable import EncoderSource
-from mlflow_dr.training.publishing import Publisher
-from mlflow_dr.training.ranges import MERGED
+from mlflow_dr.training.publish_api import CheckpointPublisher, PublishCallback, ShardGatherer
+from mlflow_dr.training.publishing import (
+    Publisher,
+    PublishSchedule,
+    publish_missed_checkpoints,
+    publish_schedule,
+)
 from mlflow_dr.training.resume import (
     Resumption,
     begin_output,
-    check_output,
+    check_output_dir,
     find_resumption,
     locked_output,
     output_directories,
@@ -92,7 +95,7 @@ def _train_first(request: TrainingRequest, resumption: Resumption | None) -> str
     arguments = request.trainer
     saves = arguments.save_strategy != SaveStrategy.NO
     if resumption is None and saves:
-        check_output(str(arguments.output_dir), arguments.overwrite_output_dir)
+        check_output_dir(str(arguments.output_dir), arguments.overwrite_output_dir)
     client = connect(request.publish.tracking_uri)
     data = open_data(request.data)
     run = open_run(
@@ -178,7 +181,7 @@ def _train_from(
     _one_device(request.trainer)
     training_set = mixed_training_set(request, data, encoder)
     log.info("training %s on %d examples", request.model.model_name_or_path, len(training_set))
-    is_due = due_steps(request, len(training_set))
+    is_due = publish_schedule(request, len(training_set))
     stop = StopCallback()
     callbacks: list[TrainerCallback] = [stop]
     source = EncoderSource(encoder, merged=request.model.lora_publish == MERGED)
@@ -189,7 +192,7 @@ def _train_from(
             watcher = StopWatcher(run, stop.ask)
             ending.callback(watcher.close)
         elif request.trainer.fsdp:
-            callbacks = [_publishing(request, Mate(source), is_due), stop]
+            callbacks = [_publishing(request, ShardGatherer(source), is_due), stop]
         trainer = RetrieverTrainer(
             encoder,
             request.trainer,
@@ -216,7 +219,7 @@ def _writers(
     source: EncoderSource,
     resumption: Resumption | None,
     stop: StopCallback,
-    is_due: Due,
+    is_due: PublishSchedule,
     ending: ExitStack,
 ) -> list[TrainerCallback]:
     """The callbacks that write to the run; what a resumed training has written it writes not twice.
@@ -255,11 +258,13 @@ def _writers(
 
     ending.push(close)
     if resumption is not None and resumption.checkpoint is not None:
-        make_up(request, publisher, source, done, resumption.checkpoint, is_due)
+        publish_missed_checkpoints(request, publisher, source, done, resumption.checkpoint, is_due)
     return [MetricCallback(run.log_metrics, known), _publishing(request, publisher, is_due)]
 
 
-def _publishing(request: TrainingRequest, publisher: Submits, is_due: Due) -> PublishCallback:
+def _publishing(
+    request: TrainingRequest, publisher: CheckpointPublisher, is_due: PublishSchedule
+) -> PublishCallback:
     initial = request.publish.publish_initial
     return PublishCallback(is_due, initial=initial, publisher=publisher)
 

@@ -28,10 +28,10 @@ from mlflow_dr.encoder.restore import restore_encoder
 from mlflow_dr.errors import CheckpointError, MlflowDrError, TrainingError, one_line
 from mlflow_dr.files import grant_umask_modes, is_full
 from mlflow_dr.training.batches import Collator, Group
+from mlflow_dr.training.bi_encoder import PASSAGE, QUERY, BiEncoder
 from mlflow_dr.training.grad_cache import cached_vectors
 from mlflow_dr.training.loss import Objective
-from mlflow_dr.training.resume import mark_whole
-from mlflow_dr.training.towers import PASSAGE, QUERY, Towers
+from mlflow_dr.training.resume import mark_complete
 
 log = logging.getLogger(__name__)
 
@@ -79,7 +79,7 @@ class RetrieverTrainer(Trainer):
         if arguments.ddp_broadcast_buffers is None:
             arguments.ddp_broadcast_buffers = False
         super().__init__(
-            model=Towers(encoder),
+            model=BiEncoder(encoder),
             args=arguments,
             train_dataset=training_set,
             data_collator=collator,
@@ -196,7 +196,7 @@ class RetrieverTrainer(Trainer):
             self.accelerator.wait_for_everyone()
             if main and not self.args.save_only_model:
                 (directory / PROGRESS_FILE).write_text(json.dumps(progress), encoding="utf-8")
-                mark_whole(directory, self._run_id)
+                mark_complete(directory, self._run_id)
         except (OSError, SafetensorError, RuntimeError) as error:
             if self.args.world_size > 1 or not is_full(error, directory.parent):
                 raise

@@ -22,7 +22,7 @@ from mlflow_dr.errors import CheckpointError, UsageError
 from mlflow_dr.tracking.checkpoints import checkpoint_by_id, publish, seal
 from mlflow_dr.tracking.fetching import fetched
 from mlflow_dr.tracking.runs import TrackedRun
-from mlflow_dr.training.any_loop import publish_checkpoint
+from mlflow_dr.training.publish_api import publish_checkpoint
 
 TEXTS = ["gulls and trawlers", "The tide is in the harbour at noon.", "otter"]
 

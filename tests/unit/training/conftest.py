@@ -16,9 +16,9 @@ from mlflow_dr.collection.records import Example, Query
 from mlflow_dr.encoder.directory import save_encoder
 from mlflow_dr.encoder.model import Encoder
 from mlflow_dr.training.batches import TrainingSet, training_set
-from mlflow_dr.training.building import collator_of
+from mlflow_dr.training.bi_encoder import Texts
+from mlflow_dr.training.encoder_setup import collator_of
 from mlflow_dr.training.loss import Objective
-from mlflow_dr.training.towers import Texts
 
 COLOURS = ("red", "green", "blue", "white", "black", "pink", "brown", "grey")
 
@@ -151,7 +151,7 @@ def set_of() -> Callable[..., TrainingSet]:
     """A function from an encoder and examples to their training set."""
 
     def make(encoder: Encoder, examples: Any, n_passages: int = 1, **options: Any) -> TrainingSet:
-        from mlflow_dr.training.building import _tokenizings
+        from mlflow_dr.training.encoder_setup import _tokenizings
 
         options = {"seed": 0, **options}
         return training_set(examples, *_tokenizings(encoder), n_passages=n_passages, **options)

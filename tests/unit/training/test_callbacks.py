@@ -10,7 +10,7 @@ from transformers import TrainerControl, TrainerState, TrainingArguments
 
 from mlflow_dr.encoder.model import Encoder
 from mlflow_dr.training.callbacks import MetricCallback, StopCallback
-from mlflow_dr.training.publish_callback import PublishCallback
+from mlflow_dr.training.publish_api import PublishCallback
 
 Written = list[tuple[int, Mapping[str, float]]]
 Make = Callable[..., Any]

@@ -10,7 +10,7 @@ import torch
 from mlflow_dr.encoder.changes import untie, with_projection
 from mlflow_dr.encoder.model import Encoder
 from mlflow_dr.errors import CheckpointError, UsageError
-from mlflow_dr.training.dpr_weights import load_dpr_weights
+from mlflow_dr.training.encoder_setup import load_dpr_weights
 
 
 @pytest.fixture

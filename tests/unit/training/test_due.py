@@ -5,24 +5,24 @@ import math
 import pytest
 
 from mlflow_dr.errors import UsageError
-from mlflow_dr.training.due import Due, due_steps
 from mlflow_dr.training.parsing import parse_training
+from mlflow_dr.training.publishing import PublishSchedule, publish_schedule
 
 
-def steps(due: Due, last: int) -> list[int]:
+def steps(due: PublishSchedule, last: int) -> list[int]:
     return [step for step in range(1, last + 1) if due(step)]
 
 
 def test_every_so_many_steps() -> None:
-    assert steps(Due(3), 9) == [3, 6, 9]
-    assert steps(Due(0), 9) == []
+    assert steps(PublishSchedule(3), 9) == [3, 6, 9]
+    assert steps(PublishSchedule(0), 9) == []
 
 
 @pytest.mark.parametrize("times", [1, 2, 3, 5])
 def test_times_an_epoch_as_gc_dpr_counts(times: int) -> None:
     """Every ceil(steps / times) steps of an epoch, and at its end."""
     request = parse_training(["--publish_per_epoch", str(times), "--batch_size", "4"])
-    due = due_steps(request, 41)
+    due = publish_schedule(request, 41)
     epoch = math.ceil(41 / 4)
     every = math.ceil(epoch / times)
     expected = {n * epoch + step for n in (0, 1) for step in range(every, epoch, every)}
@@ -32,14 +32,14 @@ def test_times_an_epoch_as_gc_dpr_counts(times: int) -> None:
 def test_batches_that_are_put_together_or_dropped() -> None:
     words = ["--publish_per_epoch", "1", "--batch_size", "4"]
     more = ["--gradient_accumulation_steps", "3", "--dataloader_drop_last"]
-    assert steps(due_steps(parse_training(words), 41), 22) == [11, 22]
-    assert steps(due_steps(parse_training([*words, *more]), 41), 8) == [4, 8]
+    assert steps(publish_schedule(parse_training(words), 41), 22) == [11, 22]
+    assert steps(publish_schedule(parse_training([*words, *more]), 41), 8) == [4, 8]
 
 
 def test_the_users_steps_replace_the_recipes_epochs() -> None:
     recipe = ["--recipe", "dpr"]
     assert parse_training(recipe).publish.publish_per_epoch == 1
     request = parse_training([*recipe, "--publish_steps", "7"])
-    assert steps(due_steps(request, 100), 20) == [7, 14]
+    assert steps(publish_schedule(request, 100), 20) == [7, 14]
     with pytest.raises(UsageError, match="--eval_per_epoch and --publish_steps both say when"):
         parse_training(["--eval_per_epoch", "2", "--publish_steps", "7"])

@@ -15,8 +15,8 @@ from mlflow_dr.encoder.model import Encoder
 from mlflow_dr.encoder.tokenize import Tokenizing
 from mlflow_dr.errors import UsageError
 from mlflow_dr.training.arguments import TrainingRequest
-from mlflow_dr.training.building import build_encoder, collator_of, mixed_training_set
 from mlflow_dr.training.data import open_data, validated_collection
+from mlflow_dr.training.encoder_setup import build_encoder, collator_of, mixed_training_set
 from mlflow_dr.training.gc_dpr import WITHOUT_EFFECT
 from mlflow_dr.training.parsing import parse_training
 

@@ -14,9 +14,9 @@ from mlflow_dr.encoder.changes import untie, with_projection
 from mlflow_dr.encoder.lora import add_lora
 from mlflow_dr.encoder.model import Encoder
 from mlflow_dr.errors import UsageError
+from mlflow_dr.training.bi_encoder import BiEncoder, Texts
 from mlflow_dr.training.grad_cache import cached_vectors
 from mlflow_dr.training.loss import Objective
-from mlflow_dr.training.towers import Texts, Towers
 
 RAGGED = {"query": 2, "passage": 3}
 
@@ -25,7 +25,7 @@ class Encode:
     """The towers; remembers which texts it was given in which call, and with or without a graph."""
 
     def __init__(self, encoder: Encoder) -> None:
-        self.towers = Towers(encoder)
+        self.towers = BiEncoder(encoder)
         self.calls: list[tuple[bool, dict[str, Texts]]] = []
 
     def __call__(self, texts: Mapping[str, Texts]) -> dict[str, Tensor]:
@@ -201,7 +201,7 @@ def test_dropout_draws_anew_in_each_chunk(
     one = make_texts([6])
     texts = {name: values.expand(8, -1) for name, values in one.items()}
     batch = {"query": texts, "passage": texts}
-    vectors = cached_vectors(Towers(encoder), batch, {"query": 2, "passage": 2})["query"]
+    vectors = cached_vectors(BiEncoder(encoder), batch, {"query": 2, "passage": 2})["query"]
     distances = torch.cdist(vectors, vectors) + torch.eye(8)
     assert distances.min() > 1e-3
 

@@ -9,7 +9,7 @@ import pytest
 from torch.utils.data import DataLoader
 
 from mlflow_dr.training.batches import Group, TrainingSet
-from mlflow_dr.training.mixture import Mixture
+from mlflow_dr.training.data import Mixture
 
 Make = Callable[..., Any]
 

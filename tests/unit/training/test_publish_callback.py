@@ -35,8 +35,8 @@ from mlflow_dr.errors import TrackingError, UsageError
 from mlflow_dr.tracking.checkpoints import checkpoints_of, new_checkpoint
 from mlflow_dr.tracking.fetching import fetched
 from mlflow_dr.tracking.runs import RUN_VARIABLE, TrackedRun
-from mlflow_dr.training import publish_callback
-from mlflow_dr.training.publishable import EncoderSource
+from mlflow_dr.training import publish_api
+from mlflow_dr.training.checkpoint_source import EncoderSource
 from mlflow_dr.training.publishing import Publisher
 
 QUIET: dict[str, Any] = {"use_cpu": True, "disable_tqdm": True, "logging_steps": 100}
@@ -282,7 +282,7 @@ class Quick(Publisher):
 @pytest.fixture
 def refusing(client: MlflowClient, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> TrackedRun:
     """A run whose artifacts would lie below a file."""
-    monkeypatch.setattr(publish_callback, "Publisher", Quick)
+    monkeypatch.setattr(publish_api, "Publisher", Quick)
     (tmp_path / "a file").write_text("")
     experiment = client.create_experiment(f"no store {tmp_path}", str(tmp_path / "a file" / "x"))
     return TrackedRun(client, client.create_run(experiment))

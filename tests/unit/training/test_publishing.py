@@ -18,7 +18,7 @@ from mlflow_dr.tracking.checkpoints import checkpoints_of, ready_steps
 from mlflow_dr.tracking.client import tracking_uri
 from mlflow_dr.tracking.fetching import fetched
 from mlflow_dr.tracking.runs import TrackedRun
-from mlflow_dr.training.publishable import DirectorySource, EncoderSource
+from mlflow_dr.training.checkpoint_source import DirectorySource, EncoderSource
 from mlflow_dr.training.publishing import FAILURE_TAG, Publisher
 
 
@@ -170,7 +170,7 @@ def test_an_earlier_step_is_made_up_for(run: TrackedRun, tiny: Encoder, tmp_path
     run.client = Unreliable(run.client, failures=1)  # type: ignore[assignment]
     publisher = Publisher(run, EncoderSource(tiny), attempts=1)
     kept = DirectorySource(tmp_path / "kept")
-    assert [publisher.make_up(step, kept) for step in (1, 2)] == [False, True]
+    assert [publisher.publish_missed_checkpoints(step, kept) for step in (1, 2)] == [False, True]
     assert publisher.unpublished == [1]
     assert [publisher.submit(step) for step in (2, 3)] == [False, True]
     publisher.close()
@@ -361,7 +361,7 @@ def test_what_is_made_up_and_refused_for_good_ends_it(
     run.client = Refusing(run.client, NO_BOTO, NO_BOTO)  # type: ignore[assignment]
     publisher = Publisher(run, EncoderSource(tiny), pause=0.01)
     with pytest.raises(TrackingError, match="step 1 was not published: No module named 'boto3'"):
-        publisher.make_up(1, DirectorySource(tmp_path / "kept"))
+        publisher.publish_missed_checkpoints(1, DirectorySource(tmp_path / "kept"))
     publisher.close()
 
 

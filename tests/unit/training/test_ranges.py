@@ -13,9 +13,9 @@ from mlflow_dr.training.arguments import (
     PublishArguments,
     RetrieverTrainingArguments,
 )
+from mlflow_dr.training.flags import CHOICES, RANGES, check_values, numbers_of, upsample_rates
 from mlflow_dr.training.gc_dpr import GcDprArguments
 from mlflow_dr.training.parsing import parse_training
-from mlflow_dr.training.ranges import CHOICES, RANGES, check_values, numbers_of, upsample_rates
 
 NAN, INF = float("nan"), float("inf")
 

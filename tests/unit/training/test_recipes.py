@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from mlflow_dr.errors import UsageError
-from mlflow_dr.training.ranges import RECIPE_NAMES
+from mlflow_dr.training.flags import RECIPE_NAMES
 from mlflow_dr.training.recipes import (
     DPR,
     GC_DPR,

@@ -10,17 +10,17 @@ from filelock import FileLock
 
 from mlflow_dr.errors import UsageError
 from mlflow_dr.training.resume import (
+    COMPLETE_FILE,
     RUN_FILE,
-    WHOLE_FILE,
     Resumption,
     begin_output,
-    check_output,
+    check_output_dir,
     checkpoints,
+    complete_checkpoints_until,
     find_resumption,
     locked_output,
-    mark_whole,
+    mark_complete,
     output_directories,
-    whole_checkpoints_until,
 )
 
 
@@ -31,7 +31,7 @@ def checkpoint(room: Path, step: int, run_id: str | None = "run-1") -> Path:
     for name in ("model.safetensors", "optimizer.pt", "query/model.safetensors"):
         (directory / name).write_bytes(bytes(100))
     if run_id is not None:
-        mark_whole(directory, run_id)
+        mark_complete(directory, run_id)
     return directory
 
 
@@ -65,7 +65,7 @@ def test_not_asked_it_goes_on_from_nothing(room: Path, asked: str | None) -> Non
 )
 def test_a_checkpoint_that_is_not_whole_is_passed_over(room: Path, damage: str) -> None:
     newest = room / "checkpoint-100"
-    weights, mark = newest / "query/model.safetensors", newest / WHOLE_FILE
+    weights, mark = newest / "query/model.safetensors", newest / COMPLETE_FILE
     if damage == "truncated":
         weights.write_bytes(bytes(99))
     elif damage == "grown":
@@ -80,7 +80,7 @@ def test_a_checkpoint_that_is_not_whole_is_passed_over(room: Path, damage: str) 
         mark.write_text("[]")
     else:
         mark.unlink()
-        mark_whole(newest, "run-2")
+        mark_complete(newest, "run-2")
     assert find_resumption(room, "true") == Resumption("run-1", room / "checkpoint-10")
 
 
@@ -126,10 +126,10 @@ def test_nothing_to_resume_is_one_line(tmp_path: Path, there: bool) -> None:
 def test_checkpoints_of_another_training_are_not_mixed_with_new_ones(room: Path) -> None:
     (room / "mine.txt").write_text("kept")
     with pytest.raises(UsageError, match=r"checkpoint-100.*--overwrite_output_dir") as caught:
-        check_output(room, overwrite=False)
+        check_output_dir(room, overwrite=False)
     assert "\n" not in str(caught.value)
     assert find_resumption(room, "true") == Resumption("run-1", room / "checkpoint-100")
-    check_output(room, overwrite=True)
+    check_output_dir(room, overwrite=True)
     begin_output(room, "run-2")
     assert find_resumption(room, "true") == Resumption("run-2", None)
     assert checkpoints(room) == {}
@@ -140,10 +140,10 @@ def test_whole_checkpoints_of_the_same_run_until_one(room: Path) -> None:
     checkpoint(room, 7, run_id="run-2")
     checkpoint(room, 8, run_id=None)
     there = {step: room / f"checkpoint-{step}" for step in (5, 10, 100)}
-    assert whole_checkpoints_until(room / "checkpoint-100") == there
-    assert list(whole_checkpoints_until(room / "checkpoint-10")) == [5, 10]
+    assert complete_checkpoints_until(room / "checkpoint-100") == there
+    assert list(complete_checkpoints_until(room / "checkpoint-10")) == [5, 10]
     (room / "checkpoint-100").rename(room / "best")
-    assert whole_checkpoints_until(room / "best") == {}
+    assert complete_checkpoints_until(room / "best") == {}
 
 
 DAMAGED = ("model.safetensors", "optimizer.pt", "query/model.safetensors")
@@ -185,7 +185,7 @@ def test_damaged_checkpoints_alone_are_no_reason_to_begin_anew(tmp_path: Path) -
     ids=range(8),
 )
 def test_a_list_of_files_may_hold_anything(room: Path, text: str) -> None:
-    mark = room / "checkpoint-100" / WHOLE_FILE
+    mark = room / "checkpoint-100" / COMPLETE_FILE
     mark.write_text(text, encoding="utf-8", errors="surrogateescape")
     found = find_resumption(room, "true")
     assert found == Resumption("run-1", room / "checkpoint-10")

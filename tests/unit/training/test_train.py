@@ -31,7 +31,7 @@ from mlflow_dr.training.data import open_data
 from mlflow_dr.training.loss import Objective
 from mlflow_dr.training.parsing import parse_training
 from mlflow_dr.training.publishing import Publisher
-from mlflow_dr.training.resume import locked_output, mark_whole
+from mlflow_dr.training.resume import locked_output, mark_complete
 from mlflow_dr.training.train import train
 from mlflow_dr.training.trainer import RetrieverTrainer
 
@@ -608,12 +608,12 @@ def test_what_does_not_fit_the_training_is_one_line(trained: Make, tmp_path: Pat
                 path.write_text(value)
             else:
                 torch.save(value, path)
-            mark_whole(directory, run.id)
+            mark_complete(directory, run.id)
             with pytest.raises(CheckpointError, match=f"checkpoint-2: .*{name}") as caught:
                 trained("--resume_from_checkpoint", **flags)
             assert "\n" not in str(caught.value)
         path.write_bytes(sound)
-    mark_whole(directory, run.id)
+    mark_complete(directory, run.id)
     assert trained("--resume_from_checkpoint", **flags).status == "FINISHED"
 
 

@@ -20,10 +20,10 @@ from mlflow_dr.encoder.lora import add_lora
 from mlflow_dr.encoder.model import Encoder
 from mlflow_dr.errors import TrainingError
 from mlflow_dr.training.batches import TrainingSet
-from mlflow_dr.training.building import collator_of
 from mlflow_dr.training.callbacks import StopCallback
+from mlflow_dr.training.data import Mixture
+from mlflow_dr.training.encoder_setup import collator_of
 from mlflow_dr.training.loss import Objective
-from mlflow_dr.training.mixture import Mixture
 from mlflow_dr.training.resume import begin_output, find_resumption
 from mlflow_dr.training.trainer import RetrieverTrainer
 
@@ -272,13 +272,13 @@ def test_older_checkpoints_go_when_the_new_one_is_whole(
     there: list[list[str]] = []
     from mlflow_dr.training import trainer as module
 
-    mark = module.mark_whole
+    mark = module.mark_complete
 
     def marked(*arguments: Any) -> None:
         there.append(sorted(path.name for path in tmp_path.glob("checkpoint-*")))
         mark(*arguments)
 
-    monkeypatch.setattr(module, "mark_whole", marked)
+    monkeypatch.setattr(module, "mark_complete", marked)
     make_trainer(make_small(), save_strategy="steps", save_steps=1, save_total_limit=2).train()
     assert there[2] == ["checkpoint-1", "checkpoint-2", "checkpoint-3"]
     assert there[3] == ["checkpoint-2", "checkpoint-3", "checkpoint-4"]

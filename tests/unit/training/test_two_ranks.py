@@ -17,10 +17,10 @@ from mlflow_dr.encoder.changes import untie
 from mlflow_dr.encoder.lora import add_lora
 from mlflow_dr.encoder.model import Encoder
 from mlflow_dr.training.batches import Group, TrainingSet
-from mlflow_dr.training.building import collator_of
+from mlflow_dr.training.bi_encoder import BiEncoder, Texts
+from mlflow_dr.training.data import Mixture
+from mlflow_dr.training.encoder_setup import collator_of
 from mlflow_dr.training.loss import Objective
-from mlflow_dr.training.mixture import Mixture
-from mlflow_dr.training.towers import Texts, Towers
 
 SIZES = {"query": 2, "passage": 3}
 ALONE = Objective(0.05, distil_weight=0.3, distil_temperature=0.5)
@@ -203,7 +203,7 @@ def test_loss_and_gradients_are_those_of_one_process(
     encoder = encoders[key].train()
     losses: list[list[float]] = []
     for batch in batches[:n]:
-        vectors = Towers(encoder)({role: batch[role] for role in ("query", "passage")})
+        vectors = BiEncoder(encoder)({role: batch[role] for role in ("query", "passage")})
         parts = [slice(0, 10)] if objective.across_devices else [slice(0, 5), slice(5, 10)]
         found = [
             ALONE(

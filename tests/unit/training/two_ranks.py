@@ -26,9 +26,9 @@ from transformers import TrainerCallback
 from transformers.models.bert.modeling_bert import BertModel  # noqa: F401 - before the fork
 
 from mlflow_dr.training.arguments import RetrieverTrainingArguments
+from mlflow_dr.training.bi_encoder import BiEncoder
 from mlflow_dr.training.grad_cache import cached_vectors
 from mlflow_dr.training.loss import Objective
-from mlflow_dr.training.towers import Towers
 from mlflow_dr.training.trainer import RetrieverTrainer
 
 RANKS = 2
@@ -55,7 +55,7 @@ def computed(case: Mapping[str, Any], given: Mapping[str, Any], rank: int) -> di
     """Loss and gradients of two steps of one case, each over all its batches."""
     encoder = given["encoders"][case["encoder"]].train()
     encoder.zero_grad()
-    model = DistributedDataParallel(Towers(encoder), bucket_cap_mb=0.02, broadcast_buffers=False)
+    model = DistributedDataParallel(BiEncoder(encoder), bucket_cap_mb=0.02, broadcast_buffers=False)
     reduced: Reduced = []
     counted(reduced, model)
     objective: Objective = case["objective"]

@@ -32,7 +32,7 @@ TRAINER_FILES = (
 NEEDED = ("pooling", "normalize")
 
 
-class Publishable(Protocol):
+class CheckpointSource(Protocol):
     """Weights that are snapshot in one thread and written in another."""
 
     def state(self) -> Mapping[str, Tensor]:
@@ -138,7 +138,7 @@ def _whole(weight: Tensor) -> Tensor:
     return weight.full_tensor() if isinstance(weight, DTensor) else weight
 
 
-def source_of(model: Any, tokenizer: Any = None, **settings: Any) -> Publishable:
+def source_of(model: Any, tokenizer: Any = None, **settings: Any) -> CheckpointSource:
     """How a model is published.
 
     Args:

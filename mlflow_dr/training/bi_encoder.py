@@ -21,7 +21,7 @@ QUERY, PASSAGE = "query", "passage"
 TOKENS_PER_PIECE = 2048
 
 
-class Towers(nn.Module):
+class BiEncoder(nn.Module):
     """Queries and passages to vectors.
 
     One forward call takes both, because DistributedDataParallel reduces gradients once per call.

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
+
+import torch
+from torch import Tensor, nn
 
 from mlflow_dr.encoder.changes import append_eos, untie, with_projection
 from mlflow_dr.encoder.directory import load_encoder
@@ -13,20 +17,12 @@ from mlflow_dr.encoder.model import Encoder
 from mlflow_dr.encoder.source import encoder_directory
 from mlflow_dr.encoder.tiny import tiny_encoder
 from mlflow_dr.encoder.tokenize import Tokenizing
-from mlflow_dr.errors import UsageError
+from mlflow_dr.errors import CheckpointError, UsageError, one_line
 from mlflow_dr.tracking.encoders import MODEL_SCHEME
 from mlflow_dr.training.arguments import TrainingRequest
-from mlflow_dr.training.backbones import (
-    check_separator,
-    freeze_passages,
-    lower_case,
-    set_dropout,
-)
 from mlflow_dr.training.batches import Collator, TrainingSet, check_negatives, training_set
-from mlflow_dr.training.data import TrainingData
-from mlflow_dr.training.dpr_weights import load_dpr_weights
-from mlflow_dr.training.mixture import Mixture
-from mlflow_dr.training.ranges import ADAPTER, MERGED
+from mlflow_dr.training.data import Mixture, TrainingData
+from mlflow_dr.training.flags import ADAPTER, MERGED
 
 TINY = "tiny"
 
@@ -178,3 +174,147 @@ def _texts(data: TrainingData) -> Iterator[str]:
             yield example.query.text
             for passage in part.examples.passages.passages(example.positives):
                 yield f"{passage.title} {passage.text}"
+
+
+# transformers' names for the dropout of hidden states and of attention
+DROPOUTS = (
+    "hidden_dropout_prob",
+    "attention_probs_dropout_prob",
+    "hidden_dropout",
+    "attention_dropout",
+    "embedding_dropout",
+    "mlp_dropout",
+    "resid_pdrop",
+    "embd_pdrop",
+    "attn_pdrop",
+    "dropout_rate",
+    "dropout",
+)
+BERT_SEPARATOR = "[SEP]"
+
+
+def set_dropout(encoder: Encoder, probability: float) -> None:
+    """Give the backbones this dropout, and their configuration, so that checkpoints say so."""
+    for tower in encoder.towers:
+        for part in (tower.backbone.config, *tower.backbone.modules()):
+            for name in DROPOUTS:
+                if isinstance(getattr(part, name, None), float):
+                    setattr(part, name, probability)
+            if isinstance(part, nn.Dropout):
+                part.p = probability
+
+
+def lower_case(encoder: Encoder) -> None:
+    """Have all texts lower-cased; a tokenizer that does it already is left alone."""
+    for tower in encoder.towers:
+        words = (tower.tokenizer(text)["input_ids"] for text in ("Ab CD", "ab cd"))
+        if len({tuple(ids) for ids in words}) > 1:
+            tower.settings = replace(tower.settings, lowercase=True)
+
+
+def check_separator(tokenizer: Any, separator: str) -> None:
+    """Refuse BERT's separator for a tokenizer that would take it for text.
+
+    Raises:
+        UsageError: with the tokenizer's own separator.
+    """
+    if BERT_SEPARATOR in separator and BERT_SEPARATOR not in tokenizer.get_vocab():
+        own = tokenizer.sep_token or tokenizer.eos_token or " "
+        raise UsageError(
+            f"--passage_field_separator: this model's tokenizer has no {BERT_SEPARATOR}, which "
+            f"DPR's recipe puts between title and text; pass --passage_field_separator {own!r}"
+        )
+
+
+def freeze_passages(encoder: Encoder) -> None:
+    """Leave the queries' weights alone to be trained.
+
+    Raises:
+        UsageError: queries have no weights of their own.
+    """
+    if encoder.query_tower is None:
+        raise UsageError(
+            "--fix_ctx_encoder leaves nothing to train where queries and passages have one "
+            "encoder; add --untie_encoder"
+        )
+    encoder.requires_grad_(False)
+    encoder.query_tower.requires_grad_(True)
+
+
+WEIGHTS = "model_dict"
+QUERIES, PASSAGES = "question_model.", "ctx_model."
+PROJECTION = "encode_proj."
+UNUSED = ("pooler.", "embeddings.position_ids")
+
+
+def load_dpr_weights(file: str, encoder: Encoder) -> None:
+    """Replace an encoder's weights by those of a DPR checkpoint; nothing in the file is run.
+
+    Args:
+        file: what DPR wrote by `torch.save`: `model_dict` with `question_model.*` and
+            `ctx_model.*`.
+        encoder: with weights of their own for queries.
+
+    Raises:
+        UsageError: there is no such file, or the encoder is not of its shape.
+        CheckpointError: the file is damaged, of another kind, or would run code.
+    """
+    if encoder.query_tower is None:
+        raise UsageError("--model_file has two encoders; add --untie_encoder")
+    state = _read(Path(file).expanduser())
+    for prefix, tower in ((QUERIES, encoder.query_tower), (PASSAGES, encoder)):
+        part = {
+            name.removeprefix(prefix): value
+            for name, value in state.items()
+            if name.startswith(prefix)
+        }
+        if not part:
+            raise CheckpointError(f"{file}: {WEIGHTS} has no {prefix}*; expected DPR's bi-encoder")
+        _load(file, tower, part)
+
+
+def _load(file: str, tower: Encoder, part: Mapping[str, Tensor]) -> None:
+    layer = {
+        name.removeprefix(PROJECTION): value
+        for name, value in part.items()
+        if name.startswith(PROJECTION)
+    }
+    weights = {
+        name: value for name, value in part.items() if not name.startswith((PROJECTION, *UNUSED))
+    }
+    projections: list[Any] = [module for module in tower.head if hasattr(module, "linear")]
+    if bool(layer) != bool(projections):
+        size = len(layer["weight"]) if "weight" in layer else 0
+        raise UsageError(f"--model_file {file} needs --projection_dim {size}")
+    try:
+        missing, unexpected = tower.backbone.load_state_dict(weights, strict=False)
+        if layer:
+            projections[0].linear.load_state_dict(layer)
+    except RuntimeError as error:
+        raise UsageError(
+            f"--model_file {file}: its weights are not of the model's shape; name the model that "
+            f"it was trained from by --pretrained_model_cfg ({one_line(error)[:200]})"
+        ) from error
+    missing = [name for name in missing if not name.startswith(UNUSED)]
+    if missing or unexpected:
+        what, name = ("lacks", missing[0]) if missing else ("has an unknown", unexpected[0])
+        raise UsageError(f"--model_file {file} {what} {name}; is it of another kind of model?")
+
+
+def _read(path: Path) -> dict[str, Tensor]:
+    if not path.is_file():
+        raise UsageError(f"--model_file {path}: no such file")
+    try:
+        read: Any = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # a damaged file raises anything
+        raise CheckpointError(
+            f"--model_file {path}: damaged, or it holds objects whose code would run; where you "
+            f"trust it, keep its weights alone: torch.save({{'{WEIGHTS}': torch.load(FILE, "
+            f"weights_only=False)['{WEIGHTS}']}}, NEW_FILE) ({type(error).__name__})"
+        ) from error
+    state = read.get(WEIGHTS) if isinstance(read, dict) else None
+    if not isinstance(state, dict) or not all(
+        isinstance(name, str) and isinstance(value, Tensor) for name, value in state.items()
+    ):
+        raise CheckpointError(f"--model_file {path}: no {WEIGHTS} of tensors; expected DPR's file")
+    return state

@@ -8,7 +8,14 @@ from torch import Tensor
 
 from mlflow_dr.encoder.changes import untie
 from mlflow_dr.encoder.model import Encoder
-from mlflow_dr.training.towers import TOKENS_PER_PIECE, Texts, Towers, cut, in_pieces, inverse
+from mlflow_dr.training.bi_encoder import (
+    TOKENS_PER_PIECE,
+    BiEncoder,
+    Texts,
+    cut,
+    in_pieces,
+    inverse,
+)
 
 LONG = [5 + 37 * i % 90 for i in range(120)]  # 6,000 tokens, of 120 x 94 padded
 
@@ -74,16 +81,16 @@ def test_each_role_has_its_weights(
     texts = make_texts([3, 8, 5])
     encoder = make_small().eval()
     with torch.no_grad():
-        tied = Towers(encoder)({"query": texts, "passage": texts})
+        tied = BiEncoder(encoder)({"query": texts, "passage": texts})
         assert torch.equal(tied["query"], tied["passage"])
         untie(encoder)
         for weight in encoder.for_queries.parameters():
             weight += torch.randn(weight.shape, generator=torch.Generator().manual_seed(2))
-        apart = Towers(encoder)({"passage": texts, "query": texts})
+        apart = BiEncoder(encoder)({"passage": texts, "query": texts})
         assert torch.equal(apart["passage"], tied["passage"])
         assert not torch.allclose(apart["query"], tied["query"])
         assert torch.equal(apart["query"], encoder.for_queries(**texts))
-        assert list(Towers(encoder)({"query": texts})) == ["query"]
+        assert list(BiEncoder(encoder)({"query": texts})) == ["query"]
 
 
 def test_inverse_undoes_an_order() -> None:

@@ -23,7 +23,7 @@ from mlflow_dr.tracking.client import tracking_uri
 from mlflow_dr.tracking.fetching import fetched
 from mlflow_dr.tracking.following import FollowedRun
 from mlflow_dr.tracking.runs import RUN_VARIABLE, TrackedRun
-from mlflow_dr.training import any_loop
+from mlflow_dr.training import publish_api
 from mlflow_dr.training.publishing import Publisher
 from mlflow_dr.validation.evaluate import Settings
 from mlflow_dr.validation.plan import Plan, Validation
@@ -36,7 +36,7 @@ VALIDATION = Validation(Settings(parse_measures("mrr@10"), device="cpu", dtype="
 def _clean(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.delenv(RUN_VARIABLE, raising=False)
     yield
-    any_loop._background.clear()
+    publish_api._background.clear()
 
 
 @pytest.fixture
@@ -115,7 +115,7 @@ def test_the_background_makes_no_request_once_it_runs(
         raise AssertionError("asked the server on the training thread")
 
     for name in ("connect", "find_run", "ready_steps", "checkpoints_of", "open_collection"):
-        monkeypatch.setattr(any_loop, name, no_request)
+        monkeypatch.setattr(publish_api, name, no_request)
     publish(1)
     flush_checkpoints()
     assert steps(run) == [(0, True), (1, True)]
@@ -186,7 +186,7 @@ def test_what_failed_in_the_background_is_told_when_flushed(
     publisher_was = publish_checkpoint(tmp_path / "gone", 2, run_id=run.id)
     assert publisher_was is not None
 
-    source = any_loop.source_of
+    source = publish_api.source_of
 
     def of_a_vanishing_directory(*args: object, **settings: object) -> object:
         found = source(*args, **settings)
@@ -194,7 +194,7 @@ def test_what_failed_in_the_background_is_told_when_flushed(
         return found
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(any_loop, "source_of", of_a_vanishing_directory)
+        patch.setattr(publish_api, "source_of", of_a_vanishing_directory)
         publish_checkpoint(tmp_path / "gone", 3, run_id=run.id, wait=False)
     publish_checkpoint(tiny, 4, run_id=run.id, wait=False)
     with pytest.raises(TrackingError, match="not published: step 3; "):
@@ -209,7 +209,7 @@ def test_what_the_server_refuses_is_one_line(
     def refused(*_: object, **__: object) -> str:
         raise MlflowException("disk quota\nexceeded")
 
-    monkeypatch.setattr(any_loop, "publish_state", refused)
+    monkeypatch.setattr(publish_api, "publish_state", refused)
     with pytest.raises(TrackingError, match="publishing step 3: disk quota exceeded"):
         publish_checkpoint(tiny, 3, run_id=run.id)
 
@@ -260,12 +260,12 @@ def test_what_nobody_would_take_is_told_at_the_next_call_and_kept(
     client: MlflowClient, tiny: Encoder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(any_loop, "Publisher", partial(Publisher, pause=0.0))
+    monkeypatch.setattr(publish_api, "Publisher", partial(Publisher, pause=0.0))
     (tmp_path / "a file").write_text("")
     experiment = client.create_experiment(f"no store {tmp_path}", str(tmp_path / "a file" / "x"))
     run_id = client.create_run(experiment).info.run_id
     publish_checkpoint(tiny, 1, run_id=run_id, wait=False)
-    any_loop._background[(tracking_uri(), run_id)].publisher.wait()
+    publish_api._background[(tracking_uri(), run_id)].publisher.wait()
     with pytest.raises(TrackingError, match=r"step 1 was not published: .*Not a directory"):
         publish_checkpoint(tiny, 2, run_id=run_id, wait=False)
     kept = tmp_path / "unpublished" / run_id / "unpublished-1"

@@ -20,9 +20,8 @@ from mlflow_dr.errors import CheckpointError, DataError, UsageError
 from mlflow_dr.stores import token_table
 from mlflow_dr.training.arguments import TrainingRequest
 from mlflow_dr.training.batches import LateTokens, TrainingSet
-from mlflow_dr.training.building import build_encoder, collator_of, mixed_training_set
-from mlflow_dr.training.data import TrainingData, open_data
-from mlflow_dr.training.mixture import Mixture
+from mlflow_dr.training.data import Mixture, TrainingData, open_data
+from mlflow_dr.training.encoder_setup import build_encoder, collator_of, mixed_training_set
 from mlflow_dr.training.parsing import parse_training
 
 Make = Callable[..., Any]

@@ -18,9 +18,9 @@ from mlflow_dr.encoder.directory import load_encoder, save_encoder
 from mlflow_dr.encoder.model import Encoder
 from mlflow_dr.encoder.tokenize import Tokenizing
 from mlflow_dr.errors import CheckpointError, UsageError
-from mlflow_dr.training.publishable import (
+from mlflow_dr.training.checkpoint_source import (
+    CheckpointSource,
     EncoderSource,
-    Publishable,
     check_directory,
     source_of,
     unwrapped,
@@ -62,7 +62,7 @@ def vectors(encoder: Encoder, texts: list[str]) -> np.ndarray:
     return np.stack(rows)
 
 
-def snapshot(source: Publishable) -> Mapping[str, Tensor]:
+def snapshot(source: CheckpointSource) -> Mapping[str, Tensor]:
     return {name: value.clone() for name, value in source.state().items()}
 
 
@@ -213,7 +213,7 @@ def test_a_directory_is_copied_without_what_trainers_leave_there(
 ) -> None:
     folder = tmp_path / "checkpoint-500"
     theirs.save(str(folder), create_model_card=False)
-    for name in ("optimizer.pt", "scheduler.pt", "rng_state_0.pth", "mlflow_dr_whole.json"):
+    for name in ("optimizer.pt", "scheduler.pt", "rng_state_0.pth", "mlflow_dr_complete.json"):
         (folder / name).write_bytes(b"large")
     (folder / "trainer_state.json").write_text("{}")
     before = sorted(path.name for path in folder.iterdir())
@@ -222,7 +222,12 @@ def test_a_directory_is_copied_without_what_trainers_leave_there(
     source.save(tmp_path / "out", {})
     assert sorted(path.name for path in folder.iterdir()) == before
     names = {path.name for path in (tmp_path / "out").iterdir()}
-    assert not names & {"optimizer.pt", "scheduler.pt", "rng_state_0.pth", "mlflow_dr_whole.json"}
+    assert not names & {
+        "optimizer.pt",
+        "scheduler.pt",
+        "rng_state_0.pth",
+        "mlflow_dr_complete.json",
+    }
     assert "trainer_state.json" not in names
     encoder = load_encoder(tmp_path / "out", safetensors_only=True)
     np.testing.assert_allclose(vectors(encoder, texts), theirs.encode_query(texts), atol=1e-5)
