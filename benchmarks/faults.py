@@ -4,10 +4,10 @@
     python -m benchmarks.faults --only proxy --rate 0.2
     python -m benchmarks.faults --only kills --rounds 50 --steps 1500
 
-`kills` is of a trainer, two validators and a server that get SIGKILL; see `benchmarks/kills.py`.
+`kills` kills a trainer, two validators and a server with SIGKILL (`benchmarks/faulting/kills.py`).
 The others publish checkpoints of tiny encoders to a real MLflow server, and validators follow as
-processes of their own; see `benchmarks/scenarios.py`. In the end each sound checkpoint must have
-one point for each metric, equal to an undisturbed validator's, and none of them may be FAILED.
+processes of their own (`benchmarks/faulting/scenarios.py`). At the end each sound checkpoint must
+have one point for each metric, equal to an undisturbed validator's, and none may be FAILED.
 """
 
 from __future__ import annotations
@@ -17,10 +17,10 @@ from pathlib import Path
 
 import click
 
-from benchmarks import kills
+from benchmarks.faulting import kills
+from benchmarks.faulting.scenarios import SCENARIOS
+from benchmarks.faulting.scene import COUNTS, Row, Scene
 from benchmarks.machine import machine
-from benchmarks.scenarios import SCENARIOS
-from benchmarks.scene import COUNTS, Row, Scene
 from benchmarks.server import Server
 
 KILLS = "kills"
@@ -37,12 +37,12 @@ def print_row(row: Row) -> None:
 
 
 @click.command()
-@click.option("--only", multiple=True, type=click.Choice([*SCENARIOS, KILLS]), help="Of these.")
-@click.option("--checkpoints", default=8, show_default=True, help="Sound ones, of each scenario.")
-@click.option("--rate", default=0.05, show_default=True, help="Of the answers, by the proxy.")
-@click.option("--rounds", default=10, show_default=True, help="How many processes are killed.")
-@click.option("--steps", default=200, show_default=True, help="Of the trainer that is killed.")
-@click.option("--validators", default=2, show_default=True, help="That are killed.")
+@click.option("--only", multiple=True, type=click.Choice([*SCENARIOS, KILLS]), help="Run these.")
+@click.option("--checkpoints", default=8, show_default=True, help="Sound checkpoints per scenario.")
+@click.option("--rate", default=0.05, show_default=True, help="Share of disturbed answers.")
+@click.option("--rounds", default=10, show_default=True, help="Number of processes to kill.")
+@click.option("--steps", default=200, show_default=True, help="Training steps, with kills.")
+@click.option("--validators", default=2, show_default=True, help="Validators to kill.")
 @click.option("--seed", default=0, show_default=True)
 @click.option("--keep", type=click.Path(path_type=Path), help="A new folder, kept with the logs.")
 def main(

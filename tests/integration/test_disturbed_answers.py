@@ -4,7 +4,7 @@ from collections.abc import Callable
 
 from mlflow import MlflowClient
 
-from benchmarks.proxy import Fault, Proxy
+from benchmarks.faulting.proxy import Fault, Proxy
 
 # late answers take their time; an empty one MLflow itself takes for the answer to a write
 EVERY_WAY = set(Fault) - {Fault.DELAYED, Fault.EMPTY}

@@ -8,8 +8,8 @@ import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
-from benchmarks.process import Process, all_ended
-from benchmarks.scene import METRICS, STARTS, Row, Scene, merged, points
+from benchmarks.faulting.process import Process, all_ended
+from benchmarks.faulting.scene import METRICS, STARTS, Row, Scene, merged, points
 from mlflow_dr.tracking.runs import TrackedRun
 
 SECONDS_TO_BEGIN = 90.0

@@ -11,12 +11,12 @@ from urllib.parse import urlsplit
 
 from mlflow.store.artifact import artifact_repository_registry
 
-from benchmarks.cache_faults import cache_damaged_meanwhile, damaged_cache
-from benchmarks.kills import PUBLISH_STEPS, trainer_words
-from benchmarks.malformed import MALFORMED
-from benchmarks.process import Process, all_ended
-from benchmarks.proxy import Fault, Proxy
-from benchmarks.scene import STARTS, Row, Scene
+from benchmarks.faulting.cache_faults import cache_damaged_meanwhile, damaged_cache
+from benchmarks.faulting.kills import PUBLISH_STEPS, trainer_words
+from benchmarks.faulting.malformed import MALFORMED
+from benchmarks.faulting.process import Process, all_ended
+from benchmarks.faulting.proxy import Fault, Proxy
+from benchmarks.faulting.scene import STARTS, Row, Scene
 from mlflow_dr.tracking.checkpoints import checkpoints_of
 from mlflow_dr.tracking.runs import TrackedRun
 
@@ -119,7 +119,7 @@ def without_modules(scene: Scene, rate: float, seed: int) -> Row:
             run,
             name,
             {
-                "PYTHONPATH": ":".join(map(str, [Path(__file__).parents[1], *more])),
+                "PYTHONPATH": ":".join(map(str, [Path(__file__).parents[2], *more])),
                 **({"FAULTSTORE_PASSWORD": "1"} if name == "sound" else {}),
             },
             expected=0 if name == "sound" else None,

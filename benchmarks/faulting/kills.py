@@ -22,7 +22,7 @@ from pathlib import Path
 
 from mlflow import MlflowClient
 
-from benchmarks.scene import MEASURES, points
+from benchmarks.faulting.scene import MEASURES, points
 from benchmarks.server import Server
 from mlflow_dr.retrieval.measures import parse_measures
 from mlflow_dr.tracking.checkpoints import Checkpoint, checkpoints_of
@@ -36,7 +36,7 @@ from mlflow_dr.validation.evaluate import Settings
 from mlflow_dr.validation.plan import Plan, Validation
 from mlflow_dr.validation.watch import watch
 
-COLLECTION = Path(__file__).parents[1] / "examples" / "sea"
+COLLECTION = Path(__file__).parents[2] / "examples" / "sea"
 PUBLISH_STEPS = 5
 LONGEST_LIFE = 6.0
 SECONDS_TO_END = 900

@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 from mlflow import MlflowClient
 
-from benchmarks.process import Process, all_ended
+from benchmarks.faulting.process import Process, all_ended
 from benchmarks.server import Server
 from mlflow_dr.collection.catalogue import open_collection
 from mlflow_dr.encoder.config import EncoderConfig
