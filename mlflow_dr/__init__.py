@@ -16,7 +16,7 @@ from mlflow_dr.version import VERSION
 if TYPE_CHECKING:
     from mlflow_dr.collection.catalogue import open_collection
     from mlflow_dr.encoder.directory import load_encoder, save_encoder
-    from mlflow_dr.mining.mine import Mining, mine
+    from mlflow_dr.mining.mine import MiningConfig, mine
     from mlflow_dr.mining.rule import Rule
     from mlflow_dr.training.parsing import parse_training
     from mlflow_dr.training.publish_api import (
@@ -32,7 +32,7 @@ __version__ = VERSION
 
 __all__ = [
     "Comparing",
-    "Mining",
+    "MiningConfig",
     "Once",
     "PublishCallback",
     "Rule",
@@ -50,7 +50,7 @@ __all__ = [
 
 _HOMES = {
     "Comparing": "mlflow_dr.validation.compare",
-    "Mining": "mlflow_dr.mining.mine",
+    "MiningConfig": "mlflow_dr.mining.mine",
     "Once": "mlflow_dr.validation.once",
     "PublishCallback": "mlflow_dr.training.publish_api",
     "Rule": "mlflow_dr.mining.rule",

@@ -85,18 +85,17 @@ def tokens(room: Path) -> Any:
 
 def tops(room: Path) -> Any:
     from mlflow_dr.collection.records import Query
-    from mlflow_dr.collection.training_files import corpus_of_file
-    from mlflow_dr.subsets.searching import CachedSearching
-    from mlflow_dr.subsets.spec import parse_spec
+    from mlflow_dr.subsets.spec import parse_subset
+    from mlflow_dr.subsets.strategies import CachedSearching
 
     corpus = corpus_of_file(_corpus_file(room))
     queries = [Query(one[0], one[1]) for one in QUERIES]
-    found = CachedSearching(corpus).tops(parse_spec("bm25@3").parts[0], queries)
+    found = CachedSearching(corpus).tops(parse_subset("bm25@3").parts[0], queries)
     return [one.tolist() for one in found]
 
 
 def fidelity(room: Path) -> Any:
-    from mlflow_dr.fidelity.kept import Kept
+    from mlflow_dr.fidelity.study import Kept
 
     kept = Kept([("a", 1), ("b", 2)])
     values = [np.array([0.5, 0.25, 1.0]), np.array([0.0, 1 / 3, 0.125])]

@@ -18,7 +18,7 @@ from benchmarks.fuzzing.collections import PASSAGES, QUERIES, hurt
 def ranking(chance: Random, room: Path) -> Case:
     from mlflow_dr.collection.corpus import Corpus
     from mlflow_dr.collection.records import Query
-    from mlflow_dr.subsets.rankings import ranking_tops
+    from mlflow_dr.retrieval.ranking import read_ranking
 
     ids = [one[0] for one in PASSAGES]
     corpus = Corpus(
@@ -57,7 +57,7 @@ def ranking(chance: Random, room: Path) -> Case:
     k = chance.choice((1, 3, 100))
 
     def read() -> Any:
-        return [[ids[row] for row in rows] for rows in ranking_tops(path, k, queries, corpus)]
+        return [[ids[row] for row in rows] for rows in read_ranking(path, k, queries, corpus)]
 
     return Case(
         f"{form}: {how}",

@@ -15,7 +15,7 @@ from mlflow_dr.collection.catalogue import parse_mixture
 from mlflow_dr.decisions.keep import parse_policy
 from mlflow_dr.engines.devices import resolve_device, resolve_dtype
 from mlflow_dr.retrieval.measures import parse_measures
-from mlflow_dr.subsets.spec import parse_spec
+from mlflow_dr.subsets.spec import parse_subset
 
 FORMATS = {
     "auto": "auto",
@@ -123,7 +123,7 @@ def number_format(text: str) -> Any:
 
 
 def _subset(text: str) -> Any:
-    spec = parse_spec(text)
+    spec = parse_subset(text)
     _ = (spec.slug, spec.shown, str(spec), spec.n_queries, spec.candidates)
     return sorted((part.kind, part.count, part.names) for part in spec.parts)
 

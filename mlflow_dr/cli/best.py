@@ -44,14 +44,14 @@ def command(
     Example:
         mlflow-dr best --run-id 0123456789abcdef0123456789abcdef --download best-encoder
     """
-    from mlflow_dr.decisions.best import find_best, mark_best, summary
+    from mlflow_dr.decisions.best import best_summary, find_best, mark_best
     from mlflow_dr.tracking import fetching, registry
     from mlflow_dr.tracking.client import connect
     from mlflow_dr.tracking.runs import resolve_run
 
     run = resolve_run(connect(tracking_uri, may_create=False), run_id)
     best = find_best(run, metric)
-    click.echo(summary(run, best, seed))
+    click.echo(best_summary(run, best, seed))
     mark_best(run, best)
     if download is not None:
         fetching.download(best.checkpoint, download)

@@ -64,7 +64,7 @@ def command(changed: int, **options: Any) -> None:
     Example:
         mlflow-dr compare 0123456789abcdef0123456789abcdef my-encoder --dataset msmarco
     """
-    from mlflow_dr.decisions.comparison import as_text
+    from mlflow_dr.decisions.comparison import comparison_text
     from mlflow_dr.validation.compare import Comparing, compare
 
-    click.echo(as_text(compare(Comparing(**options)), changed))
+    click.echo(comparison_text(compare(Comparing(**options)), changed))

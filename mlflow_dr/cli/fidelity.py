@@ -104,8 +104,8 @@ def command(
     check_one_set(sets, options["split"])
     asked = _asked(dataset, options["split"] or next(iter(sets), None), options)
 
-    from mlflow_dr.fidelity.report import as_text, metrics_of, write_files
-    from mlflow_dr.fidelity.study import study
+    from mlflow_dr.fidelity.report import fidelity_metrics, report_text, write_files
+    from mlflow_dr.fidelity.study import study_fidelity
     from mlflow_dr.files import scratch
     from mlflow_dr.tracking.checkpoints import checkpoints_of
     from mlflow_dr.tracking.client import connect
@@ -119,25 +119,25 @@ def command(
         checkpoints = found_checkpoints(checkpoints_dir)
     else:
         checkpoints = [one for one in checkpoints_of(run) if one.ready] if run else []
-    findings = study(checkpoints, asked, run)
-    click.echo(as_text(findings))
+    findings = study_fidelity(checkpoints, asked, run)
+    click.echo(report_text(findings))
     if output is not None:
         write_files(findings, output)
     if run is not None and not no_log:
         with scratch() as room:
-            log_study(run, metrics_of(findings), write_files(findings, room))
+            log_study(run, fidelity_metrics(findings), write_files(findings, room))
 
 
 def _asked(dataset: str | None, split: str | None, options: dict[str, Any]) -> Any:
-    from mlflow_dr.fidelity.study import Study
+    from mlflow_dr.fidelity.study import FidelityConfig
     from mlflow_dr.retrieval.measures import parse_measures
-    from mlflow_dr.subsets.spec import parse_spec
+    from mlflow_dr.subsets.spec import parse_subset
 
     measures = parse_measures(options["measure"])
     if len(measures) > 1:
         raise click.UsageError(f"one --measure orders the checkpoints, not {len(measures)}")
-    return Study(
-        tuple(parse_spec(one, options["seed"], options["judged"]) for one in options["subsets"]),
+    return FidelityConfig(
+        tuple(parse_subset(one, options["seed"], options["judged"]) for one in options["subsets"]),
         measures[0],
         dataset,
         split,

@@ -108,13 +108,13 @@ def command(k1: float, b: float, language: str, **options: Any) -> None:
         mlflow-dr mine --dataset path/to/beir --output mined.jsonl.gz --with models:/m-0123 \\
             --relative-margin 0.05 --negatives 10
     """
-    from mlflow_dr.mining.mine import Mining, mine
+    from mlflow_dr.mining.mine import MiningConfig, mine
     from mlflow_dr.mining.rule import Rule
     from mlflow_dr.retrieval.bm25 import Bm25Settings
 
     run = run_of_project(options["tracking_uri"])
     rule = Rule(**{field.name: options.pop(field.name) for field in fields(Rule)})
-    mined = mine(Mining(rule=rule, bm25=Bm25Settings(k1, b, language), **options))
+    mined = mine(MiningConfig(rule=rule, bm25=Bm25Settings(k1, b, language), **options))
     lines = mined.summary(rule.negatives)
     for line in lines:
         click.echo(line)

@@ -77,11 +77,11 @@ def command(
     from mlflow_dr.collection.catalogue import open_collection
     from mlflow_dr.collection.formats import chosen_split
     from mlflow_dr.subsets.export import write_subset
-    from mlflow_dr.subsets.searching import CachedSearching
-    from mlflow_dr.subsets.spec import parse_spec
+    from mlflow_dr.subsets.spec import parse_subset
+    from mlflow_dr.subsets.strategies import CachedSearching
     from mlflow_dr.subsets.subset import make_subset
 
-    spec = parse_spec(subsets[0], seed, judged)
+    spec = parse_subset(subsets[0], seed, judged)
     tokens = None
     if tokenizer:
         from mlflow_dr.encoder.tokenize import plain_tokens

@@ -6,7 +6,7 @@ import math
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from mlflow_dr.decisions.alignment import aligned
+from mlflow_dr.decisions.comparison import aligned_values
 from mlflow_dr.decisions.significance import Difference, difference
 from mlflow_dr.errors import NoValuesError, TrackingError
 from mlflow_dr.retrieval.measures import parse_measures
@@ -118,11 +118,13 @@ def against_runner_up(run: TrackedRun, best: Best, seed: int = 0) -> Difference 
         return None
     pair = (best.runner_up.checkpoint, best.checkpoint)
     tables = [values_of(run, one, best.metric.validation) for one in pair]
-    _, values = aligned([one.uri for one in pair], tables, str(*parse_measures(best.metric.key)))
+    _, values = aligned_values(
+        [one.uri for one in pair], tables, str(*parse_measures(best.metric.key))
+    )
     return difference(values[0], values[1], seed)
 
 
-def summary(run: TrackedRun, best: Best, seed: int = 0) -> str:
+def best_summary(run: TrackedRun, best: Best, seed: int = 0) -> str:
     """The best checkpoint and what it is ahead of, in a few lines.
 
     Raises:

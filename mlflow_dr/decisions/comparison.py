@@ -7,13 +7,12 @@ import string
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 
-from mlflow_dr.decisions.alignment import aligned
-from mlflow_dr.decisions.pictures import draw_changes
 from mlflow_dr.decisions.significance import Difference, difference, holm
-from mlflow_dr.errors import UsageError
+from mlflow_dr.errors import DataError, UsageError
 from mlflow_dr.files import written_beside
 from mlflow_dr.terminal import in_columns
 
@@ -54,7 +53,7 @@ class Comparison:
         return changes
 
 
-def compared(
+def compare_values(
     labels: Sequence[str],
     tables: Sequence[Mapping[str, Mapping[str, float]]],
     measure: str,
@@ -75,13 +74,15 @@ def compared(
         DataError: the queries differ, the measure is missing, or a value is no number.
     """
     check_count(len(labels))
-    ids, values = aligned(labels, tables, measure)
+    ids, values = aligned_values(labels, tables, measure)
     differences = tuple(difference(values[0], other, seed) for other in values[1:])
     known = [name for name in tables[0][ids[0]] if all(name in one[ids[0]] for one in tables)]
     return Comparison(
         labels=tuple(labels),
         measure=measure,
-        means={name: aligned(labels, tables, name)[1].mean(axis=1).tolist() for name in known},
+        means={
+            name: aligned_values(labels, tables, name)[1].mean(axis=1).tolist() for name in known
+        },
         query_ids=ids,
         values=values,
         differences=differences,
@@ -107,7 +108,7 @@ def changed_most(comparison: Comparison, count: int) -> list[int]:
     return [int(place) for place in order if largest[place] > 0]
 
 
-def as_text(comparison: Comparison, changed: int) -> str:
+def comparison_text(comparison: Comparison, changed: int) -> str:
     """The comparison in a few lines.
 
     Args:
@@ -150,7 +151,7 @@ def as_text(comparison: Comparison, changed: int) -> str:
     return "\n".join(lines)
 
 
-def check_output(directory: Path | None, force: bool) -> None:
+def check_comparison_output(directory: Path | None, force: bool) -> None:
     """Refuse to replace what was written before, unless it is asked for.
 
     Raises:
@@ -161,7 +162,7 @@ def check_output(directory: Path | None, force: bool) -> None:
             raise UsageError(f"{directory / name}: is there already; --force replaces it")
 
 
-def write(comparison: Comparison, directory: Path) -> None:
+def write_comparison(comparison: Comparison, directory: Path) -> None:
     """Write the values of all queries as `values.csv`, and a picture of the differences.
 
     Args:
@@ -196,3 +197,82 @@ def _counts(change: np.ndarray) -> str:
 def _end(label: str) -> str:
     """What a line has room for; the end of a path says more than its beginning."""
     return label if len(label) <= LONGEST_LABEL else f"{label[:2]}...{label[5 - LONGEST_LABEL :]}"
+
+
+def aligned_values(
+    labels: Sequence[str],
+    tables: Sequence[Mapping[str, Mapping[str, float]]],
+    measure: str,
+) -> tuple[list[str], np.ndarray]:
+    """One measure of each encoder, in the order of the first one's queries.
+
+    Args:
+        labels: what the encoders are called, for errors.
+        tables: of each encoder, query id -> measure -> value.
+        measure: such as `mrr@10`.
+
+    Returns:
+        The ids of the queries, and the values, `(n_encoders, n_queries) float64`.
+
+    Raises:
+        DataError: the queries differ, the measure is missing, or a value is no number.
+    """
+    ids = list(tables[0])
+    for label, table in zip(labels, tables, strict=True):
+        if table.keys() != tables[0].keys():
+            only_there = len(table.keys() - tables[0].keys())
+            raise DataError(
+                f"{labels[0]} and {label} were measured on other queries: "
+                f"{len(tables[0].keys() - table.keys())} of {len(ids)} are missing from the "
+                f"latter, and {only_there} of {len(table)} from the former"
+            )
+        if without := next((one for one in ids if measure not in table[one]), None):
+            known = ", ".join(table[without]) or "none"
+            raise DataError(f"{label} has no values of {measure}; it has: {known}")
+    values = np.array([[table[one][measure] for one in ids] for table in tables], np.float64)
+    finite = np.isfinite(values).all(axis=1)
+    if not finite.all():
+        worst = int(np.argmin(finite))
+        count = int((~np.isfinite(values[worst])).sum())
+        raise DataError(f"{count} values of {measure} of {labels[worst]} are not finite numbers")
+    return ids, values
+
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+WIDTH, HEIGHT = 9.0, 3.4  # inches, of each panel
+BETTER, WORSE = "tab:blue", "tab:red"
+
+
+def draw_changes(path: Path, titles: Sequence[str], changes: np.ndarray, measure: str) -> None:
+    """Write a PNG of the change of each query, a bar each, sorted.
+
+    Args:
+        path: where.
+        titles: of each panel.
+        changes: `(n_panels, n_queries) float64`.
+        measure: what has changed.
+    """
+    changes_figure(titles, changes, measure).savefig(path, format="png", dpi=120)
+
+
+def changes_figure(titles: Sequence[str], changes: np.ndarray, measure: str) -> Figure:
+    """The picture that `draw_changes` writes; arguments likewise."""
+    # only here: half a second to import; drawn without pyplot, which keeps every figure
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(WIDTH, HEIGHT * len(titles)), layout="constrained")
+    FigureCanvasAgg(figure)
+    panels = figure.subplots(len(titles), sharex=True, sharey=True, squeeze=False)[:, 0]
+    for panel, title, change in zip(panels, titles, changes, strict=True):
+        ordered = np.sort(change)[::-1]
+        for colour, part in ((BETTER, ordered.clip(min=0)), (WORSE, ordered.clip(max=0))):
+            # one outline of all bars: a patch for each takes seconds for thousands of queries
+            panel.stairs(part, fill=True, color=colour)
+        panel.axhline(0, color="black", linewidth=0.8)
+        panel.set_title(title, fontsize=9, parse_math=False)
+        panel.set_ylabel(f"change of {measure}")
+    panels[-1].set_xlabel(f"{changes.shape[1]} queries, sorted by change")
+    return figure

@@ -8,8 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from mlflow_dr.fidelity.agreement import Estimate
-from mlflow_dr.fidelity.findings import Curve, Findings
+from mlflow_dr.fidelity.agreement import Curve, Estimate, FidelityResult
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -34,17 +33,17 @@ LOG_FROM = 6.25  # longest seconds by shortest; from here two ticks of 1, 2, 5 a
 POINTS = 72  # to the inch
 
 
-def draw_curves(findings: Findings, path: Path) -> None:
+def draw_curves(findings: FidelityResult, path: Path) -> None:
     """Write a PNG of the curve of every subset beside the full corpus's."""
     curves_figure(findings).savefig(path, format="png", dpi=DPI)
 
 
-def draw_time_against_fidelity(findings: Findings, path: Path) -> None:
+def draw_time_against_fidelity(findings: FidelityResult, path: Path) -> None:
     """Write a PNG of what each subset costs, and how well it stands for the full corpus."""
     time_figure(findings).savefig(path, format="png", dpi=DPI)
 
 
-def curves_figure(findings: Findings) -> Figure:
+def curves_figure(findings: FidelityResult) -> Figure:
     """The picture that `draw_curves` writes; each curve's own choice has a dot."""
     curves = [findings.full, *(one.curve for one in findings.subsets)]
     figure = _figure(max(HEIGHT, 1.5 + 0.3 * len(curves)))
@@ -69,7 +68,7 @@ def curves_figure(findings: Findings) -> Figure:
     return figure
 
 
-def time_figure(findings: Findings) -> Figure:
+def time_figure(findings: FidelityResult) -> Figure:
     """The picture that `draw_time_against_fidelity` writes: tau above, regret below."""
     from matplotlib.ticker import LogLocator, NullFormatter
 
@@ -130,7 +129,7 @@ def _style(place: int) -> tuple[str, str]:
     return COLOURS[place % len(COLOURS)], LINES[place // len(COLOURS) % len(LINES)]
 
 
-def _ratio(findings: Findings) -> float:
+def _ratio(findings: FidelityResult) -> float:
     seconds = [findings.full.seconds, *(one.curve.seconds for one in findings.subsets)]
     return max(seconds) / min(seconds)
 

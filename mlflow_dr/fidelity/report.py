@@ -9,8 +9,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from mlflow_dr.fidelity.agreement import FIGURES, Estimate
-from mlflow_dr.fidelity.findings import Compared, Curve, Findings
+from mlflow_dr.fidelity.agreement import FIGURES, Curve, Estimate, FidelityResult, StudiedSubset
 from mlflow_dr.fidelity.pictures import draw_curves, draw_time_against_fidelity
 from mlflow_dr.files import written_beside
 from mlflow_dr.terminal import in_columns
@@ -23,7 +22,7 @@ FORMATS = {"tau": ".3f", "pearson": ".3f", "regret": ".4f", "inflation": "+.4f"}
 MARK, REFINE = "*", "`--refine full@3`"
 
 
-def as_text(findings: Findings) -> str:
+def report_text(findings: FidelityResult) -> str:
     """The table, what was passed over, and the recommendation."""
     n_queries = len(findings.full.query_ids)
     lines = [
@@ -41,7 +40,7 @@ def as_text(findings: Findings) -> str:
     return "\n".join([*lines, recommendation(findings)])
 
 
-def recommendation(findings: Findings) -> str:
+def recommendation(findings: FidelityResult) -> str:
     """Which subset to validate on, in words."""
     best, measure = findings.recommended, findings.measure
     if findings.spread.is_flat:
@@ -67,7 +66,7 @@ def recommendation(findings: Findings) -> str:
     )
 
 
-def write_files(findings: Findings, directory: Path) -> list[Path]:
+def write_files(findings: FidelityResult, directory: Path) -> list[Path]:
     """Write the report, the table, the values of all queries, and two pictures.
 
     Args:
@@ -78,7 +77,7 @@ def write_files(findings: Findings, directory: Path) -> list[Path]:
         The files.
     """
     writers = {
-        REPORT: lambda path: path.write_text(as_text(findings) + "\n", encoding="utf-8"),
+        REPORT: lambda path: path.write_text(report_text(findings) + "\n", encoding="utf-8"),
         TABLE: lambda path: _write_table(findings, path),
         VALUES: lambda path: pq.write_table(values_table(findings), path, compression="zstd"),
         CURVES: lambda path: draw_curves(findings, path),
@@ -90,7 +89,7 @@ def write_files(findings: Findings, directory: Path) -> list[Path]:
     return [directory / name for name in writers]
 
 
-def metrics_of(findings: Findings) -> dict[str, float]:
+def fidelity_metrics(findings: FidelityResult) -> dict[str, float]:
     """The figures that are defined, named as MLflow allows: `fidelity/bm25_at_50/tau`."""
     full = findings.full
     metrics = {"fidelity/full/seconds": full.seconds, "fidelity/full/passages": full.passages}
@@ -105,7 +104,7 @@ def metrics_of(findings: Findings) -> dict[str, float]:
     return metrics
 
 
-def values_table(findings: Findings) -> pa.Table:
+def values_table(findings: FidelityResult) -> pa.Table:
     """The values of all queries: columns `strategy`, `step`, `query_id` and `value`."""
     curves = [findings.full, *(one.curve for one in findings.subsets)]
     return pa.concat_tables(_values(findings.steps, curve) for curve in curves).combine_chunks()
@@ -123,7 +122,7 @@ def _values(steps: tuple[int, ...], curve: Curve) -> pa.Table:
     )
 
 
-def _rows(findings: Findings) -> list[tuple[str, ...]]:
+def _rows(findings: FidelityResult) -> list[tuple[str, ...]]:
     """Two lines for each subset: its figures, and their intervals below."""
     full, best = findings.full, findings.recommended
     rows = [HEADS, (*_size(full), *("-" for _ in FIGURES), f"step {findings.steps[full.best]}")]
@@ -147,12 +146,12 @@ def _interval(estimate: Estimate, form: str) -> str:
     return f"{ends[0]:{form}} to {ends[1]:{form}}" if estimate.has_interval else ""
 
 
-def _estimate(compared: Compared, name: str) -> Estimate:
+def _estimate(compared: StudiedSubset, name: str) -> Estimate:
     estimate: Estimate = getattr(compared.agreement, name)
     return estimate
 
 
-def _praise(findings: Findings, best: Compared) -> str:
+def _praise(findings: FidelityResult, best: StudiedSubset) -> str:
     curve, found, measure = best.curve, best.agreement, findings.measure
     chosen, wanted = findings.steps[curve.best], findings.steps[findings.full.best]
     right = "as the full corpus does" if chosen == wanted else f"the full corpus step {wanted}"
@@ -174,7 +173,7 @@ def _praise(findings: Findings, best: Compared) -> str:
     )
 
 
-def _write_table(findings: Findings, path: Path) -> None:
+def _write_table(findings: FidelityResult, path: Path) -> None:
     """The table with its numbers as they are; what is undefined is left empty."""
     heads = ["subset", "passages", "queries", "seconds", "share_of_seconds"]
     heads += [f"{name}{end}" for name in FIGURES for end in ("", "_low", "_high")]

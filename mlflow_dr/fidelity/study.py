@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import platform
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -11,19 +12,18 @@ from typing import Any
 
 import numpy as np
 
+from mlflow_dr.cache import cache_entry, sound_entry
 from mlflow_dr.collection.catalogue import open_collection
 from mlflow_dr.collection.formats import chosen_split
 from mlflow_dr.collection.jsonl import state_of
 from mlflow_dr.encoder.model import Encoder
 from mlflow_dr.engines.devices import resolve_device, resolve_dtype
 from mlflow_dr.errors import CheckpointError, UsageError
-from mlflow_dr.fidelity.agreement import RESAMPLES
-from mlflow_dr.fidelity.findings import TOLERANCE, Curve, Findings, findings_of
-from mlflow_dr.fidelity.kept import Kept
+from mlflow_dr.fidelity.agreement import RESAMPLES, TOLERANCE, Curve, FidelityResult, compare_curves
 from mlflow_dr.files import digest_of
 from mlflow_dr.retrieval.measures import Measure
-from mlflow_dr.subsets.searching import CachedSearching
-from mlflow_dr.subsets.spec import FULL, Spec
+from mlflow_dr.subsets.spec import FULL, SubsetSpec
+from mlflow_dr.subsets.strategies import CachedSearching
 from mlflow_dr.subsets.subset import make_subset
 from mlflow_dr.tracking.checkpoints import Checkpoint, checkpoint_of_step
 from mlflow_dr.tracking.runs import TrackedRun
@@ -38,7 +38,7 @@ ENOUGH_SECONDS, ENOUGH_TIMES = 2.0, 3  # for a time that can be trusted
 
 
 @dataclass(frozen=True)
-class Study:
+class FidelityConfig:
     """What `mlflow-dr fidelity` was asked.
 
     Attributes:
@@ -56,7 +56,7 @@ class Study:
         resamples: of the bootstrap.
     """
 
-    subsets: tuple[Spec, ...]
+    subsets: tuple[SubsetSpec, ...]
     measure: Measure
     dataset: str | None = None
     split: str | None = None
@@ -79,9 +79,9 @@ class Study:
             raise UsageError(f"two subsets are called {repeated[0]!r}")
 
 
-def study(
-    checkpoints: Sequence[Checkpoint], asked: Study, run: TrackedRun | None = None
-) -> Findings:
+def study_fidelity(
+    checkpoints: Sequence[Checkpoint], asked: FidelityConfig, run: TrackedRun | None = None
+) -> FidelityResult:
     """Measure checkpoints on the full corpus and on subsets, and compare.
 
     The corpus is encoded once for each checkpoint, and every subset is read from that one pass.
@@ -120,7 +120,7 @@ def study(
         for place, one in enumerate(prepared)
     ]
     whole = prepared[0]
-    return findings_of(
+    return compare_curves(
         str(asked.measure),
         whole.collection.name,
         whole.split,
@@ -135,7 +135,9 @@ def study(
 class _Work:
     """What is done to checkpoints, and what is known of them already."""
 
-    def __init__(self, prepared: Sequence[Prepared], settings: Settings, asked: Study) -> None:
+    def __init__(
+        self, prepared: Sequence[Prepared], settings: Settings, asked: FidelityConfig
+    ) -> None:
         self._prepared = prepared
         self._settings = settings
         self._changes = asked.encoder_changes
@@ -224,7 +226,7 @@ class _Work:
         return np.array([per_query[one][self._measure] for one in prepared.topics.qrels])
 
 
-def _chosen(checkpoints: Sequence[Checkpoint], asked: Study) -> list[Checkpoint]:
+def _chosen(checkpoints: Sequence[Checkpoint], asked: FidelityConfig) -> list[Checkpoint]:
     """Those that are asked for, by step, one of each."""
     of_steps = {one.step: one for one in checkpoints}
     if unknown := sorted(set(asked.steps) - set(of_steps)):
@@ -241,7 +243,7 @@ def _check_count(count: int, about: str) -> None:
         raise UsageError(f"{count} checkpoints to study ({about}); an order needs {FEWEST} or more")
 
 
-def _prepared(asked: Study, settings: Settings, run: TrackedRun | None) -> list[Prepared]:
+def _prepared(asked: FidelityConfig, settings: Settings, run: TrackedRun | None) -> list[Prepared]:
     """The full corpus, then each subset of it."""
     dataset, split = asked.dataset, asked.split
     if run is not None:
@@ -266,3 +268,65 @@ def _identity(checkpoint: Checkpoint) -> str:
         return checkpoint.manifest
     paths = sorted(Path(checkpoint.directory).rglob("*"))
     return "\n".join(state_of(path) for path in paths if path.is_file())
+
+
+KIND = "fidelity"
+VALUES = "values.npy"
+LAYOUT = 1
+
+
+class Kept:
+    """Entries of the cache, one for each checkpoint and strategy.
+
+    Args:
+        strategies: all that the values of each depend on, beside the checkpoint.
+    """
+
+    def __init__(self, strategies: Sequence[tuple[object, ...]]) -> None:
+        self._strategies = strategies
+
+    def values(self, checkpoint: str) -> list[np.ndarray | None]:
+        """Values of each query by strategy, `(n_queries,) float64`; None where there are none.
+
+        Args:
+            checkpoint: names its weights.
+        """
+        return [_read(key) for key in self._keys(checkpoint)]
+
+    def keep(self, checkpoint: str, values: Sequence[np.ndarray | None]) -> None:
+        """Keep what is known of a checkpoint."""
+        for key, of_strategy in zip(self._keys(checkpoint), values, strict=True):
+            if of_strategy is not None:
+                _keep(key, of_strategy)
+
+    def seconds(self, where: str) -> list[float]:
+        """What each strategy cost; empty unless these were timed together, on this machine.
+
+        Args:
+            where: names the checkpoint and the device.
+        """
+        found = _read(self._timed(where))
+        return [] if found is None else found.tolist()
+
+    def keep_seconds(self, where: str, seconds: Sequence[float]) -> None:
+        """Keep what each strategy cost."""
+        _keep(self._timed(where), np.array(seconds))
+
+    def _keys(self, checkpoint: str) -> list[str]:
+        return [digest_of(LAYOUT, "values", checkpoint, *one) for one in self._strategies]
+
+    def _timed(self, where: str) -> str:
+        return digest_of(LAYOUT, "seconds", platform.node(), where, *self._strategies)
+
+
+def _read(key: str) -> np.ndarray | None:
+    entry = sound_entry(KIND, key)
+    return None if entry is None else np.load(entry / VALUES)
+
+
+def _keep(key: str, values: np.ndarray) -> None:
+    def write(partial: Path) -> None:
+        partial.mkdir()
+        np.save(partial / VALUES, values)
+
+    cache_entry(KIND, key, write)

@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, Any
 
+import numpy as np
 import orjson
 
 from mlflow_dr.collection.catalogue import open_collection, open_examples
@@ -22,13 +23,11 @@ from mlflow_dr.collection.formats import Collection, Examples
 from mlflow_dr.collection.records import Example, Query
 from mlflow_dr.errors import DataError, UnavailableError, UsageError, quoted
 from mlflow_dr.files import written_beside
-from mlflow_dr.mining.lines import NamedPassages, record_of
-from mlflow_dr.mining.questions import Barred, Questions, questions_of
+from mlflow_dr.mining.queries import ExcludedPassages, MiningQueries, mining_queries
 from mlflow_dr.mining.rule import Rule, choose
 from mlflow_dr.retrieval.answers import STRING, AnswerFinder
-from mlflow_dr.retrieval.bm25 import WORDS, Bm25Settings, warn_of_no_matches
-from mlflow_dr.retrieval.ranking import Found
-from mlflow_dr.retrieval.searchers import Bm25Searcher, DenseSearcher, Searcher
+from mlflow_dr.retrieval.bm25 import WORDS, Bm25Retriever, Bm25Settings, warn_of_no_matches
+from mlflow_dr.retrieval.ranking import Retriever, SearchResult
 
 log = logging.getLogger(__name__)
 
@@ -37,7 +36,7 @@ BM25 = "bm25"
 
 
 @dataclass(frozen=True)
-class Mining:
+class MiningConfig:
     """What `mlflow-dr mine` was asked.
 
     Attributes:
@@ -74,7 +73,7 @@ class Mining:
 
 
 @dataclass
-class Mined:
+class MiningResult:
     """What was mined.
 
     Attributes:
@@ -123,11 +122,11 @@ class Mined:
         return ", ".join(counts) or "none"
 
 
-def mine(request: Mining) -> Mined:
+def mine(request: MiningConfig) -> MiningResult:
     """Search for every training query, choose its negatives, and write them.
 
     The file has a line of JSON for each query, under Tevatron's names: `query_id`, `query_text`,
-    `positive_document_ids`, `negative_document_ids`; besides `positive_scores` and
+    `positive_document_ids`, `negative_document_ids`; extra_scores `positive_scores` and
     `negative_scores` (the miner's), and `answers` where the collection has them.
 
     Raises:
@@ -141,7 +140,7 @@ def mine(request: Mining) -> Mined:
     collection = open_collection(request.dataset)
     miner = _miner(request)
     corpus = collection.corpus()
-    questions = questions_of(_examples(request, collection), corpus)
+    questions = mining_queries(_examples(request, collection), corpus)
     if questions.unknown or questions.left_out:
         log.warning(
             "%s: the corpus lacks %d positives; %d examples are left out, without any positive "
@@ -157,8 +156,8 @@ def mine(request: Mining) -> Mined:
     # what is barred makes room for others; a query with very many positives does not rule the depth
     k = request.rule.depth + min(most, request.rule.depth)
     found = miner.search(corpus, questions.queries, k, questions.positives)
-    mined = Mined(request.output)
-    barred = Barred(questions, corpus, _judged(request, collection, corpus))
+    mined = MiningResult(request.output)
+    barred = ExcludedPassages(questions, corpus, _judged(request, collection, corpus))
     with _lines(request.output) as file:
         for record in _records(request, corpus, questions, barred, found, finder, mined):
             file.write(orjson.dumps(record, option=orjson.OPT_APPEND_NEWLINE))
@@ -167,7 +166,7 @@ def mine(request: Mining) -> Mined:
     return mined
 
 
-def _check_answers(finder: AnswerFinder, questions: Questions) -> None:
+def _check_answers(finder: AnswerFinder, questions: MiningQueries) -> None:
     """Warn of answers that are no regular expressions now, not after hours of searching."""
     faults = [
         f"query {quoted(query.id)}, {fault}"
@@ -190,7 +189,7 @@ def _naming(query: Query) -> Iterator[None]:
         raise DataError(f"query {quoted(query.id)}: {error}") from error
 
 
-def _check_found(request: Mining, mined: Mined) -> None:
+def _check_found(request: MiningConfig, mined: MiningResult) -> None:
     """Warn of queries without negatives; no file is written where the search found nothing at all.
 
     Raises:
@@ -208,7 +207,7 @@ def _check_found(request: Mining, mined: Mined) -> None:
         log.warning("no query has any negative (passages left out: %s)", mined.reasons())
 
 
-def _check_output(request: Mining) -> None:
+def _check_output(request: MiningConfig) -> None:
     output = request.output.absolute()
     if output.is_dir():
         raise UsageError(f"{request.output}: is a folder; name a file to write")
@@ -218,24 +217,25 @@ def _check_output(request: Mining) -> None:
         raise UsageError(f"{request.output}: the folder {output.parent} does not exist")
 
 
-def _examples(request: Mining, collection: Collection) -> Examples:
+def _examples(request: MiningConfig, collection: Collection) -> Examples:
     if request.train_dir is None:
         return collection.examples()
     return open_examples(request.train_dir, collection.corpus)
 
 
-def _judged(request: Mining, collection: Collection, corpus: Corpus) -> Iterator[Example]:
+def _judged(request: MiningConfig, collection: Collection, corpus: Corpus) -> Iterator[Example]:
     """What a training file may leave out of what is relevant to its queries."""
     if request.train_dir is not None and TRAIN in collection.splits:
         examples = JudgedExamples(collection.topics(TRAIN), corpus)
         yield from (examples[index] for index in range(len(examples)))
 
 
-def _miner(request: Mining) -> Searcher:
+def _miner(request: MiningConfig) -> Retriever:
     if request.miner.lower() == BM25:
-        return Bm25Searcher(request.bm25)
+        return Bm25Retriever(request.bm25)
     # only here: BM25 needs no torch, which takes seconds to import
     from mlflow_dr.encoder.directory import load_encoder
+    from mlflow_dr.retrieval.dense import DenseRetriever
     from mlflow_dr.tracking.encoders import fetched_encoder, reading
 
     name = request.miner
@@ -247,17 +247,17 @@ def _miner(request: Mining) -> Searcher:
         if isinstance(error, UnavailableError) and not hint:
             raise
         raise UsageError(f"cannot mine with {name!r}: {hint}{error}") from error
-    return DenseSearcher(encoder, request.device, request.dtype)
+    return DenseRetriever(encoder, request.device, request.dtype)
 
 
 def _records(
-    request: Mining,
+    request: MiningConfig,
     corpus: Corpus,
-    questions: Questions,
-    barred: Barred,
-    batches: Iterator[Found],
+    questions: MiningQueries,
+    barred: ExcludedPassages,
+    batches: Iterator[SearchResult],
     finder: AnswerFinder,
-    mined: Mined,
+    mined: MiningResult,
 ) -> Iterator[dict[str, Any]]:
     """One line for each query; what is counted is counted in `mined`."""
     index = 0
@@ -275,7 +275,7 @@ def _records(
                     rows,
                     scores,
                     barred.places(index, rows),
-                    float(found.also[place].min()),
+                    float(found.extra_scores[place].min()),
                     lambda row, sought=sought: finder.holds(row, sought),  # type: ignore[misc]
                     mined.left_out,
                 )
@@ -284,7 +284,7 @@ def _records(
             index += 1
 
 
-def _count(mined: Mined, negatives: int, wanted: int) -> None:
+def _count(mined: MiningResult, negatives: int, wanted: int) -> None:
     mined.queries += 1
     mined.negatives += negatives
     mined.short += 0 < negatives < wanted
@@ -301,3 +301,59 @@ def _lines(path: Path) -> Iterator[IO[bytes]]:
         # without a time and a name inside, so that equal contents are equal files
         with gzip.GzipFile("", "wb", compresslevel=6, fileobj=raw, mtime=0) as packed:
             yield packed  # type: ignore[misc]
+
+
+class NamedPassages:
+    """What was found for some queries, with ids looked up for all of them at once."""
+
+    def __init__(self, corpus: Corpus, found: SearchResult, positives: list[np.ndarray]) -> None:
+        used = np.unique(np.concatenate([found.rows.ravel(), *positives]))
+        used = used[used >= 0]
+        ids = corpus.ids.take(used).to_pylist()
+        self._ids = dict(zip(used.tolist(), ids, strict=True))
+        self._found = found
+        self._positives = positives
+
+    def ranked(self, place: int) -> tuple[list[int], list[float]]:
+        """Rows and scores of one query's ranking, without its empty places."""
+        rows = self._found.rows[place]
+        number = int((rows >= 0).sum())
+        return rows[:number].tolist(), self._found.scores[place, :number].tolist()
+
+    def positives(self, place: int) -> tuple[list[str], np.ndarray]:
+        """Ids and scores of one query's positives."""
+        ids = [self._ids[row] for row in self._positives[place].tolist()]
+        return ids, self._found.extra_scores[place]
+
+    def negatives(self, place: int, chosen: list[int]) -> tuple[list[str], np.ndarray]:
+        """Ids and scores at these places of one query's ranking."""
+        ids = [self._ids[row] for row in self._found.rows[place, chosen].tolist()]
+        return ids, self._found.scores[place, chosen]
+
+
+def record_of(query: Query, named: NamedPassages, place: int, chosen: list[int]) -> dict[str, Any]:
+    """The line of one query.
+
+    Args:
+        query: the query.
+        named: what was found for it and for others.
+        place: which of them it is.
+        chosen: places of its negatives in its ranking.
+    """
+    positive_ids, positive_scores = named.positives(place)
+    negative_ids, negative_scores = named.negatives(place, chosen)
+    answers = {"answers": list(query.answers)} if query.answers else {}
+    return {
+        "query_id": query.id,
+        "query_text": query.text,
+        **answers,
+        "positive_document_ids": positive_ids,
+        "negative_document_ids": negative_ids,
+        "positive_scores": _plain(positive_scores),
+        "negative_scores": _plain(negative_scores),
+    }
+
+
+def _plain(scores: np.ndarray) -> list[float]:
+    """fp32 scores in the seven digits that they have."""
+    return [float(f"{score:.7g}") for score in scores.tolist()]

@@ -12,7 +12,7 @@ import logging
 import re
 import unicodedata
 from array import array
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import astuple, dataclass
 from pathlib import Path
 from typing import Any
@@ -25,7 +25,7 @@ from mlflow_dr.collection.records import Query
 from mlflow_dr.errors import DataError, MissingExtraError, UsageError
 from mlflow_dr.files import digest_of
 from mlflow_dr.progress import progress_bar
-from mlflow_dr.retrieval.ranking import Found
+from mlflow_dr.retrieval.ranking import SearchResult
 
 LAYOUT = 1
 """Raise it when terms or scores change: indexes of the old rules are then not used."""
@@ -36,6 +36,7 @@ WORDS = (
     "BM25 needs text with words set apart by blanks, unlike Chinese, Japanese or Thai; an encoder "
     "does not (--subset encoder:NAME@K, mine --with NAME)"
 )
+QUERIES_PER_BATCH = 1024
 NO_LANGUAGE = "none"
 WORD = re.compile(r"\w\w+")
 
@@ -105,13 +106,15 @@ class Bm25:
         self._terms = terms
         self._ranks = tie_ranks
 
-    def search(self, queries: Sequence[Query], k: int, also: Sequence[np.ndarray] = ()) -> Found:
+    def search(
+        self, queries: Sequence[Query], k: int, extra_rows: Sequence[np.ndarray] = ()
+    ) -> SearchResult:
         """The best k passages of each query; a passage without any term of it is never found.
 
         Args:
             queries: what is asked.
             k: passages for each query; no more than the corpus has are found.
-            also: for each query rows whose scores are wanted whatever their rank; nothing, or one
+            extra_rows: for each query the rows to score whatever their rank; nothing, or one
                 array for each query.
 
         Raises:
@@ -120,15 +123,15 @@ class Bm25:
         width = min(k, len(self._ranks))
         rows = np.full((len(queries), width), -1, np.int64)
         best = np.full((len(queries), width), -np.inf, np.float32)
-        besides: list[np.ndarray] = []
+        extra_scores: list[np.ndarray] = []
         for place, query in enumerate(queries):
             scores = self._scores(query)
             found = _best(scores, width, self._ranks)
             rows[place, : len(found)] = found
             best[place, : len(found)] = scores[found]
-            if also:
-                besides.append(scores[also[place]])
-        return Found(rows, best, besides)
+            if extra_rows:
+                extra_scores.append(scores[extra_rows[place]])
+        return SearchResult(rows, best, extra_scores)
 
     def _scores(self, query: Query) -> np.ndarray:
         if query.tokens is not None:
@@ -137,6 +140,28 @@ class Bm25:
         ids = [known[term] for term in self._terms(query.text) if term in known]
         scores: np.ndarray = self._index.get_scores_from_ids(ids)
         return scores
+
+
+class Bm25Retriever:
+    """Searches by BM25."""
+
+    def __init__(self, settings: Bm25Settings | None = None) -> None:
+        self._settings = settings
+
+    def search(
+        self,
+        corpus: Corpus,
+        queries: Sequence[Query],
+        k: int,
+        extra_rows: Sequence[np.ndarray] = (),
+    ) -> Iterator[SearchResult]:
+        """See `Retriever`."""
+        index = bm25_index(corpus, self._settings)
+        with progress_bar(len(queries), "searching by BM25", "queries") as bar:
+            for start in range(0, len(queries), QUERIES_PER_BATCH):
+                some = slice(start, start + QUERIES_PER_BATCH)
+                yield index.search(queries[some], k, extra_rows[some])
+                bar.update(len(queries[some]))
 
 
 def bm25_index(corpus: Corpus, settings: Bm25Settings | None = None) -> Bm25:

@@ -12,14 +12,17 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from mlflow_dr.collection.corpus import Corpus
 from mlflow_dr.collection.records import Query
 from mlflow_dr.encoder.model import Encoder
+from mlflow_dr.encoder.tables import corpus_tokens
 from mlflow_dr.encoder.tokenize import Tokenizing
+from mlflow_dr.engines.devices import DTYPES, resolve_device, resolve_dtype
 from mlflow_dr.errors import CheckpointError
 from mlflow_dr.progress import progress_bar
 from mlflow_dr.retrieval.encode import check_finite, encode_all, encode_batches
-from mlflow_dr.retrieval.ranking import Found
-from mlflow_dr.retrieval.search import OVERFLOW, TopK, default_search
+from mlflow_dr.retrieval.ranking import SearchResult
+from mlflow_dr.retrieval.search import OVERFLOW, TopK, default_backend
 from mlflow_dr.stores.token_table import TokenTable, token_table
 
 PASSAGES_PER_CHUNK = 16384
@@ -27,7 +30,7 @@ PASSAGES_PER_CHUNK = 16384
 QUERIES_PER_MERGE = 65536
 
 
-class Search(NamedTuple):
+class SearchRequest(NamedTuple):
     """What is sought in one pass over a corpus.
 
     Attributes:
@@ -35,7 +38,7 @@ class Search(NamedTuple):
         k: passages for each query; no more than there are are found.
         within: only these rows of the corpus, ascending, `(n,) int64`; all when None.
         candidates: for each query the only rows that it ranks; None for no such limit.
-        also: for each query rows whose scores are wanted whatever their rank; nothing, or one
+        extra_rows: for each query the rows to score whatever their rank; nothing, or one
             array for each query.
     """
 
@@ -43,7 +46,37 @@ class Search(NamedTuple):
     k: int
     within: np.ndarray | None = None
     candidates: Sequence[np.ndarray] | None = None
-    also: Sequence[np.ndarray] = ()
+    extra_rows: Sequence[np.ndarray] = ()
+
+
+class DenseRetriever:
+    """Searches by an encoder's vectors.
+
+    Args:
+        encoder: what encodes queries and passages.
+        device: see `resolve_device`.
+        dtype: see `resolve_dtype`.
+
+    Raises:
+        DeviceError: no such device or dtype.
+    """
+
+    def __init__(self, encoder: Encoder, device: str, dtype: str) -> None:
+        place = resolve_device(device)
+        self._encoder = encoder.eval().to(place, DTYPES[resolve_dtype(dtype, place)])
+
+    def search(
+        self,
+        corpus: Corpus,
+        queries: Sequence[Query],
+        k: int,
+        extra_rows: Sequence[np.ndarray] = (),
+    ) -> Iterator[SearchResult]:
+        """See `Retriever`; all queries are searched for in one pass over the corpus."""
+        tokenizing = Tokenizing(self._encoder.tokenizer, self._encoder.settings)
+        table = corpus_tokens(corpus, tokenizing)
+        ranks = corpus.tie_ranks()
+        yield search_corpus(self._encoder, tokenizing, queries, table, ranks, k, extra_rows)
 
 
 def search_corpus(
@@ -53,23 +86,23 @@ def search_corpus(
     table: TokenTable,
     tie_ranks: np.ndarray,
     k: int,
-    also: Sequence[np.ndarray] = (),
+    extra_rows: Sequence[np.ndarray] = (),
     quiet: bool = False,
-) -> Found:
-    """The best k passages of each query of one search over a whole corpus; see `search_all`."""
-    search = Search(queries, k, also=also)
-    (found,) = search_all(encoder, tokenizing, [search], table, tie_ranks, quiet)
+) -> SearchResult:
+    """The best k passages of each query of one search over a whole corpus; see `dense_search`."""
+    search = SearchRequest(queries, k, extra_rows=extra_rows)
+    (found,) = dense_search(encoder, tokenizing, [search], table, tie_ranks, quiet)
     return found
 
 
-def search_all(
+def dense_search(
     encoder: Encoder,
     tokenizing: Tokenizing,
-    searches: Sequence[Search],
+    searches: Sequence[SearchRequest],
     table: TokenTable,
     tie_ranks: np.ndarray,
     quiet: bool = False,
-) -> list[Found]:
+) -> list[SearchResult]:
     """The best passages of each query, by dot product of vectors that are made on the way.
 
     Each query, and each passage that some search wants, is encoded once.
@@ -93,7 +126,7 @@ def search_all(
         _Seeker(search, vectors[torch.from_numpy(place).to(vectors.device)], tie_ranks)
         for search, place in zip(searches, places, strict=True)
     ]
-    rows = wanted_rows(searches, len(table))
+    rows = rows_to_encode(searches, len(table))
     total = len(table) if rows is None else len(rows)
     with progress_bar(total, "encoding the corpus", "passages", quiet) as bar:
         for of_chunk, chunk in _chunks(encoder, table, tokenizing.pad_id, rows, bar):
@@ -103,7 +136,7 @@ def search_all(
     return [seeker.found() for seeker in seekers]
 
 
-def wanted_rows(searches: Sequence[Search], n_passages: int) -> np.ndarray | None:
+def rows_to_encode(searches: Sequence[SearchRequest], n_passages: int) -> np.ndarray | None:
     """The rows that some search wants, ascending, `(n,) int64`; None for all."""
     wanted = np.zeros(n_passages, bool)
     for one in searches:
@@ -114,7 +147,7 @@ def wanted_rows(searches: Sequence[Search], n_passages: int) -> np.ndarray | Non
             return None
         else:
             wanted[one.within] = True
-        for rows in one.also:
+        for rows in one.extra_rows:
             wanted[rows] = True
     return np.flatnonzero(wanted)
 
@@ -132,12 +165,12 @@ def _distinct(groups: Sequence[Sequence[Query]]) -> tuple[list[Query], list[np.n
 class _Seeker:
     """One search, as the passages come by."""
 
-    def __init__(self, search: Search, queries: Tensor, tie_ranks: np.ndarray) -> None:
+    def __init__(self, search: SearchRequest, queries: Tensor, tie_ranks: np.ndarray) -> None:
         self._search = search
         self._queries = queries
         self._ranks = tie_ranks
-        self._method = default_search(queries.device)
-        self._pairs = _Pairs(search.candidates or search.also, len(tie_ranks))
+        self._method = default_backend(queries.device)
+        self._pairs = _Pairs(search.candidates or search.extra_rows, len(tie_ranks))
         self._groups = () if search.candidates else queries.split(QUERIES_PER_MERGE)
         self._tops = [
             TopK(len(group), search.k, tie_ranks, queries.device) for group in self._groups
@@ -156,21 +189,21 @@ class _Seeker:
             for group, top in zip(self._groups, self._tops, strict=True):
                 top.update(group, chunk, rows, self._method)
 
-    def found(self) -> Found:
+    def found(self) -> SearchResult:
         if self._search.candidates is not None:
-            return ranked_candidates(
+            return rank_candidates(
                 self._search.candidates, self._pairs.scores(), self._search.k, self._ranks
             )
-        return Found(
+        return SearchResult(
             np.concatenate([top.rows.cpu().numpy() for top in self._tops]),
             np.concatenate([top.scores.cpu().numpy() for top in self._tops]),
             self._pairs.scores(),
         )
 
 
-def ranked_candidates(
+def rank_candidates(
     candidates: Sequence[np.ndarray], scores: Sequence[np.ndarray], k: int, ranks: np.ndarray
-) -> Found:
+) -> SearchResult:
     """Each query's own candidates by descending score, equal ones by rank.
 
     Args:
@@ -191,7 +224,7 @@ def ranked_candidates(
         order = np.lexsort((ranks[rows], -of_query))[:width]
         best[place, : len(order)] = rows[order]
         values[place, : len(order)] = of_query[order]
-    return Found(best, values, [])
+    return SearchResult(best, values, [])
 
 
 class _Pairs:

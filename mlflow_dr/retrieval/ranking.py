@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import logging
+import math
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from heapq import nlargest
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
 from mlflow_dr.collection.corpus import Corpus
+from mlflow_dr.collection.jsonl import check_id
 from mlflow_dr.collection.records import Query
 from mlflow_dr.errors import DataError, quoted
-from mlflow_dr.files import written_beside
+from mlflow_dr.files import decoded, read_lines, written_beside
 
 Ranking = Mapping[str, Sequence[tuple[str, float]]]
 """query id -> (passage id, score), the best first."""
@@ -22,20 +27,37 @@ UNWRITABLE = r"[\pZ\x09-\x0d\x1c-\x1f\x{85}]|^$"
 """What no id in a TREC run file may be: empty, or with white space as `str.split` knows it."""
 
 
-class Found(NamedTuple):
+class SearchResult(NamedTuple):
     """What a search found, by rows of the corpus.
 
     Attributes:
         rows: passages of each query, the best first, `(n_queries, k) int64`; -1 where a search
             has found fewer.
         scores: `(n_queries, k) float32`; minus infinity where there is no passage.
-        also: for each query the scores of the rows that were asked for besides,
+        extra_scores: for each query the scores of the extra rows that were requested,
             `(n_asked,) float32`; empty when none were.
     """
 
     rows: np.ndarray
     scores: np.ndarray
-    also: Sequence[np.ndarray]
+    extra_scores: Sequence[np.ndarray]
+
+
+class Retriever(Protocol):
+    """Searches a corpus for many queries."""
+
+    def search(
+        self,
+        corpus: Corpus,
+        queries: Sequence[Query],
+        k: int,
+        extra_rows: Sequence[np.ndarray] = (),
+    ) -> Iterator[SearchResult]:
+        """The best k passages of each query, and the scores of the rows in `extra_rows`.
+
+        Yields what was found for the first queries, the next, and so on, so that not everything
+        has to be in memory at once.
+        """
 
 
 def named_ranking(
@@ -78,17 +100,17 @@ def write_ranking(path: Path, ranking: Ranking, tag: str = "mlflow_dr") -> None:
     """Write a TREC run file: `query-id Q0 passage-id rank score tag`.
 
     Raises:
-        DataError: see `check_ids`.
+        DataError: see `check_trec_ids`.
     """
     passages = {passage_id for found in ranking.values() for passage_id, _ in found}
-    check_ids(pa.array([*ranking, *passages], pa.string()))
+    check_trec_ids(pa.array([*ranking, *passages], pa.string()))
     with written_beside(path) as partial, partial.open("w", encoding="utf-8") as file:
         for query_id, found in ranking.items():
             for rank, (passage_id, score) in enumerate(found, start=1):
                 file.write(f"{query_id} Q0 {passage_id} {rank} {score:.9g} {tag}\n")
 
 
-def check_ids(ids: pa.Array | pa.ChunkedArray) -> None:
+def check_trec_ids(ids: pa.Array | pa.ChunkedArray) -> None:
     """Refuse ids that a TREC run file cannot express, before hours are spent on its ranking.
 
     Raises:
@@ -100,3 +122,117 @@ def check_ids(ids: pa.Array | pa.ChunkedArray) -> None:
             f"id {quoted(refused[0].as_py())}: a TREC run file cannot hold white space in ids, nor "
             f"an empty one ({len(refused):,} of {len(ids):,} are such); ask for no ranking"
         )
+
+
+log = logging.getLogger(__name__)
+
+BLANKS = re.compile(r"[ \t\r\x0b\x0c]+")
+TREC_COLUMNS, SHORT_COLUMNS = 6, 3
+KEPT_MEANWHILE = 4  # times as many as are wanted, before the worst are dropped
+
+
+def read_ranking(path: Path, k: int, queries: Sequence[Query], corpus: Corpus) -> list[np.ndarray]:
+    """The best k passages of each query in a ranking file, as rows of the corpus.
+
+    By score, in whatever order the lines are; equal scores as trec_eval orders them. Three columns
+    are `query-id passage-id rank` (MS MARCO) where the third is a whole number in the first line,
+    and `query-id passage-id score` otherwise. Passages that the corpus lacks are left out, and
+    queries without a line have no passages; how many is said in a warning.
+
+    Args:
+        path: the file, `.gz` or plain.
+        k: passages of each query.
+        queries: whose.
+        corpus: what the rows are of.
+
+    Returns:
+        Rows of each query, the best first, `(<= k,) int64`.
+
+    Raises:
+        DataError: no such file, a malformed line, or no line at all that is about these queries
+            and passages.
+    """
+    tops = _read(path, k, {query.id for query in queries})
+    ids = sorted({passage_id for found in tops.values() for passage_id in found})
+    rows = dict(zip(ids, corpus.rows_of(ids).tolist(), strict=True))
+    unknown = sum(row < 0 for row in rows.values())
+    missing = [query.id for query in queries if query.id not in tops]
+    if not tops or unknown == len(ids):
+        what = "query" if not tops else "passage"
+        raise DataError(
+            f"{path}: no line names a {what} of the collection; is it a ranking of another one?"
+        )
+    if unknown or missing:
+        example = f" (such as {quoted(missing[0])})" if missing else ""
+        log.warning(
+            "%s: left out: %d passages that the corpus lacks; %d of %d queries have no line%s",
+            *(path, unknown, len(missing), len(queries), example),
+        )
+    return [
+        np.array([rows[one] for one in tops.get(query.id, ()) if rows[one] >= 0], np.int64)
+        for query in queries
+    ]
+
+
+def _read(path: Path, k: int, wanted: set[str]) -> dict[str, list[str]]:
+    """The ids of each wanted query's best k passages, the best first."""
+    kept: dict[str, dict[str, float]] = {}
+    columns, is_rank = 0, False
+    for number, line in read_lines(path):
+        words = _columns(decoded(line, path, number))
+        if not columns:
+            columns = len(words)
+            is_rank = columns == SHORT_COLUMNS and words[2].isdecimal()
+        if len(words) != columns or columns not in (TREC_COLUMNS, SHORT_COLUMNS):
+            raise DataError(
+                f"{path}:{number}: {len(words)} columns; expected TREC's query-id Q0 passage-id "
+                "rank score tag, or query-id passage-id rank (or score), on every line alike"
+            )
+        query_id, passage_id = words[0], words[2 if columns == TREC_COLUMNS else 1]
+        score = _score(words[4 if columns == TREC_COLUMNS else 2], is_rank, path, number)
+        if query_id not in wanted:
+            continue
+        found = kept.setdefault(query_id, {})
+        if not passage_id or "\0" in passage_id:
+            check_id(passage_id, f"{path}:{number}")
+        found[passage_id] = max(score, found.get(passage_id, -math.inf))
+        if len(found) > KEPT_MEANWHILE * k:
+            kept[query_id] = dict(_best(found, k))
+    if not columns:
+        raise DataError(f"{path}: the file has no line; expected a ranking")
+    best = [max(found.values()) for found in kept.values()]
+    if is_rank and best and max(best) < -1:
+        raise DataError(
+            f"{path}: no query has a passage of rank 0 or 1; if the third column has scores, write "
+            "them with a decimal point"
+        )
+    return {query_id: [one for one, _ in _best(found, k)] for query_id, found in kept.items()}
+
+
+def _columns(text: str) -> list[str]:
+    """The columns of a line: between tabs where there are as many as needed, else between blanks.
+
+    Only ASCII's blanks part columns, as in trec_eval; between tabs an id may hold blanks.
+    """
+    if "\t" in text:
+        columns = [one.strip() for one in text.split("\t")]
+        if len(columns) in (TREC_COLUMNS, SHORT_COLUMNS):
+            return columns
+    return text.split() if text.isascii() else BLANKS.split(text)
+
+
+def _best(found: dict[str, float], k: int) -> list[tuple[str, float]]:
+    return nlargest(k, found.items(), key=lambda one: (one[1], one[0]))
+
+
+def _score(text: str, is_rank: bool, path: Path, number: int) -> float:
+    try:
+        if "_" in text or not text.isascii():  # Python reads them as digits, trec_eval does not
+            raise ValueError
+        score = -float(int(text)) if is_rank else float(text)
+    except (ValueError, OverflowError):
+        score = math.nan
+    if not math.isfinite(score):
+        what = "a rank (a whole number), as on the lines before" if is_rank else "a score"
+        raise DataError(f"{path}:{number}: {quoted(text)} is not {what}")
+    return score

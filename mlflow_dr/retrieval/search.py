@@ -20,7 +20,7 @@ OVERFLOW = (
     "its weights must be broken"
 )
 
-ChunkSearch = Callable[[Tensor, Tensor, int, Tensor], tuple[Tensor, Tensor]]
+SearchBackend = Callable[[Tensor, Tensor, int, Tensor], tuple[Tensor, Tensor]]
 """queries (n_queries, dim), chunk (n, dim), k, ranks (n,) -> scores and places (n_queries, k)."""
 
 
@@ -42,7 +42,7 @@ class TopK:
         self.scores = torch.empty(n_queries, 0, device=device)
         self.rows = torch.empty(n_queries, 0, dtype=torch.int64, device=device)
 
-    def update(self, queries: Tensor, chunk: Tensor, rows: Tensor, search: ChunkSearch) -> None:
+    def update(self, queries: Tensor, chunk: Tensor, rows: Tensor, search: SearchBackend) -> None:
         """Take in one chunk of the corpus.
 
         Args:
@@ -116,7 +116,7 @@ def search_faiss(queries: Tensor, chunk: Tensor, k: int, ranks: Tensor) -> tuple
     return best, places
 
 
-def default_search(device: torch.device) -> ChunkSearch:
+def default_backend(device: torch.device) -> SearchBackend:
     """FAISS for vectors on the processor, matrix products on an accelerator."""
     return search_faiss if device.type == "cpu" else search_torch
 

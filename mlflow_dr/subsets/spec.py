@@ -31,7 +31,7 @@ RELEVANT, ALL = "relevant", "all"
 
 
 @dataclass(frozen=True)
-class Part:
+class SubsetTerm:
     """One sampling strategy.
 
     Attributes:
@@ -75,7 +75,7 @@ class Part:
 
 
 @dataclass(frozen=True)
-class Spec:
+class SubsetSpec:
     """A subset as it was asked for; equal for what is asked for in words of equal meaning.
 
     Attributes:
@@ -85,32 +85,32 @@ class Spec:
             the whole corpus is searched.
     """
 
-    parts: tuple[Part, ...] = (Part(FULL),)
+    terms: tuple[SubsetTerm, ...] = (SubsetTerm(FULL),)
     seed: int = 0
     judged: str = RELEVANT
 
     def __post_init__(self) -> None:
         if not self._by_lot:
             object.__setattr__(self, "seed", 0)
-        if self.is_whole:
+        if self.is_full:
             object.__setattr__(self, "judged", RELEVANT)
 
     def __str__(self) -> str:
-        return "+".join(map(str, self.parts))
+        return "+".join(map(str, self.terms))
 
     @property
     def shown(self) -> str:
         """In words that are the same on every machine."""
-        text = "+".join(part.shown for part in self.parts)
+        text = "+".join(part.shown for part in self.terms)
         text += f", seed {self.seed}" if self.seed else ""
         return text + (", all judged" if self.judged == ALL else "")
 
     @property
     def slug(self) -> str:
         """For names of metrics and files; empty for the whole corpus and all queries."""
-        if self.parts == (Part(FULL),):
+        if self.terms == (SubsetTerm(FULL),):
             return ""
-        slug = "-".join(part.slug for part in self.parts)
+        slug = "-".join(part.slug for part in self.terms)
         slug += f"-seed_{self.seed}" if self.seed else ""
         slug += "-all_judged" if self.judged == ALL else ""
         if len(slug) > LONGEST_SLUG:
@@ -118,26 +118,26 @@ class Spec:
         return slug
 
     @property
-    def is_whole(self) -> bool:
+    def is_full(self) -> bool:
         """Whether the whole corpus is searched."""
-        return any(part.kind == FULL for part in self.parts)
+        return any(part.kind == FULL for part in self.terms)
 
     @property
     def n_queries(self) -> int | None:
         """How many queries are drawn; None for all."""
-        return next((part.count for part in self.parts if part.kind == QUERIES), None)
+        return next((part.count for part in self.terms if part.kind == QUERIES), None)
 
     @property
-    def candidates(self) -> Part | None:
+    def candidates(self) -> SubsetTerm | None:
         """The part that gives each query its own candidates."""
-        return next((part for part in self.parts if part.kind == RERANK), None)
+        return next((part for part in self.terms if part.kind == RERANK), None)
 
     @property
     def _by_lot(self) -> bool:
-        return any(part.kind in (RANDOM, QUERIES) for part in self.parts)
+        return any(part.kind in (RANDOM, QUERIES) for part in self.terms)
 
 
-def parse_spec(text: str, seed: int = 0, judged: str = RELEVANT) -> Spec:
+def parse_subset(text: str, seed: int = 0, judged: str = RELEVANT) -> SubsetSpec:
     """A subset from words such as `bm25@50+random:10000`.
 
     Args:
@@ -155,29 +155,29 @@ def parse_spec(text: str, seed: int = 0, judged: str = RELEVANT) -> Spec:
     if len(set(map(str, parts))) < len(parts) or kinds.count(QUERIES) > 1:
         raise UsageError(f"subset {text!r} names one thing twice")
     if all(kind == QUERIES for kind in kinds):
-        parts.insert(0, Part(FULL))
+        parts.insert(0, SubsetTerm(FULL))
     passages = [kind for kind in kinds if kind != QUERIES]
     for alone in (FULL, RERANK):
         if alone in passages and len(passages) > 1:
             why = "is the whole corpus" if alone == FULL else "gives each query its own passages"
             raise UsageError(f"subset {text!r}: {alone} {why}; it joins with {FORMS[QUERIES]} only")
-    return Spec(tuple(parts), seed, judged)
+    return SubsetSpec(tuple(parts), seed, judged)
 
 
-def _part(text: str, whole: str) -> Part:
+def _part(text: str, whole: str) -> SubsetTerm:
     kind = re.split("[:@]", text, maxsplit=1)[0]
     rest = text[len(kind) :]
     if kind == FULL and not rest:
-        return Part(FULL)
+        return SubsetTerm(FULL)
     if kind in (RANDOM, QUERIES) and rest.startswith(":"):
-        return Part(kind, _count(rest[1:], text))
+        return SubsetTerm(kind, _count(rest[1:], text))
     if kind == BM25 and rest.startswith("@"):
-        return Part(kind, _count(rest[1:], text))
+        return SubsetTerm(kind, _count(rest[1:], text))
     if kind in (RANKING, POOL, ENCODER, RERANK) and rest.startswith(":"):
         name, at, count = rest[1:].rpartition("@")
         names = tuple(name.split(",")) if kind == POOL else (name,)
         if at and all(names):
-            return Part(kind, _count(count, text), tuple(map(_whole, names)))
+            return SubsetTerm(kind, _count(count, text), tuple(map(_whole, names)))
     forms = ", ".join(FORMS.values())
     of = "" if text == whole else f" in {quoted(whole)}"
     near = "" if kind in FORMS else did_you_mean(kind, FORMS)

@@ -14,8 +14,8 @@ import pyarrow as pa
 from mlflow_dr.collection.corpus import Corpus
 from mlflow_dr.collection.records import Query, Topics
 from mlflow_dr.files import digest_of
-from mlflow_dr.subsets.rankings import ranking_tops
-from mlflow_dr.subsets.spec import ALL, BM25, ENCODER, QUERIES, RANDOM, Part, Spec
+from mlflow_dr.retrieval.ranking import read_ranking
+from mlflow_dr.subsets.spec import ALL, BM25, ENCODER, QUERIES, RANDOM, SubsetSpec, SubsetTerm
 
 JUDGED = "judged"
 
@@ -23,7 +23,7 @@ JUDGED = "judged"
 class Searching(Protocol):
     """Searches a corpus itself, where a subset is not read from files."""
 
-    def tops(self, part: Part, queries: Sequence[Query]) -> list[np.ndarray]:
+    def top_passages(self, part: SubsetTerm, queries: Sequence[Query]) -> list[np.ndarray]:
         """The best passages of each query, by BM25 or an encoder: rows, `(<= k,) int64`."""
 
 
@@ -40,7 +40,7 @@ class Subset:
         candidates: for each query the only rows that it ranks; None for no such limit.
     """
 
-    spec: Spec
+    spec: SubsetSpec
     corpus: Corpus
     topics: Topics
     rows: np.ndarray
@@ -53,7 +53,7 @@ class Subset:
     @property
     def names(self) -> tuple[str, ...]:
         """Where passages come from: judged, or a part of the spec."""
-        parts = (part.shown for part in self.spec.parts if part.kind != QUERIES)
+        parts = (part.shown for part in self.spec.terms if part.kind != QUERIES)
         return (JUDGED, *parts)
 
     @property
@@ -84,7 +84,7 @@ class Subset:
         return pa.table({"passage_id": ids, "origin": origin})
 
 
-def make_subset(spec: Spec, corpus: Corpus, topics: Topics, searching: Searching) -> Subset:
+def make_subset(spec: SubsetSpec, corpus: Corpus, topics: Topics, searching: Searching) -> Subset:
     """Choose the passages.
 
     The queries are drawn first: tops are those of the queries that are put. What is drawn by lot
@@ -109,7 +109,7 @@ def make_subset(spec: Spec, corpus: Corpus, topics: Topics, searching: Searching
         candidates = [np.union1d(top, own) for top, own in zip(tops, judged, strict=True)]
         rows, origins = _joined([_union(judged), _union(tops)])
         return Subset(spec, corpus, topics, rows, origins, candidates)
-    if spec.is_whole:
+    if spec.is_full:
         rows = np.arange(len(corpus))
         origins = np.full(len(rows), 2, np.int64)
         origins[_union(judged)] |= 1
@@ -118,14 +118,14 @@ def make_subset(spec: Spec, corpus: Corpus, topics: Topics, searching: Searching
         _drawn(corpus, part.count, spec.seed)
         if part.kind == RANDOM
         else _union(_tops(part, corpus, topics, searching))
-        for part in spec.parts
+        for part in spec.terms
         if part.kind != QUERIES
     ]
     rows, origins = _joined([_union(judged), *parts])
     return Subset(spec, corpus, topics, rows, origins)
 
 
-def _drawn_topics(spec: Spec, topics: Topics) -> Topics:
+def _drawn_topics(spec: SubsetSpec, topics: Topics) -> Topics:
     if spec.n_queries is None or spec.n_queries >= len(topics.queries):
         return topics
     by_id = sorted(range(len(topics.queries)), key=lambda place: topics.queries[place].id)
@@ -140,7 +140,7 @@ def _drawn(corpus: Corpus, count: int, seed: int) -> np.ndarray:
     return by_id[np.random.default_rng(seed).permutation(len(by_id))[:count]]
 
 
-def _judged_rows(spec: Spec, corpus: Corpus, topics: Topics) -> list[np.ndarray]:
+def _judged_rows(spec: SubsetSpec, corpus: Corpus, topics: Topics) -> list[np.ndarray]:
     """The judged passages of each query that are always in."""
     of_queries = [
         [pid for pid, rel in topics.qrels[query.id].items() if rel > 0 or spec.judged == ALL]
@@ -150,11 +150,13 @@ def _judged_rows(spec: Spec, corpus: Corpus, topics: Topics) -> list[np.ndarray]
     return np.split(rows, np.cumsum([len(ids) for ids in of_queries])[:-1])
 
 
-def _tops(part: Part, corpus: Corpus, topics: Topics, searching: Searching) -> list[np.ndarray]:
+def _tops(
+    part: SubsetTerm, corpus: Corpus, topics: Topics, searching: Searching
+) -> list[np.ndarray]:
     """The best passages of each query."""
     if part.kind in (BM25, ENCODER):
-        return searching.tops(part, topics.queries)
-    of_files = [ranking_tops(Path(name), part.count, topics.queries, corpus) for name in part.names]
+        return searching.top_passages(part, topics.queries)
+    of_files = [read_ranking(Path(name), part.count, topics.queries, corpus) for name in part.names]
     return [np.unique(np.concatenate(of_query)) for of_query in zip(*of_files, strict=True)]
 
 

@@ -12,8 +12,8 @@ from mlflow_dr.collection.formats import Collection, chosen_split
 from mlflow_dr.engines.devices import AUTO, resolve_device, resolve_dtype
 from mlflow_dr.errors import UsageError
 from mlflow_dr.retrieval.measures import check_depth
-from mlflow_dr.subsets.searching import CachedSearching
-from mlflow_dr.subsets.spec import Spec
+from mlflow_dr.subsets.spec import SubsetSpec
+from mlflow_dr.subsets.strategies import CachedSearching
 from mlflow_dr.subsets.subset import Subset, make_subset
 from mlflow_dr.tracking.checkpoints import checkpoint_of_step, ready_steps
 from mlflow_dr.tracking.datasets import profile_of, shown_name
@@ -57,7 +57,7 @@ class Collections:
     def __init__(self) -> None:
         self._open: dict[str, Collection] = {}
         self._searched: dict[str, Searched] = {}
-        self._prepared: dict[tuple[str, str, Spec, str], Prepared] = {}
+        self._prepared: dict[tuple[str, str, SubsetSpec, str], Prepared] = {}
 
     def bind(self, run: TrackedRun, validation: Validation, changes: Mapping[str, Any]) -> Bound:
         """A validation as it is on a run: with its dataset, split and number format."""
@@ -101,12 +101,12 @@ class Collections:
         collection, searched = self._open[dataset], self._searched[dataset]
         chosen, spec = chosen_split(collection, split), validation.subset
         # a checkpoint of the run itself is another one on another run
-        of_run = run.id if any(part.step is not None for part in spec.parts) else ""
+        of_run = run.id if any(part.step is not None for part in spec.terms) else ""
         key = (dataset, chosen, spec, of_run)
         if key not in self._prepared:
             whole = Prepared(collection, chosen, searched)
             self._prepared[key] = whole
-            if spec != Spec():
+            if spec != SubsetSpec():
                 subset = _chosen(run, spec, whole, validation.settings)
                 self._prepared[key] = Prepared(collection, chosen, searched, subset)
         return dataset, self._prepared[key]
@@ -142,7 +142,7 @@ def named_data(run: TrackedRun, dataset: str | None, split: str | None) -> tuple
     return named, split or None
 
 
-def _chosen(run: TrackedRun, spec: Spec, whole: Prepared, settings: Settings) -> Subset:
+def _chosen(run: TrackedRun, spec: SubsetSpec, whole: Prepared, settings: Settings) -> Subset:
     """The subset of a collection that a validation of a run searches."""
     device = resolve_device(settings.device)
     dtype = resolve_dtype(settings.dtype, device)

@@ -18,10 +18,10 @@ from mlflow_dr.collection.records import Query
 from mlflow_dr.decisions.comparison import (
     LETTERS,
     Comparison,
+    check_comparison_output,
     check_count,
-    check_output,
-    compared,
-    write,
+    compare_values,
+    write_comparison,
 )
 from mlflow_dr.encoder.config import changes_of
 from mlflow_dr.errors import MlflowDrError, NoValuesError, UsageError
@@ -117,7 +117,7 @@ def compare(request: Comparing) -> Comparison:
     asked = _measure(request.measure)
     if request.output is not None and request.output.exists() and not request.output.is_dir():
         raise UsageError(f"{request.output}: expected a folder, not a file")
-    check_output(request.output, request.force)
+    check_comparison_output(request.output, request.force)
     if request.dataset is not None:
         _check_device(request)
     operands = find_operands(request.operands, request.name, asked, request.tracking_uri)
@@ -139,7 +139,7 @@ def compare(request: Comparing) -> Comparison:
             lengths.append(_known_lengths(operand))
         tables.append(values)
     _tell_other_lengths(lengths)
-    comparison = compared(
+    comparison = compare_values(
         [one.label for one in operands],
         tables,
         str(asked or measures[0]),
@@ -147,7 +147,7 @@ def compare(request: Comparing) -> Comparison:
         {query.id: query.text for query in _queries(request.name, known, prepared)},
     )
     if request.output is not None:
-        write(comparison, request.output)
+        write_comparison(comparison, request.output)
     return comparison
 
 

@@ -21,9 +21,9 @@ from mlflow_dr.encoder.tables import corpus_tokens, subset_tokens
 from mlflow_dr.encoder.tokenize import Tokenizing
 from mlflow_dr.engines.devices import DTYPES, resolve_device, resolve_dtype
 from mlflow_dr.files import digest_of
-from mlflow_dr.retrieval.dense import Search, search_all, wanted_rows
+from mlflow_dr.retrieval.dense import SearchRequest, dense_search, rows_to_encode
 from mlflow_dr.retrieval.measures import Measure, check_depth, mean_values, measure_ranking
-from mlflow_dr.retrieval.ranking import Found, Ranking, check_ids, named_ranking
+from mlflow_dr.retrieval.ranking import Ranking, SearchResult, check_trec_ids, named_ranking
 from mlflow_dr.stores.token_table import TokenTable
 from mlflow_dr.subsets.subset import Subset
 
@@ -171,16 +171,16 @@ class Prepared:
         Raises:
             DataError: the id of a query, or of a passage that is searched, has white space.
         """
-        check_ids(pa.array([query.id for query in self.topics.queries], pa.string()))
+        check_trec_ids(pa.array([query.id for query in self.topics.queries], pa.string()))
         ids = self.corpus.ids
-        check_ids(ids if self.subset is None else ids.take(pa.array(self.subset.rows)))
+        check_trec_ids(ids if self.subset is None else ids.take(pa.array(self.subset.rows)))
 
-    def search(self, k: int) -> Search:
+    def search(self, k: int) -> SearchRequest:
         """What is sought, k passages deep."""
         subset = self.subset
         if subset is None:
-            return Search(self.topics.queries, k)
-        return Search(self.topics.queries, k, subset.rows, subset.candidates)
+            return SearchRequest(self.topics.queries, k)
+        return SearchRequest(self.topics.queries, k, subset.rows, subset.candidates)
 
 
 def evaluate(
@@ -229,11 +229,11 @@ def evaluate_all(
         prepared.search(depth + (0 if settings.keep_own_id else 1))
         for depth, (prepared, settings) in zip(depths, asked, strict=True)
     ]
-    rows = wanted_rows(searches, len(searched.corpus))
+    rows = rows_to_encode(searches, len(searched.corpus))
     table = searched.tokens(tokenizing, rows)
 
     start = time.perf_counter()
-    founds = search_all(
+    founds = dense_search(
         encoder.eval().to(device, DTYPES[dtype]),
         tokenizing,
         searches,
@@ -254,7 +254,7 @@ def evaluate_all(
 
 
 def _measured(
-    prepared: Prepared, settings: Settings, depth: int, found: Found
+    prepared: Prepared, settings: Settings, depth: int, found: SearchResult
 ) -> tuple[dict[str, dict[str, float]], Ranking]:
     """The values of each query, and the ranking that they are of."""
     topics = prepared.topics

@@ -16,8 +16,8 @@ from mlflow_dr.errors import UsageError
 from mlflow_dr.files import written_beside
 from mlflow_dr.retrieval.measures import DEFAULT_MEASURES, check_depth, parse_measures
 from mlflow_dr.retrieval.ranking import write_ranking
-from mlflow_dr.subsets.searching import CachedSearching
-from mlflow_dr.subsets.spec import FULL, RELEVANT, parse_spec
+from mlflow_dr.subsets.spec import FULL, RELEVANT, parse_subset
+from mlflow_dr.subsets.strategies import CachedSearching
 from mlflow_dr.subsets.subset import make_subset
 from mlflow_dr.tracking.encoders import fetched_encoder, reading
 from mlflow_dr.validation.evaluate import Prepared, Report, Settings, evaluate
@@ -106,7 +106,7 @@ def evaluate_once(request: Once, run: TrackedRun | None = None) -> Report:
     measures = parse_measures(request.measures)
     depth = check_depth(measures, request.depth)
     dtype = resolve_dtype(request.dtype, resolve_device(request.device))
-    spec = parse_spec(request.subset, request.seed, request.judged) if request.subset else None
+    spec = parse_subset(request.subset, request.seed, request.judged) if request.subset else None
     for path in (request.output, request.ranking):
         if path is not None and not path.absolute().parent.is_dir():
             raise UsageError(f"{path}: the folder {path.absolute().parent} does not exist")

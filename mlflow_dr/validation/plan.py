@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 from mlflow_dr.encoder.config import EncoderConfig
 from mlflow_dr.errors import UsageError, quoted
 from mlflow_dr.retrieval.measures import Measure, check_depth
-from mlflow_dr.subsets.spec import MOST_DIGITS, RELEVANT, Spec, parse_spec
+from mlflow_dr.subsets.spec import MOST_DIGITS, RELEVANT, SubsetSpec, parse_subset
 from mlflow_dr.tracking.claims import PATIENCE
 from mlflow_dr.tracking.validations import FIRST_NAME, Metric
 from mlflow_dr.validation.evaluate import Settings
@@ -54,7 +54,7 @@ class Validation:
     name: str = FIRST_NAME
     dataset: str | None = None
     split: str | None = None
-    subset: Spec = field(default_factory=Spec)
+    subset: SubsetSpec = field(default_factory=SubsetSpec)
     refines: Refines | None = None
 
     def __post_init__(self) -> None:
@@ -95,7 +95,7 @@ class Asked:
             UsageError: words for a subset that say nothing, or a depth below a measure's cut-off.
         """
         check_depth(self.settings.measures, self.settings.depth)
-        specs = [parse_spec(one, self.seed, self.judged) for one in self.subsets]
+        specs = [parse_subset(one, self.seed, self.judged) for one in self.subsets]
         splits = self.splits or self.sets
         made = each_split(self.settings, name, self.dataset, splits, specs)
         return made + (refining(self.refine, made, self.seed, self.judged) if self.refine else ())
@@ -167,7 +167,7 @@ def each_split(
     name: str,
     dataset: str | None,
     splits: Sequence[str],
-    subsets: Sequence[Spec] = (),
+    subsets: Sequence[SubsetSpec] = (),
 ) -> tuple[Validation, ...]:
     """A validation of each split and subset.
 
@@ -187,7 +187,7 @@ def each_split(
     return tuple(
         Validation(settings, "-".join(filter(None, (called, spec.slug))), dataset, split, spec)
         for called, split in named
-        for spec in subsets or (Spec(),)
+        for spec in subsets or (SubsetSpec(),)
     )
 
 
@@ -208,7 +208,7 @@ def refining(
     words, _, count = text.rpartition("@")
     if not words or not count.isdecimal() or len(count) > MOST_DIGITS or int(count) == 0:
         raise UsageError(f"refine {quoted(text)}: expected SUBSET@N, such as full@3")
-    spec = parse_spec(words, seed, judged)
+    spec = parse_subset(words, seed, judged)
     added: list[Validation] = []
     for cheap in validations:
         if cheap.subset == spec:

@@ -17,7 +17,7 @@ from mlflow_dr.decisions.keep import parse_policy
 from mlflow_dr.engines.devices import resolve_device, resolve_dtype
 from mlflow_dr.errors import UsageError, did_you_mean, quoted
 from mlflow_dr.retrieval.measures import parse_measures
-from mlflow_dr.subsets.spec import parse_spec
+from mlflow_dr.subsets.spec import parse_subset
 from mlflow_dr.terminal import one_line_of
 from mlflow_dr.validation.evaluate import Settings
 from mlflow_dr.validation.order import Order
@@ -152,7 +152,7 @@ def _validations(name: str, given: Any, asked: Asked, where: str) -> tuple[Valid
     if "subset" in subset:
         subset["subsets"] = [subset.pop("subset")]
         with _at(f"{where}.subset"):
-            parse_spec(subset["subsets"][0])
+            parse_subset(subset["subsets"][0])
     if subset.get("refine") == "":
         raise UsageError(f"{where}.refine is empty; expected SUBSET@N, such as full@3")
     settings = replace(asked.settings, **values)

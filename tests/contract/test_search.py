@@ -11,9 +11,9 @@ import torch
 
 from mlflow_dr.errors import CheckpointError, MissingExtraError
 from mlflow_dr.retrieval.search import (
-    ChunkSearch,
+    SearchBackend,
     TopK,
-    default_search,
+    default_backend,
     search_faiss,
     search_torch,
 )
@@ -22,7 +22,7 @@ from mlflow_dr.retrieval.search import (
 class Place(NamedTuple):
     """A search and where its vectors are."""
 
-    search: ChunkSearch
+    search: SearchBackend
     device: str
 
 
@@ -198,8 +198,8 @@ def test_blocks_of_queries_are_put_together_in_their_order(
 
 
 def test_the_search_of_each_device() -> None:
-    assert default_search(torch.device("cpu")) is search_faiss
-    assert default_search(torch.device("cuda:0")) is search_torch
+    assert default_backend(torch.device("cpu")) is search_faiss
+    assert default_backend(torch.device("cuda:0")) is search_torch
 
 
 def test_without_faiss_the_extra_is_named(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -18,11 +18,11 @@ from mlflow_dr.cache import CHECKSUMS, cache_entry, sound_entry
 from mlflow_dr.collection.corpus import Corpus, cached_corpus
 from mlflow_dr.collection.examples import RawExample, cached_examples
 from mlflow_dr.collection.records import Passage, Query
-from mlflow_dr.fidelity.kept import Kept
+from mlflow_dr.fidelity.study import Kept
 from mlflow_dr.retrieval.bm25 import bm25_index
 from mlflow_dr.stores.token_table import cached_token_table
-from mlflow_dr.subsets.searching import CachedSearching
-from mlflow_dr.subsets.spec import BM25, Part
+from mlflow_dr.subsets.spec import BM25, SubsetTerm
+from mlflow_dr.subsets.strategies import CachedSearching
 
 PASSAGES = [
     Passage(f"p{n}", "Ports", f"a {w} sails")
@@ -54,8 +54,11 @@ def bm25() -> list[Any]:
     return [found.rows.tolist(), found.scores.tolist()]
 
 
-def tops() -> list[Any]:
-    return [rows.tolist() for rows in CachedSearching(_corpus()).tops(Part(BM25, 2), [QUERY])]
+def top_passages() -> list[Any]:
+    return [
+        rows.tolist()
+        for rows in CachedSearching(_corpus()).top_passages(SubsetTerm(BM25, 2), [QUERY])
+    ]
 
 
 def fidelity() -> list[Any]:
@@ -115,7 +118,7 @@ DAMAGES = (flipped, cut_off, emptied, exchanged, Path.unlink, moved, made_a_fold
         ("examples", examples),
         ("tokens", tokens),
         ("bm25", bm25),
-        ("tops", tops),
+        ("tops", top_passages),
         ("fidelity", fidelity),
     ],
     ids=lambda part: part if isinstance(part, str) else "",

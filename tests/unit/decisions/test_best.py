@@ -13,7 +13,7 @@ from click.testing import CliRunner
 from mlflow import MlflowClient
 
 from mlflow_dr.cli.best import command
-from mlflow_dr.decisions.best import Best, against_runner_up, find_best, mark_best, summary
+from mlflow_dr.decisions.best import Best, against_runner_up, best_summary, find_best, mark_best
 from mlflow_dr.decisions.significance import difference
 from mlflow_dr.errors import (
     CheckpointError,
@@ -63,7 +63,7 @@ def test_of_equal_ones_the_earliest_is_best(run: TrackedRun, measured: Measured)
     best = find_best(run)
     assert places(best) == (10, 20)
     assert best.is_tied
-    assert "as good; of equal ones the earliest is best" in summary(run, best)
+    assert "as good; of equal ones the earliest is best" in best_summary(run, best)
 
 
 def test_what_is_not_whole_not_measured_or_no_number_is_passed_over(
@@ -147,7 +147,7 @@ def test_the_lead_is_tested_query_by_query(run: TrackedRun, measured: Measured) 
     expected = difference(np.array(second), np.array(first), seed=4)
     assert against_runner_up(run, best, seed=4) == expected
     assert expected.mean == pytest.approx(np.mean(first) - np.mean(second))
-    lines = summary(run, best, seed=4).splitlines()
+    lines = best_summary(run, best, seed=4).splitlines()
     assert lines[0].startswith(f"best checkpoint of run {run.id} by val/mrr_at_10: step 10, models")
     assert lines[1].split() == ["runner-up", "step", "20,", f"{best.runner_up[0].uri},", "0.3500"]
     assert lines[2] == (
@@ -162,7 +162,7 @@ def test_older_runs_have_no_values_of_single_queries(run: TrackedRun, measured: 
     best = find_best(run)
     with pytest.raises(NoValuesError):
         against_runner_up(run, best)
-    *_, lead, note = summary(run, best).splitlines()
+    *_, lead, note = best_summary(run, best).splitlines()
     assert lead == "  difference  +0.1000"
     assert note.startswith(f"  no test: run {run.id} has no values of single queries for step 20 ")
 
@@ -171,7 +171,7 @@ def test_a_single_checkpoint_has_no_runner_up(run: TrackedRun, measured: Measure
     measured(10, 0.5)
     best = find_best(run)
     assert against_runner_up(run, best) is None
-    assert summary(run, best).splitlines()[1:] == ["  no other checkpoint has a value"]
+    assert best_summary(run, best).splitlines()[1:] == ["  no other checkpoint has a value"]
 
 
 @pytest.mark.parametrize(
@@ -212,7 +212,7 @@ def test_the_command_prints_and_marks(
     measured(10, 0.5, ranks=[1.0, 0.0])
     measured(20, 0.25, ranks=[0.5, 0.0])
     printed = best("--seed", 3)
-    assert printed == summary(run, find_best(run), seed=3) + "\n"
+    assert printed == best_summary(run, find_best(run), seed=3) + "\n"
     assert tagged(run) == {10: "0.5"}
 
 

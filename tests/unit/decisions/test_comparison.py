@@ -9,9 +9,15 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from mlflow_dr.decisions.alignment import aligned
-from mlflow_dr.decisions.comparison import Comparison, as_text, changed_most, compared, write
-from mlflow_dr.decisions.pictures import changes_figure
+from mlflow_dr.decisions.comparison import (
+    Comparison,
+    aligned_values,
+    changed_most,
+    changes_figure,
+    compare_values,
+    comparison_text,
+    write_comparison,
+)
 from mlflow_dr.decisions.significance import difference, holm
 from mlflow_dr.errors import DataError, UsageError
 from mlflow_dr.terminal import in_columns
@@ -28,7 +34,7 @@ def table(values: Sequence[float], **others: float) -> Table:
 
 def comparison(*ranks: Sequence[float], **others: object) -> Comparison:
     labels = ["old", "new", "odd"][: len(ranks)]
-    return compared(labels, [table(one) for one in ranks], "mrr@10", **others)
+    return compare_values(labels, [table(one) for one in ranks], "mrr@10", **others)
 
 
 def test_each_is_compared_with_the_first() -> None:
@@ -42,12 +48,12 @@ def test_each_is_compared_with_the_first() -> None:
 
 def test_means_are_of_all_measures_that_all_have() -> None:
     tables = [table(OLD, ndcg=0.5, recall=1.0), table(NEW, recall=0.0)]
-    assert list(compared(["a", "b"], tables, "mrr@10").means) == ["mrr@10", "recall"]
+    assert list(compare_values(["a", "b"], tables, "mrr@10").means) == ["mrr@10", "recall"]
 
 
 def test_queries_are_matched_by_id_in_the_order_of_the_first() -> None:
     turned = dict(reversed(table(NEW).items()))
-    ids, values = aligned(["old", "new"], [table(OLD), turned], "mrr@10")
+    ids, values = aligned_values(["old", "new"], [table(OLD), turned], "mrr@10")
     assert ids == ["q0", "q1", "q2", "q3", "q4"]
     assert values.tolist() == [OLD, NEW]
 
@@ -64,13 +70,13 @@ def test_queries_are_matched_by_id_in_the_order_of_the_first() -> None:
 )
 def test_what_cannot_be_compared(other: Table, message: str) -> None:
     with pytest.raises(DataError, match=message):
-        compared(["old", "new"], [table(OLD), other], "mrr@10")
+        compare_values(["old", "new"], [table(OLD), other], "mrr@10")
 
 
 @pytest.mark.parametrize("count", [0, 1, 27])
 def test_too_few_or_too_many(count: int) -> None:
     with pytest.raises(UsageError, match=f"{count} encoders to compare; expected 2 to 26"):
-        compared(["x"] * count, [table(OLD)] * count, "mrr@10")
+        compare_values(["x"] * count, [table(OLD)] * count, "mrr@10")
 
 
 def test_the_queries_that_changed_most() -> None:
@@ -84,7 +90,7 @@ def test_the_queries_that_changed_most() -> None:
 def test_as_text() -> None:
     found = comparison(OLD, NEW, ODD, texts={"q0": "who keeps  " + "x" * 100})
     first, second = found.differences
-    assert as_text(found, 2).splitlines() == [
+    assert comparison_text(found, 2).splitlines() == [
         "   mrr@10  mean of 5 queries",
         "A  0.3500  old",
         "B  0.5000  new",
@@ -102,14 +108,14 @@ def test_as_text() -> None:
 
 
 def test_two_need_no_correction() -> None:
-    text = as_text(comparison(OLD, NEW), 0)
+    text = comparison_text(comparison(OLD, NEW), 0)
     assert "Holm" not in text
     assert "changed most" not in text
 
 
 def test_what_is_written(tmp_path: Path) -> None:
     found = comparison(OLD, NEW, texts={"q0": 'who, "keeps"\nit'})
-    write(found, tmp_path / "new" / "folder")
+    write_comparison(found, tmp_path / "new" / "folder")
     with (tmp_path / "new" / "folder" / "values.csv").open(newline="") as file:
         rows = list(csv.reader(file))
     assert rows[0] == ["query_id", "query", "A old", "B new"]
@@ -117,14 +123,14 @@ def test_what_is_written(tmp_path: Path) -> None:
     assert [[float(row[2]), float(row[3])] for row in rows[1:]] == found.values.T.tolist()
     picture = tmp_path / "new" / "folder" / "differences.png"
     assert picture.read_bytes().startswith(b"\x89PNG")
-    write(found, tmp_path / "new" / "folder")
+    write_comparison(found, tmp_path / "new" / "folder")
     assert {one.name for one in picture.parent.iterdir()} == {"values.csv", "differences.png"}
 
 
 def test_a_label_of_any_length_and_any_signs(tmp_path: Path) -> None:
     names = ["/home/$me/" + "deep/" * 100 + "$old", "new $\\frac$"]
-    found = compared(names, [table(OLD), table(NEW)], "mrr@10")
-    write(found, tmp_path)
+    found = compare_values(names, [table(OLD), table(NEW)], "mrr@10")
+    write_comparison(found, tmp_path)
     assert (tmp_path / "differences.png").stat().st_size > 5000
 
 

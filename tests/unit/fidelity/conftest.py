@@ -5,7 +5,7 @@ from collections.abc import Callable, Sequence
 import numpy as np
 import pytest
 
-from mlflow_dr.fidelity.findings import Curve, Findings, findings_of
+from mlflow_dr.fidelity.agreement import Curve, FidelityResult, compare_curves
 
 STEPS = (100, 200, 300, 400, 500)
 FULL = np.array([0.1, 0.3, 0.42, 0.4, 0.5])
@@ -26,11 +26,13 @@ def make_curve() -> Callable[..., Curve]:
 
 
 @pytest.fixture
-def make_findings(make_curve: Callable[..., Curve]) -> Callable[..., Findings]:
+def make_findings(make_curve: Callable[..., Curve]) -> Callable[..., FidelityResult]:
     """A function from curves of subsets to findings; the full corpus takes 10 seconds."""
 
-    def make(*subsets: Curve, full: Sequence[float] = tuple(FULL), **options: float) -> Findings:
+    def make(
+        *subsets: Curve, full: Sequence[float] = tuple(FULL), **options: float
+    ) -> FidelityResult:
         curves = [make_curve("full", full, 10.0), *subsets]
-        return findings_of("mrr@10", "sea", "dev", STEPS, curves, **options)
+        return compare_curves("mrr@10", "sea", "dev", STEPS, curves, **options)
 
     return make

@@ -12,12 +12,12 @@ import pyarrow.parquet as pq
 import pytest
 from matplotlib.text import Text
 
-from mlflow_dr.fidelity.findings import Curve, Findings, findings_of
+from mlflow_dr.fidelity.agreement import Curve, FidelityResult, compare_curves
 from mlflow_dr.fidelity.pictures import _apart, curves_figure, time_figure
-from mlflow_dr.fidelity.report import as_text, metrics_of, recommendation, write_files
+from mlflow_dr.fidelity.report import fidelity_metrics, recommendation, report_text, write_files
 
 MakeCurve = Callable[..., Curve]
-MakeFindings = Callable[..., Findings]
+MakeResult = Callable[..., FidelityResult]
 
 GOOD = (0.2, 0.4, 0.55, 0.5, 0.6)  # the full corpus's order
 CLOSE = (0.2, 0.4, 0.65, 0.5, 0.6)  # chooses step 300, which is 0.08 worse
@@ -26,7 +26,7 @@ CONSTANT = (0.5,) * 5
 
 
 def test_the_fastest_that_may_be_trusted_is_recommended(
-    make_curve: MakeCurve, make_findings: MakeFindings
+    make_curve: MakeCurve, make_findings: MakeResult
 ) -> None:
     findings = make_findings(
         make_curve("random:5", REVERSED, 0.1),
@@ -45,7 +45,7 @@ def test_the_fastest_that_may_be_trusted_is_recommended(
 
 
 def test_a_regret_within_the_tolerance_is_accepted(
-    make_curve: MakeCurve, make_findings: MakeFindings
+    make_curve: MakeCurve, make_findings: MakeResult
 ) -> None:
     findings = make_findings(make_curve("bm25@1", CLOSE, 0.5), tolerance=0.08)
     assert findings.recommended is findings.subsets[0]
@@ -53,7 +53,7 @@ def test_a_regret_within_the_tolerance_is_accepted(
 
 
 def test_a_regret_that_is_within_it_by_luck_is_said(
-    make_curve: MakeCurve, make_findings: MakeFindings
+    make_curve: MakeCurve, make_findings: MakeResult
 ) -> None:
     subset = make_curve("bm25@1", GOOD)
     subset.values[2, :2] += 0.6  # two queries speak for step 300
@@ -67,7 +67,7 @@ def test_a_regret_that_is_within_it_by_luck_is_said(
 
 @pytest.mark.parametrize("means", [CLOSE, REVERSED, CONSTANT])
 def test_where_none_may_be_trusted_refining_is_advised(
-    means: Sequence[float], make_curve: MakeCurve, make_findings: MakeFindings
+    means: Sequence[float], make_curve: MakeCurve, make_findings: MakeResult
 ) -> None:
     findings = make_findings(make_curve("random:5", REVERSED), make_curve("bm25@1", means))
     assert findings.recommended is None
@@ -77,19 +77,19 @@ def test_where_none_may_be_trusted_refining_is_advised(
         assert "the best that bm25@1 finds (`--refine full@3`" in words
 
 
-def test_a_flat_curve_orders_nothing(make_curve: MakeCurve, make_findings: MakeFindings) -> None:
+def test_a_flat_curve_orders_nothing(make_curve: MakeCurve, make_findings: MakeResult) -> None:
     full = make_curve("full", CONSTANT, 10.0)
     full.values[:] += np.random.default_rng(1).normal(scale=0.2, size=full.values.shape)
     same = make_curve("bm25@20", full.means)
     assert make_findings(same, full=full.means).recommended  # there all queries say the same
-    findings = findings_of("mrr@10", "sea", "dev", range(5), [full, same])
+    findings = compare_curves("mrr@10", "sea", "dev", range(5), [full, same])
     assert findings.subsets[0].agreement.regret.value == 0
     assert findings.recommended is None
     assert recommendation(findings).startswith("No order can be told: on the full corpus the ")
 
 
 def test_what_is_not_faster_is_not_recommended(
-    make_curve: MakeCurve, make_findings: MakeFindings
+    make_curve: MakeCurve, make_findings: MakeResult
 ) -> None:
     findings = make_findings(make_curve("bm25@5000", GOOD, 10.5))
     assert findings.trusted
@@ -98,14 +98,14 @@ def test_what_is_not_faster_is_not_recommended(
 
 
 def test_the_table_shows_figures_with_their_intervals(
-    make_curve: MakeCurve, make_findings: MakeFindings
+    make_curve: MakeCurve, make_findings: MakeResult
 ) -> None:
     findings = make_findings(
         make_curve("bm25@20", GOOD, 2.0),
         make_curve("random:5", CONSTANT),
         make_curve("full+queries:10", GOOD, 9.0, queries=10),
     )
-    lines = as_text(findings).splitlines()
+    lines = report_text(findings).splitlines()
     cells = [line.split() for line in lines]
     assert cells[3] == ["full", "100", "30", "10.00", *"----", "step", "500"]
     assert cells[4][:8] == ["bm25@20", "100", "30", "2.00", "1.000", "0.997", "0.0000", "+0.1060"]
@@ -116,10 +116,10 @@ def test_the_table_shows_figures_with_their_intervals(
 
 
 def test_metrics_are_those_that_are_defined(
-    make_curve: MakeCurve, make_findings: MakeFindings
+    make_curve: MakeCurve, make_findings: MakeResult
 ) -> None:
     findings = make_findings(make_curve("bm25@20", GOOD, 2.0), make_curve("random:5", CONSTANT))
-    metrics = metrics_of(findings)
+    metrics = fidelity_metrics(findings)
     assert metrics["fidelity/full/seconds"] == 10
     assert metrics["fidelity/bm25_at_20/tau"] == 1
     assert metrics["fidelity/bm25_at_20/seconds"] == 2
@@ -129,7 +129,7 @@ def test_metrics_are_those_that_are_defined(
 
 
 def test_the_files_say_the_same(
-    make_curve: MakeCurve, make_findings: MakeFindings, tmp_path: Path
+    make_curve: MakeCurve, make_findings: MakeResult, tmp_path: Path
 ) -> None:
     findings = make_findings(
         make_curve("bm25@20", GOOD, 2.0),
@@ -138,7 +138,7 @@ def test_the_files_say_the_same(
     )
     files = write_files(findings, tmp_path / "study")
     assert sorted(files) == sorted((tmp_path / "study").iterdir())
-    assert (tmp_path / "study/report.txt").read_text() == as_text(findings) + "\n"
+    assert (tmp_path / "study/report.txt").read_text() == report_text(findings) + "\n"
     with (tmp_path / "study/table.csv").open(newline="") as file:
         rows = list(csv.DictReader(file))
     assert [row["subset"] for row in rows] == ["full", "bm25@20", "random:5", "full+queries:10"]
@@ -161,10 +161,10 @@ def test_the_files_say_the_same(
 @pytest.mark.parametrize("figure", [curves_figure, time_figure])
 @pytest.mark.parametrize("slowest", [0.11, 9.0])
 def test_names_in_pictures_do_not_meet(
-    figure: Callable[[Findings], Any],
+    figure: Callable[[FidelityResult], Any],
     slowest: float,
     make_curve: MakeCurve,
-    make_findings: MakeFindings,
+    make_findings: MakeResult,
 ) -> None:
     """Twelve curves that end at one point, some of them equally fast, and a name with dollars."""
     subsets = [

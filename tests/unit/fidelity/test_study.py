@@ -21,12 +21,12 @@ from mlflow_dr.encoder.directory import load_encoder, save_encoder
 from mlflow_dr.encoder.model import Encoder
 from mlflow_dr.errors import UsageError
 from mlflow_dr.fidelity import study as studying
-from mlflow_dr.fidelity.findings import Findings
+from mlflow_dr.fidelity.agreement import FidelityResult
 from mlflow_dr.fidelity.report import values_table
-from mlflow_dr.fidelity.study import Study
+from mlflow_dr.fidelity.study import FidelityConfig
 from mlflow_dr.retrieval import dense
 from mlflow_dr.retrieval.measures import parse_measures
-from mlflow_dr.subsets.spec import parse_spec
+from mlflow_dr.subsets.spec import parse_subset
 from mlflow_dr.tracking.checkpoints import checkpoints_of, publish
 from mlflow_dr.tracking.directories import found_checkpoints
 from mlflow_dr.tracking.runs import TrackedRun
@@ -101,13 +101,13 @@ def untimed(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(studying._Work, "seconds", timed)
 
 
-def asked(*subsets: str, **others: Any) -> Study:
-    specs = tuple(parse_spec(one, seed=1) for one in subsets or SUBSETS)
-    return Study(specs, MRR, **({"device": "cpu", "dtype": "fp32"} | others))
+def asked(*subsets: str, **others: Any) -> FidelityConfig:
+    specs = tuple(parse_subset(one, seed=1) for one in subsets or SUBSETS)
+    return FidelityConfig(specs, MRR, **({"device": "cpu", "dtype": "fp32"} | others))
 
 
-def study(run: TrackedRun, *subsets: str, **others: Any) -> Findings:
-    return studying.study(checkpoints_of(run), asked(*subsets, **others), run)
+def study(run: TrackedRun, *subsets: str, **others: Any) -> FidelityResult:
+    return studying.study_fidelity(checkpoints_of(run), asked(*subsets, **others), run)
 
 
 def called(*words: object) -> Any:
@@ -139,7 +139,7 @@ def test_queries_in_another_order_have_values_of_their_own(
 
     def values(folder: Path) -> list[float]:
         more = {"dataset": str(folder), "split": "dev"}
-        findings = studying.study(checkpoints, asked("bm25@2", "full+queries:5", **more))
+        findings = studying.study_fidelity(checkpoints, asked("bm25@2", "full+queries:5", **more))
         return values_table(findings)["value"].to_pylist()
 
     values(first)
@@ -261,7 +261,7 @@ def test_what_cannot_be_studied_is_refused(
     with pytest.raises(UsageError, match=message):
         study(published, *subsets, **others)
     with pytest.raises(UsageError, match="no subset to study"):
-        Study((), MRR)
+        FidelityConfig((), MRR)
 
 
 def test_a_checkpoint_of_the_run_and_a_ranking_make_subsets(

@@ -15,10 +15,9 @@ from mlflow_dr.encoder.directory import save_encoder
 from mlflow_dr.encoder.model import Encoder
 from mlflow_dr.errors import CheckpointError, DataError, UsageError
 from mlflow_dr.mining import mine as module
-from mlflow_dr.mining.mine import Mining, mine
+from mlflow_dr.mining.mine import MiningConfig, mine
 from mlflow_dr.mining.rule import Rule
-from mlflow_dr.retrieval.bm25 import Bm25Settings
-from mlflow_dr.retrieval.searchers import Bm25Searcher
+from mlflow_dr.retrieval.bm25 import Bm25Retriever, Bm25Settings
 
 Folder = Callable[..., Path]
 SUBJECTS = ("gull", "ship", "otter", "storm", "ferry", "diver")
@@ -37,7 +36,9 @@ def folder(beir_folder: Folder) -> Path:
 def mined(folder: Path, output: str = "mined.jsonl", **others: Any) -> list[dict[str, Any]]:
     rule = others.pop("rule", Rule(5, 20))
     path = folder.parent / output
-    mine(Mining(str(folder), path, rule=rule, force=True, device="cpu", dtype="fp32", **others))
+    mine(
+        MiningConfig(str(folder), path, rule=rule, force=True, device="cpu", dtype="fp32", **others)
+    )
     text = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
     return [json.loads(line) for line in text.splitlines()]
 
@@ -225,7 +226,7 @@ def test_what_is_counted(folder: Path) -> None:
     with (folder / "qrels" / "train.tsv").open("a") as file:
         file.write("q-none\tp-gull-mast\t1\nq-few\tp-gull-mast\t1\n")
     path = folder.parent / "mined.jsonl"
-    report = mine(Mining(str(folder), path, rule=Rule(20, 25)))
+    report = mine(MiningConfig(str(folder), path, rule=Rule(20, 25)))
     lines = [json.loads(line) for line in path.read_text().splitlines()]
     counts = [len(line["negative_document_ids"]) for line in lines]
     assert report.queries == len(lines) == 32
@@ -272,7 +273,7 @@ def test_equal_requests_write_equal_files(folder: Path) -> None:
 
 def test_batches_of_queries_do_not_matter(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     whole = mined(folder)
-    monkeypatch.setattr("mlflow_dr.retrieval.searchers.QUERIES_PER_BATCH", 7)
+    monkeypatch.setattr("mlflow_dr.retrieval.bm25.QUERIES_PER_BATCH", 7)
     assert mined(folder) == whole
 
 
@@ -280,13 +281,13 @@ def test_the_search_is_as_deep_as_the_rule_and_the_positives(
     folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     asked = []
-    search = Bm25Searcher.search
+    search = Bm25Retriever.search
 
     def watched(self, corpus, queries, k, also):  # type: ignore[no-untyped-def]
         asked.append(k)
         return search(self, corpus, queries, k, also)
 
-    monkeypatch.setattr(Bm25Searcher, "search", watched)
+    monkeypatch.setattr(Bm25Retriever, "search", watched)
     mined(folder)
     with (folder / "qrels" / "train.tsv").open("a") as file:
         file.writelines(f"q-gull-mast\tp-{s}-{p}\t1\n" for s in SUBJECTS[1:] for p in PLACES)
@@ -296,7 +297,9 @@ def test_the_search_is_as_deep_as_the_rule_and_the_positives(
 
 
 def test_from_python_in_two_lines(folder: Path) -> None:
-    request = mlflow_dr.Mining(str(folder), folder.parent / "m.jsonl", rule=mlflow_dr.Rule(3, 10))
+    request = mlflow_dr.MiningConfig(
+        str(folder), folder.parent / "m.jsonl", rule=mlflow_dr.Rule(3, 10)
+    )
     assert mlflow_dr.mine(request).negatives == 90
 
 
@@ -312,16 +315,16 @@ def test_a_file_that_is_there_is_kept(folder: Path, tmp_path: Path) -> None:
     path = tmp_path / "there.jsonl"
     path.write_text("precious")
     with pytest.raises(UsageError, match="is there already; --force replaces it"):
-        mine(Mining(str(folder), path))
+        mine(MiningConfig(str(folder), path))
     assert path.read_text() == "precious"
-    mine(Mining(str(folder), path, force=True))
+    mine(MiningConfig(str(folder), path, force=True))
     assert len(path.read_text().splitlines()) == 30
 
 
 @pytest.mark.parametrize("place", ["", "nowhere/mined.jsonl"])
 def test_a_place_that_cannot_be_written(folder: Path, tmp_path: Path, place: str) -> None:
     with pytest.raises(UsageError, match=r"is a folder|does not exist"):
-        mine(Mining(str(folder), tmp_path / place))
+        mine(MiningConfig(str(folder), tmp_path / place))
 
 
 def test_what_breaks_off_leaves_nothing(
@@ -337,7 +340,7 @@ def test_what_breaks_off_leaves_nothing(
     monkeypatch.setattr(module, "_count", interrupted)
     for name in ("new.jsonl", "new.jsonl.gz", "old.jsonl"):
         with pytest.raises(KeyboardInterrupt):
-            mine(Mining(str(folder), room / name, force=True))
+            mine(MiningConfig(str(folder), room / name, force=True))
     assert [path.name for path in room.iterdir()] == ["old.jsonl"]
     assert (room / "old.jsonl").read_text() == "precious"
 

@@ -101,7 +101,7 @@ def test_a_passage_that_shares_no_term_is_not_found() -> None:
 def test_a_query_without_a_known_term_finds_nothing(sentences: list[str], text: str) -> None:
     found = bm25_index(corpus_of(sentences)).search([Query("q", text)], 5, [np.array([0, 3])])
     assert (found.rows == -1).all()
-    assert found.also[0].tolist() == [0.0, 0.0]
+    assert found.extra_scores[0].tolist() == [0.0, 0.0]
 
 
 def test_scores_of_rows_that_are_asked_for(sentences: list[str]) -> None:
@@ -111,8 +111,8 @@ def test_scores_of_rows_that_are_asked_for(sentences: list[str]) -> None:
     found = bm25_index(corpus).search(queries, 1, asked)
     expected = formula(corpus, QUERIES[0], 0.9, 0.4)
     best = [expected.get(row, 0.0) for row in asked[0].tolist()]
-    np.testing.assert_allclose(found.also[0], best, rtol=1e-5)
-    assert found.also[1].shape == (0,)
+    np.testing.assert_allclose(found.extra_scores[0], best, rtol=1e-5)
+    assert found.extra_scores[1].shape == (0,)
 
 
 def test_no_queries_are_no_rows(sentences: list[str]) -> None:

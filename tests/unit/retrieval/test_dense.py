@@ -10,9 +10,9 @@ from mlflow_dr.encoder.model import Encoder
 from mlflow_dr.encoder.tokenize import Tokenizing
 from mlflow_dr.errors import CheckpointError
 from mlflow_dr.retrieval import dense, encode
-from mlflow_dr.retrieval.dense import Search, ranked_candidates, search_all, search_corpus
+from mlflow_dr.retrieval.dense import SearchRequest, dense_search, rank_candidates, search_corpus
 from mlflow_dr.retrieval.encode import encode_all
-from mlflow_dr.retrieval.ranking import Found
+from mlflow_dr.retrieval.ranking import SearchResult
 from mlflow_dr.stores.token_table import TokenTable, token_table
 
 ASKED = ([0, 19, 7], [], [3], [5, 5], [19])
@@ -32,7 +32,7 @@ class Setting:
         queries = encode_all(encoder.for_queries, ids, pad).numpy()
         self.scores = queries @ encode_all(encoder, self.table, pad).numpy().T
 
-    def search(self, k: int, asked: tuple[list[int], ...] = ()) -> Found:
+    def search(self, k: int, asked: tuple[list[int], ...] = ()) -> SearchResult:
         rows = [np.array(one, np.int64) for one in asked]
         ranks = np.arange(len(self.table))
         return search_corpus(
@@ -58,14 +58,16 @@ def test_the_best_and_what_is_asked_for_whatever_the_blocks(
     np.testing.assert_allclose(found.scores, best, atol=1e-5)
     at_rows = np.take_along_axis(setting.scores, found.rows, axis=1)
     np.testing.assert_allclose(found.scores, at_rows, atol=1e-5)
-    assert [len(one) for one in found.also] == [3, 0, 1, 2, 1]
+    assert [len(one) for one in found.extra_scores] == [3, 0, 1, 2, 1]
     for place, asked in enumerate(ASKED):
-        np.testing.assert_allclose(found.also[place], setting.scores[place, asked], atol=1e-5)
+        np.testing.assert_allclose(
+            found.extra_scores[place], setting.scores[place, asked], atol=1e-5
+        )
 
 
 def test_nothing_is_asked_for(setting: Setting) -> None:
-    assert list(setting.search(3).also) == []
-    assert [len(one) for one in setting.search(3, ([],) * 5).also] == [0] * 5
+    assert list(setting.search(3).extra_scores) == []
+    assert [len(one) for one in setting.search(3, ([],) * 5).extra_scores] == [0] * 5
 
 
 def test_no_more_passages_than_there_are(setting: Setting) -> None:
@@ -94,9 +96,9 @@ def test_several_searches_of_parts_in_one_pass(
     few, other = np.array([1, 4, 6, 7, 18]), np.array([0, 4, 5])
     candidates = [np.array([3, 1, 8]), np.array([2]), np.array([], np.int64)]
     searches = [
-        Search(setting.queries, 3, few),
-        Search(setting.queries[:2], 10, other),
-        Search(setting.queries[2:], 2, candidates=candidates),
+        SearchRequest(setting.queries, 3, few),
+        SearchRequest(setting.queries[:2], 10, other),
+        SearchRequest(setting.queries[2:], 2, candidates=candidates),
     ]
     encoded = []
     real = dense.encode_batches
@@ -107,7 +109,7 @@ def test_several_searches_of_parts_in_one_pass(
             yield rows, vectors
 
     monkeypatch.setattr(dense, "encode_batches", counted)
-    found = search_all(
+    found = dense_search(
         setting.encoder, setting.tokenizing, searches, setting.table, ranks, quiet=True
     )
     assert sorted(encoded) == sorted({*few, *other, 3, 1, 8, 2})
@@ -123,9 +125,9 @@ def test_several_searches_of_parts_in_one_pass(
 
 
 def test_equal_candidates_by_rank() -> None:
-    found = ranked_candidates(
+    found = rank_candidates(
         [np.array([4, 2, 9])], [np.array([1.0, 1.0, 1.0], np.float32)], 2, np.arange(10)[::-1]
     )
     assert found.rows.tolist() == [[9, 4]]
     with pytest.raises(CheckpointError, match="overflow"):
-        ranked_candidates([np.array([1])], [np.array([np.inf], np.float32)], 2, np.arange(3))
+        rank_candidates([np.array([1])], [np.array([np.inf], np.float32)], 2, np.arange(3))

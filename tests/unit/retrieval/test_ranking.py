@@ -10,7 +10,7 @@ import pytest
 from mlflow_dr.collection.corpus import SCHEMA, Corpus
 from mlflow_dr.collection.records import Query
 from mlflow_dr.errors import DataError
-from mlflow_dr.retrieval.ranking import UNWRITABLE, check_ids, named_ranking, write_ranking
+from mlflow_dr.retrieval.ranking import UNWRITABLE, check_trec_ids, named_ranking, write_ranking
 
 IDS = ["p0", "q1", "p2", "字3", "p4"]
 
@@ -100,4 +100,4 @@ def test_white_space_is_what_splits_a_line() -> None:
     ids = [f"p{chr(code)}1" for code in [*range(0xD800), *range(0xE000, 0x10000)]]
     refused = pc.match_substring_regex(pa.array(ids), UNWRITABLE).to_pylist()
     assert refused == [len(one.split()) == 2 for one in ids]
-    check_ids(pa.array(["p1", "字3"]))
+    check_trec_ids(pa.array(["p1", "字3"]))

@@ -17,12 +17,12 @@ from mlflow_dr.encoder.model import Encoder
 from mlflow_dr.encoder.tokenize import plain_tokens
 from mlflow_dr.errors import UsageError
 from mlflow_dr.subsets.export import write_subset
-from mlflow_dr.subsets.spec import Part, parse_spec
+from mlflow_dr.subsets.spec import SubsetTerm, parse_subset
 from mlflow_dr.subsets.subset import Subset, make_subset
 
 
 class NoTops:
-    def tops(self, part: Part, queries: Sequence[Query]) -> list[np.ndarray]:
+    def top_passages(self, part: SubsetTerm, queries: Sequence[Query]) -> list[np.ndarray]:
         raise AssertionError(part)
 
 
@@ -38,7 +38,7 @@ def folder(beir_folder: Callable[..., Path], texts: list[str]) -> Path:
 @pytest.fixture
 def subset(folder: Path) -> Subset:
     collection = open_collection(str(folder))
-    spec = parse_spec("random:4+queries:2", judged="all")
+    spec = parse_subset("random:4+queries:2", judged="all")
     return make_subset(spec, collection.corpus(), collection.topics("dev"), NoTops())
 
 

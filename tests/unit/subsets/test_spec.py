@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from mlflow_dr.errors import UsageError
-from mlflow_dr.subsets.spec import ALL, Part, Spec, parse_spec
+from mlflow_dr.subsets.spec import ALL, SubsetSpec, SubsetTerm, parse_subset
 
 
 @pytest.mark.parametrize(
@@ -27,9 +27,9 @@ from mlflow_dr.subsets.spec import ALL, Part, Spec, parse_spec
     ],
 )
 def test_each_form_has_a_name_for_metrics(text: str, slug: str) -> None:
-    assert parse_spec(text).slug == slug
+    assert parse_subset(text).slug == slug
     written = "full+queries:200" if text == "queries:200" else text
-    assert str(parse_spec(text)) == written
+    assert str(parse_subset(text)) == written
 
 
 @pytest.mark.parametrize(
@@ -42,18 +42,18 @@ def test_each_form_has_a_name_for_metrics(text: str, slug: str) -> None:
 )
 def test_what_is_no_subset_is_told_with_the_forms(text: str) -> None:
     with pytest.raises(UsageError, match=r"^subset '.*expected|whole number above 0"):
-        parse_spec(text)
+        parse_subset(text)
 
 
 @pytest.mark.parametrize("text", [f"bm25@{'9' * 5000}", f"random:{'9' * 13}", "x" * 200_000])
 def test_what_is_too_long_is_refused_in_one_short_line(text: str) -> None:
     with pytest.raises(UsageError, match=r"^subset '") as error:
-        parse_spec(text)
+        parse_subset(text)
     assert len(str(error.value)) < 500
 
 
 def test_a_step_of_thousands_of_digits_is_no_step() -> None:
-    (part,) = parse_spec(f"encoder:step-{'9' * 5000}@5").parts
+    (part,) = parse_subset(f"encoder:step-{'9' * 5000}@5").parts
     assert part.step is None
 
 
@@ -68,24 +68,24 @@ def test_a_step_of_thousands_of_digits_is_no_step() -> None:
 )
 def test_what_makes_no_sense_together(text: str, reason: str) -> None:
     with pytest.raises(UsageError, match=reason):
-        parse_spec(text)
+        parse_subset(text)
 
 
 def test_seed_and_judged_are_in_the_name_where_they_matter() -> None:
-    assert parse_spec("random:5", seed=3).slug == "random_5-seed_3"
-    assert parse_spec("bm25@5", seed=3).slug == "bm25_at_5"
-    assert parse_spec("bm25@5", judged=ALL).slug == "bm25_at_5-all_judged"
-    assert parse_spec("full", seed=3, judged=ALL).slug == ""
+    assert parse_subset("random:5", seed=3).slug == "random_5-seed_3"
+    assert parse_subset("bm25@5", seed=3).slug == "bm25_at_5"
+    assert parse_subset("bm25@5", judged=ALL).slug == "bm25_at_5-all_judged"
+    assert parse_subset("full", seed=3, judged=ALL).slug == ""
     with pytest.raises(UsageError, match="judged"):
-        parse_spec("bm25@5", judged="some")
+        parse_subset("bm25@5", judged="some")
 
 
 def test_a_seed_and_judged_that_cannot_matter_make_no_difference() -> None:
-    assert parse_spec("full", seed=3, judged=ALL) == Spec()
-    assert parse_spec("bm25@5", seed=3) == parse_spec("bm25@5")
-    assert parse_spec("queries:5", seed=3, judged=ALL) == parse_spec("queries:5", seed=3)
-    assert parse_spec("queries:5", seed=3) != parse_spec("queries:5")
-    assert parse_spec("rerank:a@5", judged=ALL) != parse_spec("rerank:a@5")
+    assert parse_subset("full", seed=3, judged=ALL) == SubsetSpec()
+    assert parse_subset("bm25@5", seed=3) == parse_subset("bm25@5")
+    assert parse_subset("queries:5", seed=3, judged=ALL) == parse_subset("queries:5", seed=3)
+    assert parse_subset("queries:5", seed=3) != parse_subset("queries:5")
+    assert parse_subset("rerank:a@5", judged=ALL) != parse_subset("rerank:a@5")
 
 
 def test_a_file_is_found_from_everywhere_and_shown_without_its_folder(
@@ -93,16 +93,16 @@ def test_a_file_is_found_from_everywhere_and_shown_without_its_folder(
 ) -> None:
     (tmp_path / "top.trec").touch()
     monkeypatch.chdir(tmp_path)
-    spec = parse_spec("ranking:top.trec@5")
-    assert spec.parts == (Part("ranking", 5, (str(tmp_path / "top.trec"),)),)
+    spec = parse_subset("ranking:top.trec@5")
+    assert spec.terms == (SubsetTerm("ranking", 5, (str(tmp_path / "top.trec"),)),)
     assert spec.shown == "ranking:top.trec@5"
 
 
 def test_a_long_name_is_cut_and_still_its_own() -> None:
-    slugs = {parse_spec(f"pool:{','.join(['name' * 9] * 5)},{end}@5").slug for end in "ab"}
+    slugs = {parse_subset(f"pool:{','.join(['name' * 9] * 5)},{end}@5").slug for end in "ab"}
     assert len(slugs) == 2
     assert all(len(slug) <= 100 for slug in slugs)
 
 
 def test_the_whole_corpus_is_the_default() -> None:
-    assert parse_spec("full") == Spec()
+    assert parse_subset("full") == SubsetSpec()

@@ -9,8 +9,8 @@ import pytest
 
 from mlflow_dr.collection.corpus import Corpus
 from mlflow_dr.collection.records import Query, Topics
-from mlflow_dr.subsets.searching import CachedSearching
-from mlflow_dr.subsets.spec import Part, parse_spec
+from mlflow_dr.subsets.spec import SubsetTerm, parse_subset
+from mlflow_dr.subsets.strategies import CachedSearching
 from mlflow_dr.subsets.subset import Subset, make_subset
 
 N = 50
@@ -32,7 +32,7 @@ class Tops:
         self._corpus = corpus
         self.asked: list[list[str]] = []
 
-    def tops(self, part: Part, queries: Sequence[Query]) -> list[np.ndarray]:
+    def top_passages(self, part: SubsetTerm, queries: Sequence[Query]) -> list[np.ndarray]:
         self.asked.append([query.id for query in queries])
         return [
             self._corpus.rows_of([f"p{30 + int(one.id[1:]) + n}" for n in range(part.count)])
@@ -42,7 +42,7 @@ class Tops:
 
 def made(text: str, order: Sequence[int] = range(N), **more: object) -> Subset:
     of = corpus(order)
-    return make_subset(parse_spec(text, **more), of, TOPICS, Tops(of))  # type: ignore[arg-type]
+    return make_subset(parse_subset(text, **more), of, TOPICS, Tops(of))  # type: ignore[arg-type]
 
 
 def ids(subset: Subset) -> set[str]:
@@ -70,7 +70,7 @@ def test_a_subset_by_bm25_of_text_without_blanks(
     topics = Topics(queries, {f"q{n}": {f"p{n}": 1} for n in range(4)})
     for _ in range(2):  # found, and taken from the cache
         caplog.clear()
-        subset = make_subset(parse_spec("bm25@2"), of, topics, CachedSearching(of))
+        subset = make_subset(parse_subset("bm25@2"), of, topics, CachedSearching(of))
         assert len(subset) == 4
         message = "BM25 found no passage for 4 of 4 queries: subset bm25@2 has only judged passages"
         assert (message in caplog.text) == warned
@@ -108,7 +108,7 @@ def test_origins() -> None:
 def test_queries_are_drawn_first_and_tops_are_theirs() -> None:
     of = corpus()
     searching = Tops(of)
-    subset = make_subset(parse_spec("bm25@1+queries:4"), of, TOPICS, searching)
+    subset = make_subset(parse_subset("bm25@1+queries:4"), of, TOPICS, searching)
     drawn = [query.id for query in subset.topics.queries]
     assert len(drawn) == 4
     assert searching.asked == [drawn]

@@ -15,7 +15,7 @@ from mlflow import MlflowClient
 
 from mlflow_dr.cli.compare import command
 from mlflow_dr.collection.beir import BeirFolder
-from mlflow_dr.decisions.comparison import Comparison, as_text
+from mlflow_dr.decisions.comparison import Comparison, comparison_text
 from mlflow_dr.encoder.directory import load_encoder, save_encoder
 from mlflow_dr.encoder.model import Encoder
 from mlflow_dr.errors import DataError, DeviceError, TrackingError, UsageError
@@ -282,7 +282,7 @@ def test_the_command_prints_and_writes(
     words = [*operands, "--tracking-uri", client.tracking_uri, "--output", str(tmp_path / "out")]
     done = CliRunner().invoke(command, [*words, "--changed", "3"], catch_exceptions=False)
     assert done.exit_code == 0
-    assert done.output == as_text(compared(*operands), 3) + "\n"
+    assert done.output == comparison_text(compared(*operands), 3) + "\n"
     assert {one.name for one in (tmp_path / "out").iterdir()} == {"values.csv", "differences.png"}
     with pytest.raises(UsageError, match="1 encoders to compare; expected 2 to 26"):
         CliRunner().invoke(command, words[1:], catch_exceptions=False)

@@ -6,7 +6,7 @@ from types import SimpleNamespace
 import pytest
 
 from mlflow_dr.retrieval.measures import parse_measures
-from mlflow_dr.subsets.spec import parse_spec
+from mlflow_dr.subsets.spec import parse_subset
 from mlflow_dr.tracking.runs import TrackedRun
 from mlflow_dr.validation.evaluate import Settings
 from mlflow_dr.validation.pace import Pacer, Speed, largest_that_keeps_up, publishing_interval
@@ -46,7 +46,7 @@ def test_the_interval_is_the_median_and_known_after_three() -> None:
 
 def test_of_a_run_that_has_ended_the_largest_is_taken(run: TrackedRun) -> None:
     settings = Settings(parse_measures("mrr@10"))
-    pair = [Validation(settings, "a", subset=parse_spec(f"random:{n}")) for n in (5, 10)]
+    pair = [Validation(settings, "a", subset=parse_subset(f"random:{n}")) for n in (5, 10)]
     pair[1] = replace(pair[1], name="b")
     plan = Plan(tuple(pair), keep_up=True)
     sizes = {"a": 5, "b": 10}

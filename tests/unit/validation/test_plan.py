@@ -7,7 +7,7 @@ import pytest
 from mlflow_dr.collection.asyncval import asyncval_name
 from mlflow_dr.errors import UsageError
 from mlflow_dr.retrieval.measures import parse_measures
-from mlflow_dr.subsets.spec import parse_spec
+from mlflow_dr.subsets.spec import parse_subset
 from mlflow_dr.validation.evaluate import Settings
 from mlflow_dr.validation.order import Order
 from mlflow_dr.validation.plan import (
@@ -251,7 +251,7 @@ def test_a_plan_that_makes_no_sense(wrong: dict[str, Any]) -> None:
 
 
 def test_a_subset_is_in_the_name_and_the_whole_corpus_is_not() -> None:
-    subsets = [parse_spec("full"), parse_spec("bm25@50+random:10000")]
+    subsets = [parse_subset("full"), parse_subset("bm25@50+random:10000")]
     made = each_split(SETTINGS, "val", "demo", ["dev", "test"], subsets)
     assert [one.name for one in made] == [
         "val-dev",
@@ -262,11 +262,11 @@ def test_a_subset_is_in_the_name_and_the_whole_corpus_is_not() -> None:
 
 
 def test_what_refines() -> None:
-    cheap = each_split(SETTINGS, "val", None, (), [parse_spec("random:5")])
+    cheap = each_split(SETTINGS, "val", None, (), [parse_subset("random:5")])
     (dear,) = refining("full@3", cheap)
     assert (dear.name, dear.subset, dear.refines) == (
         "val",
-        parse_spec("full"),
+        parse_subset("full"),
         Refines("val-random_5", SETTINGS.measures[0], 3),
     )
     (wider,) = refining("bm25@5@2", cheap)

@@ -15,7 +15,7 @@ from mlflow_dr.decisions.keep import parse_policy
 from mlflow_dr.encoder.model import Encoder
 from mlflow_dr.errors import UsageError
 from mlflow_dr.retrieval.measures import parse_measures
-from mlflow_dr.subsets.spec import parse_spec
+from mlflow_dr.subsets.spec import parse_subset
 from mlflow_dr.tracking.checkpoints import checkpoints_of, publish
 from mlflow_dr.tracking.following import FollowedExperiment, FollowedRun
 from mlflow_dr.tracking.pruning import prune
@@ -42,7 +42,7 @@ def folder(beir_folder: Callable[..., Path], texts: list[str]) -> Path:
 
 
 def plan(*subsets: str, refine: str = "", **more: Any) -> Plan:
-    validations = each_split(SETTINGS, "val", None, (), [parse_spec(one) for one in subsets])
+    validations = each_split(SETTINGS, "val", None, (), [parse_subset(one) for one in subsets])
     if refine:
         validations += refining(refine, validations)
     return Plan(validations, follow=False, **more)
@@ -217,7 +217,7 @@ def test_a_seed_leaves_the_whole_corpus_what_it_is(
 ) -> None:
     publishing(1)
     validated(run)
-    cheap = each_split(SETTINGS, "val", None, (), [parse_spec("random:2", 7, "all")])
+    cheap = each_split(SETTINGS, "val", None, (), [parse_subset("random:2", 7, "all")])
     refined = Plan(cheap + refining("full@1", cheap, 7, "all"), follow=False)
     assert watch(FollowedRun(run), refined, sleep=no_sleep).failed == 0
     assert steps(client, run, "val-random_2-seed_7-all_judged/mrr_at_10") == [1]

@@ -14,7 +14,7 @@ from mlflow_dr.collection.records import Example, Passage, Query
 from mlflow_dr.errors import DataError
 
 
-class Questions(NamedTuple):
+class MiningQueries(NamedTuple):
     """Training queries over a corpus.
 
     Attributes:
@@ -30,7 +30,7 @@ class Questions(NamedTuple):
     left_out: int
 
 
-def questions_of(examples: Examples, corpus: Corpus) -> Questions:
+def mining_queries(examples: Examples, corpus: Corpus) -> MiningQueries:
     """The queries of training examples, with their positives as rows of the corpus.
 
     Raises:
@@ -54,7 +54,7 @@ def questions_of(examples: Examples, corpus: Corpus) -> Questions:
             f"none of {len(examples)} training examples can be mined for: the corpus has none of "
             "their positives, or they have no text; do examples and corpus belong together?"
         )
-    return Questions(queries, positives, unknown, left_out)
+    return MiningQueries(queries, positives, unknown, left_out)
 
 
 def _rows_in_corpus(passages: Corpus, corpus: Corpus) -> np.ndarray | None:
@@ -64,7 +64,7 @@ def _rows_in_corpus(passages: Corpus, corpus: Corpus) -> np.ndarray | None:
     return corpus.rows_of(passages.ids.to_pylist())
 
 
-class Barred:
+class ExcludedPassages:
     """Passages that are never a query's negatives.
 
     Those are its positives and what is judged relevant, also of other queries with the same id or
@@ -76,7 +76,7 @@ class Barred:
         judged: further queries and what is relevant to them, as rows of the corpus.
     """
 
-    def __init__(self, questions: Questions, corpus: Corpus, judged: Iterable[Example]) -> None:
+    def __init__(self, questions: MiningQueries, corpus: Corpus, judged: Iterable[Example]) -> None:
         self._texts = np.fromiter(_text_hashes(corpus), np.int64, len(corpus))
         own = corpus.rows_of([query.id for query in questions.queries])
         self._own = own.tolist()

@@ -15,9 +15,10 @@ from mlflow_dr.encoder.directory import load_encoder
 from mlflow_dr.encoder.source import encoder_directory
 from mlflow_dr.errors import UsageError
 from mlflow_dr.files import digest_of, file_sha256
-from mlflow_dr.retrieval.bm25 import warn_of_no_matches
-from mlflow_dr.retrieval.searchers import Bm25Searcher, DenseSearcher, Searcher
-from mlflow_dr.subsets.spec import BM25, Part
+from mlflow_dr.retrieval.bm25 import Bm25Retriever, warn_of_no_matches
+from mlflow_dr.retrieval.dense import DenseRetriever
+from mlflow_dr.retrieval.ranking import Retriever
+from mlflow_dr.subsets.spec import BM25, SubsetTerm
 from mlflow_dr.tracking.encoders import encoder_files, looked_up, reading
 
 if TYPE_CHECKING:
@@ -54,7 +55,7 @@ class CachedSearching:
         self._published = published
         self._tracking_uri = tracking_uri
 
-    def tops(self, part: Part, queries: Sequence[Query]) -> list[np.ndarray]:
+    def top_passages(self, part: SubsetTerm, queries: Sequence[Query]) -> list[np.ndarray]:
         """The best passages of each query: rows of the corpus, the best first, `(<= k,) int64`.
 
         Raises:
@@ -64,7 +65,7 @@ class CachedSearching:
             TrackingError: no such model, or no server.
         """
         if part.kind == BM25:
-            found = self._cached(("bm25",), Bm25Searcher, part.count, queries)
+            found = self._cached(("bm25",), Bm25Retriever, part.count, queries)
             without = sum(len(rows) == 0 for rows in found)
             warn_of_no_matches(
                 without, len(queries), f"subset {part} has only judged passages for these"
@@ -82,13 +83,13 @@ class CachedSearching:
                 identity, lambda: self._searcher(str(directory)), part.count, queries
             )
 
-    def _searcher(self, source: Checkpoint | str) -> Searcher:
+    def _searcher(self, source: Checkpoint | str) -> Retriever:
         name = source if isinstance(source, str) else source.uri
         with encoder_files(source) as directory, reading(name):
             encoder = load_encoder(directory)
-        return DenseSearcher(encoder, self._device, self._dtype)
+        return DenseRetriever(encoder, self._device, self._dtype)
 
-    def _source(self, part: Part) -> Checkpoint | str:
+    def _source(self, part: SubsetTerm) -> Checkpoint | str:
         (name,) = part.names
         if part.step is None:
             return looked_up(name, self._tracking_uri)
@@ -99,7 +100,7 @@ class CachedSearching:
     def _cached(
         self,
         identity: Sequence[str],
-        searcher: Callable[[], Searcher],
+        searcher: Callable[[], Retriever],
         k: int,
         queries: Sequence[Query],
     ) -> list[np.ndarray]:

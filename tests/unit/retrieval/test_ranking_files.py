@@ -11,7 +11,7 @@ import pytest
 from mlflow_dr.collection.corpus import Corpus
 from mlflow_dr.collection.records import Query
 from mlflow_dr.errors import DataError
-from mlflow_dr.subsets.rankings import ranking_tops
+from mlflow_dr.retrieval.ranking import read_ranking
 
 QUERIES = [Query("q1", "one"), Query("q2", "two")]
 
@@ -33,8 +33,8 @@ def trec(scores: dict[str, dict[str, float]]) -> list[str]:
 SCORES = {"q1": {f"p{n}": float(n % 7) for n in range(10)}, "q2": {"p3": -2.0, "p4": -1.0}}
 
 
-def tops(path: Path, k: int, corpus: Corpus) -> list[list[int]]:
-    return [rows.tolist() for rows in ranking_tops(path, k, QUERIES, corpus)]
+def top_passages(path: Path, k: int, corpus: Corpus) -> list[list[int]]:
+    return [rows.tolist() for rows in read_ranking(path, k, QUERIES, corpus)]
 
 
 @pytest.mark.parametrize("packed", [False, True])
@@ -45,8 +45,8 @@ def test_by_score_and_not_by_line(tmp_path: Path, corpus: Corpus, packed: bool) 
     data = "".join(lines).encode()
     path = tmp_path / ("run.gz" if packed else "run.trec")
     path.write_bytes(gzip.compress(data) if packed else data)
-    assert tops(path, 3, corpus) == [[6, 5, 4], [4, 3]]
-    assert tops(path, 100, corpus) == [[6, 5, 4, 3, 9, 2, 8, 1, 7, 0], [4, 3]]
+    assert top_passages(path, 3, corpus) == [[6, 5, 4], [4, 3]]
+    assert top_passages(path, 100, corpus) == [[6, 5, 4, 3, 9, 2, 8, 1, 7, 0], [4, 3]]
 
 
 def test_many_lines_of_one_query_are_not_kept(tmp_path: Path, corpus: Corpus) -> None:
@@ -54,15 +54,15 @@ def test_many_lines_of_one_query_are_not_kept(tmp_path: Path, corpus: Corpus) ->
     random.Random(2).shuffle(lines)
     path = tmp_path / "run.trec"
     path.write_text("".join([*lines, "q1 Q0 p1 1 7 t\n", "q1 Q0 p2 1 8 t\n", "q2 Q0 p0 1 1 t\n"]))
-    assert tops(path, 2, corpus) == [[2, 1], [0]]
+    assert top_passages(path, 2, corpus) == [[2, 1], [0]]
 
 
 def test_ms_marcos_ranks_and_lines_with_scores(tmp_path: Path, corpus: Corpus) -> None:
     ranks, scores = tmp_path / "ranks.tsv", tmp_path / "scores.tsv"
     ranks.write_text("q1\tp5\t2\nq2\tp1\t1\nq1\tp7\t1\nq1\tp2\t10\n")
     scores.write_text("q1\tp5\t2.5\nq2\tp1\t1\nq1\tp7\t1e1\nq1\tp2\t10.5\n")
-    assert tops(ranks, 2, corpus) == [[7, 5], [1]]
-    assert tops(scores, 2, corpus) == [[2, 7], [1]]
+    assert top_passages(ranks, 2, corpus) == [[7, 5], [1]]
+    assert top_passages(scores, 2, corpus) == [[2, 7], [1]]
 
 
 def test_unknown_ids_and_a_query_without_a_line(
@@ -70,7 +70,7 @@ def test_unknown_ids_and_a_query_without_a_line(
 ) -> None:
     path = tmp_path / "run.trec"
     path.write_text("q1 Q0 nobody 1 9 t\nq1 Q0 p1 2 8 t\nstranger Q0 p2 1 9 t\n")
-    assert tops(path, 5, corpus) == [[1], []]
+    assert top_passages(path, 5, corpus) == [[1], []]
     (message,) = caplog.messages
     assert "1 passages that the corpus lacks; 1 of 2 queries have no line" in message
     assert "'q2'" in message
@@ -104,7 +104,7 @@ def test_one_clear_error(tmp_path: Path, corpus: Corpus, text: str, reason: str)
     path = tmp_path / "run.trec"
     path.write_text(text)
     with pytest.raises(DataError, match=reason):
-        ranking_tops(path, 5, QUERIES, corpus)
+        read_ranking(path, 5, QUERIES, corpus)
 
 
 @pytest.mark.parametrize(
@@ -117,7 +117,7 @@ def test_ids_with_blanks_between_tabs(tmp_path: Path, line: str) -> None:
     table = pa.table({"id": ["other", passage], "title": ["", ""], "text": ["", ""]})
     path = tmp_path / "run.tsv"
     path.write_text(line.format(q="a q", p=passage), encoding="utf-8")
-    (rows,) = ranking_tops(path, 5, [Query("a q", "text")], Corpus(table))
+    (rows,) = read_ranking(path, 5, [Query("a q", "text")], Corpus(table))
     assert rows.tolist() == [1]
 
 
@@ -126,15 +126,15 @@ def test_a_blank_that_ascii_lacks_is_part_of_an_id(tmp_path: Path) -> None:
     table = pa.table({"id": ["p\u00a01", "p\u30001"], "title": ["", ""], "text": ["", ""]})
     path = tmp_path / "run.trec"
     path.write_text("q1 Q0 p\u30001 1 9 t\nq1  Q0 p\u00a01 2 8 t\n", encoding="utf-8")
-    assert tops(path, 5, Corpus(table))[0] == [1, 0]
+    assert top_passages(path, 5, Corpus(table))[0] == [1, 0]
 
 
 def test_no_such_file(tmp_path: Path, corpus: Corpus) -> None:
     with pytest.raises(DataError, match="no such file"):
-        ranking_tops(tmp_path / "run.trec", 5, QUERIES, corpus)
+        read_ranking(tmp_path / "run.trec", 5, QUERIES, corpus)
 
 
 def test_rows_are_int64(tmp_path: Path, corpus: Corpus) -> None:
     path = tmp_path / "run.trec"
     path.write_text("q1 Q0 p1 1 9 t\n")
-    assert {rows.dtype for rows in ranking_tops(path, 5, QUERIES, corpus)} == {np.dtype(np.int64)}
+    assert {rows.dtype for rows in read_ranking(path, 5, QUERIES, corpus)} == {np.dtype(np.int64)}

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from mlflow_dr.subsets.searching import _files
+from mlflow_dr.subsets.strategies import _files
 
 
 @pytest.mark.parametrize(

@@ -9,7 +9,7 @@ import pytest
 from mlflow_dr.collection.corpus import TOKENISED_SCHEMA, Corpus
 from mlflow_dr.collection.records import Example, Query
 from mlflow_dr.errors import DataError
-from mlflow_dr.mining.questions import Barred, Questions, questions_of
+from mlflow_dr.mining.queries import ExcludedPassages, MiningQueries, mining_queries
 
 
 class Given:
@@ -49,7 +49,7 @@ def corpus() -> Corpus:
 
 
 def barred(corpus: Corpus, examples: Given, judged: Iterable[Example] = ()) -> list[list[int]]:
-    found = Barred(questions_of(examples, corpus), corpus, judged)
+    found = ExcludedPassages(mining_queries(examples, corpus), corpus, judged)
     rows = list(range(len(corpus)))
     places = [found.places(index, rows) for index in range(len(examples))]
     return [[row for row in rows if flags[row]] for flags in places]
@@ -85,7 +85,9 @@ def test_the_passage_with_the_querys_own_id(corpus: Corpus) -> None:
 
 
 def test_rows_in_any_order_and_number(corpus: Corpus) -> None:
-    found = Barred(questions_of(Given(corpus, [(Query("a", "one"), [0])]), corpus), corpus, ())
+    found = ExcludedPassages(
+        mining_queries(Given(corpus, [(Query("a", "one"), [0])]), corpus), corpus, ()
+    )
     assert found.places(0, [7, 1, 2, 0]) == [False, True, False, True]
     assert found.places(0, []) == []
 
@@ -112,7 +114,7 @@ def test_positives_of_another_corpus_are_found_by_id(corpus: Corpus) -> None:
             (Query("d", " "), [0]),
         ],
     )
-    found = questions_of(examples, corpus)
+    found = mining_queries(examples, corpus)
     assert [query.id for query in found.queries] == ["a", "c"]
     assert [rows.tolist() for rows in found.positives] == [[0, 2], [0]]
     assert (found.unknown, found.left_out) == (2, 2)
@@ -120,12 +122,12 @@ def test_positives_of_another_corpus_are_found_by_id(corpus: Corpus) -> None:
 
 def test_an_equal_corpus_is_the_corpus(corpus: Corpus) -> None:
     again = Corpus(corpus._table)
-    found = questions_of(Given(again, [(Query("a", "one"), [3])]), corpus)
-    assert isinstance(found, Questions)
+    found = mining_queries(Given(again, [(Query("a", "one"), [3])]), corpus)
+    assert isinstance(found, MiningQueries)
     assert found.positives[0].tolist() == [3]
 
 
 def test_nothing_to_mine_for(corpus: Corpus) -> None:
     examples = Given(corpus_of(("new", "", "x")), [(Query("a", "one"), [0])])
     with pytest.raises(DataError, match="none of 1 training examples can be mined for"):
-        questions_of(examples, corpus)
+        mining_queries(examples, corpus)
