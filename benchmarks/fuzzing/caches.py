@@ -90,7 +90,7 @@ def tops(room: Path) -> Any:
 
     corpus = corpus_of_file(_corpus_file(room))
     queries = [Query(one[0], one[1]) for one in QUERIES]
-    found = CachedSearching(corpus).tops(parse_subset("bm25@3").parts[0], queries)
+    found = CachedSearching(corpus).top_passages(parse_subset("bm25@3").terms[0], queries)
     return [one.tolist() for one in found]
 
 

@@ -192,7 +192,7 @@ def plan_ours(path: Path) -> Any:
     validations = {}
     for one in plan.validations:
         spec = one.subset
-        parts = sorted((part.kind, part.count, part.names) for part in spec.parts)
+        parts = sorted((part.kind, part.count, part.names) for part in spec.terms)
         name = one.name.removesuffix(f"-{spec.slug}") if spec.slug and not one.refines else one.name
         if one.refines is not None:
             base = (key for key, cheap in validations.items() if cheap["_name"] == one.refines.name)

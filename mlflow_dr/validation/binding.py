@@ -120,7 +120,7 @@ def is_early(run: TrackedRun, validations: Iterable[Validation]) -> bool:
     Raises:
         TrackingError: the server does not answer.
     """
-    steps = {part.step for one in validations for part in one.subset.parts if part.step is not None}
+    steps = {part.step for one in validations for part in one.subset.terms if part.step is not None}
     if not steps or is_over(run.fetch()):
         return False
     return max(steps) > max(ready_steps(run), default=-1)
