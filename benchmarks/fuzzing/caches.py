@@ -85,6 +85,7 @@ def tokens(room: Path) -> Any:
 
 def tops(room: Path) -> Any:
     from mlflow_dr.collection.records import Query
+    from mlflow_dr.collection.training_files import corpus_of_file
     from mlflow_dr.subsets.spec import parse_subset
     from mlflow_dr.subsets.strategies import CachedSearching
 
