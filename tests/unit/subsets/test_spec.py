@@ -53,7 +53,7 @@ def test_what_is_too_long_is_refused_in_one_short_line(text: str) -> None:
 
 
 def test_a_step_of_thousands_of_digits_is_no_step() -> None:
-    (part,) = parse_subset(f"encoder:step-{'9' * 5000}@5").parts
+    (part,) = parse_subset(f"encoder:step-{'9' * 5000}@5").terms
     assert part.step is None
 
 
