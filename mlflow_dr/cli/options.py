@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
+import functools
 import math
 import os
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal, NamedTuple, TypeVar, get_args, get_origin
 
 import click
+from pydantic.fields import FieldInfo
+from pydantic_core import PydanticUndefined
 
+from mlflow_dr.config import Config, ConfigError, Flag
+from mlflow_dr.errors import UsageError
 from mlflow_dr.retrieval.measures import DEFAULT_MEASURES
 
+AnyConfig = TypeVar("AnyConfig", bound=Config)
 FILES = click.Path(path_type=Path, exists=True)
 RUN = "The MLflow run: its id, the beginning of it, or its name."
 FILE_OPTIONS = ("--dataset", "--candidate-dir", "--query-file", "--qrel-file")
@@ -31,28 +37,132 @@ class Finite(click.FloatRange):
 
 
 class TakesSeveral(click.Command):
-    """A command whose options take several values in one go, too: `--metrics RR@10 nDCG@10`.
+    """A command that takes `--query_files` for `--query-files`, and several values after one flag.
 
-    Where it has an argument, that has to come first: it could be such a value.
+    `--metrics RR@10 nDCG@10` is read as `--metrics RR@10 --metrics nDCG@10`. An argument of the
+    command comes before such a flag, because it could be one of its values.
     """
 
+    def __init__(self, name: str | None, **settings: Any) -> None:
+        super().__init__(name, **settings)
+        self.context_settings = {"token_normalize_func": _dashed, **self.context_settings}
+
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
-        """Repeat an option that may be repeated before each of its values, then parse."""
-        has_argument = any(isinstance(one, click.Argument) for one in self.params)
+        """Repeat a flag that may be repeated before each of its values, then parse."""
+        has_argument = any(isinstance(param, click.Argument) for param in self.params)
         if has_argument and args and args[0].startswith("-"):
             return super().parse_args(ctx, args)
-        options = [one for one in self.params if isinstance(one, click.Option) and one.multiple]
-        names = {name for one in options for name in one.opts}
+        options = [param for param in self.params if getattr(param, "multiple", False)]
+        names = {name for option in options for name in map(_dashed, option.opts)}
         spread: list[str] = []
         option, values = "", 0
         for word in args:
             if word.startswith("-"):
-                option, values = word if word in names else "", 0
+                option, values = word if _dashed(word) in names else "", 0
             elif option:
                 spread += [option] if values else []
                 values += 1
             spread.append(word)
         return super().parse_args(ctx, spread)
+
+
+def _dashed(name: str) -> str:
+    return name.replace("_", "-")
+
+
+def takes(model: type[Config]) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """A decorator: make an option of each field, and call the function with the configuration.
+
+    Other options of the command are passed on to the function by name.
+    """
+
+    def decorate(function: Callable[..., Any]) -> Callable[..., Any]:
+        @functools.wraps(function)
+        def with_config(**values: Any) -> Any:
+            fields = {name: values.pop(name) for name in model.model_fields if name in values}
+            return function(from_flags(model, fields), **values)
+
+        # the fields of the model itself come first in the help, then those that it inherits
+        names = [name for base in model.__mro__ for name in vars(base).get("__annotations__", ())]
+        for name in reversed([name for name in dict.fromkeys(names) if name in model.model_fields]):
+            field = model.model_fields[name]
+            if not flag_of(field).in_file_only:
+                with_config = _parameter(name, field)(with_config)
+        return with_config
+
+    return decorate
+
+
+def from_flags(model: type[AnyConfig], values: Mapping[str, Any]) -> AnyConfig:
+    """A configuration from the values of flags; None and an empty tuple stand for no flag.
+
+    Raises:
+        UsageError: with the name of the flag.
+    """
+    given = {name: value for name, value in values.items() if value not in (None, ())}
+    try:
+        return model(**given)
+    except ConfigError as error:
+        field = model.model_fields.get(error.key)
+        name = _names(error.key, field)[0] if field else error.key
+        raise UsageError(f"{name}{error.problem}") from error
+
+
+def flag_of(field: FieldInfo) -> Flag:
+    """How a field is given on the command line."""
+    return next((found for found in field.metadata if isinstance(found, Flag)), Flag())
+
+
+def _names(name: str, field: FieldInfo) -> list[str]:
+    flag = flag_of(field)
+    if flag.positional:
+        return [name.upper()]
+    return list(dict.fromkeys([*flag.names, f"--{_dashed(name)}"]))
+
+
+def _parameter(name: str, field: FieldInfo) -> Callable[..., Any]:
+    """The click option, or argument, of a field."""
+    flag, kind = flag_of(field), _kind(field.annotation)
+    if flag.positional:
+        count = -1 if kind.multiple else 1
+        return click.argument(name, nargs=count, required=field.is_required(), type=kind.type)
+    names = _names(name, field)
+    help_text = field.description or ""
+    if kind.type is click.BOOL:
+        names = [f"{names[0]}/{flag.off}" if flag.off else names[0], *names[1:]]
+        return click.option(*names, name, is_flag=True, default=None, help=help_text)
+    if field.default not in (None, (), PydanticUndefined):
+        help_text += f"  [default: {field.default}]"
+    return click.option(
+        *names,
+        name,
+        type=kind.type,
+        multiple=kind.multiple or flag.several,
+        required=field.is_required(),
+        default=None,
+        help=help_text,
+    )
+
+
+class _Kind(NamedTuple):
+    """The click type of a field, and whether the field takes several values."""
+
+    type: Any
+    multiple: bool = False
+
+
+def _kind(annotation: Any) -> _Kind:
+    origin, arguments = get_origin(annotation), get_args(annotation)
+    if origin is Annotated:
+        return _kind(arguments[0])
+    if origin is tuple:
+        return _Kind(_kind(arguments[0]).type, multiple=True)
+    if origin is Literal:
+        return _Kind(click.Choice(arguments))
+    if arguments:  # ... | None
+        return _kind(arguments[0])
+    types = {bool: click.BOOL, int: click.INT, float: click.FLOAT}
+    return _Kind(types.get(annotation, click.STRING))
 
 
 def _joined(context: click.Context, parameter: click.Parameter, values: Sequence[str]) -> str:

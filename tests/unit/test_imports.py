@@ -12,13 +12,14 @@ PACKAGE = Path(mlflow_dr.__file__).parent
 
 # a room may import from those on lower floors and from its own
 FLOORS = {
-    "cli": 8,
-    "launch": 7,
-    "fidelity": 7,
-    "training": 6,
-    "validation": 6,
-    "mining": 6,
-    "pyfunc": 6,
+    "cli": 9,
+    "launch": 8,
+    "fidelity": 8,
+    "training": 7,
+    "validation": 7,
+    "mining": 7,
+    "pyfunc": 7,
+    "fields": 6,
     "subsets": 5,
     "decisions": 5,
     "tracking": 4,
@@ -27,6 +28,7 @@ FLOORS = {
     "encoder": 3,
     "stores": 2,
     "collection": 1,
+    "config": 0,
     "beside": 0,
     "progress": 0,
     "cache": 0,
@@ -43,6 +45,8 @@ ALLOWED_BESIDE = {
     ("cache", "files"),
     ("errors", "terminal"),
     ("extensions", "errors"),
+    ("config", "errors"),
+    ("config", "terminal"),
 }
 
 HOMES = {

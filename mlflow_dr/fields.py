@@ -1,0 +1,223 @@
+"""Fields that the configurations of several commands share: their types, checks and help texts."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import AfterValidator, BeforeValidator, Field, Strict
+
+from mlflow_dr.collection.asyncval import given_collection
+from mlflow_dr.config import Config, Flag, as_tuple, checked
+from mlflow_dr.encoder.config import SHORTEST, EncoderConfig, changes_of
+from mlflow_dr.engines.formats import format_name
+from mlflow_dr.errors import UsageError, quoted
+from mlflow_dr.retrieval.measures import parse_measures
+from mlflow_dr.subsets.spec import parse_subset
+
+DEVICE = re.compile(r"auto|cpu|cuda(:[0-9]{1,4})?")
+LARGEST = 10**15  # of counts, seeds and seconds
+FILE_FIELDS = ("dataset", "candidate_dir", "query_files", "qrel_files")
+
+
+def check_device(name: str) -> None:
+    """Refuse what is no device's name; whether this machine has the device is checked later.
+
+    Raises:
+        UsageError: with what is expected.
+    """
+    if not DEVICE.fullmatch(name):
+        raise UsageError(
+            f"device {quoted(name)} is not a device; expected auto, cpu, cuda or cuda:<n>"
+        )
+
+
+def check_policy(text: str) -> None:
+    """Refuse a rule of what to keep that does not exist.
+
+    Raises:
+        UsageError: with those that do.
+    """
+    from mlflow_dr.decisions.keep import parse_policy  # imports mlflow
+
+    parse_policy(text)
+
+
+def _joined(value: Any) -> Any:
+    """Several words as one text."""
+    return " ".join(map(str, value)) if isinstance(value, list | tuple) else value
+
+
+def _absolute(name: str) -> str:
+    """The absolute path of a directory, so that validators in other directories find it."""
+    return str(Path(name).absolute()) if name and Path(name).is_dir() else name
+
+
+def _check_pooling(name: str) -> None:
+    EncoderConfig(pooling=name)
+
+
+File = Annotated[Path, Strict(False)]
+Files = Annotated[tuple[File, ...], BeforeValidator(as_tuple)]
+Texts = Annotated[tuple[str, ...], BeforeValidator(as_tuple)]
+Count = Annotated[int, Field(ge=1, le=LARGEST)]
+Length = Annotated[int, Field(ge=SHORTEST, le=LARGEST)]
+
+Dataset = Annotated[str | None, Field(description="demo, msmarco, a folder, or irds:<id>.")]
+RunName = Annotated[
+    str | None, Field(description="The MLflow run: its id, the beginning of its id, or its name.")
+]
+TrackingUri = Annotated[
+    str | None, Field(description="The tracking server (default: MLFLOW_TRACKING_URI).")
+]
+CheckpointsDir = Annotated[
+    File | None,
+    Flag("--checkpoints-dir", "--ckpts-dir"),
+    Field(
+        description="A directory in which a trainer saves checkpoints (Tevatron, "
+        "sentence-transformers, Hugging Face), instead of a run."
+    ),
+]
+Every = Annotated[Count, Field(description="Only checkpoints whose step this number divides.")]
+Seed = Annotated[int, Field(ge=0, le=LARGEST, description="Random seed for sampling.")]
+Measures = Annotated[
+    str,
+    BeforeValidator(_joined),
+    AfterValidator(checked(parse_measures)),
+    Flag("--measures", "--metrics", several=True),
+    Field(
+        description="What to measure: mrr, ndcg, recall, map, precision, success or accuracy, "
+        "each with @k."
+    ),
+]
+Depth = Annotated[
+    Count | None,
+    Field(description="Passages to rank per query (default: the largest cut-off measured)."),
+]
+Device = Annotated[
+    str, AfterValidator(checked(check_device)), Field(description="auto, cpu, cuda or cuda:<n>.")
+]
+Dtype = Annotated[
+    str,
+    AfterValidator(checked(format_name)),
+    Field(
+        description="Number format: auto (bf16 where the hardware multiplies it, else fp32), fp32, "
+        "bf16 or fp16. PyTorch's names (float32, bfloat16, float16) work, too."
+    ),
+]
+KeepOwnId = Annotated[
+    bool,
+    Field(
+        description="Keep a passage whose id is the query's id. BEIR's convention leaves it out."
+    ),
+]
+Subsets = Annotated[
+    Texts,
+    AfterValidator(checked(lambda texts: [parse_subset(text) for text in texts])),
+    Field(
+        description="Encode only a part of the corpus, and the judged passages: random:N, bm25@K, "
+        "ranking:FILE@K, pool:FILE,FILE@K, encoder:NAME@K, rerank:FILE@K, queries:N, full; joined "
+        "by +."
+    ),
+]
+Judged = Annotated[
+    Literal["relevant", "all"],
+    Field(description="Which judged passages every subset includes."),
+]
+Output = Annotated[File, Field(description="Where to write.")]
+Force = Annotated[bool, Field(description="Replace files that exist.")]
+TrustRemoteCode = Annotated[
+    bool, Field(description="Allow Python code in an encoder's directory to run.")
+]
+
+
+class CollectionConfig(Config):
+    """A collection: by its name, or by its files as Asyncval takes them."""
+
+    dataset: Dataset = None
+    candidate_dir: Annotated[
+        File | None,
+        Field(
+            description="Instead of --dataset: a file or folder of passages as JSON lines with "
+            "text_id and text (a string or token ids). Needs --query-files and --qrel-files."
+        ),
+    ] = None
+    query_files: Annotated[
+        Files,
+        Flag("--query-files", "--query-file"),
+        Field(
+            description="Queries as JSON lines. Of several files, each is a split named after its "
+            "file."
+        ),
+    ] = ()
+    qrel_files: Annotated[
+        Files,
+        Flag("--qrel-files", "--qrel-file"),
+        Field(description="Judgements (TREC or BEIR): one file for all query files, or one each."),
+    ] = ()
+
+    def named_dataset(self) -> tuple[str | None, tuple[str, ...]]:
+        """The dataset's name, None if there is none, and the splits of its query files.
+
+        Raises:
+            UsageError: both a name and files, not all of the files, or one that does not exist.
+        """
+        candidates = [self.candidate_dir] if self.candidate_dir else []
+        files = (candidates, self.query_files, self.qrel_files)
+        for path in (path for paths in files for path in paths):
+            if not path.exists():
+                raise UsageError(f"{path}: no such file or folder")
+        name, splits = given_collection(self.dataset, files, FILE_FIELDS)
+        return name, tuple(splits)
+
+    def one_dataset(self, split: str | None) -> tuple[str, str | None]:
+        """The dataset's name and the split, where exactly one of each is needed.
+
+        Args:
+            split: as given; None leaves it to the collection.
+
+        Raises:
+            UsageError: no dataset, or several query files and no split.
+        """
+        name, splits = self.named_dataset()
+        if name is None:
+            raise UsageError("give --dataset, or --candidate-dir, --query-files and --qrel-files")
+        if len(splits) > 1 and not split:
+            raise UsageError(f"several query files: choose one by --split {' or '.join(splits)}")
+        return name, split or next(iter(splits), None)
+
+
+class EncoderOverrides(Config):
+    """What replaces what an encoder's directory says."""
+
+    pooling: Annotated[
+        str | None,
+        AfterValidator(checked(lambda name: name is None or _check_pooling(name))),
+        Field(description="Use this pooling instead of the one in the encoder's directory."),
+    ] = None
+    normalize: Annotated[
+        bool | None,
+        Flag(off="--no-normalize"),
+        Field(description="Scale vectors to length 1, or not, whatever the directory says."),
+    ] = None
+    max_length: Annotated[
+        Length | None, Field(description="Longest query and passage, in tokens.")
+    ] = None
+    q_max_len: Annotated[Length | None, Field(description="Longest query, in tokens.")] = None
+    p_max_len: Annotated[Length | None, Field(description="Longest passage, in tokens.")] = None
+    tokenizer: Annotated[
+        str | None,
+        AfterValidator(lambda name: name and _absolute(name)),
+        Flag("--tokenizer", "--tokenizer-name-or-path"),
+        Field(description="Use the tokenizer of this directory or hub name."),
+    ] = None
+
+    @property
+    def encoder_changes(self) -> dict[str, Any]:
+        """The given values, as `load_encoder` takes them."""
+        query_length = self.q_max_len or self.max_length
+        passage_length = self.p_max_len or self.max_length
+        return changes_of(
+            self.pooling, self.normalize, query_length, passage_length, self.tokenizer
+        )
