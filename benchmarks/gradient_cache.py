@@ -26,7 +26,7 @@ import torch
 from benchmarks.machine import machine, print_table, seconds_of
 from mlflow_dr.collection.catalogue import open_collection
 from mlflow_dr.encoder.directory import load_encoder
-from mlflow_dr.encoder.tokenize import Tokenizing
+from mlflow_dr.encoder.tokenize import TextTokenizer
 from mlflow_dr.training.batches import Collator, training_set
 from mlflow_dr.training.bi_encoder import PASSAGE, QUERY, BiEncoder
 from mlflow_dr.training.grad_cache import cached_vectors
@@ -40,10 +40,12 @@ TEMPERATURE = 0.05
 def step_of(dataset: str, batch: int, chunk: int | None, dtype: str) -> Callable[[], float]:
     """One step of ours; without the gradient cache when `chunk` is None."""
     encoder = load_encoder(MODEL, **LENGTHS).train()
-    tokenizing = Tokenizing(encoder.tokenizer, encoder.settings)
+    text_tokenizer = TextTokenizer(encoder.tokenizer, encoder.settings)
     examples = open_collection(dataset).examples()
-    groups = training_set(examples, tokenizing, tokenizing, n_passages=1, seed=0)
-    inputs = Collator(tokenizing.pad_id, tokenizing.pad_id)([groups[i] for i in range(batch)])
+    groups = training_set(examples, text_tokenizer, text_tokenizer, n_passages=1, seed=0)
+    inputs = Collator(text_tokenizer.pad_id, text_tokenizer.pad_id)(
+        [groups[i] for i in range(batch)]
+    )
     texts = {role: inputs[role] for role in (QUERY, PASSAGE)}
     towers, objective = BiEncoder(encoder), Objective(TEMPERATURE)
 

@@ -24,7 +24,7 @@ from transformers import AutoModel, AutoTokenizer, Trainer, TrainingArguments
 from benchmarks.machine import machine, print_table, seconds_of
 from mlflow_dr.collection.catalogue import open_collection
 from mlflow_dr.encoder.directory import load_encoder
-from mlflow_dr.encoder.tokenize import Tokenizing
+from mlflow_dr.encoder.tokenize import TextTokenizer
 from mlflow_dr.training.batches import Collator, training_set
 from mlflow_dr.training.loss import Objective
 from mlflow_dr.training.trainer import RetrieverTrainer
@@ -100,10 +100,10 @@ def flags(steps: int, batch: int, dtype: str, room: str) -> dict[str, Any]:
 
 def ours(dataset: str, lengths: tuple[int, int], arguments: dict[str, Any]) -> Callable[[], object]:
     encoder = load_encoder(MODEL, query_max_length=lengths[0], passage_max_length=lengths[1])
-    tokenizing = Tokenizing(encoder.tokenizer, encoder.settings)
+    text_tokenizer = TextTokenizer(encoder.tokenizer, encoder.settings)
     examples = open_collection(dataset).examples()
-    groups = training_set(examples, tokenizing, tokenizing, n_passages=1, seed=0)
-    collator = Collator(tokenizing.pad_id, tokenizing.pad_id)
+    groups = training_set(examples, text_tokenizer, text_tokenizer, n_passages=1, seed=0)
+    collator = Collator(text_tokenizer.pad_id, text_tokenizer.pad_id)
 
     def train() -> object:
         return RetrieverTrainer(

@@ -27,7 +27,7 @@ from mlflow_dr.collection.formats import Collection, validation_split
 from mlflow_dr.collection.records import Topics
 from mlflow_dr.encoder.config import EncoderConfig
 from mlflow_dr.encoder.directory import load_encoder
-from mlflow_dr.encoder.tokenize import Tokenizing
+from mlflow_dr.encoder.tokenize import TextTokenizer
 from mlflow_dr.files import CACHE_VARIABLE
 from mlflow_dr.retrieval.measures import parse_measures
 from mlflow_dr.validation.evaluate import Prepared, Report, Settings, evaluate
@@ -80,7 +80,7 @@ def peer(prepared: Prepared, settings: EncoderConfig) -> float:
     from sentence_transformers import SentenceTransformer
 
     model = SentenceTransformer(MODEL, device="cuda" if torch.cuda.is_available() else "cpu")
-    texts = Tokenizing(model.tokenizer, settings).passage_texts(
+    texts = TextTokenizer(model.tokenizer, settings).passage_texts(
         [passage for batch in prepared.corpus.batches() for passage in batch]
     )
     vectors = model.encode(texts, batch_size=64, show_progress_bar=False)

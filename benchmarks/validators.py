@@ -26,7 +26,7 @@ from requests import Session
 
 from benchmarks.machine import machine
 from benchmarks.server import Server
-from mlflow_dr.beside import Beside
+from mlflow_dr.background import BackgroundTask
 from mlflow_dr.collection.catalogue import open_collection
 from mlflow_dr.retrieval.measures import parse_measures
 from mlflow_dr.tracking import fetching
@@ -175,7 +175,7 @@ def share_of_traffic(
     with (
         mock.patch.object(Session, "request", traffic.timed(Session.request)),
         mock.patch.object(fetching, "_had", traffic.timed(fetching._had)),
-        mock.patch.object(Beside, "wait", traffic.timed(Beside.wait)),
+        mock.patch.object(BackgroundTask, "wait", traffic.timed(BackgroundTask.wait)),
     ):
         threads = [threading.Thread(target=work) for _ in range(validators)]
         for thread in threads:

@@ -11,7 +11,7 @@ from pydantic import AfterValidator, BeforeValidator, Field, Strict
 from mlflow_dr.collection.asyncval import given_collection
 from mlflow_dr.config import Config, Flag, as_tuple, checked
 from mlflow_dr.encoder.config import SHORTEST, EncoderConfig, changes_of
-from mlflow_dr.engines.formats import format_name
+from mlflow_dr.engines.devices import dtype_name
 from mlflow_dr.errors import UsageError, quoted
 from mlflow_dr.retrieval.measures import parse_measures
 from mlflow_dr.subsets.spec import parse_subset
@@ -100,7 +100,7 @@ Device = Annotated[
 ]
 Dtype = Annotated[
     str,
-    AfterValidator(checked(format_name)),
+    AfterValidator(checked(dtype_name)),
     Field(
         description="Number format: auto (bf16 where the hardware multiplies it, else fp32), fp32, "
         "bf16 or fp16. PyTorch's names (float32, bfloat16, float16) work, too."

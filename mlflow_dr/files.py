@@ -1,4 +1,4 @@
-"""Files that are whole or not there: everything is written beside its place and renamed into it."""
+"""Files that are complete or absent: everything is written under another name and then renamed."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ LOCK = ".lock"
 ALMOST_NOTHING = 1 << 20
 BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 LONGEST_LINE = 1 << 26
-"""Bytes of the longest line that is read; a few MiB of `.gz` can hold one that fills the memory."""
+"""Bytes of the longest line that is read; a few MiB of `.gz` can hold a line that fills memory."""
 
 
 def cache_dir() -> Path:
@@ -43,7 +43,7 @@ def cache_dir() -> Path:
 
 
 def is_path(text: str) -> bool:
-    """Whether there is a file or folder of this name; False also for what no path can be called."""
+    """Whether a file or folder has this name; False also for a text that cannot be a path."""
     try:
         return bool(text) and Path(text).expanduser().exists()
     except (OSError, RuntimeError, ValueError):  # too long, an unknown home, a NUL character
@@ -75,29 +75,29 @@ def build_once(
     build: Callable[[Path], None],
     damage: Callable[[Path], str] = lambda target: "",
 ) -> Path:
-    """Make `target` (a file or directory) with `build`, once, whatever number of processes ask.
+    """Make a file or directory once, however many processes ask for it.
 
-    `build` gets a path beside the target and writes there; the result is renamed into place when
-    `build` returns and removed when it raises, so that the target is whole or absent. What a killed
-    process left of its try is removed by the next one.
+    `build` writes to a path in the same folder. The result is renamed to `target` when `build`
+    returns, and removed when it raises, so the target is complete or absent. The remains of a
+    process that was killed are removed by the next process.
 
     Args:
-        target: what is made.
-        build: makes it at another path.
-        damage: says what is wrong with a target that exists, empty when nothing is. A damaged
+        target: the file or directory.
+        build: makes it at the path that it gets.
+        damage: says what is wrong with an existing target; an empty string means nothing. A damaged
             target is made again, with a warning, and removed when the new one is complete.
     """
     if target.exists() and not damage(target):
         return target
     target.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(f"{target}.lock"):
-        for left in target.parent.glob(f".{glob.escape(target.name)}.*"):
-            shutil.rmtree(left, ignore_errors=True)
+        for remains in target.parent.glob(f".{glob.escape(target.name)}.*"):
+            shutil.rmtree(remains, ignore_errors=True)
         damaged = damage(target) if target.exists() else ""
         if damaged:
             log.warning("%s in the cache is damaged (%s); it is made again", target, damaged)
         if damaged or not target.exists():
-            with written_beside(target) as partial:
+            with atomic_write(target) as partial:
                 build(partial)
                 if os.path.lexists(target):
                     target.rename(partial.parent / "damaged")
@@ -105,60 +105,60 @@ def build_once(
 
 
 @contextmanager
-def written_beside(target: Path) -> Iterator[Path]:
-    """A fresh path next to `target` that takes its place when the block ends without an error."""
+def atomic_write(target: Path) -> Iterator[Path]:
+    """A new path that is renamed to `target` when the block ends without an error."""
     target.parent.mkdir(parents=True, exist_ok=True)
-    room = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
+    folder = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
     try:
-        partial = room / target.name
+        partial = folder / target.name
         yield partial
         partial.replace(target)
     finally:
-        shutil.rmtree(room, ignore_errors=True)
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 def grant_umask_modes(directory: Path) -> None:
     """Give each file below a directory the permissions that the umask allows.
 
-    safetensors writes with mode 0600, which keeps other users of a shared store from reading.
+    safetensors writes with mode 0600, so other users of a shared store could not read its files.
     """
     probe = directory / f".mode-{uuid.uuid4().hex}"
-    probe.touch()  # setting the umask, the only way to ask for it, would be seen by other threads
+    probe.touch()  # os.umask can only be read by setting it, which other threads would see
     mode = stat.S_IMODE(probe.stat().st_mode)
     probe.unlink()
     for path in directory.rglob("*"):
         if path.is_file() and not path.is_symlink():
-            known = stat.S_IMODE(path.stat().st_mode)
-            if known | mode != known:
-                with suppress(OSError):  # of another owner, or a file system without modes
-                    path.chmod(known | mode)
+            own = stat.S_IMODE(path.stat().st_mode)
+            if own | mode != own:
+                with suppress(OSError):  # another user's file, or a file system without modes
+                    path.chmod(own | mode)
 
 
 @contextmanager
 def scratch() -> Iterator[Path]:
-    """A place for a fresh temporary directory, which is removed afterwards if it was made.
+    """A path for a temporary directory, which is removed afterwards.
 
-    What killed processes have left behind is removed first: theirs is no longer locked. The lock
-    lies beside the directory, is there before it and goes after it, so that nothing is left without
-    one at any moment. It may be made in one thread and left in another.
+    The remains of processes that were killed are removed first: their lock files are not locked any
+    more. A lock file is made before its directory and removed after it, so that no directory is
+    ever without one. The block may be entered in one thread and left in another.
     """
     _sweep()
     lock = _fresh_lock()
-    room = _beside(lock)
+    folder = _locked_folder(lock)
     try:
-        room.mkdir(mode=0o700)
-        yield room / "files"
+        folder.mkdir(mode=0o700)
+        yield folder / "files"
     finally:
         _remove(lock)
         lock.release()
 
 
 def _fresh_lock() -> BaseFileLock:
-    """A lock that is held, of a name that no other had."""
+    """A lock that is held, under a new name."""
     while True:
         path = Path(tempfile.gettempdir(), f"{SCRATCH}{uuid.uuid4().hex}{LOCK}")
         lock = FileLock(path, blocking=False, thread_local=False)
-        with suppress(Timeout):  # another process sweeps it before it is locked
+        with suppress(Timeout):  # another process removes it before it is locked
             lock.acquire()
             if path.exists():
                 return lock
@@ -171,35 +171,38 @@ def _sweep() -> None:
             with FileLock(path, blocking=False) as lock:
                 _remove(lock)
         except (OSError, Timeout):
-            continue  # in use, another user's, or gone by now
+            continue  # in use, another user's, or already removed
 
 
 def _remove(lock: BaseFileLock) -> None:
-    shutil.rmtree(_beside(lock), ignore_errors=True)
+    shutil.rmtree(_locked_folder(lock), ignore_errors=True)
     Path(lock.lock_file).unlink(missing_ok=True)
 
 
-def _beside(lock: BaseFileLock) -> Path:
+def _locked_folder(lock: BaseFileLock) -> Path:
     return Path(lock.lock_file).with_suffix("")
 
 
 def is_full(error: BaseException, directory: Path) -> bool:
-    """Whether a write to a directory failed for want of room; libraries do not say so by type."""
+    """Whether a write to a directory failed because the disk is full.
+
+    Some libraries say so only in the text of an error, or not at all.
+    """
     if isinstance(error, OSError) and error.errno is not None:
         return error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
     return "No space left" in str(error) or shutil.disk_usage(directory).free < ALMOST_NOTHING
 
 
 @contextmanager
-def opened(path: Path, where: Callable[[], str] | None = None) -> Iterator[IO[bytes]]:
-    """A file for reading, unpacked where its name ends in `.gz`.
+def opened(path: Path, position: Callable[[], str] | None = None) -> Iterator[IO[bytes]]:
+    """A file for reading, decompressed if its name ends in `.gz`.
 
     Args:
         path: the file.
-        where: the place that has been reached, for messages about damage; the path when None.
+        position: gives file and line for messages about damage; the path when None.
 
     Raises:
-        DataError: inside the block too, when the file is missing or its compression breaks off.
+        DataError: the file is missing, or its compression is damaged; also inside the block.
     """
     try:
         with gzip.open(path, "rb") if path.suffix == ".gz" else path.open("rb") as file:
@@ -207,9 +210,9 @@ def opened(path: Path, where: Callable[[], str] | None = None) -> Iterator[IO[by
     except FileNotFoundError as error:
         raise DataError(f"{path}: no such file") from error
     except (EOFError, zlib.error, gzip.BadGzipFile) as error:
+        at = position() if position else path
         raise DataError(
-            f"{where() if where else path}: the compressed file is damaged or truncated ({error}); "
-            "download it again"
+            f"{at}: the compressed file is damaged or truncated ({error}); download it again"
         ) from error
     except OSError as error:
         raise DataError(f"{path}: cannot be read ({error.strerror})") from error
@@ -219,8 +222,8 @@ def read_lines(path: Path) -> Iterator[tuple[int, bytes]]:
     """Numbered non-blank lines (from 1, without line ends) of a text file, `.gz` or plain.
 
     Raises:
-        DataError: the file is missing, cannot be read, its compression breaks off, or a line is
-            longer than `LONGEST_LINE`.
+        DataError: the file is missing, cannot be read or is damaged, or a line is longer than
+            `LONGEST_LINE`.
     """
     number = 0
     with opened(path, lambda: f"{path}:{number + 1}") as file:
@@ -233,7 +236,7 @@ def bounded_lines(path: Path, file: IO[bytes]) -> Iterator[tuple[int, bytes]]:
     """All lines of an open file, numbered from 1, without a byte order mark at the start.
 
     Raises:
-        DataError: a line is longer than `LONGEST_LINE`; no more than that of it is read.
+        DataError: a line is longer than `LONGEST_LINE`; only that much of it is read.
     """
     number = 0
     while line := file.readline(LONGEST_LINE + 1):

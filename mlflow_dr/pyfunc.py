@@ -16,7 +16,7 @@ import numpy as np
 from mlflow_dr.collection.records import Passage, Query
 from mlflow_dr.encoder.directory import load_encoder
 from mlflow_dr.encoder.model import Encoder
-from mlflow_dr.encoder.tokenize import Tokenizing
+from mlflow_dr.encoder.tokenize import TextTokenizer
 from mlflow_dr.engines.devices import resolve_device
 from mlflow_dr.errors import UsageError
 from mlflow_dr.files import scratch
@@ -36,9 +36,9 @@ class TextsToVectors:
 
     def __init__(self, encoder: Encoder) -> None:
         self._encoder = encoder
-        self._tokenizing = {
-            QUERY: Tokenizing(encoder.for_queries.tokenizer, encoder.for_queries.settings),
-            PASSAGE: Tokenizing(encoder.tokenizer, encoder.settings),
+        self._text_tokenizer = {
+            QUERY: TextTokenizer(encoder.query_encoder.tokenizer, encoder.query_encoder.settings),
+            PASSAGE: TextTokenizer(encoder.tokenizer, encoder.settings),
         }
         # a server calls from several threads, and tokenizers keep the length they cut at as state
         self._lock = threading.Lock()
@@ -50,7 +50,7 @@ class TextsToVectors:
             model_input: a data frame, whose first column is read, or a list of texts. A passage
                 with a title is title, separator and text in one.
             params: `prompt`, either `query` (the default) or `passage`: what the texts are, and
-                with it prompt, length and tower.
+                which prompt, length and encoder are used.
 
         Returns:
             `(n_texts, dim) float32`.
@@ -60,17 +60,17 @@ class TextsToVectors:
             CheckpointError: the encoder gives NaN or infinity.
         """
         kind = (params or {}).get("prompt", QUERY)
-        if kind not in self._tokenizing:
+        if kind not in self._text_tokenizer:
             raise UsageError(f"prompt {kind!r}: expected {QUERY!r} or {PASSAGE!r}")
         texts = _texts(model_input)
-        tokenizing = self._tokenizing[kind]
+        text_tokenizer = self._text_tokenizer[kind]
         with self._lock:
             if kind == QUERY:
-                ids = tokenizing.query_ids([Query("", text) for text in texts])
+                ids = text_tokenizer.query_ids([Query("", text) for text in texts])
             else:
-                ids = tokenizing.passage_ids([Passage("", "", text) for text in texts])
-        tower = self._encoder.for_queries if kind == QUERY else self._encoder
-        return encode_all(tower, token_table(ids), tokenizing.pad_id, kind).cpu().numpy()
+                ids = text_tokenizer.passage_ids([Passage("", "", text) for text in texts])
+        encoder = self._encoder.query_encoder if kind == QUERY else self._encoder
+        return encode_all(encoder, token_table(ids), text_tokenizer.pad_id, kind).cpu().numpy()
 
     def get_raw_model(self) -> Encoder:
         """The encoder; what `mlflow.pyfunc.PyFuncModel.get_raw_model` gives."""

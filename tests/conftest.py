@@ -77,7 +77,7 @@ def make_two_towers(make_tiny: Callable[..., "Encoder"]) -> Callable[..., "Encod
     """Makes a tiny encoder whose queries have weights of their own; settings as `make_tiny`."""
     import torch
 
-    from mlflow_dr.encoder.changes import untie, with_projection
+    from mlflow_dr.encoder.model import untie, with_projection
 
     def make(**settings: object) -> "Encoder":
         encoder = make_tiny(pooling="mean", normalize=True, query_max_length=16, **settings)
@@ -85,7 +85,7 @@ def make_two_towers(make_tiny: Callable[..., "Encoder"]) -> Callable[..., "Encod
         untie(encoder)
         torch.manual_seed(1)
         with torch.no_grad():
-            for weight in encoder.for_queries.parameters():
+            for weight in encoder.query_encoder.parameters():
                 weight.add_(0.05 * torch.randn_like(weight))
         return encoder
 

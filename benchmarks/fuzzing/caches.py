@@ -67,15 +67,15 @@ def examples(room: Path) -> Any:
 
 def tokens(room: Path) -> Any:
     from mlflow_dr.collection.training_files import corpus_of_file
-    from mlflow_dr.encoder.tables import corpus_tokens, subset_tokens
-    from mlflow_dr.encoder.tokenize import Tokenizing
+    from mlflow_dr.encoder.token_cache import corpus_tokens, subset_tokens
+    from mlflow_dr.encoder.tokenize import TextTokenizer
 
     encoder = tiny()
-    tokenizing = Tokenizing(encoder.tokenizer, encoder.settings)
+    text_tokenizer = TextTokenizer(encoder.tokenizer, encoder.settings)
     corpus = corpus_of_file(_corpus_file(room))
     rows = np.array([1, 3])
-    made = [subset_tokens(corpus, rows, tokenizing), corpus_tokens(corpus, tokenizing)]
-    ids, mask = made[1].padded(np.arange(len(corpus)), tokenizing.pad_id)
+    made = [subset_tokens(corpus, rows, text_tokenizer), corpus_tokens(corpus, text_tokenizer)]
+    ids, mask = made[1].padded(np.arange(len(corpus)), text_tokenizer.pad_id)
     read = [
         [made[0][int(row)].tolist() for row in rows],
         [made[1][row].tolist() for row in range(len(corpus))],

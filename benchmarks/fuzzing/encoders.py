@@ -68,10 +68,10 @@ ADAPTER = [
 def scores(directory: Path) -> np.ndarray:
     """What a validation compares: each query with each passage, `(n_queries, n_passages)`."""
     from mlflow_dr.encoder.directory import load_encoder
-    from mlflow_dr.encoder.whole import step_of, why_not_whole
+    from mlflow_dr.encoder.files import encoder_defect, step_of
     from mlflow_dr.pyfunc import TextsToVectors
 
-    reason, step = why_not_whole(directory), step_of(directory)
+    reason, step = encoder_defect(directory), step_of(directory)
     assert isinstance(reason, str), reason
     assert step is None or isinstance(step, int), step
     model = TextsToVectors(load_encoder(directory))

@@ -31,10 +31,10 @@ def make_templates(room: Path, made: dict[str, Path]) -> None:
     import torch
     from sentence_transformers import SentenceTransformer, models
 
-    from mlflow_dr.encoder.changes import untie, with_projection
     from mlflow_dr.encoder.config import EncoderConfig
     from mlflow_dr.encoder.directory import save_encoder
     from mlflow_dr.encoder.lora import add_lora
+    from mlflow_dr.encoder.model import untie, with_projection
     from mlflow_dr.encoder.tiny import tiny_encoder
 
     torch.manual_seed(0)
@@ -45,7 +45,7 @@ def make_templates(room: Path, made: dict[str, Path]) -> None:
     towers = with_projection(tiny_encoder(texts, config), None, 16)
     untie(towers)
     with torch.no_grad():
-        for weight in towers.query_tower.parameters():  # type: ignore[union-attr]
+        for weight in towers.untied_query_encoder.parameters():  # type: ignore[union-attr]
             weight.add_(0.05 * torch.randn_like(weight))
     save_encoder(made["towers"], towers.eval())
     bare = tiny()

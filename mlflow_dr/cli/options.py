@@ -176,9 +176,9 @@ def _whole_path(context: click.Context, parameter: click.Parameter, name: str | 
 
 def _format(context: click.Context, parameter: click.Parameter, name: str) -> str:
     """Our name of a number format."""
-    from mlflow_dr.engines.formats import format_name
+    from mlflow_dr.engines.devices import dtype_name
 
-    return format_name(name)
+    return dtype_name(name)
 
 
 def _pooling(context: click.Context, parameter: click.Parameter, name: str | None) -> str | None:

@@ -13,7 +13,7 @@ import numpy as np
 
 from mlflow_dr.decisions.significance import Difference, difference, holm
 from mlflow_dr.errors import DataError, UsageError
-from mlflow_dr.files import written_beside
+from mlflow_dr.files import atomic_write
 from mlflow_dr.terminal import in_columns
 
 LETTERS = string.ascii_uppercase
@@ -171,7 +171,7 @@ def write_comparison(comparison: Comparison, directory: Path) -> None:
     """
     heads = [f"{a} {b}" for a, b in zip(LETTERS, comparison.labels, strict=False)]
     with (
-        written_beside(directory / VALUES) as partial,
+        atomic_write(directory / VALUES) as partial,
         partial.open("w", encoding="utf-8", newline="") as file,
     ):
         rows = csv.writer(file)
@@ -185,7 +185,7 @@ def write_comparison(comparison: Comparison, directory: Path) -> None:
             zip(comparison.differences, comparison.changes, strict=True), start=1
         )
     ]
-    with written_beside(directory / PICTURE) as partial:
+    with atomic_write(directory / PICTURE) as partial:
         draw_changes(partial, titles, comparison.changes, comparison.measure)
 
 

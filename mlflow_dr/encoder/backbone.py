@@ -1,8 +1,8 @@
-"""The library's Transformer module, with what a directory from somebody else needs on top.
+"""sentence-transformers' Transformer module, which refuses files that do not belong together.
 
-Weights that are not in the file, adapters, tokenizers that do not fit: the library loads the first
-with random values, asks the hub about the second and does not look at the third. Import this file
-late: it imports sentence_transformers.
+The library itself gives random values to weights that are missing from the file, asks the hub about
+adapters, and does not check that the tokenizer fits the backbone. Import this file late: it imports
+sentence_transformers.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ from __future__ import annotations
 import inspect
 import logging
 import pickle
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -20,37 +21,37 @@ import transformers
 from sentence_transformers.base.modules import Transformer
 
 from mlflow_dr.encoder import lora
-from mlflow_dr.encoder.description import (
-    is_sentence_transformer,
-    transformer_directories,
-)
-from mlflow_dr.encoder.quiet import quiet_transformers
+from mlflow_dr.encoder.checks import is_sentence_transformer, transformer_directories
 from mlflow_dr.encoder.tokenize import highest_id
-from mlflow_dr.errors import CheckpointError, MlflowDrError
+from mlflow_dr.errors import CheckpointError, MlflowDrError, one_line
 
-# without its files transformers makes up a tokenizer of special tokens and, by kind, up to 2 others
-MADE_UP_TOKENS = 2
+# without its files transformers makes a tokenizer of special tokens and, by kind, up to 2 others
+DEFAULT_TOKENS = 2
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "vocab.txt", "vocab.json")
 CLASSIFIER = "ForSequenceClassification"
 MOST_LAYERS = 1000
 MOST_EMBEDDED = 1 << 34
-"""Numbers in a table of token vectors at most; the largest known ones have 2^31."""
+"""Most numbers in a table of token vectors; the largest known tables have 2^31."""
+
+_lock = threading.Lock()
+_settings_before: list[tuple[int, bool]] = []
+"""transformers' verbosity and progress bars before the first caller, once for each caller."""
 
 
 class Backbone(Transformer):
-    """A transformer and its tokenizer, loaded whole or not at all.
+    """A transformer and its tokenizer.
 
     Args:
-        model_name_or_path: the directory.
-        tokenizer_name_or_path: another directory with the tokenizer.
-        options: what the library's module takes.
+        model_name_or_path: the directory of the weights.
+        tokenizer_name_or_path: the directory of the tokenizer, if it is another one.
+        options: the other arguments of the library's module.
 
     Raises:
-        CheckpointError: files that are missing, damaged or do not belong together.
+        CheckpointError: files are missing or damaged, or do not belong together.
     """
 
-    tokenizer_place: str | None = None
-    """The directory of the tokenizer, where it is another one; for a class derived from this."""
+    tokenizer_directory: str | None = None
+    """The directory of the tokenizer; set in a derived class, which the library instantiates."""
 
     def __init__(
         self,
@@ -60,30 +61,28 @@ class Backbone(Transformer):
         **options: Any,
     ) -> None:
         directory = Path(model_name_or_path)
-        for part in ("model_kwargs", "processor_kwargs", "config_kwargs"):
-            values = dict(options.get(part) or {})
-            directory = Path(model_name_or_path) / values.pop("subfolder", "")
-            options[part] = values
-        *self._adapters, base = lora.adapter_chain(
-            directory, options["model_kwargs"].get("cache_dir")
-        )
-        self._place = base
+        for name in ("model_kwargs", "processor_kwargs", "config_kwargs"):
+            options[name] = dict(options.get(name) or {})
+            directory = Path(model_name_or_path) / options[name].pop("subfolder", "")
+        model_options = options["model_kwargs"]
+        model_options |= {"dtype": torch.float32, "weights_only": True}
+        *self._adapters, base = lora.adapter_chain(directory, model_options.get("cache_dir"))
         if is_sentence_transformer(base) and base != directory:
-            self._place = next(iter(transformer_directories(base)), base)
-        words = Path(self.tokenizer_place or tokenizer_name_or_path or directory)
-        if self._adapters and not any((words / name).exists() for name in TOKENIZER_FILES):
-            words = self._place  # adapters alone go with their base's tokenizer
-        options["model_kwargs"] |= {"dtype": torch.float32, "weights_only": True}
-        named = None if words == directory else str(words)
+            base = next(iter(transformer_directories(base)), base)
+        self._base = base
+        tokenizer = Path(self.tokenizer_directory or tokenizer_name_or_path or directory)
+        if self._adapters and not any((tokenizer / name).exists() for name in TOKENIZER_FILES):
+            tokenizer = base
+        named = None if tokenizer == directory else str(tokenizer)
         with _backbone_errors(directory), quiet_transformers(), _without_notes(named is not None):
             super().__init__(str(directory), tokenizer_name_or_path=named, **options)
-        _check_tokenizer(self.tokenizer, self.model, words)
+        _check_tokenizer(self.tokenizer, self.model, tokenizer)
 
     def _load_config(
         self, model_name_or_path: str, backend: str, config_kwargs: dict[str, Any]
     ) -> tuple[Any, bool]:
-        config = transformers.AutoConfig.from_pretrained(self._place, **config_kwargs)
-        check_size(config, self._place)
+        config = transformers.AutoConfig.from_pretrained(self._base, **config_kwargs)
+        check_size(config, self._base)
         return config, False
 
     def _load_model(
@@ -98,7 +97,7 @@ class Backbone(Transformer):
         if _has_unused_pooler(config):
             options["add_pooling_layer"] = False
         loaded: Any = super()._load_model(
-            str(self._place),
+            str(self._base),
             transformer_task,
             config,
             backend,
@@ -109,8 +108,8 @@ class Backbone(Transformer):
         model, loading = loaded
         if missing := sorted(loading["missing_keys"]):
             raise CheckpointError(
-                f"{self._place}: {len(missing)} weights of the backbone are not in the file, such "
-                f"as {missing[0]}; is it a checkpoint of this architecture ({config.model_type})?"
+                f"{self._base}: {len(missing)} weights of the backbone are not in the file, such "
+                f"as {missing[0]}; check that config.json ({config.model_type}) belongs to them"
             )
         for directory in reversed(self._adapters):
             model = lora.with_adapters(directory, model)
@@ -118,7 +117,7 @@ class Backbone(Transformer):
 
 
 def check_size(config: Any, directory: Path) -> None:
-    """Refuse a configuration that would be built for hours or fill the memory before it fails.
+    """Refuse a configuration that would take hours to build or fill the memory.
 
     Raises:
         CheckpointError: more layers or token vectors than any known model has.
@@ -138,70 +137,71 @@ def check_size(config: Any, directory: Path) -> None:
 
 
 def refuse_classifier(directory: Path) -> None:
-    """Refuse a model that scores pairs or classes of texts, which is no encoder of single texts.
+    """Refuse a model that scores pairs or classes of texts instead of encoding single texts.
 
     Raises:
-        CheckpointError: its configuration names such an architecture.
+        CheckpointError: the configuration names such an architecture.
     """
     config = transformers.PreTrainedConfig.get_config_dict(directory)[0]
     kinds = config.get("architectures") or [""]
     if str(kinds[0]).endswith(CLASSIFIER):
         raise CheckpointError(
             f"{directory / 'config.json'}: {kinds[0]!r:.80} scores texts or pairs (a CrossEncoder, "
-            "a classifier) and makes no vectors of them; to use its backbone all the same, say how "
-            "with --pooling"
+            "a classifier) and does not make vectors; pass --pooling to use its backbone as an "
+            "encoder"
         )
 
 
 def usual_pooling(config: Any) -> str:
-    """The pooling that the library takes for a backbone whose directory names none."""
+    """The library's pooling for a backbone whose directory does not name one."""
     kinds = getattr(config, "architectures", None) or [""]
     looks_left = str(kinds[0]).endswith("ForCausalLM") and getattr(config, "is_causal", True)
     return "last" if looks_left else "mean"
 
 
 def _has_unused_pooler(config: Any) -> bool:
-    """Whether AutoModel would add BERT's pooler, whose weights no vector here depends on."""
-    kind = transformers.AutoModel._model_mapping.get(type(config), None)
+    """Whether AutoModel would add BERT's pooler, which the vectors do not depend on."""
+    kind = transformers.MODEL_MAPPING.get(type(config), None)
     return isinstance(kind, type) and "add_pooling_layer" in inspect.signature(kind).parameters
 
 
-def _check_tokenizer(tokenizer: Any, model: Any, words: Path) -> None:
+def _check_tokenizer(tokenizer: Any, model: Any, directory: Path) -> None:
     if tokenizer is None or not callable(getattr(tokenizer, "get_vocab", None)):
-        raise CheckpointError(f"{words}: no tokenizer for texts; is it an encoder of texts?")
-    if len(tokenizer) - len(set(tokenizer.all_special_tokens)) <= MADE_UP_TOKENS:
+        raise CheckpointError(f"{directory}: no tokenizer of texts; expected an encoder of texts")
+    if len(tokenizer) - len(set(tokenizer.all_special_tokens)) <= DEFAULT_TOKENS:
         raise CheckpointError(
-            f"{words}: the tokenizer has special tokens only; are its files (tokenizer.json, "
-            "vocab.txt or others) missing?"
+            f"{directory}: the tokenizer has only special tokens; check that its files "
+            "(tokenizer.json, vocab.txt or others) are there"
         )
     rows = model.get_input_embeddings().weight.shape[0]
     if (highest := highest_id(tokenizer)) >= rows:
         raise CheckpointError(
-            f"{words}: the tokenizer has token ids up to {highest}, but the backbone embeds "
+            f"{directory}: the tokenizer has token ids up to {highest}, but the backbone embeds "
             f"only {rows} tokens; tokenizer and weights do not belong together"
         )
 
 
 @contextmanager
 def _backbone_errors(directory: Path) -> Iterator[None]:
-    """Turns whatever files from elsewhere lead to into one error that names the directory."""
+    """Turn any error of the libraries into one that names the directory."""
     try:
         yield
     except (MlflowDrError, MemoryError):
         raise
     except pickle.UnpicklingError as error:
         raise CheckpointError(
-            f"{directory}: the pickled weights are damaged or hold more than weights, and no code "
-            "of theirs is run; save them as safetensors"
+            f"{directory}: the pickled weights are damaged or contain code, which is not run; save "
+            "them as safetensors"
         ) from error
     except Exception as error:
-        reason = " ".join(str(error).split())[:300] or type(error).__name__
-        raise CheckpointError(f"{directory}: the backbone cannot be loaded: {reason}") from error
+        raise CheckpointError(
+            f"{directory}: the backbone cannot be loaded ({one_line(error)})"
+        ) from error
 
 
 @contextmanager
 def _without_notes(wanted: bool) -> Iterator[None]:
-    """Without the library's note on a tokenizer from another directory, where that is wanted."""
+    """Without the library's note on a tokenizer from another directory, if that is wanted."""
     log = logging.getLogger("sentence_transformers")
     level = log.level
     if wanted:
@@ -210,3 +210,23 @@ def _without_notes(wanted: bool) -> Iterator[None]:
         yield
     finally:
         log.setLevel(level)
+
+
+@contextmanager
+def quiet_transformers() -> Iterator[None]:
+    """Without transformers' progress bars and warnings; several threads may use it at once."""
+    messages = transformers.utils.logging
+    with _lock:  # the threads of a trainer and its publisher
+        now = messages.get_verbosity(), messages.is_progress_bar_enabled()
+        _settings_before.append(_settings_before[0] if _settings_before else now)
+        messages.set_verbosity_error()
+        messages.disable_progress_bar()
+    try:
+        yield
+    finally:
+        with _lock:
+            level, had_bars = _settings_before.pop()
+            if not _settings_before:
+                messages.set_verbosity(level)
+                if had_bars:
+                    messages.enable_progress_bar()

@@ -1,4 +1,4 @@
-"""What makes an encoder beside its weights: all that must not be forgotten at encode time."""
+"""The settings of an encoder, which are stored with its weights."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ EXPECTED: dict[type, type] = {bool: bool, int: Integral, str: str}
 DEFAULT_QUERY_LENGTH = 32
 DEFAULT_PASSAGE_LENGTH = 128
 SHORTEST = 3
-"""Tokens of a text at most: a special token at each end, and one between them."""
+"""The smallest length in tokens: a special token at each end, and one token of text."""
 
 
 @dataclass(frozen=True)
@@ -31,19 +31,20 @@ class ProjectionConfig:
 
 @dataclass(frozen=True)
 class EncoderConfig:
-    """How text becomes a vector around the backbone.
+    """How an encoder turns text into a vector, apart from its backbone.
 
     Attributes:
-        pooling: how the token vectors become one; one of `POOLINGS`, or several joined by `+`.
+        pooling: turns the token vectors into one; one of `POOLINGS`, or several joined by `+`.
         normalize: whether vectors are scaled to length 1, so that the dot product is the cosine.
         projections: linear layers between pooling and normalisation.
         query_prompt: put before every query.
         passage_prompt: put before every passage.
-        query_max_length: tokens of a query at most, special tokens and prompt included.
-        passage_max_length: tokens of a passage at most, likewise.
-        title_separator: stands between title and text of a passage that has a title.
-        lowercase: whether text is lower-cased before the tokenizer sees it.
-        strip_question_mark: whether a query loses one `?` at its very end, as in DPR's training.
+        query_max_length: the most tokens of a query, with special tokens and prompt.
+        passage_max_length: the most tokens of a passage, with special tokens and prompt.
+        title_separator: put between the title and the text of a passage that has a title.
+        lowercase: whether text is lower-cased before it is tokenised.
+        strip_question_mark: whether one `?` at the end of a query is removed, as DPR does in
+            training.
     """
 
     pooling: str = "cls"
@@ -68,13 +69,13 @@ class EncoderConfig:
 
 
 def check_types(settings: Any) -> None:
-    """Refuse a setting of another type than its default, such as the string `"no"` as a boolean.
+    """Refuse settings that have another type than their default, such as `"no"` for a boolean.
 
     Args:
-        settings: a dataclass; fields without a default, or with None, are not looked at.
+        settings: a dataclass; fields whose default is missing or None are not checked.
 
     Raises:
-        UsageError: with the name of the setting.
+        UsageError: names the setting.
     """
     for field in fields(settings):
         value, kind = getattr(settings, field.name), type(field.default)
@@ -94,7 +95,7 @@ def changes_of(
     passage_max_length: int | None,
     tokenizer: str | None = None,
 ) -> dict[str, Any]:
-    """What a user's flags say about an encoder, as `load_encoder` takes it; None says nothing."""
+    """The flags that a user has given, as the `changes` of `load_encoder`; None is not given."""
     wanted = {
         "pooling": pooling,
         "normalize": normalize,

@@ -1,4 +1,4 @@
-"""From token vectors to the vector of a text: sentence-transformers' own modules, in order.
+"""The head of an encoder: sentence-transformers' modules from token vectors to a text's vector.
 
 Keys of `features`: `token_embeddings` is `(batch, length, width)`, `attention_mask` is
 `(batch, length)` with 1 for a token and 0 for padding; `sentence_embedding` is `(batch, width)`.
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 TOKENS, SENTENCE = "token_embeddings", "sentence_embedding"
 SUPPORTED = ("Pooling", "Dense", "Normalize", "LayerNorm", "Dropout")
-# our names of the poolings, and the library's
+# our names of the poolings -> the library's
 POOLING = {
     "cls": "cls",
     "mean": "mean",
@@ -43,11 +43,11 @@ def standard_head(config: EncoderConfig, width: int) -> list[nn.Module]:
     """The modules that a configuration describes: pooling, projections, normalisation.
 
     Args:
-        config: which ones.
+        config: describes them.
         width: dimensions of the backbone's token vectors.
 
     Raises:
-        UsageError: an activation that is not known.
+        UsageError: an activation is unknown.
     """
     from sentence_transformers.sentence_transformer.modules import Dense, Normalize
 
@@ -70,7 +70,7 @@ def standard_head(config: EncoderConfig, width: int) -> list[nn.Module]:
 
 
 def pooling_module(name: str, width: int) -> Pooling:
-    """The library's pooling of this name of ours; several names are joined by `+`."""
+    """The library's module for one of our poolings, or for several joined by `+`."""
     from sentence_transformers.sentence_transformer.modules import Pooling
 
     modes: Any = [POOLING[mode] for mode in name.split("+")]
@@ -80,12 +80,15 @@ def pooling_module(name: str, width: int) -> Pooling:
 def changed_head(
     head: Iterable[nn.Module], pooling: str | None, normalize: bool | None
 ) -> list[nn.Module]:
-    """A head with another pooling or normalisation; None leaves it as it is.
+    """A head with another pooling or normalisation.
 
     Args:
         head: the modules that were loaded.
-        pooling: one of `POOLING`.
-        normalize: whether vectors get length 1 in the end.
+        pooling: one of `POOLING`; None keeps the head's own.
+        normalize: whether vectors get length 1 in the end; None keeps the head's own.
+
+    Raises:
+        UsageError: the head has no pooling to replace.
     """
     from sentence_transformers.sentence_transformer.modules import Normalize, Pooling
 
@@ -108,13 +111,13 @@ def changed_head(
 
 
 def is_normalized(head: Sequence[nn.Module]) -> bool:
-    """Whether vectors have length 1 because of the last module."""
+    """Whether the last module gives vectors length 1."""
     last = head[-1] if head else None
     return type(last).__name__ == "Normalize" and output_of(last) == SENTENCE
 
 
 def pooling_name(head: Iterable[nn.Module]) -> str | None:
-    """Our name of a head's pooling, several joined by `+`; None where there is none."""
+    """Our name of a head's pooling, several joined by `+`; None without a pooling."""
     names = {theirs: ours for ours, theirs in POOLING.items()}
     for module in head:
         if type(module).__name__ == "Pooling":
@@ -124,7 +127,7 @@ def pooling_name(head: Iterable[nn.Module]) -> str | None:
 
 
 def projections_of(head: Iterable[Any]) -> tuple[ProjectionConfig, ...]:
-    """The linear layers after the pooling, for a reader; a residual is not mentioned."""
+    """The linear layers after the pooling; a residual connection is left out."""
     return tuple(
         ProjectionConfig(
             int(dense.in_features),
@@ -150,15 +153,15 @@ def output_of(module: Any) -> str:
 
 
 def vector_dimension(head: Iterable[Any], width: int, start: str = TOKENS) -> int:
-    """Dimensions of the vectors that come out of a head.
+    """Dimensions of the vectors that a head gives.
 
     Args:
         head: the modules.
-        width: dimensions of what goes in.
-        start: which of the features goes in.
+        width: dimensions of the head's input.
+        start: which of the features is the head's input.
 
     Raises:
-        UsageError: the modules do not fit each other, or give no vector.
+        UsageError: the modules do not fit each other, or do not give a vector.
     """
     widths = {start: width}
     for module in head:
@@ -185,8 +188,8 @@ def vector_dimension(head: Iterable[Any], width: int, start: str = TOKENS) -> in
 def apply_head(head: Iterable[nn.Module], features: dict[str, Any]) -> Tensor:
     """The vectors of a batch, `(batch, dimension)`; fp32, or fp64 for token vectors in fp64.
 
-    Half-precision numbers are turned into fp32 before each module, so that poolings sum and
-    normalisation divides in fp32; a linear layer works in the precision of its own weights.
+    Half-precision numbers become fp32 before each module without weights, so poolings and
+    normalisation compute in fp32. A linear layer computes in the format of its own weights.
     """
     for module in head:
         name = input_of(module)

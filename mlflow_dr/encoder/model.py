@@ -1,8 +1,10 @@
-"""The encoder as a module: a backbone, and the head that makes one vector of its token vectors."""
+"""The encoder: a backbone gives token vectors, and a head makes one vector of them."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import copy
+import logging
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -14,6 +16,7 @@ from mlflow_dr.encoder.head import (
     SENTENCE,
     TOKENS,
     apply_head,
+    changed_head,
     is_normalized,
     pooling_name,
     projections_of,
@@ -21,6 +24,8 @@ from mlflow_dr.encoder.head import (
     vector_dimension,
 )
 from mlflow_dr.errors import UsageError
+
+log = logging.getLogger(__name__)
 
 
 class Encoder(nn.Module):
@@ -30,14 +35,13 @@ class Encoder(nn.Module):
         backbone: a Hugging Face model whose first output is the token vectors, or the library's
             `StaticEmbedding`, which gives the mean of its tokens' vectors.
         tokenizer: the backbone's tokenizer.
-        config: everything around the backbone.
-        query_tower: the encoder of queries, where queries have weights of their own.
-        head: sentence-transformers' modules after the backbone, in the place of those that
-            `config` describes; pooling, projections and normalisation of `settings` are then
-            theirs.
+        config: its other settings.
+        untied_query_encoder: encodes the queries, if they have weights of their own.
+        head: sentence-transformers' modules after the backbone. They replace those that `config`
+            describes, so pooling, projections and normalisation of `settings` are theirs.
 
     Raises:
-        UsageError: modules that do not fit, or lengths beyond the backbone's positions.
+        UsageError: modules do not fit each other, or a length is beyond the backbone's positions.
     """
 
     def __init__(
@@ -45,7 +49,7 @@ class Encoder(nn.Module):
         backbone: Any,
         tokenizer: Any,
         config: EncoderConfig,
-        query_tower: Encoder | None = None,
+        untied_query_encoder: Encoder | None = None,
         head: Sequence[nn.Module] | None = None,
     ) -> None:
         super().__init__()
@@ -63,40 +67,40 @@ class Encoder(nn.Module):
         self.head = nn.ModuleList(modules)
         start = SENTENCE if self.is_static else TOKENS
         self.dimension = vector_dimension(modules, self.width, start)
-        self.query_tower = query_tower
-        if query_tower is not None and query_tower.dimension != self.dimension:
+        self.untied_query_encoder = untied_query_encoder
+        if self.query_encoder.dimension != self.dimension:
             raise UsageError(
-                f"queries become vectors of {query_tower.dimension} dimensions and passages of "
-                f"{self.dimension}; both towers need the same"
+                f"queries become vectors of {self.query_encoder.dimension} dimensions and passages "
+                f"of {self.dimension}; both need the same"
             )
 
     @property
     def width(self) -> int:
-        """Dimensions of what the backbone gives."""
+        """Dimensions of the backbone's token vectors."""
         if self.is_static:
             return int(self.backbone.embedding_dim)
         return int(self.backbone.config.hidden_size)
 
     @property
-    def for_queries(self) -> Encoder:
-        """What encodes queries: a tower of their own, or this one."""
-        return self if self.query_tower is None else self.query_tower
+    def query_encoder(self) -> Encoder:
+        """The encoder of queries: one with weights of its own, or this one."""
+        return self if self.untied_query_encoder is None else self.untied_query_encoder
 
     @property
-    def towers(self) -> tuple[Encoder, ...]:
-        """This encoder, and the queries' where they have one of their own."""
-        return (self,) if self.query_tower is None else (self, self.query_tower)
+    def distinct_encoders(self) -> tuple[Encoder, ...]:
+        """This encoder, and the encoder of queries if that is another one."""
+        return (self,) if self.untied_query_encoder is None else (self, self.untied_query_encoder)
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
-        """Vectors of the texts.
+        """Vectors of texts.
 
         Args:
             input_ids: `(batch, length) int64`, padded at the right.
             attention_mask: `(batch, length) int64`, 1 for tokens.
 
         Returns:
-            `(batch, dimension) float32`, normalised in fp32 when the configuration says so; fp64
-            for an encoder in fp64.
+            `(batch, dimension) float32`, normalised if `settings.normalize`; fp64 for an encoder in
+            fp64.
         """
         features: dict[str, Any] = {"attention_mask": attention_mask}
         if self.is_static:
@@ -113,22 +117,22 @@ class Encoder(nn.Module):
 
     @property
     def device(self) -> torch.device:
-        """Where the weights are."""
+        """The device of the weights."""
         return next(self.parameters()).device
 
 
 def is_static(backbone: Any) -> bool:
-    """Whether a backbone is the library's table of token vectors instead of a transformer."""
+    """Whether a backbone is the library's table of token vectors, not a transformer."""
     return type(backbone).__name__ == "StaticEmbedding"
 
 
 def positions(backbone: Any) -> int | None:
-    """Tokens of a text at most, by a backbone's table of positions; None where it sets no limit."""
+    """The most tokens of a text that a backbone has positions for; None without a limit."""
     limit: int | None = getattr(getattr(backbone, "config", None), "max_position_embeddings", None)
     if not limit or limit < 0:
         return None
     for module in backbone.modules():
-        # RoBERTa, MPNet, data2vec and their kin number positions from the padding token's id + 1
+        # models like RoBERTa and MPNet count positions from the padding token's id + 1
         table = getattr(module, "position_embeddings", None)
         padding = getattr(module, "padding_idx", None)
         if isinstance(padding, int) and isinstance(table, nn.Embedding):
@@ -137,14 +141,76 @@ def positions(backbone: Any) -> int | None:
 
 
 def _check_lengths(backbone: Any, config: EncoderConfig) -> None:
-    """Refuse texts longer than the backbone has positions for."""
+    """Refuse lengths for which the backbone has no positions."""
     limit = positions(backbone)
-    if limit is None:
-        return
-    for side in ("query", "passage"):
-        length = getattr(config, f"{side}_max_length")
-        if length > limit:
+    for name in ("query_max_length", "passage_max_length"):
+        length = getattr(config, name)
+        if limit is not None and length > limit:
             raise UsageError(
-                f"{side}_max_length is {length}, but the backbone has {limit} positions; "
-                "use shorter texts or another backbone"
+                f"{name} is {length}, but the backbone has {limit} positions; choose a smaller "
+                "length or another backbone"
             )
+
+
+def with_settings(encoder: Encoder, changes: Mapping[str, Any]) -> Encoder:
+    """An encoder with other settings, for queries and passages alike.
+
+    Args:
+        encoder: gives its backbone and weights.
+        changes: fields of `EncoderConfig`.
+
+    Raises:
+        UsageError: a value is unknown or does not fit.
+    """
+    if not changes:
+        return encoder
+    settings = replace(encoder.settings, **changes)  # checks the values
+    head = changed_head(
+        encoder.head,
+        settings.pooling if "pooling" in changes else None,
+        settings.normalize if "normalize" in changes else None,
+    )
+    query_encoder = encoder.untied_query_encoder
+    if query_encoder is not None:
+        query_encoder = with_settings(query_encoder, changes)
+    return Encoder(encoder.backbone, encoder.tokenizer, settings, query_encoder, head)
+
+
+def with_projection(encoder: Encoder, in_features: int | None, out_features: int) -> Encoder:
+    """An encoder with a linear layer after its pooling; an existing projection is kept instead.
+
+    Args:
+        encoder: what to extend.
+        in_features: dimensions of the layer's input; the encoder's own dimensions when None.
+        out_features: dimensions of the layer's output.
+
+    Raises:
+        UsageError: `in_features` is not the encoder's number of dimensions.
+    """
+    if encoder.settings.projections:
+        log.info(
+            "the encoder already has a projection to %d dimensions, so none is added",
+            encoder.dimension,
+        )
+        return encoder
+    from sentence_transformers.sentence_transformer.modules import Dense
+
+    head = list(encoder.head)
+    layer = Dense(in_features or encoder.dimension, out_features, activation_function=nn.Identity())
+    head.insert(len(head) - is_normalized(head), layer)
+    query_encoder = encoder.untied_query_encoder
+    if query_encoder is not None:
+        query_encoder = with_projection(query_encoder, in_features, out_features)
+    return Encoder(encoder.backbone, encoder.tokenizer, encoder.settings, query_encoder, head)
+
+
+def untie(encoder: Encoder) -> None:
+    """Give an encoder's queries weights of their own, which start as a copy of the passages'.
+
+    An encoder whose queries already have weights of their own stays as it is.
+    """
+    if encoder.untied_query_encoder is not None:
+        log.info("the encoders of queries and passages were loaded, each with its own weights")
+        return
+    log.info("one encoder was loaded: queries and passages both start from its weights")
+    encoder.untied_query_encoder = copy.deepcopy(encoder)

@@ -1,7 +1,7 @@
-"""Directories of sentence-transformers, loaded by the library itself.
+"""Directories of sentence-transformers: loaded by the library itself, and written.
 
-What the library would answer (`encode_query`, `encode_document`, `similarity`) is what an encoder
-gives; a setting that cannot be taken is refused by name. Layout:
+An encoder gives the vectors that the library gives (`encode_query`, `encode_document`), and its dot
+product is the library's `similarity`. Layout:
 https://sbert.net/docs/package_reference/sentence_transformer/models.html, of versions 2 to 6.
 """
 
@@ -15,8 +15,7 @@ from typing import Any, NamedTuple
 
 from torch import nn
 
-from mlflow_dr.encoder.config import EncoderConfig
-from mlflow_dr.encoder.description import (
+from mlflow_dr.encoder.checks import (
     INCLUDE_PROMPT,
     KIND,
     LENGTHS,
@@ -27,19 +26,20 @@ from mlflow_dr.encoder.description import (
     SETTINGS,
     SOURCES,
     all_modules,
+    checkpoint_errors,
     listed_modules,
-    reading,
 )
+from mlflow_dr.encoder.config import EncoderConfig
 from mlflow_dr.encoder.head import SENTENCE, SUPPORTED, TOKENS, input_of, is_normalized, output_of
 from mlflow_dr.encoder.model import is_static, positions
 from mlflow_dr.errors import CheckpointError
 
 log = logging.getLogger(__name__)
 
-# the names of a prompt by task, in the library's order
+# task -> names of its prompt, in the library's order
 PROMPTS = {"query": ("query",), "document": ("document", "passage", "corpus")}
 UNLIMITED = 1_000_000
-"""Tokenizers without a limit say a much larger number."""
+"""Tokenizers without a limit have a much larger `model_max_length`."""
 
 
 class Route(NamedTuple):
@@ -48,8 +48,8 @@ class Route(NamedTuple):
     Attributes:
         source: the module that has the backbone and the tokenizer.
         head: the modules after it.
-        prompt: what is put before each text.
-        max_length: tokens of a text at most.
+        prompt: put before each text.
+        max_length: the most tokens of a text.
     """
 
     source: Any
@@ -62,17 +62,17 @@ def load_model(directory: Path, backbone: type[nn.Module], **options: Any) -> An
     """The library's own model of a directory, in fp32 on the CPU.
 
     Args:
-        directory: one that `check_description` lets pass.
-        backbone: the class that stands for the library's Transformer.
-        options: what the library's constructor takes.
+        directory: has passed `check_description`.
+        backbone: the class that replaces the library's Transformer.
+        options: arguments of the library's constructor.
 
     Raises:
         CheckpointError: the library cannot read it.
     """
     from sentence_transformers import SentenceTransformer
 
-    types = [kind for kind, _ in all_modules(directory, "", listed_modules(directory))]
-    with reading(directory):
+    types = [kind for kind, _ in all_modules(directory)]
+    with checkpoint_errors(directory):
         return SentenceTransformer._load_with_module_classes(
             str(directory),
             {kind: backbone for kind in types if kind.endswith(".Transformer")},
@@ -90,19 +90,21 @@ def routes_of(model: Any, name: object) -> tuple[Route, Route]:
         name: what an error names.
 
     Returns:
-        The route of queries and the route of documents. Their heads are one list where the modules
-        are the same, and end with a normalisation where the model compares by cosine.
+        The route of queries and the route of documents. Their heads are the same list if the
+        modules are the same. A head ends with a normalisation if the model compares by cosine.
 
     Raises:
-        CheckpointError: modules that cannot be taken.
+        CheckpointError: the model has modules or settings that are not supported.
     """
+    from sentence_transformers.sentence_transformer.modules import Normalize
+
     query, document = (_modules_of(model, task, name) for task in PROMPTS)
     heads = {task: modules[1:] for task, modules in zip(PROMPTS, (query, document), strict=True)}
     if heads["query"] == heads["document"]:
         heads["document"] = heads["query"]
     for head in {id(head): head for head in heads.values()}.values():
         if model.similarity_fn_name == "cosine" and not is_normalized(head):
-            head.append(_normalize())
+            head.append(Normalize())
     routes = []
     for task, modules in zip(PROMPTS, (query, document), strict=True):
         prompt = _prompt(model, task)
@@ -112,7 +114,7 @@ def routes_of(model: Any, name: object) -> tuple[Route, Route]:
 
 
 def static_tokenizer(tokenizer: Any) -> Any:
-    """The tokenizer of a table of token vectors, as transformers has it: no special tokens."""
+    """The tokenizer of a table of token vectors, as transformers' class without special tokens."""
     from tokenizers import Tokenizer
     from tokenizers.processors import Sequence
     from transformers import PreTrainedTokenizerFast
@@ -130,16 +132,16 @@ def write_description(
     Args:
         directory: the encoder's directory, with backbone and tokenizer.
         config: prompts and lengths.
-        source: what the backbone is, one of `SOURCES`.
+        source: the kind of the backbone, one of `SOURCES`.
         head: the modules after the backbone.
-        length: tokens of a text where the library is not told what the text is.
+        length: the most tokens of a text that is neither called a query nor a document.
     """
     kinds = [source]
     for index, module in enumerate(head, start=1):
         kinds.append(type(module).__name__)
-        place = directory / module_folder(index, module)
-        place.mkdir()
-        module.save(str(place))
+        folder = directory / module_folder(index, module)
+        folder.mkdir()
+        module.save(str(folder))
     modules = [
         {
             "idx": index,
@@ -171,18 +173,18 @@ def module_folder(index: int, module: object) -> str:
     return f"{index}_{type(module).__name__}"
 
 
-def write_router(directory: Path, query_tower: str) -> None:
-    """Describe two towers to sentence-transformers: one for queries, one for documents.
+def write_router(directory: Path, query_folder: str) -> None:
+    """Describe an encoder of documents and one of queries to sentence-transformers.
 
     Args:
-        directory: the documents' encoder, described already, with the queries' in it.
-        query_tower: the folder of the queries' encoder.
+        directory: the described encoder of documents; the encoder of queries is inside it.
+        query_folder: the folder of the encoder of queries.
     """
     routes = {
         "document": listed_modules(directory),
         "query": [
-            (kind, f"{query_tower}/{path}" if path else query_tower)
-            for kind, path in listed_modules(directory / query_tower)
+            (kind, f"{query_folder}/{path}" if path else query_folder)
+            for kind, path in listed_modules(directory / query_folder)
         ],
     }
     _write(
@@ -200,9 +202,9 @@ def write_router(directory: Path, query_tower: str) -> None:
 
 
 def _modules_of(model: Any, task: str, name: object) -> list[Any]:
-    """The modules that the texts of a task pass; a router's are those of its route."""
+    """The modules for the texts of a task; of a router, those of the task's route."""
     modules: list[Any] = []
-    with reading(Path(str(name))):
+    with checkpoint_errors(Path(str(name))):
         for module in model:
             if type(module).__name__ in ROUTERS:
                 modules += module.sub_modules[module._resolve_route(task=task, modality="text")]
@@ -220,7 +222,7 @@ def _modules_of(model: Any, task: str, name: object) -> list[Any]:
 
 
 def _kind(module: object) -> str:
-    """The library's name of a module, whose class may be derived from the library's."""
+    """The library's name of a module; the module's class may be derived from the library's."""
     kinds = type(module).__mro__
     names = (kind.__name__ for kind in kinds if kind.__module__.startswith(LIBRARY))
     return next(names, kinds[0].__name__)
@@ -240,37 +242,28 @@ def _check_head(head: Sequence[Any], prompt: str, name: object) -> None:
 
 
 def _prompt(model: Any, task: str) -> str:
-    """What the library puts before the texts of a task."""
-    name = next((name for name in PROMPTS[task] if name in model.prompts), None)
-    prompt = str(model._resolve_prompt(None, name) or "")
-    unused = [
-        other
-        for other in (*PROMPTS[task], model.default_prompt_name)
-        if other and other != name and model.prompts.get(other)
-    ]
+    """What the library puts before a task's texts: the task's prompt, or the default prompt."""
+    names = [*PROMPTS[task], model.default_prompt_name]
+    name = next((name for name in PROMPTS[task] if name in model.prompts), names[-1])
+    prompt = str(model.prompts.get(name) or "")
+    unused = [other for other in names if other != name and model.prompts.get(other)]
     if not prompt and unused:
         log.warning(
-            "the model has a prompt %r, which sentence-transformers does not put before a %s: "
-            "neither is it here; name it %r in %s to use it",
+            "the model has a prompt %r, which sentence-transformers does not put before a %s, so "
+            "it is not used; name it %r in %s to use it",
             *(unused[0], task, PROMPTS[task][0], SETTINGS),
         )
     return prompt
 
 
 def _max_length(source: Any, task: str) -> int:
-    """Tokens of a text at most: what the library cuts at, within the backbone's positions."""
+    """The most tokens of a text: the library's limit, or the backbone's positions if fewer."""
     if is_static(source):
         return int((source.tokenizer.truncation or {}).get("max_length", UNLIMITED))
     by_task = source.query_length if task == "query" else source.document_length
     asked = source.processing_kwargs.get("text", {}).get("max_length")
     limits = (asked or by_task or source.max_seq_length, positions(source.model))
     return min((int(limit) for limit in limits if limit and limit < UNLIMITED), default=UNLIMITED)
-
-
-def _normalize() -> nn.Module:
-    from sentence_transformers.sentence_transformer.modules import Normalize
-
-    return Normalize()
 
 
 def _write(path: Path, values: Any) -> None:

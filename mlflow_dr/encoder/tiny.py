@@ -1,6 +1,6 @@
-"""`--model tiny`: a two-layer BERT from scratch, with a vocabulary learnt from the training text.
+"""`--model tiny`: a new two-layer BERT, with a vocabulary learnt from the training text.
 
-Small enough to learn to retrieve in a minute or two on a laptop's processor, with no download.
+It learns to retrieve in a minute or two on a laptop's processor, and needs no download.
 """
 
 from __future__ import annotations
@@ -19,17 +19,15 @@ POSITIONS = 512
 
 
 def tiny_encoder(texts: Iterable[str], config: EncoderConfig) -> Encoder:
-    """A fresh encoder; its weights come from torch's random state, so seed that first.
+    """A new encoder; its weights depend on torch's random state, so set torch's seed before.
 
     Args:
-        texts: what the WordPiece vocabulary is learnt from.
-        config: pooling, lengths and the rest.
+        texts: the WordPiece vocabulary is learnt from them.
+        config: the encoder's settings.
     """
-    from tokenizers import BertWordPieceTokenizer
     from transformers import BertConfig, BertModel, BertTokenizer
 
-    rules = BertWordPieceTokenizer(_vocabulary(list(texts)), lowercase=True)
-    tokenizer = BertTokenizer(tokenizer_object=rules._tokenizer, model_max_length=POSITIONS)
+    tokenizer = BertTokenizer(_vocabulary(list(texts)), model_max_length=POSITIONS)
     backbone = BertModel(
         BertConfig(
             vocab_size=len(tokenizer),
@@ -46,11 +44,11 @@ def tiny_encoder(texts: Iterable[str], config: EncoderConfig) -> Encoder:
 
 
 def _vocabulary(texts: list[str]) -> dict[str, int]:
-    """WordPiece's vocabulary, equal for equal texts: in every run, and on every rank of one.
+    """WordPiece's vocabulary, the same for the same texts in every process.
 
-    Left to itself the learner numbers the pieces of one character in the order of a hash map that
-    differs from process to process, and ties between pieces go by those numbers. So they come
-    first, in an order of our own.
+    The learner itself numbers the pieces of one character in the order of a hash map, which differs
+    from process to process, and breaks ties between pieces by these numbers. So these pieces are
+    given first, in a fixed order.
     """
     from tokenizers import BertWordPieceTokenizer
 

@@ -1,9 +1,10 @@
-"""Text to token ids: the template of a passage, prompts, lengths, and a digest that names them."""
+"""Text to token ids: prompts, titles and lengths, and a digest of all that ids depend on."""
 
 from __future__ import annotations
 
 import hashlib
 import json
+import logging
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from functools import cached_property
@@ -15,11 +16,13 @@ from mlflow_dr.collection.records import Passage, Query
 from mlflow_dr.encoder.config import EncoderConfig
 from mlflow_dr.errors import CheckpointError, DataError, UsageError, one_line
 
+log = logging.getLogger(__name__)
+
 SETTINGS_FILE = "tokenizer_config.json"
 CHAT_TEMPLATE = ".jinja"
 NO_RULES = {"is_local", "local_files_only", "model_max_length", "processor_class"}
 
-# short ones, because a length may be short
+# short texts, because the length may be short
 PROBES = (
     *("", "The THE the", "don't U.S.A.'s", "naïve Straße", "a_b#c <tag> [x] {y}", "$1,234.50 20%"),
     *("  two  spaces", "tab\tline\nline\r", "soft\u00adhyphen\u200b\u00a0\ufeff", "e\u0301 ÀÉ"),
@@ -30,13 +33,13 @@ PROBES = (
 
 
 def plain_tokens(name: str) -> Callable[[Sequence[str]], list[list[int]]]:
-    """What makes token ids of texts without special tokens, by the tokenizer of this name.
+    """A function from texts to token ids without special tokens.
 
     Args:
-        name: a directory or hub name.
+        name: the tokenizer's directory or hub name.
 
     Raises:
-        UsageError: no such tokenizer.
+        UsageError: no tokenizer has this name.
     """
     from transformers import AutoTokenizer
 
@@ -44,13 +47,13 @@ def plain_tokens(name: str) -> Callable[[Sequence[str]], list[list[int]]]:
         tokenizer = AutoTokenizer.from_pretrained(name)
     except (OSError, ValueError) as error:
         raise UsageError(
-            f"{name!r}: no tokenizer of this name, in a directory, on the hub or in its cache"
+            f"{name!r} is not a tokenizer in a directory, on the hub or in the hub's cache"
         ) from error
     return lambda texts: tokenizer(list(texts), add_special_tokens=False)["input_ids"]
 
 
-class Tokenizing:
-    """How an encoder's texts become token ids.
+class TextTokenizer:
+    """Makes token ids of an encoder's queries and passages.
 
     Args:
         tokenizer: a Hugging Face tokenizer.
@@ -64,24 +67,24 @@ class Tokenizing:
         self.vocabulary_size = highest_id(tokenizer) + 1
 
     def query_ids(self, queries: Sequence[Query]) -> list[list[int]]:
-        """Token ids of queries, prompt and special tokens included.
+        """Token ids of queries, with prompt and special tokens.
 
-        Text and tokens may stand side by side: several sets of queries are put together.
+        Some queries may be text and others tokens, because several sets of queries are joined.
         """
         prompt, length = self._config.query_prompt, self._config.query_max_length
         texts = [prompt + self._query_text(query) for query in queries if query.tokens is None]
         tokens = [query.tokens for query in queries if query.tokens is not None]
-        of_texts = iter(self._ids(texts, length))
-        of_tokens = iter(self._framed(tokens, prompt, length))
-        return [next(of_texts if query.tokens is None else of_tokens) for query in queries]
+        text_ids = iter(self._ids(texts, length))
+        token_ids = iter(self._framed(tokens, prompt, length))
+        return [next(text_ids if query.tokens is None else token_ids) for query in queries]
 
     def _query_text(self, query: Query) -> str:
-        """A query's text without its prompt; as in DPR, a `?` before a final blank stays."""
+        """A query's text without its prompt; as in DPR, a `?` before a final space stays."""
         stripped = self._config.strip_question_mark
         return (query.text.removesuffix("?") if stripped else query.text).strip()
 
     def passage_texts(self, passages: Sequence[Passage]) -> list[str]:
-        """The text that stands for each passage: prompt, title, separator, text."""
+        """Each passage as one text: prompt, title, separator, text."""
         separator = self._config.title_separator
         return [
             self._config.passage_prompt
@@ -90,7 +93,7 @@ class Tokenizing:
         ]
 
     def passage_ids(self, passages: Sequence[Passage]) -> list[list[int]]:
-        """Token ids of passages, prompt and special tokens included."""
+        """Token ids of passages, with prompt and special tokens."""
         config = self._config
         if any(passage.tokens is not None for passage in passages):
             tokens = [passage.tokens or () for passage in passages]
@@ -98,7 +101,7 @@ class Tokenizing:
         return self._ids(self.passage_texts(passages), config.passage_max_length)
 
     def query_digest(self) -> str:
-        """Names the tokenizer and all settings that `query_ids` depends on."""
+        """A digest of the tokenizer and all settings that `query_ids` depends on."""
         config = self._config
         return self._digest(
             config.query_max_length,
@@ -108,7 +111,7 @@ class Tokenizing:
         )
 
     def passage_digest(self) -> str:
-        """Names the tokenizer and all settings that `passage_ids` depends on."""
+        """A digest of the tokenizer and all settings that `passage_ids` depends on."""
         config = self._config
         return self._digest(
             config.passage_max_length,
@@ -128,7 +131,7 @@ class Tokenizing:
         return _fingerprint(self._tokenizer)
 
     def _probed(self, text: str, max_length: int) -> list[int] | None:
-        """Token ids of a probe: they show rules that are neither in the settings nor in files."""
+        """Token ids of a probe, which show rules that are in no setting and no file."""
         try:
             return self._ids([text], max_length)[0]
         except Exception:  # noqa: BLE001 - without an unknown token some texts are refused
@@ -137,50 +140,57 @@ class Tokenizing:
     def _framed(
         self, rows: Sequence[Sequence[int]], prompt: str, max_length: int
     ) -> list[list[int]]:
-        """Ids without special tokens -> with prompt and special tokens, within the length.
+        """Token ids with prompt and special tokens, cut at the length.
+
+        Args:
+            rows: token ids without special tokens.
+            prompt: put before each text.
+            max_length: the most tokens of a text.
 
         Raises:
-            DataError: an id that the tokenizer does not have.
+            DataError: the tokenizer does not have one of the ids.
         """
         if not rows:
             return []
-        before, after = self._frame
-        lead = self._bare(prompt) if prompt else []
-        room = max_length - len(before) - len(after)
-        if (highest := max((max(row) for row in rows if len(row)), default=0)) > (
-            self.vocabulary_size - 1
-        ):
+        highest = max((max(row) for row in rows if len(row)), default=0)
+        if highest >= self.vocabulary_size:
             raise DataError(
                 f"a tokenised text has token id {highest}, but this tokenizer's ids end at "
                 f"{self.vocabulary_size - 1}; it was tokenised for another vocabulary"
             )
-        whole = ([*lead, *row] for row in rows)
-        cut = (ids[max(len(ids) - room, 0) :] if self._cuts_left else ids[:room] for ids in whole)
-        return [[*before, *ids, *after] or [self.pad_id] for ids in cut]
+        before, after = self._frame
+        prompt_ids = self._bare(prompt) if prompt else []
+        longest = max_length - len(before) - len(after)
+        framed = []
+        for row in rows:
+            ids = [*prompt_ids, *row]
+            ids = ids[max(len(ids) - longest, 0) :] if self._cuts_left else ids[:longest]
+            framed.append([*before, *ids, *after] or [self.pad_id])
+        return framed
 
     @property
     def _cuts_left(self) -> bool:
-        """Whether a text that is too long loses its beginning."""
+        """Whether a text that is too long is cut at its beginning."""
         return bool(getattr(self._tokenizer, "truncation_side", "right") == "left")
 
     @cached_property
     def _frame(self) -> tuple[list[int], list[int]]:
         """The special tokens that the tokenizer puts before and after a text."""
         bare = self._bare("a")
-        whole: list[int] = self._tokenizer("a")["input_ids"]
-        for start in range(len(whole) - len(bare) + 1):
-            if whole[start : start + len(bare)] == bare:
-                return whole[:start], whole[start + len(bare) :]
+        ids: list[int] = self._tokenizer("a")["input_ids"]
+        for start in range(len(ids) - len(bare) + 1):
+            if ids[start : start + len(bare)] == bare:
+                return ids[:start], ids[start + len(bare) :]
         raise DataError(
-            "this tokenizer changes a text where it adds special tokens, so it cannot be used with "
-            "texts that are tokenised already"
+            "this tokenizer changes a text when it adds special tokens, so it cannot be used with "
+            "texts that are already tokenised"
         )
 
     def _bare(self, text: str) -> list[int]:
         return list(self._tokenizer(text, add_special_tokens=False)["input_ids"])
 
     def _lowered(self, text: str) -> str:
-        """A text in lower case; the separator stays, which may be a special token."""
+        """A text in lower case; the separator stays, because it may be a special token."""
         separator = self._config.title_separator
         parts = text.split(separator) if separator.strip() else [text]
         return separator.join(part.lower() for part in parts)
@@ -199,22 +209,22 @@ class Tokenizing:
                 return_attention_mask=False,
                 return_token_type_ids=False,
             )
-        except Exception as error:  # the Rust library's errors are of no kind of their own
-            place = getattr(self._tokenizer, "name_or_path", "")
+        except Exception as error:  # the Rust library's errors have no class of their own
+            name = getattr(self._tokenizer, "name_or_path", "")
             raise CheckpointError(
-                f"{place}: the tokenizer cannot make token ids of a text ({one_line(error)}); are "
-                "its files damaged?"
+                f"{name}: the tokenizer cannot make token ids of a text ({one_line(error)}); check "
+                "that its files are not damaged"
             ) from error
         return [ids or [self.pad_id] for ids in encoded["input_ids"]]
 
 
 def highest_id(tokenizer: Any) -> int:
-    """The largest token id; not `len(tokenizer) - 1` where a vocabulary leaves ids out."""
+    """The largest token id; `len(tokenizer) - 1` is another number if some ids are unused."""
     return max(tokenizer.get_vocab().values())
 
 
 def _fingerprint(tokenizer: Any) -> str:
-    """Digest of a tokenizer's rules and vocabulary; truncation and padding state left out."""
+    """A digest of a tokenizer's rules and vocabulary, without its truncation and padding."""
     rules = [
         type(tokenizer).__name__,
         getattr(tokenizer, "split_special_tokens", False),
@@ -224,13 +234,13 @@ def _fingerprint(tokenizer: Any) -> str:
 
 
 def _backend_rules(tokenizer: Any) -> Any:
-    """The rules of the library `tokenizers`; None where some of them are Python code."""
+    """The rules of the library `tokenizers`; None if some of them are Python code."""
     backend = getattr(tokenizer, "backend_tokenizer", None)
     if backend is None:
         return None
     try:
         rules = json.loads(backend.to_str())
-    except Exception:  # noqa: BLE001 - what `tokenizers` raises for a part in Python
+    except Exception:  # noqa: BLE001 - `tokenizers` raises it for a part in Python
         return None
     rules.pop("truncation", None)
     rules.pop("padding", None)
@@ -238,13 +248,13 @@ def _backend_rules(tokenizer: Any) -> Any:
 
 
 def _python_rules(tokenizer: Any) -> Any:
-    """The vocabulary and, by name, all that the tokenizer saves: its settings and its own files.
+    """The vocabulary and all files that the tokenizer saves, by name.
 
-    Where the settings came from is left out, and so are those that change no token id.
+    Settings that change no token id are left out.
     """
     saved: dict[str, Any] = {}
     with TemporaryDirectory() as folder:
-        # a tokenizer of unknown origin may fail to save its vocabulary; its settings come before
+        # some tokenizers cannot save their vocabulary, but save their settings first
         with suppress(Exception):
             tokenizer.save_pretrained(folder)
         for path in Path(folder).iterdir():
@@ -256,3 +266,58 @@ def _python_rules(tokenizer: Any) -> Any:
                 settings = json.loads(content)
                 saved[path.name] = {k: v for k, v in settings.items() if k not in NO_RULES}
     return [saved, sorted(tokenizer.get_vocab().items())]
+
+
+def append_eos(tokenizer: Any) -> None:
+    """Make a tokenizer end every text with its end-of-sequence token, also after truncation.
+
+    The rule becomes part of the tokenizer and is saved with it.
+
+    Raises:
+        UsageError: the tokenizer has no such token, or no tokenizer.json.
+    """
+    token = tokenizer.eos_token or tokenizer.sep_token
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    if token is None:
+        raise UsageError("--append_eos_token: the tokenizer has no end-of-sequence token")
+    if backend is None:
+        raise UsageError("--append_eos_token needs a tokenizer with a tokenizer.json")
+    ids = tokenizer("a")["input_ids"]
+    token_id = tokenizer.convert_tokens_to_ids(token)
+    if ids[-1:] == [token_id]:
+        log.info("the tokenizer already ends every text with %s", token)
+        return
+    rules = json.loads(backend.to_str()).get("post_processor")
+    backend.post_processor = _post_processor(_ending_with(rules, token, token_id))
+
+
+def _ending_with(rules: dict[str, Any] | None, token: str, token_id: int) -> dict[str, Any]:
+    """The description of a post-processor, with one more token at the end.
+
+    An existing template gets the token, because a second template would take the parts that the
+    first one gives, such as a begin token and the text, for two texts.
+    """
+    rules = rules or {"type": "Sequence", "processors": []}
+    steps = rules["processors"] if rules["type"] == "Sequence" else [rules]
+    template = next((step for step in steps if step["type"] == "TemplateProcessing"), None)
+    if template is None:
+        first, second = ({"Sequence": {"id": name, "type_id": i}} for i, name in enumerate("AB"))
+        template = {
+            "type": "TemplateProcessing",
+            "single": [first],
+            "pair": [first, second],
+            "special_tokens": {},
+        }
+        steps = [*steps, template]
+    for pieces, kind in ((template["single"], 0), (template["pair"], 1)):
+        pieces.append({"SpecialToken": {"id": token, "type_id": kind}})
+    template["special_tokens"][token] = {"id": token, "ids": [token_id], "tokens": [token]}
+    return {"type": "Sequence", "processors": steps}
+
+
+def _post_processor(rules: dict[str, Any]) -> Any:
+    """A post-processor from its description, by way of a tokenizer that has it."""
+    from tokenizers import Tokenizer, models
+
+    empty = json.loads(Tokenizer(models.WordLevel({}, "")).to_str())
+    return Tokenizer.from_str(json.dumps({**empty, "post_processor": rules})).post_processor

@@ -1,25 +1,27 @@
-"""Devices and number formats by name, checked before any work begins."""
+"""Devices and number formats by name; names are checked without importing torch."""
 
 from __future__ import annotations
 
-import torch
+from typing import TYPE_CHECKING
 
-from mlflow_dr.engines.formats import AUTO, TORCH_NAMES, format_name
 from mlflow_dr.errors import DeviceError
 
-__all__ = ["AUTO", "DTYPES", "resolve_device", "resolve_dtype"]
+if TYPE_CHECKING:
+    import torch
 
-DTYPES: dict[str, torch.dtype] = {
-    ours: getattr(torch, theirs) for ours, theirs in TORCH_NAMES.items()
-}
+AUTO = "auto"
+TORCH_NAMES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
+"""Our name of each number format -> PyTorch's."""
 
 
 def resolve_device(name: str = AUTO) -> torch.device:
-    """The device that a name stands for; `auto` is the first CUDA device, else the processor.
+    """The device of a name; `auto` is the first CUDA device, or the processor without one.
 
     Raises:
-        DeviceError: the name is no device's, or this machine has no such device.
+        DeviceError: no device has this name, or this machine does not have it.
     """
+    import torch
+
     if name == AUTO:
         return torch.device("cuda:0" if torch.cuda.is_available() else "cpu")
     try:
@@ -40,17 +42,19 @@ def resolve_device(name: str = AUTO) -> torch.device:
 
 
 def resolve_dtype(name: str | torch.dtype, device: torch.device) -> str:
-    """The number format of the encoder: `fp32`, `bf16` or `fp16`.
-
-    PyTorch's names (`float32`, `torch.bfloat16`) and its formats themselves are taken, too.
+    """The number format of a name: `fp32`, `bf16` or `fp16`.
 
     `auto` is bf16 where the hardware multiplies it natively (CUDA from Ampere on; processors with
-    AMX or AVX512-BF16), else fp32.
+    AMX or AVX512-BF16) and fp32 elsewhere.
+
+    Args:
+        name: one of these names, PyTorch's name (`float32`, `torch.bfloat16`) or a `torch.dtype`.
+        device: where the encoder runs.
 
     Raises:
-        DeviceError: no such format, or fp16 on a processor.
+        DeviceError: no format has this name, or fp16 on a processor.
     """
-    name = format_name(name)
+    name = dtype_name(name)
     if name == AUTO:
         return "bf16" if _native_bf16(device) else "fp32"
     if name == "fp16" and device.type == "cpu":
@@ -58,7 +62,30 @@ def resolve_dtype(name: str | torch.dtype, device: torch.device) -> str:
     return name
 
 
+def dtype_name(name: object) -> str:
+    """Our name of a number format, or `auto`; PyTorch's names are accepted, too.
+
+    Raises:
+        DeviceError: no format has this name.
+    """
+    text = str(name).removeprefix("torch.")
+    ours = {theirs: ours for ours, theirs in TORCH_NAMES.items()}.get(text, text)
+    if ours != AUTO and ours not in TORCH_NAMES:
+        raise DeviceError(f"dtype {text[:40]!r}: expected {', '.join((AUTO, *TORCH_NAMES))}")
+    return ours
+
+
+def torch_dtype(name: str) -> torch.dtype:
+    """PyTorch's number format for one of our names."""
+    import torch
+
+    dtype: torch.dtype = getattr(torch, TORCH_NAMES[name])
+    return dtype
+
+
 def _native_bf16(device: torch.device) -> bool:
+    import torch
+
     if device.type == "cuda":
         return torch.cuda.get_device_capability(device)[0] >= 8
     return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()

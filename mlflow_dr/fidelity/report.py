@@ -11,7 +11,7 @@ import pyarrow.parquet as pq
 
 from mlflow_dr.fidelity.agreement import FIGURES, Curve, Estimate, FidelityResult, StudiedSubset
 from mlflow_dr.fidelity.pictures import draw_curves, draw_time_against_fidelity
-from mlflow_dr.files import written_beside
+from mlflow_dr.files import atomic_write
 from mlflow_dr.terminal import in_columns
 
 REPORT, TABLE, VALUES = "report.txt", "table.csv", "values.parquet"
@@ -84,7 +84,7 @@ def write_files(findings: FidelityResult, directory: Path) -> list[Path]:
         TIME: lambda path: draw_time_against_fidelity(findings, path),
     }
     for name, write in writers.items():
-        with written_beside(directory / name) as partial:
+        with atomic_write(directory / name) as partial:
             write(partial)
     return [directory / name for name in writers]
 

@@ -22,7 +22,7 @@ from mlflow_dr.collection.examples import JudgedExamples
 from mlflow_dr.collection.formats import Collection, Examples
 from mlflow_dr.collection.records import Example, Query
 from mlflow_dr.errors import DataError, UnavailableError, UsageError, quoted
-from mlflow_dr.files import written_beside
+from mlflow_dr.files import atomic_write
 from mlflow_dr.mining.queries import ExcludedPassages, MiningQueries, mining_queries
 from mlflow_dr.mining.rule import Rule, choose
 from mlflow_dr.retrieval.answers import STRING, AnswerFinder
@@ -294,7 +294,7 @@ def _count(mined: MiningResult, negatives: int, wanted: int) -> None:
 @contextmanager
 def _lines(path: Path) -> Iterator[IO[bytes]]:
     """A file that is whole or not there, packed where its name ends in `.gz`."""
-    with written_beside(path) as partial, partial.open("wb") as raw:
+    with atomic_write(path) as partial, partial.open("wb") as raw:
         if path.suffix != ".gz":
             yield raw
             return

@@ -15,9 +15,9 @@ from torch import Tensor
 from mlflow_dr.collection.corpus import Corpus
 from mlflow_dr.collection.records import Query
 from mlflow_dr.encoder.model import Encoder
-from mlflow_dr.encoder.tables import corpus_tokens
-from mlflow_dr.encoder.tokenize import Tokenizing
-from mlflow_dr.engines.devices import DTYPES, resolve_device, resolve_dtype
+from mlflow_dr.encoder.token_cache import corpus_tokens
+from mlflow_dr.encoder.tokenize import TextTokenizer
+from mlflow_dr.engines.devices import resolve_device, resolve_dtype, torch_dtype
 from mlflow_dr.errors import CheckpointError
 from mlflow_dr.progress import progress_bar
 from mlflow_dr.retrieval.encode import check_finite, encode_all, encode_batches
@@ -63,7 +63,7 @@ class DenseRetriever:
 
     def __init__(self, encoder: Encoder, device: str, dtype: str) -> None:
         place = resolve_device(device)
-        self._encoder = encoder.eval().to(place, DTYPES[resolve_dtype(dtype, place)])
+        self._encoder = encoder.eval().to(place, torch_dtype(resolve_dtype(dtype, place)))
 
     def search(
         self,
@@ -73,15 +73,15 @@ class DenseRetriever:
         extra_rows: Sequence[np.ndarray] = (),
     ) -> Iterator[SearchResult]:
         """See `Retriever`; all queries are searched for in one pass over the corpus."""
-        tokenizing = Tokenizing(self._encoder.tokenizer, self._encoder.settings)
-        table = corpus_tokens(corpus, tokenizing)
+        text_tokenizer = TextTokenizer(self._encoder.tokenizer, self._encoder.settings)
+        table = corpus_tokens(corpus, text_tokenizer)
         ranks = corpus.tie_ranks()
-        yield search_corpus(self._encoder, tokenizing, queries, table, ranks, k, extra_rows)
+        yield search_corpus(self._encoder, text_tokenizer, queries, table, ranks, k, extra_rows)
 
 
 def search_corpus(
     encoder: Encoder,
-    tokenizing: Tokenizing,
+    text_tokenizer: TextTokenizer,
     queries: Sequence[Query],
     table: TokenTable,
     tie_ranks: np.ndarray,
@@ -91,13 +91,13 @@ def search_corpus(
 ) -> SearchResult:
     """The best k passages of each query of one search over a whole corpus; see `dense_search`."""
     search = SearchRequest(queries, k, extra_rows=extra_rows)
-    (found,) = dense_search(encoder, tokenizing, [search], table, tie_ranks, quiet)
+    (found,) = dense_search(encoder, text_tokenizer, [search], table, tie_ranks, quiet)
     return found
 
 
 def dense_search(
     encoder: Encoder,
-    tokenizing: Tokenizing,
+    text_tokenizer: TextTokenizer,
     searches: Sequence[SearchRequest],
     table: TokenTable,
     tie_ranks: np.ndarray,
@@ -118,8 +118,8 @@ def dense_search(
     Raises:
         CheckpointError: the encoder gives NaN or infinity, or vectors whose products overflow.
     """
-    tower = encoder.for_queries
-    asking = Tokenizing(tower.tokenizer, tower.settings)
+    tower = encoder.query_encoder
+    asking = TextTokenizer(tower.tokenizer, tower.settings)
     distinct, places = _distinct([one.queries for one in searches])
     vectors = encode_all(tower, token_table(asking.query_ids(distinct)), asking.pad_id, "query")
     seekers = [
@@ -129,7 +129,7 @@ def dense_search(
     rows = rows_to_encode(searches, len(table))
     total = len(table) if rows is None else len(rows)
     with progress_bar(total, "encoding the corpus", "passages", quiet) as bar:
-        for of_chunk, chunk in _chunks(encoder, table, tokenizing.pad_id, rows, bar):
+        for of_chunk, chunk in _chunks(encoder, table, text_tokenizer.pad_id, rows, bar):
             check_finite(chunk, "passage")
             for seeker in seekers:
                 seeker.update(chunk, of_chunk)

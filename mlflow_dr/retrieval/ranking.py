@@ -18,7 +18,7 @@ from mlflow_dr.collection.corpus import Corpus
 from mlflow_dr.collection.jsonl import check_id
 from mlflow_dr.collection.records import Query
 from mlflow_dr.errors import DataError, quoted
-from mlflow_dr.files import decoded, read_lines, written_beside
+from mlflow_dr.files import atomic_write, decoded, read_lines
 
 Ranking = Mapping[str, Sequence[tuple[str, float]]]
 """query id -> (passage id, score), the best first."""
@@ -104,7 +104,7 @@ def write_ranking(path: Path, ranking: Ranking, tag: str = "mlflow_dr") -> None:
     """
     passages = {passage_id for found in ranking.values() for passage_id, _ in found}
     check_trec_ids(pa.array([*ranking, *passages], pa.string()))
-    with written_beside(path) as partial, partial.open("w", encoding="utf-8") as file:
+    with atomic_write(path) as partial, partial.open("w", encoding="utf-8") as file:
         for query_id, found in ranking.items():
             for rank, (passage_id, score) in enumerate(found, start=1):
                 file.write(f"{query_id} Q0 {passage_id} {rank} {score:.9g} {tag}\n")

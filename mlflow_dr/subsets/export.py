@@ -12,7 +12,7 @@ import pyarrow.parquet as pq
 
 from mlflow_dr.collection.records import Passage, Query, Topics
 from mlflow_dr.errors import UsageError
-from mlflow_dr.files import written_beside
+from mlflow_dr.files import atomic_write
 from mlflow_dr.progress import progress_bar
 from mlflow_dr.subsets.subset import Subset
 
@@ -66,7 +66,7 @@ def write_subset(
     split = split.replace("/", "_")
     names = _corpus_files(layout, shards)
     record = _beir if layout == BEIR else _asyncval(tokens)
-    with written_beside(output) as room:
+    with atomic_write(output) as room:
         (room / Path(names[0]).parent).mkdir(parents=True)
         _write_passages([room / name for name in names], subset, record)
         of_split = "" if layout == BEIR else f".{split}"

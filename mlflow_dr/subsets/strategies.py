@@ -12,7 +12,7 @@ from mlflow_dr.cache import cache_entry
 from mlflow_dr.collection.corpus import Corpus
 from mlflow_dr.collection.records import Query
 from mlflow_dr.encoder.directory import load_encoder
-from mlflow_dr.encoder.source import encoder_directory
+from mlflow_dr.encoder.files import encoder_directory
 from mlflow_dr.errors import UsageError
 from mlflow_dr.files import digest_of, file_sha256
 from mlflow_dr.retrieval.bm25 import Bm25Retriever, warn_of_no_matches

@@ -6,7 +6,7 @@ import logging
 from pathlib import Path
 from typing import NamedTuple
 
-from mlflow_dr.encoder.whole import signature_of, step_of, why_not_whole
+from mlflow_dr.encoder.files import encoder_defect, signature_of, step_of
 from mlflow_dr.errors import UsageError
 from mlflow_dr.files import digest_of
 from mlflow_dr.tracking.checkpoints import (
@@ -102,7 +102,7 @@ class FollowedDirectory:
                 continue
             signature, known = signature_of(path), before.get(path)
             if known is None or known.signature != signature:
-                self._seen[path] = _Seen(signature, step_of(path), why_not_whole(path))
+                self._seen[path] = _Seen(signature, step_of(path), encoder_defect(path))
                 continue
             self._seen[path] = known
             if known.step is None:
@@ -134,7 +134,7 @@ def found_checkpoints(directory: Path) -> list[Checkpoint]:
     for path in sorted(directory.absolute().iterdir()):
         if not path.is_dir() or path.name.startswith("."):
             continue
-        step, lacks = step_of(path), why_not_whole(path)
+        step, lacks = step_of(path), encoder_defect(path)
         if step is None or lacks:
             log.info("%s is passed over: %s", path, NO_STEP if step is None else lacks)
             continue

@@ -18,8 +18,8 @@ from mlflow.store.artifact.artifact_repo import ArtifactRepository
 from mlflow.store.artifact.artifact_repository_registry import get_artifact_repository
 from mlflow.utils.file_utils import local_file_uri_to_path
 
-from mlflow_dr.beside import Beside
-from mlflow_dr.encoder.whole import why_not_whole
+from mlflow_dr.background import BackgroundTask
+from mlflow_dr.encoder.files import encoder_defect
 from mlflow_dr.errors import (
     CheckpointError,
     LostError,
@@ -28,7 +28,7 @@ from mlflow_dr.errors import (
     UsageError,
     causes,
 )
-from mlflow_dr.files import file_sha256, is_full, scratch, written_beside
+from mlflow_dr.files import atomic_write, file_sha256, is_full, scratch
 from mlflow_dr.tracking import mlmodel
 from mlflow_dr.tracking.checkpoints import PRUNED_TAG, Checkpoint
 from mlflow_dr.tracking.faults import is_storeless
@@ -88,7 +88,7 @@ def fetched(checkpoint: Checkpoint, whole: bool = False) -> Iterator[Path]:
                 isinstance(one, ImportError) or is_storeless(one) for one in causes(error)
             )
             raise UnavailableError(f"cannot be downloaded: {_words(error)}", lasting) from error
-        if checkpoint.directory and (reason := why_not_whole(directory)):
+        if checkpoint.directory and (reason := encoder_defect(directory)):
             raise UnavailableError(f"{checkpoint.directory}: {reason}")
         yield directory
 
@@ -108,7 +108,7 @@ def download(checkpoint: Checkpoint, directory: Path) -> None:
             f"the files of {checkpoint.uri} (step {checkpoint.step}) were removed; its figures are "
             "all that is left"
         )
-    with fetched(checkpoint, whole=True) as files, written_beside(directory.absolute()) as partial:
+    with fetched(checkpoint, whole=True) as files, atomic_write(directory.absolute()) as partial:
         shutil.copytree(files, partial)
 
 
@@ -225,7 +225,7 @@ def _for_each(names: Iterable[str], act: Callable[[str], object]) -> None:
                 left.clear()
                 raise
 
-    workers = [Beside(work, "download") for _ in range(min(FILES_AT_ONCE, len(left)))]
+    workers = [BackgroundTask(work, "download") for _ in range(min(FILES_AT_ONCE, len(left)))]
     errors: list[Exception] = []
     try:
         for one in workers:

@@ -14,8 +14,8 @@ from torch.utils.data import Dataset
 
 from mlflow_dr.collection.formats import Examples
 from mlflow_dr.collection.records import Example
-from mlflow_dr.encoder.tables import corpus_tokens, query_tokens
-from mlflow_dr.encoder.tokenize import Tokenizing
+from mlflow_dr.encoder.token_cache import corpus_tokens, query_tokens
+from mlflow_dr.encoder.tokenize import TextTokenizer
 from mlflow_dr.errors import DataError, UsageError
 from mlflow_dr.training.bi_encoder import PASSAGE, QUERY
 
@@ -189,13 +189,13 @@ class TrainingSet(Dataset[Group]):
 class LateTokens:
     """Token ids of passages that are read from the corpus and tokenised when they are asked for."""
 
-    def __init__(self, examples: Examples, tokenizing: Tokenizing) -> None:
+    def __init__(self, examples: Examples, text_tokenizer: TextTokenizer) -> None:
         self._corpus = examples.passages
-        self._tokenizing = tokenizing
+        self._text_tokenizer = text_tokenizer
 
     def __getitem__(self, row: int) -> np.ndarray:
         """Token ids of one passage, `(length,) int64`."""
-        return np.asarray(self._tokenizing.passage_ids([self._corpus[row]])[0])
+        return np.asarray(self._text_tokenizer.passage_ids([self._corpus[row]])[0])
 
 
 def check_negatives(examples: Examples, n_passages: int, name: str) -> None:
@@ -226,8 +226,8 @@ def check_negatives(examples: Examples, n_passages: int, name: str) -> None:
 
 def training_set(
     examples: Examples,
-    tokenizing_queries: Tokenizing,
-    tokenizing_passages: Tokenizing,
+    tokenizing_queries: TextTokenizer,
+    tokenizing_passages: TextTokenizer,
     *,
     table: bool = True,
     processes: int = 1,

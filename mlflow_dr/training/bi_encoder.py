@@ -36,14 +36,14 @@ class BiEncoder(nn.Module):
 
     def forward(self, texts: Mapping[str, Texts]) -> dict[str, Tensor]:
         """Vectors of each role's texts, `(n_texts, dim)`."""
-        encoders = {QUERY: self.encoder.for_queries, PASSAGE: self.encoder}
+        encoders = {QUERY: self.encoder.query_encoder, PASSAGE: self.encoder}
         return {role: in_pieces(encoders[role], one) for role, one in texts.items()}
 
     def activation_checkpointing_enable(
         self, activation_checkpointing_kwargs: dict[str, Any] | None = None, **options: Any
     ) -> None:
         """Have the backbones keep few activations and compute the rest again; Trainer calls it."""
-        for encoder in self.encoder.towers:
+        for encoder in self.encoder.distinct_encoders:
             encoder.backbone.activation_checkpointing_enable(
                 activation_checkpointing_kwargs=activation_checkpointing_kwargs, **options
             )

@@ -12,13 +12,12 @@ from typing import Any, Protocol
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from mlflow_dr.encoder import description
+from mlflow_dr.encoder import checks
 from mlflow_dr.encoder import sentence_transformers as st
 from mlflow_dr.encoder.config import EncoderConfig
 from mlflow_dr.encoder.directory import CONFIG, load_encoder, save_encoder
 from mlflow_dr.encoder.lora import is_adapted
 from mlflow_dr.encoder.model import Encoder, positions
-from mlflow_dr.encoder.quiet import quiet_transformers
 from mlflow_dr.errors import CheckpointError, UsageError
 
 BACKBONE_CONFIG = "config.json"
@@ -96,10 +95,10 @@ class SentenceTransformerSource:
             st.routes_of(model, "this SentenceTransformer")
         except CheckpointError as error:
             raise UsageError(str(error)) from error
-        if model.similarity_fn_name not in description.SIMILARITIES:
+        if model.similarity_fn_name not in checks.SIMILARITIES:
             raise UsageError(
                 f"this SentenceTransformer compares by {model.similarity_fn_name}; expected "
-                f"{' or '.join(description.SIMILARITIES)} (set its similarity_fn_name)"
+                f"{' or '.join(checks.SIMILARITIES)} (set its similarity_fn_name)"
             )
         for module in model.modules():
             _refuse_adapters(module)
@@ -112,6 +111,8 @@ class SentenceTransformerSource:
 
     def save(self, directory: Path, state: Mapping[str, Tensor]) -> None:
         """Write the model as sentence-transformers does, less the model card."""
+        from mlflow_dr.encoder.backbone import quiet_transformers
+
         self._shell.load_state_dict(state, assign=True)
         with quiet_transformers():
             self._shell.save(str(directory), create_model_card=False)
@@ -204,9 +205,9 @@ def check_directory(directory: Path) -> None:
     if (directory / CONFIG).exists():
         return
     places = [directory]
-    if description.is_sentence_transformer(directory):
-        description.check_description(directory, safetensors_only=True)
-        places = description.transformer_directories(directory)
+    if checks.is_sentence_transformer(directory):
+        checks.check_description(directory, safetensors_only=True)
+        places = checks.transformer_directories(directory)
     for place in places:
         if not (place / BACKBONE_CONFIG).exists() or not any(place.glob(WEIGHTS)):
             raise CheckpointError(
@@ -218,7 +219,7 @@ def check_directory(directory: Path) -> None:
 def _is_bare(directory: Path) -> bool:
     """Whether it is a backbone's directory that does not say how vectors are made."""
     names = {path.name for path in directory.glob("*.json")}
-    return BACKBONE_CONFIG in names and not names & {CONFIG, description.MODULES}
+    return BACKBONE_CONFIG in names and not names & {CONFIG, checks.MODULES}
 
 
 def _encoder(model: Any, tokenizer: Any, settings: dict[str, Any]) -> Encoder:

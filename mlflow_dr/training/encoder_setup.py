@@ -10,13 +10,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from mlflow_dr.encoder.changes import append_eos, untie, with_projection
 from mlflow_dr.encoder.directory import load_encoder
+from mlflow_dr.encoder.files import encoder_directory
 from mlflow_dr.encoder.lora import add_lora
-from mlflow_dr.encoder.model import Encoder
-from mlflow_dr.encoder.source import encoder_directory
+from mlflow_dr.encoder.model import Encoder, untie, with_projection
 from mlflow_dr.encoder.tiny import tiny_encoder
-from mlflow_dr.encoder.tokenize import Tokenizing
+from mlflow_dr.encoder.tokenize import TextTokenizer, append_eos
 from mlflow_dr.errors import CheckpointError, UsageError, one_line
 from mlflow_dr.tracking.encoders import MODEL_SCHEME
 from mlflow_dr.training.arguments import TrainingRequest
@@ -61,7 +60,7 @@ def build_encoder(request: TrainingRequest, data: TrainingData, start: str) -> E
         )
     _adjust(encoder, request)
     if model.append_eos_token:
-        for tower in encoder.towers:
+        for tower in encoder.distinct_encoders:
             append_eos(tower.tokenizer)
     if model.add_pooler:
         encoder = with_projection(encoder, model.projection_in_dim, model.projection_out_dim)
@@ -104,7 +103,7 @@ def _check_base(request: TrainingRequest, encoder: Encoder) -> None:
     name = request.model.model_name_or_path
     if request.model.model_file:
         why = "adapters name a backbone to be put on, and --model_file replaces its weights"
-    elif encoder.query_tower is not None:
+    elif encoder.untied_query_encoder is not None:
         why = "adapters name one backbone to be put on, and this encoder has two"
     elif name.startswith(MODEL_SCHEME):
         why = f"adapters name a directory or a hub name to be put on, and {name} is neither"
@@ -159,11 +158,11 @@ def _lasting(name: str) -> str:
     return str(folder.resolve()) if folder.is_dir() else name
 
 
-def _tokenizings(encoder: Encoder) -> tuple[Tokenizing, Tokenizing]:
-    tower = encoder.for_queries
+def _tokenizings(encoder: Encoder) -> tuple[TextTokenizer, TextTokenizer]:
+    tower = encoder.query_encoder
     return (
-        Tokenizing(tower.tokenizer, tower.settings),
-        Tokenizing(encoder.tokenizer, encoder.settings),
+        TextTokenizer(tower.tokenizer, tower.settings),
+        TextTokenizer(encoder.tokenizer, encoder.settings),
     )
 
 
@@ -195,7 +194,7 @@ BERT_SEPARATOR = "[SEP]"
 
 def set_dropout(encoder: Encoder, probability: float) -> None:
     """Give the backbones this dropout, and their configuration, so that checkpoints say so."""
-    for tower in encoder.towers:
+    for tower in encoder.distinct_encoders:
         for part in (tower.backbone.config, *tower.backbone.modules()):
             for name in DROPOUTS:
                 if isinstance(getattr(part, name, None), float):
@@ -206,7 +205,7 @@ def set_dropout(encoder: Encoder, probability: float) -> None:
 
 def lower_case(encoder: Encoder) -> None:
     """Have all texts lower-cased; a tokenizer that does it already is left alone."""
-    for tower in encoder.towers:
+    for tower in encoder.distinct_encoders:
         words = (tower.tokenizer(text)["input_ids"] for text in ("Ab CD", "ab cd"))
         if len({tuple(ids) for ids in words}) > 1:
             tower.settings = replace(tower.settings, lowercase=True)
@@ -232,13 +231,13 @@ def freeze_passages(encoder: Encoder) -> None:
     Raises:
         UsageError: queries have no weights of their own.
     """
-    if encoder.query_tower is None:
+    if encoder.untied_query_encoder is None:
         raise UsageError(
             "--fix_ctx_encoder leaves nothing to train where queries and passages have one "
             "encoder; add --untie_encoder"
         )
     encoder.requires_grad_(False)
-    encoder.query_tower.requires_grad_(True)
+    encoder.untied_query_encoder.requires_grad_(True)
 
 
 WEIGHTS = "model_dict"
@@ -259,10 +258,10 @@ def load_dpr_weights(file: str, encoder: Encoder) -> None:
         UsageError: there is no such file, or the encoder is not of its shape.
         CheckpointError: the file is damaged, of another kind, or would run code.
     """
-    if encoder.query_tower is None:
+    if encoder.untied_query_encoder is None:
         raise UsageError("--model_file has two encoders; add --untie_encoder")
     state = _read(Path(file).expanduser())
-    for prefix, tower in ((QUERIES, encoder.query_tower), (PASSAGES, encoder)):
+    for prefix, tower in ((QUERIES, encoder.untied_query_encoder), (PASSAGES, encoder)):
         part = {
             name.removeprefix(prefix): value
             for name, value in state.items()

@@ -17,9 +17,9 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from mlflow_dr.encoder.restore import restore_encoder
+from mlflow_dr.encoder.directory import restore_encoder
 from mlflow_dr.errors import MlflowDrError, TrackingError, one_line
-from mlflow_dr.files import grant_umask_modes, scratch, written_beside
+from mlflow_dr.files import atomic_write, grant_umask_modes, scratch
 from mlflow_dr.tracking.checkpoints import give_up, new_checkpoint, seal, upload_checkpoint
 from mlflow_dr.tracking.client import tracking_errors
 from mlflow_dr.tracking.faults import lasts
@@ -208,7 +208,7 @@ class Publisher:
         try:
             if target.exists():
                 shutil.rmtree(target)
-            with written_beside(target) as partial:
+            with atomic_write(target) as partial:
                 self._source.save(partial, state)
                 grant_umask_modes(partial)
         except Exception as error:  # noqa: BLE001 - whatever it is, training goes on

@@ -23,7 +23,7 @@ from typing import Any
 from filelock import FileLock, Timeout
 
 from mlflow_dr.errors import UsageError
-from mlflow_dr.files import file_sha256, written_beside
+from mlflow_dr.files import atomic_write, file_sha256
 
 log = logging.getLogger(__name__)
 
@@ -258,7 +258,7 @@ def _read(path: Path) -> dict[str, Any]:
 
 
 def _write(path: Path, values: dict[str, Any]) -> None:
-    with written_beside(path) as partial:
+    with atomic_write(path) as partial:
         partial.write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
         with partial.open("rb") as file:
             os.fsync(file.fileno())

@@ -22,9 +22,8 @@ from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_callback import PrinterCallback
 from transformers.trainer_utils import rotate_checkpoints
 
-from mlflow_dr.encoder.directory import save_encoder
+from mlflow_dr.encoder.directory import restore_encoder, save_encoder
 from mlflow_dr.encoder.model import Encoder
-from mlflow_dr.encoder.restore import restore_encoder
 from mlflow_dr.errors import CheckpointError, MlflowDrError, TrainingError, one_line
 from mlflow_dr.files import grant_umask_modes, is_full
 from mlflow_dr.training.batches import Collator, Group

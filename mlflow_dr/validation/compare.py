@@ -242,7 +242,7 @@ def _evaluated(
             safetensors_only=checkpoint is not None and not checkpoint.directory,
             **{**operand.encoder_changes, **request.lengths},
         )
-    queries = encoder.for_queries.settings.query_max_length
+    queries = encoder.query_encoder.settings.query_max_length
     lengths = Lengths(queries, encoder.settings.passage_max_length)
     return evaluate(encoder, prepared, settings).per_query, lengths
 

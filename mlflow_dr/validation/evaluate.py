@@ -17,9 +17,9 @@ from mlflow_dr.collection.formats import Collection
 from mlflow_dr.collection.records import Topics
 from mlflow_dr.encoder.config import check_types
 from mlflow_dr.encoder.model import Encoder
-from mlflow_dr.encoder.tables import corpus_tokens, subset_tokens
-from mlflow_dr.encoder.tokenize import Tokenizing
-from mlflow_dr.engines.devices import DTYPES, resolve_device, resolve_dtype
+from mlflow_dr.encoder.token_cache import corpus_tokens, subset_tokens
+from mlflow_dr.encoder.tokenize import TextTokenizer
+from mlflow_dr.engines.devices import resolve_device, resolve_dtype, torch_dtype
 from mlflow_dr.files import digest_of
 from mlflow_dr.retrieval.dense import SearchRequest, dense_search, rows_to_encode
 from mlflow_dr.retrieval.measures import Measure, check_depth, mean_values, measure_ranking
@@ -94,14 +94,14 @@ class Searched:
         """Each passage's place among equal scores, `(n_passages,) int64`."""
         return self.corpus.tie_ranks()
 
-    def tokens(self, tokenizing: Tokenizing, rows: np.ndarray | None = None) -> TokenTable:
+    def tokens(self, text_tokenizer: TextTokenizer, rows: np.ndarray | None = None) -> TokenTable:
         """The corpus, or these rows of it, as token ids: made once per tokenizer and settings."""
-        key = tokenizing.passage_digest(), None if rows is None else rows.tobytes()
+        key = text_tokenizer.passage_digest(), None if rows is None else rows.tobytes()
         if key not in self._tables:
             self._tables[key] = (
-                corpus_tokens(self.corpus, tokenizing)
+                corpus_tokens(self.corpus, text_tokenizer)
                 if rows is None
-                else subset_tokens(self.corpus, rows, tokenizing)
+                else subset_tokens(self.corpus, rows, text_tokenizer)
             )
         return self._tables[key]
 
@@ -224,18 +224,18 @@ def evaluate_all(
     depths = [check_depth(settings.measures, settings.depth) for _, settings in asked]
     device = resolve_device(common.device)
     dtype = resolve_dtype(common.dtype, device)
-    tokenizing = Tokenizing(encoder.tokenizer, encoder.settings)
+    text_tokenizer = TextTokenizer(encoder.tokenizer, encoder.settings)
     searches = [
         prepared.search(depth + (0 if settings.keep_own_id else 1))
         for depth, (prepared, settings) in zip(depths, asked, strict=True)
     ]
     rows = rows_to_encode(searches, len(searched.corpus))
-    table = searched.tokens(tokenizing, rows)
+    table = searched.tokens(text_tokenizer, rows)
 
     start = time.perf_counter()
     founds = dense_search(
-        encoder.eval().to(device, DTYPES[dtype]),
-        tokenizing,
+        encoder.eval().to(device, torch_dtype(dtype)),
+        text_tokenizer,
         searches,
         table,
         searched.tie_ranks,

@@ -10,8 +10,8 @@ from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
+from mlflow_dr.encoder.files import encoder_defect
 from mlflow_dr.encoder.model import Encoder
-from mlflow_dr.encoder.whole import why_not_whole
 from mlflow_dr.errors import (
     CheckpointError,
     LostError,
@@ -189,7 +189,7 @@ class Jobs:
                 log.warning("%s is passed over: it was removed", self._shown(job))
                 return []
             found_at = job.checkpoint.directory
-            if isinstance(error, UnavailableError) and found_at and why_not_whole(Path(found_at)):
+            if isinstance(error, UnavailableError) and found_at and encoder_defect(Path(found_at)):
                 log.warning("%s is passed over: %s", self._shown(job), error)
                 return []
             if isinstance(error, UnavailableError) and not isinstance(error, LostError):

@@ -9,8 +9,8 @@ from typing import Any
 from mlflow_dr.collection.records import Passage, Query
 from mlflow_dr.encoder.directory import load_encoder
 from mlflow_dr.encoder.model import Encoder
-from mlflow_dr.encoder.tokenize import Tokenizing
-from mlflow_dr.engines.devices import DTYPES, resolve_device
+from mlflow_dr.encoder.tokenize import TextTokenizer
+from mlflow_dr.engines.devices import resolve_device, torch_dtype
 from mlflow_dr.errors import CheckpointError, UnavailableError, UsageError
 from mlflow_dr.retrieval.encode import encode_all
 from mlflow_dr.stores.token_table import token_table
@@ -60,10 +60,10 @@ def check_vectors(encoder: Encoder, settings: Settings) -> None:
         CheckpointError: the encoder gives NaN.
         Exception: as the libraries raise.
     """
-    encoder.eval().to(resolve_device(settings.device), DTYPES[settings.dtype])
-    tower = encoder.for_queries
-    asking = Tokenizing(tower.tokenizer, tower.settings)
-    answering = Tokenizing(encoder.tokenizer, encoder.settings)
+    encoder.eval().to(resolve_device(settings.device), torch_dtype(settings.dtype))
+    tower = encoder.query_encoder
+    asking = TextTokenizer(tower.tokenizer, tower.settings)
+    answering = TextTokenizer(encoder.tokenizer, encoder.settings)
     query_ids = asking.query_ids([Query("", TEXT)])
     passage_ids = answering.passage_ids([Passage("", TEXT, TEXT)])
     encode_all(tower, token_table(query_ids), asking.pad_id, "query")

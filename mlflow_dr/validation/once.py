@@ -13,7 +13,7 @@ from mlflow_dr.encoder.config import changes_of
 from mlflow_dr.encoder.directory import load_encoder
 from mlflow_dr.engines.devices import resolve_device, resolve_dtype
 from mlflow_dr.errors import UsageError
-from mlflow_dr.files import written_beside
+from mlflow_dr.files import atomic_write
 from mlflow_dr.retrieval.measures import DEFAULT_MEASURES, check_depth, parse_measures
 from mlflow_dr.retrieval.ranking import write_ranking
 from mlflow_dr.subsets.spec import FULL, RELEVANT, parse_subset
@@ -132,7 +132,7 @@ def evaluate_once(request: Once, run: TrackedRun | None = None) -> Report:
     report = evaluate(encoder, prepared, settings)
     text = json.dumps(_as_json(request, split, depth, report)) + "\n"
     if request.output is not None:
-        with written_beside(request.output) as partial:
+        with atomic_write(request.output) as partial:
             partial.write_text(text)
     if request.ranking is not None:
         write_ranking(request.ranking, report.ranking)

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from functools import partial
 
-from mlflow_dr.beside import Beside
+from mlflow_dr.background import BackgroundTask
 from mlflow_dr.errors import TrackingError, UnavailableError
 from mlflow_dr.tracking.checkpoints import Checkpoint, is_deleted
 from mlflow_dr.tracking.claims import Claims
@@ -93,8 +93,8 @@ class _Worker:
         self._seen: dict[str, list[Checkpoint]] = {}  # when that was noted
         self._counts = Counts()
         self._done: set[str] = set()  # model ids
-        self._writing: tuple[Job, Beside[dict[str, State]]] | None = None
-        self._ahead: Beside[Job | None] | None = None
+        self._writing: tuple[Job, BackgroundTask[dict[str, State]]] | None = None
+        self._ahead: BackgroundTask[Job | None] | None = None
 
     def run(self) -> Counts:
         if self._followed.run is not None:
@@ -261,7 +261,7 @@ class _Worker:
         is_short = seconds is not None and seconds < self._plan.poll_seconds
         is_sound = not self._setbacks.is_in_one
         if is_short and is_sound and not self._plan.keep_up and self._choice.has_plenty:
-            self._ahead = Beside(self._claimed_ahead, name="ahead")
+            self._ahead = BackgroundTask(self._claimed_ahead, name="ahead")
 
     def _claimed_ahead(self) -> Job | None:
         job = self._patiently(self._claimed)
@@ -278,7 +278,7 @@ class _Worker:
         finally:
             job.drop_files()
         self._finish()
-        self._writing = job, Beside(partial(self._jobs.written, found), name="writing")
+        self._writing = job, BackgroundTask(partial(self._jobs.written, found), name="writing")
         if self._ahead:
             self._ahead.wait()
         if found.setback is None:

@@ -26,7 +26,7 @@ from torch import nn
 from mlflow_dr.collection.records import Passage, Query
 from mlflow_dr.encoder.directory import load_encoder, save_encoder
 from mlflow_dr.encoder.model import Encoder
-from mlflow_dr.encoder.tokenize import Tokenizing
+from mlflow_dr.encoder.tokenize import TextTokenizer
 from mlflow_dr.errors import CheckpointError
 from mlflow_dr.retrieval.encode import encode_all
 from mlflow_dr.stores.token_table import token_table
@@ -111,13 +111,13 @@ def saved(tmp_path: Path, parts: list[nn.Module], **options: Any) -> Path:
 
 
 def vectors(encoder: Encoder, what: str, texts: list[str]) -> np.ndarray:
-    tower = encoder.for_queries if what == "query" else encoder
-    made = Tokenizing(tower.tokenizer, tower.settings)
+    encoder_of_text = encoder.query_encoder if what == "query" else encoder
+    made = TextTokenizer(encoder_of_text.tokenizer, encoder_of_text.settings)
     if what == "query":
         ids = made.query_ids([Query("", text) for text in texts])
     else:
         ids = made.passage_ids([Passage("", "", text) for text in texts])
-    return encode_all(tower, token_table(ids), made.pad_id).numpy()
+    return encode_all(encoder_of_text, token_table(ids), made.pad_id).numpy()
 
 
 def agrees(directory: Path, texts: list[str], again: Path | None = None) -> Encoder:
@@ -298,7 +298,7 @@ def test_asymmetric_models(
             load_encoder(directory)
         return
     encoder = agrees(directory, texts, tmp_path / "again")
-    assert encoder.query_tower is not None
+    assert encoder.untied_query_encoder is not None
 
 
 @pytest.mark.parametrize("version", [2, 3, 5])

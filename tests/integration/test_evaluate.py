@@ -125,16 +125,16 @@ def test_vectors_are_sentence_transformers(
 ) -> None:
     from mlflow_dr.collection.records import Passage
     from mlflow_dr.encoder.directory import load_encoder
-    from mlflow_dr.encoder.tokenize import Tokenizing
+    from mlflow_dr.encoder.tokenize import TextTokenizer
     from mlflow_dr.retrieval.encode import encode_all
     from mlflow_dr.stores.token_table import token_table
 
     records = [json.loads(x) for x in (collection / "corpus.jsonl").read_text().splitlines()[:60]]
     passages = [Passage(one["_id"], one["title"], one["text"]) for one in records]
     encoder = load_encoder(minilm)
-    tokenizing = Tokenizing(encoder.tokenizer, encoder.settings)
-    table = token_table(tokenizing.passage_ids(passages))
+    text_tokenizer = TextTokenizer(encoder.tokenizer, encoder.settings)
+    table = token_table(text_tokenizer.passage_ids(passages))
     assert table.lengths.max() == encoder.settings.passage_max_length  # some are truncated
-    ours = encode_all(encoder, table, tokenizing.pad_id)
+    ours = encode_all(encoder, table, text_tokenizer.pad_id)
     expected = np.stack([theirs[0][passage.id] for passage in passages])
     np.testing.assert_allclose(ours.numpy(), expected, atol=1e-5)

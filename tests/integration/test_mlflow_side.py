@@ -45,18 +45,18 @@ def expected(model_id: str, client: MlflowClient, on_server: None) -> tuple[np.n
     """The vectors as a validation makes them, of queries and of passages."""
     from mlflow_dr.collection.records import Passage, Query
     from mlflow_dr.encoder.directory import load_encoder
-    from mlflow_dr.encoder.tokenize import Tokenizing
+    from mlflow_dr.encoder.tokenize import TextTokenizer
     from mlflow_dr.retrieval.encode import encode_all
     from mlflow_dr.stores.token_table import token_table
 
     with fetched(checkpoint_by_id(client, model_id)) as directory:
         encoder = load_encoder(directory)
-    tokenizing = Tokenizing(encoder.tokenizer, encoder.settings)
-    queries = tokenizing.query_ids([Query("", text) for text in QUERIES])
-    passages = tokenizing.passage_ids([Passage("", "", text) for text in PASSAGES])
+    text_tokenizer = TextTokenizer(encoder.tokenizer, encoder.settings)
+    queries = text_tokenizer.query_ids([Query("", text) for text in QUERIES])
+    passages = text_tokenizer.passage_ids([Passage("", "", text) for text in PASSAGES])
     assert max(map(len, passages)) == encoder.settings.passage_max_length
     encoded = [
-        encode_all(encoder, token_table(ids), tokenizing.pad_id) for ids in (queries, passages)
+        encode_all(encoder, token_table(ids), text_tokenizer.pad_id) for ids in (queries, passages)
     ]
     return encoded[0].numpy(), encoded[1].numpy()
 

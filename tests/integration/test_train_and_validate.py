@@ -109,16 +109,18 @@ def test_a_published_checkpoint_loads_with_sentence_transformers(
 
     from mlflow_dr.collection.records import Query
     from mlflow_dr.encoder.directory import load_encoder
-    from mlflow_dr.encoder.tokenize import Tokenizing
+    from mlflow_dr.encoder.tokenize import TextTokenizer
     from mlflow_dr.retrieval.encode import encode_all
     from mlflow_dr.stores.token_table import token_table
 
     directory = _stored(artifact_store, checkpoints(client, followed.run_id)[20].model_id)
     texts = ["Return the number of items.", "Open a file and read its first line"]
     encoder = load_encoder(directory, safetensors_only=True)
-    tokenizing = Tokenizing(encoder.tokenizer, encoder.settings)
+    text_tokenizer = TextTokenizer(encoder.tokenizer, encoder.settings)
     queries = [Query(str(number), text) for number, text in enumerate(texts)]
-    ours = encode_all(encoder, token_table(tokenizing.query_ids(queries)), tokenizing.pad_id)
+    ours = encode_all(
+        encoder, token_table(text_tokenizer.query_ids(queries)), text_tokenizer.pad_id
+    )
     theirs = SentenceTransformer(str(directory), device="cpu").to(torch.float32).encode(texts)
     np.testing.assert_allclose(ours.numpy(), theirs, atol=1e-5)
 

@@ -15,6 +15,7 @@ import pytest
 
 from mlflow_dr.errors import DataError
 from mlflow_dr.files import (
+    atomic_write,
     build_once,
     cache_dir,
     decoded,
@@ -23,7 +24,6 @@ from mlflow_dr.files import (
     grant_umask_modes,
     read_lines,
     scratch,
-    written_beside,
 )
 
 TWO_AT_ONCE = """
@@ -120,7 +120,7 @@ def test_an_error_leaves_nothing_and_the_next_attempt_builds(
 
 def test_what_is_written_beside_takes_its_place_at_the_end(tmp_path: Path) -> None:
     target = tmp_path / "new" / "target"
-    with written_beside(target) as partial:
+    with atomic_write(target) as partial:
         partial.write_text("text")
         assert not target.exists()
         assert partial.name == "target"
@@ -131,7 +131,7 @@ def test_what_is_written_beside_takes_its_place_at_the_end(tmp_path: Path) -> No
 def test_an_error_keeps_what_was_there(tmp_path: Path) -> None:
     target = tmp_path / "target"
     target.write_text("old")
-    with pytest.raises(KeyboardInterrupt), written_beside(target) as partial:
+    with pytest.raises(KeyboardInterrupt), atomic_write(target) as partial:
         partial.write_text("half")
         raise KeyboardInterrupt
     assert target.read_text() == "old"

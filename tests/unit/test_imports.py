@@ -29,7 +29,7 @@ FLOORS = {
     "stores": 2,
     "collection": 1,
     "config": 0,
-    "beside": 0,
+    "background": 0,
     "progress": 0,
     "cache": 0,
     "extensions": 0,

@@ -26,7 +26,7 @@ from mlflow_dr.collection.formats import Collection
 from mlflow_dr.collection.records import Passage, Query
 from mlflow_dr.encoder.config import EncoderConfig
 from mlflow_dr.encoder.model import Encoder
-from mlflow_dr.encoder.tokenize import Tokenizing
+from mlflow_dr.encoder.tokenize import TextTokenizer
 from mlflow_dr.errors import DataError, UsageError
 from mlflow_dr.retrieval.measures import parse_measures
 from mlflow_dr.validation.evaluate import Prepared, Report, Searched, Settings, evaluate_all
@@ -470,7 +470,7 @@ def test_ids_are_cut_and_framed_as_by_asyncvals_tokenizer(
     slow = BertTokenizerLegacy(str(minilm / "vocab.txt"), truncation_side=side)
     fast = AutoTokenizer.from_pretrained(minilm, truncation_side=side)
     config = EncoderConfig(query_max_length=length, passage_max_length=length)
-    made = Tokenizing(fast, config)
+    made = TextTokenizer(fast, config)
     text = "the tide tables are printed a year ahead by the port authority"
     bare = slow.convert_tokens_to_ids(slow.tokenize(text))
     rows = [[], bare[:1], bare[: length - 2], bare[: length - 1], bare]
@@ -488,7 +488,7 @@ def test_ids_are_cut_and_framed_as_by_asyncvals_tokenizer(
 
 def test_queries_of_text_and_of_token_ids_side_by_side(encoder: Encoder, bare: Tokens) -> None:
     """Two validations over one corpus put their queries together."""
-    made = Tokenizing(encoder.tokenizer, encoder.settings)
+    made = TextTokenizer(encoder.tokenizer, encoder.settings)
     texts = ["the ship", "gulls at night", "storm"]
     queries = [Query("1", texts[0]), Query("2", "", (), bare(texts[1])), Query("3", texts[2])]
     assert made.query_ids(queries) == made.query_ids([Query("", text) for text in texts])

@@ -13,11 +13,10 @@ from tokenizers.pre_tokenizers import Whitespace
 from transformers import AutoTokenizer, LlamaTokenizer, PreTrainedTokenizerFast, Qwen2Tokenizer
 
 from mlflow_dr.collection.records import Passage
-from mlflow_dr.encoder.changes import append_eos, untie, with_projection
 from mlflow_dr.encoder.config import EncoderConfig
 from mlflow_dr.encoder.directory import load_encoder, save_encoder
-from mlflow_dr.encoder.model import Encoder
-from mlflow_dr.encoder.tokenize import Tokenizing
+from mlflow_dr.encoder.model import Encoder, untie, with_projection
+from mlflow_dr.encoder.tokenize import TextTokenizer, append_eos
 from mlflow_dr.errors import UsageError
 
 Make = Callable[..., Encoder]
@@ -45,7 +44,7 @@ def test_a_projection_that_is_there_stays(
     made = with_projection(make_tiny(), None, 48)
     with caplog.at_level(logging.INFO):
         assert with_projection(made, None, 64) is made
-    assert "has a projection to 48 dimensions: it is loaded, none is added" in caplog.text
+    assert "already has a projection to 48 dimensions" in caplog.text
 
 
 def test_untied_towers_are_equal_at_first_and_share_nothing(
@@ -54,12 +53,12 @@ def test_untied_towers_are_equal_at_first_and_share_nothing(
     encoder = with_projection(make_tiny(), None, 48)
     with caplog.at_level(logging.INFO):
         untie(encoder)
-    assert "one tower was loaded" in caplog.text
-    tower = encoder.for_queries
-    assert tower is not encoder
-    assert torch.equal(tower(IDS, MASK), encoder(IDS, MASK))
-    assert not {p.data_ptr() for p in tower.parameters()} & {
-        p.data_ptr() for name, p in encoder.named_parameters() if "query_tower" not in name
+    assert "one encoder was loaded" in caplog.text
+    query_encoder = encoder.query_encoder
+    assert query_encoder is not encoder
+    assert torch.equal(query_encoder(IDS, MASK), encoder(IDS, MASK))
+    assert not {p.data_ptr() for p in query_encoder.parameters()} & {
+        p.data_ptr() for name, p in encoder.named_parameters() if "untied_query_encoder" not in name
     }
 
 
@@ -67,11 +66,11 @@ def test_two_towers_that_were_loaded_stay_as_they_are(
     make_tiny: Make, caplog: pytest.LogCaptureFixture
 ) -> None:
     encoder = make_tiny()
-    encoder.query_tower = tower = make_tiny(seed=1)
+    encoder.untied_query_encoder = query_encoder = make_tiny(seed=1)
     with caplog.at_level(logging.INFO):
         untie(encoder)
-    assert encoder.query_tower is tower
-    assert "both towers were loaded" in caplog.text
+    assert encoder.untied_query_encoder is query_encoder
+    assert "the encoders of queries and passages were loaded" in caplog.text
 
 
 VOCABULARY = {
@@ -138,12 +137,12 @@ def test_it_belongs_to_the_encoder_that_is_saved(make_tiny: Make, tmp_path: Path
     settings = encoder.settings
     save_encoder(tmp_path / "saved", Encoder(encoder.backbone, tokenizer, settings))
     loaded = load_encoder(tmp_path / "saved")
-    rows = Tokenizing(loaded.tokenizer, loaded.settings).passage_ids(
+    rows = TextTokenizer(loaded.tokenizer, loaded.settings).passage_ids(
         [Passage("1", "", "a b"), Passage("2", "", "a b c d e a b")]
     )
     assert rows == [[4, 5, 3], [4, 5, 11, 12, 3]]
-    digest = Tokenizing(words(eos_token="</s>"), settings).passage_digest()
-    assert Tokenizing(loaded.tokenizer, settings).passage_digest() != digest
+    digest = TextTokenizer(words(eos_token="</s>"), settings).passage_digest()
+    assert TextTokenizer(loaded.tokenizer, settings).passage_digest() != digest
 
 
 def test_a_tokenizer_that_ends_so_already_stays(
@@ -154,7 +153,7 @@ def test_a_tokenizer_that_ends_so_already_stays(
     with caplog.at_level(logging.INFO):
         append_eos(tokenizer)
     assert tokenizer("the ship")["input_ids"] == before
-    assert "ends every text with [SEP] already" in caplog.text
+    assert "already ends every text with [SEP]" in caplog.text
 
 
 def test_what_cannot_end_so_is_refused() -> None:
@@ -172,14 +171,14 @@ def test_texts_that_are_tokenised_already_end_so_too() -> None:
     tokenizer = words(BEGIN, eos_token="</s>")
     append_eos(tokenizer)
     config = EncoderConfig(passage_max_length=5)
-    rows = Tokenizing(tokenizer, config).passage_ids([Passage("1", "", "", [4, 5, 11, 12, 13])])
+    rows = TextTokenizer(tokenizer, config).passage_ids([Passage("1", "", "", [4, 5, 11, 12, 13])])
     assert rows == [[2, 4, 5, 11, 3]]
 
 
 def test_two_towers_both_get_the_projection(make_tiny: Make) -> None:
     encoder = make_tiny()
-    encoder.query_tower = tower = make_tiny(seed=1)
+    encoder.untied_query_encoder = query_encoder = make_tiny(seed=1)
     made = with_projection(encoder, None, 48)
-    assert made.query_tower is not None
-    assert made.query_tower.backbone is tower.backbone
-    assert made.dimension == made.query_tower.dimension == 48
+    assert made.untied_query_encoder is not None
+    assert made.untied_query_encoder.backbone is query_encoder.backbone
+    assert made.dimension == made.untied_query_encoder.dimension == 48

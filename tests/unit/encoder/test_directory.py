@@ -18,7 +18,7 @@ from mlflow_dr.collection.records import Passage, Query
 from mlflow_dr.encoder.config import EncoderConfig, ProjectionConfig
 from mlflow_dr.encoder.directory import load_encoder, save_encoder
 from mlflow_dr.encoder.model import Encoder
-from mlflow_dr.encoder.tokenize import Tokenizing
+from mlflow_dr.encoder.tokenize import TextTokenizer
 from mlflow_dr.errors import CheckpointError, UsageError
 from mlflow_dr.retrieval.encode import encode_all
 from mlflow_dr.stores.token_table import token_table
@@ -70,13 +70,13 @@ OVER_LONG = " ".join(SENTENCES) + " The last words are beyond the longest length
 
 
 def query_vectors(encoder: Encoder, texts: list[str]) -> np.ndarray:
-    made = Tokenizing(encoder.tokenizer, encoder.settings)
+    made = TextTokenizer(encoder.tokenizer, encoder.settings)
     ids = made.query_ids([Query("", text) for text in texts])
     return encode_all(encoder, token_table(ids), made.pad_id).numpy()
 
 
 def passage_vectors(encoder: Encoder, texts: list[str]) -> np.ndarray:
-    made = Tokenizing(encoder.tokenizer, encoder.settings)
+    made = TextTokenizer(encoder.tokenizer, encoder.settings)
     ids = made.passage_ids([Passage("", "", text) for text in texts])
     return encode_all(encoder, token_table(ids), made.pad_id).numpy()
 
@@ -310,7 +310,7 @@ def test_a_bare_backbone_is_pooled_by_the_mean_and_says_so(
     assert load_encoder(foreign).settings == EncoderConfig(
         "mean", query_max_length=512, passage_max_length=512
     )
-    assert "is a bare backbone: taking mean pooling" in caplog.text
+    assert "is a bare backbone; its pooling is mean" in caplog.text
     caplog.clear()
     assert load_encoder(foreign, pooling="cls").settings.pooling == "cls"
     assert not caplog.records
@@ -355,16 +355,16 @@ def refused(directory: Path, message: str, **options: Any) -> None:
 )
 def test_a_truncated_file(saved: Path, name: str) -> None:
     truncate(saved / name)
-    refused(saved, "cannot be (loaded|read)|not an encoder's description")
+    refused(saved, "cannot be (loaded|read)|is damaged or cut off")
 
 
 @pytest.mark.parametrize(
     ("name", "message"),
     [
         ("model.safetensors", "no file named model.safetensors"),
-        ("2_Dense/model.safetensors", "cannot be read as safetensors"),
+        ("2_Dense/model.safetensors", "2_Dense/model.safetensors is missing"),
         ("config.json", "the backbone cannot be loaded"),
-        ("tokenizer.json", "the tokenizer has special tokens only"),
+        ("tokenizer.json", "the tokenizer has only special tokens"),
     ],
 )
 def test_a_missing_file(saved: Path, name: str, message: str) -> None:
@@ -400,18 +400,18 @@ def test_a_tokenizer_with_more_tokens_than_the_backbone_embeds(saved: Path) -> N
     [
         (
             {"layout": 3, "unheard": "of", "encoder": {}},
-            "layout 3 was written by a newer mlflow_dr",
+            "layout 3 was written by another version of mlflow_dr; this version reads layout 2",
         ),
-        ({"layout": 1, "encoder": {}}, "layout 1 was written by an earlier mlflow_dr"),
+        ({"layout": 1, "encoder": {}}, "layout 1 was written by another version"),
         ({"encoder": {}}, "'layout'"),
         ({"layout": 2}, "'encoder'"),
-        ({"layout": 2, "encoder": {}}, "'title_separator'"),
-        ({"layout": "2", "encoder": {}}, "not an encoder's description"),
-        ({"layout": 2, "encoder": OWN | {"title_separator": 3}}, "separator is 3; expected str"),
-        ({"layout": 2, "encoder": OWN | {"strip_question_mark": "no"}}, "'no'; expected bool"),
-        ({"layout": 2, "encoder": {"poling": "cls"}}, "unknown encoder settings"),
-        ({"layout": 2, "encoder": ["cls"]}, "not an encoder's description"),
-        (["cls"], "not an encoder's description"),
+        ({"layout": 2, "encoder": {}}, "encoder is {}; expected title_separator"),
+        ({"layout": "2", "encoder": {}}, "layout '2' was written by another version"),
+        ({"layout": 2, "encoder": OWN | {"title_separator": 3}}, r"3.*; .*title_separator \(str\)"),
+        ({"layout": 2, "encoder": OWN | {"strip_question_mark": "no"}}, r"'no'.*; .*mark \(bool\)"),
+        ({"layout": 2, "encoder": {"poling": "cls"}}, "'poling'.*; expected title_separator"),
+        ({"layout": 2, "encoder": ["cls"]}, "mlflow_dr.json: cannot be read"),
+        (["cls"], "mlflow_dr.json: cannot be read"),
     ],
 )
 def test_a_description_that_is_wrong(saved: Path, values: Any, message: str) -> None:
@@ -429,7 +429,11 @@ TRANSFORMER = {"idx": 0, "name": "0", "path": "", "type": f"{ST}Transformer"}
         ("modules.json", [{"type": f"{ST}CNN", "path": ""}], "module .*CNN' is not supported"),
         ("modules.json", [{"type": "os.system", "path": ""}], "module .*system' is not supported"),
         ("modules.json", [TRANSFORMER | {"path": "../x"}], "leads out of the directory"),
-        ("modules.json", [TRANSFORMER | {"path": ["x"]}], "modules.json: not as .* no text"),
+        (
+            "modules.json",
+            [TRANSFORMER | {"path": ["x"]}],
+            "modules.json: not as .* not the type and path",
+        ),
         ("modules.json", [TRANSFORMER | {"kwargs": ["task"]}], "kwargs .* are not supported"),
         (
             "modules.json",
@@ -442,7 +446,7 @@ TRANSFORMER = {"idx": 0, "name": "0", "path": "", "type": f"{ST}Transformer"}
         ("modules.json", [TRANSFORMER], "reads sentence_embedding, but no module before it"),
         ("modules.json", [{"idx": 0}], "modules.json: not as .* writes it"),
         ("modules.json", [TRANSFORMER, "Pooling"], "modules.json: not as .* writes it"),
-        ("1_Pooling/config.json", {}, "1_Pooling/config.json: not as .*embedding_dimension"),
+        ("1_Pooling/config.json", {}, "Pooling.*embedding_dimension"),
         (
             "1_Pooling/config.json",
             {"embedding_dimension": 128, "pooling_mode": "middle"},
@@ -459,9 +463,9 @@ TRANSFORMER = {"idx": 0, "name": "0", "path": "", "type": f"{ST}Transformer"}
             "without the prompt's tokens is not supported",
         ),
         ("1_Pooling/config.json", ["mean"], "1_Pooling/config.json: not as .* writes it"),
-        ("2_Dense/config.json", {"in_features": 128}, "2_Dense/config.json: .*out_features"),
-        ("2_Dense/config.json", {"in_features": 128, "out_features": 31}, "do not fit"),
-        ("2_Dense/config.json", {"in_features": 64, "out_features": 32}, "do not fit"),
+        ("2_Dense/config.json", {"in_features": 128}, "Dense.*out_features"),
+        ("2_Dense/config.json", {"in_features": 128, "out_features": 31}, "size mismatch"),
+        ("2_Dense/config.json", {"in_features": 64, "out_features": 32}, "size mismatch"),
         ("sentence_bert_config.json", {"max_seq_length": "long"}, "not as .* writes it"),
         ("sentence_bert_config.json", [16], "not as .* writes it"),
         ("sentence_bert_config.json", {"document_length": math.nan}, "document_length is nan"),
@@ -503,7 +507,7 @@ def test_a_sentence_transformer_that_is_wrong_or_not_known(
 def test_our_own_file_is_a_dangling_link(saved: Path) -> None:
     (saved / "mlflow_dr.json").unlink()
     (saved / "mlflow_dr.json").symlink_to("nowhere")
-    refused(saved, "mlflow_dr.json: not an encoder's description")
+    refused(saved, "mlflow_dr.json: cannot be read")
 
 
 def test_the_list_of_modules_is_a_dangling_link(foreign: Path) -> None:
@@ -562,7 +566,7 @@ def test_a_pickle_that_runs_code_is_refused(saved: Path, tmp_path: Path) -> None
     assert (tmp_path / "proof").exists()
     pickled(saved)
     torch.save({"embeddings": Payload(tmp_path / "ran")}, saved / "pytorch_model.bin")
-    refused(saved, "hold more than weights, and no code of theirs is run")
+    refused(saved, "contain code, which is not run")
     assert not (tmp_path / "ran").exists()
 
 
@@ -584,8 +588,8 @@ def test_code_in_the_directory_is_not_run(saved: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("name", "message"),
     [
-        ("nobody/no-such-model", "no directory, and the Hugging Face hub gave no model"),
-        ("no-such-model", "no directory, and the Hugging Face hub gave no model"),
+        ("nobody/no-such-model", "not a directory, and the Hugging Face hub has no model"),
+        ("no-such-model", "not a directory, and the Hugging Face hub has no model"),
         ("./no-such-model", "not a directory"),
         ("/no/such/model", "not a directory"),
         ("~/no-such-model", "not a directory"),

@@ -21,17 +21,22 @@ from transformers import (
 )
 
 from mlflow_dr.encoder import lora
-from mlflow_dr.encoder.changes import untie, with_projection
 from mlflow_dr.encoder.config import EncoderConfig
 from mlflow_dr.encoder.directory import load_encoder, save_encoder
-from mlflow_dr.encoder.lora import add_lora, base_of, is_adapted
-from mlflow_dr.encoder.model import Encoder
+from mlflow_dr.encoder.lora import add_lora, is_adapted
+from mlflow_dr.encoder.model import Encoder, untie, with_projection
 from mlflow_dr.errors import CheckpointError, MissingExtraError, UsageError
 
 Make = Callable[..., Encoder]
 IDS = torch.tensor([[2, 9, 8, 7, 3], [2, 6, 3, 0, 0]])
 MASK = (IDS != 0).long()
 SIZE = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2}
+
+
+def base_name(directory: Path) -> str:
+    """The backbone that the description of adapters names."""
+    description = json.loads((directory / "adapter_config.json").read_text())
+    return str(description["base_model_name_or_path"])
 
 
 def backbone(kind: str, vocabulary: int) -> Any:
@@ -120,15 +125,15 @@ def test_saved_merged_it_is_a_plain_encoder_with_the_same_vectors(
     if not tied:
         untie(encoder)
     adapted(encoder)
-    vectors = [one(IDS, MASK) for one in (encoder, encoder.for_queries)]
+    vectors = [one(IDS, MASK) for one in (encoder, encoder.query_encoder)]
     save_encoder(tmp_path / "saved", encoder)
     monkeypatch.setitem(sys.modules, "peft", None)  # it is not needed any more
     loaded = load_encoder(tmp_path / "saved", safetensors_only=True)
-    for one, expected in zip((loaded, loaded.for_queries), vectors, strict=True):
+    for one, expected in zip((loaded, loaded.query_encoder), vectors, strict=True):
         torch.testing.assert_close(one(IDS, MASK), expected, rtol=1e-5, atol=1e-5)
         assert (expected - before).abs().max() > 1e-2
     assert not list(tmp_path.rglob("adapter*"))
-    assert tied == (loaded.query_tower is None)
+    assert tied == (loaded.untied_query_encoder is None)
     assert type(loaded.backbone).__name__ == type(backbone(kind, 10)).__name__
 
 
@@ -179,14 +184,14 @@ def test_saved_alone_adapters_are_put_on_their_base_again(
     if not tied:
         untie(encoder)
     adapted(encoder, str(base))
-    vectors = [one(IDS, MASK) for one in (encoder, encoder.for_queries)]
+    vectors = [one(IDS, MASK) for one in (encoder, encoder.query_encoder)]
     save_encoder(tmp_path / "saved", encoder, merged=False)
     names = {path.name for path in (tmp_path / "saved").iterdir()}
     assert {"adapter_config.json", "adapter_model.safetensors", "mlflow_dr.json"} <= names
     assert not {"model.safetensors", "config.json", "README.md"} & names
-    assert base_of(tmp_path / "saved") == str(base)
+    assert base_name(tmp_path / "saved") == str(base)
     loaded = load_encoder(tmp_path / "saved", safetensors_only=True)
-    for one, expected in zip((loaded, loaded.for_queries), vectors, strict=True):
+    for one, expected in zip((loaded, loaded.query_encoder), vectors, strict=True):
         torch.testing.assert_close(one(IDS, MASK), expected, rtol=1e-5, atol=1e-5)
     weights = (tmp_path / "saved" / "adapter_model.safetensors").stat().st_size
     assert weights < 0.8 * (base / "model.safetensors").stat().st_size
@@ -213,7 +218,7 @@ def test_training_goes_on_with_saved_adapters(make: Make, tmp_path: Path) -> Non
     assert moved(again) == moved(first)
     assert {len(p) for n, p in again.named_parameters() if ".lora_A." in n} == {3}
     save_encoder(tmp_path / "more", again, merged=False)
-    assert base_of(tmp_path / "more") == "elsewhere"
+    assert base_name(tmp_path / "more") == "elsewhere"
 
 
 def test_layers_that_are_not_there_are_named(make: Make) -> None:
@@ -232,7 +237,7 @@ def test_adapters_of_another_shape_are_refused(make: Make, tmp_path: Path) -> No
     save_encoder(tmp_path / "gpt2", make("gpt2"))
     encoder = adapted(make("bert"), str(tmp_path / "gpt2"))
     save_encoder(tmp_path / "saved", encoder, merged=False)
-    with pytest.raises(CheckpointError, match="adapters that do not fit"):
+    with pytest.raises(CheckpointError, match="the backbone cannot be loaded"):
         load_encoder(tmp_path / "saved")
 
 
@@ -253,7 +258,7 @@ def test_a_base_that_is_gone_is_named(saved: Path) -> None:
 def test_pickled_adapters_are_not_read(saved: Path) -> None:
     weights = saved / "adapter_model.safetensors"
     weights.rename(saved / "adapter_model.bin")
-    with pytest.raises(CheckpointError, match="safetensors only"):
+    with pytest.raises(CheckpointError, match="only read as safetensors"):
         load_encoder(saved)
 
 
@@ -269,7 +274,7 @@ def test_a_damaged_description_is_named(saved: Path, text: str) -> None:
 def test_truncated_adapters_are_named(saved: Path) -> None:
     weights = saved / "adapter_model.safetensors"
     weights.write_bytes(weights.read_bytes()[:200])
-    with pytest.raises(CheckpointError, match="adapters that do not fit"):
+    with pytest.raises(CheckpointError, match="the backbone cannot be loaded"):
         load_encoder(saved)
 
 

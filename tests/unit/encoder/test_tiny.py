@@ -4,7 +4,7 @@ import torch
 
 from mlflow_dr.encoder.config import EncoderConfig
 from mlflow_dr.encoder.tiny import tiny_encoder
-from mlflow_dr.encoder.tokenize import Tokenizing
+from mlflow_dr.encoder.tokenize import TextTokenizer
 
 
 def test_the_vocabulary_is_the_same_whenever_and_wherever_it_is_learnt(texts: list[str]) -> None:
@@ -44,5 +44,5 @@ def test_the_weights_come_from_torchs_random_state(texts: list[str]) -> None:
     assert torch.equal(first, same)
     assert not torch.equal(first, other)
     settings = encoders[0].settings
-    digests = {Tokenizing(encoder.tokenizer, settings).passage_digest() for encoder in encoders}
+    digests = {TextTokenizer(encoder.tokenizer, settings).passage_digest() for encoder in encoders}
     assert len(digests) == 1

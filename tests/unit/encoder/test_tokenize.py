@@ -14,7 +14,7 @@ from transformers import BertJapaneseTokenizer, PreTrainedTokenizerFast
 
 from mlflow_dr.collection.records import Passage, Query
 from mlflow_dr.encoder.config import EncoderConfig, ProjectionConfig
-from mlflow_dr.encoder.tokenize import Tokenizing, highest_id
+from mlflow_dr.encoder.tokenize import TextTokenizer, highest_id
 from mlflow_dr.errors import DataError
 
 WORDS = ["[PAD]", "[UNK]", "red", "blue", "Red", "query", "passage", "|", "title", "long"]
@@ -30,8 +30,8 @@ def tokenizer(vocabulary: dict[str, int] | None = None) -> PreTrainedTokenizerFa
     )
 
 
-def tokenizing(**settings: Any) -> Tokenizing:
-    return Tokenizing(tokenizer(), EncoderConfig(**settings))
+def text_tokenizer(**settings: Any) -> TextTokenizer:
+    return TextTokenizer(tokenizer(), EncoderConfig(**settings))
 
 
 def words(rows: list[list[int]]) -> list[str]:
@@ -39,7 +39,7 @@ def words(rows: list[list[int]]) -> list[str]:
 
 
 def test_prompts_are_put_before_queries_and_passages() -> None:
-    made = tokenizing(query_prompt="query ", passage_prompt="passage ")
+    made = text_tokenizer(query_prompt="query ", passage_prompt="passage ")
     assert words(made.query_ids([Query("1", " red "), Query("2", "blue")])) == [
         "query red",
         "query blue",
@@ -49,7 +49,7 @@ def test_prompts_are_put_before_queries_and_passages() -> None:
 
 
 def test_the_separator_stands_between_title_and_text_where_there_is_a_title() -> None:
-    made = tokenizing(title_separator=" | ", passage_prompt="passage: ")
+    made = text_tokenizer(title_separator=" | ", passage_prompt="passage: ")
     passages = [Passage("1", "title", "red"), Passage("2", "", "red"), Passage("3", "title", "")]
     assert made.passage_texts(passages) == [
         "passage: title | red",
@@ -59,7 +59,7 @@ def test_the_separator_stands_between_title_and_text_where_there_is_a_title() ->
 
 
 def test_each_kind_of_text_has_its_own_length() -> None:
-    made = tokenizing(query_max_length=3, passage_max_length=5, query_prompt="query ")
+    made = text_tokenizer(query_max_length=3, passage_max_length=5, query_prompt="query ")
     long = "long " * 20
     assert words(made.query_ids([Query("1", long)])) == ["query long long"]
     assert words(made.passage_ids([Passage("1", "title", long)])) == ["title" + " long" * 4]
@@ -67,7 +67,7 @@ def test_each_kind_of_text_has_its_own_length() -> None:
 
 def test_special_tokens_count_towards_the_length(make_tiny: Callable[..., Any]) -> None:
     encoder = make_tiny(passage_max_length=6)
-    (ids,) = Tokenizing(encoder.tokenizer, encoder.settings).passage_ids(
+    (ids,) = TextTokenizer(encoder.tokenizer, encoder.settings).passage_ids(
         [Passage("1", "", "ship " * 20)]
     )
     assert len(ids) == 6
@@ -75,12 +75,12 @@ def test_special_tokens_count_towards_the_length(make_tiny: Callable[..., Any]) 
 
 
 def test_lowercase() -> None:
-    assert words(tokenizing().query_ids([Query("1", "Red")])) == ["Red"]
-    assert words(tokenizing(lowercase=True).query_ids([Query("1", "Red")])) == ["red"]
+    assert words(text_tokenizer().query_ids([Query("1", "Red")])) == ["Red"]
+    assert words(text_tokenizer(lowercase=True).query_ids([Query("1", "Red")])) == ["red"]
 
 
 def test_an_empty_text_is_one_token_of_padding_never_none() -> None:
-    made = tokenizing()
+    made = text_tokenizer()
     assert made.passage_ids([Passage("1", "", " "), Passage("2", "", "red")]) == [[0], [2]]
     assert made.query_ids([Query("1", "")]) == [[0]]
     assert made.passage_ids([]) == []
@@ -89,7 +89,7 @@ def test_an_empty_text_is_one_token_of_padding_never_none() -> None:
 def test_ids_that_a_vocabulary_leaves_out_are_counted() -> None:
     gapped = tokenizer({"[PAD]": 0, "[UNK]": 1, "red": 70_000})
     assert highest_id(gapped) == 70_000
-    assert Tokenizing(gapped, EncoderConfig()).vocabulary_size == 70_001
+    assert TextTokenizer(gapped, EncoderConfig()).vocabulary_size == 70_001
 
 
 @pytest.mark.parametrize(
@@ -103,7 +103,7 @@ def test_ids_that_a_vocabulary_leaves_out_are_counted() -> None:
     ids=lambda change: next(iter(change)),
 )
 def test_the_digest_changes_with_what_passages_depend_on(change: dict[str, Any]) -> None:
-    assert tokenizing(**change).passage_digest() != tokenizing().passage_digest()
+    assert text_tokenizer(**change).passage_digest() != text_tokenizer().passage_digest()
 
 
 @pytest.mark.parametrize(
@@ -118,12 +118,12 @@ def test_the_digest_changes_with_what_passages_depend_on(change: dict[str, Any])
     ids=lambda change: next(iter(change)),
 )
 def test_the_digest_does_not_change_with_anything_else(change: dict[str, Any]) -> None:
-    assert tokenizing(**change).passage_digest() == tokenizing().passage_digest()
+    assert text_tokenizer(**change).passage_digest() == text_tokenizer().passage_digest()
 
 
 def test_the_digest_names_the_tokenizer() -> None:
     def digest(made: PreTrainedTokenizerFast) -> str:
-        return Tokenizing(made, EncoderConfig()).passage_digest()
+        return TextTokenizer(made, EncoderConfig()).passage_digest()
 
     swapped = {word: number for number, word in enumerate(reversed(WORDS))}
     assert digest(tokenizer()) == digest(tokenizer())
@@ -165,7 +165,7 @@ def python_digest(tmp_path: Path) -> Callable[..., str]:
         shutil.rmtree(tmp_path / room)
         assert not hasattr(made, "backend_tokenizer")
         change(made)
-        return Tokenizing(made, EncoderConfig()).passage_digest()
+        return TextTokenizer(made, EncoderConfig()).passage_digest()
 
     return digest
 
@@ -208,7 +208,7 @@ def test_the_digest_holds_what_no_backend_knows() -> None:
     pad = tokenizer()
     pad.pad_token = "red"
     digests = {
-        Tokenizing(made, EncoderConfig()).passage_digest() for made in (tokenizer(), split, pad)
+        TextTokenizer(made, EncoderConfig()).passage_digest() for made in (tokenizer(), split, pad)
     }
     assert len(digests) == 3
 
@@ -223,12 +223,12 @@ class Reversed:
 def test_a_backend_with_a_rule_in_python_has_a_digest() -> None:
     made = tokenizer()
     made.backend_tokenizer.pre_tokenizer = PreTokenizer.custom(Reversed())
-    digest = Tokenizing(made, EncoderConfig()).passage_digest()
-    assert digest != Tokenizing(tokenizer(), EncoderConfig()).passage_digest()
+    digest = TextTokenizer(made, EncoderConfig()).passage_digest()
+    assert digest != TextTokenizer(tokenizer(), EncoderConfig()).passage_digest()
 
 
 def test_the_digest_does_not_remember_what_was_tokenised() -> None:
-    made = tokenizing()
+    made = text_tokenizer()
     before = made.passage_digest()
     made.query_ids([Query("1", "red " * 50)])
     made.passage_ids([Passage("1", "", "red " * 500)])
@@ -240,7 +240,7 @@ def test_texts_that_are_tokenised_already_get_prompt_and_special_tokens(
 ) -> None:
     """As if the text had been there; the length counts all of them."""
     encoder = make_tiny(query_prompt="ship: ", passage_prompt="the ", passage_max_length=8)
-    made = Tokenizing(encoder.tokenizer, encoder.settings)
+    made = TextTokenizer(encoder.tokenizer, encoder.settings)
     text = "the tide tables are printed a year ahead"
     bare = encoder.tokenizer(text, add_special_tokens=False)["input_ids"]
     assert made.query_ids([Query("1", "", (), bare)]) == made.query_ids([Query("1", text)])
@@ -258,7 +258,7 @@ def test_a_prompt_longer_than_the_length_is_cut_as_that_of_a_text(
     make_tiny: Callable[..., Any],
 ) -> None:
     encoder = make_tiny(passage_prompt="the ship, the ship, the ship: ", passage_max_length=5)
-    made = Tokenizing(encoder.tokenizer, encoder.settings)
+    made = TextTokenizer(encoder.tokenizer, encoder.settings)
     bare = encoder.tokenizer("the tide tables", add_special_tokens=False)["input_ids"]
     assert made.passage_ids([Passage("1", "", "", bare)]) == made.passage_ids(
         [Passage("1", "", "the tide tables")]
@@ -266,7 +266,7 @@ def test_a_prompt_longer_than_the_length_is_cut_as_that_of_a_text(
 
 
 def test_ids_beyond_the_vocabulary_are_an_error() -> None:
-    made = tokenizing()
+    made = text_tokenizer()
     assert made.passage_ids([Passage("1", "", "", [9])]) == [[9]]
     for ids in (
         lambda: made.passage_ids([Passage("1", "", "", [2, 10])]),
@@ -279,4 +279,4 @@ def test_ids_beyond_the_vocabulary_are_an_error() -> None:
 def test_a_tokenizer_that_rewrites_texts_takes_none_that_are_tokenised() -> None:
     made = tokenizer()
     made._tokenizer.post_processor = TemplateProcessing(single="$A:0 $A:0", special_tokens=[])
-    assert Tokenizing(made, EncoderConfig()).passage_ids([Passage("1", "", "red")]) == [[2, 2]]
+    assert TextTokenizer(made, EncoderConfig()).passage_ids([Passage("1", "", "red")]) == [[2, 2]]

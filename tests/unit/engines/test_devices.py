@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from mlflow_dr.engines.devices import DTYPES, resolve_device, resolve_dtype
+from mlflow_dr.engines.devices import resolve_device, resolve_dtype, torch_dtype
 from mlflow_dr.errors import DeviceError
 
 CPU = torch.device("cpu")
@@ -81,7 +81,7 @@ def test_fp32_on_old_gpus(gpus: None) -> None:
 @pytest.mark.parametrize("name", ["fp32", "bf16"])
 def test_a_number_format_by_name(name: str) -> None:
     assert resolve_dtype(name, CPU) == name
-    assert DTYPES[name] == {"fp32": torch.float32, "bf16": torch.bfloat16}[name]
+    assert torch_dtype(name) == {"fp32": torch.float32, "bf16": torch.bfloat16}[name]
 
 
 @pytest.mark.parametrize("name", ["bfloat16", "torch.bfloat16", torch.bfloat16])

@@ -7,7 +7,7 @@ import pytest
 
 from mlflow_dr.collection.records import Passage, Query
 from mlflow_dr.encoder.model import Encoder
-from mlflow_dr.encoder.tokenize import Tokenizing
+from mlflow_dr.encoder.tokenize import TextTokenizer
 from mlflow_dr.errors import CheckpointError
 from mlflow_dr.retrieval import dense, encode
 from mlflow_dr.retrieval.dense import SearchRequest, dense_search, rank_candidates, search_corpus
@@ -23,20 +23,20 @@ class Setting:
 
     def __init__(self, encoder: Encoder, texts: list[str]) -> None:
         self.encoder = encoder
-        self.tokenizing = Tokenizing(encoder.tokenizer, encoder.settings)
+        self.text_tokenizer = TextTokenizer(encoder.tokenizer, encoder.settings)
         self.queries = [Query(str(number), text) for number, text in enumerate(texts[:5])]
         passages = [Passage(str(n), "", text) for n, text in enumerate(texts + texts[::-1])]
-        self.table: TokenTable = token_table(self.tokenizing.passage_ids(passages))
-        ids = token_table(self.tokenizing.query_ids(self.queries))
-        pad = self.tokenizing.pad_id
-        queries = encode_all(encoder.for_queries, ids, pad).numpy()
+        self.table: TokenTable = token_table(self.text_tokenizer.passage_ids(passages))
+        ids = token_table(self.text_tokenizer.query_ids(self.queries))
+        pad = self.text_tokenizer.pad_id
+        queries = encode_all(encoder.query_encoder, ids, pad).numpy()
         self.scores = queries @ encode_all(encoder, self.table, pad).numpy().T
 
     def search(self, k: int, asked: tuple[list[int], ...] = ()) -> SearchResult:
         rows = [np.array(one, np.int64) for one in asked]
         ranks = np.arange(len(self.table))
         return search_corpus(
-            self.encoder, self.tokenizing, self.queries, self.table, ranks, k, rows, quiet=True
+            self.encoder, self.text_tokenizer, self.queries, self.table, ranks, k, rows, quiet=True
         )
 
 
@@ -80,7 +80,7 @@ def test_queries_that_have_an_encoder_of_their_own(
     make_tiny: Callable[..., Encoder], texts: list[str]
 ) -> None:
     one, other = make_tiny(seed=1), make_tiny(seed=2)
-    both = Encoder(one.backbone, one.tokenizer, one.settings, query_tower=other).eval()
+    both = Encoder(one.backbone, one.tokenizer, one.settings, untied_query_encoder=other).eval()
     apart, alone = Setting(both, texts), Setting(one, texts)
     best = -np.sort(-apart.scores, axis=1)[:, :4]
     np.testing.assert_allclose(apart.search(4).scores, best, atol=1e-5)
@@ -110,7 +110,7 @@ def test_several_searches_of_parts_in_one_pass(
 
     monkeypatch.setattr(dense, "encode_batches", counted)
     found = dense_search(
-        setting.encoder, setting.tokenizing, searches, setting.table, ranks, quiet=True
+        setting.encoder, setting.text_tokenizer, searches, setting.table, ranks, quiet=True
     )
     assert sorted(encoded) == sorted({*few, *other, 3, 1, 8, 2})
     for place in range(5):

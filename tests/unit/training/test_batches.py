@@ -13,7 +13,7 @@ from torch.utils.data import DataLoader
 
 from mlflow_dr.collection.records import Example
 from mlflow_dr.encoder.model import Encoder
-from mlflow_dr.encoder.tokenize import Tokenizing
+from mlflow_dr.encoder.tokenize import TextTokenizer
 from mlflow_dr.errors import DataError, UsageError
 from mlflow_dr.training.batches import (
     Collator,
@@ -215,26 +215,26 @@ def test_no_positives_is_an_error(one: Make) -> None:
 def test_the_table_holds_what_the_tokenizer_gives(
     colours: Any, tiny: Encoder, set_of: Make
 ) -> None:
-    tokenizing = Tokenizing(tiny.tokenizer, tiny.settings)
+    text_tokenizer = TextTokenizer(tiny.tokenizer, tiny.settings)
     for table in (True, False):
         chosen = set_of(tiny, colours, 4, table=table)
         for index in range(len(colours)):
             group = chosen[index]
             example: Example = colours[index]
-            (query,) = tokenizing.query_ids([example.query])
+            (query,) = text_tokenizer.query_ids([example.query])
             assert group.query.tolist() == query
-            passages = tokenizing.passage_ids([colours.passages[key] for key in group.keys])
+            passages = text_tokenizer.passage_ids([colours.passages[key] for key in group.keys])
             assert [tokens.tolist() for tokens in group.passages] == passages
 
 
 def test_late_tokens_are_those_of_the_table(colours: Any, tiny: Encoder, own_cache: Any) -> None:
     """And no table of the passages is made."""
     settings = replace(tiny.settings, passage_prompt="ship: ", passage_max_length=6)
-    tokenizing = Tokenizing(tiny.tokenizer, settings)
-    late = LateTokens(colours, tokenizing)
-    training_set(colours, tokenizing, tokenizing, table=False, n_passages=1, seed=0)
+    text_tokenizer = TextTokenizer(tiny.tokenizer, settings)
+    late = LateTokens(colours, text_tokenizer)
+    training_set(colours, text_tokenizer, text_tokenizer, table=False, n_passages=1, seed=0)
     assert len([path for path in (own_cache / "tokens").iterdir() if path.is_dir()]) == 1
-    table = training_set(colours, tokenizing, tokenizing, n_passages=1, seed=0)
+    table = training_set(colours, text_tokenizer, text_tokenizer, n_passages=1, seed=0)
     assert len([path for path in (own_cache / "tokens").iterdir() if path.is_dir()]) == 2
     for row in range(len(colours.passages)):
         assert late[row].tolist() == table._passages[row].tolist()

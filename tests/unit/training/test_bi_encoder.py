@@ -6,8 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from mlflow_dr.encoder.changes import untie
-from mlflow_dr.encoder.model import Encoder
+from mlflow_dr.encoder.model import Encoder, untie
 from mlflow_dr.training.bi_encoder import (
     TOKENS_PER_PIECE,
     BiEncoder,
@@ -84,12 +83,12 @@ def test_each_role_has_its_weights(
         tied = BiEncoder(encoder)({"query": texts, "passage": texts})
         assert torch.equal(tied["query"], tied["passage"])
         untie(encoder)
-        for weight in encoder.for_queries.parameters():
+        for weight in encoder.query_encoder.parameters():
             weight += torch.randn(weight.shape, generator=torch.Generator().manual_seed(2))
         apart = BiEncoder(encoder)({"passage": texts, "query": texts})
         assert torch.equal(apart["passage"], tied["passage"])
         assert not torch.allclose(apart["query"], tied["query"])
-        assert torch.equal(apart["query"], encoder.for_queries(**texts))
+        assert torch.equal(apart["query"], encoder.query_encoder(**texts))
         assert list(BiEncoder(encoder)({"query": texts})) == ["query"]
 
 

@@ -16,7 +16,7 @@ from mlflow_dr.collection.records import Query
 from mlflow_dr.encoder.config import ProjectionConfig
 from mlflow_dr.encoder.directory import load_encoder, save_encoder
 from mlflow_dr.encoder.model import Encoder
-from mlflow_dr.encoder.tokenize import Tokenizing
+from mlflow_dr.encoder.tokenize import TextTokenizer
 from mlflow_dr.errors import CheckpointError, UsageError
 from mlflow_dr.training.checkpoint_source import (
     CheckpointSource,
@@ -51,7 +51,7 @@ def tiny(make_tiny: Callable[..., Encoder]) -> Encoder:
 
 
 def vectors(encoder: Encoder, texts: list[str]) -> np.ndarray:
-    ids = Tokenizing(encoder.tokenizer, encoder.settings).query_ids(
+    ids = TextTokenizer(encoder.tokenizer, encoder.settings).query_ids(
         [Query(str(number), text) for number, text in enumerate(texts)]
     )
     rows = []

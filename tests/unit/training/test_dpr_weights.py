@@ -7,8 +7,7 @@ from typing import Any
 import pytest
 import torch
 
-from mlflow_dr.encoder.changes import untie, with_projection
-from mlflow_dr.encoder.model import Encoder
+from mlflow_dr.encoder.model import Encoder, untie, with_projection
 from mlflow_dr.errors import CheckpointError, UsageError
 from mlflow_dr.training.encoder_setup import load_dpr_weights
 
@@ -23,7 +22,7 @@ def make(make_small: Callable[..., Encoder]) -> Callable[..., Encoder]:
         untie(encoder)
         if seed:
             with torch.no_grad():
-                for weight in encoder.for_queries.parameters():
+                for weight in encoder.query_encoder.parameters():
                     weight.add_(1.0)
         return encoder.eval()
 
@@ -33,7 +32,7 @@ def make(make_small: Callable[..., Encoder]) -> Callable[..., Encoder]:
 def dpr_file(path: Path, encoder: Encoder, **more: Any) -> str:
     """What DPR saves of two BERTs: an unused pooler, positions, and a projection where it has."""
     state: dict[str, torch.Tensor] = {}
-    for prefix, tower in (("question_model.", encoder.for_queries), ("ctx_model.", encoder)):
+    for prefix, tower in (("question_model.", encoder.query_encoder), ("ctx_model.", encoder)):
         part = dict(tower.backbone.state_dict())
         part["pooler.dense.weight"] = torch.zeros(16, 16)
         part["embeddings.position_ids"] = torch.arange(128)
@@ -53,9 +52,9 @@ def test_both_encoders_are_the_files(
     theirs, ours = make(seed=1, size=size), make(seed=0, size=size)
     load_dpr_weights(dpr_file(tmp_path / "dpr_biencoder.3", theirs), ours)
     ids = torch.tensor([[2, 9, 8, 3]])
-    for one, other in zip(ours.towers, theirs.towers, strict=True):
+    for one, other in zip(ours.distinct_encoders, theirs.distinct_encoders, strict=True):
         assert torch.equal(one(ids, torch.ones_like(ids)), other(ids, torch.ones_like(ids)))
-    assert not torch.equal(*(tower(ids, torch.ones_like(ids)) for tower in ours.towers))
+    assert not torch.equal(*(tower(ids, torch.ones_like(ids)) for tower in ours.distinct_encoders))
 
 
 def test_a_file_that_does_not_fit(

@@ -41,7 +41,7 @@ class Built(NamedTuple):
         return mixed_training_set(self.request, self.data, self.encoder)
 
     def text(self, ids: Any, queries: bool = False) -> str:
-        tower = self.encoder.for_queries if queries else self.encoder
+        tower = self.encoder.query_encoder if queries else self.encoder
         return tower.tokenizer.decode(ids, skip_special_tokens=True)
 
 
@@ -158,21 +158,21 @@ def test_untie_encoder_gives_queries_weights_of_their_own(
 ) -> None:
     with caplog.at_level(logging.INFO):
         made = build("--untie_encoder")
-    assert "one tower was loaded: queries and passages both start from its weights" in caplog.text
+    assert "one encoder was loaded: queries and passages both start from its weights" in caplog.text
     encoder = made.encoder
-    assert torch.equal(encoder.for_queries(IDS, MASK), encoder(IDS, MASK))
+    assert torch.equal(encoder.query_encoder(IDS, MASK), encoder(IDS, MASK))
     make_trainer(encoder, training_set=made.set, max_steps=1).train()
     encoder.eval()
-    assert (encoder.for_queries(IDS, MASK) - encoder(IDS, MASK)).abs().max() > 1e-4
+    assert (encoder.query_encoder(IDS, MASK) - encoder(IDS, MASK)).abs().max() > 1e-4
     save_encoder(tmp_path / "two", encoder)
     assert (tmp_path / "two" / "query" / "model.safetensors").exists()
     caplog.clear()
     with caplog.at_level(logging.INFO):
         again = build("--untie_encoder", model=tmp_path / "two").encoder
-    assert "both towers were loaded" in caplog.text
-    for one, other in ((again, encoder), (again.for_queries, encoder.for_queries)):
+    assert "the encoders of queries and passages were loaded" in caplog.text
+    for one, other in ((again, encoder), (again.query_encoder, encoder.query_encoder)):
         torch.testing.assert_close(one(IDS, MASK), other(IDS, MASK))
-    assert build().encoder.query_tower is None
+    assert build().encoder.untied_query_encoder is None
 
 
 def test_add_pooler(build: Callable[..., Built], tmp_path: Path) -> None:
@@ -212,7 +212,7 @@ def test_attn_implementation(build: Callable[..., Built], name: str, model: str)
     options = {"model": "tiny"} if model == "tiny" else {}
     made = build("--attn_implementation", name, "--untie_encoder", **options).encoder
     assert made.backbone.config._attn_implementation == name
-    assert made.for_queries.backbone.config._attn_implementation == name
+    assert made.query_encoder.backbone.config._attn_implementation == name
 
 
 def moved(encoder: Encoder) -> set[str]:
@@ -259,7 +259,7 @@ def test_adapters_that_could_not_be_read_again_are_refused(
     save_encoder(tmp_path / "two", build("--untie_encoder").encoder)
     with pytest.raises(UsageError, match="adapters name one backbone"):
         build("--lora", "--lora_publish", "adapter", model=tmp_path / "two")
-    assert build("--lora", model=tmp_path / "two").encoder.query_tower is not None
+    assert build("--lora", model=tmp_path / "two").encoder.untied_query_encoder is not None
 
 
 def test_a_pooling_that_nobody_names_is_the_collections(

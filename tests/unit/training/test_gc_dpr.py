@@ -12,7 +12,7 @@ from transformers import PreTrainedTokenizerFast
 from mlflow_dr.collection.records import Passage, Query
 from mlflow_dr.encoder.directory import load_encoder, save_encoder
 from mlflow_dr.encoder.model import Encoder
-from mlflow_dr.encoder.tokenize import Tokenizing
+from mlflow_dr.encoder.tokenize import TextTokenizer
 from mlflow_dr.errors import UsageError
 from mlflow_dr.training.arguments import TrainingRequest
 from mlflow_dr.training.data import open_data, validated_collection
@@ -227,8 +227,8 @@ def test_tokens_are_dprs_and_travel_with_the_checkpoint(room: Path, tmp_path: Pa
     save_encoder(tmp_path / "saved", encoder)
     for one in (encoder, load_encoder(tmp_path / "saved")):
         tokenizer = one.tokenizer
-        queries = Tokenizing(one.for_queries.tokenizer, one.for_queries.settings)
-        passages = Tokenizing(tokenizer, one.settings)
+        queries = TextTokenizer(one.query_encoder.tokenizer, one.query_encoder.settings)
+        passages = TextTokenizer(tokenizer, one.settings)
         asked = [Query("1", text) for text in ("what is aaa?", "what is aaa??", "what is aaa? ")]
         expected = ["what is aaa", "what is aaa?", "what is aaa?"]
         assert queries.query_ids(asked) == [tokenizer(text)["input_ids"] for text in expected]
@@ -260,7 +260,7 @@ def test_a_fixed_passage_encoder_stays(room: Path, make_trainer: Any, more: str)
     words = ["--train_file", f"{room}/nq-train-1.json", "--pretrained_model_cfg", "tiny"]
     words += ["--sequence_length", "32", "--fix_ctx_encoder", "--use_cpu", *more.split()]
     request, data, encoder = built(words)
-    queries = encoder.for_queries
+    queries = encoder.query_encoder
     before = [[w.clone() for w in one.backbone.parameters()] for one in (encoder, queries)]
     trainer = make_trainer(
         encoder,
@@ -285,7 +285,7 @@ def test_dropout_is_the_backbones(room: Path) -> None:
     words += ["--sequence_length", "32", "--use_cpu"]
     for value in (0.0, 0.25):
         _, _, encoder = built([*words, "--dropout", str(value)])
-        for tower in encoder.towers:
+        for tower in encoder.distinct_encoders:
             config = tower.backbone.config
             assert config.hidden_dropout_prob == config.attention_probs_dropout_prob == value
             dropouts = [m for m in tower.backbone.modules() if isinstance(m, torch.nn.Dropout)]
@@ -306,8 +306,8 @@ def test_lower_case_where_the_tokenizer_keeps_case(
     words = ["--train_file", f"{room}/nq-train-1.json", "--sequence_length", "32", "--use_cpu"]
     _, _, encoder = built([*words, "--model", str(tmp_path / "cased"), "--do_lower_case"])
     assert encoder.settings.lowercase
-    assert encoder.for_queries.settings.lowercase
-    ids = Tokenizing(encoder.tokenizer, encoder.settings).passage_ids(
+    assert encoder.query_encoder.settings.lowercase
+    ids = TextTokenizer(encoder.tokenizer, encoder.settings).passage_ids(
         [Passage("1", "The Lighthouse", "Counts THE ships")]
     )
     expected = encoder.tokenizer("the lighthouse [SEP] counts the ships")["input_ids"]

@@ -10,9 +10,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from mlflow_dr.encoder.changes import untie, with_projection
 from mlflow_dr.encoder.lora import add_lora
-from mlflow_dr.encoder.model import Encoder
+from mlflow_dr.encoder.model import Encoder, untie, with_projection
 from mlflow_dr.errors import UsageError
 from mlflow_dr.training.bi_encoder import BiEncoder, Texts
 from mlflow_dr.training.grad_cache import cached_vectors
@@ -151,7 +150,7 @@ def test_the_gradient_is_that_of_the_whole_batch(
     encoder = make_small(normalize=True).double()
     if not tied:
         untie(encoder)
-        for weight in encoder.query_tower.parameters():  # type: ignore[union-attr]
+        for weight in encoder.untied_query_encoder.parameters():  # type: ignore[union-attr]
             weight.data += 0.1 * torch.randn(weight.shape, dtype=weight.dtype)
     for accumulation in (1, 2, 3, 4):
         batches = [make_batch(5, n_passages, seed) for seed in range(accumulation)]
@@ -183,7 +182,7 @@ def test_dropout_projection_and_adapters(
         add_lora(encoder, "base", rank=2, alpha=4, dropout=dropout)
     encoder = encoder.double()
     for name, weight in encoder.named_parameters():
-        if ".lora_B." in name or name.startswith("query_tower"):
+        if ".lora_B." in name or name.startswith("untied_query_encoder"):
             weight.data += 0.1 * torch.randn(weight.shape, dtype=weight.dtype)
     batches = [make_batch(5, 2, seed) for seed in range(2)]
     got, expected = both(encoder, batches, Objective(0.05), RAGGED, same_calls=dropout > 0)

@@ -280,9 +280,9 @@ def test_layers_are_computed_again_in_the_backward_pass(
     calls = {}
     for flags in ({}, {"activation_checkpointing": True}):
         encoder: Encoder = make_small(0.2)
-        encoder.query_tower = make_small(0.2, seed=1)
+        encoder.untied_query_encoder = make_small(0.2, seed=1)
         counted: list[int] = []
-        for tower in (encoder, encoder.for_queries):
+        for tower in (encoder, encoder.query_encoder):
             layer = tower.backbone.encoder.layer[0].attention.self
             layer.register_forward_hook(lambda *_, seen=counted: seen.append(1))
         trainer = make_trainer(encoder, max_steps=2, **flags)
@@ -360,7 +360,7 @@ def test_what_lora_left_unpublished_is_made_up(
     assert again.status == "FINISHED"
     assert ready_steps(again) == {0, 2, 4}
     made_up = load_encoder(published(again, 2))
-    for one, other in zip(made_up.towers, before.towers, strict=True):
+    for one, other in zip(made_up.distinct_encoders, before.distinct_encoders, strict=True):
         torch.testing.assert_close(one(IDS, MASK), other(IDS, MASK))
 
 
@@ -369,8 +369,8 @@ def test_two_towers_are_published(
 ) -> None:
     loaded = load_encoder(published(trained("--untie_encoder")))
     torch.testing.assert_close(loaded(IDS, MASK), vectors_of(trainers[-1]))
-    queries = trainers[-1]._encoder.for_queries.eval()(IDS, MASK)
-    torch.testing.assert_close(loaded.for_queries(IDS, MASK), queries)
+    queries = trainers[-1]._encoder.query_encoder.eval()(IDS, MASK)
+    torch.testing.assert_close(loaded.query_encoder(IDS, MASK), queries)
     assert not torch.allclose(loaded(IDS, MASK), queries, atol=1e-3)
 
 

@@ -13,9 +13,8 @@ from typing import Any
 import pytest
 import torch
 
-from mlflow_dr.encoder.changes import untie
 from mlflow_dr.encoder.lora import add_lora
-from mlflow_dr.encoder.model import Encoder
+from mlflow_dr.encoder.model import Encoder, untie
 from mlflow_dr.training.batches import Group, TrainingSet
 from mlflow_dr.training.bi_encoder import BiEncoder, Texts
 from mlflow_dr.training.data import Mixture
@@ -46,7 +45,7 @@ def encoders(make_small: Callable[..., Encoder]) -> dict[str, Encoder]:
     add_lora(made["lora"], "base", rank=2, alpha=4, dropout=0.0)
     generator = torch.Generator().manual_seed(5)
     for name, weight in (pair for one in made.values() for pair in one.named_parameters()):
-        if name.startswith("query_tower") or ".lora_B." in name:
+        if name.startswith("untied_query_encoder") or ".lora_B." in name:
             weight.data += 0.1 * torch.randn(weight.shape, generator=generator)
     return {name: one.double() for name, one in made.items()}
 

@@ -11,10 +11,10 @@ import pytest
 
 from mlflow_dr.collection.corpus import Corpus
 from mlflow_dr.collection.records import Example, Query
-from mlflow_dr.encoder import tables
+from mlflow_dr.encoder import token_cache
 from mlflow_dr.encoder.model import Encoder
-from mlflow_dr.encoder.tables import corpus_tokens, query_tokens, subset_tokens
-from mlflow_dr.encoder.tokenize import Tokenizing
+from mlflow_dr.encoder.token_cache import corpus_tokens, query_tokens, subset_tokens
+from mlflow_dr.encoder.tokenize import TextTokenizer
 
 
 @pytest.fixture
@@ -50,24 +50,24 @@ def tables_in(cache: Path) -> int:
 def test_passages_and_queries_are_what_the_tokenizer_gives(
     encoder: Encoder, corpus: Corpus
 ) -> None:
-    tokenizing = Tokenizing(encoder.tokenizer, encoder.settings)
-    passages = corpus_tokens(corpus, tokenizing)
-    expected = tokenizing.passage_ids(corpus.passages(range(len(corpus))))
+    text_tokenizer = TextTokenizer(encoder.tokenizer, encoder.settings)
+    passages = corpus_tokens(corpus, text_tokenizer)
+    expected = text_tokenizer.passage_ids(corpus.passages(range(len(corpus))))
     assert [passages[row].tolist() for row in range(len(passages))] == expected
     asked = Asked(corpus, 3)
-    queries = query_tokens(asked, tokenizing)
-    expected = tokenizing.query_ids([asked[index].query for index in range(3)])
+    queries = query_tokens(asked, text_tokenizer)
+    expected = text_tokenizer.query_ids([asked[index].query for index in range(3)])
     assert [queries[row].tolist() for row in range(len(queries))] == expected
 
 
 def test_queries_are_read_in_groups(
     encoder: Encoder, corpus: Corpus, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(tables, "QUERIES_PER_GROUP", 4)
-    tokenizing = Tokenizing(encoder.tokenizer, encoder.settings)
+    monkeypatch.setattr(token_cache, "TEXTS_PER_BATCH", 4)
+    text_tokenizer = TextTokenizer(encoder.tokenizer, encoder.settings)
     asked = Asked(corpus, 10)
-    queries = query_tokens(asked, tokenizing)
-    expected = tokenizing.query_ids([asked[index].query for index in range(10)])
+    queries = query_tokens(asked, text_tokenizer)
+    expected = text_tokenizer.query_ids([asked[index].query for index in range(10)])
     assert [queries[row].tolist() for row in range(len(queries))] == expected
 
 
@@ -77,9 +77,9 @@ def test_one_table_for_all_that_read_alike(
     """Lengths and prompts of the other side make no difference; those of this side do."""
 
     def made(**changes: object) -> int:
-        tokenizing = Tokenizing(encoder.tokenizer, replace(encoder.settings, **changes))
-        corpus_tokens(corpus, tokenizing)
-        query_tokens(Asked(corpus, 3), tokenizing)
+        text_tokenizer = TextTokenizer(encoder.tokenizer, replace(encoder.settings, **changes))
+        corpus_tokens(corpus, text_tokenizer)
+        query_tokens(Asked(corpus, 3), text_tokenizer)
         return tables_in(own_cache)
 
     assert made() == 2
@@ -94,24 +94,24 @@ def test_one_table_for_all_that_read_alike(
 def test_other_contents_are_another_table(
     encoder: Encoder, corpus: Corpus, own_cache: Path
 ) -> None:
-    tokenizing = Tokenizing(encoder.tokenizer, encoder.settings)
-    query_tokens(Asked(corpus, 3), tokenizing)
-    assert len(query_tokens(Asked(corpus, 4, "others"), tokenizing)) == 4
-    corpus_tokens(corpus, tokenizing)
+    text_tokenizer = TextTokenizer(encoder.tokenizer, encoder.settings)
+    query_tokens(Asked(corpus, 3), text_tokenizer)
+    assert len(query_tokens(Asked(corpus, 4, "others"), text_tokenizer)) == 4
+    corpus_tokens(corpus, text_tokenizer)
     fewer = Corpus(pa.table({"id": ["a"], "title": [""], "text": ["a ship"]}))
-    assert len(corpus_tokens(fewer, tokenizing)) == 1
+    assert len(corpus_tokens(fewer, text_tokenizer)) == 1
     assert tables_in(own_cache) == 4
 
 
 def test_a_part_of_a_corpus_is_tokenised_alone(
     encoder: Encoder, corpus: Corpus, own_cache: Path
 ) -> None:
-    tokenizing = Tokenizing(encoder.tokenizer, encoder.settings)
+    text_tokenizer = TextTokenizer(encoder.tokenizer, encoder.settings)
     some = np.array([1, 4, 7])
-    part = subset_tokens(corpus, some, tokenizing)
+    part = subset_tokens(corpus, some, text_tokenizer)
     assert len(part) == len(corpus)
     assert (part.lengths > 0).nonzero()[0].tolist() == some.tolist()
-    whole = corpus_tokens(corpus, tokenizing)
+    whole = corpus_tokens(corpus, text_tokenizer)
     for row in some:
         assert part[row].tolist() == whole[row].tolist()
     backwards = some[::-1]
@@ -119,10 +119,10 @@ def test_a_part_of_a_corpus_is_tokenised_alone(
         np.testing.assert_array_equal(mine, theirs)
     assert tables_in(own_cache) == 2
     # the whole corpus has been tokenised by now: that is taken
-    assert (subset_tokens(corpus, np.array([0]), tokenizing).lengths > 0).all()
+    assert (subset_tokens(corpus, np.array([0]), text_tokenizer).lengths > 0).all()
     assert tables_in(own_cache) == 2
 
 
 def test_most_of_a_corpus_is_tokenised_whole(encoder: Encoder, corpus: Corpus) -> None:
-    tokenizing = Tokenizing(encoder.tokenizer, encoder.settings)
-    assert (subset_tokens(corpus, np.arange(6), tokenizing).lengths > 0).all()
+    text_tokenizer = TextTokenizer(encoder.tokenizer, encoder.settings)
+    assert (subset_tokens(corpus, np.arange(6), text_tokenizer).lengths > 0).all()

@@ -10,7 +10,7 @@ from torch import Tensor
 from mlflow_dr.collection.records import Passage, Query
 from mlflow_dr.encoder.directory import load_encoder, save_encoder
 from mlflow_dr.encoder.model import Encoder
-from mlflow_dr.encoder.tokenize import Tokenizing
+from mlflow_dr.encoder.tokenize import TextTokenizer
 from mlflow_dr.errors import UsageError
 
 QUERIES = ["which fish is red", "what is a reef"]
@@ -29,12 +29,15 @@ def vectors(encoder: Encoder, rows: list[list[int]]) -> Tensor:
 
 
 def both(encoder: Encoder) -> tuple[Tensor, Tensor]:
-    tower = encoder.for_queries
+    query_encoder = encoder.query_encoder
     queries = [Query(str(i), text) for i, text in enumerate(QUERIES)]
     passages = [Passage(str(i), "", text) for i, text in enumerate(PASSAGES)]
     return (
-        vectors(tower, Tokenizing(tower.tokenizer, tower.settings).query_ids(queries)),
-        vectors(encoder, Tokenizing(encoder.tokenizer, encoder.settings).passage_ids(passages)),
+        vectors(
+            query_encoder,
+            TextTokenizer(query_encoder.tokenizer, query_encoder.settings).query_ids(queries),
+        ),
+        vectors(encoder, TextTokenizer(encoder.tokenizer, encoder.settings).passage_ids(passages)),
     )
 
 
@@ -56,13 +59,13 @@ def test_sentence_transformers_encodes_queries_and_documents_each_with_its_tower
     torch.testing.assert_close(got, queries, rtol=0, atol=1e-6)
     got = torch.from_numpy(peer.encode_document(PASSAGES))
     torch.testing.assert_close(got, passages, rtol=0, atol=1e-6)
-    as_passages = Tokenizing(two_towers.tokenizer, two_towers.settings)
+    as_passages = TextTokenizer(two_towers.tokenizer, two_towers.settings)
     rows = as_passages.query_ids([Query(text, text) for text in QUERIES])
     swapped = vectors(two_towers, rows)
-    assert (queries - swapped).abs().max() > 1e-3  # the towers differ
+    assert (queries - swapped).abs().max() > 1e-3  # the encoders differ
 
 
 def test_towers_of_different_dimensions_are_refused(two_towers: Encoder, make_tiny) -> None:
     other = make_tiny()
-    with pytest.raises(UsageError, match="both towers need the same"):
+    with pytest.raises(UsageError, match="both need the same"):
         Encoder(other.backbone, other.tokenizer, other.settings, two_towers)

@@ -6,8 +6,8 @@ from pathlib import Path
 import pytest
 
 from mlflow_dr.encoder.directory import save_encoder
+from mlflow_dr.encoder.files import encoder_defect, signature_of, step_of
 from mlflow_dr.encoder.model import Encoder
-from mlflow_dr.encoder.whole import signature_of, step_of, why_not_whole
 
 
 @pytest.fixture
@@ -20,27 +20,33 @@ def cut(path: Path, left: int) -> None:
     path.write_bytes(path.read_bytes()[:left])
 
 
-def test_a_whole_encoder(directory: Path) -> None:
-    assert why_not_whole(directory) == ""
+def test_a_complete_encoder(directory: Path) -> None:
+    assert encoder_defect(directory) == ""
 
 
 @pytest.mark.parametrize(
     ("damage", "says"),
     [
-        (lambda place: (place / "model.safetensors").unlink(), "no weights"),
-        (lambda place: cut(place / "model.safetensors", -1), "but its header says"),
-        (lambda place: cut(place / "model.safetensors", 30), "cut off after 30 bytes"),
-        (lambda place: cut(place / "model.safetensors", 4), "cut off after 4 bytes"),
-        (lambda place: (place / "config.json").write_text('{"model_ty'), "Unterminated"),
-        (lambda place: [one.unlink() for one in place.glob("*.json")], "none of config.json"),
-        (lambda place: shutil.rmtree(place), "none of config.json"),
+        (lambda directory: (directory / "model.safetensors").unlink(), "no weights"),
+        (lambda directory: cut(directory / "model.safetensors", -1), "is damaged or cut off"),
+        (
+            lambda directory: cut(directory / "model.safetensors", 30),
+            "model.safetensors is damaged or cut off",
+        ),
+        (lambda directory: cut(directory / "model.safetensors", 4), "is damaged or cut off"),
+        (lambda directory: (directory / "config.json").write_text('{"model_ty'), "Unterminated"),
+        (
+            lambda directory: [path.unlink() for path in directory.glob("*.json")],
+            "none of config.json",
+        ),
+        (lambda directory: shutil.rmtree(directory), "none of config.json"),
     ],
 )
 def test_what_is_missing_or_damaged(
     directory: Path, damage: Callable[[Path], None], says: str
 ) -> None:
     damage(directory)
-    assert says in why_not_whole(directory)
+    assert says in encoder_defect(directory)
 
 
 def test_shards_that_an_index_names_must_be_there(directory: Path) -> None:
@@ -49,19 +55,21 @@ def test_shards_that_an_index_names_must_be_there(directory: Path) -> None:
     names = {"a": shard.name, "b": "model-00002-of-00002.safetensors"}
     index = directory / "model.safetensors.index.json"
     index.write_text(json.dumps({"weight_map": names}))
-    assert why_not_whole(directory) == "model-00002-of-00002.safetensors is missing"
+    assert encoder_defect(directory) == (
+        f"{index.name} names model-00002-of-00002.safetensors, which is missing"
+    )
     shutil.copy(shard, directory / "model-00002-of-00002.safetensors")
-    assert why_not_whole(directory) == ""
+    assert encoder_defect(directory) == ""
     index.write_text('{"weight_map": {"a": "model')
-    assert why_not_whole(directory)
+    assert encoder_defect(directory)
 
 
 def test_older_weights_and_those_of_modules_count(directory: Path) -> None:
     (directory / "model.safetensors").unlink()
     (directory / "pytorch_model.bin").write_bytes(b"")
-    assert why_not_whole(directory) == "pytorch_model.bin is empty"
+    assert encoder_defect(directory) == "pytorch_model.bin is empty"
     (directory / "pytorch_model.bin").write_bytes(b"1")
-    assert why_not_whole(directory) == ""
+    assert encoder_defect(directory) == ""
 
 
 def test_what_changes_while_it_is_written(directory: Path) -> None:
@@ -88,11 +96,11 @@ def test_what_changes_while_it_is_written(directory: Path) -> None:
     ],
 )
 def test_the_step(tmp_path: Path, name: str, state: str | None, step: int | None) -> None:
-    place = tmp_path / name
-    place.mkdir()
+    directory = tmp_path / name
+    directory.mkdir()
     if state:
-        (place / "trainer_state.json").write_text(state)
-    assert step_of(place) == step
+        (directory / "trainer_state.json").write_text(state)
+    assert step_of(directory) == step
 
 
 @pytest.mark.parametrize(
@@ -105,9 +113,9 @@ def test_the_step(tmp_path: Path, name: str, state: str | None, step: int | None
         '{"weight_map": {"a": "../b"}}',
     ],
 )
-def test_an_index_that_is_none(directory: Path, index: str) -> None:
+def test_an_index_that_is_malformed(directory: Path, index: str) -> None:
     (directory / "model.safetensors.index.json").write_text(index)
-    assert "model.safetensors.index.json" in why_not_whole(directory)
+    assert "model.safetensors.index.json" in encoder_defect(directory)
 
 
 @pytest.mark.parametrize(
@@ -116,11 +124,11 @@ def test_an_index_that_is_none(directory: Path, index: str) -> None:
 def test_a_malformed_header(directory: Path, header: bytes) -> None:
     path = directory / "model.safetensors"
     path.write_bytes(len(header).to_bytes(8, "little") + header)
-    assert why_not_whole(directory)
+    assert encoder_defect(directory)
 
 
 @pytest.mark.parametrize("noted", ["-1", "true", "1e3", "9" * 4000, "[" * 9999, '"5"'], ids=len)
-def test_a_step_that_is_none_is_taken_from_the_name(directory: Path, noted: str) -> None:
+def test_a_malformed_step_is_taken_from_the_name(directory: Path, noted: str) -> None:
     (directory / "trainer_state.json").write_text(f'{{"global_step": {noted}}}')
     assert step_of(directory) == 10
 

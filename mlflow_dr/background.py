@@ -1,4 +1,4 @@
-"""What is done beside something else: writing figures while the next are computed, say."""
+"""Work in a background thread, such as writing figures while the next ones are computed."""
 
 from __future__ import annotations
 
@@ -9,28 +9,29 @@ from typing import Generic, TypeVar
 Result = TypeVar("Result")
 
 
-class Beside(Generic[Result]):
-    """Does something in a thread of its own, which does not hold up the end of the process.
+class BackgroundTask(Generic[Result]):
+    """A function that runs in a thread of its own, which does not delay the end of the process.
 
     Args:
-        act: what is done.
-        name: of the thread.
+        act: the function; it starts at once.
+        name: the thread's name.
     """
 
     def __init__(self, act: Callable[[], Result], name: str) -> None:
         self._result: Result | None = None
         self._error: BaseException | None = None
-        self._done = threading.Event()  # a join that was interrupted takes the thread for ended
+        # not Thread.join: after an interrupted join Python takes the thread for ended
+        self._done = threading.Event()
         threading.Thread(target=self._run, args=(act,), name=name, daemon=True).start()
 
     def wait(self, seconds: float | None = None) -> Result | None:
-        """Until it is done, or for so many seconds.
+        """Wait until the function has returned, or for at most so many seconds.
 
         Returns:
-            What came of it; None where it was not done in time.
+            The function's result; None if it has not returned in time.
 
         Raises:
-            Exception: whatever it has raised, once.
+            Exception: the function's own error, the first time that `wait` is called.
         """
         self._done.wait(seconds)
         if self._error is not None:
@@ -41,7 +42,7 @@ class Beside(Generic[Result]):
     def _run(self, act: Callable[[], Result]) -> None:
         try:
             self._result = act()
-        except BaseException as error:  # noqa: BLE001 - raised where it is waited for
+        except BaseException as error:  # noqa: BLE001 - raised again by wait
             self._error = error
         finally:
             self._done.set()
