@@ -2,6 +2,7 @@
 # make test   set up and run the tests
 # make ui     open the curves of `make demo`; PORT=5001 where port 5000 is taken
 # make lint   style and types
+# make docs   build the pages of docs/ into site/; broken links fail
 # make bench  the benchmarks that take minutes, not hours
 
 # Python 3.11 or newer: make demo PYTHON=python3.12
@@ -31,7 +32,7 @@ case "$$asked" in 3.*) ;; *) \
 if [ -e $(VENV) ]; then \
   echo "$(VENV) is of another Python: it is made anew" >&2; rm -rf $(VENV); fi; echo ok
 endef
-GOALS := $(filter demo test ui lint bench,$(or $(MAKECMDGOALS),demo))
+GOALS := $(filter demo test ui lint docs bench,$(or $(MAKECMDGOALS),demo))
 ifneq ($(GOALS),)
   CHECKED := $(shell $(CHECK_PYTHON))
   ifneq ($(CHECKED),ok)
@@ -39,7 +40,7 @@ ifneq ($(GOALS),)
   endif
 endif
 
-.PHONY: demo test ui lint bench browser clean
+.PHONY: demo test ui lint docs bench browser clean
 
 demo: $(VENV)/.installed
 	mlflow run . --env-manager local -P dataset=demo
@@ -55,6 +56,9 @@ lint: $(VENV)/.installed-dev
 	ruff check .
 	ruff format --check .
 	mypy
+
+docs: $(VENV)/.installed-dev
+	NO_MKDOCS_2_WARNING=1 mkdocs build --quiet --strict
 
 bench: $(VENV)/.installed-dev
 	python -m benchmarks.validation
@@ -81,7 +85,7 @@ $(VENV)/.installed: $(VENV)/bin/python $(SOURCES)
 
 $(VENV)/.installed-dev: $(VENV)/bin/python $(SOURCES)
 	@echo "installing PyTorch, MLflow and the rest into $(VENV): a few minutes, without a word"
-	$(INSTALL) --editable ".[$(FAISS),dev]"
+	$(INSTALL) --editable ".[$(FAISS),dev,docs]"
 	@touch $@ $(VENV)/.installed
 
 clean:

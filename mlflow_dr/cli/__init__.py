@@ -70,7 +70,12 @@ class _Commands(click.Group):
 @click.group(cls=_Commands, context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(VERSION, prog_name="mlflow-dr")
 def group() -> None:
-    """Train dense retrievers and validate their checkpoints while training goes on."""
+    """Train dense retrievers and validate their checkpoints while training goes on.
+
+    \b
+    Example:
+        mlflow-dr run --dataset demo
+    """
 
 
 def main() -> NoReturn:

@@ -47,6 +47,7 @@ from mlflow_dr.cli.options import (
     type=Finite(min=0.05),
     default=2.0,
     show_default=True,
+    help="Time between two requests for new checkpoints.",
 )
 @click.option("--experiment-name", "--experiment_name", help="The experiment of a new run.")
 @tracking_uri

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import inspect
+
 import click
 
 
@@ -24,7 +26,8 @@ def command(flags: tuple[str, ...]) -> None:
     if {"-h", "--help"} & set(flags):
         from mlflow_dr.training.parsing import training_parser
 
-        click.echo(training_parser().format_help())
+        about = inspect.cleandoc(command.help or "").replace("\b\n", "")
+        click.echo(f"{about}\n\n{training_parser().format_help()}")
         return
     from mlflow_dr.training.flags import check_flags
 

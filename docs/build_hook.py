@@ -1,0 +1,122 @@
+"""What `mkdocs build` makes itself: the home page from README.md, and the reference of all flags.
+
+A page says `<!-- commands -->` or `<!-- training flags -->` where the generated part belongs.
+"""
+
+from __future__ import annotations
+
+import argparse
+import inspect
+import re
+from collections.abc import Iterable
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+import click
+
+ROOT = Path(__file__).parents[1]
+README_LINKS = re.compile(r"\]\(docs/")
+SOURCE_LINKS = re.compile(
+    r"\[([^\]]+)\]\((?:CONTRIBUTING|CHANGELOG|CITATION|LICENSE|examples/)[^)]*\)"
+)
+
+
+def on_page_markdown(markdown: str, page: Any, **_: Any) -> str:
+    """The Markdown of a page, with what is generated put in; called by mkdocs."""
+    if page.file.src_uri == "index.md":
+        return home()
+    for mark, generated in (
+        ("<!-- commands -->", command_reference),
+        ("<!-- training flags -->", training_reference),
+    ):
+        if mark in markdown:
+            markdown = markdown.replace(mark, generated())
+    return markdown
+
+
+def home() -> str:
+    """README.md, with its links as they are from `docs/`."""
+    text = README_LINKS.sub("](", (ROOT / "README.md").read_text(encoding="utf-8"))
+    return SOURCE_LINKS.sub(r"`\1`", text).replace('src="docs/', 'src="')
+
+
+def command_reference() -> str:
+    """Every command with its help, its example and its flags."""
+    from mlflow_dr.cli import COMMANDS, group
+
+    context = click.Context(group, info_name="mlflow-dr")
+    parts = []
+    for name in COMMANDS:
+        command = group.get_command(context, name)
+        assert command is not None
+        parts += [f"## mlflow-dr {name}", *_help(command.help or "")]
+        rows = [_click_row(one) for one in command.params if isinstance(one, click.Option)]
+        if rows:
+            parts.append(_table(rows))
+    return "\n\n".join(parts)
+
+
+def training_reference() -> str:
+    """Every flag of `mlflow-dr train`: first those of mlflow_dr, then those of transformers."""
+    from transformers import TrainingArguments
+
+    from mlflow_dr.training.parsing import training_parser
+
+    inherited = {field.name for field in fields(TrainingArguments)}
+    own: list[tuple[str, str, str]] = []
+    others: list[tuple[str, str, str]] = []
+    for action in training_parser()._actions:
+        name = action.dest.removeprefix("no_")
+        (others if name in inherited else own).append(_argparse_row(action))
+    return "\n\n".join(
+        [
+            "## Flags of mlflow_dr",
+            _table(own),
+            "## Flags of Hugging Face's TrainingArguments",
+            _table(others),
+        ]
+    )
+
+
+def _help(text: str) -> Iterable[str]:
+    """The paragraphs of a command's help; the block after `\\b` is its example."""
+    prose, _, example = inspect.cleandoc(text).partition("\b\n")
+    yield prose.strip()
+    if example:
+        lines = inspect.cleandoc(example.partition("\n")[2])
+        yield f"```bash\n{lines}\n```"
+
+
+def _click_row(option: click.Option) -> tuple[str, str, str]:
+    names = [*option.opts, *option.secondary_opts]
+    default = option.default
+    if option.is_flag or default is None or not isinstance(default, str | int | float | tuple):
+        shown = ""
+    else:
+        shown = " ".join(map(str, default)) if isinstance(default, tuple) else str(default)
+    return _names(names), f"`{shown}`" if shown else "", option.help or ""
+
+
+def _argparse_row(action: argparse.Action) -> tuple[str, str, str]:
+    default = action.default
+    shown = "" if default in (None, argparse.SUPPRESS, "") else f"`{default}`"
+    text = (action.help or "").replace("%%", "%").replace("%(default)s", str(default))
+    return _names(_without_dashed(action.option_strings)), shown, text
+
+
+def _without_dashed(names: Iterable[str]) -> list[str]:
+    """Names without those that only have dashes for underscores."""
+    return list({name.replace("-", "_"): name for name in reversed(list(names))}.values())[::-1]
+
+
+def _names(names: Iterable[str]) -> str:
+    return " ".join(f"`{name}`" for name in names)
+
+
+def _table(rows: Iterable[tuple[str, str, str]]) -> str:
+    lines = ["| flag | default | meaning |", "|---|---|---|"]
+    for cells in rows:
+        shown = (" ".join(cell.split()).replace("|", "\\|").replace("<", "&lt;") for cell in cells)
+        lines.append(f"| {' | '.join(shown)} |")
+    return "\n".join(lines)

@@ -1,0 +1,145 @@
+"""The recipes of README.md and docs/: fenced bash blocks, and how each command line is parsed."""
+
+import re
+import shlex
+from collections.abc import Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+import click
+import yaml
+
+ROOT = Path(__file__).parents[2]
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
+FENCE = re.compile(
+    r"(?:^<!-- (?P<note>[^>]*) -->\n)?^```(?P<language>\w+)\n(?P<text>.*?)^```$", re.M | re.S
+)
+EXTRAS = re.compile(r"\.\[([\w,]+)\]|mlflow_dr\[([\w,]+)\]")
+PARSED_ONLY = "parsed only: "
+FILE = "file: "
+
+
+class Block(NamedTuple):
+    """A fenced block of a page; `note` is the comment before it."""
+
+    page: Path
+    line: int
+    language: str
+    text: str
+    note: str
+
+    @property
+    def place(self) -> str:
+        """Where it is, for messages."""
+        return f"{self.page.relative_to(ROOT)}:{self.line}"
+
+
+def blocks(page: Path, language: str) -> list[Block]:
+    """The fenced blocks of a page in this language."""
+    text = page.read_text(encoding="utf-8")
+    found = [one for one in FENCE.finditer(text) if one["language"] == language]
+    lines = [text.count("\n", 0, one.start()) + 1 for one in found]
+    return [
+        Block(page, line, language, one["text"], one["note"] or "")
+        for line, one in zip(lines, found, strict=True)
+    ]
+
+
+def command_lines(text: str) -> Iterator[list[str]]:
+    """The words of each command of a shell script."""
+    for line in text.replace("\\\n", " ").splitlines():
+        if words := shlex.split(line, comments=True):
+            yield words
+
+
+def project_command(words: list[str]) -> list[str]:
+    """What `mlflow run . ...` calls, by the project's own file."""
+    entry, given = "main", {}
+    rest = iter(words[3:])
+    for word in rest:
+        if word == "-e":
+            entry = next(rest)
+        elif word == "-P":
+            key, _, value = next(rest).partition("=")
+            given[key] = value
+        else:
+            assert word == "--env-manager" and next(rest) == "local", word
+    project = yaml.safe_load((ROOT / "MLproject").read_text(encoding="utf-8"))
+    point = project["entry_points"][entry]
+    declared = point.get("parameters", {})
+    values = {name: str(about.get("default", "")) for name, about in declared.items()} | given
+    called = shlex.split(point["command"])
+    called = [word.format_map(values) for word in called]
+    extra = {name: value for name, value in given.items() if name not in declared}
+    return called + [word for name, value in extra.items() for word in (f"--{name}", value)]
+
+
+def check_command(words: list[str]) -> None:
+    """Parse a command line without running it.
+
+    Raises:
+        Exception: it does not parse.
+    """
+    match words:
+        case ["mlflow-dr", *rest]:
+            check_ours(rest)
+        case ["mlflow", "run", ".", *_]:
+            check_command(project_command(words))
+        case ["torchrun", *flags]:
+            from torch.distributed.run import get_args_parser
+
+            parsed = get_args_parser().parse_args(flags)
+            assert parsed.module and parsed.training_script == "mlflow_dr", words
+            check_ours(parsed.training_script_args)
+        case ["make", *goals]:
+            makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
+            for goal in goals:
+                assert "=" in goal or re.search(rf"^{goal}:", makefile, re.M), f"make {goal}"
+        case ["pip", "install", *rest]:
+            check_extras(rest)
+        case ["python", "-m", module, *rest]:
+            source = (ROOT / f"{module.replace('.', '/')}.py").read_text(encoding="utf-8")
+            for flag in (word for word in rest if word.startswith("--")):
+                assert f'"{flag}"' in source, f"{module} has no {flag}"
+        case ["python", script, *_]:
+            assert (ROOT / script).is_file(), script
+        case ["mlflow", "models", "serve", *_] | ["curl", *_] | ["pre-commit", *_]:
+            pass
+        case [script]:
+            assert (ROOT / script).is_file(), script
+        case _:
+            raise AssertionError(f"how is this checked? {shlex.join(words)}")
+
+
+def check_extras(words: list[str]) -> None:
+    """The extras and files that pip is given are there."""
+    import tomllib
+
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    for word in words:
+        if found := EXTRAS.search(word):
+            names = (found[1] or found[2]).split(",")
+            assert set(names) <= set(project["optional-dependencies"]), word
+        elif word.endswith(".txt"):
+            assert (ROOT / word).is_file(), word
+
+
+def check_ours(words: list[str]) -> None:
+    """Parse the words after `mlflow-dr`; files that a recipe names need not exist."""
+    from mlflow_dr.cli import group
+    from mlflow_dr.training.flags import check_flags
+    from mlflow_dr.training.parsing import parse_training
+
+    name, *rest = words
+    if name == "train":
+        parse_training(rest)
+        return
+    command = group.get_command(click.Context(group), name)
+    assert command is not None, f"mlflow-dr {name}"
+    try:
+        with command.make_context(name, rest) as context:
+            if name == "run":
+                check_flags(context.params["trainer_flags"])
+    except click.BadParameter as error:
+        if "does not exist" not in error.format_message():
+            raise
