@@ -1,10 +1,15 @@
-"""Measures of retrieval quality, by trec_eval's own code (pytrec_eval)."""
+"""Measures of retrieval quality, named as in ir_measures and computed by trec_eval (pytrec_eval).
+
+trec_eval lacks three of them, which are computed here: ERR (Chapelle et al., Expected Reciprocal
+Rank for Graded Relevance, CIKM 2009, with relevance up to 4 as in TREC's gdeval), RBP (Moffat and
+Zobel, Rank-biased Precision, TOIS 2008), and Judged, the share of judged passages.
+"""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
-from typing import NamedTuple
+from collections import defaultdict
+from collections.abc import Callable, Mapping, Sequence
 
 from mlflow_dr.collection.records import Qrels
 from mlflow_dr.errors import UsageError, did_you_mean, quoted
@@ -12,60 +17,85 @@ from mlflow_dr.retrieval.ranking import Ranking
 
 DEFAULT_MEASURES = "mrr@10 ndcg@10 recall@100"
 
+LIBRARY_NAMES = {
+    "mrr": "RR",
+    "ndcg": "nDCG",
+    "recall": "R",
+    "map": "AP",
+    "precision": "P",
+    "success": "Success",
+    "accuracy": "Success",  # DPR's top-k accuracy
+    "err": "ERR",
+    "rbp": "RBP",
+    "judged": "Judged",
+}
+ALIASES = {"rr": "mrr", "r": "recall", "p": "precision", "ap": "map", "hit": "success"}
 TREC_NAMES = {
-    "mrr": "recip_rank",  # no cut-off of its own: the ranking is cut first
+    "mrr": "recip_rank",  # has no cut-off in trec_eval: the ranking is cut first
     "ndcg": "ndcg_cut",
     "recall": "recall",
     "map": "map_cut",
     "precision": "P",
     "success": "success",
-    "accuracy": "success",  # DPR's top-k accuracy
+    "accuracy": "success",
 }
-ALIASES = {"rr": "mrr", "r": "recall", "p": "precision", "ap": "map", "hit": "success"}
+DEFAULT_PARAMETERS = {"rel": 1.0, "p": 0.8}
+HIGHEST_RELEVANCE = 4  # of ERR
+SPELLING = re.compile(
+    r"([a-z]+)(\((?:[a-z]+=[\d.]+(?:, *)?)*\)|(?:_[a-z]+_[\d.]+)*)(?:@|_at_)([1-9]\d{0,6})"
+)
 
 
-class Measure(NamedTuple):
-    """One measure with its cut-off, such as nDCG@10."""
+class Measure(str):
+    """A measure with its cut-off, such as `ndcg@10`, or `precision_rel_2@5` with a parameter.
 
-    name: str
-    cutoff: int
+    A measure is its own spelling, so that results, columns and JSON are keyed by it as it is.
+    `parse_measures` makes it from any spelling.
+    """
 
-    def __str__(self) -> str:
-        return f"{self.name}@{self.cutoff}"
+    __slots__ = ()
+
+    @property
+    def name(self) -> str:
+        """The name without parameters and cut-off: `precision`."""
+        return self.partition("@")[0].partition("_")[0]
+
+    @property
+    def cutoff(self) -> int:
+        """How many passages of a ranking are measured."""
+        return int(self.partition("@")[2])
 
     @property
     def metric(self) -> str:
         """The name in MLflow, which allows no `@`: `ndcg_at_10`."""
-        return f"{self.name}_at_{self.cutoff}"
+        return self.replace("@", "_at_")
+
+    def parameter(self, name: str) -> float:
+        """A parameter: `rel`, the lowest relevance that is relevant, or `p`, RBP's persistence."""
+        found = re.search(rf"_{name}_([\d.]+)", self)
+        return float(found[1] if found else DEFAULT_PARAMETERS[name])
 
 
 def parse_measures(text: str) -> tuple[Measure, ...]:
-    """Measures from words such as `mrr@10 ndcg@10 recall@100`, repeats left out.
+    """Measures from text such as `mrr@10 nDCG@10 P(rel=2)@5`, each once.
+
+    Names are those of ir_measures and their usual aliases, in upper or lower case.
 
     Raises:
-        UsageError: an unknown measure, or one without a cut-off.
+        UsageError: an unknown measure or parameter, or a measure without a cut-off.
     """
-    measures = []
-    for word in text.replace(",", " ").split():
-        match = re.fullmatch(r"([a-z]+)(?:@|_at_)([1-9]\d{0,6})", word.lower())
-        name = ALIASES.get(match[1], match[1]) if match else ""
-        if not match or name not in TREC_NAMES:
-            near = did_you_mean(match[1], TREC_NAMES) if match else ""
-            raise UsageError(
-                f"measure {quoted(word)}: expected one of {', '.join(TREC_NAMES)} with a cut-off, "
-                f"such as ndcg@10{near}"
-            )
-        measures.append(Measure(name, int(match[2])))
+    words = re.split(r"[\s,]+(?![^(]*\))", text)
+    measures = tuple(dict.fromkeys(_measure(word) for word in words if word))
     if not measures:
         raise UsageError(f"no measure given; for example: {DEFAULT_MEASURES!r}")
-    return tuple(dict.fromkeys(measures))
+    return measures
 
 
 def check_depth(measures: Sequence[Measure], depth: int | None) -> int:
-    """The depth of the rankings: as asked, else the largest cut-off.
+    """The depth of the rankings: the requested one, or the largest cut-off.
 
     Raises:
-        UsageError: a measure looks deeper than the ranking goes.
+        UsageError: the ranking is shallower than a measure's cut-off.
     """
     deepest = max(measures, key=lambda measure: measure.cutoff)
     if depth is None:
@@ -79,25 +109,41 @@ def check_depth(measures: Sequence[Measure], depth: int | None) -> int:
 
 def measure_ranking(
     ranking: Ranking, qrels: Qrels, measures: Sequence[Measure]
-) -> dict[str, dict[str, float]]:
-    """Values of each query: query id -> measure -> value.
+) -> dict[str, dict[Measure, float]]:
+    """Measure a ranking, query by query.
 
-    Every query of `qrels` is measured; one that the ranking lacks has 0 everywhere.
+    Args:
+        ranking: query id -> (passage id, score), the best first, equal scores in trec_eval's order
+            (by descending passage id).
+        qrels: query id -> passage id -> relevance. Each of its queries is measured; a query that
+            the ranking lacks has 0 everywhere.
+        measures: see `parse_measures`.
+
+    Returns:
+        query id -> measure -> value.
     """
-    values: dict[str, dict[str, float]] = {
-        query_id: dict.fromkeys(map(str, measures), 0.0) for query_id in qrels
-    }
-    cuts = sorted({m.cutoff for m in measures if m.name == "mrr"})
-    plain = [m for m in measures if m.name != "mrr"]
-    if plain:
-        names = {str(m): f"{TREC_NAMES[m.name]}.{m.cutoff}" for m in plain}
-        _measure(values, ranking, qrels, names, depth=None)
-    for cut in cuts:
-        _measure(values, ranking, qrels, {f"mrr@{cut}": "recip_rank"}, depth=cut)
+    values = {query_id: dict.fromkeys(measures, 0.0) for query_id in qrels}
+    evaluations: dict[tuple[int | None, int], dict[Measure, str]] = defaultdict(dict)
+    for measure in measures:
+        if measure.name == "mrr":
+            trec_name, depth = TREC_NAMES["mrr"], measure.cutoff
+        elif measure.name in TREC_NAMES:
+            trec_name, depth = f"{TREC_NAMES[measure.name]}.{measure.cutoff}", None
+        else:
+            for query_id, passages in ranking.items():
+                if query_id in qrels:
+                    found = [passage_id for passage_id, _ in passages[: measure.cutoff]]
+                    values[query_id][measure] = FORMULAS[measure.name](
+                        found, qrels[query_id], measure
+                    )
+            continue
+        evaluations[depth, int(measure.parameter("rel"))][measure] = trec_name
+    for (depth, relevant), names in evaluations.items():
+        _trec_eval(values, ranking, qrels, names, depth, relevant)
     return values
 
 
-def mean_values(per_query: Mapping[str, Mapping[str, float]]) -> dict[str, float]:
+def mean_values(per_query: Mapping[str, Mapping[Measure, float]]) -> dict[Measure, float]:
     """The mean of each measure over all queries."""
     names = next(iter(per_query.values())).keys()
     return {
@@ -105,17 +151,73 @@ def mean_values(per_query: Mapping[str, Mapping[str, float]]) -> dict[str, float
     }
 
 
-def _measure(
-    values: dict[str, dict[str, float]],
+def _measure(word: str) -> Measure:
+    """One measure from its spelling, checked by ir_measures."""
+    match = SPELLING.fullmatch(word.lower())
+    name = ALIASES.get(match[1], match[1]) if match else ""
+    if not match or name not in LIBRARY_NAMES:
+        near = did_you_mean(match[1], LIBRARY_NAMES) if match else ""
+        raise UsageError(
+            f"measure {quoted(word)}: expected one of {', '.join(LIBRARY_NAMES)} with a cut-off, "
+            f"such as ndcg@10{near}"
+        )
+    parameters = dict(re.findall(r"([a-z]+)[=_]([\d.]+)", match[2]))
+    import ir_measures
+
+    library_spelling = ",".join(f"{key}={value}" for key, value in parameters.items())
+    try:
+        ir_measures.parse_measure(
+            f"{LIBRARY_NAMES[name]}({library_spelling})@{match[3]}"
+        ).validate_params()
+        numbers = {key: float(value) for key, value in sorted(parameters.items())}
+        if numbers.get("rel", 1) < 1 or not 0 < numbers.get("p", 0.5) < 1:
+            raise ValueError("expected rel from 1 upward, p between 0 and 1")
+    except (AssertionError, ValueError) as error:
+        raise UsageError(f"measure {quoted(word)}: {error}") from None
+    others = (key for key in numbers if numbers[key] != DEFAULT_PARAMETERS[key])
+    suffix = "".join(f"_{key}_{numbers[key]:g}" for key in others)
+    return Measure(f"{name}{suffix}@{match[3]}")
+
+
+def _trec_eval(
+    values: dict[str, dict[Measure, float]],
     ranking: Ranking,
     qrels: Qrels,
-    names: Mapping[str, str],
+    names: Mapping[Measure, str],
     depth: int | None,
+    relevant: int,
 ) -> None:
     import pytrec_eval
 
-    evaluator = pytrec_eval.RelevanceEvaluator(qrels, set(names.values()))
+    evaluator = pytrec_eval.RelevanceEvaluator(qrels, set(names.values()), relevance_level=relevant)
     run = {query_id: dict(found[:depth]) for query_id, found in ranking.items() if found}
+    keys = {measure: name.replace(".", "_") for measure, name in names.items()}
     for query_id, found in evaluator.evaluate(run).items():
-        for measure, trec_name in names.items():
-            values[query_id][measure] = found[trec_name.replace(".", "_")]
+        values[query_id] |= {measure: found[key] for measure, key in keys.items()}
+
+
+def _err(found: Sequence[str], judged: Mapping[str, int], measure: Measure) -> float:
+    value, continues = 0.0, 1.0
+    for rank, passage_id in enumerate(found, start=1):
+        gain = min(max(0, judged.get(passage_id, 0)), HIGHEST_RELEVANCE)
+        stops = (2**gain - 1) / 2**HIGHEST_RELEVANCE
+        value += continues * stops / rank
+        continues *= 1 - stops
+    return value
+
+
+def _rbp(found: Sequence[str], judged: Mapping[str, int], measure: Measure) -> float:
+    persistence, relevant = measure.parameter("p"), measure.parameter("rel")
+    hits = (place for place, one in enumerate(found) if judged.get(one, 0) >= relevant)
+    return (1 - persistence) * sum(persistence**place for place in hits)
+
+
+def _judged(found: Sequence[str], judged: Mapping[str, int], measure: Measure) -> float:
+    return sum(passage_id in judged for passage_id in found) / max(1, len(found))
+
+
+FORMULAS: dict[str, Callable[[Sequence[str], Mapping[str, int], Measure], float]] = {
+    "err": _err,
+    "rbp": _rbp,
+    "judged": _judged,
+}
