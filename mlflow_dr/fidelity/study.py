@@ -121,7 +121,7 @@ def study_fidelity(
     ]
     whole = prepared[0]
     return compare_curves(
-        str(asked.measure),
+        asked.measure,
         whole.collection.name,
         whole.split,
         list(values),
@@ -141,7 +141,7 @@ class _Work:
         self._prepared = prepared
         self._settings = settings
         self._changes = asked.encoder_changes
-        self._measure = str(asked.measure)
+        self._measure = asked.measure
         said = sorted(asked.encoder_changes.items())
         common = (self._measure, settings.dtype, settings.keep_own_id, said)
         # values lie in the order of the queries, which a collection's digest does not tell

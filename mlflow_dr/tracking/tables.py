@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -21,7 +22,7 @@ from mlflow_dr.tracking.runs import TrackedRun
 FOLDER = "validation"
 QUERY_ID = "query_id"
 
-PerQuery = Mapping[str, Mapping[str, float]]
+PerQuery = Mapping[str, Mapping[Any, float]]
 """query id -> measure -> value."""
 
 

@@ -65,8 +65,8 @@ class Report:
         dtype: number format that was used.
     """
 
-    measures: dict[str, float]
-    per_query: dict[str, dict[str, float]]
+    measures: dict[Measure, float]
+    per_query: dict[str, dict[Measure, float]]
     ranking: Ranking
     seconds: float
     passages: int
@@ -255,7 +255,7 @@ def evaluate_all(
 
 def _measured(
     prepared: Prepared, settings: Settings, depth: int, found: SearchResult
-) -> tuple[dict[str, dict[str, float]], Ranking]:
+) -> tuple[dict[str, dict[Measure, float]], Ranking]:
     """The values of each query, and the ranking that they are of."""
     topics = prepared.topics
     ranking = named_ranking(

@@ -106,8 +106,7 @@ class DenseRetrievalEvaluator(ModelEvaluator):
             log_dataset(run_id, judged)
         report = evaluate(encoder, prepared, settings)
         prefix = config.get("metric_prefix", "")
-        names = {str(measure): f"{prefix}{measure.metric}" for measure in settings.measures}
-        values = {names[key]: value for key, value in report.measures.items()}
+        values = {f"{prefix}{one.metric}": value for one, value in report.measures.items()}
         if model_id is None:  # MLflow itself logs those of a model that it knows by its id
             log_values(run_id, values, judged)
         return _result(run_id, values, judged, report, config)

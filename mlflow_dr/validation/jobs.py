@@ -261,7 +261,7 @@ def _figures(report: Report) -> dict[str, float]:
     """A report as metrics, named as MLflow allows."""
     measures = parse_measures(" ".join(report.measures))
     return {
-        **{one.metric: report.measures[str(one)] for one in measures},
+        **{one.metric: report.measures[one] for one in measures},
         "seconds": report.seconds,
         "passages_per_second": report.passages / report.seconds,
     }

@@ -137,7 +137,7 @@ def evaluate_once(request: Once, run: TrackedRun | None = None) -> Report:
     if request.ranking is not None:
         write_ranking(request.ranking, report.ranking)
     if run is not None:
-        values = {one.metric: report.measures[str(one)] for one in measures}
+        values = {one.metric: report.measures[one] for one in measures}
         run.log_report({**values, "seconds": report.seconds}, {REPORT: text})
     return report
 
