@@ -1,14 +1,15 @@
-# make demo   set up, train on the built-in collection and validate while training goes on
-# make test   set up and run the tests
-# make ui     open the curves of `make demo`; PORT=5001 where port 5000 is taken
-# make lint   style and types
-# make docs   build the pages of docs/ into site/; broken links fail
-# make bench  the benchmarks that take minutes, not hours
+# make demo     set up, train on the built-in collection and validate during training
+# make test     set up and run the tests
+# make ui       show the curves of `make demo`; PORT=5001 if port 5000 is taken
+# make lint     style and types
+# make docs     build the pages of docs/ into site/; broken links fail
+# make bench    the benchmarks that take minutes, not hours
+# make release  build the source archive and the wheel into dist/, and check them
 
 # Python 3.11 or newer: make demo PYTHON=python3.12
 PYTHON ?= python3
 PORT ?= 5000
-# cpu or gpu: which build of FAISS is installed
+# the build of FAISS: cpu or gpu
 FAISS ?= cpu
 VENV := .venv
 BIN := $(VENV)/bin
@@ -17,22 +18,22 @@ SOURCES := pyproject.toml setup.py constraints.txt
 
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
-# An environment of another Python than the one that is asked for, or of one that is too old, is made
-# anew. Without PYTHON= one that is there is used as it is.
+# An existing environment is used, unless its Python is too old or PYTHON= asks for another one; then
+# it is replaced.
 define CHECK_PYTHON
 there=`$(BIN)/python -c 'import sys; print(sys.version) if sys.version_info >= (3, 11) else 0' 2>&1`; \
 asked=`$(PYTHON) -c 'import sys; print(sys.version) if sys.version_info >= (3, 11) else 0' 2>&1`; \
 case "$$there" in 3.*) \
   if [ "$(origin PYTHON)" = file ] || [ "$$there" = "$$asked" ]; then echo ok; exit; fi;; esac; \
 case "$$asked" in 3.*) ;; *) \
-  for one in python3.13 python3.12 python3.11; do \
-    $$one -c '' 2>/dev/null && break; one=python3.12; done; \
+  for python in python3.13 python3.12 python3.11; do \
+    $$python -c '' 2>/dev/null && break; python=python3.12; done; \
   echo "$(PYTHON) is `$(PYTHON) --version 2>&1 | head -n 1`, and Python 3.11 or newer is needed:" \
-    "install one and name it, such as: make $(firstword $(GOALS)) PYTHON=$$one"; exit;; esac; \
+    "install one and name it, such as: make $(firstword $(GOALS)) PYTHON=$$python"; exit;; esac; \
 if [ -e $(VENV) ]; then \
-  echo "$(VENV) is of another Python: it is made anew" >&2; rm -rf $(VENV); fi; echo ok
+  echo "$(VENV) has another Python: it is replaced" >&2; rm -rf $(VENV); fi; echo ok
 endef
-GOALS := $(filter demo test ui lint docs bench,$(or $(MAKECMDGOALS),demo))
+GOALS := $(filter demo test ui lint docs bench release,$(or $(MAKECMDGOALS),demo))
 ifneq ($(GOALS),)
   CHECKED := $(shell $(CHECK_PYTHON))
   ifneq ($(CHECKED),ok)
@@ -40,7 +41,7 @@ ifneq ($(GOALS),)
   endif
 endif
 
-.PHONY: demo test ui lint docs bench browser clean
+.PHONY: demo test ui lint docs bench release browser clean
 
 demo: $(VENV)/.installed
 	mlflow run . --env-manager local -P dataset=demo
@@ -66,7 +67,15 @@ bench: $(VENV)/.installed-dev
 	python -m benchmarks.gradient_cache
 	python -m benchmarks.training
 
-# the browser test drives Debian's Chromium; where it cannot be installed the test is skipped
+release: $(VENV)/.installed-dev
+	@version=`python -c 'from mlflow_dr.version import VERSION; print(VERSION)'`; \
+	grep -q "^## $$version\b" CHANGELOG.md || \
+	{ echo "CHANGELOG.md has no heading '## $$version': describe the release there" >&2; exit 1; }
+	rm -rf build dist
+	python -m build
+	python -m twine check --strict dist/*
+
+# the browser test uses Debian's Chromium; without it the test is skipped
 browser:
 	@command -v chromium >/dev/null || command -v google-chrome >/dev/null || \
 	if [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null; then \
@@ -79,14 +88,14 @@ $(VENV)/bin/python:
 	$(PYTHON) -m venv $(VENV) || { rm -rf $(VENV); exit 1; }
 
 $(VENV)/.installed: $(VENV)/bin/python $(SOURCES)
-	@echo "installing PyTorch, MLflow and the rest into $(VENV): a few minutes, without a word"
+	@echo "installing PyTorch, MLflow and the rest into $(VENV): this takes a few minutes"
 	$(INSTALL) --editable ".[$(FAISS)]"
 	@touch $@
 
 $(VENV)/.installed-dev: $(VENV)/bin/python $(SOURCES)
-	@echo "installing PyTorch, MLflow and the rest into $(VENV): a few minutes, without a word"
+	@echo "installing PyTorch, MLflow and the rest into $(VENV): this takes a few minutes"
 	$(INSTALL) --editable ".[$(FAISS),dev,docs]"
 	@touch $@ $(VENV)/.installed
 
 clean:
-	rm -rf $(VENV) build *.egg-info .pytest_cache .mypy_cache .ruff_cache
+	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache

@@ -1,4 +1,4 @@
-"""pyproject.toml, constraints.txt and conda.yaml name the same packages."""
+"""pyproject.toml, the constraints and conda.yaml name the same packages and versions."""
 
 import tomllib
 from pathlib import Path
@@ -19,37 +19,51 @@ NOT_INSTALLED_HERE = {"faiss-gpu-cu12"}
 
 
 def declared() -> dict[str, Requirement]:
-    """name -> requirement, of the package and its extras, but those of its developers."""
+    """name -> requirement of the package and its extras, without the extra `dev`."""
     project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
     extras = project["optional-dependencies"]
     texts = [
         *project["dependencies"],
         *(text for name in extras if name != "dev" for text in extras[name]),
     ]
-    return {canonicalize_name(one.name): one for one in map(Requirement, texts)}
+    requirements = map(Requirement, texts)
+    return {canonicalize_name(requirement.name): requirement for requirement in requirements}
 
 
-def pinned() -> dict[str, str]:
-    lines = (ROOT / "constraints.txt").read_text(encoding="utf-8").splitlines()
+def pinned(name: str = "constraints.txt") -> dict[str, str]:
+    lines = (ROOT / name).read_text(encoding="utf-8").splitlines()
     pins = [Requirement(line) for line in lines if line and not line.startswith("#")]
-    return {canonicalize_name(one.name): str(one.specifier).removeprefix("==") for one in pins}
+    return {canonicalize_name(pin.name): str(pin.specifier).removeprefix("==") for pin in pins}
 
 
 @pytest.mark.parametrize("name", sorted(set(declared()) - NOT_INSTALLED_HERE))
-def test_what_is_needed_is_pinned_to_a_version_that_is_allowed(name: str) -> None:
+def test_a_dependency_is_pinned_to_an_allowed_version(name: str) -> None:
     assert name in pinned()
     assert declared()[name].specifier.contains(pinned()[name])
+
+
+@pytest.mark.parametrize("name", sorted(set(declared()) - NOT_INSTALLED_HERE))
+def test_the_oldest_version_is_the_lower_bound(name: str) -> None:
+    (lowest,) = [part.version for part in declared()[name].specifier if part.operator == ">="]
+    assert pinned("constraints-oldest.txt")[name] == lowest
+
+
+def test_developers_tools_are_pinned() -> None:
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    tools = map(Requirement, project["optional-dependencies"]["dev"])
+    loose = {tool.name for tool in tools if "==" not in str(tool.specifier)}
+    unpinned = {name for name in loose if canonicalize_name(name) not in pinned()}
+    assert all(name.startswith("types-") for name in unpinned), unpinned
 
 
 def test_conda_allows_the_same_versions() -> None:
     text = (ROOT / "conda.yaml").read_text(encoding="utf-8")
     listed = yaml.safe_load(text)["dependencies"]
-    (by_pip,) = [one["pip"] for one in listed if isinstance(one, dict)]
-    texts = [
-        one for one in listed if isinstance(one, str) and not one.startswith(("python=", "pip"))
-    ]
-    found = [Requirement(one) for one in [*texts, *by_pip] if not one.startswith("-e")]
-    names = {CONDA_NAMES.get(one.name, canonicalize_name(one.name)): one for one in found}
-    for name, one in names.items():
-        assert str(one.specifier) == str(declared()[name].specifier), name
-    assert "-e ." in by_pip  # what conda does not bring
+    (by_pip,) = [entry["pip"] for entry in listed if isinstance(entry, dict)]
+    by_conda = [text for text in listed if isinstance(text, str)]
+    texts = [text for text in by_conda if not text.startswith(("python=", "pip"))]
+    for text in [*texts, *(text for text in by_pip if not text.startswith("-e"))]:
+        requirement = Requirement(text)
+        name = CONDA_NAMES.get(requirement.name, canonicalize_name(requirement.name))
+        assert str(requirement.specifier) == str(declared()[name].specifier), name
+    assert "-e ." in by_pip  # installs the dependencies that conda does not

@@ -52,11 +52,11 @@ def test_a_python_that_is_too_old_is_refused_with_the_way_out(
     assert not (folder / ".venv").exists()
 
 
-def test_the_environment_of_another_python_is_made_anew(folder: Path) -> None:
+def test_the_environment_of_another_python_is_replaced(folder: Path) -> None:
     environment(folder, "python3.12")
     done = planned(folder, "demo", f"PYTHON={folder}/python3.11")
     assert f"{folder}/python3.11 -m venv .venv" in done.stdout
-    assert "it is made anew" in done.stderr
+    assert "it is replaced" in done.stderr
     assert not (folder / ".venv").exists()
 
 
