@@ -30,7 +30,7 @@ from mlflow_dr.background import BackgroundTask
 from mlflow_dr.collection.catalogue import open_collection
 from mlflow_dr.retrieval.measures import parse_measures
 from mlflow_dr.tracking import fetching
-from mlflow_dr.tracking.checkpoints import checkpoints_of, publish
+from mlflow_dr.tracking.checkpoints import publish, run_checkpoints
 from mlflow_dr.tracking.claims import Claims
 from mlflow_dr.tracking.client import connect
 from mlflow_dr.tracking.following import FollowedRun
@@ -174,7 +174,7 @@ def share_of_traffic(
 
     with (
         mock.patch.object(Session, "request", traffic.timed(Session.request)),
-        mock.patch.object(fetching, "_had", traffic.timed(fetching._had)),
+        mock.patch.object(fetching, "_fetch", traffic.timed(fetching._fetch)),
         mock.patch.object(BackgroundTask, "wait", traffic.timed(BackgroundTask.wait)),
     ):
         threads = [threading.Thread(target=work) for _ in range(validators)]
@@ -185,7 +185,7 @@ def share_of_traffic(
     evaluated = sum(done for _, done, _ in results)
     busy = max(seconds for seconds, _, _ in results) * validators
     held_up = sum(seconds for _, _, seconds in results)
-    assert len(checkpoints_of(run)) == count
+    assert len(run_checkpoints(run)) == count
     return held_up / busy, 1 - evaluated / busy, evaluated - count
 
 

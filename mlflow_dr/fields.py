@@ -39,9 +39,9 @@ def check_policy(text: str) -> None:
     Raises:
         UsageError: with those that do.
     """
-    from mlflow_dr.decisions.keep import parse_policy  # imports mlflow
+    from mlflow_dr.decisions.pruning import parse_keep_rules  # imports mlflow
 
-    parse_policy(text)
+    parse_keep_rules(text)
 
 
 def _joined(value: Any) -> Any:

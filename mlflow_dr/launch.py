@@ -20,8 +20,8 @@ from mlflow_dr.engines.share import share_machine
 from mlflow_dr.errors import ChildError
 from mlflow_dr.retrieval.measures import parse_measures
 from mlflow_dr.tracking.client import URI_VARIABLE, connect, tracking_uri
-from mlflow_dr.tracking.curve import curve_of, summary
 from mlflow_dr.tracking.runs import RUN_VARIABLE, TrackedRun, is_over, open_run
+from mlflow_dr.tracking.status import curve_summary, validation_curve
 from mlflow_dr.tracking.validations import MAIN_PARAM
 
 TORCHRUN = ("-m", "torch.distributed.run", "--standalone")
@@ -62,7 +62,7 @@ def launch(
     plan = _plan(training, gpus)
     run = open_run(connect(uri or plan.uri), experiment or plan.experiment, plan.run_id, plan.name)
     if "--keep-up" not in validating:
-        run.decide(MAIN_PARAM, name)
+        run.set_param_once(MAIN_PARAM, name)
     validating = ["--run-id", run.id, *share.validator_flags, *validating]
     validating += ["--dataset", plan.validated]
     with _Stop() as stop:
@@ -72,7 +72,7 @@ def launch(
             with suppress(psutil.NoSuchProcess):  # it may have ended by now, and will be reported
                 psutil.Process(validator.process.pid).nice(LOWER_PRIORITY)
         _wait(run, trainer, validator, stop)
-    _say(summary(curve_of(run, name), [measure.metric for measure in measures], run))
+    _say(curve_summary(validation_curve(run, name), [measure.metric for measure in measures], run))
     failed = [child for child in (trainer, validator) if child.failed]
     if stop.asked:
         return 130

@@ -22,7 +22,7 @@ from mlflow_dr.errors import UsageError
 from mlflow_dr.files import scratch
 from mlflow_dr.retrieval.encode import encode_all
 from mlflow_dr.stores.token_table import token_table
-from mlflow_dr.tracking.manifest import MANIFEST, not_listed, only_listed, read_manifest
+from mlflow_dr.tracking.manifest import MANIFEST, link_listed_files, read_manifest, unlisted_files
 
 QUERY, PASSAGE = "query", "passage"
 
@@ -93,7 +93,11 @@ def _listed_files(directory: Path, view: Path) -> Path:
     if not (directory / MANIFEST).is_file():
         return directory
     listed = read_manifest(directory, None)
-    return only_listed(directory, listed, view) if not_listed(directory, listed) else directory
+    return (
+        link_listed_files(directory, listed, view)
+        if unlisted_files(directory, listed)
+        else directory
+    )
 
 
 def _texts(model_input: Any) -> list[str]:

@@ -25,11 +25,11 @@ from mlflow import MlflowClient
 from benchmarks.faulting.scene import MEASURES, points
 from benchmarks.server import Server
 from mlflow_dr.retrieval.measures import parse_measures
-from mlflow_dr.tracking.checkpoints import Checkpoint, checkpoints_of
-from mlflow_dr.tracking.claims import standing
+from mlflow_dr.tracking.checkpoints import Checkpoint, run_checkpoints
+from mlflow_dr.tracking.claims import latest_claim
 from mlflow_dr.tracking.client import connect
 from mlflow_dr.tracking.following import FollowedRun
-from mlflow_dr.tracking.results import State, state_of
+from mlflow_dr.tracking.results import State, validation_state
 from mlflow_dr.tracking.runs import TrackedRun
 from mlflow_dr.training.resume import RUN_FILE
 from mlflow_dr.validation.evaluate import Settings
@@ -140,8 +140,8 @@ def ended(commands: dict[str, Command]) -> None:
 
 def stuck(checkpoint: Checkpoint) -> bool:
     """Whether a checkpoint is claimed, and neither done nor failed."""
-    there = standing(checkpoint, "val")
-    state = state_of(checkpoint, "val")
+    there = latest_claim(checkpoint, "val")
+    state = validation_state(checkpoint, "val")
     return there is not None and state not in (State.DONE, State.FAILED)
 
 
@@ -189,8 +189,8 @@ def run(rounds: int, validators: int, steps: int, seed: int) -> bool:
 def report(client: MlflowClient, run_id: str, kills: Counter[str], room: Path) -> bool:
     """Print the counts, the last ones against an undisturbed validation; whether all is well."""
     run = TrackedRun(client, client.get_run(run_id))
-    ready = [one for one in checkpoints_of(run) if one.ready]
-    claims = [there for one in ready if (there := standing(one, "val"))]
+    ready = [one for one in run_checkpoints(run) if one.ready]
+    claims = [there for one in ready if (there := latest_claim(one, "val"))]
     settings = Settings(parse_measures(MEASURES))
     watch(FollowedRun(run), Plan((Validation(settings, "calm"),), follow=False))
     disturbed, calm = points(client, run_id, "val"), points(client, run_id, "calm")

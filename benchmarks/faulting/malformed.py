@@ -10,9 +10,9 @@ from typing import Any
 from mlflow_dr.files import file_sha256
 from mlflow_dr.tracking.checkpoints import (
     STEP_TAG,
-    new_checkpoint,
+    announce_checkpoint,
+    prepare_upload,
     publish,
-    seal,
     upload_checkpoint,
 )
 from mlflow_dr.tracking.manifest import MANIFEST
@@ -40,10 +40,10 @@ def _listed(manifest: Callable[[dict[str, Any]], object]) -> Make:
     """The list of the files is another one, and its digest is right."""
 
     def make(run: TrackedRun, directory: Path, step: int) -> str:
-        seal(directory)
+        prepare_upload(directory)
         path = directory / MANIFEST
         path.write_text(json.dumps(manifest(json.loads(path.read_text()))))
-        model_id = new_checkpoint(run, step, file_sha256(path))
+        model_id = announce_checkpoint(run, step, file_sha256(path))
         upload_checkpoint(run, model_id, directory, step)
         return model_id
 

@@ -17,7 +17,7 @@ from benchmarks.faulting.malformed import MALFORMED
 from benchmarks.faulting.process import Process, all_ended
 from benchmarks.faulting.proxy import Fault, Proxy
 from benchmarks.faulting.scene import STARTS, Row, Scene
-from mlflow_dr.tracking.checkpoints import checkpoints_of
+from mlflow_dr.tracking.checkpoints import run_checkpoints
 from mlflow_dr.tracking.runs import TrackedRun
 
 TIMEOUT = "2"  # seconds, of a client's request
@@ -71,7 +71,7 @@ def trainer_behind(scene: Scene, rate: float, seed: int) -> Row:
             scene.validator(run, f"{number}", behind, proxy.uri, starts=STARTS) for number in (1, 2)
         ]
         seconds = all_ended([trainer, *validators])
-    ready = {one.step: one.model_id for one in checkpoints_of(run) if one.ready}
+    ready = {one.step: one.model_id for one in run_checkpoints(run) if one.ready}
     words = ["--name", "undisturbed", "--once"]
     all_ended([scene.validator(run, "undisturbed", cache, words=words)])
     scenario = f"trainer and validators, {rate:.0%} in every way"

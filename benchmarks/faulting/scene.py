@@ -20,11 +20,11 @@ from mlflow_dr.encoder.directory import save_encoder
 from mlflow_dr.encoder.model import Encoder
 from mlflow_dr.encoder.tiny import tiny_encoder
 from mlflow_dr.errors import MlflowDrError
+from mlflow_dr.tracking.artifacts import per_query_values
 from mlflow_dr.tracking.checkpoints import checkpoint_by_id, publish
 from mlflow_dr.tracking.client import connect
-from mlflow_dr.tracking.results import State, state_of
+from mlflow_dr.tracking.results import State, validation_state
 from mlflow_dr.tracking.runs import TrackedRun
-from mlflow_dr.tracking.tables import values_of
 
 PASSAGES, QUERIES, WORDS = 400, 60, 900  # of a collection on which untrained encoders differ
 MEASURES = "mrr@10 ndcg@10"
@@ -203,9 +203,9 @@ class Scene:
         for model_id in sound.values():
             checkpoint = checkpoint_by_id(self.client, model_id)
             row.failed += "mlflow_dr.validation.val.failed" in checkpoint.tags
-            if state_of(checkpoint, "val") is State.DONE:
+            if validation_state(checkpoint, "val") is State.DONE:
                 try:
-                    values_of(run, checkpoint, "val")
+                    per_query_values(run, checkpoint, "val")
                 except MlflowDrError:
                     row.unkept += 1
         for one in validators:

@@ -25,21 +25,21 @@ from mlflow_dr.tracking.checkpoints import (
     PRUNED_TAG,
     READY,
     STEP_TAG,
-    checkpoints_of,
     publish,
+    run_checkpoints,
 )
-from mlflow_dr.tracking.claims import standing
+from mlflow_dr.tracking.claims import latest_claim
 from mlflow_dr.tracking.client import connect
-from mlflow_dr.tracking.fetching import fetched
-from mlflow_dr.tracking.results import PREFIX, failure_of, state_of
+from mlflow_dr.tracking.fetching import checkpoint_files
+from mlflow_dr.tracking.results import PREFIX, failure_reason, validation_state
 from mlflow_dr.tracking.runs import TrackedRun
-from mlflow_dr.tracking.status import status_of, summary_of, table
+from mlflow_dr.tracking.status import progress_summary, run_status, status_table
 from mlflow_dr.tracking.validations import (
     chosen_metric,
-    figures_of,
-    metrics_of,
-    steps_searched_with,
-    validations_of,
+    recorded_values,
+    run_metrics,
+    run_validations,
+    subset_encoder_steps,
 )
 
 CONFIG = {
@@ -87,7 +87,7 @@ def manifest(chance: Random, room: Path) -> Case:
     directory = room / "encoder"
     shutil.copytree(templates()["ours"], directory)
     publish(run, directory, 5)
-    (checkpoint,) = checkpoints_of(run)
+    (checkpoint,) = run_checkpoints(run)
     place = Path(checkpoint.location.removeprefix("file://"))
     listed = place / "manifest.json"
     names = (listed.name, checkpoint.model_id, *json.loads(listed.read_text()))
@@ -125,8 +125,8 @@ def manifest(chance: Random, room: Path) -> Case:
     names = (*names, *(ascii(one)[1:-1] for one in odd.PATHS if one.strip(".")))
 
     def read() -> Any:
-        (one,) = checkpoints_of(run)
-        with fetched(one) as files:
+        (one,) = run_checkpoints(run)
+        with checkpoint_files(one) as files:
             return scores(files)
 
     return Case(how, read, lambda: sound("ours"), names)
@@ -215,35 +215,37 @@ def server(chance: Random, room: Path) -> Case:
         client().log_param(run.id, name, value)
 
     def read() -> Any:
-        checkpoints = checkpoints_of(run)
+        checkpoints = run_checkpoints(run)
         mine = next(one for one in checkpoints if one.step == 5 and len(one.params) == 1)
         shown = []
         for one in checkpoints:
             for name in ("val", "x y/z", ""):
                 shown += [
-                    str(state_of(one, name)),
-                    failure_of(one, name),
-                    str(standing(one, name)),
-                    str(figures_of(one, name)),
+                    str(validation_state(one, name)),
+                    failure_reason(one, name),
+                    str(latest_claim(one, name)),
+                    str(recorded_values(one, name)),
                 ]
-            shown.append(f"{one.is_gone} {one.is_pruned} {one.uri}")
-        shown += table(status_of(run)).splitlines()
-        shown += [summary_of(checkpoints, "val")]
-        bound = validations_of(run)
+            shown.append(f"{one.is_fully_pruned} {one.is_pruned} {one.uri}")
+        shown += status_table(run_status(run)).splitlines()
+        shown += [progress_summary(checkpoints, "val")]
+        bound = run_validations(run)
         shown += map(
             str,
             (
                 bound,
-                metrics_of(run),
+                run_metrics(run),
                 chosen_metric(run, "val/mrr_at_10"),
-                steps_searched_with(bound),
+                subset_encoder_steps(bound),
             ),
         )
         bad = [
-            problem for line in table(status_of(run)).splitlines() if (problem := unprintable(line))
+            problem
+            for line in status_table(run_status(run)).splitlines()
+            if (problem := unprintable(line))
         ]
         others = [one.step for one in checkpoints if one is not mine]
-        return [others, str(state_of(mine, "val")), dict(figures_of(mine, "val")), bad]
+        return [others, str(validation_state(mine, "val")), dict(recorded_values(mine, "val")), bad]
 
     step = tags.get(STEP_TAG, "")
     others = [int(step)] if re.fullmatch(r"\d{1,18}", step, re.ASCII) else []

@@ -17,7 +17,7 @@ from benchmarks.fuzzing.encoders import hurt, stray
 from benchmarks.fuzzing.templates import templates
 from mlflow_dr.errors import MlflowDrError
 from mlflow_dr.retrieval.measures import parse_measures
-from mlflow_dr.tracking.checkpoints import STEP_TAG, checkpoints_of, publish
+from mlflow_dr.tracking.checkpoints import STEP_TAG, publish, run_checkpoints
 from mlflow_dr.tracking.following import FollowedRun
 from mlflow_dr.tracking.manifest import write_manifest
 from mlflow_dr.tracking.runs import TrackedRun
@@ -80,7 +80,7 @@ def validator(chance: Random, room: Path) -> Case:
     publish(run, room / str(SOUND), SOUND)
     with suppress(MlflowDrError):  # what is damaged before may be refused
         publish(run, room / str(OTHER), OTHER)
-    victims = [one for one in checkpoints_of(run) if one.step == OTHER]
+    victims = [one for one in run_checkpoints(run) if one.step == OTHER]
     place = Path(victims[0].location.removeprefix("file://")) if victims else room
     if act == 1:
         _, how = hurt(chance, place)

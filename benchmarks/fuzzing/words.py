@@ -12,7 +12,7 @@ from typing import Any
 from benchmarks.fuzzing import odd
 from benchmarks.fuzzing.case import AnyOf, Case, Kind, UnreadableError
 from mlflow_dr.collection.catalogue import parse_mixture
-from mlflow_dr.decisions.keep import parse_policy
+from mlflow_dr.decisions.pruning import parse_keep_rules
 from mlflow_dr.engines.devices import resolve_device, resolve_dtype
 from mlflow_dr.retrieval.measures import parse_measures
 from mlflow_dr.subsets.spec import parse_subset
@@ -129,7 +129,7 @@ def _subset(text: str) -> Any:
 
 
 def _policy(text: str) -> Any:
-    made = parse_policy(text)
+    made = parse_keep_rules(text)
     return {"best": made.best, "last": made.last, "every": made.every}
 
 

@@ -107,10 +107,10 @@ def command(
     from mlflow_dr.fidelity.report import fidelity_metrics, report_text, write_files
     from mlflow_dr.fidelity.study import study_fidelity
     from mlflow_dr.files import scratch
-    from mlflow_dr.tracking.checkpoints import checkpoints_of
+    from mlflow_dr.tracking.artifacts import log_study
+    from mlflow_dr.tracking.checkpoints import run_checkpoints
     from mlflow_dr.tracking.client import connect
     from mlflow_dr.tracking.directories import found_checkpoints
-    from mlflow_dr.tracking.fidelity import log_study
     from mlflow_dr.tracking.runs import resolve_run
 
     client = connect(tracking_uri, may_create=False) if run_id else None
@@ -118,7 +118,7 @@ def command(
     if checkpoints_dir is not None:
         checkpoints = found_checkpoints(checkpoints_dir)
     else:
-        checkpoints = [one for one in checkpoints_of(run) if one.ready] if run else []
+        checkpoints = [one for one in run_checkpoints(run) if one.ready] if run else []
     findings = study_fidelity(checkpoints, asked, run)
     click.echo(report_text(findings))
     if output is not None:

@@ -409,9 +409,9 @@ def run_of_project(tracking_uri: str | None) -> Any:
     """The run that `mlflow run` has made for this command, if it was started by that."""
     if "MLFLOW_RUN_ID" not in os.environ:
         return None  # without mlflow, which takes seconds to import
-    from mlflow_dr.tracking.current import run_of_project
+    from mlflow_dr.tracking.runs import project_run
 
-    return run_of_project(tracking_uri)
+    return project_run(tracking_uri)
 
 
 def check_one_set(sets: Sequence[str], split: str | None) -> None:

@@ -9,16 +9,20 @@ from mlflow_dr.cli.options import RUN, tracking_uri
 
 @click.command("prune")
 @click.option("--run-id", help=RUN)
-@click.option("--deleted", is_flag=True, help="Or those of all deleted runs.")
-@click.option("--experiment", help="With --deleted: of this experiment only.")
-@click.option("--keep", help="What stays, such as best:3,last:2,every:10000.")
+@click.option(
+    "--deleted", is_flag=True, help="Instead of one run: the checkpoints of all deleted runs."
+)
+@click.option("--experiment", help="With --deleted: only runs of this experiment.")
+@click.option("--keep", help="Rules that say what is kept, such as best:3,last:2,every:10000.")
 @click.option(
     "--metric",
-    help="What the best are best by, such as val/mrr_at_10 (default: the first measure of the "
-    "validation that was begun first).",
+    help="Metric that decides which are best, such as val/mrr_at_10 (default: the first measure of "
+    "the validation that was begun first).",
 )
-@click.option("--unvalidated", is_flag=True, help="Let those go, too, that are not validated yet.")
-@click.option("--dry-run", is_flag=True, help="Only say what would go and what stays.")
+@click.option(
+    "--unvalidated", is_flag=True, help="Also delete checkpoints that are not validated yet."
+)
+@click.option("--dry-run", is_flag=True, help="Only print what would be deleted and what is kept.")
 @tracking_uri
 def command(
     run_id: str | None,
@@ -30,11 +34,11 @@ def command(
     dry_run: bool,
     tracking_uri: str | None,
 ) -> int:
-    """Remove files of checkpoints that need not be kept; their figures stay.
+    """Delete the files of checkpoints that are no longer needed; their metrics stay.
 
-    Checkpoints that are being published or validated, that are called the best or are versions of
-    registered models stay, whatever is asked. Of deleted runs everything else goes, which `mlflow
-    gc` leaves behind.
+    These are always kept: checkpoints that are being published or validated, that are tagged as
+    best, or that are versions of registered models. Of deleted runs all others are deleted;
+    `mlflow gc` would leave them behind.
 
     \b
     Example:
@@ -42,27 +46,32 @@ def command(
         mlflow-dr prune --deleted --experiment msmarco
     """
     if bool(run_id) == deleted or bool(keep) == deleted:
-        raise click.UsageError("give --run-id and --keep, or --deleted")
+        raise click.UsageError("pass --run-id and --keep, or pass --deleted")
     if deleted and (metric or unvalidated):
-        raise click.UsageError("--metric and --unvalidated belong to --run-id")
+        raise click.UsageError("--metric and --unvalidated need --run-id")
     if experiment and not deleted:
-        raise click.UsageError("--experiment belongs to --deleted")
+        raise click.UsageError("--experiment needs --deleted")
 
-    from mlflow_dr.decisions.keep import parse_policy
-    from mlflow_dr.decisions.prune import outcomes, review, review_orphans, summary
-    from mlflow_dr.tracking.client import connect, leave_waiting_to_us
+    from mlflow_dr.decisions.pruning import (
+        carry_out,
+        parse_keep_rules,
+        pruning_summary,
+        review,
+        review_orphans,
+    )
+    from mlflow_dr.tracking.client import connect, limit_mlflow_retries
     from mlflow_dr.tracking.runs import resolve_run
 
-    policy = parse_policy(keep) if keep else None
-    leave_waiting_to_us()
+    rules = parse_keep_rules(keep) if keep else None
+    limit_mlflow_retries()
     client = connect(tracking_uri, may_create=False)
-    if run_id and policy:
-        verdicts = review(resolve_run(client, run_id), policy, metric, unvalidated)
+    if run_id and rules:
+        verdicts = review(resolve_run(client, run_id), rules, metric, unvalidated)
     else:
         verdicts = review_orphans(client, experiment)
     done = []
-    for one in outcomes(client, verdicts, dry_run):
-        click.echo(one)
-        done.append(one)
-    click.echo(summary(done, dry_run))
+    for verdict in carry_out(client, verdicts, dry_run):
+        click.echo(verdict)
+        done.append(verdict)
+    click.echo(pruning_summary(done, dry_run))
     return 0

@@ -20,9 +20,9 @@ def command(run_id: str, tracking_uri: str | None) -> int:
     from mlflow_dr.tracking.client import connect
     from mlflow_dr.tracking.clock import ServerClock
     from mlflow_dr.tracking.runs import resolve_run
-    from mlflow_dr.tracking.status import status_of, table
+    from mlflow_dr.tracking.status import run_status, status_table
 
     run = resolve_run(connect(tracking_uri, may_create=False), run_id)
-    lines = status_of(run, ServerClock().now_ms())
-    click.echo(table(lines) if lines else f"run {run.label} has published no checkpoint yet")
+    lines = run_status(run, ServerClock().now_ms())
+    click.echo(status_table(lines) if lines else f"run {run.label} has published no checkpoint yet")
     return 0

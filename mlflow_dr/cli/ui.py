@@ -34,7 +34,7 @@ def command(port: int, tracking_uri: str | None) -> None:
     """
     from mlflow_dr.tracking.client import connect, is_server
     from mlflow_dr.tracking.client import tracking_uri as chosen_uri
-    from mlflow_dr.tracking.curve import latest_run, link
+    from mlflow_dr.tracking.status import curves_url, latest_run
 
     client = connect(tracking_uri, may_create=False)
     uri = chosen_uri()
@@ -46,7 +46,7 @@ def command(port: int, tracking_uri: str | None) -> None:
             f"port {port} is taken: give --port {other} (make ui PORT={other})"
         )
     run = latest_run(client)
-    click.echo(f"curves of {run.label}: {link(run, base)}" if run else f"no run yet: {base}")
+    click.echo(f"curves of {run.label}: {curves_url(run, base)}" if run else f"no run yet: {base}")
     if not is_server(uri):
         sys.stdout.flush()
         words = ["server", "--backend-store-uri", uri, "--host", HOST, "--port", str(port)]

@@ -125,14 +125,14 @@ def command(
     if checkpoints_dir and not (run_id or dataset or config):
         raise click.UsageError("a new run names no dataset; give --dataset")
 
-    from mlflow_dr.tracking.client import connect, leave_waiting_to_us
-    from mlflow_dr.tracking.curve import where_to_look
+    from mlflow_dr.tracking.client import connect, limit_mlflow_retries
     from mlflow_dr.tracking.patience import Patience
+    from mlflow_dr.tracking.status import curves_hint
     from mlflow_dr.validation.watch import watch
 
     project = run_of_project(tracking_uri)
     plan = _plan(config, (dataset, sets, split), name, options)
-    leave_waiting_to_us()
+    limit_mlflow_retries()
     # a run that is there is followed; a new one may be the first of its store
     client = connect(tracking_uri, may_create=not (run_id or experiment))
     patiently = Patience(client, plan.poll_seconds)
@@ -140,7 +140,7 @@ def command(
         counts = watch(followed, plan)
         is_project = project and followed.run and followed.run.id == project.id
         if followed.run is not None and not is_project:
-            click.echo(where_to_look(followed.run), err=True)
+            click.echo(curves_hint(followed.run), err=True)
         if project is not None and not is_project:
             text = f"validated {counts.done} checkpoints of {followed.name}\n"
             figures = {"validated/done": counts.done, "validated/failed": counts.failed}
@@ -176,7 +176,7 @@ def _followed(
         run = patiently(partial(open_run, client))
         patiently(partial(run.set_tags, named))
         click.echo(f"run {run.id} ({run.name})", err=True)
-        with run.ending("validation"):
+        with run.finish_on_exit("validation"):
             yield FollowedDirectory(run, cast(Path, directory), is_mine=True)
 
 
@@ -200,7 +200,7 @@ def _plan(
     name: str | None,
     options: dict[str, Any],
 ) -> Any:
-    from mlflow_dr.decisions.keep import parse_policy
+    from mlflow_dr.decisions.pruning import parse_keep_rules
     from mlflow_dr.engines.devices import resolve_device, resolve_dtype
     from mlflow_dr.retrieval.measures import check_depth, parse_measures
     from mlflow_dr.tracking.validations import FIRST_NAME
@@ -240,7 +240,7 @@ def _plan(
             options["metric"],
             options["patience"],
             options["min_delta"],
-            parse_policy(options["keep"]) if options["keep"] else None,
+            parse_keep_rules(options["keep"]) if options["keep"] else None,
         ),
         "follow": options["follow"],
         "poll_seconds": options["poll_seconds"],

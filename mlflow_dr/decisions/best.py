@@ -10,11 +10,10 @@ from mlflow_dr.decisions.comparison import aligned_values
 from mlflow_dr.decisions.significance import Difference, difference
 from mlflow_dr.errors import NoValuesError, TrackingError
 from mlflow_dr.retrieval.measures import parse_measures
-from mlflow_dr.tracking.checkpoints import Checkpoint, checkpoints_of
-from mlflow_dr.tracking.marks import BEST_TAG, set_best, unset_best
+from mlflow_dr.tracking.checkpoints import Checkpoint, run_checkpoints
+from mlflow_dr.tracking.registry import BEST_TAG, tag_best, untag_best
 from mlflow_dr.tracking.runs import TrackedRun
-from mlflow_dr.tracking.tables import values_of
-from mlflow_dr.tracking.validations import Metric, chosen_metric, value_of
+from mlflow_dr.tracking.validations import Metric, chosen_metric, metric_value
 
 
 class Scored(NamedTuple):
@@ -67,12 +66,12 @@ def find_best(run: TrackedRun, metric: str | None = None) -> Best:
         TrackingError: nothing was measured yet, or the server does not answer.
     """
     chosen = chosen_metric(run, metric)
-    checkpoints = checkpoints_of(run)
+    checkpoints = run_checkpoints(run)
     ready = [one for one in checkpoints if one.ready]
     scored = [
         Scored(one, value)
         for one in ready
-        if (value := value_of(one, chosen)) is not None and not math.isnan(value)
+        if (value := metric_value(one, chosen)) is not None and not math.isnan(value)
     ]
     if not scored:
         raise TrackingError(
@@ -97,8 +96,8 @@ def mark_best(run: TrackedRun, best: Best) -> None:
         TrackingError: the server did not take it.
     """
     name = best.metric.validation
-    set_best(run, name, best.checkpoint, str(best.metric), best.first.value)
-    unset_best(run, name, best.marked_before)
+    tag_best(run, name, best.checkpoint, str(best.metric), best.first.value)
+    untag_best(run, name, best.marked_before)
 
 
 def against_runner_up(run: TrackedRun, best: Best, seed: int = 0) -> Difference | None:

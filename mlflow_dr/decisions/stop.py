@@ -8,10 +8,10 @@ from collections.abc import Collection, Iterable
 
 from mlflow_dr.errors import UsageError
 from mlflow_dr.tracking.checkpoints import Checkpoint
-from mlflow_dr.tracking.results import State, state_of
+from mlflow_dr.tracking.results import State, validation_state
 from mlflow_dr.tracking.runs import TrackedRun, is_over
 from mlflow_dr.tracking.stop_request import STOP_TAG, request_stop
-from mlflow_dr.tracking.validations import Metric, points_of
+from mlflow_dr.tracking.validations import Metric, metric_points
 
 log = logging.getLogger(__name__)
 
@@ -112,7 +112,7 @@ def stop_if_plateau(
         UsageError: patience or min_delta makes no sense.
         TrackingError: the server does not answer.
     """
-    points = points_of(checkpoints, metric)
+    points = metric_points(checkpoints, metric)
     there = checkpoints if waiting is None else waiting
     left = {one.step for one in there if _is_waiting(one, metric.validation)}
     if plateau(points, patience, min_delta, left) is None:
@@ -132,7 +132,7 @@ def stop_if_plateau(
 
 
 def _is_waiting(checkpoint: Checkpoint, validation: str) -> bool:
-    is_open = state_of(checkpoint, validation) is State.OPEN
+    is_open = validation_state(checkpoint, validation) is State.OPEN
     return checkpoint.ready and not checkpoint.is_pruned and is_open
 
 

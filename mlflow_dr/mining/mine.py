@@ -236,11 +236,11 @@ def _miner(request: MiningConfig) -> Retriever:
     # only here: BM25 needs no torch, which takes seconds to import
     from mlflow_dr.encoder.directory import load_encoder
     from mlflow_dr.retrieval.dense import DenseRetriever
-    from mlflow_dr.tracking.encoders import fetched_encoder, reading
+    from mlflow_dr.tracking.encoders import encoder_errors, local_encoder
 
     name = request.miner
     try:
-        with fetched_encoder(name, request.tracking_uri) as directory, reading(name):
+        with local_encoder(name, request.tracking_uri) as directory, encoder_errors(name):
             encoder = load_encoder(directory, trust_remote_code=request.trust_remote_code)
     except (UsageError, UnavailableError) as error:
         hint = f"did you mean {BM25}? " if difflib.get_close_matches(name.lower(), [BM25]) else ""

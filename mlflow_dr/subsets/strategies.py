@@ -19,7 +19,7 @@ from mlflow_dr.retrieval.bm25 import Bm25Retriever, warn_of_no_matches
 from mlflow_dr.retrieval.dense import DenseRetriever
 from mlflow_dr.retrieval.ranking import Retriever
 from mlflow_dr.subsets.spec import BM25, SubsetTerm
-from mlflow_dr.tracking.encoders import encoder_files, looked_up, reading
+from mlflow_dr.tracking.encoders import encoder_errors, encoder_location, resolve_encoder
 
 if TYPE_CHECKING:
     from mlflow_dr.tracking.checkpoints import Checkpoint
@@ -76,7 +76,7 @@ class CachedSearching:
             # what is kept needs no files, which may be gone by now
             identity = (source.manifest, self._dtype)
             return self._cached(identity, lambda: self._searcher(source), part.count, queries)
-        with encoder_files(source) as name:
+        with encoder_location(source) as name:
             directory = encoder_directory(name)
             identity = (digest_of(*_files(directory)), self._dtype)
             return self._cached(
@@ -85,14 +85,14 @@ class CachedSearching:
 
     def _searcher(self, source: Checkpoint | str) -> Retriever:
         name = source if isinstance(source, str) else source.uri
-        with encoder_files(source) as directory, reading(name):
+        with encoder_location(source) as directory, encoder_errors(name):
             encoder = load_encoder(directory)
         return DenseRetriever(encoder, self._device, self._dtype)
 
     def _source(self, part: SubsetTerm) -> Checkpoint | str:
         (name,) = part.names
         if part.step is None:
-            return looked_up(name, self._tracking_uri)
+            return resolve_encoder(name, self._tracking_uri)
         if self._published is None:
             raise UsageError(f"subset {part}: there is no run here whose checkpoint that could be")
         return self._published(part.step)

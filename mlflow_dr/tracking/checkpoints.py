@@ -74,27 +74,32 @@ class Checkpoint:
 
     @property
     def is_pruned(self) -> bool:
-        """Whether its files were removed, or are about to be."""
+        """Whether its files were deleted, or are being deleted."""
         return self.tags.get(PRUNED_TAG, TAKEN_BACK) != TAKEN_BACK
 
     @property
-    def is_gone(self) -> bool:
-        """Whether its files were removed, all of them."""
+    def is_fully_pruned(self) -> bool:
+        """Whether all of its files were deleted."""
         return self.is_pruned and self.tags[PRUNED_TAG] != BEGUN
 
+    @property
+    def has_all_files(self) -> bool:
+        """Whether its upload was completed and no file was deleted since."""
+        return self.ready and not self.is_pruned
 
-def seal(directory: Path) -> str:
+
+def prepare_upload(directory: Path) -> str:
     """Complete a checkpoint's directory: MLflow's description of it, then the list of its files.
 
     Returns:
-        The SHA-256 of the list, which `new_checkpoint` takes.
+        The SHA-256 of the list, which `announce_checkpoint` takes.
     """
     write_mlmodel(directory)
     grant_umask_modes(directory)
     return write_manifest(directory)
 
 
-def new_checkpoint(run: TrackedRun, step: int, manifest: str) -> str:
+def announce_checkpoint(run: TrackedRun, step: int, manifest: str) -> str:
     """Announce a checkpoint (PENDING); returns its model id."""
     model = run.client.create_logged_model(
         run.experiment_id,
@@ -117,11 +122,11 @@ def upload_checkpoint(run: TrackedRun, model_id: str, directory: Path, step: int
     """
     run.client.log_model_artifacts(model_id, str(directory))
     verify_upload(directory, partial(run.client.list_logged_model_artifacts, model_id))
-    tie_to_run(run, model_id, step)
+    link_to_run(run, model_id, step)
     run.client.finalize_logged_model(model_id, READY)
 
 
-def tie_to_run(run: TrackedRun, model_id: str, step: int) -> None:
+def link_to_run(run: TrackedRun, model_id: str, step: int) -> None:
     """Show a checkpoint as the run's output at its step; MLflow refuses to be told twice."""
     try:
         run.client.log_outputs(run.id, [LoggedModelOutput(model_id, step)])
@@ -138,17 +143,17 @@ def publish(run: TrackedRun, directory: Path, step: int) -> str:
         TrackingError: the server did not take it.
     """
     with tracking_errors(f"publishing step {step}"):
-        model_id = new_checkpoint(run, step, seal(directory))
+        model_id = announce_checkpoint(run, step, prepare_upload(directory))
         upload_checkpoint(run, model_id, directory, step)
     return model_id
 
 
-def give_up(run: TrackedRun, model_id: str) -> None:
+def mark_upload_failed(run: TrackedRun, model_id: str) -> None:
     """Declare an announced checkpoint FAILED."""
     run.client.finalize_logged_model(model_id, LoggedModelStatus.FAILED)
 
 
-def checkpoints_of(run: TrackedRun) -> list[Checkpoint]:
+def run_checkpoints(run: TrackedRun) -> list[Checkpoint]:
     """All checkpoints of a run, by step; other models that the run has logged are passed over."""
     return find_checkpoints(run.client, run.experiment_id, run.id)
 
@@ -194,10 +199,10 @@ def ready_steps(run: TrackedRun) -> set[int]:
     Raises:
         TrackingError: the server does not answer.
     """
-    return {one.step for one in checkpoints_of(run) if one.ready}
+    return {one.step for one in run_checkpoints(run) if one.ready}
 
 
-def abandon_pending(run: TrackedRun) -> list[int]:
+def fail_pending_checkpoints(run: TrackedRun) -> list[int]:
     """Declare FAILED what a killed trainer has announced and will never upload.
 
     To be called when a run is resumed, before anything is published: of a trainer that is alive it
@@ -209,10 +214,10 @@ def abandon_pending(run: TrackedRun) -> list[int]:
     Raises:
         TrackingError: the server does not answer.
     """
-    left = [one for one in checkpoints_of(run) if one.pending]
+    left = [one for one in run_checkpoints(run) if one.pending]
     with tracking_errors(f"giving up what run {run.id} left unfinished"):
         for one in left:
-            give_up(run, one.model_id)
+            mark_upload_failed(run, one.model_id)
     return [one.step for one in left]
 
 
@@ -246,7 +251,7 @@ def checkpoint_of_step(run: TrackedRun, step: int) -> Checkpoint:
         UsageError: no such checkpoint is published.
         TrackingError: the server does not answer.
     """
-    ready = [one for one in checkpoints_of(run) if one.ready]
+    ready = [one for one in run_checkpoints(run) if one.ready]
     of_step = [one for one in ready if one.step == step]
     if of_step:
         return of_step[0]

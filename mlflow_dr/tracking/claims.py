@@ -26,7 +26,7 @@ from mlflow import MlflowClient
 
 from mlflow_dr.errors import one_line
 from mlflow_dr.tracking.checkpoints import Checkpoint, checkpoint_by_id
-from mlflow_dr.tracking.client import impatient, tracking_errors, write_once
+from mlflow_dr.tracking.client import short_timeouts, tracking_errors, write_once
 from mlflow_dr.tracking.results import PREFIX
 
 log = logging.getLogger(__name__)
@@ -77,13 +77,13 @@ class Owner:
         return f"{self.host}:{self.pid}"
 
     @property
-    def is_gone(self) -> bool:
+    def is_dead(self) -> bool:
         """Whether it is known to be dead, which only processes of the same machine can tell."""
         return bool(self.room) and self.room == _room() and _started(self.pid) != self.started
 
 
 @dataclass(frozen=True)
-class Standing:
+class LatestClaim:
     """The latest claim of a validation of a checkpoint.
 
     Attributes:
@@ -99,7 +99,7 @@ class Standing:
     given_back: bool
 
 
-def standing(checkpoint: Checkpoint, name: str) -> Standing | None:
+def latest_claim(checkpoint: Checkpoint, name: str) -> LatestClaim | None:
     """Who has claimed the validation `name` of a checkpoint; None if nobody has."""
     prefix = _key(name, "")
     attempts = [
@@ -113,10 +113,10 @@ def standing(checkpoint: Checkpoint, name: str) -> Standing | None:
     owner = Owner.parse(checkpoint.params[_key(name, attempt)])
     beat = checkpoint.tags.get(_beat_key(name), "")
     given_back = beat == _beat(attempt, GIVEN_BACK)
-    return Standing(attempt, owner, beat, given_back)
+    return LatestClaim(attempt, owner, beat, given_back)
 
 
-class Watchman:
+class HeartbeatMonitor:
     """Sees which claims are kept up, by how long their heartbeats have stood still.
 
     Args:
@@ -139,8 +139,8 @@ class Watchman:
 
     def is_free(self, checkpoint: Checkpoint, name: str) -> bool:
         """Whether nobody is at it; to be asked at every look at the server."""
-        there = standing(checkpoint, name)
-        if there is None or there.given_back or (there.owner and there.owner.is_gone):
+        there = latest_claim(checkpoint, name)
+        if there is None or there.given_back or (there.owner and there.owner.is_dead):
             return True
         now, key = self._clock(), (checkpoint.model_id, name)
         before = self._seen.get(key)
@@ -197,7 +197,7 @@ class Claims:
         Raises:
             TrackingError: the server does not answer.
         """
-        before = standing(checkpoint, name)
+        before = latest_claim(checkpoint, name)
         attempt = before.attempt + 1 if before else 1
         key, value = _key(name, attempt), json.dumps(vars(self.owner))
         with tracking_errors(f"claiming step {checkpoint.step}"):
@@ -253,7 +253,7 @@ class Claims:
 
     def _tag(self, model_id: str, tags: Mapping[str, str]) -> None:
         try:
-            with impatient():
+            with short_timeouts():
                 self._client.set_logged_model_tags(model_id, dict(tags))
         except Exception as error:  # noqa: BLE001 - the work goes on; at worst another repeats it
             if not self._is_cut_off:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import logging
 import os
 import threading
@@ -88,7 +89,7 @@ def connect(uri: str | None = None, may_create: bool = True) -> MlflowClient:
     while True:
         tries += 1
         try:
-            with impatient():
+            with short_timeouts():
                 client = MlflowClient(uri)
                 client._tracking_client = _TrackingClient(client.tracking_uri)
                 client.search_experiments(max_results=1)
@@ -99,7 +100,7 @@ def connect(uri: str | None = None, may_create: bool = True) -> MlflowClient:
                 f"installed: pip install '{DRIVERS.get(module, module)}'"
             ) from error
         except Exception as error:  # drivers and plugins of MLflow raise errors of their own
-            again = is_server(uri) and may_pass(error)
+            again = is_server(uri) and is_transient(error)
             is_late = tries >= FEWEST_TRIES and time.monotonic() + wait > deadline
             if not again or NOBODY in str(error) or is_late:
                 refusal = _refusal(error)
@@ -155,22 +156,22 @@ def _missing_file(uri: str) -> str:
     return path if is_file and not os.path.exists(path) else ""  # noqa: PTH110 - any string
 
 
-def answers(client: MlflowClient) -> bool:
+def server_responds(client: MlflowClient) -> bool:
     """Whether the server answers now, be it with a refusal."""
     try:
-        with impatient():
+        with short_timeouts():
             client.search_experiments(max_results=1)
     except Exception as error:  # noqa: BLE001 - what is no answer of MLflow's fails in many ways
-        return not may_pass(error)
+        return not is_transient(error)
     return True
 
 
-def may_pass(error: BaseException) -> bool:
+def is_transient(error: BaseException) -> bool:
     """Whether MLflow's error is no refusal of the server: an answer broke off, or made no sense."""
     if not isinstance(error, MlflowException):
         return True
     if error.__cause__ is not None:  # MLflow says "no such model" of any failure to ask for it
-        return may_pass(error.__cause__)
+        return is_transient(error.__cause__)
     status = error.get_http_status_code()
     return not CLIENT_ERROR <= status < SERVER_ERROR or status in PASSING
 
@@ -188,7 +189,7 @@ def write_once(client: MlflowClient, model_id: str, key: str, value: str) -> Non
     writer.log_model_params(model_id, {key: value})
 
 
-def leave_waiting_to_us() -> None:
+def limit_mlflow_retries() -> None:
     """Have MLflow give up on a server soon, where the user has not said when; we wait better."""
     if RETRIES not in os.environ:
         os.environ[RETRIES] = FEW_RETRIES
@@ -212,7 +213,7 @@ def tracking_errors(doing: str) -> Iterator[None]:
 
 
 @contextmanager
-def impatient() -> Iterator[None]:
+def short_timeouts() -> Iterator[None]:
     """Requests of MLflow's that fail within seconds, where the user has not set how long to try."""
     with _one_at_a_time:
         before = {key: os.environ.get(key) for key in AT_ONCE}
@@ -280,3 +281,75 @@ def _unreachable(uri: str, reason: str) -> str:
         f"tracking server {shown_uri(uri)} does not answer ({reason}); "
         f"is it running, and is {URI_VARIABLE} right?"
     )
+
+
+REFUSED_BY_FILES = frozenset(
+    (
+        *(errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOENT),
+        *(errno.ENOTDIR, errno.EISDIR, errno.EEXIST, errno.ENAMETOOLONG, errno.ELOOP),
+    )
+)
+# 4xx answers after which another try may succeed: timeout, conflict, too early, too many, closed
+MAY_PASS = frozenset((408, 409, 423, 425, 429, 499))
+NOT_IMPLEMENTED = 501
+UNCLEAR = 500  # what MLflow says of whatever it has wrapped
+# MLflow and botocore have no code or status for these
+NO_STORE = "Could not find a registered artifact repository"
+NO_CREDENTIALS = frozenset(
+    ("NoCredentialsError", "PartialCredentialsError", "DefaultCredentialsError")
+)
+
+
+def is_permanent(error: BaseException) -> bool:
+    """Whether a request or upload would fail again: what it needs is missing, or it is refused.
+
+    A missing module, no permission, no such bucket, place or run, a place that is read-only. Of
+    errors that were raised from each other the outermost that is clear decides.
+    """
+    verdicts = (_verdict(one) for one in _chain(error))
+    return next((verdict for verdict in verdicts if verdict is not None), False)
+
+
+def is_unknown_store(error: BaseException) -> bool:
+    """Whether MLflow knows no artifact store of the URI's kind: its plugin is not installed."""
+    return NO_STORE in str(error)
+
+
+def _verdict(error: BaseException) -> bool | None:
+    """Whether one error lasts; None where it does not say."""
+    if isinstance(error, ImportError):
+        return True
+    if type(error).__name__ in NO_CREDENTIALS or is_unknown_store(error):
+        return True
+    status = _status(error)
+    if status is not None and status != UNCLEAR:
+        return (400 <= status < 500 and status not in MAY_PASS) or status == NOT_IMPLEMENTED
+    if isinstance(error, OSError) and error.errno is not None:
+        return error.errno in REFUSED_BY_FILES
+    return None
+
+
+def _status(error: Any) -> int | None:
+    """The HTTP status that an error stands for; None where it says none.
+
+    MLflow's errors, those of requests, of botocore, and of Google's and Azure's clients.
+    """
+    if isinstance(error, MlflowException):
+        return int(error.get_http_status_code())
+    answer = getattr(error, "response", None)
+    if isinstance(answer, dict):
+        found = answer.get("ResponseMetadata", {}).get("HTTPStatusCode")
+    else:
+        found = getattr(answer, "status_code", None)
+    for status in (found, getattr(error, "status_code", None), getattr(error, "code", None)):
+        if isinstance(status, int):
+            return int(status)
+    return None
+
+
+def _chain(error: BaseException | None) -> Iterator[BaseException]:
+    seen: set[int] = set()
+    while error is not None and id(error) not in seen:
+        seen.add(id(error))
+        yield error
+        error = error.__cause__ or error.__context__

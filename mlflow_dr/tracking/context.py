@@ -1,14 +1,26 @@
-"""Tags that MLflow puts on the runs of mlflow_dr's own commands; no torch behind it."""
+"""What MLflow notes on our runs about the command and the machine.
+
+MLflow imports this module whenever it is imported itself, so nothing heavy is behind it.
+"""
 
 from __future__ import annotations
 
+import logging
 import os
 import platform
+from collections.abc import Iterator
+from contextlib import contextmanager
 from importlib import metadata
+from typing import TYPE_CHECKING
 
 from mlflow.tracking.context.abstract_context import RunContextProvider
 
 from mlflow_dr.version import VERSION
+
+if TYPE_CHECKING:
+    from mlflow_dr.tracking.runs import TrackedRun
+
+log = logging.getLogger(__name__)
 
 COMMAND_VARIABLE = "MLFLOW_DR_COMMAND"
 PACKAGES = ("torch", "transformers")
@@ -35,3 +47,33 @@ class DenseRetrievalRunContext(RunContextProvider):
             except metadata.PackageNotFoundError:
                 continue
         return tags
+
+
+@contextmanager
+def system_metrics(run: TrackedRun) -> Iterator[None]:
+    """Log the machine's figures as `system/...` meanwhile, where the user has MLflow do so.
+
+    MLflow does it for its active run, which ours never is. Its settings hold:
+    `MLFLOW_ENABLE_SYSTEM_METRICS_LOGGING` or `mlflow.enable_system_metrics_logging()`, and those of
+    the interval, the samples and the node. On a run that has such figures the steps go on.
+    """
+    from mlflow.environment_variables import MLFLOW_ENABLE_SYSTEM_METRICS_LOGGING
+
+    if not MLFLOW_ENABLE_SYSTEM_METRICS_LOGGING.get():
+        yield
+        return
+    from mlflow.system_metrics.system_metrics_monitor import SystemMetricsMonitor
+
+    from mlflow_dr.tracking.client import tracking_uri
+
+    monitor = None
+    try:
+        monitor = SystemMetricsMonitor(run.id, resume_logging=True, tracking_uri=tracking_uri())
+        monitor.start()
+    except Exception as error:  # noqa: BLE001 - as MLflow: training goes on without
+        log.warning("the machine's figures are not logged: %s", error)
+    try:
+        yield
+    finally:
+        if monitor is not None:
+            monitor.finish()

@@ -16,7 +16,7 @@ from mlflow_dr.tracking.checkpoints import (
     STEP_TAG,
     Checkpoint,
     checkpoint_by_id,
-    tie_to_run,
+    link_to_run,
 )
 from mlflow_dr.tracking.client import tracking_errors
 from mlflow_dr.tracking.following import Look, Unsettled
@@ -189,7 +189,7 @@ def register_directory(run: TrackedRun, directory: Path, step: int) -> str:
     if known is None:
         known = _registered(run, directory, step, key)
     if checkpoint_by_id(run.client, known).pending:
-        tie_to_run(run, known, step)
+        link_to_run(run, known, step)
         run.client.finalize_logged_model(known, READY)
     return known
 
@@ -204,7 +204,7 @@ def _registered(run: TrackedRun, directory: Path, step: int, key: str) -> str:
             model_type=MODEL_TYPE,
         ).model_id
     )
-    known = run.decide(key, model_id)
+    known = run.set_param_once(key, model_id)
     if known != model_id:
         run.client.delete_logged_model(model_id)
     return known

@@ -35,7 +35,7 @@ NO_MEMORY = ("out of memory", "can't allocate memory", "not enough memory", "CUD
 
 
 @contextmanager
-def fetched_encoder(name: str, tracking_uri: str | None = None) -> Iterator[str]:
+def local_encoder(name: str, tracking_uri: str | None = None) -> Iterator[str]:
     """What `load_encoder` takes for this name; a checkpoint is fetched and verified first.
 
     Args:
@@ -47,11 +47,11 @@ def fetched_encoder(name: str, tracking_uri: str | None = None) -> Iterator[str]
         TrackingError: no such model, or no server.
         CheckpointError: the checkpoint cannot be had, or its bytes are not those published.
     """
-    with encoder_files(looked_up(name, tracking_uri)) as found:
+    with encoder_location(resolve_encoder(name, tracking_uri)) as found:
         yield found
 
 
-def looked_up(name: str, tracking_uri: str | None = None) -> Checkpoint | str:
+def resolve_encoder(name: str, tracking_uri: str | None = None) -> Checkpoint | str:
     """The checkpoint behind `models:/...`; any other name as it is.
 
     Raises:
@@ -67,7 +67,7 @@ def looked_up(name: str, tracking_uri: str | None = None) -> Checkpoint | str:
 
 
 @contextmanager
-def encoder_files(source: Checkpoint | str) -> Iterator[str]:
+def encoder_location(source: Checkpoint | str) -> Iterator[str]:
     """What `load_encoder` takes for a name, or a checkpoint's directory, as long as it is used.
 
     Raises:
@@ -76,14 +76,14 @@ def encoder_files(source: Checkpoint | str) -> Iterator[str]:
     if isinstance(source, str):
         yield source
         return
-    from mlflow_dr.tracking.fetching import fetched
+    from mlflow_dr.tracking.fetching import checkpoint_files
 
-    with fetched(source) as directory:
+    with checkpoint_files(source) as directory:
         yield str(directory)
 
 
 @contextmanager
-def reading(what: str) -> Iterator[None]:
+def encoder_errors(what: str) -> Iterator[None]:
     """Make one line of whatever goes wrong between an encoder's files and its first vector.
 
     The files are somebody else's, and the libraries that read them raise errors of all kinds.

@@ -18,7 +18,13 @@ from mlflow.tracking.artifact_utils import get_artifact_uri
 from mlflow_dr.tracking.client import tracking_errors
 from mlflow_dr.tracking.datasets import CollectionDataset
 
-__all__ = ["EvaluationResult", "ModelEvaluator", "evaluation_result", "log_dataset", "log_values"]
+__all__ = [
+    "EvaluationResult",
+    "ModelEvaluator",
+    "evaluation_result",
+    "log_dataset",
+    "log_evaluation_metrics",
+]
 
 TABLE = "eval_results_table"
 RANKING = "ranking"
@@ -34,7 +40,9 @@ def log_dataset(run_id: str, dataset: CollectionDataset) -> None:
         MlflowClient().log_inputs(run_id, [DatasetInput(dataset._to_mlflow_entity(), [])])
 
 
-def log_values(run_id: str, values: Mapping[str, float], dataset: CollectionDataset) -> None:
+def log_evaluation_metrics(
+    run_id: str, values: Mapping[str, float], dataset: CollectionDataset
+) -> None:
     """Log an evaluation's figures to a run alone.
 
     Raises:

@@ -31,15 +31,15 @@ from mlflow_dr.errors import (
 from mlflow_dr.files import atomic_write, file_sha256, is_full, scratch
 from mlflow_dr.tracking import mlmodel
 from mlflow_dr.tracking.checkpoints import PRUNED_TAG, Checkpoint
-from mlflow_dr.tracking.faults import is_storeless
+from mlflow_dr.tracking.client import is_unknown_store
 from mlflow_dr.tracking.manifest import (
     MANIFEST,
     Manifest,
-    not_listed,
-    only_listed,
+    link_listed_files,
     read_manifest,
+    unlisted_files,
     verify_files,
-    why_other,
+    why_different,
 )
 
 log = logging.getLogger(__name__)
@@ -55,7 +55,7 @@ NOT_THERE = -1
 
 
 @contextmanager
-def fetched(checkpoint: Checkpoint, whole: bool = False) -> Iterator[Path]:
+def checkpoint_files(checkpoint: Checkpoint, whole: bool = False) -> Iterator[Path]:
     """The checkpoint's directory on this machine, verified; removed afterwards if it was made.
 
     It holds the files that its manifest lists, and no others. One that was found in a directory is
@@ -74,10 +74,10 @@ def fetched(checkpoint: Checkpoint, whole: bool = False) -> Iterator[Path]:
     """
     if checkpoint.is_pruned:
         when = checkpoint.tags[PRUNED_TAG]
-        raise LostError(f"models:/{checkpoint.model_id}: its files were removed ({when})")
+        raise LostError(f"{checkpoint.uri}: its files were deleted ({when})")
     with scratch() as room:
         try:
-            directory = _had(checkpoint, room, whole)
+            directory = _fetch(checkpoint, room, whole)
         except MlflowDrError:
             raise
         except Exception as error:  # an object store's errors are of no common kind
@@ -85,7 +85,7 @@ def fetched(checkpoint: Checkpoint, whole: bool = False) -> Iterator[Path]:
                 message = "the disk is full; TMPDIR names a directory on another one"
                 raise OSError(errno.ENOSPC, message, str(room.parent)) from error
             lasting = any(
-                isinstance(one, ImportError) or is_storeless(one) for one in causes(error)
+                isinstance(one, ImportError) or is_unknown_store(one) for one in causes(error)
             )
             raise UnavailableError(f"cannot be downloaded: {_words(error)}", lasting) from error
         if checkpoint.directory and (reason := encoder_defect(directory)):
@@ -105,14 +105,17 @@ def download(checkpoint: Checkpoint, directory: Path) -> None:
         raise UsageError(f"{directory}: expected a directory that is new or empty")
     if checkpoint.is_pruned:
         raise UnavailableError(
-            f"the files of {checkpoint.uri} (step {checkpoint.step}) were removed; its figures are "
-            "all that is left"
+            f"the files of {checkpoint.uri} (step {checkpoint.step}) were deleted; only metrics "
+            "are left"
         )
-    with fetched(checkpoint, whole=True) as files, atomic_write(directory.absolute()) as partial:
+    with (
+        checkpoint_files(checkpoint, whole=True) as files,
+        atomic_write(directory.absolute()) as partial,
+    ):
         shutil.copytree(files, partial)
 
 
-def _had(checkpoint: Checkpoint, room: Path, whole: bool) -> Path:
+def _fetch(checkpoint: Checkpoint, room: Path, whole: bool) -> Path:
     if checkpoint.directory:
         return Path(shutil.copytree(checkpoint.directory, room, ignore=NO_PART_OF_IT))
     if here := local_directory(checkpoint.location):
@@ -140,7 +143,7 @@ def _in_place(checkpoint: Checkpoint, here: Path, room: Path, whole: bool) -> Pa
         return here
     verify_files(here, _listed(here, checkpoint, whole))
     everything = read_manifest(here, checkpoint.manifest)
-    more = not_listed(here, everything)
+    more = unlisted_files(here, everything)
     if not more:
         return here
     files = [name for name in more if not (here / name).is_dir()]
@@ -150,7 +153,7 @@ def _in_place(checkpoint: Checkpoint, here: Path, room: Path, whole: bool) -> Pa
             "step %d: %d files in %s are not in its manifest and are not used: %s",
             *(checkpoint.step, len(files), here, shown),
         )
-    return only_listed(here, everything, room)
+    return link_listed_files(here, everything, room)
 
 
 def _download(store: ArtifactRepository, name: str, room: Path, expected: dict[str, Any]) -> None:
@@ -190,7 +193,7 @@ def _download(store: ArtifactRepository, name: str, room: Path, expected: dict[s
     if len(came) == 1 and failed is None and size in (None, path.stat().st_size):
         if "bytes" not in expected:
             raise CheckpointError(f"{name} is not the one that was published (SHA-256 differs)")
-        raise CheckpointError(why_other(path, name, expected))
+        raise CheckpointError(why_different(path, name, expected))
     if came == {""} and failed is not None and size == NOT_THERE:
         raise LostError(f"cannot be downloaded: {name}: {_words(failed)}") from failed
     if failed is not None:

@@ -75,11 +75,11 @@ def verify_files(directory: Path, files: Manifest) -> None:
         CheckpointError: a file is missing or its bytes are not those that were published.
     """
     for name, expected in files.items():
-        if reason := why_other(directory / name, name, expected):
+        if reason := why_different(directory / name, name, expected):
             raise CheckpointError(reason)
 
 
-def why_other(path: Path, name: str, expected: dict[str, Any]) -> str:
+def why_different(path: Path, name: str, expected: dict[str, Any]) -> str:
     """How a file differs from what a manifest says of it; empty where it does not."""
     if not path.is_file():
         return f"{MANIFEST} lists {name}, which is missing from the checkpoint"
@@ -91,7 +91,7 @@ def why_other(path: Path, name: str, expected: dict[str, Any]) -> str:
     return ""
 
 
-def not_listed(directory: Path, files: Manifest) -> list[str]:
+def unlisted_files(directory: Path, files: Manifest) -> list[str]:
     """What a directory holds beside its manifest and the files that this lists, by name."""
     expected = {MANIFEST, *files}
     expected |= {str(parent) for name in files for parent in PurePosixPath(name).parents}
@@ -99,7 +99,7 @@ def not_listed(directory: Path, files: Manifest) -> list[str]:
     return sorted(name for name in found if name not in expected)
 
 
-def only_listed(directory: Path, files: Iterable[str], view: Path) -> Path:
+def link_listed_files(directory: Path, files: Iterable[str], view: Path) -> Path:
     """A new directory that holds the manifest and the files that it lists, as links.
 
     Args:

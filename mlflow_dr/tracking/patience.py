@@ -12,7 +12,7 @@ from mlflow import MlflowClient
 
 from mlflow_dr.errors import TrackingError
 from mlflow_dr.terminal import one_line_of
-from mlflow_dr.tracking.client import LONGEST_REASON, answers, may_pass
+from mlflow_dr.tracking.client import LONGEST_REASON, is_transient, server_responds
 
 log = logging.getLogger(__name__)
 
@@ -57,7 +57,7 @@ class Patience:
             try:
                 return act()
             except kinds as error:
-                if not answers(self._client):
+                if not server_responds(self._client):
                     self._note(error)
                     self._wait_for_server()
                     continue
@@ -70,7 +70,7 @@ class Patience:
 
     def _wait_for_server(self) -> None:
         wait = self._wait
-        while not answers(self._client):
+        while not server_responds(self._client):
             self._sleep(wait)
             wait = min(2 * wait, LONGEST_WAIT)
         with self._lock:
@@ -89,4 +89,4 @@ class Patience:
 def _may_pass(error: Exception) -> bool:
     """Whether it came of an answer that broke off or made no sense, not of what the server said."""
     cause = error.__cause__
-    return isinstance(error, TrackingError) and cause is not None and may_pass(cause)
+    return isinstance(error, TrackingError) and cause is not None and is_transient(cause)

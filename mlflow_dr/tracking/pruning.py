@@ -1,12 +1,11 @@
-"""Removing the files of a checkpoint; its entity, params and figures stay.
+"""Deletes the files of a checkpoint in two steps; its entity, params and metrics stay.
 
-A tag says first that it is about to happen, and in the end when it was done. So whoever comes next
-goes on where another was killed, and validators know why there are no files.
+A tag says first that the deletion has begun, and in the end when it was finished. So the next call
+can finish an interrupted deletion, and validators know why there are no files.
 """
 
 from __future__ import annotations
 
-import logging
 import re
 import time
 from collections.abc import Callable, Collection
@@ -29,21 +28,19 @@ from mlflow_dr.tracking.checkpoints import (
     Checkpoint,
     checkpoint_by_id,
 )
-from mlflow_dr.tracking.claims import standing
+from mlflow_dr.tracking.claims import latest_claim
 from mlflow_dr.tracking.client import tracking_errors
 from mlflow_dr.tracking.fetching import local_directory
-from mlflow_dr.tracking.results import PREFIX, State, state_of
+from mlflow_dr.tracking.orphans import RunState
+from mlflow_dr.tracking.registry import BEST_TAG
+from mlflow_dr.tracking.results import PREFIX, State, validation_state
 
-log = logging.getLogger(__name__)
-
-BEST_PREFIX = "mlflow_dr.best."
 CLAIM = re.compile(rf"{re.escape(PREFIX)}(.+)\.claim\.\d+")
 ATTEMPTS = 4
 SECONDS_BETWEEN_ATTEMPTS = 0.5
 VERSIONS_PER_REQUEST = 1000
 
 Result = TypeVar("Result")
-Why = Callable[[Checkpoint], str]
 
 
 class Stored(NamedTuple):
@@ -53,157 +50,152 @@ class Stored(NamedTuple):
     bytes: int
 
 
-class Removal(NamedTuple):
-    """What came of removing a checkpoint's files.
+class Deletion(NamedTuple):
+    """The result of `delete_files`.
 
     Attributes:
-        stored: what was there and is not any more.
-        kept: why they were left; empty where they were removed.
-        was_gone: whether somebody had removed them before.
+        stored: what was deleted.
+        kept: why nothing was deleted; empty otherwise.
+        was_gone: whether the files had been deleted before.
     """
 
-    stored: Stored
+    stored: Stored = Stored(0, 0)
     kept: str = ""
     was_gone: bool = False
 
 
-def is_whole(checkpoint: Checkpoint) -> bool:
-    """Whether its files were all published and none was removed."""
-    return checkpoint.ready and not checkpoint.is_pruned
+def keep_reason(checkpoint: Checkpoint, run: RunState = RunState.ACTIVE) -> str:
+    """Why the files of a checkpoint must stay, whatever else is decided; empty if they may go.
 
-
-def not_in_mlflow(checkpoint: Checkpoint) -> str:
-    """Where a checkpoint lies that was not published but found; empty for all others."""
-    return f"found in {checkpoint.directory}" if checkpoint.directory else ""
-
-
-def in_use(checkpoint: Checkpoint) -> str:
-    """Why a checkpoint's files are not to be touched: not ours, or somebody is at them."""
-    if reason := not_in_mlflow(checkpoint):
-        return reason
+    Args:
+        checkpoint: as it is now.
+        run: the state of its run. Of a deleted run the best checkpoint may go; of a run that is
+            gone everything that lies in MLflow's store.
+    """
+    if checkpoint.directory:
+        return f"found in {checkpoint.directory}"
+    if run is RunState.GONE:
+        return ""
     if checkpoint.pending:
         return "pending"
-    names = {found[1] for key in checkpoint.params if (found := CLAIM.fullmatch(key))}
-    for name in sorted(names):
-        there = standing(checkpoint, name)
-        if there is None or there.given_back or state_of(checkpoint, name) is State.DONE:
+    for name in sorted({found[1] for key in checkpoint.params if (found := CLAIM.fullmatch(key))}):
+        claim = latest_claim(checkpoint, name)
+        if claim is None or claim.given_back or validation_state(checkpoint, name) is State.DONE:
             continue
-        if there.owner is None or not there.owner.is_gone:
-            return f"being validated by {there.owner or 'somebody'}"
-    return ""
+        if claim.owner is None or not claim.owner.is_dead:
+            return f"being validated by {claim.owner or 'an unknown validator'}"
+    best = sorted(key.removeprefix(BEST_TAG) for key in checkpoint.tags if key.startswith(BEST_TAG))
+    return f"tagged as best by {best[0]}" if best and run is RunState.ACTIVE else ""
 
 
-def needed(checkpoint: Checkpoint) -> str:
-    """Why a checkpoint of a run that is there is to be kept: in use, or called the best."""
-    best = sorted(key for key in checkpoint.tags if key.startswith(BEST_PREFIX))
-    called = f"called the best by {best[0].removeprefix(BEST_PREFIX)}" if best else ""
-    return in_use(checkpoint) or called
-
-
-def registered(client: MlflowClient, checkpoints: Collection[Checkpoint]) -> dict[str, str]:
-    """Those checkpoints that are versions of registered models: model id -> `NAME version N`.
+def registered_versions(
+    client: MlflowClient, checkpoints: Collection[Checkpoint]
+) -> dict[str, str]:
+    """Model id -> `registered as NAME version N`, of those that are versions of registered models.
 
     Raises:
         TrackingError: the server does not answer.
     """
-    ids = {one.model_id for one in checkpoints}
-    places = {one.location.rstrip("/"): one.model_id for one in checkpoints}
-    runs = {one.run_id for one in checkpoints}
+    ids = {checkpoint.model_id for checkpoint in checkpoints}
+    locations = {checkpoint.location.rstrip("/"): checkpoint.model_id for checkpoint in checkpoints}
+    runs = {checkpoint.run_id for checkpoint in checkpoints}
     found: dict[str, str] = {}
     token = None
     with tracking_errors("looking for registered models"):
         while True:
             page = client.search_model_versions(max_results=VERSIONS_PER_REQUEST, page_token=token)
             for version in page:
-                words = f"{version.name} version {version.version}"
-                named = [one for one in re.split(r"[/\\]", version.source or "") if one in ids]
+                named = [part for part in re.split(r"[/\\]", version.source or "") if part in ids]
                 if not named and version.run_id in runs:
-                    # a copy of another version names neither; where it lies is told by its own
+                    # a copy of another version names no model; its download location does
                     uri = client.get_model_version_download_uri(version.name, version.version)
-                    named = [places[uri.rstrip("/")]] if uri.rstrip("/") in places else []
-                found |= dict.fromkeys(named, f"registered as {words}")
+                    model_id = locations.get(uri.rstrip("/"))
+                    named = [model_id] if model_id else []
+                label = f"registered as {version.name} version {version.version}"
+                found |= dict.fromkeys(named, label)
             token = page.token
             if not token:
                 return found
 
 
-def stored(client: MlflowClient, checkpoint: Checkpoint) -> Stored:
+def stored_files(client: MlflowClient, checkpoint: Checkpoint) -> Stored:
     """How many files of a checkpoint the artifact store has, and their bytes.
 
     Raises:
         TrackingError: the store does not answer.
     """
     with tracking_errors(f"listing the files of step {checkpoint.step}"):
-        return _stored(_store(client, checkpoint))
+        return _count(_store(client, checkpoint))
 
 
-def prune(client: MlflowClient, checkpoint: Checkpoint, why: Why = needed) -> Removal:
-    """Remove the files of a checkpoint, unless it is in use by now.
+def delete_files(
+    client: MlflowClient, checkpoint: Checkpoint, run: RunState = RunState.ACTIVE
+) -> Deletion:
+    """Delete the files of a checkpoint, unless there is a reason to keep them by now.
 
-    A validator that claims it in between is seen, because the tag is written before claims are read
-    again; one that claims it later finds the tag, at the latest where it finds no files.
+    The tag is written before claims are read again. So a validator that claims the checkpoint in
+    between is seen here, and one that claims it later sees the tag, or finds no files.
 
     Args:
-        client: where.
-        checkpoint: which, as it was seen last.
-        why: says of the checkpoint as it is now why it is to be kept.
+        client: of the tracking server.
+        checkpoint: as it was seen last.
+        run: the state of its run.
 
     Raises:
         TrackingError: the server does not answer, the artifact store refuses, or the files do not
-            lie in a place of their own.
+            lie in a directory of their own.
     """
-    doing = f"removing the files of step {checkpoint.step} (models:/{checkpoint.model_id})"
-    with tracking_errors(doing):
+    with tracking_errors(f"deleting the files of step {checkpoint.step} ({checkpoint.uri})"):
         now = checkpoint_by_id(client, checkpoint.model_id)
-        if now.is_gone:
-            return Removal(Stored(0, 0), was_gone=True)
-        if reason := why(now):
-            return Removal(Stored(0, 0), kept=reason)
+        if now.is_fully_pruned:
+            return Deletion(was_gone=True)
+        if reason := keep_reason(now, run):
+            return Deletion(kept=reason)
         store = _store(client, now)
-        was_there = _tried(partial(_stored, store))
+        before = _retried(partial(_count, store))
         client.set_logged_model_tags(now.model_id, {PRUNED_TAG: BEGUN})
-        if reason := why(checkpoint_by_id(client, now.model_id)):
+        if reason := keep_reason(checkpoint_by_id(client, now.model_id), run):
             _take_back(client, now)
-            return Removal(Stored(0, 0), kept=reason)
+            return Deletion(kept=reason)
         try:
-            _tried(partial(_empty, store))
+            _retried(partial(_empty, store))
         except (MlflowException, OSError, TrackingError):
-            if _stored(store) == was_there:
+            if _count(store) == before:
                 _take_back(client, now)
             raise
-        at = datetime.now(UTC).isoformat(timespec="seconds")
-        client.set_logged_model_tags(now.model_id, {PRUNED_TAG: at})
-    return Removal(was_there)
+        finished = datetime.now(UTC).isoformat(timespec="seconds")
+        client.set_logged_model_tags(now.model_id, {PRUNED_TAG: finished})
+    return Deletion(before)
 
 
-def remove_entity(client: MlflowClient, checkpoint: Checkpoint) -> None:
-    """Have MLflow forget a checkpoint whose files and run are gone.
+def delete_entity(client: MlflowClient, checkpoint: Checkpoint) -> None:
+    """Delete the LoggedModel of a checkpoint whose files and run are gone.
 
     Raises:
         TrackingError: the server does not answer.
     """
-    with tracking_errors(f"deleting models:/{checkpoint.model_id}"):
+    with tracking_errors(f"deleting {checkpoint.uri}"):
         client.delete_logged_model(checkpoint.model_id)
 
 
 def _take_back(client: MlflowClient, before: Checkpoint) -> None:
-    """Undo the tag of a checkpoint that has all its files still, unless it was there before.
+    """Undo the tag of a checkpoint that still has all its files, unless it was there before.
 
-    It is not deleted, which needs more permissions than setting it.
+    The tag is overwritten: deleting it needs more permissions than setting it.
     """
     if not before.is_pruned:
-        with suppress(MlflowException):  # of a server that is away now the first error is told
+        with suppress(MlflowException):  # if the server is away, the first error is raised
             client.set_logged_model_tags(before.model_id, {PRUNED_TAG: TAKEN_BACK})
 
 
 def _empty(store: ArtifactRepository) -> None:
     store.delete_artifacts()
-    if left := _stored(store).files:
-        raise TrackingError(f"{left} files are still there: the artifact store left them")
+    if left := _count(store).files:
+        raise TrackingError(f"the artifact store left {left} files undeleted")
 
 
-def _tried(act: Callable[[], Result]) -> Result:
-    """What `act` gives; another who empties the same place may be in its way for a moment."""
+def _retried(act: Callable[[], Result]) -> Result:
+    """The result of `act`, which fails for a moment while another process deletes the same."""
     for attempt in range(1, ATTEMPTS):
         try:
             return act()
@@ -213,29 +205,29 @@ def _tried(act: Callable[[], Result]) -> Result:
 
 
 def _store(client: MlflowClient, checkpoint: Checkpoint) -> ArtifactRepository:
-    """The artifact store, at the checkpoint's own place in it, and not at what lies above.
+    """The artifact store at the checkpoint's own directory, never at a directory above.
 
     Raises:
-        TrackingError: the place is not its own.
+        TrackingError: the directory is not its own.
     """
-    here = local_directory(checkpoint.location)  # a path, where # and ? are letters like others
-    parts = here.parts if here else urlsplit(checkpoint.location).path.split("/")
+    path = local_directory(checkpoint.location)  # not a URL: `#` and `?` are parts of names
+    parts = path.parts if path else urlsplit(checkpoint.location).path.split("/")
     if checkpoint.model_id not in parts or ".." in parts:
         raise TrackingError(
-            f"step {checkpoint.step} lies at {checkpoint.location}, which is not a place of its "
-            f"own: {checkpoint.model_id} is not in its path; its files are left alone"
+            f"the files of step {checkpoint.step} lie in {checkpoint.location}, which is not a "
+            f"directory of their own ({checkpoint.model_id} is not in its path); they are kept"
         )
     return get_artifact_repository(checkpoint.location, tracking_uri=client.tracking_uri)
 
 
-def _stored(store: ArtifactRepository) -> Stored:
+def _count(store: ArtifactRepository) -> Stored:
     files, size = 0, 0
     folders: list[str | None] = [None]
     while folders:
-        for one in store.list_artifacts(folders.pop()):
-            if one.is_dir:
-                folders.append(one.path)
+        for entry in store.list_artifacts(folders.pop()):
+            if entry.is_dir:
+                folders.append(entry.path)
             else:
                 files += 1
-                size += one.file_size or 0
+                size += entry.file_size or 0
     return Stored(files, size)

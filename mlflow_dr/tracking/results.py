@@ -15,7 +15,7 @@ from enum import Enum
 
 from mlflow.entities import Metric
 
-from mlflow_dr.errors import TrackingError, UsageError
+from mlflow_dr.errors import TrackingError
 from mlflow_dr.terminal import one_line_of
 from mlflow_dr.tracking.checkpoints import Checkpoint, checkpoint_by_id
 from mlflow_dr.tracking.client import tracking_errors, write_once
@@ -34,7 +34,7 @@ class State(Enum):
     FAILED = "failed"
 
 
-def state_of(checkpoint: Checkpoint, name: str) -> State:
+def validation_state(checkpoint: Checkpoint, name: str) -> State:
     """How far the validation `name` of a checkpoint has come."""
     record = checkpoint.params.get(PREFIX + name)
     if record is not None:
@@ -48,12 +48,17 @@ def state_of(checkpoint: Checkpoint, name: str) -> State:
     return State.OPEN
 
 
+def is_finished(checkpoint: Checkpoint, name: str) -> bool:
+    """Whether the validation `name` of a checkpoint is done or has failed."""
+    return validation_state(checkpoint, name) in (State.DONE, State.FAILED)
+
+
 def has_record(checkpoint: Checkpoint, name: str) -> bool:
     """Whether something stands where the figures of a validation are recorded."""
     return PREFIX + name in checkpoint.params
 
 
-def failure_of(checkpoint: Checkpoint, name: str) -> str:
+def failure_reason(checkpoint: Checkpoint, name: str) -> str:
     """Why a checkpoint could not be validated; empty where nobody has said that."""
     record = checkpoint.params.get(PREFIX + name)
     if record is not None and parse_record(record) is None:
@@ -70,15 +75,6 @@ def parse_record(record: str) -> dict[str, float] | None:
     if not isinstance(values, dict):
         return None
     return values if all(type(one) in (int, float) for one in values.values()) else None
-
-
-def parse_config(text: str) -> dict[str, object] | None:
-    """The configuration that a param of a run holds; None where it holds none."""
-    try:
-        config = json.loads(text)
-    except (ValueError, RecursionError):
-        return None
-    return config if isinstance(config, dict) else None
 
 
 def record_result(
@@ -131,70 +127,6 @@ def mark_failed(run: TrackedRun, checkpoint: Checkpoint, name: str, reason: str)
         run.client.set_logged_model_tags(
             checkpoint.model_id, {f"{PREFIX}{name}.failed": one_line_of(reason, LONGEST_TAG)}
         )
-
-
-def bind_name(run: TrackedRun, name: str, config: Mapping[str, object]) -> dict[str, object]:
-    """Bind a validation's name to its configuration on this run; who is first decides.
-
-    Args:
-        run: the run.
-        name: the validation's name, which prefixes its metrics.
-        config: what its figures depend on.
-
-    Returns:
-        The configuration that the name stands for: this one, or one that was there before.
-
-    Raises:
-        UsageError: what was there before is no configuration.
-        TrackingError: the server does not answer.
-    """
-    return _config(run, name, run.decide(f"{PREFIX}{name}", json.dumps(config, sort_keys=True)))
-
-
-def refuse_other_config(
-    run: TrackedRun, name: str, known: Mapping[str, object], wanted: Mapping[str, object]
-) -> None:
-    """Refuse a name that stands for another configuration, whose curve would mix with this one.
-
-    Raises:
-        UsageError: both configurations.
-    """
-    if known != wanted:
-        raise UsageError(
-            f"validation {name!r} of run {run.id} has another configuration: "
-            f"{differences(known, wanted)}; give this one another --name"
-        )
-
-
-def differences(known: Mapping[str, object], wanted: Mapping[str, object]) -> str:
-    """Where two configurations differ, in words: `measures is 'mrr@10', not 'ndcg@10'`."""
-    keys = [key for key in sorted({*known, *wanted}) if known.get(key) != wanted.get(key)]
-    return ", ".join(f"{key} is {_said(known, key)}, not {_said(wanted, key)}" for key in keys)
-
-
-def _said(config: Mapping[str, object], key: str) -> str:
-    return repr(config[key]) if key in config else "not given"
-
-
-def known_config(run: TrackedRun, name: str) -> dict[str, object] | None:
-    """The configuration that a validation's name is bound to on this run, if any.
-
-    Raises:
-        UsageError: it is bound to something that is no configuration.
-        TrackingError: the server does not answer.
-    """
-    known = run.fetch().data.params.get(f"{PREFIX}{name}")
-    return _config(run, name, known) if known else None
-
-
-def _config(run: TrackedRun, name: str, text: str) -> dict[str, object]:
-    config = parse_config(text)
-    if config is None:
-        raise UsageError(
-            f"run {run.id}: param {PREFIX}{name} is no configuration of a validation: "
-            f"{text!r:.80}; give this validation another --name"
-        )
-    return config
 
 
 def _write_metrics(

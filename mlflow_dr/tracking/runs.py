@@ -10,6 +10,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
+import mlflow
 from mlflow import MlflowClient
 from mlflow.entities import (
     Dataset,
@@ -25,7 +26,7 @@ from mlflow.exceptions import MlflowException
 from mlflow.tracking.context.registry import resolve_tags
 
 from mlflow_dr.errors import RunGoneError, TrackingError, UsageError, did_you_mean
-from mlflow_dr.tracking.client import URI_VARIABLE, shown_uri, tracking_errors
+from mlflow_dr.tracking.client import URI_VARIABLE, connect, shown_uri, tracking_errors
 from mlflow_dr.tracking.datasets import CollectionSource
 
 log = logging.getLogger(__name__)
@@ -74,7 +75,7 @@ class TrackedRun:
             with tracking_errors(f"logging params of run {self.id}"):
                 self.client.log_batch(self.id, params=new[start : start + PARAMS_PER_REQUEST])
 
-    def decide(self, key: str, text: str) -> str:
+    def set_param_once(self, key: str, text: str) -> str:
         """Write a param that nobody writes again; who is first decides.
 
         Returns:
@@ -160,7 +161,7 @@ class TrackedRun:
             self.client.log_inputs(self.id, [entry])
 
     @contextmanager
-    def ending(self, what: str) -> Iterator[None]:
+    def finish_on_exit(self, what: str) -> Iterator[None]:
         """End the run with the block: finished, failed, or killed where Ctrl-C ended it.
 
         Args:
@@ -298,7 +299,7 @@ def check_alive(run: Run) -> None:
         )
 
 
-def is_gone(client: MlflowClient, run_id: str) -> bool:
+def run_is_gone(client: MlflowClient, run_id: str) -> bool:
     """Whether a run was deleted, or never was; False where the server does not say."""
     try:
         find_run(client, run_id)
@@ -318,3 +319,55 @@ def _experiment(client: MlflowClient, name: str | None) -> str:
         return os.environ.get("MLFLOW_EXPERIMENT_ID") or "0"
     found = client.get_experiment_by_name(name)
     return found.experiment_id if found else client.create_experiment(name)
+
+
+def active_run_id(asked: str | None = None) -> str:
+    """The run that was asked for, else MLflow's active run, else `$MLFLOW_RUN_ID`.
+
+    The active run is the calling thread's own. No request is made.
+
+    Raises:
+        UsageError: there is none of the three.
+    """
+    if asked:
+        return asked
+    if active := mlflow.active_run():
+        return str(active.info.run_id)
+    if named := os.environ.get(RUN_VARIABLE):
+        return named
+    raise UsageError(
+        "no MLflow run to publish to: start one around the training (`with mlflow.start_run():`, "
+        f"or report_to='mlflow' in Hugging Face's arguments), set {RUN_VARIABLE}, or give run_id"
+    )
+
+
+def project_run(tracking_uri: str | None = None) -> TrackedRun | None:
+    """The run that `mlflow run`, or another parent process, has made for this command.
+
+    Raises:
+        TrackingError: it is gone, or the server does not answer.
+    """
+    run_id = os.environ.get(RUN_VARIABLE)
+    return find_run(connect(tracking_uri, may_create=False), run_id) if run_id else None
+
+
+def name_collection(run: TrackedRun, collection: str, split: str) -> None:
+    """Note on a run what its checkpoints are to be validated on.
+
+    Args:
+        run: the run.
+        collection: the collection's name; a folder's whole path.
+        split: the queries.
+
+    Raises:
+        UsageError: the run says another split already, which no one can change.
+        TrackingError: the server did not take it.
+    """
+    run.set_tags({DATASET_TAG: collection})
+    run.log_params({DATASET_PARAM: collection, SPLIT_PARAM: split})
+    known = run.fetch().data.params[SPLIT_PARAM]
+    if known != split:
+        raise UsageError(
+            f"run {run.id} has {SPLIT_PARAM}={known!r} already, and MLflow's params are written "
+            f"once; leave split={split!r} out, or give the validator `--split {split}`"
+        )

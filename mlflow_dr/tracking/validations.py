@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import re
 from collections.abc import Iterable, Mapping
@@ -9,7 +10,7 @@ from typing import NamedTuple
 
 from mlflow_dr.errors import TrackingError, UsageError
 from mlflow_dr.tracking.checkpoints import Checkpoint
-from mlflow_dr.tracking.results import PREFIX, parse_config, parse_record
+from mlflow_dr.tracking.results import PREFIX, parse_record
 from mlflow_dr.tracking.runs import TrackedRun
 
 EVERY = ".every"
@@ -34,7 +35,82 @@ class Metric(NamedTuple):
         return f"{self.validation}/{self.key}"
 
 
-def validations_of(run: TrackedRun) -> dict[str, dict[str, object]]:
+def parse_config(text: str) -> dict[str, object] | None:
+    """The configuration that a param of a run holds; None where it holds none."""
+    try:
+        config = json.loads(text)
+    except (ValueError, RecursionError):
+        return None
+    return config if isinstance(config, dict) else None
+
+
+def bind_name(run: TrackedRun, name: str, config: Mapping[str, object]) -> dict[str, object]:
+    """Bind a validation's name to its configuration on this run; who is first decides.
+
+    Args:
+        run: the run.
+        name: the validation's name, which prefixes its metrics.
+        config: what its figures depend on.
+
+    Returns:
+        The configuration that the name stands for: this one, or one that was there before.
+
+    Raises:
+        UsageError: what was there before is no configuration.
+        TrackingError: the server does not answer.
+    """
+    return _config(
+        run, name, run.set_param_once(f"{PREFIX}{name}", json.dumps(config, sort_keys=True))
+    )
+
+
+def check_same_config(
+    run: TrackedRun, name: str, known: Mapping[str, object], wanted: Mapping[str, object]
+) -> None:
+    """Refuse a name that stands for another configuration, whose curve would mix with this one.
+
+    Raises:
+        UsageError: both configurations.
+    """
+    if known != wanted:
+        raise UsageError(
+            f"validation {name!r} of run {run.id} has another configuration: "
+            f"{config_differences(known, wanted)}; give this one another --name"
+        )
+
+
+def config_differences(known: Mapping[str, object], wanted: Mapping[str, object]) -> str:
+    """Where two configurations differ, in words: `measures is 'mrr@10', not 'ndcg@10'`."""
+    keys = [key for key in sorted({*known, *wanted}) if known.get(key) != wanted.get(key)]
+    return ", ".join(f"{key} is {_said(known, key)}, not {_said(wanted, key)}" for key in keys)
+
+
+def _said(config: Mapping[str, object], key: str) -> str:
+    return repr(config[key]) if key in config else "not given"
+
+
+def stored_config(run: TrackedRun, name: str) -> dict[str, object] | None:
+    """The configuration that a validation's name is bound to on this run, if any.
+
+    Raises:
+        UsageError: it is bound to something that is no configuration.
+        TrackingError: the server does not answer.
+    """
+    known = run.fetch().data.params.get(f"{PREFIX}{name}")
+    return _config(run, name, known) if known else None
+
+
+def _config(run: TrackedRun, name: str, text: str) -> dict[str, object]:
+    config = parse_config(text)
+    if config is None:
+        raise UsageError(
+            f"run {run.id}: param {PREFIX}{name} is no configuration of a validation: "
+            f"{text!r:.80}; give this validation another --name"
+        )
+    return config
+
+
+def run_validations(run: TrackedRun) -> dict[str, dict[str, object]]:
     """The configuration that each validation's name is bound to on a run, by name.
 
     Params that only look like one are passed over.
@@ -50,11 +126,11 @@ def validations_of(run: TrackedRun) -> dict[str, dict[str, object]]:
     }
 
 
-def steps_searched_with(configs: Mapping[str, Mapping[str, object]]) -> dict[int, str]:
+def subset_encoder_steps(configs: Mapping[str, Mapping[str, object]]) -> dict[int, str]:
     """Steps of a run's checkpoints by which subsets are chosen -> the validation of the subset.
 
     Args:
-        configs: as `validations_of` gives them.
+        configs: as `run_validations` gives them.
     """
     return {
         int(step): name
@@ -63,26 +139,26 @@ def steps_searched_with(configs: Mapping[str, Mapping[str, object]]) -> dict[int
     }
 
 
-def figures_of(checkpoint: Checkpoint, name: str) -> dict[str, float]:
+def recorded_values(checkpoint: Checkpoint, name: str) -> dict[str, float]:
     """The recorded figures of a validation, by metric name without prefix; none where none are."""
     record = checkpoint.params.get(PREFIX + name)
     return (parse_record(record) or {}) if record else {}
 
 
-def value_of(checkpoint: Checkpoint, metric: Metric) -> float | None:
+def metric_value(checkpoint: Checkpoint, metric: Metric) -> float | None:
     """The recorded value of a metric; None where its validation is not done, or had none."""
-    value = figures_of(checkpoint, metric.validation).get(metric.key)
+    value = recorded_values(checkpoint, metric.validation).get(metric.key)
     return None if value is None else float(value)
 
 
-def points_of(checkpoints: Iterable[Checkpoint], metric: Metric) -> list[tuple[int, float]]:
+def metric_points(checkpoints: Iterable[Checkpoint], metric: Metric) -> list[tuple[int, float]]:
     """Step and value of each checkpoint that has one."""
     return [
-        (one.step, value) for one in checkpoints if (value := value_of(one, metric)) is not None
+        (one.step, value) for one in checkpoints if (value := metric_value(one, metric)) is not None
     ]
 
 
-def metrics_of(run: TrackedRun) -> dict[str, list[Metric]]:
+def run_metrics(run: TrackedRun) -> dict[str, list[Metric]]:
     """What each validation that is bound to a run measures, the first measure first.
 
     Raises:
@@ -93,7 +169,7 @@ def metrics_of(run: TrackedRun) -> dict[str, list[Metric]]:
             Metric(name, key)
             for key in str(config.get("measures", "")).replace("@", "_at_").split()
         ]
-        for name, config in validations_of(run).items()
+        for name, config in run_validations(run).items()
     }
 
 
@@ -109,7 +185,7 @@ def chosen_metric(run: TrackedRun, asked: str | None = None) -> Metric:
         UsageError: the run has no such metric.
         TrackingError: it has no validation yet, or the server does not answer.
     """
-    known = {name: keys for name, keys in metrics_of(run).items() if keys}
+    known = {name: keys for name, keys in run_metrics(run).items() if keys}
     if not known:
         raise TrackingError(
             f"run {run.id} has no validation yet; `mlflow-dr validate --run-id {run.id}` begins one"
@@ -142,7 +218,7 @@ def main_validation(run: TrackedRun, names: Iterable[str]) -> str:
     return next((one for one in (noted, FIRST_NAME) if one in names), min(names))
 
 
-def note_steps(run: TrackedRun, every: Mapping[str, int]) -> None:
+def tag_validation_steps(run: TrackedRun, every: Mapping[str, int]) -> None:
     """Note which steps validations are done of; of what several validators say, the most counts.
 
     Args:
@@ -152,7 +228,7 @@ def note_steps(run: TrackedRun, every: Mapping[str, int]) -> None:
     Raises:
         TrackingError: the server does not answer.
     """
-    known = steps_taken(run)
+    known = validation_steps(run)
     wanted = {name: math.gcd(known.get(name, 0), number) for name, number in every.items()}
     run.set_tags(
         {
@@ -163,7 +239,7 @@ def note_steps(run: TrackedRun, every: Mapping[str, int]) -> None:
     )
 
 
-def steps_taken(run: TrackedRun) -> dict[str, int]:
+def validation_steps(run: TrackedRun) -> dict[str, int]:
     """Validation -> it is done of the steps that this divides; 0: of those that it chooses.
 
     A validation that is not in it is done of every step.
@@ -178,7 +254,7 @@ def steps_taken(run: TrackedRun) -> dict[str, int]:
     }
 
 
-def collection_of(run: TrackedRun, name: str) -> str | None:
+def validation_collection(run: TrackedRun, name: str) -> str | None:
     """The collection that a validation is on, as `open_collection` takes it, where the run says so.
 
     Raises:

@@ -15,10 +15,9 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from mlflow_dr.collection.catalogue import open_collection
 from mlflow_dr.collection.formats import chosen_split
 from mlflow_dr.errors import TrackingError, UsageError
-from mlflow_dr.tracking.checkpoints import abandon_pending, checkpoints_of, ready_steps
+from mlflow_dr.tracking.checkpoints import fail_pending_checkpoints, ready_steps, run_checkpoints
 from mlflow_dr.tracking.client import connect, tracking_errors, tracking_uri
-from mlflow_dr.tracking.current import current_run_id, name_collection
-from mlflow_dr.tracking.runs import TrackedRun, find_run
+from mlflow_dr.tracking.runs import TrackedRun, active_run_id, find_run, name_collection
 from mlflow_dr.training.checkpoint_source import CheckpointSource, source_of, unwrapped
 from mlflow_dr.training.publishing import Publisher, PublishSchedule, close_at_exit, publish_state
 
@@ -79,7 +78,7 @@ def publish_checkpoint(
     step = _checked_step(step)
     if not is_first_rank():
         return None
-    run_id = current_run_id(run_id)
+    run_id = active_run_id(run_id)
     if not wait:
         _submit(model, step, run_id, tokenizer, dataset, split, settings)
         return None
@@ -88,7 +87,7 @@ def publish_checkpoint(
     background = _background.get((tracking_uri(), run_id))
     if background is not None:
         background.publisher.wait()  # the step may be on its way
-    if known := [one for one in checkpoints_of(run) if one.ready and one.step == step]:
+    if known := [one for one in run_checkpoints(run) if one.ready and one.step == step]:
         log.warning("step %d is models:/%s already; not published again", step, known[0].model_id)
         return known[0].model_id
     with tracking_errors(f"publishing step {step}"):
@@ -369,9 +368,9 @@ class PublishCallback(TrainerCallback):
         if tokenizer is None and self._settings:  # a model that says nothing, so it needs one
             tokenizer = processing_class
         source = source_of(model, tokenizer, **self._settings)
-        run = prepared_run(current_run_id(self._run_id), *self._named)
+        run = prepared_run(active_run_id(self._run_id), *self._named)
         if resumed:
-            abandon_pending(run)
+            fail_pending_checkpoints(run)
         publisher = Publisher(run, source, ready_steps(run) if resumed else (), keep_in=keep_in)
         close_at_exit(publisher)
         return publisher

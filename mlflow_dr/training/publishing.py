@@ -20,9 +20,13 @@ from torch import Tensor
 from mlflow_dr.encoder.directory import restore_encoder
 from mlflow_dr.errors import MlflowDrError, TrackingError, one_line
 from mlflow_dr.files import atomic_write, grant_umask_modes, scratch
-from mlflow_dr.tracking.checkpoints import give_up, new_checkpoint, seal, upload_checkpoint
-from mlflow_dr.tracking.client import tracking_errors
-from mlflow_dr.tracking.faults import lasts
+from mlflow_dr.tracking.checkpoints import (
+    announce_checkpoint,
+    mark_upload_failed,
+    prepare_upload,
+    upload_checkpoint,
+)
+from mlflow_dr.tracking.client import is_permanent, tracking_errors
 from mlflow_dr.tracking.runs import TrackedRun
 from mlflow_dr.training.arguments import TrainingRequest
 from mlflow_dr.training.checkpoint_source import CheckpointSource, DirectorySource, EncoderSource
@@ -188,7 +192,7 @@ class Publisher:
         self._done.discard(step)
         was_refused = self.refused
         is_first = not self._has_published and isinstance(error, TrackingError)
-        self.refused = was_refused or (is_first and lasts(error))
+        self.refused = was_refused or (is_first and is_permanent(error))
         if self.refused and self._on_refused is not None:
             if not was_refused:
                 self._on_refused(self._reason)
@@ -267,17 +271,17 @@ def publish_state(
     """
     with scratch() as directory:
         source.save(directory, state)
-        manifest = seal(directory)
+        manifest = prepare_upload(directory)
         model_id: str | None = None
         refusals = 0
         for attempt in range(1, attempts + 1):
             try:
-                model_id = model_id or new_checkpoint(run, step, manifest)
+                model_id = model_id or announce_checkpoint(run, step, manifest)
                 upload_checkpoint(run, model_id, directory, step)
                 log.info("step %d published as models:/%s", step, model_id)
                 return model_id
             except Exception as error:
-                refusals = refusals + 1 if lasts(error) else 0
+                refusals = refusals + 1 if is_permanent(error) else 0
                 if attempt == attempts or refusals == TRIES_WHEN_REFUSED:
                     if model_id is not None:
                         _give_up(run, model_id)
@@ -290,7 +294,7 @@ def publish_state(
 
 def _give_up(run: TrackedRun, model_id: str) -> None:
     try:
-        give_up(run, model_id)
+        mark_upload_failed(run, model_id)
     except Exception as error:  # noqa: BLE001 - what the upload failed with says more
         log.error("models:/%s is left PENDING: %s", model_id, one_line(error))
 

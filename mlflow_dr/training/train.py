@@ -16,9 +16,10 @@ from transformers import TrainerCallback, set_seed
 from transformers.trainer_utils import SaveStrategy
 
 from mlflow_dr.errors import TrackingError
-from mlflow_dr.tracking.checkpoints import abandon_pending, ready_steps
+from mlflow_dr.tracking.checkpoints import fail_pending_checkpoints, ready_steps
 from mlflow_dr.tracking.client import connect
-from mlflow_dr.tracking.encoders import MODEL_SCHEME, fetched_encoder
+from mlflow_dr.tracking.context import system_metrics
+from mlflow_dr.tracking.encoders import MODEL_SCHEME, local_encoder
 from mlflow_dr.tracking.registry import checkpoint_by_uri
 from mlflow_dr.tracking.runs import (
     DATASET_PARAM,
@@ -29,7 +30,6 @@ from mlflow_dr.tracking.runs import (
     open_run,
 )
 from mlflow_dr.tracking.stop_request import StopWatcher, clear_stop_request
-from mlflow_dr.tracking.system_metrics import system_metrics
 from mlflow_dr.training.arguments import RetrieverTrainingArguments, TrainingRequest
 from mlflow_dr.training.callbacks import MetricCallback, StopCallback
 from mlflow_dr.training.checkpoint_source import EncoderSource
@@ -105,7 +105,7 @@ def _train_first(request: TrainingRequest, resumption: Resumption | None) -> str
         arguments.run_name,
     )
     log.info("run %s (%s)", run.id, run.name)
-    with run.ending("training"), system_metrics(run):
+    with run.finish_on_exit("training"), system_metrics(run):
         if resumption is None and saves:
             begin_output(str(arguments.output_dir), run.id)
         if resumption is not None:
@@ -146,7 +146,7 @@ def _train(
     resumption: Resumption | None,
 ) -> None:
     name = _start(request, run, resumption)
-    with fetched_encoder(name, request.publish.tracking_uri) as start:
+    with local_encoder(name, request.publish.tracking_uri) as start:
         _train_from(start, request, data, run, resumption)
 
 
@@ -234,7 +234,7 @@ def _writers(
     known = None
     if resumption is not None:
         clear_stop_request(run)
-        abandon_pending(run)
+        fail_pending_checkpoints(run)
         done = ready_steps(run)
         known = run.last_step(LOSS_METRIC)
         begun = resumption.checkpoint.name if resumption.checkpoint else "the start"

@@ -15,9 +15,9 @@ from mlflow_dr.retrieval.measures import check_depth
 from mlflow_dr.subsets.spec import SubsetSpec
 from mlflow_dr.subsets.strategies import CachedSearching
 from mlflow_dr.subsets.subset import Subset, make_subset
+from mlflow_dr.tracking.artifacts import log_subset
 from mlflow_dr.tracking.checkpoints import checkpoint_of_step, ready_steps
 from mlflow_dr.tracking.datasets import profile_of, shown_name
-from mlflow_dr.tracking.results import bind_name, known_config, refuse_other_config
 from mlflow_dr.tracking.runs import (
     DATASET_PARAM,
     DATASET_TAG,
@@ -25,7 +25,7 @@ from mlflow_dr.tracking.runs import (
     TrackedRun,
     is_over,
 )
-from mlflow_dr.tracking.subsets import log_subset
+from mlflow_dr.tracking.validations import bind_name, check_same_config, stored_config
 from mlflow_dr.validation.evaluate import Prepared, Searched, Settings
 from mlflow_dr.validation.plan import Validation
 
@@ -182,14 +182,14 @@ def _bound_settings(
     """
     settings = validation.settings
     device = resolve_device(settings.device)
-    known = known_config(run, validation.name) or {}
+    known = stored_config(run, validation.name) or {}
     while True:
         dtype = str(known.get("dtype", AUTO)) if settings.dtype == AUTO else settings.dtype
         chosen = replace(settings, device=str(device), dtype=resolve_dtype(dtype, device))
         config = {**_config(prepared, chosen), **changes}
         bound = bind_name(run, validation.name, config)
         if bound.get("dtype") == config["dtype"] or known == bound or settings.dtype != AUTO:
-            refuse_other_config(run, validation.name, bound, config)
+            check_same_config(run, validation.name, bound, config)
             return chosen
         known = bound  # another validator, on another kind of machine, was faster
 

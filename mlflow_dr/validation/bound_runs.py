@@ -17,7 +17,7 @@ from mlflow_dr.tracking.runs import (
     check_alive,
     is_over,
 )
-from mlflow_dr.tracking.validations import MAIN_PARAM, note_steps
+from mlflow_dr.tracking.validations import MAIN_PARAM, tag_validation_steps
 from mlflow_dr.validation.binding import Bound, Collections, is_early
 from mlflow_dr.validation.plan import Plan
 from mlflow_dr.validation.trying import is_tried
@@ -122,9 +122,9 @@ class BoundRuns:
         """Say on a run which validation decides, and which checkpoints they are done of."""
         plan = self._plan
         if not plan.keep_up:
-            run.decide(MAIN_PARAM, plan.validations[0].name)
+            run.set_param_once(MAIN_PARAM, plan.validations[0].name)
         chooses = plan.keep_up or plan.max_lag_seconds is not None
-        note_steps(
+        tag_validation_steps(
             run,
             {one.name: 0 if chooses or one.refines else plan.every for one in plan.validations},
         )

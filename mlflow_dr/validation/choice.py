@@ -8,10 +8,10 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
 from mlflow_dr.tracking.checkpoints import Checkpoint
-from mlflow_dr.tracking.claims import Owner, Watchman
+from mlflow_dr.tracking.claims import HeartbeatMonitor, Owner
 from mlflow_dr.tracking.following import Look
-from mlflow_dr.tracking.results import State, has_record, state_of
-from mlflow_dr.tracking.validations import figures_of
+from mlflow_dr.tracking.results import State, has_record, validation_state
+from mlflow_dr.tracking.validations import recorded_values
 from mlflow_dr.validation.order import in_order
 from mlflow_dr.validation.plan import Plan, Refines
 from mlflow_dr.validation.setbacks import Setbacks
@@ -56,7 +56,7 @@ class Choice:
         self._setbacks = setbacks or Setbacks(plan.poll_seconds)
         self._plan = plan
         self._now_ms = now_ms
-        self._watchman = Watchman(plan.patience_seconds)
+        self._watchman = HeartbeatMonitor(plan.patience_seconds)
         self._turns = Turns(token, clock)
         self._look = Look([], over=False)
         self._waiting: dict[str, list[Checkpoint]] = {}
@@ -103,7 +103,7 @@ class Choice:
         if self.is_waiting:
             return "other validators are at what is left"
         names = [one.name for one in self._plan.validations]
-        if any(state_of(one, name) is not State.OPEN for one in accepted for name in names):
+        if any(validation_state(one, name) is not State.OPEN for one in accepted for name in names):
             return ""
         if all(one.is_pruned for one in accepted):
             return f"the files of all {len(accepted)} checkpoints were removed"
@@ -237,7 +237,7 @@ class Choice:
         ]
 
     def _is_open(self, checkpoint: Checkpoint, name: str) -> bool:
-        state = state_of(checkpoint, name)
+        state = validation_state(checkpoint, name)
         if checkpoint.is_pruned and state is not State.RECORDED:
             return False
         if state is State.FAILED:
@@ -250,7 +250,7 @@ class Choice:
         """Whether a validation of a checkpoint is FAILED, and not by this validator."""
         names = [one.name for one in self._plan.validations]
         return not checkpoint.is_pruned and any(
-            state_of(checkpoint, name) is State.FAILED
+            validation_state(checkpoint, name) is State.FAILED
             and (checkpoint.model_id, name) not in self._failed_here
             for name in names
         )
@@ -287,7 +287,7 @@ def _best(checkpoints: Sequence[Checkpoint], refines: Refines) -> set[str]:
     key = refines.measure.metric
     by_run: dict[str, list[tuple[float, int, str]]] = defaultdict(list)
     for one in checkpoints:
-        value = figures_of(one, refines.name).get(key)
+        value = recorded_values(one, refines.name).get(key)
         if value is not None:
             by_run[one.run_id].append((-value, one.step, one.model_id))
     return {

@@ -26,11 +26,10 @@ from mlflow_dr.decisions.comparison import (
 from mlflow_dr.encoder.config import changes_of
 from mlflow_dr.errors import MlflowDrError, NoValuesError, UsageError
 from mlflow_dr.retrieval.measures import DEFAULT_MEASURES, Measure, parse_measures
-from mlflow_dr.tracking.encoders import reading
-from mlflow_dr.tracking.fetching import fetched
-from mlflow_dr.tracking.results import differences
-from mlflow_dr.tracking.tables import PerQuery, values_of
-from mlflow_dr.tracking.validations import FIRST_NAME, collection_of
+from mlflow_dr.tracking.artifacts import PerQuery, per_query_values
+from mlflow_dr.tracking.encoders import encoder_errors
+from mlflow_dr.tracking.fetching import checkpoint_files
+from mlflow_dr.tracking.validations import FIRST_NAME, config_differences, validation_collection
 from mlflow_dr.validation.operands import Operand, find_operands
 
 if TYPE_CHECKING:
@@ -172,7 +171,7 @@ def _kept(operand: Operand, name: str) -> Kept:
         forms = "a run id, RUN@STEP or models:/<id>"
         return Kept(None, f"{operand.given!r} is not {forms}, and an encoder has to be evaluated")
     try:
-        return Kept(values_of(operand.run, operand.checkpoint, name))
+        return Kept(per_query_values(operand.run, operand.checkpoint, name))
     except NoValuesError as error:
         return Kept(None, str(error))
 
@@ -209,7 +208,7 @@ def _refuse_other_queries(
         if config != configs[0][1]:
             raise UsageError(
                 f"values of other collections do not compare: of {configs[0][0]} "
-                f"{differences(configs[0][1], config)} as of {label}"
+                f"{config_differences(configs[0][1], config)} as of {label}"
             )
 
 
@@ -234,8 +233,8 @@ def _evaluated(
     )
     log.info("%s is evaluated on %s/%s", operand.label, prepared.collection.name, prepared.split)
     checkpoint = operand.checkpoint
-    source = nullcontext(operand.given) if checkpoint is None else fetched(checkpoint)
-    with source as files, reading(operand.label):
+    source = nullcontext(operand.given) if checkpoint is None else checkpoint_files(checkpoint)
+    with source as files, encoder_errors(operand.label):
         encoder = load_encoder(
             files,
             trust_remote_code=request.trust_remote_code,
@@ -276,7 +275,7 @@ def _queries(name: str, known: Sequence[Operand], prepared: Prepared | None) -> 
     if prepared is not None:
         return prepared.topics.queries
     operand = known[0]
-    collection = collection_of(operand.run, name) if operand.run else None
+    collection = validation_collection(operand.run, name) if operand.run else None
     if collection is None or not Path(collection).exists():
         log.info("--dataset %s would show the texts of the queries", collection or "NAME")
         return ()

@@ -28,7 +28,7 @@ from mlflow_dr.tracking.evaluations import (
     ModelEvaluator,
     evaluation_result,
     log_dataset,
-    log_values,
+    log_evaluation_metrics,
 )
 
 if TYPE_CHECKING:
@@ -108,7 +108,7 @@ class DenseRetrievalEvaluator(ModelEvaluator):
         prefix = config.get("metric_prefix", "")
         values = {f"{prefix}{one.metric}": value for one, value in report.measures.items()}
         if model_id is None:  # MLflow itself logs those of a model that it knows by its id
-            log_values(run_id, values, judged)
+            log_evaluation_metrics(run_id, values, judged)
         return _result(run_id, values, judged, report, config)
 
 

@@ -22,20 +22,20 @@ from mlflow_dr.errors import (
 )
 from mlflow_dr.files import is_full
 from mlflow_dr.retrieval.measures import parse_measures
+from mlflow_dr.tracking.artifacts import log_per_query_values
 from mlflow_dr.tracking.checkpoints import Checkpoint, checkpoint_by_id, is_deleted
 from mlflow_dr.tracking.clock import ServerClock
-from mlflow_dr.tracking.encoders import local_cause, reading
-from mlflow_dr.tracking.fetching import fetched
+from mlflow_dr.tracking.encoders import encoder_errors, local_cause
+from mlflow_dr.tracking.fetching import checkpoint_files
 from mlflow_dr.tracking.patience import Patience
 from mlflow_dr.tracking.results import (
     State,
     mark_failed,
     record_result,
-    state_of,
+    validation_state,
     write_recorded,
 )
 from mlflow_dr.tracking.runs import TrackedRun
-from mlflow_dr.tracking.tables import log_values
 from mlflow_dr.validation.binding import Bound
 from mlflow_dr.validation.evaluate import Report, evaluate_all
 from mlflow_dr.validation.loading import check_vectors, encoder_of, loaded
@@ -92,7 +92,7 @@ class Files:
 
     def __init__(self, checkpoint: Checkpoint) -> None:
         with ExitStack() as ending:
-            self.directory: Path = ending.enter_context(fetched(checkpoint))
+            self.directory: Path = ending.enter_context(checkpoint_files(checkpoint))
             self._ending = ending.pop_all()
 
     def close(self) -> None:
@@ -146,7 +146,7 @@ class Jobs:
         """
         start = time.monotonic()
         recorded = [
-            one for one in job.bound if state_of(job.checkpoint, one.name) is State.RECORDED
+            one for one in job.bound if validation_state(job.checkpoint, one.name) is State.RECORDED
         ]
         left = [one for one in job.bound if one not in recorded]
         outcomes: Sequence[Outcome] = []
@@ -181,7 +181,7 @@ class Jobs:
         """
         try:
             encoder = self._encoder(job)
-            with reading(job.checkpoint.uri):
+            with encoder_errors(job.checkpoint.uri):
                 check_vectors(encoder, bound[0].settings)
             return _reports(encoder, bound)
         except CheckpointError as error:
@@ -222,7 +222,7 @@ class Jobs:
         if outcome is None:
             write = partial(write_recorded, run, checkpoint, name, bound.dataset)
         else:
-            self._patiently(partial(log_values, run, checkpoint, name, outcome.per_query))
+            self._patiently(partial(log_per_query_values, run, checkpoint, name, outcome.per_query))
             now_ms, values = self._clock.now_ms(), _figures(outcome)
             write = partial(record_result, run, checkpoint, name, values, bound.dataset, now_ms)
         figures = self._patiently(write)

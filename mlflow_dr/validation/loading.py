@@ -15,8 +15,8 @@ from mlflow_dr.errors import CheckpointError, UnavailableError, UsageError
 from mlflow_dr.retrieval.encode import encode_all
 from mlflow_dr.stores.token_table import token_table
 from mlflow_dr.tracking.checkpoints import Checkpoint
-from mlflow_dr.tracking.encoders import local_cause, reading
-from mlflow_dr.tracking.fetching import fetched
+from mlflow_dr.tracking.encoders import encoder_errors, local_cause
+from mlflow_dr.tracking.fetching import checkpoint_files
 from mlflow_dr.validation.evaluate import Settings
 
 TEXT = "text"
@@ -35,7 +35,7 @@ def encoder_of(checkpoint: Checkpoint, changes: Mapping[str, Any]) -> Encoder:
         UsageError: it can be read without the changes only.
         OSError: the disk is full.
     """
-    with fetched(checkpoint) as directory:
+    with checkpoint_files(checkpoint) as directory:
         return loaded(checkpoint, directory, changes)
 
 
@@ -43,7 +43,7 @@ def loaded(checkpoint: Checkpoint, directory: Path, changes: Mapping[str, Any]) 
     """The encoder of a checkpoint that was fetched; see `encoder_of`."""
     what = checkpoint.directory or checkpoint.uri
     try:
-        with reading(what):
+        with encoder_errors(what):
             return load_encoder(directory, safetensors_only=not checkpoint.directory, **changes)
     except UsageError as error:
         if changes:

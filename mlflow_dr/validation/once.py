@@ -19,7 +19,7 @@ from mlflow_dr.retrieval.ranking import write_ranking
 from mlflow_dr.subsets.spec import FULL, RELEVANT, parse_subset
 from mlflow_dr.subsets.strategies import CachedSearching
 from mlflow_dr.subsets.subset import make_subset
-from mlflow_dr.tracking.encoders import fetched_encoder, reading
+from mlflow_dr.tracking.encoders import encoder_errors, local_encoder
 from mlflow_dr.validation.evaluate import Prepared, Report, Settings, evaluate
 
 if TYPE_CHECKING:  # without a run no mlflow is needed, which takes seconds to import
@@ -115,7 +115,7 @@ def evaluate_once(request: Once, run: TrackedRun | None = None) -> Report:
     collection = open_collection(request.dataset)
     split = chosen_split(collection, request.split)
     name = request.encoder
-    with fetched_encoder(name, request.tracking_uri) as directory, reading(name):
+    with local_encoder(name, request.tracking_uri) as directory, encoder_errors(name):
         encoder = load_encoder(
             directory, trust_remote_code=request.trust_remote_code, **request.encoder_changes()
         )

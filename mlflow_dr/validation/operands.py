@@ -17,7 +17,7 @@ from mlflow_dr.tracking.client import connect
 from mlflow_dr.tracking.encoders import MODEL_SCHEME
 from mlflow_dr.tracking.registry import checkpoint_by_uri
 from mlflow_dr.tracking.runs import TrackedRun, find_run, resolve_run
-from mlflow_dr.tracking.validations import validations_of
+from mlflow_dr.tracking.validations import run_validations
 
 RUN = re.compile(r"([^/\\]+?)(?:@(\d+))?")
 RUN_ID = re.compile(r"[0-9a-f]{32}")
@@ -89,13 +89,13 @@ def find_operands(
             if not checkpoint.run_id:
                 return Operand(word)
             run = find_run(connected(), checkpoint.run_id)
-            return Operand(word, run, checkpoint, validations_of(run).get(name, {}))
+            return Operand(word, run, checkpoint, run_validations(run).get(name, {}))
         match = RUN.fullmatch(word)
         named = found_run(match[1]) if match and not Path(word).is_dir() else None
         if match is None or named is None:
             return Operand(word)
         run = named
-        config = validations_of(run).get(name, {})
+        config = run_validations(run).get(name, {})
         if match[2] is not None:
             return Operand(word, run, checkpoint_of_step(run, int(match[2])), config)
         if not config:

@@ -140,7 +140,7 @@ class Pacer:
         elif run.id not in self._chosen and speed and interval is not None:
             chosen = largest_that_keeps_up(sizes, speed, interval, validators)
         if chosen is not None:
-            subset = self._chosen[run.id] = run.decide(CHOSEN_PARAM, chosen.subset)
+            subset = self._chosen[run.id] = run.set_param_once(CHOSEN_PARAM, chosen.subset)
             if subset == chosen.subset:
                 log.info("run %s: %s", run.id, chosen.why)
             else:

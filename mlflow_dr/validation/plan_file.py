@@ -13,7 +13,7 @@ import yaml
 from mlflow_dr.collection.asyncval import given_collection
 from mlflow_dr.collection.catalogue import ENTRIES, HUB_NAME, open_collection
 from mlflow_dr.collection.formats import check_split
-from mlflow_dr.decisions.keep import parse_policy
+from mlflow_dr.decisions.pruning import parse_keep_rules
 from mlflow_dr.engines.devices import resolve_device, resolve_dtype
 from mlflow_dr.errors import UsageError, did_you_mean, quoted
 from mlflow_dr.retrieval.measures import parse_measures
@@ -116,7 +116,7 @@ def _wishes(values: Mapping[str, Any], where: str) -> dict[str, Any]:
     checked = {key: _value(value, kinds[key], f"{where}: {key}") for key, value in values.items()}
     if "keep" in checked:
         with _at(f"{where}: keep"):
-            checked["keep"] = parse_policy(checked["keep"])
+            checked["keep"] = parse_keep_rules(checked["keep"])
     return checked
 
 

@@ -7,14 +7,13 @@ from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 
 from mlflow_dr.decisions.best import find_best, mark_best
-from mlflow_dr.decisions.keep import Own, Policy
-from mlflow_dr.decisions.prune import keep_only
+from mlflow_dr.decisions.pruning import KeepRules, ValidatorScope, delete_unneeded
 from mlflow_dr.decisions.stop import check_patience, stop_if_plateau
 from mlflow_dr.errors import ForbiddenError, TrackingError
 from mlflow_dr.tracking.checkpoints import Checkpoint
-from mlflow_dr.tracking.client import answers
+from mlflow_dr.tracking.client import server_responds
 from mlflow_dr.tracking.runs import TrackedRun
-from mlflow_dr.tracking.validations import Metric, chosen_metric, points_of
+from mlflow_dr.tracking.validations import Metric, chosen_metric, metric_points
 
 log = logging.getLogger(__name__)
 
@@ -34,7 +33,7 @@ class Wishes:
     metric: str | None = None
     patience: int | None = None
     min_delta: float = 0.0
-    keep: Policy | None = None
+    keep: KeepRules | None = None
 
     def __post_init__(self) -> None:
         if self.patience is not None:
@@ -79,7 +78,9 @@ class Policies:
         if run.id not in self._metrics:
             self._metrics[run.id] = chosen_metric(run, wishes.metric)
         metric = self._metrics[run.id]
-        top = max(points_of(checkpoints, metric), key=lambda one: (one[1], -one[0]), default=None)
+        top = max(
+            metric_points(checkpoints, metric), key=lambda one: (one[1], -one[0]), default=None
+        )
         if top is not None and self._marked.get(run.id) != top:
             # looked at anew: other validators mark, too
             mark_best(run, find_best(run, str(metric)))
@@ -92,16 +93,16 @@ class Policies:
         if wishes.keep is not None and not self._cannot_remove:
             try:
                 own = self._own(waiting)
-                keep_only(run, checkpoints, wishes.keep, wishes.metric, own, self._gone)
+                delete_unneeded(run, checkpoints, wishes.keep, wishes.metric, own, self._gone)
             except ForbiddenError as error:
                 # who may validate need not be allowed to remove
                 self._cannot_remove = True
                 log.warning("files are not removed from now on: %s", error)
             except TrackingError as error:
-                if not answers(run.client):
+                if not server_responds(run.client):
                     raise
                 log.warning("files are not removed now: %s", error)
 
-    def _own(self, waiting: Collection[Checkpoint]) -> Own:
+    def _own(self, waiting: Collection[Checkpoint]) -> ValidatorScope:
         deciding = {name: by.validation if by else name for name, by in self._deciding.items()}
-        return Own(deciding, {one.model_id for one in waiting})
+        return ValidatorScope(deciding, {one.model_id for one in waiting})

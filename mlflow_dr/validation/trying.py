@@ -7,9 +7,9 @@ from contextlib import suppress
 from typing import Any
 
 from mlflow_dr.errors import CheckpointError, UnavailableError, UsageError
-from mlflow_dr.tracking.checkpoints import Checkpoint, checkpoints_of
+from mlflow_dr.tracking.checkpoints import Checkpoint, run_checkpoints
 from mlflow_dr.tracking.runs import TrackedRun
-from mlflow_dr.tracking.validations import validations_of
+from mlflow_dr.tracking.validations import run_validations
 from mlflow_dr.validation.loading import encoder_of
 
 
@@ -30,9 +30,9 @@ def is_tried(run: TrackedRun, names: Sequence[str], changes: Mapping[str, Any]) 
     Raises:
         UsageError: a checkpoint can be read without the changes only.
     """
-    if not changes or validations_of(run).keys() >= set(names):
+    if not changes or run_validations(run).keys() >= set(names):
         return True
-    for checkpoint in checkpoints_of(run):
+    for checkpoint in run_checkpoints(run):
         if checkpoint.ready and not checkpoint.is_pruned and _is_readable(checkpoint, changes):
             return True
     return False

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator, Sequence
 from itertools import chain, islice
 
 from mlflow_dr.tracking.checkpoints import Checkpoint
-from mlflow_dr.tracking.claims import Owner, standing
+from mlflow_dr.tracking.claims import Owner, latest_claim
 
 SECONDS_REMEMBERED = 120.0
 CHOSEN_AMONG = 4  # checkpoints for each validator at work
@@ -34,11 +34,11 @@ class Turns:
     def see(self, checkpoint: Checkpoint, names: Sequence[str]) -> None:
         """Learn from a checkpoint who is at work."""
         for name in names:
-            claim, key = standing(checkpoint, name), (checkpoint.model_id, name)
+            claim, key = latest_claim(checkpoint, name), (checkpoint.model_id, name)
             if claim is None or claim.owner is None or self._claims_seen.get(key) == claim.attempt:
                 continue
             self._claims_seen[key] = claim.attempt
-            if not claim.given_back and not claim.owner.is_gone:
+            if not claim.given_back and not claim.owner.is_dead:
                 self.note(claim.owner)
 
     def note(self, owner: Owner) -> None:

@@ -16,8 +16,8 @@ from mlflow_dr.tracking.clock import ServerClock
 from mlflow_dr.tracking.following import Followed, Look
 from mlflow_dr.tracking.patience import Patience
 from mlflow_dr.tracking.results import State
-from mlflow_dr.tracking.runs import is_gone
-from mlflow_dr.tracking.status import note_summary, summary_of
+from mlflow_dr.tracking.runs import run_is_gone
+from mlflow_dr.tracking.status import progress_summary, tag_progress
 from mlflow_dr.validation.binding import Bound
 from mlflow_dr.validation.bound_runs import BoundRuns
 from mlflow_dr.validation.choice import Choice
@@ -152,7 +152,7 @@ class _Worker:
             bound = self._bound.known(run_id)
             if not bound or self._seen.get(run_id) == of_run:
                 continue
-            summaries = {one.name: summary_of(of_run, one.name) for one in bound}
+            summaries = {one.name: progress_summary(of_run, one.name) for one in bound}
             before = self._noted.get(run_id, {})
             if summaries == before:
                 self._seen[run_id] = of_run
@@ -161,7 +161,7 @@ class _Worker:
                 run = self._followed.run_of(of_run[0])
                 for name, summary in summaries.items():
                     if before.get(name) != summary:
-                        note_summary(run, name, summary)
+                        tag_progress(run, name, summary)
                 self._policies.act(run, of_run, self._choice.waiting_of(run_id))
                 self._noted[run_id], self._seen[run_id] = summaries, of_run
 
@@ -196,7 +196,7 @@ class _Worker:
                 log.warning("step %d is passed over: it was deleted", checkpoint.step)
                 self._choice.forget(checkpoint)
                 return
-            if self._followed.run is not None or not is_gone(self._followed.client, run_id):
+            if self._followed.run is not None or not run_is_gone(self._followed.client, run_id):
                 raise
             if self._bound.known(run_id) != []:
                 log.error("run %s is passed over: it was deleted", run_id)

@@ -100,5 +100,5 @@ def test_who_may_not_remove_files_is_told_why_and_changes_nothing(
     assert "user 'editor' may not do that" in line
     assert "removing files needs MANAGE" in line
     ended = call(*words, MLFLOW_TRACKING_URI=guarded.uri, **ADMIN)
-    assert ended.stdout.splitlines()[0].endswith("goes: none of every:2")
+    assert ended.stdout.splitlines()[0].endswith("delete: no rule of every:2 keeps it")
     assert " 0 files" not in ended.stdout

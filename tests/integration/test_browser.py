@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from mlflow_dr.tracking.curve import link
+from mlflow_dr.tracking.status import curves_url
 
 if TYPE_CHECKING:
     from playwright.sync_api import Locator, Page
@@ -55,7 +55,7 @@ def output() -> Path:
 def test_the_curves_grow_beside_the_training_loss(
     page: "Page", server: str, followed: SimpleNamespace, output: Path
 ) -> None:
-    page.goto(link(SimpleNamespace(id=followed.run_id, experiment_id="0"), server))
+    page.goto(curves_url(SimpleNamespace(id=followed.run_id, experiment_id="0"), server))
     search = page.get_by_placeholder("Search metric charts")
     search.fill("val/(mrr|ndcg|recall)|train/loss")  # the page takes a regular expression
     points = {metric: curve(page, metric) for metric in SHOWN}

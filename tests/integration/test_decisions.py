@@ -8,10 +8,11 @@ import pytest
 from mlflow import MlflowClient
 
 from mlflow_dr.errors import NoValuesError
-from mlflow_dr.tracking.checkpoints import checkpoints_of, publish
-from mlflow_dr.tracking.results import bind_name, record_result
+from mlflow_dr.tracking.artifacts import log_per_query_values, per_query_values
+from mlflow_dr.tracking.checkpoints import publish, run_checkpoints
+from mlflow_dr.tracking.results import record_result
 from mlflow_dr.tracking.runs import TrackedRun
-from mlflow_dr.tracking.tables import log_values, values_of
+from mlflow_dr.tracking.validations import bind_name
 
 Call = Callable[..., subprocess.CompletedProcess]
 NAME = "sea and harbour"
@@ -28,17 +29,17 @@ def run(client: MlflowClient, tmp_path: Path) -> TrackedRun:
     (directory / "model.safetensors").write_bytes(b"weights")
     for step in (10, 20, 30):
         publish(run, directory, step)
-    for one in checkpoints_of(run):
+    for one in run_checkpoints(run):
         ranks = RANKS.get(one.step, [0.0])
         record_result(run, one, NAME, {"mrr_at_10": sum(ranks) / len(ranks)}, ("sea", "0"))
         if one.step in RANKS:
             values = {f"q{place}": {"mrr@10": rank} for place, rank in enumerate(ranks)}
-            log_values(run, one, NAME, values)
-            log_values(run, one, NAME, values)
-            assert values_of(run, one, NAME) == values
+            log_per_query_values(run, one, NAME, values)
+            log_per_query_values(run, one, NAME, values)
+            assert per_query_values(run, one, NAME) == values
         else:
             with pytest.raises(NoValuesError, match="no values of single queries for step 30"):
-                values_of(run, one, NAME)
+                per_query_values(run, one, NAME)
     return run
 
 
@@ -49,7 +50,7 @@ def test_best_is_shown_marked_downloaded_and_registered(
     words = ["--run-id", run.id, "--download", target, "--register", "sea"]
     done = call("mlflow-dr", "best", *words, MLFLOW_TRACKING_URI=server)
     assert done.returncode == 0, done.stderr
-    best = checkpoints_of(run)[1]
+    best = run_checkpoints(run)[1]
     first, second, third, *_ = done.stdout.splitlines()
     assert first == (
         f"best checkpoint of run {run.id} by {NAME}/mrr_at_10: step 20, {best.uri}, 0.7500"

@@ -9,8 +9,8 @@ from types import SimpleNamespace
 import pytest
 from mlflow import MlflowClient
 
-from mlflow_dr.tracking.checkpoints import checkpoints_of
-from mlflow_dr.tracking.claims import standing
+from mlflow_dr.tracking.checkpoints import run_checkpoints
+from mlflow_dr.tracking.claims import latest_claim
 from mlflow_dr.tracking.runs import TrackedRun
 
 QUALITY = ("mrr_at_10", "ndcg_at_10", "recall_at_100")
@@ -73,18 +73,18 @@ def test_killed_at_any_moment_and_started_again_it_ends_as_if_undisturbed(
 def test_writing_recorded_figures_again_adds_no_point(
     publish_noise: Callable[..., str], points: Callable, server: str, client: MlflowClient
 ) -> None:
-    from mlflow_dr.tracking.checkpoints import checkpoints_of
+    from mlflow_dr.tracking.checkpoints import run_checkpoints
     from mlflow_dr.tracking.results import record_result, write_recorded
     from mlflow_dr.tracking.runs import TrackedRun
 
     run = TrackedRun(client, client.get_run(publish_noise(4)))
-    (checkpoint,) = checkpoints_of(run)
+    (checkpoint,) = run_checkpoints(run)
     first = record_result(run, checkpoint, "val", {"mrr_at_10": 0.25}, ("sea", "0123"))
     before = points(client, run.id, "val")
     time.sleep(0.01)
     # another validator that had validated the same checkpoint at the same time, and was slower
     second = record_result(run, checkpoint, "val", {"mrr_at_10": 0.75}, ("sea", "0123"))
-    write_recorded(run, checkpoints_of(run)[0], "val", ("sea", "0123"))
+    write_recorded(run, run_checkpoints(run)[0], "val", ("sea", "0123"))
     assert first == second
     assert (
         points(client, run.id, "val")
@@ -115,8 +115,8 @@ def test_asked_to_stop_amid_a_checkpoint_it_leaves_nothing_behind(
     assert not any("Traceback" in line for line in ended.printed)
     assert set(Path(environment["TMPDIR"]).iterdir()) == before
     assert points(client, run_id, "val") == {}
-    (checkpoint,) = checkpoints_of(TrackedRun(client, client.get_run(run_id)))
-    assert standing(checkpoint, "val").given_back
+    (checkpoint,) = run_checkpoints(TrackedRun(client, client.get_run(run_id)))
+    assert latest_claim(checkpoint, "val").given_back
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])

@@ -15,7 +15,7 @@ import pytest
 from mlflow import MlflowClient
 
 from mlflow_dr.tracking.checkpoints import checkpoint_by_id
-from mlflow_dr.tracking.fetching import fetched
+from mlflow_dr.tracking.fetching import checkpoint_files
 
 QUERIES = ["Return a shallow copy of a list.", "How are two dates compared?"]
 PASSAGES = [
@@ -49,7 +49,7 @@ def expected(model_id: str, client: MlflowClient, on_server: None) -> tuple[np.n
     from mlflow_dr.retrieval.encode import encode_all
     from mlflow_dr.stores.token_table import token_table
 
-    with fetched(checkpoint_by_id(client, model_id)) as directory:
+    with checkpoint_files(checkpoint_by_id(client, model_id)) as directory:
         encoder = load_encoder(directory)
     text_tokenizer = TextTokenizer(encoder.tokenizer, encoder.settings)
     queries = text_tokenizer.query_ids([Query("", text) for text in QUERIES])

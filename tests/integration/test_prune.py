@@ -12,11 +12,11 @@ import pytest
 from mlflow import MlflowClient
 
 Forked = Callable[..., SimpleNamespace]
-LINE = re.compile(r"step (\d+)  models:/m-\w+  ([\d.]+) MB in (\d+) files  (goes|stays): (.+)")
+LINE = re.compile(r"step (\d+)  models:/m-\w+  ([\d.]+) MB in (\d+) files  (delete|keep): (.+)")
 
 
 def said(printed: list[str]) -> dict[int, tuple[str, str]]:
-    """Step -> `goes` or `stays`, and why."""
+    """Step -> `delete` or `keep`, and why."""
     found = [match for line in printed if (match := LINE.fullmatch(line))]
     return {int(match[1]): (match[4], match[5]) for match in found}
 
@@ -46,9 +46,11 @@ def test_of_a_run_the_best_is_left_whole_and_all_figures(
     words = ("prune", "--run-id", run_id, "--keep", "best:1")
     dry, real = forked(*words, "--dry-run"), forked(*words)
     assert (dry.code, real.code) == (0, 0), (dry.printed, real.printed)
-    assert real.printed == [line.replace("would be removed", "removed") for line in dry.printed]
+    assert real.printed == [line.replace("would be deleted", "deleted") for line in dry.printed]
     assert said(real.printed) == {
-        step: ("stays", "called the best by val") if step == best else ("goes", "none of best:1")
+        step: ("keep", "tagged as best by val")
+        if step == best
+        else ("delete", "no rule of best:1 keeps it")
         for step in (1, 2, 3)
     }
     left = {path for path in artifact_store.rglob("*") if path.is_file()}
@@ -61,7 +63,7 @@ def test_of_a_run_the_best_is_left_whole_and_all_figures(
     other = min(set(values) - {best})
     ended = forked("evaluate", f"models:/{models[other].model_id}", *words)
     assert ended.code == 1
-    assert "its files were removed" in ended.printed[-1]
+    assert "its files were deleted" in ended.printed[-1]
     states = [line.split() for line in forked("status", "--run-id", run_id).printed[1:]]
     assert [state[2] for state in states] == ["done"] * 3
     assert sum(state[-1] == "pruned" for state in states) == 2
@@ -86,7 +88,10 @@ def test_what_is_ended_in_the_middle_is_finished(
     assert checkpoints(client, run_id)[1].tags["mlflow_dr.pruned"] == "begun"
     again = forked(*words)
     assert again.code == 0
-    assert said(again.printed) == {1: ("goes", "begun before"), 2: ("stays", "last")}
+    assert said(again.printed) == {
+        1: ("delete", "its deletion was interrupted"),
+        2: ("keep", "last"),
+    }
     models = checkpoints(client, run_id)
     assert models[1].tags["mlflow_dr.pruned"].startswith("20")
     assert [bool(files(artifact_store, models[step].model_id)) for step in (1, 2)] == [False, True]
@@ -124,8 +129,8 @@ def test_of_deleted_runs_what_mlflow_leaves_behind(
         said(real.printed)
         == said(dry.printed)
         == {
-            2: ("goes", f"run {deleted} is deleted"),
-            3: ("goes", f"run {gone} is gone"),
+            2: ("delete", f"run {deleted} is deleted"),
+            3: ("delete", f"run {gone} is gone"),
         }
     )
     there = {run for run, model in models.items() if files(store, model.model_id)}

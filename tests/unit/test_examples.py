@@ -11,7 +11,7 @@ import pytest
 from mlflow import MlflowClient
 
 from mlflow_dr.retrieval.measures import parse_measures
-from mlflow_dr.tracking.checkpoints import checkpoints_of
+from mlflow_dr.tracking.checkpoints import run_checkpoints
 from mlflow_dr.tracking.client import tracking_uri
 from mlflow_dr.tracking.following import FollowedRun
 from mlflow_dr.tracking.runs import find_run, is_over
@@ -77,7 +77,7 @@ def test_somebody_elses_loop_is_validated(
     run = find_run(client, done.stdout.rpartition("mlflow-dr validate --run-id ")[2].strip())
     state = run.fetch()
     assert is_over(state)
-    assert max(one.ready_ms for one in checkpoints_of(run)) <= state.info.end_time
+    assert max(one.ready_ms for one in run_checkpoints(run)) <= state.info.end_time
     losses = {"train/loss", "loss"} & set(state.data.metrics)
     assert losses, "the loss is on the same run"
 

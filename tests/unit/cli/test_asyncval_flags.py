@@ -15,9 +15,8 @@ from mlflow_dr.encoder.directory import save_encoder
 from mlflow_dr.encoder.model import Encoder
 from mlflow_dr.errors import UsageError
 from mlflow_dr.retrieval.measures import parse_measures
-from mlflow_dr.tracking.current import name_collection
 from mlflow_dr.tracking.directories import FollowedDirectory
-from mlflow_dr.tracking.runs import TrackedRun
+from mlflow_dr.tracking.runs import TrackedRun, name_collection
 from mlflow_dr.validation.evaluate import Settings
 from mlflow_dr.validation.plan import Plan, Validation
 from mlflow_dr.validation.watch import watch

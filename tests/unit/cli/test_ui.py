@@ -9,9 +9,9 @@ import pytest
 from mlflow import MlflowClient
 
 from mlflow_dr.cli import ui
-from mlflow_dr.tracking.curve import link
-from mlflow_dr.tracking.results import bind_name
 from mlflow_dr.tracking.runs import TrackedRun
+from mlflow_dr.tracking.status import curves_url
+from mlflow_dr.tracking.validations import bind_name
 
 
 def called(client: MlflowClient, port: int) -> Any:
@@ -46,6 +46,6 @@ def test_the_curves_of_the_run_that_was_validated_last_are_named(
 
 
 def test_a_link_holds_no_secret(run: TrackedRun) -> None:
-    shown = link(run, "https://TOKEN@host/mlflow/?t=TOKEN")
+    shown = curves_url(run, "https://TOKEN@host/mlflow/?t=TOKEN")
     assert shown.startswith(f"https://host/mlflow/#/experiments/{run.experiment_id}/runs/{run.id}/")
     assert "TOKEN" not in shown

@@ -5,10 +5,11 @@ from pathlib import Path
 
 import pytest
 
-from mlflow_dr.tracking.checkpoints import Checkpoint, checkpoints_of, publish
-from mlflow_dr.tracking.results import bind_name, record_result
+from mlflow_dr.tracking.artifacts import log_per_query_values
+from mlflow_dr.tracking.checkpoints import Checkpoint, publish, run_checkpoints
+from mlflow_dr.tracking.results import record_result
 from mlflow_dr.tracking.runs import TrackedRun
-from mlflow_dr.tracking.tables import log_values
+from mlflow_dr.tracking.validations import bind_name
 
 MEASURES = "mrr@10 ndcg@10"
 
@@ -28,15 +29,15 @@ def measured(run: TrackedRun, tmp_path: Path) -> Callable[..., Checkpoint]:
         step: int, value: float, ranks: Sequence[float] | None = None, name: str = "val"
     ) -> Checkpoint:
         bind_name(run, name, {"measures": MEASURES})
-        known = [one for one in checkpoints_of(run) if one.step == step]
+        known = [one for one in run_checkpoints(run) if one.step == step]
         if not known:
             publish(run, directory, step)
-        checkpoint = next(one for one in checkpoints_of(run) if one.step == step)
+        checkpoint = next(one for one in run_checkpoints(run) if one.step == step)
         figures = {"mrr_at_10": value, "ndcg_at_10": 1 - value, "seconds": 2.0}
         record_result(run, checkpoint, name, figures, ("sea", "0"))
         if ranks is not None:
-            log_values(run, checkpoint, name, per_query(ranks))
-        return next(one for one in checkpoints_of(run) if one.step == step)
+            log_per_query_values(run, checkpoint, name, per_query(ranks))
+        return next(one for one in run_checkpoints(run) if one.step == step)
 
     return measured
 

@@ -26,14 +26,15 @@ from mlflow_dr.errors import (
 from mlflow_dr.tracking.checkpoints import (
     PRUNED_TAG,
     Checkpoint,
-    checkpoints_of,
-    give_up,
-    new_checkpoint,
+    announce_checkpoint,
+    mark_upload_failed,
+    run_checkpoints,
 )
 from mlflow_dr.tracking.client import connect
 from mlflow_dr.tracking.directories import register_directory
-from mlflow_dr.tracking.results import bind_name, record_result
+from mlflow_dr.tracking.results import record_result
 from mlflow_dr.tracking.runs import TrackedRun
+from mlflow_dr.tracking.validations import bind_name
 
 Measured = Callable[..., Checkpoint]
 TAG = "mlflow_dr.best.val"
@@ -44,7 +45,7 @@ def places(best: Best) -> tuple[int, int | None]:
 
 
 def tagged(run: TrackedRun) -> dict[int, str]:
-    return {one.step: one.tags[TAG] for one in checkpoints_of(run) if TAG in one.tags}
+    return {one.step: one.tags[TAG] for one in run_checkpoints(run) if TAG in one.tags}
 
 
 def test_the_highest_value_is_best(run: TrackedRun, measured: Measured) -> None:
@@ -71,11 +72,11 @@ def test_what_is_not_whole_not_measured_or_no_number_is_passed_over(
 ) -> None:
     measured(10, 0.2)
     measured(20, math.nan)
-    pending, lost = (new_checkpoint(run, step, "") for step in (30, 40))
-    for one in checkpoints_of(run):
+    pending, lost = (announce_checkpoint(run, step, "") for step in (30, 40))
+    for one in run_checkpoints(run):
         if one.model_id in (pending, lost):
             record_result(run, one, "val", {"mrr_at_10": 0.9}, ("sea", "0"))
-    give_up(run, lost)
+    mark_upload_failed(run, lost)
     assert places(find_best(run)) == (10, None)
 
 
@@ -305,7 +306,7 @@ def test_a_directory_of_somebody_elses_trainer(
     found = tmp_path / "output" / "checkpoint-10"
     found.mkdir(parents=True)
     register_directory(run, found, 10)
-    (checkpoint,) = checkpoints_of(run)
+    (checkpoint,) = run_checkpoints(run)
     bind_name(run, "val", {"measures": "mrr@10"})
     record_result(run, checkpoint, "val", {"mrr_at_10": 0.5}, ("sea", "0"))
     assert "step 10" in best()

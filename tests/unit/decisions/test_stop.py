@@ -8,7 +8,7 @@ import pytest
 
 from mlflow_dr.decisions.stop import plateau, stop_if_plateau
 from mlflow_dr.errors import UsageError
-from mlflow_dr.tracking.checkpoints import checkpoints_of, publish
+from mlflow_dr.tracking.checkpoints import publish, run_checkpoints
 from mlflow_dr.tracking.results import mark_failed, record_result
 from mlflow_dr.tracking.runs import TrackedRun
 from mlflow_dr.tracking.stop_request import clear_stop_request, request_stop, stop_request
@@ -109,13 +109,13 @@ def falling(run: TrackedRun, tmp_path: Path) -> TrackedRun:
 
 def add(run: TrackedRun, directory: Path, step: int, value: float | None) -> None:
     model_id = publish(run, directory, step)
-    (one,) = [one for one in checkpoints_of(run) if one.model_id == model_id]
+    (one,) = [one for one in run_checkpoints(run) if one.model_id == model_id]
     if value is not None:
         record_result(run, one, "val", {MRR.key: value}, ("sea", "0"))
 
 
 def asked(run: TrackedRun, patience: int = 3) -> str | None:
-    return stop_if_plateau(run, checkpoints_of(run), MRR, patience)
+    return stop_if_plateau(run, run_checkpoints(run), MRR, patience)
 
 
 def test_the_request_is_made_once(falling: TrackedRun) -> None:
@@ -146,7 +146,7 @@ def test_a_training_that_goes_on_gets_new_checkpoints(falling: TrackedRun, tmp_p
 def test_it_waits_for_those_that_somebody_will_do(falling: TrackedRun, tmp_path: Path) -> None:
     add(falling, tmp_path, 35, None)
     assert asked(falling) is None
-    there = checkpoints_of(falling)
+    there = run_checkpoints(falling)
     assert stop_if_plateau(falling, there, MRR, 3, waiting=there) is None
     assert stop_if_plateau(falling, there, MRR, 3, waiting=[])
 
@@ -155,7 +155,7 @@ def test_one_that_failed_is_neither_waited_for_nor_counted(
     falling: TrackedRun, tmp_path: Path
 ) -> None:
     add(falling, tmp_path, 35, None)
-    (failed,) = [one for one in checkpoints_of(falling) if one.step == 35]
+    (failed,) = [one for one in run_checkpoints(falling) if one.step == 35]
     mark_failed(falling, failed, "val", "NaN")
     assert asked(falling, patience=4) is None
     assert asked(falling)
@@ -165,7 +165,7 @@ def test_a_value_that_is_no_number(run: TrackedRun, tmp_path: Path) -> None:
     (tmp_path / "weights").write_text("1")
     for step, value in ((1, 0.5), (2, NAN), (3, NAN)):
         add(run, tmp_path, step, value)
-    assert json.loads(checkpoints_of(run)[1].params["mlflow_dr.validation.val"])
+    assert json.loads(run_checkpoints(run)[1].params["mlflow_dr.validation.val"])
     reason = asked(run, patience=2)
     assert reason is not None
     assert reason.endswith("best 0.5000 at step 1, last nan at step 3")

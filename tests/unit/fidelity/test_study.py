@@ -27,7 +27,7 @@ from mlflow_dr.fidelity.study import FidelityConfig
 from mlflow_dr.retrieval import dense
 from mlflow_dr.retrieval.measures import parse_measures
 from mlflow_dr.subsets.spec import parse_subset
-from mlflow_dr.tracking.checkpoints import checkpoints_of, publish
+from mlflow_dr.tracking.checkpoints import publish, run_checkpoints
 from mlflow_dr.tracking.directories import found_checkpoints
 from mlflow_dr.tracking.runs import TrackedRun
 from mlflow_dr.validation.evaluate import Prepared, Settings, evaluate
@@ -107,7 +107,7 @@ def asked(*subsets: str, **others: Any) -> FidelityConfig:
 
 
 def study(run: TrackedRun, *subsets: str, **others: Any) -> FidelityResult:
-    return studying.study_fidelity(checkpoints_of(run), asked(*subsets, **others), run)
+    return studying.study_fidelity(run_checkpoints(run), asked(*subsets, **others), run)
 
 
 def called(*words: object) -> Any:
@@ -234,7 +234,7 @@ def test_another_subset_costs_its_own_passages_only(
 def test_what_cannot_be_read_is_passed_over(
     published: TrackedRun, client: MlflowClient, untimed: None, caplog: pytest.LogCaptureFixture
 ) -> None:
-    broken = checkpoints_of(published)[1]
+    broken = run_checkpoints(published)[1]
     (Path(broken.location.removeprefix("file://")) / "model.safetensors").write_bytes(b"1")
     findings = study(published)
     assert findings.steps == (5, 15, 20)

@@ -6,13 +6,13 @@ from mlflow.entities import LoggedModelStatus
 from mlflow_dr.errors import TrackingError
 from mlflow_dr.tracking.checkpoints import (
     STEP_TAG,
-    abandon_pending,
+    announce_checkpoint,
     checkpoint_by_id,
-    checkpoints_of,
-    give_up,
-    new_checkpoint,
+    fail_pending_checkpoints,
+    mark_upload_failed,
     publish,
     ready_steps,
+    run_checkpoints,
 )
 from mlflow_dr.tracking.runs import TrackedRun
 
@@ -23,9 +23,9 @@ def left_by_a_killed_trainer(run: TrackedRun, tmp_path: Path) -> TrackedRun:
     (tmp_path / "weights").write_text("1")
     publish(run, tmp_path, 0)
     publish(run, tmp_path, 5)
-    give_up(run, new_checkpoint(run, 10, "abc"))
-    new_checkpoint(run, 15, "abc")
-    new_checkpoint(run, 20, "abc")
+    mark_upload_failed(run, announce_checkpoint(run, 10, "abc"))
+    announce_checkpoint(run, 15, "abc")
+    announce_checkpoint(run, 20, "abc")
     publish(run, tmp_path, 20)
     return run
 
@@ -36,14 +36,14 @@ def test_the_steps_that_are_whole(left_by_a_killed_trainer: TrackedRun) -> None:
 
 def test_what_was_announced_only_is_given_up(left_by_a_killed_trainer: TrackedRun) -> None:
     run = left_by_a_killed_trainer
-    assert [one.step for one in checkpoints_of(run) if one.pending] == [15, 20]
-    assert abandon_pending(run) == [15, 20]
-    assert not any(one.pending for one in checkpoints_of(run))
+    assert [one.step for one in run_checkpoints(run) if one.pending] == [15, 20]
+    assert fail_pending_checkpoints(run) == [15, 20]
+    assert not any(one.pending for one in run_checkpoints(run))
     assert ready_steps(run) == {0, 5, 20}
     models = run.client.search_logged_models([run.experiment_id], f"source_run_id = '{run.id}'")
     failed = [model.name for model in models if model.status == LoggedModelStatus.FAILED]
     assert sorted(failed) == ["step-10", "step-15", "step-20"]
-    assert abandon_pending(run) == []
+    assert fail_pending_checkpoints(run) == []
 
 
 def test_another_runs_checkpoints_and_other_models_are_left_alone(
@@ -51,10 +51,10 @@ def test_another_runs_checkpoints_and_other_models_are_left_alone(
 ) -> None:
     run = left_by_a_killed_trainer
     other = TrackedRun(run.client, run.client.create_run(run.experiment_id))
-    new_checkpoint(other, 15, "abc")
+    announce_checkpoint(other, 15, "abc")
     theirs = run.client.create_logged_model(run.experiment_id, "classifier", source_run_id=run.id)
-    abandon_pending(run)
-    assert [one.pending for one in checkpoints_of(other)] == [True]
+    fail_pending_checkpoints(run)
+    assert [one.pending for one in run_checkpoints(other)] == [True]
     assert run.client.get_logged_model(theirs.model_id).status == LoggedModelStatus.PENDING
 
 
@@ -67,7 +67,7 @@ def test_a_model_whose_step_is_malformed_is_passed_over_with_one_warning(
     publish(run, tmp_path, 6)
     run.client.set_logged_model_tags(model_id, {STEP_TAG: step})
     for _ in range(2):
-        assert [one.step for one in checkpoints_of(run)] == [6]
+        assert [one.step for one in run_checkpoints(run)] == [6]
     assert caplog.text.count(f"model {model_id} is passed over") == 1
     with pytest.raises(TrackingError, match="is no step"):
         checkpoint_by_id(run.client, model_id)

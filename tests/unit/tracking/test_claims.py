@@ -10,8 +10,8 @@ import pytest
 from mlflow import MlflowClient
 from mlflow.exceptions import MlflowException
 
-from mlflow_dr.tracking.checkpoints import Checkpoint, checkpoints_of, publish
-from mlflow_dr.tracking.claims import Claims, Owner, Watchman, standing
+from mlflow_dr.tracking.checkpoints import Checkpoint, publish, run_checkpoints
+from mlflow_dr.tracking.claims import Claims, HeartbeatMonitor, Owner, latest_claim
 from mlflow_dr.tracking.client import AT_ONCE
 from mlflow_dr.tracking.runs import TrackedRun
 
@@ -26,7 +26,7 @@ def published(run: TrackedRun, tmp_path: Path) -> TrackedRun:
 
 
 def only(run: TrackedRun) -> Checkpoint:
-    (checkpoint,) = checkpoints_of(run)
+    (checkpoint,) = run_checkpoints(run)
     return checkpoint
 
 
@@ -48,7 +48,7 @@ def test_of_eight_at_the_same_instant_one_wins(published: TrackedRun) -> None:
     for thread in threads:
         thread.join()
     (token,) = won
-    there = standing(only(published), "val")
+    there = latest_claim(only(published), "val")
     assert there is not None
     assert (there.attempt, there.given_back) == (1, False)
     assert there.owner == replace(ELSEWHERE, token=token)
@@ -94,13 +94,13 @@ def test_validations_are_claimed_apart(published: TrackedRun) -> None:
     checkpoint = only(published)
     assert Claims(published.client, ELSEWHERE).claim(checkpoint, "val")
     assert Claims(published.client).claim(checkpoint, "test")
-    assert standing(only(published), "val").owner == ELSEWHERE
-    assert standing(only(published), "other") is None
+    assert latest_claim(only(published), "val").owner == ELSEWHERE
+    assert latest_claim(only(published), "other") is None
 
 
 def beats(published: TrackedRun) -> int:
     """How often the claim was renewed."""
-    return int(standing(only(published), "val").beat.rpartition(": ")[2] or 0)
+    return int(latest_claim(only(published), "val").beat.rpartition(": ")[2] or 0)
 
 
 def test_a_heartbeat_is_renewed_until_the_work_is_finished(published: TrackedRun) -> None:
@@ -113,7 +113,7 @@ def test_a_heartbeat_is_renewed_until_the_work_is_finished(published: TrackedRun
     claims.drop(checkpoint, "val", finished=True)
     claims.close()
     assert beats(published) >= 2
-    assert not standing(only(published), "val").given_back
+    assert not latest_claim(only(published), "val").given_back
 
 
 def test_a_renewal_that_fails_is_tried_again(
@@ -131,11 +131,11 @@ def test_a_renewal_that_fails_is_tried_again(
     claims = Claims(published.client, every=0.02)
     assert claims.claim(only(published), "val")
     deadline = time.monotonic() + 120
-    while not standing(only(published), "val").beat and time.monotonic() < deadline:
+    while not latest_claim(only(published), "val").beat and time.monotonic() < deadline:
         time.sleep(0.02)
     claims.close()
     assert "was not renewed: MlflowException: no route to host" in caplog.text
-    assert standing(only(published), "val").given_back
+    assert latest_claim(only(published), "val").given_back
 
 
 @pytest.mark.parametrize("finished", [False, True])
@@ -144,13 +144,13 @@ def test_unfinished_work_is_given_back(published: TrackedRun, finished: bool) ->
     assert claims.claim(only(published), "val")
     claims.drop(only(published), "val", finished=finished)
     checkpoint = only(published)
-    assert standing(checkpoint, "val").given_back is not finished
-    assert Watchman().is_free(checkpoint, "val") is not finished
+    assert latest_claim(checkpoint, "val").given_back is not finished
+    assert HeartbeatMonitor().is_free(checkpoint, "val") is not finished
     if not finished:
         assert Claims(published.client).claim(checkpoint, "val")
         again = only(published)
-        assert standing(again, "val").attempt == 2
-        assert not standing(again, "val").given_back
+        assert latest_claim(again, "val").attempt == 2
+        assert not latest_claim(again, "val").given_back
 
 
 def test_a_claim_is_free_when_its_heartbeat_has_stood_still(
@@ -158,7 +158,7 @@ def test_a_claim_is_free_when_its_heartbeat_has_stood_still(
 ) -> None:
     """By our own clock, of which only time between two looks counts."""
     now = 0.0
-    watchman = Watchman(patience=60, longest_gap=10, clock=lambda: now)
+    watchman = HeartbeatMonitor(patience=60, longest_gap=10, clock=lambda: now)
     assert Claims(client, ELSEWHERE).claim(only(published), "val")
 
     def free_after(seconds: float, beat: str | None = None) -> bool:
@@ -179,9 +179,9 @@ def test_a_claim_is_free_when_its_heartbeat_has_stood_still(
 
 def test_the_owner_is_known_to_be_gone_on_its_own_machine_only() -> None:
     me = Owner.me()
-    assert not me.is_gone
-    assert replace(me, started=me.started + 1).is_gone  # the id was given to another process
-    assert not replace(me, started=me.started + 1, room="another boot").is_gone
+    assert not me.is_dead
+    assert replace(me, started=me.started + 1).is_dead  # the id was given to another process
+    assert not replace(me, started=me.started + 1, room="another boot").is_dead
     code = (
         "import json; from mlflow_dr.tracking.claims import Owner; "
         "print(json.dumps(vars(Owner.me())))"
@@ -189,7 +189,7 @@ def test_the_owner_is_known_to_be_gone_on_its_own_machine_only() -> None:
     ended = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     owner = Owner.parse(ended.stdout)
     assert owner is not None
-    assert owner.is_gone
+    assert owner.is_dead
 
 
 @pytest.mark.parametrize("value", ["", "{}", "[]", "null", '{"host": 1}'])
@@ -220,5 +220,5 @@ def test_a_claim_without_a_number_is_none(run: TrackedRun, tmp_path: Path) -> No
     for key, value in keys.items():
         if len(key) < 250:
             run.client.log_model_params(model_id, {key: value})
-    (checkpoint,) = checkpoints_of(run)
-    assert standing(checkpoint, "val") is None
+    (checkpoint,) = run_checkpoints(run)
+    assert latest_claim(checkpoint, "val") is None

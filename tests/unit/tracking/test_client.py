@@ -12,7 +12,7 @@ from mlflow.exceptions import MlflowException
 from mlflow.protos.databricks_pb2 import INTERNAL_ERROR, PERMISSION_DENIED
 
 from mlflow_dr.errors import ForbiddenError, TrackingError
-from mlflow_dr.tracking.client import answers, connect, tracking_errors, tracking_uri
+from mlflow_dr.tracking.client import connect, server_responds, tracking_errors, tracking_uri
 
 
 @pytest.fixture(autouse=True)
@@ -101,11 +101,13 @@ def disturbed() -> Iterator[Callable[[list[bytes]], str]]:
     """A server that answers with these bytes, one after the other, and closes the connection."""
     servers: list[HTTPServer] = []
 
-    def serve(answers: list[bytes]) -> str:
+    def serve(server_responds: list[bytes]) -> str:
         class Handler(BaseHTTPRequestHandler):
             def do_POST(self) -> None:
                 self.rfile.read(int(self.headers.get("Content-Length", 0)))
-                self.wfile.write(answers.pop(0) if len(answers) > 1 else answers[0])
+                self.wfile.write(
+                    server_responds.pop(0) if len(server_responds) > 1 else server_responds[0]
+                )
 
             do_GET = do_PATCH = do_POST  # noqa: N815
 
@@ -132,7 +134,7 @@ def test_a_first_request_that_fails_is_made_again(
 ) -> None:
     monkeypatch.setattr("mlflow_dr.tracking.client.SECONDS_TO_CONNECT", 60.0)
     client = connect(disturbed([PAGE, b"", LATER, NOTHING_THERE]))
-    assert answers(client)
+    assert server_responds(client)
 
 
 def test_a_server_that_is_another_one_is_one_line(
@@ -171,4 +173,4 @@ def test_a_first_answer_that_is_late_is_asked_for_again(
     disturbed: Callable[[list[bytes]], str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("mlflow_dr.tracking.client.SECONDS_TO_CONNECT", 0.0)
-    assert answers(connect(disturbed([b"", NOTHING_THERE])))
+    assert server_responds(connect(disturbed([b"", NOTHING_THERE])))

@@ -8,7 +8,7 @@ from mlflow import MlflowClient
 from mlflow_dr.encoder.directory import save_encoder
 from mlflow_dr.encoder.model import Encoder
 from mlflow_dr.errors import UsageError
-from mlflow_dr.tracking.checkpoints import checkpoints_of, publish
+from mlflow_dr.tracking.checkpoints import publish, run_checkpoints
 from mlflow_dr.tracking.directories import FollowedDirectory
 from mlflow_dr.tracking.following import FollowedRun
 from mlflow_dr.tracking.runs import TrackedRun
@@ -58,8 +58,8 @@ def test_a_directory_is_registered_once_by_several(run: TrackedRun, output: Path
     assert steps_of(first) == steps_of(second) == [5, 10]
     ids = {one.model_id for one in first.look().checkpoints}
     assert ids == {one.model_id for one in second.look().checkpoints}
-    assert len(checkpoints_of(run)) == 2
-    assert all(one.ready for one in checkpoints_of(run))
+    assert len(run_checkpoints(run)) == 2
+    assert all(one.ready for one in run_checkpoints(run))
 
 
 def test_whoever_follows_the_run_elsewhere_has_not_its_files(run: TrackedRun, output: Path) -> None:
@@ -71,7 +71,7 @@ def test_whoever_follows_the_run_elsewhere_has_not_its_files(run: TrackedRun, ou
     other = output.parent / "other"
     shutil.copytree(output, other)
     assert steps_of(FollowedDirectory(run, other, is_mine=False)) == [5, 10]
-    assert len(checkpoints_of(run)) == 5
+    assert len(run_checkpoints(run)) == 5
 
 
 def test_the_end_of_a_run_that_is_not_ours_is_the_end(
@@ -93,7 +93,7 @@ def test_a_killed_registration_is_finished_by_the_next(
         with pytest.raises(KeyboardInterrupt):
             FollowedDirectory(run, output, is_mine=False).look()
     assert steps_of(FollowedDirectory(run, output, is_mine=False)) == [5, 10]
-    assert len(checkpoints_of(run)) == 2
+    assert len(run_checkpoints(run)) == 2
 
 
 def test_no_such_directory(run: TrackedRun, tmp_path: Path) -> None:

@@ -15,7 +15,7 @@ from mlflow.store.artifact.local_artifact_repo import LocalArtifactRepository
 from mlflow_dr.errors import CheckpointError, LostError, UnavailableError
 from mlflow_dr.files import file_sha256
 from mlflow_dr.tracking import fetching
-from mlflow_dr.tracking.checkpoints import Checkpoint, checkpoints_of, publish
+from mlflow_dr.tracking.checkpoints import Checkpoint, publish, run_checkpoints
 from mlflow_dr.tracking.manifest import read_manifest
 from mlflow_dr.tracking.runs import TrackedRun
 
@@ -46,8 +46,8 @@ def test_what_an_encoder_needs_or_everything(
     run: TrackedRun, directory: Path, elsewhere: None, tmp_path: Path
 ) -> None:
     publish(run, directory, 1)
-    (checkpoint,) = checkpoints_of(run)
-    with fetching.fetched(checkpoint) as found:
+    (checkpoint,) = run_checkpoints(run)
+    with fetching.checkpoint_files(checkpoint) as found:
         assert names(found) == {"manifest.json", "weights", "1_Pooling/config.json"}
     assert not found.exists()
     fetching.download(checkpoint, tmp_path / "whole")
@@ -59,10 +59,10 @@ def test_a_file_that_is_not_there(
     run: TrackedRun, directory: Path, elsewhere: None, lost: str
 ) -> None:
     publish(run, directory, 1)
-    (checkpoint,) = checkpoints_of(run)
+    (checkpoint,) = run_checkpoints(run)
     (Path(checkpoint.location.removeprefix("file://")) / lost).unlink()
     message = f"cannot be downloaded: .*{lost}"
-    with pytest.raises(UnavailableError, match=message), fetching.fetched(checkpoint):
+    with pytest.raises(UnavailableError, match=message), fetching.checkpoint_files(checkpoint):
         pass
 
 
@@ -74,14 +74,14 @@ def test_an_error_of_an_object_store(
     run: TrackedRun, directory: Path, elsewhere: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     publish(run, directory, 1)
-    (checkpoint,) = checkpoints_of(run)
+    (checkpoint,) = run_checkpoints(run)
 
     def refused(*_: object) -> None:
         raise ObjectStoreError("could not connect to\nthe endpoint")
 
     monkeypatch.setattr(LocalArtifactRepository, "_download_file", refused)
     message = "cannot be downloaded: could not connect to the endpoint"
-    with pytest.raises(UnavailableError, match=message), fetching.fetched(checkpoint):
+    with pytest.raises(UnavailableError, match=message), fetching.checkpoint_files(checkpoint):
         pass
 
 
@@ -89,7 +89,7 @@ def test_ctrl_c_does_not_wait_for_the_files_under_way(
     run: TrackedRun, directory: Path, elsewhere: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     publish(run, directory, 1)
-    (checkpoint,) = checkpoints_of(run)
+    (checkpoint,) = run_checkpoints(run)
     released, real = threading.Event(), LocalArtifactRepository._download_file
 
     def slow(self: LocalArtifactRepository, name: str, path: str) -> None:
@@ -101,7 +101,7 @@ def test_ctrl_c_does_not_wait_for_the_files_under_way(
 
     monkeypatch.setattr(LocalArtifactRepository, "_download_file", slow)
     start = time.monotonic()
-    with pytest.raises(KeyboardInterrupt), fetching.fetched(checkpoint):
+    with pytest.raises(KeyboardInterrupt), fetching.checkpoint_files(checkpoint):
         pass
     released.set()
     assert time.monotonic() - start < 120
@@ -126,13 +126,13 @@ def test_of_a_store_that_is_read_in_place_only_what_is_listed_is_used(
     run: TrackedRun, directory: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     publish(run, directory, 1)
-    (checkpoint,) = checkpoints_of(run)
-    with fetching.fetched(checkpoint) as found:
+    (checkpoint,) = run_checkpoints(run)
+    with fetching.checkpoint_files(checkpoint) as found:
         assert found == place(checkpoint)
     (place(checkpoint) / "query").mkdir()
     (place(checkpoint) / "query" / "config.json").write_text("{}")
     (place(checkpoint) / "special_tokens_map.json").write_text("{}")
-    with fetching.fetched(checkpoint) as found:
+    with fetching.checkpoint_files(checkpoint) as found:
         assert names(found) == names(directory)
         assert (found / "weights").read_text() == "1"
     assert not found.exists()
@@ -147,7 +147,7 @@ def test_an_answer_of_other_bytes_is_asked_for_again(
 ) -> None:
     """A login page with status 200 for each file, and an answer that is cut."""
     publish(run, directory, 1)
-    (checkpoint,) = checkpoints_of(run)
+    (checkpoint,) = run_checkpoints(run)
     real, asked = LocalArtifactRepository._download_file, []
 
     def disturbed(self: LocalArtifactRepository, name: str, path: str) -> None:
@@ -163,7 +163,7 @@ def test_an_answer_of_other_bytes_is_asked_for_again(
             real(self, name, path)
 
     monkeypatch.setattr(LocalArtifactRepository, "_download_file", disturbed)
-    with fetching.fetched(checkpoint) as found:
+    with fetching.checkpoint_files(checkpoint) as found:
         assert (found / "weights").read_text() == "1"
     assert asked.count("weights") == asked.count("manifest.json") == 3
 
@@ -172,13 +172,16 @@ def test_a_login_page_in_place_of_every_file_says_nothing_about_the_checkpoint(
     run: TrackedRun, directory: Path, elsewhere: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     publish(run, directory, 1)
-    (checkpoint,) = checkpoints_of(run)
+    (checkpoint,) = run_checkpoints(run)
 
     def page(self: LocalArtifactRepository, name: str, path: str) -> None:
         Path(path).write_bytes(PAGE)
 
     monkeypatch.setattr(LocalArtifactRepository, "_download_file", page)
-    with pytest.raises(UnavailableError, match="did not come as"), fetching.fetched(checkpoint):
+    with (
+        pytest.raises(UnavailableError, match="did not come as"),
+        fetching.checkpoint_files(checkpoint),
+    ):
         pass
 
 
@@ -186,7 +189,7 @@ def test_bytes_that_differ_from_time_to_time_say_nothing_about_the_checkpoint(
     run: TrackedRun, directory: Path, elsewhere: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     publish(run, directory, 1)
-    (checkpoint,) = checkpoints_of(run)
+    (checkpoint,) = run_checkpoints(run)
     real, asked = LocalArtifactRepository._download_file, []
 
     def flipped(self: LocalArtifactRepository, name: str, path: str) -> None:
@@ -196,7 +199,10 @@ def test_bytes_that_differ_from_time_to_time_say_nothing_about_the_checkpoint(
             Path(path).write_text(str(1 + len(asked)))
 
     monkeypatch.setattr(LocalArtifactRepository, "_download_file", flipped)
-    with pytest.raises(UnavailableError, match="weights did not"), fetching.fetched(checkpoint):
+    with (
+        pytest.raises(UnavailableError, match="weights did not"),
+        fetching.checkpoint_files(checkpoint),
+    ):
         pass
 
 
@@ -208,9 +214,12 @@ def test_a_store_that_has_other_bytes(
     run: TrackedRun, directory: Path, elsewhere: None, name: str, says: str
 ) -> None:
     publish(run, directory, 1)
-    (checkpoint,) = checkpoints_of(run)
+    (checkpoint,) = run_checkpoints(run)
     (place(checkpoint) / name).write_text("other")
-    with pytest.raises(CheckpointError, match=says) as caught, fetching.fetched(checkpoint):
+    with (
+        pytest.raises(CheckpointError, match=says) as caught,
+        fetching.checkpoint_files(checkpoint),
+    ):
         pass
     assert not isinstance(caught.value, UnavailableError)
 
@@ -219,24 +228,27 @@ def test_files_that_are_gone_and_a_store_that_is_not_there(
     run: TrackedRun, directory: Path, elsewhere: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     publish(run, directory, 1)
-    (checkpoint,) = checkpoints_of(run)
+    (checkpoint,) = run_checkpoints(run)
     (place(checkpoint) / "weights").unlink()
-    with pytest.raises(LostError, match="weights"), fetching.fetched(checkpoint):
+    with pytest.raises(LostError, match="weights"), fetching.checkpoint_files(checkpoint):
         pass
     monkeypatch.undo()  # the store is on this machine
     shutil.rmtree(place(checkpoint))
-    with pytest.raises(LostError, match="no directory"), fetching.fetched(checkpoint):
+    with pytest.raises(LostError, match="no directory"), fetching.checkpoint_files(checkpoint):
         pass
     other = replace(checkpoint, location="/no/such/mount/models/m-1/artifacts")
-    with pytest.raises(UnavailableError) as caught, fetching.fetched(other):
+    with pytest.raises(UnavailableError) as caught, fetching.checkpoint_files(other):
         pass
     assert not isinstance(caught.value, LostError)
 
 
 def test_a_missing_plugin_of_the_store_will_not_come(run: TrackedRun, directory: Path) -> None:
     publish(run, directory, 1)
-    checkpoint = replace(checkpoints_of(run)[0], location="nostore://bucket/m-1/artifacts")
-    with pytest.raises(UnavailableError, match="nostore") as caught, fetching.fetched(checkpoint):
+    checkpoint = replace(run_checkpoints(run)[0], location="nostore://bucket/m-1/artifacts")
+    with (
+        pytest.raises(UnavailableError, match="nostore") as caught,
+        fetching.checkpoint_files(checkpoint),
+    ):
         pass
     assert caught.value.lasting
 
@@ -245,7 +257,7 @@ def test_a_missing_module_will_not_come(
     run: TrackedRun, directory: Path, elsewhere: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     publish(run, directory, 1)
-    (checkpoint,) = checkpoints_of(run)
+    (checkpoint,) = run_checkpoints(run)
     asked: list[str] = []
 
     def without(self: LocalArtifactRepository, name: str, path: str) -> None:
@@ -254,7 +266,10 @@ def test_a_missing_module_will_not_come(
 
     monkeypatch.setattr(LocalArtifactRepository, "_download_file", without)
     message = "no_such_sdk"
-    with pytest.raises(UnavailableError, match=message) as caught, fetching.fetched(checkpoint):
+    with (
+        pytest.raises(UnavailableError, match=message) as caught,
+        fetching.checkpoint_files(checkpoint),
+    ):
         pass
     assert caught.value.lasting
     assert len(asked) == 1

@@ -7,7 +7,7 @@ from mlflow import MlflowClient
 
 from mlflow_dr.errors import TrackingError
 from mlflow_dr.tracking import following
-from mlflow_dr.tracking.checkpoints import Checkpoint, new_checkpoint, publish
+from mlflow_dr.tracking.checkpoints import Checkpoint, announce_checkpoint, publish
 from mlflow_dr.tracking.following import FollowedExperiment, FollowedRun
 from mlflow_dr.tracking.runs import TrackedRun
 
@@ -49,7 +49,7 @@ def test_a_pending_checkpoint_is_seen_when_it_is_ready(run: TrackedRun, director
     from mlflow_dr.tracking.checkpoints import upload_checkpoint
     from mlflow_dr.tracking.manifest import write_manifest
 
-    model_id = new_checkpoint(run, 1, write_manifest(directory))
+    model_id = announce_checkpoint(run, 1, write_manifest(directory))
     publish(run, directory, 2)
     followed = FollowedRun(run)
     seen = followed.look().checkpoints
@@ -63,7 +63,7 @@ def test_what_a_killed_trainer_has_announced_is_not_asked_for_for_ever(
     run: TrackedRun, directory: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(following, "LONGEST_UPLOAD_MS", 50)
-    new_checkpoint(run, 1, "")
+    announce_checkpoint(run, 1, "")
     time.sleep(0.1)
     publish(run, directory, 2)
     bounds: list[int] = []

@@ -8,9 +8,9 @@ from mlflow_dr.errors import CheckpointError
 from mlflow_dr.files import file_sha256
 from mlflow_dr.tracking.manifest import (
     MANIFEST,
-    not_listed,
-    only_listed,
+    link_listed_files,
     read_manifest,
+    unlisted_files,
     verify_manifest,
     write_manifest,
 )
@@ -105,11 +105,11 @@ def test_a_manifest_that_is_no_json(tmp_path: Path, text: str) -> None:
 def test_a_view_has_what_is_listed_and_nothing_else(directory: Path, tmp_path: Path) -> None:
     write_manifest(directory)
     listed = read_manifest(directory, None)
-    assert not_listed(directory, listed) == []
+    assert unlisted_files(directory, listed) == []
     (directory / "query").mkdir()
     (directory / "1_Pooling" / "added.json").write_text("{}")
-    assert not_listed(directory, listed) == ["1_Pooling/added.json", "query"]
-    view = only_listed(directory, listed, tmp_path / "view")
+    assert unlisted_files(directory, listed) == ["1_Pooling/added.json", "query"]
+    view = link_listed_files(directory, listed, tmp_path / "view")
     names = {path.relative_to(view).as_posix() for path in view.rglob("*")}
     assert names == {MANIFEST, "model.safetensors", "1_Pooling", "1_Pooling/config.json"}
     assert (view / "model.safetensors").read_bytes() == b"weights"

@@ -11,18 +11,18 @@ from mlflow.store.artifact.local_artifact_repo import LocalArtifactRepository
 from mlflow_dr.errors import CheckpointError, TrackingError
 from mlflow_dr.tracking.checkpoints import (
     Checkpoint,
-    checkpoints_of,
-    give_up,
-    new_checkpoint,
+    announce_checkpoint,
+    mark_upload_failed,
     publish,
     ready_steps,
+    run_checkpoints,
 )
 from mlflow_dr.tracking.claims import Claims, Owner
 from mlflow_dr.tracking.directories import register_directory
-from mlflow_dr.tracking.fetching import fetched
+from mlflow_dr.tracking.fetching import checkpoint_files
 from mlflow_dr.tracking.orphans import RunState, orphans
-from mlflow_dr.tracking.pruning import Stored, needed, prune, registered, stored
-from mlflow_dr.tracking.results import State, record_result, state_of
+from mlflow_dr.tracking.pruning import Stored, delete_files, registered_versions, stored_files
+from mlflow_dr.tracking.results import State, record_result, validation_state
 from mlflow_dr.tracking.runs import TrackedRun
 
 ELSEWHERE = Owner("far", 7, "another boot", 1, "token")
@@ -47,7 +47,7 @@ def published(run: TrackedRun, directory: Path) -> TrackedRun:
 
 
 def at(run: TrackedRun, step: int) -> Checkpoint:
-    (found,) = [one for one in checkpoints_of(run) if one.step == step]
+    (found,) = [one for one in run_checkpoints(run) if one.step == step]
     return found
 
 
@@ -67,27 +67,27 @@ def test_files_go_and_everything_else_stays(published: TrackedRun) -> None:
     (folder.parent / "neighbour").write_text("1")
     beside[str(folder.parent / "neighbour")] = b"1"
 
-    there = stored(published.client, before)
-    removal = prune(published.client, before)
+    there = stored_files(published.client, before)
+    removal = delete_files(published.client, before)
     assert removal.stored == there
     assert there.bytes == size
     assert removal.kept == ""
     assert tree(folder.parents[2]) == beside
 
     after = at(published, 2)
-    assert (after.is_pruned, after.is_gone) == (True, True)
+    assert (after.is_pruned, after.is_fully_pruned) == (True, True)
     assert after.tags["mlflow_dr.pruned"].startswith("20")
     assert (after.params, after.metrics) == (before.params, before.metrics)
-    assert state_of(after, "val") is State.DONE
+    assert validation_state(after, "val") is State.DONE
     history = published.client.get_metric_history(published.id, "val/mrr_at_10")
     assert [one.step for one in history] == [2]
-    with pytest.raises(CheckpointError, match="its files were removed"), fetched(after):
+    with pytest.raises(CheckpointError, match="its files were deleted"), checkpoint_files(after):
         pass
-    assert prune(published.client, before).stored == Stored(0, 0)
+    assert delete_files(published.client, before).stored == Stored(0, 0)
 
 
 def test_a_training_that_is_resumed_has_the_step(published: TrackedRun) -> None:
-    prune(published.client, at(published, 2))
+    delete_files(published.client, at(published, 2))
     assert ready_steps(published) == {1, 2, 3}
 
 
@@ -99,16 +99,16 @@ def test_what_came_into_use_since_it_was_seen_stays(published: TrackedRun, by: s
     else:
         tags = {"mlflow_dr.best.val/mrr_at_10": "0.5"}
         published.client.set_logged_model_tags(seen.model_id, tags)
-    removal = prune(published.client, seen)
+    removal = delete_files(published.client, seen)
     assert (
         removal.kept
         == {
             "claim": "being validated by far:7",
-            "tag": "called the best by val/mrr_at_10",
+            "tag": "tagged as best by val/mrr_at_10",
         }[by]
     )
     assert not at(published, 1).is_pruned
-    with fetched(at(published, 1)) as copy:
+    with checkpoint_files(at(published, 1)) as copy:
         assert (copy / "model.safetensors").exists()
 
 
@@ -122,16 +122,16 @@ def test_a_claim_between_the_tag_and_the_second_look_wins(
         assert Claims(MlflowClient(), ELSEWHERE).claim(at(published, 1), "val")
 
     monkeypatch.setattr(published.client, "set_logged_model_tags", tag_and_be_late)
-    assert prune(published.client, at(published, 1)).kept == "being validated by far:7"
+    assert delete_files(published.client, at(published, 1)).kept == "being validated by far:7"
     assert not at(published, 1).is_pruned
-    with fetched(at(published, 1)):
+    with checkpoint_files(at(published, 1)):
         pass
     Claims(published.client).claim(at(published, 1), "val")
     monkeypatch.undo()
     validated = at(published, 1)
     record_result(published, validated, "val", {"mrr_at_10": 0.5}, ("sea", "0"))
-    assert prune(published.client, validated).kept == ""
-    assert at(published, 1).is_gone
+    assert delete_files(published.client, validated).kept == ""
+    assert at(published, 1).is_fully_pruned
 
 
 def test_what_was_interrupted_is_finished(
@@ -144,14 +144,14 @@ def test_what_was_interrupted_is_finished(
     with monkeypatch.context() as patched:
         patched.setattr(LocalArtifactRepository, "delete_artifacts", remove_one)
         with pytest.raises(KeyboardInterrupt):
-            prune(published.client, at(published, 1))
+            delete_files(published.client, at(published, 1))
     left = at(published, 1)
-    assert (left.is_pruned, left.is_gone) == (True, False)
-    with pytest.raises(CheckpointError, match="its files were removed"), fetched(left):
+    assert (left.is_pruned, left.is_fully_pruned) == (True, False)
+    with pytest.raises(CheckpointError, match="its files were deleted"), checkpoint_files(left):
         pass
-    removal = prune(published.client, left)
-    assert removal.stored.files == stored(published.client, at(published, 2)).files - 1
-    assert at(published, 1).is_gone
+    removal = delete_files(published.client, left)
+    assert removal.stored.files == stored_files(published.client, at(published, 2)).files - 1
+    assert at(published, 1).is_fully_pruned
     assert not place(left).exists()
 
 
@@ -163,11 +163,11 @@ def test_an_interruption_before_anything_was_removed_and_a_claim_then(
     published.client.set_logged_model_tags(one.model_id, {"mlflow_dr.pruned": "begun"})
     claims = Claims(published.client, ELSEWHERE)
     assert claims.claim(one, "val")
-    assert prune(published.client, one).kept == "being validated by far:7"
+    assert delete_files(published.client, one).kept == "being validated by far:7"
     assert (at(published, 1).is_pruned, place(one).exists()) == (True, True)
     claims.drop(one, "val", finished=False)
-    assert prune(published.client, one).kept == ""
-    assert at(published, 1).is_gone
+    assert delete_files(published.client, one).kept == ""
+    assert at(published, 1).is_fully_pruned
 
 
 def test_a_store_that_does_not_remove_is_told(
@@ -180,16 +180,16 @@ def test_a_store_that_does_not_remove_is_told(
     with monkeypatch.context() as patched:
         patched.setattr(LocalArtifactRepository, "delete_artifacts", refuse)
         with pytest.raises(
-            TrackingError, match=r"removing the files of step 1 .*: not implemented"
+            TrackingError, match=r"deleting the files of step 1 .*: not implemented"
         ):
-            prune(published.client, at(published, 1))
+            delete_files(published.client, at(published, 1))
         patched.setattr(LocalArtifactRepository, "delete_artifacts", lambda store: None)
-        with pytest.raises(TrackingError, match="7 files are still there"):
-            prune(published.client, at(published, 1))
+        with pytest.raises(TrackingError, match="left 7 files undeleted"):
+            delete_files(published.client, at(published, 1))
     assert not at(published, 1).is_pruned
-    with fetched(at(published, 1)):
+    with checkpoint_files(at(published, 1)):
         pass
-    assert prune(published.client, at(published, 1)).kept == ""
+    assert delete_files(published.client, at(published, 1)).kept == ""
 
 
 def test_two_at_the_same_time(published: TrackedRun) -> None:
@@ -199,7 +199,7 @@ def test_two_at_the_same_time(published: TrackedRun) -> None:
 
     def race() -> None:
         start.wait()
-        ended.append(prune(published.client, one).kept)
+        ended.append(delete_files(published.client, one).kept)
 
     threads = [threading.Thread(target=race) for _ in range(4)]
     for thread in threads:
@@ -207,24 +207,24 @@ def test_two_at_the_same_time(published: TrackedRun) -> None:
     for thread in threads:
         thread.join()
     assert ended == [""] * 4
-    assert at(published, 1).is_gone
+    assert at(published, 1).is_fully_pruned
 
 
 def test_what_is_announced_stays_and_what_was_given_up_goes(
     run: TrackedRun, directory: Path
 ) -> None:
-    new_checkpoint(run, 1, "0")
+    announce_checkpoint(run, 1, "0")
     run.client.log_model_artifacts(at(run, 1).model_id, str(directory))
-    assert prune(run.client, at(run, 1)).kept == "pending"
-    assert stored(run.client, at(run, 1)).files == 2
-    give_up(run, at(run, 1).model_id)
-    assert prune(run.client, at(run, 1)).stored.files == 2
+    assert delete_files(run.client, at(run, 1)).kept == "pending"
+    assert stored_files(run.client, at(run, 1)).files == 2
+    mark_upload_failed(run, at(run, 1).model_id)
+    assert delete_files(run.client, at(run, 1)).stored.files == 2
 
 
 def test_a_directory_that_was_found_is_not_ours(run: TrackedRun, directory: Path) -> None:
     register_directory(run, directory, 1)
     before = tree(directory)
-    assert prune(run.client, at(run, 1)).kept == f"found in {directory}"
+    assert delete_files(run.client, at(run, 1)).kept == f"found in {directory}"
     assert tree(directory) == before
 
 
@@ -237,9 +237,11 @@ def test_a_store_in_a_folder_of_any_name(
     run = TrackedRun(client, client.create_run(experiment))
     for step in (1, 2):
         publish(run, directory, step)
-    assert prune(client, at(run, 1)).stored.files == stored(client, at(run, 2)).files > 0
-    assert at(run, 1).is_gone
-    with fetched(at(run, 2)) as found:
+    assert (
+        delete_files(client, at(run, 1)).stored.files == stored_files(client, at(run, 2)).files > 0
+    )
+    assert at(run, 1).is_fully_pruned
+    with checkpoint_files(at(run, 2)) as found:
         assert (found / "model.safetensors").read_bytes() == b"weights"
 
 
@@ -257,8 +259,8 @@ def test_a_place_that_is_not_its_own(
             "UPDATE logged_models SET artifact_location = ? WHERE model_id = ?",
             (str(elsewhere), one.model_id),
         )
-    with pytest.raises(TrackingError, match="not a place of its own"):
-        prune(client, one)
+    with pytest.raises(TrackingError, match="not a directory of their own"):
+        delete_files(client, one)
     assert tree(above) == whole
     assert not at(published, 1).is_pruned
 
@@ -276,12 +278,12 @@ def test_versions_of_registered_models(published: TrackedRun, directory: Path) -
     version = client.create_model_version(name, f"models:/{copied.model_id}")
     client.copy_model_version(f"models:/{name}/{version.version}", f"{name}-copy")
     client.delete_model_version(name, version.version)
-    assert registered(client, checkpoints_of(published)) == {
+    assert registered_versions(client, run_checkpoints(published)) == {
         by_id.model_id: f"registered as {name} version 1",
         by_place.model_id: f"registered as {name} version 2",
         copied.model_id: f"registered as {name}-copy version 1",
     }
-    assert registered(client, [free]) == {}
+    assert registered_versions(client, [free]) == {}
 
 
 def test_checkpoints_of_runs_that_were_deleted(
@@ -316,7 +318,7 @@ def test_a_server_that_refuses_to_tell_of_a_run(
     """It may be there."""
     name = f"refused-{tmp_path.name}"
     run = TrackedRun(client, client.create_run(client.create_experiment(name)))
-    new_checkpoint(run, 1, "0")
+    announce_checkpoint(run, 1, "0")
     client.delete_run(run.id)
 
     def refuse(run_id: str) -> None:
@@ -331,14 +333,3 @@ def hard_delete(client: MlflowClient) -> Callable[[str], None]:
     """What `mlflow gc` calls for each deleted run."""
     function: Callable[[str], None] = client._tracking_client.store._hard_delete_run
     return function
-
-
-def test_why_is_asked_of_the_checkpoint_as_it_is(published: TrackedRun) -> None:
-    asked: list[Checkpoint] = []
-
-    def why(checkpoint: Checkpoint) -> str:
-        asked.append(checkpoint)
-        return needed(checkpoint)
-
-    prune(published.client, at(published, 1), why)
-    assert [one.is_pruned for one in asked] == [False, True]

@@ -19,8 +19,8 @@ from mlflow_dr import pyfunc
 from mlflow_dr.encoder.directory import load_encoder, save_encoder
 from mlflow_dr.encoder.model import Encoder
 from mlflow_dr.errors import CheckpointError, UsageError
-from mlflow_dr.tracking.checkpoints import checkpoint_by_id, publish, seal
-from mlflow_dr.tracking.fetching import fetched
+from mlflow_dr.tracking.checkpoints import checkpoint_by_id, prepare_upload, publish
+from mlflow_dr.tracking.fetching import checkpoint_files
 from mlflow_dr.tracking.runs import TrackedRun
 from mlflow_dr.training.publish_api import publish_checkpoint
 
@@ -36,7 +36,7 @@ def encoder(make_two_towers: Callable[..., Encoder]) -> Encoder:
 @pytest.fixture
 def directory(encoder: Encoder, tmp_path: Path) -> Path:
     save_encoder(tmp_path / "encoder", encoder)
-    seal(tmp_path / "encoder")
+    prepare_upload(tmp_path / "encoder")
     return tmp_path / "encoder"
 
 
@@ -131,9 +131,9 @@ def test_the_same_encoder_has_the_same_files(encoder: Encoder, tmp_path: Path) -
     digests = []
     for name in ("one", "two"):
         save_encoder(tmp_path / name, encoder)
-        digests.append(seal(tmp_path / name))
+        digests.append(prepare_upload(tmp_path / name))
     assert digests[0] == digests[1]
-    assert seal(tmp_path / "two") == digests[0]
+    assert prepare_upload(tmp_path / "two") == digests[0]
 
 
 def test_nothing_is_pickled(directory: Path) -> None:
@@ -153,9 +153,12 @@ def test_the_directory_loads_as_before(directory: Path, encoder: Encoder) -> Non
 
 def test_the_description_is_verified_like_every_file(run: TrackedRun, directory: Path) -> None:
     checkpoint = checkpoint_by_id(run.client, publish(run, directory, 1))
-    with fetched(checkpoint) as place:
+    with checkpoint_files(checkpoint) as place:
         (place / "MLmodel").write_text("loader_module: os")
-    with pytest.raises(CheckpointError, match="MLmodel has"), fetched(checkpoint, whole=True):
+    with (
+        pytest.raises(CheckpointError, match="MLmodel has"),
+        checkpoint_files(checkpoint, whole=True),
+    ):
         pass
 
 

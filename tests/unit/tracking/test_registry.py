@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from mlflow_dr.errors import TrackingError, UsageError
-from mlflow_dr.tracking.checkpoints import Checkpoint, checkpoints_of, publish
+from mlflow_dr.tracking.checkpoints import Checkpoint, publish, run_checkpoints
 from mlflow_dr.tracking.registry import checkpoint_by_uri, register
 from mlflow_dr.tracking.runs import TrackedRun
 
@@ -15,7 +15,7 @@ def checkpoints(run: TrackedRun, tmp_path: Path) -> list[Checkpoint]:
     for step in (1, 2):
         (tmp_path / str(step)).mkdir()
         publish(run, tmp_path / str(step), step)
-    return checkpoints_of(run)
+    return run_checkpoints(run)
 
 
 def test_a_checkpoint_by_the_names_that_mlflow_gives_it(

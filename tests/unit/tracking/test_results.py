@@ -7,26 +7,30 @@ from mlflow import MlflowClient
 from mlflow_dr.errors import CheckpointError, TrackingError, UsageError
 from mlflow_dr.tracking.checkpoints import (
     Checkpoint,
-    checkpoints_of,
-    new_checkpoint,
+    announce_checkpoint,
     publish,
+    run_checkpoints,
 )
-from mlflow_dr.tracking.curve import curve_of, summary
-from mlflow_dr.tracking.fetching import fetched
+from mlflow_dr.tracking.fetching import checkpoint_files
 from mlflow_dr.tracking.results import (
     PREFIX,
     State,
-    bind_name,
-    failure_of,
-    known_config,
+    failure_reason,
     mark_failed,
     record_result,
-    refuse_other_config,
-    state_of,
+    validation_state,
     write_recorded,
 )
 from mlflow_dr.tracking.runs import TrackedRun
-from mlflow_dr.tracking.validations import Metric, validations_of, value_of
+from mlflow_dr.tracking.status import curve_summary, validation_curve
+from mlflow_dr.tracking.validations import (
+    Metric,
+    bind_name,
+    check_same_config,
+    metric_value,
+    run_validations,
+    stored_config,
+)
 
 DATASET = ("demo", "abc")
 FIGURES = {"mrr_at_10": 0.25, "seconds": 3.0}
@@ -41,7 +45,7 @@ def directory(tmp_path: Path) -> Path:
 
 
 def only(run: TrackedRun) -> Checkpoint:
-    (checkpoint,) = checkpoints_of(run)
+    (checkpoint,) = run_checkpoints(run)
     return checkpoint
 
 
@@ -51,37 +55,37 @@ def points(client: MlflowClient, run: TrackedRun, key: str) -> list[tuple[int, f
 
 
 def test_a_checkpoint_is_ready_when_it_is_whole(run: TrackedRun, directory: Path) -> None:
-    new_checkpoint(run, 10, "0" * 64)
+    announce_checkpoint(run, 10, "0" * 64)
     assert not only(run).ready
     publish(run, directory, 20)
-    assert [(one.step, one.ready) for one in checkpoints_of(run)] == [(10, False), (20, True)]
+    assert [(one.step, one.ready) for one in run_checkpoints(run)] == [(10, False), (20, True)]
     (output,) = run.fetch().outputs.model_outputs
     assert output.step == 20
 
 
 def test_another_model_of_the_run_is_no_checkpoint(client: MlflowClient, run: TrackedRun) -> None:
     client.create_logged_model(run.experiment_id, name="other", source_run_id=run.id)
-    assert checkpoints_of(run) == []
+    assert run_checkpoints(run) == []
 
 
 def test_checkpoints_come_by_step_over_several_pages(run: TrackedRun) -> None:
     for step in reversed(range(120)):
-        new_checkpoint(run, step, "")
-    assert [one.step for one in checkpoints_of(run)] == list(range(120))
+        announce_checkpoint(run, step, "")
+    assert [one.step for one in run_checkpoints(run)] == list(range(120))
 
 
 def test_a_fetched_checkpoint_is_verified(run: TrackedRun, directory: Path) -> None:
     publish(run, directory, 1)
-    with fetched(only(run)) as copy:
+    with checkpoint_files(only(run)) as copy:
         assert (copy / "model.safetensors").read_bytes() == b"weights"
     (Path(only(run).location.removeprefix("file://")) / "model.safetensors").write_bytes(b"weight")
-    with pytest.raises(CheckpointError, match="6 bytes, but 7"), fetched(only(run)):
+    with pytest.raises(CheckpointError, match="6 bytes, but 7"), checkpoint_files(only(run)):
         pass
 
 
 def test_artifacts_that_are_gone_are_a_checkpoint_error(run: TrackedRun) -> None:
-    new_checkpoint(run, 1, "0" * 64)
-    with pytest.raises(CheckpointError), fetched(only(run)):
+    announce_checkpoint(run, 1, "0" * 64)
+    with pytest.raises(CheckpointError), checkpoint_files(only(run)):
         pass
 
 
@@ -90,7 +94,7 @@ def test_a_result_is_on_run_and_checkpoint_with_the_checkpoints_time(
 ) -> None:
     publish(run, directory, 50)
     checkpoint = only(run)
-    assert state_of(checkpoint, "val") is State.OPEN
+    assert validation_state(checkpoint, "val") is State.OPEN
     written = record_result(run, checkpoint, "val", FIGURES, DATASET)
     assert written["lag_seconds"] >= 0
     assert points(client, run, "val/mrr_at_10") == [(50, 0.25, checkpoint.created_ms)]
@@ -99,8 +103,8 @@ def test_a_result_is_on_run_and_checkpoint_with_the_checkpoints_time(
     }
     assert set(metrics) == {"val/mrr_at_10", "val/seconds", "val/lag_seconds"}
     assert metrics["val/mrr_at_10"].dataset_digest == "abc"
-    assert state_of(only(run), "val") is State.DONE
-    assert state_of(only(run), "other") is State.OPEN
+    assert validation_state(only(run), "val") is State.DONE
+    assert validation_state(only(run), "other") is State.OPEN
 
 
 def test_a_second_result_changes_nothing(
@@ -120,10 +124,10 @@ def test_a_record_without_metrics_is_written_out_without_new_work(
     publish(run, directory, 50)
     record = json.dumps({"values": FIGURES, "written_ms": 1})
     client.log_model_params(only(run).model_id, {f"{PREFIX}val": record})
-    assert state_of(only(run), "val") is State.RECORDED
+    assert validation_state(only(run), "val") is State.RECORDED
     write_recorded(run, only(run), "val", DATASET)
     write_recorded(run, only(run), "val", DATASET)
-    assert state_of(only(run), "val") is State.DONE
+    assert validation_state(only(run), "val") is State.DONE
     assert len(points(client, run, "val/seconds")) == 1
 
 
@@ -137,7 +141,7 @@ def test_metrics_on_the_run_alone_are_completed_without_doubles(
     client.log_metric(run.id, "val/seconds", 3.0, timestamp=checkpoint.created_ms, step=50)
     write_recorded(run, only(run), "val", DATASET)
     assert len(points(client, run, "val/seconds")) == 1
-    assert state_of(only(run), "val") is State.DONE
+    assert validation_state(only(run), "val") is State.DONE
 
 
 def test_a_failure_is_noted_with_its_reason(
@@ -145,32 +149,32 @@ def test_a_failure_is_noted_with_its_reason(
 ) -> None:
     publish(run, directory, 50)
     mark_failed(run, only(run), "val", "bytes differ")
-    assert state_of(only(run), "val") is State.FAILED
+    assert validation_state(only(run), "val") is State.FAILED
     assert only(run).tags[f"{PREFIX}val.failed"] == "bytes differ"
 
 
 def test_a_name_stands_for_one_configuration(run: TrackedRun) -> None:
     """Of several that bind it at the same time, too: MLflow takes a param's first value."""
     first, second = {"measures": "mrr@10"}, {"measures": "ndcg@10"}
-    assert known_config(run, "val") is None
+    assert stored_config(run, "val") is None
     assert bind_name(run, "val", first) == first
     assert bind_name(run, "val", first) == first
     assert bind_name(run, "val", second) == first
-    assert known_config(run, "val") == first
+    assert stored_config(run, "val") == first
     assert bind_name(run, "other", second) == second
-    refuse_other_config(run, "val", first, first)
+    check_same_config(run, "val", first, first)
     with pytest.raises(UsageError, match=r"mrr@10.*ndcg@10.*--name"):
-        refuse_other_config(run, "val", first, second)
+        check_same_config(run, "val", first, second)
 
 
 def test_the_summary_names_first_last_and_best(run: TrackedRun, directory: Path) -> None:
     for step in (0, 10, 20):
         publish(run, directory, step)
-    for checkpoint, value in zip(checkpoints_of(run), (0.1, 0.5, 0.4), strict=True):
+    for checkpoint, value in zip(run_checkpoints(run), (0.1, 0.5, 0.4), strict=True):
         record_result(run, checkpoint, "val", {"mrr_at_10": value}, DATASET)
-    curve = curve_of(run, "val")
+    curve = validation_curve(run, "val")
     assert [point.step for point in curve] == [0, 10, 20]
-    text = summary(curve, ["mrr_at_10"], run)
+    text = curve_summary(curve, ["mrr_at_10"], run)
     assert "best   step 10" in text
     assert f"models:/{curve[1].model_id}" in text
     assert "first  step 0" in text
@@ -178,7 +182,7 @@ def test_the_summary_names_first_last_and_best(run: TrackedRun, directory: Path)
 
 
 def test_a_summary_of_nothing(run: TrackedRun) -> None:
-    assert "0 checkpoints validated" in summary([], ["mrr_at_10"], run)
+    assert "0 checkpoints validated" in curve_summary([], ["mrr_at_10"], run)
 
 
 @pytest.mark.parametrize(
@@ -193,9 +197,9 @@ def test_a_record_that_makes_no_sense_is_a_failure(
     publish(run, directory, 1)
     run.client.log_model_params(only(run).model_id, {f"{PREFIX}val": record})
     checkpoint = only(run)
-    assert state_of(checkpoint, "val") is State.FAILED
-    assert "is no record of figures" in failure_of(checkpoint, "val")
-    assert value_of(checkpoint, Metric("val", "mrr_at_10")) is None
+    assert validation_state(checkpoint, "val") is State.FAILED
+    assert "is no record of figures" in failure_reason(checkpoint, "val")
+    assert metric_value(checkpoint, Metric("val", "mrr_at_10")) is None
     with pytest.raises(TrackingError, match="no record of figures"):
         record_result(run, checkpoint, "val", FIGURES, DATASET)
 
@@ -204,7 +208,7 @@ def test_a_record_that_makes_no_sense_is_a_failure(
 def test_a_name_that_is_bound_to_no_configuration(run: TrackedRun, text: str) -> None:
     run.log_params({f"{PREFIX}val": text, f"{PREFIX}test": "{}"})
     with pytest.raises(UsageError, match="another --name"):
-        known_config(run, "val")
+        stored_config(run, "val")
     with pytest.raises(UsageError, match="another --name"):
         bind_name(run, "val", {"depth": 10})
-    assert list(validations_of(run)) == ["test"]
+    assert list(run_validations(run)) == ["test"]

@@ -138,8 +138,8 @@ def test_a_server_that_is_away_hides_no_error(
         raise TrackingError(f"ending run {run.id}: away")
 
     monkeypatch.setattr(run, "finish", away)
-    with pytest.raises(ValueError, match="the first"), run.ending("training"):
+    with pytest.raises(ValueError, match="the first"), run.finish_on_exit("training"):
         raise ValueError("the first")
     assert "away" in caplog.text
-    with pytest.raises(TrackingError, match="away"), run.ending("training"):
+    with pytest.raises(TrackingError, match="away"), run.finish_on_exit("training"):
         pass

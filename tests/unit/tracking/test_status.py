@@ -5,15 +5,16 @@ import pytest
 
 from mlflow_dr.tracking.checkpoints import (
     PRUNED_TAG,
-    checkpoints_of,
-    give_up,
-    new_checkpoint,
+    announce_checkpoint,
+    mark_upload_failed,
     publish,
+    run_checkpoints,
 )
 from mlflow_dr.tracking.claims import Claims, Owner
-from mlflow_dr.tracking.results import bind_name, mark_failed, record_result
+from mlflow_dr.tracking.results import mark_failed, record_result
 from mlflow_dr.tracking.runs import TrackedRun
-from mlflow_dr.tracking.status import status_of, summary_of, table
+from mlflow_dr.tracking.status import progress_summary, run_status, status_table
+from mlflow_dr.tracking.validations import bind_name
 
 ELSEWHERE = Owner("far", 7, "another boot", 1, "token")
 
@@ -24,22 +25,22 @@ def varied(run: TrackedRun, tmp_path: Path) -> TrackedRun:
     (tmp_path / "weights").write_text("1")
     for step in (1, 2, 3, 4):
         publish(run, tmp_path, step)
-    give_up(run, new_checkpoint(run, 5, "0"))
-    new_checkpoint(run, 6, "0")
+    mark_upload_failed(run, announce_checkpoint(run, 5, "0"))
+    announce_checkpoint(run, 6, "0")
     bind_name(run, "val", {"measures": "mrr@10"})
-    done, claimed, failed, _, *_ = checkpoints_of(run)
+    done, claimed, failed, _, *_ = run_checkpoints(run)
     claims = Claims(run.client, ELSEWHERE)
     for one in (done, claimed, failed):
         assert claims.claim(one, "val")
     record_result(run, done, "val", {"mrr_at_10": 0.5}, ("sea", "0"), now_ms=done.ready_ms + 90_000)
     claims.drop(failed, "val", finished=False)
-    assert claims.claim(checkpoints_of(run)[2], "val")
+    assert claims.claim(run_checkpoints(run)[2], "val")
     mark_failed(run, failed, "val", "the weights hold NaN")
     return run
 
 
 def test_each_state(varied: TrackedRun) -> None:
-    lines = {one.step: one for one in status_of(varied)}
+    lines = {one.step: one for one in run_status(varied)}
     states = {step: one.state for step, one in lines.items()}
     expected = ["done", "claimed", "failed", "open", "lost", "pending"]
     assert states == dict(enumerate(expected, start=1))
@@ -49,32 +50,32 @@ def test_each_state(varied: TrackedRun) -> None:
 
 
 def test_as_a_table(varied: TrackedRun) -> None:
-    now = max(one.ready_ms for one in checkpoints_of(varied)) + 7_200_000
-    head, first, *_ = table(status_of(varied, now)).splitlines()
+    now = max(one.ready_ms for one in run_checkpoints(varied)) + 7_200_000
+    head, first, *_ = status_table(run_status(varied, now)).splitlines()
     assert head.split() == ["step", "validation", "state", "owner", "age", "lag", "note"]
     assert first.split() == ["1", "val", "done", "far:7", "2.0", "h", "1.5", "min"]
 
 
 def test_files_that_were_removed(varied: TrackedRun) -> None:
     """Before or after the checkpoint was done; what was never done is left to do no more."""
-    for one in checkpoints_of(varied):
+    for one in run_checkpoints(varied):
         if one.step in (1, 3, 4):
             varied.client.set_logged_model_tags(one.model_id, {PRUNED_TAG: "2026-11-21"})
-    lines = {one.step: one for one in status_of(varied)}
+    lines = {one.step: one for one in run_status(varied)}
     assert [lines[step].state for step in (1, 2, 3, 4)] == ["done", "claimed", "failed", "pruned"]
     notes = [lines[step].note for step in (1, 2, 3, 4)]
     assert notes == ["pruned", "", "pruned; the weights hold NaN", ""]
-    words = summary_of(checkpoints_of(varied), "val")
+    words = progress_summary(run_checkpoints(varied), "val")
     assert words == "1 of 3 checkpoints done, 1 failed, the last at step 1"
 
 
 def test_a_run_that_nobody_validates(run: TrackedRun, tmp_path: Path) -> None:
-    assert status_of(run) == []
+    assert run_status(run) == []
     (tmp_path / "weights").write_text("1")
     publish(run, tmp_path, 1)
-    (line,) = status_of(run)
+    (line,) = run_status(run)
     assert (line.validation, line.state, line.owner) == ("", "open", "")
-    assert table([line]).splitlines()[1].split()[:4] == ["1", "-", "open", "-"]
+    assert status_table([line]).splitlines()[1].split()[:4] == ["1", "-", "open", "-"]
 
 
 def test_other_params_of_the_run_are_no_validations(run: TrackedRun, tmp_path: Path) -> None:
@@ -83,10 +84,10 @@ def test_other_params_of_the_run_are_no_validations(run: TrackedRun, tmp_path: P
     bind_name(run, "b", json.loads('{"depth": 10}'))
     (tmp_path / "weights").write_text("1")
     publish(run, tmp_path, 1)
-    assert [one.validation for one in status_of(run)] == ["a", "b"]
+    assert [one.validation for one in run_status(run)] == ["a", "b"]
 
 
 def test_in_a_few_words(varied: TrackedRun) -> None:
-    words = summary_of(checkpoints_of(varied), "val")
+    words = progress_summary(run_checkpoints(varied), "val")
     assert words == "1 of 4 checkpoints done, 1 failed, the last at step 1"
-    assert summary_of(checkpoints_of(varied)[1:2], "val") == "0 of 1 checkpoints done"
+    assert progress_summary(run_checkpoints(varied)[1:2], "val") == "0 of 1 checkpoints done"

@@ -3,10 +3,16 @@ from pathlib import Path
 import pytest
 
 from mlflow_dr.errors import TrackingError, UsageError
-from mlflow_dr.tracking.checkpoints import checkpoints_of, publish
-from mlflow_dr.tracking.results import bind_name, record_result
+from mlflow_dr.tracking.checkpoints import publish, run_checkpoints
+from mlflow_dr.tracking.results import record_result
 from mlflow_dr.tracking.runs import TrackedRun
-from mlflow_dr.tracking.validations import Metric, chosen_metric, points_of, value_of
+from mlflow_dr.tracking.validations import (
+    Metric,
+    bind_name,
+    chosen_metric,
+    metric_points,
+    metric_value,
+)
 
 
 def bind(run: TrackedRun, name: str, measures: str) -> None:
@@ -39,9 +45,9 @@ def test_the_values_that_are_recorded(run: TrackedRun, tmp_path: Path) -> None:
     (tmp_path / "weights").write_text("1")
     for step in (2, 1):
         publish(run, tmp_path, step)
-    _, second = checkpoints_of(run)
+    _, second = run_checkpoints(run)
     record_result(run, second, "val", {"mrr_at_10": 0.5}, ("sea", "0"))
-    there = checkpoints_of(run)
-    assert points_of(there, Metric("val", "mrr_at_10")) == [(2, 0.5)]
-    assert value_of(there[0], Metric("val", "mrr_at_10")) is None
-    assert value_of(there[1], Metric("val", "ndcg_at_10")) is None
+    there = run_checkpoints(run)
+    assert metric_points(there, Metric("val", "mrr_at_10")) == [(2, 0.5)]
+    assert metric_value(there[0], Metric("val", "mrr_at_10")) is None
+    assert metric_value(there[1], Metric("val", "ndcg_at_10")) is None

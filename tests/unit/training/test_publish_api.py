@@ -18,9 +18,9 @@ from mlflow_dr.encoder.directory import load_encoder, save_encoder
 from mlflow_dr.encoder.model import Encoder
 from mlflow_dr.errors import CheckpointError, TrackingError, UsageError
 from mlflow_dr.retrieval.measures import parse_measures
-from mlflow_dr.tracking.checkpoints import checkpoints_of
+from mlflow_dr.tracking.checkpoints import run_checkpoints
 from mlflow_dr.tracking.client import tracking_uri
-from mlflow_dr.tracking.fetching import fetched
+from mlflow_dr.tracking.fetching import checkpoint_files
 from mlflow_dr.tracking.following import FollowedRun
 from mlflow_dr.tracking.runs import RUN_VARIABLE, TrackedRun
 from mlflow_dr.training import publish_api
@@ -50,7 +50,7 @@ def folder(beir_folder: Callable[..., Path], texts: list[str]) -> Path:
 
 
 def steps(run: TrackedRun) -> list[tuple[int, bool]]:
-    return [(one.step, one.ready) for one in checkpoints_of(run)]
+    return [(one.step, one.ready) for one in run_checkpoints(run)]
 
 
 def test_a_checkpoint_is_ready_on_return_and_a_validator_needs_no_more(
@@ -60,7 +60,7 @@ def test_a_checkpoint_is_ready_on_return_and_a_validator_needs_no_more(
         first = publish_checkpoint(tiny, 0, dataset=str(folder), split="dev")
         second = publish_checkpoint(tiny, np.int64(10), dataset=str(folder), split="dev")  # type: ignore[arg-type]
         assert steps(run) == [(0, True), (10, True)]
-        assert [one.model_id for one in checkpoints_of(run)] == [first, second]
+        assert [one.model_id for one in run_checkpoints(run)] == [first, second]
     assert watch(FollowedRun(run), Plan((VALIDATION,))).done == 2
     history = run.client.get_metric_history(run.id, "val/mrr_at_10")
     assert sorted(point.step for point in history) == [0, 10]
@@ -98,8 +98,8 @@ def test_in_the_background_the_weights_are_those_of_the_call(
             assert publish_checkpoint(tiny, step, wait=False) is None
         flush_checkpoints()
     assert steps(run) == [(step, True) for step in range(4)]
-    for checkpoint, weight in zip(checkpoints_of(run), expected, strict=True):
-        with fetched(checkpoint) as directory:
+    for checkpoint, weight in zip(run_checkpoints(run), expected, strict=True):
+        with checkpoint_files(checkpoint) as directory:
             assert torch.equal(next(load_encoder(directory).parameters()), weight)
 
 
@@ -114,7 +114,7 @@ def test_the_background_makes_no_request_once_it_runs(
     def no_request(*_: object, **__: object) -> None:
         raise AssertionError("asked the server on the training thread")
 
-    for name in ("connect", "find_run", "ready_steps", "checkpoints_of", "open_collection"):
+    for name in ("connect", "find_run", "ready_steps", "run_checkpoints", "open_collection"):
         monkeypatch.setattr(publish_api, name, no_request)
     publish(1)
     flush_checkpoints()
@@ -131,8 +131,8 @@ def test_another_model_waits_for_the_one_before(
     assert steps(run)[0] == (0, True)
     publish_checkpoint(str(tmp_path / "saved"), 2, run_id=run.id, wait=False)
     flush_checkpoints()
-    for checkpoint, encoder in zip(checkpoints_of(run), encoders, strict=True):
-        with fetched(checkpoint) as directory:
+    for checkpoint, encoder in zip(run_checkpoints(run), encoders, strict=True):
+        with checkpoint_files(checkpoint) as directory:
             found = next(load_encoder(directory).parameters())
             assert torch.equal(found, next(encoder.parameters()))
 
@@ -148,8 +148,8 @@ def test_a_bare_directory_that_is_used_again_is_read_again(
         encoder.tokenizer.save_pretrained(directory)
         publish_checkpoint(directory, step, run_id=run.id, wait=False, **settings)
     flush_checkpoints()
-    for checkpoint, encoder in zip(checkpoints_of(run), encoders, strict=True):
-        with fetched(checkpoint) as found:
+    for checkpoint, encoder in zip(run_checkpoints(run), encoders, strict=True):
+        with checkpoint_files(checkpoint) as found:
             assert torch.equal(next(load_encoder(found).parameters()), next(encoder.parameters()))
 
 
@@ -174,7 +174,7 @@ def test_a_step_is_published_once_waited_for_or_not(
     found = {publish_checkpoint(tiny, 2, run_id=run.id, wait=wait) for wait in waits} - {None}
     flush_checkpoints()
     assert steps(run) == [(1, True), (2, True)]
-    assert found == {checkpoints_of(run)[1].model_id}
+    assert found == {run_checkpoints(run)[1].model_id}
 
 
 def test_what_failed_in_the_background_is_told_when_flushed(

@@ -32,8 +32,8 @@ from mlflow_dr import PublishCallback
 from mlflow_dr.encoder.directory import load_encoder, save_encoder
 from mlflow_dr.encoder.model import Encoder
 from mlflow_dr.errors import TrackingError, UsageError
-from mlflow_dr.tracking.checkpoints import checkpoints_of, new_checkpoint
-from mlflow_dr.tracking.fetching import fetched
+from mlflow_dr.tracking.checkpoints import announce_checkpoint, run_checkpoints
+from mlflow_dr.tracking.fetching import checkpoint_files
 from mlflow_dr.tracking.runs import RUN_VARIABLE, TrackedRun
 from mlflow_dr.training import publish_api
 from mlflow_dr.training.checkpoint_source import EncoderSource
@@ -94,7 +94,7 @@ def callback(*arguments: Any, **more: Any) -> PublishCallback:
 
 
 def steps(run: TrackedRun) -> list[int]:
-    checkpoints = checkpoints_of(run)
+    checkpoints = run_checkpoints(run)
     assert all(one.ready for one in checkpoints)
     return [one.step for one in checkpoints]
 
@@ -105,12 +105,12 @@ def test_hugging_faces_trainer_publishes_first_last_and_every_so_many(
     with mlflow.start_run(run_id=run.id):
         hf_trainer(tiny, tmp_path, callback(every=4)).train()
         assert steps(run) == [0, 4, 6]
-    first, _, last = checkpoints_of(run)
-    with fetched(last) as directory:
+    first, _, last = run_checkpoints(run)
+    with checkpoint_files(last) as directory:
         found = load_encoder(directory, safetensors_only=True)
     assert torch.equal(next(found.backbone.parameters()), next(tiny.backbone.parameters()))
     assert (found.settings.pooling, found.settings.normalize) == ("mean", True)
-    with fetched(first) as directory:
+    with checkpoint_files(first) as directory:
         before = next(load_encoder(directory).parameters())
     assert not torch.equal(next(found.backbone.parameters()), before)
 
@@ -154,7 +154,7 @@ def test_the_run_of_the_trainers_own_callback_ends_after_the_last_checkpoint_is_
     assert steps(tracked) == [0, trainer.state.global_step]
     info = tracked.fetch().info
     assert info.status == "FINISHED"
-    assert max(one.ready_ms for one in checkpoints_of(tracked)) <= info.end_time
+    assert max(one.ready_ms for one in run_checkpoints(tracked)) <= info.end_time
 
 
 def test_resumed_training_publishes_nothing_twice(
@@ -174,18 +174,18 @@ def test_resumed_training_publishes_nothing_twice(
     with pytest.raises(KeyboardInterrupt):
         hf_trainer(first, tmp_path, publishing, Killed(), **saving).train()
     publishing._close()  # what the end of the process does
-    left = new_checkpoint(run, 6, "abc")  # announced by the killed trainer
-    before = {one.step: one.model_id for one in checkpoints_of(run) if one.ready}
+    left = announce_checkpoint(run, 6, "abc")  # announced by the killed trainer
+    before = {one.step: one.model_id for one in run_checkpoints(run) if one.ready}
     assert sorted(before) == [0, 1, 2, 3, 4, 5]
 
     again = make_tiny(pooling="mean")
     hf_trainer(again, tmp_path, callback(every=1, run_id=run.id), **saving).train(
         resume_from_checkpoint=str(tmp_path / "checkpoint-4")
     )
-    ready = [one for one in checkpoints_of(run) if one.ready]
+    ready = [one for one in run_checkpoints(run) if one.ready]
     assert [one.step for one in ready] == [0, 1, 2, 3, 4, 5, 6]
     assert {one.step: one.model_id for one in ready if one.step < 6} == before
-    (abandoned,) = [one for one in checkpoints_of(run) if not one.ready]
+    (abandoned,) = [one for one in run_checkpoints(run) if not one.ready]
     assert (abandoned.model_id, abandoned.pending) == (left, False)
 
 
@@ -211,7 +211,7 @@ def test_sentence_transformers_trainer(
         ).train()
         assert steps(run) == [0, 3, 4]
     assert "train_loss" in run.fetch().data.metrics
-    with fetched(checkpoints_of(run)[-1]) as directory:
+    with checkpoint_files(run_checkpoints(run)[-1]) as directory:
         ours = load_encoder(directory, safetensors_only=True)
         theirs = SentenceTransformer(str(directory), device="cpu")
     weights = model[0].auto_model.state_dict()

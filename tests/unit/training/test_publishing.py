@@ -14,9 +14,9 @@ from mlflow.exceptions import MlflowException
 from mlflow_dr.encoder.directory import load_encoder, save_encoder
 from mlflow_dr.encoder.model import Encoder
 from mlflow_dr.errors import TrackingError
-from mlflow_dr.tracking.checkpoints import checkpoints_of, ready_steps
+from mlflow_dr.tracking.checkpoints import ready_steps, run_checkpoints
 from mlflow_dr.tracking.client import tracking_uri
-from mlflow_dr.tracking.fetching import fetched
+from mlflow_dr.tracking.fetching import checkpoint_files
 from mlflow_dr.tracking.runs import TrackedRun
 from mlflow_dr.training.checkpoint_source import DirectorySource, EncoderSource
 from mlflow_dr.training.publishing import FAILURE_TAG, Publisher
@@ -61,9 +61,9 @@ def test_a_checkpoint_is_ready_when_the_store_lists_all_of_it(
     publisher = Publisher(run, EncoderSource(tiny), pause=0.0)
     publisher.submit(3)
     publisher.close()
-    (checkpoint,) = checkpoints_of(run)
+    (checkpoint,) = run_checkpoints(run)
     assert checkpoint.ready
-    with fetched(checkpoint) as directory:
+    with checkpoint_files(checkpoint) as directory:
         load_encoder(directory)
     assert "bytes of model.safetensors after its upload of" in caplog.text
     assert "does not list 1_Pooling/config.json after its upload" in caplog.text
@@ -77,9 +77,9 @@ def test_the_weights_are_those_of_the_moment_of_submitting(run: TrackedRun, tiny
         for parameter in tiny.parameters():
             parameter.add_(1.0)
     publisher.close()
-    (checkpoint,) = checkpoints_of(run)
+    (checkpoint,) = run_checkpoints(run)
     assert (checkpoint.step, checkpoint.ready) == (3, True)
-    with fetched(checkpoint) as directory:
+    with checkpoint_files(checkpoint) as directory:
         state = load_encoder(directory).state_dict()
     assert all(torch.equal(before[name], state[name]) for name in before)
 
@@ -116,7 +116,7 @@ def test_closing_waits_for_all(run: TrackedRun, tiny: Encoder) -> None:
     for step in range(5):
         publisher.submit(step)
     publisher.close()
-    assert [(one.step, one.ready) for one in checkpoints_of(run)] == [(s, True) for s in range(5)]
+    assert [(one.step, one.ready) for one in run_checkpoints(run)] == [(s, True) for s in range(5)]
 
 
 def test_a_failed_upload_is_tried_again_as_the_same_checkpoint(
@@ -127,7 +127,7 @@ def test_a_failed_upload_is_tried_again_as_the_same_checkpoint(
     publisher.submit(1)
     publisher.close()
     assert publisher.unpublished == []
-    assert [(one.step, one.ready) for one in checkpoints_of(run)] == [(1, True)]
+    assert [(one.step, one.ready) for one in run_checkpoints(run)] == [(1, True)]
 
 
 def test_what_fails_for_good_is_on_the_run_and_the_next_one_goes_on(
@@ -140,7 +140,7 @@ def test_what_fails_for_good_is_on_the_run_and_the_next_one_goes_on(
     publisher.close()
     assert publisher.unpublished == [1]
     assert "no route to host" in run.fetch().data.tags[FAILURE_TAG]
-    assert [(one.step, one.ready) for one in checkpoints_of(run)] == [(1, False), (2, True)]
+    assert [(one.step, one.ready) for one in run_checkpoints(run)] == [(1, False), (2, True)]
 
 
 def test_nothing_is_left_in_the_temporary_directory(
@@ -162,7 +162,7 @@ def test_steps_that_the_run_has_are_not_published_again(run: TrackedRun, tiny: E
         assert publisher.last_step == step
     publisher.close()
     assert submitted == [False, False, True, False]
-    assert [one.step for one in checkpoints_of(run)] == [10]
+    assert [one.step for one in run_checkpoints(run)] == [10]
 
 
 def test_an_earlier_step_is_made_up_for(run: TrackedRun, tiny: Encoder, tmp_path: Path) -> None:
@@ -174,7 +174,7 @@ def test_an_earlier_step_is_made_up_for(run: TrackedRun, tiny: Encoder, tmp_path
     assert publisher.unpublished == [1]
     assert [publisher.submit(step) for step in (2, 3)] == [False, True]
     publisher.close()
-    assert [one.step for one in checkpoints_of(run) if one.ready] == [2, 3]
+    assert [one.step for one in run_checkpoints(run) if one.ready] == [2, 3]
 
 
 def test_a_step_that_failed_may_come_again(run: TrackedRun, tiny: Encoder) -> None:
@@ -184,7 +184,7 @@ def test_a_step_that_failed_may_come_again(run: TrackedRun, tiny: Encoder) -> No
     publisher._queue.join()
     assert publisher.submit(1)
     publisher.close()
-    assert [(one.step, one.ready) for one in checkpoints_of(run)] == [(1, False), (1, True)]
+    assert [(one.step, one.ready) for one in run_checkpoints(run)] == [(1, False), (1, True)]
 
 
 def test_an_upload_that_fails_while_the_server_is_away_is_reported_as_itself(
@@ -200,7 +200,7 @@ def test_an_upload_that_fails_while_the_server_is_away_is_reported_as_itself(
     publisher.close()
     assert "no route to host" in run.fetch().data.tags[FAILURE_TAG]
     assert "is left PENDING: MlflowException: server away" in caplog.text
-    assert [one.pending for one in checkpoints_of(run)] == [True]
+    assert [one.pending for one in run_checkpoints(run)] == [True]
 
 
 def test_after_the_end_nothing_is_taken(run: TrackedRun, tiny: Encoder) -> None:
@@ -236,8 +236,8 @@ def test_anything_with_a_state_is_published_from_the_publishers_thread(run: Trac
     publisher.close()
     assert counter.threads == {"publisher"}
     written = []
-    for checkpoint in checkpoints_of(run):
-        with fetched(checkpoint) as directory:
+    for checkpoint in run_checkpoints(run):
+        with checkpoint_files(checkpoint) as directory:
             written.append((directory / "weight.txt").read_text())
     assert written == [str([float(step)] * 3) for step in range(5)]
     assert 1 <= len(publisher._spare) <= 4, "memory is not used again"
@@ -275,7 +275,7 @@ def test_what_is_under_way_when_python_ends_may_still_use_thread_pools(run: Trac
         check=False,
     )
     assert done.returncode == 0, done.stderr
-    assert [(one.step, one.ready) for one in checkpoints_of(run)] == [(1, True)], done.stderr
+    assert [(one.step, one.ready) for one in run_checkpoints(run)] == [(1, True)], done.stderr
 
 
 class Refusing(Unreliable):
@@ -320,7 +320,7 @@ def test_a_first_checkpoint_that_is_refused_for_good_is_told_at_once(
     assert str(kept) in str(error) and "No module named 'boto3'" in str(error)
     assert "\n" not in str(error)
     assert "boto3" in run.fetch().data.tags[FAILURE_TAG]
-    assert [one.ready for one in checkpoints_of(run)] == [False, False]
+    assert [one.ready for one in run_checkpoints(run)] == [False, False]
 
 
 def test_one_refusal_among_answers_that_pass_is_tried_again(run: TrackedRun, tiny: Encoder) -> None:
@@ -388,7 +388,7 @@ def test_published_files_have_the_mode_that_the_umask_allows(
         publisher.close()
     finally:
         os.umask(before)
-    root = Path(checkpoints_of(run)[0].location.removeprefix("file://"))
+    root = Path(run_checkpoints(run)[0].location.removeprefix("file://"))
     modes = {path.name: path.stat().st_mode & 0o777 for path in root.rglob("*") if path.is_file()}
     assert modes["model.safetensors"] == 0o640
     assert set(modes.values()) == {0o640}

@@ -21,8 +21,8 @@ from mlflow_dr import publish_checkpoint
 from mlflow_dr.encoder.directory import load_encoder, save_encoder
 from mlflow_dr.encoder.model import Encoder
 from mlflow_dr.errors import CheckpointError, TrackingError, TrainingError, UsageError
-from mlflow_dr.tracking.checkpoints import checkpoints_of, ready_steps
-from mlflow_dr.tracking.fetching import fetched
+from mlflow_dr.tracking.checkpoints import ready_steps, run_checkpoints
+from mlflow_dr.tracking.fetching import checkpoint_files
 from mlflow_dr.tracking.runs import TrackedRun
 from mlflow_dr.tracking.stop_request import StopWatcher, request_stop
 from mlflow_dr.training import publishing
@@ -109,8 +109,8 @@ def published() -> Iterator[Callable[..., Path]]:
     with ExitStack() as fetches:
 
         def published(run: Run, step: int = 4) -> Path:
-            (one,) = (one for one in checkpoints_of(run) if one.step == step)
-            return fetches.enter_context(fetched(one))
+            (one,) = (one for one in run_checkpoints(run) if one.step == step)
+            return fetches.enter_context(checkpoint_files(one))
 
         yield published
 
@@ -126,7 +126,7 @@ def test_a_training_is_a_run_with_its_losses_and_checkpoints(
     assert (run.status, run.name) == ("FINISHED", "mine")
     assert [step for step, _ in run.points()] == [1, 2, 3, 4]
     assert ready_steps(run) == {0, 2, 4}
-    assert len(checkpoints_of(run)) == 3
+    assert len(run_checkpoints(run)) == 3
     params = run.fetch().data.params
     assert params["model"] == str(saved)
     assert (params["dataset"], params["validation_split"]) == (str(folder), "dev")
@@ -143,7 +143,7 @@ def test_a_training_goes_on_from_a_published_checkpoint(
     trained: Make, published: Make, trainers: list[RetrieverTrainer]
 ) -> None:
     first = trained()
-    checkpoint = checkpoints_of(first)[-1]
+    checkpoint = run_checkpoints(first)[-1]
     first.client.create_registered_model("to go on")
     first.client.create_model_version("to go on", checkpoint.uri)
     for model in (checkpoint.uri, "models:/to go on/1"):
@@ -162,13 +162,13 @@ def test_a_training_is_resumed_from_what_the_name_stood_for(
     first = trained()
     client = first.client
     client.create_registered_model("moving")
-    for checkpoint in (checkpoints_of(first)[0], checkpoints_of(first)[-1]):
+    for checkpoint in (run_checkpoints(first)[0], run_checkpoints(first)[-1]):
         client.create_model_version("moving", checkpoint.uri)
     client.set_registered_model_alias("moving", "best", "1")
     flags = {"model": "models:/moving@best", "output_dir": tmp_path / "out", "save_steps": 2}
     begun = trained(*LORA, **flags)
     expected = vectors_of(trainers[-1])
-    assert begun.fetch().data.tags["mlflow_dr.start"] == checkpoints_of(first)[0].uri
+    assert begun.fetch().data.tags["mlflow_dr.start"] == run_checkpoints(first)[0].uri
     client.set_registered_model_alias("moving", "best", "2")
     again = trained(*LORA, "--resume_from_checkpoint", **flags)
     assert again.id == begun.id
@@ -347,11 +347,11 @@ def test_what_lora_left_unpublished_is_made_up(
         save_encoder(tmp_path / "towers", make_two_towers())
         model = str(tmp_path / "towers")
     elif start == "models:/":
-        model = checkpoints_of(trained(max_steps=1))[0].uri
+        model = run_checkpoints(trained(max_steps=1))[0].uri
     flags = {"model": model, "output_dir": tmp_path / "out", "save_steps": 2}
     first = trained(*LORA, **flags)
     before = load_encoder(published(first, 2))
-    for one in checkpoints_of(first):
+    for one in run_checkpoints(first):
         if one.step == 2:
             first.client.delete_logged_model(one.model_id)
     assert ready_steps(first) == {0, 4}
@@ -445,7 +445,7 @@ def test_stopped_and_resumed_it_is_the_same_run_with_the_same_losses(
     assert resumed.status == "FINISHED"
     assert [step for step, _ in resumed.points()] == list(range(1, 8))
     assert resumed.losses() == pytest.approx(undisturbed.losses(), rel=1e-6)
-    steps = [one.step for one in checkpoints_of(resumed)]
+    steps = [one.step for one in run_checkpoints(resumed)]
     assert sorted(steps) == sorted({0, 2, 4, 6, 7, stopped})
     mean = "train/mean_loss"
     assert resumed.points(mean)[-1][1] == pytest.approx(undisturbed.points(mean)[0][1], rel=1e-6)
@@ -457,7 +457,7 @@ def test_resumed_after_its_end_it_does_nothing_twice(trained: Make, tmp_path: Pa
     again = trained("--resume_from_checkpoint", **options)
     assert again.id == first.id
     assert again.status == "FINISHED"
-    assert len(checkpoints_of(again)) == 3
+    assert len(run_checkpoints(again)) == 3
     assert [step for step, _ in again.points()] == [1, 2, 3, 4]
 
 
@@ -679,7 +679,7 @@ def test_a_damaged_checkpoint_is_not_published_when_resumed(
 ) -> None:
     flags = {"output_dir": tmp_path / "out", "save_steps": 2}
     first = trained(**flags)
-    for one in checkpoints_of(first):
+    for one in run_checkpoints(first):
         if one.step == 2:
             first.client.delete_logged_model(one.model_id)
     path = tmp_path / "out" / "checkpoint-2" / "model.safetensors"

@@ -20,10 +20,10 @@ from mlflow_dr.encoder.directory import load_encoder, save_encoder
 from mlflow_dr.encoder.model import Encoder
 from mlflow_dr.errors import DataError, DeviceError, TrackingError, UsageError
 from mlflow_dr.retrieval.measures import parse_measures
-from mlflow_dr.tracking.checkpoints import checkpoints_of, publish
+from mlflow_dr.tracking.artifacts import log_per_query_values
+from mlflow_dr.tracking.checkpoints import publish, run_checkpoints
 from mlflow_dr.tracking.results import record_result
 from mlflow_dr.tracking.runs import TrackedRun
-from mlflow_dr.tracking.tables import log_values
 from mlflow_dr.validation import evaluate as evaluating
 from mlflow_dr.validation.binding import Collections
 from mlflow_dr.validation.compare import Comparing, compare
@@ -77,12 +77,12 @@ def validated(run: TrackedRun, encoders: Callable[[int], Path], folder: Path) ->
     ) -> str:
         bound = Collections().bind(to, Validation(SETTINGS, name, str(folder), split), {})
         model_id = publish(to, encoders(step), step)
-        checkpoint = next(one for one in checkpoints_of(to) if one.model_id == model_id)
+        checkpoint = next(one for one in run_checkpoints(to) if one.model_id == model_id)
         found = report(encoders(step), folder, split)
         values = {key.replace("@", "_at_"): value for key, value in found.measures.items()}
         record_result(to, checkpoint, name, values, bound.dataset)
         if keep:
-            log_values(to, checkpoint, name, found.per_query)
+            log_per_query_values(to, checkpoint, name, found.per_query)
         return model_id
 
     return validated
@@ -117,7 +117,7 @@ def test_each_kind_of_operand(
         assert row.tolist() == pytest.approx(expected)
     assert found.labels == (
         f"{run.name} step 1, models:/{first}",
-        f"{other_run.name} step {best}, models:/{checkpoints_of(other_run)[best - 3].model_id}",
+        f"{other_run.name} step {best}, models:/{run_checkpoints(other_run)[best - 3].model_id}",
         f"{run.name} step 2, models:/{by_id}",
         str(encoders(5)),
     )
@@ -211,8 +211,8 @@ def test_other_collections_do_not_compare(
 def test_queries_that_are_missing_are_counted(run: TrackedRun, validated: Validate) -> None:
     validated(1)
     validated(2)
-    second = checkpoints_of(run)[1]
-    log_values(run, second, "val", {"q1": {"mrr@10": 1.0, "ndcg@5": 1.0}})
+    second = run_checkpoints(run)[1]
+    log_per_query_values(run, second, "val", {"q1": {"mrr@10": 1.0, "ndcg@5": 1.0}})
     with pytest.raises(DataError, match="6 of 7 are missing from the latter, and 0 of 1 from"):
         compared(f"{run.id}@1", f"{run.id}@2")
 

@@ -15,7 +15,7 @@ import mlflow_dr.validation.once as once_module
 from mlflow_dr.encoder.directory import save_encoder
 from mlflow_dr.encoder.model import Encoder
 from mlflow_dr.errors import DataError
-from mlflow_dr.tracking.checkpoints import checkpoints_of
+from mlflow_dr.tracking.checkpoints import run_checkpoints
 from mlflow_dr.tracking.runs import TrackedRun
 from mlflow_dr.validation.once import Once, evaluate_once
 
@@ -87,7 +87,7 @@ def test_a_subset_by_a_checkpoint_of_the_server_that_is_named(
     tmp_path: Path,
 ) -> None:
     publishing(1)
-    (checkpoint,) = checkpoints_of(run)
+    (checkpoint,) = run_checkpoints(run)
     request = Once(
         str(tmp_path / "step-1"),
         str(folder),

@@ -6,13 +6,13 @@ from pathlib import Path
 import pytest
 from mlflow.exceptions import MlflowException
 
-from mlflow_dr.decisions.keep import parse_policy
+from mlflow_dr.decisions.pruning import parse_keep_rules
 from mlflow_dr.errors import ForbiddenError, TrackingError, UsageError
-from mlflow_dr.tracking.checkpoints import checkpoints_of, publish
-from mlflow_dr.tracking.results import bind_name, record_result
+from mlflow_dr.tracking.checkpoints import publish, run_checkpoints
+from mlflow_dr.tracking.results import record_result
 from mlflow_dr.tracking.runs import TrackedRun
 from mlflow_dr.tracking.stop_request import stop_request
-from mlflow_dr.tracking.validations import Metric
+from mlflow_dr.tracking.validations import Metric, bind_name
 from mlflow_dr.validation.policies import Policies, Wishes
 
 Measuring = Callable[[int, float], None]
@@ -29,17 +29,17 @@ def measured(run: TrackedRun, tmp_path: Path) -> Measuring:
 
     def measure(step: int, value: float) -> None:
         publish(run, tmp_path / "published", step)
-        record_result(run, checkpoints_of(run)[-1], "val", {"mrr_at_10": value}, ("c", "0"))
+        record_result(run, run_checkpoints(run)[-1], "val", {"mrr_at_10": value}, ("c", "0"))
 
     return measure
 
 
 def act(run: TrackedRun, policies: Policies) -> None:
-    policies.act(run, checkpoints_of(run), [])
+    policies.act(run, run_checkpoints(run), [])
 
 
 def marked(run: TrackedRun) -> list[int]:
-    return [one.step for one in checkpoints_of(run) if TAG in one.tags]
+    return [one.step for one in run_checkpoints(run) if TAG in one.tags]
 
 
 def test_one_checkpoint_is_marked_whoever_marked_before(
@@ -52,14 +52,14 @@ def test_one_checkpoint_is_marked_whoever_marked_before(
             act(run, policies)
     assert marked(run) == [2]
     measured(4, 0.4)
-    stale = checkpoints_of(run)[:3]  # as a validator sees what it has settled
-    other.act(run, [*stale, checkpoints_of(run)[3]], [])
+    stale = run_checkpoints(run)[:3]  # as a validator sees what it has settled
+    other.act(run, [*stale, run_checkpoints(run)[3]], [])
     assert marked(run) == [4]
     assert run.fetch().data.tags[TAG].startswith("step 4, models:/")
 
 
 def test_it_asks_for_a_stop_and_makes_room(run: TrackedRun, measured: Measuring) -> None:
-    policies = Policies(Wishes(patience=2, keep=parse_policy("best:1,last:1")), VAL)
+    policies = Policies(Wishes(patience=2, keep=parse_keep_rules("best:1,last:1")), VAL)
     for step, value in ((1, 0.1), (2, 0.3), (3, 0.2)):
         measured(step, value)
         act(run, policies)
@@ -67,7 +67,7 @@ def test_it_asks_for_a_stop_and_makes_room(run: TrackedRun, measured: Measuring)
     measured(4, 0.3)
     act(run, policies)
     assert (stop_request(run) or "").startswith("val/mrr_at_10 has not risen")
-    assert [one.step for one in checkpoints_of(run) if not one.is_pruned] == [2, 4]
+    assert [one.step for one in run_checkpoints(run) if not one.is_pruned] == [2, 4]
 
 
 def test_with_refinement_the_cheap_validation_asks_for_a_stop(
@@ -79,7 +79,7 @@ def test_with_refinement_the_cheap_validation_asks_for_a_stop(
     for step, value in enumerate((0.1, 0.3, 0.2, 0.2), start=1):
         measured(step, step / 10)
         figures = {"mrr_at_10": value}
-        record_result(run, checkpoints_of(run)[-1], "val-small", figures, ("c", "0"))
+        record_result(run, run_checkpoints(run)[-1], "val-small", figures, ("c", "0"))
     deciding = {"val-small": None, "val": cheap}
     act(run, Policies(Wishes("val/mrr@10", patience=2), deciding))
     assert stop_request(run) is None
@@ -100,8 +100,8 @@ def test_who_may_not_remove_goes_on(
         asked.append(1)
         raise ForbiddenError("no permission")
 
-    monkeypatch.setattr("mlflow_dr.validation.policies.keep_only", refused)
-    policies = Policies(Wishes(keep=parse_policy("last:1")), VAL)
+    monkeypatch.setattr("mlflow_dr.validation.policies.delete_unneeded", refused)
+    policies = Policies(Wishes(keep=parse_keep_rules("last:1")), VAL)
     for step in (1, 2):
         measured(step, 0.1)
         act(run, policies)
@@ -124,7 +124,7 @@ def test_a_server_that_fails_once_is_asked_again(
         return real(*args, **more)
 
     monkeypatch.setattr(type(run.client), "search_model_versions", failing)
-    policies = Policies(Wishes(keep=parse_policy("last:1")), VAL)
+    policies = Policies(Wishes(keep=parse_keep_rules("last:1")), VAL)
     for step in (1, 2, 3):  # the first one is called the best
         measured(step, 1 / step)
     act(run, policies)
@@ -132,24 +132,24 @@ def test_a_server_that_fails_once_is_asked_again(
     assert told.startswith("files are not removed now: ")
     assert told.endswith("out of connections")
     with monkeypatch.context() as away:
-        away.setattr("mlflow_dr.validation.policies.answers", lambda _: False)
+        away.setattr("mlflow_dr.validation.policies.server_responds", lambda _: False)
         with pytest.raises(TrackingError):
             act(run, policies)
     act(run, policies)
-    assert [one.step for one in checkpoints_of(run) if not one.is_pruned] == [1, 3]
+    assert [one.step for one in run_checkpoints(run) if not one.is_pruned] == [1, 3]
 
 
 def test_what_it_has_removed_is_not_looked_at_again(
     run: TrackedRun, measured: Measuring, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Nor counted, though what is settled is shown as it was seen last."""
-    policies = Policies(Wishes(keep=parse_policy("last:1")), VAL)
+    policies = Policies(Wishes(keep=parse_keep_rules("last:1")), VAL)
     for step in (1, 2, 3):
         measured(step, 1 / step)
-    seen = checkpoints_of(run)
+    seen = run_checkpoints(run)
     policies.act(run, seen, [])
-    assert [one.step for one in checkpoints_of(run) if not one.is_pruned] == [1, 3]
-    monkeypatch.setattr("mlflow_dr.decisions.prune.prune", None)
+    assert [one.step for one in run_checkpoints(run) if not one.is_pruned] == [1, 3]
+    monkeypatch.setattr("mlflow_dr.decisions.pruning.prune", None)
     policies.act(run, seen[1:], [])
 
 

@@ -14,12 +14,12 @@ from mlflow_dr.encoder.model import Encoder
 from mlflow_dr.errors import MissingExtraError, UnavailableError
 from mlflow_dr.retrieval.measures import parse_measures
 from mlflow_dr.tracking import fetching
-from mlflow_dr.tracking.checkpoints import Checkpoint, checkpoints_of, publish
-from mlflow_dr.tracking.claims import standing
+from mlflow_dr.tracking.checkpoints import Checkpoint, publish, run_checkpoints
+from mlflow_dr.tracking.claims import latest_claim
 from mlflow_dr.tracking.following import FollowedRun
-from mlflow_dr.tracking.results import State, failure_of, state_of
+from mlflow_dr.tracking.results import State, failure_reason, validation_state
 from mlflow_dr.tracking.runs import TrackedRun
-from mlflow_dr.tracking.validations import Metric, points_of
+from mlflow_dr.tracking.validations import Metric, metric_points
 from mlflow_dr.validation import jobs, loading
 from mlflow_dr.validation.counts import Counts
 from mlflow_dr.validation.evaluate import Settings
@@ -51,7 +51,7 @@ def validated(run: TrackedRun, slept: list[float]) -> Callable[..., Counts]:
 
 
 def states(run: TrackedRun) -> list[State]:
-    return [state_of(one, "val") for one in checkpoints_of(run)]
+    return [validation_state(one, "val") for one in run_checkpoints(run)]
 
 
 def test_a_store_that_cannot_be_reached_ends_the_validator_and_no_checkpoint(
@@ -76,9 +76,9 @@ def test_a_store_that_cannot_be_reached_ends_the_validator_and_no_checkpoint(
             validated()
     assert slept == [1, 2, 4, 8, 16, 32, 60, 60, 60, 60, 60]
     assert len(slept) == IN_A_ROW - 1
-    there = checkpoints_of(run)
+    there = run_checkpoints(run)
     assert states(run) == [State.OPEN] * 3
-    claims = [standing(one, "val") for one in there]
+    claims = [latest_claim(one, "val") for one in there]
     assert all(one and one.given_back for one in claims)
     assert {one.attempt for one in claims if one} == {IN_A_ROW // 3}
     counts = validated()
@@ -96,7 +96,7 @@ def test_one_that_cannot_be_had_here_is_left_to_others(
     """The others come first; then it is tried a few times."""
     for step in (1, 2, 3):
         publishing(step)
-    real = fetching._had
+    real = fetching._fetch
 
     def denied(checkpoint: Checkpoint, *more: Any) -> Path:
         if checkpoint.step == 1:
@@ -104,7 +104,7 @@ def test_one_that_cannot_be_had_here_is_left_to_others(
         return real(checkpoint, *more)
 
     with monkeypatch.context() as patched:
-        patched.setattr(fetching, "_had", denied)
+        patched.setattr(fetching, "_fetch", denied)
         with caplog.at_level("INFO", logger="mlflow_dr"):
             counts = validated()
     assert (counts.done, counts.failed, counts.unavailable) == (2, 0, 1)
@@ -232,7 +232,7 @@ def test_a_malformed_checkpoint_fails_alone_and_on_one_line(
     counts = validated()
     assert (counts.done, counts.failed) == (1, 1)
     assert states(run) == [State.FAILED, State.DONE]
-    reason = failure_of(checkpoints_of(run)[0], "val")
+    reason = failure_reason(run_checkpoints(run)[0], "val")
     assert 10 < len(reason) < 500
     assert "\n" not in reason
     assert slept == []
@@ -265,7 +265,7 @@ def test_what_was_failed_before_is_counted(
 ) -> None:
     publishing(1)
     publishing(2)
-    weights = Path(checkpoints_of(run)[0].location.removeprefix("file://")) / "model.safetensors"
+    weights = Path(run_checkpoints(run)[0].location.removeprefix("file://")) / "model.safetensors"
     whole = weights.read_bytes()
     weights.write_bytes(whole[:-1])
     first = validated()
@@ -287,14 +287,14 @@ def test_files_that_nobody_published_change_no_figure(
     validated: Callable[..., Counts],
 ) -> None:
     publishing(1)
-    first = checkpoints_of(run)[0]
+    first = run_checkpoints(run)[0]
     same = Path(first.location.removeprefix("file://"))
     publish(run, same, 2)
-    there = Path(checkpoints_of(run)[1].location.removeprefix("file://"))
+    there = Path(run_checkpoints(run)[1].location.removeprefix("file://"))
     save_encoder(there / "query", make_tiny(seed=9, pooling="cls"))
     (there / "special_tokens_map.json").write_text('{"unk_token": "the", "cls_token": "[PAD]"}')
     assert validated().done == 2
-    (_, one), (_, other) = points_of(checkpoints_of(run), Metric("val", "mrr_at_10"))
+    (_, one), (_, other) = metric_points(run_checkpoints(run), Metric("val", "mrr_at_10"))
     assert one == other
 
 
@@ -329,7 +329,7 @@ def test_a_checkpoint_that_is_deleted_meanwhile_is_passed_over(
 ) -> None:
     """One before it is claimed, one before it is fetched."""
     ids = [publishing(step) for step in (1, 2, 3)]
-    real, real_look = fetching._had, FollowedRun.look
+    real, real_look = fetching._fetch, FollowedRun.look
 
     def look(self: FollowedRun) -> Any:
         seen = real_look(self)
@@ -345,7 +345,7 @@ def test_a_checkpoint_that_is_deleted_meanwhile_is_passed_over(
         return real(checkpoint, *more)
 
     monkeypatch.setattr(FollowedRun, "look", look)
-    monkeypatch.setattr(fetching, "_had", deleted)
+    monkeypatch.setattr(fetching, "_fetch", deleted)
     assert validated().are_good
     assert states(run) == [State.DONE]
     assert "step 1 is passed over: it was deleted" in caplog.text

@@ -15,8 +15,8 @@ from mlflow_dr.errors import UsageError
 from mlflow_dr.retrieval.measures import parse_measures
 from mlflow_dr.tracking.directories import FollowedDirectory
 from mlflow_dr.tracking.following import FollowedRun
-from mlflow_dr.tracking.results import known_config
 from mlflow_dr.tracking.runs import TrackedRun
+from mlflow_dr.tracking.validations import stored_config
 from mlflow_dr.validation.evaluate import Settings
 from mlflow_dr.validation.plan import Plan, Validation
 from mlflow_dr.validation.watch import Counts, watch
@@ -45,7 +45,7 @@ def test_a_length_that_no_checkpoint_has_binds_no_name(
     publishing(1)
     with pytest.raises(UsageError, match="passage_max_length is 100000"):
         validated(run, passage_max_length=100_000)
-    assert known_config(run, "val") is None
+    assert stored_config(run, "val") is None
     assert validated(run, passage_max_length=16).done == 1
     with pytest.raises(UsageError, match="another configuration"):
         validated(run)
@@ -61,7 +61,7 @@ def test_a_tokenizer_that_does_not_fit_binds_no_name(
     save_encoder(tmp_path / "larger", tiny_encoder(many * 3, EncoderConfig()))
     with pytest.raises(UsageError, match="step 1 cannot be read with tokenizer"):
         validated(run, tokenizer=str(tmp_path / "larger"))
-    assert known_config(run, "val") is None
+    assert stored_config(run, "val") is None
     assert validated(run).done == 1
 
 
@@ -71,10 +71,10 @@ def test_a_name_is_bound_with_the_first_checkpoint(
     with pytest.raises(UsageError, match="no split 'test'"):
         validated(run, replace(VALIDATION, split="test"), pooling="max")
     assert validated(run, pooling="max").done == 0
-    assert known_config(run, "val") is None
+    assert stored_config(run, "val") is None
     publishing(1)
     assert validated(run, pooling="max").done == 1
-    assert (known_config(run, "val") or {})["pooling"] == "max"
+    assert (stored_config(run, "val") or {})["pooling"] == "max"
 
 
 def test_a_directory_of_checkpoints_to_come(
@@ -86,7 +86,7 @@ def test_a_directory_of_checkpoints_to_come(
     def save(seconds: float) -> None:
         if not (tmp_path / "output/checkpoint-3").exists():
             save_encoder(tmp_path / "output/checkpoint-3", make_tiny())
-        elif known_config(run, "val"):
+        elif stored_config(run, "val"):
             run.finish("FINISHED")
 
     plan = Plan((VALIDATION,), encoder_changes={"pooling": "mean"}, poll_seconds=0.01)

@@ -23,14 +23,14 @@ from mlflow_dr.encoder.directory import save_encoder
 from mlflow_dr.encoder.model import Encoder
 from mlflow_dr.errors import TrackingError, UnavailableError, UsageError
 from mlflow_dr.retrieval.measures import parse_measures
-from mlflow_dr.tracking.checkpoints import Checkpoint, checkpoints_of, publish
-from mlflow_dr.tracking.claims import Claims, Owner, standing
+from mlflow_dr.tracking.checkpoints import Checkpoint, publish, run_checkpoints
+from mlflow_dr.tracking.claims import Claims, Owner, latest_claim
 from mlflow_dr.tracking.directories import FollowedDirectory
 from mlflow_dr.tracking.following import FollowedExperiment, FollowedRun
-from mlflow_dr.tracking.results import State, failure_of, state_of
+from mlflow_dr.tracking.results import State, failure_reason, validation_state
 from mlflow_dr.tracking.runs import DATASET_TAG, TrackedRun
-from mlflow_dr.tracking.status import note_summary, summary_of
-from mlflow_dr.tracking.validations import chosen_metric, steps_taken
+from mlflow_dr.tracking.status import progress_summary, tag_progress
+from mlflow_dr.tracking.validations import chosen_metric, validation_steps
 from mlflow_dr.validation import jobs
 from mlflow_dr.validation.choice import Candidate, Choice
 from mlflow_dr.validation.evaluate import Settings
@@ -137,12 +137,12 @@ def test_a_broken_checkpoint_is_marked_and_the_next_one_goes_on(
 ) -> None:
     publishing(1)
     publishing(2)
-    first = checkpoints_of(run)[0]
+    first = run_checkpoints(run)[0]
     weights = Path(first.location.removeprefix("file://")) / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-1])
     counts = watch(run, VALIDATION, follow=False)
     assert (counts.done, counts.failed) == (1, 1)
-    assert "bytes, but" in checkpoints_of(run)[0].tags["mlflow_dr.validation.val.failed"]
+    assert "bytes, but" in run_checkpoints(run)[0].tags["mlflow_dr.validation.val.failed"]
     assert steps(client, run) == [2]
     again = watch(run, VALIDATION, follow=False)
     assert (again.done, again.failed) == (0, 0)
@@ -194,14 +194,14 @@ def test_a_claimed_checkpoint_is_left_alone_until_its_owner_is_gone(
 ) -> None:
     publishing(1)
     publishing(2)
-    first, second = checkpoints_of(run)
+    first, second = run_checkpoints(run)
     elsewhere = Owner("elsewhere", 1, "another boot", 0, "a token")
     dead = replace(Owner.me(), started=1, token="of a process that is gone")
     assert Claims(client, elsewhere).claim(first, "val")
     assert Claims(client, dead).claim(second, "val")
     assert watch(run, VALIDATION, follow=False).done == 1
     assert steps(client, run) == [2]
-    there = {one.step: standing(one, "val") for one in checkpoints_of(run)}
+    there = {one.step: latest_claim(one, "val") for one in run_checkpoints(run)}
     assert (there[1].attempt, there[1].owner) == (1, elsewhere)
     assert there[2].attempt == 2
 
@@ -211,7 +211,7 @@ def test_a_claim_that_stands_still_is_taken_over(
 ) -> None:
     """By the observer's own clock; and the run's end is no reason to leave before."""
     publishing(1)
-    (checkpoint,) = checkpoints_of(run)
+    (checkpoint,) = run_checkpoints(run)
     owner = Claims(client, Owner("elsewhere", 1, "another boot", 0, "a token"), every=0.05)
     assert owner.claim(checkpoint, "val")
     client.set_terminated(run.id)
@@ -237,7 +237,7 @@ def test_what_is_given_back_is_taken_at_once(
     client: MlflowClient, run: TrackedRun, publishing: Callable[[int], str]
 ) -> None:
     publishing(1)
-    (checkpoint,) = checkpoints_of(run)
+    (checkpoint,) = run_checkpoints(run)
     owner = Claims(client, Owner("elsewhere", 1, "another boot", 0, "a token"))
     assert owner.claim(checkpoint, "val")
     owner.close()
@@ -255,7 +255,7 @@ def test_an_error_that_ends_the_validator_gives_the_claim_back(
     monkeypatch.setattr("mlflow_dr.validation.jobs.evaluate_all", interrupted)
     with pytest.raises(KeyboardInterrupt):
         watch(run, VALIDATION)
-    assert standing(checkpoints_of(run)[0], "val").given_back
+    assert latest_claim(run_checkpoints(run)[0], "val").given_back
 
 
 def test_ctrl_c_while_figures_are_written_leaves_them_the_time(
@@ -277,9 +277,9 @@ def test_ctrl_c_while_figures_are_written_leaves_them_the_time(
     monkeypatch.setattr(jobs, "record_result", slow)
     with pytest.raises(KeyboardInterrupt):
         watch(run, VALIDATION, follow=False)
-    (checkpoint,) = checkpoints_of(run)
-    assert state_of(checkpoint, "val") is State.DONE
-    assert not standing(checkpoint, "val").given_back
+    (checkpoint,) = run_checkpoints(run)
+    assert validation_state(checkpoint, "val") is State.DONE
+    assert not latest_claim(checkpoint, "val").given_back
 
 
 @pytest.mark.parametrize(("poll_seconds", "ahead"), [(5.0, 1), (0.001, 0)], ids=str)
@@ -311,7 +311,7 @@ def test_while_evaluations_are_short_the_next_one_is_claimed_and_fetched_ahead(
         return done
 
     def steps_claimed() -> list[int]:
-        return [one.step for one in checkpoints_of(run) if standing(one, "val")]
+        return [one.step for one in run_checkpoints(run) if latest_claim(one, "val")]
 
     monkeypatch.setattr(jobs, "Files", files)
     monkeypatch.setattr(jobs, "evaluate_all", evaluate_all)
@@ -330,7 +330,7 @@ def test_what_was_lost_ahead_is_not_the_end(
     real, real_ahead = jobs.evaluate_all, _Worker._claimed_ahead
 
     def lost(self: _Worker) -> Any:
-        for one in checkpoints_of(run)[2:4]:
+        for one in run_checkpoints(run)[2:4]:
             others.claim(one, "val")
         return real_ahead(self)
 
@@ -343,7 +343,7 @@ def test_what_was_lost_ahead_is_not_the_end(
     monkeypatch.setattr("mlflow_dr.validation.watch.SHARE_OF_LOOKS", {Order.OLDEST: 10.0})
     watch(run, VALIDATION, follow=False, poll_seconds=1.0)
     others.close()
-    assert standing(checkpoints_of(run)[4], "val")
+    assert latest_claim(run_checkpoints(run)[4], "val")
 
 
 def test_what_was_claimed_ahead_is_given_back_and_its_files_are_removed(
@@ -368,7 +368,7 @@ def test_what_was_claimed_ahead_is_given_back_and_its_files_are_removed(
     monkeypatch.setattr(jobs, "evaluate_all", interrupted)
     with pytest.raises(KeyboardInterrupt):
         watch(run, VALIDATION, poll_seconds=5.0)
-    there = [standing(one, "val") for one in checkpoints_of(run)]
+    there = [latest_claim(one, "val") for one in run_checkpoints(run)]
     assert [one and one.given_back for one in there] == [False, True, True, None]
     assert len(closed) == 1
 
@@ -477,7 +477,7 @@ def test_what_is_published_meanwhile_comes_first_where_the_newest_does(
     real = jobs.evaluate_all
 
     def evaluate_all(*asked: Any) -> Any:
-        if not [one for one in checkpoints_of(run) if one.step == 8]:
+        if not [one for one in run_checkpoints(run) if one.step == 8]:
             publishing(8)
         time.sleep(0.3)
         return real(*asked)
@@ -493,7 +493,7 @@ def test_what_failed_is_tried_again_when_asked(
     client: MlflowClient, run: TrackedRun, publishing: Callable[[int], str]
 ) -> None:
     publishing(1)
-    weights = Path(checkpoints_of(run)[0].location.removeprefix("file://")) / "model.safetensors"
+    weights = Path(run_checkpoints(run)[0].location.removeprefix("file://")) / "model.safetensors"
     whole = weights.read_bytes()
     weights.write_bytes(whole[:-1])
     for retry in (False, True):
@@ -569,7 +569,7 @@ def test_of_an_experiment_a_deleted_run_is_passed_over(
     name, real = {
         "before": ("mlflow_dr.validation.watch._Worker.run", _Worker.run),
         "evaluated": ("mlflow_dr.validation.jobs.evaluate_all", jobs.evaluate_all),
-        "noted": ("mlflow_dr.validation.watch.note_summary", note_summary),
+        "noted": ("mlflow_dr.validation.watch.tag_progress", tag_progress),
     }[when]
 
     def deleting(*args: Any) -> Any:
@@ -581,7 +581,7 @@ def test_of_an_experiment_a_deleted_run_is_passed_over(
     assert counts.done == {"before": 2, "evaluated": 2, "noted": 4}[when]
     assert steps(client, second) == [1, 2]
     assert caplog.text.count(f"run {first.id} is passed over: it was deleted") == 1
-    there = [standing(one, "val") for one in checkpoints_of(first)]
+    there = [latest_claim(one, "val") for one in run_checkpoints(first)]
     assert all(one is None or one.given_back for one in there) or when == "noted"
 
 
@@ -663,7 +663,7 @@ def test_a_kind_of_checkpoint_that_is_gone_fails_alone(
 ) -> None:
     publishing(1)
     publishing(2)
-    shutil.rmtree(checkpoints_of(run)[0].location.removeprefix("file://"))
+    shutil.rmtree(run_checkpoints(run)[0].location.removeprefix("file://"))
     counts = watch(run, VALIDATION, follow=False)
     assert (counts.done, counts.failed) == (1, 1)
     assert steps(client, run) == [2]
@@ -748,7 +748,7 @@ def test_a_poll_costs_nothing_for_a_run_that_has_not_changed(
 
     def counted(checkpoints: Any, name: str) -> str:
         summed.append(name)
-        return summary_of(checkpoints, name)
+        return progress_summary(checkpoints, name)
 
     def sleep(seconds: float) -> None:
         polls.append(len(summed))
@@ -757,7 +757,7 @@ def test_a_poll_costs_nothing_for_a_run_that_has_not_changed(
         if len(polls) == 4:
             client.set_terminated(run.id)
 
-    monkeypatch.setattr("mlflow_dr.validation.watch.summary_of", counted)
+    monkeypatch.setattr("mlflow_dr.validation.watch.progress_summary", counted)
     watch(run, VALIDATION, sleep=sleep)
     assert polls[0] == polls[1] < polls[2] == polls[3]
     assert client.get_run(run.id).data.tags["mlflow_dr.validation.val.status"].startswith("2 of 2")
@@ -801,9 +801,9 @@ def test_what_no_encoder_can_be_made_of_fails_with_the_reason_and_alone(
     counts = watch(run, VALIDATION, follow=False)
     assert (counts.done, counts.failed) == (1, 1)
     assert steps(client, run) == [2]
-    failed = checkpoints_of(run)[0]
-    assert len(failure_of(failed, "val")) > 20
-    assert "\n" not in failure_of(failed, "val")
+    failed = run_checkpoints(run)[0]
+    assert len(failure_reason(failed, "val")) > 20
+    assert "\n" not in failure_reason(failed, "val")
 
 
 def test_a_full_disk_is_no_fault_of_the_checkpoint(
@@ -818,9 +818,9 @@ def test_a_full_disk_is_no_fault_of_the_checkpoint(
         patched.setattr("mlflow_dr.tracking.fetching._had", full)
         with pytest.raises(OSError, match="TMPDIR names a directory on another one"):
             watch(run, VALIDATION, follow=False)
-    (checkpoint,) = checkpoints_of(run)
-    assert standing(checkpoint, "val").given_back
-    assert state_of(checkpoint, "val") is State.OPEN
+    (checkpoint,) = run_checkpoints(run)
+    assert latest_claim(checkpoint, "val").given_back
+    assert validation_state(checkpoint, "val") is State.OPEN
     assert watch(run, VALIDATION, follow=False).done == 1
 
 
@@ -856,9 +856,9 @@ def test_what_was_begun_first_decides_and_each_says_which_steps_it_takes(
     watch(run, replace(VALIDATION, name="z"), follow=False, every=3)
     watch(run, VALIDATION, follow=False)
     assert chosen_metric(run).validation == "z"
-    assert steps_taken(run) == {"z": 3, "val": 1}
+    assert validation_steps(run) == {"z": 3, "val": 1}
     watch(run, replace(VALIDATION, name="z"), follow=False, every=4)
-    assert steps_taken(run) == {"z": 1, "val": 1}
+    assert validation_steps(run) == {"z": 1, "val": 1}
 
 
 def test_several_validations_of_a_checkpoint_are_one_checkpoint(

@@ -11,17 +11,17 @@ import pyarrow.parquet as pq
 import pytest
 from mlflow import MlflowClient
 
-from mlflow_dr.decisions.keep import parse_policy
+from mlflow_dr.decisions.pruning import parse_keep_rules
 from mlflow_dr.encoder.model import Encoder
 from mlflow_dr.errors import UsageError
 from mlflow_dr.retrieval.measures import parse_measures
 from mlflow_dr.subsets.spec import parse_subset
-from mlflow_dr.tracking.checkpoints import checkpoints_of, publish
+from mlflow_dr.tracking.checkpoints import publish, run_checkpoints
 from mlflow_dr.tracking.following import FollowedExperiment, FollowedRun
 from mlflow_dr.tracking.pruning import prune
-from mlflow_dr.tracking.results import State, mark_failed, state_of
+from mlflow_dr.tracking.results import State, mark_failed, validation_state
 from mlflow_dr.tracking.runs import TrackedRun
-from mlflow_dr.tracking.validations import figures_of
+from mlflow_dr.tracking.validations import recorded_values
 from mlflow_dr.validation import jobs
 from mlflow_dr.validation.evaluate import Settings
 from mlflow_dr.validation.pace import CHOSEN_PARAM
@@ -101,11 +101,11 @@ def test_subsets_and_the_whole_corpus_are_read_from_one_pass(
     validated(run, "full", "random:2", "bm25@1", "queries:2")
     assert calls == [4]
     # each has the figures that it has alone
-    (one,) = checkpoints_of(run)
-    together = figures_of(one, "val-bm25_at_1")
+    (one,) = run_checkpoints(run)
+    together = recorded_values(one, "val-bm25_at_1")
     publish(run, tmp_path / "step-1", 2)
     validated(run, "bm25@1")
-    alone = figures_of(checkpoints_of(run)[-1], "val-bm25_at_1")
+    alone = recorded_values(run_checkpoints(run)[-1], "val-bm25_at_1")
     assert alone["mrr_at_10"] == pytest.approx(together["mrr_at_10"], abs=1e-9)
 
 
@@ -138,7 +138,7 @@ def test_tops_that_are_kept_need_no_files(
     for step in (0, 10):
         publishing(step)
     assert validated(run, "encoder:step-0@1").done == 2
-    prune(client, checkpoints_of(run)[0], why=lambda _: "")
+    prune(client, run_checkpoints(run)[0], why=lambda _: "")
     publishing(20)
     assert validated(run, "encoder:step-0@1").done == 1
 
@@ -202,7 +202,7 @@ def test_the_best_so_far_get_the_whole_corpus_once(
     for step in range(6):
         publishing(step)
     validated(run, "bm25@1", refine="full@2")
-    cheap = {one.step: figures_of(one, "val-bm25_at_1") for one in checkpoints_of(run)}
+    cheap = {one.step: recorded_values(one, "val-bm25_at_1") for one in run_checkpoints(run)}
     order = sorted(cheap, key=lambda step: (-cheap[step]["mrr_at_10"], step))
     assert len(cheap) == 6
     refined = steps(client, run, "val/mrr_at_10")
@@ -224,15 +224,15 @@ def test_a_seed_leaves_the_whole_corpus_what_it_is(
 
 
 def with_files(run: TrackedRun) -> list[int]:
-    return [one.step for one in checkpoints_of(run) if not one.is_pruned]
+    return [one.step for one in run_checkpoints(run) if not one.is_pruned]
 
 
 def test_those_that_are_not_refined_go(run: TrackedRun, publishing: Callable[[int], str]) -> None:
     for step in range(6):
         publishing(step)
-    wishes = Wishes("val-bm25_at_1/mrr@10", keep=parse_policy("best:1,last:1"))
+    wishes = Wishes("val-bm25_at_1/mrr@10", keep=parse_keep_rules("best:1,last:1"))
     validated(run, "bm25@1", refine="full@2", wishes=wishes)
-    cheap = {one.step: figures_of(one, "val-bm25_at_1") for one in checkpoints_of(run)}
+    cheap = {one.step: recorded_values(one, "val-bm25_at_1") for one in run_checkpoints(run)}
     best = min(cheap, key=lambda step: (-cheap[step]["mrr_at_10"], step))
     assert with_files(run) == sorted({best, 5})
 
@@ -242,11 +242,11 @@ def test_what_failed_keeps_its_files_until_it_was_tried_again(
 ) -> None:
     for step in range(4):
         publishing(step)
-    for one in checkpoints_of(run)[1:3]:
+    for one in run_checkpoints(run)[1:3]:
         mark_failed(run, one, "val", "out of memory")
-    wishes = Wishes(keep=parse_policy("best:1,last:1"))
+    wishes = Wishes(keep=parse_keep_rules("best:1,last:1"))
     assert validated(run, retry_failed=True, wishes=wishes).done == 4
-    assert all(state_of(one, "val") is State.DONE for one in checkpoints_of(run))
+    assert all(validation_state(one, "val") is State.DONE for one in run_checkpoints(run))
     assert len(with_files(run)) <= 2
 
 
@@ -273,7 +273,7 @@ def test_the_trainer_gives_the_pace(
     validated(run, "random:1", "random:4", "full", keep_up=True)
     assert steps(client, run, "val/mrr_at_10") == [0, 1, 2, 3, 4]
     assert "full, as another validator has chosen" in caplog.text
-    wishes = Wishes(keep=parse_policy("last:2"))
+    wishes = Wishes(keep=parse_keep_rules("last:2"))
     validated(run, "random:1", "random:4", "full", keep_up=True, wishes=wishes)
     assert {3, 4} <= set(with_files(run)) < {0, 1, 2, 3, 4}
 

@@ -1,16 +1,16 @@
-"""Per-query values of checkpoints: a parquet file of each validation of each, beside the run.
-
-A column `query_id` and one of each measure, named as the measure is (`mrr@10`).
-"""
+"""Files that are kept with a run: per-query values, subsets, and studies of fidelity."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import json
+import time
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
+from mlflow.entities import Metric
 from mlflow.exceptions import MlflowException
 
 from mlflow_dr.errors import DataError, NoValuesError
@@ -19,14 +19,18 @@ from mlflow_dr.tracking.checkpoints import Checkpoint
 from mlflow_dr.tracking.client import tracking_errors
 from mlflow_dr.tracking.runs import TrackedRun
 
-FOLDER = "validation"
+VALUES_FOLDER = "validation"
+SUBSETS_FOLDER = "subsets"
+STUDY_FOLDER = "fidelity"
 QUERY_ID = "query_id"
 
 PerQuery = Mapping[str, Mapping[Any, float]]
 """query id -> measure -> value."""
 
 
-def log_values(run: TrackedRun, checkpoint: Checkpoint, name: str, per_query: PerQuery) -> None:
+def log_per_query_values(
+    run: TrackedRun, checkpoint: Checkpoint, name: str, per_query: PerQuery
+) -> None:
     """Keep the values of each query; two requests, and one more for the first of a run.
 
     The same values give the same bytes, so writing them again changes nothing.
@@ -53,8 +57,10 @@ def log_values(run: TrackedRun, checkpoint: Checkpoint, name: str, per_query: Pe
                 raise OSError("the artifact store does not list them after they were written")
 
 
-def values_of(run: TrackedRun, checkpoint: Checkpoint, name: str) -> dict[str, dict[str, float]]:
-    """The values of each query, as `log_values` has kept them: query id -> measure -> value.
+def per_query_values(
+    run: TrackedRun, checkpoint: Checkpoint, name: str
+) -> dict[str, dict[str, float]]:
+    """The values of each query that `log_per_query_values` kept: query id -> measure -> value.
 
     Raises:
         NoValuesError: nobody has kept any.
@@ -100,8 +106,48 @@ def _table(per_query: PerQuery) -> pa.Table:
 
 
 def _folder(name: str) -> str:
-    return f"{FOLDER}/{name}"
+    return f"{VALUES_FOLDER}/{name}"
 
 
 def _file(checkpoint: Checkpoint) -> str:
     return f"step-{checkpoint.step:08}-{checkpoint.model_id}.parquet"
+
+
+def log_subset(
+    run: TrackedRun, name: str, passages: Callable[[], pa.Table], about: Mapping[str, Any]
+) -> None:
+    """Keep the subset of a validation with the run, unless it is there already.
+
+    Args:
+        run: which.
+        name: the validation's, which stands for one subset on a run.
+        passages: gives columns `passage_id` and `origin`.
+        about: how it was chosen, sizes, digest.
+
+    Raises:
+        TrackingError: the server did not take it.
+    """
+    table, text = f"{name}.parquet", f"{name}.json"
+    with tracking_errors(f"keeping subset {name!r} of run {run.id}"), scratch() as room:
+        there = {file.path for file in run.client.list_artifacts(run.id, SUBSETS_FOLDER)}
+        if f"{SUBSETS_FOLDER}/{text}" in there:
+            return
+        room.mkdir()
+        pq.write_table(passages(), room / table, compression="zstd")
+        (room / text).write_text(json.dumps(about, indent=1) + "\n", encoding="utf-8")
+        for file in (table, text):  # the text last: with it, both are there
+            run.client.log_artifact(run.id, str(room / file), SUBSETS_FOLDER)
+
+
+def log_study(run: TrackedRun, metrics: Mapping[str, float], files: Iterable[Path]) -> None:
+    """Log a study's figures, and its files into the folder `fidelity`; later ones replace them.
+
+    Raises:
+        TrackingError: the server did not take it.
+    """
+    now_ms = time.time_ns() // 1_000_000
+    logged = [Metric(key, float(value), now_ms, 0) for key, value in metrics.items()]
+    with tracking_errors(f"keeping the study of fidelity with run {run.id}"):
+        run.client.log_batch(run.id, metrics=logged)
+        for file in files:
+            run.client.log_artifact(run.id, str(file), STUDY_FOLDER)

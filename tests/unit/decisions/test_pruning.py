@@ -11,16 +11,16 @@ from mlflow import MlflowClient
 from mlflow.store.artifact.local_artifact_repo import LocalArtifactRepository
 
 from mlflow_dr.cli.prune import command
-from mlflow_dr.decisions.keep import parse_policy
-from mlflow_dr.decisions.prune import keep_only
+from mlflow_dr.decisions.pruning import delete_unneeded, parse_keep_rules
 from mlflow_dr.encoder.directory import load_encoder, save_encoder
 from mlflow_dr.encoder.model import Encoder
 from mlflow_dr.errors import ForbiddenError, TrackingError, UsageError
-from mlflow_dr.tracking.checkpoints import Checkpoint, checkpoints_of, publish
+from mlflow_dr.tracking.checkpoints import Checkpoint, publish, run_checkpoints
 from mlflow_dr.tracking.claims import Claims, Owner
-from mlflow_dr.tracking.fetching import fetched
-from mlflow_dr.tracking.results import bind_name, record_result
+from mlflow_dr.tracking.fetching import checkpoint_files
+from mlflow_dr.tracking.results import record_result
 from mlflow_dr.tracking.runs import TrackedRun
+from mlflow_dr.tracking.validations import bind_name
 
 VALUES = {0: 0.1, 10: 0.3, 20: 0.5, 30: 0.4, 40: 0.2}
 ELSEWHERE = Owner("far", 7, "another boot", 1, "token")
@@ -34,7 +34,7 @@ def validated(run: TrackedRun, make_tiny: Callable[..., Encoder], tmp_path: Path
     save_encoder(tmp_path / "encoder", make_tiny())
     for step, value in VALUES.items():
         publish(run, tmp_path / "encoder", step)
-        (one,) = [one for one in checkpoints_of(run) if one.step == step]
+        (one,) = [one for one in run_checkpoints(run) if one.step == step]
         figures = {"mrr_at_10": value, "ndcg_at_10": 1 - value}
         record_result(run, one, "val", figures, ("sea", "0"))
         record_result(run, one, "other", {"recall_at_100": step / 100}, ("sea", "0"))
@@ -47,8 +47,8 @@ def prune(client: MlflowClient, *words: object) -> Result:
 
 
 def lines(result: Result) -> dict[int, tuple[str, str]]:
-    """Step -> `goes` or `stays`, and why."""
-    form = re.compile(r"step (\d+)  models:/m-\w+  [\d.]+ MB in \d+ files  (goes|stays): (.+)")
+    """Step -> `delete` or `keep`, and why."""
+    form = re.compile(r"step (\d+)  models:/m-\w+  [\d.]+ MB in \d+ files  (delete|keep): (.+)")
     *each, _ = result.output.splitlines()
     found = [form.fullmatch(line) for line in each]
     assert all(found), each
@@ -56,11 +56,11 @@ def lines(result: Result) -> dict[int, tuple[str, str]]:
 
 
 def with_files(run: TrackedRun) -> list[int]:
-    return [one.step for one in checkpoints_of(run) if list(Path(one.location).rglob("*"))]
+    return [one.step for one in run_checkpoints(run) if list(Path(one.location).rglob("*"))]
 
 
 def at(run: TrackedRun, step: int) -> Checkpoint:
-    (found,) = [one for one in checkpoints_of(run) if one.step == step]
+    (found,) = [one for one in run_checkpoints(run) if one.step == step]
     return found
 
 
@@ -70,29 +70,29 @@ def test_a_dry_run_says_what_a_real_one_does_and_the_best_still_loads(
     flags = ("--run-id", validated.id, "--keep", "best:1,last:1")
     said = prune(validated.client, *flags, "--dry-run")
     assert with_files(validated) == list(VALUES)
-    assert not any(one.is_pruned for one in checkpoints_of(validated))
+    assert not any(one.is_pruned for one in run_checkpoints(validated))
     assert lines(said) == {
-        0: ("goes", "none of best:1,last:1"),
-        10: ("goes", "none of best:1,last:1"),
-        20: ("stays", "best 1 of val/mrr_at_10"),
-        30: ("goes", "none of best:1,last:1"),
-        40: ("stays", "last"),
+        0: ("delete", "no rule of best:1,last:1 keeps it"),
+        10: ("delete", "no rule of best:1,last:1 keeps it"),
+        20: ("keep", "best 1 of val/mrr_at_10"),
+        30: ("delete", "no rule of best:1,last:1 keeps it"),
+        40: ("keep", "last"),
     }
     assert re.fullmatch(
-        r"3 of 5 checkpoints would be removed: [\d.]+ MB", said.output.splitlines()[-1]
+        r"3 of 5 checkpoints would be deleted: [\d.]+ MB", said.output.splitlines()[-1]
     )
 
     done = prune(validated.client, *flags)
-    assert done.output == said.output.replace("would be removed", "removed")
+    assert done.output == said.output.replace("would be deleted", "deleted")
     assert with_files(validated) == [20, 40]
-    with fetched(at(validated, 20)) as directory:
+    with checkpoint_files(at(validated, 20)) as directory:
         load_encoder(directory, safetensors_only=True)
     history = validated.client.get_metric_history(validated.id, "val/mrr_at_10")
     assert {one.step: one.value for one in history} == VALUES
 
     again = prune(validated.client, *flags)
     assert list(lines(again)) == [20, 40]
-    assert again.output.splitlines()[-1].startswith("0 of 2 checkpoints removed: 0.0 MB")
+    assert again.output.splitlines()[-1].startswith("0 of 2 checkpoints deleted: 0.0 MB")
 
 
 @pytest.mark.parametrize(
@@ -108,10 +108,10 @@ def test_claims_are_respected(validated: TrackedRun) -> None:
     claims = Claims(validated.client, ELSEWHERE)
     assert claims.claim(at(validated, 10), "later")
     flags = ("--run-id", validated.id, "--keep", "last:1", "--unvalidated")
-    assert lines(prune(validated.client, *flags))[10] == ("stays", "being validated by far:7")
+    assert lines(prune(validated.client, *flags))[10] == ("keep", "being validated by far:7")
     assert with_files(validated) == [10, 40]
     claims.drop(at(validated, 10), "later", finished=False)
-    assert lines(prune(validated.client, *flags))[10] == ("goes", "none of last:1")
+    assert lines(prune(validated.client, *flags))[10] == ("delete", "no rule of last:1 keeps it")
     assert with_files(validated) == [40]
 
 
@@ -119,7 +119,7 @@ def test_what_is_not_validated_yet(validated: TrackedRun) -> None:
     bind_name(validated, "new", {"measures": "mrr@10"})
     flags = ("--run-id", validated.id, "--keep", "last:1")
     assert set(lines(prune(validated.client, *flags)).values()) == {
-        ("stays", "not validated yet by new")
+        ("keep", "not validated yet by new")
     }
     assert with_files(validated) == list(VALUES)
     prune(validated.client, *flags, "--unvalidated")
@@ -130,7 +130,7 @@ def test_what_a_subset_is_chosen_by_stays(validated: TrackedRun) -> None:
     subset = "bm25@5+encoder:step-10@50, seed 3, 0123456789abcdef"
     bind_name(validated, "small", {"measures": "mrr@10", "subset": subset})
     flags = ("--run-id", validated.id, "--keep", "last:1", "--unvalidated")
-    assert lines(prune(validated.client, *flags))[10] == ("stays", "chooses the subset of small")
+    assert lines(prune(validated.client, *flags))[10] == ("keep", "chooses the subset of small")
     assert with_files(validated) == [10, 40]
 
 
@@ -138,7 +138,7 @@ def test_a_registered_one_stays(validated: TrackedRun) -> None:
     validated.client.create_registered_model(validated.id)
     validated.client.create_model_version(validated.id, f"models:/{at(validated, 0).model_id}")
     said = lines(prune(validated.client, "--run-id", validated.id, "--keep", "last:1"))
-    assert said[0] == ("stays", f"registered as {validated.id} version 1")
+    assert said[0] == ("keep", f"registered as {validated.id} version 1")
     assert with_files(validated) == [0, 40]
 
 
@@ -161,16 +161,16 @@ def test_of_deleted_runs(validated: TrackedRun, client: MlflowClient, tmp_path: 
     folders = [at(run, 7).location for run in (kept, deleted, gone)]
     assert all(Path(folder).exists() for folder in folders)
     done = prune(client, *flags)
-    assert done.output == said.output.replace("would be removed", "removed")
+    assert done.output == said.output.replace("would be deleted", "deleted")
     assert [Path(folder).exists() for folder in folders] == [True, False, False]
-    assert at(deleted, 7).is_gone
-    assert checkpoints_of(gone) == []
-    assert prune(client, *flags).output == "0 of 0 checkpoints removed: 0.0 MB\n"
+    assert at(deleted, 7).is_fully_pruned
+    assert run_checkpoints(gone) == []
+    assert prune(client, *flags).output == "0 of 0 checkpoints deleted: 0.0 MB\n"
     assert with_files(validated) == list(VALUES)
 
     client._tracking_client.store._hard_delete_run(deleted.id)
-    assert prune(client, *flags).output.endswith("1 of 1 checkpoints removed: 0.0 MB\n")
-    assert checkpoints_of(deleted) == []
+    assert prune(client, *flags).output.endswith("1 of 1 checkpoints deleted: 0.0 MB\n")
+    assert run_checkpoints(deleted) == []
 
 
 def lines_by_run(result: Result) -> list[tuple[str, str]]:
@@ -193,9 +193,9 @@ def test_of_deleted_runs_a_claimed_or_registered_one_stays(
     client.delete_run(run.id)
     said = prune(client, "--deleted", "--experiment", tmp_path.name)
     assert lines(said) == {
-        1: ("stays", "being validated by far:7"),
-        2: ("stays", f"registered as {run.id} version 1"),
-        3: ("goes", f"run {run.id} is deleted"),
+        1: ("keep", "being validated by far:7"),
+        2: ("keep", f"registered as {run.id} version 1"),
+        3: ("delete", f"run {run.id} is deleted"),
     }
     assert with_files(run) == [1, 2]
 
@@ -203,12 +203,15 @@ def test_of_deleted_runs_a_claimed_or_registered_one_stays(
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        ([], "give --run-id and --keep, or --deleted"),
-        (["--run-id", "1"], "give --run-id and --keep, or --deleted"),
-        (["--keep", "last:1"], "give --run-id and --keep, or --deleted"),
-        (["--deleted", "--keep", "last:1"], "give --run-id and --keep, or --deleted"),
-        (["--deleted", "--unvalidated"], "belong to --run-id"),
-        (["--run-id", "1", "--keep", "last:1", "--experiment", "x"], "belongs to --deleted"),
+        ([], "pass --run-id and --keep, or pass --deleted"),
+        (["--run-id", "1"], "pass --run-id and --keep, or pass --deleted"),
+        (["--keep", "last:1"], "pass --run-id and --keep, or pass --deleted"),
+        (["--deleted", "--keep", "last:1"], "pass --run-id and --keep, or pass --deleted"),
+        (["--deleted", "--unvalidated"], "--metric and --unvalidated need --run-id"),
+        (
+            ["--run-id", "1", "--keep", "last:1", "--experiment", "x"],
+            "--experiment needs --deleted",
+        ),
     ],
 )
 def test_flags_that_do_not_go_together(
@@ -220,7 +223,7 @@ def test_flags_that_do_not_go_together(
 
 def test_what_cannot_be_done_is_said_before_anything_is(validated: TrackedRun) -> None:
     client = validated.client
-    with pytest.raises(UsageError, match="no rule 'worst:1'"):
+    with pytest.raises(UsageError, match="unknown rule 'worst:1'"):
         prune(client, "--run-id", validated.id, "--keep", "worst:1")
     with pytest.raises(UsageError, match="no metric 'mrr@5' to choose by; it has: "):
         prune(client, "--run-id", validated.id, "--keep", "best:1", "--metric", "mrr@5")
@@ -233,30 +236,33 @@ def test_a_validator_keeps_only_what_its_policy_says(
     validated: TrackedRun, caplog: pytest.LogCaptureFixture
 ) -> None:
     """By what it saw last, whatever has happened since."""
-    seen = checkpoints_of(validated)
+    seen = run_checkpoints(validated)
     tags = {"mlflow_dr.best.val/mrr_at_10": "0.3"}
     validated.client.set_logged_model_tags(at(validated, 10).model_id, tags)
     with caplog.at_level("INFO", "mlflow_dr"):
-        removed = keep_only(validated, seen, parse_policy("best:1,last:1"))
-    assert [one.verdict.checkpoint.step for one in removed] == [0, 30]
+        removed = delete_unneeded(validated, seen, parse_keep_rules("best:1,last:1"))
+    assert [one.checkpoint.step for one in removed] == [0, 30]
     assert with_files(validated) == [10, 20, 40]
-    assert caplog.text.count("removed the files of step ") == 2
-    assert keep_only(validated, checkpoints_of(validated), parse_policy("best:1,last:1")) == []
+    assert caplog.text.count("deleted the files of step ") == 2
+    assert (
+        delete_unneeded(validated, run_checkpoints(validated), parse_keep_rules("best:1,last:1"))
+        == []
+    )
 
 
 def test_what_is_gone_is_removed_and_told_once(
     validated: TrackedRun, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     """Though it is shown as it was seen before; also what another validator has removed."""
-    seen, policy = checkpoints_of(validated), parse_policy("best:1,last:1")
+    seen, policy = run_checkpoints(validated), parse_keep_rules("best:1,last:1")
     mine, another = set[str](), set[str]()
     with caplog.at_level("INFO", "mlflow_dr"):
-        assert len(keep_only(validated, seen, policy, gone=mine)) == 3
-        assert keep_only(validated, seen, policy, gone=another) == []
-    assert caplog.text.count("removed the files of step ") == 3
+        assert len(delete_unneeded(validated, seen, policy, deleted=mine)) == 3
+        assert delete_unneeded(validated, seen, policy, deleted=another) == []
+    assert caplog.text.count("deleted the files of step ") == 3
     assert mine == another == {at(validated, step).model_id for step in (0, 10, 30)}
-    monkeypatch.setattr("mlflow_dr.decisions.prune.prune", None)
-    assert keep_only(validated, seen, policy, gone=mine) == []
+    monkeypatch.setattr("mlflow_dr.decisions.pruning.delete_files", None)
+    assert delete_unneeded(validated, seen, policy, deleted=mine) == []
 
 
 def test_one_whose_files_cannot_be_removed_is_left_for_the_next_call(
@@ -272,11 +278,11 @@ def test_one_whose_files_cannot_be_removed_is_left_for_the_next_call(
     monkeypatch.setattr("mlflow_dr.tracking.pruning.SECONDS_BETWEEN_ATTEMPTS", 0)
     with monkeypatch.context() as broken:
         broken.setattr(LocalArtifactRepository, "delete_artifacts", refuse)
-        keep_only(validated, checkpoints_of(validated), parse_policy("last:1"))
+        delete_unneeded(validated, run_checkpoints(validated), parse_keep_rules("last:1"))
     assert with_files(validated) == [0, 40]
     (told,) = caplog.messages
     assert told.endswith("input/output error; this is tried again")
-    keep_only(validated, checkpoints_of(validated), parse_policy("last:1"))
+    delete_unneeded(validated, run_checkpoints(validated), parse_keep_rules("last:1"))
     assert with_files(validated) == [40]
 
 
@@ -288,5 +294,5 @@ def test_who_may_not_remove_files_is_told_so(
 
     monkeypatch.setattr("mlflow_dr.tracking.pruning.SECONDS_BETWEEN_ATTEMPTS", 0)
     monkeypatch.setattr(LocalArtifactRepository, "delete_artifacts", refuse)
-    with pytest.raises(ForbiddenError, match=r"removing the files of step 0 .* Permission denied"):
-        keep_only(validated, checkpoints_of(validated), parse_policy("last:1"))
+    with pytest.raises(ForbiddenError, match=r"deleting the files of step 0 .* Permission denied"):
+        delete_unneeded(validated, run_checkpoints(validated), parse_keep_rules("last:1"))

@@ -6,9 +6,9 @@ import pytest
 from mlflow.store.artifact.local_artifact_repo import LocalArtifactRepository
 
 from mlflow_dr.errors import DataError, NoValuesError, TrackingError
-from mlflow_dr.tracking.checkpoints import Checkpoint, checkpoints_of, new_checkpoint
+from mlflow_dr.tracking.artifacts import log_per_query_values, per_query_values
+from mlflow_dr.tracking.checkpoints import Checkpoint, announce_checkpoint, run_checkpoints
 from mlflow_dr.tracking.runs import TrackedRun
-from mlflow_dr.tracking.tables import log_values, values_of
 
 
 class ObjectStoreError(Exception):
@@ -23,8 +23,8 @@ VALUES = {
 
 @pytest.fixture
 def checkpoint(run: TrackedRun) -> Checkpoint:
-    new_checkpoint(run, 1200, "")
-    (checkpoint,) = checkpoints_of(run)
+    announce_checkpoint(run, 1200, "")
+    (checkpoint,) = run_checkpoints(run)
     return checkpoint
 
 
@@ -33,14 +33,14 @@ def folder(run: TrackedRun) -> Path:
 
 
 def test_values_come_back_as_they_were(run: TrackedRun, checkpoint: Checkpoint) -> None:
-    log_values(run, checkpoint, "val", VALUES)
-    found = values_of(run, checkpoint, "val")
+    log_per_query_values(run, checkpoint, "val", VALUES)
+    found = per_query_values(run, checkpoint, "val")
     assert found == VALUES
     assert list(found) == list(VALUES)
 
 
 def test_the_file_is_a_column_of_each_measure(run: TrackedRun, checkpoint: Checkpoint) -> None:
-    log_values(run, checkpoint, "on the sea", VALUES)
+    log_per_query_values(run, checkpoint, "on the sea", VALUES)
     (path,) = folder(run).rglob("*.parquet")
     assert path.relative_to(folder(run)).as_posix() == (
         f"on the sea/step-00001200-{checkpoint.model_id}.parquet"
@@ -54,10 +54,10 @@ def test_the_file_is_a_column_of_each_measure(run: TrackedRun, checkpoint: Check
 
 
 def test_writing_them_again_changes_nothing(run: TrackedRun, checkpoint: Checkpoint) -> None:
-    log_values(run, checkpoint, "val", VALUES)
+    log_per_query_values(run, checkpoint, "val", VALUES)
     (path,) = folder(run).rglob("*.parquet")
     before = path.read_bytes()
-    log_values(run, checkpoint, "val", VALUES)
+    log_per_query_values(run, checkpoint, "val", VALUES)
     assert [one.read_bytes() for one in folder(run).rglob("*.parquet")] == [before]
 
 
@@ -69,47 +69,47 @@ def test_an_error_of_an_object_store_is_one_of_the_server(
 
     monkeypatch.setattr(LocalArtifactRepository, "log_artifact", log_artifact)
     with pytest.raises(TrackingError, match="values of step 1200: could not connect to the"):
-        log_values(run, checkpoint, "val", VALUES)
+        log_per_query_values(run, checkpoint, "val", VALUES)
 
 
 def test_validations_and_checkpoints_have_files_of_their_own(run: TrackedRun) -> None:
     for step in (1, 1, 2):
-        new_checkpoint(run, step, "")
-    published = checkpoints_of(run)
+        announce_checkpoint(run, step, "")
+    published = run_checkpoints(run)
     expected = {}
     for number, checkpoint in enumerate(published):
         for name in ("val", "test"):
             values = {"q": {"mrr@10": number + len(name) / 10}}
-            log_values(run, checkpoint, name, values)
+            log_per_query_values(run, checkpoint, name, values)
             expected[number, name] = values
     for (number, name), values in expected.items():
-        assert values_of(run, published[number], name) == values
+        assert per_query_values(run, published[number], name) == values
 
 
 def test_values_that_nobody_has_kept(run: TrackedRun, checkpoint: Checkpoint) -> None:
     message = rf"run {run.id} has no values of single queries for step 1200 \(no artifact valid"
     with pytest.raises(NoValuesError, match=message):
-        values_of(run, checkpoint, "val")
-    log_values(run, checkpoint, "val", VALUES)
+        per_query_values(run, checkpoint, "val")
+    log_per_query_values(run, checkpoint, "val", VALUES)
     with pytest.raises(NoValuesError):
-        values_of(run, checkpoint, "test")
+        per_query_values(run, checkpoint, "test")
 
 
 @pytest.mark.parametrize("damage", [b"", b"PAR1 and no more", None])
 def test_a_damaged_file(run: TrackedRun, checkpoint: Checkpoint, damage: bytes | None) -> None:
-    log_values(run, checkpoint, "val", VALUES)
+    log_per_query_values(run, checkpoint, "val", VALUES)
     (path,) = folder(run).rglob("*.parquet")
     path.write_bytes(path.read_bytes()[:-20] if damage is None else damage)
     with pytest.raises(DataError, match=rf"run {run.id}, artifact validation/val/.*: no table"):
-        values_of(run, checkpoint, "val")
+        per_query_values(run, checkpoint, "val")
 
 
 def test_a_table_of_something_else(run: TrackedRun, checkpoint: Checkpoint) -> None:
-    log_values(run, checkpoint, "val", VALUES)
+    log_per_query_values(run, checkpoint, "val", VALUES)
     (path,) = folder(run).rglob("*.parquet")
     pq.write_table(pq.read_table(path).drop_columns("query_id"), path)
     with pytest.raises(DataError, match="query_id"):
-        values_of(run, checkpoint, "val")
+        per_query_values(run, checkpoint, "val")
 
 
 def test_a_store_that_cannot_be_written(run: TrackedRun, checkpoint: Checkpoint) -> None:
@@ -117,4 +117,4 @@ def test_a_store_that_cannot_be_written(run: TrackedRun, checkpoint: Checkpoint)
     room.parent.mkdir(parents=True)
     room.write_text("a file where the folder would be")
     with pytest.raises(TrackingError, match="keeping the values of step 1200: "):
-        log_values(run, checkpoint, "val", VALUES)
+        log_per_query_values(run, checkpoint, "val", VALUES)

@@ -6,7 +6,7 @@ import pytest
 import requests
 from mlflow.exceptions import MlflowException, RestException
 
-from mlflow_dr.tracking.faults import lasts
+from mlflow_dr.tracking.client import is_permanent
 
 
 def answered(status: int) -> requests.HTTPError:
@@ -67,7 +67,7 @@ def wrapped(cause: Exception) -> MlflowException:
     ids=repr,
 )
 def test_what_lasts(error: Exception) -> None:
-    assert lasts(error)
+    assert is_permanent(error)
 
 
 @pytest.mark.parametrize(
@@ -89,11 +89,11 @@ def test_what_lasts(error: Exception) -> None:
     ids=repr,
 )
 def test_what_may_pass(error: Exception) -> None:
-    assert not lasts(error)
+    assert not is_permanent(error)
 
 
 def test_the_outermost_error_that_is_clear_decides() -> None:
     """A connection that broke while a refusal was dealt with is a broken connection."""
     error = ConnectionResetError(errno.ECONNRESET, "no")
     error.__context__ = answered(403)
-    assert not lasts(error)
+    assert not is_permanent(error)

@@ -4,8 +4,7 @@ import mlflow
 import pytest
 
 from mlflow_dr.errors import UsageError
-from mlflow_dr.tracking.current import current_run_id, name_collection
-from mlflow_dr.tracking.runs import RUN_VARIABLE, TrackedRun
+from mlflow_dr.tracking.runs import RUN_VARIABLE, TrackedRun, active_run_id, name_collection
 
 
 @pytest.fixture(autouse=True)
@@ -18,17 +17,17 @@ def test_asked_for_then_active_then_the_variable(
     run: TrackedRun, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv(RUN_VARIABLE, "from-variable")
-    assert current_run_id() == "from-variable"
+    assert active_run_id() == "from-variable"
     monkeypatch.delenv(RUN_VARIABLE)  # start_run would take it up
     with mlflow.start_run(run_id=run.id):
         monkeypatch.setenv(RUN_VARIABLE, "from-variable")
-        assert current_run_id() == run.id
-        assert current_run_id("asked") == "asked"
+        assert active_run_id() == run.id
+        assert active_run_id("asked") == "asked"
 
 
 def test_without_a_run_the_ways_out_are_named() -> None:
     with pytest.raises(UsageError, match=r"mlflow.start_run.*report_to.*MLFLOW_RUN_ID.*run_id"):
-        current_run_id()
+        active_run_id()
 
 
 def test_what_a_validator_needs_is_on_the_run(run: TrackedRun) -> None:
