@@ -1,13 +1,15 @@
-"""A published encoder as MLflow's `python_function`: texts in, vectors out.
+"""What published checkpoints refer to by name, when MLflow loads them; so these names must stay.
 
-The file `MLmodel` of every published checkpoint names this module, and MLflow calls `_load_pyfunc`;
-so its name stays. Nothing of it is pickled into a checkpoint.
+`MLmodel` names this module, and MLflow calls `_load_pyfunc`. `model.sentence_transformer` names
+`ModuleAbove`. Nothing is pickled into a checkpoint.
 """
 
 from __future__ import annotations
 
+import json
 import threading
 from collections.abc import Iterable, Mapping
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +25,7 @@ from mlflow_dr.files import scratch
 from mlflow_dr.retrieval.encode import encode_all
 from mlflow_dr.stores.token_table import token_table
 from mlflow_dr.tracking.manifest import MANIFEST, link_listed_files, read_manifest, unlisted_files
+from mlflow_dr.tracking.mlmodel import MODULES
 
 QUERY, PASSAGE = "query", "passage"
 
@@ -86,6 +89,31 @@ def _load_pyfunc(path: str) -> TextsToVectors:
     with scratch() as room:
         encoder = load_encoder(_listed_files(Path(path), room), safetensors_only=True)
         return TextsToVectors(encoder.to(resolve_device()))
+
+
+class ModuleAbove:
+    """A module of sentence-transformers whose files lie in the folder above.
+
+    `mlflow.sentence_transformers.load_model` reads `model.sentence_transformer`, a folder inside a
+    checkpoint. With this class the weights need not lie there a second time.
+    """
+
+    @classmethod
+    def load(cls, model_name_or_path: str, subfolder: str = "", **options: Any) -> Any:
+        """The module itself, of the class that `modules.json` of the folder above names.
+
+        Args:
+            model_name_or_path: the folder `model.sentence_transformer`.
+            subfolder: of the module, such as `1_Pooling`.
+            options: as sentence-transformers passes them on.
+        """
+        checkpoint = Path(model_name_or_path).absolute().parent
+        modules = json.loads((checkpoint / MODULES).read_text(encoding="utf-8"))
+        kind = next(module["type"] for module in modules if module["path"] == subfolder)
+        package, _, name = kind.rpartition(".")
+        return getattr(import_module(package), name).load(
+            str(checkpoint), subfolder=subfolder, **options
+        )
 
 
 def _listed_files(directory: Path, view: Path) -> Path:

@@ -245,7 +245,9 @@ def _for_each(names: Iterable[str], act: Callable[[str], object]) -> None:
 def _listed(directory: Path, checkpoint: Checkpoint, whole: bool) -> Manifest:
     """What the manifest says of the files that are wanted."""
     listed = read_manifest(directory, checkpoint.manifest)
-    return {name: said for name, said in listed.items() if whole or name not in mlmodel.FILES}
+    return {
+        name: said for name, said in listed.items() if whole or not mlmodel.is_description(name)
+    }
 
 
 def local_directory(location: str) -> Path | None:

@@ -1,11 +1,14 @@
 """The files by which MLflow knows a checkpoint as a model that it can load and serve.
 
-MLmodel             the flavour `python_function`: module that loads it, inputs, outputs, params
-requirements.txt    what has to be installed
-python_env.yaml     the same for `--env-manager virtualenv` and `uv`
-conda.yaml          the same for `--env-manager conda`
+MLmodel                        the flavours: `python_function` and, where sentence-transformers
+                               reads the checkpoint, `sentence_transformers`
+model.sentence_transformer/    what MLflow's `sentence_transformers` flavour loads: the settings of
+                               the checkpoint, and modules that refer to the folder above
+requirements.txt               what has to be installed
+python_env.yaml                the same for `--env-manager virtualenv` and `uv`
+conda.yaml                     the same for `--env-manager conda`
 
-Format: https://mlflow.org/docs/latest/ml/model/. Written without ids and times, so that the same
+Format: https://mlflow.org/docs/latest/ml/model/. There are no ids and no times in them, so the same
 encoder has the same files.
 """
 
@@ -13,6 +16,7 @@ from __future__ import annotations
 
 import json
 import platform
+import shutil
 from functools import cache
 from importlib import metadata
 from pathlib import Path
@@ -26,21 +30,30 @@ MLMODEL = "MLmodel"
 REQUIREMENTS = "requirements.txt"
 PYTHON_ENV = "python_env.yaml"
 CONDA_ENV = "conda.yaml"
+FOLDER = "model.sentence_transformer"  # the only one that MLflow's flavour reads
 FILES = frozenset((MLMODEL, REQUIREMENTS, PYTHON_ENV, CONDA_ENV))
 LOADER = "mlflow_dr.pyfunc"
-# beside our own package: what the vectors depend on
-PACKAGES = ("mlflow", "torch", "transformers")
+MODULE_ABOVE = f"{LOADER}.ModuleAbove"
+MODULES = "modules.json"
+SETTINGS = "config_sentence_transformers.json"
+# the vectors depend on these, and on our own package
+PACKAGES = ("mlflow", "sentence-transformers", "torch", "transformers")
 ANY_SIZE = -1
 WIDTHS = ("embedding_dimension", "word_embedding_dimension")
 SENTENCE = "sentence_embedding"
+
+
+def is_description(name: str) -> bool:
+    """Whether a file of a checkpoint serves MLflow alone; encoders load without it."""
+    return name in FILES or name.startswith(f"{FOLDER}/")
 
 
 def write_mlmodel(directory: Path) -> None:
     """Describe an encoder's directory to MLflow, as a function from texts to vectors.
 
     Args:
-        directory: as `save_encoder` or sentence-transformers wrote it; nothing that is there is
-            changed but an earlier description.
+        directory: as `save_encoder` or sentence-transformers wrote it. Only an earlier description
+            in it is changed.
     """
     python = platform.python_version()
     versions = _versions()
@@ -54,17 +67,46 @@ def write_mlmodel(directory: Path) -> None:
         "dependencies": [f"python={python}", "pip", {"pip": requirements}],
     }
     _write(directory / CONDA_ENV, conda)
-    flavor = {
-        "loader_module": LOADER,
-        "python_version": python,
-        "env": {"conda": CONDA_ENV, "virtualenv": PYTHON_ENV},
+    flavors: dict[str, dict[str, Any]] = {
+        "python_function": {
+            "loader_module": LOADER,
+            "python_version": python,
+            "env": {"conda": CONDA_ENV, "virtualenv": PYTHON_ENV},
+        }
     }
+    if _write_sentence_transformers_folder(directory):
+        flavors["sentence_transformers"] = {
+            "sentence_transformers_version": versions["sentence-transformers"],
+            "code": None,
+        }
     model = {
-        "flavors": {"python_function": flavor},
+        "flavors": flavors,
         "mlflow_version": versions["mlflow"],
         "signature": _signature(_vector_size(directory) or ANY_SIZE),
     }
     _write(directory / MLMODEL, model)
+
+
+def _write_sentence_transformers_folder(directory: Path) -> bool:
+    """Let `mlflow.sentence_transformers.load_model` find the modules in the folder above its own.
+
+    Returns:
+        Whether there is such a folder: the directory consists of that library's own modules.
+    """
+    folder = directory / FOLDER
+    shutil.rmtree(folder, ignore_errors=True)
+    try:
+        modules = _json(directory / MODULES)
+        if not all(module["type"].startswith("sentence_transformers.") for module in modules):
+            return False
+    except (OSError, LookupError, TypeError, ValueError, AttributeError, RecursionError):
+        return False
+    folder.mkdir()
+    above = [{**module, "type": MODULE_ABOVE} for module in modules]
+    (folder / MODULES).write_text(json.dumps(above, indent=1) + "\n", encoding="utf-8")
+    if (directory / SETTINGS).is_file():
+        shutil.copyfile(directory / SETTINGS, folder / SETTINGS)
+    return True
 
 
 def _signature(size: int) -> dict[str, str]:
@@ -85,8 +127,8 @@ def _vector_size(directory: Path) -> int | None:
     Read without that library, which takes seconds to import.
     """
     try:
-        places = sorted(directory.glob("*_Dense/config.json"), key=_position)
-        dense = [values for values in map(_json, places) if _writes_vectors(values)]
+        configs = sorted(directory.glob("*_Dense/config.json"), key=_position)
+        dense = [values for values in map(_json, configs) if _writes_vectors(values)]
         if dense:
             return int(dense[-1]["out_features"])
         values = _json(next(directory.glob("*_Pooling/config.json")))
@@ -95,12 +137,12 @@ def _vector_size(directory: Path) -> int | None:
         return width * (len(modes) if isinstance(modes, list) else 1)
     except (OSError, StopIteration, LookupError, TypeError, ValueError, AttributeError):
         return None
-    except RecursionError:  # JSON of endless brackets
+    except RecursionError:  # too many nested brackets
         return None
 
 
 def _position(config: Path) -> int:
-    """A module's place among the modules, by its folder: `2_Dense`."""
+    """The position of a module among the modules, by the name of its folder: `2_Dense`."""
     return int(config.parent.name.partition("_")[0])
 
 
@@ -115,7 +157,7 @@ def _json(path: Path) -> Any:
 
 @cache
 def _versions() -> dict[str, str]:
-    """Those of `PACKAGES`; without what names a build, such as 2.9.0+cpu, which no index has."""
+    """Versions of `PACKAGES`, without a suffix such as `+cpu`, which no package index has."""
     return {name: metadata.version(name).partition("+")[0] for name in PACKAGES}
 
 
