@@ -149,7 +149,7 @@ def test_what_it_has_removed_is_not_looked_at_again(
     seen = run_checkpoints(run)
     policies.act(run, seen, [])
     assert [one.step for one in run_checkpoints(run) if not one.is_pruned] == [1, 3]
-    monkeypatch.setattr("mlflow_dr.decisions.pruning.prune", None)
+    monkeypatch.setattr("mlflow_dr.decisions.pruning.delete_files", None)
     policies.act(run, seen[1:], [])
 
 

@@ -815,7 +815,7 @@ def test_a_full_disk_is_no_fault_of_the_checkpoint(
         raise OSError(errno.ENOSPC, "No space left on device")
 
     with monkeypatch.context() as patched:
-        patched.setattr("mlflow_dr.tracking.fetching._had", full)
+        patched.setattr("mlflow_dr.tracking.fetching._fetch", full)
         with pytest.raises(OSError, match="TMPDIR names a directory on another one"):
             watch(run, VALIDATION, follow=False)
     (checkpoint,) = run_checkpoints(run)
