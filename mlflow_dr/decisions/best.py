@@ -116,7 +116,7 @@ def against_runner_up(run: TrackedRun, best: Best, seed: int = 0) -> Difference 
     if best.runner_up is None:
         return None
     pair = (best.runner_up.checkpoint, best.checkpoint)
-    tables = [values_of(run, one, best.metric.validation) for one in pair]
+    tables = [per_query_values(run, one, best.metric.validation) for one in pair]
     _, values = aligned_values([one.uri for one in pair], tables, *parse_measures(best.metric.key))
     return difference(values[0], values[1], seed)
 
