@@ -10,6 +10,7 @@ from mlflow_dr.decisions.comparison import aligned_values
 from mlflow_dr.decisions.significance import Difference, difference
 from mlflow_dr.errors import NoValuesError, TrackingError
 from mlflow_dr.retrieval.measures import parse_measures
+from mlflow_dr.tracking.artifacts import per_query_values
 from mlflow_dr.tracking.checkpoints import Checkpoint, run_checkpoints
 from mlflow_dr.tracking.registry import BEST_TAG, tag_best, untag_best
 from mlflow_dr.tracking.runs import TrackedRun
