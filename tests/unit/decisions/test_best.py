@@ -262,7 +262,7 @@ def test_a_pruned_checkpoint_is_best_still(
     shutil.rmtree(checkpoint.location.removeprefix("file://"))
     assert "step 10" in (printed := best())
     assert "its files were removed" in printed
-    with pytest.raises(UnavailableError, match=rf"the files of {checkpoint.uri} .* were removed"):
+    with pytest.raises(UnavailableError, match=rf"the files of {checkpoint.uri} .* were deleted"):
         best("--download", tmp_path / "encoder")
     with pytest.raises(UsageError, match=r"cannot be registered: .*were removed"):
         best("--register", "pruned")
