@@ -47,7 +47,7 @@ def plain_tokens(name: str) -> Callable[[Sequence[str]], list[list[int]]]:
         tokenizer = AutoTokenizer.from_pretrained(name)
     except (OSError, ValueError) as error:
         raise UsageError(
-            f"{name!r} is not a tokenizer in a directory, on the hub or in the hub's cache"
+            f"{name!r}: no tokenizer in a directory of this name, on the hub or in its cache"
         ) from error
     return lambda texts: tokenizer(list(texts), add_special_tokens=False)["input_ids"]
 
