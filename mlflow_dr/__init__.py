@@ -2,8 +2,9 @@
 
 What the command line does can be done from Python; the names below are imported when they are used.
 
-    from mlflow_dr import Once, evaluate_once
-    report = evaluate_once(Once("my-encoder", dataset="irds:vaswani", measures="ndcg@10"))
+    from mlflow_dr import EvaluateConfig, evaluate_encoder
+    config = EvaluateConfig(encoder="my-encoder", dataset="irds:vaswani", measures="ndcg@10")
+    report = evaluate_encoder(config)
     report.measures["ndcg@10"]
 """
 
@@ -25,19 +26,20 @@ if TYPE_CHECKING:
         publish_checkpoint,
     )
     from mlflow_dr.training.train import train
-    from mlflow_dr.validation.compare import Comparing, compare
-    from mlflow_dr.validation.once import Once, evaluate_once
+    from mlflow_dr.validation.compare import compare
+    from mlflow_dr.validation.config import CompareConfig, EvaluateConfig
+    from mlflow_dr.validation.evaluate import evaluate_encoder
 
 __version__ = VERSION
 
 __all__ = [
-    "Comparing",
+    "CompareConfig",
+    "EvaluateConfig",
     "MiningConfig",
-    "Once",
     "PublishCallback",
     "Rule",
     "compare",
-    "evaluate_once",
+    "evaluate_encoder",
     "flush_checkpoints",
     "load_encoder",
     "mine",
@@ -49,13 +51,13 @@ __all__ = [
 ]
 
 _HOMES = {
-    "Comparing": "mlflow_dr.validation.compare",
+    "CompareConfig": "mlflow_dr.validation.config",
     "MiningConfig": "mlflow_dr.mining.mine",
-    "Once": "mlflow_dr.validation.once",
+    "EvaluateConfig": "mlflow_dr.validation.config",
     "PublishCallback": "mlflow_dr.training.publish_api",
     "Rule": "mlflow_dr.mining.rule",
     "compare": "mlflow_dr.validation.compare",
-    "evaluate_once": "mlflow_dr.validation.once",
+    "evaluate_encoder": "mlflow_dr.validation.evaluate",
     "flush_checkpoints": "mlflow_dr.training.publish_api",
     "load_encoder": "mlflow_dr.encoder.directory",
     "mine": "mlflow_dr.mining.mine",

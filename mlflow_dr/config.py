@@ -122,22 +122,19 @@ def as_tuple(value: Any) -> Any:
 
 
 @contextmanager
-def located(path: Path, key: str = "") -> Iterator[None]:
-    """Name the file and the key that a UsageError is about.
+def within(key: str) -> Iterator[None]:
+    """Name the key of the part of a configuration that a UsageError is about.
 
     Raises:
-        UsageError: instead of the one that was raised.
+        ConfigError: instead of the error that was raised.
     """
     try:
         yield
     except ConfigError as error:
         joint = "." if error.key else ": "
-        raise UsageError(f"{path}: {key}{joint if key else ''}{error}") from error
+        raise ConfigError(key, f"{joint}{error.key}{error.problem}") from error
     except UsageError as error:
-        message = str(error)
-        if not message.startswith(f"{path}: "):
-            message = f"{path}: {key}{': ' if key else ''}{message}"
-        raise UsageError(message) from error
+        raise ConfigError(key, f": {error}") from error
 
 
 def read_mapping(path: Path) -> dict[str, Any]:
@@ -161,10 +158,10 @@ def string_keys(values: Any, location: str) -> dict[str, Any]:
     """A mapping with its keys as text.
 
     Raises:
-        UsageError: it is something else.
+        ConfigError: it is something else.
     """
     if not isinstance(values, Mapping):
-        raise UsageError(f"{location} is {quoted(values)}; expected keys with values")
+        raise ConfigError(location, f" is {quoted(values)}; expected keys with values")
     return {str(key): value for key, value in values.items()}
 
 

@@ -16,13 +16,16 @@ from typing import IO
 
 import psutil
 
+from mlflow_dr.engines.devices import resolve_device, resolve_dtype
 from mlflow_dr.engines.share import share_machine
 from mlflow_dr.errors import ChildError
+from mlflow_dr.files import scratch
 from mlflow_dr.retrieval.measures import parse_measures
 from mlflow_dr.tracking.client import URI_VARIABLE, connect, tracking_uri
 from mlflow_dr.tracking.runs import RUN_VARIABLE, TrackedRun, is_over, open_run
 from mlflow_dr.tracking.status import curve_summary, validation_curve
 from mlflow_dr.tracking.validations import MAIN_PARAM
+from mlflow_dr.validation.config import RunConfig
 
 TORCHRUN = ("-m", "torch.distributed.run", "--standalone")
 SECONDS_BETWEEN_LOOKS = 0.2
@@ -30,70 +33,68 @@ SECONDS_TO_STOP = 60.0
 LOWER_PRIORITY = 10
 
 
-def launch(
-    training: Sequence[str],
-    validating: Sequence[str],
-    name: str,
-    uri: str | None = None,
-    experiment: str | None = None,
-    gpus: int = 1,
-) -> int:
+def launch(config: RunConfig, training: Sequence[str]) -> int:
     """Train and validate; returns when both have ended.
 
     Args:
+        config: what the validator does, and how many GPUs train.
         training: flags of `mlflow-dr train`; the collection that they name is opened first, so that
             what must be built is built once.
-        validating: flags of `mlflow-dr validate`, without the run.
-        name: the validation's name.
-        uri: the tracking server; the one that the training names, or MLflow's own, when None.
-        experiment: the experiment of a new run, in the same way.
-        gpus: training processes, each on a GPU of its own; more than one are torchrun's.
 
     Returns:
         0, or 130 after Ctrl-C or SIGTERM.
 
     Raises:
-        UsageError: a flag of either that it would not take, or nothing to resume.
+        UsageError: a flag or value that the trainer or the validator refuses, or nothing to resume.
         DeviceError: fewer GPUs than training processes.
         ChildError: the trainer or the validator ended with an error; its exit code is theirs.
     """
-    measures = parse_measures(validating[validating.index("--measures") + 1])
-    share = share_machine(trainers=gpus)
-    plan = _plan(training, gpus)
-    run = open_run(connect(uri or plan.uri), experiment or plan.experiment, plan.run_id, plan.name)
-    if "--keep-up" not in validating:
+    share = share_machine(trainers=config.gpus)
+    device = share.validator_device
+    validation = config.validation(device=device)
+    name = validation.all_validations[0].name
+    resolve_dtype(config.dtype, resolve_device(device))
+    plan = _plan(training, config.gpus)
+    client = connect(config.tracking_uri or plan.uri)
+    run = open_run(client, config.experiment_name or plan.experiment, plan.run_id, plan.name)
+    if not config.keep_up:
         run.set_param_once(MAIN_PARAM, name)
-    validating = ["--run-id", run.id, *share.validator_flags, *validating]
-    validating += ["--dataset", plan.validated]
-    with _Stop() as stop:
-        trainer = Child.start("train", training, run, share.trainer, gpus)
-        validator = Child.start("validate", validating, run, share.validator)
+    validation = validation.replaced(run_id=run.id, dataset=plan.validated)
+    with scratch() as directory, _Stop() as stop:
+        directory.mkdir()
+        file = directory / "validate.json"
+        file.write_text(validation.model_dump_json(exclude_unset=True), encoding="utf-8")
+        trainer = Child.start("train", training, run, share.trainer, config.gpus)
+        validator = Child.start("validate", ["--config", str(file)], run, share.validator)
         if share.validator_yields:
             with suppress(psutil.NoSuchProcess):  # it may have ended by now, and will be reported
                 psutil.Process(validator.process.pid).nice(LOWER_PRIORITY)
         _wait(run, trainer, validator, stop)
+    measures = parse_measures(config.measures)
     _say(curve_summary(validation_curve(run, name), [measure.metric for measure in measures], run))
     failed = [child for child in (trainer, validator) if child.failed]
     if stop.asked:
         return 130
     if failed:
+        names = " and ".join(child.what for child in failed)
         error = ChildError(
-            f"{' and '.join(one.what for one in failed)} ended with an error, which is above; what "
-            f"is published stays: `mlflow-dr validate --run-id {run.id}` validates what is missing"
+            f"{names} ended with an error, which is shown above; published checkpoints stay: "
+            f"`mlflow-dr validate --run-id {run.id}` validates what is missing"
         )
-        error.exit_code = next((one.code for one in failed if one.code > 0), error.exit_code)
+        codes = [child.code for child in failed if child.code > 0]
+        error.exit_code = codes[0] if codes else error.exit_code
         raise error
     return 0
 
 
 @dataclass(frozen=True)
 class _Plan:
-    """What a training's flags mean for who starts it.
+    """What a training's flags say about its run.
 
     Attributes:
         validated: the collection that validators search.
-        run_id: the run that the training goes on with; None for a new one.
-        uri: the tracking server that they name.
+        run_id: the run that the training resumes; None for a new one.
+        uri: the tracking server.
         experiment: the experiment.
         name: of the run.
     """

@@ -24,7 +24,6 @@ from mlflow import MlflowClient
 
 from benchmarks.faulting.scene import MEASURES, points
 from benchmarks.server import Server
-from mlflow_dr.retrieval.measures import parse_measures
 from mlflow_dr.tracking.checkpoints import Checkpoint, run_checkpoints
 from mlflow_dr.tracking.claims import latest_claim
 from mlflow_dr.tracking.client import connect
@@ -32,9 +31,8 @@ from mlflow_dr.tracking.following import FollowedRun
 from mlflow_dr.tracking.results import State, validation_state
 from mlflow_dr.tracking.runs import TrackedRun
 from mlflow_dr.training.resume import RUN_FILE
-from mlflow_dr.validation.evaluate import Settings
-from mlflow_dr.validation.plan import Plan, Validation
-from mlflow_dr.validation.watch import watch
+from mlflow_dr.validation.config import ValidateConfig
+from mlflow_dr.validation.validator import run_validator
 
 COLLECTION = Path(__file__).parents[2] / "examples" / "sea"
 PUBLISH_STEPS = 5
@@ -191,8 +189,8 @@ def report(client: MlflowClient, run_id: str, kills: Counter[str], room: Path) -
     run = TrackedRun(client, client.get_run(run_id))
     ready = [one for one in run_checkpoints(run) if one.ready]
     claims = [there for one in ready if (there := latest_claim(one, "val"))]
-    settings = Settings(parse_measures(MEASURES))
-    watch(FollowedRun(run), Plan((Validation(settings, "calm"),), follow=False))
+    calm_config = ValidateConfig(measures=MEASURES, name="calm", follow=False)
+    run_validator(FollowedRun(run), calm_config)
     disturbed, calm = points(client, run_id, "val"), points(client, run_id, "calm")
     steps = Counter(one.step for one in ready)
     counts = {

@@ -183,14 +183,13 @@ def shown(spec: list[Any], seed: int, judged: str) -> dict[str, Any]:
 
 
 def plan_ours(path: Path) -> Any:
-    from mlflow_dr.retrieval.measures import parse_measures
-    from mlflow_dr.validation.evaluate import Settings
-    from mlflow_dr.validation.plan import Asked
-    from mlflow_dr.validation.plan_file import read_plan
+    from mlflow_dr.cli.options import from_flags
+    from mlflow_dr.decisions.pruning import parse_keep_rules
+    from mlflow_dr.validation.config import ValidateConfig
 
-    plan = read_plan(path, Asked(Settings(parse_measures("mrr@10"), dtype="fp32")))
+    plan = from_flags(ValidateConfig, {"measures": ("mrr@10",), "dtype": "fp32"}, path)
     validations = {}
-    for one in plan.validations:
+    for one in plan.all_validations:
         spec = one.subset
         parts = sorted((part.kind, part.count, part.names) for part in spec.terms)
         name = one.name.removesuffix(f"-{spec.slug}") if spec.slug and not one.refines else one.name
@@ -213,18 +212,18 @@ def plan_ours(path: Path) -> Any:
         }
     for one in validations.values():
         del one["_name"]
-    keep = plan.wishes.keep
+    keep = parse_keep_rules(plan.keep) if plan.keep else None
     return {
-        "order": plan.order.value,
+        "order": plan.order,
         "every": plan.every,
         "max_lag_seconds": plan.max_lag_seconds,
         "retry_failed": plan.retry_failed,
         "follow": plan.follow,
         "poll_seconds": plan.poll_seconds,
-        "patience": plan.wishes.patience,
-        "min_delta": plan.wishes.min_delta,
+        "patience": plan.patience,
+        "min_delta": plan.min_delta,
         "keep": keep and {"best": keep.best, "last": keep.last, "every": keep.every},
-        "metric": plan.wishes.metric,
+        "metric": plan.metric,
         "validations": validations,
     }
 

@@ -21,9 +21,8 @@ from mlflow_dr.tracking.checkpoints import STEP_TAG, publish, run_checkpoints
 from mlflow_dr.tracking.following import FollowedRun
 from mlflow_dr.tracking.manifest import write_manifest
 from mlflow_dr.tracking.runs import TrackedRun
-from mlflow_dr.validation.evaluate import Settings
-from mlflow_dr.validation.plan import Plan, Validation
-from mlflow_dr.validation.watch import watch
+from mlflow_dr.validation.config import ValidateConfig
+from mlflow_dr.validation.validator import run_validator
 
 MEASURES = parse_measures("mrr@10 ndcg@10")
 SOUND, OTHER = 5, 10
@@ -43,10 +42,16 @@ def figures(run: TrackedRun, step: int) -> dict[str, list[float]]:
 
 def validate(run: TrackedRun, folder: Path) -> str:
     """Validate once; what is wrong with the line that it ended with."""
-    settings = Settings(MEASURES, device="cpu", dtype="fp32")
-    validation = Validation(settings, dataset=str(folder), split="dev")
+    config = ValidateConfig(
+        measures=" ".join(map(str, MEASURES)),
+        device="cpu",
+        dtype="fp32",
+        dataset=str(folder),
+        split="dev",
+        follow=False,
+    )
     try:
-        watch(FollowedRun(run), Plan((validation,), follow=False), sleep=lambda seconds: None)
+        run_validator(FollowedRun(run), config, sleep=lambda seconds: None)
     except MlflowDrError as error:
         return unprintable(printed(error))
     return ""

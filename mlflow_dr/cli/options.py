@@ -13,7 +13,7 @@ import click
 from pydantic.fields import FieldInfo
 from pydantic_core import PydanticUndefined
 
-from mlflow_dr.config import Config, ConfigError, Flag
+from mlflow_dr.config import Config, ConfigError, Flag, read_mapping
 from mlflow_dr.errors import UsageError
 from mlflow_dr.retrieval.measures import DEFAULT_MEASURES
 
@@ -70,17 +70,24 @@ def _dashed(name: str) -> str:
     return name.replace("_", "-")
 
 
-def takes(model: type[Config]) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+def takes(
+    model: type[Config], has_file: bool = False
+) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
     """A decorator: make an option of each field, and call the function with the configuration.
 
     Other options of the command are passed on to the function by name.
+
+    Args:
+        model: of the configuration.
+        has_file: whether `--config` names a YAML file of the same fields.
     """
 
     def decorate(function: Callable[..., Any]) -> Callable[..., Any]:
         @functools.wraps(function)
         def with_config(**values: Any) -> Any:
             fields = {name: values.pop(name) for name in model.model_fields if name in values}
-            return function(from_flags(model, fields), **values)
+            path = values.pop("config", None) if has_file else None
+            return function(from_flags(model, fields, path), **values)
 
         # the fields of the model itself come first in the help, then those that it inherits
         names = [name for base in model.__mro__ for name in vars(base).get("__annotations__", ())]
@@ -88,24 +95,42 @@ def takes(model: type[Config]) -> Callable[[Callable[..., Any]], Callable[..., A
             field = model.model_fields[name]
             if not flag_of(field).in_file_only:
                 with_config = _parameter(name, field)(with_config)
-        return with_config
+        return CONFIG_OPTION(with_config) if has_file else with_config
 
     return decorate
 
 
-def from_flags(model: type[AnyConfig], values: Mapping[str, Any]) -> AnyConfig:
+CONFIG_OPTION = click.option(
+    "--config",
+    type=click.Path(path_type=Path),
+    help="A YAML file with these options by name; what it says goes before other flags.",
+)
+
+
+def from_flags(
+    model: type[AnyConfig], values: Mapping[str, Any], path: Path | None = None
+) -> AnyConfig:
     """A configuration from the values of flags; None and an empty tuple stand for no flag.
 
+    Args:
+        model: of the configuration.
+        values: by field.
+        path: a YAML file whose values go before those of the flags.
+
     Raises:
-        UsageError: with the name of the flag.
+        UsageError: with the name of the flag, or the file and the key.
     """
     given = {name: value for name, value in values.items() if value not in (None, ())}
+    in_file = read_mapping(path) if path else {}
     try:
-        return model(**given)
+        return model(**{**given, **in_file})
     except ConfigError as error:
-        field = model.model_fields.get(error.key)
-        name = _names(error.key, field)[0] if field else error.key
-        raise UsageError(f"{name}{error.problem}") from error
+        name = error.key.partition(".")[0]
+        if path and (name in in_file or name not in given):
+            raise UsageError(f"{path}: {error}") from error
+        field = model.model_fields.get(name)
+        shown = _names(name, field)[0] if field else error.key
+        raise UsageError(f"{shown}{error.problem}") from error
 
 
 def flag_of(field: FieldInfo) -> Flag:

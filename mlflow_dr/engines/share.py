@@ -20,13 +20,13 @@ class Share:
     Attributes:
         trainer: environment variables of the trainer.
         validator: environment variables of the validator.
-        validator_flags: flags that tell the validator its device.
+        validator_device: the validator's device, as its `--device` takes it.
         validator_yields: whether the validator runs at a lower priority.
     """
 
     trainer: Mapping[str, str]
     validator: Mapping[str, str]
-    validator_flags: Sequence[str]
+    validator_device: str
     validator_yields: bool
 
 
@@ -56,13 +56,13 @@ def share_machine(
         )
     if len(gpus) > trainers:
         training = ",".join(gpus[:trainers])
-        return Share({GPUS: training}, {GPUS: gpus[-1]}, ["--device", "cuda:0"], False)
+        return Share({GPUS: training}, {GPUS: gpus[-1]}, "cuda:0", False)
     validator = max(1, cores - 2 * trainers) if gpus else max(1, cores // 4)
     trainer = max(1, (cores - validator) // trainers)
     return Share(
         {THREADS: str(trainer)},
         {THREADS: str(validator), GPUS: ""},
-        ["--device", "cpu"],
+        "cpu",
         True,
     )
 

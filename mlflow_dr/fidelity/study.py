@@ -27,9 +27,11 @@ from mlflow_dr.subsets.strategies import CachedSearching
 from mlflow_dr.subsets.subset import make_subset
 from mlflow_dr.tracking.checkpoints import Checkpoint, checkpoint_of_step
 from mlflow_dr.tracking.runs import TrackedRun
-from mlflow_dr.validation.binding import named_data
-from mlflow_dr.validation.evaluate import Prepared, Report, Settings, evaluate, evaluate_all
-from mlflow_dr.validation.loading import encoder_of
+from mlflow_dr.validation.config import EvalConfig
+from mlflow_dr.validation.dataset import EvalDataset
+from mlflow_dr.validation.evaluate import Report, evaluate, evaluate_all
+from mlflow_dr.validation.resolve import named_data
+from mlflow_dr.validation.worker import load_checkpoint
 
 log = logging.getLogger(__name__)
 
@@ -101,7 +103,7 @@ def study_fidelity(
     chosen = _chosen(checkpoints, asked)
     device = resolve_device(asked.device)
     dtype = resolve_dtype(asked.dtype, device)
-    settings = Settings((asked.measure,), None, str(device), dtype, asked.keep_own_id)
+    settings = EvalConfig((asked.measure,), None, str(device), dtype, asked.keep_own_id)
     prepared = _prepared(asked, settings, run)
     work = _Work(prepared, settings, asked)
     values, skipped = work.all_values(chosen)
@@ -136,7 +138,7 @@ class _Work:
     """What is done to checkpoints, and what is known of them already."""
 
     def __init__(
-        self, prepared: Sequence[Prepared], settings: Settings, asked: FidelityConfig
+        self, prepared: Sequence[EvalDataset], settings: EvalConfig, asked: FidelityConfig
     ) -> None:
         self._prepared = prepared
         self._settings = settings
@@ -180,7 +182,7 @@ class _Work:
         missing = [place for place, values in enumerate(known) if values is None]
         if missing:
             pairs = [(self._prepared[place], self._settings) for place in missing]
-            reports = evaluate_all(encoder_of(checkpoint, self._changes), pairs)
+            reports = evaluate_all(load_checkpoint(checkpoint, self._changes), pairs)
             for place, report in zip(missing, reports, strict=True):
                 known[place] = self._of_queries(report, self._prepared[place])
             self._kept.keep(identity, known)
@@ -200,7 +202,7 @@ class _Work:
             if known := self._kept.seconds(identity):
                 return known
             try:
-                encoder = encoder_of(checkpoint, self._changes)
+                encoder = load_checkpoint(checkpoint, self._changes)
             except CheckpointError as error:
                 log.warning("step %d cannot be timed: %s", checkpoint.step, error)
                 continue
@@ -212,7 +214,7 @@ class _Work:
             return seconds
         raise UsageError("none of the checkpoints can be read any more to be timed")
 
-    def _shortest(self, encoder: Encoder, prepared: Prepared) -> float:
+    def _shortest(self, encoder: Encoder, prepared: EvalDataset) -> float:
         start = time.perf_counter()
         found: list[float] = []
         while not found or (
@@ -221,7 +223,7 @@ class _Work:
             found.append(evaluate(encoder, prepared, self._settings).seconds)
         return min(found)
 
-    def _of_queries(self, report: Report, prepared: Prepared) -> np.ndarray:
+    def _of_queries(self, report: Report, prepared: EvalDataset) -> np.ndarray:
         per_query = report.per_query
         return np.array([per_query[one][self._measure] for one in prepared.topics.qrels])
 
@@ -243,7 +245,9 @@ def _check_count(count: int, about: str) -> None:
         raise UsageError(f"{count} checkpoints to study ({about}); an order needs {FEWEST} or more")
 
 
-def _prepared(asked: FidelityConfig, settings: Settings, run: TrackedRun | None) -> list[Prepared]:
+def _prepared(
+    asked: FidelityConfig, settings: EvalConfig, run: TrackedRun | None
+) -> list[EvalDataset]:
     """The full corpus, then each subset of it."""
     dataset, split = asked.dataset, asked.split
     if run is not None:
@@ -251,14 +255,14 @@ def _prepared(asked: FidelityConfig, settings: Settings, run: TrackedRun | None)
     if dataset is None:
         raise UsageError("which collection? Give --dataset")
     collection = open_collection(dataset)
-    whole = Prepared(collection, chosen_split(collection, split))
+    whole = EvalDataset(collection, chosen_split(collection, split))
     published = None if run is None else lambda step: checkpoint_of_step(run, step)
     searching = CachedSearching(whole.corpus, settings.device, settings.dtype, published)
     prepared = [whole]
     for spec in asked.subsets:
         subset = make_subset(spec, whole.corpus, whole.topics, searching)
         log.info("%s: %d passages, %d queries", spec.shown, len(subset), len(subset.topics.queries))
-        prepared.append(Prepared(collection, whole.split, whole.searched, subset))
+        prepared.append(EvalDataset(collection, whole.split, whole.tokens, subset))
     return prepared
 
 

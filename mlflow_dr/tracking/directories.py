@@ -19,7 +19,7 @@ from mlflow_dr.tracking.checkpoints import (
     link_to_run,
 )
 from mlflow_dr.tracking.client import tracking_errors
-from mlflow_dr.tracking.following import Look, Unsettled
+from mlflow_dr.tracking.following import OpenCheckpoints, Snapshot
 from mlflow_dr.tracking.runs import TrackedRun, check_alive, is_over
 
 log = logging.getLogger(__name__)
@@ -54,13 +54,13 @@ class FollowedDirectory:
         self.run = self._run = run
         self._directory = directory.absolute()
         self._is_mine = is_mine
-        self._list = Unsettled(run.client, run.experiment_id, run.id, str(self._directory))
+        self._list = OpenCheckpoints(run.client, run.experiment_id, run.id, str(self._directory))
         self._seen: dict[Path, _Seen] = {}
         self._registered: set[Path] = set()
         self._told: set[tuple[Path, str]] = set()
         self._whole()
 
-    def look(self) -> Look:
+    def look(self) -> Snapshot:
         """See what there is now, and register what is new.
 
         Raises:
@@ -76,11 +76,11 @@ class FollowedDirectory:
                 self._registered.add(path)
         over = not self._is_mine and is_over(state)
         there = [one for one in self._list.look(for_good=over) if Path(one.directory) in whole]
-        return Look(there, over)
+        return Snapshot(there, over)
 
-    def settle(self, checkpoint: Checkpoint) -> None:
+    def mark_done(self, checkpoint: Checkpoint) -> None:
         """Ask for this one no more."""
-        self._list.settle(checkpoint)
+        self._list.mark_done(checkpoint)
 
     def ask_again(self) -> None:
         """Nothing is settled any more."""

@@ -27,7 +27,7 @@ SECONDS_BETWEEN_STATES = 30.0
 LONGEST_UPLOAD_MS = 3_600_000
 
 
-class Look(NamedTuple):
+class Snapshot(NamedTuple):
     """What there is to see.
 
     Attributes:
@@ -53,10 +53,10 @@ class Followed(Protocol):
     name: str
     run: TrackedRun | None
 
-    def look(self) -> Look:
+    def look(self) -> Snapshot:
         """See what there is now."""
 
-    def settle(self, checkpoint: Checkpoint) -> None:
+    def mark_done(self, checkpoint: Checkpoint) -> None:
         """Ask for this one no more."""
 
     def ask_again(self) -> None:
@@ -79,27 +79,27 @@ class FollowedRun:
         self.client = run.client
         self.name = f"run {run.id}"
         self.run = self._run = run
-        self._list = Unsettled(run.client, run.experiment_id, run.id)
+        self._list = OpenCheckpoints(run.client, run.experiment_id, run.id)
         self._ask_at = 0.0
 
-    def look(self) -> Look:
+    def look(self) -> Snapshot:
         """See what there is now.
 
         Raises:
             TrackingError: the server does not answer, or the run was deleted.
         """
         if self._list.has_open and time.monotonic() < self._ask_at:
-            return Look(self._list.look(), over=None)  # that matters when nothing is left
+            return Snapshot(self._list.look(), over=None)  # that matters when nothing is left
         # the end is read before the checkpoints, so that none published in between is missed
         state = self._run.fetch()
         check_alive(state)
         self._ask_at = time.monotonic() + SECONDS_BETWEEN_STATES
         over = is_over(state)
-        return Look(self._list.look(for_good=over), over)
+        return Snapshot(self._list.look(for_good=over), over)
 
-    def settle(self, checkpoint: Checkpoint) -> None:
+    def mark_done(self, checkpoint: Checkpoint) -> None:
         """Ask for this one no more."""
-        self._list.settle(checkpoint)
+        self._list.mark_done(checkpoint)
 
     def ask_again(self) -> None:
         """Nothing is settled any more."""
@@ -132,11 +132,11 @@ class FollowedExperiment:
         if found is None or found.lifecycle_stage != "active":
             raise TrackingError(no_experiment(client, name))
         self._id = found.experiment_id
-        self._list = Unsettled(client, self._id)
+        self._list = OpenCheckpoints(client, self._id)
         self._runs: dict[str, TrackedRun] = {}
         self._ask_at = time.monotonic() + SECONDS_BETWEEN_STATES
 
-    def look(self) -> Look:
+    def look(self) -> Snapshot:
         """See what there is now; there may always come more.
 
         Raises:
@@ -145,11 +145,11 @@ class FollowedExperiment:
         if time.monotonic() >= self._ask_at:
             self._check_alive()
             self._ask_at = time.monotonic() + SECONDS_BETWEEN_STATES
-        return Look(self._list.look(), over=False)
+        return Snapshot(self._list.look(), over=False)
 
-    def settle(self, checkpoint: Checkpoint) -> None:
+    def mark_done(self, checkpoint: Checkpoint) -> None:
         """Ask for this one no more."""
-        self._list.settle(checkpoint)
+        self._list.mark_done(checkpoint)
 
     def ask_again(self) -> None:
         """Nothing is settled any more."""
@@ -184,7 +184,7 @@ def no_experiment(client: MlflowClient, name: str) -> str:
     return f"no experiment {name!r}{near or ';'} `mlflow experiments search` lists them"
 
 
-class Unsettled:
+class OpenCheckpoints:
     """Checkpoints, of which those are asked for that are new or not settled.
 
     The oldest of these bounds the search by its time of creation; one that is still PENDING an hour
@@ -231,7 +231,7 @@ class Unsettled:
         where = checkpoint.directory
         return str(Path(where).parent) == self._directory if where else not self._directory
 
-    def settle(self, checkpoint: Checkpoint) -> None:
+    def mark_done(self, checkpoint: Checkpoint) -> None:
         """Ask for this one no more."""
         self._settled.add(checkpoint.model_id)
 

@@ -1,20 +1,23 @@
-"""Several encoders on the same queries, by the values that are kept or by evaluating them now.
+"""Compare encoders on the same queries, by values that validators have kept or by evaluating now.
 
-Where all values are kept torch is not needed, so it waits until it is: it takes seconds to import.
+If all values are kept torch is not needed. It takes seconds to import, so it is imported late.
 """
 
 from __future__ import annotations
 
 import logging
+import re
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from mlflow_dr.collection.catalogue import open_collection
 from mlflow_dr.collection.formats import chosen_split
 from mlflow_dr.collection.records import Query
+from mlflow_dr.decisions.best import find_best
 from mlflow_dr.decisions.comparison import (
     LETTERS,
     Comparison,
@@ -24,129 +27,174 @@ from mlflow_dr.decisions.comparison import (
     write_comparison,
 )
 from mlflow_dr.encoder.config import changes_of
-from mlflow_dr.errors import MlflowDrError, NoValuesError, UsageError
+from mlflow_dr.errors import MlflowDrError, NoValuesError, TrackingError, UsageError
 from mlflow_dr.retrieval.measures import DEFAULT_MEASURES, Measure, parse_measures
 from mlflow_dr.tracking.artifacts import PerQuery, per_query_values
-from mlflow_dr.tracking.encoders import encoder_errors
+from mlflow_dr.tracking.checkpoints import Checkpoint, checkpoint_of_step
+from mlflow_dr.tracking.client import connect
+from mlflow_dr.tracking.encoders import MODEL_SCHEME, encoder_errors
 from mlflow_dr.tracking.fetching import checkpoint_files
-from mlflow_dr.tracking.validations import FIRST_NAME, config_differences, validation_collection
-from mlflow_dr.validation.operands import Operand, find_operands
+from mlflow_dr.tracking.registry import checkpoint_by_uri
+from mlflow_dr.tracking.runs import TrackedRun, find_run, resolve_run
+from mlflow_dr.tracking.validations import (
+    config_differences,
+    run_validations,
+    validation_collection,
+)
+from mlflow_dr.validation.config import CompareConfig, EvalConfig
 
 if TYPE_CHECKING:
-    from mlflow_dr.validation.evaluate import Prepared
+    from mlflow_dr.validation.dataset import EvalDataset
 
 log = logging.getLogger(__name__)
 
-# of a validation's configuration, what decides whether values may be compared
+# of a validation's configuration, what decides whether values can be compared
 COMPARABLE = ("corpus", "topics", "subset", "keep_own_id")
 FULL_CORPUS = "full"
 AUTO = "auto"
+RUN = re.compile(r"([^/\\]+?)(?:@(\d+))?")
+RUN_ID = re.compile(r"[0-9a-f]{32}")
+# of a validation's configuration, what replaces what the checkpoint says
+ENCODER_CHANGES = ("pooling", "normalize", "query_max_length", "passage_max_length", "tokenizer")
 
 
 @dataclass(frozen=True)
-class Comparing:
-    """What `mlflow-dr compare` was asked.
+class Operand:
+    """One of what is compared.
 
     Attributes:
-        operands: two or more of run ids (their best checkpoints), `RUN@STEP`, `models:/<id>`, and
-            encoders by directory or hub name; the others are compared with the first.
-        name: the validation whose values are taken.
-        measure: what is compared; the validation's first measure when None.
-        dataset: the collection on which those are evaluated now that have no values.
-        split: its queries; those of the validation, else the development split, when None.
-        device: see `resolve_device`.
-        dtype: see `resolve_dtype`; as the validation has it when `auto`.
-        output: a folder for the values of all queries and a picture.
-        force: replace these two if they are there.
-        q_max_len: tokens of a query for encoders that are evaluated now; their own when None.
-        p_max_len: tokens of a passage, in the same way.
-        seed: of the randomisation test and the bootstrap.
-        trust_remote_code: whether code in an encoder's directory may run.
-        tracking_uri: where runs and checkpoints are looked up.
+        given: what the user wrote.
+        run: where it was published; None for an encoder.
+        checkpoint: None for an encoder.
+        config: the validation's configuration on that run; empty if it has none.
     """
 
-    operands: tuple[str, ...]
-    name: str = FIRST_NAME
-    measure: str | None = None
-    dataset: str | None = None
-    split: str | None = None
-    device: str = AUTO
-    dtype: str = AUTO
-    output: Path | None = None
-    force: bool = False
-    q_max_len: int | None = None
-    p_max_len: int | None = None
-    seed: int = 0
-    trust_remote_code: bool = False
-    tracking_uri: str | None = None
-
-    def __post_init__(self) -> None:
-        check_count(len(self.operands))
+    given: str
+    run: TrackedRun | None = None
+    checkpoint: Checkpoint | None = None
+    config: Mapping[str, object] = field(default_factory=dict)
 
     @property
-    def lengths(self) -> dict[str, Any]:
-        """The lengths that were asked for, as `load_encoder` takes them."""
-        return changes_of(None, None, self.q_max_len, self.p_max_len)
+    def label(self) -> str:
+        """Its name in the comparison."""
+        if self.run is None or self.checkpoint is None:
+            return self.given
+        return f"{self.run.name} step {self.checkpoint.step}, {self.checkpoint.uri}"
+
+    @property
+    def encoder_changes(self) -> dict[str, Any]:
+        """What the validation replaces of the encoder's settings."""
+        return {key: self.config[key] for key in ENCODER_CHANGES if key in self.config}
+
+
+def find_operands(
+    operands: Sequence[str], name: str, measure: Measure | None, tracking_uri: str | None = None
+) -> list[Operand]:
+    """What operands stand for; a server is asked only if one of them may be on it.
+
+    Args:
+        operands: `RUN` (an id, the beginning of one, or a name), `RUN@STEP`, what
+            `checkpoint_by_uri` takes, or an encoder's directory or hub name.
+        name: the validation by which a run's best checkpoint is chosen.
+        measure: the measure by which it is chosen; the validation's first when None.
+        tracking_uri: where runs and checkpoints are looked up.
+
+    Raises:
+        UsageError: a run has no such step, validation or measure.
+        TrackingError: no such run or checkpoint, nothing was measured, or no server.
+    """
+    connected = cache(lambda: connect(tracking_uri, may_create=False))
+
+    def find_operand_run(text: str) -> TrackedRun | None:
+        """The run; None if the text can only be an encoder's name."""
+        try:
+            return resolve_run(connected(), text)
+        except UsageError:  # several runs
+            raise
+        except TrackingError:
+            if RUN_ID.fullmatch(text):
+                raise
+            return None
+
+    def find(text: str) -> Operand:
+        if text.startswith(MODEL_SCHEME):
+            checkpoint = checkpoint_by_uri(connected(), text)
+            if not checkpoint.run_id:
+                return Operand(text)
+            run = find_run(connected(), checkpoint.run_id)
+            return Operand(text, run, checkpoint, run_validations(run).get(name, {}))
+        match = RUN.fullmatch(text)
+        named = find_operand_run(match[1]) if match and not Path(text).is_dir() else None
+        if match is None or named is None:
+            return Operand(text)
+        config = run_validations(named).get(name, {})
+        if match[2] is not None:
+            return Operand(text, named, checkpoint_of_step(named, int(match[2])), config)
+        if not config:
+            raise UsageError(
+                f"run {named.id} has no validation {name!r} to choose its best checkpoint by; give "
+                "another --name, or RUN@STEP"
+            )
+        metric = (measure or parse_measures(str(config["measures"]))[0]).metric
+        return Operand(text, named, find_best(named, f"{name}/{metric}").checkpoint, config)
+
+    return [find(text) for text in operands]
 
 
 class Lengths(NamedTuple):
-    """How much of a text an encoder reads at most, in tokens; None where nothing says it."""
+    """The longest query and passage of an encoder, in tokens; None if it is unknown."""
 
     queries: int | None
     passages: int | None
 
 
-class Kept(NamedTuple):
-    """The values of an operand, or why there are none."""
-
-    values: PerQuery | None
-    why_not: str = ""
-
-
-def compare(request: Comparing) -> Comparison:
+def compare(config: CompareConfig) -> Comparison:
     """Compare encoders with the first of them, and write what was asked for.
 
     Raises:
-        UsageError: an operand, dataset, split, measure or device that is not there, or operands
+        UsageError: an operand, dataset, split, measure or device that does not exist, or operands
             that were measured on other collections.
         DataError: values or files that are damaged, or of other queries.
         CheckpointError: a checkpoint that cannot be evaluated.
         TrackingError: no such run or checkpoint, or no server.
     """
-    asked = _measure(request.measure)
-    if request.output is not None and request.output.exists() and not request.output.is_dir():
-        raise UsageError(f"{request.output}: expected a folder, not a file")
-    check_comparison_output(request.output, request.force)
-    if request.dataset is not None:
-        _check_device(request)
-    operands = find_operands(request.operands, request.name, asked, request.tracking_uri)
-    kept = [_kept(one, request.name) for one in operands]
-    known = [one for one, (values, _) in zip(operands, kept, strict=True) if values is not None]
-    basis = known[0].config if known else {}
-    prepared = _prepared(request, basis)
-    _refuse_other_queries(known, prepared, basis)
-    measures = parse_measures(str(basis.get("measures") or request.measure or DEFAULT_MEASURES))
+    check_count(len(config.operands))
+    measure = _measure(config.measure)
+    if config.output is not None and config.output.exists() and not config.output.is_dir():
+        raise UsageError(f"{config.output}: expected a folder, not a file")
+    check_comparison_output(config.output, config.force)
+    if config.dataset is not None:
+        _check_device(config)
+    operands = find_operands(config.operands, config.name, measure, config.tracking_uri)
+    kept = [_kept_values(operand, config.name) for operand in operands]
+    measured = [
+        operand for operand, (values, _) in zip(operands, kept, strict=True) if values is not None
+    ]
+    basis = measured[0].config if measured else {}
+    data = _eval_dataset(config, basis)
+    _refuse_other_queries(measured, data, basis)
+    measures = parse_measures(str(basis.get("measures") or config.measure or DEFAULT_MEASURES))
     tables: list[PerQuery] = []
     lengths: list[Lengths] = []
     for operand, (values, why_not) in zip(operands, kept, strict=True):
         if values is None:
-            if prepared is None:
+            if data is None:
                 raise UsageError(f"{why_not}; give --dataset to evaluate it now")
-            values, of_encoder = _evaluated(operand, request, prepared, measures, basis)
-            lengths.append(of_encoder)
+            values, own_lengths = _evaluate(operand, config, data, measures, basis)
+            lengths.append(own_lengths)
         else:
             lengths.append(_known_lengths(operand))
         tables.append(values)
-    _tell_other_lengths(lengths)
+    _warn_of_lengths(lengths)
     comparison = compare_values(
-        [one.label for one in operands],
+        [operand.label for operand in operands],
         tables,
-        str(asked or measures[0]),
-        request.seed,
-        {query.id: query.text for query in _queries(request.name, known, prepared)},
+        str(measure or measures[0]),
+        config.seed,
+        {query.id: query.text for query in _queries(config.name, measured, data)},
     )
-    if request.output is not None:
-        write_comparison(comparison, request.output)
+    if config.output is not None:
+        write_comparison(comparison, config.output)
     return comparison
 
 
@@ -155,55 +203,58 @@ def _measure(text: str | None) -> Measure | None:
         return None
     measures = parse_measures(text)
     if len(measures) != 1:
-        raise UsageError(f"one measure is compared, not {len(measures)}: {text!r}")
+        raise UsageError(f"expected one measure, not {len(measures)}: {text!r}")
     return measures[0]
 
 
-def _check_device(request: Comparing) -> None:
+def _check_device(config: CompareConfig) -> None:
     from mlflow_dr.engines.devices import resolve_device, resolve_dtype
 
-    resolve_dtype(request.dtype, resolve_device(request.device))
+    resolve_dtype(config.dtype, resolve_device(config.device))
 
 
-def _kept(operand: Operand, name: str) -> Kept:
-    """The values that a validator has kept."""
+def _kept_values(operand: Operand, name: str) -> tuple[PerQuery | None, str]:
+    """The values that a validator has kept, or why there are none."""
     if operand.run is None or operand.checkpoint is None:
         forms = "a run id, RUN@STEP or models:/<id>"
-        return Kept(None, f"{operand.given!r} is not {forms}, and an encoder has to be evaluated")
+        return None, f"{operand.given!r} is not {forms}, and an encoder has to be evaluated"
     try:
-        return Kept(per_query_values(operand.run, operand.checkpoint, name))
+        return per_query_values(operand.run, operand.checkpoint, name), ""
     except NoValuesError as error:
-        return Kept(None, str(error))
+        return None, str(error)
 
 
-def _prepared(request: Comparing, basis: Mapping[str, object]) -> Prepared | None:
+def _eval_dataset(config: CompareConfig, basis: Mapping[str, object]) -> EvalDataset | None:
     """The collection that was named."""
-    if request.dataset is None:
+    if config.dataset is None:
         return None
-    from mlflow_dr.validation.evaluate import Prepared
+    from mlflow_dr.validation.dataset import EvalDataset
 
-    collection = open_collection(request.dataset)
-    split = request.split or str(basis.get("split", ""))
-    return Prepared(collection, chosen_split(collection, split or None))
+    collection = open_collection(config.dataset)
+    split = config.split or str(basis.get("split", ""))
+    return EvalDataset(collection, chosen_split(collection, split or None))
 
 
 def _refuse_other_queries(
-    known: Sequence[Operand], prepared: Prepared | None, basis: Mapping[str, object]
+    measured: Sequence[Operand], data: EvalDataset | None, basis: Mapping[str, object]
 ) -> None:
     """Refuse to compare what was measured on other queries, passages or judgements.
 
     Raises:
         UsageError: with both configurations.
     """
-    configs = [(one.label, {key: one.config.get(key) for key in COMPARABLE}) for one in known]
-    if prepared is not None:
+    configs = [
+        (operand.label, {key: operand.config.get(key) for key in COMPARABLE})
+        for operand in measured
+    ]
+    if data is not None:
         now = {
-            "corpus": prepared.corpus.digest,
-            "topics": prepared.topics.digest,
+            "corpus": data.corpus.digest,
+            "topics": data.topics.digest,
             "subset": FULL_CORPUS,
             "keep_own_id": basis.get("keep_own_id", False),
         }
-        configs.append((f"{prepared.collection.name}/{prepared.split}", now))
+        configs.append((f"{data.collection.name}/{data.split}", now))
     for label, config in configs[1:]:
         if config != configs[0][1]:
             raise UsageError(
@@ -212,69 +263,73 @@ def _refuse_other_queries(
             )
 
 
-def _evaluated(
+def _evaluate(
     operand: Operand,
-    request: Comparing,
-    prepared: Prepared,
+    config: CompareConfig,
+    data: EvalDataset,
     measures: tuple[Measure, ...],
     basis: Mapping[str, object],
 ) -> tuple[PerQuery, Lengths]:
     """The values of an encoder on the collection that was named, and its lengths."""
     from mlflow_dr.encoder.directory import load_encoder
-    from mlflow_dr.validation.evaluate import Settings, evaluate
+    from mlflow_dr.validation.evaluate import evaluate
 
     depth = basis.get("depth")
-    settings = Settings(
+    settings = EvalConfig(
         measures,
         depth if isinstance(depth, int) else None,
-        request.device,
-        str(basis.get("dtype", AUTO)) if request.dtype == AUTO else request.dtype,
+        config.device,
+        str(basis.get("dtype", AUTO)) if config.dtype == AUTO else config.dtype,
         bool(basis.get("keep_own_id", False)),
     )
-    log.info("%s is evaluated on %s/%s", operand.label, prepared.collection.name, prepared.split)
+    log.info("%s is evaluated on %s/%s", operand.label, data.collection.name, data.split)
     checkpoint = operand.checkpoint
     source = nullcontext(operand.given) if checkpoint is None else checkpoint_files(checkpoint)
     with source as files, encoder_errors(operand.label):
         encoder = load_encoder(
             files,
-            trust_remote_code=request.trust_remote_code,
+            trust_remote_code=config.trust_remote_code,
             safetensors_only=checkpoint is not None and not checkpoint.directory,
-            **{**operand.encoder_changes, **request.lengths},
+            **{
+                **operand.encoder_changes,
+                **changes_of(None, None, config.q_max_len, config.p_max_len),
+            },
         )
     queries = encoder.query_encoder.settings.query_max_length
     lengths = Lengths(queries, encoder.settings.passage_max_length)
-    return evaluate(encoder, prepared, settings).per_query, lengths
+    return evaluate(encoder, data, settings).per_query, lengths
 
 
 def _known_lengths(operand: Operand) -> Lengths:
-    """What a validation, or else the training, says of an encoder's lengths; None where neither."""
+    """The lengths that a validation, or else the training, has noted."""
     params = operand.run.fetch().data.params if operand.run else {}
     found = (
         operand.config.get(key) or params.get(param)
         for key, param in (("query_max_length", "q_max_len"), ("passage_max_length", "p_max_len"))
     )
-    return Lengths(*(int(str(one)) if str(one).isdecimal() else None for one in found))
+    return Lengths(*(int(str(length)) if str(length).isdecimal() else None for length in found))
 
 
-def _tell_other_lengths(lengths: Sequence[Lengths]) -> None:
-    """Say that encoders read texts of other lengths, which makes a difference of its own."""
-    for what, values in zip(Lengths._fields, zip(*lengths, strict=True), strict=True):
-        if len({one for one in values if one is not None}) > 1:
-            said = ", ".join(
-                f"{letter} {one or 'unknown'}" for letter, one in zip(LETTERS, values, strict=False)
+def _warn_of_lengths(lengths: Sequence[Lengths]) -> None:
+    """Warn if encoders read texts of other lengths, which alone makes a difference."""
+    for texts, values in zip(Lengths._fields, zip(*lengths, strict=True), strict=True):
+        if len({value for value in values if value is not None}) > 1:
+            shown = ", ".join(
+                f"{letter} {value or 'unknown'}"
+                for letter, value in zip(LETTERS, values, strict=False)
             )
             log.warning(
                 "the encoders read %s of other lengths in tokens (%s), which alone makes a "
                 "difference; --q-max-len and --p-max-len set those of encoders evaluated now",
-                *(what, said),
+                *(texts, shown),
             )
 
 
-def _queries(name: str, known: Sequence[Operand], prepared: Prepared | None) -> Sequence[Query]:
+def _queries(name: str, measured: Sequence[Operand], data: EvalDataset | None) -> Sequence[Query]:
     """The queries, where the collection is at hand: named, or a file of this machine."""
-    if prepared is not None:
-        return prepared.topics.queries
-    operand = known[0]
+    if data is not None:
+        return data.topics.queries
+    operand = measured[0]
     collection = validation_collection(operand.run, name) if operand.run else None
     if collection is None or not Path(collection).exists():
         log.info("--dataset %s would show the texts of the queries", collection or "NAME")

@@ -33,7 +33,8 @@ from mlflow_dr.tracking.evaluations import (
 
 if TYPE_CHECKING:
     from mlflow_dr.encoder.model import Encoder
-    from mlflow_dr.validation.evaluate import Report, Settings
+    from mlflow_dr.validation.config import EvalConfig
+    from mlflow_dr.validation.evaluate import Report
 
 log = logging.getLogger(__name__)
 
@@ -88,7 +89,8 @@ class DenseRetrievalEvaluator(ModelEvaluator):
             DataError: the collection's files are damaged, or its ids are such that no ranking can
                 be written.
         """
-        from mlflow_dr.validation.evaluate import Prepared, evaluate
+        from mlflow_dr.validation.dataset import EvalDataset
+        from mlflow_dr.validation.evaluate import evaluate
 
         if extra_metrics or custom_artifacts or predictions:
             raise UsageError(
@@ -99,12 +101,12 @@ class DenseRetrievalEvaluator(ModelEvaluator):
         settings = _settings(config)
         encoder = _encoder(model)
         judged = _judged(dataset, config)
-        prepared = Prepared(judged.collection, judged.split)
+        eval_dataset = EvalDataset(judged.collection, judged.split)
         if config.get("log_ranking"):
-            prepared.check_ids()
+            eval_dataset.check_ids()
         if not isinstance(dataset, JudgedQueries):
             log_dataset(run_id, judged)
-        report = evaluate(encoder, prepared, settings)
+        report = evaluate(encoder, eval_dataset, settings)
         prefix = config.get("metric_prefix", "")
         values = {f"{prefix}{one.metric}": value for one, value in report.measures.items()}
         if model_id is None:  # MLflow itself logs those of a model that it knows by its id
@@ -132,15 +134,15 @@ def _said(kind: type | tuple[type, ...]) -> str:
     return " or ".join(one.__name__ for one in kinds)
 
 
-def _settings(config: Mapping[str, Any]) -> Settings:
+def _settings(config: Mapping[str, Any]) -> EvalConfig:
     from mlflow_dr.retrieval.measures import DEFAULT_MEASURES, check_depth, parse_measures
-    from mlflow_dr.validation.evaluate import Settings
+    from mlflow_dr.validation.config import EvalConfig
 
     asked = config.get("measures", DEFAULT_MEASURES)
     measures = parse_measures(asked if isinstance(asked, str) else " ".join(map(str, asked)))
     depth = check_depth(measures, config.get("depth"))
     others = {key: config[key] for key in ("device", "dtype", "keep_own_id") if key in config}
-    return Settings(measures, depth, **others)
+    return EvalConfig(measures, depth, **others)
 
 
 def _encoder(model: Any) -> Encoder:

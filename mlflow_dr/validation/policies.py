@@ -1,57 +1,48 @@
-"""What a validator does by the curve as it grows: mark the best, ask for a stop, make room."""
+"""What a validator does with the curve: mark the best, stop, remove files, choose the subset."""
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Collection, Mapping
-from dataclasses import dataclass
+from collections import defaultdict
+from collections.abc import Collection, Mapping, Sequence
+from itertools import pairwise
+from statistics import median
+from typing import NamedTuple
 
 from mlflow_dr.decisions.best import find_best, mark_best
-from mlflow_dr.decisions.pruning import KeepRules, ValidatorScope, delete_unneeded
-from mlflow_dr.decisions.stop import check_patience, stop_if_plateau
+from mlflow_dr.decisions.pruning import ValidatorScope, delete_unneeded, parse_keep_rules
+from mlflow_dr.decisions.stop import stop_if_plateau
 from mlflow_dr.errors import ForbiddenError, TrackingError
 from mlflow_dr.tracking.checkpoints import Checkpoint
 from mlflow_dr.tracking.client import server_responds
 from mlflow_dr.tracking.runs import TrackedRun
 from mlflow_dr.tracking.validations import Metric, chosen_metric, metric_points
+from mlflow_dr.validation.config import ValidateConfig
+from mlflow_dr.validation.evaluate import Report
+from mlflow_dr.validation.resolve import ResolvedValidation
 
 log = logging.getLogger(__name__)
 
-
-@dataclass(frozen=True)
-class Wishes:
-    """What is to follow from the curve.
-
-    Attributes:
-        metric: by which; `chosen_metric` says what None means. A training is then stopped by what
-            every checkpoint has: the cheap validation, where that one refines it.
-        patience: ask the training to end after so many checkpoints without a rise; never when None.
-        min_delta: a rise by this or less is none.
-        keep: remove the files of the others; of none when None.
-    """
-
-    metric: str | None = None
-    patience: int | None = None
-    min_delta: float = 0.0
-    keep: KeepRules | None = None
-
-    def __post_init__(self) -> None:
-        if self.patience is not None:
-            check_patience(self.patience, self.min_delta)
+ENOUGH_CHECKPOINTS = 3
+CHOSEN_PARAM = "mlflow_dr.keep_up"
 
 
 class Policies:
-    """Acts on the runs that a validator follows.
+    """Marks the best checkpoint, asks for a stop and removes files, on each run that is followed.
 
     Args:
-        wishes: what is asked for.
-        deciding: the validator's validations -> the metric that decides which checkpoints are worth
-            each of them; None for those that are done of every one.
+        config: the policies, and the validations.
     """
 
-    def __init__(self, wishes: Wishes, deciding: Mapping[str, Metric | None]) -> None:
-        self._wishes = wishes
-        self._deciding = deciding
+    def __init__(self, config: ValidateConfig) -> None:
+        self._config = config
+        self._keep = parse_keep_rules(config.keep) if config.keep else None
+        # of each validation, the metric whose best checkpoints it is done for
+        self._refined = {
+            validation.name: validation.refines
+            and Metric(validation.refines.name, validation.refines.measure.metric)
+            for validation in config.all_validations
+        }
         self._metrics: dict[str, Metric] = {}
         self._marked: dict[str, tuple[int, float]] = {}
         self._cannot_remove = False
@@ -63,7 +54,7 @@ class Policies:
         checkpoints: Collection[Checkpoint],
         waiting: Collection[Checkpoint],
     ) -> None:
-        """To be called when there are new figures.
+        """Apply the policies; to be called when there are new figures.
 
         Args:
             run: which.
@@ -74,35 +65,178 @@ class Policies:
             UsageError: the run has no such metric.
             TrackingError: the server does not answer.
         """
-        wishes = self._wishes
+        config = self._config
         if run.id not in self._metrics:
-            self._metrics[run.id] = chosen_metric(run, wishes.metric)
+            self._metrics[run.id] = chosen_metric(run, config.metric)
         metric = self._metrics[run.id]
-        top = max(
-            metric_points(checkpoints, metric), key=lambda one: (one[1], -one[0]), default=None
-        )
+        points = metric_points(checkpoints, metric)
+        top = max(points, key=lambda point: (point[1], -point[0]), default=None)
         if top is not None and self._marked.get(run.id) != top:
-            # looked at anew: other validators mark, too
+            # other validators mark, too, so the run is read again
             mark_best(run, find_best(run, str(metric)))
             self._marked[run.id] = top
-        if wishes.patience is not None:
-            rising = metric
-            if wishes.metric is None:  # what only the best get has no plateau
-                rising = self._deciding.get(metric.validation) or metric
-            stop_if_plateau(run, checkpoints, rising, wishes.patience, wishes.min_delta, waiting)
-        if wishes.keep is not None and not self._cannot_remove:
+        if config.patience is not None:
+            # an expensive validation has too few points; the cheap one that it refines has all
+            refined = None if config.metric else self._refined.get(metric.validation)
+            plateau = refined or metric
+            stop_if_plateau(run, checkpoints, plateau, config.patience, config.min_delta, waiting)
+        if self._keep is not None and not self._cannot_remove:
             try:
-                own = self._own(waiting)
-                delete_unneeded(run, checkpoints, wishes.keep, wishes.metric, own, self._gone)
+                scope = self._scope(waiting)
+                delete_unneeded(run, checkpoints, self._keep, config.metric, scope, self._gone)
             except ForbiddenError as error:
-                # who may validate need not be allowed to remove
-                self._cannot_remove = True
+                self._cannot_remove = True  # a user who may validate need not be allowed to remove
                 log.warning("files are not removed from now on: %s", error)
             except TrackingError as error:
                 if not server_responds(run.client):
                     raise
                 log.warning("files are not removed now: %s", error)
 
-    def _own(self, waiting: Collection[Checkpoint]) -> ValidatorScope:
-        deciding = {name: by.validation if by else name for name, by in self._deciding.items()}
-        return ValidatorScope(deciding, {one.model_id for one in waiting})
+    def _scope(self, waiting: Collection[Checkpoint]) -> ValidatorScope:
+        deciding = {
+            name: metric.validation if metric else name for name, metric in self._refined.items()
+        }
+        return ValidatorScope(deciding, {checkpoint.model_id for checkpoint in waiting})
+
+
+class Speed(NamedTuple):
+    """How fast this validator is.
+
+    Attributes:
+        passages_per_second: encoded and searched.
+        overhead: further seconds per checkpoint: fetching, loading, writing.
+    """
+
+    passages_per_second: float
+    overhead: float
+
+    def seconds(self, passages: int) -> float:
+        """What a checkpoint takes on this many passages."""
+        return self.overhead + passages / self.passages_per_second
+
+
+class SubsetChoice(NamedTuple):
+    """A subset, and why it was chosen."""
+
+    subset: str
+    reason: str
+
+
+def publishing_interval(ready_ms: Sequence[int]) -> float | None:
+    """Seconds from one checkpoint to the next, the median; None before there are enough.
+
+    Args:
+        ready_ms: when each was READY, in ms since 1970.
+    """
+    if len(ready_ms) < ENOUGH_CHECKPOINTS:
+        return None
+    times = sorted(ready_ms)
+    return median(after - before for before, after in pairwise(times)) / 1000
+
+
+def largest_that_keeps_up(
+    sizes: Mapping[str, int], speed: Speed, interval: float, validators: int = 1
+) -> SubsetChoice:
+    """The largest subset for which the validators need no longer than the trainer.
+
+    Args:
+        sizes: passages of each subset, by its name.
+        speed: of one validator.
+        interval: seconds from one checkpoint to the next.
+        validators: how many share the work.
+
+    Returns:
+        That subset, or the smallest if none keeps up.
+    """
+    ascending = sorted(sizes, key=lambda name: sizes[name])
+    in_time = [name for name in ascending if speed.seconds(sizes[name]) <= interval * validators]
+    subset = in_time[-1] if in_time else ascending[0]
+    takes = f"{speed.seconds(sizes[subset]):.1f} s a checkpoint for {sizes[subset]} passages"
+    among = f", {validators} validators" if validators > 1 else ""
+    keeps = "keeps up with" if in_time else "is the smallest, but is too slow for"
+    return SubsetChoice(
+        subset, f"{subset} {keeps} a checkpoint every {interval:.1f} s: {takes}{among}"
+    )
+
+
+class AutoSubset:
+    """Chooses for each run which subset is validated, once for all its validators (`--keep-up`).
+
+    Until the speed and the interval are known, that is the smallest.
+
+    Args:
+        config: its validations differ in their subsets.
+    """
+
+    def __init__(self, config: ValidateConfig) -> None:
+        self._validations = config.all_validations
+        self._subsets = {cheap.name: cheap.subset.shown for cheap in config.cheap}
+        self._speed: Speed | None = None
+        self._chosen: dict[str, str] = {}
+
+    def note_speed(self, report: Report, seconds: float) -> None:
+        """Learn from an evaluation, and the seconds that everything took with it."""
+        rate = report.passages / max(report.seconds, 1e-9)
+        self._speed = Speed(rate, max(0.0, seconds - report.seconds))
+
+    def has_chosen(self, run_id: str) -> bool:
+        """Whether a subset is chosen for this run."""
+        return run_id in self._chosen
+
+    def names(
+        self,
+        run: TrackedRun,
+        validations: Sequence[ResolvedValidation],
+        checkpoints: Sequence[Checkpoint],
+        validators: int,
+        is_over: bool | None = None,
+    ) -> list[str]:
+        """The validations that are done on a run, as far as is known.
+
+        Args:
+            run: which.
+            validations: all, as they are on it.
+            checkpoints: of the run.
+            validators: how many are at work on it.
+            is_over: whether its training has ended, so that there is no trainer to keep up with.
+
+        Raises:
+            TrackingError: the server does not answer.
+        """
+        sizes: dict[str, int] = defaultdict(int)
+        for validation in validations:
+            if validation.name in self._subsets:
+                sizes[self._subsets[validation.name]] += validation.data.n_passages
+        subset = self._chosen.get(run.id) or min(sizes, key=lambda name: sizes[name])
+        if run.id not in self._chosen:
+            choice = self._choose(sizes, checkpoints, validators, bool(is_over))
+            if choice is not None:
+                subset = self._chosen[run.id] = run.set_param_once(CHOSEN_PARAM, choice.subset)
+                reason = choice.reason
+                if subset != choice.subset:
+                    reason = f"{subset}, as another validator has chosen"
+                log.info("run %s: %s", run.id, reason)
+        done = {name for name, of_cheap in self._subsets.items() if of_cheap == subset}
+        return [
+            validation.name
+            for validation in self._validations
+            if (validation.refines.name if validation.refines else validation.name) in done
+        ]
+
+    def _choose(
+        self,
+        sizes: Mapping[str, int],
+        checkpoints: Sequence[Checkpoint],
+        validators: int,
+        is_over: bool,
+    ) -> SubsetChoice | None:
+        """A subset, once enough is known."""
+        if is_over:
+            largest = max(sizes, key=lambda name: sizes[name])
+            reason = f"the training has ended, so --keep-up takes the largest subset, {largest}"
+            return SubsetChoice(largest, reason)
+        ready_ms = [checkpoint.ready_ms for checkpoint in checkpoints if checkpoint.ready]
+        interval = publishing_interval(ready_ms)
+        if self._speed is None or interval is None:
+            return None
+        return largest_that_keeps_up(sizes, self._speed, interval, validators)

@@ -29,7 +29,7 @@ from mlflow_dr.tracking.claims import Claims
 from mlflow_dr.tracking.runs import TrackedRun
 from mlflow_dr.training import publishing, train, trainer
 from mlflow_dr.training.loss import Objective
-from mlflow_dr.validation import jobs, loading
+from mlflow_dr.validation import worker
 
 NOWHERE = "nowhere"
 
@@ -88,11 +88,11 @@ def amid(function: Callable[..., Any], die: Callable[[], None]) -> Callable[...,
 
 
 PLACES: dict[str, tuple[Any, str, Wrapper]] = {
-    "loading": (loading, "load_encoder", before),
+    "loading": (worker, "load_encoder", before),
     "encoding": (dense, "encode_batches", amid),
     "before-claiming": (Claims, "claim", before),
     "after-claiming": (Claims, "claim", after),
-    "before-recording": (jobs, "record_result", before),
+    "before-recording": (worker, "record_result", before),
     "after-recording": (results, "_write_metrics", before),
     "before-metrics": (MlflowClient, "log_batch", before),
     "after-metrics": (MlflowClient, "log_batch", after),

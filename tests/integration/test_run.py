@@ -201,13 +201,14 @@ SEVERAL = """
 import sys
 from mlflow_dr import launch
 from mlflow_dr.engines.share import Share
+from mlflow_dr.validation.config import RunConfig
 
 one_core = {"OMP_NUM_THREADS": "1"}
-launch.share_machine = lambda trainers: Share(one_core, {}, ["--device", "cpu"], True)
+launch.share_machine = lambda trainers: Share(one_core, {}, "cpu", True)
 flags = "--dataset {0} --model tiny --max_steps 4 --publish_steps 2 --logging_steps 1"
 flags += " --use_cpu --per_device_train_batch_size 4 --negatives_x_device --output_dir {1}"
-validating = ["--measures", "mrr@10", "--name", "val", "--poll-seconds", "0.2"]
-sys.exit(launch.launch(flags.format(*sys.argv[1:]).split(), validating, "val", gpus=2))
+config = RunConfig(measures="mrr@10", poll_seconds=0.2, gpus=2)
+sys.exit(launch.launch(config, flags.format(*sys.argv[1:]).split()))
 """
 
 

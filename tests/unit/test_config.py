@@ -7,8 +7,8 @@ import click
 import pytest
 from pydantic import Field, ValidationError
 
-from mlflow_dr.cli.options import TakesSeveral, takes
-from mlflow_dr.config import ConfigError, Flag, located, read_mapping
+from mlflow_dr.cli.options import TakesSeveral, from_flags, takes
+from mlflow_dr.config import ConfigError, Flag
 from mlflow_dr.errors import MlflowDrError, UsageError
 from mlflow_dr.fields import (
     CheckpointsDir,
@@ -46,15 +46,13 @@ def command(config: Shown) -> Shown:
     return config
 
 
-def from_flags(*words: str) -> Any:
+def called(*words: str) -> Any:
     return command.main(list(words), "show", standalone_mode=False)
 
 
 def from_file(path: Path, text: str) -> Shown:
     path.write_text(text)
-    values = read_mapping(path)
-    with located(path):
-        return Shown(**values)
+    return from_flags(Shown, {}, path)
 
 
 def test_flags_a_file_and_python_give_the_same_configuration(tmp_path: Path) -> None:
@@ -62,23 +60,23 @@ def test_flags_a_file_and_python_give_the_same_configuration(tmp_path: Path) -> 
         encoder="x", measures=["RR@10", "nDCG@5"], q_max_len=9, lag=3, follow=False, subset="full"
     )
     words = "x --metrics RR@10 nDCG@5 --q_max_len 9 --max-lag 3 --once --subset full"
-    assert from_flags(*words.split()) == expected
+    assert called(*words.split()) == expected
     text = "{encoder: x, measures: RR@10 nDCG@5, q_max_len: 9, lag: 3, follow: false, subset: full}"
     assert from_file(tmp_path / "show.yaml", text) == expected
 
 
 def test_only_what_is_given_counts_as_given() -> None:
-    assert from_flags("x", "--depth", "5").given() == {"encoder": "x", "depth": 5}
-    assert from_flags("x", "--no-normalize").encoder_changes == {"normalize": False}
+    assert called("x", "--depth", "5").given() == {"encoder": "x", "depth": 5}
+    assert called("x", "--no-normalize").encoder_changes == {"normalize": False}
 
 
 @pytest.mark.parametrize("flag", ["--ckpts_dir", "--ckpts-dir", "--checkpoints-dir"])
 def test_a_flag_has_its_other_names_with_dashes_and_underscores(flag: str) -> None:
-    assert from_flags("x", flag, "here").checkpoints_dir == Path("here")
+    assert called("x", flag, "here").checkpoints_dir == Path("here")
 
 
 def test_the_help_has_descriptions_choices_and_defaults(capsys: Any) -> None:
-    from_flags("--help")
+    called("--help")
     text = " ".join(capsys.readouterr().out.split())
     for part in ("--max-lag, --lag FLOAT In seconds.", "[relevant|all]", "[default: mrr@10]"):
         assert part in text
@@ -101,7 +99,7 @@ def test_the_help_has_descriptions_choices_and_defaults(capsys: Any) -> None:
 )
 def test_a_wrong_value_is_named_by_its_flag(words: str, message: str) -> None:
     with pytest.raises(UsageError) as caught:
-        from_flags("x", *words.split())
+        called("x", *words.split())
     assert str(caught.value).startswith(message)
 
 
@@ -145,7 +143,7 @@ def test_a_wrong_file_is_one_line_with_file_and_key(
 
 def test_a_file_that_does_not_exist(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match=r"nowhere\.yaml: cannot be read \(No such file"):
-        read_mapping(tmp_path / "nowhere.yaml")
+        from_flags(Shown, {}, tmp_path / "nowhere.yaml")
 
 
 def test_python_is_checked_too_and_nothing_changes_later() -> None:

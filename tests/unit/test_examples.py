@@ -10,15 +10,13 @@ from pathlib import Path
 import pytest
 from mlflow import MlflowClient
 
-from mlflow_dr.retrieval.measures import parse_measures
 from mlflow_dr.tracking.checkpoints import run_checkpoints
 from mlflow_dr.tracking.client import tracking_uri
 from mlflow_dr.tracking.following import FollowedRun
 from mlflow_dr.tracking.runs import find_run, is_over
 from mlflow_dr.training.parsing import parse_training
-from mlflow_dr.validation.evaluate import Settings
-from mlflow_dr.validation.plan import Plan, Validation
-from mlflow_dr.validation.watch import watch
+from mlflow_dr.validation.config import ValidateConfig
+from mlflow_dr.validation.validator import run_validator
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 
@@ -81,8 +79,8 @@ def test_somebody_elses_loop_is_validated(
     losses = {"train/loss", "loss"} & set(state.data.metrics)
     assert losses, "the loss is on the same run"
 
-    settings = Settings(parse_measures("mrr@10"), device="cpu", dtype="fp32")
-    counts = watch(FollowedRun(run), Plan((Validation(settings),)))
+    config = ValidateConfig(measures="mrr@10", device="cpu", dtype="fp32")
+    counts = run_validator(FollowedRun(run), config)
     assert (counts.done, counts.failed) == (4, 0)
     points = client.get_metric_history(run.id, "val/mrr_at_10")
     assert sorted(point.step for point in points) == [0, 10, 20, 30]

@@ -10,6 +10,7 @@ import pytest
 from mlflow import MlflowClient
 
 from mlflow_dr.cli import evaluate, validate
+from mlflow_dr.cli.options import from_flags
 from mlflow_dr.collection.asyncval import asyncval_name
 from mlflow_dr.encoder.directory import save_encoder
 from mlflow_dr.encoder.model import Encoder
@@ -17,9 +18,8 @@ from mlflow_dr.errors import UsageError
 from mlflow_dr.retrieval.measures import parse_measures
 from mlflow_dr.tracking.directories import FollowedDirectory
 from mlflow_dr.tracking.runs import TrackedRun, name_collection
-from mlflow_dr.validation.evaluate import Settings
-from mlflow_dr.validation.plan import Plan, Validation
-from mlflow_dr.validation.watch import watch
+from mlflow_dr.validation.config import ValidateConfig
+from mlflow_dr.validation.validator import run_validator
 
 
 @pytest.fixture
@@ -54,11 +54,11 @@ def called(command: click.Command, *words: object) -> Any:
     return command.main([str(word) for word in words], "mlflow-dr", standalone_mode=False)
 
 
-def planned(words: list[str]) -> Plan:
-    """The plan that `validate` makes of some flags."""
-    plan = validate.plan_of(["--run-id", "0", *words])
-    assert isinstance(plan, Plan)
-    return plan
+def planned(words: list[str]) -> ValidateConfig:
+    """The configuration that `validate` makes of some flags."""
+    with validate.command.make_context("validate", ["--run-id", "0", *words]) as context:
+        values = dict(context.params)
+    return from_flags(ValidateConfig, values, values.pop("config"))
 
 
 def test_asyncvals_own_command_line(files: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -71,7 +71,7 @@ def test_asyncvals_own_command_line(files: Path, monkeypatch: pytest.MonkeyPatch
             *("--depth", "100", "--metrics", "RR@10", "nDCG@10", "R@100", "AP@100"),
         ]
     )
-    (one,) = plan.validations
+    (one,) = plan.all_validations
     name = asyncval_name(files / "corpus", [files / "dev.query.json"], [files / "qrels.tsv"])
     assert (one.name, one.dataset, one.split) == ("val", name, "dev.query")
     assert one.settings.measures == parse_measures("mrr@10 ndcg@10 recall@100 map@100")
@@ -97,17 +97,17 @@ def test_several_query_files_are_several_validations(files: Path, spelt: list[st
     words = [names.get(word, word) for word in spelt]
     words += ["--candidate-dir", str(files / "corpus"), "--qrel-file", str(files / "qrels.tsv")]
     plan = planned(words)
-    assert [(one.name, one.split) for one in plan.validations] == [
+    assert [(one.name, one.split) for one in plan.all_validations] == [
         ("val-dev_query", "dev.query"),
         ("val-test", "test"),
     ]
-    (chosen,) = planned([*words, "--split", "test"]).validations
+    (chosen,) = planned([*words, "--split", "test"]).all_validations
     assert (chosen.name, chosen.split) == ("val", "test")
 
 
 @pytest.mark.parametrize("words", [["--measures", "mrr@5 ap@7"], ["--metrics", "mrr@5", "AP@7"]])
 def test_measures_in_one_word_or_in_several(words: list[str]) -> None:
-    (one,) = planned(words).validations
+    (one,) = planned(words).all_validations
     assert one.settings.measures == parse_measures("mrr@5 map@7")
 
 
@@ -120,7 +120,7 @@ def test_flags_and_a_plan(files: Path) -> None:
     plan = planned(words)
     queries = [files / "dev.query.json", files / "test.json"]
     name = asyncval_name(files / "corpus", queries, [files / "qrels.tsv"])
-    assert [(one.name, one.dataset, one.split) for one in plan.validations] == [
+    assert [(one.name, one.dataset, one.split) for one in plan.all_validations] == [
         ("short-dev_query", name, "dev.query"),
         ("short-test", name, "test"),
         ("other", "demo", "dev"),
@@ -135,20 +135,20 @@ def test_a_plan_and_the_other_flags(tmp_path: Path) -> None:
     words += ["--subset", "random:9", "--split", "dev", "--keep-up"]
     plan = planned(words)
     assert plan.keep_up
-    assert [(one.name, one.split) for one in plan.validations] == [
+    assert [(one.name, one.split) for one in plan.all_validations] == [
         (f"{name}{subset}", "dev")
         for name in "ab"
         for subset in ("-random_5-seed_2", "-random_9-seed_2")
     ]
-    with pytest.raises(click.UsageError, match="--name beside --config"):
+    with pytest.raises(UsageError, match="--name: the names of validations are in the file"):
         planned(["--config", str(file), "--name", "c"])
 
 
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["--candidate_dir", "."], "there is no --query-file, no --qrel-file"),
-        (["--dataset", "demo", "--candidate_dir", "."], "give --dataset, or --candidate-dir"),
+        (["--candidate_dir", "."], "there is no query_files, no qrel_files"),
+        (["--dataset", "demo", "--candidate_dir", "."], "give dataset, or candidate_dir"),
     ],
 )
 def test_files_and_a_dataset(words: list[str], message: str) -> None:
@@ -158,11 +158,11 @@ def test_files_and_a_dataset(words: list[str], message: str) -> None:
 
 
 def test_evaluate_asks_for_a_dataset_and_for_one_set(files: Path) -> None:
-    with pytest.raises(click.UsageError, match="give --dataset, or --candidate-dir, --query-file"):
+    with pytest.raises(UsageError, match="give --dataset, or --candidate-dir, --query-file"):
         called(evaluate.command, "tiny")
     words = flags(files, "dev.query.json")
     words += ["--query_files", str(files / "test.json")]
-    with pytest.raises(click.UsageError, match=r"--split dev\.query or test"):
+    with pytest.raises(UsageError, match=r"--split dev\.query or test"):
         called(evaluate.command, "tiny", *words)
 
 
@@ -182,7 +182,7 @@ def test_evaluate(
 def test_an_encoder_after_an_option_is_no_value_of_it() -> None:
     words = ["--dataset", "demo", "--metrics", "RR@10", "encoder"]
     with evaluate.command.make_context("evaluate", words) as context:
-        assert (context.params["measures"], context.params["encoder"]) == ("RR@10", "encoder")
+        assert (context.params["measures"], context.params["encoder"]) == (("RR@10",), "encoder")
 
 
 def test_a_directory_of_checkpoints_is_validated_at_their_steps(
@@ -216,9 +216,8 @@ def test_a_run_names_the_files_and_another_validator_opens_them(
     assert len(name) > 500  # more than MLflow takes as a dataset's name
     name_collection(run, name, "test")
     save_encoder(files / "output/checkpoint-3", encoder)
-    settings = Settings(parse_measures("mrr@10"), device="cpu", dtype="fp32")
-    plan = Plan((Validation(settings),), follow=False)
-    counts = watch(FollowedDirectory(run, files / "output", is_mine=False), plan)
+    plan = ValidateConfig(measures="mrr@10", device="cpu", dtype="fp32", follow=False)
+    counts = run_validator(FollowedDirectory(run, files / "output", is_mine=False), plan)
     assert (counts.done, counts.failed) == (1, 0)
     (point,) = client.get_metric_history(run.id, "val/mrr_at_10")
     assert point.step == 3

@@ -88,7 +88,7 @@ def test_files_that_are_there_are_left_alone(
     path = tmp_path / "report.json"
     path.write_text("mine")
     for flag in ("--output", "--ranking"):
-        with pytest.raises(MlflowDrError, match="is there already; --force replaces it"):
+        with pytest.raises(MlflowDrError, match="exists already; --force replaces it"):
             called(evaluate.command, encoder, "--dataset", folder, flag, path)
     assert path.read_text() == "mine"
     words = ["--output", path, "--force", "--measures", "mrr@10"]

@@ -40,7 +40,7 @@ def test_the_dataset_is_the_flags_else_the_files_else_demo(
     file.write_text("dataset: irds:vaswani\nmodel: tiny\n")
     for words in ([], ["--config", file], ["--config", file, "--dataset", "msmarco"]):
         called("--use_cpu", *words)
-    trained = [parse_training(training).data.dataset_name for training, *_ in launched]
+    trained = [parse_training(training).data.dataset_name for _, training in launched]
     assert trained == ["demo", "irds:vaswani", "msmarco"]
 
 
@@ -67,7 +67,8 @@ def test_nothing_begins_with_flags_that_the_validator_would_refuse(
 def test_the_curve_that_is_shown_is_the_first_validations(launched: list[Any]) -> None:
     called("--name", "small", "--subset", "random:5", "--subset", "full", "--judged", "all")
     called("--seed", "5")
-    assert [name for _, _, name, *_ in launched] == ["small-random_5-all_judged", "val"]
+    names = [config.validation().all_validations[0].name for config, _ in launched]
+    assert names == ["small-random_5-all_judged", "val"]
 
 
 @pytest.mark.parametrize("in_file", [False, True])

@@ -1,22 +1,24 @@
-"""Each flag of `mlflow-dr validate` reaches the plan."""
+"""Each flag of `mlflow-dr validate` reaches its configuration."""
 
 from operator import attrgetter
 
-import click
 import pytest
 
 from mlflow_dr.cli import validate
+from mlflow_dr.cli.options import from_flags
+from mlflow_dr.errors import UsageError
+from mlflow_dr.validation.config import ValidateConfig
 
 FLAGS = {
-    "--order bisect": ("order.value", "bisect"),
+    "--order bisect": ("order", "bisect"),
     "--every 7": ("every", 7),
     "--max-lag 60": ("max_lag_seconds", 60.0),
     "--retry-failed": ("retry_failed", True),
     "--poll-seconds 5": ("poll_seconds", 5.0),
     "--once": ("follow", False),
-    "--patience 3": ("wishes.patience", 3),
-    "--min-delta 0.01": ("wishes.min_delta", 0.01),
-    "--metric val/ndcg_at_10": ("wishes.metric", "val/ndcg_at_10"),
+    "--patience 3": ("patience", 3),
+    "--min-delta 0.01": ("min_delta", 0.01),
+    "--metric val/ndcg_at_10": ("metric", "val/ndcg_at_10"),
     "--pooling cls": ("encoder_changes", {"pooling": "cls"}),
     "--no-normalize": ("encoder_changes", {"normalize": False}),
     "--max-length 9": ("encoder_changes", {"query_max_length": 9, "passage_max_length": 9}),
@@ -35,31 +37,37 @@ OF_THE_VALIDATION = {
 }
 
 
+def planned(words: list[str]) -> ValidateConfig:
+    with validate.command.make_context("validate", words) as context:
+        values = dict(context.params)
+    return from_flags(ValidateConfig, values, values.pop("config"))
+
+
 @pytest.mark.parametrize("words", FLAGS)
 def test_a_flag_of_the_plan(words: str) -> None:
     name, expected = FLAGS[words]
-    plan = validate.plan_of(["--run-id", "0", *words.split()])
+    plan = planned(["--run-id", "0", *words.split()])
     assert attrgetter(name)(plan) == expected
-    assert attrgetter(name)(validate.plan_of(["--run-id", "0"])) != expected
+    assert attrgetter(name)(planned(["--run-id", "0"])) != expected
 
 
 @pytest.mark.parametrize("words", OF_THE_VALIDATION)
 def test_a_flag_of_the_validation(words: str) -> None:
     name, expected = OF_THE_VALIDATION[words]
-    (found,) = validate.plan_of(["--run-id", "0", *words.split()]).validations
+    (found,) = planned(["--run-id", "0", *words.split()]).all_validations
     assert attrgetter(name)(found) == expected
-    (plain,) = validate.plan_of(["--run-id", "0"]).validations
+    (plain,) = planned(["--run-id", "0"]).all_validations
     assert attrgetter(name)(plain) != expected
 
 
 def test_flags_of_several_validations() -> None:
     words = "--run-id 0 --subset random:5 random:9 --keep-up --keep best:2,last:1"
-    plan = validate.plan_of(words.split())
+    plan = planned(words.split())
     assert plan.keep_up
-    assert (plan.wishes.keep.best, plan.wishes.keep.last) == (2, 1)
-    (cheap, dear) = validate.plan_of(
+    assert plan.keep == "best:2,last:1"
+    (cheap, dear) = planned(
         ["--run-id", "0", "--subset", "random:5", "--refine", "full@4", "--measures", "ndcg@5"]
-    ).validations
+    ).all_validations
     assert (cheap.refines, dear.refines.name, dear.refines.best) == (None, cheap.name, 4)
     assert str(dear.refines.measure) == "ndcg@5"
 
@@ -67,5 +75,5 @@ def test_flags_of_several_validations() -> None:
 @pytest.mark.parametrize("flag", ["--poll-seconds", "--max-lag", "--min-delta"])
 @pytest.mark.parametrize("value", ["nan", "inf", "-1"])
 def test_numbers_that_no_range_should_let_pass(flag: str, value: str) -> None:
-    with pytest.raises(click.BadParameter, match=rf"{value}.* is not|range"):
-        validate.plan_of(["--run-id", "0", flag, value])
+    with pytest.raises(UsageError, match=rf"{flag} is {value}.*; expected a"):
+        planned(["--run-id", "0", flag, value])

@@ -29,7 +29,9 @@ from mlflow_dr.encoder.model import Encoder
 from mlflow_dr.encoder.tokenize import TextTokenizer
 from mlflow_dr.errors import DataError, UsageError
 from mlflow_dr.retrieval.measures import parse_measures
-from mlflow_dr.validation.evaluate import Prepared, Report, Searched, Settings, evaluate_all
+from mlflow_dr.validation.config import EvalConfig
+from mlflow_dr.validation.dataset import CorpusTokens, EvalDataset
+from mlflow_dr.validation.evaluate import Report, evaluate_all
 
 Write = Callable[..., Path]
 Tokens = Callable[[str], list[int]]
@@ -352,9 +354,9 @@ def evaluated(
     measures: str = "RR@10 nDCG@10 R@20 AP@50",
     **more: Any,
 ) -> dict[str, Report]:
-    settings = Settings(parse_measures(measures), device="cpu", dtype="fp32", **more)
-    searched = Searched(collection)
-    asked = [(Prepared(collection, one, searched), settings) for one in collection.splits]
+    settings = EvalConfig(parse_measures(measures), device="cpu", dtype="fp32", **more)
+    searched = CorpusTokens(collection)
+    asked = [(EvalDataset(collection, one, searched), settings) for one in collection.splits]
     return dict(zip(collection.splits, evaluate_all(encoder, asked, quiet=True), strict=True))
 
 

@@ -19,7 +19,7 @@ def test_without_a_gpu_the_validator_has_a_quarter(
     share = share_machine(gpus=[], cores=cores)
     assert share.trainer == {"OMP_NUM_THREADS": str(trainer)}
     assert share.validator == {"OMP_NUM_THREADS": str(validator), "CUDA_VISIBLE_DEVICES": ""}
-    assert share.validator_flags == ["--device", "cpu"]
+    assert share.validator_device == "cpu"
     assert share.validator_yields
 
 
@@ -30,7 +30,7 @@ def test_beside_a_trainer_with_the_one_gpu_the_validator_has_all_cores_but_two(
     share = share_machine(gpus=["0"], cores=cores)
     assert share.trainer == {"OMP_NUM_THREADS": str(trainer)}
     assert share.validator == {"OMP_NUM_THREADS": str(validator), "CUDA_VISIBLE_DEVICES": ""}
-    assert share.validator_flags == ["--device", "cpu"]
+    assert share.validator_device == "cpu"
 
 
 @pytest.mark.parametrize("gpus", [["0", "1"], ["4", "7", "2"], ["GPU-a", "GPU-b"]])
@@ -40,7 +40,7 @@ def test_of_several_gpus_the_trainer_has_the_first_and_the_validator_the_last(
     share = share_machine(gpus=gpus, cores=8)
     assert share.trainer == {"CUDA_VISIBLE_DEVICES": gpus[0]}
     assert share.validator == {"CUDA_VISIBLE_DEVICES": gpus[-1]}
-    assert share.validator_flags == ["--device", "cuda:0"]
+    assert share.validator_device == "cuda:0"
     assert not share.validator_yields
 
 
@@ -52,7 +52,7 @@ def test_each_training_process_has_a_gpu_and_the_validator_what_is_left() -> Non
     share = share_machine(gpus=gpus, cores=16, trainers=4)
     assert share.trainer == {"OMP_NUM_THREADS": "2"}
     assert share.validator == {"OMP_NUM_THREADS": "8", "CUDA_VISIBLE_DEVICES": ""}
-    assert share.validator_flags == ["--device", "cpu"]
+    assert share.validator_device == "cpu"
 
 
 @pytest.mark.parametrize(("gpus", "trainers"), [([], 2), (["0"], 2), (["0", "1"], 3)])

@@ -30,7 +30,9 @@ from mlflow_dr.subsets.spec import parse_subset
 from mlflow_dr.tracking.checkpoints import publish, run_checkpoints
 from mlflow_dr.tracking.directories import found_checkpoints
 from mlflow_dr.tracking.runs import TrackedRun
-from mlflow_dr.validation.evaluate import Prepared, Settings, evaluate
+from mlflow_dr.validation.config import EvalConfig
+from mlflow_dr.validation.dataset import EvalDataset
+from mlflow_dr.validation.evaluate import evaluate
 
 SUBJECTS = ("gull", "ship", "otter", "storm", "ferry", "diver", "pilot", "star")
 PLACES = ("harbour", "wreck", "mast", "island", "channel", "horizon", "port")
@@ -152,11 +154,11 @@ def test_figures_are_those_of_separate_validations(
     published: TrackedRun, output: Path, folder: Path
 ) -> None:
     findings = study(published, "random:12", "bm25@2", "full+queries:5")
-    settings = Settings((MRR,), device="cpu", dtype="fp32")
+    settings = EvalConfig((MRR,), device="cpu", dtype="fp32")
     means = []
     for place, step in enumerate(STEPS):
         encoder = load_encoder(output / f"checkpoint-{step}")
-        report = evaluate(encoder, Prepared(BeirFolder(folder), "dev"), settings)
+        report = evaluate(encoder, EvalDataset(BeirFolder(folder), "dev"), settings)
         values = [report.per_query[one]["mrr@10"] for one in findings.full.query_ids]
         assert findings.full.values[place] == pytest.approx(values)
         means.append(report.measures["mrr@10"])

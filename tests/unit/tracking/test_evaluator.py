@@ -20,7 +20,9 @@ from mlflow_dr.retrieval.measures import parse_measures
 from mlflow_dr.tracking.checkpoints import publish
 from mlflow_dr.tracking.datasets import CollectionDataset
 from mlflow_dr.tracking.runs import TrackedRun
-from mlflow_dr.validation.evaluate import Prepared, Report, Settings, evaluate
+from mlflow_dr.validation.config import EvalConfig
+from mlflow_dr.validation.dataset import EvalDataset
+from mlflow_dr.validation.evaluate import Report, evaluate
 from mlflow_dr.validation.evaluator import DenseRetrievalEvaluator
 
 MEASURES = "mrr@10 ndcg@5 recall@3"
@@ -43,8 +45,8 @@ def encoder(make_tiny: Callable[..., Encoder]) -> Encoder:
 
 @pytest.fixture
 def expected(encoder: Encoder, folder: Path) -> Report:
-    settings = Settings(parse_measures(MEASURES), device="cpu", dtype="fp32")
-    return evaluate(encoder, Prepared(BeirFolder(folder), "dev"), settings, quiet=True)
+    settings = EvalConfig(parse_measures(MEASURES), device="cpu", dtype="fp32")
+    return evaluate(encoder, EvalDataset(BeirFolder(folder), "dev"), settings, quiet=True)
 
 
 @pytest.fixture

@@ -17,7 +17,6 @@ from mlflow_dr import flush_checkpoints, publish_checkpoint
 from mlflow_dr.encoder.directory import load_encoder, save_encoder
 from mlflow_dr.encoder.model import Encoder
 from mlflow_dr.errors import CheckpointError, TrackingError, UsageError
-from mlflow_dr.retrieval.measures import parse_measures
 from mlflow_dr.tracking.checkpoints import run_checkpoints
 from mlflow_dr.tracking.client import tracking_uri
 from mlflow_dr.tracking.fetching import checkpoint_files
@@ -25,11 +24,10 @@ from mlflow_dr.tracking.following import FollowedRun
 from mlflow_dr.tracking.runs import RUN_VARIABLE, TrackedRun
 from mlflow_dr.training import publish_api
 from mlflow_dr.training.publishing import Publisher
-from mlflow_dr.validation.evaluate import Settings
-from mlflow_dr.validation.plan import Plan, Validation
-from mlflow_dr.validation.watch import watch
+from mlflow_dr.validation.config import ValidateConfig
+from mlflow_dr.validation.validator import run_validator
 
-VALIDATION = Validation(Settings(parse_measures("mrr@10"), device="cpu", dtype="fp32"))
+CONFIG = ValidateConfig(measures="mrr@10", device="cpu", dtype="fp32")
 
 
 @pytest.fixture(autouse=True)
@@ -61,7 +59,7 @@ def test_a_checkpoint_is_ready_on_return_and_a_validator_needs_no_more(
         second = publish_checkpoint(tiny, np.int64(10), dataset=str(folder), split="dev")  # type: ignore[arg-type]
         assert steps(run) == [(0, True), (10, True)]
         assert [one.model_id for one in run_checkpoints(run)] == [first, second]
-    assert watch(FollowedRun(run), Plan((VALIDATION,))).done == 2
+    assert run_validator(FollowedRun(run), CONFIG).done == 2
     history = run.client.get_metric_history(run.id, "val/mrr_at_10")
     assert sorted(point.step for point in history) == [0, 10]
 

@@ -4,7 +4,6 @@ import re
 import subprocess
 import sys
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,21 +17,21 @@ from mlflow_dr.collection.beir import BeirFolder
 from mlflow_dr.decisions.comparison import Comparison, comparison_text
 from mlflow_dr.encoder.directory import load_encoder, save_encoder
 from mlflow_dr.encoder.model import Encoder
-from mlflow_dr.errors import DataError, DeviceError, TrackingError, UsageError
+from mlflow_dr.errors import DataError, TrackingError, UsageError
 from mlflow_dr.retrieval.measures import parse_measures
 from mlflow_dr.tracking.artifacts import log_per_query_values
 from mlflow_dr.tracking.checkpoints import publish, run_checkpoints
 from mlflow_dr.tracking.results import record_result
 from mlflow_dr.tracking.runs import TrackedRun
 from mlflow_dr.validation import evaluate as evaluating
-from mlflow_dr.validation.binding import Collections
-from mlflow_dr.validation.compare import Comparing, compare
-from mlflow_dr.validation.evaluate import Prepared, Report, Settings, evaluate
-from mlflow_dr.validation.operands import find_operands
-from mlflow_dr.validation.plan import Validation
+from mlflow_dr.validation.compare import compare, find_operands
+from mlflow_dr.validation.config import CompareConfig, EvalConfig, Validation
+from mlflow_dr.validation.dataset import EvalDataset
+from mlflow_dr.validation.evaluate import Report, evaluate
+from mlflow_dr.validation.resolve import EvalDatasets
 
 MEASURES = "mrr@10 ndcg@5"
-SETTINGS = Settings(parse_measures(MEASURES), device="cpu", dtype="fp32")
+SETTINGS = EvalConfig(parse_measures(MEASURES), device="cpu", dtype="fp32")
 Validate = Callable[..., str]
 
 
@@ -60,7 +59,7 @@ def encoders(make_tiny: Callable[..., Encoder], tmp_path: Path) -> Callable[[int
 
 
 def report(directory: Path, folder: Path, split: str = "dev") -> Report:
-    prepared = Prepared(BeirFolder(folder), split)
+    prepared = EvalDataset(BeirFolder(folder), split)
     return evaluate(load_encoder(directory), prepared, SETTINGS, quiet=True)
 
 
@@ -75,12 +74,12 @@ def validated(run: TrackedRun, encoders: Callable[[int], Path], folder: Path) ->
     def validated(
         step: int, keep: bool = True, name: str = "val", split: str = "dev", to: TrackedRun = run
     ) -> str:
-        bound = Collections().bind(to, Validation(SETTINGS, name, str(folder), split), {})
+        bound = EvalDatasets().resolve(to, Validation(SETTINGS, name, str(folder), split), {})
         model_id = publish(to, encoders(step), step)
         checkpoint = next(one for one in run_checkpoints(to) if one.model_id == model_id)
         found = report(encoders(step), folder, split)
         values = {key.replace("@", "_at_"): value for key, value in found.measures.items()}
-        record_result(to, checkpoint, name, values, bound.dataset)
+        record_result(to, checkpoint, name, values, bound.shown_dataset)
         if keep:
             log_per_query_values(to, checkpoint, name, found.per_query)
         return model_id
@@ -94,7 +93,7 @@ def other_run(client: MlflowClient, experiment: str) -> TrackedRun:
 
 
 def compared(*operands: object, **others: Any) -> Comparison:
-    return compare(Comparing(tuple(map(str, operands)), device="cpu", **others))
+    return compare(CompareConfig(operands=tuple(map(str, operands)), device="cpu", **others))
 
 
 def test_each_kind_of_operand(
@@ -255,8 +254,8 @@ def test_a_server_that_is_gone() -> None:
     ("others", "error", "message"),
     [
         ({"measure": "ndgc@10"}, UsageError, "measure 'ndgc@10': expected one of"),
-        ({"measure": "mrr@10 ndcg@5"}, UsageError, "one measure is compared, not 2"),
-        ({"dtype": "fp8", "dataset": "demo"}, DeviceError, "dtype 'fp8'"),
+        ({"measure": "mrr@10 ndcg@5"}, UsageError, "expected one measure, not 2"),
+        ({"dtype": "fp8", "dataset": "demo"}, UsageError, "dtype 'fp8'"),
         ({"output": Path(__file__)}, UsageError, "expected a folder, not a file"),
     ],
 )
@@ -289,7 +288,7 @@ def test_the_command_prints_and_writes(
 
 
 def test_one_name_is_what_is_taken_when_none_is_given() -> None:
-    assert Comparing(("a", "b")).name == Validation(SETTINGS).name
+    assert CompareConfig(operands=("a", "b")).name == Validation(SETTINGS).name
 
 
 def test_lengths_that_differ_are_said_and_can_be_set(
@@ -304,24 +303,27 @@ def test_lengths_that_differ_are_said_and_can_be_set(
     run.log_params({"p_max_len": 24})
     words, data = (f"{run.id}@1", str(encoders(2))), {"dataset": str(folder), "device": "cpu"}
     with caplog.at_level("WARNING", "mlflow_dr"):
-        compare(Comparing(words, p_max_len=24, **data))
+        compare(CompareConfig(operands=words, p_max_len=24, **data))
         assert "of other lengths" not in caplog.text
-        compare(Comparing(words, p_max_len=12, **data))
+        compare(CompareConfig(operands=words, p_max_len=12, **data))
     assert "read passages of other lengths in tokens (A 24, B 12)" in caplog.text
 
 
 def test_a_run_may_be_named(run: TrackedRun, validated: Validate) -> None:
     validated(1), validated(2)
-    by_name = compare(Comparing((f"{run.id}@1", f"{run.name}@2")))
-    assert by_name.labels == compare(Comparing((f"{run.id}@1", f"{run.id[:12]}@2"))).labels
+    by_name = compare(CompareConfig(operands=(f"{run.id}@1", f"{run.name}@2")))
+    assert (
+        by_name.labels
+        == compare(CompareConfig(operands=(f"{run.id}@1", f"{run.id[:12]}@2"))).labels
+    )
 
 
 def test_what_was_written_before_is_left_alone(
     run: TrackedRun, validated: Validate, tmp_path: Path
 ) -> None:
     validated(1), validated(2)
-    asked = Comparing((f"{run.id}@1", f"{run.id}@2"), output=tmp_path / "out")
+    asked = CompareConfig(operands=(f"{run.id}@1", f"{run.id}@2"), output=tmp_path / "out")
     compare(asked)
     with pytest.raises(UsageError, match=r"values\.csv: is there already; --force replaces it"):
         compare(asked)
-    compare(replace(asked, force=True))
+    compare(asked.replaced(force=True))

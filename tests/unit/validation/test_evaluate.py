@@ -19,7 +19,9 @@ from mlflow_dr.errors import CheckpointError, DataError, DeviceError, UsageError
 from mlflow_dr.retrieval import dense, encode
 from mlflow_dr.retrieval.measures import parse_measures
 from mlflow_dr.stores import token_table
-from mlflow_dr.validation.evaluate import Prepared, Report, Settings, evaluate
+from mlflow_dr.validation.config import EvalConfig
+from mlflow_dr.validation.dataset import EvalDataset
+from mlflow_dr.validation.evaluate import Report, evaluate
 
 MEASURES = "mrr@10 ndcg@10 recall@20 map@5"
 SUBJECTS = ("gull", "ship", "otter", "storm", "ferry", "diver", "pilot", "star")
@@ -70,12 +72,12 @@ def encoder(make_tiny: Callable[..., Encoder], monkeypatch: pytest.MonkeyPatch) 
     return Rounded(tiny.backbone, tiny.tokenizer, tiny.settings).eval()
 
 
-def settings(measures: str = MEASURES, **others: Any) -> Settings:
-    return Settings(parse_measures(measures), device="cpu", **({"dtype": "fp32"} | others))
+def settings(measures: str = MEASURES, **others: Any) -> EvalConfig:
+    return EvalConfig(parse_measures(measures), device="cpu", **({"dtype": "fp32"} | others))
 
 
 def evaluated(encoder: Encoder, folder: Path, split: str = "dev", **others: Any) -> Report:
-    prepared = Prepared(BeirFolder(folder), split)
+    prepared = EvalDataset(BeirFolder(folder), split)
     return evaluate(encoder, prepared, settings(**others), quiet=True)
 
 
@@ -122,7 +124,7 @@ def independent(
 
 
 @pytest.mark.parametrize(("keep_own_id", "times"), [(False, 1), (True, 0)])
-def test_relevant_passages_that_are_left_out_are_told_once(
+def test_relevant_passages_that_are_left_out_are_warned_of_once(
     encoder: Encoder,
     beir_folder: Callable[..., Path],
     texts: list[str],
@@ -132,12 +134,12 @@ def test_relevant_passages_that_are_left_out_are_told_once(
 ) -> None:
     numbered = {str(number): text for number, text in enumerate(texts)}
     folder = beir_folder(numbered, {"1": "ships", "2": "iron"}, dev={"1": {"1": 1}, "2": {"2": 0}})
-    prepared = Prepared(BeirFolder(folder), "dev")
+    prepared = EvalDataset(BeirFolder(folder), "dev")
     for _ in range(2):
         evaluate(encoder, prepared, settings("mrr@3", keep_own_id=keep_own_id), quiet=True)
-    told = [one for one in caplog.messages if "judged relevant" in one]
+    told = [one for one in caplog.messages if "is relevant" in one]
     assert len(told) == times
-    assert all("of 1 queries ('1', ...)" in one and "--keep-own-id" in one for one in told)
+    assert all("for 1 queries ('1', ...)" in one and "--keep-own-id" in one for one in told)
 
 
 @pytest.mark.parametrize("keep_own_id", [False, True])
@@ -232,8 +234,8 @@ def test_a_device_that_is_not_there(encoder: Encoder, folder: Path) -> None:
     with pytest.raises(DeviceError):
         evaluate(
             encoder,
-            Prepared(BeirFolder(folder), "dev"),
-            Settings(parse_measures(MEASURES), device="cuda:99"),
+            EvalDataset(BeirFolder(folder), "dev"),
+            EvalConfig(parse_measures(MEASURES), device="cuda:99"),
         )
 
 
@@ -251,7 +253,7 @@ def test_weights_with_nan_give_an_error_and_no_report(encoder: Encoder, folder: 
 def test_another_checkpoint_does_not_tokenise_the_corpus_again(
     make_tiny: Callable[..., Encoder], folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    prepared = Prepared(BeirFolder(folder), "dev")
+    prepared = EvalDataset(BeirFolder(folder), "dev")
     first = evaluate(make_tiny(seed=1), prepared, settings(), quiet=True)
     monkeypatch.setattr(token_table, "_write", lambda *_: pytest.fail("tokenised again"))
     second = evaluate(make_tiny(seed=2), prepared, settings(), quiet=True)
@@ -264,7 +266,7 @@ def test_another_checkpoint_does_not_tokenise_the_corpus_again(
 def test_a_cache_that_is_damaged_meanwhile_gives_no_report(
     encoder: Encoder, folder: Path, own_cache: Path, name: str
 ) -> None:
-    prepared = Prepared(BeirFolder(folder), "dev")
+    prepared = EvalDataset(BeirFolder(folder), "dev")
     before = evaluate(encoder, prepared, settings(), quiet=True)
     (path,) = own_cache.rglob(name)
     path.touch()  # another time, and the same contents
@@ -279,11 +281,11 @@ def test_a_cache_that_is_damaged_meanwhile_gives_no_report(
 def test_a_cache_that_is_removed_or_made_again_meanwhile_is_no_trouble(
     encoder: Encoder, folder: Path, own_cache: Path
 ) -> None:
-    prepared = Prepared(BeirFolder(folder), "dev")
+    prepared = EvalDataset(BeirFolder(folder), "dev")
     before = evaluate(encoder, prepared, settings(), quiet=True)
     shutil.rmtree(own_cache)
     assert evaluate(encoder, prepared, settings(), quiet=True).per_query == before.per_query
-    again = evaluate(encoder, Prepared(BeirFolder(folder), "dev"), settings(), quiet=True)
+    again = evaluate(encoder, EvalDataset(BeirFolder(folder), "dev"), settings(), quiet=True)
     assert again.per_query == before.per_query
     assert evaluate(encoder, prepared, settings(), quiet=True).per_query == before.per_query
 
@@ -291,7 +293,7 @@ def test_a_cache_that_is_removed_or_made_again_meanwhile_is_no_trouble(
 def test_other_settings_of_the_tokenizer_do(
     make_tiny: Callable[..., Encoder], folder: Path
 ) -> None:
-    prepared = Prepared(BeirFolder(folder), "dev")
+    prepared = EvalDataset(BeirFolder(folder), "dev")
     long = evaluate(make_tiny(), prepared, settings(), quiet=True)
     short = evaluate(make_tiny(passage_max_length=3), prepared, settings(), quiet=True)
     assert long.ranking != short.ranking

@@ -6,18 +6,17 @@ from pathlib import Path
 import pytest
 from mlflow.exceptions import MlflowException
 
-from mlflow_dr.decisions.pruning import parse_keep_rules
 from mlflow_dr.errors import ForbiddenError, TrackingError, UsageError
 from mlflow_dr.tracking.checkpoints import publish, run_checkpoints
 from mlflow_dr.tracking.results import record_result
 from mlflow_dr.tracking.runs import TrackedRun
 from mlflow_dr.tracking.stop_request import stop_request
-from mlflow_dr.tracking.validations import Metric, bind_name
-from mlflow_dr.validation.policies import Policies, Wishes
+from mlflow_dr.tracking.validations import bind_name
+from mlflow_dr.validation.config import ValidateConfig
+from mlflow_dr.validation.policies import Policies
 
 Measuring = Callable[[int, float], None]
 TAG = "mlflow_dr.best.val"
-VAL = {"val": None}
 
 
 @pytest.fixture
@@ -45,7 +44,7 @@ def marked(run: TrackedRun) -> list[int]:
 def test_one_checkpoint_is_marked_whoever_marked_before(
     run: TrackedRun, measured: Measuring
 ) -> None:
-    one, other = Policies(Wishes(), VAL), Policies(Wishes(), VAL)
+    one, other = Policies(ValidateConfig()), Policies(ValidateConfig())
     for step, value in ((1, 0.1), (2, 0.3), (3, 0.2)):
         measured(step, value)
         for policies in (one, other):
@@ -59,7 +58,7 @@ def test_one_checkpoint_is_marked_whoever_marked_before(
 
 
 def test_it_asks_for_a_stop_and_makes_room(run: TrackedRun, measured: Measuring) -> None:
-    policies = Policies(Wishes(patience=2, keep=parse_keep_rules("best:1,last:1")), VAL)
+    policies = Policies(ValidateConfig(patience=2, keep="best:1,last:1"))
     for step, value in ((1, 0.1), (2, 0.3), (3, 0.2)):
         measured(step, value)
         act(run, policies)
@@ -74,17 +73,16 @@ def test_with_refinement_the_cheap_validation_asks_for_a_stop(
     run: TrackedRun, measured: Measuring
 ) -> None:
     """The dear one is done for what was best, and always rises."""
-    cheap = Metric("val-small", "mrr_at_10")
-    bind_name(run, "val-small", {"measures": "mrr@10"})
+    bind_name(run, "val-random_5", {"measures": "mrr@10"})
     for step, value in enumerate((0.1, 0.3, 0.2, 0.2), start=1):
         measured(step, step / 10)
         figures = {"mrr_at_10": value}
-        record_result(run, run_checkpoints(run)[-1], "val-small", figures, ("c", "0"))
-    deciding = {"val-small": None, "val": cheap}
-    act(run, Policies(Wishes("val/mrr@10", patience=2), deciding))
+        record_result(run, run_checkpoints(run)[-1], "val-random_5", figures, ("c", "0"))
+    refined = {"subset": "random:5", "refine": "full@1", "measures": "mrr@10", "patience": 2}
+    act(run, Policies(ValidateConfig(**refined, metric="val/mrr@10")))
     assert stop_request(run) is None
-    act(run, Policies(Wishes(patience=2), deciding))
-    assert (stop_request(run) or "").startswith("val-small/mrr_at_10 has not risen")
+    act(run, Policies(ValidateConfig(**refined)))
+    assert (stop_request(run) or "").startswith("val-random_5/mrr_at_10 has not risen")
     assert marked(run) == [4]
 
 
@@ -101,7 +99,7 @@ def test_who_may_not_remove_goes_on(
         raise ForbiddenError("no permission")
 
     monkeypatch.setattr("mlflow_dr.validation.policies.delete_unneeded", refused)
-    policies = Policies(Wishes(keep=parse_keep_rules("last:1")), VAL)
+    policies = Policies(ValidateConfig(keep="last:1"))
     for step in (1, 2):
         measured(step, 0.1)
         act(run, policies)
@@ -124,7 +122,7 @@ def test_a_server_that_fails_once_is_asked_again(
         return real(*args, **more)
 
     monkeypatch.setattr(type(run.client), "search_model_versions", failing)
-    policies = Policies(Wishes(keep=parse_keep_rules("last:1")), VAL)
+    policies = Policies(ValidateConfig(keep="last:1"))
     for step in (1, 2, 3):  # the first one is called the best
         measured(step, 1 / step)
     act(run, policies)
@@ -143,7 +141,7 @@ def test_what_it_has_removed_is_not_looked_at_again(
     run: TrackedRun, measured: Measuring, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Nor counted, though what is settled is shown as it was seen last."""
-    policies = Policies(Wishes(keep=parse_keep_rules("last:1")), VAL)
+    policies = Policies(ValidateConfig(keep="last:1"))
     for step in (1, 2, 3):
         measured(step, 1 / step)
     seen = run_checkpoints(run)
@@ -155,6 +153,6 @@ def test_what_it_has_removed_is_not_looked_at_again(
 
 def test_wishes_that_make_no_sense(run: TrackedRun, measured: Measuring) -> None:
     with pytest.raises(UsageError, match="patience"):
-        Wishes(patience=0)
+        ValidateConfig(patience=0)
     with pytest.raises(UsageError, match="no metric 'val/ndcg@10'"):
-        act(run, Policies(Wishes(metric="val/ndcg@10"), VAL))
+        act(run, Policies(ValidateConfig(metric="val/ndcg@10")))

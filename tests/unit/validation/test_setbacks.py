@@ -12,7 +12,6 @@ from mlflow.store.artifact.local_artifact_repo import LocalArtifactRepository
 from mlflow_dr.encoder.directory import save_encoder
 from mlflow_dr.encoder.model import Encoder
 from mlflow_dr.errors import MissingExtraError, UnavailableError
-from mlflow_dr.retrieval.measures import parse_measures
 from mlflow_dr.tracking import fetching
 from mlflow_dr.tracking.checkpoints import Checkpoint, publish, run_checkpoints
 from mlflow_dr.tracking.claims import latest_claim
@@ -20,14 +19,10 @@ from mlflow_dr.tracking.following import FollowedRun
 from mlflow_dr.tracking.results import State, failure_reason, validation_state
 from mlflow_dr.tracking.runs import TrackedRun
 from mlflow_dr.tracking.validations import Metric, metric_points
-from mlflow_dr.validation import jobs, loading
-from mlflow_dr.validation.counts import Counts
-from mlflow_dr.validation.evaluate import Settings
-from mlflow_dr.validation.plan import Plan, Validation
-from mlflow_dr.validation.setbacks import IN_A_ROW, TRIES
-from mlflow_dr.validation.watch import watch
-
-VALIDATION = Validation(Settings(parse_measures("mrr@10"), device="cpu", dtype="fp32"))
+from mlflow_dr.validation import worker
+from mlflow_dr.validation.scheduler import TRIES, TRIES_IN_A_ROW
+from mlflow_dr.validation.validator import Counts, run_validator
+from tests.unit.validation.configuring import VALIDATION, configured
 
 
 @pytest.fixture
@@ -44,8 +39,8 @@ def slept() -> list[float]:
 @pytest.fixture
 def validated(run: TrackedRun, slept: list[float]) -> Callable[..., Counts]:
     def validated(**plan: Any) -> Counts:
-        asked = Plan((VALIDATION,), **{"follow": False, "poll_seconds": 1.0, **plan})
-        return watch(FollowedRun(run), asked, slept.append)
+        asked = configured(VALIDATION, **{"follow": False, "poll_seconds": 1.0, **plan})
+        return run_validator(FollowedRun(run), asked, slept.append)
 
     return validated
 
@@ -75,12 +70,12 @@ def test_a_store_that_cannot_be_reached_ends_the_validator_and_no_checkpoint(
         with pytest.raises(UnavailableError, match=r"cannot read .*Unable to locate credentials"):
             validated()
     assert slept == [1, 2, 4, 8, 16, 32, 60, 60, 60, 60, 60]
-    assert len(slept) == IN_A_ROW - 1
+    assert len(slept) == TRIES_IN_A_ROW - 1
     there = run_checkpoints(run)
     assert states(run) == [State.OPEN] * 3
     claims = [latest_claim(one, "val") for one in there]
     assert all(one and one.given_back for one in claims)
-    assert {one.attempt for one in claims if one} == {IN_A_ROW // 3}
+    assert {one.attempt for one in claims if one} == {TRIES_IN_A_ROW // 3}
     counts = validated()
     assert (counts.done, counts.are_good) == (3, True)
 
@@ -141,7 +136,7 @@ def test_what_this_machine_lacks_says_nothing_about_a_checkpoint(
     def load(*_: Any, **__: Any) -> Encoder:
         raise error
 
-    monkeypatch.setattr(loading, "load_encoder", load)
+    monkeypatch.setattr(worker, "load_encoder", load)
     counts = validated()
     assert (counts.done, counts.failed, counts.unavailable) == (0, 0, 1)
     assert states(run) == [State.OPEN]
@@ -156,7 +151,7 @@ def test_an_evaluation_that_breaks_off_says_nothing_about_a_checkpoint(
 ) -> None:
     publishing(1)
     publishing(2)
-    real, calls = jobs.evaluate_all, []
+    real, calls = worker.evaluate_all, []
 
     def broken(*asked: Any) -> Any:
         calls.append(1)
@@ -166,7 +161,7 @@ def test_an_evaluation_that_breaks_off_says_nothing_about_a_checkpoint(
             raise IndexError("a damaged cache, say")
         return real(*asked)
 
-    monkeypatch.setattr(jobs, "evaluate_all", broken)
+    monkeypatch.setattr(worker, "evaluate_all", broken)
     counts = validated()
     assert (counts.done, counts.failed, counts.unavailable) == (1, 0, 1)
     assert State.FAILED not in states(run)

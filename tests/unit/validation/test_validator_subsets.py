@@ -3,7 +3,6 @@
 import json
 import logging
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,25 +10,20 @@ import pyarrow.parquet as pq
 import pytest
 from mlflow import MlflowClient
 
-from mlflow_dr.decisions.pruning import parse_keep_rules
 from mlflow_dr.encoder.model import Encoder
 from mlflow_dr.errors import UsageError
-from mlflow_dr.retrieval.measures import parse_measures
-from mlflow_dr.subsets.spec import parse_subset
 from mlflow_dr.tracking.checkpoints import publish, run_checkpoints
 from mlflow_dr.tracking.following import FollowedExperiment, FollowedRun
-from mlflow_dr.tracking.pruning import prune
+from mlflow_dr.tracking.pruning import delete_files
 from mlflow_dr.tracking.results import State, mark_failed, validation_state
 from mlflow_dr.tracking.runs import TrackedRun
 from mlflow_dr.tracking.validations import recorded_values
-from mlflow_dr.validation import jobs
-from mlflow_dr.validation.evaluate import Settings
-from mlflow_dr.validation.pace import CHOSEN_PARAM
-from mlflow_dr.validation.plan import Plan, each_split, refining
-from mlflow_dr.validation.policies import Wishes
-from mlflow_dr.validation.watch import Counts, watch
+from mlflow_dr.validation import worker
+from mlflow_dr.validation.config import ValidateConfig
+from mlflow_dr.validation.policies import CHOSEN_PARAM
+from mlflow_dr.validation.validator import Counts, run_validator
 
-SETTINGS = Settings(parse_measures("mrr@10 recall@1"), device="cpu", dtype="fp32")
+SETTINGS = {"measures": "mrr@10 recall@1", "device": "cpu", "dtype": "fp32"}
 
 
 @pytest.fixture
@@ -41,15 +35,12 @@ def folder(beir_folder: Callable[..., Path], texts: list[str]) -> Path:
     )
 
 
-def plan(*subsets: str, refine: str = "", **more: Any) -> Plan:
-    validations = each_split(SETTINGS, "val", None, (), [parse_subset(one) for one in subsets])
-    if refine:
-        validations += refining(refine, validations)
-    return Plan(validations, follow=False, **more)
+def plan(*subsets: str, **more: Any) -> ValidateConfig:
+    return ValidateConfig(**{**SETTINGS, "subset": subsets, "follow": False, **more})
 
 
 def validated(run: TrackedRun, *subsets: str, **more: Any) -> Counts:
-    return watch(FollowedRun(run), plan(*subsets, **more), sleep=no_sleep)
+    return run_validator(FollowedRun(run), plan(*subsets, **more), sleep=no_sleep)
 
 
 def no_sleep(seconds: float) -> None:
@@ -91,13 +82,13 @@ def test_subsets_and_the_whole_corpus_are_read_from_one_pass(
 ) -> None:
     publishing(1)
     calls = []
-    real = jobs.evaluate_all
+    real = worker.evaluate_all
 
     def counted(encoder: Encoder, asked: Sequence[Any], **more: Any) -> Any:
         calls.append(len(asked))
         return real(encoder, asked, **more)
 
-    monkeypatch.setattr(jobs, "evaluate_all", counted)
+    monkeypatch.setattr(worker, "evaluate_all", counted)
     validated(run, "full", "random:2", "bm25@1", "queries:2")
     assert calls == [4]
     # each has the figures that it has alone
@@ -138,7 +129,7 @@ def test_tops_that_are_kept_need_no_files(
     for step in (0, 10):
         publishing(step)
     assert validated(run, "encoder:step-0@1").done == 2
-    prune(client, run_checkpoints(run)[0], why=lambda _: "")
+    delete_files(client, run_checkpoints(run)[0], why=lambda _: "")
     publishing(20)
     assert validated(run, "encoder:step-0@1").done == 1
 
@@ -154,11 +145,11 @@ def test_a_checkpoint_that_chooses_a_subset_is_waited_for(
         else:
             client.set_terminated(run.id)
 
-    waiting = replace(plan("encoder:step-10@1"), follow=True)
-    assert watch(FollowedRun(run), waiting, sleep=sleep).done == 2
-    missed = replace(plan("encoder:step-7@1"), follow=True)
+    waiting = plan("encoder:step-10@1", follow=True)
+    assert run_validator(FollowedRun(run), waiting, sleep=sleep).done == 2
+    missed = plan("encoder:step-7@1", follow=True)
     with pytest.raises(UsageError, match="no published checkpoint of step 7"):
-        watch(FollowedRun(run), missed, sleep=no_sleep)
+        run_validator(FollowedRun(run), missed, sleep=no_sleep)
 
 
 @pytest.mark.parametrize("keep_up", [False, True])
@@ -190,9 +181,9 @@ def test_in_an_experiment_other_runs_do_not_wait_with_it(
             raise KeyboardInterrupt
 
     subsets = ("encoder:step-10@1", "full") if keep_up else ("encoder:step-10@1",)
-    waiting = replace(plan(*subsets, keep_up=keep_up), follow=True)
+    waiting = plan(*subsets, keep_up=keep_up, follow=True)
     with pytest.raises(KeyboardInterrupt):
-        watch(FollowedExperiment(client, name), waiting, sleep=sleep)
+        run_validator(FollowedExperiment(client, name), waiting, sleep=sleep)
     assert seen == [[[], [0, 10]], [[0, 10], [0, 10]], [[0, 10], [0, 10]]]
 
 
@@ -217,9 +208,8 @@ def test_a_seed_leaves_the_whole_corpus_what_it_is(
 ) -> None:
     publishing(1)
     validated(run)
-    cheap = each_split(SETTINGS, "val", None, (), [parse_subset("random:2", 7, "all")])
-    refined = Plan(cheap + refining("full@1", cheap, 7, "all"), follow=False)
-    assert watch(FollowedRun(run), refined, sleep=no_sleep).failed == 0
+    refined = plan("random:2", seed=7, judged="all", refine="full@1")
+    assert run_validator(FollowedRun(run), refined, sleep=no_sleep).failed == 0
     assert steps(client, run, "val-random_2-seed_7-all_judged/mrr_at_10") == [1]
 
 
@@ -230,8 +220,8 @@ def with_files(run: TrackedRun) -> list[int]:
 def test_those_that_are_not_refined_go(run: TrackedRun, publishing: Callable[[int], str]) -> None:
     for step in range(6):
         publishing(step)
-    wishes = Wishes("val-bm25_at_1/mrr@10", keep=parse_keep_rules("best:1,last:1"))
-    validated(run, "bm25@1", refine="full@2", wishes=wishes)
+    policy = {"metric": "val-bm25_at_1/mrr@10", "keep": "best:1,last:1"}
+    validated(run, "bm25@1", refine="full@2", **policy)
     cheap = {one.step: recorded_values(one, "val-bm25_at_1") for one in run_checkpoints(run)}
     best = min(cheap, key=lambda step: (-cheap[step]["mrr_at_10"], step))
     assert with_files(run) == sorted({best, 5})
@@ -244,8 +234,7 @@ def test_what_failed_keeps_its_files_until_it_was_tried_again(
         publishing(step)
     for one in run_checkpoints(run)[1:3]:
         mark_failed(run, one, "val", "out of memory")
-    wishes = Wishes(keep=parse_keep_rules("best:1,last:1"))
-    assert validated(run, retry_failed=True, wishes=wishes).done == 4
+    assert validated(run, retry_failed=True, keep="best:1,last:1").done == 4
     assert all(validation_state(one, "val") is State.DONE for one in run_checkpoints(run))
     assert len(with_files(run)) <= 2
 
@@ -261,7 +250,7 @@ def test_the_trainer_gives_the_pace(
     for step in range(4):
         publishing(step)
     caplog.set_level(logging.INFO)
-    monkeypatch.setattr("mlflow_dr.validation.pace.publishing_interval", lambda _: 1e6)
+    monkeypatch.setattr("mlflow_dr.validation.policies.publishing_interval", lambda _: 1e6)
     validated(run, "random:1", "random:4", "full", keep_up=True)
     assert steps(client, run, "val/mrr_at_10") == [0, 1, 2, 3]
     assert len(steps(client, run, "val-random_1/mrr_at_10")) == 1
@@ -269,12 +258,11 @@ def test_the_trainer_gives_the_pace(
     assert "full keeps up with a checkpoint every" in caplog.text
     assert client.get_run(run.id).data.params[CHOSEN_PARAM] == "full"
     publishing(4)
-    monkeypatch.setattr("mlflow_dr.validation.pace.publishing_interval", lambda _: 1e-6)
+    monkeypatch.setattr("mlflow_dr.validation.policies.publishing_interval", lambda _: 1e-6)
     validated(run, "random:1", "random:4", "full", keep_up=True)
     assert steps(client, run, "val/mrr_at_10") == [0, 1, 2, 3, 4]
     assert "full, as another validator has chosen" in caplog.text
-    wishes = Wishes(keep=parse_keep_rules("last:2"))
-    validated(run, "random:1", "random:4", "full", keep_up=True, wishes=wishes)
+    validated(run, "random:1", "random:4", "full", keep_up=True, keep="last:2")
     assert {3, 4} <= set(with_files(run)) < {0, 1, 2, 3, 4}
 
 
@@ -291,6 +279,6 @@ def test_the_pace_on_an_experiment(
     for step in range(3):
         publishing(step)
         publish(run, tmp_path / f"step-{step}", step)
-    monkeypatch.setattr("mlflow_dr.validation.pace.publishing_interval", lambda _: 1e6)
-    watch(FollowedExperiment(client, name), plan("random:1", "full", keep_up=True))
+    monkeypatch.setattr("mlflow_dr.validation.policies.publishing_interval", lambda _: 1e6)
+    run_validator(FollowedExperiment(client, name), plan("random:1", "full", keep_up=True))
     assert steps(client, run, "val/mrr_at_10") == [0, 1, 2]

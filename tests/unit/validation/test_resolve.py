@@ -7,7 +7,7 @@ import pytest
 
 from mlflow_dr.errors import UsageError
 from mlflow_dr.tracking.runs import TrackedRun
-from mlflow_dr.validation.binding import named_data
+from mlflow_dr.validation.resolve import named_data
 
 
 @pytest.fixture

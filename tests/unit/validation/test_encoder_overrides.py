@@ -1,7 +1,6 @@
 """What replaces what checkpoints say is tried before a validation's name stands for it."""
 
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,16 +11,12 @@ from mlflow_dr.encoder.directory import save_encoder
 from mlflow_dr.encoder.model import Encoder
 from mlflow_dr.encoder.tiny import tiny_encoder
 from mlflow_dr.errors import UsageError
-from mlflow_dr.retrieval.measures import parse_measures
 from mlflow_dr.tracking.directories import FollowedDirectory
 from mlflow_dr.tracking.following import FollowedRun
 from mlflow_dr.tracking.runs import TrackedRun
 from mlflow_dr.tracking.validations import stored_config
-from mlflow_dr.validation.evaluate import Settings
-from mlflow_dr.validation.plan import Plan, Validation
-from mlflow_dr.validation.watch import Counts, watch
-
-VALIDATION = Validation(Settings(parse_measures("mrr@10"), device="cpu", dtype="fp32"))
+from mlflow_dr.validation.validator import Counts, run_validator
+from tests.unit.validation.configuring import VALIDATION, configured
 
 
 @pytest.fixture
@@ -34,9 +29,9 @@ def no_sleep(seconds: float) -> None:
     raise AssertionError(f"slept {seconds} s")
 
 
-def validated(run: TrackedRun, validation: Validation = VALIDATION, **changes: Any) -> Counts:
-    plan = Plan((validation,), follow=False, encoder_changes=changes)
-    return watch(FollowedRun(run), plan, no_sleep)
+def validated(run: TrackedRun, validation: dict[str, Any] = VALIDATION, **changes: Any) -> Counts:
+    plan = configured(validation, follow=False, **changes)
+    return run_validator(FollowedRun(run), plan, no_sleep)
 
 
 def test_a_length_that_no_checkpoint_has_binds_no_name(
@@ -44,9 +39,9 @@ def test_a_length_that_no_checkpoint_has_binds_no_name(
 ) -> None:
     publishing(1)
     with pytest.raises(UsageError, match="passage_max_length is 100000"):
-        validated(run, passage_max_length=100_000)
+        validated(run, p_max_len=100_000)
     assert stored_config(run, "val") is None
-    assert validated(run, passage_max_length=16).done == 1
+    assert validated(run, p_max_len=16).done == 1
     with pytest.raises(UsageError, match="another configuration"):
         validated(run)
 
@@ -69,7 +64,7 @@ def test_a_name_is_bound_with_the_first_checkpoint(
     run: TrackedRun, publishing: Callable[[int], str], folder: Path
 ) -> None:
     with pytest.raises(UsageError, match="no split 'test'"):
-        validated(run, replace(VALIDATION, split="test"), pooling="max")
+        validated(run, {**VALIDATION, "split": "test"}, pooling="max")
     assert validated(run, pooling="max").done == 0
     assert stored_config(run, "val") is None
     publishing(1)
@@ -89,6 +84,6 @@ def test_a_directory_of_checkpoints_to_come(
         elif stored_config(run, "val"):
             run.finish("FINISHED")
 
-    plan = Plan((VALIDATION,), encoder_changes={"pooling": "mean"}, poll_seconds=0.01)
+    plan = configured(VALIDATION, pooling="mean", poll_seconds=0.01)
     followed = FollowedDirectory(run, tmp_path / "output", is_mine=False)
-    assert watch(followed, plan, save).done == 1
+    assert run_validator(followed, plan, save).done == 1

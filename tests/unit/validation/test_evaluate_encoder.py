@@ -11,13 +11,14 @@ import mlflow
 import pytest
 from mlflow import MlflowClient
 
-import mlflow_dr.validation.once as once_module
 from mlflow_dr.encoder.directory import save_encoder
 from mlflow_dr.encoder.model import Encoder
 from mlflow_dr.errors import DataError
 from mlflow_dr.tracking.checkpoints import run_checkpoints
 from mlflow_dr.tracking.runs import TrackedRun
-from mlflow_dr.validation.once import Once, evaluate_once
+from mlflow_dr.validation import evaluate as evaluate_module
+from mlflow_dr.validation.config import EvaluateConfig
+from mlflow_dr.validation.evaluate import evaluate_encoder
 
 
 @pytest.fixture
@@ -26,8 +27,10 @@ def encoder(make_tiny: Callable[..., Encoder], tmp_path: Path) -> str:
     return str(tmp_path / "encoder")
 
 
-def asked(encoder: str, folder: Path, **others: Any) -> Once:
-    return Once(encoder, str(folder), device="cpu", dtype="fp32", **others)
+def asked(encoder: str, folder: Path, **others: Any) -> EvaluateConfig:
+    return EvaluateConfig(
+        encoder=encoder, dataset=str(folder), device="cpu", dtype="fp32", **others
+    )
 
 
 @pytest.mark.parametrize(("query_id", "passage_id"), [("q 1", "p2"), ("q1", "p\t2"), ("q1", "p 2")])
@@ -41,11 +44,11 @@ def test_ids_that_no_ranking_holds_are_refused_before_anything_is_encoded(
 ) -> None:
     passages = {"p1": "a tug", passage_id: "a liner"}
     folder = beir_folder(passages, {query_id: "which ship"}, dev={query_id: {"p1": 1}})
-    evaluated = evaluate_once(asked(encoder, folder, output=tmp_path / "first.json"))
+    evaluated = evaluate_encoder(asked(encoder, folder, output=tmp_path / "first.json"))
     assert evaluated.ranking.keys() == {query_id}
-    monkeypatch.setattr(once_module, "evaluate", lambda *_: pytest.fail("encoded"))
+    monkeypatch.setattr(evaluate_module, "evaluate", lambda *_: pytest.fail("encoded"))
     with pytest.raises(DataError, match="cannot hold white space in ids"):
-        evaluate_once(asked(encoder, folder, ranking=tmp_path / "ranking.trec"))
+        evaluate_encoder(asked(encoder, folder, ranking=tmp_path / "ranking.trec"))
 
 
 def test_only_the_ids_of_a_subset_count(
@@ -55,7 +58,7 @@ def test_only_the_ids_of_a_subset_count(
         {"p1": "a ship", "p 2": "a tug"}, {"q1": "which ship"}, dev={"q1": {"p1": 1}}
     )
     ranking = tmp_path / "ranking.trec"
-    evaluate_once(asked(encoder, folder, subset="bm25@1", ranking=ranking))
+    evaluate_encoder(asked(encoder, folder, subset="bm25@1", ranking=ranking))
     assert ranking.read_text().split()[:3] == ["q1", "Q0", "p1"]
 
 
@@ -66,7 +69,7 @@ def test_the_report_is_there_where_the_ranking_cannot_be_written(
     ranking, output = tmp_path / "ranking", tmp_path / "report.json"
     (ranking / "folder").mkdir(parents=True)
     with pytest.raises(OSError, match="ranking"):
-        evaluate_once(asked(encoder, folder, ranking=ranking, output=output))
+        evaluate_encoder(asked(encoder, folder, ranking=ranking, output=output))
     assert json.loads(output.read_text())["queries"].keys() == {"q1"}
 
 
@@ -88,10 +91,10 @@ def test_a_subset_by_a_checkpoint_of_the_server_that_is_named(
 ) -> None:
     publishing(1)
     (checkpoint,) = run_checkpoints(run)
-    request = Once(
-        str(tmp_path / "step-1"),
-        str(folder),
-        "dev",
+    request = EvaluateConfig(
+        encoder=str(tmp_path / "step-1"),
+        dataset=str(folder),
+        split="dev",
         device="cpu",
         subset=f"encoder:{checkpoint.uri}@2",
         tracking_uri=client.tracking_uri,
@@ -99,6 +102,6 @@ def test_a_subset_by_a_checkpoint_of_the_server_that_is_named(
     before = mlflow.get_tracking_uri()
     mlflow.set_tracking_uri(f"sqlite:///{tmp_path}/another.db")
     try:
-        assert evaluate_once(request).passages in (2, 3)
+        assert evaluate_encoder(request).passages in (2, 3)
     finally:
         mlflow.set_tracking_uri(before)

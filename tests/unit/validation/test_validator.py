@@ -21,9 +21,8 @@ from safetensors.torch import load_file, save_file
 
 from mlflow_dr.encoder.directory import save_encoder
 from mlflow_dr.encoder.model import Encoder
-from mlflow_dr.errors import TrackingError, UnavailableError, UsageError
-from mlflow_dr.retrieval.measures import parse_measures
-from mlflow_dr.tracking.checkpoints import Checkpoint, publish, run_checkpoints
+from mlflow_dr.errors import TrackingError, UsageError
+from mlflow_dr.tracking.checkpoints import publish, run_checkpoints
 from mlflow_dr.tracking.claims import Claims, Owner, latest_claim
 from mlflow_dr.tracking.directories import FollowedDirectory
 from mlflow_dr.tracking.following import FollowedExperiment, FollowedRun
@@ -31,15 +30,11 @@ from mlflow_dr.tracking.results import State, failure_reason, validation_state
 from mlflow_dr.tracking.runs import DATASET_TAG, TrackedRun
 from mlflow_dr.tracking.status import progress_summary, tag_progress
 from mlflow_dr.tracking.validations import chosen_metric, validation_steps
-from mlflow_dr.validation import jobs
-from mlflow_dr.validation.choice import Candidate, Choice
-from mlflow_dr.validation.evaluate import Settings
-from mlflow_dr.validation.order import Order
-from mlflow_dr.validation.plan import Plan, Validation
-from mlflow_dr.validation.watch import Counts, _Worker
-from mlflow_dr.validation.watch import watch as watch_followed
-
-VALIDATION = Validation(Settings(parse_measures("mrr@10"), device="cpu", dtype="fp32"))
+from mlflow_dr.validation import worker
+from mlflow_dr.validation.scheduler import Candidate, Scheduler
+from mlflow_dr.validation.validator import Counts, _Validator
+from mlflow_dr.validation.validator import run_validator as run_validator
+from tests.unit.validation.configuring import VALIDATION, configured
 
 
 @pytest.fixture
@@ -58,9 +53,9 @@ def two_splits(folder: Path) -> None:
 
 
 def watch(
-    run: TrackedRun, *validations: Validation, sleep: Any = time.sleep, **plan: Any
+    run: TrackedRun, *validations: dict[str, Any], sleep: Any = time.sleep, **plan: Any
 ) -> Counts:
-    return watch_followed(FollowedRun(run), Plan(validations, **plan), sleep)
+    return run_validator(FollowedRun(run), configured(*validations, **plan), sleep)
 
 
 def steps(client: MlflowClient, run: TrackedRun, key: str = "val/mrr_at_10") -> list[int]:
@@ -156,7 +151,7 @@ def test_the_same_collection_at_another_path_is_the_same_validation(
     moved = folder.with_name("elsewhere")
     shutil.move(folder, moved)
     publishing(2)
-    assert watch(run, replace(VALIDATION, dataset=str(moved)), follow=False).done == 1
+    assert watch(run, {**VALIDATION, "dataset": str(moved)}, follow=False).done == 1
 
 
 def test_other_judgements_under_the_same_name_are_refused(
@@ -225,8 +220,8 @@ def test_a_claim_that_stands_still_is_taken_over(
             owner._closed.set()
             owner._thread.join()
 
-    counts = watch_followed(
-        FollowedRun(run), Plan((VALIDATION,), poll_seconds=0.2, patience_seconds=0.5), sleep
+    counts = run_validator(
+        FollowedRun(run), configured(VALIDATION, poll_seconds=0.2, patience_seconds=0.5), sleep
     )
     assert counts.done == 1
     assert 5 <= slept <= 8
@@ -252,7 +247,7 @@ def test_an_error_that_ends_the_validator_gives_the_claim_back(
     def interrupted(*_: Any) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("mlflow_dr.validation.jobs.evaluate_all", interrupted)
+    monkeypatch.setattr("mlflow_dr.validation.worker.evaluate_all", interrupted)
     with pytest.raises(KeyboardInterrupt):
         watch(run, VALIDATION)
     assert latest_claim(run_checkpoints(run)[0], "val").given_back
@@ -265,7 +260,7 @@ def test_ctrl_c_while_figures_are_written_leaves_them_the_time(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     publishing(1)
-    real = jobs.record_result
+    real = worker.record_result
 
     def slow(*args: Any) -> Any:
         main = threading.main_thread().ident
@@ -274,7 +269,7 @@ def test_ctrl_c_while_figures_are_written_leaves_them_the_time(
         time.sleep(0.5)
         return real(*args)
 
-    monkeypatch.setattr(jobs, "record_result", slow)
+    monkeypatch.setattr(worker, "record_result", slow)
     with pytest.raises(KeyboardInterrupt):
         watch(run, VALIDATION, follow=False)
     (checkpoint,) = run_checkpoints(run)
@@ -282,116 +277,23 @@ def test_ctrl_c_while_figures_are_written_leaves_them_the_time(
     assert not latest_claim(checkpoint, "val").given_back
 
 
-@pytest.mark.parametrize(("poll_seconds", "ahead"), [(5.0, 1), (0.001, 0)], ids=str)
-def test_while_evaluations_are_short_the_next_one_is_claimed_and_fetched_ahead(
-    run: TrackedRun,
-    publishing: Callable[[int], str],
-    monkeypatch: pytest.MonkeyPatch,
-    poll_seconds: float,
-    ahead: int,
+def test_nothing_is_claimed_while_another_checkpoint_is_evaluated(
+    run: TrackedRun, publishing: Callable[[int], str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A second one is enough; the last is left to whoever is idle, and the first tells how long."""
-    for step in range(4):
+    """It is left to validators that are idle."""
+    for step in range(3):
         publishing(step)
-    fetched: list[int] = []
-    claimed: list[list[int]] = []
-    real_files, real = jobs.Files, jobs.evaluate_all
-
-    def files(checkpoint: Checkpoint) -> jobs.Files:
-        fetched.append(checkpoint.step)
-        return real_files(checkpoint)
+    claimed: list[int] = []
+    real = worker.evaluate_all
 
     def evaluate_all(*asked: Any) -> Any:
         done = real(*asked)
-        expected = len(claimed) + 1 + ahead * (len(claimed) == 1)
-        deadline = time.monotonic() + 2.0
-        while len(there := steps_claimed()) < expected and time.monotonic() < deadline:
-            time.sleep(0.02)
-        claimed.append(there)
+        claimed.append(len([one for one in run_checkpoints(run) if latest_claim(one, "val")]))
         return done
 
-    def steps_claimed() -> list[int]:
-        return [one.step for one in run_checkpoints(run) if latest_claim(one, "val")]
-
-    monkeypatch.setattr(jobs, "Files", files)
-    monkeypatch.setattr(jobs, "evaluate_all", evaluate_all)
-    assert watch(run, VALIDATION, follow=False, poll_seconds=poll_seconds).done == 4
-    assert [len(there) - place for place, there in enumerate(claimed, 1)] == [0, ahead, 0, 0]
-    assert fetched == [2] * ahead
-
-
-def test_what_was_lost_ahead_is_not_the_end(
-    run: TrackedRun, publishing: Callable[[int], str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """The look that it was chosen by was old; the next one shows what is left."""
-    for step in range(5):
-        publishing(step)
-    others = Claims(run.client, Owner("elsewhere", 1, "another boot", 0, "a token"))
-    real, real_ahead = jobs.evaluate_all, _Worker._claimed_ahead
-
-    def lost(self: _Worker) -> Any:
-        for one in run_checkpoints(run)[2:4]:
-            others.claim(one, "val")
-        return real_ahead(self)
-
-    def evaluate_all(*asked: Any) -> Any:
-        time.sleep(0.6)
-        return real(*asked)
-
-    monkeypatch.setattr(_Worker, "_claimed_ahead", lost)
-    monkeypatch.setattr(jobs, "evaluate_all", evaluate_all)
-    monkeypatch.setattr("mlflow_dr.validation.watch.SHARE_OF_LOOKS", {Order.OLDEST: 10.0})
-    watch(run, VALIDATION, follow=False, poll_seconds=1.0)
-    others.close()
-    assert latest_claim(run_checkpoints(run)[4], "val")
-
-
-def test_what_was_claimed_ahead_is_given_back_and_its_files_are_removed(
-    run: TrackedRun, publishing: Callable[[int], str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    for step in range(4):
-        publishing(step)
-    closed: list[str] = []
-    real_close, real, calls = jobs.Files.close, jobs.evaluate_all, []
-
-    def close(self: jobs.Files) -> None:
-        closed.append(self.directory.name)
-        real_close(self)
-
-    def interrupted(*asked: Any) -> Any:
-        calls.append(1)
-        if len(calls) == 2:
-            raise KeyboardInterrupt
-        return real(*asked)
-
-    monkeypatch.setattr(jobs.Files, "close", close)
-    monkeypatch.setattr(jobs, "evaluate_all", interrupted)
-    with pytest.raises(KeyboardInterrupt):
-        watch(run, VALIDATION, poll_seconds=5.0)
-    there = [latest_claim(one, "val") for one in run_checkpoints(run)]
-    assert [one and one.given_back for one in there] == [False, True, True, None]
-    assert len(closed) == 1
-
-
-@pytest.mark.parametrize(
-    "error", [UnavailableError("away"), OSError(errno.ENOSPC, "full")], ids=str
-)
-def test_files_that_cannot_be_had_ahead_are_had_in_their_turn(
-    client: MlflowClient,
-    run: TrackedRun,
-    publishing: Callable[[int], str],
-    monkeypatch: pytest.MonkeyPatch,
-    error: Exception,
-) -> None:
-    for step in range(4):
-        publishing(step)
-
-    def files(checkpoint: Checkpoint) -> jobs.Files:
-        raise error
-
-    monkeypatch.setattr(jobs, "Files", files)
-    assert watch(run, VALIDATION, follow=False, poll_seconds=5.0).done == 4
-    assert steps(client, run) == [0, 1, 2, 3]
+    monkeypatch.setattr(worker, "evaluate_all", evaluate_all)
+    assert watch(run, VALIDATION, follow=False, poll_seconds=5.0).done == 3
+    assert claimed == [1, 2, 3]
 
 
 def test_several_validations_encode_the_corpus_once(
@@ -402,20 +304,19 @@ def test_several_validations_encode_the_corpus_once(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     publishing(1)
-    deep = replace(VALIDATION.settings, measures=parse_measures("recall@3"))
-    both = (VALIDATION, Validation(deep, "test", split="test"))
+    both = (VALIDATION, {**VALIDATION, "measures": "recall@3", "name": "test", "split": "test"})
     calls: list[int] = []
-    real = jobs.evaluate_all
+    real = worker.evaluate_all
 
     def counted(encoder: Encoder, asked: Any) -> Any:
         calls.append(len(asked))
         return real(encoder, asked)
 
-    monkeypatch.setattr(jobs, "evaluate_all", counted)
+    monkeypatch.setattr(worker, "evaluate_all", counted)
     assert watch(run, *both, follow=False).done == 1
     assert calls == [2]
     monkeypatch.undo()
-    alone = (replace(one, name=f"alone-{one.name}") for one in both)
+    alone = ({**one, "name": f"alone-{one.get('name', 'val')}"} for one in both)
     assert watch(run, *alone, follow=False).done == 1
     values = client.get_run(run.id).data.metrics
     for key in ("val/mrr_at_10", "test/recall_at_3"):
@@ -429,7 +330,7 @@ def test_a_validation_that_is_added_later_is_done_for_all_checkpoints(
     publishing(1)
     watch(run, VALIDATION, follow=False)
     publishing(2)
-    assert watch(run, VALIDATION, replace(VALIDATION, name="more"), follow=False).done == 2
+    assert watch(run, VALIDATION, {**VALIDATION, "name": "more"}, follow=False).done == 2
     for name in ("val", "more"):
         assert steps(client, run, f"{name}/mrr_at_10") == [1, 2]
 
@@ -437,8 +338,8 @@ def test_a_validation_that_is_added_later_is_done_for_all_checkpoints(
 @pytest.mark.parametrize(
     ("plan", "expected"),
     [
-        ({"order": Order.NEWEST}, [8, 6, 4, 3, 1]),
-        ({"order": Order.BISECT}, [8, 1, 4, 6, 3]),
+        ({"order": "newest"}, [8, 6, 4, 3, 1]),
+        ({"order": "bisect"}, [8, 1, 4, 6, 3]),
         ({"every": 2}, [4, 6, 8]),
         ({"max_lag_seconds": 1e-9}, []),
         ({"max_lag_seconds": 1000}, [1, 3, 4, 6, 8]),
@@ -462,19 +363,19 @@ def test_which_checkpoints_and_in_which_order(
 
 @pytest.mark.parametrize(
     ("order", "expected"),
-    [(Order.NEWEST, [3, 8, 2, 1]), (Order.BISECT, [3, 8, 1, 2]), (Order.OLDEST, [1, 2, 3, 8])],
+    [("newest", [3, 8, 2, 1]), ("bisect", [3, 8, 1, 2]), ("oldest", [1, 2, 3, 8])],
 )
 def test_what_is_published_meanwhile_comes_first_where_the_newest_does(
     run: TrackedRun,
     publishing: Callable[[int], str],
     monkeypatch: pytest.MonkeyPatch,
     caplog: pytest.LogCaptureFixture,
-    order: Order,
+    order: str,
     expected: list[int],
 ) -> None:
     for step in (1, 2, 3):
         publishing(step)
-    real = jobs.evaluate_all
+    real = worker.evaluate_all
 
     def evaluate_all(*asked: Any) -> Any:
         if not [one for one in run_checkpoints(run) if one.step == 8]:
@@ -482,7 +383,7 @@ def test_what_is_published_meanwhile_comes_first_where_the_newest_does(
         time.sleep(0.3)
         return real(*asked)
 
-    monkeypatch.setattr(jobs, "evaluate_all", evaluate_all)
+    monkeypatch.setattr(worker, "evaluate_all", evaluate_all)
     with caplog.at_level("INFO", logger="mlflow_dr"):
         watch(run, VALIDATION, follow=False, order=order, poll_seconds=0.1)
     done = [re.match(r"step (\d+): mrr", message) for message in caplog.messages]
@@ -533,9 +434,9 @@ def test_an_experiment_with_runs_that_begin_later(
             raise KeyboardInterrupt
         begin(str(folder) if runs else None)
 
-    plan = Plan((VALIDATION,))
+    plan = configured(VALIDATION)
     with pytest.raises(KeyboardInterrupt), caplog.at_level("INFO", logger="mlflow_dr"):
-        watch_followed(FollowedExperiment(client, "some runs"), plan, sleep)
+        run_validator(FollowedExperiment(client, "some runs"), plan, sleep)
     assert [steps(client, one) for one in runs] == [[], [1, 2], [1, 2]]
     assert f"run {runs[0].id} is passed over: run {runs[0].id} names no dataset" in caplog.text
 
@@ -567,9 +468,9 @@ def test_of_an_experiment_a_deleted_run_is_passed_over(
 ) -> None:
     followed, (first, second) = two_runs
     name, real = {
-        "before": ("mlflow_dr.validation.watch._Worker.run", _Worker.run),
-        "evaluated": ("mlflow_dr.validation.jobs.evaluate_all", jobs.evaluate_all),
-        "noted": ("mlflow_dr.validation.watch.tag_progress", tag_progress),
+        "before": ("mlflow_dr.validation.validator._Validator.run", _Validator.run),
+        "evaluated": ("mlflow_dr.validation.worker.evaluate_all", worker.evaluate_all),
+        "noted": ("mlflow_dr.validation.validator.note_summary", tag_progress),
     }[when]
 
     def deleting(*args: Any) -> Any:
@@ -577,7 +478,7 @@ def test_of_an_experiment_a_deleted_run_is_passed_over(
         return real(*args)
 
     monkeypatch.setattr(name, deleting)
-    counts = watch_followed(followed, Plan((VALIDATION,), follow=False), no_sleep)
+    counts = run_validator(followed, configured(VALIDATION, follow=False), no_sleep)
     assert counts.done == {"before": 2, "evaluated": 2, "noted": 4}[when]
     assert steps(client, second) == [1, 2]
     assert caplog.text.count(f"run {first.id} is passed over: it was deleted") == 1
@@ -632,7 +533,7 @@ def test_a_server_that_goes_away_between_two_claims_of_a_checkpoint(
         publishing(step)
     client.set_terminated(run.id)
     claimed: list[str] = []
-    real, candidates = client._tracking_client.log_model_params, Choice.candidates
+    real, candidates = client._tracking_client.log_model_params, Scheduler.candidates
 
     def log_model_params(model_id: str, params: dict[str, str]) -> None:
         claimed.extend(params)
@@ -640,7 +541,7 @@ def test_a_server_that_goes_away_between_two_claims_of_a_checkpoint(
             raise MlflowException("no route to host")
         real(model_id, params)
 
-    def other_ones(self: Choice) -> Iterator[Candidate]:
+    def other_ones(self: Scheduler) -> Iterator[Candidate]:
         found = list(candidates(self))
         yield from found if len(claimed) != 2 else reversed(found)
 
@@ -649,10 +550,10 @@ def test_a_server_that_goes_away_between_two_claims_of_a_checkpoint(
         assert len(slept) < 5
 
     monkeypatch.setattr(client._tracking_client, "log_model_params", log_model_params)
-    monkeypatch.setattr(Choice, "candidates", other_ones)
-    monkeypatch.setattr("mlflow_dr.validation.watch.SHARE_OF_LOOKS", {Order.OLDEST: 10.0})
+    monkeypatch.setattr(Scheduler, "candidates", other_ones)
+    monkeypatch.setattr("mlflow_dr.validation.validator.SHARE_OF_SNAPSHOTS", {"oldest": 10.0})
     slept: list[float] = []
-    both = (VALIDATION, replace(VALIDATION, name="test", split="test"))
+    both = (VALIDATION, {**VALIDATION, "name": "test", "split": "test"})
     watch(run, *both, sleep=sleep, poll_seconds=0.001)
     for name in ("val", "test"):
         assert steps(client, run, f"{name}/mrr_at_10") == [0, 1, 2]
@@ -684,11 +585,11 @@ def test_a_directory_of_checkpoints(
         publish(run, output / f"checkpoint-{step}", step)
     shutil.copytree(output / "checkpoint-1", output / "checkpoint-3")
     (output / "checkpoint-3" / "config.json").write_text('{"model_type": "no such"}')
-    validation = replace(VALIDATION, dataset=str(folder))
+    validation = {**VALIDATION, "dataset": str(folder)}
     assert watch(run, validation, follow=False).done == 2
     other = TrackedRun(client, client.create_run(run.experiment_id))
     followed = FollowedDirectory(other, output, is_mine=True)
-    counts = watch_followed(followed, Plan((validation,), follow=False), no_sleep)
+    counts = run_validator(followed, configured(validation, follow=False), no_sleep)
     assert (counts.done, counts.failed) == (2, 1)
     histories = [client.get_metric_history(one.id, "val/mrr_at_10") for one in (run, other)]
     ours, theirs = (
@@ -717,8 +618,8 @@ def test_a_directory_that_vanishes_while_it_is_read(
 
     monkeypatch.setattr(shutil, "copytree", rotated)
     followed = FollowedDirectory(run, output, is_mine=True)
-    plan = Plan((replace(VALIDATION, dataset=str(folder)),), follow=False)
-    counts = watch_followed(followed, plan, no_sleep)
+    plan = configured({**VALIDATION, "dataset": str(folder)}, follow=False)
+    counts = run_validator(followed, plan, no_sleep)
     assert (counts.done, counts.failed) == (1, 0)
     assert "step 1 is passed over" in caplog.text
     assert steps(client, run) == [2]
@@ -757,7 +658,7 @@ def test_a_poll_costs_nothing_for_a_run_that_has_not_changed(
         if len(polls) == 4:
             client.set_terminated(run.id)
 
-    monkeypatch.setattr("mlflow_dr.validation.watch.progress_summary", counted)
+    monkeypatch.setattr("mlflow_dr.validation.validator.summary_of", counted)
     watch(run, VALIDATION, sleep=sleep)
     assert polls[0] == polls[1] < polls[2] == polls[3]
     assert client.get_run(run.id).data.tags["mlflow_dr.validation.val.status"].startswith("2 of 2")
@@ -827,7 +728,7 @@ def test_a_full_disk_is_no_fault_of_the_checkpoint(
 def test_an_experiment_without_runs(client: MlflowClient) -> None:
     client.create_experiment("nothing yet")
     followed = FollowedExperiment(client, "nothing yet")
-    counts = watch_followed(followed, Plan((VALIDATION,), follow=False), no_sleep)
+    counts = run_validator(followed, configured(VALIDATION, follow=False), no_sleep)
     assert (counts.done, counts.failed) == (0, 0)
 
 
@@ -842,8 +743,8 @@ def test_validating_on_test_data_is_said(
     shutil.copytree(folder, other)
     (other / "qrels" / "dev.tsv").rename(other / "qrels" / "test.tsv")
     publishing(1)
-    there = replace(VALIDATION, dataset=str(other))
-    watch(run, replace(there, name="meant", split="test"), follow=False)
+    there = {**VALIDATION, "dataset": str(other)}
+    watch(run, {**there, "name": "meant", "split": "test"}, follow=False)
     assert "chosen on test data" not in caplog.text
     watch(run, there, follow=False)
     assert "has no development split" in caplog.text
@@ -853,11 +754,11 @@ def test_what_was_begun_first_decides_and_each_says_which_steps_it_takes(
     run: TrackedRun, publishing: Callable[[int], str]
 ) -> None:
     publishing(3), publishing(4)
-    watch(run, replace(VALIDATION, name="z"), follow=False, every=3)
+    watch(run, {**VALIDATION, "name": "z"}, follow=False, every=3)
     watch(run, VALIDATION, follow=False)
     assert chosen_metric(run).validation == "z"
     assert validation_steps(run) == {"z": 3, "val": 1}
-    watch(run, replace(VALIDATION, name="z"), follow=False, every=4)
+    watch(run, {**VALIDATION, "name": "z"}, follow=False, every=4)
     assert validation_steps(run) == {"z": 1, "val": 1}
 
 
@@ -865,7 +766,7 @@ def test_several_validations_of_a_checkpoint_are_one_checkpoint(
     run: TrackedRun, publishing: Callable[[int], str], caplog: pytest.LogCaptureFixture
 ) -> None:
     publishing(1), publishing(2)
-    counts = watch(run, VALIDATION, replace(VALIDATION, name="more"), follow=False)
+    counts = watch(run, VALIDATION, {**VALIDATION, "name": "more"}, follow=False)
     assert (counts.done, counts.validations) == (2, 4)
     assert counts.checkpoints == "2 checkpoints (4 validations)"
 
@@ -875,16 +776,16 @@ def test_nothing_to_do_says_why(
 ) -> None:
     client.create_experiment("of nothing")
     followed = FollowedExperiment(client, "of nothing")
-    counts = watch_followed(followed, Plan((VALIDATION,), follow=False))
+    counts = run_validator(followed, configured(VALIDATION, follow=False))
     assert counts.nothing == "no checkpoint is published yet"
 
     def nothing(**plan: Any) -> str:
         followed = FollowedRun(run)
-        counts = watch_followed(followed, Plan((VALIDATION,), follow=False, **plan))
+        counts = run_validator(followed, configured(VALIDATION, follow=False, **plan))
         assert counts.are_good == (not counts.nothing)
         return counts.nothing
 
     publishing(5)
-    assert nothing(every=2) == "of 1 checkpoints --every and --max-lag leave none"
+    assert nothing(every=2) == "--every and --max-lag leave none of 1 checkpoints"
     assert nothing() == ""
     assert nothing() == ""  # it is done

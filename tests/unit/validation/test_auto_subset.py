@@ -1,16 +1,17 @@
-"""Which subset there is the time for."""
+"""Which subset `--keep-up` chooses."""
 
-from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
 
-from mlflow_dr.retrieval.measures import parse_measures
-from mlflow_dr.subsets.spec import parse_subset
 from mlflow_dr.tracking.runs import TrackedRun
-from mlflow_dr.validation.evaluate import Settings
-from mlflow_dr.validation.pace import Pacer, Speed, largest_that_keeps_up, publishing_interval
-from mlflow_dr.validation.plan import Plan, Validation
+from mlflow_dr.validation.config import ValidateConfig
+from mlflow_dr.validation.policies import (
+    AutoSubset,
+    Speed,
+    largest_that_keeps_up,
+    publishing_interval,
+)
 
 SIZES = {"small": 1_000, "middle": 10_000, "large": 100_000}
 SPEED = Speed(passages_per_second=1_000.0, overhead=2.0)
@@ -32,11 +33,13 @@ def test_the_largest_that_keeps_up(interval: float, validators: int, expected: s
     assert chosen.subset == expected
 
 
-def test_the_choice_is_said_in_words() -> None:
-    assert largest_that_keeps_up(SIZES, SPEED, 60.0).why == (
+def test_the_reason_names_the_subset_the_interval_and_the_seconds() -> None:
+    assert largest_that_keeps_up(SIZES, SPEED, 60.0).reason == (
         "middle keeps up with a checkpoint every 60.0 s: 12.0 s a checkpoint for 10000 passages"
     )
-    assert "too slow for a checkpoint every 1.0 s" in largest_that_keeps_up(SIZES, SPEED, 1.0).why
+    assert (
+        "too slow for a checkpoint every 1.0 s" in largest_that_keeps_up(SIZES, SPEED, 1.0).reason
+    )
 
 
 def test_the_interval_is_the_median_and_known_after_three() -> None:
@@ -45,14 +48,11 @@ def test_the_interval_is_the_median_and_known_after_three() -> None:
 
 
 def test_of_a_run_that_has_ended_the_largest_is_taken(run: TrackedRun) -> None:
-    settings = Settings(parse_measures("mrr@10"))
-    pair = [Validation(settings, "a", subset=parse_subset(f"random:{n}")) for n in (5, 10)]
-    pair[1] = replace(pair[1], name="b")
-    plan = Plan(tuple(pair), keep_up=True)
-    sizes = {"a": 5, "b": 10}
-    bound = [
-        SimpleNamespace(name=name, prepared=SimpleNamespace(n_passages=size))
+    config = ValidateConfig(subset=["random:5", "random:10"], keep_up=True)
+    sizes = {"val-random_5": 5, "val-random_10": 10}
+    validations = [
+        SimpleNamespace(name=name, data=SimpleNamespace(n_passages=size))
         for name, size in sizes.items()
     ]
-    assert Pacer(plan).names(run, bound, [], None, 1) == ["a"]
-    assert Pacer(plan).names(run, bound, [], None, 1, over=True) == ["b"]
+    assert AutoSubset(config).names(run, validations, [], 1) == ["val-random_5"]
+    assert AutoSubset(config).names(run, validations, [], 1, is_over=True) == ["val-random_10"]

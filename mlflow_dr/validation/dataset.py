@@ -1,0 +1,132 @@
+"""What an encoder is evaluated on: a split of a collection, its corpus tokenised once."""
+
+from __future__ import annotations
+
+import logging
+from functools import cached_property
+
+import numpy as np
+import pyarrow as pa
+
+from mlflow_dr.collection.corpus import Corpus
+from mlflow_dr.collection.formats import Collection
+from mlflow_dr.collection.records import Topics
+from mlflow_dr.encoder.token_cache import corpus_tokens, subset_tokens
+from mlflow_dr.encoder.tokenize import TextTokenizer
+from mlflow_dr.files import digest_of
+from mlflow_dr.retrieval.dense import SearchRequest
+from mlflow_dr.retrieval.ranking import check_trec_ids
+from mlflow_dr.stores.token_table import TokenTable
+from mlflow_dr.subsets.subset import Subset
+
+log = logging.getLogger(__name__)
+
+
+class CorpusTokens:
+    """The corpus of a collection and its token tables: what does not depend on the weights.
+
+    Args:
+        collection: whose corpus.
+    """
+
+    def __init__(self, collection: Collection) -> None:
+        self.collection = collection
+        self._tables: dict[tuple[str, bytes | None], TokenTable] = {}
+
+    @cached_property
+    def corpus(self) -> Corpus:
+        """The passages."""
+        return self.collection.corpus()
+
+    @cached_property
+    def tie_ranks(self) -> np.ndarray:
+        """Each passage's rank among equal scores, `(n_passages,) int64`."""
+        return self.corpus.tie_ranks()
+
+    def table(self, text_tokenizer: TextTokenizer, rows: np.ndarray | None = None) -> TokenTable:
+        """The corpus, or these rows of it, as token ids: made once per tokenizer and settings."""
+        key = text_tokenizer.passage_digest(), None if rows is None else rows.tobytes()
+        if key not in self._tables:
+            self._tables[key] = (
+                corpus_tokens(self.corpus, text_tokenizer)
+                if rows is None
+                else subset_tokens(self.corpus, rows, text_tokenizer)
+            )
+        return self._tables[key]
+
+
+class EvalDataset:
+    """The queries, judgements and passages that an encoder is evaluated on.
+
+    Args:
+        collection: where passages, queries and judgements come from.
+        split: whose queries are searched for.
+        tokens: the collection's corpus, if another split has opened it already.
+        subset: what is searched instead of the whole corpus.
+    """
+
+    def __init__(
+        self,
+        collection: Collection,
+        split: str,
+        tokens: CorpusTokens | None = None,
+        subset: Subset | None = None,
+    ) -> None:
+        self.collection = collection
+        self.split = split
+        self.tokens = tokens or CorpusTokens(collection)
+        self.subset = subset
+        self._has_warned = False
+
+    @property
+    def corpus(self) -> Corpus:
+        """The passages."""
+        return self.tokens.corpus
+
+    @cached_property
+    def topics(self) -> Topics:
+        """The judged queries."""
+        return self.subset.topics if self.subset else self.collection.topics(self.split)
+
+    @cached_property
+    def digest(self) -> str:
+        """Of the passages that are searched, the queries and their judgements."""
+        subset = [self.subset.digest] if self.subset else []
+        return digest_of(self.corpus.digest, self.topics.digest, *subset)
+
+    @property
+    def n_passages(self) -> int:
+        """How many passages are searched."""
+        return len(self.subset or self.corpus)
+
+    def warn_of_own_ids(self) -> None:
+        """Warn, once, of relevant passages that are left out for having their query's id."""
+        if self._has_warned:
+            return
+        self._has_warned = True
+        qrels = self.topics.qrels
+        relevant = [query for query, judged in qrels.items() if judged.get(query, 0) > 0]
+        if relevant:
+            log.warning(
+                "%s/%s: for %d queries (%r, ...) the passage with the query's id is relevant, and "
+                "is left out as in BEIR; if the ids of queries and passages are unrelated, use "
+                "--keep-own-id",
+                *(self.collection.name, self.split, len(relevant), relevant[0]),
+            )
+
+    def check_ids(self) -> None:
+        """Refuse to search what no ranking can be written of.
+
+        Raises:
+            DataError: the id of a query, or of a passage that is searched, has white space.
+        """
+        check_trec_ids(pa.array([query.id for query in self.topics.queries], pa.string()))
+        ids = self.corpus.ids
+        check_trec_ids(ids if self.subset is None else ids.take(pa.array(self.subset.rows)))
+
+    def search(self, k: int) -> SearchRequest:
+        """What is sought, k passages deep."""
+        subset = self.subset
+        if subset is None:
+            return SearchRequest(self.topics.queries, k)
+        return SearchRequest(self.topics.queries, k, subset.rows, subset.candidates)

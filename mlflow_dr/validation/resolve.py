@@ -1,0 +1,399 @@
+"""Validations as they are on one run: their collection, split, subset and number format."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable, Mapping
+from contextlib import suppress
+from dataclasses import replace
+from functools import partial
+from typing import Any, NamedTuple
+
+from mlflow_dr.collection.catalogue import open_collection
+from mlflow_dr.collection.formats import chosen_split
+from mlflow_dr.engines.devices import AUTO, resolve_device, resolve_dtype
+from mlflow_dr.errors import (
+    CheckpointError,
+    MlflowDrError,
+    TrackingError,
+    UnavailableError,
+    UsageError,
+)
+from mlflow_dr.retrieval.measures import check_depth
+from mlflow_dr.subsets.spec import SubsetSpec
+from mlflow_dr.subsets.strategies import CachedSearching
+from mlflow_dr.subsets.subset import Subset, make_subset
+from mlflow_dr.tracking.artifacts import log_subset
+from mlflow_dr.tracking.checkpoints import (
+    Checkpoint,
+    checkpoint_of_step,
+    ready_steps,
+    run_checkpoints,
+)
+from mlflow_dr.tracking.datasets import profile_of, shown_name
+from mlflow_dr.tracking.following import Followed
+from mlflow_dr.tracking.patience import Patience
+from mlflow_dr.tracking.runs import (
+    DATASET_PARAM,
+    DATASET_TAG,
+    SPLIT_PARAM,
+    TrackedRun,
+    check_alive,
+    is_over,
+)
+from mlflow_dr.tracking.validations import (
+    MAIN_PARAM,
+    bind_name,
+    check_same_config,
+    run_validations,
+    stored_config,
+    tag_validation_steps,
+)
+from mlflow_dr.validation.config import EvalConfig, ValidateConfig, Validation
+from mlflow_dr.validation.dataset import CorpusTokens, EvalDataset
+from mlflow_dr.validation.worker import load_checkpoint
+
+TEST_SPLIT = "test"
+log = logging.getLogger(__name__)
+
+
+class ResolvedValidation(NamedTuple):
+    """A validation on one run: what is searched, with which device and number format."""
+
+    name: str
+    data: EvalDataset
+    settings: EvalConfig
+
+    @property
+    def group(self) -> tuple[str, str, str]:
+        """Equal for validations that can encode a corpus together."""
+        return self.data.corpus.digest, self.settings.device, self.settings.dtype
+
+    @property
+    def shown_dataset(self) -> tuple[str, str]:
+        """Name and digest of the dataset, as MLflow shows them."""
+        return _shown(self.data), self.data.digest
+
+
+class EvalDatasets:
+    """Collections, their token tables and their subsets, each opened once."""
+
+    def __init__(self) -> None:
+        self._tokens: dict[str, CorpusTokens] = {}
+        self._data: dict[tuple[str, str, SubsetSpec, str], EvalDataset] = {}
+
+    def open(self, run: TrackedRun, validation: Validation) -> tuple[str, EvalDataset]:
+        """The dataset's name, and what a validation of a run searches."""
+        name, split = named_data(run, validation.dataset, validation.split)
+        if name not in self._tokens:
+            self._tokens[name] = CorpusTokens(open_collection(name))
+        tokens, spec = self._tokens[name], validation.subset
+        split = chosen_split(tokens.collection, split)
+        # encoder:step-N is another checkpoint on another run
+        by_step = any(part.step is not None for part in spec.terms)
+        key = (name, split, spec, run.id if by_step else "")
+        if key not in self._data:
+            data = EvalDataset(tokens.collection, split, tokens)
+            if spec != SubsetSpec():
+                subset = _make_subset(run, spec, data, validation.settings)
+                data = EvalDataset(tokens.collection, split, tokens, subset)
+            self._data[key] = data
+        return name, self._data[key]
+
+    def resolve(
+        self, run: TrackedRun, validation: Validation, changes: Mapping[str, Any]
+    ) -> ResolvedValidation:
+        """A validation on a run; its name stands for this configuration from now on.
+
+        Args:
+            run: whose checkpoints are validated.
+            validation: as it was configured.
+            changes: what replaces settings of the run's encoders.
+
+        Raises:
+            UsageError: no such dataset or split, or the name stands for another configuration.
+            TrackingError: the server does not answer.
+        """
+        name, data = self.open(run, validation)
+        settings = _bind_settings(run, validation, data, changes)
+        passages = data.n_passages
+        if validation.split is None and data.split == TEST_SPLIT:
+            log.warning(
+                "%s has no development split, so checkpoints are chosen on test data; --split %s "
+                "confirms that",
+                *(name, TEST_SPLIT),
+            )
+        log.info(
+            "validation %r of run %s: %s/%s, %d queries, %d passages%s, %s on %s",
+            *(validation.name, run.id, name, data.split, len(data.topics.queries), passages),
+            f" ({data.subset.spec.shown})" if data.subset else "",
+            *(settings.dtype, settings.device),
+        )
+        profile = profile_of(passages, data.topics, data.split)
+        if data.subset:
+            profile |= {"subset": data.subset.spec.shown, "origins": data.subset.sizes}
+            description = _describe_subset(data.subset, name, data.split)
+            log_subset(run, validation.name, data.subset.table, description)
+        run.log_collection(
+            _shown(data),
+            data.digest,
+            data.collection.source,
+            profile,
+            context=f"validation {validation.name}",
+            collection=name,
+        )
+        return ResolvedValidation(validation.name, data, settings)
+
+
+class ValidationResolver:
+    """The validations of a configuration on each run that is followed, resolved once per run.
+
+    Args:
+        followed: whose runs.
+        config: has the validations.
+        patiently: repeats requests while the server is away.
+        sleep: waits; passed in by tests.
+    """
+
+    def __init__(
+        self,
+        followed: Followed,
+        config: ValidateConfig,
+        patiently: Patience,
+        sleep: Callable[[float], None] = time.sleep,
+    ) -> None:
+        self._followed = followed
+        self._config = config
+        self._patiently = patiently
+        self._sleep = sleep
+        self._datasets = EvalDatasets()
+        self._resolved: dict[str, list[ResolvedValidation]] = {}
+
+    def __len__(self) -> int:
+        return len(self._resolved)
+
+    def known(self, run_id: str) -> list[ResolvedValidation] | None:
+        """The validations of a run; none if it is passed over, None if it is not resolved yet."""
+        return self._resolved.get(run_id)
+
+    def pass_over(self, run_id: str) -> None:
+        """Do nothing for this run from now on."""
+        self._resolved[run_id] = []
+
+    def resolve_ahead(self, run: TrackedRun) -> None:
+        """Open the collections before the first checkpoint is published, once the run names them.
+
+        Raises:
+            UsageError: the run names no dataset, or the validations do not fit it.
+            TrackingError: the run was deleted.
+        """
+        is_told = False
+        while not self._patiently(partial(self._can_resolve, run)):
+            if not self._config.follow:
+                break
+            if not is_told:
+                log.info("waiting until run %s has what its validations need", run.id)
+                is_told = True
+            self._sleep(self._config.poll_seconds)
+        self._patiently(partial(self.resolve, run, is_ahead=True))
+
+    def is_early(self, run: TrackedRun) -> bool:
+        """Whether a checkpoint that a subset is chosen by is still to be published.
+
+        Raises:
+            TrackingError: the server does not answer.
+        """
+        validations = self._config.all_validations
+        parts = [part for validation in validations for part in validation.subset.terms]
+        steps = {part.step for part in parts if part.step is not None}
+        if not self._config.follow or not steps or is_over(run.fetch()):
+            return False
+        # a step that later ones have gone past will never be published
+        return max(steps) > max(ready_steps(run), default=-1)
+
+    def resolve(self, run: TrackedRun, is_ahead: bool = False) -> list[ResolvedValidation]:
+        """The validations on a run; none if it is one of several and they do not fit it.
+
+        Args:
+            run: whose checkpoints are validated.
+            is_ahead: whether there may be no checkpoint yet to try changes of encoders with. Then
+                the datasets are opened, and no name is bound.
+
+        Raises:
+            UsageError: the validations do not fit the only run that is followed.
+            TrackingError: the server does not answer.
+        """
+        if run.id not in self._resolved:
+            changes = self._config.encoder_changes
+            validations = self._config.all_validations
+            try:
+                if not check_encoder_overrides(run, validations, changes) and is_ahead:
+                    for validation in validations:
+                        self._datasets.open(run, validation)
+                    return []
+                resolved = [
+                    self._datasets.resolve(run, validation, changes) for validation in validations
+                ]
+                self._note(run)
+                self._resolved[run.id] = resolved
+            except TrackingError:
+                raise
+            except MlflowDrError as error:
+                if self._followed.run is not None:
+                    raise
+                log.error("run %s is passed over: %s", run.id, error)
+                self.pass_over(run.id)
+        return self._resolved[run.id]
+
+    def _note(self, run: TrackedRun) -> None:
+        """Note on a run which validation decides, and which steps each of them is done for."""
+        config = self._config
+        validations = config.all_validations
+        if not config.keep_up:
+            run.set_param_once(MAIN_PARAM, validations[0].name)
+        skips = config.keep_up or config.max_lag_seconds is not None
+        tag_validation_steps(
+            run,
+            {
+                validation.name: 0 if skips or validation.refines else config.every
+                for validation in validations
+            },
+        )
+
+    def _can_resolve(self, run: TrackedRun) -> bool:
+        """Whether the run has what the validations need, or is over, or publishes already."""
+        state = run.fetch()
+        check_alive(state)
+        params = state.data.params
+        is_known = all(
+            (validation.dataset or DATASET_PARAM in params)
+            and (validation.split or SPLIT_PARAM in params)
+            for validation in self._config.all_validations
+        )
+        is_known = is_known or is_over(state) or bool(self._followed.look().checkpoints)
+        return is_known and not self.is_early(run)
+
+
+def check_encoder_overrides(
+    run: TrackedRun, validations: tuple[Validation, ...], changes: Mapping[str, Any]
+) -> bool:
+    """Whether a checkpoint can be read with the overrides of encoders, before a name is bound.
+
+    A name stands for one configuration for good, so a wrong tokenizer or length would make it
+    useless. Nothing is read where there are no overrides, or where all names are bound already.
+
+    Returns:
+        Whether there was a checkpoint that can be read.
+
+    Raises:
+        UsageError: a checkpoint can only be read without the overrides.
+    """
+    names = {validation.name for validation in validations}
+    if not changes or run_validations(run).keys() >= names:
+        return True
+    return any(
+        _is_readable(checkpoint, changes)
+        for checkpoint in run_checkpoints(run)
+        if checkpoint.ready and not checkpoint.is_pruned
+    )
+
+
+def _is_readable(checkpoint: Checkpoint, changes: Mapping[str, Any]) -> bool:
+    try:
+        load_checkpoint(checkpoint, changes)
+    except UnavailableError:
+        return False
+    except CheckpointError as error:
+        with suppress(CheckpointError):
+            load_checkpoint(checkpoint, {})
+            overrides = ", ".join(f"{key} {value}" for key, value in changes.items())
+            raise UsageError(
+                f"step {checkpoint.step} cannot be read with {overrides}: {error}"
+            ) from error
+        return False
+    return True
+
+
+def named_data(run: TrackedRun, dataset: str | None, split: str | None) -> tuple[str, str | None]:
+    """The dataset and split to use: as given, else the run's; its split is of its own dataset.
+
+    Raises:
+        UsageError: neither names a dataset, or there is no dataset of the given name.
+    """
+    data = run.fetch().data
+    own = data.tags.get(DATASET_TAG) or data.params.get(DATASET_PARAM)
+    name = dataset or own
+    if not name:
+        raise UsageError(f"run {run.id} names no dataset (param {DATASET_PARAM!r}); give --dataset")
+    if not split and (name == own or open_collection(name).name == own):
+        split = data.params.get(SPLIT_PARAM)
+    return name, split or None
+
+
+def _make_subset(
+    run: TrackedRun, spec: SubsetSpec, data: EvalDataset, settings: EvalConfig
+) -> Subset:
+    device = resolve_device(settings.device)
+    dtype = resolve_dtype(settings.dtype, device)
+    searching = CachedSearching(
+        data.corpus, str(device), dtype, lambda step: checkpoint_of_step(run, step)
+    )
+    return make_subset(spec, data.corpus, data.topics, searching)
+
+
+def _shown(data: EvalDataset) -> str:
+    subset = f" ({data.subset.spec.shown})" if data.subset else ""
+    return shown_name(f"{data.collection.name}{subset}")
+
+
+def _describe_subset(subset: Subset, dataset: str, split: str) -> dict[str, object]:
+    """How a subset was chosen."""
+    description: dict[str, object] = {
+        "subset": subset.spec.shown,
+        "dataset": dataset,
+        "split": split,
+        "digest": subset.digest,
+        "passages": len(subset),
+        "origins": subset.sizes,
+    }
+    if subset.spec.n_queries is not None:
+        description["queries"] = [query.id for query in subset.topics.queries]
+    return description
+
+
+def _bind_settings(
+    run: TrackedRun, validation: Validation, data: EvalDataset, changes: Mapping[str, Any]
+) -> EvalConfig:
+    """Settings with device and number format; the format `auto` is the one that the name has.
+
+    Raises:
+        UsageError: the name stands for another configuration on this run.
+    """
+    settings = validation.settings
+    device = resolve_device(settings.device)
+    known = stored_config(run, validation.name) or {}
+    while True:
+        dtype = str(known.get("dtype", AUTO)) if settings.dtype == AUTO else settings.dtype
+        chosen = replace(settings, device=str(device), dtype=resolve_dtype(dtype, device))
+        config = {**_result_config(data, chosen), **changes}
+        bound = bind_name(run, validation.name, config)
+        if bound.get("dtype") == config["dtype"] or known == bound or settings.dtype != AUTO:
+            check_same_config(run, validation.name, bound, config)
+            return chosen
+        known = bound  # a validator on another kind of machine was faster
+
+
+def _result_config(data: EvalDataset, settings: EvalConfig) -> dict[str, object]:
+    """Everything beside the checkpoint that the figures of a validation depend on."""
+    subset = data.subset
+    return {
+        "corpus": data.corpus.digest,
+        "topics": data.topics.digest,
+        "split": data.split,
+        "subset": "full" if subset is None else f"{subset.spec.shown}, {subset.digest}",
+        "measures": " ".join(map(str, settings.measures)),
+        "depth": check_depth(settings.measures, settings.depth),
+        "dtype": settings.dtype,
+        "keep_own_id": settings.keep_own_id,
+    }

@@ -1,0 +1,278 @@
+"""One piece of work of a validator: fetch a checkpoint, evaluate it, record the figures."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Mapping, Sequence
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from mlflow_dr.collection.records import Passage, Query
+from mlflow_dr.encoder.directory import load_encoder
+from mlflow_dr.encoder.files import encoder_defect
+from mlflow_dr.encoder.model import Encoder
+from mlflow_dr.encoder.tokenize import TextTokenizer
+from mlflow_dr.engines.devices import resolve_device, torch_dtype
+from mlflow_dr.errors import (
+    CheckpointError,
+    LostError,
+    MlflowDrError,
+    TrackingError,
+    UnavailableError,
+    UsageError,
+    one_line,
+)
+from mlflow_dr.files import is_full
+from mlflow_dr.retrieval.encode import encode_all
+from mlflow_dr.stores.token_table import token_table
+from mlflow_dr.tracking.artifacts import log_per_query_values
+from mlflow_dr.tracking.checkpoints import Checkpoint, checkpoint_by_id, is_deleted
+from mlflow_dr.tracking.clock import ServerClock
+from mlflow_dr.tracking.encoders import encoder_errors, local_cause
+from mlflow_dr.tracking.fetching import checkpoint_files
+from mlflow_dr.tracking.patience import Patience
+from mlflow_dr.tracking.results import (
+    State,
+    mark_failed,
+    record_result,
+    validation_state,
+    write_recorded,
+)
+from mlflow_dr.tracking.runs import TrackedRun
+from mlflow_dr.validation.config import EvalConfig, ValidateConfig
+from mlflow_dr.validation.evaluate import Report, evaluate_all
+
+if TYPE_CHECKING:
+    from mlflow_dr.validation.resolve import ResolvedValidation
+
+log = logging.getLogger(__name__)
+
+TEXT = "text"
+
+
+class Job(NamedTuple):
+    """A checkpoint, and the validations of it that this process has claimed."""
+
+    checkpoint: Checkpoint
+    run: TrackedRun
+    validations: Sequence[ResolvedValidation]
+
+
+class JobResult(NamedTuple):
+    """What was computed for the validations of a job.
+
+    Attributes:
+        results: validation name -> its report; the error that makes the checkpoint FAILED; or None
+            where figures were recorded already. What is put off is missing.
+        setback: why the others are put off, if that is this validator's trouble.
+        seconds: what fetching and evaluating took.
+    """
+
+    results: Mapping[str, Report | CheckpointError | None]
+    setback: UnavailableError | None
+    seconds: float
+
+    @property
+    def report(self) -> Report | None:
+        """One of the reports, if there is any."""
+        reports = (result for result in self.results.values() if isinstance(result, Report))
+        return next(reports, None)
+
+
+class Worker:
+    """Evaluates jobs and records what came of them.
+
+    Args:
+        config: how encoders are read.
+        patiently: repeats requests while the server is away.
+        names_runs: whether log lines name the run, because there may be several.
+    """
+
+    def __init__(self, config: ValidateConfig, patiently: Patience, names_runs: bool) -> None:
+        self._config = config
+        self._patiently = patiently
+        self._names_runs = names_runs
+        self._clock = ServerClock()
+
+    def now_ms(self) -> int:
+        """The server's time, in ms since 1970."""
+        return self._clock.now_ms()
+
+    def evaluate(self, job: Job) -> JobResult:
+        """Fetch the checkpoint and evaluate it, for validations without recorded figures.
+
+        Raises:
+            OSError: the disk is full.
+        """
+        start = time.monotonic()
+        results: dict[str, Report | CheckpointError | None] = {}
+        left: list[ResolvedValidation] = []
+        setback: UnavailableError | None = None
+        for validation in job.validations:
+            if validation_state(job.checkpoint, validation.name) is State.RECORDED:
+                results[validation.name] = None
+            else:
+                left.append(validation)
+        if left:
+            try:
+                results |= self._evaluate(job, left)
+            except UnavailableError as error:
+                setback = error
+        return JobResult(results, setback, time.monotonic() - start)
+
+    def record(self, job: Job, result: JobResult) -> dict[str, State]:
+        """Record what was computed; returns what has become of each validation.
+
+        Raises:
+            TrackingError: the server refuses what it is told.
+        """
+        return {
+            validation.name: self._record(job, validation, result.results[validation.name])
+            for validation in job.validations
+            if validation.name in result.results
+        }
+
+    def _evaluate(
+        self, job: Job, validations: Sequence[ResolvedValidation]
+    ) -> Mapping[str, Report | CheckpointError]:
+        """A report of each validation, or why there is none; nothing where it is put off.
+
+        Raises:
+            UnavailableError: this validator cannot have the checkpoint, for now or at all.
+        """
+        checkpoint, names = job.checkpoint, [validation.name for validation in validations]
+        try:
+            load = partial(load_checkpoint, checkpoint, self._config.encoder_changes)
+            encoder = self._patiently(load, UnavailableError)
+            with encoder_errors(checkpoint.uri):
+                check_vectors(encoder, validations[0].settings)
+            return dict(zip(names, _reports(encoder, validations), strict=True))
+        except CheckpointError as error:
+            if self._is_removed(job):
+                log.warning("%s is passed over: it was removed", self._shown(job))
+                return {}
+            if not isinstance(error, UnavailableError):
+                return dict.fromkeys(names, error)
+            if checkpoint.directory and encoder_defect(Path(checkpoint.directory)):
+                log.warning("%s is passed over: %s", self._shown(job), error)
+                return {}
+            if isinstance(error, LostError):
+                return dict.fromkeys(names, error)
+            raise
+
+    def _is_removed(self, job: Job) -> bool:
+        """Whether the files of a checkpoint, or all of it, were removed meanwhile."""
+        client, model_id = job.run.client, job.checkpoint.model_id
+        try:
+            return self._patiently(partial(checkpoint_by_id, client, model_id)).is_pruned
+        except TrackingError:
+            if not is_deleted(client, model_id):
+                raise
+            return True
+
+    def _record(
+        self, job: Job, validation: ResolvedValidation, result: Report | CheckpointError | None
+    ) -> State:
+        """Record what came of a validation: the values of each query, then the figures."""
+        checkpoint, run, name = job.checkpoint, job.run, validation.name
+        dataset = validation.shown_dataset
+        if isinstance(result, CheckpointError):
+            log.error("%s cannot be validated: %s", self._shown(job), result)
+            self._patiently(partial(mark_failed, run, checkpoint, name, str(result)))
+            return State.FAILED
+        if result is None:
+            write = partial(write_recorded, run, checkpoint, name, dataset)
+        else:
+            self._patiently(partial(log_per_query_values, run, checkpoint, name, result.per_query))
+            values, now_ms = _figures(result), self.now_ms()
+            write = partial(record_result, run, checkpoint, name, values, dataset, now_ms)
+        figures = self._patiently(write)
+        prefix = f"{name}: " if len(self._config.all_validations) > 1 else ""
+        shown = "  ".join(f"{key} {value:.4g}" for key, value in figures.items())
+        log.info("%s: %s%s", self._shown(job), prefix, shown)
+        return State.DONE
+
+    def _shown(self, job: Job) -> str:
+        """The step, and the run if there may be several."""
+        run = f"{job.run.label} " if self._names_runs else ""
+        return f"{run}step {job.checkpoint.step}"
+
+
+def load_checkpoint(checkpoint: Checkpoint, changes: Mapping[str, Any]) -> Encoder:
+    """The encoder of a checkpoint; a published one has to be in safetensors format.
+
+    Args:
+        checkpoint: published, or found in a directory.
+        changes: what replaces settings of the encoder.
+
+    Raises:
+        UnavailableError: it cannot be fetched or read on this machine.
+        CheckpointError: it cannot be read anywhere.
+        UsageError: it can only be read without the changes.
+        OSError: the disk is full.
+    """
+    with checkpoint_files(checkpoint) as directory:
+        return _load(checkpoint, directory, changes)
+
+
+def _load(checkpoint: Checkpoint, directory: Path, changes: Mapping[str, Any]) -> Encoder:
+    name = checkpoint.directory or checkpoint.uri
+    try:
+        with encoder_errors(name):
+            return load_encoder(directory, safetensors_only=not checkpoint.directory, **changes)
+    except UsageError as error:
+        if changes:
+            _load(checkpoint, directory, {})
+            raise  # the changes are the user's
+        kind = UnavailableError if local_cause(error) else CheckpointError
+        raise kind(f"{name} cannot be read: {error}") from error
+
+
+def check_vectors(encoder: Encoder, settings: EvalConfig) -> None:
+    """Encode a query and a passage: what cannot be encoded at all is no encoder.
+
+    Raises:
+        CheckpointError: the encoder gives NaN.
+        Exception: as the libraries raise.
+    """
+    encoder.eval().to(resolve_device(settings.device), torch_dtype(settings.dtype))
+    tower = encoder.query_encoder
+    asking = TextTokenizer(tower.tokenizer, tower.settings)
+    answering = TextTokenizer(encoder.tokenizer, encoder.settings)
+    query_ids = asking.query_ids([Query("", TEXT)])
+    passage_ids = answering.passage_ids([Passage("", TEXT, TEXT)])
+    encode_all(tower, token_table(query_ids), asking.pad_id, "query")
+    encode_all(encoder, token_table(passage_ids), answering.pad_id, "passage")
+
+
+def _reports(encoder: Encoder, validations: Sequence[ResolvedValidation]) -> Sequence[Report]:
+    """Evaluate an encoder that gives vectors.
+
+    Raises:
+        UnavailableError: something breaks that may be this machine's fault as well.
+        OSError: the disk is full.
+        MlflowDrError: as it was raised.
+    """
+    try:
+        return evaluate_all(
+            encoder, [(validation.data, validation.settings) for validation in validations]
+        )
+    except MlflowDrError:
+        raise
+    except Exception as error:
+        if isinstance(error, OSError) and is_full(error, Path()):
+            raise
+        log.debug("an evaluation has broken off", exc_info=True)
+        reason = f"it cannot be evaluated here: {one_line(error)}"
+        raise UnavailableError(reason, lasting=local_cause(error) is None) from error
+
+
+def _figures(report: Report) -> dict[str, float]:
+    """A report as metrics, named as MLflow allows."""
+    return {
+        **{measure.metric: value for measure, value in report.measures.items()},
+        "seconds": report.seconds,
+        "passages_per_second": report.passages / report.seconds,
+    }
