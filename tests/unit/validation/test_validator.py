@@ -470,7 +470,7 @@ def test_of_an_experiment_a_deleted_run_is_passed_over(
     name, real = {
         "before": ("mlflow_dr.validation.validator._Validator.run", _Validator.run),
         "evaluated": ("mlflow_dr.validation.worker.evaluate_all", worker.evaluate_all),
-        "noted": ("mlflow_dr.validation.validator.note_summary", tag_progress),
+        "noted": ("mlflow_dr.validation.validator.tag_progress", tag_progress),
     }[when]
 
     def deleting(*args: Any) -> Any:
@@ -658,7 +658,7 @@ def test_a_poll_costs_nothing_for_a_run_that_has_not_changed(
         if len(polls) == 4:
             client.set_terminated(run.id)
 
-    monkeypatch.setattr("mlflow_dr.validation.validator.summary_of", counted)
+    monkeypatch.setattr("mlflow_dr.validation.validator.progress_summary", counted)
     watch(run, VALIDATION, sleep=sleep)
     assert polls[0] == polls[1] < polls[2] == polls[3]
     assert client.get_run(run.id).data.tags["mlflow_dr.validation.val.status"].startswith("2 of 2")
