@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import click
 
-from mlflow_dr.collection.catalogue import ENTRIES, PATTERNS
+from mlflow_dr.collection.catalogue import ENTRIES, all_formats
 
 
 @click.command("datasets")
 def command() -> None:
-    """List the collections that can be named.
+    """List the datasets that can be named.
 
     \b
     Example:
         mlflow-dr datasets
     """
-    for name, sizes, source in (*(entry[:3] for entry in ENTRIES), *PATTERNS):
-        click.echo(f"{name:10}{sizes}\n{'':10}from {source}")
+    for entry in ENTRIES:
+        click.echo(f"{entry.name:10}{entry.sizes}\n{'':10}from {entry.source}")
+    for form in all_formats():
+        click.echo(f"{form.pattern}\n{'':10}from {form.description}")

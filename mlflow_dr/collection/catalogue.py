@@ -1,24 +1,27 @@
-"""The catalogue: what a `--dataset` may name."""
+"""The catalogue: what `--dataset` may name, and how a name is opened."""
 
 from __future__ import annotations
 
-import difflib
+import logging
 import math
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
-from mlflow_dr.collection.asyncval import PREFIX as ASYNCVAL_PREFIX
-from mlflow_dr.collection.asyncval import asyncval_files
 from mlflow_dr.collection.corpus import Corpus
-from mlflow_dr.collection.formats import Collection, Examples
-from mlflow_dr.errors import UsageError
+from mlflow_dr.collection.formats import Collection, DatasetFormat, Examples, dataset_formats
+from mlflow_dr.errors import UsageError, did_you_mean
 from mlflow_dr.files import is_path
+
+log = logging.getLogger(__name__)
 
 IR_DATASETS_PREFIX = "irds:"
 POOL_PREFIX = "pool:"
 HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
+
+JOIN = "+"
+WEIGHT = "@"
 
 
 class Entry(NamedTuple):
@@ -27,7 +30,16 @@ class Entry(NamedTuple):
     name: str
     sizes: str
     source: str
-    opened: Callable[[], Collection]
+    open: Callable[[], Collection]
+
+
+class BuiltInFormat(NamedTuple):
+    """A dataset format of this package; its module is imported when a dataset is opened."""
+
+    pattern: str
+    description: str
+    open: Callable[[str], Collection]
+    recognises: Callable[[Path], bool] = lambda path: False
 
 
 def _demo() -> Collection:
@@ -40,6 +52,53 @@ def _msmarco() -> Collection:
     from mlflow_dr.collection.hub import msmarco_passage
 
     return msmarco_passage()
+
+
+def _beir(location: str) -> Collection:
+    from mlflow_dr.collection.beir import BeirFolder
+
+    return BeirFolder(_absolute(location))
+
+
+def _is_beir(path: Path) -> bool:
+    from mlflow_dr.collection.training_files import has_training_files
+
+    return path.is_dir() and ((path / "qrels").is_dir() or not has_training_files(path))
+
+
+def _examples(location: str) -> Collection:
+    from mlflow_dr.collection.training_files import TrainingFiles
+
+    return TrainingFiles(_absolute(location))
+
+
+def _irds(location: str) -> Collection:
+    from mlflow_dr.collection.irds import IrDataset
+
+    return IrDataset(location)
+
+
+def _asyncval(location: str) -> Collection:
+    from mlflow_dr.collection.asyncval import asyncval_files
+
+    return asyncval_files(location)
+
+
+def _pool(location: str) -> Collection:
+    from mlflow_dr.collection.training_files import PassagePool
+
+    return PassagePool(_absolute(location))
+
+
+def _hub(location: str) -> Collection:
+    from mlflow_dr.collection.hub import hub_collection
+
+    return hub_collection(location)
+
+
+def _absolute(location: str) -> Path:
+    """The absolute path, so that a validator in another folder finds it by the same name."""
+    return Path(location).expanduser().resolve()
 
 
 ENTRIES = (
@@ -58,133 +117,149 @@ ENTRIES = (
     ),
 )
 
-PATTERNS = (
-    ("FOLDER", "any", "a folder in BEIR's layout: corpus.jsonl, queries.jsonl, qrels/<split>.tsv"),
-    (
+BUILT_IN = {
+    "beir": BuiltInFormat(
+        "FOLDER",
+        "a folder in BEIR's layout: corpus.jsonl, queries.jsonl, qrels/<split>.tsv",
+        _beir,
+        _is_beir,
+    ),
+    "examples": BuiltInFormat(
         "FILE",
-        "any",
         "training examples, or a folder of such files: Tevatron's (with passages, by id, "
         "tokenised) or DPR's",
+        _examples,
+        lambda path: True,
     ),
-    ("irds:ID", "any", "ir_datasets, such as irds:beir/scifact/test or irds:vaswani"),
-    (
-        "asyncval:",
-        "any",
-        "Asyncval's files, asyncval:CANDIDATES?queries=FILE&qrels=FILE; or by --candidate-dir, "
-        "--query-file, --qrel-file",
+    "irds": BuiltInFormat(
+        "irds:ID", "ir_datasets, such as irds:beir/scifact/test or irds:vaswani", _irds
     ),
-    (
+    "asyncval": BuiltInFormat(
+        "asyncval:CANDIDATES?queries=FILE&qrels=FILE",
+        "Asyncval's files; or by --candidate-dir, --query-file, --qrel-file",
+        _asyncval,
+    ),
+    "pool": BuiltInFormat(
         "pool:FILE",
-        "any",
         "questions of training examples, judged on the passages of all: DPR's dev files",
+        _pool,
     ),
-    ("HUB/NAME", "any", "Hugging Face in Tevatron's layout, such as Tevatron/wikipedia-nq"),
-)
+    "hub": BuiltInFormat(
+        "HUB/NAME", "Hugging Face in Tevatron's layout, such as Tevatron/wikipedia-nq", _hub
+    ),
+}
+for _name, _format in BUILT_IN.items():
+    dataset_formats.register(_name)(_format)
+
+
+def all_formats() -> Iterator[DatasetFormat]:
+    """Formats of other packages, then those of this one; one that cannot be imported is logged."""
+    for name in dataset_formats.names():
+        if name not in BUILT_IN:
+            try:
+                yield dataset_formats.get(name)
+            except UsageError as error:
+                log.warning("skipped: %s", error)
+    yield from BUILT_IN.values()
 
 
 def open_collection(name: str) -> Collection:
     """The collection that a name stands for.
 
-    A name of the catalogue, `irds:<id>`, `asyncval:<files>`, `pool:<file>`, a folder in BEIR's
-    layout, a file or folder of training examples (which has no judged queries), or `owner/name` on
-    the Hugging Face hub, in this order.
+    The name is one of these, tried in this order: a name of the catalogue; `FORMAT:LOCATION` with
+    the name of a dataset format, such as `irds:vaswani`; a file or folder that a format recognises;
+    `owner/name` on the Hugging Face hub.
 
     Raises:
-        UsageError: nothing goes by that name.
+        UsageError: no dataset has this name.
     """
-    return _opened(name, None)
+    for entry in ENTRIES:
+        if entry.name == name:
+            return entry.open()
+    prefix, colon, location = name.partition(":")
+    if colon and prefix in dataset_formats:
+        if not location:
+            pattern = dataset_formats.get(prefix).pattern
+            raise UsageError(f"dataset {name!r}: nothing follows the colon; expected {pattern}")
+        return dataset_formats.get(prefix).open(location)
+    if is_path(name):
+        path = _absolute(name)
+        recognised = next(form for form in all_formats() if form.recognises(path))
+        return recognised.open(str(path))
+    if HUB_NAME.fullmatch(name):
+        return _hub(name)
+    names = [entry.name for entry in ENTRIES]
+    hint = did_you_mean(prefix, [*names, *dataset_formats.names()])
+    others = [f"{other}:..." for other in dataset_formats.names() if other not in BUILT_IN]
+    expected = [
+        *names,
+        "a folder in BEIR's layout",
+        "a file of training examples",
+        "pool:<file>",
+        "asyncval:<files>",
+        "irds:<id>",
+        *others,
+    ]
+    raise UsageError(
+        f"no dataset {name!r}{hint or ';'} a dataset is one of {', '.join(expected)}, or "
+        "owner/name on the Hugging Face hub; `mlflow-dr datasets` lists them"
+    )
 
 
 def open_examples(source: str | Path, corpus: Callable[[], Corpus] | None = None) -> Examples:
-    """The training examples of whatever `open_collection` opens.
+    """The training examples of anything that `open_collection` opens.
 
     Args:
         source: a name, file or folder.
         corpus: has the passages of a file that names them by id and has no corpus beside it.
 
     Raises:
-        UsageError: nothing goes by that name, or it has nothing to train on.
+        UsageError: no dataset has this name, or it has nothing to train on.
         DataError: the examples are malformed, of no known layout, or none is usable.
     """
-    return _opened(str(source), corpus).examples()
+    from mlflow_dr.collection.training_files import TrainingFiles
 
-
-def _opened(name: str, corpus: Callable[[], Corpus] | None) -> Collection:
-    for entry in ENTRIES:
-        if entry.name == name:
-            return entry.opened()
-    if name.startswith(IR_DATASETS_PREFIX):
-        from mlflow_dr.collection.irds import IrDataset
-
-        return IrDataset(name.removeprefix(IR_DATASETS_PREFIX))
-    if name.startswith(ASYNCVAL_PREFIX):
-        return asyncval_files(name)
-    if name.startswith(POOL_PREFIX):
-        from mlflow_dr.collection.training_files import passage_pool
-
-        return passage_pool(name)
-    if is_path(name):
-        # the whole path, so that a validator in another folder finds it by the same name
-        return _opened_path(Path(name).expanduser().resolve(), corpus)
-    if HUB_NAME.fullmatch(name):
-        from mlflow_dr.collection.hub import hub_collection
-
-        return hub_collection(name)
-    names = [entry.name for entry in ENTRIES]
-    close = difflib.get_close_matches(name, names, n=1)
-    hint = f"did you mean {close[0]!r}? " if close else ""
-    raise UsageError(
-        f"no dataset {name!r}: {hint}a dataset is one of {', '.join(names)}, a folder in BEIR's "
-        "layout, a file of training examples, pool:<file>, asyncval:<files>, irds:<id>, or "
-        "owner/name on the "
-        "Hugging Face hub; `mlflow-dr datasets` lists them"
-    )
-
-
-def _opened_path(path: Path, corpus: Callable[[], Corpus] | None) -> Collection:
-    from mlflow_dr.collection.beir import BeirFolder
-    from mlflow_dr.collection.training_files import TrainingFiles, has_training_files
-
-    beir = path.is_dir() and ((path / "qrels").is_dir() or not has_training_files(path))
-    return BeirFolder(path) if beir else TrainingFiles(path, corpus)
-
-
-JOIN = "+"
-WEIGHT = "@"
+    collection = open_collection(str(source))
+    if isinstance(collection, TrainingFiles):
+        collection = TrainingFiles(Path(collection.name), corpus)
+    return collection.examples()
 
 
 def parse_mixture(text: str) -> list[tuple[str, float | None]]:
-    """The names in `text` and their weights, None where one has no weight of its own.
+    """The names and weights of several training sets: `A@3+B@1`.
 
-    `+` joins, `@` sets a name and its weight apart. What is a path that exists is a name, whatever
-    is in it, be it the whole text or one part with its `@`.
+    `+` joins the parts, `@` separates a name from its weight. A path that exists is always a name,
+    whether it is the complete text or one part, even if it contains these characters.
+
+    Returns:
+        Names and weights; None for a name without a weight.
 
     Raises:
-        UsageError: a name is empty, or a weight is no positive number.
+        UsageError: a name is empty, or a weight is not a positive number.
     """
     if is_path(text):
         return [(text, None)]
-    return [_part(part, text) for part in text.split(JOIN)]
+    return [_part(part.strip(), text) for part in text.split(JOIN)]
 
 
-def _part(part: str, whole: str) -> tuple[str, float | None]:
-    part = part.strip()
+def _part(part: str, mixture: str) -> tuple[str, float | None]:
     if is_path(part):
         return part, None
-    name, at, weight = part.rpartition(WEIGHT) if WEIGHT in part else (part, "", "")
-    if not name.strip():
+    name, at, weight_text = part.rpartition(WEIGHT) if WEIGHT in part else (part, "", "")
+    name = name.strip()
+    if not name:
         raise UsageError(
-            f"dataset {whole!r}: a part without a name; a mixture is NAME@WEIGHT+NAME@WEIGHT, "
+            f"dataset {mixture!r}: a part without a name; a mixture is NAME@WEIGHT+NAME@WEIGHT, "
             "weights may be left out"
         )
-    return name.strip(), _weight(weight, name, whole) if at else None
-
-
-def _weight(text: str, name: str, whole: str) -> float:
+    if not at:
+        return name, None
     try:
-        weight = float(text)
+        weight = float(weight_text)
     except ValueError:
         weight = math.nan
     if not (math.isfinite(weight) and weight > 0):
-        raise UsageError(f"{whole!r}: the weight of {name!r} is {text!r}, not a positive number")
-    return weight
+        raise UsageError(
+            f"{mixture!r}: the weight of {name!r} is {weight_text!r}, not a positive number"
+        )
+    return name, weight

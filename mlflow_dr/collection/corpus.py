@@ -31,14 +31,14 @@ class Corpus:
         table: columns `id`, `title`, `text`, all strings without nulls; ids are unique. A corpus
             that is tokenised already has a fourth, `tokens`: lists of ids without special tokens.
         digest: digest of the contents; computed from the table when not given.
-        room: the folder that `table` is mapped from, so that a process that is handed the corpus
-            maps it too instead of being sent its passages.
+        directory: the directory that `table` is mapped from, so that a process that is sent the
+            corpus maps it, too, instead of receiving its passages.
     """
 
     def __init__(
-        self, table: pa.Table, digest: str | None = None, room: Path | None = None
+        self, table: pa.Table, digest: str | None = None, directory: Path | None = None
     ) -> None:
-        self._room = room
+        self._directory = directory
         self._schema = TOKENISED_SCHEMA if TOKENS.name in table.column_names else SCHEMA
         self._table = table.select(self._schema.names)
         self._batches = self._table.to_batches(max_chunksize=ROWS_PER_BATCH)
@@ -50,8 +50,8 @@ class Corpus:
         return int(self._starts[-1])
 
     def __reduce__(self) -> tuple[Callable[..., Corpus], tuple[Any, ...]]:
-        if self._room is not None:
-            return opened_corpus, (self._room,)
+        if self._directory is not None:
+            return open_corpus, (self._directory,)
         return Corpus, (self._table, self._digest)
 
     @property
@@ -123,19 +123,22 @@ def check_ids(ids: pa.Array | pa.ChunkedArray) -> None:
         )
 
 
-def opened_corpus(room: Path) -> Corpus:
+def open_corpus(directory: Path) -> Corpus:
     """The corpus that a `CorpusWriter` wrote into this folder, mapped from it."""
-    table = pa.ipc.open_file(pa.memory_map(str(room / "corpus.arrow"))).read_all()
-    return Corpus(table, (room / "digest").read_text(), room)
+    table = pa.ipc.open_file(pa.memory_map(str(directory / "corpus.arrow"))).read_all()
+    return Corpus(table, (directory / "digest").read_text(), directory)
 
 
-def cached_corpus(key: str, passages: Iterable[Passage], total: int | None = None) -> Corpus:
+def cached_corpus(
+    key: str, passages: Iterable[Passage], total: int | None = None, location: str = "the source"
+) -> Corpus:
     """A corpus made from `passages` once and kept as an Arrow file in the user's cache.
 
     Args:
         key: names the source and its state (see `state_of`); the cache's key.
         passages: read only when the cache has no corpus under this key.
         total: number of passages, where known, for the progress bar.
+        location: the source, for messages.
 
     Raises:
         DataError: there is no passage at all; or whatever reading `passages` raises.
@@ -146,38 +149,38 @@ def cached_corpus(key: str, passages: Iterable[Passage], total: int | None = Non
             for passage in passages:
                 writer.add(passage)
         if len(writer) == 0:
-            raise DataError("the corpus has no passages")
+            raise DataError(f"{location}: the corpus has no passages")
 
-    return opened_corpus(cache_entry("corpora", key, write))
+    return open_corpus(cache_entry("corpora", key, write))
 
 
 class CorpusWriter:
-    """Writes passages into a new folder as they come; `opened_corpus` maps what it wrote.
+    """Writes passages into a new folder as they come; `open_corpus` maps what it wrote.
 
     The first passage decides whether the corpus has text or tokens.
 
     Args:
-        room: the folder, which does not exist yet.
+        directory: the folder, which does not exist yet.
         total: number of passages, where known, for the progress bar.
         quiet: whether there is no progress bar.
     """
 
-    def __init__(self, room: Path, total: int | None = None, quiet: bool = False) -> None:
-        room.mkdir()
-        self._room = room
-        self._waiting: list[Passage] = []
+    def __init__(self, directory: Path, total: int | None = None, quiet: bool = False) -> None:
+        directory.mkdir()
+        self._directory = directory
+        self._buffer: list[Passage] = []
         self._written = 0
         self._schema: pa.Schema | None = None
-        self._sink = pa.OSFile(str(room / "corpus.arrow"), "wb")
+        self._sink = pa.OSFile(str(directory / "corpus.arrow"), "wb")
         self._bar = progress_bar(total, "reading the corpus", "passages", quiet)
 
     def __len__(self) -> int:
-        return self._written + len(self._waiting)
+        return self._written + len(self._buffer)
 
     def add(self, passage: Passage) -> None:
         """Write one passage; its row is the number of passages before it."""
-        self._waiting.append(passage)
-        if len(self._waiting) == ROWS_PER_BATCH:
+        self._buffer.append(passage)
+        if len(self._buffer) == ROWS_PER_BATCH:
             self._flush()
 
     def __enter__(self) -> CorpusWriter:
@@ -194,15 +197,15 @@ class CorpusWriter:
                 return
             self._flush()
             self._file.close()
-            (self._room / "digest").write_text(self._content.hexdigest())
+            (self._directory / "digest").write_text(self._content.hexdigest())
 
     def _flush(self) -> None:
         if self._schema is None:
-            tokenised = bool(self._waiting) and self._waiting[0].tokens is not None
+            tokenised = bool(self._buffer) and self._buffer[0].tokens is not None
             self._schema = TOKENISED_SCHEMA if tokenised else SCHEMA
             self._file = pa.ipc.new_file(self._sink, self._schema)
             self._content = ContentDigest(self._schema)
-        columns = zip(*self._waiting, strict=True) if self._waiting else ((),) * 4
+        columns = zip(*self._buffer, strict=True) if self._buffer else ((),) * 4
         # without a schema for tokens the fourth column is left
         fields = zip(columns, self._schema, strict=False)
         arrays = [pa.array(column, field.type) for column, field in fields]
@@ -212,7 +215,7 @@ class CorpusWriter:
         self._content.update(batch)
         self._bar.update(len(batch))
         self._written += len(batch)
-        self._waiting.clear()
+        self._buffer.clear()
 
 
 ITEMS = "[]"

@@ -16,7 +16,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import NamedTuple
 
-import orjson
+import msgspec
 
 from mlflow_dr.cache import cache_entry
 from mlflow_dr.collection.beir import BeirFolder
@@ -102,8 +102,8 @@ def write_demo(folder: Path, roots: Sequence[Path], workers: int | None = None) 
         lines[f"qrels/{split}.tsv"].append(b"query-id\tcorpus-id\tscore")
     for number, (query, passage) in enumerate(pairs):
         record = {"_id": f"p{number}", "title": "", "text": passage}
-        lines["corpus.jsonl"].append(orjson.dumps(record))
-        lines["queries.jsonl"].append(orjson.dumps({"_id": f"q{number}", "text": query}))
+        lines["corpus.jsonl"].append(msgspec.json.encode(record))
+        lines["queries.jsonl"].append(msgspec.json.encode({"_id": f"q{number}", "text": query}))
         lines[f"qrels/{_split(query)}.tsv"].append(b"q%d\tp%d\t1" % (number, number))
     for name, content in lines.items():
         (folder / name).write_bytes(b"\n".join(content) + b"\n")

@@ -21,7 +21,7 @@ from queue import SimpleQueue
 from threading import Thread
 from typing import NamedTuple
 
-import orjson
+import msgspec
 
 from mlflow_dr.errors import DataError
 from mlflow_dr.progress import progress_bar
@@ -153,7 +153,7 @@ class _Worker:
                 f"{self._process.wait()} at {path} or before; run the command again, or name "
                 "another --dataset"
             )
-        pairs = orjson.loads(line)
+        pairs = msgspec.json.decode(line)
         return None if pairs is None else [Pair(*pair) for pair in pairs]
 
     def end(self) -> None:
@@ -171,7 +171,7 @@ def _work() -> None:
     for name in sys.stdin.buffer.read().split(b"\0"):
         if name:
             pairs = _pairs_of_file(Path(os.fsdecode(name)))
-            sys.stdout.buffer.write(orjson.dumps(pairs, default=tuple) + b"\n")
+            sys.stdout.buffer.write(msgspec.json.encode(pairs) + b"\n")
 
 
 def _pairs_of_file(path: Path) -> list[Pair] | None:

@@ -1,59 +1,131 @@
-"""DPR's training examples: a JSON array of questions with their passages.
+"""DPR's files: training examples as a JSON array, and passages as a table (`psgs_w100.tsv`).
 
 Layout: Karpukhin et al., Dense Passage Retrieval for Open-Domain Question Answering, EMNLP 2020.
 """
 
 from __future__ import annotations
 
-from mlflow_dr.collection.examples import RawExample
-from mlflow_dr.collection.jsonl import (
-    Record,
-    listed,
-    optional_identifier,
-    optional_text,
-    text,
-    texts,
-)
-from mlflow_dr.collection.records import Passage, Query
+import csv
+from collections.abc import Iterator
+from pathlib import Path
+from typing import ClassVar
+
+import msgspec
+
+from mlflow_dr.collection.corpus import Corpus, cached_corpus
+from mlflow_dr.collection.jsonl import Id, answers_of, checked_id, first_id, state_of
+from mlflow_dr.collection.raw_examples import RawExample
+from mlflow_dr.collection.records import Passage, Query, unique
 from mlflow_dr.errors import DataError, quoted
+from mlflow_dr.files import LONGEST_LINE, bounded_lines, opened
 
-PASSAGE_IDS = ("passage_id", "psg_id", "id")
+COLUMNS = ["id", "text", "title"]
 
 
-def dpr_example(record: Record, index: int, where: str, others: bool = False) -> RawExample:
-    """`question, answers, positive_ctxs, negative_ctxs, hard_negative_ctxs`.
+class DprPassage(msgspec.Struct):
+    """A passage of a question; its `score` is the retriever's and not a teacher's, so unread."""
+
+    text: str
+    title: str | None = None
+    passage_id: Id | None = None
+    psg_id: Id | None = None
+    id: Id | None = None
+
+
+class DprRecord(msgspec.Struct):
+    """A question with its passages.
 
     The hard negatives are the negatives; where a question has none, its `negative_ctxs` are, which
-    is DPR's own fallback. A passage is `title, text` and `passage_id` or `psg_id`; its `score` is
-    the retriever's that found it, no teacher's, and is not read. Questions have no ids in this
-    format: the record's index in the file is taken.
+    is DPR's own fallback. Questions have no ids in this format: the record's index in the file is
+    the id.
+    """
+
+    layout: ClassVar[str] = "DPR"
+    fields: ClassVar[str] = "question, positive_ctxs"
+    by_id: ClassVar[bool] = False
+
+    positive_ctxs: list[DprPassage] | None
+    question: str | None = None
+    query_id: Id | None = None
+    question_id: Id | None = None
+    answers: list[str] | str | None = None
+    hard_negative_ctxs: list[DprPassage] | None = None
+    negative_ctxs: list[DprPassage] | None = None
+
+    def example(self, index: int, location: str) -> RawExample:
+        """The record as a raw example; see `ExampleRecord`."""
+        query = Query(
+            first_id((self.query_id, self.question_id), location) or str(index),
+            self.question or "",
+            answers_of(self.answers),
+        )
+        positives = _passages(self.positive_ctxs, "positive_ctxs", location)
+        negatives = _passages(self.hard_negative_ctxs, "hard_negative_ctxs", location)
+        if not negatives:
+            negatives = _passages(self.negative_ctxs, "negative_ctxs", location)
+        return RawExample(location, query, positives, negatives)
+
+
+class DprRecordWithOthers(DprRecord):
+    """The same record, whose `negative_ctxs` are also read as negatives that are not hard."""
+
+    layout: ClassVar[str] = "DPR others"
+
+    def example(self, index: int, location: str) -> RawExample:
+        """The record as a raw example with `others`."""
+        others = _passages(self.negative_ctxs, "negative_ctxs", location)
+        return DprRecord.example(self, index, location)._replace(others=others)
+
+
+def _passages(passages: list[DprPassage] | None, field: str, location: str) -> list[Passage]:
+    return [
+        Passage(
+            first_id((p.passage_id, p.psg_id, p.id), f"{location}: {field}"), p.title or "", p.text
+        )
+        for p in passages or ()
+    ]
+
+
+def table_corpus(path: Path) -> Corpus:
+    """The passages of a table `id, text, title`, read once and mapped from the user's cache.
 
     Raises:
-        DataError: a field is not of its type, or a passage has no text.
+        DataError: a malformed line or a repeated id, with file:line.
     """
-    query = Query(
-        optional_identifier(record, ("query_id", "question_id"), where) or str(index),
-        optional_text(record, "question", where),
-        texts(record, "answers", where),
-    )
-    positives = _passages(record, "positive_ctxs", where)
-    hard = _passages(record, "hard_negative_ctxs", where)
-    rest = _passages(record, "negative_ctxs", where) if others or not hard else []
-    return RawExample(where, query, positives, hard or rest, others=rest if others else ())
+    passages = unique("passage", lambda: _rows(path))
+    return cached_corpus(f"passages:{state_of(path)}", passages, location=str(path))
 
 
-def dpr_example_with_others(record: Record, index: int, where: str) -> RawExample:
-    """The same, where `negative_ctxs` are the others besides."""
-    return dpr_example(record, index, where, others=True)
-
-
-def _passages(record: Record, field: str, where: str) -> list[Passage]:
-    passages: list[Passage] = []
-    for index, item in enumerate(listed(record, field, where)):
-        place = f"{where}: {field}[{index}]"
-        if not isinstance(item, dict):
-            raise DataError(f"{place}: expected title, text and passage_id, got {quoted(item)}")
-        passage_id = optional_identifier(item, PASSAGE_IDS, place)
-        title = optional_text(item, "title", place)
-        passages.append(Passage(passage_id, title, text(item, "text", place)))
-    return passages
+def _rows(path: Path) -> Iterator[tuple[str, Passage]]:
+    """Rows as DPR's own reader has them, each with the line on which it begins."""
+    csv.field_size_limit(LONGEST_LINE)
+    last = 0
+    with opened(path) as file:
+        lines = (line.decode() for _, line in bounded_lines(path, file))
+        rows = csv.reader(lines, delimiter="\t")
+        try:
+            for row in rows:
+                first, last = last + 1, rows.line_num
+                location = f"{path}:{first}"
+                if last > first and any("\t" in cell and "\n" in cell for cell in row):
+                    raise DataError(
+                        f"{location}: a quotation mark is not closed on this line: the quoted text "
+                        f'goes on to line {last}; double each " in the text (""), and quote it'
+                    )
+                if not row or row[0] == COLUMNS[0]:
+                    continue
+                if len(row) != len(COLUMNS) or not row[0]:
+                    raise DataError(
+                        f"{location}: {len(row)} columns, the first of them {quoted(row[0])}; "
+                        f"expected {', '.join(COLUMNS)}, separated by tabs"
+                    )
+                passage_id, text, title = row
+                yield location, Passage(checked_id(passage_id, location), title, text)
+        except csv.Error as error:
+            raise DataError(
+                f"{path}:{last + 1}: cannot be read ({error}); a quotation mark on this line may "
+                "not be closed"
+            ) from error
+        except UnicodeDecodeError as error:
+            line = rows.line_num + 1
+            raise DataError(f"{path}:{line}: cannot be read ({error.reason})") from error

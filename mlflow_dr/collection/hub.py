@@ -22,13 +22,19 @@ import pyarrow.compute as pc
 
 from mlflow_dr.cache import cache_entry
 from mlflow_dr.collection.corpus import SCHEMA, Corpus, check_ids
-from mlflow_dr.collection.examples import CachedExamples, RawExample, cached_examples
+from mlflow_dr.collection.examples import CachedExamples, cached_examples
 from mlflow_dr.collection.formats import check_split
 from mlflow_dr.collection.irds import topics_of
 from mlflow_dr.collection.jsonl import check_complete, read_records, state_of
 from mlflow_dr.collection.qrels import checked_topics
+from mlflow_dr.collection.raw_examples import RawExample
 from mlflow_dr.collection.records import Passage, Query, Topics
-from mlflow_dr.collection.training_files import Layout, layout_of, raw_examples, recognised
+from mlflow_dr.collection.training_files import (
+    ExampleRecord,
+    find_layout,
+    layout_of,
+    read_examples,
+)
 from mlflow_dr.errors import DataError, quoted
 from mlflow_dr.files import digest_of
 
@@ -94,7 +100,7 @@ class HubCollection:
 
     @cached_property
     def _judged_files(self) -> dict[str, HubFiles]:
-        with self._meant():
+        with self._no_such_path():
             there = fetched_where_there(self._repos[0], JUDGED_STEMS)
         return {stem: files for stem, files in there.items() if _is_judged(files)}
 
@@ -130,16 +136,16 @@ class HubCollection:
             DataError: they can neither be downloaded nor found in the cache, are of no known
                 layout, or none of them is usable.
         """
-        with self._meant():
+        with self._no_such_path():
             files = fetched(self._repos[0], "train")
         with _damage_explained(files):
-            layout = layout_of(files.files)
+            layout = find_layout(files.files)
         corpus = self._corpus if layout.by_id else None
-        key = f"{layout.name}:{files.digest}"
+        key = f"{layout.layout}:{files.digest}"
         return cached_examples(key, _raw_examples(files, layout), files.where, corpus)
 
     @contextmanager
-    def _meant(self) -> Iterator[None]:
+    def _no_such_path(self) -> Iterator[None]:
         """Of a repository that the user named, an error says that it is no folder either."""
         try:
             yield
@@ -152,16 +158,19 @@ class HubCollection:
 def _is_judged(files: HubFiles) -> bool:
     """Whether the first record of a split's files names a relevant passage."""
     with _damage_explained(files):
-        where, record = next(read_records(files.files[0]), ("", {}))
-        layout = recognised(record)
-        return layout is not None and len(layout.example(record, 0, where).positives) > 0
+        first = next(read_records(files.files[0], dict), None)
+        layout = layout_of(first[1]) if first else None
+        if layout is None:
+            return False
+        raw = next(read_examples(files.files[:1], layout))
+        return len(raw.positives) > 0
 
 
 def _topics(files: HubFiles, corpus: Corpus) -> Topics:
     queries: list[Query] = []
     qrels: dict[str, dict[str, int]] = {}
     with _damage_explained(files):
-        layout = layout_of(files.files)
+        layout = find_layout(files.files)
     for raw in _raw_examples(files, layout):
         queries.append(raw.query)
         relevant = (p.id if isinstance(p, Passage) else p for p in raw.positives)
@@ -169,9 +178,9 @@ def _topics(files: HubFiles, corpus: Corpus) -> Topics:
     return checked_topics(files.where, queries, qrels, corpus)
 
 
-def _raw_examples(files: HubFiles, layout: Layout) -> Iterator[RawExample]:
+def _raw_examples(files: HubFiles, layout: type[ExampleRecord]) -> Iterator[RawExample]:
     with _damage_explained(files):
-        yield from raw_examples(files.files, layout)
+        yield from read_examples(files.files, layout)
 
 
 @contextmanager

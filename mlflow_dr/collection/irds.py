@@ -18,11 +18,12 @@ from typing import Any
 from urllib.parse import urlsplit
 
 from mlflow_dr.collection.corpus import Corpus, cached_corpus
-from mlflow_dr.collection.examples import JudgedExamples, RawExample, cached_examples
+from mlflow_dr.collection.examples import JudgedExamples, cached_examples
 from mlflow_dr.collection.formats import Examples, check_split
 from mlflow_dr.collection.qrels import EXPECTED, RELEVANCES, checked_topics
-from mlflow_dr.collection.records import Passage, Query, Topics
-from mlflow_dr.errors import DataError, MissingExtraError, MlflowDrError, UsageError, quoted
+from mlflow_dr.collection.raw_examples import RawExample
+from mlflow_dr.collection.records import Passage, Query, Topics, unique
+from mlflow_dr.errors import DataError, MissingExtraError, MlflowDrError, UsageError
 
 # ir_datasets waits 15 s three times for each mirror by default. Its retries start anew whenever
 # bytes arrive from a server that can resume, so fewer of them do not harm a long download.
@@ -92,7 +93,8 @@ class IrDataset:
             owner = _library().docs_parent_id(self._id)
             # the published count: `docs_count()` opens stores, and changes when one is built
             count = self._dataset.docs_metadata().get("count")
-        return cached_corpus(f"irds:{owner}:{count}", _passages(self._dataset, self.name), count)
+        passages = unique("passage", lambda: _passages(self._dataset, self.name))
+        return cached_corpus(f"irds:{owner}:{count}", passages, count, self.name)
 
     def topics(self, split: str) -> Topics:
         """The judged queries of one split.
@@ -151,14 +153,10 @@ def topics_of(dataset_id: str, corpus: Corpus) -> Topics:
     return checked_topics(where, _queries(dataset, where), _qrels(dataset, where), corpus)
 
 
-def _passages(dataset: Any, where: str) -> Iterator[Passage]:
-    seen: set[str] = set()
-    with reading(f"{where}: the passages"):
+def _passages(dataset: Any, location: str) -> Iterator[tuple[str, Passage]]:
+    with reading(f"{location}: the passages"):
         for doc in dataset.docs_iter():
-            if doc.doc_id in seen:
-                raise DataError(f"{where}: passage id {quoted(doc.doc_id)} is used twice")
-            seen.add(doc.doc_id)
-            yield _passage(doc, where)
+            yield location, _passage(doc, location)
 
 
 def _passage(doc: Any, where: str) -> Passage:

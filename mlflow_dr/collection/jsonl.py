@@ -1,19 +1,21 @@
-"""Files of records: JSON lines, one JSON array, or Parquet; the first two also packed (`.gz`)."""
+"""Files of records: JSON lines, one JSON array, or Parquet; the first two also as `.gz`.
+
+The types of a record's fields are those of a `msgspec.Struct`; msgspec checks them as it decodes.
+"""
 
 from __future__ import annotations
 
 import codecs
 import json
 import logging
-import math
 import re
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Annotated, Any, TypeVar
 
-import orjson
+import msgspec
 import pyarrow as pa
 import pyarrow.parquet as pq
 
@@ -23,57 +25,125 @@ from mlflow_dr.terminal import shortened
 
 log = logging.getLogger(__name__)
 
-Record = Mapping[str, Any]
+Id = str | int
+"""An id in a file; `checked_id` makes it a string."""
+Token = Annotated[int, msgspec.Meta(ge=0, lt=2**31)]
+TextOrTokens = str | list[Token]
+Score = Annotated[float, msgspec.Meta(ge=-3.4e38, le=3.4e38)]
+"""A number that fp32 can hold."""
+
+T = TypeVar("T")
+MALFORMED = (msgspec.DecodeError, UnicodeDecodeError, RecursionError)
+
 SUFFIXES = (".jsonl", ".json", ".jsonl.gz", ".json.gz", ".parquet")
 UNFINISHED = (".part", ".partial", ".tmp", ".temp", ".incomplete", ".crdownload", ".download")
 SHARD = re.compile(r"(.*?)(\d+)-of-(\d+)(.*)")
 BYTES_TO_PEEK = 1024
 ROWS_AT_A_TIME = 1024
 
-
-def read_records(path: Path) -> Iterator[tuple[str, Record]]:
-    """The records of a file, one at a time, each with its place for messages.
-
-    The place is `file:line` in JSON lines, and `file[index]`, from 0, in an array and in Parquet.
-
-    Raises:
-        DataError: the file is missing, truncated or damaged, or something in it is no JSON object.
-    """
-    if path.suffix == ".parquet":
-        yield from _parquet_rows(path)
-    elif _is_array(path):
-        with opened(path) as file:
-            for index, item in enumerate(array_items(path, file)):
-                where = f"{path}[{index}]"
-                yield where, _object(item, where)
-    else:
-        for number, record in json_lines(path):
-            yield f"{path}:{number}", record
+BYTES_AT_A_TIME = 1 << 22
+LONGEST_TOKEN = len(r"\ud83d\ude00")  # of those that are not strings or numbers
+BLANK = re.compile(r"[ \t\n\r]*")
+SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")
 
 
-def json_lines(path: Path) -> Iterator[tuple[int, Record]]:
-    """The objects of a file of JSON lines, with their line numbers.
+def read_records(path: Path, record_type: type[T]) -> Iterator[tuple[str, T]]:
+    """The records of a file, one at a time, each with its location for messages.
+
+    The location is `file:line` in JSON lines, and `file[index]`, from 0, in an array or Parquet.
+
+    Args:
+        path: JSON lines or a JSON array, `.gz` or plain, or Parquet.
+        record_type: a `msgspec.Struct`, or `dict`.
 
     Raises:
-        DataError: with file:line, when the file breaks off or a line is no JSON object.
+        DataError: the file is missing, truncated or damaged, or a record is not of this type.
     """
+    if path.suffix != ".parquet" and not _is_array(path):
+        yield from _json_lines(path, record_type)
+        return
+    items = _parquet_rows(path) if path.suffix == ".parquet" else _array_items(path)
+    for index, item in enumerate(items):
+        location = f"{path}[{index}]"
+        try:
+            record = msgspec.convert(item, record_type)
+        except MALFORMED as error:
+            raise DataError(f"{location}: {_fault(error, item)}") from error
+        yield location, record
+
+
+def _json_lines(path: Path, record_type: type[T]) -> Iterator[tuple[str, T]]:
+    decode = msgspec.json.Decoder(record_type).decode
+    file = str(path)
     for number, line in read_lines(path):
         try:
-            record = orjson.loads(line)
-        except orjson.JSONDecodeError as error:
-            raise DataError(f"{path}:{number}: not JSON ({error})") from error
-        yield number, _object(record, f"{path}:{number}")
+            record = decode(line)
+        except MALFORMED as error:
+            raise DataError(f"{path}:{number}: {_fault(error, line)}") from error
+        yield f"{file}:{number}", record
+
+
+def _fault(error: Exception, raw: Any) -> str:
+    """What is wrong with a record, such as `positive_passages[0].title: expected ...`."""
+    if isinstance(error, RecursionError):
+        return "not JSON that can be read (nested too deeply)"
+    if not isinstance(error, msgspec.ValidationError):
+        return f"not JSON ({error})"
+    reason, _, field = str(error).partition(" - at `$")
+    reason = reason.replace("Object missing required field", "no").replace("`", "'")
+    if reason.startswith("no ") and not field:
+        reason += f"; it has {fields_of(msgspec.json.decode(raw) if type(raw) is bytes else raw)}"
+    return f"{field.strip('.`')}: {reason.replace('Expected', 'expected')}".removeprefix(": ")
+
+
+def fields_of(record: Mapping[str, Any]) -> str:
+    """The names of a record's fields, for messages."""
+    return shortened(", ".join(record), LONGEST_QUOTE) or "(none)"
+
+
+def checked_id(value: Id, location: str) -> str:
+    """An id as a string that files of judgements and trec_eval can name.
+
+    Raises:
+        DataError: it is empty, or has white space at its start or end, or a NUL character.
+    """
+    text = value if isinstance(value, str) else str(value)
+    if not text:
+        raise DataError(f"{location}: an id is empty; expected a string such as 'p1'")
+    if "\0" in text or text != text.strip():
+        fault = "a NUL character" if "\0" in text else "white space at its start or end"
+        raise DataError(
+            f"{location}: id {quoted(text)} has {fault}; remove it, because files of judgements "
+            "and trec_eval cannot name such an id"
+        )
+    return text
+
+
+def first_id(values: Sequence[Id | None], location: str) -> str:
+    """The first id that is given, checked; empty where none is."""
+    value = next((value for value in values if value not in (None, "")), None)
+    return "" if value is None else checked_id(value, location)
+
+
+def answers_of(value: list[str] | str | None) -> tuple[str, ...]:
+    """Short answers, which files have as a list or as one string."""
+    return (value,) if isinstance(value, str) else tuple(value or ())
+
+
+def text_and_tokens(value: TextOrTokens) -> tuple[str, list[int] | None]:
+    """Text and None, or no text and token ids: Tevatron and Asyncval have one field for both."""
+    return (value, None) if isinstance(value, str) else ("", value)
 
 
 def state_of(path: Path) -> str:
-    """Names a file and what it holds now; a cache's key.
+    """Names a file and its present contents; the key of a cache.
 
     The key has the path, the size, and two times: of the last change of the contents (`mtime`) and
     of the file's status (`ctime`). Programs set `mtime` when they copy or unpack a file. They
     cannot set `ctime`, so a file that was replaced by another of equal size and `mtime` has a new
     key. A file that was only linked or given other rights has a new key, too, and is read again. A
-    file system without a `ctime` of its own, such as an object store that is mounted, hides a
-    replacement of equal size and `mtime`. The inode is left out: some mounts number files anew.
+    file system without a `ctime` of its own, such as a mounted object store, hides a replacement
+    of equal size and `mtime`. The inode is left out because some mounts renumber files.
 
     Raises:
         DataError: there is no such file.
@@ -89,10 +159,10 @@ def state_of(path: Path) -> str:
 def named_files(
     folder: Path, suffixes: tuple[str, ...] = SUFFIXES, warn: bool = True
 ) -> list[Path]:
-    """The files of records in a folder, hidden ones aside, in the order of their names.
+    """The files of records in a folder, without hidden ones, in the order of their names.
 
-    Links that lead nowhere are among them, so that `check_complete` refuses them. Of downloads that
-    were not finished a warning tells, where `warn` is set.
+    Broken links are included, so that `check_complete` can refuse them. With `warn`, unfinished
+    downloads are reported in a warning.
 
     Raises:
         DataError: the folder cannot be read.
@@ -105,26 +175,26 @@ def named_files(
         finished = file.with_suffix("")
         unfinished = file.suffix in UNFINISHED and finished.name.endswith(suffixes)
         if unfinished and finished not in files:
-            log.warning("%s: passed over, as a download that was not finished", file)
+            log.warning("%s: skipped, because it is an unfinished download", file)
     return [file for file in files if file.name.endswith(suffixes) and not file.is_dir()]
 
 
 def check_complete(files: Sequence[Path]) -> None:
-    """Refuse files of a folder that are not all there.
+    """Refuse files of a folder when some are missing.
 
     Raises:
-        DataError: one is a link that leads nowhere, or of files that count themselves
-            (`x-00000-of-00003.jsonl`) one is missing.
+        DataError: a link is broken, or a file is missing from a numbered series such as
+            `x-00000-of-00003.jsonl`.
     """
     shards: dict[tuple[Path, str, str], dict[int, str]] = defaultdict(dict)
     for file in files:
         check_link(file)
-        if found := SHARD.fullmatch(file.name):
-            shards[file.parent, found[1], found[3]][int(found[2][-9:])] = file.name
+        if match := SHARD.fullmatch(file.name):
+            shards[file.parent, match[1], match[3]][int(match[2][-9:])] = file.name
     for (folder, start, total), names in shards.items():
         count = int(total[-9:])
         first = 1 if count in names else 0  # some count from 1
-        missing = next((one for one in range(first, first + count) if one not in names), None)
+        missing = next((n for n in range(first, first + count) if n not in names), None)
         if missing is not None:
             _, number, _, end = SHARD.fullmatch(next(iter(names.values()))).groups()  # type: ignore[union-attr]
             name = f"{start}{missing:0{len(number)}}-of-{total}{end}"
@@ -134,10 +204,10 @@ def check_complete(files: Sequence[Path]) -> None:
 
 
 def check_link(path: Path) -> None:
-    """Refuse a link that leads nowhere.
+    """Refuse a broken link.
 
     Raises:
-        DataError: with what it leads to.
+        DataError: with the target of the link.
     """
     if path.is_symlink() and not path.exists():
         raise DataError(
@@ -146,25 +216,13 @@ def check_link(path: Path) -> None:
         )
 
 
-def _is_array(path: Path) -> bool:
-    with suppress(DataError), opened(path) as file:  # reading its lines says what is wrong with it
-        return file.read(BYTES_TO_PEEK).removeprefix(BYTE_ORDER_MARK).lstrip()[:1] == b"["
-    return False
-
-
-def _object(value: Any, where: str) -> Record:
-    if not isinstance(value, dict):
-        raise DataError(f"{where}: expected a JSON object, got {type(value).__name__}")
-    return value
-
-
-def _parquet_rows(path: Path) -> Iterator[tuple[str, Record]]:
+def _parquet_rows(path: Path) -> Iterator[Any]:
     index = 0
     try:
         with pq.ParquetFile(path, memory_map=True) as file:
             for batch in file.iter_batches(ROWS_AT_A_TIME):
                 for row in batch.to_pylist():
-                    yield f"{path}[{index}]", row
+                    yield row
                     index += 1
     except FileNotFoundError as error:
         raise DataError(f"{path}: no such file") from error
@@ -177,175 +235,24 @@ def _parquet_rows(path: Path) -> Iterator[tuple[str, Record]]:
         ) from error
 
 
-LARGEST_ID = 10**100
-LARGEST_NUMBER = 3.4e38
+def _is_array(path: Path) -> bool:
+    with suppress(DataError), opened(path) as file:  # reading its lines reports what is wrong
+        return file.read(BYTES_TO_PEEK).removeprefix(BYTE_ORDER_MARK).lstrip()[:1] == b"["
+    return False
 
 
-def identifier(record: Record, field: str, where: str) -> str:
-    """An id: a string that `check_id` allows, or a whole number, as a string.
-
-    Raises:
-        DataError: it is missing or something else.
-    """
-    value = record.get(field)
-    if isinstance(value, str) and value:
-        return check_id(value, where)
-    if isinstance(value, int) and not isinstance(value, bool) and abs(value) < LARGEST_ID:
-        return str(value)
-    raise DataError(f"{where}: no {field!r}, or not a string; got {quoted(value)}")
-
-
-def check_id(value: str, where: str) -> str:
-    """An id that judgements can name and trec_eval can read; given back as it is.
-
-    Raises:
-        DataError: it is empty, has white space at its start or end, or a NUL character, where
-            trec_eval's strings end.
-    """
-    if not value:
-        raise DataError(f"{where}: an id is empty; expected a string such as 'p1'")
-    if "\0" in value or value != value.strip():
-        fault = "a NUL character" if "\0" in value else "white space at its start or end"
-        raise DataError(
-            f"{where}: id {quoted(value)} has {fault}; remove it, because files of judgements and "
-            "trec_eval cannot name such an id"
-        )
-    return value
-
-
-def fields_of(record: Record) -> str:
-    """The names of a record's fields, for messages."""
-    return shortened(", ".join(record), LONGEST_QUOTE) or "(none)"
-
-
-def optional_identifier(record: Record, fields: Sequence[str], where: str) -> str:
-    """The id under the first of these fields that the record has; empty where it has none."""
-    for field in fields:
-        if record.get(field) not in (None, ""):
-            return identifier(record, field, where)
-    return ""
-
-
-def text(record: Record, field: str, where: str) -> str:
-    """A string, which may be empty.
-
-    Raises:
-        DataError: it is missing or no string.
-    """
-    value = record.get(field)
-    if not isinstance(value, str):
-        raise DataError(f"{where}: no {field!r}, or not a string; got {quoted(value)}")
-    return value
-
-
-def optional_text(record: Record, field: str, where: str) -> str:
-    """A string; empty where the record has none.
-
-    Raises:
-        DataError: it is something else.
-    """
-    value = record.get(field)
-    if value is None:
-        return ""
-    if not isinstance(value, str):
-        raise DataError(f"{where}: {field!r} is not a string; got {quoted(value)}")
-    return value
-
-
-def listed(record: Record, field: str, where: str) -> list[Any]:
-    """A list; empty where the record has none.
-
-    Raises:
-        DataError: it is something else.
-    """
-    value = record.get(field)
-    if value is None:
-        return []
-    if not isinstance(value, list):
-        raise DataError(f"{where}: {field!r} is not a list; got {type(value).__name__}")
-    return value
-
-
-def identifiers(record: Record, field: str, where: str) -> list[str]:
-    """A list of ids.
-
-    Raises:
-        DataError: with the index of the first that is none.
-    """
-    values = listed(record, field, where)
-    # one look at most lists: a training file has tens of millions of ids
-    if all(type(value) is str for value in values):
-        joined = " ".join(values)
-        if "\0" not in joined and joined.split() == values:
-            return values
-    return [
-        identifier({field: value}, field, f"{where}: {field}[{index}]")
-        for index, value in enumerate(values)
-    ]
-
-
-def texts(record: Record, field: str, where: str) -> tuple[str, ...]:
-    """Strings, of a list or one alone; none where the record has none.
-
-    Raises:
-        DataError: it is something else.
-    """
-    value = record.get(field)
-    values = [value] if isinstance(value, str) else listed(record, field, where)
-    for each in values:
-        if not isinstance(each, str):
-            raise DataError(f"{where}: {field!r} holds {quoted(each)}, expected strings")
-    return tuple(values)
-
-
-def number(record: Record, field: str, where: str) -> float:
-    """A number that fp32 can hold; NaN where the record has none.
-
-    Raises:
-        DataError: it is something else.
-    """
-    value = record.get(field)
-    if value is None:
-        return math.nan
-    plain = isinstance(value, int | float) and not isinstance(value, bool)
-    if not (plain and -LARGEST_NUMBER <= value <= LARGEST_NUMBER):
-        raise DataError(f"{where}: {field!r} is not a finite number; got {quoted(value)}")
-    return float(value)
-
-
-def text_or_tokens(value: Any, where: str) -> tuple[str, list[int] | None]:
-    """Text and None, or no text and token ids: what Tevatron and Asyncval write into one field.
-
-    Raises:
-        DataError: it is neither a string nor a list of whole numbers from 0 to 2^31 - 1.
-    """
-    if isinstance(value, str):
-        return value, None
-    # types and limits by built-in functions: a corpus has a thousand million tokens
-    whole = isinstance(value, list) and set(map(type, value)) <= {int}
-    if whole and (not value or (min(value) >= 0 and max(value) < 2**31)):
-        return "", value
-    raise DataError(f"{where}: neither a string nor a list of token ids; got {quoted(value)}")
-
-
-BYTES_AT_A_TIME = 1 << 22
-LONGEST_TOKEN = len(r"\ud83d\ude00")  # that is no string: an escaped pair of surrogates
-BLANK = re.compile(r"[ \t\n\r]*")
-SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")
-CUT_STRING = "Unterminated string"
-
-
-def array_items(path: Path, file: IO[bytes]) -> Iterator[Any]:
-    """The objects of the JSON array in an open file; `path` is what messages call it.
-
-    Raises:
-        DataError: the array breaks off or is none, with line and byte.
-    """
-    return _ArrayText(path, file).items()
+def _array_items(path: Path) -> Iterator[Any]:
+    """The items of a JSON array, one at a time, so that memory never holds the file."""
+    with opened(path) as file:
+        yield from _ArrayText(path, file).items()
 
 
 class _ArrayText:
-    """The text that has been read and not yet parsed, and where in the file it starts."""
+    """The text of a JSON array that was read and not yet parsed, and its position in the file.
+
+    DPR's training files are such arrays, of up to several gigabytes. The standard library's parser
+    does the work; this class reads more text when the parser stops because an item is incomplete.
+    """
 
     def __init__(self, path: Path, file: IO[bytes]) -> None:
         self._path = path
@@ -353,99 +260,93 @@ class _ArrayText:
         self._decode = codecs.getincrementaldecoder("utf-8-sig")()
         self._parse = json.JSONDecoder().raw_decode
         self._text = ""
-        self._at = 0
+        self._position = 0
         self._lines = 0  # line ends before the text
         self._bytes = 0  # bytes before the text
         self._ended = False
 
     def items(self) -> Iterator[Any]:
-        if self._next_mark() != "[":
-            raise self._error("expected a JSON array, which starts with '['")
-        self._at += 1
-        if self._next_mark() == "]":
-            self._at += 1
-        else:
+        self._next_mark()
+        self._position += 1  # "[", as `_is_array` has seen
+        if self._next_mark() != "]":
             yield self._item()
             while (mark := self._next_mark()) == ",":
-                self._at += 1
+                self._position += 1
                 self._next_mark()
                 yield self._item()
-            if not mark:
-                raise self._error("the file breaks off before the array ends; get it again")
             if mark != "]":
-                raise self._error(f"expected ',' or ']' after an item, got {mark!r}")
-            self._at += 1
+                raise self._error(
+                    f"expected ',' or ']' after an item, got {mark!r}"
+                    if mark
+                    else "the file breaks off before the array ends; get it again"
+                )
+        self._position += 1
         if self._next_mark():
             raise self._error("text after the end of the array")
 
     def _next_mark(self) -> str:
         """The next character that is not blank; empty at the end of the file."""
         while True:
-            self._at = BLANK.match(self._text, self._at).end()  # type: ignore[union-attr]
-            if self._at < len(self._text):
-                return self._text[self._at]
-            if not self._more():
+            self._position = BLANK.match(self._text, self._position).end()  # type: ignore[union-attr]
+            if self._position < len(self._text):
+                return self._text[self._position]
+            if not self._read_more():
                 return ""
 
     def _item(self) -> Any:
         while True:
             try:
-                item, end = self._parse(self._text, self._at)
-                if SURROGATE.search(self._text, self._at, end):
-                    self._check_pairs(item)
+                item, end = self._parse(self._text, self._position)
             except json.JSONDecodeError as error:
-                self._read_on_or_refuse(error)
-            except ValueError as error:  # Python reads no number of more than 4,300 digits
-                raise self._error("the item has a number of thousands of digits") from error
+                is_cut = error.msg.startswith("Unterminated string")
+                near_end = error.pos >= len(self._text) - LONGEST_TOKEN
+                if (is_cut or near_end) and self._read_more():
+                    continue
+                if is_cut or error.pos == len(self._text):
+                    problem = "the file breaks off in the middle of an item; get it again"
+                    raise self._error(problem) from error
+                self._position = error.pos
+                raise self._error(f"not JSON ({error.msg})") from error
             except RecursionError as error:
                 raise self._error("not JSON that can be read (nested too deeply)") from error
-            else:
-                self._at = end
-                return item
+            except ValueError as error:  # Python reads no number of more than 4,300 digits
+                raise self._error("the item has a number of thousands of digits") from error
+            if SURROGATE.search(self._text, self._position, end):
+                self._check_pairs(item)
+            self._position = end
+            return item
 
     def _check_pairs(self, item: Any) -> None:
+        """Refuse half a surrogate pair, which Python's parser accepts and UTF-8 does not have."""
         try:
             json.dumps(item, ensure_ascii=False).encode()
         except UnicodeEncodeError as error:
             half = error.object[error.start].encode("unicode_escape").decode()
             raise self._error(f"the item has half a surrogate pair ({half})") from error
 
-    def _read_on_or_refuse(self, error: json.JSONDecodeError) -> None:
-        unterminated = error.msg.startswith(CUT_STRING)
-        if not unterminated and error.pos < len(self._text) - LONGEST_TOKEN:
-            wrong = True
-        elif self._more():
-            return
-        else:
-            wrong = not unterminated and error.pos < len(self._text)
-        if wrong:
-            self._at = error.pos
-            raise self._error(f"not JSON ({error.msg})") from error
-        raise self._error("the file breaks off in the middle of an item; get it again") from error
-
-    def _more(self) -> bool:
-        """Read on and forget what is parsed; False at the end of the file."""
+    def _read_more(self) -> bool:
+        """Drop the parsed text and read more; False at the end of the file."""
         if self._ended:
             return False
-        parsed, self._text = self._text[: self._at], self._text[self._at :]
-        self._at = 0
+        parsed, self._text = self._text[: self._position], self._text[self._position :]
+        self._position = 0
         if len(self._text) > LONGEST_LINE:
             raise self._error(f"an item is longer than {LONGEST_LINE >> 20} MiB")
         self._lines += parsed.count("\n")
         self._bytes += len(parsed.encode())
-        # a long item is read in ever larger steps, because it is parsed anew after each
+        # a long item is parsed again after each step, so the steps grow
         raw = self._file.read(max(BYTES_AT_A_TIME, len(self._text)))
         try:
             self._text += self._decode.decode(raw, final=not raw)
         except UnicodeDecodeError as error:
             self._text += error.object[: error.start].decode()
-            self._at = len(self._text)
+            self._position = len(self._text)
             raise self._error(f"not UTF-8 text ({error.reason})") from error
         self._ended = not raw
         return True
 
     def _error(self, problem: str) -> DataError:
-        before = self._text[: self._at]
+        before = self._text[: self._position]
         line = self._lines + before.count("\n") + 1
         byte = self._bytes + len(before.encode())
         return DataError(f"{self._path}:{line}: {problem} (at byte {byte:,})")

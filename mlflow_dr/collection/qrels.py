@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from mlflow_dr.collection.corpus import Corpus
-from mlflow_dr.collection.jsonl import check_id
+from mlflow_dr.collection.jsonl import checked_id
 from mlflow_dr.collection.records import Qrels, Query, Topics
 from mlflow_dr.errors import DataError, quoted
 from mlflow_dr.files import decoded, read_lines
@@ -58,8 +58,8 @@ def read_qrels(path: Path) -> dict[str, dict[str, int]]:
             if number == 1 and not any(map(str.isdigit, relevance_text)):
                 continue  # a header of other names
             raise DataError(f"{where}: relevance {quoted(relevance_text[:50])} is not {EXPECTED}")
-        judged = qrels.setdefault(check_id(query_id, where), {})
-        if judged.setdefault(check_id(passage_id, where), relevance) != relevance:
+        judged = qrels.setdefault(checked_id(query_id, where), {})
+        if judged.setdefault(checked_id(passage_id, where), relevance) != relevance:
             raise DataError(
                 f"{where}: query {quoted(query_id)} and passage {quoted(passage_id)} have "
                 f"relevance {relevance} here and {judged[passage_id]} on an earlier line"

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import NamedTuple
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import NamedTuple, TypeVar
 
 import numpy as np
 
+from mlflow_dr.errors import DataError, quoted
 from mlflow_dr.files import digest_of
 
 Qrels = Mapping[str, Mapping[str, int]]
@@ -69,3 +70,26 @@ class Topics(NamedTuple):
             for query in self.queries
         )
         return digest_of(*lines)
+
+
+R = TypeVar("R", Passage, Query)
+
+
+def unique(kind: str, read: Callable[[], Iterable[tuple[str, R]]]) -> Iterator[R]:
+    """All records of a source, after a check that no id is used twice.
+
+    Args:
+        kind: what the records are, for messages.
+        read: yields the records with their locations; called again to find the first of two.
+
+    Raises:
+        DataError: an id is used twice, with both locations.
+    """
+    ids: set[str] = set()
+    for location, record in read():
+        if record.id in ids:
+            first = next(earlier for earlier, other in read() if other.id == record.id)
+            also = f"; its first use is at {first}" if first != location else ""
+            raise DataError(f"{location}: {kind} id {quoted(record.id)} is used twice{also}")
+        ids.add(record.id)
+        yield record

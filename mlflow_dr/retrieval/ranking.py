@@ -15,7 +15,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from mlflow_dr.collection.corpus import Corpus
-from mlflow_dr.collection.jsonl import check_id
+from mlflow_dr.collection.jsonl import checked_id
 from mlflow_dr.collection.records import Query
 from mlflow_dr.errors import DataError, quoted
 from mlflow_dr.files import atomic_write, decoded, read_lines
@@ -194,7 +194,7 @@ def _read(path: Path, k: int, wanted: set[str]) -> dict[str, list[str]]:
             continue
         found = kept.setdefault(query_id, {})
         if not passage_id or "\0" in passage_id:
-            check_id(passage_id, f"{path}:{number}")
+            checked_id(passage_id, f"{path}:{number}")
         found[passage_id] = max(score, found.get(passage_id, -math.inf))
         if len(found) > KEPT_MEANWHILE * k:
             kept[query_id] = dict(_best(found, k))

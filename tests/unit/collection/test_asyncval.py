@@ -16,7 +16,6 @@ from transformers.models.bert.tokenization_bert_legacy import BertTokenizerLegac
 
 from mlflow_dr.collection.asyncval import (
     AsyncvalFiles,
-    asyncval_files,
     asyncval_name,
     given_collection,
 )
@@ -159,19 +158,31 @@ def test_a_corpus_is_read_once_and_again_when_a_file_has_changed(
 GOOD = '{"text_id": "a", "text": "1"}\n'
 MALFORMED = [
     pytest.param("{not json", "not JSON", id="not JSON"),
-    pytest.param('["a"]', "expected a JSON object, got list", id="no object"),
+    pytest.param('["a"]', "expected 'object', got 'array'", id="no object"),
     pytest.param('{"_id": "b", "text": "t"}', "no 'text_id'; it has _id, text", id="no id"),
-    pytest.param('{"text_id": "", "text": "t"}', "no 'text_id'", id="empty id"),
-    pytest.param('{"text_id": 1.5, "text": "t"}', "got 1.5", id="fraction as id"),
-    pytest.param('{"text_id": "b"}', "text: neither a string nor", id="no text"),
-    pytest.param('{"text_id": "b", "text": null}', "got None", id="null text"),
-    pytest.param('{"text_id": "b", "text": ["t"]}', "neither a string nor", id="words"),
-    pytest.param('{"text_id": "b", "text": [1, -1]}', "neither a string nor", id="below 0"),
-    pytest.param('{"text_id": "b", "text": [true]}', "neither a string nor", id="booleans"),
-    pytest.param('{"text_id": "b", "text": [1.0]}', "neither a string nor", id="fractions"),
-    pytest.param('{"text_id": "b", "text": [2147483648]}', "neither a string", id="too large"),
+    pytest.param('{"text_id": "", "text": "t"}', "an id is empty", id="empty id"),
+    pytest.param(
+        '{"text_id": 1.5, "text": "t"}',
+        "text_id: expected 'int | str', got 'float'",
+        id="fraction as id",
+    ),
+    pytest.param('{"text_id": "b"}', "no 'text'; it has text_id", id="no text"),
+    pytest.param('{"text_id": "b", "text": null}', "text: expected .* got 'null'", id="null text"),
+    pytest.param(
+        '{"text_id": "b", "text": ["t"]}', r"text\[0\]: expected 'int', got 'str'", id="words"
+    ),
+    pytest.param(
+        '{"text_id": "b", "text": [1, -1]}', r"text\[1\]: expected 'int' >= 0", id="below 0"
+    ),
+    pytest.param(
+        '{"text_id": "b", "text": [true]}', r"text\[0\]: expected 'int', got 'bool'", id="booleans"
+    ),
+    pytest.param('{"text_id": "b", "text": [1.0]}', "expected 'int', got 'float'", id="fractions"),
+    pytest.param(
+        '{"text_id": "b", "text": [2147483648]}', "expected 'int' <= 2147483647", id="too large"
+    ),
     pytest.param('{"text_id": "b", "text": [1]}', "is token ids, those before it", id="mixed"),
-    pytest.param('{"text_id": "a", "text": "2"}', "id 'a' was used at .*:1 already", id="twice"),
+    pytest.param('{"text_id": "a", "text": "2"}', "id 'a' is used twice; .*:1$", id="twice"),
 ]
 
 
@@ -189,7 +200,7 @@ def test_a_malformed_line_is_named(room: Path, line: str, message: str) -> None:
 
 def test_an_id_that_another_file_has_used_names_both(room: Path) -> None:
     lines(room / "corpus/split01.jsonl", [{"text_id": "p1", "text": "again"}])
-    with pytest.raises(DataError, match=r"split01\.jsonl:1: passage id 'p1' .*split00\.json:1 alr"):
+    with pytest.raises(DataError, match=r"split01\.jsonl:1: passage id 'p1' .*split00\.json:1$"):
         opened(room).corpus()
 
 
@@ -302,12 +313,12 @@ def test_a_name_that_is_typed(room: Path, monkeypatch: pytest.MonkeyPatch) -> No
 )
 def test_a_name_of_another_form(name: str) -> None:
     with pytest.raises(UsageError, match=r"expected asyncval:CANDIDATES\?queries=FILE&qrels=FILE"):
-        asyncval_files(name)
+        open_collection(name)
 
 
 def test_a_name_without_judgements() -> None:
     with pytest.raises(UsageError, match="1 query files and 0 files of judgements"):
-        asyncval_files("asyncval:c?queries=a")
+        open_collection("asyncval:c?queries=a")
 
 
 def test_what_a_user_gives(room: Path) -> None:
@@ -431,7 +442,7 @@ def test_fault_5_stray_files_are_passed_over(room: Path, caplog: pytest.LogCaptu
     (room / "corpus/older.json").mkdir()
     with caplog.at_level(logging.INFO):
         assert opened(room).corpus().digest == digest
-    assert "corpus: passed over: 3 other files (such as README.md)" in caplog.text
+    assert "corpus: skipped 3 other files (such as README.md)" in caplog.text
 
 
 def test_half_of_the_passages_is_no_corpus(room: Path) -> None:

@@ -7,7 +7,13 @@ import pytest
 
 from mlflow_dr.collection import catalogue
 from mlflow_dr.collection.beir import BeirFolder
-from mlflow_dr.collection.catalogue import ENTRIES, PATTERNS, Entry, open_collection, open_examples
+from mlflow_dr.collection.catalogue import (
+    ENTRIES,
+    Entry,
+    all_formats,
+    open_collection,
+    open_examples,
+)
 from mlflow_dr.collection.hub import HubCollection
 from mlflow_dr.collection.irds import IrDataset
 from mlflow_dr.errors import UsageError
@@ -99,4 +105,4 @@ def test_examples_are_those_of_whatever_a_name_opens(
 def test_every_entry_says_what_it_is() -> None:
     assert all(entry.sizes and entry.source for entry in ENTRIES)
     assert len({entry.name for entry in ENTRIES}) == len(ENTRIES)
-    assert all(all(pattern) for pattern in PATTERNS)
+    assert all(form.pattern and form.description for form in all_formats())

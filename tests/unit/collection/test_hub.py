@@ -338,13 +338,16 @@ def test_a_missing_column_of_the_corpus_is_an_error_that_names_the_columns(hub: 
     ("row", "expected"),
     [
         ({"query": "one"}, r"train.jsonl.gz:1: a record with the fields query; .*DPR \("),
-        (dict(TRAIN[0], query=1), r"gz:1: 'query' is not a string; got 1"),
-        (dict(TRAIN[0], positive_passages="p"), "gz:1: 'positive_passages' is not a list; got str"),
-        (dict(TRAIN[0], positive_passages=["p"]), r"positive_passages\[0\]: expected docid"),
+        (dict(TRAIN[0], query=1), r"gz:1: query: expected 'str \| null', got 'int'"),
+        (dict(TRAIN[0], positive_passages="p"), "gz:1: positive_passages: expected .* got 'str'"),
+        (
+            dict(TRAIN[0], positive_passages=["p"]),
+            r"positive_passages\[0\]: expected 'object', got 'str'",
+        ),
         (dict(TRAIN[0], negative_passages=[{"docid": "n"}]), r"negative_passages\[0\]: no 'text'"),
         (
             dict(TRAIN[0], negative_passages=[dict(PASSAGES[0], text=2.5)]),
-            r"negative_passages\[0\]: no 'text', or not a string; got 2.5",
+            r"negative_passages\[0\]\.text: expected 'str', got 'float'",
         ),
     ],
 )
@@ -360,7 +363,7 @@ def test_an_example_passage_without_text_is_an_error(hub: HubCache) -> None:
     negatives = [PASSAGES[0], dict(PASSAGES[1], text=None)]
     hub.put(EXAMPLES, "train.jsonl.gz", [dict(TRAIN[0], negative_passages=negatives)])
     with pytest.raises(
-        DataError, match=r"negative_passages\[1\]: no .text., .* got None; if a file is"
+        DataError, match=r"negative_passages\[1\]\.text: expected 'str', got 'null'; if a file is"
     ):
         msmarco_passage().examples()
 

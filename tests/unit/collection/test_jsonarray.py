@@ -23,7 +23,7 @@ ITEMS: list[dict[str, Any]] = [
 
 
 def items(path: Path) -> list[Any]:
-    return [record for _, record in read_records(path)]
+    return [record for _, record in read_records(path, dict)]
 
 
 @pytest.fixture(params=[1, 2, 3, 7, 64, 1 << 22])
@@ -46,7 +46,7 @@ def test_an_array_is_what_json_reads(
 def test_places_are_indexes_and_packed_files_are_unpacked(tmp_path: Path, steps: int) -> None:
     path = tmp_path / "a.json.gz"
     path.write_bytes(gzip.compress(json.dumps(ITEMS).encode("utf-8-sig")))
-    places = [(where, record) for where, record in read_records(path)]
+    places = [(where, record) for where, record in read_records(path, dict)]
     assert places == [(f"{path}[{index}]", item) for index, item in enumerate(ITEMS)]
 
 
@@ -72,7 +72,7 @@ def test_an_empty_array_has_no_items(tmp_path: Path, steps: int) -> None:
         ('[{"a": 1}]\n[{"b": 2}]', r"a\.json:2: text after the end of the array"),
         ('[{"a": "\\ud83d\\ude00"},\n{"b": "a \\uD83D b"}]', r"a\.json:2: .*pair \(\\ud83d\)"),
         ('[{"a": 1},\n{"\\udc00": [12345678901234567890]}]', r"a\.json:2: .*pair \(\\udc00\)"),
-        ('[{"a": 1}, 5]', r"a\.json\[1\]: expected a JSON object, got int"),
+        ('[{"a": 1}, 5]', r"a\.json\[1\]: expected 'object', got 'int'"),
     ],
 )
 def test_what_is_no_array_is_an_error_with_its_line(
@@ -97,7 +97,7 @@ def test_the_items_before_an_error_are_read(tmp_path: Path, steps: int) -> None:
     path.write_text('[{"a": 1}, {"a": 2}, {"a": ')
     found = []
     with pytest.raises(DataError, match="breaks off"):
-        for _, record in read_records(path):
+        for _, record in read_records(path, dict):
             found.append(record)
     assert found == [{"a": 1}, {"a": 2}]
 
@@ -123,7 +123,7 @@ def test_memory_holds_an_item_and_not_the_file(tmp_path: Path) -> None:
     with path.open("w") as file:
         file.write("[" + ",".join([item] * 4000) + "]")
     tracemalloc.start()
-    assert sum(1 for _ in read_records(path)) == 4000
+    assert sum(1 for _ in read_records(path, dict)) == 4000
     _, peak = tracemalloc.get_traced_memory()
     tracemalloc.stop()
     assert peak < path.stat().st_size  # 40 MB

@@ -57,7 +57,7 @@ def test_questions_with_one_id(tmp_path: Path) -> None:
 
 def test_no_such_file(tmp_path: Path) -> None:
     for name in ("pool:", f"pool:{tmp_path}/none.json"):
-        with pytest.raises(UsageError, match="no such file; expected pool:FILE"):
+        with pytest.raises(UsageError, match="expected pool:FILE"):
             open_collection(name)
     with pytest.raises(DataError):
         open_collection(written(tmp_path, [])).topics("dev")

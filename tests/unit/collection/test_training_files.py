@@ -169,34 +169,37 @@ def test_unusable_records_are_counted_in_one_warning(
     ("row", "message"),
     [
         (b"{not json\n", r":2: not JSON"),
-        (b'["q"]\n', r":2: expected a JSON object, got list"),
-        (b'{"query": "\xe9"}\n', r":2: not JSON .*UTF-8"),
-        ({"query_id": "q"}, r":2: no 'positive_passages', which the records before it have"),
-        (dict(TEVATRON, query_id=1.5), r":2: no 'query_id', or not a string; got 1.5"),
-        (dict(TEVATRON, query=["q"]), r":2: 'query' is not a string"),
-        (dict(TEVATRON, answers=[1]), r":2: 'answers' holds 1, expected strings"),
-        (dict(TEVATRON, answers={"a": 1}), r":2: 'answers' is not a list; got dict"),
-        (dict(TEVATRON, positive_passages={}), r":2: 'positive_passages' is not a list; got dict"),
-        (dict(TEVATRON, negative_passages=["p"]), r":2: negative_passages\[0\]: expected docid"),
+        (b'["q"]\n', r":2: expected 'object', got 'array'"),
+        (b'{"query": "\xe9"}\n', r":2: not JSON .*utf-8"),
+        ({"query_id": "q"}, r":2: no 'positive_passages'; it has query_id"),
+        (dict(TEVATRON, query_id=1.5), r":2: query_id: expected 'int \| str \| null', got 'float'"),
+        (dict(TEVATRON, query=["q"]), r":2: query: expected 'str \| null', got 'array'"),
+        (dict(TEVATRON, answers=[1]), r":2: answers\[0\]: expected 'str', got 'int'"),
+        (dict(TEVATRON, answers={"a": 1}), r":2: answers: expected .* got 'object'"),
+        (dict(TEVATRON, positive_passages={}), r":2: positive_passages: expected .* got 'object'"),
+        (
+            dict(TEVATRON, negative_passages=["p"]),
+            r":2: negative_passages\[0\]: expected 'object', got 'str'",
+        ),
         (
             dict(TEVATRON, negative_passages=[TUG, {"docid": "p"}]),
-            r":2: negative_passages\[1\]: no 'text', or not a string; got None",
+            r":2: negative_passages\[1\]: no 'text'",
         ),
         (
             dict(TEVATRON, positive_passages=[dict(LINER, title=1)]),
-            r":2: positive_passages\[0\]: 'title' is not a string; got 1",
+            r":2: positive_passages\[0\]\.title: expected 'str \| null', got 'int'",
         ),
         (
             dict(TEVATRON, positive_passages=[dict(LINER, docid=["p"])]),
-            r":2: positive_passages\[0\]: no 'docid', or not a string",
+            r":2: positive_passages\[0\]\.docid: expected .* got 'array'",
         ),
         (
             dict(TEVATRON, positive_passages=[dict(LINER, score="high")]),
-            r":2: positive_passages\[0\]: 'score' is not a finite number; got 'high'",
+            r":2: positive_passages\[0\]\.score: expected 'float \| null', got 'str'",
         ),
         (
             dict(TEVATRON, positive_passages=[dict(LINER, score=True)]),
-            r":2: positive_passages\[0\]: 'score' is not a finite number; got True",
+            r":2: positive_passages\[0\]\.score: expected 'float \| null', got 'bool'",
         ),
     ],
 )
@@ -210,13 +213,16 @@ def test_a_malformed_tevatron_row_is_named_by_its_line(
 
 def test_an_infinite_score_is_an_error(write: Callable[..., Path]) -> None:
     scored = dict(TEVATRON, positive_passages=[dict(LINER, score=float("inf"))])
-    with pytest.raises(DataError, match=r"\[1\]: .*'score' is not a finite number; got inf"):
+    with pytest.raises(DataError, match=r"\[1\]: .*score: expected 'float' <= 3\.4e\+38"):
         open_examples(write("a.array.json", TEVATRON, scored))
 
 
 def test_a_malformed_row_of_parquet_is_named_by_its_index(write: Callable[..., Path]) -> None:
     path = write("a.parquet", TEVATRON, dict(TEVATRON, negative_passages=[dict(TUG, text=None)]))
-    with pytest.raises(DataError, match=r"a\.parquet\[1\]: negative_passages\[0\]: no 'text'"):
+    with pytest.raises(
+        DataError,
+        match=r"a\.parquet\[1\]: negative_passages\[0\]\.text: expected 'str', got 'null'",
+    ):
         open_examples(path)
 
 
@@ -270,7 +276,9 @@ def test_ids_without_a_corpus_are_an_error_that_says_where_it_belongs(
 def test_two_tables_of_passages_beside_are_an_error(write: Callable[..., Path]) -> None:
     write("psgs_a.tsv", b"")
     write("psgs_b.tsv", b"")
-    with pytest.raises(DataError, match=r"which of psgs_a\.tsv, psgs_b\.tsv has the passages"):
+    with pytest.raises(
+        DataError, match=r"several tables of passages, psgs_a\.tsv, psgs_b\.tsv; leave only"
+    ):
         open_examples(write("mined.jsonl", BY_ID))
 
 
@@ -285,10 +293,16 @@ def test_scores_by_id_go_with_their_passages(write: Callable[..., Path], ships: 
 @pytest.mark.parametrize(
     ("row", "message"),
     [
-        (dict(BY_ID, positive_scores=[1, 2]), "2 positive_scores for 1 passages; there must be"),
-        (dict(BY_ID, negative_scores=["a", 1]), "'negative_scores' is not a finite number; got"),
-        (dict(BY_ID, positive_document_ids="p1"), "'positive_document_ids' is not a list; got str"),
-        (dict(BY_ID, negative_document_ids=["p1", None]), r"negative_document_ids\[1\]: no "),
+        (dict(BY_ID, positive_scores=[1, 2]), "2 positive_scores for 1 passages; give one"),
+        (
+            dict(BY_ID, negative_scores=["a", 1]),
+            r"negative_scores\[0\]: expected 'float \| null', got 'str'",
+        ),
+        (dict(BY_ID, positive_document_ids="p1"), "positive_document_ids: expected .* got 'str'"),
+        (
+            dict(BY_ID, negative_document_ids=["p1", None]),
+            r"negative_document_ids\[1\]: expected 'int \| str', got 'null'",
+        ),
     ],
 )
 def test_a_malformed_row_by_id_is_named_by_its_line(
@@ -303,7 +317,7 @@ def test_a_malformed_row_by_id_is_named_by_its_line(
     [
         (b"p1\tone column less\n", r":2: 2 columns, the first of them 'p1'; expected id, text, t"),
         (b"\ttext\ttitle\n", r":2: 3 columns, the first of them ''"),
-        (b"p1\ta\tb\np1\tc\td\n", r":3: passage id 'p1' was used on line 2 already"),
+        (b"p1\ta\tb\np1\tc\td\n", r":3: passage id 'p1' is used twice; .*psgs\.tsv:2$"),
         (b"p1\t\xe9\tb\n", r":\d: cannot be read \(invalid"),
         (b"", "the corpus has no passages"),
     ],
@@ -376,7 +390,7 @@ def test_an_id_that_judgements_cannot_name(write: Callable[..., Path], character
 def test_a_passage_that_never_ends(
     write: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("mlflow_dr.collection.training_files.LONGEST_LINE", 1000)
+    monkeypatch.setattr("mlflow_dr.collection.dpr.LONGEST_LINE", 1000)
     path = write("psgs.tsv", b'1\t"' + b"x" * 80 + b"\n" * 2000)
     with pytest.raises(DataError, match=r"psgs\.tsv:1: cannot be read \(field larger"):
         corpus_of_file(path)
@@ -429,7 +443,7 @@ def test_a_download_that_was_not_finished_is_named(
     (folder / "train-1.jsonl.tmp").touch()  # of one that is finished
     assert len(open_examples(folder)) == 1
     (warning,) = caplog.messages
-    assert "train-2.jsonl.part: passed over, as a download that was not finished" in warning
+    assert "train-2.jsonl.part: skipped, because it is an unfinished download" in warning
 
 
 def test_a_truncated_packed_table_of_passages(write: Callable[..., Path]) -> None:
@@ -467,13 +481,19 @@ def test_the_same_fields_may_hold_text(write: Callable[..., Path]) -> None:
 @pytest.mark.parametrize(
     ("row", "message"),
     [
-        (dict(TOKENISED, query=[1.5]), r"query: neither a string nor a list of token ids; got \[1"),
-        (dict(TOKENISED, positives=[[1, -1]]), r"positives\[0\]: neither a string nor a list"),
-        (dict(TOKENISED, negatives=[[1], [True]]), r"negatives\[1\]: neither a string nor a list"),
-        (dict(TOKENISED, negatives=[[1], 5]), r"negatives\[1\]: neither a string nor .* got 5"),
-        (dict(TOKENISED, positives=[1, 2]), r"positives\[0\]: neither a string nor .* got 1"),
-        (dict(TOKENISED, query="text"), r"the query is text, its passages are token ids"),
-        (dict(TOKENISED, positives=["text"]), r"the query is token ids, its passages are text"),
+        (dict(TOKENISED, query=[1.5]), r"query\[0\]: expected 'int', got 'float'"),
+        (dict(TOKENISED, positives=[[1, -1]]), r"positives\[0\]\[1\]: expected 'int' >= 0"),
+        (
+            dict(TOKENISED, negatives=[[1], [True]]),
+            r"negatives\[1\]\[0\]: expected 'int', got 'bool'",
+        ),
+        (
+            dict(TOKENISED, negatives=[[1], 5]),
+            r"negatives\[1\]: expected 'str \| array', got 'int'",
+        ),
+        (dict(TOKENISED, positives=[1, 2]), r"positives\[0\]: expected 'str \| array', got 'int'"),
+        (dict(TOKENISED, query="text"), r"the query is text and its passages are token ids"),
+        (dict(TOKENISED, positives=["text"]), r"the query is token ids and its passages are text"),
         (dict(TOKENISED, negatives=["text"]), r"a passage of text among passages of token ids"),
         (
             {"query": "q", "positives": ["text"], "negatives": []},
@@ -507,10 +527,13 @@ def test_dprs_questions_with_their_hard_negatives(write: Callable[..., Path], na
 @pytest.mark.parametrize(
     ("row", "message"),
     [
-        (dict(DPR, question=5), r"'question' is not a string; got 5"),
+        (dict(DPR, question=5), r"question: expected 'str \| null', got 'int'"),
         (dict(DPR, positive_ctxs=[{"title": "t"}]), r"positive_ctxs\[0\]: no 'text'"),
-        (dict(DPR, hard_negative_ctxs=[5]), r"hard_negative_ctxs\[0\]: expected title, text and"),
-        ({"question": "q"}, r"no 'positive_ctxs', which the records before it have"),
+        (
+            dict(DPR, hard_negative_ctxs=[5]),
+            r"hard_negative_ctxs\[0\]: expected 'object', got 'int'",
+        ),
+        ({"question": "q"}, r"no 'positive_ctxs'; it has question"),
     ],
 )
 def test_a_malformed_question_is_named_by_its_index(
@@ -628,7 +651,9 @@ def test_a_folder_without_training_files_says_what_it_has(
 def test_a_file_in_another_layout_in_a_folder_is_named(write: Callable[..., Path]) -> None:
     write("a/0.jsonl", TEVATRON)
     path = write("a/1.jsonl", DPR)
-    with pytest.raises(DataError, match=r"1\.jsonl:1: no 'positive_passages', which the records"):
+    with pytest.raises(
+        DataError, match=r"1\.jsonl:1: no 'positive_passages'; it has dataset, question"
+    ):
         open_examples(path.parent)
 
 
@@ -650,7 +675,7 @@ def test_an_unchanged_file_is_read_once(
     path = write("a.jsonl", TEVATRON)
     first = open_examples(path)
     monkeypatch.setattr(
-        "mlflow_dr.collection.training_files.raw_examples",
+        "mlflow_dr.collection.training_files.read_examples",
         lambda *_: (pytest.fail("read") for _ in range(1)),
     )
     assert open_examples(path).digest == first.digest
