@@ -78,10 +78,9 @@ class DprRecordWithOthers(DprRecord):
 
 
 def _passages(passages: list[DprPassage] | None, field: str, location: str) -> list[Passage]:
+    location = f"{location}: {field}"
     return [
-        Passage(
-            first_id((p.passage_id, p.psg_id, p.id), f"{location}: {field}"), p.title or "", p.text
-        )
+        Passage(first_id((p.passage_id, p.psg_id, p.id), location), p.title or "", p.text)
         for p in passages or ()
     ]
 

@@ -121,8 +121,10 @@ def checked_id(value: Id, location: str) -> str:
 
 def first_id(values: Sequence[Id | None], location: str) -> str:
     """The first id that is given, checked; empty where none is."""
-    value = next((value for value in values if value not in (None, "")), None)
-    return "" if value is None else checked_id(value, location)
+    for value in values:
+        if value is not None and value != "":
+            return checked_id(value, location)
+    return ""
 
 
 def answers_of(value: list[str] | str | None) -> tuple[str, ...]:
