@@ -28,6 +28,7 @@ from benchmarks.machine import machine
 from benchmarks.server import Server
 from mlflow_dr.background import BackgroundTask
 from mlflow_dr.collection.catalogue import open_collection
+from mlflow_dr.retrieval.measures import parse_measures
 from mlflow_dr.tracking import fetching
 from mlflow_dr.tracking.checkpoints import publish, run_checkpoints
 from mlflow_dr.tracking.claims import Claims
@@ -41,6 +42,7 @@ from mlflow_dr.validation.evaluate import Report
 from mlflow_dr.validation.validator import run_validator
 
 COLLECTION = Path(__file__).parents[1] / "examples" / "sea"
+(MEASURE,) = parse_measures("mrr@10")
 VALIDATION = {"measures": "mrr@10", "device": "cpu", "dtype": "fp32"}
 LOOKS = 20
 SLOW = 3.0
@@ -63,9 +65,9 @@ def waiting(seconds: float) -> Callable[..., list[Report]]:
 
     def evaluate_all(encoder: object, asked: Sequence[Any], quiet: bool = False) -> list[Report]:
         time.sleep(seconds)
-        per_query = {f"q{place}": {"mrr@10": 0.5} for place in range(24)}
+        per_query = {f"q{number}": {MEASURE: 0.5} for number in range(24)}
         return [
-            Report({"mrr@10": 0.5}, per_query, {}, max(seconds, 0.001), 24, "fp32") for _ in asked
+            Report({MEASURE: 0.5}, per_query, {}, max(seconds, 0.001), 24, "fp32") for _ in asked
         ]
 
     return evaluate_all
@@ -149,7 +151,7 @@ class Traffic:
 
 
 def share_of_traffic(
-    client: MlflowClient, directory: Path, count: int, validators: int
+    client: MlflowClient, directory: Path, count: int, validators: int, seconds: float
 ) -> tuple[float, float, int]:
     """The share of the validators' time that traffic holds them up, and that is not evaluation.
 
@@ -184,7 +186,7 @@ def share_of_traffic(
     busy = max(seconds for seconds, _, _ in results) * validators
     held_up = sum(seconds for _, _, seconds in results)
     assert len(run_checkpoints(run)) == count
-    return held_up / busy, 1 - evaluated / busy, evaluated - count
+    return held_up / busy, 1 - evaluated * seconds / busy, evaluated - count
 
 
 def covers_evenly(
@@ -229,7 +231,8 @@ def steps_done(client: MlflowClient, run: TrackedRun) -> list[int]:
 @click.option("--checkpoints", default=1000, show_default=True)
 @click.option("--validators", default=8, show_default=True)
 @click.option("--poll-seconds", default=2.0, show_default=True)
-def main(checkpoints: int, validators: int, poll_seconds: float) -> None:
+@click.option("--seconds", default=1.0, show_default=True, help="What an evaluation takes.")
+def main(checkpoints: int, validators: int, poll_seconds: float, seconds: float) -> None:
     """Cost of a look, time until a checkpoint is begun, and the share of the traffic."""
     print(machine())
     with (
@@ -245,13 +248,15 @@ def main(checkpoints: int, validators: int, poll_seconds: float) -> None:
             requests, milliseconds = cost_of_a_look(client, directory, count)
             print(f"a look, {count:5} checkpoints done: {requests} requests, {milliseconds:.1f} ms")
         with mock.patch.object(worker, "evaluate_all", waiting(0.0)):
-            seconds = begun_after(client, directory, poll_seconds, count=10)
-        print(f"READY to claimed, polling every {poll_seconds} s: at most {seconds:.2f} s")
-        with mock.patch.object(worker, "evaluate_all", waiting(1.0)):
-            held_up, other, twice = share_of_traffic(client, directory, checkpoints, validators)
+            longest = begun_after(client, directory, poll_seconds, count=10)
+        print(f"READY to claimed, polling every {poll_seconds} s: at most {longest:.2f} s")
+        with mock.patch.object(worker, "evaluate_all", waiting(seconds)):
+            held_up, other, twice = share_of_traffic(
+                client, directory, checkpoints, validators, seconds
+            )
         print(
-            f"{validators} validators, {checkpoints} checkpoints of one second: held up by traffic "
-            f"{100 * held_up:.1f} % of the time, not evaluating {100 * other:.1f} %; {twice} done "
+            f"{validators} validators, {checkpoints} checkpoints of {seconds} s: held up by "
+            f"traffic {100 * held_up:.1f} % of the time, not evaluating {100 * other:.1f} %; {twice} done "
             "twice"
         )
         with mock.patch.object(worker, "evaluate_all", waiting(SLOW)):

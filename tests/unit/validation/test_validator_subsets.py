@@ -129,7 +129,7 @@ def test_tops_that_are_kept_need_no_files(
     for step in (0, 10):
         publishing(step)
     assert validated(run, "encoder:step-0@1").done == 2
-    delete_files(client, run_checkpoints(run)[0], why=lambda _: "")
+    delete_files(client, run_checkpoints(run)[0])
     publishing(20)
     assert validated(run, "encoder:step-0@1").done == 1
 
