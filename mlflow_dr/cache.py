@@ -1,9 +1,9 @@
-"""The user's cache: entries that are made once, and made again where they are damaged.
+"""The user's cache: entries that are made once, and made again if they are damaged.
 
-An entry is a directory. Its file `checksums` is written last and has the entry's own name and, for
-each other file, the size, the checksum and the name. A process compares them when it first opens an
-entry; after that it only looks whether the files were touched since. So a file that was cut off,
-changed, removed, added or exchanged for one of another entry is never read.
+An entry is a directory. Its file `checksums` is written last. It has the entry's name and the size,
+checksum and name of each other file. A process compares them when it first opens an entry, and
+later only checks whether the files were changed since. So a file that was cut off, changed,
+removed, added or taken from another entry is never read.
 """
 
 from __future__ import annotations
@@ -19,44 +19,44 @@ from mlflow_dr.errors import DataError
 from mlflow_dr.files import build_once, cache_dir, digest_of
 
 LAYOUT = 2
-"""Raise it when entries are kept in another way: those of the old way are then not found."""
+"""To be increased when the layout of entries changes, so that older entries are not found."""
 
 CHECKSUMS = "checksums"
 BYTES_AT_A_TIME = 1 << 20
 
 State = tuple[tuple[str, int, int, int, int], ...]
 _sound: dict[Path, State] = {}
-"""The entries that this process has found sound, and the state of their files at that time."""
+"""The undamaged entries that this process has opened -> the state of their files at that time."""
 
 
 def cache_entry(kind: str, key: str, build: Callable[[Path], None]) -> Path:
-    """The directory of an entry, made now where the cache lacks it or has it damaged.
+    """The directory of an entry; it is made first if it is missing or damaged.
 
-    Processes may ask for one entry at the same time: one makes it, the others wait. A damaged entry
-    stays in its place until the new one is complete. Processes that have mapped its files keep
+    If several processes ask for an entry at the same time, one makes it and the others wait. A
+    damaged entry stays until the new one is complete, and processes that have mapped its files keep
     them.
 
     Args:
         kind: the folder of the cache.
-        key: names everything that the entry depends on.
-        build: writes the files into a new directory, which it makes itself.
+        key: has everything that the entry depends on.
+        build: makes a directory at the path that it gets, and writes the files into it.
     """
-    place = _place(kind, key)
-    return build_once(place, lambda partial: _build(partial, place, build), _damage)
+    entry = _entry_path(kind, key)
+    return build_once(entry, lambda partial: _build(partial, entry, build), _damage)
 
 
 def sound_entry(kind: str, key: str) -> Path | None:
-    """The directory of an entry; None where the cache lacks it or has it damaged."""
-    place = _place(kind, key)
-    return None if not place.exists() or _damage(place) else place
+    """The directory of an entry; None if it is missing or damaged."""
+    entry = _entry_path(kind, key)
+    return None if not entry.exists() or _damage(entry) else entry
 
 
 @contextmanager
 def unchanged_cache() -> Iterator[None]:
-    """Refuse what is done within if a file that this process has mapped was written to.
+    """Fail if a file that this process has mapped is written to, before or in the block.
 
-    Only the states of the files are looked at, before and after. An entry that was removed or
-    replaced is no trouble: who has mapped it keeps the old files.
+    Only sizes and times are compared. An entry may be removed or replaced, because a process that
+    has mapped it keeps the old files.
 
     Raises:
         DataError: an entry was damaged after it was opened.
@@ -69,18 +69,18 @@ def unchanged_cache() -> Iterator[None]:
 
 
 def _check_opened() -> None:
-    for place, state in list(_sound.items()):
-        if not place.is_relative_to(cache_dir()) or not any(map(_is_written_to, state)):
+    for entry, state in list(_sound.items()):
+        if not entry.is_relative_to(cache_dir()) or not any(map(_is_written_to, state)):
             continue
-        if damage := _damage(place):
+        if damage := _damage(entry):
             raise DataError(
-                f"{place} in the cache was damaged while it was in use ({damage}); start again: it "
-                "is then made again"
+                f"{entry} in the cache was damaged while it was in use ({damage}); run the command "
+                "again, which makes the entry again"
             )
 
 
 def _is_written_to(before: tuple[str, int, int, int, int]) -> bool:
-    """Whether a file that is still in its place has another size or time of change."""
+    """Whether a file that still exists has another size or time of change."""
     path, inode, size, changed_ns, _ = before
     try:
         now = Path(path).stat()
@@ -90,7 +90,7 @@ def _is_written_to(before: tuple[str, int, int, int, int]) -> bool:
 
 
 def file_checksum(path: Path) -> str:
-    """XXH3 (128 bits) of a file's bytes, in hexadecimal: several GB/s; no cryptographic hash."""
+    """XXH3 (128 bits) of a file's bytes, in hexadecimal; it is fast and not cryptographic."""
     checksum = xxhash.xxh3_128()
     part = memoryview(bytearray(BYTES_AT_A_TIME))
     with path.open("rb", buffering=0) as file:
@@ -99,55 +99,55 @@ def file_checksum(path: Path) -> str:
     return checksum.hexdigest()
 
 
-def _place(kind: str, key: str) -> Path:
+def _entry_path(kind: str, key: str) -> Path:
     return cache_dir() / kind / digest_of(LAYOUT, kind, key)
 
 
-def _build(partial: Path, place: Path, build: Callable[[Path], None]) -> None:
+def _build(partial: Path, entry: Path, build: Callable[[Path], None]) -> None:
     build(partial)
-    lines = "\n".join(_lines(partial, place))
+    lines = "\n".join(_lines(partial, entry))
     (partial / CHECKSUMS).write_text(lines, encoding="utf-8")
-    _sound[place] = _state(partial, place)
+    _sound[entry] = _state(partial, entry)
 
 
-def _damage(place: Path) -> str:
-    """What is wrong with an entry; empty when it is sound."""
+def _damage(entry: Path) -> str:
+    """What is wrong with an entry; an empty string if nothing is."""
     try:
-        state = _state(place, place)
-        if _sound.get(place) == state:
+        state = _state(entry, entry)
+        if _sound.get(entry) == state:
             return ""
-        if not (place / CHECKSUMS).is_file():
+        if not (entry / CHECKSUMS).is_file():
             return "it has no checksums"
-        noted = (place / CHECKSUMS).read_bytes().decode(errors="replace").split("\n")
-        found = _lines(place, place)
+        noted = (entry / CHECKSUMS).read_bytes().decode(errors="replace").split("\n")
+        found = _lines(entry, entry)
     except OSError as error:
         return f"{Path(str(error.filename)).name} cannot be read: {error.strerror}"
     if noted != found:
-        # what `checksums` says may be anything, so what is there is named first
-        (first, *_) = [one for one in (*found, *noted) if (one in found) != (one in noted)] or found
-        return f"{first.split(' ')[-1][:40]!r} is not as it was written"
-    _sound[place] = state
+        # files that exist are named first, because `checksums` itself may be damaged
+        lines = [line for line in (*found, *noted) if (line in found) != (line in noted)] or found
+        return f"{lines[0].split(' ')[-1][:40]!r} is not as it was written"
+    _sound[entry] = state
     return ""
 
 
-def _lines(room: Path, place: Path) -> list[str]:
-    """What `checksums` says of the files that lie in `room` now."""
-    files = {path.relative_to(room).as_posix(): path for path in _files(room)}
+def _lines(folder: Path, entry: Path) -> list[str]:
+    """The lines of `checksums` for the files that are now in `folder`."""
+    files = {path.relative_to(folder).as_posix(): path for path in _files(folder)}
     files.pop(CHECKSUMS, None)
     sums = [f"{path.stat().st_size} {file_checksum(path)} {name}" for name, path in files.items()]
-    return [f"{place.parent.name}/{place.name}", *sums]
+    return [f"{entry.parent.name}/{entry.name}", *sums]
 
 
-def _state(room: Path, place: Path) -> State:
-    """What changes whenever somebody writes or replaces a file; `room` is moved to `place`."""
-    states = ((place / path.relative_to(room), path.stat()) for path in _files(room))
+def _state(folder: Path, entry: Path) -> State:
+    """Names, inodes, sizes and times of the files of `folder`, which is renamed to `entry`."""
+    states = ((entry / path.relative_to(folder), path.stat()) for path in _files(folder))
     return tuple(
         (str(path), state.st_ino, state.st_size, state.st_mtime_ns, state.st_ctime_ns)
         for path, state in states
     )
 
 
-def _files(room: Path) -> list[Path]:
-    """The files of an entry by name, without hidden ones: file systems and desktops leave those."""
-    paths = (Path(folder, name) for folder, _, names in os.walk(room) for name in names)
+def _files(directory: Path) -> list[Path]:
+    """The files of an entry by name, without hidden ones, which file systems and desktops add."""
+    paths = (Path(folder, name) for folder, _, names in os.walk(directory) for name in names)
     return sorted(path for path in paths if not path.name.startswith(".") and path.is_file())

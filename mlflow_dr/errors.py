@@ -1,21 +1,20 @@
 """Every error that mlflow_dr raises on purpose.
 
-The command line prints the message on one line and exits with `exit_code`: 2 for a command that
-was written wrongly, 1 for everything else. Each message says what was found, where (file:line, key
-or id) and what to do about it.
+The command line prints the message on one line and exits with `exit_code`: 2 for a wrong command,
+1 for everything else. Each message says what is wrong, where (file:line, key or id) and what to do.
 
     MlflowDrError
-    ├── UsageError           a name, flag or value that the command does not take
+    ├── UsageError           a name, flag or value that is not allowed
     │   └── DeviceError      a device or dtype that this machine does not have
     ├── DataError            a file of a collection that is missing, malformed or contradicts itself
     ├── TrainingError        training cannot go on: its loss is not a number
     ├── CheckpointError      a checkpoint that cannot be trusted or loaded
-    │   └── UnavailableError     ... that cannot be fetched or read here, perhaps for now
-    │       └── LostError            ... whose files are gone from a store that answers
-    ├── TrackingError        the tracking server, or a run on it, is not what was asked for
-    │   ├── RunGoneError     ... was deleted, or never was
-    │   ├── NoValuesError    ... has no values of single queries of a checkpoint
-    │   └── ForbiddenError   ... allows this user something less
+    │   └── UnavailableError     ... that cannot be fetched or read on this machine
+    │       └── LostError            ... because its files are gone from the store
+    ├── TrackingError        the tracking server cannot be reached, or a run cannot be used
+    │   ├── RunGoneError     ... because it was deleted or never existed
+    │   ├── NoValuesError    ... because it has no values of single queries of a checkpoint
+    │   └── ForbiddenError   ... because the server does not allow it to this user
     ├── MissingExtraError    an optional dependency is not installed
     └── ChildError           a trainer or validator started by `mlflow-dr run` ended with an error
 """
@@ -32,14 +31,14 @@ _quote.maxlevel, _quote.maxstring, _quote.maxother, _quote.maxlong = 2, 100, 100
 
 
 def one_line(error: BaseException) -> str:
-    """Kind and text of any error on one line, of some 300 characters at most, without secrets."""
+    """Class and text of any error on one line, without secrets, in about 300 characters."""
     return f"{type(error).__name__}: {one_line_of(str(error), 300)}".rstrip(": ")
 
 
-def did_you_mean(word: str, known: Iterable[str]) -> str:
-    """The known word that is nearest to one that is not known, as the end of a message."""
-    by_lower_case = {one.lower(): one for one in known}
-    close = get_close_matches(word.lower(), by_lower_case, n=1)
+def did_you_mean(name: str, known: Iterable[str]) -> str:
+    """The known name that is nearest to an unknown one, as the end of a message."""
+    by_lower_case = {other.lower(): other for other in known}
+    close = get_close_matches(name.lower(), by_lower_case, n=1)
     return f"; did you mean {by_lower_case[close[0]]!r}?" if close else ""
 
 
@@ -54,19 +53,18 @@ def causes(error: BaseException) -> Iterator[BaseException]:
 
 
 def quoted(value: object) -> str:
-    """A value from a file as a message quotes it: its first 100 characters."""
-    # of a long text or list only the start is made printable; aliases of YAML can make of a small
-    # file an endless one
+    """A value from a file as a message quotes it, in at most 100 characters."""
+    # only the start of a long value is formatted, because YAML's aliases can make an endless one
     start = value[: LONGEST_QUOTE + 1] if isinstance(value, str | bytes | list) else value
     try:
         shown = repr(start) if isinstance(start, str | bytes) else _quote.repr(start)
-    except ValueError:  # Python writes no whole number of more than 4,300 digits
-        shown = "a whole number of thousands of digits"
+    except ValueError:  # Python does not format integers of more than 4,300 digits
+        shown = "an integer of thousands of digits"
     return shown if len(shown) <= LONGEST_QUOTE else f"{shown[: LONGEST_QUOTE - 3]}..."
 
 
 class MlflowDrError(Exception):
-    """Base of all errors raised on purpose; a message is shortened to a line that can be read."""
+    """Base of all errors that are raised on purpose; a long message is shortened."""
 
     exit_code = 1
 
@@ -75,7 +73,7 @@ class MlflowDrError(Exception):
 
 
 class UsageError(MlflowDrError):
-    """A name, flag or value that the command does not take."""
+    """A name, flag or value that is not allowed."""
 
     exit_code = 2
 
@@ -93,11 +91,11 @@ class CheckpointError(MlflowDrError):
 
 
 class UnavailableError(CheckpointError):
-    """A checkpoint cannot be fetched or read on this machine, which says nothing about it.
+    """A checkpoint cannot be fetched or read on this machine; others may be able to.
 
     Args:
         message: the reason.
-        lasting: whether another try in this process is of no use: a module is missing, say.
+        lasting: whether another attempt in this process is useless, as when a module is missing.
     """
 
     def __init__(self, message: str, lasting: bool = False) -> None:
@@ -106,7 +104,7 @@ class UnavailableError(CheckpointError):
 
 
 class LostError(UnavailableError):
-    """The files of a checkpoint are gone, although their store answers."""
+    """The files of a checkpoint are gone from a store that can be reached."""
 
 
 class TrainingError(MlflowDrError):
@@ -114,19 +112,19 @@ class TrainingError(MlflowDrError):
 
 
 class TrackingError(MlflowDrError):
-    """The tracking server cannot be reached, or the run is not what was asked for."""
+    """The tracking server cannot be reached, or a run cannot be used."""
 
 
 class RunGoneError(TrackingError):
-    """A run was deleted, or there is none with that id."""
+    """A run was deleted or never existed."""
 
 
 class NoValuesError(TrackingError):
-    """A run has no values of single queries of a checkpoint; older ones have none."""
+    """A run has no values of single queries of a checkpoint."""
 
 
 class ForbiddenError(TrackingError):
-    """The tracking server, or where its artifacts lie, does not allow this user what was asked."""
+    """The tracking server or its artifact store does not allow a request to this user."""
 
 
 class MissingExtraError(MlflowDrError):

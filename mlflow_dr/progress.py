@@ -1,4 +1,4 @@
-"""Progress of long work: a bar in a terminal, a plain line every few seconds anywhere else."""
+"""Progress of long work: a bar in a terminal, and a line every few seconds elsewhere."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
-"""What published checkpoints refer to by name, when MLflow loads them; so these names must stay.
+"""Published checkpoints as MLflow loads them; they refer to these names, so the names must stay.
 
 `MLmodel` names this module, and MLflow calls `_load_pyfunc`. `model.sentence_transformer` names
-`ModuleAbove`. Nothing is pickled into a checkpoint.
+`ModuleAbove`. A checkpoint contains no pickled part of them.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ QUERY, PASSAGE = "query", "passage"
 
 
 class TextsToVectors:
-    """An encoder that MLflow calls.
+    """An encoder with the interface of MLflow's models.
 
     Args:
         encoder: on its device, in evaluation mode.
@@ -43,23 +43,23 @@ class TextsToVectors:
             QUERY: TextTokenizer(encoder.query_encoder.tokenizer, encoder.query_encoder.settings),
             PASSAGE: TextTokenizer(encoder.tokenizer, encoder.settings),
         }
-        # a server calls from several threads, and tokenizers keep the length they cut at as state
+        # a server calls it from several threads, and a tokenizer's length limit is shared state
         self._lock = threading.Lock()
 
     def predict(self, model_input: Any, params: Mapping[str, Any] | None = None) -> np.ndarray:
-        """Vectors of texts, the same that a validation compares.
+        """Vectors of texts, the same as in a validation.
 
         Args:
             model_input: a data frame, whose first column is read, or a list of texts. A passage
-                with a title is title, separator and text in one.
-            params: `prompt`, either `query` (the default) or `passage`: what the texts are, and
+                with a title is one text: title, separator, text.
+            params: `prompt`, `query` (the default) or `passage`, says what the texts are, and
                 which prompt, length and encoder are used.
 
         Returns:
             `(n_texts, dim) float32`.
 
         Raises:
-            UsageError: another prompt, or something that is no text.
+            UsageError: another prompt, or a value that is not a text.
             CheckpointError: the encoder gives NaN or infinity.
         """
         kind = (params or {}).get("prompt", QUERY)
@@ -76,26 +76,26 @@ class TextsToVectors:
         return encode_all(encoder, token_table(ids), text_tokenizer.pad_id, kind).cpu().numpy()
 
     def get_raw_model(self) -> Encoder:
-        """The encoder; what `mlflow.pyfunc.PyFuncModel.get_raw_model` gives."""
+        """The encoder, for `mlflow.pyfunc.PyFuncModel.get_raw_model`."""
         return self._encoder
 
 
 def _load_pyfunc(path: str) -> TextsToVectors:
-    """What `mlflow.pyfunc.load_model` calls with the directory of a checkpoint.
+    """Load a checkpoint's directory; `mlflow.pyfunc.load_model` calls this.
 
     Raises:
         CheckpointError: its files are damaged or missing.
     """
-    with scratch() as room:
-        encoder = load_encoder(_listed_files(Path(path), room), safetensors_only=True)
+    with scratch() as folder:
+        encoder = load_encoder(_listed_files(Path(path), folder), safetensors_only=True)
         return TextsToVectors(encoder.to(resolve_device()))
 
 
 class ModuleAbove:
-    """A module of sentence-transformers whose files lie in the folder above.
+    """A module of sentence-transformers whose files are in the folder above.
 
     `mlflow.sentence_transformers.load_model` reads `model.sentence_transformer`, a folder inside a
-    checkpoint. With this class the weights need not lie there a second time.
+    checkpoint. This class lets it find the weights without a second copy.
     """
 
     @classmethod
@@ -105,7 +105,7 @@ class ModuleAbove:
         Args:
             model_name_or_path: the folder `model.sentence_transformer`.
             subfolder: of the module, such as `1_Pooling`.
-            options: as sentence-transformers passes them on.
+            options: the other arguments of the library.
         """
         checkpoint = Path(model_name_or_path).absolute().parent
         modules = json.loads((checkpoint / MODULES).read_text(encoding="utf-8"))
@@ -117,7 +117,7 @@ class ModuleAbove:
 
 
 def _listed_files(directory: Path, view: Path) -> Path:
-    """The directory, or links to the files that its manifest lists where it holds others, too."""
+    """The directory, or a view of the files in its manifest if the directory has others, too."""
     if not (directory / MANIFEST).is_file():
         return directory
     listed = read_manifest(directory, None)
@@ -132,12 +132,12 @@ def _texts(model_input: Any) -> list[str]:
     """The texts of a data frame's first column, or of a list.
 
     Raises:
-        UsageError: with the first thing that is no text, and where it is.
+        UsageError: a value is not a text; its row is named.
     """
     if isinstance(model_input, str):
         return [model_input]
     column: Iterable[Any] = model_input
-    if getattr(model_input, "ndim", 1) == 2:  # MLflow makes a data frame of whatever it is given
+    if getattr(model_input, "ndim", 1) == 2:  # MLflow turns most inputs into a data frame
         column = model_input.iloc[:, 0]
     texts = list(column)
     for number, text in enumerate(texts):

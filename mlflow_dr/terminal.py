@@ -1,8 +1,8 @@
-"""What may be shown in a terminal: no control characters, no secrets, no endless lines.
+"""Text that is safe in a terminal: without control characters, secrets and very long lines.
 
-Names of runs, folders and checkpoints are other people's: an escape sequence in one of them could
-write the clipboard (OSC 52) or repaint the screen, and a bidirectional override shows another text
-than is there. Both are shown as Python would write them: `\\x1b`, `\\u202e`.
+Names of runs, folders and checkpoints come from other people. An escape sequence in a name could
+write to the clipboard (OSC 52) or change the screen, and a bidirectional override could show
+another name. Both are printed as Python writes them: `\\x1b`, `\\u202e`.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from collections.abc import Sequence
 from typing import BinaryIO, TextIO
 
 LONGEST_LINE = 480  # of an error or a warning, in characters; with its level it stays below 500
-SHARE_OF_BEGINNING = 0.7  # of what is left of a line that is too long; its end says what to do
+SHARE_OF_BEGINNING = 0.7  # of a shortened line; the rest is its end, which says what to do
 HIDDEN = "***"
 
 _ALWAYS = "\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\u2028\u2029\u202a-\u202e\u2066-\u2069"
@@ -30,15 +30,15 @@ _SECRET_VALUE = re.compile(rf"\b([\w.-]{{0,40}}(?:{_SECRETS})=)[^&\s'\",;]+", re
 
 
 def printable(text: str) -> str:
-    """A name on one line: its control characters and line ends as Python writes them."""
+    """A name on one line, with control characters and line ends as Python writes them."""
     return _CONTROL_OR_END.sub(_escaped, text) if not text.isprintable() else text
 
 
 def without_secrets(text: str) -> str:
-    """The text without passwords, tokens and the query values of the URIs in it.
+    """The text without passwords and tokens, and without the values in the queries of URIs.
 
-    Of `https://TOKEN@host` and `https://user:password@host` the user goes, too, because a token
-    may stand in either place; of a database's URI the password alone.
+    In `https://TOKEN@host` and `https://user:password@host` the user is hidden, too, because either
+    part may be a token. In a database's URI only the password is hidden.
     """
     if "://" in text:
         text = _URI.sub(_shown_uri, text)
@@ -46,19 +46,19 @@ def without_secrets(text: str) -> str:
 
 
 def one_line_of(text: str, longest: int = LONGEST_LINE) -> str:
-    """A message on one line of limited length: the middle of a longer one is left out."""
+    """A message on one line of limited length; a longer one loses its middle."""
     return shortened(printable(" ".join(without_secrets(text).split())), longest)
 
 
 def log_line(text: str, longest: int) -> str:
-    """A message on one line of limited length, its columns left as they are."""
+    """A message on one line of limited length; runs of spaces are kept."""
     return shortened(printable(without_secrets(text)), longest)
 
 
 def shortened(text: str, longest: int = LONGEST_LINE) -> str:
-    """A message of limited length; of a longer one the middle is left out.
+    """A message of limited length; a longer one loses its middle.
 
-    The start says what is wrong and where, the end what to do.
+    The start says what is wrong and where, and the end says what to do.
     """
     if len(text) <= longest:
         return text
@@ -67,15 +67,15 @@ def shortened(text: str, longest: int = LONGEST_LINE) -> str:
 
 
 def guard_streams() -> None:
-    """Escape control characters and hide secrets in all that this process prints from now on.
+    """Escape control characters and hide secrets in everything that this process prints.
 
-    Characters that the stream's encoding does not have are escaped, too: they end no command.
+    Characters that the stream's encoding does not have are escaped, too, and raise no error.
     """
     sys.stdout, sys.stderr = _guarded(sys.stdout), _guarded(sys.stderr)
 
 
 class _Guarded(io.TextIOWrapper):
-    """A text stream that lets no control characters and no secrets through."""
+    """A text stream that escapes control characters and hides secrets."""
 
     def write(self, text: str, /) -> int:
         shown = without_secrets(text)
@@ -85,7 +85,7 @@ class _Guarded(io.TextIOWrapper):
         return len(text)
 
     def close(self) -> None:
-        """Leave the buffer open: it is another stream's."""
+        """Flush, and leave the buffer open, which belongs to another stream."""
         if not self.buffer.closed:
             self.flush()
 
@@ -105,7 +105,7 @@ def _guarded(stream: TextIO) -> TextIO:
 
 
 def _buffer(stream: TextIO) -> BinaryIO:
-    """A stream's bytes; opened anew where the descriptor was a file and is a pipe by now."""
+    """A stream's bytes; opened again if the descriptor was a file and is now a pipe."""
     try:
         if stream.buffer.seekable():
             stream.buffer.tell()
@@ -126,7 +126,7 @@ def _shown_uri(match: re.Match[str]) -> str:
         _, has_user, host = server.rpartition("@")
         rest = f"{HIDDEN}@{host}{slash}{path}" if has_user else rest
     elif "@" in rest and ":" in user and "/" not in user.partition(":")[0]:
-        # a password that was not quoted may have any sign, also the next ones
+        # a password that was not quoted may contain any character, also `#` and `?`
         rest = f"{user.partition(':')[0]}:{HIDDEN}@{rest.rpartition('@')[2]}"
     rest, fragment, after = rest.partition("#")
     rest, mark, query = rest.partition("?")

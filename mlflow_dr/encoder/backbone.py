@@ -8,7 +8,6 @@ sentence_transformers.
 from __future__ import annotations
 
 import inspect
-import logging
 import pickle
 import threading
 from collections.abc import Iterator
@@ -73,9 +72,9 @@ class Backbone(Transformer):
         tokenizer = Path(self.tokenizer_directory or tokenizer_name_or_path or directory)
         if self._adapters and not any((tokenizer / name).exists() for name in TOKENIZER_FILES):
             tokenizer = base
-        named = None if tokenizer == directory else str(tokenizer)
-        with _backbone_errors(directory), quiet_transformers(), _without_notes(named is not None):
-            super().__init__(str(directory), tokenizer_name_or_path=named, **options)
+        with _backbone_errors(directory), quiet_transformers():
+            # only the tokenizer is read from there; configuration and weights are the base's, below
+            super().__init__(str(tokenizer), **options)
         _check_tokenizer(self.tokenizer, self.model, tokenizer)
 
     def _load_config(
@@ -197,19 +196,6 @@ def _backbone_errors(directory: Path) -> Iterator[None]:
         raise CheckpointError(
             f"{directory}: the backbone cannot be loaded ({one_line(error)})"
         ) from error
-
-
-@contextmanager
-def _without_notes(wanted: bool) -> Iterator[None]:
-    """Without the library's note on a tokenizer from another directory, if that is wanted."""
-    log = logging.getLogger("sentence_transformers")
-    level = log.level
-    if wanted:
-        log.setLevel(logging.ERROR)
-    try:
-        yield
-    finally:
-        log.setLevel(level)
 
 
 @contextmanager

@@ -113,7 +113,7 @@ def _load_described(
 
     is_ours = os.path.lexists(directory / CONFIG)  # a dangling link counts, too
     own = _own_settings(directory / CONFIG) if is_ours else {}
-    kind = Backbone
+    kind: type = Backbone
     if tokenizer_directory:
         kind = type("Backbone", (Backbone,), {"tokenizer_directory": tokenizer_directory})
     model = st.load_model(directory, kind, **options)

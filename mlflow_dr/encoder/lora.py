@@ -152,7 +152,9 @@ def adapter_chain(directory: Path, cache_dir: str | None = None) -> list[Path]:
     while (path := chain[-1] / CONFIG).exists():
         try:
             name = json.loads(path.read_text(encoding="utf-8"))["base_model_name_or_path"]
-            base = encoder_directory(name or None, cache_dir)  # an empty path is a directory
+            if not name:
+                raise ValueError("base_model_name_or_path is empty")
+            base = encoder_directory(name, cache_dir)
         except UsageError as error:
             raise UnavailableError(
                 f"{chain[-1]} has adapters of another backbone: {error}"

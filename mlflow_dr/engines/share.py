@@ -15,12 +15,12 @@ THREADS = "OMP_NUM_THREADS"
 
 @dataclass(frozen=True)
 class Share:
-    """Who gets what.
+    """The devices and cores of a trainer and of a validator.
 
     Attributes:
         trainer: environment variables of the trainer.
         validator: environment variables of the validator.
-        validator_device: the validator's device, as its `--device` takes it.
+        validator_device: the validator's `--device`.
         validator_yields: whether the validator runs at a lower priority.
     """
 
@@ -33,19 +33,19 @@ class Share:
 def share_machine(
     gpus: Sequence[str] | None = None, cores: int | None = None, trainers: int = 1
 ) -> Share:
-    """Share out a machine.
+    """Divide a machine between a trainer and a validator.
 
-    Each training process has a GPU, the first ones, and the validator the last one where one is
-    left. Else the validator works on the processor: on a quarter of the cores beside a trainer that
-    is there too, and on all but two for each training process that has a GPU.
+    Each training process gets one GPU, and the validator gets the last GPU if one is left. If none
+    is left, the validator runs on the processor: on a quarter of the cores if the trainer runs
+    there, too, and otherwise on all cores but two for each training process.
 
     Args:
-        gpus: names of the GPUs as CUDA_VISIBLE_DEVICES has them; asked of this machine when None.
-        cores: number of cores; asked of this machine when None.
-        trainers: training processes.
+        gpus: names of the GPUs as in CUDA_VISIBLE_DEVICES; this machine's when None.
+        cores: number of cores; this machine's when None.
+        trainers: number of training processes.
 
     Raises:
-        DeviceError: several training processes, and fewer GPUs.
+        DeviceError: several training processes have fewer GPUs.
     """
     gpus = visible_gpus() if gpus is None else gpus
     cores = cores or usable_cores()
@@ -68,7 +68,7 @@ def share_machine(
 
 
 def visible_gpus() -> list[str]:
-    """The GPUs that CUDA programs started here would see."""
+    """The GPUs that CUDA programs see on this machine."""
     import torch
 
     count = torch.cuda.device_count()

@@ -15,7 +15,7 @@ from transformers import AutoModel, AutoTokenizer
 from mlflow_dr.collection.records import Passage
 from mlflow_dr.encoder.directory import load_encoder, save_encoder
 from mlflow_dr.encoder.model import Encoder
-from mlflow_dr.encoder.tokenize import Tokenizing
+from mlflow_dr.encoder.tokenize import TextTokenizer
 from mlflow_dr.retrieval.encode import encode_all
 from mlflow_dr.stores.token_table import token_table
 from mlflow_dr.tracking.checkpoints import Checkpoint, checkpoint_by_id, prepare_upload, publish
@@ -58,9 +58,9 @@ def by_auto_model(directory: Path) -> np.ndarray:
 def by_mlflow_dr(checkpoint: Checkpoint) -> np.ndarray:
     with checkpoint_files(checkpoint) as directory:
         encoder = load_encoder(directory, safetensors_only=True)
-    tokenizing = Tokenizing(encoder.tokenizer, encoder.settings)
-    ids = tokenizing.passage_ids([Passage("", "", text) for text in TEXTS])
-    return encode_all(encoder, token_table(ids), tokenizing.pad_id, "passage").numpy()
+    text_tokenizer = TextTokenizer(encoder.tokenizer, encoder.settings)
+    ids = text_tokenizer.passage_ids([Passage("", "", text) for text in TEXTS])
+    return encode_all(encoder, token_table(ids), text_tokenizer.pad_id, "passage").numpy()
 
 
 def check_five_ways(checkpoint: Checkpoint) -> None:

@@ -25,8 +25,8 @@ def test_a_short_message_is_not_changed() -> None:
         ("x" * 200_000, "'xxx"),
         (["y"] * 200_000, "['y', 'y'"),
         ({"key": "z" * 200_000}, "{'key': 'zzz"),
-        (10**5000, "a whole number of thousands of digits"),
-        ([10**5000], "a whole number of thousands of digits"),
+        (10**5000, "an integer of thousands of digits"),
+        ([10**5000], "an integer of thousands of digits"),
     ],
     ids=["text", "list", "mapping", "number", "list of numbers"],
 )
