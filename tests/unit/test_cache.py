@@ -169,7 +169,7 @@ def text(entry: Path) -> str:
     return (entry / "text").read_text()
 
 
-def test_an_entry_that_was_found_sound_is_not_read_again(
+def test_an_undamaged_entry_is_not_read_again(
     made: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     assert text(made()) == text(made()) == "made 0"
@@ -178,7 +178,7 @@ def test_an_entry_that_was_found_sound_is_not_read_again(
     assert sound_entry("kind", "key") == made()
 
 
-def test_an_entry_that_is_damaged_while_it_is_in_use_is_found_damaged(
+def test_damage_to_an_entry_in_use_is_found(
     made: Callable[..., Path],
 ) -> None:
     """Also with the size and the time that it had."""
@@ -192,7 +192,7 @@ def test_an_entry_that_is_damaged_while_it_is_in_use_is_found_damaged(
     assert text(made()) == "made 1"
 
 
-def test_who_has_mapped_a_damaged_file_keeps_it(made: Callable[..., Path]) -> None:
+def test_a_process_keeps_a_damaged_file_that_it_has_mapped(made: Callable[..., Path]) -> None:
     entry = made()
     flipped(entry / "text")
     mapped = np.memmap(entry / "text", np.uint8, "r")
@@ -201,7 +201,7 @@ def test_who_has_mapped_a_damaged_file_keeps_it(made: Callable[..., Path]) -> No
     assert bytes(mapped) == before
 
 
-def test_a_damaged_entry_stays_where_a_new_one_cannot_be_made(made: Callable[..., Path]) -> None:
+def test_a_damaged_entry_stays_if_a_new_one_cannot_be_made(made: Callable[..., Path]) -> None:
     entry = made()
     flipped(entry / "text")
     before = text(entry)
@@ -216,7 +216,7 @@ def test_a_damaged_entry_stays_where_a_new_one_cannot_be_made(made: Callable[...
     assert text(made()) == "made 1"
 
 
-def test_entries_that_changed_places_are_both_made_again(made: Callable[..., Path]) -> None:
+def test_two_exchanged_entries_are_both_made_again(made: Callable[..., Path]) -> None:
     one, other = made("one"), made("other")
     one.rename(one.with_name("aside"))
     other.rename(one)
@@ -234,7 +234,7 @@ def test_a_file_that_was_added_is_damage(made: Callable[..., Path], added: str) 
     assert not path.exists()
 
 
-def test_hidden_files_are_no_part_of_an_entry(made: Callable[..., Path]) -> None:
+def test_hidden_files_are_ignored(made: Callable[..., Path]) -> None:
     (made() / ".nfs0001").touch()
     assert text(made()) == "made 0"
 

@@ -1,4 +1,4 @@
-"""Files that are whole or not there."""
+"""Files that are complete or absent."""
 
 import gzip
 import os
@@ -49,7 +49,7 @@ print((made / "whole").read_text())
 """
 
 
-def test_two_processes_build_once(tmp_path: Path) -> None:
+def test_two_processes_build_a_file_once(tmp_path: Path) -> None:
     pair = [
         subprocess.Popen(
             [sys.executable, "-c", TWO_AT_ONCE, str(tmp_path), me, other],
@@ -87,7 +87,7 @@ build_once(Path(sys.argv[1]), build)
 """
 
 
-def test_what_a_killed_process_left_of_its_try_is_removed(tmp_path: Path) -> None:
+def test_the_remains_of_a_killed_process_are_removed(tmp_path: Path) -> None:
     target = tmp_path / "[a]"
     done = subprocess.run([sys.executable, "-c", KILLED, target], check=False)
     assert done.returncode == -signal.SIGKILL
@@ -118,7 +118,7 @@ def test_an_error_leaves_nothing_and_the_next_attempt_builds(
     assert build_once(target, build).exists()
 
 
-def test_what_is_written_beside_takes_its_place_at_the_end(tmp_path: Path) -> None:
+def test_an_atomic_write_is_renamed_at_the_end(tmp_path: Path) -> None:
     target = tmp_path / "new" / "target"
     with atomic_write(target) as partial:
         partial.write_text("text")
@@ -128,7 +128,7 @@ def test_what_is_written_beside_takes_its_place_at_the_end(tmp_path: Path) -> No
     assert list(target.parent.iterdir()) == [target]
 
 
-def test_an_error_keeps_what_was_there(tmp_path: Path) -> None:
+def test_an_error_keeps_the_existing_file(tmp_path: Path) -> None:
     target = tmp_path / "target"
     target.write_text("old")
     with pytest.raises(KeyboardInterrupt), atomic_write(target) as partial:
@@ -138,9 +138,7 @@ def test_an_error_keeps_what_was_there(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == [target]
 
 
-def test_the_cache_is_where_the_environment_says(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
+def test_the_environment_names_the_cache(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("HOME", str(tmp_path))
     monkeypatch.setenv("MLFLOW_DR_CACHE", "~/mine")
     assert cache_dir() == tmp_path / "mine"
@@ -166,7 +164,7 @@ def test_the_sha256_of_a_file(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("suffix", ["", ".gz"])
-def test_lines_are_numbered_as_an_editor_numbers_them(tmp_path: Path, suffix: str) -> None:
+def test_lines_have_the_numbers_of_an_editor(tmp_path: Path, suffix: str) -> None:
     data = b"\xef\xbb\xbfone\r\n\n  \t\ntwo\n \xef\xbb\xbf three \nfour"
     path = tmp_path / f"file{suffix}"
     path.write_bytes(gzip.compress(data) if suffix else data)
@@ -178,7 +176,7 @@ def test_lines_are_numbered_as_an_editor_numbers_them(tmp_path: Path, suffix: st
     ]
 
 
-def test_a_file_that_is_not_there(tmp_path: Path) -> None:
+def test_a_missing_file(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"file: no such file"):
         list(read_lines(tmp_path / "file"))
 
@@ -225,9 +223,7 @@ def test_text_that_is_not_utf8_is_named_by_its_line(tmp_path: Path) -> None:
         decoded("é".encode("latin-1"), tmp_path / "file", 7)
 
 
-def test_many_want_scratch_directories_at_once(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
+def test_many_scratch_directories_at_once(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """One that is being made may be swept before it is locked; then another is made."""
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
 
@@ -262,7 +258,7 @@ def test_a_scratch_directory_made_in_one_thread_and_left_in_another(
     assert not [one for one in opened if one.startswith(str(room))]
 
 
-def test_what_a_killed_process_left_behind_is_removed_and_nothing_else(
+def test_only_the_scratch_directories_of_killed_processes_are_removed(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
@@ -287,7 +283,7 @@ def test_what_a_killed_process_left_behind_is_removed_and_nothing_else(
     assert set(tmp_path.iterdir()) == others
 
 
-def test_killed_at_any_moment_nothing_stays(
+def test_no_scratch_directory_stays_when_the_process_is_killed(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
@@ -321,7 +317,7 @@ def test_killed_at_any_moment_nothing_stays(
     assert moment > 5
 
 
-def test_files_get_the_mode_that_the_umask_allows(tmp_path: Path) -> None:
+def test_files_get_the_modes_of_the_umask(tmp_path: Path) -> None:
     """And keep what they allow beyond it; links are left alone."""
     (tmp_path / "sub").mkdir()
     private, program = tmp_path / "sub" / "private", tmp_path / "program"

@@ -40,7 +40,7 @@ def test_long_work_prints_whole_lines_on_stderr(
     assert "2/4" in err
 
 
-def test_lines_keep_their_distance_in_time(
+def test_lines_are_printed_at_intervals(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(tqdm, "monitor_interval", 0)
@@ -74,7 +74,7 @@ def test_a_terminal_gets_a_bar_that_goes_away(monkeypatch: pytest.MonkeyPatch) -
 
 
 @pytest.mark.parametrize("stream", [io.StringIO, Terminal])
-def test_quiet_is_quiet(monkeypatch: pytest.MonkeyPatch, stream: type[io.StringIO]) -> None:
+def test_quiet_prints_nothing(monkeypatch: pytest.MonkeyPatch, stream: type[io.StringIO]) -> None:
     monkeypatch.setattr(progress, "SECONDS_BETWEEN_LINES", 1e-9)
     output = stream()
     monkeypatch.setattr(sys, "stderr", output)

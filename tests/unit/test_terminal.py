@@ -14,7 +14,7 @@ CLIPBOARD = "\x1b]52;c;cm0gLXJm\x07"  # OSC 52 writes the clipboard
 OVERRIDE = "\u202e"  # what follows is shown from right to left
 
 
-def test_a_name_keeps_what_it_says_and_loses_what_it_does() -> None:
+def test_control_characters_of_a_name_are_escaped() -> None:
     assert printable(f"a{CLIPBOARD}b{OVERRIDE}c\x9b\r\n") == (
         r"a\x1b]52;c;cm0gLXJm\x07b\u202ec\x9b\r\n"
     )
@@ -50,7 +50,7 @@ def test_secrets_are_not_shown(text: str, shown: str) -> None:
         "token_table=true max_tokens=3",
     ],
 )
-def test_what_is_no_secret_is_shown(text: str) -> None:
+def test_other_texts_are_shown(text: str) -> None:
     assert without_secrets(text) == text
 
 
@@ -63,7 +63,7 @@ def test_a_long_line_keeps_its_beginning_and_its_end() -> None:
 
 
 @pytest.mark.parametrize("piece", ["://a:", "http://a@", "a-token", "://?a=", "\x1b"])
-def test_no_text_takes_long(piece: str) -> None:
+def test_every_text_is_handled_fast(piece: str) -> None:
     start = time.process_time()
     one_line_of(f"{piece * (200_000 // len(piece))}=")
     assert time.process_time() - start < 5
@@ -98,7 +98,7 @@ def test_everything_that_a_command_prints_is_guarded(stream: str) -> None:
     assert rb"\udcff" in shown
 
 
-def test_the_nearest_word_is_named() -> None:
+def test_the_nearest_name_is_suggested() -> None:
     assert did_you_mean("Trian", ["train", "validate"]) == "; did you mean 'train'?"
     assert did_you_mean("zzz", ["train", "validate"]) == ""
 

@@ -38,16 +38,14 @@ def test_a_projection_that_does_not_fit_is_refused(make_tiny: Make) -> None:
         with_projection(make_tiny(), 768, 48)
 
 
-def test_a_projection_that_is_there_stays(
-    make_tiny: Make, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_an_existing_projection_stays(make_tiny: Make, caplog: pytest.LogCaptureFixture) -> None:
     made = with_projection(make_tiny(), None, 48)
     with caplog.at_level(logging.INFO):
         assert with_projection(made, None, 64) is made
     assert "already has a projection to 48 dimensions" in caplog.text
 
 
-def test_untied_towers_are_equal_at_first_and_share_nothing(
+def test_untied_encoders_are_equal_at_first_and_share_nothing(
     make_tiny: Make, caplog: pytest.LogCaptureFixture
 ) -> None:
     encoder = with_projection(make_tiny(), None, 48)
@@ -62,7 +60,7 @@ def test_untied_towers_are_equal_at_first_and_share_nothing(
     }
 
 
-def test_two_towers_that_were_loaded_stay_as_they_are(
+def test_untied_encoders_that_were_loaded_stay_as_they_are(
     make_tiny: Make, caplog: pytest.LogCaptureFixture
 ) -> None:
     encoder = make_tiny()
@@ -130,7 +128,7 @@ def test_every_text_ends_with_the_token(kind: str, tmp_path: Path) -> None:
         assert max(map(len, cut)) == 4
 
 
-def test_it_belongs_to_the_encoder_that_is_saved(make_tiny: Make, tmp_path: Path) -> None:
+def test_the_end_token_is_saved_with_the_encoder(make_tiny: Make, tmp_path: Path) -> None:
     encoder = make_tiny(pooling="last", passage_max_length=5)
     tokenizer = words(eos_token="</s>")
     append_eos(tokenizer)
@@ -145,7 +143,7 @@ def test_it_belongs_to_the_encoder_that_is_saved(make_tiny: Make, tmp_path: Path
     assert TextTokenizer(loaded.tokenizer, settings).passage_digest() != digest
 
 
-def test_a_tokenizer_that_ends_so_already_stays(
+def test_a_tokenizer_that_already_ends_with_the_token_stays(
     make_tiny: Make, caplog: pytest.LogCaptureFixture
 ) -> None:
     tokenizer = make_tiny().tokenizer
@@ -156,7 +154,7 @@ def test_a_tokenizer_that_ends_so_already_stays(
     assert "already ends every text with [SEP]" in caplog.text
 
 
-def test_what_cannot_end_so_is_refused() -> None:
+def test_a_tokenizer_without_an_end_token_is_refused() -> None:
     with pytest.raises(UsageError, match=r"--append_eos_token: .* no end-of-sequence token"):
         append_eos(words())
 
@@ -167,7 +165,7 @@ def test_what_cannot_end_so_is_refused() -> None:
         append_eos(Slow())
 
 
-def test_texts_that_are_tokenised_already_end_so_too() -> None:
+def test_tokenised_texts_also_end_with_the_token() -> None:
     tokenizer = words(BEGIN, eos_token="</s>")
     append_eos(tokenizer)
     config = EncoderConfig(passage_max_length=5)
@@ -175,7 +173,7 @@ def test_texts_that_are_tokenised_already_end_so_too() -> None:
     assert rows == [[2, 4, 5, 11, 3]]
 
 
-def test_two_towers_both_get_the_projection(make_tiny: Make) -> None:
+def test_both_encoders_get_the_projection(make_tiny: Make) -> None:
     encoder = make_tiny()
     encoder.untied_query_encoder = query_encoder = make_tiny(seed=1)
     made = with_projection(encoder, None, 48)

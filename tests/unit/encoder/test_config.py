@@ -22,6 +22,6 @@ from mlflow_dr.errors import UsageError
         ({"pooling": "mean+middle"}, r"pooling 'mean\+middle': expected one of cls, mean"),
     ],
 )
-def test_what_is_refused(values: dict[str, Any], message: str) -> None:
+def test_refused_settings(values: dict[str, Any], message: str) -> None:
     with pytest.raises(UsageError, match=message):
         EncoderConfig(**values)

@@ -119,7 +119,7 @@ def truncate(path: Path) -> None:
 
 
 @pytest.mark.parametrize("settings", [FULL, {}], ids=["full", "default"])
-def test_our_loader_gives_back_what_was_saved(
+def test_a_saved_encoder_is_loaded(
     make_tiny: Make, tmp_path: Path, texts: list[str], settings: dict[str, Any]
 ) -> None:
     encoder = make_tiny(**settings)
@@ -179,9 +179,7 @@ def test_auto_model_loads_the_backbone(make_tiny: Make, saved: Path, texts: list
     assert AutoTokenizer.from_pretrained(saved)(texts).input_ids == ours(texts).input_ids
 
 
-def test_a_snapshot_of_the_weights_is_written_instead_of_the_encoders_own(
-    make_tiny: Make, tmp_path: Path
-) -> None:
+def test_a_snapshot_replaces_the_encoders_own_weights(make_tiny: Make, tmp_path: Path) -> None:
     encoder = make_tiny(**FULL)
     snapshot = {name: weight.clone() for name, weight in encoder.state_dict().items()}
     for weight in encoder.parameters():
@@ -191,7 +189,7 @@ def test_a_snapshot_of_the_weights_is_written_instead_of_the_encoders_own(
         torch.testing.assert_close(weight, snapshot[name], rtol=0, atol=0)
 
 
-def test_nothing_is_written_over_an_encoder(make_tiny: Make, saved: Path) -> None:
+def test_an_encoder_is_not_overwritten(make_tiny: Make, saved: Path) -> None:
     with pytest.raises(FileExistsError):
         save_encoder(saved, make_tiny())
 
@@ -231,7 +229,9 @@ def theirs_saved(saved: Path, tmp_path: Path) -> Path:
     return tmp_path / "theirs"
 
 
-def test_what_sentence_transformers_saved_is_read(theirs_saved: Path, texts: list[str]) -> None:
+def test_a_directory_of_sentence_transformers_is_loaded(
+    theirs_saved: Path, texts: list[str]
+) -> None:
     encoder = load_encoder(theirs_saved)
     assert encoder.settings == EncoderConfig(
         pooling="mean",
@@ -276,7 +276,7 @@ def test_all_minilm_gives_the_vectors_of_sentence_transformers(minilm: Path) -> 
         ({"prompts": {}, "default_prompt_name": None}, None),
     ],
 )
-def test_prompts_are_those_that_the_library_uses(
+def test_prompts_are_the_librarys(
     foreign: Path,
     values: dict[str, Any],
     unused: str | None,
@@ -296,14 +296,14 @@ def test_prompts_are_those_that_the_library_uses(
     assert repr(unused or "") in caplog.text or unused is None
 
 
-def test_files_that_others_may_leave_out(foreign: Path) -> None:
+def test_optional_files_may_be_missing(foreign: Path) -> None:
     for name in ("config_sentence_transformers.json", "sentence_bert_config.json"):
         (foreign / name).unlink()
     settings = load_encoder(foreign).settings
     assert (settings.query_prompt, settings.passage_max_length) == ("", 512)
 
 
-def test_a_bare_backbone_is_pooled_by_the_mean_and_says_so(
+def test_a_bare_backbone_gets_mean_pooling_with_a_warning(
     foreign: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     (foreign / "modules.json").unlink()
@@ -414,7 +414,7 @@ def test_a_tokenizer_with_more_tokens_than_the_backbone_embeds(saved: Path) -> N
         (["cls"], "mlflow_dr.json: cannot be read"),
     ],
 )
-def test_a_description_that_is_wrong(saved: Path, values: Any, message: str) -> None:
+def test_a_malformed_description(saved: Path, values: Any, message: str) -> None:
     (saved / "mlflow_dr.json").write_text(json.dumps(values))
     refused(saved, message)
 
@@ -497,7 +497,7 @@ TRANSFORMER = {"idx": 0, "name": "0", "path": "", "type": f"{ST}Transformer"}
         ),
     ],
 )
-def test_a_sentence_transformer_that_is_wrong_or_not_known(
+def test_a_malformed_or_unsupported_sentence_transformer(
     foreign: Path, name: str, values: Any, message: str
 ) -> None:
     (foreign / name).write_text(json.dumps(values))
@@ -545,7 +545,7 @@ def pickled(directory: Path) -> None:
     (directory / "model.safetensors").unlink()
 
 
-def test_pickled_weights_are_read_unless_only_safetensors_will_do(saved: Path) -> None:
+def test_pickled_weights_are_read_unless_safetensors_are_required(saved: Path) -> None:
     pickled(saved)
     assert load_encoder(saved).settings == EncoderConfig(**FULL)
     refused(saved, "no file named model.safetensors", safetensors_only=True)
@@ -604,7 +604,7 @@ def test_an_unknown_name(
         load_encoder(name)
 
 
-def test_a_file_is_no_encoder(saved: Path) -> None:
+def test_a_file_is_not_an_encoder(saved: Path) -> None:
     with pytest.raises(UsageError, match="not a directory"):
         load_encoder(saved / "model.safetensors")
 

@@ -64,7 +64,7 @@ def test_shards_that_an_index_names_must_be_there(directory: Path) -> None:
     assert encoder_defect(directory)
 
 
-def test_older_weights_and_those_of_modules_count(directory: Path) -> None:
+def test_pickled_weights_and_those_of_modules_count(directory: Path) -> None:
     (directory / "model.safetensors").unlink()
     (directory / "pytorch_model.bin").write_bytes(b"")
     assert encoder_defect(directory) == "pytorch_model.bin is empty"
@@ -72,7 +72,7 @@ def test_older_weights_and_those_of_modules_count(directory: Path) -> None:
     assert encoder_defect(directory) == ""
 
 
-def test_what_changes_while_it_is_written(directory: Path) -> None:
+def test_the_signature_changes_while_a_directory_is_written(directory: Path) -> None:
     before = signature_of(directory)
     assert signature_of(directory) == before
     with (directory / "model.safetensors").open("ab") as file:

@@ -96,7 +96,7 @@ def test_only_adapters_are_trained_and_at_first_they_change_nothing(make: Make, 
     assert not is_adapted(make(kind).backbone)
 
 
-def test_usual_layers_get_adapters_else_all_that_are_linear(make: Make) -> None:
+def test_adapters_are_on_the_usual_layers_or_on_all_linear_ones(make: Make) -> None:
     def layers(kind: str, **options: Any) -> set[str]:
         names = moved(adapted(make(kind), **options))
         return {name.split(".lora_")[0].rsplit(".", 1)[-1] for name in names}
@@ -117,7 +117,7 @@ def test_rank_and_scale(make: Make) -> None:
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
-def test_saved_merged_it_is_a_plain_encoder_with_the_same_vectors(
+def test_merged_adapters_give_a_plain_encoder_with_the_same_vectors(
     make: Make, kind: str, tied: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     encoder = with_projection(make(kind), None, 6)
@@ -148,7 +148,7 @@ def test_saved_merged_it_is_a_plain_encoder_with_the_same_vectors(
     ids=["dora", "bias", "modules", "embeddings"],
 )
 @pytest.mark.filterwarnings("ignore:.*have invalid shape")  # peft 0.21, of biases that it trains
-def test_adapters_that_are_more_than_products_are_not_merged(
+def test_adapters_that_are_not_only_products_are_not_merged(
     make: Make, tmp_path: Path, more: dict[str, Any], what: str
 ) -> None:
     """They would be published wrong; alone they are published."""
@@ -175,7 +175,7 @@ def test_adapters_that_are_more_than_products_are_not_merged(
 
 
 @pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
-def test_saved_alone_adapters_are_put_on_their_base_again(
+def test_adapters_saved_alone_are_put_on_their_base_again(
     make: Make, tied: bool, tmp_path: Path
 ) -> None:
     encoder = with_projection(make(), None, 6)
@@ -197,7 +197,7 @@ def test_saved_alone_adapters_are_put_on_their_base_again(
     assert weights < 0.8 * (base / "model.safetensors").stat().st_size
 
 
-def test_a_snapshot_is_saved_not_what_training_has_gone_on_to(make: Make, tmp_path: Path) -> None:
+def test_a_snapshot_is_saved_although_training_continues(make: Make, tmp_path: Path) -> None:
     encoder = adapted(make())
     expected = encoder(IDS, MASK)
     snapshot = {name: value.clone() for name, value in encoder.state_dict().items()}
@@ -208,7 +208,7 @@ def test_a_snapshot_is_saved_not_what_training_has_gone_on_to(make: Make, tmp_pa
     torch.testing.assert_close(loaded(IDS, MASK), expected, rtol=1e-5, atol=1e-5)
 
 
-def test_training_goes_on_with_saved_adapters(make: Make, tmp_path: Path) -> None:
+def test_training_continues_with_saved_adapters(make: Make, tmp_path: Path) -> None:
     save_encoder(tmp_path / "base", make())
     first = adapted(make(), str(tmp_path / "base"), rank=3)
     save_encoder(tmp_path / "saved", first, merged=False)
@@ -221,13 +221,13 @@ def test_training_goes_on_with_saved_adapters(make: Make, tmp_path: Path) -> Non
     assert base_name(tmp_path / "more") == "elsewhere"
 
 
-def test_layers_that_are_not_there_are_named(make: Make) -> None:
+def test_missing_layers_are_named(make: Make) -> None:
     with pytest.raises(UsageError, match=r"no adapters on base: .*q_proj_of_another") as caught:
         add_lora(make(), "base", rank=4, alpha=8, dropout=0.0, targets=["q_proj_of_another"])
     assert "\n" not in str(caught.value)
 
 
-def test_a_start_that_is_none_is_refused(make: Make, tmp_path: Path) -> None:
+def test_a_start_without_adapters_is_refused(make: Make, tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="no adapters on base") as caught:
         add_lora(make(), "base", rank=4, alpha=8, dropout=0.0, start=tmp_path)
     assert "\n" not in str(caught.value)
@@ -248,7 +248,7 @@ def saved(make: Make, tmp_path: Path) -> Path:
     return tmp_path / "saved"
 
 
-def test_a_base_that_is_gone_is_named(saved: Path) -> None:
+def test_a_missing_base_is_named(saved: Path) -> None:
     (saved.parent / "base").rename(saved.parent / "elsewhere")
     with pytest.raises(CheckpointError, match="adapters of another backbone") as caught:
         load_encoder(saved)
@@ -290,7 +290,7 @@ def test_without_peft_the_extra_is_named(
             work()
 
 
-def test_adapters_may_be_put_on_adapters(make: Make, saved: Path) -> None:
+def test_adapters_may_be_based_on_adapters(make: Make, saved: Path) -> None:
     """What was published as adapters is trained on, and published as adapters."""
     second = adapted(load_encoder(saved), str(saved))
     save_encoder(saved.parent / "second", second, merged=False)
@@ -336,7 +336,7 @@ def test_adapters_that_are_based_on_themselves(make_tiny: Make, tmp_path: Path) 
         load_encoder(directory)
 
 
-def test_adapters_without_a_tokenizer_take_their_base_s(make_tiny: Make, tmp_path: Path) -> None:
+def test_adapters_without_a_tokenizer_use_their_bases(make_tiny: Make, tmp_path: Path) -> None:
     directory = described(make_tiny, tmp_path)
     expected = load_encoder(directory)
     for path in directory.glob("*token*"):

@@ -26,7 +26,7 @@ LAYERS = (ProjectionConfig(128, 48, activation="relu"), ProjectionConfig(48, 16,
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("projections", [(), LAYERS], ids=["bare", "projected"])
-def test_vectors_are_fp32_of_length_1_whatever_the_weights_are(
+def test_vectors_are_fp32_of_length_1_for_all_weights(
     make_tiny: Make, dtype: torch.dtype, projections: tuple[ProjectionConfig, ...]
 ) -> None:
     encoder = make_tiny(pooling="cls", normalize=True, projections=projections).to(dtype)
@@ -50,14 +50,14 @@ def test_gradients_reach_the_backbone_through_the_projections(make_tiny: Make) -
     assert all(layer.linear.weight.grad is not None for layer in encoder.head if layer.state_dict())
 
 
-def test_layers_that_do_not_fit_one_another(make_tiny: Make) -> None:
+def test_layers_that_do_not_fit_each_other(make_tiny: Make) -> None:
     tiny = make_tiny()
     layers = (ProjectionConfig(128, 48), ProjectionConfig(32, 16))
     with pytest.raises(UsageError, match="takes 32 dimensions, but the layer before it gives 48"):
         Encoder(tiny.backbone, tiny.tokenizer, EncoderConfig(projections=layers))
 
 
-def test_an_activation_that_is_not_known(make_tiny: Make) -> None:
+def test_an_unknown_activation(make_tiny: Make) -> None:
     layer = ProjectionConfig(128, 48, activation="step")
     with pytest.raises(UsageError, match="activation 'step': expected one of identity, tanh"):
         make_tiny(projections=(layer,))
@@ -71,7 +71,7 @@ def test_texts_longer_than_the_backbone_has_positions_are_refused(
         make_tiny(passage_max_length=513)
 
 
-def test_roberta_numbers_its_positions_from_the_padding() -> None:
+def test_roberta_counts_positions_from_the_padding() -> None:
     small = {"hidden_size": 8, "num_attention_heads": 1, "intermediate_size": 8, "vocab_size": 9}
     config = RobertaConfig(
         max_position_embeddings=514, pad_token_id=1, num_hidden_layers=1, **small

@@ -68,12 +68,12 @@ def test_padding_does_not_matter(name: str, filling: float, states: Tensor, mask
     torch.testing.assert_close(pooled(name, longer, longer_mask), pooled(name, states, mask))
 
 
-def test_several_poolings_are_laid_side_by_side(states: Tensor, mask: Tensor) -> None:
+def test_several_poolings_are_concatenated(states: Tensor, mask: Tensor) -> None:
     both = torch.cat([pooled("cls", states, mask), pooled("mean", states, mask)], dim=1)
     torch.testing.assert_close(pooled("cls+mean", states, mask), both)
 
 
-def test_sums_are_kept_in_fp32_whatever_the_backbone_computes_in(mask: Tensor) -> None:
+def test_sums_are_in_fp32_for_all_backbones(mask: Tensor) -> None:
     # 4096 + 1 is 4096 in bf16: summed there, the small tokens would vanish
     states = torch.ones(4, 7, 5, dtype=torch.bfloat16)
     states[:, 0] = 4096

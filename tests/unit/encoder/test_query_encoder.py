@@ -41,7 +41,7 @@ def both(encoder: Encoder) -> tuple[Tensor, Tensor]:
     )
 
 
-def test_both_towers_are_saved_and_loaded(two_towers: Encoder, tmp_path: Path) -> None:
+def test_both_encoders_are_saved_and_loaded(two_towers: Encoder, tmp_path: Path) -> None:
     save_encoder(tmp_path / "encoder", two_towers)
     for got, expected in zip(
         both(load_encoder(tmp_path / "encoder")), both(two_towers), strict=True
@@ -49,7 +49,7 @@ def test_both_towers_are_saved_and_loaded(two_towers: Encoder, tmp_path: Path) -
         torch.testing.assert_close(got, expected, rtol=0, atol=1e-6)
 
 
-def test_sentence_transformers_encodes_queries_and_documents_each_with_its_tower(
+def test_sentence_transformers_uses_the_encoder_of_each_task(
     two_towers: Encoder, tmp_path: Path
 ) -> None:
     save_encoder(tmp_path / "encoder", two_towers)
@@ -65,7 +65,7 @@ def test_sentence_transformers_encodes_queries_and_documents_each_with_its_tower
     assert (queries - swapped).abs().max() > 1e-3  # the encoders differ
 
 
-def test_towers_of_different_dimensions_are_refused(two_towers: Encoder, make_tiny) -> None:
+def test_encoders_of_different_dimensions_are_refused(two_towers: Encoder, make_tiny) -> None:
     other = make_tiny()
     with pytest.raises(UsageError, match="both need the same"):
         Encoder(other.backbone, other.tokenizer, other.settings, two_towers)

@@ -25,7 +25,7 @@ def shaken(encoder: Encoder, frozen: bool = False) -> Encoder:
 @pytest.mark.parametrize("lora", [False, True], ids=["whole", "adapters"])
 @pytest.mark.parametrize("projection", [False, True], ids=["bare", "projected"])
 @pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
-def test_every_weight_comes_back(
+def test_every_weight_is_restored(
     make_tiny: Make, tmp_path: Path, lora: bool, projection: bool, tied: bool
 ) -> None:
     encoder = make_tiny()

@@ -7,14 +7,14 @@ from mlflow_dr.encoder.tiny import tiny_encoder
 from mlflow_dr.encoder.tokenize import TextTokenizer
 
 
-def test_the_vocabulary_is_the_same_whenever_and_wherever_it_is_learnt(texts: list[str]) -> None:
+def test_the_vocabulary_is_the_same_in_every_process(texts: list[str]) -> None:
     vocabularies = [
         tiny_encoder(iter(texts), EncoderConfig()).tokenizer.get_vocab() for _ in range(3)
     ]
     assert vocabularies[0] == vocabularies[1] == vocabularies[2]
 
 
-def test_words_that_are_frequent_are_one_token_and_others_are_pieces(texts: list[str]) -> None:
+def test_frequent_words_are_one_token_and_others_are_pieces(texts: list[str]) -> None:
     tokenizer = tiny_encoder(texts, EncoderConfig()).tokenizer
     assert tokenizer.tokenize("The THE thé") == ["the", "the", "the"]
     assert tokenizer.tokenize("theta") == ["the", "##t", "##a"]

@@ -47,9 +47,7 @@ def tables_in(cache: Path) -> int:
     return sum(path.is_dir() for path in (cache / "tokens").iterdir())
 
 
-def test_passages_and_queries_are_what_the_tokenizer_gives(
-    encoder: Encoder, corpus: Corpus
-) -> None:
+def test_tables_have_the_tokenizers_ids(encoder: Encoder, corpus: Corpus) -> None:
     text_tokenizer = TextTokenizer(encoder.tokenizer, encoder.settings)
     passages = corpus_tokens(corpus, text_tokenizer)
     expected = text_tokenizer.passage_ids(corpus.passages(range(len(corpus))))
@@ -60,7 +58,7 @@ def test_passages_and_queries_are_what_the_tokenizer_gives(
     assert [queries[row].tolist() for row in range(len(queries))] == expected
 
 
-def test_queries_are_read_in_groups(
+def test_queries_are_read_in_batches(
     encoder: Encoder, corpus: Corpus, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(token_cache, "TEXTS_PER_BATCH", 4)
@@ -71,9 +69,7 @@ def test_queries_are_read_in_groups(
     assert [queries[row].tolist() for row in range(len(queries))] == expected
 
 
-def test_one_table_for_all_that_read_alike(
-    encoder: Encoder, corpus: Corpus, own_cache: Path
-) -> None:
+def test_equal_tokenizers_share_a_table(encoder: Encoder, corpus: Corpus, own_cache: Path) -> None:
     """Lengths and prompts of the other side make no difference; those of this side do."""
 
     def made(**changes: object) -> int:
@@ -91,7 +87,7 @@ def test_one_table_for_all_that_read_alike(
     assert made() == 6
 
 
-def test_other_contents_are_another_table(
+def test_other_contents_have_another_table(
     encoder: Encoder, corpus: Corpus, own_cache: Path
 ) -> None:
     text_tokenizer = TextTokenizer(encoder.tokenizer, encoder.settings)
@@ -103,9 +99,7 @@ def test_other_contents_are_another_table(
     assert tables_in(own_cache) == 4
 
 
-def test_a_part_of_a_corpus_is_tokenised_alone(
-    encoder: Encoder, corpus: Corpus, own_cache: Path
-) -> None:
+def test_a_subset_is_tokenised_alone(encoder: Encoder, corpus: Corpus, own_cache: Path) -> None:
     text_tokenizer = TextTokenizer(encoder.tokenizer, encoder.settings)
     some = np.array([1, 4, 7])
     part = subset_tokens(corpus, some, text_tokenizer)
@@ -123,6 +117,6 @@ def test_a_part_of_a_corpus_is_tokenised_alone(
     assert tables_in(own_cache) == 2
 
 
-def test_most_of_a_corpus_is_tokenised_whole(encoder: Encoder, corpus: Corpus) -> None:
+def test_most_of_a_corpus_is_tokenised_completely(encoder: Encoder, corpus: Corpus) -> None:
     text_tokenizer = TextTokenizer(encoder.tokenizer, encoder.settings)
     assert (subset_tokens(corpus, np.arange(6), text_tokenizer).lengths > 0).all()

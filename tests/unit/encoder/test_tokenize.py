@@ -48,7 +48,7 @@ def test_prompts_are_put_before_queries_and_passages() -> None:
     assert words(made.passage_ids(passages)) == ["passage red", "passage title blue"]
 
 
-def test_the_separator_stands_between_title_and_text_where_there_is_a_title() -> None:
+def test_the_separator_is_put_between_title_and_text() -> None:
     made = text_tokenizer(title_separator=" | ", passage_prompt="passage: ")
     passages = [Passage("1", "title", "red"), Passage("2", "", "red"), Passage("3", "title", "")]
     assert made.passage_texts(passages) == [
@@ -79,14 +79,14 @@ def test_lowercase() -> None:
     assert words(text_tokenizer(lowercase=True).query_ids([Query("1", "Red")])) == ["red"]
 
 
-def test_an_empty_text_is_one_token_of_padding_never_none() -> None:
+def test_an_empty_text_is_one_token_of_padding() -> None:
     made = text_tokenizer()
     assert made.passage_ids([Passage("1", "", " "), Passage("2", "", "red")]) == [[0], [2]]
     assert made.query_ids([Query("1", "")]) == [[0]]
     assert made.passage_ids([]) == []
 
 
-def test_ids_that_a_vocabulary_leaves_out_are_counted() -> None:
+def test_unused_ids_of_a_vocabulary_are_counted() -> None:
     gapped = tokenizer({"[PAD]": 0, "[UNK]": 1, "red": 70_000})
     assert highest_id(gapped) == 70_000
     assert TextTokenizer(gapped, EncoderConfig()).vocabulary_size == 70_001
@@ -102,7 +102,7 @@ def test_ids_that_a_vocabulary_leaves_out_are_counted() -> None:
     ],
     ids=lambda change: next(iter(change)),
 )
-def test_the_digest_changes_with_what_passages_depend_on(change: dict[str, Any]) -> None:
+def test_the_digest_changes_with_the_settings_of_passages(change: dict[str, Any]) -> None:
     assert text_tokenizer(**change).passage_digest() != text_tokenizer().passage_digest()
 
 
@@ -117,11 +117,11 @@ def test_the_digest_changes_with_what_passages_depend_on(change: dict[str, Any])
     ],
     ids=lambda change: next(iter(change)),
 )
-def test_the_digest_does_not_change_with_anything_else(change: dict[str, Any]) -> None:
+def test_the_digest_does_not_change_with_other_settings(change: dict[str, Any]) -> None:
     assert text_tokenizer(**change).passage_digest() == text_tokenizer().passage_digest()
 
 
-def test_the_digest_names_the_tokenizer() -> None:
+def test_the_digest_depends_on_the_tokenizer() -> None:
     def digest(made: PreTrainedTokenizerFast) -> str:
         return TextTokenizer(made, EncoderConfig()).passage_digest()
 
@@ -188,13 +188,13 @@ def python_digest(tmp_path: Path) -> Callable[..., str]:
     ],
     ids=lambda change: next(iter(change)),
 )
-def test_the_digest_holds_the_settings_of_a_tokenizer_in_python(
+def test_the_digest_has_the_settings_of_a_tokenizer_in_python(
     python_digest: Callable[..., str], change: dict[str, Any]
 ) -> None:
     assert python_digest(**change) != python_digest()
 
 
-def test_the_digest_of_a_tokenizer_in_python_holds_nothing_else(
+def test_the_digest_of_a_tokenizer_in_python_has_nothing_else(
     python_digest: Callable[..., str],
 ) -> None:
     """Every checkpoint of a run is read from a folder of its own."""
@@ -202,7 +202,7 @@ def test_the_digest_of_a_tokenizer_in_python_holds_nothing_else(
     assert python_digest(room="other", **others) == python_digest()
 
 
-def test_the_digest_holds_what_no_backend_knows() -> None:
+def test_the_digest_has_rules_outside_the_backend() -> None:
     split = tokenizer()
     split.split_special_tokens = True
     pad = tokenizer()
@@ -227,7 +227,7 @@ def test_a_backend_with_a_rule_in_python_has_a_digest() -> None:
     assert digest != TextTokenizer(tokenizer(), EncoderConfig()).passage_digest()
 
 
-def test_the_digest_does_not_remember_what_was_tokenised() -> None:
+def test_the_digest_does_not_depend_on_earlier_texts() -> None:
     made = text_tokenizer()
     before = made.passage_digest()
     made.query_ids([Query("1", "red " * 50)])
@@ -235,7 +235,7 @@ def test_the_digest_does_not_remember_what_was_tokenised() -> None:
     assert made.passage_digest() == before
 
 
-def test_texts_that_are_tokenised_already_get_prompt_and_special_tokens(
+def test_tokenised_texts_get_prompt_and_special_tokens(
     make_tiny: Callable[..., Any],
 ) -> None:
     """As if the text had been there; the length counts all of them."""
@@ -254,7 +254,7 @@ def test_texts_that_are_tokenised_already_get_prompt_and_special_tokens(
     assert empty[0] == made.passage_ids([Passage("1", "", "")])[0]
 
 
-def test_a_prompt_longer_than_the_length_is_cut_as_that_of_a_text(
+def test_a_prompt_longer_than_the_length_is_cut_like_a_text(
     make_tiny: Callable[..., Any],
 ) -> None:
     encoder = make_tiny(passage_prompt="the ship, the ship, the ship: ", passage_max_length=5)
@@ -276,7 +276,7 @@ def test_ids_beyond_the_vocabulary_are_an_error() -> None:
             ids()
 
 
-def test_a_tokenizer_that_rewrites_texts_takes_none_that_are_tokenised() -> None:
+def test_a_tokenizer_that_rewrites_texts_refuses_tokenised_ones() -> None:
     made = tokenizer()
     made._tokenizer.post_processor = TemplateProcessing(single="$A:0 $A:0", special_tokens=[])
     assert TextTokenizer(made, EncoderConfig()).passage_ids([Passage("1", "", "red")]) == [[2, 2]]

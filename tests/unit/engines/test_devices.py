@@ -39,19 +39,19 @@ def test_with_two_gpus(gpus: None, name: str, expected: str) -> None:
 
 @none
 @pytest.mark.parametrize("name", ["cuda", "cuda:0"])
-def test_no_gpu_is_said(gpus: None, name: str) -> None:
+def test_a_missing_gpu_is_an_error(gpus: None, name: str) -> None:
     with pytest.raises(DeviceError, match=f"{name!r} does not exist: .* has no CUDA device"):
         resolve_device(name)
 
 
 @two_new
-def test_a_gpu_too_many(gpus: None) -> None:
+def test_a_gpu_index_that_does_not_exist(gpus: None) -> None:
     with pytest.raises(DeviceError, match=r"'cuda:2' does not exist: .* has CUDA devices 0 to 1"):
         resolve_device("cuda:2")
 
 
 @pytest.mark.parametrize("name", ["", "gpu", "cuda:-1", "cuda:x", "mps", "meta"])
-def test_names_of_no_device(name: str) -> None:
+def test_unknown_device_names(name: str) -> None:
     with pytest.raises(DeviceError, match="expected auto, cpu, cuda or cuda:<n>"):
         resolve_device(name)
 
@@ -85,7 +85,7 @@ def test_a_number_format_by_name(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", ["bfloat16", "torch.bfloat16", torch.bfloat16])
-def test_a_number_format_by_pytorchs_name(name: str | torch.dtype) -> None:
+def test_a_number_format_by_its_pytorch_name(name: str | torch.dtype) -> None:
     assert resolve_dtype(name, CPU) == "bf16"
     assert resolve_dtype("float32", CPU) == "fp32"
     assert resolve_dtype("float16", torch.device("cuda:0")) == "fp16"
@@ -98,6 +98,6 @@ def test_fp16_needs_a_gpu() -> None:
 
 
 @pytest.mark.parametrize("name", ["float64", "float8", "FP32", "", "int8"])
-def test_names_of_no_number_format(name: str) -> None:
+def test_unknown_number_formats(name: str) -> None:
     with pytest.raises(DeviceError, match="expected auto, fp32, bf16, fp16"):
         resolve_dtype(name, CPU)

@@ -13,7 +13,7 @@ from mlflow_dr.errors import DeviceError
     ("cores", "trainer", "validator"),
     [(1, 1, 1), (2, 1, 1), (3, 2, 1), (8, 6, 2), (64, 48, 16)],
 )
-def test_without_a_gpu_the_validator_has_a_quarter(
+def test_without_a_gpu_the_validator_gets_a_quarter_of_the_cores(
     cores: int, trainer: int, validator: int
 ) -> None:
     share = share_machine(gpus=[], cores=cores)
@@ -24,7 +24,7 @@ def test_without_a_gpu_the_validator_has_a_quarter(
 
 
 @pytest.mark.parametrize(("cores", "trainer", "validator"), [(1, 1, 1), (4, 2, 2), (16, 2, 14)])
-def test_beside_a_trainer_with_the_one_gpu_the_validator_has_all_cores_but_two(
+def test_a_trainer_with_the_only_gpu_leaves_all_cores_but_two(
     cores: int, trainer: int, validator: int
 ) -> None:
     share = share_machine(gpus=["0"], cores=cores)
@@ -34,7 +34,7 @@ def test_beside_a_trainer_with_the_one_gpu_the_validator_has_all_cores_but_two(
 
 
 @pytest.mark.parametrize("gpus", [["0", "1"], ["4", "7", "2"], ["GPU-a", "GPU-b"]])
-def test_of_several_gpus_the_trainer_has_the_first_and_the_validator_the_last(
+def test_with_several_gpus_the_trainer_gets_the_first_and_the_validator_the_last(
     gpus: list[str],
 ) -> None:
     share = share_machine(gpus=gpus, cores=8)
@@ -44,7 +44,7 @@ def test_of_several_gpus_the_trainer_has_the_first_and_the_validator_the_last(
     assert not share.validator_yields
 
 
-def test_each_training_process_has_a_gpu_and_the_validator_what_is_left() -> None:
+def test_each_training_process_gets_a_gpu_and_the_validator_the_last() -> None:
     gpus = ["0", "1", "2", "3"]
     share = share_machine(gpus=gpus, cores=8, trainers=3)
     assert share.trainer == {"CUDA_VISIBLE_DEVICES": "0,1,2"}
@@ -61,7 +61,7 @@ def test_more_training_processes_than_gpus_are_refused(gpus: list[str], trainers
         share_machine(gpus=gpus, cores=8, trainers=trainers)
 
 
-def test_the_cores_are_those_that_this_process_may_use(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_only_usable_cores_are_counted(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(os, "sched_getaffinity", lambda pid: set(range(12)), raising=False)
     assert share_machine(gpus=[]).trainer == {"OMP_NUM_THREADS": "9"}
     monkeypatch.delattr(os, "sched_getaffinity")
@@ -82,7 +82,7 @@ def test_the_cores_are_those_that_this_process_may_use(monkeypatch: pytest.Monke
         ("GPU-a,GPU-b", 2, ["GPU-a", "GPU-b"]),
     ],
 )
-def test_gpus_are_named_as_the_environment_names_them(
+def test_gpus_have_the_names_of_the_environment(
     monkeypatch: pytest.MonkeyPatch, chosen: str | None, count: int, expected: list[str]
 ) -> None:
     monkeypatch.setattr(torch.cuda, "device_count", lambda: count)
