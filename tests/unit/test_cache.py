@@ -217,10 +217,10 @@ def test_a_damaged_entry_stays_if_a_new_one_cannot_be_made(made: Callable[..., P
 
 
 def test_two_exchanged_entries_are_both_made_again(made: Callable[..., Path]) -> None:
-    one, other = made("one"), made("other")
-    one.rename(one.with_name("aside"))
-    other.rename(one)
-    one.with_name("aside").rename(other)
+    first, other = made("one"), made("other")
+    first.rename(first.with_name("aside"))
+    other.rename(first)
+    first.with_name("aside").rename(other)
     assert [text(made("one")), text(made("other"))] == ["made 2", "made 3"]
 
 
@@ -268,17 +268,17 @@ import sys, time
 from pathlib import Path
 from mlflow_dr.cache import cache_entry
 
-room, me, other = Path(sys.argv[1]), sys.argv[2], sys.argv[3]
+folder, me, other = Path(sys.argv[1]), sys.argv[2], sys.argv[3]
 
 def write(partial):
-    with (room / "log").open("a") as log:
+    with (folder / "log").open("a") as log:
         log.write(me)
     partial.mkdir()
     time.sleep(0.1)
     (partial / "text").write_text(me)
 
-(room / me).touch()
-while not (room / other).exists():
+(folder / me).touch()
+while not (folder / other).exists():
     time.sleep(0.001)
 print((cache_entry("kind", "key", write) / "text").read_text())
 """
@@ -297,8 +297,8 @@ def test_two_processes_make_a_damaged_entry_again_once(
         )
         for me, other in (("a", "b"), ("b", "a"))
     ]
-    said = [process.communicate(timeout=600) for process in pair]
+    outputs = [process.communicate(timeout=600) for process in pair]
     by = (tmp_path / "log").read_text()
     assert by in ("a", "b")
-    assert [out.strip() for out, _ in said] == [by, by]
-    assert sum("is damaged" in error for _, error in said) == 1
+    assert [out.strip() for out, _ in outputs] == [by, by]
+    assert sum("is damaged" in error for _, error in outputs) == 1

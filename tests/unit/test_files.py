@@ -31,20 +31,20 @@ import sys, time
 from pathlib import Path
 from mlflow_dr.files import build_once
 
-room, me, other = Path(sys.argv[1]), sys.argv[2], sys.argv[3]
+folder, me, other = Path(sys.argv[1]), sys.argv[2], sys.argv[3]
 
 def build(partial):
-    with (room / "log").open("a") as log:
+    with (folder / "log").open("a") as log:
         log.write(me)
     partial.mkdir()
     (partial / "half").write_text(me)
     time.sleep(0.3)
     (partial / "whole").write_text(me)
 
-(room / me).touch()
-while not (room / other).exists():
+(folder / me).touch()
+while not (folder / other).exists():
     time.sleep(0.001)
-made = build_once(room / "target", build)
+made = build_once(folder / "target", build)
 print((made / "whole").read_text())
 """
 
@@ -252,10 +252,10 @@ def test_a_scratch_directory_made_in_one_thread_and_left_in_another(
     with ExitStack() as ending:
         with ThreadPoolExecutor(1) as pool:
             pool.submit(ending.enter_context, scratch()).result()
-        room, _ = sorted(tmp_path.iterdir())
+        folder, _ = sorted(tmp_path.iterdir())
     assert list(tmp_path.iterdir()) == []
-    opened = [str(one.readlink()) for one in Path("/proc/self/fd").iterdir() if one.is_symlink()]
-    assert not [one for one in opened if one.startswith(str(room))]
+    opened = [str(path.readlink()) for path in Path("/proc/self/fd").iterdir() if path.is_symlink()]
+    assert not [path for path in opened if path.startswith(str(folder))]
 
 
 def test_only_the_scratch_directories_of_killed_processes_are_removed(

@@ -27,9 +27,9 @@ def folder(tmp_path: Path) -> Path:
     return tmp_path
 
 
-def planned(folder: Path, *words: str) -> subprocess.CompletedProcess[str]:
-    words = ("make", "--dry-run", "--directory", str(folder), *words)
-    return subprocess.run(words, capture_output=True, text=True)
+def planned(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+    arguments = ("make", "--dry-run", "--directory", str(folder), *arguments)
+    return subprocess.run(arguments, capture_output=True, text=True)
 
 
 def environment(folder: Path, python: str) -> Path:
@@ -60,10 +60,10 @@ def test_the_environment_of_another_python_is_replaced(folder: Path) -> None:
     assert not (folder / ".venv").exists()
 
 
-@pytest.mark.parametrize("words", [["PYTHON={}/python3.11"], []])
-def test_an_environment_that_will_do_is_kept(folder: Path, words: list[str]) -> None:
+@pytest.mark.parametrize("arguments", [["PYTHON={}/python3.11"], []])
+def test_a_suitable_environment_is_kept(folder: Path, arguments: list[str]) -> None:
     environment(folder, "python3.11")
-    done = planned(folder, "ui", "PORT=5001", *(one.format(folder) for one in words))
+    done = planned(folder, "ui", "PORT=5001", *(argument.format(folder) for argument in arguments))
     assert "-m venv" not in done.stdout
     assert "mlflow-dr ui --port 5001" in done.stdout
     assert (folder / ".venv").exists()

@@ -85,9 +85,9 @@ def test_everything_that_a_command_prints_is_guarded(stream: str) -> None:
         f"sys.{stream}.write('\\rbar\\n')\n"
         f"sys.{stream}.write('\\n\\x1b[A')\n"
     )
-    words = [sys.executable, "-X", "utf8=0", "-c", code]
+    command = [sys.executable, "-X", "utf8=0", "-c", code]
     done = subprocess.run(
-        words,
+        command,
         capture_output=True,
         check=True,
         env={"LC_ALL": "C", "PYTHONPATH": ":".join(sys.path)},

@@ -78,7 +78,7 @@ VOCABULARY = {
 MERGES = [("a", "b"), ("Ġ", "a"), ("▁", "a")]
 
 
-def words(rule: Any = None, **special: str) -> PreTrainedTokenizerFast:
+def word_tokenizer(rule: Any = None, **special: str) -> PreTrainedTokenizerFast:
     """One token for each word."""
     backend = Tokenizer(WordLevel(VOCABULARY, unk_token="<unk>"))
     backend.pre_tokenizer = Whitespace()
@@ -96,10 +96,10 @@ AROUND = processors.TemplateProcessing(
     single="<s> $A c", pair="<s> $A c $B c", special_tokens=[("<s>", 2), ("c", 11)]
 )
 TOKENIZERS: dict[str, Callable[[], Any]] = {
-    "no rule": lambda: words(eos_token="</s>"),
-    "a begin": lambda: words(BEGIN, eos_token="</s>", bos_token="<s>"),
-    "a begin and an end": lambda: words(AROUND, eos_token="</s>"),
-    "a separator": lambda: words(sep_token="</s>"),
+    "no rule": lambda: word_tokenizer(eos_token="</s>"),
+    "a begin": lambda: word_tokenizer(BEGIN, eos_token="</s>", bos_token="<s>"),
+    "a begin and an end": lambda: word_tokenizer(AROUND, eos_token="</s>"),
+    "a separator": lambda: word_tokenizer(sep_token="</s>"),
     # bytes, and a rule of their own
     "qwen2": lambda: Qwen2Tokenizer(
         vocab=VOCABULARY, merges=MERGES, eos_token="</s>", pad_token="<pad>"
@@ -130,7 +130,7 @@ def test_every_text_ends_with_the_token(kind: str, tmp_path: Path) -> None:
 
 def test_the_end_token_is_saved_with_the_encoder(make_tiny: Make, tmp_path: Path) -> None:
     encoder = make_tiny(pooling="last", passage_max_length=5)
-    tokenizer = words(eos_token="</s>")
+    tokenizer = word_tokenizer(eos_token="</s>")
     append_eos(tokenizer)
     settings = encoder.settings
     save_encoder(tmp_path / "saved", Encoder(encoder.backbone, tokenizer, settings))
@@ -139,7 +139,7 @@ def test_the_end_token_is_saved_with_the_encoder(make_tiny: Make, tmp_path: Path
         [Passage("1", "", "a b"), Passage("2", "", "a b c d e a b")]
     )
     assert rows == [[4, 5, 3], [4, 5, 11, 12, 3]]
-    digest = TextTokenizer(words(eos_token="</s>"), settings).passage_digest()
+    digest = TextTokenizer(word_tokenizer(eos_token="</s>"), settings).passage_digest()
     assert TextTokenizer(loaded.tokenizer, settings).passage_digest() != digest
 
 
@@ -156,7 +156,7 @@ def test_a_tokenizer_that_already_ends_with_the_token_stays(
 
 def test_a_tokenizer_without_an_end_token_is_refused() -> None:
     with pytest.raises(UsageError, match=r"--append_eos_token: .* no end-of-sequence token"):
-        append_eos(words())
+        append_eos(word_tokenizer())
 
     class Slow:
         eos_token = "</s>"
@@ -166,7 +166,7 @@ def test_a_tokenizer_without_an_end_token_is_refused() -> None:
 
 
 def test_tokenised_texts_also_end_with_the_token() -> None:
-    tokenizer = words(BEGIN, eos_token="</s>")
+    tokenizer = word_tokenizer(BEGIN, eos_token="</s>")
     append_eos(tokenizer)
     config = EncoderConfig(passage_max_length=5)
     rows = TextTokenizer(tokenizer, config).passage_ids([Passage("1", "", "", [4, 5, 11, 12, 13])])

@@ -287,10 +287,12 @@ def test_prompts_are_the_librarys(
     settings = load_encoder(foreign).settings
     theirs = sentence_transformer(foreign)
     used = []
-    monkeypatch.setattr(theirs, "encode", lambda inputs, **said: used.append(said))
+    monkeypatch.setattr(theirs, "encode", lambda inputs, **options: used.append(options))
     theirs.encode_query(["a"])
     theirs.encode_document(["a"])
-    prompts = [theirs._resolve_prompt(said["prompt"], said["prompt_name"]) for said in used]
+    prompts = [
+        theirs._resolve_prompt(options["prompt"], options["prompt_name"]) for options in used
+    ]
     assert [settings.query_prompt, settings.passage_prompt] == prompts
     assert (unused is not None) == ("does not put before" in caplog.text)
     assert repr(unused or "") in caplog.text or unused is None

@@ -109,10 +109,10 @@ def test_adapters_are_on_the_usual_layers_or_on_all_linear_ones(make: Make) -> N
 
 def test_rank_and_scale(make: Make) -> None:
     small = adapted(make(), rank=2, alpha=8)
-    weights = {name: one for name, one in small.named_parameters() if ".lora_A." in name}
-    assert {len(one) for one in weights.values()} == {2}
-    one = next(module for module in small.modules() if hasattr(module, "lora_A"))
-    assert one.scaling == {"default": 4.0}
+    weights = {name: weight for name, weight in small.named_parameters() if ".lora_A." in name}
+    assert {len(weight) for weight in weights.values()} == {2}
+    layer = next(module for module in small.modules() if hasattr(module, "lora_A"))
+    assert layer.scaling == {"default": 4.0}
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -125,12 +125,12 @@ def test_merged_adapters_give_a_plain_encoder_with_the_same_vectors(
     if not tied:
         untie(encoder)
     adapted(encoder)
-    vectors = [one(IDS, MASK) for one in (encoder, encoder.query_encoder)]
+    vectors = [part(IDS, MASK) for part in (encoder, encoder.query_encoder)]
     save_encoder(tmp_path / "saved", encoder)
     monkeypatch.setitem(sys.modules, "peft", None)  # it is not needed any more
     loaded = load_encoder(tmp_path / "saved", safetensors_only=True)
-    for one, expected in zip((loaded, loaded.query_encoder), vectors, strict=True):
-        torch.testing.assert_close(one(IDS, MASK), expected, rtol=1e-5, atol=1e-5)
+    for part, expected in zip((loaded, loaded.query_encoder), vectors, strict=True):
+        torch.testing.assert_close(part(IDS, MASK), expected, rtol=1e-5, atol=1e-5)
         assert (expected - before).abs().max() > 1e-2
     assert not list(tmp_path.rglob("adapter*"))
     assert tied == (loaded.untied_query_encoder is None)
@@ -184,15 +184,15 @@ def test_adapters_saved_alone_are_put_on_their_base_again(
     if not tied:
         untie(encoder)
     adapted(encoder, str(base))
-    vectors = [one(IDS, MASK) for one in (encoder, encoder.query_encoder)]
+    vectors = [part(IDS, MASK) for part in (encoder, encoder.query_encoder)]
     save_encoder(tmp_path / "saved", encoder, merged=False)
     names = {path.name for path in (tmp_path / "saved").iterdir()}
     assert {"adapter_config.json", "adapter_model.safetensors", "mlflow_dr.json"} <= names
     assert not {"model.safetensors", "config.json", "README.md"} & names
     assert base_name(tmp_path / "saved") == str(base)
     loaded = load_encoder(tmp_path / "saved", safetensors_only=True)
-    for one, expected in zip((loaded, loaded.query_encoder), vectors, strict=True):
-        torch.testing.assert_close(one(IDS, MASK), expected, rtol=1e-5, atol=1e-5)
+    for part, expected in zip((loaded, loaded.query_encoder), vectors, strict=True):
+        torch.testing.assert_close(part(IDS, MASK), expected, rtol=1e-5, atol=1e-5)
     weights = (tmp_path / "saved" / "adapter_model.safetensors").stat().st_size
     assert weights < 0.8 * (base / "model.safetensors").stat().st_size
 

@@ -25,7 +25,7 @@ def two_towers(make_two_towers) -> Encoder:
 def vectors(encoder: Encoder, rows: list[list[int]]) -> Tensor:
     ids = [torch.tensor([row]) for row in rows]
     with torch.no_grad():
-        return torch.cat([encoder(one, torch.ones_like(one)) for one in ids])
+        return torch.cat([encoder(row, torch.ones_like(row)) for row in ids])
 
 
 def both(encoder: Encoder) -> tuple[Tensor, Tensor]:

@@ -47,9 +47,9 @@ def test_the_weights_stay_the_same_tensors(make_tiny: Make, tmp_path: Path) -> N
     """The optimizer holds on to them."""
     encoder = make_tiny()
     save_encoder(tmp_path / "saved", encoder, merged=False)
-    before = {name: one.data_ptr() for name, one in encoder.named_parameters()}
+    before = {name: weight.data_ptr() for name, weight in encoder.named_parameters()}
     restore_encoder(tmp_path / "saved", encoder)
-    assert {name: one.data_ptr() for name, one in encoder.named_parameters()} == before
+    assert {name: weight.data_ptr() for name, weight in encoder.named_parameters()} == before
 
 
 @pytest.mark.parametrize("lora", [False, True], ids=["whole", "adapters"])

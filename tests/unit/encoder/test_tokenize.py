@@ -34,18 +34,18 @@ def text_tokenizer(**settings: Any) -> TextTokenizer:
     return TextTokenizer(tokenizer(), EncoderConfig(**settings))
 
 
-def words(rows: list[list[int]]) -> list[str]:
+def tokens_of(rows: list[list[int]]) -> list[str]:
     return [" ".join(WORDS[number] for number in row) for row in rows]
 
 
 def test_prompts_are_put_before_queries_and_passages() -> None:
     made = text_tokenizer(query_prompt="query ", passage_prompt="passage ")
-    assert words(made.query_ids([Query("1", " red "), Query("2", "blue")])) == [
+    assert tokens_of(made.query_ids([Query("1", " red "), Query("2", "blue")])) == [
         "query red",
         "query blue",
     ]
     passages = [Passage("1", "", "red"), Passage("2", "title", "blue")]
-    assert words(made.passage_ids(passages)) == ["passage red", "passage title blue"]
+    assert tokens_of(made.passage_ids(passages)) == ["passage red", "passage title blue"]
 
 
 def test_the_separator_is_put_between_title_and_text() -> None:
@@ -61,8 +61,8 @@ def test_the_separator_is_put_between_title_and_text() -> None:
 def test_each_kind_of_text_has_its_own_length() -> None:
     made = text_tokenizer(query_max_length=3, passage_max_length=5, query_prompt="query ")
     long = "long " * 20
-    assert words(made.query_ids([Query("1", long)])) == ["query long long"]
-    assert words(made.passage_ids([Passage("1", "title", long)])) == ["title" + " long" * 4]
+    assert tokens_of(made.query_ids([Query("1", long)])) == ["query long long"]
+    assert tokens_of(made.passage_ids([Passage("1", "title", long)])) == ["title" + " long" * 4]
 
 
 def test_special_tokens_count_towards_the_length(make_tiny: Callable[..., Any]) -> None:
@@ -75,8 +75,8 @@ def test_special_tokens_count_towards_the_length(make_tiny: Callable[..., Any]) 
 
 
 def test_lowercase() -> None:
-    assert words(text_tokenizer().query_ids([Query("1", "Red")])) == ["Red"]
-    assert words(text_tokenizer(lowercase=True).query_ids([Query("1", "Red")])) == ["red"]
+    assert tokens_of(text_tokenizer().query_ids([Query("1", "Red")])) == ["Red"]
+    assert tokens_of(text_tokenizer(lowercase=True).query_ids([Query("1", "Red")])) == ["red"]
 
 
 def test_an_empty_text_is_one_token_of_padding() -> None:
@@ -155,14 +155,14 @@ def python_digest(tmp_path: Path) -> Callable[..., str]:
     def digest(
         change: Callable[[Any], object] = lambda made: None,
         vocabulary: Sequence[str] = PYTHON_WORDS,
-        room: str = "room",
+        name: str = "name",
         **settings: Any,
     ) -> str:
-        (tmp_path / room).mkdir()
-        path = tmp_path / room / "vocab.txt"
+        (tmp_path / name).mkdir()
+        path = tmp_path / name / "vocab.txt"
         path.write_text("\n".join(vocabulary))
         made = PythonTokenizer(str(path), name_or_path=str(path.parent), **settings)
-        shutil.rmtree(tmp_path / room)
+        shutil.rmtree(tmp_path / name)
         assert not hasattr(made, "backend_tokenizer")
         change(made)
         return TextTokenizer(made, EncoderConfig()).passage_digest()
@@ -199,7 +199,7 @@ def test_the_digest_of_a_tokenizer_in_python_has_nothing_else(
 ) -> None:
     """Every checkpoint of a run is read from a folder of its own."""
     others = {"chat_template": "{{ x }}", "model_max_length": 77, "local_files_only": True}
-    assert python_digest(room="other", **others) == python_digest()
+    assert python_digest(name="other", **others) == python_digest()
 
 
 def test_the_digest_has_rules_outside_the_backend() -> None:
