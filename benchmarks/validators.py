@@ -256,8 +256,8 @@ def main(checkpoints: int, validators: int, poll_seconds: float, seconds: float)
             )
         print(
             f"{validators} validators, {checkpoints} checkpoints of {seconds} s: held up by "
-            f"traffic {100 * held_up:.1f} % of the time, not evaluating {100 * other:.1f} %; {twice} done "
-            "twice"
+            f"traffic {100 * held_up:.1f} % of the time, not evaluating {100 * other:.1f} %; "
+            f"{twice} done twice"
         )
         with mock.patch.object(worker, "evaluate_all", waiting(SLOW)):
             for number in (1, 2):
