@@ -83,16 +83,17 @@ def tokens(room: Path) -> Any:
     return [read, made[1].lengths.tolist(), ids.tolist(), mask.tolist()]
 
 
-def tops(room: Path) -> Any:
-    from mlflow_dr.collection.records import Query
+def top_passages(room: Path) -> Any:
+    from mlflow_dr.collection.records import Query, Topics
     from mlflow_dr.collection.training_files import corpus_of_file
     from mlflow_dr.subsets.spec import parse_subset
-    from mlflow_dr.subsets.strategies import CachedSearching
+    from mlflow_dr.subsets.strategies import SubsetSources
 
     corpus = corpus_of_file(_corpus_file(room))
     queries = [Query(one[0], one[1]) for one in QUERIES]
-    found = CachedSearching(corpus).top_passages(parse_subset("bm25@3").terms[0], queries)
-    return [one.tolist() for one in found]
+    (term,) = parse_subset("bm25@3").terms
+    chosen = term.strategy.choose(term, SubsetSources(corpus, Topics(queries, {})))
+    return [rows.tolist() for rows in chosen]
 
 
 def fidelity(room: Path) -> Any:
@@ -186,7 +187,7 @@ KINDS = [
     Kind("cache-corpora", entry(corpora, ("corpora",)), 5),
     Kind("cache-tokens", entry(tokens, ("tokens", "tokens", "corpora")), 5, tiny),
     Kind("cache-examples", entry(examples, ("examples",)), 5),
-    Kind("cache-tops", entry(tops, ("tops", "tops", "corpora")), 4),
+    Kind("cache-top-passages", entry(top_passages, ("top_passages", "top_passages", "corpora")), 4),
     Kind("cache-fidelity", kept, 3),
     Kind("cache-replaced", replaced, 1),
 ]

@@ -191,7 +191,7 @@ def plan_ours(path: Path) -> Any:
     validations = {}
     for one in plan.all_validations:
         spec = one.subset
-        parts = sorted((part.kind, part.count, part.names) for part in spec.terms)
+        parts = sorted((term.name, term.count, term.arguments) for term in spec.terms)
         name = one.name.removesuffix(f"-{spec.slug}") if spec.slug and not one.refines else one.name
         if one.refines is not None:
             base = (key for key, cheap in validations.items() if cheap["_name"] == one.refines.name)

@@ -125,7 +125,7 @@ def number_format(text: str) -> Any:
 def _subset(text: str) -> Any:
     spec = parse_subset(text)
     _ = (spec.slug, spec.shown, str(spec), spec.n_queries, spec.candidates)
-    return sorted((part.kind, part.count, part.names) for part in spec.terms)
+    return sorted((term.name, term.count, term.arguments) for term in spec.terms)
 
 
 def _policy(text: str) -> Any:

@@ -78,7 +78,7 @@ def command(
     from mlflow_dr.collection.formats import chosen_split
     from mlflow_dr.subsets.export import write_subset
     from mlflow_dr.subsets.spec import parse_subset
-    from mlflow_dr.subsets.strategies import CachedSearching
+    from mlflow_dr.subsets.strategies import SubsetSources
     from mlflow_dr.subsets.subset import make_subset
 
     spec = parse_subset(subsets[0], seed, judged)
@@ -90,8 +90,8 @@ def command(
     collection = open_collection(dataset)
     chosen = chosen_split(collection, split)
     corpus = collection.corpus()
-    searching = CachedSearching(corpus, device, dtype)
-    subset = make_subset(spec, corpus, collection.topics(chosen), searching)
+    sources = SubsetSources(corpus, collection.topics(chosen), device=device, dtype=dtype)
+    subset = make_subset(spec, sources)
     write_subset(output, subset, chosen, layout, shards, tokens)
     origins = ", ".join(f"{name} {count}" for name, count in subset.sizes.items())
     click.echo(f"{len(subset)} passages ({origins}), {len(subset.topics.queries)} queries")

@@ -23,7 +23,7 @@ from mlflow_dr.fidelity.agreement import RESAMPLES, TOLERANCE, Curve, FidelityRe
 from mlflow_dr.files import digest_of
 from mlflow_dr.retrieval.measures import Measure
 from mlflow_dr.subsets.spec import FULL, SubsetSpec
-from mlflow_dr.subsets.strategies import CachedSearching
+from mlflow_dr.subsets.strategies import SubsetSources
 from mlflow_dr.subsets.subset import make_subset
 from mlflow_dr.tracking.checkpoints import Checkpoint, checkpoint_of_step
 from mlflow_dr.tracking.runs import TrackedRun
@@ -257,10 +257,16 @@ def _prepared(
     collection = open_collection(dataset)
     whole = EvalDataset(collection, chosen_split(collection, split))
     published = None if run is None else lambda step: checkpoint_of_step(run, step)
-    searching = CachedSearching(whole.corpus, settings.device, settings.dtype, published)
+    sources = SubsetSources(
+        whole.corpus,
+        whole.topics,
+        device=settings.device,
+        dtype=settings.dtype,
+        published=published,
+    )
     prepared = [whole]
     for spec in asked.subsets:
-        subset = make_subset(spec, whole.corpus, whole.topics, searching)
+        subset = make_subset(spec, sources)
         log.info("%s: %d passages, %d queries", spec.shown, len(subset), len(subset.topics.queries))
         prepared.append(EvalDataset(collection, whole.split, whole.tokens, subset))
     return prepared

@@ -1,43 +1,35 @@
-"""A subset: passages of a corpus with their origin, and the queries that are put to them."""
+"""A subset: passages of a corpus with their origin, and the queries that search them."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
-from pathlib import Path
-from typing import Protocol
 
 import numpy as np
 import pyarrow as pa
 
 from mlflow_dr.collection.corpus import Corpus
-from mlflow_dr.collection.records import Query, Topics
+from mlflow_dr.collection.records import Topics
 from mlflow_dr.files import digest_of
-from mlflow_dr.retrieval.ranking import read_ranking
-from mlflow_dr.subsets.spec import ALL, BM25, ENCODER, QUERIES, RANDOM, SubsetSpec, SubsetTerm
+from mlflow_dr.subsets.spec import ALL, SubsetSpec, SubsetTerm
+from mlflow_dr.subsets.strategies import SubsetSources
 
 JUDGED = "judged"
 
 
-class Searching(Protocol):
-    """Searches a corpus itself, where a subset is not read from files."""
-
-    def top_passages(self, part: SubsetTerm, queries: Sequence[Query]) -> list[np.ndarray]:
-        """The best passages of each query, by BM25 or an encoder: rows, `(<= k,) int64`."""
-
-
 @dataclass(frozen=True)
 class Subset:
-    """What a validation searches, and what for.
+    """The passages and queries of a validation.
 
     Attributes:
-        spec: as it was asked for.
+        spec: the request.
         corpus: the whole corpus.
-        topics: the queries that are put, and their judgements.
+        topics: the queries, and their judgements.
         rows: the passages that are searched, rows of the corpus, ascending, `(n,) int64`.
-        origins: which of `names` a passage comes from, a bit for each, `(n,) int64`.
-        candidates: for each query the only rows that it ranks; None for no such limit.
+        origins: which of `names` a passage comes from, as bits, `(n,) int64`.
+        candidates: the only rows that each query ranks, `(n_candidates,) int64`; None if each
+            query ranks all passages.
     """
 
     spec: SubsetSpec
@@ -52,18 +44,18 @@ class Subset:
 
     @property
     def names(self) -> tuple[str, ...]:
-        """Where passages come from: judged, or a part of the spec."""
-        parts = (part.shown for part in self.spec.terms if part.kind != QUERIES)
-        return (JUDGED, *parts)
+        """Where passages come from: they are judged, or chosen by a term."""
+        terms = (term for term in self.spec.terms if term.strategy.chooses != "queries")
+        return (JUDGED, *(term.shown for term in terms))
 
     @property
     def sizes(self) -> dict[str, int]:
-        """How many passages come from where; one may come from several places."""
+        """How many passages have each origin; a passage may have several."""
         return {name: int((self.origins >> bit & 1).sum()) for bit, name in enumerate(self.names)}
 
     @cached_property
     def digest(self) -> str:
-        """Of passages, queries and candidates; equal for equal ones, however they were chosen."""
+        """A digest of passages, queries and candidates, however they were chosen."""
         ids = sorted(self.corpus.ids.take(pa.array(self.rows)).to_pylist())
         parts = ["\n".join(ids), "\n".join(sorted(query.id for query in self.topics.queries))]
         if self.candidates is not None:
@@ -76,88 +68,55 @@ class Subset:
         """Ids of the passages, and where they come from: columns `passage_id` and `origin`."""
         combinations, which = np.unique(self.origins, return_inverse=True)
         texts = [
-            " + ".join(name for bit, name in enumerate(self.names) if one >> bit & 1)
-            for one in combinations.tolist()
+            " + ".join(name for bit, name in enumerate(self.names) if bits >> bit & 1)
+            for bits in combinations.tolist()
         ]
         origin = pa.DictionaryArray.from_arrays(which.astype(np.int32), pa.array(texts))
         ids = self.corpus.ids.take(pa.array(self.rows)).combine_chunks()
         return pa.table({"passage_id": ids, "origin": origin})
 
 
-def make_subset(spec: SubsetSpec, corpus: Corpus, topics: Topics, searching: Searching) -> Subset:
-    """Choose the passages.
-
-    The queries are drawn first: tops are those of the queries that are put. What is drawn by lot
-    depends on the ids and the seed, never on the order of the corpus, and a smaller draw is part of
-    a larger one.
-
-    Args:
-        spec: what was asked for.
-        corpus: whose passages.
-        topics: queries and judgements; judged passages are always in.
-        searching: finds tops where they are not read from files.
+def make_subset(spec: SubsetSpec, sources: SubsetSources) -> Subset:
+    """Choose the queries first, then passages for these queries; judged passages are included.
 
     Raises:
         DataError: a ranking file is malformed, or about another collection.
         UsageError: no such encoder.
     """
-    topics = _drawn_topics(spec, topics)
+    sources = replace(sources, seed=spec.seed)
+    queries = spec.term_that_chooses("queries")
+    if queries is not None:
+        sources = replace(sources, topics=_chosen_topics(queries, sources))
+    corpus, topics = sources.corpus, sources.topics
     judged = _judged_rows(spec, corpus, topics)
-    wanted = spec.candidates
-    if wanted is not None:
-        tops = _tops(wanted, corpus, topics, searching)
-        candidates = [np.union1d(top, own) for top, own in zip(tops, judged, strict=True)]
-        rows, origins = _joined([_union(judged), _union(tops)])
-        return Subset(spec, corpus, topics, rows, origins, candidates)
-    if spec.is_full:
-        rows = np.arange(len(corpus))
-        origins = np.full(len(rows), 2, np.int64)
-        origins[_union(judged)] |= 1
-        return Subset(spec, corpus, topics, rows, origins)
-    parts = [
-        _drawn(corpus, part.count, spec.seed)
-        if part.kind == RANDOM
-        else _union(_tops(part, corpus, topics, searching))
-        for part in spec.terms
-        if part.kind != QUERIES
+    choices = [
+        (term.strategy.chooses, term.strategy.choose(term, sources))
+        for term in spec.terms
+        if term is not queries
     ]
-    rows, origins = _joined([_union(judged), *parts])
-    return Subset(spec, corpus, topics, rows, origins)
+    candidates = None
+    for chooses, rows in choices:
+        if chooses == "candidates":
+            candidates = [np.union1d(*pair) for pair in zip(rows, judged, strict=True)]
+    joined, origins = _joined([_union(judged), *(_union(rows) for _, rows in choices)])
+    return Subset(spec, corpus, topics, joined, origins, candidates)
 
 
-def _drawn_topics(spec: SubsetSpec, topics: Topics) -> Topics:
-    if spec.n_queries is None or spec.n_queries >= len(topics.queries):
-        return topics
-    by_id = sorted(range(len(topics.queries)), key=lambda place: topics.queries[place].id)
-    order = np.random.default_rng(spec.seed).permutation(len(by_id))[: spec.n_queries]
-    queries = [topics.queries[place] for place in sorted(by_id[one] for one in order)]
+def _chosen_topics(term: SubsetTerm, sources: SubsetSources) -> Topics:
+    topics = sources.topics
+    positions = _union(term.strategy.choose(term, sources))
+    queries = [topics.queries[position] for position in positions]
     return Topics(queries, {query.id: topics.qrels[query.id] for query in queries})
 
 
-def _drawn(corpus: Corpus, count: int, seed: int) -> np.ndarray:
-    """Rows drawn by lot from those in the order of their ids."""
-    by_id = np.argsort(corpus.tie_ranks())
-    return by_id[np.random.default_rng(seed).permutation(len(by_id))[:count]]
-
-
 def _judged_rows(spec: SubsetSpec, corpus: Corpus, topics: Topics) -> list[np.ndarray]:
-    """The judged passages of each query that are always in."""
-    of_queries = [
+    """The judged passages of each query that are always included."""
+    ids = [
         [pid for pid, rel in topics.qrels[query.id].items() if rel > 0 or spec.judged == ALL]
         for query in topics.queries
     ]
-    rows = corpus.rows_of([pid for ids in of_queries for pid in ids])
-    return np.split(rows, np.cumsum([len(ids) for ids in of_queries])[:-1])
-
-
-def _tops(
-    part: SubsetTerm, corpus: Corpus, topics: Topics, searching: Searching
-) -> list[np.ndarray]:
-    """The best passages of each query."""
-    if part.kind in (BM25, ENCODER):
-        return searching.top_passages(part, topics.queries)
-    of_files = [read_ranking(Path(name), part.count, topics.queries, corpus) for name in part.names]
-    return [np.unique(np.concatenate(of_query)) for of_query in zip(*of_files, strict=True)]
+    rows = corpus.rows_of([pid for of_query in ids for pid in of_query])
+    return np.split(rows, np.cumsum([len(of_query) for of_query in ids])[:-1])
 
 
 def _union(groups: Iterable[np.ndarray]) -> np.ndarray:
@@ -169,5 +128,7 @@ def _joined(parts: Sequence[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
     rows = _union(parts)
     origins = np.zeros(len(rows), np.int64)
     for bit, part in enumerate(parts):
-        origins[np.searchsorted(rows, part)] |= 1 << bit
+        # a search in tens of millions of rows takes seconds
+        places = slice(None) if len(part) == len(rows) else np.searchsorted(rows, part)
+        origins[places] |= 1 << bit
     return rows, origins

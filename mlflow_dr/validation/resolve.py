@@ -22,7 +22,7 @@ from mlflow_dr.errors import (
 )
 from mlflow_dr.retrieval.measures import check_depth
 from mlflow_dr.subsets.spec import SubsetSpec
-from mlflow_dr.subsets.strategies import CachedSearching
+from mlflow_dr.subsets.strategies import SubsetSources
 from mlflow_dr.subsets.subset import Subset, make_subset
 from mlflow_dr.tracking.artifacts import log_subset
 from mlflow_dr.tracking.checkpoints import (
@@ -336,10 +336,14 @@ def _make_subset(
 ) -> Subset:
     device = resolve_device(settings.device)
     dtype = resolve_dtype(settings.dtype, device)
-    searching = CachedSearching(
-        data.corpus, str(device), dtype, lambda step: checkpoint_of_step(run, step)
+    sources = SubsetSources(
+        data.corpus,
+        data.topics,
+        device=str(device),
+        dtype=dtype,
+        published=lambda step: checkpoint_of_step(run, step),
     )
-    return make_subset(spec, data.corpus, data.topics, searching)
+    return make_subset(spec, sources)
 
 
 def _shown(data: EvalDataset) -> str:
@@ -357,7 +361,7 @@ def _describe_subset(subset: Subset, dataset: str, split: str) -> dict[str, obje
         "passages": len(subset),
         "origins": subset.sizes,
     }
-    if subset.spec.n_queries is not None:
+    if subset.spec.term_that_chooses("queries"):
         description["queries"] = [query.id for query in subset.topics.queries]
     return description
 

@@ -18,12 +18,12 @@ from mlflow_dr.cache import CHECKSUMS, cache_entry, sound_entry
 from mlflow_dr.collection.corpus import Corpus, cached_corpus
 from mlflow_dr.collection.examples import cached_examples
 from mlflow_dr.collection.raw_examples import RawExample
-from mlflow_dr.collection.records import Passage, Query
+from mlflow_dr.collection.records import Passage, Query, Topics
 from mlflow_dr.fidelity.study import Kept
 from mlflow_dr.retrieval.bm25 import bm25_index
 from mlflow_dr.stores.token_table import cached_token_table
-from mlflow_dr.subsets.spec import BM25, SubsetTerm
-from mlflow_dr.subsets.strategies import CachedSearching
+from mlflow_dr.subsets.spec import SubsetTerm
+from mlflow_dr.subsets.strategies import SubsetSources
 
 PASSAGES = [
     Passage(f"p{n}", "Ports", f"a {w} sails")
@@ -56,10 +56,9 @@ def bm25() -> list[Any]:
 
 
 def top_passages() -> list[Any]:
-    return [
-        rows.tolist()
-        for rows in CachedSearching(_corpus()).top_passages(SubsetTerm(BM25, 2), [QUERY])
-    ]
+    sources = SubsetSources(_corpus(), Topics([QUERY], {}))
+    term = SubsetTerm("bm25", 2)
+    return [rows.tolist() for rows in term.strategy.choose(term, sources)]
 
 
 def fidelity() -> list[Any]:
@@ -119,7 +118,7 @@ DAMAGES = (flipped, cut_off, emptied, exchanged, Path.unlink, moved, made_a_fold
         ("examples", examples),
         ("tokens", tokens),
         ("bm25", bm25),
-        ("tops", top_passages),
+        ("top_passages", top_passages),
         ("fidelity", fidelity),
     ],
     ids=lambda part: part if isinstance(part, str) else "",

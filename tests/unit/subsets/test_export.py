@@ -1,29 +1,23 @@
 """Subsets written down are collections that open again."""
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 
-import numpy as np
 import pyarrow.parquet as pq
 import pytest
 from click.testing import CliRunner
 
 from mlflow_dr.cli.subset import command
 from mlflow_dr.collection.catalogue import open_collection
-from mlflow_dr.collection.records import Query
 from mlflow_dr.encoder.directory import save_encoder
 from mlflow_dr.encoder.model import Encoder
 from mlflow_dr.encoder.tokenize import plain_tokens
 from mlflow_dr.errors import UsageError
 from mlflow_dr.subsets.export import write_subset
-from mlflow_dr.subsets.spec import SubsetTerm, parse_subset
+from mlflow_dr.subsets.spec import parse_subset
+from mlflow_dr.subsets.strategies import SubsetSources
 from mlflow_dr.subsets.subset import Subset, make_subset
-
-
-class NoTops:
-    def top_passages(self, part: SubsetTerm, queries: Sequence[Query]) -> list[np.ndarray]:
-        raise AssertionError(part)
 
 
 @pytest.fixture
@@ -39,7 +33,7 @@ def folder(beir_folder: Callable[..., Path], texts: list[str]) -> Path:
 def subset(folder: Path) -> Subset:
     collection = open_collection(str(folder))
     spec = parse_subset("random:4+queries:2", judged="all")
-    return make_subset(spec, collection.corpus(), collection.topics("dev"), NoTops())
+    return make_subset(spec, SubsetSources(collection.corpus(), collection.topics("dev")))
 
 
 def test_a_beir_folder_opens_as_the_collection_that_it_was(subset: Subset, tmp_path: Path) -> None:
@@ -113,5 +107,5 @@ def test_each_query_with_its_own_passages_is_no_folder(folder: Path, tmp_path: P
 
 
 def test_no_such_tokenizer(tmp_path: Path) -> None:
-    with pytest.raises(UsageError, match="no tokenizer"):
+    with pytest.raises(UsageError, match="tokenizer"):
         plain_tokens(str(tmp_path / "nothing"))

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from mlflow_dr.subsets.strategies import _files
+from mlflow_dr.subsets.strategies import _file_digests
 
 
 @pytest.mark.parametrize(
@@ -15,7 +15,7 @@ def test_the_files_of_an_encoder_are_known_by_their_contents(tmp_path: Path, nam
     path = tmp_path / name
     path.parent.mkdir(exist_ok=True)
     path.write_text("one")
-    before, state = _files(tmp_path), path.stat()
+    before, state = _file_digests(tmp_path), path.stat()
     path.write_text("two")
     os.utime(path, ns=(state.st_atime_ns, state.st_mtime_ns))
-    assert _files(tmp_path) != before
+    assert _file_digests(tmp_path) != before

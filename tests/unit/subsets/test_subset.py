@@ -10,10 +10,11 @@ import pytest
 from mlflow_dr.collection.corpus import Corpus
 from mlflow_dr.collection.records import Query, Topics
 from mlflow_dr.subsets.spec import SubsetTerm, parse_subset
-from mlflow_dr.subsets.strategies import CachedSearching
+from mlflow_dr.subsets.strategies import SUBSET_STRATEGIES, SubsetSources, SubsetStrategy
 from mlflow_dr.subsets.subset import Subset, make_subset
 
 N = 50
+BM25 = SUBSET_STRATEGIES.get("bm25")
 TOPICS = Topics(
     [Query(f"q{number}", "text") for number in range(10)],
     {f"q{number}": {f"p{number}": 1, f"p{number + 20}": 0} for number in range(10)},
@@ -25,24 +26,25 @@ def corpus(order: Sequence[int] = range(N)) -> Corpus:
     return Corpus(pa.table({"id": ids, "title": [""] * N, "text": ids}))
 
 
-class Tops:
-    """Each query's tops are the passages of its own number and the next ones, plus 30."""
+@pytest.fixture(autouse=True)
+def asked(monkeypatch: pytest.MonkeyPatch) -> list[list[str]]:
+    """BM25 finds the passages of a query's own number and the next ones, plus 30."""
+    queries: list[list[str]] = []
 
-    def __init__(self, corpus: Corpus) -> None:
-        self._corpus = corpus
-        self.asked: list[list[str]] = []
-
-    def top_passages(self, part: SubsetTerm, queries: Sequence[Query]) -> list[np.ndarray]:
-        self.asked.append([query.id for query in queries])
+    def choose(term: SubsetTerm, sources: SubsetSources) -> list[np.ndarray]:
+        queries.append([query.id for query in sources.topics.queries])
         return [
-            self._corpus.rows_of([f"p{30 + int(one.id[1:]) + n}" for n in range(part.count)])
-            for one in queries
+            sources.corpus.rows_of([f"p{30 + int(query.id[1:]) + n}" for n in range(term.count)])
+            for query in sources.topics.queries
         ]
+
+    monkeypatch.setitem(SUBSET_STRATEGIES._parts, "bm25", SubsetStrategy("bm25@K", choose))
+    return queries
 
 
 def made(text: str, order: Sequence[int] = range(N), **more: object) -> Subset:
-    of = corpus(order)
-    return make_subset(parse_subset(text, **more), of, TOPICS, Tops(of))  # type: ignore[arg-type]
+    spec = parse_subset(text, **more)  # type: ignore[arg-type]
+    return make_subset(spec, SubsetSources(corpus(order), TOPICS))
 
 
 def ids(subset: Subset) -> set[str]:
@@ -52,7 +54,7 @@ def ids(subset: Subset) -> set[str]:
 RELEVANT = {f"p{number}" for number in range(10)}
 
 
-def test_tops_and_what_is_relevant() -> None:
+def test_top_passages_and_relevant_ones() -> None:
     assert ids(made("bm25@3")) == RELEVANT | {f"p{number}" for number in range(30, 42)}
     everything_judged = made("bm25@1", judged="all")
     assert {f"p{number}" for number in range(20, 30)} <= ids(everything_judged)
@@ -60,7 +62,10 @@ def test_tops_and_what_is_relevant() -> None:
 
 @pytest.mark.parametrize(("blanks", "warned"), [(True, False), (False, True)])
 def test_a_subset_by_bm25_of_text_without_blanks(
-    caplog: pytest.LogCaptureFixture, blanks: bool, warned: bool
+    caplog: pytest.LogCaptureFixture,
+    monkeypatch: pytest.MonkeyPatch,
+    blanks: bool,
+    warned: bool,
 ) -> None:
     texts = [f"\u98ce{chr(0x4E00 + n)} \u8f66{chr(0x4E00 + n)}" for n in range(4)]
     texts = texts if blanks else [text.replace(" ", "") for text in texts]
@@ -68,15 +73,16 @@ def test_a_subset_by_bm25_of_text_without_blanks(
     of = Corpus(pa.table({"id": ids_of, "title": [""] * 4, "text": texts}))
     queries = [Query(f"q{n}", texts[n][-2:]) for n in range(4)]
     topics = Topics(queries, {f"q{n}": {f"p{n}": 1} for n in range(4)})
+    monkeypatch.setitem(SUBSET_STRATEGIES._parts, "bm25", BM25)
     for _ in range(2):  # found, and taken from the cache
         caplog.clear()
-        subset = make_subset(parse_subset("bm25@2"), of, topics, CachedSearching(of))
+        subset = make_subset(parse_subset("bm25@2"), SubsetSources(of, topics))
         assert len(subset) == 4
         message = "BM25 found no passage for 4 of 4 queries: subset bm25@2 has only judged passages"
         assert (message in caplog.text) == warned
 
 
-def test_lots_depend_on_ids_and_seed_not_on_the_order_of_the_corpus() -> None:
+def test_a_random_sample_depends_on_ids_and_seed_not_on_the_order_of_the_corpus() -> None:
     shuffled = np.random.default_rng(5).permutation(N).tolist()
     assert ids(made("random:12")) == ids(made("random:12", shuffled))
     assert ids(made("random:12")) != ids(made("random:12", seed=1))
@@ -84,7 +90,7 @@ def test_lots_depend_on_ids_and_seed_not_on_the_order_of_the_corpus() -> None:
     assert len(ids(made("random:12")) - RELEVANT) in range(12 - 10, 13)
 
 
-def test_a_smaller_lot_is_part_of_a_larger_one() -> None:
+def test_a_smaller_sample_is_part_of_a_larger_one() -> None:
     assert ids(made("random:5")) < ids(made("random:25")) < ids(made("random:1000"))
     assert len(made("random:1000")) == N
 
@@ -105,13 +111,11 @@ def test_origins() -> None:
     assert subset.sizes["random:20"] == 20
 
 
-def test_queries_are_drawn_first_and_tops_are_theirs() -> None:
-    of = corpus()
-    searching = Tops(of)
-    subset = make_subset(parse_subset("bm25@1+queries:4"), of, TOPICS, searching)
+def test_queries_are_chosen_first_and_passages_for_these(asked: list[list[str]]) -> None:
+    subset = made("bm25@1+queries:4")
     drawn = [query.id for query in subset.topics.queries]
     assert len(drawn) == 4
-    assert searching.asked == [drawn]
+    assert asked == [drawn]
     assert subset.topics.qrels.keys() == set(drawn)
     assert len(subset) == 4 + 4
     more = [query.id for query in made("queries:7").topics.queries]
