@@ -18,8 +18,8 @@ def command(run_id: str, tracking_uri: str | None) -> int:
         mlflow-dr status --run-id 0123456789abcdef0123456789abcdef
     """
     from mlflow_dr.tracking.client import connect
-    from mlflow_dr.tracking.clock import ServerClock
     from mlflow_dr.tracking.runs import resolve_run
+    from mlflow_dr.tracking.server import ServerClock
     from mlflow_dr.tracking.status import run_status, status_table
 
     run = resolve_run(connect(tracking_uri, may_create=False), run_id)

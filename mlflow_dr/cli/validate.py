@@ -45,7 +45,7 @@ def command(config: ValidateConfig) -> int:
 
     from mlflow_dr.engines.devices import resolve_device, resolve_dtype
     from mlflow_dr.tracking.client import connect, limit_mlflow_retries
-    from mlflow_dr.tracking.patience import Patience
+    from mlflow_dr.tracking.server import Patience
     from mlflow_dr.tracking.status import curves_hint
     from mlflow_dr.validation.validator import run_validator
 

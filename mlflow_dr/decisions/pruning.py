@@ -12,12 +12,13 @@ from typing import NamedTuple
 from mlflow_dr.errors import ForbiddenError, TrackingError, UsageError, did_you_mean, quoted
 from mlflow_dr.tracking.checkpoints import Checkpoint, run_checkpoints
 from mlflow_dr.tracking.client import Client, server_responds
-from mlflow_dr.tracking.orphans import RunState, orphans
 from mlflow_dr.tracking.pruning import (
+    RunState,
     Stored,
     delete_entity,
     delete_files,
     keep_reason,
+    orphans,
     registered_versions,
     stored_files,
 )

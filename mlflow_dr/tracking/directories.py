@@ -1,4 +1,4 @@
-"""Checkpoints that somebody else's trainer writes into a directory on this machine."""
+"""Checkpoints that another library's trainer writes into a directory on this machine."""
 
 from __future__ import annotations
 
@@ -24,21 +24,21 @@ from mlflow_dr.tracking.runs import TrackedRun, check_alive, is_over
 
 log = logging.getLogger(__name__)
 
-NO_TEXT = "its name is not UTF-8"
+NOT_UTF8 = "its name is not UTF-8"
 NO_STEP = "neither its name nor a trainer_state.json says a step"
 
 
 class FollowedDirectory:
     """The checkpoints that a trainer writes into a directory on this machine.
 
-    A checkpoint counts when it is whole by its own files and as it was at the last look. What else
-    lies there is passed over, and so is what the trainer has removed. Each is registered with the
-    run, without its files, so that claims and figures are as those of published ones.
+    A checkpoint counts when its files are complete and have not changed since the last snapshot.
+    Everything else there is passed over, and so is what the trainer has removed. Each checkpoint is
+    registered with the run without its files, so that claims and figures are as for published ones.
 
     Args:
-        run: where figures go.
-        directory: Trainer's `output_dir`, for example.
-        is_mine: whether the run was made for this; else its end is the end.
+        run: gets the figures.
+        directory: such as Trainer's `output_dir`.
+        is_mine: whether the run was made for this directory. If not, its end is the end.
 
     Raises:
         UsageError: there is no such directory.
@@ -57,48 +57,50 @@ class FollowedDirectory:
         self._list = OpenCheckpoints(run.client, run.experiment_id, run.id, str(self._directory))
         self._seen: dict[Path, _Seen] = {}
         self._registered: set[Path] = set()
-        self._told: set[tuple[Path, str]] = set()
-        self._whole()
+        self._logged: set[tuple[Path, str]] = set()
+        self._complete()
 
-    def look(self) -> Snapshot:
-        """See what there is now, and register what is new.
+    def snapshot(self) -> Snapshot:
+        """Register what is new, and take a snapshot.
 
         Raises:
             TrackingError: the server does not answer, or the run was deleted.
         """
         state = self._run.fetch()
         check_alive(state)
-        whole = self._whole()
-        for path, step in whole.items():
+        complete = self._complete()
+        for path, step in complete.items():
             if path not in self._registered:
                 with tracking_errors(f"registering {path}"):
                     register_directory(self._run, path, step)
                 self._registered.add(path)
         over = not self._is_mine and is_over(state)
-        there = [one for one in self._list.look(for_good=over) if Path(one.directory) in whole]
+        there = [
+            one for one in self._list.snapshot(is_over=over) if Path(one.directory) in complete
+        ]
         return Snapshot(there, over)
 
     def mark_done(self, checkpoint: Checkpoint) -> None:
-        """Ask for this one no more."""
+        """Do not request this checkpoint again."""
         self._list.mark_done(checkpoint)
 
-    def ask_again(self) -> None:
-        """Nothing is settled any more."""
-        self._list.ask_again()
+    def request_all(self) -> None:
+        """Request all checkpoints again."""
+        self._list.request_all()
 
     def run_of(self, checkpoint: Checkpoint) -> TrackedRun:
         """The run."""
         return self._run
 
-    def _whole(self) -> dict[Path, int]:
-        """Checkpoints that are whole and have not changed since the last look, with their steps."""
+    def _complete(self) -> dict[Path, int]:
+        """Complete checkpoints that have not changed since the last snapshot, with their steps."""
         before, self._seen = self._seen, {}
         found: dict[Path, int] = {}
         for path in sorted(self._directory.iterdir()):
             if not path.is_dir() or path.name.startswith("."):
                 continue
-            if not _is_text(path):  # MLflow could not be told of it
-                self._tell(path, NO_TEXT)
+            if not _is_text(path):  # MLflow cannot store it
+                self._log(path, NOT_UTF8)
                 continue
             signature, known = signature_of(path), before.get(path)
             if known is None or known.signature != signature:
@@ -106,24 +108,24 @@ class FollowedDirectory:
                 continue
             self._seen[path] = known
             if known.step is None:
-                self._tell(path, NO_STEP)
+                self._log(path, NO_STEP)
             elif known.lacks:
-                self._tell(path, known.lacks)
+                self._log(path, known.lacks)
             else:
                 found[path] = known.step
         return found
 
-    def _tell(self, path: Path, reason: str) -> None:
-        if (path, reason) not in self._told:
-            self._told.add((path, reason))
+    def _log(self, path: Path, reason: str) -> None:
+        if (path, reason) not in self._logged:
+            self._logged.add((path, reason))
             log.info("%s is passed over for now: %s", _shown(path), reason)
 
 
 def found_checkpoints(directory: Path) -> list[Checkpoint]:
-    """The whole checkpoints that lie in a directory now, by step; no run knows of them.
+    """The complete checkpoints in a directory, by step, without a run.
 
     Args:
-        directory: Trainer's `output_dir`, for example.
+        directory: such as Trainer's `output_dir`.
 
     Raises:
         UsageError: there is no such directory.
@@ -169,7 +171,7 @@ def _shown(path: Path) -> str:
 
 
 class _Seen(NamedTuple):
-    """A directory as it was at a look; what it lacks to be whole."""
+    """A directory at the last snapshot, and what it lacks to be complete."""
 
     signature: tuple[tuple[str, int, int], ...]
     step: int | None
@@ -177,9 +179,9 @@ class _Seen(NamedTuple):
 
 
 def register_directory(run: TrackedRun, directory: Path, step: int) -> str:
-    """Make a checkpoint of a run stand for a directory on this machine, whose files stay there.
+    """Register a directory on this machine as a checkpoint of a run; its files stay there.
 
-    Of several validators that do so at the same time, one decides.
+    If several validators do so at the same time, one of them decides.
 
     Returns:
         The model id.

@@ -1,7 +1,7 @@
 """What validators follow: the checkpoints of a run, or of all runs of an experiment.
 
-Checkpoints that nothing remains to be done for are not asked for again, so a look at a run of a
-thousand costs as much as a look at one of ten.
+Checkpoints that nothing is left to do for are not requested again, so a snapshot of a run with a
+thousand checkpoints costs as much as one with ten.
 """
 
 from __future__ import annotations
@@ -22,17 +22,17 @@ from mlflow_dr.tracking.runs import TrackedRun, check_alive, find_run, is_over
 
 log = logging.getLogger(__name__)
 
-SECONDS_BETWEEN_FULL_LOOKS = 600.0
+SECONDS_BETWEEN_FULL_SNAPSHOTS = 600.0
 SECONDS_BETWEEN_STATES = 30.0
 LONGEST_UPLOAD_MS = 3_600_000
 
 
 class Snapshot(NamedTuple):
-    """What there is to see.
+    """What is published at one moment.
 
     Attributes:
-        checkpoints: all, by step; those that are settled as they were seen last.
-        over: whether nothing will be added; None where that was not asked.
+        checkpoints: all, by step; those that are done as they were seen last.
+        over: whether nothing will be added; None if that was not requested.
     """
 
     checkpoints: list[Checkpoint]
@@ -47,31 +47,27 @@ class Snapshot(NamedTuple):
 
 
 class Followed(Protocol):
-    """What is looked at again and again; `run` is the only run, where there is but one."""
+    """What a validator follows; `run` is None if there may be several runs."""
 
     client: MlflowClient
     name: str
     run: TrackedRun | None
 
-    def look(self) -> Snapshot:
-        """See what there is now."""
+    def snapshot(self) -> Snapshot:
+        """A snapshot of what is published."""
 
     def mark_done(self, checkpoint: Checkpoint) -> None:
-        """Ask for this one no more."""
+        """Do not request this checkpoint again."""
 
-    def ask_again(self) -> None:
-        """Nothing is settled any more: something else is to be done."""
+    def request_all(self) -> None:
+        """Request all checkpoints again: other validations are to be done."""
 
     def run_of(self, checkpoint: Checkpoint) -> TrackedRun:
         """The run that a checkpoint belongs to."""
 
 
 class FollowedRun:
-    """One run; a look costs two requests, and one while there is something to do.
-
-    Args:
-        run: which.
-    """
+    """One run; a snapshot costs two requests, and only one while something is left to do."""
 
     run: TrackedRun | None
 
@@ -82,28 +78,28 @@ class FollowedRun:
         self._list = OpenCheckpoints(run.client, run.experiment_id, run.id)
         self._ask_at = 0.0
 
-    def look(self) -> Snapshot:
-        """See what there is now.
+    def snapshot(self) -> Snapshot:
+        """A snapshot of what is published.
 
         Raises:
             TrackingError: the server does not answer, or the run was deleted.
         """
         if self._list.has_open and time.monotonic() < self._ask_at:
-            return Snapshot(self._list.look(), over=None)  # that matters when nothing is left
-        # the end is read before the checkpoints, so that none published in between is missed
+            return Snapshot(self._list.snapshot(), over=None)  # it matters once nothing is left
+        # the run's end is read first, so that no checkpoint published in between is missed
         state = self._run.fetch()
         check_alive(state)
         self._ask_at = time.monotonic() + SECONDS_BETWEEN_STATES
         over = is_over(state)
-        return Snapshot(self._list.look(for_good=over), over)
+        return Snapshot(self._list.snapshot(is_over=over), over)
 
     def mark_done(self, checkpoint: Checkpoint) -> None:
-        """Ask for this one no more."""
+        """Do not request this checkpoint again."""
         self._list.mark_done(checkpoint)
 
-    def ask_again(self) -> None:
-        """Nothing is settled any more."""
-        self._list.ask_again()
+    def request_all(self) -> None:
+        """Request all checkpoints again."""
+        self._list.request_all()
 
     def run_of(self, checkpoint: Checkpoint) -> TrackedRun:
         """The run."""
@@ -111,10 +107,10 @@ class FollowedRun:
 
 
 class FollowedExperiment:
-    """All runs of an experiment, also those that begin later; a look costs one request.
+    """All runs of an experiment, also those that begin later; a snapshot costs one request.
 
     Args:
-        client: where.
+        client: of the tracking server.
         name: the experiment's name.
 
     Raises:
@@ -136,8 +132,8 @@ class FollowedExperiment:
         self._runs: dict[str, TrackedRun] = {}
         self._ask_at = time.monotonic() + SECONDS_BETWEEN_STATES
 
-    def look(self) -> Snapshot:
-        """See what there is now; there may always come more.
+    def snapshot(self) -> Snapshot:
+        """A snapshot of what is published; an experiment is never over.
 
         Raises:
             TrackingError: the server does not answer, or the experiment was deleted.
@@ -145,15 +141,15 @@ class FollowedExperiment:
         if time.monotonic() >= self._ask_at:
             self._check_alive()
             self._ask_at = time.monotonic() + SECONDS_BETWEEN_STATES
-        return Snapshot(self._list.look(), over=False)
+        return Snapshot(self._list.snapshot(), over=False)
 
     def mark_done(self, checkpoint: Checkpoint) -> None:
-        """Ask for this one no more."""
+        """Do not request this checkpoint again."""
         self._list.mark_done(checkpoint)
 
-    def ask_again(self) -> None:
-        """Nothing is settled any more."""
-        self._list.ask_again()
+    def request_all(self) -> None:
+        """Request all checkpoints again."""
+        self._list.request_all()
 
     def run_of(self, checkpoint: Checkpoint) -> TrackedRun:
         """The run that a checkpoint belongs to.
@@ -178,18 +174,19 @@ class FollowedExperiment:
 
 
 def no_experiment(client: MlflowClient, name: str) -> str:
-    """What to say of an experiment that is not there: which one was meant, perhaps."""
+    """The message for an experiment that does not exist, with the nearest name."""
     with tracking_errors(f"experiment {name!r}"):
         near = did_you_mean(name, [one.name for one in client.search_experiments()])
     return f"no experiment {name!r}{near or ';'} `mlflow experiments search` lists them"
 
 
 class OpenCheckpoints:
-    """Checkpoints, of which those are asked for that are new or not settled.
+    """The checkpoints of a run or experiment, of which only new and open ones are requested.
 
-    The oldest of these bounds the search by its time of creation; one that is still PENDING an hour
-    later, whose trainer may have died, does not. Where several machines write to a database without
-    a server, that time is theirs, and may be wrong: so now and then everything is asked for.
+    The creation time of the oldest open checkpoint bounds the search. One that is still PENDING
+    after an hour does not count, because its trainer may have died. Without a server the machines
+    that write to the database date checkpoints, and a clock may be wrong. So everything is
+    requested from time to time.
     """
 
     def __init__(
@@ -200,52 +197,53 @@ class OpenCheckpoints:
         directory: str = "",
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        self._where = (client, experiment_id, run_id)
+        self._search = (client, experiment_id, run_id)
         self._directory = directory
         self._clock = clock
         self._known: dict[str, Checkpoint] = {}
-        self._settled: set[str] = set()
-        self._full_look_at = -float("inf")
+        self._done: set[str] = set()
+        self._full_at = -float("inf")
 
     @property
     def has_open(self) -> bool:
-        """Whether something READY was not settled at the last look."""
-        return any(one.ready and key not in self._settled for key, one in self._known.items())
+        """Whether a READY checkpoint was open at the last snapshot."""
+        return any(one.ready and key not in self._done for key, one in self._known.items())
 
-    def look(self, for_good: bool = False) -> list[Checkpoint]:
-        """All that are known, by step, as they are now or were when they were settled.
+    def snapshot(self, is_over: bool = False) -> list[Checkpoint]:
+        """All known checkpoints, by step, as they are now or were when they were done.
 
         Args:
-            for_good: nothing will be added: what was PENDING for long is asked for once more.
+            is_over: whether nothing will be added; what was PENDING for long is then requested.
         """
-        full = self._clock() - self._full_look_at >= SECONDS_BETWEEN_FULL_LOOKS
-        found = find_checkpoints(*self._where, since_ms=0 if full else self._since(for_good))
+        full = self._clock() - self._full_at >= SECONDS_BETWEEN_FULL_SNAPSHOTS
+        found = find_checkpoints(*self._search, since_ms=0 if full else self._since(is_over))
         if full:
             self._known = {}  # what was deleted is gone
-            self._full_look_at = self._clock()
-        self._known.update({one.model_id: one for one in found if self._is_meant(one)})
+            self._full_at = self._clock()
+        self._known.update({one.model_id: one for one in found if self._is_followed(one)})
         return sorted(self._known.values(), key=lambda one: (one.step, one.created_ms))
 
-    def _is_meant(self, checkpoint: Checkpoint) -> bool:
-        """Published ones, or those of the directory; of others there are no files here."""
-        where = checkpoint.directory
-        return str(Path(where).parent) == self._directory if where else not self._directory
+    def _is_followed(self, checkpoint: Checkpoint) -> bool:
+        """Whether it is published, or found in the directory; other files are elsewhere."""
+        if not checkpoint.directory:
+            return not self._directory
+        return str(Path(checkpoint.directory).parent) == self._directory
 
     def mark_done(self, checkpoint: Checkpoint) -> None:
-        """Ask for this one no more."""
-        self._settled.add(checkpoint.model_id)
+        """Do not request this checkpoint again."""
+        self._done.add(checkpoint.model_id)
 
-    def ask_again(self) -> None:
-        """Ask for all of them at the next look."""
-        self._settled = set()
-        self._full_look_at = -float("inf")
+    def request_all(self) -> None:
+        """Request all of them for the next snapshot."""
+        self._done = set()
+        self._full_at = -float("inf")
 
-    def _since(self, for_good: bool) -> int:
+    def _since(self, is_over: bool) -> int:
         newest = max((one.created_ms for one in self._known.values()), default=0)
         left = [
             one.created_ms
             for key, one in self._known.items()
-            if key not in self._settled
-            and (for_good or not one.pending or one.created_ms >= newest - LONGEST_UPLOAD_MS)
+            if key not in self._done
+            and (is_over or not one.pending or one.created_ms >= newest - LONGEST_UPLOAD_MS)
         ]
         return min(left, default=newest)

@@ -8,14 +8,16 @@ from __future__ import annotations
 
 import re
 import time
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Iterator
 from contextlib import suppress
 from datetime import UTC, datetime
+from enum import Enum
 from functools import partial
 from typing import NamedTuple, TypeVar
 from urllib.parse import urlsplit
 
 from mlflow import MlflowClient
+from mlflow.entities import Experiment, LifecycleStage, ViewType
 from mlflow.exceptions import MlflowException
 from mlflow.store.artifact.artifact_repo import ArtifactRepository
 from mlflow.store.artifact.artifact_repository_registry import get_artifact_repository
@@ -23,15 +25,17 @@ from mlflow.store.artifact.artifact_repository_registry import get_artifact_repo
 from mlflow_dr.errors import TrackingError
 from mlflow_dr.tracking.checkpoints import (
     BEGUN,
+    PER_REQUEST,
     PRUNED_TAG,
     TAKEN_BACK,
     Checkpoint,
     checkpoint_by_id,
+    find_checkpoints,
 )
 from mlflow_dr.tracking.claims import latest_claim
 from mlflow_dr.tracking.client import tracking_errors
 from mlflow_dr.tracking.fetching import local_directory
-from mlflow_dr.tracking.orphans import RunState
+from mlflow_dr.tracking.following import no_experiment
 from mlflow_dr.tracking.registry import BEST_TAG
 from mlflow_dr.tracking.results import PREFIX, State, validation_state
 
@@ -41,6 +45,21 @@ SECONDS_BETWEEN_ATTEMPTS = 0.5
 VERSIONS_PER_REQUEST = 1000
 
 Result = TypeVar("Result")
+
+
+class RunState(Enum):
+    """What has become of a checkpoint's run."""
+
+    ACTIVE = "active"
+    DELETED = "deleted"
+    GONE = "gone"
+
+
+class Orphan(NamedTuple):
+    """A checkpoint of a run that was deleted (and can be restored) or is gone (`mlflow gc`)."""
+
+    checkpoint: Checkpoint
+    run: RunState
 
 
 class Stored(NamedTuple):
@@ -231,3 +250,72 @@ def _count(store: ArtifactRepository) -> Stored:
                 files += 1
                 size += entry.file_size or 0
     return Stored(files, size)
+
+
+def orphans(client: MlflowClient, experiment: str | None = None) -> list[Orphan]:
+    """Checkpoints of deleted runs, by run and step. MLflow leaves their entities and files.
+
+    Args:
+        client: of the tracking server.
+        experiment: the name of the only experiment that counts; all experiments, deleted ones too,
+            when None.
+
+    Raises:
+        TrackingError: no such experiment, or the server does not answer.
+    """
+    found: list[Orphan] = []
+    for entry in _experiments(client, experiment):
+        checkpoints = [one for one in find_checkpoints(client, entry.experiment_id) if one.run_id]
+        with tracking_errors(f"runs of experiment {entry.name!r}"):
+            inactive = {checkpoint.run_id for checkpoint in checkpoints}
+            inactive -= _active_runs(client, entry.experiment_id) if inactive else set()
+            states = {run_id: _run_state(client, run_id) for run_id in sorted(inactive)}
+        for checkpoint in sorted(checkpoints, key=lambda one: (one.run_id, one.step)):
+            state = states.get(checkpoint.run_id, RunState.ACTIVE)
+            if state is not RunState.ACTIVE:
+                found.append(Orphan(checkpoint, state))
+    return found
+
+
+def _experiments(client: MlflowClient, name: str | None) -> Iterator[Experiment]:
+    with tracking_errors("experiments"):
+        if name is not None:
+            found = client.get_experiment_by_name(name)
+            if found is None:
+                raise TrackingError(no_experiment(client, name))
+            yield found
+            return
+        token = None
+        while True:
+            page = client.search_experiments(
+                ViewType.ALL, max_results=PER_REQUEST, page_token=token
+            )
+            yield from page
+            token = page.token
+            if not token:
+                return
+
+
+def _active_runs(client: MlflowClient, experiment_id: str) -> set[str]:
+    active: set[str] = set()
+    token = None
+    while True:
+        page = client.search_runs(
+            [experiment_id], "", ViewType.ACTIVE_ONLY, PER_REQUEST, page_token=token
+        )
+        active |= {run.info.run_id for run in page}
+        token = page.token
+        if not token:
+            return active
+
+
+def _run_state(client: MlflowClient, run_id: str) -> RunState:
+    """The state of a run by its id."""
+    try:
+        run = client.get_run(run_id)
+    except MlflowException as error:
+        if error.error_code != "RESOURCE_DOES_NOT_EXIST":
+            raise
+        return RunState.GONE
+    deleted = run.info.lifecycle_stage == LifecycleStage.DELETED
+    return RunState.DELETED if deleted else RunState.ACTIVE

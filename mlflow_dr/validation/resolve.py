@@ -33,7 +33,6 @@ from mlflow_dr.tracking.checkpoints import (
 )
 from mlflow_dr.tracking.datasets import profile_of, shown_name
 from mlflow_dr.tracking.following import Followed
-from mlflow_dr.tracking.patience import Patience
 from mlflow_dr.tracking.runs import (
     DATASET_PARAM,
     DATASET_TAG,
@@ -42,6 +41,7 @@ from mlflow_dr.tracking.runs import (
     check_alive,
     is_over,
 )
+from mlflow_dr.tracking.server import Patience
 from mlflow_dr.tracking.validations import (
     MAIN_PARAM,
     bind_name,
@@ -271,7 +271,7 @@ class ValidationResolver:
             and (validation.split or SPLIT_PARAM in params)
             for validation in self._config.all_validations
         )
-        is_known = is_known or is_over(state) or bool(self._followed.look().checkpoints)
+        is_known = is_known or is_over(state) or bool(self._followed.snapshot().checkpoints)
         return is_known and not self.is_early(run)
 
 

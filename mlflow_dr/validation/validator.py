@@ -18,9 +18,9 @@ from mlflow_dr.errors import TrackingError, UnavailableError
 from mlflow_dr.tracking.checkpoints import Checkpoint, is_deleted
 from mlflow_dr.tracking.claims import Claims
 from mlflow_dr.tracking.following import Followed, Snapshot
-from mlflow_dr.tracking.patience import Patience
 from mlflow_dr.tracking.results import State
 from mlflow_dr.tracking.runs import run_is_gone
+from mlflow_dr.tracking.server import Patience
 from mlflow_dr.tracking.status import progress_summary, tag_progress
 from mlflow_dr.validation.config import ValidateConfig
 from mlflow_dr.validation.policies import AutoSubset, Policies
@@ -143,7 +143,7 @@ class _Validator:
             self._finish_recording()
             snapshot, work_until = self._take_snapshot()
             if self._config.keep_up and self._patiently(partial(self._choose_subset, snapshot)):
-                self._followed.ask_again()
+                self._followed.request_all()
                 continue
             runs_before = len(self._resolver)
             if self._work_until(work_until) or self._scheduler.is_stale:
@@ -162,7 +162,7 @@ class _Validator:
     def _take_snapshot(self) -> tuple[Snapshot, float]:
         """What is published now, and until when to work by it."""
         start = time.monotonic()
-        snapshot = self._patiently(self._followed.look)
+        snapshot = self._patiently(self._followed.snapshot)
         end = time.monotonic()
         for checkpoint in self._scheduler.see(snapshot, end - start):
             self._followed.mark_done(checkpoint)

@@ -29,10 +29,8 @@ from mlflow_dr.retrieval.encode import encode_all
 from mlflow_dr.stores.token_table import token_table
 from mlflow_dr.tracking.artifacts import log_per_query_values
 from mlflow_dr.tracking.checkpoints import Checkpoint, checkpoint_by_id, is_deleted
-from mlflow_dr.tracking.clock import ServerClock
 from mlflow_dr.tracking.encoders import encoder_errors, local_cause
 from mlflow_dr.tracking.fetching import checkpoint_files
-from mlflow_dr.tracking.patience import Patience
 from mlflow_dr.tracking.results import (
     State,
     mark_failed,
@@ -41,6 +39,7 @@ from mlflow_dr.tracking.results import (
     write_recorded,
 )
 from mlflow_dr.tracking.runs import TrackedRun
+from mlflow_dr.tracking.server import Patience, ServerClock
 from mlflow_dr.validation.config import EvalConfig, ValidateConfig
 from mlflow_dr.validation.evaluate import Report, evaluate_all
 

@@ -5,7 +5,7 @@ from http.server import BaseHTTPRequestHandler, HTTPServer
 
 import pytest
 
-from mlflow_dr.tracking.clock import ServerClock
+from mlflow_dr.tracking.server import ServerClock
 
 HOUR = 3600
 

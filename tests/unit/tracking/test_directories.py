@@ -27,7 +27,7 @@ def output(make_tiny: Callable[..., Encoder], tmp_path: Path) -> Path:
 
 
 def steps_of(followed: FollowedDirectory) -> list[int]:
-    return [one.step for one in followed.look().checkpoints]
+    return [one.step for one in followed.snapshot().checkpoints]
 
 
 def test_a_directory_is_looked_at_again_and_again(
@@ -49,25 +49,25 @@ def test_a_directory_is_looked_at_again_and_again(
     assert steps_of(followed) == [5, 10, 15]
     shutil.rmtree(output / "checkpoint-5")
     assert steps_of(followed) == [10, 15]
-    assert not followed.look().over
+    assert not followed.snapshot().over
 
 
 def test_a_directory_is_registered_once_by_several(run: TrackedRun, output: Path) -> None:
     first = FollowedDirectory(run, output, is_mine=False)
     second = FollowedDirectory(run, output, is_mine=False)
     assert steps_of(first) == steps_of(second) == [5, 10]
-    ids = {one.model_id for one in first.look().checkpoints}
-    assert ids == {one.model_id for one in second.look().checkpoints}
+    ids = {one.model_id for one in first.snapshot().checkpoints}
+    assert ids == {one.model_id for one in second.snapshot().checkpoints}
     assert len(run_checkpoints(run)) == 2
     assert all(one.ready for one in run_checkpoints(run))
 
 
 def test_whoever_follows_the_run_elsewhere_has_not_its_files(run: TrackedRun, output: Path) -> None:
     publish(run, output / "checkpoint-5", 7)
-    (run_only,) = FollowedRun(run).look().checkpoints
+    (run_only,) = FollowedRun(run).snapshot().checkpoints
     assert run_only.step == 7
-    FollowedDirectory(run, output, is_mine=False).look()
-    assert [one.step for one in FollowedRun(run).look().checkpoints] == [7]
+    FollowedDirectory(run, output, is_mine=False).snapshot()
+    assert [one.step for one in FollowedRun(run).snapshot().checkpoints] == [7]
     other = output.parent / "other"
     shutil.copytree(output, other)
     assert steps_of(FollowedDirectory(run, other, is_mine=False)) == [5, 10]
@@ -78,8 +78,8 @@ def test_the_end_of_a_run_that_is_not_ours_is_the_end(
     client: MlflowClient, run: TrackedRun, output: Path
 ) -> None:
     client.set_terminated(run.id)
-    assert FollowedDirectory(run, output, is_mine=False).look().over
-    assert not FollowedDirectory(run, output, is_mine=True).look().over
+    assert FollowedDirectory(run, output, is_mine=False).snapshot().over
+    assert not FollowedDirectory(run, output, is_mine=True).snapshot().over
 
 
 def test_a_killed_registration_is_finished_by_the_next(
@@ -91,7 +91,7 @@ def test_a_killed_registration_is_finished_by_the_next(
     with monkeypatch.context() as patched:
         patched.setattr(run.client, "finalize_logged_model", killed)
         with pytest.raises(KeyboardInterrupt):
-            FollowedDirectory(run, output, is_mine=False).look()
+            FollowedDirectory(run, output, is_mine=False).snapshot()
     assert steps_of(FollowedDirectory(run, output, is_mine=False)) == [5, 10]
     assert len(run_checkpoints(run)) == 2
 

@@ -33,13 +33,13 @@ def test_settled_checkpoints_are_not_asked_for_again(
         return page
 
     monkeypatch.setattr(client, "search_logged_models", counted)
-    seen = followed.look().checkpoints
+    seen = followed.snapshot().checkpoints
     for one in seen[:2]:
         followed.mark_done(one)
-    followed.look()
+    followed.snapshot()
     followed.mark_done(seen[2])
     publish(run, directory, 3)
-    assert [one.step for one in followed.look().checkpoints] == [0, 1, 2, 3]
+    assert [one.step for one in followed.snapshot().checkpoints] == [0, 1, 2, 3]
     assert answers[0] == 3
     assert answers[1] <= 2  # those of the same millisecond come again
     assert answers[2] <= 3
@@ -52,11 +52,14 @@ def test_a_pending_checkpoint_is_seen_when_it_is_ready(run: TrackedRun, director
     model_id = announce_checkpoint(run, 1, write_manifest(directory))
     publish(run, directory, 2)
     followed = FollowedRun(run)
-    seen = followed.look().checkpoints
+    seen = followed.snapshot().checkpoints
     assert [(one.step, one.ready) for one in seen] == [(1, False), (2, True)]
     followed.mark_done(seen[1])
     upload_checkpoint(run, model_id, directory, 1)
-    assert [(one.step, one.ready) for one in followed.look().checkpoints] == [(1, True), (2, True)]
+    assert [(one.step, one.ready) for one in followed.snapshot().checkpoints] == [
+        (1, True),
+        (2, True),
+    ]
 
 
 def test_what_a_killed_trainer_has_announced_is_not_asked_for_for_ever(
@@ -75,13 +78,13 @@ def test_what_a_killed_trainer_has_announced_is_not_asked_for_for_ever(
 
     monkeypatch.setattr(following, "find_checkpoints", noted)
     followed = FollowedRun(run)
-    pending, ready = followed.look().checkpoints
+    pending, ready = followed.snapshot().checkpoints
     followed.mark_done(ready)
-    assert [one.step for one in followed.look().checkpoints] == [1, 2]
+    assert [one.step for one in followed.snapshot().checkpoints] == [1, 2]
     assert bounds == [0, ready.created_ms]
     run.client.finalize_logged_model(pending.model_id, "READY")
     run.client.set_terminated(run.id)
-    assert [one.ready for one in followed.look().checkpoints] == [True, True]
+    assert [one.ready for one in followed.snapshot().checkpoints] == [True, True]
 
 
 def test_everything_is_asked_for_now_and_then(
@@ -90,29 +93,29 @@ def test_everything_is_asked_for_now_and_then(
     """A machine whose clock is behind writes to the database what seems to be old."""
     model_id = publish(run, directory, 1)
     followed = FollowedRun(run)
-    followed.mark_done(followed.look().checkpoints[0])
+    followed.mark_done(followed.snapshot().checkpoints[0])
     client.delete_logged_model(model_id)
-    assert [one.step for one in followed.look().checkpoints] == [1]
-    monkeypatch.setattr(following, "SECONDS_BETWEEN_FULL_LOOKS", 0.0)
-    assert followed.look().checkpoints == []
+    assert [one.step for one in followed.snapshot().checkpoints] == [1]
+    monkeypatch.setattr(following, "SECONDS_BETWEEN_FULL_SNAPSHOTS", 0.0)
+    assert followed.snapshot().checkpoints == []
 
 
 def test_the_end_of_a_run_and_that_of_an_experiment(client: MlflowClient, directory: Path) -> None:
     run = TrackedRun(client, client.create_run(client.create_experiment("with an end")))
     publish(run, directory, 1)
     alone, together = FollowedRun(run), FollowedExperiment(client, "with an end")
-    (one,), over = alone.look()
+    (one,), over = alone.snapshot()
     assert over is False
     client.set_terminated(run.id)
-    assert alone.look().over is None  # there is something to do first
+    assert alone.snapshot().over is None  # there is something to do first
     alone.mark_done(one)
-    assert alone.look().over is True
-    look = together.look()
+    assert alone.snapshot().over is True
+    look = together.snapshot()
     assert not look.over
     assert together.run_of(look.checkpoints[0]).id == run.id
     client.delete_run(run.id)
     with pytest.raises(TrackingError, match="was deleted"):
-        alone.look()
+        alone.snapshot()
 
 
 def test_no_such_experiment(client: MlflowClient) -> None:
@@ -126,7 +129,7 @@ def test_an_experiment_that_is_deleted_while_it_is_followed(
     experiment = client.create_experiment("to be deleted")
     monkeypatch.setattr(following, "SECONDS_BETWEEN_STATES", 0.0)
     followed = FollowedExperiment(client, "to be deleted")
-    assert followed.look().checkpoints == []
+    assert followed.snapshot().checkpoints == []
     client.delete_experiment(experiment)
     with pytest.raises(TrackingError, match=f"experiments restore --experiment-id {experiment}`"):
-        followed.look()
+        followed.snapshot()

@@ -10,7 +10,7 @@ from mlflow.protos.databricks_pb2 import INVALID_PARAMETER_VALUE
 
 from mlflow_dr.errors import RunGoneError, TrackingError
 from mlflow_dr.tracking.client import tracking_errors
-from mlflow_dr.tracking.patience import TRIES, Patience
+from mlflow_dr.tracking.server import TRIES, Patience
 
 PAGE = "<html>Please log in.</html>"
 

@@ -20,8 +20,14 @@ from mlflow_dr.tracking.checkpoints import (
 from mlflow_dr.tracking.claims import Claims, Owner
 from mlflow_dr.tracking.directories import register_directory
 from mlflow_dr.tracking.fetching import checkpoint_files
-from mlflow_dr.tracking.orphans import RunState, orphans
-from mlflow_dr.tracking.pruning import Stored, delete_files, registered_versions, stored_files
+from mlflow_dr.tracking.pruning import (
+    RunState,
+    Stored,
+    delete_files,
+    orphans,
+    registered_versions,
+    stored_files,
+)
 from mlflow_dr.tracking.results import State, record_result, validation_state
 from mlflow_dr.tracking.runs import TrackedRun
 

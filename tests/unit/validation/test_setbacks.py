@@ -324,10 +324,10 @@ def test_a_checkpoint_that_is_deleted_meanwhile_is_passed_over(
 ) -> None:
     """One before it is claimed, one before it is fetched."""
     ids = [publishing(step) for step in (1, 2, 3)]
-    real, real_look = fetching._fetch, FollowedRun.look
+    real, real_snapshot = fetching._fetch, FollowedRun.snapshot
 
-    def look(self: FollowedRun) -> Any:
-        seen = real_look(self)
+    def snapshot(self: FollowedRun) -> Any:
+        seen = real_snapshot(self)
         if len(ids) == 3:
             run.client.delete_logged_model(ids.pop(0))
         return seen
@@ -339,7 +339,7 @@ def test_a_checkpoint_that_is_deleted_meanwhile_is_passed_over(
             raise ConnectionError("gone")
         return real(checkpoint, *more)
 
-    monkeypatch.setattr(FollowedRun, "look", look)
+    monkeypatch.setattr(FollowedRun, "snapshot", snapshot)
     monkeypatch.setattr(fetching, "_fetch", deleted)
     assert validated().are_good
     assert states(run) == [State.DONE]
