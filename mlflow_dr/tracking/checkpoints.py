@@ -1,4 +1,4 @@
-"""Checkpoints in MLflow: one LoggedModel each, READY when it is whole."""
+"""Checkpoints in MLflow: one LoggedModel each, READY when its upload is complete."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from mlflow.entities import LoggedModel, LoggedModelOutput, LoggedModelStatus
 
 from mlflow_dr.errors import TrackingError, UsageError
 from mlflow_dr.files import grant_umask_modes
-from mlflow_dr.tracking.client import tracking_errors
+from mlflow_dr.tracking.client import all_pages, tracking_errors
 from mlflow_dr.tracking.manifest import verify_upload, write_manifest
 from mlflow_dr.tracking.mlmodel import write_mlmodel
 from mlflow_dr.tracking.runs import TrackedRun
@@ -41,16 +41,16 @@ class Checkpoint:
         model_id: MLflow's id of the LoggedModel.
         run_id: the run that it was published by.
         step: training step of the weights.
-        ready: whether the upload is whole.
-        pending: whether it is announced only; for ever, where its trainer was killed.
-        created_ms: when it was made, in ms since 1970; the timestamp of its figures.
+        ready: whether the upload is complete.
+        pending: whether it was only announced so far; it stays so if its trainer was killed.
+        created_ms: when it was created, in ms since 1970; the timestamp of its metrics.
         ready_ms: when it became READY, in ms since 1970.
         location: artifact URI.
         manifest: SHA-256 of the manifest.
         params: write-once parameters of the LoggedModel.
         tags: its tags.
         metrics: names of the metrics it has.
-        directory: where it lies if it was not published but found, on the machine that found it.
+        directory: of a checkpoint that was not published but found; a path on that machine.
     """
 
     model_id: str
@@ -69,7 +69,7 @@ class Checkpoint:
 
     @property
     def uri(self) -> str:
-        """What it is called by: `models:/<id>`."""
+        """`models:/<id>`."""
         return f"models:/{self.model_id}"
 
     @property
@@ -89,10 +89,10 @@ class Checkpoint:
 
 
 def prepare_upload(directory: Path) -> str:
-    """Complete a checkpoint's directory: MLflow's description of it, then the list of its files.
+    """Add MLflow's description and the manifest to a checkpoint's directory.
 
     Returns:
-        The SHA-256 of the list, which `announce_checkpoint` takes.
+        The SHA-256 of the manifest, which `announce_checkpoint` takes.
     """
     write_mlmodel(directory)
     grant_umask_modes(directory)
@@ -114,7 +114,7 @@ def announce_checkpoint(run: TrackedRun, step: int, manifest: str) -> str:
 def upload_checkpoint(run: TrackedRun, model_id: str, directory: Path, step: int) -> None:
     """Upload an announced checkpoint and declare it READY, which comes last.
 
-    May be called again for the same id after a failure.
+    After a failure it can be called again for the same id.
 
     Raises:
         TrackingError: the store does not list what was uploaded.
@@ -127,17 +127,17 @@ def upload_checkpoint(run: TrackedRun, model_id: str, directory: Path, step: int
 
 
 def link_to_run(run: TrackedRun, model_id: str, step: int) -> None:
-    """Show a checkpoint as the run's output at its step; MLflow refuses to be told twice."""
+    """Make a checkpoint an output of the run at its step; MLflow accepts this only once."""
     try:
         run.client.log_outputs(run.id, [LoggedModelOutput(model_id, step)])
     except Exception:
         outputs = run.fetch().outputs
-        if outputs is None or model_id not in {one.model_id for one in outputs.model_outputs}:
+        if outputs is None or model_id not in {output.model_id for output in outputs.model_outputs}:
             raise
 
 
 def publish(run: TrackedRun, directory: Path, step: int) -> str:
-    """Publish an encoder's directory as the checkpoint of a training step, in one go.
+    """Publish an encoder's directory as the checkpoint of a training step.
 
     Raises:
         TrackingError: the server did not take it.
@@ -154,7 +154,7 @@ def mark_upload_failed(run: TrackedRun, model_id: str) -> None:
 
 
 def run_checkpoints(run: TrackedRun) -> list[Checkpoint]:
-    """All checkpoints of a run, by step; other models that the run has logged are passed over."""
+    """All checkpoints of a run, by step; other models of the run are skipped."""
     return find_checkpoints(run.client, run.experiment_id, run.id)
 
 
@@ -163,11 +163,9 @@ def find_checkpoints(
 ) -> list[Checkpoint]:
     """Checkpoints of an experiment, by step; one request for each 1,000.
 
-    One whose step is malformed is passed over with a warning.
+    A checkpoint whose step is malformed is skipped with a warning.
 
     Args:
-        client: where.
-        experiment_id: of this experiment.
         run_id: of this run only.
         since_ms: created then or later, in ms since 1970.
 
@@ -177,36 +175,31 @@ def find_checkpoints(
     # a status in the filter string silently finds nothing (MLflow 3.17)
     conditions = [f"source_run_id = '{run_id}'"] if run_id else []
     conditions += [f"creation_timestamp >= {since_ms}"] if since_ms else []
-    found: list[Checkpoint] = []
-    token = None
     with tracking_errors(f"checkpoints of {run_id or f'experiment {experiment_id}'}"):
-        while True:
-            page = client.search_logged_models(
-                [experiment_id],
-                filter_string=" AND ".join(conditions) or None,
-                max_results=PER_REQUEST,
-                page_token=token,
-            )
-            found += [_checkpoint(model) for model in page if _is_checkpoint(model)]
-            token = page.token
-            if not token:
-                return sorted(found, key=lambda one: (one.step, one.created_ms))
+        models = all_pages(
+            client.search_logged_models,
+            [experiment_id],
+            filter_string=" AND ".join(conditions) or None,
+            max_results=PER_REQUEST,
+        )
+        found = [_checkpoint(model) for model in models if _is_checkpoint(model)]
+    return sorted(found, key=lambda checkpoint: (checkpoint.step, checkpoint.created_ms))
 
 
 def ready_steps(run: TrackedRun) -> set[int]:
-    """The training steps whose checkpoint is published whole.
+    """The training steps whose checkpoint is READY.
 
     Raises:
         TrackingError: the server does not answer.
     """
-    return {one.step for one in run_checkpoints(run) if one.ready}
+    return {checkpoint.step for checkpoint in run_checkpoints(run) if checkpoint.ready}
 
 
 def fail_pending_checkpoints(run: TrackedRun) -> list[int]:
-    """Declare FAILED what a killed trainer has announced and will never upload.
+    """Declare FAILED the checkpoints that a killed trainer announced and did not upload.
 
-    To be called when a run is resumed, before anything is published: of a trainer that is alive it
-    would take the checkpoint that is on its way.
+    Call it when a run is resumed, before anything is published. It would also fail the current
+    upload of a trainer that is alive.
 
     Returns:
         The steps, ascending.
@@ -214,11 +207,11 @@ def fail_pending_checkpoints(run: TrackedRun) -> list[int]:
     Raises:
         TrackingError: the server does not answer.
     """
-    left = [one for one in run_checkpoints(run) if one.pending]
-    with tracking_errors(f"giving up what run {run.id} left unfinished"):
-        for one in left:
-            mark_upload_failed(run, one.model_id)
-    return [one.step for one in left]
+    pending = [checkpoint for checkpoint in run_checkpoints(run) if checkpoint.pending]
+    with tracking_errors(f"marking the unfinished uploads of run {run.id} as failed"):
+        for checkpoint in pending:
+            mark_upload_failed(run, checkpoint.model_id)
+    return [checkpoint.step for checkpoint in pending]
 
 
 def checkpoint_by_id(client: MlflowClient, model_id: str) -> Checkpoint:
@@ -231,34 +224,35 @@ def checkpoint_by_id(client: MlflowClient, model_id: str) -> Checkpoint:
         model = client.get_logged_model(model_id)
         step = (model.tags or {}).get(STEP_TAG, "0")
         if not STEP.fullmatch(step):
-            raise TrackingError(f"model {model_id}: its tag {STEP_TAG} is no step: {step!r:.80}")
+            raise TrackingError(f"model {model_id}: tag {STEP_TAG} is not a step: {step!r:.80}")
         return _checkpoint(model)
 
 
 def is_deleted(client: MlflowClient, model_id: str) -> bool:
-    """Whether a checkpoint was deleted, or never was; False where the server does not say."""
+    """Whether there is no such checkpoint, or no longer; False if the server does not answer."""
     try:
         client.get_logged_model(model_id)
-    except Exception as error:  # noqa: BLE001 - what is no answer of MLflow's fails in many ways
+    except Exception as error:  # noqa: BLE001 - a broken answer fails in many ways
         return getattr(error, "error_code", "") == "RESOURCE_DOES_NOT_EXIST"
     return False
 
 
 def checkpoint_of_step(run: TrackedRun, step: int) -> Checkpoint:
-    """The whole checkpoint of a training step; the first, were there several.
+    """The READY checkpoint of a training step; the first one if there are several.
 
     Raises:
         UsageError: no such checkpoint is published.
         TrackingError: the server does not answer.
     """
-    ready = [one for one in run_checkpoints(run) if one.ready]
-    of_step = [one for one in ready if one.step == step]
-    if of_step:
-        return of_step[0]
-    near = sorted({one.step for one in ready}, key=lambda other: abs(other - step))[:NEAREST]
+    ready = [checkpoint for checkpoint in run_checkpoints(run) if checkpoint.ready]
+    for checkpoint in ready:
+        if checkpoint.step == step:
+            return checkpoint
+    steps = {checkpoint.step for checkpoint in ready}
+    near = sorted(sorted(steps, key=lambda other: abs(other - step))[:NEAREST])
     raise UsageError(
         f"run {run.id} has no published checkpoint of step {step}; "
-        f"the nearest are of {', '.join(map(str, sorted(near))) or 'no step at all'}"
+        + (f"the nearest steps are {', '.join(map(str, near))}" if near else "it has none at all")
     )
 
 
@@ -266,15 +260,15 @@ def _is_checkpoint(model: LoggedModel) -> bool:
     """Whether a model is tagged with a training step."""
     step = (model.tags or {}).get(STEP_TAG)
     if step is not None and not STEP.fullmatch(step):
-        _pass_over(str(model.model_id), step[:80])
+        _warn_of_step(str(model.model_id), step[:80])
         return False
     return step is not None
 
 
 @cache
-def _pass_over(model_id: str, step: str) -> None:
-    """Warn, once, of a model whose tag is no step."""
-    log.warning("model %s is passed over: its tag %s is no step: %r", model_id, STEP_TAG, step)
+def _warn_of_step(model_id: str, step: str) -> None:
+    """Warn once of each model whose tag is not a step."""
+    log.warning("model %s is skipped: its tag %s is not a step: %r", model_id, STEP_TAG, step)
 
 
 def _checkpoint(model: LoggedModel) -> Checkpoint:

@@ -1,4 +1,4 @@
-"""The way to the tracking server, and MLflow's errors as one line each."""
+"""The connection to the tracking server, and MLflow's errors as one line each."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import logging
 import os
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -20,7 +20,7 @@ from mlflow.tracking._tracking_service.client import TrackingServiceClient
 from mlflow_dr.errors import ForbiddenError, MlflowDrError, TrackingError
 from mlflow_dr.terminal import HIDDEN, one_line_of, without_secrets
 
-Client = MlflowClient  # the name for rooms that leave mlflow to this one
+Client = MlflowClient  # for the other packages, which do not import mlflow
 
 URI_VARIABLE = "MLFLOW_TRACKING_URI"
 CLIENT_ERROR, SERVER_ERROR = 400, 500
@@ -46,32 +46,32 @@ _one_at_a_time = threading.RLock()  # they change the process's environment
 
 
 def tracking_uri() -> str:
-    """Where MLflow is set to write."""
+    """The tracking URI that MLflow is set to."""
     return str(mlflow.get_tracking_uri())
 
 
 def shown_uri(uri: str | None = None) -> str:
-    """A tracking URI, MLflow's own by default, without what is secret in it."""
+    """A tracking URI without passwords and tokens; MLflow's own by default."""
     return without_secrets(tracking_uri() if uri is None else uri)
 
 
 def is_server(uri: str) -> bool:
-    """Whether a tracking URI is a server's, which has pages; else it is a store's."""
+    """Whether a tracking URI belongs to a server, which also has web pages, or to a store."""
     return uri.startswith(("http:", "https:"))
 
 
 def connect(uri: str | None = None, may_create: bool = True) -> MlflowClient:
     """A client for the tracking server that MLflow is set to, or for `uri`.
 
-    MLflow itself tries for minutes before it gives up on a server. Here a server that refuses the
-    connection is told at once, and one whose answers make no sense or break off after seconds.
+    MLflow itself tries for minutes before it gives up on a server. This gives up at once if the
+    server refuses the connection, and after seconds if its answers break off or make no sense.
 
     Args:
         uri: the server; MLflow's own when None.
-        may_create: whether a database file that is not there is made; who only reads needs none.
+        may_create: create a missing database file. Commands that only read set it to False.
 
     Raises:
-        TrackingError: nothing answers there, or the store cannot be opened, or is not there.
+        TrackingError: nothing answers, or the store is missing or cannot be opened.
     """
     os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
     logging.getLogger("alembic").setLevel(logging.WARNING)
@@ -81,8 +81,8 @@ def connect(uri: str | None = None, may_create: bool = True) -> MlflowClient:
     uri = tracking_uri()
     if not may_create and (missing := _missing_file(uri)):
         raise TrackingError(
-            f"there is no tracking store {shown_uri(uri)} ({missing} does not exist): start this "
-            f"where the training was started, or set {URI_VARIABLE} or --tracking-uri"
+            f"there is no tracking store {shown_uri(uri)} ({missing} does not exist): run this in "
+            f"the directory of the training, or set {URI_VARIABLE} or --tracking-uri"
         )
     deadline, wait = time.monotonic() + SECONDS_TO_CONNECT, SECONDS_BETWEEN_TRIES
     tries = 0
@@ -112,10 +112,10 @@ def connect(uri: str | None = None, may_create: bool = True) -> MlflowClient:
 
 
 class _TrackingClient(TrackingServiceClient):
-    """MLflow's client below `MlflowClient`, which refuses answers that are about something else.
+    """MLflow's client below `MlflowClient`, with a check that an answer is about what was asked.
 
-    MLflow takes an empty answer with status 200 for a run, or a model, that has no id, no files and
-    no place for them: artifacts would then go into the working directory.
+    MLflow takes an empty answer with status 200 for a run or a model without an id and without an
+    artifact location. Artifacts would then go into the working directory.
     """
 
     def create_run(self, *args: Any, **kwargs: Any) -> Run:
@@ -144,43 +144,54 @@ class _TrackingClient(TrackingServiceClient):
         return model
 
 
-def _check_answer(is_meant: object) -> None:
-    if not is_meant:
+def _check_answer(is_expected: object) -> None:
+    if not is_expected:
         raise OSError("the server's answer is not about what was asked for")
 
 
 def _missing_file(uri: str) -> str:
-    """The file of a database that is not there; empty for all other stores."""
+    """The missing file of a sqlite store; empty if it exists, and for all other stores."""
     path = uri.removeprefix(SQLITE).partition("?")[0]
     is_file = uri.startswith(SQLITE) and path not in ("", ":memory:")
     return path if is_file and not os.path.exists(path) else ""  # noqa: PTH110 - any string
 
 
 def server_responds(client: MlflowClient) -> bool:
-    """Whether the server answers now, be it with a refusal."""
+    """Whether the server answers now; a refusal is an answer, too."""
     try:
         with short_timeouts():
             client.search_experiments(max_results=1)
-    except Exception as error:  # noqa: BLE001 - what is no answer of MLflow's fails in many ways
+    except Exception as error:  # noqa: BLE001 - a broken answer fails in many ways
         return not is_transient(error)
     return True
 
 
+def all_pages(search: Callable[..., Any], *arguments: Any, **options: Any) -> Iterator[Any]:
+    """All results of one of MLflow's searches, page by page."""
+    token = None
+    while True:
+        page = search(*arguments, page_token=token, **options)
+        yield from page
+        token = page.token
+        if not token:
+            return
+
+
 def is_transient(error: BaseException) -> bool:
-    """Whether MLflow's error is no refusal of the server: an answer broke off, or made no sense."""
+    """Whether another try may succeed: the server did not refuse, but gave no proper answer."""
     if not isinstance(error, MlflowException):
         return True
-    if error.__cause__ is not None:  # MLflow says "no such model" of any failure to ask for it
+    if error.__cause__ is not None:  # MLflow reports "no such model" for any failed request
         return is_transient(error.__cause__)
     status = error.get_http_status_code()
     return not CLIENT_ERROR <= status < SERVER_ERROR or status in PASSING
 
 
 def write_once(client: MlflowClient, model_id: str, key: str, value: str) -> None:
-    """Write a parameter of a LoggedModel, which the server refuses if another value is there.
+    """Write a parameter of a LoggedModel; the server refuses if it has another value.
 
-    `MlflowClient.log_model_params` asks for the whole model first; where many validators share a
-    server, that is a fifth of all requests.
+    `MlflowClient.log_model_params` would request the whole model first. With many validators that
+    is a fifth of all requests.
 
     Raises:
         MlflowException: refused, or the server does not answer.
@@ -190,7 +201,7 @@ def write_once(client: MlflowClient, model_id: str, key: str, value: str) -> Non
 
 
 def limit_mlflow_retries() -> None:
-    """Have MLflow give up on a server soon, where the user has not said when; we wait better."""
+    """Let MLflow give up on a server soon, unless the user set its retries; `Patience` waits."""
     if RETRIES not in os.environ:
         os.environ[RETRIES] = FEW_RETRIES
         _set_by_us.add(RETRIES)
@@ -198,9 +209,12 @@ def limit_mlflow_retries() -> None:
 
 @contextmanager
 def tracking_errors(doing: str) -> Iterator[None]:
-    """Turn what MLflow raises into a TrackingError of one line; a ForbiddenError where it is one.
+    """Turn what MLflow raises into a TrackingError of one line; a ForbiddenError if it is one.
 
-    Where an answer is cut off, or is another server's, that may be an error of any kind.
+    All kinds of errors are caught: a broken answer can raise any of them.
+
+    Args:
+        doing: what is done, for the message.
     """
     try:
         yield
@@ -214,7 +228,7 @@ def tracking_errors(doing: str) -> Iterator[None]:
 
 @contextmanager
 def short_timeouts() -> Iterator[None]:
-    """Requests of MLflow's that fail within seconds, where the user has not set how long to try."""
+    """Let MLflow's requests fail within seconds, unless the user set its timeout and retries."""
     with _one_at_a_time:
         before = {key: os.environ.get(key) for key in AT_ONCE}
         free = [key for key, value in before.items() if value is None or key in _set_by_us]
@@ -230,7 +244,7 @@ def short_timeouts() -> Iterator[None]:
 
 
 def _refusal(error: Exception) -> str:
-    """What is missing here, or what a server with users asks for; empty for other errors."""
+    """What to do about a missing module or a missing permission; empty for other errors."""
     if isinstance(error, ImportError):
         return f"{_one_line(error)}, and this artifact store needs it; install it here"
     code = _code(error)
@@ -239,13 +253,13 @@ def _refusal(error: Exception) -> str:
         return (
             f"the tracking server does not know user {user!r} with this password"
             if user
-            else "the tracking server asks who you are"
+            else "the tracking server requires a user and a password"
         ) + "; set MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD"
     if code == DENIED:
         return (
-            f"user {user!r} may not do that: publishing and validating need the permission EDIT on "
-            "the experiment, removing files needs MANAGE, looking READ; an administrator of the "
-            "tracking server grants it"
+            f"user {user!r} is not allowed to do that: publishing and validating need the "
+            "permission EDIT on the experiment, deleting files MANAGE, and reading READ; an "
+            "administrator of the tracking server grants it"
         )
     return ""
 
@@ -263,10 +277,10 @@ def _one_line(error: Exception) -> str:
 
 
 def _text(error: Exception) -> str:
-    """What an error says; of the tracking server's URI nothing that is secret."""
+    """An error's message without the secrets of the tracking URI."""
     uri = tracking_uri()
     text = str(error).replace(uri, shown_uri(uri))
-    query = uri.partition("?")[2]  # requests' errors show it without the server
+    query = uri.partition("?")[2]  # errors of requests show the query alone
     return text.replace(query, HIDDEN) if query else text
 
 
@@ -279,7 +293,7 @@ def _unreachable(uri: str, reason: str) -> str:
         return f"tracking store {shown_uri(uri)}: {reason}"
     return (
         f"tracking server {shown_uri(uri)} does not answer ({reason}); "
-        f"is it running, and is {URI_VARIABLE} right?"
+        f"check that it is running and that {URI_VARIABLE} is right"
     )
 
 
@@ -301,22 +315,22 @@ NO_CREDENTIALS = frozenset(
 
 
 def is_permanent(error: BaseException) -> bool:
-    """Whether a request or upload would fail again: what it needs is missing, or it is refused.
+    """Whether a request or upload would fail again.
 
-    A missing module, no permission, no such bucket, place or run, a place that is read-only. Of
-    errors that were raised from each other the outermost that is clear decides.
+    Examples: a missing module, no permission, no such bucket, directory or run, a read-only
+    directory. In a chain of errors the outermost one with a clear cause decides.
     """
-    verdicts = (_verdict(one) for one in _chain(error))
+    verdicts = (_verdict(cause) for cause in _chain(error))
     return next((verdict for verdict in verdicts if verdict is not None), False)
 
 
 def is_unknown_store(error: BaseException) -> bool:
-    """Whether MLflow knows no artifact store of the URI's kind: its plugin is not installed."""
+    """Whether MLflow does not know this kind of artifact store: its plugin is not installed."""
     return NO_STORE in str(error)
 
 
 def _verdict(error: BaseException) -> bool | None:
-    """Whether one error lasts; None where it does not say."""
+    """Whether an error is permanent; None if it is not clear."""
     if isinstance(error, ImportError):
         return True
     if type(error).__name__ in NO_CREDENTIALS or is_unknown_store(error):
@@ -330,10 +344,7 @@ def _verdict(error: BaseException) -> bool | None:
 
 
 def _status(error: Any) -> int | None:
-    """The HTTP status that an error stands for; None where it says none.
-
-    MLflow's errors, those of requests, of botocore, and of Google's and Azure's clients.
-    """
+    """The HTTP status of an error of MLflow, requests, botocore, Google or Azure; None if none."""
     if isinstance(error, MlflowException):
         return int(error.get_http_status_code())
     answer = getattr(error, "response", None)

@@ -1,4 +1,4 @@
-"""A checkpoint's files on this machine, whole and verified."""
+"""A checkpoint's files on this machine, complete and verified."""
 
 from __future__ import annotations
 
@@ -10,7 +10,6 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 from urllib.parse import urlsplit
 
 from mlflow.artifacts import download_artifacts
@@ -34,6 +33,7 @@ from mlflow_dr.tracking.checkpoints import PRUNED_TAG, Checkpoint
 from mlflow_dr.tracking.client import is_unknown_store
 from mlflow_dr.tracking.manifest import (
     MANIFEST,
+    FileEntry,
     Manifest,
     link_listed_files,
     read_manifest,
@@ -44,7 +44,7 @@ from mlflow_dr.tracking.manifest import (
 
 log = logging.getLogger(__name__)
 
-NO_PART_OF_IT = shutil.ignore_patterns(
+NOT_THE_ENCODER = shutil.ignore_patterns(
     *("optimizer*", "scheduler.pt", "scaler.pt", "rng_state*", "global_step*", ".*")
 )
 FILES_AT_ONCE = 8
@@ -55,21 +55,20 @@ NOT_THERE = -1
 
 
 @contextmanager
-def checkpoint_files(checkpoint: Checkpoint, whole: bool = False) -> Iterator[Path]:
-    """The checkpoint's directory on this machine, verified; removed afterwards if it was made.
+def checkpoint_files(checkpoint: Checkpoint, with_mlmodel: bool = False) -> Iterator[Path]:
+    """A local directory with the checkpoint's verified files; a copy is deleted afterwards.
 
-    It holds the files that its manifest lists, and no others. One that was found in a directory is
-    copied, because its trainer may remove it meanwhile.
+    It holds exactly the files that the manifest lists. A checkpoint that was found in a directory
+    is copied, because its trainer may delete it meanwhile.
 
     Args:
-        checkpoint: which.
-        whole: also the files by which MLflow alone knows it, which no encoder needs.
+        checkpoint: published or found.
+        with_mlmodel: include the files that only MLflow needs.
 
     Raises:
         LostError: its files are gone.
-        UnavailableError: it cannot be had here, for now or (`lasting`) at all.
-        CheckpointError: its bytes are not those that were published: several fetches have shown the
-            same ones.
+        UnavailableError: it cannot be fetched here, for now or (`lasting`) at all.
+        CheckpointError: several downloads have shown the same bytes, which were not published.
         OSError: the disk is full.
     """
     if checkpoint.is_pruned:
@@ -77,15 +76,15 @@ def checkpoint_files(checkpoint: Checkpoint, whole: bool = False) -> Iterator[Pa
         raise LostError(f"{checkpoint.uri}: its files were deleted ({when})")
     with scratch() as room:
         try:
-            directory = _fetch(checkpoint, room, whole)
+            directory = _fetch(checkpoint, room, with_mlmodel)
         except MlflowDrError:
             raise
-        except Exception as error:  # an object store's errors are of no common kind
+        except Exception as error:  # object stores raise errors of many kinds
             if is_full(error, room.parent):
                 message = "the disk is full; TMPDIR names a directory on another one"
                 raise OSError(errno.ENOSPC, message, str(room.parent)) from error
             lasting = any(
-                isinstance(one, ImportError) or is_unknown_store(one) for one in causes(error)
+                isinstance(cause, ImportError) or is_unknown_store(cause) for cause in causes(error)
             )
             raise UnavailableError(f"cannot be downloaded: {_words(error)}", lasting) from error
         if checkpoint.directory and (reason := encoder_defect(directory)):
@@ -98,7 +97,7 @@ def download(checkpoint: Checkpoint, directory: Path) -> None:
 
     Raises:
         UsageError: there is something in the directory, or it is a file.
-        CheckpointError: the files were removed, cannot be had, or are not those published.
+        CheckpointError: the files were deleted, cannot be fetched, or are not those published.
         OSError: the disk is full.
     """
     if directory.exists() and (not directory.is_dir() or any(directory.iterdir())):
@@ -109,45 +108,47 @@ def download(checkpoint: Checkpoint, directory: Path) -> None:
             "are left"
         )
     with (
-        checkpoint_files(checkpoint, whole=True) as files,
+        checkpoint_files(checkpoint, with_mlmodel=True) as files,
         atomic_write(directory.absolute()) as partial,
     ):
         shutil.copytree(files, partial)
 
 
-def _fetch(checkpoint: Checkpoint, room: Path, whole: bool) -> Path:
+def _fetch(checkpoint: Checkpoint, room: Path, with_mlmodel: bool) -> Path:
     if checkpoint.directory:
-        return Path(shutil.copytree(checkpoint.directory, room, ignore=NO_PART_OF_IT))
+        return Path(shutil.copytree(checkpoint.directory, room, ignore=NOT_THE_ENCODER))
     if here := local_directory(checkpoint.location):
-        return _in_place(checkpoint, here, room, whole)
+        return _in_place(checkpoint, here, room, with_mlmodel)
     if not checkpoint.manifest:
         return Path(download_artifacts(artifact_uri=checkpoint.location, dst_path=str(room)))
-    # by the manifest: to ask what there is takes a request for each directory
+    # the manifest names the files; listing them would take a request for each folder
     room.mkdir()
     store = get_artifact_repository(checkpoint.location)
-    _download(store, MANIFEST, room, {"sha256": checkpoint.manifest})
-    listed = _listed(room, checkpoint, whole)
+    _download(store, MANIFEST, room, checkpoint.manifest)
+    listed = _listed(room, checkpoint, with_mlmodel)
     for parent in {(room / name).parent for name in listed}:
         parent.mkdir(parents=True, exist_ok=True)
-    _for_each(listed, lambda name: _download(store, name, room, listed[name]))
+    _for_each(
+        listed, lambda name: _download(store, name, room, listed[name].sha256, listed[name].bytes)
+    )
     return room
 
 
-def _in_place(checkpoint: Checkpoint, here: Path, room: Path, whole: bool) -> Path:
-    """The directory where a checkpoint lies, or links to what its manifest lists of it."""
+def _in_place(checkpoint: Checkpoint, here: Path, room: Path, with_mlmodel: bool) -> Path:
+    """The directory where a checkpoint lies, or links to the files that its manifest lists."""
     if not here.is_dir():
-        # where the folder of all models is there, too, this one has gone; else nothing is known
+        # if the folder of all models exists, this checkpoint is gone; else nothing is known
         kind = LostError if here.parents[1].is_dir() else UnavailableError
         raise kind(f"cannot be read: there is no directory {here} on this machine")
     if not checkpoint.manifest:
         return here
-    verify_files(here, _listed(here, checkpoint, whole))
+    verify_files(here, _listed(here, checkpoint, with_mlmodel))
     everything = read_manifest(here, checkpoint.manifest)
-    more = unlisted_files(here, everything)
-    if not more:
+    unlisted = unlisted_files(here, everything)
+    if not unlisted:
         return here
-    files = [name for name in more if not (here / name).is_dir()]
-    if files:  # Normalize of sentence-transformers has a folder, which is empty
+    files = [name for name in unlisted if not (here / name).is_dir()]
+    if files:  # sentence-transformers writes an empty folder for Normalize
         shown = ", ".join(files[:NAMES_SHOWN]) + (", ..." if len(files) > NAMES_SHOWN else "")
         log.warning(
             "step %d: %d files in %s are not in its manifest and are not used: %s",
@@ -156,20 +157,23 @@ def _in_place(checkpoint: Checkpoint, here: Path, room: Path, whole: bool) -> Pa
     return link_listed_files(here, everything, room)
 
 
-def _download(store: ArtifactRepository, name: str, room: Path, expected: dict[str, Any]) -> None:
-    """Fetch a file, again where it does not come as it was published.
+def _download(
+    store: ArtifactRepository, name: str, room: Path, sha256: str, size: int | None = None
+) -> None:
+    """Download a file, again if its bytes are not those that were published.
 
     Args:
-        store: where the checkpoint lies.
+        store: of the checkpoint.
         name: of the file.
-        room: where it goes.
-        expected: its `sha256` and, where that is known, its `bytes`.
+        room: the directory that it is written to.
+        sha256: of its bytes.
+        size: in bytes, if it is known.
 
     Raises:
-        CheckpointError: each time the same other bytes came, as many as the store says it has.
-        LostError: the store does not list it.
-        UnavailableError: it came in another way each time.
-        Exception: as the store has raised.
+        CheckpointError: each download gave the same wrong bytes, as many as the store lists.
+        LostError: the store does not list the file.
+        UnavailableError: each download gave other bytes.
+        Exception: as the store raised it.
     """
     path = room / name
     came: set[str] = set()
@@ -186,34 +190,34 @@ def _download(store: ArtifactRepository, name: str, room: Path, expected: dict[s
             came.add("")
             continue
         digest = file_sha256(path)
-        if digest == expected["sha256"]:
+        if digest == sha256:
             return
         came.add(digest)
-    size = _size_in_store(store, name)
-    if len(came) == 1 and failed is None and size in (None, path.stat().st_size):
-        if "bytes" not in expected:
+    stored_size = _size_in_store(store, name)
+    if len(came) == 1 and failed is None and stored_size in (None, path.stat().st_size):
+        if size is None:
             raise CheckpointError(f"{name} is not the one that was published (SHA-256 differs)")
-        raise CheckpointError(why_different(path, name, expected))
-    if came == {""} and failed is not None and size == NOT_THERE:
+        raise CheckpointError(why_different(path, name, FileEntry(size, sha256)))
+    if came == {""} and failed is not None and stored_size == NOT_THERE:
         raise LostError(f"cannot be downloaded: {name}: {_words(failed)}") from failed
     if failed is not None:
         raise failed
-    raise UnavailableError(f"cannot be downloaded: {name} did not come as it was published")
+    raise UnavailableError(f"cannot be downloaded: {name} has other bytes at each download")
 
 
 def _size_in_store(store: ArtifactRepository, name: str) -> int | None:
-    """Bytes of a file as the store lists it; NOT_THERE where it lists others, None if unknown."""
+    """The size of a file in the store; NOT_THERE if it is not listed, None if it is unknown."""
     folder = name.rpartition("/")[0]
     try:
-        listed = {one.path: one for one in store.list_artifacts(folder or None)}
-    except Exception:  # noqa: BLE001 - an object store's errors are of no common kind
+        listed = {entry.path: entry for entry in store.list_artifacts(folder or None)}
+    except Exception:  # noqa: BLE001 - object stores raise errors of many kinds
         return None
     found = listed.get(name)
     return NOT_THERE if found is None else found.file_size
 
 
 def _for_each(names: Iterable[str], act: Callable[[str], object]) -> None:
-    """Do it for several at once; whoever interrupts this need not wait for those under way."""
+    """Call `act` for several names at a time. An interrupt does not wait for calls under way."""
     left = deque(names)
 
     def work() -> None:
@@ -231,9 +235,9 @@ def _for_each(names: Iterable[str], act: Callable[[str], object]) -> None:
     workers = [BackgroundTask(work, "download") for _ in range(min(FILES_AT_ONCE, len(left)))]
     errors: list[Exception] = []
     try:
-        for one in workers:
+        for worker in workers:
             try:
-                one.wait()
+                worker.wait()
             except Exception as error:  # noqa: BLE001 - raised when all have ended
                 errors.append(error)
     finally:
@@ -242,21 +246,23 @@ def _for_each(names: Iterable[str], act: Callable[[str], object]) -> None:
         raise errors[0]
 
 
-def _listed(directory: Path, checkpoint: Checkpoint, whole: bool) -> Manifest:
-    """What the manifest says of the files that are wanted."""
-    listed = read_manifest(directory, checkpoint.manifest)
+def _listed(directory: Path, checkpoint: Checkpoint, with_mlmodel: bool) -> Manifest:
+    """The manifest's entries for the wanted files."""
+    entries = read_manifest(directory, checkpoint.manifest)
     return {
-        name: said for name, said in listed.items() if whole or not mlmodel.is_description(name)
+        name: entry
+        for name, entry in entries.items()
+        if with_mlmodel or not mlmodel.is_description(name)
     }
 
 
 def local_directory(location: str) -> Path | None:
-    """The directory itself where artifacts lie on this machine's file system."""
+    """The directory of artifacts that lie on this machine's file system; else None."""
     if urlsplit(location).scheme not in ("", "file"):
         return None
     return Path(local_file_uri_to_path(location))
 
 
 def _words(error: Exception) -> str:
-    """What an error says, on one line; its kind where it says nothing."""
+    """An error's message on one line, or its type if it has none."""
     return " ".join(str(error).split())[:300] or type(error).__name__

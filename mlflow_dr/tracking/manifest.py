@@ -3,22 +3,29 @@
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Callable, Iterable
 from pathlib import Path, PurePosixPath
-from typing import Any
+from typing import Annotated
 
+import msgspec
 from mlflow.entities import FileInfo
 
 from mlflow_dr.errors import CheckpointError, TrackingError
 from mlflow_dr.files import file_sha256
 
 MANIFEST = "manifest.json"
-SHA256 = re.compile(r"[0-9a-f]{64}")
-LONGEST_PART = 255  # bytes of a file's or folder's name
+LONGEST_PART = 255  # bytes of the name of a file or folder
 
-Manifest = dict[str, dict[str, Any]]
-"""file name -> `bytes`, `sha256`."""
+
+class FileEntry(msgspec.Struct, frozen=True):
+    """What a manifest says of a file."""
+
+    bytes: Annotated[int, msgspec.Meta(ge=0)]
+    sha256: Annotated[str, msgspec.Meta(pattern="^[0-9a-f]{64}$")]
+
+
+Manifest = dict[str, FileEntry]
+"""File name, relative to the checkpoint -> size and SHA-256."""
 
 
 def write_manifest(directory: Path) -> str:
@@ -36,36 +43,35 @@ def write_manifest(directory: Path) -> str:
     return file_sha256(target)
 
 
-def verify_manifest(directory: Path, digest: str) -> None:
-    """Compare a directory with its manifest, and the manifest with its digest.
-
-    Raises:
-        CheckpointError: a file is missing or its bytes are not those that were published.
-    """
-    verify_files(directory, read_manifest(directory, digest))
-
-
 def read_manifest(directory: Path, digest: str | None) -> Manifest:
-    """The files that a directory's manifest lists, the manifest compared with its digest.
+    """The files that a directory's manifest lists.
 
     Args:
         directory: of the checkpoint.
-        digest: SHA-256 of the manifest; it is not compared when None.
+        digest: SHA-256 that the manifest must have; it is not compared when None.
 
     Raises:
-        CheckpointError: it is missing, another one, malformed, or names a file outside the
-            directory.
+        CheckpointError: the manifest is missing, changed or malformed, or it names a file outside
+            the directory.
     """
-    manifest = directory / MANIFEST
-    if not manifest.is_file():
-        raise CheckpointError(f"{MANIFEST} is missing: the checkpoint was not published whole")
-    if digest is not None and file_sha256(manifest) != digest:
+    path = directory / MANIFEST
+    if not path.is_file():
+        raise CheckpointError(f"{MANIFEST} is missing: the checkpoint was not published completely")
+    if digest is not None and file_sha256(path) != digest:
         raise CheckpointError(f"{MANIFEST} is not the one that was published (SHA-256 differs)")
     try:
-        files = json.loads(manifest.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:
-        raise CheckpointError(f"{MANIFEST} is not JSON ({str(error)[:100]})") from error
-    return _checked(files)
+        files = msgspec.json.decode(path.read_bytes(), type=Manifest)
+    except (msgspec.DecodeError, RecursionError) as error:
+        raise CheckpointError(f"{MANIFEST} is malformed ({str(error)[:200]})") from error
+    if not files:
+        raise CheckpointError(f"{MANIFEST} lists no files")
+    for name in files:
+        if reason := _name_defect(name):
+            raise CheckpointError(f"{MANIFEST} names {name!r:.200}, which is {reason}")
+        for parent in PurePosixPath(name).parents:
+            if str(parent) in files:
+                raise CheckpointError(f"{MANIFEST} names {name!r} and {str(parent)!r}, its folder")
+    return files
 
 
 def verify_files(directory: Path, files: Manifest) -> None:
@@ -79,20 +85,20 @@ def verify_files(directory: Path, files: Manifest) -> None:
             raise CheckpointError(reason)
 
 
-def why_different(path: Path, name: str, expected: dict[str, Any]) -> str:
-    """How a file differs from what a manifest says of it; empty where it does not."""
+def why_different(path: Path, name: str, expected: FileEntry) -> str:
+    """How a file differs from what a manifest says of it; empty if it does not."""
     if not path.is_file():
         return f"{MANIFEST} lists {name}, which is missing from the checkpoint"
     size = path.stat().st_size
-    if size != expected["bytes"]:
-        return f"{name} has {size} bytes, but {expected['bytes']} were published"
-    if file_sha256(path) != expected["sha256"]:
+    if size != expected.bytes:
+        return f"{name} has {size} bytes, but {expected.bytes} were published"
+    if file_sha256(path) != expected.sha256:
         return f"{name} has other bytes than were published (SHA-256 differs)"
     return ""
 
 
 def unlisted_files(directory: Path, files: Manifest) -> list[str]:
-    """What a directory holds beside its manifest and the files that this lists, by name."""
+    """Files and folders of a directory that its manifest does not list, by name."""
     expected = {MANIFEST, *files}
     expected |= {str(parent) for name in files for parent in PurePosixPath(name).parents}
     found = (path.relative_to(directory).as_posix() for path in directory.rglob("*"))
@@ -100,7 +106,7 @@ def unlisted_files(directory: Path, files: Manifest) -> list[str]:
 
 
 def link_listed_files(directory: Path, files: Iterable[str], view: Path) -> Path:
-    """A new directory that holds the manifest and the files that it lists, as links.
+    """Make a directory of links to the manifest and to the files that it lists.
 
     Args:
         directory: the files.
@@ -114,61 +120,23 @@ def link_listed_files(directory: Path, files: Iterable[str], view: Path) -> Path
     return view
 
 
-def _checked(files: Any) -> Manifest:
-    """What a manifest holds, once it is known to be one.
-
-    Raises:
-        CheckpointError: with the first thing that is malformed.
-    """
-    if not isinstance(files, dict) or not files:
-        raise CheckpointError(f"{MANIFEST} lists no files: {files!r:.80}")
-    for name, said in files.items():
-        if reason := _why_no_name(name):
-            raise CheckpointError(f"{MANIFEST} names {name!r:.200}, which is {reason}")
-        for parent in PurePosixPath(name).parents:
-            if str(parent) in files:
-                raise CheckpointError(f"{MANIFEST} names {name!r} and {str(parent)!r}, its folder")
-        if not isinstance(said, dict):
-            raise CheckpointError(f"{MANIFEST}, {name!r}: expected bytes and sha256: {said!r:.80}")
-        size, digest = said.get("bytes"), said.get("sha256")
-        if type(size) is not int or size < 0:
-            raise CheckpointError(f"{MANIFEST}, {name!r}: not a number of bytes: {size!r:.80}")
-        if not isinstance(digest, str) or not SHA256.fullmatch(digest):
-            raise CheckpointError(f"{MANIFEST}, {name!r}: not a SHA-256: {digest!r:.80}")
-    return files
-
-
-def _why_no_name(name: str) -> str:
-    """Why this cannot be the name of a file of a checkpoint; empty where it can."""
-    parts = PurePosixPath(name).parts
-    if PurePosixPath(name).is_absolute() or ".." in parts:
-        return "outside the checkpoint"
-    try:
-        longest = max((len(part.encode()) for part in parts), default=0)
-    except UnicodeEncodeError:
-        return "not text"
-    if "\0" in name or not 0 < longest <= LONGEST_PART or name != "/".join(parts):
-        return "not the name of a file"
-    return "the manifest itself" if name == MANIFEST else ""
-
-
 def verify_upload(directory: Path, listed: Callable[[str | None], Iterable[FileInfo]]) -> None:
     """Compare what an artifact store lists with the directory that was uploaded.
 
-    A login page in place of the store's answer to an upload has status 200, too.
+    This is needed because a login page in answer to an upload also has status 200.
 
     Args:
         directory: what was uploaded.
-        listed: gives what the store has in a folder; None is the top.
+        listed: lists a folder of the store; None is the top.
 
     Raises:
-        TrackingError: a file is missing there, or has another size.
+        TrackingError: a file is missing in the store, or has another size.
     """
     files = [path for path in directory.rglob("*") if path.is_file()]
     sizes: dict[str, int | None] = {}
     for folder in {path.relative_to(directory).parent.as_posix() for path in files}:
         found = listed(None if folder == "." else folder)
-        sizes.update({one.path: one.file_size for one in found if not one.is_dir})
+        sizes.update({entry.path: entry.file_size for entry in found if not entry.is_dir})
     for path in files:
         name, size = path.relative_to(directory).as_posix(), path.stat().st_size
         if name not in sizes:
@@ -177,3 +145,14 @@ def verify_upload(directory: Path, listed: Callable[[str | None], Iterable[FileI
             raise TrackingError(
                 f"the artifact store has {sizes[name]} bytes of {name} after its upload of {size}"
             )
+
+
+def _name_defect(name: str) -> str:
+    """Why a name cannot belong to a file of a checkpoint; empty if it can."""
+    path = PurePosixPath(name)
+    if path.is_absolute() or ".." in path.parts:
+        return "outside the checkpoint"
+    longest = max((len(part.encode()) for part in path.parts), default=0)
+    if "\0" in name or not 0 < longest <= LONGEST_PART or name != "/".join(path.parts):
+        return "not the name of a file"
+    return "the manifest itself" if name == MANIFEST else ""

@@ -33,7 +33,7 @@ from mlflow_dr.tracking.checkpoints import (
     find_checkpoints,
 )
 from mlflow_dr.tracking.claims import latest_claim
-from mlflow_dr.tracking.client import tracking_errors
+from mlflow_dr.tracking.client import all_pages, tracking_errors
 from mlflow_dr.tracking.fetching import local_directory
 from mlflow_dr.tracking.following import no_experiment
 from mlflow_dr.tracking.registry import BEST_TAG
@@ -119,22 +119,17 @@ def registered_versions(
     locations = {checkpoint.location.rstrip("/"): checkpoint.model_id for checkpoint in checkpoints}
     runs = {checkpoint.run_id for checkpoint in checkpoints}
     found: dict[str, str] = {}
-    token = None
     with tracking_errors("looking for registered models"):
-        while True:
-            page = client.search_model_versions(max_results=VERSIONS_PER_REQUEST, page_token=token)
-            for version in page:
-                named = [part for part in re.split(r"[/\\]", version.source or "") if part in ids]
-                if not named and version.run_id in runs:
-                    # a copy of another version names no model; its download location does
-                    uri = client.get_model_version_download_uri(version.name, version.version)
-                    model_id = locations.get(uri.rstrip("/"))
-                    named = [model_id] if model_id else []
-                label = f"registered as {version.name} version {version.version}"
-                found |= dict.fromkeys(named, label)
-            token = page.token
-            if not token:
-                return found
+        for version in all_pages(client.search_model_versions, max_results=VERSIONS_PER_REQUEST):
+            named = [part for part in re.split(r"[/\\]", version.source or "") if part in ids]
+            if not named and version.run_id in runs:
+                # a copy of another version names no model; its download location does
+                uri = client.get_model_version_download_uri(version.name, version.version)
+                model_id = locations.get(uri.rstrip("/"))
+                named = [model_id] if model_id else []
+            label = f"registered as {version.name} version {version.version}"
+            found |= dict.fromkeys(named, label)
+    return found
 
 
 def stored_files(client: MlflowClient, checkpoint: Checkpoint) -> Stored:

@@ -12,7 +12,7 @@ from mlflow.store.artifact.utils.models import get_model_name_and_version
 
 from mlflow_dr.errors import UsageError
 from mlflow_dr.tracking.checkpoints import Checkpoint, checkpoint_by_id
-from mlflow_dr.tracking.client import tracking_errors
+from mlflow_dr.tracking.client import all_pages, tracking_errors
 from mlflow_dr.tracking.runs import TrackedRun
 
 BEST_ALIAS = "best"
@@ -23,7 +23,7 @@ def checkpoint_by_uri(client: MlflowClient, uri: str) -> Checkpoint:
     """The checkpoint behind `models:/<id>`, or a version of a registered model.
 
     Args:
-        client: where.
+        client: of the tracking server.
         uri: `models:/<id>`, `models:/NAME/VERSION`, `models:/NAME/latest` or `models:/NAME@ALIAS`.
 
     Raises:
@@ -35,22 +35,24 @@ def checkpoint_by_uri(client: MlflowClient, uri: str) -> Checkpoint:
         return checkpoint_by_id(client, name)
     with tracking_errors(uri):
         version = client.get_model_version(*get_model_name_and_version(client, uri))
-    # databases keep the source alone (MLflow 3.17): a model's URI, or where its files are
+    # databases store only the source (MLflow 3.17): a model's URI, or its location
     found = version.model_id or next(iter(MODEL_ID.findall(version.source or "")), None)
     if not found:
-        raise UsageError(f"{uri} is no published checkpoint; it was made from {version.source}")
+        raise UsageError(
+            f"{uri} is not a published checkpoint; it was registered from {version.source}"
+        )
     return checkpoint_by_id(client, found)
 
 
 def register(run: TrackedRun, checkpoint: Checkpoint, name: str) -> str:
-    """Make a checkpoint the version of a registered model that its alias `best` names.
+    """Register a checkpoint as a version of a model, and let the alias `best` point to it.
 
-    A checkpoint that has a version already gets no second one.
+    A checkpoint that already has a version gets no second one.
 
     Args:
         run: the run that the checkpoint belongs to.
         checkpoint: published with its files.
-        name: the registered model's, which is made if it is new.
+        name: of the registered model, which is created if it is new.
 
     Returns:
         The version.
@@ -60,9 +62,9 @@ def register(run: TrackedRun, checkpoint: Checkpoint, name: str) -> str:
         TrackingError: the server did not take it, or allows no such name.
     """
     if checkpoint.directory or checkpoint.is_pruned:
-        where = f"they lie in {checkpoint.directory}" if checkpoint.directory else "were removed"
+        why = f"they lie in {checkpoint.directory}" if checkpoint.directory else "were deleted"
         raise UsageError(
-            f"{checkpoint.uri} cannot be registered: MLflow does not have its files ({where})"
+            f"{checkpoint.uri} cannot be registered: MLflow does not have its files ({why})"
         )
     with tracking_errors(f"registering {checkpoint.uri} as {name!r}"):
         _make_model(run.client, name)
@@ -85,18 +87,12 @@ def _make_model(client: MlflowClient, name: str) -> None:
 
 def _version_of(client: MlflowClient, checkpoint: Checkpoint, name: str) -> ModelVersion | None:
     quote = '"' if "'" in name else "'"
-    token = None
-    while True:
-        page = client.search_model_versions(f"name={quote}{name}{quote}", page_token=token)
-        for one in page:
-            # databases keep the source alone (MLflow 3.17): a model's URI, or where its files are
-            source = (one.source or "").rstrip("/")
-            places = (checkpoint.uri, checkpoint.location.rstrip("/"))
-            if checkpoint.model_id == one.model_id or source in places:
-                return one
-        token = page.token
-        if not token:
-            return None
+    sources = (checkpoint.uri, checkpoint.location.rstrip("/"))
+    for version in all_pages(client.search_model_versions, f"name={quote}{name}{quote}"):
+        # databases store only the source (MLflow 3.17): a model's URI, or its location
+        if checkpoint.model_id == version.model_id or (version.source or "").rstrip("/") in sources:
+            return version  # type: ignore[no-any-return]
+    return None
 
 
 BEST_TAG = "mlflow_dr.best."
@@ -106,11 +102,10 @@ def tag_best(run: TrackedRun, name: str, best: Checkpoint, metric: str, value: f
     """Tag a run's best checkpoint by a validation, and the run with its name.
 
     Args:
-        run: the run.
-        name: the validation's name.
-        best: its best checkpoint.
-        metric: by this metric.
-        value: which has this value.
+        name: of the validation.
+        best: the best checkpoint.
+        metric: the metric that it is best by.
+        value: its value of the metric.
 
     Raises:
         TrackingError: the server did not take it.
@@ -122,15 +117,15 @@ def tag_best(run: TrackedRun, name: str, best: Checkpoint, metric: str, value: f
 
 
 def untag_best(run: TrackedRun, name: str, checkpoints: Iterable[Checkpoint]) -> None:
-    """Remove the tag from checkpoints that were best before.
+    """Remove the tag from checkpoints that were the best before.
 
     Raises:
         TrackingError: the server did not take it.
     """
-    for one in checkpoints:
-        with tracking_errors(f"untagging step {one.step}"):
+    for checkpoint in checkpoints:
+        with tracking_errors(f"untagging step {checkpoint.step}"):
             try:
-                run.client.delete_logged_model_tag(one.model_id, BEST_TAG + name)
+                run.client.delete_logged_model_tag(checkpoint.model_id, BEST_TAG + name)
             except MlflowException as error:
-                if error.error_code != "RESOURCE_DOES_NOT_EXIST":  # another validator was faster
+                if error.error_code != "RESOURCE_DOES_NOT_EXIST":  # another validator did it
                     raise

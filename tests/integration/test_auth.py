@@ -57,11 +57,12 @@ def _post(address: str, **values: str) -> None:
 @pytest.mark.parametrize(
     ("user", "says"),
     [
-        ({}, "the tracking server asks who you are; set MLFLOW_TRACKING_USERNAME"),
+        ({}, "the tracking server requires a user and a password; set MLFLOW_TRACKING_USERNAME"),
         ({**READER, "MLFLOW_TRACKING_PASSWORD": "wrong"}, "does not know user 'reader'"),
         (
             READER,
-            "user 'reader' may not do that: publishing and validating need the permission EDIT",
+            "user 'reader' is not allowed to do that: publishing and validating need the "
+            "permission EDIT",
         ),
     ],
     ids=["nobody", "wrong password", "too few rights"],
@@ -97,7 +98,7 @@ def test_who_may_not_remove_files_is_told_why_and_changes_nothing(
     assert ended.returncode == 1
     (line,) = ended.stderr.splitlines()
     assert line.startswith("error: removing the files of step 1")
-    assert "user 'editor' may not do that" in line
+    assert "user 'editor' is not allowed to do that" in line
     assert "removing files needs MANAGE" in line
     ended = call(*words, MLFLOW_TRACKING_URI=guarded.uri, **ADMIN)
     assert ended.stdout.splitlines()[0].endswith("delete: no rule of every:2 keeps it")

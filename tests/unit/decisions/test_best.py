@@ -264,7 +264,7 @@ def test_a_pruned_checkpoint_is_best_still(
     assert "its files were removed" in printed
     with pytest.raises(UnavailableError, match=rf"the files of {checkpoint.uri} .* were deleted"):
         best("--download", tmp_path / "encoder")
-    with pytest.raises(UsageError, match=r"cannot be registered: .*were removed"):
+    with pytest.raises(UsageError, match=r"cannot be registered: .*were deleted"):
         best("--register", "pruned")
 
 

@@ -68,6 +68,6 @@ def test_a_model_whose_step_is_malformed_is_passed_over_with_one_warning(
     run.client.set_logged_model_tags(model_id, {STEP_TAG: step})
     for _ in range(2):
         assert [one.step for one in run_checkpoints(run)] == [6]
-    assert caplog.text.count(f"model {model_id} is passed over") == 1
-    with pytest.raises(TrackingError, match="is no step"):
+    assert caplog.text.count(f"model {model_id} is skipped") == 1
+    with pytest.raises(TrackingError, match="is not a step"):
         checkpoint_by_id(run.client, model_id)

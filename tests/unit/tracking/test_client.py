@@ -89,7 +89,10 @@ def test_an_unknown_scheme_is_one_line() -> None:
 
 def test_what_a_user_may_not_do_is_an_error_of_its_own() -> None:
     doing = tracking_errors("publishing")
-    with pytest.raises(ForbiddenError, match=r"publishing: user .* may not do that"), doing:
+    with (
+        pytest.raises(ForbiddenError, match=r"publishing: user .* is not allowed to do that"),
+        doing,
+    ):
         raise MlflowException("no", PERMISSION_DENIED)
     with pytest.raises(TrackingError) as caught, tracking_errors("publishing"):
         raise MlflowException("out of connections", INTERNAL_ERROR)

@@ -11,11 +11,11 @@ from mlflow_dr.tracking.manifest import (
     link_listed_files,
     read_manifest,
     unlisted_files,
-    verify_manifest,
+    verify_files,
     write_manifest,
 )
 
-SAID = {"bytes": 1, "sha256": "0" * 64}
+ENTRY = {"bytes": 1, "sha256": "0" * 64}
 
 
 @pytest.fixture
@@ -26,13 +26,17 @@ def directory(tmp_path: Path) -> Path:
     return tmp_path
 
 
-def test_a_whole_directory_is_accepted_and_may_hold_more(directory: Path) -> None:
+def verify(directory: Path, digest: str) -> None:
+    verify_files(directory, read_manifest(directory, digest))
+
+
+def test_a_complete_directory_is_accepted_and_may_hold_more(directory: Path) -> None:
     digest = write_manifest(directory)
     (directory / "README.md").write_text("added by hand")
-    verify_manifest(directory, digest)
+    verify(directory, digest)
 
 
-def test_writing_it_again_gives_the_same_digest(directory: Path) -> None:
+def test_writing_a_manifest_again_gives_the_same_digest(directory: Path) -> None:
     assert write_manifest(directory) == write_manifest(directory)
 
 
@@ -42,21 +46,21 @@ def test_a_missing_file_is_named(directory: Path) -> None:
     with pytest.raises(
         CheckpointError, match=r"manifest\.json lists 1_Pooling/config\.json, which is missing"
     ):
-        verify_manifest(directory, digest)
+        verify(directory, digest)
 
 
 def test_a_truncated_file_is_named_with_both_sizes(directory: Path) -> None:
     digest = write_manifest(directory)
     (directory / "model.safetensors").write_bytes(b"weig")
     with pytest.raises(CheckpointError, match=r"model.safetensors has 4 bytes, but 7"):
-        verify_manifest(directory, digest)
+        verify(directory, digest)
 
 
 def test_a_flipped_byte_is_found(directory: Path) -> None:
     digest = write_manifest(directory)
     (directory / "model.safetensors").write_bytes(b"weightz")
     with pytest.raises(CheckpointError, match="SHA-256"):
-        verify_manifest(directory, digest)
+        verify(directory, digest)
 
 
 def test_a_manifest_that_was_changed_too_is_found(directory: Path) -> None:
@@ -64,25 +68,25 @@ def test_a_manifest_that_was_changed_too_is_found(directory: Path) -> None:
     (directory / "model.safetensors").write_bytes(b"other")
     write_manifest(directory)
     with pytest.raises(CheckpointError, match=MANIFEST):
-        verify_manifest(directory, digest)
+        verify(directory, digest)
 
 
-def test_no_manifest_means_not_whole(directory: Path) -> None:
-    with pytest.raises(CheckpointError, match="not published whole"):
-        verify_manifest(directory, "0" * 64)
+def test_a_missing_manifest_means_incomplete(directory: Path) -> None:
+    with pytest.raises(CheckpointError, match="not published completely"):
+        verify(directory, "0" * 64)
 
 
 @pytest.mark.parametrize(
     "files",
     [
-        *([], {}, 7, None, "text", [SAID]),
+        *([], {}, 7, None, "text", [ENTRY]),
         *({"a": None}, {"a": 7}, {"a": {}}, {"a": [1, "0" * 64]}),
-        *({"a": {**SAID, "bytes": -1}}, {"a": {**SAID, "bytes": True}}),
-        *({"a": {**SAID, "bytes": "1"}}, {"a": {**SAID, "bytes": 1.5}}),
-        *({"a": {**SAID, "sha256": None}}, {"a": {**SAID, "sha256": "0" * 63}}),
-        *({"": SAID}, {".": SAID}, {"a/": SAID}, {"./a": SAID}, {"a//b": SAID}),
-        *({"a\0b": SAID}, {"\ud800": SAID}, {"a" * 256: SAID}, {MANIFEST: SAID}),
-        {"a": SAID, "a/b": SAID},
+        *({"a": {**ENTRY, "bytes": -1}}, {"a": {**ENTRY, "bytes": True}}),
+        *({"a": {**ENTRY, "bytes": "1"}}, {"a": {**ENTRY, "bytes": 1.5}}),
+        *({"a": {**ENTRY, "sha256": None}}, {"a": {**ENTRY, "sha256": "0" * 63}}),
+        *({"": ENTRY}, {".": ENTRY}, {"a/": ENTRY}, {"./a": ENTRY}, {"a//b": ENTRY}),
+        *({"a\0b": ENTRY}, {"\ud800": ENTRY}, {"a" * 256: ENTRY}, {MANIFEST: ENTRY}),
+        {"a": ENTRY, "a/b": ENTRY},
     ],
     ids=lambda files: repr(files)[:30],
 )
@@ -96,13 +100,13 @@ def test_a_malformed_manifest_is_refused_on_one_line(tmp_path: Path, files: Any)
 
 
 @pytest.mark.parametrize("text", ["", "{", "[" * 100_000, '{"a": ' + "9" * 5000 + "}"], ids=len)
-def test_a_manifest_that_is_no_json(tmp_path: Path, text: str) -> None:
+def test_a_manifest_that_is_not_json(tmp_path: Path, text: str) -> None:
     (tmp_path / MANIFEST).write_text(text)
-    with pytest.raises(CheckpointError, match="is not JSON"):
+    with pytest.raises(CheckpointError, match=r"manifest\.json is malformed"):
         read_manifest(tmp_path, None)
 
 
-def test_a_view_has_what_is_listed_and_nothing_else(directory: Path, tmp_path: Path) -> None:
+def test_a_view_has_the_listed_files_only(directory: Path, tmp_path: Path) -> None:
     write_manifest(directory)
     listed = read_manifest(directory, None)
     assert unlisted_files(directory, listed) == []

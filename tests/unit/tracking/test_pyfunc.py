@@ -157,7 +157,7 @@ def test_the_description_is_verified_like_every_file(run: TrackedRun, directory:
         (place / "MLmodel").write_text("loader_module: os")
     with (
         pytest.raises(CheckpointError, match="MLmodel has"),
-        checkpoint_files(checkpoint, whole=True),
+        checkpoint_files(checkpoint, with_mlmodel=True),
     ):
         pass
 

@@ -48,7 +48,9 @@ def test_a_version_that_was_made_from_where_the_files_are(
 def test_what_is_no_checkpoint(run: TrackedRun, tmp_path: Path) -> None:
     run.client.create_registered_model("other")
     run.client.create_model_version("other", f"{run.fetch().info.artifact_uri}/model", run.id)
-    with pytest.raises(UsageError, match=r"models:/other/1 is no published checkpoint; .*/model$"):
+    with pytest.raises(
+        UsageError, match=r"models:/other/1 is not a published checkpoint; .*/model$"
+    ):
         checkpoint_by_uri(run.client, "models:/other/1")
     for uri in ("models:/other/2", "models:/nobody@best", "models:/other@best", "models:/m-0"):
         with pytest.raises(TrackingError):

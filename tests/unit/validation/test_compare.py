@@ -221,7 +221,7 @@ def test_a_step_that_was_not_published(run: TrackedRun, validated: Validate) -> 
         find_operands([f"{run.id}@7"], "val", None, run.client.tracking_uri)
     for step in (1, 2):
         validated(step, keep=False)
-    with pytest.raises(UsageError, match=r"step 7; the nearest are of 1, 2$"):
+    with pytest.raises(UsageError, match=r"step 7; the nearest steps are 1, 2$"):
         compared(f"{run.id}@7", run.id)
 
 
