@@ -164,8 +164,8 @@ def evaluate_encoder(config: EvaluateConfig, run: TrackedRun | None = None) -> R
             raise UsageError(f"{path} exists already; --force replaces it")
     collection = open_collection(name)
     split = chosen_split(collection, split)
-    encoder_files = local_encoder(config.encoder, config.tracking_uri)
-    with encoder_files as directory, encoder_errors(config.encoder):
+    encoder_location = local_encoder(config.encoder, config.tracking_uri)
+    with encoder_location as directory, encoder_errors(config.encoder):
         encoder = load_encoder(
             directory, trust_remote_code=config.trust_remote_code, **config.encoder_changes
         )
