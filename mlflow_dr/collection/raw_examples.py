@@ -288,7 +288,7 @@ def deduplicate_examples(
         if len(examples):
             skipped.add(kind, f"query {query_ids[int(examples[0])].as_py()!r}", len(examples))
 
-    def resolve_encoder(lists: PassageLists) -> PassageLists:
+    def looked_up(lists: PassageLists) -> PassageLists:
         if rows is None:
             return lists
         found = rows[lists.numbers]
@@ -308,7 +308,7 @@ def deduplicate_examples(
         count(ALSO_POSITIVE, lists.examples[also_positive])
         return lists.select(~also_positive)
 
-    positives, negatives, others = (distinct(resolve_encoder(lists)) for lists in batch[1:])
+    positives, negatives, others = (distinct(looked_up(lists)) for lists in batch[1:])
     negatives, others = without_positives(negatives), without_positives(others)
     usable = np.bincount(positives.examples, minlength=len(query_ids)) > 0
     count(NO_POSITIVE, np.flatnonzero(~usable))

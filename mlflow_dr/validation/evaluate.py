@@ -27,7 +27,7 @@ from mlflow_dr.retrieval.measures import (
 )
 from mlflow_dr.retrieval.ranking import Ranking, SearchResult, named_ranking, write_ranking
 from mlflow_dr.subsets.spec import FULL, parse_subset
-from mlflow_dr.subsets.strategies import SubsetSources
+from mlflow_dr.subsets.strategies import CachedSearching
 from mlflow_dr.subsets.subset import make_subset
 from mlflow_dr.tracking.encoders import encoder_errors, local_encoder
 from mlflow_dr.validation.config import EvalConfig, EvaluateConfig
@@ -164,22 +164,18 @@ def evaluate_encoder(config: EvaluateConfig, run: TrackedRun | None = None) -> R
             raise UsageError(f"{path} exists already; --force replaces it")
     collection = open_collection(name)
     split = chosen_split(collection, split)
-    encoder_location = local_encoder(config.encoder, config.tracking_uri)
-    with encoder_location as directory, encoder_errors(config.encoder):
+    encoder_files = local_encoder(config.encoder, config.tracking_uri)
+    with encoder_files as directory, encoder_errors(config.encoder):
         encoder = load_encoder(
             directory, trust_remote_code=config.trust_remote_code, **config.encoder_changes
         )
     data = EvalDataset(collection, split)
     if config.subset:
         spec = parse_subset(config.subset[0], config.seed, config.judged)
-        sources = SubsetSources(
-            data.corpus,
-            data.topics,
-            device=config.device,
-            dtype=dtype,
-            tracking_uri=config.tracking_uri,
+        searching = CachedSearching(
+            data.corpus, config.device, dtype, tracking_uri=config.tracking_uri
         )
-        subset = make_subset(spec, sources)
+        subset = make_subset(spec, data.corpus, data.topics, searching)
         data = EvalDataset(collection, split, data.tokens, subset)
     if config.ranking is not None:
         data.check_ids()
