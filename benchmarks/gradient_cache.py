@@ -85,7 +85,7 @@ def step_of_peer(dataset: str, batch: int, chunk: int, dtype: str) -> Callable[[
 
     def step() -> float:
         with torch.autocast("cpu", torch.bfloat16, enabled=dtype == "bf16"):
-            loss = loss_of([dict(one) for one in features], nothing)
+            loss = loss_of([dict(feature) for feature in features], nothing)
         loss.backward()
         model.zero_grad()
         return loss.item()
@@ -100,9 +100,9 @@ def _tokens(model: Any, texts: list[str], longest: int) -> dict[str, torch.Tenso
 
 def peak_megabytes(dataset: str, batch: int, chunk: int | None, dtype: str) -> float:
     """Peak resident memory of a fresh process that takes two steps."""
-    words = [sys.executable, "-m", "benchmarks.gradient_cache", "--dataset", dataset]
-    words += ["--dtype", dtype, "--only-memory-of", str(batch), "--chunk", str(chunk or 0)]
-    result = subprocess.run(words, capture_output=True, text=True, check=True)
+    argv = [sys.executable, "-m", "benchmarks.gradient_cache", "--dataset", dataset]
+    argv += ["--dtype", dtype, "--only-memory-of", str(batch), "--chunk", str(chunk or 0)]
+    result = subprocess.run(argv, capture_output=True, text=True, check=True)
     return float(result.stdout)
 
 

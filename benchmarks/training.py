@@ -83,9 +83,9 @@ class Tokenised:
         }
 
 
-def flags(steps: int, batch: int, dtype: str, room: str) -> dict[str, Any]:
+def flags(steps: int, batch: int, dtype: str, directory: str) -> dict[str, Any]:
     return {
-        "output_dir": room,
+        "output_dir": directory,
         "max_steps": steps,
         "per_device_train_batch_size": batch,
         "learning_rate": 1e-5,
@@ -136,7 +136,7 @@ def cut(tokenizer: Any, texts: Sequence[str], length: int) -> list[str]:
         "offset_mapping"
     ]
     return [
-        text[: max(end for _, end in places)] for text, places in zip(texts, found, strict=True)
+        text[: max(end for _, end in offsets)] for text, offsets in zip(texts, found, strict=True)
     ]
 
 
@@ -181,8 +181,8 @@ def main(dataset: str, steps: int, batch: int, p_max_len: int, rounds: int, dtyp
     print(machine())
     print(f"{dataset}: {steps} steps of {batch} pairs, passages of {p_max_len} tokens, {dtype}")
     pairs, lengths = pairs_of(dataset), (32, p_max_len)
-    with tempfile.TemporaryDirectory() as room:
-        arguments = flags(steps, batch, dtype, room)
+    with tempfile.TemporaryDirectory() as directory:
+        arguments = flags(steps, batch, dtype, directory)
         seconds = seconds_of(
             {
                 "sentence-transformers' trainer": peer(pairs, lengths, arguments),

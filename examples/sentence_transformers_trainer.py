@@ -34,17 +34,17 @@ answers = [
     for passage in examples.passages.passages(example.positives[0] for example in examples)
 ]
 
-with tempfile.TemporaryDirectory() as room:
+with tempfile.TemporaryDirectory() as directory:
     # any SentenceTransformer; this one is made on the spot, so that nothing is downloaded
     torch.manual_seed(0)
-    start = Path(room) / "tiny"
+    start = Path(directory) / "tiny"
     save_encoder(start, tiny_encoder([*questions, *answers], EncoderConfig("mean", normalize=True)))
     model = SentenceTransformer(str(start), device="cpu")
 
     trainer = SentenceTransformerTrainer(
         model=model,
         args=SentenceTransformerTrainingArguments(
-            output_dir=f"{room}/trainer",
+            output_dir=f"{directory}/trainer",
             per_device_train_batch_size=32,
             max_steps=30,
             learning_rate=5e-4,

@@ -1,4 +1,4 @@
-"""From training examples to batches of token ids."""
+"""Training examples become batches of token ids."""
 
 from __future__ import annotations
 
@@ -27,14 +27,14 @@ NO_ROWS = np.empty(0, np.int64)
 
 @runtime_checkable
 class HasOthers(Protocol):
-    """Examples that may have negatives that are not hard."""
+    """Examples with negatives that are not hard."""
 
     def others(self, index: int) -> np.ndarray:
-        """Rows of one example's, `(n_others,) int64`."""
+        """Passage rows of the other negatives of an example, `(n_others,) int64`."""
 
 
 class TokenRows(Protocol):
-    """Token ids by row number: a token table, or texts that are tokenised when they are read."""
+    """Token ids by row: a token table, or texts that are tokenised when they are read."""
 
     def __getitem__(self, row: int) -> np.ndarray: ...
 
@@ -58,26 +58,25 @@ class Group(NamedTuple):
 
 
 class TrainingSet(Dataset[Group]):
-    """Examples with their passages chosen for the epoch.
+    """Examples, with passages chosen anew for each epoch.
 
-    The positive rotates from epoch to epoch and the negatives rotate without repetition, through an
-    order that depends on the query and the seed alone: not on workers, processes or other queries.
-    A query with fewer negatives than asked repeats them; one without any gets random passages.
+    Positives and negatives of a query take turns from epoch to epoch, in an order that depends only
+    on the query and the seed, not on workers, processes or other queries. A query with too few
+    negatives repeats them; a query without negatives gets random passages.
 
     Args:
-        examples: what is trained on.
+        examples: the examples.
         queries: token ids of each example's query.
         passages: token ids of each row of `examples.passages`.
-        n_passages: passages per query; the first is a positive, the rest are hard negatives.
-        seed: of the choice.
-        with_scores: whether the teacher's scores are read.
-        first_key: added to the passages' keys, for sets that are mixed.
-        n_others: negatives that are not hard, for each query after the others.
-        first_positive: whether the positive is always the first one, instead of rotating.
+        n_passages: passages per query: one positive, and hard negatives.
+        seed: random seed of the order.
+        with_scores: whether to read a teacher's scores.
+        first_key: added to the keys of passages, so that datasets of a mixture have different keys.
+        n_others: further negatives per query that are not hard.
+        first_positive: whether to always use the first positive.
 
     Raises:
-        DataError: on reading an example without positives, or without scores where some are asked
-            for.
+        DataError: an example that is read has no positives, or no scores with `with_scores`.
     """
 
     def __init__(
@@ -105,7 +104,7 @@ class TrainingSet(Dataset[Group]):
         self._epoch = torch.zeros((), dtype=torch.int64).share_memory_()
 
     def set_epoch(self, epoch: int) -> None:
-        """Choose for this epoch from now on; `RetrieverTrainer` calls it before each."""
+        """Choose passages for this epoch; `RetrieverTrainer` calls this before each epoch."""
         self._epoch.fill_(int(epoch))
 
     def __len__(self) -> int:
@@ -115,7 +114,7 @@ class TrainingSet(Dataset[Group]):
         return self.group(index, int(self._epoch))
 
     def group(self, index: int, visit: int) -> Group:
-        """The example at an index with the passages of its n-th visit, from 0."""
+        """The example at an index, with the passages of its n-th visit, counted from 0."""
         example = self._examples[index]
         name = example.query.id
         n_positives = len(example.positives)
@@ -129,28 +128,29 @@ class TrainingSet(Dataset[Group]):
         if not self._first_positive:
             positive = self._rotated(name, "positives", n_positives, 1, visit)
         negatives = self._rotated(name, "negatives", len(pool), self._n_negatives, visit)
-        places = [*positive, *(n_positives + place for place in negatives)]
-        rows = np.concatenate([np.concatenate([example.positives, pool])[places], others])
+        chosen = [*positive, *(n_positives + index for index in negatives)]
+        rows = np.concatenate([np.concatenate([example.positives, pool])[chosen], others])
         return Group(
             name,
             self._queries[index],
             [self._passages[int(row)] for row in rows],
             rows + self._first_key,
-            self._scores(name, example.scores, places, len(others)),
+            self._scores(name, example.scores, chosen, len(others)),
         )
 
-    def _rotated(self, query_id: str, role: str, there: int, count: int, visit: int) -> list[int]:
+    def _rotated(self, query_id: str, role: str, total: int, count: int, visit: int) -> list[int]:
+        """The next `count` of `total` indices; those after the ones of the visit before."""
         if count == 0:
             return []
-        if there == 1:
+        if total == 1:
             return [0] * count
-        order = list(range(there))
+        order = list(range(total))
         random.Random(f"{self._seed}:{role}:{query_id}").shuffle(order)
         start = visit * count
-        return [order[(start + offset) % there] for offset in range(count)]
+        return [order[(start + offset) % total] for offset in range(count)]
 
     def _others(self, example: Example, index: int, visit: int) -> np.ndarray:
-        """Negatives that are not hard, `(n_others,) int64`; random passages where it has none."""
+        """Negatives that are not hard, `(n_others,) int64`; random passages if there are none."""
         if not self._n_others:
             return NO_ROWS
         pool = self._examples.others(index) if isinstance(self._examples, HasOthers) else NO_ROWS
@@ -159,35 +159,35 @@ class TrainingSet(Dataset[Group]):
         return pool[self._rotated(example.query.id, "others", len(pool), self._n_others, visit)]
 
     def _random(self, example: Example, count: int, role: str, visit: int) -> np.ndarray:
-        """Passages that are no positives, for a query without negatives, `(count,) int64`."""
+        """Random passages that are not positives of the query, `(count,) int64`."""
         positives = set(example.positives.tolist())
-        there = len(self._examples.passages)
-        if not count or len(positives) >= there:
+        n_passages = len(self._examples.passages)
+        if not count or len(positives) >= n_passages:
             return np.zeros(count, np.int64)
-        chance = random.Random(f"{self._seed}:{role}:{example.query.id}:{visit}")
+        generator = random.Random(f"{self._seed}:{role}:{example.query.id}:{visit}")
         rows: list[int] = []
         while len(rows) < count:
-            row = chance.randrange(there)
+            row = generator.randrange(n_passages)
             if row not in positives:
                 rows.append(row)
         return np.array(rows)
 
     def _scores(
-        self, query_id: str, scores: np.ndarray | None, places: Sequence[int], others: int
+        self, query_id: str, scores: np.ndarray | None, chosen: Sequence[int], others: int
     ) -> np.ndarray | None:
         if not self._with_scores:
             return None
-        known = scores is not None and max(places) < len(scores) and not others
-        if scores is None or not known or not np.isfinite(scores[list(places)]).all():
+        complete = scores is not None and max(chosen) < len(scores) and not others
+        if scores is None or not complete or not np.isfinite(scores[list(chosen)]).all():
             raise DataError(
-                f"query {query_id!r} has no teacher's scores of all its passages; "
-                "--distil_weight needs them in the training data"
+                f"query {query_id!r} lacks a teacher's scores of some passages; the loss needs "
+                "them in the training data"
             )
-        return scores[list(places)]
+        return scores[list(chosen)]
 
 
 class LateTokens:
-    """Token ids of passages that are read from the corpus and tokenised when they are asked for."""
+    """Token ids of passages that are tokenised when they are read."""
 
     def __init__(self, examples: Examples, text_tokenizer: TextTokenizer) -> None:
         self._corpus = examples.passages
@@ -199,27 +199,27 @@ class LateTokens:
 
 
 def check_negatives(examples: Examples, n_passages: int, name: str) -> None:
-    """Say before training what queries lack.
+    """Check, before training, that queries have hard negatives, if they are needed.
 
     Raises:
-        UsageError: hard negatives are asked for, and no query has any.
+        UsageError: no query has any.
     """
     if n_passages == 1:
         return
     counts = examples.negative_counts()
     if not counts.any():
         raise UsageError(
-            f"{name}: no query has hard negatives; --train_n_passages 1 trains with in-batch "
-            "negatives only, and `mlflow-dr mine` finds some"
+            f"{name}: no query has hard negatives; find some by `mlflow-dr mine`, or train with "
+            "in-batch negatives only by --train_n_passages 1"
         )
-    if none := int((counts == 0).sum()):
+    if missing := int((counts == 0).sum()):
         log.warning(
             "%s: %d of %d queries have no hard negatives and get random passages instead",
-            *(name, none, len(counts)),
+            *(name, missing, len(counts)),
         )
     if few := int((counts[counts > 0] < n_passages - 1).sum()):
         log.info(
-            "%s: %d queries repeat their hard negatives, having fewer than the %d asked for",
+            "%s: %d queries have fewer than %d hard negatives and repeat them",
             *(name, few, n_passages - 1),
         )
 
@@ -233,14 +233,14 @@ def training_set(
     processes: int = 1,
     **options: Any,
 ) -> TrainingSet:
-    """A training set over token tables, which are made on the first use and kept.
+    """A training set over token tables, which are made at the first use and cached.
 
     Args:
-        examples: what is trained on.
-        tokenizing_queries: queries to token ids.
-        tokenizing_passages: passages to token ids.
-        table: whether all passages are tokenised ahead, once; else each when it is read.
-        processes: worker processes at most that tokenise.
+        examples: the examples.
+        tokenizing_queries: how queries are tokenised.
+        tokenizing_passages: how passages are tokenised.
+        table: whether all passages are tokenised once before training; otherwise each when read.
+        processes: largest number of processes that tokenise.
         options: further arguments of `TrainingSet`.
     """
     passages: TokenRows = (
@@ -253,11 +253,11 @@ def training_set(
 
 
 class Collator:
-    """Groups to padded token ids.
+    """Makes a batch of padded token ids from groups.
 
     Args:
-        query_pad_id: token id of the queries' padding.
-        passage_pad_id: token id of the passages' padding.
+        query_pad_id: token id that pads queries.
+        passage_pad_id: token id that pads passages.
     """
 
     def __init__(self, query_pad_id: int, passage_pad_id: int) -> None:
@@ -267,9 +267,9 @@ class Collator:
         """A batch.
 
         Returns:
-            `query` and `passage`: token ids of `(n)` queries and `(n * n_passages)` passages with
-            their masks; `keys`, `(n * n_passages,) int64`; `teacher`, `(n, n_passages) float32`,
-            where there are scores; and `query_ids`.
+            `query` and `passage`: token ids and masks, `(n, length)` and `(n * group, length)`;
+            `keys`, `(n * group,) int64`; `teacher`, `(n, group) float32`, if all have scores; and
+            `query_ids`.
         """
         passages = [passage for group in groups for passage in group.passages]
         batch: dict[str, Any] = {

@@ -1,4 +1,4 @@
-"""What happens at each step beside the training: figures to MLflow, and requests to stop."""
+"""Trainer callbacks: metrics to MLflow, checkpoints on a schedule, requests to stop."""
 
 from __future__ import annotations
 
@@ -10,41 +10,41 @@ from typing import Any
 
 import torch
 from torch import distributed
-from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import TrainerCallback, TrainerState
 from transformers.trainer_utils import SaveStrategy
 
 log = logging.getLogger(__name__)
 
 SUMMARY = {
-    # what Trainer logs once at the end; its mean loss is no point of the loss curve
+    # Trainer logs these once at the end; its mean loss is not a point of the loss curve
     "train_loss": "mean_loss",
     "train_runtime": "runtime",
     "train_samples_per_second": "samples_per_second",
     "train_steps_per_second": "steps_per_second",
 }
-NO_FIGURES = ("total_flos", "step")
+NOT_METRICS = ("total_flos", "step")
+SUMMARY_KEY = "train_runtime"
+"""Trainer logs this once, after the last step and before its callbacks end the run."""
 
 
 class MetricCallback(TrainerCallback):
-    """Writes what Trainer logs as `train/...`, and a plain line where there is no progress bar.
+    """Writes what Trainer logs as `train/...`, and logs a line if there is no progress bar.
 
     Args:
-        write: takes figures and their step.
-        known: the last step that has figures already; a resumed training passes it again.
+        write: takes metrics and their step.
+        last_step: the last step whose metrics the run has; a resumed training logs it again.
     """
 
     def __init__(
-        self, write: Callable[[Mapping[str, float], int], None], known: int | None = None
+        self, write: Callable[[Mapping[str, float], int], None], last_step: int | None = None
     ) -> None:
         self._write = write
-        self._known = known
+        self._last_step = last_step
 
-    def on_train_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
-    ) -> None:
-        """Write what was logged before a checkpoint that is resumed from, and never got there.
+    def on_train_begin(self, args: Any, state: TrainerState, control: Any, **_: Any) -> None:
+        """Write the metrics before the checkpoint to resume from that a killed training lost.
 
-        Figures are sent by a thread, so a kill loses the last of them.
+        A thread sends metrics, so a kill loses the last of them.
         """
         if state.is_world_process_zero:
             for logs in state.log_history:
@@ -52,14 +52,9 @@ class MetricCallback(TrainerCallback):
                     self._write_once(logs, int(logs["step"]))
 
     def on_log(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        logs: dict[str, Any] | None = None,
-        **_: Any,
+        self, args: Any, state: TrainerState, control: Any, logs: Any = None, **_: Any
     ) -> None:
-        """Write the figures of this step."""
+        """Write the metrics of this step."""
         if not state.is_world_process_zero:
             return
         self._write_once(logs or {}, state.global_step)
@@ -70,24 +65,24 @@ class MetricCallback(TrainerCallback):
         values = {
             f"train/{SUMMARY.get(name, name)}": float(value)
             for name, value in logs.items()
-            if isinstance(value, int | float) and name not in NO_FIGURES
+            if isinstance(value, int | float) and name not in NOT_METRICS
         }
         if "train/mean_loss" in values:
-            values.pop("train/epoch", None)  # the last step has it already
-        elif self._known is not None and step <= self._known:
+            values.pop("train/epoch", None)  # the last step has it
+        elif self._last_step is not None and step <= self._last_step:
             values = {}
         if values := {name: value for name, value in values.items() if math.isfinite(value)}:
             self._write(values, step)
 
 
 class StopCallback(TrainerCallback):
-    """Ends training after the current step once asked to, in all processes after the same one.
+    """Ends training after the current step when asked to, in all processes after the same step.
 
-    What can be resumed from is saved then, where checkpoints are saved at all.
+    If the training saves checkpoints, it then saves one to resume from.
 
     Attributes:
-        reason: why, once asked.
-        killed: whether a signal asked for it, to this process or to another.
+        reason: why training was asked to stop; None as long as it was not.
+        killed: whether a signal asked for it, in this process or in another.
     """
 
     def __init__(self) -> None:
@@ -95,14 +90,12 @@ class StopCallback(TrainerCallback):
         self.killed = False
 
     def ask(self, reason: str, killed: bool = False) -> None:
-        """End after the current step; may be called from any thread."""
+        """End after the current step. Any thread may call this."""
         self.killed = self.killed or killed
         self.reason = reason
 
-    def on_step_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
-    ) -> None:
-        """Tell Trainer."""
+    def on_step_end(self, args: Any, state: TrainerState, control: Any, **_: Any) -> None:
+        """Tell Trainer, after asking the other processes."""
         if args.world_size > 1:
             mine = float(self.reason is not None) + float(self.killed)
             asked = torch.tensor(mine, device=args.device)
@@ -112,3 +105,63 @@ class StopCallback(TrainerCallback):
         if self.reason is not None and not control.should_training_stop:
             control.should_training_stop = True
             control.should_save = args.save_strategy != SaveStrategy.NO
+
+
+class ScheduledPublishing(TrainerCallback):
+    """Publishes on a schedule, and optionally before the first and after the last step.
+
+    Args:
+        publish: called with each step to publish, in every process.
+        schedule: says for a step whether to publish; None publishes whenever the trainer saves.
+        initial: whether to publish before the first step.
+        final: whether to publish after the last step.
+    """
+
+    def __init__(
+        self,
+        publish: Callable[[int], object],
+        schedule: Callable[[int], bool] | None,
+        initial: bool = True,
+        final: bool = True,
+    ) -> None:
+        self._publish_step = publish
+        self._schedule = schedule
+        self._initial = initial
+        self._final = final
+        self._last_step: int | None = None
+
+    def on_train_begin(self, args: Any, state: TrainerState, control: Any, **_: Any) -> None:
+        """Publish the model as it is before training."""
+        self._last_step = None
+        if self._initial and state.global_step == 0:
+            self._submit(state)
+
+    def on_step_end(self, args: Any, state: TrainerState, control: Any, **_: Any) -> None:
+        """Publish if the schedule says so."""
+        if self._schedule is not None and self._schedule(state.global_step):
+            self._submit(state)
+
+    def on_save(self, args: Any, state: TrainerState, control: Any, **_: Any) -> None:
+        """Publish with the trainer's own checkpoint, if there is no schedule."""
+        if self._schedule is None:
+            self._submit(state)
+
+    def on_log(
+        self, args: Any, state: TrainerState, control: Any, logs: Any = None, **_: Any
+    ) -> None:
+        """Publish the last step, before the run is ended."""
+        if SUMMARY_KEY in (logs or {}):
+            self.end(state)
+
+    def on_train_end(self, args: Any, state: TrainerState, control: Any, **_: Any) -> None:
+        """Publish the last step, for a trainer that logs no summary."""
+        self.end(state)
+
+    def end(self, state: TrainerState) -> None:
+        """Publish the last step, unless that is done."""
+        if self._final and self._last_step != state.global_step:
+            self._submit(state)
+
+    def _submit(self, state: TrainerState) -> None:
+        self._last_step = state.global_step
+        self._publish_step(state.global_step)

@@ -1,4 +1,4 @@
-"""What can be published as a checkpoint: our encoder, other libraries' models, a directory."""
+"""Sources of checkpoints: our encoder, models of other libraries, a directory."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from typing import Any, Protocol
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
+from mlflow_dr import compat
 from mlflow_dr.encoder import checks
 from mlflow_dr.encoder import sentence_transformers as st
 from mlflow_dr.encoder.config import EncoderConfig
@@ -22,7 +23,7 @@ from mlflow_dr.errors import CheckpointError, UsageError
 
 BACKBONE_CONFIG = "config.json"
 WEIGHTS = "model*.safetensors"
-# what trainers write beside a model to resume from: often twice its size, and no part of it
+# files that trainers write to resume from; they are not part of the model, and twice its size
 TRAINER_FILES = (
     *("optimizer*", "scheduler.pt", "scaler.pt", "rng_state*", "trainer_state.json"),
     *("training_args.bin", "global_step*", "latest", "zero_to_fp32.py", "pytorch_model*.bin"),
@@ -32,17 +33,17 @@ NEEDED = ("pooling", "normalize")
 
 
 class CheckpointSource(Protocol):
-    """Weights that are snapshot in one thread and written in another."""
+    """Weights that are copied in one thread and written in another."""
 
     def state(self) -> Mapping[str, Tensor]:
-        """The weights as they are now, not copied; called on the training thread."""
+        """The weights as they are now, not copied. The training thread calls this."""
 
     def save(self, directory: Path, state: Mapping[str, Tensor]) -> None:
-        """Write a directory that `load_encoder` reads; called on the publisher's thread.
+        """Write a directory that `load_encoder` reads. The publisher's thread calls this.
 
         Args:
-            directory: does not exist yet.
-            state: what `state` gave, or a copy of it on the CPU.
+            directory: a path that does not exist yet.
+            state: the weights that `state` returned, or a copy in host memory.
         """
 
 
@@ -50,28 +51,28 @@ class EncoderSource:
     """An encoder of ours.
 
     Args:
-        encoder: what is published.
-        merged: whether adapters become part of the published weights; else they go alone.
+        encoder: the encoder.
+        merged: whether adapters are merged into the published weights, or published alone.
     """
 
     def __init__(self, encoder: Encoder, merged: bool = True) -> None:
         self.encoder = encoder
         self._merged = merged
-        frozen = {name for name, one in encoder.named_parameters() if not one.requires_grad}
+        frozen = {name for name, weight in encoder.named_parameters() if not weight.requires_grad}
         self._constant = frozen if is_adapted(encoder.backbone) else set()
 
     def state(self) -> Mapping[str, Tensor]:
-        """The encoder's weights; beside adapters, those that do not change are left out.
+        """The encoder's weights; with adapters, only those that change.
 
-        Weights that processes share out (FSDP) are gathered: all of them have to call this.
+        Weights that are sharded among processes (FSDP) are gathered; every process must call this.
         """
         weights = self.encoder.state_dict()
-        if any(isinstance(one, DTensor) for one in weights.values()):
-            return {name: _whole(one) for name, one in weights.items()}
-        return {name: one for name, one in weights.items() if name not in self._constant}
+        if any(isinstance(weight, DTensor) for weight in weights.values()):
+            return {name: _gathered(weight) for name, weight in weights.items()}
+        return {name: weight for name, weight in weights.items() if name not in self._constant}
 
     def save(self, directory: Path, state: Mapping[str, Tensor]) -> None:
-        """Write the directory that all three libraries load."""
+        """Write a directory that transformers, sentence-transformers and mlflow_dr load."""
         if self._constant - state.keys():
             state = {**self.encoder.state_dict(), **state}
         save_encoder(directory, self.encoder, state, self._merged)
@@ -80,14 +81,14 @@ class EncoderSource:
 class SentenceTransformerSource:
     """A SentenceTransformer, written by its own `save`.
 
-    The library writes the weights that a model has, and those go on changing; so a copy of the
-    model without weights is kept, which gets each snapshot as its own.
+    `save` writes the current weights of a model, which training changes meanwhile. So a copy of the
+    model without weights is kept, which gets the weights of each snapshot.
 
     Args:
         model: the SentenceTransformer.
 
     Raises:
-        UsageError: it has a module that our encoder has no counterpart of, or cannot be copied.
+        UsageError: our encoder does not support a module of the model, or it cannot be copied.
     """
 
     def __init__(self, model: Any) -> None:
@@ -110,7 +111,7 @@ class SentenceTransformerSource:
         return self._model.state_dict()
 
     def save(self, directory: Path, state: Mapping[str, Tensor]) -> None:
-        """Write the model as sentence-transformers does, less the model card."""
+        """Write the model as sentence-transformers does, without a model card."""
         from mlflow_dr.encoder.backbone import quiet_transformers
 
         self._shell.load_state_dict(state, assign=True)
@@ -120,39 +121,39 @@ class SentenceTransformerSource:
 
 
 class DirectorySource:
-    """A directory that holds an encoder; it must stay as it is until it is published."""
+    """The directory of an encoder; it must not change until it is published."""
 
     def __init__(self, directory: Path) -> None:
         check_directory(directory)
         self._directory = directory
 
     def state(self) -> Mapping[str, Tensor]:
-        """Nothing: the weights are in the directory."""
+        """Nothing; the weights are in the directory."""
         return {}
 
     def save(self, directory: Path, state: Mapping[str, Tensor]) -> None:
-        """Copy the directory, less what trainers leave there to resume from."""
+        """Copy the directory, without files that trainers write to resume from."""
         shutil.copytree(self._directory, directory, ignore=shutil.ignore_patterns(*TRAINER_FILES))
 
 
-def _whole(weight: Tensor) -> Tensor:
+def _gathered(weight: Tensor) -> Tensor:
     return weight.full_tensor() if isinstance(weight, DTensor) else weight
 
 
 def source_of(model: Any, tokenizer: Any = None, **settings: Any) -> CheckpointSource:
-    """How a model is published.
+    """The source of checkpoints of a model.
 
     Args:
-        model: our Encoder, a SentenceTransformer, a Hugging Face model or a directory; may be
+        model: our Encoder, a SentenceTransformer, a Hugging Face model or a directory; it may be
             wrapped by DistributedDataParallel or torch.compile.
-        tokenizer: a Hugging Face model's tokenizer.
-        settings: fields of `EncoderConfig`, for a Hugging Face model or a bare backbone's
-            directory, which do not say how their vectors are made.
+        tokenizer: the tokenizer of a Hugging Face model.
+        settings: fields of `EncoderConfig`, for a Hugging Face model or the directory of a bare
+            backbone, which do not define how vectors are made.
 
     Raises:
-        UsageError: a kind of model that cannot be published, or settings that are missing, unknown
-            or not for this kind.
-        CheckpointError: a directory that `load_encoder` would not read.
+        UsageError: this kind of model cannot be published, or settings are missing, unknown or not
+            allowed for it.
+        CheckpointError: `load_encoder` would not read the directory.
     """
     from transformers import PreTrainedModel
 
@@ -186,38 +187,37 @@ def unwrapped(model: Any) -> Any:
     while True:
         if isinstance(model, nn.parallel.DistributedDataParallel | nn.DataParallel):
             model = model.module
-        elif isinstance(model, nn.Module) and hasattr(model, "_orig_mod"):
-            model = model._orig_mod
+        elif (inner := compat.uncompiled(model)) is not model:
+            model = inner
         else:
             return model
 
 
 def check_directory(directory: Path) -> None:
-    """Refuse, without reading weights, what a validator would refuse.
+    """Refuse a directory that a validator would refuse, without reading weights.
 
     Raises:
         UsageError: there is no such directory.
-        CheckpointError: it lacks the backbone's safetensors, or describes an encoder that ours has
-            no counterpart of.
+        CheckpointError: it has no safetensors of a backbone, or our encoder does not support it.
     """
     if not directory.is_dir():
-        raise UsageError(f"{directory}: not a directory; expected one that holds an encoder")
+        raise UsageError(f"{directory}: not a directory; expected the directory of an encoder")
     if (directory / CONFIG).exists():
         return
-    places = [directory]
+    backbones = [directory]
     if checks.is_sentence_transformer(directory):
         checks.check_description(directory, safetensors_only=True)
-        places = checks.transformer_directories(directory)
-    for place in places:
-        if not (place / BACKBONE_CONFIG).exists() or not any(place.glob(WEIGHTS)):
+        backbones = checks.transformer_directories(directory)
+    for backbone in backbones:
+        if not (backbone / BACKBONE_CONFIG).exists() or not any(backbone.glob(WEIGHTS)):
             raise CheckpointError(
-                f"{place}: no {BACKBONE_CONFIG} with {WEIGHTS} beside it; save the whole model "
-                "there (adapters merged), with safetensors"
+                f"{backbone}: {BACKBONE_CONFIG} or {WEIGHTS} is missing; save the complete model "
+                "(adapters merged) there, as safetensors"
             )
 
 
 def _is_bare(directory: Path) -> bool:
-    """Whether it is a backbone's directory that does not say how vectors are made."""
+    """Whether it is the directory of a backbone that does not define how vectors are made."""
     names = {path.name for path in directory.glob("*.json")}
     return BACKBONE_CONFIG in names and not names & {CONFIG, checks.MODULES}
 
@@ -227,10 +227,10 @@ def _encoder(model: Any, tokenizer: Any, settings: dict[str, Any]) -> Encoder:
     _refuse_adapters(model)
     name = f"a {type(model).__name__}"
     if not callable(getattr(tokenizer, "save_pretrained", None)):
-        raise UsageError(f"{name} is published with its tokenizer; give tokenizer=")
+        raise UsageError(f"{name} needs its tokenizer to be published; give tokenizer=")
     _check_settings(settings, name)
     limits = (tokenizer.model_max_length, positions(model))
-    longest = min((int(one) for one in limits if one and one < st.UNLIMITED), default=0)
+    longest = min((int(limit) for limit in limits if limit and limit < st.UNLIMITED), default=0)
     lengths = {"query_max_length": longest, "passage_max_length": longest} if longest else {}
     return Encoder(model.base_model, tokenizer, EncoderConfig(**{**lengths, **settings}))
 
@@ -238,34 +238,36 @@ def _encoder(model: Any, tokenizer: Any, settings: dict[str, Any]) -> Encoder:
 def _check_settings(settings: Mapping[str, Any], name: str) -> None:
     known = {field.name for field in fields(EncoderConfig)} - {"projections"}
     if unknown := sorted(set(settings) - known):
-        raise UsageError(f"unknown setting {unknown[0]!r}; known are {', '.join(sorted(known))}")
+        raise UsageError(
+            f"unknown setting {unknown[0]!r}; expected one of {', '.join(sorted(known))}"
+        )
     if missing := [field for field in NEEDED if field not in settings]:
         raise UsageError(
-            f"{name} does not say how its vectors are made; give {' and '.join(missing)}, such as "
-            "pooling='mean', normalize=True, as in your loss"
+            f"{name} does not define how its vectors are made; give {' and '.join(missing)}, "
+            "such as pooling='mean', normalize=True, as in your loss"
         )
 
 
 def _refuse_settings(tokenizer: Any, settings: Mapping[str, Any], name: str) -> None:
     given = [*(["tokenizer"] if tokenizer is not None else []), *settings]
     if given:
-        raise UsageError(f"{name} says itself how its vectors are made; leave {given[0]} out")
+        raise UsageError(f"{name} already defines how its vectors are made; leave {given[0]} out")
 
 
 def _refuse_adapters(module: Any) -> None:
-    if getattr(module, "_hf_peft_config_loaded", False) or hasattr(module, "merge_and_unload"):
+    if compat.has_adapters(module):
         raise UsageError(
-            "a model with adapters is saved as the adapters alone; merge a copy of it "
-            "(`merge_and_unload`), save that to a directory and publish the directory"
+            "a model with adapters would be saved without its base; merge a copy of it "
+            "(`merge_and_unload`), save the copy to a directory and publish the directory"
         )
 
 
 def _refuse_sharded(model: nn.Module) -> None:
-    """FSDP and ZeRO-3 hold a part of each weight on each rank."""
+    """Refuse a model of which each process has only a part (FSDP, ZeRO-3)."""
     for weight in model.parameters():
-        if hasattr(weight, "ds_id") or hasattr(weight, "full_tensor"):
+        if compat.is_sharded(weight):
             raise UsageError(
-                "the weights are sharded (FSDP, ZeRO-3); have your trainer save the whole model "
+                "the weights are sharded (FSDP, ZeRO-3); let your trainer save the complete model "
                 "to a directory and publish the directory"
             )
 
@@ -278,7 +280,7 @@ def _without_weights(model: nn.Module) -> nn.Module:
     for buffer in model.buffers():
         memo[id(buffer)] = buffer.to("meta")
     if card := getattr(model, "model_card_data", None):
-        memo[id(card)] = None  # it knows the trainer, and with it the data and the optimizer
+        memo[id(card)] = None  # it refers to the trainer, and so to the data and the optimizer
     try:
         return copy.deepcopy(model, memo)
     except (TypeError, RuntimeError, AttributeError) as error:

@@ -1,4 +1,4 @@
-"""What is trained on, and what its checkpoints are to be validated on."""
+"""The training data, mixed from one or more datasets, and the collection to validate on."""
 
 from __future__ import annotations
 
@@ -21,14 +21,14 @@ from mlflow_dr.training.flags import upsample_rates
 
 @dataclass(frozen=True)
 class WeightedExamples:
-    """One set of examples of a mixture.
+    """The examples of one dataset, with their share of the mixture.
 
     Attributes:
-        name: what the user called it.
-        source: where it comes from.
-        examples: what is trained on.
-        weight: its share, relative to the others; its number of examples when None.
-        rate: how often each of its examples is read in an epoch, on average.
+        name: the dataset's name, as the user gave it.
+        source: its location.
+        examples: its examples.
+        weight: its share, relative to the other datasets; its number of examples when None.
+        rate: how often each example is read in an epoch, on average.
     """
 
     name: str
@@ -40,12 +40,12 @@ class WeightedExamples:
 
 @dataclass(frozen=True)
 class TrainingData:
-    """What is trained on, and what is searched in validation.
+    """The training data, and the collection to validate on.
 
     Attributes:
-        parts: what is trained on, mixed by weight.
-        collection: what validators search; None where nothing has judged queries.
-        split: the queries that they put.
+        parts: the datasets to train on, mixed by weight.
+        collection: the collection to validate on; None if none has judged queries.
+        split: its split.
     """
 
     parts: list[WeightedExamples]
@@ -54,18 +54,18 @@ class TrainingData:
 
 
 def open_data(arguments: DataArguments) -> TrainingData:
-    """Open what the flags name.
+    """Open the datasets that the flags name.
 
     Raises:
-        UsageError: nothing goes by such a name, it has no such split or nothing to train on, or
-            flags contradict each other.
-        DataError: files are missing, malformed or contradict themselves.
+        UsageError: there is no such dataset or split, a dataset has no training examples, or flags
+            contradict each other.
+        DataError: a file is missing, malformed or contradicts itself.
     """
     named = parse_mixture(arguments.dataset_name)
     if arguments.train_dir is not None and len(named) > 1:
         raise UsageError(
-            f"--train_dir gives the examples of one collection, but {arguments.dataset_name!r} "
-            "names several; name training files in the mixture instead"
+            f"--train_dir replaces the examples of one collection, but {arguments.dataset_name!r} "
+            "names several; name the files in the mixture instead"
         )
     rates = _rates(arguments, [weight for _, weight in named])
     collections = [open_collection(name) for name, _ in named]
@@ -73,11 +73,13 @@ def open_data(arguments: DataArguments) -> TrainingData:
     split = chosen_split(validated, arguments.validation_split) if validated is not None else ""
     if arguments.train_dir is not None:
         if arguments.other_negatives:
-            raise UsageError("--other_negatives: name the file as --dataset, not as --train_dir")
-        place = Path(arguments.train_dir).expanduser()
-        examples = open_examples(place, collections[0].corpus)
+            raise UsageError(
+                "--other_negatives cannot be used with --train_dir; name the file by --dataset"
+            )
+        path = Path(arguments.train_dir).expanduser()
+        examples = open_examples(path, collections[0].corpus)
         return TrainingData(
-            [WeightedExamples(str(place), str(place.resolve()), examples, None, rates[0])],
+            [WeightedExamples(str(path), str(path.resolve()), examples, None, rates[0])],
             validated,
             split,
         )
@@ -91,26 +93,26 @@ def open_data(arguments: DataArguments) -> TrainingData:
 
 
 def _examples(collection: Collection, n_others: int) -> Examples:
-    """A collection's examples, with negatives that are not hard where some are asked for."""
+    """A collection's examples, with other negatives if they are needed."""
     if not n_others:
         return collection.examples()
     if not isinstance(collection, TrainingFiles):
         raise UsageError(
-            f"{collection.name} has no negatives but hard ones; DPR's files have others; leave out "
-            "--other_negatives"
+            f"{collection.name} has only hard negatives; --other_negatives needs a training file "
+            "of DPR"
         )
     return collection.with_others().examples()
 
 
 def _rates(arguments: DataArguments, weights: Sequence[float | None]) -> list[int]:
-    """How often each part is read in an epoch."""
+    """How often each dataset is read in an epoch."""
     rates = upsample_rates(arguments.train_files_upsample_rates)
     if not rates:
         return [1] * len(weights)
     if len(rates) != len(weights):
         raise UsageError(
             f"--train_files_upsample_rates has {len(rates)} rates, but {arguments.dataset_name} "
-            f"has {len(weights)} parts"
+            f"has {len(weights)} datasets"
         )
     if any(weight is not None for weight in weights):
         raise UsageError(
@@ -120,42 +122,42 @@ def _rates(arguments: DataArguments, weights: Sequence[float | None]) -> list[in
 
 
 def validated_collection(arguments: DataArguments) -> Collection:
-    """The collection that validators of a training search.
+    """The collection to validate on.
 
     Raises:
-        UsageError: nothing that the flags name has judged queries.
+        UsageError: no dataset that the flags name has judged queries.
     """
     names = [name for name, _ in parse_mixture(arguments.dataset_name)]
-    found = _validated(arguments, [open_collection(name) for name in names])
-    if found is None:
+    collection = _validated(arguments, [open_collection(name) for name in names])
+    if collection is None:
         raise UsageError(
-            f"{arguments.dataset_name} has no judged queries to validate on; name a collection "
-            "that has some with --validation_dataset, or train alone with `mlflow-dr train`"
+            f"{arguments.dataset_name} has no judged queries; name a collection that has some by "
+            "--validation_dataset, or train without validation by `mlflow-dr train`"
         )
-    return found
+    return collection
 
 
 def _validated(arguments: DataArguments, trained: Sequence[Collection]) -> Collection | None:
     if arguments.validation_dataset is None:
-        return next((one for one in trained if one.splits), None)
+        return next((collection for collection in trained if collection.splits), None)
     named = open_collection(arguments.validation_dataset)
     if not named.splits:
-        raise UsageError(f"{named.name} has no judged queries to validate on")
+        raise UsageError(f"--validation_dataset {named.name} has no judged queries")
     return named
 
 
 class Mixture(Dataset[Group]):
-    """Several training sets as one; an epoch has as many examples as they have together, or more.
+    """Several training sets as one.
 
-    Each set gives its share of an epoch. It goes on through its examples, in an order drawn anew
-    for each pass, from where the epoch before ended; so a small set with a large weight is read
-    several times an epoch, and each time with the next of its positives and negatives.
+    Each set has its share of an epoch. It continues where the epoch before ended, and shuffles its
+    examples for each pass. So a small set with a large weight is read several times in an epoch,
+    each time with its next positives and negatives.
 
     Args:
-        parts: what is mixed.
-        weights: the share of each; relative to each other.
-        seed: of the order.
-        total: examples of an epoch; as many as the sets have together when None.
+        parts: the training sets.
+        weights: the share of each set, relative to the others.
+        seed: random seed of the order.
+        total: examples of an epoch; the number of all examples when None.
     """
 
     def __init__(
@@ -181,9 +183,9 @@ class Mixture(Dataset[Group]):
 
     def __getitem__(self, index: int) -> Group:
         part = int(np.searchsorted(self._starts, index, side="right")) - 1
-        place = int(self._epoch) * self._counts[part] + index - int(self._starts[part])
-        visit, place = divmod(place, len(self._parts[part]))
-        return self._parts[part].group(int(self._order(part, visit)[place]), visit)
+        position = int(self._epoch) * self._counts[part] + index - int(self._starts[part])
+        visit, position = divmod(position, len(self._parts[part]))
+        return self._parts[part].group(int(self._order(part, visit)[position]), visit)
 
     def _order(self, part: int, visit: int) -> np.ndarray:
         if (part, visit) not in self._orders:

@@ -1,4 +1,4 @@
-"""From a request to the things that are trained with: encoder, training set, collator."""
+"""Builds the encoder, training set and collator of a training request."""
 
 from __future__ import annotations
 
@@ -27,12 +27,12 @@ TINY = "tiny"
 
 
 def build_encoder(request: TrainingRequest, data: TrainingData, start: str) -> Encoder:
-    """The encoder that a request describes, as it is before the first step.
+    """The encoder of a training request, as it is before the first step.
 
     Args:
-        request: what is asked for.
-        data: what it is trained on.
-        start: the encoder's directory or hub name; a published one's files.
+        request: the flags.
+        data: the training data; the vocabulary of `tiny` is learnt from it.
+        start: directory or hub name of the encoder.
 
     Raises:
         UsageError: there is no such encoder, or the flags do not fit it.
@@ -41,9 +41,11 @@ def build_encoder(request: TrainingRequest, data: TrainingData, start: str) -> E
     model = request.model
     if model.model_name_or_path == TINY:
         if model.lora and model.lora_publish == ADAPTER:
-            raise UsageError("tiny is made anew each time; publish its adapters merged")
+            raise UsageError("the base of adapters of tiny is not saved; publish them merged")
         if model.tokenizer_name:
-            raise UsageError("--tokenizer_name: tiny learns a vocabulary of its own")
+            raise UsageError(
+                "--tokenizer_name cannot be used with tiny, which has its own vocabulary"
+            )
         encoder = tiny_encoder(_texts(data), request.fresh_encoder_config())
         if model.attn_implementation:
             encoder.backbone.set_attn_implementation(model.attn_implementation)
@@ -75,7 +77,7 @@ def build_encoder(request: TrainingRequest, data: TrainingData, start: str) -> E
         adapters = model.lora_name_or_path
         add_lora(
             encoder,
-            _lasting(model.model_name_or_path),
+            _absolute(model.model_name_or_path),
             rank=model.lora_r,
             alpha=model.lora_alpha,
             dropout=model.lora_dropout,
@@ -89,7 +91,7 @@ def build_encoder(request: TrainingRequest, data: TrainingData, start: str) -> E
 
 
 def _adjust(encoder: Encoder, request: TrainingRequest) -> None:
-    """Change what flags say of a loaded encoder's backbone and tokenizer."""
+    """Apply flags to the backbone and the tokenizer of a loaded encoder."""
     model = request.model
     check_separator(encoder.tokenizer, request.data.passage_field_separator)
     if model.dropout is not None:
@@ -99,14 +101,14 @@ def _adjust(encoder: Encoder, request: TrainingRequest) -> None:
 
 
 def _check_base(request: TrainingRequest, encoder: Encoder) -> None:
-    """Refuse to publish adapters alone where nobody could say what they are put on."""
+    """Refuse to publish adapters alone if their base cannot be named."""
     name = request.model.model_name_or_path
     if request.model.model_file:
-        why = "adapters name a backbone to be put on, and --model_file replaces its weights"
+        why = "the base of adapters must be a model by name, but --model_file replaces its weights"
     elif encoder.untied_query_encoder is not None:
-        why = "adapters name one backbone to be put on, and this encoder has two"
+        why = "adapters have one base, but this encoder has two backbones"
     elif name.startswith(MODEL_SCHEME):
-        why = f"adapters name a directory or a hub name to be put on, and {name} is neither"
+        why = f"the base of adapters must be a directory or a hub name, not {name}"
     else:
         return
     raise UsageError(f"--lora_publish adapter: {why}; publish them merged")
@@ -115,7 +117,7 @@ def _check_base(request: TrainingRequest, encoder: Encoder) -> None:
 def mixed_training_set(
     request: TrainingRequest, data: TrainingData, encoder: Encoder
 ) -> TrainingSet | Mixture:
-    """The examples with their passages chosen epoch by epoch, over token tables."""
+    """The training set, with passages chosen anew for each epoch; the datasets are mixed."""
     queries, passages = _tokenizings(encoder)
     seed = request.trainer.seed
     sets = []
@@ -131,7 +133,7 @@ def mixed_training_set(
                 processes=request.data.dataset_proc_num,
                 n_passages=request.data.train_n_passages,
                 seed=seed,
-                with_scores=request.loss.distil_weight > 0,
+                with_scores=request.loss.objective().needs_teacher,
                 first_key=first_key,
                 first_positive=request.data.positive_passage_no_shuffle,
                 n_others=request.data.other_negatives,
@@ -147,15 +149,15 @@ def mixed_training_set(
 
 
 def collator_of(encoder: Encoder) -> Collator:
-    """What pads batches for an encoder."""
+    """The collator for an encoder."""
     queries, passages = _tokenizings(encoder)
     return Collator(queries.pad_id, passages.pad_id)
 
 
-def _lasting(name: str) -> str:
-    """The name of an encoder, whole where it is a folder's: others read it from elsewhere."""
-    folder = Path(name).expanduser()
-    return str(folder.resolve()) if folder.is_dir() else name
+def _absolute(name: str) -> str:
+    """The name of an encoder; an absolute path if it is a directory."""
+    directory = Path(name).expanduser()
+    return str(directory.resolve()) if directory.is_dir() else name
 
 
 def _tokenizings(encoder: Encoder) -> tuple[TextTokenizer, TextTokenizer]:
@@ -193,7 +195,7 @@ BERT_SEPARATOR = "[SEP]"
 
 
 def set_dropout(encoder: Encoder, probability: float) -> None:
-    """Give the backbones this dropout, and their configuration, so that checkpoints say so."""
+    """Set the dropout of the backbones and of their configurations, which checkpoints save."""
     for tower in encoder.distinct_encoders:
         for part in (tower.backbone.config, *tower.backbone.modules()):
             for name in DROPOUTS:
@@ -204,7 +206,7 @@ def set_dropout(encoder: Encoder, probability: float) -> None:
 
 
 def lower_case(encoder: Encoder) -> None:
-    """Have all texts lower-cased; a tokenizer that does it already is left alone."""
+    """Lower-case all texts, unless the tokenizer already does it."""
     for tower in encoder.distinct_encoders:
         words = (tower.tokenizer(text)["input_ids"] for text in ("Ab CD", "ab cd"))
         if len({tuple(ids) for ids in words}) > 1:
@@ -212,7 +214,7 @@ def lower_case(encoder: Encoder) -> None:
 
 
 def check_separator(tokenizer: Any, separator: str) -> None:
-    """Refuse BERT's separator for a tokenizer that would take it for text.
+    """Refuse BERT's separator, if the tokenizer does not know it.
 
     Raises:
         UsageError: with the tokenizer's own separator.
@@ -220,21 +222,20 @@ def check_separator(tokenizer: Any, separator: str) -> None:
     if BERT_SEPARATOR in separator and BERT_SEPARATOR not in tokenizer.get_vocab():
         own = tokenizer.sep_token or tokenizer.eos_token or " "
         raise UsageError(
-            f"--passage_field_separator: this model's tokenizer has no {BERT_SEPARATOR}, which "
-            f"DPR's recipe puts between title and text; pass --passage_field_separator {own!r}"
+            f"--passage_field_separator: this model's tokenizer does not know {BERT_SEPARATOR}, "
+            f"the separator of the recipe dpr; pass --passage_field_separator {own!r}"
         )
 
 
 def freeze_passages(encoder: Encoder) -> None:
-    """Leave the queries' weights alone to be trained.
+    """Train only the query encoder.
 
     Raises:
-        UsageError: queries have no weights of their own.
+        UsageError: queries and passages share one encoder.
     """
     if encoder.untied_query_encoder is None:
         raise UsageError(
-            "--fix_ctx_encoder leaves nothing to train where queries and passages have one "
-            "encoder; add --untie_encoder"
+            "--fix_ctx_encoder needs separate encoders of queries and passages; add --untie_encoder"
         )
     encoder.requires_grad_(False)
     encoder.untied_query_encoder.requires_grad_(True)
@@ -247,19 +248,21 @@ UNUSED = ("pooler.", "embeddings.position_ids")
 
 
 def load_dpr_weights(file: str, encoder: Encoder) -> None:
-    """Replace an encoder's weights by those of a DPR checkpoint; nothing in the file is run.
+    """Replace an encoder's weights by those of a DPR checkpoint; code in the file is not run.
 
     Args:
-        file: what DPR wrote by `torch.save`: `model_dict` with `question_model.*` and
+        file: a checkpoint that DPR wrote by `torch.save`: `model_dict` with `question_model.*` and
             `ctx_model.*`.
-        encoder: with weights of their own for queries.
+        encoder: an encoder with separate weights for queries.
 
     Raises:
-        UsageError: there is no such file, or the encoder is not of its shape.
+        UsageError: there is no such file, or the encoder has another shape.
         CheckpointError: the file is damaged, of another kind, or would run code.
     """
     if encoder.untied_query_encoder is None:
-        raise UsageError("--model_file has two encoders; add --untie_encoder")
+        raise UsageError(
+            "--model_file has separate encoders of queries and passages; add --untie_encoder"
+        )
     state = _read(Path(file).expanduser())
     for prefix, tower in ((QUERIES, encoder.untied_query_encoder), (PASSAGES, encoder)):
         part = {
@@ -268,7 +271,9 @@ def load_dpr_weights(file: str, encoder: Encoder) -> None:
             if name.startswith(prefix)
         }
         if not part:
-            raise CheckpointError(f"{file}: {WEIGHTS} has no {prefix}*; expected DPR's bi-encoder")
+            raise CheckpointError(
+                f"{file}: {WEIGHTS} has no {prefix}*; expected a bi-encoder of DPR"
+            )
         _load(file, tower, part)
 
 
@@ -291,29 +296,34 @@ def _load(file: str, tower: Encoder, part: Mapping[str, Tensor]) -> None:
             projections[0].linear.load_state_dict(layer)
     except RuntimeError as error:
         raise UsageError(
-            f"--model_file {file}: its weights are not of the model's shape; name the model that "
+            f"--model_file {file}: its weights do not have the model's shapes; name the model that "
             f"it was trained from by --pretrained_model_cfg ({one_line(error)[:200]})"
         ) from error
     missing = [name for name in missing if not name.startswith(UNUSED)]
     if missing or unexpected:
         what, name = ("lacks", missing[0]) if missing else ("has an unknown", unexpected[0])
-        raise UsageError(f"--model_file {file} {what} {name}; is it of another kind of model?")
+        raise UsageError(
+            f"--model_file {file} {what} {name}; name the model that it was trained from by "
+            "--pretrained_model_cfg"
+        )
 
 
 def _read(path: Path) -> dict[str, Tensor]:
     if not path.is_file():
         raise UsageError(f"--model_file {path}: no such file")
     try:
-        read: Any = torch.load(path, map_location="cpu", weights_only=True)
+        content: Any = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # a damaged file raises anything
         raise CheckpointError(
-            f"--model_file {path}: damaged, or it holds objects whose code would run; where you "
-            f"trust it, keep its weights alone: torch.save({{'{WEIGHTS}': torch.load(FILE, "
+            f"--model_file {path}: the file is damaged, or has objects whose code would run; if "
+            f"you trust it, save only its weights: torch.save({{'{WEIGHTS}': torch.load(FILE, "
             f"weights_only=False)['{WEIGHTS}']}}, NEW_FILE) ({type(error).__name__})"
         ) from error
-    state = read.get(WEIGHTS) if isinstance(read, dict) else None
+    state = content.get(WEIGHTS) if isinstance(content, dict) else None
     if not isinstance(state, dict) or not all(
         isinstance(name, str) and isinstance(value, Tensor) for name, value in state.items()
     ):
-        raise CheckpointError(f"--model_file {path}: no {WEIGHTS} of tensors; expected DPR's file")
+        raise CheckpointError(
+            f"--model_file {path}: no tensors in {WEIGHTS}; expected a checkpoint of DPR"
+        )
     return state

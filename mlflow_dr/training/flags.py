@@ -1,6 +1,6 @@
-"""The names of all training flags, read without importing torch or transformers.
+"""Names, ranges and choices of all training flags, without importing torch or transformers.
 
-A mistyped flag is refused within a second this way; importing what the flags belong to takes five.
+So a mistyped flag is refused within a second; importing what the flags belong to takes five.
 """
 
 from __future__ import annotations
@@ -17,64 +17,64 @@ from typing import Any, NamedTuple
 import yaml
 
 from mlflow_dr.encoder.config import POOLINGS, SHORTEST
-from mlflow_dr.errors import UsageError
+from mlflow_dr.errors import UsageError, did_you_mean
+from mlflow_dr.extensions import Registry
 
 OWN_SOURCES = ("arguments.py", "gc_dpr.py")
-THEIR_CLASS = "TrainingArguments"
-ALWAYS_THERE = ("--config", "--help", "-h")
+HF_CLASS = "TrainingArguments"
+PARSER_FLAGS = ("--config", "--help", "-h")
 HELP = "`mlflow-dr train --help` lists all"
 
 
 def flag(default: Any, help: str, *aliases: str, **options: Any) -> Any:
-    """A field that HfArgumentParser makes a flag of; each alias with dashes or underscores."""
+    """A dataclass field for HfArgumentParser; aliases are spelled with dashes or underscores."""
     spellings = dict.fromkeys(s for name in aliases for s in (name, dashed(name)))
     return field(default=default, metadata={"help": help, "aliases": list(spellings), **options})
 
 
 def dashed(name: str) -> str:
-    """A flag's name with dashes where it has underscores."""
+    """A flag's name with dashes instead of underscores."""
     return "--" + name.removeprefix("--").replace("_", "-")
 
 
-def check_flags(words: Sequence[str], others: Iterable[str] = ()) -> None:
-    """Refuse unknown flags and unknown words of closed choices, before anything is imported.
+def check_flags(argv: Sequence[str], others: Iterable[str] = ()) -> None:
+    """Refuse unknown flags, and values that are not among the choices of a flag.
 
     Args:
-        words: the flags of `mlflow-dr train`; with `--config FILE`, those in the file, too.
-        others: names of flags that the command has besides, to be suggested.
+        argv: the flags of `mlflow-dr train`; flags in a `--config` file are checked, too.
+        others: names of further flags of the command, for suggestions.
 
     Raises:
-        UsageError: a flag is unknown or has a value that it does not take; or the file of flags
-            cannot be read.
+        UsageError: a flag or value is unknown, or the `--config` file cannot be read.
     """
     known = known_flags()
     if not known:
         return
-    for word in words:
+    for word in argv:
         name = word.split("=", 1)[0]
         if name.startswith("--") and name != "--" and name not in known:
             raise UsageError(unknown_flag(name, [*known, *others]))
-    for name, value in values_of(words):
+    for name, value in flag_values(argv):
         field_name = name.removeprefix("--").replace("-", "_")
         check_choices({field_name: value}, {field_name: name}.__getitem__)
         if name == "--config":
             read_flags(Path(value), known)
 
 
-def values_of(words: Sequence[str]) -> Iterator[tuple[str, str]]:
-    """The flags among words that are followed by a value, as they are typed, and the value."""
-    for position, word in enumerate(words):
+def flag_values(argv: Sequence[str]) -> Iterator[tuple[str, str]]:
+    """The flags with a value, as they are typed, and their values."""
+    for position, word in enumerate(argv):
         if not word.startswith("--"):
             continue
         name, equals, value = word.partition("=")
         if equals:
             yield name, value
-        elif position + 1 < len(words) and not words[position + 1].startswith("--"):
-            yield name, words[position + 1]
+        elif position + 1 < len(argv) and not argv[position + 1].startswith("--"):
+            yield name, argv[position + 1]
 
 
 def read_flags(path: Path, known: Iterable[str]) -> dict[str, Any]:
-    """Flags and values of a YAML or JSON file; the names begin with `--` and have underscores.
+    """Flags and values of a YAML or JSON file; names get `--` and underscores.
 
     Raises:
         UsageError: the file cannot be read, is not a mapping, or has an unknown flag.
@@ -86,48 +86,51 @@ def read_flags(path: Path, known: Iterable[str]) -> dict[str, Any]:
     except (yaml.YAMLError, ValueError, RecursionError) as error:
         raise UsageError(f"{path}: not YAML or JSON: {' '.join(str(error).split())}") from error
     if not isinstance(values, Mapping):
-        raise UsageError(f"{path}: expected flags and values, got {type(values).__name__}")
+        raise UsageError(
+            f"{path}: expected a mapping of flags to values, got {type(values).__name__}"
+        )
     names = {key: f"--{str(key).replace('-', '_')}" for key in values}
     for name in names.values():
-        if name not in known or name in ALWAYS_THERE:
+        if name not in known or name in PARSER_FLAGS:
             raise UsageError(f"{path}: {unknown_flag(name, known)}")
     return {names[key]: value for key, value in values.items()}
 
 
 def unknown_flag(word: str, known: Iterable[str]) -> str:
-    """What is said of an unknown flag, with the known one that is most like it."""
+    """The message about an unknown flag, with the most similar known one."""
     name = word.split("=", 1)[0][:80]
     spelled = name.replace("-", "_").replace("__", "--", 1)
     close = difflib.get_close_matches(spelled, sorted(known), n=1)
     hint = f"; did you mean {close[0]}?" if close else ";"
-    return f"no flag {name}{hint} {HELP}"
+    kind = "flag" if name.startswith("-") else "argument"
+    return f"unknown {kind} {name}{hint} {HELP}"
 
 
 @cache
 def known_flags() -> frozenset[str]:
-    """Every spelling of every training flag; empty where transformers' source is not found."""
+    """Every spelling of every training flag; empty if transformers' source is not found."""
     package = importlib.util.find_spec("transformers")
-    places = (package and package.submodule_search_locations) or []
-    theirs = [Path(place) / "training_args.py" for place in places]
-    if not theirs or not theirs[0].is_file():
+    directories = (package and package.submodule_search_locations) or []
+    sources = [Path(directory) / "training_args.py" for directory in directories]
+    if not sources or not sources[0].is_file():
         return frozenset()
-    files = [theirs[0], *(Path(__file__).with_name(name) for name in OWN_SOURCES)]
+    files = [sources[0], *(Path(__file__).with_name(name) for name in OWN_SOURCES)]
     found: dict[str, ast.expr | None] = {}
     for file in files:
         for node in ast.parse(file.read_text(encoding="utf-8")).body:
             if isinstance(node, ast.ClassDef):
-                found |= _fields(node, named=node.name == THEIR_CLASS)
+                found |= _fields(node, every=node.name == HF_CLASS)
     names = {spelling for name, value in found.items() for spelling in _spellings(name, value)}
-    return frozenset({*names, *ALWAYS_THERE})
+    return frozenset({*names, *PARSER_FLAGS})
 
 
-def _fields(node: ast.ClassDef, named: bool) -> dict[str, ast.expr | None]:
-    """The fields of a dataclass that are flags: all of transformers', and what `flag` makes."""
+def _fields(node: ast.ClassDef, every: bool) -> dict[str, ast.expr | None]:
+    """The fields of a dataclass that are flags: all if `every`, else those that `flag` makes."""
     return {
         line.target.id: line.value
         for line in node.body
         if isinstance(line, ast.AnnAssign) and isinstance(line.target, ast.Name)
-        if named or _is_call(line.value, "flag")
+        if every or _is_call(line.value, "flag")
     }
 
 
@@ -140,7 +143,9 @@ def _spellings(name: str, value: ast.expr | None) -> Iterator[str]:
             yield from (str(alias), dashed(str(alias)))
         named = [word.value for word in value.keywords if word.arg == "default"]
         default = next(iter([*named, *value.args[:1]]), None)
-    if isinstance(default, ast.Constant) and default.value is True:  # HfArgumentParser's opposite
+    if (
+        isinstance(default, ast.Constant) and default.value is True
+    ):  # HfArgumentParser adds the opposite
         yield from (f"--no_{name}", f"--no-{name.replace('_', '-')}")
 
 
@@ -156,6 +161,10 @@ SEEDS = ("seed", "data_seed")
 LONGEST_SHOWN = 40
 RECIPE_NAMES = ("demo", "msmarco", "judged", "tevatron", "dpr")
 MERGED, ADAPTER = "merged", "adapter"
+OWN_LOSSES = ("contrastive", "distillation")
+
+losses: Registry[Any] = Registry("loss", "mlflow_dr.losses")
+"""Losses by name, see `mlflow_dr.training.loss.Loss`; here, because importing that takes long."""
 
 CHOICES: Mapping[str, tuple[str, ...]] = {
     "pooling": POOLINGS,
@@ -166,19 +175,19 @@ CHOICES: Mapping[str, tuple[str, ...]] = {
 
 
 class Range(NamedTuple):
-    """What a number may be; NaN is in no range.
+    """The values that a number may have; NaN is in no range.
 
     Attributes:
-        words: the range, as it ends the sentence "it must be ...".
-        holds: whether a number is in it.
+        text: the range, as it follows "it must be ".
+        contains: whether a number is in it.
     """
 
-    words: str
-    holds: Callable[[float], bool]
+    text: str
+    contains: Callable[[float], bool]
 
 
 def at_least(lowest: int) -> Range:
-    """Numbers from `lowest` on."""
+    """Numbers that are `lowest` or more."""
     return Range(f"at least {lowest}", lambda value: value >= lowest)
 
 
@@ -232,30 +241,30 @@ RANGES: Mapping[str, Range] = {
 
 
 def check_values(values: Mapping[str, Any], typed: Callable[[str], str] = str) -> None:
-    """Refuse numbers out of range and words that are none of a closed choice.
+    """Refuse numbers out of range, and values that are not among the choices of a flag.
 
     Args:
-        values: name -> value; None is no value, and names without a rule are not looked at.
-        typed: how the user spelled a name.
+        values: name -> value; None and names without a rule are ignored.
+        typed: gives the user's spelling of a name.
 
     Raises:
-        UsageError: with the name and what it may be.
+        UsageError: with the name and the values that it may have.
     """
     for name, allowed in RANGES.items():
         value = values.get(name)
         if not isinstance(value, int | float) or isinstance(value, bool):
             continue
         largest = LARGEST_SEED if name in SEEDS else LARGEST
-        if allowed.holds(value) and value <= largest:
+        if allowed.contains(value) and value <= largest:
             continue
-        words = f"at most {largest}" if value > largest else allowed.words
+        expected = f"at most {largest}" if value > largest else allowed.text
         shown = value if isinstance(value, float) or abs(value) < 10**15 else "too large"
-        raise UsageError(f"{_named(name, typed)} is {shown}; it must be {words}")
+        raise UsageError(f"{_named(name, typed)} is {shown}; it must be {expected}")
     check_choices(values, typed)
 
 
 def check_choices(values: Mapping[str, Any], typed: Callable[[str], str] = str) -> None:
-    """Refuse words that are none of a closed choice, as `check_values` does."""
+    """Refuse values that are not among the choices of a flag, and unknown losses."""
     for name, allowed in CHOICES.items():
         value = values.get(name)
         if value is not None and value not in allowed:
@@ -264,23 +273,28 @@ def check_choices(values: Mapping[str, Any], typed: Callable[[str], str] = str) 
             raise UsageError(
                 f"{_named(name, typed)} is {shown}; expected {', '.join(most)} or {last}"
             )
+    known = sorted({*OWN_LOSSES, *losses.names()})
+    if (loss := values.get("loss")) is not None and loss not in known:
+        shown = repr(str(loss)[:LONGEST_SHOWN])
+        hint = did_you_mean(str(loss), known)
+        raise UsageError(f"{_named('loss', typed)} is {shown}{hint} (known: {', '.join(known)})")
 
 
 def _named(name: str, typed: Callable[[str], str]) -> str:
-    """The flag as it was typed, without dashes, and its first name where that is another one."""
+    """The flag as it was typed, without dashes; an alias with the name that it stands for."""
     spelled = typed(name).removeprefix("--")
     return spelled if spelled.replace("-", "_").endswith(name) else f"{spelled}: {name}"
 
 
 def numbers_of(text: str, name: str, example: str) -> list[float]:
-    """The numbers of a list that is written as in Python; the brackets may be left out.
+    """The numbers of a list in Python's notation; brackets are optional.
 
     Raises:
         UsageError: with the flag's name and an example.
     """
     try:
-        read = ast.literal_eval(text)
-        numbers = read if isinstance(read, list | tuple) else [read]
+        value = ast.literal_eval(text)
+        numbers = value if isinstance(value, list | tuple) else [value]
         return [float(number) for number in numbers]
     except (ValueError, TypeError, SyntaxError, OverflowError, MemoryError, RecursionError):
         shown = repr(text[:LONGEST_SHOWN])
@@ -288,7 +302,7 @@ def numbers_of(text: str, name: str, example: str) -> list[float]:
 
 
 def upsample_rates(text: str | None) -> list[int]:
-    """How often each part of a mixture is read in an epoch; empty where nothing is said.
+    """How often each dataset of a mixture is read in an epoch; empty for None.
 
     Raises:
         UsageError: not whole numbers above 0.

@@ -1,6 +1,6 @@
-"""The flags of GC-DPR's and DPR's `train_dense_encoder.py` that have another form here.
+"""Flags of `train_dense_encoder.py` (DPR, GC-DPR) that are translated to ours.
 
-Those that differ in name alone (`--batch_size`, `--adam_eps`, ...) are aliases in `arguments.py`.
+Flags that differ only in name (`--batch_size`, `--adam_eps`, ...) are aliases in `arguments.py`.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from mlflow_dr.training.flags import check_values, flag, numbers_of
 
 log = logging.getLogger(__name__)
 
-WITHOUT_MEANING = "GC-DPR's; accepted, and without effect here."
+WITHOUT_MEANING = "Flag of GC-DPR; accepted, without effect."
 WITHOUT_EFFECT = (
     "pretrained_file",
     "dev_batch_size",
@@ -28,35 +28,43 @@ WITHOUT_EFFECT = (
     "train_rolling_loss_step",
     "local_rank",
 )
-AVERAGE_RANK = "GC-DPR's average rank, which is not offered."
-MARKS = ("train_file", "dev_file", "pretrained_model_cfg", "encoder_model_type", "model_file")
-"""A command line with one of these is GC-DPR's, so the recipe is DPR's."""
+AVERAGE_RANK = "Flag of GC-DPR's average rank, which is not supported."
+GC_DPR_FLAGS = (
+    "train_file",
+    "dev_file",
+    "pretrained_model_cfg",
+    "encoder_model_type",
+    "model_file",
+)
+"""A command line with one of these comes from GC-DPR, so the recipe is `dpr`."""
 MAY_DIFFER = {"q_max_len", "p_max_len"}
 
 
 @dataclass
 class GcDprArguments:
-    """GC-DPR's names."""
+    """Flags of GC-DPR."""
 
     train_file: str | None = flag(
-        None, "GC-DPR's: files of training examples, as a pattern or with commas; see --dataset."
+        None, "GC-DPR: files of training examples, a pattern or separated by commas; see --dataset."
     )
     dev_file: str | None = flag(
         None,
-        "GC-DPR's: a file of examples whose questions are judged on the file's own passages; "
-        "--validation_dataset pool:FILE.",
+        "GC-DPR: a file of examples; its questions are validated on its own passages. The same "
+        "as --validation_dataset pool:FILE.",
     )
-    encoder_model_type: str | None = flag(None, "GC-DPR's; hf_bert is any Hugging Face model.")
-    sequence_length: int | None = flag(None, "Tokens of a query and of a passage at most.")
+    encoder_model_type: str | None = flag(
+        None, "GC-DPR: hf_bert stands for any Hugging Face model."
+    )
+    sequence_length: int | None = flag(None, "Longest query and longest passage, in tokens.")
     projection_dim: int | None = flag(
-        None, "GC-DPR's: a linear layer after the pooling that gives so much; 0 for none."
+        None, "GC-DPR: output size of a linear layer after the pooling; 0 for no layer."
     )
     hard_negatives: int | None = flag(
-        None, "GC-DPR's: hard negatives of a query; see --train_n_passages."
+        None, "GC-DPR: hard negatives per query; see --train_n_passages."
     )
     shuffle_positive_ctx: bool | None = flag(
         None,
-        "GC-DPR's: take all positives of a query in turn; see --positive_passage_no_shuffle.",
+        "GC-DPR: use another positive in each epoch; see --positive_passage_no_shuffle.",
         nargs="?",
         const=True,
     )
@@ -75,75 +83,77 @@ class GcDprArguments:
 
 
 def translated(given: Mapping[str, Any], typed: Mapping[str, str]) -> dict[str, str]:
-    """Our flags for GC-DPR's, name -> value, to stand before the user's own.
+    """Our flags for GC-DPR's, name -> value; flags of the user override them.
 
     Args:
-        given: name -> value of all training flags; None where the user gave none.
-        typed: the flags that the user gave, name -> as it was typed; aliases under both names.
+        given: name -> value of all training flags; None for a flag that the user did not give.
+        typed: name -> spelling of the flags that the user gave; an alias has both names.
 
     Raises:
-        UsageError: a flag asks for what is not offered here, names no file, or is given besides
-            the flag that it stands for.
+        UsageError: a flag is not supported, its file does not exist, or the flag that it stands
+            for is given, too.
     """
-    names = [one.name for one in fields(GcDprArguments) if given.get(one.name) is not None]
+    names = [field.name for field in fields(GcDprArguments) if given.get(field.name) is not None]
     if refused := [f"--{name}" for name in names if name.startswith("val_av_rank_")]:
         raise UsageError(
-            f"{', '.join(refused)}: the average rank is not offered; leave it out: validators "
-            "measure MRR, nDCG and recall on --dev_file or --validation_dataset"
+            f"{', '.join(refused)}: the average rank is not supported; leave the flag out. "
+            "Validators measure MRR, nDCG and recall on --dev_file or --validation_dataset"
         )
     if (kind := given.get("encoder_model_type")) not in (None, "hf_bert"):
         raise UsageError(
-            f"--encoder_model_type {kind} is not offered; use hf_bert, and name the Hugging Face "
+            f"--encoder_model_type {kind} is not supported; use hf_bert, and name a Hugging Face "
             "model by --pretrained_model_cfg, such as roberta-base"
         )
     validates = {"dev_file", "model_file"} & set(typed)
     if validates and not {"train_file", "dataset_name"} & set(typed):
         raise UsageError(
-            f"--{min(validates)} without --train_file, which names what is trained on; "
-            "`mlflow-dr evaluate` measures an encoder without training"
+            f"--{min(validates)} needs --train_file, the training data; to measure an encoder "
+            "without training, use `mlflow-dr evaluate`"
         )
     values: dict[str, str] = {}
-    for name, stands_for in _STAND_FOR.items():
+    for name, translate in _TRANSLATIONS.items():
         if name not in names:
             continue
-        meant = stands_for(given[name])
-        if twice := sorted((set(meant) - MAY_DIFFER) & set(typed)):
+        translation = translate(given[name])
+        if twice := sorted((set(translation) - MAY_DIFFER) & set(typed)):
             raise UsageError(
-                f"{typed[name]} and {typed[twice[0]]} say the same thing: give one of them"
+                f"{typed[name]} and {typed[twice[0]]} set the same value; give only one of them"
             )
-        values |= meant
+        values |= translation
     if without := [f"--{name}" for name in WITHOUT_EFFECT if name in typed]:
-        log.warning("%s: accepted, and without effect here", ", ".join(without))
+        log.warning("%s: accepted, without effect", ", ".join(without))
     return values
 
 
 def is_gc_dpr(typed: Collection[str]) -> bool:
-    """Whether a command line with these flags is GC-DPR's."""
-    return not set(typed).isdisjoint(MARKS)
+    """Whether a command line with these flags comes from GC-DPR."""
+    return not set(typed).isdisjoint(GC_DPR_FLAGS)
 
 
 def _train_file(pattern: str) -> dict[str, str]:
     files = _files(pattern, "--train_file")
     if len(files) > 1 and (bad := next((file for file in files if JOIN in file), None)):
-        raise UsageError(f"--train_file: {bad}: rename it; {JOIN} joins the names of several files")
+        raise UsageError(
+            f"--train_file {bad}: rename the file; {JOIN} in it separates names of files"
+        )
     return {"dataset_name": JOIN.join(files)}
 
 
 def _dev_file(pattern: str) -> dict[str, str]:
     files = _files(pattern, "--dev_file")
     if len(files) > 1:
-        raise UsageError(f"--dev_file {pattern!r} names {len(files)} files; name one")
+        raise UsageError(f"--dev_file {pattern!r} matches {len(files)} files; name one")
     return {"validation_dataset": POOL_PREFIX + files[0]}
 
 
 def _files(pattern: str, flag_name: str) -> list[str]:
-    """Files by a path, a pattern, or several of these with commas; those of a pattern by name."""
+    """Files of a path, a pattern (sorted by name), or several of these separated by commas."""
     parts = [pattern] if Path(pattern).exists() else pattern.split(",")
     files: list[str] = []
     for part in map(str.strip, parts):
         found = [part] if Path(part).exists() else sorted(glob(part))  # noqa: PTH207 - Path.glob takes no absolute pattern
         if not found:
-            raise UsageError(f"{flag_name}: no file {part!r}")
+            raise UsageError(f"{flag_name}: no file matches {part!r}")
         files += found
     return files
 
@@ -163,11 +173,11 @@ def _betas(text: str) -> dict[str, str]:
     return {name: str(value) for name, value in both.items()}
 
 
-_STAND_FOR: Mapping[str, Callable[[Any], dict[str, str]]] = {
+_TRANSLATIONS: Mapping[str, Callable[[Any], dict[str, str]]] = {
     "train_file": _train_file,
     "dev_file": _dev_file,
     "hard_negatives": lambda count: {"train_n_passages": str(1 + count)},
-    "shuffle_positive_ctx": lambda yes: {"positive_passage_no_shuffle": str(not yes)},
+    "shuffle_positive_ctx": lambda shuffle: {"positive_passage_no_shuffle": str(not shuffle)},
     "sequence_length": lambda length: dict.fromkeys(("q_max_len", "p_max_len"), str(length)),
     "projection_dim": _projection,
     "adam_betas": _betas,

@@ -1,7 +1,8 @@
-"""The training objective: temperature, negatives and world size have one owner, here."""
+"""Losses, and the objective: the one place that knows temperature, negatives and processes."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,26 +12,133 @@ from torch.nn.functional import cross_entropy, kl_div, log_softmax, softmax
 from torch.utils.checkpoint import checkpoint
 
 from mlflow_dr.encoder.head import at_least_fp32
+from mlflow_dr.training.flags import losses
 
 SCORES_AT_ONCE = 1 << 26
 
 
 @dataclass(frozen=True)
-class Objective:
-    """Contrastive loss with in-batch and hard negatives, and distillation from a teacher.
+class LossInputs:
+    """What a loss is computed from. All vectors and scores are at least fp32, and autocast is off.
 
-    InfoNCE (van den Oord et al. 2018) with in-batch negatives as in DPR (Karpukhin et al. 2020);
-    Kullback-Leibler divergence from a teacher's scores as in RocketQAv2 (Ren et al. 2021).
+    With `--negatives_x_device` the rows are those of all processes, in the order of their ranks,
+    and every process computes the same loss; without it they are those of this process.
+
+    Attributes:
+        queries: `(n_queries, dim)`.
+        passages: `(n_queries * group, dim)`. The passages of a query follow each other, its
+            positive first; `group` is `--train_n_passages` and `--other_negatives` together.
+        keys: `(n_queries * group,) int64`, equal for equal passages; None with
+            `--mask_duplicates false`.
+        teacher_scores: `(n_queries, group)`, a teacher's scores of each query's own passages; None
+            for a loss that does not need them.
+        temperature: `--temperature`.
+        teacher_temperature: `--distil_temperature`.
+        scores_at_once: elements of the largest score matrix that should be held at once.
+    """
+
+    queries: Tensor
+    passages: Tensor
+    keys: Tensor | None = None
+    teacher_scores: Tensor | None = None
+    temperature: float = 1.0
+    teacher_temperature: float = 1.0
+    scores_at_once: int = SCORES_AT_ONCE
+
+    @property
+    def positives(self) -> Tensor:
+        """The row of each query's positive in `passages`, `(n_queries,) int64`."""
+        group = len(self.passages) // len(self.queries)
+        return torch.arange(len(self.queries), device=self.queries.device) * group
+
+    def scores(self, start: int = 0, stop: int | None = None) -> Tensor:
+        """Scores of queries and all passages of the batch, divided by the temperature.
+
+        Args:
+            start: the first query.
+            stop: the query after the last one; all when None.
+
+        Returns:
+            `(stop - start, n_queries * group)`. Other copies of a query's positive have the score
+            minus infinity, if there are keys.
+        """
+        scores = self.queries[start:stop] @ self.passages.T / self.temperature
+        if self.keys is None:
+            return scores
+        positives = self.positives[start:stop]
+        copies = self.keys[positives][:, None] == self.keys[None, :]
+        copies[torch.arange(len(positives)), positives] = False
+        return scores.masked_fill(copies, -torch.inf)
+
+    def own_scores(self) -> Tensor:
+        """Scores of each query's own passages, divided by the temperature: `(n_queries, group)`."""
+        own = self.passages.view(len(self.queries), -1, self.passages.shape[1])
+        return torch.einsum("qd,qpd->qp", self.queries, own) / self.temperature
+
+
+Loss = Callable[[LossInputs], Tensor]
+"""A loss: takes the vectors of a batch and returns the mean over its queries, a scalar.
+
+It must be a function of the vectors alone, not of the encoder. Then it works as it is with the
+gradient cache (the gradient at each vector is propagated chunk by chunk) and with several
+processes (gathering vectors and scaling gradients is done outside).
+"""
+
+
+def needs_teacher(loss: Loss) -> Loss:
+    """Decorate a loss that needs `teacher_scores`; training data without them are refused."""
+    loss.needs_teacher = True  # type: ignore[attr-defined]
+    return loss
+
+
+@losses.register("contrastive")
+def contrastive(inputs: LossInputs) -> Tensor:
+    """InfoNCE with the other passages of the batch as negatives.
+
+    van den Oord et al. 2018; in-batch negatives as in DPR, Karpukhin et al. 2020. A score matrix
+    of more than `scores_at_once` elements is computed in parts, forward and backward.
+    """
+    n_queries = len(inputs.queries)
+    rows = max(1, inputs.scores_at_once // len(inputs.passages))
+    if rows >= n_queries:
+        return _cross_entropy(inputs, 0, n_queries) / n_queries
+    total = inputs.queries.new_zeros(())
+    for start in range(0, n_queries, rows):
+        # computed again in the backward pass instead of being kept
+        total = total + checkpoint(
+            _cross_entropy, inputs, start, min(start + rows, n_queries), use_reentrant=False
+        )
+    return total / n_queries
+
+
+def _cross_entropy(inputs: LossInputs, start: int, stop: int) -> Tensor:
+    """The sum of the losses of queries `start` to `stop`."""
+    return cross_entropy(inputs.scores(start, stop), inputs.positives[start:stop], reduction="sum")
+
+
+@losses.register("distillation")
+@needs_teacher
+def distillation(inputs: LossInputs) -> Tensor:
+    """Kullback-Leibler divergence from a teacher's scores, as in RocketQAv2 (Ren et al. 2021)."""
+    assert inputs.teacher_scores is not None
+    scores = inputs.own_scores()
+    wanted = softmax(inputs.teacher_scores.to(scores.dtype) / inputs.teacher_temperature, dim=1)
+    return kl_div(log_softmax(scores, dim=1), wanted, reduction="batchmean")
+
+
+@dataclass(frozen=True)
+class Objective:
+    """A loss, distillation from a teacher mixed with it, and where its negatives come from.
 
     Attributes:
         temperature: divides the scores.
-        across_devices: passages of all processes are negatives, and the gradient is that of one
+        across_devices: passages of all processes are negatives; the gradient is that of one
             process with the whole batch.
-        mask_duplicates: a passage that is the query's own positive once more is no negative.
-        distil_weight: the teacher's share of the loss, 0 to 1.
+        mask_duplicates: other copies of a query's positive in the batch are not used as negatives.
+        distil_weight: weight of `distillation` in the sum, 0 to 1; the loss has the rest.
         distil_temperature: divides the teacher's scores.
-        scores_at_once: size of the score matrix above which it is computed in parts, forward and
-            backward, so that it is never held as a whole.
+        scores_at_once: elements of the largest score matrix that is held at once.
+        loss: the name of a registered loss.
     """
 
     temperature: float = 1.0
@@ -39,6 +147,17 @@ class Objective:
     distil_weight: float = 0.0
     distil_temperature: float = 1.0
     scores_at_once: int = SCORES_AT_ONCE
+    loss: str = "contrastive"
+
+    @property
+    def needs_teacher(self) -> bool:
+        """Whether training data need a teacher's scores.
+
+        Raises:
+            UsageError: there is no loss of that name, or it cannot be imported.
+        """
+        loss = losses.get(self.loss)
+        return self.distil_weight > 0 or bool(getattr(loss, "needs_teacher", False))
 
     def __call__(
         self,
@@ -51,9 +170,9 @@ class Objective:
 
         Args:
             queries: `(n_queries, dim)`.
-            passages: `(n_queries * n_passages, dim)`; each query's positive comes first of its own.
-            keys: `(n_queries * n_passages,) int64`, equal for equal passages.
-            teacher: `(n_queries, n_passages)`, a teacher's scores of each query's own passages.
+            passages: `(n_queries * group, dim)`; the positive of a query comes first of its own.
+            keys: `(n_queries * group,) int64`, equal for equal passages.
+            teacher: `(n_queries, group)`, a teacher's scores of each query's own passages.
 
         Returns:
             The mean over queries, a scalar, computed in fp32.
@@ -62,52 +181,22 @@ class Objective:
             queries, passages = across(queries), across(passages)
             keys = None if keys is None else across(keys)
             teacher = None if teacher is None else across(teacher)
-        queries, passages = at_least_fp32(queries), at_least_fp32(passages)
-        loss = queries.new_zeros(())
+        inputs = LossInputs(
+            at_least_fp32(queries),
+            at_least_fp32(passages),
+            keys if self.mask_duplicates else None,
+            teacher,
+            self.temperature,
+            self.distil_temperature,
+            self.scores_at_once,
+        )
+        total = inputs.queries.new_zeros(())
         with torch.autocast(queries.device.type, enabled=False):
             if self.distil_weight < 1:
-                known = keys if self.mask_duplicates else None
-                loss = (1 - self.distil_weight) * self._contrastive(queries, passages, known)
+                total = (1 - self.distil_weight) * losses.get(self.loss)(inputs)
             if self.distil_weight > 0 and teacher is not None:
-                loss = loss + self.distil_weight * self._distilled(queries, passages, teacher)
-        return loss
-
-    def _contrastive(self, queries: Tensor, passages: Tensor, keys: Tensor | None) -> Tensor:
-        rows = max(1, self.scores_at_once // len(passages))
-        if rows >= len(queries):
-            return self._summed(queries, passages, keys, 0) / len(queries)
-        total = queries.new_zeros(())
-        for start in range(0, len(queries), rows):
-            part = queries[start : start + rows]
-            # computed again in the backward pass instead of being kept
-            total = total + checkpoint(
-                self._summed, part, passages, keys, start, len(queries), use_reentrant=False
-            )
-        return total / len(queries)
-
-    def _summed(
-        self,
-        queries: Tensor,
-        passages: Tensor,
-        keys: Tensor | None,
-        start: int,
-        n_queries: int | None = None,
-    ) -> Tensor:
-        """The sum of the losses of queries `start` and following."""
-        each = len(passages) // (n_queries or len(queries))
-        scores = queries @ passages.T / self.temperature
-        targets = torch.arange(start, start + len(queries), device=scores.device) * each
-        if keys is not None:
-            same = keys[targets][:, None] == keys[None, :]
-            same[torch.arange(len(targets)), targets] = False
-            scores = scores.masked_fill(same, -torch.inf)
-        return cross_entropy(scores, targets, reduction="sum")
-
-    def _distilled(self, queries: Tensor, passages: Tensor, teacher: Tensor) -> Tensor:
-        own = passages.view(len(queries), -1, passages.shape[1])
-        scores = torch.einsum("qd,qpd->qp", queries, own) / self.temperature
-        wanted = softmax(teacher.to(scores.dtype) / self.distil_temperature, dim=1)
-        return kl_div(log_softmax(scores, dim=1), wanted, reduction="batchmean")
+                total = total + self.distil_weight * distillation(inputs)
+        return total
 
 
 def across(local: Tensor) -> Tensor:

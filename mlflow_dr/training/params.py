@@ -1,4 +1,4 @@
-"""What a run shows of a training's flags, and what a resumed training was asked to do otherwise."""
+"""The params of a run, and the flags that a resumed training changes."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ ALWAYS_LOGGED = (
     "fp16",
 )
 NEVER_LOGGED = {"output_dir", "logging_dir", "run_name", "hub_token", "push_to_hub_token"}
-# what may change when a training is resumed without changing what is learnt
+# flags (or their beginnings) that a resumed training may change without training differently
 WITHOUT_EFFECT = (
     *("resume_from_checkpoint", "overwrite_output_dir", "model", "publish_", "save_", "logging_"),
     *("log_", "eval_", "do_", "dataloader_num_workers", "dataloader_prefetch_factor"),
@@ -40,7 +40,7 @@ WITHOUT_EFFECT = (
 
 
 def params_of(request: TrainingRequest) -> dict[str, Any]:
-    """What the run shows: our own arguments, and Hugging Face's where they are not the default."""
+    """The params of a run: all flags of ours, and those of Hugging Face with another value."""
     defaults = _defaults()
     chosen = {
         name: value
@@ -64,23 +64,23 @@ def params_of(request: TrainingRequest) -> dict[str, Any]:
 
 
 def _published(request: TrainingRequest) -> dict[str, Any]:
-    """When checkpoints are published, under the name of the flag that says it."""
-    asked = request.publish
-    if asked.publish_per_epoch is not None:
-        return {"publish_per_epoch": asked.publish_per_epoch}
-    return {"publish_steps": asked.publish_steps}
+    """The flag that says when checkpoints are published."""
+    publish = request.publish
+    if publish.publish_per_epoch is not None:
+        return {"publish_per_epoch": publish.publish_per_epoch}
+    return {"publish_steps": publish.publish_steps}
 
 
-def note_changes(run: TrackedRun, request: TrainingRequest, place: str) -> None:
-    """Say, and note on the run, what a resumed training is asked to do otherwise than before.
+def note_changes(run: TrackedRun, request: TrainingRequest, checkpoint: str) -> None:
+    """Log the flags that a resumed training changes, and note them on the run.
 
-    MLflow's params are written once, so they keep the values that the training began with; the tag
-    `mlflow_dr.resumed` has the others, by the checkpoint from which they hold.
+    MLflow's params are written once and keep the first values; the tag `mlflow_dr.resumed` has the
+    changes, by the checkpoint that they hold from.
 
     Args:
-        run: that is resumed, with the params of its beginning.
-        request: what is asked now.
-        place: the checkpoint's name.
+        run: the run, with the params of its beginning.
+        request: the resumed training.
+        checkpoint: the checkpoint's name.
 
     Raises:
         TrackingError: the server does not answer.
@@ -95,21 +95,21 @@ def note_changes(run: TrackedRun, request: TrainingRequest, place: str) -> None:
         return
     text = ", ".join(f"{name} {now} (was {was})" for name, (was, now) in changed.items())
     log.warning(
-        "resuming with other values than before: %s; they hold from %s on, for the learning rate "
-        "and the order of examples too; the run's params stay, its tag %s has these",
-        *(text, place, RESUMED_TAG),
+        "resuming with changed flags: %s; they hold from %s on, also for the learning rate and the "
+        "order of examples; the run's params keep the first values, its tag %s has the changes",
+        *(text, checkpoint, RESUMED_TAG),
     )
     values = {name: now for name, (_, now) in changed.items()}
-    noted[place] = {**noted.get(place, {}), **values}
+    noted[checkpoint] = {**noted.get(checkpoint, {}), **values}
     run.set_tags({RESUMED_TAG: json.dumps(noted)[:LONGEST_TAG]})
 
 
 def changes(before: Mapping[str, str], request: TrainingRequest) -> dict[str, tuple[str, str]]:
-    """name -> (value before, value now), of what changes what is learnt.
+    """Flags that change the training: name -> (value before, value now).
 
     Args:
-        before: params as a run has them; a name that is missing had its default.
-        request: what is asked now.
+        before: the params of a run; a missing one had its default.
+        request: the resumed training.
     """
     now = {**request.trainer.to_dict(), **params_of(request)}
     names = [
@@ -131,20 +131,20 @@ def _defaults() -> dict[str, Any]:
 
 
 def _noted(text: str) -> dict[str, dict[str, str]]:
-    """The tag's contents; nothing where somebody has written something else there."""
+    """The contents of the tag; empty if they are malformed."""
     try:
         values = json.loads(text or "{}")
         return {
-            str(place): {str(name): str(value) for name, value in one.items()}
-            for place, one in values.items()
+            str(checkpoint): {str(name): str(value) for name, value in flags.items()}
+            for checkpoint, flags in values.items()
         }
     except (ValueError, AttributeError):
         return {}
 
 
-def _is_same(one: str, other: str) -> bool:
-    """Whether two spellings, such as `2e-3` and `0.002`, are of one value."""
+def _is_same(before: str, now: str) -> bool:
+    """Whether two spellings, such as `2e-3` and `0.002`, mean the same value."""
     try:
-        return float(one) == float(other)
+        return float(before) == float(now)
     except ValueError:
-        return one.lower() == other.lower()
+        return before.lower() == now.lower()

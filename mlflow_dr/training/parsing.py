@@ -1,4 +1,4 @@
-"""Flags and a configuration file to a training request."""
+"""Flags and a `--config` file become a training request."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from typing import Any, NoReturn
 
 from transformers import HfArgumentParser
 
+from mlflow_dr import compat
 from mlflow_dr.errors import MlflowDrError, UsageError
 from mlflow_dr.training.arguments import (
     DataArguments,
@@ -23,7 +24,7 @@ from mlflow_dr.training.arguments import (
 )
 from mlflow_dr.training.flags import check_flags, check_values, read_flags, unknown_flag
 from mlflow_dr.training.gc_dpr import GcDprArguments, is_gc_dpr, translated
-from mlflow_dr.training.recipes import recipe_flags, recipe_of
+from mlflow_dr.training.recipes import as_flags, recipe_flags, recipe_of
 
 log = logging.getLogger(__name__)
 
@@ -32,7 +33,7 @@ MAPPINGS = {field.name for field in fields(RetrieverTrainingArguments) if "dict"
 
 
 class _Parser(HfArgumentParser):
-    """Hugging Face's parser, whose errors are ours."""
+    """Hugging Face's parser, which raises our errors."""
 
     def error(self, message: str) -> NoReturn:
         short = message if len(message) <= LONGEST else f"{message[:LONGEST]}..."
@@ -40,7 +41,7 @@ class _Parser(HfArgumentParser):
 
 
 def training_parser() -> HfArgumentParser:
-    """The parser of all training flags; each is taken with dashes or underscores."""
+    """The parser of all training flags; each may have dashes or underscores."""
     kinds: Any = (
         ModelArguments,
         LossArguments,
@@ -52,39 +53,42 @@ def training_parser() -> HfArgumentParser:
     parser = _Parser(
         kinds, prog="mlflow-dr train", formatter_class=argparse.HelpFormatter, allow_abbrev=False
     )
-    parser.add_argument("--config", help="A YAML or JSON file of these flags; flags go before it.")
+    parser.add_argument(
+        "--config",
+        help="A YAML or JSON file of these flags; flags of the command line override it.",
+    )
     return parser
 
 
-def parse_training(words: Sequence[str], processes: int = 1) -> TrainingRequest:
+def parse_training(argv: Sequence[str], processes: int = 1) -> TrainingRequest:
     """A training request from flags.
 
-    What counts, from last to first: the user's flags, the `--config` file, the recipe of the
-    collection, the defaults.
+    Flags override the `--config` file, which overrides the recipe of the collection, which
+    overrides the defaults.
 
     Args:
-        words: the flags.
-        processes: training processes that will be started with them; torchrun's own know theirs.
+        argv: the flags.
+        processes: number of training processes that will be started with these flags.
 
     Raises:
         UsageError: an unknown flag, or a value that does not fit.
     """
-    check_flags(words)
+    check_flags(argv)
     parser = training_parser()
-    seen, unknown = parser.parse_known_args(list(words))
+    seen, unknown = parser.parse_known_args(list(argv))
     if unknown:
-        raise UsageError(unknown_flag(unknown[0], parser._option_string_actions))
+        raise UsageError(unknown_flag(unknown[0], compat.flag_actions(parser)))
     in_file = _file_flags(parser, seen.config)
-    typed = {**_typed(parser, in_file, f"{seen.config}: "), **_typed(parser, words)}
-    words = [*in_file, *words]
-    given = vars(parser.parse_args(words))
+    typed = {**_typed(parser, in_file, f"{seen.config}: "), **_typed(parser, argv)}
+    argv = [*in_file, *argv]
+    given = vars(parser.parse_args(argv))
     check_values(given, lambda name: typed.get(name, name))
-    theirs = translated(given, typed)
-    own = {**given, **theirs}
+    translations = translated(given, typed)
+    values = {**given, **translations}
     recipe = recipe_of(
-        own["dataset_name"], own["train_dir"], own["recipe"], gc_dpr=is_gc_dpr(typed)
+        values["dataset_name"], values["train_dir"], values["recipe"], gc_dpr=is_gc_dpr(typed)
     )
-    flags = [*recipe_flags(recipe, bool(given["use_cpu"])), *_as_words(theirs), *words]
+    flags = [*recipe_flags(recipe, bool(given["use_cpu"])), *as_flags(translations), *argv]
     flags += _consequences(given, typed)
     try:
         model, loss, data, publish, _, trainer, _ = parser.parse_args_into_dataclasses(
@@ -97,8 +101,8 @@ def parse_training(words: Sequence[str], processes: int = 1) -> TrainingRequest:
     if "publish_steps" in typed:
         if "publish_per_epoch" in typed:
             raise UsageError(
-                f"{typed['publish_per_epoch']} and {typed['publish_steps']} both say when to "
-                "publish: give one of them"
+                f"{typed['publish_per_epoch']} and {typed['publish_steps']} exclude each other; "
+                "give only one of them"
             )
         publish.publish_per_epoch = None
     request = TrainingRequest(model, loss, data, publish, trainer, recipe.bare_pooling)
@@ -107,7 +111,7 @@ def parse_training(words: Sequence[str], processes: int = 1) -> TrainingRequest:
 
 
 def _consequences(given: Mapping[str, Any], typed: Collection[str]) -> list[str]:
-    """What follows from the user's flags for others that a recipe or a default may have set."""
+    """Flags that follow from the user's flags and override recipe and defaults."""
     flags: list[str] = []
     for name, other, value in (
         ("save_steps", "save_strategy", "steps"),
@@ -121,59 +125,57 @@ def _consequences(given: Mapping[str, Any], typed: Collection[str]) -> list[str]
 
 
 def _typed(
-    parser: argparse.ArgumentParser, words: Sequence[str], where: str = ""
+    parser: argparse.ArgumentParser, argv: Sequence[str], prefix: str = ""
 ) -> dict[str, str]:
-    """The flags among words: name -> as the user spelled it; an alias has both names."""
+    """The given flags: name -> the user's spelling; an alias has both names."""
     typed: dict[str, str] = {}
-    for word in words:
+    actions = compat.flag_actions(parser)
+    for word in argv:
         name = word.split("=", 1)[0]
-        if action := parser._option_string_actions.get(name):
-            spelled = f"{where}{name.removeprefix('--')}" if where else name
+        if action := actions.get(name):
+            spelled = f"{prefix}{name.removeprefix('--')}" if prefix else name
             typed |= dict.fromkeys(
                 (action.dest, name.removeprefix("--").replace("-", "_")), spelled
             )
     return typed
 
 
-def _as_words(values: Mapping[str, str]) -> list[str]:
-    return [word for name, value in values.items() for word in (f"--{name}", value)]
-
-
 def _refuse_what_would_be_ignored(
     request: TrainingRequest, typed: Collection[str], processes: int
 ) -> None:
-    """Better no training than one that is not what was asked for."""
+    """Refuse flags that would have no effect, or that do not work together."""
     trainer, loss = request.trainer, request.loss
     if "do_train" in typed and not trainer.do_train:
-        raise UsageError("--do_train false leaves nothing to do: `mlflow-dr train` trains")
+        raise UsageError("--do_train false leaves nothing to do; `mlflow-dr train` always trains")
     if trainer.do_eval or trainer.do_predict:
         raise UsageError(
-            "training does not stop to evaluate; `mlflow-dr validate --run-id RUN` measures its "
-            "checkpoints meanwhile, and `mlflow-dr run` starts both"
+            "training does not evaluate; `mlflow-dr validate --run-id RUN` evaluates its "
+            "checkpoints at the same time, and `mlflow-dr run` starts both"
         )
     if loss.grad_cache and (trainer.fsdp or trainer.deepspeed):
         raise UsageError(
-            "--grad_cache cannot be used with --fsdp or --deepspeed, which shard what it replays; "
-            "use it under torchrun without them, or leave it out"
+            "--grad_cache cannot be used with --fsdp or --deepspeed; use it under torchrun without "
+            "them, or leave it out"
         )
     if trainer.fsdp and trainer.resume_from_checkpoint:
-        raise UsageError("--resume_from_checkpoint cannot be used with --fsdp so far")
+        raise UsageError("--resume_from_checkpoint cannot be used with --fsdp yet")
     zero = getattr(trainer, "hf_deepspeed_config", None)
     if zero is not None and zero.is_zero3():
         raise UsageError(
-            "ZeRO stage 3 shards weights that are to be published; use stage 1 or 2, or --fsdp"
+            "ZeRO stage 3 shards the weights, so they cannot be published; use stage 1 or 2, or "
+            "--fsdp"
         )
     if trainer.fp16 and trainer.device.type == "cpu":
-        raise UsageError("--fp16 needs a GPU; on a processor use --bf16, or neither")
-    alone = max(trainer.world_size, processes) == 1
-    if loss.negatives_x_device and alone and "negatives_x_device" in typed:
-        log.warning("--negatives_x_device changes nothing: there is one training process")
+        raise UsageError("--fp16 needs a GPU; on a CPU use --bf16, or neither")
+    is_alone = max(trainer.world_size, processes) == 1
+    if loss.negatives_x_device and is_alone and "negatives_x_device" in typed:
+        log.warning("--negatives_x_device has no effect: there is one training process")
 
 
 def _file_flags(parser: argparse.ArgumentParser, file: str | None) -> list[str]:
     if file is None:
         return []
-    actions = parser._option_string_actions
+    actions = compat.flag_actions(parser)
     flags: list[str] = []
     for name, value in read_flags(Path(file), actions).items():
         if value is None:
@@ -183,7 +185,7 @@ def _file_flags(parser: argparse.ArgumentParser, file: str | None) -> list[str]:
             raise UsageError(f"{file}: {name}: expected a value, or a list of values")
         if any(isinstance(item, dict) for item in items) and actions[name].dest not in MAPPINGS:
             raise UsageError(f"{file}: {name}: expected a value, not a mapping")
-        flags += [name, *(_word(item, actions[name]) for item in items)]
+        flags += [name, *(_typed_value(item, actions[name]) for item in items)]
     try:
         parser.parse_args(flags)
     except UsageError as error:
@@ -191,8 +193,8 @@ def _file_flags(parser: argparse.ArgumentParser, file: str | None) -> list[str]:
     return flags
 
 
-def _word(value: Any, action: argparse.Action) -> str:
-    """A file's value as it is typed: YAML reads `no` as false, mappings are typed as JSON."""
+def _typed_value(value: Any, action: argparse.Action) -> str:
+    """A value of a file as on a command line: YAML reads `no` as false, mappings become JSON."""
     if isinstance(value, bool) and action.choices:
         return "yes" if value else "no"
     return json.dumps(value) if isinstance(value, dict) else str(value)

@@ -1,8 +1,7 @@
-"""Publishing checkpoints from a background thread, so that training does not wait for it."""
+"""Publishing checkpoints from a background thread, so that training does not wait for uploads."""
 
 from __future__ import annotations
 
-import atexit
 import logging
 import math
 import queue
@@ -10,13 +9,14 @@ import shutil
 import threading
 import time
 import weakref
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
+from mlflow_dr import compat
 from mlflow_dr.encoder.directory import restore_encoder
 from mlflow_dr.errors import MlflowDrError, TrackingError, one_line
 from mlflow_dr.files import atomic_write, grant_umask_modes, scratch
@@ -24,6 +24,7 @@ from mlflow_dr.tracking.checkpoints import (
     announce_checkpoint,
     mark_upload_failed,
     prepare_upload,
+    run_checkpoints,
     upload_checkpoint,
 )
 from mlflow_dr.tracking.client import is_permanent, tracking_errors
@@ -36,160 +37,205 @@ log = logging.getLogger(__name__)
 
 WAITING_SNAPSHOTS = 2
 ATTEMPTS = 4
-TRIES_WHEN_REFUSED = 2  # an answer may be falsified on its way
+ATTEMPTS_WHEN_REFUSED = 2  # a proxy may have answered instead of the server
 SECONDS_BETWEEN_ATTEMPTS = 5.0
 LONGEST_REASON = 300
 FAILURE_TAG = "mlflow_dr.unpublished_steps"
 
 
-class Publisher:
-    """Takes snapshots of what is trained and publishes each as a checkpoint of a run.
-
-    The caller waits for the copy of the weights into host memory, and only when two snapshots are
-    still on their way, for the older one. A checkpoint that the server does not take is tried
-    again; in the end it is reported, on the run too, and training goes on. Where another try would
-    not help and nothing has been published so far, nothing will be: `refused` says so.
-
-    Args:
-        run: publishes to this run.
-        source: whose weights are published.
-        done: steps that the run has already, as `ready_steps` lists them; they are not published
-            again, and neither is a step that was submitted before.
-        attempts: how often an upload is tried.
-        pause: seconds between two tries, times the number of tries so far.
-        keep_in: a directory in which a checkpoint that was not published is saved, until a later
-            one is published or saved; None to save none.
-        on_refused: called once with the reason, on the publisher's thread, when the first
-            publication is refused.
+@dataclass(frozen=True)
+class PublishSchedule:
+    """After which steps a checkpoint is published.
 
     Attributes:
-        last_step: the step that was submitted last.
-        unpublished: steps that were not published.
-        refused: whether the first publication was refused for good.
+        every: steps between two checkpoints; 0 for none.
+        epoch: steps of an epoch, if the steps are counted anew in each epoch and the end of an
+            epoch has a checkpoint, too; 0 to count from the start of training.
+    """
+
+    every: int
+    epoch: int = 0
+
+    def __call__(self, step: int) -> bool:
+        """Whether a checkpoint is published after this step."""
+        counted = step % self.epoch if self.epoch else step
+        return bool(self.every) and counted % self.every == 0
+
+
+def publish_schedule(request: TrainingRequest, examples: int) -> PublishSchedule:
+    """When a training on this number of examples publishes.
+
+    GC-DPR's `--eval_per_epoch n` means every `ceil(steps of an epoch / n)` steps of an epoch, and
+    its end.
+    """
+    if request.publish.publish_per_epoch is None:
+        return PublishSchedule(request.publish.publish_steps)
+    trainer = request.trainer
+    batch = trainer.per_device_train_batch_size * trainer.world_size
+    batches = examples // batch if trainer.dataloader_drop_last else math.ceil(examples / batch)
+    epoch = max(1, math.ceil(batches / trainer.gradient_accumulation_steps))
+    return PublishSchedule(math.ceil(epoch / request.publish.publish_per_epoch), epoch)
+
+
+class Publisher:
+    """Publishes the weights of a training as checkpoints of a run.
+
+    `publish(step)` returns when the weights are copied into host memory; a thread writes and
+    uploads them. While two snapshots are waiting, it also waits for the older one. A failed upload
+    is tried again. If it still fails, the failure is logged and noted on the run, and training goes
+    on. If the first checkpoint is refused for a reason that will last (no permission, a missing
+    module), `refused` is set.
+
+    Args:
+        run: the run that gets the checkpoints. None in processes that only help to gather weights
+            which are sharded among processes (FSDP); they publish nothing.
+        source: the weights that are published, unless `publish` is given others.
+        published: step -> model id of the checkpoints that the run has. They are not published
+            again.
+        attempts: number of attempts of an upload.
+        pause: seconds between two attempts, times the number of attempts so far.
+        keep_in: directory that keeps the last checkpoint that could not be published, until a later
+            one is published; None to keep none.
+        on_refused: called once, on the publisher's thread, with the reason of a refusal.
+
+    Attributes:
+        published: step -> model id of all checkpoints that the run has now.
+        unpublished: steps that could not be published.
+        last_step: the step that was published, or tried, last.
+        refused: whether the first publication was refused for a reason that will last.
     """
 
     def __init__(
         self,
-        run: TrackedRun,
-        source: CheckpointSource,
-        done: Collection[int] = (),
+        run: TrackedRun | None,
+        source: CheckpointSource | None = None,
+        published: Mapping[int, str] | None = None,
         attempts: int = ATTEMPTS,
         pause: float = SECONDS_BETWEEN_ATTEMPTS,
         keep_in: Path | None = None,
         on_refused: Callable[[str], None] | None = None,
     ) -> None:
-        self._keep_in = keep_in
-        self._on_refused = on_refused
-        self._kept: Path | None = None
-        self._reason = ""
-        self._has_published = False
+        self.published = dict(published or {})
+        self.unpublished: list[int] = []
+        self.last_step: int | None = None
         self.refused = False
         self._run = run
         self._source = source
-        self._done = set(done)
         self._attempts = attempts
         self._pause = pause
-        self._queue: queue.Queue[tuple[int, dict[str, Tensor]] | None] = queue.Queue(
-            WAITING_SNAPSHOTS
-        )
-        # memory of published snapshots: writing to fresh pages takes several times as long
+        self._keep_in = keep_in
+        self._kept: Path | None = None
+        self._on_refused = on_refused
+        self._reason = ""
+        self._has_published = False
+        self._submitted: set[int] = set()
+        self._queue: queue.Queue[tuple[int, CheckpointSource, dict[str, Tensor]] | None]
+        self._queue = queue.Queue(WAITING_SNAPSHOTS)
+        # memory is used again: writing to fresh pages takes several times as long
         self._spare: list[dict[str, Tensor]] = []
-        self._thread = threading.Thread(target=self._work, name="publisher", daemon=True)
-        self._thread.start()
-        self.last_step: int | None = None
-        self.unpublished: list[int] = []
+        self._spare_source = source
+        self._thread: threading.Thread | None = None
+        self._is_closed = False
 
-    def submit(self, step: int) -> bool:
-        """Snapshot the weights and have them published as the checkpoint of this step.
+    def publish(
+        self, step: int, source: CheckpointSource | None = None, wait: bool = False
+    ) -> bool:
+        """Publish the weights, as they are now, as the checkpoint of a step.
+
+        Args:
+            step: the training step.
+            source: the weights, if not those of the publisher.
+            wait: return when the checkpoint is READY or has failed, after all earlier ones. The
+                weights must not change meanwhile.
 
         Returns:
-            Whether they will be; not where the run has the step already.
+            Without `wait`, whether the step will be published; False if the run has it. With
+            `wait`, whether this call has published it.
 
         Raises:
             RuntimeError: the publisher is closed.
         """
-        if not self._thread.is_alive():
-            raise RuntimeError(f"step {step} comes after the publisher was closed")
+        if self._is_closed:
+            raise RuntimeError(f"step {step} was published after the publisher was closed")
+        source = source or self._source
+        if source is None:
+            raise RuntimeError(f"step {step} has no source of weights")
         self.last_step = step
-        if step in self._done:
+        if self._run is None:
+            source.state()  # takes part in gathering it
+            return False
+        if wait:
+            self.wait()
+        if step in self.published or step in self._submitted:
             log.info("step %d is published already", step)
             return False
-        weights = self._source.state()
-        snapshot = self._spare.pop() if self._spare else host_copy(weights)
-        for name, value in weights.items():
-            snapshot[name].copy_(value, non_blocking=True)
-        wait_for_copies(weights)
-        self._done.add(step)
-        self._queue.put((step, snapshot))
+        if wait:
+            return self._publish(step, source, source.state())
+        if source is not self._spare_source:  # its tensors have other shapes
+            self.wait()
+            self._spare.clear()
+            self._spare_source = source
+        snapshot = copy_to_host(source.state(), self._spare.pop() if self._spare else None)
+        self._submitted.add(step)
+        if self._thread is None:
+            self._thread = threading.Thread(target=self._work, name="publisher", daemon=True)
+            self._thread.start()
+        self._queue.put((step, source, snapshot))
         return True
 
-    def publish_missed_checkpoints(self, step: int, source: CheckpointSource) -> bool:
-        """Publish an earlier step from where its weights were kept, and wait for it.
-
-        Returns:
-            Whether it was published; a failure is reported as that of a submitted step is.
-
-        Raises:
-            TrackingError: it is refused for good, and it is the first.
-        """
-        self._done.add(step)
-        published = self._publish(step, source, source.state())
-        if self.refused:
-            raise TrackingError(self._reason)
-        return published
-
-    def skip(self, step: int) -> None:
-        """Take it that a step is published, by somebody else."""
-        self._done.add(step)
-
     def wait(self) -> None:
-        """Wait until everything submitted so far is published, or given up."""
-        if self._thread.is_alive():
-            self._queue.join()
+        """Wait until every step so far is published or has failed."""
+        self._queue.join()
 
     def close(self) -> None:
-        """Wait until everything submitted is published, or given up."""
-        if self._thread.is_alive():
+        """Wait until every step is published or has failed, and end the thread."""
+        self._is_closed = True
+        if self._thread is not None and self._thread.is_alive():
             if self._queue.unfinished_tasks:
                 log.info("waiting for %d checkpoints to be published", self._queue.unfinished_tasks)
             self._queue.put(None)
             self._thread.join()
 
     def error(self) -> TrackingError | None:
-        """What is wrong where nothing will be published, or the last step was not; else None."""
+        """Why nothing can be published, or why the last step was not; None if all is well."""
         is_refused = self.refused and not self._has_published
         if not is_refused and self.last_step not in self.unpublished:
             return None
-        where = f"; the encoder is saved in {self._kept}, which publish_checkpoint takes later"
-        return TrackingError(f"{self._reason[:LONGEST_REASON]}{where if self._kept else ''}")
+        kept = f"; the encoder is saved in {self._kept}, publish it later by publish_checkpoint"
+        return TrackingError(f"{self._reason[:LONGEST_REASON]}{kept if self._kept else ''}")
 
     def _work(self) -> None:
         while (item := self._queue.get()) is not None:
-            step, snapshot = item
+            step, source, snapshot = item
             try:
-                if self._publish(step, self._source, snapshot):
+                if self._publish(step, source, snapshot):
                     self._drop_kept()
                 else:
-                    self._keep(step, snapshot)
+                    self._keep(step, source, snapshot)
             finally:
                 self._spare.append(snapshot)
                 self._queue.task_done()
+        self._queue.task_done()
 
     def _publish(self, step: int, source: CheckpointSource, state: Mapping[str, Tensor]) -> bool:
+        """Publish one state; returns whether it was, and reports what went wrong."""
+        assert self._run is not None
         try:
             attempts = 1 if self.refused else self._attempts
-            publish_state(self._run, step, source, state, attempts, self._pause)
+            model_id = publish_state(self._run, step, source, state, attempts, self._pause)
         except Exception as error:  # noqa: BLE001 - whatever it is, training goes on
-            self._report(step, error)
+            self._report(self._run, step, error)
             return False
+        self.published[step] = model_id
         self._has_published = True
+        self.unpublished = [failed for failed in self.unpublished if failed != step]
         return True
 
-    def _report(self, step: int, error: Exception) -> None:
+    def _report(self, run: TrackedRun, step: int, error: Exception) -> None:
         ours = isinstance(error, MlflowDrError)
         self._reason = str(error) if ours else f"step {step} was not published: {one_line(error)}"
         self.unpublished.append(step)
-        self._done.discard(step)
+        self._submitted.discard(step)
         was_refused = self.refused
         is_first = not self._has_published and isinstance(error, TrackingError)
         self.refused = was_refused or (is_first and is_permanent(error))
@@ -200,12 +246,12 @@ class Publisher:
             log.error("%s", self._reason)
         try:
             steps = ", ".join(map(str, self.unpublished))
-            self._run.set_tags({FAILURE_TAG: f"{steps}: {self._reason}"[:4000]})
+            run.set_tags({FAILURE_TAG: f"{steps}: {self._reason}"[:4000]})
         except Exception as second:  # noqa: BLE001 - the log has it
-            log.error("nor could that be noted on the run: %s", one_line(second))
+            log.error("the failure could not be noted on the run: %s", one_line(second))
 
-    def _keep(self, step: int, state: Mapping[str, Tensor]) -> None:
-        """Save what was not published, so that the last of it outlives the training."""
+    def _keep(self, step: int, source: CheckpointSource, state: Mapping[str, Tensor]) -> None:
+        """Save a checkpoint that was not published, so that the last one outlives the training."""
         if self._keep_in is None:
             return
         target = self._keep_in.absolute() / f"unpublished-{step}"
@@ -213,14 +259,15 @@ class Publisher:
             if target.exists():
                 shutil.rmtree(target)
             with atomic_write(target) as partial:
-                self._source.save(partial, state)
+                source.save(partial, state)
                 grant_umask_modes(partial)
         except Exception as error:  # noqa: BLE001 - whatever it is, training goes on
             log.error("step %d could not be saved in %s either: %s", step, target, one_line(error))
             return
         self._drop_kept(but=target)
         self._kept = target
-        log.log(logging.DEBUG if self.refused else logging.WARNING, "it is saved in %s", target)
+        level = logging.DEBUG if self.refused else logging.WARNING
+        log.log(level, "step %d is saved in %s", step, target)
 
     def _drop_kept(self, but: Path | None = None) -> None:
         if self._kept is not None and self._kept != but:
@@ -228,8 +275,42 @@ class Publisher:
             self._kept = None
 
 
+def published_checkpoints(run: TrackedRun) -> dict[int, str]:
+    """Step -> model id of a run's READY checkpoints, the first of a step.
+
+    Raises:
+        TrackingError: the server does not answer.
+    """
+    ready = [checkpoint for checkpoint in run_checkpoints(run) if checkpoint.ready]
+    return {checkpoint.step: checkpoint.model_id for checkpoint in reversed(ready)}
+
+
+def copy_to_host(
+    weights: Mapping[str, Tensor], memory: dict[str, Tensor] | None = None
+) -> dict[str, Tensor]:
+    """A copy of weights in host memory, page-locked if they come from a GPU.
+
+    Args:
+        weights: name -> weight.
+        memory: a former copy of the same weights, which is overwritten.
+    """
+    if memory is None:
+        memory = {
+            name: torch.empty_like(value, device="cpu", pin_memory=value.is_cuda)
+            for name, value in weights.items()
+        }
+    for name, value in weights.items():
+        memory[name].copy_(value, non_blocking=True)
+    for device in {value.device for value in weights.values() if value.is_cuda}:
+        torch.cuda.current_stream(device).synchronize()
+    return memory
+
+
 def close_at_exit(publisher: Publisher) -> None:
-    """Have a publisher closed when Python ends, if nobody has closed it by then."""
+    """Have a publisher closed when Python ends, unless it has been closed by then."""
+    if not _open:
+        # plain `atexit` is too late: uploads use thread pools, which take no work by then
+        compat.register_before_thread_pools_end(_close_all)
     _open.add(publisher)
 
 
@@ -239,9 +320,6 @@ def _close_all() -> None:
 
 
 _open: weakref.WeakSet[Publisher] = weakref.WeakSet()
-# `atexit` itself is too late: uploads go through thread pools, which by then take no work; their
-# own exit hook is this one, and runs after ours because it was registered before
-getattr(threading, "_register_atexit", atexit.register)(_close_all)
 
 
 def publish_state(
@@ -252,22 +330,11 @@ def publish_state(
     attempts: int = ATTEMPTS,
     pause: float = SECONDS_BETWEEN_ATTEMPTS,
 ) -> str:
-    """Write one state of what is trained, and publish it; a failed upload is tried again.
-
-    Args:
-        run: publishes to this run.
-        step: the training step of the state.
-        source: what writes it.
-        state: the weights.
-        attempts: how often the upload is tried.
-        pause: seconds between two tries, times the number of tries so far.
-
-    Returns:
-        The model id.
+    """Write weights to a directory and upload it as a checkpoint; returns its model id.
 
     Raises:
-        TrackingError: the upload failed, as often as it was tried or for good.
-        Exception: what writing raised.
+        TrackingError: every attempt failed, or the first ones for a reason that will last.
+        Exception: what writing the directory raised.
     """
     with scratch() as directory:
         source.save(directory, state)
@@ -282,7 +349,7 @@ def publish_state(
                 return model_id
             except Exception as error:
                 refusals = refusals + 1 if is_permanent(error) else 0
-                if attempt == attempts or refusals == TRIES_WHEN_REFUSED:
+                if attempt == attempts or refusals == ATTEMPTS_WHEN_REFUSED:
                     if model_id is not None:
                         _give_up(run, model_id)
                     with tracking_errors(f"step {step} was not published"):
@@ -295,102 +362,59 @@ def publish_state(
 def _give_up(run: TrackedRun, model_id: str) -> None:
     try:
         mark_upload_failed(run, model_id)
-    except Exception as error:  # noqa: BLE001 - what the upload failed with says more
+    except Exception as error:  # noqa: BLE001 - the reason of the upload's failure says more
         log.error("models:/%s is left PENDING: %s", model_id, one_line(error))
-
-
-def wait_for_copies(weights: Mapping[str, Tensor]) -> None:
-    """Wait until what was asked of each GPU that holds weights is done."""
-    for device in {value.device for value in weights.values() if value.is_cuda}:
-        torch.cuda.current_stream(device).synchronize()
-
-
-def host_copy(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Room for the weights in host memory; page-locked where they come from a GPU."""
-    return {
-        name: torch.empty_like(value, device="cpu", pin_memory=value.is_cuda)
-        for name, value in weights.items()
-    }
 
 
 def publish_missed_checkpoints(
     request: TrainingRequest,
     publisher: Publisher,
     source: EncoderSource,
-    done: Collection[int],
     checkpoint: Path,
-    is_due: PublishSchedule,
+    schedule: PublishSchedule,
 ) -> None:
-    """Publish what is missing from Trainer's checkpoints on this disk.
+    """Publish the steps that a killed training could not publish, from the trainer's checkpoints.
 
-    Steps after the one that is resumed from are trained once more, and published then.
+    Steps after the checkpoint that is resumed from are trained again, and published then.
 
     Args:
-        request: what is trained.
-        publisher: of the run.
-        source: the encoder as it is before training; its adapters may be others afterwards, until
-            those of `checkpoint` are read.
-        done: steps that are published.
+        request: the resumed training.
+        publisher: of its run.
+        source: the encoder as it is before the first step. Its adapters are overwritten by those of
+            the checkpoints; resuming restores them.
         checkpoint: what is resumed from.
-        is_due: after which steps there is a checkpoint.
+        schedule: after which steps there is a checkpoint.
+
+    Raises:
+        TrackingError: the first of them is refused for a reason that will last.
     """
-    if request.publish.publish_initial and 0 not in done:
-        publisher.publish_missed_checkpoints(0, source)
-    there = complete_checkpoints_until(checkpoint)
-    steps = range(1, max(there, default=0) + 1)
-    due = [step for step in steps if is_due(step) and step not in done]
-    for step in due:
-        if step in there and (problem := incomplete_reason(there[step])):
-            log.warning("%s: %s", there.pop(step), problem)
-        if step in there:
-            log.info("step %d was left unpublished; publishing %s", step, there[step])
-            publisher.publish_missed_checkpoints(step, _kept(there[step], request, source))
-    if lost := [str(step) for step in due if step not in there]:
+
+    def publish(step: int, weights: CheckpointSource) -> None:
+        publisher.publish(step, weights, wait=True)
+        if publisher.refused and (error := publisher.error()) is not None:
+            raise error
+
+    if request.publish.publish_initial and 0 not in publisher.published:
+        publish(0, source)
+    complete = complete_checkpoints_until(checkpoint)
+    steps = range(1, max(complete, default=0) + 1)
+    missed = [step for step in steps if schedule(step) and step not in publisher.published]
+    for step in missed:
+        if step in complete and (reason := incomplete_reason(complete[step])):
+            log.warning("%s: %s", complete.pop(step), reason)
+        if step not in complete:
+            continue
+        log.info("step %d was not published; publishing %s", step, complete[step])
+        if request.model.lora:
+            # the base that an adapter names need not be found: tiny, a published checkpoint and one
+            # of two encoders are not
+            restore_encoder(complete[step], source.encoder, request.model.trust_remote_code)
+            publish(step, source)
+        else:
+            publish(step, DirectorySource(complete[step]))
+    if lost := [str(step) for step in missed if step not in complete]:
         log.warning(
-            "step %s was neither published before the training was stopped nor is it whole in %s",
+            "step %s was not published before the training was stopped, and %s has no complete "
+            "checkpoint of it",
             *(", ".join(lost), checkpoint.parent),
         )
-
-
-def _kept(directory: Path, request: TrainingRequest, source: EncoderSource) -> CheckpointSource:
-    """What Trainer's checkpoint holds, as it is published."""
-    if not request.model.lora:
-        return DirectorySource(directory)
-    # the base that the adapters name need not be theirs: that of two towers has others beside it,
-    # and neither `tiny` nor a published checkpoint is found by its name
-    restore_encoder(directory, source.encoder, request.model.trust_remote_code)
-    return source
-
-
-@dataclass(frozen=True)
-class PublishSchedule:
-    """Every so many steps, counted from the start or anew in each epoch.
-
-    Attributes:
-        every: steps; 0 for none.
-        epoch: steps of an epoch, at whose end there is a checkpoint, too; 0 to count from the
-            start.
-    """
-
-    every: int
-    epoch: int = 0
-
-    def __call__(self, step: int) -> bool:
-        """Whether a checkpoint is due after this step."""
-        counted = step % self.epoch if self.epoch else step
-        return bool(self.every) and counted % self.every == 0
-
-
-def publish_schedule(request: TrainingRequest, examples: int) -> PublishSchedule:
-    """When a training on so many examples publishes.
-
-    GC-DPR's `--eval_per_epoch` evaluates every `ceil(steps of an epoch / n)` steps of an epoch, and
-    at its end.
-    """
-    if request.publish.publish_per_epoch is None:
-        return PublishSchedule(request.publish.publish_steps)
-    trainer = request.trainer
-    batch = trainer.per_device_train_batch_size * trainer.world_size
-    batches = examples // batch if trainer.dataloader_drop_last else math.ceil(examples / batch)
-    epoch = max(1, math.ceil(batches / trainer.gradient_accumulation_steps))
-    return PublishSchedule(math.ceil(epoch / request.publish.publish_per_epoch), epoch)

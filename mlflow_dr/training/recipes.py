@@ -1,4 +1,4 @@
-"""What is trained how when the user does not say: defaults by collection."""
+"""Recipes: defaults of flags for a collection or a kind of training data."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from mlflow_dr.engines.devices import resolve_device, resolve_dtype
 
 @dataclass(frozen=True)
 class Recipe:
-    """Values of flags that the user does not give.
+    """Defaults of flags.
 
     Attributes:
         flags: name -> value.
-        bare_pooling: the pooling of a backbone whose directory names none.
+        bare_pooling: the pooling of a backbone, if its directory does not name one.
     """
 
     flags: Mapping[str, str] = field(default_factory=dict)
@@ -58,7 +58,7 @@ MSMARCO = Recipe(
 )
 
 JUDGED = Recipe(
-    # collections with judgements alone have no hard negatives
+    # collections that have only relevance judgements have no hard negatives
     {
         "train_n_passages": "1",
         "per_device_train_batch_size": "64",
@@ -100,7 +100,7 @@ DPR = Recipe(
 )
 
 GC_DPR = Recipe(
-    # what GC-DPR's program does where its command line says nothing; lengths are the published 256
+    # the defaults of GC-DPR's program; lengths are the published 256
     {
         **DPR.flags,
         "per_device_train_batch_size": "2",
@@ -121,16 +121,16 @@ NAMED = {**RECIPES, "judged": JUDGED, "tevatron": TRAINING_FILES, "dpr": DPR}
 def recipe_of(
     dataset: str, train_dir: str | None = None, name: str | None = None, gc_dpr: bool = False
 ) -> Recipe:
-    """The recipe that is named, else that for a collection, a mixture, or training files.
+    """The named recipe, or the one for a collection, a mixture or training files.
 
     Args:
-        dataset: what is trained on.
-        train_dir: its examples, where they are others than its own.
-        name: of `NAMED`.
-        gc_dpr: whether the command line is GC-DPR's.
+        dataset: the training data, as `--dataset` takes it.
+        train_dir: training examples that replace those of the dataset.
+        name: a key of `NAMED`.
+        gc_dpr: whether the command line comes from GC-DPR.
 
     Raises:
-        UsageError: a mixture that cannot be read, or ir_datasets has no such id.
+        UsageError: a mixture is malformed, or ir_datasets does not have such an id.
     """
     if name is not None:
         return NAMED[name]
@@ -144,18 +144,23 @@ def recipe_of(
 
 
 def _is_judged(name: str) -> bool:
-    """Whether a collection has judgements alone to train on, so no hard negatives."""
+    """Whether a collection has only relevance judgements to train on, so no hard negatives."""
     if name.startswith(IR_DATASETS_PREFIX):
         return not IrDataset(name.removeprefix(IR_DATASETS_PREFIX)).has_negatives
     return name == "demo" or (Path(name).expanduser() / "qrels").is_dir()
 
 
 def recipe_flags(recipe: Recipe, use_cpu: bool = False) -> list[str]:
-    """Command-line flags that stand before the user's own, so that the user's count."""
+    """Command-line flags of a recipe, to stand before those of the user, which override them."""
     values = dict(recipe.flags)
     device = resolve_device("cpu" if use_cpu else "auto")
     if device.type == "cpu":
-        values["use_cpu"] = "true"  # without it, Trainer refuses bf16 on a processor
+        values["use_cpu"] = "true"  # without it, Trainer refuses bf16 on a CPU
     if resolve_dtype("auto", device) == "bf16":
         values["bf16"] = "true"
-    return [word for key, value in values.items() for word in (f"--{key}", value)]
+    return as_flags(values)
+
+
+def as_flags(values: Mapping[str, str]) -> list[str]:
+    """Name -> value as command-line flags."""
+    return [word for name, value in values.items() for word in (f"--{name}", value)]

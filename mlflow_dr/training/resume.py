@@ -1,8 +1,8 @@
-"""Going on with a training that was stopped: which run it was, and which checkpoints are whole.
+"""Resuming a training: its run, and which of its checkpoints are complete.
 
-Trainer writes a checkpoint file by file, so one that a crash has cut off looks like any other. Here
+Trainer writes a checkpoint file by file, so one that a crash interrupted looks like any other. Here
 a list of its files with their sizes and SHA-256 is written last, when everything is on the disk. A
-checkpoint whose files are others than the list says is passed over, or refused where it was named.
+checkpoint with other files is not used; if the user named it, it is refused.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from mlflow_dr.files import atomic_write, file_sha256
 log = logging.getLogger(__name__)
 
 LOCK_FILE = ".mlflow_dr.lock"
-# no locks there, or what is resumed from may only be read
+# the file system has no locks, or is read-only
 NO_LOCKS = frozenset(
     (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EACCES, errno.EPERM, errno.EROFS)
 )
@@ -39,29 +39,34 @@ LAST = "true"
 
 @dataclass(frozen=True)
 class Resumption:
-    """What a training goes on from.
+    """What a training resumes from.
 
     Attributes:
         run_id: the MLflow run.
-        checkpoint: Trainer's checkpoint; None where the training was stopped before the first.
-        damaged: what is wrong with later checkpoints, which were passed over.
+        checkpoint: Trainer's checkpoint; None if the training was stopped before the first one.
+        damaged: what is wrong with later checkpoints, which are not used.
     """
 
     run_id: str
     checkpoint: Path | None
     damaged: tuple[str, ...] = field(default=(), compare=False)
 
+    @property
+    def name(self) -> str:
+        """The checkpoint's name, as messages show it."""
+        return self.checkpoint.name if self.checkpoint else "the start"
+
 
 def find_resumption(output_dir: str | Path, asked: str | None) -> Resumption | None:
-    """What to go on from.
+    """What to resume from; None for a new training.
 
     Args:
-        output_dir: where the training saves.
-        asked: `true` for the last whole checkpoint in `output_dir`, or a checkpoint's directory;
-            None or `false` for a new training.
+        output_dir: the directory of the training's checkpoints.
+        asked: `true` for the last complete checkpoint in `output_dir`, or the directory of a
+            checkpoint; None or `false` for a new training.
 
     Raises:
-        UsageError: there is nothing to go on from, or it is damaged.
+        UsageError: there is nothing to resume from, or it is damaged.
     """
     if asked is None or asked.lower() == "false":
         return None
@@ -72,30 +77,32 @@ def find_resumption(output_dir: str | Path, asked: str | None) -> Resumption | N
     if not isinstance(run_id, str) or not run_id:
         raise UsageError(
             f"{directory}: no training was started there ({RUN_FILE} is missing or damaged); give "
-            "the --output_dir that it had, name a checkpoint, or leave --resume_from_checkpoint out"
+            "the --output_dir of the training, name a checkpoint, or leave out "
+            "--resume_from_checkpoint"
         )
     damaged: list[str] = []
     for path in reversed(checkpoints(directory).values()):
-        if not (path / COMPLETE_FILE).exists() or _run_of(path) not in (None, run_id):
-            continue  # a crash has cut it off, or it is another run's
-        if problem := incomplete_reason(path):
-            damaged.append(f"{path}: {problem}")
+        if not (path / COMPLETE_FILE).exists() or _run_id(path) not in (None, run_id):
+            continue  # a crash interrupted it, or it belongs to another run
+        if reason := incomplete_reason(path):
+            damaged.append(f"{path}: {reason}")
         else:
             return Resumption(run_id, path, tuple(damaged))
     if damaged:
         raise UsageError(
-            f"{damaged[0]}, and there is no whole checkpoint in {directory}; restore that file, or "
-            "begin anew with --overwrite_output_dir and without --resume_from_checkpoint"
+            f"{damaged[0]}, and {directory} has no complete checkpoint; restore that file, or "
+            "start a new training with --overwrite_output_dir and without --resume_from_checkpoint"
         )
     return Resumption(run_id, None)
 
 
 def _named(checkpoint: Path) -> Resumption:
-    problem, run_id = incomplete_reason(checkpoint), _run_of(checkpoint)
-    if problem or run_id is None:
+    reason, run_id = incomplete_reason(checkpoint), _run_id(checkpoint)
+    if reason or run_id is None:
         raise UsageError(
-            f"{checkpoint}: not a whole checkpoint of `mlflow-dr train` ({problem}); "
-            "--resume_from_checkpoint without a value takes the last whole one in --output_dir"
+            f"{checkpoint}: not a complete checkpoint of `mlflow-dr train` ({reason}); use "
+            "--resume_from_checkpoint without a value to resume from the last complete checkpoint "
+            "in --output_dir"
         )
     return Resumption(run_id, checkpoint)
 
@@ -103,12 +110,12 @@ def _named(checkpoint: Path) -> Resumption:
 def output_directories(
     output_dir: str | Path, saves: bool, resumption: Resumption | None
 ) -> list[Path]:
-    """The directories that no second training may write to meanwhile.
+    """The directories that a training locks.
 
     Args:
-        output_dir: of the training.
-        saves: whether it saves checkpoints to resume from.
-        resumption: what it goes on from.
+        output_dir: the directory of the training's checkpoints.
+        saves: whether the training saves checkpoints.
+        resumption: what it resumes from.
     """
     own = Path(output_dir)
     if resumption is None:
@@ -119,15 +126,15 @@ def output_directories(
 
 @contextmanager
 def locked_output(*directories: str | Path) -> Iterator[None]:
-    """Keep other trainings out of output directories; the lock dies with this process.
+    """Lock output directories against other trainings; the lock ends with this process.
 
     Raises:
-        UsageError: another training has one of them, or one cannot be written.
+        UsageError: another training has locked a directory, or it cannot be written to.
     """
     if not directories:
         yield
         return
-    first, *rest = dict.fromkeys(Path(one).expanduser().absolute() for one in directories)
+    first, *rest = dict.fromkeys(Path(name).expanduser().absolute() for name in directories)
     with _lock(first), locked_output(*rest):
         yield
 
@@ -144,13 +151,15 @@ def _lock(directory: Path) -> Iterator[None]:
         owner = path.read_text(encoding="utf-8", errors="replace")[:100]
         raise UsageError(
             f"{directory}: another training ({owner or 'unknown'}) is writing there; wait until it "
-            "has ended, or give another --output_dir"
+            "ends, or give another --output_dir"
         ) from error
     except (OSError, NotImplementedError) as error:
         number = getattr(error, "errno", errno.ENOSYS)
         if number not in NO_LOCKS:
             raise UsageError(f"{directory}: cannot be written to ({error})") from error
-        log.warning("%s cannot be locked (%s): start no second training there", directory, error)
+        log.warning(
+            "%s cannot be locked (%s); do not start a second training there", directory, error
+        )
     try:
         yield
     finally:
@@ -158,26 +167,22 @@ def _lock(directory: Path) -> Iterator[None]:
 
 
 def check_output_dir(output_dir: str | Path, overwrite: bool) -> None:
-    """Refuse an output directory that holds another training's checkpoints.
-
-    Args:
-        output_dir: where a new training will save.
-        overwrite: whether such checkpoints are to be removed.
+    """Refuse an output directory with checkpoints of another training, unless `overwrite`.
 
     Raises:
-        UsageError: there are such checkpoints, and they are not to be removed.
+        UsageError: there are such checkpoints.
     """
     directory = Path(output_dir)
-    if not overwrite and (there := list(checkpoints(directory).values())):
+    if not overwrite and (paths := list(checkpoints(directory).values())):
         raise UsageError(
-            f"{directory} has checkpoints of another training (such as {there[-1].name}); "
-            "--resume_from_checkpoint goes on with it, --overwrite_output_dir removes them, "
-            "or give another --output_dir"
+            f"{directory} has checkpoints of another training (such as {paths[-1].name}); resume "
+            "it by --resume_from_checkpoint, remove them by --overwrite_output_dir, or give "
+            "another --output_dir"
         )
 
 
 def begin_output(output_dir: str | Path, run_id: str) -> None:
-    """Note in the output directory whose checkpoints it holds, and remove those of others."""
+    """Note the run in the output directory, and remove checkpoints of other trainings."""
     directory = Path(output_dir)
     for checkpoint in checkpoints(directory).values():
         shutil.rmtree(checkpoint)
@@ -185,7 +190,7 @@ def begin_output(output_dir: str | Path, run_id: str) -> None:
 
 
 def mark_complete(checkpoint: Path, run_id: str) -> None:
-    """Declare a checkpoint whole, once all its files are on the disk."""
+    """Mark a checkpoint as complete, when all its files are on the disk."""
     files: dict[str, dict[str, Any]] = {}
     for path in sorted(checkpoint.rglob("*")):
         if path.is_file() and path != checkpoint / COMPLETE_FILE:
@@ -197,54 +202,54 @@ def mark_complete(checkpoint: Path, run_id: str) -> None:
 
 
 def checkpoints(directory: Path) -> dict[int, Path]:
-    """Trainer's checkpoints in a directory, whole or not, by step; ascending."""
+    """Trainer's checkpoints in a directory, complete or not: step -> path, ascending."""
     named = [(re.fullmatch(r"checkpoint-(\d+)", path.name), path) for path in directory.glob("*")]
     return dict(sorted((int(match[1]), path) for match, path in named if match and path.is_dir()))
 
 
 def complete_checkpoints_until(last: Path) -> dict[int, Path]:
-    """Checkpoints beside one and of the same run that were saved whole; it is the last.
+    """The complete checkpoints of the same run and directory, up to this one.
 
-    Their files have the right sizes; `incomplete_reason` says whether they have the right bytes.
+    Only the sizes of their files are compared; `incomplete_reason` also compares the bytes.
 
     Returns:
-        step -> directory, ascending; nothing where `last` was given another name.
+        step -> path, ascending; empty if `last` was renamed.
     """
-    run_id = _run_of(last)
-    found: dict[int, Path] = {}
+    run_id = _run_id(last)
+    complete: dict[int, Path] = {}
     for step, path in checkpoints(last.parent).items():
-        if _run_of(path) == run_id and not incomplete_reason(path, sizes_only=True):
-            found[step] = path
+        if _run_id(path) == run_id and not incomplete_reason(path, sizes_only=True):
+            complete[step] = path
         if path == last:
-            return found
+            return complete
     return {}
 
 
 def incomplete_reason(checkpoint: Path, sizes_only: bool = False) -> str:
-    """What is wrong with the files of a checkpoint; empty where nothing is.
+    """Why a checkpoint is not complete; empty if it is.
 
     Args:
         checkpoint: its directory.
-        sizes_only: whether to leave the bytes of files unread.
+        sizes_only: whether to compare sizes only, and not the bytes of files.
     """
     files = _read(checkpoint / COMPLETE_FILE).get("files")
-    if not isinstance(files, dict) or not files or _run_of(checkpoint) is None:
+    if not isinstance(files, dict) or not files or _run_id(checkpoint) is None:
         return f"{COMPLETE_FILE} is missing or damaged"
-    for name, known in files.items():
+    for name, saved in files.items():
         path = checkpoint / name
-        if not isinstance(known, dict) or "\0" in name:
-            return f"{COMPLETE_FILE} is damaged, or of an earlier version"
+        if not isinstance(saved, dict) or "\0" in name:
+            return f"{COMPLETE_FILE} is damaged"
         if not path.is_file():
             return f"{name} is missing"
-        if (size := path.stat().st_size) != known.get("bytes"):
-            return f"{name} has {size} bytes, but {known.get('bytes')} were saved"
-        if not sizes_only and file_sha256(path) != known.get("sha256"):
+        if (size := path.stat().st_size) != saved.get("bytes"):
+            return f"{name} has {size} bytes, but {saved.get('bytes')} were saved"
+        if not sizes_only and file_sha256(path) != saved.get("sha256"):
             return f"{name} has other bytes than were saved"
     return ""
 
 
-def _run_of(checkpoint: Path) -> str | None:
-    """The run that a checkpoint's list of files names; None without one."""
+def _run_id(checkpoint: Path) -> str | None:
+    """The run of a checkpoint, as its list of files says; None without a list."""
     run_id = _read(checkpoint / COMPLETE_FILE).get("run_id")
     return run_id if isinstance(run_id, str) else None
 

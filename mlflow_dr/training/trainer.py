@@ -1,4 +1,7 @@
-"""Hugging Face's Trainer with the contrastive loss, and checkpoints that can be resumed from."""
+"""Hugging Face's Trainer with a loss of queries and passages, and checkpoints to resume from.
+
+It overrides private methods of Trainer, which `mlflow_dr/compat.py` lists.
+"""
 
 from __future__ import annotations
 
@@ -6,7 +9,6 @@ import json
 import logging
 import shutil
 import sys
-import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
@@ -17,11 +19,12 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor, distributed
 from torch.utils.data import DataLoader, Dataset
-from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import Trainer, TrainerCallback, TrainerState, TrainingArguments
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_callback import PrinterCallback
 from transformers.trainer_utils import rotate_checkpoints
 
+from mlflow_dr import compat
 from mlflow_dr.encoder.directory import restore_encoder, save_encoder
 from mlflow_dr.encoder.model import Encoder
 from mlflow_dr.errors import CheckpointError, MlflowDrError, TrainingError, one_line
@@ -34,28 +37,23 @@ from mlflow_dr.training.resume import mark_complete
 
 log = logging.getLogger(__name__)
 
-# torch 2.13 warns of the name that accelerate gives DistributedDataParallel for our setting
-warnings.filterwarnings(
-    "ignore", message="`broadcast_buffers` is deprecated", category=FutureWarning
-)
-
 PROGRESS_FILE = "mlflow_dr_progress.json"
 IDS_SHOWN = 8
 
 
 class RetrieverTrainer(Trainer):
-    """The Trainer, with two texts per example and the contrastive loss.
+    """Trainer for an encoder, with queries and passages in each batch.
 
     Args:
-        encoder: what is trained.
+        encoder: the encoder to train.
         arguments: Hugging Face's training arguments.
         training_set: groups of a query and its passages.
-        collator: groups to token ids.
+        collator: makes token ids of groups.
         objective: the loss.
         callbacks: called at each step.
-        chunk_sizes: texts in a chunk of the gradient cache, by role; None without it.
+        chunk_sizes: texts in a chunk of the gradient cache, by role; None without the cache.
         run_id: the MLflow run, noted in checkpoints to resume from.
-        trust_remote_code: whether code in a checkpoint may run when it is resumed from.
+        trust_remote_code: whether code in a checkpoint may run when training resumes from it.
     """
 
     def __init__(
@@ -72,7 +70,7 @@ class RetrieverTrainer(Trainer):
     ) -> None:
         arguments.remove_unused_columns = False
         arguments.disable_tqdm = arguments.disable_tqdm or not sys.stderr.isatty()
-        arguments.logging_nan_inf_filter = False  # `_check` looks already
+        arguments.logging_nan_inf_filter = False  # `_check` does it
         if arguments.ddp_find_unused_parameters is None:
             arguments.ddp_find_unused_parameters = False
         if arguments.ddp_broadcast_buffers is None:
@@ -93,10 +91,10 @@ class RetrieverTrainer(Trainer):
         self.resumed_progress: dict[str, float] | None = None
 
     def get_train_dataloader(self) -> DataLoader[Any]:
-        """Trainer's, whose workers are seeded by random numbers of its own.
+        """Trainer's data loader, with a random generator of its own to seed its workers.
 
-        Workers that outlive an epoch are seeded once, so a resumed training would seed its own at
-        another step, and from there on draw other numbers for dropout.
+        Persistent workers are seeded once. With torch's global generator, a resumed training would
+        seed them at another step, and dropout would then draw other numbers.
         """
         loader = super().get_train_dataloader()
         inner = getattr(loader, "base_dataloader", loader)  # accelerate wraps it
@@ -124,7 +122,7 @@ class RetrieverTrainer(Trainer):
         return (loss, vectors) if return_outputs else loss
 
     def _check(self, loss: Tensor, inputs: Mapping[str, Any]) -> None:
-        """Stop, in all processes together, when the loss of one is not a number."""
+        """Stop in all processes, if the loss of one is not a finite number."""
         broken = (~torch.isfinite(loss.detach())).any().float()
         if self.args.world_size > 1:
             distributed.all_reduce(broken, distributed.ReduceOp.MAX)
@@ -133,12 +131,12 @@ class RetrieverTrainer(Trainer):
         ids = ", ".join(map(repr, inputs.get("query_ids", [])[:IDS_SHOWN]))
         raise TrainingError(
             f"the loss of step {self.state.global_step + 1} is {loss.item()} (queries {ids}, ...); "
-            "a lower --learning_rate, --max_grad_norm, or bf16 instead of fp16 may help; published "
-            "checkpoints stay"
+            "try a lower --learning_rate or --max_grad_norm, or bf16 instead of fp16; published "
+            "checkpoints are kept"
         )
 
     def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
-        """Write the encoder's directory where Trainer wants its checkpoint."""
+        """Write the encoder into Trainer's checkpoint."""
         if not self.args.should_save:
             return
         directory = Path(output_dir or str(self.args.output_dir))
@@ -156,39 +154,39 @@ class RetrieverTrainer(Trainer):
         grant_umask_modes(directory)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
-        """Put the weights of a checkpoint back."""
+        """Load the weights of a checkpoint."""
         if self.is_fsdp_enabled:
             super()._load_from_checkpoint(resume_from_checkpoint, model)
             return
         restore_encoder(Path(resume_from_checkpoint), self._encoder, self._trust_remote_code)
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
-        """Trainer's; what does not fit is one line."""
+        """Load as Trainer does; an error is one line."""
         with _resuming(checkpoint, "optimizer.pt or scheduler.pt"):
             super()._load_optimizer_and_scheduler(checkpoint)
 
     def _load_rng_state(self, checkpoint: str | None) -> None:
-        """Trainer's; what does not fit is one line."""
+        """Load as Trainer does; an error is one line."""
         with _resuming(checkpoint, "rng_state.pth"):
             super()._load_rng_state(checkpoint)
 
     def _load_scaler(self, checkpoint: str | None) -> None:
-        """Trainer's; what does not fit is one line."""
+        """Load as Trainer does; an error is one line."""
         with _resuming(checkpoint, "scaler.pt"):
             super()._load_scaler(checkpoint)
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
-        """Save what training can be resumed from, and declare it whole at the very end.
+        """Save a checkpoint to resume from, and mark it as complete at the very end.
 
-        A disk that is full costs this checkpoint, not the training.
+        If the disk is full, this checkpoint is lost and training goes on.
         """
-        directory = Path(self._get_output_dir(trial=trial)) / f"checkpoint-{self.state.global_step}"
+        directory = Path(str(self.args.output_dir)) / f"checkpoint-{self.state.global_step}"
         main = self.args.should_save
         if main:
-            shutil.rmtree(directory, ignore_errors=True)  # what a killed training left there
+            shutil.rmtree(directory, ignore_errors=True)  # a killed training may have left it
         self.accelerator.wait_for_everyone()
         progress = self._progress()
-        # older checkpoints go when this one is whole
+        # older checkpoints are removed only when this one is complete
         kept, self.args.save_total_limit = self.args.save_total_limit, None
         try:
             super()._save_checkpoint(model, trial)
@@ -212,22 +210,19 @@ class RetrieverTrainer(Trainer):
             )
 
     def _progress(self) -> dict[str, float]:
-        """What Trainer forgets in a checkpoint: the losses since they were logged last."""
-        loss = self._tr_loss.detach().clone()
+        """The sums of losses, which Trainer does not save in a checkpoint."""
+        loss, total, logged = compat.loss_progress(self)
+        loss = loss.detach().clone()
         if self.args.world_size > 1:
             distributed.all_reduce(loss)
             loss /= self.args.world_size
-        return {
-            "loss": loss.item(),
-            "total": self._total_loss_scalar,
-            "logged": self._globalstep_last_logged,
-        }
+        return {"loss": loss.item(), "total": total, "logged": logged}
 
     def _run_epoch(self, *arguments: Any, **options: Any) -> None:
-        """One epoch; none where all steps were done before, as Trainer would do one too many.
+        """Run one epoch, unless all steps are done: Trainer would do one more.
 
-        The training set is told which: accelerate 1.15 does not under torchrun, nor when it skips
-        the batches that were read before a resumption.
+        The training set gets the number of the epoch here: accelerate 1.15 does not set it under
+        torchrun, and not when it skips the batches that were read before a resumption.
         """
         if self.state.global_step >= self.state.max_steps:
             self.control.should_training_stop = True
@@ -237,16 +232,16 @@ class RetrieverTrainer(Trainer):
         super()._run_epoch(*arguments, **options)
 
     def restore_progress(self) -> None:
-        """Go on summing losses where the checkpoint left off."""
+        """Continue the sums of losses of the checkpoint."""
         if self.resumed_progress:
-            self._tr_loss.fill_(self.resumed_progress["loss"])
-            self._total_loss_scalar = self.resumed_progress["total"]
-            self._globalstep_last_logged = int(self.resumed_progress["logged"])
+            progress = self.resumed_progress
+            logged = int(progress["logged"])
+            compat.set_loss_progress(self, progress["loss"], progress["total"], logged)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Log; the mean loss at the end is that of all steps, those before a resumption too."""
+        """Log as Trainer does; the mean loss at the end is that of all steps, resumed or not."""
         if "train_loss" in logs and self.state.global_step:
-            logs["train_loss"] = self._total_loss_scalar / self.state.global_step
+            logs["train_loss"] = compat.loss_progress(self)[1] / self.state.global_step
         super().log(logs, start_time)
 
     def resume(self, checkpoint: Path | None) -> None:
@@ -265,10 +260,10 @@ class RetrieverTrainer(Trainer):
 
 @contextmanager
 def _resuming(checkpoint: str | Path | None, name: str) -> Iterator[None]:
-    """Turn what goes wrong while a file of a checkpoint is taken into one line.
+    """Turn any error while a file of a checkpoint is loaded into one line.
 
     Raises:
-        CheckpointError: the file is damaged, or of another training.
+        CheckpointError: the file is damaged, or belongs to another training.
     """
     try:
         yield
@@ -277,18 +272,16 @@ def _resuming(checkpoint: str | Path | None, name: str) -> Iterator[None]:
     except Exception as error:
         raise CheckpointError(
             f"{checkpoint}: {name} does not fit this training ({one_line(error)}); resume with the "
-            "flags that it was begun with, or from another checkpoint"
+            "flags that the training began with, or from another checkpoint"
         ) from error
 
 
 class _Progress(TrainerCallback):
-    """Restores the sum of losses, which Trainer sets to 0 when it begins."""
+    """Restores the sums of losses, which Trainer sets to 0 when training begins."""
 
     def __init__(self, trainer: RetrieverTrainer) -> None:
         self._trainer = trainer
 
-    def on_train_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
-    ) -> None:
-        """Trainer has just begun."""
+    def on_train_begin(self, args: Any, state: TrainerState, control: Any, **_: Any) -> None:
+        """Restore the sums."""
         self._trainer.restore_progress()

@@ -264,9 +264,12 @@ def test_judgements_of_unknown_passages_are_counted_and_left_out(
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["--learning_rat", "1"], r"no flag --learning_rat; did you mean --learning_rate\? .*"),
-        (["--max-stepz=3"], r"no flag --max-stepz; did you mean --max_steps\? .*"),
-        (["--zzzzzz"], r"no flag --zzzzzz; `mlflow-dr train --help` lists all"),
+        (
+            ["--learning_rat", "1"],
+            r"unknown flag --learning_rat; did you mean --learning_rate\? .*",
+        ),
+        (["--max-stepz=3"], r"unknown flag --max-stepz; did you mean --max_steps\? .*"),
+        (["--zzzzzz"], r"unknown flag --zzzzzz; `mlflow-dr train --help` lists all"),
         (["--max_steps", "many"], r"argument --max_steps.*: invalid int value: 'many'; see .*"),
         (["--train_n_passages", "-3"], r"train_n_passages is -3; it must be at least 1"),
         (["--publish_steps", "-1"], r"publish_steps is -1; it must be at least 0"),
@@ -284,8 +287,8 @@ def test_a_wrong_flag_of_train(words: list[str], message: str, failure: Failure)
     ("content", "message"),
     [
         ("learning_rate: [1\n", "not YAML or JSON: "),
-        ("- learning_rate\n", "expected flags and values, got list"),
-        ("learnig_rate: 1e-3\n", "no flag --learnig_rate; did you mean --learning_rate?"),
+        ("- learning_rate\n", "expected a mapping of flags to values, got list"),
+        ("learnig_rate: 1e-3\n", "unknown flag --learnig_rate; did you mean --learning_rate?"),
     ],
 )
 def test_a_bad_configuration_file(

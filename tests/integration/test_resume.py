@@ -178,7 +178,7 @@ def test_asked_to_stop_it_saves_publishes_and_says_so(
     assert ended.code == INTERRUPTED, ended.text
     assert ended.printed[-1].endswith("stopped")
     assert "Traceback" not in ended.text
-    assert "stopping after this step; once more to stop at once" in ended.text
+    assert "stopping after this step; send the signal again to stop at once" in ended.text
     run_id = trainings.last_run()
     assert trainings.status(run_id) == "KILLED"
     last = max(trainings.points(run_id))

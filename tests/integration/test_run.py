@@ -147,7 +147,7 @@ def test_a_bad_flag_of_the_trainer_ends_the_run_at_once(
 ) -> None:
     done = call(*project_run(collection, tmp_path, no_such_flag=1), **variables)
     assert done.returncode != 0
-    assert re.search(r"^error: no flag --no_such_flag; .*", done.stderr, re.MULTILINE)
+    assert re.search(r"^error: unknown flag --no_such_flag; .*", done.stderr, re.MULTILINE)
     assert runs_of(store)[0].info.status == "FAILED"
 
 

@@ -32,6 +32,7 @@ FLOORS = {
     "background": 0,
     "progress": 0,
     "cache": 0,
+    "compat": 0,
     "extensions": 0,
     "files": 0,
     "errors": 0,

@@ -109,15 +109,15 @@ def make_examples() -> Callable[..., Listed]:
     def make(*rows: tuple[Any, ...], digest: str = "listed") -> Listed:
         rows = tuple((*row, None)[:4] for row in rows)
         texts = list(dict.fromkeys(t for _, good, bad, _ in rows for t in (*good, *bad)))
-        places = {text: place for place, text in enumerate(texts)}
+        rows_of = {text: row for row, text in enumerate(texts)}
         strings = pa.array(texts, pa.string())
         blank = pa.array([""] * len(texts), pa.string())
         table = pa.table({"id": strings, "title": blank, "text": strings})
         examples = [
             Example(
                 Query(name, f"what is {name}"),
-                np.array([places[text] for text in good], np.int64),
-                np.array([places[text] for text in bad], np.int64),
+                np.array([rows_of[text] for text in good], np.int64),
+                np.array([rows_of[text] for text in bad], np.int64),
                 None if scores is None else np.array(scores, np.float32),
             )
             for name, good, bad, scores in rows
@@ -207,7 +207,7 @@ def make_trainer(tmp_path: Path, colours: Listed, set_of: Callable[..., Training
 
     def make(
         encoder: Encoder,
-        room: Path = tmp_path,
+        directory: Path = tmp_path,
         callbacks: Sequence[Any] = (),
         training_set: Any = None,
         objective: Objective | None = None,
@@ -229,7 +229,7 @@ def make_trainer(tmp_path: Path, colours: Listed, set_of: Callable[..., Training
         }
         return RetrieverTrainer(
             encoder,
-            RetrieverTrainingArguments(output_dir=str(room), **settings),
+            RetrieverTrainingArguments(output_dir=str(directory), **settings),
             training_set or set_of(encoder, colours),
             collator_of(encoder),
             objective or Objective(temperature=0.05),

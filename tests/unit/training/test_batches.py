@@ -32,7 +32,7 @@ def named(prefix: str, count: int) -> list[str]:
 
 
 @pytest.fixture
-def one(make_examples: Make) -> Make:
+def make_group(make_examples: Make) -> Make:
     """A function from numbers of positives and negatives to the set of one query."""
 
     def make(
@@ -57,38 +57,40 @@ def rows_in(chosen: TrainingSet, epoch: int, index: int = 0) -> list[int]:
     return chosen[index].keys.tolist()
 
 
-def test_the_positive_comes_first_and_tokens_belong_to_keys(one: Make) -> None:
-    group = one(1, 5, 4)[0]
+def test_the_positive_comes_first_and_tokens_belong_to_keys(make_group: Make) -> None:
+    group = make_group(1, 5, 4)[0]
     assert group.query_id == "q"
     assert group.query.tolist() == [1]
     assert group.keys[0] == 0
     assert set(group.keys[1:]) < {1, 2, 3, 4, 5}
     assert [tokens.tolist() for tokens in group.passages] == [[10 + key] for key in group.keys]
-    assert one(1, 5, 4, first_key=100)[0].keys.tolist() == (group.keys + 100).tolist()
+    assert make_group(1, 5, 4, first_key=100)[0].keys.tolist() == (group.keys + 100).tolist()
 
 
-def test_positives_rotate_over_the_epochs(one: Make) -> None:
-    chosen = one(3, 0, 1)
+def test_positives_rotate_over_the_epochs(make_group: Make) -> None:
+    chosen = make_group(3, 0, 1)
     seen = [rows_in(chosen, epoch) for epoch in range(6)]
     assert sorted(seen[:3]) == sorted(seen[3:]) == [[0], [1], [2]]
 
 
 @pytest.mark.parametrize(("there", "asked"), [(6, 2), (5, 2), (5, 4), (7, 1)])
-def test_negatives_do_not_repeat_before_all_were_used(one: Make, there: int, asked: int) -> None:
-    chosen = one(1, there, 1 + asked)
+def test_negatives_repeat_only_after_all_were_used(
+    make_group: Make, there: int, asked: int
+) -> None:
+    chosen = make_group(1, there, 1 + asked)
     seen = [row for epoch in range(there) for row in rows_in(chosen, epoch)[1:]]
     for used in range(1, asked + 1):
         assert set(Counter(seen[: used * there]).values()) == {used}
         assert set(seen[: used * there]) == set(range(1, there + 1))
 
 
-def test_fewer_negatives_than_asked_are_repeated_evenly(one: Make) -> None:
-    assert sorted(Counter(rows_in(one(1, 2, 6), 0)[1:]).values()) == [2, 3]
-    assert rows_in(one(1, 1, 4), 3) == [0, 1, 1, 1]
+def test_too_few_negatives_are_repeated_evenly(make_group: Make) -> None:
+    assert sorted(Counter(rows_in(make_group(1, 2, 6), 0)[1:]).values()) == [2, 3]
+    assert rows_in(make_group(1, 1, 4), 3) == [0, 1, 1, 1]
 
 
 def test_the_choice_depends_on_query_epoch_and_seed_alone(
-    one: Make, make_examples: Make, tiny: Encoder, set_of: Make
+    make_group: Make, make_examples: Make, tiny: Encoder, set_of: Make
 ) -> None:
     """Not on the place of the query, on other queries, or on what was read before."""
 
@@ -114,7 +116,7 @@ def test_the_choice_depends_on_query_epoch_and_seed_alone(
     assert (of_a + 45).tolist() != of_b.tolist()
 
 
-def test_a_share_of_the_examples_is_as_in_the_whole(
+def test_a_process_reads_its_share_with_the_same_passages(
     colours: Any, tiny: Encoder, set_of: Make
 ) -> None:
     """As in the ranks of a distributed training, each in a process of its own."""
@@ -153,21 +155,23 @@ def test_workers_choose_as_this_process_does(
     assert found[0][0] != found[0][1] != found[0][2]
 
 
-def test_scores_follow_their_passages(one: Make) -> None:
+def test_scores_follow_their_passages(make_group: Make) -> None:
     scores = [10.0, 11.0, 20.0, 21.0, 22.0]  # two positives, then three negatives
-    chosen = one(2, 3, 3, scores=scores, with_scores=True)
+    chosen = make_group(2, 3, 3, scores=scores, with_scores=True)
     for epoch in range(6):
         chosen.set_epoch(epoch)
         group = chosen[0]
         assert group.scores.tolist() == [scores[key] for key in group.keys]
         assert group.scores.dtype == np.float32
-    assert one(2, 3, 3, scores=scores)[0].scores is None
+    assert make_group(2, 3, 3, scores=scores)[0].scores is None
 
 
 @pytest.mark.parametrize("scores", [None, [1.0, float("nan"), 2.0]])
-def test_missing_scores_are_an_error_that_names_the_query(one: Make, scores: Any) -> None:
-    with pytest.raises(DataError, match=r"query 'q7' has no teacher's scores.*--distil_weight"):
-        one(1, 2, 3, "q7", scores, with_scores=True)[0]
+def test_missing_scores_are_an_error_that_names_the_query(make_group: Make, scores: Any) -> None:
+    with pytest.raises(
+        DataError, match=r"query 'q7' lacks a teacher's scores of some passages; the loss"
+    ):
+        make_group(1, 2, 3, "q7", scores, with_scores=True)[0]
 
 
 def test_a_query_without_negatives_gets_passages_that_are_not_its_positives(
@@ -189,12 +193,14 @@ def test_a_query_without_negatives_gets_passages_that_are_not_its_positives(
     assert len(set_of(tiny, examples, 1)[0].passages) == 1
 
 
-def test_what_queries_lack_is_said_before_training(
+def test_missing_negatives_are_reported_before_training(
     make_examples: Make, caplog: pytest.LogCaptureFixture
 ) -> None:
     bare = make_examples(("q7", ["one"], []))
     check_negatives(bare, 1, "mine")
-    with pytest.raises(UsageError, match="mine: no query has hard negatives; --train_n_passages 1"):
+    with pytest.raises(
+        UsageError, match="mine: no query has hard negatives; find some by `mlflow-dr mine`"
+    ):
         check_negatives(bare, 2, "mine")
     caplog.set_level("INFO", "mlflow_dr")
     check_negatives(
@@ -207,14 +213,12 @@ def test_what_queries_lack_is_said_before_training(
     ]
 
 
-def test_no_positives_is_an_error(one: Make) -> None:
+def test_no_positives_is_an_error(make_group: Make) -> None:
     with pytest.raises(DataError, match="query 'q7' has no positives"):
-        one(0, 3, 2, "q7")[0]
+        make_group(0, 3, 2, "q7")[0]
 
 
-def test_the_table_holds_what_the_tokenizer_gives(
-    colours: Any, tiny: Encoder, set_of: Make
-) -> None:
+def test_the_token_table_has_the_tokenizers_ids(colours: Any, tiny: Encoder, set_of: Make) -> None:
     text_tokenizer = TextTokenizer(tiny.tokenizer, tiny.settings)
     for table in (True, False):
         chosen = set_of(tiny, colours, 4, table=table)
@@ -227,7 +231,7 @@ def test_the_table_holds_what_the_tokenizer_gives(
             assert [tokens.tolist() for tokens in group.passages] == passages
 
 
-def test_late_tokens_are_those_of_the_table(colours: Any, tiny: Encoder, own_cache: Any) -> None:
+def test_late_tokens_equal_those_of_the_table(colours: Any, tiny: Encoder, own_cache: Any) -> None:
     """And no table of the passages is made."""
     settings = replace(tiny.settings, passage_prompt="ship: ", passage_max_length=6)
     text_tokenizer = TextTokenizer(tiny.tokenizer, settings)
@@ -269,8 +273,8 @@ def test_a_batch_is_padded_token_ids_in_order() -> None:
 def test_a_batch_has_the_teachers_scores_by_query() -> None:
     scores = [np.array([1, 2], np.float32), np.array([3, 4], np.float32)]
     groups = [
-        Group(str(i), np.array([1]), [np.array([1])] * 2, np.array([0, 1]), one)
-        for i, one in enumerate(scores)
+        Group(str(i), np.array([1]), [np.array([1])] * 2, np.array([0, 1]), values)
+        for i, values in enumerate(scores)
     ]
     batch = Collator(0, 0)(groups)
     assert batch["teacher"].tolist() == [[1, 2], [3, 4]]

@@ -8,11 +8,11 @@ from torch import Tensor
 
 from mlflow_dr.encoder.model import Encoder, untie
 from mlflow_dr.training.bi_encoder import (
-    TOKENS_PER_PIECE,
+    TOKENS_PER_BATCH,
     BiEncoder,
     Texts,
     cut,
-    in_pieces,
+    encode_in_batches,
     inverse,
 )
 
@@ -29,7 +29,7 @@ def calls_of(encoder: Encoder) -> list[tuple[int, ...]]:
 
 
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-6), (torch.float64, 1e-12)])
-def test_pieces_give_the_vectors_and_gradients_of_one_padded_batch(
+def test_batches_give_the_vectors_and_gradients_of_one_padded_batch(
     make_small: Callable[..., Encoder],
     make_texts: Callable[..., Texts],
     dtype: torch.dtype,
@@ -38,28 +38,28 @@ def test_pieces_give_the_vectors_and_gradients_of_one_padded_batch(
     encoder = make_small(normalize=True).to(dtype)
     texts = make_texts(LONG)
     weights = torch.randn(len(LONG), 16, generator=torch.Generator().manual_seed(1), dtype=dtype)
-    whole = encoder(**texts)
-    (whole * weights).mean().backward()
+    unsplit = encoder(**texts)
+    (unsplit * weights).mean().backward()
     expected = {n: p.grad.clone() for n, p in encoder.named_parameters() if p.grad is not None}
     encoder.zero_grad()
     shapes = calls_of(encoder)
-    vectors = in_pieces(encoder, texts)
+    vectors = encode_in_batches(encoder, texts)
     assert len(shapes) > 3
-    torch.testing.assert_close(vectors, whole, rtol=tolerance, atol=tolerance)
+    torch.testing.assert_close(vectors, unsplit, rtol=tolerance, atol=tolerance)
     (vectors * weights).mean().backward()
     assert expected
     for name, weight in encoder.named_parameters():
         torch.testing.assert_close(weight.grad, expected[name], rtol=1e-4, atol=tolerance)
 
 
-def test_pieces_keep_within_their_tokens_and_pad_little(
+def test_batches_keep_to_their_tokens_and_have_little_padding(
     make_small: Callable[..., Encoder], make_texts: Callable[..., Texts]
 ) -> None:
     encoder = make_small()
     shapes = calls_of(encoder)
-    in_pieces(encoder, make_texts(LONG))
+    encode_in_batches(encoder, make_texts(LONG))
     sizes = [rows * length for rows, length in shapes]
-    assert max(sizes) <= TOKENS_PER_PIECE
+    assert max(sizes) <= TOKENS_PER_BATCH
     assert sum(rows for rows, _ in shapes) == len(LONG)
     assert sum(sizes) < 1.25 * sum(LONG) < 0.7 * len(LONG) * max(LONG)
 
@@ -70,11 +70,11 @@ def test_small_batches_are_not_split(
 ) -> None:
     encoder = make_small()
     shapes = calls_of(encoder)
-    in_pieces(encoder, make_texts(lengths))
+    encode_in_batches(encoder, make_texts(lengths))
     assert shapes == [(len(lengths), max(lengths))]
 
 
-def test_each_role_has_its_weights(
+def test_queries_and_passages_have_their_own_weights(
     make_small: Callable[..., Encoder], make_texts: Callable[..., Texts]
 ) -> None:
     texts = make_texts([3, 8, 5])

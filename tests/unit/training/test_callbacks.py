@@ -9,35 +9,22 @@ import pytest
 from transformers import TrainerControl, TrainerState, TrainingArguments
 
 from mlflow_dr.encoder.model import Encoder
-from mlflow_dr.training.callbacks import MetricCallback, StopCallback
-from mlflow_dr.training.publish_api import PublishCallback
+from mlflow_dr.training.callbacks import MetricCallback, ScheduledPublishing, StopCallback
+from mlflow_dr.training.publishing import PublishSchedule
 
 Written = list[tuple[int, Mapping[str, float]]]
 Make = Callable[..., Any]
 
 
-class Submitted:
-    """Stands where the publisher is, and remembers."""
-
-    def __init__(self) -> None:
-        self.steps: list[int] = []
-
-    @property
-    def last_step(self) -> int | None:
-        return self.steps[-1] if self.steps else None
-
-    def submit(self, step: int) -> None:
-        self.steps.append(step)
+def publishing(every: int, initial: bool = False) -> tuple[list[int], ScheduledPublishing]:
+    """The steps that are published, and what publishes them."""
+    steps: list[int] = []
+    return steps, ScheduledPublishing(steps.append, PublishSchedule(every), initial)
 
 
-def publishing(every: int, initial: bool = False) -> tuple[Submitted, PublishCallback]:
-    submitted = Submitted()
-    return submitted, PublishCallback(every, initial=initial, publisher=submitted)  # type: ignore[arg-type]
-
-
-def writing(known: int | None = None) -> tuple[Written, MetricCallback]:
+def writing(last_step: int | None = None) -> tuple[Written, MetricCallback]:
     written: Written = []
-    return written, MetricCallback(lambda values, step: written.append((step, values)), known)
+    return written, MetricCallback(lambda values, step: written.append((step, values)), last_step)
 
 
 def test_each_logged_step_is_one_point(make_small: Make, make_trainer: Make) -> None:
@@ -48,7 +35,7 @@ def test_each_logged_step_is_one_point(make_small: Make, make_trainer: Make) -> 
     assert all("train/grad_norm" in values for _, values in written[:2])
 
 
-def test_the_summary_is_no_point_of_the_curves(make_small: Make, make_trainer: Make) -> None:
+def test_the_summary_is_not_a_point_of_the_curves(make_small: Make, make_trainer: Make) -> None:
     written, callback = writing()
     make_trainer(make_small(), callbacks=[callback]).train()
     steps, summary = written[-1]
@@ -64,8 +51,8 @@ def log(callback: MetricCallback, step: int, **values: float) -> None:
     callback.on_log(TrainingArguments(use_cpu=True), state, TrainerControl(), values)
 
 
-def test_what_a_resumed_training_logs_again_is_not_written_again() -> None:
-    written, callback = writing(known=4)
+def test_a_resumed_training_writes_no_metric_twice() -> None:
+    written, callback = writing(last_step=4)
     for step in (3, 4, 5):
         log(callback, step, loss=1.0)
     assert written == [(5, {"train/loss": 1.0})]
@@ -73,9 +60,9 @@ def test_what_a_resumed_training_logs_again_is_not_written_again() -> None:
     assert written[-1] == (4, {"train/mean_loss": 1.0})
 
 
-def test_what_a_kill_has_lost_is_written_when_training_goes_on() -> None:
+def test_metrics_lost_by_a_kill_are_written_when_training_resumes() -> None:
     """From the checkpoint, which has the figures of the steps before it."""
-    written, callback = writing(known=2)
+    written, callback = writing(last_step=2)
     history = [{"loss": float(step), "epoch": 0.5, "step": step} for step in range(1, 5)]
     history.append({"train_loss": 1.0, "epoch": 0.5, "step": 4})
     state = TrainerState(global_step=4, is_world_process_zero=True, log_history=history)
@@ -86,7 +73,7 @@ def test_what_a_kill_has_lost_is_written_when_training_goes_on() -> None:
     ]
 
 
-def test_what_is_no_number_is_not_written() -> None:
+def test_infinite_metrics_are_not_written() -> None:
     """MLflow's sqlite store takes NaN, other stores do not."""
     written, callback = writing()
     log(callback, 1, loss=1.0, grad_norm=math.nan)
@@ -107,23 +94,23 @@ def test_other_processes_write_nothing() -> None:
 def test_checkpoints_before_during_and_at_the_end(
     make_small: Make, make_trainer: Make, every: int, initial: bool, steps: list[int]
 ) -> None:
-    submitted, callback = publishing(every, initial)
+    published, callback = publishing(every, initial)
     make_trainer(make_small(), callbacks=[callback]).train()
-    assert submitted.steps == steps
+    assert published == steps
 
 
 @pytest.mark.parametrize("saving", [True, False])
-def test_asked_to_stop_it_ends_after_the_step(
+def test_a_stop_request_ends_training_after_the_step(
     make_small: Make, make_trainer: Make, tmp_path: Path, saving: bool
 ) -> None:
     """With its encoder published, and where training saves, with something to resume from."""
     stop = StopCallback()
     stop.ask("test")
-    submitted, callback = publishing(0)
+    published, callback = publishing(0)
     strategy = {"save_strategy": "steps", "save_steps": 100} if saving else {}
     encoder: Encoder = make_small()
     make_trainer(encoder, callbacks=[callback, stop], **strategy).train()
-    assert submitted.steps == [1]
+    assert published == [1]
     saved = [path.name for path in tmp_path.glob("checkpoint-*")]
     assert saved == (["checkpoint-1"] if saving else [])
     assert stop.reason == "test"

@@ -66,7 +66,7 @@ def snapshot(source: CheckpointSource) -> Mapping[str, Tensor]:
     return {name: value.clone() for name, value in source.state().items()}
 
 
-def test_a_sentence_transformer_gives_its_own_vectors(
+def test_a_published_sentence_transformer_gives_the_same_vectors(
     theirs: SentenceTransformer, texts: list[str], tmp_path: Path
 ) -> None:
     source = source_of(theirs)
@@ -80,7 +80,7 @@ def test_a_sentence_transformer_gives_its_own_vectors(
     assert not list(tmp_path.glob("out/README*"))
 
 
-def test_a_sentence_transformers_snapshot_is_written_though_training_goes_on(
+def test_a_sentence_transformers_snapshot_is_written_while_training_continues(
     theirs: SentenceTransformer, texts: list[str], tmp_path: Path
 ) -> None:
     source = source_of(theirs)
@@ -112,7 +112,7 @@ def test_copying_a_sentence_transformer_takes_neither_memory_nor_its_trainer(
     assert {weight.device.type for weight in theirs.parameters()} == {"cpu"}
 
 
-def test_a_sentence_transformer_that_ours_cannot_read_is_refused_at_once(
+def test_an_unsupported_sentence_transformer_is_refused_at_once(
     theirs: SentenceTransformer,
 ) -> None:
     class LSTM(nn.Module):
@@ -123,7 +123,7 @@ def test_a_sentence_transformer_that_ours_cannot_read_is_refused_at_once(
         source_of(theirs)
 
 
-def test_pooling_that_ours_has_not_is_refused_at_once_and_when_it_is_written(
+def test_unsupported_pooling_is_refused_at_once_and_when_written(
     theirs: SentenceTransformer, tmp_path: Path
 ) -> None:
     source = source_of(theirs)
@@ -135,13 +135,13 @@ def test_pooling_that_ours_has_not_is_refused_at_once_and_when_it_is_written(
         source.save(tmp_path / "out", source.state())
 
 
-def test_a_similarity_that_ours_has_not_is_refused_at_once(theirs: SentenceTransformer) -> None:
+def test_an_unsupported_similarity_is_refused_at_once(theirs: SentenceTransformer) -> None:
     theirs.similarity_fn_name = "euclidean"
     with pytest.raises(UsageError, match="compares by euclidean; expected cosine or dot"):
         source_of(theirs)
 
 
-def test_a_hugging_face_model_is_published_with_what_it_does_not_say(
+def test_a_hugging_face_model_is_published_with_the_given_settings(
     tiny: Encoder, texts: list[str], tmp_path: Path
 ) -> None:
     source = source_of(tiny.backbone, tiny.tokenizer, pooling="mean", normalize=True)
@@ -155,7 +155,7 @@ def test_a_hugging_face_model_is_published_with_what_it_does_not_say(
     assert (encoder.settings.query_max_length, encoder.settings.passage_max_length) == (512, 512)
 
 
-def test_settings_of_a_hugging_face_model_arrive(tiny: Encoder, tmp_path: Path) -> None:
+def test_all_settings_of_a_hugging_face_model_are_published(tiny: Encoder, tmp_path: Path) -> None:
     source = source_of(
         *(tiny.backbone, tiny.tokenizer),
         pooling="cls",
@@ -170,7 +170,7 @@ def test_settings_of_a_hugging_face_model_arrive(tiny: Encoder, tmp_path: Path) 
     assert settings.query_max_length == 512
 
 
-def test_a_model_with_a_head_is_published_without(tiny: Encoder, tmp_path: Path) -> None:
+def test_a_model_with_a_head_is_published_without_it(tiny: Encoder, tmp_path: Path) -> None:
     from transformers import BertForMaskedLM
 
     model = BertForMaskedLM(tiny.backbone.config)
@@ -184,13 +184,13 @@ def test_a_model_with_a_head_is_published_without(tiny: Encoder, tmp_path: Path)
 
 
 def test_a_hugging_face_model_without_tokenizer_or_pooling(tiny: Encoder) -> None:
-    with pytest.raises(UsageError, match="a BertModel is published with its tokenizer"):
+    with pytest.raises(UsageError, match="a BertModel needs its tokenizer"):
         source_of(tiny.backbone, pooling="mean", normalize=True)
     with pytest.raises(UsageError, match="how its vectors are made; give pooling and normalize"):
         source_of(tiny.backbone, tiny.tokenizer)
     with pytest.raises(UsageError, match="give normalize, such as"):
         source_of(tiny.backbone, tiny.tokenizer, pooling="mean")
-    with pytest.raises(UsageError, match="unknown setting 'poolin'; known are"):
+    with pytest.raises(UsageError, match="unknown setting 'poolin'; expected one of"):
         source_of(tiny.backbone, tiny.tokenizer, poolin="mean")
     with pytest.raises(UsageError, match="pooling 'mode'"):
         source_of(tiny.backbone, tiny.tokenizer, pooling="mode", normalize=True)
@@ -200,7 +200,7 @@ def test_settings_of_a_model_that_has_its_own_are_refused(
     tiny: Encoder, theirs: SentenceTransformer, tmp_path: Path
 ) -> None:
     save_encoder(tmp_path / "ours", tiny)
-    with pytest.raises(UsageError, match=r"an Encoder says itself .*; leave pooling out"):
+    with pytest.raises(UsageError, match=r"an Encoder already defines .*; leave pooling out"):
         source_of(tiny, pooling="cls")
     with pytest.raises(UsageError, match="leave normalize out"):
         source_of(theirs, normalize=True)
@@ -208,7 +208,7 @@ def test_settings_of_a_model_that_has_its_own_are_refused(
         source_of(tmp_path / "ours", tiny.tokenizer)
 
 
-def test_a_directory_is_copied_without_what_trainers_leave_there(
+def test_a_directory_is_copied_without_files_of_trainers(
     theirs: SentenceTransformer, texts: list[str], tmp_path: Path
 ) -> None:
     folder = tmp_path / "checkpoint-500"
@@ -233,12 +233,12 @@ def test_a_directory_is_copied_without_what_trainers_leave_there(
     np.testing.assert_allclose(vectors(encoder, texts), theirs.encode_query(texts), atol=1e-5)
 
 
-def test_a_bare_backbones_directory_needs_what_it_does_not_say(
+def test_the_directory_of_a_bare_backbone_needs_settings(
     tiny: Encoder, texts: list[str], tmp_path: Path
 ) -> None:
     tiny.backbone.save_pretrained(tmp_path / "bare")
     tiny.tokenizer.save_pretrained(tmp_path / "bare")
-    with pytest.raises(UsageError, match="bare does not say how its vectors are made"):
+    with pytest.raises(UsageError, match="bare does not define how its vectors are made"):
         source_of(tmp_path / "bare")
     source = source_of(tmp_path / "bare", pooling="mean", normalize=True)
     source.save(tmp_path / "out", source.state())
@@ -246,18 +246,20 @@ def test_a_bare_backbones_directory_needs_what_it_does_not_say(
     np.testing.assert_allclose(vectors(load_encoder(tmp_path / "out"), texts), expected, atol=1e-6)
 
 
-def test_a_directory_that_is_none_or_not_whole(theirs: SentenceTransformer, tmp_path: Path) -> None:
+def test_a_missing_or_incomplete_directory_is_refused(
+    theirs: SentenceTransformer, tmp_path: Path
+) -> None:
     with pytest.raises(UsageError, match="nowhere: not a directory"):
         source_of(tmp_path / "nowhere")
-    with pytest.raises(CheckpointError, match=r"no config.json with model\*.safetensors"):
+    with pytest.raises(CheckpointError, match=r"config.json or model\*.safetensors is missing"):
         source_of(tmp_path)
     theirs.save(str(tmp_path / "pickled"), create_model_card=False)
     (tmp_path / "pickled" / "model.safetensors").rename(tmp_path / "pickled/pytorch_model.bin")
-    with pytest.raises(CheckpointError, match="with safetensors"):
+    with pytest.raises(CheckpointError, match="as safetensors"):
         check_directory(tmp_path / "pickled")
 
 
-def test_wrappers_are_taken_off(tiny: Encoder, theirs: SentenceTransformer) -> None:
+def test_wrappers_are_removed(tiny: Encoder, theirs: SentenceTransformer) -> None:
     assert unwrapped(nn.DataParallel(tiny)) is tiny
     assert unwrapped(torch.compile(tiny)) is tiny
     assert unwrapped(torch.compile(nn.DataParallel(theirs))) is theirs
@@ -265,7 +267,7 @@ def test_wrappers_are_taken_off(tiny: Encoder, theirs: SentenceTransformer) -> N
     assert not any("_orig_mod" in name for name in source_of(torch.compile(tiny)).state())
 
 
-def test_distributed_data_parallel_is_taken_off(tiny: Encoder, tmp_path: Path) -> None:
+def test_distributed_data_parallel_is_removed(tiny: Encoder, tmp_path: Path) -> None:
     torch.distributed.init_process_group(
         "gloo", init_method=f"file://{tmp_path}/group", rank=0, world_size=1
     )
@@ -276,7 +278,7 @@ def test_distributed_data_parallel_is_taken_off(tiny: Encoder, tmp_path: Path) -
         torch.distributed.destroy_process_group()
 
 
-def test_weights_in_shards_are_refused(tiny: Encoder) -> None:
+def test_sharded_weights_are_refused(tiny: Encoder) -> None:
     tiny.backbone.embeddings.word_embeddings.weight.ds_id = 0  # as DeepSpeed's ZeRO-3 marks them
     with pytest.raises(UsageError, match=r"sharded .*publish the directory"):
         source_of(tiny)
@@ -293,6 +295,6 @@ def test_adapters_are_refused(tiny: Encoder, theirs: SentenceTransformer) -> Non
 
 
 @pytest.mark.parametrize("model", [nn.Linear(2, 2), SimpleNamespace(), None])
-def test_what_is_no_encoder_is_refused(model: object) -> None:
+def test_other_objects_are_refused(model: object) -> None:
     with pytest.raises(UsageError, match=f"a {type(model).__name__} cannot be published"):
         source_of(model)

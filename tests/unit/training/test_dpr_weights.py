@@ -46,7 +46,7 @@ def dpr_file(path: Path, encoder: Encoder, **more: Any) -> str:
 
 
 @pytest.mark.parametrize("size", [None, 8])
-def test_both_encoders_are_the_files(
+def test_both_encoders_get_the_weights_of_the_file(
     make: Callable[..., Encoder], tmp_path: Path, size: int | None
 ) -> None:
     theirs, ours = make(seed=1, size=size), make(seed=0, size=size)
@@ -57,7 +57,7 @@ def test_both_encoders_are_the_files(
     assert not torch.equal(*(tower(ids, torch.ones_like(ids)) for tower in ours.distinct_encoders))
 
 
-def test_a_file_that_does_not_fit(
+def test_a_file_of_another_shape_is_refused(
     make: Callable[..., Encoder], make_tiny: Callable[..., Encoder], tmp_path: Path
 ) -> None:
     file = dpr_file(tmp_path / "dpr_biencoder.3", make(seed=1, size=8))
@@ -70,7 +70,9 @@ def test_a_file_that_does_not_fit(
     with pytest.raises(UsageError, match="add --untie_encoder"):
         load_dpr_weights(file, large)
     untie(large)
-    with pytest.raises(UsageError, match=r"not of the model's shape; .* --pretrained_model_cfg"):
+    with pytest.raises(
+        UsageError, match=r"do not have the model's shapes; .* --pretrained_model_cfg"
+    ):
         load_dpr_weights(file, large)
 
 
@@ -87,7 +89,9 @@ def test_a_file_that_does_not_fit(
         {"model_dict": {"ctx_model.x": torch.zeros(1)}},
     ],
 )
-def test_what_is_no_such_file(make: Callable[..., Encoder], tmp_path: Path, content: Any) -> None:
+def test_files_of_another_kind_are_refused(
+    make: Callable[..., Encoder], tmp_path: Path, content: Any
+) -> None:
     path = tmp_path / "dpr_biencoder.0"
     if isinstance(content, bytes):
         path.write_bytes(content)
@@ -105,12 +109,12 @@ class Trap:
         return (Path.touch, (Path("trapped"),))
 
 
-def test_nothing_in_a_file_is_run(
+def test_code_in_a_file_is_not_run(
     make: Callable[..., Encoder], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
     file = dpr_file(tmp_path / "dpr_biencoder.3", make(seed=1), encoder_params=Trap())
-    with pytest.raises(CheckpointError, match="whose code would run; where you trust it, keep"):
+    with pytest.raises(CheckpointError, match="whose code would run; if you trust it, save"):
         load_dpr_weights(file, make())
     assert not (tmp_path / "trapped").exists()
     with pytest.raises(UsageError, match="no such file"):

@@ -50,8 +50,8 @@ def build(folder: Path, saved: Path) -> Callable[..., Built]:
     """A function from flags to what they are made into; by default of `saved`."""
 
     def build(*flags: object, dataset: object = folder, model: object = saved) -> Built:
-        words = ["--dataset", dataset, "--model", model, "--use_cpu", *flags]
-        request = parse_training([str(word) for word in words])
+        argv = ["--dataset", dataset, "--model", model, "--use_cpu", *flags]
+        request = parse_training([str(arg) for arg in argv])
         data = open_data(request.data)
         encoder = build_encoder(request, data, request.model.model_name_or_path)
         return Built(request, data, encoder)
@@ -59,7 +59,7 @@ def build(folder: Path, saved: Path) -> Callable[..., Built]:
     return build
 
 
-def test_the_directory_says_what_flags_leave_open(build: Callable[..., Built]) -> None:
+def test_settings_without_a_flag_come_from_the_directory(build: Callable[..., Built]) -> None:
     settings = build().encoder.settings
     assert (settings.pooling, settings.query_prompt) == ("mean", "")
     assert (settings.query_max_length, settings.passage_max_length) == (32, 128)
@@ -104,7 +104,7 @@ def test_pooling_changes_the_vectors(build: Callable[..., Built]) -> None:
     assert not torch.allclose(vectors[1], vectors[2])
 
 
-def words(eos: bool = False) -> PreTrainedTokenizerFast:
+def word_tokenizer(eos: bool = False) -> PreTrainedTokenizerFast:
     vocabulary = {"<pad>": 0, "<unk>": 1, "</s>": 2, "which": 3, "text": 4, "the": 5, "title": 6}
     backend = Tokenizer(WordLevel(vocabulary, unk_token="<unk>"))
     backend.pre_tokenizer = Whitespace()
@@ -115,7 +115,7 @@ def words(eos: bool = False) -> PreTrainedTokenizerFast:
 
 
 def test_tokenizer_name(build: Callable[..., Built], tmp_path: Path) -> None:
-    words().save_pretrained(tmp_path / "words")
+    word_tokenizer().save_pretrained(tmp_path / "words")
     made = build("--tokenizer_name", tmp_path / "words")
     query = made.set[7].query.tolist()
     assert query == [1, 1, 1]  # words that it does not know
@@ -127,13 +127,13 @@ def test_tokenizer_name(build: Callable[..., Built], tmp_path: Path) -> None:
 def test_a_vocabulary_that_does_not_fit_is_refused(
     build: Callable[..., Built], tmp_path: Path
 ) -> None:
-    large = words()
-    large.add_tokens([f"word{number}" for number in range(200)])
+    large = word_tokenizer()
+    large.add_tokens([f"arg{number}" for number in range(200)])
     large.save_pretrained(tmp_path / "large")
     with pytest.raises(CheckpointError, match=r"token ids up to 206, .* embeds only") as caught:
         build("--tokenizer_name", tmp_path / "large")
     assert "\n" not in str(caught.value)
-    with pytest.raises(UsageError, match="tiny learns a vocabulary of its own"):
+    with pytest.raises(UsageError, match="which has its own vocabulary"):
         build("--tokenizer_name", tmp_path / "large", model="tiny")
 
 
@@ -150,7 +150,7 @@ def test_cache_dir(build: Callable[..., Built], saved: Path, tmp_path: Path) -> 
         build(model="sea/ships")
 
 
-def test_untie_encoder_gives_queries_weights_of_their_own(
+def test_untie_encoder_gives_queries_separate_weights(
     build: Callable[..., Built],
     make_trainer: Make,
     tmp_path: Path,
@@ -193,7 +193,7 @@ def test_add_pooler(build: Callable[..., Built], tmp_path: Path) -> None:
 def test_append_eos_token(build: Callable[..., Built], saved: Path, tmp_path: Path) -> None:
     """In the tokens that are trained on, cut or whole, and in what is published."""
     encoder = load_encoder(saved)
-    plain = Encoder(encoder.backbone, words(eos=True), encoder.settings)
+    plain = Encoder(encoder.backbone, word_tokenizer(eos=True), encoder.settings)
     save_encoder(tmp_path / "plain", plain)
     made = build("--append_eos_token", "--p_max_len", "6", model=tmp_path / "plain")
     group = made.set[0]
@@ -232,7 +232,7 @@ def test_lora(build: Callable[..., Built]) -> None:
     assert not any(".lora_" in name for name in moved(build().encoder))
 
 
-def test_lora_name_or_path_goes_on_with_adapters(
+def test_lora_name_or_path_continues_adapters(
     build: Callable[..., Built], saved: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """And implies --lora; a folder's name is written whole, for those who read it elsewhere."""
@@ -254,15 +254,15 @@ def test_lora_name_or_path_goes_on_with_adapters(
 def test_adapters_that_could_not_be_read_again_are_refused(
     build: Callable[..., Built], tmp_path: Path
 ) -> None:
-    with pytest.raises(UsageError, match="tiny is made anew each time"):
+    with pytest.raises(UsageError, match="the base of adapters of tiny is not saved"):
         build("--lora", "--lora_publish", "adapter", model="tiny")
     save_encoder(tmp_path / "two", build("--untie_encoder").encoder)
-    with pytest.raises(UsageError, match="adapters name one backbone"):
+    with pytest.raises(UsageError, match="adapters have one base"):
         build("--lora", "--lora_publish", "adapter", model=tmp_path / "two")
     assert build("--lora", model=tmp_path / "two").encoder.untied_query_encoder is not None
 
 
-def test_a_pooling_that_nobody_names_is_the_collections(
+def test_the_default_pooling_depends_on_the_collection(
     build: Callable[..., Built], saved: Path
 ) -> None:
     """A bare backbone says none; recipes do: mean where there are judgements alone."""
@@ -311,7 +311,7 @@ def test_train_n_passages(build: Callable[..., Built], scored: Path, name: str) 
     assert group.scores is None
 
 
-def test_train_dir_stands_for_the_collections_own_examples(
+def test_train_dir_replaces_the_collections_examples(
     build: Callable[..., Built], scored: Path, folder: Path
 ) -> None:
     made = build("--train_dir", scored, "--train_n_passages", "2")
@@ -329,7 +329,7 @@ def test_distillation_reads_the_teachers_scores(
         group = made[index]
         wanted = [float(row) for row in group.keys]  # rows are in the order of the numbers
         assert group.scores.tolist() == wanted
-    with pytest.raises(DataError, match="has no teacher's scores"):
+    with pytest.raises(DataError, match="lacks a teacher's scores"):
         build("--distil_weight", "0.5", "--train_n_passages", "1").set[0]
 
 
@@ -360,11 +360,11 @@ def test_a_mixture_by_weight(build: Callable[..., Built], folder: Path, scored: 
 def test_train_dir_and_a_mixture_contradict_each_other(
     build: Callable[..., Built], folder: Path, scored: Path
 ) -> None:
-    with pytest.raises(UsageError, match="--train_dir gives the examples of one collection"):
+    with pytest.raises(UsageError, match="--train_dir replaces the examples of one collection"):
         build("--train_dir", scored, dataset=f"{folder}+{scored}")
 
 
-def test_one_set_is_no_mixture(build: Callable[..., Built]) -> None:
+def test_one_dataset_is_not_a_mixture(build: Callable[..., Built]) -> None:
     assert isinstance(build().set, TrainingSet)
 
 

@@ -11,44 +11,46 @@ from mlflow_dr.training.flags import check_flags, known_flags
 from mlflow_dr.training.parsing import training_parser
 
 
-def test_the_names_are_the_parsers() -> None:
+def test_the_known_flags_are_those_of_the_parser() -> None:
     assert known_flags() == set(training_parser()._option_string_actions)
 
 
 @pytest.mark.parametrize(
-    ("words", "message"),
+    ("argv", "message"),
     [
-        (["--learning_rat", "1"], "no flag --learning_rat; did you mean --learning_rate?"),
-        (["--lerning-rate=1"], "no flag --lerning-rate; did you mean --learning_rate?"),
-        (["--trian_file", "x"], "no flag --trian_file; did you mean --train_file?"),
+        (["--learning_rat", "1"], "unknown flag --learning_rat; did you mean --learning_rate?"),
+        (["--lerning-rate=1"], "unknown flag --lerning-rate; did you mean --learning_rate?"),
+        (["--trian_file", "x"], "unknown flag --trian_file; did you mean --train_file?"),
         (["--measurs", "x"], "did you mean --measures?"),
-        (["--zzzzzz"], "no flag --zzzzzz; `mlflow-dr train --help` lists all"),
+        (["--zzzzzz"], "unknown flag --zzzzzz; `mlflow-dr train --help` lists all"),
         (["--pooling", "clss"], "^pooling is 'clss'; expected cls, mean, .* or weighted_mean"),
         (["--lora-publish=both"], "^lora-publish is 'both'; expected merged or adapter"),
         (["--recipe", "DPR"], "^recipe is 'DPR'; expected demo, msmarco, .* or dpr"),
         (["--config", "/no/such.yaml"], "/no/such.yaml: cannot be read"),
     ],
 )
-def test_what_is_refused_at_once(words: list[str], message: str) -> None:
+def test_mistakes_are_refused_at_once(argv: list[str], message: str) -> None:
     with pytest.raises(UsageError, match=message):
-        check_flags(words, ["--measures"])
+        check_flags(argv, ["--measures"])
 
 
-def test_a_file_of_flags_is_looked_into(tmp_path: Path) -> None:
+def test_flags_in_a_file_are_checked(tmp_path: Path) -> None:
     file = tmp_path / "train.yaml"
     file.write_text("learning_rate: 1e-5\nbatch_sise: 3\n")
-    with pytest.raises(UsageError, match=r"train\.yaml: no flag --batch_sise; .* --batch_size"):
+    with pytest.raises(
+        UsageError, match=r"train\.yaml: unknown flag --batch_sise; .* --batch_size"
+    ):
         check_flags(["--config", str(file)])
 
 
-def test_values_that_look_like_flags_are_left_alone() -> None:
+def test_values_that_look_like_flags_are_taken() -> None:
     check_flags(
         ["--learning_rate", "-1e-5", "--query_prefix=--x", "--fp16", "--no_publish_initial"]
     )
 
 
 @pytest.mark.parametrize(
-    ("words", "message"),
+    ("argv", "message"),
     [
         ("train --learning_rat 1", "did you mean --learning_rate?"),
         ("train --recipe dprr", "recipe is 'dprr'; expected"),
@@ -59,14 +61,14 @@ def test_values_that_look_like_flags_are_left_alone() -> None:
         ("mine --dpeth 3", "No such option '--dpeth'. (Did you mean one of: '--dataset'"),
     ],
 )
-def test_an_unknown_flag_needs_neither_torch_nor_mlflow(words: str, message: str) -> None:
+def test_an_unknown_flag_needs_neither_torch_nor_mlflow(argv: str, message: str) -> None:
     code = (
         "import sys; from mlflow_dr.cli import _run; code = _run(); "
         "heavy = {'torch', 'transformers', 'mlflow', 'pandas'} & set(sys.modules); "
         "print(code, sorted(heavy))"
     )
     done = subprocess.run(
-        [sys.executable, "-c", code, *words.split()],
+        [sys.executable, "-c", code, *argv.split()],
         capture_output=True,
         text=True,
         check=True,

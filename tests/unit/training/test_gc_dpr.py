@@ -23,7 +23,7 @@ from mlflow_dr.training.parsing import parse_training
 PROGRAMS_FLAGS = """
     --pretrained_model_cfg tiny --encoder_model_type hf_bert --pretrained_file x
     --projection_dim 16 --sequence_length 64 --no_cuda --local_rank -1 --fp16_opt_level O1
-    --train_file {room}/nq-train-*.json --dev_file {room}/nq-dev.json
+    --train_file {directory}/nq-train-*.json --dev_file {directory}/nq-dev.json
     --batch_size 4 --dev_batch_size 16 --seed 12345 --adam_eps 1e-7 --adam_betas (0.8,0.99)
     --max_grad_norm 3.0 --log_batch_step 7 --train_rolling_loss_step 9 --weight_decay 0.1
     --learning_rate 3e-05 --warmup_steps 12 --dropout 0.2 --gradient_accumulation_steps 2
@@ -48,7 +48,7 @@ def record(name: str) -> Any:
 
 
 @pytest.fixture
-def room(tmp_path: Path) -> Path:
+def directory(tmp_path: Path) -> Path:
     """Two files to train on, of 6 and 3 questions, and one to validate on."""
     for file, names in (("train-1", "abcdef"), ("train-2", "uvw"), ("dev", "xyz")):
         text = json.dumps([record(name * 3) for name in names])
@@ -56,20 +56,20 @@ def room(tmp_path: Path) -> Path:
     return tmp_path
 
 
-def built(words: Sequence[str]) -> tuple[TrainingRequest, Any, Encoder]:
-    request = parse_training(words)
+def built(argv: Sequence[str]) -> tuple[TrainingRequest, Any, Encoder]:
+    request = parse_training(argv)
     data = open_data(request.data)
     return request, data, build_encoder(request, data, request.model.model_name_or_path)
 
 
-def test_all_flags_of_the_program(room: Path, caplog: pytest.LogCaptureFixture) -> None:
-    request = parse_training(PROGRAMS_FLAGS.format(room=room).split())
+def test_all_flags_of_the_program(directory: Path, caplog: pytest.LogCaptureFixture) -> None:
+    request = parse_training(PROGRAMS_FLAGS.format(directory=directory).split())
     model, data, trainer = request.model, request.data, request.trainer
     assert (model.model_name_or_path, model.dropout) == ("tiny", 0.2)
     assert (model.add_pooler, model.projection_out_dim) == (True, 16)
     assert (model.do_lower_case, model.fix_ctx_encoder) == (True, True)
-    assert data.dataset_name == f"{room}/nq-train-1.json+{room}/nq-train-2.json"
-    assert data.validation_dataset == f"pool:{room}/nq-dev.json"
+    assert data.dataset_name == f"{directory}/nq-train-1.json+{directory}/nq-train-2.json"
+    assert data.validation_dataset == f"pool:{directory}/nq-dev.json"
     assert (data.q_max_len, data.p_max_len, data.train_n_passages) == (64, 64, 3)
     assert not data.positive_passage_no_shuffle
     assert (trainer.per_device_train_batch_size, trainer.gradient_accumulation_steps) == (4, 2)
@@ -80,13 +80,15 @@ def test_all_flags_of_the_program(room: Path, caplog: pytest.LogCaptureFixture) 
     assert trainer.use_cpu
     assert request.loss.chunk_sizes() == {"query": 3, "passage": 5}
     assert request.publish.publish_per_epoch == 2
-    said = [line.getMessage() for line in caplog.records if "without effect" in line.getMessage()]
-    assert len(said) == 1
-    assert all(f"--{name}" in said[0] for name in WITHOUT_EFFECT)
+    messages = [
+        line.getMessage() for line in caplog.records if "without effect" in line.getMessage()
+    ]
+    assert len(messages) == 1
+    assert all(f"--{name}" in messages[0] for name in WITHOUT_EFFECT)
 
 
-def test_dprs_choices_stand_behind_its_flags(room: Path) -> None:
-    request = parse_training(["--train_file", f"{room}/nq-train-1.json"])
+def test_flags_override_the_recipe_of_dpr(directory: Path) -> None:
+    request = parse_training(["--train_file", f"{directory}/nq-train-1.json"])
     trainer = request.trainer
     assert request.encoder_changes() == {
         "pooling": "cls",
@@ -116,82 +118,88 @@ def test_the_recipe_by_name() -> None:
     assert (other.data.train_n_passages, other.loss.temperature) == (1, 0.05)
 
 
-def test_a_flag_alone_that_has_another_name_here_changes_nothing_else() -> None:
+def test_a_renamed_flag_alone_does_not_select_the_recipe() -> None:
     request = parse_training(["--batch_size", "4", "--hard_negatives", "3"])
     assert not request.model.untie_encoder
     assert request.data.train_n_passages == 4
 
 
 @pytest.mark.parametrize(
-    ("words", "message"),
+    ("argv", "message"),
     [
         ("--val_av_rank_start_epoch 30 --val_av_rank_max_qs 9", "--val_av_rank_start_epoch, --val"),
-        ("--train_file {room}/none-*.json", "--train_file: no file '{room}/none-*.json'"),
-        ("--train_file {file},{room}/none.json", "--train_file: no file '{room}/none.json'"),
-        ("--train_file {file} --dev_file {room}/*.json", "names 3 files; name one"),
-        ("--train_file {file} --dataset demo", "--train_file and --dataset say the same thing"),
-        ("--train_file {file} --hard_negatives 1 --train_group_size 2", "--train_group_size say"),
-        ("--train_file {file} --encoder_model_type pytext_bert", "pytext_bert is not offered"),
+        (
+            "--train_file {directory}/none-*.json",
+            "--train_file: no file matches '{directory}/none-*.json'",
+        ),
+        (
+            "--train_file {file},{directory}/none.json",
+            "--train_file: no file matches '{directory}/none.json'",
+        ),
+        ("--train_file {file} --dev_file {directory}/*.json", "matches 3 files; name one"),
+        ("--train_file {file} --dataset demo", "--train_file and --dataset set the same value"),
+        ("--train_file {file} --hard_negatives 1 --train_group_size 2", "--train_group_size set"),
+        ("--train_file {file} --encoder_model_type pytext_bert", "pytext_bert is not supported"),
         ("--train_file {file} --encoder_model_type bert", "expected hf_bert, pytext_bert or"),
         ("--train_file {file} --other_negatives -2", "other_negatives is -2; it must be"),
         ("--train_file {file} --adam_betas 0.9", "--adam_betas is '0.9'; expected two numbers"),
         ("--train_file {file} --adam_betas nine", "--adam_betas is 'nine'; expected numbers"),
-        ("--dev_file {file}", "--dev_file without --train_file"),
+        ("--dev_file {file}", "--dev_file needs --train_file"),
     ],
 )
-def test_what_cannot_be_meant_is_refused_by_name(room: Path, words: str, message: str) -> None:
-    names = {"room": room, "file": room / "nq-train-1.json"}
+def test_contradictions_are_refused_by_name(directory: Path, argv: str, message: str) -> None:
+    names = {"directory": directory, "file": directory / "nq-train-1.json"}
     with pytest.raises(UsageError) as caught:
-        parse_training(words.format(**names).split())
+        parse_training(argv.format(**names).split())
     assert message.format(**names) in str(caught.value)
     assert "\n" not in str(caught.value)
 
 
-def test_files_by_pattern_or_commas(room: Path) -> None:
-    one, two = (f"{room}/nq-train-{number}.json" for number in (1, 2))
+def test_files_by_pattern_or_commas(directory: Path) -> None:
+    one, two = (f"{directory}/nq-train-{number}.json" for number in (1, 2))
     for pattern, expected in (
-        (f"{room}/nq-train-?.json", f"{one}+{two}"),
+        (f"{directory}/nq-train-?.json", f"{one}+{two}"),
         (f"{two},{one}", f"{two}+{one}"),
         (two, two),
     ):
         assert parse_training(["--train_file", pattern]).data.dataset_name == expected
 
 
-def test_files_count_as_often_as_said(room: Path) -> None:
-    words = ["--train_file", f"{room}/nq-train-*.json", "--pretrained_model_cfg", "tiny"]
-    words += ["--q_max_len", "16", "--p_max_len", "32", "--use_cpu"]
-    assert len(mixed_training_set(*built(words))) == 9
-    upsampled = mixed_training_set(*built([*words, "--train_files_upsample_rates", "[1,4]"]))
+def test_upsample_rates_of_files(directory: Path) -> None:
+    argv = ["--train_file", f"{directory}/nq-train-*.json", "--pretrained_model_cfg", "tiny"]
+    argv += ["--q_max_len", "16", "--p_max_len", "32", "--use_cpu"]
+    assert len(mixed_training_set(*built(argv))) == 9
+    upsampled = mixed_training_set(*built([*argv, "--train_files_upsample_rates", "[1,4]"]))
     queries = [upsampled[index].query.tolist() for index in range(len(upsampled))]
     counts = sorted(queries.count(list(query)) for query in set(map(tuple, queries)))
     assert counts == [1] * 6 + [4] * 3
-    with pytest.raises(UsageError, match=r"has 3 rates, but .* has 2 parts"):
-        built([*words, "--train_files_upsample_rates", "[1,2,3]"])
+    with pytest.raises(UsageError, match=r"has 3 rates, but .* has 2 datasets"):
+        built([*argv, "--train_files_upsample_rates", "[1,2,3]"])
 
 
-def test_one_file_that_counts_twice(room: Path) -> None:
-    words = ["--train_file", f"{room}/nq-train-2.json", "--pretrained_model_cfg", "tiny"]
-    words += ["--train_files_upsample_rates", "[2]", "--use_cpu", "--sequence_length", "32"]
-    assert len(mixed_training_set(*built(words))) == 6
+def test_a_rate_of_one_file(directory: Path) -> None:
+    argv = ["--train_file", f"{directory}/nq-train-2.json", "--pretrained_model_cfg", "tiny"]
+    argv += ["--train_files_upsample_rates", "[2]", "--use_cpu", "--sequence_length", "32"]
+    assert len(mixed_training_set(*built(argv))) == 6
 
 
-def test_the_positive_is_the_first_unless_they_are_shuffled(room: Path) -> None:
-    words = ["--train_file", f"{room}/nq-train-2.json", "--pretrained_model_cfg", "tiny"]
-    words += ["--sequence_length", "32", "--use_cpu"]
+def test_the_positive_is_the_first_unless_they_are_shuffled(directory: Path) -> None:
+    argv = ["--train_file", f"{directory}/nq-train-2.json", "--pretrained_model_cfg", "tiny"]
+    argv += ["--sequence_length", "32", "--use_cpu"]
 
     def positives(more: Sequence[str]) -> set[tuple[int, ...]]:
-        training_set = mixed_training_set(*built([*words, *more]))
+        training_set = mixed_training_set(*built([*argv, *more]))
         return {tuple(training_set.group(0, visit).passages[0]) for visit in range(4)}
 
     assert len(positives([])) == 1
     assert len(positives(["--shuffle_positive_ctx"])) == 2
 
 
-def test_other_negatives_are_the_files_negative_ctxs(room: Path) -> None:
-    words = ["--train_file", f"{room}/nq-train-1.json", "--pretrained_model_cfg", "tiny"]
-    words += ["--sequence_length", "32", "--use_cpu", "--hard_negatives", "2"]
+def test_other_negatives_are_the_files_negative_ctxs(directory: Path) -> None:
+    argv = ["--train_file", f"{directory}/nq-train-1.json", "--pretrained_model_cfg", "tiny"]
+    argv += ["--sequence_length", "32", "--use_cpu", "--hard_negatives", "2"]
     for count in (0, 1, 2):
-        request, data, encoder = built([*words, "--other_negatives", str(count)])
+        request, data, encoder = built([*argv, "--other_negatives", str(count)])
         training_set = mixed_training_set(request, data, encoder)
         for index, name in enumerate("abcdef"):
             texts = [encoder.tokenizer.decode(ids) for ids in training_set[index].passages]
@@ -203,27 +211,34 @@ def test_other_negatives_are_the_files_negative_ctxs(room: Path) -> None:
     assert len(batch["passage"]["input_ids"]) == len(batch["keys"]) == 15
 
 
-def test_other_negatives_of_what_has_none(room: Path, tmp_path: Path) -> None:
+def test_other_negatives_of_data_without_them_are_refused(directory: Path, tmp_path: Path) -> None:
     passage = {"docid": "d", "title": "", "text": "all about it"}
     more = {"positive_passages": [passage], "negative_passages": [{**passage, "docid": "e"}]}
     (tmp_path / "tevatron.jsonl").write_text(json.dumps({"query_id": "1", "query": "it"} | more))
     for name in (str(tmp_path / "tevatron.jsonl"), "irds:vaswani"):
-        words = ["--dataset", name, "--validation_dataset", f"pool:{room}/nq-dev.json"]
-        request = parse_training([*words, "--other_negatives", "1", "--use_cpu"])
-        with pytest.raises(UsageError, match="leave out --other_negatives"):
+        argv = ["--dataset", name, "--validation_dataset", f"pool:{directory}/nq-dev.json"]
+        request = parse_training([*argv, "--other_negatives", "1", "--use_cpu"])
+        with pytest.raises(UsageError, match=r"negatives.*--other_negatives"):
             open_data(request.data)
 
 
-def test_the_development_file_is_what_validators_search(room: Path) -> None:
-    words = ["--train_file", f"{room}/nq-train-1.json", "--dev_file", f"{room}/nq-dev.json"]
-    collection = validated_collection(parse_training(words).data)
+def test_the_development_file_is_validated_on(directory: Path) -> None:
+    argv = [
+        "--train_file",
+        f"{directory}/nq-train-1.json",
+        "--dev_file",
+        f"{directory}/nq-dev.json",
+    ]
+    collection = validated_collection(parse_training(argv).data)
     assert len(collection.topics("dev").queries) == 3
     assert len(collection.corpus()) == 12
 
 
-def test_tokens_are_dprs_and_travel_with_the_checkpoint(room: Path, tmp_path: Path) -> None:
-    words = ["--train_file", f"{room}/nq-train-1.json", "--pretrained_model_cfg", "tiny"]
-    _, _, encoder = built([*words, "--sequence_length", "32", "--use_cpu"])
+def test_tokens_are_those_of_dpr_and_saved_in_the_checkpoint(
+    directory: Path, tmp_path: Path
+) -> None:
+    argv = ["--train_file", f"{directory}/nq-train-1.json", "--pretrained_model_cfg", "tiny"]
+    _, _, encoder = built([*argv, "--sequence_length", "32", "--use_cpu"])
     save_encoder(tmp_path / "saved", encoder)
     for one in (encoder, load_encoder(tmp_path / "saved")):
         tokenizer = one.tokenizer
@@ -239,7 +254,7 @@ def test_tokens_are_dprs_and_travel_with_the_checkpoint(room: Path, tmp_path: Pa
 
 
 def test_berts_separator_needs_a_tokenizer_that_has_it(
-    room: Path, make_tiny: Callable[..., Encoder], tmp_path: Path
+    directory: Path, make_tiny: Callable[..., Encoder], tmp_path: Path
 ) -> None:
     tiny = make_tiny()
     backend = json.loads(tiny.tokenizer.backend_tokenizer.to_str().replace("[SEP]", "</s>"))
@@ -248,18 +263,22 @@ def test_berts_separator_needs_a_tokenizer_that_has_it(
         tokenizer_file=str(tmp_path / "tokenizer.json"), pad_token="[PAD]", sep_token="</s>"
     )
     save_encoder(tmp_path / "other", Encoder(tiny.backbone, tokenizer, tiny.settings))
-    words = ["--train_file", f"{room}/nq-train-1.json", "--model", str(tmp_path / "other")]
-    words += ["--sequence_length", "32", "--use_cpu"]
-    with pytest.raises(UsageError, match=r"no \[SEP\], .* --passage_field_separator '</s>'"):
-        built(words)
-    built([*words, "--passage_field_separator", "</s>"])
+    argv = ["--train_file", f"{directory}/nq-train-1.json", "--model", str(tmp_path / "other")]
+    argv += ["--sequence_length", "32", "--use_cpu"]
+    with pytest.raises(
+        UsageError, match=r"does not know \[SEP\], .* --passage_field_separator '</s>'"
+    ):
+        built(argv)
+    built([*argv, "--passage_field_separator", "</s>"])
 
 
 @pytest.mark.parametrize("more", ["", "--grad_cache --q_chunk_size 1 --ctx_chunk_size 1"])
-def test_a_fixed_passage_encoder_stays(room: Path, make_trainer: Any, more: str) -> None:
-    words = ["--train_file", f"{room}/nq-train-1.json", "--pretrained_model_cfg", "tiny"]
-    words += ["--sequence_length", "32", "--fix_ctx_encoder", "--use_cpu", *more.split()]
-    request, data, encoder = built(words)
+def test_a_frozen_passage_encoder_does_not_change(
+    directory: Path, make_trainer: Any, more: str
+) -> None:
+    argv = ["--train_file", f"{directory}/nq-train-1.json", "--pretrained_model_cfg", "tiny"]
+    argv += ["--sequence_length", "32", "--fix_ctx_encoder", "--use_cpu", *more.split()]
+    request, data, encoder = built(argv)
     queries = encoder.query_encoder
     before = [[w.clone() for w in one.backbone.parameters()] for one in (encoder, queries)]
     trainer = make_trainer(
@@ -276,15 +295,15 @@ def test_a_fixed_passage_encoder_stays(room: Path, make_trainer: Any, more: str)
         for old, one in zip(before, (encoder, queries), strict=True)
     ]
     assert same == [True, False]
-    with pytest.raises(UsageError, match="--fix_ctx_encoder leaves nothing to train"):
-        built([*words, "--untie_encoder", "false"])
+    with pytest.raises(UsageError, match="--fix_ctx_encoder needs separate encoders"):
+        built([*argv, "--untie_encoder", "false"])
 
 
-def test_dropout_is_the_backbones(room: Path) -> None:
-    words = ["--train_file", f"{room}/nq-train-1.json", "--pretrained_model_cfg", "tiny"]
-    words += ["--sequence_length", "32", "--use_cpu"]
+def test_dropout_is_set_in_the_backbone(directory: Path) -> None:
+    argv = ["--train_file", f"{directory}/nq-train-1.json", "--pretrained_model_cfg", "tiny"]
+    argv += ["--sequence_length", "32", "--use_cpu"]
     for value in (0.0, 0.25):
-        _, _, encoder = built([*words, "--dropout", str(value)])
+        _, _, encoder = built([*argv, "--dropout", str(value)])
         for tower in encoder.distinct_encoders:
             config = tower.backbone.config
             assert config.hidden_dropout_prob == config.attention_probs_dropout_prob == value
@@ -292,8 +311,8 @@ def test_dropout_is_the_backbones(room: Path) -> None:
             assert {module.p for module in dropouts} == {value}
 
 
-def test_lower_case_where_the_tokenizer_keeps_case(
-    room: Path, make_tiny: Callable[..., Encoder], tmp_path: Path
+def test_lower_case_with_a_tokenizer_that_keeps_case(
+    directory: Path, make_tiny: Callable[..., Encoder], tmp_path: Path
 ) -> None:
     tiny = make_tiny()
     backend = json.loads(tiny.tokenizer.backend_tokenizer.to_str())
@@ -303,8 +322,8 @@ def test_lower_case_where_the_tokenizer_keeps_case(
         tokenizer_file=str(tmp_path / "tokenizer.json"), pad_token="[PAD]", sep_token="[SEP]"
     )
     save_encoder(tmp_path / "cased", Encoder(tiny.backbone, tokenizer, tiny.settings))
-    words = ["--train_file", f"{room}/nq-train-1.json", "--sequence_length", "32", "--use_cpu"]
-    _, _, encoder = built([*words, "--model", str(tmp_path / "cased"), "--do_lower_case"])
+    argv = ["--train_file", f"{directory}/nq-train-1.json", "--sequence_length", "32", "--use_cpu"]
+    _, _, encoder = built([*argv, "--model", str(tmp_path / "cased"), "--do_lower_case"])
     assert encoder.settings.lowercase
     assert encoder.query_encoder.settings.lowercase
     ids = TextTokenizer(encoder.tokenizer, encoder.settings).passage_ids(
@@ -313,5 +332,5 @@ def test_lower_case_where_the_tokenizer_keeps_case(
     expected = encoder.tokenizer("the lighthouse [SEP] counts the ships")["input_ids"]
     assert ids == [expected]
     assert expected.count(encoder.tokenizer.sep_token_id) == 2
-    _, _, plain = built([*words, "--model", "tiny", "--do_lower_case"])
+    _, _, plain = built([*argv, "--model", "tiny", "--do_lower_case"])
     assert not plain.settings.lowercase  # its tokenizer does it

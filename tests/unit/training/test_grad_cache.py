@@ -24,7 +24,7 @@ class Encode:
     """The towers; remembers which texts it was given in which call, and with or without a graph."""
 
     def __init__(self, encoder: Encoder) -> None:
-        self.towers = BiEncoder(encoder)
+        self.distinct_encoders = BiEncoder(encoder)
         self.calls: list[tuple[bool, dict[str, Texts]]] = []
 
     def __call__(self, texts: Mapping[str, Texts]) -> dict[str, Tensor]:
@@ -33,7 +33,7 @@ class Encode:
             role: {name: one[name] for name in ("input_ids", "attention_mask")}
             for role, one in texts.items()
         }
-        return self.towers(bare)
+        return self.distinct_encoders(bare)
 
     def first_pass(self) -> list[dict[str, Texts]]:
         return [texts for with_graph, texts in self.calls if not with_graph]
@@ -139,7 +139,7 @@ def assert_equal(got: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> N
 @pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
 @pytest.mark.parametrize("n_passages", [1, 3])
 @pytest.mark.parametrize("temperature", [0.01, 0.05, 1.0])
-def test_the_gradient_is_that_of_the_whole_batch(
+def test_the_gradient_equals_that_of_the_whole_batch(
     make_small: Callable[..., Encoder],
     make_batch: Callable[..., Batch],
     temperature: float,
@@ -205,7 +205,7 @@ def test_dropout_draws_anew_in_each_chunk(
     assert distances.min() > 1e-3
 
 
-def test_numbers_drawn_between_the_passes_are_not_drawn_again(
+def test_the_second_pass_does_not_change_the_random_state(
     make_small: Callable[..., Encoder], make_batch: Callable[..., Batch]
 ) -> None:
     """By a loss that samples, for example."""

@@ -1,7 +1,9 @@
 """The objective, held against sums written out and torch's own formulas."""
 
 import math
-from collections.abc import Callable, Sequence
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -9,7 +11,11 @@ import torch
 from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 
-from mlflow_dr.training.loss import Objective, across
+from mlflow_dr.encoder.model import Encoder
+from mlflow_dr.errors import UsageError
+from mlflow_dr.training.flags import OWN_LOSSES, losses
+from mlflow_dr.training.loss import LossInputs, Objective, across
+from mlflow_dr.training.parsing import parse_training
 
 
 def vectors(
@@ -30,11 +36,11 @@ def written_out(
     for index, query in enumerate(queries):
         target = index * each
         counted = [
-            place
-            for place in range(len(passages))
-            if place == target or keys is None or keys[place] != keys[target]
+            row
+            for row in range(len(passages))
+            if row == target or keys is None or keys[row] != keys[target]
         ]
-        scores = {place: (query @ passages[place]).item() / temperature for place in counted}
+        scores = {row: (query @ passages[row]).item() / temperature for row in counted}
         best = max(scores.values())
         total += math.log(sum(math.exp(s - best) for s in scores.values())) + best - scores[target]
     return total / len(queries)
@@ -52,7 +58,7 @@ KEYS = [7, 1, 2, 7, 3, 1, 9, 7, 4, 5, 9, 9]
 """Of three passages for each of four queries: 0 and 1 share a positive, 7 is 0's once more."""
 
 
-def test_the_same_passage_once_more_is_no_negative() -> None:
+def test_copies_of_the_positive_are_not_negatives() -> None:
     queries, passages = vectors(4, 3)
     keys = torch.tensor(KEYS)
     loss = Objective(0.5)(queries, passages, keys).item()
@@ -123,7 +129,7 @@ def test_distillation_is_torchs_divergence() -> None:
     torch.testing.assert_close(loss, expected, rtol=1e-12, atol=1e-12)
 
 
-def test_distillation_is_zero_where_the_student_is_the_teacher() -> None:
+def test_distillation_is_zero_if_the_student_equals_the_teacher() -> None:
     queries, passages = vectors(4, 3)
     own = torch.einsum("qd,qpd->qp", queries, passages.view(4, 3, 8))
     objective = Objective(0.5, distil_weight=1.0, distil_temperature=0.5)
@@ -131,7 +137,7 @@ def test_distillation_is_zero_where_the_student_is_the_teacher() -> None:
     assert loss.item() == pytest.approx(0, abs=1e-12)
 
 
-def test_the_weight_is_the_teachers_share() -> None:
+def test_the_weight_mixes_loss_and_distillation() -> None:
     queries, passages = vectors(4, 3)
     teacher = torch.rand(4, 3, generator=torch.Generator().manual_seed(1))
 
@@ -162,3 +168,112 @@ def test_one_process_alone_gathers_nothing() -> None:
     assert across(queries) is queries
     alone = Objective(0.05, across_devices=True)(queries, passages)
     assert torch.equal(alone, Objective(0.05)(queries, passages))
+
+
+@pytest.mark.parametrize("name", ["contrastive", "distillation"])
+def test_our_losses_are_found_by_name(name: str) -> None:
+    assert name in OWN_LOSSES and name in losses.names()
+
+
+def test_distillation_alone_is_the_loss_with_its_whole_weight() -> None:
+    queries, passages = vectors(4, 3)
+    teacher = torch.rand(4, 3, generator=torch.Generator().manual_seed(1))
+    alone = Objective(0.5, loss="distillation", distil_temperature=2.0)
+    mixed = Objective(0.5, distil_weight=1.0, distil_temperature=2.0)
+    assert alone.needs_teacher and mixed.needs_teacher and not Objective().needs_teacher
+    expected = mixed(queries, passages, teacher=teacher)
+    assert torch.equal(alone(queries, passages, teacher=teacher), expected)
+
+
+OUTSIDE = '''
+import torch
+from mlflow_dr.training.loss import LossInputs, needs_teacher
+
+
+@needs_teacher
+def margin_mse(inputs: LossInputs) -> torch.Tensor:
+    """Hofstätter et al. 2020: margins like the teacher's."""
+    scores, teacher = inputs.own_scores(), inputs.teacher_scores
+    margins = scores[:, :1] - scores[:, 1:]
+    return torch.nn.functional.mse_loss(margins, teacher[:, :1] - teacher[:, 1:])
+
+
+def hinge(inputs: LossInputs) -> torch.Tensor:
+    """Every other passage of the batch should score lower than the positive, by 1."""
+    scores = inputs.scores()
+    positive = scores.gather(1, inputs.positives[:, None])
+    others = torch.ones_like(scores).scatter(1, inputs.positives[:, None], 0.0)
+    return (torch.relu(1 + scores - positive) * others).sum(dim=1).mean()
+'''
+
+
+@pytest.fixture
+def outside(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """A package with two losses, as pip would install it."""
+    info = tmp_path / "outside_losses-1.0.dist-info"
+    info.mkdir()
+    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: outside-losses\nVersion: 1.0\n")
+    (info / "entry_points.txt").write_text(
+        "[mlflow_dr.losses]\nmargin_mse = outside_losses:margin_mse\nhinge = outside_losses:hinge\n"
+    )
+    (tmp_path / "outside_losses.py").write_text(OUTSIDE)
+    monkeypatch.syspath_prepend(tmp_path)
+    registered = dict(losses._parts)
+    yield
+    losses._parts.clear()
+    losses._parts.update(registered)
+    sys.modules.pop("outside_losses", None)
+
+
+@pytest.mark.usefixtures("outside")
+@pytest.mark.parametrize("sizes", [None, {"query": 2, "passage": 3}], ids=["plain", "cached"])
+@pytest.mark.parametrize("name", ["hinge", "margin_mse"])
+def test_a_loss_of_another_package_trains(
+    name: str,
+    sizes: dict[str, int] | None,
+    make_small: Callable[..., Encoder],
+    make_trainer: Callable[..., Any],
+    make_examples: Callable[..., Any],
+    set_of: Callable[..., Any],
+) -> None:
+    """It takes the teacher's scores if it needs them; the gradient cache changes nothing."""
+    examples = make_examples(
+        *(
+            (f"q{i}", [f"all about the colour {i}"], [f"never colour {i}"], [3.0, 1.0])
+            for i in range(8)
+        )
+    )
+    found = []
+    for chunks in (None, sizes):
+        encoder = make_small(normalize=True).double()
+        objective = Objective(0.5, loss=name)
+        trainer = make_trainer(
+            encoder,
+            training_set=set_of(encoder, examples, 2, with_scores=objective.needs_teacher),
+            objective=objective,
+            chunk_sizes=chunks,
+            max_steps=6,
+        )
+        trainer.train()
+        losses_of_steps = [logs["loss"] for logs in trainer.state.log_history if "loss" in logs]
+        assert losses_of_steps[-1] < losses_of_steps[0]
+        found.append(torch.cat([weight.detach().flatten() for weight in encoder.parameters()]))
+    torch.testing.assert_close(found[0], found[1], rtol=0, atol=1e-9)
+
+
+@pytest.mark.usefixtures("outside")
+def test_the_flag_takes_the_losses_of_other_packages() -> None:
+    assert parse_training(["--loss", "hinge"]).loss.objective().loss == "hinge"
+    with pytest.raises(UsageError, match=r"loss is 'hing'; did you mean 'hinge'\? \(known: contr"):
+        parse_training(["--loss", "hing"])
+
+
+def test_a_loss_is_registered_by_a_decorator() -> None:
+    @losses.register("zero")
+    def zero(inputs: LossInputs) -> Tensor:
+        return inputs.queries.sum() * 0
+
+    try:
+        assert Objective(loss="zero")(*vectors(2, 1)) == 0
+    finally:
+        losses._parts.pop("zero")

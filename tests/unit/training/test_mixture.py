@@ -72,7 +72,7 @@ def test_nothing_is_repeated_before_a_pass_ends(mixed: Make) -> None:
     assert seen["b"][:3] != seen["b"][3:6] or seen["b"][3:6] != seen["b"][6:9]
 
 
-def test_each_pass_takes_the_next_positive(mixed: Make) -> None:
+def test_each_pass_uses_the_next_positive(mixed: Make) -> None:
     mixture = mixed([9, 3], [1.0, 1.0])
     keys: dict[str, list[int]] = {}
     for epoch in range(2):  # of b's three queries, four passes
@@ -107,7 +107,7 @@ def test_the_order_depends_on_seed_and_epoch_alone(mixed: Make) -> None:
     assert order(mixed([7, 5], [2.0, 1.0], seed=1), 0) != forward[0]
 
 
-def test_workers_that_outlive_an_epoch_see_the_next(mixed: Make) -> None:
+def test_persistent_workers_see_the_next_epoch(mixed: Make) -> None:
     def names(groups: list[Group]) -> list[tuple[str, int]]:
         return [(group.query_id, int(group.keys[0])) for group in groups]
 

@@ -18,13 +18,13 @@ from mlflow_dr.training.parsing import parse_training, training_parser
 
 
 def test_dashes_and_underscores_are_the_same() -> None:
-    one = parse_training(["--learning-rate", "1e-4", "--publish-steps=7"])
-    other = parse_training(["--learning_rate", "1e-4", "--publish_steps=7"])
-    assert one.trainer.learning_rate == other.trainer.learning_rate == 1e-4
-    assert one.publish.publish_steps == other.publish.publish_steps == 7
+    dashed = parse_training(["--learning-rate", "1e-4", "--publish-steps=7"])
+    underscored = parse_training(["--learning_rate", "1e-4", "--publish_steps=7"])
+    assert dashed.trainer.learning_rate == underscored.trainer.learning_rate == 1e-4
+    assert dashed.publish.publish_steps == underscored.publish.publish_steps == 7
 
 
-def test_the_recipe_stands_behind_file_and_flags(tmp_path: Path) -> None:
+def test_file_and_flags_override_the_recipe(tmp_path: Path) -> None:
     file = tmp_path / "demo.yaml"
     file.write_text("learning_rate: 1e-4\nq-max-len: 48\ndataset: demo\n")
     request = parse_training(["--config", str(file), "--q_max_len", "20"])
@@ -33,7 +33,7 @@ def test_the_recipe_stands_behind_file_and_flags(tmp_path: Path) -> None:
     assert request.loss.temperature == 0.05  # the recipe of demo
 
 
-def test_a_file_may_say_nothing_of_a_flag_or_give_it_a_mapping(tmp_path: Path) -> None:
+def test_a_file_may_have_empty_values_and_mappings(tmp_path: Path) -> None:
     file = tmp_path / "train.yaml"
     file.write_text(
         "tokenizer_name: null\nlearning_rate:\nlr_scheduler_type: cosine_with_min_lr\n"
@@ -68,7 +68,7 @@ def test_save_steps_alone_means_saving() -> None:
 
 
 @pytest.mark.parametrize("flag", ["per_device_train_batch_size", "gradient_accumulation_steps"])
-def test_a_batch_has_something_in_it(flag: str) -> None:
+def test_an_empty_batch_is_refused(flag: str) -> None:
     with pytest.raises(UsageError, match=f"{flag} is 0; it must be at least 1"):
         parse_training([f"--{flag}", "0"])
 
@@ -86,14 +86,14 @@ def test_the_word_no_and_lists_in_yaml(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("text", ["[" * 9999, f"seed: {'9' * 5000}", "a: b: c"], ids=len)
-def test_a_file_of_flags_that_is_no_yaml(tmp_path: Path, text: str) -> None:
+def test_a_file_that_is_not_yaml_is_refused(tmp_path: Path, text: str) -> None:
     file = tmp_path / "train.yaml"
     file.write_text(text)
     with pytest.raises(UsageError, match=r"train\.yaml: not YAML or JSON"):
         parse_training(["--config", str(file)])
 
 
-def test_a_list_of_lists_is_no_value(tmp_path: Path) -> None:
+def test_a_list_of_lists_is_refused(tmp_path: Path) -> None:
     file = tmp_path / "train.yaml"
     file.write_text("query_prefix: [[a]]\n")
     with pytest.raises(UsageError, match=r"train\.yaml: --query_prefix: expected a value"):
@@ -101,14 +101,14 @@ def test_a_list_of_lists_is_no_value(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", ["dataset_name", "output_dir"])
-def test_a_mapping_where_a_file_of_flags_needs_a_value(tmp_path: Path, name: str) -> None:
+def test_a_mapping_instead_of_a_value_is_refused(tmp_path: Path, name: str) -> None:
     file = tmp_path / "train.yaml"
     file.write_text(f"{name}: {{a: 1}}\n")
     with pytest.raises(UsageError, match=rf"train\.yaml: --{name}: expected a value, not a map"):
         parse_training(["--config", str(file)])
 
 
-def test_bf16_gives_way_to_fp16_only_where_that_is_wanted(
+def test_fp16_replaces_bf16_only_if_it_is_true(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(devices, "_native_bf16", lambda device: True)
@@ -135,7 +135,7 @@ def test_epochs_replace_the_recipes_steps() -> None:
         (["--train_n_passages", "0"], "train_n_passages is 0"),
         (["--publish_steps", "-1"], "publish_steps is -1"),
         (["--config", "/no/such.yaml"], "/no/such.yaml: cannot be read"),
-        (["stray"], "no flag stray"),
+        (["stray"], "unknown argument stray"),
         (["--distil_weight", "1.5"], r"distil_weight is 1\.5; it must be from 0 to 1"),
         (["--distil_temperature", "0"], r"distil_temperature is 0\.0"),
         (["--gc_q_chunk_size", "0"], "gc_q_chunk_size is 0"),
@@ -149,7 +149,7 @@ def test_epochs_replace_the_recipes_steps() -> None:
         (["--do_train=no"], "--do_train false leaves nothing to do"),
         (["--do_eval"], "mlflow-dr validate --run-id RUN"),
         (["--do_predict"], "mlflow-dr validate --run-id RUN"),
-        (["--fp16", "--use_cpu"], "--fp16 needs a GPU; on a processor use --bf16"),
+        (["--fp16", "--use_cpu"], "--fp16 needs a GPU; on a CPU use --bf16"),
         (["--grad_cache", "--fsdp", "full_shard"], "--grad_cache cannot be used with --fsdp"),
     ],
 )
@@ -163,9 +163,9 @@ def test_what_is_wrong_is_one_line(flags: list[str], message: str) -> None:
     ("text", "message"),
     [
         ("learning_rat: 1", "did you mean"),
-        ("- a\n- b", "expected flags and values, got list"),
+        ("- a\n- b", "expected a mapping of flags to values, got list"),
         ("a: [", "not YAML or JSON"),
-        ("config: other.yaml", "no flag"),
+        ("config: other.yaml", "unknown flag"),
     ],
 )
 def test_a_bad_file_is_named(tmp_path: Path, text: str, message: str) -> None:
@@ -194,13 +194,13 @@ ALIASES = {
 def test_names_of_other_trainers_are_taken(alias: str, dashed: bool) -> None:
     """Tevatron's, GC-DPR's and Hugging Face's own before they were renamed."""
     part, name, value = ALIASES[alias]
-    word = "--" + alias[2:].replace("_", "-") if dashed else alias
-    request = parse_training([word, str(value)])
+    arg = "--" + alias[2:].replace("_", "-") if dashed else alias
+    request = parse_training([arg, str(value)])
     assert getattr(getattr(request, part), name) == value
 
 
 @pytest.mark.parametrize(
-    "word",
+    "arg",
     [
         "--negatives_x_device",
         "--negatives-x-device",
@@ -208,12 +208,12 @@ def test_names_of_other_trainers_are_taken(alias: str, dashed: bool) -> None:
         "--negative-x-device",
     ],
 )
-def test_negatives_across_devices_on_one_process_change_nothing_and_say_so(
-    word: str, caplog: pytest.LogCaptureFixture
+def test_negatives_across_devices_of_one_process_log_a_warning(
+    arg: str, caplog: pytest.LogCaptureFixture
 ) -> None:
-    request = parse_training([word])
+    request = parse_training([arg])
     assert request.loss.objective().across_devices
-    assert "changes nothing: there is one training process" in caplog.text
+    assert "has no effect: there is one training process" in caplog.text
     caplog.clear()
     assert not parse_training([]).loss.objective().across_devices
     assert caplog.text == ""
@@ -236,8 +236,8 @@ def test_tevatrons_defaults() -> None:
 
 
 def test_flags_of_the_loss_make_the_objective() -> None:
-    words = "--temperature 0.5 --mask_duplicates false --distil_weight 0.25 --distil_temperature 3"
-    objective = parse_training(words.split()).loss.objective()
+    argv = "--temperature 0.5 --mask_duplicates false --distil_weight 0.25 --distil_temperature 3"
+    objective = parse_training(argv.split()).loss.objective()
     assert objective == Objective(
         temperature=0.5, mask_duplicates=False, distil_weight=0.25, distil_temperature=3.0
     )
@@ -254,7 +254,7 @@ def test_flags_of_the_gradient_cache_make_chunks() -> None:
 
 
 @pytest.mark.parametrize(
-    ("words", "expected"),
+    ("argv", "expected"),
     [
         ([], None),
         (["--resume_from_checkpoint"], "true"),
@@ -262,8 +262,10 @@ def test_flags_of_the_gradient_cache_make_chunks() -> None:
         (["--resume-from-checkpoint", "out/checkpoint-5"], "out/checkpoint-5"),
     ],
 )
-def test_resuming_takes_a_checkpoint_or_nothing(words: list[str], expected: str | None) -> None:
-    assert parse_training([*words, "--max_steps", "3"]).trainer.resume_from_checkpoint == expected
+def test_resume_from_checkpoint_takes_a_value_or_none(
+    argv: list[str], expected: str | None
+) -> None:
+    assert parse_training([*argv, "--max_steps", "3"]).trainer.resume_from_checkpoint == expected
 
 
 def test_do_train_is_taken() -> None:
@@ -271,7 +273,7 @@ def test_do_train_is_taken() -> None:
     assert parse_training(["--do_train", "--learning_rate", "1e-4"]).trainer.do_train
 
 
-def test_adapters_to_go_on_with_are_adapters() -> None:
+def test_lora_name_or_path_implies_lora() -> None:
     assert not parse_training([]).model.lora
     assert parse_training(["--lora_name_or_path", "some/where"]).model.lora
 
@@ -279,6 +281,6 @@ def test_adapters_to_go_on_with_are_adapters() -> None:
 def test_every_flag_is_in_the_help_with_an_explanation() -> None:
     text = training_parser().format_help()
     for kind in (ModelArguments, LossArguments, DataArguments, PublishArguments):
-        for one in fields(kind):
-            assert f"--{one.name}" in text
-            assert one.metadata["help"]
+        for field in fields(kind):
+            assert f"--{field.name}" in text
+            assert field.metadata["help"]

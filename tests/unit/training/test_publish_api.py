@@ -22,10 +22,9 @@ from mlflow_dr.tracking.client import tracking_uri
 from mlflow_dr.tracking.fetching import checkpoint_files
 from mlflow_dr.tracking.following import FollowedRun
 from mlflow_dr.tracking.runs import RUN_VARIABLE, TrackedRun
-from mlflow_dr.training import publish_api
+from mlflow_dr.training import publish_api, publishing
 from mlflow_dr.training.publishing import Publisher
 from mlflow_dr.validation.config import ValidateConfig
-from mlflow_dr.validation.validator import run_validator
 
 CONFIG = ValidateConfig(measures="mrr@10", device="cpu", dtype="fp32")
 
@@ -34,7 +33,8 @@ CONFIG = ValidateConfig(measures="mrr@10", device="cpu", dtype="fp32")
 def _clean(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.delenv(RUN_VARIABLE, raising=False)
     yield
-    publish_api._background.clear()
+    publish_api._publishers.clear()
+    publish_api._sources.clear()
 
 
 @pytest.fixture
@@ -48,7 +48,7 @@ def folder(beir_folder: Callable[..., Path], texts: list[str]) -> Path:
 
 
 def steps(run: TrackedRun) -> list[tuple[int, bool]]:
-    return [(one.step, one.ready) for one in run_checkpoints(run)]
+    return [(checkpoint.step, checkpoint.ready) for checkpoint in run_checkpoints(run)]
 
 
 def test_a_checkpoint_is_ready_on_return_and_a_validator_needs_no_more(
@@ -58,8 +58,8 @@ def test_a_checkpoint_is_ready_on_return_and_a_validator_needs_no_more(
         first = publish_checkpoint(tiny, 0, dataset=str(folder), split="dev")
         second = publish_checkpoint(tiny, np.int64(10), dataset=str(folder), split="dev")  # type: ignore[arg-type]
         assert steps(run) == [(0, True), (10, True)]
-        assert [one.model_id for one in run_checkpoints(run)] == [first, second]
-    assert run_validator(FollowedRun(run), CONFIG).done == 2
+        assert [checkpoint.model_id for checkpoint in run_checkpoints(run)] == [first, second]
+    assert watch(FollowedRun(run), Plan((VALIDATION,))).done == 2
     history = run.client.get_metric_history(run.id, "val/mrr_at_10")
     assert sorted(point.step for point in history) == [0, 10]
 
@@ -69,7 +69,7 @@ def test_the_development_split_is_the_default(run: TrackedRun, tiny: Encoder, fo
     assert run.fetch().data.params["validation_split"] == "dev"
 
 
-def test_the_run_may_be_named_and_stays_as_it_is(
+def test_a_named_run_keeps_its_status(
     run: TrackedRun, tiny: Encoder, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     run.finish("FINISHED")
@@ -83,9 +83,7 @@ def test_the_run_may_be_named_and_stays_as_it_is(
     assert mlflow.active_run() is None
 
 
-def test_in_the_background_the_weights_are_those_of_the_call(
-    run: TrackedRun, tiny: Encoder
-) -> None:
+def test_without_waiting_the_weights_are_those_at_the_call(run: TrackedRun, tiny: Encoder) -> None:
     with mlflow.start_run(run_id=run.id):
         expected = []
         for step in range(4):
@@ -101,7 +99,7 @@ def test_in_the_background_the_weights_are_those_of_the_call(
             assert torch.equal(next(load_encoder(directory).parameters()), weight)
 
 
-def test_the_background_makes_no_request_once_it_runs(
+def test_without_waiting_later_calls_make_no_request(
     run: TrackedRun, tiny: Encoder, folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def publish(step: int) -> None:
@@ -112,7 +110,7 @@ def test_the_background_makes_no_request_once_it_runs(
     def no_request(*_: object, **__: object) -> None:
         raise AssertionError("asked the server on the training thread")
 
-    for name in ("connect", "find_run", "ready_steps", "run_checkpoints", "open_collection"):
+    for name in ("connect", "find_run", "published_checkpoints", "open_collection"):
         monkeypatch.setattr(publish_api, name, no_request)
     publish(1)
     flush_checkpoints()
@@ -135,7 +133,7 @@ def test_another_model_waits_for_the_one_before(
             assert torch.equal(found, next(encoder.parameters()))
 
 
-def test_a_bare_directory_that_is_used_again_is_read_again(
+def test_a_bare_directory_is_read_at_each_call(
     run: TrackedRun, make_tiny: Callable[..., Encoder], tmp_path: Path
 ) -> None:
     settings: dict[str, Any] = {"pooling": "mean", "normalize": True}
@@ -164,7 +162,7 @@ def test_a_step_that_the_run_has_is_not_published_again(
 
 
 @pytest.mark.parametrize("waits", [(True, False, True), (False, True, False)], ids=str)
-def test_a_step_is_published_once_waited_for_or_not(
+def test_a_step_is_published_once_with_and_without_waiting(
     run: TrackedRun, tiny: Encoder, waits: tuple[bool, ...]
 ) -> None:
     """The first of them while there is a publisher in the background."""
@@ -175,9 +173,7 @@ def test_a_step_is_published_once_waited_for_or_not(
     assert found == {run_checkpoints(run)[1].model_id}
 
 
-def test_what_failed_in_the_background_is_told_when_flushed(
-    run: TrackedRun, tmp_path: Path, tiny: Encoder
-) -> None:
+def test_flush_raises_for_steps_that_failed(run: TrackedRun, tmp_path: Path, tiny: Encoder) -> None:
     save_encoder(tmp_path / "gone", tiny)
     publish_checkpoint(tiny, 1, run_id=run.id, wait=False)
     flush_checkpoints()
@@ -201,14 +197,14 @@ def test_what_failed_in_the_background_is_told_when_flushed(
     assert [step for step, ready in steps(run) if ready] == [1, 2, 4]
 
 
-def test_what_the_server_refuses_is_one_line(
+def test_a_refusal_of_the_server_is_one_line(
     run: TrackedRun, tiny: Encoder, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def refused(*_: object, **__: object) -> str:
         raise MlflowException("disk quota\nexceeded")
 
-    monkeypatch.setattr(publish_api, "publish_state", refused)
-    with pytest.raises(TrackingError, match="publishing step 3: disk quota exceeded"):
+    monkeypatch.setattr(publishing, "publish_state", refused)
+    with pytest.raises(TrackingError, match=r"step 3 was not published: .*disk quota exceeded"):
         publish_checkpoint(tiny, 3, run_id=run.id)
 
 
@@ -223,7 +219,7 @@ def test_other_ranks_do_nothing(
     assert steps(run) == [(0, True)]
 
 
-def test_mistakes_are_told_before_anything_is_published(
+def test_mistakes_raise_before_anything_is_published(
     run: TrackedRun, tiny: Encoder, folder: Path, tmp_path: Path
 ) -> None:
     with pytest.raises(UsageError, match="no MLflow run to publish to"):
@@ -237,7 +233,7 @@ def test_mistakes_are_told_before_anything_is_published(
         publish_checkpoint(tiny, 0, run_id=run.id, dataset="msmarko")
     with pytest.raises(UsageError, match="split"):
         publish_checkpoint(tiny, 0, run_id=run.id, dataset=str(folder), split="valid")
-    with pytest.raises(UsageError, match="split='dev' of which dataset"):
+    with pytest.raises(UsageError, match="split='dev' needs a dataset"):
         publish_checkpoint(tiny, 0, run_id=run.id, split="dev")
     with pytest.raises(CheckpointError):
         publish_checkpoint(tmp_path, 0, run_id=run.id)
@@ -254,7 +250,7 @@ def test_the_log_names_the_model(
     assert f"step 7 published as models:/{model_id}" in caplog.text
 
 
-def test_what_nobody_would_take_is_told_at_the_next_call_and_kept(
+def test_a_refused_checkpoint_is_saved_and_the_next_call_raises(
     client: MlflowClient, tiny: Encoder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
@@ -263,7 +259,7 @@ def test_what_nobody_would_take_is_told_at_the_next_call_and_kept(
     experiment = client.create_experiment(f"no store {tmp_path}", str(tmp_path / "a file" / "x"))
     run_id = client.create_run(experiment).info.run_id
     publish_checkpoint(tiny, 1, run_id=run_id, wait=False)
-    publish_api._background[(tracking_uri(), run_id)].publisher.wait()
+    publish_api._publishers[(tracking_uri(), run_id)].wait()
     with pytest.raises(TrackingError, match=r"step 1 was not published: .*Not a directory"):
         publish_checkpoint(tiny, 2, run_id=run_id, wait=False)
     kept = tmp_path / "unpublished" / run_id / "unpublished-1"
@@ -271,5 +267,5 @@ def test_what_nobody_would_take_is_told_at_the_next_call_and_kept(
         flush_checkpoints()
     assert str(kept) in str(caught.value)
     assert torch.equal(next(load_encoder(kept).parameters()), next(tiny.parameters()))
-    with pytest.raises(TrackingError, match=r"publishing step 3|step 3 was not published"):
+    with pytest.raises(TrackingError, match="step 3 was not published"):
         publish_checkpoint(tiny, 3, run_id=run_id)

@@ -36,8 +36,9 @@ from mlflow_dr.tracking.checkpoints import announce_checkpoint, run_checkpoints
 from mlflow_dr.tracking.fetching import checkpoint_files
 from mlflow_dr.tracking.runs import RUN_VARIABLE, TrackedRun
 from mlflow_dr.training import publish_api
+from mlflow_dr.training.callbacks import ScheduledPublishing
 from mlflow_dr.training.checkpoint_source import EncoderSource
-from mlflow_dr.training.publishing import Publisher
+from mlflow_dr.training.publishing import Publisher, PublishSchedule
 
 QUIET: dict[str, Any] = {"use_cpu": True, "disable_tqdm": True, "logging_steps": 100}
 
@@ -67,7 +68,7 @@ class BiEncoder(nn.Module):
 
 
 def hf_trainer(
-    encoder: Encoder, room: Path, *callbacks: TrainerCallback, **arguments: Any
+    encoder: Encoder, directory: Path, *callbacks: TrainerCallback, **arguments: Any
 ) -> Trainer:
     rows = [
         {"query": torch.arange(3) + 5 + row, "passage": torch.arange(6) + 5 + row}
@@ -77,7 +78,7 @@ def hf_trainer(
     return Trainer(
         BiEncoder(encoder.backbone),
         TrainingArguments(
-            output_dir=str(room), per_device_train_batch_size=4, **{**options, **arguments}
+            output_dir=str(directory), per_device_train_batch_size=4, **{**options, **arguments}
         ),
         train_dataset=rows,  # type: ignore[arg-type]
         eval_dataset=rows,  # type: ignore[arg-type]
@@ -95,11 +96,11 @@ def callback(*arguments: Any, **more: Any) -> PublishCallback:
 
 def steps(run: TrackedRun) -> list[int]:
     checkpoints = run_checkpoints(run)
-    assert all(one.ready for one in checkpoints)
-    return [one.step for one in checkpoints]
+    assert all(checkpoint.ready for checkpoint in checkpoints)
+    return [checkpoint.step for checkpoint in checkpoints]
 
 
-def test_hugging_faces_trainer_publishes_first_last_and_every_so_many(
+def test_hugging_faces_trainer_publishes_the_first_the_last_and_every_few_steps(
     run: TrackedRun, tiny: Encoder, tmp_path: Path
 ) -> None:
     with mlflow.start_run(run_id=run.id):
@@ -154,7 +155,7 @@ def test_the_run_of_the_trainers_own_callback_ends_after_the_last_checkpoint_is_
     assert steps(tracked) == [0, trainer.state.global_step]
     info = tracked.fetch().info
     assert info.status == "FINISHED"
-    assert max(one.ready_ms for one in run_checkpoints(tracked)) <= info.end_time
+    assert max(checkpoint.ready_ms for checkpoint in run_checkpoints(tracked)) <= info.end_time
 
 
 def test_resumed_training_publishes_nothing_twice(
@@ -175,17 +176,23 @@ def test_resumed_training_publishes_nothing_twice(
         hf_trainer(first, tmp_path, publishing, Killed(), **saving).train()
     publishing._close()  # what the end of the process does
     left = announce_checkpoint(run, 6, "abc")  # announced by the killed trainer
-    before = {one.step: one.model_id for one in run_checkpoints(run) if one.ready}
+    before = {
+        checkpoint.step: checkpoint.model_id
+        for checkpoint in run_checkpoints(run)
+        if checkpoint.ready
+    }
     assert sorted(before) == [0, 1, 2, 3, 4, 5]
 
     again = make_tiny(pooling="mean")
     hf_trainer(again, tmp_path, callback(every=1, run_id=run.id), **saving).train(
         resume_from_checkpoint=str(tmp_path / "checkpoint-4")
     )
-    ready = [one for one in run_checkpoints(run) if one.ready]
-    assert [one.step for one in ready] == [0, 1, 2, 3, 4, 5, 6]
-    assert {one.step: one.model_id for one in ready if one.step < 6} == before
-    (abandoned,) = [one for one in run_checkpoints(run) if not one.ready]
+    ready = [checkpoint for checkpoint in run_checkpoints(run) if checkpoint.ready]
+    assert [checkpoint.step for checkpoint in ready] == [0, 1, 2, 3, 4, 5, 6]
+    assert {
+        checkpoint.step: checkpoint.model_id for checkpoint in ready if checkpoint.step < 6
+    } == before
+    (abandoned,) = [checkpoint for checkpoint in run_checkpoints(run) if not checkpoint.ready]
     assert (abandoned.model_id, abandoned.pending) == (left, False)
 
 
@@ -229,7 +236,7 @@ def test_without_a_run_training_does_not_begin(tiny: Encoder, tmp_path: Path) ->
         PublishCallback(-1)
 
 
-def test_what_cannot_be_published_is_told_before_the_first_step(
+def test_a_model_that_cannot_be_published_raises_before_the_first_step(
     run: TrackedRun, tiny: Encoder, tmp_path: Path
 ) -> None:
     trainer = hf_trainer(tiny, tmp_path, PublishCallback(1, run_id=run.id))
@@ -250,13 +257,14 @@ def test_other_ranks_publish_nothing_and_need_no_run(tiny: Encoder) -> None:
     publishing.on_train_end(nothing, state, nothing)
 
 
-def test_somebody_elses_publisher_is_used_and_left_open(
+def test_a_schedule_with_a_publisher_leaves_it_open(
     run: TrackedRun, tiny: Encoder, tmp_path: Path
 ) -> None:
-    publisher = Publisher(run, EncoderSource(tiny), done={4})
-    hf_trainer(tiny, tmp_path, PublishCallback(2, initial=False, publisher=publisher)).train()
+    publisher = Publisher(run, EncoderSource(tiny), published={4: "m-4"})
+    publishing = ScheduledPublishing(publisher.publish, PublishSchedule(2), initial=False)
+    hf_trainer(tiny, tmp_path, publishing).train()
     assert publisher.last_step == 6
-    publisher.submit(7)
+    publisher.publish(7)
     publisher.close()
     assert steps(run) == [2, 6, 7]
 
@@ -305,7 +313,7 @@ def test_training_stops_when_nothing_can_be_published_and_the_last_is_kept(
     assert torch.equal(weights, next(tiny.backbone.parameters()))
 
 
-def test_of_several_processes_the_first_one_does_not_wait_for_the_others(
+def test_a_refusal_in_one_of_several_processes_raises_at_once(
     refusing: TrackedRun, tiny: Encoder, tmp_path: Path
 ) -> None:
     """They are in their next step; torchrun ends them when this one fails."""

@@ -13,7 +13,6 @@ from mlflow.exceptions import MlflowException
 
 from mlflow_dr.encoder.directory import load_encoder, save_encoder
 from mlflow_dr.encoder.model import Encoder
-from mlflow_dr.errors import TrackingError
 from mlflow_dr.tracking.checkpoints import ready_steps, run_checkpoints
 from mlflow_dr.tracking.client import tracking_uri
 from mlflow_dr.tracking.fetching import checkpoint_files
@@ -59,7 +58,7 @@ def test_a_checkpoint_is_ready_when_the_store_lists_all_of_it(
 ) -> None:
     run.client = Swallowed(run.client, failures=2)  # type: ignore[assignment]
     publisher = Publisher(run, EncoderSource(tiny), pause=0.0)
-    publisher.submit(3)
+    publisher.publish(3)
     publisher.close()
     (checkpoint,) = run_checkpoints(run)
     assert checkpoint.ready
@@ -69,10 +68,10 @@ def test_a_checkpoint_is_ready_when_the_store_lists_all_of_it(
     assert "does not list 1_Pooling/config.json after its upload" in caplog.text
 
 
-def test_the_weights_are_those_of_the_moment_of_submitting(run: TrackedRun, tiny: Encoder) -> None:
+def test_the_weights_are_those_at_the_call(run: TrackedRun, tiny: Encoder) -> None:
     publisher = Publisher(run, EncoderSource(tiny))
     before = {name: value.clone() for name, value in tiny.state_dict().items()}
-    publisher.submit(3)
+    publisher.publish(3)
     with torch.no_grad():
         for parameter in tiny.parameters():
             parameter.add_(1.0)
@@ -106,7 +105,7 @@ def test_the_copies_of_every_gpu_are_waited_for(
     source = SimpleNamespace(state=lambda: weights, save=lambda to, _: to.mkdir())
     publisher = Publisher(run, source)
     publisher._spare.append({"1": torch.ones(1), "2": torch.ones(2), "on the host": torch.ones(3)})
-    publisher.submit(1)
+    publisher.publish(1)
     publisher.close()
     assert {device and device.index for device in waited} == {1, 2}
 
@@ -114,9 +113,11 @@ def test_the_copies_of_every_gpu_are_waited_for(
 def test_closing_waits_for_all(run: TrackedRun, tiny: Encoder) -> None:
     publisher = Publisher(run, EncoderSource(tiny))
     for step in range(5):
-        publisher.submit(step)
+        publisher.publish(step)
     publisher.close()
-    assert [(one.step, one.ready) for one in run_checkpoints(run)] == [(s, True) for s in range(5)]
+    assert [(checkpoint.step, checkpoint.ready) for checkpoint in run_checkpoints(run)] == [
+        (s, True) for s in range(5)
+    ]
 
 
 def test_a_failed_upload_is_tried_again_as_the_same_checkpoint(
@@ -124,23 +125,28 @@ def test_a_failed_upload_is_tried_again_as_the_same_checkpoint(
 ) -> None:
     run.client = Unreliable(run.client, failures=2)  # type: ignore[assignment]
     publisher = Publisher(run, EncoderSource(tiny), pause=0.01)
-    publisher.submit(1)
+    publisher.publish(1)
     publisher.close()
     assert publisher.unpublished == []
-    assert [(one.step, one.ready) for one in run_checkpoints(run)] == [(1, True)]
+    assert [(checkpoint.step, checkpoint.ready) for checkpoint in run_checkpoints(run)] == [
+        (1, True)
+    ]
 
 
-def test_what_fails_for_good_is_on_the_run_and_the_next_one_goes_on(
+def test_a_failure_is_noted_on_the_run_and_the_next_step_is_published(
     run: TrackedRun, tiny: Encoder
 ) -> None:
     run.client = Unreliable(run.client, failures=2)  # type: ignore[assignment]
     publisher = Publisher(run, EncoderSource(tiny), attempts=2, pause=0.01)
-    publisher.submit(1)
-    publisher.submit(2)
+    publisher.publish(1)
+    publisher.publish(2)
     publisher.close()
     assert publisher.unpublished == [1]
     assert "no route to host" in run.fetch().data.tags[FAILURE_TAG]
-    assert [(one.step, one.ready) for one in run_checkpoints(run)] == [(1, False), (2, True)]
+    assert [(checkpoint.step, checkpoint.ready) for checkpoint in run_checkpoints(run)] == [
+        (1, False),
+        (2, True),
+    ]
 
 
 def test_nothing_is_left_in_the_temporary_directory(
@@ -148,46 +154,51 @@ def test_nothing_is_left_in_the_temporary_directory(
 ) -> None:
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
     publisher = Publisher(run, EncoderSource(tiny))
-    publisher.submit(1)
+    publisher.publish(1)
     publisher.close()
     assert list(tmp_path.iterdir()) == []
     assert "publisher" not in {thread.name for thread in threading.enumerate()}
 
 
 def test_steps_that_the_run_has_are_not_published_again(run: TrackedRun, tiny: Encoder) -> None:
-    publisher = Publisher(run, EncoderSource(tiny), done={0, 5})
+    publisher = Publisher(run, EncoderSource(tiny), published={0: "m-0", 5: "m-5"})
     submitted = []
     for step in (0, 5, 10, 10):
-        submitted.append(publisher.submit(step))
+        submitted.append(publisher.publish(step))
         assert publisher.last_step == step
     publisher.close()
     assert submitted == [False, False, True, False]
-    assert [one.step for one in run_checkpoints(run)] == [10]
+    assert [checkpoint.step for checkpoint in run_checkpoints(run)] == [10]
 
 
-def test_an_earlier_step_is_made_up_for(run: TrackedRun, tiny: Encoder, tmp_path: Path) -> None:
+def test_an_earlier_step_is_published_from_another_source(
+    run: TrackedRun, tiny: Encoder, tmp_path: Path
+) -> None:
     save_encoder(tmp_path / "kept", tiny)
     run.client = Unreliable(run.client, failures=1)  # type: ignore[assignment]
     publisher = Publisher(run, EncoderSource(tiny), attempts=1)
     kept = DirectorySource(tmp_path / "kept")
-    assert [publisher.publish_missed_checkpoints(step, kept) for step in (1, 2)] == [False, True]
+    assert [publisher.publish(step, kept, wait=True) for step in (1, 2)] == [False, True]
     assert publisher.unpublished == [1]
-    assert [publisher.submit(step) for step in (2, 3)] == [False, True]
+    assert [publisher.publish(step) for step in (2, 3)] == [False, True]
     publisher.close()
-    assert [one.step for one in run_checkpoints(run) if one.ready] == [2, 3]
+    assert [checkpoint.step for checkpoint in run_checkpoints(run) if checkpoint.ready] == [2, 3]
 
 
 def test_a_step_that_failed_may_come_again(run: TrackedRun, tiny: Encoder) -> None:
     run.client = Unreliable(run.client, failures=1)  # type: ignore[assignment]
     publisher = Publisher(run, EncoderSource(tiny), attempts=1)
-    publisher.submit(1)
-    publisher._queue.join()
-    assert publisher.submit(1)
+    publisher.publish(1)
+    publisher.wait()
+    assert publisher.publish(1)
     publisher.close()
-    assert [(one.step, one.ready) for one in run_checkpoints(run)] == [(1, False), (1, True)]
+    assert [(checkpoint.step, checkpoint.ready) for checkpoint in run_checkpoints(run)] == [
+        (1, False),
+        (1, True),
+    ]
 
 
-def test_an_upload_that_fails_while_the_server_is_away_is_reported_as_itself(
+def test_an_upload_that_fails_while_the_server_is_away_is_reported(
     run: TrackedRun, tiny: Encoder, caplog: pytest.LogCaptureFixture
 ) -> None:
     class Away(Unreliable):
@@ -196,19 +207,19 @@ def test_an_upload_that_fails_while_the_server_is_away_is_reported_as_itself(
 
     run.client = Away(run.client, failures=1)  # type: ignore[assignment]
     publisher = Publisher(run, EncoderSource(tiny), attempts=1)
-    publisher.submit(1)
+    publisher.publish(1)
     publisher.close()
     assert "no route to host" in run.fetch().data.tags[FAILURE_TAG]
     assert "is left PENDING: MlflowException: server away" in caplog.text
-    assert [one.pending for one in run_checkpoints(run)] == [True]
+    assert [checkpoint.pending for checkpoint in run_checkpoints(run)] == [True]
 
 
-def test_after_the_end_nothing_is_taken(run: TrackedRun, tiny: Encoder) -> None:
+def test_a_closed_publisher_raises(run: TrackedRun, tiny: Encoder) -> None:
     publisher = Publisher(run, EncoderSource(tiny))
     publisher.close()
     publisher.close()
-    with pytest.raises(RuntimeError, match="step 7 comes after the publisher was closed"):
-        publisher.submit(7)
+    with pytest.raises(RuntimeError, match="step 7 was published after the publisher was closed"):
+        publisher.publish(7)
 
 
 def test_anything_with_a_state_is_published_from_the_publishers_thread(run: TrackedRun) -> None:
@@ -231,7 +242,7 @@ def test_anything_with_a_state_is_published_from_the_publishers_thread(run: Trac
     counter = Counter()
     publisher = Publisher(run, counter)
     for step in range(5):
-        publisher.submit(step)
+        publisher.publish(step)
         counter.weight += 1
     publisher.close()
     assert counter.threads == {"publisher"}
@@ -262,11 +273,11 @@ class Slow:
 
 publisher = Publisher(find_run(connect(sys.argv[1]), sys.argv[2]), Slow())
 close_at_exit(publisher)
-publisher.submit(1)
+publisher.publish(1)
 """
 
 
-def test_what_is_under_way_when_python_ends_may_still_use_thread_pools(run: TrackedRun) -> None:
+def test_uploads_may_use_thread_pools_while_python_ends(run: TrackedRun) -> None:
     done = subprocess.run(
         [sys.executable, "-c", AT_EXIT, tracking_uri(), run.id],
         capture_output=True,
@@ -275,7 +286,9 @@ def test_what_is_under_way_when_python_ends_may_still_use_thread_pools(run: Trac
         check=False,
     )
     assert done.returncode == 0, done.stderr
-    assert [(one.step, one.ready) for one in run_checkpoints(run)] == [(1, True)], done.stderr
+    assert [(checkpoint.step, checkpoint.ready) for checkpoint in run_checkpoints(run)] == [
+        (1, True)
+    ], done.stderr
 
 
 class Refusing(Unreliable):
@@ -294,25 +307,25 @@ class Refusing(Unreliable):
 NO_BOTO = ModuleNotFoundError("No module named 'boto3'", name="boto3")
 
 
-def test_a_first_checkpoint_that_is_refused_for_good_is_told_at_once(
+def test_a_refusal_of_the_first_checkpoint_is_reported_at_once(
     run: TrackedRun, tiny: Encoder, tmp_path: Path
 ) -> None:
     """After two tries; later ones are tried once, and the last of them is kept."""
     run.client = client = Refusing(run.client, *[NO_BOTO] * 9)  # type: ignore[assignment]
-    told: list[str] = []
+    reasons: list[str] = []
     publisher = Publisher(
-        run, EncoderSource(tiny), pause=0.01, keep_in=tmp_path / "out", on_refused=told.append
+        run, EncoderSource(tiny), pause=0.01, keep_in=tmp_path / "out", on_refused=reasons.append
     )
-    publisher.submit(0)
+    publisher.publish(0)
     publisher.wait()
     reason = "step 0 was not published: No module named 'boto3', and this artifact store needs it"
-    assert [one[: len(reason)] for one in told] == [reason]
+    assert [text[: len(reason)] for text in reasons] == [reason]
     assert publisher.refused
     assert len(client.errors) == 7
-    publisher.submit(3)
+    publisher.publish(3)
     publisher.close()
     assert len(client.errors) == 6
-    assert len(told) == 1
+    assert len(reasons) == 1
     kept = tmp_path / "out" / "unpublished-3"
     assert list((tmp_path / "out").iterdir()) == [kept]
     assert torch.equal(next(load_encoder(kept).parameters()), next(tiny.parameters()))
@@ -320,15 +333,15 @@ def test_a_first_checkpoint_that_is_refused_for_good_is_told_at_once(
     assert str(kept) in str(error) and "No module named 'boto3'" in str(error)
     assert "\n" not in str(error)
     assert "boto3" in run.fetch().data.tags[FAILURE_TAG]
-    assert [one.ready for one in run_checkpoints(run)] == [False, False]
+    assert [checkpoint.ready for checkpoint in run_checkpoints(run)] == [False, False]
 
 
-def test_one_refusal_among_answers_that_pass_is_tried_again(run: TrackedRun, tiny: Encoder) -> None:
+def test_a_single_refusal_is_tried_again(run: TrackedRun, tiny: Encoder) -> None:
     """A proxy may have answered in the server's place."""
     passing = MlflowException("away")
     run.client = Refusing(run.client, PermissionError(13, "no"), passing, PermissionError(13, "no"))  # type: ignore[assignment]
     publisher = Publisher(run, EncoderSource(tiny), pause=0.01)
-    publisher.submit(1)
+    publisher.publish(1)
     publisher.close()
     assert not publisher.refused
     assert ready_steps(run) == {1}
@@ -339,39 +352,41 @@ def test_a_later_refusal_does_not_stop_a_training_that_has_published(
 ) -> None:
     run.client = client = Refusing(run.client)  # type: ignore[assignment]
     publisher = Publisher(run, EncoderSource(tiny), pause=0.01, keep_in=tmp_path)
-    publisher.submit(1)
+    publisher.publish(1)
     publisher.wait()
     client.errors = [NO_BOTO, NO_BOTO]
-    publisher.submit(2)
+    publisher.publish(2)
     publisher.wait()
     assert not publisher.refused
     assert publisher.error() is not None, "the last one is not published"
     assert (tmp_path / "unpublished-2").is_dir()
-    publisher.submit(3)
+    publisher.publish(3)
     publisher.close()
     assert publisher.error() is None
     assert publisher.unpublished == [2]
     assert list(tmp_path.iterdir()) == [], "a later one is published"
 
 
-def test_what_is_made_up_and_refused_for_good_ends_it(
+def test_a_first_checkpoint_that_is_waited_for_may_be_refused(
     run: TrackedRun, tiny: Encoder, tmp_path: Path
 ) -> None:
     save_encoder(tmp_path / "kept", tiny)
     run.client = Refusing(run.client, NO_BOTO, NO_BOTO)  # type: ignore[assignment]
     publisher = Publisher(run, EncoderSource(tiny), pause=0.01)
-    with pytest.raises(TrackingError, match="step 1 was not published: No module named 'boto3'"):
-        publisher.publish_missed_checkpoints(1, DirectorySource(tmp_path / "kept"))
+    assert not publisher.publish(1, DirectorySource(tmp_path / "kept"), wait=True)
+    assert publisher.refused
+    error = publisher.error()
+    assert "step 1 was not published: No module named 'boto3'" in str(error)
     publisher.close()
 
 
-def test_a_place_without_room_is_said_too(
+def test_a_checkpoint_that_cannot_be_saved_either_is_logged(
     run: TrackedRun, tiny: Encoder, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     (tmp_path / "out").write_text("a file")
     run.client = Refusing(run.client, NO_BOTO, NO_BOTO)  # type: ignore[assignment]
     publisher = Publisher(run, EncoderSource(tiny), pause=0.01, keep_in=tmp_path / "out")
-    publisher.submit(1)
+    publisher.publish(1)
     publisher.close()
     assert "step 1 could not be saved in" in caplog.text
     assert "saved" not in str(publisher.error())
@@ -384,7 +399,7 @@ def test_published_files_have_the_mode_that_the_umask_allows(
     before = os.umask(0o027)
     try:
         publisher = Publisher(run, EncoderSource(tiny))
-        publisher.submit(1)
+        publisher.publish(1)
         publisher.close()
     finally:
         os.umask(before)

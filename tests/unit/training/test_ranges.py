@@ -64,7 +64,7 @@ def test_ranges(name: str, bad: tuple[float, ...], good: tuple[float, ...]) -> N
 
 
 @pytest.mark.parametrize(
-    ("words", "message"),
+    ("argv", "message"),
     [
         (["--learning-rate", "nan"], "learning-rate is nan; it must be at least 0"),
         (["--learning_rate=-1"], "learning_rate is -1.0; it must be at least 0"),
@@ -76,9 +76,9 @@ def test_ranges(name: str, bad: tuple[float, ...], good: tuple[float, ...]) -> N
         (["--adam_betas", "(0.9, 1)"], "adam_betas: adam_beta2 is 1.0; it must be at least 0"),
     ],
 )
-def test_the_flag_is_named_as_it_was_typed(words: list[str], message: str) -> None:
+def test_the_flag_is_named_as_it_was_typed(argv: list[str], message: str) -> None:
     with pytest.raises(UsageError) as caught:
-        parse_training(words)
+        parse_training(argv)
     assert message in str(caught.value)
 
 
@@ -107,7 +107,7 @@ def test_values_of_a_file_are_refused_with_the_file(
     assert message in str(caught.value)
 
 
-def test_python_is_answered_as_flags_are() -> None:
+def test_values_from_python_are_checked_too() -> None:
     with pytest.raises(UsageError, match="learning_rate is nan"):
         RetrieverTrainingArguments(learning_rate=NAN)
     with pytest.raises(UsageError, match="q_max_len is 0; it must be at least 3"):
@@ -116,7 +116,7 @@ def test_python_is_answered_as_flags_are() -> None:
         ModelArguments(pooling="middle")
 
 
-def test_every_rule_is_of_a_flag() -> None:
+def test_every_range_and_choice_belongs_to_a_flag() -> None:
     kinds = (
         ModelArguments,
         LossArguments,
@@ -125,7 +125,7 @@ def test_every_rule_is_of_a_flag() -> None:
         GcDprArguments,
         RetrieverTrainingArguments,
     )
-    assert {*RANGES, *CHOICES} <= {one.name for kind in kinds for one in fields(kind)}
+    assert {*RANGES, *CHOICES} <= {field.name for kind in kinds for field in fields(kind)}
 
 
 def test_lists_of_numbers() -> None:

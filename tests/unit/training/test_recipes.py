@@ -30,7 +30,7 @@ def test_the_recipes_of_the_catalogue() -> None:
     assert recipe_of("demo", "mined.jsonl") is TRAINING_FILES
 
 
-def test_what_has_judgements_alone(folder: str) -> None:
+def test_collections_with_only_judgements(folder: str) -> None:
     for name in (
         folder,
         "irds:vaswani",
@@ -58,7 +58,7 @@ def test_a_mixture_that_cannot_be_read() -> None:
         recipe_of("demo@x+demo")
 
 
-def test_a_recipe_by_name_goes_before_the_datasets() -> None:
+def test_a_named_recipe_replaces_that_of_the_dataset() -> None:
     assert tuple(NAMED) == RECIPE_NAMES
     assert recipe_of("demo", name="dpr") is DPR
     assert recipe_of("demo", name="msmarco") is MSMARCO

@@ -78,12 +78,12 @@ def trained(client: MlflowClient, experiment: str, folder: Path, saved: Path) ->
     """A function from flags to the run of their training; of `saved` on `folder` by default."""
 
     def trained(
-        *words: object, model: object = saved, dataset: object = folder, **flags: Any
+        *argv: object, model: object = saved, dataset: object = folder, **flags: Any
     ) -> Run:
         chosen = {"model": model, "dataset": dataset, "experiment_name": "tests", **FLAGS, **flags}
         given = {name: value for name, value in chosen.items() if value is not None}
-        pairs = [str(word) for name, value in given.items() for word in (f"--{name}", value)]
-        return run_of(train(parse_training([*map(str, words), *pairs])))
+        pairs = [str(arg) for name, value in given.items() for arg in (f"--{name}", value)]
+        return run_of(train(parse_training([*map(str, argv), *pairs])))
 
     def run_of(run_id: str) -> Run:
         return Run(client, client.get_run(run_id))
@@ -109,8 +109,10 @@ def published() -> Iterator[Callable[..., Path]]:
     with ExitStack() as fetches:
 
         def published(run: Run, step: int = 4) -> Path:
-            (one,) = (one for one in run_checkpoints(run) if one.step == step)
-            return fetches.enter_context(checkpoint_files(one))
+            (checkpoint,) = (
+                checkpoint for checkpoint in run_checkpoints(run) if checkpoint.step == step
+            )
+            return fetches.enter_context(checkpoint_files(checkpoint))
 
         yield published
 
@@ -139,7 +141,7 @@ def test_a_training_is_a_run_with_its_losses_and_checkpoints(
     assert not torch.allclose(after, before, atol=1e-3)
 
 
-def test_a_training_goes_on_from_a_published_checkpoint(
+def test_training_starts_from_a_published_checkpoint(
     trained: Make, published: Make, trainers: list[RetrieverTrainer]
 ) -> None:
     first = trained()
@@ -151,11 +153,11 @@ def test_a_training_goes_on_from_a_published_checkpoint(
         assert run.fetch().data.params["model"] == model
         there = load_encoder(published(run, 0))(IDS, MASK)
         assert torch.equal(there, load_encoder(published(first, 4), normalize=True)(IDS, MASK))
-    with pytest.raises(UsageError, match="adapters name a directory or a hub name"):
+    with pytest.raises(UsageError, match="the base of adapters must be a directory or a hub name"):
         trained("--lora", model=checkpoint.uri, lora_publish="adapter")
 
 
-def test_a_training_is_resumed_from_what_the_name_stood_for(
+def test_a_resumed_training_keeps_the_encoder_of_an_alias(
     trained: Make, trainers: list[RetrieverTrainer], tmp_path: Path
 ) -> None:
     """An alias that was given to another version meanwhile is no other base to its adapters."""
@@ -210,8 +212,8 @@ def losses(
 
     def losses(model: object = saved, dataset: object = folder, **flags: Any) -> list[float]:
         chosen = {**FLAGS, "model": model, "dataset": dataset, **flags}
-        words = [str(word) for name, value in chosen.items() for word in (f"--{name}", value)]
-        request = parse_training(words)
+        argv = [str(arg) for name, value in chosen.items() for arg in (f"--{name}", value)]
+        request = parse_training(argv)
         train_module._train(request, open_data(request.data), None, None)
         history = trainers[-1].state.log_history
         return [entry["loss"] for entry in history if "loss" in entry]
@@ -234,7 +236,7 @@ def losses(
     ],
     ids=str,
 )
-def test_what_changes_memory_and_time_only(
+def test_flags_that_change_only_memory_and_time(
     losses: Make, trainers: list[RetrieverTrainer], flags: dict[str, Any]
 ) -> None:
     """Step by step the same losses, without dropout."""
@@ -258,7 +260,9 @@ def test_what_changes_memory_and_time_only(
     ],
     ids=str,
 )
-def test_what_changes_the_first_loss(losses: Make, scored: Path, flags: dict[str, Any]) -> None:
+def test_flags_that_change_the_first_loss(
+    losses: Make, scored: Path, flags: dict[str, Any]
+) -> None:
     common: dict[str, Any] = {"dataset": scored, "max_steps": 1, "train_n_passages": 1}
     if "distil_weight" in flags:
         common["train_n_passages"] = 3
@@ -273,9 +277,7 @@ def test_what_changes_the_first_loss(losses: Make, scored: Path, flags: dict[str
     assert one != pytest.approx(two, rel=1e-3)
 
 
-def test_layers_are_computed_again_in_the_backward_pass(
-    make_small: Make, make_trainer: Make
-) -> None:
+def test_gradient_checkpointing_recomputes_layers(make_small: Make, make_trainer: Make) -> None:
     """Once more for each forward pass; `--gradient_checkpointing` is the flag's older name."""
     calls = {}
     for flags in ({}, {"activation_checkpointing": True}):
@@ -334,7 +336,7 @@ def test_lora_is_published_merged_or_as_adapters(
 
 
 @pytest.mark.parametrize("start", ["two towers", "models:/", "tiny"])
-def test_what_lora_left_unpublished_is_made_up(
+def test_missed_checkpoints_of_adapters_are_published(
     trained: Make,
     published: Make,
     make_two_towers: Callable[..., Encoder],
@@ -351,9 +353,9 @@ def test_what_lora_left_unpublished_is_made_up(
     flags = {"model": model, "output_dir": tmp_path / "out", "save_steps": 2}
     first = trained(*LORA, **flags)
     before = load_encoder(published(first, 2))
-    for one in run_checkpoints(first):
-        if one.step == 2:
-            first.client.delete_logged_model(one.model_id)
+    for checkpoint in run_checkpoints(first):
+        if checkpoint.step == 2:
+            first.client.delete_logged_model(checkpoint.model_id)
     assert ready_steps(first) == {0, 4}
     again = trained(*LORA, "--resume_from_checkpoint", **flags)
     assert again.id == first.id
@@ -364,7 +366,7 @@ def test_what_lora_left_unpublished_is_made_up(
         torch.testing.assert_close(one(IDS, MASK), other(IDS, MASK))
 
 
-def test_two_towers_are_published(
+def test_two_encoders_are_published(
     trained: Make, published: Make, trainers: list[RetrieverTrainer]
 ) -> None:
     loaded = load_encoder(published(trained("--untie_encoder")))
@@ -381,15 +383,18 @@ def test_a_mixture_is_shown_with_all_its_parts(trained: Make, folder: Path, scor
     assert run.fetch().data.params["dataset"] == str(folder)
 
 
-def test_files_without_judgements_are_trained_on_and_say_what_is_missing(
+def test_files_without_judgements_train_with_a_warning(
     trained: Make, scored: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     run = trained(dataset=scored, train_n_passages=2)
     assert run.status == "FINISHED"
-    assert "nothing can be validated on it; --validation_dataset names" in caplog.text
+    assert (
+        "validators cannot evaluate on it; name a collection that has some by --validation_dataset"
+        in caplog.text
+    )
 
 
-def test_weights_that_are_no_numbers_end_the_run_as_failed(
+def test_nan_weights_end_the_run_as_failed(
     trained: Make, saved: Path, tmp_path: Path, last_run: Make
 ) -> None:
     broken = load_encoder(saved)
@@ -424,7 +429,7 @@ def signalled(monkeypatch: pytest.MonkeyPatch) -> Callable[[int], None]:
 SAVING = {"save_steps": 100, "max_steps": 7}
 
 
-def test_stopped_and_resumed_it_is_the_same_run_with_the_same_losses(
+def test_a_resumed_training_has_the_same_run_and_losses(
     trained: Make,
     last_run: Make,
     signalled: Callable[[int], None],
@@ -445,13 +450,13 @@ def test_stopped_and_resumed_it_is_the_same_run_with_the_same_losses(
     assert resumed.status == "FINISHED"
     assert [step for step, _ in resumed.points()] == list(range(1, 8))
     assert resumed.losses() == pytest.approx(undisturbed.losses(), rel=1e-6)
-    steps = [one.step for one in run_checkpoints(resumed)]
+    steps = [checkpoint.step for checkpoint in run_checkpoints(resumed)]
     assert sorted(steps) == sorted({0, 2, 4, 6, 7, stopped})
     mean = "train/mean_loss"
     assert resumed.points(mean)[-1][1] == pytest.approx(undisturbed.points(mean)[0][1], rel=1e-6)
 
 
-def test_resumed_after_its_end_it_does_nothing_twice(trained: Make, tmp_path: Path) -> None:
+def test_resuming_a_finished_training_does_nothing_twice(trained: Make, tmp_path: Path) -> None:
     options = {"save_steps": 4, "output_dir": tmp_path / "out"}
     first = trained(**options)
     again = trained("--resume_from_checkpoint", **options)
@@ -471,12 +476,12 @@ def test_nothing_to_resume_begins_no_run(
     assert len(client.search_runs([experiment])) == len(before)
 
 
-def test_another_trainings_checkpoints_are_removed_when_asked_only(
+def test_checkpoints_of_another_training_are_removed_only_on_request(
     trained: Make, tmp_path: Path
 ) -> None:
     options = {"save_steps": 2, "output_dir": tmp_path / "out"}
     first = trained(**options)
-    with pytest.raises(UsageError, match="--overwrite_output_dir removes them"):
+    with pytest.raises(UsageError, match="remove them by --overwrite_output_dir"):
         trained(**options)
     assert (tmp_path / "out" / "checkpoint-4").is_dir()
     second = trained("--overwrite_output_dir", **{**options, "max_steps": 2})
@@ -516,12 +521,12 @@ def no_store(
     """A function to the run of the experiment whose artifacts would lie below a file."""
     monkeypatch.setattr(train_module, "Publisher", partial(Publisher, pause=0.0))
     (tmp_path / "a file").write_text("")
-    place = str(tmp_path / "a file" / "x")
-    experiment = client.create_experiment(f"no store {tmp_path}", place)
+    location = str(tmp_path / "a file" / "x")
+    experiment = client.create_experiment(f"no store {tmp_path}", location)
     return lambda: Run(client, client.search_runs([experiment])[0])
 
 
-def test_a_training_whose_checkpoints_nobody_takes_stops_and_is_a_failure(
+def test_training_stops_and_fails_if_nothing_can_be_published(
     trained: Make, no_store: Make, tmp_path: Path, trainers: list[RetrieverTrainer]
 ) -> None:
     """Nothing is lost: the last encoder is kept, and what it can be resumed from."""
@@ -533,14 +538,14 @@ def test_a_training_whose_checkpoints_nobody_takes_stops_and_is_a_failure(
     assert no_store().status == "FAILED"
     kept = tmp_path / "out" / f"unpublished-{last}"
     assert f"saved in {kept}" in str(bad.value)
-    assert "--resume_from_checkpoint goes on" in str(bad.value)
+    assert "continue it with --resume_from_checkpoint" in str(bad.value)
     assert "\n" not in str(bad.value)
     assert len(str(bad.value)) < 500 + len(str(kept))
     torch.testing.assert_close(load_encoder(kept)(IDS, MASK), vectors_of(trainers[-1]))
     assert (tmp_path / "out" / f"checkpoint-{last}").is_dir()
 
 
-def test_a_training_whose_last_checkpoint_is_not_published_is_a_failure(
+def test_training_fails_if_its_last_checkpoint_is_not_published(
     trained: Make,
     last_run: Make,
     tmp_path: Path,
@@ -570,7 +575,7 @@ def test_a_training_whose_last_checkpoint_is_not_published_is_a_failure(
     assert ready_steps(last_run()) == {0, 2, 4}
 
 
-def test_a_damaged_checkpoint_is_passed_over_when_resumed(
+def test_a_damaged_checkpoint_is_not_resumed_from(
     trained: Make, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     flags = {"output_dir": tmp_path / "out", "save_steps": 2}
@@ -582,12 +587,15 @@ def test_a_damaged_checkpoint_is_passed_over_when_resumed(
     with caplog.at_level(logging.INFO, "mlflow_dr"):
         again = trained("--resume_from_checkpoint", **flags)
     assert (again.id, again.status) == (first.id, "FINISHED")
-    assert "checkpoint-4: optimizer.pt has other bytes than were saved; passed over" in caplog.text
+    assert (
+        "checkpoint-4: optimizer.pt has other bytes than were saved; this checkpoint is not used"
+        in caplog.text
+    )
     assert f"resuming run {first.id} from checkpoint-2" in caplog.text
     assert [step for step, _ in again.points()] == [1, 2, 3, 4]
 
 
-def test_what_does_not_fit_the_training_is_one_line(trained: Make, tmp_path: Path) -> None:
+def test_a_checkpoint_of_another_training_is_one_line(trained: Make, tmp_path: Path) -> None:
     """Files that are as they were saved, and of another kind."""
     flags = {"output_dir": tmp_path / "out", "save_steps": 2, "max_steps": 2}
     run = trained(**flags)
@@ -630,7 +638,7 @@ def test_a_second_training_in_one_output_directory_is_refused(
         assert trained(**flags).status == "FINISHED"
 
 
-def test_other_values_than_before_are_said_and_noted_when_resumed(
+def test_changed_flags_of_a_resumed_training_are_logged_and_noted(
     trained: Make, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     """Params are written once and keep the first ones."""
@@ -640,8 +648,8 @@ def test_other_values_than_before_are_said_and_noted_when_resumed(
     more = {**flags, "max_steps": 6, "learning_rate": "5e-3", "logging_steps": 2}
     second = trained("--resume_from_checkpoint", **more)
     assert second.id == first.id
-    (said,) = (one for one in caplog.messages if "resuming with other values" in one)
-    assert "learning_rate 0.005 (was 0.01), max_steps 6 (was 4); they hold from" in said
+    (message,) = (text for text in caplog.messages if "resuming with changed flags" in text)
+    assert "learning_rate 0.005 (was 0.01), max_steps 6 (was 4); they hold from" in message
     data = second.fetch().data
     assert data.params["max_steps"] == "4"
     noted = {"checkpoint-4": {"learning_rate": "0.005", "max_steps": "6"}}
@@ -649,14 +657,14 @@ def test_other_values_than_before_are_said_and_noted_when_resumed(
     assert max(step for step, _ in second.points()) == 6
     caplog.clear()
     trained("--resume_from_checkpoint", **more)
-    assert "resuming with other values" not in caplog.text
+    assert "resuming with changed flags" not in caplog.text
     trained("--resume_from_checkpoint", **{**more, "max_steps": 7})
     assert "max_steps 7 (was 6)" in caplog.text
     noted["checkpoint-6"] = {"max_steps": "7"}
     assert json.loads(second.fetch().data.tags["mlflow_dr.resumed"]) == noted
 
 
-def test_the_machines_figures_are_on_the_run_where_mlflow_is_to_log_them(
+def test_system_metrics_are_on_the_run_if_mlflow_logs_them(
     trained: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """At MLflow's own interval, and further where a training is resumed."""
@@ -679,13 +687,13 @@ def test_a_damaged_checkpoint_is_not_published_when_resumed(
 ) -> None:
     flags = {"output_dir": tmp_path / "out", "save_steps": 2}
     first = trained(**flags)
-    for one in run_checkpoints(first):
-        if one.step == 2:
-            first.client.delete_logged_model(one.model_id)
+    for checkpoint in run_checkpoints(first):
+        if checkpoint.step == 2:
+            first.client.delete_logged_model(checkpoint.model_id)
     path = tmp_path / "out" / "checkpoint-2" / "model.safetensors"
     content = bytearray(path.read_bytes())
     content[-1] ^= 1
     path.write_bytes(content)
     assert ready_steps(trained("--resume_from_checkpoint", **flags)) == {0, 4}
     assert "checkpoint-2: model.safetensors has other bytes than were saved" in caplog.text
-    assert "step 2 was neither published" in caplog.text
+    assert "step 2 was not published before the training was stopped" in caplog.text

@@ -54,7 +54,7 @@ class StopAt(StopCallback):
 @pytest.mark.parametrize(
     ("sizes", "accumulation"), [(None, 1), (None, 3), (SIZES, 1), (SIZES, 3)], ids=str
 )
-def test_a_step_is_the_step_of_a_plain_loop(
+def test_a_step_equals_that_of_a_plain_loop(
     make_small: Make,
     make_trainer: Make,
     colours: Any,
@@ -163,7 +163,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
         *(("logged every 3, accumulated", 3), ("mixture", 4)),
     ],
 )
-def test_resumed_losses_are_those_of_the_run_that_was_never_stopped(
+def test_resumed_losses_equal_those_without_a_stop(
     make_small: Make,
     make_trainer: Make,
     colours: Any,
@@ -176,10 +176,10 @@ def test_resumed_losses_are_those_of_the_run_that_was_never_stopped(
     settings = {"save_strategy": "steps", "save_steps": 100, "max_steps": 9, **VARIANTS[variant]}
     settings["warmup_steps"] = 4
 
-    def trainer(room: str, *callbacks: Any) -> RetrieverTrainer:
+    def trainer(directory: str, *callbacks: Any) -> RetrieverTrainer:
         encoder = make_small(0.2)
         chosen = mixture_of(colours, encoder, set_of) if variant == "mixture" else None
-        return make_trainer(encoder, tmp_path / room, callbacks, chosen, Watched(), **settings)
+        return make_trainer(encoder, tmp_path / directory, callbacks, chosen, Watched(), **settings)
 
     undisturbed = trainer("one")
     undisturbed.train()
@@ -193,11 +193,11 @@ def test_resumed_losses_are_those_of_the_run_that_was_never_stopped(
     second = trainer("two")
     second.resume(found.checkpoint)
     dismiss_workers(undisturbed, first, second)
-    read = [one._objective.__dict__["keys"] for one in (undisturbed, first, second)]
+    read = [trainer._objective.__dict__["keys"] for trainer in (undisturbed, first, second)]
     assert read[1] + read[2] == read[0]
 
-    def logged(one: RetrieverTrainer, name: str) -> dict[int, float]:
-        return {e["step"]: e[name] for e in one.state.log_history if name in e}
+    def logged(trainer: RetrieverTrainer, name: str) -> dict[int, float]:
+        return {e["step"]: e[name] for e in trainer.state.log_history if name in e}
 
     for name in ("loss", "grad_norm", "learning_rate", "epoch"):
         expected = logged(undisturbed, name)
@@ -211,7 +211,7 @@ def test_resumed_losses_are_those_of_the_run_that_was_never_stopped(
 
 
 @pytest.mark.parametrize("steps", [3, 4])
-def test_resumed_at_its_end_it_does_no_step_more(
+def test_resuming_a_finished_training_does_no_step(
     make_small: Make, make_trainer: Make, tmp_path: Path, steps: int
 ) -> None:
     """Amid an epoch, or at the end of one."""
@@ -222,13 +222,13 @@ def test_resumed_at_its_end_it_does_no_step_more(
     again.resume(tmp_path / f"checkpoint-{steps}")
     assert again.state.global_step == steps
     assert [e["step"] for e in again.state.log_history if "loss" in e] == [*range(1, steps + 1)]
-    means = [one.state.log_history[-1]["train_loss"] for one in (first, again)]
+    means = [trainer.state.log_history[-1]["train_loss"] for trainer in (first, again)]
     assert means[1] == pytest.approx(means[0], rel=1e-6)
     for name, value in first._encoder.state_dict().items():
         assert torch.equal(again._encoder.state_dict()[name], value)
 
 
-def test_resumed_adapters_two_towers_and_projections(
+def test_resuming_adapters_two_encoders_and_projections(
     make_small: Make, make_trainer: Make, tmp_path: Path
 ) -> None:
     """All that is trained comes back, and the optimizer's state with it."""
@@ -238,12 +238,12 @@ def test_resumed_adapters_two_towers_and_projections(
         encoder = with_projection(make_small(0.2), None, 6)
         untie(encoder)
         add_lora(encoder, "base", rank=2, alpha=4, dropout=0.1)
-        room = tmp_path / ("one" if kind == "undisturbed" else "two")
+        directory = tmp_path / ("one" if kind == "undisturbed" else "two")
         callbacks = [StopAt(3)] if kind == "stopped" else []
         trainer = make_trainer(
-            encoder, room, callbacks, save_strategy="steps", save_steps=100, max_steps=6
+            encoder, directory, callbacks, save_strategy="steps", save_steps=100, max_steps=6
         )
-        trainer.resume(room / "checkpoint-3" if kind == "resumed" else None)
+        trainer.resume(directory / "checkpoint-3" if kind == "resumed" else None)
         losses[kind] = [e["loss"] for e in trainer.state.log_history if "loss" in e]
     assert losses["stopped"] == losses["undisturbed"][:3]
     assert losses["resumed"] == pytest.approx(losses["undisturbed"], rel=1e-6)
@@ -265,22 +265,22 @@ def test_trainers_own_checkpoints_are_encoder_directories(
     assert not list(tmp_path.rglob("*.partial"))
 
 
-def test_older_checkpoints_go_when_the_new_one_is_whole(
+def test_older_checkpoints_are_removed_after_the_new_one_is_complete(
     make_small: Make, make_trainer: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    there: list[list[str]] = []
+    directories: list[list[str]] = []
     from mlflow_dr.training import trainer as module
 
     mark = module.mark_complete
 
     def marked(*arguments: Any) -> None:
-        there.append(sorted(path.name for path in tmp_path.glob("checkpoint-*")))
+        directories.append(sorted(path.name for path in tmp_path.glob("checkpoint-*")))
         mark(*arguments)
 
     monkeypatch.setattr(module, "mark_complete", marked)
     make_trainer(make_small(), save_strategy="steps", save_steps=1, save_total_limit=2).train()
-    assert there[2] == ["checkpoint-1", "checkpoint-2", "checkpoint-3"]
-    assert there[3] == ["checkpoint-2", "checkpoint-3", "checkpoint-4"]
+    assert directories[2] == ["checkpoint-1", "checkpoint-2", "checkpoint-3"]
+    assert directories[3] == ["checkpoint-2", "checkpoint-3", "checkpoint-4"]
     assert sorted(path.name for path in tmp_path.glob("*-*")) == ["checkpoint-3", "checkpoint-4"]
 
 
@@ -318,8 +318,8 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
     """A disk of 4 MB."""
     disk = tmp_path / "disk"
     disk.mkdir()
-    words = ["mount", "-t", "tmpfs", "-o", "size=4m", "tmpfs", str(disk)]
-    if shutil.which("mount") is None or subprocess.run(words, capture_output=True).returncode:
+    argv = ["mount", "-t", "tmpfs", "-o", "size=4m", "tmpfs", str(disk)]
+    if shutil.which("mount") is None or subprocess.run(argv, capture_output=True).returncode:
         pytest.skip("a disk can be mounted by root only")
     yield disk
     subprocess.run(["umount", "-l", str(disk)], check=True)
@@ -354,7 +354,7 @@ def test_a_full_disk_costs_the_checkpoint_not_the_training(
     assert whole.name == "checkpoint-4"
 
 
-def test_while_the_disk_is_full_the_older_checkpoint_stays(
+def test_a_full_disk_keeps_the_older_checkpoint(
     make_small: Make,
     make_trainer: Make,
     tmp_path: Path,
@@ -397,7 +397,7 @@ def test_another_error_while_saving_ends_the_training(
 
 
 @pytest.mark.parametrize("sizes", [None, SIZES], ids=str)
-def test_a_loss_that_is_no_number_stops_with_its_step_and_queries(
+def test_a_nan_loss_stops_with_its_step_and_queries(
     make_small: Make, make_trainer: Make, sizes: dict[str, int] | None
 ) -> None:
     class Broken(TrainerCallback):
@@ -422,7 +422,7 @@ def test_a_loss_that_is_no_number_stops_with_its_step_and_queries(
     assert "\n" not in str(caught.value)
 
 
-def test_a_checkpoint_knows_the_losses_since_the_last_log(
+def test_a_checkpoint_has_the_losses_since_the_last_log(
     make_small: Make, make_trainer: Make, tmp_path: Path
 ) -> None:
     trainer = make_trainer(
@@ -439,7 +439,7 @@ def test_a_checkpoint_knows_the_losses_since_the_last_log(
     assert notes[5]["total"] == notes[3]["total"] > notes[2]["total"] == 0
 
 
-def test_a_set_without_epochs_is_trained_on_too(
+def test_a_training_set_without_epochs_is_supported(
     make_small: Make, make_trainer: Make, colours: Any, set_of: Make
 ) -> None:
     encoder: Encoder = make_small()

@@ -47,7 +47,7 @@ def encoders(make_small: Callable[..., Encoder]) -> dict[str, Encoder]:
     for name, weight in (pair for one in made.values() for pair in one.named_parameters()):
         if name.startswith("untied_query_encoder") or ".lora_B." in name:
             weight.data += 0.1 * torch.randn(weight.shape, generator=generator)
-    return {name: one.double() for name, one in made.items()}
+    return {name: weight.double() for name, weight in made.items()}
 
 
 @pytest.fixture
@@ -138,7 +138,7 @@ def cases(
             "arguments": {**arguments(2), "ddp_backend": "gloo"},
             "training_set": list(groups),
             "collator": collator_of(encoders["tied"]),
-            "room": name,
+            "directory": name,
             "resumed": None,
         }
     sets = sets_of(encoders["tied"], colours, set_of)
@@ -153,7 +153,7 @@ def cases(
             "arguments": {**settings, "ddp_backend": "gloo"},
             "training_set": sets[kind],
             "collator": collator_of(encoders["tied"]),
-            "room": kind,
+            "directory": kind,
             "resumed": f"checkpoint-{settings['save_steps']}" if what == "resumed" else None,
         }
     return made
@@ -168,29 +168,29 @@ def ranks(cases: dict[str, Any], encoders: dict[str, Encoder], tmp_path: Path) -
     """What each rank found; computed once, in two processes, for all tests of this file."""
     if not kept:
         kept.append([{}, {}])
-        room = tmp_path
+        directory = tmp_path
         trained = {name: copy.deepcopy(encoders["tied"]) for name in (*TRAINER, *EPOCHS)}
         given = {"cases": cases, "encoders": {**encoders, **trained}}
-        torch.save(given, room / "given.pt")
+        torch.save(given, directory / "given.pt")
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             port = free.getsockname()[1]
         script = Path(__file__).parent / "two_ranks.py"
         done = subprocess.run(
-            [sys.executable, str(script), str(room), str(port)],
+            [sys.executable, str(script), str(directory), str(port)],
             env={**os.environ, "TOKENIZERS_PARALLELISM": "false"},
             capture_output=True,
             text=True,
             timeout=600,
         )
         assert done.returncode == 0, done.stderr[-3000:]
-        kept[0] = [torch.load(room / f"{rank}.pt", weights_only=False) for rank in range(2)]
+        kept[0] = [torch.load(directory / f"{rank}.pt", weights_only=False) for rank in range(2)]
     return kept[0]
 
 
 @pytest.mark.parametrize("name", STEPS)
 @pytest.mark.parametrize("objective", [ACROSS, APART], ids=["across", "apart"])
-def test_loss_and_gradients_are_those_of_one_process(
+def test_loss_and_gradients_equal_those_of_one_process(
     name: str,
     objective: Objective,
     ranks: list[Found],
@@ -241,7 +241,7 @@ def test_each_gradient_is_reduced_once_a_step(name: str, across: bool, ranks: li
 
 
 @pytest.mark.parametrize("name", TRAINER)
-def test_our_trainer_in_two_processes_is_our_trainer_in_one(
+def test_our_trainer_gives_the_same_in_two_processes_and_in_one(
     name: str,
     ranks: list[Found],
     encoders: dict[str, Encoder],

@@ -109,14 +109,16 @@ class Counting(TrainerCallback):
         self.reduced.clear()
 
 
-def trained(case: Mapping[str, Any], given: Mapping[str, Any], room: Path) -> dict[str, Any]:
+def trained(case: Mapping[str, Any], given: Mapping[str, Any], directory: Path) -> dict[str, Any]:
     """What our Trainer reads in some steps, and losses and weights after them."""
     encoder = given["encoders"][case["encoder"]]
     counting = Counting()
     watched = Watched(**asdict(case["objective"]))
     trainer = RetrieverTrainer(
         encoder,
-        RetrieverTrainingArguments(output_dir=str(room / case["room"]), **case["arguments"]),
+        RetrieverTrainingArguments(
+            output_dir=str(directory / case["directory"]), **case["arguments"]
+        ),
         case["training_set"],
         case["collator"],
         watched,
@@ -124,37 +126,40 @@ def trained(case: Mapping[str, Any], given: Mapping[str, Any], room: Path) -> di
         case["sizes"],
     )
     counting.trainer = trainer
-    trainer.resume(room / case["room"] / case["resumed"] if case["resumed"] else None)
+    trainer.resume(directory / case["directory"] / case["resumed"] if case["resumed"] else None)
     return {
         "keys": watched.__dict__["keys"],
         "losses": [entry["loss"] for entry in trainer.state.log_history if "loss" in entry],
         "weights": encoder.state_dict(),
         "reduced": counting.steps,
-        "trainable": sum(one.numel() for one in encoder.parameters() if one.requires_grad),
+        "trainable": sum(weight.numel() for weight in encoder.parameters() if weight.requires_grad),
     }
 
 
-def work(rank: int, room: Path, port: str) -> None:
-    place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": RANKS, "MASTER_PORT": port}
-    os.environ.update({name: str(value) for name, value in place.items()})
+def work(rank: int, directory: Path, port: str) -> None:
+    environment = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": RANKS, "MASTER_PORT": port}
+    os.environ.update({name: str(value) for name, value in environment.items()})
     os.environ["MASTER_ADDR"] = "127.0.0.1"
     warnings.simplefilter("ignore")
     # makes the process group
     assert RetrieverTrainingArguments(use_cpu=True, ddp_backend="gloo").world_size == RANKS
-    given = torch.load(room / "given.pt", weights_only=False)
-    kinds = {"steps": partial(computed, rank=rank), "trainer": partial(trained, room=room)}
+    given = torch.load(directory / "given.pt", weights_only=False)
+    kinds = {
+        "steps": partial(computed, rank=rank),
+        "trainer": partial(trained, directory=directory),
+    }
     found = {name: kinds[case["kind"]](case, given) for name, case in given["cases"].items()}
-    torch.save(found, room / f"{rank}.pt")
+    torch.save(found, directory / f"{rank}.pt")
     distributed.destroy_process_group()
 
 
-def main(room: Path, port: str) -> None:
+def main(directory: Path, port: str) -> None:
     other = os.fork()
     if not other:
-        work(1, room, port)
+        work(1, directory, port)
         return
     try:
-        work(0, room, port)
+        work(0, directory, port)
         _, status = os.waitpid(other, 0)
     except BaseException:
         os.kill(other, signal.SIGKILL)  # it waits for this one

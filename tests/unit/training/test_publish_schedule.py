@@ -13,7 +13,7 @@ def steps(due: PublishSchedule, last: int) -> list[int]:
     return [step for step in range(1, last + 1) if due(step)]
 
 
-def test_every_so_many_steps() -> None:
+def test_every_few_steps() -> None:
     assert steps(PublishSchedule(3), 9) == [3, 6, 9]
     assert steps(PublishSchedule(0), 9) == []
 
@@ -29,11 +29,11 @@ def test_times_an_epoch_as_gc_dpr_counts(times: int) -> None:
     assert set(steps(due, 2 * epoch)) == expected | {epoch, 2 * epoch}
 
 
-def test_batches_that_are_put_together_or_dropped() -> None:
-    words = ["--publish_per_epoch", "1", "--batch_size", "4"]
+def test_accumulated_and_dropped_batches() -> None:
+    argv = ["--publish_per_epoch", "1", "--batch_size", "4"]
     more = ["--gradient_accumulation_steps", "3", "--dataloader_drop_last"]
-    assert steps(publish_schedule(parse_training(words), 41), 22) == [11, 22]
-    assert steps(publish_schedule(parse_training([*words, *more]), 41), 8) == [4, 8]
+    assert steps(publish_schedule(parse_training(argv), 41), 22) == [11, 22]
+    assert steps(publish_schedule(parse_training([*argv, *more]), 41), 8) == [4, 8]
 
 
 def test_the_users_steps_replace_the_recipes_epochs() -> None:
@@ -41,5 +41,5 @@ def test_the_users_steps_replace_the_recipes_epochs() -> None:
     assert parse_training(recipe).publish.publish_per_epoch == 1
     request = parse_training([*recipe, "--publish_steps", "7"])
     assert steps(publish_schedule(request, 100), 20) == [7, 14]
-    with pytest.raises(UsageError, match="--eval_per_epoch and --publish_steps both say when"):
+    with pytest.raises(UsageError, match="--eval_per_epoch and --publish_steps exclude each other"):
         parse_training(["--eval_per_epoch", "2", "--publish_steps", "7"])

@@ -1,0 +1,157 @@
+"""Private names of other libraries are still there; a failure names the upgrade that broke it."""
+
+import argparse
+import inspect
+import subprocess
+import sys
+from importlib.metadata import version
+
+import pytest
+import torch
+from torch import nn
+
+from mlflow_dr import compat
+
+
+def upgraded(library: str, name: str) -> str:
+    """What a failing test says."""
+    return f"{library} {version(library)} has changed `{name}`; see mlflow_dr/compat.py"
+
+
+def test_importing_it_imports_nothing_heavy() -> None:
+    code = "import sys, mlflow_dr.compat; print(sorted({'torch', 'mlflow'} & set(sys.modules)))"
+    shown = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=600
+    ).stdout
+    assert shown.strip() == "[]"
+
+
+def test_python_calls_functions_before_thread_pools_end() -> None:
+    code = (
+        "from concurrent.futures import ThreadPoolExecutor\n"
+        "from mlflow_dr.compat import register_before_thread_pools_end as register\n"
+        "register(lambda: print(ThreadPoolExecutor().submit(int, '7').result()))\n"
+    )
+    ended = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=False, timeout=600
+    )
+    changed = f"Python {sys.version} has changed `threading._register_atexit`"
+    assert ended.stdout == "7\n", f"{changed}; see mlflow_dr/compat.py: {ended.stderr}"
+
+
+def test_argparse_has_the_actions_of_a_parser() -> None:
+    parser = argparse.ArgumentParser()
+    action = parser.add_argument("--one", "--two")
+    changed = f"Python {sys.version} has changed `ArgumentParser._option_string_actions`"
+    actions = compat.flag_actions(parser)
+    assert actions["--one"] is actions["--two"] is action, changed
+
+
+@pytest.mark.parametrize("name", compat.TRAINER_OVERRIDES)
+def test_trainer_has_the_methods_that_ours_overrides(name: str) -> None:
+    from transformers import Trainer
+
+    from mlflow_dr.training.trainer import RetrieverTrainer
+
+    method = getattr(Trainer, name, None)
+    assert method is not None, upgraded("transformers", f"Trainer.{name}")
+    expected = compat.TRAINER_OVERRIDES[name]
+    parameters = tuple(inspect.signature(method).parameters)[1:]
+    assert parameters[: len(expected)] == expected, upgraded("transformers", f"Trainer.{name}")
+    assert name in vars(RetrieverTrainer), f"{name} is not overridden any more; remove it there"
+
+
+def test_the_overrides_are_all_listed() -> None:
+    from transformers import Trainer
+
+    from mlflow_dr.training.trainer import RetrieverTrainer
+
+    private = {name for name in vars(RetrieverTrainer) if name.startswith("_") and name[1] != "_"}
+    assert private & set(dir(Trainer)) == set(compat.TRAINER_OVERRIDES)
+
+
+def test_trainer_keeps_its_sums_of_losses_where_we_look() -> None:
+    from transformers import Trainer, TrainerCallback, TrainingArguments
+
+    seen: list[tuple[object, float, int]] = []
+
+    class Sums(TrainerCallback):
+        def on_train_begin(self, *_: object, **__: object) -> None:
+            compat.set_loss_progress(trainer, 8.0, 4.0, 0)
+
+        def on_step_end(self, *_: object, **__: object) -> None:
+            loss, total, logged = compat.loss_progress(trainer)
+            seen.append((float(loss), total, logged))
+
+    class Constant(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.weight = nn.Parameter(torch.ones(()))
+
+        def forward(self, x: torch.Tensor) -> dict[str, torch.Tensor]:
+            return {"loss": self.weight * 0 + 2.0}
+
+    arguments = TrainingArguments(
+        max_steps=1, use_cpu=True, report_to="none", save_strategy="no", disable_tqdm=True
+    )
+    rows = [{"x": 1.0}]
+    trainer = Trainer(Constant(), arguments, train_dataset=rows, callbacks=[Sums()])  # type: ignore[arg-type]
+    trainer.train()
+    assert seen == [(10.0, 4.0, 0)], upgraded("transformers", "Trainer._tr_loss")
+
+
+def test_training_arguments_take_the_number_of_gpus() -> None:
+    from transformers import TrainingArguments
+
+    arguments = TrainingArguments(use_cpu=True)
+    assert arguments.n_gpu == 0
+    compat.use_one_gpu(arguments)
+    assert arguments.n_gpu == 1, upgraded("transformers", "TrainingArguments._n_gpu")
+
+
+def test_a_compiled_module_has_the_original_inside() -> None:
+    module = nn.Linear(2, 2)
+    compiled = torch.compile(module)
+    assert compat.uncompiled(compiled) is module, upgraded("torch", "OptimizedModule._orig_mod")
+    assert compat.uncompiled(module) is module
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning")
+def test_adapters_of_transformers_and_of_peft_are_seen() -> None:
+    peft = pytest.importorskip("peft")
+    from transformers import BertConfig, BertModel
+
+    def backbone() -> BertModel:
+        return BertModel(
+            BertConfig(
+                vocab_size=8,
+                hidden_size=4,
+                num_hidden_layers=1,
+                num_attention_heads=1,
+                intermediate_size=4,
+            )
+        )
+
+    assert not compat.has_adapters(backbone())
+    configuration = peft.LoraConfig(target_modules=["query"])
+    assert compat.has_adapters(peft.get_peft_model(backbone(), configuration)), upgraded(
+        "peft", "PeftModel.merge_and_unload"
+    )
+    injected = backbone()
+    injected.add_adapter(configuration)
+    assert compat.has_adapters(injected), upgraded("transformers", "_hf_peft_config_loaded")
+
+
+def test_sharded_weights_are_seen() -> None:
+    from torch.distributed.tensor import DTensor
+
+    assert hasattr(DTensor, "full_tensor"), upgraded("torch", "DTensor.full_tensor")
+    assert not compat.is_sharded(torch.zeros(1))
+
+
+def test_torch_says_whether_the_processor_has_bf16() -> None:
+    try:
+        found = compat.processor_has_bf16()
+    except AttributeError as error:
+        pytest.fail(f"{upgraded('torch', 'torch.cpu._is_...')} ({error})")
+    assert isinstance(found, bool)
