@@ -209,7 +209,7 @@ def test_missing_negatives_are_reported_before_training(
     )
     assert [record.getMessage() for record in caplog.records] == [
         "mine: 1 of 3 queries have no hard negatives and get random passages instead",
-        "mine: 1 queries repeat their hard negatives, having fewer than the 2 asked for",
+        "mine: 1 queries have fewer than 2 hard negatives and repeat them",
     ]
 
 

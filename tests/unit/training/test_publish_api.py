@@ -25,6 +25,7 @@ from mlflow_dr.tracking.runs import RUN_VARIABLE, TrackedRun
 from mlflow_dr.training import publish_api, publishing
 from mlflow_dr.training.publishing import Publisher
 from mlflow_dr.validation.config import ValidateConfig
+from mlflow_dr.validation.validator import run_validator
 
 CONFIG = ValidateConfig(measures="mrr@10", device="cpu", dtype="fp32")
 
@@ -59,7 +60,7 @@ def test_a_checkpoint_is_ready_on_return_and_a_validator_needs_no_more(
         second = publish_checkpoint(tiny, np.int64(10), dataset=str(folder), split="dev")  # type: ignore[arg-type]
         assert steps(run) == [(0, True), (10, True)]
         assert [checkpoint.model_id for checkpoint in run_checkpoints(run)] == [first, second]
-    assert watch(FollowedRun(run), Plan((VALIDATION,))).done == 2
+    assert run_validator(FollowedRun(run), CONFIG).done == 2
     history = run.client.get_metric_history(run.id, "val/mrr_at_10")
     assert sorted(point.step for point in history) == [0, 10]
 
@@ -229,7 +230,7 @@ def test_mistakes_raise_before_anything_is_published(
     for step in (-1, 1.5, "3"):
         with pytest.raises(UsageError, match=f"step is {step!r}; expected"):
             publish_checkpoint(tiny, step, run_id=run.id)  # type: ignore[arg-type]
-    with pytest.raises(UsageError, match="no dataset 'msmarko': did you mean 'msmarco'"):
+    with pytest.raises(UsageError, match=r"no dataset 'msmarko'. did you mean 'msmarco'"):
         publish_checkpoint(tiny, 0, run_id=run.id, dataset="msmarko")
     with pytest.raises(UsageError, match="split"):
         publish_checkpoint(tiny, 0, run_id=run.id, dataset=str(folder), split="valid")
