@@ -76,9 +76,10 @@ def code_lines(tree: ast.AST, text: str) -> set[int]:
     }
     for node in ast.walk(tree):
         if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
-            first = node.body[0] if node.body else None
-            if first is not None and ast.get_docstring(node, clean=False) is not None:
-                lines -= set(range(first.lineno, (first.end_lineno or first.lineno) + 1))
+            for statement in node.body:  # also the docstrings of attributes
+                if isinstance(statement, ast.Expr) and isinstance(statement.value, ast.Constant):
+                    last = statement.end_lineno or statement.lineno
+                    lines -= set(range(statement.lineno, last + 1))
     return lines
 
 

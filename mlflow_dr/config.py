@@ -1,11 +1,14 @@
 """Configurations: one pydantic model per command, for flags, YAML files and Python alike.
 
     class ShowConfig(Config):
-        run_id: Annotated[str, Field(description="The run to show.")]
-        top_k: Annotated[int, Flag("--depth"), Field(ge=1, description="Passages to show.")] = 10
+        run_id: str
+        \"\"\"The run to show.\"\"\"
+        top_k: Annotated[int, Flag("--depth"), Field(ge=1)] = 10
+        \"\"\"Passages to show.\"\"\"
 
 The field `top_k` is the flag `--depth`, `--top-k` or `--top_k`, the key `top_k` of a file, and the
-argument `top_k` of `ShowConfig(...)`. Its description is the help text of the flag.
+argument `top_k` of `ShowConfig(...)`. Its docstring is the help text of the
+flag.
 """
 
 from __future__ import annotations
@@ -33,6 +36,8 @@ EXPECTED = {
     "less_than_equal": "at most {le}",
     "literal_error": "one of {expected}",
     "path_type": "a path",
+    "too_long": "at most {max_length}",
+    "too_short": "at least {min_length}",
     "string_type": "text",
 }
 
@@ -84,7 +89,13 @@ class Config(BaseModel):
         ConfigError: a value is missing, unknown, of another type or out of range.
     """
 
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
+    model_config = ConfigDict(
+        extra="forbid",
+        frozen=True,
+        strict=True,
+        allow_inf_nan=False,
+        use_attribute_docstrings=True,
+    )
 
     def __init__(self, **values: Any) -> None:
         try:

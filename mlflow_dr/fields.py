@@ -136,26 +136,13 @@ class CollectionConfig(Config):
     """A collection: by its name, or by its files as Asyncval takes them."""
 
     dataset: Dataset = None
-    candidate_dir: Annotated[
-        File | None,
-        Field(
-            description="Instead of --dataset: a file or folder of passages as JSON lines with "
-            "text_id and text (a string or token ids). Needs --query-files and --qrel-files."
-        ),
-    ] = None
-    query_files: Annotated[
-        Files,
-        Flag("--query-files", "--query-file"),
-        Field(
-            description="Queries as JSON lines. Of several files, each is a split named after its "
-            "file."
-        ),
-    ] = ()
-    qrel_files: Annotated[
-        Files,
-        Flag("--qrel-files", "--qrel-file"),
-        Field(description="Judgements (TREC or BEIR): one file for all query files, or one each."),
-    ] = ()
+    candidate_dir: File | None = None
+    """Instead of --dataset: a file or folder of passages as JSON lines with text_id and text (a
+    string or token ids). Needs --query-files and --qrel-files."""
+    query_files: Annotated[Files, Flag("--query-files", "--query-file")] = ()
+    """Queries as JSON lines. Of several files, each is a split named after its file."""
+    qrel_files: Annotated[Files, Flag("--qrel-files", "--qrel-file")] = ()
+    """Judgements (TREC or BEIR): one file for all query files, or one each."""
 
     def named_dataset(self) -> tuple[str | None, tuple[str, ...]]:
         """The dataset's name, None if there is none, and the splits of its query files.
@@ -189,29 +176,23 @@ class CollectionConfig(Config):
 
 
 class EncoderOverrides(Config):
-    """What replaces what an encoder's directory says."""
+    """What replaces settings of the encoder's directory."""
 
-    pooling: Annotated[
-        str | None,
-        AfterValidator(checked(lambda name: name is None or _check_pooling(name))),
-        Field(description="Use this pooling instead of the one in the encoder's directory."),
-    ] = None
-    normalize: Annotated[
-        bool | None,
-        Flag(off="--no-normalize"),
-        Field(description="Scale vectors to length 1, or not, whatever the directory says."),
-    ] = None
-    max_length: Annotated[
-        Length | None, Field(description="Longest query and passage, in tokens.")
-    ] = None
-    q_max_len: Annotated[Length | None, Field(description="Longest query, in tokens.")] = None
-    p_max_len: Annotated[Length | None, Field(description="Longest passage, in tokens.")] = None
+    pooling: Annotated[str, AfterValidator(checked(_check_pooling))] | None = None
+    """Use this pooling instead of the one in the encoder's directory."""
+    normalize: Annotated[bool | None, Flag(off="--no-normalize")] = None
+    """Scale vectors to length 1, or not, whatever the directory says."""
+    max_length: Length | None = None
+    """Longest query and passage, in tokens."""
+    q_max_len: Length | None = None
+    """Longest query, in tokens."""
+    p_max_len: Length | None = None
+    """Longest passage, in tokens."""
     tokenizer: Annotated[
-        str | None,
-        AfterValidator(lambda name: name and _absolute(name)),
+        Annotated[str, AfterValidator(_absolute)] | None,
         Flag("--tokenizer", "--tokenizer-name-or-path"),
-        Field(description="Use the tokenizer of this directory or hub name."),
     ] = None
+    """Use the tokenizer of this directory or hub name."""
 
     @property
     def encoder_changes(self) -> dict[str, Any]:

@@ -27,10 +27,10 @@ from mlflow_dr.subsets.strategies import SubsetSources
 from mlflow_dr.subsets.subset import make_subset
 from mlflow_dr.tracking.checkpoints import Checkpoint, checkpoint_of_step
 from mlflow_dr.tracking.runs import TrackedRun
-from mlflow_dr.validation.config import EvalConfig
 from mlflow_dr.validation.dataset import EvalDataset
 from mlflow_dr.validation.evaluate import Report, evaluate, evaluate_all
 from mlflow_dr.validation.resolve import named_data
+from mlflow_dr.validation.validations import EvalConfig
 from mlflow_dr.validation.worker import load_checkpoint
 
 log = logging.getLogger(__name__)

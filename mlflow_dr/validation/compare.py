@@ -41,7 +41,8 @@ from mlflow_dr.tracking.validations import (
     run_validations,
     validation_collection,
 )
-from mlflow_dr.validation.config import CompareConfig, EvalConfig
+from mlflow_dr.validation.config import CompareConfig
+from mlflow_dr.validation.validations import EvalConfig
 
 if TYPE_CHECKING:
     from mlflow_dr.validation.dataset import EvalDataset

@@ -2,21 +2,16 @@
 
 from __future__ import annotations
 
-import re
-from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Annotated, Any, Literal, NamedTuple, Self
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import AfterValidator, BeforeValidator, Field, model_validator
 
 from mlflow_dr.collection.catalogue import ENTRIES, HUB_NAME, open_collection
 from mlflow_dr.collection.formats import check_split
 from mlflow_dr.config import Config, ConfigError, Flag, checked, string_keys, within
-from mlflow_dr.encoder.config import check_types
 from mlflow_dr.engines.devices import dtype_name
-from mlflow_dr.errors import UsageError, quoted
 from mlflow_dr.fields import (
     LARGEST,
     CheckpointsDir,
@@ -41,20 +36,22 @@ from mlflow_dr.fields import (
     TrustRemoteCode,
     check_policy,
 )
-from mlflow_dr.retrieval.measures import DEFAULT_MEASURES, Measure, check_depth, parse_measures
-from mlflow_dr.subsets.spec import MOST_DIGITS, RELEVANT, SubsetSpec, parse_subset
+from mlflow_dr.retrieval.measures import DEFAULT_MEASURES, check_depth, parse_measures
+from mlflow_dr.subsets.spec import SubsetSpec, parse_subset
+from mlflow_dr.validation.validations import (
+    FIRST_NAME,
+    NOT_IN_NAME,
+    EvalConfig,
+    Validation,
+    joined_name,
+    refining,
+)
 
-# what MLflow allows in a metric's name, less the slash and the dot, which have a meaning here
-NAME = re.compile(r"[\w\- ]+")
-NOT_IN_NAME = re.compile(r"[^\w\- ]")
-FIRST_NAME = "val"
 PATIENCE = 60.0
 OF_A_COLLECTION = tuple(CollectionConfig.model_fields)
 
 Seconds = Annotated[float, Field(gt=0, le=LARGEST)]
-Split = Annotated[
-    str | None, Field(description="The queries to evaluate on (default: dev, else test).")
-]
+KeepRules = Annotated[str, AfterValidator(checked(check_policy))]
 Refine = Annotated[
     str | None,
     Field(
@@ -66,99 +63,60 @@ KeepUp = Annotated[
     bool,
     Field(description="Of several --subset, use the largest that keeps up with the trainer."),
 ]
-PollSeconds = Annotated[
-    float, Field(gt=0, le=LARGEST, description="Seconds between two requests to the server.")
-]
+PollSeconds = Annotated[Seconds, Field(description="Seconds between two requests to the server.")]
 ValidationName = Annotated[
-    str,
-    Field(description="Prefix of the metrics; the name of a subset is added to it."),
+    str, Field(description="Prefix of the metrics; the name of a subset is added to it.")
 ]
 
 
-@dataclass(frozen=True)
-class EvalConfig:
-    """How an encoder is evaluated.
+class MeasureConfig(Config):
+    """What is measured, and where it is computed."""
 
-    Attributes:
-        measures: what is measured.
-        depth: passages kept for each query; the largest cut-off when None.
-        device: `auto`, `cpu`, `cuda` or `cuda:<n>`.
-        dtype: `auto`, `fp32`, `bf16` or `fp16`.
-        keep_own_id: keep a passage whose id is the query's id.
-    """
-
-    measures: tuple[Measure, ...]
-    depth: int | None = None
-    device: str = "auto"
-    dtype: str = "auto"
-    keep_own_id: bool = False
-
-    def __post_init__(self) -> None:
-        check_types(self)
-
-
-class Refines(NamedTuple):
-    """Which checkpoints an expensive validation is done for.
-
-    Attributes:
-        name: of the cheap validation.
-        measure: the measure of the cheap validation that orders the checkpoints.
-        best: how many of the best checkpoints so far.
-    """
-
-    name: str
-    measure: Measure
-    best: int
-
-
-@dataclass(frozen=True)
-class Validation:
-    """What is measured on every checkpoint of a run.
-
-    Attributes:
-        settings: measures, depth, device, dtype.
-        name: prefixes the metrics.
-        dataset: the collection; the run's own when None.
-        split: the split; the run's own, or the collection's development split, when None.
-        subset: what is searched.
-        refines: which checkpoints it is done for; every checkpoint when None.
-    """
-
-    settings: EvalConfig
-    name: str = FIRST_NAME
-    dataset: str | None = None
-    split: str | None = None
-    subset: SubsetSpec = field(default_factory=SubsetSpec)
-    refines: Refines | None = None
-
-    def __post_init__(self) -> None:
-        if not NAME.fullmatch(self.name):
-            raise UsageError(
-                f"a validation cannot be called {quoted(self.name)}: use letters, digits, _, - and "
-                "blanks"
-            )
-
-
-class EvaluateConfig(CollectionConfig, EncoderOverrides):
-    """`mlflow-dr evaluate`: one encoder on one collection."""
-
-    encoder: Annotated[str, Flag(positional=True)]
-    split: Split = None
-    output: Annotated[File | None, Field(description="Write the report to this JSON file.")] = None
-    ranking: Annotated[File | None, Field(description="Write the ranking to this TREC file.")] = (
-        None
-    )
-    force: Force = False
-    subset: Annotated[
-        Subsets, Field(max_length=1, description=f"{Subsets.__metadata__[-1].description}")
-    ] = ()
-    judged: Judged = "relevant"
-    seed: Seed = 0
     measures: Measures = DEFAULT_MEASURES
     depth: Depth = None
     device: Device = "auto"
     dtype: Dtype = "auto"
     keep_own_id: KeepOwnId = False
+
+    def eval_config(self) -> EvalConfig:
+        """The settings of an evaluation.
+
+        Raises:
+            UsageError: a depth below a measure's cut-off.
+        """
+        measures = parse_measures(self.measures)
+        check_depth(measures, self.depth)
+        dtype = dtype_name(self.dtype)
+        return EvalConfig(measures, self.depth, self.device, dtype, self.keep_own_id)
+
+
+class EvaluatorConfig(MeasureConfig):
+    """The `evaluator_config` of `mlflow.models.evaluate`."""
+
+    dataset: str | None = None
+    """The collection, if `data` is not one and is ignored."""
+    split: str | None = None
+    """The queries to evaluate on (default: dev, else test)."""
+    metric_prefix: str = ""
+    """Put before the names of the metrics."""
+    log_ranking: bool = False
+    """Keep the TREC run file."""
+
+
+class EvaluateConfig(CollectionConfig, MeasureConfig, EncoderOverrides):
+    """`mlflow-dr evaluate`: one encoder on one collection."""
+
+    encoder: Annotated[str, Flag(positional=True)]
+    split: str | None = None
+    """The queries to evaluate on (default: dev, else test)."""
+    output: File | None = None
+    """Write the report to this JSON file."""
+    ranking: File | None = None
+    """Write the ranking to this TREC run file."""
+    force: Force = False
+    subset: Annotated[Subsets, Field(max_length=1)] = ()
+    judged: Judged = "relevant"
+    seed: Seed = 0
     trust_remote_code: TrustRemoteCode = False
     tracking_uri: TrackingUri = None
 
@@ -167,47 +125,26 @@ class CompareConfig(Config):
     """`mlflow-dr compare`: several encoders with the first of them."""
 
     operands: Annotated[Texts, Flag(positional=True)]
-    name: Annotated[str, Field(description="The validation whose values are compared.")] = (
-        FIRST_NAME
-    )
-    measure: Annotated[
-        str | None,
-        Field(description="The measure to compare (default: the validation's first measure)."),
-    ] = None
-    dataset: Annotated[
-        str | None,
-        Field(
-            description="demo, msmarco, a folder, or irds:<id>: evaluate encoders without values "
-            "on it now, and show the texts of its queries."
-        ),
-    ] = None
-    split: Annotated[
-        str | None,
-        Field(
-            description="The queries to evaluate on (default: the validation's, else dev or test)."
-        ),
-    ] = None
+    name: str = FIRST_NAME
+    """The validation whose values are compared."""
+    measure: str | None = None
+    """The measure to compare (default: the validation's first measure)."""
+    dataset: str | None = None
+    """demo, msmarco, a folder, or irds:<id>: evaluate encoders that have no values on it now, and
+    show the texts of its queries."""
+    split: str | None = None
+    """The queries to evaluate on (default: the validation's, else dev or test)."""
     device: Device = "auto"
     dtype: Dtype = "auto"
-    output: Annotated[
-        File | None,
-        Field(
-            description="Write the values of all queries (CSV) and a picture of the differences to "
-            "this folder."
-        ),
-    ] = None
+    output: File | None = None
+    """Write the values of all queries (CSV) and a picture of the differences to this folder."""
     force: Force = False
-    q_max_len: Annotated[
-        Length | None,
-        Field(description="Longest query, in tokens, of encoders that are evaluated now."),
-    ] = None
-    p_max_len: Annotated[
-        Length | None,
-        Field(description="Longest passage, in tokens, of encoders that are evaluated now."),
-    ] = None
-    changed: Annotated[
-        int, Field(ge=0, le=LARGEST, description="How many of the most changed queries to show.")
-    ] = 10
+    q_max_len: Length | None = None
+    """Longest query, in tokens, for encoders that are evaluated now."""
+    p_max_len: Length | None = None
+    """Longest passage, in tokens, for encoders that are evaluated now."""
+    changed: Annotated[int, Field(ge=0, le=LARGEST)] = 10
+    """How many of the most changed queries to show."""
     trust_remote_code: TrustRemoteCode = False
     seed: Seed = 0
     tracking_uri: TrackingUri = None
@@ -216,52 +153,27 @@ class CompareConfig(Config):
 class PolicyConfig(Config):
     """What a validator does with the curve of a run."""
 
-    metric: Annotated[
-        str | None,
-        Field(
-            description="The metric that orders checkpoints, such as val/mrr_at_10 (default: the "
-            "first measure of the validation that began first)."
-        ),
-    ] = None
-    patience: Annotated[
-        Count | None,
-        Field(
-            description="Ask the training to end when this many checkpoints in a row have not "
-            "improved the metric."
-        ),
-    ] = None
-    min_delta: Annotated[
-        float,
-        Field(ge=0, le=LARGEST, description="Smallest increase that counts as an improvement."),
-    ] = 0.0
-    keep: Annotated[
-        Annotated[str, AfterValidator(checked(check_policy))] | None,
-        Field(
-            description="Remove the files of all other checkpoints, such as "
-            "best:3,last:2,every:10000."
-        ),
-    ] = None
+    metric: str | None = None
+    """The metric that orders checkpoints, such as val/mrr_at_10 (default: the first measure of the
+    validation that began first)."""
+    patience: Count | None = None
+    """Ask the training to end when this many checkpoints in a row have not improved the metric."""
+    min_delta: Annotated[float, Field(ge=0, le=LARGEST)] = 0.0
+    """Smallest increase that counts as an improvement."""
+    keep: KeepRules | None = None
+    """Remove the files of all other checkpoints, such as best:3,last:2,every:10000."""
 
 
-class ValidationDefaults(CollectionConfig):
+class ValidationDefaults(CollectionConfig, MeasureConfig):
     """What validations are made of; each validation of a file may replace a part of it."""
 
-    split: Annotated[
-        Texts,
-        Field(
-            description="The queries to evaluate on (default: the run's on its own collection, "
-            "else dev, else test). Each of several splits is a validation called NAME-SPLIT."
-        ),
-    ] = ()
+    split: Texts = ()
+    """The queries to evaluate on (default: the run's on its own collection, else dev, else test).
+    Each of several splits is a validation called NAME-SPLIT."""
     subset: Subsets = ()
     judged: Judged = "relevant"
     seed: Seed = 0
     refine: Refine = None
-    measures: Measures = DEFAULT_MEASURES
-    depth: Depth = None
-    device: Device = "auto"
-    dtype: Dtype = "auto"
-    keep_own_id: KeepOwnId = False
 
     def made(self, name: str) -> tuple[Validation, ...]:
         """The validations of this name: one for each split and subset, and those that refine them.
@@ -272,10 +184,7 @@ class ValidationDefaults(CollectionConfig):
         Raises:
             UsageError: a depth below a measure's cut-off, or names that make no sense together.
         """
-        measures = parse_measures(self.measures)
-        check_depth(measures, self.depth)
-        dtype = dtype_name(self.dtype)
-        settings = EvalConfig(measures, self.depth, self.device, dtype, self.keep_own_id)
+        settings = self.eval_config()
         dataset, file_splits = self.named_dataset()
         splits = self.split or file_splits
         named: list[tuple[str, str | None]] = [(name, splits[0] if splits else None)]
@@ -329,9 +238,8 @@ class ValidateConfig(ValidationDefaults, EncoderOverrides, PolicyConfig):
     """
 
     run_id: RunName = None
-    experiment: Annotated[
-        str | None, Field(description="All runs of this experiment, instead of one run.")
-    ] = None
+    experiment: str | None = None
+    """All runs of this experiment, instead of one run."""
     checkpoints_dir: CheckpointsDir = None
     name: ValidationName = FIRST_NAME
     validations: Annotated[
@@ -341,32 +249,19 @@ class ValidateConfig(ValidationDefaults, EncoderOverrides, PolicyConfig):
         Flag(in_file_only=True),
     ] = None
     keep_up: KeepUp = False
-    order: Annotated[
-        Literal["oldest", "newest", "bisect"],
-        Field(
-            description="Which checkpoint comes first. bisect: the newest, then the one farthest "
-            "from all that are done."
-        ),
-    ] = "oldest"
+    order: Literal["oldest", "newest", "bisect"] = "oldest"
+    """Which checkpoint comes first. bisect: the newest, then the one farthest from all that are
+    done."""
     every: Every = 1
-    max_lag_seconds: Annotated[
-        Seconds | None,
-        Flag("--max-lag"),
-        Field(description="Skip checkpoints that were published more than this many seconds ago."),
-    ] = None
-    retry_failed: Annotated[bool, Field(description="Try again what was recorded as failed.")] = (
-        False
-    )
-    follow: Annotated[
-        bool,
-        Flag(off="--once"),
-        Field(
-            description="Wait for more checkpoints until the run has ended, or validate what is "
-            "published and end."
-        ),
-    ] = True
+    max_lag_seconds: Annotated[Seconds | None, Flag("--max-lag")] = None
+    """Skip checkpoints that were published more than this many seconds ago."""
+    retry_failed: bool = False
+    """Try again what was recorded as failed."""
+    follow: Annotated[bool, Flag(off="--once")] = True
+    """Wait for more checkpoints until the run has ended, or validate what is published and end."""
     poll_seconds: PollSeconds = 2.0
     patience_seconds: Annotated[Seconds, Flag(in_file_only=True)] = PATIENCE
+    """Take over a claim whose heartbeat stands still for this long."""
     tracking_uri: TrackingUri = None
 
     @model_validator(mode="after")
@@ -402,19 +297,12 @@ class ValidateConfig(ValidationDefaults, EncoderOverrides, PolicyConfig):
 class RunConfig(PolicyConfig):
     """`mlflow-dr run`: a trainer and a validator side by side."""
 
-    dataset: Annotated[
-        str | None, Field(description="The collection (default: what --config says, else demo).")
-    ] = None
-    model: Annotated[str, Field(description="The encoder; auto: one that fits the dataset.")] = (
-        "auto"
-    )
-    gpus: Annotated[
-        Count,
-        Field(
-            description="Training processes, each on a GPU of its own (torchrun); the validator "
-            "uses another one."
-        ),
-    ] = 1
+    dataset: str | None = None
+    """The collection (default: what --config says, else demo)."""
+    model: str = "auto"
+    """The encoder; auto: one that fits the dataset."""
+    gpus: Count = 1
+    """Training processes, each on a GPU of its own (torchrun); the validator uses another one."""
     measures: Measures = DEFAULT_MEASURES
     depth: Depth = None
     dtype: Dtype = "auto"
@@ -424,7 +312,8 @@ class RunConfig(PolicyConfig):
     keep_up: KeepUp = False
     name: ValidationName = FIRST_NAME
     poll_seconds: PollSeconds = 2.0
-    experiment_name: Annotated[str | None, Field(description="The experiment of a new run.")] = None
+    experiment_name: str | None = None
+    """The experiment of a new run."""
     tracking_uri: TrackingUri = None
 
     @model_validator(mode="after")
@@ -444,45 +333,6 @@ class RunConfig(PolicyConfig):
         training_only = {"dataset", "model", "gpus", "experiment_name"}
         given = {key: value for key, value in self.given().items() if key not in training_only}
         return ValidateConfig(**given, **values)
-
-
-def joined_name(name: str, subset: SubsetSpec) -> str:
-    """The name of a validation on a subset."""
-    return "-".join(filter(None, (name, subset.slug)))
-
-
-def refining(
-    text: str, validations: Sequence[Validation], seed: int = 0, judged: str = RELEVANT
-) -> tuple[Validation, ...]:
-    """What `--refine full@3` adds: an expensive validation of the three best checkpoints so far.
-
-    Args:
-        text: a subset, and of how many checkpoints.
-        validations: the cheap ones; each is refined by its first measure.
-        seed: random seed of the expensive subset.
-        judged: which judged passages that subset includes: the `relevant` ones, or `all`.
-
-    Raises:
-        UsageError: not of this form, the same as a cheap one, or one for several of them.
-    """
-    subset_text, _, count = text.rpartition("@")
-    is_count = count.isdecimal() and len(count) <= MOST_DIGITS and int(count) > 0
-    if not subset_text or not is_count:
-        raise UsageError(f"refine {quoted(text)}: expected SUBSET@N, such as full@3")
-    spec = parse_subset(subset_text, seed, judged)
-    added: list[Validation] = []
-    for cheap in validations:
-        if cheap.subset == spec:
-            raise UsageError(f"refine {text!r} is what validation {cheap.name!r} does already")
-        name = joined_name(cheap.name.removesuffix(f"-{cheap.subset.slug}"), spec)
-        if name in {validation.name for validation in added}:
-            raise UsageError(
-                f"refine {text!r}: several subsets would share the validation {name!r}; give one "
-                "--subset"
-            )
-        refines = Refines(cheap.name, cheap.settings.measures[0], int(count))
-        added.append(replace(cheap, name=name, subset=spec, refines=refines))
-    return tuple(added)
 
 
 def _check_dataset(config: ValidationDefaults) -> None:

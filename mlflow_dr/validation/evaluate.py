@@ -23,15 +23,15 @@ from mlflow_dr.retrieval.measures import (
     check_depth,
     mean_values,
     measure_ranking,
-    parse_measures,
 )
 from mlflow_dr.retrieval.ranking import Ranking, SearchResult, named_ranking, write_ranking
 from mlflow_dr.subsets.spec import FULL, parse_subset
 from mlflow_dr.subsets.strategies import CachedSearching
 from mlflow_dr.subsets.subset import make_subset
 from mlflow_dr.tracking.encoders import encoder_errors, local_encoder
-from mlflow_dr.validation.config import EvalConfig, EvaluateConfig
+from mlflow_dr.validation.config import EvaluateConfig
 from mlflow_dr.validation.dataset import EvalDataset
+from mlflow_dr.validation.validations import EvalConfig
 
 if TYPE_CHECKING:  # without a run no mlflow is needed, which takes seconds to import
     from mlflow_dr.tracking.runs import TrackedRun
@@ -153,9 +153,8 @@ def evaluate_encoder(config: EvaluateConfig, run: TrackedRun | None = None) -> R
         DataError: the collection's files are damaged, or no ranking can be written of its ids.
         CheckpointError: the encoder's files are damaged.
     """
-    measures = parse_measures(config.measures)
-    depth = check_depth(measures, config.depth)
-    dtype = resolve_dtype(config.dtype, resolve_device(config.device))
+    settings = config.eval_config()
+    dtype = resolve_dtype(settings.dtype, resolve_device(settings.device))
     name, split = config.one_dataset(config.split)
     for path in (config.output, config.ranking):
         if path is not None and not path.absolute().parent.is_dir():
@@ -179,23 +178,20 @@ def evaluate_encoder(config: EvaluateConfig, run: TrackedRun | None = None) -> R
         data = EvalDataset(collection, split, data.tokens, subset)
     if config.ranking is not None:
         data.check_ids()
-    settings = EvalConfig(measures, depth, config.device, config.dtype, config.keep_own_id)
     report = evaluate(encoder, data, settings)
-    text = json.dumps(_as_json(config, name, split, depth, report)) + "\n"
+    text = json.dumps(_as_json(config, name, split, report)) + "\n"
     if config.output is not None:
         with atomic_write(config.output) as partial:
             partial.write_text(text)
     if config.ranking is not None:
         write_ranking(config.ranking, report.ranking)
     if run is not None:
-        values = {measure.metric: report.measures[measure] for measure in measures}
+        values = {measure.metric: value for measure, value in report.measures.items()}
         run.log_report({**values, "seconds": report.seconds}, {REPORT: text})
     return report
 
 
-def _as_json(
-    config: EvaluateConfig, dataset: str, split: str, depth: int, report: Report
-) -> dict[str, Any]:
+def _as_json(config: EvaluateConfig, dataset: str, split: str, report: Report) -> dict[str, Any]:
     return {
         "encoder": config.encoder,
         "dataset": dataset,
@@ -203,7 +199,7 @@ def _as_json(
         "subset": config.subset[0] if config.subset else FULL,
         "measures": report.measures,
         "queries": report.per_query,
-        "depth": depth,
+        "depth": check_depth(list(report.measures), config.depth),
         "dtype": report.dtype,
         "seconds": report.seconds,
         "passages": report.passages,

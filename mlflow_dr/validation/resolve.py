@@ -50,8 +50,9 @@ from mlflow_dr.tracking.validations import (
     stored_config,
     tag_validation_steps,
 )
-from mlflow_dr.validation.config import EvalConfig, ValidateConfig, Validation
+from mlflow_dr.validation.config import ValidateConfig
 from mlflow_dr.validation.dataset import CorpusTokens, EvalDataset
+from mlflow_dr.validation.validations import EvalConfig, Validation
 from mlflow_dr.validation.worker import load_checkpoint
 
 TEST_SPLIT = "test"

@@ -15,7 +15,8 @@ from mlflow_dr.tracking.claims import HeartbeatMonitor, latest_claim
 from mlflow_dr.tracking.following import Snapshot
 from mlflow_dr.tracking.results import State, has_record, validation_state
 from mlflow_dr.tracking.validations import recorded_values
-from mlflow_dr.validation.config import Refines, ValidateConfig
+from mlflow_dr.validation.config import ValidateConfig
+from mlflow_dr.validation.validations import Refines
 
 LOST_CLAIMS = 2  # after so many the server is asked again
 SECONDS_PER_LOST_CLAIM = 0.1

@@ -40,8 +40,9 @@ from mlflow_dr.tracking.results import (
 )
 from mlflow_dr.tracking.runs import TrackedRun
 from mlflow_dr.tracking.server import Patience, ServerClock
-from mlflow_dr.validation.config import EvalConfig, ValidateConfig
+from mlflow_dr.validation.config import ValidateConfig
 from mlflow_dr.validation.evaluate import Report, evaluate_all
+from mlflow_dr.validation.validations import EvalConfig
 
 if TYPE_CHECKING:
     from mlflow_dr.validation.resolve import ResolvedValidation

@@ -28,9 +28,9 @@ from mlflow_dr.encoder.model import Encoder
 from mlflow_dr.encoder.tokenize import TextTokenizer
 from mlflow_dr.errors import DataError, UsageError
 from mlflow_dr.retrieval.measures import parse_measures
-from mlflow_dr.validation.config import EvalConfig
 from mlflow_dr.validation.dataset import CorpusTokens, EvalDataset
 from mlflow_dr.validation.evaluate import Report, evaluate_all
+from mlflow_dr.validation.validations import EvalConfig
 
 Write = Callable[..., Path]
 Tokens = Callable[[str], list[int]]

@@ -30,9 +30,9 @@ from mlflow_dr.subsets.spec import parse_subset
 from mlflow_dr.tracking.checkpoints import publish, run_checkpoints
 from mlflow_dr.tracking.directories import found_checkpoints
 from mlflow_dr.tracking.runs import TrackedRun
-from mlflow_dr.validation.config import EvalConfig
 from mlflow_dr.validation.dataset import EvalDataset
 from mlflow_dr.validation.evaluate import evaluate
+from mlflow_dr.validation.validations import EvalConfig
 
 SUBJECTS = ("gull", "ship", "otter", "storm", "ferry", "diver", "pilot", "star")
 PLACES = ("harbour", "wreck", "mast", "island", "channel", "horizon", "port")

@@ -20,10 +20,10 @@ from mlflow_dr.retrieval.measures import parse_measures
 from mlflow_dr.tracking.checkpoints import publish
 from mlflow_dr.tracking.datasets import CollectionDataset
 from mlflow_dr.tracking.runs import TrackedRun
-from mlflow_dr.validation.config import EvalConfig
 from mlflow_dr.validation.dataset import EvalDataset
 from mlflow_dr.validation.evaluate import Report, evaluate
 from mlflow_dr.validation.evaluator import DenseRetrievalEvaluator
+from mlflow_dr.validation.validations import EvalConfig
 
 MEASURES = "mrr@10 ndcg@5 recall@3"
 
@@ -186,8 +186,8 @@ def test_evaluations_of_other_models_are_left_alone() -> None:
 @pytest.mark.parametrize(
     ("config", "message"),
     [
-        ({"mesures": "mrr@10"}, "no key 'mesures'; known are dataset, split, measures"),
-        ({"depth": "10"}, "depth is '10'; expected int"),
+        ({"mesures": "mrr@10"}, "no key .mesures.; did you mean .measures."),
+        ({"depth": "10"}, "depth is '10'; expected a whole number"),
         ({"depth": 5}, "depth 5 is too shallow for mrr@10"),
         ({"measures": "mrr"}, "measure 'mrr': expected one of"),
         ({"dataset": "demo"}, "/dev already; leave dataset and split out"),

@@ -25,10 +25,11 @@ from mlflow_dr.tracking.results import record_result
 from mlflow_dr.tracking.runs import TrackedRun
 from mlflow_dr.validation import evaluate as evaluating
 from mlflow_dr.validation.compare import compare, find_operands
-from mlflow_dr.validation.config import CompareConfig, EvalConfig, Validation
+from mlflow_dr.validation.config import CompareConfig
 from mlflow_dr.validation.dataset import EvalDataset
 from mlflow_dr.validation.evaluate import Report, evaluate
 from mlflow_dr.validation.resolve import EvalDatasets
+from mlflow_dr.validation.validations import EvalConfig, Validation
 
 MEASURES = "mrr@10 ndcg@5"
 SETTINGS = EvalConfig(parse_measures(MEASURES), device="cpu", dtype="fp32")

@@ -11,7 +11,8 @@ from mlflow_dr.collection.asyncval import asyncval_name
 from mlflow_dr.errors import UsageError
 from mlflow_dr.retrieval.measures import parse_measures
 from mlflow_dr.subsets.spec import parse_subset
-from mlflow_dr.validation.config import EvalConfig, Refines, RunConfig, ValidateConfig, Validation
+from mlflow_dr.validation.config import RunConfig, ValidateConfig
+from mlflow_dr.validation.validations import EvalConfig, Refines, Validation
 
 FLAGS = {"measures": ("mrr@10",), "dtype": "fp32", "every": 100}
 SETTINGS = EvalConfig(parse_measures("mrr@10"), dtype="fp32")
@@ -88,7 +89,7 @@ def test_a_file_without_several_validations_is_like_flags(tmp_path: Path) -> Non
         ("validations: {a: {dataset: dmeo}}", "validations.a.dataset: no dataset 'dmeo'"),
         ("validations: {a: {refine: full}}", "validations.a: refine 'full'"),
         ("validations: {a: {refine: ''}}", "validations.a: refine ''"),
-        ("keep: worst:1\nvalidations: {a: }", "validations.yaml: keep: no rule 'worst:1'"),
+        ("keep: worst:1\nvalidations: {a: }", "validations.yaml: keep: unknown rule 'worst:1'"),
         ("patience: -1\nvalidations: {a: }", "validations.yaml: patience"),
         (f"poll_seconds: {10**16}\nvalidations: {{a: }}", "poll_seconds is 10000000000000000"),
         ("poll_seconds: 0\nvalidations: {a: }", "poll_seconds is 0; expected a number above 0"),

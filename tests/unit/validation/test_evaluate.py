@@ -19,9 +19,9 @@ from mlflow_dr.errors import CheckpointError, DataError, DeviceError, UsageError
 from mlflow_dr.retrieval import dense, encode
 from mlflow_dr.retrieval.measures import parse_measures
 from mlflow_dr.stores import token_table
-from mlflow_dr.validation.config import EvalConfig
 from mlflow_dr.validation.dataset import EvalDataset
 from mlflow_dr.validation.evaluate import Report, evaluate
+from mlflow_dr.validation.validations import EvalConfig
 
 MEASURES = "mrr@10 ndcg@10 recall@20 map@5"
 SUBJECTS = ("gull", "ship", "otter", "storm", "ferry", "diver", "pilot", "star")

@@ -1,0 +1,121 @@
+"""What is measured: one validation by its name, dataset, split, subset and settings."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from typing import NamedTuple
+
+from mlflow_dr.encoder.config import check_types
+from mlflow_dr.errors import UsageError, quoted
+from mlflow_dr.retrieval.measures import Measure
+from mlflow_dr.subsets.spec import MOST_DIGITS, RELEVANT, SubsetSpec, parse_subset
+
+# what MLflow allows in a metric's name, less the slash and the dot, which have a meaning here
+NAME = re.compile(r"[\w\- ]+")
+NOT_IN_NAME = re.compile(r"[^\w\- ]")
+FIRST_NAME = "val"
+
+
+@dataclass(frozen=True)
+class EvalConfig:
+    """How an encoder is evaluated.
+
+    Attributes:
+        measures: what is measured.
+        depth: passages kept for each query; the largest cut-off when None.
+        device: `auto`, `cpu`, `cuda` or `cuda:<n>`.
+        dtype: `auto`, `fp32`, `bf16` or `fp16`.
+        keep_own_id: keep a passage whose id is the query's id.
+    """
+
+    measures: tuple[Measure, ...]
+    depth: int | None = None
+    device: str = "auto"
+    dtype: str = "auto"
+    keep_own_id: bool = False
+
+    def __post_init__(self) -> None:
+        check_types(self)
+
+
+class Refines(NamedTuple):
+    """Which checkpoints an expensive validation is done for.
+
+    Attributes:
+        name: of the cheap validation.
+        measure: the measure of the cheap validation that orders the checkpoints.
+        best: how many of the best checkpoints so far.
+    """
+
+    name: str
+    measure: Measure
+    best: int
+
+
+@dataclass(frozen=True)
+class Validation:
+    """What is measured on every checkpoint of a run.
+
+    Attributes:
+        settings: measures, depth, device, dtype.
+        name: prefixes the metrics.
+        dataset: the collection; the run's own when None.
+        split: the split; the run's own, or the collection's development split, when None.
+        subset: what is searched.
+        refines: which checkpoints it is done for; every checkpoint when None.
+    """
+
+    settings: EvalConfig
+    name: str = FIRST_NAME
+    dataset: str | None = None
+    split: str | None = None
+    subset: SubsetSpec = field(default_factory=SubsetSpec)
+    refines: Refines | None = None
+
+    def __post_init__(self) -> None:
+        if not NAME.fullmatch(self.name):
+            raise UsageError(
+                f"a validation cannot be called {quoted(self.name)}: use letters, digits, _, - and "
+                "blanks"
+            )
+
+
+def joined_name(name: str, subset: SubsetSpec) -> str:
+    """The name of a validation on a subset."""
+    return "-".join(filter(None, (name, subset.slug)))
+
+
+def refining(
+    text: str, validations: Sequence[Validation], seed: int = 0, judged: str = RELEVANT
+) -> tuple[Validation, ...]:
+    """What `--refine full@3` adds: an expensive validation of the three best checkpoints so far.
+
+    Args:
+        text: a subset, and of how many checkpoints.
+        validations: the cheap ones; each is refined by its first measure.
+        seed: random seed of the expensive subset.
+        judged: which judged passages that subset includes: the `relevant` ones, or `all`.
+
+    Raises:
+        UsageError: not of this form, the same as a cheap one, or one for several of them.
+    """
+    subset_text, _, count = text.rpartition("@")
+    is_count = count.isdecimal() and len(count) <= MOST_DIGITS and int(count) > 0
+    if not subset_text or not is_count:
+        raise UsageError(f"refine {quoted(text)}: expected SUBSET@N, such as full@3")
+    spec = parse_subset(subset_text, seed, judged)
+    added: list[Validation] = []
+    for cheap in validations:
+        if cheap.subset == spec:
+            raise UsageError(f"refine {text!r} is what validation {cheap.name!r} does already")
+        name = joined_name(cheap.name.removesuffix(f"-{cheap.subset.slug}"), spec)
+        if name in {validation.name for validation in added}:
+            raise UsageError(
+                f"refine {text!r}: several subsets would share the validation {name!r}; give one "
+                "--subset"
+            )
+        refines = Refines(cheap.name, cheap.settings.measures[0], int(count))
+        added.append(replace(cheap, name=name, subset=spec, refines=refines))
+    return tuple(added)
