@@ -26,7 +26,7 @@ from mlflow_dr.retrieval.measures import (
 )
 from mlflow_dr.retrieval.ranking import Ranking, SearchResult, named_ranking, write_ranking
 from mlflow_dr.subsets.spec import FULL, parse_subset
-from mlflow_dr.subsets.strategies import CachedSearching
+from mlflow_dr.subsets.strategies import SubsetSources
 from mlflow_dr.subsets.subset import make_subset
 from mlflow_dr.tracking.encoders import encoder_errors, local_encoder
 from mlflow_dr.validation.config import EvaluateConfig
@@ -171,10 +171,14 @@ def evaluate_encoder(config: EvaluateConfig, run: TrackedRun | None = None) -> R
     data = EvalDataset(collection, split)
     if config.subset:
         spec = parse_subset(config.subset[0], config.seed, config.judged)
-        searching = CachedSearching(
-            data.corpus, config.device, dtype, tracking_uri=config.tracking_uri
+        sources = SubsetSources(
+            data.corpus,
+            data.topics,
+            device=config.device,
+            dtype=dtype,
+            tracking_uri=config.tracking_uri,
         )
-        subset = make_subset(spec, data.corpus, data.topics, searching)
+        subset = make_subset(spec, sources)
         data = EvalDataset(collection, split, data.tokens, subset)
     if config.ranking is not None:
         data.check_ids()
