@@ -1,1 +1,1 @@
-"""What is searched and judged: records, one file per format, the catalogue, the built-in demo."""
+"""Datasets: passages, judged queries and training examples, in one file per format."""

@@ -1,4 +1,4 @@
-"""The corpus: passages in an Arrow table that is mapped from disk, never held as Python objects."""
+"""The corpus: passages in an Arrow table that is mapped from disk and not held in memory."""
 
 from __future__ import annotations
 
@@ -81,7 +81,7 @@ class Corpus:
             yield [Passage(*values) for values in zip(*columns, strict=True)]
 
     def passages(self, rows: Iterable[int]) -> list[Passage]:
-        """The passages at these rows, in the order asked for, repeats included."""
+        """The passages at these rows, in this order, with repeats."""
         return [self[int(row)] for row in rows]
 
     def __getitem__(self, row: int) -> Passage:
@@ -98,10 +98,10 @@ class Corpus:
         return found.fill_null(-1).to_numpy(zero_copy_only=False).astype(np.int64)
 
     def tie_ranks(self) -> np.ndarray:
-        """Each passage's place among equal scores, `(n_passages,) int64`: smaller comes first.
+        """Each passage's rank among equal scores, `(n_passages,) int64`: the smaller comes first.
 
         Equal scores are ordered as trec_eval orders them, by descending passage id (`strcmp`), so
-        that a ranking cut at depth k holds what trec_eval would have kept.
+        that a ranking that is cut at depth k has the passages that trec_eval would keep.
         """
         order = pc.sort_indices(self._ids, sort_keys=[("", "descending")]).to_numpy()
         ranks = np.empty(len(order), dtype=np.int64)
@@ -141,7 +141,7 @@ def cached_corpus(
         location: the source, for messages.
 
     Raises:
-        DataError: there is no passage at all; or whatever reading `passages` raises.
+        DataError: there are no passages; and anything that reading `passages` raises.
     """
 
     def write(partial: Path) -> None:
@@ -155,7 +155,7 @@ def cached_corpus(
 
 
 class CorpusWriter:
-    """Writes passages into a new folder as they come; `open_corpus` maps what it wrote.
+    """Writes passages into a new directory, a batch at a time; `open_corpus` maps them.
 
     The first passage decides whether the corpus has text or tokens.
 
@@ -206,7 +206,7 @@ class CorpusWriter:
             self._file = pa.ipc.new_file(self._sink, self._schema)
             self._content = ContentDigest(self._schema)
         columns = zip(*self._buffer, strict=True) if self._buffer else ((),) * 4
-        # without a schema for tokens the fourth column is left
+        # a corpus of text has no fourth column
         fields = zip(columns, self._schema, strict=False)
         arrays = [pa.array(column, field.type) for column, field in fields]
         check_ids(arrays[0])
@@ -222,7 +222,7 @@ ITEMS = "[]"
 
 
 class ContentDigest:
-    """SHA-256 over the lengths and the bytes of each column.
+    """SHA-256 over the lengths and the bytes of each column, independent of how rows are batched.
 
     Args:
         schema: columns of strings, numbers, or lists of either, without nulls.
@@ -235,7 +235,7 @@ class ContentDigest:
         self._bytes = {name: hashlib.sha256() for name in names}
 
     def update(self, batch: pa.RecordBatch) -> None:
-        """Take in the next rows."""
+        """Add the next rows."""
         for name in self._columns:
             self._update(name, batch.column(name))
 

@@ -1,7 +1,7 @@
 """The built-in collection `demo`: docstrings of Python and of the installed packages.
 
-Real text that is on every machine already: a docstring's first paragraph is the query, the rest of
-it the one relevant passage.
+This is real text that every machine has already: the first paragraph of a docstring is the query,
+and the rest is its one relevant passage.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from mlflow_dr.errors import DataError
 from mlflow_dr.files import digest_of
 
 LAYOUT = 1
-"""Raise it when the rules below change: the cached collection of the old rules is then not used."""
+"""Raise it when the rules below change, so that a collection cached before is not used."""
 
 PACKAGES = (
     "numpy",
@@ -83,7 +83,7 @@ def installed_sources() -> list[Source]:
 
 
 def write_demo(folder: Path, roots: Sequence[Path], workers: int | None = None) -> None:
-    """Harvest `roots` and write what they hold as a new BEIR folder.
+    """Write the docstrings under `roots` as a new BEIR folder.
 
     Raises:
         DataError: fewer than `FEWEST_PAIRS` pairs are found, or a worker process dies.
@@ -110,6 +110,6 @@ def write_demo(folder: Path, roots: Sequence[Path], workers: int | None = None) 
 
 
 def _split(query: str) -> str:
-    """The split by the query's hash, so that a new package version moves no query across."""
+    """The split by the query's hash, so that a new package version moves no query between them."""
     number = int.from_bytes(hashlib.sha256(query.encode()).digest()[:8], "big")
     return "dev" if number % DEV_SHARE == 0 else "train"

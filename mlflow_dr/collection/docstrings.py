@@ -1,7 +1,7 @@
 """Docstrings as pairs of a question and its answer, read from source files by several processes.
 
-The sources are parsed, never imported. Nothing heavy is imported here: every worker process imports
-this module.
+The sources are parsed and never imported. This module imports nothing heavy, because every worker
+process imports it.
 """
 
 from __future__ import annotations
@@ -52,8 +52,8 @@ class Pair(NamedTuple):
 def harvest(roots: Sequence[Path], workers: int | None = None) -> list[Pair]:
     """The pairs of all Python files under `roots`, in the order of roots, files and lines.
 
-    A pair stays when neither its query nor its passage came before, up to case and white space.
-    Files that are no valid Python are left out.
+    A pair is kept if neither its query nor its passage occurred before, ignoring case and white
+    space. Files that are not valid Python are skipped.
 
     Args:
         workers: number of processes; the cores that this process may use when not given.
@@ -61,7 +61,7 @@ def harvest(roots: Sequence[Path], workers: int | None = None) -> list[Pair]:
     Raises:
         DataError: a worker process dies.
     """
-    from mlflow_dr.files import usable_cores  # which workers have no use for
+    from mlflow_dr.files import usable_cores  # workers do not need it
 
     files = [path for root in roots for path in _python_files(root)]
     count = min(workers or usable_cores(), MOST_WORKERS)
@@ -83,12 +83,12 @@ def harvest(roots: Sequence[Path], workers: int | None = None) -> list[Pair]:
                     kept.append(pair)
             bar.update()
     if broken:
-        log.info("%d files are no valid Python, such as %s", len(broken), broken[0])
+        log.info("%d files are not valid Python, such as %s", len(broken), broken[0])
     return kept
 
 
 def _is_new(text: str, seen: set[str]) -> bool:
-    """Whether a text is seen for the first time; from now on it has been seen."""
+    """Whether a text is new; it is added to the texts that were seen."""
     size = len(seen)
     seen.add(" ".join(text.split()).casefold())
     return len(seen) > size
@@ -103,7 +103,7 @@ def _python_files(root: Path) -> Iterator[Path]:
 
 @contextmanager
 def _workers(files: Sequence[Path], count: int) -> Iterator[list[_Worker]]:
-    """Worker i of n answers for the files i, i+n, i+2n ...; all are gone when the block ends."""
+    """Worker i of n reads the files i, i+n, i+2n ...; all have ended when the block ends."""
     workers: list[_Worker] = []
     try:
         for start in range(count):
@@ -115,10 +115,10 @@ def _workers(files: Sequence[Path], count: int) -> Iterator[list[_Worker]]:
 
 
 class _Worker:
-    """A process that parses files, and a thread that takes its answers as they come.
+    """A process that parses files, and a thread that collects its answers.
 
-    Not `multiprocessing`: its new processes run the user's script again, which would ask for the
-    demo collection, too, and wait for ever for the lock that its parent holds.
+    `multiprocessing` is not used, because its new processes run the user's script again: that
+    would open the demo collection, too, and wait forever for the lock that its parent holds.
     """
 
     def __init__(self, files: Sequence[Path]) -> None:
@@ -145,7 +145,7 @@ class _Worker:
         self._lines.put(b"")
 
     def answer(self, path: Path) -> list[Pair] | None:
-        """The pairs of the next file, which is `path`; None when it is no valid Python."""
+        """The pairs of the next file, which is `path`; None when it is not valid Python."""
         line = self._lines.get()
         if not line.endswith(b"\n"):
             raise DataError(
@@ -157,7 +157,7 @@ class _Worker:
         return None if pairs is None else [Pair(*pair) for pair in pairs]
 
     def end(self) -> None:
-        """Kill the process, if it is still there."""
+        """Kill the process if it still runs."""
         self._process.kill()
         self._process.wait()
         self._thread.join()
@@ -166,8 +166,8 @@ class _Worker:
 def _work() -> None:
     """A worker: file names from stdin, one line of JSON for each file to stdout."""
     if hasattr(signal, "SIGPIPE"):
-        signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # end without a word when the parent is gone
-    gc.disable()  # syntax trees have no cycles; looking for some takes a fifth of the time
+        signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # end silently when the parent has ended
+    gc.disable()  # syntax trees have no cycles; looking for them takes a fifth of the time
     for name in sys.stdin.buffer.read().split(b"\0"):
         if name:
             pairs = _pairs_of_file(Path(os.fsdecode(name)))
@@ -175,11 +175,11 @@ def _work() -> None:
 
 
 def _pairs_of_file(path: Path) -> list[Pair] | None:
-    """The pairs of one file in the order of its lines; None when it is no valid Python."""
+    """The pairs of one file in the order of its lines; None when it is not valid Python."""
     try:
         source = path.read_bytes()
         if b'"""' not in source and b"'''" not in source:
-            return []  # no string with a paragraph break, and the parser is what takes time
+            return []  # no string with a paragraph break; parsing takes most of the time
         tree = ast.parse(source)
     except (OSError, SyntaxError, ValueError, RecursionError, MemoryError):
         return None
@@ -194,13 +194,13 @@ def _docstrings(tree: ast.Module) -> Iterator[str]:
         node = nodes.pop()
         if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
             text = ast.get_docstring(node) or ""
-            yield text.encode(errors="ignore").decode()  # no UTF-8 file holds half a surrogate pair
+            yield text.encode(errors="ignore").decode()  # UTF-8 has no half surrogate pairs
         inner = [child for block in BLOCKS for child in getattr(node, block, ())]
         nodes.extend(reversed(inner))
 
 
 def _pair(docstring: str) -> Pair | None:
-    """First paragraph and rest, or None when one of them is too short or absurdly long."""
+    """First paragraph and rest, or None when one of them is too short or far too long."""
     first, *rest = PARAGRAPH_BREAK.split(docstring.strip(), maxsplit=1)
     words = [word for word in first.split() if any(map(str.isalpha, word))]
     query, passage = " ".join(first.split()), "".join(rest).strip()

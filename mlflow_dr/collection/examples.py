@@ -54,7 +54,7 @@ def cached_examples(
         corpus: where passage ids are looked up; None where the records carry their passages.
 
     Raises:
-        DataError: no record is usable; or whatever reading `records` raises.
+        DataError: no record is usable; and anything that reading `records` raises.
     """
     directory = cache_entry(
         "examples",
@@ -101,7 +101,7 @@ def _write(
 
 
 class CachedExamples:
-    """Examples by index, mapped from a folder of the cache; reading one takes microseconds.
+    """Examples by index, mapped from a directory of the cache; reading one takes microseconds.
 
     Attributes:
         passages: what positives and negatives are rows of.
@@ -139,7 +139,7 @@ class CachedExamples:
 
 
 class _Batch:
-    """Some examples; lists are read as parts of one array, which is much quicker than by Arrow."""
+    """Some examples; lists are slices of one array, which is much faster than Arrow's lists."""
 
     def __init__(self, batch: pa.RecordBatch) -> None:
         self._count = len(batch)
@@ -176,7 +176,7 @@ class _Batch:
 
 
 class _Lists:
-    """A column of lists: all items, and where each list begins."""
+    """A column of lists: all items, and the offset of each list."""
 
     def __init__(self, column: pa.Array) -> None:
         self._offsets = column.offsets.to_numpy()
@@ -224,5 +224,5 @@ class JudgedExamples:
         return Example(self._queries[index], rows, NO_ROWS)
 
     def negative_counts(self) -> np.ndarray:
-        """None for any: judgements name no hard negatives, `(n_examples,) int64`."""
+        """Zeros, `(n_examples,) int64`: judgements name no hard negatives."""
         return np.zeros(len(self), np.int64)

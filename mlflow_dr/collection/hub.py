@@ -35,12 +35,15 @@ from mlflow_dr.collection.training_files import (
     layout_of,
     read_examples,
 )
-from mlflow_dr.errors import DataError, quoted
+from mlflow_dr.errors import DataError, one_line, quoted
 from mlflow_dr.files import digest_of
 
 log = logging.getLogger(__name__)
 
 JUDGED_STEMS = ("dev", "validation", "test")
+PASSAGE_COLUMNS = ("docid", "title", "text")
+TITLE = "title"
+READERS = {".parquet": "parquet", ".jsonl.gz": "json", ".jsonl": "json"}
 
 
 def msmarco_passage(name: str = "msmarco") -> HubCollection:
@@ -59,7 +62,7 @@ def msmarco_passage(name: str = "msmarco") -> HubCollection:
 def hub_collection(repo: str) -> HubCollection:
     """The collection of a repository `owner/name`, whose passages are in `owner/name-corpus`.
 
-    Of a name that ends in `-new`, Tevatron's mark of examples by id, it is `owner/...-corpus-new`.
+    For a name that ends in `-new`, Tevatron's mark of examples by id, it is `owner/...-corpus-new`.
     """
     if repo == "Tevatron/msmarco-passage":
         return msmarco_passage(repo)
@@ -101,21 +104,21 @@ class HubCollection:
     @cached_property
     def _judged_files(self) -> dict[str, HubFiles]:
         with self._no_such_path():
-            there = fetched_where_there(self._repos[0], JUDGED_STEMS)
-        return {stem: files for stem, files in there.items() if _is_judged(files)}
+            found = download_existing(self._repos[0], JUDGED_STEMS)
+        return {stem: files for stem, files in found.items() if _is_judged(files)}
 
     def corpus(self) -> Corpus:
         """The passages, mapped from the Arrow file that `datasets` made of them.
 
         Raises:
-            DataError: they can neither be downloaded nor found in the cache, lack a column or a
-                value, or repeat an id.
+            DataError: they are neither on the hub nor in the cache, lack a column or a value, or
+                repeat an id.
         """
         return self._corpus
 
     @cached_property
     def _corpus(self) -> Corpus:
-        return _corpus(fetched(self._repos[1], "corpus"))
+        return _corpus(download(self._repos[1], "corpus"))
 
     def topics(self, split: str) -> Topics:
         """The judged queries of one split.
@@ -137,27 +140,29 @@ class HubCollection:
                 layout, or none of them is usable.
         """
         with self._no_such_path():
-            files = fetched(self._repos[0], "train")
-        with _damage_explained(files):
+            files = download(self._repos[0], "train")
+        with _with_advice(files):
             layout = find_layout(files.files)
         corpus = self._corpus if layout.by_id else None
         key = f"{layout.layout}:{files.digest}"
-        return cached_examples(key, _raw_examples(files, layout), files.where, corpus)
+        return cached_examples(key, _raw_examples(files, layout), files.location, corpus)
 
     @contextmanager
     def _no_such_path(self) -> Iterator[None]:
-        """Of a repository that the user named, an error says that it is no folder either."""
+        """Errors about a repository that the user named say that it is not a local path either."""
         try:
             yield
         except DataError as error:
             if self.name != self._repos[0]:
                 raise
-            raise DataError(f"{error}; no file or folder {self.name!r} is here either") from error
+            raise DataError(
+                f"{error}; there is no file or folder {self.name!r} here either"
+            ) from error
 
 
 def _is_judged(files: HubFiles) -> bool:
     """Whether the first record of a split's files names a relevant passage."""
-    with _damage_explained(files):
+    with _with_advice(files):
         first = next(read_records(files.files[0], dict), None)
         layout = layout_of(first[1]) if first else None
         if layout is None:
@@ -169,44 +174,44 @@ def _is_judged(files: HubFiles) -> bool:
 def _topics(files: HubFiles, corpus: Corpus) -> Topics:
     queries: list[Query] = []
     qrels: dict[str, dict[str, int]] = {}
-    with _damage_explained(files):
+    with _with_advice(files):
         layout = find_layout(files.files)
     for raw in _raw_examples(files, layout):
         queries.append(raw.query)
         relevant = (p.id if isinstance(p, Passage) else p for p in raw.positives)
         qrels.setdefault(raw.query.id, {}).update(dict.fromkeys(relevant, 1))
-    return checked_topics(files.where, queries, qrels, corpus)
+    return checked_topics(files.location, queries, qrels, corpus)
 
 
 def _raw_examples(files: HubFiles, layout: type[ExampleRecord]) -> Iterator[RawExample]:
-    with _damage_explained(files):
+    with _with_advice(files):
         yield from read_examples(files.files, layout)
 
 
 @contextmanager
-def _damage_explained(files: HubFiles) -> Iterator[None]:
+def _with_advice(files: HubFiles) -> Iterator[None]:
     try:
         yield
     except DataError as error:
-        raise DataError(f"Hugging Face {files.repo}: {error}; {files.way_out}") from error
+        raise DataError(f"Hugging Face {files.repo}: {error}; {files.advice}") from error
 
 
-def _rows(files: HubFiles, room: Path) -> Any:
-    """The files' rows as one `datasets.Dataset` of Arrow files, which are written into `room`.
+def _rows(files: HubFiles, directory: Path) -> Any:
+    """The files' rows as one `datasets.Dataset` of Arrow files, which are written to `directory`.
 
     Raises:
-        DataError: a file is damaged, or its rows have not all the same columns.
+        DataError: a file is damaged, or its rows differ in their columns.
     """
     from datasets import load_dataset
 
     names = [str(file) for file in files.files]
     try:
         return load_dataset(
-            READERS[files.suffix], data_files=names, split="train", cache_dir=str(room)
+            READERS[files.suffix], data_files=names, split="train", cache_dir=str(directory)
         )
     except Exception as error:
-        cause = reason(error.__cause__ or error)
-        raise DataError(f"{files.where}: cannot be read ({cause}); {files.way_out}") from error
+        cause = one_line(error.__cause__ or error)
+        raise DataError(f"{files.location}: cannot be read ({cause}); {files.advice}") from error
 
 
 def _corpus(files: HubFiles) -> Corpus:
@@ -214,36 +219,27 @@ def _corpus(files: HubFiles) -> Corpus:
 
     def write(partial: Path) -> None:
         partial.mkdir()
-        with TemporaryDirectory(dir=partial) as room:
-            for number, part in enumerate(_rows(files, Path(room)).cache_files):
+        with TemporaryDirectory(dir=partial) as directory:
+            for number, part in enumerate(_rows(files, Path(directory)).cache_files):
                 Path(part["filename"]).rename(partial / f"rows-{number:05}.arrow")
-        table = _table(partial, files.where)
-        log.info("%s: checking %d passages, once", files.where, len(table))
-        check_passages(table, files.where)
+        table = _table(partial, files.location)
+        log.info("%s: checking %d passages, once", files.location, len(table))
+        check_passages(table, files.location)
         (partial / "digest").write_text(Corpus(table).digest)
 
-    room = cache_entry("hub", files.digest, write)
-    return Corpus(_table(room, files.where), (room / "digest").read_text())
+    directory = cache_entry("hub", files.digest, write)
+    return Corpus(_table(directory, files.location), (directory / "digest").read_text())
 
 
-def _table(room: Path, where: str) -> pa.Table:
+def _table(directory: Path, location: str) -> pa.Table:
     """The passages, mapped from the Arrow files that `datasets` has written."""
     from datasets import Dataset, concatenate_datasets
 
-    parts = [Dataset.from_file(str(path)) for path in sorted(room.glob("rows-*.arrow"))]
-    return passage_table(arrow_table(concatenate_datasets(parts)), where)
+    parts = [Dataset.from_file(str(path)) for path in sorted(directory.glob("rows-*.arrow"))]
+    return passage_table(concatenate_datasets(parts).with_format("arrow")[:], location)
 
 
-PASSAGE_COLUMNS = ("docid", "title", "text")
-TITLE = "title"
-
-
-def arrow_table(rows: Any) -> pa.Table:
-    """The Arrow table under a `datasets.Dataset`, still mapped from disk."""
-    return rows.with_format("arrow")[:]
-
-
-def passage_table(table: pa.Table, where: str) -> pa.Table:
+def passage_table(table: pa.Table, location: str) -> pa.Table:
     """Columns `id`, `title`, `text` as strings; only a column of another type is copied.
 
     Raises:
@@ -251,17 +247,26 @@ def passage_table(table: pa.Table, where: str) -> pa.Table:
     """
     if TITLE not in table.column_names:
         table = table.append_column(TITLE, pa.nulls(len(table)))
-    _check_columns(table.schema, PASSAGE_COLUMNS, where)
+    if missing := [name for name in PASSAGE_COLUMNS if name not in table.column_names]:
+        raise DataError(
+            f"{location}: no column {', '.join(missing)}; it has {', '.join(table.column_names)}, "
+            f"expected {', '.join(PASSAGE_COLUMNS)} ({TITLE} may be left out)"
+        )
     columns = [table[name] for name in PASSAGE_COLUMNS]
     for name, column in zip(PASSAGE_COLUMNS, columns, strict=True):
-        _check_type(column.type, name, where)
+        kind = column.type
+        is_text = pa.types.is_string(kind) or pa.types.is_large_string(kind)
+        is_number = name == "docid" and pa.types.is_integer(kind)
+        is_untitled = name == TITLE and pa.types.is_null(kind)
+        if not (is_text or is_number or is_untitled):
+            raise DataError(f"{location}: column {name} holds {kind}, expected strings")
     passages = pa.table(columns, names=SCHEMA.names).cast(SCHEMA)
     if passages["title"].null_count:
         passages = passages.set_column(1, SCHEMA.field("title"), passages["title"].fill_null(""))
     return passages
 
 
-def check_passages(passages: pa.Table, where: str) -> None:
+def check_passages(passages: pa.Table, location: str) -> None:
     """Refuse passages without id or text, and ids that are used twice.
 
     Raises:
@@ -269,40 +274,19 @@ def check_passages(passages: pa.Table, where: str) -> None:
     """
     for name in ("id", "text"):
         if missing := passages[name].null_count:
-            raise DataError(f"{where}: {missing} of {len(passages)} passages have no {name}")
+            raise DataError(f"{location}: {missing} of {len(passages)} passages have no {name}")
     ids = passages["id"]
     try:
         check_ids(ids)
     except DataError as error:
-        raise DataError(f"{where}: {error}") from error
+        raise DataError(f"{location}: {error}") from error
     if (distinct := pc.count_distinct(ids).as_py()) != len(ids):
         counts = pc.value_counts(ids)
         repeated = counts.filter(pc.greater(counts.field("counts"), 1)).field("values")[0]
         raise DataError(
-            f"{where}: {len(ids) - distinct} passages repeat an id (such as "
+            f"{location}: {len(ids) - distinct} passages repeat an id (such as "
             f"{quoted(repeated.as_py())})"
         )
-
-
-def _check_columns(schema: pa.Schema, expected: Sequence[str], where: str) -> None:
-    missing = [name for name in expected if name not in schema.names]
-    if missing:
-        raise DataError(
-            f"{where}: no column {', '.join(missing)}; it has {', '.join(schema.names)}, "
-            f"expected {', '.join(expected)} ({TITLE} may be left out)"
-        )
-
-
-def _check_type(got: pa.DataType, name: str, where: str) -> None:
-    """Text everywhere; an id may be a whole number, and a title is null where no row has one."""
-    text = pa.types.is_string(got) or pa.types.is_large_string(got)
-    number = name.endswith("id") and pa.types.is_integer(got)
-    untitled = name == TITLE and pa.types.is_null(got)
-    if not (text or number or untitled):
-        raise DataError(f"{where}: column {name} holds {got}, expected strings")
-
-
-READERS = {".parquet": "parquet", ".jsonl.gz": "json", ".jsonl": "json"}
 
 
 class HubFiles(NamedTuple):
@@ -314,18 +298,18 @@ class HubFiles(NamedTuple):
     files: list[Path]
 
     @property
-    def where(self) -> str:
+    def location(self) -> str:
         """The repository and its first file, for messages."""
         more = f" and {len(self.files) - 1} more" if len(self.files) > 1 else ""
         return f"Hugging Face {self.repo} ({self.files[0].name}{more})"
 
     @property
     def digest(self) -> str:
-        """Names the commit, and what its files hold on this machine now; a cache's key."""
+        """Names the commit and the present contents of its files; the key of a cache."""
         return digest_of("hub", self.repo, self.commit, *map(state_of, self.files))
 
     @property
-    def way_out(self) -> str:
+    def advice(self) -> str:
         """What to do about a damaged file."""
         return (
             "if a file is damaged, "
@@ -333,8 +317,8 @@ class HubFiles(NamedTuple):
         )
 
 
-def fetched(repo: str, stem: str) -> HubFiles:
-    """The files `<stem>.*` or `<stem>-*.*` of a repository, downloaded where the cache lacks them.
+def download(repo: str, stem: str) -> HubFiles:
+    """The files `<stem>.*` or `<stem>-*.*` of a repository, downloaded unless they are cached.
 
     Raises:
         DataError: the hub cannot be reached and the cache lacks them, or the repository does.
@@ -348,7 +332,7 @@ def fetched(repo: str, stem: str) -> HubFiles:
     return found[stem]
 
 
-def fetched_where_there(repo: str, stems: Sequence[str]) -> dict[str, HubFiles]:
+def download_existing(repo: str, stems: Sequence[str]) -> dict[str, HubFiles]:
     """The files of those stems that the repository has.
 
     Raises:
@@ -385,16 +369,16 @@ def _snapshot(repo: str, patterns: Sequence[str]) -> Path:
     except LocalEntryNotFoundError as error:
         offline = " (HF_HUB_OFFLINE is set)" if constants.HF_HUB_OFFLINE else ""
         raise DataError(
-            f"Hugging Face {repo}: not whole in the cache {constants.HF_HUB_CACHE}, and the hub "
+            f"Hugging Face {repo}: incomplete in the cache {constants.HF_HUB_CACHE}, and the hub "
             f"cannot be reached{offline}; connect to the network, unset HF_HUB_OFFLINE, or point "
             f"HF_HUB_CACHE to a cache that `hf download --repo-type dataset {repo}` has filled"
         ) from error
     except Exception as error:
-        raise DataError(f"Hugging Face {repo}: cannot be downloaded ({reason(error)})") from error
+        raise DataError(f"Hugging Face {repo}: cannot be downloaded ({one_line(error)})") from error
 
 
 def _matching(folder: Path, pattern: str) -> list[Path]:
-    """Files by name; also a link to nowhere, which `glob` passes over in a pattern without `*`."""
+    """Files by name, with broken links, which `glob` skips in a pattern without `*`."""
     if "*" in pattern:
         return list(folder.glob(pattern))
     return [folder / pattern] if os.path.lexists(folder / pattern) else []
@@ -402,8 +386,3 @@ def _matching(folder: Path, pattern: str) -> list[Path]:
 
 def _patterns(stem: str, suffix: str) -> list[str]:
     return [f"{stem}{suffix}", f"{stem}-*{suffix}", f"data/{stem}-*{suffix}"]
-
-
-def reason(error: BaseException) -> str:
-    """An error of another library on one line."""
-    return " ".join(f"{type(error).__name__}: {error}".split())

@@ -25,10 +25,15 @@ from mlflow_dr.collection.raw_examples import RawExample
 from mlflow_dr.collection.records import Passage, Query, Topics, unique
 from mlflow_dr.errors import DataError, MissingExtraError, MlflowDrError, UsageError
 
-# ir_datasets waits 15 s three times for each mirror by default. Its retries start anew whenever
+log = logging.getLogger(__name__)
+
+HOME_VARIABLE = "IR_DATASETS_HOME"
+PROGRESS_MESSAGES = ("[", "download error", "Download failed")
+# ir_datasets waits 15 s three times for each mirror by default. It counts retries anew whenever
 # bytes arrive from a server that can resume, so fewer of them do not harm a long download.
 LESS_PATIENCE = {"IR_DATASETS_DL_TRIES": "2", "IR_DATASETS_DL_TIMEOUT": "10"}
 NO_BARS = {"IR_DATASETS_DL_DISABLE_PBAR": "true"}
+RELEVANT = 1
 
 
 class IrDataset:
@@ -54,7 +59,7 @@ class IrDataset:
 
     @cached_property
     def splits(self) -> Sequence[str]:
-        """The last part of an id that is judged itself, else the judged members over its passages.
+        """The last part of the id if it has judgements, else its members that have some.
 
         Raises:
             UsageError: there is none.
@@ -108,11 +113,11 @@ class IrDataset:
         return topics_of(self._id if judged_itself else f"{self._id}/{split}", self._corpus)
 
     def examples(self) -> Examples:
-        """One example for each query; what the negatives are depends on what the id has itself.
+        """One example for each query; the negatives depend on what the id has.
 
-        Of its `docpairs` (MS MARCO's triples), the second passages; else of its `scoreddocs`, the
-        candidates that are not judged relevant; else, and for an id whose members are the splits,
-        there are none and the relevant passages of the train split are the positives.
+        With `docpairs` (MS MARCO's triples) they are the second passages; with `scoreddocs`, the
+        candidates that are not judged relevant. Otherwise, and for an id whose members are the
+        splits, there are none, and the positives are the relevant passages of the train split.
 
         Raises:
             UsageError: there are neither docpairs nor a train split.
@@ -149,8 +154,8 @@ def topics_of(dataset_id: str, corpus: Corpus) -> Topics:
         DataError: queries or judgements cannot be downloaded or read, or do not fit the corpus.
     """
     dataset = _loaded(dataset_id)
-    where = f"ir_datasets {dataset_id}"
-    return checked_topics(where, _queries(dataset, where), _qrels(dataset, where), corpus)
+    location = f"ir_datasets {dataset_id}"
+    return checked_topics(location, _queries(dataset, location), _qrels(dataset, location), corpus)
 
 
 def _passages(dataset: Any, location: str) -> Iterator[tuple[str, Passage]]:
@@ -159,52 +164,52 @@ def _passages(dataset: Any, location: str) -> Iterator[tuple[str, Passage]]:
             yield location, _passage(doc, location)
 
 
-def _passage(doc: Any, where: str) -> Passage:
+def _passage(doc: Any, location: str) -> Passage:
     """Title and text apart: `default_text()`, where it is needed, mostly starts with the title."""
     title = getattr(doc, "title", None) or ""
     text = getattr(doc, "text", None)
     if text is None:
-        text = _default_text(doc, where).removeprefix(title).strip()
+        text = _default_text(doc, location).removeprefix(title).strip()
     return Passage(doc.doc_id, title, text)
 
 
-def _queries(dataset: Any, where: str) -> Iterator[Query]:
-    with reading(f"{where}: the queries"):
+def _queries(dataset: Any, location: str) -> Iterator[Query]:
+    with reading(f"{location}: the queries"):
         for query in dataset.queries_iter():
             text = getattr(query, "text", None)
             if text is None:
-                text = _default_text(query, where)
+                text = _default_text(query, location)
             yield Query(query.query_id, text, _answers(query))
 
 
 def _answers(query: Any) -> Sequence[str]:
-    """Short answers, where the query has them (those of `dpr-w100` and `msmarco-qna` do)."""
+    """Short answers, which the queries of `dpr-w100` and `msmarco-qna` have."""
     answers = getattr(query, "answers", ())
-    if isinstance(answers, list | tuple) and all(isinstance(one, str) for one in answers):
+    if isinstance(answers, list | tuple) and all(isinstance(answer, str) for answer in answers):
         return tuple(answers)
     return ()
 
 
-def _qrels(dataset: Any, where: str) -> dict[str, dict[str, int]]:
-    """Judgements; a passage that is judged several times (by subtopic) keeps the highest."""
+def _qrels(dataset: Any, location: str) -> dict[str, dict[str, int]]:
+    """Judgements; of several judgements of a passage (by subtopic), the highest is kept."""
     qrels: dict[str, dict[str, int]] = {}
-    with reading(f"{where}: the judgements"):
+    with reading(f"{location}: the judgements"):
         for qrel in dataset.qrels_iter():
             judged = qrels.setdefault(qrel.query_id, {})
             relevance = int(qrel.relevance)
             if relevance not in RELEVANCES:
                 raise DataError(
-                    f"{where}: query {qrel.query_id!r} and passage {qrel.doc_id!r} have relevance "
-                    f"{relevance}; expected {EXPECTED}"
+                    f"{location}: query {qrel.query_id!r} and passage {qrel.doc_id!r} have "
+                    f"relevance {relevance}; expected {EXPECTED}"
                 )
             judged[qrel.doc_id] = max(relevance, judged.get(qrel.doc_id, relevance))
     return qrels
 
 
-def _default_text(record: Any, where: str) -> str:
+def _default_text(record: Any, location: str) -> str:
     if not hasattr(record, "default_text"):
         raise DataError(
-            f"{where}: a {type(record).__name__} has no text to search with; its fields are "
+            f"{location}: a {type(record).__name__} has no text to search with; its fields are "
             f"{', '.join(record._fields)}"
         )
     return str(record.default_text())
@@ -214,9 +219,9 @@ def _is_judged(dataset: Any) -> bool:
     return bool(dataset.has_docs() and dataset.has_queries() and dataset.has_qrels())
 
 
-def _docs_handler(dataset: Any, where: str) -> Any:
+def _docs_handler(dataset: Any, location: str) -> Any:
     """What reads the passages; equal for ids that share their passages."""
-    with reading(where):
+    with reading(location):
         return dataset.docs_handler()
 
 
@@ -263,21 +268,10 @@ def _library() -> Any:
     return ir_datasets
 
 
-RELEVANT = 1
-
-
 def pair_examples(dataset: Any, queries: Mapping[str, Query], name: str) -> Iterator[RawExample]:
     """One example for each query of the docpairs: first passages against second passages.
 
     The pairs come in any order, so all are held until the last one is read, four bytes for each.
-
-    Args:
-        dataset: an ir_datasets dataset with docpairs.
-        queries: the queries by id.
-        name: what the user calls it, for messages.
-
-    Raises:
-        DataError: the pairs cannot be downloaded or read.
     """
     groups = _Groups()
     with reading(f"{name}: the docpairs"):
@@ -289,16 +283,7 @@ def pair_examples(dataset: Any, queries: Mapping[str, Query], name: str) -> Iter
 
 
 def candidate_examples(dataset: Any, topics: Topics, name: str) -> Iterator[RawExample]:
-    """One example for each judged query: its relevant passages against its other scoreddocs.
-
-    Args:
-        dataset: an ir_datasets dataset with scoreddocs.
-        topics: the judged queries.
-        name: what the user calls it, for messages.
-
-    Raises:
-        DataError: the scoreddocs cannot be downloaded or read.
-    """
+    """One example for each judged query: its relevant passages against its other scoreddocs."""
     groups = _Groups()
     with reading(f"{name}: the scoreddocs"):
         for scored in dataset.scoreddocs_iter():
@@ -309,58 +294,53 @@ def candidate_examples(dataset: Any, topics: Topics, name: str) -> Iterator[RawE
     for query in topics.queries:
         judged = topics.qrels[query.id]
         positives = [passage_id for passage_id, rel in judged.items() if rel >= RELEVANT]
-        where = f"{name}: query {query.id!r}"
-        yield RawExample(where, query, positives, candidates.get(query.id, []))
+        location = f"{name}: query {query.id!r}"
+        yield RawExample(location, query, positives, candidates.get(query.id, []))
 
 
 class _Groups:
-    """Passages by query, each passage's id held once."""
+    """Passages by query; ids of passages are stored once."""
 
     def __init__(self) -> None:
-        self._codes: dict[str, int] = {}
+        self._numbers: dict[str, int] = {}
         self._queries: dict[str, tuple[dict[int, None], array[int]]] = {}
 
     def add(self, query_id: str, positive: str | None, negative: str) -> None:
         if (group := self._queries.get(query_id)) is None:
             group = self._queries[query_id] = ({}, array("i"))
         if positive is not None:
-            group[0][self._code(positive)] = None
-        group[1].append(self._code(negative))
+            group[0][self._number(positive)] = None
+        group[1].append(self._number(negative))
 
     def __iter__(self) -> Iterator[tuple[str, list[str], list[str]]]:
-        """Query, positives and negatives, each passage once; in the order they came in."""
-        ids = list(self._codes)
-        for query_id, (positives, negatives) in self._queries.items():
+        """Query, positives and negatives, each passage once; frees what it yields."""
+        ids = list(self._numbers)
+        for query_id in list(self._queries):
+            positives, negatives = self._queries.pop(query_id)
             yield (
                 query_id,
-                [ids[code] for code in positives],
-                [ids[code] for code in dict.fromkeys(negatives)],
+                [ids[number] for number in positives],
+                [ids[number] for number in dict.fromkeys(negatives)],
             )
 
-    def _code(self, passage_id: str) -> int:
-        return self._codes.setdefault(passage_id, len(self._codes))
-
-
-log = logging.getLogger(__name__)
-
-HOME_VARIABLE = "IR_DATASETS_HOME"
-PROGRESS_MESSAGES = ("[", "download error", "Download failed")
+    def _number(self, passage_id: str) -> int:
+        return self._numbers.setdefault(passage_id, len(self._numbers))
 
 
 @contextmanager
 def reading(what: str) -> Iterator[None]:
-    """Keeps ir_datasets quiet, and turns whatever it raises into one error about `what`.
+    """Keep ir_datasets quiet, and turn anything that it raises into one error about `what`.
 
-    What it would have printed is logged as information, or becomes the way out of the error.
+    What it would have printed is logged as information, or becomes the advice of the error.
     """
-    heard: list[str] = []
+    messages: list[str] = []
 
-    def hear(record: logging.LogRecord) -> bool:
-        heard.append(" ".join(record.getMessage().split()))
+    def collect(record: logging.LogRecord) -> bool:
+        messages.append(" ".join(record.getMessage().split()))
         return False
 
     logger = logging.getLogger("ir_datasets")
-    logger.addFilter(hear)
+    logger.addFilter(collect)
     try:
         yield
     except MlflowDrError:
@@ -370,10 +350,12 @@ def reading(what: str) -> Iterator[None]:
     except Exception as error:
         failures = _failures(error)
         causes = "; ".join(dict.fromkeys(map(_cause, failures)))
-        raise DataError(f"{what} cannot be read: {causes}; {_way_out(failures, heard)}") from error
+        raise DataError(
+            f"{what} cannot be read: {causes}; {_advice(failures, messages)}"
+        ) from error
     finally:
-        logger.removeFilter(hear)
-    for message in heard:
+        logger.removeFilter(collect)
+    for message in messages:
         if not message.startswith(PROGRESS_MESSAGES):
             log.info("ir_datasets: %s", message)
 
@@ -384,7 +366,7 @@ def _failures(error: Exception) -> list[Exception]:
         # ir_datasets.util.Download raises RuntimeError(text, [(mirror, error), ...])
         case (str(), [(_, Exception()), *_] as failures):
             errors = [failure for _, failure in failures]
-            return [each for each in errors if not isinstance(each, FileNotFoundError)] or errors
+            return [e for e in errors if not isinstance(e, FileNotFoundError)] or errors
     return [error]
 
 
@@ -401,10 +383,10 @@ def _host(error: Exception) -> str:
     return urlsplit(request.url).netloc if request is not None else ""
 
 
-def _way_out(failures: list[Exception], heard: list[str]) -> str:
+def _advice(failures: list[Exception], messages: list[str]) -> str:
     home = str(Path(os.environ.get(HOME_VARIABLE, "~/.ir_datasets")).expanduser())
-    # ir_datasets prints where a file belongs that was, or can only be, fetched by hand
-    by_hand = next((message for message in reversed(heard) if home in message), None)
+    # ir_datasets prints where to put a file that has to be fetched by hand
+    by_hand = next((message for message in reversed(messages) if home in message), None)
     if any(_host(error) for error in failures):
         files = f"put the files under {home} ({HOME_VARIABLE})"
         return f"connect to the network, or {by_hand or files}"

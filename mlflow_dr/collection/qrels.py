@@ -1,4 +1,4 @@
-"""Relevance judgements: the two file layouts, and their check against queries and corpus."""
+"""Relevance judgements (qrels): the two file layouts, and the check against queries and corpus."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ log = logging.getLogger(__name__)
 
 TREC_COLUMNS = 4
 RELEVANCES = range(-32_767, 32_768)
-"""trec_eval counts the passages of each relevance up to the highest: of 2^40, till it crashes."""
+"""trec_eval has a counter for each relevance up to the highest, so a very large one crashes it."""
 
 NAMES = (
     {"queryid", "qid", "query", "topic", "topicid"},
     {"corpusid", "docid", "docno", "documentid", "passageid", "pid", "doc", "document", "passage"},
     {"score", "relevance", "rel", "label", "relevant", "judgment", "judgement"},
 )
-"""How headers name query, passage and relevance; case, `-` and `_` do not count."""
+"""How headers name query, passage and relevance; case, `-` and `_` are ignored."""
 
 NUMBER = re.compile(r"-?\d+(\.\d+)?")
 
@@ -35,74 +35,84 @@ EXPECTED = f"a whole number from {RELEVANCES[0]:,} to {RELEVANCES[-1]:,}"
 def read_qrels(path: Path) -> dict[str, dict[str, int]]:
     """Judgements from a BEIR file (`query-id  corpus-id  score`) or a TREC file of four columns.
 
-    A first line of names (`query-id`, `corpus-id`, `score`, or the like) says which column is
-    which, and columns of other names are passed over.
+    A header (`query-id`, `corpus-id`, `score`, or similar names) assigns the columns; columns of
+    other names are ignored.
 
     Raises:
-        DataError: a line has the wrong number of columns, an id that is empty or has a NUL
-            character, a relevance that is no whole number or beyond 32,767, or judges a passage
-            differently from an earlier line.
+        DataError: a line has the wrong number of columns, an unusable id, a relevance that is not a
+            whole number up to 32,767, or contradicts an earlier line.
     """
     qrels: dict[str, dict[str, int]] = {}
-    names: _Columns | None = None
+    header: _Columns | None = None
     for number, line in read_lines(path):
-        where = f"{path}:{number}"
+        location = f"{path}:{number}"
         text = decoded(line, path, number)
-        columns = [one.strip() for one in (text.split("\t") if "\t" in text else text.split())]
-        if number == 1 and (names := _header(columns)):
+        cells = text.split("\t") if "\t" in text else text.split()
+        columns = [cell.strip() for cell in cells]
+        if number == 1 and (header := _header(columns)):
             continue
-        three = names.of(columns, where) if names else _unnamed(columns, where, number == 1)
-        query_id, passage_id, relevance_text = three
+        query_id, passage_id, relevance_text = (
+            header.of(columns, location) if header else _unnamed(columns, location, number == 1)
+        )
         relevance = int(relevance_text) if re.fullmatch(r"-?\d{1,20}", relevance_text) else None
         if relevance is None or relevance not in RELEVANCES:
             if number == 1 and not any(map(str.isdigit, relevance_text)):
                 continue  # a header of other names
-            raise DataError(f"{where}: relevance {quoted(relevance_text[:50])} is not {EXPECTED}")
-        judged = qrels.setdefault(checked_id(query_id, where), {})
-        if judged.setdefault(checked_id(passage_id, where), relevance) != relevance:
             raise DataError(
-                f"{where}: query {quoted(query_id)} and passage {quoted(passage_id)} have "
+                f"{location}: relevance {quoted(relevance_text[:50])} is not {EXPECTED}"
+            )
+        judged = qrels.setdefault(checked_id(query_id, location), {})
+        if judged.setdefault(checked_id(passage_id, location), relevance) != relevance:
+            raise DataError(
+                f"{location}: query {quoted(query_id)} and passage {quoted(passage_id)} have "
                 f"relevance {relevance} here and {judged[passage_id]} on an earlier line"
             )
     return qrels
 
 
 class _Columns(NamedTuple):
-    """Which columns of a file with a header are which."""
+    """The columns of a file with a header.
 
-    places: tuple[int, int, int]
+    Attributes:
+        indexes: of query, passage and relevance.
+        number: how many there are.
+    """
+
+    indexes: tuple[int, int, int]
     number: int
 
-    def of(self, columns: Sequence[str], where: str) -> list[str]:
+    def of(self, columns: Sequence[str], location: str) -> list[str]:
         """Query, passage and relevance of a line.
 
         Raises:
-            DataError: it has not as many columns as the header.
+            DataError: its number of columns differs from the header's.
         """
         if len(columns) != self.number:
-            raise DataError(f"{where}: {len(columns)} columns; the first line names {self.number}")
-        return [columns[place] for place in self.places]
+            raise DataError(
+                f"{location}: {len(columns)} columns; the first line names {self.number}"
+            )
+        return [columns[index] for index in self.indexes]
 
 
 def _header(columns: Sequence[str]) -> _Columns | None:
-    """What a line of known names says about the columns; None for any other line."""
-    given = [one.lower().replace("_", "").replace("-", "") for one in columns]
-    found = [[place for place, one in enumerate(given) if one in names] for names in NAMES]
-    if any(len(places) != 1 for places in found):
+    """The columns that a header names; None for any other line."""
+    names = [column.lower().replace("_", "").replace("-", "") for column in columns]
+    found = [[i for i, name in enumerate(names) if name in known] for known in NAMES]
+    if any(len(indexes) != 1 for indexes in found):
         return None
-    query, passage, relevance = (places[0] for places in found)
+    query, passage, relevance = (indexes[0] for indexes in found)
     return _Columns((query, passage, relevance), len(columns))
 
 
-def _unnamed(columns: Sequence[str], where: str, is_first: bool) -> Sequence[str]:
+def _unnamed(columns: Sequence[str], location: str, is_first: bool) -> Sequence[str]:
     """Query, passage and relevance of a line of a file without a header.
 
-    Of four columns the second is TREC's iteration: `0`, `Q0`, or the number of a topic's aspect or
-    of a round. With anything else there, or where the third could be BEIR's score, the line may
-    mean two things. The first line may have names that are not known.
+    The second of four columns is TREC's iteration: `0`, `Q0`, or the number of an aspect or of a
+    round. With anything else there, or location the third could be BEIR's score, the line is
+    ambiguous. The first line may be a header of unknown names.
 
     Raises:
-        DataError: there are neither three nor four columns, or four that are not TREC's.
+        DataError: the number of columns is neither 3 nor 4, or the four are not TREC's.
     """
     if len(columns) == TREC_COLUMNS:
         query, iteration, passage, relevance = columns
@@ -110,34 +120,34 @@ def _unnamed(columns: Sequence[str], where: str, is_first: bool) -> Sequence[str
         is_header = is_first and not NUMBER.search(relevance)
         if not (iteration.upper() in ("0", "Q0") or is_number or is_header):
             raise DataError(
-                f"{where}: 4 columns, the second of them {quoted(iteration)}; TREC's have 0 there; "
-                "BEIR's with more than three columns need a first line such as query-id, "
+                f"{location}: 4 columns, the second of them {quoted(iteration)}; TREC's have 0 "
+                "there; BEIR's with more than three columns need a first line such as query-id, "
                 "corpus-id, score, and the names of the others"
             )
         return query, passage, relevance
     if len(columns) != 3:
         raise DataError(
-            f"{where}: {len(columns)} columns; expected query-id, corpus-id, score "
+            f"{location}: {len(columns)} columns; expected query-id, corpus-id, score "
             "(or TREC's query-id, 0, passage-id, relevance)"
         )
     return columns
 
 
-def checked_topics(where: str, queries: Iterable[Query], qrels: Qrels, corpus: Corpus) -> Topics:
-    """The judged queries, without judgements that name a query or passage that does not exist.
+def checked_topics(location: str, queries: Iterable[Query], qrels: Qrels, corpus: Corpus) -> Topics:
+    """The judged queries, without judgements of queries and passages that do not exist.
 
-    What is left out is counted in one warning: judgements of unknown queries, of unknown passages
-    and of queries without text.
+    One warning counts what is left out: judgements of unknown queries, of unknown passages and of
+    queries without text.
 
     Args:
-        where: the judgements' source, for messages.
+        location: the source of the judgements, for messages.
 
     Raises:
         DataError: no judgement is left.
     """
     by_id = {query.id: query for query in queries if query.id in qrels}
     if cut := next((query_id for query_id in by_id if "\0" in query_id), None):
-        raise DataError(f"{where}: query id {quoted(cut)} has a NUL character; remove it")
+        raise DataError(f"{location}: query id {quoted(cut)} has a NUL character; remove it")
     empty = [query.id for query in by_id.values() if not (query.text.strip() or query.tokens)]
     for query_id in empty:
         del by_id[query_id]
@@ -162,11 +172,12 @@ def checked_topics(where: str, queries: Iterable[Query], qrels: Qrels, corpus: C
     problems = "; ".join(text for text in left_out if text)
     if not kept:
         raise DataError(
-            f"{where}: no judgement is left to measure with: "
-            f"{problems or 'the file has none'}; do corpus, queries and judgements belong together?"
+            f"{location}: no judgement is left to measure with: "
+            f"{problems or 'the file has none'}; check that corpus, queries and judgements belong "
+            "together"
         )
     if problems:
-        log.warning("%s: left out: %s", where, problems)
+        log.warning("%s: left out: %s", location, problems)
     return Topics([query for query_id, query in by_id.items() if query_id in kept], kept)
 
 

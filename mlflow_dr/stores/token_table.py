@@ -1,7 +1,7 @@
 """A tokenised corpus on disk: written once per corpus, tokenizer, length and template, then mapped.
 
-Every checkpoint of a run encodes the same corpus with the same tokenizer, so tokenising is done
-once. Two files: the token ids of all texts end to end, and the offset at which each text starts.
+Every checkpoint of a run encodes the same corpus with the same tokenizer, so it is tokenised once.
+There are two files: the token ids of all texts end to end, and the offset of each text.
 """
 
 from __future__ import annotations
@@ -34,9 +34,9 @@ class TokenTable:
     """Token ids by row, memory-mapped.
 
     Args:
-        ids: of all texts, end to end.
-        starts: where each text starts, `(n_texts,) int64`.
-        lengths: see below.
+        ids: token ids of all texts, end to end, `(n_tokens,) uint16 or uint32`.
+        starts: the offset of each text in `ids`, `(n_texts,) int64`.
+        lengths: number of tokens of each text, `(n_texts,) int64`.
 
     Attributes:
         lengths: number of tokens of each text, `(n_texts,) int64`.
@@ -56,7 +56,7 @@ class TokenTable:
         return self._ids[start : start + self.lengths[row]]
 
     def spread(self, rows: np.ndarray, n_texts: int) -> TokenTable:
-        """The table of more texts, of which only some have tokens: those at `rows` are this one's.
+        """A table of more texts, of which only those at `rows` have tokens: this table's.
 
         Args:
             rows: the row of each text in the new table, `(n,) int64`.
@@ -76,8 +76,8 @@ class TokenTable:
         longest = int(lengths.max())
         columns = np.arange(longest)
         mask = columns < lengths[:, None]
-        places = np.where(mask, self._starts[rows][:, None] + columns, 0)
-        ids = np.where(mask, self._ids[places], pad_id).astype(np.int64)
+        offsets = np.where(mask, self._starts[rows][:, None] + columns, 0)
+        ids = np.where(mask, self._ids[offsets], pad_id).astype(np.int64)
         return ids, mask.astype(np.int64)
 
 
@@ -98,19 +98,19 @@ def cached_token_table(
         tokenize: one group -> token ids of each, special tokens and truncation included.
         vocabulary_size: ids are below this; up to 65,536 they take two bytes each.
         total: number of texts, for the progress bar.
-        description: what the progress bar says.
-        processes: worker processes at most; a small table and one core are worth none.
+        description: the text of the progress bar.
+        processes: largest number of worker processes; a small table or one core gets none.
     """
     dtype = np.uint16 if vocabulary_size <= 1 << 16 else np.uint32
-    room = cache_entry(
+    directory = cache_entry(
         KIND,
         digest_of(LAYOUT, key),
         lambda partial: _write(
             partial, _tokenised(texts, tokenize, total, processes), dtype, total, description
         ),
     )
-    offsets = np.load(room / "offsets.npy")
-    path = room / "ids.bin"
+    offsets = np.load(directory / "offsets.npy")
+    path = directory / "ids.bin"
     empty = path.stat().st_size == 0
     ids = np.empty(0, dtype) if empty else np.memmap(path, dtype=dtype, mode="r")
     return TokenTable(ids, offsets[:-1], np.diff(offsets))
@@ -124,7 +124,7 @@ def is_cached(key: str) -> bool:
 def token_table(token_ids: Sequence[Sequence[int]]) -> TokenTable:
     """A token table in memory, for a few thousand texts such as the queries of a split."""
     lengths = np.fromiter((len(ids) for ids in token_ids), np.int64, len(token_ids))
-    ids = np.fromiter((i for one in token_ids for i in one), np.uint32, int(lengths.sum()))
+    ids = np.fromiter((i for text in token_ids for i in text), np.uint32, int(lengths.sum()))
     return TokenTable(ids, np.cumsum(lengths) - lengths, lengths)
 
 
@@ -134,9 +134,9 @@ def _tokenised(
     total: int,
     processes: int,
 ) -> Iterator[TokenTable]:
-    """Each group's token ids, in order; by worker processes where that pays."""
+    """Each group's token ids, in order; by worker processes for a large corpus."""
     workers = min(processes, usable_cores(), total // TEXTS_WORTH_A_PROCESS)
-    if workers < 2 or current_process().daemon:  # which may not have processes of its own
+    if workers < 2 or current_process().daemon:  # daemons cannot start processes
         for group in texts:
             yield token_table(tokenize(group))
         return
@@ -154,9 +154,9 @@ def _tokenised(
 
 @contextmanager
 def _main_module_hidden() -> Iterator[None]:
-    """Processes that start meanwhile do not run the user's script.
+    """Keep processes that start meanwhile from running the user's script.
 
-    One without `if __name__ == "__main__"` would train in each of them, and there wait for the
+    A script without `if __name__ == "__main__"` would train in each of them and wait there for the
     table that this process is making.
     """
     main = sys.modules["__main__"]
@@ -174,16 +174,16 @@ def _tokenised_group(
 
 
 def _write(
-    room: Path,
+    directory: Path,
     groups: Iterable[TokenTable],
     dtype: type[np.unsignedinteger],
     total: int,
     description: str,
 ) -> None:
-    room.mkdir()
+    directory.mkdir()
     lengths: list[np.ndarray] = []
     with (
-        (room / "ids.bin").open("wb") as file,
+        (directory / "ids.bin").open("wb") as file,
         progress_bar(total, description, "texts") as bar,
     ):
         for table in groups:
@@ -191,4 +191,4 @@ def _write(
             lengths.append(table.lengths)
             bar.update(len(table))
     offsets = np.concatenate([[0], np.cumsum(np.concatenate(lengths))]).astype(np.int64)
-    np.save(room / "offsets.npy", offsets)
+    np.save(directory / "offsets.npy", offsets)

@@ -276,7 +276,7 @@ def test_offline_without_a_cache_is_an_error_that_says_what_to_do(
     with pytest.raises(DataError) as caught:
         ask(msmarco_passage())
     message = str(caught.value)
-    assert f"Hugging Face {repo}: not whole in the cache" in message
+    assert f"Hugging Face {repo}: incomplete in the cache" in message
     assert "HF_HUB_OFFLINE is set" in message
     assert f"HF_HUB_CACHE to a cache that `hf download --repo-type dataset {repo}`" in message
     assert "\n" not in message
@@ -469,7 +469,7 @@ def test_another_commit_is_read_anew(hub: HubCache, monkeypatch: pytest.MonkeyPa
 def test_a_name_that_was_meant_to_be_a_folder_is_answered_so(
     ask: Callable[[HubCollection], Any],
 ) -> None:
-    with pytest.raises(DataError, match=r"HF_HUB_CACHE.*; no file or folder 'my/data' is here eit"):
+    with pytest.raises(DataError, match=r"HF_HUB_CACHE.*; there is no file or folder 'my/data' is here eit"):
         ask(hub_collection("my/data"))
     with pytest.raises(DataError) as caught:
         msmarco_passage().examples()
