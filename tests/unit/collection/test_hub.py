@@ -469,7 +469,9 @@ def test_another_commit_is_read_anew(hub: HubCache, monkeypatch: pytest.MonkeyPa
 def test_a_name_that_was_meant_to_be_a_folder_is_answered_so(
     ask: Callable[[HubCollection], Any],
 ) -> None:
-    with pytest.raises(DataError, match=r"HF_HUB_CACHE.*; there is no file or folder 'my/data' is here eit"):
+    with pytest.raises(
+        DataError, match=r"HF_HUB_CACHE.*; there is no file or folder 'my/data' here"
+    ):
         ask(hub_collection("my/data"))
     with pytest.raises(DataError) as caught:
         msmarco_passage().examples()
