@@ -15,6 +15,7 @@ from recipes import PAGES, ROOT, Block, blocks, check_command, check_ours, comma
 
 import mlflow_dr
 from mlflow_dr.cli import COMMANDS, group
+from mlflow_dr.retrieval.measures import LIBRARY_NAMES
 
 PACKAGE = Path(mlflow_dr.__file__).parent
 WRITTEN = re.compile(r'"(mlflow_dr\.(?!json")[a-z_.]+)"')
@@ -114,3 +115,9 @@ def is_module(name: str) -> bool:
     """Whether this is the name of a part of the package, not of a tag or param."""
     path = ROOT / name.replace(".", "/")
     return path.with_suffix(".py").exists() or path.is_dir()
+
+
+@pytest.mark.parametrize("name", LIBRARY_NAMES)
+def test_every_measure_is_in_the_reference(name: str) -> None:
+    page = (ROOT / "docs" / "reference" / "measures.md").read_text(encoding="utf-8")
+    assert f"`{name}@k`" in page
