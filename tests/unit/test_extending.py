@@ -1,0 +1,67 @@
+"""The code of docs/extending.md works as a package from outside."""
+
+import sys
+import tomllib
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from recipes import FILE, ROOT, blocks
+
+from mlflow_dr.collection.catalogue import all_formats, open_collection
+from mlflow_dr.collection.formats import dataset_formats
+from mlflow_dr.errors import DataError
+
+PAGE = ROOT / "docs" / "extending.md"
+REGISTRIES = [dataset_formats]
+LINES = "what do gulls eat\tfish\nwhere is the lighthouse\ton a rock\nwho sails\tthe captain\n"
+
+
+@pytest.fixture(autouse=True)
+def outside(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """The package of the page, as pip would install it."""
+    site = tmp_path / "site"
+    (site / "outside").mkdir(parents=True)
+    (site / "outside" / "__init__.py").touch()
+    for block in blocks(PAGE, "python"):
+        (site / block.note.removeprefix(FILE)).write_text(block.text)
+    (project,) = (tomllib.loads(block.text)["project"] for block in blocks(PAGE, "toml"))
+    info = site / "outside-1.0.dist-info"
+    info.mkdir()
+    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: outside\nVersion: 1.0\n")
+    points = [
+        f"[{group}]\n" + "".join(f"{name} = {value}\n" for name, value in points.items())
+        for group, points in project["entry-points"].items()
+    ]
+    (info / "entry_points.txt").write_text("\n".join(points))
+    monkeypatch.syspath_prepend(site)
+    registered = [dict(registry._parts) for registry in REGISTRIES]
+    yield
+    for registry, parts in zip(REGISTRIES, registered, strict=True):
+        registry._parts.clear()
+        registry._parts.update(parts)
+    for name in [name for name in sys.modules if name.partition(".")[0] == "outside"]:
+        del sys.modules[name]
+
+
+def test_every_registry_has_a_part_on_the_page() -> None:
+    (block,) = blocks(PAGE, "toml")
+    groups = tomllib.loads(block.text)["project"]["entry-points"]
+    assert set(groups) == {registry.group for registry in REGISTRIES}
+    for registry in REGISTRIES:
+        assert set(groups[registry.group]) <= set(registry.names())
+
+
+def test_a_dataset_format(tmp_path: Path) -> None:
+    file = tmp_path / "questions.faq"
+    file.write_text(LINES)
+    for name in (f"faq:{file}", str(file)):
+        collection = open_collection(name)
+        assert len(collection.corpus()) == 3
+        assert collection.topics("test").qrels["question-1"] == {"answer-1": 1}
+        assert len(collection.examples()) == 3
+        assert open_collection(collection.name).corpus().digest == collection.corpus().digest
+    assert "faq:FILE" in {form.pattern for form in all_formats()}
+    file.write_text("no tab here\n")
+    with pytest.raises(DataError, match=r"questions.faq:1: no tab"):
+        open_collection(str(file)).corpus()
