@@ -19,6 +19,10 @@ from mlflow_dr.retrieval.measures import LIBRARY_NAMES
 
 PACKAGE = Path(mlflow_dr.__file__).parent
 WRITTEN = re.compile(r'"(mlflow_dr\.(?!json")[a-z_.]+)"')
+ENTRY_POINT_GROUPS = {
+    f"mlflow_dr.{kind}"
+    for kind in ("dataset_formats", "subset_strategies", "losses", "search_backends")
+}
 BASH = [block for page in PAGES for block in blocks(page, "bash")]
 EXAMPLE = re.compile(r"^ *Example:\n((?: +\S.*\n?)+)", re.M)
 
@@ -104,12 +108,11 @@ def test_every_public_name_is_in_the_reference() -> None:
 
 
 def test_every_name_that_is_written_to_mlflow_is_in_the_reference() -> None:
-    pages = ("reference/written.md", "extending.md")  # the latter has entry point groups
-    page = "".join((ROOT / "docs" / name).read_text(encoding="utf-8") for name in pages)
+    page = (ROOT / "docs" / "reference" / "written.md").read_text(encoding="utf-8")
     for path in PACKAGE.rglob("*.py"):
         for name in WRITTEN.findall(path.read_text(encoding="utf-8")):
-            if not is_module(name):
-                assert f"`{name}" in page or f'"{name}"' in page, f"{path.name}: {name}"
+            if not is_module(name) and name not in ENTRY_POINT_GROUPS:
+                assert f"`{name}" in page, f"{path.name}: {name}"
 
 
 def is_module(name: str) -> bool:

@@ -11,9 +11,11 @@ from recipes import FILE, ROOT, blocks
 from mlflow_dr.collection.catalogue import all_formats, open_collection
 from mlflow_dr.collection.formats import dataset_formats
 from mlflow_dr.errors import DataError
+from mlflow_dr.subsets.spec import parse_subset
+from mlflow_dr.subsets.strategies import SUBSET_STRATEGIES, SubsetSources
 
 PAGE = ROOT / "docs" / "extending.md"
-REGISTRIES = [dataset_formats]
+REGISTRIES = [dataset_formats, SUBSET_STRATEGIES]
 LINES = "what do gulls eat\tfish\nwhere is the lighthouse\ton a rock\nwho sails\tthe captain\n"
 
 
@@ -65,3 +67,12 @@ def test_a_dataset_format(tmp_path: Path) -> None:
     file.write_text("no tab here\n")
     with pytest.raises(DataError, match=r"questions.faq:1: no tab"):
         open_collection(str(file)).corpus()
+
+
+def test_a_subset_strategy(tmp_path: Path) -> None:
+    file = tmp_path / "questions.faq"
+    file.write_text(LINES)
+    collection = open_collection(str(file))
+    sources = SubsetSources(collection.corpus(), collection.topics("test"))
+    (rows,) = SUBSET_STRATEGIES.get("shortest").choose(parse_subset("shortest:2").terms[0], sources)
+    assert [passage.text for passage in sources.corpus.passages(rows)] == ["fish", "on a rock"]
