@@ -81,6 +81,54 @@ def is_sharded(weight: Any) -> bool:
     return hasattr(weight, "ds_id") or hasattr(weight, "full_tensor")
 
 
+MLFLOW_OVERRIDES = ("create_run", "get_run", "create_logged_model", "get_logged_model")
+"""mlflow: methods of the private `TrackingServiceClient` that our client overrides."""
+
+SENTENCE_TRANSFORMERS_OVERRIDES: Mapping[str, tuple[str, ...]] = {
+    "_load_config": ("model_name_or_path", "backend", "config_kwargs"),
+    "_load_model": (
+        *("model_name_or_path", "transformer_task", "config"),
+        *("backend", "is_peft_model"),
+    ),
+}
+"""sentence-transformers: the private methods of `Transformer` that our backbone overrides."""
+
+
+def set_service_client(client: Any, service: Any) -> None:
+    """mlflow: replace the client below a `MlflowClient`."""
+    client._tracking_client = service
+
+
+def service_client(client: Any) -> Any:
+    """mlflow: the client below a `MlflowClient`; the client itself if there is none."""
+    return getattr(client, "_tracking_client", client)
+
+
+def artifact_store(client: Any, run_id: str) -> Any:
+    """mlflow: the artifact store of a run."""
+    return client._tracking_client._get_artifact_repo(run_id)
+
+
+def download_file(store: Any, name: str, path: str) -> None:
+    """mlflow: download one file of an artifact store, without the retries of the public method."""
+    store._download_file(name, path)
+
+
+def dataset_entity(dataset: Any) -> Any:
+    """mlflow: a dataset as `MlflowClient.log_inputs` takes it."""
+    return dataset._to_mlflow_entity()
+
+
+def load_with_module_classes(kind: Any, directory: str, classes: Any, **options: Any) -> Any:
+    """sentence-transformers: load a model, with other classes for some of its modules."""
+    return kind._load_with_module_classes(directory, classes, **options)
+
+
+def text_route(router: Any, task: str) -> Any:
+    """sentence-transformers: the name of a router's route for the texts of a task."""
+    return router._resolve_route(task=task, modality="text")
+
+
 def processor_has_bf16() -> bool:
     """torch: whether the processor multiplies bf16 matrices natively."""
     import torch

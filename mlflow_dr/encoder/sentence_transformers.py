@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 
 from torch import nn
 
+from mlflow_dr import compat
 from mlflow_dr.encoder.checks import (
     INCLUDE_PROMPT,
     KIND,
@@ -73,7 +74,8 @@ def load_model(directory: Path, backbone: type[nn.Module], **options: Any) -> An
 
     types = [kind for kind, _ in all_modules(directory)]
     with checkpoint_errors(directory):
-        return SentenceTransformer._load_with_module_classes(
+        return compat.load_with_module_classes(
+            SentenceTransformer,
             str(directory),
             {kind: backbone for kind in types if kind.endswith(".Transformer")},
             device="cpu",
@@ -207,7 +209,7 @@ def _modules_of(model: Any, task: str, name: object) -> list[Any]:
     with checkpoint_errors(Path(str(name))):
         for module in model:
             if type(module).__name__ in ROUTERS:
-                modules += module.sub_modules[module._resolve_route(task=task, modality="text")]
+                modules += module.sub_modules[compat.text_route(module, task)]
             else:
                 modules.append(module)
     kinds = [_kind(module) for module in modules]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from mlflow_dr import compat
 from mlflow_dr.errors import DeviceError
 
 if TYPE_CHECKING:
@@ -88,4 +89,4 @@ def _native_bf16(device: torch.device) -> bool:
 
     if device.type == "cuda":
         return torch.cuda.get_device_capability(device)[0] >= 8
-    return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+    return compat.processor_has_bf16()

@@ -13,6 +13,7 @@ import pyarrow.parquet as pq
 from mlflow.entities import Metric
 from mlflow.exceptions import MlflowException
 
+from mlflow_dr import compat
 from mlflow_dr.errors import DataError, NoValuesError
 from mlflow_dr.files import scratch
 from mlflow_dr.tracking.checkpoints import Checkpoint
@@ -51,7 +52,7 @@ def log_per_query_values(
         with tracking_errors(f"keeping the values of step {checkpoint.step}"):
             run.client.log_artifact(run.id, str(file), _folder(name))
             # a login page in place of the store's answer has status 200, too
-            store = run.client._tracking_client._get_artifact_repo(run.id)
+            store = compat.artifact_store(run.client, run.id)
             there = {one.path for one in store.list_artifacts(_folder(name))}
             if f"{_folder(name)}/{file.name}" not in there:
                 raise OSError("the artifact store does not list them after they were written")

@@ -17,6 +17,7 @@ from mlflow.entities import LoggedModel, LoggedModelStatus, Run
 from mlflow.exceptions import MlflowException
 from mlflow.tracking._tracking_service.client import TrackingServiceClient
 
+from mlflow_dr import compat
 from mlflow_dr.errors import ForbiddenError, MlflowDrError, TrackingError
 from mlflow_dr.terminal import HIDDEN, one_line_of, without_secrets
 
@@ -91,7 +92,7 @@ def connect(uri: str | None = None, may_create: bool = True) -> MlflowClient:
         try:
             with short_timeouts():
                 client = MlflowClient(uri)
-                client._tracking_client = _TrackingClient(client.tracking_uri)
+                compat.set_service_client(client, _TrackingClient(client.tracking_uri))
                 client.search_experiments(max_results=1)
         except ModuleNotFoundError as error:
             module = error.name or str(error)
@@ -196,8 +197,7 @@ def write_once(client: MlflowClient, model_id: str, key: str, value: str) -> Non
     Raises:
         MlflowException: refused, or the server does not answer.
     """
-    writer = getattr(client, "_tracking_client", client)
-    writer.log_model_params(model_id, {key: value})
+    compat.service_client(client).log_model_params(model_id, {key: value})
 
 
 def limit_mlflow_retries() -> None:

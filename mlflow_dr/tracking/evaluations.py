@@ -15,6 +15,7 @@ from mlflow.entities import DatasetInput, Metric
 from mlflow.models.evaluation.base import EvaluationArtifact, EvaluationResult, ModelEvaluator
 from mlflow.tracking.artifact_utils import get_artifact_uri
 
+from mlflow_dr import compat
 from mlflow_dr.tracking.client import tracking_errors
 from mlflow_dr.tracking.datasets import CollectionDataset
 
@@ -37,7 +38,7 @@ def log_dataset(run_id: str, dataset: CollectionDataset) -> None:
         TrackingError: the server did not take it.
     """
     with tracking_errors(f"logging the collection of run {run_id}"):
-        MlflowClient().log_inputs(run_id, [DatasetInput(dataset._to_mlflow_entity(), [])])
+        MlflowClient().log_inputs(run_id, [DatasetInput(compat.dataset_entity(dataset), [])])
 
 
 def log_evaluation_metrics(

@@ -17,6 +17,7 @@ from mlflow.store.artifact.artifact_repo import ArtifactRepository
 from mlflow.store.artifact.artifact_repository_registry import get_artifact_repository
 from mlflow.utils.file_utils import local_file_uri_to_path
 
+from mlflow_dr import compat
 from mlflow_dr.background import BackgroundTask
 from mlflow_dr.encoder.files import encoder_defect
 from mlflow_dr.errors import (
@@ -182,7 +183,7 @@ def _download(
             time.sleep(SECONDS_BETWEEN_TRIES * 2 ** (number - 1))
         failed: Exception | None = None
         try:
-            store._download_file(name, str(path))
+            compat.download_file(store, name, str(path))
         except Exception as error:
             if isinstance(error, ImportError) or is_full(error, room):
                 raise

@@ -5,9 +5,11 @@ import inspect
 import subprocess
 import sys
 from importlib.metadata import version
+from pathlib import Path
 
 import pytest
 import torch
+from mlflow import MlflowClient
 from torch import nn
 
 from mlflow_dr import compat
@@ -155,3 +157,56 @@ def test_torch_says_whether_the_processor_has_bf16() -> None:
     except AttributeError as error:
         pytest.fail(f"{upgraded('torch', 'torch.cpu._is_...')} ({error})")
     assert isinstance(found, bool)
+
+
+@pytest.mark.parametrize("name", compat.MLFLOW_OVERRIDES)
+def test_mlflows_client_below_has_the_methods_that_ours_overrides(name: str) -> None:
+    from mlflow.tracking._tracking_service.client import TrackingServiceClient
+
+    assert hasattr(TrackingServiceClient, name), upgraded("mlflow", f"TrackingServiceClient.{name}")
+
+
+def test_mlflows_client_below_can_be_replaced_and_finds_the_artifact_store(
+    client: MlflowClient, tmp_path: Path
+) -> None:
+    changed = upgraded("mlflow", "MlflowClient._tracking_client")
+    run = client.create_run(client.create_experiment("compat", str(tmp_path / "files")))
+    before = compat.service_client(client)
+    compat.set_service_client(client, before)
+    assert compat.service_client(client) is before, changed
+    assert client.get_run(run.info.run_id).info.run_id == run.info.run_id, changed
+    client.log_text(run.info.run_id, "seven", "one.txt")
+    store = compat.artifact_store(client, run.info.run_id)
+    assert [file.path for file in store.list_artifacts()] == ["one.txt"]
+    compat.download_file(store, "one.txt", str(tmp_path / "fetched"))
+    changed = upgraded("mlflow", "ArtifactRepository._download_file")
+    assert (tmp_path / "fetched").read_text() == "seven", changed
+
+
+def test_mlflows_datasets_become_entities() -> None:
+    import numpy
+    from mlflow.data.numpy_dataset import from_numpy
+
+    entity = compat.dataset_entity(from_numpy(numpy.zeros(1), name="zeros"))
+    assert entity.name == "zeros", upgraded("mlflow", "Dataset._to_mlflow_entity")
+
+
+@pytest.mark.parametrize("name", compat.SENTENCE_TRANSFORMERS_OVERRIDES)
+def test_transformer_modules_have_the_methods_that_ours_overrides(name: str) -> None:
+    from sentence_transformers.sentence_transformer.modules import Transformer
+
+    changed = upgraded("sentence-transformers", f"Transformer.{name}")
+    expected = compat.SENTENCE_TRANSFORMERS_OVERRIDES[name]
+    parameters = tuple(inspect.signature(getattr(Transformer, name)).parameters)[1:]
+    assert parameters[: len(expected)] == expected, changed
+
+
+def test_sentence_transformers_loads_with_other_classes_and_names_routes() -> None:
+    from sentence_transformers import SentenceTransformer
+    from sentence_transformers.sentence_transformer.modules import Router
+
+    for kind, name in (
+        (SentenceTransformer, "_load_with_module_classes"),
+        (Router, "_resolve_route"),
+    ):
+        assert hasattr(kind, name), upgraded("sentence-transformers", f"{kind.__name__}.{name}")
