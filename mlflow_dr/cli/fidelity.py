@@ -2,86 +2,15 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-from typing import Any
-
 import click
 
-from mlflow_dr.cli.options import (
-    RUN,
-    Finite,
-    TakesSeveral,
-    check_one_set,
-    checkpoints_dir,
-    device,
-    dtype,
-    encoder_changes,
-    encoder_options,
-    every,
-    file_options,
-    given_dataset,
-    keep_own_id,
-    subset_options,
-    tracking_uri,
-)
-from mlflow_dr.retrieval.measures import DEFAULT_MEASURES
+from mlflow_dr.cli.options import TakesSeveral, takes
+from mlflow_dr.fidelity.config import FidelityConfig
 
 
 @click.command("fidelity", cls=TakesSeveral)
-@click.option("--run-id", help=RUN)
-@checkpoints_dir()
-@click.option("--dataset", help="The collection (default: the run's).")
-@file_options
-@click.option(
-    "--split",
-    help="The queries to put (default: the run's on its own collection, else dev, else test).",
-)
-@subset_options
-@click.option(
-    "--measure",
-    default=DEFAULT_MEASURES.split()[0],
-    show_default=True,
-    help="What orders the checkpoints: mrr, ndcg, recall, map, precision or success, @k.",
-)
-@device
-@dtype
-@keep_own_id
-@encoder_options
-@click.option("--steps", multiple=True, type=int, help="Only the checkpoints of these steps.")
-@every
-@click.option(
-    "--tolerance",
-    type=Finite(min=0),
-    default=0.005,
-    show_default=True,
-    help="How much worse than the best a subset's choice may be.",
-)
-@click.option(
-    "--resamples",
-    type=click.IntRange(min=1),
-    default=1000,
-    show_default=True,
-    help="Of the queries, for the intervals.",
-)
-@click.option(
-    "--output",
-    type=click.Path(path_type=Path, file_okay=False),
-    help="A folder for the report, the table, the values of all queries and two pictures.",
-)
-@click.option("--no-log", is_flag=True, help="Write nothing to the run.")
-@tracking_uri
-def command(
-    run_id: str | None,
-    checkpoints_dir: Path | None,
-    dataset: str | None,
-    candidate_dir: Path | None,
-    query_files: tuple[Path, ...],
-    qrel_files: tuple[Path, ...],
-    output: Path | None,
-    no_log: bool,
-    tracking_uri: str | None,
-    **options: Any,
-) -> None:
+@takes(FidelityConfig)
+def command(config: FidelityConfig) -> None:
     """Find the subset of the corpus that chooses the right checkpoint in the least time.
 
     Each checkpoint is measured on the full corpus and, from the same vectors, on every subset. For
@@ -96,13 +25,13 @@ def command(
         mlflow-dr fidelity --checkpoints-dir output --dataset path/to/beir \\
             --subset ranking:bm25.run@20 encoder:path/to/model@20 --output study
     """
-    if not (run_id or checkpoints_dir):
+    if not (config.run_id or config.checkpoints_dir):
         raise click.UsageError("give --run-id or --checkpoints-dir")
-    dataset, sets = given_dataset(dataset, candidate_dir, query_files, qrel_files)
-    if not (run_id or dataset):
+    dataset, splits = config.named_dataset()
+    if not (config.run_id or dataset):
         raise click.UsageError("without a run, give --dataset")
-    check_one_set(sets, options["split"])
-    asked = _asked(dataset, options["split"] or next(iter(sets), None), options)
+    if dataset and splits:
+        config.one_dataset(config.split)
 
     from mlflow_dr.fidelity.report import fidelity_metrics, report_text, write_files
     from mlflow_dr.fidelity.study import study_fidelity
@@ -113,40 +42,16 @@ def command(
     from mlflow_dr.tracking.directories import found_checkpoints
     from mlflow_dr.tracking.runs import resolve_run
 
-    client = connect(tracking_uri, may_create=False) if run_id else None
-    run = resolve_run(client, run_id) if client and run_id else None
-    if checkpoints_dir is not None:
-        checkpoints = found_checkpoints(checkpoints_dir)
+    client = connect(config.tracking_uri, may_create=False) if config.run_id else None
+    run = resolve_run(client, config.run_id) if client and config.run_id else None
+    if config.checkpoints_dir is not None:
+        checkpoints = found_checkpoints(config.checkpoints_dir)
     else:
         checkpoints = [one for one in run_checkpoints(run) if one.ready] if run else []
-    findings = study_fidelity(checkpoints, asked, run)
-    click.echo(report_text(findings))
-    if output is not None:
-        write_files(findings, output)
-    if run is not None and not no_log:
-        with scratch() as room:
-            log_study(run, fidelity_metrics(findings), write_files(findings, room))
-
-
-def _asked(dataset: str | None, split: str | None, options: dict[str, Any]) -> Any:
-    from mlflow_dr.fidelity.study import FidelityConfig
-    from mlflow_dr.retrieval.measures import parse_measures
-    from mlflow_dr.subsets.spec import parse_subset
-
-    measures = parse_measures(options["measure"])
-    if len(measures) > 1:
-        raise click.UsageError(f"one --measure orders the checkpoints, not {len(measures)}")
-    return FidelityConfig(
-        tuple(parse_subset(one, options["seed"], options["judged"]) for one in options["subsets"]),
-        measures[0],
-        dataset,
-        split,
-        device=options["device"],
-        dtype=options["dtype"],
-        keep_own_id=options["keep_own_id"],
-        encoder_changes=encoder_changes(options),
-        steps=options["steps"],
-        every=options["every"],
-        tolerance=options["tolerance"],
-        resamples=options["resamples"],
-    )
+    result = study_fidelity(checkpoints, config, run)
+    click.echo(report_text(result))
+    if config.output is not None:
+        write_files(result, config.output)
+    if run is not None and not config.no_log:
+        with scratch() as directory:
+            log_study(run, fidelity_metrics(result), write_files(result, directory))

@@ -5,10 +5,8 @@ from __future__ import annotations
 import logging
 import platform
 import time
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
@@ -19,10 +17,10 @@ from mlflow_dr.collection.jsonl import state_of
 from mlflow_dr.encoder.model import Encoder
 from mlflow_dr.engines.devices import resolve_device, resolve_dtype
 from mlflow_dr.errors import CheckpointError, UsageError
-from mlflow_dr.fidelity.agreement import RESAMPLES, TOLERANCE, Curve, FidelityResult, compare_curves
+from mlflow_dr.fidelity.agreement import Curve, FidelityResult, compare_curves
+from mlflow_dr.fidelity.config import FidelityConfig
 from mlflow_dr.files import digest_of
-from mlflow_dr.retrieval.measures import Measure
-from mlflow_dr.subsets.spec import FULL, SubsetSpec
+from mlflow_dr.subsets.spec import FULL
 from mlflow_dr.subsets.strategies import SubsetSources
 from mlflow_dr.subsets.subset import make_subset
 from mlflow_dr.tracking.checkpoints import Checkpoint, checkpoint_of_step
@@ -37,48 +35,6 @@ log = logging.getLogger(__name__)
 
 FEWEST = 3  # of two checkpoints, any subset has the order right every other time
 ENOUGH_SECONDS, ENOUGH_TIMES = 2.0, 3  # for a time that can be trusted
-
-
-@dataclass(frozen=True)
-class FidelityConfig:
-    """What `mlflow-dr fidelity` was asked.
-
-    Attributes:
-        subsets: what is compared with the full corpus.
-        measure: by which checkpoints are ordered.
-        dataset: the collection; the run's own when None.
-        split: the queries; the run's own, or the development split, when None.
-        device: see `resolve_device`.
-        dtype: see `resolve_dtype`.
-        keep_own_id: keep a passage whose id is the query's id.
-        encoder_changes: what replaces what checkpoints say; see `load_encoder`.
-        steps: only the checkpoints of these steps; all when empty.
-        every: only steps that this divides.
-        tolerance: the regret that is accepted.
-        resamples: of the bootstrap.
-    """
-
-    subsets: tuple[SubsetSpec, ...]
-    measure: Measure
-    dataset: str | None = None
-    split: str | None = None
-    device: str = "auto"
-    dtype: str = "auto"
-    keep_own_id: bool = False
-    encoder_changes: Mapping[str, Any] = field(default_factory=dict)
-    steps: tuple[int, ...] = ()
-    every: int = 1
-    tolerance: float = TOLERANCE
-    resamples: int = RESAMPLES
-
-    def __post_init__(self) -> None:
-        slugs = [one.slug for one in self.subsets]
-        if not slugs:
-            raise UsageError("no subset to study; give --subset, once for each")
-        if "" in slugs:
-            raise UsageError("--subset full is what the others are compared with; leave it out")
-        if repeated := [one.shown for one in self.subsets if slugs.count(one.slug) > 1]:
-            raise UsageError(f"two subsets are called {repeated[0]!r}")
 
 
 def study_fidelity(
@@ -103,7 +59,7 @@ def study_fidelity(
     chosen = _chosen(checkpoints, asked)
     device = resolve_device(asked.device)
     dtype = resolve_dtype(asked.dtype, device)
-    settings = EvalConfig((asked.measure,), None, str(device), dtype, asked.keep_own_id)
+    settings = EvalConfig((asked.parsed_measure,), None, str(device), dtype, asked.keep_own_id)
     prepared = _prepared(asked, settings, run)
     work = _Work(prepared, settings, asked)
     values, skipped = work.all_values(chosen)
@@ -123,7 +79,7 @@ def study_fidelity(
     ]
     whole = prepared[0]
     return compare_curves(
-        asked.measure,
+        asked.parsed_measure,
         whole.collection.name,
         whole.split,
         list(values),
@@ -143,7 +99,7 @@ class _Work:
         self._prepared = prepared
         self._settings = settings
         self._changes = asked.encoder_changes
-        self._measure = asked.measure
+        self._measure = asked.parsed_measure
         said = sorted(asked.encoder_changes.items())
         common = (self._measure, settings.dtype, settings.keep_own_id, said)
         # values lie in the order of the queries, which a collection's digest does not tell
@@ -249,7 +205,8 @@ def _prepared(
     asked: FidelityConfig, settings: EvalConfig, run: TrackedRun | None
 ) -> list[EvalDataset]:
     """The full corpus, then each subset of it."""
-    dataset, split = asked.dataset, asked.split
+    dataset, splits = asked.named_dataset()
+    split = asked.split or next(iter(splits), None)
     if run is not None:
         dataset, split = named_data(run, dataset, split)
     if dataset is None:
@@ -265,7 +222,7 @@ def _prepared(
         published=published,
     )
     prepared = [whole]
-    for spec in asked.subsets:
+    for spec in asked.specs:
         subset = make_subset(spec, sources)
         log.info("%s: %d passages, %d queries", spec.shown, len(subset), len(subset.topics.queries))
         prepared.append(EvalDataset(collection, whole.split, whole.tokens, subset))

@@ -9,23 +9,36 @@ import time
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Annotated, Any, Literal, Self
 
 import numpy as np
 import orjson
+from pydantic import Field, model_validator
 
 from mlflow_dr.collection.catalogue import open_collection, open_examples
 from mlflow_dr.collection.corpus import Corpus
 from mlflow_dr.collection.examples import JudgedExamples
 from mlflow_dr.collection.formats import Collection, Examples
 from mlflow_dr.collection.records import Example, Query
+from mlflow_dr.config import Config, Flag
 from mlflow_dr.errors import DataError, UnavailableError, UsageError, quoted
+from mlflow_dr.fields import (
+    LARGEST,
+    Count,
+    Device,
+    Dtype,
+    File,
+    Force,
+    Seed,
+    TrackingUri,
+    TrustRemoteCode,
+)
 from mlflow_dr.files import atomic_write
 from mlflow_dr.mining.queries import ExcludedPassages, MiningQueries, mining_queries
 from mlflow_dr.mining.rule import Rule, choose
-from mlflow_dr.retrieval.answers import STRING, AnswerFinder
+from mlflow_dr.retrieval.answers import AnswerFinder
 from mlflow_dr.retrieval.bm25 import WORDS, Bm25Retriever, Bm25Settings, warn_of_no_matches
 from mlflow_dr.retrieval.ranking import Retriever, SearchResult
 
@@ -35,41 +48,72 @@ TRAIN = "train"
 BM25 = "bm25"
 
 
-@dataclass(frozen=True)
-class MiningConfig:
-    """What `mlflow-dr mine` was asked.
-
-    Attributes:
-        dataset: the collection whose passages are searched.
-        train_dir: the training examples that are mined for: a file, folder or name; the
-            collection's own when None.
-        output: the file to write; `.gz` packs it.
-        miner: `bm25`, or an encoder: a directory, a hub name or `models:/<id>`.
-        rule: what makes a negative.
-        exclude_answers: leave out passages that hold one of the query's answers, where the
-            collection has answers.
-        match: what answers are: a `string`, or a `regex`, a regular expression.
-        bm25: how BM25 makes and weighs terms.
-        force: replace a file that is there.
-        device: see `resolve_device`; so much for an encoder only, like the rest.
-        dtype: see `resolve_dtype`.
-        trust_remote_code: whether code in the encoder's directory may run.
-        tracking_uri: where `models:/` is looked up.
-    """
+class MiningConfig(Config):
+    """`mlflow-dr mine`: what is searched for which queries, and what makes a negative."""
 
     dataset: str
-    output: Path
+    """demo, msmarco, a folder, or irds:<id>."""
+    output: File
+    """The training file to write, as JSON lines; compressed if it ends in .gz."""
     train_dir: str | None = None
-    miner: str = BM25
-    rule: Rule = field(default_factory=Rule)
-    exclude_answers: bool = True
-    match: str = STRING
-    bm25: Bm25Settings = field(default_factory=Bm25Settings)
-    force: bool = False
-    device: str = "auto"
-    dtype: str = "auto"
-    trust_remote_code: bool = False
-    tracking_uri: str | None = None
+    """Training examples to mine for: a file, folder or name (default: the dataset's own)."""
+    force: Force = False
+    miner: Annotated[str, Flag("--with")] = BM25
+    """bm25, or an encoder: a directory, a hub name, or models:/... of a published one."""
+    depth: Annotated[Count, Flag("--depth", "--range-max")] = 100
+    """How many passages of a ranking to look at, not counting positives."""
+    range_min: Annotated[int, Field(ge=0, le=LARGEST)] = 0
+    """Skip this many passages at the top of a ranking."""
+    negatives: Count = 30
+    """Negatives per query, at most."""
+    sample: Literal["top", "random"] = "top"
+    """Take the highest-ranked candidates, or sample at random."""
+    seed: Seed = 0
+    margin: float | None = None
+    """A negative scores at least this much less than the positive."""
+    relative_margin: Annotated[float | None, Field(ge=0, le=1)] = None
+    """The same as a share of the positive's score (NV-Retriever: 0.05)."""
+    max_score: float | None = None
+    """A negative scores at most this."""
+    min_score: float | None = None
+    """A negative scores at least this."""
+    exclude_answers: Annotated[bool, Flag(off="--keep-answers")] = True
+    """Exclude passages that contain an answer, if the collection has answers."""
+    match: Literal["string", "regex"] = "string"
+    """How answers are matched; regex if they are regular expressions (CuratedTREC)."""
+    k1: float = 0.9
+    """BM25's k1."""
+    b: float = 0.4
+    """BM25's b."""
+    language: str = "english"
+    """BM25's stop words and stemmer (Snowball's languages), or none."""
+    device: Device = "auto"
+    dtype: Dtype = "auto"
+    trust_remote_code: TrustRemoteCode = False
+    tracking_uri: TrackingUri = None
+
+    @model_validator(mode="after")
+    def _check_values(self) -> Self:
+        self.rule, self.bm25  # noqa: B018 - refuse what makes no sense together
+        return self
+
+    @property
+    def rule(self) -> Rule:
+        """What makes a negative.
+
+        Raises:
+            UsageError: values that contradict each other.
+        """
+        return Rule(**{field.name: getattr(self, field.name) for field in fields(Rule)})
+
+    @property
+    def bm25(self) -> Bm25Settings:
+        """How BM25 makes and weighs terms.
+
+        Raises:
+            UsageError: a value out of range.
+        """
+        return Bm25Settings(self.k1, self.b, self.language)
 
 
 @dataclass
@@ -154,7 +198,7 @@ def mine(request: MiningConfig) -> MiningResult:
         _check_answers(finder, questions)
     most = max(len(rows) for rows in questions.positives)
     # what is barred makes room for others; a query with very many positives does not rule the depth
-    k = request.rule.depth + min(most, request.rule.depth)
+    k = request.depth + min(most, request.depth)
     found = miner.search(corpus, questions.queries, k, questions.positives)
     mined = MiningResult(request.output)
     barred = ExcludedPassages(questions, corpus, _judged(request, collection, corpus))
@@ -260,7 +304,7 @@ def _records(
     mined: MiningResult,
 ) -> Iterator[dict[str, Any]]:
     """One line for each query; what is counted is counted in `mined`."""
-    index = 0
+    rule, index = request.rule, 0
     for found in batches:
         named = NamedPassages(corpus, found, questions.positives[index : index + len(found.rows)])
         for place in range(len(found.rows)):
@@ -270,7 +314,7 @@ def _records(
             with _naming(query):
                 sought = finder.sought(query.answers) if request.exclude_answers else ()
                 chosen = choose(
-                    request.rule,
+                    rule,
                     query.id,
                     rows,
                     scores,
@@ -279,7 +323,7 @@ def _records(
                     lambda row, sought=sought: finder.holds(row, sought),  # type: ignore[misc]
                     mined.left_out,
                 )
-            _count(mined, len(chosen), request.rule.negatives)
+            _count(mined, len(chosen), rule.negatives)
             yield record_of(query, named, place, chosen)
             index += 1
 

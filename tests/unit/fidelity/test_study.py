@@ -22,11 +22,10 @@ from mlflow_dr.encoder.model import Encoder
 from mlflow_dr.errors import UsageError
 from mlflow_dr.fidelity import study as studying
 from mlflow_dr.fidelity.agreement import FidelityResult
+from mlflow_dr.fidelity.config import FidelityConfig
 from mlflow_dr.fidelity.report import values_table
-from mlflow_dr.fidelity.study import FidelityConfig
 from mlflow_dr.retrieval import dense
 from mlflow_dr.retrieval.measures import parse_measures
-from mlflow_dr.subsets.spec import parse_subset
 from mlflow_dr.tracking.checkpoints import publish, run_checkpoints
 from mlflow_dr.tracking.directories import found_checkpoints
 from mlflow_dr.tracking.runs import TrackedRun
@@ -104,8 +103,8 @@ def untimed(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def asked(*subsets: str, **others: Any) -> FidelityConfig:
-    specs = tuple(parse_subset(one, seed=1) for one in subsets or SUBSETS)
-    return FidelityConfig(specs, MRR, **({"device": "cpu", "dtype": "fp32"} | others))
+    settings = {"device": "cpu", "dtype": "fp32", "measure": str(MRR), "seed": 1} | others
+    return FidelityConfig(subset=subsets or SUBSETS, **settings)
 
 
 def study(run: TrackedRun, *subsets: str, **others: Any) -> FidelityResult:
@@ -249,7 +248,7 @@ def test_what_cannot_be_read_is_passed_over(
 @pytest.mark.parametrize(
     ("subsets", "others", "message"),
     [
-        (("full",), {}, "--subset full is what the others are compared with"),
+        (("full",), {}, "the others are compared with --subset full"),
         (("random:3", "random:3"), {}, "two subsets are called 'random:3, seed 1'"),
         (("random:3",), {"every": 10}, "2 checkpoints to study .of 4 that are whole."),
         (("random:3",), {"steps": (5, 7)}, "no checkpoint of step 7; there are 5, 10, 15, 20"),
@@ -263,7 +262,7 @@ def test_what_cannot_be_studied_is_refused(
     with pytest.raises(UsageError, match=message):
         study(published, *subsets, **others)
     with pytest.raises(UsageError, match="no subset to study"):
-        FidelityConfig((), MRR)
+        FidelityConfig()
 
 
 def test_a_checkpoint_of_the_run_and_a_ranking_make_subsets(
@@ -324,9 +323,9 @@ def test_nothing_is_logged_where_that_is_not_wanted(
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        ([], "give --run-id or --checkpoints-dir"),
-        (["--checkpoints-dir", "."], "without a run, give --dataset"),
-        (["--run-id", "0", "--measure", "mrr@10 ndcg@10"], "one --measure orders the checkpoints"),
+        (["--subset", "random:3"], "give --run-id or --checkpoints-dir"),
+        (["--checkpoints-dir", ".", "--subset", "random:3"], "without a run, give --dataset"),
+        (["--run-id", "0", "--measure", "mrr@10 ndcg@10"], "--measure .* give one, not 2"),
         (["--run-id", "0"], "no subset to study"),
     ],
 )

@@ -33,12 +33,21 @@ def folder(beir_folder: Folder) -> Path:
     return beir_folder(corpus, queries, train={q: {f"p{q[1:]}": 1} for q in queries})
 
 
+def configured(
+    folder: Path,
+    output: Path,
+    rule: Rule | None = None,
+    bm25: Bm25Settings | None = None,
+    **others: Any,
+) -> MiningConfig:
+    settings = {**vars(rule or Rule()), **vars(bm25 or Bm25Settings())}
+    return MiningConfig(dataset=str(folder), output=output, **settings, **others)
+
+
 def mined(folder: Path, output: str = "mined.jsonl", **others: Any) -> list[dict[str, Any]]:
     rule = others.pop("rule", Rule(5, 20))
     path = folder.parent / output
-    mine(
-        MiningConfig(str(folder), path, rule=rule, force=True, device="cpu", dtype="fp32", **others)
-    )
+    mine(configured(folder, path, rule, force=True, device="cpu", dtype="fp32", **others))
     text = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
     return [json.loads(line) for line in text.splitlines()]
 
@@ -226,7 +235,7 @@ def test_what_is_counted(folder: Path) -> None:
     with (folder / "qrels" / "train.tsv").open("a") as file:
         file.write("q-none\tp-gull-mast\t1\nq-few\tp-gull-mast\t1\n")
     path = folder.parent / "mined.jsonl"
-    report = mine(MiningConfig(str(folder), path, rule=Rule(20, 25)))
+    report = mine(configured(folder, path, Rule(20, 25)))
     lines = [json.loads(line) for line in path.read_text().splitlines()]
     counts = [len(line["negative_document_ids"]) for line in lines]
     assert report.queries == len(lines) == 32
@@ -298,7 +307,7 @@ def test_the_search_is_as_deep_as_the_rule_and_the_positives(
 
 def test_from_python_in_two_lines(folder: Path) -> None:
     request = mlflow_dr.MiningConfig(
-        str(folder), folder.parent / "m.jsonl", rule=mlflow_dr.Rule(3, 10)
+        dataset=str(folder), output=folder.parent / "m.jsonl", negatives=3, depth=10
     )
     assert mlflow_dr.mine(request).negatives == 90
 
@@ -315,16 +324,16 @@ def test_a_file_that_is_there_is_kept(folder: Path, tmp_path: Path) -> None:
     path = tmp_path / "there.jsonl"
     path.write_text("precious")
     with pytest.raises(UsageError, match="is there already; --force replaces it"):
-        mine(MiningConfig(str(folder), path))
+        mine(configured(folder, path))
     assert path.read_text() == "precious"
-    mine(MiningConfig(str(folder), path, force=True))
+    mine(configured(folder, path, force=True))
     assert len(path.read_text().splitlines()) == 30
 
 
 @pytest.mark.parametrize("place", ["", "nowhere/mined.jsonl"])
 def test_a_place_that_cannot_be_written(folder: Path, tmp_path: Path, place: str) -> None:
     with pytest.raises(UsageError, match=r"is a folder|does not exist"):
-        mine(MiningConfig(str(folder), tmp_path / place))
+        mine(configured(folder, tmp_path / place))
 
 
 def test_what_breaks_off_leaves_nothing(
@@ -340,7 +349,7 @@ def test_what_breaks_off_leaves_nothing(
     monkeypatch.setattr(module, "_count", interrupted)
     for name in ("new.jsonl", "new.jsonl.gz", "old.jsonl"):
         with pytest.raises(KeyboardInterrupt):
-            mine(MiningConfig(str(folder), room / name, force=True))
+            mine(configured(folder, room / name, force=True))
     assert [path.name for path in room.iterdir()] == ["old.jsonl"]
     assert (room / "old.jsonl").read_text() == "precious"
 

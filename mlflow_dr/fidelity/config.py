@@ -1,0 +1,82 @@
+"""The configuration of `mlflow-dr fidelity`."""
+
+from __future__ import annotations
+
+from typing import Annotated, Self
+
+from pydantic import Field, model_validator
+
+from mlflow_dr.errors import UsageError
+from mlflow_dr.fields import (
+    LARGEST,
+    CheckpointsDir,
+    CollectionConfig,
+    Count,
+    Device,
+    Dtype,
+    EncoderOverrides,
+    Every,
+    File,
+    Judged,
+    KeepOwnId,
+    RunName,
+    Seed,
+    Subsets,
+    TrackingUri,
+)
+from mlflow_dr.retrieval.measures import DEFAULT_MEASURES, Measure, parse_measures
+from mlflow_dr.subsets.spec import SubsetSpec, parse_subset
+
+
+class FidelityConfig(CollectionConfig, EncoderOverrides):
+    """`mlflow-dr fidelity`: which subsets are compared with the full corpus, and by what."""
+
+    run_id: RunName = None
+    checkpoints_dir: CheckpointsDir = None
+    split: str | None = None
+    """The queries (default: the run's on its own collection, else dev, else test)."""
+    subset: Subsets = ()
+    judged: Judged = "relevant"
+    seed: Seed = 0
+    measure: str = DEFAULT_MEASURES.split()[0]
+    """The measure that orders the checkpoints: mrr, ndcg, recall, map, precision or success, @k."""
+    device: Device = "auto"
+    dtype: Dtype = "auto"
+    keep_own_id: KeepOwnId = False
+    steps: tuple[int, ...] = ()
+    """Only the checkpoints of these steps."""
+    every: Every = 1
+    tolerance: Annotated[float, Field(ge=0, le=LARGEST)] = 0.005
+    """How much worse than the best checkpoint a subset's choice may be."""
+    resamples: Count = 1000
+    """Bootstrap resamples of the queries, for the intervals."""
+    output: File | None = None
+    """A folder for the report, the table, the values of all queries and two pictures."""
+    no_log: bool = False
+    """Write nothing to the run."""
+    tracking_uri: TrackingUri = None
+
+    @property
+    def parsed_measure(self) -> Measure:
+        """The measure that orders the checkpoints."""
+        (measure,) = parse_measures(self.measure)
+        return measure
+
+    @property
+    def specs(self) -> tuple[SubsetSpec, ...]:
+        """The subsets that are compared with the full corpus."""
+        return tuple(parse_subset(text, self.seed, self.judged) for text in self.subset)
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        measures = parse_measures(self.measure)
+        if len(measures) > 1:
+            raise UsageError(f"--measure orders the checkpoints; give one, not {len(measures)}")
+        slugs = [spec.slug for spec in self.specs]
+        if not slugs:
+            raise UsageError("no subset to study; give --subset, once for each")
+        if "" in slugs:
+            raise UsageError("the others are compared with --subset full; leave it out")
+        if repeated := [spec.shown for spec in self.specs if slugs.count(spec.slug) > 1]:
+            raise UsageError(f"two subsets are called {repeated[0]!r}")
+        return self
