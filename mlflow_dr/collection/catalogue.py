@@ -6,6 +6,7 @@ import logging
 import math
 import re
 from collections.abc import Callable, Iterator
+from importlib import import_module
 from pathlib import Path
 from typing import NamedTuple
 
@@ -34,12 +35,28 @@ class Entry(NamedTuple):
 
 
 class BuiltInFormat(NamedTuple):
-    """A dataset format of this package; its module is imported when a dataset is opened."""
+    """A dataset format of this package; its module is imported when a dataset is opened.
+
+    Attributes:
+        pattern: see `DatasetFormat`.
+        description: see `DatasetFormat`.
+        home: the module and what opens a location there, as in an entry point.
+        takes_path: whether the location is a path.
+        recognises: see `DatasetFormat`.
+    """
 
     pattern: str
     description: str
-    open: Callable[[str], Collection]
+    home: str
+    takes_path: bool = False
     recognises: Callable[[Path], bool] = lambda path: False
+
+    def open(self, location: str, /) -> Collection:
+        """The collection of a location; a path is made absolute, so that it is valid everywhere."""
+        module, _, name = self.home.partition(":")
+        opener = getattr(import_module(f"mlflow_dr.collection.{module}"), name)
+        collection: Collection = opener(_absolute(location) if self.takes_path else location)
+        return collection
 
 
 def _demo() -> Collection:
@@ -54,50 +71,13 @@ def _msmarco() -> Collection:
     return msmarco_passage()
 
 
-def _beir(location: str) -> Collection:
-    from mlflow_dr.collection.beir import BeirFolder
-
-    return BeirFolder(_absolute(location))
-
-
 def _is_beir(path: Path) -> bool:
     from mlflow_dr.collection.training_files import has_training_files
 
     return path.is_dir() and ((path / "qrels").is_dir() or not has_training_files(path))
 
 
-def _examples(location: str) -> Collection:
-    from mlflow_dr.collection.training_files import TrainingFiles
-
-    return TrainingFiles(_absolute(location))
-
-
-def _irds(location: str) -> Collection:
-    from mlflow_dr.collection.irds import IrDataset
-
-    return IrDataset(location)
-
-
-def _asyncval(location: str) -> Collection:
-    from mlflow_dr.collection.asyncval import asyncval_files
-
-    return asyncval_files(location)
-
-
-def _pool(location: str) -> Collection:
-    from mlflow_dr.collection.training_files import PassagePool
-
-    return PassagePool(_absolute(location))
-
-
-def _hub(location: str) -> Collection:
-    from mlflow_dr.collection.hub import hub_collection
-
-    return hub_collection(location)
-
-
 def _absolute(location: str) -> Path:
-    """The absolute path, so that a validator in another folder finds it by the same name."""
     return Path(location).expanduser().resolve()
 
 
@@ -121,31 +101,36 @@ BUILT_IN = {
     "beir": BuiltInFormat(
         "FOLDER",
         "a folder in BEIR's layout: corpus.jsonl, queries.jsonl, qrels/<split>.tsv",
-        _beir,
+        "beir:BeirFolder",
+        True,
         _is_beir,
     ),
     "examples": BuiltInFormat(
         "FILE",
         "training examples, or a folder of such files: Tevatron's (with passages, by id, "
         "tokenised) or DPR's",
-        _examples,
+        "training_files:TrainingFiles",
+        True,
         lambda path: True,
     ),
     "irds": BuiltInFormat(
-        "irds:ID", "ir_datasets, such as irds:beir/scifact/test or irds:vaswani", _irds
+        "irds:ID", "ir_datasets, such as irds:beir/scifact/test or irds:vaswani", "irds:IrDataset"
     ),
     "asyncval": BuiltInFormat(
         "asyncval:CANDIDATES?queries=FILE&qrels=FILE",
         "Asyncval's files; or by --candidate-dir, --query-file, --qrel-file",
-        _asyncval,
+        "asyncval:asyncval_files",
     ),
     "pool": BuiltInFormat(
         "pool:FILE",
         "questions of training examples, judged on the passages of all: DPR's dev files",
-        _pool,
+        "training_files:PassagePool",
+        True,
     ),
     "hub": BuiltInFormat(
-        "HUB/NAME", "Hugging Face in Tevatron's layout, such as Tevatron/wikipedia-nq", _hub
+        "HUB/NAME",
+        "Hugging Face in Tevatron's layout, such as Tevatron/wikipedia-nq",
+        "hub:hub_collection",
     ),
 }
 for _name, _format in BUILT_IN.items():
@@ -187,7 +172,7 @@ def open_collection(name: str) -> Collection:
         recognised = next(form for form in all_formats() if form.recognises(path))
         return recognised.open(str(path))
     if HUB_NAME.fullmatch(name):
-        return _hub(name)
+        return BUILT_IN["hub"].open(name)
     names = [entry.name for entry in ENTRIES]
     hint = did_you_mean(prefix, [*names, *dataset_formats.names()])
     others = [f"{other}:..." for other in dataset_formats.names() if other not in BUILT_IN]

@@ -17,7 +17,7 @@ from typing import Any, ClassVar, Protocol
 from mlflow_dr.collection.beir import json_corpus
 from mlflow_dr.collection.corpus import Corpus
 from mlflow_dr.collection.dpr import DprRecord, DprRecordWithOthers, table_corpus
-from mlflow_dr.collection.examples import CachedExamples, cached_examples
+from mlflow_dr.collection.examples import CachedExamples, RawExample, cached_examples
 from mlflow_dr.collection.formats import check_split
 from mlflow_dr.collection.jsonl import (
     SUFFIXES,
@@ -27,7 +27,6 @@ from mlflow_dr.collection.jsonl import (
     read_records,
     state_of,
 )
-from mlflow_dr.collection.raw_examples import RawExample
 from mlflow_dr.collection.records import Query, Topics
 from mlflow_dr.collection.tevatron import TevatronIdRecord, TevatronRecord, TevatronTokenRecord
 from mlflow_dr.errors import DataError, UsageError

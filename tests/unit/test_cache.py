@@ -16,8 +16,7 @@ import pytest
 
 from mlflow_dr.cache import CHECKSUMS, cache_entry, sound_entry
 from mlflow_dr.collection.corpus import Corpus, cached_corpus
-from mlflow_dr.collection.examples import cached_examples
-from mlflow_dr.collection.raw_examples import RawExample
+from mlflow_dr.collection.examples import RawExample, cached_examples
 from mlflow_dr.collection.records import Passage, Query, Topics
 from mlflow_dr.fidelity.study import Kept
 from mlflow_dr.retrieval.bm25 import bm25_index

@@ -12,10 +12,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-import mlflow_dr.collection.raw_examples as raw_examples_module
+import mlflow_dr.collection.examples as examples_module
 from mlflow_dr.collection.corpus import Corpus, cached_corpus
-from mlflow_dr.collection.examples import CachedExamples, cached_examples
-from mlflow_dr.collection.raw_examples import RawExample
+from mlflow_dr.collection.examples import CachedExamples, RawExample, cached_examples
 from mlflow_dr.collection.records import Example, Passage, Query
 from mlflow_dr.errors import DataError
 
@@ -86,7 +85,7 @@ def test_examples_of_many_batches_keep_their_order(monkeypatch: pytest.MonkeyPat
         for n in range(25)
     ]
     whole = made(*one, key="one batch")
-    monkeypatch.setattr(raw_examples_module, "EXAMPLES_PER_BATCH", 4)
+    monkeypatch.setattr(examples_module, "EXAMPLES_PER_BATCH", 4)
     cut = made(*one, key="batches of four")
     assert [cut[n].query for n in range(25)] == [record.query for record in one]
     assert shown(cut) == shown(whole) == [(f"q{n}", [f"p{n}"], []) for n in range(25)]
@@ -140,7 +139,7 @@ def test_ids_are_looked_up_once(corpus: Corpus, monkeypatch: pytest.MonkeyPatch)
         return rows_of(self, wanted)
 
     monkeypatch.setattr(Corpus, "rows_of", counted)
-    monkeypatch.setattr(raw_examples_module, "EXAMPLES_PER_BATCH", 1)
+    monkeypatch.setattr(examples_module, "EXAMPLES_PER_BATCH", 1)
     made(raw(["p1"], ["p2"]), raw(["p2"], ["p1"]), raw(["p1"]), corpus=corpus)
     assert asked == [["p1", "p2"]]
 
@@ -160,7 +159,7 @@ def test_unknown_ids_are_left_out_with_one_warning_at_every_opening(
         message = warning(caplog)
         assert message.startswith("the source: left out: ")
         assert "4 passages that the corpus lacks (such as 'gone')" in message
-        assert "1 records without a usable positive passage (such as query 'q2')" in message
+        assert "1 records without a usable positive passage (such as file:1)" in message
 
 
 def test_negatives_that_are_positives_and_repeats_are_left_out(
