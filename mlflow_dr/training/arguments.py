@@ -18,8 +18,15 @@ from mlflow_dr.training.flags import check_values, flag, upsample_rates
 from mlflow_dr.training.loss import Objective
 
 
+class CheckedArguments:
+    """Flags whose values are checked, also if they are given in Python."""
+
+    def __post_init__(self) -> None:
+        check_values(vars(self))
+
+
 @dataclass
-class ModelArguments:
+class ModelArguments(CheckedArguments):
     """Flags of the encoder."""
 
     model_name_or_path: str = flag(
@@ -89,11 +96,11 @@ class ModelArguments:
     def __post_init__(self) -> None:
         if self.lora_name_or_path:
             self.lora = True
-        check_values(vars(self))
+        super().__post_init__()
 
 
 @dataclass
-class LossArguments:
+class LossArguments(CheckedArguments):
     """Flags of the loss and of the gradient cache."""
 
     loss: str = flag(
@@ -119,9 +126,6 @@ class LossArguments:
         32, "Passages in a chunk of the gradient cache.", "--ctx_chunk_size"
     )
 
-    def __post_init__(self) -> None:
-        check_values(vars(self))
-
     def objective(self) -> Objective:
         """The objective that these flags describe."""
         return Objective(
@@ -141,7 +145,7 @@ class LossArguments:
 
 
 @dataclass
-class DataArguments:
+class DataArguments(CheckedArguments):
     """Flags of the training data."""
 
     recipe: str | None = flag(
@@ -189,12 +193,12 @@ class DataArguments:
     passage_field_separator: str = flag(" ", "Text between the title and the text of a passage.")
 
     def __post_init__(self) -> None:
-        check_values(vars(self))
+        super().__post_init__()
         upsample_rates(self.train_files_upsample_rates)
 
 
 @dataclass
-class PublishArguments:
+class PublishArguments(CheckedArguments):
     """Flags of MLflow."""
 
     publish_steps: int = flag(
@@ -208,9 +212,6 @@ class PublishArguments:
     publish_initial: bool = flag(True, "Also publish the encoder before the first step.")
     tracking_uri: str | None = flag(None, "The tracking server (default: MLFLOW_TRACKING_URI).")
     experiment_name: str | None = flag(None, "The experiment of a new run.")
-
-    def __post_init__(self) -> None:
-        check_values(vars(self))
 
 
 # ruff does not see that `flag` makes dataclass fields

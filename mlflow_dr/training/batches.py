@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import random
 from collections.abc import Sequence
-from typing import Any, NamedTuple, Protocol, runtime_checkable
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 import torch
@@ -23,14 +23,6 @@ log = logging.getLogger(__name__)
 
 
 NO_ROWS = np.empty(0, np.int64)
-
-
-@runtime_checkable
-class HasOthers(Protocol):
-    """Examples with negatives that are not hard."""
-
-    def others(self, index: int) -> np.ndarray:
-        """Passage rows of the other negatives of an example, `(n_others,) int64`."""
 
 
 class TokenRows(Protocol):
@@ -153,7 +145,8 @@ class TrainingSet(Dataset[Group]):
         """Negatives that are not hard, `(n_others,) int64`; random passages if there are none."""
         if not self._n_others:
             return NO_ROWS
-        pool = self._examples.others(index) if isinstance(self._examples, HasOthers) else NO_ROWS
+        others = getattr(self._examples, "others", None)  # training files of DPR have them
+        pool = others(index) if others else NO_ROWS
         if not len(pool):
             return self._random(example, self._n_others, "other", visit)
         return pool[self._rotated(example.query.id, "others", len(pool), self._n_others, visit)]

@@ -351,7 +351,7 @@ def publish_state(
                 refusals = refusals + 1 if is_permanent(error) else 0
                 if attempt == attempts or refusals == ATTEMPTS_WHEN_REFUSED:
                     if model_id is not None:
-                        _give_up(run, model_id)
+                        _mark_failed(run, model_id)
                     with tracking_errors(f"step {step} was not published"):
                         raise
                 log.warning("publishing step %d: %s; trying again", step, one_line(error))
@@ -359,7 +359,7 @@ def publish_state(
     raise ValueError(f"attempts is {attempts}; at least one is needed")
 
 
-def _give_up(run: TrackedRun, model_id: str) -> None:
+def _mark_failed(run: TrackedRun, model_id: str) -> None:
     try:
         mark_upload_failed(run, model_id)
     except Exception as error:  # noqa: BLE001 - the reason of the upload's failure says more

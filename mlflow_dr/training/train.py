@@ -141,17 +141,6 @@ def _describe(run: TrackedRun, request: TrainingRequest, data: TrainingData) -> 
         )
 
 
-def _train(
-    request: TrainingRequest,
-    data: TrainingData,
-    run: TrackedRun | None,
-    resumption: Resumption | None,
-) -> None:
-    name = _start(request, run, resumption)
-    with local_encoder(name, request.publish.tracking_uri) as start:
-        _train_from(start, request, data, run, resumption)
-
-
 def _start(request: TrainingRequest, run: TrackedRun | None, resumption: Resumption | None) -> str:
     """The name of the encoder to begin with; `models:/<id>` for a published one.
 
@@ -172,26 +161,27 @@ def _start(request: TrainingRequest, run: TrackedRun | None, resumption: Resumpt
     return uri
 
 
-def _train_from(
-    start: str,
+def _train(
     request: TrainingRequest,
     data: TrainingData,
     run: TrackedRun | None,
     resumption: Resumption | None,
 ) -> None:
-    """Train from the encoder `start`; `run` is None in all processes but the first."""
-    set_seed(request.trainer.seed)
-    encoder = build_encoder(request, data, start)
-    if request.trainer.n_gpu > 1:
-        log.warning("%d GPUs are visible; training uses the first one", request.trainer.n_gpu)
-        compat.use_one_gpu(request.trainer)
-    training_set = mixed_training_set(request, data, encoder)
-    log.info("training %s on %d examples", request.model.model_name_or_path, len(training_set))
-    schedule = publish_schedule(request, len(training_set))
-    source = EncoderSource(encoder, merged=request.model.lora_publish == MERGED)
+    """Train; `run` is None in all processes but the first."""
     stop = StopCallback()
     with ExitStack() as ending:
+        name = _start(request, run, resumption)
+        start = ending.enter_context(local_encoder(name, request.publish.tracking_uri))
         ending.callback(_leave_group)
+        set_seed(request.trainer.seed)
+        encoder = build_encoder(request, data, start)
+        if request.trainer.n_gpu > 1:
+            log.warning("%d GPUs are visible; training uses the first one", request.trainer.n_gpu)
+            compat.use_one_gpu(request.trainer)
+        training_set = mixed_training_set(request, data, encoder)
+        log.info("training %s on %d examples", request.model.model_name_or_path, len(training_set))
+        schedule = publish_schedule(request, len(training_set))
+        source = EncoderSource(encoder, merged=request.model.lora_publish == MERGED)
         publisher = Publisher(run, source)
         callbacks: list[TrainerCallback] = []
         if run is not None:
