@@ -282,9 +282,9 @@ def _kill_descendants(pid: int) -> None:
         descendants = psutil.Process(pid).children(recursive=True)
         with suppress(ProcessLookupError):
             os.killpg(pid, signal.SIGKILL)
-        for one in descendants:
+        for descendant in descendants:
             with suppress(psutil.NoSuchProcess):
-                one.kill()
+                descendant.kill()
 
 
 def _pass_on(stream: IO[str], what: str) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import click
 
-from mlflow_dr.cli.options import TakesSeveral, project_run, takes
+from mlflow_dr.cli.options import TakesSeveral, find_project_run, takes
 from mlflow_dr.validation.config import EvaluateConfig
 
 
@@ -23,7 +23,7 @@ def command(config: EvaluateConfig) -> None:
     """
     from mlflow_dr.validation.evaluate import evaluate_encoder
 
-    report = evaluate_encoder(config, project_run(config.tracking_uri))
+    report = evaluate_encoder(config, find_project_run(config.tracking_uri))
     for name, value in report.measures.items():
         click.echo(f"{name}\t{value:.4f}")
     click.echo(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import click
 
-from mlflow_dr.cli.options import TakesSeveral, project_run, takes
+from mlflow_dr.cli.options import TakesSeveral, find_project_run, takes
 from mlflow_dr.mining.mine import MiningConfig, mine
 
 
@@ -23,7 +23,7 @@ def command(config: MiningConfig) -> None:
         mlflow-dr mine --dataset path/to/beir --output mined.jsonl.gz --with models:/m-0123 \\
             --relative-margin 0.05 --negatives 10
     """
-    run = project_run(config.tracking_uri)
+    run = find_project_run(config.tracking_uri)
     mined = mine(config)
     lines = mined.summary(config.negatives)
     for line in lines:

@@ -186,8 +186,8 @@ def _kind(annotation: Any) -> _Kind:
     return _Kind(types.get(annotation, click.STRING))
 
 
-def project_run(tracking_uri: str | None) -> Any:
-    """The run that `mlflow run` has made for this command, if it was started by that."""
+def find_project_run(tracking_uri: str | None) -> Any:
+    """The run that `mlflow run` has made for this command; None if it was started otherwise."""
     if "MLFLOW_RUN_ID" not in os.environ:
         return None  # without mlflow, which takes seconds to import
     from mlflow_dr.tracking.runs import project_run

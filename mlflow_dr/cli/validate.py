@@ -10,8 +10,7 @@ from typing import Any, cast
 
 import click
 
-from mlflow_dr.cli.options import TakesSeveral, takes
-from mlflow_dr.tracking.runs import project_run
+from mlflow_dr.cli.options import TakesSeveral, find_project_run, takes
 from mlflow_dr.validation.config import ValidateConfig
 
 
@@ -51,7 +50,7 @@ def command(config: ValidateConfig) -> int:
 
     for validation in config.all_validations:
         resolve_dtype(validation.settings.dtype, resolve_device(validation.settings.device))
-    project = project_run(config.tracking_uri)
+    project = find_project_run(config.tracking_uri)
     limit_mlflow_retries()
     # a run that exists is followed; a new one may be the first of its store
     client = connect(config.tracking_uri, may_create=not (config.run_id or config.experiment))

@@ -54,7 +54,9 @@ class FollowedDirectory:
         self.run = self._run = run
         self._directory = directory.absolute()
         self._is_mine = is_mine
-        self._list = OpenCheckpoints(run.client, run.experiment_id, run.id, str(self._directory))
+        self.checkpoints = OpenCheckpoints(
+            run.client, run.experiment_id, run.id, str(self._directory)
+        )
         self._seen: dict[Path, _Seen] = {}
         self._registered: set[Path] = set()
         self._logged: set[tuple[Path, str]] = set()
@@ -75,18 +77,12 @@ class FollowedDirectory:
                     register_directory(self._run, path, step)
                 self._registered.add(path)
         over = not self._is_mine and is_over(state)
-        there = [
-            one for one in self._list.snapshot(is_over=over) if Path(one.directory) in complete
+        found = [
+            checkpoint
+            for checkpoint in self.checkpoints.snapshot(is_over=over)
+            if Path(checkpoint.directory) in complete
         ]
-        return Snapshot(there, over)
-
-    def mark_done(self, checkpoint: Checkpoint) -> None:
-        """Do not request this checkpoint again."""
-        self._list.mark_done(checkpoint)
-
-    def request_all(self) -> None:
-        """Request all checkpoints again."""
-        self._list.request_all()
+        return Snapshot(found, over)
 
     def run_of(self, checkpoint: Checkpoint) -> TrackedRun:
         """The run."""
@@ -141,7 +137,7 @@ def found_checkpoints(directory: Path) -> list[Checkpoint]:
             log.info("%s is passed over: %s", path, NO_STEP if step is None else lacks)
             continue
         found.append(_unregistered(path, step))
-    return sorted(found, key=lambda one: one.step)
+    return sorted(found, key=lambda checkpoint: checkpoint.step)
 
 
 def _unregistered(path: Path, step: int) -> Checkpoint:

@@ -41,8 +41,8 @@ class Snapshot(NamedTuple):
     def by_run(self) -> dict[str, list[Checkpoint]]:
         """The checkpoints of each run that has any, by step."""
         found: dict[str, list[Checkpoint]] = {}
-        for one in self.checkpoints:
-            found.setdefault(one.run_id, []).append(one)
+        for checkpoint in self.checkpoints:
+            found.setdefault(checkpoint.run_id, []).append(checkpoint)
         return found
 
 
@@ -52,15 +52,10 @@ class Followed(Protocol):
     client: MlflowClient
     name: str
     run: TrackedRun | None
+    checkpoints: OpenCheckpoints
 
     def snapshot(self) -> Snapshot:
-        """A snapshot of what is published."""
-
-    def mark_done(self, checkpoint: Checkpoint) -> None:
-        """Do not request this checkpoint again."""
-
-    def request_all(self) -> None:
-        """Request all checkpoints again: other validations are to be done."""
+        """What is published now."""
 
     def run_of(self, checkpoint: Checkpoint) -> TrackedRun:
         """The run that a checkpoint belongs to."""
@@ -75,7 +70,7 @@ class FollowedRun:
         self.client = run.client
         self.name = f"run {run.id}"
         self.run = self._run = run
-        self._list = OpenCheckpoints(run.client, run.experiment_id, run.id)
+        self.checkpoints = OpenCheckpoints(run.client, run.experiment_id, run.id)
         self._ask_at = 0.0
 
     def snapshot(self) -> Snapshot:
@@ -84,22 +79,16 @@ class FollowedRun:
         Raises:
             TrackingError: the server does not answer, or the run was deleted.
         """
-        if self._list.has_open and time.monotonic() < self._ask_at:
-            return Snapshot(self._list.snapshot(), over=None)  # it matters once nothing is left
+        if self.checkpoints.has_open and time.monotonic() < self._ask_at:
+            return Snapshot(
+                self.checkpoints.snapshot(), over=None
+            )  # it matters once nothing is left
         # the run's end is read first, so that no checkpoint published in between is missed
         state = self._run.fetch()
         check_alive(state)
         self._ask_at = time.monotonic() + SECONDS_BETWEEN_STATES
         over = is_over(state)
-        return Snapshot(self._list.snapshot(is_over=over), over)
-
-    def mark_done(self, checkpoint: Checkpoint) -> None:
-        """Do not request this checkpoint again."""
-        self._list.mark_done(checkpoint)
-
-    def request_all(self) -> None:
-        """Request all checkpoints again."""
-        self._list.request_all()
+        return Snapshot(self.checkpoints.snapshot(is_over=over), over)
 
     def run_of(self, checkpoint: Checkpoint) -> TrackedRun:
         """The run."""
@@ -128,7 +117,7 @@ class FollowedExperiment:
         if found is None or found.lifecycle_stage != "active":
             raise TrackingError(no_experiment(client, name))
         self._id = found.experiment_id
-        self._list = OpenCheckpoints(client, self._id)
+        self.checkpoints = OpenCheckpoints(client, self._id)
         self._runs: dict[str, TrackedRun] = {}
         self._ask_at = time.monotonic() + SECONDS_BETWEEN_STATES
 
@@ -141,15 +130,7 @@ class FollowedExperiment:
         if time.monotonic() >= self._ask_at:
             self._check_alive()
             self._ask_at = time.monotonic() + SECONDS_BETWEEN_STATES
-        return Snapshot(self._list.snapshot(), over=False)
-
-    def mark_done(self, checkpoint: Checkpoint) -> None:
-        """Do not request this checkpoint again."""
-        self._list.mark_done(checkpoint)
-
-    def request_all(self) -> None:
-        """Request all checkpoints again."""
-        self._list.request_all()
+        return Snapshot(self.checkpoints.snapshot(), over=False)
 
     def run_of(self, checkpoint: Checkpoint) -> TrackedRun:
         """The run that a checkpoint belongs to.

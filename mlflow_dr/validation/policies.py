@@ -115,13 +115,6 @@ class Speed(NamedTuple):
         return self.overhead + passages / self.passages_per_second
 
 
-class SubsetChoice(NamedTuple):
-    """A subset, and why it was chosen."""
-
-    subset: str
-    reason: str
-
-
 def publishing_interval(ready_ms: Sequence[int]) -> float | None:
     """Seconds from one checkpoint to the next, the median; None before there are enough.
 
@@ -136,7 +129,7 @@ def publishing_interval(ready_ms: Sequence[int]) -> float | None:
 
 def largest_that_keeps_up(
     sizes: Mapping[str, int], speed: Speed, interval: float, validators: int = 1
-) -> SubsetChoice:
+) -> tuple[str, str]:
     """The largest subset for which the validators need no longer than the trainer.
 
     Args:
@@ -146,7 +139,7 @@ def largest_that_keeps_up(
         validators: how many share the work.
 
     Returns:
-        That subset, or the smallest if none keeps up.
+        That subset, or the smallest if none keeps up, and the reason.
     """
     ascending = sorted(sizes, key=lambda name: sizes[name])
     in_time = [name for name in ascending if speed.seconds(sizes[name]) <= interval * validators]
@@ -154,9 +147,7 @@ def largest_that_keeps_up(
     takes = f"{speed.seconds(sizes[subset]):.1f} s a checkpoint for {sizes[subset]} passages"
     among = f", {validators} validators" if validators > 1 else ""
     keeps = "keeps up with" if in_time else "is the smallest, but is too slow for"
-    return SubsetChoice(
-        subset, f"{subset} {keeps} a checkpoint every {interval:.1f} s: {takes}{among}"
-    )
+    return (subset, f"{subset} {keeps} a checkpoint every {interval:.1f} s: {takes}{among}")
 
 
 class AutoSubset:
@@ -211,9 +202,9 @@ class AutoSubset:
         if run.id not in self._chosen:
             choice = self._choose(sizes, checkpoints, validators, bool(is_over))
             if choice is not None:
-                subset = self._chosen[run.id] = run.set_param_once(CHOSEN_PARAM, choice.subset)
-                reason = choice.reason
-                if subset != choice.subset:
+                wanted, reason = choice
+                subset = self._chosen[run.id] = run.set_param_once(CHOSEN_PARAM, wanted)
+                if subset != wanted:
                     reason = f"{subset}, as another validator has chosen"
                 log.info("run %s: %s", run.id, reason)
         done = {name for name, of_cheap in self._subsets.items() if of_cheap == subset}
@@ -229,12 +220,12 @@ class AutoSubset:
         checkpoints: Sequence[Checkpoint],
         validators: int,
         is_over: bool,
-    ) -> SubsetChoice | None:
-        """A subset, once enough is known."""
+    ) -> tuple[str, str] | None:
+        """A subset and the reason, once enough is known."""
         if is_over:
             largest = max(sizes, key=lambda name: sizes[name])
             reason = f"the training has ended, so --keep-up takes the largest subset, {largest}"
-            return SubsetChoice(largest, reason)
+            return largest, reason
         ready_ms = [checkpoint.ready_ms for checkpoint in checkpoints if checkpoint.ready]
         interval = publishing_interval(ready_ms)
         if self._speed is None or interval is None:

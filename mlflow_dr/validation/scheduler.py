@@ -7,7 +7,6 @@ from bisect import bisect_left
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from itertools import chain, islice
-from typing import NamedTuple
 
 from mlflow_dr.errors import UnavailableError
 from mlflow_dr.tracking.checkpoints import Checkpoint
@@ -25,13 +24,6 @@ CHOSEN_AMONG = 2  # checkpoints for each validator at work
 TRIES = 5  # to fetch one checkpoint
 TRIES_IN_A_ROW = 12  # to fetch any
 LONGEST_WAIT = 60.0
-
-
-class Candidate(NamedTuple):
-    """A checkpoint, and its validations that no validator is working on."""
-
-    checkpoint: Checkpoint
-    names: Sequence[str]
 
 
 class Scheduler:
@@ -156,8 +148,8 @@ class Scheduler:
         self.validators = len(at_work - {""})
         return done
 
-    def candidates(self) -> Iterator[Candidate]:
-        """What to try, the best first, beginning with the run that has been served least.
+    def candidates(self) -> Iterator[tuple[Checkpoint, Sequence[str]]]:
+        """Checkpoints to try, with their free validations; the run that was served least is first.
 
         Beside other validators it begins anywhere among the next few, so that they rarely claim the
         same. It ends early when so many claims were lost that asking the server again is cheaper.
@@ -172,7 +164,7 @@ class Scheduler:
                 if run_id in self._refused | self._put_off or self.is_stale:
                     break
                 if not self._is_late(checkpoint):
-                    yield Candidate(checkpoint, self._free[run_id][checkpoint.model_id])
+                    yield checkpoint, self._free[run_id][checkpoint.model_id]
 
     def limit(self, run_id: str, names: Sequence[str]) -> bool:
         """Do only these validations on a run, from the next snapshot on; whether that is new."""

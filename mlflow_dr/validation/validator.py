@@ -143,7 +143,7 @@ class _Validator:
             self._finish_recording()
             snapshot, work_until = self._take_snapshot()
             if self._config.keep_up and self._patiently(partial(self._choose_subset, snapshot)):
-                self._followed.request_all()
+                self._followed.checkpoints.request_all()
                 continue
             runs_before = len(self._resolver)
             if self._work_until(work_until) or self._scheduler.is_stale:
@@ -165,7 +165,7 @@ class _Validator:
         snapshot = self._patiently(self._followed.snapshot)
         end = time.monotonic()
         for checkpoint in self._scheduler.see(snapshot, end - start):
-            self._followed.mark_done(checkpoint)
+            self._followed.checkpoints.mark_done(checkpoint)
         if start >= self._summarize_at or not self._scheduler.has_free:
             self._patiently(partial(self._summarize, snapshot))
             self._summarize_at = start + SECONDS_BETWEEN_SUMMARIES

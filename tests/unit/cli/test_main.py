@@ -1,5 +1,8 @@
 """What ends the command line, and how it says so."""
 
+import subprocess
+import sys
+
 import pytest
 
 from mlflow_dr import cli
@@ -27,3 +30,21 @@ def test_only_an_interrupt_means_that_it_was_stopped(
     monkeypatch.setattr("sys.argv", ["mlflow-dr", "datasets"])
     assert cli._run() == code
     assert said in capsys.readouterr().err
+
+
+COMMANDS_WITH_A_CONFIGURATION = (
+    "compare",
+    "evaluate",
+    "fidelity",
+    "mine",
+    "run",
+    "subset",
+    "validate",
+)
+
+
+def test_the_help_of_a_command_needs_neither_torch_nor_mlflow() -> None:
+    names = ", ".join(f"mlflow_dr.cli.{name}" for name in COMMANDS_WITH_A_CONFIGURATION)
+    code = f"import sys, {names}; print({{'torch', 'mlflow'}} & set(sys.modules))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "set()"

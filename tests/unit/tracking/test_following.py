@@ -35,9 +35,9 @@ def test_settled_checkpoints_are_not_asked_for_again(
     monkeypatch.setattr(client, "search_logged_models", counted)
     seen = followed.snapshot().checkpoints
     for one in seen[:2]:
-        followed.mark_done(one)
+        followed.checkpoints.mark_done(one)
     followed.snapshot()
-    followed.mark_done(seen[2])
+    followed.checkpoints.mark_done(seen[2])
     publish(run, directory, 3)
     assert [one.step for one in followed.snapshot().checkpoints] == [0, 1, 2, 3]
     assert answers[0] == 3
@@ -54,7 +54,7 @@ def test_a_pending_checkpoint_is_seen_when_it_is_ready(run: TrackedRun, director
     followed = FollowedRun(run)
     seen = followed.snapshot().checkpoints
     assert [(one.step, one.ready) for one in seen] == [(1, False), (2, True)]
-    followed.mark_done(seen[1])
+    followed.checkpoints.mark_done(seen[1])
     upload_checkpoint(run, model_id, directory, 1)
     assert [(one.step, one.ready) for one in followed.snapshot().checkpoints] == [
         (1, True),
@@ -79,7 +79,7 @@ def test_what_a_killed_trainer_has_announced_is_not_asked_for_for_ever(
     monkeypatch.setattr(following, "find_checkpoints", noted)
     followed = FollowedRun(run)
     pending, ready = followed.snapshot().checkpoints
-    followed.mark_done(ready)
+    followed.checkpoints.mark_done(ready)
     assert [one.step for one in followed.snapshot().checkpoints] == [1, 2]
     assert bounds == [0, ready.created_ms]
     run.client.finalize_logged_model(pending.model_id, "READY")
@@ -93,7 +93,7 @@ def test_everything_is_asked_for_now_and_then(
     """A machine whose clock is behind writes to the database what seems to be old."""
     model_id = publish(run, directory, 1)
     followed = FollowedRun(run)
-    followed.mark_done(followed.snapshot().checkpoints[0])
+    followed.checkpoints.mark_done(followed.snapshot().checkpoints[0])
     client.delete_logged_model(model_id)
     assert [one.step for one in followed.snapshot().checkpoints] == [1]
     monkeypatch.setattr(following, "SECONDS_BETWEEN_FULL_SNAPSHOTS", 0.0)
@@ -108,7 +108,7 @@ def test_the_end_of_a_run_and_that_of_an_experiment(client: MlflowClient, direct
     assert over is False
     client.set_terminated(run.id)
     assert alone.snapshot().over is None  # there is something to do first
-    alone.mark_done(one)
+    alone.checkpoints.mark_done(one)
     assert alone.snapshot().over is True
     look = together.snapshot()
     assert not look.over

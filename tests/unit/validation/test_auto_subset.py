@@ -29,17 +29,15 @@ SPEED = Speed(passages_per_second=1_000.0, overhead=2.0)
     ],
 )
 def test_the_largest_that_keeps_up(interval: float, validators: int, expected: str) -> None:
-    chosen = largest_that_keeps_up(SIZES, SPEED, interval, validators)
-    assert chosen.subset == expected
+    subset, _ = largest_that_keeps_up(SIZES, SPEED, interval, validators)
+    assert subset == expected
 
 
 def test_the_reason_names_the_subset_the_interval_and_the_seconds() -> None:
-    assert largest_that_keeps_up(SIZES, SPEED, 60.0).reason == (
+    assert largest_that_keeps_up(SIZES, SPEED, 60.0)[1] == (
         "middle keeps up with a checkpoint every 60.0 s: 12.0 s a checkpoint for 10000 passages"
     )
-    assert (
-        "too slow for a checkpoint every 1.0 s" in largest_that_keeps_up(SIZES, SPEED, 1.0).reason
-    )
+    assert "too slow for a checkpoint every 1.0 s" in largest_that_keeps_up(SIZES, SPEED, 1.0)[1]
 
 
 def test_the_interval_is_the_median_and_known_after_three() -> None:

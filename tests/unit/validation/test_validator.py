@@ -31,7 +31,7 @@ from mlflow_dr.tracking.runs import DATASET_TAG, TrackedRun
 from mlflow_dr.tracking.status import progress_summary, tag_progress
 from mlflow_dr.tracking.validations import chosen_metric, validation_steps
 from mlflow_dr.validation import worker
-from mlflow_dr.validation.scheduler import Candidate, Scheduler
+from mlflow_dr.validation.scheduler import Scheduler
 from mlflow_dr.validation.validator import Counts, _Validator
 from mlflow_dr.validation.validator import run_validator as run_validator
 from tests.unit.validation.configuring import VALIDATION, configured
@@ -541,7 +541,7 @@ def test_a_server_that_goes_away_between_two_claims_of_a_checkpoint(
             raise MlflowException("no route to host")
         real(model_id, params)
 
-    def other_ones(self: Scheduler) -> Iterator[Candidate]:
+    def other_ones(self: Scheduler) -> Iterator[Any]:
         found = list(candidates(self))
         yield from found if len(claimed) != 2 else reversed(found)
 
