@@ -33,6 +33,18 @@ def check_device(name: str) -> None:
         )
 
 
+def check_search_backend(name: str) -> None:
+    """Refuse a search back end that does not exist.
+
+    Raises:
+        UsageError: with those that do.
+    """
+    if name != "auto":
+        from mlflow_dr.retrieval.search import SEARCH_BACKENDS  # imports torch
+
+        SEARCH_BACKENDS.get(name)
+
+
 def check_policy(text: str) -> None:
     """Refuse a rule of what to keep that does not exist.
 
@@ -110,6 +122,14 @@ KeepOwnId = Annotated[
     bool,
     Field(
         description="Keep a passage whose id is the query's id. BEIR's convention leaves it out."
+    ),
+]
+SearchBackendName = Annotated[
+    str,
+    AfterValidator(checked(check_search_backend)),
+    Field(
+        description="What compares vectors: auto (faiss on the processor, torch elsewhere), faiss, "
+        "torch, or the search back end of another package."
     ),
 ]
 Subsets = Annotated[

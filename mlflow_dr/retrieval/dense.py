@@ -1,11 +1,11 @@
-"""Encoding and search in one pass: a corpus streams through an encoder and is compared as it comes.
+"""Encoding and search in one pass: the corpus streams through the encoder into the search.
 
 Memory does not grow with the corpus: vectors are compared with the queries and then dropped.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -22,7 +22,7 @@ from mlflow_dr.errors import CheckpointError
 from mlflow_dr.progress import progress_bar
 from mlflow_dr.retrieval.encode import check_finite, encode_all, encode_batches
 from mlflow_dr.retrieval.ranking import SearchResult
-from mlflow_dr.retrieval.search import OVERFLOW, TopK, default_backend
+from mlflow_dr.retrieval.search import AUTO, OVERFLOW, SearchBackend, TopK, find_backend
 from mlflow_dr.stores.token_table import TokenTable, token_table
 
 PASSAGES_PER_CHUNK = 16384
@@ -31,15 +31,14 @@ QUERIES_PER_MERGE = 65536
 
 
 class SearchRequest(NamedTuple):
-    """What is sought in one pass over a corpus.
+    """Queries, and which passages of a corpus they search.
 
     Attributes:
-        queries: what is asked.
-        k: passages for each query; no more than there are are found.
-        within: only these rows of the corpus, ascending, `(n,) int64`; all when None.
-        candidates: for each query the only rows that it ranks; None for no such limit.
-        extra_rows: for each query the rows to score whatever their rank; nothing, or one
-            array for each query.
+        queries: the queries.
+        k: passages per query; fewer are found where there are fewer.
+        within: search only these rows of the corpus, ascending, `(n,) int64`; all when None.
+        candidates: the only rows that each query ranks; None for no such limit.
+        extra_rows: rows to score whatever their rank: nothing, or one array per query.
     """
 
     queries: Sequence[Query]
@@ -53,17 +52,21 @@ class DenseRetriever:
     """Searches by an encoder's vectors.
 
     Args:
-        encoder: what encodes queries and passages.
+        encoder: encodes queries and passages.
         device: see `resolve_device`.
         dtype: see `resolve_dtype`.
+        backend: a name in `SEARCH_BACKENDS`, or `auto`.
 
     Raises:
         DeviceError: no such device or dtype.
+        UsageError: no such back end.
     """
 
-    def __init__(self, encoder: Encoder, device: str, dtype: str) -> None:
-        place = resolve_device(device)
-        self._encoder = encoder.eval().to(place, torch_dtype(resolve_dtype(dtype, place)))
+    def __init__(self, encoder: Encoder, device: str, dtype: str, backend: str = AUTO) -> None:
+        target = resolve_device(device)
+        find_backend(backend, target)
+        self._encoder = encoder.eval().to(target, torch_dtype(resolve_dtype(dtype, target)))
+        self._backend = backend
 
     def search(
         self,
@@ -72,131 +75,130 @@ class DenseRetriever:
         k: int,
         extra_rows: Sequence[np.ndarray] = (),
     ) -> Iterator[SearchResult]:
-        """See `Retriever`; all queries are searched for in one pass over the corpus."""
-        text_tokenizer = TextTokenizer(self._encoder.tokenizer, self._encoder.settings)
-        table = corpus_tokens(corpus, text_tokenizer)
-        ranks = corpus.tie_ranks()
-        yield search_corpus(self._encoder, text_tokenizer, queries, table, ranks, k, extra_rows)
-
-
-def search_corpus(
-    encoder: Encoder,
-    text_tokenizer: TextTokenizer,
-    queries: Sequence[Query],
-    table: TokenTable,
-    tie_ranks: np.ndarray,
-    k: int,
-    extra_rows: Sequence[np.ndarray] = (),
-    quiet: bool = False,
-) -> SearchResult:
-    """The best k passages of each query of one search over a whole corpus; see `dense_search`."""
-    search = SearchRequest(queries, k, extra_rows=extra_rows)
-    (found,) = dense_search(encoder, text_tokenizer, [search], table, tie_ranks, quiet)
-    return found
+        """See `Retriever`; one pass over the corpus serves all queries."""
+        tokenizer = TextTokenizer(self._encoder.tokenizer, self._encoder.settings)
+        yield from dense_search(
+            self._encoder,
+            tokenizer,
+            [SearchRequest(queries, k, extra_rows=extra_rows)],
+            corpus_tokens(corpus, tokenizer),
+            corpus.tie_ranks(),
+            backend=self._backend,
+        )
 
 
 def dense_search(
     encoder: Encoder,
     text_tokenizer: TextTokenizer,
-    searches: Sequence[SearchRequest],
+    requests: Sequence[SearchRequest],
     table: TokenTable,
     tie_ranks: np.ndarray,
     quiet: bool = False,
+    backend: str = AUTO,
 ) -> list[SearchResult]:
     """The best passages of each query, by dot product of vectors that are made on the way.
 
-    Each query, and each passage that some search wants, is encoded once.
+    Each query, and each passage that some request searches, is encoded once.
 
     Args:
         encoder: on its device and in its dtype, in evaluation mode.
-        tokenizing: how the encoder's passages became token ids.
-        searches: what is sought.
+        text_tokenizer: how the encoder's passages became token ids.
+        requests: what to search.
         table: the corpus as token ids.
-        tie_ranks: each passage's place among equal scores, `(n_passages,) int64`.
+        tie_ranks: order of passages whose scores are equal, `(n_passages,) int64`.
         quiet: no progress bar.
+        backend: a name in `SEARCH_BACKENDS`, or `auto`.
 
     Raises:
+        UsageError: no such back end.
         CheckpointError: the encoder gives NaN or infinity, or vectors whose products overflow.
     """
-    tower = encoder.query_encoder
-    asking = TextTokenizer(tower.tokenizer, tower.settings)
-    distinct, places = _distinct([one.queries for one in searches])
-    vectors = encode_all(tower, token_table(asking.query_ids(distinct)), asking.pad_id, "query")
-    seekers = [
-        _Seeker(search, vectors[torch.from_numpy(place).to(vectors.device)], tie_ranks)
-        for search, place in zip(searches, places, strict=True)
+    search = find_backend(backend, encoder.device)
+    query_encoder = encoder.query_encoder
+    query_tokenizer = TextTokenizer(query_encoder.tokenizer, query_encoder.settings)
+    distinct = list({id(query): query for one in requests for query in one.queries}.values())
+    positions = {id(query): position for position, query in enumerate(distinct)}
+    ids = token_table(query_tokenizer.query_ids(distinct))
+    vectors = encode_all(query_encoder, ids, query_tokenizer.pad_id, "query")
+    searches = [
+        _Search(
+            request,
+            vectors[_indices(positions, request.queries, vectors.device)],
+            tie_ranks,
+            search,
+        )
+        for request in requests
     ]
-    rows = rows_to_encode(searches, len(table))
+    rows = rows_to_encode(requests, len(table))
     total = len(table) if rows is None else len(rows)
     with progress_bar(total, "encoding the corpus", "passages", quiet) as bar:
-        for of_chunk, chunk in _chunks(encoder, table, text_tokenizer.pad_id, rows, bar):
+        for chunk_rows, chunk in _chunks(encoder, table, text_tokenizer.pad_id, rows, bar):
             check_finite(chunk, "passage")
-            for seeker in seekers:
-                seeker.update(chunk, of_chunk)
-    return [seeker.found() for seeker in seekers]
+            for one in searches:
+                one.update(chunk, chunk_rows)
+    return [one.result() for one in searches]
 
 
-def rows_to_encode(searches: Sequence[SearchRequest], n_passages: int) -> np.ndarray | None:
-    """The rows that some search wants, ascending, `(n,) int64`; None for all."""
+def rows_to_encode(requests: Sequence[SearchRequest], n_passages: int) -> np.ndarray | None:
+    """The rows that some request searches, ascending, `(n,) int64`; None for all."""
     wanted = np.zeros(n_passages, bool)
-    for one in searches:
-        if one.candidates is not None:
-            for rows in one.candidates:
-                wanted[rows] = True
-        elif one.within is None:
+    for request in requests:
+        if request.candidates is not None:
+            groups = request.candidates
+        elif request.within is None:
             return None
         else:
-            wanted[one.within] = True
-        for rows in one.extra_rows:
+            groups = [request.within]
+        for rows in (*groups, *request.extra_rows):
             wanted[rows] = True
     return np.flatnonzero(wanted)
 
 
-def _distinct(groups: Sequence[Sequence[Query]]) -> tuple[list[Query], list[np.ndarray]]:
-    """Each query once, and where the queries of each group are among them."""
-    places: dict[int, int] = {}
-    distinct: list[Query] = []
-    for query in (query for group in groups for query in group):
-        if places.setdefault(id(query), len(distinct)) == len(distinct):
-            distinct.append(query)
-    return distinct, [np.array([places[id(one)] for one in group], np.int64) for group in groups]
+def _indices(
+    positions: Mapping[int, int], queries: Sequence[Query], device: torch.device
+) -> Tensor:
+    return torch.tensor(
+        [positions[id(query)] for query in queries], dtype=torch.long, device=device
+    )
 
 
-class _Seeker:
-    """One search, as the passages come by."""
+class _Search:
+    """The state of one request while the passages stream past."""
 
-    def __init__(self, search: SearchRequest, queries: Tensor, tie_ranks: np.ndarray) -> None:
-        self._search = search
+    def __init__(
+        self, request: SearchRequest, queries: Tensor, tie_ranks: np.ndarray, search: SearchBackend
+    ) -> None:
+        self._request = request
         self._queries = queries
         self._ranks = tie_ranks
-        self._method = default_backend(queries.device)
-        self._pairs = _Pairs(search.candidates or search.extra_rows, len(tie_ranks))
-        self._groups = () if search.candidates else queries.split(QUERIES_PER_MERGE)
-        self._tops = [
-            TopK(len(group), search.k, tie_ranks, queries.device) for group in self._groups
+        self._search = search
+        self._pairs = _PairScores(request.candidates or request.extra_rows, len(tie_ranks))
+        self._groups = () if request.candidates else queries.split(QUERIES_PER_MERGE)
+        self._best = [
+            TopK(len(group), request.k, tie_ranks, queries.device) for group in self._groups
         ]
         self._within: Tensor | None = None
-        if search.within is not None:
+        if request.within is not None:
             self._within = torch.zeros(len(tie_ranks), dtype=torch.bool, device=queries.device)
-            self._within[torch.from_numpy(search.within).to(queries.device)] = True
+            self._within[torch.from_numpy(request.within).to(queries.device)] = True
 
     def update(self, chunk: Tensor, rows: Tensor) -> None:
         self._pairs.update(self._queries, chunk, rows)
         if self._within is not None:
-            here = self._within[rows]
-            chunk, rows = chunk[here], rows[here]
+            searched = self._within[rows]
+            chunk, rows = chunk[searched], rows[searched]
         if len(rows):
-            for group, top in zip(self._groups, self._tops, strict=True):
-                top.update(group, chunk, rows, self._method)
+            for group, best in zip(self._groups, self._best, strict=True):
+                best.update(group, chunk, rows, self._search)
 
-    def found(self) -> SearchResult:
-        if self._search.candidates is not None:
+    def result(self) -> SearchResult:
+        if self._request.candidates is not None:
             return rank_candidates(
-                self._search.candidates, self._pairs.scores(), self._search.k, self._ranks
+                self._request.candidates, self._pairs.scores(), self._request.k, self._ranks
             )
         return SearchResult(
-            np.concatenate([top.rows.cpu().numpy() for top in self._tops]),
-            np.concatenate([top.scores.cpu().numpy() for top in self._tops]),
+            np.concatenate([best.rows.cpu().numpy() for best in self._best]),
+            np.concatenate([best.scores.cpu().numpy() for best in self._best]),
             self._pairs.scores(),
         )
 
@@ -204,13 +206,13 @@ class _Seeker:
 def rank_candidates(
     candidates: Sequence[np.ndarray], scores: Sequence[np.ndarray], k: int, ranks: np.ndarray
 ) -> SearchResult:
-    """Each query's own candidates by descending score, equal ones by rank.
+    """Each query's own candidates by descending score, equal scores by ascending rank.
 
     Args:
         candidates: rows of each query, `(n_candidates,) int64`.
         scores: their scores, `(n_candidates,) float32`.
         k: how many to keep.
-        ranks: each passage's place among equal scores, `(n_passages,) int64`.
+        ranks: order of passages whose scores are equal, `(n_passages,) int64`.
 
     Raises:
         CheckpointError: the scores overflow.
@@ -227,29 +229,29 @@ def rank_candidates(
     return SearchResult(best, values, [])
 
 
-class _Pairs:
-    """Scores of given pairs of query and passage, as the passages come by."""
+class _PairScores:
+    """Scores of given pairs of query and passage, filled while the passages stream past."""
 
     def __init__(self, rows: Sequence[np.ndarray], n_passages: int) -> None:
-        counts = np.array([len(one) for one in rows], np.int64)
+        counts = np.array([len(of_query) for of_query in rows], np.int64)
         self._ends = np.cumsum(counts)
         self._queries = np.repeat(np.arange(len(rows)), counts)
         self._rows = np.concatenate(rows) if len(rows) else np.empty(0, np.int64)
         self._scores = np.empty(len(self._rows), np.float32)
-        self._place = np.full(n_passages if len(self._rows) else 0, -1, np.int32)
+        self._positions = np.full(n_passages if len(self._rows) else 0, -1, np.int32)
 
     def update(self, queries: Tensor, chunk: Tensor, rows: Tensor) -> None:
         if not len(self._rows):
             return
-        of_chunk = rows.cpu().numpy()
-        self._place[of_chunk] = np.arange(len(of_chunk))
-        places = self._place[self._rows]
-        (here,) = np.nonzero(places >= 0)
-        for some in np.array_split(here, 1 + len(here) // QUERIES_PER_MERGE):
-            left = queries[torch.from_numpy(self._queries[some]).to(queries.device)]
-            right = chunk[torch.from_numpy(places[some].astype(np.int64)).to(chunk.device)]
-            self._scores[some] = (left * right).sum(dim=1).cpu().numpy()
-        self._place[of_chunk] = -1
+        chunk_rows = rows.cpu().numpy()
+        self._positions[chunk_rows] = np.arange(len(chunk_rows))
+        positions = self._positions[self._rows]
+        (pairs,) = np.nonzero(positions >= 0)
+        for block in np.array_split(pairs, 1 + len(pairs) // QUERIES_PER_MERGE):
+            left = queries[torch.from_numpy(self._queries[block]).to(queries.device)]
+            right = chunk[torch.from_numpy(positions[block].astype(np.int64)).to(chunk.device)]
+            self._scores[block] = (left * right).sum(dim=1).cpu().numpy()
+        self._positions[chunk_rows] = -1
 
     def scores(self) -> list[np.ndarray]:
         return np.split(self._scores, self._ends[:-1]) if len(self._ends) else []

@@ -12,7 +12,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from mlflow_dr.errors import CheckpointError, MissingExtraError
+from mlflow_dr.errors import CheckpointError, MissingExtraError, UsageError
+from mlflow_dr.extensions import Registry
 
 SCORES_PER_BLOCK = 1 << 26
 OVERFLOW = (
@@ -21,11 +22,45 @@ OVERFLOW = (
 )
 
 SearchBackend = Callable[[Tensor, Tensor, int, Tensor], tuple[Tensor, Tensor]]
-"""queries (n_queries, dim), chunk (n, dim), k, ranks (n,) -> scores and places (n_queries, k)."""
+"""Finds the best k passages of a chunk of the corpus for each query, exactly.
+
+Args, in this order:
+    queries: `(n_queries, dim) float32`, on the encoder's device.
+    chunk: vectors of passages, `(n, dim) float32`, on the same device; n is at most about 16,384.
+    k: how many passages, 1 <= k <= n.
+    ranks: order of passages whose scores are equal, `(n,) int64`: the smaller rank comes first,
+        also when only some of the passages with the k-th score belong to the best k.
+
+Returns:
+    Scores (dot products) `(n_queries, k) float32` and positions in the chunk `(n_queries, k)
+    int64`, on the same device, by descending score, then ascending rank. A position of -1, or a
+    score that is not finite, ends the search with an error.
+
+Another package adds one by `@SEARCH_BACKENDS.register("NAME")`, or by an entry point in the group
+`mlflow_dr.search_backends`; `--search-backend NAME` chooses it.
+"""
+
+AUTO = "auto"
+SEARCH_BACKENDS: Registry[SearchBackend] = Registry("search back end", "mlflow_dr.search_backends")
+
+
+def find_backend(name: str, device: torch.device) -> SearchBackend:
+    """The search back end of a name; `auto` is FAISS on the processor and torch elsewhere.
+
+    Raises:
+        UsageError: there is none of that name, or it does not run on the device.
+    """
+    if name == AUTO:
+        name = "faiss" if device.type == "cpu" else "torch"
+    if name == "faiss" and device.type != "cpu":
+        raise UsageError(
+            "search back end 'faiss' needs --device cpu; use 'torch' on an accelerator"
+        )
+    return SEARCH_BACKENDS.get(name)
 
 
 class TopK:
-    """The best k passages of each query so far.
+    """The best k passages of each query among the chunks seen so far.
 
     Args:
         n_queries: number of queries.
@@ -43,13 +78,13 @@ class TopK:
         self.rows = torch.empty(n_queries, 0, dtype=torch.int64, device=device)
 
     def update(self, queries: Tensor, chunk: Tensor, rows: Tensor, search: SearchBackend) -> None:
-        """Take in one chunk of the corpus.
+        """Search one chunk of the corpus, and merge the result.
 
         Args:
             queries: `(n_queries, dim) float32`.
             chunk: `(n, dim) float32`.
             rows: the chunk's row numbers in the corpus, `(n,) int64`.
-            search: one of the searches below.
+            search: the back end.
 
         Raises:
             CheckpointError: the scores overflow.
@@ -68,6 +103,7 @@ class TopK:
         self.rows = rows.gather(1, order)
 
 
+@SEARCH_BACKENDS.register("torch")
 def search_torch(queries: Tensor, chunk: Tensor, k: int, ranks: Tensor) -> tuple[Tensor, Tensor]:
     """The best k of a chunk by matrix product and top-k, on whichever device the vectors are."""
     block = max(1, SCORES_PER_BLOCK // max(1, len(chunk)))
@@ -88,6 +124,7 @@ def _block_top(queries: Tensor, chunk: Tensor, k: int, ranks: Tensor) -> tuple[T
     return best, places
 
 
+@SEARCH_BACKENDS.register("faiss")
 def search_faiss(queries: Tensor, chunk: Tensor, k: int, ranks: Tensor) -> tuple[Tensor, Tensor]:
     """The best k of a chunk by FAISS' brute-force search on the processor.
 
@@ -110,15 +147,10 @@ def search_faiss(queries: Tensor, chunk: Tensor, k: int, ranks: Tensor) -> tuple
         order = _best_first(wide, ranks[wide_places])[:, :k]
         best[unclear] = wide.gather(1, order)
         places[unclear] = wide_places.gather(1, order)
-        # whoever still has the k-th score in the last column may have more of them beyond it
+        # a query whose last column still has the k-th score may have more of them beyond it
         cut = wide[:, k - 1] == wide[:, -1] if wanted < len(chunk) else torch.zeros(0).bool()
         unclear = unclear[cut] if len(cut) else unclear[:0]
     return best, places
-
-
-def default_backend(device: torch.device) -> SearchBackend:
-    """FAISS for vectors on the processor, matrix products on an accelerator."""
-    return search_faiss if device.type == "cpu" else search_torch
 
 
 def _cut_through_equals(best: Tensor, k: int) -> Tensor:

@@ -43,6 +43,7 @@ class SubsetSources:
         seed: random seed; a strategy that uses it says so by `uses_seed`.
         device: where encoders run; see `resolve_device`.
         dtype: their number format; see `resolve_dtype`.
+        search_backend: compares vectors; see `SEARCH_BACKENDS`.
         published: finds the checkpoint of a training step of the run, if there is a run.
         tracking_uri: where `models:/` is looked up; the environment's server when None.
     """
@@ -52,6 +53,7 @@ class SubsetSources:
     seed: int = 0
     device: str = "auto"
     dtype: str = "auto"
+    search_backend: str = "auto"
     published: Callable[[int], Checkpoint] | None = None
     tracking_uri: str | None = None
 
@@ -188,7 +190,7 @@ def _encoder(term: SubsetTerm, sources: SubsetSources) -> list[np.ndarray]:
         name = source if isinstance(source, str) else source.uri
         with encoder_location(source) as directory, encoder_errors(name):
             encoder = load_encoder(directory)
-        return DenseRetriever(encoder, sources.device, sources.dtype)
+        return DenseRetriever(encoder, sources.device, sources.dtype, sources.search_backend)
 
     if term.step is None:
         source: Checkpoint | str = resolve_encoder(term.arguments[0], sources.tracking_uri)

@@ -29,6 +29,7 @@ from mlflow_dr.fields import (
     Length,
     Measures,
     RunName,
+    SearchBackendName,
     Seed,
     Subsets,
     Texts,
@@ -77,6 +78,7 @@ class MeasureConfig(Config):
     device: Device = "auto"
     dtype: Dtype = "auto"
     keep_own_id: KeepOwnId = False
+    search_backend: SearchBackendName = "auto"
 
     def eval_config(self) -> EvalConfig:
         """The settings of an evaluation.
@@ -87,7 +89,9 @@ class MeasureConfig(Config):
         measures = parse_measures(self.measures)
         check_depth(measures, self.depth)
         dtype = dtype_name(self.dtype)
-        return EvalConfig(measures, self.depth, self.device, dtype, self.keep_own_id)
+        return EvalConfig(
+            measures, self.depth, self.device, dtype, self.keep_own_id, self.search_backend
+        )
 
 
 class EvaluatorConfig(MeasureConfig):

@@ -117,6 +117,7 @@ def evaluate_all(
         table,
         tokens.tie_ranks,
         quiet=quiet,
+        backend=common.search_backend,
     )
     measured = [
         _measure(data, settings, depth, result)
@@ -176,6 +177,7 @@ def evaluate_encoder(config: EvaluateConfig, run: TrackedRun | None = None) -> R
             data.topics,
             device=config.device,
             dtype=dtype,
+            search_backend=config.search_backend,
             tracking_uri=config.tracking_uri,
         )
         subset = make_subset(spec, sources)

@@ -342,6 +342,7 @@ def _make_subset(
         data.topics,
         device=str(device),
         dtype=dtype,
+        search_backend=settings.search_backend,
         published=lambda step: checkpoint_of_step(run, step),
     )
     return make_subset(spec, sources)

@@ -28,6 +28,7 @@ class EvalConfig:
         device: `auto`, `cpu`, `cuda` or `cuda:<n>`.
         dtype: `auto`, `fp32`, `bf16` or `fp16`.
         keep_own_id: keep a passage whose id is the query's id.
+        search_backend: what compares vectors: `auto`, `faiss`, `torch`, or another package's.
     """
 
     measures: tuple[Measure, ...]
@@ -35,6 +36,7 @@ class EvalConfig:
     device: str = "auto"
     dtype: str = "auto"
     keep_own_id: bool = False
+    search_backend: str = "auto"
 
     def __post_init__(self) -> None:
         check_types(self)

@@ -9,18 +9,18 @@ import numpy as np
 import pytest
 import torch
 
-from mlflow_dr.errors import CheckpointError, MissingExtraError
+from mlflow_dr.errors import CheckpointError, MissingExtraError, UsageError
 from mlflow_dr.retrieval.search import (
     SearchBackend,
     TopK,
-    default_backend,
+    find_backend,
     search_faiss,
     search_torch,
 )
 
 
-class Place(NamedTuple):
-    """A search and where its vectors are."""
+class Backend(NamedTuple):
+    """A search back end and where its vectors are."""
 
     search: SearchBackend
     device: str
@@ -28,13 +28,13 @@ class Place(NamedTuple):
 
 @pytest.fixture(
     params=[
-        pytest.param(Place(search_faiss, "cpu"), id="faiss"),
-        pytest.param(Place(search_torch, "cpu"), id="torch"),
-        pytest.param(Place(search_torch, "cuda"), id="torch-cuda", marks=pytest.mark.gpu),
+        pytest.param(Backend(search_faiss, "cpu"), id="faiss"),
+        pytest.param(Backend(search_torch, "cpu"), id="torch"),
+        pytest.param(Backend(search_torch, "cuda"), id="torch-cuda", marks=pytest.mark.gpu),
     ]
 )
-def place(request: pytest.FixtureRequest) -> Place:
-    chosen: Place = request.param
+def backend(request: pytest.FixtureRequest) -> Backend:
+    chosen: Backend = request.param
     if chosen.search is search_faiss:
         pytest.importorskip("faiss")
     if chosen.device == "cuda" and not torch.cuda.is_available():
@@ -52,7 +52,7 @@ def brute_force(
 
 
 def found(
-    place: Place,
+    backend: Backend,
     queries: np.ndarray,
     corpus: np.ndarray,
     k: int,
@@ -60,11 +60,11 @@ def found(
     chunks: Sequence[np.ndarray] | None = None,
 ) -> tuple[np.ndarray, np.ndarray]:
     """The same by a stream of chunks, each an array of rows."""
-    put = torch.from_numpy(queries).to(place.device)
-    top = TopK(len(queries), k, ranks, place.device)
+    put = torch.from_numpy(queries).to(backend.device)
+    top = TopK(len(queries), k, ranks, backend.device)
     for rows in chunks if chunks is not None else [np.arange(len(corpus))]:
-        vectors = torch.from_numpy(corpus[rows]).to(place.device)
-        top.update(put, vectors, torch.from_numpy(rows).to(place.device), place.search)
+        vectors = torch.from_numpy(corpus[rows]).to(backend.device)
+        top.update(put, vectors, torch.from_numpy(rows).to(backend.device), backend.search)
     return top.scores.cpu().numpy(), top.rows.cpu().numpy()
 
 
@@ -90,9 +90,9 @@ N_QUERIES = [1, 3, 19, 20, 25]
 
 
 @pytest.mark.parametrize("n_queries", N_QUERIES)
-def test_real_scores(place: Place, n_queries: int) -> None:
+def test_real_scores(backend: Backend, n_queries: int) -> None:
     queries, corpus, ranks = real_vectors(n_queries, 700)
-    scores, rows = found(place, queries, corpus, 50, ranks, split(np.arange(700), 128))
+    scores, rows = found(backend, queries, corpus, 50, ranks, split(np.arange(700), 128))
     expected_scores, expected_rows = brute_force(queries, corpus, 50, ranks)
     np.testing.assert_array_equal(rows, expected_rows)
     np.testing.assert_allclose(scores, expected_scores, rtol=1e-4, atol=1e-5)
@@ -102,10 +102,10 @@ def test_real_scores(place: Place, n_queries: int) -> None:
 @pytest.mark.parametrize("n_queries", N_QUERIES)
 @pytest.mark.parametrize("k", [1, 10, 100])
 def test_equal_scores_are_ordered_by_rank_also_at_the_cut(
-    place: Place, n_queries: int, k: int
+    backend: Backend, n_queries: int, k: int
 ) -> None:
     queries, corpus, ranks = tied_vectors(n_queries, 700)
-    scores, rows = found(place, queries, corpus, k, ranks)
+    scores, rows = found(backend, queries, corpus, k, ranks)
     expected_scores, expected_rows = brute_force(queries, corpus, k, ranks)
     np.testing.assert_array_equal(scores, expected_scores)
     np.testing.assert_array_equal(rows, expected_rows)
@@ -114,11 +114,11 @@ def test_equal_scores_are_ordered_by_rank_also_at_the_cut(
 @pytest.mark.parametrize("size", [1, 7, 64, 699, 700, 10_000])
 @pytest.mark.parametrize("shuffled", [False, True])
 def test_the_result_does_not_depend_on_chunks_or_their_order(
-    place: Place, size: int, shuffled: bool
+    backend: Backend, size: int, shuffled: bool
 ) -> None:
     queries, corpus, ranks = tied_vectors(25, 700)
     rows = np.random.default_rng(size).permutation(700) if shuffled else np.arange(700)
-    scores, best = found(place, queries, corpus, 20, ranks, split(rows, size))
+    scores, best = found(backend, queries, corpus, 20, ranks, split(rows, size))
     expected_scores, expected_rows = brute_force(queries, corpus, 20, ranks)
     np.testing.assert_array_equal(scores, expected_scores)
     np.testing.assert_array_equal(best, expected_rows)
@@ -127,10 +127,10 @@ def test_the_result_does_not_depend_on_chunks_or_their_order(
 @pytest.mark.parametrize("n_queries", [1, 25])
 @pytest.mark.parametrize(("k", "size"), [(30, 8), (50, 50), (51, 50), (100, 50), (100, 7)])
 def test_k_larger_than_a_chunk_or_than_the_corpus(
-    place: Place, n_queries: int, k: int, size: int
+    backend: Backend, n_queries: int, k: int, size: int
 ) -> None:
     queries, corpus, ranks = tied_vectors(n_queries, 50)
-    scores, rows = found(place, queries, corpus, k, ranks, split(np.arange(50), size))
+    scores, rows = found(backend, queries, corpus, k, ranks, split(np.arange(50), size))
     expected_scores, expected_rows = brute_force(queries, corpus, k, ranks)
     assert rows.shape == (n_queries, min(k, 50))
     np.testing.assert_array_equal(rows, expected_rows)
@@ -139,7 +139,7 @@ def test_k_larger_than_a_chunk_or_than_the_corpus(
 
 @pytest.mark.parametrize("n_queries", [1, 25])
 @pytest.mark.parametrize("k", [1, 5, 60])
-def test_more_duplicates_than_k(place: Place, n_queries: int, k: int) -> None:
+def test_more_duplicates_than_k(backend: Backend, n_queries: int, k: int) -> None:
     """The same passage hundreds of times: the best ranks win, wherever they stand."""
     rng = np.random.default_rng(k)
     queries = rng.integers(-2, 3, (n_queries, 4)).astype(np.float32)
@@ -147,45 +147,45 @@ def test_more_duplicates_than_k(place: Place, n_queries: int, k: int) -> None:
     corpus[::50] = 0
     ranks = rng.permutation(500)
     for chunks in (split(np.arange(500), 500), split(rng.permutation(500), 90)):
-        _, rows = found(place, queries, corpus, k, ranks, chunks)
+        _, rows = found(backend, queries, corpus, k, ranks, chunks)
         np.testing.assert_array_equal(rows, brute_force(queries, corpus, k, ranks)[1])
 
 
-def test_all_scores_equal(place: Place) -> None:
+def test_all_scores_equal(backend: Backend) -> None:
     queries, corpus = np.ones((25, 4), np.float32), np.ones((300, 4), np.float32)
     ranks = np.random.default_rng(0).permutation(300)
-    _, rows = found(place, queries, corpus, 7, ranks, split(np.arange(300), 100))
+    _, rows = found(backend, queries, corpus, 7, ranks, split(np.arange(300), 100))
     assert rows.tolist() == [np.argsort(ranks)[:7].tolist()] * 25
 
 
 @pytest.mark.parametrize("n_queries", [1, 25])
-def test_negative_scores_are_scores(place: Place, n_queries: int) -> None:
+def test_negative_scores_are_scores(backend: Backend, n_queries: int) -> None:
     queries = np.ones((n_queries, 4), np.float32)
     corpus = -np.arange(1, 41, dtype=np.float32).reshape(10, 4)
-    scores, rows = found(place, queries, corpus, 20, np.arange(10), split(np.arange(10), 3))
+    scores, rows = found(backend, queries, corpus, 20, np.arange(10), split(np.arange(10), 3))
     assert rows.tolist() == [list(range(10))] * n_queries
     np.testing.assert_array_equal(scores, queries @ corpus.T)
 
 
-def test_queries_do_not_disturb_one_another(place: Place) -> None:
+def test_queries_do_not_disturb_one_another(backend: Backend) -> None:
     queries, corpus, ranks = tied_vectors(25, 300)
-    together = found(place, queries, corpus, 10, ranks)
+    together = found(backend, queries, corpus, 10, ranks)
     for number in range(25):
-        alone = found(place, queries[number : number + 1], corpus, 10, ranks)
+        alone = found(backend, queries[number : number + 1], corpus, 10, ranks)
         np.testing.assert_array_equal(alone[1][0], together[1][number])
 
 
 @pytest.mark.parametrize("n_queries", [1, 25])
 @pytest.mark.parametrize("value", [-1e30, 1e30, math.nan])
 def test_scores_that_overflow_never_become_a_passage(
-    place: Place, n_queries: int, value: float
+    backend: Backend, n_queries: int, value: float
 ) -> None:
     """FAISS marks such a place with -1, which as a row would be the last passage."""
     queries = np.full((n_queries, 4), 1e30, np.float32)
     corpus = np.zeros((6, 4), np.float32)
     corpus[2] = value
     with pytest.raises(CheckpointError, match="overflow"):
-        found(place, queries, corpus, 6, np.arange(6))
+        found(backend, queries, corpus, 6, np.arange(6))
 
 
 def test_blocks_of_queries_are_put_together_in_their_order(
@@ -193,17 +193,22 @@ def test_blocks_of_queries_are_put_together_in_their_order(
 ) -> None:
     monkeypatch.setattr("mlflow_dr.retrieval.search.SCORES_PER_BLOCK", 700)
     queries, corpus, ranks = tied_vectors(25, 300)
-    _, rows = found(Place(search_torch, "cpu"), queries, corpus, 10, ranks)
+    _, rows = found(Backend(search_torch, "cpu"), queries, corpus, 10, ranks)
     np.testing.assert_array_equal(rows, brute_force(queries, corpus, 10, ranks)[1])
 
 
 def test_the_search_of_each_device() -> None:
-    assert default_backend(torch.device("cpu")) is search_faiss
-    assert default_backend(torch.device("cuda:0")) is search_torch
+    assert find_backend("auto", torch.device("cpu")) is search_faiss
+    assert find_backend("auto", torch.device("cuda:0")) is search_torch
+    assert find_backend("torch", torch.device("cpu")) is search_torch
+    with pytest.raises(UsageError, match="'faiss' needs --device cpu"):
+        find_backend("faiss", torch.device("cuda"))
+    with pytest.raises(UsageError, match="unknown search back end 'fais'; did you mean 'faiss'"):
+        find_backend("fais", torch.device("cpu"))
 
 
 def test_without_faiss_the_extra_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "faiss", None)
     queries, corpus, ranks = tied_vectors(1, 10)
     with pytest.raises(MissingExtraError, match=r"mlflow_dr\[cpu\]"):
-        found(Place(search_faiss, "cpu"), queries, corpus, 1, ranks)
+        found(Backend(search_faiss, "cpu"), queries, corpus, 1, ranks)

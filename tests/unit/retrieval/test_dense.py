@@ -10,7 +10,7 @@ from mlflow_dr.encoder.model import Encoder
 from mlflow_dr.encoder.tokenize import TextTokenizer
 from mlflow_dr.errors import CheckpointError
 from mlflow_dr.retrieval import dense, encode
-from mlflow_dr.retrieval.dense import SearchRequest, dense_search, rank_candidates, search_corpus
+from mlflow_dr.retrieval.dense import SearchRequest, dense_search, rank_candidates
 from mlflow_dr.retrieval.encode import encode_all
 from mlflow_dr.retrieval.ranking import SearchResult
 from mlflow_dr.stores.token_table import TokenTable, token_table
@@ -35,9 +35,11 @@ class Setting:
     def search(self, k: int, asked: tuple[list[int], ...] = ()) -> SearchResult:
         rows = [np.array(one, np.int64) for one in asked]
         ranks = np.arange(len(self.table))
-        return search_corpus(
-            self.encoder, self.text_tokenizer, self.queries, self.table, ranks, k, rows, quiet=True
+        request = SearchRequest(self.queries, k, extra_rows=rows)
+        (result,) = dense_search(
+            self.encoder, self.text_tokenizer, [request], self.table, ranks, quiet=True
         )
+        return result
 
 
 @pytest.fixture
