@@ -7,8 +7,9 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
+import copy
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -54,17 +55,26 @@ def texts() -> list[str]:
 
 @pytest.fixture
 def make_tiny(texts: list[str]) -> Callable[..., "Encoder"]:
-    """A function from encoder settings to a fresh tiny encoder, the same at every call."""
+    """A function from encoder settings to a new tiny encoder, the same at every call.
 
-    def make(seed: int = 0, **settings: Any) -> "Encoder":
+    `projections` are linear layers of sentence-transformers, put after the pooling.
+    """
+
+    def make(seed: int = 0, projections: Sequence[Any] = (), **settings: Any) -> "Encoder":
         import torch
 
         from mlflow_dr.encoder.config import EncoderConfig
+        from mlflow_dr.encoder.model import Encoder
         from mlflow_dr.encoder.tiny import tiny_encoder
 
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
-            return tiny_encoder(texts, EncoderConfig(**settings)).eval()
+            encoder = tiny_encoder(texts, EncoderConfig(**settings))
+        if projections:
+            parts = (encoder.backbone, encoder.tokenizer, encoder.settings)
+            pooling, *rest = encoder.head
+            encoder = Encoder(*parts, head=[pooling, *copy.deepcopy(projections), *rest])
+        return encoder.eval()
 
     return make
 

@@ -39,7 +39,7 @@ def make_templates(room: Path, made: dict[str, Path]) -> None:
 
     torch.manual_seed(0)
     texts = [f"{title} {text}" for _, title, text in PASSAGES] + QUERY_TEXTS
-    config = EncoderConfig("mean", True, (), "query: ", "passage: ", 16, 24)
+    config = EncoderConfig("mean", True, "query: ", "passage: ", 16, 24)
     ours = with_projection(tiny_encoder(texts, config), None, 16).eval()
     save_encoder(made["ours"], ours)
     towers = with_projection(tiny_encoder(texts, config), None, 16)
@@ -51,7 +51,7 @@ def make_templates(room: Path, made: dict[str, Path]) -> None:
     bare = tiny()
     bare.backbone.save_pretrained(made["bare"])
     bare.tokenizer.save_pretrained(made["bare"])
-    adapted = tiny_encoder(texts, EncoderConfig("mean", True, (), "", "", 16, 24))
+    adapted = tiny_encoder(texts, EncoderConfig("mean", True, "", "", 16, 24))
     adapted.backbone.save_pretrained(room / "base")
     adapted.tokenizer.save_pretrained(room / "base")
     add_lora(adapted, str(room / "base"), rank=4, alpha=8, dropout=0.0, merged=False)

@@ -8,7 +8,6 @@ sentence_transformers.
 from __future__ import annotations
 
 import inspect
-import pickle
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -22,7 +21,7 @@ from sentence_transformers.base.modules import Transformer
 from mlflow_dr.encoder import lora
 from mlflow_dr.encoder.checks import is_sentence_transformer, transformer_directories
 from mlflow_dr.encoder.tokenize import highest_id
-from mlflow_dr.errors import CheckpointError, MlflowDrError, one_line
+from mlflow_dr.errors import CheckpointError
 
 # without its files transformers makes a tokenizer of special tokens and, by kind, up to 2 others
 DEFAULT_TOKENS = 2
@@ -72,7 +71,7 @@ class Backbone(Transformer):
         tokenizer = Path(self.tokenizer_directory or tokenizer_name_or_path or directory)
         if self._adapters and not any((tokenizer / name).exists() for name in TOKENIZER_FILES):
             tokenizer = base
-        with _backbone_errors(directory), quiet_transformers():
+        with quiet_transformers():
             # only the tokenizer is read from there; configuration and weights are the base's, below
             super().__init__(str(tokenizer), **options)
         _check_tokenizer(self.tokenizer, self.model, tokenizer)
@@ -178,24 +177,6 @@ def _check_tokenizer(tokenizer: Any, model: Any, directory: Path) -> None:
             f"{directory}: the tokenizer has token ids up to {highest}, but the backbone embeds "
             f"only {rows} tokens; tokenizer and weights do not belong together"
         )
-
-
-@contextmanager
-def _backbone_errors(directory: Path) -> Iterator[None]:
-    """Turn any error of the libraries into one that names the directory."""
-    try:
-        yield
-    except (MlflowDrError, MemoryError):
-        raise
-    except pickle.UnpicklingError as error:
-        raise CheckpointError(
-            f"{directory}: the pickled weights are damaged or contain code, which is not run; save "
-            "them as safetensors"
-        ) from error
-    except Exception as error:
-        raise CheckpointError(
-            f"{directory}: the backbone cannot be loaded ({one_line(error)})"
-        ) from error
 
 
 @contextmanager

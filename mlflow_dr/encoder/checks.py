@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import json
 import os
+import pickle
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -21,7 +22,6 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from mlflow_dr.collection.records import Passage, Query
-from mlflow_dr.encoder.files import weights_defect
 from mlflow_dr.encoder.head import SUPPORTED, TOKENS
 from mlflow_dr.encoder.model import Encoder, positions
 from mlflow_dr.encoder.tokenize import TextTokenizer
@@ -36,7 +36,6 @@ KIND = "SentenceTransformer"
 SIMILARITIES = ("cosine", "dot")
 SOURCES = ("Transformer", "StaticEmbedding")
 ROUTERS = ("Router", "Asym")
-CONFIGURED = ("Pooling", "Dense", "LayerNorm")
 WEIGHTED = ("Dense", "LayerNorm", "StaticEmbedding")
 INCLUDE_PROMPT = "include_prompt is false: pooling without the prompt's tokens is not supported"
 # arguments of the tokenizer that change no token
@@ -47,7 +46,6 @@ HARMLESS: Mapping[str, tuple[Any, ...]] = {
     "add_special_tokens": (True,),
 }
 MODEL_OPTIONS = ("torch_dtype", "dtype", "attn_implementation", "add_pooling_layer", "subfolder")
-LENGTH_NAMES = ("max_seq_length", "query_length", "document_length")
 
 TEXTS = (
     "Who kept the lighthouse?",
@@ -105,8 +103,9 @@ def check_description(
         raise CheckpointError(f"{path}: truncate_dim is not supported; remove it")
     for kind, module in all_modules(directory):
         _check_module(directory, kind, module, any(prompts.values()))
-        if kind.rsplit(".", 1)[-1] in WEIGHTED:
-            _check_weights(directory / module, safetensors_only)
+        weights = directory / module / "model.safetensors"
+        if safetensors_only and kind.rsplit(".", 1)[-1] in WEIGHTED and not weights.exists():
+            raise CheckpointError(f"{weights} is missing; only safetensors are read")
 
 
 @contextmanager
@@ -119,6 +118,11 @@ def checkpoint_errors(directory: Path) -> Iterator[None]:
         yield
     except (MlflowDrError, MemoryError):
         raise
+    except pickle.UnpicklingError as error:
+        raise CheckpointError(
+            f"{directory}: the pickled weights are damaged or contain code, which is not run; save "
+            "them as safetensors"
+        ) from error
     except Exception as error:
         raise CheckpointError(f"{directory}: cannot be read ({one_line(error)})") from error
 
@@ -140,21 +144,12 @@ def _check_module(directory: Path, kind: str, path: str, has_prompts: bool) -> N
         )
     if name == "Transformer":
         _check_transformer(directory, path)
-    if name in CONFIGURED:
-        file = directory / path / "config.json"
+    file = directory / path / "config.json"
+    if path and file.exists():
         with _malformed(file):
             settings = dict(_json(file))
         if has_prompts and not settings.get("include_prompt", True):
             raise CheckpointError(f"{file}: {INCLUDE_PROMPT}")
-
-
-def _check_weights(folder: Path, safetensors_only: bool) -> None:
-    """Refuse a module's weights that are missing or damaged, or pickled if that is not allowed."""
-    path = folder / "model.safetensors"
-    if (folder / "pytorch_model.bin").exists() and not path.exists() and not safetensors_only:
-        return  # as older versions wrote it; the library reads it without running code in it
-    if reason := weights_defect(path):
-        raise CheckpointError(f"{path} {reason}")
 
 
 def _check_transformer(directory: Path, path: str) -> None:
@@ -165,10 +160,6 @@ def _check_transformer(directory: Path, path: str) -> None:
     with _malformed(file):
         config = Transformer.load_config(str(directory), subfolder=path, local_files_only=True)
         text = config["modality_config"].get("text")
-        for name in LENGTH_NAMES:
-            length = config.get(name)
-            if length is not None and (type(length) is not int or length < 0):
-                raise TypeError(f"{name} is {quoted(length)}; expected a number of tokens")
         is_unsupported = {
             "transformer_task": config.get("transformer_task", "feature-extraction")
             != "feature-extraction",

@@ -17,26 +17,12 @@ SHORTEST = 3
 
 
 @dataclass(frozen=True)
-class ProjectionConfig:
-    """One linear layer after the pooling."""
-
-    in_features: int
-    out_features: int
-    bias: bool = True
-    activation: str = "identity"
-
-    def __post_init__(self) -> None:
-        check_types(self)
-
-
-@dataclass(frozen=True)
 class EncoderConfig:
     """How an encoder turns text into a vector, apart from its backbone.
 
     Attributes:
         pooling: turns the token vectors into one; one of `POOLINGS`, or several joined by `+`.
         normalize: whether vectors are scaled to length 1, so that the dot product is the cosine.
-        projections: linear layers between pooling and normalisation.
         query_prompt: put before every query.
         passage_prompt: put before every passage.
         query_max_length: the most tokens of a query, with special tokens and prompt.
@@ -49,7 +35,6 @@ class EncoderConfig:
 
     pooling: str = "cls"
     normalize: bool = False
-    projections: tuple[ProjectionConfig, ...] = ()
     query_prompt: str = ""
     passage_prompt: str = ""
     query_max_length: int = DEFAULT_QUERY_LENGTH

@@ -34,8 +34,8 @@ from mlflow_dr.encoder.checks import (
 from mlflow_dr.encoder.config import EncoderConfig
 from mlflow_dr.encoder.files import encoder_directory
 from mlflow_dr.encoder.head import TOKENS
-from mlflow_dr.encoder.model import Encoder, is_static, positions, with_settings
-from mlflow_dr.errors import CheckpointError, UsageError, one_line, quoted
+from mlflow_dr.encoder.model import Encoder, positions, with_settings
+from mlflow_dr.errors import CheckpointError, one_line, quoted
 from mlflow_dr.files import grant_umask_modes
 
 log = logging.getLogger(__name__)
@@ -117,54 +117,10 @@ def _load_described(
     if tokenizer_directory:
         kind = type("Backbone", (Backbone,), {"tokenizer_directory": tokenizer_directory})
     model = st.load_model(directory, kind, **options)
-    encoder = encoder_from_model(model, directory, own)
+    encoder = st.encoder_from_model(model, directory, own)
     if not is_ours:
         check_agreement(model, encoder, directory)
     return encoder
-
-
-def encoder_from_model(model: Any, name: object, own: Mapping[str, Any] | None = None) -> Encoder:
-    """An encoder made of the modules of a SentenceTransformer; they share their weights.
-
-    Args:
-        model: the library's model.
-        name: what an error names.
-        own: settings that the library does not have.
-
-    Raises:
-        CheckpointError: the model has modules or settings that are not supported.
-    """
-    query, document = st.routes_of(model, name)
-    try:
-        config = EncoderConfig(
-            query_prompt=query.prompt,
-            passage_prompt=document.prompt,
-            query_max_length=query.max_length,
-            passage_max_length=document.max_length,
-            **(own or {}),
-        )
-        is_shared = query.source is document.source and query.head is document.head
-        query_encoder = None if is_shared else _encoder_of_route(query, config)
-        return _encoder_of_route(document, config, query_encoder)
-    except UsageError as error:
-        raise CheckpointError(f"{name}: {error}") from error
-
-
-def _encoder_of_route(
-    route: st.Route, config: EncoderConfig, untied_query_encoder: Encoder | None = None
-) -> Encoder:
-    if is_static(route.source):
-        backbone, tokenizer = route.source, st.static_tokenizer(route.source.tokenizer)
-    else:
-        backbone, tokenizer = route.source.model, route.source.tokenizer
-        limit = positions(backbone)
-        if limit is not None:  # the other task's length may be another backbone's
-            config = replace(
-                config,
-                query_max_length=min(config.query_max_length, limit),
-                passage_max_length=min(config.passage_max_length, limit),
-            )
-    return Encoder(backbone, tokenizer, config, untied_query_encoder, route.head)
 
 
 def _load_bare(

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from mlflow_dr.encoder.config import EncoderConfig, ProjectionConfig
+from mlflow_dr.encoder.config import EncoderConfig
 from mlflow_dr.errors import UsageError
 
 if TYPE_CHECKING:
@@ -30,43 +30,19 @@ POOLING = {
     "mean_sqrt_len": "mean_sqrt_len_tokens",
     "weighted_mean": "weightedmean",
 }
-ACTIVATION: dict[str, type[nn.Module]] = {
-    "identity": nn.Identity,
-    "tanh": nn.Tanh,
-    "relu": nn.ReLU,
-    "gelu": nn.GELU,
-    "sigmoid": nn.Sigmoid,
-}
 
 
 def standard_head(config: EncoderConfig, width: int) -> list[nn.Module]:
-    """The modules that a configuration describes: pooling, projections, normalisation.
+    """The modules that a configuration describes: pooling, and normalisation if it is set.
 
     Args:
         config: describes them.
         width: dimensions of the backbone's token vectors.
-
-    Raises:
-        UsageError: an activation is unknown.
     """
-    from sentence_transformers.sentence_transformer.modules import Dense, Normalize
+    from sentence_transformers.sentence_transformer.modules import Normalize
 
-    for layer in config.projections:
-        if layer.activation not in ACTIVATION:
-            raise UsageError(
-                f"activation {layer.activation!r}: expected one of {', '.join(ACTIVATION)}"
-            )
-    head: list[nn.Module] = [pooling_module(config.pooling, width)]
-    head += [
-        Dense(
-            layer.in_features,
-            layer.out_features,
-            bias=layer.bias,
-            activation_function=ACTIVATION[layer.activation](),
-        )
-        for layer in config.projections
-    ]
-    return [*head, Normalize()] if config.normalize else head
+    pooling = pooling_module(config.pooling, width)
+    return [pooling, Normalize()] if config.normalize else [pooling]
 
 
 def pooling_module(name: str, width: int) -> Pooling:
@@ -126,18 +102,13 @@ def pooling_name(head: Iterable[nn.Module]) -> str | None:
     return None
 
 
-def projections_of(head: Iterable[Any]) -> tuple[ProjectionConfig, ...]:
-    """The linear layers after the pooling; a residual connection is left out."""
-    return tuple(
-        ProjectionConfig(
-            int(dense.in_features),
-            int(dense.out_features),
-            bool(dense.bias),
-            type(dense.activation_function).__name__.lower(),
-        )
-        for dense in head
-        if type(dense).__name__ == "Dense" and input_of(dense) == SENTENCE
-    )
+def projections_of(head: Iterable[Any]) -> list[Any]:
+    """The linear layers after the pooling."""
+    return [
+        module
+        for module in head
+        if type(module).__name__ == "Dense" and input_of(module) == SENTENCE
+    ]
 
 
 def input_of(module: Any) -> str:

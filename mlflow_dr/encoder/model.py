@@ -38,7 +38,7 @@ class Encoder(nn.Module):
         config: its other settings.
         untied_query_encoder: encodes the queries, if they have weights of their own.
         head: sentence-transformers' modules after the backbone. They replace those that `config`
-            describes, so pooling, projections and normalisation of `settings` are theirs.
+            describes, so pooling and normalisation of `settings` are theirs.
 
     Raises:
         UsageError: modules do not fit each other, or a length is beyond the backbone's positions.
@@ -62,7 +62,6 @@ class Encoder(nn.Module):
             config,
             pooling=pooling_name(modules) or config.pooling,
             normalize=is_normalized(modules),
-            projections=projections_of(modules),
         )
         self.head = nn.ModuleList(modules)
         start = SENTENCE if self.is_static else TOKENS
@@ -187,7 +186,7 @@ def with_projection(encoder: Encoder, in_features: int | None, out_features: int
     Raises:
         UsageError: `in_features` is not the encoder's number of dimensions.
     """
-    if encoder.settings.projections:
+    if projections_of(encoder.head):
         log.info(
             "the encoder already has a projection to %d dimensions, so none is added",
             encoder.dimension,

@@ -9,9 +9,10 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from torch import nn
 
@@ -27,13 +28,12 @@ from mlflow_dr.encoder.checks import (
     SETTINGS,
     SOURCES,
     all_modules,
-    checkpoint_errors,
     listed_modules,
 )
 from mlflow_dr.encoder.config import EncoderConfig
-from mlflow_dr.encoder.head import SENTENCE, SUPPORTED, TOKENS, input_of, is_normalized, output_of
-from mlflow_dr.encoder.model import is_static, positions
-from mlflow_dr.errors import CheckpointError
+from mlflow_dr.encoder.head import SUPPORTED, is_normalized
+from mlflow_dr.encoder.model import Encoder, is_static, positions
+from mlflow_dr.errors import CheckpointError, UsageError
 
 log = logging.getLogger(__name__)
 
@@ -43,22 +43,6 @@ UNLIMITED = 1_000_000
 """Tokenizers without a limit have a much larger `model_max_length`."""
 
 
-class Route(NamedTuple):
-    """How the texts of one task become vectors.
-
-    Attributes:
-        source: the module that has the backbone and the tokenizer.
-        head: the modules after it.
-        prompt: put before each text.
-        max_length: the most tokens of a text.
-    """
-
-    source: Any
-    head: list[nn.Module]
-    prompt: str
-    max_length: int
-
-
 def load_model(directory: Path, backbone: type[nn.Module], **options: Any) -> Any:
     """The library's own model of a directory, in fp32 on the CPU.
 
@@ -66,56 +50,76 @@ def load_model(directory: Path, backbone: type[nn.Module], **options: Any) -> An
         directory: has passed `check_description`.
         backbone: the class that replaces the library's Transformer.
         options: arguments of the library's constructor.
-
-    Raises:
-        CheckpointError: the library cannot read it.
     """
     from sentence_transformers import SentenceTransformer
 
     types = [kind for kind, _ in all_modules(directory)]
-    with checkpoint_errors(directory):
-        return compat.load_with_module_classes(
-            SentenceTransformer,
-            str(directory),
-            {kind: backbone for kind in types if kind.endswith(".Transformer")},
-            device="cpu",
-            local_files_only=True,
-            **options,
-        )
+    return compat.load_with_module_classes(
+        SentenceTransformer,
+        str(directory),
+        {kind: backbone for kind in types if kind.endswith(".Transformer")},
+        device="cpu",
+        local_files_only=True,
+        **options,
+    )
 
 
-def routes_of(model: Any, name: object) -> tuple[Route, Route]:
-    """How a model's queries and documents become vectors.
+def encoder_from_model(model: Any, name: object, own: Mapping[str, Any] | None = None) -> Encoder:
+    """An encoder made of the modules of a SentenceTransformer; they share their weights.
 
     Args:
-        model: a SentenceTransformer.
+        model: the library's model.
         name: what an error names.
-
-    Returns:
-        The route of queries and the route of documents. Their heads are the same list if the
-        modules are the same. A head ends with a normalisation if the model compares by cosine.
+        own: settings that the library does not have.
 
     Raises:
         CheckpointError: the model has modules or settings that are not supported.
     """
+    query, document = (_modules_of(model, task, name) for task in PROMPTS)
+    is_cosine = model.similarity_fn_name == "cosine"
+    try:
+        config = EncoderConfig(
+            query_prompt=_prompt(model, "query"),
+            passage_prompt=_prompt(model, "document"),
+            query_max_length=_max_length(query[0], "query"),
+            passage_max_length=_max_length(document[0], "document"),
+            **(own or {}),
+        )
+        untied = None if query == document else _encoder_of_modules(query, config, is_cosine)
+        return _encoder_of_modules(document, config, is_cosine, untied)
+    except (UsageError, ValueError) as error:
+        raise CheckpointError(f"{name}: {error}") from error
+
+
+def _encoder_of_modules(
+    modules: Sequence[Any],
+    config: EncoderConfig,
+    is_cosine: bool,
+    untied_query_encoder: Encoder | None = None,
+) -> Encoder:
     from sentence_transformers.sentence_transformer.modules import Normalize
 
-    query, document = (_modules_of(model, task, name) for task in PROMPTS)
-    heads = {task: modules[1:] for task, modules in zip(PROMPTS, (query, document), strict=True)}
-    if heads["query"] == heads["document"]:
-        heads["document"] = heads["query"]
-    for head in {id(head): head for head in heads.values()}.values():
-        if model.similarity_fn_name == "cosine" and not is_normalized(head):
-            head.append(Normalize())
-    routes = []
-    for task, modules in zip(PROMPTS, (query, document), strict=True):
-        prompt = _prompt(model, task)
-        _check_head(heads[task], prompt, name)
-        routes.append(Route(modules[0], heads[task], prompt, _max_length(modules[0], task)))
-    return routes[0], routes[1]
+    source, *head = modules
+    if (config.query_prompt or config.passage_prompt) and not all(
+        getattr(module, "include_prompt", True) for module in head
+    ):
+        raise UsageError(INCLUDE_PROMPT)
+    if is_cosine and not is_normalized(head):
+        head.append(Normalize())
+    if is_static(source):
+        backbone, tokenizer = source, _static_tokenizer(source.tokenizer)
+    else:
+        backbone, tokenizer = source.model, source.tokenizer
+        limit = positions(backbone) or UNLIMITED  # the other task may have another backbone
+        config = replace(
+            config,
+            query_max_length=min(config.query_max_length, limit),
+            passage_max_length=min(config.passage_max_length, limit),
+        )
+    return Encoder(backbone, tokenizer, config, untied_query_encoder, head)
 
 
-def static_tokenizer(tokenizer: Any) -> Any:
+def _static_tokenizer(tokenizer: Any) -> Any:
     """The tokenizer of a table of token vectors, as transformers' class without special tokens."""
     from tokenizers import Tokenizer
     from tokenizers.processors import Sequence
@@ -206,12 +210,11 @@ def write_router(directory: Path, query_folder: str) -> None:
 def _modules_of(model: Any, task: str, name: object) -> list[Any]:
     """The modules for the texts of a task; of a router, those of the task's route."""
     modules: list[Any] = []
-    with checkpoint_errors(Path(str(name))):
-        for module in model:
-            if type(module).__name__ in ROUTERS:
-                modules += module.sub_modules[compat.text_route(module, task)]
-            else:
-                modules.append(module)
+    for module in model:
+        if type(module).__name__ in ROUTERS:
+            modules += module.sub_modules[compat.text_route(module, task)]
+        else:
+            modules.append(module)
     kinds = [_kind(module) for module in modules]
     wrong = [kind for kind in kinds[:1] if kind not in SOURCES]
     wrong += [kind for kind in kinds[1:] if kind not in SUPPORTED]
@@ -228,19 +231,6 @@ def _kind(module: object) -> str:
     kinds = type(module).__mro__
     names = (kind.__name__ for kind in kinds if kind.__module__.startswith(LIBRARY))
     return next(names, kinds[0].__name__)
-
-
-def _check_head(head: Sequence[Any], prompt: str, name: object) -> None:
-    for module in head:
-        kind = type(module).__name__
-        if kind == "Pooling" and prompt and not module.include_prompt:
-            raise CheckpointError(f"{name}: {INCLUDE_PROMPT}")
-        for feature in (input_of(module), output_of(module)):
-            if feature not in (TOKENS, SENTENCE):
-                raise CheckpointError(
-                    f"{name}: a {kind} module works on {feature!r:.80}; expected {TOKENS} or "
-                    f"{SENTENCE}"
-                )
 
 
 def _prompt(model: Any, task: str) -> str:

@@ -93,7 +93,7 @@ class SentenceTransformerSource:
 
     def __init__(self, model: Any) -> None:
         try:
-            st.routes_of(model, "this SentenceTransformer")
+            st.encoder_from_model(model, "this SentenceTransformer")
         except CheckpointError as error:
             raise UsageError(str(error)) from error
         if model.similarity_fn_name not in checks.SIMILARITIES:

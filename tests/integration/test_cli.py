@@ -193,7 +193,7 @@ def test_a_truncated_weight_file_is_a_damaged_checkpoint(
     folder = beir_folder(CORPUS, QUERIES, dev=JUDGED)
     code, line = failure("evaluate", damaged_directory, "--dataset", folder)
     assert code == 1
-    assert line.startswith(f"error: {damaged_directory}: the backbone cannot be loaded: ")
+    assert line.startswith(f"error: {damaged_directory}: cannot be read (")
 
 
 @pytest.fixture

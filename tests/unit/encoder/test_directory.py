@@ -12,10 +12,12 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from sentence_transformers.sentence_transformer.modules import Dense
+from torch import nn
 from transformers import AutoModel, AutoTokenizer
 
 from mlflow_dr.collection.records import Passage, Query
-from mlflow_dr.encoder.config import EncoderConfig, ProjectionConfig
+from mlflow_dr.encoder.config import EncoderConfig
 from mlflow_dr.encoder.directory import load_encoder, save_encoder
 from mlflow_dr.encoder.model import Encoder
 from mlflow_dr.encoder.tokenize import TextTokenizer
@@ -25,10 +27,11 @@ from mlflow_dr.stores.token_table import token_table
 
 Make = Callable[..., Encoder]
 
+IDENTITY = nn.Identity()
 FULL: dict[str, Any] = {
     "pooling": "mean",
     "normalize": True,
-    "projections": (ProjectionConfig(128, 32, activation="tanh"),),
+    "projections": (Dense(128, 32, activation_function=nn.Tanh()),),
     "query_prompt": "query: ",
     "passage_prompt": "passage: ",
     "query_max_length": 16,
@@ -140,19 +143,22 @@ def test_a_saved_encoder_is_loaded(
     [
         FULL,
         {"pooling": "cls"},
-        {"pooling": "last", "projections": (ProjectionConfig(128, 64, bias=False),)},
+        {
+            "pooling": "last",
+            "projections": (Dense(128, 64, bias=False, activation_function=IDENTITY),),
+        },
         {
             "pooling": "max",
             "projections": (
-                ProjectionConfig(128, 64, activation="gelu"),
-                ProjectionConfig(64, 16, activation="relu"),
+                Dense(128, 64, activation_function=nn.GELU()),
+                Dense(64, 16, activation_function=nn.ReLU()),
             ),
         },
         {"pooling": "mean_sqrt_len", "query_max_length": 7, "passage_max_length": 7},
         {
             "pooling": "weighted_mean",
             "normalize": True,
-            "projections": (ProjectionConfig(128, 8, activation="sigmoid"),),
+            "projections": (Dense(128, 8, activation_function=nn.Sigmoid()),),
         },
     ],
     ids=lambda settings: settings["pooling"],
@@ -236,15 +242,15 @@ def test_a_directory_of_sentence_transformers_is_loaded(
     assert encoder.settings == EncoderConfig(
         pooling="mean",
         normalize=True,
-        projections=(
-            ProjectionConfig(128, 24, activation="tanh"),
-            ProjectionConfig(24, 10, bias=False),
-        ),
         query_prompt="ask: ",
         passage_prompt="answer: ",
         query_max_length=12,
         passage_max_length=12,
     )
+    assert [(layer.out_features, layer.bias) for layer in encoder.head[1:3]] == [
+        (24, True),
+        (10, False),
+    ]
     theirs = sentence_transformer(theirs_saved)
     close(query_vectors(encoder, texts), theirs.encode_query(texts))
     close(passage_vectors(encoder, texts), theirs.encode_document(texts))
@@ -357,15 +363,15 @@ def refused(directory: Path, message: str, **options: Any) -> None:
 )
 def test_a_truncated_file(saved: Path, name: str) -> None:
     truncate(saved / name)
-    refused(saved, "cannot be (loaded|read)|is damaged or cut off")
+    refused(saved, "cannot be read")
 
 
 @pytest.mark.parametrize(
     ("name", "message"),
     [
         ("model.safetensors", "no file named model.safetensors"),
-        ("2_Dense/model.safetensors", "2_Dense/model.safetensors is missing"),
-        ("config.json", "the backbone cannot be loaded"),
+        ("2_Dense/model.safetensors", "2_Dense|linear.weight|model.safetensors"),
+        ("config.json", "cannot be read"),
         ("tokenizer.json", "the tokenizer has only special tokens"),
     ],
 )
@@ -379,8 +385,8 @@ def test_a_missing_file(saved: Path, name: str, message: str) -> None:
     [
         ({"num_hidden_layers": 3}, r"16 weights of the backbone are not in the file.*\(bert\)"),
         ({"model_type": "distilbert"}, r"weights of the backbone are not in the file"),
-        ({"hidden_size": 64}, "the backbone cannot be loaded"),
-        ({"model_type": "nonesuch"}, "the backbone cannot be loaded.*nonesuch"),
+        ({"hidden_size": 64}, "cannot be read"),
+        ({"model_type": "nonesuch"}, "cannot be read.*nonesuch"),
     ],
     ids=["more layers", "another kind", "another width", "unknown kind"],
 )
@@ -468,11 +474,10 @@ TRANSFORMER = {"idx": 0, "name": "0", "path": "", "type": f"{ST}Transformer"}
         ("2_Dense/config.json", {"in_features": 128}, "Dense.*out_features"),
         ("2_Dense/config.json", {"in_features": 128, "out_features": 31}, "size mismatch"),
         ("2_Dense/config.json", {"in_features": 64, "out_features": 32}, "size mismatch"),
-        ("sentence_bert_config.json", {"max_seq_length": "long"}, "not as .* writes it"),
+        ("sentence_bert_config.json", {"max_seq_length": "long"}, "cannot be read"),
         ("sentence_bert_config.json", [16], "not as .* writes it"),
-        ("sentence_bert_config.json", {"document_length": math.nan}, "document_length is nan"),
-        ("sentence_bert_config.json", {"query_length": -1}, "query_length is -1"),
-        ("sentence_bert_config.json", {"max_seq_length": 24.0}, "max_seq_length is 24.0"),
+        ("sentence_bert_config.json", {"document_length": math.nan}, "NaN|nan"),
+        ("sentence_bert_config.json", {"query_length": -1}, "query_max_length is -1"),
         ("config_sentence_transformers.json", {"prompts": 3}, "not as .* writes it"),
         ("config_sentence_transformers.json", {"prompts": {"query": 3}}, "not as .* writes it"),
         (
@@ -534,7 +539,7 @@ def test_a_truncated_file_of_a_sentence_transformer(foreign: Path, name: str) ->
 
 
 def test_an_empty_directory(tmp_path: Path) -> None:
-    refused(tmp_path, "the backbone cannot be loaded")
+    refused(tmp_path, "cannot be read")
 
 
 # --- no code is run -------------------------------------------------------------------------
@@ -580,7 +585,7 @@ def test_code_in_the_directory_is_not_run(saved: Path, tmp_path: Path) -> None:
         model_type="custom",
         auto_map={"AutoConfig": "custom.Config", "AutoModel": "custom.Model"},
     )
-    refused(saved, "the backbone cannot be loaded")
+    refused(saved, "cannot be read")
     assert not (tmp_path / "ran").exists()
 
 

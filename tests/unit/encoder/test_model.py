@@ -4,6 +4,8 @@ from collections.abc import Callable
 
 import pytest
 import torch
+from sentence_transformers.sentence_transformer.modules import Dense, Pooling
+from torch import nn
 from transformers import (
     BertConfig,
     BertModel,
@@ -13,7 +15,7 @@ from transformers import (
     T5EncoderModel,
 )
 
-from mlflow_dr.encoder.config import EncoderConfig, ProjectionConfig
+from mlflow_dr.encoder.config import EncoderConfig
 from mlflow_dr.encoder.model import Encoder, positions
 from mlflow_dr.errors import UsageError
 
@@ -21,13 +23,13 @@ Make = Callable[..., Encoder]
 
 IDS = torch.tensor([[2, 9, 8, 7, 3], [2, 6, 3, 0, 0]])
 MASK = (IDS != 0).long()
-LAYERS = (ProjectionConfig(128, 48, activation="relu"), ProjectionConfig(48, 16, bias=False))
+LAYERS = (Dense(128, 48, activation_function=nn.ReLU()), Dense(48, 16, bias=False))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("projections", [(), LAYERS], ids=["bare", "projected"])
 def test_vectors_are_fp32_of_length_1_for_all_weights(
-    make_tiny: Make, dtype: torch.dtype, projections: tuple[ProjectionConfig, ...]
+    make_tiny: Make, dtype: torch.dtype, projections: tuple[Dense, ...]
 ) -> None:
     encoder = make_tiny(pooling="cls", normalize=True, projections=projections).to(dtype)
     vectors = encoder(IDS, MASK)
@@ -52,15 +54,9 @@ def test_gradients_reach_the_backbone_through_the_projections(make_tiny: Make) -
 
 def test_layers_that_do_not_fit_each_other(make_tiny: Make) -> None:
     tiny = make_tiny()
-    layers = (ProjectionConfig(128, 48), ProjectionConfig(32, 16))
+    layers = (Dense(128, 48), Dense(32, 16))
     with pytest.raises(UsageError, match="takes 32 dimensions, but the layer before it gives 48"):
-        Encoder(tiny.backbone, tiny.tokenizer, EncoderConfig(projections=layers))
-
-
-def test_an_unknown_activation(make_tiny: Make) -> None:
-    layer = ProjectionConfig(128, 48, activation="step")
-    with pytest.raises(UsageError, match="activation 'step': expected one of identity, tanh"):
-        make_tiny(projections=(layer,))
+        Encoder(tiny.backbone, tiny.tokenizer, EncoderConfig(), head=[Pooling(128, "cls"), *layers])
 
 
 def test_texts_longer_than_the_backbone_has_positions_are_refused(

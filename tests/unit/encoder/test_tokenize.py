@@ -13,7 +13,7 @@ from tokenizers.processors import TemplateProcessing
 from transformers import BertJapaneseTokenizer, PreTrainedTokenizerFast
 
 from mlflow_dr.collection.records import Passage, Query
-from mlflow_dr.encoder.config import EncoderConfig, ProjectionConfig
+from mlflow_dr.encoder.config import EncoderConfig
 from mlflow_dr.encoder.tokenize import TextTokenizer, highest_id
 from mlflow_dr.errors import DataError
 
@@ -113,7 +113,6 @@ def test_the_digest_changes_with_the_settings_of_passages(change: dict[str, Any]
         {"query_max_length": 8},
         {"pooling": "mean"},
         {"normalize": True},
-        {"projections": (ProjectionConfig(2, 2),)},
     ],
     ids=lambda change: next(iter(change)),
 )

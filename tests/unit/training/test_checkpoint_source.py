@@ -10,10 +10,10 @@ import numpy as np
 import pytest
 import torch
 from sentence_transformers import SentenceTransformer
+from sentence_transformers.sentence_transformer.modules import Dense
 from torch import Tensor, nn
 
 from mlflow_dr.collection.records import Query
-from mlflow_dr.encoder.config import ProjectionConfig
 from mlflow_dr.encoder.directory import load_encoder, save_encoder
 from mlflow_dr.encoder.model import Encoder
 from mlflow_dr.encoder.tokenize import TextTokenizer
@@ -33,7 +33,7 @@ def theirs(make_tiny: Callable[..., Encoder], tmp_path: Path) -> SentenceTransfo
     encoder = make_tiny(
         pooling="mean",
         normalize=True,
-        projections=(ProjectionConfig(128, 32, activation="tanh"),),
+        projections=(Dense(128, 32, activation_function=nn.Tanh()),),
         query_prompt="ask: ",
         passage_prompt="say: ",
         query_max_length=24,

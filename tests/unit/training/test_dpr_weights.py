@@ -40,7 +40,8 @@ def dpr_file(path: Path, encoder: Encoder, **more: Any) -> str:
             for name, value in module.state_dict().items():
                 part[f"encode_proj.{name.removeprefix('linear.')}"] = value
         state |= {prefix + name: value for name, value in part.items()}
-    params = {"do_lower_case": True, "projection_dim": len(encoder.settings.projections)}
+    has_projection = any(type(module).__name__ == "Dense" for module in encoder.head)
+    params = {"do_lower_case": True, "projection_dim": int(has_projection)}
     torch.save({"model_dict": state, "epoch": 3, "encoder_params": params, **more}, path)
     return str(path)
 

@@ -178,7 +178,7 @@ def test_untie_encoder_gives_queries_separate_weights(
 def test_add_pooler(build: Callable[..., Built], tmp_path: Path) -> None:
     made = build("--add_pooler", "--projection_out_dim", "7").encoder
     assert made.dimension == 7
-    assert made.settings.projections[0].in_features == 16
+    assert made.head[1].in_features == 16
     named = build("--add_pooler", "--projection_in_dim", "16", "--projection_out_dim", "7")
     assert named.encoder.dimension == 7
     save_encoder(tmp_path / "projected", made)
