@@ -21,7 +21,7 @@ from sentence_transformers.base.modules import Transformer
 from mlflow_dr.encoder import lora
 from mlflow_dr.encoder.checks import is_sentence_transformer, transformer_directories
 from mlflow_dr.encoder.tokenize import highest_id
-from mlflow_dr.errors import CheckpointError
+from mlflow_dr.errors import CheckpointError, quoted
 
 # without its files transformers makes a tokenizer of special tokens and, by kind, up to 2 others
 DEFAULT_TOKENS = 2
@@ -41,23 +41,16 @@ class Backbone(Transformer):
 
     Args:
         model_name_or_path: the directory of the weights.
-        tokenizer_name_or_path: the directory of the tokenizer, if it is another one.
         options: the other arguments of the library's module.
 
     Raises:
         CheckpointError: files are missing or damaged, or do not belong together.
     """
 
-    tokenizer_directory: str | None = None
-    """The directory of the tokenizer; set in a derived class, which the library instantiates."""
+    tokenizer_directory: Path | None = None
+    """The directory of another tokenizer; set in a derived class, as the library makes objects."""
 
-    def __init__(
-        self,
-        model_name_or_path: str,
-        *,
-        tokenizer_name_or_path: str | None = None,
-        **options: Any,
-    ) -> None:
+    def __init__(self, model_name_or_path: str, **options: Any) -> None:
         directory = Path(model_name_or_path)
         for name in ("model_kwargs", "processor_kwargs", "config_kwargs"):
             options[name] = dict(options.get(name) or {})
@@ -68,7 +61,7 @@ class Backbone(Transformer):
         if is_sentence_transformer(base) and base != directory:
             base = next(iter(transformer_directories(base)), base)
         self._base = base
-        tokenizer = Path(self.tokenizer_directory or tokenizer_name_or_path or directory)
+        tokenizer = self.tokenizer_directory or directory
         if self._adapters and not any((tokenizer / name).exists() for name in TOKENIZER_FILES):
             tokenizer = base
         with quiet_transformers():
@@ -120,17 +113,14 @@ def check_size(config: Any, directory: Path) -> None:
     Raises:
         CheckpointError: more layers or token vectors than any known model has.
     """
-    layers = getattr(config, "num_hidden_layers", 0) or 0
-    if not isinstance(layers, int) or layers > MOST_LAYERS:
+    names = ("num_hidden_layers", "vocab_size", "hidden_size")
+    sizes = [getattr(config, name, 0) or 0 for name in names]
+    if not all(isinstance(size, int) for size in sizes) or (
+        sizes[0] > MOST_LAYERS or sizes[1] * sizes[2] > MOST_EMBEDDED
+    ):
         raise CheckpointError(
-            f"{directory / 'config.json'}: num_hidden_layers is {layers!r:.80}; expected a number "
-            f"up to {MOST_LAYERS}"
-        )
-    sizes = [getattr(config, name, 0) or 0 for name in ("vocab_size", "hidden_size")]
-    if not all(isinstance(size, int) for size in sizes) or sizes[0] * sizes[1] > MOST_EMBEDDED:
-        raise CheckpointError(
-            f"{directory / 'config.json'}: vocab_size and hidden_size are {sizes!r:.80}; expected "
-            f"numbers whose product is at most {MOST_EMBEDDED}"
+            f"{directory / 'config.json'}: {', '.join(names)} are {quoted(sizes)}; expected at "
+            f"most {MOST_LAYERS} layers and {MOST_EMBEDDED} numbers in the table of token vectors"
         )
 
 

@@ -82,7 +82,7 @@ def check_description(
     """
     path = directory / SETTINGS
     with _malformed(path):
-        settings = dict(_json(path)) if path.exists() else {}
+        settings = dict(json.loads(path.read_bytes())) if path.exists() else {}
         prompts = dict(settings.get("prompts") or {})
         for name, text in prompts.items():
             if not isinstance(text, str | None):
@@ -147,7 +147,7 @@ def _check_module(directory: Path, kind: str, path: str, has_prompts: bool) -> N
     file = directory / path / "config.json"
     if path and file.exists():
         with _malformed(file):
-            settings = dict(_json(file))
+            settings = dict(json.loads(file.read_bytes()))
         if has_prompts and not settings.get("include_prompt", True):
             raise CheckpointError(f"{file}: {INCLUDE_PROMPT}")
 
@@ -189,7 +189,7 @@ def listed_modules(directory: Path) -> list[tuple[str, str]]:
     """Type and path of each module of a directory, as `modules.json` lists them."""
     path = directory / MODULES
     with _malformed(path):
-        modules = _json(path)
+        modules = json.loads(path.read_bytes())
         if kwargs := [module["kwargs"] for module in modules if module.get("kwargs")]:
             raise CheckpointError(
                 f"{path}: kwargs {quoted(kwargs[0])} of a module are not supported"
@@ -207,7 +207,10 @@ def _with_routes(
             file = directory / path / ROUTER
             file = file if file.exists() else file.with_name("config.json")
             with _malformed(file):
-                routed = [_type_and_path(*route[::-1]) for route in _json(file)["types"].items()]
+                routed = [
+                    _type_and_path(*route[::-1])
+                    for route in json.loads(file.read_bytes())["types"].items()
+                ]
             yield from _with_routes(directory, path, routed)
 
 
@@ -225,17 +228,10 @@ def _malformed(path: Path) -> Iterator[None]:
     """Turn the errors that unexpected contents of a file cause into one that names the file."""
     try:
         yield
-    except (KeyError, TypeError, ValueError, AttributeError, RecursionError) as error:
+    except (OSError, KeyError, TypeError, ValueError, AttributeError, RecursionError) as error:
         raise CheckpointError(
             f"{path}: not as sentence-transformers writes it ({one_line(error)})"
         ) from error
-
-
-def _json(path: Path) -> Any:
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        raise CheckpointError(f"{path}: cannot be read as JSON ({one_line(error)})") from error
 
 
 @torch.inference_mode()

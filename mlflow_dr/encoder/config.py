@@ -8,7 +8,15 @@ from typing import Any
 
 from mlflow_dr.errors import UsageError, quoted
 
-POOLINGS = ("cls", "mean", "last", "max", "mean_sqrt_len", "weighted_mean")
+# our names of the poolings -> sentence-transformers'
+POOLINGS = {
+    "cls": "cls",
+    "mean": "mean",
+    "last": "lasttoken",
+    "max": "max",
+    "mean_sqrt_len": "mean_sqrt_len_tokens",
+    "weighted_mean": "weightedmean",
+}
 EXPECTED: dict[type, type] = {bool: bool, int: Integral, str: str}
 DEFAULT_QUERY_LENGTH = 32
 DEFAULT_PASSAGE_LENGTH = 128
@@ -45,7 +53,7 @@ class EncoderConfig:
 
     def __post_init__(self) -> None:
         check_types(self)
-        if not set(self.pooling.split("+")) <= set(POOLINGS):
+        if not set(self.pooling.split("+")) <= POOLINGS.keys():
             raise UsageError(f"pooling {self.pooling!r}: expected one of {', '.join(POOLINGS)}")
         for name in ("query_max_length", "passage_max_length"):
             length = getattr(self, name)

@@ -81,7 +81,10 @@ def load_encoder(
         CheckpointError: its files are damaged, missing or of an unknown kind.
     """
     directory = encoder_directory(str(name), cache_dir)
-    tokenizer_directory = str(encoder_directory(tokenizer, cache_dir)) if tokenizer else None
+    tokenizer_directory = encoder_directory(tokenizer, cache_dir) if tokenizer else None
+    from mlflow_dr.encoder.backbone import Backbone
+
+    backbone_class = type("Backbone", (Backbone,), {"tokenizer_directory": tokenizer_directory})
     options: dict[str, Any] = {
         "model_kwargs": {"trust_remote_code": trust_remote_code, "cache_dir": cache_dir},
         "processor_kwargs": {"trust_remote_code": trust_remote_code},
@@ -94,29 +97,22 @@ def load_encoder(
     with checkpoint_errors(directory):
         if is_sentence_transformer(directory):
             check_description(directory, "normalize" in changes, safetensors_only)
-            encoder = _load_described(directory, options, tokenizer_directory)
+            encoder = _load_described(directory, backbone_class, options)
             encoder = with_settings(encoder, changes)
         elif (directory / CONFIG).exists():
             raise CheckpointError(f"{directory}: {CONFIG} without {MODULES}; publish it again")
         else:
             encoder = _load_bare(
-                directory, str(name), options, tokenizer_directory, changes, bare_pooling
+                directory, str(name), backbone_class, options, changes, bare_pooling
             )
     return encoder.eval()
 
 
-def _load_described(
-    directory: Path, options: dict[str, Any], tokenizer_directory: str | None
-) -> Encoder:
+def _load_described(directory: Path, backbone_class: type, options: dict[str, Any]) -> Encoder:
     """An encoder that the files of sentence-transformers describe; ours are among them."""
-    from mlflow_dr.encoder.backbone import Backbone
-
     is_ours = os.path.lexists(directory / CONFIG)  # a dangling link counts, too
     own = _own_settings(directory / CONFIG) if is_ours else {}
-    kind: type = Backbone
-    if tokenizer_directory:
-        kind = type("Backbone", (Backbone,), {"tokenizer_directory": tokenizer_directory})
-    model = st.load_model(directory, kind, **options)
+    model = st.load_model(directory, backbone_class, **options)
     encoder = st.encoder_from_model(model, directory, own)
     if not is_ours:
         check_agreement(model, encoder, directory)
@@ -126,20 +122,19 @@ def _load_described(
 def _load_bare(
     directory: Path,
     name: str,
+    backbone_class: type,
     options: dict[str, Any],
-    tokenizer_directory: str | None,
     changes: dict[str, Any],
     bare_pooling: str | None,
 ) -> Encoder:
     """An encoder with a backbone whose directory does not say how vectors are made."""
-    from mlflow_dr.encoder.backbone import Backbone, refuse_classifier, usual_pooling
+    from mlflow_dr.encoder.backbone import refuse_classifier, usual_pooling
 
     if "pooling" not in changes and bare_pooling is None:
         refuse_classifier(directory)
     text = {"method": "forward", "method_output_name": "last_hidden_state"}
-    source = Backbone(
+    source = backbone_class(
         str(directory),
-        tokenizer_name_or_path=tokenizer_directory,
         modality_config={"text": text},
         module_output_name=TOKENS,
         **options,

@@ -82,7 +82,7 @@ def encoder_defect(directory: Path) -> str:
         if not weights:
             return "no weights"
         for path in weights:
-            if reason := weights_defect(path):
+            if reason := _weights_defect(path):
                 return f"{path.relative_to(directory)} {reason}"
     except FileNotFoundError as error:
         return f"{Path(str(error.filename)).name} has gone"
@@ -91,12 +91,10 @@ def encoder_defect(directory: Path) -> str:
     return ""
 
 
-def weights_defect(path: Path) -> str:
+def _weights_defect(path: Path) -> str:
     """What is wrong with a file of weights; an empty string if nothing is."""
     from safetensors import SafetensorError, safe_open
 
-    if not path.exists():
-        return "is missing"
     if path.suffix != ".safetensors":
         return "" if path.stat().st_size else "is empty"
     try:

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from mlflow_dr.encoder.config import EncoderConfig
+from mlflow_dr.encoder.config import POOLINGS, EncoderConfig
 from mlflow_dr.errors import UsageError
 
 if TYPE_CHECKING:
@@ -21,15 +21,6 @@ if TYPE_CHECKING:
 
 TOKENS, SENTENCE = "token_embeddings", "sentence_embedding"
 SUPPORTED = ("Pooling", "Dense", "Normalize", "LayerNorm", "Dropout")
-# our names of the poolings -> the library's
-POOLING = {
-    "cls": "cls",
-    "mean": "mean",
-    "max": "max",
-    "last": "lasttoken",
-    "mean_sqrt_len": "mean_sqrt_len_tokens",
-    "weighted_mean": "weightedmean",
-}
 
 
 def standard_head(config: EncoderConfig, width: int) -> list[nn.Module]:
@@ -49,7 +40,7 @@ def pooling_module(name: str, width: int) -> Pooling:
     """The library's module for one of our poolings, or for several joined by `+`."""
     from sentence_transformers.sentence_transformer.modules import Pooling
 
-    modes: Any = [POOLING[mode] for mode in name.split("+")]
+    modes: Any = [POOLINGS[mode] for mode in name.split("+")]
     return Pooling(width, modes)
 
 
@@ -60,7 +51,7 @@ def changed_head(
 
     Args:
         head: the modules that were loaded.
-        pooling: one of `POOLING`; None keeps the head's own.
+        pooling: one of `POOLINGS`; None keeps the head's own.
         normalize: whether vectors get length 1 in the end; None keeps the head's own.
 
     Raises:
@@ -94,7 +85,7 @@ def is_normalized(head: Sequence[nn.Module]) -> bool:
 
 def pooling_name(head: Iterable[nn.Module]) -> str | None:
     """Our name of a head's pooling, several joined by `+`; None without a pooling."""
-    names = {theirs: ours for ours, theirs in POOLING.items()}
+    names = {theirs: ours for ours, theirs in POOLINGS.items()}
     for module in head:
         if type(module).__name__ == "Pooling":
             modes: Any = module.pooling_mode

@@ -167,7 +167,7 @@ losses: Registry[Any] = Registry("loss", "mlflow_dr.losses")
 """Losses by name, see `mlflow_dr.training.loss.Loss`; here, because importing that takes long."""
 
 CHOICES: Mapping[str, tuple[str, ...]] = {
-    "pooling": POOLINGS,
+    "pooling": tuple(POOLINGS),
     "lora_publish": (MERGED, ADAPTER),
     "recipe": RECIPE_NAMES,
     "encoder_model_type": ("hf_bert", "pytext_bert", "fairseq_roberta"),
