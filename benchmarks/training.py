@@ -2,7 +2,7 @@
 
     python -m benchmarks.training
 
-mlflow_dr reads token tables; sentence-transformers' trainer and a loop in the manner of Tevatron
+mlflow_dr reads token tables; sentence-transformers' trainer and a loop like Tevatron's
 (Hugging Face's Trainer with a collator that tokenises and pads) tokenise every batch.
 """
 

@@ -1,6 +1,6 @@
 """A training loop in plain PyTorch whose checkpoints are validated.
 
-Run `python examples/plain_pytorch_loop.py`. The loop knows nothing of mlflow_dr but
+Run `python examples/plain_pytorch_loop.py`. All that the loop uses of mlflow_dr is
 `publish_checkpoint`. While it runs, or afterwards, start `mlflow-dr validate --run-id RUN` on any
 machine. MRR@10 rises from 0.02 to above 0.9 in thirty steps, which take some ten seconds.
 """
@@ -26,14 +26,14 @@ answers = [
     for passage in examples.passages.passages(example.positives[0] for example in examples)
 ]
 
-# any Hugging Face model and tokenizer; this one is made on the spot, so that nothing is downloaded
+# any Hugging Face model and tokenizer; this one is built here, so nothing is downloaded
 torch.manual_seed(0)
 tiny = tiny_encoder([*questions, *answers], EncoderConfig())
 model, tokenizer = tiny.backbone.train(), tiny.tokenizer
 
 
 def vectors(texts: list[str]) -> torch.Tensor:
-    """Mean pooling and length 1, which is what `publish_checkpoint` is told below."""
+    """Mean pooling and length 1, as given to `publish_checkpoint` below."""
     tokens = tokenizer(texts, padding=True, return_tensors="pt")
     mask = tokens["attention_mask"].unsqueeze(-1)
     states = model(tokens["input_ids"], tokens["attention_mask"])[0]
@@ -41,7 +41,7 @@ def vectors(texts: list[str]) -> torch.Tensor:
 
 
 def publish(step: int) -> None:
-    """From a background thread; the loop waits for a copy of the weights only."""
+    """Publish from a background thread; the loop waits only for a copy of the weights."""
     publish_checkpoint(
         *(model, step),
         tokenizer=tokenizer,
@@ -58,8 +58,8 @@ with mlflow.start_run() as run:
     publish(0)
     for step in range(1, 31):
         chosen = torch.randperm(len(questions))[:BATCH].tolist()
-        asked, told = ([texts[row] for row in chosen] for texts in (questions, answers))
-        scores = vectors(asked) @ vectors(told).T / TEMPERATURE
+        queries, passages = ([texts[row] for row in chosen] for texts in (questions, answers))
+        scores = vectors(queries) @ vectors(passages).T / TEMPERATURE
         loss = cross_entropy(scores, torch.arange(len(scores)))
         loss.backward()
         optimizer.step()
@@ -67,6 +67,6 @@ with mlflow.start_run() as run:
         mlflow.log_metric("train/loss", loss.item(), step)
         if step % 10 == 0:
             publish(step)
-    flush_checkpoints()  # before the run ends: validators leave when it has
+    flush_checkpoints()  # before the run ends, because validators leave then
 
 print(f"now: mlflow-dr validate --run-id {run.info.run_id}")

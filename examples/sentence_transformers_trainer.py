@@ -35,7 +35,7 @@ answers = [
 ]
 
 with tempfile.TemporaryDirectory() as directory:
-    # any SentenceTransformer; this one is made on the spot, so that nothing is downloaded
+    # any SentenceTransformer; this one is built here, so nothing is downloaded
     torch.manual_seed(0)
     start = Path(directory) / "tiny"
     save_encoder(start, tiny_encoder([*questions, *answers], EncoderConfig("mean", normalize=True)))

@@ -16,8 +16,8 @@ import click
 def command(flags: tuple[str, ...]) -> None:
     """Train an encoder and publish its checkpoints to MLflow.
 
-    Takes the flags of Hugging Face's TrainingArguments and Tevatron's names beside them, with
-    dashes or underscores, and --config FILE (YAML or JSON).
+    Takes the flags of Hugging Face's TrainingArguments, of Tevatron and of GC-DPR, with dashes or
+    underscores, and --config FILE (YAML or JSON).
 
     \b
     Example:

@@ -28,7 +28,7 @@ for step in range(4):
 
 
 @pytest.mark.parametrize("end", ["", "raise SystemExit('out of memory')"])
-def test_what_was_submitted_is_published_before_the_process_ends(
+def test_submitted_checkpoints_are_published_before_the_process_ends(
     end: str,
     server: str,
     client: MlflowClient,

@@ -117,7 +117,7 @@ def trainings(
         ("logged every third", ["step-2", "marked-2", "saving-2", "uploading-1", "marked-1"]),
     ],
 )
-def test_killed_at_any_place_and_resumed_it_ends_as_if_undisturbed(
+def test_a_training_killed_at_any_point_and_resumed_ends_the_same(
     trainings: Trainings, tmp_path: Path, variant: str, places: list[str]
 ) -> None:
     flags = VARIANTS[variant]
@@ -148,7 +148,7 @@ def _assert_same(trainings: Trainings, run_id: str, expected: str) -> None:
     assert trainings.status(run_id) == trainings.status(expected) == "FINISHED"
 
 
-def test_killed_at_any_moment_and_resumed_it_ends_as_if_undisturbed(
+def test_a_training_killed_at_any_time_and_resumed_ends_the_same(
     trainings: Trainings, tmp_path: Path
 ) -> None:
     """At moments that nobody chose; each gets a bit further."""
@@ -170,7 +170,7 @@ def test_killed_at_any_moment_and_resumed_it_ends_as_if_undisturbed(
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_asked_to_stop_it_saves_publishes_and_says_so(
+def test_a_stop_signal_saves_and_publishes(
     trainings: Trainings, tmp_path: Path, number: signal.Signals
 ) -> None:
     flags = {"save_steps": 100, "max_steps": 500, "logging_steps": 1}
@@ -186,7 +186,7 @@ def test_asked_to_stop_it_saves_publishes_and_says_so(
     assert max(trainings.published(run_id)) == last
 
 
-def test_a_damaged_newest_checkpoint_is_passed_over(trainings: Trainings, tmp_path: Path) -> None:
+def test_a_damaged_newest_checkpoint_is_not_used(trainings: Trainings, tmp_path: Path) -> None:
     flags = {"save_steps": 4}
     assert trainings.train(tmp_path, die=("finishing-1", signal.SIGKILL), **flags).code != 0
     run_id = trainings.last_run()
@@ -208,7 +208,7 @@ def test_nothing_to_resume_is_one_line(trainings: Trainings, tmp_path: Path) -> 
     assert line.startswith(f"error: {tmp_path}/out: no training was started there")
 
 
-def test_a_loss_that_is_no_number_is_one_line_and_a_failed_run(
+def test_a_nan_loss_is_one_line_and_a_failed_run(
     trainings: Trainings, tmp_path: Path, tiny_directory: Path
 ) -> None:
     from mlflow_dr.encoder.directory import load_encoder, save_encoder

@@ -125,7 +125,7 @@ def test_sigterm_to_torchrun_ends_both_after_one_step(ended: SimpleNamespace) ->
     assert not [one for one in stopped.printed.split("Traceback")[1:] if "mlflow_dr/" in one]
 
 
-def test_one_run_holds_both_parts(ended: SimpleNamespace) -> None:
+def test_one_run_has_both_parts(ended: SimpleNamespace) -> None:
     assert ended.resumed.code == 0, ended.resumed.printed
     run_id = ended.stopped.run.info.run_id
     assert ended.runs == {run_id, ended.alone}
@@ -133,7 +133,7 @@ def test_one_run_holds_both_parts(ended: SimpleNamespace) -> None:
     assert f"resuming run {run_id} from {ended.stopped.saved[0]}" in ended.resumed.printed
 
 
-def test_the_losses_are_those_of_one_process_with_the_whole_batch(ended: SimpleNamespace) -> None:
+def test_the_losses_equal_those_of_one_process_with_the_whole_batch(ended: SimpleNamespace) -> None:
     """One point for each step, although two processes log; fp32, so to some 1e-4."""
     ours = points(ended.client, ended.stopped.run.info.run_id)
     expected = points(ended.client, ended.alone)
@@ -155,14 +155,14 @@ def test_each_step_is_published_once(ended: SimpleNamespace) -> None:
     assert {str(one.status) for one in models} == {"READY"}
 
 
-def test_the_first_process_alone_speaks(ended: SimpleNamespace) -> None:
+def test_only_the_first_process_logs(ended: SimpleNamespace) -> None:
     lines = Counter(ended.resumed.printed.splitlines())
     spoken = [line for line in lines if line.startswith("step ") and " of " in line]
     assert len(spoken) == STEPS - int(ended.stopped.saved[0].removeprefix("checkpoint-"))
     assert {lines[line] for line in spoken} == {1}
 
 
-def test_weights_that_two_processes_share_out_are_published_whole(
+def test_sharded_weights_of_two_processes_are_published_complete(
     torchrun: Callable[..., subprocess.Popen],
     collection: Path,
     still_directory: Path,
