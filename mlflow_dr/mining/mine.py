@@ -13,8 +13,8 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import IO, Annotated, Any, Literal, Self
 
+import msgspec
 import numpy as np
-import orjson
 from pydantic import Field, model_validator
 
 from mlflow_dr.collection.catalogue import open_collection, open_examples
@@ -204,7 +204,7 @@ def mine(request: MiningConfig) -> MiningResult:
     barred = ExcludedPassages(questions, corpus, _judged(request, collection, corpus))
     with _lines(request.output) as file:
         for record in _records(request, corpus, questions, barred, found, finder, mined):
-            file.write(orjson.dumps(record, option=orjson.OPT_APPEND_NEWLINE))
+            file.write(msgspec.json.encode(record) + b"\n")
         _check_found(request, mined)
     mined.seconds = time.perf_counter() - start
     return mined

@@ -6,8 +6,8 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import numpy as np
-import orjson
 import pyarrow.parquet as pq
 
 from mlflow_dr.collection.records import Passage, Query, Topics
@@ -94,14 +94,14 @@ def _write_passages(
                 for start in range(0, len(rows), ROWS_PER_GROUP):
                     group = subset.corpus.passages(rows[start : start + ROWS_PER_GROUP])
                     for record in records(group):
-                        file.write(orjson.dumps(record, option=orjson.OPT_APPEND_NEWLINE))
+                        file.write(msgspec.json.encode(record) + b"\n")
                     bar.update(len(group))
 
 
 def _write_lines(path: Path, records: Iterator[Mapping[str, Any]]) -> None:
     with path.open("wb") as file:
         for record in records:
-            file.write(orjson.dumps(record, option=orjson.OPT_APPEND_NEWLINE))
+            file.write(msgspec.json.encode(record) + b"\n")
 
 
 def _write_qrels(room: Path, topics: Topics, split: str, layout: str) -> None:

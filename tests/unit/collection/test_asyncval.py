@@ -41,12 +41,12 @@ PLACES = ("harbour", "wreck", "mast", "island", "channel", "horizon", "port")
 
 def lines(path: Path, records: Sequence[dict[str, Any]]) -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text("".join(json.dumps(one) + "\n" for one in records), encoding="utf-8")
+    path.write_text("".join(json.dumps(record) + "\n" for record in records), encoding="utf-8")
     return path
 
 
 @pytest.fixture
-def room(tmp_path: Path) -> Path:
+def base(tmp_path: Path) -> Path:
     """Two files of passages, two sets of queries, and judgements of both in one file."""
     lines(tmp_path / "corpus/split00.json", [{"text_id": "p1", "text": "Cork swims."}])
     lines(tmp_path / "corpus/split01.jsonl", [{"text_id": "p2", "text": "Iron sinks."}])
@@ -56,8 +56,8 @@ def room(tmp_path: Path) -> Path:
     return tmp_path
 
 
-def opened(room: Path, queries: Sequence[str] = ("dev.query.json", "test.json")) -> AsyncvalFiles:
-    return AsyncvalFiles(room / "corpus", [room / name for name in queries], [room / "qrels.tsv"])
+def opened(base: Path, queries: Sequence[str] = ("dev.query.json", "test.json")) -> AsyncvalFiles:
+    return AsyncvalFiles(base / "corpus", [base / name for name in queries], [base / "qrels.tsv"])
 
 
 def passages_of(collection: Collection) -> list[Passage]:
@@ -71,7 +71,7 @@ def records_of(folder: Path, file: str) -> Iterator[tuple[str, str]]:
         yield record["_id"], f"{record.get('title', '')} {record['text']}".strip()
 
 
-def converted(folder: Path, room: Path, tokens: Tokens | None = None) -> AsyncvalFiles:
+def converted(folder: Path, base: Path, tokens: Tokens | None = None) -> AsyncvalFiles:
     """A BEIR folder's collection in Asyncval's files: passages in two files, a file for each split.
 
     As Asyncval's own scripts do it: the title before the text, and token ids without special ones.
@@ -80,10 +80,10 @@ def converted(folder: Path, room: Path, tokens: Tokens | None = None) -> Asyncva
     def record(key: str, text: str) -> dict[str, Any]:
         return {"text_id": key, "text": tokens(text) if tokens else text}
 
-    passages = [record(*one) for one in records_of(folder, "corpus.jsonl")]
+    passages = [record(*fields) for fields in records_of(folder, "corpus.jsonl")]
     middle = len(passages) // 2
     for number, part in enumerate((passages[:middle], passages[middle:])):
-        lines(room / f"corpus/split{number:02d}.json", part)
+        lines(base / f"corpus/split{number:02d}.json", part)
     queries = dict(records_of(folder, "queries.jsonl"))
     judged: list[str] = []
     files = []
@@ -91,13 +91,20 @@ def converted(folder: Path, room: Path, tokens: Tokens | None = None) -> Asyncva
         rows = [line.split("\t") for line in path.read_text().splitlines()[1:]]
         judged += [f"{query_id}\t0\t{passage_id}\t{rel}\n" for query_id, passage_id, rel in rows]
         ids = dict.fromkeys(query_id for query_id, _, _ in rows)
-        files.append(lines(room / f"{path.stem}.json", [record(one, queries[one]) for one in ids]))
-    (room / "qrels.txt").write_text("".join(judged))
-    return AsyncvalFiles(room / "corpus", files, [room / "qrels.txt"])
+        files.append(
+            lines(
+                base / f"{path.stem}.json",
+                [record(i, queries[i]) for i in ids],
+            )
+        )
+    (base / "qrels.txt").write_text("".join(judged))
+    return AsyncvalFiles(base / "corpus", files, [base / "qrels.txt"])
 
 
-def test_passages_in_the_order_of_the_files_and_a_split_for_each_query_file(room: Path) -> None:
-    collection = opened(room)
+def test_passages_in_the_order_of_the_files_and_a_split_for_each_query_file(
+    base: Path,
+) -> None:
+    collection = opened(base)
     assert collection.splits == ["dev.query", "test"]
     assert passages_of(collection) == [
         Passage("p1", "", "Cork swims."),
@@ -108,51 +115,51 @@ def test_passages_in_the_order_of_the_files_and_a_split_for_each_query_file(room
     assert topics.qrels == {"q2": {"p2": 1}}
 
 
-def test_one_file_of_passages_packed_files_and_numbers_as_ids(room: Path) -> None:
-    packed = room / "all.json.gz"
+def test_one_file_of_passages_packed_files_and_numbers_as_ids(base: Path) -> None:
+    packed = base / "all.json.gz"
     packed.write_bytes(gzip.compress(b'{"text_id": 7, "text": "Cork", "more": 1}\n'))
-    (room / "qrels.tsv").write_text("q1\t0\t7\t1\n")
-    collection = AsyncvalFiles(packed, [room / "dev.query.json"], [room / "qrels.tsv"])
+    (base / "qrels.tsv").write_text("q1\t0\t7\t1\n")
+    collection = AsyncvalFiles(packed, [base / "dev.query.json"], [base / "qrels.tsv"])
     assert passages_of(collection) == [Passage("7", "", "Cork")]
     assert collection.topics("dev.query").qrels == {"q1": {"7": 1}}
 
 
-def test_text_that_is_tokenised(room: Path) -> None:
-    lines(room / "corpus/split00.json", [{"text_id": "p1", "text": [2, 3]}])
-    lines(room / "corpus/split01.jsonl", [{"text_id": "p2", "text": []}])
-    lines(room / "dev.query.json", [{"text_id": "q1", "text": [4]}])
-    collection = opened(room)
+def test_text_that_is_tokenised(base: Path) -> None:
+    lines(base / "corpus/split00.json", [{"text_id": "p1", "text": [2, 3]}])
+    lines(base / "corpus/split01.jsonl", [{"text_id": "p2", "text": []}])
+    lines(base / "dev.query.json", [{"text_id": "q1", "text": [4]}])
+    collection = opened(base)
     assert passages_of(collection) == [Passage("p1", "", "", [2, 3]), Passage("p2", "", "", [])]
     topics = collection.topics("dev.query")
     assert topics.queries == [Query("q1", "", (), [4])]
-    lines(room / "dev.query.json", [{"text_id": "q1", "text": [5]}])
-    assert opened(room).topics("dev.query").digest != topics.digest
+    lines(base / "dev.query.json", [{"text_id": "q1", "text": [5]}])
+    assert opened(base).topics("dev.query").digest != topics.digest
 
 
 @pytest.mark.parametrize(
     "qrels",
     ["q1\t0\tp1\t1\n", "q1 Q0 p1 1\n", "q1\tp1\t1\n", "query-id\tcorpus-id\tscore\nq1 p1 1"],
 )
-def test_layouts_of_judgements(room: Path, qrels: str) -> None:
-    (room / "qrels.tsv").write_text(qrels)
-    assert opened(room, ["dev.query.json"]).topics("dev.query").qrels == {"q1": {"p1": 1}}
+def test_layouts_of_judgements(base: Path, qrels: str) -> None:
+    (base / "qrels.tsv").write_text(qrels)
+    assert opened(base, ["dev.query.json"]).topics("dev.query").qrels == {"q1": {"p1": 1}}
 
 
-def test_judgements_for_each_query_file_in_their_order(room: Path) -> None:
-    (room / "other.tsv").write_text("q2\t0\tp1\t2\n")
-    queries = [room / "dev.query.json", room / "test.json"]
-    collection = AsyncvalFiles(room / "corpus", queries, [room / "qrels.tsv", room / "other.tsv"])
+def test_judgements_for_each_query_file_in_their_order(base: Path) -> None:
+    (base / "other.tsv").write_text("q2\t0\tp1\t2\n")
+    queries = [base / "dev.query.json", base / "test.json"]
+    collection = AsyncvalFiles(base / "corpus", queries, [base / "qrels.tsv", base / "other.tsv"])
     assert collection.topics("test").qrels == {"q2": {"p1": 2}}
 
 
 def test_a_corpus_is_read_once_and_again_when_a_file_has_changed(
-    room: Path, own_cache: Path
+    base: Path, own_cache: Path
 ) -> None:
-    first = opened(room).corpus().digest
-    assert opened(room).corpus().digest == first
+    first = opened(base).corpus().digest
+    assert opened(base).corpus().digest == first
     assert len(list((own_cache / "corpora").glob("*/corpus.arrow"))) == 1
-    lines(room / "corpus/split02.json", [{"text_id": "p3", "text": "More."}])
-    assert opened(room).corpus().digest != first
+    lines(base / "corpus/split02.json", [{"text_id": "p3", "text": "More."}])
+    assert opened(base).corpus().digest != first
 
 
 GOOD = '{"text_id": "a", "text": "1"}\n'
@@ -187,45 +194,45 @@ MALFORMED = [
 
 
 @pytest.mark.parametrize(("line", "message"), MALFORMED)
-def test_a_malformed_line_is_named(room: Path, line: str, message: str) -> None:
+def test_a_malformed_line_is_named(base: Path, line: str, message: str) -> None:
     for file, ask in (
-        ("test.json", lambda: opened(room).topics("test")),
-        ("corpus/split01.jsonl", lambda: opened(room).corpus()),
+        ("test.json", lambda: opened(base).topics("test")),
+        ("corpus/split01.jsonl", lambda: opened(base).corpus()),
     ):
-        (room / file).write_text(f"{GOOD}\n{line}\n")
+        (base / file).write_text(f"{GOOD}\n{line}\n")
         with pytest.raises(DataError, match=rf"{file}:3: .*{message}") as caught:
             ask()
         assert "\n" not in str(caught.value)
 
 
-def test_an_id_that_another_file_has_used_names_both(room: Path) -> None:
-    lines(room / "corpus/split01.jsonl", [{"text_id": "p1", "text": "again"}])
+def test_an_id_that_another_file_has_used_names_both(base: Path) -> None:
+    lines(base / "corpus/split01.jsonl", [{"text_id": "p1", "text": "again"}])
     with pytest.raises(DataError, match=r"split01\.jsonl:1: passage id 'p1' .*split00\.json:1$"):
-        opened(room).corpus()
+        opened(base).corpus()
 
 
-def test_what_is_missing(room: Path) -> None:
+def test_missing_files_are_named(base: Path) -> None:
     with pytest.raises(DataError, match=r"nowhere: cannot be read"):
-        AsyncvalFiles(room / "nowhere", [room / "test.json"], [room / "qrels.tsv"]).corpus()
+        AsyncvalFiles(base / "nowhere", [base / "test.json"], [base / "qrels.tsv"]).corpus()
     with pytest.raises(DataError, match=r"nowhere\.json: no such file"):
-        AsyncvalFiles(room, [room / "nowhere.json"], [room / "qrels.tsv"]).topics("nowhere")
-    (room / "empty").mkdir()
+        AsyncvalFiles(base, [base / "nowhere.json"], [base / "qrels.tsv"]).topics("nowhere")
+    (base / "empty").mkdir()
     with pytest.raises(DataError, match=r"empty: expected files of passages .*, there are none"):
-        AsyncvalFiles(room / "empty", [room / "test.json"], [room / "qrels.tsv"]).corpus()
-    (room / "empty/part.json").write_text("\n")
+        AsyncvalFiles(base / "empty", [base / "test.json"], [base / "qrels.tsv"]).corpus()
+    (base / "empty/part.json").write_text("\n")
     with pytest.raises(DataError, match=r"part\.json: the corpus has no passages"):
-        AsyncvalFiles(room / "empty", [room / "test.json"], [room / "qrels.tsv"]).corpus()
+        AsyncvalFiles(base / "empty", [base / "test.json"], [base / "qrels.tsv"]).corpus()
 
 
-def test_what_cannot_be_measured_is_counted(room: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_what_cannot_be_measured_is_counted(base: Path, caplog: pytest.LogCaptureFixture) -> None:
     records = [
         {"text_id": "q1", "text": " "},
         {"text_id": "q3", "text": "what swims"},
         {"text_id": "q4", "text": "not judged"},
     ]
-    lines(room / "dev.query.json", records)
-    (room / "qrels.tsv").write_text("q1\t0\tp1\t1\nq3\t0\tp1\t1\nq3\t0\tp9\t1\nq5\t0\tp1\t1\n")
-    assert opened(room, ["dev.query.json"]).topics("dev.query").qrels == {"q3": {"p1": 1}}
+    lines(base / "dev.query.json", records)
+    (base / "qrels.tsv").write_text("q1\t0\tp1\t1\nq3\t0\tp1\t1\nq3\t0\tp9\t1\nq5\t0\tp1\t1\n")
+    assert opened(base, ["dev.query.json"]).topics("dev.query").qrels == {"q3": {"p1": 1}}
     said = caplog.text
     assert "1 judgements name passages that the corpus lacks (such as 'p9')" in said
     assert "1 judged queries are not in the query file (such as 'q5')" in said
@@ -234,46 +241,46 @@ def test_what_cannot_be_measured_is_counted(room: Path, caplog: pytest.LogCaptur
 
 
 def test_a_tokenised_query_without_tokens_is_empty(
-    room: Path, caplog: pytest.LogCaptureFixture
+    base: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     records = [{"text_id": "q1", "text": []}, {"text_id": "q2", "text": [3]}]
-    lines(room / "dev.query.json", records)
-    assert [one.id for one in opened(room, ["dev.query.json"]).topics("dev.query").queries] == [
+    lines(base / "dev.query.json", records)
+    assert [query.id for query in opened(base, ["dev.query.json"]).topics("dev.query").queries] == [
         "q2"
     ]
     assert "1 judged queries have no text (such as 'q1')" in caplog.text
 
 
-def test_no_judgement_is_left(room: Path) -> None:
-    (room / "qrels.tsv").write_text("q1\t0\tp9\t1\n")
+def test_no_judgement_is_left(base: Path) -> None:
+    (base / "qrels.tsv").write_text("q1\t0\tp9\t1\n")
     with pytest.raises(DataError, match=r"qrels\.tsv for dev\.query\.json: no judgement is left"):
-        opened(room).topics("dev.query")
+        opened(base).topics("dev.query")
 
 
-def test_files_that_do_not_go_together(room: Path) -> None:
-    query, qrels = room / "test.json", room / "qrels.tsv"
+def test_numbers_of_files_that_do_not_match(base: Path) -> None:
+    query, qrels = base / "test.json", base / "qrels.tsv"
     with pytest.raises(UsageError, match="0 query files and 1 files of judgements"):
-        AsyncvalFiles(room, [], [qrels])
+        AsyncvalFiles(base, [], [qrels])
     with pytest.raises(UsageError, match="1 query files and 2 files of judgements"):
-        AsyncvalFiles(room, [query], [qrels, qrels])
+        AsyncvalFiles(base, [query], [qrels, qrels])
     with pytest.raises(UsageError, match="two query files are called 'test'"):
-        AsyncvalFiles(room, [query, room / "other/test.jsonl"], [qrels])
+        AsyncvalFiles(base, [query, base / "other/test.jsonl"], [qrels])
 
 
-def test_there_is_nothing_to_train_on_and_no_other_split(room: Path) -> None:
+def test_training_and_unknown_splits_are_refused(base: Path) -> None:
     with pytest.raises(UsageError, match="no training examples"):
-        opened(room).examples()
+        opened(base).examples()
     with pytest.raises(UsageError, match=r"no split 'dev'; it has: dev\.query, test"):
-        opened(room).topics("dev")
+        opened(base).topics("dev")
 
 
-def test_another_process_opens_it_by_its_name(room: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_another_process_opens_it_by_its_name(base: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Whatever the paths have in them, and in whatever folder that process is."""
-    odd = room / "a b&c=d?e%20#f+g@é"
+    odd = base / "a b&c=d?e%20#f+g@é"
     odd.mkdir()
     for name in ("corpus", "dev.query.json", "qrels.tsv"):
-        (room / name).rename(odd / name)
-    monkeypatch.chdir(room)
+        (base / name).rename(odd / name)
+    monkeypatch.chdir(base)
     files = (Path(odd.name) / name for name in ("corpus", "dev.query.json", "qrels.tsv"))
     corpus, queries, qrels = files
     name = asyncval_name(corpus, [queries], [qrels])
@@ -293,10 +300,10 @@ def test_another_process_opens_it_by_its_name(room: Path, monkeypatch: pytest.Mo
     assert str(odd) in here.source
 
 
-def test_a_name_that_is_typed(room: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(room)
+def test_a_name_may_be_typed(base: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(base)
     typed = "asyncval:corpus?queries=dev.query.json&queries=test.json&qrels=qrels.tsv"
-    assert open_collection(typed).name == opened(room).name
+    assert open_collection(typed).name == opened(base).name
 
 
 @pytest.mark.parametrize(
@@ -321,9 +328,9 @@ def test_a_name_without_judgements() -> None:
         open_collection("asyncval:c?queries=a")
 
 
-def test_what_a_user_gives(room: Path) -> None:
+def test_a_dataset_is_given_by_name_or_by_files(base: Path) -> None:
     words = ("dataset", "candidates", "queries", "qrels")
-    corpus, query, qrels = room / "corpus", room / "test.json", room / "qrels.tsv"
+    corpus, query, qrels = base / "corpus", base / "test.json", base / "qrels.tsv"
     name = asyncval_name(corpus, [query], [qrels])
     assert given_collection(None, ([], [], []), words) == (None, ())
     assert given_collection("demo", ([], [], []), words) == ("demo", ())
@@ -367,7 +374,7 @@ def evaluated(
 ) -> dict[str, Report]:
     settings = EvalConfig(parse_measures(measures), device="cpu", dtype="fp32", **more)
     searched = CorpusTokens(collection)
-    asked = [(EvalDataset(collection, one, searched), settings) for one in collection.splits]
+    asked = [(EvalDataset(collection, split, searched), settings) for split in collection.splits]
     return dict(zip(collection.splits, evaluate_all(encoder, asked, quiet=True), strict=True))
 
 
@@ -386,7 +393,7 @@ def test_measures_are_those_of_the_collection_in_beirs_layout(
     tokenised: bool, folder: Path, tmp_path: Path, encoder: Encoder, bare: Tokens
 ) -> None:
     collection = converted(folder, tmp_path / "asyncval", bare if tokenised else None)
-    expected, found = (evaluated(encoder, one) for one in (BeirFolder(folder), collection))
+    expected, found = (evaluated(encoder, dataset) for dataset in (BeirFolder(folder), collection))
     assert list(found) == ["dev", "test"]
     for split, report in expected.items():
         assert found[split].measures == pytest.approx(report.measures, abs=1e-6)
@@ -394,16 +401,16 @@ def test_measures_are_those_of_the_collection_in_beirs_layout(
         assert any(0 < value < 1 for value in report.measures.values())
 
 
-def test_fault_1_a_depth_beyond_the_corpus_finds_no_passage_twice(
-    room: Path, make_tiny: Callable[..., Encoder]
+def test_a_depth_beyond_the_corpus_finds_no_passage_twice(
+    base: Path, make_tiny: Callable[..., Encoder]
 ) -> None:
-    report = evaluated(make_tiny(), opened(room), "RR@10", depth=100)["test"]
+    report = evaluated(make_tiny(), opened(base), "RR@10", depth=100)["test"]
     ((query_id, found),) = report.ranking.items()
     assert (query_id, sorted(pid for pid, _ in found)) == ("q2", ["p1", "p2"])
     assert all(abs(score) < 1e6 for _, score in found)
 
 
-def test_fault_2_a_passage_below_the_tenth_rank_adds_nothing_to_rr_10(
+def test_a_passage_below_the_tenth_rank_adds_nothing_to_rr_10(
     folder: Path, tmp_path: Path, encoder: Encoder
 ) -> None:
     collection = converted(folder, tmp_path / "asyncval")
@@ -414,61 +421,59 @@ def test_fault_2_a_passage_below_the_tenth_rank_adds_nothing_to_rr_10(
     assert after.measures == {"mrr@10": 0.0, "mrr@11": pytest.approx(1 / 11)}
 
 
-def test_fault_4_queries_of_other_sets_do_not_count(
+def test_queries_of_other_sets_do_not_count(
     folder: Path, tmp_path: Path, encoder: Encoder, caplog: pytest.LogCaptureFixture
 ) -> None:
     """Sets that share their judgements, and have ids in common, are measured as if alone."""
     together = converted(folder, tmp_path / "asyncval")
-    room = tmp_path / "asyncval"
-    with (room / "test.json").open("a") as file:
+    base = tmp_path / "asyncval"
+    with (base / "test.json").open("a") as file:
         file.write(json.dumps({"text_id": "q1", "text": "gull harbour"}) + "\n")
     found = evaluated(encoder, together)
-    assert {key: set(one.per_query) for key, one in found.items()} == {
+    assert {key: set(report.per_query) for key, report in found.items()} == {
         "dev": {"q1", "q2"},
         "test": {"q1", "q3", "q4"},
     }
-    assert not [one for one in caplog.records if one.levelno >= logging.WARNING]
+    assert not [record for record in caplog.records if record.levelno >= logging.WARNING]
     for split in together.splits:
-        alone = AsyncvalFiles(room / "corpus", [room / f"{split}.json"], [room / "qrels.txt"])
+        alone = AsyncvalFiles(base / "corpus", [base / f"{split}.json"], [base / "qrels.txt"])
         assert evaluated(encoder, alone)[split].measures == pytest.approx(found[split].measures)
     assert "2 judged queries are not in the query file" in caplog.text
 
 
-def test_fault_5_stray_files_are_passed_over(room: Path, caplog: pytest.LogCaptureFixture) -> None:
-    digest = opened(room).corpus().digest
-    (room / "corpus/README.md").write_text("no JSON")
-    (room / "corpus/split02.json.tmp").write_text("{")
-    (room / "corpus/.split00.json.swp.json").write_text("{")
-    (room / "corpus/older.json").mkdir()
+def test_stray_files_are_skipped(base: Path, caplog: pytest.LogCaptureFixture) -> None:
+    digest = opened(base).corpus().digest
+    (base / "corpus/README.md").write_text("no JSON")
+    (base / "corpus/split02.json.tmp").write_text("{")
+    (base / "corpus/.split00.json.swp.json").write_text("{")
+    (base / "corpus/older.json").mkdir()
     with caplog.at_level(logging.INFO):
-        assert opened(room).corpus().digest == digest
+        assert opened(base).corpus().digest == digest
     assert "corpus: skipped 3 other files (such as README.md)" in caplog.text
 
 
-def test_half_of_the_passages_is_no_corpus(room: Path) -> None:
-    link = room / "corpus/split02.jsonl"
+def test_an_incomplete_corpus_is_refused(base: Path) -> None:
+    link = base / "corpus/split02.jsonl"
     link.symlink_to("gone.jsonl")
     with pytest.raises(DataError, match=r"split02\.jsonl: a link to gone\.jsonl, which does not"):
-        opened(room).corpus()
+        opened(base).corpus()
     link.unlink()
-    lines(room / "corpus/more-1-of-2.json", [{"text_id": "p3", "text": "Oil floats."}])
+    lines(base / "corpus/more-1-of-2.json", [{"text_id": "p3", "text": "Oil floats."}])
     with pytest.raises(DataError, match=r"more-0-of-2\.json is missing; there are 1 of 2"):
-        opened(room).corpus()
+        opened(base).corpus()
 
 
-def test_a_name_that_no_file_can_have() -> None:
+def test_a_nul_character_in_a_file_name() -> None:
     with pytest.raises(UsageError, match="no file can have a NUL character in its name"):
         open_collection("asyncval:a%00b?queries=q.json&qrels=q.tsv")
 
 
-def test_fault_7_the_passages_of_a_row_are_those_that_were_asked_for(
-    folder: Path, tmp_path: Path, bare: Tokens
-) -> None:
+def test_rows_give_the_requested_passages(folder: Path, tmp_path: Path, bare: Tokens) -> None:
     corpus = converted(folder, tmp_path / "asyncval", bare).corpus()
     ids = ["long", "gull-mast", "long", "nobody"]
     rows = corpus.rows_of(ids)
     assert rows[3] == -1
-    assert [one.id for one in corpus.passages(rows[:3])] == ids[:3]
+    assert [passage.id for passage in corpus.passages(rows[:3])] == ids[:3]
 
 
 # Token ids as Asyncval's tokenizer makes them
@@ -508,9 +513,9 @@ def test_queries_of_text_and_of_token_ids_side_by_side(encoder: Encoder, bare: T
 
 
 def test_token_ids_of_another_vocabulary_end_a_validation(
-    room: Path, encoder: Encoder, bare: Tokens
+    base: Path, encoder: Encoder, bare: Tokens
 ) -> None:
-    lines(room / "dev.query.json", [{"text_id": "q1", "text": [999_999]}])
-    lines(room / "test.json", [{"text_id": "q2", "text": bare("what")}])
+    lines(base / "dev.query.json", [{"text_id": "q1", "text": [999_999]}])
+    lines(base / "test.json", [{"text_id": "q2", "text": bare("what")}])
     with pytest.raises(DataError, match=r"token id 999999, but this tokenizer's ids end at"):
-        evaluated(encoder, opened(room), "RR@10")
+        evaluated(encoder, opened(base), "RR@10")

@@ -43,7 +43,7 @@ def packed(path: Path) -> Path:
     return target
 
 
-def test_a_good_folder_is_read_whole_and_in_order(folder: Path) -> None:
+def test_a_good_folder_is_read_completely_and_in_order(folder: Path) -> None:
     collection = BeirFolder(folder)
     assert collection.splits == ["dev", "train"]
     assert passages_of(folder) == [
@@ -179,7 +179,7 @@ def test_a_malformed_query_is_named_by_its_line(folder: Path, line: str, message
         BeirFolder(folder).topics("dev")
 
 
-def test_a_title_that_is_no_string(folder: Path) -> None:
+def test_a_title_that_is_not_a_string(folder: Path) -> None:
     (folder / "corpus.jsonl").write_text('{"_id": "a", "title": 3, "text": "t"}\n')
     with pytest.raises(
         DataError, match=r"corpus\.jsonl:1: title: expected 'str \| null', got 'int'"
@@ -252,13 +252,13 @@ def test_a_line_of_other_columns_than_the_first_line_names(folder: Path, line: s
 def test_ids_that_differ_by_unicode_normalisation_are_two(folder: Path) -> None:
     composed, decomposed = "caf\u00e9", "cafe\u0301"
     (folder / "corpus.jsonl").write_text(
-        "".join(f'{{"_id": "{one}", "text": "t"}}\n' for one in (composed, decomposed))
+        "".join(f'{{"_id": "{key}", "text": "t"}}\n' for key in (composed, decomposed))
     )
     (folder / "qrels/dev.tsv").write_text(f"q1\t{composed}\t1\nq1\t{decomposed}\t2\n")
     assert judged(folder) == {"q1": {composed: 1, decomposed: 2}}
 
 
-def test_a_link_to_nowhere_is_not_passed_over_for_the_packed_file(folder: Path) -> None:
+def test_a_broken_link_is_refused_even_with_a_packed_file_beside_it(folder: Path) -> None:
     packed(folder / "corpus.jsonl")
     (folder / "corpus.jsonl").symlink_to(folder / "gone.jsonl")
     with pytest.raises(DataError, match=r"corpus\.jsonl: a link to .*gone\.jsonl, which does not"):
@@ -307,7 +307,7 @@ def test_an_unknown_split_names_those_that_exist(folder: Path) -> None:
         BeirFolder(folder).topics("test")
 
 
-def test_judgements_of_what_does_not_exist_are_counted_and_left_out(
+def test_judgements_of_unknown_queries_and_passages_are_counted_and_left_out(
     folder: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     (folder / "qrels/dev.tsv").write_text(
@@ -333,7 +333,7 @@ def test_a_query_without_text_is_left_out_with_a_count(
     assert "not in the query file" not in caplog.text
 
 
-def test_nothing_is_warned_about_when_everything_fits(
+def test_there_is_no_warning_when_everything_fits(
     folder: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     BeirFolder(folder).topics("dev")
@@ -394,7 +394,7 @@ def test_an_unchanged_file_is_read_once(folder: Path, monkeypatch: pytest.Monkey
     assert len(BeirFolder(folder).corpus()) == 3
 
 
-def test_a_reading_that_breaks_off_leaves_nothing(folder: Path, own_cache: Path) -> None:
+def test_a_failed_reading_leaves_no_files(folder: Path, own_cache: Path) -> None:
     (folder / "corpus.jsonl").write_text(GOOD * 2)
     for _ in range(2):
         with pytest.raises(DataError, match=r"first use is at .*corpus\.jsonl:1"):
@@ -408,7 +408,7 @@ def test_a_corpus_without_passages(folder: Path) -> None:
         BeirFolder(folder).corpus()
 
 
-def test_a_first_line_with_a_fraction_is_no_header(
+def test_a_first_line_with_a_fraction_is_not_a_header(
     beir_folder: Callable[..., Path], tmp_path: Path
 ) -> None:
     folder = beir_folder({"d1": "text"}, {"q1": "query"}, dev={"q1": {"d1": 1}})

@@ -19,7 +19,7 @@ from mlflow_dr.collection.irds import IrDataset
 from mlflow_dr.errors import UsageError
 
 
-def test_a_folder_is_opened_as_beir_under_its_whole_path(
+def test_a_folder_is_opened_as_beir_under_its_absolute_path(
     beir_folder: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     beir_folder({"p": "t"}, {"q": "t"}, folder="sea", dev={"q": {"p": 1}})
@@ -92,7 +92,7 @@ def test_the_repositories_of_a_name(name: str, source: str) -> None:
     assert (collection.name, collection.source) == (name, f"Hugging Face {source}")
 
 
-def test_examples_are_those_of_whatever_a_name_opens(
+def test_examples_of_every_kind_of_source(
     beir_folder: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     folder = beir_folder({"p": "t"}, {"q": "t"}, train={"q": {"p": 1}})

@@ -49,7 +49,7 @@ def test_passages_keep_order_and_repeats(corpus: Corpus) -> None:
     assert corpus.passages(np.array(rows)) == [PASSAGES[row] for row in rows]
 
 
-def test_rows_of_keeps_order_and_repeats_and_marks_what_is_missing(corpus: Corpus) -> None:
+def test_rows_of_keeps_order_and_repeats_and_marks_missing_ids(corpus: Corpus) -> None:
     rows = corpus.rows_of(["p20", "p3", "none", "p3", "", "p0"])
     assert rows.dtype == np.int64
     assert rows.tolist() == [20, 3, -1, 3, -1, 0]

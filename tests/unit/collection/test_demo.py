@@ -104,14 +104,12 @@ def test_module_class_and_function_docstrings_in_the_order_of_the_file(tmp_path:
         f"A query that is long enough.\n\n{'word ' * 5000}",
     ],
 )
-def test_too_short_and_absurdly_long_docstrings_are_left_out(
-    tmp_path: Path, docstring: str
-) -> None:
+def test_too_short_and_too_long_docstrings_are_left_out(tmp_path: Path, docstring: str) -> None:
     (tmp_path / "m.py").write_text(f'"""{docstring}"""\n')
     assert harvest([tmp_path], workers=1) == []
 
 
-def test_a_query_or_passage_that_came_before_is_left_out(tmp_path: Path) -> None:
+def test_repeated_queries_and_passages_are_left_out(tmp_path: Path) -> None:
     written(tmp_path / "a.py", f'"""The query comes first.\n\n{REST}"""')
     written(tmp_path / "b.py", f'"""the query\ncomes FIRST.\n\nAnother passage. {REST}"""')
     written(tmp_path / "c.py", f'"""Another query is here.\n\n{REST.upper()}"""')
@@ -137,7 +135,7 @@ def test_tests_and_other_peoples_packages_are_not_read(tmp_path: Path) -> None:
     assert [pair.query for pair in harvest([tmp_path], workers=1)] == ["Return the number 2 again."]
 
 
-def test_files_that_are_no_valid_python_are_skipped(
+def test_files_that_are_not_valid_python_are_skipped(
     tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("PYTHONWARNINGS", "error")

@@ -51,7 +51,8 @@ def ids(examples: CachedExamples, rows: np.ndarray) -> list[str]:
 def shown(examples: CachedExamples) -> list[tuple[str, list[str], list[str]]]:
     every = [examples[index] for index in range(len(examples))]
     return [
-        (one.query.id, ids(examples, one.positives), ids(examples, one.negatives)) for one in every
+        (example.query.id, ids(examples, example.positives), ids(examples, example.negatives))
+        for example in every
     ]
 
 
@@ -80,14 +81,14 @@ def test_an_index_that_does_not_exist(index: int) -> None:
 
 
 def test_examples_of_many_batches_keep_their_order(monkeypatch: pytest.MonkeyPatch) -> None:
-    one = [
+    records = [
         raw([Passage(f"p{n}", "", f"text {n}")], query=Query(f"q{n}", f"query {n}", (str(n),)))
         for n in range(25)
     ]
-    whole = made(*one, key="one batch")
+    whole = made(*records, key="one batch")
     monkeypatch.setattr(examples_module, "EXAMPLES_PER_BATCH", 4)
-    cut = made(*one, key="batches of four")
-    assert [cut[n].query for n in range(25)] == [record.query for record in one]
+    cut = made(*records, key="batches of four")
+    assert [cut[n].query for n in range(25)] == [record.query for record in records]
     assert shown(cut) == shown(whole) == [(f"q{n}", [f"p{n}"], []) for n in range(25)]
     assert cut.digest == whole.digest
 
@@ -116,7 +117,7 @@ def test_two_texts_with_one_id_are_two_passages(caplog: pytest.LogCaptureFixture
     examples = made(raw([LINER], [other]), raw([other]), raw([LINER]))
     positives, negatives = examples[0].positives, examples[0].negatives
     assert examples.passages.passages(positives) == [LINER]
-    assert [one.text for one in examples.passages.passages(negatives)] == ["another liner"]
+    assert [passage.text for passage in examples.passages.passages(negatives)] == ["another liner"]
     assert examples[1].positives.tolist() == negatives.tolist()
     assert examples[2].positives.tolist() == positives.tolist()
     assert len(examples.passages) == 2
@@ -342,9 +343,10 @@ def test_workers_of_a_data_loader_read_what_this_process_reads(context: str) -> 
         multiprocessing_context=context,
         collate_fn=list,
     )
-    found = [one for batch in loader for one in batch]
+    found = [example for batch in loader for example in batch]
     assert [
-        (one.query.id, ids(examples, one.positives), ids(examples, one.negatives)) for one in found
+        (example.query.id, ids(examples, example.positives), ids(examples, example.negatives))
+        for example in found
     ] == here
 
 

@@ -470,7 +470,7 @@ def test_another_commit_is_read_anew(hub: HubCache, monkeypatch: pytest.MonkeyPa
 
 
 @pytest.mark.parametrize("ask", [HubCollection.examples, lambda collection: collection.splits])
-def test_a_name_that_was_meant_to_be_a_folder_is_answered_so(
+def test_an_unknown_repository_is_reported_as_a_missing_folder_too(
     ask: Callable[[HubCollection], Any],
 ) -> None:
     with pytest.raises(
@@ -512,7 +512,7 @@ def test_a_file_of_the_cache_whose_contents_are_gone(hub: HubCache, name: str) -
         HubCollection("mine", EXAMPLES, CORPUS, {"dev": "none"}).corpus()
 
 
-def test_a_file_is_missing_among_those_that_count_themselves(hub: HubCache) -> None:
+def test_a_missing_file_of_a_numbered_series_is_named(hub: HubCache) -> None:
     hub.put(CORPUS, "data/corpus-00001-of-00002.parquet", PASSAGES)
     with pytest.raises(DataError, match=rf"{CORPUS}: .*corpus-00000-of-00002.parquet is missing"):
         HubCollection("mine", EXAMPLES, CORPUS, {"dev": "none"}).corpus()

@@ -343,7 +343,7 @@ class AnsweredQuery(NamedTuple):
     answers: str
 
 
-def test_answers_that_are_no_list_are_left_out(register: Register) -> None:
+def test_answers_that_are_not_a_list_are_left_out(register: Register) -> None:
     collection = register("d\ttext\n", queries="q\twhy\tso\n", query=AnsweredQuery)
     assert collection.topics("test").queries == [Query("q", "why")]
 
@@ -500,7 +500,7 @@ def test_a_home_that_cannot_be_made_is_an_error(
         IrDataset("vaswani")
 
 
-def test_ir_datasets_is_told_to_give_up_soon_unless_the_user_says_otherwise(
+def test_ir_datasets_gives_up_soon_unless_the_user_sets_its_patience(
     vaswani: IrDataset, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.delenv("IR_DATASETS_DL_TRIES")

@@ -30,7 +30,7 @@ def question(text: str, positives: list[str], negatives: list[str], **more: Any)
     }
 
 
-def test_a_development_file_of_dprs(tmp_path: Path) -> None:
+def test_a_dpr_development_file(tmp_path: Path) -> None:
     pool = open_collection(
         written(tmp_path, [question("one?", ["a", "b"], ["c"]), question("two?", ["c"], ["d"])])
     )

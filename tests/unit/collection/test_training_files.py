@@ -117,7 +117,7 @@ def warning(caplog: pytest.LogCaptureFixture) -> str:
 @pytest.mark.parametrize(
     "name", ["a.jsonl", "a.json", "a.jsonl.gz", "a.json.gz", "a.parquet", "a.array.json"]
 )
-def test_tevatrons_rows_in_every_container(write: Callable[..., Path], name: str) -> None:
+def test_tevatron_rows_in_every_kind_of_file(write: Callable[..., Path], name: str) -> None:
     row = dict(TEVATRON, answers=["x", "y"])
     examples = open_examples(write(name, row, dict(row, query_id="q2")))
     assert query_ids(examples) == ["q1", "q2"]
@@ -130,7 +130,7 @@ def test_tevatrons_rows_in_every_container(write: Callable[..., Path], name: str
     assert examples[0].scores is None
 
 
-def test_what_tevatrons_rows_may_leave_out(write: Callable[..., Path]) -> None:
+def test_optional_fields_of_tevatron_rows(write: Callable[..., Path]) -> None:
     bare = {"query": "which ship", "positive_passages": [{"text": "a liner"}]}
     numbered = dict(TEVATRON, query_id=12, positive_passages=[dict(LINER, docid=7)])
     examples = open_examples(write("a.jsonl", bare, numbered, dict(bare, negative_passages=None)))
@@ -141,7 +141,7 @@ def test_what_tevatrons_rows_may_leave_out(write: Callable[..., Path]) -> None:
     assert examples[2].positives.tolist() == examples[0].positives.tolist()
 
 
-def test_scores_in_tevatrons_passages_are_the_teachers(write: Callable[..., Path]) -> None:
+def test_scores_in_tevatron_passages_are_the_teachers(write: Callable[..., Path]) -> None:
     scored = dict(
         TEVATRON,
         positive_passages=[dict(LINER, score=9.5)],
@@ -343,7 +343,7 @@ def test_a_line_of_a_table_ends_where_a_files_line_ends(
     ]
 
 
-def test_a_quotation_mark_that_is_not_closed_is_named(
+def test_an_open_quotation_mark_is_named(
     write: Callable[..., Path],
 ) -> None:
     rows = [
@@ -370,7 +370,7 @@ def test_a_table_is_read_as_dpr_reads_it(write: Callable[..., Path]) -> None:
         'id\ttext\ttitle\n1\t"a ""b""\nc"\t"t\tu"\n2\tsaid "he"\t\nid\ttext\ttitle\n\n3\t"x" y\tz\n'
     )
     rows = [row for row in csv.reader(io.StringIO(table), delimiter="\t") if row]
-    expected = [Passage(one, title, text) for one, text, title in rows if one != "id"]
+    expected = [Passage(row[0], row[2], row[1]) for row in rows if row[0] != "id"]
     (passages,) = corpus_of_file(write("psgs.tsv", table.encode())).batches()
     assert passages == expected
     assert len(passages) == 3
@@ -399,7 +399,7 @@ def test_a_passage_that_never_ends(
 # Folders that are not complete
 
 
-def test_a_link_to_nowhere_among_training_files(write: Callable[..., Path]) -> None:
+def test_a_broken_link_among_training_files(write: Callable[..., Path]) -> None:
     path = write("train-1.jsonl", TEVATRON)
     (path.parent / "train-2.jsonl").symlink_to("gone.jsonl")
     (path.parent / "dev.jsonl").symlink_to("gone.jsonl")
@@ -415,7 +415,7 @@ def test_a_link_to_nowhere_among_training_files(write: Callable[..., Path]) -> N
         (["train.00001-of-00002.jsonl"], "train.00000-of-00002"),
     ],
 )
-def test_a_file_is_missing_among_those_that_count_themselves(
+def test_a_missing_file_of_a_numbered_series_is_named(
     write: Callable[..., Path], names: list[str], missing: str
 ) -> None:
     for name in names:
@@ -427,9 +427,7 @@ def test_a_file_is_missing_among_those_that_count_themselves(
 
 
 @pytest.mark.parametrize("first", [0, 1])
-def test_files_that_count_themselves_and_are_all_there(
-    write: Callable[..., Path], first: int
-) -> None:
+def test_a_complete_numbered_series_is_read(write: Callable[..., Path], first: int) -> None:
     for number in (first, first + 1):
         folder = write(f"train-0000{number}-of-00002.jsonl", TEVATRON).parent
     assert len(open_examples(folder)) == 2
@@ -512,7 +510,7 @@ def test_a_malformed_tokenised_row_is_named_by_its_line(
 
 
 @pytest.mark.parametrize("name", ["dpr.array.json", "dpr.jsonl"])
-def test_dprs_questions_with_their_hard_negatives(write: Callable[..., Path], name: str) -> None:
+def test_dpr_questions_with_their_hard_negatives(write: Callable[..., Path], name: str) -> None:
     examples = open_examples(write(name, DPR, dict(DPR, hard_negative_ctxs=[])))
     assert shown(examples) == (
         Query("0", "which ship", ("liner", "a liner")),
@@ -556,7 +554,7 @@ def test_a_truncated_array_leaves_nothing_behind(
 # files and folders
 
 
-def test_a_layout_nobody_knows_is_one_error_with_its_fields(write: Callable[..., Path]) -> None:
+def test_an_unknown_layout_is_one_error_with_its_fields(write: Callable[..., Path]) -> None:
     path = write("a.jsonl", {"anchor": "q", "positive": "p"})
     with pytest.raises(DataError) as caught:
         open_examples(path)
@@ -604,7 +602,7 @@ def test_the_files_of_a_folder_are_read_by_name(write: Callable[..., Path], tmp_
     assert query_ids(open_examples(tmp_path / "set"))[1:3] == ["1", "2"]  # through all files
 
 
-def test_of_a_folder_with_files_named_train_those_are_read(
+def test_files_named_train_are_read_first_in_a_folder(
     write: Callable[..., Path], tmp_path: Path
 ) -> None:
     for name in ("train.jsonl", "train_01.jsonl", "dev.jsonl", "more.jsonl", "corpus.jsonl"):
@@ -669,7 +667,7 @@ def test_a_changed_file_is_read_again(write: Callable[..., Path], folder: bool) 
     assert before.digest != after.digest
 
 
-def test_an_unchanged_file_is_read_once(
+def test_an_unchanged_file_is_read_only_once(
     write: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     path = write("a.jsonl", TEVATRON)
@@ -717,7 +715,7 @@ def test_a_training_file_is_read_when_it_is_asked_for(write: Callable[..., Path]
         collection.examples()
 
 
-def test_a_folder_with_judgements_is_beirs_and_trains_on_them(
+def test_a_folder_with_judgements_is_opened_as_beir(
     beir_folder: Callable[..., Path],
 ) -> None:
     folder = beir_folder({"p1": "a", "p2": "b"}, {"q": "t"}, train={"q": {"p2": 1}})

@@ -43,7 +43,7 @@ def test_an_array_is_what_json_reads(
     assert items(path) == ITEMS
 
 
-def test_places_are_indexes_and_packed_files_are_unpacked(tmp_path: Path, steps: int) -> None:
+def test_locations_are_indexes_and_packed_files_are_unpacked(tmp_path: Path, steps: int) -> None:
     path = tmp_path / "a.json.gz"
     path.write_bytes(gzip.compress(json.dumps(ITEMS).encode("utf-8-sig")))
     places = [(where, record) for where, record in read_records(path, dict)]
@@ -75,7 +75,7 @@ def test_an_empty_array_has_no_items(tmp_path: Path, steps: int) -> None:
         ('[{"a": 1}, 5]', r"a\.json\[1\]: expected 'object', got 'int'"),
     ],
 )
-def test_what_is_no_array_is_an_error_with_its_line(
+def test_malformed_arrays_are_errors_with_their_line(
     tmp_path: Path, steps: int, text: str, message: str
 ) -> None:
     path = tmp_path / "a.json"
@@ -85,7 +85,7 @@ def test_what_is_no_array_is_an_error_with_its_line(
     assert "\n" not in str(error.value)
 
 
-def test_nesting_without_end_is_an_error(tmp_path: Path) -> None:
+def test_endless_nesting_is_an_error(tmp_path: Path) -> None:
     path = tmp_path / "a.json"
     path.write_text("[" * 100_000)
     with pytest.raises(DataError, match=r"a\.json:1: not JSON .*nested too deeply"):
