@@ -1,7 +1,6 @@
 """What is recommended, and how it is said, written and drawn."""
 
 import csv
-import math
 from collections.abc import Callable, Sequence
 from itertools import pairwise
 from pathlib import Path
@@ -13,7 +12,7 @@ import pytest
 from matplotlib.text import Text
 
 from mlflow_dr.fidelity.agreement import Curve, FidelityResult, compare_curves
-from mlflow_dr.fidelity.pictures import _apart, curves_figure, time_figure
+from mlflow_dr.fidelity.pictures import curves_figure, time_figure
 from mlflow_dr.fidelity.report import fidelity_metrics, recommendation, report_text, write_files
 
 MakeCurve = Callable[..., Curve]
@@ -160,7 +159,7 @@ def test_the_files_say_the_same(
 
 @pytest.mark.parametrize("figure", [curves_figure, time_figure])
 @pytest.mark.parametrize("slowest", [0.11, 9.0])
-def test_names_in_pictures_do_not_meet(
+def test_the_legend_names_every_curve(
     figure: Callable[[FidelityResult], Any],
     slowest: float,
     make_curve: MakeCurve,
@@ -173,24 +172,19 @@ def test_names_in_pictures_do_not_meet(
     ]
     drawn = figure(make_findings(*subsets, make_curve("encoder:a$b$c@10", CONSTANT)))
     drawn.draw_without_rendering()
-    names = [text for text in drawn.axes[0].texts if text.get_text()]
-    assert len(names) == 13
+    (legend,) = drawn.legends
+    names = legend.get_texts()
+    expected = ["full", *(f"bm25@{number}" for number in range(11)), "encoder:a$b$c@10"]
+    assert [name.get_text() for name in names][:13] == expected
     boxes = [Text.get_window_extent(name) for name in names]
-    line = 10 / 72 * drawn.dpi  # the height of letters
-    if figure is curves_figure:
-        places = sorted((box.y0 + box.y1) / 2 for box in boxes)
-    else:  # names are turned by 40 degrees
-        places = sorted(math.sin(math.radians(40)) * box.x0 for box in boxes)
-    assert all(upper - lower >= line for lower, upper in pairwise(places))
+    heights = sorted((box.y0 + box.y1) / 2 for box in boxes)
+    line = 9 / 72 * drawn.dpi  # the height of letters
+    assert all(upper - lower >= line for lower, upper in pairwise(heights))
     right, top = drawn.bbox.max
     for box in boxes:
         assert 0 <= box.x0 < box.x1 <= right
         assert 0 <= box.y0 < box.y1 <= top
-
-
-def test_what_lies_close_is_moved_apart() -> None:
-    places = np.array([5.0, 1.0, 5.0, 5.5, 90.0])
-    assert _apart(places, 10, -99, 99).tolist() == [-0.875, -10.875, 9.125, 19.125, 90]
-    assert _apart(places, 10, 0, 99).tolist() == [10, 0, 20, 30, 90]
-    assert _apart(places, 10, 0, 40).tolist() == [10, 0, 20, 30, 40]
-    assert _apart(np.array([30.0, 10.0]), 10, 0, 99).tolist() == [30, 10]
+        assert all(box.x0 >= panel.bbox.x1 for panel in drawn.axes)
+    styles = [(handle.get_color(), handle.get_linestyle()) for handle in legend.legend_handles]
+    if figure is curves_figure:
+        assert len(set(styles)) == 13
