@@ -28,7 +28,7 @@ from mlflow_dr.tracking.validations import MAIN_PARAM
 from mlflow_dr.validation.config import RunConfig
 
 TORCHRUN = ("-m", "torch.distributed.run", "--standalone")
-SECONDS_BETWEEN_LOOKS = 0.2
+SECONDS_BETWEEN_CHECKS = 0.2
 SECONDS_TO_STOP = 60.0
 LOWER_PRIORITY = 10
 
@@ -71,12 +71,14 @@ def launch(config: RunConfig, training: Sequence[str]) -> int:
                 psutil.Process(validator.process.pid).nice(LOWER_PRIORITY)
         _wait(run, trainer, validator, stop)
     measures = parse_measures(config.measures)
-    _say(curve_summary(validation_curve(run, name), [measure.metric for measure in measures], run))
+    _print(
+        curve_summary(validation_curve(run, name), [measure.metric for measure in measures], run)
+    )
     failed = [child for child in (trainer, validator) if child.failed]
     if stop.asked:
         return 130
     if failed:
-        names = " and ".join(child.what for child in failed)
+        names = " and ".join(child.command for child in failed)
         error = ChildError(
             f"{names} ended with an error, which is shown above; published checkpoints stay: "
             f"`mlflow-dr validate --run-id {run.id}` validates what is missing"
@@ -132,11 +134,11 @@ def _plan(training: Sequence[str], processes: int) -> _Plan:
 class Child:
     """One process, its output passed on line by line."""
 
-    what: str
+    command: str
     process: subprocess.Popen[str]
     reader: threading.Thread
     reported: bool = False
-    settled: bool = False
+    is_run_ended: bool = False
 
     @classmethod
     def start(
@@ -147,7 +149,7 @@ class Child:
         variables: Mapping[str, str],
         processes: int = 1,
     ) -> Child:
-        """Start `mlflow-dr <command>` in a process group of its own, so that Ctrl-C is ours.
+        """Start `mlflow-dr <command>` in a process group of its own, so that we get Ctrl-C.
 
         Args:
             command: `train` or `validate`.
@@ -183,7 +185,7 @@ class Child:
 
     @property
     def ended(self) -> bool:
-        """Whether the process is gone."""
+        """Whether the process has ended."""
         return self.process.poll() is not None
 
     @property
@@ -193,17 +195,17 @@ class Child:
 
     @property
     def code(self) -> int:
-        """How it ended: its exit code, less than 0 for a signal."""
+        """Its exit code; below 0 for a signal."""
         return self.process.wait()
 
     def report_death(self) -> None:
-        """Say once, when it has failed, how it ended; its own error has been passed on."""
+        """Print once, if it has failed, how it ended; its own error has been passed on."""
         if self.failed and not self.reported:
             self.reported = True
             self.reader.join(timeout=2)  # its error comes first
             code = self.process.returncode
             how = f"exit code {code}" if code > 0 else signal.Signals(-code).name
-            _say(f"{self.what} ended with {how}")
+            _print(f"{self.command} ended with {how}")
 
 
 class _Stop:
@@ -235,34 +237,34 @@ class _Stop:
 
 
 def _wait(run: TrackedRun, trainer: Child, validator: Child, stop: _Stop) -> None:
-    """Wait for both, report at once the one that dies, and pass on that we were asked to stop."""
+    """Wait for both, report one that fails at once, and pass on a request to stop."""
     children = (trainer, validator)
-    told = False
+    has_signalled = False
     try:
         while not (trainer.ended and validator.ended):
-            if stop.asked and not told:
-                told = True
-                _say("stopping: the trainer after its step, the validator now; again: at once")
+            if stop.asked and not has_signalled:
+                has_signalled = True
+                _print("stopping: the trainer after its step, the validator now; again: at once")
                 _signal(children, signal.SIGTERM)
             if time.monotonic() > stop.deadline:
                 _signal(children, signal.SIGKILL)
-            _look_after(run, children, stop)
-            time.sleep(SECONDS_BETWEEN_LOOKS)
-        _look_after(run, children, stop)
+            _check_children(run, children, stop)
+            time.sleep(SECONDS_BETWEEN_CHECKS)
+        _check_children(run, children, stop)
         for child in children:
             child.reader.join(timeout=5)
     finally:
         _signal(children, signal.SIGKILL)
 
 
-def _look_after(run: TrackedRun, children: tuple[Child, Child], stop: _Stop) -> None:
-    """Report who has died, and end the run for a trainer that could not: validators wait for it."""
+def _check_children(run: TrackedRun, children: tuple[Child, Child], stop: _Stop) -> None:
+    """Report a child that has failed, and end the run for a trainer that could not do so."""
     if not stop.asked:
         for child in children:
             child.report_death()
     trainer = children[0]
-    if trainer.failed and not trainer.settled:
-        trainer.settled = True
+    if trainer.failed and not trainer.is_run_ended:
+        trainer.is_run_ended = True
         if not is_over(run.fetch()):
             run.finish("KILLED" if stop.asked else "FAILED")
 
@@ -277,7 +279,7 @@ def _signal(children: Sequence[Child], number: signal.Signals) -> None:
 
 
 def _kill_descendants(pid: int) -> None:
-    """Kill what a process has started; torchrun's children are in sessions of their own."""
+    """Kill the processes that a process has started; torchrun's have sessions of their own."""
     with suppress(psutil.NoSuchProcess):
         descendants = psutil.Process(pid).children(recursive=True)
         with suppress(ProcessLookupError):
@@ -289,8 +291,8 @@ def _kill_descendants(pid: int) -> None:
 
 def _pass_on(stream: IO[str], what: str) -> None:
     for line in stream:
-        _say(f"[{what}] {line.rstrip()}")
+        _print(f"[{what}] {line.rstrip()}")
 
 
-def _say(text: str) -> None:
+def _print(text: str) -> None:
     print(text, flush=True)  # noqa: T201 - the children's output is ours

@@ -22,7 +22,7 @@ from mlflow_dr.terminal import guard_streams, log_line, one_line_of
 from mlflow_dr.version import VERSION
 
 INTERRUPTED = 130
-LONGEST_LOG_LINE = 4000  # characters of what is no error
+LONGEST_LOG_LINE = 4000  # characters, below the level of a warning
 
 COMMANDS = {
     "run": "Train and validate side by side; what `mlflow run .` calls.",
@@ -30,19 +30,19 @@ COMMANDS = {
     "validate": "Validate each checkpoint of a run, now and as they come.",
     "fidelity": "Find the subset that chooses the right checkpoint in less time.",
     "ui": "Start MLflow's pages on the curves of the latest run.",
-    "status": "Show what has become of a run's checkpoints.",
+    "status": "Show which checkpoints of a run are validated, by whom, and what failed.",
     "best": "Show a run's best checkpoint; download or register it.",
     "compare": "Compare encoders query by query, and test the difference.",
-    "prune": "Remove files of checkpoints that need not be kept.",
+    "prune": "Delete the files of checkpoints that are no longer needed.",
     "evaluate": "Measure one encoder on one collection, without tracking.",
     "mine": "Find hard negatives for training queries, by BM25 or an encoder.",
-    "subset": "Write a part of a collection, as validations would take it.",
-    "datasets": "List the collections that can be named.",
+    "subset": "Write a subset of a collection to files.",
+    "datasets": "List the names of collections.",
 }
 
 
 class _Commands(click.Group):
-    """A group whose commands are imported late; their one line of help is known here."""
+    """A group that imports a command when it is called; its line of help stands here."""
 
     def list_commands(self, ctx: click.Context) -> list[str]:
         return list(COMMANDS)
@@ -85,7 +85,7 @@ def main() -> NoReturn:
     package = logging.getLogger("mlflow_dr")
     package.setLevel(logging.INFO)
     package.propagate = False
-    # a server that is away is said once, by who waits for it, not at each try
+    # `Patience` logs once that it is away; urllib3 would at each try
     logging.getLogger("urllib3.connectionpool").setLevel(logging.ERROR)
     handler = logging.StreamHandler()
     handler.setFormatter(_Lines())

@@ -98,17 +98,17 @@ class FollowedDirectory:
             if not _is_text(path):  # MLflow cannot store it
                 self._log(path, NOT_UTF8)
                 continue
-            signature, known = signature_of(path), before.get(path)
-            if known is None or known.signature != signature:
+            signature, seen = signature_of(path), before.get(path)
+            if seen is None or seen.signature != signature:
                 self._seen[path] = _Seen(signature, step_of(path), encoder_defect(path))
                 continue
-            self._seen[path] = known
-            if known.step is None:
+            self._seen[path] = seen
+            if seen.step is None:
                 self._log(path, NO_STEP)
-            elif known.lacks:
-                self._log(path, known.lacks)
+            elif seen.lacks:
+                self._log(path, seen.lacks)
             else:
-                found[path] = known.step
+                found[path] = seen.step
         return found
 
     def _log(self, path: Path, reason: str) -> None:
@@ -183,16 +183,16 @@ def register_directory(run: TrackedRun, directory: Path, step: int) -> str:
         The model id.
     """
     key = f"{DIRECTORY_TAG}.{digest_of(directory)}"
-    known = run.fetch().data.params.get(key)
-    if known is None:
-        known = _registered(run, directory, step, key)
-    if checkpoint_by_id(run.client, known).pending:
-        link_to_run(run, known, step)
-        run.client.finalize_logged_model(known, READY)
-    return known
+    model_id = run.fetch().data.params.get(key)
+    if model_id is None:
+        model_id = _create_model(run, directory, step, key)
+    if checkpoint_by_id(run.client, model_id).pending:
+        link_to_run(run, model_id, step)
+        run.client.finalize_logged_model(model_id, READY)
+    return model_id
 
 
-def _registered(run: TrackedRun, directory: Path, step: int, key: str) -> str:
+def _create_model(run: TrackedRun, directory: Path, step: int, key: str) -> str:
     model_id = str(
         run.client.create_logged_model(
             run.experiment_id,
@@ -202,7 +202,7 @@ def _registered(run: TrackedRun, directory: Path, step: int, key: str) -> str:
             model_type=MODEL_TYPE,
         ).model_id
     )
-    known = run.set_param_once(key, model_id)
-    if known != model_id:
+    registered = run.set_param_once(key, model_id)
+    if registered != model_id:
         run.client.delete_logged_model(model_id)
-    return known
+    return registered

@@ -88,7 +88,7 @@ def evaluate_all(
         CheckpointError: the encoder gives NaN.
         DataError: what is mapped from the cache was damaged meanwhile.
         DeviceError: no such device.
-        UsageError: a measure looks deeper than the depth.
+        UsageError: a measure's cut-off is above the depth.
         ValueError: corpora, devices or formats differ.
     """
     tokens, common = requests[0][0].tokens, requests[0][1]
@@ -143,7 +143,7 @@ def _measure(
 
 
 def evaluate_encoder(config: EvaluateConfig, run: TrackedRun | None = None) -> Report:
-    """Evaluate an encoder without tracking, and write a report and a ranking where configured.
+    """Evaluate an encoder without tracking, and write a report and a ranking to files.
 
     Args:
         config: the encoder, the collection and the files.

@@ -126,7 +126,7 @@ class Worker:
         """Record what was computed; returns what has become of each validation.
 
         Raises:
-            TrackingError: the server refuses what it is told.
+            TrackingError: the server refuses the figures.
         """
         return {
             validation.name: self._record(job, validation, result.results[validation.name])
