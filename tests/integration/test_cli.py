@@ -123,7 +123,8 @@ def test_datasets_lists_the_catalogue(command: Callable) -> None:
     code, output, _ = command("datasets")
     assert code == 0
     assert [line.split()[0] for line in output.splitlines()[::2]] == [
-        *("demo", "msmarco", "FOLDER", "FILE", "irds:ID", "asyncval:", "pool:FILE", "HUB/NAME")
+        *("demo", "msmarco", "FOLDER", "FILE", "irds:ID"),
+        *("asyncval:CANDIDATES?queries=FILE&qrels=FILE", "pool:FILE", "HUB/NAME"),
     ]
 
 
@@ -138,7 +139,7 @@ def test_a_console_script_prints_no_traceback(call: Call) -> None:
     done = call(SCRIPT, "evaluate", "nowhere/", "--dataset", "dmeo")
     assert done.returncode == 2
     assert done.stdout == ""
-    assert re.fullmatch(r"error: no dataset 'dmeo': did you mean 'demo'\? [^\n]+\n", done.stderr)
+    assert re.fullmatch(r"error: no dataset 'dmeo'; did you mean 'demo'\? [^\n]+\n", done.stderr)
 
 
 def test_an_unknown_split_names_those_there_are(
@@ -153,19 +154,19 @@ def test_an_unknown_split_names_those_there_are(
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["--measures", "ndgc@10"], r"measure 'ndgc@10': expected one of mrr, ndcg, .*"),
-        (["--measures", "ndcg"], r"measure 'ndcg': .* with a cut-off, such as ndcg@10"),
-        (["--measures", " "], r"no measure given; for example: .*"),
+        (["--measures", "ndgc@10"], r"--measures: measure 'ndgc@10': expected one of mrr, .*"),
+        (["--measures", "ndcg"], r"--measures: measure 'ndcg': .* with a cut-off, such as ndcg@10"),
+        (["--measures", " "], r"--measures: no measure given; for example: .*"),
         (["--depth", "5"], r"depth 5 is too shallow for recall@100; use 100 or more"),
-        (["--depth", "0"], r"Invalid value for '--depth': .*; see `mlflow-dr evaluate --help`"),
+        (["--depth", "0"], r"--depth is 0; expected at least 1"),
         (["--device", "cuda:99"], r"device 'cuda:99' does not exist: this machine has .*"),
-        (["--device", "gpu"], r"device 'gpu' is not a device; expected auto, cpu, .*"),
+        (["--device", "gpu"], r"--device: device 'gpu' is not a device; expected auto, cpu, .*"),
         (["--device", "cpu", "--dtype", "fp16"], r"dtype fp16 needs a CUDA device; .*"),
-        (["--dtype", "fp8"], r"dtype 'fp8': expected auto, fp32, bf16, fp16"),
+        (["--dtype", "fp8"], r"--dtype: dtype 'fp8': expected auto, fp32, bf16, fp16"),
         (["--output", "/no/such/r.json"], r"/no/such/r.json: the folder /no/such does not exist"),
         (["--ranking", "/no/such/f.trec"], r"/no/such/f.trec: the folder .* does not exist"),
-        (["--pooling", "median"], r"pooling 'median': expected one of cls, mean, .*"),
-        (["--max-length", "1"], r"Invalid value for '--max-length': .*"),
+        (["--pooling", "median"], r"--pooling: pooling 'median': expected one of cls, mean, .*"),
+        (["--max-length", "1"], r"--max-length is 1; expected at least 3"),
     ],
 )
 def test_a_wrong_flag_of_evaluate_is_told_before_any_work(
@@ -184,7 +185,7 @@ def test_an_encoder_that_does_not_exist(failure: Failure, beir_folder: Folder) -
     assert line.startswith("error: ./no-encoder: not a directory; expected an encoder's directory")
     code, line = failure("evaluate", "no-such/encoder-on-the-hub", "--dataset", folder)
     assert code == 2
-    assert "'no-such/encoder-on-the-hub' is no directory, and the Hugging Face hub" in line
+    assert "'no-such/encoder-on-the-hub' is not a directory, and the Hugging Face hub" in line
 
 
 def test_a_truncated_weight_file_is_a_damaged_checkpoint(
@@ -216,11 +217,15 @@ def damaged_directory(tiny_directory: Path, tmp_path: Path) -> Path:
         (
             "corpus.jsonl",
             '{"_id": "p1", "text": "a"}\n{"_id": "p1", "text": "b"}\n',
-            r"corpus.jsonl:2: passage id 'p1' was used on line 1 already",
+            r"corpus.jsonl:2: passage id 'p1' is used twice; its first use is at .*corpus.jsonl:1",
         ),
-        ("corpus.jsonl", '{"_id": "p1"}\n', r"corpus.jsonl:1: no 'text', or not a string"),
+        ("corpus.jsonl", '{"_id": "p1"}\n', r"corpus.jsonl:1: the passage has no 'text'"),
         ("corpus.jsonl", "", r"corpus.jsonl: the corpus has no passages"),
-        ("queries.jsonl", '{"_id": "q1", "text": 3}\n', r"queries.jsonl:1: no 'text'"),
+        (
+            "queries.jsonl",
+            '{"_id": "q1", "text": 3}\n',
+            r"queries.jsonl:1: text: expected 'str', got 'int'",
+        ),
         (
             "qrels/dev.tsv",
             "query-id\tcorpus-id\tscore\nq1\tp8\t1\nq1\tp9\t1\n",
