@@ -159,7 +159,7 @@ def check_comparison_output(directory: Path | None, force: bool) -> None:
     """
     for name in (VALUES, PICTURE):
         if directory is not None and not force and (directory / name).exists():
-            raise UsageError(f"{directory / name}: is there already; --force replaces it")
+            raise UsageError(f"{directory / name}: exists already; --force replaces it")
 
 
 def write_comparison(comparison: Comparison, directory: Path) -> None:

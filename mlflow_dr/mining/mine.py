@@ -170,11 +170,11 @@ def mine(request: MiningConfig) -> MiningResult:
     """Search for every training query, choose its negatives, and write them.
 
     The file has a line of JSON for each query, under Tevatron's names: `query_id`, `query_text`,
-    `positive_document_ids`, `negative_document_ids`; extra_scores `positive_scores` and
-    `negative_scores` (the miner's), and `answers` where the collection has them.
+    `positive_document_ids`, `negative_document_ids`, `positive_scores` and `negative_scores` (the
+    miner's), and `answers` if the collection has them.
 
     Raises:
-        UsageError: an unknown dataset, encoder or device, or a file that is there already.
+        UsageError: an unknown dataset, encoder or device, or a file that exists already.
         DataError: the collection's files are damaged, it has no training examples, the search
             for a regular expression takes too long, or nothing is found for any query.
         CheckpointError: the encoder's files are damaged, or it gives NaN.
@@ -184,37 +184,37 @@ def mine(request: MiningConfig) -> MiningResult:
     collection = open_collection(request.dataset)
     miner = _miner(request)
     corpus = collection.corpus()
-    questions = mining_queries(_examples(request, collection), corpus)
-    if questions.unknown or questions.left_out:
+    queries = mining_queries(_examples(request, collection), corpus)
+    if queries.unknown or queries.left_out:
         log.warning(
             "%s: the corpus lacks %d positives; %d examples are left out, without any positive "
             "in the corpus or without text",
             request.train_dir or request.dataset,
-            questions.unknown,
-            questions.left_out,
+            queries.unknown,
+            queries.left_out,
         )
     finder = AnswerFinder(corpus, match=request.match)
     if request.exclude_answers:
-        _check_answers(finder, questions)
-    most = max(len(rows) for rows in questions.positives)
-    # what is barred makes room for others; a query with very many positives does not rule the depth
+        _check_answers(finder, queries)
+    most = max(len(rows) for rows in queries.positives)
+    # excluded passages make room for others; a query with many positives does not set k
     k = request.depth + min(most, request.depth)
-    found = miner.search(corpus, questions.queries, k, questions.positives)
+    found = miner.search(corpus, queries.queries, k, queries.positives)
     mined = MiningResult(request.output)
-    barred = ExcludedPassages(questions, corpus, _judged(request, collection, corpus))
+    excluded = ExcludedPassages(queries, corpus, _judged(request, collection, corpus))
     with _lines(request.output) as file:
-        for record in _records(request, corpus, questions, barred, found, finder, mined):
+        for record in _records(request, corpus, queries, excluded, found, finder, mined):
             file.write(msgspec.json.encode(record) + b"\n")
         _check_found(request, mined)
     mined.seconds = time.perf_counter() - start
     return mined
 
 
-def _check_answers(finder: AnswerFinder, questions: MiningQueries) -> None:
-    """Warn of answers that are no regular expressions now, not after hours of searching."""
+def _check_answers(finder: AnswerFinder, queries: MiningQueries) -> None:
+    """Warn of answers that are not regular expressions before the search begins."""
     faults = [
         f"query {quoted(query.id)}, {fault}"
-        for query in questions.queries
+        for query in queries.queries
         for fault in finder.faults(query.answers)
     ]
     if faults:
@@ -226,7 +226,7 @@ def _check_answers(finder: AnswerFinder, questions: MiningQueries) -> None:
 
 @contextmanager
 def _naming(query: Query) -> Iterator[None]:
-    """An error about answers says whose they are."""
+    """Name the query in an error about its answers."""
     try:
         yield
     except DataError as error:
@@ -234,7 +234,7 @@ def _naming(query: Query) -> Iterator[None]:
 
 
 def _check_found(request: MiningConfig, mined: MiningResult) -> None:
-    """Warn of queries without negatives; no file is written where the search found nothing at all.
+    """Warn of queries without negatives; refuse to write a file if nothing was found.
 
     Raises:
         DataError: no passage was found for any query.
@@ -256,7 +256,7 @@ def _check_output(request: MiningConfig) -> None:
     if output.is_dir():
         raise UsageError(f"{request.output}: is a folder; name a file to write")
     if output.exists() and not request.force:
-        raise UsageError(f"{request.output}: is there already; --force replaces it")
+        raise UsageError(f"{request.output}: exists already; --force replaces it")
     if not output.parent.is_dir():
         raise UsageError(f"{request.output}: the folder {output.parent} does not exist")
 
@@ -268,7 +268,7 @@ def _examples(request: MiningConfig, collection: Collection) -> Examples:
 
 
 def _judged(request: MiningConfig, collection: Collection, corpus: Corpus) -> Iterator[Example]:
-    """What a training file may leave out of what is relevant to its queries."""
+    """Relevant passages of the collection that a training file may leave out."""
     if request.train_dir is not None and TRAIN in collection.splits:
         examples = JudgedExamples(collection.topics(TRAIN), corpus)
         yield from (examples[index] for index in range(len(examples)))
@@ -277,7 +277,7 @@ def _judged(request: MiningConfig, collection: Collection, corpus: Corpus) -> It
 def _miner(request: MiningConfig) -> Retriever:
     if request.miner.lower() == BM25:
         return Bm25Retriever(request.bm25)
-    # only here: BM25 needs no torch, which takes seconds to import
+    # BM25 needs no torch, which takes seconds to import
     from mlflow_dr.encoder.directory import load_encoder
     from mlflow_dr.retrieval.dense import DenseRetriever
     from mlflow_dr.tracking.encoders import encoder_errors, local_encoder
@@ -297,19 +297,24 @@ def _miner(request: MiningConfig) -> Retriever:
 def _records(
     request: MiningConfig,
     corpus: Corpus,
-    questions: MiningQueries,
-    barred: ExcludedPassages,
+    queries: MiningQueries,
+    excluded: ExcludedPassages,
     batches: Iterator[SearchResult],
     finder: AnswerFinder,
     mined: MiningResult,
 ) -> Iterator[dict[str, Any]]:
-    """One line for each query; what is counted is counted in `mined`."""
+    """One line per query; the counts are added to `mined`."""
     rule, index = request.rule, 0
-    for found in batches:
-        named = NamedPassages(corpus, found, questions.positives[index : index + len(found.rows)])
-        for place in range(len(found.rows)):
-            query = questions.queries[index]
-            rows, scores = named.ranked(place)
+    for result in batches:
+        positives = queries.positives[index : index + len(result.rows)]
+        used = np.unique(np.concatenate([result.rows.ravel(), *positives]))
+        used = used[used >= 0]
+        ids = dict(zip(used.tolist(), corpus.ids.take(used).to_pylist(), strict=True))
+        for ranked, scores, own, own_scores in zip(
+            result.rows, result.scores, positives, result.extra_scores, strict=True
+        ):
+            query = queries.queries[index]
+            rows = ranked[ranked >= 0].tolist()
             mined.unmatched += not rows
             with _naming(query):
                 sought = finder.sought(query.answers) if request.exclude_answers else ()
@@ -317,14 +322,22 @@ def _records(
                     rule,
                     query.id,
                     rows,
-                    scores,
-                    barred.places(index, rows),
-                    float(found.extra_scores[place].min()),
+                    scores.tolist(),
+                    excluded.mask(index, rows),
+                    float(own_scores.min()),
                     lambda row, sought=sought: finder.holds(row, sought),  # type: ignore[misc]
                     mined.left_out,
                 )
             _count(mined, len(chosen), rule.negatives)
-            yield record_of(query, named, place, chosen)
+            yield {
+                "query_id": query.id,
+                "query_text": query.text,
+                **({"answers": list(query.answers)} if query.answers else {}),
+                "positive_document_ids": [ids[row] for row in own.tolist()],
+                "negative_document_ids": [ids[rows[rank]] for rank in chosen],
+                "positive_scores": _rounded(own_scores),
+                "negative_scores": _rounded(scores[chosen]),
+            }
             index += 1
 
 
@@ -337,7 +350,7 @@ def _count(mined: MiningResult, negatives: int, wanted: int) -> None:
 
 @contextmanager
 def _lines(path: Path) -> Iterator[IO[bytes]]:
-    """A file that is whole or not there, packed where its name ends in `.gz`."""
+    """A file that is complete or absent, compressed if its name ends in `.gz`."""
     with atomic_write(path) as partial, partial.open("wb") as raw:
         if path.suffix != ".gz":
             yield raw
@@ -347,57 +360,6 @@ def _lines(path: Path) -> Iterator[IO[bytes]]:
             yield packed  # type: ignore[misc]
 
 
-class NamedPassages:
-    """What was found for some queries, with ids looked up for all of them at once."""
-
-    def __init__(self, corpus: Corpus, found: SearchResult, positives: list[np.ndarray]) -> None:
-        used = np.unique(np.concatenate([found.rows.ravel(), *positives]))
-        used = used[used >= 0]
-        ids = corpus.ids.take(used).to_pylist()
-        self._ids = dict(zip(used.tolist(), ids, strict=True))
-        self._found = found
-        self._positives = positives
-
-    def ranked(self, place: int) -> tuple[list[int], list[float]]:
-        """Rows and scores of one query's ranking, without its empty places."""
-        rows = self._found.rows[place]
-        number = int((rows >= 0).sum())
-        return rows[:number].tolist(), self._found.scores[place, :number].tolist()
-
-    def positives(self, place: int) -> tuple[list[str], np.ndarray]:
-        """Ids and scores of one query's positives."""
-        ids = [self._ids[row] for row in self._positives[place].tolist()]
-        return ids, self._found.extra_scores[place]
-
-    def negatives(self, place: int, chosen: list[int]) -> tuple[list[str], np.ndarray]:
-        """Ids and scores at these places of one query's ranking."""
-        ids = [self._ids[row] for row in self._found.rows[place, chosen].tolist()]
-        return ids, self._found.scores[place, chosen]
-
-
-def record_of(query: Query, named: NamedPassages, place: int, chosen: list[int]) -> dict[str, Any]:
-    """The line of one query.
-
-    Args:
-        query: the query.
-        named: what was found for it and for others.
-        place: which of them it is.
-        chosen: places of its negatives in its ranking.
-    """
-    positive_ids, positive_scores = named.positives(place)
-    negative_ids, negative_scores = named.negatives(place, chosen)
-    answers = {"answers": list(query.answers)} if query.answers else {}
-    return {
-        "query_id": query.id,
-        "query_text": query.text,
-        **answers,
-        "positive_document_ids": positive_ids,
-        "negative_document_ids": negative_ids,
-        "positive_scores": _plain(positive_scores),
-        "negative_scores": _plain(negative_scores),
-    }
-
-
-def _plain(scores: np.ndarray) -> list[float]:
+def _rounded(scores: np.ndarray) -> list[float]:
     """fp32 scores in the seven digits that they have."""
     return [float(f"{score:.7g}") for score in scores.tolist()]

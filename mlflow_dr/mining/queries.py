@@ -1,4 +1,4 @@
-"""What is mined for: training queries, their positives, and what must never be a negative."""
+"""Training queries, their positives, and the passages that must not become negatives."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ def mining_queries(examples: Examples, corpus: Corpus) -> MiningQueries:
     if not queries:
         raise DataError(
             f"none of {len(examples)} training examples can be mined for: the corpus has none of "
-            "their positives, or they have no text; do examples and corpus belong together?"
+            "their positives, or they have no text; check that examples and corpus belong together"
         )
     return MiningQueries(queries, positives, unknown, left_out)
 
@@ -65,24 +65,24 @@ def _rows_in_corpus(passages: Corpus, corpus: Corpus) -> np.ndarray | None:
 
 
 class ExcludedPassages:
-    """Passages that are never a query's negatives.
+    """Passages that never become negatives of a query.
 
     Those are its positives and what is judged relevant, also of other queries with the same id or
     text; passages with the text of one of them; and the passage that has the query's own id.
 
     Args:
-        questions: all of them.
-        corpus: what their positives are rows of.
-        judged: further queries and what is relevant to them, as rows of the corpus.
+        queries: all training queries.
+        corpus: the corpus of their positives.
+        judged: further queries and their relevant passages, as rows of the corpus.
     """
 
-    def __init__(self, questions: MiningQueries, corpus: Corpus, judged: Iterable[Example]) -> None:
+    def __init__(self, queries: MiningQueries, corpus: Corpus, judged: Iterable[Example]) -> None:
         self._texts = np.fromiter(_text_hashes(corpus), np.int64, len(corpus))
-        own = corpus.rows_of([query.id for query in questions.queries])
+        own = corpus.rows_of([query.id for query in queries.queries])
         self._own = own.tolist()
-        self._queries = questions.queries
+        self._queries = queries.queries
         self._by_name: dict[tuple[str, str], set[int]] = defaultdict(set)
-        for query, rows in zip(questions.queries, questions.positives, strict=True):
+        for query, rows in zip(queries.queries, queries.positives, strict=True):
             self._add(query, rows)
         for example in judged:
             self._add(example.query, example.positives)
@@ -92,8 +92,8 @@ class ExcludedPassages:
         for name in _names(query):
             self._by_name[name].update(texts)
 
-    def places(self, index: int, rows: Sequence[int]) -> list[bool]:
-        """For each of the rows whether it is barred for the query of that index."""
+    def mask(self, index: int, rows: Sequence[int]) -> list[bool]:
+        """Whether each of the rows is excluded for the query of this index."""
         texts = set().union(*(self._by_name[name] for name in _names(self._queries[index])))
         own = self._own[index]
         found = self._texts[np.asarray(rows, np.int64)].tolist()

@@ -97,7 +97,7 @@ def choose(
     query_id: str,
     rows: Sequence[int],
     scores: Sequence[float],
-    barred: Sequence[bool],
+    excluded: Sequence[bool],
     positive: float,
     holds_answer: Callable[[int], bool],
     left_out: Counter[str],
@@ -109,12 +109,12 @@ def choose(
         query_id: seeds the random sample.
         rows: what the search found, the best first.
         scores: their scores.
-        barred: whether it is a positive, or as good as one.
+        excluded: whether it is a positive, or as good as one.
         positive: the positives' lowest score.
         holds_answer: whether a row holds an answer; asked as late as possible.
         left_out: counts what is left out, by reason.
     """
-    others = [place for place, one in enumerate(barred) if not one]
+    others = [place for place, one in enumerate(excluded) if not one]
     left_out[POSITIVE_OR_SAME] += len(rows) - len(others)
     ceiling = rule.ceiling(positive)
     highest = math.inf if rule.max_score is None else rule.max_score

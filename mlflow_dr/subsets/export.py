@@ -53,7 +53,7 @@ def write_subset(
         UsageError: the folder is there, or the subset cannot be written so.
     """
     if output.exists():
-        raise UsageError(f"{output}: is there already; name another folder")
+        raise UsageError(f"{output}: exists already; name another folder")
     if subset.candidates is not None:
         raise UsageError(
             f"subset {subset.spec.shown} gives each query its own passages, which no folder can "

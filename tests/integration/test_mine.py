@@ -48,7 +48,7 @@ def test_bm25(call: Call, collection: Path, tmp_path: Path) -> None:
 
     again = call(*words)
     assert (again.returncode, again.stdout) == (2, "")
-    assert again.stderr == f"error: {path}: is there already; --force replaces it\n"
+    assert again.stderr == f"error: {path}: exists already; --force replaces it\n"
     before = path.read_bytes()
     assert call(*words, "--force", "--range-max", "50").returncode == 0
     assert path.read_bytes() == before

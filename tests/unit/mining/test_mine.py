@@ -323,7 +323,7 @@ def test_other_terms_find_other_negatives(folder: Path) -> None:
 def test_a_file_that_is_there_is_kept(folder: Path, tmp_path: Path) -> None:
     path = tmp_path / "there.jsonl"
     path.write_text("precious")
-    with pytest.raises(UsageError, match="is there already; --force replaces it"):
+    with pytest.raises(UsageError, match="exists already; --force replaces it"):
         mine(configured(folder, path))
     assert path.read_text() == "precious"
     mine(configured(folder, path, force=True))
@@ -382,5 +382,5 @@ def test_a_collection_without_training_examples(beir_folder: Folder, tmp_path: P
 
 def test_examples_of_another_collection(folder: Path, beir_folder: Folder) -> None:
     other = beir_folder({"x": "a ship"}, {"q": "ship"}, folder="other", train={"q": {"x": 1}})
-    with pytest.raises(DataError, match="do examples and corpus belong together"):
+    with pytest.raises(DataError, match="check that examples and corpus belong together"):
         mined(folder, train_dir=str(other))

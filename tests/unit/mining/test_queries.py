@@ -48,16 +48,16 @@ def corpus() -> Corpus:
     )
 
 
-def barred(corpus: Corpus, examples: Given, judged: Iterable[Example] = ()) -> list[list[int]]:
+def excluded(corpus: Corpus, examples: Given, judged: Iterable[Example] = ()) -> list[list[int]]:
     found = ExcludedPassages(mining_queries(examples, corpus), corpus, judged)
     rows = list(range(len(corpus)))
-    places = [found.places(index, rows) for index in range(len(examples))]
+    places = [found.mask(index, rows) for index in range(len(examples))]
     return [[row for row in rows if flags[row]] for flags in places]
 
 
 def test_positives_and_passages_of_the_same_text(corpus: Corpus) -> None:
     examples = Given(corpus, [(Query("a", "one"), [0]), (Query("b", "two"), [2, 4])])
-    assert barred(corpus, examples) == [[0, 1], [2, 4, 5, 6]]
+    assert excluded(corpus, examples) == [[0, 1], [2, 4, 5, 6]]
 
 
 def test_positives_of_other_examples_with_the_same_id_or_text(corpus: Corpus) -> None:
@@ -70,26 +70,26 @@ def test_positives_of_other_examples_with_the_same_id_or_text(corpus: Corpus) ->
             (Query("c", "three"), [3]),
         ],
     )
-    assert barred(corpus, examples) == [[0, 1, 2], [0, 1, 2, 7], [2, 7], [3]]
+    assert excluded(corpus, examples) == [[0, 1, 2], [0, 1, 2, 7], [2, 7], [3]]
 
 
 def test_what_is_judged_relevant_besides(corpus: Corpus) -> None:
     examples = Given(corpus, [(Query("a", "one"), [3]), (Query("b", "two"), [3])])
     judged = Given(corpus, [(Query("a", "one"), [2, 7]), (Query("z", "two"), [0])])
-    assert barred(corpus, examples, judged._examples) == [[2, 3, 7], [0, 1, 3]]
+    assert excluded(corpus, examples, judged._examples) == [[2, 3, 7], [0, 1, 3]]
 
 
 def test_the_passage_with_the_querys_own_id(corpus: Corpus) -> None:
     examples = Given(corpus, [(Query("q2", "one"), [2]), (Query("q3", "two"), [2])])
-    assert barred(corpus, examples) == [[2, 3], [2]]
+    assert excluded(corpus, examples) == [[2, 3], [2]]
 
 
 def test_rows_in_any_order_and_number(corpus: Corpus) -> None:
     found = ExcludedPassages(
         mining_queries(Given(corpus, [(Query("a", "one"), [0])]), corpus), corpus, ()
     )
-    assert found.places(0, [7, 1, 2, 0]) == [False, True, False, True]
-    assert found.places(0, []) == []
+    assert found.mask(0, [7, 1, 2, 0]) == [False, True, False, True]
+    assert found.mask(0, []) == []
 
 
 def test_texts_that_are_tokenised() -> None:
@@ -100,7 +100,7 @@ def test_texts_that_are_tokenised() -> None:
     corpus = Corpus(pa.Table.from_pylist(rows, TOKENISED_SCHEMA))
     examples = Given(corpus, [(Query("a", "", tokens=[5]), [0]), (Query("b", "", tokens=[6]), [2])])
     # both queries have no text, which does not make them the same query
-    assert barred(corpus, examples) == [[0, 1], [2]]
+    assert excluded(corpus, examples) == [[0, 1], [2]]
 
 
 def test_positives_of_another_corpus_are_found_by_id(corpus: Corpus) -> None:

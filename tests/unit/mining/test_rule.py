@@ -23,7 +23,7 @@ SCORES = [1.0, 0.95, 0.9, 0.85, 0.8, 0.7, 0.6, 0.5, 0.4, -0.5]
 def chosen(
     rule: Rule,
     positive: float = 0.9,
-    barred: Collection[int] = (),
+    excluded: Collection[int] = (),
     answers: Collection[int] = (),
     query_id: str = "q",
     left_out: Counter[str] | None = None,
@@ -33,7 +33,7 @@ def chosen(
         query_id,
         ROWS,
         SCORES,
-        [row in barred for row in ROWS],
+        [row in excluded for row in ROWS],
         positive,
         lambda row: row in answers,
         Counter() if left_out is None else left_out,
@@ -50,10 +50,10 @@ def test_the_best_come_first_and_no_more_than_are_asked_for() -> None:
 
 
 def test_what_is_barred_does_not_count_as_a_rank() -> None:
-    assert chosen(rule(4), barred={50, 52}) == [1, 3, 4, 5]
-    assert chosen(rule(3, range_min=2), barred={50, 52}) == [4, 5, 6]
-    assert chosen(Rule(3, 3), barred={50, 52}) == [1, 3, 4]
-    assert chosen(Rule(2, 5, range_min=3), barred={50}) == [4, 5]
+    assert chosen(rule(4), excluded={50, 52}) == [1, 3, 4, 5]
+    assert chosen(rule(3, range_min=2), excluded={50, 52}) == [4, 5, 6]
+    assert chosen(Rule(3, 3), excluded={50, 52}) == [1, 3, 4]
+    assert chosen(Rule(2, 5, range_min=3), excluded={50}) == [4, 5]
 
 
 @pytest.mark.parametrize(
@@ -86,7 +86,7 @@ def test_scores_that_a_negative_may_have(
 def test_what_is_deeper_than_the_depth_is_not_looked_at() -> None:
     assert chosen(Rule(2, 4, max_score=0.9)) == [2, 3]
     assert chosen(Rule(2, 4, max_score=0.85)) == [3]
-    assert chosen(Rule(2, 4, max_score=0.85), barred={50, 51}) == [3, 4]
+    assert chosen(Rule(2, 4, max_score=0.85), excluded={50, 51}) == [3, 4]
 
 
 def test_ranks_are_skipped_before_scores_are_looked_at() -> None:
@@ -111,7 +111,7 @@ def test_a_random_sample_is_of_all_that_may_be_negatives() -> None:
     some = rule(3, sample="random", range_min=1, max_score=0.9)
     counts: Counter[int] = Counter()
     for number in range(3000):
-        counts.update(chosen(some, query_id=str(number), barred={51}, answers={53, 58}))
+        counts.update(chosen(some, query_id=str(number), excluded={51}, answers={53, 58}))
     # the first rank is skipped, and 51, 53 and 58 are no candidates: 52, 54, 55, 56, 57 and 59
     assert sorted(counts) == [2, 4, 5, 6, 7, 9]
     for number in counts.values():  # each in half of the samples
@@ -126,7 +126,7 @@ def test_what_is_left_out_is_counted_by_reason() -> None:
     left_out: Counter[str] = Counter()
     chosen(
         rule(3, margin=0.05, min_score=-0.1),
-        barred={50, 59},
+        excluded={50, 59},
         answers={53, 54, 58},
         left_out=left_out,
     )

@@ -43,7 +43,7 @@ def test_a_beir_folder_opens_as_the_collection_that_it_was(subset: Subset, tmp_p
     assert opened.topics("dev").digest == subset.topics.digest
     table = pq.read_table(tmp_path / "small" / "subset.parquet")
     assert sorted(table["passage_id"].to_pylist()) == sorted(opened.corpus().ids.to_pylist())
-    with pytest.raises(UsageError, match="is there already"):
+    with pytest.raises(UsageError, match="exists already"):
         write_subset(tmp_path / "small", subset, "dev")
 
 

@@ -325,6 +325,6 @@ def test_what_was_written_before_is_left_alone(
     validated(1), validated(2)
     asked = CompareConfig(operands=(f"{run.id}@1", f"{run.id}@2"), output=tmp_path / "out")
     compare(asked)
-    with pytest.raises(UsageError, match=r"values\.csv: is there already; --force replaces it"):
+    with pytest.raises(UsageError, match=r"values\.csv: exists already; --force replaces it"):
         compare(asked)
     compare(asked.replaced(force=True))
