@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import torch
 from recipes import FILE, ROOT, blocks
 
 from mlflow_dr.collection.catalogue import all_formats, open_collection
@@ -13,9 +14,11 @@ from mlflow_dr.collection.formats import dataset_formats
 from mlflow_dr.errors import DataError
 from mlflow_dr.subsets.spec import parse_subset
 from mlflow_dr.subsets.strategies import SUBSET_STRATEGIES, SubsetSources
+from mlflow_dr.training.flags import losses
+from mlflow_dr.training.loss import Objective
 
 PAGE = ROOT / "docs" / "extending.md"
-REGISTRIES = [dataset_formats, SUBSET_STRATEGIES]
+REGISTRIES = [dataset_formats, SUBSET_STRATEGIES, losses]
 LINES = "what do gulls eat\tfish\nwhere is the lighthouse\ton a rock\nwho sails\tthe captain\n"
 
 
@@ -76,3 +79,13 @@ def test_a_subset_strategy(tmp_path: Path) -> None:
     sources = SubsetSources(collection.corpus(), collection.topics("test"))
     (rows,) = SUBSET_STRATEGIES.get("shortest").choose(parse_subset("shortest:2").terms[0], sources)
     assert [passage.text for passage in sources.corpus.passages(rows)] == ["fish", "on a rock"]
+
+
+def test_a_loss() -> None:
+    """Each positive scores 5, each other passage 0: margins are 5, the teacher's are 4."""
+    queries = 5 * torch.eye(2, 3)
+    passages = torch.tensor([[1.0, 0, 0], [0, 0, 1], [0, 1, 0], [0, 0, 1]])
+    teacher = torch.tensor([[4.0, 0.0], [4.0, 0.0]])
+    assert Objective(loss="hinge")(queries, passages) == 0
+    assert Objective(loss="hinge")(queries / 10, passages) == 3 * 0.5
+    assert Objective(loss="margin_mse")(queries, passages, teacher=teacher) == 1
