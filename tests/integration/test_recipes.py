@@ -17,12 +17,24 @@ PAGES = [ROOT / "README.md", *sorted((ROOT / "docs" / "guides").glob("*.md"))]
 RUN_ELSEWHERE = {"run", "ui"}
 SECONDS = 120
 SMALL_TRAINING = [
-    *("--model", "tiny", "--max_steps", "2", "--publish_steps", "1", "--p_max_len", "32"),
-    *("--per_device_train_batch_size", "4", "--token_table", "false"),
+    *("--model", "tiny", "--max_steps", "2", "--publish_steps", "0", "--publish_initial", "false"),
+    *("--p_max_len", "32", "--per_device_train_batch_size", "4", "--token_table", "false"),
 ]
-STEPS = (0, 10)
-MORE_STEPS = {"subsets.md": (0, 10, 20)}  # a study of fidelity needs three checkpoints
-NEED_FIGURES = {"decisions.md"}  # pages that begin with a run that has been validated
+STEPS = (0, 10, 20)
+
+
+def lines() -> list[tuple[str, list[str]]]:
+    """Place and words of each command line that is run here; equal ones once."""
+    found: dict[str, tuple[str, list[str]]] = {}
+    for page in PAGES:
+        for block in blocks(page, "bash"):
+            if block.note.startswith(PARSED_ONLY):
+                continue
+            for line in command_lines(block.text):
+                words = project_command(line) if line[:3] == ["mlflow", "run", "."] else line
+                if words[0] == "mlflow-dr" and words[1] not in RUN_ELSEWHERE:
+                    found.setdefault(shlex.join(sorted(words)), (block.place, words[1:]))
+    return list(found.values())
 
 
 def small(word: str, names: dict[str, str]) -> str:
@@ -40,7 +52,7 @@ def small_command(words: list[str], names: dict[str, str]) -> list[str]:
     changed = [
         names["EXPERIMENT"] if place == experiment else small(word, names)
         for place, word in enumerate(words)
-    ][1:]
+    ]
     if changed[0] == "train":
         changed += SMALL_TRAINING
         changed += ["--train_n_passages", "2" if "--train_dir" in changed else "1"]
@@ -53,82 +65,45 @@ def small_command(words: list[str], names: dict[str, str]) -> list[str]:
     return changed
 
 
-def lines_of(page: Path) -> list[tuple[str, list[str]]]:
-    """Place and words of each command line of a page that is run here."""
-    return [
-        (block.place, words)
-        for block in blocks(page, "bash")
-        if not block.note.startswith(PARSED_ONLY)
-        for words in map(called, command_lines(block.text))
-        if words[0] == "mlflow-dr" and words[1] not in RUN_ELSEWHERE
-    ]
-
-
-def is_repeated(page: Path, words: list[str]) -> bool:
-    """Whether an earlier page has the same validation."""
-    earlier = PAGES[: PAGES.index(page)]
-    return words[1] == "validate" and any(
-        set(words) <= set(line) for other in earlier for _, line in lines_of(other)
-    )
-
-
 @pytest.fixture
-def page_directory(collection: Path, tiny_directory: Path, tmp_path: Path) -> Path:
-    """A directory with what the recipes name."""
+def directory(collection: Path, tiny_directory: Path, tmp_path: Path) -> Path:
+    """A directory with the files that the recipes name."""
     (tmp_path / "path" / "to").mkdir(parents=True)
     (tmp_path / "path" / "to" / "beir").symlink_to(collection)
     (tmp_path / "my-encoder").symlink_to(tiny_directory)
     (tmp_path / "examples").symlink_to(ROOT / "examples")
-    for step in (1, 2, 3):
-        shutil.copytree(tiny_directory, tmp_path / "output" / f"checkpoint-{step}")
-        os.utime(tmp_path / "output" / f"checkpoint-{step}", (0, 0))
+    shutil.copytree(tiny_directory, tmp_path / "output" / "checkpoint-1")
+    os.utime(tmp_path / "output" / "checkpoint-1", (0, 0))
+    for page in PAGES:
+        for block in blocks(page, "yaml"):
+            if block.note.startswith(FILE):
+                text = re.sub(r'msmarco|"irds:[^"]*"', "path/to/beir", block.text)
+                (tmp_path / block.note.removeprefix(FILE)).write_text(text)
     return tmp_path
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
-def test_the_recipes_of_a_page_run(
-    page: Path,
-    page_directory: Path,
+def test_the_recipes_run(
+    directory: Path,
     forks: Forks,
     server: str,
     client: MlflowClient,
     publish_noise: Callable[..., str],
 ) -> None:
-    for block in blocks(page, "yaml"):
-        if block.note.startswith(FILE):
-            text = "\n".join(small_yaml(line) for line in block.text.splitlines())
-            (page_directory / block.note.removeprefix(FILE)).write_text(text)
-    commands = [(place, words) for place, words in lines_of(page) if not is_repeated(page, words)]
-    if not commands:
-        return
-    if page.name in NEED_FIGURES:
-        commands.insert(0, (page.name, ["mlflow-dr", "validate", "--run-id", "RUN"]))
-    experiment = client.create_experiment(str(page_directory))
-    run_id = publish_noise(*MORE_STEPS.get(page.name, STEPS), experiment=experiment)
+    """All in one directory and on one run, in the order of the pages."""
+    experiment = client.create_experiment(str(directory))
+    run_id = publish_noise(*STEPS, experiment=experiment)
     (model,) = client.search_logged_models([experiment], max_results=1)
     names = {
         "RUN": run_id,
         "models:/m-0123": f"models:/{model.model_id}",
         "bert-base-uncased": "tiny",
-        "EXPERIMENT": str(page_directory),
+        "EXPERIMENT": str(directory),
     }
-    for place, words in commands:
+    variables = {"MLFLOW_TRACKING_URI": server, "MLFLOW_EXPERIMENT_ID": experiment}
+    failures = []
+    for place, words in lines():
         run = small_command(words, names)
-        done = forks.call(
-            *run,
-            variables={"MLFLOW_TRACKING_URI": server, "MLFLOW_EXPERIMENT_ID": experiment},
-            directory=page_directory,
-            timeout=SECONDS,
-        )
-        shown = f"{place}: mlflow-dr {shlex.join(run)}\n{done.stdout}\n{done.stderr}"
-        assert done.returncode == 0, shown
-
-
-def called(words: list[str]) -> list[str]:
-    """What a command line calls; of a project, its command."""
-    return project_command(words) if words[:3] == ["mlflow", "run", "."] else words
-
-
-def small_yaml(line: str) -> str:
-    """A line of a file of validations with a small collection."""
-    return re.sub(r'msmarco|"irds:[^"]*"', "path/to/beir", line)
+        done = forks.call(*run, variables=variables, directory=directory, timeout=SECONDS)
+        if done.returncode:
+            failures.append(f"{place}: mlflow-dr {shlex.join(run)}\n{done.stdout}\n{done.stderr}")
+    assert not failures, "\n\n".join(failures)

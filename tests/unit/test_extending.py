@@ -12,13 +12,14 @@ from recipes import FILE, ROOT, blocks
 from mlflow_dr.collection.catalogue import all_formats, open_collection
 from mlflow_dr.collection.formats import dataset_formats
 from mlflow_dr.errors import DataError
+from mlflow_dr.retrieval.search import SEARCH_BACKENDS, find_backend
 from mlflow_dr.subsets.spec import parse_subset
 from mlflow_dr.subsets.strategies import SUBSET_STRATEGIES, SubsetSources
 from mlflow_dr.training.flags import losses
 from mlflow_dr.training.loss import Objective
 
 PAGE = ROOT / "docs" / "extending.md"
-REGISTRIES = [dataset_formats, SUBSET_STRATEGIES, losses]
+REGISTRIES = [dataset_formats, SUBSET_STRATEGIES, losses, SEARCH_BACKENDS]
 LINES = "what do gulls eat\tfish\nwhere is the lighthouse\ton a rock\nwho sails\tthe captain\n"
 
 
@@ -89,3 +90,11 @@ def test_a_loss() -> None:
     assert Objective(loss="hinge")(queries, passages) == 0
     assert Objective(loss="hinge")(queries / 10, passages) == 3 * 0.5
     assert Objective(loss="margin_mse")(queries, passages, teacher=teacher) == 1
+
+
+def test_a_search_backend() -> None:
+    queries, chunk = torch.eye(2, 3), torch.tensor([[1.0, 0, 0], [1, 1, 0], [1, 1, 0], [0, 0, 1]])
+    search = find_backend("sorting", torch.device("cpu"))
+    scores, positions = search(queries, chunk, 2, torch.tensor([3, 2, 1, 0]))
+    assert scores.tolist() == [[1, 1], [1, 1]]
+    assert positions.tolist() == [[2, 1], [2, 1]]
