@@ -16,6 +16,7 @@ from recipes import PAGES, ROOT, Block, blocks, check_command, check_ours, comma
 import mlflow_dr
 from mlflow_dr.cli import COMMANDS, group
 from mlflow_dr.retrieval.measures import LIBRARY_NAMES
+from mlflow_dr.validation.config import ValidationDefaults
 
 PACKAGE = Path(mlflow_dr.__file__).parent
 WRITTEN = re.compile(r'"(mlflow_dr\.(?!json")[a-z_.]+)"')
@@ -125,3 +126,9 @@ def is_module(name: str) -> bool:
 def test_every_measure_is_in_the_reference(name: str) -> None:
     page = (ROOT / "docs" / "reference" / "measures.md").read_text(encoding="utf-8")
     assert f"`{name}@k`" in page
+
+
+def test_every_key_of_a_validation_is_in_the_reference() -> None:
+    page = (ROOT / "docs" / "reference" / "collections.md").read_text(encoding="utf-8")
+    missing = [name for name in ValidationDefaults.model_fields if f"`{name}`" not in page]
+    assert not missing
