@@ -119,7 +119,7 @@ def test_tops_of_a_checkpoint_of_the_run(
     publishing(10)
     assert validated(run, "encoder:step-0@1").done == 2
     assert steps(client, run, "val-encoder_step-0_at_1/mrr_at_10") == [0, 10]
-    with pytest.raises(UsageError, match=r"no published .* step 7; the nearest are of 0, 10"):
+    with pytest.raises(UsageError, match=r"no published .* step 7; the nearest steps are 0, 10"):
         validated(run, "encoder:step-7@1")
 
 
