@@ -97,14 +97,14 @@ def top_passages(room: Path) -> Any:
 
 
 def fidelity(room: Path) -> Any:
-    from mlflow_dr.fidelity.study import Kept
+    from mlflow_dr.fidelity.study import StudyCache
 
-    kept = Kept([("a", 1), ("b", 2)])
+    kept = StudyCache([("a", 1), ("b", 2)])
     values = [np.array([0.5, 0.25, 1.0]), np.array([0.0, 1 / 3, 0.125])]
     before = [kept.values("one"), kept.seconds("here")]
     if all(one is None for one in before[0]) and not len(before[1]):
-        kept.keep("one", values)
-        kept.keep_seconds("here", [1.5, 2.5])
+        kept.store_values("one", values)
+        kept.store_seconds("here", [1.5, 2.5])
         before = [kept.values("one"), kept.seconds("here")]
     return [[None if one is None else one.tolist() for one in before[0]], list(before[1])]
 

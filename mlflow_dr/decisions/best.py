@@ -33,8 +33,8 @@ class Best:
 
     Attributes:
         metric: by which.
-        first: the best; of equal ones the earliest.
-        runner_up: the best of the others, likewise; None without another.
+        first: the best checkpoint; among equal values the earliest.
+        runner_up: the second best; None if there is no other.
         marked_before: other checkpoints that are tagged as best by this validation.
     """
 
@@ -55,12 +55,12 @@ class Best:
 
 
 def find_best(run: TrackedRun, metric: str | None = None) -> Best:
-    """The READY checkpoint that has the highest value of a metric; of equal ones the earliest.
+    """The READY checkpoint with the highest value of a metric; among equal values the earliest.
 
     Args:
         run: whose checkpoints.
         metric: a measure of a validation, such as `val/mrr_at_10`; the first measure of the
-            validation that was begun first when None.
+            validation that began first when None.
 
     Raises:
         UsageError: the run has no such metric.
@@ -68,7 +68,7 @@ def find_best(run: TrackedRun, metric: str | None = None) -> Best:
     """
     chosen = chosen_metric(run, metric)
     checkpoints = run_checkpoints(run)
-    ready = [one for one in checkpoints if one.ready]
+    ready = [checkpoint for checkpoint in checkpoints if checkpoint.ready]
     scored = [
         Scored(one, value)
         for one in ready
@@ -102,12 +102,12 @@ def mark_best(run: TrackedRun, best: Best) -> None:
 
 
 def against_runner_up(run: TrackedRun, best: Best, seed: int = 0) -> Difference | None:
-    """How far the best checkpoint is above the next one, over the queries; None without another.
+    """The difference between the best checkpoint and the second best; None if there is no other.
 
     Args:
         run: whose checkpoints they are.
         best: what `find_best` has found.
-        seed: of the randomisations and the bootstrap.
+        seed: random seed of the test and the bootstrap.
 
     Raises:
         NoValuesError: the values of single queries are not there.
@@ -134,7 +134,7 @@ def best_summary(run: TrackedRun, best: Best, seed: int = 0) -> str:
         lines.append("  its files were removed; its figures are all that is left")
     if best.runner_up is None:
         return "\n".join([*lines, "  no other checkpoint has a value"])
-    tie = " (as good; of equal ones the earliest is best)" if best.is_tied else ""
+    tie = " (as good; among equal values the earliest is best)" if best.is_tied else ""
     lines.append(f"  runner-up   {best.runner_up}{tie}")
     ahead = f"  difference  {best.first.value - best.runner_up.value:+.4f}"
     try:

@@ -16,19 +16,24 @@ from mlflow_dr.errors import DataError, UsageError
 from mlflow_dr.files import atomic_write
 from mlflow_dr.terminal import in_columns
 
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
 LETTERS = string.ascii_uppercase
 VALUES, PICTURE = "values.csv", "differences.png"
 LONGEST_TEXT = 80
 LONGEST_LABEL = 100
+WIDTH, HEIGHT = 9.0, 3.4  # inches, of each panel of the picture
+BETTER, WORSE = "tab:blue", "tab:red"
 
 
 @dataclass(frozen=True)
 class Comparison:
-    """What is known of several encoders; each is compared with the first.
+    """Several encoders on the same queries, each compared with the first.
 
     Attributes:
-        labels: what they are called.
-        measure: what is compared.
+        labels: names of the encoders.
+        measure: the measure that is compared.
         means: means of all measures that each of them has, `measure -> (n_encoders,)`.
         query_ids: the queries.
         values: `(n_encoders, n_queries) float64`.
@@ -66,7 +71,7 @@ def compare_values(
         labels: what they are called.
         tables: of each, query id -> measure -> value.
         measure: what is compared.
-        seed: of the randomisations and the bootstrap.
+        seed: random seed of the test and the bootstrap.
         texts: of the queries, by id.
 
     Raises:
@@ -102,7 +107,7 @@ def check_count(encoders: int) -> None:
 
 
 def changed_most(comparison: Comparison, count: int) -> list[int]:
-    """Places of the queries whose values differ most from the first encoder's, the most first."""
+    """Indices of the queries whose values differ most from the first encoder's, the most first."""
     largest = np.abs(comparison.changes).max(axis=0)
     order = np.argsort(-largest, kind="stable")[:count]
     return [int(place) for place in order if largest[place] > 0]
@@ -152,7 +157,7 @@ def comparison_text(comparison: Comparison, changed: int) -> str:
 
 
 def check_comparison_output(directory: Path | None, force: bool) -> None:
-    """Refuse to replace what was written before, unless it is asked for.
+    """Refuse to replace files, unless `force` is given.
 
     Raises:
         UsageError: with the file that is there.
@@ -167,7 +172,7 @@ def write_comparison(comparison: Comparison, directory: Path) -> None:
 
     Args:
         comparison: what was found.
-        directory: is made if it is new.
+        directory: is created if it does not exist.
     """
     heads = [f"{a} {b}" for a, b in zip(LETTERS, comparison.labels, strict=False)]
     with (
@@ -195,7 +200,7 @@ def _counts(change: np.ndarray) -> str:
 
 
 def _end(label: str) -> str:
-    """What a line has room for; the end of a path says more than its beginning."""
+    """The end of a long label; the end of a path says more than its beginning."""
     return label if len(label) <= LONGEST_LABEL else f"{label[:2]}...{label[5 - LONGEST_LABEL :]}"
 
 
@@ -238,13 +243,6 @@ def aligned_values(
     return ids, values
 
 
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure
-
-WIDTH, HEIGHT = 9.0, 3.4  # inches, of each panel
-BETTER, WORSE = "tab:blue", "tab:red"
-
-
 def draw_changes(path: Path, titles: Sequence[str], changes: np.ndarray, measure: str) -> None:
     """Write a PNG of the change of each query, a bar each, sorted.
 
@@ -258,8 +256,8 @@ def draw_changes(path: Path, titles: Sequence[str], changes: np.ndarray, measure
 
 
 def changes_figure(titles: Sequence[str], changes: np.ndarray, measure: str) -> Figure:
-    """The picture that `draw_changes` writes; arguments likewise."""
-    # only here: half a second to import; drawn without pyplot, which keeps every figure
+    """The picture that `draw_changes` writes."""
+    # half a second to import; drawn without pyplot, which keeps every figure in memory
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 

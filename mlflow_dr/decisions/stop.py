@@ -19,7 +19,7 @@ PLATEAU_TAG = "mlflow_dr.plateau_step"
 
 
 def check_patience(patience: int, min_delta: float) -> None:
-    """Refuse what no plateau can be told by.
+    """Refuse settings by which no plateau can be found.
 
     Raises:
         UsageError: patience is below 1, or min_delta is below 0 or no number.
@@ -49,7 +49,7 @@ def plateau(
         points: step and value of each checkpoint that is done; higher is better, and one that is
             not a number is worse than all.
         patience: how many checkpoints in a row.
-        min_delta: a rise by this or less is none.
+        min_delta: an increase must exceed this to count as an improvement.
         waiting: steps of checkpoints that are still to be done.
         since: count checkpoints after this step only; those before it are compared with.
         metric: its name, for the reason.
@@ -91,17 +91,17 @@ def stop_if_plateau(
     min_delta: float = 0.0,
     waiting: Iterable[Checkpoint] | None = None,
 ) -> str | None:
-    """Ask the trainer of a run to end where a metric has not risen for some checkpoints.
+    """Ask the trainer of a run to end if a metric has not improved for some checkpoints.
 
-    A run that is over, or asked already, is left alone. A training that goes on after such a
-    request gets as many new checkpoints before the next one.
+    A run that is over, or that has a stop request, is left alone. A training that goes on after
+    such a request gets as many new checkpoints before the next one.
 
     Args:
         run: whose trainer.
         checkpoints: of that run, as they were seen last.
         metric: what is to rise.
         patience: for how many checkpoints it may not.
-        min_delta: a rise by this or less is none.
+        min_delta: an increase must exceed this to count as an improvement.
         waiting: those that some validator will still do; when None, all that are READY and neither
             done nor failed.
 

@@ -47,7 +47,7 @@ class Agreement(NamedTuple):
         tau: Kendall's tau-b of the checkpoints' values; undefined where one curve is constant.
         pearson: their correlation, likewise.
         regret: what the full corpus's best checkpoint is above the one that the subset chooses, by
-            the full corpus's values; of equal ones, each chooses the earliest.
+            the full corpus's values; among equal values each chooses the earliest.
         inflation: how much higher the subset's values are, on average over the checkpoints.
     """
 
@@ -242,7 +242,7 @@ class Curve:
 
     @cached_property
     def best(self) -> int:
-        """The place of its best checkpoint; of equal ones the earliest."""
+        """The index of its best checkpoint; among equal values the earliest."""
         return int(self.means.argmax())
 
 

@@ -33,83 +33,85 @@ from mlflow_dr.validation.worker import load_checkpoint
 
 log = logging.getLogger(__name__)
 
-FEWEST = 3  # of two checkpoints, any subset has the order right every other time
-ENOUGH_SECONDS, ENOUGH_TIMES = 2.0, 3  # for a time that can be trusted
+FEWEST = 3  # with two checkpoints, any subset orders them correctly every other time
+ENOUGH_SECONDS, ENOUGH_TIMES = 2.0, 3  # repeats until a measured time is reliable
+CACHE_KIND, VALUES = "fidelity", "values.npy"
+LAYOUT = 1
 
 
 def study_fidelity(
-    checkpoints: Sequence[Checkpoint], asked: FidelityConfig, run: TrackedRun | None = None
+    checkpoints: Sequence[Checkpoint], config: FidelityConfig, run: TrackedRun | None = None
 ) -> FidelityResult:
     """Measure checkpoints on the full corpus and on subsets, and compare.
 
     The corpus is encoded once for each checkpoint, and every subset is read from that one pass.
-    Values are kept in the user's cache as they are found, so that the same study, or one with
-    another subset, goes on where it was interrupted. Seconds are measured on one checkpoint, the
-    last one, on which the full corpus and each subset are validated by themselves.
+    Values are cached at once, so that an interrupted study, or one with another subset, resumes
+    where it left off. Times are measured on the last checkpoint, on which the full corpus and each
+    subset are validated separately.
 
     Args:
-        checkpoints: what is studied, by step; of one step the last.
-        asked: how.
-        run: says what is searched where `asked` does not, and what `encoder:step-N` is.
+        checkpoints: the last one of each step is studied.
+        config: subsets, measure and what else is studied.
+        run: gives the collection if `config` does not, and the checkpoints of `encoder:step-N`.
 
     Raises:
         UsageError: fewer than three checkpoints, no such step, an unknown dataset or subset.
         DataError: the collection's files are damaged.
     """
-    chosen = _chosen(checkpoints, asked)
-    device = resolve_device(asked.device)
-    dtype = resolve_dtype(asked.dtype, device)
-    settings = EvalConfig((asked.parsed_measure,), None, str(device), dtype, asked.keep_own_id)
-    prepared = _prepared(asked, settings, run)
-    work = _Work(prepared, settings, asked)
-    values, skipped = work.all_values(chosen)
+    chosen = _chosen(checkpoints, config)
+    device = resolve_device(config.device)
+    dtype = resolve_dtype(config.dtype, device)
+    settings = EvalConfig((config.parsed_measure,), None, str(device), dtype, config.keep_own_id)
+    datasets = _datasets(config, settings, run)
+    study = _Study(datasets, settings, config)
+    values, skipped = study.all_values(chosen)
     left = [one for one in chosen if one.step in values]
     _check_count(len(left), f"{len(skipped)} could not be read")
-    seconds = work.seconds(left)
+    seconds = study.seconds(left)
     curves = [
         Curve(
             name=one.subset.spec.shown if one.subset else FULL,
             slug=one.subset.spec.slug if one.subset else FULL,
             passages=one.n_passages,
             query_ids=tuple(one.topics.qrels),
-            values=np.array([of_step[place] for of_step in values.values()]),
-            seconds=seconds[place],
+            values=np.array([of_step[index] for of_step in values.values()]),
+            seconds=seconds[index],
         )
-        for place, one in enumerate(prepared)
+        for index, one in enumerate(datasets)
     ]
-    whole = prepared[0]
+    full = datasets[0]
     return compare_curves(
-        asked.parsed_measure,
-        whole.collection.name,
-        whole.split,
+        config.parsed_measure,
+        full.collection.name,
+        full.split,
         list(values),
         curves,
-        asked.tolerance,
+        config.tolerance,
         skipped,
-        asked.resamples,
+        config.resamples,
     )
 
 
-class _Work:
-    """What is done to checkpoints, and what is known of them already."""
+class _Study:
+    """Measures checkpoints, and caches what it measured."""
 
     def __init__(
-        self, prepared: Sequence[EvalDataset], settings: EvalConfig, asked: FidelityConfig
+        self, datasets: Sequence[EvalDataset], settings: EvalConfig, config: FidelityConfig
     ) -> None:
-        self._prepared = prepared
+        self._datasets = datasets
         self._settings = settings
-        self._changes = asked.encoder_changes
-        self._measure = asked.parsed_measure
-        said = sorted(asked.encoder_changes.items())
-        common = (self._measure, settings.dtype, settings.keep_own_id, said)
-        # values lie in the order of the queries, which a collection's digest does not tell
-        of_each = [(one.digest, digest_of(*one.topics.qrels)) for one in prepared]
-        self._kept = Kept([(*common, *digests) for digests in of_each])
+        self._changes = config.encoder_changes
+        self._measure = config.parsed_measure
+        changes = sorted(config.encoder_changes.items())
+        common = (self._measure, settings.dtype, settings.keep_own_id, changes)
+        # values are in the order of the queries, which a collection's digest does not depend on
+        digests_of = [(one.digest, digest_of(*one.topics.qrels)) for one in datasets]
+        self._cache = StudyCache([(*common, *digests) for digests in digests_of])
 
     def all_values(
         self, checkpoints: Sequence[Checkpoint]
     ) -> tuple[dict[int, list[np.ndarray]], dict[int, str]]:
-        """`values` of each checkpoint, by step; and why others have none."""
+        """`values` of each checkpoint, by step, and the reasons why others have none."""
         found: dict[int, list[np.ndarray]] = {}
         skipped: dict[int, str] = {}
         for number, checkpoint in enumerate(checkpoints, start=1):
@@ -120,10 +122,10 @@ class _Work:
                 skipped[step] = str(error)
                 log.warning("step %d is passed over: %s", step, error)
                 continue
-            of_full = found[step][0].mean()
+            full_mean = found[step][0].mean()
             log.info(
                 "checkpoint %d of %d: step %d: %s %.4f on the full corpus",
-                *(number, len(checkpoints), step, self._measure, of_full),
+                *(number, len(checkpoints), step, self._measure, full_mean),
             )
         return found, skipped
 
@@ -131,31 +133,31 @@ class _Work:
         """Values of each query, of the full corpus and of each subset, `(n_queries,) float64`.
 
         Raises:
-            CheckpointError: the checkpoint cannot be had, or gives NaN.
+            CheckpointError: the checkpoint cannot be read, or gives NaN.
         """
         identity = _identity(checkpoint)
-        known = self._kept.values(identity)
-        missing = [place for place, values in enumerate(known) if values is None]
+        known = self._cache.values(identity)
+        missing = [index for index, values in enumerate(known) if values is None]
         if missing:
-            pairs = [(self._prepared[place], self._settings) for place in missing]
+            pairs = [(self._datasets[index], self._settings) for index in missing]
             reports = evaluate_all(load_checkpoint(checkpoint, self._changes), pairs)
-            for place, report in zip(missing, reports, strict=True):
-                known[place] = self._of_queries(report, self._prepared[place])
-            self._kept.keep(identity, known)
+            for index, report in zip(missing, reports, strict=True):
+                known[index] = self._values_of_report(report, self._datasets[index])
+            self._cache.store_values(identity, known)
         return [values for values in known if values is not None]
 
     def seconds(self, checkpoints: Sequence[Checkpoint]) -> list[float]:
-        """What the full corpus and each subset cost by themselves, on the last checkpoint.
+        """Seconds of the full corpus and of each subset, each validated on the last checkpoint.
 
-        The first time is not counted: libraries are slower then. Times of a second or less are
-        taken several times, and the shortest counts.
+        A first evaluation, in which libraries are slower, is not counted. Times of a second or
+        less are measured several times, and the shortest counts.
 
         Raises:
             UsageError: none of the checkpoints can be read any more.
         """
         for checkpoint in reversed(checkpoints):
             identity = f"{_identity(checkpoint)} on {self._settings.device}"
-            if known := self._kept.seconds(identity):
+            if known := self._cache.seconds(identity):
                 return known
             try:
                 encoder = load_checkpoint(checkpoint, self._changes)
@@ -163,36 +165,36 @@ class _Work:
                 log.warning("step %d cannot be timed: %s", checkpoint.step, error)
                 continue
             log.info("timing the full corpus and each subset on step %d", checkpoint.step)
-            smallest = min(self._prepared, key=lambda one: one.n_passages)
+            smallest = min(self._datasets, key=lambda one: one.n_passages)
             evaluate(encoder, smallest, self._settings, quiet=True)
-            seconds = [self._shortest(encoder, one) for one in self._prepared]
-            self._kept.keep_seconds(identity, seconds)
+            seconds = [self._shortest(encoder, one) for one in self._datasets]
+            self._cache.store_seconds(identity, seconds)
             return seconds
         raise UsageError("none of the checkpoints can be read any more to be timed")
 
-    def _shortest(self, encoder: Encoder, prepared: EvalDataset) -> float:
+    def _shortest(self, encoder: Encoder, data: EvalDataset) -> float:
         start = time.perf_counter()
         found: list[float] = []
         while not found or (
             len(found) < ENOUGH_TIMES and time.perf_counter() - start < ENOUGH_SECONDS
         ):
-            found.append(evaluate(encoder, prepared, self._settings).seconds)
+            found.append(evaluate(encoder, data, self._settings).seconds)
         return min(found)
 
-    def _of_queries(self, report: Report, prepared: EvalDataset) -> np.ndarray:
+    def _values_of_report(self, report: Report, data: EvalDataset) -> np.ndarray:
         per_query = report.per_query
-        return np.array([per_query[one][self._measure] for one in prepared.topics.qrels])
+        return np.array([per_query[query_id][self._measure] for query_id in data.topics.qrels])
 
 
-def _chosen(checkpoints: Sequence[Checkpoint], asked: FidelityConfig) -> list[Checkpoint]:
-    """Those that are asked for, by step, one of each."""
-    of_steps = {one.step: one for one in checkpoints}
-    if unknown := sorted(set(asked.steps) - set(of_steps)):
-        there = ", ".join(map(str, sorted(of_steps))) or "none"
+def _chosen(checkpoints: Sequence[Checkpoint], config: FidelityConfig) -> list[Checkpoint]:
+    """The checkpoints to study, by step, one per step."""
+    by_step = {one.step: one for one in checkpoints}
+    if unknown := sorted(set(config.steps) - set(by_step)):
+        there = ", ".join(map(str, sorted(by_step))) or "none"
         raise UsageError(f"there is no checkpoint of step {unknown[0]}; there are {there}")
-    steps = sorted(asked.steps or of_steps)
-    chosen = [of_steps[step] for step in steps if step % asked.every == 0]
-    _check_count(len(chosen), f"of {len(of_steps)} that are whole")
+    steps = sorted(config.steps or by_step)
+    chosen = [by_step[step] for step in steps if step % config.every == 0]
+    _check_count(len(chosen), f"of {len(by_step)} that are complete")
     return chosen
 
 
@@ -201,99 +203,86 @@ def _check_count(count: int, about: str) -> None:
         raise UsageError(f"{count} checkpoints to study ({about}); an order needs {FEWEST} or more")
 
 
-def _prepared(
-    asked: FidelityConfig, settings: EvalConfig, run: TrackedRun | None
+def _datasets(
+    config: FidelityConfig, settings: EvalConfig, run: TrackedRun | None
 ) -> list[EvalDataset]:
     """The full corpus, then each subset of it."""
-    dataset, splits = asked.named_dataset()
-    split = asked.split or next(iter(splits), None)
+    dataset, splits = config.named_dataset()
+    split = config.split or next(iter(splits), None)
     if run is not None:
         dataset, split = named_data(run, dataset, split)
     if dataset is None:
-        raise UsageError("which collection? Give --dataset")
+        raise UsageError("no collection is given; pass --dataset")
     collection = open_collection(dataset)
-    whole = EvalDataset(collection, chosen_split(collection, split))
+    full = EvalDataset(collection, chosen_split(collection, split))
     published = None if run is None else lambda step: checkpoint_of_step(run, step)
     sources = SubsetSources(
-        whole.corpus,
-        whole.topics,
+        full.corpus,
+        full.topics,
         device=settings.device,
         dtype=settings.dtype,
         published=published,
     )
-    prepared = [whole]
-    for spec in asked.specs:
+    datasets = [full]
+    for spec in config.specs:
         subset = make_subset(spec, sources)
         log.info("%s: %d passages, %d queries", spec.shown, len(subset), len(subset.topics.queries))
-        prepared.append(EvalDataset(collection, whole.split, whole.tokens, subset))
-    return prepared
+        datasets.append(EvalDataset(collection, full.split, full.tokens, subset))
+    return datasets
 
 
 def _identity(checkpoint: Checkpoint) -> str:
-    """What is equal for equal weights."""
+    """A text that is equal for equal weights."""
     if checkpoint.manifest:
         return checkpoint.manifest
     paths = sorted(Path(checkpoint.directory).rglob("*"))
     return "\n".join(state_of(path) for path in paths if path.is_file())
 
 
-KIND = "fidelity"
-VALUES = "values.npy"
-LAYOUT = 1
-
-
-class Kept:
-    """Entries of the cache, one for each checkpoint and strategy.
+class StudyCache:
+    """Values and times of a study in the user's cache, by checkpoint and strategy.
 
     Args:
-        strategies: all that the values of each depend on, beside the checkpoint.
+        strategies: all that the values of each strategy depend on, except the checkpoint.
     """
 
     def __init__(self, strategies: Sequence[tuple[object, ...]]) -> None:
         self._strategies = strategies
 
     def values(self, checkpoint: str) -> list[np.ndarray | None]:
-        """Values of each query by strategy, `(n_queries,) float64`; None where there are none.
-
-        Args:
-            checkpoint: names its weights.
-        """
+        """Values of each query by strategy, `(n_queries,) float64`; None where none are cached."""
         return [_read(key) for key in self._keys(checkpoint)]
 
-    def keep(self, checkpoint: str, values: Sequence[np.ndarray | None]) -> None:
-        """Keep what is known of a checkpoint."""
-        for key, of_strategy in zip(self._keys(checkpoint), values, strict=True):
-            if of_strategy is not None:
-                _keep(key, of_strategy)
+    def store_values(self, checkpoint: str, values: Sequence[np.ndarray | None]) -> None:
+        """Store the values of each strategy that are not None."""
+        for key, array in zip(self._keys(checkpoint), values, strict=True):
+            if array is not None:
+                _store(key, array)
 
-    def seconds(self, where: str) -> list[float]:
-        """What each strategy cost; empty unless these were timed together, on this machine.
+    def seconds(self, timing: str) -> list[float]:
+        """The time of each strategy, measured together on this machine; empty if none is cached."""
+        seconds = _read(self._timing_key(timing))
+        return [] if seconds is None else seconds.tolist()
 
-        Args:
-            where: names the checkpoint and the device.
-        """
-        found = _read(self._timed(where))
-        return [] if found is None else found.tolist()
-
-    def keep_seconds(self, where: str, seconds: Sequence[float]) -> None:
-        """Keep what each strategy cost."""
-        _keep(self._timed(where), np.array(seconds))
+    def store_seconds(self, timing: str, seconds: Sequence[float]) -> None:
+        """Store the time of each strategy; `timing` names the checkpoint and the device."""
+        _store(self._timing_key(timing), np.array(seconds))
 
     def _keys(self, checkpoint: str) -> list[str]:
         return [digest_of(LAYOUT, "values", checkpoint, *one) for one in self._strategies]
 
-    def _timed(self, where: str) -> str:
-        return digest_of(LAYOUT, "seconds", platform.node(), where, *self._strategies)
+    def _timing_key(self, timing: str) -> str:
+        return digest_of(LAYOUT, "seconds", platform.node(), timing, *self._strategies)
 
 
 def _read(key: str) -> np.ndarray | None:
-    entry = sound_entry(KIND, key)
+    entry = sound_entry(CACHE_KIND, key)
     return None if entry is None else np.load(entry / VALUES)
 
 
-def _keep(key: str, values: np.ndarray) -> None:
+def _store(key: str, values: np.ndarray) -> None:
     def write(partial: Path) -> None:
         partial.mkdir()
         np.save(partial / VALUES, values)
 
-    cache_entry(KIND, key, write)
+    cache_entry(CACHE_KIND, key, write)

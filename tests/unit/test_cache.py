@@ -18,7 +18,7 @@ from mlflow_dr.cache import CHECKSUMS, cache_entry, sound_entry
 from mlflow_dr.collection.corpus import Corpus, cached_corpus
 from mlflow_dr.collection.examples import RawExample, cached_examples
 from mlflow_dr.collection.records import Passage, Query, Topics
-from mlflow_dr.fidelity.study import Kept
+from mlflow_dr.fidelity.study import StudyCache
 from mlflow_dr.retrieval.bm25 import bm25_index
 from mlflow_dr.stores.token_table import cached_token_table
 from mlflow_dr.subsets.spec import SubsetTerm
@@ -61,9 +61,9 @@ def top_passages() -> list[Any]:
 
 
 def fidelity() -> list[Any]:
-    kept = Kept([("bm25@2",)])
+    kept = StudyCache([("bm25@2",)])
     if kept.values("step 4")[0] is None:
-        kept.keep("step 4", [np.array([0.5, 0.25])])
+        kept.store_values("step 4", [np.array([0.5, 0.25])])
     return [values.tolist() for values in kept.values("step 4") if values is not None]
 
 

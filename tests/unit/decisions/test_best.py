@@ -64,7 +64,7 @@ def test_of_equal_ones_the_earliest_is_best(run: TrackedRun, measured: Measured)
     best = find_best(run)
     assert places(best) == (10, 20)
     assert best.is_tied
-    assert "as good; of equal ones the earliest is best" in best_summary(run, best)
+    assert "as good; among equal values the earliest is best" in best_summary(run, best)
 
 
 def test_what_is_not_whole_not_measured_or_no_number_is_passed_over(

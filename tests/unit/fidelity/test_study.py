@@ -98,8 +98,8 @@ def encoded(monkeypatch: pytest.MonkeyPatch) -> list[int]:
 @pytest.fixture
 def untimed(monkeypatch: pytest.MonkeyPatch) -> None:
     """Seconds are not measured, so that only the study's own passes are counted."""
-    timed = lambda self, checkpoints: [float(10 - place) for place in range(len(self._prepared))]  # noqa: E731
-    monkeypatch.setattr(studying._Work, "seconds", timed)
+    timed = lambda self, checkpoints: [float(10 - place) for place in range(len(self._datasets))]  # noqa: E731
+    monkeypatch.setattr(studying._Study, "seconds", timed)
 
 
 def asked(*subsets: str, **others: Any) -> FidelityConfig:
@@ -250,7 +250,7 @@ def test_what_cannot_be_read_is_passed_over(
     [
         (("full",), {}, "the others are compared with --subset full"),
         (("random:3", "random:3"), {}, "two subsets are called 'random:3, seed 1'"),
-        (("random:3",), {"every": 10}, "2 checkpoints to study .of 4 that are whole."),
+        (("random:3",), {"every": 10}, "2 checkpoints to study .of 4 that are complete."),
         (("random:3",), {"steps": (5, 7)}, "no checkpoint of step 7; there are 5, 10, 15, 20"),
         (("random:3",), {"dataset": "dmeo"}, "no dataset 'dmeo'"),
         (("encoder:step-7@3",), {}, "has no published checkpoint of step 7"),
