@@ -32,14 +32,15 @@ PerQuery = Mapping[str, Mapping[Any, float]]
 def log_per_query_values(
     run: TrackedRun, checkpoint: Checkpoint, name: str, per_query: PerQuery
 ) -> None:
-    """Keep the values of each query; two requests, and one more for the first of a run.
+    """Store the values of each query: a column `query_id`, and one of each measure.
 
-    The same values give the same bytes, so writing them again changes nothing.
+    This takes two requests, and one more for the first file of a run. The same values give the same
+    bytes, so writing them again changes nothing.
 
     Args:
-        run: the run that the checkpoint belongs to.
-        checkpoint: what was validated.
-        name: the validation's name.
+        run: of the checkpoint.
+        checkpoint: the validated one.
+        name: of the validation.
         per_query: each query with the same measures.
 
     Raises:
@@ -49,22 +50,22 @@ def log_per_query_values(
         room.mkdir()
         file = room / _file(checkpoint)
         pq.write_table(_table(per_query), file)
-        with tracking_errors(f"keeping the values of step {checkpoint.step}"):
+        with tracking_errors(f"storing the values of step {checkpoint.step}"):
             run.client.log_artifact(run.id, str(file), _folder(name))
-            # a login page in place of the store's answer has status 200, too
+            # a login page in answer to an upload also has status 200
             store = compat.artifact_store(run.client, run.id)
-            there = {one.path for one in store.list_artifacts(_folder(name))}
-            if f"{_folder(name)}/{file.name}" not in there:
+            stored = {entry.path for entry in store.list_artifacts(_folder(name))}
+            if f"{_folder(name)}/{file.name}" not in stored:
                 raise OSError("the artifact store does not list them after they were written")
 
 
 def per_query_values(
     run: TrackedRun, checkpoint: Checkpoint, name: str
 ) -> dict[str, dict[str, float]]:
-    """The values of each query that `log_per_query_values` kept: query id -> measure -> value.
+    """The stored values of each query: query id -> measure -> value.
 
     Raises:
-        NoValuesError: nobody has kept any.
+        NoValuesError: there are none.
         DataError: the file is damaged.
         TrackingError: the server does not answer.
     """
@@ -75,8 +76,8 @@ def per_query_values(
             try:
                 file = Path(run.client.download_artifacts(run.id, path, str(room)))
             except (MlflowException, OSError):
-                there = run.client.list_artifacts(run.id, _folder(name))
-                if path in {one.path for one in there}:
+                entries = run.client.list_artifacts(run.id, _folder(name))
+                if path in {entry.path for entry in entries}:
                     raise
                 raise NoValuesError(
                     f"run {run.id} has no values of single queries for step {checkpoint.step} "
@@ -87,7 +88,9 @@ def per_query_values(
             ids = table[QUERY_ID].to_pylist()
         except (pa.ArrowException, OSError, KeyError) as error:
             why = " ".join(str(error).split())[:200]
-            raise DataError(f"run {run.id}, artifact {path}: no table of values ({why})") from error
+            raise DataError(
+                f"run {run.id}, artifact {path}: not a table of values ({why})"
+            ) from error
     measures = [column for column in table.column_names if column != QUERY_ID]
     columns = [table[measure].to_pylist() for measure in measures]
     rows = zip(*columns, strict=True) if columns else ([] for _ in ids)
@@ -117,11 +120,11 @@ def _file(checkpoint: Checkpoint) -> str:
 def log_subset(
     run: TrackedRun, name: str, passages: Callable[[], pa.Table], about: Mapping[str, Any]
 ) -> None:
-    """Keep the subset of a validation with the run, unless it is there already.
+    """Store the subset of a validation with the run, unless it is there already.
 
     Args:
-        run: which.
-        name: the validation's, which stands for one subset on a run.
+        run: of the validation.
+        name: of the validation, which has one subset on a run.
         passages: gives columns `passage_id` and `origin`.
         about: how it was chosen, sizes, digest.
 
@@ -129,14 +132,14 @@ def log_subset(
         TrackingError: the server did not take it.
     """
     table, text = f"{name}.parquet", f"{name}.json"
-    with tracking_errors(f"keeping subset {name!r} of run {run.id}"), scratch() as room:
-        there = {file.path for file in run.client.list_artifacts(run.id, SUBSETS_FOLDER)}
-        if f"{SUBSETS_FOLDER}/{text}" in there:
+    with tracking_errors(f"storing subset {name!r} of run {run.id}"), scratch() as room:
+        stored = {file.path for file in run.client.list_artifacts(run.id, SUBSETS_FOLDER)}
+        if f"{SUBSETS_FOLDER}/{text}" in stored:
             return
         room.mkdir()
         pq.write_table(passages(), room / table, compression="zstd")
         (room / text).write_text(json.dumps(about, indent=1) + "\n", encoding="utf-8")
-        for file in (table, text):  # the text last: with it, both are there
+        for file in (table, text):  # the text comes last and shows that both are stored
             run.client.log_artifact(run.id, str(room / file), SUBSETS_FOLDER)
 
 
@@ -148,7 +151,7 @@ def log_study(run: TrackedRun, metrics: Mapping[str, float], files: Iterable[Pat
     """
     now_ms = time.time_ns() // 1_000_000
     logged = [Metric(key, float(value), now_ms, 0) for key, value in metrics.items()]
-    with tracking_errors(f"keeping the study of fidelity with run {run.id}"):
+    with tracking_errors(f"storing the study of fidelity with run {run.id}"):
         run.client.log_batch(run.id, metrics=logged)
         for file in files:
             run.client.log_artifact(run.id, str(file), STUDY_FOLDER)

@@ -1,9 +1,9 @@
 """Claims: of several validators exactly one gets a checkpoint, and another takes over if it dies.
 
 A claim is a write-once parameter of the LoggedModel, one for each attempt; the server refuses the
-second writer. Its owner renews a heartbeat, a tag. Who sees a claim whose heartbeat has stood still
-for long enough by the observer's own clock makes the next attempt; times of two machines are never
-compared. Nothing but the tracking server is shared.
+second writer. Its owner renews a heartbeat, which is a tag. A validator that sees no new heartbeat
+for 60 s, by its own clock, may take the claim over with the next attempt. Times of two machines are
+never compared, and validators share nothing but the tracking server.
 """
 
 from __future__ import annotations
@@ -45,9 +45,9 @@ class Owner:
     Attributes:
         host: name of the machine.
         pid: process id there.
-        room: which processes can see that id: the boot of the machine and its process namespace.
-        started: when it began, in clock ticks since the boot; ids are given again after a while.
-        token: what nobody else has.
+        room: the boot of the machine and its process namespace; within it process ids are unique.
+        started: when it began, in clock ticks since the boot; process ids are reused after a while.
+        token: unique to this owner.
     """
 
     host: str
@@ -64,21 +64,21 @@ class Owner:
 
     @staticmethod
     def parse(text: str) -> Owner | None:
-        """An owner from a claim's value; None from anything else."""
+        """The owner in a claim's value; None if the value is malformed."""
         try:
             owner = Owner(**json.loads(text))
         except (ValueError, TypeError, RecursionError):
             return None
-        words, numbers = (owner.host, owner.room, owner.token), (owner.pid, owner.started)
-        is_one = all(isinstance(one, str) for one in words)
-        return owner if is_one and all(type(one) is int for one in numbers) else None
+        texts, numbers = (owner.host, owner.room, owner.token), (owner.pid, owner.started)
+        is_valid = all(isinstance(text, str) for text in texts)
+        return owner if is_valid and all(type(number) is int for number in numbers) else None
 
     def __str__(self) -> str:
         return f"{self.host}:{self.pid}"
 
     @property
     def is_dead(self) -> bool:
-        """Whether it is known to be dead, which only processes of the same machine can tell."""
+        """Whether it has certainly ended; only processes of the same machine can know this."""
         return bool(self.room) and self.room == _room() and _started(self.pid) != self.started
 
 
@@ -88,9 +88,9 @@ class LatestClaim:
 
     Attributes:
         attempt: its number, from 1.
-        owner: who made it; None if its value makes no sense.
+        owner: the validator that made it; None if its value is malformed.
         beat: the heartbeat's value; empty before the first.
-        given_back: whether the owner has said that it will not finish.
+        given_back: whether the owner has declared that it will not finish.
     """
 
     attempt: int
@@ -100,7 +100,7 @@ class LatestClaim:
 
 
 def latest_claim(checkpoint: Checkpoint, name: str) -> LatestClaim | None:
-    """Who has claimed the validation `name` of a checkpoint; None if nobody has."""
+    """The latest claim of the validation `name` of a checkpoint; None if there is none."""
     prefix = _key(name, "")
     attempts = [
         int(number)
@@ -117,13 +117,13 @@ def latest_claim(checkpoint: Checkpoint, name: str) -> LatestClaim | None:
 
 
 class HeartbeatMonitor:
-    """Sees which claims are kept up, by how long their heartbeats have stood still.
+    """Measures for how long the heartbeat of each claim has not changed.
 
     Args:
-        patience: seconds of standing still after which a claim is free again.
-        longest_gap: seconds between two looks that count at most, half the patience when None;
-            while the server was away, the owner could not renew either.
-        clock: seconds that pass.
+        patience: seconds without a new heartbeat after which a claim is free again.
+        longest_gap: the longest time between two polls that counts, in seconds; half the patience
+            when None. While the server was away, the owner could not renew either.
+        clock: gives seconds.
     """
 
     def __init__(
@@ -138,21 +138,21 @@ class HeartbeatMonitor:
         self._seen: dict[tuple[str, str], _Seen] = {}
 
     def is_free(self, checkpoint: Checkpoint, name: str) -> bool:
-        """Whether nobody is at it; to be asked at every look at the server."""
-        there = latest_claim(checkpoint, name)
-        if there is None or there.given_back or (there.owner and there.owner.is_dead):
+        """Whether no validator is working on it; call it at every poll of the server."""
+        claim = latest_claim(checkpoint, name)
+        if claim is None or claim.given_back or (claim.owner and claim.owner.is_dead):
             return True
         now, key = self._clock(), (checkpoint.model_id, name)
         before = self._seen.get(key)
-        if before is None or before.value != (there.attempt, there.beat):
-            self._seen[key] = _Seen((there.attempt, there.beat), now, 0.0)
+        if before is None or before.value != (claim.attempt, claim.beat):
+            self._seen[key] = _Seen((claim.attempt, claim.beat), now, 0.0)
             return False
         still = before.still + min(now - before.at, self._longest_gap)
         self._seen[key] = _Seen(before.value, now, still)
         return still >= self._patience
 
     def forget(self, checkpoint: Checkpoint, name: str) -> None:
-        """A validation that is done needs no watching."""
+        """Stop measuring a validation that is done."""
         self._seen.pop((checkpoint.model_id, name), None)
 
 
@@ -167,8 +167,8 @@ class Claims:
     """The claims of one process, renewed by a thread until they are dropped.
 
     Args:
-        client: where they are made.
-        owner: in whose name.
+        client: of the tracking server.
+        owner: of the claims; this process when None.
         every: seconds between two renewals.
 
     Attributes:
@@ -221,7 +221,7 @@ class Claims:
         return True
 
     def drop(self, checkpoint: Checkpoint, *names: str, finished: bool) -> None:
-        """Renew claims no more; give them back where the work is not finished."""
+        """Stop renewing claims, and give them back if the work is not finished."""
         with self._lock:
             keys = [(checkpoint.model_id, name) for name in names]
             dropped = {key: self._mine.pop(key) for key in keys if key in self._mine}
@@ -229,7 +229,7 @@ class Claims:
             self._say(dropped, GIVEN_BACK)
 
     def close(self) -> None:
-        """Give everything back."""
+        """Give all claims back."""
         self._closed.set()
         with self._lock:
             left, self._mine = self._mine, {}
@@ -244,7 +244,7 @@ class Claims:
             self._say(mine, number)
 
     def _say(self, claims: Mapping[tuple[str, str], int], what: Any) -> None:
-        """Say the same of several claims, by one request for each model."""
+        """Write the heartbeats of several claims, with one request for each model."""
         by_model: dict[str, dict[str, str]] = {}
         for (model_id, name), attempt in claims.items():
             by_model.setdefault(model_id, {})[_beat_key(name)] = _beat(attempt, what)
@@ -255,7 +255,7 @@ class Claims:
         try:
             with short_timeouts():
                 self._client.set_logged_model_tags(model_id, dict(tags))
-        except Exception as error:  # noqa: BLE001 - the work goes on; at worst another repeats it
+        except Exception as error:  # noqa: BLE001 - at worst another validator repeats it
             if not self._is_cut_off:
                 why = one_line(error)
                 log.warning("the claim of models:/%s was not renewed: %s", model_id, why)
@@ -277,17 +277,17 @@ def _beat(attempt: int, what: Any) -> str:
 
 
 def _started(pid: int) -> int | None:
-    """When a process began, in clock ticks since the boot; None if there is none."""
+    """When a process began, in clock ticks since the boot; None if there is no such process."""
     try:
-        words = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8", errors="replace")
+        stat = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8", errors="replace")
     except OSError:
         return None
-    return int(words.rpartition(")")[2].split()[START_TIME])
+    return int(stat.rpartition(")")[2].split()[START_TIME])
 
 
 @cache
 def _room() -> str:
-    """Processes that can see one another's ids; empty where that cannot be told."""
+    """Identifies the processes that can see each other's ids; empty if that is unknown."""
     try:
         boot = Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii").strip()
         namespace = Path("/proc/self/ns/pid").stat().st_ino

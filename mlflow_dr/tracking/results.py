@@ -1,9 +1,8 @@
 """Results of validations: recorded once per checkpoint, then written as metrics.
 
-The record is a write-once parameter of the LoggedModel: one write, which either happens or does
-not, and which the server refuses the second time. The metrics are written from the record with the
-checkpoint's own timestamp, so writing them again changes nothing: whenever a validator is killed,
-the next one ends with exactly one point per metric.
+The record is a write-once parameter of the LoggedModel, and the server refuses a second one. The
+metrics are written from the record, with the checkpoint's own timestamp. Writing them again changes
+nothing, so each metric has exactly one point, even if a validator was killed at any moment.
 """
 
 from __future__ import annotations
@@ -26,7 +25,7 @@ LONGEST_TAG = 5000
 
 
 class State(Enum):
-    """What is known of one validation of one checkpoint."""
+    """The state of a validation of a checkpoint."""
 
     OPEN = "open"
     RECORDED = "recorded"
@@ -35,11 +34,11 @@ class State(Enum):
 
 
 def validation_state(checkpoint: Checkpoint, name: str) -> State:
-    """How far the validation `name` of a checkpoint has come."""
+    """The state of the validation `name` of a checkpoint."""
     record = checkpoint.params.get(PREFIX + name)
     if record is not None:
         values = parse_record(record)
-        if values is None:  # nobody can write another one
+        if values is None:  # a record cannot be replaced
             return State.FAILED
         written = {f"{name}/{key}" for key in values}
         return State.DONE if written <= checkpoint.metrics else State.RECORDED
@@ -54,27 +53,27 @@ def is_finished(checkpoint: Checkpoint, name: str) -> bool:
 
 
 def has_record(checkpoint: Checkpoint, name: str) -> bool:
-    """Whether something stands where the figures of a validation are recorded."""
+    """Whether a validation of a checkpoint has a record, even a malformed one."""
     return PREFIX + name in checkpoint.params
 
 
 def failure_reason(checkpoint: Checkpoint, name: str) -> str:
-    """Why a checkpoint could not be validated; empty where nobody has said that."""
+    """Why a validation of a checkpoint has failed; empty if it has not."""
     record = checkpoint.params.get(PREFIX + name)
     if record is not None and parse_record(record) is None:
-        return f"its param {PREFIX}{name} is no record of figures: {record!r:.80}"
+        return f"its param {PREFIX}{name} is not a record of metrics: {record!r:.80}"
     return checkpoint.tags.get(f"{PREFIX}{name}.failed", "")
 
 
 def parse_record(record: str) -> dict[str, float] | None:
-    """The figures of a record; None where it is none."""
+    """The values of a record, by metric name without prefix; None if it is malformed."""
     try:
         values = json.loads(record)["values"]
     except (ValueError, KeyError, TypeError, IndexError, RecursionError):
         return None
     if not isinstance(values, dict):
         return None
-    return values if all(type(one) in (int, float) for one in values.values()) else None
+    return values if all(type(value) in (int, float) for value in values.values()) else None
 
 
 def record_result(
@@ -85,19 +84,18 @@ def record_result(
     dataset: tuple[str, str],
     now_ms: int | None = None,
 ) -> dict[str, float]:
-    """Record a result, if none is recorded, and write the recorded one as metrics.
+    """Record a result, unless there is a record, and write what is recorded as metrics.
 
     Args:
-        run: the run that the checkpoint belongs to.
-        checkpoint: what was validated.
-        name: the validation's name, which prefixes the metrics.
-        values: figures by metric name without prefix. `lag_seconds`, from READY until now, is
-            added.
+        run: of the checkpoint.
+        checkpoint: the validated one.
+        name: of the validation, which prefixes the metrics.
+        values: by metric name without prefix. `lag_seconds`, from READY until now, is added.
         dataset: name and digest of the collection.
         now_ms: the server's time, in ms since 1970; this machine's when None.
 
     Returns:
-        The recorded figures, which are an earlier validator's if it recorded first.
+        The recorded values; those of another validator if it was first.
     """
     now_ms = now_ms or time.time_ns() // 1_000_000
     lag = max(0, now_ms - checkpoint.ready_ms) / 1000
@@ -106,7 +104,7 @@ def record_result(
         try:
             write_once(run.client, checkpoint.model_id, PREFIX + name, record)
         except Exception:
-            # refused because a record exists, or a lost answer to our own write: read it back
+            # there is a record already, or the answer to our own write was lost: read it back
             found = checkpoint_by_id(run.client, checkpoint.model_id).params.get(PREFIX + name)
             if found is None:
                 raise
@@ -117,7 +115,7 @@ def record_result(
 def write_recorded(
     run: TrackedRun, checkpoint: Checkpoint, name: str, dataset: tuple[str, str]
 ) -> dict[str, float]:
-    """Write the metrics of a record whose writer did not get that far."""
+    """Write the metrics of a record whose validator was killed before it wrote them."""
     return _write_metrics(run, checkpoint, name, checkpoint.params[PREFIX + name], dataset)
 
 
@@ -135,8 +133,8 @@ def _write_metrics(
     values = parse_record(record)
     if values is None:
         raise TrackingError(
-            f"step {checkpoint.step}: param {PREFIX}{name} of {checkpoint.uri} is no record of "
-            f"figures: {record!r:.80}"
+            f"step {checkpoint.step}: param {PREFIX}{name} of {checkpoint.uri} is not a record of "
+            f"metrics: {record!r:.80}"
         )
     metrics = [
         Metric(
@@ -151,6 +149,6 @@ def _write_metrics(
         )
         for key, value in values.items()
     ]
-    with tracking_errors(f"logging the figures of step {checkpoint.step}"):
+    with tracking_errors(f"logging the metrics of step {checkpoint.step}"):
         run.client.log_batch(run.id, metrics=metrics)
     return values

@@ -1,4 +1,4 @@
-"""What has become of a run's checkpoints: which validations are done, by whom, and what failed."""
+"""The state of each validation of a run's checkpoints, and its curve, as text."""
 
 from __future__ import annotations
 
@@ -30,11 +30,11 @@ class Line(NamedTuple):
         step: of the checkpoint.
         validation: its name.
         state: `pending` (being published), `lost` (never to be), `open`, `claimed`, `recorded`,
-            `done`, `failed` or `pruned` (its files were removed before it was done).
-        owner: the validator that has claimed it last, as host:pid.
+            `done`, `failed` or `pruned` (its files were deleted before it was done).
+        owner: the validator that claimed it last, as host:pid.
         age: seconds since it was READY.
-        lag: seconds from READY to the figures.
-        note: why it failed, how often it was taken over, whether its files were removed.
+        lag: seconds from READY to the metrics.
+        note: why it failed, how often it was taken over, whether its files were deleted.
     """
 
     step: int
@@ -50,7 +50,7 @@ def run_status(run: TrackedRun, now_ms: int | None = None) -> list[Line]:
     """Each validation of each checkpoint of a run, by step.
 
     Args:
-        run: which.
+        run: of the checkpoints.
         now_ms: the server's time, in ms since 1970; this machine's when None.
 
     Raises:
@@ -64,26 +64,25 @@ def run_status(run: TrackedRun, now_ms: int | None = None) -> list[Line]:
 
 
 def progress_summary(checkpoints: Iterable[Checkpoint], name: str) -> str:
-    """How far a validation has come, in a few words.
-
-    Args:
-        checkpoints: of one run.
-        name: the validation's.
-    """
-    there = [one for one in checkpoints if one.ready]
-    ready = [
-        one for one in there if not (one.is_pruned and validation_state(one, name) is State.OPEN)
+    """How many checkpoints of a run a validation has done, in a line."""
+    states = [
+        (checkpoint.step, state)
+        for checkpoint in checkpoints
+        if checkpoint.ready
+        and (
+            (state := validation_state(checkpoint, name)) is not State.OPEN
+            or not checkpoint.is_pruned
+        )
     ]
-    states = [validation_state(one, name) for one in ready]
-    done = [one.step for one, state in zip(ready, states, strict=True) if state is State.DONE]
-    words = f"{len(done)} of {len(ready)} checkpoints done"
-    if failed := states.count(State.FAILED):
-        words += f", {failed} failed"
-    return f"{words}, the last at step {max(done)}" if done else words
+    done = [step for step, state in states if state is State.DONE]
+    failed = sum(state is State.FAILED for _, state in states)
+    summary = f"{len(done)} of {len(states)} checkpoints done"
+    summary += f", {failed} failed" if failed else ""
+    return f"{summary}, the last at step {max(done)}" if done else summary
 
 
 def tag_progress(run: TrackedRun, name: str, curve_summary: str) -> None:
-    """Show on the run how far a validation has come.
+    """Tag a run with the progress of a validation.
 
     Raises:
         TrackingError: the server does not answer.
@@ -92,49 +91,49 @@ def tag_progress(run: TrackedRun, name: str, curve_summary: str) -> None:
 
 
 def status_table(lines: Sequence[Line]) -> str:
-    """The lines under their heads, in columns."""
+    """The lines as a table with heads."""
     rows = [
         HEADS,
         *(
             (
-                str(one.step),
-                one.validation or "-",
-                one.state,
-                one.owner or "-",
-                _span(one.age),
-                "-" if one.lag is None else _span(one.lag),
-                one.note,
+                str(line.step),
+                line.validation or "-",
+                line.state,
+                line.owner or "-",
+                _span(line.age),
+                "-" if line.lag is None else _span(line.lag),
+                line.note,
             )
-            for one in lines
+            for line in lines
         ),
     ]
     return in_columns(rows)
 
 
 def _line(checkpoint: Checkpoint, name: str, now_ms: int) -> Line:
-    there = latest_claim(checkpoint, name)
+    claim = latest_claim(checkpoint, name)
     state = validation_state(checkpoint, name)
     lag = recorded_values(checkpoint, name).get("lag_seconds")
     notes = [PRUNED] if checkpoint.is_pruned else []
     if state is State.FAILED:
         notes.append(failure_reason(checkpoint, name)[:LONGEST_NOTE])
-    elif there is not None and there.attempt > 1:
-        notes.append(f"attempt {there.attempt}")
+    elif claim is not None and claim.attempt > 1:
+        notes.append(f"attempt {claim.attempt}")
     shown = state.value
     if not checkpoint.ready:
         shown = "pending" if checkpoint.pending else "lost"
     elif state is State.OPEN and checkpoint.is_pruned:
         shown, notes = PRUNED, []
-    elif state is State.OPEN and there is not None and not there.given_back:
+    elif state is State.OPEN and claim is not None and not claim.given_back:
         shown = CLAIMED
-    owner = str(there.owner) if there is not None and there.owner is not None else ""
+    owner = str(claim.owner) if claim is not None and claim.owner is not None else ""
     since = checkpoint.ready_ms if checkpoint.ready else checkpoint.created_ms
     age = max(0, now_ms - since) / 1000
     return Line(checkpoint.step, name, shown, owner, age, lag, "; ".join(notes))
 
 
 def _span(seconds: float) -> str:
-    """Seconds as people say them."""
+    """Seconds in a readable unit."""
     for size, unit in ((86400, "d"), (3600, "h"), (60, "min")):
         if seconds >= size:
             return f"{seconds / size:.1f} {unit}"
@@ -147,7 +146,7 @@ NEWEST_FIRST = ["attributes.start_time DESC"]
 
 
 class Point(NamedTuple):
-    """The figures of one checkpoint."""
+    """The recorded values of a checkpoint."""
 
     step: int
     model_id: str
@@ -155,11 +154,11 @@ class Point(NamedTuple):
 
 
 def validation_curve(run: TrackedRun, name: str) -> list[Point]:
-    """The recorded figures of a validation, by step."""
+    """The recorded values of a validation, by step."""
     return [
-        Point(one.step, one.model_id, figures)
-        for one in run_checkpoints(run)
-        if (figures := recorded_values(one, name))
+        Point(checkpoint.step, checkpoint.model_id, values)
+        for checkpoint in run_checkpoints(run)
+        if (values := recorded_values(checkpoint, name))
     ]
 
 
@@ -182,7 +181,7 @@ def curve_summary(points: Sequence[Point], metrics: Sequence[str], run: TrackedR
 
 
 def curves_hint(run: TrackedRun) -> str:
-    """A line with the link to a run's curves; where no server runs, how to start one."""
+    """The link to a run's curves; without a server, also how to start one."""
     uri = tracking_uri()
     if is_server(uri):
         return f"curves: {curves_url(run, uri)}"
@@ -193,11 +192,11 @@ def curves_hint(run: TrackedRun) -> str:
 
 
 def curves_url(run: TrackedRun, pages: str) -> str:
-    """The page that shows a run's curves; MLflow's first page shows something else.
+    """The address of the page that shows a run's curves.
 
     Args:
-        run: whose curves.
-        pages: the address of MLflow's pages. A user, a password or a query in it is left out.
+        run: of the curves.
+        pages: the address of MLflow's pages; a user, a password and a query in it are left out.
     """
     address = urlsplit(pages)
     host = address.netloc.rpartition("@")[2]
@@ -208,16 +207,14 @@ def curves_url(run: TrackedRun, pages: str) -> str:
 
 
 def latest_run(client: MlflowClient) -> TrackedRun | None:
-    """The run that was started last, of those that were validated; of all, where none was.
+    """The latest run that was validated; the latest run if none was.
 
     Raises:
         TrackingError: the server does not answer.
     """
     with tracking_errors("looking for the latest run"):
-        experiments = [one.experiment_id for one in client.search_experiments()]
+        experiments = [experiment.experiment_id for experiment in client.search_experiments()]
         runs = client.search_runs(experiments, "", max_results=LOOKED_AT, order_by=NEWEST_FIRST)
-    with_validation = (
-        one for one in runs if any(key.startswith(PREFIX) for key in one.data.params)
-    )
-    found = next(with_validation, runs[0] if runs else None)
-    return TrackedRun(client, found) if found else None
+    validated = (run for run in runs if any(key.startswith(PREFIX) for key in run.data.params))
+    latest = next(validated, runs[0] if runs else None)
+    return TrackedRun(client, latest) if latest else None

@@ -1,4 +1,4 @@
-"""Asking a trainer to stop, from outside: a tag on its run, and the thread that looks for it."""
+"""Asks a trainer to stop, by a tag on its run, which a thread of the trainer polls."""
 
 from __future__ import annotations
 
@@ -26,12 +26,12 @@ def request_stop(run: TrackedRun, reason: str) -> None:
         TrackingError: the server did not take it.
     """
     if not reason.strip():
-        raise UsageError("a stop request without a reason; say why, it is what the trainer logs")
+        raise UsageError("a stop request needs a reason, which the trainer logs")
     run.set_tags({STOP_TAG: reason[:LONGEST_REASON]})
 
 
 def stop_request(run: TrackedRun) -> str | None:
-    """Why the trainer of a run is asked to end, or None when it is not.
+    """The reason of the stop request on a run; None if there is no request.
 
     Raises:
         TrackingError: the server does not answer.
@@ -40,7 +40,7 @@ def stop_request(run: TrackedRun) -> str | None:
 
 
 def clear_stop_request(run: TrackedRun) -> None:
-    """Take a stop request back, as a run does that is resumed; without one nothing happens.
+    """Remove the stop request from a run, if there is one; a resumed training does this.
 
     Raises:
         TrackingError: the server does not answer.
@@ -51,15 +51,15 @@ def clear_stop_request(run: TrackedRun) -> None:
 
 
 class StopWatcher:
-    """Looks for a stop request from a thread of its own, and tells of the first one.
+    """Polls for a stop request in a thread, until there is one.
 
-    A server that is away is looked for again; the first failure of a row is a warning. After the
-    request, or `close`, the thread ends.
+    A failed poll is repeated; the first failure in a row is logged as a warning. The thread ends
+    after a request, or after `close`.
 
     Args:
-        run: whose request.
-        ask: called once, on the watcher's thread, with the reason.
-        seconds: between two looks.
+        run: of the training.
+        ask: called once with the reason, on the watcher's thread.
+        seconds: between two polls.
     """
 
     def __init__(
@@ -76,7 +76,7 @@ class StopWatcher:
         self._thread.start()
 
     def close(self) -> None:
-        """End; a look that hangs on a server is not waited for, and what it finds is not told."""
+        """Stop polling; the result of a poll that is under way is ignored."""
         self._closed.set()
         if threading.current_thread() is not self._thread:
             self._thread.join(SECONDS_TO_LEAVE)

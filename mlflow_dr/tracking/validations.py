@@ -1,4 +1,4 @@
-"""What is said on a run of its validations, and on its checkpoints of their figures."""
+"""The validations of a run: their configurations, their steps, and the metric that decides."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ from mlflow_dr.tracking.runs import TrackedRun
 EVERY = ".every"
 CONTEXT_TAG = "mlflow.data.context"
 STEP_OF_SUBSET = re.compile(r"\bencoder:step-([0-9]{1,18})@")
-MAIN_PARAM = "mlflow_dr.main_validation"  # of a run: which validation decides, if nothing is said
-FIRST_NAME = "val"  # what a validation is called whose user has not called it anything
+MAIN_PARAM = "mlflow_dr.main_validation"  # of a run: the validation that decides by default
+FIRST_NAME = "val"  # default name of a validation
 
 
 class Metric(NamedTuple):
@@ -36,7 +36,7 @@ class Metric(NamedTuple):
 
 
 def parse_config(text: str) -> dict[str, object] | None:
-    """The configuration that a param of a run holds; None where it holds none."""
+    """The configuration in a param of a run; None if the param is malformed."""
     try:
         config = json.loads(text)
     except (ValueError, RecursionError):
@@ -45,18 +45,18 @@ def parse_config(text: str) -> dict[str, object] | None:
 
 
 def bind_name(run: TrackedRun, name: str, config: Mapping[str, object]) -> dict[str, object]:
-    """Bind a validation's name to its configuration on this run; who is first decides.
+    """Bind a validation's name to its configuration on this run; the first validator decides.
 
     Args:
-        run: the run.
-        name: the validation's name, which prefixes its metrics.
-        config: what its figures depend on.
+        run: of the validation.
+        name: of the validation, which prefixes its metrics.
+        config: everything that its metrics depend on.
 
     Returns:
-        The configuration that the name stands for: this one, or one that was there before.
+        The configuration that the name is bound to: this one, or an earlier one.
 
     Raises:
-        UsageError: what was there before is no configuration.
+        UsageError: the name was bound before, to something malformed.
         TrackingError: the server does not answer.
     """
     return _config(
@@ -67,7 +67,7 @@ def bind_name(run: TrackedRun, name: str, config: Mapping[str, object]) -> dict[
 def check_same_config(
     run: TrackedRun, name: str, known: Mapping[str, object], wanted: Mapping[str, object]
 ) -> None:
-    """Refuse a name that stands for another configuration, whose curve would mix with this one.
+    """Refuse a name that is bound to another configuration; the two curves would mix.
 
     Raises:
         UsageError: both configurations.
@@ -75,12 +75,12 @@ def check_same_config(
     if known != wanted:
         raise UsageError(
             f"validation {name!r} of run {run.id} has another configuration: "
-            f"{config_differences(known, wanted)}; give this one another --name"
+            f"{config_differences(known, wanted)}; choose another --name"
         )
 
 
 def config_differences(known: Mapping[str, object], wanted: Mapping[str, object]) -> str:
-    """Where two configurations differ, in words: `measures is 'mrr@10', not 'ndcg@10'`."""
+    """How two configurations differ, such as `measures is 'mrr@10', not 'ndcg@10'`."""
     keys = [key for key in sorted({*known, *wanted}) if known.get(key) != wanted.get(key)]
     return ", ".join(f"{key} is {_said(known, key)}, not {_said(wanted, key)}" for key in keys)
 
@@ -93,7 +93,7 @@ def stored_config(run: TrackedRun, name: str) -> dict[str, object] | None:
     """The configuration that a validation's name is bound to on this run, if any.
 
     Raises:
-        UsageError: it is bound to something that is no configuration.
+        UsageError: it is bound to something malformed.
         TrackingError: the server does not answer.
     """
     known = run.fetch().data.params.get(f"{PREFIX}{name}")
@@ -104,8 +104,8 @@ def _config(run: TrackedRun, name: str, text: str) -> dict[str, object]:
     config = parse_config(text)
     if config is None:
         raise UsageError(
-            f"run {run.id}: param {PREFIX}{name} is no configuration of a validation: "
-            f"{text!r:.80}; give this validation another --name"
+            f"run {run.id}: param {PREFIX}{name} is not the configuration of a validation: "
+            f"{text!r:.80}; choose another --name for this validation"
         )
     return config
 
@@ -113,7 +113,7 @@ def _config(run: TrackedRun, name: str, text: str) -> dict[str, object]:
 def run_validations(run: TrackedRun) -> dict[str, dict[str, object]]:
     """The configuration that each validation's name is bound to on a run, by name.
 
-    Params that only look like one are passed over.
+    Malformed params are skipped.
 
     Raises:
         TrackingError: the server does not answer.
@@ -140,13 +140,13 @@ def subset_encoder_steps(configs: Mapping[str, Mapping[str, object]]) -> dict[in
 
 
 def recorded_values(checkpoint: Checkpoint, name: str) -> dict[str, float]:
-    """The recorded figures of a validation, by metric name without prefix; none where none are."""
+    """The recorded values of a validation, by metric name without prefix; empty if none are."""
     record = checkpoint.params.get(PREFIX + name)
     return (parse_record(record) or {}) if record else {}
 
 
 def metric_value(checkpoint: Checkpoint, metric: Metric) -> float | None:
-    """The recorded value of a metric; None where its validation is not done, or had none."""
+    """The recorded value of a metric; None if there is none."""
     value = recorded_values(checkpoint, metric.validation).get(metric.key)
     return None if value is None else float(value)
 
@@ -154,12 +154,14 @@ def metric_value(checkpoint: Checkpoint, metric: Metric) -> float | None:
 def metric_points(checkpoints: Iterable[Checkpoint], metric: Metric) -> list[tuple[int, float]]:
     """Step and value of each checkpoint that has one."""
     return [
-        (one.step, value) for one in checkpoints if (value := metric_value(one, metric)) is not None
+        (checkpoint.step, value)
+        for checkpoint in checkpoints
+        if (value := metric_value(checkpoint, metric)) is not None
     ]
 
 
 def run_metrics(run: TrackedRun) -> dict[str, list[Metric]]:
-    """What each validation that is bound to a run measures, the first measure first.
+    """The metrics of each validation of a run, in the order of its measures.
 
     Raises:
         TrackingError: the server does not answer.
@@ -188,7 +190,7 @@ def chosen_metric(run: TrackedRun, asked: str | None = None) -> Metric:
     known = {name: keys for name, keys in run_metrics(run).items() if keys}
     if not known:
         raise TrackingError(
-            f"run {run.id} has no validation yet; `mlflow-dr validate --run-id {run.id}` begins one"
+            f"run {run.id} has no validation yet; `mlflow-dr validate --run-id {run.id}` starts one"
         )
     first = main_validation(run, known)
     if asked is None:
@@ -196,34 +198,34 @@ def chosen_metric(run: TrackedRun, asked: str | None = None) -> Metric:
     name, slash, key = asked.rpartition("/")
     wanted = Metric(name if slash else first, key.replace("@", "_at_"))
     if wanted not in known.get(wanted.validation, []):
-        there = ", ".join(str(one) for name in sorted(known) for one in known[name])
-        raise UsageError(f"run {run.id} has no metric {asked!r} to choose by; it has: {there}")
+        metrics = ", ".join(str(metric) for name in sorted(known) for metric in known[name])
+        raise UsageError(f"run {run.id} has no metric {asked!r} to choose by; it has: {metrics}")
     return wanted
 
 
 def main_validation(run: TrackedRun, names: Iterable[str]) -> str:
-    """Which validation decides about a run's checkpoints where the user names none.
+    """The validation that decides about a run's checkpoints if the user names none.
 
-    The one that was begun first, as every validator notes it; else `val`, else the first by name.
+    It is the one that was started first, according to a param of the run; else `val`, else the
+    first by name.
 
     Args:
-        run: whose.
-        names: the validations that it has, one at least.
+        run: of the validations.
+        names: of its validations, at least one.
 
     Raises:
         TrackingError: the server does not answer.
     """
     names = list(names)
     noted = run.fetch().data.params.get(MAIN_PARAM)
-    return next((one for one in (noted, FIRST_NAME) if one in names), min(names))
+    return next((name for name in (noted, FIRST_NAME) if name in names), min(names))
 
 
 def tag_validation_steps(run: TrackedRun, every: Mapping[str, int]) -> None:
-    """Note which steps validations are done of; of what several validators say, the most counts.
+    """Tag a run with the steps that validations take; of several validators' steps all count.
 
     Args:
-        run: which.
-        every: validation -> it takes the steps that this divides; 0 where it chooses them itself.
+        every: validation -> it takes the steps that are multiples of this; 0 if it chooses them.
 
     Raises:
         TrackingError: the server does not answer.
@@ -240,9 +242,9 @@ def tag_validation_steps(run: TrackedRun, every: Mapping[str, int]) -> None:
 
 
 def validation_steps(run: TrackedRun) -> dict[str, int]:
-    """Validation -> it is done of the steps that this divides; 0: of those that it chooses.
+    """Validation -> it takes the steps that are multiples of this number; 0 if it chooses them.
 
-    A validation that is not in it is done of every step.
+    A validation that is missing here takes every step.
 
     Raises:
         TrackingError: the server does not answer.
@@ -255,7 +257,7 @@ def validation_steps(run: TrackedRun) -> dict[str, int]:
 
 
 def validation_collection(run: TrackedRun, name: str) -> str | None:
-    """The collection that a validation is on, as `open_collection` takes it, where the run says so.
+    """The collection of a validation, as `open_collection` takes it; None if the run has none.
 
     Raises:
         TrackingError: the server does not answer.

@@ -158,7 +158,7 @@ def test_a_name_keeps_its_configuration(
     (line,) = done.stderr.splitlines()
     assert line.startswith(f"error: validation 'val' of run {followed.run_id} has another")
     assert "measures is 'mrr@10 ndcg@10 recall@100', not 'mrr@5'" in line
-    assert line.endswith("give this one another --name")
+    assert line.endswith("choose another --name")
     assert points(client, followed.run_id, "val") == before
 
 

@@ -116,5 +116,5 @@ def test_a_store_that_cannot_be_written(run: TrackedRun, checkpoint: Checkpoint)
     room = folder(run)
     room.parent.mkdir(parents=True)
     room.write_text("a file where the folder would be")
-    with pytest.raises(TrackingError, match="keeping the values of step 1200: "):
+    with pytest.raises(TrackingError, match="storing the values of step 1200: "):
         log_per_query_values(run, checkpoint, "val", VALUES)

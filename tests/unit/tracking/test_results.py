@@ -198,9 +198,9 @@ def test_a_record_that_makes_no_sense_is_a_failure(
     run.client.log_model_params(only(run).model_id, {f"{PREFIX}val": record})
     checkpoint = only(run)
     assert validation_state(checkpoint, "val") is State.FAILED
-    assert "is no record of figures" in failure_reason(checkpoint, "val")
+    assert "is not a record of metrics" in failure_reason(checkpoint, "val")
     assert metric_value(checkpoint, Metric("val", "mrr_at_10")) is None
-    with pytest.raises(TrackingError, match="no record of figures"):
+    with pytest.raises(TrackingError, match="not a record of metrics"):
         record_result(run, checkpoint, "val", FIGURES, DATASET)
 
 

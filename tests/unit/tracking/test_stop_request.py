@@ -70,7 +70,7 @@ def test_a_request_is_written_read_and_cleared(run: TrackedRun) -> None:
 
 
 def test_a_reason_is_needed_and_cut_to_what_the_server_takes(run: TrackedRun) -> None:
-    with pytest.raises(UsageError, match="without a reason"):
+    with pytest.raises(UsageError, match="needs a reason"):
         request_stop(run, " ")
     request_stop(run, "x" * 20_000)
     assert stop_request(run) == "x" * 5000
