@@ -23,7 +23,7 @@ from mlflow_dr.files import scratch
 from mlflow_dr.retrieval.measures import parse_measures
 from mlflow_dr.tracking.client import URI_VARIABLE, connect, tracking_uri
 from mlflow_dr.tracking.runs import RUN_VARIABLE, TrackedRun, is_over, open_run
-from mlflow_dr.tracking.status import curve_summary, validation_curve
+from mlflow_dr.tracking.status import curve_summary
 from mlflow_dr.tracking.validations import MAIN_PARAM
 from mlflow_dr.validation.config import RunConfig
 
@@ -71,9 +71,7 @@ def launch(config: RunConfig, training: Sequence[str]) -> int:
                 psutil.Process(validator.process.pid).nice(LOWER_PRIORITY)
         _wait(run, trainer, validator, stop)
     measures = parse_measures(config.measures)
-    _print(
-        curve_summary(validation_curve(run, name), [measure.metric for measure in measures], run)
-    )
+    _print(curve_summary(run, name, [measure.metric for measure in measures]))
     failed = [child for child in (trainer, validator) if child.failed]
     if stop.asked:
         return 130

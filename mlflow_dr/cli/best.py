@@ -14,16 +14,16 @@ from mlflow_dr.cli.options import RUN, seed, tracking_uri
 @click.option(
     "--metric",
     help="A measure of a validation, such as val/mrr_at_10 (default: the first measure of the "
-    "validation that was begun first).",
+    "validation that was started first).",
 )
 @click.option(
     "--download",
     type=click.Path(path_type=Path),
-    help="Put the checkpoint's files, verified, into this directory, which is new or empty.",
+    help="Download the checkpoint's files into this new or empty directory, and verify them.",
 )
 @click.option(
     "--register",
-    help="Make it a version of this registered model, which the alias `best` then names.",
+    help="Register it as a version of this model, and let the alias `best` point to it.",
 )
 @seed
 @tracking_uri
@@ -35,10 +35,10 @@ def command(
     seed: int,
     tracking_uri: str | None,
 ) -> None:
-    """Show a run's best checkpoint, and whether its lead over the next one may be chance.
+    """Show a run's best checkpoint, and whether its lead over the runner-up is significant.
 
-    The lead is tested query by query: paired randomisation test, and a bootstrap interval of the
-    mean difference. The run and the checkpoint are tagged mlflow_dr.best.<validation>.
+    The test is a paired randomisation test over the queries, with a bootstrap interval of the mean
+    difference. The run and the checkpoint are tagged mlflow_dr.best.<validation>.
 
     \b
     Example:

@@ -17,7 +17,7 @@ from mlflow_dr.cli.options import RUN, tracking_uri
 @click.option(
     "--metric",
     help="Metric that decides which are best, such as val/mrr_at_10 (default: the first measure of "
-    "the validation that was begun first).",
+    "the validation that was started first).",
 )
 @click.option(
     "--unvalidated", is_flag=True, help="Also delete checkpoints that are not validated yet."

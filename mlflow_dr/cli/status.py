@@ -11,7 +11,7 @@ from mlflow_dr.cli.options import RUN, tracking_uri
 @click.option("--run-id", required=True, help=RUN)
 @tracking_uri
 def command(run_id: str, tracking_uri: str | None) -> int:
-    """Show what has become of a run's checkpoints: validations, owners, age, lag and failures.
+    """Show the validations of a run's checkpoints: state, owner, age, lag and failures.
 
     \b
     Example:

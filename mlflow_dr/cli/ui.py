@@ -20,13 +20,13 @@ PORTS_TRIED = 20
     type=click.IntRange(1, 65535),
     default=5000,
     show_default=True,
-    help="The port of the pages.",
+    help="Port of MLflow's web pages.",
 )
 @tracking_uri
 def command(port: int, tracking_uri: str | None) -> None:
-    """Start MLflow's pages, and print the link to the curves of the latest run.
+    """Start MLflow's web pages, and print the link to the curves of the latest run.
 
-    Of a tracking server, which has its pages already, only the link is printed.
+    If a tracking server is running, it already has these pages, and only the link is printed.
 
     \b
     Example:
@@ -40,24 +40,24 @@ def command(port: int, tracking_uri: str | None) -> None:
     uri = chosen_uri()
     base = uri if is_server(uri) else f"http://{HOST}:{port}"
     if not is_server(uri) and not _is_free(port):
-        free = next((one for one in range(port + 1, port + PORTS_TRIED) if _is_free(one)), None)
-        other = free or "another number"
+        others = range(port + 1, port + PORTS_TRIED)
+        other = next((other for other in others if _is_free(other)), None) or "another number"
         raise click.ClickException(
-            f"port {port} is taken: give --port {other} (make ui PORT={other})"
+            f"port {port} is taken; pass --port {other} (make ui PORT={other})"
         )
     run = latest_run(client)
     click.echo(f"curves of {run.label}: {curves_url(run, base)}" if run else f"no run yet: {base}")
     if not is_server(uri):
         sys.stdout.flush()
-        words = ["server", "--backend-store-uri", uri, "--host", HOST, "--port", str(port)]
-        os.execv(sys.executable, [sys.executable, "-m", "mlflow", *words])
+        argv = ["server", "--backend-store-uri", uri, "--host", HOST, "--port", str(port)]
+        os.execv(sys.executable, [sys.executable, "-m", "mlflow", *argv])
 
 
 def _is_free(port: int) -> bool:
-    with socket.socket() as tried:
-        tried.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    with socket.socket() as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
-            tried.bind((HOST, port))
+            probe.bind((HOST, port))
         except OSError:
             return False
     return True

@@ -184,11 +184,11 @@ def _encoder(term: SubsetTerm, sources: SubsetSources) -> list[np.ndarray]:
     from mlflow_dr.encoder.directory import load_encoder
     from mlflow_dr.encoder.files import encoder_directory
     from mlflow_dr.retrieval.dense import DenseRetriever
-    from mlflow_dr.tracking.encoders import encoder_errors, encoder_location, resolve_encoder
+    from mlflow_dr.tracking.encoders import encoder_errors, local_encoder, resolve_encoder
 
     def retriever(source: Checkpoint | str) -> Retriever:
         name = source if isinstance(source, str) else source.uri
-        with encoder_location(source) as directory, encoder_errors(name):
+        with local_encoder(source) as directory, encoder_errors(name):
             encoder = load_encoder(directory)
         return DenseRetriever(encoder, sources.device, sources.dtype, sources.search_backend)
 
@@ -205,7 +205,7 @@ def _encoder(term: SubsetTerm, sources: SubsetSources) -> list[np.ndarray]:
         # what is cached needs no files, which may have been removed by now
         identity = (source.manifest, sources.dtype)
         return _cached_top_passages(sources, identity, lambda: retriever(source), term.count)
-    with encoder_location(source) as name:
+    with local_encoder(source) as name:
         directory = encoder_directory(name)
         identity = (digest_of(*_file_digests(directory)), sources.dtype)
         return _cached_top_passages(

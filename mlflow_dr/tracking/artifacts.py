@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import json
-import time
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
-from mlflow.entities import Metric
 from mlflow.exceptions import MlflowException
 
 from mlflow_dr import compat
@@ -144,14 +142,12 @@ def log_subset(
 
 
 def log_study(run: TrackedRun, metrics: Mapping[str, float], files: Iterable[Path]) -> None:
-    """Log a study's figures, and its files into the folder `fidelity`; later ones replace them.
+    """Log a study's metrics, and its files into the folder `fidelity`; later ones replace them.
 
     Raises:
         TrackingError: the server did not take it.
     """
-    now_ms = time.time_ns() // 1_000_000
-    logged = [Metric(key, float(value), now_ms, 0) for key, value in metrics.items()]
+    run.log_report(metrics, {})
     with tracking_errors(f"storing the study of fidelity with run {run.id}"):
-        run.client.log_batch(run.id, metrics=logged)
         for file in files:
             run.client.log_artifact(run.id, str(file), STUDY_FOLDER)

@@ -22,6 +22,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+import msgspec
 from mlflow import MlflowClient
 
 from mlflow_dr.errors import one_line
@@ -66,12 +67,9 @@ class Owner:
     def parse(text: str) -> Owner | None:
         """The owner in a claim's value; None if the value is malformed."""
         try:
-            owner = Owner(**json.loads(text))
-        except (ValueError, TypeError, RecursionError):
+            return msgspec.json.decode(text, type=Owner)
+        except (msgspec.MsgspecError, ValueError, RecursionError):
             return None
-        texts, numbers = (owner.host, owner.room, owner.token), (owner.pid, owner.started)
-        is_valid = all(isinstance(text, str) for text in texts)
-        return owner if is_valid and all(type(number) is int for number in numbers) else None
 
     def __str__(self) -> str:
         return f"{self.host}:{self.pid}"

@@ -18,44 +18,52 @@ from mlflow_dr.errors import (
 )
 from mlflow_dr.files import is_full
 
-if TYPE_CHECKING:  # an encoder of another kind needs no mlflow, which takes seconds to import
+if TYPE_CHECKING:  # importing mlflow takes seconds, and other encoders do not need it
     from mlflow_dr.tracking.checkpoints import Checkpoint
 
 MODEL_SCHEME = "models:/"
-# what a machine lacks, or a network; a file that is missing or no file is the checkpoint's
+# faults of the machine or the network; a missing file is the checkpoint's fault
 LOCAL_ERRORS = {
     *(errno.ENOMEM, errno.EACCES, errno.EPERM, errno.EROFS, errno.EIO, errno.ESTALE),
     *(errno.EMFILE, errno.ENFILE, errno.EAGAIN, errno.EBUSY, errno.ENOLCK, errno.ETIMEDOUT),
     *(errno.ECONNREFUSED, errno.ECONNRESET, errno.EHOSTUNREACH, errno.ENETUNREACH, errno.EPIPE),
 }
 NETWORK_LIBRARIES = {"requests", "urllib3", "httpx", "httpcore"}
-HUB = "huggingface_hub"  # whose other errors are of malformed configurations
+HUB = "huggingface_hub"  # its other errors come from malformed configurations
 ABOUT_FILES = (CheckpointError, MissingExtraError)
 NO_MEMORY = ("out of memory", "can't allocate memory", "not enough memory", "CUDA error")
 
 
 @contextmanager
-def local_encoder(name: str, tracking_uri: str | None = None) -> Iterator[str]:
-    """What `load_encoder` takes for this name; a checkpoint is fetched and verified first.
+def local_encoder(source: Checkpoint | str, tracking_uri: str | None = None) -> Iterator[str]:
+    """The name of an encoder as `load_encoder` takes it, valid inside the `with` block.
+
+    A checkpoint is downloaded and verified first.
 
     Args:
-        name: a directory, a hub name, or what `checkpoint_by_uri` takes.
-        tracking_uri: where `models:/` is looked up; the environment's server when None.
+        source: a checkpoint, a directory, a hub name, or what `checkpoint_by_uri` takes.
+        tracking_uri: the server of `models:/`; the environment's when None.
 
     Raises:
-        UsageError: a registered model's version that is no checkpoint.
+        UsageError: the version of a registered model is not a checkpoint.
         TrackingError: no such model, or no server.
-        CheckpointError: the checkpoint cannot be had, or its bytes are not those published.
+        CheckpointError: the checkpoint cannot be fetched, or its bytes are not those published.
     """
-    with encoder_location(resolve_encoder(name, tracking_uri)) as found:
-        yield found
+    encoder = resolve_encoder(source, tracking_uri) if isinstance(source, str) else source
+    if isinstance(encoder, str):
+        yield encoder
+        return
+    from mlflow_dr.tracking.fetching import checkpoint_files
+
+    with checkpoint_files(encoder) as directory:
+        yield str(directory)
 
 
 def resolve_encoder(name: str, tracking_uri: str | None = None) -> Checkpoint | str:
-    """The checkpoint behind `models:/...`; any other name as it is.
+    """The checkpoint of a name `models:/...`; every other name is returned as it is.
 
     Raises:
-        UsageError: a registered model's version that is no checkpoint.
+        UsageError: the version of a registered model is not a checkpoint.
         TrackingError: no such model, or no server.
     """
     if not name.startswith(MODEL_SCHEME):
@@ -67,29 +75,13 @@ def resolve_encoder(name: str, tracking_uri: str | None = None) -> Checkpoint | 
 
 
 @contextmanager
-def encoder_location(source: Checkpoint | str) -> Iterator[str]:
-    """What `load_encoder` takes for a name, or a checkpoint's directory, as long as it is used.
-
-    Raises:
-        CheckpointError: the checkpoint cannot be had, or its bytes are not those published.
-    """
-    if isinstance(source, str):
-        yield source
-        return
-    from mlflow_dr.tracking.fetching import checkpoint_files
-
-    with checkpoint_files(source) as directory:
-        yield str(directory)
-
-
-@contextmanager
 def encoder_errors(what: str) -> Iterator[None]:
-    """Make one line of whatever goes wrong between an encoder's files and its first vector.
+    """Turn every error between an encoder's files and its first vector into one line.
 
-    The files are somebody else's, and the libraries that read them raise errors of all kinds.
+    The files may come from anywhere, and the libraries that read them raise errors of all kinds.
 
     Args:
-        what: is read, for the message.
+        what: the encoder's name, for the message.
 
     Raises:
         UnavailableError: this machine lacks memory, a module, a right or the network.
@@ -101,7 +93,7 @@ def encoder_errors(what: str) -> Iterator[None]:
         yield
     except Exception as error:
         if isinstance(error, MlflowDrError) and not isinstance(error, ABOUT_FILES):
-            raise  # a name that nothing goes by, say
+            raise  # such as an unknown name
         local = local_cause(error)
         if isinstance(local, OSError) and is_full(local, Path()):
             raise local from error
@@ -115,8 +107,8 @@ def encoder_errors(what: str) -> Iterator[None]:
 
 
 def local_cause(error: BaseException) -> BaseException | None:
-    """What of an error and its causes is the fault of this machine, or of the network."""
-    return next((one for one in causes(error) if _is_local(one)), None)
+    """The first error in a chain of causes that is due to this machine or the network."""
+    return next((cause for cause in causes(error) if _is_local(cause)), None)
 
 
 def _is_local(error: BaseException) -> bool:
@@ -127,4 +119,4 @@ def _is_local(error: BaseException) -> bool:
         return True
     if isinstance(error, OSError) and error.errno is not None:
         return error.errno in LOCAL_ERRORS or is_full(error, Path())
-    return isinstance(error, RuntimeError) and any(words in str(error) for words in NO_MEMORY)
+    return isinstance(error, RuntimeError) and any(text in str(error) for text in NO_MEMORY)

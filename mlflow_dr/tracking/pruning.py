@@ -48,18 +48,11 @@ Result = TypeVar("Result")
 
 
 class RunState(Enum):
-    """What has become of a checkpoint's run."""
+    """The state of a checkpoint's run: deleted ones can be restored, until `mlflow gc`."""
 
     ACTIVE = "active"
     DELETED = "deleted"
     GONE = "gone"
-
-
-class Orphan(NamedTuple):
-    """A checkpoint of a run that was deleted (and can be restored) or is gone (`mlflow gc`)."""
-
-    checkpoint: Checkpoint
-    run: RunState
 
 
 class Stored(NamedTuple):
@@ -247,7 +240,9 @@ def _count(store: ArtifactRepository) -> Stored:
     return Stored(files, size)
 
 
-def orphans(client: MlflowClient, experiment: str | None = None) -> list[Orphan]:
+def orphans(
+    client: MlflowClient, experiment: str | None = None
+) -> list[tuple[Checkpoint, RunState]]:
     """Checkpoints of deleted runs, by run and step. MLflow leaves their entities and files.
 
     Args:
@@ -258,7 +253,7 @@ def orphans(client: MlflowClient, experiment: str | None = None) -> list[Orphan]
     Raises:
         TrackingError: no such experiment, or the server does not answer.
     """
-    found: list[Orphan] = []
+    found: list[tuple[Checkpoint, RunState]] = []
     for entry in _experiments(client, experiment):
         checkpoints = [one for one in find_checkpoints(client, entry.experiment_id) if one.run_id]
         with tracking_errors(f"runs of experiment {entry.name!r}"):
@@ -268,7 +263,7 @@ def orphans(client: MlflowClient, experiment: str | None = None) -> list[Orphan]
         for checkpoint in sorted(checkpoints, key=lambda one: (one.run_id, one.step)):
             state = states.get(checkpoint.run_id, RunState.ACTIVE)
             if state is not RunState.ACTIVE:
-                found.append(Orphan(checkpoint, state))
+                found.append((checkpoint, state))
     return found
 
 
@@ -280,28 +275,12 @@ def _experiments(client: MlflowClient, name: str | None) -> Iterator[Experiment]
                 raise TrackingError(no_experiment(client, name))
             yield found
             return
-        token = None
-        while True:
-            page = client.search_experiments(
-                ViewType.ALL, max_results=PER_REQUEST, page_token=token
-            )
-            yield from page
-            token = page.token
-            if not token:
-                return
+        yield from all_pages(client.search_experiments, ViewType.ALL, max_results=PER_REQUEST)
 
 
 def _active_runs(client: MlflowClient, experiment_id: str) -> set[str]:
-    active: set[str] = set()
-    token = None
-    while True:
-        page = client.search_runs(
-            [experiment_id], "", ViewType.ACTIVE_ONLY, PER_REQUEST, page_token=token
-        )
-        active |= {run.info.run_id for run in page}
-        token = page.token
-        if not token:
-            return active
+    runs = all_pages(client.search_runs, [experiment_id], "", ViewType.ACTIVE_ONLY, PER_REQUEST)
+    return {run.info.run_id for run in runs}
 
 
 def _run_state(client: MlflowClient, run_id: str) -> RunState:

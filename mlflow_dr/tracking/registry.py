@@ -91,7 +91,7 @@ def _version_of(client: MlflowClient, checkpoint: Checkpoint, name: str) -> Mode
     for version in all_pages(client.search_model_versions, f"name={quote}{name}{quote}"):
         # databases store only the source (MLflow 3.17): a model's URI, or its location
         if checkpoint.model_id == version.model_id or (version.source or "").rstrip("/") in sources:
-            return version  # type: ignore[no-any-return]
+            return version
     return None
 
 

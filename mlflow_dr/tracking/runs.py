@@ -1,4 +1,4 @@
-"""Runs: opened or taken over from `mlflow run`, with params, metrics, inputs and an end."""
+"""Runs: finding, opening and ending them; their params, metrics, tags and dataset inputs."""
 
 from __future__ import annotations
 
@@ -32,20 +32,20 @@ from mlflow_dr.tracking.datasets import CollectionSource
 log = logging.getLogger(__name__)
 
 RUN_VARIABLE = "MLFLOW_RUN_ID"
-# what a validator learns from a run; the tag has a folder's whole path, where the param, which
-# `mlflow run` may have logged before, has what the user typed
+# what a validator learns from a run; the tag has the full path of a folder, and the param what the
+# user typed, because `mlflow run` may have logged it before
 DATASET_PARAM, SPLIT_PARAM = "dataset", "validation_split"
 DATASET_TAG = "mlflow_dr.dataset"
 LONGEST_PARAM = 6000
 PARAMS_PER_REQUEST = 100
 OWN_TAGS = "mlflow_dr."
 SHORT_ID, SHORTEST_ID, LONGEST_ID = 8, 4, 32  # characters
-CANDIDATES = 5  # runs that are named where several could be meant
-LATEST_RUNS = 200  # whose names a wrong one is compared with
+CANDIDATES = 5  # runs that an error lists
+LATEST_RUNS = 200  # runs whose names are compared with an unknown name
 
 
 class TrackedRun:
-    """One MLflow run that is written to by its id; it never becomes the active run."""
+    """An MLflow run that is written to by its id; it never becomes the active run."""
 
     def __init__(self, client: MlflowClient, run: Run) -> None:
         self.client = client
@@ -55,16 +55,16 @@ class TrackedRun:
 
     @property
     def label(self) -> str:
-        """What a person calls it: its name, and the beginning of its id."""
+        """Its name and the beginning of its id."""
         return f"{self.name} ({self.id[:SHORT_ID]})"
 
     def fetch(self) -> Run:
-        """The run as it stands on the server now."""
+        """The current state of the run on the server."""
         with tracking_errors(f"run {self.id}"):
             return self.client.get_run(self.id)
 
     def log_params(self, params: Mapping[str, Any]) -> None:
-        """Log what is not logged yet; `mlflow run` logs its own parameters before we start."""
+        """Log params that are not logged yet; `mlflow run` logs its own before a command starts."""
         known = self.fetch().data.params
         new = [
             Param(key, str(value)[:LONGEST_PARAM])
@@ -76,17 +76,17 @@ class TrackedRun:
                 self.client.log_batch(self.id, params=new[start : start + PARAMS_PER_REQUEST])
 
     def set_param_once(self, key: str, text: str) -> str:
-        """Write a param that nobody writes again; who is first decides.
+        """Write a param once; the first writer decides its value.
 
         Returns:
-            What is there: this text, or one that was there before.
+            The value of the param: this text, or an earlier one.
 
         Raises:
             TrackingError: the server does not answer.
         """
         with tracking_errors(f"param {key!r} of run {self.id}"):
             try:
-                # of two values the server refuses the second
+                # the server refuses a second value
                 self.client.log_param(self.id, key, text)
             except Exception:
                 known: str | None = self.fetch().data.params.get(key)
@@ -96,7 +96,7 @@ class TrackedRun:
         return text
 
     def log_metrics(self, values: Mapping[str, float], step: int) -> None:
-        """Log metrics from a thread of MLflow's, so that the caller is not held up."""
+        """Log metrics from a thread of MLflow's, without waiting for the server."""
         now = int(time.time() * 1000)
         metrics = [Metric(key, float(value), now, step) for key, value in values.items()]
         try:
@@ -105,7 +105,7 @@ class TrackedRun:
             log.warning("metrics of step %d were not logged: %s", step, error)
 
     def log_report(self, values: Mapping[str, float], files: Mapping[str, str]) -> None:
-        """Show what a command has found: figures as metrics, texts as artifacts, by their names.
+        """Log the results of a command: values as metrics, texts as artifacts, by their names.
 
         Raises:
             TrackingError: the server did not take it.
@@ -118,10 +118,10 @@ class TrackedRun:
                 self.client.log_text(self.id, text, name)
 
     def last_step(self, metric: str) -> int | None:
-        """The last step that has a value of a metric; None without any."""
+        """The last step that has a value of a metric; None if there is none."""
         with tracking_errors(f"metrics of run {self.id}"):
             history = self.client.get_metric_history(self.id, metric)
-        return max((one.step for one in history), default=None)
+        return max((metric.step for metric in history), default=None)
 
     def set_tags(self, tags: Mapping[str, str]) -> None:
         """Set tags on the run."""
@@ -138,13 +138,13 @@ class TrackedRun:
         context: str,
         collection: str | None = None,
     ) -> None:
-        """Show a collection among the run's dataset inputs.
+        """Log a collection as a dataset input of the run.
 
         Args:
-            name: the collection's name.
-            digest: digest of its contents.
+            name: of the collection.
+            digest: of its contents.
             source: where it comes from.
-            profile: sizes and the like; `split` is kept with the source, too.
+            profile: its sizes and `split`.
             context: what it was used for, such as `training`.
             collection: what `open_collection` takes; the name when None.
         """
@@ -162,10 +162,10 @@ class TrackedRun:
 
     @contextmanager
     def finish_on_exit(self, what: str) -> Iterator[None]:
-        """End the run with the block: finished, failed, or killed where Ctrl-C ended it.
+        """End the run with the block: FINISHED, FAILED after an error, KILLED after Ctrl-C.
 
         Args:
-            what: was done, for the log.
+            what: what the block does, for the log.
         """
         try:
             yield
@@ -183,7 +183,7 @@ class TrackedRun:
         log.info("run %s: %s %s", self.id, what, status.lower())
 
     def finish(self, status: str) -> None:
-        """End the run, after all that is on its way: `FINISHED`, `FAILED` or `KILLED`."""
+        """End the run with a status, after pending metrics: `FINISHED`, `FAILED` or `KILLED`."""
         with tracking_errors(f"ending run {self.id}"):
             self.client.set_terminated(self.id, status)
 
@@ -194,13 +194,13 @@ def open_run(
     run_id: str | None = None,
     name: str | None = None,
 ) -> TrackedRun:
-    """The run that is named, or that `mlflow run` or a parent process made, else a new one.
+    """An existing run: the given one, or that of `mlflow run` or a parent process; else a new one.
 
     Args:
-        client: where.
+        client: of the tracking server.
         experiment: name of the experiment of a new run; MLflow's own variables when None.
-        run_id: a run to go on with.
-        name: the run's name; one that exists is renamed. Its own, or one of MLflow's, when None.
+        run_id: of an existing run that continues.
+        name: of the run; an existing run is renamed. When None, MLflow chooses the name.
     """
     context = dict(resolve_tags())
     if run_id := run_id or os.environ.get(RUN_VARIABLE):
@@ -212,13 +212,13 @@ def open_run(
                 client.update_run(run_id, status=status, name=name)
             run = find_run(client, run_id)
         return run
-    with tracking_errors("making a run"):
-        made = client.create_run(_experiment(client, experiment), tags=context, run_name=name)
-    return TrackedRun(client, made)
+    with tracking_errors("creating a run"):
+        created = client.create_run(_experiment(client, experiment), tags=context, run_name=name)
+    return TrackedRun(client, created)
 
 
 def find_run(client: MlflowClient, run_id: str) -> TrackedRun:
-    """An existing run, by its whole id.
+    """An existing run, by its complete id.
 
     Raises:
         RunGoneError: there is no run with that id, or it was deleted.
@@ -235,16 +235,16 @@ def resolve_run(client: MlflowClient, text: str) -> TrackedRun:
     """The run that a user means: by its id, the beginning of its id, or its name.
 
     Raises:
-        UsageError: several runs are called so, with their ids.
-        RunGoneError: there is no such run, with the nearest name; or it was deleted.
+        UsageError: several runs match; the message has their ids.
+        RunGoneError: there is no such run (the message has the nearest name), or it was deleted.
         TrackingError: the server does not answer.
     """
     if _run_with_id(client, text) is not None:
         return find_run(client, text)
     if len(text) == LONGEST_ID and _is_hex(text):
-        return find_run(client, text)  # says that there is none
+        return find_run(client, text)  # raises
     with tracking_errors(f"looking for run {text!r}"):
-        experiments = [one.experiment_id for one in client.search_experiments()]
+        experiments = [experiment.experiment_id for experiment in client.search_experiments()]
 
         def search(condition: str, most: int) -> list[Run]:
             newest_first = ["attributes.start_time DESC"]
@@ -257,14 +257,14 @@ def resolve_run(client: MlflowClient, text: str) -> TrackedRun:
         found = search(f"attributes.run_name = {quote}{text}{quote}", CANDIDATES + 1)
         if not found and len(text) >= SHORTEST_ID and _is_hex(text):
             found = search(f"attributes.run_id LIKE '{text}%'", CANDIDATES + 1)
-        known = [] if found else [one.info.run_name or "" for one in search("", LATEST_RUNS)]
+        known = [] if found else [run.info.run_name or "" for run in search("", LATEST_RUNS)]
     if not found:
         raise RunGoneError(
             f"no run {text!r} on {shown_uri()}{did_you_mean(text, known)}; give an id, the "
             f"beginning of one, or a run's name, and check {URI_VARIABLE}"
         )
     if len(found) > 1:
-        labels = [TrackedRun(client, one).label for one in found[:CANDIDATES]]
+        labels = [TrackedRun(client, run).label for run in found[:CANDIDATES]]
         more = ", ..." if len(found) > CANDIDATES else ""
         raise UsageError(
             f"run {text!r} could be {', '.join(labels)}{more}; give the id of the one you mean"
@@ -283,7 +283,7 @@ def _run_with_id(client: MlflowClient, run_id: str) -> Run | None:
 
 
 def _is_hex(text: str) -> bool:
-    return all(one in "0123456789abcdef" for one in text)
+    return all(character in "0123456789abcdef" for character in text)
 
 
 def check_alive(run: Run) -> None:
@@ -300,7 +300,7 @@ def check_alive(run: Run) -> None:
 
 
 def run_is_gone(client: MlflowClient, run_id: str) -> bool:
-    """Whether a run was deleted, or never was; False where the server does not say."""
+    """Whether there is no such run, or no longer; False if the server does not answer."""
     try:
         find_run(client, run_id)
     except TrackingError as error:
@@ -309,7 +309,7 @@ def run_is_gone(client: MlflowClient, run_id: str) -> bool:
 
 
 def is_over(run: Run) -> bool:
-    """Whether training has ended, for good or ill."""
+    """Whether the run has ended, with any status."""
     return RunStatus.is_terminated(RunStatus.from_string(run.info.status))
 
 
@@ -322,12 +322,12 @@ def _experiment(client: MlflowClient, name: str | None) -> str:
 
 
 def active_run_id(asked: str | None = None) -> str:
-    """The run that was asked for, else MLflow's active run, else `$MLFLOW_RUN_ID`.
+    """The given run, else MLflow's active run of this thread, else `$MLFLOW_RUN_ID`.
 
-    The active run is the calling thread's own. No request is made.
+    No request is made.
 
     Raises:
-        UsageError: there is none of the three.
+        UsageError: there is no run.
     """
     if asked:
         return asked
@@ -342,25 +342,25 @@ def active_run_id(asked: str | None = None) -> str:
 
 
 def project_run(tracking_uri: str | None = None) -> TrackedRun | None:
-    """The run that `mlflow run`, or another parent process, has made for this command.
+    """The run that `mlflow run` or another parent process created for this command, if any.
 
     Raises:
-        TrackingError: it is gone, or the server does not answer.
+        TrackingError: the run is gone, or the server does not answer.
     """
     run_id = os.environ.get(RUN_VARIABLE)
     return find_run(connect(tracking_uri, may_create=False), run_id) if run_id else None
 
 
 def name_collection(run: TrackedRun, collection: str, split: str) -> None:
-    """Note on a run what its checkpoints are to be validated on.
+    """Write on a run which collection and split its checkpoints are validated on.
 
     Args:
-        run: the run.
-        collection: the collection's name; a folder's whole path.
-        split: the queries.
+        run: of the checkpoints.
+        collection: its name, or the full path of a folder.
+        split: of the queries.
 
     Raises:
-        UsageError: the run says another split already, which no one can change.
+        UsageError: the run already has another split, and a param cannot be changed.
         TrackingError: the server did not take it.
     """
     run.set_tags({DATASET_TAG: collection})
@@ -368,6 +368,6 @@ def name_collection(run: TrackedRun, collection: str, split: str) -> None:
     known = run.fetch().data.params[SPLIT_PARAM]
     if known != split:
         raise UsageError(
-            f"run {run.id} has {SPLIT_PARAM}={known!r} already, and MLflow's params are written "
-            f"once; leave split={split!r} out, or give the validator `--split {split}`"
+            f"run {run.id} already has {SPLIT_PARAM}={known!r}, and MLflow's params cannot be "
+            f"changed; leave split={split!r} out, or pass `--split {split}` to the validator"
         )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 from urllib.parse import urlsplit
 
@@ -145,38 +145,31 @@ LOOKED_AT = 200  # runs
 NEWEST_FIRST = ["attributes.start_time DESC"]
 
 
-class Point(NamedTuple):
-    """The recorded values of a checkpoint."""
+def curve_summary(run: TrackedRun, name: str, metrics: Sequence[str]) -> str:
+    """First, last and best checkpoint of a validation, and where the curves are.
 
-    step: int
-    model_id: str
-    values: Mapping[str, float]
+    Args:
+        run: of the validation.
+        name: of the validation.
+        metrics: names without prefix; the first one decides which checkpoint is best.
 
-
-def validation_curve(run: TrackedRun, name: str) -> list[Point]:
-    """The recorded values of a validation, by step."""
-    return [
-        Point(checkpoint.step, checkpoint.model_id, values)
+    Raises:
+        TrackingError: the server does not answer.
+    """
+    curve = [
+        (checkpoint, values)
         for checkpoint in run_checkpoints(run)
         if (values := recorded_values(checkpoint, name))
     ]
-
-
-def curve_summary(points: Sequence[Point], metrics: Sequence[str], run: TrackedRun) -> str:
-    """First, last and best checkpoint, and where the curves are.
-
-    Args:
-        points: a validation's curve.
-        metrics: metric names without prefix; the first one decides which checkpoint is best.
-        run: whose curve.
-    """
-    lines = ["", f"run {run.id}: {len(points)} checkpoints validated"]
-    if points:
-        best = max(points, key=lambda point: point.values[metrics[0]])
-        for what, point in (("first", points[0]), ("last", points[-1]), ("best", best)):
-            figures = "  ".join(f"{name} {point.values[name]:.4f}" for name in metrics)
-            lines.append(f"  {what:5}  step {point.step:<7} {figures}")
-        lines.append(f"best checkpoint by {metrics[0]}: models:/{best.model_id}")
+    lines = ["", f"run {run.id}: {len(curve)} checkpoints validated"]
+    if curve:
+        best = max(curve, key=lambda point: point[1][metrics[0]])
+        for label, (checkpoint, values) in zip(
+            ("first", "last", "best"), (curve[0], curve[-1], best), strict=True
+        ):
+            shown = "  ".join(f"{metric} {values[metric]:.4f}" for metric in metrics)
+            lines.append(f"  {label:5}  step {checkpoint.step:<7} {shown}")
+        lines.append(f"best checkpoint by {metrics[0]}: {best[0].uri}")
     return "\n".join([*lines, curves_hint(run)])
 
 

@@ -22,7 +22,7 @@ def called(client: MlflowClient, port: int) -> Any:
 def test_a_port_that_is_taken_is_said_with_another(client: MlflowClient) -> None:
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
-        with pytest.raises(click.ClickException, match=rf"port {port} is taken: give --port \d+"):
+        with pytest.raises(click.ClickException, match=rf"port {port} is taken; pass --port \d+"):
             called(client, port)
 
 

@@ -40,6 +40,6 @@ def test_what_a_validator_needs_is_on_the_run(run: TrackedRun) -> None:
 
 def test_a_split_that_the_run_does_not_have_is_refused(run: TrackedRun) -> None:
     run.log_params({"validation_split": "test"})
-    with pytest.raises(UsageError, match="has validation_split='test' already") as caught:
+    with pytest.raises(UsageError, match="already has validation_split='test'") as caught:
         name_collection(run, "demo", "dev")
     assert "--split dev" in str(caught.value)

@@ -100,7 +100,7 @@ def test_a_damaged_file(run: TrackedRun, checkpoint: Checkpoint, damage: bytes |
     log_per_query_values(run, checkpoint, "val", VALUES)
     (path,) = folder(run).rglob("*.parquet")
     path.write_bytes(path.read_bytes()[:-20] if damage is None else damage)
-    with pytest.raises(DataError, match=rf"run {run.id}, artifact validation/val/.*: no table"):
+    with pytest.raises(DataError, match=rf"run {run.id}, artifact validation/val/.*: not a table"):
         per_query_values(run, checkpoint, "val")
 
 
