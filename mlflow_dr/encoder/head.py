@@ -127,6 +127,12 @@ def vector_dimension(head: Iterable[Any], width: int, start: str = TOKENS) -> in
     """
     widths = {start: width}
     for module in head:
+        for feature in (input_of(module), output_of(module)):
+            if feature not in (TOKENS, SENTENCE):
+                raise UsageError(
+                    f"module {type(module).__name__} works on {feature!r:.80}; expected {TOKENS} "
+                    f"or {SENTENCE}"
+                )
         given = widths.get(input_of(module))
         if given is None:
             raise UsageError(

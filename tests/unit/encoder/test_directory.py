@@ -472,6 +472,11 @@ TRANSFORMER = {"idx": 0, "name": "0", "path": "", "type": f"{ST}Transformer"}
         ),
         ("1_Pooling/config.json", ["mean"], "1_Pooling/config.json: not as .* writes it"),
         ("2_Dense/config.json", {"in_features": 128}, "Dense.*out_features"),
+        (
+            "3_Normalize/config.json",
+            {"module_output_name": ["elsewhere"]},
+            r"module Normalize works on .*elsewhere",
+        ),
         ("2_Dense/config.json", {"in_features": 128, "out_features": 31}, "size mismatch"),
         ("2_Dense/config.json", {"in_features": 64, "out_features": 32}, "size mismatch"),
         ("sentence_bert_config.json", {"max_seq_length": "long"}, "cannot be read"),
