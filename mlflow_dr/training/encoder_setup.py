@@ -18,7 +18,7 @@ from mlflow_dr.encoder.tiny import tiny_encoder
 from mlflow_dr.encoder.tokenize import TextTokenizer, append_eos
 from mlflow_dr.errors import CheckpointError, UsageError, one_line
 from mlflow_dr.tracking.encoders import MODEL_SCHEME
-from mlflow_dr.training.arguments import TrainingRequest
+from mlflow_dr.training.arguments import ModelArguments, TrainingRequest
 from mlflow_dr.training.batches import Collator, TrainingSet, check_negatives, training_set
 from mlflow_dr.training.data import Mixture, TrainingData
 from mlflow_dr.training.flags import ADAPTER, MERGED
@@ -50,7 +50,6 @@ def build_encoder(request: TrainingRequest, data: TrainingData, start: str) -> E
         if model.attn_implementation:
             encoder.backbone.set_attn_implementation(model.attn_implementation)
     else:
-        changes: dict[str, Any] = request.encoder_changes()
         encoder = load_encoder(
             start,
             attention=model.attn_implementation,
@@ -58,9 +57,13 @@ def build_encoder(request: TrainingRequest, data: TrainingData, start: str) -> E
             tokenizer=model.tokenizer_name,
             cache_dir=model.cache_dir,
             bare_pooling=request.bare_pooling,
-            **changes,
+            **request.encoder_changes(),
         )
-    _adjust(encoder, request)
+    check_separator(encoder.tokenizer, request.data.passage_field_separator)
+    if model.dropout is not None:
+        set_dropout(encoder, model.dropout)
+    if model.do_lower_case:
+        lower_case(encoder)
     if model.append_eos_token:
         for tower in encoder.distinct_encoders:
             append_eos(tower.tokenizer)
@@ -73,31 +76,25 @@ def build_encoder(request: TrainingRequest, data: TrainingData, start: str) -> E
     if model.model_file:
         load_dpr_weights(model.model_file, encoder)
     if model.lora:
-        targets = model.lora_target_modules
-        adapters = model.lora_name_or_path
-        add_lora(
-            encoder,
-            _absolute(model.model_name_or_path),
-            rank=model.lora_r,
-            alpha=model.lora_alpha,
-            dropout=model.lora_dropout,
-            targets=targets.split(",") if targets else None,
-            start=encoder_directory(adapters, model.cache_dir) if adapters else None,
-            merged=model.lora_publish == MERGED,
-        )
+        _add_adapters(encoder, model)
     if model.fix_ctx_encoder:
         freeze_passages(encoder)
     return encoder
 
 
-def _adjust(encoder: Encoder, request: TrainingRequest) -> None:
-    """Apply flags to the backbone and the tokenizer of a loaded encoder."""
-    model = request.model
-    check_separator(encoder.tokenizer, request.data.passage_field_separator)
-    if model.dropout is not None:
-        set_dropout(encoder, model.dropout)
-    if model.do_lower_case:
-        lower_case(encoder)
+def _add_adapters(encoder: Encoder, model: ModelArguments) -> None:
+    """Add adapters to the encoder, or continue those that the flags name."""
+    targets, adapters = model.lora_target_modules, model.lora_name_or_path
+    add_lora(
+        encoder,
+        _absolute(model.model_name_or_path),
+        rank=model.lora_r,
+        alpha=model.lora_alpha,
+        dropout=model.lora_dropout,
+        targets=targets.split(",") if targets else None,
+        start=encoder_directory(adapters, model.cache_dir) if adapters else None,
+        merged=model.lora_publish == MERGED,
+    )
 
 
 def _check_base(request: TrainingRequest, encoder: Encoder) -> None:

@@ -22,7 +22,7 @@ from mlflow_dr.training.arguments import (
     RetrieverTrainingArguments,
     TrainingRequest,
 )
-from mlflow_dr.training.flags import check_flags, check_values, read_flags, unknown_flag
+from mlflow_dr.training.flags import check_values, read_flags, unknown_flag
 from mlflow_dr.training.gc_dpr import GcDprArguments, is_gc_dpr, translated
 from mlflow_dr.training.recipes import as_flags, recipe_flags, recipe_of
 
@@ -73,7 +73,6 @@ def parse_training(argv: Sequence[str], processes: int = 1) -> TrainingRequest:
     Raises:
         UsageError: an unknown flag, or a value that does not fit.
     """
-    check_flags(argv)
     parser = training_parser()
     seen, unknown = parser.parse_known_args(list(argv))
     if unknown:
