@@ -45,7 +45,7 @@ class Agreement(NamedTuple):
 
     Attributes:
         tau: Kendall's tau-b of the checkpoints' values; undefined where one curve is constant.
-        pearson: their correlation, likewise.
+        pearson: Pearson's correlation of these values; undefined if one curve is constant.
         regret: what the full corpus's best checkpoint is above the one that the subset chooses, by
             the full corpus's values; among equal values each chooses the earliest.
         inflation: how much higher the subset's values are, on average over the checkpoints.
@@ -92,7 +92,7 @@ def agreement(
 
     Args:
         full: values of each query, `(n_checkpoints, n_queries) float64`.
-        subset: likewise, `(n_checkpoints, n_own) float64`.
+        subset: values on the subset, `(n_checkpoints, n_own) float64`.
         own: which of the queries the subset's are, `(n_own,) int64`; the same ones when None.
         resamples: how many; the intervals are undefined when 0, or when the subset has one query.
         seed: of what is drawn.
@@ -319,16 +319,10 @@ def compare_curves(
     skipped: Mapping[int, str] | None = None,
     resamples: int = RESAMPLES,
 ) -> FidelityResult:
-    """Compare curves with the first of them, the full corpus's; arguments as of `FidelityResult`.
+    """Compare curves with the first of them, the full corpus's; see `FidelityResult`.
 
     Args:
-        measure: likewise.
-        collection: likewise.
-        split: likewise.
-        steps: likewise.
         curves: the full corpus's, then those of subsets, whose queries are among its.
-        tolerance: likewise.
-        skipped: likewise.
         resamples: of the bootstrap.
     """
     full, *subsets = curves

@@ -38,7 +38,7 @@ class Rule:
         sample: `top` takes the best of those that are left, `random` any.
         seed: of the random sample; a query's sample depends on nothing but seed and query id.
         margin: a negative scores at least this much less than the positive.
-        relative_margin: likewise, as a share of the positive's score: 0.05 is at most 95 % of it.
+        relative_margin: the same as a share of the positive's score: 0.05 is at most 95 % of it.
         max_score: a negative scores at most this.
         min_score: a negative scores at least this.
 
