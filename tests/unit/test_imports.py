@@ -58,6 +58,7 @@ HOMES = {
     "bm25s": ["retrieval/bm25.py"],
     "Stemmer": ["retrieval/bm25.py"],
     "regex": ["retrieval/answers.py"],
+    "datasets": ["collection/hub.py"],
     "pytrec_eval": ["retrieval/measures.py"],
     "ir_measures": ["retrieval/measures.py"],
     "psutil": ["launch.py"],
