@@ -33,8 +33,8 @@ Args, in this order:
 
 Returns:
     Scores (dot products) `(n_queries, k) float32` and positions in the chunk `(n_queries, k)
-    int64`, on the same device, by descending score, then ascending rank. A position of -1, or a
-    score that is not finite, ends the search with an error.
+    int64`, on the same device. Their order does not matter: the caller sorts them by score and
+    rank. A position of -1, or a score that is not finite, ends the search with an error.
 
 Another package adds one by `@SEARCH_BACKENDS.register("NAME")`, or by an entry point in the group
 `mlflow_dr.search_backends`; `--search-backend NAME` chooses it.
