@@ -188,7 +188,7 @@ def save_encoder(
         directory: does not exist yet.
         encoder: what to write.
         state: weights to write instead of the encoder's own, under the names of
-            `encoder.state_dict()`, such as a snapshot of an encoder that is being trained.
+            `encoder.state_dict()`, such as a copy of those of an encoder that is being trained.
         merged: whether adapters become part of the backbone's weights; without this only the
             adapters are written.
         is_query_encoder: whether `SentenceTransformer.encode` cuts texts at the queries' length

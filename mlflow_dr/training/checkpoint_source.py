@@ -82,7 +82,7 @@ class SentenceTransformerSource:
     """A SentenceTransformer, written by its own `save`.
 
     `save` writes the current weights of a model, which training changes meanwhile. So a copy of the
-    model without weights is kept, which gets the weights of each snapshot.
+    model without weights is kept, which gets the weights of each publication.
 
     Args:
         model: the SentenceTransformer.

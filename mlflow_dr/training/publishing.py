@@ -81,7 +81,7 @@ class Publisher:
     """Publishes the weights of a training as checkpoints of a run.
 
     `publish(step)` returns when the weights are copied into host memory; a thread writes and
-    uploads them. While two snapshots are waiting, it also waits for the older one. A failed upload
+    uploads them. While two copies are waiting, it also waits for the older one. A failed upload
     is tried again. If it still fails, the failure is logged and noted on the run, and training goes
     on. If the first checkpoint is refused for a reason that will last (no permission, a missing
     module), `refused` is set.
@@ -175,12 +175,12 @@ class Publisher:
             self.wait()
             self._spare.clear()
             self._spare_source = source
-        snapshot = copy_to_host(source.state(), self._spare.pop() if self._spare else None)
+        weights = copy_to_host(source.state(), self._spare.pop() if self._spare else None)
         self._submitted.add(step)
         if self._thread is None:
             self._thread = threading.Thread(target=self._work, name="publisher", daemon=True)
             self._thread.start()
-        self._queue.put((step, source, snapshot))
+        self._queue.put((step, source, weights))
         return True
 
     def wait(self) -> None:
@@ -206,14 +206,14 @@ class Publisher:
 
     def _work(self) -> None:
         while (item := self._queue.get()) is not None:
-            step, source, snapshot = item
+            step, source, weights = item
             try:
-                if self._publish(step, source, snapshot):
+                if self._publish(step, source, weights):
                     self._drop_kept()
                 else:
-                    self._keep(step, source, snapshot)
+                    self._keep(step, source, weights)
             finally:
-                self._spare.append(snapshot)
+                self._spare.append(weights)
                 self._queue.task_done()
         self._queue.task_done()
 
