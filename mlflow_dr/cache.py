@@ -118,13 +118,15 @@ def _damage(entry: Path) -> str:
             return ""
         if not (entry / CHECKSUMS).is_file():
             return "it has no checksums"
-        noted = (entry / CHECKSUMS).read_bytes().decode(errors="replace").split("\n")
-        found = _lines(entry, entry)
+        stored = (entry / CHECKSUMS).read_bytes().decode(errors="replace").split("\n")
+        actual = _lines(entry, entry)
     except OSError as error:
         return f"{Path(str(error.filename)).name} cannot be read: {error.strerror}"
-    if noted != found:
+    if stored != actual:
         # files that exist are named first, because `checksums` itself may be damaged
-        lines = [line for line in (*found, *noted) if (line in found) != (line in noted)] or found
+        lines = [
+            line for line in (*actual, *stored) if (line in actual) != (line in stored)
+        ] or actual
         return f"{lines[0].split(' ')[-1][:40]!r} is not as it was written"
     _sound[entry] = state
     return ""

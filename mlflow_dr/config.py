@@ -192,9 +192,9 @@ def _config_error(details: ErrorDetails, model: type[Config]) -> ConfigError:
     location = details["loc"]
     key = str(location[0]) if location else ""
     if details["type"] == "extra_forbidden":
-        known = list(model.model_fields)
-        near = did_you_mean(key, known) or ";"
-        return ConfigError("", f"no key {quoted(key)}{near} known are {', '.join(known)}")
+        names = list(model.model_fields)
+        near = did_you_mean(key, names) or ";"
+        return ConfigError("", f"no key {quoted(key)}{near} known are {', '.join(names)}")
     if details["type"] == "missing":
         return ConfigError(key, " is missing")
     if details["type"] == "value_error":

@@ -45,11 +45,11 @@ def did_you_mean(name: str, known: Iterable[str]) -> str:
 def causes(error: BaseException) -> Iterator[BaseException]:
     """An error, what it was raised from, and so on."""
     seen: set[int] = set()
-    found: BaseException | None = error
-    while found is not None and id(found) not in seen:
-        seen.add(id(found))
-        yield found
-        found = found.__cause__
+    cause: BaseException | None = error
+    while cause is not None and id(cause) not in seen:
+        seen.add(id(cause))
+        yield cause
+        cause = cause.__cause__
 
 
 def quoted(value: object) -> str:

@@ -55,17 +55,19 @@ class Registry(Generic[T]):
         """
         if name in self._parts:
             return self._parts[name]
-        found = self._entry_points()
-        if name not in found:
-            known = ", ".join(self.names())
+        entry_points = self._entry_points()
+        if name not in entry_points:
+            names = ", ".join(self.names())
             raise UsageError(
-                f"unknown {self.kind} {name!r}{did_you_mean(name, self.names())} (known: {known})"
+                f"unknown {self.kind} {name!r}{did_you_mean(name, self.names())} (known: {names})"
             )
         try:
-            part: T = found[name].load()
+            part: T = entry_points[name].load()
         except Exception as error:
-            where = found[name].value
-            message = f"the {self.kind} {name!r} cannot be imported from {where}: {one_line(error)}"
+            target = entry_points[name].value
+            message = (
+                f"the {self.kind} {name!r} cannot be imported from {target}: {one_line(error)}"
+            )
             raise UsageError(message) from error
         return self._parts.setdefault(name, part)
 

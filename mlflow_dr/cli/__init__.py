@@ -107,8 +107,8 @@ def _run() -> int:
         return error.exit_code
     except click.UsageError as error:
         message = error.format_message().rstrip(".")
-        where = f"see `{error.ctx.command_path} --help`" if error.ctx else ""
-        return _fail(f"{message}{' ' if message.endswith('?') else '; '}{where}", 2)
+        hint = f"see `{error.ctx.command_path} --help`" if error.ctx else ""
+        return _fail(f"{message}{' ' if message.endswith('?') else '; '}{hint}", 2)
     except click.ClickException as error:
         return _fail(error.format_message(), 1)
     except (KeyboardInterrupt, click.Abort) as error:

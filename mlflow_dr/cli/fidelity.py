@@ -47,7 +47,9 @@ def command(config: FidelityConfig) -> None:
     if config.checkpoints_dir is not None:
         checkpoints = found_checkpoints(config.checkpoints_dir)
     else:
-        checkpoints = [one for one in run_checkpoints(run) if one.ready] if run else []
+        checkpoints = (
+            [checkpoint for checkpoint in run_checkpoints(run) if checkpoint.ready] if run else []
+        )
     result = study_fidelity(checkpoints, config, run)
     click.echo(report_text(result))
     if config.output is not None:

@@ -131,7 +131,7 @@ def from_flags(
 
 def flag_of(field: FieldInfo) -> Flag:
     """How a field is given on the command line."""
-    return next((found for found in field.metadata if isinstance(found, Flag)), Flag())
+    return next((flag for flag in field.metadata if isinstance(flag, Flag)), Flag())
 
 
 def _names(name: str, field: FieldInfo) -> list[str]:

@@ -94,8 +94,8 @@ class Corpus:
     def rows_of(self, ids: Sequence[str]) -> np.ndarray:
         """Row numbers of passages, `(len(ids),) int64`; -1 where the corpus has no such id."""
         wanted = pa.array(ids, type=self._ids.type)
-        found = pc.index_in(wanted, value_set=self._ids)
-        return found.fill_null(-1).to_numpy(zero_copy_only=False).astype(np.int64)
+        rows = pc.index_in(wanted, value_set=self._ids)
+        return rows.fill_null(-1).to_numpy(zero_copy_only=False).astype(np.int64)
 
     def tie_ranks(self) -> np.ndarray:
         """Each passage's rank among equal scores, `(n_passages,) int64`: the smaller comes first.

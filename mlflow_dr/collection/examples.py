@@ -137,11 +137,15 @@ class PassageIndex:
             return None
         content_hash = hash((passage.title, passage.text, tuple(passage.tokens or ())))
         passage_id = passage.id or _content_id(passage)
-        found = self._rows.get(passage_id)
-        if found is not None and self._content_hashes[found] != content_hash:
+        existing_row = self._rows.get(passage_id)
+        if existing_row is not None and self._content_hashes[existing_row] != content_hash:
             passage_id = _content_id(passage)
-            found = self._rows.get(passage_id)
-        return self._add(passage, passage_id, content_hash, location) if found is None else found
+            existing_row = self._rows.get(passage_id)
+        return (
+            self._add(passage, passage_id, content_hash, location)
+            if existing_row is None
+            else existing_row
+        )
 
     def _add(self, passage: Passage, passage_id: str, content_hash: int, location: str) -> int:
         tokenised = passage.tokens is not None

@@ -103,8 +103,8 @@ class HubCollection:
     @cached_property
     def _judged_files(self) -> dict[str, HubFiles]:
         with self._no_such_path():
-            found = download_existing(self._repos[0], JUDGED_STEMS)
-        return {stem: files for stem, files in found.items() if _is_judged(files)}
+            by_stem = download_existing(self._repos[0], JUDGED_STEMS)
+        return {stem: files for stem, files in by_stem.items() if _is_judged(files)}
 
     def corpus(self) -> Corpus:
         """The passages, mapped from the Arrow file that `datasets` made of them.
@@ -322,13 +322,13 @@ def download_files(repo: str, stem: str) -> HubFiles:
     Raises:
         DataError: the hub cannot be reached and the cache lacks them, or the repository does.
     """
-    found, folder = _found(repo, [stem])
-    if stem not in found:
+    by_stem, folder = _files_by_stem(repo, [stem])
+    if stem not in by_stem:
         raise DataError(
             f"Hugging Face {repo}: no {stem}.jsonl.gz, .jsonl or .parquet in {folder}; expected "
             f"Tevatron's layout; `hf download --repo-type dataset {repo}` completes the folder"
         )
-    return found[stem]
+    return by_stem[stem]
 
 
 def download_existing(repo: str, stems: Sequence[str]) -> dict[str, HubFiles]:
@@ -337,18 +337,18 @@ def download_existing(repo: str, stems: Sequence[str]) -> dict[str, HubFiles]:
     Raises:
         DataError: the hub cannot be reached and the cache has nothing of the repository.
     """
-    return _found(repo, stems)[0]
+    return _files_by_stem(repo, stems)[0]
 
 
-def _found(repo: str, stems: Sequence[str]) -> tuple[dict[str, HubFiles], Path]:
+def _files_by_stem(repo: str, stems: Sequence[str]) -> tuple[dict[str, HubFiles], Path]:
     folder = _snapshot(repo, [p for stem in stems for s in READERS for p in _patterns(stem, s)])
-    found: dict[str, HubFiles] = {}
+    by_stem: dict[str, HubFiles] = {}
     for stem in stems:
         for suffix in READERS:  # a repository may offer the same rows in two formats
             patterns = _patterns(stem, suffix)
             if paths := sorted(path for pattern in patterns for path in _matching(folder, pattern)):
-                found.setdefault(stem, HubFiles(repo, folder.name, suffix, paths))
-    for files in found.values():
+                by_stem.setdefault(stem, HubFiles(repo, folder.name, suffix, paths))
+    for files in by_stem.values():
         try:
             check_complete(files.files)
         except DataError as error:
@@ -356,7 +356,7 @@ def _found(repo: str, stems: Sequence[str]) -> tuple[dict[str, HubFiles], Path]:
                 f"Hugging Face {repo}: {error}; `hf download --repo-type dataset {repo}` completes "
                 "the folder"
             ) from error
-    return found, folder
+    return by_stem, folder
 
 
 def _snapshot(repo: str, patterns: Sequence[str]) -> Path:

@@ -97,10 +97,10 @@ class _Columns(NamedTuple):
 def _header(columns: Sequence[str]) -> _Columns | None:
     """The columns that a header names; None for any other line."""
     names = [column.lower().replace("_", "").replace("-", "") for column in columns]
-    found = [[i for i, name in enumerate(names) if name in known] for known in NAMES]
-    if any(len(indexes) != 1 for indexes in found):
+    matches = [[i for i, name in enumerate(names) if name in spellings] for spellings in NAMES]
+    if any(len(indexes) != 1 for indexes in matches):
         return None
-    query, passage, relevance = (indexes[0] for indexes in found)
+    query, passage, relevance = (indexes[0] for indexes in matches)
     return _Columns((query, passage, relevance), len(columns))
 
 
@@ -151,8 +151,8 @@ def checked_topics(location: str, queries: Iterable[Query], qrels: Qrels, corpus
     empty = [query.id for query in by_id.values() if not (query.text.strip() or query.tokens)]
     for query_id in empty:
         del by_id[query_id]
-    known = {*by_id, *empty}
-    unknown_queries = [query_id for query_id in qrels if query_id not in known]
+    query_ids = {*by_id, *empty}
+    unknown_queries = [query_id for query_id in qrels if query_id not in query_ids]
 
     passage_ids = sorted({pid for qid in by_id for pid in qrels[qid]})
     rows = corpus.rows_of(passage_ids)

@@ -221,10 +221,10 @@ def find_layout(files: Sequence[Path]) -> type[ExampleRecord]:
         for location, record in read_records(file, dict):
             if layout := layout_of(record):
                 return layout
-            known = "; ".join(f"{known.layout} ({known.fields})" for known in LAYOUTS.values())
+            layouts = "; ".join(f"{kind.layout} ({kind.fields})" for kind in LAYOUTS.values())
             raise DataError(
                 f"{location}: a record with the fields {fields_of(record)}; training examples have "
-                f"those of one of: {known}"
+                f"those of one of: {layouts}"
             )
     raise DataError(f"{', '.join(map(str, files))}: no records; expected training examples")
 

@@ -70,23 +70,29 @@ def find_best(run: TrackedRun, metric: str | None = None) -> Best:
     checkpoints = run_checkpoints(run)
     ready = [checkpoint for checkpoint in checkpoints if checkpoint.ready]
     scored = [
-        Scored(one, value)
-        for one in ready
-        if (value := metric_value(one, chosen)) is not None and not math.isnan(value)
+        Scored(checkpoint, value)
+        for checkpoint in ready
+        if (value := metric_value(checkpoint, chosen)) is not None and not math.isnan(value)
     ]
     if not scored:
         raise TrackingError(
             f"run {run.id}: none of {len(ready)} published checkpoints has a value of {chosen} "
             f"yet; `mlflow-dr validate --run-id {run.id}` measures them"
         )
-    scored.sort(key=lambda one: (-one.value, one.checkpoint.step, one.checkpoint.created_ms))
+    scored.sort(
+        key=lambda entry: (-entry.value, entry.checkpoint.step, entry.checkpoint.created_ms)
+    )
     first = scored[0]
-    marked = (one for one in checkpoints if BEST_TAG + chosen.validation in one.tags)
+    marked = (
+        checkpoint for checkpoint in checkpoints if BEST_TAG + chosen.validation in checkpoint.tags
+    )
     return Best(
         chosen,
         first,
         scored[1] if len(scored) > 1 else None,
-        tuple(one for one in marked if one.model_id != first.checkpoint.model_id),
+        tuple(
+            checkpoint for checkpoint in marked if checkpoint.model_id != first.checkpoint.model_id
+        ),
     )
 
 
@@ -117,8 +123,10 @@ def against_runner_up(run: TrackedRun, best: Best, seed: int = 0) -> Difference 
     if best.runner_up is None:
         return None
     pair = (best.runner_up.checkpoint, best.checkpoint)
-    tables = [per_query_values(run, one, best.metric.validation) for one in pair]
-    _, values = aligned_values([one.uri for one in pair], tables, *parse_measures(best.metric.key))
+    tables = [per_query_values(run, checkpoint, best.metric.validation) for checkpoint in pair]
+    _, values = aligned_values(
+        [checkpoint.uri for checkpoint in pair], tables, *parse_measures(best.metric.key)
+    )
     return difference(values[0], values[1], seed)
 
 
@@ -131,16 +139,16 @@ def best_summary(run: TrackedRun, best: Best, seed: int = 0) -> str:
     """
     lines = [f"best checkpoint of run {run.id} by {best.metric}: {best.first}"]
     if best.checkpoint.is_pruned:
-        lines.append("  its files were removed; its figures are all that is left")
+        lines.append("  its files were deleted; only its figures are left")
     if best.runner_up is None:
         return "\n".join([*lines, "  no other checkpoint has a value"])
     tie = " (as good; among equal values the earliest is best)" if best.is_tied else ""
     lines.append(f"  runner-up   {best.runner_up}{tie}")
     ahead = f"  difference  {best.first.value - best.runner_up.value:+.4f}"
     try:
-        found = against_runner_up(run, best, seed)
+        change = against_runner_up(run, best, seed)
     except NoValuesError as error:
         return "\n".join([*lines, ahead, f"  no test: {error}"])
-    if found is not None:
-        ahead += f" over {found.queries} queries, {found}"
+    if change is not None:
+        ahead += f" over {change.queries} queries, {change}"
     return "\n".join([*lines, ahead])

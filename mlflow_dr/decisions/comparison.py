@@ -81,17 +81,19 @@ def compare_values(
     check_count(len(labels))
     ids, values = aligned_values(labels, tables, measure)
     differences = tuple(difference(values[0], other, seed) for other in values[1:])
-    known = [name for name in tables[0][ids[0]] if all(name in one[ids[0]] for one in tables)]
+    measures = [
+        name for name in tables[0][ids[0]] if all(name in table[ids[0]] for table in tables)
+    ]
     return Comparison(
         labels=tuple(labels),
         measure=measure,
         means={
-            name: aligned_values(labels, tables, name)[1].mean(axis=1).tolist() for name in known
+            name: aligned_values(labels, tables, name)[1].mean(axis=1).tolist() for name in measures
         },
         query_ids=ids,
         values=values,
         differences=differences,
-        corrected=tuple(holm([one.p_value for one in differences])),
+        corrected=tuple(holm([result.p_value for result in differences])),
         texts=texts or {},
     )
 
@@ -110,7 +112,7 @@ def changed_most(comparison: Comparison, count: int) -> list[int]:
     """Indices of the queries whose values differ most from the first encoder's, the most first."""
     largest = np.abs(comparison.changes).max(axis=0)
     order = np.argsort(-largest, kind="stable")[:count]
-    return [int(place) for place in order if largest[place] > 0]
+    return [int(index) for index in order if largest[index] > 0]
 
 
 def comparison_text(comparison: Comparison, changed: int) -> str:
@@ -124,12 +126,12 @@ def comparison_text(comparison: Comparison, changed: int) -> str:
     means = [
         ("", *comparison.means, f"mean of {len(comparison.query_ids)} queries"),
         *(
-            (letter, *(f"{mean[place]:.4f}" for mean in comparison.means.values()), label)
-            for place, (letter, label) in enumerate(zip(letters, comparison.labels, strict=True))
+            (letter, *(f"{mean[index]:.4f}" for mean in comparison.means.values()), label)
+            for index, (letter, label) in enumerate(zip(letters, comparison.labels, strict=True))
         ),
     ]
     lines = [in_columns(means)]
-    for letter, found, corrected, change in zip(
+    for letter, result, corrected, change in zip(
         letters[1:],
         comparison.differences,
         comparison.corrected,
@@ -138,18 +140,18 @@ def comparison_text(comparison: Comparison, changed: int) -> str:
     ):
         holms = f" (Holm {corrected:.4f})" if len(comparison.differences) > 1 else ""
         lines.append(
-            f"{letter} - A  {comparison.measure} {found.mean:+.4f}, {found}{holms}; "
+            f"{letter} - A  {comparison.measure} {result.mean:+.4f}, {result}{holms}; "
             f"{_counts(change)}"
         )
-    places = changed_most(comparison, changed)
-    if places:
+    indices = changed_most(comparison, changed)
+    if indices:
         rows = [
             (
-                *(f"{value:.4f}" for value in comparison.values[:, place]),
-                comparison.query_ids[place],
-                comparison.texts.get(comparison.query_ids[place], "")[:LONGEST_TEXT],
+                *(f"{value:.4f}" for value in comparison.values[:, index]),
+                comparison.query_ids[index],
+                comparison.texts.get(comparison.query_ids[index], "")[:LONGEST_TEXT],
             )
-            for place in places
+            for index in indices
         ]
         lines.append(f"queries that changed most by {comparison.measure}:")
         lines.append(in_columns([(*letters, "query", ""), *rows]))
@@ -184,9 +186,9 @@ def write_comparison(comparison: Comparison, directory: Path) -> None:
         for query_id, values in zip(comparison.query_ids, comparison.values.T, strict=True):
             rows.writerow([query_id, comparison.texts.get(query_id, ""), *values.tolist()])
     titles = [
-        f"{_end(heads[place])}\nless {_end(heads[0])}\n"
-        f"{found.mean:+.4f} on average; {_counts(change)}"
-        for place, (found, change) in enumerate(
+        f"{_end(heads[index])}\nless {_end(heads[0])}\n"
+        f"{result.mean:+.4f} on average; {_counts(change)}"
+        for index, (result, change) in enumerate(
             zip(comparison.differences, comparison.changes, strict=True), start=1
         )
     ]
@@ -231,10 +233,12 @@ def aligned_values(
                 f"{len(tables[0].keys() - table.keys())} of {len(ids)} are missing from the "
                 f"latter, and {only_there} of {len(table)} from the former"
             )
-        if without := next((one for one in ids if measure not in table[one]), None):
-            known = ", ".join(table[without]) or "none"
-            raise DataError(f"{label} has no values of {measure}; it has: {known}")
-    values = np.array([[table[one][measure] for one in ids] for table in tables], np.float64)
+        if without := next((query_id for query_id in ids if measure not in table[query_id]), None):
+            measures = ", ".join(table[without]) or "none"
+            raise DataError(f"{label} has no values of {measure}; it has: {measures}")
+    values = np.array(
+        [[table[query_id][measure] for query_id in ids] for table in tables], np.float64
+    )
     finite = np.isfinite(values).all(axis=1)
     if not finite.all():
         worst = int(np.argmin(finite))

@@ -156,10 +156,12 @@ def select(
         unvalidated: also delete checkpoints with an unfinished validation.
         scope: what the calling validator does itself; None if the caller does not validate.
     """
-    complete = [one for one in checkpoints if one.has_all_files]
+    complete = [checkpoint for checkpoint in checkpoints if checkpoint.has_all_files]
     kept = _kept_by_rules(rules, metric, complete)
     verdicts: list[Verdict] = []
-    for checkpoint in sorted(checkpoints, key=lambda one: (one.step, one.created_ms)):
+    for checkpoint in sorted(
+        checkpoints, key=lambda checkpoint: (checkpoint.step, checkpoint.created_ms)
+    ):
         if checkpoint.is_fully_pruned:
             continue
         reason = keep_reason(checkpoint) or (reasons or {}).get(checkpoint.model_id, "")
@@ -176,12 +178,12 @@ def _kept_by_rules(
 ) -> dict[str, list[str]]:
     """Model id -> the rules that keep it."""
     kept: dict[str, list[str]] = {checkpoint.model_id: [] for checkpoint in checkpoints}
-    by_step = sorted(checkpoints, key=lambda one: (one.step, one.created_ms))
+    by_step = sorted(checkpoints, key=lambda checkpoint: (checkpoint.step, checkpoint.created_ms))
     if rules.best and metric is not None:
         scored = [
-            (value, one.model_id)
-            for one in by_step
-            if (value := metric_value(one, metric)) is not None and not math.isnan(value)
+            (value, checkpoint.model_id)
+            for checkpoint in by_step
+            if (value := metric_value(checkpoint, metric)) is not None and not math.isnan(value)
         ]
         scored.sort(key=lambda pair: -pair[0])  # of equal values the earlier step is better
         for rank, (_, model_id) in enumerate(scored[: rules.best], start=1):
@@ -249,9 +251,9 @@ def review(
     subsets = subset_encoder_steps(configs)
     checkpoints = run_checkpoints(run) if checkpoints is None else checkpoints
     reasons = {
-        one.model_id: f"chooses the subset of {subsets[one.step]}"
-        for one in checkpoints
-        if one.step in subsets and one.has_all_files
+        checkpoint.model_id: f"chooses the subset of {subsets[checkpoint.step]}"
+        for checkpoint in checkpoints
+        if checkpoint.step in subsets and checkpoint.has_all_files
     }
     verdicts = select(checkpoints, rules, chosen, validations, reasons, unvalidated, scope)
     return _keep_registered(run.client, verdicts)
@@ -348,7 +350,7 @@ def delete_unneeded(
         TrackingError: the server does not answer.
     """
     deleted = set() if deleted is None else deleted
-    left = [one for one in checkpoints if one.model_id not in deleted]
+    left = [checkpoint for checkpoint in checkpoints if checkpoint.model_id not in deleted]
     done: list[Verdict] = []
     for verdict in review(run, rules, metric, scope=scope, checkpoints=left):
         if not verdict.deletes:

@@ -122,7 +122,7 @@ def bootstrap_interval(
     changes = _changes(first, second)
     if len(changes) == 1:
         return float(changes[0]), float(changes[0])
-    found = bootstrap(
+    result = bootstrap(
         (changes,),
         np.mean,
         n_resamples=resamples,
@@ -132,17 +132,17 @@ def bootstrap_interval(
         method="percentile",
         rng=np.random.default_rng(seed),
     )
-    return float(found.confidence_interval.low), float(found.confidence_interval.high)
+    return float(result.confidence_interval.low), float(result.confidence_interval.high)
 
 
 def holm(p_values: Sequence[float]) -> list[float]:
     """P-values of several tests, corrected so that one false alarm among all is as rare (Holm)."""
-    order = sorted(range(len(p_values)), key=lambda place: p_values[place])
+    order = sorted(range(len(p_values)), key=lambda index: p_values[index])
     corrected = [0.0] * len(p_values)
     least = 0.0
-    for rank, place in enumerate(order):
-        least = max(least, min(1.0, (len(p_values) - rank) * p_values[place]))
-        corrected[place] = least
+    for rank, index in enumerate(order):
+        least = max(least, min(1.0, (len(p_values) - rank) * p_values[index]))
+        corrected[index] = least
     return corrected
 
 

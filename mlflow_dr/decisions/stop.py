@@ -113,8 +113,10 @@ def stop_if_plateau(
         TrackingError: the server does not answer.
     """
     points = metric_points(checkpoints, metric)
-    there = checkpoints if waiting is None else waiting
-    left = {one.step for one in there if _is_waiting(one, metric.validation)}
+    candidates = checkpoints if waiting is None else waiting
+    left = {
+        checkpoint.step for checkpoint in candidates if _is_waiting(checkpoint, metric.validation)
+    }
     if plateau(points, patience, min_delta, left) is None:
         return None
     state = run.fetch()

@@ -106,14 +106,14 @@ def _weights_defect(path: Path) -> str:
 
 def signature_of(directory: Path) -> tuple[tuple[str, int, int], ...]:
     """Names, sizes and times of all files, which change while a directory is being written."""
-    found = []
+    signature = []
     for path in sorted(directory.rglob("*")):
         try:
             state = path.stat()
         except OSError:
             continue
-        found.append((str(path.relative_to(directory)), state.st_size, state.st_mtime_ns))
-    return tuple(found)
+        signature.append((str(path.relative_to(directory)), state.st_size, state.st_mtime_ns))
+    return tuple(signature)
 
 
 def step_of(directory: Path) -> int | None:

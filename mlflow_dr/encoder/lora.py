@@ -206,8 +206,8 @@ def _checked_config(peft: Any, directory: Path) -> Any:
     targets = getattr(config, "target_modules", None)
     if isinstance(targets, str) and targets != ALL_LINEAR:
         with safe_open(directory / WEIGHTS, "pt") as file:
-            found = (ADAPTED_LAYER.fullmatch(name) for name in list(file.keys()))
-            config.target_modules = {match[1] for match in found if match}
+            matches = (ADAPTED_LAYER.fullmatch(name) for name in list(file.keys()))
+            config.target_modules = {match[1] for match in matches if match}
     for name in EXPRESSIONS:
         value: Any = getattr(config, name, None)
         parts = [value] if isinstance(value, str) else list(value or ())

@@ -253,8 +253,8 @@ def _max_length(source: Any, task: str) -> int:
     if is_static(source):
         return int((source.tokenizer.truncation or {}).get("max_length", UNLIMITED))
     by_task = source.query_length if task == "query" else source.document_length
-    asked = source.processing_kwargs.get("text", {}).get("max_length")
-    limits = (asked or by_task or source.max_seq_length, positions(source.model))
+    configured = source.processing_kwargs.get("text", {}).get("max_length")
+    limits = (configured or by_task or source.max_seq_length, positions(source.model))
     return min((int(limit) for limit in limits if limit and limit < UNLIMITED), default=UNLIMITED)
 
 

@@ -101,9 +101,9 @@ def agreement(
     own = np.arange(n_own) if own is None else own
     others = np.setdiff1d(np.arange(n_queries), own)
     full = full[:, np.concatenate([own, others])]  # the subset's queries first
-    found = _figures(means(subset), means(full))
+    figures = _figures(means(subset), means(full))
     if resamples == 0 or n_own == 1:
-        return Agreement(*map(Estimate, found.tolist()))
+        return Agreement(*map(Estimate, figures.tolist()))
     drawn = [
         _figures(
             _rounded(counts[:, :n_own] @ subset.T / n_own), _rounded(counts @ full.T / n_queries)
@@ -112,7 +112,7 @@ def agreement(
     ]
     intervals = map(_interval, np.concatenate(drawn).T)
     return Agreement(
-        *(Estimate(value, *ends) for value, ends in zip(found.tolist(), intervals, strict=True))
+        *(Estimate(value, *ends) for value, ends in zip(figures.tolist(), intervals, strict=True))
     )
 
 
@@ -161,14 +161,14 @@ def _figures(subset: np.ndarray, full: np.ndarray) -> np.ndarray:
 
 
 def _kendall(first: np.ndarray, second: np.ndarray) -> np.ndarray:
-    one, other = np.triu_indices(first.shape[-1], 1)
-    left = np.sign(first[..., one] - first[..., other])
-    right = np.sign(second[..., one] - second[..., other])
+    i, j = np.triu_indices(first.shape[-1], 1)
+    left = np.sign(first[..., i] - first[..., j])
+    right = np.sign(second[..., i] - second[..., j])
     return _cosine(left, right)
 
 
 def _pearson(first: np.ndarray, second: np.ndarray) -> np.ndarray:
-    left, right = (one - one.mean(axis=-1, keepdims=True) for one in (first, second))
+    left, right = (values - values.mean(axis=-1, keepdims=True) for values in (first, second))
     for centred, values in ((left, first), (right, second)):
         centred[np.ptp(values, axis=-1) == 0] = 0  # whose mean may be rounded
     return _cosine(left, right)
@@ -297,16 +297,16 @@ class FidelityResult:
         if self.spread.is_flat:
             return []
         return [
-            one
-            for one in self.subsets
-            if one.agreement.regret.value <= self.tolerance and one.agreement.tau.low > 0
+            subset
+            for subset in self.subsets
+            if subset.agreement.regret.value <= self.tolerance and subset.agreement.tau.low > 0
         ]
 
     @property
     def recommended(self) -> StudiedSubset | None:
         """The fastest subset that may be trusted, where it is faster than the full corpus."""
-        faster = [one for one in self.trusted if one.share < 1]
-        return min(faster, key=lambda one: one.curve.seconds, default=None)
+        faster = [subset for subset in self.trusted if subset.share < 1]
+        return min(faster, key=lambda subset: subset.curve.seconds, default=None)
 
 
 def compare_curves(
@@ -326,12 +326,12 @@ def compare_curves(
         resamples: of the bootstrap.
     """
     full, *subsets = curves
-    places = {query_id: place for place, query_id in enumerate(full.query_ids)}
+    indices = {query_id: index for index, query_id in enumerate(full.query_ids)}
 
     def compared(curve: Curve) -> StudiedSubset:
-        own = np.array([places[query_id] for query_id in curve.query_ids], np.int64)
-        found = agreement(full.values, curve.values, own, resamples)
-        return StudiedSubset(curve, found, curve.seconds / full.seconds)
+        own = np.array([indices[query_id] for query_id in curve.query_ids], np.int64)
+        figures = agreement(full.values, curve.values, own, resamples)
+        return StudiedSubset(curve, figures, curve.seconds / full.seconds)
 
     return FidelityResult(
         measure,

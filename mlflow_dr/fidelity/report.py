@@ -53,10 +53,11 @@ def recommendation(findings: FidelityResult) -> str:
     if best is not None:
         return _praise(findings, best)
     if findings.trusted:
-        names = ", ".join(one.curve.name for one in findings.trusted)
+        names = ", ".join(subset.curve.name for subset in findings.trusted)
         return f"The full corpus: {names} can be trusted, but none of them is faster."
     closest = max(
-        findings.subsets, key=lambda one: (np.nan_to_num(one.agreement.tau.value), -one.share)
+        findings.subsets,
+        key=lambda subset: (np.nan_to_num(subset.agreement.tau.value), -subset.share),
     )
     return (
         f"None of these subsets can be trusted: none chooses a checkpoint within "
@@ -93,11 +94,11 @@ def fidelity_metrics(findings: FidelityResult) -> dict[str, float]:
     """The figures that are defined, named as MLflow allows: `fidelity/bm25_at_50/tau`."""
     full = findings.full
     metrics = {"fidelity/full/seconds": full.seconds, "fidelity/full/passages": full.passages}
-    for one in findings.subsets:
-        figures = {name: _estimate(one, name).value for name in FIGURES}
-        figures |= {"seconds": one.curve.seconds, "passages": one.curve.passages}
+    for subset in findings.subsets:
+        figures = {name: _estimate(subset, name).value for name in FIGURES}
+        figures |= {"seconds": subset.curve.seconds, "passages": subset.curve.passages}
         metrics |= {
-            f"fidelity/{one.curve.slug}/{name}": value
+            f"fidelity/{subset.curve.slug}/{name}": value
             for name, value in figures.items()
             if not np.isnan(value)
         }
@@ -106,7 +107,7 @@ def fidelity_metrics(findings: FidelityResult) -> dict[str, float]:
 
 def values_table(findings: FidelityResult) -> pa.Table:
     """The values of all queries: columns `strategy`, `step`, `query_id` and `value`."""
-    curves = [findings.full, *(one.curve for one in findings.subsets)]
+    curves = [findings.full, *(subset.curve for subset in findings.subsets)]
     return pa.concat_tables(_values(findings.steps, curve) for curve in curves).combine_chunks()
 
 
@@ -126,12 +127,14 @@ def _rows(findings: FidelityResult) -> list[tuple[str, ...]]:
     """Two lines for each subset: its figures, and their intervals below."""
     full, best = findings.full, findings.recommended
     rows = [HEADS, (*_size(full), *("-" for _ in FIGURES), f"step {findings.steps[full.best]}")]
-    for one in findings.subsets:
-        estimates = [(_estimate(one, name), FORMATS[name]) for name in FIGURES]
+    for subset in findings.subsets:
+        estimates = [(_estimate(subset, name), FORMATS[name]) for name in FIGURES]
         figures = [format(x.value, form) if x.is_defined else "-" for x, form in estimates]
         intervals = [_interval(x, form) for x, form in estimates]
-        mark = f" {MARK}" if one is best else ""
-        rows.append((*_size(one.curve), *figures, f"step {findings.steps[one.curve.best]}{mark}"))
+        mark = f" {MARK}" if subset is best else ""
+        rows.append(
+            (*_size(subset.curve), *figures, f"step {findings.steps[subset.curve.best]}{mark}")
+        )
         rows.append(("", "", "", "", *intervals, ""))
     return rows
 
@@ -152,24 +155,24 @@ def _estimate(compared: StudiedSubset, name: str) -> Estimate:
 
 
 def _praise(findings: FidelityResult, best: StudiedSubset) -> str:
-    curve, found, measure = best.curve, best.agreement, findings.measure
+    curve, figures, measure = best.curve, best.agreement, findings.measure
     chosen, wanted = findings.steps[curve.best], findings.steps[findings.full.best]
     right = "as the full corpus does" if chosen == wanted else f"the full corpus step {wanted}"
     text = (
         f"Validate on {curve.name}: {best.share:.0%} of the full corpus's time ({curve.seconds:.2f}"
         f" s instead of {findings.full.seconds:.2f} s a checkpoint). It chooses step {chosen}, "
-        f"{right} (regret {found.regret.value:.4f} {measure}), and orders the checkpoints with tau "
-        f"{found.tau.value:.3f}. "
+        f"{right} (regret {figures.regret.value:.4f} {measure}), and orders the checkpoints with "
+        f"tau {figures.tau.value:.3f}. "
     )
-    if found.regret.high > findings.tolerance:
+    if figures.regret.high > findings.tolerance:
         text += (
-            f"On other queries the regret might be {found.regret.high:.4f}, more than the "
+            f"On other queries the regret might be {figures.regret.high:.4f}, more than the "
             f"tolerance of {findings.tolerance:g}: {REFINE} lets the full corpus decide among the "
             "best. "
         )
     return (
-        f"{text}Its values differ by {found.inflation.value:+.4f} from the full corpus's: compare "
-        "them with each other only."
+        f"{text}Its values differ by {figures.inflation.value:+.4f} from the full corpus's: "
+        "compare them with each other only."
     )
 
 
@@ -180,11 +183,16 @@ def _write_table(findings: FidelityResult, path: Path) -> None:
     with path.open("w", encoding="utf-8", newline="") as file:
         rows = csv.writer(file)
         rows.writerow([*heads, "chosen_step", "recommended"])
-        for curve, one in ((findings.full, None), *((one.curve, one) for one in findings.subsets)):
-            figures: list[float] = [] if one is None else [x for e in one.agreement for x in e]
+        for curve, subset in (
+            (findings.full, None),
+            *((subset.curve, subset) for subset in findings.subsets),
+        ):
+            figures: list[float] = (
+                [] if subset is None else [x for e in subset.agreement for x in e]
+            )
             shown = ["" if np.isnan(value) else value for value in figures] or [""] * 12
-            share = 1.0 if one is None else one.share
+            share = 1.0 if subset is None else subset.share
             sizes = [curve.name, curve.passages, len(curve.query_ids), curve.seconds, share]
             chosen = findings.steps[curve.best]
-            is_best = one is not None and one is findings.recommended
+            is_best = subset is not None and subset is findings.recommended
             rows.writerow([*sizes, *shown, chosen, "yes" if is_best else ""])

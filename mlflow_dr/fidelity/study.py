@@ -65,19 +65,19 @@ def study_fidelity(
     datasets = _datasets(config, settings, run)
     study = _Study(datasets, settings, config)
     values, skipped = study.all_values(chosen)
-    left = [one for one in chosen if one.step in values]
+    left = [checkpoint for checkpoint in chosen if checkpoint.step in values]
     _check_count(len(left), f"{len(skipped)} could not be read")
     seconds = study.seconds(left)
     curves = [
         Curve(
-            name=one.subset.spec.shown if one.subset else FULL,
-            slug=one.subset.spec.slug if one.subset else FULL,
-            passages=one.n_passages,
-            query_ids=tuple(one.topics.qrels),
+            name=data.subset.spec.shown if data.subset else FULL,
+            slug=data.subset.spec.slug if data.subset else FULL,
+            passages=data.n_passages,
+            query_ids=tuple(data.topics.qrels),
             values=np.array([of_step[index] for of_step in values.values()]),
             seconds=seconds[index],
         )
-        for index, one in enumerate(datasets)
+        for index, data in enumerate(datasets)
     ]
     full = datasets[0]
     return compare_curves(
@@ -105,29 +105,29 @@ class _Study:
         changes = sorted(config.encoder_changes.items())
         common = (self._measure, settings.dtype, settings.keep_own_id, changes)
         # values are in the order of the queries, which a collection's digest does not depend on
-        digests_of = [(one.digest, digest_of(*one.topics.qrels)) for one in datasets]
+        digests_of = [(data.digest, digest_of(*data.topics.qrels)) for data in datasets]
         self._cache = StudyCache([(*common, *digests) for digests in digests_of])
 
     def all_values(
         self, checkpoints: Sequence[Checkpoint]
     ) -> tuple[dict[int, list[np.ndarray]], dict[int, str]]:
         """`values` of each checkpoint, by step, and the reasons why others have none."""
-        found: dict[int, list[np.ndarray]] = {}
+        by_step: dict[int, list[np.ndarray]] = {}
         skipped: dict[int, str] = {}
         for number, checkpoint in enumerate(checkpoints, start=1):
             step = checkpoint.step
             try:
-                found[step] = self.values(checkpoint)
+                by_step[step] = self.values(checkpoint)
             except CheckpointError as error:
                 skipped[step] = str(error)
                 log.warning("step %d is passed over: %s", step, error)
                 continue
-            full_mean = found[step][0].mean()
+            full_mean = by_step[step][0].mean()
             log.info(
                 "checkpoint %d of %d: step %d: %s %.4f on the full corpus",
                 *(number, len(checkpoints), step, self._measure, full_mean),
             )
-        return found, skipped
+        return by_step, skipped
 
     def values(self, checkpoint: Checkpoint) -> list[np.ndarray]:
         """Values of each query, of the full corpus and of each subset, `(n_queries,) float64`.
@@ -136,15 +136,15 @@ class _Study:
             CheckpointError: the checkpoint cannot be read, or gives NaN.
         """
         identity = _identity(checkpoint)
-        known = self._cache.values(identity)
-        missing = [index for index, values in enumerate(known) if values is None]
+        results = self._cache.values(identity)
+        missing = [index for index, values in enumerate(results) if values is None]
         if missing:
             pairs = [(self._datasets[index], self._settings) for index in missing]
             reports = evaluate_all(load_checkpoint(checkpoint, self._changes), pairs)
             for index, report in zip(missing, reports, strict=True):
-                known[index] = self._values_of_report(report, self._datasets[index])
-            self._cache.store_values(identity, known)
-        return [values for values in known if values is not None]
+                results[index] = self._values_of_report(report, self._datasets[index])
+            self._cache.store_values(identity, results)
+        return [values for values in results if values is not None]
 
     def seconds(self, checkpoints: Sequence[Checkpoint]) -> list[float]:
         """Seconds of the full corpus and of each subset, each validated on the last checkpoint.
@@ -157,29 +157,29 @@ class _Study:
         """
         for checkpoint in reversed(checkpoints):
             identity = f"{_identity(checkpoint)} on {self._settings.device}"
-            if known := self._cache.seconds(identity):
-                return known
+            if cached := self._cache.seconds(identity):
+                return cached
             try:
                 encoder = load_checkpoint(checkpoint, self._changes)
             except CheckpointError as error:
                 log.warning("step %d cannot be timed: %s", checkpoint.step, error)
                 continue
             log.info("timing the full corpus and each subset on step %d", checkpoint.step)
-            smallest = min(self._datasets, key=lambda one: one.n_passages)
+            smallest = min(self._datasets, key=lambda data: data.n_passages)
             evaluate(encoder, smallest, self._settings, quiet=True)
-            seconds = [self._shortest(encoder, one) for one in self._datasets]
+            seconds = [self._shortest(encoder, data) for data in self._datasets]
             self._cache.store_seconds(identity, seconds)
             return seconds
         raise UsageError("none of the checkpoints can be read any more to be timed")
 
     def _shortest(self, encoder: Encoder, data: EvalDataset) -> float:
         start = time.perf_counter()
-        found: list[float] = []
-        while not found or (
-            len(found) < ENOUGH_TIMES and time.perf_counter() - start < ENOUGH_SECONDS
+        times: list[float] = []
+        while not times or (
+            len(times) < ENOUGH_TIMES and time.perf_counter() - start < ENOUGH_SECONDS
         ):
-            found.append(evaluate(encoder, data, self._settings).seconds)
-        return min(found)
+            times.append(evaluate(encoder, data, self._settings).seconds)
+        return min(times)
 
     def _values_of_report(self, report: Report, data: EvalDataset) -> np.ndarray:
         per_query = report.per_query
@@ -188,10 +188,10 @@ class _Study:
 
 def _chosen(checkpoints: Sequence[Checkpoint], config: FidelityConfig) -> list[Checkpoint]:
     """The checkpoints to study, by step, one per step."""
-    by_step = {one.step: one for one in checkpoints}
+    by_step = {checkpoint.step: checkpoint for checkpoint in checkpoints}
     if unknown := sorted(set(config.steps) - set(by_step)):
-        there = ", ".join(map(str, sorted(by_step))) or "none"
-        raise UsageError(f"there is no checkpoint of step {unknown[0]}; there are {there}")
+        available = ", ".join(map(str, sorted(by_step))) or "none"
+        raise UsageError(f"there is no checkpoint of step {unknown[0]}; there are {available}")
     steps = sorted(config.steps or by_step)
     chosen = [by_step[step] for step in steps if step % config.every == 0]
     _check_count(len(chosen), f"of {len(by_step)} that are complete")
@@ -269,7 +269,7 @@ class StudyCache:
         _store(self._timing_key(timing), np.array(seconds))
 
     def _keys(self, checkpoint: str) -> list[str]:
-        return [digest_of(LAYOUT, "values", checkpoint, *one) for one in self._strategies]
+        return [digest_of(LAYOUT, "values", checkpoint, *strategy) for strategy in self._strategies]
 
     def _timing_key(self, timing: str) -> str:
         return digest_of(LAYOUT, "seconds", platform.node(), timing, *self._strategies)

@@ -199,11 +199,11 @@ def mine(request: MiningConfig) -> MiningResult:
     most = max(len(rows) for rows in queries.positives)
     # excluded passages make room for others; a query with many positives does not set k
     k = request.depth + min(most, request.depth)
-    found = miner.search(corpus, queries.queries, k, queries.positives)
+    ranked = miner.search(corpus, queries.queries, k, queries.positives)
     mined = MiningResult(request.output)
     excluded = ExcludedPassages(queries, corpus, _judged(request, collection, corpus))
     with _lines(request.output) as file:
-        for record in _records(request, corpus, queries, excluded, found, finder, mined):
+        for record in _records(request, corpus, queries, excluded, ranked, finder, mined):
             file.write(msgspec.json.encode(record) + b"\n")
         _check_found(request, mined)
     mined.seconds = time.perf_counter() - start

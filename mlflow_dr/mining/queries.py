@@ -42,11 +42,11 @@ def mining_queries(examples: Examples, corpus: Corpus) -> MiningQueries:
     for index in range(len(examples)):
         example = examples[index]
         rows = example.positives if rows_in_corpus is None else rows_in_corpus[example.positives]
-        known = rows[rows >= 0]
-        unknown += len(rows) - len(known)
-        if len(known) and (example.query.text.strip() or example.query.tokens):
+        present = rows[rows >= 0]
+        unknown += len(rows) - len(present)
+        if len(present) and (example.query.text.strip() or example.query.tokens):
             queries.append(example.query)
-            positives.append(known)
+            positives.append(present)
         else:
             left_out += 1
     if not queries:
@@ -96,8 +96,8 @@ class ExcludedPassages:
         """Whether each of the rows is excluded for the query of this index."""
         texts = set().union(*(self._by_name[name] for name in _names(self._queries[index])))
         own = self._own[index]
-        found = self._texts[np.asarray(rows, np.int64)].tolist()
-        return [row == own or text in texts for row, text in zip(rows, found, strict=True)]
+        row_texts = self._texts[np.asarray(rows, np.int64)].tolist()
+        return [row == own or text in texts for row, text in zip(rows, row_texts, strict=True)]
 
 
 def _names(query: Query) -> Iterator[tuple[str, str]]:

@@ -102,7 +102,7 @@ def choose(
     holds_answer: Callable[[int], bool],
     left_out: Counter[str],
 ) -> list[int]:
-    """The places of the negatives in a query's ranking, the best first.
+    """The indices of the negatives in a query's ranking, the best first.
 
     Args:
         rule: what makes a negative.
@@ -114,28 +114,28 @@ def choose(
         holds_answer: whether a row holds an answer; asked as late as possible.
         left_out: counts what is left out, by reason.
     """
-    others = [place for place, one in enumerate(excluded) if not one]
+    others = [index for index, is_excluded in enumerate(excluded) if not is_excluded]
     left_out[POSITIVE_OR_SAME] += len(rows) - len(others)
     ceiling = rule.ceiling(positive)
     highest = math.inf if rule.max_score is None else rule.max_score
     lowest = -math.inf if rule.min_score is None else rule.min_score
     candidates = []
-    for place in others[rule.range_min : rule.depth]:
-        if scores[place] > ceiling:
+    for index in others[rule.range_min : rule.depth]:
+        if scores[index] > ceiling:
             left_out[TOO_CLOSE] += 1
-        elif not lowest <= scores[place] <= highest:
+        elif not lowest <= scores[index] <= highest:
             left_out[OUT_OF_RANGE] += 1
         else:
-            candidates.append(place)
+            candidates.append(index)
     if rule.sample == RANDOM:
         # of a random order the first that hold no answer are a random sample of all that hold none
         random.Random(f"{rule.seed}:{query_id}").shuffle(candidates)
     chosen: list[int] = []
-    for place in candidates:
+    for index in candidates:
         if len(chosen) == rule.negatives:
             break
-        if holds_answer(rows[place]):
+        if holds_answer(rows[index]):
             left_out[HOLDS_ANSWER] += 1
         else:
-            chosen.append(place)
+            chosen.append(index)
     return sorted(chosen)

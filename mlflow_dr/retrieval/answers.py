@@ -71,7 +71,7 @@ class AnswerFinder:
         """
         if self._match == REGEX:
             patterns = map(_pattern, dict.fromkeys(answers))
-            return tuple(one for one in patterns if not isinstance(one, str))
+            return tuple(pattern for pattern in patterns if not isinstance(pattern, str))
         texts = (_spaced(answer) for answer in answers)
         return tuple(dict.fromkeys(text for text in texts if text.strip()))
 

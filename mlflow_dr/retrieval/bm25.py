@@ -124,20 +124,20 @@ class Bm25:
         rows = np.full((len(queries), width), -1, np.int64)
         best = np.full((len(queries), width), -np.inf, np.float32)
         extra_scores: list[np.ndarray] = []
-        for place, query in enumerate(queries):
+        for index, query in enumerate(queries):
             scores = self._scores(query)
-            found = _best(scores, width, self._ranks)
-            rows[place, : len(found)] = found
-            best[place, : len(found)] = scores[found]
+            top = _best(scores, width, self._ranks)
+            rows[index, : len(top)] = top
+            best[index, : len(top)] = scores[top]
             if extra_rows:
-                extra_scores.append(scores[extra_rows[place]])
+                extra_scores.append(scores[extra_rows[index]])
         return SearchResult(rows, best, extra_scores)
 
     def _scores(self, query: Query) -> np.ndarray:
         if query.tokens is not None:
             raise DataError(f"query {query.id!r} is tokenised already; BM25 needs its text")
-        known = self._index.vocab_dict
-        ids = [known[term] for term in self._terms(query.text) if term in known]
+        vocabulary = self._index.vocab_dict
+        ids = [vocabulary[term] for term in self._terms(query.text) if term in vocabulary]
         scores: np.ndarray = self._index.get_scores_from_ids(ids)
         return scores
 
@@ -178,8 +178,8 @@ def bm25_index(corpus: Corpus, settings: Bm25Settings | None = None) -> Bm25:
     terms = Terms(settings.language)
     bm25s = _bm25s()
     key = digest_of(LAYOUT, corpus.digest, *astuple(settings))
-    room = cache_entry("bm25", key, lambda partial: _write(partial, corpus, settings, terms))
-    index = bm25s.BM25.load(room, mmap=True, show_progress=False)
+    directory = cache_entry("bm25", key, lambda partial: _write(partial, corpus, settings, terms))
+    index = bm25s.BM25.load(directory, mmap=True, show_progress=False)
     # plain views of the mapped files: every slice of a memmap object costs as much as a term
     index.scores = {
         name: np.asarray(part) if isinstance(part, np.ndarray) else part
@@ -206,21 +206,21 @@ def warn_of_no_matches(without: int, queries: int, consequence: str) -> None:
         )
 
 
-def _write(room: Path, corpus: Corpus, settings: Bm25Settings, terms: Terms) -> None:
+def _write(directory: Path, corpus: Corpus, settings: Bm25Settings, terms: Terms) -> None:
     vocabulary: dict[str, int] = {}
     passages: list[array[int]] = []
     with progress_bar(len(corpus), "indexing the corpus", "passages") as bar:
         for batch in corpus.batches():
             for passage in batch:
-                words = terms(f"{passage.title} {passage.text}")
-                ids = (vocabulary.setdefault(word, len(vocabulary)) for word in words)
+                found_terms = terms(f"{passage.title} {passage.text}")
+                ids = (vocabulary.setdefault(name, len(vocabulary)) for name in found_terms)
                 passages.append(array("i", ids))
             bar.update(len(batch))
     if not vocabulary:
         raise DataError(f"no passage of the corpus has a word that BM25 could match. {WORDS}")
     index = _bm25s().BM25(k1=settings.k1, b=settings.b, method="lucene")
     index.index((passages, vocabulary), create_empty_token=False, show_progress=False)
-    index.save(room, show_progress=False)
+    index.save(directory, show_progress=False)
 
 
 def _best(scores: np.ndarray, k: int, ranks: np.ndarray) -> np.ndarray:
@@ -245,8 +245,7 @@ def _bm25s():  # type: ignore[no-untyped-def]
 
 def _stop_words(language: str) -> Sequence[str]:
     """bm25s' stop words of a language, where it has any."""
-    words = getattr(_bm25s().stopwords, f"STOPWORDS_{_code(language)}", ())
-    return tuple(words)
+    return tuple(getattr(_bm25s().stopwords, f"STOPWORDS_{_code(language)}", ()))
 
 
 def _code(language: str) -> str:

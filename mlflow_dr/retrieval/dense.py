@@ -116,7 +116,9 @@ def dense_search(
     search = find_backend(backend, encoder.device)
     query_encoder = encoder.query_encoder
     query_tokenizer = TextTokenizer(query_encoder.tokenizer, query_encoder.settings)
-    distinct = list({id(query): query for one in requests for query in one.queries}.values())
+    distinct = list(
+        {id(query): query for request in requests for query in request.queries}.values()
+    )
     positions = {id(query): position for position, query in enumerate(distinct)}
     ids = token_table(query_tokenizer.query_ids(distinct))
     vectors = encode_all(query_encoder, ids, query_tokenizer.pad_id, "query")
@@ -134,9 +136,9 @@ def dense_search(
     with progress_bar(total, "encoding the corpus", "passages", quiet) as bar:
         for chunk_rows, chunk in _chunks(encoder, table, text_tokenizer.pad_id, rows, bar):
             check_finite(chunk, "passage")
-            for one in searches:
-                one.update(chunk, chunk_rows)
-    return [one.result() for one in searches]
+            for searcher in searches:
+                searcher.update(chunk, chunk_rows)
+    return [searcher.result() for searcher in searches]
 
 
 def rows_to_encode(requests: Sequence[SearchRequest], n_passages: int) -> np.ndarray | None:
@@ -220,12 +222,12 @@ def rank_candidates(
     width = min(k, max((len(rows) for rows in candidates), default=0))
     best = np.full((len(candidates), width), -1, np.int64)
     values = np.full((len(candidates), width), -np.inf, np.float32)
-    for place, (rows, of_query) in enumerate(zip(candidates, scores, strict=True)):
+    for index, (rows, of_query) in enumerate(zip(candidates, scores, strict=True)):
         if not np.isfinite(of_query).all():
             raise CheckpointError(OVERFLOW)
         order = np.lexsort((ranks[rows], -of_query))[:width]
-        best[place, : len(order)] = rows[order]
-        values[place, : len(order)] = of_query[order]
+        best[index, : len(order)] = rows[order]
+        values[index, : len(order)] = of_query[order]
     return SearchResult(best, values, [])
 
 

@@ -72,8 +72,8 @@ class Measure(str):
 
     def parameter(self, name: str) -> float:
         """A parameter: `rel`, the lowest relevance that is relevant, or `p`, RBP's persistence."""
-        found = re.search(rf"_{name}_([\d.]+)", self)
-        return float(found[1] if found else DEFAULT_PARAMETERS[name])
+        match = re.search(rf"_{name}_([\d.]+)", self)
+        return float(match[1] if match else DEFAULT_PARAMETERS[name])
 
 
 def parse_measures(text: str) -> tuple[Measure, ...]:
@@ -84,8 +84,8 @@ def parse_measures(text: str) -> tuple[Measure, ...]:
     Raises:
         UsageError: an unknown measure or parameter, or a measure without a cut-off.
     """
-    words = re.split(r"[\s,]+(?![^(]*\))", text)
-    measures = tuple(dict.fromkeys(_measure(word) for word in words if word))
+    names = re.split(r"[\s,]+(?![^(]*\))", text)
+    measures = tuple(dict.fromkeys(_measure(name) for name in names if name))
     if not measures:
         raise UsageError(f"no measure given; for example: {DEFAULT_MEASURES!r}")
     return measures
@@ -132,9 +132,9 @@ def measure_ranking(
         else:
             for query_id, passages in ranking.items():
                 if query_id in qrels:
-                    found = [passage_id for passage_id, _ in passages[: measure.cutoff]]
+                    passage_ids = [passage_id for passage_id, _ in passages[: measure.cutoff]]
                     values[query_id][measure] = FORMULAS[measure.name](
-                        found, qrels[query_id], measure
+                        passage_ids, qrels[query_id], measure
                     )
             continue
         evaluations[depth, int(measure.parameter("rel"))][measure] = trec_name
@@ -190,15 +190,15 @@ def _trec_eval(
     import pytrec_eval
 
     evaluator = pytrec_eval.RelevanceEvaluator(qrels, set(names.values()), relevance_level=relevant)
-    run = {query_id: dict(found[:depth]) for query_id, found in ranking.items() if found}
+    run = {query_id: dict(passages[:depth]) for query_id, passages in ranking.items() if passages}
     keys = {measure: name.replace(".", "_") for measure, name in names.items()}
-    for query_id, found in evaluator.evaluate(run).items():
-        values[query_id] |= {measure: found[key] for measure, key in keys.items()}
+    for query_id, results in evaluator.evaluate(run).items():
+        values[query_id] |= {measure: results[key] for measure, key in keys.items()}
 
 
-def _err(found: Sequence[str], judged: Mapping[str, int], measure: Measure) -> float:
+def _err(passage_ids: Sequence[str], judged: Mapping[str, int], measure: Measure) -> float:
     value, continues = 0.0, 1.0
-    for rank, passage_id in enumerate(found, start=1):
+    for rank, passage_id in enumerate(passage_ids, start=1):
         gain = min(max(0, judged.get(passage_id, 0)), HIGHEST_RELEVANCE)
         stops = (2**gain - 1) / 2**HIGHEST_RELEVANCE
         value += continues * stops / rank
@@ -206,14 +206,18 @@ def _err(found: Sequence[str], judged: Mapping[str, int], measure: Measure) -> f
     return value
 
 
-def _rbp(found: Sequence[str], judged: Mapping[str, int], measure: Measure) -> float:
+def _rbp(passage_ids: Sequence[str], judged: Mapping[str, int], measure: Measure) -> float:
     persistence, relevant = measure.parameter("p"), measure.parameter("rel")
-    hits = (place for place, one in enumerate(found) if judged.get(one, 0) >= relevant)
-    return (1 - persistence) * sum(persistence**place for place in hits)
+    hits = (
+        index
+        for index, passage_id in enumerate(passage_ids)
+        if judged.get(passage_id, 0) >= relevant
+    )
+    return (1 - persistence) * sum(persistence**index for index in hits)
 
 
-def _judged(found: Sequence[str], judged: Mapping[str, int], measure: Measure) -> float:
-    return sum(passage_id in judged for passage_id in found) / max(1, len(found))
+def _judged(passage_ids: Sequence[str], judged: Mapping[str, int], measure: Measure) -> float:
+    return sum(passage_id in judged for passage_id in passage_ids) / max(1, len(passage_ids))
 
 
 FORMULAS: dict[str, Callable[[Sequence[str], Mapping[str, int], Measure], float]] = {

@@ -86,10 +86,10 @@ def named_ranking(
     ids = np.array(names, dtype=object)[places.reshape(rows.shape)]
     ranking = {}
     for query, passage_ids, values in zip(queries, ids, scores.tolist(), strict=True):
-        found = zip(passage_ids, values, strict=True)
+        scored = zip(passage_ids, values, strict=True)
         kept = [
             (pid, score)
-            for pid, score in found
+            for pid, score in scored
             if pid is not None and (keep_own_id or pid != query.id)
         ]
         ranking[query.id] = kept[:depth]
@@ -102,11 +102,11 @@ def write_ranking(path: Path, ranking: Ranking, tag: str = "mlflow_dr") -> None:
     Raises:
         DataError: see `check_trec_ids`.
     """
-    passages = {passage_id for found in ranking.values() for passage_id, _ in found}
+    passages = {passage_id for ranked in ranking.values() for passage_id, _ in ranked}
     check_trec_ids(pa.array([*ranking, *passages], pa.string()))
     with atomic_write(path) as partial, partial.open("w", encoding="utf-8") as file:
-        for query_id, found in ranking.items():
-            for rank, (passage_id, score) in enumerate(found, start=1):
+        for query_id, ranked in ranking.items():
+            for rank, (passage_id, score) in enumerate(ranked, start=1):
                 file.write(f"{query_id} Q0 {passage_id} {rank} {score:.9g} {tag}\n")
 
 
@@ -152,13 +152,15 @@ def read_ranking(path: Path, k: int, queries: Sequence[Query], corpus: Corpus) -
         DataError: no such file, a malformed line, or no line at all that is about these queries
             and passages.
     """
-    tops = _read(path, k, {query.id for query in queries})
-    ids = sorted({passage_id for found in tops.values() for passage_id in found})
+    top_passages = _read(path, k, {query.id for query in queries})
+    ids = sorted(
+        {passage_id for passage_ids in top_passages.values() for passage_id in passage_ids}
+    )
     rows = dict(zip(ids, corpus.rows_of(ids).tolist(), strict=True))
     unknown = sum(row < 0 for row in rows.values())
-    missing = [query.id for query in queries if query.id not in tops]
-    if not tops or unknown == len(ids):
-        what = "query" if not tops else "passage"
+    missing = [query.id for query in queries if query.id not in top_passages]
+    if not top_passages or unknown == len(ids):
+        what = "query" if not top_passages else "passage"
         raise DataError(
             f"{path}: no line names a {what} of the collection; is it a ranking of another one?"
         )
@@ -169,7 +171,14 @@ def read_ranking(path: Path, k: int, queries: Sequence[Query], corpus: Corpus) -
             *(path, unknown, len(missing), len(queries), example),
         )
     return [
-        np.array([rows[one] for one in tops.get(query.id, ()) if rows[one] >= 0], np.int64)
+        np.array(
+            [
+                rows[passage_id]
+                for passage_id in top_passages.get(query.id, ())
+                if rows[passage_id] >= 0
+            ],
+            np.int64,
+        )
         for query in queries
     ]
 
@@ -179,34 +188,37 @@ def _read(path: Path, k: int, wanted: set[str]) -> dict[str, list[str]]:
     kept: dict[str, dict[str, float]] = {}
     columns, is_rank = 0, False
     for number, line in read_lines(path):
-        words = _columns(decoded(line, path, number))
+        fields = _columns(decoded(line, path, number))
         if not columns:
-            columns = len(words)
-            is_rank = columns == SHORT_COLUMNS and words[2].isdecimal()
-        if len(words) != columns or columns not in (TREC_COLUMNS, SHORT_COLUMNS):
+            columns = len(fields)
+            is_rank = columns == SHORT_COLUMNS and fields[2].isdecimal()
+        if len(fields) != columns or columns not in (TREC_COLUMNS, SHORT_COLUMNS):
             raise DataError(
-                f"{path}:{number}: {len(words)} columns; expected TREC's query-id Q0 passage-id "
+                f"{path}:{number}: {len(fields)} columns; expected TREC's query-id Q0 passage-id "
                 "rank score tag, or query-id passage-id rank (or score), on every line alike"
             )
-        query_id, passage_id = words[0], words[2 if columns == TREC_COLUMNS else 1]
-        score = _score(words[4 if columns == TREC_COLUMNS else 2], is_rank, path, number)
+        query_id, passage_id = fields[0], fields[2 if columns == TREC_COLUMNS else 1]
+        score = _score(fields[4 if columns == TREC_COLUMNS else 2], is_rank, path, number)
         if query_id not in wanted:
             continue
-        found = kept.setdefault(query_id, {})
+        scores = kept.setdefault(query_id, {})
         if not passage_id or "\0" in passage_id:
             checked_id(passage_id, f"{path}:{number}")
-        found[passage_id] = max(score, found.get(passage_id, -math.inf))
-        if len(found) > KEPT_MEANWHILE * k:
-            kept[query_id] = dict(_best(found, k))
+        scores[passage_id] = max(score, scores.get(passage_id, -math.inf))
+        if len(scores) > KEPT_MEANWHILE * k:
+            kept[query_id] = dict(_best(scores, k))
     if not columns:
         raise DataError(f"{path}: the file has no line; expected a ranking")
-    best = [max(found.values()) for found in kept.values()]
+    best = [max(scores.values()) for scores in kept.values()]
     if is_rank and best and max(best) < -1:
         raise DataError(
             f"{path}: no query has a passage of rank 0 or 1; if the third column has scores, write "
             "them with a decimal point"
         )
-    return {query_id: [one for one, _ in _best(found, k)] for query_id, found in kept.items()}
+    return {
+        query_id: [passage_id for passage_id, _ in _best(scores, k)]
+        for query_id, scores in kept.items()
+    }
 
 
 def _columns(text: str) -> list[str]:
@@ -215,14 +227,14 @@ def _columns(text: str) -> list[str]:
     Only ASCII's blanks part columns, as in trec_eval; between tabs an id may hold blanks.
     """
     if "\t" in text:
-        columns = [one.strip() for one in text.split("\t")]
+        columns = [column.strip() for column in text.split("\t")]
         if len(columns) in (TREC_COLUMNS, SHORT_COLUMNS):
             return columns
     return text.split() if text.isascii() else BLANKS.split(text)
 
 
-def _best(found: dict[str, float], k: int) -> list[tuple[str, float]]:
-    return nlargest(k, found.items(), key=lambda one: (one[1], one[0]))
+def _best(scores: dict[str, float], k: int) -> list[tuple[str, float]]:
+    return nlargest(k, scores.items(), key=lambda item: (item[1], item[0]))
 
 
 def _score(text: str, is_rank: bool, path: Path, number: int) -> float:

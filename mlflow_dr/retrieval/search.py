@@ -134,16 +134,16 @@ def search_faiss(queries: Tensor, chunk: Tensor, k: int, ranks: Tensor) -> tuple
     faiss = _faiss()
     wanted = min(k + 1, len(chunk))
     texts, base = queries.numpy(), chunk.numpy()
-    found, indices = faiss.knn(texts, base, wanted, metric=faiss.METRIC_INNER_PRODUCT)
-    best, places = torch.from_numpy(found), torch.from_numpy(indices)
+    scores, indices = faiss.knn(texts, base, wanted, metric=faiss.METRIC_INNER_PRODUCT)
+    best, places = torch.from_numpy(scores), torch.from_numpy(indices)
     unclear = _cut_through_equals(best, k)
     best, places = best[:, :k].clone(), places[:, :k].clone()
     while len(unclear):
         wanted = min(2 * wanted, len(chunk))
-        found, indices = faiss.knn(
+        scores, indices = faiss.knn(
             texts[unclear.numpy()], base, wanted, metric=faiss.METRIC_INNER_PRODUCT
         )
-        wide, wide_places = torch.from_numpy(found), torch.from_numpy(indices)
+        wide, wide_places = torch.from_numpy(scores), torch.from_numpy(indices)
         order = _best_first(wide, ranks[wide_places])[:, :k]
         best[unclear] = wide.gather(1, order)
         places[unclear] = wide_places.gather(1, order)

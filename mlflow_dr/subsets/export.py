@@ -66,21 +66,21 @@ def write_subset(
     split = split.replace("/", "_")
     names = _corpus_files(layout, shards)
     record = _beir if layout == BEIR else _asyncval(tokens)
-    with atomic_write(output) as room:
-        (room / Path(names[0]).parent).mkdir(parents=True)
-        _write_passages([room / name for name in names], subset, record)
+    with atomic_write(output) as partial:
+        (partial / Path(names[0]).parent).mkdir(parents=True)
+        _write_passages([partial / name for name in names], subset, record)
         of_split = "" if layout == BEIR else f".{split}"
-        _write_lines(room / f"queries{of_split}.jsonl", _queries(subset.topics, layout, tokens))
-        _write_qrels(room, subset.topics, split, layout)
-        pq.write_table(subset.table(), room / "subset.parquet", compression="zstd")
+        _write_lines(partial / f"queries{of_split}.jsonl", _queries(subset.topics, layout, tokens))
+        _write_qrels(partial, subset.topics, split, layout)
+        pq.write_table(subset.table(), partial / "subset.parquet", compression="zstd")
 
 
 def _corpus_files(layout: str, shards: int) -> list[str]:
     if layout == ASYNCVAL:
-        return [f"candidates/split{place:02}.jsonl" for place in range(shards)]
+        return [f"candidates/split{shard:02}.jsonl" for shard in range(shards)]
     if shards == 1:
         return ["corpus.jsonl"]
-    return [f"corpus-{place:05}-of-{shards:05}.jsonl" for place in range(shards)]
+    return [f"corpus-{shard:05}-of-{shards:05}.jsonl" for shard in range(shards)]
 
 
 def _write_passages(
@@ -104,8 +104,8 @@ def _write_lines(path: Path, records: Iterator[Mapping[str, Any]]) -> None:
             file.write(msgspec.json.encode(record) + b"\n")
 
 
-def _write_qrels(room: Path, topics: Topics, split: str, layout: str) -> None:
-    path = room / (f"qrels/{split}.tsv" if layout == BEIR else f"qrels.{split}.tsv")
+def _write_qrels(directory: Path, topics: Topics, split: str, layout: str) -> None:
+    path = directory / (f"qrels/{split}.tsv" if layout == BEIR else f"qrels.{split}.tsv")
     path.parent.mkdir(exist_ok=True)
     with path.open("w", encoding="utf-8") as file:
         if layout == BEIR:
@@ -126,27 +126,27 @@ def _queries(topics: Topics, layout: str, tokens: Tokens | None) -> Iterator[Map
 
 
 def _beir(passages: Sequence[Passage]) -> Iterator[Mapping[str, Any]]:
-    for one in passages:
-        yield {"_id": one.id, "title": one.title, "text": one.text}
+    for passage in passages:
+        yield {"_id": passage.id, "title": passage.title, "text": passage.text}
 
 
 def _asyncval(
     tokens: Tokens | None,
 ) -> Callable[[Sequence[Passage]], Iterator[Mapping[str, Any]]]:
     def records(passages: Sequence[Passage]) -> Iterator[Mapping[str, Any]]:
-        texts = [f"{one.title} {one.text}".strip() for one in passages]
+        texts = [f"{passage.title} {passage.text}".strip() for passage in passages]
         return _texts(list(passages), texts, tokens)
 
     return records
 
 
 def _texts(
-    those: Sequence[Passage | Query], texts: Sequence[str], tokens: Tokens | None
+    items: Sequence[Passage | Query], texts: Sequence[str], tokens: Tokens | None
 ) -> Iterator[Mapping[str, Any]]:
     """Lines of `text_id` and `text`: token ids where they are known or made, else the text."""
     made = tokens(texts) if tokens is not None else [None] * len(texts)
-    for one, text, ids in zip(those, texts, made, strict=True):
-        if one.tokens is not None:
-            yield {"text_id": one.id, "text": list(one.tokens)}
+    for item, text, ids in zip(items, texts, made, strict=True):
+        if item.tokens is not None:
+            yield {"text_id": item.id, "text": list(item.tokens)}
         else:
-            yield {"text_id": one.id, "text": text if ids is None else list(ids)}
+            yield {"text_id": item.id, "text": text if ids is None else list(ids)}

@@ -44,9 +44,9 @@ def log_per_query_values(
     Raises:
         TrackingError: the server did not take them.
     """
-    with scratch() as room:
-        room.mkdir()
-        file = room / _file(checkpoint)
+    with scratch() as directory:
+        directory.mkdir()
+        file = directory / _file(checkpoint)
         pq.write_table(_table(per_query), file)
         with tracking_errors(f"storing the values of step {checkpoint.step}"):
             run.client.log_artifact(run.id, str(file), _folder(name))
@@ -68,11 +68,11 @@ def per_query_values(
         TrackingError: the server does not answer.
     """
     path = f"{_folder(name)}/{_file(checkpoint)}"
-    with scratch() as room:
-        room.mkdir()
+    with scratch() as directory:
+        directory.mkdir()
         with tracking_errors(f"values of step {checkpoint.step}"):
             try:
-                file = Path(run.client.download_artifacts(run.id, path, str(room)))
+                file = Path(run.client.download_artifacts(run.id, path, str(directory)))
             except (MlflowException, OSError):
                 entries = run.client.list_artifacts(run.id, _folder(name))
                 if path in {entry.path for entry in entries}:
@@ -130,15 +130,15 @@ def log_subset(
         TrackingError: the server did not take it.
     """
     table, text = f"{name}.parquet", f"{name}.json"
-    with tracking_errors(f"storing subset {name!r} of run {run.id}"), scratch() as room:
+    with tracking_errors(f"storing subset {name!r} of run {run.id}"), scratch() as directory:
         stored = {file.path for file in run.client.list_artifacts(run.id, SUBSETS_FOLDER)}
         if f"{SUBSETS_FOLDER}/{text}" in stored:
             return
-        room.mkdir()
-        pq.write_table(passages(), room / table, compression="zstd")
-        (room / text).write_text(json.dumps(about, indent=1) + "\n", encoding="utf-8")
+        directory.mkdir()
+        pq.write_table(passages(), directory / table, compression="zstd")
+        (directory / text).write_text(json.dumps(about, indent=1) + "\n", encoding="utf-8")
         for file in (table, text):  # the text comes last and shows that both are stored
-            run.client.log_artifact(run.id, str(room / file), SUBSETS_FOLDER)
+            run.client.log_artifact(run.id, str(directory / file), SUBSETS_FOLDER)
 
 
 def log_study(run: TrackedRun, metrics: Mapping[str, float], files: Iterable[Path]) -> None:

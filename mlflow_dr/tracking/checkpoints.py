@@ -182,8 +182,8 @@ def find_checkpoints(
             filter_string=" AND ".join(conditions) or None,
             max_results=PER_REQUEST,
         )
-        found = [_checkpoint(model) for model in models if _is_checkpoint(model)]
-    return sorted(found, key=lambda checkpoint: (checkpoint.step, checkpoint.created_ms))
+        checkpoints = [_checkpoint(model) for model in models if _is_checkpoint(model)]
+    return sorted(checkpoints, key=lambda checkpoint: (checkpoint.step, checkpoint.created_ms))
 
 
 def ready_steps(run: TrackedRun) -> set[int]:

@@ -203,11 +203,11 @@ class Claims:
                 write_once(self._client, checkpoint.model_id, key, value)
             except Exception:
                 # another's, or the lost answer to our own request: what is there decides
-                found = checkpoint_by_id(self._client, checkpoint.model_id).params.get(key)
-                if found is None:
+                stored = checkpoint_by_id(self._client, checkpoint.model_id).params.get(key)
+                if stored is None:
                     raise
-                if found != value:
-                    self.faster = Owner.parse(found)
+                if stored != value:
+                    self.faster = Owner.parse(stored)
                     return False
         with self._lock:
             self._mine[checkpoint.model_id, name] = attempt

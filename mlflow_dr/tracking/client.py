@@ -349,10 +349,10 @@ def _status(error: Any) -> int | None:
         return int(error.get_http_status_code())
     answer = getattr(error, "response", None)
     if isinstance(answer, dict):
-        found = answer.get("ResponseMetadata", {}).get("HTTPStatusCode")
+        http_status = answer.get("ResponseMetadata", {}).get("HTTPStatusCode")
     else:
-        found = getattr(answer, "status_code", None)
-    for status in (found, getattr(error, "status_code", None), getattr(error, "code", None)):
+        http_status = getattr(answer, "status_code", None)
+    for status in (http_status, getattr(error, "status_code", None), getattr(error, "code", None)):
         if isinstance(status, int):
             return int(status)
     return None

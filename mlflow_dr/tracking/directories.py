@@ -77,12 +77,12 @@ class FollowedDirectory:
                     register_directory(self._run, path, step)
                 self._registered.add(path)
         over = not self._is_mine and is_over(state)
-        found = [
+        checkpoints = [
             checkpoint
             for checkpoint in self.checkpoints.snapshot(is_over=over)
             if Path(checkpoint.directory) in complete
         ]
-        return Snapshot(found, over)
+        return Snapshot(checkpoints, over)
 
     def run_of(self, checkpoint: Checkpoint) -> TrackedRun:
         """The run."""
@@ -91,7 +91,7 @@ class FollowedDirectory:
     def _complete(self) -> dict[Path, int]:
         """Complete checkpoints that have not changed since the last snapshot, with their steps."""
         before, self._seen = self._seen, {}
-        found: dict[Path, int] = {}
+        complete: dict[Path, int] = {}
         for path in sorted(self._directory.iterdir()):
             if not path.is_dir() or path.name.startswith("."):
                 continue
@@ -108,8 +108,8 @@ class FollowedDirectory:
             elif seen.lacks:
                 self._log(path, seen.lacks)
             else:
-                found[path] = seen.step
-        return found
+                complete[path] = seen.step
+        return complete
 
     def _log(self, path: Path, reason: str) -> None:
         if (path, reason) not in self._logged:
@@ -128,7 +128,7 @@ def found_checkpoints(directory: Path) -> list[Checkpoint]:
     """
     if not directory.is_dir():
         raise UsageError(f"{directory}: no such directory")
-    found: list[Checkpoint] = []
+    checkpoints: list[Checkpoint] = []
     for path in sorted(directory.absolute().iterdir()):
         if not path.is_dir() or path.name.startswith("."):
             continue
@@ -136,8 +136,8 @@ def found_checkpoints(directory: Path) -> list[Checkpoint]:
         if step is None or lacks:
             log.info("%s is passed over: %s", path, NO_STEP if step is None else lacks)
             continue
-        found.append(_unregistered(path, step))
-    return sorted(found, key=lambda checkpoint: checkpoint.step)
+        checkpoints.append(_unregistered(path, step))
+    return sorted(checkpoints, key=lambda checkpoint: checkpoint.step)
 
 
 def _unregistered(path: Path, step: int) -> Checkpoint:

@@ -75,15 +75,15 @@ def checkpoint_files(checkpoint: Checkpoint, with_mlmodel: bool = False) -> Iter
     if checkpoint.is_pruned:
         when = checkpoint.tags[PRUNED_TAG]
         raise LostError(f"{checkpoint.uri}: its files were deleted ({when})")
-    with scratch() as room:
+    with scratch() as target:
         try:
-            directory = _fetch(checkpoint, room, with_mlmodel)
+            directory = _fetch(checkpoint, target, with_mlmodel)
         except MlflowDrError:
             raise
         except Exception as error:  # object stores raise errors of many kinds
-            if is_full(error, room.parent):
+            if is_full(error, target.parent):
                 message = "the disk is full; TMPDIR names a directory on another one"
-                raise OSError(errno.ENOSPC, message, str(room.parent)) from error
+                raise OSError(errno.ENOSPC, message, str(target.parent)) from error
             lasting = any(
                 isinstance(cause, ImportError) or is_unknown_store(cause) for cause in causes(error)
             )
@@ -115,27 +115,27 @@ def download(checkpoint: Checkpoint, directory: Path) -> None:
         shutil.copytree(files, partial)
 
 
-def _fetch(checkpoint: Checkpoint, room: Path, with_mlmodel: bool) -> Path:
+def _fetch(checkpoint: Checkpoint, target: Path, with_mlmodel: bool) -> Path:
     if checkpoint.directory:
-        return Path(shutil.copytree(checkpoint.directory, room, ignore=NOT_THE_ENCODER))
+        return Path(shutil.copytree(checkpoint.directory, target, ignore=NOT_THE_ENCODER))
     if here := local_directory(checkpoint.location):
-        return _in_place(checkpoint, here, room, with_mlmodel)
+        return _in_place(checkpoint, here, target, with_mlmodel)
     if not checkpoint.manifest:
-        return Path(download_artifacts(artifact_uri=checkpoint.location, dst_path=str(room)))
+        return Path(download_artifacts(artifact_uri=checkpoint.location, dst_path=str(target)))
     # the manifest names the files; listing them would take a request for each folder
-    room.mkdir()
+    target.mkdir()
     store = get_artifact_repository(checkpoint.location)
-    _download(store, MANIFEST, room, checkpoint.manifest)
-    listed = _listed(room, checkpoint, with_mlmodel)
-    for parent in {(room / name).parent for name in listed}:
+    _download(store, MANIFEST, target, checkpoint.manifest)
+    listed = _listed(target, checkpoint, with_mlmodel)
+    for parent in {(target / name).parent for name in listed}:
         parent.mkdir(parents=True, exist_ok=True)
     _for_each(
-        listed, lambda name: _download(store, name, room, listed[name].sha256, listed[name].bytes)
+        listed, lambda name: _download(store, name, target, listed[name].sha256, listed[name].bytes)
     )
-    return room
+    return target
 
 
-def _in_place(checkpoint: Checkpoint, here: Path, room: Path, with_mlmodel: bool) -> Path:
+def _in_place(checkpoint: Checkpoint, here: Path, target: Path, with_mlmodel: bool) -> Path:
     """The directory where a checkpoint lies, or links to the files that its manifest lists."""
     if not here.is_dir():
         # if the folder of all models exists, this checkpoint is gone; else nothing is known
@@ -155,11 +155,11 @@ def _in_place(checkpoint: Checkpoint, here: Path, room: Path, with_mlmodel: bool
             "step %d: %d files in %s are not in its manifest and are not used: %s",
             *(checkpoint.step, len(files), here, shown),
         )
-    return link_listed_files(here, everything, room)
+    return link_listed_files(here, everything, target)
 
 
 def _download(
-    store: ArtifactRepository, name: str, room: Path, sha256: str, size: int | None = None
+    store: ArtifactRepository, name: str, target: Path, sha256: str, size: int | None = None
 ) -> None:
     """Download a file, again if its bytes are not those that were published.
 
@@ -176,8 +176,8 @@ def _download(
         UnavailableError: each download gave other bytes.
         Exception: as the store raised it.
     """
-    path = room / name
-    came: set[str] = set()
+    path = target / name
+    digests: set[str] = set()
     for number in range(TRIES):
         if number:
             time.sleep(SECONDS_BETWEEN_TRIES * 2 ** (number - 1))
@@ -185,21 +185,21 @@ def _download(
         try:
             compat.download_file(store, name, str(path))
         except Exception as error:
-            if isinstance(error, ImportError) or is_full(error, room):
+            if isinstance(error, ImportError) or is_full(error, target):
                 raise
             failed = error
-            came.add("")
+            digests.add("")
             continue
         digest = file_sha256(path)
         if digest == sha256:
             return
-        came.add(digest)
+        digests.add(digest)
     stored_size = _size_in_store(store, name)
-    if len(came) == 1 and failed is None and stored_size in (None, path.stat().st_size):
+    if len(digests) == 1 and failed is None and stored_size in (None, path.stat().st_size):
         if size is None:
             raise CheckpointError(f"{name} is not the one that was published (SHA-256 differs)")
         raise CheckpointError(why_different(path, name, FileEntry(size, sha256)))
-    if came == {""} and failed is not None and stored_size == NOT_THERE:
+    if digests == {""} and failed is not None and stored_size == NOT_THERE:
         raise LostError(f"cannot be downloaded: {name}: {_words(failed)}") from failed
     if failed is not None:
         raise failed
@@ -213,8 +213,8 @@ def _size_in_store(store: ArtifactRepository, name: str) -> int | None:
         listed = {entry.path: entry for entry in store.list_artifacts(folder or None)}
     except Exception:  # noqa: BLE001 - object stores raise errors of many kinds
         return None
-    found = listed.get(name)
-    return NOT_THERE if found is None else found.file_size
+    entry = listed.get(name)
+    return NOT_THERE if entry is None else entry.file_size
 
 
 def _for_each(names: Iterable[str], act: Callable[[str], object]) -> None:

@@ -40,10 +40,10 @@ class Snapshot(NamedTuple):
 
     def by_run(self) -> dict[str, list[Checkpoint]]:
         """The checkpoints of each run that has any, by step."""
-        found: dict[str, list[Checkpoint]] = {}
+        runs: dict[str, list[Checkpoint]] = {}
         for checkpoint in self.checkpoints:
-            found.setdefault(checkpoint.run_id, []).append(checkpoint)
-        return found
+            runs.setdefault(checkpoint.run_id, []).append(checkpoint)
+        return runs
 
 
 class Followed(Protocol):
@@ -113,10 +113,10 @@ class FollowedExperiment:
         self.run = None
         self.client = client
         with tracking_errors(self.name):
-            found = client.get_experiment_by_name(name)
-        if found is None or found.lifecycle_stage != "active":
+            experiment = client.get_experiment_by_name(name)
+        if experiment is None or experiment.lifecycle_stage != "active":
             raise TrackingError(no_experiment(client, name))
-        self._id = found.experiment_id
+        self._id = experiment.experiment_id
         self.checkpoints = OpenCheckpoints(client, self._id)
         self._runs: dict[str, TrackedRun] = {}
         self._ask_at = time.monotonic() + SECONDS_BETWEEN_STATES
@@ -144,10 +144,10 @@ class FollowedExperiment:
 
     def _check_alive(self) -> None:
         with tracking_errors(self.name):
-            found = self.client.get_experiment(self._id)
-            if found.experiment_id != self._id:
+            experiment = self.client.get_experiment(self._id)
+            if experiment.experiment_id != self._id:
                 raise ValueError("the server's answer is not about this experiment")
-        if found.lifecycle_stage != LifecycleStage.ACTIVE:
+        if experiment.lifecycle_stage != LifecycleStage.ACTIVE:
             raise TrackingError(
                 f"{self.name} was deleted; restore it with "
                 f"`mlflow experiments restore --experiment-id {self._id}` to go on"
@@ -157,7 +157,7 @@ class FollowedExperiment:
 def no_experiment(client: MlflowClient, name: str) -> str:
     """The message for an experiment that does not exist, with the nearest name."""
     with tracking_errors(f"experiment {name!r}"):
-        near = did_you_mean(name, [one.name for one in client.search_experiments()])
+        near = did_you_mean(name, [experiment.name for experiment in client.search_experiments()])
     return f"no experiment {name!r}{near or ';'} `mlflow experiments search` lists them"
 
 
@@ -188,7 +188,9 @@ class OpenCheckpoints:
     @property
     def has_open(self) -> bool:
         """Whether a READY checkpoint was open at the last snapshot."""
-        return any(one.ready and key not in self._done for key, one in self._known.items())
+        return any(
+            checkpoint.ready and key not in self._done for key, checkpoint in self._known.items()
+        )
 
     def snapshot(self, is_over: bool = False) -> list[Checkpoint]:
         """All known checkpoints, by step, as they are now or were when they were done.
@@ -197,12 +199,20 @@ class OpenCheckpoints:
             is_over: whether nothing will be added; what was PENDING for long is then requested.
         """
         full = self._clock() - self._full_at >= SECONDS_BETWEEN_FULL_SNAPSHOTS
-        found = find_checkpoints(*self._search, since_ms=0 if full else self._since(is_over))
+        checkpoints = find_checkpoints(*self._search, since_ms=0 if full else self._since(is_over))
         if full:
             self._known = {}  # what was deleted is gone
             self._full_at = self._clock()
-        self._known.update({one.model_id: one for one in found if self._is_followed(one)})
-        return sorted(self._known.values(), key=lambda one: (one.step, one.created_ms))
+        self._known.update(
+            {
+                checkpoint.model_id: checkpoint
+                for checkpoint in checkpoints
+                if self._is_followed(checkpoint)
+            }
+        )
+        return sorted(
+            self._known.values(), key=lambda checkpoint: (checkpoint.step, checkpoint.created_ms)
+        )
 
     def _is_followed(self, checkpoint: Checkpoint) -> bool:
         """Whether it is published, or found in the directory; other files are elsewhere."""
@@ -220,11 +230,15 @@ class OpenCheckpoints:
         self._full_at = -float("inf")
 
     def _since(self, is_over: bool) -> int:
-        newest = max((one.created_ms for one in self._known.values()), default=0)
+        newest = max((checkpoint.created_ms for checkpoint in self._known.values()), default=0)
         left = [
-            one.created_ms
-            for key, one in self._known.items()
+            checkpoint.created_ms
+            for key, checkpoint in self._known.items()
             if key not in self._done
-            and (is_over or not one.pending or one.created_ms >= newest - LONGEST_UPLOAD_MS)
+            and (
+                is_over
+                or not checkpoint.pending
+                or checkpoint.created_ms >= newest - LONGEST_UPLOAD_MS
+            )
         ]
         return min(left, default=newest)

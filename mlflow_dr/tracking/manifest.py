@@ -101,8 +101,8 @@ def unlisted_files(directory: Path, files: Manifest) -> list[str]:
     """Files and folders of a directory that its manifest does not list, by name."""
     expected = {MANIFEST, *files}
     expected |= {str(parent) for name in files for parent in PurePosixPath(name).parents}
-    found = (path.relative_to(directory).as_posix() for path in directory.rglob("*"))
-    return sorted(name for name in found if name not in expected)
+    names = (path.relative_to(directory).as_posix() for path in directory.rglob("*"))
+    return sorted(name for name in names if name not in expected)
 
 
 def link_listed_files(directory: Path, files: Iterable[str], view: Path) -> Path:
@@ -135,8 +135,8 @@ def verify_upload(directory: Path, listed: Callable[[str | None], Iterable[FileI
     files = [path for path in directory.rglob("*") if path.is_file()]
     sizes: dict[str, int | None] = {}
     for folder in {path.relative_to(directory).parent.as_posix() for path in files}:
-        found = listed(None if folder == "." else folder)
-        sizes.update({entry.path: entry.file_size for entry in found if not entry.is_dir})
+        entries = listed(None if folder == "." else folder)
+        sizes.update({entry.path: entry.file_size for entry in entries if not entry.is_dir})
     for path in files:
         name, size = path.relative_to(directory).as_posix(), path.stat().st_size
         if name not in sizes:

@@ -57,7 +57,10 @@ def write_mlmodel(directory: Path) -> None:
     """
     python = platform.python_version()
     versions = _versions()
-    requirements = [f"mlflow_dr=={VERSION}", *(f"{name}=={one}" for name, one in versions.items())]
+    requirements = [
+        f"mlflow_dr=={VERSION}",
+        *(f"{name}=={version}" for name, version in versions.items()),
+    ]
     (directory / REQUIREMENTS).write_text("\n".join(requirements) + "\n", encoding="utf-8")
     env = {"python": python, "dependencies": [f"-r {REQUIREMENTS}"]}
     _write(directory / PYTHON_ENV, env)

@@ -90,7 +90,7 @@ def keep_reason(checkpoint: Checkpoint, run: RunState = RunState.ACTIVE) -> str:
         return ""
     if checkpoint.pending:
         return "pending"
-    for name in sorted({found[1] for key in checkpoint.params if (found := CLAIM.fullmatch(key))}):
+    for name in sorted({match[1] for key in checkpoint.params if (match := CLAIM.fullmatch(key))}):
         claim = latest_claim(checkpoint, name)
         if claim is None or claim.given_back or validation_state(checkpoint, name) is State.DONE:
             continue
@@ -111,7 +111,7 @@ def registered_versions(
     ids = {checkpoint.model_id for checkpoint in checkpoints}
     locations = {checkpoint.location.rstrip("/"): checkpoint.model_id for checkpoint in checkpoints}
     runs = {checkpoint.run_id for checkpoint in checkpoints}
-    found: dict[str, str] = {}
+    labels: dict[str, str] = {}
     with tracking_errors("looking for registered models"):
         for version in all_pages(client.search_model_versions, max_results=VERSIONS_PER_REQUEST):
             named = [part for part in re.split(r"[/\\]", version.source or "") if part in ids]
@@ -121,8 +121,8 @@ def registered_versions(
                 model_id = locations.get(uri.rstrip("/"))
                 named = [model_id] if model_id else []
             label = f"registered as {version.name} version {version.version}"
-            found |= dict.fromkeys(named, label)
-    return found
+            labels |= dict.fromkeys(named, label)
+    return labels
 
 
 def stored_files(client: MlflowClient, checkpoint: Checkpoint) -> Stored:
@@ -253,27 +253,33 @@ def orphans(
     Raises:
         TrackingError: no such experiment, or the server does not answer.
     """
-    found: list[tuple[Checkpoint, RunState]] = []
+    result: list[tuple[Checkpoint, RunState]] = []
     for entry in _experiments(client, experiment):
-        checkpoints = [one for one in find_checkpoints(client, entry.experiment_id) if one.run_id]
+        checkpoints = [
+            checkpoint
+            for checkpoint in find_checkpoints(client, entry.experiment_id)
+            if checkpoint.run_id
+        ]
         with tracking_errors(f"runs of experiment {entry.name!r}"):
             inactive = {checkpoint.run_id for checkpoint in checkpoints}
             inactive -= _active_runs(client, entry.experiment_id) if inactive else set()
             states = {run_id: _run_state(client, run_id) for run_id in sorted(inactive)}
-        for checkpoint in sorted(checkpoints, key=lambda one: (one.run_id, one.step)):
+        for checkpoint in sorted(
+            checkpoints, key=lambda checkpoint: (checkpoint.run_id, checkpoint.step)
+        ):
             state = states.get(checkpoint.run_id, RunState.ACTIVE)
             if state is not RunState.ACTIVE:
-                found.append((checkpoint, state))
-    return found
+                result.append((checkpoint, state))
+    return result
 
 
 def _experiments(client: MlflowClient, name: str | None) -> Iterator[Experiment]:
     with tracking_errors("experiments"):
         if name is not None:
-            found = client.get_experiment_by_name(name)
-            if found is None:
+            experiment = client.get_experiment_by_name(name)
+            if experiment is None:
                 raise TrackingError(no_experiment(client, name))
-            yield found
+            yield experiment
             return
         yield from all_pages(client.search_experiments, ViewType.ALL, max_results=PER_REQUEST)
 

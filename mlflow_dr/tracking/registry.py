@@ -36,12 +36,12 @@ def checkpoint_by_uri(client: MlflowClient, uri: str) -> Checkpoint:
     with tracking_errors(uri):
         version = client.get_model_version(*get_model_name_and_version(client, uri))
     # databases store only the source (MLflow 3.17): a model's URI, or its location
-    found = version.model_id or next(iter(MODEL_ID.findall(version.source or "")), None)
-    if not found:
+    model_id = version.model_id or next(iter(MODEL_ID.findall(version.source or "")), None)
+    if not model_id:
         raise UsageError(
             f"{uri} is not a published checkpoint; it was registered from {version.source}"
         )
-    return checkpoint_by_id(client, found)
+    return checkpoint_by_id(client, model_id)
 
 
 def register(run: TrackedRun, checkpoint: Checkpoint, name: str) -> str:

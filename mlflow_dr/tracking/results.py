@@ -105,10 +105,10 @@ def record_result(
             write_once(run.client, checkpoint.model_id, PREFIX + name, record)
         except Exception:
             # there is a record already, or the answer to our own write was lost: read it back
-            found = checkpoint_by_id(run.client, checkpoint.model_id).params.get(PREFIX + name)
-            if found is None:
+            stored = checkpoint_by_id(run.client, checkpoint.model_id).params.get(PREFIX + name)
+            if stored is None:
                 raise
-            record = found
+            record = stored
     return _write_metrics(run, checkpoint, name, record, dataset)
 
 

@@ -65,11 +65,11 @@ class TrackedRun:
 
     def log_params(self, params: Mapping[str, Any]) -> None:
         """Log params that are not logged yet; `mlflow run` logs its own before a command starts."""
-        known = self.fetch().data.params
+        logged = self.fetch().data.params
         new = [
             Param(key, str(value)[:LONGEST_PARAM])
             for key, value in params.items()
-            if key not in known and value is not None
+            if key not in logged and value is not None
         ]
         for start in range(0, len(new), PARAMS_PER_REQUEST):
             with tracking_errors(f"logging params of run {self.id}"):
@@ -89,10 +89,10 @@ class TrackedRun:
                 # the server refuses a second value
                 self.client.log_param(self.id, key, text)
             except Exception:
-                known: str | None = self.fetch().data.params.get(key)
-                if known is None:
+                stored: str | None = self.fetch().data.params.get(key)
+                if stored is None:
                     raise
-                return known
+                return stored
         return text
 
     def log_metrics(self, values: Mapping[str, float], step: int) -> None:
@@ -248,28 +248,28 @@ def resolve_run(client: MlflowClient, text: str) -> TrackedRun:
 
         def search(condition: str, most: int) -> list[Run]:
             newest_first = ["attributes.start_time DESC"]
-            found = client.search_runs(
+            runs = client.search_runs(
                 experiments, condition, max_results=most, order_by=newest_first
             )
-            return list(found)
+            return list(runs)
 
         quote = '"' if "'" in text else "'"
-        found = search(f"attributes.run_name = {quote}{text}{quote}", CANDIDATES + 1)
-        if not found and len(text) >= SHORTEST_ID and _is_hex(text):
-            found = search(f"attributes.run_id LIKE '{text}%'", CANDIDATES + 1)
-        known = [] if found else [run.info.run_name or "" for run in search("", LATEST_RUNS)]
-    if not found:
+        runs = search(f"attributes.run_name = {quote}{text}{quote}", CANDIDATES + 1)
+        if not runs and len(text) >= SHORTEST_ID and _is_hex(text):
+            runs = search(f"attributes.run_id LIKE '{text}%'", CANDIDATES + 1)
+        names = [] if runs else [run.info.run_name or "" for run in search("", LATEST_RUNS)]
+    if not runs:
         raise RunGoneError(
-            f"no run {text!r} on {shown_uri()}{did_you_mean(text, known)}; give an id, the "
+            f"no run {text!r} on {shown_uri()}{did_you_mean(text, names)}; give an id, the "
             f"beginning of one, or a run's name, and check {URI_VARIABLE}"
         )
-    if len(found) > 1:
-        labels = [TrackedRun(client, run).label for run in found[:CANDIDATES]]
-        more = ", ..." if len(found) > CANDIDATES else ""
+    if len(runs) > 1:
+        labels = [TrackedRun(client, run).label for run in runs[:CANDIDATES]]
+        more = ", ..." if len(runs) > CANDIDATES else ""
         raise UsageError(
             f"run {text!r} could be {', '.join(labels)}{more}; give the id of the one you mean"
         )
-    return TrackedRun(client, found[0])
+    return TrackedRun(client, runs[0])
 
 
 def _run_with_id(client: MlflowClient, run_id: str) -> Run | None:
@@ -317,8 +317,8 @@ def _experiment(client: MlflowClient, name: str | None) -> str:
     name = name or os.environ.get("MLFLOW_EXPERIMENT_NAME")
     if not name:
         return os.environ.get("MLFLOW_EXPERIMENT_ID") or "0"
-    found = client.get_experiment_by_name(name)
-    return found.experiment_id if found else client.create_experiment(name)
+    experiment = client.get_experiment_by_name(name)
+    return experiment.experiment_id if experiment else client.create_experiment(name)
 
 
 def active_run_id(asked: str | None = None) -> str:
@@ -365,9 +365,9 @@ def name_collection(run: TrackedRun, collection: str, split: str) -> None:
     """
     run.set_tags({DATASET_TAG: collection})
     run.log_params({DATASET_PARAM: collection, SPLIT_PARAM: split})
-    known = run.fetch().data.params[SPLIT_PARAM]
-    if known != split:
+    existing = run.fetch().data.params[SPLIT_PARAM]
+    if existing != split:
         raise UsageError(
-            f"run {run.id} already has {SPLIT_PARAM}={known!r}, and MLflow's params cannot be "
+            f"run {run.id} already has {SPLIT_PARAM}={existing!r}, and MLflow's params cannot be "
             f"changed; leave split={split!r} out, or pass `--split {split}` to the validator"
         )

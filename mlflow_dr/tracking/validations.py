@@ -96,8 +96,8 @@ def stored_config(run: TrackedRun, name: str) -> dict[str, object] | None:
         UsageError: it is bound to something malformed.
         TrackingError: the server does not answer.
     """
-    known = run.fetch().data.params.get(f"{PREFIX}{name}")
-    return _config(run, name, known) if known else None
+    text = run.fetch().data.params.get(f"{PREFIX}{name}")
+    return _config(run, name, text) if text else None
 
 
 def _config(run: TrackedRun, name: str, text: str) -> dict[str, object]:
@@ -187,18 +187,20 @@ def chosen_metric(run: TrackedRun, asked: str | None = None) -> Metric:
         UsageError: the run has no such metric.
         TrackingError: it has no validation yet, or the server does not answer.
     """
-    known = {name: keys for name, keys in run_metrics(run).items() if keys}
-    if not known:
+    by_validation = {name: keys for name, keys in run_metrics(run).items() if keys}
+    if not by_validation:
         raise TrackingError(
             f"run {run.id} has no validation yet; `mlflow-dr validate --run-id {run.id}` starts one"
         )
-    first = main_validation(run, known)
+    first = main_validation(run, by_validation)
     if asked is None:
-        return known[first][0]
+        return by_validation[first][0]
     name, slash, key = asked.rpartition("/")
     wanted = Metric(name if slash else first, key.replace("@", "_at_"))
-    if wanted not in known.get(wanted.validation, []):
-        metrics = ", ".join(str(metric) for name in sorted(known) for metric in known[name])
+    if wanted not in by_validation.get(wanted.validation, []):
+        metrics = ", ".join(
+            str(metric) for name in sorted(by_validation) for metric in by_validation[name]
+        )
         raise UsageError(f"run {run.id} has no metric {asked!r} to choose by; it has: {metrics}")
     return wanted
 
@@ -230,13 +232,13 @@ def tag_validation_steps(run: TrackedRun, every: Mapping[str, int]) -> None:
     Raises:
         TrackingError: the server does not answer.
     """
-    known = validation_steps(run)
-    wanted = {name: math.gcd(known.get(name, 0), number) for name, number in every.items()}
+    earlier = validation_steps(run)
+    wanted = {name: math.gcd(earlier.get(name, 0), number) for name, number in every.items()}
     run.set_tags(
         {
             f"{PREFIX}{name}{EVERY}": str(number)
             for name, number in wanted.items()
-            if known.get(name) != number
+            if earlier.get(name) != number
         }
     )
 
@@ -265,6 +267,6 @@ def validation_collection(run: TrackedRun, name: str) -> str | None:
     inputs = run.fetch().inputs
     for entry in inputs.dataset_inputs if inputs else ():
         if {tag.key: tag.value for tag in entry.tags}.get(CONTEXT_TAG) == f"validation {name}":
-            known = (parse_config(entry.dataset.source) or {}).get("collection")
-            return known if isinstance(known, str) else None
+            collection = (parse_config(entry.dataset.source) or {}).get("collection")
+            return collection if isinstance(collection, str) else None
     return None

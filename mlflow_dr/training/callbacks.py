@@ -98,10 +98,10 @@ class StopCallback(TrainerCallback):
         """Tell Trainer, after asking the other processes."""
         if args.world_size > 1:
             mine = float(self.reason is not None) + float(self.killed)
-            asked = torch.tensor(mine, device=args.device)
-            distributed.all_reduce(asked, distributed.ReduceOp.MAX)
-            if asked.item() > mine:
-                self.ask(self.reason or "another process was asked to stop", asked.item() > 1)
+            highest = torch.tensor(mine, device=args.device)
+            distributed.all_reduce(highest, distributed.ReduceOp.MAX)
+            if highest.item() > mine:
+                self.ask(self.reason or "another process was asked to stop", highest.item() > 1)
         if self.reason is not None and not control.should_training_stop:
             control.should_training_stop = True
             control.should_save = args.save_strategy != SaveStrategy.NO

@@ -236,10 +236,10 @@ def _encoder(model: Any, tokenizer: Any, settings: dict[str, Any]) -> Encoder:
 
 
 def _check_settings(settings: Mapping[str, Any], name: str) -> None:
-    known = {field.name for field in fields(EncoderConfig)} - {"projections"}
-    if unknown := sorted(set(settings) - known):
+    allowed = {field.name for field in fields(EncoderConfig)} - {"projections"}
+    if unknown := sorted(set(settings) - allowed):
         raise UsageError(
-            f"unknown setting {unknown[0]!r}; expected one of {', '.join(sorted(known))}"
+            f"unknown setting {unknown[0]!r}; expected one of {', '.join(sorted(allowed))}"
         )
     if missing := [field for field in NEEDED if field not in settings]:
         raise UsageError(

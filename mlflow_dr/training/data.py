@@ -85,9 +85,13 @@ def open_data(arguments: DataArguments) -> TrainingData:
         )
     parts = [
         WeightedExamples(
-            one.name, one.source, _examples(one, arguments.other_negatives), weight, rate
+            collection.name,
+            collection.source,
+            _examples(collection, arguments.other_negatives),
+            weight,
+            rate,
         )
-        for one, (_, weight), rate in zip(collections, named, rates, strict=True)
+        for collection, (_, weight), rate in zip(collections, named, rates, strict=True)
     ]
     return TrainingData(parts, validated, split)
 

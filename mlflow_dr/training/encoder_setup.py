@@ -65,8 +65,8 @@ def build_encoder(request: TrainingRequest, data: TrainingData, start: str) -> E
     if model.do_lower_case:
         lower_case(encoder)
     if model.append_eos_token:
-        for tower in encoder.distinct_encoders:
-            append_eos(tower.tokenizer)
+        for side in encoder.distinct_encoders:
+            append_eos(side.tokenizer)
     if model.add_pooler:
         encoder = with_projection(encoder, model.projection_in_dim, model.projection_out_dim)
     if model.lora and model.lora_publish == ADAPTER:
@@ -158,9 +158,9 @@ def _absolute(name: str) -> str:
 
 
 def _tokenizings(encoder: Encoder) -> tuple[TextTokenizer, TextTokenizer]:
-    tower = encoder.query_encoder
+    query_encoder = encoder.query_encoder
     return (
-        TextTokenizer(tower.tokenizer, tower.settings),
+        TextTokenizer(query_encoder.tokenizer, query_encoder.settings),
         TextTokenizer(encoder.tokenizer, encoder.settings),
     )
 
@@ -193,8 +193,8 @@ BERT_SEPARATOR = "[SEP]"
 
 def set_dropout(encoder: Encoder, probability: float) -> None:
     """Set the dropout of the backbones and of their configurations, which checkpoints save."""
-    for tower in encoder.distinct_encoders:
-        for part in (tower.backbone.config, *tower.backbone.modules()):
+    for side in encoder.distinct_encoders:
+        for part in (side.backbone.config, *side.backbone.modules()):
             for name in DROPOUTS:
                 if isinstance(getattr(part, name, None), float):
                     setattr(part, name, probability)
@@ -204,10 +204,10 @@ def set_dropout(encoder: Encoder, probability: float) -> None:
 
 def lower_case(encoder: Encoder) -> None:
     """Lower-case all texts, unless the tokenizer already does it."""
-    for tower in encoder.distinct_encoders:
-        words = (tower.tokenizer(text)["input_ids"] for text in ("Ab CD", "ab cd"))
-        if len({tuple(ids) for ids in words}) > 1:
-            tower.settings = replace(tower.settings, lowercase=True)
+    for side in encoder.distinct_encoders:
+        token_ids = (side.tokenizer(text)["input_ids"] for text in ("Ab CD", "ab cd"))
+        if len({tuple(ids) for ids in token_ids}) > 1:
+            side.settings = replace(side.settings, lowercase=True)
 
 
 def check_separator(tokenizer: Any, separator: str) -> None:
@@ -261,7 +261,7 @@ def load_dpr_weights(file: str, encoder: Encoder) -> None:
             "--model_file has separate encoders of queries and passages; add --untie_encoder"
         )
     state = _read(Path(file).expanduser())
-    for prefix, tower in ((QUERIES, encoder.untied_query_encoder), (PASSAGES, encoder)):
+    for prefix, side in ((QUERIES, encoder.untied_query_encoder), (PASSAGES, encoder)):
         part = {
             name.removeprefix(prefix): value
             for name, value in state.items()
@@ -271,10 +271,10 @@ def load_dpr_weights(file: str, encoder: Encoder) -> None:
             raise CheckpointError(
                 f"{file}: {WEIGHTS} has no {prefix}*; expected a bi-encoder of DPR"
             )
-        _load(file, tower, part)
+        _load(file, side, part)
 
 
-def _load(file: str, tower: Encoder, part: Mapping[str, Tensor]) -> None:
+def _load(file: str, encoder: Encoder, part: Mapping[str, Tensor]) -> None:
     layer = {
         name.removeprefix(PROJECTION): value
         for name, value in part.items()
@@ -283,12 +283,12 @@ def _load(file: str, tower: Encoder, part: Mapping[str, Tensor]) -> None:
     weights = {
         name: value for name, value in part.items() if not name.startswith((PROJECTION, *UNUSED))
     }
-    projections: list[Any] = [module for module in tower.head if hasattr(module, "linear")]
+    projections: list[Any] = [module for module in encoder.head if hasattr(module, "linear")]
     if bool(layer) != bool(projections):
         size = len(layer["weight"]) if "weight" in layer else 0
         raise UsageError(f"--model_file {file} needs --projection_dim {size}")
     try:
-        missing, unexpected = tower.backbone.load_state_dict(weights, strict=False)
+        missing, unexpected = encoder.backbone.load_state_dict(weights, strict=False)
         if layer:
             projections[0].linear.load_state_dict(layer)
     except RuntimeError as error:

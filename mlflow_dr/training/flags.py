@@ -47,18 +47,18 @@ def check_flags(argv: Sequence[str], others: Iterable[str] = ()) -> None:
     Raises:
         UsageError: a flag or value is unknown, or the `--config` file cannot be read.
     """
-    known = known_flags()
-    if not known:
+    flags = known_flags()
+    if not flags:
         return
     for word in argv:
         name = word.split("=", 1)[0]
-        if name.startswith("--") and name != "--" and name not in known:
-            raise UsageError(unknown_flag(name, [*known, *others]))
+        if name.startswith("--") and name != "--" and name not in flags:
+            raise UsageError(unknown_flag(name, [*flags, *others]))
     for name, value in flag_values(argv):
         field_name = name.removeprefix("--").replace("-", "_")
         check_choices({field_name: value}, {field_name: name}.__getitem__)
         if name == "--config":
-            read_flags(Path(value), known)
+            read_flags(Path(value), flags)
 
 
 def flag_values(argv: Sequence[str]) -> Iterator[tuple[str, str]]:
@@ -115,12 +115,14 @@ def known_flags() -> frozenset[str]:
     if not sources or not sources[0].is_file():
         return frozenset()
     files = [sources[0], *(Path(__file__).with_name(name) for name in OWN_SOURCES)]
-    found: dict[str, ast.expr | None] = {}
+    field_nodes: dict[str, ast.expr | None] = {}
     for file in files:
         for node in ast.parse(file.read_text(encoding="utf-8")).body:
             if isinstance(node, ast.ClassDef):
-                found |= _fields(node, every=node.name == HF_CLASS)
-    names = {spelling for name, value in found.items() for spelling in _spellings(name, value)}
+                field_nodes |= _fields(node, every=node.name == HF_CLASS)
+    names = {
+        spelling for name, value in field_nodes.items() for spelling in _spellings(name, value)
+    }
     return frozenset({*names, *PARSER_FLAGS})
 
 
@@ -273,11 +275,13 @@ def check_choices(values: Mapping[str, Any], typed: Callable[[str], str] = str) 
             raise UsageError(
                 f"{_named(name, typed)} is {shown}; expected {', '.join(most)} or {last}"
             )
-    known = sorted({*OWN_LOSSES, *losses.names()})
-    if (loss := values.get("loss")) is not None and loss not in known:
+    loss_names = sorted({*OWN_LOSSES, *losses.names()})
+    if (loss := values.get("loss")) is not None and loss not in loss_names:
         shown = repr(str(loss)[:LONGEST_SHOWN])
-        hint = did_you_mean(str(loss), known)
-        raise UsageError(f"{_named('loss', typed)} is {shown}{hint} (known: {', '.join(known)})")
+        hint = did_you_mean(str(loss), loss_names)
+        raise UsageError(
+            f"{_named('loss', typed)} is {shown}{hint} (known: {', '.join(loss_names)})"
+        )
 
 
 def _named(name: str, typed: Callable[[str], str]) -> str:

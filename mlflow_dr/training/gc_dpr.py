@@ -151,10 +151,10 @@ def _files(pattern: str, flag_name: str) -> list[str]:
     parts = [pattern] if Path(pattern).exists() else pattern.split(",")
     files: list[str] = []
     for part in map(str.strip, parts):
-        found = [part] if Path(part).exists() else sorted(glob(part))  # noqa: PTH207 - Path.glob takes no absolute pattern
-        if not found:
+        matches = [part] if Path(part).exists() else sorted(glob(part))  # noqa: PTH207 - Path.glob takes no absolute pattern
+        if not matches:
             raise UsageError(f"{flag_name}: no file matches {part!r}")
-        files += found
+        files += matches
     return files
 
 

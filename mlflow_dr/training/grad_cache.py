@@ -94,7 +94,9 @@ def cached_vectors(
                     surrogate.backward()
 
     joined = [
-        torch.cat(parts[role])[inverse([one.rows[role] for one in chunks if role in one.rows])]
+        torch.cat(parts[role])[
+            inverse([chunk.rows[role] for chunk in chunks if role in chunk.rows])
+        ]
         for role in roles
     ]
     root = torch.zeros((), requires_grad=True)  # something that makes the result need a gradient
@@ -132,19 +134,19 @@ def _chunked(
 ) -> Iterator[tuple[dict[str, Texts], dict[str, Tensor]]]:
     """Chunks of each role in turn, and the last chunks of all roles together at the end."""
     last: dict[str, Tensor] = {}
-    for role, one in texts.items():
+    for role, role_texts in texts.items():
         # the longest first, so that a chunk that does not fit into memory fails at once
-        order = one["attention_mask"].sum(dim=1).argsort(descending=True, stable=True)
+        order = role_texts["attention_mask"].sum(dim=1).argsort(descending=True, stable=True)
         for rows in order.split(sizes[role]):
             if role in last:
                 before = last[role]
-                yield {role: cut(one, before)}, {role: before}
+                yield {role: cut(role_texts, before)}, {role: before}
             last[role] = rows
     yield {role: cut(texts[role], rows) for role, rows in last.items()}, last
 
 
 def _devices(texts: Mapping[str, Texts]) -> set[torch.device]:
-    return {values.device for one in texts.values() for values in one.values()}
+    return {values.device for role_texts in texts.values() for values in role_texts.values()}
 
 
 def _random_state(texts: Mapping[str, Texts]) -> _RandomState:

@@ -172,9 +172,9 @@ def _source(
     """The source of a model's weights; that of the same model is used again."""
     model = unwrapped(model)
     options = (id(tokenizer), *sorted(settings.items()))
-    known = _sources.get(key)
-    if known is not None and known[0] is model and known[1] == options:
-        return known[2]
+    cached = _sources.get(key)
+    if cached is not None and cached[0] is model and cached[1] == options:
+        return cached[2]
     source = source_of(model, tokenizer, **settings)
     if keep and not isinstance(model, str | Path):  # a directory may have other contents next time
         _sources[key] = (model, options, source)

@@ -304,11 +304,11 @@ def _evaluate(
 def _known_lengths(operand: Operand) -> Lengths:
     """The lengths that a validation, or else the training, has noted."""
     params = operand.run.fetch().data.params if operand.run else {}
-    found = (
+    lengths = (
         operand.config.get(key) or params.get(param)
         for key, param in (("query_max_length", "q_max_len"), ("passage_max_length", "p_max_len"))
     )
-    return Lengths(*(int(str(length)) if str(length).isdecimal() else None for length in found))
+    return Lengths(*(int(str(length)) if str(length).isdecimal() else None for length in lengths))
 
 
 def _warn_of_lengths(lengths: Sequence[Lengths]) -> None:

@@ -295,7 +295,9 @@ class ValidateConfig(ValidationDefaults, EncoderOverrides, PolicyConfig):
     @property
     def cheap(self) -> tuple[Validation, ...]:
         """The validations that are done for every checkpoint, not only for the best."""
-        return tuple(one for one in self.all_validations if one.refines is None)
+        return tuple(
+            validation for validation in self.all_validations if validation.refines is None
+        )
 
 
 class RunConfig(PolicyConfig):

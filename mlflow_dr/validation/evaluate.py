@@ -132,12 +132,12 @@ def evaluate_all(
 
 
 def _measure(
-    data: EvalDataset, settings: EvalConfig, depth: int, found: SearchResult
+    data: EvalDataset, settings: EvalConfig, depth: int, result: SearchResult
 ) -> tuple[dict[str, dict[Measure, float]], Ranking]:
     """The values of each query, and the ranking that they are of."""
     topics = data.topics
     ranking = named_ranking(
-        topics.queries, data.corpus, found.rows, found.scores, depth, settings.keep_own_id
+        topics.queries, data.corpus, result.rows, result.scores, depth, settings.keep_own_id
     )
     return measure_ranking(ranking, topics.qrels, settings.measures), ranking
 

@@ -378,16 +378,16 @@ def _bind_settings(
     """
     settings = validation.settings
     device = resolve_device(settings.device)
-    known = stored_config(run, validation.name) or {}
+    stored = stored_config(run, validation.name) or {}
     while True:
-        dtype = str(known.get("dtype", AUTO)) if settings.dtype == AUTO else settings.dtype
+        dtype = str(stored.get("dtype", AUTO)) if settings.dtype == AUTO else settings.dtype
         chosen = replace(settings, device=str(device), dtype=resolve_dtype(dtype, device))
         config = {**_result_config(data, chosen), **changes}
         bound = bind_name(run, validation.name, config)
-        if bound.get("dtype") == config["dtype"] or known == bound or settings.dtype != AUTO:
+        if bound.get("dtype") == config["dtype"] or stored == bound or settings.dtype != AUTO:
             check_same_config(run, validation.name, bound, config)
             return chosen
-        known = bound  # a validator on another kind of machine was faster
+        stored = bound  # a validator on another kind of machine was faster
 
 
 def _result_config(data: EvalDataset, settings: EvalConfig) -> dict[str, object]:

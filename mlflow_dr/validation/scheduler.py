@@ -96,7 +96,9 @@ class Scheduler:
             return f"none of {runs} runs can be validated, for the reasons above"
         if self.is_waiting:
             return "other validators are working on what is left"
-        states = {validation_state(one, name) for one in accepted for name in self._names}
+        states = {
+            validation_state(checkpoint, name) for checkpoint in accepted for name in self._names
+        }
         if states != {State.OPEN}:
             return ""
         if all(checkpoint.is_pruned for checkpoint in accepted):
@@ -364,5 +366,5 @@ def _best(checkpoints: Sequence[Checkpoint], refines: Refines) -> set[str]:
         if value is not None:
             ranked[checkpoint.run_id].append((-value, checkpoint.step, checkpoint.model_id))
     return {
-        model_id for found in ranked.values() for _, _, model_id in sorted(found)[: refines.best]
+        model_id for scored in ranked.values() for _, _, model_id in sorted(scored)[: refines.best]
     }

@@ -202,7 +202,10 @@ class _Validator:
             validations = self._resolver.known(run_id)
             if not validations or self._summarized.get(run_id) == checkpoints:
                 continue
-            summaries = {one.name: progress_summary(checkpoints, one.name) for one in validations}
+            summaries = {
+                validation.name: progress_summary(checkpoints, validation.name)
+                for validation in validations
+            }
             before = self._summaries.get(run_id, {})
             if summaries != before:
                 with self._without_deleted(run_id):
@@ -267,8 +270,14 @@ class _Validator:
                 if not validations:
                     self._scheduler.refuse(run.id)
                     continue
-                open_ones = [one for one in validations if one.name in names]
-                group = [one for one in open_ones if one.group == open_ones[0].group]
+                open_validations = [
+                    validation for validation in validations if validation.name in names
+                ]
+                group = [
+                    validation
+                    for validation in open_validations
+                    if validation.group == open_validations[0].group
+                ]
                 if claimed := self._claim(checkpoint, group):
                     return Job(checkpoint, run, claimed)
         return None

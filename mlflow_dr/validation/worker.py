@@ -238,13 +238,13 @@ def check_vectors(encoder: Encoder, settings: EvalConfig) -> None:
         Exception: as the libraries raise.
     """
     encoder.eval().to(resolve_device(settings.device), torch_dtype(settings.dtype))
-    tower = encoder.query_encoder
-    asking = TextTokenizer(tower.tokenizer, tower.settings)
-    answering = TextTokenizer(encoder.tokenizer, encoder.settings)
-    query_ids = asking.query_ids([Query("", TEXT)])
-    passage_ids = answering.passage_ids([Passage("", TEXT, TEXT)])
-    encode_all(tower, token_table(query_ids), asking.pad_id, "query")
-    encode_all(encoder, token_table(passage_ids), answering.pad_id, "passage")
+    query_encoder = encoder.query_encoder
+    query_tokenizer = TextTokenizer(query_encoder.tokenizer, query_encoder.settings)
+    passage_tokenizer = TextTokenizer(encoder.tokenizer, encoder.settings)
+    query_ids = query_tokenizer.query_ids([Query("", TEXT)])
+    passage_ids = passage_tokenizer.passage_ids([Passage("", TEXT, TEXT)])
+    encode_all(query_encoder, token_table(query_ids), query_tokenizer.pad_id, "query")
+    encode_all(encoder, token_table(passage_ids), passage_tokenizer.pad_id, "passage")
 
 
 def _reports(encoder: Encoder, validations: Sequence[ResolvedValidation]) -> Sequence[Report]:

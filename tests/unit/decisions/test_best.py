@@ -261,7 +261,7 @@ def test_a_pruned_checkpoint_is_best_still(
     run.client.set_logged_model_tags(checkpoint.model_id, {PRUNED_TAG: "true"})
     shutil.rmtree(checkpoint.location.removeprefix("file://"))
     assert "step 10" in (printed := best())
-    assert "its files were removed" in printed
+    assert "its files were deleted" in printed
     with pytest.raises(UnavailableError, match=rf"the files of {checkpoint.uri} .* were deleted"):
         best("--download", tmp_path / "encoder")
     with pytest.raises(UsageError, match=r"cannot be registered: .*were deleted"):
