@@ -25,7 +25,7 @@ from pydantic_core import ErrorDetails
 from mlflow_dr.errors import MlflowDrError, UsageError, did_you_mean, quoted
 from mlflow_dr.terminal import one_line_of
 
-# what a value should have been, by the type of pydantic's error
+# the expected values, by the type of pydantic's error
 EXPECTED = {
     "bool_type": "true or false, without quotation marks",
     "finite_number": "a finite number",
@@ -47,9 +47,9 @@ class Flag:
 
     Args:
         names: other names; the first one stands in the help.
-        off: the flag that says no, of a field that is true or false.
+        off: the flag that sets a boolean field to false.
         positional: whether it is an argument without a flag.
-        several: whether it takes several words, of a field that is text.
+        several: whether a text field takes several words.
         in_file_only: whether the command line does not have it.
     """
 
@@ -177,7 +177,7 @@ def string_keys(values: Any, location: str) -> dict[str, Any]:
 
 
 class _UniqueKeys(yaml.SafeLoader):
-    """Refuses a key that a mapping has twice; YAML's own loader takes the last without a word."""
+    """Refuses a key that a mapping has twice; YAML's own loader silently takes the last."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         keys = [key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode)]

@@ -51,7 +51,7 @@ class Registry(Generic[T]):
         """The part of a name.
 
         Raises:
-            UsageError: there is none, or the package that offers it cannot be imported.
+            UsageError: no part has this name, or the package that offers it cannot be imported.
         """
         if name in self._parts:
             return self._parts[name]

@@ -22,7 +22,7 @@ FILE_FIELDS = ("dataset", "candidate_dir", "query_files", "qrel_files")
 
 
 def check_device(name: str) -> None:
-    """Refuse what is no device's name; whether this machine has the device is checked later.
+    """Refuse a name that is not a device's; whether this machine has the device is checked later.
 
     Raises:
         UsageError: with what is expected.

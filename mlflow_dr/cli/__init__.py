@@ -113,9 +113,9 @@ def _run() -> int:
         return _fail(error.format_message(), 1)
     except (KeyboardInterrupt, click.Abort) as error:
         cause = error.__cause__
-        if isinstance(cause, EOFError):  # click takes any of them for the end of the input
+        if isinstance(cause, EOFError):  # click takes every EOFError for the end of the input
             return _fail(f"what was read ended too early ({one_line(cause)})", 1)
-        click.echo("stopped", err=True)  # as it was asked to
+        click.echo("stopped", err=True)  # the user asked for it
         return INTERRUPTED
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -127,7 +127,7 @@ def _run() -> int:
 
 
 class _Lines(logging.Formatter):
-    """A message on one line; its level in front when something is wrong."""
+    """A message on one line; a warning or an error begins with its level."""
 
     def format(self, record: logging.LogRecord) -> str:
         if record.levelno < logging.WARNING:

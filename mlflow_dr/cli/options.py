@@ -187,7 +187,7 @@ def _kind(annotation: Any) -> _Kind:
 
 
 def find_project_run(tracking_uri: str | None) -> Any:
-    """The run that `mlflow run` has made for this command; None if it was started otherwise."""
+    """The run that `mlflow run` has made for this command; None if another way started it."""
     if "MLFLOW_RUN_ID" not in os.environ:
         return None  # without mlflow, which takes seconds to import
     from mlflow_dr.tracking.runs import project_run

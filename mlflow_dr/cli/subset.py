@@ -9,7 +9,17 @@ from pydantic import Field
 
 from mlflow_dr.cli.options import TakesSeveral, takes
 from mlflow_dr.config import Flag
-from mlflow_dr.fields import CollectionConfig, Count, Device, Dtype, File, Judged, Seed, Subsets
+from mlflow_dr.fields import (
+    CollectionConfig,
+    Count,
+    Device,
+    Dtype,
+    File,
+    Judged,
+    SearchBackendName,
+    Seed,
+    Subsets,
+)
 
 
 class SubsetConfig(CollectionConfig):
@@ -30,6 +40,7 @@ class SubsetConfig(CollectionConfig):
     """Write token ids of this tokenizer, as Asyncval itself expects them."""
     device: Device = "auto"
     dtype: Dtype = "auto"
+    search_backend: SearchBackendName = "auto"
 
 
 @click.command("subset", cls=TakesSeveral)
@@ -62,7 +73,13 @@ def command(config: SubsetConfig) -> None:
     collection = open_collection(name)
     split = chosen_split(collection, split)
     corpus, topics = collection.corpus(), collection.topics(split)
-    sources = SubsetSources(corpus, topics, device=config.device, dtype=config.dtype)
+    sources = SubsetSources(
+        corpus,
+        topics,
+        device=config.device,
+        dtype=config.dtype,
+        search_backend=config.search_backend,
+    )
     subset = make_subset(spec, sources)
     write_subset(config.output, subset, split, config.layout, config.shards, tokens)
     origins = ", ".join(f"{name} {count}" for name, count in subset.sizes.items())

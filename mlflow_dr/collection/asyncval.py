@@ -48,7 +48,8 @@ class TextRecord(msgspec.Struct):
 class AsyncvalFiles:
     """A collection in files as Asyncval takes them. Each query file is a split, named by its stem.
 
-    A split is judged on its own queries only, however many share the judgements.
+    Each split uses only the judgements of its own queries, even if several splits share a file of
+    judgements.
 
     Args:
         candidates: a file of passages, or a folder whose `.json` and `.jsonl` files, packed or
@@ -133,7 +134,7 @@ class AsyncvalFiles:
         return [list(unique("query", partial(_read_queries, path))) for path in self._query_files]
 
     def examples(self) -> Examples:
-        """There are none.
+        """A collection in this format has no training examples.
 
         Raises:
             UsageError: always.
@@ -163,11 +164,6 @@ def asyncval_files(location: str) -> AsyncvalFiles:
     for key, _, path in pairs:
         files[key].append(_unquoted(path))
     return AsyncvalFiles(_unquoted(candidates), files["queries"], files["qrels"])
-
-
-def asyncval_name(candidates: Path, queries: Sequence[Path], qrels: Sequence[Path]) -> str:
-    """The name of a collection of these files; see `AsyncvalFiles`."""
-    return AsyncvalFiles(candidates, queries, qrels).name
 
 
 def given_collection(

@@ -98,7 +98,7 @@ class Corpus:
         return rows.fill_null(-1).to_numpy(zero_copy_only=False).astype(np.int64)
 
     def tie_ranks(self) -> np.ndarray:
-        """Each passage's rank among equal scores, `(n_passages,) int64`: the smaller comes first.
+        """Each passage's rank among equal scores, `(n_passages,) int64`, smaller first.
 
         Equal scores are ordered as trec_eval orders them, by descending passage id (`strcmp`), so
         that a ranking that is cut at depth k has the passages that trec_eval would keep.

@@ -23,7 +23,7 @@ COLUMNS = ["id", "text", "title"]
 
 
 class DprPassage(msgspec.Struct):
-    """A passage of a question; its `score` is the retriever's and not a teacher's, so unread."""
+    """A passage of a question; its `score` is not read, because it is not a teacher's."""
 
     text: str
     title: str | None = None
@@ -67,7 +67,7 @@ class DprRecord(msgspec.Struct):
 
 
 class DprRecordWithOthers(DprRecord):
-    """The same record, whose `negative_ctxs` are also read as negatives that are not hard."""
+    """The same record; its `negative_ctxs` are also read, as negatives that are not hard."""
 
     layout: ClassVar[str] = "DPR others"
 

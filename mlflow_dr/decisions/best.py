@@ -32,7 +32,7 @@ class Best:
     """The best checkpoint of a run by a metric.
 
     Attributes:
-        metric: by which.
+        metric: the metric that was used.
         first: the best checkpoint; among equal values the earliest.
         runner_up: the second best; None if there is no other.
         marked_before: other checkpoints that are tagged as best by this validation.
@@ -64,7 +64,7 @@ def find_best(run: TrackedRun, metric: str | None = None) -> Best:
 
     Raises:
         UsageError: the run has no such metric.
-        TrackingError: nothing was measured yet, or the server does not answer.
+        TrackingError: there is no value yet, or the server does not answer.
     """
     chosen = chosen_metric(run, metric)
     checkpoints = run_checkpoints(run)
@@ -97,7 +97,7 @@ def find_best(run: TrackedRun, metric: str | None = None) -> Best:
 
 
 def mark_best(run: TrackedRun, best: Best) -> None:
-    """Tag the run with its best checkpoint, and this with its value; no other remains tagged.
+    """Tag the run with its best checkpoint, and that checkpoint with its value; untag all others.
 
     Raises:
         TrackingError: the server did not take it.
@@ -131,7 +131,7 @@ def against_runner_up(run: TrackedRun, best: Best, seed: int = 0) -> Difference 
 
 
 def best_summary(run: TrackedRun, best: Best, seed: int = 0) -> str:
-    """The best checkpoint and what it is ahead of, in a few lines.
+    """The best checkpoint and its lead over the runner-up, in a few lines.
 
     Raises:
         DataError: the values of single queries are damaged, or not of the same queries.
@@ -139,7 +139,7 @@ def best_summary(run: TrackedRun, best: Best, seed: int = 0) -> str:
     """
     lines = [f"best checkpoint of run {run.id} by {best.metric}: {best.first}"]
     if best.checkpoint.is_pruned:
-        lines.append("  its files were deleted; only its figures are left")
+        lines.append("  its files were deleted; its figures are all that is left")
     if best.runner_up is None:
         return "\n".join([*lines, "  no other checkpoint has a value"])
     tie = " (as good; among equal values the earliest is best)" if best.is_tied else ""

@@ -37,7 +37,7 @@ class Comparison:
         means: means of all measures that each of them has, `measure -> (n_encoders,)`.
         query_ids: the queries.
         values: `(n_encoders, n_queries) float64`.
-        differences: of each but the first, from the first.
+        differences: the difference of each other encoder from the first.
         corrected: their p-values by Holm's rule, since there are several.
         texts: of the queries, by id, where they are known.
     """
@@ -53,7 +53,7 @@ class Comparison:
 
     @property
     def changes(self) -> np.ndarray:
-        """Of each but the first, query by query, `(n_encoders - 1, n_queries) float64`."""
+        """Changes from the first encoder, query by query, `(n_encoders - 1, n_queries)`."""
         changes: np.ndarray = self.values[1:] - self.values[0]
         return changes
 
@@ -99,7 +99,7 @@ def compare_values(
 
 
 def check_count(encoders: int) -> None:
-    """Refuse to compare less than two encoders, or more than there are letters for.
+    """Refuse to compare fewer than two encoders, or more than there are letters.
 
     Raises:
         UsageError: with their number.
@@ -248,7 +248,7 @@ def aligned_values(
 
 
 def draw_changes(path: Path, titles: Sequence[str], changes: np.ndarray, measure: str) -> None:
-    """Write a PNG of the change of each query, a bar each, sorted.
+    """Write a PNG with one bar for the change of each query, sorted.
 
     Args:
         path: where.

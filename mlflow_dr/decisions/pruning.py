@@ -72,7 +72,7 @@ class ValidatorScope:
     waiting: Collection[str]
 
     def is_judged(self, checkpoint: Checkpoint, metric: Metric | None) -> bool:
-        """Whether nothing is left to do, and the validation that decides is finished.
+        """Whether no validator will do more, and the validation that decides is finished.
 
         Without a metric one finished validation is enough: those that this validator skipped may
         be another validator's.
@@ -92,7 +92,7 @@ class Verdict(NamedTuple):
         deletes: whether they are deleted.
         reason: why, or why not.
         run: the state of the checkpoint's run.
-        stored: the files that are there, or were; None as long as nobody has counted them.
+        stored: the files that are there, or were; None until they are counted.
     """
 
     checkpoint: Checkpoint
@@ -202,7 +202,7 @@ def _unfinished(
     metric: Metric | None,
     scope: ValidatorScope | None,
 ) -> str:
-    """Which validations of a checkpoint are to be waited for; empty if there are none."""
+    """The validations that must finish before a checkpoint is deleted; empty for none."""
     own = scope.deciding if scope else {}
     waits_for_own = scope is not None and not scope.is_judged(checkpoint, metric)
     names = [*own] if waits_for_own else []
@@ -297,8 +297,9 @@ def carry_out(
 ) -> Iterator[Verdict]:
     """Delete files as decided, and of runs that are gone the LoggedModel, too.
 
-    Yields each verdict with its files, when it was carried out. A checkpoint that has come into use
-    since it was looked at is kept. One that another process has deleted since is left out.
+    Yields each verdict with its files, when it was carried out. A checkpoint that has been claimed
+    or tagged in the meantime is kept. A checkpoint that another process has deleted in the meantime
+    is left out.
 
     Raises:
         TrackingError: the server does not answer, or the artifact store refuses.
@@ -328,7 +329,7 @@ def delete_unneeded(
     scope: ValidatorScope | None = None,
     deleted: set[str] | None = None,
 ) -> list[Verdict]:
-    """Delete what the rules do not keep of a run, as a validator does after each checkpoint.
+    """Delete the checkpoints that no rule keeps, as a validator does after each checkpoint.
 
     Files that cannot be deleted are logged, and left for the next call.
 

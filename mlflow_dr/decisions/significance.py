@@ -15,7 +15,7 @@ import numpy as np
 
 RESAMPLES = 9999
 CONFIDENCE = 0.95
-PER_BATCH = 1 << 20  # values of queries that are held at a time
+PER_BATCH = 1 << 20  # values of queries that are in memory at a time
 ROUNDING = 1e-12  # of the largest sum there can be; sums that differ by less are equal
 
 
@@ -62,10 +62,11 @@ def randomisation_test(
 ) -> float:
     """The two-sided p-value of the paired randomisation test of the mean difference.
 
-    Were the encoders equal, each query's two values might as well be exchanged, which changes the
-    sign of its difference. The p-value is how often that makes the mean as large as it is: of all
-    ways to do it where these are no more than `resamples`, which is exact, else of that many drawn
-    at random, the observed one counted among them.
+    If the encoders were equal, the two values of any query could be exchanged, which changes the
+    sign of its difference. The p-value is the share of such exchanges whose mean is at least as
+    large as the observed one. All exchanges are tried if there are no more than `resamples` of
+    them; the p-value is then exact. Otherwise `resamples` exchanges are drawn at random, and the
+    observed one counts among them.
 
     Args:
         first: values of each query, `(n_queries,) float64`.
@@ -77,7 +78,7 @@ def randomisation_test(
         ValueError: see `difference`.
     """
     changes = _changes(first, second)
-    changes = changes[changes != 0]  # whose sign changes nothing
+    changes = changes[changes != 0]  # the sign of 0 changes nothing
     observed = abs(changes.sum()) - ROUNDING * np.abs(changes).sum()
     count = len(changes)
     if count == 0:
@@ -116,7 +117,7 @@ def bootstrap_interval(
     Raises:
         ValueError: see `difference`.
     """
-    # only here: half a second to import
+    # imported here, because it takes half a second
     from scipy.stats import bootstrap
 
     changes = _changes(first, second)

@@ -19,7 +19,7 @@ PLATEAU_TAG = "mlflow_dr.plateau_step"
 
 
 def check_patience(patience: int, min_delta: float) -> None:
-    """Refuse settings by which no plateau can be found.
+    """Refuse settings that cannot find a plateau.
 
     Raises:
         UsageError: patience is below 1, or min_delta is below 0 or no number.
@@ -38,12 +38,11 @@ def plateau(
     since: int | None = None,
     metric: str = "the measure",
 ) -> str | None:
-    """Why training may stop: of the last checkpoints none is better than what came before.
+    """Why training may stop: none of the last checkpoints is better than those before them.
 
     The last `patience` checkpoints by step, in whatever order they were done, are compared with the
-    best before them. While one among these is still to be done, nothing is decided: it might be
-    better. Those to be done before or after them change nothing, or come later: so what is said
-    here holds whatever their values will be.
+    best before them. Nothing is decided while one of the last checkpoints is not validated yet,
+    because it might be better. Other unvalidated checkpoints cannot change the decision.
 
     Args:
         points: step and value of each checkpoint that is done; higher is better, and one that is
@@ -99,8 +98,8 @@ def stop_if_plateau(
     Args:
         run: whose trainer.
         checkpoints: of that run, as they were seen last.
-        metric: what is to rise.
-        patience: for how many checkpoints it may not.
+        metric: the metric that should rise.
+        patience: how many checkpoints in a row may pass without an improvement.
         min_delta: an increase must exceed this to count as an improvement.
         waiting: those that some validator will still do; when None, all that are READY and neither
             done nor failed.

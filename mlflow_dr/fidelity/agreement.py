@@ -18,8 +18,8 @@ import numpy as np
 CONFIDENCE = 0.95
 RESAMPLES = 1000
 FIGURES = ("tau", "pearson", "regret", "inflation")
-DIGITS = 12  # what differs by less is equal: sums are rounded
-CELLS = 1 << 22  # numbers that are held at a time
+DIGITS = 12  # values that differ by less are equal, because sums are rounded
+CELLS = 1 << 22  # numbers that are in memory at a time
 
 
 class Estimate(NamedTuple):
@@ -46,8 +46,8 @@ class Agreement(NamedTuple):
     Attributes:
         tau: Kendall's tau-b of the checkpoints' values; undefined where one curve is constant.
         pearson: Pearson's correlation of these values; undefined if one curve is constant.
-        regret: what the full corpus's best checkpoint is above the one that the subset chooses, by
-            the full corpus's values; among equal values each chooses the earliest.
+        regret: how much higher the full corpus's value of its best checkpoint is than that of the
+            checkpoint that the subset chooses; among equal values each chooses the earliest.
         inflation: how much higher the subset's values are, on average over the checkpoints.
     """
 
@@ -62,8 +62,8 @@ class Spread(NamedTuple):
 
     Attributes:
         observed: the best one's value less the worst one's.
-        by_chance: were all equally good, other queries would make this much of it, or less, in 95
-            of 100 cases.
+        by_chance: if all checkpoints were equally good, chance alone would make a difference of at
+            most this in 95 of 100 cases.
     """
 
     observed: float
@@ -71,7 +71,7 @@ class Spread(NamedTuple):
 
     @property
     def is_flat(self) -> bool:
-        """Whether no order of the checkpoints can be told."""
+        """Whether the checkpoints are too close to be ordered."""
         return self.observed <= self.by_chance
 
 
@@ -84,11 +84,11 @@ def agreement(
 ) -> Agreement:
     """Compare a subset's values with those of the full corpus, checkpoint by checkpoint.
 
-    A resample draws queries with replacement and does everything anew on them: each query brings
-    its values of all checkpoints, on the subset and on the full corpus. Where the subset has drawn
-    its queries, so many are drawn from these, and as many as remain from the others: the subset's
-    means are over the former, the full corpus's over both. A figure that some resamples leave
-    undefined has the interval of the others.
+    A resample draws queries with replacement and computes every figure again from them. Each query
+    brings its values of all checkpoints, on the subset and on the full corpus. If the subset has
+    only some of the queries, as many are drawn from its queries as it has, and the rest from the
+    other queries. The subset's means are over the former, and the full corpus's means are over
+    both. If a figure is undefined in some resamples, its interval is that of the others.
 
     Args:
         full: values of each query, `(n_checkpoints, n_queries) float64`.
@@ -119,7 +119,7 @@ def agreement(
 def spread(full: np.ndarray, resamples: int = RESAMPLES, seed: int = 0) -> Spread:
     """How far the checkpoints lie apart, and how far they would if all were equal.
 
-    Resampled means less the observed ones are what chance makes of checkpoints that are equal.
+    Resampled means minus the observed means show what chance makes of equal checkpoints.
 
     Args:
         full: values of each query, `(n_checkpoints, n_queries) float64`.
@@ -136,7 +136,7 @@ def spread(full: np.ndarray, resamples: int = RESAMPLES, seed: int = 0) -> Sprea
 
 
 def means(values: np.ndarray) -> np.ndarray:
-    """Means over the queries, such that those that are equal but for rounding are equal.
+    """Means over the queries, rounded so that means that differ only by rounding are equal.
 
     Args:
         values: `(n_checkpoints, n_queries) float64`.
@@ -170,12 +170,12 @@ def _kendall(first: np.ndarray, second: np.ndarray) -> np.ndarray:
 def _pearson(first: np.ndarray, second: np.ndarray) -> np.ndarray:
     left, right = (values - values.mean(axis=-1, keepdims=True) for values in (first, second))
     for centred, values in ((left, first), (right, second)):
-        centred[np.ptp(values, axis=-1) == 0] = 0  # whose mean may be rounded
+        centred[np.ptp(values, axis=-1) == 0] = 0  # constant values, whose mean may be rounded
     return _cosine(left, right)
 
 
 def _cosine(left: np.ndarray, right: np.ndarray) -> np.ndarray:
-    """NaN where one of them is nought."""
+    """NaN where one of them is zero."""
     lengths = np.sqrt((left**2).sum(axis=-1) * (right**2).sum(axis=-1))
     with np.errstate(invalid="ignore"):
         cosines: np.ndarray = ((left * right).sum(axis=-1) / lengths).clip(-1, 1)
@@ -217,7 +217,7 @@ TOLERANCE = 0.005
 
 @dataclass(frozen=True)
 class Curve:
-    """What one way of searching gave for every checkpoint.
+    """The values of every checkpoint on the full corpus or on one subset.
 
     Attributes:
         name: the subset as it was asked for, or `full`.
@@ -248,12 +248,12 @@ class Curve:
 
 @dataclass(frozen=True)
 class StudiedSubset:
-    """A subset beside the full corpus.
+    """A subset compared with the full corpus.
 
     Attributes:
         curve: what it gave.
         agreement: with the full corpus.
-        share: its seconds by the full corpus's.
+        share: its seconds divided by the full corpus's.
     """
 
     curve: Curve
@@ -266,9 +266,9 @@ class FidelityResult:
     """What a study has found.
 
     Attributes:
-        measure: by which checkpoints are ordered.
+        measure: the measure that orders the checkpoints.
         collection: what was searched.
-        split: whose queries were put.
+        split: the split of the queries.
         steps: of the checkpoints, ascending; equal ones do not occur.
         full: what the full corpus gave.
         subsets: what they gave, as they were asked for.
@@ -291,8 +291,8 @@ class FidelityResult:
     def trusted(self) -> list[StudiedSubset]:
         """The subsets that may stand for the full corpus; none where its curve is flat.
 
-        Their regret is within the tolerance, and the lower end of tau's interval is above 0: an
-        order that had nothing to do with the full corpus's is ruled out.
+        Their regret is within the tolerance, and the lower end of tau's interval is above 0, so
+        their order agrees with the full corpus's by more than chance.
         """
         if self.spread.is_flat:
             return []

@@ -20,6 +20,7 @@ from mlflow_dr.fields import (
     Judged,
     KeepOwnId,
     RunName,
+    SearchBackendName,
     Seed,
     Subsets,
     TrackingUri,
@@ -43,6 +44,7 @@ class FidelityConfig(CollectionConfig, EncoderOverrides):
     device: Device = "auto"
     dtype: Dtype = "auto"
     keep_own_id: KeepOwnId = False
+    search_backend: SearchBackendName = "auto"
     steps: tuple[int, ...] = ()
     """Only the checkpoints of these steps."""
     every: Every = 1

@@ -23,7 +23,7 @@ MARK, REFINE = "*", "`--refine full@3`"
 
 
 def report_text(findings: FidelityResult) -> str:
-    """The table, what was passed over, and the recommendation."""
+    """The table, the checkpoints that were skipped, and the recommendation."""
     n_queries = len(findings.full.query_ids)
     lines = [
         f"{findings.measure} of {len(findings.steps)} checkpoints (steps {findings.steps[0]} to "

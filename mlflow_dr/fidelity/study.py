@@ -61,7 +61,14 @@ def study_fidelity(
     chosen = _chosen(checkpoints, config)
     device = resolve_device(config.device)
     dtype = resolve_dtype(config.dtype, device)
-    settings = EvalConfig((config.parsed_measure,), None, str(device), dtype, config.keep_own_id)
+    settings = EvalConfig(
+        (config.parsed_measure,),
+        None,
+        str(device),
+        dtype,
+        config.keep_own_id,
+        config.search_backend,
+    )
     datasets = _datasets(config, settings, run)
     study = _Study(datasets, settings, config)
     values, skipped = study.all_values(chosen)
@@ -103,7 +110,13 @@ class _Study:
         self._changes = config.encoder_changes
         self._measure = config.parsed_measure
         changes = sorted(config.encoder_changes.items())
-        common = (self._measure, settings.dtype, settings.keep_own_id, changes)
+        common = (
+            self._measure,
+            settings.dtype,
+            settings.keep_own_id,
+            settings.search_backend,
+            changes,
+        )
         # values are in the order of the queries, which a collection's digest does not depend on
         digests_of = [(data.digest, digest_of(*data.topics.qrels)) for data in datasets]
         self._cache = StudyCache([(*common, *digests) for digests in digests_of])
@@ -221,6 +234,7 @@ def _datasets(
         full.topics,
         device=settings.device,
         dtype=settings.dtype,
+        search_backend=settings.search_backend,
         published=published,
     )
     datasets = [full]

@@ -31,6 +31,7 @@ from mlflow_dr.fields import (
     Dtype,
     File,
     Force,
+    SearchBackendName,
     Seed,
     TrackingUri,
     TrustRemoteCode,
@@ -89,6 +90,7 @@ class MiningConfig(Config):
     """BM25's stop words and stemmer (Snowball's languages), or none."""
     device: Device = "auto"
     dtype: Dtype = "auto"
+    search_backend: SearchBackendName = "auto"
     trust_remote_code: TrustRemoteCode = False
     tracking_uri: TrackingUri = None
 
@@ -291,7 +293,7 @@ def _miner(request: MiningConfig) -> Retriever:
         if isinstance(error, UnavailableError) and not hint:
             raise
         raise UsageError(f"cannot mine with {name!r}: {hint}{error}") from error
-    return DenseRetriever(encoder, request.device, request.dtype)
+    return DenseRetriever(encoder, request.device, request.dtype, request.search_backend)
 
 
 def _records(

@@ -29,16 +29,17 @@ HOLDS_ANSWER = "holding an answer"
 class Rule:
     """What makes a passage a hard negative.
 
-    Ranks are counted from 0 over what is left of a ranking without the positives.
+    Ranks are counted from 0, after the positives are taken out of the ranking.
 
     Attributes:
         negatives: how many for each query, at most.
-        depth: ranks from here on are not looked at.
+        depth: only the ranks below this number are looked at.
         range_min: the first ranks that are skipped.
-        sample: `top` takes the best of those that are left, `random` any.
-        seed: of the random sample; a query's sample depends on nothing but seed and query id.
+        sample: `top` takes the highest-ranked candidates, `random` a random sample of them.
+        seed: of the random sample; a query's sample depends only on the seed and the query's id.
         margin: a negative scores at least this much less than the positive.
-        relative_margin: the same as a share of the positive's score: 0.05 is at most 95 % of it.
+        relative_margin: the same as a share of the positive's score; with 0.05 a negative scores at
+            most 95 % of it.
         max_score: a negative scores at most this.
         min_score: a negative scores at least this.
 
@@ -128,7 +129,7 @@ def choose(
         else:
             candidates.append(index)
     if rule.sample == RANDOM:
-        # of a random order the first that hold no answer are a random sample of all that hold none
+        # in random order, the first candidates without an answer are a random sample of all such
         random.Random(f"{rule.seed}:{query_id}").shuffle(candidates)
     chosen: list[int] = []
     for index in candidates:

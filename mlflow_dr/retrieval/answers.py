@@ -39,7 +39,7 @@ _TOKEN = regex.compile(r"[\p{L}\p{N}\p{M}]+|[^\p{Z}\p{C}]")
 def answer_tokens(text: str) -> list[str]:
     """The tokens of an answer or a passage."""
     decomposed = unicodedata.normalize("NFD", text)
-    # each by itself: the Greek sigma's lower case depends on what follows it
+    # token by token, because the lower case of the Greek sigma depends on what follows it
     return [token.lower() for token in _TOKEN.findall(decomposed)]
 
 
@@ -76,7 +76,7 @@ class AnswerFinder:
         return tuple(dict.fromkeys(text for text in texts if text.strip()))
 
     def faults(self, answers: Sequence[str]) -> list[str]:
-        """Which of the answers are to be regular expressions and are not, with the reason."""
+        """Which answers should be regular expressions and are not, with the reason."""
         if self._match == STRING:
             return []
         return [fault for answer in answers if isinstance(fault := _pattern(answer), str)]

@@ -47,7 +47,7 @@ class Bm25Settings:
 
     Attributes:
         k1: how slowly repeats of a term stop counting, from 0.
-        b: how much long passages are held back, from 0 to 1.
+        b: how much long passages are penalised, from 0 to 1.
         language: whose stop words and stemmer (Snowball's) make the terms; `none` for neither.
 
     Raises:
@@ -98,7 +98,7 @@ class Bm25:
     Args:
         index: a bm25s index over the corpus' rows.
         terms: makes the terms, as it made those of the index.
-        tie_ranks: each passage's place among equal scores, `(n_passages,) int64`.
+        tie_ranks: each passage's rank among equal scores, `(n_passages,) int64`.
     """
 
     def __init__(self, index: Any, terms: Terms, tie_ranks: np.ndarray) -> None:
@@ -112,7 +112,7 @@ class Bm25:
         """The best k passages of each query; a passage without any term of it is never found.
 
         Args:
-            queries: what is asked.
+            queries: the queries.
             k: passages for each query; no more than the corpus has are found.
             extra_rows: for each query the rows to score whatever their rank; nothing, or one
                 array for each query.
@@ -239,7 +239,7 @@ def _bm25s():  # type: ignore[no-untyped-def]
         import bm25s
     except ImportError as error:
         raise MissingExtraError("BM25 needs bm25s: pip install bm25s") from error
-    logging.getLogger("bm25s").setLevel(logging.WARNING)  # it sets itself to DEBUG
+    logging.getLogger("bm25s").setLevel(logging.WARNING)  # bm25s sets its own logger to DEBUG
     return bm25s
 
 

@@ -118,7 +118,7 @@ def _file(checkpoint: Checkpoint) -> str:
 def log_subset(
     run: TrackedRun, name: str, passages: Callable[[], pa.Table], about: Mapping[str, Any]
 ) -> None:
-    """Store the subset of a validation with the run, unless it is there already.
+    """Store the subset of a validation with the run, unless it is stored already.
 
     Args:
         run: of the validation.

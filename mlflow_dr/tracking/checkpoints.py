@@ -29,7 +29,7 @@ BEGUN, TAKEN_BACK = "begun", "taken back"
 MODEL_TYPE = "dense_retriever"
 READY = LoggedModelStatus.READY
 PER_REQUEST = 1000
-STEP = re.compile(r"[0-9]{1,18}")  # what a metric may have is 64 bits
+STEP = re.compile(r"[0-9]{1,18}")  # a metric's step has 64 bits
 NEAREST = 4  # steps that are named where one is missing
 
 
@@ -229,7 +229,7 @@ def checkpoint_by_id(client: MlflowClient, model_id: str) -> Checkpoint:
 
 
 def is_deleted(client: MlflowClient, model_id: str) -> bool:
-    """Whether there is no such checkpoint, or no longer; False if the server does not answer."""
+    """Whether a checkpoint does not exist, or was deleted; False if the server does not answer."""
     try:
         client.get_logged_model(model_id)
     except Exception as error:  # noqa: BLE001 - a broken answer fails in many ways

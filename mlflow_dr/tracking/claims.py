@@ -1,4 +1,4 @@
-"""Claims: of several validators exactly one gets a checkpoint, and another takes over if it dies.
+"""Claims: exactly one of several validators gets a checkpoint, and another takes over if it dies.
 
 A claim is a write-once parameter of the LoggedModel, one for each attempt; the server refuses the
 second writer. Its owner renews a heartbeat, which is a tag. A validator that sees no new heartbeat
@@ -170,7 +170,7 @@ class Claims:
         every: seconds between two renewals.
 
     Attributes:
-        faster: who had the claim that was lost last.
+        faster: the owner of the claim that was lost last.
     """
 
     def __init__(
@@ -190,7 +190,7 @@ class Claims:
         """Try to get the validation `name` of a checkpoint.
 
         Returns:
-            Whether it is ours now; else another validator was faster.
+            Whether it is ours now; if not, another validator was faster.
 
         Raises:
             TrackingError: the server does not answer.
@@ -202,7 +202,7 @@ class Claims:
             try:
                 write_once(self._client, checkpoint.model_id, key, value)
             except Exception:
-                # another's, or the lost answer to our own request: what is there decides
+                # another validator was faster, or the answer to our request was lost: read it back
                 stored = checkpoint_by_id(self._client, checkpoint.model_id).params.get(key)
                 if stored is None:
                     raise

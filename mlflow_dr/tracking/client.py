@@ -26,17 +26,17 @@ Client = MlflowClient  # for the other packages, which do not import mlflow
 URI_VARIABLE = "MLFLOW_TRACKING_URI"
 CLIENT_ERROR, SERVER_ERROR = 400, 500
 FORBIDDEN = 403
-PASSING = {408, 429, 499}  # time is up, too many requests: what the server may say otherwise later
+PASSING = {408, 429, 499}  # timeout, too many requests: another try may succeed
 DENIED = "PERMISSION_DENIED"
 NOBODY = "Connection refused"
 RETRIES = "MLFLOW_HTTP_REQUEST_MAX_RETRIES"
 FEW_RETRIES = "2"
 SECONDS_TO_CONNECT = 2.0
-FEWEST_TRIES = 2  # one answer that is late says little
+FEWEST_TRIES = 2  # one late answer does not mean that the server is away
 SECONDS_BETWEEN_TRIES = 0.1  # twice as long each time
 AT_ONCE = {"MLFLOW_HTTP_REQUEST_TIMEOUT": "10", RETRIES: "0"}
 SQLITE = "sqlite:///"
-LONGEST_REASON = 300  # characters of what MLflow or a driver says
+LONGEST_REASON = 300  # characters of a message of MLflow or a driver
 DRIVERS = {  # module -> what pip installs
     "psycopg": "psycopg[binary]",
     "psycopg2": "psycopg2-binary",
@@ -211,7 +211,7 @@ def limit_mlflow_retries() -> None:
 def tracking_errors(doing: str) -> Iterator[None]:
     """Turn what MLflow raises into a TrackingError of one line; a ForbiddenError if it is one.
 
-    All kinds of errors are caught: a broken answer can raise any of them.
+    All kinds of errors are caught, because a broken answer can raise any of them.
 
     Args:
         doing: what is done, for the message.
@@ -306,7 +306,7 @@ REFUSED_BY_FILES = frozenset(
 # 4xx answers after which another try may succeed: timeout, conflict, too early, too many, closed
 MAY_PASS = frozenset((408, 409, 423, 425, 429, 499))
 NOT_IMPLEMENTED = 501
-UNCLEAR = 500  # what MLflow says of whatever it has wrapped
+UNCLEAR = 500  # MLflow's code for every error that it wraps
 # MLflow and botocore have no code or status for these
 NO_STORE = "Could not find a registered artifact repository"
 NO_CREDENTIALS = frozenset(

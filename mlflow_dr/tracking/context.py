@@ -51,11 +51,12 @@ class DenseRetrievalRunContext(RunContextProvider):
 
 @contextmanager
 def system_metrics(run: TrackedRun) -> Iterator[None]:
-    """Log the machine's figures as `system/...` meanwhile, where the user has MLflow do so.
+    """Log the machine's figures as `system/...` in the block, if MLflow is set to log them.
 
-    MLflow does it for its active run, which ours never is. Its settings hold:
+    MLflow does it only for its active run, and our run never is one. MLflow's settings apply:
     `MLFLOW_ENABLE_SYSTEM_METRICS_LOGGING` or `mlflow.enable_system_metrics_logging()`, and those of
-    the interval, the samples and the node. On a run that has such figures the steps go on.
+    the interval, the samples and the node. If the run already has such figures, their steps
+    continue.
     """
     from mlflow.environment_variables import MLFLOW_ENABLE_SYSTEM_METRICS_LOGGING
 
@@ -70,7 +71,7 @@ def system_metrics(run: TrackedRun) -> Iterator[None]:
     try:
         monitor = SystemMetricsMonitor(run.id, resume_logging=True, tracking_uri=tracking_uri())
         monitor.start()
-    except Exception as error:  # noqa: BLE001 - as MLflow: training goes on without
+    except Exception as error:  # noqa: BLE001 - as in MLflow, training continues without them
         log.warning("the machine's figures are not logged: %s", error)
     try:
         yield

@@ -59,7 +59,7 @@ class CollectionSource(DatasetSource):
 
     @staticmethod
     def _can_resolve(raw_source: Any) -> bool:
-        """Whether it is an opened collection or a name of ir_datasets; others could be anything."""
+        """Whether it is an opened collection or a name of ir_datasets."""
         if isinstance(raw_source, str):
             from mlflow_dr.collection.catalogue import IR_DATASETS_PREFIX
 
@@ -91,11 +91,11 @@ class CollectionSource(DatasetSource):
 
 
 class CollectionDataset(Dataset, PyFuncConvertibleDatasetMixin):
-    """The judged queries of one split and the corpus that they are put to.
+    """The judged queries of one split and the corpus that they search.
 
     Args:
-        collection: whose.
-        split: which queries.
+        collection: the collection.
+        split: the split of the queries.
         name: shown by MLflow; the collection's when None.
         digest: shown by MLflow; that of the contents when None, which reads the corpus.
     """

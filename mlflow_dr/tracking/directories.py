@@ -32,13 +32,15 @@ class FollowedDirectory:
     """The checkpoints that a trainer writes into a directory on this machine.
 
     A checkpoint counts when its files are complete and have not changed since the last snapshot.
-    Everything else there is passed over, and so is what the trainer has removed. Each checkpoint is
-    registered with the run without its files, so that claims and figures are as for published ones.
+    Everything else in the directory is skipped, and so are checkpoints that the trainer has
+    deleted. Each checkpoint is registered with the run without its files, so that claims and
+    figures are as for published checkpoints.
 
     Args:
         run: gets the figures.
         directory: such as Trainer's `output_dir`.
-        is_mine: whether the run was made for this directory. If not, its end is the end.
+        is_mine: whether the run was made for this directory. If not, following ends when the run
+            ends.
 
     Raises:
         UsageError: there is no such directory.
@@ -177,7 +179,7 @@ class _Seen(NamedTuple):
 def register_directory(run: TrackedRun, directory: Path, step: int) -> str:
     """Register a directory on this machine as a checkpoint of a run; its files stay there.
 
-    If several validators do so at the same time, one of them decides.
+    If several validators register it at the same time, the first registration counts.
 
     Returns:
         The model id.

@@ -79,13 +79,13 @@ def evaluation_result(
         run_id: they go to this run.
         values: figures by metric name, prefix included.
         table: columns by name, a row for each query.
-        prefix: of the artifacts' names, too.
+        prefix: put before the names of metrics and artifacts.
         ranking: the text of a TREC run file, if it is to be kept.
 
     Raises:
         TrackingError: the server did not take them.
     """
-    # only here: matplotlib is behind it
+    # imported here, because it imports matplotlib
     from mlflow.models.evaluation.artifacts import JsonEvaluationArtifact, TextEvaluationArtifact
 
     rows = [list(row) for row in zip(*table.values(), strict=True)]

@@ -50,7 +50,7 @@ NOT_THE_ENCODER = shutil.ignore_patterns(
 )
 FILES_AT_ONCE = 8
 TRIES = 4  # of each file
-SECONDS_BETWEEN_TRIES = 0.05  # after the first; twice as long after each of the others
+SECONDS_BETWEEN_TRIES = 0.05  # after the first try; twice as long after each further one
 NAMES_SHOWN = 3
 NOT_THERE = -1
 
@@ -138,7 +138,7 @@ def _fetch(checkpoint: Checkpoint, target: Path, with_mlmodel: bool) -> Path:
 def _in_place(checkpoint: Checkpoint, here: Path, target: Path, with_mlmodel: bool) -> Path:
     """The directory where a checkpoint lies, or links to the files that its manifest lists."""
     if not here.is_dir():
-        # if the folder of all models exists, this checkpoint is gone; else nothing is known
+        # if the folder of all models exists, this checkpoint was deleted; otherwise that is unknown
         kind = LostError if here.parents[1].is_dir() else UnavailableError
         raise kind(f"cannot be read: there is no directory {here} on this machine")
     if not checkpoint.manifest:

@@ -1,7 +1,7 @@
 """What validators follow: the checkpoints of a run, or of all runs of an experiment.
 
-Checkpoints that nothing is left to do for are not requested again, so a snapshot of a run with a
-thousand checkpoints costs as much as one with ten.
+Checkpoints that are done are not requested again, so a snapshot of a run with a thousand
+checkpoints costs as much as one with ten.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ LONGEST_UPLOAD_MS = 3_600_000
 
 
 class Snapshot(NamedTuple):
-    """What is published at one moment.
+    """The published checkpoints at one moment.
 
     Attributes:
         checkpoints: all, by step; those that are done as they were seen last.
@@ -80,9 +80,8 @@ class FollowedRun:
             TrackingError: the server does not answer, or the run was deleted.
         """
         if self.checkpoints.has_open and time.monotonic() < self._ask_at:
-            return Snapshot(
-                self.checkpoints.snapshot(), over=None
-            )  # it matters once nothing is left
+            # the run's end matters only when no work is left
+            return Snapshot(self.checkpoints.snapshot(), over=None)
         # the run's end is read first, so that no checkpoint published in between is missed
         state = self._run.fetch()
         check_alive(state)
@@ -196,12 +195,13 @@ class OpenCheckpoints:
         """All known checkpoints, by step, as they are now or were when they were done.
 
         Args:
-            is_over: whether nothing will be added; what was PENDING for long is then requested.
+            is_over: whether no checkpoint will be added; old PENDING checkpoints are then
+                requested, too.
         """
         full = self._clock() - self._full_at >= SECONDS_BETWEEN_FULL_SNAPSHOTS
         checkpoints = find_checkpoints(*self._search, since_ms=0 if full else self._since(is_over))
         if full:
-            self._known = {}  # what was deleted is gone
+            self._known = {}  # forget deleted checkpoints
             self._full_at = self._clock()
         self._known.update(
             {

@@ -81,7 +81,7 @@ class StopCallback(TrainerCallback):
     If the training saves checkpoints, it then saves one to resume from.
 
     Attributes:
-        reason: why training was asked to stop; None as long as it was not.
+        reason: why training was asked to stop; None if it was not.
         killed: whether a signal asked for it, in this process or in another.
     """
 

@@ -179,7 +179,7 @@ class Mixture(Dataset[Group]):
         self._orders: dict[tuple[int, int], np.ndarray] = {}
 
     def set_epoch(self, epoch: int) -> None:
-        """Choose for this epoch from now on; `RetrieverTrainer` calls it before each."""
+        """Choose examples for this epoch; `RetrieverTrainer` calls this before each epoch."""
         self._epoch.fill_(int(epoch))
 
     def __len__(self) -> int:

@@ -1,6 +1,6 @@
 """Names, ranges and choices of all training flags, without importing torch or transformers.
 
-So a mistyped flag is refused within a second; importing what the flags belong to takes five.
+So a mistyped flag is refused within a second; importing torch and transformers takes five.
 """
 
 from __future__ import annotations

@@ -49,23 +49,23 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-# of a validation's configuration, what decides whether values can be compared
+# keys of a validation's configuration that must be equal for values to be comparable
 COMPARABLE = ("corpus", "topics", "subset", "keep_own_id")
 FULL_CORPUS = "full"
 AUTO = "auto"
 RUN = re.compile(r"([^/\\]+?)(?:@(\d+))?")
 RUN_ID = re.compile(r"[0-9a-f]{32}")
-# of a validation's configuration, what replaces what the checkpoint says
+# keys of a validation's configuration that replace the checkpoint's own settings
 ENCODER_CHANGES = ("pooling", "normalize", "query_max_length", "passage_max_length", "tokenizer")
 
 
 @dataclass(frozen=True)
 class Operand:
-    """One of what is compared.
+    """An encoder that is compared.
 
     Attributes:
         given: what the user wrote.
-        run: where it was published; None for an encoder.
+        run: the run that published it; None for an encoder.
         checkpoint: None for an encoder.
         config: the validation's configuration on that run; empty if it has none.
     """
@@ -91,7 +91,7 @@ class Operand:
 def find_operands(
     operands: Sequence[str], name: str, measure: Measure | None, tracking_uri: str | None = None
 ) -> list[Operand]:
-    """What operands stand for; a server is asked only if one of them may be on it.
+    """The encoders that operands stand for; a server is requested only if one of them may be on it.
 
     Args:
         operands: `RUN` (an id, the beginning of one, or a name), `RUN@STEP`, what
@@ -239,7 +239,7 @@ def _eval_dataset(config: CompareConfig, basis: Mapping[str, object]) -> EvalDat
 def _refuse_other_queries(
     measured: Sequence[Operand], data: EvalDataset | None, basis: Mapping[str, object]
 ) -> None:
-    """Refuse to compare what was measured on other queries, passages or judgements.
+    """Refuse to compare values that were measured on different queries, passages or judgements.
 
     Raises:
         UsageError: with both configurations.
@@ -302,7 +302,7 @@ def _evaluate(
 
 
 def _known_lengths(operand: Operand) -> Lengths:
-    """The lengths that a validation, or else the training, has noted."""
+    """The lengths that a validation, or else the training, has recorded."""
     params = operand.run.fetch().data.params if operand.run else {}
     lengths = (
         operand.config.get(key) or params.get(param)
@@ -312,7 +312,7 @@ def _known_lengths(operand: Operand) -> Lengths:
 
 
 def _warn_of_lengths(lengths: Sequence[Lengths]) -> None:
-    """Warn if encoders read texts of other lengths, which alone makes a difference."""
+    """Warn if encoders read texts up to different lengths, which alone makes a difference."""
     for texts, values in zip(Lengths._fields, zip(*lengths, strict=True), strict=True):
         if len({value for value in values if value is not None}) > 1:
             shown = ", ".join(
@@ -327,7 +327,7 @@ def _warn_of_lengths(lengths: Sequence[Lengths]) -> None:
 
 
 def _queries(name: str, measured: Sequence[Operand], data: EvalDataset | None) -> Sequence[Query]:
-    """The queries, where the collection is at hand: named, or a file of this machine."""
+    """The queries, if the collection was named or is on this machine."""
     if data is not None:
         return data.topics.queries
     operand = measured[0]

@@ -169,7 +169,7 @@ class PolicyConfig(Config):
 
 
 class ValidationDefaults(CollectionConfig, MeasureConfig):
-    """What validations are made of; each validation of a file may replace a part of it."""
+    """The settings of validations; each validation of a file may replace some of them."""
 
     split: Texts = ()
     """The queries to evaluate on (default: the run's on its own collection, else dev, else test).
@@ -207,7 +207,7 @@ class ValidationDefaults(CollectionConfig, MeasureConfig):
         return validations + refining(self.refine, validations, self.seed, self.judged)
 
     def replaced_by(self, values: dict[str, Any]) -> ValidationDefaults:
-        """The same with these values; a collection replaces the other one as a whole.
+        """The same settings with these values; a collection replaces the other one as a whole.
 
         Raises:
             ConfigError: a key or value that is wrong, or a dataset or split that does not exist.
@@ -237,8 +237,8 @@ class ValidateConfig(ValidationDefaults, EncoderOverrides, PolicyConfig):
           msmarco: {dataset: msmarco, subset: bm25@50+random:10000, refine: full@3}
           nq: {candidate_dir: nq/corpus, query_files: nq/test.json, qrel_files: nq/qrels.tsv}
 
-    In a file, `validations` has several validations by name. What one of them leaves out is as the
-    rest of the file and the flags say.
+    In a file, `validations` has several validations by name. A validation that leaves out a setting
+    takes it from the rest of the file and the flags.
     """
 
     run_id: RunName = None

@@ -1,4 +1,4 @@
-"""What an encoder is evaluated on: a split of a collection, its corpus tokenised once."""
+"""The data of an evaluation: a split of a collection, whose corpus is tokenised once."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ log = logging.getLogger(__name__)
 
 
 class CorpusTokens:
-    """The corpus of a collection and its token tables: what does not depend on the weights.
+    """The corpus of a collection and its token tables, which do not depend on the weights.
 
     Args:
         collection: whose corpus.
@@ -100,7 +100,7 @@ class EvalDataset:
         return len(self.subset or self.corpus)
 
     def warn_of_own_ids(self) -> None:
-        """Warn, once, of relevant passages that are left out for having their query's id."""
+        """Warn, once, of relevant passages that are left out because they have their query's id."""
         if self._has_warned:
             return
         self._has_warned = True
@@ -115,7 +115,7 @@ class EvalDataset:
             )
 
     def check_ids(self) -> None:
-        """Refuse to search what no ranking can be written of.
+        """Refuse ids that a ranking file cannot hold.
 
         Raises:
             DataError: the id of a query, or of a passage that is searched, has white space.
@@ -125,7 +125,7 @@ class EvalDataset:
         check_trec_ids(ids if self.subset is None else ids.take(pa.array(self.subset.rows)))
 
     def search(self, k: int) -> SearchRequest:
-        """What is sought, k passages deep."""
+        """The search for k passages of each query."""
         subset = self.subset
         if subset is None:
             return SearchRequest(self.topics.queries, k)

@@ -74,7 +74,8 @@ def evaluate_all(
 ) -> list[Report]:
     """Encode several sets of queries and their common corpus once, search exactly, measure each.
 
-    If all search subsets, each passage of a subset is encoded once, and each searches its own.
+    If all requests search subsets, each passage of a subset is encoded once, and each request
+    searches its own subset.
 
     Args:
         encoder: moved to the device, and into the number format.
@@ -86,7 +87,7 @@ def evaluate_all(
 
     Raises:
         CheckpointError: the encoder gives NaN.
-        DataError: what is mapped from the cache was damaged meanwhile.
+        DataError: a file in the cache was damaged during the evaluation.
         DeviceError: no such device.
         UsageError: a measure's cut-off is above the depth.
         ValueError: corpora, devices or formats differ.
@@ -134,7 +135,7 @@ def evaluate_all(
 def _measure(
     data: EvalDataset, settings: EvalConfig, depth: int, result: SearchResult
 ) -> tuple[dict[str, dict[Measure, float]], Ranking]:
-    """The values of each query, and the ranking that they are of."""
+    """The values of each query, and the ranking that they measure."""
     topics = data.topics
     ranking = named_ranking(
         topics.queries, data.corpus, result.rows, result.scores, depth, settings.keep_own_id

@@ -11,7 +11,7 @@ from mlflow import MlflowClient
 
 from mlflow_dr.cli import evaluate, validate
 from mlflow_dr.cli.options import from_flags
-from mlflow_dr.collection.asyncval import asyncval_name
+from mlflow_dr.collection.asyncval import AsyncvalFiles
 from mlflow_dr.encoder.directory import save_encoder
 from mlflow_dr.encoder.model import Encoder
 from mlflow_dr.errors import UsageError
@@ -72,7 +72,7 @@ def test_asyncvals_own_command_line(files: Path, monkeypatch: pytest.MonkeyPatch
         ]
     )
     (one,) = plan.all_validations
-    name = asyncval_name(files / "corpus", [files / "dev.query.json"], [files / "qrels.tsv"])
+    name = AsyncvalFiles(files / "corpus", [files / "dev.query.json"], [files / "qrels.tsv"]).name
     assert (one.name, one.dataset, one.split) == ("val", name, "dev.query")
     assert one.settings.measures == parse_measures("mrr@10 ndcg@10 recall@100 map@100")
     assert one.settings.depth == 100
@@ -119,7 +119,7 @@ def test_flags_and_a_plan(files: Path) -> None:
     words = [*flags(files, "dev.query.json", "test.json"), "--config", str(files / "plan.yaml")]
     plan = planned(words)
     queries = [files / "dev.query.json", files / "test.json"]
-    name = asyncval_name(files / "corpus", queries, [files / "qrels.tsv"])
+    name = AsyncvalFiles(files / "corpus", queries, [files / "qrels.tsv"]).name
     assert [(one.name, one.dataset, one.split) for one in plan.all_validations] == [
         ("short-dev_query", name, "dev.query"),
         ("short-test", name, "test"),
@@ -212,7 +212,7 @@ def test_a_run_names_the_files_and_another_validator_opens_them(
     far = files.joinpath(*["a-folder-with-a-name-that-is-long" * 4] * 2)
     far.mkdir(parents=True)
     queries = [path.rename(far / path.name) for path in sorted(files.glob("*.json"))]
-    name = asyncval_name(files / "corpus", queries, [files / "qrels.tsv"])
+    name = AsyncvalFiles(files / "corpus", queries, [files / "qrels.tsv"]).name
     assert len(name) > 500  # more than MLflow takes as a dataset's name
     name_collection(run, name, "test")
     save_encoder(files / "output/checkpoint-3", encoder)

@@ -16,7 +16,6 @@ from transformers.models.bert.tokenization_bert_legacy import BertTokenizerLegac
 
 from mlflow_dr.collection.asyncval import (
     AsyncvalFiles,
-    asyncval_name,
     given_collection,
 )
 from mlflow_dr.collection.beir import BeirFolder
@@ -283,7 +282,7 @@ def test_another_process_opens_it_by_its_name(base: Path, monkeypatch: pytest.Mo
     monkeypatch.chdir(base)
     files = (Path(odd.name) / name for name in ("corpus", "dev.query.json", "qrels.tsv"))
     corpus, queries, qrels = files
-    name = asyncval_name(corpus, [queries], [qrels])
+    name = AsyncvalFiles(corpus, [queries], [qrels]).name
     assert unquote(name) == (
         f"asyncval:{odd}/corpus?queries={odd}/dev.query.json&qrels={odd}/qrels.tsv"
     )
@@ -331,7 +330,7 @@ def test_a_name_without_judgements() -> None:
 def test_a_dataset_is_given_by_name_or_by_files(base: Path) -> None:
     words = ("dataset", "candidates", "queries", "qrels")
     corpus, query, qrels = base / "corpus", base / "test.json", base / "qrels.tsv"
-    name = asyncval_name(corpus, [query], [qrels])
+    name = AsyncvalFiles(corpus, [query], [qrels]).name
     assert given_collection(None, ([], [], []), words) == (None, ())
     assert given_collection("demo", ([], [], []), words) == ("demo", ())
     assert given_collection(None, ([corpus], [query], [qrels]), words) == (name, ["test"])

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from mlflow_dr.cli.options import from_flags
-from mlflow_dr.collection.asyncval import asyncval_name
+from mlflow_dr.collection.asyncval import AsyncvalFiles
 from mlflow_dr.errors import UsageError
 from mlflow_dr.retrieval.measures import parse_measures
 from mlflow_dr.subsets.spec import parse_subset
@@ -176,7 +176,7 @@ def test_files_instead_of_a_dataset(tmp_path: Path, files: None) -> None:
         *(("nq", "nq"), ("both-a", "a"), ("both-b_b", "b.b"), ("one", "b"))
     ]
     queries, qrels = [Path("a.json"), Path("b.b.json")], [Path("a.tsv"), Path("b.tsv")]
-    both = asyncval_name(Path("c"), queries, qrels)
+    both = AsyncvalFiles(Path("c"), queries, qrels).name
     assert {one.dataset for one in validations[1:3]} == {both}
     assert validations[0].settings.measures == parse_measures("ndcg@10")
 
@@ -191,7 +191,7 @@ def test_the_files_of_the_flags_are_for_validations_without_a_collection(
         query_files=("a.json", "b.json"),
         qrel_files=("q.tsv",),
     )
-    name = asyncval_name(Path("c"), [Path("a.json"), Path("b.json")], [Path("q.tsv")])
+    name = AsyncvalFiles(Path("c"), [Path("a.json"), Path("b.json")], [Path("q.tsv")]).name
     assert [(one.name, one.dataset, one.split) for one in config.all_validations] == [
         ("short-a", name, "a"),
         ("short-b", name, "b"),
