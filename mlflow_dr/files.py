@@ -43,7 +43,7 @@ def cache_dir() -> Path:
 
 
 def is_path(text: str) -> bool:
-    """Whether a file or folder has this name; False also for a text that cannot be a path."""
+    """Whether a file or folder has this name; also False for a text that cannot be a path."""
     try:
         return bool(text) and Path(text).expanduser().exists()
     except (OSError, RuntimeError, ValueError):  # too long, an unknown home, a NUL character

@@ -67,7 +67,7 @@ def launch(config: RunConfig, training: Sequence[str]) -> int:
         trainer = Child.start("train", training, run, share.trainer, config.gpus)
         validator = Child.start("validate", ["--config", str(file)], run, share.validator)
         if share.validator_yields:
-            with suppress(psutil.NoSuchProcess):  # it may have ended by now, and will be reported
+            with suppress(psutil.NoSuchProcess):  # `_wait` reports it if it ended
                 psutil.Process(validator.process.pid).nice(LOWER_PRIORITY)
         _wait(run, trainer, validator, stop)
     measures = parse_measures(config.measures)
@@ -116,7 +116,7 @@ def _plan(training: Sequence[str], processes: int) -> _Plan:
     output, saves = str(request.trainer.output_dir), request.trainer.save_strategy != "no"
     resumption = resume.find_resumption(output, request.trainer.resume_from_checkpoint)
     in_use = resume.output_directories(output, saves, resumption)
-    with resume.locked_output(*in_use):  # else it is refused before there is a run
+    with resume.locked_output(*in_use):  # refuses before a run is created
         if resumption is None and saves:
             resume.check_output_dir(output, request.trainer.overwrite_output_dir)
     return _Plan(

@@ -15,7 +15,7 @@ from collections.abc import Sequence
 from typing import BinaryIO, TextIO
 
 LONGEST_LINE = 480  # of an error or a warning, in characters; with its level it stays below 500
-SHARE_OF_BEGINNING = 0.7  # of a shortened line; the rest is its end, which says what to do
+SHARE_OF_BEGINNING = 0.7  # of a shortened line; the other characters are its end
 HIDDEN = "***"
 
 _ALWAYS = "\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\u2028\u2029\u202a-\u202e\u2066-\u2069"

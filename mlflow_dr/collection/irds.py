@@ -115,8 +115,9 @@ class IrDataset:
         """One example for each query; the negatives depend on what the id has.
 
         With `docpairs` (MS MARCO's triples) they are the second passages; with `scoreddocs`, the
-        candidates that are not judged relevant. Otherwise, and for an id whose members are the
-        splits, there are none, and the positives are the relevant passages of the train split.
+        candidates that are not judged relevant. Without both, and for an id whose members are the
+        splits, there are no negatives, and the positives are the relevant passages of the train
+        split.
 
         Raises:
             UsageError: there are neither docpairs nor a train split.

@@ -108,7 +108,7 @@ def _unnamed(columns: Sequence[str], location: str, is_first: bool) -> Sequence[
     """Query, passage and relevance of a line of a file without a header.
 
     The second of four columns is TREC's iteration: `0`, `Q0`, or the number of an aspect or of a
-    round. With anything else there, or location the third could be BEIR's score, the line is
+    round. If it is anything else, or if the third column could be BEIR's score, the line is
     ambiguous. The first line may be a header of unknown names.
 
     Raises:

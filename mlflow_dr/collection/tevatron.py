@@ -75,8 +75,9 @@ class TevatronRecord(msgspec.Struct):
 class TevatronIdRecord(msgspec.Struct):
     """A query with ids of passages, which are looked up in a corpus.
 
-    The query's text may be under `query` instead, short answers under `answers` or `answer`. Ours,
-    and optional: `positive_scores` and `negative_scores`, a teacher's score of each passage.
+    The query's text may be under `query` instead, short answers under `answers` or `answer`. Two
+    optional fields are this package's own: `positive_scores` and `negative_scores`, a teacher's
+    score of each passage.
     """
 
     layout: ClassVar[str] = "Tevatron by id"

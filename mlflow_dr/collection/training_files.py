@@ -101,7 +101,7 @@ class TrainingFiles:
         return self.examples().passages
 
     def topics(self, split: str) -> Topics:
-        """There are no judged queries.
+        """A training file has no judged queries.
 
         Raises:
             UsageError: always.

@@ -26,7 +26,7 @@ from mlflow_dr.retrieval.search import AUTO, OVERFLOW, SearchBackend, TopK, find
 from mlflow_dr.stores.token_table import TokenTable, token_table
 
 PASSAGES_PER_CHUNK = 16384
-# merging the best so far takes several times their memory: so many queries are merged at a time
+# queries that are merged at a time; merging takes several times the memory of their results
 QUERIES_PER_MERGE = 65536
 
 

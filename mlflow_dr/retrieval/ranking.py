@@ -24,7 +24,7 @@ Ranking = Mapping[str, Sequence[tuple[str, float]]]
 """query id -> (passage id, score), the best first."""
 
 UNWRITABLE = r"[\pZ\x09-\x0d\x1c-\x1f\x{85}]|^$"
-"""What no id in a TREC run file may be: empty, or with white space as `str.split` knows it."""
+"""Ids that a TREC run file cannot hold: an empty one, or one with white space as in `str.split`."""
 
 
 class SearchResult(NamedTuple):
@@ -134,10 +134,10 @@ KEPT_MEANWHILE = 4  # times as many as are wanted, before the worst are dropped
 def read_ranking(path: Path, k: int, queries: Sequence[Query], corpus: Corpus) -> list[np.ndarray]:
     """The best k passages of each query in a ranking file, as rows of the corpus.
 
-    By score, in whatever order the lines are; equal scores as trec_eval orders them. Three columns
-    are `query-id passage-id rank` (MS MARCO) where the third is a whole number in the first line,
-    and `query-id passage-id score` otherwise. Passages that the corpus lacks are left out, and
-    queries without a line have no passages; how many is said in a warning.
+    Passages are ordered by score, whatever the order of the lines; equal scores as trec_eval orders
+    them. Three columns are `query-id passage-id rank` (MS MARCO) if the third is a whole number in
+    the first line, and `query-id passage-id score` otherwise. Passages that the corpus lacks are
+    left out, and queries without a line have no passages; a warning counts both.
 
     Args:
         path: the file, `.gz` or plain.

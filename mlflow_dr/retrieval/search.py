@@ -65,7 +65,7 @@ class TopK:
     Args:
         n_queries: number of queries.
         k: how many to keep.
-        ranks: each passage's place among equal scores, `(n_passages,) int64`, smaller first.
+        ranks: each passage's rank among equal scores, `(n_passages,) int64`, smaller first.
         device: where scores are compared.
     """
 
@@ -90,7 +90,7 @@ class TopK:
             CheckpointError: the scores overflow.
         """
         scores, places = search(queries, chunk, min(self._k, len(chunk)), self._ranks[rows])
-        # FAISS fills up with place -1 where a score is NaN or minus infinity
+        # FAISS gives position -1 where a score is NaN or minus infinity
         if bool((places < 0).any()) or not bool(scores.isfinite().all()):
             raise CheckpointError(OVERFLOW)
         self._merge(scores, rows[places])
@@ -154,7 +154,7 @@ def search_faiss(queries: Tensor, chunk: Tensor, k: int, ranks: Tensor) -> tuple
 
 
 def _cut_through_equals(best: Tensor, k: int) -> Tensor:
-    """Queries whose k-th and (k+1)-th score are equal: which passages belong is open."""
+    """Queries whose k-th and (k+1)-th score are equal, so that the ranks must decide."""
     if best.shape[1] <= k:
         return torch.empty(0, dtype=torch.int64)
     return (best[:, k - 1] == best[:, k]).nonzero().flatten()

@@ -56,7 +56,7 @@ class TokenTable:
         return self._ids[start : start + self.lengths[row]]
 
     def spread(self, rows: np.ndarray, n_texts: int) -> TokenTable:
-        """A table of more texts, of which only those at `rows` have tokens: this table's.
+        """A table of more texts; those at `rows` have this table's tokens, others none.
 
         Args:
             rows: the row of each text in the new table, `(n,) int64`.
@@ -140,7 +140,7 @@ def _tokenised(
         for group in texts:
             yield token_table(tokenize(group))
         return
-    # fresh processes: one that was forked would share threads and locks of torch and tokenizers
+    # new processes, because a forked one would share threads and locks of torch and tokenizers
     with ProcessPoolExecutor(workers, get_context("spawn")) as pool:
         waiting: deque[Future[TokenTable]] = deque()
         for group in texts:

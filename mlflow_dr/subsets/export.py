@@ -1,4 +1,4 @@
-"""Subsets written down: as a BEIR folder, whole or in shards, or as Asyncval's files."""
+"""Writes subsets: as a BEIR folder, in one file or in shards, or as Asyncval's files."""
 
 from __future__ import annotations
 
@@ -42,15 +42,15 @@ def write_subset(
     underscores.
 
     Args:
-        output: a folder that is not there yet; whole, or not there.
+        output: the new folder; it is complete, or it does not exist.
         subset: what is written.
         split: names the judgements.
         layout: `beir` or `asyncval`.
         shards: files of passages, of nearly equal numbers.
-        tokens: makes token ids of texts, which Asyncval itself wants; with its layout only.
+        tokens: makes the token ids of texts that Asyncval itself expects; with its layout only.
 
     Raises:
-        UsageError: the folder is there, or the subset cannot be written so.
+        UsageError: the folder exists, or the subset cannot be written in this layout.
     """
     if output.exists():
         raise UsageError(f"{output}: exists already; name another folder")

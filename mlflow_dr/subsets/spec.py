@@ -194,7 +194,7 @@ def _term(text: str, subset: str) -> SubsetTerm:
 def _form(name: str) -> str:
     try:
         return SUBSET_STRATEGIES.get(name).form
-    except UsageError:  # of a package that cannot be imported
+    except UsageError:  # its package cannot be imported
         return name
 
 

@@ -34,7 +34,7 @@ FORM = re.compile(r"[\w-]+(?::N|@K|:[^:@]+@K)?")
 
 @dataclass(frozen=True)
 class SubsetSources:
-    """What a subset is chosen from.
+    """The data from which a subset is chosen.
 
     Attributes:
         corpus: the whole corpus; `corpus.ids` are the passage ids in the order of its rows, and
@@ -202,7 +202,7 @@ def _encoder(term: SubsetTerm, sources: SubsetSources) -> list[np.ndarray]:
     else:
         source = sources.published(term.step)
     if not isinstance(source, str) and source.manifest:
-        # what is cached needs no files, which may have been removed by now
+        # a cached choice needs no files, which may have been deleted by now
         identity = (source.manifest, sources.dtype)
         return _cached_top_passages(sources, identity, lambda: retriever(source), term.count)
     with local_encoder(source) as name:

@@ -56,7 +56,7 @@ class RunState(Enum):
 
 
 class Stored(NamedTuple):
-    """What lies in the artifact store."""
+    """The files of a checkpoint in the artifact store."""
 
     files: int
     bytes: int

@@ -120,7 +120,7 @@ def write_recorded(
 
 
 def mark_failed(run: TrackedRun, checkpoint: Checkpoint, name: str, reason: str) -> None:
-    """Note on the checkpoint why it could not be validated."""
+    """Record on the checkpoint why it could not be validated."""
     with tracking_errors(f"marking step {checkpoint.step} as failed"):
         run.client.set_logged_model_tags(
             checkpoint.model_id, {f"{PREFIX}{name}.failed": one_line_of(reason, LONGEST_TAG)}

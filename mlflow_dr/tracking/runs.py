@@ -300,7 +300,7 @@ def check_alive(run: Run) -> None:
 
 
 def run_is_gone(client: MlflowClient, run_id: str) -> bool:
-    """Whether there is no such run, or no longer; False if the server does not answer."""
+    """Whether a run does not exist, or was deleted; False if the server does not answer."""
     try:
         find_run(client, run_id)
     except TrackingError as error:

@@ -21,7 +21,7 @@ from mlflow_dr.tracking.client import LONGEST_REASON, is_transient, server_respo
 log = logging.getLogger(__name__)
 
 LONGEST_WAIT = 30.0
-TRIES = 10  # if the server answers, but not always, or not as MLflow does
+TRIES = 10  # if the server answers only sometimes, or not as MLflow does
 
 Result = TypeVar("Result")
 
@@ -68,7 +68,7 @@ class Patience:
                 tries += 1
                 if tries >= (TRIES if _may_pass(error) else 2):
                     raise
-            if tries > 1:  # before the first error the server may have been away
+            if tries > 1:  # after the first error it may be back already
                 self._sleep(wait)
                 wait = min(2 * wait, LONGEST_WAIT)
 

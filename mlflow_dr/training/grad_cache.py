@@ -4,9 +4,9 @@ Gao et al., Scaling Deep Contrastive Learning Batch Size under Memory Limited Se
 
 The batch is encoded in chunks without a graph. The loss over all vectors gives the gradient at each
 vector; then each chunk is encoded again, with a graph and the same dropout, and the product of its
-vectors with their gradient is propagated back. The second part runs inside the backward pass of
-whatever loss is made of the vectors, so loss, scaling and accumulation stay where they are: nothing
-but memory and time changes. Texts of near-equal length share a chunk, so that little is padding.
+vectors with their gradient is propagated back. The second part runs inside the backward pass of the
+loss, so loss, scaling and accumulation work as without the cache. Only memory and time change.
+Texts of near-equal length share a chunk, so that little is padding.
 """
 
 from __future__ import annotations
@@ -90,7 +90,7 @@ def cached_vectors(
                     vectors = encode(chunk.texts)
                 torch.clear_autocast_cache()
                 surrogate = _surrogate(vectors, chunk.rows, by_role)
-                if surrogate.requires_grad:  # not where a role's weights are frozen
+                if surrogate.requires_grad:  # false if the role's weights are frozen
                     surrogate.backward()
 
     joined = [
@@ -158,7 +158,7 @@ def _random_state(texts: Mapping[str, Texts]) -> _RandomState:
 
 @contextmanager
 def _replayed(state: _RandomState) -> Iterator[None]:
-    """Random numbers as they were at `state`; afterwards as if nothing had been drawn."""
+    """Use the random state `state` in the block, and restore the current one afterwards."""
     with torch.random.fork_rng(devices=[device for device, _ in state.devices]):
         torch.set_rng_state(state.cpu)
         for device, value in state.devices:

@@ -169,7 +169,7 @@ def _publisher(key: tuple[str, str], dataset: str | None, split: str | None) -> 
 def _source(
     key: tuple[str, str], model: Any, tokenizer: Any, settings: dict[str, Any], keep: bool
 ) -> CheckpointSource:
-    """The source of a model's weights; that of the same model is used again."""
+    """The source of a model's weights; the source of the same model is reused."""
     model = unwrapped(model)
     options = (id(tokenizer), *sorted(settings.items()))
     cached = _sources.get(key)
@@ -280,7 +280,7 @@ class PublishCallback(ScheduledPublishing):
         control.should_training_stop = True
 
     def on_train_end(self, args: Any, state: TrainerState, control: Any, **_: Any) -> None:
-        """Publish the last step, if that is not done; raise what went wrong."""
+        """Publish the last step, unless it is published; raise what went wrong."""
         super().on_train_end(args, state, control)
         if self._error is not None:
             raise self._error

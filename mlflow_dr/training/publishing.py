@@ -162,7 +162,7 @@ class Publisher:
             raise RuntimeError(f"step {step} has no source of weights")
         self.last_step = step
         if self._run is None:
-            source.state()  # takes part in gathering it
+            source.state()  # this process helps to gather the weights
             return False
         if wait:
             self.wait()

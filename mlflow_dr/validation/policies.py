@@ -37,7 +37,7 @@ class Policies:
     def __init__(self, config: ValidateConfig) -> None:
         self._config = config
         self._keep = parse_keep_rules(config.keep) if config.keep else None
-        # of each validation, the metric whose best checkpoints it is done for
+        # validation -> the metric whose best checkpoints it is done for
         self._refined = {
             validation.name: validation.refines
             and Metric(validation.refines.name, validation.refines.measure.metric)
@@ -111,7 +111,7 @@ class Speed(NamedTuple):
     overhead: float
 
     def seconds(self, passages: int) -> float:
-        """What a checkpoint takes on this many passages."""
+        """The seconds of a checkpoint with this many passages."""
         return self.overhead + passages / self.passages_per_second
 
 
@@ -182,7 +182,7 @@ class AutoSubset:
         validators: int,
         is_over: bool | None = None,
     ) -> list[str]:
-        """The validations that are done on a run, as far as is known.
+        """The validations that are done on a run, as chosen so far.
 
         Args:
             run: which.

@@ -1,4 +1,4 @@
-"""Validations as they are on one run: their collection, split, subset and number format."""
+"""Resolves validations on a run: their collection, split, subset and number format."""
 
 from __future__ import annotations
 
@@ -68,7 +68,7 @@ class ResolvedValidation(NamedTuple):
 
     @property
     def group(self) -> tuple[str, str, str]:
-        """Equal for validations that can encode a corpus together."""
+        """A key that is equal for validations that can encode a corpus together."""
         return self.data.corpus.digest, self.settings.device, self.settings.dtype
 
     @property
@@ -110,7 +110,7 @@ class EvalDatasets:
         Args:
             run: whose checkpoints are validated.
             validation: as it was configured.
-            changes: what replaces settings of the run's encoders.
+            changes: settings that replace those of the run's encoders.
 
         Raises:
             UsageError: no such dataset or split, or the name stands for another configuration.
@@ -175,11 +175,11 @@ class ValidationResolver:
         return len(self._resolved)
 
     def known(self, run_id: str) -> list[ResolvedValidation] | None:
-        """The validations of a run; none if it is passed over, None if it is not resolved yet."""
+        """The validations of a run; empty if it is skipped, None if it is not resolved yet."""
         return self._resolved.get(run_id)
 
     def pass_over(self, run_id: str) -> None:
-        """Do nothing for this run from now on."""
+        """Skip this run from now on."""
         self._resolved[run_id] = []
 
     def resolve_ahead(self, run: TrackedRun) -> None:
@@ -200,7 +200,7 @@ class ValidationResolver:
         self._patiently(partial(self.resolve, run, is_ahead=True))
 
     def is_early(self, run: TrackedRun) -> bool:
-        """Whether a checkpoint that a subset is chosen by is still to be published.
+        """Whether a checkpoint that chooses a subset is not published yet.
 
         Raises:
             TrackingError: the server does not answer.
@@ -210,11 +210,11 @@ class ValidationResolver:
         steps = {part.step for part in parts if part.step is not None}
         if not self._config.follow or not steps or is_over(run.fetch()):
             return False
-        # a step that later ones have gone past will never be published
+        # a step below a published one will never be published
         return max(steps) > max(ready_steps(run), default=-1)
 
     def resolve(self, run: TrackedRun, is_ahead: bool = False) -> list[ResolvedValidation]:
-        """The validations on a run; none if it is one of several and they do not fit it.
+        """The validations on a run; empty if it is one of several and they do not fit it.
 
         Args:
             run: whose checkpoints are validated.
@@ -248,7 +248,7 @@ class ValidationResolver:
         return self._resolved[run.id]
 
     def _note(self, run: TrackedRun) -> None:
-        """Note on a run which validation decides, and which steps each of them is done for."""
+        """Record on a run which validation decides, and the steps of each validation."""
         config = self._config
         validations = config.all_validations
         if not config.keep_up:
@@ -281,8 +281,8 @@ def check_encoder_overrides(
 ) -> bool:
     """Whether a checkpoint can be read with the overrides of encoders, before a name is bound.
 
-    A name stands for one configuration for good, so a wrong tokenizer or length would make it
-    useless. Nothing is read where there are no overrides, or where all names are bound already.
+    A name always stands for one configuration, so a wrong tokenizer or length would make it
+    useless. Nothing is read if there are no overrides, or if all names are bound already.
 
     Returns:
         Whether there was a checkpoint that can be read.
@@ -391,7 +391,7 @@ def _bind_settings(
 
 
 def _result_config(data: EvalDataset, settings: EvalConfig) -> dict[str, object]:
-    """Everything beside the checkpoint that the figures of a validation depend on."""
+    """Everything except the checkpoint that the values of a validation depend on."""
     subset = data.subset
     return {
         "corpus": data.corpus.digest,

@@ -1,4 +1,4 @@
-"""Which checkpoint a validator takes next, beside others that follow the same run."""
+"""Chooses the checkpoint that a validator takes next; others may follow the same run."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ LONGEST_WAIT = 60.0
 
 
 class Scheduler:
-    """What is left to do, as the last snapshot showed it, less what was tried since.
+    """The work that is left by the last snapshot, without what was tried since.
 
     Args:
         config: which checkpoints, in which order.
@@ -37,7 +37,7 @@ class Scheduler:
 
     Attributes:
         unavailable: checkpoints that are left to others, because they could not be fetched here.
-        passed_over: checkpoints that another validator, or an earlier one, has noted as FAILED.
+        passed_over: checkpoints that another validator, or an earlier one, has recorded as FAILED.
         validators: how many are at work, this one included.
     """
 
@@ -72,21 +72,21 @@ class Scheduler:
 
     @property
     def is_waiting(self) -> bool:
-        """Whether the last snapshot left something to do, for this validator or another."""
+        """Whether the last snapshot left work for this validator or another."""
         return any(self._waiting.values())
 
     @property
     def has_free(self) -> bool:
-        """Whether something is left that no validator is working on, as far as is known."""
+        """Whether work is left that no known validator has claimed."""
         return any(self._free.values())
 
     @property
     def is_stale(self) -> bool:
-        """Whether others have taken what the last snapshot showed as free."""
+        """Whether other validators have claimed the work that the last snapshot showed as free."""
         return self._lost >= self._most_lost
 
     def why_nothing(self) -> str:
-        """Why there was nothing to do at the last snapshot; empty if all had been done before."""
+        """Why the last snapshot left no work; empty if everything is done."""
         ready = [checkpoint for checkpoint in self._snapshot.checkpoints if checkpoint.ready]
         if not ready:
             return "no checkpoint is published yet"
@@ -106,14 +106,14 @@ class Scheduler:
         return f"--every and --max-lag leave none of {len(accepted)} checkpoints"
 
     def waiting_of(self, run_id: str) -> list[Checkpoint]:
-        """The checkpoints of a run that the last snapshot left something to do for."""
+        """The checkpoints of a run for which the last snapshot left work."""
         return self._waiting.get(run_id, [])
 
     def see(self, snapshot: Snapshot, seconds: float = 0.0) -> list[Checkpoint]:
-        """Take in what there is now; returns the checkpoints that nothing is left to do for.
+        """Take in a snapshot; returns the checkpoints that are done.
 
         Args:
-            snapshot: what there is.
+            snapshot: the checkpoints that are published now.
             seconds: what the request took; a slow one is worth some claims that are lost.
         """
         self._snapshot = snapshot
@@ -138,7 +138,7 @@ class Scheduler:
                 continue
             free = [name for name in left if self._watchman.is_free(checkpoint, name)]
             at_work |= {_owner(checkpoint, name) for name in left if name not in free}
-            # what was begun in time is finished by the validator that began it
+            # a validation that began in time is finished by its validator
             is_late = self._is_late(checkpoint)
             if not left or (is_late and free == left):
                 done.append(checkpoint)
@@ -153,8 +153,9 @@ class Scheduler:
     def candidates(self) -> Iterator[tuple[Checkpoint, Sequence[str]]]:
         """Checkpoints to try, with their free validations; the run that was served least is first.
 
-        Beside other validators it begins anywhere among the next few, so that they rarely claim the
-        same. It ends early when so many claims were lost that asking the server again is cheaper.
+        If other validators are at work, it begins at a random one of the next few, so that they
+        rarely claim the same checkpoint. It ends early when so many claims were lost that asking
+        the server again is cheaper.
         """
         for run_id in sorted(self._free, key=lambda run_id: self._served[run_id]):
             ordered = self._in_order(run_id)
@@ -169,7 +170,7 @@ class Scheduler:
                     yield checkpoint, self._free[run_id][checkpoint.model_id]
 
     def limit(self, run_id: str, names: Sequence[str]) -> bool:
-        """Do only these validations on a run, from the next snapshot on; whether that is new."""
+        """Do only these validations on a run from now on; returns whether that is a change."""
         if self._only.get(run_id) == names:
             return False
         self._only[run_id] = names
@@ -203,13 +204,13 @@ class Scheduler:
             self._served[checkpoint.run_id] += 1
 
     def note_ended(self, checkpoint: Checkpoint, name: str, state: State | None) -> None:
-        """What has become of a validation that was claimed; None if nothing has."""
+        """The result of a claimed validation; None if it has none yet."""
         self._watchman.forget(checkpoint, name)
         if state is State.FAILED:
             self._failed_here.add((checkpoint.model_id, name))
 
     def _left(self, checkpoint: Checkpoint) -> list[str]:
-        """The validations that are left to do for a checkpoint; notes if it has FAILED before."""
+        """The validations that are left for a checkpoint; records if it has FAILED before."""
         is_selected = self._is_selected(checkpoint) and checkpoint.run_id not in self._refused
         if is_selected and self._has_failed(checkpoint):
             self.passed_over.add(checkpoint.model_id)
@@ -347,13 +348,13 @@ def in_order(waiting: Sequence[int], taken: Sequence[int], order: str) -> Iterat
 
 
 def _distance(step: int, points: Sequence[int]) -> int:
-    """To the nearest of some ascending points."""
+    """The distance to the nearest of some ascending points."""
     index = bisect_left(points, step)
     return min(abs(step - point) for point in points[max(0, index - 1) : index + 1])
 
 
 def _owner(checkpoint: Checkpoint, name: str) -> str:
-    """The token of the validator that is working on a validation; empty if nothing says so."""
+    """The token of the validator that is working on a validation; empty if none is known."""
     claim = latest_claim(checkpoint, name)
     return claim.owner.token if claim and claim.owner else ""
 

@@ -231,7 +231,7 @@ def _load(checkpoint: Checkpoint, directory: Path, changes: Mapping[str, Any]) -
 
 
 def check_vectors(encoder: Encoder, settings: EvalConfig) -> None:
-    """Encode a query and a passage: what cannot be encoded at all is no encoder.
+    """Encode a query and a passage, to find an encoder that cannot encode any text.
 
     Raises:
         CheckpointError: the encoder gives NaN.
