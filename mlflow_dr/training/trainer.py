@@ -186,7 +186,7 @@ class RetrieverTrainer(Trainer):
             shutil.rmtree(directory, ignore_errors=True)  # a killed training may have left it
         self.accelerator.wait_for_everyone()
         progress = self._progress()
-        # older checkpoints are removed only when this one is complete
+        # older checkpoints are deleted only when this one is complete
         kept, self.args.save_total_limit = self.args.save_total_limit, None
         try:
             super()._save_checkpoint(model, trial)

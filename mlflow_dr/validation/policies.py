@@ -1,4 +1,4 @@
-"""What a validator does with the curve: mark the best, stop, remove files, choose the subset."""
+"""What a validator does with the curve: mark the best, stop, delete files, choose the subset."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ CHOSEN_PARAM = "mlflow_dr.keep_up"
 
 
 class Policies:
-    """Marks the best checkpoint, asks for a stop and removes files, on each run that is followed.
+    """Marks the best checkpoint, asks for a stop and deletes files, on each run that is followed.
 
     Args:
         config: the policies, and the validations.
@@ -45,7 +45,7 @@ class Policies:
         }
         self._metrics: dict[str, Metric] = {}
         self._marked: dict[str, tuple[int, float]] = {}
-        self._cannot_remove = False
+        self._cannot_delete = False
         self._gone: set[str] = set()
 
     def act(
@@ -80,17 +80,17 @@ class Policies:
             refined = None if config.metric else self._refined.get(metric.validation)
             plateau = refined or metric
             stop_if_plateau(run, checkpoints, plateau, config.patience, config.min_delta, waiting)
-        if self._keep is not None and not self._cannot_remove:
+        if self._keep is not None and not self._cannot_delete:
             try:
                 scope = self._scope(waiting)
                 delete_unneeded(run, checkpoints, self._keep, config.metric, scope, self._gone)
             except ForbiddenError as error:
-                self._cannot_remove = True  # a user who may validate need not be allowed to remove
-                log.warning("files are not removed from now on: %s", error)
+                self._cannot_delete = True  # a user who may validate may not be allowed to delete
+                log.warning("files are not deleted from now on: %s", error)
             except TrackingError as error:
                 if not server_responds(run.client):
                     raise
-                log.warning("files are not removed now: %s", error)
+                log.warning("files are not deleted now: %s", error)
 
     def _scope(self, waiting: Collection[Checkpoint]) -> ValidatorScope:
         deciding = {

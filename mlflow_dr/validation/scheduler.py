@@ -102,7 +102,7 @@ class Scheduler:
         if states != {State.OPEN}:
             return ""
         if all(checkpoint.is_pruned for checkpoint in accepted):
-            return f"the files of all {len(accepted)} checkpoints were removed"
+            return f"the files of all {len(accepted)} checkpoints were deleted"
         return f"--every and --max-lag leave none of {len(accepted)} checkpoints"
 
     def waiting_of(self, run_id: str) -> list[Checkpoint]:

@@ -150,8 +150,8 @@ class Worker:
                 check_vectors(encoder, validations[0].settings)
             return dict(zip(names, _reports(encoder, validations), strict=True))
         except CheckpointError as error:
-            if self._is_removed(job):
-                log.warning("%s is passed over: it was removed", self._shown(job))
+            if self._is_deleted(job):
+                log.warning("%s is passed over: it was deleted", self._shown(job))
                 return {}
             if not isinstance(error, UnavailableError):
                 return dict.fromkeys(names, error)
@@ -162,8 +162,8 @@ class Worker:
                 return dict.fromkeys(names, error)
             raise
 
-    def _is_removed(self, job: Job) -> bool:
-        """Whether the files of a checkpoint, or all of it, were removed meanwhile."""
+    def _is_deleted(self, job: Job) -> bool:
+        """Whether the files of a checkpoint, or all of it, were deleted in the meantime."""
         client, model_id = job.run.client, job.checkpoint.model_id
         try:
             return self._patiently(partial(checkpoint_by_id, client, model_id)).is_pruned

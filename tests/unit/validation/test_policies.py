@@ -104,7 +104,7 @@ def test_who_may_not_remove_goes_on(
         measured(step, 0.1)
         act(run, policies)
     assert asked == [1]
-    assert caplog.messages == ["files are not removed from now on: no permission"]
+    assert caplog.messages == ["files are not deleted from now on: no permission"]
 
 
 def test_a_server_that_fails_once_is_asked_again(
@@ -127,7 +127,7 @@ def test_a_server_that_fails_once_is_asked_again(
         measured(step, 1 / step)
     act(run, policies)
     (told,) = caplog.messages
-    assert told.startswith("files are not removed now: ")
+    assert told.startswith("files are not deleted now: ")
     assert told.endswith("out of connections")
     with monkeypatch.context() as away:
         away.setattr("mlflow_dr.validation.policies.server_responds", lambda _: False)

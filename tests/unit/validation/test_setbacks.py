@@ -344,4 +344,4 @@ def test_a_checkpoint_that_is_deleted_meanwhile_is_passed_over(
     assert validated().are_good
     assert states(run) == [State.DONE]
     assert "step 1 is passed over: it was deleted" in caplog.text
-    assert "step 2 is passed over: it was removed" in caplog.text
+    assert "step 2 is passed over: it was deleted" in caplog.text
