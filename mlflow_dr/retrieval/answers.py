@@ -91,10 +91,10 @@ class AnswerFinder:
             return False
         text = self._text(row)
         if self._match == REGEX:
-            return any(self._is_found(pattern, text, row) for pattern in sought)
+            return any(self._matches(pattern, text, row) for pattern in sought)
         return any(answer in text for answer in sought)
 
-    def _is_found(self, pattern: regex.Pattern[str], text: str, row: int) -> bool:
+    def _matches(self, pattern: regex.Pattern[str], text: str, row: int) -> bool:
         try:
             return pattern.search(text, timeout=SECONDS_PER_MATCH) is not None
         except TimeoutError:

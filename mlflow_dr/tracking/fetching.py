@@ -87,7 +87,7 @@ def checkpoint_files(checkpoint: Checkpoint, with_mlmodel: bool = False) -> Iter
             lasting = any(
                 isinstance(cause, ImportError) or is_unknown_store(cause) for cause in causes(error)
             )
-            raise UnavailableError(f"cannot be downloaded: {_words(error)}", lasting) from error
+            raise UnavailableError(f"cannot be downloaded: {_message(error)}", lasting) from error
         if checkpoint.directory and (reason := encoder_defect(directory)):
             raise UnavailableError(f"{checkpoint.directory}: {reason}")
         yield directory
@@ -166,7 +166,7 @@ def _download(
     Args:
         store: of the checkpoint.
         name: of the file.
-        room: the directory that it is written to.
+        target: the directory that it is written to.
         sha256: of its bytes.
         size: in bytes, if it is known.
 
@@ -200,7 +200,7 @@ def _download(
             raise CheckpointError(f"{name} is not the one that was published (SHA-256 differs)")
         raise CheckpointError(why_different(path, name, FileEntry(size, sha256)))
     if digests == {""} and failed is not None and stored_size == NOT_THERE:
-        raise LostError(f"cannot be downloaded: {name}: {_words(failed)}") from failed
+        raise LostError(f"cannot be downloaded: {name}: {_message(failed)}") from failed
     if failed is not None:
         raise failed
     raise UnavailableError(f"cannot be downloaded: {name} has other bytes at each download")
@@ -264,6 +264,6 @@ def local_directory(location: str) -> Path | None:
     return Path(local_file_uri_to_path(location))
 
 
-def _words(error: Exception) -> str:
+def _message(error: Exception) -> str:
     """An error's message on one line, or its type if it has none."""
     return " ".join(str(error).split())[:300] or type(error).__name__

@@ -82,10 +82,10 @@ def check_same_config(
 def config_differences(known: Mapping[str, object], wanted: Mapping[str, object]) -> str:
     """How two configurations differ, such as `measures is 'mrr@10', not 'ndcg@10'`."""
     keys = [key for key in sorted({*known, *wanted}) if known.get(key) != wanted.get(key)]
-    return ", ".join(f"{key} is {_said(known, key)}, not {_said(wanted, key)}" for key in keys)
+    return ", ".join(f"{key} is {_shown(known, key)}, not {_shown(wanted, key)}" for key in keys)
 
 
-def _said(config: Mapping[str, object], key: str) -> str:
+def _shown(config: Mapping[str, object], key: str) -> str:
     return repr(config[key]) if key in config else "not given"
 
 

@@ -205,7 +205,7 @@ def _train(
             run.id if run else "",
             request.model.trust_remote_code,
         )
-        ending.enter_context(_asked_by_signals(stop, says=run is not None))
+        ending.enter_context(_stop_on_signals(stop, says=run is not None))
         trainer.resume(resumption.checkpoint if resumption else None)
     # with an exit code from another process, torchrun would kill the first one
     if stop.killed and run is not None:
@@ -267,13 +267,13 @@ def _closing(publisher: Publisher, request: TrainingRequest, stop: StopCallback)
 
 
 def _leave_group() -> None:
-    """Left to the interpreter's end, threads of the process group may abort the process."""
+    """End the process group; at the exit of the interpreter its threads may abort the process."""
     if distributed.is_available() and distributed.is_initialized():
         distributed.destroy_process_group()
 
 
 @contextmanager
-def _asked_by_signals(stop: StopCallback, says: bool) -> Iterator[None]:
+def _stop_on_signals(stop: StopCallback, says: bool) -> Iterator[None]:
     """On SIGINT or SIGTERM end cleanly after the step; on a second signal, end at once.
 
     Under torchrun one Ctrl-C arrives twice, from the terminal and from torchrun.
