@@ -73,7 +73,7 @@ def launch(config: RunConfig, training: Sequence[str]) -> int:
     measures = parse_measures(config.measures)
     _print(curve_summary(run, name, [measure.metric for measure in measures]))
     failed = [child for child in (trainer, validator) if child.failed]
-    if stop.asked:
+    if stop.received:
         return 130
     if failed:
         names = " and ".join(child.command for child in failed)
@@ -207,13 +207,13 @@ class Child:
 
 
 class _Stop:
-    """Whether we were asked to stop: once, cleanly; the same signal again, at once.
+    """The signal that asks us to stop: cleanly at first, at once if it comes again.
 
     Ctrl-C on `mlflow run` reaches us twice, as the terminal's SIGINT and as MLflow's SIGTERM.
     """
 
     def __init__(self) -> None:
-        self.asked: int | None = None
+        self.received: int | None = None
         self.deadline = float("inf")
 
     def __enter__(self) -> _Stop:
@@ -227,10 +227,10 @@ class _Stop:
             signal.signal(number, handler)
 
     def _ask(self, number: int, frame: FrameType | None) -> None:
-        if self.asked is None:
-            self.asked = number
+        if self.received is None:
+            self.received = number
             self.deadline = time.monotonic() + SECONDS_TO_STOP
-        elif self.asked == number:
+        elif self.received == number:
             self.deadline = 0.0
 
 
@@ -240,7 +240,7 @@ def _wait(run: TrackedRun, trainer: Child, validator: Child, stop: _Stop) -> Non
     has_signalled = False
     try:
         while not (trainer.ended and validator.ended):
-            if stop.asked and not has_signalled:
+            if stop.received and not has_signalled:
                 has_signalled = True
                 _print("stopping: the trainer after its step, the validator now; again: at once")
                 _signal(children, signal.SIGTERM)
@@ -257,14 +257,14 @@ def _wait(run: TrackedRun, trainer: Child, validator: Child, stop: _Stop) -> Non
 
 def _check_children(run: TrackedRun, children: tuple[Child, Child], stop: _Stop) -> None:
     """Report a child that has failed, and end the run for a trainer that could not do so."""
-    if not stop.asked:
+    if not stop.received:
         for child in children:
             child.report_death()
     trainer = children[0]
     if trainer.failed and not trainer.is_run_ended:
         trainer.is_run_ended = True
         if not is_over(run.fetch()):
-            run.finish("KILLED" if stop.asked else "FAILED")
+            run.finish("KILLED" if stop.received else "FAILED")
 
 
 def _signal(children: Sequence[Child], number: signal.Signals) -> None:

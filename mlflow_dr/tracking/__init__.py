@@ -1,1 +1,1 @@
-"""The only room that knows MLflow: runs, checkpoints, results, dataset inputs, plugin hooks."""
+"""The only package that imports MLflow: runs, checkpoints, results, datasets, plugin hooks."""

@@ -1,6 +1,6 @@
 """What `mlflow.models.evaluate` wants of an evaluator: its base class, and results of its kind.
 
-`ModelEvaluator` is handed on from here because MLflow is imported in this room alone.
+`ModelEvaluator` is passed on from here because MLflow is imported in this package alone.
 """
 
 from __future__ import annotations
