@@ -116,23 +116,26 @@ def beir_folder(tmp_path: Path) -> Callable[..., Path]:
         folder: str = "collection",
         **qrels: Qrels,
     ) -> Path:
-        room = tmp_path / folder
-        (room / "qrels").mkdir(parents=True)
+        directory = tmp_path / folder
+        (directory / "qrels").mkdir(parents=True)
         passages = {
             key: ("", value) if isinstance(value, str) else value for key, value in corpus.items()
         }
         _write_jsonl(
-            room / "corpus.jsonl",
+            directory / "corpus.jsonl",
             [{"_id": key, "title": title, "text": text} for key, (title, text) in passages.items()],
         )
         _write_jsonl(
-            room / "queries.jsonl", [{"_id": key, "text": text} for key, text in queries.items()]
+            directory / "queries.jsonl",
+            [{"_id": key, "text": text} for key, text in queries.items()],
         )
         for split, judged in qrels.items():
             lines = ["query-id\tcorpus-id\tscore"]
             lines += [f"{q}\t{p}\t{rel}" for q, found in judged.items() for p, rel in found.items()]
-            (room / "qrels" / f"{split}.tsv").write_text("\n".join(lines) + "\n", encoding="utf-8")
-        return room
+            (directory / "qrels" / f"{split}.tsv").write_text(
+                "\n".join(lines) + "\n", encoding="utf-8"
+            )
+        return directory
 
     return write
 

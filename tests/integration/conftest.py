@@ -19,7 +19,7 @@ from typing import NamedTuple
 import mlflow
 import psutil
 import pytest
-from forks import NO_PLACE, Fork, Forks
+from forks import NO_MOMENT, Fork, Forks
 from mlflow import MlflowClient
 from mlflow.entities import LoggedModel
 
@@ -67,15 +67,15 @@ class Ended(NamedTuple):
 @pytest.fixture(scope="session")
 def environment(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     """What our processes see: a cache and a temporary folder of their own, no network."""
-    room = tmp_path_factory.mktemp("processes")
-    (room / "tmp").mkdir()
+    directory = tmp_path_factory.mktemp("processes")
+    (directory / "tmp").mkdir()
     hidden = ("MLFLOW_", "PYTEST_", "COV_")
     kept = {key: value for key, value in os.environ.items() if not key.startswith(hidden)}
     return {
         **kept,
         "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
-        "MLFLOW_DR_CACHE": str(room / "cache"),
-        "TMPDIR": str(room / "tmp"),
+        "MLFLOW_DR_CACHE": str(directory / "cache"),
+        "TMPDIR": str(directory / "tmp"),
         "HF_HUB_OFFLINE": "1",
         "MLFLOW_DISABLE_TELEMETRY": "true",
         "MLFLOW_ASYNC_LOGGING_BUFFERING_SECONDS": "1",  # its thread ends when told to, not later
@@ -99,16 +99,16 @@ def serve(environment: dict[str, str]) -> Iterator[Callable[..., tuple[str, subp
     running: list[subprocess.Popen] = []
 
     def serve(
-        room: Path, store: Path, port: int | None = None, *more: str
+        directory: Path, store: Path, port: int | None = None, *more: str
     ) -> tuple[str, subprocess.Popen]:
         port = port or _free_port()
-        words = [sys.executable, "-m", "mlflow", "server", "--host", "127.0.0.1"]
-        words += ["--port", str(port), "--backend-store-uri", f"sqlite:///{room}/mlflow.db"]
-        words += ["--workers", "1", "--artifacts-destination", str(store), *more]
-        with (room / "log").open("w") as log:
+        argv = [sys.executable, "-m", "mlflow", "server", "--host", "127.0.0.1"]
+        argv += ["--port", str(port), "--backend-store-uri", f"sqlite:///{directory}/mlflow.db"]
+        argv += ["--workers", "1", "--artifacts-destination", str(store), *more]
+        with (directory / "log").open("w") as log:
             process = subprocess.Popen(
-                words,
-                cwd=room,
+                argv,
+                cwd=directory,
                 env={
                     **environment,
                     "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false",
@@ -120,7 +120,7 @@ def serve(environment: dict[str, str]) -> Iterator[Callable[..., tuple[str, subp
                 start_new_session=True,
             )
         running.append(process)
-        _wait_until_healthy(f"http://127.0.0.1:{port}", process, room / "log")
+        _wait_until_healthy(f"http://127.0.0.1:{port}", process, directory / "log")
         return f"http://127.0.0.1:{port}", process
 
     yield serve
@@ -159,8 +159,8 @@ def _wait_until_healthy(uri: str, process: subprocess.Popen, log: Path | None = 
                     return
         except (urllib.error.URLError, OSError):
             time.sleep(0.2)
-    said = log.read_text()[-3000:] if log else ""
-    pytest.fail(f"no MLflow server after {SECONDS_TO_START} s:\n{said}")
+    output = log.read_text()[-3000:] if log else ""
+    pytest.fail(f"no MLflow server after {SECONDS_TO_START} s:\n{output}")
 
 
 def _stop_group(process: subprocess.Popen) -> None:
@@ -199,12 +199,12 @@ def start(
     """
     running: list[subprocess.Popen] = []
 
-    def start(*words: object, **variables: str) -> subprocess.Popen | Fork:
+    def start(*argv: object, **variables: str) -> subprocess.Popen | Fork:
         directory = tmp_path_factory.mktemp("cwd")
-        if words[0] == "mlflow-dr":
-            return forks.start(*words[1:], variables=variables, directory=directory)[0]
+        if argv[0] == "mlflow-dr":
+            return forks.start(*argv[1:], variables=variables, directory=directory)[0]
         process = subprocess.Popen(
-            [str(word) for word in words],
+            [str(word) for word in argv],
             cwd=directory,
             env={**environment, **variables},
             stdin=subprocess.DEVNULL,
@@ -221,8 +221,8 @@ def start(
         if process.stdout is not None:
             process.stdout.close()
         if process.poll() is None:
-            for one in (*psutil.Process(process.pid).children(recursive=True), process):
-                one.kill()
+            for child in (*psutil.Process(process.pid).children(recursive=True), process):
+                child.kill()
             process.wait()
 
 
@@ -232,17 +232,17 @@ def call(
 ) -> Callable[..., subprocess.CompletedProcess]:
     """Runs a command to its end; its variables are given as keywords. `mlflow-dr` is forked."""
 
-    def call(*words: object, **variables: str) -> subprocess.CompletedProcess:
+    def call(*argv: object, **variables: str) -> subprocess.CompletedProcess:
         directory = tmp_path_factory.mktemp("cwd")
-        if words[0] == "mlflow-dr":
+        if argv[0] == "mlflow-dr":
             return forks.call(
-                *words[1:],
+                *argv[1:],
                 variables=variables,
                 directory=directory,
                 timeout=SECONDS_FOR_A_COMMAND,
             )
         return subprocess.run(
-            [str(word) for word in words],
+            [str(word) for word in argv],
             cwd=directory,
             env={**environment, **variables},
             capture_output=True,
@@ -409,15 +409,15 @@ def forked(
     """
 
     def forked(
-        *words: object,
+        *argv: object,
         times: int = 1,
-        die: tuple[str, signal.Signals] = NO_PLACE,
+        die: tuple[str, signal.Signals] = NO_MOMENT,
         kill: tuple[str, float, signal.Signals] | None = None,
         then: Mapping[str, Callable[[int], None]] | None = None,
         **variables: str,
     ) -> Ended:
         started = forks.start(
-            *words,
+            *argv,
             variables={"MLFLOW_TRACKING_URI": server, **variables},
             directory=tmp_path_factory.mktemp("cwd"),
             die=die,
@@ -432,9 +432,9 @@ def forked(
                     time.sleep(kill[1])
                     started[0].send_signal(kill[2])
                     kill = None
-                for beginning in [one for one in left if line.startswith(one)]:
+                for beginning in [text for text in left if line.startswith(text)]:
                     left.pop(beginning)(started[0].pid)
-        return Ended([one.wait(SECONDS_FOR_A_COMMAND) for one in started], printed)
+        return Ended([process.wait(SECONDS_FOR_A_COMMAND) for process in started], printed)
 
     return forked
 

@@ -1,7 +1,7 @@
 """Runs `mlflow-dr` commands in forks of one process, so that torch and mlflow are imported once.
 
 Each line of input is a command as JSON; `Order` has its keys. A command may send itself a signal at
-a place of `PLACES`; `step-3` is the third time that `step` is come by.
+a moment of `MOMENTS`; `step-3` is the third time that `step` is come by.
 """
 
 import gc
@@ -40,23 +40,23 @@ class Order(NamedTuple):
     """A command.
 
     Attributes:
-        words: after `mlflow-dr`.
+        argv: after `mlflow-dr`.
         variables: all that it sees.
         directory: where it runs.
         output: the file or named pipe that it prints to.
         errors: likewise, its standard error.
         state: a named pipe that gets its process id, and then how it ended.
-        place: where it sends itself a signal.
+        moment: when it sends itself a signal; see `MOMENTS`.
         number: that signal.
     """
 
-    words: list[str]
+    argv: list[str]
     variables: dict[str, str]
     directory: str
     output: str
     errors: str
     state: str
-    place: str
+    moment: str
     number: int
 
 
@@ -87,7 +87,7 @@ def amid(function: Callable[..., Any], die: Callable[[], None]) -> Callable[...,
     return wrapped
 
 
-PLACES: dict[str, tuple[Any, str, Wrapper]] = {
+MOMENTS: dict[str, tuple[Any, str, Wrapper]] = {
     "loading": (worker, "load_encoder", before),
     "encoding": (dense, "encode_batches", amid),
     "before-claiming": (Claims, "claim", before),
@@ -148,13 +148,13 @@ def _become(order: Order, output: int, errors: int) -> NoReturn:
     for source, target in ((os.open(os.devnull, os.O_RDONLY), 0), (output, 1), (errors, 2)):
         os.dup2(source, target)
         os.close(source)
-    name, _, count = order.place.rpartition("-")
-    name, count = (name, count) if count.isdigit() else (order.place, "1")
+    name, _, count = order.moment.rpartition("-")
+    name, count = (name, count) if count.isdigit() else (order.moment, "1")
     if name != NOWHERE:
-        owner, function, wrapper = PLACES[name]
+        owner, function, wrapper = MOMENTS[name]
         die = partial(_die, int(count), order.number, [])
         setattr(owner, function, wrapper(getattr(owner, function), die))
-    sys.argv = ["mlflow-dr", *order.words]
+    sys.argv = ["mlflow-dr", *order.argv]
     cli.main()
 
 

@@ -17,7 +17,7 @@ import psutil
 SCRIPT = Path(__file__).parent / "forked_commands.py"
 SECONDS_TO_BEGIN = 60
 READY = "ready\n"
-NO_PLACE = ("nowhere", signal.SIGKILL)
+NO_MOMENT = ("nowhere", signal.SIGKILL)
 
 
 class Fork:
@@ -75,9 +75,9 @@ class Fork:
     def kill(self) -> None:
         """At once, with the processes that it has started."""
         if self.poll() is None:
-            for one in psutil.Process(self.pid).children(recursive=True):
+            for child in psutil.Process(self.pid).children(recursive=True):
                 with suppress(psutil.NoSuchProcess):
-                    one.kill()
+                    child.kill()
             self.send_signal(signal.SIGKILL)
 
     def _next(self, timeout: float | None) -> int:
@@ -94,15 +94,15 @@ class Forks:
 
     Args:
         variables: what it sees of the environment.
-        room: an empty directory for pipes.
+        directory: an empty directory for pipes.
 
     Raises:
         ChildProcessError: it has not come to begin.
     """
 
-    def __init__(self, variables: Mapping[str, str], room: Path) -> None:
+    def __init__(self, variables: Mapping[str, str], directory: Path) -> None:
         self._variables = dict(variables)
-        self._room = room
+        self._directory = directory
         self._number = 0
         self._process = subprocess.Popen(
             [sys.executable, SCRIPT],
@@ -118,10 +118,10 @@ class Forks:
 
     def start(
         self,
-        *words: object,
+        *argv: object,
         variables: Mapping[str, str],
         directory: Path,
-        die: tuple[str, signal.Signals] = NO_PLACE,
+        die: tuple[str, signal.Signals] = NO_MOMENT,
         times: int = 1,
     ) -> list[Fork]:
         """Start a command, several times at once; all print to the first one's `stdout`."""
@@ -129,14 +129,14 @@ class Forks:
         stdout: TextIO | None = None
         started: list[Fork] = []
         for _ in range(times):
-            state = self._send(words, variables, directory, die, pipe, pipe)
+            state = self._send(argv, variables, directory, die, pipe, pipe)
             stdout = stdout or pipe.open(encoding="utf-8")
             started.append(Fork(state, None if started else stdout))
         self._running += started
         return started
 
     def call(
-        self, *words: object, variables: Mapping[str, str], directory: Path, timeout: float
+        self, *argv: object, variables: Mapping[str, str], directory: Path, timeout: float
     ) -> subprocess.CompletedProcess:
         """Run a command to its end.
 
@@ -146,13 +146,13 @@ class Forks:
         output, errors = self._path(), self._path()
         output.touch()
         errors.touch()
-        fork = Fork(self._send(words, variables, directory, NO_PLACE, output, errors), None)
+        fork = Fork(self._send(argv, variables, directory, NO_MOMENT, output, errors), None)
         try:
             code = fork.wait(timeout)
         finally:
             fork.kill()
-        said = output.read_text(encoding="utf-8"), errors.read_text(encoding="utf-8")
-        return subprocess.CompletedProcess(["mlflow-dr", *map(str, words)], code, *said)
+        printed = output.read_text(encoding="utf-8"), errors.read_text(encoding="utf-8")
+        return subprocess.CompletedProcess(["mlflow-dr", *map(str, argv)], code, *printed)
 
     def close(self) -> None:
         """End it; what a failed test has left running is killed."""
@@ -166,7 +166,7 @@ class Forks:
 
     def _send(
         self,
-        words: Sequence[object],
+        argv: Sequence[object],
         variables: Mapping[str, str],
         directory: Path,
         die: tuple[str, signal.Signals],
@@ -174,15 +174,15 @@ class Forks:
         errors: Path,
     ) -> BinaryIO:
         """The pipe that says how the command goes."""
-        state, (place, number) = self._pipe(), die
+        state, (moment, number) = self._pipe(), die
         order = {
-            "words": [str(word) for word in words],
+            "argv": [str(word) for word in argv],
             "variables": {**self._variables, **variables},
             "directory": str(directory),
             "output": str(output),
             "errors": str(errors),
             "state": str(state),
-            "place": place,
+            "moment": moment,
             "number": int(number),
         }
         print(json.dumps(order), file=self._process.stdin, flush=True)
@@ -190,7 +190,7 @@ class Forks:
 
     def _path(self) -> Path:
         self._number += 1
-        return self._room / str(self._number)
+        return self._directory / str(self._number)
 
     def _pipe(self) -> Path:
         path = self._path()

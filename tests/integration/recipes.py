@@ -29,7 +29,7 @@ class Block(NamedTuple):
     note: str
 
     @property
-    def place(self) -> str:
+    def location(self) -> str:
         """Where it is, for messages."""
         return f"{self.page.relative_to(ROOT)}:{self.line}"
 
@@ -37,25 +37,25 @@ class Block(NamedTuple):
 def blocks(page: Path, language: str) -> list[Block]:
     """The fenced blocks of a page in this language."""
     text = page.read_text(encoding="utf-8")
-    found = [one for one in FENCE.finditer(text) if one["language"] == language]
-    lines = [text.count("\n", 0, one.start()) + 1 for one in found]
+    found = [match for match in FENCE.finditer(text) if match["language"] == language]
+    lines = [text.count("\n", 0, match.start()) + 1 for match in found]
     return [
-        Block(page, line, language, one["text"], one["note"] or "")
-        for line, one in zip(lines, found, strict=True)
+        Block(page, line, language, match["text"], match["note"] or "")
+        for line, match in zip(lines, found, strict=True)
     ]
 
 
 def command_lines(text: str) -> Iterator[list[str]]:
     """The words of each command of a shell script."""
     for line in text.replace("\\\n", " ").splitlines():
-        if words := shlex.split(line, comments=True):
-            yield words
+        if argv := shlex.split(line, comments=True):
+            yield argv
 
 
-def project_command(words: list[str]) -> list[str]:
+def project_command(argv: list[str]) -> list[str]:
     """What `mlflow run . ...` calls, by the project's own file."""
     entry, given = "main", {}
-    rest = iter(words[3:])
+    rest = iter(argv[3:])
     for word in rest:
         if word == "-e":
             entry = next(rest)
@@ -74,22 +74,22 @@ def project_command(words: list[str]) -> list[str]:
     return called + [word for name, value in extra.items() for word in (f"--{name}", value)]
 
 
-def check_command(words: list[str]) -> None:
+def check_command(argv: list[str]) -> None:
     """Parse a command line without running it.
 
     Raises:
         Exception: it does not parse.
     """
-    match words:
+    match argv:
         case ["mlflow-dr", *rest]:
             check_ours(rest)
         case ["mlflow", "run", ".", *_]:
-            check_command(project_command(words))
+            check_command(project_command(argv))
         case ["torchrun", *flags]:
             from torch.distributed.run import get_args_parser
 
             parsed = get_args_parser().parse_args(flags)
-            assert parsed.module and parsed.training_script == "mlflow_dr", words
+            assert parsed.module and parsed.training_script == "mlflow_dr", argv
             check_ours(parsed.training_script_args)
         case ["make", *goals]:
             makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
@@ -108,15 +108,15 @@ def check_command(words: list[str]) -> None:
         case [script]:
             assert (ROOT / script).is_file(), script
         case _:
-            raise AssertionError(f"how is this checked? {shlex.join(words)}")
+            raise AssertionError(f"how is this checked? {shlex.join(argv)}")
 
 
-def check_extras(words: list[str]) -> None:
+def check_extras(argv: list[str]) -> None:
     """The extras and files that pip is given are there."""
     import tomllib
 
     project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
-    for word in words:
+    for word in argv:
         if found := EXTRAS.search(word):
             names = (found[1] or found[2]).split(",")
             assert set(names) <= set(project["optional-dependencies"]), word
@@ -124,13 +124,13 @@ def check_extras(words: list[str]) -> None:
             assert (ROOT / word).is_file(), word
 
 
-def check_ours(words: list[str]) -> None:
+def check_ours(argv: list[str]) -> None:
     """Parse the words after `mlflow-dr`; files that a recipe names need not exist."""
     from mlflow_dr.cli import group
     from mlflow_dr.training.flags import check_flags
     from mlflow_dr.training.parsing import parse_training
 
-    name, *rest = words
+    name, *rest = argv
     if name == "train":
         parse_training(rest)
         return

@@ -28,8 +28,8 @@ def guarded(
     serve: Callable, publish_noise: Callable[..., str], tmp_path_factory: pytest.TempPathFactory
 ) -> Guarded:
     pytest.importorskip("flask_wtf")
-    room = tmp_path_factory.mktemp("guarded")
-    uri, _ = serve(room, room / "artifacts", None, "--app-name", "basic-auth")
+    directory = tmp_path_factory.mktemp("guarded")
+    uri, _ = serve(directory, directory / "artifacts", None, "--app-name", "basic-auth")
     before = mlflow.get_tracking_uri()
     with pytest.MonkeyPatch.context() as patched:
         for name, value in ADMIN.items():
@@ -83,8 +83,8 @@ def test_who_may_not_validate_is_told_why(
 
 
 def test_mlflows_own_variables_are_enough(call: Call, guarded: Guarded) -> None:
-    words: list[Any] = ["mlflow-dr", "validate", "--run-id", guarded.run_id]
-    ended = call(*words, MLFLOW_TRACKING_URI=guarded.uri, **ADMIN)
+    argv: list[Any] = ["mlflow-dr", "validate", "--run-id", guarded.run_id]
+    ended = call(*argv, MLFLOW_TRACKING_URI=guarded.uri, **ADMIN)
     assert ended.returncode == 0, ended.stderr
     assert "step 1: mrr_at_10" in ended.stderr
 
@@ -92,14 +92,14 @@ def test_mlflows_own_variables_are_enough(call: Call, guarded: Guarded) -> None:
 def test_who_may_not_remove_files_is_told_why_and_changes_nothing(
     call: Call, guarded: Guarded
 ) -> None:
-    words: list[Any] = ["mlflow-dr", "prune", "--run-id", guarded.unvalidated]
-    words += ["--keep", "every:2", "--unvalidated"]
-    ended = call(*words, MLFLOW_TRACKING_URI=guarded.uri, **EDITOR)
+    argv: list[Any] = ["mlflow-dr", "prune", "--run-id", guarded.unvalidated]
+    argv += ["--keep", "every:2", "--unvalidated"]
+    ended = call(*argv, MLFLOW_TRACKING_URI=guarded.uri, **EDITOR)
     assert ended.returncode == 1
     (line,) = ended.stderr.splitlines()
     assert line.startswith("error: removing the files of step 1")
     assert "user 'editor' is not allowed to do that" in line
     assert "removing files needs MANAGE" in line
-    ended = call(*words, MLFLOW_TRACKING_URI=guarded.uri, **ADMIN)
+    ended = call(*argv, MLFLOW_TRACKING_URI=guarded.uri, **ADMIN)
     assert ended.stdout.splitlines()[0].endswith("delete: no rule of every:2 keeps it")
     assert " 0 files" not in ended.stdout

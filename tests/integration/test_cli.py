@@ -43,8 +43,8 @@ def command(
     on_sigterm, uri = signal.getsignal(signal.SIGTERM), mlflow.get_tracking_uri()
     monkeypatch.setenv("MLFLOW_DR_COMMAND", "none")
 
-    def command(*words: object) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["mlflow-dr", *map(str, words)])
+    def command(*argv: object) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", ["mlflow-dr", *map(str, argv)])
         with pytest.raises(SystemExit) as ended:
             cli.main()
         printed = capsys.readouterr()
@@ -61,8 +61,8 @@ def command(
 def failure(command: Callable[..., tuple[int, str, str]]) -> Failure:
     """Runs a command that must fail with one line: exit code and the line."""
 
-    def failure(*words: object) -> tuple[int, str]:
-        code, _, errors = command(*words)
+    def failure(*argv: object) -> tuple[int, str]:
+        code, _, errors = command(*argv)
         assert re.fullmatch(r"error: [^\n]+\n", errors), errors
         return code, errors.strip()
 
@@ -152,7 +152,7 @@ def test_an_unknown_split_names_those_there_are(
 
 
 @pytest.mark.parametrize(
-    ("words", "message"),
+    ("argv", "message"),
     [
         (["--measures", "ndgc@10"], r"--measures: measure 'ndgc@10': expected one of mrr, .*"),
         (["--measures", "ndcg"], r"--measures: measure 'ndcg': .* with a cut-off, such as ndcg@10"),
@@ -170,10 +170,10 @@ def test_an_unknown_split_names_those_there_are(
     ],
 )
 def test_a_wrong_flag_of_evaluate_is_told_before_any_work(
-    words: list[str], message: str, failure: Failure, beir_folder: Folder, tiny_directory: Path
+    argv: list[str], message: str, failure: Failure, beir_folder: Folder, tiny_directory: Path
 ) -> None:
     folder = beir_folder(CORPUS, QUERIES, dev=JUDGED)
-    code, line = failure("evaluate", tiny_directory, "--dataset", folder, *words)
+    code, line = failure("evaluate", tiny_directory, "--dataset", folder, *argv)
     assert code == 2
     assert re.fullmatch(f"error: {message}", line), line
 
@@ -267,7 +267,7 @@ def test_judgements_of_unknown_passages_are_counted_and_left_out(
 
 
 @pytest.mark.parametrize(
-    ("words", "message"),
+    ("argv", "message"),
     [
         (
             ["--learning_rat", "1"],
@@ -282,8 +282,8 @@ def test_judgements_of_unknown_passages_are_counted_and_left_out(
         (["--config", "/no/such.yaml"], r"/no/such.yaml: cannot be read \(No such file .*\)"),
     ],
 )
-def test_a_wrong_flag_of_train(words: list[str], message: str, failure: Failure) -> None:
-    code, line = failure("train", *words)
+def test_a_wrong_flag_of_train(argv: list[str], message: str, failure: Failure) -> None:
+    code, line = failure("train", *argv)
     assert code == 2
     assert re.fullmatch(f"error: {message}", line), line
 

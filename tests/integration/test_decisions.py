@@ -29,17 +29,17 @@ def run(client: MlflowClient, tmp_path: Path) -> TrackedRun:
     (directory / "model.safetensors").write_bytes(b"weights")
     for step in (10, 20, 30):
         publish(run, directory, step)
-    for one in run_checkpoints(run):
-        ranks = RANKS.get(one.step, [0.0])
-        record_result(run, one, NAME, {"mrr_at_10": sum(ranks) / len(ranks)}, ("sea", "0"))
-        if one.step in RANKS:
-            values = {f"q{place}": {"mrr@10": rank} for place, rank in enumerate(ranks)}
-            log_per_query_values(run, one, NAME, values)
-            log_per_query_values(run, one, NAME, values)
-            assert per_query_values(run, one, NAME) == values
+    for checkpoint in run_checkpoints(run):
+        ranks = RANKS.get(checkpoint.step, [0.0])
+        record_result(run, checkpoint, NAME, {"mrr_at_10": sum(ranks) / len(ranks)}, ("sea", "0"))
+        if checkpoint.step in RANKS:
+            values = {f"q{query}": {"mrr@10": rank} for query, rank in enumerate(ranks)}
+            log_per_query_values(run, checkpoint, NAME, values)
+            log_per_query_values(run, checkpoint, NAME, values)
+            assert per_query_values(run, checkpoint, NAME) == values
         else:
             with pytest.raises(NoValuesError, match="no values of single queries for step 30"):
-                per_query_values(run, one, NAME)
+                per_query_values(run, checkpoint, NAME)
     return run
 
 
@@ -47,8 +47,8 @@ def test_best_is_shown_marked_downloaded_and_registered(
     run: TrackedRun, call: Call, server: str, client: MlflowClient, tmp_path: Path
 ) -> None:
     target = tmp_path / "best"
-    words = ["--run-id", run.id, "--download", target, "--register", "sea"]
-    done = call("mlflow-dr", "best", *words, MLFLOW_TRACKING_URI=server)
+    flags = ["--run-id", run.id, "--download", target, "--register", "sea"]
+    done = call("mlflow-dr", "best", *flags, MLFLOW_TRACKING_URI=server)
     assert done.returncode == 0, done.stderr
     best = run_checkpoints(run)[1]
     first, second, third, *_ = done.stdout.splitlines()
@@ -65,16 +65,16 @@ def test_best_is_shown_marked_downloaded_and_registered(
 def test_steps_of_a_run_are_compared(
     run: TrackedRun, call: Call, server: str, tmp_path: Path
 ) -> None:
-    words = [f"{run.id}@10", f"{run.id}@20", "--name", NAME, "--output", tmp_path / "compared"]
-    done = call("mlflow-dr", "compare", *words, "--tracking-uri", server)
+    flags = [f"{run.id}@10", f"{run.id}@20", "--name", NAME, "--output", tmp_path / "compared"]
+    done = call("mlflow-dr", "compare", *flags, "--tracking-uri", server)
     assert done.returncode == 0, done.stderr
     assert "B - A  mrr@10 +0.3125, 95 % interval " in done.stdout
     assert "2 better, 1 worse, 1 equal" in done.stdout
-    assert {one.name for one in (tmp_path / "compared").iterdir()} == {
+    assert {path.name for path in (tmp_path / "compared").iterdir()} == {
         "values.csv",
         "differences.png",
     }
-    words[1], words[-1] = f"{run.id}@30", tmp_path / "another"
-    done = call("mlflow-dr", "compare", *words, "--tracking-uri", server)
+    flags[1], flags[-1] = f"{run.id}@30", tmp_path / "another"
+    done = call("mlflow-dr", "compare", *flags, "--tracking-uri", server)
     assert done.returncode == 2
     assert done.stderr.startswith(f"error: run {run.id} has no values of single queries for step ")

@@ -27,13 +27,13 @@ def evaluated(
     collection: Path,
     tmp_path_factory: pytest.TempPathFactory,
 ) -> Evaluated:
-    room = tmp_path_factory.mktemp("evaluate")
-    words = ["mlflow-dr", "evaluate", minilm, "--dataset", collection, "--dtype", "fp32"]
-    words += ["--device", "cpu", "--output", room / "r.json", "--ranking", room / "f.trec"]
-    done = call(*words)
+    directory = tmp_path_factory.mktemp("evaluate")
+    argv = ["mlflow-dr", "evaluate", minilm, "--dataset", collection, "--dtype", "fp32"]
+    argv += ["--device", "cpu", "--output", directory / "r.json", "--ranking", directory / "f.trec"]
+    done = call(*argv)
     assert done.returncode == 0, done.stderr
-    report = json.loads((room / "r.json").read_text())
-    return Evaluated(report, _ranking(room / "f.trec"), _qrels(collection), done.stdout)
+    report = json.loads((directory / "r.json").read_text())
+    return Evaluated(report, _ranking(directory / "f.trec"), _qrels(collection), done.stdout)
 
 
 def _ranking(path: Path) -> Ranked:
@@ -53,7 +53,9 @@ def _qrels(collection: Path) -> dict[str, dict[str, int]]:
 
 def _texts(collection: Path, file: str) -> dict[str, str]:
     records = map(json.loads, (collection / file).read_text().splitlines())
-    return {one["_id"]: f"{one.get('title', '')} {one['text']}".strip() for one in records}
+    return {
+        record["_id"]: f"{record.get('title', '')} {record['text']}".strip() for record in records
+    }
 
 
 def test_the_report_says_what_was_measured_on_what(
@@ -117,7 +119,7 @@ def test_the_ranking_is_sentence_transformers_brute_force(
         np.testing.assert_allclose(scores, [by_id[passage] for passage, _ in found], atol=1e-5)
         order = np.argsort(-row)[: DEPTH + 1]
         if (row[order[:-1]] - row[order[1:]] > 1e-5).all():  # rounding decides nothing
-            assert [passage for passage, _ in found] == [ids[place] for place in order[:-1]]
+            assert [passage for passage, _ in found] == [ids[row] for row in order[:-1]]
 
 
 def test_vectors_are_sentence_transformers(
@@ -130,7 +132,7 @@ def test_vectors_are_sentence_transformers(
     from mlflow_dr.stores.token_table import token_table
 
     records = [json.loads(x) for x in (collection / "corpus.jsonl").read_text().splitlines()[:60]]
-    passages = [Passage(one["_id"], one["title"], one["text"]) for one in records]
+    passages = [Passage(record["_id"], record["title"], record["text"]) for record in records]
     encoder = load_encoder(minilm)
     text_tokenizer = TextTokenizer(encoder.tokenizer, encoder.settings)
     table = token_table(text_tokenizer.passage_ids(passages))

@@ -38,7 +38,7 @@ def test_killed_at_any_moment_and_started_again_it_ends_as_if_undisturbed(
     def measured() -> list[int]:
         return sorted(points(client, run_id, "val").get("mrr_at_10", ()))
 
-    for place, then_recorded, then_measured in (
+    for moment, then_recorded, then_measured in (
         ("before-claiming", [], []),
         ("after-claiming", [], []),
         ("loading", [], []),
@@ -50,9 +50,9 @@ def test_killed_at_any_moment_and_started_again_it_ends_as_if_undisturbed(
         ("before-metrics", [0, 3], [0]),
         ("after-metrics", [0, 3], [0, 3]),
     ):
-        ended = forked(*again, die=(place, signal.SIGKILL))
+        ended = forked(*again, die=(moment, signal.SIGKILL))
         assert ended.code == -signal.SIGKILL, ended.printed
-        assert (recorded(), measured()) == (then_recorded, then_measured), place
+        assert (recorded(), measured()) == (then_recorded, then_measured), moment
 
     ended = forked(*again, kill=("step 6: ", 0.3, signal.SIGKILL))
     assert ended.code in (-signal.SIGKILL, 0)  # at whatever moment that was
@@ -97,9 +97,9 @@ def test_writing_recorded_figures_again_adds_no_point(
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-@pytest.mark.parametrize("place", ["loading", "encoding"])
+@pytest.mark.parametrize("moment", ["loading", "encoding"])
 def test_asked_to_stop_amid_a_checkpoint_it_leaves_nothing_behind(
-    place: str,
+    moment: str,
     number: signal.Signals,
     forked: Forked,
     publish_noise: Callable[..., str],
@@ -109,7 +109,7 @@ def test_asked_to_stop_amid_a_checkpoint_it_leaves_nothing_behind(
 ) -> None:
     run_id = publish_noise(1)
     before = set(Path(environment["TMPDIR"]).iterdir())
-    ended = forked("validate", "--run-id", run_id, die=(place, number))
+    ended = forked("validate", "--run-id", run_id, die=(moment, number))
     assert ended.code == INTERRUPTED
     assert ended.printed[-1] == "stopped"
     assert not any("Traceback" in line for line in ended.printed)
@@ -127,9 +127,9 @@ def test_asked_to_stop_while_it_waits_it_ends_at_once(
     client: MlflowClient,
 ) -> None:
     run_id = publish_noise(1, status="RUNNING")
-    words = ["validate", "--run-id", run_id, "--poll-seconds", "1000"]
+    argv = ["validate", "--run-id", run_id, "--poll-seconds", "1000"]
     begun = time.monotonic()
-    ended = forked(*words, kill=("step 1: ", 0.3, number))
+    ended = forked(*argv, kill=("step 1: ", 0.3, number))
     assert time.monotonic() - begun < 600
     assert ended.code == INTERRUPTED
     assert ended.printed[-3].startswith("step 1: ")

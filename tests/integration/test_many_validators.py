@@ -117,16 +117,16 @@ def test_an_experiment(
 ) -> None:
     experiment = client.create_experiment("some_runs")
     runs = [publish_noise(*steps, experiment=experiment) for steps in ([1], [1, 2])]
-    words = ["--experiment", "some_runs", "--name", "together"]
-    ended = forked("validate", *words, "--once")
+    flags = ["--experiment", "some_runs", "--name", "together"]
+    ended = forked("validate", *flags, "--once")
     assert ended.code == 0, ended.printed
     for run_id, steps in zip(runs, ([1], [1, 2]), strict=True):
         assert sorted(points(client, run_id, "together")["mrr_at_10"]) == steps
 
 
-@pytest.mark.parametrize("words", [[], ["--run-id", "a", "--experiment", "b"]], ids=str)
-def test_a_run_or_an_experiment(forked: Forked, words: list[str]) -> None:
-    ended = forked("validate", *words)
+@pytest.mark.parametrize("flags", [[], ["--run-id", "a", "--experiment", "b"]], ids=str)
+def test_a_run_or_an_experiment(forked: Forked, flags: list[str]) -> None:
+    ended = forked("validate", *flags)
     assert ended.code == 2
     assert ended.printed[-1].startswith("error: give --run-id, --experiment or --checkpoints-dir")
 
@@ -137,8 +137,8 @@ def test_contenders_get_the_whole_corpus_once(
     """Two validators refine one run; whatever was among the best two for a while may be done."""
     steps = list(range(8))
     run_id = publish_noise(*steps)
-    words = ("--subset", "random:6", "--refine", "full@2", "--poll-seconds", 0.2)
-    ended = forked("validate", "--run-id", run_id, *words, times=2)
+    flags = ("--subset", "random:6", "--refine", "full@2", "--poll-seconds", 0.2)
+    ended = forked("validate", "--run-id", run_id, *flags, times=2)
     assert ended.codes == [0, 0], ended.printed
     cheap = points(client, run_id, "val-random_6")["mrr_at_10"]
     dear = points(client, run_id, "val")["mrr_at_10"]

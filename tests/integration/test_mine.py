@@ -29,28 +29,28 @@ def positives(collection: Path) -> dict[str, str]:
 
 def test_bm25(call: Call, collection: Path, tmp_path: Path) -> None:
     path = tmp_path / "mined.jsonl"
-    words = ["mlflow-dr", "mine", "--dataset", collection, "--output", path]
-    words += ["--with", "bm25", "--depth", "50", "--negatives", "10"]
-    done = call(*words)
+    argv = ["mlflow-dr", "mine", "--dataset", collection, "--output", path]
+    argv += ["--with", "bm25", "--depth", "50", "--negatives", "10"]
+    done = call(*argv)
     assert done.returncode == 0, done.stderr
     found = lines_of(path)
     relevant = positives(collection)
-    assert {one["query_id"]: one["positive_document_ids"] for one in found} == {
+    assert {line["query_id"]: line["positive_document_ids"] for line in found} == {
         query: [passage] for query, passage in relevant.items()
     }
-    for one in found:
-        negatives = one["negative_document_ids"]
-        assert len(set(negatives)) == len(negatives) == len(one["negative_scores"]) <= 10
-        assert relevant[one["query_id"]] not in negatives
-    number = sum(len(one["negative_document_ids"]) for one in found)
+    for line in found:
+        negatives = line["negative_document_ids"]
+        assert len(set(negatives)) == len(negatives) == len(line["negative_scores"]) <= 10
+        assert relevant[line["query_id"]] not in negatives
+    number = sum(len(line["negative_document_ids"]) for line in found)
     assert f"240 queries with {number / 240:.1f} negatives on average\n" in done.stdout
     assert re.search(rf"wrote {path} in \d+\.\d s\n", done.stdout)
 
-    again = call(*words)
+    again = call(*argv)
     assert (again.returncode, again.stdout) == (2, "")
     assert again.stderr == f"error: {path}: exists already; --force replaces it\n"
     before = path.read_bytes()
-    assert call(*words, "--force", "--range-max", "50").returncode == 0
+    assert call(*argv, "--force", "--range-max", "50").returncode == 0
     assert path.read_bytes() == before
 
 
@@ -77,9 +77,9 @@ def test_a_published_checkpoint(
 ) -> None:
     model = checkpoints(client, publish_noise(5))[5]
     path = tmp_path / "mined.jsonl.gz"
-    words = ["mlflow-dr", "mine", "--dataset", collection, "--output", path, "--device", "cpu"]
-    words += ["--with", f"models:/{model.model_id}", "--tracking-uri", server, "--dtype", "fp32"]
-    done = call(*words, "--depth", "20", "--negatives", "5", "--range-min", "2")
+    argv = ["mlflow-dr", "mine", "--dataset", collection, "--output", path, "--device", "cpu"]
+    argv += ["--with", f"models:/{model.model_id}", "--tracking-uri", server, "--dtype", "fp32"]
+    done = call(*argv, "--depth", "20", "--negatives", "5", "--range-min", "2")
     assert done.returncode == 0, done.stderr
     report = tmp_path / "ranking.trec"
     evaluated = call(
@@ -93,14 +93,14 @@ def test_a_published_checkpoint(
         query, _, passage, *_ = line.split()
         ranking.setdefault(query, []).append(passage)
     records = map(json.loads, (collection / "corpus.jsonl").read_text().splitlines())
-    texts = {one["_id"]: one["text"] for one in records}
+    texts = {record["_id"]: record["text"] for record in records}
     relevant = positives(collection)
     found = lines_of(path)
     assert len(found) == 240
-    for one in found:
-        same = texts[relevant[one["query_id"]]]  # methods inherit their docstrings
-        others = [p for p in ranking[one["query_id"]] if texts[p] != same]
-        assert one["negative_document_ids"] == others[2:7]
+    for mined in found:
+        same = texts[relevant[mined["query_id"]]]  # methods inherit their docstrings
+        others = [p for p in ranking[mined["query_id"]] if texts[p] != same]
+        assert mined["negative_document_ids"] == others[2:7]
 
 
 def test_the_projects_entry(call: Call, collection: Path, tmp_path: Path) -> None:
@@ -114,9 +114,9 @@ def test_the_projects_entry(call: Call, collection: Path, tmp_path: Path) -> Non
     assert done.returncode == 0, done.stderr
     found = lines_of(path)
     assert len(found) == 240
-    for one in found:
-        assert len(one["negative_document_ids"]) <= 4
-        assert all(one["positive_scores"][0] >= score for score in one["negative_scores"])
+    for line in found:
+        assert len(line["negative_document_ids"]) <= 4
+        assert all(line["positive_scores"][0] >= score for score in line["negative_scores"])
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
@@ -127,8 +127,8 @@ def test_stopped_on_the_way_it_leaves_nothing(
     tmp_path: Path,
     number: signal.Signals,
 ) -> None:
-    words = ["mlflow-dr", "mine", "--dataset", collection, "--output", tmp_path / "mined.jsonl"]
-    process = start(*words, "--with", minilm)
+    argv = ["mlflow-dr", "mine", "--dataset", collection, "--output", tmp_path / "mined.jsonl"]
+    process = start(*argv, "--with", minilm)
     deadline = time.monotonic() + 600
     while not any(tmp_path.iterdir()) and process.poll() is None and time.monotonic() < deadline:
         time.sleep(0.01)
@@ -140,7 +140,7 @@ def test_stopped_on_the_way_it_leaves_nothing(
 
 
 @pytest.mark.parametrize(
-    ("words", "line"),
+    ("argv", "line"),
     [
         (["--margin", "nan"], "margin nan: expected a number"),
         (["--depth", "20"], "30 negatives from ranks 0 to 20: there are 20;"),
@@ -151,12 +151,12 @@ def test_stopped_on_the_way_it_leaves_nothing(
     ],
 )
 def test_a_wrong_flag_is_one_line(
-    call: Call, collection: Path, tiny_directory: Path, words: list[str], line: str
+    call: Call, collection: Path, tiny_directory: Path, argv: list[str], line: str
 ) -> None:
-    words = [str(tiny_directory) if word == "TINY" else word for word in words]
-    done = call("mlflow-dr", "mine", "--dataset", collection, "--output", "mined.jsonl", *words)
+    argv = [str(tiny_directory) if word == "TINY" else word for word in argv]
+    done = call("mlflow-dr", "mine", "--dataset", collection, "--output", "mined.jsonl", *argv)
     assert done.returncode in (1, 2)
     errors = done.stderr.splitlines()
-    assert [one for one in errors if one.startswith("error: ")] == errors[-1:]
+    assert [line for line in errors if line.startswith("error: ")] == errors[-1:]
     assert line in errors[-1]
     assert "Traceback" not in done.stderr

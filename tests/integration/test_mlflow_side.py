@@ -73,19 +73,19 @@ def served(
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    room = tmp_path_factory.mktemp("served")
-    words = ["mlflow", "models", "serve", "-m", f"models:/{model_id}", "--env-manager", "local"]
-    with (room / "log").open("w") as log:
+    directory = tmp_path_factory.mktemp("served")
+    argv = ["mlflow", "models", "serve", "-m", f"models:/{model_id}", "--env-manager", "local"]
+    with (directory / "log").open("w") as log:
         process = subprocess.Popen(
-            [*words, "--host", "127.0.0.1", "--port", str(port)],
-            cwd=room,
+            [*argv, "--host", "127.0.0.1", "--port", str(port)],
+            cwd=directory,
             env={**environment, "MLFLOW_TRACKING_URI": server},
             stdout=log,
             stderr=subprocess.STDOUT,
             start_new_session=True,
         )
     try:
-        wait_until_healthy(f"http://127.0.0.1:{port}", process, room / "log")
+        wait_until_healthy(f"http://127.0.0.1:{port}", process, directory / "log")
         yield f"http://127.0.0.1:{port}"
     finally:
         os.killpg(process.pid, signal.SIGKILL)

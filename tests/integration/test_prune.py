@@ -15,7 +15,7 @@ Forked = Callable[..., SimpleNamespace]
 LINE = re.compile(r"step (\d+)  models:/m-\w+  ([\d.]+) MB in (\d+) files  (delete|keep): (.+)")
 
 
-def said(printed: list[str]) -> dict[int, tuple[str, str]]:
+def decisions(printed: list[str]) -> dict[int, tuple[str, str]]:
     """Step -> `delete` or `keep`, and why."""
     found = [match for line in printed if (match := LINE.fullmatch(line))]
     return {int(match[1]): (match[4], match[5]) for match in found}
@@ -43,11 +43,11 @@ def test_of_a_run_the_best_is_left_whole_and_all_figures(
     everything = {path for path in artifact_store.rglob("*") if path.is_file()}
     theirs = {step: set(files(artifact_store, model.model_id)) for step, model in models.items()}
 
-    words = ("prune", "--run-id", run_id, "--keep", "best:1")
-    dry, real = forked(*words, "--dry-run"), forked(*words)
+    argv = ("prune", "--run-id", run_id, "--keep", "best:1")
+    dry, real = forked(*argv, "--dry-run"), forked(*argv)
     assert (dry.code, real.code) == (0, 0), (dry.printed, real.printed)
     assert real.printed == [line.replace("would be deleted", "deleted") for line in dry.printed]
-    assert said(real.printed) == {
+    assert decisions(real.printed) == {
         step: ("keep", "tagged as best by val")
         if step == best
         else ("delete", "no rule of best:1 keeps it")
@@ -57,11 +57,11 @@ def test_of_a_run_the_best_is_left_whole_and_all_figures(
     assert everything - left == set().union(*(theirs[step] for step in values if step != best))
     assert points(client, run_id, "val") == figures
 
-    words = ("--dataset", collection, "--split", "dev")
-    evaluated = forked("evaluate", f"models:/{models[best].model_id}", *words)
+    argv = ("--dataset", collection, "--split", "dev")
+    evaluated = forked("evaluate", f"models:/{models[best].model_id}", *argv)
     assert evaluated.printed[0].split() == ["mrr@10", f"{values[best]:.4f}"]
     other = min(set(values) - {best})
-    ended = forked("evaluate", f"models:/{models[other].model_id}", *words)
+    ended = forked("evaluate", f"models:/{models[other].model_id}", *argv)
     assert ended.code == 1
     assert "its files were deleted" in ended.printed[-1]
     states = [line.split() for line in forked("status", "--run-id", run_id).printed[1:]]
@@ -69,7 +69,7 @@ def test_of_a_run_the_best_is_left_whole_and_all_figures(
     assert sum(state[-1] == "pruned" for state in states) == 2
 
 
-@pytest.mark.parametrize("place", ["before-removing", "after-removing"])
+@pytest.mark.parametrize("moment", ["before-removing", "after-removing"])
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGKILL])
 def test_what_is_ended_in_the_middle_is_finished(
     forked: Forked,
@@ -77,18 +77,18 @@ def test_what_is_ended_in_the_middle_is_finished(
     checkpoints: Callable,
     client: MlflowClient,
     artifact_store: Path,
-    place: str,
+    moment: str,
     number: signal.Signals,
 ) -> None:
     run_id = publish_noise(1, 2)
-    words = ("prune", "--run-id", run_id, "--keep", "last:1", "--unvalidated")
-    ended = forked(*words, die=(place, number))
+    argv = ("prune", "--run-id", run_id, "--keep", "last:1", "--unvalidated")
+    ended = forked(*argv, die=(moment, number))
     if number is signal.SIGINT:
         assert (ended.code, ended.printed[-1]) == (130, "stopped")
     assert checkpoints(client, run_id)[1].tags["mlflow_dr.pruned"] == "begun"
-    again = forked(*words)
+    again = forked(*argv)
     assert again.code == 0
-    assert said(again.printed) == {
+    assert decisions(again.printed) == {
         1: ("delete", "its deletion was interrupted"),
         2: ("keep", "last"),
     }
@@ -122,26 +122,26 @@ def test_of_deleted_runs_what_mlflow_leaves_behind(
     assert set(models) == {kept, deleted, gone}
     assert all(files(store, model.model_id) for model in models.values())
 
-    words = ("prune", "--deleted", "--tracking-uri", uri)
-    dry, real = forked(*words, "--dry-run"), forked(*words)
+    argv = ("prune", "--deleted", "--tracking-uri", uri)
+    dry, real = forked(*argv, "--dry-run"), forked(*argv)
     assert (dry.code, real.code) == (0, 0), (dry.printed, real.printed)
     assert (
-        said(real.printed)
-        == said(dry.printed)
+        decisions(real.printed)
+        == decisions(dry.printed)
         == {
             2: ("delete", f"run {deleted} is deleted"),
             3: ("delete", f"run {gone} is gone"),
         }
     )
-    there = {run for run, model in models.items() if files(store, model.model_id)}
-    assert there == {kept}
+    remaining = {run for run, model in models.items() if files(store, model.model_id)}
+    assert remaining == {kept}
     listed = {model.source_run_id for model in client.search_logged_models(["0"])}
     assert listed == {kept, deleted}
 
 
-@pytest.mark.parametrize("words", [("--deleted",), ("--run-id", "1", "--keep", "last:1")])
-def test_a_server_that_is_away_is_one_line(forked: Forked, words: tuple[str, ...]) -> None:
-    ended = forked("prune", *words, "--tracking-uri", "http://127.0.0.1:9")
+@pytest.mark.parametrize("argv", [("--deleted",), ("--run-id", "1", "--keep", "last:1")])
+def test_a_server_that_is_away_is_one_line(forked: Forked, argv: tuple[str, ...]) -> None:
+    ended = forked("prune", *argv, "--tracking-uri", "http://127.0.0.1:9")
     assert ended.code == 1
     (line,) = ended.printed
     assert line.startswith("error: tracking server http://127.0.0.1:9 does not answer")

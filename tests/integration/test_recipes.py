@@ -31,9 +31,9 @@ def lines() -> list[tuple[str, list[str]]]:
             if block.note.startswith(PARSED_ONLY):
                 continue
             for line in command_lines(block.text):
-                words = project_command(line) if line[:3] == ["mlflow", "run", "."] else line
-                if words[0] == "mlflow-dr" and words[1] not in RUN_ELSEWHERE:
-                    found.setdefault(shlex.join(sorted(words)), (block.place, words[1:]))
+                argv = project_command(line) if line[:3] == ["mlflow", "run", "."] else line
+                if argv[0] == "mlflow-dr" and argv[1] not in RUN_ELSEWHERE:
+                    found.setdefault(shlex.join(sorted(argv)), (block.location, argv[1:]))
     return list(found.values())
 
 
@@ -46,12 +46,12 @@ def small(word: str, names: dict[str, str]) -> str:
     return word
 
 
-def small_command(words: list[str], names: dict[str, str]) -> list[str]:
+def small_command(argv: list[str], names: dict[str, str]) -> list[str]:
     """A recipe's command line as it is run here, without `mlflow-dr`."""
-    experiment = words.index("--experiment") + 1 if "--experiment" in words else None
+    experiment = argv.index("--experiment") + 1 if "--experiment" in argv else None
     changed = [
-        names["EXPERIMENT"] if place == experiment else small(word, names)
-        for place, word in enumerate(words)
+        names["EXPERIMENT"] if index == experiment else small(word, names)
+        for index, word in enumerate(argv)
     ]
     if changed[0] == "train":
         changed += SMALL_TRAINING
@@ -101,9 +101,11 @@ def test_the_recipes_run(
     }
     variables = {"MLFLOW_TRACKING_URI": server, "MLFLOW_EXPERIMENT_ID": experiment}
     failures = []
-    for place, words in lines():
-        run = small_command(words, names)
+    for location, argv in lines():
+        run = small_command(argv, names)
         done = forks.call(*run, variables=variables, directory=directory, timeout=SECONDS)
         if done.returncode:
-            failures.append(f"{place}: mlflow-dr {shlex.join(run)}\n{done.stdout}\n{done.stderr}")
+            failures.append(
+                f"{location}: mlflow-dr {shlex.join(run)}\n{done.stdout}\n{done.stderr}"
+            )
     assert not failures, "\n\n".join(failures)

@@ -53,7 +53,7 @@ class Trainings:
         self._flags = flags
         self.client = client
 
-    def train(self, output: Path, *words: str, **options: Any) -> Any:
+    def train(self, output: Path, *argv: str, **options: Any) -> Any:
         """Run `mlflow-dr train`.
 
         Args:
@@ -66,7 +66,7 @@ class Trainings:
         pairs = [str(word) for name, value in chosen.items() for word in (f"--{name}", value)]
         # MLflow's thread waits for a second before it sends figures; those are lost in a kill
         variables = {"MLFLOW_TRACKING_URI": self.client.tracking_uri}
-        return self._forked("train", *words, *pairs, **ways, **variables)
+        return self._forked("train", *argv, *pairs, **ways, **variables)
 
     def last_run(self) -> str:
         experiment = self.client.get_experiment_by_name("resume")
@@ -86,9 +86,9 @@ class Trainings:
         """How often each step is there and whole; nothing else may be left on its way."""
         experiment = self.client.get_run(run_id).info.experiment_id
         models = list(self.client.search_logged_models([experiment], f"source_run_id = '{run_id}'"))
-        assert not [one for one in models if one.status == LoggedModelStatus.PENDING]
-        ready = [one for one in models if one.status == LoggedModelStatus.READY]
-        return Counter(int(one.tags["mlflow_dr.step"]) for one in ready)
+        assert not [model for model in models if model.status == LoggedModelStatus.PENDING]
+        ready = [model for model in models if model.status == LoggedModelStatus.READY]
+        return Counter(int(model.tags["mlflow_dr.step"]) for model in ready)
 
 
 @pytest.fixture(scope="module")
@@ -98,9 +98,9 @@ def trainings(
     tiny_directory: Path,
     tmp_path_factory: pytest.TempPathFactory,
 ) -> Trainings:
-    room = tmp_path_factory.mktemp("store")
-    client = MlflowClient(f"sqlite:///{room}/mlflow.db")
-    client.create_experiment("resume", (room / "artifacts").as_uri())
+    directory = tmp_path_factory.mktemp("store")
+    client = MlflowClient(f"sqlite:///{directory}/mlflow.db")
+    client.create_experiment("resume", (directory / "artifacts").as_uri())
     return Trainings(forked, client, dataset=collection, model=tiny_directory)
 
 
@@ -125,9 +125,9 @@ def test_a_training_killed_at_any_point_and_resumed_ends_the_same(
     assert undisturbed.code == 0, undisturbed.text
     expected = trainings.last_run()
     resume: list[str] = []
-    for place in places:
-        ended = trainings.train(tmp_path / "two", *resume, die=(place, signal.SIGKILL), **flags)
-        assert ended.code == -signal.SIGKILL, f"{place}: {ended.text}"
+    for moment in places:
+        ended = trainings.train(tmp_path / "two", *resume, die=(moment, signal.SIGKILL), **flags)
+        assert ended.code == -signal.SIGKILL, f"{moment}: {ended.text}"
         resume = ["--resume_from_checkpoint"]
     ended = trainings.train(tmp_path / "two", *resume, **flags)
     assert ended.code == 0, ended.text

@@ -23,9 +23,9 @@ FOREVER = {"model": "tiny", "max_steps": 100_000, "publish_steps": 20, "p_max_le
 @pytest.fixture(scope="module")
 def store(tmp_path_factory: pytest.TempPathFactory) -> MlflowClient:
     """A store in a sqlite file, as a user has it who runs no server."""
-    room = tmp_path_factory.mktemp("store")
-    client = MlflowClient(f"sqlite:///{room}/mlflow.db")
-    client.create_experiment(EXPERIMENT, str(room / "artifacts"))
+    directory = tmp_path_factory.mktemp("store")
+    client = MlflowClient(f"sqlite:///{directory}/mlflow.db")
+    client.create_experiment(EXPERIMENT, str(directory / "artifacts"))
     return client
 
 
@@ -38,10 +38,10 @@ def project_run(
     collection: Path, output: Path, entry: str = "main", **parameters: object
 ) -> list[object]:
     """`mlflow run` of this repository."""
-    words: list[object] = ["mlflow", "run", REPOSITORY, "--env-manager", "local", "-e", entry]
+    argv: list[object] = ["mlflow", "run", REPOSITORY, "--env-manager", "local", "-e", entry]
     for name, value in {"dataset": collection, "output_dir": output, **parameters}.items():
-        words += ["-P", f"{name}={value}"]
-    return words
+        argv += ["-P", f"{name}={value}"]
+    return argv
 
 
 def runs_of(store: MlflowClient) -> list:
@@ -59,7 +59,7 @@ def project(
     tmp_path_factory: pytest.TempPathFactory,
 ) -> SimpleNamespace:
     """What `mlflow run .` left behind: the finished process and its run."""
-    words = project_run(
+    argv = project_run(
         collection,
         tmp_path_factory.mktemp("outputs"),
         model="tiny",
@@ -69,7 +69,7 @@ def project(
         learning_rate="2e-3",
         poll_seconds=0.2,
     )
-    done = call(*words, **variables)
+    done = call(*argv, **variables)
     (run,) = runs_of(store)
     return SimpleNamespace(done=done, run=run)
 
@@ -158,13 +158,13 @@ def descendants(process: subprocess.Popen) -> list[psutil.Process]:
 def test_ctrl_c_stops_both_after_the_step(
     start: Start, store: MlflowClient, variables: dict[str, str], collection: Path, tmp_path: Path
 ) -> None:
-    words = project_run(collection, tmp_path, **FOREVER, poll_seconds=0.2)
-    process = start(*words, **variables)
+    argv = project_run(collection, tmp_path, **FOREVER, poll_seconds=0.2)
+    process = start(*argv, **variables)
     for line in process.stdout:
         if line.startswith("[validate] step 0: "):
             break
     started = descendants(process)
-    assert {"train", "validate"} <= {word for one in started for word in one.cmdline()}
+    assert {"train", "validate"} <= {word for process in started for word in process.cmdline()}
     asked = time.monotonic()
     os.killpg(process.pid, signal.SIGINT)  # as a terminal does it
     printed, _ = process.communicate(timeout=600)
@@ -181,8 +181,8 @@ def test_ctrl_c_stops_both_after_the_step(
 def test_asked_to_stop_before_training_began_the_run_is_killed(
     start: Start, store: MlflowClient, variables: dict[str, str], collection: Path
 ) -> None:
-    words = [word for key, value in FOREVER.items() for word in (f"--{key}", value)]
-    process = start("mlflow-dr", "run", "--dataset", collection, *words, **variables)
+    argv = [word for key, value in FOREVER.items() for word in (f"--{key}", value)]
+    process = start("mlflow-dr", "run", "--dataset", collection, *argv, **variables)
     deadline = time.monotonic() + 600
     while len(descendants(process)) < 2 and time.monotonic() < deadline:
         time.sleep(0.02)
@@ -226,7 +226,7 @@ def test_several_training_processes_are_torchruns_and_write_one_run(
     (run,) = store.search_runs([experiment])
     assert run.info.status == "FINISHED"
     losses = store.get_metric_history(run.info.run_id, "train/loss")
-    assert sorted(one.step for one in losses) == [1, 2, 3, 4]
+    assert sorted(point.step for point in losses) == [1, 2, 3, 4]
     assert sorted(points(store, run.info.run_id, "val")["mrr_at_10"]) == [0, 2, 4]
 
 
@@ -242,8 +242,8 @@ def test_a_training_that_does_not_rise_ends_early(
     flags = {**FOREVER, "publish_steps": 40, "per_device_train_batch_size": 8}
     flags |= {"dataset": collection, "output_dir": tmp_path / "output", "poll_seconds": 0.2}
     flags |= {"subset": "random:50", "patience": 2, "min_delta": 1}
-    words = [word for name, value in flags.items() for word in (f"--{name}", value)]
-    done = call("mlflow-dr", "run", *words, **variables)
+    argv = [word for name, value in flags.items() for word in (f"--{name}", value)]
+    done = call("mlflow-dr", "run", *argv, **variables)
     assert done.returncode == 0, done.stdout + done.stderr
     run = runs_of(store)[0]
     assert run.info.status == "FINISHED"

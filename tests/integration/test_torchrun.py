@@ -41,9 +41,9 @@ def still_directory(tiny_directory: Path, tmp_path_factory: Any) -> Path:
 def torchrun(start: Callable[..., subprocess.Popen]) -> Callable[..., subprocess.Popen]:
     """Starts `mlflow-dr train` in two processes on this machine."""
 
-    def torchrun(*words: object, **variables: str) -> subprocess.Popen:
+    def torchrun(*argv: object, **variables: str) -> subprocess.Popen:
         command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", 2]
-        command += ["--master-port", free_port(), "-m", "mlflow_dr", "train", *words]
+        command += ["--master-port", free_port(), "-m", "mlflow_dr", "train", *argv]
         return start(*command, **variables)
 
     return torchrun
@@ -58,17 +58,17 @@ def ended(
     tmp_path_factory: Any,
 ) -> SimpleNamespace:
     """Two processes that were stopped by SIGTERM and resumed, and one with twice the batch."""
-    room = tmp_path_factory.mktemp("torchrun")
-    uri = f"sqlite:///{room}/mlflow.db"
+    directory = tmp_path_factory.mktemp("torchrun")
+    uri = f"sqlite:///{directory}/mlflow.db"
     client = MlflowClient(uri)
-    client.create_experiment("torchrun", (room / "artifacts").as_uri())
+    client.create_experiment("torchrun", (directory / "artifacts").as_uri())
 
-    def words(output: str, batch: int) -> list[object]:
+    def train_argv(output: str, batch: int) -> list[object]:
         flags = {
             "dataset": collection,
             "model": still_directory,
             "experiment_name": "torchrun",
-            "output_dir": room / output,
+            "output_dir": directory / output,
             "max_steps": STEPS,
             "per_device_train_batch_size": batch,
             "gradient_accumulation_steps": 2,
@@ -82,7 +82,7 @@ def ended(
         cached = ["--grad_cache", "--gc_p_chunk_size", 5, "--negatives_x_device", "--use_cpu"]
         return [*pairs, *cached]
 
-    first = torchrun(*words("two", 8), MLFLOW_TRACKING_URI=uri)
+    first = torchrun(*train_argv("two", 8), MLFLOW_TRACKING_URI=uri)
     printed = []
     for line in first.stdout:
         printed.append(line)
@@ -90,13 +90,13 @@ def ended(
             os.kill(first.pid, signal.SIGTERM)
     first.stdout.close()
     first.wait(timeout=SECONDS)
-    saved = sorted(path.name for path in (room / "two").glob("checkpoint-*"))
+    saved = sorted(path.name for path in (directory / "two").glob("checkpoint-*"))
     experiment = client.get_experiment_by_name("torchrun").experiment_id
     (stopped,) = client.search_runs([experiment])
-    second = torchrun(*words("two", 8), "--resume_from_checkpoint", MLFLOW_TRACKING_URI=uri)
+    second = torchrun(*train_argv("two", 8), "--resume_from_checkpoint", MLFLOW_TRACKING_URI=uri)
     resumed, _ = second.communicate(timeout=SECONDS)
-    one = call("mlflow-dr", "train", *words("one", 16), MLFLOW_TRACKING_URI=uri)
-    assert one.returncode == 0, one.stderr
+    single = call("mlflow-dr", "train", *train_argv("one", 16), MLFLOW_TRACKING_URI=uri)
+    assert single.returncode == 0, single.stderr
     runs = client.search_runs([experiment])
     return SimpleNamespace(
         client=client,
@@ -122,7 +122,11 @@ def test_sigterm_to_torchrun_ends_both_after_one_step(ended: SimpleNamespace) ->
     step = int(saved.removeprefix("checkpoint-"))
     assert 3 <= step < STEPS
     assert f"step {step} published" in stopped.printed
-    assert not [one for one in stopped.printed.split("Traceback")[1:] if "mlflow_dr/" in one]
+    assert not [
+        traceback
+        for traceback in stopped.printed.split("Traceback")[1:]
+        if "mlflow_dr/" in traceback
+    ]
 
 
 def test_one_run_has_both_parts(ended: SimpleNamespace) -> None:
@@ -148,11 +152,11 @@ def test_each_step_is_published_once(ended: SimpleNamespace) -> None:
     models = ended.client.search_logged_models(
         [run.experiment_id], f"source_run_id = '{run.run_id}'"
     )
-    steps = Counter(int(one.tags["mlflow_dr.step"]) for one in models)
+    steps = Counter(int(model.tags["mlflow_dr.step"]) for model in models)
     stopped = int(ended.stopped.saved[0].removeprefix("checkpoint-"))
     assert set(steps.values()) == {1}
     assert set(steps) == {0, 4, 8, STEPS, stopped}
-    assert {str(one.status) for one in models} == {"READY"}
+    assert {str(model.status) for model in models} == {"READY"}
 
 
 def test_only_the_first_process_logs(ended: SimpleNamespace) -> None:
@@ -185,8 +189,13 @@ def test_sharded_weights_of_two_processes_are_published_complete(
     experiment = client.get_experiment_by_name("fsdp").experiment_id
     (run,) = client.search_runs([experiment])
     assert [step for step, _ in points(client, run.info.run_id)] == [1, 2]
-    models = {one.tags["mlflow_dr.step"]: one for one in client.search_logged_models([experiment])}
-    assert {step: str(one.status) for step, one in models.items()} == {"0": "READY", "2": "READY"}
+    models = {
+        model.tags["mlflow_dr.step"]: model for model in client.search_logged_models([experiment])
+    }
+    assert {step: str(model.status) for step, model in models.items()} == {
+        "0": "READY",
+        "2": "READY",
+    }
     before, first, last = (
         load_encoder(directory).state_dict()
         for directory in (

@@ -48,7 +48,7 @@ def test_points_name_the_collection_they_were_measured_on(
     followed: SimpleNamespace, client: MlflowClient, checkpoints: Callable, collection: Path
 ) -> None:
     inputs = client.get_run(followed.run_id).inputs.dataset_inputs
-    by_context = {one.tags[0].value: one.dataset for one in inputs}
+    by_context = {dataset_input.tags[0].value: dataset_input.dataset for dataset_input in inputs}
     assert by_context.keys() == {"training", "validation val"}
     assert json.loads(by_context["training"].profile) == {"examples": 240, "split": "train"}
     validated = by_context["validation val"]
@@ -93,7 +93,7 @@ def test_checkpoints_are_ready_and_outputs_of_the_run(
     assert list(models) == STEPS
     assert {model.status for model in models.values()} == {LoggedModelStatus.READY}
     outputs = client.get_run(followed.run_id).outputs.model_outputs
-    assert {(one.step, one.model_id) for one in outputs} == {
+    assert {(output.step, output.model_id) for output in outputs} == {
         (step, model.model_id) for step, model in models.items()
     }
 
@@ -152,8 +152,8 @@ def test_a_name_keeps_its_configuration(
     client: MlflowClient,
 ) -> None:
     before = points(client, followed.run_id, "val")
-    words = ["mlflow-dr", "validate", "--run-id", followed.run_id, "--measures", "mrr@5"]
-    done = call(*words, MLFLOW_TRACKING_URI=server)
+    argv = ["mlflow-dr", "validate", "--run-id", followed.run_id, "--measures", "mrr@5"]
+    done = call(*argv, MLFLOW_TRACKING_URI=server)
     assert done.returncode == 2
     (line,) = done.stderr.splitlines()
     assert line.startswith(f"error: validation 'val' of run {followed.run_id} has another")
@@ -174,8 +174,8 @@ def test_evaluating_a_checkpoint_gives_the_measures_of_its_validation(
 ) -> None:
     name = f"models:/{checkpoints(client, followed.run_id)[15].model_id}"
     report = tmp_path / "report.json"
-    words = ["mlflow-dr", "evaluate", name, "--dataset", collection, "--output", report]
-    done = call(*words, MLFLOW_TRACKING_URI=server)
+    argv = ["mlflow-dr", "evaluate", name, "--dataset", collection, "--output", report]
+    done = call(*argv, MLFLOW_TRACKING_URI=server)
     assert done.returncode == 0, done.stderr
     validated = points(client, followed.run_id, "val")
     for measure, value in json.loads(report.read_text())["measures"].items():

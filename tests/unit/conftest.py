@@ -12,9 +12,9 @@ from mlflow_dr.tracking.runs import TrackedRun
 
 @pytest.fixture(scope="session")
 def client(tmp_path_factory: pytest.TempPathFactory) -> Iterator[MlflowClient]:
-    room = tmp_path_factory.mktemp("store")
+    directory = tmp_path_factory.mktemp("store")
     before = mlflow.get_tracking_uri()
-    yield connect(f"sqlite:///{room}/mlflow.db")
+    yield connect(f"sqlite:///{directory}/mlflow.db")
     mlflow.set_tracking_uri(before)
 
 

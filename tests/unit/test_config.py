@@ -46,8 +46,8 @@ def command(config: Shown) -> Shown:
     return config
 
 
-def called(*words: str) -> Any:
-    return command.main(list(words), "show", standalone_mode=False)
+def called(*argv: str) -> Any:
+    return command.main(list(argv), "show", standalone_mode=False)
 
 
 def from_file(path: Path, text: str) -> Shown:
@@ -59,8 +59,8 @@ def test_flags_a_file_and_python_give_the_same_configuration(tmp_path: Path) -> 
     expected = Shown(
         encoder="x", measures=["RR@10", "nDCG@5"], q_max_len=9, lag=3, follow=False, subset="full"
     )
-    words = "x --metrics RR@10 nDCG@5 --q_max_len 9 --max-lag 3 --once --subset full"
-    assert called(*words.split()) == expected
+    argv = "x --metrics RR@10 nDCG@5 --q_max_len 9 --max-lag 3 --once --subset full"
+    assert called(*argv.split()) == expected
     text = "{encoder: x, measures: RR@10 nDCG@5, q_max_len: 9, lag: 3, follow: false, subset: full}"
     assert from_file(tmp_path / "show.yaml", text) == expected
 
@@ -84,7 +84,7 @@ def test_the_help_has_descriptions_choices_and_defaults(capsys: Any) -> None:
 
 
 @pytest.mark.parametrize(
-    ("words", "message"),
+    ("argv", "message"),
     [
         ("--depth 0", "--depth is 0; expected at least 1"),
         ("--max_lag 0", "--max-lag is 0.0; expected a number above 0"),
@@ -97,9 +97,9 @@ def test_the_help_has_descriptions_choices_and_defaults(capsys: Any) -> None:
         ("--subset bm52@1", "--subset: subset 'bm52@1'"),
     ],
 )
-def test_a_wrong_value_is_named_by_its_flag(words: str, message: str) -> None:
+def test_a_wrong_value_is_named_by_its_flag(argv: str, message: str) -> None:
     with pytest.raises(UsageError) as caught:
-        called("x", *words.split())
+        called("x", *argv.split())
     assert str(caught.value).startswith(message)
 
 

@@ -70,33 +70,33 @@ def test_every_flag_of_training_is_in_the_reference(build_hook: ModuleType) -> N
     for action in training_parser()._actions:
         named = [flag for flag in action.option_strings if f"`{flag}`" in reference]
         spelled = {flag.replace("-", "_") for flag in named}
-        missing = [one for one in action.option_strings if one.replace("-", "_") not in spelled]
+        missing = [flag for flag in action.option_strings if flag.replace("-", "_") not in spelled]
         assert not missing, missing
 
 
-@pytest.mark.parametrize("words", [[], *([name] for name in COMMANDS)], ids=" ".join)
-def test_each_help_has_an_example_that_parses(words: list[str], directory: Path) -> None:
-    shown = CliRunner().invoke(group, [*words, "--help"]).output
+@pytest.mark.parametrize("argv", [[], *([name] for name in COMMANDS)], ids=" ".join)
+def test_each_help_has_an_example_that_parses(argv: list[str], directory: Path) -> None:
+    shown = CliRunner().invoke(group, [*argv, "--help"]).output
     example = EXAMPLE.search(shown)
-    assert example, f"no example in mlflow-dr {shlex.join([*words, '--help'])}"
+    assert example, f"no example in mlflow-dr {shlex.join([*argv, '--help'])}"
     for command in command_lines(inspect.cleandoc(example[1])):
-        assert command[:1] + command[1 : 1 + len(words)] == ["mlflow-dr", *words]
+        assert command[:1] + command[1 : 1 + len(argv)] == ["mlflow-dr", *argv]
         check_ours(command[1:])
 
 
-@pytest.mark.parametrize("block", BASH, ids=lambda block: block.place)
+@pytest.mark.parametrize("block", BASH, ids=lambda block: block.location)
 def test_each_recipe_parses(block: Block, directory: Path) -> None:
-    for words in command_lines(block.text):
+    for argv in command_lines(block.text):
         try:
-            check_command(words)
+            check_command(argv)
         except Exception as error:
-            raise AssertionError(f"{block.place}: {shlex.join(words)}: {error}") from error
+            raise AssertionError(f"{block.location}: {shlex.join(argv)}: {error}") from error
 
 
 @pytest.mark.parametrize(
     "block",
     [block for page in PAGES for block in blocks(page, "python")],
-    ids=lambda block: block.place,
+    ids=lambda block: block.location,
 )
 def test_python_in_the_pages_is_python(block: Block) -> None:
     ast.parse(block.text)

@@ -75,7 +75,7 @@ def test_somebody_elses_loop_is_validated(
     run = find_run(client, done.stdout.rpartition("mlflow-dr validate --run-id ")[2].strip())
     state = run.fetch()
     assert is_over(state)
-    assert max(one.ready_ms for one in run_checkpoints(run)) <= state.info.end_time
+    assert max(checkpoint.ready_ms for checkpoint in run_checkpoints(run)) <= state.info.end_time
     losses = {"train/loss", "loss"} & set(state.data.metrics)
     assert losses, "the loss is on the same run"
 

@@ -73,7 +73,7 @@ def modules() -> list[Path]:
     return sorted(PACKAGE.rglob("*.py"))
 
 
-def room(path: Path) -> str:
+def subpackage(path: Path) -> str:
     parts = path.relative_to(PACKAGE).with_suffix("").parts
     return parts[0]
 
@@ -94,25 +94,25 @@ def imports(path: Path, top_level_only: bool = False) -> Iterator[str]:
 
 @pytest.mark.parametrize("path", modules(), ids=lambda path: str(path.relative_to(PACKAGE)))
 def test_a_room_imports_only_from_lower_floors(path: Path) -> None:
-    here = room(path)
+    here = subpackage(path)
     if here in ("__init__", "__main__"):
         return
     for name in imports(path):
         if not name.startswith("mlflow_dr."):
             continue
-        there = name.split(".")[1]
-        if there == here or (here, there) in ALLOWED_BESIDE:
+        imported = name.split(".")[1]
+        if imported == here or (here, imported) in ALLOWED_BESIDE:
             continue
-        assert FLOORS[there] < FLOORS[here], f"{here} must not import {name}"
+        assert FLOORS[imported] < FLOORS[here], f"{here} must not import {name}"
 
 
 @pytest.mark.parametrize("path", modules(), ids=lambda path: str(path.relative_to(PACKAGE)))
 def test_heavy_libraries_stay_in_their_room(path: Path) -> None:
-    where = path.relative_to(PACKAGE).as_posix()
+    module = path.relative_to(PACKAGE).as_posix()
     for name in imports(path):
         homes = HOMES.get(name.split(".")[0])
         if homes:
-            assert any(where.startswith(home) for home in homes), f"{where} imports {name}"
+            assert any(module.startswith(home) for home in homes), f"{module} imports {name}"
 
 
 # imports sentence_transformers at its top, so it is imported late itself

@@ -42,8 +42,8 @@ def test_killing_reaches_what_a_child_has_started() -> None:
             time.sleep(0.01)
         assert not any(map(_lives, workers))
     finally:
-        for one in (process, *filter(_lives, workers)):
-            one.kill()
+        for running in (process, *filter(_lives, workers)):
+            running.kill()
         process.stdout.close()
         process.wait()
 

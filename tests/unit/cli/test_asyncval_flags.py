@@ -26,7 +26,7 @@ from mlflow_dr.validation.validator import run_validator
 def files(tmp_path: Path, texts: list[str]) -> Path:
     """Asyncval's inputs, with two sets of queries."""
     (tmp_path / "corpus").mkdir()
-    write(tmp_path / "corpus/part.json", {f"p{place}": text for place, text in enumerate(texts)})
+    write(tmp_path / "corpus/part.json", {f"p{number}": text for number, text in enumerate(texts)})
     write(tmp_path / "dev.query.json", {"q1": "who counts the ships"})
     write(tmp_path / "test.json", {"q2": "what do the gulls follow"})
     (tmp_path / "qrels.tsv").write_text("q1\t0\tp0\t1\nq2\t0\tp3\t1\n")
@@ -35,7 +35,7 @@ def files(tmp_path: Path, texts: list[str]) -> Path:
 
 def write(path: Path, texts: dict[str, str]) -> None:
     records = [{"text_id": key, "text": text} for key, text in texts.items()]
-    path.write_text("".join(json.dumps(one) + "\n" for one in records))
+    path.write_text("".join(json.dumps(record) + "\n" for record in records))
 
 
 @pytest.fixture
@@ -50,13 +50,13 @@ def flags(files: Path, *queries: str) -> list[str]:
     ]
 
 
-def called(command: click.Command, *words: object) -> Any:
-    return command.main([str(word) for word in words], "mlflow-dr", standalone_mode=False)
+def called(command: click.Command, *argv: object) -> Any:
+    return command.main([str(word) for word in argv], "mlflow-dr", standalone_mode=False)
 
 
-def planned(words: list[str]) -> ValidateConfig:
+def planned(argv: list[str]) -> ValidateConfig:
     """The configuration that `validate` makes of some flags."""
-    with validate.command.make_context("validate", ["--run-id", "0", *words]) as context:
+    with validate.command.make_context("validate", ["--run-id", "0", *argv]) as context:
         values = dict(context.params)
     return from_flags(ValidateConfig, values, values.pop("config"))
 
@@ -71,11 +71,11 @@ def test_asyncvals_own_command_line(files: Path, monkeypatch: pytest.MonkeyPatch
             *("--depth", "100", "--metrics", "RR@10", "nDCG@10", "R@100", "AP@100"),
         ]
     )
-    (one,) = plan.all_validations
+    (validation,) = plan.all_validations
     name = AsyncvalFiles(files / "corpus", [files / "dev.query.json"], [files / "qrels.tsv"]).name
-    assert (one.name, one.dataset, one.split) == ("val", name, "dev.query")
-    assert one.settings.measures == parse_measures("mrr@10 ndcg@10 recall@100 map@100")
-    assert one.settings.depth == 100
+    assert (validation.name, validation.dataset, validation.split) == ("val", name, "dev.query")
+    assert validation.settings.measures == parse_measures("mrr@10 ndcg@10 recall@100 map@100")
+    assert validation.settings.depth == 100
     assert plan.encoder_changes == {
         "query_max_length": 16,
         "passage_max_length": 64,
@@ -94,21 +94,21 @@ def test_asyncvals_own_command_line(files: Path, monkeypatch: pytest.MonkeyPatch
 )
 def test_several_query_files_are_several_validations(files: Path, spelt: list[str]) -> None:
     names = {"A": str(files / "dev.query.json"), "B": str(files / "test.json")}
-    words = [names.get(word, word) for word in spelt]
-    words += ["--candidate-dir", str(files / "corpus"), "--qrel-file", str(files / "qrels.tsv")]
-    plan = planned(words)
-    assert [(one.name, one.split) for one in plan.all_validations] == [
+    argv = [names.get(word, word) for word in spelt]
+    argv += ["--candidate-dir", str(files / "corpus"), "--qrel-file", str(files / "qrels.tsv")]
+    plan = planned(argv)
+    assert [(validation.name, validation.split) for validation in plan.all_validations] == [
         ("val-dev_query", "dev.query"),
         ("val-test", "test"),
     ]
-    (chosen,) = planned([*words, "--split", "test"]).all_validations
+    (chosen,) = planned([*argv, "--split", "test"]).all_validations
     assert (chosen.name, chosen.split) == ("val", "test")
 
 
-@pytest.mark.parametrize("words", [["--measures", "mrr@5 ap@7"], ["--metrics", "mrr@5", "AP@7"]])
-def test_measures_in_one_word_or_in_several(words: list[str]) -> None:
-    (one,) = planned(words).all_validations
-    assert one.settings.measures == parse_measures("mrr@5 map@7")
+@pytest.mark.parametrize("flags", [["--measures", "mrr@5 ap@7"], ["--metrics", "mrr@5", "AP@7"]])
+def test_measures_in_one_word_or_in_several(flags: list[str]) -> None:
+    (validation,) = planned(flags).all_validations
+    assert validation.settings.measures == parse_measures("mrr@5 map@7")
 
 
 def test_flags_and_a_plan(files: Path) -> None:
@@ -116,11 +116,14 @@ def test_flags_and_a_plan(files: Path) -> None:
     (files / "plan.yaml").write_text(
         "validations: {short: {measures: mrr@5}, other: {dataset: demo, split: dev}}"
     )
-    words = [*flags(files, "dev.query.json", "test.json"), "--config", str(files / "plan.yaml")]
-    plan = planned(words)
+    argv = [*flags(files, "dev.query.json", "test.json"), "--config", str(files / "plan.yaml")]
+    plan = planned(argv)
     queries = [files / "dev.query.json", files / "test.json"]
     name = AsyncvalFiles(files / "corpus", queries, [files / "qrels.tsv"]).name
-    assert [(one.name, one.dataset, one.split) for one in plan.all_validations] == [
+    assert [
+        (validation.name, validation.dataset, validation.split)
+        for validation in plan.all_validations
+    ] == [
         ("short-dev_query", name, "dev.query"),
         ("short-test", name, "test"),
         ("other", "demo", "dev"),
@@ -131,11 +134,11 @@ def test_a_plan_and_the_other_flags(tmp_path: Path) -> None:
     """Flags stand for what the file does not say; names it says itself."""
     file = tmp_path / "plan.yaml"
     file.write_text("validations: {a: , b: {dataset: demo}}")
-    words = ["--config", str(file), "--subset", "random:5", "--seed", "2"]
-    words += ["--subset", "random:9", "--split", "dev", "--keep-up"]
-    plan = planned(words)
+    argv = ["--config", str(file), "--subset", "random:5", "--seed", "2"]
+    argv += ["--subset", "random:9", "--split", "dev", "--keep-up"]
+    plan = planned(argv)
     assert plan.keep_up
-    assert [(one.name, one.split) for one in plan.all_validations] == [
+    assert [(validation.name, validation.split) for validation in plan.all_validations] == [
         (f"{name}{subset}", "dev")
         for name in "ab"
         for subset in ("-random_5-seed_2", "-random_9-seed_2")
@@ -145,25 +148,25 @@ def test_a_plan_and_the_other_flags(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("words", "message"),
+    ("flags", "message"),
     [
         (["--candidate_dir", "."], "there is no query_files, no qrel_files"),
         (["--dataset", "demo", "--candidate_dir", "."], "give dataset, or candidate_dir"),
     ],
 )
-def test_files_and_a_dataset(words: list[str], message: str) -> None:
+def test_files_and_a_dataset(flags: list[str], message: str) -> None:
     for command, given in ((validate.command, ["--run-id", "0"]), (evaluate.command, ["tiny"])):
         with pytest.raises(UsageError, match=message):
-            called(command, *given, *words)
+            called(command, *given, *flags)
 
 
 def test_evaluate_asks_for_a_dataset_and_for_one_set(files: Path) -> None:
     with pytest.raises(UsageError, match="give --dataset, or --candidate-dir, --query-file"):
         called(evaluate.command, "tiny")
-    words = flags(files, "dev.query.json")
-    words += ["--query_files", str(files / "test.json")]
+    argv = flags(files, "dev.query.json")
+    argv += ["--query_files", str(files / "test.json")]
     with pytest.raises(UsageError, match=r"--split dev\.query or test"):
-        called(evaluate.command, "tiny", *words)
+        called(evaluate.command, "tiny", *argv)
 
 
 def test_evaluate(
@@ -171,8 +174,8 @@ def test_evaluate(
 ) -> None:
     save_encoder(tmp_path / "encoder", encoder)
     output = tmp_path / "report.json"
-    words = [*flags(files, "test.json"), "--output", output, "--device", "cpu"]
-    called(evaluate.command, tmp_path / "encoder", *words, "--metrics", "RR@10", "nDCG@10")
+    argv = [*flags(files, "test.json"), "--output", output, "--device", "cpu"]
+    called(evaluate.command, tmp_path / "encoder", *argv, "--metrics", "RR@10", "nDCG@10")
     report = json.loads(output.read_text())
     assert list(report["queries"]) == ["q2"]
     assert list(report["measures"]) == ["mrr@10", "ndcg@10"]
@@ -180,8 +183,8 @@ def test_evaluate(
 
 
 def test_an_encoder_after_an_option_is_no_value_of_it() -> None:
-    words = ["--dataset", "demo", "--metrics", "RR@10", "encoder"]
-    with evaluate.command.make_context("evaluate", words) as context:
+    argv = ["--dataset", "demo", "--metrics", "RR@10", "encoder"]
+    with evaluate.command.make_context("evaluate", argv) as context:
         assert (context.params["measures"], context.params["encoder"]) == (("RR@10",), "encoder")
 
 
@@ -196,14 +199,14 @@ def test_a_directory_of_checkpoints_is_validated_at_their_steps(
     monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "2")  # the command sets it
     for step in (500, 1000):
         save_encoder(files / f"output/checkpoint-{step}", encoder)
-    words = [*flags(files, "dev.query.json", "test.json"), "--metrics", "RR@10", "nDCG@10"]
-    words += ["--depth", "100", "--q_max_len", "16", "--tokenizer_name_or_path"]
-    words += [str(files / "output/checkpoint-500"), "--ckpts_dir", str(files / "output")]
-    words += ["--run-id", run.id, "--once", "--device", "cpu", "--dtype", "fp32"]
-    assert called(validate.command, *words, "--tracking-uri", client.tracking_uri) == 0
+    argv = [*flags(files, "dev.query.json", "test.json"), "--metrics", "RR@10", "nDCG@10"]
+    argv += ["--depth", "100", "--q_max_len", "16", "--tokenizer_name_or_path"]
+    argv += [str(files / "output/checkpoint-500"), "--ckpts_dir", str(files / "output")]
+    argv += ["--run-id", run.id, "--once", "--device", "cpu", "--dtype", "fp32"]
+    assert called(validate.command, *argv, "--tracking-uri", client.tracking_uri) == 0
     for name in ("val-dev_query", "val-test"):
         points = client.get_metric_history(run.id, f"{name}/mrr_at_10")
-        assert sorted(one.step for one in points) == [500, 1000]
+        assert sorted(point.step for point in points) == [500, 1000]
 
 
 def test_a_run_names_the_files_and_another_validator_opens_them(

@@ -10,7 +10,7 @@ from mlflow_dr.cli import datasets
 
 
 @pytest.mark.parametrize(
-    ("raised", "code", "said"),
+    ("raised", "code", "message"),
     [
         (KeyboardInterrupt(), 130, "stopped"),
         (EOFError("No data left"), 1, "error: what was read ended too early (EOFError: No data"),
@@ -21,7 +21,7 @@ def test_only_an_interrupt_means_that_it_was_stopped(
     capsys: pytest.CaptureFixture[str],
     raised: BaseException,
     code: int,
-    said: str,
+    message: str,
 ) -> None:
     def fails() -> None:
         raise raised
@@ -29,7 +29,7 @@ def test_only_an_interrupt_means_that_it_was_stopped(
     monkeypatch.setattr(datasets.command, "callback", fails)
     monkeypatch.setattr("sys.argv", ["mlflow-dr", "datasets"])
     assert cli._run() == code
-    assert said in capsys.readouterr().err
+    assert message in capsys.readouterr().err
 
 
 COMMANDS_WITH_A_CONFIGURATION = (

@@ -41,8 +41,8 @@ def encoder(make_tiny: Callable[..., Encoder], tmp_path: Path) -> Path:
     return tmp_path / "encoder"
 
 
-def called(command: Any, *words: object) -> Any:
-    return command.main([str(word) for word in words], "mlflow-dr", standalone_mode=False)
+def called(command: Any, *argv: object) -> Any:
+    return command.main([str(word) for word in argv], "mlflow-dr", standalone_mode=False)
 
 
 def artifact(run: TrackedRun, name: str) -> str:
@@ -74,8 +74,8 @@ def test_validate_logs_what_it_has_done_of_another_run(
 ) -> None:
     run = TrackedRun(client, client.create_run(experiment, run_name="one of these tests"))
     publish(run, encoder, 5)
-    words = ["--dataset", folder, "--measures", "mrr@10", "--once", "--device", "cpu"]
-    assert called(validate.command, "--run-id", "one of these tests", *words) == 0
+    argv = ["--dataset", folder, "--measures", "mrr@10", "--once", "--device", "cpu"]
+    assert called(validate.command, "--run-id", "one of these tests", *argv) == 0
     assert project.fetch().data.metrics == {"validated/done": 1, "validated/failed": 0}
     link = f"#/experiments/{experiment}/runs/{run.id}/model-metrics?workflowType=machine_learning"
     assert link in capsys.readouterr().err
@@ -91,6 +91,6 @@ def test_files_that_are_there_are_left_alone(
         with pytest.raises(MlflowDrError, match="exists already; --force replaces it"):
             called(evaluate.command, encoder, "--dataset", folder, flag, path)
     assert path.read_text() == "mine"
-    words = ["--output", path, "--force", "--measures", "mrr@10"]
-    called(evaluate.command, encoder, "--dataset", folder, *words)
+    argv = ["--output", path, "--force", "--measures", "mrr@10"]
+    called(evaluate.command, encoder, "--dataset", folder, *argv)
     assert json.loads(path.read_text())["measures"]

@@ -29,8 +29,8 @@ def folder(beir_folder: Callable[..., Path]) -> Path:
     return beir_folder({"p": "gulls"}, {"q": "what flies"}, dev={"q": {"p": 1}})
 
 
-def called(*words: object) -> Any:
-    return run.command.main([str(word) for word in words], "mlflow-dr", standalone_mode=False)
+def called(*argv: object) -> Any:
+    return run.command.main([str(word) for word in argv], "mlflow-dr", standalone_mode=False)
 
 
 def test_the_dataset_is_the_flags_else_the_files_else_demo(
@@ -38,14 +38,14 @@ def test_the_dataset_is_the_flags_else_the_files_else_demo(
 ) -> None:
     file = tmp_path / "train.yaml"
     file.write_text("dataset: irds:vaswani\nmodel: tiny\n")
-    for words in ([], ["--config", file], ["--config", file, "--dataset", "msmarco"]):
-        called("--use_cpu", *words)
+    for argv in ([], ["--config", file], ["--config", file, "--dataset", "msmarco"]):
+        called("--use_cpu", *argv)
     trained = [parse_training(training).data.dataset_name for _, training in launched]
     assert trained == ["demo", "irds:vaswani", "msmarco"]
 
 
 @pytest.mark.parametrize(
-    "words",
+    "argv",
     [
         ["--keep-up", "--subset", "random:5"],
         ["--dtype", "bf17"],
@@ -57,10 +57,10 @@ def test_the_dataset_is_the_flags_else_the_files_else_demo(
     ],
 )
 def test_nothing_begins_with_flags_that_the_validator_would_refuse(
-    launched: list[Any], words: list[str]
+    launched: list[Any], argv: list[str]
 ) -> None:
     with pytest.raises(MlflowDrError):
-        called(*words)
+        called(*argv)
     assert not launched
 
 
@@ -86,15 +86,15 @@ def test_server_and_experiment_are_everybodys(
 
     monkeypatch.setattr(launch.Child, "start", lambda command, flags, run, *_: stop(run))
     named = {"tracking_uri": client.tracking_uri, "experiment_name": "spelt", "run_name": "mine"}
-    words = [word for name, value in named.items() for word in (f"--{name}", value)]
+    argv = [word for name, value in named.items() for word in (f"--{name}", value)]
     if in_file:
         (tmp_path / "train.yaml").write_text(json.dumps(named))
-        words = ["--config", str(tmp_path / "train.yaml")]
+        argv = ["--config", str(tmp_path / "train.yaml")]
     before = mlflow.get_tracking_uri()
     mlflow.set_tracking_uri(f"sqlite:///{tmp_path}/other.db")
     try:
         with pytest.raises(RuntimeError) as caught:
-            called("--dataset", folder, "--model", "tiny", "--use_cpu", *words)
+            called("--dataset", folder, "--model", "tiny", "--use_cpu", *argv)
         run = client.get_run(str(caught.value))
     finally:
         mlflow.set_tracking_uri(before)

@@ -15,8 +15,8 @@ from mlflow_dr.tracking.validations import bind_name
 
 
 def called(client: MlflowClient, port: int) -> Any:
-    words = ["--port", str(port), "--tracking-uri", client.tracking_uri]
-    return ui.command.main(words, "mlflow-dr", standalone_mode=False)
+    argv = ["--port", str(port), "--tracking-uri", client.tracking_uri]
+    return ui.command.main(argv, "mlflow-dr", standalone_mode=False)
 
 
 def test_a_port_that_is_taken_is_said_with_another(client: MlflowClient) -> None:
@@ -36,7 +36,7 @@ def test_the_curves_of_the_run_that_was_validated_last_are_named(
     bind_name(run, "val", {})
     client.create_run(experiment)  # later, and not validated
     started: list[Any] = []
-    monkeypatch.setattr(os, "execv", lambda *words: started.append(words))
+    monkeypatch.setattr(os, "execv", lambda *argv: started.append(argv))
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]
     called(client, port)

@@ -37,32 +37,32 @@ OF_THE_VALIDATION = {
 }
 
 
-def planned(words: list[str]) -> ValidateConfig:
-    with validate.command.make_context("validate", words) as context:
+def planned(argv: list[str]) -> ValidateConfig:
+    with validate.command.make_context("validate", argv) as context:
         values = dict(context.params)
     return from_flags(ValidateConfig, values, values.pop("config"))
 
 
-@pytest.mark.parametrize("words", FLAGS)
-def test_a_flag_of_the_plan(words: str) -> None:
-    name, expected = FLAGS[words]
-    plan = planned(["--run-id", "0", *words.split()])
+@pytest.mark.parametrize("argv", FLAGS)
+def test_a_flag_of_the_plan(argv: str) -> None:
+    name, expected = FLAGS[argv]
+    plan = planned(["--run-id", "0", *argv.split()])
     assert attrgetter(name)(plan) == expected
     assert attrgetter(name)(planned(["--run-id", "0"])) != expected
 
 
-@pytest.mark.parametrize("words", OF_THE_VALIDATION)
-def test_a_flag_of_the_validation(words: str) -> None:
-    name, expected = OF_THE_VALIDATION[words]
-    (found,) = planned(["--run-id", "0", *words.split()]).all_validations
+@pytest.mark.parametrize("argv", OF_THE_VALIDATION)
+def test_a_flag_of_the_validation(argv: str) -> None:
+    name, expected = OF_THE_VALIDATION[argv]
+    (found,) = planned(["--run-id", "0", *argv.split()]).all_validations
     assert attrgetter(name)(found) == expected
     (plain,) = planned(["--run-id", "0"]).all_validations
     assert attrgetter(name)(plain) != expected
 
 
 def test_flags_of_several_validations() -> None:
-    words = "--run-id 0 --subset random:5 random:9 --keep-up --keep best:2,last:1"
-    plan = planned(words.split())
+    argv = "--run-id 0 --subset random:5 random:9 --keep-up --keep best:2,last:1"
+    plan = planned(argv.split())
     assert plan.keep_up
     assert plan.keep == "best:2,last:1"
     (cheap, dear) = planned(

@@ -232,11 +232,11 @@ def test_what_cannot_be_measured_is_counted(base: Path, caplog: pytest.LogCaptur
     lines(base / "dev.query.json", records)
     (base / "qrels.tsv").write_text("q1\t0\tp1\t1\nq3\t0\tp1\t1\nq3\t0\tp9\t1\nq5\t0\tp1\t1\n")
     assert opened(base, ["dev.query.json"]).topics("dev.query").qrels == {"q3": {"p1": 1}}
-    said = caplog.text
-    assert "1 judgements name passages that the corpus lacks (such as 'p9')" in said
-    assert "1 judged queries are not in the query file (such as 'q5')" in said
-    assert "1 judged queries have no text (such as 'q1')" in said
-    assert "1 queries are not judged (such as 'q4')" in said
+    log = caplog.text
+    assert "1 judgements name passages that the corpus lacks (such as 'p9')" in log
+    assert "1 judged queries are not in the query file (such as 'q5')" in log
+    assert "1 judged queries have no text (such as 'q1')" in log
+    assert "1 queries are not judged (such as 'q4')" in log
 
 
 def test_a_tokenised_query_without_tokens_is_empty(
@@ -328,17 +328,17 @@ def test_a_name_without_judgements() -> None:
 
 
 def test_a_dataset_is_given_by_name_or_by_files(base: Path) -> None:
-    words = ("dataset", "candidates", "queries", "qrels")
+    flags = ("dataset", "candidates", "queries", "qrels")
     corpus, query, qrels = base / "corpus", base / "test.json", base / "qrels.tsv"
     name = AsyncvalFiles(corpus, [query], [qrels]).name
-    assert given_collection(None, ([], [], []), words) == (None, ())
-    assert given_collection("demo", ([], [], []), words) == ("demo", ())
-    assert given_collection(None, ([corpus], [query], [qrels]), words) == (name, ["test"])
+    assert given_collection(None, ([], [], []), flags) == (None, ())
+    assert given_collection("demo", ([], [], []), flags) == ("demo", ())
+    assert given_collection(None, ([corpus], [query], [qrels]), flags) == (name, ["test"])
     with pytest.raises(UsageError, match=r"^here: give dataset, or .*; there is no queries, no qr"):
-        given_collection(None, ([corpus], [], []), words, "here: ")
+        given_collection(None, ([corpus], [], []), flags, "here: ")
     for wrong in (("demo", [corpus]), (None, [corpus, corpus])):
         with pytest.raises(UsageError, match=r"give dataset, or candidates \(once\), queries and"):
-            given_collection(wrong[0], (wrong[1], [query], [qrels]), words)
+            given_collection(wrong[0], (wrong[1], [query], [qrels]), flags)
 
 
 # What Asyncval does wrong with its inputs, by its number in the list of the peers' errors; the

@@ -57,11 +57,11 @@ class HubCache:
         self._folder = folder
 
     def put(self, repo: str, name: str, rows: list[dict[str, Any]] | bytes) -> Path:
-        room = self._folder / f"datasets--{repo.replace('/', '--')}"
-        file = room / "snapshots" / COMMIT / name
+        repository = self._folder / f"datasets--{repo.replace('/', '--')}"
+        file = repository / "snapshots" / COMMIT / name
         file.parent.mkdir(parents=True, exist_ok=True)
-        (room / "refs").mkdir(exist_ok=True)
-        (room / "refs/main").write_text(COMMIT)
+        (repository / "refs").mkdir(exist_ok=True)
+        (repository / "refs/main").write_text(COMMIT)
         if isinstance(rows, bytes):
             file.write_bytes(rows)
         elif name.endswith(".parquet"):

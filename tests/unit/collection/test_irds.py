@@ -414,9 +414,9 @@ def test_no_network_is_one_quiet_error_that_says_what_to_do(
 def test_a_large_download_that_fails_names_the_place_for_a_local_copy(home: Path) -> None:
     from ir_datasets.util import LocalDownload, RequestsDownload
 
-    place = home / "downloads/0123"
+    path = home / "downloads/0123"
     mirrors = [
-        LocalDownload(place, f"symlink it here: {place}"),
+        LocalDownload(path, f"symlink it here: {path}"),
         RequestsDownload("http://127.0.0.1:1/docs.tsv"),
         RequestsDownload("http://127.0.0.1:2/docs.tsv"),
     ]
@@ -424,7 +424,7 @@ def test_a_large_download_that_fails_names_the_place_for_a_local_copy(home: Path
         _reading_mirrors(home, mirrors)
     message = str(caught.value)
     assert "from 127.0.0.1:1 failed (ConnectionError); the download from 127.0.0.1:2" in message
-    assert f"connect to the network, or symlink it here: {place}" in message
+    assert f"connect to the network, or symlink it here: {path}" in message
     assert "FileNotFoundError" not in message  # the local copy is a way out, not a failure
 
 
@@ -433,10 +433,10 @@ def test_a_file_that_only_a_person_can_fetch_is_an_error_with_the_instructions(
 ) -> None:
     from ir_datasets.util import LocalDownload
 
-    place = home / "disks/45"
+    path = home / "disks/45"
     with pytest.raises(DataError) as caught:
-        _reading_mirrors(home, [LocalDownload(place, f"Ask NIST.\nPut it at {place}")])
-    assert str(caught.value).endswith(f"; Ask NIST. Put it at {place}")
+        _reading_mirrors(home, [LocalDownload(path, f"Ask NIST.\nPut it at {path}")])
+    assert str(caught.value).endswith(f"; Ask NIST. Put it at {path}")
 
 
 def test_a_download_with_another_checksum_is_an_error(

@@ -46,7 +46,7 @@ def test_an_array_is_what_json_reads(
 def test_locations_are_indexes_and_packed_files_are_unpacked(tmp_path: Path, steps: int) -> None:
     path = tmp_path / "a.json.gz"
     path.write_bytes(gzip.compress(json.dumps(ITEMS).encode("utf-8-sig")))
-    places = [(where, record) for where, record in read_records(path, dict)]
+    places = [(location, record) for location, record in read_records(path, dict)]
     assert places == [(f"{path}[{index}]", item) for index, item in enumerate(ITEMS)]
 
 

@@ -548,7 +548,7 @@ def test_a_truncated_array_leaves_nothing_behind(
     path.write_bytes(path.read_bytes()[:-100])
     with pytest.raises(DataError, match=r"dpr\.array\.json:\d+: the file breaks off .*at byte \d"):
         open_examples(path)
-    assert {room.suffix for room in (own_cache / "examples").iterdir()} == {".lock"}
+    assert {path.suffix for path in (own_cache / "examples").iterdir()} == {".lock"}
 
 
 # files and folders

@@ -29,15 +29,17 @@ def measured(run: TrackedRun, tmp_path: Path) -> Callable[..., Checkpoint]:
         step: int, value: float, ranks: Sequence[float] | None = None, name: str = "val"
     ) -> Checkpoint:
         bind_name(run, name, {"measures": MEASURES})
-        known = [one for one in run_checkpoints(run) if one.step == step]
-        if not known:
+        published = [checkpoint for checkpoint in run_checkpoints(run) if checkpoint.step == step]
+        if not published:
             publish(run, directory, step)
-        checkpoint = next(one for one in run_checkpoints(run) if one.step == step)
+        checkpoint = next(
+            checkpoint for checkpoint in run_checkpoints(run) if checkpoint.step == step
+        )
         figures = {"mrr_at_10": value, "ndcg_at_10": 1 - value, "seconds": 2.0}
         record_result(run, checkpoint, name, figures, ("sea", "0"))
         if ranks is not None:
             log_per_query_values(run, checkpoint, name, per_query(ranks))
-        return next(one for one in run_checkpoints(run) if one.step == step)
+        return next(checkpoint for checkpoint in run_checkpoints(run) if checkpoint.step == step)
 
     return measured
 

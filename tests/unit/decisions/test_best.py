@@ -45,7 +45,11 @@ def places(best: Best) -> tuple[int, int | None]:
 
 
 def tagged(run: TrackedRun) -> dict[int, str]:
-    return {one.step: one.tags[TAG] for one in run_checkpoints(run) if TAG in one.tags}
+    return {
+        checkpoint.step: checkpoint.tags[TAG]
+        for checkpoint in run_checkpoints(run)
+        if TAG in checkpoint.tags
+    }
 
 
 def test_the_highest_value_is_best(run: TrackedRun, measured: Measured) -> None:
@@ -73,9 +77,9 @@ def test_what_is_not_whole_not_measured_or_no_number_is_passed_over(
     measured(10, 0.2)
     measured(20, math.nan)
     pending, lost = (announce_checkpoint(run, step, "") for step in (30, 40))
-    for one in run_checkpoints(run):
-        if one.model_id in (pending, lost):
-            record_result(run, one, "val", {"mrr_at_10": 0.9}, ("sea", "0"))
+    for checkpoint in run_checkpoints(run):
+        if checkpoint.model_id in (pending, lost):
+            record_result(run, checkpoint, "val", {"mrr_at_10": 0.9}, ("sea", "0"))
     mark_upload_failed(run, lost)
     assert places(find_best(run)) == (10, None)
 
@@ -108,14 +112,14 @@ def test_a_run_that_nobody_validates(run: TrackedRun) -> None:
 
 
 def test_marks_move_on(run: TrackedRun, measured: Measured) -> None:
-    one = measured(10, 0.25)
+    first = measured(10, 0.25)
     mark_best(run, find_best(run))
     assert tagged(run) == {10: "0.25"}
-    assert run.fetch().data.tags[TAG] == f"step 10, {one.uri}, val/mrr_at_10 0.25"
-    two = measured(20, 1 / 3)
+    assert run.fetch().data.tags[TAG] == f"step 10, {first.uri}, val/mrr_at_10 0.25"
+    second = measured(20, 1 / 3)
     mark_best(run, find_best(run))
     assert tagged(run) == {20: "0.333333"}
-    assert run.fetch().data.tags[TAG] == f"step 20, {two.uri}, val/mrr_at_10 0.333333"
+    assert run.fetch().data.tags[TAG] == f"step 20, {second.uri}, val/mrr_at_10 0.333333"
     mark_best(run, find_best(run))
     assert tagged(run) == {20: "0.333333"}
 
@@ -195,10 +199,10 @@ def test_values_that_cannot_be_compared(
 def best(run: TrackedRun, client: MlflowClient) -> Callable[..., str]:
     """Runs `mlflow-dr best` for the run; returns what it prints."""
 
-    def best(*words: object) -> str:
+    def best(*argv: object) -> str:
         done = CliRunner().invoke(
             command,
-            ["--run-id", run.id, "--tracking-uri", client.tracking_uri, *map(str, words)],
+            ["--run-id", run.id, "--tracking-uri", client.tracking_uri, *map(str, argv)],
             catch_exceptions=False,
         )
         assert done.exit_code == 0, done.output
@@ -217,19 +221,19 @@ def test_the_command_prints_and_marks(
     assert tagged(run) == {10: "0.5"}
 
 
-@pytest.mark.parametrize("there", [False, True])
+@pytest.mark.parametrize("exists", [False, True])
 def test_a_download_is_what_was_published(
-    there: bool, measured: Measured, best: Callable[..., str], tmp_path: Path
+    exists: bool, measured: Measured, best: Callable[..., str], tmp_path: Path
 ) -> None:
     measured(10, 0.5)
     target = tmp_path / "best" / "encoder"
-    if there:
+    if exists:
         target.mkdir(parents=True)
     assert best("--download", target).endswith(f"  downloaded  {target}\n")
-    files = {one.name for one in target.iterdir()}
+    files = {path.name for path in target.iterdir()}
     assert files >= {"model.safetensors", "manifest.json", "MLmodel"}
     assert (target / "model.safetensors").read_bytes() == b"weights"
-    assert [one.name for one in target.parent.iterdir()] == ["encoder"]
+    assert [path.name for path in target.parent.iterdir()] == ["encoder"]
 
 
 def test_a_download_goes_nowhere_where_something_is(
@@ -273,21 +277,21 @@ def test_a_registered_checkpoint_gets_one_version(
 ) -> None:
     def versions() -> dict[str, str]:
         found = client.search_model_versions("name='sea encoder'")
-        return {str(one.version): one.source for one in found}
+        return {str(version.version): version.source for version in found}
 
     def alias() -> str:
         return str(client.get_model_version_by_alias("sea encoder", "best").version)
 
-    one = measured(10, 0.5)
+    first = measured(10, 0.5)
     printed = best("--register", "sea encoder")
     assert printed.endswith("  registered  models:/sea encoder/1 and models:/sea encoder@best\n")
     best("--register", "sea encoder")
-    assert (versions(), alias()) == ({"1": one.uri}, "1")
-    two = measured(20, 0.75)
+    assert (versions(), alias()) == ({"1": first.uri}, "1")
+    second = measured(20, 0.75)
     best("--register", "sea encoder")
-    assert (versions(), alias()) == ({"1": one.uri, "2": two.uri}, "2")
+    assert (versions(), alias()) == ({"1": first.uri, "2": second.uri}, "2")
     best("--register", "sea encoder", "--metric", "val/ndcg_at_10")
-    assert (versions(), alias()) == ({"1": one.uri, "2": two.uri}, "1")
+    assert (versions(), alias()) == ({"1": first.uri, "2": second.uri}, "1")
     files = mlflow.artifacts.list_artifacts("models:/sea encoder@best")
     assert "model.safetensors" in {file.path for file in files}
 

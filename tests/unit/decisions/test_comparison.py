@@ -34,14 +34,14 @@ def table(values: Sequence[float], **others: float) -> Table:
 
 def comparison(*ranks: Sequence[float], **others: object) -> Comparison:
     labels = ["old", "new", "odd"][: len(ranks)]
-    return compare_values(labels, [table(one) for one in ranks], "mrr@10", **others)
+    return compare_values(labels, [table(values) for values in ranks], "mrr@10", **others)
 
 
 def test_each_is_compared_with_the_first() -> None:
     found = comparison(OLD, NEW, ODD, seed=2)
     first, second, third = map(np.array, (OLD, NEW, ODD))
     assert found.differences == (difference(first, second, 2), difference(first, third, 2))
-    assert list(found.corrected) == holm([one.p_value for one in found.differences])
+    assert list(found.corrected) == holm([difference.p_value for difference in found.differences])
     assert found.changes.tolist() == [(second - first).tolist(), (third - first).tolist()]
     assert found.means["mrr@10"] == pytest.approx([first.mean(), second.mean(), third.mean()])
 
@@ -124,7 +124,7 @@ def test_what_is_written(tmp_path: Path) -> None:
     picture = tmp_path / "new" / "folder" / "differences.png"
     assert picture.read_bytes().startswith(b"\x89PNG")
     write_comparison(found, tmp_path / "new" / "folder")
-    assert {one.name for one in picture.parent.iterdir()} == {"values.csv", "differences.png"}
+    assert {path.name for path in picture.parent.iterdir()} == {"values.csv", "differences.png"}
 
 
 def test_a_label_of_any_length_and_any_signs(tmp_path: Path) -> None:

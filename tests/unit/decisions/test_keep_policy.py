@@ -95,13 +95,13 @@ def test_each_rule_says_what_it_keeps() -> None:
 
 
 def test_of_equal_checkpoints_the_earlier_is_the_better() -> None:
-    there = [checkpoint(2, 0.5), checkpoint(1, 0.5), checkpoint(3, 0.1)]
-    assert decided(there, "best:1")[1] == "best 1 of val/mrr_at_10"
+    checkpoints = [checkpoint(2, 0.5), checkpoint(1, 0.5), checkpoint(3, 0.1)]
+    assert decided(checkpoints, "best:1")[1] == "best 1 of val/mrr_at_10"
 
 
 def test_checkpoints_in_use_are_kept() -> None:
     """Announced, claimed by another, claimed by an unreadable owner, or found in a directory."""
-    there = [
+    checkpoints = [
         checkpoint(1, ready=False, pending=True),
         checkpoint(2, params=CLAIM),
         checkpoint(3, params={"mlflow_dr.validation.other.claim.2": "?"}),
@@ -109,7 +109,7 @@ def test_checkpoints_in_use_are_kept() -> None:
         checkpoint(5, 0.5),
         checkpoint(6, 0.5),
     ]
-    assert decided(there, unvalidated=True) == {
+    assert decided(checkpoints, unvalidated=True) == {
         1: "pending",
         2: "being validated by far:7",
         3: "being validated by an unknown validator",
@@ -124,13 +124,16 @@ def test_claims_that_are_over_keep_nothing() -> None:
     back = {"mlflow_dr.validation.val.heartbeat": "1: given back"}
     gone = json.dumps(vars(replace(Owner.me(), started=1)))
     done = checkpoint(2, 0.5)
-    there = [
+    checkpoints = [
         checkpoint(1, params=CLAIM, tags=back),
         replace(done, params={**done.params, **CLAIM}),
         checkpoint(3, params={"mlflow_dr.validation.val.claim.1": gone}),
         checkpoint(4, 0.5),
     ]
-    assert [one.startswith("delete") for one in decided(there, unvalidated=True).values()] == [
+    assert [
+        decision.startswith("delete")
+        for decision in decided(checkpoints, unvalidated=True).values()
+    ] == [
         *(True, True, True),
         False,
     ]
@@ -139,47 +142,52 @@ def test_claims_that_are_over_keep_nothing() -> None:
 def test_unvalidated_checkpoints_are_kept_by_default() -> None:
     failed = {"mlflow_dr.validation.val.failed": "NaN"}
     recorded = checkpoint(3, 0.5, metrics=frozenset())
-    there = [checkpoint(1), checkpoint(2, tags=failed), recorded, checkpoint(4, 0.5)]
-    assert decided(there) == {
+    checkpoints = [checkpoint(1), checkpoint(2, tags=failed), recorded, checkpoint(4, 0.5)]
+    assert decided(checkpoints) == {
         1: "not validated yet by val",
         2: "delete: no rule of last:1 keeps it",
         3: "not validated yet by val",
         4: "last",
     }
-    assert decided(there, validations=("val", "test")) == {
+    assert decided(checkpoints, validations=("val", "test")) == {
         1: "not validated yet by test, val",
         2: "not validated yet by test",
         3: "not validated yet by test, val",
         4: "not validated yet by test",
     }
-    assert decided(there, validations=())[4] == "not validated yet"
-    freely = decided(there, unvalidated=True)
+    assert decided(checkpoints, validations=())[4] == "not validated yet"
+    freely = decided(checkpoints, unvalidated=True)
     assert [step for step, why in freely.items() if why.startswith("delete")] == [1, 2, 3]
 
 
 def test_a_validator_waits_for_its_own_open_validations() -> None:
     """`dear` keeps only what waits; validations of others keep what they have not finished."""
     failed = {"mlflow_dr.validation.val.failed": "out of memory"}
-    there = [checkpoint(1), checkpoint(2, tags=failed), checkpoint(3, 0.5), checkpoint(4, 0.5)]
-    there += [checkpoint(5, tags=failed)]
+    checkpoints = [
+        checkpoint(1),
+        checkpoint(2, tags=failed),
+        checkpoint(3, 0.5),
+        checkpoint(4, 0.5),
+    ]
+    checkpoints += [checkpoint(5, tags=failed)]
     scope = ValidatorScope({"val": "val", "dear": "val"}, waiting={"m-2", "m-3"})
-    assert decided(there, validations=("val", "dear"), scope=scope) == {
+    assert decided(checkpoints, validations=("val", "dear"), scope=scope) == {
         1: "not validated yet by dear, val",
         2: "not validated yet by dear",
         3: "not validated yet by dear",
         4: "delete: no rule of last:1 keeps it",
         5: "last",
     }
-    elsewhere = decided(there, validations=("val", "dear", "other"), scope=scope)
+    elsewhere = decided(checkpoints, validations=("val", "dear", "other"), scope=scope)
     assert elsewhere[1] == "not validated yet by dear, other, val"
     assert elsewhere[4] == elsewhere[5] == "not validated yet by other"
 
 
 def test_a_validation_of_some_steps_is_waited_for_on_these_only() -> None:
     """`some` takes each sixth step; `dear` chooses its checkpoints itself."""
-    there = [checkpoint(step, 0.5) for step in (5, 6, 7)]
+    checkpoints = [checkpoint(step, 0.5) for step in (5, 6, 7)]
     names, steps = ("val", "some", "dear"), {"val": 1, "some": 6, "dear": 0}
-    assert decided(there, validations=names, steps=steps) == {
+    assert decided(checkpoints, validations=names, steps=steps) == {
         5: "delete: no rule of last:1 keeps it",
         6: "not validated yet by some",
         7: "last",
@@ -189,26 +197,31 @@ def test_a_validation_of_some_steps_is_waited_for_on_these_only() -> None:
 def test_checkpoints_without_the_deciding_validation_are_kept() -> None:
     """Each checkpoint is validated on one of several subsets, and another one decides."""
     record = {"mlflow_dr.validation.small": json.dumps({"values": {}})}
-    there = [checkpoint(1, params=record), checkpoint(2, 0.5, params=record), checkpoint(3, 0.5)]
+    checkpoints = [
+        checkpoint(1, params=record),
+        checkpoint(2, 0.5, params=record),
+        checkpoint(3, 0.5),
+    ]
     scope = ValidatorScope({"val": "val", "small": "small"}, waiting=())
     assert (
-        decided(there, validations=("val", "small"), scope=scope)[1] == "not validated yet by val"
+        decided(checkpoints, validations=("val", "small"), scope=scope)[1]
+        == "not validated yet by val"
     )
     by_small = MRR._replace(validation="small")
     (first, *_) = select(
-        there, parse_keep_rules("last:1"), by_small, {"val": 1, "small": 1}, scope=scope
+        checkpoints, parse_keep_rules("last:1"), by_small, {"val": 1, "small": 1}, scope=scope
     )
     assert first.deletes
 
 
 def test_best_and_registered_checkpoints_are_kept() -> None:
-    there = [
+    checkpoints = [
         checkpoint(1, 0.1, tags={"mlflow_dr.best.val/mrr_at_10": "0.1"}),
         checkpoint(2, 0.1),
         checkpoint(3, 0.1),
     ]
-    words = decided(there, **{"m-2": "registered as retriever version 3"})
-    assert words == {
+    decisions = decided(checkpoints, **{"m-2": "registered as retriever version 3"})
+    assert decisions == {
         1: "tagged as best by val/mrr_at_10",
         2: "registered as retriever version 3",
         3: "last",
@@ -216,13 +229,13 @@ def test_best_and_registered_checkpoints_are_kept() -> None:
 
 
 def test_deleted_checkpoints_are_not_counted_and_interrupted_deletions_are_finished() -> None:
-    there = [
+    checkpoints = [
         checkpoint(1, 0.1),
         checkpoint(2, 0.9, tags={"mlflow_dr.pruned": "begun"}),
         checkpoint(3, 0.9, tags={"mlflow_dr.pruned": "2026-11-21T20:30:00+00:00"}),
         checkpoint(4, ready=False),
     ]
-    assert decided(there, "best:1,last:1") == {
+    assert decided(checkpoints, "best:1,last:1") == {
         1: "best 1 of val/mrr_at_10, last",
         2: "delete: its deletion was interrupted",
         4: "delete: its upload was never completed",

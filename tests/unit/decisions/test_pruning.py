@@ -34,15 +34,17 @@ def validated(run: TrackedRun, make_tiny: Callable[..., Encoder], tmp_path: Path
     save_encoder(tmp_path / "encoder", make_tiny())
     for step, value in VALUES.items():
         publish(run, tmp_path / "encoder", step)
-        (one,) = [one for one in run_checkpoints(run) if one.step == step]
+        (checkpoint,) = [
+            checkpoint for checkpoint in run_checkpoints(run) if checkpoint.step == step
+        ]
         figures = {"mrr_at_10": value, "ndcg_at_10": 1 - value}
-        record_result(run, one, "val", figures, ("sea", "0"))
-        record_result(run, one, "other", {"recall_at_100": step / 100}, ("sea", "0"))
+        record_result(run, checkpoint, "val", figures, ("sea", "0"))
+        record_result(run, checkpoint, "other", {"recall_at_100": step / 100}, ("sea", "0"))
     return run
 
 
-def prune(client: MlflowClient, *words: object) -> Result:
-    flags = [*map(str, words), "--tracking-uri", client.tracking_uri]
+def prune(client: MlflowClient, *argv: object) -> Result:
+    flags = [*map(str, argv), "--tracking-uri", client.tracking_uri]
     return CliRunner().invoke(command, flags, catch_exceptions=False, standalone_mode=False)
 
 
@@ -52,15 +54,19 @@ def lines(result: Result) -> dict[int, tuple[str, str]]:
     *each, _ = result.output.splitlines()
     found = [form.fullmatch(line) for line in each]
     assert all(found), each
-    return {int(one[1]): (one[2], one[3]) for one in found if one}
+    return {int(match[1]): (match[2], match[3]) for match in found if match}
 
 
 def with_files(run: TrackedRun) -> list[int]:
-    return [one.step for one in run_checkpoints(run) if list(Path(one.location).rglob("*"))]
+    return [
+        checkpoint.step
+        for checkpoint in run_checkpoints(run)
+        if list(Path(checkpoint.location).rglob("*"))
+    ]
 
 
 def at(run: TrackedRun, step: int) -> Checkpoint:
-    (found,) = [one for one in run_checkpoints(run) if one.step == step]
+    (found,) = [checkpoint for checkpoint in run_checkpoints(run) if checkpoint.step == step]
     return found
 
 
@@ -68,10 +74,10 @@ def test_a_dry_run_says_what_a_real_one_does_and_the_best_still_loads(
     validated: TrackedRun,
 ) -> None:
     flags = ("--run-id", validated.id, "--keep", "best:1,last:1")
-    said = prune(validated.client, *flags, "--dry-run")
+    result = prune(validated.client, *flags, "--dry-run")
     assert with_files(validated) == list(VALUES)
-    assert not any(one.is_pruned for one in run_checkpoints(validated))
-    assert lines(said) == {
+    assert not any(checkpoint.is_pruned for checkpoint in run_checkpoints(validated))
+    assert lines(result) == {
         0: ("delete", "no rule of best:1,last:1 keeps it"),
         10: ("delete", "no rule of best:1,last:1 keeps it"),
         20: ("keep", "best 1 of val/mrr_at_10"),
@@ -79,16 +85,16 @@ def test_a_dry_run_says_what_a_real_one_does_and_the_best_still_loads(
         40: ("keep", "last"),
     }
     assert re.fullmatch(
-        r"3 of 5 checkpoints would be deleted: [\d.]+ MB", said.output.splitlines()[-1]
+        r"3 of 5 checkpoints would be deleted: [\d.]+ MB", result.output.splitlines()[-1]
     )
 
     done = prune(validated.client, *flags)
-    assert done.output == said.output.replace("would be deleted", "deleted")
+    assert done.output == result.output.replace("would be deleted", "deleted")
     assert with_files(validated) == [20, 40]
     with checkpoint_files(at(validated, 20)) as directory:
         load_encoder(directory, safetensors_only=True)
     history = validated.client.get_metric_history(validated.id, "val/mrr_at_10")
-    assert {one.step: one.value for one in history} == VALUES
+    assert {point.step: point.value for point in history} == VALUES
 
     again = prune(validated.client, *flags)
     assert list(lines(again)) == [20, 40]
@@ -137,8 +143,8 @@ def test_what_a_subset_is_chosen_by_stays(validated: TrackedRun) -> None:
 def test_a_registered_one_stays(validated: TrackedRun) -> None:
     validated.client.create_registered_model(validated.id)
     validated.client.create_model_version(validated.id, f"models:/{at(validated, 0).model_id}")
-    said = lines(prune(validated.client, "--run-id", validated.id, "--keep", "last:1"))
-    assert said[0] == ("keep", f"registered as {validated.id} version 1")
+    decisions = lines(prune(validated.client, "--run-id", validated.id, "--keep", "last:1"))
+    assert decisions[0] == ("keep", f"registered as {validated.id} version 1")
     assert with_files(validated) == [0, 40]
 
 
@@ -154,14 +160,14 @@ def test_of_deleted_runs(validated: TrackedRun, client: MlflowClient, tmp_path: 
     client._tracking_client.store._hard_delete_run(gone.id)
 
     flags = ("--deleted", "--experiment", tmp_path.name)
-    said = prune(client, *flags, "--dry-run")
-    assert sorted(why for _, why in lines_by_run(said)) == sorted(
+    result = prune(client, *flags, "--dry-run")
+    assert sorted(why for _, why in lines_by_run(result)) == sorted(
         [f"run {deleted.id} is deleted", f"run {gone.id} is gone"]
     )
     folders = [at(run, 7).location for run in (kept, deleted, gone)]
     assert all(Path(folder).exists() for folder in folders)
     done = prune(client, *flags)
-    assert done.output == said.output.replace("would be deleted", "deleted")
+    assert done.output == result.output.replace("would be deleted", "deleted")
     assert [Path(folder).exists() for folder in folders] == [True, False, False]
     assert at(deleted, 7).is_fully_pruned
     assert run_checkpoints(gone) == []
@@ -191,8 +197,8 @@ def test_of_deleted_runs_a_claimed_or_registered_one_stays(
     client.create_registered_model(run.id)
     client.create_model_version(run.id, f"models:/{at(run, 2).model_id}")
     client.delete_run(run.id)
-    said = prune(client, "--deleted", "--experiment", tmp_path.name)
-    assert lines(said) == {
+    result = prune(client, "--deleted", "--experiment", tmp_path.name)
+    assert lines(result) == {
         1: ("keep", "being validated by far:7"),
         2: ("keep", f"registered as {run.id} version 1"),
         3: ("delete", f"run {run.id} is deleted"),
@@ -201,7 +207,7 @@ def test_of_deleted_runs_a_claimed_or_registered_one_stays(
 
 
 @pytest.mark.parametrize(
-    ("words", "message"),
+    ("argv", "message"),
     [
         ([], "pass --run-id and --keep, or pass --deleted"),
         (["--run-id", "1"], "pass --run-id and --keep, or pass --deleted"),
@@ -214,11 +220,9 @@ def test_of_deleted_runs_a_claimed_or_registered_one_stays(
         ),
     ],
 )
-def test_flags_that_do_not_go_together(
-    client: MlflowClient, words: list[str], message: str
-) -> None:
+def test_flags_that_do_not_go_together(client: MlflowClient, argv: list[str], message: str) -> None:
     with pytest.raises(click.UsageError, match=message):
-        prune(client, *words)
+        prune(client, *argv)
 
 
 def test_what_cannot_be_done_is_said_before_anything_is(validated: TrackedRun) -> None:
@@ -241,7 +245,7 @@ def test_a_validator_keeps_only_what_its_policy_says(
     validated.client.set_logged_model_tags(at(validated, 10).model_id, tags)
     with caplog.at_level("INFO", "mlflow_dr"):
         removed = delete_unneeded(validated, seen, parse_keep_rules("best:1,last:1"))
-    assert [one.checkpoint.step for one in removed] == [0, 30]
+    assert [removal.checkpoint.step for removal in removed] == [0, 30]
     assert with_files(validated) == [10, 20, 40]
     assert caplog.text.count("deleted the files of step ") == 2
     assert (

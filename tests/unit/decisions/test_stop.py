@@ -20,7 +20,7 @@ NAN = float("nan")
 
 def points(*values: float) -> list[tuple[int, float]]:
     """At steps 10, 20, ..."""
-    return [(10 * place, value) for place, value in enumerate(values, start=1)]
+    return [(10 * index, value) for index, value in enumerate(values, start=1)]
 
 
 def test_the_reason_in_words() -> None:
@@ -53,10 +53,10 @@ def test_the_reason_in_words() -> None:
 def test_of_the_last_none_is_better_than_what_came_before(
     values: Sequence[float], patience: int, min_delta: float, stops: bool
 ) -> None:
-    there = points(*values)
-    assert (plateau(there, patience, min_delta) is not None) is stops
-    random.Random(0).shuffle(there)
-    assert (plateau(there, patience, min_delta) is not None) is stops
+    curve = points(*values)
+    assert (plateau(curve, patience, min_delta) is not None) is stops
+    random.Random(0).shuffle(curve)
+    assert (plateau(curve, patience, min_delta) is not None) is stops
 
 
 def test_a_step_that_was_done_twice_counts_once() -> None:
@@ -67,27 +67,27 @@ def test_a_step_that_was_done_twice_counts_once() -> None:
 def test_one_among_the_last_that_is_still_to_be_done_is_waited_for(
     waiting: list[int], stops: bool
 ) -> None:
-    there = points(0.5, 0.4, 0.4, 0.3)
-    assert (plateau(there, 2, waiting=waiting) is not None) is stops
+    curve = points(0.5, 0.4, 0.4, 0.3)
+    assert (plateau(curve, 2, waiting=waiting) is not None) is stops
 
 
 def test_what_is_said_holds_whatever_the_missing_values_are() -> None:
     """Each choice of what is done of five checkpoints, with each value of the others."""
     grid, steps = (0.0, 1.0, 1.5, 2.0), range(1, 6)
-    said = 0
+    stops = 0
     for done in product([True, False], repeat=5):
-        known = [step for step in steps if done[step - 1]]
-        for values in product(grid, repeat=len(known)):
-            there = list(zip(known, values, strict=True))
-            missing = [step for step in steps if step not in known]
-            if plateau(there, 2, 0.5, waiting=missing) is None:
+        measured = [step for step in steps if done[step - 1]]
+        for values in product(grid, repeat=len(measured)):
+            curve = list(zip(measured, values, strict=True))
+            missing = [step for step in steps if step not in measured]
+            if plateau(curve, 2, 0.5, waiting=missing) is None:
                 continue
-            said += 1
-            due = [step for step in missing if step < known[-1]]
+            stops += 1
+            due = [step for step in missing if step < measured[-1]]
             for others in product(grid, repeat=len(due)):
-                filled = there + list(zip(due, others, strict=True))
-                assert plateau(filled, 2, 0.5), (there, others)
-    assert said > 100
+                filled = curve + list(zip(due, others, strict=True))
+                assert plateau(filled, 2, 0.5), (curve, others)
+    assert stops > 100
 
 
 @pytest.mark.parametrize(
@@ -109,9 +109,11 @@ def falling(run: TrackedRun, tmp_path: Path) -> TrackedRun:
 
 def add(run: TrackedRun, directory: Path, step: int, value: float | None) -> None:
     model_id = publish(run, directory, step)
-    (one,) = [one for one in run_checkpoints(run) if one.model_id == model_id]
+    (checkpoint,) = [
+        checkpoint for checkpoint in run_checkpoints(run) if checkpoint.model_id == model_id
+    ]
     if value is not None:
-        record_result(run, one, "val", {MRR.key: value}, ("sea", "0"))
+        record_result(run, checkpoint, "val", {MRR.key: value}, ("sea", "0"))
 
 
 def asked(run: TrackedRun, patience: int = 3) -> str | None:
@@ -146,16 +148,16 @@ def test_a_training_that_goes_on_gets_new_checkpoints(falling: TrackedRun, tmp_p
 def test_it_waits_for_those_that_somebody_will_do(falling: TrackedRun, tmp_path: Path) -> None:
     add(falling, tmp_path, 35, None)
     assert asked(falling) is None
-    there = run_checkpoints(falling)
-    assert stop_if_plateau(falling, there, MRR, 3, waiting=there) is None
-    assert stop_if_plateau(falling, there, MRR, 3, waiting=[])
+    checkpoints = run_checkpoints(falling)
+    assert stop_if_plateau(falling, checkpoints, MRR, 3, waiting=checkpoints) is None
+    assert stop_if_plateau(falling, checkpoints, MRR, 3, waiting=[])
 
 
 def test_one_that_failed_is_neither_waited_for_nor_counted(
     falling: TrackedRun, tmp_path: Path
 ) -> None:
     add(falling, tmp_path, 35, None)
-    (failed,) = [one for one in run_checkpoints(falling) if one.step == 35]
+    (failed,) = [checkpoint for checkpoint in run_checkpoints(falling) if checkpoint.step == 35]
     mark_failed(falling, failed, "val", "NaN")
     assert asked(falling, patience=4) is None
     assert asked(falling)

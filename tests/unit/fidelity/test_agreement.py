@@ -104,9 +104,9 @@ def test_a_constant_curve_has_no_correlation(constant: str) -> None:
     full, subset = curves(0)
     flat = np.full_like(full, 0.1)
     found = agreement(flat, subset) if constant == "full" else agreement(full, flat)
-    for one in (found.tau, found.pearson):
-        assert not one.is_defined
-        assert not one.has_interval
+    for statistic in (found.tau, found.pearson):
+        assert not statistic.is_defined
+        assert not statistic.has_interval
     assert found.regret.is_defined
     assert found.inflation.has_interval
 
@@ -115,7 +115,7 @@ def test_one_query_has_no_interval() -> None:
     full, subset = curves(1)
     found = agreement(full, subset[:, :1], np.array([0]))
     assert found.tau.is_defined
-    assert not any(one.has_interval for one in found)
+    assert not any(statistic.has_interval for statistic in found)
 
 
 def test_a_large_study_takes_seconds() -> None:

@@ -33,14 +33,14 @@ def test_the_fastest_that_may_be_trusted_is_recommended(
         make_curve("bm25@20", GOOD, 2.0),
         make_curve("bm25@50", GOOD, 4.0),
     )
-    assert [one.curve.name for one in findings.trusted] == ["bm25@20", "bm25@50"]
+    assert [subset.curve.name for subset in findings.trusted] == ["bm25@20", "bm25@50"]
     assert findings.recommended is findings.subsets[2]
-    words = recommendation(findings)
-    assert words.startswith("Validate on bm25@20: 20% of the full corpus's time (2.00 s instead ")
-    assert "chooses step 500, as the full corpus does (regret 0.0000 mrr@10)" in words
-    assert "tau 1.000" in words
-    assert "differ by +0.1060 from" in words
-    assert "refine" not in words
+    advice = recommendation(findings)
+    assert advice.startswith("Validate on bm25@20: 20% of the full corpus's time (2.00 s instead ")
+    assert "chooses step 500, as the full corpus does (regret 0.0000 mrr@10)" in advice
+    assert "tau 1.000" in advice
+    assert "differ by +0.1060 from" in advice
+    assert "refine" not in advice
 
 
 def test_a_regret_within_the_tolerance_is_accepted(
@@ -58,10 +58,10 @@ def test_a_regret_that_is_within_it_by_luck_is_said(
     subset.values[2, :2] += 0.6  # two queries speak for step 300
     findings = make_findings(subset)
     assert findings.subsets[0].agreement.regret.value == 0
-    words = recommendation(findings)
-    assert words.startswith("Validate on bm25@1")
-    assert "On other queries the regret might be 0.08" in words
-    assert "`--refine full@3` lets the full corpus decide" in words
+    advice = recommendation(findings)
+    assert advice.startswith("Validate on bm25@1")
+    assert "On other queries the regret might be 0.08" in advice
+    assert "`--refine full@3` lets the full corpus decide" in advice
 
 
 @pytest.mark.parametrize("means", [CLOSE, REVERSED, CONSTANT])
@@ -70,10 +70,10 @@ def test_where_none_may_be_trusted_refining_is_advised(
 ) -> None:
     findings = make_findings(make_curve("random:5", REVERSED), make_curve("bm25@1", means))
     assert findings.recommended is None
-    words = recommendation(findings)
-    assert words.startswith("None of these subsets can be trusted")
+    advice = recommendation(findings)
+    assert advice.startswith("None of these subsets can be trusted")
     if means is CLOSE:
-        assert "the best that bm25@1 finds (`--refine full@3`" in words
+        assert "the best that bm25@1 finds (`--refine full@3`" in advice
 
 
 def test_a_flat_curve_orders_nothing(make_curve: MakeCurve, make_findings: MakeResult) -> None:

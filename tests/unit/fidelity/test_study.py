@@ -51,8 +51,10 @@ def make_folder(beir_folder: Callable[..., Path]) -> Callable[..., Path]:
     }
 
     def make(name: str = "collection", subjects: Sequence[str] = SUBJECTS) -> Path:
-        queries = {one: f"which {one} is at the {PLACES[len(one) % 7]}" for one in subjects}
-        dev = {one: {f"{one}-{PLACES[len(one) % 7]}": 1} for one in subjects}
+        queries = {
+            subject: f"which {subject} is at the {PLACES[len(subject) % 7]}" for subject in subjects
+        }
+        dev = {subject: {f"{subject}-{PLACES[len(subject) % 7]}": 1} for subject in subjects}
         return beir_folder(corpus, queries, folder=name, dev=dev)
 
     return make
@@ -98,7 +100,7 @@ def encoded(monkeypatch: pytest.MonkeyPatch) -> list[int]:
 @pytest.fixture
 def untimed(monkeypatch: pytest.MonkeyPatch) -> None:
     """Seconds are not measured, so that only the study's own passes are counted."""
-    timed = lambda self, checkpoints: [float(10 - place) for place in range(len(self._datasets))]  # noqa: E731
+    timed = lambda self, checkpoints: [float(10 - number) for number in range(len(self._datasets))]  # noqa: E731
     monkeypatch.setattr(studying._Study, "seconds", timed)
 
 
@@ -111,8 +113,8 @@ def study(run: TrackedRun, *subsets: str, **others: Any) -> FidelityResult:
     return studying.study_fidelity(run_checkpoints(run), asked(*subsets, **others), run)
 
 
-def called(*words: object) -> Any:
-    return cli.command.main([str(word) for word in words], "mlflow-dr", standalone_mode=False)
+def called(*argv: object) -> Any:
+    return cli.command.main([str(word) for word in argv], "mlflow-dr", standalone_mode=False)
 
 
 def test_one_pass_over_the_corpus_for_each_checkpoint(
@@ -121,10 +123,10 @@ def test_one_pass_over_the_corpus_for_each_checkpoint(
     findings = study(published)
     assert encoded == [PASSAGES] * len(STEPS)
     assert findings.steps == STEPS
-    assert [one.curve.name for one in findings.subsets] == [
+    assert [subset.curve.name for subset in findings.subsets] == [
         *("random:12, seed 1", "bm25@2", "bm25@2+random:12, seed 1", "full+queries:5, seed 1")
     ]
-    assert [len(one.curve.query_ids) for one in findings.subsets] == [8, 8, 8, 5]
+    assert [len(subset.curve.query_ids) for subset in findings.subsets] == [8, 8, 8, 5]
 
 
 def test_queries_in_another_order_have_values_of_their_own(
@@ -155,22 +157,22 @@ def test_figures_are_those_of_separate_validations(
     findings = study(published, "random:12", "bm25@2", "full+queries:5")
     settings = EvalConfig((MRR,), device="cpu", dtype="fp32")
     means = []
-    for place, step in enumerate(STEPS):
+    for index, step in enumerate(STEPS):
         encoder = load_encoder(output / f"checkpoint-{step}")
         report = evaluate(encoder, EvalDataset(BeirFolder(folder), "dev"), settings)
-        values = [report.per_query[one]["mrr@10"] for one in findings.full.query_ids]
-        assert findings.full.values[place] == pytest.approx(values)
+        values = [report.per_query[query_id]["mrr@10"] for query_id in findings.full.query_ids]
+        assert findings.full.values[index] == pytest.approx(values)
         means.append(report.measures["mrr@10"])
     assert findings.full.means == pytest.approx(means)
-    for one in findings.subsets:
-        tau = stats.kendalltau(one.curve.means, means).statistic
-        assert one.agreement.tau.value == pytest.approx(tau)
-        pearson = stats.pearsonr(one.curve.means, means).statistic
-        assert one.agreement.pearson.value == pytest.approx(pearson)
-        chosen = list(one.curve.means).index(max(one.curve.means))
-        assert one.agreement.regret.value == pytest.approx(max(means) - means[chosen])
+    for subset in findings.subsets:
+        tau = stats.kendalltau(subset.curve.means, means).statistic
+        assert subset.agreement.tau.value == pytest.approx(tau)
+        pearson = stats.pearsonr(subset.curve.means, means).statistic
+        assert subset.agreement.pearson.value == pytest.approx(pearson)
+        chosen = list(subset.curve.means).index(max(subset.curve.means))
+        assert subset.agreement.regret.value == pytest.approx(max(means) - means[chosen])
     few = findings.subsets[2].curve
-    places = [findings.full.query_ids.index(one) for one in few.query_ids]
+    places = [findings.full.query_ids.index(query_id) for query_id in few.query_ids]
     assert np.array_equal(few.values, findings.full.values[:, places])
     smaller = (findings.subsets[0].curve.values >= findings.full.values).all()
     assert smaller, "a subset's ranks are never worse"
@@ -179,12 +181,14 @@ def test_figures_are_those_of_separate_validations(
 def test_seconds_are_each_strategys_own(published: TrackedRun, encoded: list[int]) -> None:
     """The full corpus and each subset are timed by themselves, once for the same study."""
     findings = study(published, "random:12", "bm25@2")
-    sizes = [findings.full.passages, *(one.curve.passages for one in findings.subsets)]
+    sizes = [findings.full.passages, *(subset.curve.passages for subset in findings.subsets)]
     assert sizes[0] == PASSAGES
     timed = encoded[len(STEPS) :]
     assert timed[0] == min(sizes), "the first time does not count"
     assert [size for size in sizes for _ in range(studying.ENOUGH_TIMES)] == timed[1:]
-    assert all(one.share == one.curve.seconds / findings.full.seconds for one in findings.subsets)
+    assert all(
+        subset.share == subset.curve.seconds / findings.full.seconds for subset in findings.subsets
+    )
     encoded.clear()
     again = study(published, "random:12", "bm25@2")
     assert encoded == []
@@ -211,7 +215,9 @@ def test_an_interrupted_study_goes_on(
     findings = study(published)
     assert encoded == [PASSAGES] * len(STEPS)
     assert np.array_equal(findings.full.values, whole.full.values)
-    assert [one.agreement for one in findings.subsets] == [one.agreement for one in whole.subsets]
+    assert [subset.agreement for subset in findings.subsets] == [
+        subset.agreement for subset in whole.subsets
+    ]
 
 
 def published_cache() -> str:
@@ -269,11 +275,13 @@ def test_a_checkpoint_of_the_run_and_a_ranking_make_subsets(
     published: TrackedRun, untimed: None, tmp_path: Path
 ) -> None:
     lines = [
-        f"{one} {one}-{place} {-number}" for one in SUBJECTS for number, place in enumerate(PLACES)
+        f"{subject} {subject}-{place} {-number}"
+        for subject in SUBJECTS
+        for number, place in enumerate(PLACES)
     ]
     (tmp_path / "lines.tsv").write_text("".join(f"{line}.5\n" for line in lines))
     findings = study(published, "encoder:step-20@2", f"rerank:{tmp_path}/lines.tsv@3")
-    assert [one.curve.slug for one in findings.subsets] == [
+    assert [subset.curve.slug for subset in findings.subsets] == [
         "encoder_step-20_at_2",
         "rerank_lines_at_3",
     ]
@@ -283,8 +291,8 @@ def test_a_checkpoint_of_the_run_and_a_ranking_make_subsets(
 def test_the_command_prints_logs_and_writes(
     client: MlflowClient, published: TrackedRun, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    words = ("--device", "cpu", "--dtype", "fp32", "--subset", "random:12", "bm25@2")
-    called("--run-id", published.id, *words, "--output", tmp_path / "study")
+    flags = ("--device", "cpu", "--dtype", "fp32", "--subset", "random:12", "bm25@2")
+    called("--run-id", published.id, *flags, "--output", tmp_path / "study")
     printed = capsys.readouterr().out
     assert re.search(r"^full +56 +8 +\d+\.\d\d +- +- +- +- +step \d+$", printed, re.MULTILINE)
     assert re.search(r"^bm25@2 +\d+ +8 +\d", printed, re.MULTILINE)
@@ -293,7 +301,7 @@ def test_the_command_prints_logs_and_writes(
     assert metrics["fidelity/full/passages"] == PASSAGES
     assert metrics["fidelity/random_12/passages"] >= 12
     assert {"fidelity/bm25_at_2/regret", "fidelity/bm25_at_2/inflation"} <= set(metrics)
-    files = {one.path for one in client.list_artifacts(published.id, "fidelity")}
+    files = {file.path for file in client.list_artifacts(published.id, "fidelity")}
     names = ("report.txt", "table.csv", "values.parquet", "curves.png", "time_against_fidelity.png")
     assert files == {f"fidelity/{name}" for name in names}
     fetched = client.download_artifacts(published.id, "fidelity/values.parquet", str(tmp_path))
@@ -305,11 +313,11 @@ def test_a_directory_needs_no_run(
 ) -> None:
     (output / "checkpoint-25").mkdir()
     (output / "notes").mkdir()
-    words = ("--dataset", folder, "--device", "cpu", "--subset", "bm25@2", "--steps", 5, 10, 20)
-    called("--checkpoints-dir", output, *words, "--output", tmp_path / "study")
+    argv = ("--dataset", folder, "--device", "cpu", "--subset", "bm25@2", "--steps", 5, 10, 20)
+    called("--checkpoints-dir", output, *argv, "--output", tmp_path / "study")
     assert "3 checkpoints (steps 5 to 20) of 8 queries" in capsys.readouterr().out
     assert (tmp_path / "study/curves.png").exists()
-    assert [one.step for one in found_checkpoints(output)] == list(STEPS)
+    assert [checkpoint.step for checkpoint in found_checkpoints(output)] == list(STEPS)
 
 
 def test_nothing_is_logged_where_that_is_not_wanted(
@@ -321,7 +329,7 @@ def test_nothing_is_logged_where_that_is_not_wanted(
 
 
 @pytest.mark.parametrize(
-    ("words", "message"),
+    ("flags", "message"),
     [
         (["--subset", "random:3"], "give --run-id or --checkpoints-dir"),
         (["--checkpoints-dir", ".", "--subset", "random:3"], "without a run, give --dataset"),
@@ -329,9 +337,9 @@ def test_nothing_is_logged_where_that_is_not_wanted(
         (["--run-id", "0"], "no subset to study"),
     ],
 )
-def test_a_command_that_says_too_little(words: list[str], message: str) -> None:
+def test_a_command_that_says_too_little(flags: list[str], message: str) -> None:
     with pytest.raises(Exception, match=message):
-        called(*words)
+        called(*flags)
 
 
 def test_a_directory_that_was_replaced_is_another_checkpoint(tmp_path: Path) -> None:

@@ -65,7 +65,10 @@ def test_a_line_for_each_query_under_tevatrons_names(folder: Path) -> None:
     assert first["positive_document_ids"] == ["p-gull-harbour"]
     # what shares a word; the positive, which shares two, is first in the ranking
     assert len(first["negative_document_ids"]) == 5
-    assert all("gull" in one or "harbour" in one for one in first["negative_document_ids"])
+    assert all(
+        "gull" in document_id or "harbour" in document_id
+        for document_id in first["negative_document_ids"]
+    )
     assert first["positive_scores"][0] > first["negative_scores"][0]
     assert first["negative_scores"] == sorted(first["negative_scores"], reverse=True)
 
@@ -103,7 +106,7 @@ def test_an_encoders_negatives_are_sentence_transformers(
     from sentence_transformers.util import mine_hard_negatives
 
     records = map(json.loads, (folder / "corpus.jsonl").read_text().splitlines())
-    texts = {one["_id"]: f"{one['title']} {one['text']}" for one in records}
+    texts = {record["_id"]: f"{record['title']} {record['text']}" for record in records}
     lines = mined(folder, miner=str(minilm), rule=ours)
     pairs = {
         "query": [line["query_text"] for line in lines],
@@ -128,7 +131,7 @@ def test_an_encoders_negatives_are_sentence_transformers(
             assert not line["negative_document_ids"]
             continue
         np.testing.assert_allclose(row["scores"], scores, atol=1e-5)
-        found = [texts[one] for one in line["negative_document_ids"]]
+        found = [texts[document_id] for document_id in line["negative_document_ids"]]
         if min(np.diff(sorted(scores)), default=1.0) > 1e-5:  # rounding decides nothing
             assert row["positive"][1:] == found
             compared += 1
@@ -149,26 +152,28 @@ def test_a_querys_margin_is_from_its_positive_of_the_lowest_score(beir_folder: F
 def test_passages_that_hold_an_answer(folder: Path) -> None:
     _add_answers(folder, lambda query: ["4 hours"] if "ship" in query else [])
     lines = mined(folder)
-    assert all(("answers" in one) == ("ship" in one["query_id"]) for one in lines)
+    assert all(("answers" in line) == ("ship" in line["query_id"]) for line in lines)
     assert lines[5]["answers"] == ["4 hours"]
     # four letters, four hours: what is said of ships and gulls
     negatives = {line["query_id"]: line["negative_document_ids"] for line in lines}
-    ships = [one for query in negatives if "ship" in query for one in negatives[query]]
+    ships = [
+        document_id for query in negatives if "ship" in query for document_id in negatives[query]
+    ]
     assert ships
-    assert not any("gull" in one or "ship" in one for one in ships)
+    assert not any("gull" in document_id or "ship" in document_id for document_id in ships)
     kept = mined(folder, exclude_answers=False)
-    assert any("ship" in one for one in kept[5]["negative_document_ids"])
+    assert any("ship" in document_id for document_id in kept[5]["negative_document_ids"])
     assert kept[5]["answers"] == ["4 hours"]
 
 
 def test_answers_that_are_regular_expressions(folder: Path) -> None:
     _add_answers(folder, lambda query: [r"[4]\s+hours?"] if "ship" in query else [])
     as_strings, as_patterns = mined(folder), mined(folder, match="regex")
-    assert any("ship" in one for one in as_strings[5]["negative_document_ids"])
+    assert any("ship" in document_id for document_id in as_strings[5]["negative_document_ids"])
     ships = [line for line in as_patterns if "ship" in line["query_id"]]
-    negatives = [one for line in ships for one in line["negative_document_ids"]]
+    negatives = [document_id for line in ships for document_id in line["negative_document_ids"]]
     assert negatives
-    assert not any("gull" in one or "ship" in one for one in negatives)
+    assert not any("gull" in document_id or "ship" in document_id for document_id in negatives)
 
 
 def test_a_bad_regular_expression_is_told_and_held_by_no_passage(
@@ -224,14 +229,14 @@ def test_no_negatives_at_all_are_a_warning_with_the_reasons(
 def _add_answers(folder: Path, answers: Callable[[str], list[str]]) -> None:
     path = folder / "queries.jsonl"
     records = [json.loads(line) for line in path.read_text().splitlines()]
-    lines = [json.dumps({**one, "answers": answers(one["_id"])}) for one in records]
+    lines = [json.dumps({**record, "answers": answers(record["_id"])}) for record in records]
     path.write_text("\n".join(lines) + "\n")
 
 
 def test_what_is_counted(folder: Path) -> None:
     extra = [{"_id": "q-none", "text": "xyzzy"}, {"_id": "q-few", "text": "seen where gulls"}]
     with (folder / "queries.jsonl").open("a") as file:
-        file.writelines(json.dumps(one) + "\n" for one in extra)
+        file.writelines(json.dumps(record) + "\n" for record in extra)
     with (folder / "qrels" / "train.tsv").open("a") as file:
         file.write("q-none\tp-gull-mast\t1\nq-few\tp-gull-mast\t1\n")
     path = folder.parent / "mined.jsonl"
@@ -259,7 +264,7 @@ def test_what_is_counted(folder: Path) -> None:
 
 
 def test_a_training_file_may_know_less_than_the_judgements(folder: Path) -> None:
-    (line,) = [one for one in mined(folder) if one["query_id"] == "q-ship-mast"]
+    (line,) = [line for line in mined(folder) if line["query_id"] == "q-ship-mast"]
     hardest = line["negative_document_ids"][0]
     with (folder / "qrels" / "train.tsv").open("a") as file:
         file.write(f"q-ship-mast\t{hardest}\t1\n")
@@ -274,9 +279,9 @@ def test_a_training_file_may_know_less_than_the_judgements(folder: Path) -> None
 def test_equal_requests_write_equal_files(folder: Path) -> None:
     for name in ("a.jsonl.gz", "b.jsonl.gz"):
         mined(folder, name, rule=Rule(5, 20, sample="random", seed=7))
-    room = folder.parent
-    content = (room / "a.jsonl.gz").read_bytes()
-    assert content == (room / "b.jsonl.gz").read_bytes()
+    directory = folder.parent
+    content = (directory / "a.jsonl.gz").read_bytes()
+    assert content == (directory / "b.jsonl.gz").read_bytes()
     assert content[4:8] == bytes(4)  # gzip's place for the time
 
 
@@ -314,8 +319,8 @@ def test_from_python_in_two_lines(folder: Path) -> None:
 
 def test_other_terms_find_other_negatives(folder: Path) -> None:
     scores = [
-        [line["negative_scores"] for line in mined(folder, bm25=one)]
-        for one in (Bm25Settings(), Bm25Settings(k1=0.1), Bm25Settings(language="none"))
+        [line["negative_scores"] for line in mined(folder, bm25=settings)]
+        for settings in (Bm25Settings(), Bm25Settings(k1=0.1), Bm25Settings(language="none"))
     ]
     assert scores[0] != scores[1] != scores[2] != scores[0]
 
@@ -330,18 +335,18 @@ def test_a_file_that_is_there_is_kept(folder: Path, tmp_path: Path) -> None:
     assert len(path.read_text().splitlines()) == 30
 
 
-@pytest.mark.parametrize("place", ["", "nowhere/mined.jsonl"])
-def test_a_place_that_cannot_be_written(folder: Path, tmp_path: Path, place: str) -> None:
+@pytest.mark.parametrize("name", ["", "nowhere/mined.jsonl"])
+def test_a_place_that_cannot_be_written(folder: Path, tmp_path: Path, name: str) -> None:
     with pytest.raises(UsageError, match=r"is a folder|does not exist"):
-        mine(configured(folder, tmp_path / place))
+        mine(configured(folder, tmp_path / name))
 
 
 def test_what_breaks_off_leaves_nothing(
     folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    room = tmp_path / "room"
-    room.mkdir()
-    (room / "old.jsonl").write_text("precious")
+    directory = tmp_path / "room"
+    directory.mkdir()
+    (directory / "old.jsonl").write_text("precious")
 
     def interrupted(*_: object) -> None:
         raise KeyboardInterrupt
@@ -349,9 +354,9 @@ def test_what_breaks_off_leaves_nothing(
     monkeypatch.setattr(module, "_count", interrupted)
     for name in ("new.jsonl", "new.jsonl.gz", "old.jsonl"):
         with pytest.raises(KeyboardInterrupt):
-            mine(configured(folder, room / name, force=True))
-    assert [path.name for path in room.iterdir()] == ["old.jsonl"]
-    assert (room / "old.jsonl").read_text() == "precious"
+            mine(configured(folder, directory / name, force=True))
+    assert [path.name for path in directory.iterdir()] == ["old.jsonl"]
+    assert (directory / "old.jsonl").read_text() == "precious"
 
 
 def test_weights_with_nan(folder: Path, make_tiny: Callable[..., Encoder], tmp_path: Path) -> None:

@@ -40,9 +40,9 @@ def slow_tokens(text: str) -> list[str]:
 
 
 def slow_holds(text: str, answer: str) -> bool:
-    there, sought = slow_tokens(text), slow_tokens(answer)
-    places = range(len(there) - len(sought) + 1)
-    return bool(sought) and any(there[i : i + len(sought)] == sought for i in places)
+    tokens, sought = slow_tokens(text), slow_tokens(answer)
+    places = range(len(tokens) - len(sought) + 1)
+    return bool(sought) and any(tokens[i : i + len(sought)] == sought for i in places)
 
 
 def test_random_texts_are_judged_as_a_slow_implementation_judges_them() -> None:

@@ -26,7 +26,7 @@ SUBJECTS = ("gull", "ship", "otter", "storm", "ferry", "divers", "pilot", "stars
 def sentences(texts: list[str]) -> list[str]:
     """50 passages of unequal length, some twice, one without a word."""
     made = [f"{a} {b}" for a in texts[:4] for b in texts[4:]]
-    made += [f"the {one} and the {other}" for one in SUBJECTS[:3] for other in SUBJECTS]
+    made += [f"the {subject} and the {other}" for subject in SUBJECTS[:3] for other in SUBJECTS]
     return [*made, made[0], "..."]
 
 
@@ -70,17 +70,17 @@ def test_ranking_and_scores_are_the_formulas(
     queries = [Query(str(number), text) for number, text in enumerate(QUERIES)]
     found = bm25_index(corpus, settings).search(queries, k)
     assert found.rows.shape == found.scores.shape == (4, min(k, len(corpus)))
-    for place, text in enumerate(QUERIES):
+    for query, text in enumerate(QUERIES):
         expected = formula(corpus, text, settings.k1, settings.b)
-        rows = [row for row in found.rows[place].tolist() if row >= 0]
+        rows = [row for row in found.rows[query].tolist() if row >= 0]
         assert len(rows) == min(k, len(expected))
-        scores = found.scores[place][: len(rows)]
+        scores = found.scores[query][: len(rows)]
         best = sorted(expected.values(), reverse=True)[: len(rows)]
         np.testing.assert_allclose(scores, best, rtol=1e-5)
         np.testing.assert_allclose(scores, [expected[row] for row in rows], rtol=1e-5)
         assert (np.diff(scores) <= 0).all()
-        assert (found.rows[place][len(rows) :] == -1).all()
-        assert np.isneginf(found.scores[place][len(rows) :]).all()
+        assert (found.rows[query][len(rows) :] == -1).all()
+        assert np.isneginf(found.scores[query][len(rows) :]).all()
 
 
 @pytest.mark.parametrize("k", [1, 2, 3, 5, 24])
@@ -139,7 +139,9 @@ def test_other_parameters_have_an_index_of_their_own(sentences: list[str]) -> No
         Bm25Settings(b=0.9),
         Bm25Settings(language="none"),
     )
-    scores = {bm25_index(corpus, one).search(queries, 1).scores.item() for one in variants}
+    scores = {
+        bm25_index(corpus, settings).search(queries, 1).scores.item() for settings in variants
+    }
     assert len(scores) == 4
 
 

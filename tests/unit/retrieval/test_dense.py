@@ -33,7 +33,7 @@ class Setting:
         self.scores = queries @ encode_all(encoder, self.table, pad).numpy().T
 
     def search(self, k: int, asked: tuple[list[int], ...] = ()) -> SearchResult:
-        rows = [np.array(one, np.int64) for one in asked]
+        rows = [np.array(rows, np.int64) for rows in asked]
         ranks = np.arange(len(self.table))
         request = SearchRequest(self.queries, k, extra_rows=rows)
         (result,) = dense_search(
@@ -60,16 +60,16 @@ def test_the_best_and_what_is_asked_for_whatever_the_blocks(
     np.testing.assert_allclose(found.scores, best, atol=1e-5)
     at_rows = np.take_along_axis(setting.scores, found.rows, axis=1)
     np.testing.assert_allclose(found.scores, at_rows, atol=1e-5)
-    assert [len(one) for one in found.extra_scores] == [3, 0, 1, 2, 1]
-    for place, asked in enumerate(ASKED):
+    assert [len(scores) for scores in found.extra_scores] == [3, 0, 1, 2, 1]
+    for query, asked in enumerate(ASKED):
         np.testing.assert_allclose(
-            found.extra_scores[place], setting.scores[place, asked], atol=1e-5
+            found.extra_scores[query], setting.scores[query, asked], atol=1e-5
         )
 
 
 def test_nothing_is_asked_for(setting: Setting) -> None:
     assert list(setting.search(3).extra_scores) == []
-    assert [len(one) for one in setting.search(3, ([],) * 5).extra_scores] == [0] * 5
+    assert [len(scores) for scores in setting.search(3, ([],) * 5).extra_scores] == [0] * 5
 
 
 def test_no_more_passages_than_there_are(setting: Setting) -> None:
@@ -81,9 +81,11 @@ def test_no_more_passages_than_there_are(setting: Setting) -> None:
 def test_queries_that_have_an_encoder_of_their_own(
     make_tiny: Callable[..., Encoder], texts: list[str]
 ) -> None:
-    one, other = make_tiny(seed=1), make_tiny(seed=2)
-    both = Encoder(one.backbone, one.tokenizer, one.settings, untied_query_encoder=other).eval()
-    apart, alone = Setting(both, texts), Setting(one, texts)
+    first, second = make_tiny(seed=1), make_tiny(seed=2)
+    both = Encoder(
+        first.backbone, first.tokenizer, first.settings, untied_query_encoder=second
+    ).eval()
+    apart, alone = Setting(both, texts), Setting(first, texts)
     best = -np.sort(-apart.scores, axis=1)[:, :4]
     np.testing.assert_allclose(apart.search(4).scores, best, atol=1e-5)
     assert np.abs(apart.scores - alone.scores).max() > 0.1
@@ -115,9 +117,9 @@ def test_several_searches_of_parts_in_one_pass(
         setting.encoder, setting.text_tokenizer, searches, setting.table, ranks, quiet=True
     )
     assert sorted(encoded) == sorted({*few, *other, 3, 1, 8, 2})
-    for place in range(5):
-        order = few[np.argsort(-setting.scores[place, few], kind="stable")]
-        assert found[0].rows[place].tolist() == order[:3].tolist()
+    for query in range(5):
+        order = few[np.argsort(-setting.scores[query, few], kind="stable")]
+        assert found[0].rows[query].tolist() == order[:3].tolist()
     order = other[np.argsort(-setting.scores[1, other], kind="stable")]
     assert found[1].rows.shape == (2, 3)
     assert found[1].rows[1].tolist() == order.tolist()

@@ -64,7 +64,7 @@ def plain(measure: Measure, ranked: list[str], judged: dict[str, int]) -> float:
                 p * stop / n for n, (p, stop) in enumerate(zip(reached, stops, strict=True), 1)
             )
         case "rbp":
-            return 0.2 * sum(0.8**place * hit for place, hit in enumerate(hits))
+            return 0.2 * sum(0.8**index * hit for index, hit in enumerate(hits))
         case "judged":
             return sum(p in judged for p in ranked[:k]) / len(ranked[:k]) if ranked else 0.0
     raise AssertionError(measure)
@@ -84,7 +84,7 @@ def random_case(seed: int) -> tuple[dict[str, Ranked], dict[str, dict[str, int]]
             p: rng.choice([0, 1, 1, 2, 3]) for p in rng.sample(passages, rng.randint(1, 12))
         }
         found = rng.sample(passages, rng.randint(0, 40))
-        ranking[f"q{query}"] = [(p, 9.0 - 0.125 * place) for place, p in enumerate(found)]
+        ranking[f"q{query}"] = [(p, 9.0 - 0.125 * index) for index, p in enumerate(found)]
     return ranking, qrels
 
 
@@ -117,7 +117,7 @@ def test_against_ir_measures(spelling: str) -> None:
     (measure,) = parse_measures(spelling)
     run = {query_id: dict(found) for query_id, found in ranking.items() if found}
     library = ir_measures.parse_measure(spelling)
-    theirs = {one.query_id: one.value for one in library.iter_calc(qrels, run)}
+    theirs = {metric.query_id: metric.value for metric in library.iter_calc(qrels, run)}
     ours = {
         query_id: v[measure] for query_id, v in measure_ranking(ranking, qrels, [measure]).items()
     }
@@ -134,7 +134,7 @@ def test_err_against_gdeval() -> None:
     run = {query_id: dict(found) for query_id, found in ranking.items()}
     theirs = ir_measures.gdeval.iter_calc([ir_measures.ERR @ 10], qrels, run)
     ours = measure_ranking(ranking, qrels, [Measure("err@10")])
-    expected = {one.query_id: one.value for one in theirs}
+    expected = {metric.query_id: metric.value for metric in theirs}
     assert {query_id: v["err@10"] for query_id, v in ours.items()} == pytest.approx(
         expected, abs=1e-5
     )
@@ -178,7 +178,7 @@ def test_mrr_against_pytrec_eval_on_a_ranking_that_was_cut() -> None:
 
 @pytest.mark.parametrize(("rank", "value"), [(1, 1.0), (4, 0.25), (10, 0.1), (11, 0.0), (40, 0.0)])
 def test_mrr_ends_at_its_cut_off(rank: int, value: float) -> None:
-    found = [("hit" if place == rank else f"p{place}", -float(place)) for place in range(1, 60)]
+    found = [("hit" if index == rank else f"p{index}", -float(index)) for index in range(1, 60)]
     measured = measure_ranking({"q": found}, {"q": {"hit": 1}}, [Measure("mrr@10")])
     assert measured["q"]["mrr@10"] == pytest.approx(value)
 

@@ -33,7 +33,7 @@ def read_trec(path: Path) -> dict[str, list[tuple[str, float]]]:
         query_id, _, passage_id, _, score, _ = line.split(" ")
         found.setdefault(query_id, []).append((passage_id, float(np.float32(score))))
     return {
-        q: sorted(each, key=lambda one: (one[1], one[0].encode()), reverse=True)
+        q: sorted(each, key=lambda pair: (pair[1], pair[0].encode()), reverse=True)
         for q, each in found.items()
     }
 
@@ -81,7 +81,7 @@ def test_read_again_the_order_is_the_same(tmp_path: Path) -> None:
     scores = np.concatenate([scores, rng.standard_normal(200) * 1e-8]).astype(np.float32)
     ids = [f"p{n}" for n in rng.permutation(400)]
     found = sorted(
-        zip(ids, scores.tolist(), strict=True), key=lambda one: (one[1], one[0]), reverse=True
+        zip(ids, scores.tolist(), strict=True), key=lambda pair: (pair[1], pair[0]), reverse=True
     )
     write_ranking(tmp_path / "ranking.trec", {"q": found})
     assert read_trec(tmp_path / "ranking.trec") == {"q": found}
@@ -99,5 +99,5 @@ def test_ids_that_the_format_cannot_hold(tmp_path: Path, query_id: str, passage_
 def test_white_space_is_what_splits_a_line() -> None:
     ids = [f"p{chr(code)}1" for code in [*range(0xD800), *range(0xE000, 0x10000)]]
     refused = pc.match_substring_regex(pa.array(ids), UNWRITABLE).to_pylist()
-    assert refused == [len(one.split()) == 2 for one in ids]
+    assert refused == [len(passage_id.split()) == 2 for passage_id in ids]
     check_trec_ids(pa.array(["p1", "字3"]))

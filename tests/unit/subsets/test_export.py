@@ -67,11 +67,12 @@ def test_asyncvals_files_open_too(
 ) -> None:
     save_encoder(tmp_path / "encoder", make_tiny())
     tokens = plain_tokens(str(tmp_path / "encoder")) if tokenised else None
-    room = tmp_path / "small"
-    write_subset(room, subset, "dev", "asyncval", shards=2, tokens=tokens)
-    first = json.loads((room / "candidates" / "split00.jsonl").read_text().splitlines()[0])
+    directory = tmp_path / "small"
+    write_subset(directory, subset, "dev", "asyncval", shards=2, tokens=tokens)
+    first = json.loads((directory / "candidates" / "split00.jsonl").read_text().splitlines()[0])
     assert isinstance(first["text"], list if tokenised else str)
-    name = f"asyncval:{room}/candidates?queries={room}/queries.dev.jsonl&qrels={room}/qrels.dev.tsv"
+    files = f"queries={directory}/queries.dev.jsonl&qrels={directory}/qrels.dev.tsv"
+    name = f"asyncval:{directory}/candidates?{files}"
     opened = open_collection(name)
     (split,) = opened.splits
     assert len(opened.corpus()) == len(subset)
@@ -80,19 +81,20 @@ def test_asyncvals_files_open_too(
 
 @pytest.mark.parametrize("layout", ["beir", "asyncval"])
 def test_a_split_with_a_slash(subset: Subset, tmp_path: Path, layout: str) -> None:
-    room = tmp_path / "small"
-    write_subset(room, subset, "dev/small", layout)
+    directory = tmp_path / "small"
+    write_subset(directory, subset, "dev/small", layout)
     names = ("queries.dev_small.jsonl", "qrels.dev_small.tsv")
-    files = f"asyncval:{room}/candidates?queries={room}/{names[0]}&qrels={room}/{names[1]}"
-    opened = open_collection(str(room) if layout == "beir" else files)
+    queries, qrels = (directory / name for name in names)
+    files = f"asyncval:{directory}/candidates?queries={queries}&qrels={qrels}"
+    opened = open_collection(str(directory) if layout == "beir" else files)
     (split,) = opened.splits
     assert split.endswith("dev_small")
     assert opened.topics(split).qrels == subset.topics.qrels
 
 
 def test_the_command(folder: Path, tmp_path: Path) -> None:
-    words = ["--dataset", folder, "--subset", "bm25@1", "--output", tmp_path / "small"]
-    result = CliRunner().invoke(command, list(map(str, words)))
+    argv = ["--dataset", folder, "--subset", "bm25@1", "--output", tmp_path / "small"]
+    result = CliRunner().invoke(command, list(map(str, argv)))
     assert result.exit_code == 0, result.output
     assert "passages (judged 3, bm25@1" in result.output
     assert set(open_collection(str(tmp_path / "small")).corpus().ids.to_pylist()) >= {"p0", "p3"}
@@ -100,8 +102,8 @@ def test_the_command(folder: Path, tmp_path: Path) -> None:
 
 def test_each_query_with_its_own_passages_is_no_folder(folder: Path, tmp_path: Path) -> None:
     (tmp_path / "top.tsv").write_text("q1\tp1\t1\n")
-    words = ["--dataset", folder, "--subset", f"rerank:{tmp_path}/top.tsv@1", "--output"]
-    result = CliRunner().invoke(command, [*map(str, words), str(tmp_path / "small")])
+    argv = ["--dataset", folder, "--subset", f"rerank:{tmp_path}/top.tsv@1", "--output"]
+    result = CliRunner().invoke(command, [*map(str, argv), str(tmp_path / "small")])
     assert isinstance(result.exception, UsageError)
     assert "write ranking:FILE@K instead" in str(result.exception)
 

@@ -99,14 +99,14 @@ def test_origins() -> None:
     subset = made("bm25@1+random:20")
     origins = dict(zip(*subset.table().to_pydict().values(), strict=True))
     assert origins.keys() == ids(subset)
-    assert {origin for one, origin in origins.items() if one in RELEVANT} <= {
+    assert {origin for document_id, origin in origins.items() if document_id in RELEVANT} <= {
         "judged",
         "judged + random:20",
     }
     assert subset.sizes == {
         "judged": 10,
         "bm25@1": 10,
-        "random:20": sum("random:20" in one for one in origins.values()),
+        "random:20": sum("random:20" in origin for origin in origins.values()),
     }
     assert subset.sizes["random:20"] == 20
 

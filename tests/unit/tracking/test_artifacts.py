@@ -58,7 +58,7 @@ def test_writing_them_again_changes_nothing(run: TrackedRun, checkpoint: Checkpo
     (path,) = folder(run).rglob("*.parquet")
     before = path.read_bytes()
     log_per_query_values(run, checkpoint, "val", VALUES)
-    assert [one.read_bytes() for one in folder(run).rglob("*.parquet")] == [before]
+    assert [path.read_bytes() for path in folder(run).rglob("*.parquet")] == [before]
 
 
 def test_an_error_of_an_object_store_is_one_of_the_server(
@@ -113,8 +113,8 @@ def test_a_table_of_something_else(run: TrackedRun, checkpoint: Checkpoint) -> N
 
 
 def test_a_store_that_cannot_be_written(run: TrackedRun, checkpoint: Checkpoint) -> None:
-    room = folder(run)
-    room.parent.mkdir(parents=True)
-    room.write_text("a file where the folder would be")
+    directory = folder(run)
+    directory.parent.mkdir(parents=True)
+    directory.write_text("a file where the folder would be")
     with pytest.raises(TrackingError, match="storing the values of step 1200: "):
         log_per_query_values(run, checkpoint, "val", VALUES)

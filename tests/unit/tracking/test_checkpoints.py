@@ -36,9 +36,10 @@ def test_the_steps_that_are_whole(left_by_a_killed_trainer: TrackedRun) -> None:
 
 def test_what_was_announced_only_is_given_up(left_by_a_killed_trainer: TrackedRun) -> None:
     run = left_by_a_killed_trainer
-    assert [one.step for one in run_checkpoints(run) if one.pending] == [15, 20]
+    pending = [checkpoint for checkpoint in run_checkpoints(run) if checkpoint.pending]
+    assert [checkpoint.step for checkpoint in pending] == [15, 20]
     assert fail_pending_checkpoints(run) == [15, 20]
-    assert not any(one.pending for one in run_checkpoints(run))
+    assert not any(checkpoint.pending for checkpoint in run_checkpoints(run))
     assert ready_steps(run) == {0, 5, 20}
     models = run.client.search_logged_models([run.experiment_id], f"source_run_id = '{run.id}'")
     failed = [model.name for model in models if model.status == LoggedModelStatus.FAILED]
@@ -54,7 +55,7 @@ def test_another_runs_checkpoints_and_other_models_are_left_alone(
     announce_checkpoint(other, 15, "abc")
     theirs = run.client.create_logged_model(run.experiment_id, "classifier", source_run_id=run.id)
     fail_pending_checkpoints(run)
-    assert [one.pending for one in run_checkpoints(other)] == [True]
+    assert [checkpoint.pending for checkpoint in run_checkpoints(other)] == [True]
     assert run.client.get_logged_model(theirs.model_id).status == LoggedModelStatus.PENDING
 
 
@@ -67,7 +68,7 @@ def test_a_model_whose_step_is_malformed_is_passed_over_with_one_warning(
     publish(run, tmp_path, 6)
     run.client.set_logged_model_tags(model_id, {STEP_TAG: step})
     for _ in range(2):
-        assert [one.step for one in run_checkpoints(run)] == [6]
+        assert [checkpoint.step for checkpoint in run_checkpoints(run)] == [6]
     assert caplog.text.count(f"model {model_id} is skipped") == 1
     with pytest.raises(TrackingError, match="is not a step"):
         checkpoint_by_id(run.client, model_id)

@@ -37,21 +37,21 @@ def test_of_eight_at_the_same_instant_one_wins(published: TrackedRun) -> None:
     start = threading.Barrier(8)
     won: list[str] = []
 
-    def race(one: Claims) -> None:
+    def race(claimant: Claims) -> None:
         start.wait()
-        if one.claim(checkpoint, "val"):
-            won.append(one.owner.token)
+        if claimant.claim(checkpoint, "val"):
+            won.append(claimant.owner.token)
 
-    threads = [threading.Thread(target=race, args=(one,)) for one in claims]
+    threads = [threading.Thread(target=race, args=(claimant,)) for claimant in claims]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join()
     (token,) = won
-    there = latest_claim(only(published), "val")
-    assert there is not None
-    assert (there.attempt, there.given_back) == (1, False)
-    assert there.owner == replace(ELSEWHERE, token=token)
+    claim = latest_claim(only(published), "val")
+    assert claim is not None
+    assert (claim.attempt, claim.given_back) == (1, False)
+    assert claim.owner == replace(ELSEWHERE, token=token)
 
 
 def test_giving_back_does_not_wait_long_for_a_server_that_drops_packets(
@@ -216,7 +216,9 @@ def test_a_claim_of_nobody(text: str) -> None:
 def test_a_claim_without_a_number_is_none(run: TrackedRun, tmp_path: Path) -> None:
     (tmp_path / "weights").write_text("1")
     model_id = publish(run, tmp_path, 1)
-    keys = {f"mlflow_dr.validation.val.claim.{one}": "{}" for one in ("²", "0", "-1", "9" * 4900)}
+    keys = {
+        f"mlflow_dr.validation.val.claim.{number}": "{}" for number in ("²", "0", "-1", "9" * 4900)
+    }
     for key, value in keys.items():
         if len(key) < 250:
             run.client.log_model_params(model_id, {key: value})

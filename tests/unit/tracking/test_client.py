@@ -122,9 +122,9 @@ def disturbed() -> Iterator[Callable[[list[bytes]], str]]:
         return f"http://127.0.0.1:{servers[-1].server_port}"
 
     yield serve
-    for one in servers:
-        one.shutdown()
-        one.server_close()
+    for server in servers:
+        server.shutdown()
+        server.server_close()
 
 
 PAGE = b"HTTP/1.0 200 OK\r\nContent-Type: text/html\r\n\r\n<html>Please log in.</html>"

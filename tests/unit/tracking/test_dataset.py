@@ -77,8 +77,8 @@ def test_an_input_of_a_run_leads_back_to_the_collection(run: TrackedRun, folder:
 def test_trainers_and_validators_write_the_same_kind(run: TrackedRun, folder: Path) -> None:
     dataset = from_dense_retrieval(folder)
     profile = {"passages": 10, "queries": 2, "split": "dev"}
-    words = dataset.collection.source
-    run.log_collection(str(folder), "abc", words, profile, context="validation val")
+    source = dataset.collection.source
+    run.log_collection(str(folder), "abc", source, profile, context="validation val")
     (entry,) = run.fetch().inputs.dataset_inputs
     written = dataset.to_dict()
     assert (entry.dataset.source_type, entry.dataset.source) == (
@@ -112,9 +112,9 @@ def test_a_split_that_is_not_there_is_told(folder: Path) -> None:
 
 
 def test_a_name_that_is_too_long_for_mlflow_is_cut_and_stays_unique() -> None:
-    one, two = (shown_name(f"asyncval:{'x' * 600}{end}") for end in "ab")
-    assert len(one) == len(two) == 500
-    assert one != two
+    first, second = (shown_name(f"asyncval:{'x' * 600}{end}") for end in "ab")
+    assert len(first) == len(second) == 500
+    assert first != second
     assert shown_name("demo") == "demo"
 
 

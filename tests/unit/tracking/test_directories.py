@@ -27,7 +27,7 @@ def output(make_tiny: Callable[..., Encoder], tmp_path: Path) -> Path:
 
 
 def steps_of(followed: FollowedDirectory) -> list[int]:
-    return [one.step for one in followed.snapshot().checkpoints]
+    return [checkpoint.step for checkpoint in followed.snapshot().checkpoints]
 
 
 def test_a_directory_is_looked_at_again_and_again(
@@ -56,10 +56,10 @@ def test_a_directory_is_registered_once_by_several(run: TrackedRun, output: Path
     first = FollowedDirectory(run, output, is_mine=False)
     second = FollowedDirectory(run, output, is_mine=False)
     assert steps_of(first) == steps_of(second) == [5, 10]
-    ids = {one.model_id for one in first.snapshot().checkpoints}
-    assert ids == {one.model_id for one in second.snapshot().checkpoints}
+    ids = {checkpoint.model_id for checkpoint in first.snapshot().checkpoints}
+    assert ids == {checkpoint.model_id for checkpoint in second.snapshot().checkpoints}
     assert len(run_checkpoints(run)) == 2
-    assert all(one.ready for one in run_checkpoints(run))
+    assert all(checkpoint.ready for checkpoint in run_checkpoints(run))
 
 
 def test_whoever_follows_the_run_elsewhere_has_not_its_files(run: TrackedRun, output: Path) -> None:
@@ -67,7 +67,7 @@ def test_whoever_follows_the_run_elsewhere_has_not_its_files(run: TrackedRun, ou
     (run_only,) = FollowedRun(run).snapshot().checkpoints
     assert run_only.step == 7
     FollowedDirectory(run, output, is_mine=False).snapshot()
-    assert [one.step for one in FollowedRun(run).snapshot().checkpoints] == [7]
+    assert [checkpoint.step for checkpoint in FollowedRun(run).snapshot().checkpoints] == [7]
     other = output.parent / "other"
     shutil.copytree(output, other)
     assert steps_of(FollowedDirectory(run, other, is_mine=False)) == [5, 10]

@@ -87,8 +87,10 @@ def test_the_figures_are_those_of_an_evaluation_without_mlflow(
     result = measured(f"models:/{model_id}", data)
     assert result.metrics == pytest.approx(figures(expected))
     assert client.get_run(active).data.metrics == pytest.approx(figures(expected))
-    of_model = {one.key: one for one in client.get_logged_model(model_id).metrics}
-    assert {key: one.value for key, one in of_model.items()} == pytest.approx(figures(expected))
+    of_model = {metric.key: metric for metric in client.get_logged_model(model_id).metrics}
+    assert {key: metric.value for key, metric in of_model.items()} == pytest.approx(
+        figures(expected)
+    )
     assert of_model["mrr_at_10"].dataset_digest == data.digest
     history = client.get_metric_history(active, "mrr_at_10")
     assert len(history) == 1
@@ -113,7 +115,7 @@ def test_a_table_has_every_query(
     table = pd.read_json(path, orient="split")
     assert list(table.columns) == ["query_id", "query", "mrr_at_10", "ndcg_at_5", "recall_at_3"]
     found = dict(zip(table["query_id"], table["mrr_at_10"], strict=True))
-    assert found == pytest.approx({q: one["mrr@10"] for q, one in expected.per_query.items()})
+    assert found == pytest.approx({q: values["mrr@10"] for q, values in expected.per_query.items()})
     result.save(tmp_path / "kept")
     again = EvaluationResult.load(tmp_path / "kept")
     content = again.artifacts["eval_results_table"].content
@@ -127,7 +129,7 @@ def test_a_prefix_is_put_before_all_names(
 ) -> None:
     result = measured(f"models:/{model_id}", data, metric_prefix="sea/", log_ranking=True, depth=12)
     assert result.metrics == pytest.approx(figures(expected, "sea/"))
-    files = {one.path for one in client.list_artifacts(active, "sea")}
+    files = {file.path for file in client.list_artifacts(active, "sea")}
     assert files == {"sea/eval_results_table.json", "sea/ranking.trec"}
     lines = result.artifacts["ranking"].content.splitlines()
     assert len(lines) == 6 * 10  # the corpus has no more
@@ -166,7 +168,10 @@ def test_the_collection_may_be_named_in_the_configuration(
     anything = pd.DataFrame({"text": ["not looked at"]})
     result = measured(f"models:/{model_id}", anything, dataset=str(folder), split="dev")
     assert result.metrics == pytest.approx(figures(expected))
-    inputs = {one.dataset.name: one.dataset for one in client.get_run(active).inputs.dataset_inputs}
+    inputs = {
+        dataset_input.dataset.name: dataset_input.dataset
+        for dataset_input in client.get_run(active).inputs.dataset_inputs
+    }
     assert inputs[str(folder)].source_type == "mlflow_dr"
 
 

@@ -118,7 +118,7 @@ def test_a_manifest_that_names_a_file_elsewhere(directory: Path, name: str) -> N
 PAGE = b"<!DOCTYPE html><html>Please log in.</html>"
 
 
-def place(checkpoint: Checkpoint) -> Path:
+def directory_of(checkpoint: Checkpoint) -> Path:
     return Path(checkpoint.location.removeprefix("file://"))
 
 
@@ -128,10 +128,10 @@ def test_of_a_store_that_is_read_in_place_only_what_is_listed_is_used(
     publish(run, directory, 1)
     (checkpoint,) = run_checkpoints(run)
     with fetching.checkpoint_files(checkpoint) as found:
-        assert found == place(checkpoint)
-    (place(checkpoint) / "query").mkdir()
-    (place(checkpoint) / "query" / "config.json").write_text("{}")
-    (place(checkpoint) / "special_tokens_map.json").write_text("{}")
+        assert found == directory_of(checkpoint)
+    (directory_of(checkpoint) / "query").mkdir()
+    (directory_of(checkpoint) / "query" / "config.json").write_text("{}")
+    (directory_of(checkpoint) / "special_tokens_map.json").write_text("{}")
     with fetching.checkpoint_files(checkpoint) as found:
         assert names(found) == names(directory)
         assert (found / "weights").read_text() == "1"
@@ -215,7 +215,7 @@ def test_a_store_that_has_other_bytes(
 ) -> None:
     publish(run, directory, 1)
     (checkpoint,) = run_checkpoints(run)
-    (place(checkpoint) / name).write_text("other")
+    (directory_of(checkpoint) / name).write_text("other")
     with (
         pytest.raises(CheckpointError, match=says) as caught,
         fetching.checkpoint_files(checkpoint),
@@ -229,11 +229,11 @@ def test_files_that_are_gone_and_a_store_that_is_not_there(
 ) -> None:
     publish(run, directory, 1)
     (checkpoint,) = run_checkpoints(run)
-    (place(checkpoint) / "weights").unlink()
+    (directory_of(checkpoint) / "weights").unlink()
     with pytest.raises(LostError, match="weights"), fetching.checkpoint_files(checkpoint):
         pass
     monkeypatch.undo()  # the store is on this machine
-    shutil.rmtree(place(checkpoint))
+    shutil.rmtree(directory_of(checkpoint))
     with pytest.raises(LostError, match="no directory"), fetching.checkpoint_files(checkpoint):
         pass
     other = replace(checkpoint, location="/no/such/mount/models/m-1/artifacts")

@@ -34,12 +34,12 @@ def test_settled_checkpoints_are_not_asked_for_again(
 
     monkeypatch.setattr(client, "search_logged_models", counted)
     seen = followed.snapshot().checkpoints
-    for one in seen[:2]:
-        followed.checkpoints.mark_done(one)
+    for checkpoint in seen[:2]:
+        followed.checkpoints.mark_done(checkpoint)
     followed.snapshot()
     followed.checkpoints.mark_done(seen[2])
     publish(run, directory, 3)
-    assert [one.step for one in followed.snapshot().checkpoints] == [0, 1, 2, 3]
+    assert [checkpoint.step for checkpoint in followed.snapshot().checkpoints] == [0, 1, 2, 3]
     assert answers[0] == 3
     assert answers[1] <= 2  # those of the same millisecond come again
     assert answers[2] <= 3
@@ -53,10 +53,12 @@ def test_a_pending_checkpoint_is_seen_when_it_is_ready(run: TrackedRun, director
     publish(run, directory, 2)
     followed = FollowedRun(run)
     seen = followed.snapshot().checkpoints
-    assert [(one.step, one.ready) for one in seen] == [(1, False), (2, True)]
+    assert [(checkpoint.step, checkpoint.ready) for checkpoint in seen] == [(1, False), (2, True)]
     followed.checkpoints.mark_done(seen[1])
     upload_checkpoint(run, model_id, directory, 1)
-    assert [(one.step, one.ready) for one in followed.snapshot().checkpoints] == [
+    assert [
+        (checkpoint.step, checkpoint.ready) for checkpoint in followed.snapshot().checkpoints
+    ] == [
         (1, True),
         (2, True),
     ]
@@ -80,11 +82,11 @@ def test_what_a_killed_trainer_has_announced_is_not_asked_for_for_ever(
     followed = FollowedRun(run)
     pending, ready = followed.snapshot().checkpoints
     followed.checkpoints.mark_done(ready)
-    assert [one.step for one in followed.snapshot().checkpoints] == [1, 2]
+    assert [checkpoint.step for checkpoint in followed.snapshot().checkpoints] == [1, 2]
     assert bounds == [0, ready.created_ms]
     run.client.finalize_logged_model(pending.model_id, "READY")
     run.client.set_terminated(run.id)
-    assert [one.ready for one in followed.snapshot().checkpoints] == [True, True]
+    assert [checkpoint.ready for checkpoint in followed.snapshot().checkpoints] == [True, True]
 
 
 def test_everything_is_asked_for_now_and_then(
@@ -95,7 +97,7 @@ def test_everything_is_asked_for_now_and_then(
     followed = FollowedRun(run)
     followed.checkpoints.mark_done(followed.snapshot().checkpoints[0])
     client.delete_logged_model(model_id)
-    assert [one.step for one in followed.snapshot().checkpoints] == [1]
+    assert [checkpoint.step for checkpoint in followed.snapshot().checkpoints] == [1]
     monkeypatch.setattr(following, "SECONDS_BETWEEN_FULL_SNAPSHOTS", 0.0)
     assert followed.snapshot().checkpoints == []
 
@@ -104,11 +106,11 @@ def test_the_end_of_a_run_and_that_of_an_experiment(client: MlflowClient, direct
     run = TrackedRun(client, client.create_run(client.create_experiment("with an end")))
     publish(run, directory, 1)
     alone, together = FollowedRun(run), FollowedExperiment(client, "with an end")
-    (one,), over = alone.snapshot()
+    (checkpoint,), over = alone.snapshot()
     assert over is False
     client.set_terminated(run.id)
     assert alone.snapshot().over is None  # there is something to do first
-    alone.checkpoints.mark_done(one)
+    alone.checkpoints.mark_done(checkpoint)
     assert alone.snapshot().over is True
     look = together.snapshot()
     assert not look.over

@@ -53,11 +53,11 @@ def published(run: TrackedRun, directory: Path) -> TrackedRun:
 
 
 def at(run: TrackedRun, step: int) -> Checkpoint:
-    (found,) = [one for one in run_checkpoints(run) if one.step == step]
+    (found,) = [checkpoint for checkpoint in run_checkpoints(run) if checkpoint.step == step]
     return found
 
 
-def place(checkpoint: Checkpoint) -> Path:
+def directory_of(checkpoint: Checkpoint) -> Path:
     return Path(checkpoint.location)
 
 
@@ -67,16 +67,16 @@ def tree(folder: Path) -> Mapping[str, bytes]:
 
 def test_files_go_and_everything_else_stays(published: TrackedRun) -> None:
     before = at(published, 2)
-    folder = place(before)
+    folder = directory_of(before)
     beside = tree(folder.parents[2])
     size = sum(len(beside.pop(name)) for name in tree(folder))
     (folder.parent / "neighbour").write_text("1")
     beside[str(folder.parent / "neighbour")] = b"1"
 
-    there = stored_files(published.client, before)
+    stored = stored_files(published.client, before)
     removal = delete_files(published.client, before)
-    assert removal.stored == there
-    assert there.bytes == size
+    assert removal.stored == stored
+    assert stored.bytes == size
     assert removal.kept == ""
     assert tree(folder.parents[2]) == beside
 
@@ -86,7 +86,7 @@ def test_files_go_and_everything_else_stays(published: TrackedRun) -> None:
     assert (after.params, after.metrics) == (before.params, before.metrics)
     assert validation_state(after, "val") is State.DONE
     history = published.client.get_metric_history(published.id, "val/mrr_at_10")
-    assert [one.step for one in history] == [2]
+    assert [point.step for point in history] == [2]
     with pytest.raises(CheckpointError, match="its files were deleted"), checkpoint_files(after):
         pass
     assert delete_files(published.client, before).stored == Stored(0, 0)
@@ -158,21 +158,21 @@ def test_what_was_interrupted_is_finished(
     removal = delete_files(published.client, left)
     assert removal.stored.files == stored_files(published.client, at(published, 2)).files - 1
     assert at(published, 1).is_fully_pruned
-    assert not place(left).exists()
+    assert not directory_of(left).exists()
 
 
 def test_an_interruption_before_anything_was_removed_and_a_claim_then(
     published: TrackedRun,
 ) -> None:
     """The tag stays, the claim is respected, and later it goes."""
-    one = at(published, 1)
-    published.client.set_logged_model_tags(one.model_id, {"mlflow_dr.pruned": "begun"})
+    checkpoint = at(published, 1)
+    published.client.set_logged_model_tags(checkpoint.model_id, {"mlflow_dr.pruned": "begun"})
     claims = Claims(published.client, ELSEWHERE)
-    assert claims.claim(one, "val")
-    assert delete_files(published.client, one).kept == "being validated by far:7"
-    assert (at(published, 1).is_pruned, place(one).exists()) == (True, True)
-    claims.drop(one, "val", finished=False)
-    assert delete_files(published.client, one).kept == ""
+    assert claims.claim(checkpoint, "val")
+    assert delete_files(published.client, checkpoint).kept == "being validated by far:7"
+    assert (at(published, 1).is_pruned, directory_of(checkpoint).exists()) == (True, True)
+    claims.drop(checkpoint, "val", finished=False)
+    assert delete_files(published.client, checkpoint).kept == ""
     assert at(published, 1).is_fully_pruned
 
 
@@ -199,13 +199,13 @@ def test_a_store_that_does_not_remove_is_told(
 
 
 def test_two_at_the_same_time(published: TrackedRun) -> None:
-    one = at(published, 1)
+    checkpoint = at(published, 1)
     start = threading.Barrier(4)
     ended: list[str] = []
 
     def race() -> None:
         start.wait()
-        ended.append(delete_files(published.client, one).kept)
+        ended.append(delete_files(published.client, checkpoint).kept)
 
     threads = [threading.Thread(target=race) for _ in range(4)]
     for thread in threads:
@@ -256,17 +256,18 @@ def test_a_place_that_is_not_its_own(
     published: TrackedRun, client: MlflowClient, outside: str
 ) -> None:
     """The folder above all, one that leaves its own, and that of all models."""
-    one = at(published, 1)
-    whole = tree(place(one).parents[2])
-    above = place(one).parents[2]
-    elsewhere = {"": above, "..": f"{one.location}/../..", "models": above / "models"}[outside]
+    checkpoint = at(published, 1)
+    whole = tree(directory_of(checkpoint).parents[2])
+    above = directory_of(checkpoint).parents[2]
+    two_up = f"{checkpoint.location}/../.."
+    elsewhere = {"": above, "..": two_up, "models": above / "models"}[outside]
     with sqlite3.connect(str(client.tracking_uri).removeprefix("sqlite:///")) as database:
         database.execute(
             "UPDATE logged_models SET artifact_location = ? WHERE model_id = ?",
-            (str(elsewhere), one.model_id),
+            (str(elsewhere), checkpoint.model_id),
         )
     with pytest.raises(TrackingError, match="not a directory of their own"):
-        delete_files(client, one)
+        delete_files(client, checkpoint)
     assert tree(above) == whole
     assert not at(published, 1).is_pruned
 
@@ -277,8 +278,8 @@ def test_versions_of_registered_models(published: TrackedRun, directory: Path) -
     publish(published, directory, 4)
     by_id, by_place, copied, free = (at(published, step) for step in (1, 2, 3, 4))
     name = f"retriever-{published.id}"
-    for one in (name, f"{name}-copy"):
-        client.create_registered_model(one)
+    for model_name in (name, f"{name}-copy"):
+        client.create_registered_model(model_name)
     client.create_model_version(name, f"models:/{by_id.model_id}")
     client.create_model_version(name, by_place.location)
     version = client.create_model_version(name, f"models:/{copied.model_id}")

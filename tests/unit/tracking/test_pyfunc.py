@@ -109,7 +109,7 @@ def test_threads_that_ask_at_once_have_their_texts_cut_at_their_own_lengths(
             )
     finally:
         sys.setswitchinterval(before)
-    assert [int(one[0]) for one in found] == [16, 128] * 1000
+    assert [int(vector[0]) for vector in found] == [16, 128] * 1000
 
 
 def test_mlflow_reads_what_the_model_takes_and_gives(directory: Path) -> None:
@@ -153,8 +153,8 @@ def test_the_directory_loads_as_before(directory: Path, encoder: Encoder) -> Non
 
 def test_the_description_is_verified_like_every_file(run: TrackedRun, directory: Path) -> None:
     checkpoint = checkpoint_by_id(run.client, publish(run, directory, 1))
-    with checkpoint_files(checkpoint) as place:
-        (place / "MLmodel").write_text("loader_module: os")
+    with checkpoint_files(checkpoint) as path:
+        (path / "MLmodel").write_text("loader_module: os")
     with (
         pytest.raises(CheckpointError, match="MLmodel has"),
         checkpoint_files(checkpoint, with_mlmodel=True),

@@ -58,7 +58,10 @@ def test_a_checkpoint_is_ready_when_it_is_whole(run: TrackedRun, directory: Path
     announce_checkpoint(run, 10, "0" * 64)
     assert not only(run).ready
     publish(run, directory, 20)
-    assert [(one.step, one.ready) for one in run_checkpoints(run)] == [(10, False), (20, True)]
+    assert [(checkpoint.step, checkpoint.ready) for checkpoint in run_checkpoints(run)] == [
+        (10, False),
+        (20, True),
+    ]
     (output,) = run.fetch().outputs.model_outputs
     assert output.step == 20
 
@@ -71,7 +74,7 @@ def test_another_model_of_the_run_is_no_checkpoint(client: MlflowClient, run: Tr
 def test_checkpoints_come_by_step_over_several_pages(run: TrackedRun) -> None:
     for step in reversed(range(120)):
         announce_checkpoint(run, step, "")
-    assert [one.step for one in run_checkpoints(run)] == list(range(120))
+    assert [checkpoint.step for checkpoint in run_checkpoints(run)] == list(range(120))
 
 
 def test_a_fetched_checkpoint_is_verified(run: TrackedRun, directory: Path) -> None:

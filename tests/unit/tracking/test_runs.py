@@ -60,7 +60,7 @@ def test_a_run_goes_by_its_name_or_the_beginning_of_its_id(
         assert resolve_run(client, text).id == named.info.run_id
     with pytest.raises(UsageError, match="run 'twice' could be twice") as caught:
         resolve_run(client, "twice")
-    assert all(one.info.run_id[:8] in str(caught.value) for one in twice)
+    assert all(run.info.run_id[:8] in str(caught.value) for run in twice)
     with pytest.raises(RunGoneError, match=r"no run 'it s mine' .*; did you mean \"it's mine\"\?"):
         resolve_run(client, "it s mine")
     with pytest.raises(RunGoneError, match=f"no run '{'0' * 32}'"):
@@ -99,9 +99,9 @@ def test_a_run_of_a_parent_gets_the_name_that_is_asked_for(
     monkeypatch.setenv(RUN_VARIABLE, run.id)
     client.update_run(run.id, status=status)
     assert open_run(client, name="second try").name == "second try"
-    known = client.get_run(run.id)
-    assert known.info.run_name == known.data.tags["mlflow.runName"] == "second try"
-    assert known.info.status == "RUNNING"
+    resumed = client.get_run(run.id)
+    assert resumed.info.run_name == resumed.data.tags["mlflow.runName"] == "second try"
+    assert resumed.info.status == "RUNNING"
     assert open_run(client).name == "second try"
 
 

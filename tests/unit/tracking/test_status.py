@@ -30,8 +30,8 @@ def varied(run: TrackedRun, tmp_path: Path) -> TrackedRun:
     bind_name(run, "val", {"measures": "mrr@10"})
     done, claimed, failed, _, *_ = run_checkpoints(run)
     claims = Claims(run.client, ELSEWHERE)
-    for one in (done, claimed, failed):
-        assert claims.claim(one, "val")
+    for checkpoint in (done, claimed, failed):
+        assert claims.claim(checkpoint, "val")
     record_result(run, done, "val", {"mrr_at_10": 0.5}, ("sea", "0"), now_ms=done.ready_ms + 90_000)
     claims.drop(failed, "val", finished=False)
     assert claims.claim(run_checkpoints(run)[2], "val")
@@ -40,8 +40,8 @@ def varied(run: TrackedRun, tmp_path: Path) -> TrackedRun:
 
 
 def test_each_state(varied: TrackedRun) -> None:
-    lines = {one.step: one for one in run_status(varied)}
-    states = {step: one.state for step, one in lines.items()}
+    lines = {line.step: line for line in run_status(varied)}
+    states = {step: line.state for step, line in lines.items()}
     expected = ["done", "claimed", "failed", "open", "lost", "pending"]
     assert states == dict(enumerate(expected, start=1))
     assert [lines[step].owner for step in (1, 2, 3, 4)] == ["far:7"] * 3 + [""]
@@ -50,7 +50,7 @@ def test_each_state(varied: TrackedRun) -> None:
 
 
 def test_as_a_table(varied: TrackedRun) -> None:
-    now = max(one.ready_ms for one in run_checkpoints(varied)) + 7_200_000
+    now = max(checkpoint.ready_ms for checkpoint in run_checkpoints(varied)) + 7_200_000
     head, first, *_ = status_table(run_status(varied, now)).splitlines()
     assert head.split() == ["step", "validation", "state", "owner", "age", "lag", "note"]
     assert first.split() == ["1", "val", "done", "far:7", "2.0", "h", "1.5", "min"]
@@ -58,15 +58,15 @@ def test_as_a_table(varied: TrackedRun) -> None:
 
 def test_files_that_were_removed(varied: TrackedRun) -> None:
     """Before or after the checkpoint was done; what was never done is left to do no more."""
-    for one in run_checkpoints(varied):
-        if one.step in (1, 3, 4):
-            varied.client.set_logged_model_tags(one.model_id, {PRUNED_TAG: "2026-11-21"})
-    lines = {one.step: one for one in run_status(varied)}
+    for checkpoint in run_checkpoints(varied):
+        if checkpoint.step in (1, 3, 4):
+            varied.client.set_logged_model_tags(checkpoint.model_id, {PRUNED_TAG: "2026-11-21"})
+    lines = {line.step: line for line in run_status(varied)}
     assert [lines[step].state for step in (1, 2, 3, 4)] == ["done", "claimed", "failed", "pruned"]
     notes = [lines[step].note for step in (1, 2, 3, 4)]
     assert notes == ["pruned", "", "pruned; the weights hold NaN", ""]
-    words = progress_summary(run_checkpoints(varied), "val")
-    assert words == "1 of 3 checkpoints done, 1 failed, the last at step 1"
+    summary = progress_summary(run_checkpoints(varied), "val")
+    assert summary == "1 of 3 checkpoints done, 1 failed, the last at step 1"
 
 
 def test_a_run_that_nobody_validates(run: TrackedRun, tmp_path: Path) -> None:
@@ -84,10 +84,10 @@ def test_other_params_of_the_run_are_no_validations(run: TrackedRun, tmp_path: P
     bind_name(run, "b", json.loads('{"depth": 10}'))
     (tmp_path / "weights").write_text("1")
     publish(run, tmp_path, 1)
-    assert [one.validation for one in run_status(run)] == ["a", "b"]
+    assert [line.validation for line in run_status(run)] == ["a", "b"]
 
 
 def test_in_a_few_words(varied: TrackedRun) -> None:
-    words = progress_summary(run_checkpoints(varied), "val")
-    assert words == "1 of 4 checkpoints done, 1 failed, the last at step 1"
+    summary = progress_summary(run_checkpoints(varied), "val")
+    assert summary == "1 of 4 checkpoints done, 1 failed, the last at step 1"
     assert progress_summary(run_checkpoints(varied)[1:2], "val") == "0 of 1 checkpoints done"

@@ -47,7 +47,7 @@ def test_the_values_that_are_recorded(run: TrackedRun, tmp_path: Path) -> None:
         publish(run, tmp_path, step)
     _, second = run_checkpoints(run)
     record_result(run, second, "val", {"mrr_at_10": 0.5}, ("sea", "0"))
-    there = run_checkpoints(run)
-    assert metric_points(there, Metric("val", "mrr_at_10")) == [(2, 0.5)]
-    assert metric_value(there[0], Metric("val", "mrr_at_10")) is None
-    assert metric_value(there[1], Metric("val", "ndcg_at_10")) is None
+    checkpoints = run_checkpoints(run)
+    assert metric_points(checkpoints, Metric("val", "mrr_at_10")) == [(2, 0.5)]
+    assert metric_value(checkpoints[0], Metric("val", "mrr_at_10")) is None
+    assert metric_value(checkpoints[1], Metric("val", "ndcg_at_10")) is None

@@ -46,7 +46,7 @@ def make_group(make_examples: Make) -> Make:
     ) -> TrainingSet:
         row = (query_id, named("p", positives), named("n", negatives), scores)
         examples = make_examples(row)
-        tokens = [np.array([10 + place]) for place in range(positives + negatives)]
+        tokens = [np.array([10 + number]) for number in range(positives + negatives)]
         return TrainingSet(examples, [np.array([1])], tokens, n_passages, seed, **options)
 
     return make
@@ -73,15 +73,15 @@ def test_positives_rotate_over_the_epochs(make_group: Make) -> None:
     assert sorted(seen[:3]) == sorted(seen[3:]) == [[0], [1], [2]]
 
 
-@pytest.mark.parametrize(("there", "asked"), [(6, 2), (5, 2), (5, 4), (7, 1)])
+@pytest.mark.parametrize(("available", "asked"), [(6, 2), (5, 2), (5, 4), (7, 1)])
 def test_negatives_repeat_only_after_all_were_used(
-    make_group: Make, there: int, asked: int
+    make_group: Make, available: int, asked: int
 ) -> None:
-    chosen = make_group(1, there, 1 + asked)
-    seen = [row for epoch in range(there) for row in rows_in(chosen, epoch)[1:]]
+    chosen = make_group(1, available, 1 + asked)
+    seen = [row for epoch in range(available) for row in rows_in(chosen, epoch)[1:]]
     for used in range(1, asked + 1):
-        assert set(Counter(seen[: used * there]).values()) == {used}
-        assert set(seen[: used * there]) == set(range(1, there + 1))
+        assert set(Counter(seen[: used * available]).values()) == {used}
+        assert set(seen[: used * available]) == set(range(1, available + 1))
 
 
 def test_too_few_negatives_are_repeated_evenly(make_group: Make) -> None:
@@ -177,8 +177,8 @@ def test_missing_scores_are_an_error_that_names_the_query(make_group: Make, scor
 def test_a_query_without_negatives_gets_passages_that_are_not_its_positives(
     tiny: Encoder, set_of: Make, make_examples: Make
 ) -> None:
-    words = [f"passage {number}" for number in range(9)]
-    examples = make_examples(("q7", words[:3], []), ("q8", words[3:4], words[4:]))
+    texts = [f"passage {number}" for number in range(9)]
+    examples = make_examples(("q7", texts[:3], []), ("q8", texts[3:4], texts[4:]))
     chosen = set_of(tiny, examples, 4)
     seen = set()
     for epoch in range(6):

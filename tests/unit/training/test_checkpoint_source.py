@@ -56,8 +56,8 @@ def vectors(encoder: Encoder, texts: list[str]) -> np.ndarray:
     )
     rows = []
     with torch.inference_mode():
-        for one in ids:
-            batch = torch.tensor([one])
+        for tokens in ids:
+            batch = torch.tensor([tokens])
             rows.append(encoder(batch, torch.ones_like(batch))[0].numpy())
     return np.stack(rows)
 

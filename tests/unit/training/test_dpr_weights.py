@@ -53,8 +53,12 @@ def test_both_encoders_get_the_weights_of_the_file(
     theirs, ours = make(seed=1, size=size), make(seed=0, size=size)
     load_dpr_weights(dpr_file(tmp_path / "dpr_biencoder.3", theirs), ours)
     ids = torch.tensor([[2, 9, 8, 3]])
-    for one, other in zip(ours.distinct_encoders, theirs.distinct_encoders, strict=True):
-        assert torch.equal(one(ids, torch.ones_like(ids)), other(ids, torch.ones_like(ids)))
+    for our_encoder, their_encoder in zip(
+        ours.distinct_encoders, theirs.distinct_encoders, strict=True
+    ):
+        assert torch.equal(
+            our_encoder(ids, torch.ones_like(ids)), their_encoder(ids, torch.ones_like(ids))
+        )
     assert not torch.equal(*(tower(ids, torch.ones_like(ids)) for tower in ours.distinct_encoders))
 
 

@@ -170,8 +170,8 @@ def test_untie_encoder_gives_queries_separate_weights(
     with caplog.at_level(logging.INFO):
         again = build("--untie_encoder", model=tmp_path / "two").encoder
     assert "the encoders of queries and passages were loaded" in caplog.text
-    for one, other in ((again, encoder), (again.query_encoder, encoder.query_encoder)):
-        torch.testing.assert_close(one(IDS, MASK), other(IDS, MASK))
+    for loaded, original in ((again, encoder), (again.query_encoder, encoder.query_encoder)):
+        torch.testing.assert_close(loaded(IDS, MASK), original(IDS, MASK))
     assert build().encoder.untied_query_encoder is None
 
 
@@ -373,7 +373,7 @@ def test_tiny_is_the_same_for_the_same_seed_and_texts(build: Callable[..., Built
         torch.manual_seed(seed)
         return build(model="tiny").encoder.eval()
 
-    one, other, third = made(0), made(0), made(1)
-    assert torch.equal(one(IDS, MASK), other(IDS, MASK))
-    assert not torch.equal(one(IDS, MASK), third(IDS, MASK))
-    assert one.tokenizer("lighthouse")["input_ids"] == other.tokenizer("lighthouse")["input_ids"]
+    first, second, third = made(0), made(0), made(1)
+    assert torch.equal(first(IDS, MASK), second(IDS, MASK))
+    assert not torch.equal(first(IDS, MASK), third(IDS, MASK))
+    assert first.tokenizer("lighthouse")["input_ids"] == second.tokenizer("lighthouse")["input_ids"]

@@ -156,11 +156,11 @@ def test_contradictions_are_refused_by_name(directory: Path, argv: str, message:
 
 
 def test_files_by_pattern_or_commas(directory: Path) -> None:
-    one, two = (f"{directory}/nq-train-{number}.json" for number in (1, 2))
+    first, second = (f"{directory}/nq-train-{number}.json" for number in (1, 2))
     for pattern, expected in (
-        (f"{directory}/nq-train-?.json", f"{one}+{two}"),
-        (f"{two},{one}", f"{two}+{one}"),
-        (two, two),
+        (f"{directory}/nq-train-?.json", f"{first}+{second}"),
+        (f"{second},{first}", f"{second}+{first}"),
+        (second, second),
     ):
         assert parse_training(["--train_file", pattern]).data.dataset_name == expected
 
@@ -240,10 +240,10 @@ def test_tokens_are_those_of_dpr_and_saved_in_the_checkpoint(
     argv = ["--train_file", f"{directory}/nq-train-1.json", "--pretrained_model_cfg", "tiny"]
     _, _, encoder = built([*argv, "--sequence_length", "32", "--use_cpu"])
     save_encoder(tmp_path / "saved", encoder)
-    for one in (encoder, load_encoder(tmp_path / "saved")):
-        tokenizer = one.tokenizer
-        queries = TextTokenizer(one.query_encoder.tokenizer, one.query_encoder.settings)
-        passages = TextTokenizer(tokenizer, one.settings)
+    for loaded in (encoder, load_encoder(tmp_path / "saved")):
+        tokenizer = loaded.tokenizer
+        queries = TextTokenizer(loaded.query_encoder.tokenizer, loaded.query_encoder.settings)
+        passages = TextTokenizer(tokenizer, loaded.settings)
         asked = [Query("1", text) for text in ("what is aaa?", "what is aaa??", "what is aaa? ")]
         expected = ["what is aaa", "what is aaa?", "what is aaa?"]
         assert queries.query_ids(asked) == [tokenizer(text)["input_ids"] for text in expected]
@@ -280,7 +280,7 @@ def test_a_frozen_passage_encoder_does_not_change(
     argv += ["--sequence_length", "32", "--fix_ctx_encoder", "--use_cpu", *more.split()]
     request, data, encoder = built(argv)
     queries = encoder.query_encoder
-    before = [[w.clone() for w in one.backbone.parameters()] for one in (encoder, queries)]
+    before = [[w.clone() for w in model.backbone.parameters()] for model in (encoder, queries)]
     trainer = make_trainer(
         encoder,
         training_set=mixed_training_set(request, data, encoder),
@@ -291,8 +291,8 @@ def test_a_frozen_passage_encoder_does_not_change(
     trainer.data_collator = collator_of(encoder)
     trainer.train()
     same = [
-        all(map(torch.equal, old, one.backbone.parameters()))
-        for old, one in zip(before, (encoder, queries), strict=True)
+        all(map(torch.equal, old, new.backbone.parameters()))
+        for old, new in zip(before, (encoder, queries), strict=True)
     ]
     assert same == [True, False]
     with pytest.raises(UsageError, match="--fix_ctx_encoder needs separate encoders"):

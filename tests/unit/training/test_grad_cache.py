@@ -30,8 +30,8 @@ class Encode:
     def __call__(self, texts: Mapping[str, Texts]) -> dict[str, Tensor]:
         self.calls.append((torch.is_grad_enabled(), dict(texts)))
         bare = {
-            role: {name: one[name] for name in ("input_ids", "attention_mask")}
-            for role, one in texts.items()
+            role: {name: inputs[name] for name in ("input_ids", "attention_mask")}
+            for role, inputs in texts.items()
         }
         return self.distinct_encoders(bare)
 
@@ -55,9 +55,9 @@ def make_batch(make_texts: Callable[..., Texts]) -> Callable[..., Batch]:
             "passage": [3 + 5 * i % 11 for i in range(n_queries * n_passages)],
         }
         batch = {role: dict(make_texts(some, seed)) for role, some in lengths.items()}
-        for one in batch.values():
-            n, length = one["input_ids"].shape
-            one["row"] = torch.arange(n)[:, None].expand(n, length)
+        for role_texts in batch.values():
+            n, length = role_texts["input_ids"].shape
+            role_texts["row"] = torch.arange(n)[:, None].expand(n, length)
         return batch
 
     return make
@@ -118,12 +118,12 @@ def both(
                 loss = objective(vectors["query"], vectors["passage"]) / len(batches)
             backward(loss)
             encode.calls.clear()
-            values += [loss.detach(), *(one.detach() for one in vectors.values())]
+            values += [loss.detach(), *(vector.detach() for vector in vectors.values())]
         found.append((values, gradients(encoder), torch.get_rng_state()))
     (ours, got, after_ours), (theirs, expected, after_theirs) = found
     if mode is nullcontext:
-        for one, other in zip(ours, theirs, strict=True):
-            torch.testing.assert_close(one, other, rtol=1e-12, atol=1e-12)
+        for first, second in zip(ours, theirs, strict=True):
+            torch.testing.assert_close(first, second, rtol=1e-12, atol=1e-12)
     assert torch.equal(after_ours, after_theirs)
     assert got.keys() == expected.keys()
     return got, expected
@@ -197,8 +197,8 @@ def test_dropout_draws_anew_in_each_chunk(
 ) -> None:
     """One text eight times, in four chunks, gives eight vectors."""
     encoder = make_small(0.3).train()
-    one = make_texts([6])
-    texts = {name: values.expand(8, -1) for name, values in one.items()}
+    text = make_texts([6])
+    texts = {name: values.expand(8, -1) for name, values in text.items()}
     batch = {"query": texts, "passage": texts}
     vectors = cached_vectors(BiEncoder(encoder), batch, {"query": 2, "passage": 2})["query"]
     distances = torch.cdist(vectors, vectors) + torch.eye(8)

@@ -88,8 +88,8 @@ def test_in_parts_it_is_the_same(rows: int, weight: float) -> None:
         loss = objective(queries, passages, keys, teacher)
         loss.backward()
         found.append((loss.detach(), queries.grad, passages.grad))  # type: ignore[arg-type]
-    for one, other in zip(*found, strict=True):
-        torch.testing.assert_close(one, other, rtol=1e-12, atol=1e-12)
+    for first, second in zip(*found, strict=True):
+        torch.testing.assert_close(first, second, rtol=1e-12, atol=1e-12)
 
 
 def peak_bytes(work: Callable[[], object]) -> int:
@@ -151,7 +151,7 @@ def test_the_weight_mixes_loss_and_distillation() -> None:
 @pytest.mark.parametrize("settings", [{}, {"distil_weight": 0.5}, {"scores_at_once": 1}])
 def test_half_precision_is_computed_in_fp32(settings: dict[str, Any]) -> None:
     """Also inside autocast, where products would be taken in bf16."""
-    queries, passages = (one.detach().to(torch.bfloat16) for one in vectors(4, 3))
+    queries, passages = (vector.detach().to(torch.bfloat16) for vector in vectors(4, 3))
     teacher = torch.rand(4, 3, generator=torch.Generator().manual_seed(1))
     objective = Objective(0.05, **settings)
     expected = objective(queries.float(), passages.float(), teacher=teacher)

@@ -274,8 +274,8 @@ def test_the_same_callback_in_a_second_training(
 ) -> None:
     other = TrackedRun(run.client, run.client.create_run(run.experiment_id))
     publishing = callback(every=4)
-    for one in (run, other):
-        with mlflow.start_run(run_id=one.id):
+    for tracked in (run, other):
+        with mlflow.start_run(run_id=tracked.id):
             hf_trainer(tiny, tmp_path, publishing).train()
     assert steps(run) == steps(other) == [0, 4, 6]
 

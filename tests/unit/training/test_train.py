@@ -151,8 +151,8 @@ def test_training_starts_from_a_published_checkpoint(
     for model in (checkpoint.uri, "models:/to go on/1"):
         run = trained(model=model, normalize=True)
         assert run.fetch().data.params["model"] == model
-        there = load_encoder(published(run, 0))(IDS, MASK)
-        assert torch.equal(there, load_encoder(published(first, 4), normalize=True)(IDS, MASK))
+        vectors = load_encoder(published(run, 0))(IDS, MASK)
+        assert torch.equal(vectors, load_encoder(published(first, 4), normalize=True)(IDS, MASK))
     with pytest.raises(UsageError, match="the base of adapters must be a directory or a hub name"):
         trained("--lora", model=checkpoint.uri, lora_publish="adapter")
 
@@ -243,7 +243,7 @@ def test_flags_that_change_only_memory_and_time(
     expected = losses()
     assert len({round(loss, 2) for loss in expected}) > 1
     assert losses(**flags) == pytest.approx(expected, rel=1e-4)
-    assert [bool(one._chunk_sizes) for one in trainers] == [False, "grad_cache" in flags]
+    assert [bool(trainer._chunk_sizes) for trainer in trainers] == [False, "grad_cache" in flags]
 
 
 @pytest.mark.parametrize(
@@ -273,8 +273,8 @@ def test_flags_that_change_the_first_loss(
         other = json.dumps({**json.loads(line), "query_id": "s9", "query": "ships at night"})
         scored.write_text(f"{line}\n{other}\n")
         common["per_device_train_batch_size"] = 2
-    one, two = losses(**common)[0], losses(**{**common, **flags})[0]
-    assert one != pytest.approx(two, rel=1e-3)
+    plain, changed = losses(**common)[0], losses(**{**common, **flags})[0]
+    assert plain != pytest.approx(changed, rel=1e-3)
 
 
 def test_gradient_checkpointing_recomputes_layers(make_small: Make, make_trainer: Make) -> None:
@@ -362,8 +362,10 @@ def test_missed_checkpoints_of_adapters_are_published(
     assert again.status == "FINISHED"
     assert ready_steps(again) == {0, 2, 4}
     made_up = load_encoder(published(again, 2))
-    for one, other in zip(made_up.distinct_encoders, before.distinct_encoders, strict=True):
-        torch.testing.assert_close(one(IDS, MASK), other(IDS, MASK))
+    for republished, original in zip(
+        made_up.distinct_encoders, before.distinct_encoders, strict=True
+    ):
+        torch.testing.assert_close(republished(IDS, MASK), original(IDS, MASK))
 
 
 def test_two_encoders_are_published(
@@ -499,7 +501,9 @@ def test_a_request_on_the_run_ends_the_training(
     def asked_in_step_3(*arguments: Any) -> Any:
         steps.append(1)
         if len(steps) == 3:
-            (watcher,) = (one for one in threading.enumerate() if one.name == "stop-watcher")
+            (watcher,) = (
+                thread for thread in threading.enumerate() if thread.name == "stop-watcher"
+            )
             request_stop(last_run(), "good enough")
             watcher.join(30)
         return plain(*arguments)
@@ -676,7 +680,7 @@ def test_system_metrics_are_on_the_run_if_mlflow_logs_them(
     first = trained(**flags)
     steps = [step for step, _ in first.points(name)]
     assert steps == list(range(len(steps))) and steps
-    assert "SystemMetricsMonitor" not in {one.name for one in threading.enumerate()}
+    assert "SystemMetricsMonitor" not in {thread.name for thread in threading.enumerate()}
     again = trained("--resume_from_checkpoint", **{**flags, "max_steps": 8})
     more = [step for step, _ in again.points(name)]
     assert more == list(range(len(more))) and len(more) > len(steps)

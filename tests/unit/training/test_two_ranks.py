@@ -44,7 +44,7 @@ def encoders(make_small: Callable[..., Encoder]) -> dict[str, Encoder]:
     torch.manual_seed(4)
     add_lora(made["lora"], "base", rank=2, alpha=4, dropout=0.0)
     generator = torch.Generator().manual_seed(5)
-    for name, weight in (pair for one in made.values() for pair in one.named_parameters()):
+    for name, weight in (pair for model in made.values() for pair in model.named_parameters()):
         if name.startswith("untied_query_encoder") or ".lora_B." in name:
             weight.data += 0.1 * torch.randn(weight.shape, generator=generator)
     return {name: weight.double() for name, weight in made.items()}
@@ -214,7 +214,7 @@ def test_loss_and_gradients_equal_those_of_one_process(
             for part in parts
         ]
         (sum(found) / len(found) / n).backward(retain_graph=True)  # type: ignore[union-attr]
-        losses.append([one.item() for one in found])
+        losses.append([loss.item() for loss in found])
     expected = {n: p.grad for n, p in encoder.named_parameters() if p.grad is not None}
     for rank, found_there in enumerate(ranks):
         for step in found_there[f"{name}, {objective.across_devices}"]["steps"]:
@@ -290,7 +290,10 @@ def test_two_processes_read_the_passages_of_each_epoch(
     epochs = torch.tensor(read).view(3, -1).sort().values.tolist()
     assert epochs[0] != epochs[1] != epochs[2]
     whole, resumed = (
-        [one + other for one, other in zip(*(found[name]["keys"] for found in ranks), strict=True)]
+        [
+            first + second
+            for first, second in zip(*(found[name]["keys"] for found in ranks), strict=True)
+        ]
         for name in (f"whole, {kind}", f"resumed, {kind}")
     )
     assert whole == read

@@ -77,7 +77,9 @@ def validated(run: TrackedRun, encoders: Callable[[int], Path], folder: Path) ->
     ) -> str:
         bound = EvalDatasets().resolve(to, Validation(SETTINGS, name, str(folder), split), {})
         model_id = publish(to, encoders(step), step)
-        checkpoint = next(one for one in run_checkpoints(to) if one.model_id == model_id)
+        checkpoint = next(
+            candidate for candidate in run_checkpoints(to) if candidate.model_id == model_id
+        )
         found = report(encoders(step), folder, split)
         values = {key.replace("@", "_at_"): value for key, value in found.measures.items()}
         record_result(to, checkpoint, name, values, bound.shown_dataset)
@@ -113,7 +115,7 @@ def test_each_kind_of_operand(
     operands = (f"{run.id}@1", other_run.id, f"models:/{by_id}", encoders(5))
     found = compared(*operands, dataset=str(folder))
     for row, step in zip(found.values, (1, best, 2, 5), strict=True):
-        expected = [one["mrr@10"] for one in values[step].per_query.values()]
+        expected = [query_values["mrr@10"] for query_values in values[step].per_query.values()]
         assert row.tolist() == pytest.approx(expected)
     assert found.labels == (
         f"{run.name} step 1, models:/{first}",
@@ -152,7 +154,7 @@ def test_a_checkpoint_without_values_is_evaluated_as_the_validation_says(
         compared(*operands)
     found = compared(*operands, dataset=str(folder))
     expected = report(encoders(2), folder).per_query
-    assert found.values[1].tolist() == [one["mrr@10"] for one in expected.values()]
+    assert found.values[1].tolist() == [values["mrr@10"] for values in expected.values()]
 
 
 def test_the_split_of_the_validation_is_evaluated(
@@ -279,13 +281,13 @@ def test_the_command_prints_and_writes(
     validated(1)
     validated(2)
     operands = [f"{run.id}@1", f"{run.id}@2"]
-    words = [*operands, "--tracking-uri", client.tracking_uri, "--output", str(tmp_path / "out")]
-    done = CliRunner().invoke(command, [*words, "--changed", "3"], catch_exceptions=False)
+    argv = [*operands, "--tracking-uri", client.tracking_uri, "--output", str(tmp_path / "out")]
+    done = CliRunner().invoke(command, [*argv, "--changed", "3"], catch_exceptions=False)
     assert done.exit_code == 0
     assert done.output == comparison_text(compared(*operands), 3) + "\n"
-    assert {one.name for one in (tmp_path / "out").iterdir()} == {"values.csv", "differences.png"}
+    assert {path.name for path in (tmp_path / "out").iterdir()} == {"values.csv", "differences.png"}
     with pytest.raises(UsageError, match="1 encoders to compare; expected 2 to 26"):
-        CliRunner().invoke(command, words[1:], catch_exceptions=False)
+        CliRunner().invoke(command, argv[1:], catch_exceptions=False)
 
 
 def test_one_name_is_what_is_taken_when_none_is_given() -> None:
@@ -302,11 +304,11 @@ def test_lengths_that_differ_are_said_and_can_be_set(
     """A run at 24 tokens, and an encoder with its own length."""
     validated(1)
     run.log_params({"p_max_len": 24})
-    words, data = (f"{run.id}@1", str(encoders(2))), {"dataset": str(folder), "device": "cpu"}
+    argv, data = (f"{run.id}@1", str(encoders(2))), {"dataset": str(folder), "device": "cpu"}
     with caplog.at_level("WARNING", "mlflow_dr"):
-        compare(CompareConfig(operands=words, p_max_len=24, **data))
+        compare(CompareConfig(operands=argv, p_max_len=24, **data))
         assert "of other lengths" not in caplog.text
-        compare(CompareConfig(operands=words, p_max_len=12, **data))
+        compare(CompareConfig(operands=argv, p_max_len=12, **data))
     assert "read passages of other lengths in tokens (A 24, B 12)" in caplog.text
 
 

@@ -52,7 +52,7 @@ def test_a_file_goes_before_the_flags(tmp_path: Path) -> None:
 
 def test_a_file_without_several_validations_is_like_flags(tmp_path: Path) -> None:
     config = read(tmp_path, "{name: small, subset: random:5, order: newest}")
-    assert [one.name for one in config.all_validations] == ["small-random_5"]
+    assert [validation.name for validation in config.all_validations] == ["small-random_5"]
 
 
 @pytest.mark.parametrize(
@@ -172,12 +172,12 @@ def test_files_instead_of_a_dataset(tmp_path: Path, files: None) -> None:
         """,
     )
     validations = config.all_validations
-    assert [(one.name, one.split) for one in validations] == [
+    assert [(validation.name, validation.split) for validation in validations] == [
         *(("nq", "nq"), ("both-a", "a"), ("both-b_b", "b.b"), ("one", "b"))
     ]
     queries, qrels = [Path("a.json"), Path("b.b.json")], [Path("a.tsv"), Path("b.tsv")]
     both = AsyncvalFiles(Path("c"), queries, qrels).name
-    assert {one.dataset for one in validations[1:3]} == {both}
+    assert {validation.dataset for validation in validations[1:3]} == {both}
     assert validations[0].settings.measures == parse_measures("ndcg@10")
 
 
@@ -192,7 +192,10 @@ def test_the_files_of_the_flags_are_for_validations_without_a_collection(
         qrel_files=("q.tsv",),
     )
     name = AsyncvalFiles(Path("c"), [Path("a.json"), Path("b.json")], [Path("q.tsv")]).name
-    assert [(one.name, one.dataset, one.split) for one in config.all_validations] == [
+    assert [
+        (validation.name, validation.dataset, validation.split)
+        for validation in config.all_validations
+    ] == [
         ("short-a", name, "a"),
         ("short-b", name, "b"),
         ("c", name, "a"),
@@ -214,7 +217,10 @@ def test_a_split_of_the_flags_is_that_of_a_dataset_of_the_file(tmp_path: Path, f
         split=("test",),
         subset=("random:5", "random:7"),
     )
-    assert [(one.name, one.dataset, one.split) for one in config.all_validations[:6]] == [
+    assert [
+        (validation.name, validation.dataset, validation.split)
+        for validation in config.all_validations[:6]
+    ] == [
         ("a-random_5", "here", "test"),
         ("a-random_7", "here", "test"),
         ("b-random_5", "demo", "test"),
@@ -222,7 +228,7 @@ def test_a_split_of_the_flags_is_that_of_a_dataset_of_the_file(tmp_path: Path, f
         ("c-random_5", "demo", "dev"),
         ("c-random_7", "demo", "dev"),
     ]
-    assert {one.split for one in config.all_validations[6:]} == {"nq"}
+    assert {validation.split for validation in config.all_validations[6:]} == {"nq"}
 
 
 def test_subsets_of_the_flags_are_those_of_validations_without_one(tmp_path: Path) -> None:
@@ -241,7 +247,7 @@ def test_subsets_of_the_flags_are_those_of_validations_without_one(tmp_path: Pat
         keep_up=True,
     )
     validations = config.all_validations
-    assert [one.name for one in validations] == [
+    assert [validation.name for validation in validations] == [
         "a-random_5-seed_3-all_judged",
         "a-random_9-seed_3-all_judged",
         "b-bm25_at_7",
@@ -249,7 +255,7 @@ def test_subsets_of_the_flags_are_those_of_validations_without_one(tmp_path: Pat
         "c-random_5-seed_4-all_judged",
         "c-random_9-seed_4-all_judged",
     ]
-    assert [one.refines and one.refines.best for one in validations] == [
+    assert [validation.refines and validation.refines.best for validation in validations] == [
         *(None, 2, None, 1, None, 2)
     ]
     assert config.keep_up
@@ -279,7 +285,7 @@ def test_values_that_make_no_sense(wrong: Mapping[str, Any], message: str) -> No
 def test_a_subset_is_in_the_name_and_the_whole_corpus_is_not() -> None:
     subsets = ["full", "bm25@50+random:10000"]
     config = ValidateConfig(dataset="demo", split=["dev", "test"], subset=subsets)
-    assert [one.name for one in config.all_validations] == [
+    assert [validation.name for validation in config.all_validations] == [
         "val-dev",
         "val-dev-bm25_at_50-random_10000",
         "val-test",
@@ -322,12 +328,15 @@ def test_subsets_in_the_file(tmp_path: Path) -> None:
         "  b: {subset: bm25@7}\n",
     )
     assert config.keep_up
-    assert [one.name for one in config.all_validations] == [
+    assert [validation.name for validation in config.all_validations] == [
         "a-random_5-seed_3-all_judged",
         "a",
         "b-bm25_at_7",
     ]
-    assert [one.name for one in config.cheap] == ["a-random_5-seed_3-all_judged", "b-bm25_at_7"]
+    assert [validation.name for validation in config.cheap] == [
+        "a-random_5-seed_3-all_judged",
+        "b-bm25_at_7",
+    ]
 
 
 def test_run_hands_its_configuration_to_the_validator(tmp_path: Path) -> None:
@@ -344,6 +353,6 @@ def test_run_hands_its_configuration_to_the_validator(tmp_path: Path) -> None:
     path = tmp_path / "validate.json"
     path.write_text(validation.model_dump_json(exclude_unset=True))
     assert from_flags(ValidateConfig, {}, path) == validation
-    assert [one.name for one in validation.all_validations] == ["val-random_5", "val"]
+    assert [each.name for each in validation.all_validations] == ["val-random_5", "val"]
     with pytest.raises(UsageError, match="expected SUBSET@N"):
         RunConfig(refine="full")

@@ -103,9 +103,9 @@ def independent(
             for p in passages
             if keep_own_id or p.id != query.id
         ]
-        best = sorted(scored, key=lambda one: (one[0], one[1].encode()), reverse=True)[:depth]
+        best = sorted(scored, key=lambda pair: (pair[0], pair[1].encode()), reverse=True)[:depth]
         rankings[query.id] = [pid for _, pid in best]
-        runs[query.id] = {pid: float(len(best) - place) for place, (_, pid) in enumerate(best)}
+        runs[query.id] = {pid: float(len(best) - rank) for rank, (_, pid) in enumerate(best)}
     names = {"ndcg_cut.10", "recall.20", "map_cut.5"}
     judged = {q: dict(found) for q, found in topics.qrels.items()}
     full = pytrec_eval.RelevanceEvaluator(judged, names).evaluate(runs)
@@ -137,9 +137,11 @@ def test_relevant_passages_that_are_left_out_are_warned_of_once(
     prepared = EvalDataset(BeirFolder(folder), "dev")
     for _ in range(2):
         evaluate(encoder, prepared, settings("mrr@3", keep_own_id=keep_own_id), quiet=True)
-    told = [one for one in caplog.messages if "is relevant" in one]
+    told = [message for message in caplog.messages if "is relevant" in message]
     assert len(told) == times
-    assert all("for 1 queries ('1', ...)" in one and "--keep-own-id" in one for one in told)
+    assert all(
+        "for 1 queries ('1', ...)" in message and "--keep-own-id" in message for message in told
+    )
 
 
 @pytest.mark.parametrize("keep_own_id", [False, True])

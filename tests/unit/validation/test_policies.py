@@ -38,21 +38,25 @@ def act(run: TrackedRun, policies: Policies) -> None:
 
 
 def marked(run: TrackedRun) -> list[int]:
-    return [one.step for one in run_checkpoints(run) if TAG in one.tags]
+    return [checkpoint.step for checkpoint in run_checkpoints(run) if TAG in checkpoint.tags]
+
+
+def unpruned(run: TrackedRun) -> list[int]:
+    return [checkpoint.step for checkpoint in run_checkpoints(run) if not checkpoint.is_pruned]
 
 
 def test_one_checkpoint_is_marked_whoever_marked_before(
     run: TrackedRun, measured: Measuring
 ) -> None:
-    one, other = Policies(ValidateConfig()), Policies(ValidateConfig())
+    first, second = Policies(ValidateConfig()), Policies(ValidateConfig())
     for step, value in ((1, 0.1), (2, 0.3), (3, 0.2)):
         measured(step, value)
-        for policies in (one, other):
+        for policies in (first, second):
             act(run, policies)
     assert marked(run) == [2]
     measured(4, 0.4)
     stale = run_checkpoints(run)[:3]  # as a validator sees what it has settled
-    other.act(run, [*stale, run_checkpoints(run)[3]], [])
+    second.act(run, [*stale, run_checkpoints(run)[3]], [])
     assert marked(run) == [4]
     assert run.fetch().data.tags[TAG].startswith("step 4, models:/")
 
@@ -66,7 +70,7 @@ def test_it_asks_for_a_stop_and_makes_room(run: TrackedRun, measured: Measuring)
     measured(4, 0.3)
     act(run, policies)
     assert (stop_request(run) or "").startswith("val/mrr_at_10 has not risen")
-    assert [one.step for one in run_checkpoints(run) if not one.is_pruned] == [2, 4]
+    assert unpruned(run) == [2, 4]
 
 
 def test_with_refinement_the_cheap_validation_asks_for_a_stop(
@@ -134,7 +138,7 @@ def test_a_server_that_fails_once_is_asked_again(
         with pytest.raises(TrackingError):
             act(run, policies)
     act(run, policies)
-    assert [one.step for one in run_checkpoints(run) if not one.is_pruned] == [1, 3]
+    assert unpruned(run) == [1, 3]
 
 
 def test_what_it_has_removed_is_not_looked_at_again(
@@ -146,7 +150,7 @@ def test_what_it_has_removed_is_not_looked_at_again(
         measured(step, 1 / step)
     seen = run_checkpoints(run)
     policies.act(run, seen, [])
-    assert [one.step for one in run_checkpoints(run) if not one.is_pruned] == [1, 3]
+    assert unpruned(run) == [1, 3]
     monkeypatch.setattr("mlflow_dr.decisions.pruning.delete_files", None)
     policies.act(run, seen[1:], [])
 

@@ -76,115 +76,117 @@ def test_beside_others_it_begins_anywhere_among_the_next_few() -> None:
 def test_claims_that_are_finished_or_given_back_are_no_validators_at_work() -> None:
     given_back = {"mlflow_dr.validation.val.heartbeat": "1: given back"}
     checkpoints = [replace(claimed(1, "b"), tags=given_back), claimed(2, "c"), checkpoint(3)]
-    one = scheduler("a")
-    seen(one, checkpoints)
-    assert one.validators == 2
+    queue = scheduler("a")
+    seen(queue, checkpoints)
+    assert queue.validators == 2
 
 
 @pytest.mark.parametrize(("seconds", "losses"), [(0.0, 2), (0.1, 2), (0.5, 5)])
 def test_after_some_losses_it_wants_another_snapshot(seconds: float, losses: int) -> None:
     """After two, or more if a snapshot takes long."""
-    there = [checkpoint(step) for step in range(10)]
-    one = scheduler("b")
-    one.see(Snapshot(there, over=False), seconds)
+    checkpoints = [checkpoint(step) for step in range(10)]
+    queue = scheduler("b")
+    queue.see(Snapshot(checkpoints, over=False), seconds)
     tried = []
-    for candidate, names in one.candidates():
+    for candidate, names in queue.candidates():
         tried.append(candidate.step)
-        one.note_tried(candidate, names, is_lost=True)
+        queue.note_tried(candidate, names, is_lost=True)
     assert len(tried) == losses
-    assert one.is_stale
-    one.see(Snapshot(there, over=False))
-    assert not one.is_stale
+    assert queue.is_stale
+    queue.see(Snapshot(checkpoints, over=False))
+    assert not queue.is_stale
 
 
 def test_what_was_tried_is_not_tried_again_before_the_next_snapshot() -> None:
-    one = scheduler()
-    one.see(Snapshot([checkpoint(1), checkpoint(2)], over=False))
-    candidate, names = next(one.candidates())
-    one.note_tried(candidate, names, is_lost=False)
-    assert [left.step for left, _ in one.candidates()] == [2]
-    assert one.is_waiting
-    assert seen(one, [checkpoint(1), checkpoint(2)]) == [1, 2]
+    queue = scheduler()
+    queue.see(Snapshot([checkpoint(1), checkpoint(2)], over=False))
+    candidate, names = next(queue.candidates())
+    queue.note_tried(candidate, names, is_lost=False)
+    assert [left.step for left, _ in queue.candidates()] == [2]
+    assert queue.is_waiting
+    assert seen(queue, [checkpoint(1), checkpoint(2)]) == [1, 2]
 
 
 def test_validations_of_one_checkpoint_are_tried_apart() -> None:
-    one = scheduler(validations={"val": {}, "other": {}})
-    one.see(Snapshot([checkpoint(1)], over=False))
-    candidate, names = next(one.candidates())
+    queue = scheduler(validations={"val": {}, "other": {}})
+    queue.see(Snapshot([checkpoint(1)], over=False))
+    candidate, names = next(queue.candidates())
     assert names == ["val", "other"]
-    one.note_tried(candidate, ["val"], is_lost=False)
-    assert next(one.candidates())[1] == ["other"]
+    queue.note_tried(candidate, ["val"], is_lost=False)
+    assert next(queue.candidates())[1] == ["other"]
 
 
 def test_the_run_that_has_had_least_comes_first() -> None:
-    there = [checkpoint(step, run_id=run_id) for run_id in ("first", "second") for step in (1, 2)]
-    one = scheduler()
-    one.see(Snapshot(there, over=False))
+    checkpoints = [
+        checkpoint(step, run_id=run_id) for run_id in ("first", "second") for step in (1, 2)
+    ]
+    queue = scheduler()
+    queue.see(Snapshot(checkpoints, over=False))
     order = []
     for _ in range(4):
-        candidate, names = next(one.candidates())
-        one.note_tried(candidate, names, is_lost=False)
+        candidate, names = next(queue.candidates())
+        queue.note_tried(candidate, names, is_lost=False)
         order.append(candidate.run_id)
     assert order == ["first", "second", "first", "second"]
-    one.see(Snapshot(there, over=False))
-    one.refuse("first")
-    assert {candidate.run_id for candidate, _ in one.candidates()} == {"second"}
-    done_now = one.see(Snapshot(there, over=False))
+    queue.see(Snapshot(checkpoints, over=False))
+    queue.refuse("first")
+    assert {candidate.run_id for candidate, _ in queue.candidates()} == {"second"}
+    done_now = queue.see(Snapshot(checkpoints, over=False))
     assert {done.run_id for done in done_now} == {"first"}
-    assert one.see(Snapshot(there, over=False)) == []
+    assert queue.see(Snapshot(checkpoints, over=False)) == []
 
 
 def test_what_nothing_remains_to_be_done_for() -> None:
     """Other steps, those whose trainer was killed, those that failed here; each is said once."""
-    one = scheduler(every=2, retry_failed=True)
+    queue = scheduler(every=2, retry_failed=True)
     lost = checkpoint(4, ready=False)
     failed = checkpoint(6, tags={"mlflow_dr.validation.val.failed": "why"})
-    there = [checkpoint(1), checkpoint(2, ready=False, pending=True), lost, failed]
-    assert [done.step for done in one.see(Snapshot(there, over=False))] == [1, 4]
-    candidate, names = next(one.candidates())
+    checkpoints = [checkpoint(1), checkpoint(2, ready=False, pending=True), lost, failed]
+    assert [done.step for done in queue.see(Snapshot(checkpoints, over=False))] == [1, 4]
+    candidate, names = next(queue.candidates())
     assert candidate.step == 6
-    one.note_tried(candidate, names, is_lost=False)
-    one.note_ended(candidate, "val", State.FAILED)
-    assert [done.step for done in one.see(Snapshot(there, over=False))] == [6]
-    assert one.see(Snapshot(there, over=False)) == []
-    assert not one.is_waiting
+    queue.note_tried(candidate, names, is_lost=False)
+    queue.note_ended(candidate, "val", State.FAILED)
+    assert [done.step for done in queue.see(Snapshot(checkpoints, over=False))] == [6]
+    assert queue.see(Snapshot(checkpoints, over=False)) == []
+    assert not queue.is_waiting
 
 
 def test_an_expensive_validation_is_for_the_best_by_the_cheap_one() -> None:
     """Of equal values the earliest step counts; checkpoints without a value do not."""
     values = {1: 0.1, 2: 0.3, 3: 0.2, 4: 0.3, 5: 0.3}
-    there = [checkpoint(6)]
+    checkpoints = [checkpoint(6)]
     for step, value in values.items():
         record = {"mlflow_dr.validation.val-random_5": json.dumps({"values": {"mrr_at_10": value}})}
-        there.append(checkpoint(step, record, metrics=frozenset(["val-random_5/mrr_at_10"])))
-    one = scheduler(subset="random:5", refine="full@2", measures="mrr@10")
-    one.see(Snapshot(there, over=False))
-    found = {step.step: list(names) for step, names in one.candidates()}
+        checkpoints.append(checkpoint(step, record, metrics=frozenset(["val-random_5/mrr_at_10"])))
+    queue = scheduler(subset="random:5", refine="full@2", measures="mrr@10")
+    queue.see(Snapshot(checkpoints, over=False))
+    found = {step.step: list(names) for step, names in queue.candidates()}
     assert found == {2: ["val"], 4: ["val"], 6: ["val-random_5"]}
 
 
 def test_what_another_has_begun_in_time_is_waited_for() -> None:
     """Until its claim stands still, or is given back."""
-    one = scheduler(now_ms=60_000, max_lag_seconds=5.0, patience_seconds=1e-9)
+    queue = scheduler(now_ms=60_000, max_lag_seconds=5.0, patience_seconds=1e-9)
     begun = claimed(1, "far")
     back = {"mlflow_dr.validation.val.heartbeat": "1: given back"}
-    there = [begun, replace(claimed(2, "far"), tags=back)]
-    assert [done.step for done in one.see(Snapshot(there, over=False))] == [2]
-    assert one.waiting_of("run") == [begun]
-    assert not one.has_free
-    assert list(one.candidates()) == []
-    assert one.see(Snapshot(there, over=False)) == []  # half the patience counts at most
-    assert one.see(Snapshot(there, over=False)) == [begun]
-    assert not one.is_waiting
+    checkpoints = [begun, replace(claimed(2, "far"), tags=back)]
+    assert [done.step for done in queue.see(Snapshot(checkpoints, over=False))] == [2]
+    assert queue.waiting_of("run") == [begun]
+    assert not queue.has_free
+    assert list(queue.candidates()) == []
+    assert queue.see(Snapshot(checkpoints, over=False)) == []  # half the patience counts at most
+    assert queue.see(Snapshot(checkpoints, over=False)) == [begun]
+    assert not queue.is_waiting
 
 
 @pytest.mark.parametrize(("now_ms", "expected"), [(5_000, [1, 2, 3]), (7_500, [3])])
 def test_what_was_ready_long_ago_is_passed_over(now_ms: int, expected: list[int]) -> None:
-    one = scheduler(now_ms=now_ms, max_lag_seconds=5.0)
-    there = [checkpoint(step) for step in (1, 2, 3)]
-    done_now = one.see(Snapshot(there, over=False))
+    queue = scheduler(now_ms=now_ms, max_lag_seconds=5.0)
+    checkpoints = [checkpoint(step) for step in (1, 2, 3)]
+    done_now = queue.see(Snapshot(checkpoints, over=False))
     assert sorted([*expected, *(done.step for done in done_now)]) == [1, 2, 3]
-    assert seen(one, there) == expected
+    assert seen(queue, checkpoints) == expected
 
 
 @pytest.mark.parametrize(

@@ -46,7 +46,7 @@ def validated(run: TrackedRun, slept: list[float]) -> Callable[..., Counts]:
 
 
 def states(run: TrackedRun) -> list[State]:
-    return [validation_state(one, "val") for one in run_checkpoints(run)]
+    return [validation_state(checkpoint, "val") for checkpoint in run_checkpoints(run)]
 
 
 def test_a_store_that_cannot_be_reached_ends_the_validator_and_no_checkpoint(
@@ -71,11 +71,11 @@ def test_a_store_that_cannot_be_reached_ends_the_validator_and_no_checkpoint(
             validated()
     assert slept == [1, 2, 4, 8, 16, 32, 60, 60, 60, 60, 60]
     assert len(slept) == TRIES_IN_A_ROW - 1
-    there = run_checkpoints(run)
+    checkpoints = run_checkpoints(run)
     assert states(run) == [State.OPEN] * 3
-    claims = [latest_claim(one, "val") for one in there]
-    assert all(one and one.given_back for one in claims)
-    assert {one.attempt for one in claims if one} == {TRIES_IN_A_ROW // 3}
+    claims = [latest_claim(checkpoint, "val") for checkpoint in checkpoints]
+    assert all(claim and claim.given_back for claim in claims)
+    assert {claim.attempt for claim in claims if claim} == {TRIES_IN_A_ROW // 3}
     counts = validated()
     assert (counts.done, counts.are_good) == (3, True)
 
@@ -285,12 +285,12 @@ def test_files_that_nobody_published_change_no_figure(
     first = run_checkpoints(run)[0]
     same = Path(first.location.removeprefix("file://"))
     publish(run, same, 2)
-    there = Path(run_checkpoints(run)[1].location.removeprefix("file://"))
-    save_encoder(there / "query", make_tiny(seed=9, pooling="cls"))
-    (there / "special_tokens_map.json").write_text('{"unk_token": "the", "cls_token": "[PAD]"}')
+    second = Path(run_checkpoints(run)[1].location.removeprefix("file://"))
+    save_encoder(second / "query", make_tiny(seed=9, pooling="cls"))
+    (second / "special_tokens_map.json").write_text('{"unk_token": "the", "cls_token": "[PAD]"}')
     assert validated().done == 2
-    (_, one), (_, other) = metric_points(run_checkpoints(run), Metric("val", "mrr_at_10"))
-    assert one == other
+    (_, value), (_, other_value) = metric_points(run_checkpoints(run), Metric("val", "mrr_at_10"))
+    assert value == other_value
 
 
 @pytest.mark.parametrize(

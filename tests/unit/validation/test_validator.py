@@ -196,9 +196,11 @@ def test_a_claimed_checkpoint_is_left_alone_until_its_owner_is_gone(
     assert Claims(client, dead).claim(second, "val")
     assert watch(run, VALIDATION, follow=False).done == 1
     assert steps(client, run) == [2]
-    there = {one.step: latest_claim(one, "val") for one in run_checkpoints(run)}
-    assert (there[1].attempt, there[1].owner) == (1, elsewhere)
-    assert there[2].attempt == 2
+    claims = {
+        checkpoint.step: latest_claim(checkpoint, "val") for checkpoint in run_checkpoints(run)
+    }
+    assert (claims[1].attempt, claims[1].owner) == (1, elsewhere)
+    assert claims[2].attempt == 2
 
 
 def test_a_claim_that_stands_still_is_taken_over(
@@ -288,7 +290,9 @@ def test_nothing_is_claimed_while_another_checkpoint_is_evaluated(
 
     def evaluate_all(*asked: Any) -> Any:
         done = real(*asked)
-        claimed.append(len([one for one in run_checkpoints(run) if latest_claim(one, "val")]))
+        claimed.append(
+            sum(bool(latest_claim(checkpoint, "val")) for checkpoint in run_checkpoints(run))
+        )
         return done
 
     monkeypatch.setattr(worker, "evaluate_all", evaluate_all)
@@ -316,7 +320,9 @@ def test_several_validations_encode_the_corpus_once(
     assert watch(run, *both, follow=False).done == 1
     assert calls == [2]
     monkeypatch.undo()
-    alone = ({**one, "name": f"alone-{one.get('name', 'val')}"} for one in both)
+    alone = (
+        {**validation, "name": f"alone-{validation.get('name', 'val')}"} for validation in both
+    )
     assert watch(run, *alone, follow=False).done == 1
     values = client.get_run(run.id).data.metrics
     for key in ("val/mrr_at_10", "test/recall_at_3"):
@@ -378,7 +384,7 @@ def test_what_is_published_meanwhile_comes_first_where_the_newest_does(
     real = worker.evaluate_all
 
     def evaluate_all(*asked: Any) -> Any:
-        if not [one for one in run_checkpoints(run) if one.step == 8]:
+        if not [checkpoint for checkpoint in run_checkpoints(run) if checkpoint.step == 8]:
             publishing(8)
         time.sleep(0.3)
         return real(*asked)
@@ -437,7 +443,7 @@ def test_an_experiment_with_runs_that_begin_later(
     plan = configured(VALIDATION)
     with pytest.raises(KeyboardInterrupt), caplog.at_level("INFO", logger="mlflow_dr"):
         run_validator(FollowedExperiment(client, "some runs"), plan, sleep)
-    assert [steps(client, one) for one in runs] == [[], [1, 2], [1, 2]]
+    assert [steps(client, run) for run in runs] == [[], [1, 2], [1, 2]]
     assert f"run {runs[0].id} is passed over: run {runs[0].id} names no dataset" in caplog.text
 
 
@@ -449,12 +455,12 @@ def two_runs(
     name = f"two runs of {tmp_path.name}"
     experiment = client.create_experiment(name, str(tmp_path / "artifacts"))
     runs = [TrackedRun(client, client.create_run(experiment)) for _ in range(2)]
-    for one in runs:
-        one.log_params({"dataset": str(folder)})
+    for run in runs:
+        run.log_params({"dataset": str(folder)})
         for step in (1, 2):
-            directory = tmp_path / f"{one.id}-{step}"
+            directory = tmp_path / f"{run.id}-{step}"
             save_encoder(directory, make_tiny(seed=step, pooling="mean", normalize=True))
-            publish(one, directory, step)
+            publish(run, directory, step)
     return FollowedExperiment(client, name), runs
 
 
@@ -482,8 +488,8 @@ def test_of_an_experiment_a_deleted_run_is_passed_over(
     assert counts.done == {"before": 2, "evaluated": 2, "noted": 4}[when]
     assert steps(client, second) == [1, 2]
     assert caplog.text.count(f"run {first.id} is passed over: it was deleted") == 1
-    there = [latest_claim(one, "val") for one in run_checkpoints(first)]
-    assert all(one is None or one.given_back for one in there) or when == "noted"
+    claims = [latest_claim(checkpoint, "val") for checkpoint in run_checkpoints(first)]
+    assert all(claim is None or claim.given_back for claim in claims) or when == "noted"
 
 
 def test_a_server_that_is_away_is_waited_for(
@@ -591,7 +597,7 @@ def test_a_directory_of_checkpoints(
     followed = FollowedDirectory(other, output, is_mine=True)
     counts = run_validator(followed, configured(validation, follow=False), no_sleep)
     assert (counts.done, counts.failed) == (2, 1)
-    histories = [client.get_metric_history(one.id, "val/mrr_at_10") for one in (run, other)]
+    histories = [client.get_metric_history(tracked.id, "val/mrr_at_10") for tracked in (run, other)]
     ours, theirs = (
         [(point.step, point.value) for point in sorted(h, key=lambda p: p.step)] for h in histories
     )
@@ -632,8 +638,8 @@ def test_the_run_says_how_far_it_is(
     publishing(7)
     watch(run, VALIDATION, follow=False)
     tags = client.get_run(run.id).data.tags
-    said = tags["mlflow_dr.validation.val.status"]
-    assert said == "2 of 2 checkpoints done, the last at step 7"
+    status = tags["mlflow_dr.validation.val.status"]
+    assert status == "2 of 2 checkpoints done, the last at step 7"
 
 
 def test_a_poll_costs_nothing_for_a_run_that_has_not_changed(
@@ -743,10 +749,10 @@ def test_validating_on_test_data_is_said(
     shutil.copytree(folder, other)
     (other / "qrels" / "dev.tsv").rename(other / "qrels" / "test.tsv")
     publishing(1)
-    there = {**VALIDATION, "dataset": str(other)}
-    watch(run, {**there, "name": "meant", "split": "test"}, follow=False)
+    config = {**VALIDATION, "dataset": str(other)}
+    watch(run, {**config, "name": "meant", "split": "test"}, follow=False)
     assert "chosen on test data" not in caplog.text
-    watch(run, there, follow=False)
+    watch(run, config, follow=False)
     assert "has no development split" in caplog.text
 
 

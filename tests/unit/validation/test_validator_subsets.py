@@ -59,9 +59,12 @@ def test_a_subset_has_a_curve_an_artifact_and_a_dataset_of_its_own(
     names = client.get_run(run.id).data.metrics
     assert {"val/mrr_at_10", "val-random_2/mrr_at_10"} <= names.keys()
     assert names["val-random_2/mrr_at_10"] >= names["val/mrr_at_10"]
-    inputs = {one.dataset.name: one.dataset for one in client.get_run(run.id).inputs.dataset_inputs}
-    (whole,) = (one for name, one in inputs.items() if "random" not in name)
-    (part,) = (one for name, one in inputs.items() if name.endswith("(random:2)"))
+    inputs = {
+        dataset_input.dataset.name: dataset_input.dataset
+        for dataset_input in client.get_run(run.id).inputs.dataset_inputs
+    }
+    (whole,) = (dataset for name, dataset in inputs.items() if "random" not in name)
+    (part,) = (dataset for name, dataset in inputs.items() if name.endswith("(random:2)"))
     assert whole.digest != part.digest
     profile = json.loads(part.profile)
     assert profile["origins"]["judged"] == 3
@@ -92,8 +95,8 @@ def test_subsets_and_the_whole_corpus_are_read_from_one_pass(
     validated(run, "full", "random:2", "bm25@1", "queries:2")
     assert calls == [4]
     # each has the figures that it has alone
-    (one,) = run_checkpoints(run)
-    together = recorded_values(one, "val-bm25_at_1")
+    (checkpoint,) = run_checkpoints(run)
+    together = recorded_values(checkpoint, "val-bm25_at_1")
     publish(run, tmp_path / "step-1", 2)
     validated(run, "bm25@1")
     alone = recorded_values(run_checkpoints(run)[-1], "val-bm25_at_1")
@@ -166,15 +169,15 @@ def test_in_an_experiment_other_runs_do_not_wait_with_it(
     name = f"two runs, {keep_up}"
     experiment = client.create_experiment(name)
     early, ready = (TrackedRun(client, client.create_run(experiment)) for _ in range(2))
-    for one in (early, ready):
-        one.log_params({"dataset": str(folder), "validation_split": "dev"})
-        publish(one, tmp_path / "step-0", 0)
+    for tracked in (early, ready):
+        tracked.log_params({"dataset": str(folder), "validation_split": "dev"})
+        publish(tracked, tmp_path / "step-0", 0)
     publish(ready, tmp_path / "step-10", 10)
     seen = []
 
     def sleep(_: float) -> None:
         key = "val-encoder_step-10_at_1/mrr_at_10"
-        seen.append([steps(client, one, key) for one in (early, ready)])
+        seen.append([steps(client, run, key) for run in (early, ready)])
         if len(seen) == 1:
             publish(early, tmp_path / "step-10", 10)
         elif len(seen) == 3:
@@ -193,7 +196,10 @@ def test_the_best_so_far_get_the_whole_corpus_once(
     for step in range(6):
         publishing(step)
     validated(run, "bm25@1", refine="full@2")
-    cheap = {one.step: recorded_values(one, "val-bm25_at_1") for one in run_checkpoints(run)}
+    cheap = {
+        checkpoint.step: recorded_values(checkpoint, "val-bm25_at_1")
+        for checkpoint in run_checkpoints(run)
+    }
     order = sorted(cheap, key=lambda step: (-cheap[step]["mrr_at_10"], step))
     assert len(cheap) == 6
     refined = steps(client, run, "val/mrr_at_10")
@@ -214,7 +220,7 @@ def test_a_seed_leaves_the_whole_corpus_what_it_is(
 
 
 def with_files(run: TrackedRun) -> list[int]:
-    return [one.step for one in run_checkpoints(run) if not one.is_pruned]
+    return [checkpoint.step for checkpoint in run_checkpoints(run) if not checkpoint.is_pruned]
 
 
 def test_those_that_are_not_refined_go(run: TrackedRun, publishing: Callable[[int], str]) -> None:
@@ -222,7 +228,10 @@ def test_those_that_are_not_refined_go(run: TrackedRun, publishing: Callable[[in
         publishing(step)
     policy = {"metric": "val-bm25_at_1/mrr@10", "keep": "best:1,last:1"}
     validated(run, "bm25@1", refine="full@2", **policy)
-    cheap = {one.step: recorded_values(one, "val-bm25_at_1") for one in run_checkpoints(run)}
+    cheap = {
+        checkpoint.step: recorded_values(checkpoint, "val-bm25_at_1")
+        for checkpoint in run_checkpoints(run)
+    }
     best = min(cheap, key=lambda step: (-cheap[step]["mrr_at_10"], step))
     assert with_files(run) == sorted({best, 5})
 
@@ -232,10 +241,12 @@ def test_what_failed_keeps_its_files_until_it_was_tried_again(
 ) -> None:
     for step in range(4):
         publishing(step)
-    for one in run_checkpoints(run)[1:3]:
-        mark_failed(run, one, "val", "out of memory")
+    for checkpoint in run_checkpoints(run)[1:3]:
+        mark_failed(run, checkpoint, "val", "out of memory")
     assert validated(run, retry_failed=True, keep="best:1,last:1").done == 4
-    assert all(validation_state(one, "val") is State.DONE for one in run_checkpoints(run))
+    assert all(
+        validation_state(checkpoint, "val") is State.DONE for checkpoint in run_checkpoints(run)
+    )
     assert len(with_files(run)) <= 2
 
 
