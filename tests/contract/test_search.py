@@ -90,7 +90,7 @@ N_QUERIES = [1, 3, 19, 20, 25]
 
 
 @pytest.mark.parametrize("n_queries", N_QUERIES)
-def test_real_scores(backend: Backend, n_queries: int) -> None:
+def test_the_best_of_real_scores(backend: Backend, n_queries: int) -> None:
     queries, corpus, ranks = real_vectors(n_queries, 700)
     scores, rows = found(backend, queries, corpus, 50, ranks, split(np.arange(700), 128))
     expected_scores, expected_rows = brute_force(queries, corpus, 50, ranks)

@@ -67,7 +67,7 @@ def _post(address: str, **values: str) -> None:
     ],
     ids=["nobody", "wrong password", "too few rights"],
 )
-def test_who_may_not_validate_is_told_why(
+def test_a_user_without_edit_permission_gets_the_reason(
     call: Call, guarded: Guarded, user: dict[str, str], says: str
 ) -> None:
     ended = call(
@@ -89,7 +89,7 @@ def test_mlflows_own_variables_are_enough(call: Call, guarded: Guarded) -> None:
     assert "step 1: mrr_at_10" in ended.stderr
 
 
-def test_who_may_not_remove_files_is_told_why_and_changes_nothing(
+def test_a_user_without_delete_permission_gets_the_reason_and_changes_nothing(
     call: Call, guarded: Guarded
 ) -> None:
     argv: list[Any] = ["mlflow-dr", "prune", "--run-id", guarded.unvalidated]

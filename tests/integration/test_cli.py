@@ -142,7 +142,7 @@ def test_a_console_script_prints_no_traceback(call: Call) -> None:
     assert re.fullmatch(r"error: no dataset 'dmeo'; did you mean 'demo'\? [^\n]+\n", done.stderr)
 
 
-def test_an_unknown_split_names_those_there_are(
+def test_an_unknown_split_is_an_error_that_lists_the_splits(
     failure: Failure, beir_folder: Folder, tiny_directory: Path
 ) -> None:
     folder = beir_folder(CORPUS, QUERIES, dev=JUDGED, train=JUDGED)
@@ -169,7 +169,7 @@ def test_an_unknown_split_names_those_there_are(
         (["--max-length", "1"], r"--max-length is 1; expected at least 3"),
     ],
 )
-def test_a_wrong_flag_of_evaluate_is_told_before_any_work(
+def test_a_wrong_flag_of_evaluate_is_refused_before_any_work(
     argv: list[str], message: str, failure: Failure, beir_folder: Folder, tiny_directory: Path
 ) -> None:
     folder = beir_folder(CORPUS, QUERIES, dev=JUDGED)
@@ -350,7 +350,7 @@ def test_no_checkpoint_with_that_id(
     assert line.startswith("error: model m-0: ")
 
 
-def test_a_server_that_refuses_is_told_at_once(call: Call) -> None:
+def test_a_server_that_refuses_connections_is_reported_at_once(call: Call) -> None:
     start = time.monotonic()
     done = call("mlflow-dr", "validate", "--run-id", "0", MLFLOW_TRACKING_URI="http://127.0.0.1:9")
     assert done.returncode == 1
@@ -360,7 +360,7 @@ def test_a_server_that_refuses_is_told_at_once(call: Call) -> None:
     assert time.monotonic() - start < 100  # MLflow itself tries for minutes
 
 
-def test_a_server_that_never_answers_is_given_up_within_seconds(
+def test_a_server_that_never_answers_is_reported_within_seconds(
     failure: Failure, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("MLFLOW_HTTP_REQUEST_TIMEOUT", "1")

@@ -21,7 +21,7 @@ INTERRUPTED = 130
 Forked = Callable[..., SimpleNamespace]
 
 
-def test_killed_at_any_moment_and_started_again_it_ends_as_if_undisturbed(
+def test_a_validator_killed_at_any_moment_and_restarted_ends_as_if_undisturbed(
     forked: Forked,
     publish_noise: Callable[..., str],
     points: Callable,
@@ -98,7 +98,7 @@ def test_writing_recorded_figures_again_adds_no_point(
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 @pytest.mark.parametrize("moment", ["loading", "encoding"])
-def test_asked_to_stop_amid_a_checkpoint_it_leaves_nothing_behind(
+def test_a_validator_stopped_during_a_checkpoint_leaves_nothing_behind(
     moment: str,
     number: signal.Signals,
     forked: Forked,
@@ -120,7 +120,7 @@ def test_asked_to_stop_amid_a_checkpoint_it_leaves_nothing_behind(
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_asked_to_stop_while_it_waits_it_ends_at_once(
+def test_a_validator_stopped_while_waiting_ends_at_once(
     number: signal.Signals,
     forked: Forked,
     publish_noise: Callable[..., str],

@@ -21,7 +21,7 @@ def evaluated(printed: list[str]) -> Counter[int]:
     return Counter(int(match[1]) for line in printed if (match := re.match(r"step (\d+): ", line)))
 
 
-def test_eight_at_the_same_instant_evaluate_each_checkpoint_once(
+def test_eight_simultaneous_validators_evaluate_each_checkpoint_once(
     forked: Forked, publish_noise: Callable[..., str], points: Callable, client: MlflowClient
 ) -> None:
     steps = list(range(20))
@@ -35,7 +35,7 @@ def test_eight_at_the_same_instant_evaluate_each_checkpoint_once(
         )
 
 
-def test_the_server_is_away_when_the_work_is_done(
+def test_the_server_is_unreachable_when_an_evaluation_ends(
     forked: Forked,
     serve: Callable,
     publish_noise: Callable[..., str],
@@ -82,7 +82,7 @@ def test_status_shows_who_did_what(
     assert second[3].startswith(f"{os.uname().nodename}:")
 
 
-def test_what_sentence_transformers_saves(
+def test_checkpoints_saved_by_sentence_transformers_are_validated(
     forked: Forked, collection: Path, tiny_directory: Path, client: MlflowClient, tmp_path: Path
 ) -> None:
     """Into a run of its own; a stray file and a checkpoint that is cut off are passed over."""
@@ -131,7 +131,7 @@ def test_a_run_or_an_experiment(forked: Forked, flags: list[str]) -> None:
     assert ended.printed[-1].startswith("error: give --run-id, --experiment or --checkpoints-dir")
 
 
-def test_contenders_get_the_whole_corpus_once(
+def test_the_best_checkpoints_are_validated_on_the_full_corpus_once(
     forked: Forked, publish_noise: Callable[..., str], points: Callable, client: MlflowClient
 ) -> None:
     """Two validators refine one run; whatever was among the best two for a while may be done."""

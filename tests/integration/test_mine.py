@@ -103,7 +103,9 @@ def test_a_published_checkpoint(
         assert mined["negative_document_ids"] == others[2:7]
 
 
-def test_the_projects_entry(call: Call, collection: Path, tmp_path: Path) -> None:
+def test_mine_as_an_entry_of_the_mlflow_project(
+    call: Call, collection: Path, tmp_path: Path
+) -> None:
     path = tmp_path / "mined.jsonl"
     parameters = {"dataset": collection, "output": path, "depth": 20, "negatives": 4, "margin": 0}
     flags = [word for key, value in parameters.items() for word in ("-P", f"{key}={value}")]
@@ -120,7 +122,7 @@ def test_the_projects_entry(call: Call, collection: Path, tmp_path: Path) -> Non
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_stopped_on_the_way_it_leaves_nothing(
+def test_a_stopped_mine_leaves_no_file(
     start: Callable[..., subprocess.Popen],
     collection: Path,
     minilm: Path,

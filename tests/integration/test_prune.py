@@ -25,7 +25,7 @@ def files(store: Path, model_id: str) -> list[Path]:
     return [path for path in store.rglob("*") if path.is_file() and model_id in path.parts]
 
 
-def test_of_a_run_the_best_is_left_whole_and_all_figures(
+def test_pruning_keeps_the_best_checkpoint_and_all_figures(
     forked: Forked,
     publish_noise: Callable[..., str],
     checkpoints: Callable,
@@ -71,7 +71,7 @@ def test_of_a_run_the_best_is_left_whole_and_all_figures(
 
 @pytest.mark.parametrize("moment", ["before-removing", "after-removing"])
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGKILL])
-def test_what_is_ended_in_the_middle_is_finished(
+def test_an_interrupted_prune_is_finished_by_the_next(
     forked: Forked,
     publish_noise: Callable[..., str],
     checkpoints: Callable,
@@ -97,7 +97,7 @@ def test_what_is_ended_in_the_middle_is_finished(
     assert [bool(files(artifact_store, models[step].model_id)) for step in (1, 2)] == [False, True]
 
 
-def test_of_deleted_runs_what_mlflow_leaves_behind(
+def test_files_that_mlflow_leaves_of_deleted_runs_are_removed(
     serve: Callable,
     publish_noise: Callable[..., str],
     call: Callable[..., subprocess.CompletedProcess],
@@ -140,7 +140,7 @@ def test_of_deleted_runs_what_mlflow_leaves_behind(
 
 
 @pytest.mark.parametrize("argv", [("--deleted",), ("--run-id", "1", "--keep", "last:1")])
-def test_a_server_that_is_away_is_one_line(forked: Forked, argv: tuple[str, ...]) -> None:
+def test_an_unreachable_server_is_one_line(forked: Forked, argv: tuple[str, ...]) -> None:
     ended = forked("prune", *argv, "--tracking-uri", "http://127.0.0.1:9")
     assert ended.code == 1
     (line,) = ended.printed

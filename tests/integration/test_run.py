@@ -155,7 +155,7 @@ def descendants(process: subprocess.Popen) -> list[psutil.Process]:
     return psutil.Process(process.pid).children(recursive=True)
 
 
-def test_ctrl_c_stops_both_after_the_step(
+def test_ctrl_c_stops_trainer_and_validator_after_the_step(
     start: Start, store: MlflowClient, variables: dict[str, str], collection: Path, tmp_path: Path
 ) -> None:
     argv = project_run(collection, tmp_path, **FOREVER, poll_seconds=0.2)
@@ -178,7 +178,7 @@ def test_ctrl_c_stops_both_after_the_step(
     assert runs_of(store)[0].info.status in ("KILLED", "FAILED")
 
 
-def test_asked_to_stop_before_training_began_the_run_is_killed(
+def test_a_stop_before_training_begins_marks_the_run_as_killed(
     start: Start, store: MlflowClient, variables: dict[str, str], collection: Path
 ) -> None:
     argv = [word for key, value in FOREVER.items() for word in (f"--{key}", value)]
@@ -212,7 +212,7 @@ sys.exit(launch.launch(config, flags.format(*sys.argv[1:]).split()))
 """
 
 
-def test_several_training_processes_are_torchruns_and_write_one_run(
+def test_several_training_processes_use_torchrun_and_write_one_run(
     call: Call, store: MlflowClient, collection: Path, tmp_path: Path, points: Callable
 ) -> None:
     """Two processes on the processor, where `--gpus 2` would put each on a GPU."""
@@ -230,7 +230,7 @@ def test_several_training_processes_are_torchruns_and_write_one_run(
     assert sorted(points(store, run.info.run_id, "val")["mrr_at_10"]) == [0, 2, 4]
 
 
-def test_a_training_that_does_not_rise_ends_early(
+def test_a_training_without_improvement_ends_early(
     call: Call,
     store: MlflowClient,
     variables: dict[str, str],

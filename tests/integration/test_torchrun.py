@@ -114,7 +114,7 @@ def points(client: MlflowClient, run_id: str) -> list[tuple[int, float]]:
     return sorted((point.step, point.value) for point in history)
 
 
-def test_sigterm_to_torchrun_ends_both_after_one_step(ended: SimpleNamespace) -> None:
+def test_sigterm_to_torchrun_ends_both_processes_after_one_step(ended: SimpleNamespace) -> None:
     """With something to resume from, and no traceback but torchrun's own."""
     stopped = ended.stopped
     assert stopped.run.info.status == "KILLED", stopped.printed
@@ -129,7 +129,7 @@ def test_sigterm_to_torchrun_ends_both_after_one_step(ended: SimpleNamespace) ->
     ]
 
 
-def test_one_run_has_both_parts(ended: SimpleNamespace) -> None:
+def test_a_stopped_and_resumed_training_is_one_run(ended: SimpleNamespace) -> None:
     assert ended.resumed.code == 0, ended.resumed.printed
     run_id = ended.stopped.run.info.run_id
     assert ended.runs == {run_id, ended.alone}
@@ -137,7 +137,7 @@ def test_one_run_has_both_parts(ended: SimpleNamespace) -> None:
     assert f"resuming run {run_id} from {ended.stopped.saved[0]}" in ended.resumed.printed
 
 
-def test_the_losses_equal_those_of_one_process_with_the_whole_batch(ended: SimpleNamespace) -> None:
+def test_the_losses_equal_one_process_with_the_whole_batch(ended: SimpleNamespace) -> None:
     """One point for each step, although two processes log; fp32, so to some 1e-4."""
     ours = points(ended.client, ended.stopped.run.info.run_id)
     expected = points(ended.client, ended.alone)

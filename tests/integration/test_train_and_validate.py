@@ -63,7 +63,7 @@ def test_points_name_the_collection_they_were_measured_on(
             )
 
 
-def test_the_run_tells_how_it_was_trained(
+def test_the_run_records_how_it_was_trained(
     followed: SimpleNamespace, client: MlflowClient, collection: Path
 ) -> None:
     run = client.get_run(followed.run_id)

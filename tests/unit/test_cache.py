@@ -122,7 +122,7 @@ DAMAGES = (flipped, cut_off, emptied, exchanged, Path.unlink, moved, made_a_fold
     ],
     ids=lambda part: part if isinstance(part, str) else "",
 )
-def test_a_damaged_entry_is_made_again_with_one_line(
+def test_a_damaged_entry_is_rebuilt_with_one_log_line(
     own_cache: Path,
     caplog: pytest.LogCaptureFixture,
     kind: str,
@@ -199,7 +199,7 @@ def test_a_process_keeps_a_damaged_file_that_it_has_mapped(made: Callable[..., P
     assert bytes(mapped) == before
 
 
-def test_a_damaged_entry_stays_if_a_new_one_cannot_be_made(made: Callable[..., Path]) -> None:
+def test_a_damaged_entry_is_kept_if_it_cannot_be_rebuilt(made: Callable[..., Path]) -> None:
     entry = made()
     flipped(entry / "text")
     before = text(entry)
@@ -214,7 +214,7 @@ def test_a_damaged_entry_stays_if_a_new_one_cannot_be_made(made: Callable[..., P
     assert text(made()) == "made 1"
 
 
-def test_two_exchanged_entries_are_both_made_again(made: Callable[..., Path]) -> None:
+def test_two_exchanged_entries_are_both_rebuilt(made: Callable[..., Path]) -> None:
     first, other = made("one"), made("other")
     first.rename(first.with_name("aside"))
     other.rename(first)
@@ -282,7 +282,7 @@ print((cache_entry("kind", "key", write) / "text").read_text())
 """
 
 
-def test_two_processes_make_a_damaged_entry_again_once(
+def test_two_processes_rebuild_a_damaged_entry_once(
     made: Callable[..., Path], tmp_path: Path
 ) -> None:
     flipped(made() / "text")

@@ -72,7 +72,7 @@ def test_the_overrides_are_all_listed() -> None:
     assert private & set(dir(Trainer)) == set(compat.TRAINER_OVERRIDES)
 
 
-def test_trainer_keeps_its_sums_of_losses_where_we_look() -> None:
+def test_trainer_has_the_attributes_of_its_summed_losses() -> None:
     from transformers import Trainer, TrainerCallback, TrainingArguments
 
     seen: list[tuple[object, float, int]] = []
@@ -160,13 +160,13 @@ def test_torch_says_whether_the_processor_has_bf16() -> None:
 
 
 @pytest.mark.parametrize("name", compat.MLFLOW_OVERRIDES)
-def test_mlflows_client_below_has_the_methods_that_ours_overrides(name: str) -> None:
+def test_mlflows_base_client_has_the_methods_that_ours_overrides(name: str) -> None:
     from mlflow.tracking._tracking_service.client import TrackingServiceClient
 
     assert hasattr(TrackingServiceClient, name), upgraded("mlflow", f"TrackingServiceClient.{name}")
 
 
-def test_mlflows_client_below_can_be_replaced_and_finds_the_artifact_store(
+def test_mlflows_base_client_can_be_replaced_and_finds_the_artifact_store(
     client: MlflowClient, tmp_path: Path
 ) -> None:
     changed = upgraded("mlflow", "MlflowClient._tracking_client")

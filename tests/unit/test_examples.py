@@ -55,7 +55,7 @@ def test_evaluating_from_python(minilm: Path, beir_folder: Callable[..., Path]) 
 
 
 @pytest.mark.parametrize("example", ["plain_pytorch_loop.py", "sentence_transformers_trainer.py"])
-def test_somebody_elses_loop_is_validated(
+def test_a_training_loop_of_another_library_is_validated(
     example: str, client: MlflowClient, experiment: str, tmp_path: Path
 ) -> None:
     hidden = ("MLFLOW_RUN_ID", "MLFLOW_EXPERIMENT_ID")

@@ -35,7 +35,7 @@ def names_in(path: Path) -> set[str]:
 
 
 @pytest.mark.parametrize("page", ["glossary.md", "architecture.md"])
-def test_what_a_page_names_exists(page: str) -> None:
+def test_everything_that_a_page_names_exists(page: str) -> None:
     files = {path.relative_to(PACKAGE).as_posix(): path for path in PACKAGE.rglob("*.py")}
     missing = [
         f"{file}: {name}"

@@ -93,7 +93,7 @@ def imports(path: Path, top_level_only: bool = False) -> Iterator[str]:
 
 
 @pytest.mark.parametrize("path", modules(), ids=lambda path: str(path.relative_to(PACKAGE)))
-def test_a_room_imports_only_from_lower_floors(path: Path) -> None:
+def test_a_subpackage_imports_only_from_lower_layers(path: Path) -> None:
     here = subpackage(path)
     if here in ("__init__", "__main__"):
         return
@@ -107,7 +107,7 @@ def test_a_room_imports_only_from_lower_floors(path: Path) -> None:
 
 
 @pytest.mark.parametrize("path", modules(), ids=lambda path: str(path.relative_to(PACKAGE)))
-def test_heavy_libraries_stay_in_their_room(path: Path) -> None:
+def test_heavy_libraries_stay_in_their_subpackage(path: Path) -> None:
     module = path.relative_to(PACKAGE).as_posix()
     for name in imports(path):
         homes = HOMES.get(name.split(".")[0])

@@ -27,7 +27,7 @@ time.sleep(600)
 """
 
 
-def test_killing_reaches_what_a_child_has_started() -> None:
+def test_killing_a_child_kills_its_own_children() -> None:
     """As torchrun does: in a session of its own. And what is in the child's."""
     process = subprocess.Popen(
         [sys.executable, "-c", PARENT], stdout=subprocess.PIPE, text=True, start_new_session=True
@@ -81,7 +81,7 @@ def test_torchrun_waits_for_its_children_as_long_as_we_do(
         ("os.kill(os.getpid(), 9)", "SIGKILL"),
     ],
 )
-def test_a_childs_error_is_said_once(
+def test_a_childs_error_is_printed_once(
     run: TrackedRun,
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
@@ -102,7 +102,7 @@ def test_a_childs_error_is_said_once(
 
 
 @pytest.mark.parametrize("gpus", [1, 4])
-def test_negatives_across_devices_are_looked_at_with_the_processes_to_come(
+def test_negatives_across_devices_are_checked_with_the_future_number_of_processes(
     beir_folder: Callable[..., Path],
     tmp_path: Path,
     gpus: int,

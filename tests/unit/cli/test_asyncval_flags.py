@@ -61,7 +61,9 @@ def planned(argv: list[str]) -> ValidateConfig:
     return from_flags(ValidateConfig, values, values.pop("config"))
 
 
-def test_asyncvals_own_command_line(files: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_command_line_of_asyncval_is_accepted(
+    files: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.chdir(files)
     (files / "words").mkdir()
     plan = planned(
@@ -106,12 +108,12 @@ def test_several_query_files_are_several_validations(files: Path, spelt: list[st
 
 
 @pytest.mark.parametrize("flags", [["--measures", "mrr@5 ap@7"], ["--metrics", "mrr@5", "AP@7"]])
-def test_measures_in_one_word_or_in_several(flags: list[str]) -> None:
+def test_measures_may_be_one_argument_or_several(flags: list[str]) -> None:
     (validation,) = planned(flags).all_validations
     assert validation.settings.measures == parse_measures("mrr@5 map@7")
 
 
-def test_flags_and_a_plan(files: Path) -> None:
+def test_query_files_and_a_configuration_file(files: Path) -> None:
     """A validation of the plan that names no collection has that of the flags."""
     (files / "plan.yaml").write_text(
         "validations: {short: {measures: mrr@5}, other: {dataset: demo, split: dev}}"
@@ -130,7 +132,7 @@ def test_flags_and_a_plan(files: Path) -> None:
     ]
 
 
-def test_a_plan_and_the_other_flags(tmp_path: Path) -> None:
+def test_a_configuration_file_and_other_flags(tmp_path: Path) -> None:
     """Flags stand for what the file does not say; names it says itself."""
     file = tmp_path / "plan.yaml"
     file.write_text("validations: {a: , b: {dataset: demo}}")
@@ -154,13 +156,13 @@ def test_a_plan_and_the_other_flags(tmp_path: Path) -> None:
         (["--dataset", "demo", "--candidate_dir", "."], "give dataset, or candidate_dir"),
     ],
 )
-def test_files_and_a_dataset(flags: list[str], message: str) -> None:
+def test_files_and_a_dataset_together_are_refused(flags: list[str], message: str) -> None:
     for command, given in ((validate.command, ["--run-id", "0"]), (evaluate.command, ["tiny"])):
         with pytest.raises(UsageError, match=message):
             called(command, *given, *flags)
 
 
-def test_evaluate_asks_for_a_dataset_and_for_one_set(files: Path) -> None:
+def test_evaluate_needs_a_dataset_and_a_single_query_set(files: Path) -> None:
     with pytest.raises(UsageError, match="give --dataset, or --candidate-dir, --query-file"):
         called(evaluate.command, "tiny")
     argv = flags(files, "dev.query.json")
@@ -182,7 +184,7 @@ def test_evaluate(
     assert f"mrr@10\t{report['measures']['mrr@10']:.4f}" in capsys.readouterr().out
 
 
-def test_an_encoder_after_an_option_is_no_value_of_it() -> None:
+def test_an_encoder_after_an_option_is_not_taken_as_its_value() -> None:
     argv = ["--dataset", "demo", "--metrics", "RR@10", "encoder"]
     with evaluate.command.make_context("evaluate", argv) as context:
         assert (context.params["measures"], context.params["encoder"]) == (("RR@10",), "encoder")

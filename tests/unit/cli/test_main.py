@@ -16,7 +16,7 @@ from mlflow_dr.cli import datasets
         (EOFError("No data left"), 1, "error: what was read ended too early (EOFError: No data"),
     ],
 )
-def test_only_an_interrupt_means_that_it_was_stopped(
+def test_only_an_interrupt_exits_as_stopped(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
     raised: BaseException,

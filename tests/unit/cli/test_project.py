@@ -58,13 +58,13 @@ def test_evaluate_logs_its_report(project: TrackedRun, folder: Path, encoder: Pa
     assert report["queries"].keys() == {"q"}
 
 
-def test_mine_logs_what_it_has_found(project: TrackedRun, folder: Path, tmp_path: Path) -> None:
+def test_mine_logs_its_negatives(project: TrackedRun, folder: Path, tmp_path: Path) -> None:
     called(mine.command, "--dataset", folder, "--output", tmp_path / "mined.jsonl")
     assert project.fetch().data.metrics["mined/queries"] == 1
     assert "1 queries with" in artifact(project, "mined.txt")
 
 
-def test_validate_logs_what_it_has_done_of_another_run(
+def test_validate_logs_its_work_on_another_run(
     project: TrackedRun,
     client: MlflowClient,
     experiment: str,
@@ -81,7 +81,7 @@ def test_validate_logs_what_it_has_done_of_another_run(
     assert link in capsys.readouterr().err
 
 
-def test_files_that_are_there_are_left_alone(
+def test_existing_files_are_not_overwritten(
     folder: Path, encoder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.delenv(RUN_VARIABLE, raising=False)

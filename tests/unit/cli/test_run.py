@@ -33,7 +33,7 @@ def called(*argv: object) -> Any:
     return run.command.main([str(word) for word in argv], "mlflow-dr", standalone_mode=False)
 
 
-def test_the_dataset_is_the_flags_else_the_files_else_demo(
+def test_the_dataset_comes_from_the_flags_or_the_file_or_is_the_demo(
     launched: list[Any], tmp_path: Path
 ) -> None:
     file = tmp_path / "train.yaml"
@@ -56,7 +56,7 @@ def test_the_dataset_is_the_flags_else_the_files_else_demo(
         ["--subset", "randm:5"],
     ],
 )
-def test_nothing_begins_with_flags_that_the_validator_would_refuse(
+def test_flags_that_the_validator_would_refuse_stop_run_before_training(
     launched: list[Any], argv: list[str]
 ) -> None:
     with pytest.raises(MlflowDrError):
@@ -64,7 +64,7 @@ def test_nothing_begins_with_flags_that_the_validator_would_refuse(
     assert not launched
 
 
-def test_the_curve_that_is_shown_is_the_first_validations(launched: list[Any]) -> None:
+def test_the_summary_shows_the_curve_of_the_first_validation(launched: list[Any]) -> None:
     called("--name", "small", "--subset", "random:5", "--subset", "full", "--judged", "all")
     called("--seed", "5")
     names = [config.validation().all_validations[0].name for config, _ in launched]
@@ -72,7 +72,7 @@ def test_the_curve_that_is_shown_is_the_first_validations(launched: list[Any]) -
 
 
 @pytest.mark.parametrize("in_file", [False, True])
-def test_server_and_experiment_are_everybodys(
+def test_server_and_experiment_apply_to_trainer_and_validator(
     client: MlflowClient,
     folder: Path,
     tmp_path: Path,

@@ -19,7 +19,7 @@ def called(client: MlflowClient, port: int) -> Any:
     return ui.command.main(argv, "mlflow-dr", standalone_mode=False)
 
 
-def test_a_port_that_is_taken_is_said_with_another(client: MlflowClient) -> None:
+def test_a_taken_port_is_reported_and_a_free_one_is_suggested(client: MlflowClient) -> None:
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
         with pytest.raises(click.ClickException, match=rf"port {port} is taken; pass --port \d+"):

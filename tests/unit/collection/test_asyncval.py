@@ -223,7 +223,9 @@ def test_missing_files_are_named(base: Path) -> None:
         AsyncvalFiles(base / "empty", [base / "test.json"], [base / "qrels.tsv"]).corpus()
 
 
-def test_what_cannot_be_measured_is_counted(base: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_unusable_queries_and_judgements_are_counted(
+    base: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     records = [
         {"text_id": "q1", "text": " "},
         {"text_id": "q3", "text": "what swims"},
@@ -250,7 +252,7 @@ def test_a_tokenised_query_without_tokens_is_empty(
     assert "1 judged queries have no text (such as 'q1')" in caplog.text
 
 
-def test_no_judgement_is_left(base: Path) -> None:
+def test_no_remaining_judgement_is_an_error(base: Path) -> None:
     (base / "qrels.tsv").write_text("q1\t0\tp9\t1\n")
     with pytest.raises(DataError, match=r"qrels\.tsv for dev\.query\.json: no judgement is left"):
         opened(base).topics("dev.query")

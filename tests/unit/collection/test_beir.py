@@ -131,7 +131,7 @@ def test_negative_relevance_is_kept(folder: Path) -> None:
     ],
     ids=["no title", "null title", "number as id", "no text, more fields", "any characters"],
 )
-def test_what_a_passage_may_look_like(folder: Path, line: str, passage: Passage) -> None:
+def test_the_accepted_forms_of_a_passage(folder: Path, line: str, passage: Passage) -> None:
     (folder / "corpus.jsonl").write_text(line + "\n", encoding="utf-8")
     assert passages_of(folder) == [passage]
 
@@ -333,9 +333,7 @@ def test_a_query_without_text_is_left_out_with_a_count(
     assert "not in the query file" not in caplog.text
 
 
-def test_there_is_no_warning_when_everything_fits(
-    folder: Path, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_no_warning_when_everything_fits(folder: Path, caplog: pytest.LogCaptureFixture) -> None:
     BeirFolder(folder).topics("dev")
     assert not caplog.records
 

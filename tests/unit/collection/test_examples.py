@@ -174,7 +174,7 @@ def test_negatives_that_are_positives_and_repeats_are_left_out(
 
 
 @pytest.mark.parametrize("text", ["", " \t"])
-def test_records_without_query_or_positive_are_left_out_with_their_place(
+def test_records_without_query_or_positive_are_left_out_and_located(
     text: str, caplog: pytest.LogCaptureFixture
 ) -> None:
     examples = made(

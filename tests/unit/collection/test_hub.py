@@ -242,7 +242,7 @@ def test_rows_that_cannot_be_trained_on_are_left_out_and_counted_once(
     assert "1 records without a usable positive passage (such as" in warning
 
 
-def test_nothing_is_read_before_it_is_asked_for(hub: HubCache) -> None:
+def test_nothing_is_read_before_it_is_needed(hub: HubCache) -> None:
     collection = msmarco_passage()  # neither repository is there
     hub.put(EXAMPLES, "train.jsonl.gz", TRAIN)
     assert len(collection.examples()) == 2  # the corpus still is not
@@ -521,9 +521,7 @@ def test_a_missing_file_of_a_numbered_series_is_named(hub: HubCache) -> None:
         ([PASSAGES[0], dict(PASSAGES[1], docid="0")], r"1 passages repeat an id \(such as '0'\)"),
     ],
 )
-def test_ids_that_cannot_be_told_apart(
-    hub: HubCache, rows: list[dict[str, Any]], message: str
-) -> None:
+def test_ids_that_are_ambiguous(hub: HubCache, rows: list[dict[str, Any]], message: str) -> None:
     hub.put(CORPUS, "corpus.jsonl", rows)
     with pytest.raises(DataError, match=message):
         HubCollection("mine", EXAMPLES, CORPUS, {"dev": "none"}).corpus()

@@ -155,7 +155,7 @@ def test_a_number_of_thousands_of_digits(tmp_path: Path) -> None:
         items(path)
 
 
-def test_an_item_that_never_ends(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_endless_item_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(jsonl, "LONGEST_LINE", 1 << 20)
     path = tmp_path / "a.json"
     path.write_text('[{}, {"a": "' + "x" * (1 << 23) + '"}]')

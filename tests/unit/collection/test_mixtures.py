@@ -26,7 +26,7 @@ def test_parts_and_weights(text: str, parts: list[tuple[str, float | None]]) -> 
     assert parse_mixture(text) == parts
 
 
-def test_what_is_a_path_is_never_taken_apart(
+def test_an_existing_path_is_never_split_into_parts(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)

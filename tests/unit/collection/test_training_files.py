@@ -238,7 +238,7 @@ def test_a_malformed_row_of_parquet_is_named_by_its_index(write: Callable[..., P
         ("psgs_w100.tsv", [b'id\ttext\ttitle\np3\ta\tb\np1\t"a ""liner"""\tc\np2\ta\tb\n']),
     ],
 )
-def test_ids_are_looked_up_in_the_passages_beside(
+def test_ids_are_looked_up_in_the_passages_next_to_the_file(
     write: Callable[..., Path], ships: Corpus, name: str, content: list[Row | bytes]
 ) -> None:
     write(name, *content)
@@ -252,7 +252,7 @@ def test_ids_are_looked_up_in_the_passages_beside(
         assert examples.passages[1] == Passage("p1", "c", 'a "liner"')
 
 
-def test_ids_are_looked_up_in_the_given_corpus_where_none_is_beside(
+def test_ids_are_looked_up_in_the_given_corpus_without_passages_next_to_the_file(
     write: Callable[..., Path], ships: Corpus
 ) -> None:
     path = write("mined.jsonl", dict(BY_ID, query="ignored", answers="liner"))
@@ -273,7 +273,7 @@ def test_ids_without_a_corpus_are_an_error_that_says_where_it_belongs(
         open_examples(path)
 
 
-def test_two_tables_of_passages_beside_are_an_error(write: Callable[..., Path]) -> None:
+def test_two_tables_of_passages_next_to_the_file_are_an_error(write: Callable[..., Path]) -> None:
     write("psgs_a.tsv", b"")
     write("psgs_b.tsv", b"")
     with pytest.raises(
@@ -282,7 +282,7 @@ def test_two_tables_of_passages_beside_are_an_error(write: Callable[..., Path]) 
         open_examples(write("mined.jsonl", BY_ID))
 
 
-def test_scores_by_id_go_with_their_passages(write: Callable[..., Path], ships: Corpus) -> None:
+def test_scores_by_id_stay_with_their_passages(write: Callable[..., Path], ships: Corpus) -> None:
     row = dict(BY_ID, negative_document_ids=["gone", "p3"])
     row |= {"positive_scores": [4], "negative_scores": [0.5, -1]}
     example = open_examples(write("mined.jsonl", row), lambda: ships)[0]
@@ -387,7 +387,7 @@ def test_an_id_that_judgements_cannot_name(write: Callable[..., Path], character
         open_examples(write("mined.jsonl", rows), lambda: Corpus(pa.table(NO_PASSAGES)))
 
 
-def test_a_passage_that_never_ends(
+def test_an_endless_passage_is_refused(
     write: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("mlflow_dr.collection.dpr.LONGEST_LINE", 1000)
@@ -433,7 +433,7 @@ def test_a_complete_numbered_series_is_read(write: Callable[..., Path], first: i
     assert len(open_examples(folder)) == 2
 
 
-def test_a_download_that_was_not_finished_is_named(
+def test_an_unfinished_download_is_named(
     write: Callable[..., Path], caplog: pytest.LogCaptureFixture
 ) -> None:
     folder = write("train-1.jsonl", TEVATRON).parent
@@ -679,7 +679,7 @@ def test_an_unchanged_file_is_read_only_once(
     assert open_examples(path).digest == first.digest
 
 
-def test_a_changed_corpus_beside_is_looked_up_again(write: Callable[..., Path]) -> None:
+def test_a_changed_corpus_next_to_the_file_is_read_again(write: Callable[..., Path]) -> None:
     path = write("mined.jsonl", BY_ID)
     rows = [{"docid": p.id, "text": p.text} for p in CORPUS]
     write("corpus.jsonl", *rows)
@@ -709,7 +709,7 @@ def test_a_training_file_is_a_collection_without_splits(
         chosen_split(collection, "dev")
 
 
-def test_a_training_file_is_read_when_it_is_asked_for(write: Callable[..., Path]) -> None:
+def test_a_training_file_is_read_on_demand(write: Callable[..., Path]) -> None:
     collection = open_collection(str(write("a.jsonl", b"not json")))
     with pytest.raises(DataError, match=r"a\.jsonl:1: not JSON"):
         collection.examples()

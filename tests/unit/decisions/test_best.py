@@ -62,7 +62,7 @@ def test_the_highest_value_is_best(run: TrackedRun, measured: Measured) -> None:
     assert find_best(run, "val/ndcg@10") == find_best(run, "val/ndcg_at_10")
 
 
-def test_of_equal_ones_the_earliest_is_best(run: TrackedRun, measured: Measured) -> None:
+def test_among_equal_checkpoints_the_earliest_is_best(run: TrackedRun, measured: Measured) -> None:
     for step in (30, 20, 10):
         measured(step, 0.5)
     best = find_best(run)
@@ -71,7 +71,7 @@ def test_of_equal_ones_the_earliest_is_best(run: TrackedRun, measured: Measured)
     assert "as good; among equal values the earliest is best" in best_summary(run, best)
 
 
-def test_what_is_not_whole_not_measured_or_no_number_is_passed_over(
+def test_incomplete_unmeasured_and_nan_checkpoints_are_passed_over(
     run: TrackedRun, measured: Measured
 ) -> None:
     measured(10, 0.2)
@@ -84,7 +84,9 @@ def test_what_is_not_whole_not_measured_or_no_number_is_passed_over(
     assert places(find_best(run)) == (10, None)
 
 
-def test_val_comes_first_then_the_first_by_name(run: TrackedRun, measured: Measured) -> None:
+def test_the_default_validation_is_val_or_the_first_by_name(
+    run: TrackedRun, measured: Measured
+) -> None:
     measured(10, 0.5, name="test")
     assert str(find_best(run).metric) == "test/mrr_at_10"
     measured(10, 0.5, name="nq")
@@ -93,7 +95,7 @@ def test_val_comes_first_then_the_first_by_name(run: TrackedRun, measured: Measu
     assert str(find_best(run).metric) == "val/mrr_at_10"
 
 
-def test_a_metric_that_is_not_there(run: TrackedRun, measured: Measured) -> None:
+def test_an_unknown_metric_is_an_error(run: TrackedRun, measured: Measured) -> None:
     measured(10, 0.5)
     for name in ("val/mrr_at_5", "loss", "val/seconds", "test/mrr_at_10"):
         with pytest.raises(
@@ -111,7 +113,7 @@ def test_a_run_that_nobody_validates(run: TrackedRun) -> None:
         find_best(run)
 
 
-def test_marks_move_on(run: TrackedRun, measured: Measured) -> None:
+def test_the_best_tag_moves_to_a_better_checkpoint(run: TrackedRun, measured: Measured) -> None:
     first = measured(10, 0.25)
     mark_best(run, find_best(run))
     assert tagged(run) == {10: "0.25"}
@@ -124,7 +126,7 @@ def test_marks_move_on(run: TrackedRun, measured: Measured) -> None:
     assert tagged(run) == {20: "0.333333"}
 
 
-def test_a_mark_that_another_validator_has_removed(run: TrackedRun, measured: Measured) -> None:
+def test_a_best_tag_that_another_validator_removed(run: TrackedRun, measured: Measured) -> None:
     measured(10, 0.25)
     mark_best(run, find_best(run))
     measured(20, 0.5)
@@ -134,7 +136,7 @@ def test_a_mark_that_another_validator_has_removed(run: TrackedRun, measured: Me
     assert tagged(run) == {20: "0.5"}
 
 
-def test_validations_have_marks_of_their_own(run: TrackedRun, measured: Measured) -> None:
+def test_each_validation_has_its_own_best_tag(run: TrackedRun, measured: Measured) -> None:
     for step, value, other in ((10, 0.5, 0.1), (20, 0.4, 0.9)):
         measured(step, value)
         measured(step, other, name="test")
@@ -236,7 +238,7 @@ def test_a_download_is_what_was_published(
     assert [path.name for path in target.parent.iterdir()] == ["encoder"]
 
 
-def test_a_download_goes_nowhere_where_something_is(
+def test_a_download_does_not_overwrite_an_existing_target(
     measured: Measured, best: Callable[..., str], tmp_path: Path
 ) -> None:
     measured(10, 0.5)
@@ -257,7 +259,7 @@ def test_a_damaged_checkpoint_is_not_downloaded(
     assert not (tmp_path / "encoder").exists()
 
 
-def test_a_pruned_checkpoint_is_best_still(
+def test_a_pruned_checkpoint_can_still_be_best(
     run: TrackedRun, measured: Measured, best: Callable[..., str], tmp_path: Path
 ) -> None:
     checkpoint = measured(10, 0.5)
@@ -327,7 +329,7 @@ def test_no_such_run(client: MlflowClient) -> None:
         )
 
 
-def test_a_server_that_is_gone(
+def test_an_unreachable_server_is_one_clear_error(
     run: TrackedRun, measured: Measured, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     measured(10, 0.5)

@@ -46,7 +46,7 @@ def test_each_is_compared_with_the_first() -> None:
     assert found.means["mrr@10"] == pytest.approx([first.mean(), second.mean(), third.mean()])
 
 
-def test_means_are_of_all_measures_that_all_have() -> None:
+def test_means_are_shown_for_the_measures_that_all_have() -> None:
     tables = [table(OLD, ndcg=0.5, recall=1.0), table(NEW, recall=0.0)]
     assert list(compare_values(["a", "b"], tables, "mrr@10").means) == ["mrr@10", "recall"]
 
@@ -68,7 +68,7 @@ def test_queries_are_matched_by_id_in_the_order_of_the_first() -> None:
         (table([1.0, math.nan, math.inf, 0, 0]), "2 values of mrr@10 of new are not finite"),
     ],
 )
-def test_what_cannot_be_compared(other: Table, message: str) -> None:
+def test_values_that_cannot_be_compared_are_refused(other: Table, message: str) -> None:
     with pytest.raises(DataError, match=message):
         compare_values(["old", "new"], [table(OLD), other], "mrr@10")
 
@@ -87,7 +87,7 @@ def test_the_queries_that_changed_most() -> None:
     assert changed_most(comparison(OLD, OLD), 10) == []
 
 
-def test_as_text() -> None:
+def test_the_comparison_as_text() -> None:
     found = comparison(OLD, NEW, ODD, texts={"q0": "who keeps  " + "x" * 100})
     first, second = found.differences
     assert comparison_text(found, 2).splitlines() == [
@@ -107,13 +107,13 @@ def test_as_text() -> None:
     assert re.fullmatch(r"95 % interval [+-]0\.\d{4} to [+-]0\.\d{4}, p [01]\.\d{4}", str(first))
 
 
-def test_two_need_no_correction() -> None:
+def test_two_checkpoints_need_no_correction() -> None:
     text = comparison_text(comparison(OLD, NEW), 0)
     assert "Holm" not in text
     assert "changed most" not in text
 
 
-def test_what_is_written(tmp_path: Path) -> None:
+def test_the_written_files(tmp_path: Path) -> None:
     found = comparison(OLD, NEW, texts={"q0": 'who, "keeps"\nit'})
     write_comparison(found, tmp_path / "new" / "folder")
     with (tmp_path / "new" / "folder" / "values.csv").open(newline="") as file:
@@ -127,7 +127,7 @@ def test_what_is_written(tmp_path: Path) -> None:
     assert {path.name for path in picture.parent.iterdir()} == {"values.csv", "differences.png"}
 
 
-def test_a_label_of_any_length_and_any_signs(tmp_path: Path) -> None:
+def test_a_label_may_have_any_length_and_characters(tmp_path: Path) -> None:
     names = ["/home/$me/" + "deep/" * 100 + "$old", "new $\\frac$"]
     found = compare_values(names, [table(OLD), table(NEW)], "mrr@10")
     write_comparison(found, tmp_path)
@@ -146,5 +146,5 @@ def test_the_picture_has_a_panel_of_each_pair_with_sorted_bars() -> None:
     assert worse.get_data().values.tolist() == [0.0, 0.0, 0.0, 0.0, -0.5]
 
 
-def test_columns() -> None:
+def test_the_columns_of_the_table() -> None:
     assert in_columns([("a", "bb"), ("ccc", "")]) == "a    bb\nccc"

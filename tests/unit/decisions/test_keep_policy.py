@@ -94,7 +94,7 @@ def test_each_rule_says_what_it_keeps() -> None:
     }
 
 
-def test_of_equal_checkpoints_the_earlier_is_the_better() -> None:
+def test_the_earlier_of_two_equal_checkpoints_is_kept() -> None:
     checkpoints = [checkpoint(2, 0.5), checkpoint(1, 0.5), checkpoint(3, 0.1)]
     assert decided(checkpoints, "best:1")[1] == "best 1 of val/mrr_at_10"
 
@@ -119,7 +119,7 @@ def test_checkpoints_in_use_are_kept() -> None:
     }
 
 
-def test_claims_that_are_over_keep_nothing() -> None:
+def test_finished_claims_protect_no_checkpoint() -> None:
     """Given back, done, or made by a process of this machine that has ended."""
     back = {"mlflow_dr.validation.val.heartbeat": "1: given back"}
     gone = json.dumps(vars(replace(Owner.me(), started=1)))
@@ -183,7 +183,7 @@ def test_a_validator_waits_for_its_own_open_validations() -> None:
     assert elsewhere[4] == elsewhere[5] == "not validated yet by other"
 
 
-def test_a_validation_of_some_steps_is_waited_for_on_these_only() -> None:
+def test_a_validation_of_some_steps_keeps_only_these_checkpoints() -> None:
     """`some` takes each sixth step; `dear` chooses its checkpoints itself."""
     checkpoints = [checkpoint(step, 0.5) for step in (5, 6, 7)]
     names, steps = ("val", "some", "dear"), {"val": 1, "some": 6, "dear": 0}

@@ -70,7 +70,7 @@ def at(run: TrackedRun, step: int) -> Checkpoint:
     return found
 
 
-def test_a_dry_run_says_what_a_real_one_does_and_the_best_still_loads(
+def test_a_dry_run_prints_what_pruning_does_and_the_best_still_loads(
     validated: TrackedRun,
 ) -> None:
     flags = ("--run-id", validated.id, "--keep", "best:1,last:1")
@@ -121,7 +121,7 @@ def test_claims_are_respected(validated: TrackedRun) -> None:
     assert with_files(validated) == [40]
 
 
-def test_what_is_not_validated_yet(validated: TrackedRun) -> None:
+def test_checkpoints_that_are_not_validated_yet_are_kept(validated: TrackedRun) -> None:
     bind_name(validated, "new", {"measures": "mrr@10"})
     flags = ("--run-id", validated.id, "--keep", "last:1")
     assert set(lines(prune(validated.client, *flags)).values()) == {
@@ -132,7 +132,7 @@ def test_what_is_not_validated_yet(validated: TrackedRun) -> None:
     assert with_files(validated) == [40]
 
 
-def test_what_a_subset_is_chosen_by_stays(validated: TrackedRun) -> None:
+def test_a_checkpoint_that_chooses_a_subset_is_kept(validated: TrackedRun) -> None:
     subset = "bm25@5+encoder:step-10@50, seed 3, 0123456789abcdef"
     bind_name(validated, "small", {"measures": "mrr@10", "subset": subset})
     flags = ("--run-id", validated.id, "--keep", "last:1", "--unvalidated")
@@ -140,7 +140,7 @@ def test_what_a_subset_is_chosen_by_stays(validated: TrackedRun) -> None:
     assert with_files(validated) == [10, 40]
 
 
-def test_a_registered_one_stays(validated: TrackedRun) -> None:
+def test_a_registered_checkpoint_is_kept(validated: TrackedRun) -> None:
     validated.client.create_registered_model(validated.id)
     validated.client.create_model_version(validated.id, f"models:/{at(validated, 0).model_id}")
     decisions = lines(prune(validated.client, "--run-id", validated.id, "--keep", "last:1"))
@@ -148,7 +148,9 @@ def test_a_registered_one_stays(validated: TrackedRun) -> None:
     assert with_files(validated) == [0, 40]
 
 
-def test_of_deleted_runs(validated: TrackedRun, client: MlflowClient, tmp_path: Path) -> None:
+def test_checkpoints_of_deleted_runs_are_removed(
+    validated: TrackedRun, client: MlflowClient, tmp_path: Path
+) -> None:
     """Files of a run that may be restored, everything of one that is gone, of others nothing."""
     experiment = client.create_experiment(tmp_path.name, str(tmp_path / "artifacts"))
     kept, deleted, gone = (TrackedRun(client, client.create_run(experiment)) for _ in range(3))
@@ -184,7 +186,7 @@ def lines_by_run(result: Result) -> list[tuple[str, str]]:
     return [(line.split()[1], line.rpartition(": ")[2]) for line in each]
 
 
-def test_of_deleted_runs_a_claimed_or_registered_one_stays(
+def test_claimed_or_registered_checkpoints_of_deleted_runs_are_kept(
     client: MlflowClient, tmp_path: Path
 ) -> None:
     (tmp_path / "encoder").mkdir()
@@ -225,7 +227,7 @@ def test_flags_that_do_not_go_together(client: MlflowClient, argv: list[str], me
         prune(client, *argv)
 
 
-def test_what_cannot_be_done_is_said_before_anything_is(validated: TrackedRun) -> None:
+def test_impossible_requests_are_refused_before_any_deletion(validated: TrackedRun) -> None:
     client = validated.client
     with pytest.raises(UsageError, match="unknown rule 'worst:1'"):
         prune(client, "--run-id", validated.id, "--keep", "worst:1")
@@ -236,7 +238,7 @@ def test_what_cannot_be_done_is_said_before_anything_is(validated: TrackedRun) -
     assert with_files(validated) == list(VALUES)
 
 
-def test_a_validator_keeps_only_what_its_policy_says(
+def test_a_validator_keeps_only_the_checkpoints_of_its_policy(
     validated: TrackedRun, caplog: pytest.LogCaptureFixture
 ) -> None:
     """By what it saw last, whatever has happened since."""
@@ -254,7 +256,7 @@ def test_a_validator_keeps_only_what_its_policy_says(
     )
 
 
-def test_what_is_gone_is_removed_and_told_once(
+def test_removed_checkpoints_are_reported_once(
     validated: TrackedRun, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     """Though it is shown as it was seen before; also what another validator has removed."""
@@ -269,7 +271,7 @@ def test_what_is_gone_is_removed_and_told_once(
     assert delete_unneeded(validated, seen, policy, deleted=mine) == []
 
 
-def test_one_whose_files_cannot_be_removed_is_left_for_the_next_call(
+def test_a_checkpoint_that_cannot_be_removed_is_left_for_the_next_call(
     validated: TrackedRun, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     real, refused = LocalArtifactRepository.delete_artifacts, at(validated, 0).model_id
@@ -290,7 +292,7 @@ def test_one_whose_files_cannot_be_removed_is_left_for_the_next_call(
     assert with_files(validated) == [40]
 
 
-def test_who_may_not_remove_files_is_told_so(
+def test_missing_permission_to_remove_files_is_reported(
     validated: TrackedRun, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def refuse(store: LocalArtifactRepository, path: str | None = None) -> None:

@@ -38,7 +38,7 @@ def scipys_test(first: np.ndarray, second: np.ndarray, resamples: float) -> floa
 
 @pytest.mark.parametrize("queries", [2, 3, 7, 12])
 @pytest.mark.parametrize("seed", range(4))
-def test_the_test_of_few_queries_is_exact_as_scipys(queries: int, seed: int) -> None:
+def test_the_test_of_few_queries_is_exact_and_equals_scipys(queries: int, seed: int) -> None:
     first, second = reciprocal_ranks(queries, seed)
     p_value = randomisation_test(first, second)
     assert p_value == pytest.approx(scipys_test(first, second, np.inf))
@@ -76,7 +76,7 @@ def test_known_p_values() -> None:
     assert randomisation_test(np.zeros(300), np.ones(300)) == 1 / 10_000
 
 
-def test_rounding_makes_no_sum_smaller_than_itself() -> None:
+def test_rounding_does_not_tell_equal_sums_apart() -> None:
     """Signs that are all as observed give the observed sum, in whichever order it is summed."""
     changes = np.full(12, 0.1)
     changes[3] = -0.3
@@ -86,7 +86,7 @@ def test_rounding_makes_no_sum_smaller_than_itself() -> None:
 
 
 @pytest.mark.parametrize("queries", [2, 50, 1500])
-def test_the_interval_is_scipys(queries: int) -> None:
+def test_the_interval_equals_scipys(queries: int) -> None:
     first, second = reciprocal_ranks(queries, 5)
     found = stats.bootstrap(
         (first, second),
@@ -102,7 +102,7 @@ def test_the_interval_is_scipys(queries: int) -> None:
     assert low <= (second - first).mean() <= high
 
 
-def test_all_of_a_difference() -> None:
+def test_every_figure_of_a_difference() -> None:
     first, second = reciprocal_ranks(60, 2, 0.2)
     found = difference(first, second, seed=3)
     assert found.mean == pytest.approx(second.mean() - first.mean())
@@ -113,7 +113,7 @@ def test_all_of_a_difference() -> None:
     assert found != difference(first, second, seed=4)
 
 
-def test_a_single_query_says_nothing() -> None:
+def test_a_single_query_has_a_p_value_of_1() -> None:
     found = difference(np.array([0.25]), np.array([1.0]))
     assert found == (0.75, 0.75, 0.75, 1.0, 1)
 
@@ -127,7 +127,9 @@ def test_a_single_query_says_nothing() -> None:
         ([1.0, 1.0], [np.inf, np.nan], "2 values are not finite"),
     ],
 )
-def test_values_that_are_none(first: list[float], second: list[float], message: str) -> None:
+def test_malformed_values_are_refused(
+    first: list[float], second: list[float], message: str
+) -> None:
     with pytest.raises(ValueError, match=message):
         difference(np.array(first), np.array(second))
 

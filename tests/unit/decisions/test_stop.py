@@ -50,7 +50,7 @@ def test_the_reason_in_words() -> None:
         ([NAN, 0.5, 0.4], 2, 0.0, False),
     ],
 )
-def test_of_the_last_none_is_better_than_what_came_before(
+def test_training_stops_when_no_recent_value_is_better_than_the_earlier_ones(
     values: Sequence[float], patience: int, min_delta: float, stops: bool
 ) -> None:
     curve = points(*values)
@@ -59,19 +59,17 @@ def test_of_the_last_none_is_better_than_what_came_before(
     assert (plateau(curve, patience, min_delta) is not None) is stops
 
 
-def test_a_step_that_was_done_twice_counts_once() -> None:
+def test_a_step_with_two_values_counts_once() -> None:
     assert plateau([(10, 0.5), (20, 0.4), (20, 0.3)], 2) is None
 
 
 @pytest.mark.parametrize(("waiting", "stops"), [([35], False), ([15, 25, 60], True)])
-def test_one_among_the_last_that_is_still_to_be_done_is_waited_for(
-    waiting: list[int], stops: bool
-) -> None:
+def test_a_recent_checkpoint_without_a_value_is_waited_for(waiting: list[int], stops: bool) -> None:
     curve = points(0.5, 0.4, 0.4, 0.3)
     assert (plateau(curve, 2, waiting=waiting) is not None) is stops
 
 
-def test_what_is_said_holds_whatever_the_missing_values_are() -> None:
+def test_a_stop_holds_for_all_possible_missing_values() -> None:
     """Each choice of what is done of five checkpoints, with each value of the others."""
     grid, steps = (0.0, 1.0, 1.5, 2.0), range(1, 6)
     stops = 0
@@ -93,7 +91,7 @@ def test_what_is_said_holds_whatever_the_missing_values_are() -> None:
 @pytest.mark.parametrize(
     ("patience", "min_delta"), [(0, 0.0), (-1, 0.0), (1, -0.1), (1, NAN), (1, float("inf"))]
 )
-def test_what_makes_no_sense(patience: int, min_delta: float) -> None:
+def test_senseless_values_are_refused(patience: int, min_delta: float) -> None:
     with pytest.raises(UsageError, match=r"(patience|min_delta) is .*; it must be"):
         plateau(points(0.1), patience, min_delta)
 
@@ -129,13 +127,15 @@ def test_the_request_is_made_once(falling: TrackedRun) -> None:
     assert stop_request(falling) == "somebody else's"
 
 
-def test_a_run_that_is_over_is_not_asked(falling: TrackedRun) -> None:
+def test_a_finished_run_gets_no_stop_request(falling: TrackedRun) -> None:
     falling.finish("FINISHED")
     assert asked(falling) is None
     assert stop_request(falling) is None
 
 
-def test_a_training_that_goes_on_gets_new_checkpoints(falling: TrackedRun, tmp_path: Path) -> None:
+def test_a_cleared_request_returns_only_after_new_checkpoints(
+    falling: TrackedRun, tmp_path: Path
+) -> None:
     assert asked(falling)
     clear_stop_request(falling)
     for step in (50, 60):
@@ -145,7 +145,9 @@ def test_a_training_that_goes_on_gets_new_checkpoints(falling: TrackedRun, tmp_p
     assert asked(falling)
 
 
-def test_it_waits_for_those_that_somebody_will_do(falling: TrackedRun, tmp_path: Path) -> None:
+def test_checkpoints_that_will_be_validated_are_waited_for(
+    falling: TrackedRun, tmp_path: Path
+) -> None:
     add(falling, tmp_path, 35, None)
     assert asked(falling) is None
     checkpoints = run_checkpoints(falling)
@@ -153,7 +155,7 @@ def test_it_waits_for_those_that_somebody_will_do(falling: TrackedRun, tmp_path:
     assert stop_if_plateau(falling, checkpoints, MRR, 3, waiting=[])
 
 
-def test_one_that_failed_is_neither_waited_for_nor_counted(
+def test_a_failed_checkpoint_is_neither_waited_for_nor_counted(
     falling: TrackedRun, tmp_path: Path
 ) -> None:
     add(falling, tmp_path, 35, None)
@@ -163,7 +165,7 @@ def test_one_that_failed_is_neither_waited_for_nor_counted(
     assert asked(falling)
 
 
-def test_a_value_that_is_no_number(run: TrackedRun, tmp_path: Path) -> None:
+def test_a_nan_value_does_not_count(run: TrackedRun, tmp_path: Path) -> None:
     (tmp_path / "weights").write_text("1")
     for step, value in ((1, 0.5), (2, NAN), (3, NAN)):
         add(run, tmp_path, step, value)

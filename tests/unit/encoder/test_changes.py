@@ -38,7 +38,7 @@ def test_a_projection_that_does_not_fit_is_refused(make_tiny: Make) -> None:
         with_projection(make_tiny(), 768, 48)
 
 
-def test_an_existing_projection_stays(make_tiny: Make, caplog: pytest.LogCaptureFixture) -> None:
+def test_an_existing_projection_is_kept(make_tiny: Make, caplog: pytest.LogCaptureFixture) -> None:
     made = with_projection(make_tiny(), None, 48)
     with caplog.at_level(logging.INFO):
         assert with_projection(made, None, 64) is made

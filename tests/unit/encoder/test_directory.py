@@ -282,7 +282,7 @@ def test_all_minilm_gives_the_vectors_of_sentence_transformers(minilm: Path) -> 
         ({"prompts": {}, "default_prompt_name": None}, None),
     ],
 )
-def test_prompts_are_the_librarys(
+def test_prompts_are_read_as_the_library_reads_them(
     foreign: Path,
     values: dict[str, Any],
     unused: str | None,
@@ -324,7 +324,7 @@ def test_a_bare_backbone_gets_mean_pooling_with_a_warning(
     assert not caplog.records
 
 
-def test_changes_replace_what_the_directory_says(saved: Path) -> None:
+def test_changes_override_the_settings_of_the_directory(saved: Path) -> None:
     settings = load_encoder(saved, query_prompt="other: ", normalize=False).settings
     assert settings == EncoderConfig(**SETTINGS | {"query_prompt": "other: ", "normalize": False})
     with pytest.raises(UsageError, match="pooling 'middle'"):

@@ -42,7 +42,7 @@ def test_a_complete_encoder(directory: Path) -> None:
         (lambda directory: shutil.rmtree(directory), "none of config.json"),
     ],
 )
-def test_what_is_missing_or_damaged(
+def test_a_missing_or_damaged_file_is_named(
     directory: Path, damage: Callable[[Path], None], says: str
 ) -> None:
     damage(directory)

@@ -52,7 +52,7 @@ def test_gradients_reach_the_backbone_through_the_projections(make_tiny: Make) -
     assert all(layer.linear.weight.grad is not None for layer in encoder.head if layer.state_dict())
 
 
-def test_layers_that_do_not_fit_each_other(make_tiny: Make) -> None:
+def test_layers_whose_sizes_do_not_match_are_refused(make_tiny: Make) -> None:
     tiny = make_tiny()
     layers = (Dense(128, 48), Dense(32, 16))
     with pytest.raises(UsageError, match="takes 32 dimensions, but the layer before it gives 48"):

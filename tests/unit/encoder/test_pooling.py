@@ -52,7 +52,7 @@ def pooled(name: str, states: Tensor, mask: Tensor) -> Tensor:
 
 
 @pytest.mark.parametrize("name", POOLINGS)
-def test_against_a_plain_loop(name: str, states: Tensor, mask: Tensor) -> None:
+def test_poolings_equal_a_plain_loop(name: str, states: Tensor, mask: Tensor) -> None:
     expected = [
         plain(name, text[:length].tolist()) for text, length in zip(states, LENGTHS, strict=True)
     ]

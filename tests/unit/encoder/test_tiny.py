@@ -21,7 +21,7 @@ def test_frequent_words_are_one_token_and_others_are_pieces(texts: list[str]) ->
     assert tokenizer.tokenize("##a") == ["[UNK]", "[UNK]", "a"]
 
 
-def test_the_special_tokens_are_berts(texts: list[str]) -> None:
+def test_the_special_tokens_equal_berts(texts: list[str]) -> None:
     tokenizer = tiny_encoder(texts, EncoderConfig()).tokenizer
     assert tokenizer.convert_ids_to_tokens(tokenizer("the ship").input_ids) == [
         "[CLS]",

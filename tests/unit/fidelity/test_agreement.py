@@ -34,7 +34,7 @@ def by_scipy(subset: np.ndarray, full: np.ndarray) -> dict[str, float]:
 
 
 @pytest.mark.parametrize("seed", range(5))
-def test_figures_and_intervals_are_scipys(seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_figures_and_intervals_equal_scipys(seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
     full, subset = curves(seed)
     monkeypatch.setattr(module, "CELLS", 40 * 77)  # several blocks
     found = agreement(full, subset, resamples=RESAMPLES, seed=seed)
@@ -55,7 +55,9 @@ def test_figures_and_intervals_are_scipys(seed: int, monkeypatch: pytest.MonkeyP
         assert getattr(found, name) == pytest.approx(wanted, abs=1e-9), name
 
 
-def test_drawn_queries_are_resampled_beside_the_others(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_sampled_queries_are_resampled_together_with_the_others(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     """As SciPy resamples two independent samples: the subset's queries, and the rest."""
     full, values = curves(3)
     own = np.array([7, 3, 31, 30, 12, 25, 0, 18])
@@ -81,7 +83,7 @@ def test_drawn_queries_are_resampled_beside_the_others(monkeypatch: pytest.Monke
     assert found.inflation.value == pytest.approx((subset.mean(axis=1) - full.mean(axis=1)).mean())
 
 
-def test_ties_are_kendalls_b_and_the_earliest_is_chosen() -> None:
+def test_ties_use_kendalls_tau_b_and_the_earliest_is_chosen() -> None:
     # the second and third checkpoint are equal but for the order of the queries, and rounding
     full = np.array([[0.1, 0.2, 0.3], [0.1, 0.7, 0.4], [0.7, 0.4, 0.1], [0.2, 0.2, 0.2]])
     subset = np.array([[0.5, 0.1, 0.0], [1.0, 0.3, 0.2], [0.2, 0.3, 1.0], [1.0, 0.3, 0.2]])
@@ -93,7 +95,7 @@ def test_ties_are_kendalls_b_and_the_earliest_is_chosen() -> None:
     assert swapped.regret.value == 0
 
 
-def test_regret_is_what_the_choice_loses() -> None:
+def test_regret_is_the_loss_of_the_subsets_choice() -> None:
     full = np.array([[0.2, 0.2], [0.6, 0.4], [0.3, 0.4]])
     subset = np.array([[0.2, 0.3], [0.8, 0.2], [1.0, 0.1]])
     assert agreement(full, subset, resamples=0).regret.value == pytest.approx(0.5 - 0.35)
@@ -130,14 +132,14 @@ def test_a_large_study_takes_seconds() -> None:
 @pytest.mark.parametrize(
     ("lift", "is_flat"), [(0.0, True), (0.01, True), (0.5, False)], ids=["equal", "noise", "lift"]
 )
-def test_a_flat_curve_is_told(lift: float, is_flat: bool) -> None:
+def test_a_flat_curve_is_reported(lift: float, is_flat: bool) -> None:
     generator = np.random.default_rng(2)
     full = generator.random(100) * np.ones((8, 1)) + 0.3 * generator.random((8, 100))
     found = spread(full + np.linspace(0, lift, 8)[:, None])
     assert found.is_flat == is_flat
 
 
-def test_equal_checkpoints_are_seldom_told_apart() -> None:
+def test_equal_checkpoints_rarely_differ_significantly() -> None:
     """The limit is what it says: exceeded by chance in 5 of 100 cases or so."""
     generator = np.random.default_rng(4)
 

@@ -24,7 +24,7 @@ REVERSED = (0.6, 0.5, 0.45, 0.55, 0.2)
 CONSTANT = (0.5,) * 5
 
 
-def test_the_fastest_that_may_be_trusted_is_recommended(
+def test_the_fastest_trusted_subset_is_recommended(
     make_curve: MakeCurve, make_findings: MakeResult
 ) -> None:
     findings = make_findings(
@@ -51,7 +51,7 @@ def test_a_regret_within_the_tolerance_is_accepted(
     assert "step 300, the full corpus step 500 (regret 0.0800 mrr@10)" in recommendation(findings)
 
 
-def test_a_regret_that_is_within_it_by_luck_is_said(
+def test_a_regret_that_is_within_the_tolerance_by_luck_is_reported(
     make_curve: MakeCurve, make_findings: MakeResult
 ) -> None:
     subset = make_curve("bm25@1", GOOD)
@@ -65,7 +65,7 @@ def test_a_regret_that_is_within_it_by_luck_is_said(
 
 
 @pytest.mark.parametrize("means", [CLOSE, REVERSED, CONSTANT])
-def test_where_none_may_be_trusted_refining_is_advised(
+def test_refinement_is_recommended_when_no_subset_is_trusted(
     means: Sequence[float], make_curve: MakeCurve, make_findings: MakeResult
 ) -> None:
     findings = make_findings(make_curve("random:5", REVERSED), make_curve("bm25@1", means))
@@ -76,7 +76,9 @@ def test_where_none_may_be_trusted_refining_is_advised(
         assert "the best that bm25@1 finds (`--refine full@3`" in advice
 
 
-def test_a_flat_curve_orders_nothing(make_curve: MakeCurve, make_findings: MakeResult) -> None:
+def test_a_flat_curve_gives_no_recommendation(
+    make_curve: MakeCurve, make_findings: MakeResult
+) -> None:
     full = make_curve("full", CONSTANT, 10.0)
     full.values[:] += np.random.default_rng(1).normal(scale=0.2, size=full.values.shape)
     same = make_curve("bm25@20", full.means)
@@ -87,7 +89,7 @@ def test_a_flat_curve_orders_nothing(make_curve: MakeCurve, make_findings: MakeR
     assert recommendation(findings).startswith("No order can be told: on the full corpus the ")
 
 
-def test_what_is_not_faster_is_not_recommended(
+def test_a_subset_that_is_not_faster_is_not_recommended(
     make_curve: MakeCurve, make_findings: MakeResult
 ) -> None:
     findings = make_findings(make_curve("bm25@5000", GOOD, 10.5))
@@ -127,7 +129,7 @@ def test_metrics_are_those_that_are_defined(
     }
 
 
-def test_the_files_say_the_same(
+def test_the_files_have_the_figures_of_the_table(
     make_curve: MakeCurve, make_findings: MakeResult, tmp_path: Path
 ) -> None:
     findings = make_findings(

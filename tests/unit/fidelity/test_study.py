@@ -129,7 +129,7 @@ def test_one_pass_over_the_corpus_for_each_checkpoint(
     assert [len(subset.curve.query_ids) for subset in findings.subsets] == [8, 8, 8, 5]
 
 
-def test_queries_in_another_order_have_values_of_their_own(
+def test_queries_in_another_order_keep_their_values(
     output: Path,
     make_folder: Callable[..., Path],
     tmp_path: Path,
@@ -151,7 +151,7 @@ def test_queries_in_another_order_have_values_of_their_own(
     assert warm == pytest.approx(values(second))
 
 
-def test_figures_are_those_of_separate_validations(
+def test_figures_equal_those_of_separate_validations(
     published: TrackedRun, output: Path, folder: Path
 ) -> None:
     findings = study(published, "random:12", "bm25@2", "full+queries:5")
@@ -178,7 +178,7 @@ def test_figures_are_those_of_separate_validations(
     assert smaller, "a subset's ranks are never worse"
 
 
-def test_seconds_are_each_strategys_own(published: TrackedRun, encoded: list[int]) -> None:
+def test_each_strategy_is_timed_separately(published: TrackedRun, encoded: list[int]) -> None:
     """The full corpus and each subset are timed by themselves, once for the same study."""
     findings = study(published, "random:12", "bm25@2")
     sizes = [findings.full.passages, *(subset.curve.passages for subset in findings.subsets)]
@@ -195,7 +195,7 @@ def test_seconds_are_each_strategys_own(published: TrackedRun, encoded: list[int
     assert again.full.seconds == findings.full.seconds
 
 
-def test_an_interrupted_study_goes_on(
+def test_an_interrupted_study_resumes(
     published: TrackedRun, encoded: list[int], untimed: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     whole = study(published)
@@ -226,7 +226,7 @@ def published_cache() -> str:
     return str(cache_dir() / "fidelity")
 
 
-def test_another_subset_costs_its_own_passages_only(
+def test_another_subset_encodes_only_its_own_passages(
     published: TrackedRun, encoded: list[int], untimed: None
 ) -> None:
     study(published, "random:12")
@@ -238,7 +238,7 @@ def test_another_subset_costs_its_own_passages_only(
     assert encoded == [PASSAGES] * len(STEPS), "another configuration has other values"
 
 
-def test_what_cannot_be_read_is_passed_over(
+def test_unreadable_checkpoints_are_passed_over(
     published: TrackedRun, client: MlflowClient, untimed: None, caplog: pytest.LogCaptureFixture
 ) -> None:
     broken = run_checkpoints(published)[1]
@@ -262,7 +262,7 @@ def test_what_cannot_be_read_is_passed_over(
         (("encoder:step-7@3",), {}, "has no published checkpoint of step 7"),
     ],
 )
-def test_what_cannot_be_studied_is_refused(
+def test_requests_that_cannot_be_studied_are_refused(
     subsets: tuple[str, ...], others: dict[str, Any], message: str, published: TrackedRun
 ) -> None:
     with pytest.raises(UsageError, match=message):
@@ -320,9 +320,7 @@ def test_a_directory_needs_no_run(
     assert [checkpoint.step for checkpoint in found_checkpoints(output)] == list(STEPS)
 
 
-def test_nothing_is_logged_where_that_is_not_wanted(
-    client: MlflowClient, published: TrackedRun
-) -> None:
+def test_nothing_is_logged_with_no_log(client: MlflowClient, published: TrackedRun) -> None:
     called("--run-id", published.id, "--no-log", "--device", "cpu", "--subset", "bm25@2")
     assert not published.fetch().data.metrics
     assert not client.list_artifacts(published.id, "fidelity")
@@ -337,7 +335,7 @@ def test_nothing_is_logged_where_that_is_not_wanted(
         (["--run-id", "0"], "no subset to study"),
     ],
 )
-def test_a_command_that_says_too_little(flags: list[str], message: str) -> None:
+def test_missing_flags_are_named(flags: list[str], message: str) -> None:
     with pytest.raises(Exception, match=message):
         called(*flags)
 

@@ -52,7 +52,7 @@ def mined(folder: Path, output: str = "mined.jsonl", **others: Any) -> list[dict
     return [json.loads(line) for line in text.splitlines()]
 
 
-def test_a_line_for_each_query_under_tevatrons_names(folder: Path) -> None:
+def test_each_query_has_a_line_with_tevatrons_field_names(folder: Path) -> None:
     lines = mined(folder)
     assert len(lines) == 30
     assert list(lines[0]) == [
@@ -73,7 +73,7 @@ def test_a_line_for_each_query_under_tevatrons_names(folder: Path) -> None:
     assert first["negative_scores"] == sorted(first["negative_scores"], reverse=True)
 
 
-def test_the_trainers_reader_reads_it(folder: Path) -> None:
+def test_training_reads_the_mined_file(folder: Path) -> None:
     lines = mined(folder, "mined.jsonl.gz")
     corpus = mlflow_dr.open_collection(str(folder)).corpus()
     examples = open_examples(folder.parent / "mined.jsonl.gz", lambda: corpus)
@@ -98,7 +98,7 @@ def test_the_trainers_reader_reads_it(folder: Path) -> None:
         (Rule(2, 25, min_score=0.3), {"range_max": 25, "min_score": 0.3}),
     ],
 )
-def test_an_encoders_negatives_are_sentence_transformers(
+def test_negatives_of_an_encoder_equal_those_of_sentence_transformers(
     folder: Path, minilm: Path, ours: Rule, theirs: dict[str, Any], tmp_path: Path
 ) -> None:
     from datasets import Dataset
@@ -139,7 +139,7 @@ def test_an_encoders_negatives_are_sentence_transformers(
     assert any(line["negative_document_ids"] for line in lines)
 
 
-def test_a_querys_margin_is_from_its_positive_of_the_lowest_score(beir_folder: Folder) -> None:
+def test_the_margin_is_measured_from_the_lowest_scored_positive(beir_folder: Folder) -> None:
     corpus = {"p1": "gull", "p2": "gull mast", "p3": "the gull at the mast of a ship"}
     folder = beir_folder(corpus, {"q": "gull mast"}, train={"q": {"p1": 1, "p2": 2}})
     (free,) = mined(folder, rule=Rule(1, 1))
@@ -149,7 +149,7 @@ def test_a_querys_margin_is_from_its_positive_of_the_lowest_score(beir_folder: F
     assert held["negative_document_ids"] == []
 
 
-def test_passages_that_hold_an_answer(folder: Path) -> None:
+def test_passages_that_hold_an_answer_are_excluded(folder: Path) -> None:
     _add_answers(folder, lambda query: ["4 hours"] if "ship" in query else [])
     lines = mined(folder)
     assert all(("answers" in line) == ("ship" in line["query_id"]) for line in lines)
@@ -176,7 +176,7 @@ def test_answers_that_are_regular_expressions(folder: Path) -> None:
     assert not any("gull" in document_id or "ship" in document_id for document_id in negatives)
 
 
-def test_a_bad_regular_expression_is_told_and_held_by_no_passage(
+def test_an_invalid_regular_expression_is_reported_and_excludes_no_passage(
     folder: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     """CuratedTREC has such; DPR passes over them."""
@@ -218,7 +218,7 @@ def test_text_without_blanks_between_words(
     assert "BM25 found no passage for 2 of 3 queries: they get no negatives" in caplog.text
 
 
-def test_no_negatives_at_all_are_a_warning_with_the_reasons(
+def test_no_negatives_at_all_log_a_warning_with_the_reasons(
     folder: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     assert not any(line["negative_document_ids"] for line in mined(folder, rule=Rule(min_score=99)))
@@ -233,7 +233,7 @@ def _add_answers(folder: Path, answers: Callable[[str], list[str]]) -> None:
     path.write_text("\n".join(lines) + "\n")
 
 
-def test_what_is_counted(folder: Path) -> None:
+def test_the_logged_counts(folder: Path) -> None:
     extra = [{"_id": "q-none", "text": "xyzzy"}, {"_id": "q-few", "text": "seen where gulls"}]
     with (folder / "queries.jsonl").open("a") as file:
         file.writelines(json.dumps(record) + "\n" for record in extra)
@@ -263,7 +263,7 @@ def test_what_is_counted(folder: Path) -> None:
     }
 
 
-def test_a_training_file_may_know_less_than_the_judgements(folder: Path) -> None:
+def test_the_judgements_may_know_more_positives_than_the_training_file(folder: Path) -> None:
     (line,) = [line for line in mined(folder) if line["query_id"] == "q-ship-mast"]
     hardest = line["negative_document_ids"][0]
     with (folder / "qrels" / "train.tsv").open("a") as file:
@@ -291,7 +291,7 @@ def test_batches_of_queries_do_not_matter(folder: Path, monkeypatch: pytest.Monk
     assert mined(folder) == whole
 
 
-def test_the_search_is_as_deep_as_the_rule_and_the_positives(
+def test_the_search_depth_covers_the_rule_and_the_positives(
     folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     asked = []
@@ -325,7 +325,7 @@ def test_other_terms_find_other_negatives(folder: Path) -> None:
     assert scores[0] != scores[1] != scores[2] != scores[0]
 
 
-def test_a_file_that_is_there_is_kept(folder: Path, tmp_path: Path) -> None:
+def test_an_existing_file_is_kept(folder: Path, tmp_path: Path) -> None:
     path = tmp_path / "there.jsonl"
     path.write_text("precious")
     with pytest.raises(UsageError, match="exists already; --force replaces it"):
@@ -336,12 +336,14 @@ def test_a_file_that_is_there_is_kept(folder: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", ["", "nowhere/mined.jsonl"])
-def test_a_place_that_cannot_be_written(folder: Path, tmp_path: Path, name: str) -> None:
+def test_an_output_path_that_cannot_be_written_is_refused(
+    folder: Path, tmp_path: Path, name: str
+) -> None:
     with pytest.raises(UsageError, match=r"is a folder|does not exist"):
         mine(configured(folder, tmp_path / name))
 
 
-def test_what_breaks_off_leaves_nothing(
+def test_an_interrupted_run_leaves_no_partial_file(
     folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     directory = tmp_path / "room"
@@ -374,7 +376,7 @@ def test_weights_with_nan(folder: Path, make_tiny: Callable[..., Encoder], tmp_p
         ("./nowhere", r"cannot mine with './nowhere': ./nowhere: not a directory"),
     ],
 )
-def test_an_encoder_that_is_not_there(folder: Path, name: str, message: str) -> None:
+def test_a_missing_encoder_is_refused(folder: Path, name: str, message: str) -> None:
     with pytest.raises(UsageError, match=message):
         mined(folder, miner=name)
 

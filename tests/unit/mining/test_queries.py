@@ -73,7 +73,7 @@ def test_positives_of_other_examples_with_the_same_id_or_text(corpus: Corpus) ->
     assert excluded(corpus, examples) == [[0, 1, 2], [0, 1, 2, 7], [2, 7], [3]]
 
 
-def test_what_is_judged_relevant_besides(corpus: Corpus) -> None:
+def test_other_relevant_passages_are_excluded(corpus: Corpus) -> None:
     examples = Given(corpus, [(Query("a", "one"), [3]), (Query("b", "two"), [3])])
     judged = Given(corpus, [(Query("a", "one"), [2, 7]), (Query("z", "two"), [0])])
     assert excluded(corpus, examples, judged._examples) == [[2, 3, 7], [0, 1, 3]]
@@ -92,7 +92,7 @@ def test_rows_in_any_order_and_number(corpus: Corpus) -> None:
     assert found.mask(0, []) == []
 
 
-def test_texts_that_are_tokenised() -> None:
+def test_tokenised_texts_are_accepted() -> None:
     rows = [
         {"id": str(number), "title": "", "text": "", "tokens": tokens}
         for number, tokens in enumerate(([1, 2], [1, 2], [3]))
@@ -120,14 +120,14 @@ def test_positives_of_another_corpus_are_found_by_id(corpus: Corpus) -> None:
     assert (found.unknown, found.left_out) == (2, 2)
 
 
-def test_an_equal_corpus_is_the_corpus(corpus: Corpus) -> None:
+def test_an_equal_corpus_counts_as_the_same_corpus(corpus: Corpus) -> None:
     again = Corpus(corpus._table)
     found = mining_queries(Given(again, [(Query("a", "one"), [3])]), corpus)
     assert isinstance(found, MiningQueries)
     assert found.positives[0].tolist() == [3]
 
 
-def test_nothing_to_mine_for(corpus: Corpus) -> None:
+def test_no_queries_to_mine_for_is_an_error(corpus: Corpus) -> None:
     examples = Given(corpus_of(("new", "", "x")), [(Query("a", "one"), [0])])
     with pytest.raises(DataError, match="none of 1 training examples can be mined for"):
         mining_queries(examples, corpus)

@@ -44,12 +44,12 @@ def rule(negatives: int = 10, depth: int = 10, **others: Any) -> Rule:
     return Rule(negatives, max(depth, negatives + others.get("range_min", 0)), **others)
 
 
-def test_the_best_come_first_and_no_more_than_are_asked_for() -> None:
+def test_the_best_come_first_up_to_the_requested_number() -> None:
     assert chosen(rule(4)) == [0, 1, 2, 3]
     assert chosen(rule(40)) == list(range(10))
 
 
-def test_what_is_barred_does_not_count_as_a_rank() -> None:
+def test_excluded_passages_do_not_count_as_ranks() -> None:
     assert chosen(rule(4), excluded={50, 52}) == [1, 3, 4, 5]
     assert chosen(rule(3, range_min=2), excluded={50, 52}) == [4, 5, 6]
     assert chosen(Rule(3, 3), excluded={50, 52}) == [1, 3, 4]
@@ -83,22 +83,22 @@ def test_scores_that_a_negative_may_have(
     assert chosen(rule(**others), positive) == expected
 
 
-def test_what_is_deeper_than_the_depth_is_not_looked_at() -> None:
+def test_passages_below_the_depth_are_ignored() -> None:
     assert chosen(Rule(2, 4, max_score=0.9)) == [2, 3]
     assert chosen(Rule(2, 4, max_score=0.85)) == [3]
     assert chosen(Rule(2, 4, max_score=0.85), excluded={50, 51}) == [3, 4]
 
 
-def test_ranks_are_skipped_before_scores_are_looked_at() -> None:
+def test_ranks_are_skipped_before_scores_are_compared() -> None:
     assert chosen(rule(3, range_min=2, max_score=0.9)) == [2, 3, 4]
 
 
-def test_passages_that_hold_an_answer_make_room_for_others() -> None:
+def test_passages_with_an_answer_are_replaced_by_others() -> None:
     assert chosen(rule(3), answers={50, 52}) == [1, 3, 4]
     assert chosen(rule(3), answers=ROWS) == []
 
 
-def test_a_random_sample_is_the_querys_own() -> None:
+def test_each_query_has_its_own_random_sample() -> None:
     some = rule(4, sample="random", seed=3)
     assert chosen(some) == chosen(some) == sorted(set(chosen(some)))
     assert len(chosen(some)) == 4
@@ -107,7 +107,7 @@ def test_a_random_sample_is_the_querys_own() -> None:
     assert chosen(rule(4, sample="random", seed=4)) != chosen(some)
 
 
-def test_a_random_sample_is_of_all_that_may_be_negatives() -> None:
+def test_a_random_sample_is_drawn_from_all_possible_negatives() -> None:
     some = rule(3, sample="random", range_min=1, max_score=0.9)
     counts: Counter[int] = Counter()
     for number in range(3000):
@@ -118,11 +118,11 @@ def test_a_random_sample_is_of_all_that_may_be_negatives() -> None:
         assert abs(number - 1500) < 150
 
 
-def test_fewer_candidates_than_asked_for_are_all_taken_at_random() -> None:
+def test_all_candidates_are_taken_when_too_few_are_left() -> None:
     assert chosen(rule(9, sample="random", min_score=0.9)) == [0, 1, 2]
 
 
-def test_what_is_left_out_is_counted_by_reason() -> None:
+def test_excluded_passages_are_counted_by_reason() -> None:
     left_out: Counter[str] = Counter()
     chosen(
         rule(3, margin=0.05, min_score=-0.1),
@@ -152,11 +152,11 @@ def test_what_is_left_out_is_counted_by_reason() -> None:
         ({"min_score": 2.0, "max_score": 1.0}, "min_score 2.0 is above max_score 1.0"),
     ],
 )
-def test_a_rule_that_makes_no_sense(wrong: dict[str, Any], message: str) -> None:
+def test_contradictory_rules_are_refused(wrong: dict[str, Any], message: str) -> None:
     with pytest.raises(UsageError, match=message):
         Rule(**wrong)
 
 
-def test_a_rule_that_just_makes_sense() -> None:
+def test_rules_at_their_limits_are_accepted() -> None:
     assert Rule(30, 100, 70).negatives == 30
     assert Rule(min_score=1.0, max_score=1.0).min_score == 1.0

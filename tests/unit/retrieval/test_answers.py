@@ -138,7 +138,7 @@ def test_a_regular_expression_is_not_found(text: str, patterns: list[str]) -> No
 @pytest.mark.parametrize(
     "pattern", ["(", "+", "[a", "a{99999999999999999999}", "(" * 5000, "a|" * 10_000]
 )
-def test_what_is_no_regular_expression(pattern: str) -> None:
+def test_invalid_regular_expressions_are_refused(pattern: str) -> None:
     """By DPR's rule no passage holds it; `faults` says why."""
     assert not matches(f"text {pattern}", pattern)
     assert matches("text", pattern, "TEXT")
@@ -154,7 +154,7 @@ def test_a_search_that_would_take_years(monkeypatch: pytest.MonkeyPatch) -> None
         matches("a" * 100 + "b", "(a|aa)+$")
 
 
-def test_another_way_to_match() -> None:
+def test_an_unknown_way_to_match_is_refused() -> None:
     with pytest.raises(UsageError, match="match 'kilt': expected string or regex"):
         AnswerFinder(Corpus(pa.table({"id": [], "title": [], "text": []})), match="kilt")
 
@@ -166,7 +166,7 @@ def test_an_answer_without_tokens_is_in_no_passage(answer: str) -> None:
     assert holds("some text", answer, "text")
 
 
-def test_any_answer_will_do_and_none_is_none() -> None:
+def test_any_of_several_answers_counts_and_no_answer_matches_nothing() -> None:
     assert holds("the ferry leaves at six", "noon", "six")
     assert not holds("the ferry leaves at six", "noon", "five")
     assert not holds("the ferry leaves at six")

@@ -63,7 +63,7 @@ QUERIES = ("ships at the harbour", "who follows the gulls and gulls", "ports", "
 
 @pytest.mark.parametrize("settings", [Bm25Settings(), Bm25Settings(k1=1.5, b=0.75)])
 @pytest.mark.parametrize("k", [1, 7, ALL])
-def test_ranking_and_scores_are_the_formulas(
+def test_ranking_and_scores_follow_the_formula(
     sentences: list[str], settings: Bm25Settings, k: int
 ) -> None:
     corpus = corpus_of(sentences)
@@ -104,7 +104,7 @@ def test_a_query_without_a_known_term_finds_nothing(sentences: list[str], text: 
     assert found.extra_scores[0].tolist() == [0.0, 0.0]
 
 
-def test_scores_of_rows_that_are_asked_for(sentences: list[str]) -> None:
+def test_scores_of_requested_rows(sentences: list[str]) -> None:
     corpus = corpus_of(sentences)
     asked = [np.array([5, 0, len(corpus) - 1]), np.array([], np.int64)]
     queries = [Query("0", QUERIES[0]), Query("1", QUERIES[1])]
@@ -115,11 +115,11 @@ def test_scores_of_rows_that_are_asked_for(sentences: list[str]) -> None:
     assert found.extra_scores[1].shape == (0,)
 
 
-def test_no_queries_are_no_rows(sentences: list[str]) -> None:
+def test_no_queries_give_no_rows(sentences: list[str]) -> None:
     assert bm25_index(corpus_of(sentences)).search([], 5).rows.shape == (0, 5)
 
 
-def test_the_index_is_made_once(sentences: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_index_is_built_once(sentences: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
     queries = [Query("q", QUERIES[0])]
     first = bm25_index(corpus_of(sentences)).search(queries, 5)
     with monkeypatch.context() as patched:
@@ -131,7 +131,7 @@ def test_the_index_is_made_once(sentences: list[str], monkeypatch: pytest.Monkey
     assert len(sentences) in other.rows
 
 
-def test_other_parameters_have_an_index_of_their_own(sentences: list[str]) -> None:
+def test_other_parameters_have_their_own_index(sentences: list[str]) -> None:
     corpus, queries = corpus_of(sentences), [Query("q", QUERIES[0])]
     variants = (
         Bm25Settings(),

@@ -48,7 +48,7 @@ def setting(make_tiny: Callable[..., Encoder], texts: list[str]) -> Setting:
 
 
 @pytest.mark.parametrize(("chunk", "merge"), [(16384, 65536), (3, 65536), (16384, 2), (7, 3)])
-def test_the_best_and_what_is_asked_for_whatever_the_blocks(
+def test_the_best_and_the_requested_rows_do_not_depend_on_blocks(
     setting: Setting, chunk: int, merge: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(encode.TOKENS_PER_BATCH, "cpu", 40)
@@ -67,18 +67,18 @@ def test_the_best_and_what_is_asked_for_whatever_the_blocks(
         )
 
 
-def test_nothing_is_asked_for(setting: Setting) -> None:
+def test_no_requested_rows_give_no_extra_scores(setting: Setting) -> None:
     assert list(setting.search(3).extra_scores) == []
     assert [len(scores) for scores in setting.search(3, ([],) * 5).extra_scores] == [0] * 5
 
 
-def test_no_more_passages_than_there_are(setting: Setting) -> None:
+def test_k_is_limited_by_the_size_of_the_corpus(setting: Setting) -> None:
     found = setting.search(500)
     assert found.rows.shape == (5, 20)
     assert (np.sort(found.rows, axis=1) == np.arange(20)).all()
 
 
-def test_queries_that_have_an_encoder_of_their_own(
+def test_queries_use_a_separate_query_encoder(
     make_tiny: Callable[..., Encoder], texts: list[str]
 ) -> None:
     first, second = make_tiny(seed=1), make_tiny(seed=2)
@@ -91,7 +91,7 @@ def test_queries_that_have_an_encoder_of_their_own(
     assert np.abs(apart.scores - alone.scores).max() > 0.1
 
 
-def test_several_searches_of_parts_in_one_pass(
+def test_several_searches_of_subsets_share_one_pass(
     setting: Setting, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Each as if it were alone, and no passage is encoded that nobody wants."""
@@ -128,7 +128,7 @@ def test_several_searches_of_parts_in_one_pass(
     np.testing.assert_allclose(found[2].scores[0], setting.scores[2, own[:2]], atol=1e-5)
 
 
-def test_equal_candidates_by_rank() -> None:
+def test_equal_candidates_are_ordered_by_rank() -> None:
     found = rank_candidates(
         [np.array([4, 2, 9])], [np.array([1.0, 1.0, 1.0], np.float32)], 2, np.arange(10)[::-1]
     )

@@ -194,7 +194,7 @@ def test_measures_of_different_cut_offs_do_not_disturb_one_another() -> None:
 
 
 @pytest.mark.parametrize("ranking", [{"a": [("x", 1.0)]}, {"a": [("x", 1.0)], "b": []}])
-def test_a_query_that_was_not_found_scores_0_and_counts(ranking: dict[str, Ranked]) -> None:
+def test_a_query_without_results_scores_0_and_counts(ranking: dict[str, Ranked]) -> None:
     qrels = {"a": {"x": 1}, "b": {"x": 1}}
     values = measure_ranking(ranking, qrels, ALL)
     assert set(values["b"].values()) == {0.0}
@@ -268,7 +268,7 @@ def test_parameters_that_a_measure_does_not_have(word: str, message: str) -> Non
         parse_measures(word)
 
 
-def test_a_name_that_is_nearly_one_is_guessed() -> None:
+def test_a_misspelt_measure_gets_a_suggestion() -> None:
     with pytest.raises(UsageError, match="did you mean 'recall'"):
         parse_measures("recal@10")
 
@@ -286,7 +286,7 @@ def test_the_name_in_mlflow() -> None:
     assert parse_measures(measure.metric) == (measure,)
 
 
-def test_the_depth_is_the_largest_cut_off_unless_more_is_asked_for() -> None:
+def test_the_depth_is_the_largest_cut_off_unless_a_larger_one_is_given() -> None:
     measures = parse_measures("mrr@10 recall@100 ndcg@20")
     assert check_depth(measures, None) == 100
     assert check_depth(measures, 100) == 100

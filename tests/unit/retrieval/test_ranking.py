@@ -46,14 +46,14 @@ def test_rows_become_ids_in_their_order(corpus: Corpus) -> None:
     }
 
 
-def test_a_querys_own_id_is_left_out_and_only_there(corpus: Corpus) -> None:
+def test_a_passage_with_a_querys_id_is_left_out_for_this_query_only(corpus: Corpus) -> None:
     ranking = named_ranking(QUERIES, corpus, ROWS, SCORES, depth=3)
     assert [pid for pid, _ in ranking["q1"]] == ["p4", "p0"]
     assert [pid for pid, _ in ranking["q2"]] == ["字3", "q1", "p4"]
 
 
 @pytest.mark.parametrize("depth", [1, 2])
-def test_the_depth_is_reached_also_where_the_own_id_was_left_out(
+def test_the_depth_is_reached_when_the_querys_own_id_is_left_out(
     corpus: Corpus, depth: int
 ) -> None:
     ranking = named_ranking(QUERIES, corpus, ROWS, SCORES, depth)
@@ -66,7 +66,7 @@ def test_a_corpus_smaller_than_the_depth(corpus: Corpus) -> None:
     assert [len(found) for found in ranking.values()] == [2, 3]
 
 
-def test_the_file_is_trec_evals(corpus: Corpus, tmp_path: Path) -> None:
+def test_the_ranking_file_is_what_trec_eval_reads(corpus: Corpus, tmp_path: Path) -> None:
     ranking = named_ranking(QUERIES, corpus, ROWS, SCORES, depth=2)
     write_ranking(tmp_path / "ranking.trec", ranking, tag="mine")
     assert (tmp_path / "ranking.trec").read_text(encoding="utf-8") == (
@@ -74,7 +74,7 @@ def test_the_file_is_trec_evals(corpus: Corpus, tmp_path: Path) -> None:
     )
 
 
-def test_read_again_the_order_is_the_same(tmp_path: Path) -> None:
+def test_reading_a_ranking_file_gives_the_same_order(tmp_path: Path) -> None:
     rng = np.random.default_rng(0)
     # neighbours in fp32, and ties: what a rounding of the scores would swap
     scores = np.float32(0.7) + np.arange(200) // 2 * np.spacing(np.float32(0.7))

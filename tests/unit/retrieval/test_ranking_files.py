@@ -38,7 +38,9 @@ def top_passages(path: Path, k: int, corpus: Corpus) -> list[list[int]]:
 
 
 @pytest.mark.parametrize("packed", [False, True])
-def test_by_score_and_not_by_line(tmp_path: Path, corpus: Corpus, packed: bool) -> None:
+def test_passages_are_ordered_by_score_and_not_by_line(
+    tmp_path: Path, corpus: Corpus, packed: bool
+) -> None:
     """Shuffled and interleaved; equal scores by descending id, as trec_eval has them."""
     lines = trec(SCORES)
     random.Random(1).shuffle(lines)
@@ -49,7 +51,7 @@ def test_by_score_and_not_by_line(tmp_path: Path, corpus: Corpus, packed: bool) 
     assert top_passages(path, 100, corpus) == [[6, 5, 4, 3, 9, 2, 8, 1, 7, 0], [4, 3]]
 
 
-def test_many_lines_of_one_query_are_not_kept(tmp_path: Path, corpus: Corpus) -> None:
+def test_only_the_best_lines_of_a_query_are_kept(tmp_path: Path, corpus: Corpus) -> None:
     lines = [f"q1 Q0 x{number} 1 {number % 1000 / 1000} t\n" for number in range(20_000)]
     random.Random(2).shuffle(lines)
     path = tmp_path / "run.trec"
@@ -100,7 +102,9 @@ def test_unknown_ids_and_a_query_without_a_line(
         ("q1 Q0 p1 1 9 t\nq2 p1 1\n", "run.trec:2: 3 columns"),
     ],
 )
-def test_one_clear_error(tmp_path: Path, corpus: Corpus, text: str, reason: str) -> None:
+def test_a_malformed_file_is_one_clear_error(
+    tmp_path: Path, corpus: Corpus, text: str, reason: str
+) -> None:
     path = tmp_path / "run.trec"
     path.write_text(text)
     with pytest.raises(DataError, match=reason):

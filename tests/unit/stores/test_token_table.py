@@ -76,7 +76,7 @@ def test_ids_take_two_bytes_where_that_is_enough(vocabulary_size: int, dtype: st
     assert table[0].tolist() == [0, largest]
 
 
-def test_tokenising_that_breaks_off_leaves_nothing(own_cache: Path) -> None:
+def test_interrupted_tokenising_leaves_no_files(own_cache: Path) -> None:
     def breaks_off():  # type: ignore[no-untyped-def]
         yield ["a bb"]
         raise RuntimeError("cut off")
@@ -113,7 +113,7 @@ def test_processes_tokenise_in_the_order_of_the_texts(monkeypatch: pytest.Monkey
 
 
 @pytest.mark.parametrize(("processes", "cores", "worth"), [(1, 2, 1), (12, 1, 1), (12, 2, 5)])
-def test_no_process_is_started_where_one_does_not_pay(
+def test_no_process_is_started_for_little_text(
     monkeypatch: pytest.MonkeyPatch, processes: int, cores: int, worth: int
 ) -> None:
     """One process asked for, one core, or fewer texts than two processes are worth."""
@@ -144,7 +144,9 @@ def test_processes_do_not_run_the_script_that_asks_for_a_table(tmp_path: Path) -
     assert (done.stdout, done.stderr) == ("here\n3\n", "")
 
 
-def test_a_process_that_may_start_none_tokenises_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_process_that_may_not_start_others_tokenises_alone(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     monkeypatch.setattr(token_table_module, "TEXTS_WORTH_A_PROCESS", 1)
     monkeypatch.setattr(token_table_module, "usable_cores", lambda: 2)
     monkeypatch.setitem(mp.current_process()._config, "daemon", True)  # type: ignore[attr-defined]

@@ -36,7 +36,7 @@ def subset(folder: Path) -> Subset:
     return make_subset(spec, SubsetSources(collection.corpus(), collection.topics("dev")))
 
 
-def test_a_beir_folder_opens_as_the_collection_that_it_was(subset: Subset, tmp_path: Path) -> None:
+def test_a_written_beir_folder_opens_as_the_same_collection(subset: Subset, tmp_path: Path) -> None:
     write_subset(tmp_path / "small", subset, "dev")
     opened = open_collection(str(tmp_path / "small"))
     assert len(opened.corpus()) == len(subset)
@@ -100,7 +100,7 @@ def test_the_command(folder: Path, tmp_path: Path) -> None:
     assert set(open_collection(str(tmp_path / "small")).corpus().ids.to_pylist()) >= {"p0", "p3"}
 
 
-def test_each_query_with_its_own_passages_is_no_folder(folder: Path, tmp_path: Path) -> None:
+def test_subsets_by_query_cannot_be_written_as_a_folder(folder: Path, tmp_path: Path) -> None:
     (tmp_path / "top.tsv").write_text("q1\tp1\t1\n")
     argv = ["--dataset", folder, "--subset", f"rerank:{tmp_path}/top.tsv@1", "--output"]
     result = CliRunner().invoke(command, [*map(str, argv), str(tmp_path / "small")])

@@ -106,13 +106,13 @@ def test_a_strategy_by_decorator(sources: SubsetSources, monkeypatch: pytest.Mon
 
 
 @pytest.mark.parametrize("form", ["", "first:", "first:K", "first@N", "a b@K", "first:N@K@K"])
-def test_a_malformed_form_is_refused(form: str) -> None:
+def test_a_strategy_with_a_malformed_form_is_refused(form: str) -> None:
     with pytest.raises(UsageError, match="expected NAME, NAME:N, NAME@K or NAME:ARGUMENT@K"):
         subset_strategy(form)(lambda term, sources: [])
 
 
 @pytest.mark.usefixtures("installed")
-def test_a_package_that_is_broken_is_named(tmp_path: Path) -> None:
+def test_a_broken_package_is_named(tmp_path: Path) -> None:
     (tmp_path / "outside_strategy.py").write_text("import nowhere")
     with pytest.raises(UsageError, match="'titled' cannot be imported from outside_strategy"):
         parse_subset("titled:ship@2")

@@ -26,7 +26,7 @@ from mlflow_dr.subsets.spec import ALL, SubsetSpec, SubsetTerm, parse_subset
         ("rerank:top.tsv@100", "rerank_top_at_100"),
     ],
 )
-def test_each_form_has_a_name_for_metrics(text: str, slug: str) -> None:
+def test_each_subset_form_has_a_metric_name(text: str, slug: str) -> None:
     assert parse_subset(text).slug == slug
     written = "full+queries:200" if text == "queries:200" else text
     assert str(parse_subset(text)) == written
@@ -40,19 +40,19 @@ def test_each_form_has_a_name_for_metrics(text: str, slug: str) -> None:
         *("bm25@50+", "rerank:a@b", "queries@5"),
     ],
 )
-def test_what_is_no_subset_is_told_with_the_forms(text: str) -> None:
+def test_an_invalid_subset_is_refused_with_the_valid_forms(text: str) -> None:
     with pytest.raises(UsageError, match=r"^subset '.*expected|whole number above 0"):
         parse_subset(text)
 
 
 @pytest.mark.parametrize("text", [f"bm25@{'9' * 5000}", f"random:{'9' * 13}", "x" * 200_000])
-def test_what_is_too_long_is_refused_in_one_short_line(text: str) -> None:
+def test_too_long_specifications_are_refused_in_one_short_line(text: str) -> None:
     with pytest.raises(UsageError, match=r"^subset '") as error:
         parse_subset(text)
     assert len(str(error.value)) < 500
 
 
-def test_a_step_of_thousands_of_digits_is_no_step() -> None:
+def test_a_step_of_thousands_of_digits_is_refused() -> None:
     (part,) = parse_subset(f"encoder:step-{'9' * 5000}@5").terms
     assert part.step is None
 
@@ -66,12 +66,12 @@ def test_a_step_of_thousands_of_digits_is_no_step() -> None:
         ("queries:5+queries:6", "twice"),
     ],
 )
-def test_what_makes_no_sense_together(text: str, reason: str) -> None:
+def test_contradictory_options_are_refused(text: str, reason: str) -> None:
     with pytest.raises(UsageError, match=reason):
         parse_subset(text)
 
 
-def test_seed_and_judged_are_in_the_name_where_they_matter() -> None:
+def test_seed_and_judged_are_in_the_name_when_they_matter() -> None:
     assert parse_subset("random:5", seed=3).slug == "random_5-seed_3"
     assert parse_subset("bm25@5", seed=3).slug == "bm25_at_5"
     assert parse_subset("bm25@5", judged=ALL).slug == "bm25_at_5-all_judged"
@@ -80,7 +80,7 @@ def test_seed_and_judged_are_in_the_name_where_they_matter() -> None:
         parse_subset("bm25@5", judged="some")
 
 
-def test_a_seed_and_judged_that_cannot_matter_make_no_difference() -> None:
+def test_seed_and_judged_are_ignored_when_they_cannot_matter() -> None:
     assert parse_subset("full", seed=3, judged=ALL) == SubsetSpec()
     assert parse_subset("bm25@5", seed=3) == parse_subset("bm25@5")
     assert parse_subset("queries:5", seed=3, judged=ALL) == parse_subset("queries:5", seed=3)
@@ -88,7 +88,7 @@ def test_a_seed_and_judged_that_cannot_matter_make_no_difference() -> None:
     assert parse_subset("rerank:a@5", judged=ALL) != parse_subset("rerank:a@5")
 
 
-def test_a_file_is_found_from_everywhere_and_shown_without_its_folder(
+def test_a_file_is_found_from_any_directory_and_shown_without_its_folder(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (tmp_path / "top.trec").touch()
@@ -98,7 +98,7 @@ def test_a_file_is_found_from_everywhere_and_shown_without_its_folder(
     assert spec.shown == "ranking:top.trec@5"
 
 
-def test_a_long_name_is_cut_and_still_its_own() -> None:
+def test_a_long_name_is_cut_and_stays_unique() -> None:
     slugs = {parse_subset(f"pool:{','.join(['name' * 9] * 5)},{end}@5").slug for end in "ab"}
     assert len(slugs) == 2
     assert all(len(slug) <= 100 for slug in slugs)

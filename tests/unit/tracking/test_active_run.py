@@ -13,7 +13,7 @@ def _no_variable(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     yield
 
 
-def test_asked_for_then_active_then_the_variable(
+def test_a_run_comes_from_the_argument_the_active_run_or_the_environment(
     run: TrackedRun, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv(RUN_VARIABLE, "from-variable")
@@ -25,12 +25,12 @@ def test_asked_for_then_active_then_the_variable(
         assert active_run_id("asked") == "asked"
 
 
-def test_without_a_run_the_ways_out_are_named() -> None:
+def test_a_missing_run_is_an_error_that_names_the_options() -> None:
     with pytest.raises(UsageError, match=r"mlflow.start_run.*report_to.*MLFLOW_RUN_ID.*run_id"):
         active_run_id()
 
 
-def test_what_a_validator_needs_is_on_the_run(run: TrackedRun) -> None:
+def test_the_run_has_what_a_validator_needs(run: TrackedRun) -> None:
     name_collection(run, "/data/scifact", "dev")
     name_collection(run, "/data/scifact", "dev")
     data = run.fetch().data

@@ -86,7 +86,7 @@ def test_validations_and_checkpoints_have_files_of_their_own(run: TrackedRun) ->
         assert per_query_values(run, published[number], name) == values
 
 
-def test_values_that_nobody_has_kept(run: TrackedRun, checkpoint: Checkpoint) -> None:
+def test_missing_per_query_values_are_reported(run: TrackedRun, checkpoint: Checkpoint) -> None:
     message = rf"run {run.id} has no values of single queries for step 1200 \(no artifact valid"
     with pytest.raises(NoValuesError, match=message):
         per_query_values(run, checkpoint, "val")
@@ -104,7 +104,7 @@ def test_a_damaged_file(run: TrackedRun, checkpoint: Checkpoint, damage: bytes |
         per_query_values(run, checkpoint, "val")
 
 
-def test_a_table_of_something_else(run: TrackedRun, checkpoint: Checkpoint) -> None:
+def test_a_table_with_other_columns_is_refused(run: TrackedRun, checkpoint: Checkpoint) -> None:
     log_per_query_values(run, checkpoint, "val", VALUES)
     (path,) = folder(run).rglob("*.parquet")
     pq.write_table(pq.read_table(path).drop_columns("query_id"), path)

@@ -30,11 +30,11 @@ def left_by_a_killed_trainer(run: TrackedRun, tmp_path: Path) -> TrackedRun:
     return run
 
 
-def test_the_steps_that_are_whole(left_by_a_killed_trainer: TrackedRun) -> None:
+def test_the_complete_steps(left_by_a_killed_trainer: TrackedRun) -> None:
     assert ready_steps(left_by_a_killed_trainer) == {0, 5, 20}
 
 
-def test_what_was_announced_only_is_given_up(left_by_a_killed_trainer: TrackedRun) -> None:
+def test_pending_checkpoints_are_marked_failed(left_by_a_killed_trainer: TrackedRun) -> None:
     run = left_by_a_killed_trainer
     pending = [checkpoint for checkpoint in run_checkpoints(run) if checkpoint.pending]
     assert [checkpoint.step for checkpoint in pending] == [15, 20]

@@ -30,7 +30,7 @@ def only(run: TrackedRun) -> Checkpoint:
     return checkpoint
 
 
-def test_of_eight_at_the_same_instant_one_wins(published: TrackedRun) -> None:
+def test_one_of_eight_simultaneous_claims_wins(published: TrackedRun) -> None:
     """Each with a view of the checkpoint on which nobody has claimed it."""
     checkpoint = only(published)
     claims = [Claims(published.client, replace(ELSEWHERE, token=str(n))) for n in range(8)]
@@ -77,7 +77,7 @@ def test_giving_back_does_not_wait_long_for_a_server_that_drops_packets(
     claims.close()
 
 
-def test_a_lost_answer_to_our_own_claim_is_ours(
+def test_a_claim_whose_answer_was_lost_is_still_ours(
     published: TrackedRun, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     real = published.client._tracking_client.log_model_params
@@ -193,7 +193,7 @@ def test_the_owner_is_known_to_be_gone_on_its_own_machine_only() -> None:
 
 
 @pytest.mark.parametrize("value", ["", "{}", "[]", "null", '{"host": 1}'])
-def test_a_claim_that_makes_no_sense_has_no_owner(value: str) -> None:
+def test_a_malformed_claim_has_no_owner(value: str) -> None:
     assert Owner.parse(value) is None
 
 
@@ -209,11 +209,11 @@ def test_a_claim_that_makes_no_sense_has_no_owner(value: str) -> None:
     ],
     ids=lambda text: text[:20],
 )
-def test_a_claim_of_nobody(text: str) -> None:
+def test_a_malformed_owner_is_ignored(text: str) -> None:
     assert Owner.parse(text) is None
 
 
-def test_a_claim_without_a_number_is_none(run: TrackedRun, tmp_path: Path) -> None:
+def test_a_claim_without_a_valid_number_is_ignored(run: TrackedRun, tmp_path: Path) -> None:
     (tmp_path / "weights").write_text("1")
     model_id = publish(run, tmp_path, 1)
     keys = {

@@ -24,7 +24,7 @@ def _uri_restored() -> None:
     mlflow.set_tracking_uri(before)
 
 
-def test_a_server_that_is_not_there_is_told_at_once() -> None:
+def test_a_missing_server_is_reported_at_once() -> None:
     with socket.socket() as unused:
         unused.bind(("127.0.0.1", 0))
         port = unused.getsockname()[1]
@@ -65,7 +65,7 @@ def test_a_database_without_its_driver_names_what_to_install() -> None:
         connect("mysql+pymysql://user@host/db")
 
 
-def test_who_only_reads_makes_no_database(tmp_path: Path) -> None:
+def test_reading_does_not_create_a_database(tmp_path: Path) -> None:
     for path in (tmp_path / "mlflow.db", tmp_path / "nodir" / "x.db"):
         with pytest.raises(TrackingError, match=f"there is no tracking store .*{path}"):
             connect(f"sqlite:///{path}", may_create=False)
@@ -87,7 +87,7 @@ def test_an_unknown_scheme_is_one_line() -> None:
     assert tracking_uri() == "gopher://x"
 
 
-def test_what_a_user_may_not_do_is_an_error_of_its_own() -> None:
+def test_a_missing_permission_is_a_separate_error() -> None:
     doing = tracking_errors("publishing")
     with (
         pytest.raises(ForbiddenError, match=r"publishing: user .* is not allowed to do that"),
@@ -132,7 +132,7 @@ LATER = b"HTTP/1.0 503 Service Unavailable\r\n\r\n<h1>Later</h1>"
 NOTHING_THERE = b"HTTP/1.0 200 OK\r\nContent-Type: application/json\r\n\r\n{}"
 
 
-def test_a_first_request_that_fails_is_made_again(
+def test_a_failed_first_request_is_repeated(
     disturbed: Callable[[list[bytes]], str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("mlflow_dr.tracking.client.SECONDS_TO_CONNECT", 60.0)
@@ -140,7 +140,7 @@ def test_a_first_request_that_fails_is_made_again(
     assert server_responds(client)
 
 
-def test_a_server_that_is_another_one_is_one_line(
+def test_a_server_that_is_not_mlflow_is_one_line(
     disturbed: Callable[[list[bytes]], str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("mlflow_dr.tracking.client.SECONDS_TO_CONNECT", 0.2)
@@ -150,7 +150,7 @@ def test_a_server_that_is_another_one_is_one_line(
     assert "\n" not in str(caught.value)
 
 
-def test_an_empty_answer_is_no_run_no_model_and_no_place_for_files(
+def test_an_empty_answer_is_refused_as_run_model_and_location(
     disturbed: Callable[[list[bytes]], str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     client = connect(disturbed([NOTHING_THERE, b"HTTP/1.0 200 OK\r\n\r\n"]))
@@ -172,7 +172,7 @@ def test_an_empty_answer_is_no_run_no_model_and_no_place_for_files(
     assert not any(Path.cwd().iterdir())
 
 
-def test_a_first_answer_that_is_late_is_asked_for_again(
+def test_a_late_first_answer_is_requested_again(
     disturbed: Callable[[list[bytes]], str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("mlflow_dr.tracking.client.SECONDS_TO_CONNECT", 0.0)

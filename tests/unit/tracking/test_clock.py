@@ -34,12 +34,12 @@ def an_hour_ahead() -> Iterator[str]:
     server.server_close()
 
 
-def test_it_is_the_servers_time(an_hour_ahead: str) -> None:
+def test_the_clock_uses_the_servers_time(an_hour_ahead: str) -> None:
     ahead = ServerClock(an_hour_ahead).now_ms() / 1000 - time.time()
     assert ahead == pytest.approx(HOUR, abs=3)
 
 
-def test_also_where_the_uri_names_a_user(an_hour_ahead: str) -> None:
+def test_the_clock_works_with_a_user_in_the_uri(an_hour_ahead: str) -> None:
     uri = an_hour_ahead.replace("://", "://user:secret@")
     ahead = ServerClock(uri).now_ms() / 1000 - time.time()
     assert ahead == pytest.approx(HOUR, abs=3)
@@ -48,5 +48,5 @@ def test_also_where_the_uri_names_a_user(an_hour_ahead: str) -> None:
 @pytest.mark.parametrize(
     "uri", ["sqlite:///mlflow.db", "http://127.0.0.1:9", "http://user:secret@127.0.0.1:port"]
 )
-def test_without_a_server_it_is_ours(uri: str) -> None:
+def test_without_a_server_the_clock_is_local(uri: str) -> None:
     assert ServerClock(uri).now_ms() / 1000 == pytest.approx(time.time(), abs=1)

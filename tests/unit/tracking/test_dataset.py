@@ -96,7 +96,7 @@ def test_a_source_is_read_from_what_it_wrote() -> None:
         CollectionSource.from_dict({"source": "here"})
 
 
-def test_only_what_can_be_nothing_else_is_taken_for_a_collection(folder: Path) -> None:
+def test_only_unmistakable_sources_are_taken_as_collections(folder: Path) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         assert resolve_dataset_source("irds:vaswani").collection == "irds:vaswani"
@@ -106,7 +106,7 @@ def test_only_what_can_be_nothing_else_is_taken_for_a_collection(folder: Path) -
         assert not CollectionSource._can_resolve(raw)
 
 
-def test_a_split_that_is_not_there_is_told(folder: Path) -> None:
+def test_an_unknown_split_is_refused(folder: Path) -> None:
     with pytest.raises(UsageError, match="has no split 'train'; it has: dev, test"):
         from_dense_retrieval(folder, "train")
 

@@ -30,7 +30,7 @@ def steps_of(followed: FollowedDirectory) -> list[int]:
     return [checkpoint.step for checkpoint in followed.snapshot().checkpoints]
 
 
-def test_a_directory_is_looked_at_again_and_again(
+def test_a_directory_is_polled_for_new_checkpoints(
     run: TrackedRun, output: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     """What is being written comes when it is whole and still; what is removed goes."""
@@ -62,7 +62,9 @@ def test_a_directory_is_registered_once_by_several(run: TrackedRun, output: Path
     assert all(checkpoint.ready for checkpoint in run_checkpoints(run))
 
 
-def test_whoever_follows_the_run_elsewhere_has_not_its_files(run: TrackedRun, output: Path) -> None:
+def test_a_follower_on_another_machine_does_not_have_the_files(
+    run: TrackedRun, output: Path
+) -> None:
     publish(run, output / "checkpoint-5", 7)
     (run_only,) = FollowedRun(run).snapshot().checkpoints
     assert run_only.step == 7
@@ -74,7 +76,7 @@ def test_whoever_follows_the_run_elsewhere_has_not_its_files(run: TrackedRun, ou
     assert len(run_checkpoints(run)) == 5
 
 
-def test_the_end_of_a_run_that_is_not_ours_is_the_end(
+def test_following_a_directory_ends_with_a_run_of_another_trainer(
     client: MlflowClient, run: TrackedRun, output: Path
 ) -> None:
     client.set_terminated(run.id)

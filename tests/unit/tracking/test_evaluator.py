@@ -81,7 +81,7 @@ def figures(report: Report, prefix: str = "") -> dict[str, float]:
     return {f"{prefix}{k.replace('@', '_at_')}": value for k, value in report.measures.items()}
 
 
-def test_the_figures_are_those_of_an_evaluation_without_mlflow(
+def test_the_figures_equal_an_evaluation_without_mlflow(
     model_id: str, data: CollectionDataset, expected: Report, active: str, client: MlflowClient
 ) -> None:
     result = measured(f"models:/{model_id}", data)
@@ -175,9 +175,7 @@ def test_the_collection_may_be_named_in_the_configuration(
     assert inputs[str(folder)].source_type == "mlflow_dr"
 
 
-def test_without_evaluators_ours_is_the_one_that_is_taken(
-    model_id: str, data: CollectionDataset, active: str
-) -> None:
+def test_our_evaluator_is_the_default(model_id: str, data: CollectionDataset, active: str) -> None:
     result = mlflow.models.evaluate(f"models:/{model_id}", data, model_type="dense_retriever")
     assert set(result.metrics) == {"mrr_at_10", "ndcg_at_10", "recall_at_100"}
 
@@ -198,14 +196,14 @@ def test_evaluations_of_other_models_are_left_alone() -> None:
         ({"dataset": "demo"}, "/dev already; leave dataset and split out"),
     ],
 )
-def test_a_wrong_configuration_is_told(
+def test_a_wrong_configuration_is_refused(
     config: dict[str, Any], message: str, model_id: str, data: CollectionDataset, active: str
 ) -> None:
     with pytest.raises(UsageError, match=message):
         measured(f"models:/{model_id}", data, **config)
 
 
-def test_data_that_is_no_collection_is_refused(model_id: str, active: str) -> None:
+def test_data_that_is_not_a_collection_is_refused(model_id: str, active: str) -> None:
     with pytest.raises(UsageError, match=r"give data=mlflow\.data\.from_dense_retrieval"):
         measured(f"models:/{model_id}", pd.DataFrame({"text": ["a"]}))
 
@@ -215,7 +213,7 @@ def test_a_model_of_another_kind_is_refused(data: CollectionDataset, active: str
         measured(lambda frame: frame, data)
 
 
-def test_what_it_has_no_place_for_is_refused(data: CollectionDataset) -> None:
+def test_extra_metrics_are_refused(data: CollectionDataset) -> None:
     with pytest.raises(UsageError, match="takes no extra_metrics"):
         DenseRetrievalEvaluator().evaluate(
             model_type="dense_retriever",

@@ -42,7 +42,7 @@ def names(directory: Path) -> set[str]:
     }
 
 
-def test_what_an_encoder_needs_or_everything(
+def test_the_files_of_an_encoder_or_all_files_are_fetched(
     run: TrackedRun, directory: Path, elsewhere: None, tmp_path: Path
 ) -> None:
     publish(run, directory, 1)
@@ -55,7 +55,7 @@ def test_what_an_encoder_needs_or_everything(
 
 
 @pytest.mark.parametrize("lost", ["weights", "manifest.json"])
-def test_a_file_that_is_not_there(
+def test_a_missing_file_is_named(
     run: TrackedRun, directory: Path, elsewhere: None, lost: str
 ) -> None:
     publish(run, directory, 1)
@@ -122,7 +122,7 @@ def directory_of(checkpoint: Checkpoint) -> Path:
     return Path(checkpoint.location.removeprefix("file://"))
 
 
-def test_of_a_store_that_is_read_in_place_only_what_is_listed_is_used(
+def test_only_listed_files_of_a_local_store_are_used(
     run: TrackedRun, directory: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     publish(run, directory, 1)
@@ -142,7 +142,7 @@ def test_of_a_store_that_is_read_in_place_only_what_is_listed_is_used(
     assert not (tmp_path / "whole" / "weights").is_symlink()
 
 
-def test_an_answer_of_other_bytes_is_asked_for_again(
+def test_a_download_with_other_bytes_is_repeated(
     run: TrackedRun, directory: Path, elsewhere: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A login page with status 200 for each file, and an answer that is cut."""
@@ -168,7 +168,7 @@ def test_an_answer_of_other_bytes_is_asked_for_again(
     assert asked.count("weights") == asked.count("manifest.json") == 3
 
 
-def test_a_login_page_in_place_of_every_file_says_nothing_about_the_checkpoint(
+def test_a_login_page_instead_of_files_does_not_fail_the_checkpoint(
     run: TrackedRun, directory: Path, elsewhere: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     publish(run, directory, 1)
@@ -185,7 +185,7 @@ def test_a_login_page_in_place_of_every_file_says_nothing_about_the_checkpoint(
         pass
 
 
-def test_bytes_that_differ_from_time_to_time_say_nothing_about_the_checkpoint(
+def test_varying_bytes_do_not_fail_the_checkpoint(
     run: TrackedRun, directory: Path, elsewhere: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     publish(run, directory, 1)
@@ -224,7 +224,7 @@ def test_a_store_that_has_other_bytes(
     assert not isinstance(caught.value, UnavailableError)
 
 
-def test_files_that_are_gone_and_a_store_that_is_not_there(
+def test_missing_files_and_a_missing_store(
     run: TrackedRun, directory: Path, elsewhere: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     publish(run, directory, 1)
@@ -242,7 +242,7 @@ def test_files_that_are_gone_and_a_store_that_is_not_there(
     assert not isinstance(caught.value, LostError)
 
 
-def test_a_missing_plugin_of_the_store_will_not_come(run: TrackedRun, directory: Path) -> None:
+def test_a_missing_plugin_of_the_store_is_not_retried(run: TrackedRun, directory: Path) -> None:
     publish(run, directory, 1)
     checkpoint = replace(run_checkpoints(run)[0], location="nostore://bucket/m-1/artifacts")
     with (
@@ -253,7 +253,7 @@ def test_a_missing_plugin_of_the_store_will_not_come(run: TrackedRun, directory:
     assert caught.value.lasting
 
 
-def test_a_missing_module_will_not_come(
+def test_a_missing_module_is_not_retried(
     run: TrackedRun, directory: Path, elsewhere: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     publish(run, directory, 1)

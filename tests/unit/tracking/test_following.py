@@ -18,7 +18,7 @@ def directory(tmp_path: Path) -> Path:
     return tmp_path
 
 
-def test_settled_checkpoints_are_not_asked_for_again(
+def test_finished_checkpoints_are_not_requested_again(
     client: MlflowClient, run: TrackedRun, directory: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for step in range(3):
@@ -64,7 +64,7 @@ def test_a_pending_checkpoint_is_seen_when_it_is_ready(run: TrackedRun, director
     ]
 
 
-def test_what_a_killed_trainer_has_announced_is_not_asked_for_for_ever(
+def test_checkpoints_of_a_killed_trainer_are_not_requested_forever(
     run: TrackedRun, directory: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(following, "LONGEST_UPLOAD_MS", 50)
@@ -89,7 +89,7 @@ def test_what_a_killed_trainer_has_announced_is_not_asked_for_for_ever(
     assert [checkpoint.ready for checkpoint in followed.snapshot().checkpoints] == [True, True]
 
 
-def test_everything_is_asked_for_now_and_then(
+def test_all_checkpoints_are_requested_from_time_to_time(
     client: MlflowClient, run: TrackedRun, directory: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A machine whose clock is behind writes to the database what seems to be old."""
@@ -102,7 +102,9 @@ def test_everything_is_asked_for_now_and_then(
     assert followed.snapshot().checkpoints == []
 
 
-def test_the_end_of_a_run_and_that_of_an_experiment(client: MlflowClient, directory: Path) -> None:
+def test_following_a_run_ends_and_following_an_experiment_does_not(
+    client: MlflowClient, directory: Path
+) -> None:
     run = TrackedRun(client, client.create_run(client.create_experiment("with an end")))
     publish(run, directory, 1)
     alone, together = FollowedRun(run), FollowedExperiment(client, "with an end")

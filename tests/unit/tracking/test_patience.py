@@ -44,7 +44,7 @@ def no_json() -> Exception:
     return caught.value
 
 
-def test_answers_that_make_no_sense_are_asked_for_again_with_growing_waits(
+def test_malformed_answers_are_requested_again_with_growing_waits(
     patiently: Patience, slept: list[float]
 ) -> None:
     errors = [no_json(), KeyError("run"), MlflowException("cut"), ConnectionError("cut"), no_json()]
@@ -52,7 +52,7 @@ def test_answers_that_make_no_sense_are_asked_for_again_with_growing_waits(
     assert slept == [1, 2, 4, 8]
 
 
-def test_a_model_that_could_not_be_asked_for_need_not_be_gone(
+def test_a_failed_request_does_not_mean_that_the_model_is_gone(
     client: MlflowClient, patiently: Patience, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """MLflow makes "no such model" of every failure to ask for one before it is tagged."""
@@ -72,7 +72,7 @@ def test_a_model_that_could_not_be_asked_for_need_not_be_gone(
     assert asked.count("m-1") == TRIES  # a publisher of another test may still ask, too
 
 
-def test_in_the_end_the_error_is_raised(patiently: Patience, slept: list[float]) -> None:
+def test_the_error_is_raised_after_the_last_try(patiently: Patience, slept: list[float]) -> None:
     errors = [no_json() for _ in range(TRIES + 1)]
     with pytest.raises(TrackingError, match="asking: Expecting value"):
         patiently(failing(iter(errors)))
@@ -82,7 +82,7 @@ def test_in_the_end_the_error_is_raised(patiently: Patience, slept: list[float])
 @pytest.mark.parametrize(
     "error", [MlflowException("no", INVALID_PARAMETER_VALUE), RunGoneError("deleted")], ids=repr
 )
-def test_what_the_server_refuses_is_asked_for_twice(
+def test_a_refused_request_is_repeated_once(
     patiently: Patience, slept: list[float], error: Exception
 ) -> None:
     assert patiently(failing(iter([error]))) == "answer"
@@ -91,6 +91,6 @@ def test_what_the_server_refuses_is_asked_for_twice(
     assert slept == []
 
 
-def test_no_memory_is_no_trouble_of_the_server(patiently: Patience) -> None:
+def test_out_of_memory_is_not_a_server_error(patiently: Patience) -> None:
     with pytest.raises(MemoryError):
         patiently(failing(iter([MemoryError()])))

@@ -66,7 +66,7 @@ def wrapped(cause: Exception) -> MlflowException:
     ],
     ids=repr,
 )
-def test_what_lasts(error: Exception) -> None:
+def test_permanent_errors(error: Exception) -> None:
     assert is_permanent(error)
 
 
@@ -88,7 +88,7 @@ def test_what_lasts(error: Exception) -> None:
     ],
     ids=repr,
 )
-def test_what_may_pass(error: Exception) -> None:
+def test_temporary_errors(error: Exception) -> None:
     assert not is_permanent(error)
 
 

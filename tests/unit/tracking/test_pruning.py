@@ -65,7 +65,7 @@ def tree(folder: Path) -> Mapping[str, bytes]:
     return {str(path): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
-def test_files_go_and_everything_else_stays(published: TrackedRun) -> None:
+def test_only_the_files_are_deleted(published: TrackedRun) -> None:
     before = at(published, 2)
     folder = directory_of(before)
     beside = tree(folder.parents[2])
@@ -98,7 +98,7 @@ def test_a_training_that_is_resumed_has_the_step(published: TrackedRun) -> None:
 
 
 @pytest.mark.parametrize("by", ["claim", "tag"])
-def test_what_came_into_use_since_it_was_seen_stays(published: TrackedRun, by: str) -> None:
+def test_a_checkpoint_that_came_into_use_meanwhile_is_kept(published: TrackedRun, by: str) -> None:
     seen = at(published, 1)
     if by == "claim":
         assert Claims(published.client, ELSEWHERE).claim(seen, "val")
@@ -118,7 +118,7 @@ def test_what_came_into_use_since_it_was_seen_stays(published: TrackedRun, by: s
         assert (copy / "model.safetensors").exists()
 
 
-def test_a_claim_between_the_tag_and_the_second_look_wins(
+def test_a_claim_after_the_first_phase_stops_the_deletion(
     published: TrackedRun, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     real = published.client.set_logged_model_tags
@@ -140,7 +140,7 @@ def test_a_claim_between_the_tag_and_the_second_look_wins(
     assert at(published, 1).is_fully_pruned
 
 
-def test_what_was_interrupted_is_finished(
+def test_an_interrupted_deletion_is_finished(
     published: TrackedRun, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def remove_one(store: LocalArtifactRepository, path: str | None = None) -> None:
@@ -161,7 +161,7 @@ def test_what_was_interrupted_is_finished(
     assert not directory_of(left).exists()
 
 
-def test_an_interruption_before_anything_was_removed_and_a_claim_then(
+def test_a_claim_after_an_interrupted_deletion_is_respected(
     published: TrackedRun,
 ) -> None:
     """The tag stays, the claim is respected, and later it goes."""
@@ -176,7 +176,7 @@ def test_an_interruption_before_anything_was_removed_and_a_claim_then(
     assert at(published, 1).is_fully_pruned
 
 
-def test_a_store_that_does_not_remove_is_told(
+def test_a_store_that_cannot_delete_is_reported(
     published: TrackedRun, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def refuse(store: LocalArtifactRepository, path: str | None = None) -> None:
@@ -198,7 +198,7 @@ def test_a_store_that_does_not_remove_is_told(
     assert delete_files(published.client, at(published, 1)).kept == ""
 
 
-def test_two_at_the_same_time(published: TrackedRun) -> None:
+def test_two_simultaneous_deletions_remove_once(published: TrackedRun) -> None:
     checkpoint = at(published, 1)
     start = threading.Barrier(4)
     ended: list[str] = []
@@ -216,7 +216,7 @@ def test_two_at_the_same_time(published: TrackedRun) -> None:
     assert at(published, 1).is_fully_pruned
 
 
-def test_what_is_announced_stays_and_what_was_given_up_goes(
+def test_pending_checkpoints_are_kept_and_failed_ones_are_deleted(
     run: TrackedRun, directory: Path
 ) -> None:
     announce_checkpoint(run, 1, "0")
@@ -227,7 +227,7 @@ def test_what_is_announced_stays_and_what_was_given_up_goes(
     assert delete_files(run.client, at(run, 1)).stored.files == 2
 
 
-def test_a_directory_that_was_found_is_not_ours(run: TrackedRun, directory: Path) -> None:
+def test_a_registered_directory_is_not_deleted(run: TrackedRun, directory: Path) -> None:
     register_directory(run, directory, 1)
     before = tree(directory)
     assert delete_files(run.client, at(run, 1)).kept == f"found in {directory}"
@@ -252,7 +252,7 @@ def test_a_store_in_a_folder_of_any_name(
 
 
 @pytest.mark.parametrize("outside", ["", "..", "models"])
-def test_a_place_that_is_not_its_own(
+def test_a_location_that_is_not_the_checkpoints_own_is_refused(
     published: TrackedRun, client: MlflowClient, outside: str
 ) -> None:
     """The folder above all, one that leaves its own, and that of all models."""
@@ -319,7 +319,7 @@ def test_checkpoints_of_runs_that_were_deleted(
         orphans(client, "nowhere")
 
 
-def test_a_server_that_refuses_to_tell_of_a_run(
+def test_a_server_that_refuses_to_describe_a_run(
     client: MlflowClient, directory: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """It may be there."""

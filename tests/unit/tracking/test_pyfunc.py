@@ -56,7 +56,7 @@ def test_a_published_checkpoint_gives_the_vectors_that_sentence_transformers_giv
     np.testing.assert_allclose(got, peers_vectors(directory, TEXTS, kind), rtol=0, atol=1e-5)
 
 
-def test_texts_are_queries_unless_it_is_said(directory: Path) -> None:
+def test_texts_are_queries_by_default(directory: Path) -> None:
     model = mlflow.pyfunc.load_model(str(directory))
     queries = model.predict(TEXTS, params={"prompt": "query"})
     assert np.array_equal(model.predict(TEXTS), queries)
@@ -85,7 +85,7 @@ def test_no_texts_give_no_vectors(directory: Path) -> None:
     assert model.predict("gulls").shape == (1, 24)
 
 
-def test_what_is_no_text_and_no_prompt_is_refused(directory: Path) -> None:
+def test_values_that_are_not_text_are_refused(directory: Path) -> None:
     model = mlflow.pyfunc.load_model(str(directory))
     with pytest.raises(UsageError, match="text 1 is nan; expected a string in each row"):
         model.predict(["gulls", None])  # which is nan by the time that MLflow calls
@@ -93,7 +93,7 @@ def test_what_is_no_text_and_no_prompt_is_refused(directory: Path) -> None:
         model.predict(TEXTS, params={"prompt": "document"})
 
 
-def test_threads_that_ask_at_once_have_their_texts_cut_at_their_own_lengths(
+def test_simultaneous_requests_keep_their_own_lengths(
     make_tiny: Callable[..., Encoder], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     # token counts instead of vectors, which would take most of the time
@@ -112,14 +112,14 @@ def test_threads_that_ask_at_once_have_their_texts_cut_at_their_own_lengths(
     assert [int(vector[0]) for vector in found] == [16, 128] * 1000
 
 
-def test_mlflow_reads_what_the_model_takes_and_gives(directory: Path) -> None:
+def test_mlflow_reads_the_inputs_and_outputs_of_the_model(directory: Path) -> None:
     signature = Model.load(str(directory)).signature
     assert signature.inputs == Schema([ColSpec("string")])
     assert signature.outputs == Schema([TensorSpec(np.dtype("float32"), (-1, 24))])
     assert signature.params == ParamSchema([ParamSpec("prompt", "string", "query")])
 
 
-def test_mlflow_knows_what_has_to_be_installed(directory: Path) -> None:
+def test_the_model_lists_its_requirements_for_mlflow(directory: Path) -> None:
     requirements = Path(mlflow.pyfunc.get_model_dependencies(str(directory))).read_text()
     assert requirements.startswith("mlflow_dr==")
     assert f"\ntorch=={torch.__version__.partition('+')[0]}\n" in requirements
@@ -162,7 +162,7 @@ def test_the_description_is_verified_like_every_file(run: TrackedRun, directory:
         pass
 
 
-def test_what_other_trainers_publish_loads_too(
+def test_checkpoints_of_other_trainers_load_too(
     run: TrackedRun, make_tiny: Callable[..., Encoder], tmp_path: Path
 ) -> None:
     save_encoder(tmp_path / "start", make_tiny(pooling="cls", query_prompt="ask "))

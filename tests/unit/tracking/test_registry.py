@@ -18,7 +18,7 @@ def checkpoints(run: TrackedRun, tmp_path: Path) -> list[Checkpoint]:
     return run_checkpoints(run)
 
 
-def test_a_checkpoint_by_the_names_that_mlflow_gives_it(
+def test_a_checkpoint_is_found_by_its_mlflow_names(
     run: TrackedRun, checkpoints: list[Checkpoint]
 ) -> None:
     first, second = checkpoints
@@ -35,7 +35,7 @@ def test_a_checkpoint_by_the_names_that_mlflow_gives_it(
         assert checkpoint_by_uri(run.client, uri).model_id == expected.model_id, uri
 
 
-def test_a_version_that_was_made_from_where_the_files_are(
+def test_a_version_registered_by_location_is_found(
     run: TrackedRun, checkpoints: list[Checkpoint]
 ) -> None:
     run.client.create_registered_model("by place")
@@ -45,7 +45,7 @@ def test_a_version_that_was_made_from_where_the_files_are(
     assert register(run, checkpoints[1], "by place") == "2"
 
 
-def test_what_is_no_checkpoint(run: TrackedRun, tmp_path: Path) -> None:
+def test_names_of_other_models_are_refused(run: TrackedRun, tmp_path: Path) -> None:
     run.client.create_registered_model("other")
     run.client.create_model_version("other", f"{run.fetch().info.artifact_uri}/model", run.id)
     with pytest.raises(

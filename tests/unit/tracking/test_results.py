@@ -54,7 +54,7 @@ def points(client: MlflowClient, run: TrackedRun, key: str) -> list[tuple[int, f
     return [(point.step, point.value, point.timestamp) for point in history]
 
 
-def test_a_checkpoint_is_ready_when_it_is_whole(run: TrackedRun, directory: Path) -> None:
+def test_a_checkpoint_is_ready_when_it_is_complete(run: TrackedRun, directory: Path) -> None:
     announce_checkpoint(run, 10, "0" * 64)
     assert not only(run).ready
     publish(run, directory, 20)
@@ -66,7 +66,9 @@ def test_a_checkpoint_is_ready_when_it_is_whole(run: TrackedRun, directory: Path
     assert output.step == 20
 
 
-def test_another_model_of_the_run_is_no_checkpoint(client: MlflowClient, run: TrackedRun) -> None:
+def test_another_model_of_the_run_is_not_a_checkpoint(
+    client: MlflowClient, run: TrackedRun
+) -> None:
     client.create_logged_model(run.experiment_id, name="other", source_run_id=run.id)
     assert run_checkpoints(run) == []
 
@@ -121,7 +123,7 @@ def test_a_second_result_changes_nothing(
         assert len(points(client, run, key)) == 1
 
 
-def test_a_record_without_metrics_is_written_out_without_new_work(
+def test_a_record_without_metrics_gets_its_metrics_without_evaluation(
     client: MlflowClient, run: TrackedRun, directory: Path
 ) -> None:
     publish(run, directory, 50)
@@ -134,7 +136,7 @@ def test_a_record_without_metrics_is_written_out_without_new_work(
     assert len(points(client, run, "val/seconds")) == 1
 
 
-def test_metrics_on_the_run_alone_are_completed_without_doubles(
+def test_metrics_only_on_the_run_are_completed_without_duplicates(
     client: MlflowClient, run: TrackedRun, directory: Path
 ) -> None:
     publish(run, directory, 50)
@@ -147,7 +149,7 @@ def test_metrics_on_the_run_alone_are_completed_without_doubles(
     assert validation_state(only(run), "val") is State.DONE
 
 
-def test_a_failure_is_noted_with_its_reason(
+def test_a_failure_is_recorded_with_its_reason(
     client: MlflowClient, run: TrackedRun, directory: Path
 ) -> None:
     publish(run, directory, 50)
@@ -183,7 +185,7 @@ def test_the_summary_names_first_last_and_best(run: TrackedRun, directory: Path)
     assert "last   step 20" in text
 
 
-def test_a_summary_of_nothing(run: TrackedRun) -> None:
+def test_the_summary_of_a_run_without_checkpoints(run: TrackedRun) -> None:
     assert "0 checkpoints validated" in curve_summary(run, "val", ["mrr_at_10"])
 
 
@@ -192,7 +194,7 @@ def test_a_summary_of_nothing(run: TrackedRun) -> None:
     ["{", "[1]", "7", '{"values": [1]}', '{"values": {"mrr_at_10": "high"}}', "[" * 5000],
     ids=lambda text: text[:20],
 )
-def test_a_record_that_makes_no_sense_is_a_failure(
+def test_a_malformed_record_counts_as_a_failure(
     run: TrackedRun, directory: Path, record: str
 ) -> None:
     """Nobody can write another one."""
@@ -207,7 +209,7 @@ def test_a_record_that_makes_no_sense_is_a_failure(
 
 
 @pytest.mark.parametrize("text", ["abc", "[1]", "[" * 5000], ids=lambda text: text[:20])
-def test_a_name_that_is_bound_to_no_configuration(run: TrackedRun, text: str) -> None:
+def test_a_name_without_a_configuration(run: TrackedRun, text: str) -> None:
     run.log_params({f"{PREFIX}val": text, f"{PREFIX}test": "{}"})
     with pytest.raises(UsageError, match="another --name"):
         stored_config(run, "val")

@@ -14,13 +14,13 @@ from mlflow_dr.tracking.runs import (
 )
 
 
-def test_params_that_are_there_are_left_alone(client: MlflowClient, run: TrackedRun) -> None:
+def test_existing_params_are_kept(client: MlflowClient, run: TrackedRun) -> None:
     client.log_batch(run.id, params=[Param("dataset", "demo")])
     run.log_params({"dataset": "another spelling", "model": "tiny", "nothing": None})
     assert run.fetch().data.params == {"dataset": "demo", "model": "tiny"}
 
 
-def test_more_params_than_one_request_takes(run: TrackedRun) -> None:
+def test_params_are_logged_in_several_requests(run: TrackedRun) -> None:
     run.log_params({f"p{index}": index for index in range(250)})
     assert len(run.fetch().data.params) == 250
 
@@ -73,7 +73,7 @@ def test_a_deleted_run_says_how_to_restore_it(client: MlflowClient, run: Tracked
         find_run(client, run.id)
 
 
-def test_a_run_is_over_when_it_failed_too(client: MlflowClient, run: TrackedRun) -> None:
+def test_a_failed_run_is_over(client: MlflowClient, run: TrackedRun) -> None:
     assert not is_over(run.fetch())
     client.set_terminated(run.id, "FAILED")
     assert is_over(run.fetch())
@@ -92,7 +92,7 @@ def test_the_run_of_a_parent_is_taken_over_with_our_tags(
 
 
 @pytest.mark.parametrize("status", ["RUNNING", "FINISHED"])
-def test_a_run_of_a_parent_gets_the_name_that_is_asked_for(
+def test_a_run_of_a_parent_gets_the_requested_name(
     client: MlflowClient, run: TrackedRun, monkeypatch: pytest.MonkeyPatch, status: str
 ) -> None:
     """As under `mlflow run . -P run_name=...`, which makes the run before us."""
@@ -105,7 +105,7 @@ def test_a_run_of_a_parent_gets_the_name_that_is_asked_for(
     assert open_run(client).name == "second try"
 
 
-def test_a_new_run_has_the_name_that_is_asked_for(
+def test_a_new_run_gets_the_requested_name(
     client: MlflowClient, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.delenv(RUN_VARIABLE, raising=False)
@@ -131,7 +131,7 @@ def test_context_tags_stay_away_from_other_peoples_runs(monkeypatch: pytest.Monk
     assert DenseRetrievalRunContext().tags()["mlflow_dr.torch"]
 
 
-def test_a_server_that_is_away_hides_no_error(
+def test_an_unreachable_server_does_not_hide_the_original_error(
     run: TrackedRun, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     def away(status: str) -> None:

@@ -49,7 +49,7 @@ def test_each_state(varied: TrackedRun) -> None:
     assert lines[3].note == "the weights hold NaN"
 
 
-def test_as_a_table(varied: TrackedRun) -> None:
+def test_the_status_as_a_table(varied: TrackedRun) -> None:
     now = max(checkpoint.ready_ms for checkpoint in run_checkpoints(varied)) + 7_200_000
     head, first, *_ = status_table(run_status(varied, now)).splitlines()
     assert head.split() == ["step", "validation", "state", "owner", "age", "lag", "note"]
@@ -78,7 +78,7 @@ def test_a_run_that_nobody_validates(run: TrackedRun, tmp_path: Path) -> None:
     assert status_table([line]).splitlines()[1].split()[:4] == ["1", "-", "open", "-"]
 
 
-def test_other_params_of_the_run_are_no_validations(run: TrackedRun, tmp_path: Path) -> None:
+def test_other_params_of_the_run_are_not_validations(run: TrackedRun, tmp_path: Path) -> None:
     run.log_params({"validation_split": "dev"})
     bind_name(run, "a", {})
     bind_name(run, "b", json.loads('{"depth": 10}'))
@@ -87,7 +87,7 @@ def test_other_params_of_the_run_are_no_validations(run: TrackedRun, tmp_path: P
     assert [line.validation for line in run_status(run)] == ["a", "b"]
 
 
-def test_in_a_few_words(varied: TrackedRun) -> None:
+def test_the_progress_summary(varied: TrackedRun) -> None:
     summary = progress_summary(run_checkpoints(varied), "val")
     assert summary == "1 of 4 checkpoints done, 1 failed, the last at step 1"
     assert progress_summary(run_checkpoints(varied)[1:2], "val") == "0 of 1 checkpoints done"

@@ -69,14 +69,14 @@ def test_a_request_is_written_read_and_cleared(run: TrackedRun) -> None:
     assert stop_request(run) is None
 
 
-def test_a_reason_is_needed_and_cut_to_what_the_server_takes(run: TrackedRun) -> None:
+def test_a_reason_is_required_and_cut_to_the_servers_limit(run: TrackedRun) -> None:
     with pytest.raises(UsageError, match="needs a reason"):
         request_stop(run, " ")
     request_stop(run, "x" * 20_000)
     assert stop_request(run) == "x" * 5000
 
 
-def test_the_watcher_tells_once_and_ends(run: TrackedRun, watch: Watch) -> None:
+def test_the_watcher_reports_once_and_ends(run: TrackedRun, watch: Watch) -> None:
     asked = watch(run)
     time.sleep(5 * SECONDS)
     assert asked == []
@@ -87,7 +87,7 @@ def test_the_watcher_tells_once_and_ends(run: TrackedRun, watch: Watch) -> None:
     assert asked == ["enough"]
 
 
-def test_it_looks_at_once_and_from_another_thread(run: TrackedRun) -> None:
+def test_the_watcher_looks_immediately_and_from_another_thread(run: TrackedRun) -> None:
     request_stop(run, "enough")
     names: list[str] = []
     watcher = StopWatcher(run, lambda _: names.append(threading.current_thread().name), seconds=600)
@@ -96,7 +96,7 @@ def test_it_looks_at_once_and_from_another_thread(run: TrackedRun) -> None:
     assert names == ["stop-watcher"]
 
 
-def test_a_server_that_is_away_is_one_warning_and_then_read_again(
+def test_an_unreachable_server_logs_one_warning_and_is_read_again(
     run: TrackedRun, watch: Watch, caplog: pytest.LogCaptureFixture
 ) -> None:
     client = run.client
@@ -114,7 +114,7 @@ def test_a_server_that_is_away_is_one_warning_and_then_read_again(
     assert len(caplog.records) == 1
 
 
-def test_closing_does_not_wait_for_the_interval_nor_for_a_hanging_server(run: TrackedRun) -> None:
+def test_closing_waits_neither_for_the_interval_nor_for_a_hanging_server(run: TrackedRun) -> None:
     asked: list[str] = []
     start = time.monotonic()
     waiting = StopWatcher(run, asked.append, seconds=600)

@@ -19,7 +19,7 @@ def bind(run: TrackedRun, name: str, measures: str) -> None:
     bind_name(run, name, {"measures": measures})
 
 
-def test_val_decides_by_its_first_measure_unless_another_is_asked_for(run: TrackedRun) -> None:
+def test_val_decides_by_its_first_measure_unless_another_is_given(run: TrackedRun) -> None:
     bind(run, "all", "recall@100")
     assert str(chosen_metric(run)) == "all/recall_at_100"
     bind(run, "val", "ndcg@10 mrr@10")
@@ -41,7 +41,7 @@ def test_a_run_that_nobody_validates(run: TrackedRun) -> None:
         chosen_metric(run)
 
 
-def test_the_values_that_are_recorded(run: TrackedRun, tmp_path: Path) -> None:
+def test_the_recorded_values(run: TrackedRun, tmp_path: Path) -> None:
     (tmp_path / "weights").write_text("1")
     for step in (2, 1):
         publish(run, tmp_path, step)

@@ -77,7 +77,7 @@ def test_a_masked_passage_gets_no_gradient() -> None:
 
 @pytest.mark.parametrize("rows", [1, 3, 5, 7])
 @pytest.mark.parametrize("weight", [0.0, 0.4])
-def test_in_parts_it_is_the_same(rows: int, weight: float) -> None:
+def test_the_loss_in_parts_is_the_same(rows: int, weight: float) -> None:
     """Loss and gradients; 7 queries in parts of `rows`, the last one ragged."""
     found: list[tuple[Tensor, ...]] = []
     keys = torch.arange(14) % 5
@@ -117,7 +117,7 @@ def test_in_parts_the_score_matrix_is_never_held_as_a_whole() -> None:
     assert parts < 512 << 10
 
 
-def test_distillation_is_torchs_divergence() -> None:
+def test_distillation_equals_torchs_divergence() -> None:
     queries, passages = vectors(4, 3)
     teacher = torch.rand(4, 3, generator=torch.Generator().manual_seed(1)) * 20
     objective = Objective(0.5, distil_weight=1.0, distil_temperature=2.0)

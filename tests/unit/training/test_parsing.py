@@ -73,7 +73,7 @@ def test_an_empty_batch_is_refused(flag: str) -> None:
         parse_training([f"--{flag}", "0"])
 
 
-def test_the_word_no_and_lists_in_yaml(tmp_path: Path) -> None:
+def test_yaml_may_have_the_word_no_and_lists(tmp_path: Path) -> None:
     file = tmp_path / "train.yaml"
     file.write_text("save_strategy: no\nreport_to: [wandb, tensorboard]\nnormalize: no\n")
     request = parse_training(["--config", str(file)])
@@ -153,7 +153,7 @@ def test_epochs_replace_the_recipes_steps() -> None:
         (["--grad_cache", "--fsdp", "full_shard"], "--grad_cache cannot be used with --fsdp"),
     ],
 )
-def test_what_is_wrong_is_one_line(flags: list[str], message: str) -> None:
+def test_an_error_is_one_line(flags: list[str], message: str) -> None:
     with pytest.raises(UsageError, match=message) as caught:
         parse_training(flags)
     assert "\n" not in str(caught.value)
@@ -219,7 +219,7 @@ def test_negatives_across_devices_of_one_process_log_a_warning(
     assert caplog.text == ""
 
 
-def test_tevatrons_defaults() -> None:
+def test_the_defaults_of_tevatron() -> None:
     """Of training files, as its documentation lists them."""
     request = parse_training(["--dataset", "files.jsonl"])
     assert request.model.model_name_or_path == "bert-base-uncased"

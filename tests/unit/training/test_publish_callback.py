@@ -100,7 +100,7 @@ def steps(run: TrackedRun) -> list[int]:
     return [checkpoint.step for checkpoint in checkpoints]
 
 
-def test_hugging_faces_trainer_publishes_the_first_the_last_and_every_few_steps(
+def test_hugging_face_trainer_publishes_the_first_the_last_and_every_few_steps(
     run: TrackedRun, tiny: Encoder, tmp_path: Path
 ) -> None:
     with mlflow.start_run(run_id=run.id):
@@ -116,14 +116,18 @@ def test_hugging_faces_trainer_publishes_the_first_the_last_and_every_few_steps(
     assert not torch.equal(next(found.backbone.parameters()), before)
 
 
-def test_with_the_trainers_saves(run: TrackedRun, tiny: Encoder, tmp_path: Path) -> None:
+def test_checkpoints_are_published_when_the_trainer_saves(
+    run: TrackedRun, tiny: Encoder, tmp_path: Path
+) -> None:
     with mlflow.start_run(run_id=run.id):
         publishing = callback(initial=False, final=False)
         hf_trainer(tiny, tmp_path, publishing, save_strategy="steps", save_steps=2).train()
     assert steps(run) == [2, 4, 6]
 
 
-def test_only_the_first_and_the_last(run: TrackedRun, tiny: Encoder, tmp_path: Path) -> None:
+def test_only_the_first_and_the_last_step_are_published(
+    run: TrackedRun, tiny: Encoder, tmp_path: Path
+) -> None:
     hf_trainer(tiny, tmp_path, callback(every=0, run_id=run.id)).train()
     assert steps(run) == [0, 6]
 
@@ -196,7 +200,7 @@ def test_resumed_training_publishes_nothing_twice(
     assert (abandoned.model_id, abandoned.pending) == (left, False)
 
 
-def test_sentence_transformers_trainer(
+def test_sentence_transformers_trainer_publishes(
     run: TrackedRun, tiny: Encoder, texts: list[str], tmp_path: Path
 ) -> None:
     save_encoder(tmp_path / "start", tiny)
@@ -269,7 +273,7 @@ def test_a_schedule_with_a_publisher_leaves_it_open(
     assert steps(run) == [2, 6, 7]
 
 
-def test_the_same_callback_in_a_second_training(
+def test_a_callback_may_be_used_in_a_second_training(
     run: TrackedRun, tiny: Encoder, tmp_path: Path
 ) -> None:
     other = TrackedRun(run.client, run.client.create_run(run.experiment_id))

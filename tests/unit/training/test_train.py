@@ -186,7 +186,9 @@ def test_a_resumed_training_keeps_the_encoder_of_an_alias(
     ],
     ids=str,
 )
-def test_publish_steps(trained: Make, flags: dict[str, Any], steps: set[int]) -> None:
+def test_publish_steps_sets_the_published_steps(
+    trained: Make, flags: dict[str, Any], steps: set[int]
+) -> None:
     assert ready_steps(trained(**flags)) == steps
 
 
@@ -468,7 +470,7 @@ def test_resuming_a_finished_training_does_nothing_twice(trained: Make, tmp_path
     assert [step for step, _ in again.points()] == [1, 2, 3, 4]
 
 
-def test_nothing_to_resume_begins_no_run(
+def test_without_a_checkpoint_resuming_starts_no_run(
     trained: Make, client: MlflowClient, experiment: str, tmp_path: Path
 ) -> None:
     before = client.search_runs([experiment])
@@ -599,7 +601,7 @@ def test_a_damaged_checkpoint_is_not_resumed_from(
     assert [step for step, _ in again.points()] == [1, 2, 3, 4]
 
 
-def test_a_checkpoint_of_another_training_is_one_line(trained: Make, tmp_path: Path) -> None:
+def test_a_checkpoint_of_another_training_is_one_error_line(trained: Make, tmp_path: Path) -> None:
     """Files that are as they were saved, and of another kind."""
     flags = {"output_dir": tmp_path / "out", "save_steps": 2, "max_steps": 2}
     run = trained(**flags)

@@ -28,7 +28,9 @@ SPEED = Speed(passages_per_second=1_000.0, overhead=2.0)
         (1.0, 1, "small"),
     ],
 )
-def test_the_largest_that_keeps_up(interval: float, validators: int, expected: str) -> None:
+def test_the_largest_subset_that_keeps_up_is_chosen(
+    interval: float, validators: int, expected: str
+) -> None:
     subset, _ = largest_that_keeps_up(SIZES, SPEED, interval, validators)
     assert subset == expected
 
@@ -40,12 +42,12 @@ def test_the_reason_names_the_subset_the_interval_and_the_seconds() -> None:
     assert "too slow for a checkpoint every 1.0 s" in largest_that_keeps_up(SIZES, SPEED, 1.0)[1]
 
 
-def test_the_interval_is_the_median_and_known_after_three() -> None:
+def test_the_interval_is_the_median_of_at_least_three() -> None:
     assert publishing_interval([1_000, 9_000]) is None
     assert publishing_interval([100_000, 0, 10_000, 21_000]) == 11.0
 
 
-def test_of_a_run_that_has_ended_the_largest_is_taken(run: TrackedRun) -> None:
+def test_the_largest_subset_is_chosen_for_a_finished_run(run: TrackedRun) -> None:
     config = ValidateConfig(subset=["random:5", "random:10"], keep_up=True)
     sizes = {"val-random_5": 5, "val-random_10": 10}
     validations = [

@@ -131,7 +131,7 @@ def test_each_kind_of_operand(
     )
 
 
-def test_kept_values_are_not_measured_again(
+def test_stored_values_are_not_measured_again(
     run: TrackedRun, validated: Validate, folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     validated(1)
@@ -180,7 +180,7 @@ def test_an_encoder_needs_a_dataset(run: TrackedRun, encoders: Callable[[int], P
         compared(encoders(1), encoders(1))
 
 
-def test_queries_are_shown_where_the_collection_is_at_hand(
+def test_queries_are_shown_when_the_collection_is_available(
     run: TrackedRun, validated: Validate, folder: Path
 ) -> None:
     validated(1)
@@ -198,7 +198,7 @@ def test_queries_are_shown_where_the_collection_is_at_hand(
     assert compared(*operands).texts == {}
 
 
-def test_other_collections_do_not_compare(
+def test_checkpoints_on_different_collections_cannot_be_compared(
     run: TrackedRun, other_run: TrackedRun, validated: Validate, folder: Path
 ) -> None:
     validated(1)
@@ -228,7 +228,7 @@ def test_a_step_that_was_not_published(run: TrackedRun, validated: Validate) -> 
         compared(f"{run.id}@7", run.id)
 
 
-def test_a_validation_that_is_not_there(run: TrackedRun, validated: Validate) -> None:
+def test_an_unknown_validation_is_refused(run: TrackedRun, validated: Validate) -> None:
     validated(1)
     with pytest.raises(UsageError, match=rf"run {run.id} has no validation 'nq' to choose"):
         compared(run.id, f"{run.id}@1", name="nq")
@@ -238,7 +238,7 @@ def test_a_validation_that_is_not_there(run: TrackedRun, validated: Validate) ->
         compared(f"{run.id}@1", f"{run.id}@1", measure="recall@3")
 
 
-def test_a_run_or_checkpoint_that_is_not_there(run: TrackedRun, validated: Validate) -> None:
+def test_an_unknown_run_or_checkpoint_is_refused(run: TrackedRun, validated: Validate) -> None:
     validated(1)
     with pytest.raises(TrackingError, match=f"no run '{'0' * 32}'"):
         compared(run.id, "0" * 32)
@@ -246,7 +246,7 @@ def test_a_run_or_checkpoint_that_is_not_there(run: TrackedRun, validated: Valid
         compared(run.id, "models:/m-0")
 
 
-def test_a_server_that_is_gone() -> None:
+def test_an_unreachable_server_is_one_clear_error() -> None:
     before = mlflow.get_tracking_uri()
     with pytest.raises(TrackingError, match=r"tracking server http://127\.0\.0\.1:9 does not answ"):
         compared("0" * 32, "1" * 32, tracking_uri="http://127.0.0.1:9")
@@ -262,14 +262,14 @@ def test_a_server_that_is_gone() -> None:
         ({"output": Path(__file__)}, UsageError, "expected a folder, not a file"),
     ],
 )
-def test_a_wrong_flag_is_told_before_any_work(
+def test_a_wrong_flag_is_refused_before_any_work(
     others: dict[str, Any], error: type[Exception], message: str
 ) -> None:
     with pytest.raises(error, match=message):
         compared("nowhere/a", "nowhere/b", **others)
 
 
-def test_values_that_are_kept_need_no_torch() -> None:
+def test_stored_values_need_no_torch() -> None:
     code = "import sys, mlflow_dr.validation.compare; print('torch' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.stdout == "False\n", done.stderr
@@ -290,11 +290,11 @@ def test_the_command_prints_and_writes(
         CliRunner().invoke(command, argv[1:], catch_exceptions=False)
 
 
-def test_one_name_is_what_is_taken_when_none_is_given() -> None:
+def test_the_only_validation_name_is_the_default() -> None:
     assert CompareConfig(operands=("a", "b")).name == Validation(SETTINGS).name
 
 
-def test_lengths_that_differ_are_said_and_can_be_set(
+def test_different_lengths_are_reported_and_can_be_set(
     run: TrackedRun,
     validated: Validate,
     encoders: Callable[[int], Path],
@@ -321,7 +321,7 @@ def test_a_run_may_be_named(run: TrackedRun, validated: Validate) -> None:
     )
 
 
-def test_what_was_written_before_is_left_alone(
+def test_earlier_output_is_not_overwritten(
     run: TrackedRun, validated: Validate, tmp_path: Path
 ) -> None:
     validated(1), validated(2)

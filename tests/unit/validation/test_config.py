@@ -26,7 +26,7 @@ def read(tmp_path: Path, text: str, **flags: Any) -> ValidateConfig:
     return from_flags(ValidateConfig, {**FLAGS, **flags}, path)
 
 
-def test_a_file_goes_before_the_flags(tmp_path: Path) -> None:
+def test_a_file_overrides_the_flags(tmp_path: Path) -> None:
     config = read(
         tmp_path,
         """
@@ -141,7 +141,7 @@ def test_settings_from_python_are_checked_too() -> None:
         ValidateConfig(keep_own_id="false")
 
 
-def test_a_split_that_the_dataset_of_the_file_does_not_have(
+def test_a_split_that_the_files_dataset_lacks(
     tmp_path: Path, beir_folder: Callable[..., Path]
 ) -> None:
     folder = beir_folder({"p": "gulls"}, {"q": "birds"}, dev={"q": {"p": 1}})
@@ -149,7 +149,7 @@ def test_a_split_that_the_dataset_of_the_file_does_not_have(
         read(tmp_path, f"validations: {{a: {{dataset: {folder}, split: dav}}}}")
 
 
-def test_nothing_is_made_to_read_a_file(tmp_path: Path, own_cache: Path) -> None:
+def test_reading_a_file_creates_nothing(tmp_path: Path, own_cache: Path) -> None:
     read(tmp_path, "validations: {a: {dataset: demo, split: dev}}")
     assert not any(own_cache.iterdir())
 
@@ -181,7 +181,7 @@ def test_files_instead_of_a_dataset(tmp_path: Path, files: None) -> None:
     assert validations[0].settings.measures == parse_measures("ndcg@10")
 
 
-def test_the_files_of_the_flags_are_for_validations_without_a_collection(
+def test_files_of_the_flags_apply_to_validations_without_a_dataset(
     tmp_path: Path, files: None
 ) -> None:
     config = read(
@@ -203,7 +203,7 @@ def test_the_files_of_the_flags_are_for_validations_without_a_collection(
     ]
 
 
-def test_a_split_of_the_flags_is_that_of_a_dataset_of_the_file(tmp_path: Path, files: None) -> None:
+def test_a_split_of_the_flags_applies_to_a_dataset_of_the_file(tmp_path: Path, files: None) -> None:
     config = read(
         tmp_path,
         """
@@ -231,7 +231,7 @@ def test_a_split_of_the_flags_is_that_of_a_dataset_of_the_file(tmp_path: Path, f
     assert {validation.split for validation in config.all_validations[6:]} == {"nq"}
 
 
-def test_subsets_of_the_flags_are_those_of_validations_without_one(tmp_path: Path) -> None:
+def test_subsets_of_the_flags_apply_to_validations_without_a_subset(tmp_path: Path) -> None:
     config = read(
         tmp_path,
         """
@@ -277,12 +277,12 @@ def test_subsets_of_the_flags_are_those_of_validations_without_one(tmp_path: Pat
         ),
     ],
 )
-def test_values_that_make_no_sense(wrong: Mapping[str, Any], message: str) -> None:
+def test_senseless_values_are_refused(wrong: Mapping[str, Any], message: str) -> None:
     with pytest.raises(UsageError, match=message):
         ValidateConfig(**wrong)
 
 
-def test_a_subset_is_in_the_name_and_the_whole_corpus_is_not() -> None:
+def test_the_name_has_the_subset_but_not_the_full_corpus() -> None:
     subsets = ["full", "bm25@50+random:10000"]
     config = ValidateConfig(dataset="demo", split=["dev", "test"], subset=subsets)
     assert [validation.name for validation in config.all_validations] == [
@@ -301,7 +301,7 @@ def refined(refine: str, **values: Any) -> Validation:
     return expensive
 
 
-def test_what_refines() -> None:
+def test_the_validations_that_refine() -> None:
     expensive = refined("full@3")
     assert (expensive.name, expensive.subset, expensive.refines) == (
         "val",

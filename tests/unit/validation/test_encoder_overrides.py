@@ -34,7 +34,7 @@ def validated(run: TrackedRun, validation: dict[str, Any] = VALIDATION, **change
     return run_validator(FollowedRun(run), plan, no_sleep)
 
 
-def test_a_length_that_no_checkpoint_has_binds_no_name(
+def test_a_length_that_no_checkpoint_allows_reserves_no_name(
     run: TrackedRun, publishing: Callable[[int], str]
 ) -> None:
     publishing(1)
@@ -46,7 +46,7 @@ def test_a_length_that_no_checkpoint_has_binds_no_name(
         validated(run)
 
 
-def test_a_tokenizer_that_does_not_fit_binds_no_name(
+def test_a_tokenizer_that_does_not_fit_reserves_no_name(
     run: TrackedRun, publishing: Callable[[int], str], tmp_path: Path
 ) -> None:
     publishing(1)
@@ -60,7 +60,7 @@ def test_a_tokenizer_that_does_not_fit_binds_no_name(
     assert validated(run).done == 1
 
 
-def test_a_name_is_bound_with_the_first_checkpoint(
+def test_a_name_is_reserved_with_the_first_checkpoint(
     run: TrackedRun, publishing: Callable[[int], str], folder: Path
 ) -> None:
     with pytest.raises(UsageError, match="no split 'test'"):
@@ -72,7 +72,7 @@ def test_a_name_is_bound_with_the_first_checkpoint(
     assert (stored_config(run, "val") or {})["pooling"] == "max"
 
 
-def test_a_directory_of_checkpoints_to_come(
+def test_a_directory_that_has_no_checkpoints_yet(
     run: TrackedRun, folder: Path, tmp_path: Path, make_tiny: Callable[..., Encoder]
 ) -> None:
     run.log_params({"dataset": str(folder), "validation_split": "dev"})

@@ -124,7 +124,7 @@ def independent(
 
 
 @pytest.mark.parametrize(("keep_own_id", "times"), [(False, 1), (True, 0)])
-def test_relevant_passages_that_are_left_out_are_warned_of_once(
+def test_left_out_relevant_passages_log_one_warning(
     encoder: Encoder,
     beir_folder: Callable[..., Path],
     texts: list[str],
@@ -232,7 +232,7 @@ def test_a_depth_that_is_too_shallow(encoder: Encoder, folder: Path) -> None:
         evaluated(encoder, folder, depth=19)
 
 
-def test_a_device_that_is_not_there(encoder: Encoder, folder: Path) -> None:
+def test_an_unavailable_device_is_refused(encoder: Encoder, folder: Path) -> None:
     with pytest.raises(DeviceError):
         evaluate(
             encoder,
@@ -265,7 +265,7 @@ def test_another_checkpoint_does_not_tokenise_the_corpus_again(
 
 
 @pytest.mark.parametrize("name", ["ids.bin", "corpus.arrow"])
-def test_a_cache_that_is_damaged_meanwhile_gives_no_report(
+def test_a_cache_damaged_during_evaluation_gives_no_report(
     encoder: Encoder, folder: Path, own_cache: Path, name: str
 ) -> None:
     prepared = EvalDataset(BeirFolder(folder), "dev")
@@ -280,7 +280,7 @@ def test_a_cache_that_is_damaged_meanwhile_gives_no_report(
     path.write_bytes(content)
 
 
-def test_a_cache_that_is_removed_or_made_again_meanwhile_is_no_trouble(
+def test_a_cache_replaced_during_evaluation_does_no_harm(
     encoder: Encoder, folder: Path, own_cache: Path
 ) -> None:
     prepared = EvalDataset(BeirFolder(folder), "dev")
@@ -292,7 +292,7 @@ def test_a_cache_that_is_removed_or_made_again_meanwhile_is_no_trouble(
     assert evaluate(encoder, prepared, settings(), quiet=True).per_query == before.per_query
 
 
-def test_other_settings_of_the_tokenizer_do(
+def test_other_tokenizer_settings_tokenise_the_corpus_again(
     make_tiny: Callable[..., Encoder], folder: Path
 ) -> None:
     prepared = EvalDataset(BeirFolder(folder), "dev")

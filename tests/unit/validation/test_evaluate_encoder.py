@@ -62,7 +62,7 @@ def test_only_the_ids_of_a_subset_count(
     assert ranking.read_text().split()[:3] == ["q1", "Q0", "p1"]
 
 
-def test_the_report_is_there_where_the_ranking_cannot_be_written(
+def test_the_report_is_written_when_the_ranking_cannot_be(
     encoder: str, beir_folder: Callable[..., Path], tmp_path: Path
 ) -> None:
     folder = beir_folder({"p1": "a tug"}, {"q1": "which ship"}, dev={"q1": {"p1": 1}})

@@ -45,9 +45,7 @@ def unpruned(run: TrackedRun) -> list[int]:
     return [checkpoint.step for checkpoint in run_checkpoints(run) if not checkpoint.is_pruned]
 
 
-def test_one_checkpoint_is_marked_whoever_marked_before(
-    run: TrackedRun, measured: Measuring
-) -> None:
+def test_only_one_checkpoint_is_tagged_as_best(run: TrackedRun, measured: Measuring) -> None:
     first, second = Policies(ValidateConfig()), Policies(ValidateConfig())
     for step, value in ((1, 0.1), (2, 0.3), (3, 0.2)):
         measured(step, value)
@@ -61,7 +59,7 @@ def test_one_checkpoint_is_marked_whoever_marked_before(
     assert run.fetch().data.tags[TAG].startswith("step 4, models:/")
 
 
-def test_it_asks_for_a_stop_and_makes_room(run: TrackedRun, measured: Measuring) -> None:
+def test_policies_request_a_stop_and_prune(run: TrackedRun, measured: Measuring) -> None:
     policies = Policies(ValidateConfig(patience=2, keep="best:1,last:1"))
     for step, value in ((1, 0.1), (2, 0.3), (3, 0.2)):
         measured(step, value)
@@ -90,7 +88,7 @@ def test_with_refinement_the_cheap_validation_asks_for_a_stop(
     assert marked(run) == [4]
 
 
-def test_who_may_not_remove_goes_on(
+def test_missing_permission_to_delete_does_not_end_validation(
     run: TrackedRun,
     measured: Measuring,
     monkeypatch: pytest.MonkeyPatch,
@@ -111,7 +109,7 @@ def test_who_may_not_remove_goes_on(
     assert caplog.messages == ["files are not deleted from now on: no permission"]
 
 
-def test_a_server_that_fails_once_is_asked_again(
+def test_a_failed_request_is_repeated(
     run: TrackedRun,
     measured: Measuring,
     monkeypatch: pytest.MonkeyPatch,
@@ -141,7 +139,7 @@ def test_a_server_that_fails_once_is_asked_again(
     assert unpruned(run) == [1, 3]
 
 
-def test_what_it_has_removed_is_not_looked_at_again(
+def test_removed_checkpoints_are_not_inspected_again(
     run: TrackedRun, measured: Measuring, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Nor counted, though what is settled is shown as it was seen last."""
@@ -155,7 +153,7 @@ def test_what_it_has_removed_is_not_looked_at_again(
     policies.act(run, seen[1:], [])
 
 
-def test_wishes_that_make_no_sense(run: TrackedRun, measured: Measuring) -> None:
+def test_contradictory_policies_are_refused(run: TrackedRun, measured: Measuring) -> None:
     with pytest.raises(UsageError, match="patience"):
         ValidateConfig(patience=0)
     with pytest.raises(UsageError, match="no metric 'val/ndcg@10'"):

@@ -15,7 +15,7 @@ def folder(beir_folder: Callable[..., Path]) -> Path:
     return beir_folder({"p": "gulls"}, {"q": "what flies"}, dev={"q": {"p": 1}})
 
 
-def test_the_runs_split_is_of_its_own_dataset(
+def test_the_split_of_the_run_applies_only_to_its_dataset(
     run: TrackedRun, folder: Path, beir_folder: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     other = beir_folder({"p": "kelp"}, {"q": "what grows"}, "other", test={"q": {"p": 1}})
@@ -30,9 +30,7 @@ def test_the_runs_split_is_of_its_own_dataset(
         named_data(run, "nowhere", None)
 
 
-def test_a_split_of_a_run_without_a_dataset_is_somebody_elses(
-    run: TrackedRun, folder: Path
-) -> None:
+def test_a_split_of_a_run_without_a_dataset_is_ignored(run: TrackedRun, folder: Path) -> None:
     run.log_params({"validation_split": "0.1"})
     assert named_data(run, str(folder), None) == (str(folder), None)
     with pytest.raises(UsageError, match="names no dataset"):

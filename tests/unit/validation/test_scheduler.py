@@ -53,13 +53,13 @@ def seen(scheduler: Scheduler, checkpoints: Sequence[Checkpoint]) -> list[int]:
     return [candidate.step for candidate, _ in scheduler.candidates()]
 
 
-def test_alone_it_keeps_to_the_order() -> None:
+def test_a_single_validator_keeps_the_order() -> None:
     checkpoints = [checkpoint(step) for step in range(40)]
     assert seen(scheduler(), checkpoints) == list(range(40))
     assert seen(scheduler(order="newest"), checkpoints) == list(reversed(range(40)))
 
 
-def test_beside_others_it_begins_anywhere_among_the_next_few() -> None:
+def test_one_of_several_validators_starts_among_the_next_few() -> None:
     tokens = [f"token {number}" for number in range(8)]
     claimed_ones = [claimed(step, token) for step, token in enumerate(tokens)]
     checkpoints = [*claimed_ones, *(checkpoint(step) for step in range(8, 100))]
@@ -73,7 +73,7 @@ def test_beside_others_it_begins_anywhere_among_the_next_few() -> None:
         assert sorted(order) == list(range(8, 100))
 
 
-def test_claims_that_are_finished_or_given_back_are_no_validators_at_work() -> None:
+def test_finished_or_released_claims_are_not_active_validators() -> None:
     given_back = {"mlflow_dr.validation.val.heartbeat": "1: given back"}
     checkpoints = [replace(claimed(1, "b"), tags=given_back), claimed(2, "c"), checkpoint(3)]
     queue = scheduler("a")
@@ -82,7 +82,7 @@ def test_claims_that_are_finished_or_given_back_are_no_validators_at_work() -> N
 
 
 @pytest.mark.parametrize(("seconds", "losses"), [(0.0, 2), (0.1, 2), (0.5, 5)])
-def test_after_some_losses_it_wants_another_snapshot(seconds: float, losses: int) -> None:
+def test_after_some_lost_claims_a_new_snapshot_is_taken(seconds: float, losses: int) -> None:
     """After two, or more if a snapshot takes long."""
     checkpoints = [checkpoint(step) for step in range(10)]
     queue = scheduler("b")
@@ -97,7 +97,7 @@ def test_after_some_losses_it_wants_another_snapshot(seconds: float, losses: int
     assert not queue.is_stale
 
 
-def test_what_was_tried_is_not_tried_again_before_the_next_snapshot() -> None:
+def test_a_tried_checkpoint_is_not_retried_before_the_next_snapshot() -> None:
     queue = scheduler()
     queue.see(Snapshot([checkpoint(1), checkpoint(2)], over=False))
     candidate, names = next(queue.candidates())
@@ -107,7 +107,7 @@ def test_what_was_tried_is_not_tried_again_before_the_next_snapshot() -> None:
     assert seen(queue, [checkpoint(1), checkpoint(2)]) == [1, 2]
 
 
-def test_validations_of_one_checkpoint_are_tried_apart() -> None:
+def test_validations_of_a_checkpoint_are_tried_separately() -> None:
     queue = scheduler(validations={"val": {}, "other": {}})
     queue.see(Snapshot([checkpoint(1)], over=False))
     candidate, names = next(queue.candidates())
@@ -116,7 +116,7 @@ def test_validations_of_one_checkpoint_are_tried_apart() -> None:
     assert next(queue.candidates())[1] == ["other"]
 
 
-def test_the_run_that_has_had_least_comes_first() -> None:
+def test_the_least_served_run_comes_first() -> None:
     checkpoints = [
         checkpoint(step, run_id=run_id) for run_id in ("first", "second") for step in (1, 2)
     ]
@@ -136,7 +136,7 @@ def test_the_run_that_has_had_least_comes_first() -> None:
     assert queue.see(Snapshot(checkpoints, over=False)) == []
 
 
-def test_what_nothing_remains_to_be_done_for() -> None:
+def test_finished_checkpoints_are_reported_once() -> None:
     """Other steps, those whose trainer was killed, those that failed here; each is said once."""
     queue = scheduler(every=2, retry_failed=True)
     lost = checkpoint(4, ready=False)
@@ -152,7 +152,7 @@ def test_what_nothing_remains_to_be_done_for() -> None:
     assert not queue.is_waiting
 
 
-def test_an_expensive_validation_is_for_the_best_by_the_cheap_one() -> None:
+def test_only_the_best_by_the_cheap_validation_are_refined() -> None:
     """Of equal values the earliest step counts; checkpoints without a value do not."""
     values = {1: 0.1, 2: 0.3, 3: 0.2, 4: 0.3, 5: 0.3}
     checkpoints = [checkpoint(6)]
@@ -165,7 +165,7 @@ def test_an_expensive_validation_is_for_the_best_by_the_cheap_one() -> None:
     assert found == {2: ["val"], 4: ["val"], 6: ["val-random_5"]}
 
 
-def test_what_another_has_begun_in_time_is_waited_for() -> None:
+def test_a_checkpoint_claimed_by_another_validator_is_waited_for() -> None:
     """Until its claim stands still, or is given back."""
     queue = scheduler(now_ms=60_000, max_lag_seconds=5.0, patience_seconds=1e-9)
     begun = claimed(1, "far")
@@ -181,7 +181,7 @@ def test_what_another_has_begun_in_time_is_waited_for() -> None:
 
 
 @pytest.mark.parametrize(("now_ms", "expected"), [(5_000, [1, 2, 3]), (7_500, [3])])
-def test_what_was_ready_long_ago_is_passed_over(now_ms: int, expected: list[int]) -> None:
+def test_checkpoints_published_long_ago_are_passed_over(now_ms: int, expected: list[int]) -> None:
     queue = scheduler(now_ms=now_ms, max_lag_seconds=5.0)
     checkpoints = [checkpoint(step) for step in (1, 2, 3)]
     done_now = queue.see(Snapshot(checkpoints, over=False))
@@ -199,7 +199,7 @@ def test_what_was_ready_long_ago_is_passed_over(now_ms: int, expected: list[int]
         ("bisect", [15], [30, 20, 10]),
     ],
 )
-def test_what_comes_first(order: str, taken: list[int], expected: list[int]) -> None:
+def test_the_order_of_checkpoints(order: str, taken: list[int], expected: list[int]) -> None:
     assert list(in_order([10, 20, 30], taken, order)) == expected
 
 
@@ -218,6 +218,6 @@ def test_a_validator_that_cannot_keep_up_covers_the_run_evenly() -> None:
     assert taken[-1] >= 291
 
 
-def test_nothing_waits() -> None:
+def test_without_open_checkpoints_nothing_waits() -> None:
     for order in ("oldest", "newest", "bisect"):
         assert list(in_order([], [1], order)) == []

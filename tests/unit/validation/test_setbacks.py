@@ -49,7 +49,7 @@ def states(run: TrackedRun) -> list[State]:
     return [validation_state(checkpoint, "val") for checkpoint in run_checkpoints(run)]
 
 
-def test_a_store_that_cannot_be_reached_ends_the_validator_and_no_checkpoint(
+def test_an_unreachable_store_ends_the_validator_and_fails_no_checkpoint(
     run: TrackedRun,
     publishing: Callable[[int], str],
     validated: Callable[..., Counts],
@@ -80,7 +80,7 @@ def test_a_store_that_cannot_be_reached_ends_the_validator_and_no_checkpoint(
     assert (counts.done, counts.are_good) == (3, True)
 
 
-def test_one_that_cannot_be_had_here_is_left_to_others(
+def test_a_checkpoint_that_is_unreadable_on_this_machine_is_left_to_others(
     run: TrackedRun,
     publishing: Callable[[int], str],
     validated: Callable[..., Counts],
@@ -122,7 +122,7 @@ def test_one_that_cannot_be_had_here_is_left_to_others(
     ],
     ids=repr,
 )
-def test_what_this_machine_lacks_says_nothing_about_a_checkpoint(
+def test_what_this_machine_lacks_does_not_fail_a_checkpoint(
     run: TrackedRun,
     publishing: Callable[[int], str],
     validated: Callable[..., Counts],
@@ -143,7 +143,7 @@ def test_what_this_machine_lacks_says_nothing_about_a_checkpoint(
     assert len(slept) == waits
 
 
-def test_an_evaluation_that_breaks_off_says_nothing_about_a_checkpoint(
+def test_an_interrupted_evaluation_does_not_fail_a_checkpoint(
     run: TrackedRun,
     publishing: Callable[[int], str],
     validated: Callable[..., Counts],
@@ -233,7 +233,7 @@ def test_a_malformed_checkpoint_fails_alone_and_on_one_line(
     assert slept == []
 
 
-def test_a_backbone_of_adapters_that_is_not_here_is_no_fault_of_the_checkpoint(
+def test_a_missing_backbone_of_adapters_does_not_fail_the_checkpoint(
     run: TrackedRun,
     publishing: Callable[[int], str],
     make_tiny: Callable[..., Encoder],
@@ -252,7 +252,7 @@ def test_a_backbone_of_adapters_that_is_not_here_is_no_fault_of_the_checkpoint(
     assert states(run) == [State.OPEN, State.DONE]
 
 
-def test_what_was_failed_before_is_counted(
+def test_earlier_failures_are_counted(
     run: TrackedRun,
     publishing: Callable[[int], str],
     validated: Callable[..., Counts],
@@ -275,7 +275,7 @@ def test_what_was_failed_before_is_counted(
     assert (mended.done, mended.are_good) == (1, True)
 
 
-def test_files_that_nobody_published_change_no_figure(
+def test_files_that_were_not_published_change_no_figure(
     run: TrackedRun,
     publishing: Callable[[int], str],
     make_tiny: Callable[..., Encoder],
@@ -301,7 +301,7 @@ def test_files_that_nobody_published_change_no_figure(
         ("mlflow_dr.validation.val.claim.²", "{}", State.DONE),
     ],
 )
-def test_params_that_no_validator_would_write(
+def test_malformed_params_of_a_validation_are_refused(
     run: TrackedRun,
     publishing: Callable[[int], str],
     validated: Callable[..., Counts],
@@ -315,7 +315,7 @@ def test_params_that_no_validator_would_write(
     assert states(run) == [state, State.DONE]
 
 
-def test_a_checkpoint_that_is_deleted_meanwhile_is_passed_over(
+def test_a_checkpoint_deleted_during_validation_is_passed_over(
     run: TrackedRun,
     publishing: Callable[[int], str],
     validated: Callable[..., Counts],

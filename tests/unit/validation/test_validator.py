@@ -66,7 +66,7 @@ def no_sleep(seconds: float) -> None:
     raise AssertionError(f"slept {seconds} s")
 
 
-def test_each_checkpoint_once_also_over_two_calls(
+def test_each_checkpoint_is_validated_once_over_two_calls(
     client: MlflowClient, run: TrackedRun, publishing: Callable[[int], str]
 ) -> None:
     publishing(10)
@@ -78,7 +78,7 @@ def test_each_checkpoint_once_also_over_two_calls(
     assert steps(client, run, "val/seconds") == [5, 10, 20]
 
 
-def test_it_waits_for_checkpoints_until_the_run_has_ended(
+def test_the_validator_waits_for_checkpoints_until_the_run_ends(
     client: MlflowClient, run: TrackedRun, publishing: Callable[[int], str]
 ) -> None:
     events = iter([lambda: publishing(1), lambda: None, lambda: publishing(2)])
@@ -127,7 +127,7 @@ def test_a_poll_costs_two_requests(
     assert [after - before for before, after in pairwise(polls)] == [2, 2, 2]
 
 
-def test_a_broken_checkpoint_is_marked_and_the_next_one_goes_on(
+def test_a_broken_checkpoint_is_marked_failed_and_the_next_is_validated(
     client: MlflowClient, run: TrackedRun, publishing: Callable[[int], str]
 ) -> None:
     publishing(1)
@@ -164,7 +164,7 @@ def test_other_judgements_under_the_same_name_are_refused(
         watch(run, VALIDATION, follow=False)
 
 
-def test_the_tag_has_the_whole_path_where_the_param_has_what_was_typed(
+def test_the_tag_has_the_full_path_and_the_param_has_the_typed_name(
     client: MlflowClient, run: TrackedRun, folder: Path
 ) -> None:
     run.set_tags({DATASET_TAG: str(folder)})
@@ -230,7 +230,7 @@ def test_a_claim_that_stands_still_is_taken_over(
     assert steps(client, run) == [1]
 
 
-def test_what_is_given_back_is_taken_at_once(
+def test_a_released_checkpoint_is_claimed_at_once(
     client: MlflowClient, run: TrackedRun, publishing: Callable[[int], str]
 ) -> None:
     publishing(1)
@@ -255,7 +255,7 @@ def test_an_error_that_ends_the_validator_gives_the_claim_back(
     assert latest_claim(run_checkpoints(run)[0], "val").given_back
 
 
-def test_ctrl_c_while_figures_are_written_leaves_them_the_time(
+def test_ctrl_c_waits_until_figures_are_written(
     client: MlflowClient,
     run: TrackedRun,
     publishing: Callable[[int], str],
@@ -352,7 +352,7 @@ def test_a_validation_that_is_added_later_is_done_for_all_checkpoints(
     ],
     ids=str,
 )
-def test_which_checkpoints_and_in_which_order(
+def test_the_selected_checkpoints_and_their_order(
     run: TrackedRun,
     publishing: Callable[[int], str],
     plan: dict[str, Any],
@@ -371,7 +371,7 @@ def test_which_checkpoints_and_in_which_order(
     ("order", "expected"),
     [("newest", [3, 8, 2, 1]), ("bisect", [3, 8, 1, 2]), ("oldest", [1, 2, 3, 8])],
 )
-def test_what_is_published_meanwhile_comes_first_where_the_newest_does(
+def test_a_newly_published_checkpoint_comes_first_in_newest_order(
     run: TrackedRun,
     publishing: Callable[[int], str],
     monkeypatch: pytest.MonkeyPatch,
@@ -396,7 +396,7 @@ def test_what_is_published_meanwhile_comes_first_where_the_newest_does(
     assert [int(match[1]) for match in done if match] == expected
 
 
-def test_what_failed_is_tried_again_when_asked(
+def test_failed_checkpoints_are_retried_on_request(
     client: MlflowClient, run: TrackedRun, publishing: Callable[[int], str]
 ) -> None:
     publishing(1)
@@ -413,7 +413,7 @@ def test_what_failed_is_tried_again_when_asked(
     assert watch(run, VALIDATION, follow=False, retry_failed=True).done == 0
 
 
-def test_an_experiment_with_runs_that_begin_later(
+def test_an_experiment_gets_new_runs_later(
     client: MlflowClient,
     make_tiny: Callable[..., Encoder],
     tmp_path: Path,
@@ -465,7 +465,7 @@ def two_runs(
 
 
 @pytest.mark.parametrize("when", ["before", "evaluated", "noted"])
-def test_of_an_experiment_a_deleted_run_is_passed_over(
+def test_a_deleted_run_of_an_experiment_is_passed_over(
     client: MlflowClient,
     two_runs: tuple[FollowedExperiment, list[TrackedRun]],
     monkeypatch: pytest.MonkeyPatch,
@@ -492,7 +492,7 @@ def test_of_an_experiment_a_deleted_run_is_passed_over(
     assert all(claim is None or claim.given_back for claim in claims) or when == "noted"
 
 
-def test_a_server_that_is_away_is_waited_for(
+def test_an_unreachable_server_is_waited_for(
     client: MlflowClient,
     run: TrackedRun,
     publishing: Callable[[int], str],
@@ -527,7 +527,7 @@ def test_a_server_that_is_away_is_waited_for(
     assert "no route to host; waiting for the server" in caplog.text
 
 
-def test_a_server_that_goes_away_between_two_claims_of_a_checkpoint(
+def test_the_server_becomes_unreachable_between_two_claims(
     client: MlflowClient,
     run: TrackedRun,
     publishing: Callable[[int], str],
@@ -565,7 +565,7 @@ def test_a_server_that_goes_away_between_two_claims_of_a_checkpoint(
         assert steps(client, run, f"{name}/mrr_at_10") == [0, 1, 2]
 
 
-def test_a_kind_of_checkpoint_that_is_gone_fails_alone(
+def test_a_checkpoint_without_files_fails_alone(
     client: MlflowClient, run: TrackedRun, publishing: Callable[[int], str]
 ) -> None:
     publishing(1)
@@ -631,7 +631,7 @@ def test_a_directory_that_vanishes_while_it_is_read(
     assert steps(client, run) == [2]
 
 
-def test_the_run_says_how_far_it_is(
+def test_the_run_shows_the_progress_of_validation(
     client: MlflowClient, run: TrackedRun, publishing: Callable[[int], str]
 ) -> None:
     publishing(1)
@@ -642,7 +642,7 @@ def test_the_run_says_how_far_it_is(
     assert status == "2 of 2 checkpoints done, the last at step 7"
 
 
-def test_a_poll_costs_nothing_for_a_run_that_has_not_changed(
+def test_a_poll_makes_no_request_for_an_unchanged_run(
     client: MlflowClient,
     run: TrackedRun,
     publishing: Callable[[int], str],
@@ -692,7 +692,7 @@ def _without_tokenizer(directory: Path) -> None:
 
 
 @pytest.mark.parametrize("damage", [_nan, _other_architecture, _pickled, _without_tokenizer])
-def test_what_no_encoder_can_be_made_of_fails_with_the_reason_and_alone(
+def test_a_checkpoint_that_is_not_an_encoder_fails_alone_with_the_reason(
     client: MlflowClient,
     run: TrackedRun,
     publishing: Callable[[int], str],
@@ -713,7 +713,7 @@ def test_what_no_encoder_can_be_made_of_fails_with_the_reason_and_alone(
     assert "\n" not in failure_reason(failed, "val")
 
 
-def test_a_full_disk_is_no_fault_of_the_checkpoint(
+def test_a_full_disk_does_not_fail_the_checkpoint(
     run: TrackedRun, publishing: Callable[[int], str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     publishing(1)
@@ -738,7 +738,7 @@ def test_an_experiment_without_runs(client: MlflowClient) -> None:
     assert (counts.done, counts.failed) == (0, 0)
 
 
-def test_validating_on_test_data_is_said(
+def test_validating_on_test_data_logs_a_warning(
     run: TrackedRun,
     folder: Path,
     publishing: Callable[[int], str],
@@ -756,7 +756,7 @@ def test_validating_on_test_data_is_said(
     assert "has no development split" in caplog.text
 
 
-def test_what_was_begun_first_decides_and_each_says_which_steps_it_takes(
+def test_the_first_validation_decides_and_each_has_its_own_steps(
     run: TrackedRun, publishing: Callable[[int], str]
 ) -> None:
     publishing(3), publishing(4)
@@ -768,7 +768,7 @@ def test_what_was_begun_first_decides_and_each_says_which_steps_it_takes(
     assert validation_steps(run) == {"z": 1, "val": 1}
 
 
-def test_several_validations_of_a_checkpoint_are_one_checkpoint(
+def test_several_validations_count_as_one_checkpoint(
     run: TrackedRun, publishing: Callable[[int], str], caplog: pytest.LogCaptureFixture
 ) -> None:
     publishing(1), publishing(2)
@@ -777,7 +777,7 @@ def test_several_validations_of_a_checkpoint_are_one_checkpoint(
     assert counts.checkpoints == "2 checkpoints (4 validations)"
 
 
-def test_nothing_to_do_says_why(
+def test_the_validator_says_why_there_is_nothing_to_do(
     run: TrackedRun, publishing: Callable[[int], str], client: MlflowClient
 ) -> None:
     client.create_experiment("of nothing")

@@ -51,7 +51,7 @@ def steps(client: MlflowClient, run: TrackedRun, key: str) -> list[int]:
     return sorted(point.step for point in client.get_metric_history(run.id, key))
 
 
-def test_a_subset_has_a_curve_an_artifact_and_a_dataset_of_its_own(
+def test_a_subset_has_its_own_curve_artifact_and_dataset(
     client: MlflowClient, run: TrackedRun, publishing: Callable[[int], str], tmp_path: Path
 ) -> None:
     publishing(1)
@@ -115,7 +115,7 @@ def test_other_contents_under_one_name_are_refused(
         validated(run, f"ranking:{path}@2")
 
 
-def test_tops_of_a_checkpoint_of_the_run(
+def test_a_subset_of_top_passages_by_a_checkpoint_of_the_run(
     client: MlflowClient, run: TrackedRun, publishing: Callable[[int], str]
 ) -> None:
     publishing(0)
@@ -126,7 +126,7 @@ def test_tops_of_a_checkpoint_of_the_run(
         validated(run, "encoder:step-7@1")
 
 
-def test_tops_that_are_kept_need_no_files(
+def test_stored_top_passages_need_no_files_of_the_checkpoint(
     client: MlflowClient, run: TrackedRun, publishing: Callable[[int], str]
 ) -> None:
     for step in (0, 10):
@@ -156,7 +156,7 @@ def test_a_checkpoint_that_chooses_a_subset_is_waited_for(
 
 
 @pytest.mark.parametrize("keep_up", [False, True])
-def test_in_an_experiment_other_runs_do_not_wait_with_it(
+def test_other_runs_of_the_experiment_do_not_wait(
     client: MlflowClient,
     run: TrackedRun,
     publishing: Callable[[int], str],
@@ -190,7 +190,7 @@ def test_in_an_experiment_other_runs_do_not_wait_with_it(
     assert seen == [[[], [0, 10]], [[0, 10], [0, 10]], [[0, 10], [0, 10]]]
 
 
-def test_the_best_so_far_get_the_whole_corpus_once(
+def test_the_best_checkpoints_are_validated_on_the_full_corpus_once(
     client: MlflowClient, run: TrackedRun, publishing: Callable[[int], str]
 ) -> None:
     for step in range(6):
@@ -209,7 +209,7 @@ def test_the_best_so_far_get_the_whole_corpus_once(
     assert len(steps(client, run, "val/mrr_at_10")) == before
 
 
-def test_a_seed_leaves_the_whole_corpus_what_it_is(
+def test_a_seed_does_not_rename_the_full_corpus(
     client: MlflowClient, run: TrackedRun, publishing: Callable[[int], str]
 ) -> None:
     publishing(1)
@@ -223,7 +223,9 @@ def with_files(run: TrackedRun) -> list[int]:
     return [checkpoint.step for checkpoint in run_checkpoints(run) if not checkpoint.is_pruned]
 
 
-def test_those_that_are_not_refined_go(run: TrackedRun, publishing: Callable[[int], str]) -> None:
+def test_checkpoints_that_are_not_refined_are_pruned(
+    run: TrackedRun, publishing: Callable[[int], str]
+) -> None:
     for step in range(6):
         publishing(step)
     policy = {"metric": "val-bm25_at_1/mrr@10", "keep": "best:1,last:1"}
@@ -236,7 +238,7 @@ def test_those_that_are_not_refined_go(run: TrackedRun, publishing: Callable[[in
     assert with_files(run) == sorted({best, 5})
 
 
-def test_what_failed_keeps_its_files_until_it_was_tried_again(
+def test_a_failed_checkpoint_keeps_its_files_until_a_retry(
     run: TrackedRun, publishing: Callable[[int], str]
 ) -> None:
     for step in range(4):
@@ -250,7 +252,7 @@ def test_what_failed_keeps_its_files_until_it_was_tried_again(
     assert len(with_files(run)) <= 2
 
 
-def test_the_trainer_gives_the_pace(
+def test_auto_subset_follows_the_publishing_interval(
     client: MlflowClient,
     run: TrackedRun,
     publishing: Callable[[int], str],
@@ -277,7 +279,7 @@ def test_the_trainer_gives_the_pace(
     assert {3, 4} <= set(with_files(run)) < {0, 1, 2, 3, 4}
 
 
-def test_the_pace_on_an_experiment(
+def test_auto_subset_on_an_experiment(
     client: MlflowClient,
     publishing: Callable[[int], str],
     folder: Path,
