@@ -49,7 +49,7 @@ TRAINING = {
 
 
 class Ended(NamedTuple):
-    """How some commands ended, and what they printed together."""
+    """How several commands ended, and what they printed together."""
 
     codes: list[int]
     printed: list[str]
@@ -193,9 +193,9 @@ def forks(environment: dict[str, str], tmp_path_factory: pytest.TempPathFactory)
 def start(
     environment: dict[str, str], forks: Forks, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[Callable[..., subprocess.Popen | Fork]]:
-    """Starts a command; its variables are given as keywords, its output is one stream of text.
+    """Starts a command with its variables as keywords and its output as one text stream.
 
-    `mlflow-dr` is forked. What a failed test leaves running is killed in the end.
+    `mlflow-dr` is forked. Commands that a failed test leaves running are killed at the end.
     """
     running: list[subprocess.Popen] = []
 
@@ -355,7 +355,7 @@ def publish_noise(
     tiny_directory: Path,
     tmp_path_factory: pytest.TempPathFactory,
 ) -> Callable[..., str]:
-    """Publishes untrained encoders, another one for each step; returns the id of their run."""
+    """Publishes untrained encoders with different weights for each step; returns their run id."""
 
     def publish_noise(
         *steps: int,

@@ -44,7 +44,7 @@ class Order(NamedTuple):
         variables: all that it sees.
         directory: where it runs.
         output: the file or named pipe that it prints to.
-        errors: likewise, its standard error.
+        errors: the same for its standard error.
         state: a named pipe that gets its process id, and then how it ended.
         moment: when it sends itself a signal; see `MOMENTS`.
         number: that signal.
@@ -122,7 +122,7 @@ def main() -> None:
 
 
 def _attend(order: Order) -> None:
-    """Become the command in a fork, and say here how that goes."""
+    """Become the command in a fork, and report its state here."""
     with open(order.state, "w") as state:  # noqa: PTH123
         printing = [os.open(name, os.O_WRONLY) for name in (order.output, order.errors)]
         child = os.fork()

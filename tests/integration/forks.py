@@ -73,7 +73,7 @@ class Fork:
             os.kill(self.pid, number)
 
     def kill(self) -> None:
-        """At once, with the processes that it has started."""
+        """Kill it and the processes that it has started."""
         if self.poll() is None:
             for child in psutil.Process(self.pid).children(recursive=True):
                 with suppress(psutil.NoSuchProcess):
@@ -155,7 +155,7 @@ class Forks:
         return subprocess.CompletedProcess(["mlflow-dr", *map(str, argv)], code, *printed)
 
     def close(self) -> None:
-        """End it; what a failed test has left running is killed."""
+        """End the process and kill what a failed test has left running."""
         for fork in self._running:
             if fork.stdout:
                 fork.stdout.close()

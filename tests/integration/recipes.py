@@ -30,7 +30,7 @@ class Block(NamedTuple):
 
     @property
     def location(self) -> str:
-        """Where it is, for messages."""
+        """Page and line, for messages."""
         return f"{self.page.relative_to(ROOT)}:{self.line}"
 
 
@@ -53,7 +53,7 @@ def command_lines(text: str) -> Iterator[list[str]]:
 
 
 def project_command(argv: list[str]) -> list[str]:
-    """What `mlflow run . ...` calls, by the project's own file."""
+    """The command that `mlflow run . ...` calls, read from the MLproject file."""
     entry, given = "main", {}
     rest = iter(argv[3:])
     for word in rest:
@@ -112,7 +112,7 @@ def check_command(argv: list[str]) -> None:
 
 
 def check_extras(argv: list[str]) -> None:
-    """The extras and files that pip is given are there."""
+    """Check that the extras and files that pip is given exist."""
     import tomllib
 
     project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]

@@ -59,7 +59,7 @@ def command(
 
 @pytest.fixture
 def failure(command: Callable[..., tuple[int, str, str]]) -> Failure:
-    """Runs a command that must fail with one line: exit code and the line."""
+    """Runs a command that must fail with one line; returns the exit code and this line."""
 
     def failure(*argv: object) -> tuple[int, str]:
         code, _, errors = command(*argv)

@@ -134,7 +134,7 @@ def test_a_run_or_an_experiment(forked: Forked, flags: list[str]) -> None:
 def test_the_best_checkpoints_are_validated_on_the_full_corpus_once(
     forked: Forked, publish_noise: Callable[..., str], points: Callable, client: MlflowClient
 ) -> None:
-    """Two validators refine one run; whatever was among the best two for a while may be done."""
+    """Two validators refine one run; any checkpoint that was among the best two may be refined."""
     steps = list(range(8))
     run_id = publish_noise(*steps)
     flags = ("--subset", "random:6", "--refine", "full@2", "--poll-seconds", 0.2)

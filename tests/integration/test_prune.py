@@ -104,7 +104,7 @@ def test_files_that_mlflow_leaves_of_deleted_runs_are_removed(
     forked: Forked,
     tmp_path: Path,
 ) -> None:
-    """After `mlflow gc` the server still lists checkpoints of runs that are gone."""
+    """After `mlflow gc` the server still lists checkpoints of deleted runs."""
     store = tmp_path / "store"
     uri, _ = serve(tmp_path, store)
     client = MlflowClient(uri)

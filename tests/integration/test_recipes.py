@@ -24,7 +24,7 @@ STEPS = (0, 10, 20)
 
 
 def lines() -> list[tuple[str, list[str]]]:
-    """Place and words of each command line that is run here; equal ones once."""
+    """Location and arguments of each command line that is run here, without duplicates."""
     found: dict[str, tuple[str, list[str]]] = {}
     for page in PAGES:
         for block in blocks(page, "bash"):
@@ -89,7 +89,7 @@ def test_the_recipes_run(
     client: MlflowClient,
     publish_noise: Callable[..., str],
 ) -> None:
-    """All in one directory and on one run, in the order of the pages."""
+    """All recipes run in one directory and on one run, in the order of the pages."""
     experiment = client.create_experiment(str(directory))
     run_id = publish_noise(*STEPS, experiment=experiment)
     (model,) = client.search_logged_models([experiment], max_results=1)

@@ -83,7 +83,7 @@ class Trainings:
         return dict(sorted(found.items()))
 
     def published(self, run_id: str) -> Counter[int]:
-        """How often each step is there and whole; nothing else may be left on its way."""
+        """How often each step is there and complete; no checkpoint may be left pending."""
         experiment = self.client.get_run(run_id).info.experiment_id
         models = list(self.client.search_logged_models([experiment], f"source_run_id = '{run_id}'"))
         assert not [model for model in models if model.status == LoggedModelStatus.PENDING]
@@ -151,7 +151,7 @@ def _assert_same(trainings: Trainings, run_id: str, expected: str) -> None:
 def test_a_training_killed_at_any_time_and_resumed_ends_the_same(
     trainings: Trainings, tmp_path: Path
 ) -> None:
-    """At moments that nobody chose; each gets a bit further."""
+    """Training is killed at unplanned moments, each a little later than the one before."""
     flags = {"save_steps": 1, "logging_steps": 1, "save_total_limit": STEPS}
     assert trainings.train(tmp_path / "one", **flags).code == 0
     expected = trainings.last_run()

@@ -45,7 +45,7 @@ def project_run(
 
 
 def runs_of(store: MlflowClient) -> list:
-    """The runs there are, the latest first."""
+    """All runs, the latest first."""
     experiment = store.get_experiment_by_name(EXPERIMENT)
     return store.search_runs([experiment.experiment_id])
 

@@ -26,7 +26,7 @@ def free_port() -> int:
 
 @pytest.fixture(scope="module")
 def still_directory(tiny_directory: Path, tmp_path_factory: Any) -> Path:
-    """The tiny encoder without dropout, which would differ between one process and two."""
+    """The tiny encoder without dropout, because dropout differs between one process and two."""
     from mlflow_dr.encoder.directory import load_encoder, save_encoder
 
     encoder = load_encoder(tiny_directory)
@@ -57,7 +57,7 @@ def ended(
     still_directory: Path,
     tmp_path_factory: Any,
 ) -> SimpleNamespace:
-    """Two processes that were stopped by SIGTERM and resumed, and one with twice the batch."""
+    """Two processes, stopped by SIGTERM and resumed, and one process with twice the batch."""
     directory = tmp_path_factory.mktemp("torchrun")
     uri = f"sqlite:///{directory}/mlflow.db"
     client = MlflowClient(uri)
@@ -138,7 +138,7 @@ def test_a_stopped_and_resumed_training_is_one_run(ended: SimpleNamespace) -> No
 
 
 def test_the_losses_equal_one_process_with_the_whole_batch(ended: SimpleNamespace) -> None:
-    """One point for each step, although two processes log; fp32, so to some 1e-4."""
+    """Each step has one point although two processes log; fp32 losses agree to about 1e-4."""
     ours = points(ended.client, ended.stopped.run.info.run_id)
     expected = points(ended.client, ended.alone)
     assert [step for step, _ in ours] == [step for step, _ in expected] == [*range(1, STEPS + 1)]

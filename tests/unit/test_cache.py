@@ -86,7 +86,7 @@ def emptied(path: Path) -> None:
 
 
 def exchanged(path: Path) -> None:
-    """For another file of the entry, or for one that is as long where there is no other."""
+    """Overwrites the file with another one of its folder."""
     others = [other for other in path.parent.iterdir() if other != path and other.is_file()]
     shutil.copy(others[0], path)
 
@@ -179,7 +179,7 @@ def test_an_undamaged_entry_is_not_read_again(
 def test_damage_to_an_entry_in_use_is_found(
     made: Callable[..., Path],
 ) -> None:
-    """Also with the size and the time that it had."""
+    """Damage is found even when size and time are unchanged."""
     entry = made()
     assert made() == entry
     state = (entry / "text").stat()
@@ -245,7 +245,7 @@ def test_a_file_in_the_place_of_an_entry_is_replaced(made: Callable[..., Path]) 
 
 
 def test_an_entry_without_checksums_is_not_trusted(made: Callable[..., Path]) -> None:
-    """What an interrupted copy of a cache leaves."""
+    """An interrupted copy of a cache leaves such an entry."""
     (made() / CHECKSUMS).unlink()
     assert sound_entry("kind", "key") is None
     assert text(made()) == "made 1"

@@ -16,7 +16,7 @@ from mlflow_dr import compat
 
 
 def upgraded(library: str, name: str) -> str:
-    """What a failing test says."""
+    """The message of a failing test."""
     return f"{library} {version(library)} has changed `{name}`; see mlflow_dr/compat.py"
 
 

@@ -224,7 +224,7 @@ def test_text_that_is_not_utf8_is_named_by_its_line(tmp_path: Path) -> None:
 
 
 def test_many_scratch_directories_at_once(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """One that is being made may be swept before it is locked; then another is made."""
+    """A new directory may be swept before it is locked; then another one is made."""
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
 
     def work(_: int) -> None:
@@ -318,7 +318,7 @@ def test_no_scratch_directory_stays_when_the_process_is_killed(
 
 
 def test_files_get_the_modes_of_the_umask(tmp_path: Path) -> None:
-    """And keep what they allow beyond it; links are left alone."""
+    """Modes beyond the umask are kept; links are not changed."""
     (tmp_path / "sub").mkdir()
     private, program = tmp_path / "sub" / "private", tmp_path / "program"
     for path, mode in ((private, 0o600), (program, 0o755)):

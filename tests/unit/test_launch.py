@@ -49,7 +49,7 @@ def test_killing_a_child_kills_its_own_children() -> None:
 
 
 def _lives(process: psutil.Process) -> bool:
-    """Whether it is there; what nobody has waited for yet is not."""
+    """Whether the process is running; a finished process that nobody has waited for is not."""
     try:
         return process.status() != psutil.STATUS_ZOMBIE
     except psutil.NoSuchProcess:
@@ -59,7 +59,7 @@ def _lives(process: psutil.Process) -> bool:
 def test_torchrun_waits_for_its_children_as_long_as_we_do(
     run: TrackedRun, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """By torch's own reading of what it is given."""
+    """The timeout is read the way torch reads its environment."""
     printing = (
         "from torch.distributed.launcher.api import LaunchConfig as C; "
         "print(getattr(C(1, 1, 1), 'shutdown_timeout', 'unknown'))"

@@ -104,7 +104,7 @@ def test_the_nearest_name_is_suggested() -> None:
 
 
 def test_a_stream_whose_file_became_a_pipe_is_guarded(tmp_path: Path) -> None:
-    """A file knows once whether it can seek; a process that is started anew may find a pipe."""
+    """A file object remembers whether it can seek, but a new process may find a pipe instead."""
     code = (
         "import os, sys; sys.stdout.seekable(); sys.stdout.buffer.tell();"
         "r, w = os.pipe(); os.dup2(w, 1); from mlflow_dr.terminal import guard_streams;"

@@ -133,7 +133,7 @@ def test_query_files_and_a_configuration_file(files: Path) -> None:
 
 
 def test_a_configuration_file_and_other_flags(tmp_path: Path) -> None:
-    """Flags stand for what the file does not say; names it says itself."""
+    """Flags fill in what the file does not set; the file sets the names."""
     file = tmp_path / "plan.yaml"
     file.write_text("validations: {a: , b: {dataset: demo}}")
     argv = ["--config", str(file), "--subset", "random:5", "--seed", "2"]

@@ -18,7 +18,7 @@ from mlflow_dr.training.parsing import parse_training
 
 @pytest.fixture
 def launched(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
-    """What would be launched."""
+    """The commands that would be launched."""
     calls: list[Any] = []
     monkeypatch.setattr(launch, "launch", lambda *arguments: calls.append(arguments) or 0)
     return calls

@@ -87,7 +87,7 @@ def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> HubCache:
 
 @pytest.fixture
 def judged(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """A home of ir_datasets with what `msmarco-passage/dev/small` reads once it is unpacked."""
+    """A home of ir_datasets with the unpacked files of `msmarco-passage/dev/small`."""
     folder = tmp_path / "ir_datasets/msmarco-passage/dev/small"
     folder.mkdir(parents=True)
     (folder / "queries.tsv").write_text("300\twho built it\n301\tunjudged\n")
@@ -163,7 +163,10 @@ def test_passages_are_checked_and_digested_once(
 
 
 def test_a_file_that_was_replaced_is_read_again(hub: HubCache) -> None:
-    """Of one commit, size and time of change; `datasets` alone would take what it read before."""
+    """Commit, size and time stay the same.
+
+    `datasets` alone would return the rows it read before.
+    """
     file = hub.put(CORPUS, "corpus.jsonl", PASSAGES)
     before, state = msmarco_passage().corpus(), file.stat()
     time.sleep(0.02)  # longer than the clock of a file system needs to tick

@@ -161,7 +161,10 @@ def test_unvalidated_checkpoints_are_kept_by_default() -> None:
 
 
 def test_a_validator_waits_for_its_own_open_validations() -> None:
-    """`dear` keeps only what waits; validations of others keep what they have not finished."""
+    """`dear` keeps only waiting checkpoints.
+
+    Others' validations keep all they have not finished.
+    """
     failed = {"mlflow_dr.validation.val.failed": "out of memory"}
     checkpoints = [
         checkpoint(1),

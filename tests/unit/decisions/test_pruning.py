@@ -151,7 +151,7 @@ def test_a_registered_checkpoint_is_kept(validated: TrackedRun) -> None:
 def test_checkpoints_of_deleted_runs_are_removed(
     validated: TrackedRun, client: MlflowClient, tmp_path: Path
 ) -> None:
-    """Files of a run that may be restored, everything of one that is gone, of others nothing."""
+    """Deleted: the files of a restorable run, and everything of a run that was removed for good."""
     experiment = client.create_experiment(tmp_path.name, str(tmp_path / "artifacts"))
     kept, deleted, gone = (TrackedRun(client, client.create_run(experiment)) for _ in range(3))
     for run in (kept, deleted, gone):
@@ -241,7 +241,7 @@ def test_impossible_requests_are_refused_before_any_deletion(validated: TrackedR
 def test_a_validator_keeps_only_the_checkpoints_of_its_policy(
     validated: TrackedRun, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """By what it saw last, whatever has happened since."""
+    """The policy uses the state that the validator saw last, whatever has happened since."""
     seen = run_checkpoints(validated)
     tags = {"mlflow_dr.best.val/mrr_at_10": "0.3"}
     validated.client.set_logged_model_tags(at(validated, 10).model_id, tags)
@@ -259,7 +259,7 @@ def test_a_validator_keeps_only_the_checkpoints_of_its_policy(
 def test_removed_checkpoints_are_reported_once(
     validated: TrackedRun, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """Though it is shown as it was seen before; also what another validator has removed."""
+    """The validator passes in an earlier state; another validator may have removed checkpoints."""
     seen, policy = run_checkpoints(validated), parse_keep_rules("best:1,last:1")
     mine, another = set[str](), set[str]()
     with caplog.at_level("INFO", "mlflow_dr"):

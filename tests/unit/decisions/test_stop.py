@@ -70,7 +70,7 @@ def test_a_recent_checkpoint_without_a_value_is_waited_for(waiting: list[int], s
 
 
 def test_a_stop_holds_for_all_possible_missing_values() -> None:
-    """Each choice of what is done of five checkpoints, with each value of the others."""
+    """Every subset of five checkpoints is done, with every combination of the missing values."""
     grid, steps = (0.0, 1.0, 1.5, 2.0), range(1, 6)
     stops = 0
     for done in product([True, False], repeat=5):

@@ -112,7 +112,7 @@ TOKENIZERS: dict[str, Callable[[], Any]] = {
 
 @pytest.mark.parametrize("kind", TOKENIZERS)
 def test_every_text_ends_with_the_token(kind: str, tmp_path: Path) -> None:
-    """Cut or whole, alone or in a batch, saved and loaded by AutoTokenizer, asked for twice."""
+    """Texts are cut or complete, alone or in a batch, saved and loaded by AutoTokenizer."""
     before, tokenizer = TOKENIZERS[kind](), TOKENIZERS[kind]()
     append_eos(tokenizer)
     tokenizer.save_pretrained(tmp_path)

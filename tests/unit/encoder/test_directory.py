@@ -205,7 +205,7 @@ def test_an_encoder_is_not_overwritten(make_tiny: Make, saved: Path) -> None:
 
 @pytest.fixture
 def theirs_saved(saved: Path, tmp_path: Path) -> Path:
-    """What sentence-transformers itself writes, with a projection and prompts."""
+    """A directory that sentence-transformers writes itself, with a projection and prompts."""
     pytest.importorskip("sentence_transformers")
     from sentence_transformers import SentenceTransformer
     from sentence_transformers.sentence_transformer.modules import (

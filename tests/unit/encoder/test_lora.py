@@ -291,7 +291,7 @@ def test_without_peft_the_extra_is_named(
 
 
 def test_adapters_may_be_based_on_adapters(make: Make, saved: Path) -> None:
-    """What was published as adapters is trained on, and published as adapters."""
+    """Published adapters are trained further and published as adapters."""
     second = adapted(load_encoder(saved), str(saved))
     save_encoder(saved.parent / "second", second, merged=False)
     loaded = load_encoder(saved.parent / "second")

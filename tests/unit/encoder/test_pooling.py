@@ -13,7 +13,7 @@ LENGTHS = (1, 4, 7, 7)
 
 
 def plain(name: str, tokens: list[list[float]]) -> list[float]:
-    """One text's vector from its token vectors, number by number."""
+    """The vector of one text, computed from its token vectors number by number."""
     columns = list(zip(*tokens, strict=True))
     n = len(tokens)
     match name:

@@ -149,7 +149,7 @@ class PythonTokenizer(BertJapaneseTokenizer):
 
 @pytest.fixture
 def python_digest(tmp_path: Path) -> Callable[..., str]:
-    """The digest of a tokenizer without a backend, from files that are gone by then."""
+    """The digest of a tokenizer without a backend, whose files are removed afterwards."""
 
     def digest(
         change: Callable[[Any], object] = lambda made: None,
@@ -237,7 +237,7 @@ def test_the_digest_does_not_depend_on_earlier_texts() -> None:
 def test_tokenised_texts_get_prompt_and_special_tokens(
     make_tiny: Callable[..., Any],
 ) -> None:
-    """As if the text had been there; the length counts all of them."""
+    """The tokens equal those of the text itself; the length counts all of them."""
     encoder = make_tiny(query_prompt="ship: ", passage_prompt="the ", passage_max_length=8)
     made = TextTokenizer(encoder.tokenizer, encoder.settings)
     text = "the tide tables are printed a year ahead"

@@ -140,7 +140,7 @@ def test_a_flat_curve_is_reported(lift: float, is_flat: bool) -> None:
 
 
 def test_equal_checkpoints_rarely_differ_significantly() -> None:
-    """The limit is what it says: exceeded by chance in 5 of 100 cases or so."""
+    """Chance exceeds the limit in about 5 of 100 cases."""
     generator = np.random.default_rng(4)
 
     def is_flat(number: int) -> bool:

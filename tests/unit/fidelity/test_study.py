@@ -67,7 +67,7 @@ def folder(make_folder: Callable[..., Path]) -> Path:
 
 @pytest.fixture
 def output(make_tiny: Callable[..., Encoder], tmp_path: Path) -> Path:
-    """What a trainer has saved: encoders of other weights for each step."""
+    """The output of a trainer: encoders with different weights for each step."""
     for step in STEPS:
         encoder = make_tiny(seed=step, pooling="mean", normalize=True)
         save_encoder(tmp_path / f"output/checkpoint-{step}", encoder)

@@ -94,7 +94,7 @@ def test_queries_use_a_separate_query_encoder(
 def test_several_searches_of_subsets_share_one_pass(
     setting: Setting, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Each as if it were alone, and no passage is encoded that nobody wants."""
+    """Each search gives what it gives alone, and only requested passages are encoded."""
     monkeypatch.setattr(dense, "PASSAGES_PER_CHUNK", 4)
     ranks = np.arange(len(setting.table))
     few, other = np.array([1, 4, 6, 7, 18]), np.array([0, 4, 5])

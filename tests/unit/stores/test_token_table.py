@@ -92,7 +92,7 @@ GROUPS = [[b"ab", b"c"], [b"def"], [b"g", b"hi"], [b"jkl", b""], [b"m"], [b"no"]
 
 
 def with_processes(key: str, processes: int) -> tuple[TokenTable, int]:
-    """A table, and how many processes there were when the last group was read."""
+    """A table, and the number of processes when the last group was read."""
     workers = []
 
     def groups() -> Iterator[list[bytes]]:
@@ -116,7 +116,7 @@ def test_processes_tokenise_in_the_order_of_the_texts(monkeypatch: pytest.Monkey
 def test_no_process_is_started_for_little_text(
     monkeypatch: pytest.MonkeyPatch, processes: int, cores: int, worth: int
 ) -> None:
-    """One process asked for, one core, or fewer texts than two processes are worth."""
+    """One requested process, one core, or too few texts for two processes."""
     monkeypatch.setattr(token_table_module, "TEXTS_WORTH_A_PROCESS", worth)
     monkeypatch.setattr(token_table_module, "usable_cores", lambda: cores)
     table, workers = with_processes("few", processes)
@@ -135,7 +135,7 @@ print(len(module.cached_token_table("script", texts, list, 256, total=3, process
 
 
 def test_processes_do_not_run_the_script_that_asks_for_a_table(tmp_path: Path) -> None:
-    """It has no `if __name__ == "__main__"`, and the lock of the table is held meanwhile."""
+    """The script has no `if __name__ == "__main__"`, and it holds the lock of the table."""
     script = tmp_path / "script.py"
     script.write_text(SCRIPT)
     done = subprocess.run(

@@ -19,7 +19,7 @@ from mlflow_dr.tracking.runs import TrackedRun
 
 @pytest.fixture
 def left_by_a_killed_trainer(run: TrackedRun, tmp_path: Path) -> TrackedRun:
-    """Steps 0 and 5 are whole, 10 was given up, of 15 and 20 nothing came, and 20 came later."""
+    """Steps 0 and 5 are complete, 10 failed, 15 and 20 are pending; a second 20 is complete."""
     (tmp_path / "weights").write_text("1")
     publish(run, tmp_path, 0)
     publish(run, tmp_path, 5)

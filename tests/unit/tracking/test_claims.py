@@ -31,7 +31,7 @@ def only(run: TrackedRun) -> Checkpoint:
 
 
 def test_one_of_eight_simultaneous_claims_wins(published: TrackedRun) -> None:
-    """Each with a view of the checkpoint on which nobody has claimed it."""
+    """Each validator has seen the checkpoint without a claim."""
     checkpoint = only(published)
     claims = [Claims(published.client, replace(ELSEWHERE, token=str(n))) for n in range(8)]
     start = threading.Barrier(8)
@@ -57,7 +57,7 @@ def test_one_of_eight_simultaneous_claims_wins(published: TrackedRun) -> None:
 def test_giving_back_does_not_wait_long_for_a_server_that_drops_packets(
     published: TrackedRun, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """One request for all validations of a checkpoint, and no second try."""
+    """Giving back makes one request for all validations of a checkpoint and does not retry."""
     monkeypatch.setitem(AT_ONCE, "MLFLOW_HTTP_REQUEST_TIMEOUT", "1")
     claims, checkpoint = Claims(published.client), only(published)
     for name in ("val", "test"):

@@ -101,7 +101,7 @@ def test_a_missing_permission_is_a_separate_error() -> None:
 
 @pytest.fixture
 def disturbed() -> Iterator[Callable[[list[bytes]], str]]:
-    """A server that answers with these bytes, one after the other, and closes the connection."""
+    """A server that sends these bytes, one answer after the other, and closes each connection."""
     servers: list[HTTPServer] = []
 
     def serve(server_responds: list[bytes]) -> str:

@@ -16,7 +16,7 @@ from mlflow_dr.tracking.runs import TrackedRun
 
 @pytest.fixture
 def output(make_tiny: Callable[..., Encoder], tmp_path: Path) -> Path:
-    """A trainer's output with two checkpoints, and what else lies there."""
+    """The output of a trainer with two checkpoints and other files."""
     output = tmp_path / "output"
     for step in (5, 10):
         save_encoder(output / f"checkpoint-{step}", make_tiny(seed=step))
@@ -33,7 +33,7 @@ def steps_of(followed: FollowedDirectory) -> list[int]:
 def test_a_directory_is_polled_for_new_checkpoints(
     run: TrackedRun, output: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """What is being written comes when it is whole and still; what is removed goes."""
+    """A directory appears when it is complete and unchanged; removed directories disappear."""
     followed = FollowedDirectory(run, output, is_mine=True)
     with caplog.at_level("INFO", logger="mlflow_dr"):
         assert steps_of(followed) == [5, 10]

@@ -92,7 +92,7 @@ def test_checkpoints_of_a_killed_trainer_are_not_requested_forever(
 def test_all_checkpoints_are_requested_from_time_to_time(
     client: MlflowClient, run: TrackedRun, directory: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A machine whose clock is behind writes to the database what seems to be old."""
+    """A machine with a slow clock writes checkpoints that seem old."""
     model_id = publish(run, directory, 1)
     followed = FollowedRun(run)
     followed.checkpoints.mark_done(followed.snapshot().checkpoints[0])

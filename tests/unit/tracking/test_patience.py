@@ -26,7 +26,7 @@ def patiently(client: MlflowClient, slept: list[float]) -> Patience:
 
 
 def failing(errors: Iterator[Exception]) -> Callable[[], str]:
-    """Raises one after the other, then gives its answer."""
+    """A function that raises these errors one after the other and then returns its answer."""
 
     def act() -> str:
         with tracking_errors("asking"):
@@ -38,7 +38,7 @@ def failing(errors: Iterator[Exception]) -> Callable[[], str]:
 
 
 def no_json() -> Exception:
-    """What MLflow's client raises where a login page comes in place of JSON."""
+    """The error that MLflow's client raises for a login page instead of JSON."""
     with pytest.raises(json.JSONDecodeError) as caught:
         json.loads(PAGE)
     return caught.value
@@ -55,7 +55,7 @@ def test_malformed_answers_are_requested_again_with_growing_waits(
 def test_a_failed_request_does_not_mean_that_the_model_is_gone(
     client: MlflowClient, patiently: Patience, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """MLflow makes "no such model" of every failure to ask for one before it is tagged."""
+    """MLflow reports every failed request for a model, before it is tagged, as "no such model"."""
     asked: list[str] = []
 
     def lost(model_id: str) -> None:

@@ -164,7 +164,7 @@ def test_an_interrupted_deletion_is_finished(
 def test_a_claim_after_an_interrupted_deletion_is_respected(
     published: TrackedRun,
 ) -> None:
-    """The tag stays, the claim is respected, and later it goes."""
+    """The tag stays, the claim is respected, and a later deletion finishes."""
     checkpoint = at(published, 1)
     published.client.set_logged_model_tags(checkpoint.model_id, {"mlflow_dr.pruned": "begun"})
     claims = Claims(published.client, ELSEWHERE)
@@ -238,7 +238,7 @@ def test_a_registered_directory_is_not_deleted(run: TrackedRun, directory: Path)
 def test_a_store_in_a_folder_of_any_name(
     client: MlflowClient, directory: Path, tmp_path: Path, folder: str
 ) -> None:
-    """A path is no URL: MLflow keeps the place of an experiment as it is, where it is a path."""
+    """MLflow stores a path as the artifact location unchanged, without URL encoding."""
     experiment = client.create_experiment(f"{tmp_path}/{folder}", str(tmp_path / folder))
     run = TrackedRun(client, client.create_run(experiment))
     for step in (1, 2):
@@ -255,7 +255,7 @@ def test_a_store_in_a_folder_of_any_name(
 def test_a_location_that_is_not_the_checkpoints_own_is_refused(
     published: TrackedRun, client: MlflowClient, outside: str
 ) -> None:
-    """The folder above all, one that leaves its own, and that of all models."""
+    """The root of the store, a path that leaves the checkpoint, and the folder of all models."""
     checkpoint = at(published, 1)
     whole = tree(directory_of(checkpoint).parents[2])
     above = directory_of(checkpoint).parents[2]
@@ -273,7 +273,7 @@ def test_a_location_that_is_not_the_checkpoints_own_is_refused(
 
 
 def test_versions_of_registered_models(published: TrackedRun, directory: Path) -> None:
-    """By id, by place, and a copy of one of these; and one of another run."""
+    """Versions by id, by location, a copy of a version, and a version of another run."""
     client = published.client
     publish(published, directory, 4)
     by_id, by_place, copied, free = (at(published, step) for step in (1, 2, 3, 4))
@@ -322,7 +322,7 @@ def test_checkpoints_of_runs_that_were_deleted(
 def test_a_server_that_refuses_to_describe_a_run(
     client: MlflowClient, directory: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """It may be there."""
+    """The run may still exist."""
     name = f"refused-{tmp_path.name}"
     run = TrackedRun(client, client.create_run(client.create_experiment(name)))
     announce_checkpoint(run, 1, "0")

@@ -197,7 +197,7 @@ def test_the_summary_of_a_run_without_checkpoints(run: TrackedRun) -> None:
 def test_a_malformed_record_counts_as_a_failure(
     run: TrackedRun, directory: Path, record: str
 ) -> None:
-    """Nobody can write another one."""
+    """A record cannot be replaced."""
     publish(run, directory, 1)
     run.client.log_model_params(only(run).model_id, {f"{PREFIX}val": record})
     checkpoint = only(run)

@@ -21,7 +21,7 @@ ELSEWHERE = Owner("far", 7, "another boot", 1, "token")
 
 @pytest.fixture
 def varied(run: TrackedRun, tmp_path: Path) -> TrackedRun:
-    """Of each state one checkpoint."""
+    """A run with one checkpoint in each state."""
     (tmp_path / "weights").write_text("1")
     for step in (1, 2, 3, 4):
         publish(run, tmp_path, step)
@@ -57,7 +57,7 @@ def test_the_status_as_a_table(varied: TrackedRun) -> None:
 
 
 def test_files_that_were_removed(varied: TrackedRun) -> None:
-    """Before or after the checkpoint was done; what was never done is left to do no more."""
+    """Files were removed before or after validation; an unvalidated checkpoint counts as pruned."""
     for checkpoint in run_checkpoints(varied):
         if checkpoint.step in (1, 3, 4):
             varied.client.set_logged_model_tags(checkpoint.model_id, {PRUNED_TAG: "2026-11-21"})

@@ -45,7 +45,7 @@ def wait_for(condition: Callable[[], object]) -> None:
 
 
 class Flaky:
-    """A client whose server is away when told so; it counts what it was asked."""
+    """A client whose server can be made unreachable; it counts its requests."""
 
     def __init__(self, client: MlflowClient) -> None:
         self._client = client

@@ -25,7 +25,10 @@ COLOURS = ("red", "green", "blue", "white", "black", "pink", "brown", "grey")
 
 @pytest.fixture(scope="session", autouse=True)
 def quick_collections() -> None:
-    """Trainers collect garbage when they end; what libraries made when imported is none."""
+    """Trainers run the garbage collector at their end.
+
+    Freezing imported objects makes this fast.
+    """
     import mlflow_dr.training.train  # noqa: F401
 
     gc.collect()

@@ -92,7 +92,7 @@ def test_too_few_negatives_are_repeated_evenly(make_group: Make) -> None:
 def test_the_choice_depends_on_query_epoch_and_seed_alone(
     make_group: Make, make_examples: Make, tiny: Encoder, set_of: Make
 ) -> None:
-    """Not on the place of the query, on other queries, or on what was read before."""
+    """The position of the query, other queries and earlier reads do not matter."""
 
     def row(name: str) -> tuple[str, list[str], list[str]]:
         return (name, named(f"{name} is ", 5), named(f"{name} is not ", 40))

@@ -17,7 +17,7 @@ Make = Callable[..., Any]
 
 
 def publishing(every: int, initial: bool = False) -> tuple[list[int], ScheduledPublishing]:
-    """The steps that are published, and what publishes them."""
+    """The published steps, and the publisher that records them."""
     steps: list[int] = []
     return steps, ScheduledPublishing(steps.append, PublishSchedule(every), initial)
 

@@ -29,7 +29,7 @@ from mlflow_dr.training.checkpoint_source import (
 
 @pytest.fixture
 def theirs(make_tiny: Callable[..., Encoder], tmp_path: Path) -> SentenceTransformer:
-    """A SentenceTransformer with all that ours can read: pooling, projection, prompts, length."""
+    """A SentenceTransformer with every supported part: pooling, projection, prompts, length."""
     encoder = make_tiny(
         pooling="mean",
         normalize=True,

@@ -30,7 +30,7 @@ MASK = (IDS != 0).long()
 
 
 class Built(NamedTuple):
-    """What flags are made into."""
+    """What is built from flags."""
 
     request: TrainingRequest
     data: TrainingData
@@ -47,7 +47,7 @@ class Built(NamedTuple):
 
 @pytest.fixture
 def build(folder: Path, saved: Path) -> Callable[..., Built]:
-    """A function from flags to what they are made into; by default of `saved`."""
+    """A function from flags to the encoder and data that they describe; the model is `saved`."""
 
     def build(*flags: object, dataset: object = folder, model: object = saved) -> Built:
         argv = ["--dataset", dataset, "--model", model, "--use_cpu", *flags]
@@ -138,7 +138,7 @@ def test_a_vocabulary_that_does_not_fit_is_refused(
 
 
 def test_cache_dir(build: Callable[..., Built], saved: Path, tmp_path: Path) -> None:
-    """What is in a hub cache there is found, and nothing else."""
+    """Models are found in the given hub cache only."""
     repository = tmp_path / "hub" / "models--sea--ships"
     (repository / "refs").mkdir(parents=True)
     (repository / "refs" / "main").write_text("0" * 40)
@@ -191,7 +191,7 @@ def test_add_pooler(build: Callable[..., Built], tmp_path: Path) -> None:
 
 
 def test_append_eos_token(build: Callable[..., Built], saved: Path, tmp_path: Path) -> None:
-    """In the tokens that are trained on, cut or whole, and in what is published."""
+    """Training tokens, cut or complete, and the published encoder have the token."""
     encoder = load_encoder(saved)
     plain = Encoder(encoder.backbone, word_tokenizer(eos=True), encoder.settings)
     save_encoder(tmp_path / "plain", plain)
@@ -235,7 +235,7 @@ def test_lora(build: Callable[..., Built]) -> None:
 def test_lora_name_or_path_continues_adapters(
     build: Callable[..., Built], saved: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """And implies --lora; a folder's name is written whole, for those who read it elsewhere."""
+    """The flag implies --lora; the path of a folder is written as an absolute path."""
     monkeypatch.chdir(saved.parent)
     first = build("--lora", "--lora_r", "3", "--lora_publish", "adapter", model="saved").encoder
     for name, weight in first.named_parameters():
@@ -265,7 +265,7 @@ def test_adapters_that_could_not_be_read_again_are_refused(
 def test_the_default_pooling_depends_on_the_collection(
     build: Callable[..., Built], saved: Path
 ) -> None:
-    """A bare backbone says none; recipes do: mean where there are judgements alone."""
+    """A bare backbone has no pooling; recipes choose mean for collections with only judgements."""
     (saved / "mlflow_dr.json").unlink()
     (saved / "modules.json").unlink()
     assert build().encoder.settings.pooling == "mean"

@@ -49,7 +49,7 @@ def record(name: str) -> Any:
 
 @pytest.fixture
 def directory(tmp_path: Path) -> Path:
-    """Two files to train on, of 6 and 3 questions, and one to validate on."""
+    """Two training files with 6 and 3 questions, and one validation file."""
     for file, names in (("train-1", "abcdef"), ("train-2", "uvw"), ("dev", "xyz")):
         text = json.dumps([record(name * 3) for name in names])
         (tmp_path / f"nq-{file}.json").write_text(text)

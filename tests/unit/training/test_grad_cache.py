@@ -64,7 +64,7 @@ def make_batch(make_texts: Callable[..., Texts]) -> Callable[..., Batch]:
 
 
 def joined(encode: Encode, calls: Sequence[Mapping[str, Texts]]) -> dict[str, Tensor]:
-    """The vectors of a whole batch that is encoded call by call."""
+    """The vectors of a whole batch that is encoded in several calls."""
     parts: dict[str, list[Tensor]] = {}
     rows: dict[str, list[Tensor]] = {}
     for texts in calls:

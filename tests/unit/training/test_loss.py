@@ -69,7 +69,7 @@ def test_copies_of_the_positive_are_not_negatives() -> None:
 
 
 def test_a_masked_passage_gets_no_gradient() -> None:
-    """Two queries with one positive: the copy beside another query's is no target of its own."""
+    """Two queries share one positive; its copy from the other query is not used as a negative."""
     queries, passages = vectors(2, 1)
     Objective()(queries, passages, torch.tensor([5, 5])).backward()
     assert not passages.grad.any()  # type: ignore[union-attr]

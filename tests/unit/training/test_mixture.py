@@ -59,7 +59,7 @@ def test_an_epoch_has_each_sets_share(
 
 
 def test_nothing_is_repeated_before_a_pass_ends(mixed: Make) -> None:
-    """A small set with a large weight is read twice an epoch, a large one goes on next epoch."""
+    """A small set with a large weight is read twice an epoch; a large one continues next epoch."""
     mixture = mixed([9, 3], [1.0, 1.0])
     seen: dict[str, list[str]] = {"a": [], "b": []}
     for epoch in range(6):

@@ -166,7 +166,7 @@ def test_a_step_that_the_run_has_is_not_published_again(
 def test_a_step_is_published_once_with_and_without_waiting(
     run: TrackedRun, tiny: Encoder, waits: tuple[bool, ...]
 ) -> None:
-    """The first of them while there is a publisher in the background."""
+    """The first call leaves a publisher in the background."""
     publish_checkpoint(tiny, 1, run_id=run.id, wait=False)
     found = {publish_checkpoint(tiny, 2, run_id=run.id, wait=wait) for wait in waits} - {None}
     flush_checkpoints()

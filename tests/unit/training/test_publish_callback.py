@@ -285,7 +285,7 @@ def test_a_callback_may_be_used_in_a_second_training(
 
 
 class Quick(Publisher):
-    """A publisher that tries again at once."""
+    """A publisher that retries without waiting."""
 
     def __init__(self, *arguments: Any, **options: Any) -> None:
         super().__init__(*arguments, **{**options, "pause": 0.0})
@@ -320,7 +320,7 @@ def test_training_stops_when_nothing_can_be_published_and_the_last_is_kept(
 def test_a_refusal_in_one_of_several_processes_raises_at_once(
     refusing: TrackedRun, tiny: Encoder, tmp_path: Path
 ) -> None:
-    """They are in their next step; torchrun ends them when this one fails."""
+    """The others are in their next step; torchrun ends them when this process fails."""
     publishing = callback(every=1000, run_id=refusing.id)
     state: Any = SimpleNamespace(is_world_process_zero=True, global_step=0)
     arguments: Any = SimpleNamespace(world_size=2, output_dir=str(tmp_path / "out"))

@@ -22,7 +22,7 @@ from mlflow_dr.training.publishing import FAILURE_TAG, Publisher
 
 
 class Unreliable:
-    """A client whose uploads fail a number of times, and which is the real one otherwise."""
+    """A real client whose first uploads fail a given number of times."""
 
     def __init__(self, client: object, failures: int) -> None:
         self._client = client
@@ -86,7 +86,7 @@ def test_the_weights_are_those_at_the_call(run: TrackedRun, tiny: Encoder) -> No
 def test_the_copies_of_every_gpu_are_waited_for(
     run: TrackedRun, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Of weights on several GPUs, not of the current one alone."""
+    """Weights may be on several GPUs and not only on the current one."""
 
     class OnGpu(torch.Tensor):
         """A tensor in host memory that says it is on a GPU."""
@@ -292,7 +292,7 @@ def test_uploads_may_use_thread_pools_while_python_ends(run: TrackedRun) -> None
 
 
 class Refusing(Unreliable):
-    """A client whose uploads raise one error each, until there are none left."""
+    """A client whose uploads raise these errors, one for each upload, and then succeed."""
 
     def __init__(self, client: object, *errors: Exception) -> None:
         super().__init__(client, 0)
@@ -337,7 +337,7 @@ def test_a_refusal_of_the_first_checkpoint_is_reported_at_once(
 
 
 def test_a_single_refusal_is_tried_again(run: TrackedRun, tiny: Encoder) -> None:
-    """A proxy may have answered in the server's place."""
+    """A proxy may have answered instead of the server."""
     passing = MlflowException("away")
     run.client = Refusing(run.client, PermissionError(13, "no"), passing, PermissionError(13, "no"))  # type: ignore[assignment]
     publisher = Publisher(run, EncoderSource(tiny), pause=0.01)

@@ -211,7 +211,7 @@ with locked_output(sys.argv[1]):
 
 
 def test_a_second_training_in_an_output_directory_is_refused(tmp_path: Path) -> None:
-    """Until the first is gone, which a kill is enough for."""
+    """It is refused until the first process has ended, also when that was killed."""
     out = tmp_path / "out"
     first = subprocess.Popen(
         [sys.executable, "-c", HOLDING, str(out)], stdout=subprocess.PIPE, text=True

@@ -92,7 +92,7 @@ def trained(client: MlflowClient, experiment: str, folder: Path, saved: Path) ->
 
 
 def vectors_of(trainer: RetrieverTrainer) -> torch.Tensor:
-    """What the encoder that was trained gives now."""
+    """The vectors that the trained encoder gives now."""
     with torch.no_grad():
         return trainer._encoder.eval()(IDS, MASK)
 
@@ -160,7 +160,7 @@ def test_training_starts_from_a_published_checkpoint(
 def test_a_resumed_training_keeps_the_encoder_of_an_alias(
     trained: Make, trainers: list[RetrieverTrainer], tmp_path: Path
 ) -> None:
-    """An alias that was given to another version meanwhile is no other base to its adapters."""
+    """The alias moves to another version, but the adapters keep their base."""
     first = trained()
     client = first.client
     client.create_registered_model("moving")
@@ -439,7 +439,7 @@ def test_a_resumed_training_has_the_same_run_and_losses(
     signalled: Callable[[int], None],
     tmp_path: Path,
 ) -> None:
-    """Amid its second epoch. Nothing is published twice, and each step has one point."""
+    """Training resumes in its second epoch. No step is published twice, and each has one point."""
     undisturbed = trained(**SAVING, output_dir=tmp_path / "one")
     stopped = 3
     signalled(stopped)
@@ -535,7 +535,7 @@ def no_store(
 def test_training_stops_and_fails_if_nothing_can_be_published(
     trained: Make, no_store: Make, tmp_path: Path, trainers: list[RetrieverTrainer]
 ) -> None:
-    """Nothing is lost: the last encoder is kept, and what it can be resumed from."""
+    """The last encoder and a checkpoint to resume from are kept."""
     flags = {"max_steps": 100_000, "save_steps": 100_000, "logging_steps": 1000}
     with pytest.raises(TrackingError, match=r"training has stopped: step .*Not a directory") as bad:
         trained(experiment_name=f"no store {tmp_path}", output_dir=tmp_path / "out", **flags)
@@ -634,7 +634,7 @@ def test_a_checkpoint_of_another_training_is_one_error_line(trained: Make, tmp_p
 def test_a_second_training_in_one_output_directory_is_refused(
     trained: Make, client: MlflowClient, experiment: str, tmp_path: Path
 ) -> None:
-    """Before it has a run; one that saves nothing may share the directory."""
+    """It is refused before it has a run; a training that saves nothing may share the directory."""
     flags = {"output_dir": tmp_path / "out"}
     before = len(client.search_runs([experiment]))
     with locked_output(tmp_path / "out"):

@@ -127,7 +127,7 @@ def test_each_epoch_reads_the_next_positives(
 
 
 def dismiss_workers(*trainers: RetrieverTrainer) -> None:
-    """At once; torch's own way, when the loader is garbage, waits for seconds."""
+    """End the workers now; torch ends them after seconds, when the loader is garbage."""
     for trainer in trainers:
         for loader in trainer.accelerator._dataloaders:
             if loader._iterator is not None:
@@ -214,7 +214,7 @@ def test_resumed_losses_equal_those_without_a_stop(
 def test_resuming_a_finished_training_does_no_step(
     make_small: Make, make_trainer: Make, tmp_path: Path, steps: int
 ) -> None:
-    """Amid an epoch, or at the end of one."""
+    """The training had ended within an epoch, or at the end of one."""
     settings = {"save_strategy": "steps", "save_steps": steps, "max_steps": steps}
     first = make_trainer(make_small(0.2), **settings)
     first.train()

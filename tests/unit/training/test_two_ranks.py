@@ -165,7 +165,7 @@ kept: list[list[Found]] = []
 
 @pytest.fixture
 def ranks(cases: dict[str, Any], encoders: dict[str, Encoder], tmp_path: Path) -> list[Found]:
-    """What each rank found; computed once, in two processes, for all tests of this file."""
+    """The results of each rank, computed once in two processes for all tests of this file."""
     if not kept:
         kept.append([{}, {}])
         directory = tmp_path
@@ -197,7 +197,7 @@ def test_loss_and_gradients_equal_those_of_one_process(
     encoders: dict[str, Encoder],
     batches: list[dict[str, Any]],
 ) -> None:
-    """With negatives of all devices, of the whole batch; without, of the mean of both halves."""
+    """With negatives of all devices: of the whole batch. Without: of the mean of both halves."""
     key, _, n = STEPS[name]
     encoder = encoders[key].train()
     losses: list[list[float]] = []
@@ -230,7 +230,7 @@ def test_loss_and_gradients_equal_those_of_one_process(
 @pytest.mark.parametrize("name", STEPS)
 @pytest.mark.parametrize("across", [True, False], ids=["across", "apart"])
 def test_each_gradient_is_reduced_once_a_step(name: str, across: bool, ranks: list[Found]) -> None:
-    """However many chunks and accumulated batches there are."""
+    """The number of chunks and accumulated batches does not matter."""
     for found in ranks:
         case = found[f"{name}, {across}"]
         for step in case["steps"]:
@@ -273,7 +273,7 @@ def test_two_processes_read_the_passages_of_each_epoch(
     set_of: Callable[..., TrainingSet],
     make_trainer: Callable[..., Any],
 ) -> None:
-    """Those that one process reads, also when they go on amid the second epoch."""
+    """Two processes read what one process reads, also when resumed within the second epoch."""
     kind = "mixture" if mixed else "one set"
     settings = over_epochs(4, mixed)
     read: list[list[int]] = []

@@ -66,7 +66,7 @@ class Rounded(Encoder):
 
 @pytest.fixture
 def encoder(make_tiny: Callable[..., Encoder], monkeypatch: pytest.MonkeyPatch) -> Encoder:
-    """A tiny encoder whose vectors do not depend on the texts beside them, to the last bit."""
+    """A tiny encoder whose vectors are bit-identical in every batch."""
     monkeypatch.setitem(encode.TOKENS_PER_BATCH, "cpu", 1)
     tiny = make_tiny(pooling="mean", normalize=True, query_prompt="find ", passage_max_length=48)
     return Rounded(tiny.backbone, tiny.tokenizer, tiny.settings).eval()

@@ -74,7 +74,7 @@ def test_policies_request_a_stop_and_prune(run: TrackedRun, measured: Measuring)
 def test_with_refinement_the_cheap_validation_asks_for_a_stop(
     run: TrackedRun, measured: Measuring
 ) -> None:
-    """The dear one is done for what was best, and always rises."""
+    """The expensive validation covers only the best so far and therefore always rises."""
     bind_name(run, "val-random_5", {"measures": "mrr@10"})
     for step, value in enumerate((0.1, 0.3, 0.2, 0.2), start=1):
         measured(step, step / 10)
@@ -142,7 +142,7 @@ def test_a_failed_request_is_repeated(
 def test_removed_checkpoints_are_not_inspected_again(
     run: TrackedRun, measured: Measuring, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Nor counted, though what is settled is shown as it was seen last."""
+    """Removed checkpoints are not counted, although finished ones are passed in as last seen."""
     policies = Policies(ValidateConfig(keep="last:1"))
     for step in (1, 2, 3):
         measured(step, 1 / step)

@@ -137,7 +137,7 @@ def test_the_least_served_run_comes_first() -> None:
 
 
 def test_finished_checkpoints_are_reported_once() -> None:
-    """Other steps, those whose trainer was killed, those that failed here; each is said once."""
+    """Unselected steps, steps of a killed trainer and steps that failed here are finished."""
     queue = scheduler(every=2, retry_failed=True)
     lost = checkpoint(4, ready=False)
     failed = checkpoint(6, tags={"mlflow_dr.validation.val.failed": "why"})
@@ -166,7 +166,7 @@ def test_only_the_best_by_the_cheap_validation_are_refined() -> None:
 
 
 def test_a_checkpoint_claimed_by_another_validator_is_waited_for() -> None:
-    """Until its claim stands still, or is given back."""
+    """The wait ends when the claim's heartbeat stops or the claim is given back."""
     queue = scheduler(now_ms=60_000, max_lag_seconds=5.0, patience_seconds=1e-9)
     begun = claimed(1, "far")
     back = {"mlflow_dr.validation.val.heartbeat": "1: given back"}

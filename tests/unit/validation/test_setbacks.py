@@ -56,7 +56,7 @@ def test_an_unreachable_store_ends_the_validator_and_fails_no_checkpoint(
     slept: list[float],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """The waits grow, claims are given back, and the next validator does what is left."""
+    """The waits grow, claims are given back, and the next validator continues."""
     for step in (1, 2, 3):
         publishing(step)
 
@@ -322,7 +322,7 @@ def test_a_checkpoint_deleted_during_validation_is_passed_over(
     monkeypatch: pytest.MonkeyPatch,
     caplog: pytest.LogCaptureFixture,
 ) -> None:
-    """One before it is claimed, one before it is fetched."""
+    """One checkpoint is deleted before its claim, and one before it is fetched."""
     ids = [publishing(step) for step in (1, 2, 3)]
     real, real_snapshot = fetching._fetch, FollowedRun.snapshot
 

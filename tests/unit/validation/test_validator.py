@@ -420,7 +420,7 @@ def test_an_experiment_gets_new_runs_later(
     folder: Path,
     caplog: pytest.LogCaptureFixture,
 ) -> None:
-    """Each run in turn; one that names no dataset is passed over with a reason."""
+    """Runs take turns; a run without a dataset is passed over with a reason."""
     experiment = client.create_experiment("some runs")
     runs: list[TrackedRun] = []
 
@@ -534,7 +534,7 @@ def test_the_server_becomes_unreachable_between_two_claims(
     two_splits: None,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """When it is back, another checkpoint comes first; what was claimed is not left behind."""
+    """Afterwards another checkpoint comes first, and the claimed one is still validated."""
     for step in range(3):
         publishing(step)
     client.set_terminated(run.id)
@@ -583,7 +583,10 @@ def test_a_directory_of_checkpoints(
     tmp_path: Path,
     folder: Path,
 ) -> None:
-    """Its figures are those of the published encoder; one that is no encoder fails alone."""
+    """The figures equal those of the published encoder.
+
+    A directory without an encoder fails alone.
+    """
     output = tmp_path / "output"
     for step in (1, 2):
         encoder = make_tiny(seed=step, pooling="mean", normalize=True)

@@ -259,7 +259,7 @@ def test_auto_subset_follows_the_publishing_interval(
     monkeypatch: pytest.MonkeyPatch,
     caplog: pytest.LogCaptureFixture,
 ) -> None:
-    """The smallest until the speed is known, then one and the same, also for a later validator."""
+    """The smallest subset is used until the speed is known; later validators keep the choice."""
     for step in range(4):
         publishing(step)
     caplog.set_level(logging.INFO)
