@@ -83,7 +83,7 @@ Qrels = Mapping[str, Mapping[str, int]]
 
 
 @pytest.fixture
-def make_two_towers(make_tiny: Callable[..., "Encoder"]) -> Callable[..., "Encoder"]:
+def make_untied_encoder(make_tiny: Callable[..., "Encoder"]) -> Callable[..., "Encoder"]:
     """Makes a tiny encoder whose queries have weights of their own; settings as `make_tiny`."""
     import torch
 

@@ -91,10 +91,10 @@ def test_minilm(minilm: Path, publish_encoder: Callable[[Encoder], Checkpoint]) 
 
 
 def test_separate_query_weights(
-    make_two_towers: Callable[..., Encoder], publish_encoder: Callable[[Encoder], Checkpoint]
+    make_untied_encoder: Callable[..., Encoder], publish_encoder: Callable[[Encoder], Checkpoint]
 ) -> None:
     """Queries and passages differ in prompt, length, weights and a projection."""
-    encoder = make_two_towers(query_prompt="find the ", passage_prompt="tell of ")
+    encoder = make_untied_encoder(query_prompt="find the ", passage_prompt="tell of ")
     checkpoint = publish_encoder(encoder)
     loaded = mlflow.sentence_transformers.load_model(checkpoint.uri)
     pyfunc = mlflow.pyfunc.load_model(checkpoint.uri)

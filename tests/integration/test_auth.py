@@ -15,7 +15,7 @@ EDITOR = {"MLFLOW_TRACKING_USERNAME": "editor", "MLFLOW_TRACKING_PASSWORD": "edi
 READER = {"MLFLOW_TRACKING_USERNAME": "reader", "MLFLOW_TRACKING_PASSWORD": "reader of runs"}
 
 
-class Guarded(NamedTuple):
+class GuardedServer(NamedTuple):
     """The server's address, and a run of the administrator's with one checkpoint."""
 
     uri: str
@@ -24,9 +24,9 @@ class Guarded(NamedTuple):
 
 
 @pytest.fixture(scope="module")
-def guarded(
+def guarded_server(
     serve: Callable, publish_noise: Callable[..., str], tmp_path_factory: pytest.TempPathFactory
-) -> Guarded:
+) -> GuardedServer:
     pytest.importorskip("flask_wtf")
     directory = tmp_path_factory.mktemp("guarded")
     uri, _ = serve(directory, directory / "artifacts", None, "--app-name", "basic-auth")
@@ -47,7 +47,7 @@ def guarded(
             run_ids = [publish_noise(1, client=MlflowClient(uri)) for _ in range(2)]
         finally:
             mlflow.set_tracking_uri(before)
-    return Guarded(uri, *run_ids)
+    return GuardedServer(uri, *run_ids)
 
 
 def _post(address: str, **values: str) -> None:
@@ -68,11 +68,11 @@ def _post(address: str, **values: str) -> None:
     ids=["nobody", "wrong password", "too few rights"],
 )
 def test_a_user_without_edit_permission_gets_the_reason(
-    call: Call, guarded: Guarded, user: dict[str, str], says: str
+    call: Call, guarded_server: GuardedServer, user: dict[str, str], says: str
 ) -> None:
     ended = call(
-        *("mlflow-dr", "validate", "--run-id", guarded.run_id, "--once"),
-        MLFLOW_TRACKING_URI=guarded.uri,
+        *("mlflow-dr", "validate", "--run-id", guarded_server.run_id, "--once"),
+        MLFLOW_TRACKING_URI=guarded_server.uri,
         **user,
     )
     assert ended.returncode == 1
@@ -82,24 +82,24 @@ def test_a_user_without_edit_permission_gets_the_reason(
     assert says in last
 
 
-def test_mlflows_own_variables_are_enough(call: Call, guarded: Guarded) -> None:
-    argv: list[Any] = ["mlflow-dr", "validate", "--run-id", guarded.run_id]
-    ended = call(*argv, MLFLOW_TRACKING_URI=guarded.uri, **ADMIN)
+def test_mlflows_own_variables_are_enough(call: Call, guarded_server: GuardedServer) -> None:
+    argv: list[Any] = ["mlflow-dr", "validate", "--run-id", guarded_server.run_id]
+    ended = call(*argv, MLFLOW_TRACKING_URI=guarded_server.uri, **ADMIN)
     assert ended.returncode == 0, ended.stderr
     assert "step 1: mrr_at_10" in ended.stderr
 
 
 def test_a_user_without_delete_permission_gets_the_reason_and_changes_nothing(
-    call: Call, guarded: Guarded
+    call: Call, guarded_server: GuardedServer
 ) -> None:
-    argv: list[Any] = ["mlflow-dr", "prune", "--run-id", guarded.unvalidated]
+    argv: list[Any] = ["mlflow-dr", "prune", "--run-id", guarded_server.unvalidated]
     argv += ["--keep", "every:2", "--unvalidated"]
-    ended = call(*argv, MLFLOW_TRACKING_URI=guarded.uri, **EDITOR)
+    ended = call(*argv, MLFLOW_TRACKING_URI=guarded_server.uri, **EDITOR)
     assert ended.returncode == 1
     (line,) = ended.stderr.splitlines()
     assert line.startswith("error: removing the files of step 1")
     assert "user 'editor' is not allowed to do that" in line
     assert "removing files needs MANAGE" in line
-    ended = call(*argv, MLFLOW_TRACKING_URI=guarded.uri, **ADMIN)
+    ended = call(*argv, MLFLOW_TRACKING_URI=guarded_server.uri, **ADMIN)
     assert ended.stdout.splitlines()[0].endswith("delete: no rule of every:2 keeps it")
     assert " 0 files" not in ended.stdout

@@ -152,7 +152,7 @@ def test_a_damaged_entry_is_rebuilt_with_one_log_line(
 
 
 @pytest.fixture
-def made() -> Callable[..., Path]:
+def make_entry() -> Callable[..., Path]:
     """Makes or opens an entry; its file says how many were made before it."""
     before = count()
 
@@ -168,39 +168,39 @@ def text(entry: Path) -> str:
 
 
 def test_an_undamaged_entry_is_not_read_again(
-    made: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+    make_entry: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    assert text(made()) == text(made()) == "made 0"
+    assert text(make_entry()) == text(make_entry()) == "made 0"
     monkeypatch.setattr("mlflow_dr.cache.file_checksum", lambda path: pytest.fail("read again"))
-    assert text(made()) == "made 0"
-    assert sound_entry("kind", "key") == made()
+    assert text(make_entry()) == "made 0"
+    assert sound_entry("kind", "key") == make_entry()
 
 
 def test_damage_to_an_entry_in_use_is_found(
-    made: Callable[..., Path],
+    make_entry: Callable[..., Path],
 ) -> None:
     """Damage is found even when size and time are unchanged."""
-    entry = made()
-    assert made() == entry
+    entry = make_entry()
+    assert make_entry() == entry
     state = (entry / "text").stat()
     (entry / "text").unlink()
     (entry / "text").write_text("made 7")
     os.utime(entry / "text", ns=(state.st_atime_ns, state.st_mtime_ns))
     assert sound_entry("kind", "key") is None
-    assert text(made()) == "made 1"
+    assert text(make_entry()) == "made 1"
 
 
-def test_a_process_keeps_a_damaged_file_that_it_has_mapped(made: Callable[..., Path]) -> None:
-    entry = made()
+def test_a_process_keeps_a_damaged_file_that_it_has_mapped(make_entry: Callable[..., Path]) -> None:
+    entry = make_entry()
     flipped(entry / "text")
     mapped = np.memmap(entry / "text", np.uint8, "r")
     before = bytes(mapped)
-    assert text(made()) == "made 1"
+    assert text(make_entry()) == "made 1"
     assert bytes(mapped) == before
 
 
-def test_a_damaged_entry_is_kept_if_it_cannot_be_rebuilt(made: Callable[..., Path]) -> None:
-    entry = made()
+def test_a_damaged_entry_is_kept_if_it_cannot_be_rebuilt(make_entry: Callable[..., Path]) -> None:
+    entry = make_entry()
     flipped(entry / "text")
     before = text(entry)
 
@@ -211,54 +211,57 @@ def test_a_damaged_entry_is_kept_if_it_cannot_be_rebuilt(made: Callable[..., Pat
     with pytest.raises(OSError, match="no room"):
         cache_entry("kind", "key", fails)
     assert text(entry) == before
-    assert text(made()) == "made 1"
+    assert text(make_entry()) == "made 1"
 
 
-def test_two_exchanged_entries_are_both_rebuilt(made: Callable[..., Path]) -> None:
-    first, other = made("one"), made("other")
+def test_two_exchanged_entries_are_both_rebuilt(make_entry: Callable[..., Path]) -> None:
+    first, other = make_entry("one"), make_entry("other")
     first.rename(first.with_name("aside"))
     other.rename(first)
     first.with_name("aside").rename(other)
-    assert [text(made("one")), text(made("other"))] == ["made 2", "made 3"]
+    assert [text(make_entry("one")), text(make_entry("other"))] == ["made 2", "made 3"]
 
 
 @pytest.mark.parametrize("added", ["more", "folder/more"])
-def test_a_file_that_was_added_is_damage(made: Callable[..., Path], added: str) -> None:
+def test_a_file_that_was_added_is_damage(make_entry: Callable[..., Path], added: str) -> None:
     """A folder of a collection has a file for each split."""
-    path = made() / added
+    path = make_entry() / added
     path.parent.mkdir(exist_ok=True)
     path.write_text("more")
-    assert text(made()) == "made 1"
+    assert text(make_entry()) == "made 1"
     assert not path.exists()
 
 
-def test_hidden_files_are_ignored(made: Callable[..., Path]) -> None:
-    (made() / ".nfs0001").touch()
-    assert text(made()) == "made 0"
+def test_hidden_files_are_ignored(make_entry: Callable[..., Path]) -> None:
+    (make_entry() / ".nfs0001").touch()
+    assert text(make_entry()) == "made 0"
 
 
-def test_a_file_in_the_place_of_an_entry_is_replaced(made: Callable[..., Path]) -> None:
-    entry = made()
+def test_a_file_in_the_place_of_an_entry_is_replaced(make_entry: Callable[..., Path]) -> None:
+    entry = make_entry()
     shutil.rmtree(entry)
     entry.write_text("no folder")
-    assert text(made()) == "made 1"
+    assert text(make_entry()) == "made 1"
 
 
-def test_an_entry_without_checksums_is_not_trusted(made: Callable[..., Path]) -> None:
+def test_an_entry_without_checksums_is_not_trusted(make_entry: Callable[..., Path]) -> None:
     """An interrupted copy of a cache leaves such an entry."""
-    (made() / CHECKSUMS).unlink()
+    (make_entry() / CHECKSUMS).unlink()
     assert sound_entry("kind", "key") is None
-    assert text(made()) == "made 1"
+    assert text(make_entry()) == "made 1"
 
 
 def test_an_entry_may_move_with_the_cache(
-    made: Callable[..., Path], own_cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    make_entry: Callable[..., Path],
+    own_cache: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    made()
+    make_entry()
     shutil.copytree(own_cache, tmp_path / "copy")
     monkeypatch.setenv("MLFLOW_DR_CACHE", str(tmp_path / "copy"))
-    assert made().is_relative_to(tmp_path / "copy")
-    assert text(made()) == "made 0"
+    assert make_entry().is_relative_to(tmp_path / "copy")
+    assert text(make_entry()) == "made 0"
 
 
 AT_ONCE = """
@@ -283,9 +286,9 @@ print((cache_entry("kind", "key", write) / "text").read_text())
 
 
 def test_two_processes_rebuild_a_damaged_entry_once(
-    made: Callable[..., Path], tmp_path: Path
+    make_entry: Callable[..., Path], tmp_path: Path
 ) -> None:
-    flipped(made() / "text")
+    flipped(make_entry() / "text")
     pair = [
         subprocess.Popen(
             [sys.executable, "-c", AT_ONCE, str(tmp_path), me, other],

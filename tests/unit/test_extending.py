@@ -24,7 +24,7 @@ LINES = "what do gulls eat\tfish\nwhere is the lighthouse\ton a rock\nwho sails\
 
 
 @pytest.fixture(autouse=True)
-def outside(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+def other_package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """The package of the page, as pip would install it."""
     site = tmp_path / "site"
     (site / "outside").mkdir(parents=True)

@@ -97,7 +97,7 @@ def test_senseless_values_are_refused(patience: int, min_delta: float) -> None:
 
 
 @pytest.fixture
-def falling(run: TrackedRun, tmp_path: Path) -> TrackedRun:
+def falling_run(run: TrackedRun, tmp_path: Path) -> TrackedRun:
     """Four checkpoints, each worse than the one before."""
     (tmp_path / "weights").write_text("1")
     for step in (10, 20, 30, 40):
@@ -114,55 +114,55 @@ def add(run: TrackedRun, directory: Path, step: int, value: float | None) -> Non
         record_result(run, checkpoint, "val", {MRR.key: value}, ("sea", "0"))
 
 
-def asked(run: TrackedRun, patience: int = 3) -> str | None:
+def stop_reason(run: TrackedRun, patience: int = 3) -> str | None:
     return stop_if_plateau(run, run_checkpoints(run), MRR, patience)
 
 
-def test_the_request_is_made_once(falling: TrackedRun) -> None:
-    reason = asked(falling)
+def test_the_request_is_made_once(falling_run: TrackedRun) -> None:
+    reason = stop_reason(falling_run)
     assert reason is not None
-    assert stop_request(falling) == reason
-    request_stop(falling, "somebody else's")
-    assert asked(falling) is None
-    assert stop_request(falling) == "somebody else's"
+    assert stop_request(falling_run) == reason
+    request_stop(falling_run, "somebody else's")
+    assert stop_reason(falling_run) is None
+    assert stop_request(falling_run) == "somebody else's"
 
 
-def test_a_finished_run_gets_no_stop_request(falling: TrackedRun) -> None:
-    falling.finish("FINISHED")
-    assert asked(falling) is None
-    assert stop_request(falling) is None
+def test_a_finished_run_gets_no_stop_request(falling_run: TrackedRun) -> None:
+    falling_run.finish("FINISHED")
+    assert stop_reason(falling_run) is None
+    assert stop_request(falling_run) is None
 
 
 def test_a_cleared_request_returns_only_after_new_checkpoints(
-    falling: TrackedRun, tmp_path: Path
+    falling_run: TrackedRun, tmp_path: Path
 ) -> None:
-    assert asked(falling)
-    clear_stop_request(falling)
+    assert stop_reason(falling_run)
+    clear_stop_request(falling_run)
     for step in (50, 60):
-        add(falling, tmp_path, step, 0.01)
-        assert asked(falling) is None
-    add(falling, tmp_path, 70, 0.01)
-    assert asked(falling)
+        add(falling_run, tmp_path, step, 0.01)
+        assert stop_reason(falling_run) is None
+    add(falling_run, tmp_path, 70, 0.01)
+    assert stop_reason(falling_run)
 
 
 def test_checkpoints_that_will_be_validated_are_waited_for(
-    falling: TrackedRun, tmp_path: Path
+    falling_run: TrackedRun, tmp_path: Path
 ) -> None:
-    add(falling, tmp_path, 35, None)
-    assert asked(falling) is None
-    checkpoints = run_checkpoints(falling)
-    assert stop_if_plateau(falling, checkpoints, MRR, 3, waiting=checkpoints) is None
-    assert stop_if_plateau(falling, checkpoints, MRR, 3, waiting=[])
+    add(falling_run, tmp_path, 35, None)
+    assert stop_reason(falling_run) is None
+    checkpoints = run_checkpoints(falling_run)
+    assert stop_if_plateau(falling_run, checkpoints, MRR, 3, waiting=checkpoints) is None
+    assert stop_if_plateau(falling_run, checkpoints, MRR, 3, waiting=[])
 
 
 def test_a_failed_checkpoint_is_neither_waited_for_nor_counted(
-    falling: TrackedRun, tmp_path: Path
+    falling_run: TrackedRun, tmp_path: Path
 ) -> None:
-    add(falling, tmp_path, 35, None)
-    (failed,) = [checkpoint for checkpoint in run_checkpoints(falling) if checkpoint.step == 35]
-    mark_failed(falling, failed, "val", "NaN")
-    assert asked(falling, patience=4) is None
-    assert asked(falling)
+    add(falling_run, tmp_path, 35, None)
+    (failed,) = [checkpoint for checkpoint in run_checkpoints(falling_run) if checkpoint.step == 35]
+    mark_failed(falling_run, failed, "val", "NaN")
+    assert stop_reason(falling_run, patience=4) is None
+    assert stop_reason(falling_run)
 
 
 def test_a_nan_value_does_not_count(run: TrackedRun, tmp_path: Path) -> None:
@@ -170,6 +170,6 @@ def test_a_nan_value_does_not_count(run: TrackedRun, tmp_path: Path) -> None:
     for step, value in ((1, 0.5), (2, NAN), (3, NAN)):
         add(run, tmp_path, step, value)
     assert json.loads(run_checkpoints(run)[1].params["mlflow_dr.validation.val"])
-    reason = asked(run, patience=2)
+    reason = stop_reason(run, patience=2)
     assert reason is not None
     assert reason.endswith("best 0.5000 at step 1, last nan at step 3")

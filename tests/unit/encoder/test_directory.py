@@ -101,7 +101,7 @@ def saved(make_tiny: Make, tmp_path: Path) -> Path:
 
 
 @pytest.fixture
-def foreign(saved: Path) -> Path:
+def library_directory(saved: Path) -> Path:
     """The same without our own file, so that it is read as sentence-transformers'."""
     (saved / "mlflow_dr.json").unlink()
     return saved
@@ -204,7 +204,7 @@ def test_an_encoder_is_not_overwritten(make_tiny: Make, saved: Path) -> None:
 
 
 @pytest.fixture
-def theirs_saved(saved: Path, tmp_path: Path) -> Path:
+def saved_by_library(saved: Path, tmp_path: Path) -> Path:
     """A directory that sentence-transformers writes itself, with a projection and prompts."""
     pytest.importorskip("sentence_transformers")
     from sentence_transformers import SentenceTransformer
@@ -236,9 +236,9 @@ def theirs_saved(saved: Path, tmp_path: Path) -> Path:
 
 
 def test_a_directory_of_sentence_transformers_is_loaded(
-    theirs_saved: Path, texts: list[str]
+    saved_by_library: Path, texts: list[str]
 ) -> None:
-    encoder = load_encoder(theirs_saved)
+    encoder = load_encoder(saved_by_library)
     assert encoder.settings == EncoderConfig(
         pooling="mean",
         normalize=True,
@@ -251,7 +251,7 @@ def test_a_directory_of_sentence_transformers_is_loaded(
         (24, True),
         (10, False),
     ]
-    theirs = sentence_transformer(theirs_saved)
+    theirs = sentence_transformer(saved_by_library)
     close(query_vectors(encoder, texts), theirs.encode_query(texts))
     close(passage_vectors(encoder, texts), theirs.encode_document(texts))
 
@@ -283,15 +283,15 @@ def test_all_minilm_gives_the_vectors_of_sentence_transformers(minilm: Path) -> 
     ],
 )
 def test_prompts_are_read_as_the_library_reads_them(
-    foreign: Path,
+    library_directory: Path,
     values: dict[str, Any],
     unused: str | None,
     monkeypatch: pytest.MonkeyPatch,
     caplog: pytest.LogCaptureFixture,
 ) -> None:
-    (foreign / "config_sentence_transformers.json").write_text(json.dumps(values))
-    settings = load_encoder(foreign).settings
-    theirs = sentence_transformer(foreign)
+    (library_directory / "config_sentence_transformers.json").write_text(json.dumps(values))
+    settings = load_encoder(library_directory).settings
+    theirs = sentence_transformer(library_directory)
     used = []
     monkeypatch.setattr(theirs, "encode", lambda inputs, **options: used.append(options))
     theirs.encode_query(["a"])
@@ -304,23 +304,23 @@ def test_prompts_are_read_as_the_library_reads_them(
     assert repr(unused or "") in caplog.text or unused is None
 
 
-def test_optional_files_may_be_missing(foreign: Path) -> None:
+def test_optional_files_may_be_missing(library_directory: Path) -> None:
     for name in ("config_sentence_transformers.json", "sentence_bert_config.json"):
-        (foreign / name).unlink()
-    settings = load_encoder(foreign).settings
+        (library_directory / name).unlink()
+    settings = load_encoder(library_directory).settings
     assert (settings.query_prompt, settings.passage_max_length) == ("", 512)
 
 
 def test_a_bare_backbone_gets_mean_pooling_with_a_warning(
-    foreign: Path, caplog: pytest.LogCaptureFixture
+    library_directory: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    (foreign / "modules.json").unlink()
-    assert load_encoder(foreign).settings == EncoderConfig(
+    (library_directory / "modules.json").unlink()
+    assert load_encoder(library_directory).settings == EncoderConfig(
         "mean", query_max_length=512, passage_max_length=512
     )
     assert "is a bare backbone; its pooling is mean" in caplog.text
     caplog.clear()
-    assert load_encoder(foreign, pooling="cls").settings.pooling == "cls"
+    assert load_encoder(library_directory, pooling="cls").settings.pooling == "cls"
     assert not caplog.records
 
 
@@ -514,10 +514,10 @@ TRANSFORMER = {"idx": 0, "name": "0", "path": "", "type": f"{ST}Transformer"}
     ],
 )
 def test_a_malformed_or_unsupported_sentence_transformer(
-    foreign: Path, name: str, values: Any, message: str
+    library_directory: Path, name: str, values: Any, message: str
 ) -> None:
-    (foreign / name).write_text(json.dumps(values))
-    refused(foreign, message)
+    (library_directory / name).write_text(json.dumps(values))
+    refused(library_directory, message)
 
 
 def test_our_own_file_is_a_dangling_link(saved: Path) -> None:
@@ -526,11 +526,11 @@ def test_our_own_file_is_a_dangling_link(saved: Path) -> None:
     refused(saved, "mlflow_dr.json: cannot be read")
 
 
-def test_the_list_of_modules_is_a_dangling_link(foreign: Path) -> None:
+def test_the_list_of_modules_is_a_dangling_link(library_directory: Path) -> None:
     """It is no bare backbone for that."""
-    (foreign / "modules.json").unlink()
-    (foreign / "modules.json").symlink_to("nowhere")
-    refused(foreign, "modules.json: not as sentence-transformers writes it")
+    (library_directory / "modules.json").unlink()
+    (library_directory / "modules.json").symlink_to("nowhere")
+    refused(library_directory, "modules.json: not as sentence-transformers writes it")
 
 
 def test_a_tokenizer_that_cannot_read_a_text(saved: Path, texts: list[str]) -> None:
@@ -542,9 +542,9 @@ def test_a_tokenizer_that_cannot_read_a_text(saved: Path, texts: list[str]) -> N
 
 
 @pytest.mark.parametrize("name", ["modules.json", "1_Pooling/config.json", "2_Dense/config.json"])
-def test_a_truncated_file_of_a_sentence_transformer(foreign: Path, name: str) -> None:
-    truncate(foreign / name)
-    refused(foreign, f"{name}: not as sentence-transformers writes it")
+def test_a_truncated_file_of_a_sentence_transformer(library_directory: Path, name: str) -> None:
+    truncate(library_directory / name)
+    refused(library_directory, f"{name}: not as sentence-transformers writes it")
 
 
 def test_an_empty_directory(tmp_path: Path) -> None:

@@ -18,8 +18,8 @@ PASSAGES = ["A red fish lives here.", "A reef is a ridge of rock under the sea."
 
 
 @pytest.fixture
-def two_towers(make_two_towers) -> Encoder:
-    return make_two_towers(query_prompt="ask: ")
+def untied_encoder(make_untied_encoder) -> Encoder:
+    return make_untied_encoder(query_prompt="ask: ")
 
 
 def vectors(encoder: Encoder, rows: list[list[int]]) -> Tensor:
@@ -41,31 +41,31 @@ def both(encoder: Encoder) -> tuple[Tensor, Tensor]:
     )
 
 
-def test_both_encoders_are_saved_and_loaded(two_towers: Encoder, tmp_path: Path) -> None:
-    save_encoder(tmp_path / "encoder", two_towers)
+def test_both_encoders_are_saved_and_loaded(untied_encoder: Encoder, tmp_path: Path) -> None:
+    save_encoder(tmp_path / "encoder", untied_encoder)
     for got, expected in zip(
-        both(load_encoder(tmp_path / "encoder")), both(two_towers), strict=True
+        both(load_encoder(tmp_path / "encoder")), both(untied_encoder), strict=True
     ):
         torch.testing.assert_close(got, expected, rtol=0, atol=1e-6)
 
 
 def test_sentence_transformers_uses_the_encoder_of_each_task(
-    two_towers: Encoder, tmp_path: Path
+    untied_encoder: Encoder, tmp_path: Path
 ) -> None:
-    save_encoder(tmp_path / "encoder", two_towers)
+    save_encoder(tmp_path / "encoder", untied_encoder)
     peer = SentenceTransformer(str(tmp_path / "encoder"), device="cpu")
-    queries, passages = both(two_towers)
+    queries, passages = both(untied_encoder)
     got = torch.from_numpy(peer.encode_query(QUERIES))
     torch.testing.assert_close(got, queries, rtol=0, atol=1e-6)
     got = torch.from_numpy(peer.encode_document(PASSAGES))
     torch.testing.assert_close(got, passages, rtol=0, atol=1e-6)
-    as_passages = TextTokenizer(two_towers.tokenizer, two_towers.settings)
+    as_passages = TextTokenizer(untied_encoder.tokenizer, untied_encoder.settings)
     rows = as_passages.query_ids([Query(text, text) for text in QUERIES])
-    swapped = vectors(two_towers, rows)
+    swapped = vectors(untied_encoder, rows)
     assert (queries - swapped).abs().max() > 1e-3  # the encoders differ
 
 
-def test_encoders_of_different_dimensions_are_refused(two_towers: Encoder, make_tiny) -> None:
+def test_encoders_of_different_dimensions_are_refused(untied_encoder: Encoder, make_tiny) -> None:
     other = make_tiny()
     with pytest.raises(UsageError, match="both need the same"):
-        Encoder(other.backbone, other.tokenizer, other.settings, two_towers)
+        Encoder(other.backbone, other.tokenizer, other.settings, untied_encoder)

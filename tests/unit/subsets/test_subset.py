@@ -27,7 +27,7 @@ def corpus(order: Sequence[int] = range(N)) -> Corpus:
 
 
 @pytest.fixture(autouse=True)
-def asked(monkeypatch: pytest.MonkeyPatch) -> list[list[str]]:
+def ranked_queries(monkeypatch: pytest.MonkeyPatch) -> list[list[str]]:
     """BM25 finds the passages of a query's own number and the next ones, plus 30."""
     queries: list[list[str]] = []
 
@@ -111,11 +111,11 @@ def test_origins() -> None:
     assert subset.sizes["random:20"] == 20
 
 
-def test_queries_are_chosen_first_and_passages_for_these(asked: list[list[str]]) -> None:
+def test_queries_are_chosen_first_and_passages_for_these(ranked_queries: list[list[str]]) -> None:
     subset = made("bm25@1+queries:4")
     drawn = [query.id for query in subset.topics.queries]
     assert len(drawn) == 4
-    assert asked == [drawn]
+    assert ranked_queries == [drawn]
     assert subset.topics.qrels.keys() == set(drawn)
     assert len(subset) == 4 + 4
     more = [query.id for query in made("queries:7").topics.queries]

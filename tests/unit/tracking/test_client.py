@@ -100,7 +100,7 @@ def test_a_missing_permission_is_a_separate_error() -> None:
 
 
 @pytest.fixture
-def disturbed() -> Iterator[Callable[[list[bytes]], str]]:
+def server_with_answers() -> Iterator[Callable[[list[bytes]], str]]:
     """A server that sends these bytes, one answer after the other, and closes each connection."""
     servers: list[HTTPServer] = []
 
@@ -133,27 +133,29 @@ NOTHING_THERE = b"HTTP/1.0 200 OK\r\nContent-Type: application/json\r\n\r\n{}"
 
 
 def test_a_failed_first_request_is_repeated(
-    disturbed: Callable[[list[bytes]], str], monkeypatch: pytest.MonkeyPatch
+    server_with_answers: Callable[[list[bytes]], str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("mlflow_dr.tracking.client.SECONDS_TO_CONNECT", 60.0)
-    client = connect(disturbed([PAGE, b"", LATER, NOTHING_THERE]))
+    client = connect(server_with_answers([PAGE, b"", LATER, NOTHING_THERE]))
     assert server_responds(client)
 
 
 def test_a_server_that_is_not_mlflow_is_one_line(
-    disturbed: Callable[[list[bytes]], str], monkeypatch: pytest.MonkeyPatch
+    server_with_answers: Callable[[list[bytes]], str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("mlflow_dr.tracking.client.SECONDS_TO_CONNECT", 0.2)
-    uri = disturbed([PAGE])
+    uri = server_with_answers([PAGE])
     with pytest.raises(TrackingError, match=f"tracking server {uri} does not answer") as caught:
         connect(uri)
     assert "\n" not in str(caught.value)
 
 
 def test_an_empty_answer_is_refused_as_run_model_and_location(
-    disturbed: Callable[[list[bytes]], str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    server_with_answers: Callable[[list[bytes]], str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    client = connect(disturbed([NOTHING_THERE, b"HTTP/1.0 200 OK\r\n\r\n"]))
+    client = connect(server_with_answers([NOTHING_THERE, b"HTTP/1.0 200 OK\r\n\r\n"]))
     (tmp_path / "file").write_text("1")
     (tmp_path / "elsewhere").mkdir()
     monkeypatch.chdir(tmp_path / "elsewhere")
@@ -173,7 +175,7 @@ def test_an_empty_answer_is_refused_as_run_model_and_location(
 
 
 def test_a_late_first_answer_is_requested_again(
-    disturbed: Callable[[list[bytes]], str], monkeypatch: pytest.MonkeyPatch
+    server_with_answers: Callable[[list[bytes]], str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("mlflow_dr.tracking.client.SECONDS_TO_CONNECT", 0.0)
-    assert server_responds(connect(disturbed([b"", NOTHING_THERE])))
+    assert server_responds(connect(server_with_answers([b"", NOTHING_THERE])))

@@ -11,7 +11,7 @@ HOUR = 3600
 
 
 @pytest.fixture
-def an_hour_ahead() -> Iterator[str]:
+def server_an_hour_ahead() -> Iterator[str]:
     """A server whose clock is an hour ahead of ours."""
 
     class Ahead(BaseHTTPRequestHandler):
@@ -34,13 +34,13 @@ def an_hour_ahead() -> Iterator[str]:
     server.server_close()
 
 
-def test_the_clock_uses_the_servers_time(an_hour_ahead: str) -> None:
-    ahead = ServerClock(an_hour_ahead).now_ms() / 1000 - time.time()
+def test_the_clock_uses_the_servers_time(server_an_hour_ahead: str) -> None:
+    ahead = ServerClock(server_an_hour_ahead).now_ms() / 1000 - time.time()
     assert ahead == pytest.approx(HOUR, abs=3)
 
 
-def test_the_clock_works_with_a_user_in_the_uri(an_hour_ahead: str) -> None:
-    uri = an_hour_ahead.replace("://", "://user:secret@")
+def test_the_clock_works_with_a_user_in_the_uri(server_an_hour_ahead: str) -> None:
+    uri = server_an_hour_ahead.replace("://", "://user:secret@")
     ahead = ServerClock(uri).now_ms() / 1000 - time.time()
     assert ahead == pytest.approx(HOUR, abs=3)
 

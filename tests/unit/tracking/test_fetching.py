@@ -31,7 +31,7 @@ def directory(tmp_path: Path) -> Path:
 
 
 @pytest.fixture
-def elsewhere(monkeypatch: pytest.MonkeyPatch) -> None:
+def on_another_machine(monkeypatch: pytest.MonkeyPatch) -> None:
     """The store is on another machine."""
     monkeypatch.setattr(fetching, "local_directory", lambda location: None)
 
@@ -43,7 +43,7 @@ def names(directory: Path) -> set[str]:
 
 
 def test_the_files_of_an_encoder_or_all_files_are_fetched(
-    run: TrackedRun, directory: Path, elsewhere: None, tmp_path: Path
+    run: TrackedRun, directory: Path, on_another_machine: None, tmp_path: Path
 ) -> None:
     publish(run, directory, 1)
     (checkpoint,) = run_checkpoints(run)
@@ -56,7 +56,7 @@ def test_the_files_of_an_encoder_or_all_files_are_fetched(
 
 @pytest.mark.parametrize("lost", ["weights", "manifest.json"])
 def test_a_missing_file_is_named(
-    run: TrackedRun, directory: Path, elsewhere: None, lost: str
+    run: TrackedRun, directory: Path, on_another_machine: None, lost: str
 ) -> None:
     publish(run, directory, 1)
     (checkpoint,) = run_checkpoints(run)
@@ -71,7 +71,7 @@ class ObjectStoreError(Exception):
 
 
 def test_an_error_of_an_object_store(
-    run: TrackedRun, directory: Path, elsewhere: None, monkeypatch: pytest.MonkeyPatch
+    run: TrackedRun, directory: Path, on_another_machine: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     publish(run, directory, 1)
     (checkpoint,) = run_checkpoints(run)
@@ -86,7 +86,7 @@ def test_an_error_of_an_object_store(
 
 
 def test_ctrl_c_does_not_wait_for_the_files_under_way(
-    run: TrackedRun, directory: Path, elsewhere: None, monkeypatch: pytest.MonkeyPatch
+    run: TrackedRun, directory: Path, on_another_machine: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     publish(run, directory, 1)
     (checkpoint,) = run_checkpoints(run)
@@ -143,7 +143,7 @@ def test_only_listed_files_of_a_local_store_are_used(
 
 
 def test_a_download_with_other_bytes_is_repeated(
-    run: TrackedRun, directory: Path, elsewhere: None, monkeypatch: pytest.MonkeyPatch
+    run: TrackedRun, directory: Path, on_another_machine: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A login page with status 200 for each file, and an answer that is cut."""
     publish(run, directory, 1)
@@ -169,7 +169,7 @@ def test_a_download_with_other_bytes_is_repeated(
 
 
 def test_a_login_page_instead_of_files_does_not_fail_the_checkpoint(
-    run: TrackedRun, directory: Path, elsewhere: None, monkeypatch: pytest.MonkeyPatch
+    run: TrackedRun, directory: Path, on_another_machine: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     publish(run, directory, 1)
     (checkpoint,) = run_checkpoints(run)
@@ -186,7 +186,7 @@ def test_a_login_page_instead_of_files_does_not_fail_the_checkpoint(
 
 
 def test_varying_bytes_do_not_fail_the_checkpoint(
-    run: TrackedRun, directory: Path, elsewhere: None, monkeypatch: pytest.MonkeyPatch
+    run: TrackedRun, directory: Path, on_another_machine: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     publish(run, directory, 1)
     (checkpoint,) = run_checkpoints(run)
@@ -211,7 +211,7 @@ def test_varying_bytes_do_not_fail_the_checkpoint(
     [("weights", "weights has 5 bytes, but 1 were published"), ("manifest.json", "not the one")],
 )
 def test_a_store_that_has_other_bytes(
-    run: TrackedRun, directory: Path, elsewhere: None, name: str, says: str
+    run: TrackedRun, directory: Path, on_another_machine: None, name: str, says: str
 ) -> None:
     publish(run, directory, 1)
     (checkpoint,) = run_checkpoints(run)
@@ -225,7 +225,7 @@ def test_a_store_that_has_other_bytes(
 
 
 def test_missing_files_and_a_missing_store(
-    run: TrackedRun, directory: Path, elsewhere: None, monkeypatch: pytest.MonkeyPatch
+    run: TrackedRun, directory: Path, on_another_machine: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     publish(run, directory, 1)
     (checkpoint,) = run_checkpoints(run)
@@ -254,7 +254,7 @@ def test_a_missing_plugin_of_the_store_is_not_retried(run: TrackedRun, directory
 
 
 def test_a_missing_module_is_not_retried(
-    run: TrackedRun, directory: Path, elsewhere: None, monkeypatch: pytest.MonkeyPatch
+    run: TrackedRun, directory: Path, on_another_machine: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     publish(run, directory, 1)
     (checkpoint,) = run_checkpoints(run)

@@ -21,7 +21,7 @@ def slept() -> list[float]:
 
 
 @pytest.fixture
-def patiently(client: MlflowClient, slept: list[float]) -> Patience:
+def with_patience(client: MlflowClient, slept: list[float]) -> Patience:
     return Patience(client, 1.0, slept.append)
 
 
@@ -45,15 +45,15 @@ def no_json() -> Exception:
 
 
 def test_malformed_answers_are_requested_again_with_growing_waits(
-    patiently: Patience, slept: list[float]
+    with_patience: Patience, slept: list[float]
 ) -> None:
     errors = [no_json(), KeyError("run"), MlflowException("cut"), ConnectionError("cut"), no_json()]
-    assert patiently(failing(iter(errors))) == "answer"
+    assert with_patience(failing(iter(errors))) == "answer"
     assert slept == [1, 2, 4, 8]
 
 
 def test_a_failed_request_does_not_mean_that_the_model_is_gone(
-    client: MlflowClient, patiently: Patience, monkeypatch: pytest.MonkeyPatch
+    client: MlflowClient, with_patience: Patience, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """MLflow reports every failed request for a model, before it is tagged, as "no such model"."""
     asked: list[str] = []
@@ -68,14 +68,16 @@ def test_a_failed_request_does_not_mean_that_the_model_is_gone(
 
     monkeypatch.setattr(client._tracking_client, "get_logged_model", lost)
     with pytest.raises(TrackingError, match="may have been deleted"):
-        patiently(tag)
+        with_patience(tag)
     assert asked.count("m-1") == TRIES  # a publisher of another test may still ask, too
 
 
-def test_the_error_is_raised_after_the_last_try(patiently: Patience, slept: list[float]) -> None:
+def test_the_error_is_raised_after_the_last_try(
+    with_patience: Patience, slept: list[float]
+) -> None:
     errors = [no_json() for _ in range(TRIES + 1)]
     with pytest.raises(TrackingError, match="asking: Expecting value"):
-        patiently(failing(iter(errors)))
+        with_patience(failing(iter(errors)))
     assert slept == [1, 2, 4, 8, 16, 30, 30, 30]
 
 
@@ -83,14 +85,14 @@ def test_the_error_is_raised_after_the_last_try(patiently: Patience, slept: list
     "error", [MlflowException("no", INVALID_PARAMETER_VALUE), RunGoneError("deleted")], ids=repr
 )
 def test_a_refused_request_is_repeated_once(
-    patiently: Patience, slept: list[float], error: Exception
+    with_patience: Patience, slept: list[float], error: Exception
 ) -> None:
-    assert patiently(failing(iter([error]))) == "answer"
+    assert with_patience(failing(iter([error]))) == "answer"
     with pytest.raises(TrackingError):
-        patiently(failing(iter([error, error])))
+        with_patience(failing(iter([error, error])))
     assert slept == []
 
 
-def test_out_of_memory_is_not_a_server_error(patiently: Patience) -> None:
+def test_out_of_memory_is_not_a_server_error(with_patience: Patience) -> None:
     with pytest.raises(MemoryError):
-        patiently(failing(iter([MemoryError()])))
+        with_patience(failing(iter([MemoryError()])))

@@ -28,9 +28,9 @@ TEXTS = ["gulls and trawlers", "The tide is in the harbour at noon.", "otter"]
 
 
 @pytest.fixture
-def encoder(make_two_towers: Callable[..., Encoder]) -> Encoder:
+def encoder(make_untied_encoder: Callable[..., Encoder]) -> Encoder:
     """Queries and passages differ in prompt, length and weights."""
-    return make_two_towers(query_prompt="find the ", passage_prompt="tell of ")
+    return make_untied_encoder(query_prompt="find the ", passage_prompt="tell of ")
 
 
 @pytest.fixture

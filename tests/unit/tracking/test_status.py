@@ -20,7 +20,7 @@ ELSEWHERE = Owner("far", 7, "another boot", 1, "token")
 
 
 @pytest.fixture
-def varied(run: TrackedRun, tmp_path: Path) -> TrackedRun:
+def run_in_all_states(run: TrackedRun, tmp_path: Path) -> TrackedRun:
     """A run with one checkpoint in each state."""
     (tmp_path / "weights").write_text("1")
     for step in (1, 2, 3, 4):
@@ -39,8 +39,8 @@ def varied(run: TrackedRun, tmp_path: Path) -> TrackedRun:
     return run
 
 
-def test_each_state(varied: TrackedRun) -> None:
-    lines = {line.step: line for line in run_status(varied)}
+def test_each_state(run_in_all_states: TrackedRun) -> None:
+    lines = {line.step: line for line in run_status(run_in_all_states)}
     states = {step: line.state for step, line in lines.items()}
     expected = ["done", "claimed", "failed", "open", "lost", "pending"]
     assert states == dict(enumerate(expected, start=1))
@@ -49,23 +49,25 @@ def test_each_state(varied: TrackedRun) -> None:
     assert lines[3].note == "the weights hold NaN"
 
 
-def test_the_status_as_a_table(varied: TrackedRun) -> None:
-    now = max(checkpoint.ready_ms for checkpoint in run_checkpoints(varied)) + 7_200_000
-    head, first, *_ = status_table(run_status(varied, now)).splitlines()
+def test_the_status_as_a_table(run_in_all_states: TrackedRun) -> None:
+    now = max(checkpoint.ready_ms for checkpoint in run_checkpoints(run_in_all_states)) + 7_200_000
+    head, first, *_ = status_table(run_status(run_in_all_states, now)).splitlines()
     assert head.split() == ["step", "validation", "state", "owner", "age", "lag", "note"]
     assert first.split() == ["1", "val", "done", "far:7", "2.0", "h", "1.5", "min"]
 
 
-def test_files_that_were_removed(varied: TrackedRun) -> None:
+def test_files_that_were_removed(run_in_all_states: TrackedRun) -> None:
     """Files were removed before or after validation; an unvalidated checkpoint counts as pruned."""
-    for checkpoint in run_checkpoints(varied):
+    for checkpoint in run_checkpoints(run_in_all_states):
         if checkpoint.step in (1, 3, 4):
-            varied.client.set_logged_model_tags(checkpoint.model_id, {PRUNED_TAG: "2026-11-21"})
-    lines = {line.step: line for line in run_status(varied)}
+            run_in_all_states.client.set_logged_model_tags(
+                checkpoint.model_id, {PRUNED_TAG: "2026-11-21"}
+            )
+    lines = {line.step: line for line in run_status(run_in_all_states)}
     assert [lines[step].state for step in (1, 2, 3, 4)] == ["done", "claimed", "failed", "pruned"]
     notes = [lines[step].note for step in (1, 2, 3, 4)]
     assert notes == ["pruned", "", "pruned; the weights hold NaN", ""]
-    summary = progress_summary(run_checkpoints(varied), "val")
+    summary = progress_summary(run_checkpoints(run_in_all_states), "val")
     assert summary == "1 of 3 checkpoints done, 1 failed, the last at step 1"
 
 
@@ -87,7 +89,10 @@ def test_other_params_of_the_run_are_not_validations(run: TrackedRun, tmp_path: 
     assert [line.validation for line in run_status(run)] == ["a", "b"]
 
 
-def test_the_progress_summary(varied: TrackedRun) -> None:
-    summary = progress_summary(run_checkpoints(varied), "val")
+def test_the_progress_summary(run_in_all_states: TrackedRun) -> None:
+    summary = progress_summary(run_checkpoints(run_in_all_states), "val")
     assert summary == "1 of 4 checkpoints done, 1 failed, the last at step 1"
-    assert progress_summary(run_checkpoints(varied)[1:2], "val") == "0 of 1 checkpoints done"
+    assert (
+        progress_summary(run_checkpoints(run_in_all_states)[1:2], "val")
+        == "0 of 1 checkpoints done"
+    )

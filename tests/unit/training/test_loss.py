@@ -208,7 +208,7 @@ def hinge(inputs: LossInputs) -> torch.Tensor:
 
 
 @pytest.fixture
-def outside(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+def other_package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """A package with two losses, as pip would install it."""
     info = tmp_path / "outside_losses-1.0.dist-info"
     info.mkdir()
@@ -225,7 +225,7 @@ def outside(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     sys.modules.pop("outside_losses", None)
 
 
-@pytest.mark.usefixtures("outside")
+@pytest.mark.usefixtures("other_package")
 @pytest.mark.parametrize("sizes", [None, {"query": 2, "passage": 3}], ids=["plain", "cached"])
 @pytest.mark.parametrize("name", ["hinge", "margin_mse"])
 def test_a_loss_of_another_package_trains(
@@ -261,7 +261,7 @@ def test_a_loss_of_another_package_trains(
     torch.testing.assert_close(found[0], found[1], rtol=0, atol=1e-9)
 
 
-@pytest.mark.usefixtures("outside")
+@pytest.mark.usefixtures("other_package")
 def test_the_flag_takes_the_losses_of_other_packages() -> None:
     assert parse_training(["--loss", "hinge"]).loss.objective().loss == "hinge"
     with pytest.raises(UsageError, match=r"loss is 'hing'; did you mean 'hinge'\? \(known: contr"):

@@ -341,14 +341,14 @@ def test_lora_is_published_merged_or_as_adapters(
 def test_missed_checkpoints_of_adapters_are_published(
     trained: Make,
     published: Make,
-    make_two_towers: Callable[..., Encoder],
+    make_untied_encoder: Callable[..., Encoder],
     tmp_path: Path,
     start: str,
 ) -> None:
     """As it would have been published."""
     model = start
     if start == "two towers":
-        save_encoder(tmp_path / "towers", make_two_towers())
+        save_encoder(tmp_path / "towers", make_untied_encoder())
         model = str(tmp_path / "towers")
     elif start == "models:/":
         model = run_checkpoints(trained(max_steps=1))[0].uri
