@@ -403,9 +403,9 @@ def forked(
 ) -> Callable[..., Ended]:
     """Runs `mlflow-dr` in one or more processes at once; how each ended and what all printed.
 
-    One may be sent a signal by itself at a place (`die`), or from here some seconds after a line
-    that it prints (`kill`); functions in `then` are called with the process id, once, after the
-    first line with that beginning.
+    With `die`, a command sends itself a signal at a moment of `MOMENTS`. With `kill`, it is sent a
+    signal some seconds after a line that it prints. Functions in `then` are called with the process
+    id, once, after the first line with that beginning.
     """
 
     def forked(

@@ -1,7 +1,7 @@
 """Runs `mlflow-dr` commands in forks of one process, so that torch and mlflow are imported once.
 
 Each line of input is a command as JSON; `Order` has its keys. A command may send itself a signal at
-a moment of `MOMENTS`; `step-3` is the third time that `step` is come by.
+a moment of `MOMENTS`; `step-3` is the third time that `step` is reached.
 """
 
 import gc

@@ -58,7 +58,7 @@ class Trainings:
 
         Args:
             output: its --output_dir.
-            words: more flags.
+            argv: more flags.
             options: `die` and `kill` as `forked` has them, and flags with their values.
         """
         ways = {name: options.pop(name) for name in ("die", "kill") if name in options}

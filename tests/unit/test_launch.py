@@ -21,8 +21,8 @@ from mlflow_dr.training.resume import begin_output, locked_output
 STUBBORN = "import signal, time; signal.signal(signal.SIGTERM, signal.SIG_IGN); time.sleep(600)"
 PARENT = f"""
 import subprocess, sys, time
-words = [sys.executable, "-c", {STUBBORN!r}]
-print(*(subprocess.Popen(words, start_new_session=own).pid for own in (True, False)), flush=True)
+argv = [sys.executable, "-c", {STUBBORN!r}]
+print(*(subprocess.Popen(argv, start_new_session=own).pid for own in (True, False)), flush=True)
 time.sleep(600)
 """
 

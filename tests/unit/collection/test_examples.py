@@ -34,10 +34,10 @@ def raw(
     positives: Iterable[Passage | str],
     negatives: Iterable[Passage | str] = (),
     query: Query = Query("q", "which ship"),  # noqa: B008 (a NamedTuple)
-    where: str = "file:1",
+    location: str = "file:1",
     **scores: list[float],
 ) -> RawExample:
-    return RawExample(where, query, list(positives), list(negatives), **scores)  # type: ignore[arg-type]
+    return RawExample(location, query, list(positives), list(negatives), **scores)  # type: ignore[arg-type]
 
 
 def made(*records: RawExample, corpus: Corpus | None = None, key: str = "key") -> CachedExamples:
@@ -178,10 +178,10 @@ def test_records_without_query_or_positive_are_left_out_and_located(
     text: str, caplog: pytest.LogCaptureFixture
 ) -> None:
     examples = made(
-        raw([LINER], query=Query("a", text), where="f:1"),
-        raw([], [TUG], where="f:2"),
-        raw([Passage("e", " ", "")], where="f:3"),
-        raw([BARGE], [Passage("e", "", text)], where="f:4"),
+        raw([LINER], query=Query("a", text), location="f:1"),
+        raw([], [TUG], location="f:2"),
+        raw([Passage("e", " ", "")], location="f:3"),
+        raw([BARGE], [Passage("e", "", text)], location="f:4"),
     )
     assert shown(examples) == [("q", ["p3"], [])]
     assert len(examples.passages) == 1  # of unused records none is kept
@@ -266,9 +266,9 @@ def test_tokenised_examples_have_tokens_and_no_text() -> None:
 def test_text_among_token_ids_is_an_error_that_names_the_record() -> None:
     tokens = Passage("", "", "", [5])
     with pytest.raises(DataError, match="file:2: a passage of text among passages of token ids"):
-        made(raw([tokens]), raw([LINER], where="file:2"))
+        made(raw([tokens]), raw([LINER], location="file:2"))
     with pytest.raises(DataError, match="file:2: a passage of token ids among passages of text"):
-        made(raw([LINER]), raw([tokens], where="file:2"))
+        made(raw([LINER]), raw([tokens], location="file:2"))
 
 
 def test_records_are_read_once_for_a_key(corpus: Corpus) -> None:

@@ -29,7 +29,7 @@ from mlflow_dr.subsets.strategies import subset_strategy
 def titled(term, sources):
     """The first K passages, by id, whose title contains a word."""
     passages = (passage for batch in sources.corpus.batches() for passage in batch)
-    ids = sorted(one.id for one in passages if term.arguments[0] in one.title)
+    ids = sorted(p.id for p in passages if term.arguments[0] in p.title)
     return [sources.corpus.rows_of(ids[: term.count])]
 '''
 BACKEND = '''

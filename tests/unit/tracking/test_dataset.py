@@ -122,8 +122,8 @@ def test_mlflow_alone_imports_nothing_heavy_of_ours() -> None:
     code = (
         "import sys, mlflow.data; mlflow.data.from_dense_retrieval; import mlflow.models as m; "
         "assert 'dense_retrieval' in m.list_evaluators(); "
-        "print([one for one in ('torch', 'transformers', 'faiss', 'ir_datasets') "
-        "if one in sys.modules])"
+        "print([name for name in ('torch', 'transformers', 'faiss', 'ir_datasets') "
+        "if name in sys.modules])"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"

@@ -1,8 +1,8 @@
-"""Two gloo ranks, one a fork of the other, that compute what they are given and write it down.
+"""Two gloo ranks, one a fork of the other, that compute the given cases and write the results.
 
-    python two_ranks.py ROOM PORT
+    python two_ranks.py DIRECTORY PORT
 
-`ROOM/given.pt` has the cases and what they are computed with; each rank writes `ROOM/<rank>.pt`.
+`DIRECTORY/given.pt` has the cases and their inputs; each rank writes `DIRECTORY/<rank>.pt`.
 """
 
 import os
