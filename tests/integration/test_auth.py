@@ -97,9 +97,9 @@ def test_a_user_without_delete_permission_gets_the_reason_and_changes_nothing(
     ended = call(*argv, MLFLOW_TRACKING_URI=guarded_server.uri, **EDITOR)
     assert ended.returncode == 1
     (line,) = ended.stderr.splitlines()
-    assert line.startswith("error: removing the files of step 1")
+    assert line.startswith("error: deleting the files of step 1")
     assert "user 'editor' is not allowed to do that" in line
-    assert "removing files needs MANAGE" in line
+    assert "deleting files MANAGE" in line
     ended = call(*argv, MLFLOW_TRACKING_URI=guarded_server.uri, **ADMIN)
     assert ended.stdout.splitlines()[0].endswith("delete: no rule of every:2 keeps it")
     assert " 0 files" not in ended.stdout
