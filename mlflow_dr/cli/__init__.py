@@ -30,7 +30,7 @@ COMMANDS = {
     "validate": "Validate each checkpoint of a run, now and as they come.",
     "fidelity": "Find the subset that chooses the right checkpoint in less time.",
     "ui": "Start MLflow's pages on the curves of the latest run.",
-    "status": "Show which checkpoints of a run are validated, by whom, and what failed.",
+    "status": "Show the state, owner, age and lag of each validation.",
     "best": "Show a run's best checkpoint; download or register it.",
     "compare": "Compare encoders query by query, and test the difference.",
     "prune": "Delete the files of checkpoints that are no longer needed.",

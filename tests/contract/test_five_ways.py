@@ -1,7 +1,7 @@
 """A published checkpoint loads in five ways, which give the same vectors."""
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import mlflow
@@ -28,8 +28,10 @@ TOLERANCE = 1e-6
 
 
 @pytest.fixture
-def client(tmp_path: Path) -> MlflowClient:
-    return connect(f"sqlite:///{tmp_path}/mlflow.db")
+def client(tmp_path: Path) -> Iterator[MlflowClient]:
+    before = mlflow.get_tracking_uri()
+    yield connect(f"sqlite:///{tmp_path}/mlflow.db")
+    mlflow.set_tracking_uri(before)
 
 
 @pytest.fixture

@@ -144,7 +144,7 @@ def test_a_stopped_mine_leaves_no_file(
 @pytest.mark.parametrize(
     ("argv", "line"),
     [
-        (["--margin", "nan"], "margin nan: expected a number"),
+        (["--margin", "nan"], "--margin is nan; expected a finite number"),
         (["--depth", "20"], "30 negatives from ranks 0 to 20: there are 20;"),
         (["--language", "klingon"], "language 'klingon': expected none or one of arabic,"),
         (["--with", "./nowhere"], "cannot mine with './nowhere': ./nowhere: not a directory"),

@@ -1,6 +1,7 @@
 """A real MLflow store (sqlite) for the unit tests; one for all of them, a run for each."""
 
 from collections.abc import Iterator
+from uuid import uuid4
 
 import mlflow
 import pytest
@@ -25,4 +26,5 @@ def experiment(client: MlflowClient, tmp_path_factory: pytest.TempPathFactory) -
 
 @pytest.fixture
 def run(client: MlflowClient, experiment: str) -> TrackedRun:
-    return TrackedRun(client, client.create_run(experiment))
+    # MLflow's own names repeat where a test has set the random seed
+    return TrackedRun(client, client.create_run(experiment, run_name=f"run-{uuid4()}"))

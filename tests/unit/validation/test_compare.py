@@ -6,6 +6,7 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+from uuid import uuid4
 
 import mlflow
 import pytest
@@ -92,7 +93,7 @@ def validated(run: TrackedRun, encoders: Callable[[int], Path], folder: Path) ->
 
 @pytest.fixture
 def other_run(client: MlflowClient, experiment: str) -> TrackedRun:
-    return TrackedRun(client, client.create_run(experiment))
+    return TrackedRun(client, client.create_run(experiment, run_name=f"run-{uuid4()}"))
 
 
 def compared(*operands: object, **others: Any) -> Comparison:
