@@ -59,12 +59,12 @@ def main(
     print(machine())
     rows: list[Row] = []
     with tempfile.TemporaryDirectory() as name:
-        room = keep or Path(name)
-        room.mkdir(parents=True, exist_ok=True)
+        workdir = keep or Path(name)
+        workdir.mkdir(parents=True, exist_ok=True)
         chosen = [key for key in SCENARIOS if not only or key in only]
         if chosen:
-            with Server(room) as server:
-                scene = Scene(server, room, checkpoints)
+            with Server(workdir) as server:
+                scene = Scene(server, workdir, checkpoints)
                 for key in chosen:
                     rows.append(SCENARIOS[key](scene, rate, seed))
                     print_row(rows[-1])

@@ -110,7 +110,7 @@ def sizes() -> dict[str, object]:
             if isinstance(node, ast.ClassDef | ast.FunctionDef) and node.name[0] != "_":
                 homes[node.name].append(name)
     # every file of cli/ has its `command`
-    twice = sorted(one for one, at in homes.items() if len(at) > 1 and one != "command")
+    twice = sorted(name for name, at in homes.items() if len(at) > 1 and name != "command")
     return {
         "code lines": total,
         "files": len(paths),

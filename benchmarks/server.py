@@ -22,8 +22,8 @@ class Server:
         room: the folder.
     """
 
-    def __init__(self, room: Path) -> None:
-        self._room = room
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
         with socket.socket() as unused:
             unused.bind(("127.0.0.1", 0))
             self._port = unused.getsockname()[1]
@@ -32,11 +32,11 @@ class Server:
 
     def start(self) -> None:
         """Start it, and wait until it answers."""
-        words = [sys.executable, "-m", "mlflow", "server", "--port", str(self._port)]
-        words += ["--backend-store-uri", f"sqlite:///{self._room}/mlflow.db", "--workers", "1"]
-        words += ["--artifacts-destination", str(self._room / "artifacts")]
+        argv = [sys.executable, "-m", "mlflow", "server", "--port", str(self._port)]
+        argv += ["--backend-store-uri", f"sqlite:///{self._folder}/mlflow.db", "--workers", "1"]
+        argv += ["--artifacts-destination", str(self._folder / "artifacts")]
         self._process = subprocess.Popen(
-            words,
+            argv,
             stdout=subprocess.DEVNULL,
             stderr=subprocess.DEVNULL,
             start_new_session=True,

@@ -68,8 +68,8 @@ def ours(prepared: EvalDataset, dtype: str, forget: bool = False) -> Report:
     if not forget:
         return evaluate(encoder, prepared, EvalConfig(MEASURES, 100, dtype=dtype), quiet=True)
     before = os.environ.get(CACHE_VARIABLE)
-    with tempfile.TemporaryDirectory() as room:
-        os.environ[CACHE_VARIABLE] = room
+    with tempfile.TemporaryDirectory() as cache:
+        os.environ[CACHE_VARIABLE] = cache
         fresh = EvalDataset(prepared.collection, prepared.split)
         report = evaluate(encoder, fresh, EvalConfig(MEASURES, 100, dtype=dtype), quiet=True)
     os.environ.pop(CACHE_VARIABLE)

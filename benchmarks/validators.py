@@ -78,9 +78,9 @@ def cost_of_a_look(client: MlflowClient, directory: Path, count: int) -> tuple[i
     run = new_run(client)
     published(run, range(count), directory)
     followed = FollowedRun(run)
-    for one in followed.snapshot().checkpoints:
-        mark_failed(run, one, "val", "no encoder")
-        followed.checkpoints.mark_done(one)
+    for checkpoint in followed.snapshot().checkpoints:
+        mark_failed(run, checkpoint, "val", "no encoder")
+        followed.checkpoints.mark_done(checkpoint)
     followed.snapshot()
     times: list[float] = []
     with mock.patch("mlflow.utils.rest_utils.http_request", wraps=_http_request()) as requests:

@@ -28,7 +28,7 @@ class Process:
 
     def __init__(
         self,
-        words: Sequence[str],
+        argv: Sequence[str],
         variables: Mapping[str, str],
         log: Path,
         name: str,
@@ -39,7 +39,7 @@ class Process:
         self.name = name
         self.log = log
         self.codes: list[int] = []
-        self._words = [*before, sys.executable, "-m", "mlflow_dr", *words]
+        self._argv = [*before, sys.executable, "-m", "mlflow_dr", *argv]
         self._variables = {**os.environ, **variables}
         self._starts = starts
         self._expected = expected
@@ -51,7 +51,7 @@ class Process:
             return
         with self.log.open("ab") as log:
             self._process = subprocess.Popen(
-                self._words, env=self._variables, stdout=log, stderr=log, start_new_session=True
+                self._argv, env=self._variables, stdout=log, stderr=log, start_new_session=True
             )
 
     def has_ended(self) -> bool:
@@ -91,14 +91,15 @@ def all_ended(validators: Sequence[Process], seconds: float = SECONDS_TO_END) ->
     """Start validators and wait until all have ended, or kill them; the seconds that it took."""
     start = time.monotonic()
     try:
-        for one in validators:
-            one.start()
+        for process in validators:
+            process.start()
         while time.monotonic() - start < seconds:
-            ended = [one.has_ended() for one in validators]  # each is asked: it is started again
+            # a list, because `has_ended` also starts a process again
+            ended = [process.has_ended() for process in validators]
             if all(ended):
                 break
             time.sleep(0.2)
     finally:
-        for one in validators:
-            one.kill()
+        for process in validators:
+            process.kill()
     return time.monotonic() - start

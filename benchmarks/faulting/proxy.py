@@ -140,7 +140,7 @@ class _Handler(BaseHTTPRequestHandler):
     def _pass_on(self) -> None:
         body = self._body()
         proxy = self.server.proxy
-        fault, where = proxy.draw(self.command == "GET" and ARTIFACTS in self.path)
+        fault, position = proxy.draw(self.command == "GET" and ARTIFACTS in self.path)
         if fault is Fault.REQUEST_LOST:
             self._hang_up()
             return
@@ -148,18 +148,18 @@ class _Handler(BaseHTTPRequestHandler):
             self._send(Answer(200, [("Content-Type", "text/html")], LOGIN_PAGE))
             return
         if fault in (Fault.STATUS, Fault.EMPTY):
-            if where < 0.5:
+            if position < 0.5:
                 self._ask(body)
-            status = STATUSES[int(where * 1000) % len(STATUSES)]
-            said = {Fault.STATUS: (status, b"<h1>Error</h1>"), Fault.EMPTY: (200, b"")}[fault]
-            self._send(Answer(said[0], [("Content-Type", "text/html")], said[1]))
+            status = STATUSES[int(position * 1000) % len(STATUSES)]
+            reply = {Fault.STATUS: (status, b"<h1>Error</h1>"), Fault.EMPTY: (200, b"")}[fault]
+            self._send(Answer(reply[0], [("Content-Type", "text/html")], reply[1]))
             return
         try:
             answer = self._ask(body)
         except OSError:
             self._hang_up()
             return
-        half = int(where * len(answer.body))
+        half = int(position * len(answer.body))
         if fault is Fault.ANSWER_LOST:
             self._hang_up()
         elif fault is Fault.CUT:

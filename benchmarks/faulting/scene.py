@@ -101,14 +101,14 @@ class Scene:
         count: how many sound checkpoints each scenario has.
     """
 
-    def __init__(self, server: Server, room: Path, count: int) -> None:
+    def __init__(self, server: Server, workdir: Path, count: int) -> None:
         self.server = server
-        self.room = room
+        self.workdir = workdir
         self.client = connect(server.uri)
         self.steps = list(range(10, 10 * count + 10, 10))
-        os.environ["MLFLOW_DR_CACHE"] = str(room / "cache")
+        os.environ["MLFLOW_DR_CACHE"] = str(workdir / "cache")
         os.environ["MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT"] = "true"
-        self.collection = _written_collection(room / "collection")
+        self.collection = _written_collection(workdir / "collection")
         for step in self.steps:
             save_encoder(self.encoder(step), _tiny(self.collection, step))
         run = self.new_run("undisturbed")
@@ -124,7 +124,7 @@ class Scene:
 
     def encoder(self, step: int) -> Path:
         """The directory of the sound encoder of a step."""
-        return self.room / "encoders" / f"step-{step}"
+        return self.workdir / "encoders" / f"step-{step}"
 
     def new_run(self, name: str, store: str | None = None) -> TrackedRun:
         """A run in an experiment of its own; `store` is where its artifacts lie."""
@@ -146,7 +146,7 @@ class Scene:
         before: Sequence[str] = (),
         starts: int = 1,
         expected: int | None = 0,
-        words: Sequence[str] = (),
+        more_flags: Sequence[str] = (),
         of_experiment: bool = False,
     ) -> Process:
         """A validator of a run, or of what its experiment has now, beside others of this machine.
@@ -156,15 +156,15 @@ class Scene:
         experiment = self.client.get_experiment(run.experiment_id).name
         follow = ["--experiment", experiment, "--once"] if of_experiment else ["--run-id", run.id]
         follow += ["--measures", MEASURES, "--poll-seconds", "0.5"]
-        log = self.room / f"{experiment}, {name}.log"
+        log = self.workdir / f"{experiment}, {name}.log"
         environment = {**self.variables(uri), **(variables or {})}
         return Process(
-            ["validate", *follow, *words], environment, log, name, before, starts, expected
+            ["validate", *follow, *more_flags], environment, log, name, before, starts, expected
         )
 
     def variables(self, uri: str | None = None) -> dict[str, str]:
         """The environment of a process that talks to the server, or to a proxy of it."""
-        temporary = self.room / "tmp"
+        temporary = self.workdir / "tmp"
         temporary.mkdir(exist_ok=True)
         return {
             "MLFLOW_TRACKING_URI": uri or self.server.uri,
@@ -188,10 +188,10 @@ class Scene:
         right = points(self.client, run.id, undisturbed) if undisturbed else self.right
         config = self.config_of(run, undisturbed) if undisturbed else self.config
         row = Row(scenario, len(sound), seconds=seconds)
-        there = points(self.client, run.id, "val")
+        written = points(self.client, run.id, "val")
         for metric in METRICS:
             for step in sound:
-                values = there[metric].get(step, [])
+                values = written[metric].get(step, [])
                 row.points += len(values)
                 row.doubled += max(0, len(values) - 1)
                 row.lost += not values
@@ -208,10 +208,10 @@ class Scene:
                     per_query_values(run, checkpoint, "val")
                 except MlflowDrError:
                     row.unkept += 1
-        for one in validators:
-            row.codes.append(f"{one.name} {','.join(map(str, one.codes)) or '-'}")
-            row.tracebacks += one.tracebacks
-            row.surprises += not one.is_as_expected
+        for validator in validators:
+            row.codes.append(f"{validator.name} {','.join(map(str, validator.codes)) or '-'}")
+            row.tracebacks += validator.tracebacks
+            row.surprises += not validator.is_as_expected
         return row
 
     def _doubled_others(self, run: TrackedRun, sound: Mapping[int, str]) -> int:
@@ -230,33 +230,33 @@ class Scene:
 def merged(scenario: str, rows: Sequence[Row]) -> Row:
     """The rows of several runs as one; validators that did not end well are named."""
     whole = Row(scenario)
-    for one in rows:
+    for row in rows:
         for name in COUNTS:
-            setattr(whole, name, getattr(whole, name) + getattr(one, name))
-        whole.codes += [code for code in one.codes if not code.endswith(" 0")]
-        whole.notes += one.notes
-        whole.seconds += one.seconds
+            setattr(whole, name, getattr(whole, name) + getattr(row, name))
+        whole.codes += [code for code in row.codes if not code.endswith(" 0")]
+        whole.notes += row.notes
+        whole.seconds += row.seconds
     whole.codes.append(f"others {len(rows) - len(whole.codes)} x 0")
     return whole
 
 
-def _written_collection(room: Path) -> Path:
+def _written_collection(folder: Path) -> Path:
     """Passages of random words in BEIR's layout, and queries of some words of one of them."""
     chance = random.Random(0)
-    words = ["".join(chance.choices("abcdefghiklmnoprstu", k=5)) for _ in range(WORDS)]
-    passages = [chance.choices(words, k=chance.randint(5, 30)) for _ in range(PASSAGES)]
+    vocabulary = ["".join(chance.choices("abcdefghiklmnoprstu", k=5)) for _ in range(WORDS)]
+    passages = [chance.choices(vocabulary, k=chance.randint(5, 30)) for _ in range(PASSAGES)]
     queries = [chance.sample(passage, 3) for passage in chance.sample(passages, QUERIES)]
-    (room / "qrels").mkdir(parents=True)
+    (folder / "qrels").mkdir(parents=True)
     for name, texts in (("corpus", passages), ("queries", queries)):
-        with (room / f"{name}.jsonl").open("w", encoding="utf-8") as file:
+        with (folder / f"{name}.jsonl").open("w", encoding="utf-8") as file:
             for number, text in enumerate(texts):
                 file.write(json.dumps({"_id": f"{name[0]}{number}", "text": " ".join(text)}) + "\n")
-    with (room / "qrels" / "dev.tsv").open("w", encoding="utf-8") as file:
+    with (folder / "qrels" / "dev.tsv").open("w", encoding="utf-8") as file:
         file.write("query-id\tcorpus-id\tscore\n")
         for number, query in enumerate(queries):
             found = next(row for row, text in enumerate(passages) if set(query) <= set(text))
             file.write(f"q{number}\tc{found}\t1\n")
-    return room
+    return folder
 
 
 def _tiny(collection: Path, step: int) -> Encoder:

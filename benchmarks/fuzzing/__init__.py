@@ -14,11 +14,11 @@ def all_kinds() -> list[Kind]:
         commands,
         encoders,
         examples,
+        option_values,
         plans,
         rankings,
         training_flags,
         validators,
-        words,
     )
 
     return [
@@ -29,7 +29,7 @@ def all_kinds() -> list[Kind]:
         *encoders.KINDS,
         *checkpoints.KINDS,
         *validators.KINDS,
-        *words.KINDS,
+        *option_values.KINDS,
         *commands.KINDS,
         *plans.KINDS,
         *training_flags.KINDS,

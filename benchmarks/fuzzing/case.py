@@ -122,14 +122,14 @@ def _outcome(case: Case) -> Verdict:
     except Exception as error:  # noqa: BLE001 - that is what is looked for
         return Verdict(
             FINDING,
-            f"traceback: {_where(error)}",
+            f"traceback: {_origin(error)}",
             "".join(traceback.format_exception(error))[-1500:],
         )
     try:
         right = case.right()
     except UnreadableError as error:
         return Verdict(FINDING, f"accepted: {error}", f"ours: {value!r:.600}")
-    if any(same(value, one) for one in (right if isinstance(right, AnyOf) else (right,))):
+    if any(same(value, option) for option in (right if isinstance(right, AnyOf) else (right,))):
         return Verdict(EQUAL)
     text = difference(value, right)
     return Verdict(
@@ -140,14 +140,14 @@ def _outcome(case: Case) -> Verdict:
 def _refusal(case: Case, error: MlflowDrError) -> Verdict:
     shown = printed(error)
     if not case.refusable:
-        return Verdict(FINDING, f"refused what must be read: {_where(error)}", shown[:600])
+        return Verdict(FINDING, f"refused what must be read: {_origin(error)}", shown[:600])
     problem = unprintable(shown)
     if not problem and len(shown) >= LONGEST:
         problem = f"{LONGEST} characters or more"
     if not problem and not any(name in shown for name in case.names):
         problem = "names neither file nor key"
     if problem:
-        return Verdict(FINDING, f"refusal: {problem}: {_where(error)}", shown[:600])
+        return Verdict(FINDING, f"refusal: {problem}: {_origin(error)}", shown[:600])
     return Verdict(REFUSED, type(error).__name__, shown)
 
 
@@ -170,13 +170,13 @@ def unprintable(line: str) -> str:
     return ""
 
 
-def _where(error: BaseException) -> str:
+def _origin(error: BaseException) -> str:
     """Kind of error, and the last place in the package that it came through."""
     frames = traceback.extract_tb(error.__traceback__)
-    own = [one for one in frames if "/mlflow_dr/" in one.filename]
-    place = own[-1] if own else frames[-1]
-    file = place.filename.rpartition("/mlflow_dr/")[2]
-    return f"{type(error).__name__} in {file}:{place.name}"
+    own = [frame for frame in frames if "/mlflow_dr/" in frame.filename]
+    frame = own[-1] if own else frames[-1]
+    file = frame.filename.rpartition("/mlflow_dr/")[2]
+    return f"{type(error).__name__} in {file}:{frame.name}"
 
 
 def same(ours: Any, right: Any) -> bool:
@@ -202,7 +202,7 @@ def same(ours: Any, right: Any) -> bool:
 def difference(ours: Any, right: Any, path: str = "") -> str:
     """The first place where two values differ."""
     if isinstance(right, AnyOf):
-        return " or ".join(difference(ours, one) for one in right)
+        return " or ".join(difference(ours, option) for option in right)
     if isinstance(ours, dict) and isinstance(right, dict) and ours.keys() == right.keys():
         pairs = [(f"[{key!r}]", ours[key], right[key]) for key in ours]
     elif (
@@ -210,7 +210,7 @@ def difference(ours: Any, right: Any, path: str = "") -> str:
         and isinstance(right, list | tuple)
         and len(ours) == len(right)
     ):
-        pairs = [(f"[{place}]", *both) for place, both in enumerate(zip(ours, right, strict=True))]
+        pairs = [(f"[{index}]", *both) for index, both in enumerate(zip(ours, right, strict=True))]
     else:
         return f"{path or 'value'}: ours {ours!r:.250}, right {right!r:.250}"
     for step, a, b in pairs:
