@@ -1,4 +1,4 @@
-"""A real MLflow server on loopback, which may be killed and started again."""
+"""A real MLflow server on loopback, which can be killed and restarted."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ class Server:
     """An MLflow server with a sqlite database and an artifact store in a folder.
 
     Args:
-        room: the folder.
+        folder: the folder of the database and the artifacts.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -49,10 +49,10 @@ class Server:
                 return
             except OSError:
                 time.sleep(0.1)
-        raise SystemExit("the MLflow server does not answer")
+        raise SystemExit(f"the MLflow server did not answer within {SECONDS_TO_START} s")
 
     def kill(self) -> None:
-        """SIGKILL to it and to its workers."""
+        """Send SIGKILL to the server and its workers."""
         if self._process is not None:
             os.killpg(self._process.pid, signal.SIGKILL)
             self._process.wait()

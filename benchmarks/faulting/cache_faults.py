@@ -19,7 +19,7 @@ Damage = Callable[[Path, random.Random], None]
 
 
 def damaged_cache(scene: Scene, rate: float, seed: int) -> Row:
-    """Processs that start with a cache of which one file is damaged, each another one."""
+    """Validators that start with a damaged cache; in each cache another file is damaged."""
     chance = random.Random(seed)
     whole = scene.workdir / "cache"
     files = [path.relative_to(whole) for path in sorted(whole.rglob("*")) if _is_content(path)]
@@ -47,7 +47,7 @@ def damaged_cache(scene: Scene, rate: float, seed: int) -> Row:
 
 
 def cache_damaged_meanwhile(scene: Scene, rate: float, seed: int) -> Row:
-    """Caches are damaged when their validators have done their first checkpoint."""
+    """Damage the cache of each validator after its first checkpoint."""
     chance = random.Random(seed)
     start = time.monotonic()
     started: list[tuple[TrackedRun, dict[int, str], Process]] = []

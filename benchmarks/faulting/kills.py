@@ -1,4 +1,4 @@
-"""Random SIGKILLs of validators, trainer and server, and what is left of them in the end.
+"""Random SIGKILLs of validators, trainer and server, and their effect on validation.
 
     python -m benchmarks.faults --only kills --rounds 50 --steps 1500
 
@@ -43,9 +43,9 @@ WRONG = ("duplicates", "lost", "mismatched values", "claims left", "temporary di
 
 @dataclass
 class Command:
-    """A command that is started again whenever it has ended before its time.
+    """A command that is restarted until it succeeds.
 
-    With the file `begun` there, it goes on with what it has begun.
+    If the file `begun` exists, the command resumes its training.
     """
 
     argv: list[str]
@@ -55,7 +55,7 @@ class Command:
     process: subprocess.Popen[bytes] | None = None
 
     def keep_alive(self) -> bool:
-        """Start it if it does not run; whether it has come to a good end."""
+        """Start the command if it is not running; returns whether it has succeeded."""
         if self.process is not None:
             code = self.process.poll()
             if code is None:
@@ -75,7 +75,7 @@ class Command:
         return False
 
     def kill(self) -> bool:
-        """SIGKILL; whether there was something to kill."""
+        """Send SIGKILL; returns whether the command was running."""
         if self.process is None or self.process.poll() is not None:
             return False
         os.killpg(self.process.pid, signal.SIGKILL)
@@ -102,7 +102,7 @@ def trainer_argv(output: Path, steps: int) -> list[str]:
 def disturb(
     commands: dict[str, Command], server: Server, rounds: int, chance: random.Random
 ) -> Counter[str]:
-    """Kill one after the other, at random moments, and start each again."""
+    """Kill processes at random moments, one at a time, and restart each."""
     kills: Counter[str] = Counter()
     while sum(kills.values()) < rounds:
         time.sleep(chance.uniform(0, LONGEST_LIFE))
@@ -119,32 +119,32 @@ def disturb(
             commands[victim].keep_alive()
         print(f"round {sum(kills.values())}: {victim}", flush=True)
         if all(ended.values()):
-            print("everything has ended before the last round; give more --steps")
+            print("all commands ended before the last round; increase --steps")
             break
     return kills
 
 
 def ended(commands: dict[str, Command]) -> None:
-    """Wait until all have come to a good end."""
+    """Wait until all commands have succeeded."""
     deadline = time.monotonic() + SECONDS_TO_END
     while True:
         states = [command.keep_alive() for command in commands.values()]
         if all(states):
             return
         if time.monotonic() > deadline:
-            raise SystemExit("the commands do not end; see the logs")
+            raise SystemExit("the commands did not end in time; see the logs")
         time.sleep(0.5)
 
 
 def stuck(checkpoint: Checkpoint) -> bool:
-    """Whether a checkpoint is claimed, and neither done nor failed."""
+    """Whether a checkpoint is claimed but neither done nor failed."""
     claim = latest_claim(checkpoint, "val")
     state = validation_state(checkpoint, "val")
     return claim is not None and state not in (State.DONE, State.FAILED)
 
 
 def run(rounds: int, validators: int, steps: int, seed: int) -> bool:
-    """Count what random SIGKILLs do; whether nothing is doubled, lost, different or left."""
+    """Count the effects of random SIGKILLs; returns whether all counts of errors are 0."""
     chance = random.Random(seed)
     with tempfile.TemporaryDirectory() as name, Server(Path(name)) as server:
         workdir = Path(name)
@@ -185,7 +185,7 @@ def run(rounds: int, validators: int, steps: int, seed: int) -> bool:
 
 
 def report(client: MlflowClient, run_id: str, kills: Counter[str], workdir: Path) -> bool:
-    """Print the counts, the last ones against an undisturbed validation; whether all is well."""
+    """Print the counts, compared with an undisturbed validation; returns whether all is well."""
     run = TrackedRun(client, client.get_run(run_id))
     ready = [checkpoint for checkpoint in run_checkpoints(run) if checkpoint.ready]
     claims = [claim for checkpoint in ready if (claim := latest_claim(checkpoint, "val"))]

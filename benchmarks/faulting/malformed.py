@@ -27,7 +27,7 @@ RECORD = "mlflow_dr.validation.val"
 
 
 def _changed(change: Callable[[Path], object]) -> Make:
-    """The files are changed before they are listed."""
+    """Change the files before the manifest is written."""
 
     def make(run: TrackedRun, directory: Path, step: int) -> str:
         change(directory)
@@ -37,7 +37,7 @@ def _changed(change: Callable[[Path], object]) -> Make:
 
 
 def _listed(manifest: Callable[[dict[str, Any]], object]) -> Make:
-    """The list of the files is another one, and its digest is right."""
+    """Change the manifest; its digest is correct."""
 
     def make(run: TrackedRun, directory: Path, step: int) -> str:
         prepare_upload(directory)
@@ -51,7 +51,7 @@ def _listed(manifest: Callable[[dict[str, Any]], object]) -> Make:
 
 
 def _tagged(key: str, value: str) -> Make:
-    """A tag of the model is another one."""
+    """Change a tag of the model."""
 
     def make(run: TrackedRun, directory: Path, step: int) -> str:
         model_id = publish(run, directory, step)
@@ -62,7 +62,7 @@ def _tagged(key: str, value: str) -> Make:
 
 
 def _noted(key: str, value: str) -> Make:
-    """The model has a parameter that no validator would write."""
+    """Add a parameter that no validator would write."""
 
     def make(run: TrackedRun, directory: Path, step: int) -> str:
         model_id = publish(run, directory, step)

@@ -20,13 +20,13 @@ from benchmarks.faulting.scene import STARTS, Row, Scene
 from mlflow_dr.tracking.checkpoints import run_checkpoints
 from mlflow_dr.tracking.runs import TrackedRun
 
-TIMEOUT = "2"  # seconds, of a client's request
+TIMEOUT = "2"  # seconds until a client's request times out
 DELAY = 3.0
 LOGIN_RATE = 0.15
 TRAINING_STEPS = 40
-HEAD_START = 12.0  # seconds, of the validators that cannot do it
-DISK_BYTES = 1 << 20  # bytes, less than a checkpoint has
-CACHE_DISK_BYTES = "8192"  # bytes, less than the collection takes
+HEAD_START = 12.0  # seconds by which the failing validators start earlier
+DISK_BYTES = 1 << 20  # bytes; smaller than a checkpoint
+CACHE_DISK_BYTES = "8192"  # bytes; smaller than the cached collection
 TINY_DISK = (
     *("unshare", "--user", "--map-root-user", "--mount", "sh", "-c"),
     'mount -t tmpfs -o size="$BYTES" tmpfs "$TINY_DISK" && exec "$@"',
@@ -59,7 +59,7 @@ def proxied(scene: Scene, rate: float, seed: int) -> Row:
 
 
 def trainer_behind(scene: Scene, rate: float, seed: int) -> Row:
-    """A trainer and two validators behind a proxy; the undisturbed validator comes afterwards."""
+    """A trainer and two validators behind a proxy; an undisturbed validator runs afterwards."""
     run = TrackedRun(scene.client, scene.client.create_run("0"))
     cache = {"MLFLOW_DR_CACHE": str(scene.workdir / "trainer's cache")}
     behind = {"MLFLOW_HTTP_REQUEST_TIMEOUT": TIMEOUT, **cache}
@@ -91,7 +91,7 @@ def login_page(scene: Scene, rate: float, seed: int) -> Row:
 
 
 def without_modules(scene: Scene, rate: float, seed: int) -> Row:
-    """A sound validator, and before it three that cannot reach the artifact store.
+    """Three validators that cannot reach the artifact store, then a sound one.
 
     One has no plugin for the store, one lacks a module of the plugin, one has no password.
     """
@@ -134,9 +134,9 @@ def without_modules(scene: Scene, rate: float, seed: int) -> Row:
 
 
 def without_disk_space(scene: Scene, rate: float, seed: int) -> Row:
-    """A sound validator, and before it three that have no room.
+    """Three validators that run out of disk space, then a sound one.
 
-    For one a file may not be large; for one the temporary directory is full; for one the cache.
+    One has a limit on the size of files, one has a full temporary directory, one a full cache.
     """
     run = scene.new_run("room")
     sound = scene.publish(run)
@@ -147,14 +147,14 @@ def without_disk_space(scene: Scene, rate: float, seed: int) -> Row:
     made = {"small files": scene.validator(run, "small files", before=SMALL_FILES, expected=1)}
     notes = []
     if subprocess.run([*TINY_DISK, "true"], env=here, capture_output=True).returncode:
-        notes = ["no full disks: `unshare` may not mount here"]
+        notes = ["full disks were not tested: `unshare` may not mount here"]
     else:
         full_disks = {"full TMPDIR": {**here, "TMPDIR": str(tiny)}}
         full_disks["full cache"] = {**here, "MLFLOW_DR_CACHE": str(tiny), "BYTES": CACHE_DISK_BYTES}
         for name, variables in full_disks.items():
             made[name] = scene.validator(run, name, variables, before=TINY_DISK, expected=1)
     made["sound"] = scene.validator(run, "sound")
-    row = _sound_one_last(scene, "validators without room", run, sound, made)
+    row = _sound_one_last(scene, "validators without disk space", run, sound, made)
     row.notes += notes
     return row
 
@@ -227,7 +227,7 @@ def _sound_one_last(
     sound: Mapping[int, str],
     validators: Mapping[str, Process],
 ) -> Row:
-    """What becomes of checkpoints that other validators are at before the one that can do it."""
+    """Start the failing validators first, then the sound one; count the results."""
     start = time.monotonic()
     for name, validator in validators.items():
         if name != "sound":
@@ -238,7 +238,7 @@ def _sound_one_last(
 
 
 def _local_repository(artifact_uri: str, *args: object, **kwargs: object) -> object:
-    """The store of the plugin, as the publisher has it."""
+    """The artifact store of the plugin, for the publisher."""
     from mlflow.store.artifact.local_artifact_repo import LocalArtifactRepository
 
     return LocalArtifactRepository("file://" + urlsplit(artifact_uri).path)

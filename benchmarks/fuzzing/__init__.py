@@ -1,4 +1,4 @@
-"""Kinds of malformed inputs, and what is right for each, for `benchmarks/fuzz.py`."""
+"""Kinds of malformed inputs and their right values, for `benchmarks/fuzz.py`."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from benchmarks.fuzzing.case import Kind
 
 
 def all_kinds() -> list[Kind]:
-    """All kinds; what they need is imported here, in the process that runs them."""
+    """All kinds; their modules are imported only in the process that runs the cases."""
     from benchmarks.fuzzing import (
         caches,
         checkpoints,

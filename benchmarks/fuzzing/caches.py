@@ -1,4 +1,4 @@
-"""Entries of the user's cache: a damaged one is made again, and gives what an empty cache gives."""
+"""Damaged entries of the cache: they are rebuilt, with the same result as from an empty cache."""
 
 from __future__ import annotations
 
@@ -110,7 +110,7 @@ def fidelity(workdir: Path) -> Any:
 
 
 def entry(read: Callable[[Path], Any], folders: tuple[str, ...]) -> Callable[[Random, Path], Case]:
-    """Cases of a kind of entry: made, damaged, and asked for again."""
+    """Cases that create a cache entry, damage it, and read it again."""
 
     def make(chance: Random, workdir: Path) -> Case:
         right = read(workdir)
@@ -139,7 +139,7 @@ def entry(read: Callable[[Path], Any], folders: tuple[str, ...]) -> Callable[[Ra
             how += "an entry that is empty"
         else:
             data = path.read_bytes()
-            path.unlink()  # what is mapped stays as it is
+            path.unlink()  # memory-mapped files stay unchanged
             path.write_bytes(data)
             how += damage.file(chance, path)
         return Case(how, lambda: read(workdir), lambda: right, (), refusable=False)
@@ -148,7 +148,7 @@ def entry(read: Callable[[Path], Any], folders: tuple[str, ...]) -> Callable[[Ra
 
 
 def replaced(chance: Random, workdir: Path) -> Case:
-    """A file replaced by one of its size and time."""
+    """A file is replaced by another of the same size and modification time."""
     read, name, old, new = chance.choice(
         (
             (corpora, "corpus.jsonl", b"ferry", b"barge"),
@@ -173,7 +173,7 @@ def replaced(chance: Random, workdir: Path) -> Case:
 
 
 def kept(chance: Random, workdir: Path) -> Case:
-    """Values of a study, which may be gone, but never others."""
+    """Values of a study: they may be lost, but never wrong."""
     case = entry(fidelity, ("fidelity",))(chance, workdir)
     values, seconds = case.right()
     a, b = values

@@ -1,4 +1,4 @@
-"""Published checkpoints: their files and manifest, and what is said of them on the server."""
+"""Published checkpoints: their files, their manifest, and their values on the server."""
 
 from __future__ import annotations
 
@@ -68,7 +68,7 @@ ADDED = (
 
 @cache
 def client() -> MlflowClient:
-    """A real store (sqlite), also where the process is started again."""
+    """A real store (sqlite), which is used again if the process is restarted."""
     folder = Path(tempfile.gettempdir(), "fuzz-store")
     folder.mkdir(exist_ok=True)
     return connect(f"sqlite:///{folder}/mlflow.db")
@@ -160,14 +160,14 @@ def beside(chance: Random, directory: Path) -> str:
 
 
 class ServerValues(NamedTuple):
-    """What a server says of a checkpoint and of its run, one thing of it changed.
+    """The values of a checkpoint and its run on the server, with one change.
 
     Attributes:
         section: tags, params or the run.
-        key: its name.
+        key: the changed key.
         how: how it was changed.
-        tags: of the checkpoint.
-        params: of the checkpoint.
+        tags: tags of the checkpoint.
+        params: params of the checkpoint.
         of_run: params of the run.
     """
 
@@ -206,7 +206,7 @@ def changed_server_values(chance: Random) -> ServerValues:
 
 
 def server(chance: Random, workdir: Path) -> Case:
-    """One tag or param of a checkpoint, or of its run, that nobody of us has written so."""
+    """A changed tag or param of a checkpoint or its run."""
     run = fresh_run(workdir)
     section, key, how, tags, params, of_run = changed_server_values(chance)
     model(run, {STEP_TAG: "5", MANIFEST_TAG: "0" * 64}, {f"{PREFIX}val": RECORD}, 5)
@@ -264,7 +264,7 @@ def server(chance: Random, workdir: Path) -> Case:
 
 
 def _changed(chance: Random, text: str) -> tuple[str, str]:
-    """Another text, without half of a surrogate pair, which no database takes."""
+    """A changed text without lone surrogates, which no database accepts."""
     if text.startswith("{") and chance.random() < 0.7:
         values, how = damage.tree(chance, json.loads(text))
         made = json.dumps(values)
@@ -287,7 +287,7 @@ def model(run: TrackedRun, tags: dict[str, str], params: dict[str, str], step: i
 
 
 def prepare() -> None:
-    """What takes long the first time."""
+    """Do what takes long the first time."""
     sound("ours")
     client().search_experiments()
 

@@ -56,7 +56,7 @@ def passages_of(corpus: Corpus) -> list[Any]:
 
 
 def read(collection: Collection, split: str) -> dict[str, Any]:
-    """All that mlflow_dr makes of a collection, measured on some ranking."""
+    """Read a collection with mlflow_dr, and measure a fixed ranking on it."""
     passages = passages_of(collection.corpus())
     topics = collection.topics(split)
     qrels = {query: dict(judged) for query, judged in topics.qrels.items()}
@@ -81,14 +81,14 @@ def read(collection: Collection, split: str) -> dict[str, Any]:
 def right(
     passages: reading.Passages, queries: dict[str, Any], qrels: dict[str, Any]
 ) -> dict[str, Any]:
-    """The same by the plain reading; `queries` are id -> text, answers, tokens."""
+    """The same by the independent reader; `queries` maps ids to text, answers and tokens."""
     topics = reading.topics(queries, qrels, passages)
     ids = [passage[0] for passage in passages]
     return {"passages": passages, **topics, "values": reading.measured(topics["qrels"], ids)}
 
 
 def hurt(chance: Random, path: Path, trees: list[Any] | None) -> tuple[Path, str]:
-    """Damage a file of JSON lines (or of anything, without `trees`); where it is then, and how."""
+    """Damage a file, or one of its JSON records `trees`; returns its path and a description."""
     if trees and chance.random() < 0.55:
         index = chance.randrange(len(trees))
         trees = list(trees)
@@ -114,7 +114,7 @@ def table(path: Path, rows: list[Any], header: str = "") -> None:
 
 
 def beir_folder(folder: Path) -> dict[str, Any]:
-    """Write a sound folder; the records of its files."""
+    """Write a sound folder; returns the records of its files."""
     (folder / "qrels").mkdir(parents=True)
     corpus = [{"_id": i, "title": title, "text": text} for i, title, text in PASSAGES]
     queries = [
@@ -242,7 +242,7 @@ def asyncval(chance: Random, workdir: Path) -> Case:
 
 def _texts(path: Path) -> reading.Passages:
     if path.is_dir() or not (path.exists() or path.is_symlink()):
-        return []  # what is no file, or not there, is passed over
+        return []  # folders and missing files are skipped
     made: reading.Passages = []
     for record in reading.records(path):
         text, tokens = reading.text_or_tokens(record.get("text"))

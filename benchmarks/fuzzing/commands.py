@@ -1,4 +1,4 @@
-"""Whole command lines with one word damaged, left out or there twice."""
+"""Command lines in which one argument is damaged, removed or repeated."""
 
 from __future__ import annotations
 
@@ -38,10 +38,10 @@ MORE = ("--no-such", "-x", "--", "\x1b[31m", "--measures=", "--dtype=\u202e", "@
 
 
 def run(argv: list[str]) -> str:
-    """What a command prints.
+    """Run a command and return its output.
 
     Raises:
-        RefusedError: it ended with an error, whose line this is.
+        RefusedError: the command ended with an error; contains its last line.
     """
     out, err = io.StringIO(), io.StringIO()
     before = sys.argv
@@ -70,7 +70,7 @@ def published() -> tuple[str, str]:
 
 
 def commands(chance: Random, workdir: Path) -> Case:
-    """A command line with one word damaged, left out, or there twice."""
+    """A command line in which one argument is damaged, removed or repeated."""
     set_, encoder = workdir / "set", workdir / "encoder"
     collections.beir_folder(set_)
     shutil.copytree(templates()["ours"], encoder)
@@ -92,7 +92,7 @@ def commands(chance: Random, workdir: Path) -> Case:
         old = argv[index]
         argv[index], how = odd.word(chance, old)
         how = f"{old!r:.40} {how}: {argv[index]!r:.40}"
-    # what a shell can pass on: no NUL, no half of a surrogate pair
+    # a shell cannot pass NULs or lone surrogates
     argv = [word.replace("\x00", "").encode("utf-8", "replace").decode()[:100_000] for word in argv]
     if argv and argv[0] in ("validate", "run", "train", "fidelity") and "--once" not in argv:
         argv.append("--once")

@@ -1,4 +1,4 @@
-"""Damage: to bytes, to lines, to JSON values, to words, and to files and folders."""
+"""Damage to bytes, lines, JSON values, files and folders."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def paths(tree: Any, path: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]]:
 
 
 def tree(chance: Random, whole: Any) -> tuple[Any, str]:
-    """A copy of a JSON value with one thing in it changed, and what."""
+    """A copy of a JSON value with one change, and a description of the change."""
     changed = copy.deepcopy(whole)
     found = list(paths(changed))
     if not found or chance.random() < 0.02:
@@ -80,7 +80,7 @@ def tree(chance: Random, whole: Any) -> tuple[Any, str]:
 
 
 def dumped(chance: Random, whole: Any, indent: int | None = None) -> bytes:
-    """A JSON value as bytes; half of a surrogate pair is escaped, since it has no bytes."""
+    """A JSON value as bytes; lone surrogates are escaped."""
     if chance.random() < 0.5:
         try:
             return json.dumps(whole, ensure_ascii=False, indent=indent).encode()
@@ -90,7 +90,7 @@ def dumped(chance: Random, whole: Any, indent: int | None = None) -> bytes:
 
 
 def raw(chance: Random, data: bytes) -> tuple[bytes, str]:
-    """Bytes, damaged, and how."""
+    """Damaged bytes, and a description of the damage."""
     name = chance.choice(list(_RAW))
     return _RAW[name](chance, data), name
 
@@ -208,7 +208,7 @@ _RAW: dict[str, Callable[[Random, bytes], bytes]] = {
 
 
 def file(chance: Random, path: Path) -> str:
-    """Damage a file in place; how."""
+    """Damage a file in place; returns a description of the damage."""
     act = chance.randrange(24)
     if act == 0:
         path.unlink()
@@ -231,7 +231,7 @@ def file(chance: Random, path: Path) -> str:
 
 
 def packed(chance: Random, path: Path) -> tuple[Path, str]:
-    """Maybe the file as `.gz`, maybe damaged; its path then, and how."""
+    """Compress some files, and damage some of these; returns the path and a description."""
     act = chance.randrange(12)
     if act > 3:
         return path, ""

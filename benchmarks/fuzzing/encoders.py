@@ -66,7 +66,7 @@ ADAPTER = [
 
 
 def scores(directory: Path) -> np.ndarray:
-    """What a validation compares: each query with each passage, `(n_queries, n_passages)`."""
+    """The scores of each query with each passage, `(n_queries, n_passages)`."""
     from mlflow_dr.encoder.directory import load_encoder
     from mlflow_dr.encoder.files import encoder_defect, step_of
     from mlflow_dr.pyfunc import TextsToVectors
@@ -80,7 +80,7 @@ def scores(directory: Path) -> np.ndarray:
 
 
 def library(directory: Path, dot: bool = False, queries: Sequence[str] = QUERY_TEXTS) -> np.ndarray:
-    """The same by sentence-transformers itself."""
+    """The same scores by sentence-transformers."""
     from sentence_transformers import SentenceTransformer
 
     model = SentenceTransformer(
@@ -93,10 +93,10 @@ def library(directory: Path, dot: bool = False, queries: Sequence[str] = QUERY_T
 
 
 def described(directory: Path) -> np.ndarray:
-    """The library's scores, where our own file is sound; each of its settings has one type.
+    """The library's scores if our own settings file is sound.
 
     Raises:
-        UnreadableError: it is not.
+        UnreadableError: a setting is missing, unknown or has another type.
     """
     try:
         values = json.loads((directory / "mlflow_dr.json").read_text(encoding="utf-8"))
@@ -112,7 +112,7 @@ def described(directory: Path) -> np.ndarray:
 
 
 def hurt(chance: Random, directory: Path) -> tuple[Path, str]:
-    """Damage one file of a directory; which, and how."""
+    """Damage one file of a directory; returns its path and a description of the damage."""
     files = sorted(file for file in directory.rglob("*") if file.is_file())
     documents = [file for file in files if file.suffix == ".json" and file.name != "tokenizer.json"]
     path = chance.choice((chance.choice(documents), chance.choice(documents), chance.choice(files)))
@@ -134,7 +134,7 @@ def hurt(chance: Random, directory: Path) -> tuple[Path, str]:
 
 
 def header(chance: Random, path: Path) -> str:
-    """Damage the header of a safetensors file, its length kept right."""
+    """Damage the header of a safetensors file; its length stays correct."""
     data = path.read_bytes()
     (length,) = struct.unpack("<Q", data[:8])
     values, how = damage.tree(chance, json.loads(data[8 : 8 + length]))
@@ -144,7 +144,7 @@ def header(chance: Random, path: Path) -> str:
 
 
 def stray(chance: Random, directory: Path) -> str:
-    """Put something into a directory that no encoder reads."""
+    """Add a file that no encoder reads."""
     name = chance.choice(
         (
             "README.md",

@@ -1,4 +1,4 @@
-"""Training examples in each layout, and rankings in files."""
+"""Training examples in each layout."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ Side = list[tuple[Any, float | None]]
 
 
 def ours(examples: Examples) -> list[Any]:
-    """Examples by what their passages hold."""
+    """Examples with the contents of their passages."""
     made = []
     for index in range(len(examples)):
         example = examples[index]
@@ -48,7 +48,7 @@ def _held(passage: Any) -> Any:
 
 
 def _tidy(query: Any, positives: Side, negatives: Side) -> Any:
-    """Each passage once, no negative that is a positive; scores where all have one."""
+    """Remove repeated passages and negatives that are positives; keep scores if all have one."""
     sides = []
     seen: set[Any] = set()
     for side in (positives, negatives):
@@ -66,7 +66,7 @@ def _tidy(query: Any, positives: Side, negatives: Side) -> Any:
 
 
 def right(records: Sequence[dict[str, Any]], layout: str, corpus: Path | None) -> list[Any]:
-    """The examples by the plain reading."""
+    """The examples as the independent reader reads them."""
     passages_by_id = {}
     if corpus is not None:
         passages_by_id = {
@@ -173,7 +173,7 @@ def _by_id(record: dict[str, Any], index: int) -> Any:
         ]
         scores = [_score(score) for score in _listed(record, f"{side}_scores")]
         if scores and len(scores) != len(ids):
-            raise UnreadableError("not as many scores as passages")
+            raise UnreadableError("the numbers of scores and passages differ")
         sides.append(list(zip(ids, scores or [None] * len(ids), strict=True)))
     return query, *sides
 
@@ -195,7 +195,7 @@ def _tokenised(record: dict[str, Any], index: int) -> Any:
 
 
 def layout(name: str) -> Callable[[Random, Path], Case]:
-    """Cases of a layout: a file or a folder of two, as lines, an array, packed or Parquet."""
+    """Cases of a layout: two files of JSON lines, JSON arrays or Parquet, some compressed."""
 
     def make(chance: Random, workdir: Path) -> Case:
         records = records_of(name)

@@ -1,4 +1,4 @@
-"""Odd characters, strings, numbers, and values of other types than expected."""
+"""Unusual characters, strings, numbers, and values of unexpected types."""
 
 from __future__ import annotations
 
@@ -78,7 +78,7 @@ PIECES = (
 
 
 def value(chance: Random) -> Any:
-    """Something of another type or size than expected."""
+    """A value of an unexpected type or size."""
     kind = chance.randrange(10)
     if kind < 4:
         return chance.choice(STRINGS)
@@ -106,7 +106,7 @@ def value(chance: Random) -> Any:
 
 
 def word(chance: Random, text: str) -> tuple[str, str]:
-    """Words, changed, and how."""
+    """A changed text, and a description of the change."""
     act = chance.randrange(12)
     index = chance.randint(0, len(text))
     if act == 0:

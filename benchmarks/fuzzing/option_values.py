@@ -1,4 +1,4 @@
-"""What users type: subsets, measures, formats, policies, mixtures, and whole command lines."""
+"""Values of options: subsets, measures, number formats, keep rules, mixtures and devices."""
 
 from __future__ import annotations
 
@@ -56,17 +56,17 @@ def subset(text: str) -> list[Any]:
         made.append((kind, count, tuple(names.split(",")) if kind == "pool" else listed))
     kinds = [part[0] for part in made]
     if len(set(made)) < len(made) or kinds.count("queries") > 1:
-        raise UnreadableError("one thing twice")
+        raise UnreadableError("a term is repeated")
     if set(kinds) == {"queries"}:
         made.append(("full", 0, ()))
     passages = [kind for kind in kinds if kind != "queries"]
     if len(passages) > 1 and {"full", "rerank"} & set(passages):
-        raise UnreadableError("what stands alone, joined")
+        raise UnreadableError("a term that cannot be joined is joined")
     return sorted(made)
 
 
 def measures(text: str) -> list[Any]:
-    """Names and cut-offs, each once."""
+    """Names and cut-offs without duplicates."""
     made: list[Any] = []
     for word in text.replace(",", " ").split():
         found = re.fullmatch(r"([a-z]+)(?:@|_at_)(\d+)", word.lower())
@@ -80,7 +80,7 @@ def measures(text: str) -> list[Any]:
 
 
 def policy(text: str) -> dict[str, int]:
-    """How many each rule keeps; 0 for no rule."""
+    """How many checkpoints each rule keeps; 0 if the rule is not given."""
     made: dict[str, int] = {}
     for word in text.replace(",", " ").split():
         found = re.fullmatch(r"(best|last|every):(\d+)", word, re.ASCII)
@@ -124,7 +124,7 @@ def number_format(text: str) -> Any:
 
 def _subset(text: str) -> Any:
     spec = parse_subset(text)
-    _ = (spec.slug, spec.shown, str(spec), spec.n_queries, spec.candidates)
+    _ = (spec.slug, spec.shown, str(spec), spec.is_full, spec.term_that_chooses("queries"))
     return sorted((term.name, term.count, term.arguments) for term in spec.terms)
 
 

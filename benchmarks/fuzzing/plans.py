@@ -75,7 +75,7 @@ def typed(
     least: float = -math.inf,
     open_: bool = False,
 ) -> Any:
-    """A value of a type, from `least` on."""
+    """A value of a type that is at least `least`."""
     if key not in values:
         return default
     value = values[key]
@@ -92,7 +92,7 @@ def typed(
 
 
 def plan_right(path: Path) -> Any:
-    """A plan by the plain reading."""
+    """The plan as the independent reader reads it."""
     values = mapping(read_yaml(path), set(PLAN) | {"keep_up", "patience_seconds"})
     described = values.get("validations")
     if not isinstance(described, dict) or not described:
@@ -117,7 +117,7 @@ def plan_right(path: Path) -> Any:
     for name, given in described.items():
         for key, entry in validation(str(name), given).items():
             if key in validations:
-                raise UnreadableError("two of one name")
+                raise UnreadableError("two validations have the same name")
             validations[key] = entry
     return {**made, "validations": validations}
 
@@ -222,8 +222,8 @@ def plan_ours(path: Path) -> Any:
             "judged": spec.judged,
             "_name": validation.name,
         }
-    for validation in validations.values():
-        del validation["_name"]
+    for entry in validations.values():
+        del entry["_name"]
     keep = parse_keep_rules(plan.keep) if plan.keep else None
     return {
         "order": plan.order,
@@ -241,7 +241,7 @@ def plan_ours(path: Path) -> Any:
 
 
 def written(chance: Random, path: Path, values: Any) -> str:
-    """Write a configuration with something in it changed; what."""
+    """Write a configuration with one change; returns a description of the change."""
     act = chance.randrange(4)
     if act:
         values, how = damage.tree(chance, values)

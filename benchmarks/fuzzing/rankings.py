@@ -83,7 +83,7 @@ def _tops(path: Path, k: int, queries: list[str], passages: list[str]) -> list[l
             width = len(columns)
             by_rank = width == 3 and columns[2].isdecimal()
         if len(columns) != width or width not in (3, 6):
-            raise UnreadableError("not as many columns")
+            raise UnreadableError("the number of columns differs")
         query, passage, number = (
             columns[0],
             columns[2 if width == 6 else 1],
@@ -99,7 +99,7 @@ def _tops(path: Path, k: int, queries: list[str], passages: list[str]) -> list[l
         best = sorted(of_query, key=lambda passage: (of_query[passage], passage), reverse=True)[:k]
         tops.append([passage for passage in best if passage in passages])
     if not any(tops):
-        raise UnreadableError("nothing of this collection")
+        raise UnreadableError("no passage of this collection")
     return tops
 
 

@@ -1,4 +1,4 @@
-"""Plain readings of collections with the standard library: what the fuzzer holds as right."""
+"""An independent reader of collections, which defines the right values."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ LAST_RELEVANCE = 32_767
 
 
 def content(path: Path) -> bytes:
-    """The bytes of a file, unpacked where its name ends in `.gz`."""
+    """The bytes of a file, decompressed if its name ends in `.gz`."""
     try:
         data = path.read_bytes()
         data = gzip.decompress(data) if path.suffix == ".gz" else data
@@ -47,7 +47,7 @@ def _constant(text: str) -> Any:
 
 
 def parsed(text: str) -> Any:
-    """JSON as its standard has it: no NaN, no half of a surrogate pair."""
+    """Standard JSON, without NaN and lone surrogates."""
     try:
         made = json.loads(text, parse_constant=_constant)
         json.dumps(made, ensure_ascii=False).encode()
@@ -57,7 +57,7 @@ def parsed(text: str) -> Any:
 
 
 def records(path: Path, arrays: bool = True) -> list[dict[str, Any]]:
-    """Objects on lines, or of one array."""
+    """The objects of JSON lines or of a JSON array."""
     if arrays and content(path).lstrip()[:1] == b"[":
         try:
             made = parsed(content(path).decode())
@@ -71,7 +71,7 @@ def records(path: Path, arrays: bool = True) -> list[dict[str, Any]]:
 
 
 def identifier(record: Mapping[str, Any], *fields: str) -> str:
-    """An id under the first of the fields that is there."""
+    """The id in the first of the fields that exists."""
     made = next((record[field] for field in fields if field in record), None)
     if isinstance(made, str) and made:
         return made
@@ -81,7 +81,7 @@ def identifier(record: Mapping[str, Any], *fields: str) -> str:
 
 
 def text(record: Mapping[str, Any], *fields: str) -> str:
-    """A string under the first of the fields that is there."""
+    """The string in the first of the fields that exists."""
     made = next((record[field] for field in fields if field in record), None)
     if not isinstance(made, str):
         raise UnreadableError(f"no text in {fields[0]}")
@@ -89,7 +89,7 @@ def text(record: Mapping[str, Any], *fields: str) -> str:
 
 
 def optional(record: Mapping[str, Any], field: str, kind: type, default: Any) -> Any:
-    """A value of a type; the default where there is none."""
+    """A value of a type, or the default if it is missing."""
     made = record.get(field)
     if made is None:
         return default
@@ -99,7 +99,7 @@ def optional(record: Mapping[str, Any], field: str, kind: type, default: Any) ->
 
 
 def answers(record: Mapping[str, Any]) -> list[str]:
-    """Short answers: strings, or one alone."""
+    """Short answers: a list of strings, or one string."""
     made = record.get("answers")
     made = [] if made is None else [made] if isinstance(made, str) else made
     if not isinstance(made, list) or not all(isinstance(answer, str) for answer in made):
@@ -117,7 +117,7 @@ def text_or_tokens(made: Any) -> tuple[str, list[int] | None]:
 
 
 def unique(ids: Sequence[str]) -> None:
-    """Each id once."""
+    """Check that no id is repeated."""
     if len(set(ids)) < len(ids):
         raise UnreadableError("an id is used twice")
 
@@ -140,7 +140,7 @@ def json_passages(path: Path) -> Passages:
 
 
 def table_passages(path: Path) -> Passages:
-    """DPR's table, as DPR reads it; no cell of it has a tab and a line end."""
+    """DPR's table, read as DPR does; a cell with a tab and a line end is an error."""
     try:
         text = content(path).decode()
     except UnicodeDecodeError as error:
@@ -171,7 +171,7 @@ def qrels(path: Path, ids: set[str]) -> dict[str, dict[str, int]]:
 
     Args:
         path: the file.
-        known: ids of queries and passages; a first line that has one of them is no header.
+        ids: ids of queries and passages; a header contains none of them.
     """
     made: dict[str, dict[str, int]] = {}
     header: list[str] = []
@@ -190,7 +190,7 @@ def qrels(path: Path, ids: set[str]) -> dict[str, dict[str, int]]:
             raise UnreadableError("no judgement")
         query, passage, relevance = columns[0], columns[1], int(columns[2])
         if abs(relevance) > LAST_RELEVANCE:
-            raise UnreadableError("a relevance that trec_eval does not take")
+            raise UnreadableError("a relevance that trec_eval does not accept")
         if made.setdefault(query, {}).setdefault(passage, relevance) != relevance:
             raise UnreadableError("two judgements of one passage")
     return made
@@ -199,7 +199,7 @@ def qrels(path: Path, ids: set[str]) -> dict[str, dict[str, int]]:
 def topics(
     queries: Mapping[str, Any], judged: dict[str, dict[str, int]], passages: Passages
 ) -> dict[str, Any]:
-    """Queries with judgements of passages that there are, and these judgements."""
+    """Queries that have judgements of existing passages, and these judgements."""
     passage_ids = {passage[0] for passage in passages}
     kept = {
         query: {passage: n for passage, n in judged[query].items() if passage in passage_ids}
@@ -213,7 +213,7 @@ def topics(
 
 
 def ranked(ids: Sequence[str], query: str) -> list[tuple[str, float]]:
-    """Some ranking of all passages, the same for the same ids."""
+    """A ranking of all passages that depends only on the ids."""
     order = sorted(ids, key=lambda passage_id: (hash_of(query + passage_id), passage_id.encode()))
     return [(passage_id, float(len(order) - rank)) for rank, passage_id in enumerate(order)]
 

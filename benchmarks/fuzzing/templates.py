@@ -15,7 +15,7 @@ QUERY_TEXTS = [text for _, text, _ in QUERIES]
 
 @cache
 def templates() -> dict[str, Path]:
-    """Sound directories; made once, also where the process is started again."""
+    """Sound directories; created once, and used again if the process is restarted."""
     folder = Path(tempfile.gettempdir(), "fuzz-encoders")
     names = ("ours", "towers", "adapter", "bare", "mean", "dense", "dot")
     made = {name: folder / name for name in names}

@@ -46,7 +46,7 @@ YES, NO = ("yes", "true", "t", "y", "1"), ("no", "false", "f", "n", "0")
 
 
 def flag(key: str, value: Any) -> Any:
-    """What a flag's value is."""
+    """The value of a flag."""
     _, kind, least, most = TRAINING[key]
     if isinstance(value, list) and len(value) == 1:
         (value,) = value

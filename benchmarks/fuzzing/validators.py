@@ -1,4 +1,4 @@
-"""A malformed checkpoint beside a sound one, and a validator that meets both."""
+"""A validator of a run that has a malformed checkpoint and a sound one."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def figures(run: TrackedRun, step: int) -> dict[str, list[float]]:
 
 
 def validate(run: TrackedRun, folder: Path) -> str:
-    """Validate once; what is wrong with the line that it ended with."""
+    """Validate once; returns what is wrong with the error line, if there is one."""
     config = ValidateConfig(
         measures=" ".join(map(str, MEASURES)),
         device="cpu",
@@ -59,7 +59,7 @@ def validate(run: TrackedRun, folder: Path) -> str:
 
 @cache
 def undisturbed() -> dict[str, list[float]]:
-    """What the sound checkpoint has alone."""
+    """The figures of the sound checkpoint without a malformed one."""
     folder = templates()["ours"].parent / "alone"
     shutil.rmtree(folder, ignore_errors=True)
     beir_folder(folder / "set")

@@ -1,8 +1,8 @@
-"""Writes the collection beside it: a log of a German harbour, asked about in English.
+"""Writes the collection in this folder: the log of a German harbour, with English questions.
 
-Run `python examples/sea/generate.py`; the same files come every time. A question shares nothing
-with its answer but the name of a place, so an encoder finds little until it has learnt the words
-from the training questions. Those of the split `dev` are about other lines of the log.
+Run `python examples/sea/generate.py`; it writes the same files every time. A question and its
+answer share only the name of a place, so an encoder finds little until it has learnt the words
+from the training questions. The questions of the split `dev` are about other lines of the log.
 """
 
 import json
