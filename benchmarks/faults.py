@@ -1,6 +1,6 @@
-"""Faults of processes, networks, machines and checkpoints, and what is left of them in the end.
+"""Faults of processes, networks, machines and checkpoints, and their effect on validation.
 
-    python -m benchmarks.faults                         everything, in a short form: some minutes
+    python -m benchmarks.faults                         all scenarios, shortened: 7 to 13 minutes
     python -m benchmarks.faults --only proxy --rate 0.2
     python -m benchmarks.faults --only kills --rounds 50 --steps 1500
 
@@ -27,7 +27,7 @@ KILLS = "kills"
 
 
 def print_row(row: Row) -> None:
-    """What a scenario left."""
+    """Print the result of a scenario."""
     verdict = "good" if row.is_good else "BAD"
     counts = ", ".join(f"{name} {getattr(row, name)}" for name in COUNTS)
     print(f"{row.scenario}: {verdict}\n    {counts}, {row.seconds:.0f} s")
@@ -37,14 +37,27 @@ def print_row(row: Row) -> None:
 
 
 @click.command()
-@click.option("--only", multiple=True, type=click.Choice([*SCENARIOS, KILLS]), help="Run these.")
+@click.option(
+    "--only",
+    multiple=True,
+    type=click.Choice([*SCENARIOS, KILLS]),
+    help="Run only these scenarios.",
+)
 @click.option("--checkpoints", default=8, show_default=True, help="Sound checkpoints per scenario.")
-@click.option("--rate", default=0.05, show_default=True, help="Share of disturbed answers.")
+@click.option(
+    "--rate", default=0.05, show_default=True, help="Share of answers that are disturbed."
+)
 @click.option("--rounds", default=10, show_default=True, help="Number of processes to kill.")
-@click.option("--steps", default=200, show_default=True, help="Training steps, with kills.")
-@click.option("--validators", default=2, show_default=True, help="Validators to kill.")
+@click.option(
+    "--steps", default=200, show_default=True, help="Training steps of the kills scenario."
+)
+@click.option(
+    "--validators", default=2, show_default=True, help="Validators of the kills scenario."
+)
 @click.option("--seed", default=0, show_default=True)
-@click.option("--keep", type=click.Path(path_type=Path), help="A new folder, kept with the logs.")
+@click.option(
+    "--keep", type=click.Path(path_type=Path), help="Folder for logs and data; it is not deleted."
+)
 def main(
     only: tuple[str, ...],
     checkpoints: int,
@@ -55,16 +68,16 @@ def main(
     seed: int,
     keep: Path | None,
 ) -> None:
-    """Count what faults do; exit code 1 if anything was lost, doubled, changed or condemned."""
+    """Count the effects of faults; the exit code is 1 if a scenario is BAD."""
     print(machine())
     rows: list[Row] = []
     with tempfile.TemporaryDirectory() as name:
-        room = keep or Path(name)
-        room.mkdir(parents=True, exist_ok=True)
+        workdir = keep or Path(name)
+        workdir.mkdir(parents=True, exist_ok=True)
         chosen = [key for key in SCENARIOS if not only or key in only]
         if chosen:
-            with Server(room) as server:
-                scene = Scene(server, room, checkpoints)
+            with Server(workdir) as server:
+                scene = Scene(server, workdir, checkpoints)
                 for key in chosen:
                     rows.append(SCENARIOS[key](scene, rate, seed))
                     print_row(rows[-1])

@@ -1,18 +1,18 @@
-"""Malformed inputs: each is read rightly or refused in one line, whatever is wrong with it.
+"""Malformed inputs: each must be read correctly or refused in one line.
 
     python -m benchmarks.fuzz
     python -m benchmarks.fuzz --kind beir --cases 500 --show
     python -m benchmarks.fuzz --case beir/17
 
 A case is an input of some kind (a collection's files, an encoder's directory, an entry of the
-cache, words of the command line ...) with seeded damage. What mlflow_dr makes of it is one of
+cache, a command line ...) with seeded damage. The outcome of a case is one of
 
-- equal: the value that an independent, plain reading of the same input gives;
+- equal: mlflow_dr gives the value that an independent reader gives for the same input;
 - refused: an error of `mlflow_dr/errors.py`, one line under 500 characters without control
   characters, that names the file or key;
-- a finding: a traceback, a hang, a crash, another value, or a poor refusal.
+- finding: a traceback, a hang, a crash, a different value, or an unclear refusal.
 
-Cases run in a process of their own, which is killed when one takes too long.
+Cases run in a separate process, which is killed if a case takes too long.
 """
 
 from __future__ import annotations
@@ -52,25 +52,25 @@ OUTCOMES = (REFUSED, EQUAL, FINDING)
 def kinds_by_name() -> dict[str, Kind]:
     from benchmarks.fuzzing import all_kinds
 
-    return {one.name: one for one in all_kinds()}
+    return {kind.name: kind for kind in all_kinds()}
 
 
 def run_case(kind: Kind, seed: int, number: int) -> Verdict:
     """One case, in an empty folder and with an empty cache."""
     with tempfile.TemporaryDirectory(prefix="fuzz-") as name:
-        room = Path(name, "case")
-        room.mkdir()
+        workdir = Path(name, "case")
+        workdir.mkdir()
         os.environ[CACHE_VARIABLE] = str(Path(name, "cache"))
         chance = Random(f"{seed}/{kind.name}/{number}")
-        with contextlib.chdir(room):
-            return judged(kind.make(chance, room))
+        with contextlib.chdir(workdir):
+            return judged(kind.make(chance, workdir))
 
 
 def work(pipe: Connection, names: list[str], seed: int, seconds: float, log: str) -> None:
-    """Run the cases whose names come, in a process of its own."""
-    where = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    """Run the cases that are requested through the pipe; runs in a separate process."""
+    descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     for stream in (1, 2):
-        os.dup2(where, stream)
+        os.dup2(descriptor, stream)
     resource.setrlimit(resource.RLIMIT_DATA, (MEMORY, MEMORY))
     warnings.simplefilter("ignore")
     logging.getLogger("transformers").setLevel(logging.CRITICAL)
@@ -80,11 +80,11 @@ def work(pipe: Connection, names: list[str], seed: int, seconds: float, log: str
     pipe.send(None)
     while (asked := pipe.recv()) is not None:
         name, number = asked
-        os.ftruncate(where, 0)
-        faulthandler.dump_traceback_later(seconds * 0.9, file=where)
+        os.ftruncate(descriptor, 0)
+        faulthandler.dump_traceback_later(seconds * 0.9, file=descriptor)
         try:
             verdict = run_case(kinds[name], seed, number)
-        except Exception as error:  # noqa: BLE001 - a fault of the fuzzer itself
+        except Exception as error:  # noqa: BLE001 - an error in the fuzzer itself
             import traceback
 
             verdict = Verdict(
@@ -95,16 +95,16 @@ def work(pipe: Connection, names: list[str], seed: int, seconds: float, log: str
 
 
 class Worker:
-    """The process that runs cases, started again after it was killed."""
+    """The process that runs cases; it is restarted after it was killed."""
 
     def __init__(self, names: list[str], seed: int, seconds: float) -> None:
         self._names, self._seed, self._seconds = names, seed, seconds
-        self._room = Path(tempfile.mkdtemp(prefix="fuzz-worker-"))
+        self._workdir = Path(tempfile.mkdtemp(prefix="fuzz-worker-"))
         self._process: Any = None
         self._pipe: Any = None
 
     def verdict(self, kind: str, number: int) -> Verdict:
-        """What came of a case; a hang or a crash is said so."""
+        """The outcome of a case; a hang or a crash is a finding."""
         if self._process is None:
             self._start()
         self._pipe.send((kind, number))
@@ -115,9 +115,9 @@ class Worker:
         except (EOFError, ConnectionError):
             self.close()
             code = self._exitcode
-            return Verdict(FINDING, f"crash: exit code {code}", self._last_words())
+            return Verdict(FINDING, f"crash: exit code {code}", self._log_tail())
         self.close()
-        return Verdict(FINDING, f"hang: {self._last_place()}", self._last_words())
+        return Verdict(FINDING, f"hang: {self._last_frame()}", self._log_tail())
 
     def close(self) -> None:
         """End the process."""
@@ -131,39 +131,39 @@ class Worker:
             self._process = None
 
     def remove(self) -> None:
-        """End the process, and remove what it has left."""
+        """End the process, and remove its files."""
         self.close()
-        shutil.rmtree(self._room, ignore_errors=True)
+        shutil.rmtree(self._workdir, ignore_errors=True)
 
     def _start(self) -> None:
         context = multiprocessing.get_context("spawn")
         self._pipe, theirs = context.Pipe()
-        log = str(self._room / "log")
+        log = str(self._workdir / "log")
         self._process = context.Process(
             target=work,
             args=(theirs, self._names, self._seed, self._seconds, log),
             daemon=True,
         )
-        os.environ["TMPDIR"] = str(self._room)
+        os.environ["TMPDIR"] = str(self._workdir)
         self._process.start()
         theirs.close()
         if not self._pipe.poll(SECONDS_TO_START):
-            raise SystemExit("the process that runs cases does not start")
+            raise SystemExit("the process that runs cases did not start")
         self._pipe.recv()
 
-    def _last_words(self) -> str:
-        return (self._room / "log").read_text(errors="replace")[-3000:]
+    def _log_tail(self) -> str:
+        return (self._workdir / "log").read_text(errors="replace")[-3000:]
 
-    def _last_place(self) -> str:
-        lines = self._last_words().splitlines()
+    def _last_frame(self) -> str:
+        lines = self._log_tail().splitlines()
         own = (line.split("/mlflow_dr/")[-1] for line in lines if "/mlflow_dr/" in line)
-        return next(own, "in no known place")
+        return next(own, "outside mlflow_dr")
 
 
 def planned(kinds: dict[str, Kind], cases: int) -> Iterator[tuple[str, int]]:
-    """So many cases, by share, the kinds in turn."""
-    whole = sum(one.share for one in kinds.values())
-    wanted = {name: one.share * cases // whole for name, one in kinds.items()}
+    """The given number of cases, divided by the shares of the kinds; the kinds take turns."""
+    whole = sum(kind.share for kind in kinds.values())
+    wanted = {name: kind.share * cases // whole for name, kind in kinds.items()}
     for name in list(kinds)[: cases - sum(wanted.values())]:
         wanted[name] += 1
     for number in range(max(wanted.values())):
@@ -173,22 +173,29 @@ def planned(kinds: dict[str, Kind], cases: int) -> Iterator[tuple[str, int]]:
 @click.command()
 @click.option("--cases", default=10_000, show_default=True)
 @click.option("--seed", default=0, show_default=True)
-@click.option("--kind", "names", multiple=True, help="Only these kinds.")
-@click.option("--case", "one", help="Only this case, such as beir/17, and all that is known of it.")
-@click.option("--seconds-per-case", default=30.0, show_default=True, help="Longer is a hang.")
-@click.option("--show", is_flag=True, help="Every finding, and how to run it again.")
+@click.option("--kind", "names", multiple=True, help="Run only these kinds.")
+@click.option(
+    "--case", "case_name", help="Run only this case, such as beir/17, and print its outcome."
+)
+@click.option(
+    "--seconds-per-case",
+    default=30.0,
+    show_default=True,
+    help="A case that takes longer is a hang.",
+)
+@click.option("--show", is_flag=True, help="Print every finding, not only one for each cause.")
 def main(
     cases: int,
     seed: int,
     names: tuple[str, ...],
-    one: str | None,
+    case_name: str | None,
     seconds_per_case: float,
     show: bool,
 ) -> None:
-    """Count what becomes of malformed inputs; exit 1 when there are findings."""
+    """Count the outcomes of malformed inputs; the exit code is 1 if there are findings."""
     kinds = {name: kind for name, kind in kinds_by_name().items() if not names or name in names}
-    if one:
-        name, _, number = one.partition("/")
+    if case_name:
+        name, _, number = case_name.partition("/")
         plan = [(name, int(number))]
     else:
         plan = list(planned(kinds, cases))
@@ -198,19 +205,20 @@ def main(
     seconds: Counter[str] = Counter()
     start = time.monotonic()
     try:
-        for place, (name, number) in enumerate(plan, start=1):
+        for n_cases, (name, number) in enumerate(plan, start=1):
             before = time.monotonic()
             verdict = worker.verdict(name, number)
             seconds[name] += time.monotonic() - before
             counts[name, verdict.outcome] += 1
             if verdict.outcome == FINDING:
                 causes.setdefault((name, verdict.cause), []).append((number, verdict))
-            if one:
+            if case_name:
                 print(*map(visible, verdict), sep="\n")
-            elif place % 500 == 0:
+            elif n_cases % 500 == 0:
                 found = sum(map(len, causes.values()))
                 print(
-                    f"{place} cases, {found} findings, {time.monotonic() - start:.0f} s", flush=True
+                    f"{n_cases} cases, {found} findings, {time.monotonic() - start:.0f} s",
+                    flush=True,
                 )
     except KeyboardInterrupt:
         print("stopped; so far:")
@@ -249,7 +257,7 @@ def print_row(name: str, numbers: list[int], spent: float) -> None:
 
 
 def visible(text: str) -> str:
-    """Text without what a terminal obeys."""
+    """The text with control characters escaped."""
     return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
 
 

@@ -38,7 +38,7 @@ TEMPERATURE = 0.05
 
 
 def step_of(dataset: str, batch: int, chunk: int | None, dtype: str) -> Callable[[], float]:
-    """One step of ours; without the gradient cache when `chunk` is None."""
+    """One step of mlflow_dr; without the gradient cache if `chunk` is None."""
     encoder = load_encoder(MODEL, **LENGTHS).train()
     text_tokenizer = TextTokenizer(encoder.tokenizer, encoder.settings)
     examples = open_collection(dataset).examples()
@@ -62,7 +62,7 @@ def step_of(dataset: str, batch: int, chunk: int | None, dtype: str) -> Callable
 
 
 def step_of_peer(dataset: str, batch: int, chunk: int, dtype: str) -> Callable[[], float]:
-    """One step of sentence-transformers', on tokens that are made ahead as ours are."""
+    """One step of sentence-transformers; texts are tokenised beforehand, as in mlflow_dr."""
     from sentence_transformers import SentenceTransformer
     from sentence_transformers.sentence_transformer.losses import (
         CachedMultipleNegativesRankingLoss,
@@ -109,14 +109,14 @@ def peak_megabytes(dataset: str, batch: int, chunk: int | None, dtype: str) -> f
 @click.command()
 @click.option("--dataset", default="demo", show_default=True, help="A collection with examples.")
 @click.option("--chunk", default=32, show_default=True, help="Texts in a chunk.")
-@click.option("--batch", default=128, show_default=True, help="Queries in a batch that is timed.")
+@click.option("--batch", default=128, show_default=True, help="Queries in the timed batch.")
 @click.option("--rounds", default=3, show_default=True)
 @click.option("--dtype", type=click.Choice(["fp32", "bf16"]), default="fp32", show_default=True)
 @click.option("--only-memory-of", type=int, hidden=True)
 def main(
     dataset: str, chunk: int, batch: int, rounds: int, dtype: str, only_memory_of: int | None
 ) -> None:
-    """Memory and time of the gradient cache."""
+    """Measure memory and time of the gradient cache."""
     if only_memory_of:
         step = step_of(dataset, only_memory_of, chunk or None, dtype)
         step()

@@ -110,7 +110,7 @@ def sizes() -> dict[str, object]:
             if isinstance(node, ast.ClassDef | ast.FunctionDef) and node.name[0] != "_":
                 homes[node.name].append(name)
     # every file of cli/ has its `command`
-    twice = sorted(one for one, at in homes.items() if len(at) > 1 and one != "command")
+    twice = sorted(name for name, at in homes.items() if len(at) > 1 and name != "command")
     return {
         "code lines": total,
         "files": len(paths),
@@ -123,7 +123,7 @@ def sizes() -> dict[str, object]:
 
 
 def traced(out: Path, *arguments: str) -> tuple[list[str], list[list[str]], list[str]]:
-    """What one command passes through: files, file-to-file calls, own types."""
+    """The files, file-to-file calls and own types of one command."""
     subprocess.run(
         [sys.executable, "-c", TRACER, str(PACKAGE), str(out), *arguments],
         check=True,
@@ -153,7 +153,7 @@ def ways(folder: Path) -> dict[str, tuple[list[str], list[list[str]], list[str]]
 
 
 def seconds(*command: str, rounds: int = 5) -> float:
-    """The least time of a command, in s."""
+    """The shortest time of a command, in s."""
     took = []
     for _ in range(rounds):
         start = time.perf_counter()
@@ -164,8 +164,10 @@ def seconds(*command: str, rounds: int = 5) -> float:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--sizes", action="store_true", help="only what needs nothing to run")
-    parser.add_argument("--names", action="store_true", help="the files and types by name, too")
+    parser.add_argument("--sizes", action="store_true", help="print only the sizes; run no command")
+    parser.add_argument(
+        "--names", action="store_true", help="also print the names of the files and types"
+    )
     options = parser.parse_args()
     for name, value in sizes().items():
         print(f"{name}: {value}")

@@ -1,4 +1,4 @@
-"""What a figure was measured on, and how figures are repeated and printed."""
+"""The machine of a measurement, and how figures are repeated and printed."""
 
 from __future__ import annotations
 

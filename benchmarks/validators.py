@@ -1,9 +1,9 @@
-"""What several validators cost the tracking server, and how soon they begin.
+"""The traffic of several validators, and how soon they claim a checkpoint.
 
     python -m benchmarks.validators
 
 A real MLflow server on loopback; checkpoints are a few bytes, and evaluating one is a wait of a
-second, so that what is left is the traffic: looks, claims, heartbeats, downloads, records, metrics.
+second. The rest is traffic: polls, claims, heartbeats, downloads, records, metrics.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ from mlflow_dr.validation.validator import run_validator
 COLLECTION = Path(__file__).parents[1] / "examples" / "sea"
 (MEASURE,) = parse_measures("mrr@10")
 VALIDATION = {"measures": "mrr@10", "device": "cpu", "dtype": "fp32"}
-LOOKS = 20
+POLLS = 20
 SLOW = 3.0
 SECONDS_TO_BEGIN = 3.0
 
@@ -61,7 +61,7 @@ def published(run: TrackedRun, steps: Sequence[int], directory: Path) -> None:
 
 
 def waiting(seconds: float) -> Callable[..., list[Report]]:
-    """An evaluation that takes its time and finds the same figure for all."""
+    """An evaluation that waits and gives the same figures for all checkpoints."""
 
     def evaluate_all(encoder: object, asked: Sequence[Any], quiet: bool = False) -> list[Report]:
         time.sleep(seconds)
@@ -73,22 +73,22 @@ def waiting(seconds: float) -> Callable[..., list[Report]]:
     return evaluate_all
 
 
-def cost_of_a_look(client: MlflowClient, directory: Path, count: int) -> tuple[int, float]:
-    """Requests and milliseconds of a look at a run that has so many checkpoints done."""
+def cost_of_a_poll(client: MlflowClient, directory: Path, count: int) -> tuple[int, float]:
+    """Requests and milliseconds of polling a run that has `count` finished checkpoints."""
     run = new_run(client)
     published(run, range(count), directory)
     followed = FollowedRun(run)
-    for one in followed.snapshot().checkpoints:
-        mark_failed(run, one, "val", "no encoder")
-        followed.checkpoints.mark_done(one)
+    for checkpoint in followed.snapshot().checkpoints:
+        mark_failed(run, checkpoint, "val", "no encoder")
+        followed.checkpoints.mark_done(checkpoint)
     followed.snapshot()
     times: list[float] = []
     with mock.patch("mlflow.utils.rest_utils.http_request", wraps=_http_request()) as requests:
-        for _ in range(LOOKS):
+        for _ in range(POLLS):
             start = time.perf_counter()
             followed.snapshot()
             times.append(time.perf_counter() - start)
-        calls = requests.call_count // LOOKS
+        calls = requests.call_count // POLLS
     return calls, 1000 * statistics.median(times)
 
 
@@ -99,7 +99,7 @@ def _http_request() -> Callable[..., Any]:
 
 
 def begun_after(client: MlflowClient, directory: Path, poll_seconds: float, count: int) -> float:
-    """The most seconds from READY until a checkpoint is claimed by a validator that waits."""
+    """The longest time from READY until a waiting validator claims a checkpoint, in s."""
     run = new_run(client)
     seconds: list[float] = []
     real = Claims.claim
@@ -126,14 +126,14 @@ def begun_after(client: MlflowClient, directory: Path, poll_seconds: float, coun
 
 
 class Traffic:
-    """Seconds that threads are held up by: requests, downloads, writing that is waited for."""
+    """Seconds that threads wait for requests, downloads and writes."""
 
     def __init__(self) -> None:
         self.seconds: dict[int, float] = {}
         self._inside = threading.local()
 
     def timed(self, function: Callable[..., Any]) -> Callable[..., Any]:
-        """The function, whose time counts; within another one that counts it does not."""
+        """Count the time of the function; nested calls are counted only once."""
 
         @wraps(function)
         def wrapped(*args: Any, **options: Any) -> Any:
@@ -153,12 +153,12 @@ class Traffic:
 def share_of_traffic(
     client: MlflowClient, directory: Path, count: int, validators: int, seconds: float
 ) -> tuple[float, float, int]:
-    """The share of the validators' time that traffic holds them up, and that is not evaluation.
+    """The share of the validators' time that is traffic, and the share that is not evaluation.
 
-    The latter has their start and their end, when one waits for the last of the others.
+    The second includes starting, and waiting for the last of the others at the end.
 
     Returns:
-        Both shares, and how many evaluations were done twice.
+        Both shares, and the number of evaluations that were done twice.
     """
     run = new_run(client)
     published(run, range(count), directory)
@@ -192,7 +192,7 @@ def share_of_traffic(
 def covers_evenly(
     client: MlflowClient, directory: Path, validators: int, count: int, interval: float
 ) -> tuple[int, int, int]:
-    """A trainer publishes three times as fast as a validator works, which goes by bisection.
+    """A trainer publishes three times as fast as one validator works, with `--order bisect`.
 
     Returns:
         How many checkpoints were done when the trainer ended, the widest gap between two of them in
@@ -221,7 +221,7 @@ def _follow(run_id: str, plan: ValidateConfig) -> None:
 
 
 def steps_done(client: MlflowClient, run: TrackedRun) -> list[int]:
-    """The steps that have a figure, each once."""
+    """The steps that have a figure."""
     points = client.get_metric_history(run.id, "val/mrr_at_10")
     assert len(points) == len({point.step for point in points})
     return sorted(point.step for point in points)
@@ -231,9 +231,9 @@ def steps_done(client: MlflowClient, run: TrackedRun) -> list[int]:
 @click.option("--checkpoints", default=1000, show_default=True)
 @click.option("--validators", default=8, show_default=True)
 @click.option("--poll-seconds", default=2.0, show_default=True)
-@click.option("--seconds", default=1.0, show_default=True, help="What an evaluation takes.")
+@click.option("--seconds", default=1.0, show_default=True, help="Duration of one evaluation.")
 def main(checkpoints: int, validators: int, poll_seconds: float, seconds: float) -> None:
-    """Cost of a look, time until a checkpoint is begun, and the share of the traffic."""
+    """Measure the cost of a poll, the time until a checkpoint is claimed, and the traffic."""
     print(machine())
     with (
         tempfile.TemporaryDirectory() as name,
@@ -246,8 +246,8 @@ def main(checkpoints: int, validators: int, poll_seconds: float, seconds: float)
         (directory / "weights").write_text("1")
         client = connect(server.uri)
         for count in (10, checkpoints):
-            requests, milliseconds = cost_of_a_look(client, directory, count)
-            print(f"a look, {count:5} checkpoints done: {requests} requests, {milliseconds:.1f} ms")
+            requests, milliseconds = cost_of_a_poll(client, directory, count)
+            print(f"a poll, {count:5} checkpoints done: {requests} requests, {milliseconds:.1f} ms")
         with mock.patch.object(worker, "evaluate_all", waiting(0.0)):
             longest = begun_after(client, directory, poll_seconds, count=10)
         print(f"READY to claimed, polling every {poll_seconds} s: at most {longest:.2f} s")

@@ -1,1 +1,1 @@
-"""Faults that are made on purpose, and what is counted afterwards, for `benchmarks/faults.py`."""
+"""Deliberate faults and a count of their effects, for `benchmarks/faults.py`."""

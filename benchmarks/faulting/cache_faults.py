@@ -19,16 +19,16 @@ Damage = Callable[[Path, random.Random], None]
 
 
 def damaged_cache(scene: Scene, rate: float, seed: int) -> Row:
-    """Processs that start with a cache of which one file is damaged, each another one."""
+    """Validators that start with a damaged cache; in each cache another file is damaged."""
     chance = random.Random(seed)
-    whole = scene.room / "cache"
+    whole = scene.workdir / "cache"
     files = [path.relative_to(whole) for path in sorted(whole.rglob("*")) if _is_content(path)]
     steps = scene.steps[:2]
     rows: list[Row] = []
     for first in range(0, len(files), AT_ONCE):
         started: list[tuple[TrackedRun, dict[int, str], Process]] = []
         for number, name in enumerate(files[first : first + AT_ONCE], start=first):
-            cache = scene.room / f"cache-{number}"
+            cache = scene.workdir / f"cache-{number}"
             shutil.copytree(whole, cache)
             how = chance.choice(list(DAMAGES))
             DAMAGES[how](cache / name, chance)
@@ -47,14 +47,14 @@ def damaged_cache(scene: Scene, rate: float, seed: int) -> Row:
 
 
 def cache_damaged_meanwhile(scene: Scene, rate: float, seed: int) -> Row:
-    """Caches are damaged when their validators have done their first checkpoint."""
+    """Damage the cache of each validator after its first checkpoint."""
     chance = random.Random(seed)
     start = time.monotonic()
     started: list[tuple[TrackedRun, dict[int, str], Process]] = []
     caches: list[tuple[Path, Damage]] = []
     for how, damage in {**DAMAGES, "removed": lambda path, _: path.unlink()}.items():
-        cache = scene.room / f"cache-{how}"
-        shutil.copytree(scene.room / "cache", cache)
+        cache = scene.workdir / f"cache-{how}"
+        shutil.copytree(scene.workdir / "cache", cache)
         caches.append((cache, damage))
         run = scene.new_run(f"cache {how} meanwhile")
         variables = {"MLFLOW_DR_CACHE": str(cache)}
@@ -73,7 +73,7 @@ def cache_damaged_meanwhile(scene: Scene, rate: float, seed: int) -> Row:
         scene.client.set_terminated(run.id)
     all_ended([validator for _, _, validator in started])
     seconds = (time.monotonic() - start) / len(started)
-    rows = [scene.row("", run, sound, [one], seconds) for run, sound, one in started]
+    rows = [scene.row("", run, sound, [validator], seconds) for run, sound, validator in started]
     return merged("cache damaged meanwhile", rows)
 
 
@@ -83,10 +83,10 @@ def _is_content(path: Path) -> bool:
 
 def _flip(path: Path, chance: random.Random) -> None:
     with path.open("r+b") as file:
-        place = chance.randrange(path.stat().st_size)
-        file.seek(place)
+        position = chance.randrange(path.stat().st_size)
+        file.seek(position)
         (byte,) = file.read(1)
-        file.seek(place)
+        file.seek(position)
         file.write(bytes([byte ^ 1 << chance.randrange(8)]))
 
 

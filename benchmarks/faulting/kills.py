@@ -1,4 +1,4 @@
-"""Random SIGKILLs of validators, trainer and server, and what is left of them in the end.
+"""Random SIGKILLs of validators, trainer and server, and their effect on validation.
 
     python -m benchmarks.faults --only kills --rounds 50 --steps 1500
 
@@ -43,19 +43,19 @@ WRONG = ("duplicates", "lost", "mismatched values", "claims left", "temporary di
 
 @dataclass
 class Command:
-    """A command that is started again whenever it has ended before its time.
+    """A command that is restarted until it succeeds.
 
-    With the file `begun` there, it goes on with what it has begun.
+    If the file `begun` exists, the command resumes its training.
     """
 
-    words: list[str]
+    argv: list[str]
     variables: dict[str, str]
     log: Path
     begun: Path | None = None
     process: subprocess.Popen[bytes] | None = None
 
     def keep_alive(self) -> bool:
-        """Start it if it does not run; whether it has come to a good end."""
+        """Start the command if it is not running; returns whether it has succeeded."""
         if self.process is not None:
             code = self.process.poll()
             if code is None:
@@ -66,7 +66,7 @@ class Command:
         more = ["--resume_from_checkpoint"] if resumes else []
         with self.log.open("ab") as log:
             self.process = subprocess.Popen(
-                [sys.executable, "-m", "mlflow_dr", *self.words, *more],
+                [sys.executable, "-m", "mlflow_dr", *self.argv, *more],
                 env={**os.environ, **self.variables},
                 stdout=log,
                 stderr=subprocess.STDOUT,
@@ -75,7 +75,7 @@ class Command:
         return False
 
     def kill(self) -> bool:
-        """SIGKILL; whether there was something to kill."""
+        """Send SIGKILL; returns whether the command was running."""
         if self.process is None or self.process.poll() is not None:
             return False
         os.killpg(self.process.pid, signal.SIGKILL)
@@ -83,7 +83,7 @@ class Command:
         return True
 
 
-def trainer_words(output: Path, steps: int) -> list[str]:
+def trainer_argv(output: Path, steps: int) -> list[str]:
     flags = {
         "dataset": COLLECTION,
         "model": "tiny",
@@ -102,7 +102,7 @@ def trainer_words(output: Path, steps: int) -> list[str]:
 def disturb(
     commands: dict[str, Command], server: Server, rounds: int, chance: random.Random
 ) -> Counter[str]:
-    """Kill one after the other, at random moments, and start each again."""
+    """Kill processes at random moments, one at a time, and restart each."""
     kills: Counter[str] = Counter()
     while sum(kills.values()) < rounds:
         time.sleep(chance.uniform(0, LONGEST_LIFE))
@@ -119,56 +119,56 @@ def disturb(
             commands[victim].keep_alive()
         print(f"round {sum(kills.values())}: {victim}", flush=True)
         if all(ended.values()):
-            print("everything has ended before the last round; give more --steps")
+            print("all commands ended before the last round; increase --steps")
             break
     return kills
 
 
 def ended(commands: dict[str, Command]) -> None:
-    """Wait until all have come to a good end."""
+    """Wait until all commands have succeeded."""
     deadline = time.monotonic() + SECONDS_TO_END
     while True:
         states = [command.keep_alive() for command in commands.values()]
         if all(states):
             return
         if time.monotonic() > deadline:
-            raise SystemExit("the commands do not end; see the logs")
+            raise SystemExit("the commands did not end in time; see the logs")
         time.sleep(0.5)
 
 
 def stuck(checkpoint: Checkpoint) -> bool:
-    """Whether a checkpoint is claimed, and neither done nor failed."""
-    there = latest_claim(checkpoint, "val")
+    """Whether a checkpoint is claimed but neither done nor failed."""
+    claim = latest_claim(checkpoint, "val")
     state = validation_state(checkpoint, "val")
-    return there is not None and state not in (State.DONE, State.FAILED)
+    return claim is not None and state not in (State.DONE, State.FAILED)
 
 
 def run(rounds: int, validators: int, steps: int, seed: int) -> bool:
-    """Count what random SIGKILLs do; whether nothing is doubled, lost, different or left."""
+    """Count the effects of random SIGKILLs; returns whether all counts of errors are 0."""
     chance = random.Random(seed)
     with tempfile.TemporaryDirectory() as name, Server(Path(name)) as server:
-        room = Path(name)
-        (room / "tmp").mkdir()
+        workdir = Path(name)
+        (workdir / "tmp").mkdir()
         client = connect(server.uri)
         run_id = client.create_run("0").info.run_id
         variables = {
             "MLFLOW_TRACKING_URI": server.uri,
             "MLFLOW_RUN_ID": run_id,
-            "MLFLOW_DR_CACHE": str(room / "cache"),
-            "TMPDIR": str(room / "tmp"),
+            "MLFLOW_DR_CACHE": str(workdir / "cache"),
+            "TMPDIR": str(workdir / "tmp"),
             "OMP_NUM_THREADS": "1",
         }
         os.environ["MLFLOW_DR_CACHE"] = variables["MLFLOW_DR_CACHE"]
         validate = ["validate", "--run-id", run_id, "--measures", MEASURES, "--poll-seconds", "0.5"]
         commands = {
             "trainer": Command(
-                trainer_words(room / "output", steps),
+                trainer_argv(workdir / "output", steps),
                 variables,
-                room / "trainer.log",
-                room / "output" / RUN_FILE,
+                workdir / "trainer.log",
+                workdir / "output" / RUN_FILE,
             ),
             **{
-                f"validator {number}": Command(validate, variables, room / f"{number}.log")
+                f"validator {number}": Command(validate, variables, workdir / f"{number}.log")
                 for number in range(1, validators + 1)
             },
         }
@@ -179,24 +179,24 @@ def run(rounds: int, validators: int, steps: int, seed: int) -> bool:
         finally:
             for command in commands.values():
                 command.kill()
-        is_good = report(client, run_id, kills, room)
+        is_good = report(client, run_id, kills, workdir)
         print(f"{time.monotonic() - start:.0f} s, {steps} steps, {validators} validators")
     return is_good
 
 
-def report(client: MlflowClient, run_id: str, kills: Counter[str], room: Path) -> bool:
-    """Print the counts, the last ones against an undisturbed validation; whether all is well."""
+def report(client: MlflowClient, run_id: str, kills: Counter[str], workdir: Path) -> bool:
+    """Print the counts, compared with an undisturbed validation; returns whether all is well."""
     run = TrackedRun(client, client.get_run(run_id))
-    ready = [one for one in run_checkpoints(run) if one.ready]
-    claims = [there for one in ready if (there := latest_claim(one, "val"))]
+    ready = [checkpoint for checkpoint in run_checkpoints(run) if checkpoint.ready]
+    claims = [claim for checkpoint in ready if (claim := latest_claim(checkpoint, "val"))]
     calm_config = ValidateConfig(measures=MEASURES, name="calm", follow=False)
     run_validator(FollowedRun(run), calm_config)
     disturbed, calm = points(client, run_id, "val"), points(client, run_id, "calm")
-    steps = Counter(one.step for one in ready)
+    steps = Counter(checkpoint.step for checkpoint in ready)
     counts = {
         "kills": sum(kills.values()),
         "checkpoints": len(ready),
-        "takeovers": sum(there.attempt - 1 for there in claims),
+        "takeovers": sum(claim.attempt - 1 for claim in claims),
         "duplicates": sum(steps.values())
         - len(steps)
         + sum(len(values) - 1 for by_step in disturbed.values() for values in by_step.values()),
@@ -207,7 +207,7 @@ def report(client: MlflowClient, run_id: str, kills: Counter[str], room: Path) -
             for step, values in by_step.items()
         ),
         "claims left": sum(map(stuck, ready)),
-        "temporary directories left": len(list((room / "tmp").glob("mlflow_dr-scratch-*"))),
+        "temporary directories left": len(list((workdir / "tmp").glob("mlflow_dr-scratch-*"))),
     }
     print("; ".join(f"{what} {count}" for what, count in kills.items()))
     print(", ".join(f"{what} {count}" for what, count in counts.items()))

@@ -27,7 +27,7 @@ RECORD = "mlflow_dr.validation.val"
 
 
 def _changed(change: Callable[[Path], object]) -> Make:
-    """The files are changed before they are listed."""
+    """Change the files before the manifest is written."""
 
     def make(run: TrackedRun, directory: Path, step: int) -> str:
         change(directory)
@@ -37,7 +37,7 @@ def _changed(change: Callable[[Path], object]) -> Make:
 
 
 def _listed(manifest: Callable[[dict[str, Any]], object]) -> Make:
-    """The list of the files is another one, and its digest is right."""
+    """Change the manifest; its digest is correct."""
 
     def make(run: TrackedRun, directory: Path, step: int) -> str:
         prepare_upload(directory)
@@ -51,7 +51,7 @@ def _listed(manifest: Callable[[dict[str, Any]], object]) -> Make:
 
 
 def _tagged(key: str, value: str) -> Make:
-    """A tag of the model is another one."""
+    """Change a tag of the model."""
 
     def make(run: TrackedRun, directory: Path, step: int) -> str:
         model_id = publish(run, directory, step)
@@ -62,7 +62,7 @@ def _tagged(key: str, value: str) -> Make:
 
 
 def _noted(key: str, value: str) -> Make:
-    """The model has a parameter that no validator would write."""
+    """Add a parameter that no validator would write."""
 
     def make(run: TrackedRun, directory: Path, step: int) -> str:
         model_id = publish(run, directory, step)
@@ -87,25 +87,31 @@ def _adapter_of_itself(directory: Path) -> None:
     (directory / "adapter_config.json").write_text(json.dumps(adapter))
 
 
-def _each_file(said: object) -> Make:
-    return _listed(lambda files: dict.fromkeys(files, said))
+def _each_file(entry: object) -> Make:
+    return _listed(lambda files: dict.fromkeys(files, entry))
 
 
 MALFORMED: Mapping[str, Make] = {
     "no activation": _config(hidden_act=None),
-    "config is a list": _changed(lambda room: (room / CONFIG).write_text("[1]")),
+    "config is a list": _changed(lambda directory: (directory / CONFIG).write_text("[1]")),
     "config nested deeply": _changed(
-        lambda room: (room / CONFIG).write_text("[" * 100_000 + "]" * 100_000)
+        lambda directory: (directory / CONFIG).write_text("[" * 100_000 + "]" * 100_000)
     ),
     "million layers": _config(num_hidden_layers=1_000_000),
     "negative width": _config(hidden_size=-1),
     "wordy width": _config(hidden_size="wide"),
-    "no weights": _changed(lambda room: (room / WEIGHTS).unlink()),
+    "no weights": _changed(lambda directory: (directory / WEIGHTS).unlink()),
     "cut weights": _changed(
-        lambda room: (room / WEIGHTS).write_bytes((room / WEIGHTS).read_bytes()[:5000])
+        lambda directory: (directory / WEIGHTS).write_bytes(
+            (directory / WEIGHTS).read_bytes()[:5000]
+        )
     ),
-    "tokenizer is a list": _changed(lambda room: (room / "tokenizer.json").write_text("[]")),
-    "settings are a list": _changed(lambda room: (room / "mlflow_dr.json").write_text("[]")),
+    "tokenizer is a list": _changed(
+        lambda directory: (directory / "tokenizer.json").write_text("[]")
+    ),
+    "settings are a list": _changed(
+        lambda directory: (directory / "mlflow_dr.json").write_text("[]")
+    ),
     "adapter of itself": _changed(_adapter_of_itself),
     "manifest is a list": _listed(lambda files: list(files)),
     "manifest of numbers": _each_file(7),

@@ -1,4 +1,4 @@
-"""Commands as processes that are started again, waited for and killed."""
+"""Commands as processes that are restarted, awaited and killed."""
 
 from __future__ import annotations
 
@@ -17,18 +17,18 @@ class Process:
     """An `mlflow-dr` command as a process of its own.
 
     Args:
-        words: the command and its flags.
-        variables: of its environment.
-        log: where its output goes.
-        name: for the table.
-        before: words before the command, such as `unshare`.
-        starts: how often it is started, while it ends with an error.
-        expected: the exit code of its last start; any when None.
+        argv: the command and its flags.
+        variables: additional environment variables.
+        log: the file for its output.
+        name: its name in the table.
+        before: a command line that runs the command, such as `unshare`.
+        starts: how often it is started if it ends with an error.
+        expected: the expected exit code of the last start; None accepts any.
     """
 
     def __init__(
         self,
-        words: Sequence[str],
+        argv: Sequence[str],
         variables: Mapping[str, str],
         log: Path,
         name: str,
@@ -39,7 +39,7 @@ class Process:
         self.name = name
         self.log = log
         self.codes: list[int] = []
-        self._words = [*before, sys.executable, "-m", "mlflow_dr", *words]
+        self._argv = [*before, sys.executable, "-m", "mlflow_dr", *argv]
         self._variables = {**os.environ, **variables}
         self._starts = starts
         self._expected = expected
@@ -51,11 +51,11 @@ class Process:
             return
         with self.log.open("ab") as log:
             self._process = subprocess.Popen(
-                self._words, env=self._variables, stdout=log, stderr=log, start_new_session=True
+                self._argv, env=self._variables, stdout=log, stderr=log, start_new_session=True
             )
 
     def has_ended(self) -> bool:
-        """Whether it has ended, for the last time; starts it again where it may be."""
+        """Whether it has ended for the last time; restarts it after an error if it may."""
         if self._process is None:
             return bool(self.codes)
         code = self._process.poll()
@@ -77,28 +77,29 @@ class Process:
 
     @property
     def is_as_expected(self) -> bool:
-        """Whether it has ended by itself, with the exit code that it should have."""
+        """Whether it was not killed and has the expected exit code."""
         code = self.codes[-1] if self.codes else None
         return code is not None and code >= 0 and self._expected in (None, code)
 
     @property
     def tracebacks(self) -> int:
-        """How many it has printed."""
+        """The number of tracebacks in its output."""
         return self.log.read_text(errors="replace").count("Traceback (most recent call last)")
 
 
 def all_ended(validators: Sequence[Process], seconds: float = SECONDS_TO_END) -> float:
-    """Start validators and wait until all have ended, or kill them; the seconds that it took."""
+    """Start processes, wait until all have ended, and kill the rest; returns the seconds."""
     start = time.monotonic()
     try:
-        for one in validators:
-            one.start()
+        for process in validators:
+            process.start()
         while time.monotonic() - start < seconds:
-            ended = [one.has_ended() for one in validators]  # each is asked: it is started again
+            # a list, because `has_ended` also starts a process again
+            ended = [process.has_ended() for process in validators]
             if all(ended):
                 break
             time.sleep(0.2)
     finally:
-        for one in validators:
-            one.kill()
+        for process in validators:
+            process.kill()
     return time.monotonic() - start

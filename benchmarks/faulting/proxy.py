@@ -33,11 +33,11 @@ class Fault(Enum):
     LOGIN = "a login page with status 200, and the server does not have the request"
     TRUNCATED = "status 200 and half of the answer, whose length seems right"
     EMPTY = "status 200 and nothing else, with or without the server having the request"
-    FLIPPED = "artifact bytes with one that is another"
+    FLIPPED = "one byte of an artifact is changed"
 
 
 class Answer(NamedTuple):
-    """What the server has answered."""
+    """An answer of the server."""
 
     status: int
     headers: list[tuple[str, str]]
@@ -50,13 +50,13 @@ class Proxy:
     Args:
         uri: the server.
         rate: share of the requests that are disturbed, from 0 to 1.
-        faults: one of these for each of them, all equally often.
-        seed: of the choice.
+        faults: the kinds of faults, which occur equally often.
+        seed: random seed.
         delay: seconds by which an answer is late.
 
     Attributes:
-        requests: how many there were.
-        faults: how many of each kind were made.
+        requests: number of requests.
+        faults: number of faults of each kind.
     """
 
     def __init__(
@@ -81,7 +81,7 @@ class Proxy:
         self.uri = f"http://127.0.0.1:{self._server.server_address[1]}"
 
     def draw(self, is_file: bool) -> tuple[Fault | None, float]:
-        """What happens to the next request, and a number from 0 to 1 that says where."""
+        """The fault of the next request, and its position in the answer, from 0 to 1."""
         with self._lock:
             self.requests += 1
             if self._chance.random() >= self._rate:
@@ -93,7 +93,7 @@ class Proxy:
             return fault, self._chance.random()
 
     def _next(self, is_file: bool) -> Fault | None:
-        """The next kind that can be, of all kinds in a random order again and again."""
+        """The next possible kind; all kinds come in random order before one is repeated."""
         fits = [kind for kind in self._left if is_file or kind is not Fault.FLIPPED]
         if not fits:
             self._left += self._chance.sample(self._kinds, len(self._kinds))
@@ -122,7 +122,7 @@ class _Server(ThreadingHTTPServer):
     proxy: Proxy
 
     def handle_error(self, request: object, client_address: object) -> None:
-        """A client that has gone away is nothing to report."""
+        """Ignore clients that have closed the connection."""
 
 
 class _Handler(BaseHTTPRequestHandler):
@@ -140,7 +140,7 @@ class _Handler(BaseHTTPRequestHandler):
     def _pass_on(self) -> None:
         body = self._body()
         proxy = self.server.proxy
-        fault, where = proxy.draw(self.command == "GET" and ARTIFACTS in self.path)
+        fault, position = proxy.draw(self.command == "GET" and ARTIFACTS in self.path)
         if fault is Fault.REQUEST_LOST:
             self._hang_up()
             return
@@ -148,18 +148,18 @@ class _Handler(BaseHTTPRequestHandler):
             self._send(Answer(200, [("Content-Type", "text/html")], LOGIN_PAGE))
             return
         if fault in (Fault.STATUS, Fault.EMPTY):
-            if where < 0.5:
+            if position < 0.5:
                 self._ask(body)
-            status = STATUSES[int(where * 1000) % len(STATUSES)]
-            said = {Fault.STATUS: (status, b"<h1>Error</h1>"), Fault.EMPTY: (200, b"")}[fault]
-            self._send(Answer(said[0], [("Content-Type", "text/html")], said[1]))
+            status = STATUSES[int(position * 1000) % len(STATUSES)]
+            reply = {Fault.STATUS: (status, b"<h1>Error</h1>"), Fault.EMPTY: (200, b"")}[fault]
+            self._send(Answer(reply[0], [("Content-Type", "text/html")], reply[1]))
             return
         try:
             answer = self._ask(body)
         except OSError:
             self._hang_up()
             return
-        half = int(where * len(answer.body))
+        half = int(position * len(answer.body))
         if fault is Fault.ANSWER_LOST:
             self._hang_up()
         elif fault is Fault.CUT:
@@ -187,7 +187,7 @@ class _Handler(BaseHTTPRequestHandler):
         return b"".join(parts)
 
     def _ask(self, body: bytes) -> Answer:
-        """What the server answers."""
+        """Forward the request and return the answer."""
         headers = {
             name: value for name, value in self.headers.items() if name.lower() not in NOT_FORWARDED
         }
@@ -207,7 +207,7 @@ class _Handler(BaseHTTPRequestHandler):
             connection.close()
 
     def _send(self, answer: Answer, upto: int | None = None) -> None:
-        """Answer; with `upto`, only so many bytes of what is announced."""
+        """Send the answer; with `upto`, send only that many bytes of the body."""
         with suppress(OSError):  # a client that did not wait
             self.send_response_only(answer.status)
             for name, value in answer.headers:

@@ -12,7 +12,7 @@ from urllib.parse import urlsplit
 from mlflow.store.artifact import artifact_repository_registry
 
 from benchmarks.faulting.cache_faults import cache_damaged_meanwhile, damaged_cache
-from benchmarks.faulting.kills import PUBLISH_STEPS, trainer_words
+from benchmarks.faulting.kills import PUBLISH_STEPS, trainer_argv
 from benchmarks.faulting.malformed import MALFORMED
 from benchmarks.faulting.process import Process, all_ended
 from benchmarks.faulting.proxy import Fault, Proxy
@@ -20,19 +20,19 @@ from benchmarks.faulting.scene import STARTS, Row, Scene
 from mlflow_dr.tracking.checkpoints import run_checkpoints
 from mlflow_dr.tracking.runs import TrackedRun
 
-TIMEOUT = "2"  # seconds, of a client's request
+TIMEOUT = "2"  # seconds until a client's request times out
 DELAY = 3.0
 LOGIN_RATE = 0.15
 TRAINING_STEPS = 40
-HEAD_START = 12.0  # seconds, of the validators that cannot do it
-ROOM = 1 << 20  # bytes, less than a checkpoint has
-CACHE_ROOM = "8192"  # bytes, less than the collection takes
-TINY_ROOM = (
+HEAD_START = 12.0  # seconds by which the failing validators start earlier
+DISK_BYTES = 1 << 20  # bytes; smaller than a checkpoint
+CACHE_DISK_BYTES = "8192"  # bytes; smaller than the cached collection
+TINY_DISK = (
     *("unshare", "--user", "--map-root-user", "--mount", "sh", "-c"),
-    'mount -t tmpfs -o size="$BYTES" tmpfs "$TINY_ROOM" && exec "$@"',
+    'mount -t tmpfs -o size="$BYTES" tmpfs "$TINY_DISK" && exec "$@"',
     "sh",
 )
-SMALL_FILES = ("sh", "-c", f'ulimit -f {ROOM // 1024} && exec "$@"', "sh")
+SMALL_FILES = ("sh", "-c", f'ulimit -f {DISK_BYTES // 1024} && exec "$@"', "sh")
 PLUGIN = """
 import os
 from urllib.parse import urlsplit
@@ -59,21 +59,25 @@ def proxied(scene: Scene, rate: float, seed: int) -> Row:
 
 
 def trainer_behind(scene: Scene, rate: float, seed: int) -> Row:
-    """A trainer and two validators behind a proxy; the undisturbed validator comes afterwards."""
+    """A trainer and two validators behind a proxy; an undisturbed validator runs afterwards."""
     run = TrackedRun(scene.client, scene.client.create_run("0"))
-    cache = {"MLFLOW_DR_CACHE": str(scene.room / "trainer's cache")}
+    cache = {"MLFLOW_DR_CACHE": str(scene.workdir / "trainer's cache")}
     behind = {"MLFLOW_HTTP_REQUEST_TIMEOUT": TIMEOUT, **cache}
     with Proxy(scene.server.uri, rate, seed=seed, delay=DELAY) as proxy:
         variables = {**scene.variables(proxy.uri), **behind, "MLFLOW_RUN_ID": run.id}
-        words = trainer_words(scene.room / "output", TRAINING_STEPS)
-        trainer = Process(words, variables, scene.room / "trainer.log", "trainer")
+        argv = trainer_argv(scene.workdir / "output", TRAINING_STEPS)
+        trainer = Process(argv, variables, scene.workdir / "trainer.log", "trainer")
         validators = [
             scene.validator(run, f"{number}", behind, proxy.uri, starts=STARTS) for number in (1, 2)
         ]
         seconds = all_ended([trainer, *validators])
-    ready = {one.step: one.model_id for one in run_checkpoints(run) if one.ready}
-    words = ["--name", "undisturbed", "--once"]
-    all_ended([scene.validator(run, "undisturbed", cache, words=words)])
+    ready = {
+        checkpoint.step: checkpoint.model_id
+        for checkpoint in run_checkpoints(run)
+        if checkpoint.ready
+    }
+    flags = ["--name", "undisturbed", "--once"]
+    all_ended([scene.validator(run, "undisturbed", cache, more_flags=flags)])
     scenario = f"trainer and validators, {rate:.0%} in every way"
     row = scene.row(scenario, run, ready, [trainer, *validators], seconds, "undisturbed")
     row.lost += sum(step not in ready for step in range(0, TRAINING_STEPS + 1, PUBLISH_STEPS))
@@ -87,14 +91,14 @@ def login_page(scene: Scene, rate: float, seed: int) -> Row:
 
 
 def without_modules(scene: Scene, rate: float, seed: int) -> Row:
-    """A sound validator, and before it three that cannot reach the artifact store.
+    """Three validators that cannot reach the artifact store, then a sound one.
 
     One has no plugin for the store, one lacks a module of the plugin, one has no password.
     """
-    room = scene.room / "faultstore"
-    plugin, module = room / "plugin", room / "module"
+    root = scene.workdir / "faultstore"
+    plugin, module = root / "plugin", root / "module"
     about = plugin / "faultstore-1.0.dist-info"
-    for folder in (about, module, room / "store"):
+    for folder in (about, module, root / "store"):
         folder.mkdir(parents=True)
     (about / "METADATA").write_text("Metadata-Version: 2.1\nName: faultstore\nVersion: 1.0\n")
     (about / "entry_points.txt").write_text(
@@ -105,7 +109,7 @@ def without_modules(scene: Scene, rate: float, seed: int) -> Row:
     artifact_repository_registry._artifact_repository_registry.register(
         "faultstore", _local_repository
     )
-    run = scene.new_run("modules", store=f"faultstore://{room / 'store'}")
+    run = scene.new_run("modules", store=f"faultstore://{root / 'store'}")
     sound = scene.publish(run)
     scene.client.set_terminated(run.id)
     paths = {
@@ -129,28 +133,28 @@ def without_modules(scene: Scene, rate: float, seed: int) -> Row:
     return _sound_one_last(scene, "validators without modules", run, sound, made)
 
 
-def without_room(scene: Scene, rate: float, seed: int) -> Row:
-    """A sound validator, and before it three that have no room.
+def without_disk_space(scene: Scene, rate: float, seed: int) -> Row:
+    """Three validators that run out of disk space, then a sound one.
 
-    For one a file may not be large; for one the temporary directory is full; for one the cache.
+    One has a limit on the size of files, one has a full temporary directory, one a full cache.
     """
     run = scene.new_run("room")
     sound = scene.publish(run)
     scene.client.set_terminated(run.id)
-    tiny = scene.room / "tiny"
+    tiny = scene.workdir / "tiny"
     tiny.mkdir()
-    here = {"TINY_ROOM": str(tiny), "BYTES": str(ROOM)}
+    here = {"TINY_DISK": str(tiny), "BYTES": str(DISK_BYTES)}
     made = {"small files": scene.validator(run, "small files", before=SMALL_FILES, expected=1)}
     notes = []
-    if subprocess.run([*TINY_ROOM, "true"], env=here, capture_output=True).returncode:
-        notes = ["no full disks: `unshare` may not mount here"]
+    if subprocess.run([*TINY_DISK, "true"], env=here, capture_output=True).returncode:
+        notes = ["full disks were not tested: `unshare` may not mount here"]
     else:
-        no_room = {"full TMPDIR": {**here, "TMPDIR": str(tiny)}}
-        no_room["full cache"] = {**here, "MLFLOW_DR_CACHE": str(tiny), "BYTES": CACHE_ROOM}
-        for name, variables in no_room.items():
-            made[name] = scene.validator(run, name, variables, before=TINY_ROOM, expected=1)
+        full_disks = {"full TMPDIR": {**here, "TMPDIR": str(tiny)}}
+        full_disks["full cache"] = {**here, "MLFLOW_DR_CACHE": str(tiny), "BYTES": CACHE_DISK_BYTES}
+        for name, variables in full_disks.items():
+            made[name] = scene.validator(run, name, variables, before=TINY_DISK, expected=1)
     made["sound"] = scene.validator(run, "sound")
-    row = _sound_one_last(scene, "validators without room", run, sound, made)
+    row = _sound_one_last(scene, "validators without disk space", run, sound, made)
     row.notes += notes
     return row
 
@@ -164,7 +168,7 @@ def malformed_among_sound(scene: Scene, rate: float, seed: int) -> Row:
     each = -(-len(left) // len(scene.steps))
     for step in scene.steps:
         for number, (name, make) in enumerate(left[:each], start=1):
-            directory = scene.room / "malformed" / name
+            directory = scene.workdir / "malformed" / name
             shutil.copytree(scene.encoder(step), directory)
             malformed[name] = make(run, directory, step - 10 + number)
         del left[:each]
@@ -188,7 +192,7 @@ SCENARIOS: Mapping[str, Callable[[Scene, float, int], Row]] = {
     "login": login_page,
     "trainer": trainer_behind,
     "modules": without_modules,
-    "room": without_room,
+    "room": without_disk_space,
     "cache": damaged_cache,
     "running-cache": cache_damaged_meanwhile,
     "malformed": malformed_among_sound,
@@ -223,18 +227,18 @@ def _sound_one_last(
     sound: Mapping[int, str],
     validators: Mapping[str, Process],
 ) -> Row:
-    """What becomes of checkpoints that other validators are at before the one that can do it."""
+    """Start the failing validators first, then the sound one; count the results."""
     start = time.monotonic()
-    for name, one in validators.items():
+    for name, validator in validators.items():
         if name != "sound":
-            one.start()
+            validator.start()
     time.sleep(HEAD_START)
     all_ended(list(validators.values()))
     return scene.row(scenario, run, sound, list(validators.values()), time.monotonic() - start)
 
 
 def _local_repository(artifact_uri: str, *args: object, **kwargs: object) -> object:
-    """The store of the plugin, as the publisher has it."""
+    """The artifact store of the plugin, for the publisher."""
     from mlflow.store.artifact.local_artifact_repo import LocalArtifactRepository
 
     return LocalArtifactRepository("file://" + urlsplit(artifact_uri).path)

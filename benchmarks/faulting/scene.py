@@ -1,4 +1,4 @@
-"""Checkpoints on a real server, validators as processes, and what became of them."""
+"""Checkpoints on a real server, validators as processes, and a count of the results."""
 
 from __future__ import annotations
 
@@ -26,10 +26,10 @@ from mlflow_dr.tracking.client import connect
 from mlflow_dr.tracking.results import State, validation_state
 from mlflow_dr.tracking.runs import TrackedRun
 
-PASSAGES, QUERIES, WORDS = 400, 60, 900  # of a collection on which untrained encoders differ
+PASSAGES, QUERIES, WORDS = 400, 60, 900  # enough that untrained encoders differ
 MEASURES = "mrr@10 ndcg@10"
 METRICS = ("mrr_at_10", "ndcg_at_10")
-STARTS = 4  # of a validator that is started again whenever it ends with an error
+STARTS = 4  # how often a validator is started if it ends with an error
 
 COUNTS = (
     *("checkpoints", "points", "doubled", "lost", "different", "failed", "unkept"),
@@ -52,22 +52,22 @@ def points(client: MlflowClient, run_id: str, name: str) -> Points:
 
 @dataclass
 class Row:
-    """What a scenario left.
+    """The result of a scenario.
 
     Attributes:
-        scenario: what was done.
-        checkpoints: how many sound checkpoints there were.
-        points: how many of their points there are, of all metrics.
+        scenario: its name.
+        checkpoints: number of sound checkpoints.
+        points: number of their points, over all metrics.
         doubled: points beyond the first of a metric and a step.
         lost: points that are missing.
-        different: points with a value other than an undisturbed run's.
-        failed: sound checkpoints that are noted as FAILED.
-        unkept: sound checkpoints whose values of single queries cannot be had.
-        tracebacks: how many the validators have printed.
-        surprises: validators that were killed because they did not end, or that ended with another
-            exit code than they should.
-        codes: exit codes of the validators, each with those of all its starts.
-        seconds: from the first validator's start until the last one's end.
+        different: points whose value differs from an undisturbed run.
+        failed: sound checkpoints that are FAILED.
+        unkept: sound checkpoints without readable per-query values.
+        tracebacks: number of tracebacks in the output of the validators.
+        surprises: validators that did not end in time, or that ended with an unexpected
+            exit code.
+        codes: the exit codes of each validator, one for each start.
+        seconds: time from the first start to the last end.
         notes: anything else.
     """
 
@@ -87,28 +87,28 @@ class Row:
 
     @property
     def is_good(self) -> bool:
-        """Whether each sound checkpoint has what it has to have, and nothing more."""
+        """Whether all counts of errors are 0."""
         wrong = set(COUNTS) - {"checkpoints", "points"}
         return not any(getattr(self, name) for name in wrong)
 
 
 class Scene:
-    """A server, encoders of several steps, and what an undisturbed validator finds of them.
+    """A server, encoders of several steps, and the figures of an undisturbed validator.
 
     Args:
-        server: it runs.
-        room: a folder for everything.
-        count: how many sound checkpoints each scenario has.
+        server: a running server.
+        workdir: the folder for all files.
+        count: number of sound checkpoints in each scenario.
     """
 
-    def __init__(self, server: Server, room: Path, count: int) -> None:
+    def __init__(self, server: Server, workdir: Path, count: int) -> None:
         self.server = server
-        self.room = room
+        self.workdir = workdir
         self.client = connect(server.uri)
         self.steps = list(range(10, 10 * count + 10, 10))
-        os.environ["MLFLOW_DR_CACHE"] = str(room / "cache")
+        os.environ["MLFLOW_DR_CACHE"] = str(workdir / "cache")
         os.environ["MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT"] = "true"
-        self.collection = _written_collection(room / "collection")
+        self.collection = _written_collection(workdir / "collection")
         for step in self.steps:
             save_encoder(self.encoder(step), _tiny(self.collection, step))
         run = self.new_run("undisturbed")
@@ -120,14 +120,16 @@ class Scene:
         if any(
             len(self.right[metric].get(step, ())) != 1 for metric in METRICS for step in self.steps
         ):
-            raise SystemExit("an undisturbed validator has not written one point for each metric")
+            raise SystemExit(
+                "the undisturbed validator did not write one point for each metric and step"
+            )
 
     def encoder(self, step: int) -> Path:
         """The directory of the sound encoder of a step."""
-        return self.room / "encoders" / f"step-{step}"
+        return self.workdir / "encoders" / f"step-{step}"
 
     def new_run(self, name: str, store: str | None = None) -> TrackedRun:
-        """A run in an experiment of its own; `store` is where its artifacts lie."""
+        """A run in a new experiment; `store` is the URI of its artifacts."""
         experiment = self.client.create_experiment(name, artifact_location=store)
         run = TrackedRun(self.client, self.client.create_run(experiment, run_name=name))
         run.log_params({"dataset": str(self.collection), "validation_split": "dev"})
@@ -146,25 +148,25 @@ class Scene:
         before: Sequence[str] = (),
         starts: int = 1,
         expected: int | None = 0,
-        words: Sequence[str] = (),
+        more_flags: Sequence[str] = (),
         of_experiment: bool = False,
     ) -> Process:
-        """A validator of a run, or of what its experiment has now, beside others of this machine.
+        """A validator of a run, or, once, of its experiment.
 
-        They share a cache and a temporary directory.
+        All validators share a cache and a temporary directory.
         """
         experiment = self.client.get_experiment(run.experiment_id).name
         follow = ["--experiment", experiment, "--once"] if of_experiment else ["--run-id", run.id]
         follow += ["--measures", MEASURES, "--poll-seconds", "0.5"]
-        log = self.room / f"{experiment}, {name}.log"
+        log = self.workdir / f"{experiment}, {name}.log"
         environment = {**self.variables(uri), **(variables or {})}
         return Process(
-            ["validate", *follow, *words], environment, log, name, before, starts, expected
+            ["validate", *follow, *more_flags], environment, log, name, before, starts, expected
         )
 
     def variables(self, uri: str | None = None) -> dict[str, str]:
-        """The environment of a process that talks to the server, or to a proxy of it."""
-        temporary = self.room / "tmp"
+        """Environment variables of a process that uses the server, or its proxy."""
+        temporary = self.workdir / "tmp"
         temporary.mkdir(exist_ok=True)
         return {
             "MLFLOW_TRACKING_URI": uri or self.server.uri,
@@ -181,24 +183,24 @@ class Scene:
         seconds: float,
         undisturbed: str | None = None,
     ) -> Row:
-        """Count what is there of the sound checkpoints of a run, asking the server itself.
+        """Count the results of a run's sound checkpoints; the server is asked directly.
 
-        `undisturbed` names a validation of the same run that is right; else the scene's is.
+        They are compared with the validation `undisturbed` of the run, or with the scene's.
         """
         right = points(self.client, run.id, undisturbed) if undisturbed else self.right
         config = self.config_of(run, undisturbed) if undisturbed else self.config
         row = Row(scenario, len(sound), seconds=seconds)
-        there = points(self.client, run.id, "val")
+        written = points(self.client, run.id, "val")
         for metric in METRICS:
             for step in sound:
-                values = there[metric].get(step, [])
+                values = written[metric].get(step, [])
                 row.points += len(values)
                 row.doubled += max(0, len(values) - 1)
                 row.lost += not values
                 row.different += sum([value] != right[metric].get(step) for value in values)
         if (other := self.config_of(run)) != config:
             row.different += 1
-            row.notes.append(f"the validation's configuration is another one: {other}")
+            row.notes.append(f"the configuration of the validation differs: {other}")
         row.doubled += self._doubled_others(run, sound)
         for model_id in sound.values():
             checkpoint = checkpoint_by_id(self.client, model_id)
@@ -208,14 +210,14 @@ class Scene:
                     per_query_values(run, checkpoint, "val")
                 except MlflowDrError:
                     row.unkept += 1
-        for one in validators:
-            row.codes.append(f"{one.name} {','.join(map(str, one.codes)) or '-'}")
-            row.tracebacks += one.tracebacks
-            row.surprises += not one.is_as_expected
+        for validator in validators:
+            row.codes.append(f"{validator.name} {','.join(map(str, validator.codes)) or '-'}")
+            row.tracebacks += validator.tracebacks
+            row.surprises += not validator.is_as_expected
         return row
 
     def _doubled_others(self, run: TrackedRun, sound: Mapping[int, str]) -> int:
-        """Points beyond the first of a step, of metrics that differ from run to run, as seconds."""
+        """Duplicate points of metrics that differ from run to run, such as seconds."""
         names = {name for name in self.client.get_run(run.id).data.metrics if "val/" in name}
         names -= {f"val/{metric}" for metric in METRICS}
         histories = [self.client.get_metric_history(run.id, name) for name in names]
@@ -223,40 +225,40 @@ class Scene:
         return len(steps) - len(names) * len(set(steps))
 
     def config_of(self, run: TrackedRun, name: str = "val") -> str | None:
-        """The configuration that a validation's name stands for on a run."""
+        """The configuration that a run has recorded for a validation's name."""
         return self.client.get_run(run.id).data.params.get(f"mlflow_dr.validation.{name}")
 
 
 def merged(scenario: str, rows: Sequence[Row]) -> Row:
-    """The rows of several runs as one; validators that did not end well are named."""
+    """Sum the rows of several runs; exit codes are listed only for validators that failed."""
     whole = Row(scenario)
-    for one in rows:
+    for row in rows:
         for name in COUNTS:
-            setattr(whole, name, getattr(whole, name) + getattr(one, name))
-        whole.codes += [code for code in one.codes if not code.endswith(" 0")]
-        whole.notes += one.notes
-        whole.seconds += one.seconds
+            setattr(whole, name, getattr(whole, name) + getattr(row, name))
+        whole.codes += [code for code in row.codes if not code.endswith(" 0")]
+        whole.notes += row.notes
+        whole.seconds += row.seconds
     whole.codes.append(f"others {len(rows) - len(whole.codes)} x 0")
     return whole
 
 
-def _written_collection(room: Path) -> Path:
-    """Passages of random words in BEIR's layout, and queries of some words of one of them."""
+def _written_collection(folder: Path) -> Path:
+    """Write passages of random words, and queries of three words of a passage, in BEIR's layout."""
     chance = random.Random(0)
-    words = ["".join(chance.choices("abcdefghiklmnoprstu", k=5)) for _ in range(WORDS)]
-    passages = [chance.choices(words, k=chance.randint(5, 30)) for _ in range(PASSAGES)]
+    vocabulary = ["".join(chance.choices("abcdefghiklmnoprstu", k=5)) for _ in range(WORDS)]
+    passages = [chance.choices(vocabulary, k=chance.randint(5, 30)) for _ in range(PASSAGES)]
     queries = [chance.sample(passage, 3) for passage in chance.sample(passages, QUERIES)]
-    (room / "qrels").mkdir(parents=True)
+    (folder / "qrels").mkdir(parents=True)
     for name, texts in (("corpus", passages), ("queries", queries)):
-        with (room / f"{name}.jsonl").open("w", encoding="utf-8") as file:
+        with (folder / f"{name}.jsonl").open("w", encoding="utf-8") as file:
             for number, text in enumerate(texts):
                 file.write(json.dumps({"_id": f"{name[0]}{number}", "text": " ".join(text)}) + "\n")
-    with (room / "qrels" / "dev.tsv").open("w", encoding="utf-8") as file:
+    with (folder / "qrels" / "dev.tsv").open("w", encoding="utf-8") as file:
         file.write("query-id\tcorpus-id\tscore\n")
         for number, query in enumerate(queries):
             found = next(row for row, text in enumerate(passages) if set(query) <= set(text))
             file.write(f"q{number}\tc{found}\t1\n")
-    return room
+    return folder
 
 
 def _tiny(collection: Path, step: int) -> Encoder:

@@ -1,4 +1,4 @@
-"""Kinds of malformed inputs, and what is right for each, for `benchmarks/fuzz.py`."""
+"""Kinds of malformed inputs and their right values, for `benchmarks/fuzz.py`."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from benchmarks.fuzzing.case import Kind
 
 
 def all_kinds() -> list[Kind]:
-    """All kinds; what they need is imported here, in the process that runs them."""
+    """All kinds; their modules are imported only in the process that runs the cases."""
     from benchmarks.fuzzing import (
         caches,
         checkpoints,
@@ -14,11 +14,11 @@ def all_kinds() -> list[Kind]:
         commands,
         encoders,
         examples,
+        option_values,
         plans,
         rankings,
         training_flags,
         validators,
-        words,
     )
 
     return [
@@ -29,7 +29,7 @@ def all_kinds() -> list[Kind]:
         *encoders.KINDS,
         *checkpoints.KINDS,
         *validators.KINDS,
-        *words.KINDS,
+        *option_values.KINDS,
         *commands.KINDS,
         *plans.KINDS,
         *training_flags.KINDS,

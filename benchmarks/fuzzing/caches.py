@@ -1,4 +1,4 @@
-"""Entries of the user's cache: a damaged one is made again, and gives what an empty cache gives."""
+"""Damaged entries of the cache: they are rebuilt, with the same result as from an empty cache."""
 
 from __future__ import annotations
 
@@ -35,18 +35,18 @@ def tiny() -> Any:
     ).eval()
 
 
-def _corpus_file(room: Path) -> Path:
-    path = room / "corpus.jsonl"
+def _corpus_file(workdir: Path) -> Path:
+    path = workdir / "corpus.jsonl"
     if not path.exists():
         jsonl(path, [{"_id": i, "title": title, "text": text} for i, title, text in PASSAGES])
     return path
 
 
-def corpora(room: Path) -> Any:
+def corpora(workdir: Path) -> Any:
     from mlflow_dr.collection.training_files import corpus_of_file
 
-    corpus = corpus_of_file(_corpus_file(room))
-    ids = [one[0] for one in PASSAGES]
+    corpus = corpus_of_file(_corpus_file(workdir))
+    ids = [passage[0] for passage in PASSAGES]
     return [
         passages_of(corpus),
         corpus.digest,
@@ -56,23 +56,23 @@ def corpora(room: Path) -> Any:
     ]
 
 
-def examples(room: Path) -> Any:
+def examples(workdir: Path) -> Any:
     from mlflow_dr.collection.catalogue import open_examples
 
-    if not (room / "train.jsonl").exists():
-        jsonl(room / "train.jsonl", records_of("Tevatron"))
-    made = open_examples(room / "train.jsonl")
+    if not (workdir / "train.jsonl").exists():
+        jsonl(workdir / "train.jsonl", records_of("Tevatron"))
+    made = open_examples(workdir / "train.jsonl")
     return [ours(made), made.digest, made.negative_counts().tolist()]
 
 
-def tokens(room: Path) -> Any:
+def tokens(workdir: Path) -> Any:
     from mlflow_dr.collection.training_files import corpus_of_file
     from mlflow_dr.encoder.token_cache import corpus_tokens, subset_tokens
     from mlflow_dr.encoder.tokenize import TextTokenizer
 
     encoder = tiny()
     text_tokenizer = TextTokenizer(encoder.tokenizer, encoder.settings)
-    corpus = corpus_of_file(_corpus_file(room))
+    corpus = corpus_of_file(_corpus_file(workdir))
     rows = np.array([1, 3])
     made = [subset_tokens(corpus, rows, text_tokenizer), corpus_tokens(corpus, text_tokenizer)]
     ids, mask = made[1].padded(np.arange(len(corpus)), text_tokenizer.pad_id)
@@ -83,40 +83,40 @@ def tokens(room: Path) -> Any:
     return [read, made[1].lengths.tolist(), ids.tolist(), mask.tolist()]
 
 
-def top_passages(room: Path) -> Any:
+def top_passages(workdir: Path) -> Any:
     from mlflow_dr.collection.records import Query, Topics
     from mlflow_dr.collection.training_files import corpus_of_file
     from mlflow_dr.subsets.spec import parse_subset
     from mlflow_dr.subsets.strategies import SubsetSources
 
-    corpus = corpus_of_file(_corpus_file(room))
-    queries = [Query(one[0], one[1]) for one in QUERIES]
+    corpus = corpus_of_file(_corpus_file(workdir))
+    queries = [Query(query[0], query[1]) for query in QUERIES]
     (term,) = parse_subset("bm25@3").terms
     chosen = term.strategy.choose(term, SubsetSources(corpus, Topics(queries, {})))
     return [rows.tolist() for rows in chosen]
 
 
-def fidelity(room: Path) -> Any:
+def fidelity(workdir: Path) -> Any:
     from mlflow_dr.fidelity.study import StudyCache
 
     kept = StudyCache([("a", 1), ("b", 2)])
     values = [np.array([0.5, 0.25, 1.0]), np.array([0.0, 1 / 3, 0.125])]
     before = [kept.values("one"), kept.seconds("here")]
-    if all(one is None for one in before[0]) and not len(before[1]):
+    if all(array is None for array in before[0]) and not len(before[1]):
         kept.store_values("one", values)
         kept.store_seconds("here", [1.5, 2.5])
         before = [kept.values("one"), kept.seconds("here")]
-    return [[None if one is None else one.tolist() for one in before[0]], list(before[1])]
+    return [[None if array is None else array.tolist() for array in before[0]], list(before[1])]
 
 
 def entry(read: Callable[[Path], Any], folders: tuple[str, ...]) -> Callable[[Random, Path], Case]:
-    """Cases of a kind of entry: made, damaged, and asked for again."""
+    """Cases that create a cache entry, damage it, and read it again."""
 
-    def make(chance: Random, room: Path) -> Case:
-        right = read(room)
+    def make(chance: Random, workdir: Path) -> Case:
+        right = read(workdir)
         folder = cache_dir() / chance.choice(folders)
-        files = sorted(one for one in folder.rglob("*") if one.is_file())
-        path = chance.choice([one for one in files if one.suffix != ".lock"] * 9 + files)
+        files = sorted(file for file in folder.rglob("*") if file.is_file())
+        path = chance.choice([file for file in files if file.suffix != ".lock"] * 9 + files)
         act = chance.randrange(14)
         how = f"{path.relative_to(cache_dir()).parts[-1]}: "
         if act == 0:
@@ -130,7 +130,7 @@ def entry(read: Callable[[Path], Any], folders: tuple[str, ...]) -> Callable[[Ra
                 path.write_bytes(data)
             how += "another file of the entry"
         elif act == 2:
-            top = next(one for one in (path, *path.parents) if one.parent == folder)
+            top = next(ancestor for ancestor in (path, *path.parents) if ancestor.parent == folder)
             shutil.rmtree(top) if top.is_dir() else top.unlink()
             if chance.random() < 0.5:
                 top.mkdir()
@@ -139,24 +139,24 @@ def entry(read: Callable[[Path], Any], folders: tuple[str, ...]) -> Callable[[Ra
             how += "an entry that is empty"
         else:
             data = path.read_bytes()
-            path.unlink()  # what is mapped stays as it is
+            path.unlink()  # memory-mapped files stay unchanged
             path.write_bytes(data)
             how += damage.file(chance, path)
-        return Case(how, lambda: read(room), lambda: right, (), refusable=False)
+        return Case(how, lambda: read(workdir), lambda: right, (), refusable=False)
 
     return make
 
 
-def replaced(chance: Random, room: Path) -> Case:
-    """A file replaced by one of its size and time."""
+def replaced(chance: Random, workdir: Path) -> Case:
+    """A file is replaced by another of the same size and modification time."""
     read, name, old, new = chance.choice(
         (
             (corpora, "corpus.jsonl", b"ferry", b"barge"),
             (examples, "train.jsonl", b"tanker", b"vessel"),
         )
     )
-    read(room)
-    path = room / name
+    read(workdir)
+    path = workdir / name
     state, data = path.stat(), path.read_bytes()
     if chance.random() < 0.5:
         path.unlink()
@@ -165,21 +165,21 @@ def replaced(chance: Random, room: Path) -> Case:
 
     def right() -> Any:
         shutil.rmtree(cache_dir())
-        return read(room)
+        return read(workdir)
 
     return Case(
-        f"{name} replaced by one of its size and time", lambda: read(room), right, (), False
+        f"{name} replaced by one of its size and time", lambda: read(workdir), right, (), False
     )
 
 
-def kept(chance: Random, room: Path) -> Case:
-    """Values of a study, which may be gone, but never others."""
-    case = entry(fidelity, ("fidelity",))(chance, room)
+def kept(chance: Random, workdir: Path) -> Case:
+    """Values of a study: they may be lost, but never wrong."""
+    case = entry(fidelity, ("fidelity",))(chance, workdir)
     values, seconds = case.right()
     a, b = values
-    some = [[one, other] for one in (a, None) for other in (b, None)]
+    some = [[first, other] for first in (a, None) for other in (b, None)]
     return case._replace(
-        right=lambda: AnyOf([one, times] for one in some for times in (seconds, []))
+        right=lambda: AnyOf([pair, times] for pair in some for times in (seconds, []))
     )
 
 

@@ -1,4 +1,4 @@
-"""A case of the fuzzer, and how what came of it is judged."""
+"""A case of the fuzzer, and how its outcome is judged."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ DIRECTION = set("\u200e\u200f\u061c\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2
 
 
 class UnreadableError(Exception):
-    """What the independent reading says of an input that has no right value."""
+    """The independent reader rejects the input."""
 
 
 class RefusedError(MlflowDrError):
@@ -42,11 +42,11 @@ class Case(NamedTuple):
     """One malformed input.
 
     Attributes:
-        what: what was damaged and how.
-        ours: what mlflow_dr makes of it.
-        right: what it is by an independent reading; `UnreadableError` where nothing is.
-        names: of which a refusal has to name one.
-        refusable: whether it may be refused at all.
+        what: what was damaged, and how.
+        ours: reads the input with mlflow_dr.
+        right: reads it independently; raises `UnreadableError` if it must be refused.
+        names: files or keys; a refusal must contain one of them.
+        refusable: whether the input may be refused.
     """
 
     what: str
@@ -60,10 +60,10 @@ class Kind(NamedTuple):
     """A kind of cases.
 
     Attributes:
-        name: what `--kind` takes.
-        make: a seeded source of chance and an empty folder to a case.
-        share: cases of this kind, relative to the others.
-        prepare: makes what all of them need.
+        name: the value of `--kind`.
+        make: makes a case from a random generator and an empty folder.
+        share: number of cases relative to the other kinds.
+        prepare: creates what all cases of the kind need.
     """
 
     name: str
@@ -73,13 +73,13 @@ class Kind(NamedTuple):
 
 
 class Verdict(NamedTuple):
-    """What came of a case.
+    """The outcome of a case.
 
     Attributes:
         outcome: `equal`, `refused` or `finding`.
-        cause: equal for findings that are likely to have one cause.
+        cause: the same for findings that probably have the same cause.
         text: the refusal, or what is wrong.
-        what: the case's words.
+        what: what was damaged, and how.
     """
 
     outcome: str
@@ -89,7 +89,7 @@ class Verdict(NamedTuple):
 
 
 class _Lines(logging.Handler):
-    """What was logged, as the command line shows it."""
+    """Log lines as the command line prints them."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -101,7 +101,7 @@ class _Lines(logging.Handler):
 
 
 def judged(case: Case) -> Verdict:
-    """Run a case and say what came of it."""
+    """Run a case and judge its outcome."""
     package = logging.getLogger("mlflow_dr")
     package.propagate = False
     package.setLevel(logging.INFO)
@@ -119,17 +119,17 @@ def _outcome(case: Case) -> Verdict:
         value = case.ours()
     except MlflowDrError as error:
         return _refusal(case, error)
-    except Exception as error:  # noqa: BLE001 - that is what is looked for
+    except Exception as error:  # noqa: BLE001 - tracebacks are what the fuzzer looks for
         return Verdict(
             FINDING,
-            f"traceback: {_where(error)}",
+            f"traceback: {_origin(error)}",
             "".join(traceback.format_exception(error))[-1500:],
         )
     try:
         right = case.right()
     except UnreadableError as error:
         return Verdict(FINDING, f"accepted: {error}", f"ours: {value!r:.600}")
-    if any(same(value, one) for one in (right if isinstance(right, AnyOf) else (right,))):
+    if any(same(value, option) for option in (right if isinstance(right, AnyOf) else (right,))):
         return Verdict(EQUAL)
     text = difference(value, right)
     return Verdict(
@@ -140,19 +140,19 @@ def _outcome(case: Case) -> Verdict:
 def _refusal(case: Case, error: MlflowDrError) -> Verdict:
     shown = printed(error)
     if not case.refusable:
-        return Verdict(FINDING, f"refused what must be read: {_where(error)}", shown[:600])
+        return Verdict(FINDING, f"refused what must be read: {_origin(error)}", shown[:600])
     problem = unprintable(shown)
     if not problem and len(shown) >= LONGEST:
         problem = f"{LONGEST} characters or more"
     if not problem and not any(name in shown for name in case.names):
         problem = "names neither file nor key"
     if problem:
-        return Verdict(FINDING, f"refusal: {problem}: {_where(error)}", shown[:600])
+        return Verdict(FINDING, f"refusal: {problem}: {_origin(error)}", shown[:600])
     return Verdict(REFUSED, type(error).__name__, shown)
 
 
 def printed(error: MlflowDrError) -> str:
-    """What the command line prints."""
+    """The error as the command line prints it."""
     if isinstance(error, RefusedError):
         return str(error)
     with contextlib.redirect_stderr(io.StringIO()) as printed:
@@ -163,20 +163,20 @@ def printed(error: MlflowDrError) -> str:
 
 
 def unprintable(line: str) -> str:
-    """The first character that a terminal obeys, in words; empty where there is none."""
+    """A description of the first control character; empty if there is none."""
     for character in line.replace("\t", " "):
         if unicodedata.category(character) in ("Cc", "Cs") or character in DIRECTION:
             return f"control character {ord(character):#06x}"
     return ""
 
 
-def _where(error: BaseException) -> str:
-    """Kind of error, and the last place in the package that it came through."""
+def _origin(error: BaseException) -> str:
+    """The type of an error, and the last function of the package in its traceback."""
     frames = traceback.extract_tb(error.__traceback__)
-    own = [one for one in frames if "/mlflow_dr/" in one.filename]
-    place = own[-1] if own else frames[-1]
-    file = place.filename.rpartition("/mlflow_dr/")[2]
-    return f"{type(error).__name__} in {file}:{place.name}"
+    own = [frame for frame in frames if "/mlflow_dr/" in frame.filename]
+    frame = own[-1] if own else frames[-1]
+    file = frame.filename.rpartition("/mlflow_dr/")[2]
+    return f"{type(error).__name__} in {file}:{frame.name}"
 
 
 def same(ours: Any, right: Any) -> bool:
@@ -200,9 +200,9 @@ def same(ours: Any, right: Any) -> bool:
 
 
 def difference(ours: Any, right: Any, path: str = "") -> str:
-    """The first place where two values differ."""
+    """A description of the first difference between two values."""
     if isinstance(right, AnyOf):
-        return " or ".join(difference(ours, one) for one in right)
+        return " or ".join(difference(ours, option) for option in right)
     if isinstance(ours, dict) and isinstance(right, dict) and ours.keys() == right.keys():
         pairs = [(f"[{key!r}]", ours[key], right[key]) for key in ours]
     elif (
@@ -210,7 +210,7 @@ def difference(ours: Any, right: Any, path: str = "") -> str:
         and isinstance(right, list | tuple)
         and len(ours) == len(right)
     ):
-        pairs = [(f"[{place}]", *both) for place, both in enumerate(zip(ours, right, strict=True))]
+        pairs = [(f"[{index}]", *both) for index, both in enumerate(zip(ours, right, strict=True))]
     else:
         return f"{path or 'value'}: ours {ours!r:.250}, right {right!r:.250}"
     for step, a, b in pairs:

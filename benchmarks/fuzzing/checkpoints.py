@@ -1,4 +1,4 @@
-"""Published checkpoints: their files and manifest, and what is said of them on the server."""
+"""Published checkpoints: their files, their manifest, and their values on the server."""
 
 from __future__ import annotations
 
@@ -68,36 +68,36 @@ ADDED = (
 
 @cache
 def client() -> MlflowClient:
-    """A real store (sqlite), also where the process is started again."""
-    room = Path(tempfile.gettempdir(), "fuzz-store")
-    room.mkdir(exist_ok=True)
-    return connect(f"sqlite:///{room}/mlflow.db")
+    """A real store (sqlite), which is used again if the process is restarted."""
+    folder = Path(tempfile.gettempdir(), "fuzz-store")
+    folder.mkdir(exist_ok=True)
+    return connect(f"sqlite:///{folder}/mlflow.db")
 
 
-def fresh_run(room: Path) -> TrackedRun:
+def fresh_run(workdir: Path) -> TrackedRun:
     experiment = client().create_experiment(
-        uuid.uuid4().hex, artifact_location=str(room / "artifacts")
+        uuid.uuid4().hex, artifact_location=str(workdir / "artifacts")
     )
     return TrackedRun(client(), client().create_run(experiment))
 
 
-def manifest(chance: Random, room: Path) -> Case:
+def manifest(chance: Random, workdir: Path) -> Case:
     """A checkpoint's files damaged, files beside them, or a manifest that is damaged and sealed."""
-    run = fresh_run(room)
-    directory = room / "encoder"
+    run = fresh_run(workdir)
+    directory = workdir / "encoder"
     shutil.copytree(templates()["ours"], directory)
     publish(run, directory, 5)
     (checkpoint,) = run_checkpoints(run)
-    place = Path(checkpoint.location.removeprefix("file://"))
-    listed = place / "manifest.json"
+    location = Path(checkpoint.location.removeprefix("file://"))
+    listed = location / "manifest.json"
     names = (listed.name, checkpoint.model_id, *json.loads(listed.read_text()))
     act = chance.randrange(8)
     if act < 2:
-        _, how = hurt(chance, place)
+        _, how = hurt(chance, location)
     elif act == 2:
-        how = stray(chance, place)
+        how = stray(chance, location)
     elif act == 3:
-        how = beside(chance, place)
+        how = beside(chance, location)
     elif act == 4:
         tag, how = odd.word(chance, checkpoint.manifest)
         client().set_logged_model_tags(
@@ -122,21 +122,21 @@ def manifest(chance: Random, room: Path) -> Case:
             listed.write_bytes(damage.dumped(chance, values, 1))
         client().set_logged_model_tags(checkpoint.model_id, {MANIFEST_TAG: file_sha256(listed)})
 
-    names = (*names, *(ascii(one)[1:-1] for one in odd.PATHS if one.strip(".")))
+    names = (*names, *(ascii(path)[1:-1] for path in odd.PATHS if path.strip(".")))
 
     def read() -> Any:
-        (one,) = run_checkpoints(run)
-        with checkpoint_files(one) as files:
+        (published,) = run_checkpoints(run)
+        with checkpoint_files(published) as files:
             return scores(files)
 
     return Case(how, read, lambda: sound("ours"), names)
 
 
-def beside(chance: Random, place: Path) -> str:
+def beside(chance: Random, directory: Path) -> str:
     """Add a file that an encoder's loader would read, and that the manifest does not list."""
     act = chance.randrange(6)
     if act == 0:
-        shutil.copytree(templates()["towers"] / "query", place / "query")
+        shutil.copytree(templates()["towers"] / "query", directory / "query")
         return "a tower of queries beside it"
     name, text = (
         ("special_tokens_map.json", '{"unk_token": "ships", "pad_token": "ships"}'),
@@ -155,23 +155,23 @@ def beside(chance: Random, place: Path) -> str:
         ),
         ("chat_template.jinja", "{{ 1 }}"),
     )[act - 1]
-    (place / name).write_text(text)
+    (directory / name).write_text(text)
     return f"{name} beside it"
 
 
-class Said(NamedTuple):
-    """What a server says of a checkpoint and of its run, one thing of it changed.
+class ServerValues(NamedTuple):
+    """The values of a checkpoint and its run on the server, with one change.
 
     Attributes:
-        where: what it is: tags, params or the run.
-        key: its name.
+        section: tags, params or the run.
+        key: the changed key.
         how: how it was changed.
-        tags: of the checkpoint.
-        params: of the checkpoint.
+        tags: tags of the checkpoint.
+        params: params of the checkpoint.
         of_run: params of the run.
     """
 
-    where: str
+    section: str
     key: str
     how: str
     tags: dict[str, str]
@@ -179,7 +179,7 @@ class Said(NamedTuple):
     of_run: dict[str, str]
 
 
-def said(chance: Random) -> Said:
+def changed_server_values(chance: Random) -> ServerValues:
     tags = {
         STEP_TAG: "10",
         MANIFEST_TAG: "0" * 64,
@@ -188,27 +188,27 @@ def said(chance: Random) -> Said:
     }
     params = {f"{PREFIX}val": RECORD, f"{PREFIX}val.claim.1": json.dumps(OWNER)}
     of_run = {f"{PREFIX}val": json.dumps(CONFIG), "dataset": "demo", "validation_split": "dev"}
-    where = chance.choice(("tags", "tags", "params", "params", "more", "run"))
-    if where == "more":
+    section = chance.choice(("tags", "tags", "params", "params", "more", "run"))
+    if section == "more":
         key = chance.choice(list(MORE))
         tags[key], how = _changed(chance, MORE[key])
         if chance.random() < 0.5:
             del params[f"{PREFIX}val"]
-        return Said(where, key, how, tags, params, of_run)
-    chosen = {"tags": tags, "params": params, "run": of_run}[where]
+        return ServerValues(section, key, how, tags, params, of_run)
+    chosen = {"tags": tags, "params": params, "run": of_run}[section]
     key = chance.choice(list(chosen))
     if chance.random() < 0.15:
         added = chance.choice(ADDED)
         chosen[added] = chosen.pop(key) if chance.random() < 0.5 else chosen[key]
-        return Said(where, added, f"{key} also under it", tags, params, of_run)
+        return ServerValues(section, added, f"{key} also under it", tags, params, of_run)
     chosen[key], how = _changed(chance, chosen[key])
-    return Said(where, key, how, tags, params, of_run)
+    return ServerValues(section, key, how, tags, params, of_run)
 
 
-def server(chance: Random, room: Path) -> Case:
-    """One tag or param of a checkpoint, or of its run, that nobody of us has written so."""
-    run = fresh_run(room)
-    where, key, how, tags, params, of_run = said(chance)
+def server(chance: Random, workdir: Path) -> Case:
+    """A changed tag or param of a checkpoint or its run."""
+    run = fresh_run(workdir)
+    section, key, how, tags, params, of_run = changed_server_values(chance)
     model(run, {STEP_TAG: "5", MANIFEST_TAG: "0" * 64}, {f"{PREFIX}val": RECORD}, 5)
     model(run, tags, params, 10)
     for name, value in of_run.items():
@@ -216,17 +216,21 @@ def server(chance: Random, room: Path) -> Case:
 
     def read() -> Any:
         checkpoints = run_checkpoints(run)
-        mine = next(one for one in checkpoints if one.step == 5 and len(one.params) == 1)
+        mine = next(
+            checkpoint
+            for checkpoint in checkpoints
+            if checkpoint.step == 5 and len(checkpoint.params) == 1
+        )
         shown = []
-        for one in checkpoints:
+        for checkpoint in checkpoints:
             for name in ("val", "x y/z", ""):
                 shown += [
-                    str(validation_state(one, name)),
-                    failure_reason(one, name),
-                    str(latest_claim(one, name)),
-                    str(recorded_values(one, name)),
+                    str(validation_state(checkpoint, name)),
+                    failure_reason(checkpoint, name),
+                    str(latest_claim(checkpoint, name)),
+                    str(recorded_values(checkpoint, name)),
                 ]
-            shown.append(f"{one.is_fully_pruned} {one.is_pruned} {one.uri}")
+            shown.append(f"{checkpoint.is_fully_pruned} {checkpoint.is_pruned} {checkpoint.uri}")
         shown += status_table(run_status(run)).splitlines()
         shown += [progress_summary(checkpoints, "val")]
         bound = run_validations(run)
@@ -244,23 +248,23 @@ def server(chance: Random, room: Path) -> Case:
             for line in status_table(run_status(run)).splitlines()
             if (problem := unprintable(line))
         ]
-        others = [one.step for one in checkpoints if one is not mine]
+        others = [checkpoint.step for checkpoint in checkpoints if checkpoint is not mine]
         return [others, str(validation_state(mine, "val")), dict(recorded_values(mine, "val")), bad]
 
     step = tags.get(STEP_TAG, "")
     others = [int(step)] if re.fullmatch(r"\d{1,18}", step, re.ASCII) else []
     right: list[Any] = [others, "State.RECORDED", FIGURES, []]
     return Case(
-        f"{where}: {key}: {how}",
+        f"{section}: {key}: {how}",
         read,
         lambda: right,
         (key, key.removeprefix(PREFIX)),
-        where == "run",
+        section == "run",
     )
 
 
 def _changed(chance: Random, text: str) -> tuple[str, str]:
-    """Another text, without half of a surrogate pair, which no database takes."""
+    """A changed text without lone surrogates, which no database accepts."""
     if text.startswith("{") and chance.random() < 0.7:
         values, how = damage.tree(chance, json.loads(text))
         made = json.dumps(values)
@@ -283,7 +287,7 @@ def model(run: TrackedRun, tags: dict[str, str], params: dict[str, str], step: i
 
 
 def prepare() -> None:
-    """What takes long the first time."""
+    """Do what takes long the first time."""
     sound("ours")
     client().search_experiments()
 

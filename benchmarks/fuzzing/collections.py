@@ -44,24 +44,34 @@ MEASURES = "mrr@10 ndcg@10 recall@5"
 
 def passages_of(corpus: Corpus) -> list[Any]:
     return [
-        (one.id, one.title, one.text, None if one.tokens is None else list(one.tokens))
+        (
+            passage.id,
+            passage.title,
+            passage.text,
+            None if passage.tokens is None else list(passage.tokens),
+        )
         for batch in corpus.batches()
-        for one in batch
+        for passage in batch
     ]
 
 
 def read(collection: Collection, split: str) -> dict[str, Any]:
-    """All that mlflow_dr makes of a collection, measured on some ranking."""
+    """Read a collection with mlflow_dr, and measure a fixed ranking on it."""
     passages = passages_of(collection.corpus())
     topics = collection.topics(split)
     qrels = {query: dict(judged) for query, judged in topics.qrels.items()}
-    ids = [one[0] for one in passages]
+    ids = [passage[0] for passage in passages]
     ranking = {query: reading.ranked(ids, query) for query in qrels}
     return {
         "passages": passages,
         "queries": [
-            (one.id, one.text, list(one.answers), None if one.tokens is None else list(one.tokens))
-            for one in topics.queries
+            (
+                query.id,
+                query.text,
+                list(query.answers),
+                None if query.tokens is None else list(query.tokens),
+            )
+            for query in topics.queries
         ],
         "qrels": qrels,
         "values": measure_ranking(ranking, qrels, parse_measures(MEASURES)),
@@ -71,21 +81,21 @@ def read(collection: Collection, split: str) -> dict[str, Any]:
 def right(
     passages: reading.Passages, queries: dict[str, Any], qrels: dict[str, Any]
 ) -> dict[str, Any]:
-    """The same by the plain reading; `queries` are id -> text, answers, tokens."""
+    """The same by the independent reader; `queries` maps ids to text, answers and tokens."""
     topics = reading.topics(queries, qrels, passages)
-    ids = [one[0] for one in passages]
+    ids = [passage[0] for passage in passages]
     return {"passages": passages, **topics, "values": reading.measured(topics["qrels"], ids)}
 
 
 def hurt(chance: Random, path: Path, trees: list[Any] | None) -> tuple[Path, str]:
-    """Damage a file of JSON lines (or of anything, without `trees`); where it is then, and how."""
+    """Damage a file, or one of its JSON records `trees`; returns its path and a description."""
     if trees and chance.random() < 0.55:
-        place = chance.randrange(len(trees))
+        index = chance.randrange(len(trees))
         trees = list(trees)
-        trees[place], how = damage.tree(chance, trees[place])
+        trees[index], how = damage.tree(chance, trees[index])
         end = chance.choice((b"\n", b"\n", b"\r\n"))
-        path.write_bytes(b"".join(damage.dumped(chance, one) + end for one in trees))
-        return path, f"{path.name}: record {place}: {how}"
+        path.write_bytes(b"".join(damage.dumped(chance, record) + end for record in trees))
+        return path, f"{path.name}: record {index}: {how}"
     path_then, how = damage.packed(chance, path)
     if not how:
         how = damage.file(chance, path)
@@ -94,17 +104,17 @@ def hurt(chance: Random, path: Path, trees: list[Any] | None) -> tuple[Path, str
 
 def jsonl(path: Path, values: list[Any]) -> None:
     path.write_text(
-        "".join(json.dumps(one, ensure_ascii=False) + "\n" for one in values), encoding="utf-8"
+        "".join(json.dumps(value, ensure_ascii=False) + "\n" for value in values), encoding="utf-8"
     )
 
 
 def table(path: Path, rows: list[Any], header: str = "") -> None:
-    text = "".join("\t".join(map(str, one)) + "\n" for one in rows)
+    text = "".join("\t".join(map(str, row)) + "\n" for row in rows)
     path.write_text(header + text, encoding="utf-8")
 
 
 def beir_folder(folder: Path) -> dict[str, Any]:
-    """Write a sound folder; the records of its files."""
+    """Write a sound folder; returns the records of its files."""
     (folder / "qrels").mkdir(parents=True)
     corpus = [{"_id": i, "title": title, "text": text} for i, title, text in PASSAGES]
     queries = [
@@ -120,9 +130,9 @@ def beir_folder(folder: Path) -> dict[str, Any]:
 
 def renamed(chance: Random, folder: Path) -> str:
     """Give a passage or query another id in all files."""
-    old = chance.choice([*(one[0] for one in PASSAGES[:3]), "q1", "q2"])
-    place = chance.randint(0, len(old))
-    new = old[:place] + chance.choice(odd.CONTROLS) + old[place:]
+    old = chance.choice([*(passage[0] for passage in PASSAGES[:3]), "q1", "q2"])
+    index = chance.randint(0, len(old))
+    new = old[:index] + chance.choice(odd.CONTROLS) + old[index:]
     for path in folder.rglob("*.*"):
         text = path.read_text(encoding="utf-8")
         inside = json.dumps(new)[1:-1] if path.suffix == ".jsonl" else new
@@ -131,8 +141,8 @@ def renamed(chance: Random, folder: Path) -> str:
     return f"{old} is {new!r} in all files"
 
 
-def beir(chance: Random, room: Path) -> Case:
-    folder = room / "set"
+def beir(chance: Random, workdir: Path) -> Case:
+    folder = workdir / "set"
     files = beir_folder(folder)
     rows = chance.choice((JUDGED, [(q, 0, p, n) for q, p, n in JUDGED]))
     header = chance.choice(("query-id\tcorpus-id\tscore\n", "")) if rows is JUDGED else ""
@@ -148,21 +158,26 @@ def beir(chance: Random, room: Path) -> Case:
         ).write_bytes(b"\x00")
 
     def plain() -> Any:
-        there = {
-            one: next(folder.glob(f"{one}*"), folder / one) for one in [*files, "qrels/dev.tsv"]
+        paths = {
+            file_name: next(folder.glob(f"{file_name}*"), folder / file_name)
+            for file_name in [*files, "qrels/dev.tsv"]
         }
-        there["corpus.jsonl"] = folder / (
+        paths["corpus.jsonl"] = folder / (
             "corpus.jsonl.gz" if path.name == "corpus.jsonl.gz" else "corpus.jsonl"
         )
-        passages = reading.json_passages(there["corpus.jsonl"])
-        put = reading.records(there["queries.jsonl"], arrays=False)
-        reading.unique([reading.identifier(one, "_id") for one in put])
-        known = {
-            reading.identifier(one, "_id"): (reading.text(one, "text"), _answers(one), None)
-            for one in put
+        passages = reading.json_passages(paths["corpus.jsonl"])
+        put = reading.records(paths["queries.jsonl"], arrays=False)
+        reading.unique([reading.identifier(record, "_id") for record in put])
+        queries_by_id = {
+            reading.identifier(record, "_id"): (
+                reading.text(record, "text"),
+                _answers(record),
+                None,
+            )
+            for record in put
         }
-        ids = {one[0] for one in passages} | set(known)
-        return right(passages, known, reading.qrels(there["qrels/dev.tsv"], ids))
+        ids = {passage[0] for passage in passages} | set(queries_by_id)
+        return right(passages, queries_by_id, reading.qrels(paths["qrels/dev.tsv"], ids))
 
     names = ("corpus.jsonl", "queries.jsonl", "dev.tsv", "qrels")
     return Case(how, lambda: read(open_collection(str(folder)), "dev"), plain, names)
@@ -175,21 +190,23 @@ def _answers(record: dict[str, Any]) -> list[str]:
     )
 
 
-def asyncval(chance: Random, room: Path) -> Case:
+def asyncval(chance: Random, workdir: Path) -> Case:
     tokenised = chance.random() < 0.3
-    shape = (lambda text: [len(one) for one in text.split()]) if tokenised else (lambda text: text)
+    shape = (
+        (lambda text: [len(word) for word in text.split()]) if tokenised else (lambda text: text)
+    )
     passages = [{"text_id": i, "text": shape(text)} for i, _, text in PASSAGES]
     queries = [{"text_id": i, "text": shape(text)} for i, text, _ in QUERIES]
-    shards = room / "candidates"
+    shards = workdir / "candidates"
     shards.mkdir()
     files: dict[str, Any] = {"split00.jsonl": passages[:4], "split01.json": passages[4:]}
     for name, values in files.items():
         jsonl(shards / name, values)
     files["dev.json"] = queries
-    jsonl(room / "dev.json", queries)
-    table(room / "qrels.tsv", [(q, 0, p, n) for q, p, n in JUDGED])
+    jsonl(workdir / "dev.json", queries)
+    table(workdir / "qrels.tsv", [(q, 0, p, n) for q, p, n in JUDGED])
     name = chance.choice([*files, "qrels.tsv"])
-    target = shards / name if name.startswith("split") else room / name
+    target = shards / name if name.startswith("split") else workdir / name
     if name in files and chance.random() < 0.3:
         target.write_bytes(damage.dumped(chance, files[name], chance.choice((None, 1))))
         path, how = hurt(chance, target, None)
@@ -197,59 +214,63 @@ def asyncval(chance: Random, room: Path) -> Case:
         path, how = hurt(chance, target, files.get(name))
     if chance.random() < 0.1:
         (shards / chance.choice(("README.md", ".DS_Store", "done"))).write_bytes(b"\x00")
-    there = {
-        one: path if one == name else (shards / one if one.startswith("split") else room / one)
-        for one in [*files, "qrels.tsv"]
+    paths = {
+        file_name: path
+        if file_name == name
+        else (shards / file_name if file_name.startswith("split") else workdir / file_name)
+        for file_name in [*files, "qrels.tsv"]
     }
 
     def plain() -> Any:
-        made = [one for file in ("split00.jsonl", "split01.json") for one in _texts(there[file])]
-        made_queries = _texts(there["dev.json"])
+        made = [
+            passage for file in ("split00.jsonl", "split01.json") for passage in _texts(paths[file])
+        ]
+        made_queries = _texts(paths["dev.json"])
         for group in (made, made_queries):
-            reading.unique([one[0] for one in group])
-            if len({one[3] is None for one in group}) > 1:
+            reading.unique([entry[0] for entry in group])
+            if len({entry[3] is None for entry in group}) > 1:
                 raise UnreadableError("text and token ids")
         if not made:
             raise UnreadableError("no passage")
-        known = {one[0]: (one[2], [], one[3]) for one in made_queries}
-        ids = {one[0] for one in made} | set(known)
-        return right(made, known, reading.qrels(there["qrels.tsv"], ids))
+        queries_by_id = {query[0]: (query[2], [], query[3]) for query in made_queries}
+        ids = {passage[0] for passage in made} | set(queries_by_id)
+        return right(made, queries_by_id, reading.qrels(paths["qrels.tsv"], ids))
 
-    collection = f"asyncval:{shards}?queries={there['dev.json']}&qrels={there['qrels.tsv']}"
+    collection = f"asyncval:{shards}?queries={paths['dev.json']}&qrels={paths['qrels.tsv']}"
     return Case(how, lambda: read(open_collection(collection), "dev"), plain, (name, "candidates"))
 
 
 def _texts(path: Path) -> reading.Passages:
     if path.is_dir() or not (path.exists() or path.is_symlink()):
-        return []  # what is no file, or not there, is passed over
+        return []  # folders and missing files are skipped
     made: reading.Passages = []
-    for one in reading.records(path):
-        text, tokens = reading.text_or_tokens(one.get("text"))
-        made.append((reading.identifier(one, "text_id"), "", text, tokens))
+    for record in reading.records(path):
+        text, tokens = reading.text_or_tokens(record.get("text"))
+        made.append((reading.identifier(record, "text_id"), "", text, tokens))
     return made
 
 
-def dpr_table(chance: Random, room: Path) -> Case:
+def dpr_table(chance: Random, workdir: Path) -> Case:
     from mlflow_dr.collection.training_files import corpus_of_file
 
     rows = [(i, f'"{text.replace(chr(34), chr(34) * 2)}"', title) for i, title, text in PASSAGES]
-    table(room / "psgs.tsv", rows, chance.choice(("id\ttext\ttitle\n", "")))
+    table(workdir / "psgs.tsv", rows, chance.choice(("id\ttext\ttitle\n", "")))
     act = chance.randrange(3)
     if act == 0:
-        lines = (room / "psgs.tsv").read_text(encoding="utf-8").split("\n")
-        place = chance.randrange(len(lines))
-        cells = lines[place].split("\t")
+        lines = (workdir / "psgs.tsv").read_text(encoding="utf-8").split("\n")
+        index = chance.randrange(len(lines))
+        cells = lines[index].split("\t")
         cell = chance.randrange(len(cells))
         cells[cell] = (
             chance.choice((*odd.STRINGS, '"', 'a "b', '"a', 'a"', '"a"b', '""', "'"))
             .replace("\ud800", "")
             .replace("\udfff", "")
         )
-        lines[place] = "\t".join(cells)
-        (room / "psgs.tsv").write_text("\n".join(lines), encoding="utf-8", newline="")
-        path, how = room / "psgs.tsv", f"line {place}, cell {cell} = {cells[cell]!r:.40}"
+        lines[index] = "\t".join(cells)
+        (workdir / "psgs.tsv").write_text("\n".join(lines), encoding="utf-8", newline="")
+        path, how = workdir / "psgs.tsv", f"line {index}, cell {cell} = {cells[cell]!r:.40}"
     else:
-        path, how = hurt(chance, room / "psgs.tsv", None)
+        path, how = hurt(chance, workdir / "psgs.tsv", None)
     return Case(
         how,
         lambda: passages_of(corpus_of_file(path)),

@@ -1,4 +1,4 @@
-"""Whole command lines with one word damaged, left out or there twice."""
+"""Command lines in which one argument is damaged, removed or repeated."""
 
 from __future__ import annotations
 
@@ -37,15 +37,15 @@ SOUND = (
 MORE = ("--no-such", "-x", "--", "\x1b[31m", "--measures=", "--dtype=\u202e", "@file", "--help")
 
 
-def run(words: list[str]) -> str:
-    """What a command prints.
+def run(argv: list[str]) -> str:
+    """Run a command and return its output.
 
     Raises:
-        RefusedError: it ended with an error, whose line this is.
+        RefusedError: the command ended with an error; contains its last line.
     """
     out, err = io.StringIO(), io.StringIO()
     before = sys.argv
-    sys.argv = ["mlflow-dr", *words]
+    sys.argv = ["mlflow-dr", *argv]
     try:
         with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
             code = cli._run()
@@ -62,52 +62,50 @@ def run(words: list[str]) -> str:
 @cache
 def published() -> tuple[str, str]:
     """A store, and a run in it that has published a checkpoint."""
-    room = Path(tempfile.mkdtemp())
-    run = checkpoints.fresh_run(room)
-    shutil.copytree(templates()["ours"], room / "encoder")
-    checkpoints.publish(run, room / "encoder", 5)
+    folder = Path(tempfile.mkdtemp())
+    run = checkpoints.fresh_run(folder)
+    shutil.copytree(templates()["ours"], folder / "encoder")
+    checkpoints.publish(run, folder / "encoder", 5)
     return f"sqlite:///{tempfile.gettempdir()}/fuzz-store/mlflow.db", run.id
 
 
-def commands(chance: Random, room: Path) -> Case:
-    """A command line with one word damaged, left out, or there twice."""
-    set_, encoder = room / "set", room / "encoder"
+def commands(chance: Random, workdir: Path) -> Case:
+    """A command line in which one argument is damaged, removed or repeated."""
+    set_, encoder = workdir / "set", workdir / "encoder"
     collections.beir_folder(set_)
     shutil.copytree(templates()["ours"], encoder)
     store, run_id = published()
-    said = {"RUN": run_id, "STORE": store}
-    sound = [said.get(word, word) for word in shlex.split(chance.choice(SOUND))]
-    words = list(sound)
-    place = chance.randrange(len(words))
+    values = {"RUN": run_id, "STORE": store}
+    sound = [values.get(word, word) for word in shlex.split(chance.choice(SOUND))]
+    argv = list(sound)
+    index = chance.randrange(len(argv))
     act = chance.randrange(6)
-    if act == 0 and len(words) > 1:
-        how = f"{words.pop(place)!r:.40} left out"
+    if act == 0 and len(argv) > 1:
+        how = f"{argv.pop(index)!r:.40} left out"
     elif act == 1:
-        words.insert(place, words[place])
-        how = f"{words[place]!r:.40} twice"
+        argv.insert(index, argv[index])
+        how = f"{argv[index]!r:.40} twice"
     elif act == 2:
-        words.append(chance.choice(MORE))
-        how = f"{words[-1]!r} more"
+        argv.append(chance.choice(MORE))
+        how = f"{argv[-1]!r} more"
     else:
-        old = words[place]
-        words[place], how = odd.word(chance, old)
-        how = f"{old!r:.40} {how}: {words[place]!r:.40}"
-    # what a shell can pass on: no NUL, no half of a surrogate pair
-    words = [
-        word.replace("\x00", "").encode("utf-8", "replace").decode()[:100_000] for word in words
-    ]
-    if words and words[0] in ("validate", "run", "train", "fidelity") and "--once" not in words:
-        words.append("--once")
+        old = argv[index]
+        argv[index], how = odd.word(chance, old)
+        how = f"{old!r:.40} {how}: {argv[index]!r:.40}"
+    # a shell cannot pass NULs or lone surrogates
+    argv = [word.replace("\x00", "").encode("utf-8", "replace").decode()[:100_000] for word in argv]
+    if argv and argv[0] in ("validate", "run", "train", "fidelity") and "--once" not in argv:
+        argv.append("--once")
     names = (
         "--",
         "`mlflow-dr",
-        *(one[:10] for word in words for one in re.split(r"[\s@:,+=]|--", word) if len(one) > 2),
-        *(repr(one)[:10] for word in words for one in (word, *word.split())),
+        *(part[:10] for word in argv for part in re.split(r"[\s@:,+=]|--", word) if len(part) > 2),
+        *(repr(part)[:10] for word in argv for part in (word, *word.split())),
         "tracking store",
     )
 
     def read() -> Any:
-        run(words)
+        run(argv)
         return "ended well"
 
     return Case(f"{sound[0]}: {how}", read, lambda: "ended well", names)

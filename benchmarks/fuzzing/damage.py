@@ -1,4 +1,4 @@
-"""Damage: to bytes, to lines, to JSON values, to words, and to files and folders."""
+"""Damage to bytes, lines, JSON values, files and folders."""
 
 from __future__ import annotations
 
@@ -13,22 +13,22 @@ from typing import Any
 from benchmarks.fuzzing import odd
 
 
-def places(tree: Any, path: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]]:
+def paths(tree: Any, path: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]]:
     """The path of each value in a tree of dictionaries and lists."""
     items: Any = ()
     if isinstance(tree, dict):
         items = tree.items()
     elif isinstance(tree, list):
         items = enumerate(tree)
-    for key, one in items:
+    for key, child in items:
         yield (*path, key)
-        yield from places(one, (*path, key))
+        yield from paths(child, (*path, key))
 
 
 def tree(chance: Random, whole: Any) -> tuple[Any, str]:
-    """A copy of a JSON value with one thing in it changed, and what."""
+    """A copy of a JSON value with one change, and a description of the change."""
     changed = copy.deepcopy(whole)
-    found = list(places(changed))
+    found = list(paths(changed))
     if not found or chance.random() < 0.02:
         return odd.value(chance), "all of it"
     path = chance.choice(found)
@@ -59,11 +59,11 @@ def tree(chance: Random, whole: Any) -> tuple[Any, str]:
         holder[last] = [old]
         return changed, f"{what} nested"
     if act == 3 and isinstance(old, str):
-        place = chance.randint(0, len(old))
+        index = chance.randint(0, len(old))
         holder[last] = (
-            old[:place]
+            old[:index]
             + chance.choice((*odd.CONTROLS, odd.CLIPBOARD, " ", "\n", "\t", '"'))
-            + old[place:]
+            + old[index:]
         )
         return changed, f"{what} with a control character"
     if act == 4 and isinstance(old, int | float | bool):
@@ -80,7 +80,7 @@ def tree(chance: Random, whole: Any) -> tuple[Any, str]:
 
 
 def dumped(chance: Random, whole: Any, indent: int | None = None) -> bytes:
-    """A JSON value as bytes; half of a surrogate pair is escaped, since it has no bytes."""
+    """A JSON value as bytes; lone surrogates are escaped."""
     if chance.random() < 0.5:
         try:
             return json.dumps(whole, ensure_ascii=False, indent=indent).encode()
@@ -90,7 +90,7 @@ def dumped(chance: Random, whole: Any, indent: int | None = None) -> bytes:
 
 
 def raw(chance: Random, data: bytes) -> tuple[bytes, str]:
-    """Bytes, damaged, and how."""
+    """Damaged bytes, and a description of the damage."""
     name = chance.choice(list(_RAW))
     return _RAW[name](chance, data), name
 
@@ -123,9 +123,9 @@ def _doubled(chance: Random, data: bytes) -> bytes:
 
 
 def _inserted(chance: Random, data: bytes) -> bytes:
-    place = chance.randrange(len(data) + 1)
+    index = chance.randrange(len(data) + 1)
     what = chance.choice(odd.PIECES)
-    return data[:place] + what + data[place:]
+    return data[:index] + what + data[index:]
 
 
 def _lines(
@@ -136,8 +136,8 @@ def _lines(
 
 def _line_twice(chance: Random, lines: list[bytes]) -> list[bytes]:
     if lines:
-        place = chance.randrange(len(lines))
-        lines.insert(chance.randrange(len(lines) + 1), lines[place])
+        index = chance.randrange(len(lines))
+        lines.insert(chance.randrange(len(lines) + 1), lines[index])
     return lines
 
 
@@ -154,8 +154,8 @@ def _lines_swapped(chance: Random, lines: list[bytes]) -> list[bytes]:
 
 def _lines_joined(chance: Random, lines: list[bytes]) -> list[bytes]:
     if lines:
-        place = chance.randrange(len(lines))
-        lines[place] = lines[place].rstrip(b"\n")
+        index = chance.randrange(len(lines))
+        lines[index] = lines[index].rstrip(b"\n")
     return lines
 
 
@@ -168,8 +168,8 @@ def _blank_line(chance: Random, lines: list[bytes]) -> list[bytes]:
 
 def _long_line(chance: Random, lines: list[bytes]) -> list[bytes]:
     if lines:
-        place = chance.randrange(len(lines))
-        lines[place] = lines[place].rstrip(b"\n") * chance.choice((100, 20_000)) + b"\n"
+        index = chance.randrange(len(lines))
+        lines[index] = lines[index].rstrip(b"\n") * chance.choice((100, 20_000)) + b"\n"
     return lines
 
 
@@ -208,7 +208,7 @@ _RAW: dict[str, Callable[[Random, bytes], bytes]] = {
 
 
 def file(chance: Random, path: Path) -> str:
-    """Damage a file in place; how."""
+    """Damage a file in place; returns a description of the damage."""
     act = chance.randrange(24)
     if act == 0:
         path.unlink()
@@ -231,7 +231,7 @@ def file(chance: Random, path: Path) -> str:
 
 
 def packed(chance: Random, path: Path) -> tuple[Path, str]:
-    """Maybe the file as `.gz`, maybe damaged; its path then, and how."""
+    """Compress some files, and damage some of these; returns the path and a description."""
     act = chance.randrange(12)
     if act > 3:
         return path, ""

@@ -66,7 +66,7 @@ ADAPTER = [
 
 
 def scores(directory: Path) -> np.ndarray:
-    """What a validation compares: each query with each passage, `(n_queries, n_passages)`."""
+    """The scores of each query with each passage, `(n_queries, n_passages)`."""
     from mlflow_dr.encoder.directory import load_encoder
     from mlflow_dr.encoder.files import encoder_defect, step_of
     from mlflow_dr.pyfunc import TextsToVectors
@@ -80,7 +80,7 @@ def scores(directory: Path) -> np.ndarray:
 
 
 def library(directory: Path, dot: bool = False, queries: Sequence[str] = QUERY_TEXTS) -> np.ndarray:
-    """The same by sentence-transformers itself."""
+    """The same scores by sentence-transformers."""
     from sentence_transformers import SentenceTransformer
 
     model = SentenceTransformer(
@@ -93,10 +93,10 @@ def library(directory: Path, dot: bool = False, queries: Sequence[str] = QUERY_T
 
 
 def described(directory: Path) -> np.ndarray:
-    """The library's scores, where our own file is sound; each of its settings has one type.
+    """The library's scores if our own settings file is sound.
 
     Raises:
-        UnreadableError: it is not.
+        UnreadableError: a setting is missing, unknown or has another type.
     """
     try:
         values = json.loads((directory / "mlflow_dr.json").read_text(encoding="utf-8"))
@@ -112,9 +112,9 @@ def described(directory: Path) -> np.ndarray:
 
 
 def hurt(chance: Random, directory: Path) -> tuple[Path, str]:
-    """Damage one file of a directory; which, and how."""
-    files = sorted(one for one in directory.rglob("*") if one.is_file())
-    documents = [one for one in files if one.suffix == ".json" and one.name != "tokenizer.json"]
+    """Damage one file of a directory; returns its path and a description of the damage."""
+    files = sorted(file for file in directory.rglob("*") if file.is_file())
+    documents = [file for file in files if file.suffix == ".json" and file.name != "tokenizer.json"]
     path = chance.choice((chance.choice(documents), chance.choice(documents), chance.choice(files)))
     name = str(path.relative_to(directory))
     if path.suffix == ".safetensors" and chance.random() < 0.5:
@@ -122,9 +122,9 @@ def hurt(chance: Random, directory: Path) -> tuple[Path, str]:
     if path.suffix != ".json" or path.name == "tokenizer.json" or chance.random() < 0.25:
         return path, f"{name}: {damage.file(chance, path)}"
     values = json.loads(path.read_text(encoding="utf-8"))
-    known = {"config.json": SIZES, "adapter_config.json": ADAPTER}.get(name, ())
-    if known and chance.random() < 0.5:
-        key = chance.choice(known)
+    keys = {"config.json": SIZES, "adapter_config.json": ADAPTER}.get(name, ())
+    if keys and chance.random() < 0.5:
+        key = chance.choice(keys)
         values[key] = chance.choice((chance.choice(HUGE), odd.value(chance)))
         how = f"{key} = {values[key]!r:.60}"
     else:
@@ -134,7 +134,7 @@ def hurt(chance: Random, directory: Path) -> tuple[Path, str]:
 
 
 def header(chance: Random, path: Path) -> str:
-    """Damage the header of a safetensors file, its length kept right."""
+    """Damage the header of a safetensors file; its length stays correct."""
     data = path.read_bytes()
     (length,) = struct.unpack("<Q", data[:8])
     values, how = damage.tree(chance, json.loads(data[8 : 8 + length]))
@@ -144,7 +144,7 @@ def header(chance: Random, path: Path) -> str:
 
 
 def stray(chance: Random, directory: Path) -> str:
-    """Put something into a directory that no encoder reads."""
+    """Add a file that no encoder reads."""
     name = chance.choice(
         (
             "README.md",
@@ -172,19 +172,19 @@ def sound(kind: str) -> np.ndarray:
 def directory(kinds: tuple[str, ...]) -> Callable[[Random, Path], Case]:
     """Cases of directories of these kinds."""
 
-    def make(chance: Random, room: Path) -> Case:
+    def make(chance: Random, workdir: Path) -> Case:
         kind = chance.choice(kinds)
         right = sound(kind)
-        place = room / "encoder"
-        shutil.copytree(templates()[kind], place)
+        encoder_dir = workdir / "encoder"
+        shutil.copytree(templates()[kind], encoder_dir)
         if chance.random() < 0.06:
-            path, how = place, stray(chance, place)
+            path, how = encoder_dir, stray(chance, encoder_dir)
         else:
-            path, how = hurt(chance, place)
+            path, how = hurt(chance, encoder_dir)
             if path.name == "adapter_config.json" and chance.random() < 0.1:
                 values = {
                     **json.loads((templates()[kind] / path.name).read_text()),
-                    "base_model_name_or_path": str(place),
+                    "base_model_name_or_path": str(encoder_dir),
                 }
                 path.unlink(missing_ok=True)
                 path.write_text(json.dumps(values))
@@ -192,14 +192,14 @@ def directory(kinds: tuple[str, ...]) -> Callable[[Random, Path], Case]:
 
         def plain() -> Any:
             # without it the directory is sentence-transformers'
-            own = path == place / "mlflow_dr.json" and (path.exists() or path.is_symlink())
+            own = path == encoder_dir / "mlflow_dr.json" and (path.exists() or path.is_symlink())
             made = [] if own else [right]
             reasons = []
-            for read in (described, lambda one: library(one, kind == "bare")):
+            for read in (described, lambda target: library(target, kind == "bare")):
                 if read is not described and own:
                     continue
                 try:
-                    made.append(read(place))
+                    made.append(read(encoder_dir))
                 except Exception as error:  # noqa: BLE001 - damage of any kind
                     reasons.append(
                         type(error).__name__
@@ -210,7 +210,7 @@ def directory(kinds: tuple[str, ...]) -> Callable[[Random, Path], Case]:
                 raise UnreadableError(f"{path.name}: {', '.join(reasons)}")
             return AnyOf(made)
 
-        return Case(f"{kind}: {how}", lambda: scores(place), plain, ("encoder", path.name))
+        return Case(f"{kind}: {how}", lambda: scores(encoder_dir), plain, ("encoder", path.name))
 
     return make
 

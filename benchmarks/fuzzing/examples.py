@@ -1,4 +1,4 @@
-"""Training examples in each layout, and rankings in files."""
+"""Training examples in each layout."""
 
 from __future__ import annotations
 
@@ -24,19 +24,21 @@ Side = list[tuple[Any, float | None]]
 
 
 def ours(examples: Examples) -> list[Any]:
-    """Examples by what their passages hold."""
+    """Examples with the contents of their passages."""
     made = []
     for index in range(len(examples)):
-        one = examples[index]
-        rows = [int(row) for row in (*one.positives, *one.negatives)]
+        example = examples[index]
+        rows = [int(row) for row in (*example.positives, *example.negatives)]
         held = [_held(passage) for passage in examples.passages.passages(rows)]
         scores = (
-            [None] * len(rows) if one.scores is None else [float(score) for score in one.scores]
+            [None] * len(rows)
+            if example.scores is None
+            else [float(score) for score in example.scores]
         )
         both = list(zip(held, scores, strict=True))
-        split = len(one.positives)
-        tokens = None if one.query.tokens is None else list(one.query.tokens)
-        query = (one.query.id, one.query.text, list(one.query.answers), tokens)
+        split = len(example.positives)
+        tokens = None if example.query.tokens is None else list(example.query.tokens)
+        query = (example.query.id, example.query.text, list(example.query.answers), tokens)
         made.append(_tidy(query, both[:split], both[split:]))
     return made
 
@@ -46,7 +48,7 @@ def _held(passage: Any) -> Any:
 
 
 def _tidy(query: Any, positives: Side, negatives: Side) -> Any:
-    """Each passage once, no negative that is a positive; scores where all have one."""
+    """Remove repeated passages and negatives that are positives; keep scores if all have one."""
     sides = []
     seen: set[Any] = set()
     for side in (positives, negatives):
@@ -64,10 +66,12 @@ def _tidy(query: Any, positives: Side, negatives: Side) -> Any:
 
 
 def right(records: Sequence[dict[str, Any]], layout: str, corpus: Path | None) -> list[Any]:
-    """The examples by the plain reading."""
-    known = {}
+    """The examples as the independent reader reads them."""
+    passages_by_id = {}
     if corpus is not None:
-        known = {one[0]: (one[1], one[2], None) for one in reading.json_passages(corpus)}
+        passages_by_id = {
+            passage[0]: (passage[1], passage[2], None) for passage in reading.json_passages(corpus)
+        }
     read = {"Tevatron": _tevatron, BY_ID: _by_id, "tokenised": _tokenised, "DPR": _dpr}[layout]
     made = []
     kinds = set()
@@ -75,10 +79,11 @@ def right(records: Sequence[dict[str, Any]], layout: str, corpus: Path | None) -
         query, positives, negatives = read(record, index)
         if layout == BY_ID:
             positives, negatives = (
-                [(known[i], s) for i, s in side if i in known] for side in (positives, negatives)
+                [(passages_by_id[i], s) for i, s in side if i in passages_by_id]
+                for side in (positives, negatives)
             )
         positives, negatives = (
-            [one for one in side if _is_held(one[0])] for side in (positives, negatives)
+            [entry for entry in side if _is_held(entry[0])] for side in (positives, negatives)
         )
         kinds |= {held[2] is None for held, _ in (*positives, *negatives)}
         if (query[1].strip() or query[3]) and positives:
@@ -118,12 +123,12 @@ def _listed(record: dict[str, Any], field: str) -> list[Any]:
 
 def _passages(record: dict[str, Any], field: str, ids: Sequence[str], scored: bool) -> Side:
     made: Side = []
-    for one in _listed(record, field):
-        if not isinstance(one, dict):
+    for passage in _listed(record, field):
+        if not isinstance(passage, dict):
             raise UnreadableError("a passage is no object")
-        _id(one, 0, *ids)
-        held = (reading.optional(one, "title", str, ""), reading.text(one, "text"), None)
-        made.append((held, _score(one.get("score")) if scored else None))
+        _id(passage, 0, *ids)
+        held = (reading.optional(passage, "title", str, ""), reading.text(passage, "text"), None)
+        made.append((held, _score(passage.get("score")) if scored else None))
     return made
 
 
@@ -163,11 +168,12 @@ def _by_id(record: dict[str, Any], index: int) -> Any:
     sides = []
     for side in ("positive", "negative"):
         ids = [
-            reading.identifier({"id": one}, "id") for one in _listed(record, f"{side}_document_ids")
+            reading.identifier({"id": passage_id}, "id")
+            for passage_id in _listed(record, f"{side}_document_ids")
         ]
-        scores = [_score(one) for one in _listed(record, f"{side}_scores")]
+        scores = [_score(score) for score in _listed(record, f"{side}_scores")]
         if scores and len(scores) != len(ids):
-            raise UnreadableError("not as many scores as passages")
+            raise UnreadableError("the numbers of scores and passages differ")
         sides.append(list(zip(ids, scores or [None] * len(ids), strict=True)))
     return query, *sides
 
@@ -178,9 +184,9 @@ def _tokenised(record: dict[str, Any], index: int) -> Any:
         raise UnreadableError("another layout")
     sides = []
     for side in ("positives", "negatives"):
-        held = [reading.text_or_tokens(one) for one in _listed(record, side)]
+        held = [reading.text_or_tokens(passage) for passage in _listed(record, side)]
         sides.append(
-            [(("", one[0], None if one[1] is None else tuple(one[1])), None) for one in held]
+            [(("", pair[0], None if pair[1] is None else tuple(pair[1])), None) for pair in held]
         )
     query = (_id(record, index, "query_id"), text, [], tokens or None)
     if sides[0] and bool(text) != (sides[0][0][0][2] is None) and (text or tokens):
@@ -189,11 +195,11 @@ def _tokenised(record: dict[str, Any], index: int) -> Any:
 
 
 def layout(name: str) -> Callable[[Random, Path], Case]:
-    """Cases of a layout: a file or a folder of two, as lines, an array, packed or Parquet."""
+    """Cases of a layout: two files of JSON lines, JSON arrays or Parquet, some compressed."""
 
-    def make(chance: Random, room: Path) -> Case:
+    def make(chance: Random, workdir: Path) -> Case:
         records = records_of(name)
-        folder = room / "train"
+        folder = workdir / "train"
         folder.mkdir()
         if name == BY_ID:
             jsonl(
@@ -225,8 +231,8 @@ def layout(name: str) -> Callable[[Random, Path], Case]:
             how += f"; {more}"
 
         def plain() -> Any:
-            there = [one for one in files.values() if one.is_symlink() or one.is_file()]
-            made = [one for path in there for one in _records(path)]
+            paths = [path for path in files.values() if path.is_symlink() or path.is_file()]
+            made = [record for path in paths for record in _records(path)]
             beside = next(folder.glob("corpus.jsonl*"), None) if name == BY_ID else None
             return right(made, name, beside)
 

@@ -11,11 +11,11 @@ BY_ID = "Tevatron by id"
 
 def records_of(layout: str) -> list[dict[str, Any]]:
     """Three sound records."""
-    text = {i: {"docid": i, "title": title, "text": words} for i, title, words in PASSAGES}
+    text = {i: {"docid": i, "title": title, "text": body} for i, title, body in PASSAGES}
     ids = list(text)
     made: list[dict[str, Any]] = []
-    for place, (query_id, query, answers) in enumerate(QUERIES[:3]):
-        positives, negatives = ids[place : place + 2], ids[place + 2 : place + 5]
+    for index, (query_id, query, answers) in enumerate(QUERIES[:3]):
+        positives, negatives = ids[index : index + 2], ids[index + 2 : index + 5]
         scores = [1.5, 0.25, -3.0, 2.0, 0.0]
         if layout == "Tevatron":
             made.append(
@@ -24,10 +24,12 @@ def records_of(layout: str) -> list[dict[str, Any]]:
                     "query": query,
                     "answers": answers,
                     "positive_passages": [
-                        {**text[one], "score": scores[n]} for n, one in enumerate(positives)
+                        {**text[passage_id], "score": scores[n]}
+                        for n, passage_id in enumerate(positives)
                     ],
                     "negative_passages": [
-                        {**text[one], "score": scores[2 + n]} for n, one in enumerate(negatives)
+                        {**text[passage_id], "score": scores[2 + n]}
+                        for n, passage_id in enumerate(negatives)
                     ],
                 }
             )
@@ -44,26 +46,29 @@ def records_of(layout: str) -> list[dict[str, Any]]:
                 }
             )
         elif layout == "tokenised":
-            tokens = {one: [len(word) for word in text[one]["text"].split()] for one in ids}
+            tokens = {
+                passage_id: [len(word) for word in text[passage_id]["text"].split()]
+                for passage_id in ids
+            }
             made.append(
                 {
                     "query": [len(word) for word in query.split()],
-                    "positives": [tokens[one] for one in positives],
-                    "negatives": [tokens[one] for one in negatives],
+                    "positives": [tokens[passage_id] for passage_id in positives],
+                    "negatives": [tokens[passage_id] for passage_id in negatives],
                 }
             )
         else:
             shape = [
-                {"title": one["title"], "text": one["text"], "score": 9, "passage_id": i}
-                for i, one in text.items()
+                {"title": passage["title"], "text": passage["text"], "score": 9, "passage_id": i}
+                for i, passage in text.items()
             ]
             made.append(
                 {
                     "question": query,
                     "answers": answers,
-                    "positive_ctxs": shape[place : place + 2],
+                    "positive_ctxs": shape[index : index + 2],
                     "negative_ctxs": shape[5:],
-                    "hard_negative_ctxs": shape[place + 2 : place + 5] if place else [],
+                    "hard_negative_ctxs": shape[index + 2 : index + 5] if index else [],
                 }
             )
     return made

@@ -1,4 +1,4 @@
-"""Odd characters, strings, numbers, and values of other types than expected."""
+"""Unusual characters, strings, numbers, and values of unexpected types."""
 
 from __future__ import annotations
 
@@ -78,7 +78,7 @@ PIECES = (
 
 
 def value(chance: Random) -> Any:
-    """Something of another type or size than expected."""
+    """A value of an unexpected type or size."""
     kind = chance.randrange(10)
     if kind < 4:
         return chance.choice(STRINGS)
@@ -106,18 +106,18 @@ def value(chance: Random) -> Any:
 
 
 def word(chance: Random, text: str) -> tuple[str, str]:
-    """Words, changed, and how."""
+    """A changed text, and a description of the change."""
     act = chance.randrange(12)
-    place = chance.randint(0, len(text))
+    index = chance.randint(0, len(text))
     if act == 0:
-        return text[:place] + text[place + 1 :], "a character left out"
+        return text[:index] + text[index + 1 :], "a character left out"
     if act == 1:
-        return text[:place] + chance.choice(
+        return text[:index] + chance.choice(
             (*CONTROLS, CLIPBOARD, "\ud800", "\n", "\t", " ")
-        ) + text[place:], "a control character"
+        ) + text[index:], "a control character"
     if act == 2:
-        return text[:place] + chance.choice("@:+,.-_/%$\\\"'[]{}()*?#&=;|<>~^!") + text[
-            place:
+        return text[:index] + chance.choice("@:+,.-_/%$\\\"'[]{}()*?#&=;|<>~^!") + text[
+            index:
         ], "a mark"
     if act == 3:
         return _replaced(chance, text, chance.choice(NUMERALS)), "another number"
@@ -130,7 +130,7 @@ def word(chance: Random, text: str) -> tuple[str, str]:
     if act == 6:
         return text + text, "twice"
     if act == 7:
-        return text[:place], "cut off"
+        return text[:index], "cut off"
     if act == 8:
         return f" {text}\t", "blanks around it"
     if act == 9:
@@ -145,10 +145,10 @@ def word(chance: Random, text: str) -> tuple[str, str]:
 
 
 def _replaced(chance: Random, text: str, number: str) -> str:
-    places = [place for place, one in enumerate(text) if one.isdigit()]
-    if not places:
+    digits = [index for index, character in enumerate(text) if character.isdigit()]
+    if not digits:
         return text + number
-    start = stop = chance.choice(places)
+    start = stop = chance.choice(digits)
     while start and text[start - 1].isdigit():
         start -= 1
     while stop < len(text) and text[stop].isdigit():

@@ -10,7 +10,7 @@ from typing import Any
 
 import yaml
 
-from benchmarks.fuzzing import damage, odd, words
+from benchmarks.fuzzing import damage, odd, option_values
 from benchmarks.fuzzing.case import Case, Kind, UnreadableError
 from benchmarks.fuzzing.collections import beir_folder
 
@@ -61,8 +61,8 @@ def read_yaml(path: Path) -> Any:
         raise UnreadableError(f"not YAML ({type(error).__name__})") from error
 
 
-def mapping(value: Any, known: set[str]) -> dict[str, Any]:
-    if not isinstance(value, dict) or not set(value) <= known:
+def mapping(value: Any, allowed: set[str]) -> dict[str, Any]:
+    if not isinstance(value, dict) or not set(value) <= allowed:
         raise UnreadableError("no mapping, or an unknown key")
     return value
 
@@ -75,7 +75,7 @@ def typed(
     least: float = -math.inf,
     open_: bool = False,
 ) -> Any:
-    """A value of a type, from `least` on."""
+    """A value of a type that is at least `least`."""
     if key not in values:
         return default
     value = values[key]
@@ -92,7 +92,7 @@ def typed(
 
 
 def plan_right(path: Path) -> Any:
-    """A plan by the plain reading."""
+    """The plan as the independent reader reads it."""
     values = mapping(read_yaml(path), set(PLAN) | {"keep_up", "patience_seconds"})
     described = values.get("validations")
     if not isinstance(described, dict) or not described:
@@ -108,22 +108,22 @@ def plan_right(path: Path) -> Any:
         "poll_seconds": typed(values, "poll_seconds", float, 2.0, 0, True),
         "patience": typed(values, "patience", int, None, 1),
         "min_delta": typed(values, "min_delta", float, 0.0, 0),
-        "keep": words.policy(typed(values, "keep", str, "")) if "keep" in values else None,
+        "keep": option_values.policy(typed(values, "keep", str, "")) if "keep" in values else None,
         "metric": typed(values, "metric", str, None),
     }
     if not math.isfinite(made["min_delta"]):
         raise UnreadableError("min_delta is not finite")
     validations: dict[str, Any] = {}
     for name, given in described.items():
-        for key, one in validation(str(name), given).items():
+        for key, entry in validation(str(name), given).items():
             if key in validations:
-                raise UnreadableError("two of one name")
-            validations[key] = one
+                raise UnreadableError("two validations have the same name")
+            validations[key] = entry
     return {**made, "validations": validations}
 
 
 def validation(name: str, given: Any) -> dict[str, Any]:
-    known = {
+    allowed = {
         "dataset",
         "split",
         "measures",
@@ -136,13 +136,13 @@ def validation(name: str, given: Any) -> dict[str, Any]:
         "judged",
         "refine",
     }
-    values = mapping(given or {}, known)
+    values = mapping(given or {}, allowed)
     text = values.get("measures", "mrr@10")
     if isinstance(text, list):
-        if not all(isinstance(one, str) for one in text):
+        if not all(isinstance(measure, str) for measure in text):
             raise UnreadableError("measures are no words")
         text = " ".join(text)
-    measures = words.measures(str(text))
+    measures = option_values.measures(str(text))
     depth = typed(values, "depth", int, None, 1)
     if depth is not None and depth < max(cut for _, cut in measures):
         raise UnreadableError("too shallow")
@@ -150,31 +150,35 @@ def validation(name: str, given: Any) -> dict[str, Any]:
     if judged not in ("relevant", "all"):
         raise UnreadableError("no such judged")
     dtype = typed(values, "dtype", str, "fp32")
-    words.number_format(dtype)
-    words.device(typed(values, "device", str, "auto"))
-    one = {
+    option_values.number_format(dtype)
+    option_values.device(typed(values, "device", str, "auto"))
+    settings = {
         "dataset": typed(values, "dataset", str, None),
         "split": typed(values, "split", str, None),
         "measures": measures,
         "depth": depth,
-        "dtype": words.FORMATS[dtype.strip().lower().removeprefix("torch.")],
+        "dtype": option_values.FORMATS[dtype.strip().lower().removeprefix("torch.")],
         "device": values.get("device", "auto"),
         "keep_own_id": typed(values, "keep_own_id", bool, False),
         "refines": None,
     }
-    spec = words.subset(typed(values, "subset", str, "full"))
-    made = {name: {**one, **shown(spec, seed, judged)}}
+    spec = option_values.subset(typed(values, "subset", str, "full"))
+    made = {name: {**settings, **shown(spec, seed, judged)}}
     if "refine" in values:
         dear, _, count = typed(values, "refine", str, "").rpartition("@")
-        more = words.subset(dear)
+        more = option_values.subset(dear)
         if not count or more == spec:
             raise UnreadableError("refines nothing")
-        made[f"{name}+"] = {**one, **shown(more, seed, judged), "refines": words.whole(count)}
+        made[f"{name}+"] = {
+            **settings,
+            **shown(more, seed, judged),
+            "refines": option_values.whole(count),
+        }
     return made
 
 
 def shown(spec: list[Any], seed: int, judged: str) -> dict[str, Any]:
-    kinds = {one[0] for one in spec}
+    kinds = {part[0] for part in spec}
     return {
         "subset": spec,
         "seed": seed if kinds & {"random", "queries"} else 0,
@@ -189,29 +193,37 @@ def plan_ours(path: Path) -> Any:
 
     plan = from_flags(ValidateConfig, {"measures": ("mrr@10",), "dtype": "fp32"}, path)
     validations = {}
-    for one in plan.all_validations:
-        spec = one.subset
+    for validation in plan.all_validations:
+        spec = validation.subset
         parts = sorted((term.name, term.count, term.arguments) for term in spec.terms)
-        name = one.name.removesuffix(f"-{spec.slug}") if spec.slug and not one.refines else one.name
-        if one.refines is not None:
-            base = (key for key, cheap in validations.items() if cheap["_name"] == one.refines.name)
+        name = (
+            validation.name.removesuffix(f"-{spec.slug}")
+            if spec.slug and not validation.refines
+            else validation.name
+        )
+        if validation.refines is not None:
+            base = (
+                key
+                for key, cheap in validations.items()
+                if cheap["_name"] == validation.refines.name
+            )
             name = f"{next(base)}+"
         validations[name] = {
-            "dataset": one.dataset,
-            "split": one.split,
-            "measures": [(m.name, m.cutoff) for m in one.settings.measures],
-            "depth": one.settings.depth,
-            "dtype": one.settings.dtype,
-            "device": one.settings.device,
-            "keep_own_id": one.settings.keep_own_id,
-            "refines": one.refines and one.refines.best,
+            "dataset": validation.dataset,
+            "split": validation.split,
+            "measures": [(m.name, m.cutoff) for m in validation.settings.measures],
+            "depth": validation.settings.depth,
+            "dtype": validation.settings.dtype,
+            "device": validation.settings.device,
+            "keep_own_id": validation.settings.keep_own_id,
+            "refines": validation.refines and validation.refines.best,
             "subset": parts,
             "seed": spec.seed,
             "judged": spec.judged,
-            "_name": one.name,
+            "_name": validation.name,
         }
-    for one in validations.values():
-        del one["_name"]
+    for entry in validations.values():
+        del entry["_name"]
     keep = parse_keep_rules(plan.keep) if plan.keep else None
     return {
         "order": plan.order,
@@ -229,7 +241,7 @@ def plan_ours(path: Path) -> Any:
 
 
 def written(chance: Random, path: Path, values: Any) -> str:
-    """Write a configuration with something in it changed; what."""
+    """Write a configuration with one change; returns a description of the change."""
     act = chance.randrange(4)
     if act:
         values, how = damage.tree(chance, values)
@@ -255,9 +267,9 @@ def written(chance: Random, path: Path, values: Any) -> str:
     return how or damage.file(chance, path)
 
 
-def plan(chance: Random, room: Path) -> Case:
-    path = room / "plan.yaml"
-    beir_folder(room / "set")
+def plan(chance: Random, workdir: Path) -> Case:
+    path = workdir / "plan.yaml"
+    beir_folder(workdir / "set")
     values = PLAN
     if chance.random() < 0.3:
         name = chance.choice(("dev", "small", "refined"))

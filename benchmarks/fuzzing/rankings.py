@@ -15,21 +15,21 @@ from benchmarks.fuzzing.case import Case, Kind, UnreadableError
 from benchmarks.fuzzing.collections import PASSAGES, QUERIES, hurt
 
 
-def ranking(chance: Random, room: Path) -> Case:
+def ranking(chance: Random, workdir: Path) -> Case:
     from mlflow_dr.collection.corpus import Corpus
     from mlflow_dr.collection.records import Query
     from mlflow_dr.retrieval.ranking import read_ranking
 
-    ids = [one[0] for one in PASSAGES]
+    ids = [passage[0] for passage in PASSAGES]
     corpus = Corpus(
         pa.table(
             {
-                name: [one[place] for one in PASSAGES]
-                for place, name in enumerate(("id", "title", "text"))
+                name: [passage[column] for passage in PASSAGES]
+                for column, name in enumerate(("id", "title", "text"))
             }
         )
     )
-    queries = [Query(one[0], one[1]) for one in QUERIES]
+    queries = [Query(query[0], query[1]) for query in QUERIES]
     form = chance.choice(("trec", "rank", "score"))
     rows: list[list[str]] = []
     for query in queries:
@@ -45,11 +45,11 @@ def ranking(chance: Random, room: Path) -> Case:
             )
     act, how = chance.randrange(3), ""
     if act == 0:
-        place = chance.randrange(len(rows))
-        cell = chance.randrange(len(rows[place]))
-        rows[place][cell], how = odd.word(chance, rows[place][cell])
-        how = f"line {place}, cell {cell}: {how}"
-    path = room / "some.trec"
+        index = chance.randrange(len(rows))
+        cell = chance.randrange(len(rows[index]))
+        rows[index][cell], how = odd.word(chance, rows[index][cell])
+        how = f"line {index}, cell {cell}: {how}"
+    path = workdir / "some.trec"
     text = "".join(chance.choice((" ", "\t")).join(row) + "\n" for row in rows)
     path.write_bytes(text.encode("utf-8", errors="replace"))
     if act:
@@ -62,7 +62,7 @@ def ranking(chance: Random, room: Path) -> Case:
     return Case(
         f"{form}: {how}",
         read,
-        lambda: _tops(path, k, [one.id for one in queries], ids),
+        lambda: _tops(path, k, [query.id for query in queries], ids),
         ("some.trec",),
     )
 
@@ -76,18 +76,18 @@ def _tops(path: Path, k: int, queries: list[str], passages: list[str]) -> list[l
     found: dict[str, dict[str, float]] = {query: {} for query in queries}
     width, by_rank = 0, False
     for line in reading.lines(path):
-        words = [one.strip() for one in line.split("\t")]
-        if len(words) not in (3, 6):
-            words = [one for one in re.split(r"[ \t\r\v\f]+", line) if one]
+        columns = [column.strip() for column in line.split("\t")]
+        if len(columns) not in (3, 6):
+            columns = [column for column in re.split(r"[ \t\r\v\f]+", line) if column]
         if not width:
-            width = len(words)
-            by_rank = width == 3 and words[2].isdecimal()
-        if len(words) != width or width not in (3, 6):
-            raise UnreadableError("not as many columns")
+            width = len(columns)
+            by_rank = width == 3 and columns[2].isdecimal()
+        if len(columns) != width or width not in (3, 6):
+            raise UnreadableError("the number of columns differs")
         query, passage, number = (
-            words[0],
-            words[2 if width == 6 else 1],
-            words[4 if width == 6 else 2],
+            columns[0],
+            columns[2 if width == 6 else 1],
+            columns[4 if width == 6 else 2],
         )
         if not (re.fullmatch(r"[-+]?\d{1,300}", number) if by_rank else NUMBER.fullmatch(number)):
             raise UnreadableError("no number")
@@ -96,10 +96,10 @@ def _tops(path: Path, k: int, queries: list[str], passages: list[str]) -> list[l
             found[query][passage] = max(score, found[query].get(passage, -math.inf))
     tops = []
     for of_query in found.values():
-        best = sorted(of_query, key=lambda one: (of_query[one], one), reverse=True)[:k]
-        tops.append([one for one in best if one in passages])
+        best = sorted(of_query, key=lambda passage: (of_query[passage], passage), reverse=True)[:k]
+        tops.append([passage for passage in best if passage in passages])
     if not any(tops):
-        raise UnreadableError("nothing of this collection")
+        raise UnreadableError("no passage of this collection")
     return tops
 
 

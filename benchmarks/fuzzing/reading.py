@@ -1,4 +1,4 @@
-"""Plain readings of collections with the standard library: what the fuzzer holds as right."""
+"""An independent reader of collections, which defines the right values."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ LAST_RELEVANCE = 32_767
 
 
 def content(path: Path) -> bytes:
-    """The bytes of a file, unpacked where its name ends in `.gz`."""
+    """The bytes of a file, decompressed if its name ends in `.gz`."""
     try:
         data = path.read_bytes()
         data = gzip.decompress(data) if path.suffix == ".gz" else data
@@ -47,7 +47,7 @@ def _constant(text: str) -> Any:
 
 
 def parsed(text: str) -> Any:
-    """JSON as its standard has it: no NaN, no half of a surrogate pair."""
+    """Standard JSON, without NaN and lone surrogates."""
     try:
         made = json.loads(text, parse_constant=_constant)
         json.dumps(made, ensure_ascii=False).encode()
@@ -57,7 +57,7 @@ def parsed(text: str) -> Any:
 
 
 def records(path: Path, arrays: bool = True) -> list[dict[str, Any]]:
-    """Objects on lines, or of one array."""
+    """The objects of JSON lines or of a JSON array."""
     if arrays and content(path).lstrip()[:1] == b"[":
         try:
             made = parsed(content(path).decode())
@@ -65,13 +65,13 @@ def records(path: Path, arrays: bool = True) -> list[dict[str, Any]]:
             raise UnreadableError("not UTF-8") from error
     else:
         made = [parsed(line) for line in lines(path)]
-    if not all(isinstance(one, dict) for one in made):
+    if not all(isinstance(record, dict) for record in made):
         raise UnreadableError("a record is no object")
     return made
 
 
 def identifier(record: Mapping[str, Any], *fields: str) -> str:
-    """An id under the first of the fields that is there."""
+    """The id in the first of the fields that exists."""
     made = next((record[field] for field in fields if field in record), None)
     if isinstance(made, str) and made:
         return made
@@ -81,7 +81,7 @@ def identifier(record: Mapping[str, Any], *fields: str) -> str:
 
 
 def text(record: Mapping[str, Any], *fields: str) -> str:
-    """A string under the first of the fields that is there."""
+    """The string in the first of the fields that exists."""
     made = next((record[field] for field in fields if field in record), None)
     if not isinstance(made, str):
         raise UnreadableError(f"no text in {fields[0]}")
@@ -89,7 +89,7 @@ def text(record: Mapping[str, Any], *fields: str) -> str:
 
 
 def optional(record: Mapping[str, Any], field: str, kind: type, default: Any) -> Any:
-    """A value of a type; the default where there is none."""
+    """A value of a type, or the default if it is missing."""
     made = record.get(field)
     if made is None:
         return default
@@ -99,10 +99,10 @@ def optional(record: Mapping[str, Any], field: str, kind: type, default: Any) ->
 
 
 def answers(record: Mapping[str, Any]) -> list[str]:
-    """Short answers: strings, or one alone."""
+    """Short answers: a list of strings, or one string."""
     made = record.get("answers")
     made = [] if made is None else [made] if isinstance(made, str) else made
-    if not isinstance(made, list) or not all(isinstance(one, str) for one in made):
+    if not isinstance(made, list) or not all(isinstance(answer, str) for answer in made):
         raise UnreadableError("answers are no strings")
     return made
 
@@ -111,13 +111,13 @@ def text_or_tokens(made: Any) -> tuple[str, list[int] | None]:
     """A string, or token ids."""
     if isinstance(made, str):
         return made, None
-    if isinstance(made, list) and all(type(one) is int and 0 <= one < 2**31 for one in made):
+    if isinstance(made, list) and all(type(token) is int and 0 <= token < 2**31 for token in made):
         return "", made
     raise UnreadableError("neither text nor token ids")
 
 
 def unique(ids: Sequence[str]) -> None:
-    """Each id once."""
+    """Check that no id is repeated."""
     if len(set(ids)) < len(ids):
         raise UnreadableError("an id is used twice")
 
@@ -126,21 +126,21 @@ def json_passages(path: Path) -> Passages:
     """`corpus.jsonl` of BEIR or Tevatron."""
     made: Passages = [
         (
-            identifier(one, "_id", "docid", "document_id", "id"),
-            optional(one, "title", str, ""),
-            text(one, "text", "document_text"),
+            identifier(record, "_id", "docid", "document_id", "id"),
+            optional(record, "title", str, ""),
+            text(record, "text", "document_text"),
             None,
         )
-        for one in records(path, arrays=False)
+        for record in records(path, arrays=False)
     ]
     if not made:
         raise UnreadableError("no passage")
-    unique([one[0] for one in made])
+    unique([passage[0] for passage in made])
     return made
 
 
 def table_passages(path: Path) -> Passages:
-    """DPR's table, as DPR reads it; no cell of it has a tab and a line end."""
+    """DPR's table, read as DPR does; a cell with a tab and a line end is an error."""
     try:
         text = content(path).decode()
     except UnicodeDecodeError as error:
@@ -162,23 +162,25 @@ def table_passages(path: Path) -> Passages:
         made.append((row[0], row[2], row[1], None))
     if not made:
         raise UnreadableError("no passage")
-    unique([one[0] for one in made])
+    unique([passage[0] for passage in made])
     return made
 
 
-def qrels(path: Path, known: set[str]) -> dict[str, dict[str, int]]:
+def qrels(path: Path, ids: set[str]) -> dict[str, dict[str, int]]:
     """Judgements of BEIR or TREC.
 
     Args:
         path: the file.
-        known: ids of queries and passages; a first line that has one of them is no header.
+        ids: ids of queries and passages; a header contains none of them.
     """
     made: dict[str, dict[str, int]] = {}
     header: list[str] = []
     for number, line in enumerate(lines(path)):
-        columns = [one.strip() for one in (line.split("\t") if "\t" in line else line.split())]
+        columns = [
+            column.strip() for column in (line.split("\t") if "\t" in line else line.split())
+        ]
         if number == 0 and not re.search(r"\d", columns[-1]):
-            if known & set(columns):
+            if ids & set(columns):
                 raise UnreadableError("the first judgement has no relevance")
             header = columns
             continue
@@ -188,7 +190,7 @@ def qrels(path: Path, known: set[str]) -> dict[str, dict[str, int]]:
             raise UnreadableError("no judgement")
         query, passage, relevance = columns[0], columns[1], int(columns[2])
         if abs(relevance) > LAST_RELEVANCE:
-            raise UnreadableError("a relevance that trec_eval does not take")
+            raise UnreadableError("a relevance that trec_eval does not accept")
         if made.setdefault(query, {}).setdefault(passage, relevance) != relevance:
             raise UnreadableError("two judgements of one passage")
     return made
@@ -197,10 +199,10 @@ def qrels(path: Path, known: set[str]) -> dict[str, dict[str, int]]:
 def topics(
     queries: Mapping[str, Any], judged: dict[str, dict[str, int]], passages: Passages
 ) -> dict[str, Any]:
-    """Queries with judgements of passages that there are, and these judgements."""
-    there = {one[0] for one in passages}
+    """Queries that have judgements of existing passages, and these judgements."""
+    passage_ids = {passage[0] for passage in passages}
     kept = {
-        query: {passage: n for passage, n in judged[query].items() if passage in there}
+        query: {passage: n for passage, n in judged[query].items() if passage in passage_ids}
         for query, put in queries.items()
         if query in judged and (put[0].strip() or put[2])
     }
@@ -211,31 +213,35 @@ def topics(
 
 
 def ranked(ids: Sequence[str], query: str) -> list[tuple[str, float]]:
-    """Some ranking of all passages, the same for the same ids."""
-    order = sorted(ids, key=lambda one: (hash_of(query + one), one.encode()))
-    return [(one, float(len(order) - place)) for place, one in enumerate(order)]
+    """A ranking of all passages that depends only on the ids."""
+    order = sorted(ids, key=lambda passage_id: (hash_of(query + passage_id), passage_id.encode()))
+    return [(passage_id, float(len(order) - rank)) for rank, passage_id in enumerate(order)]
 
 
-def hash_of(words: str) -> int:
+def hash_of(value: str) -> int:
     """A number that does not change between processes."""
-    return zlib.crc32(words.encode())
+    return zlib.crc32(value.encode())
 
 
 def measured(judged: Mapping[str, Mapping[str, int]], ids: Sequence[str]) -> dict[str, Any]:
     """MRR@10, nDCG@10 and Recall@5 of `ranked`, by their definitions."""
     made = {}
     for query, relevances in judged.items():
-        found = [relevances.get(one, 0) for one, _ in ranked(ids, query)]
-        relevant = [one for one in relevances.values() if one > 0]
+        found = [relevances.get(passage_id, 0) for passage_id, _ in ranked(ids, query)]
+        relevant = [relevance for relevance in relevances.values() if relevance > 0]
         ideal = sorted(relevant, reverse=True)
-        first = next((place for place, one in enumerate(found[:10], 1) if one > 0), 0)
+        first = next((rank for rank, relevance in enumerate(found[:10], 1) if relevance > 0), 0)
         made[query] = {
             "mrr@10": 1 / first if first else 0.0,
             "ndcg@10": _gain(found[:10]) / _gain(ideal[:10]) if ideal else 0.0,
-            "recall@5": sum(one > 0 for one in found[:5]) / len(relevant) if relevant else 0.0,
+            "recall@5": sum(relevance > 0 for relevance in found[:5]) / len(relevant)
+            if relevant
+            else 0.0,
         }
     return made
 
 
 def _gain(relevances: Sequence[int]) -> float:
-    return sum(max(0, one) / math.log2(place + 2) for place, one in enumerate(relevances))
+    return sum(
+        max(0, relevance) / math.log2(index + 2) for index, relevance in enumerate(relevances)
+    )

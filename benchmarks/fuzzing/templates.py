@@ -15,19 +15,19 @@ QUERY_TEXTS = [text for _, text, _ in QUERIES]
 
 @cache
 def templates() -> dict[str, Path]:
-    """Sound directories; made once, also where the process is started again."""
-    room = Path(tempfile.gettempdir(), "fuzz-encoders")
+    """Sound directories; created once, and used again if the process is restarted."""
+    folder = Path(tempfile.gettempdir(), "fuzz-encoders")
     names = ("ours", "towers", "adapter", "bare", "mean", "dense", "dot")
-    made = {name: room / name for name in names}
-    if not (room / "done").exists():
-        shutil.rmtree(room, ignore_errors=True)
-        room.mkdir()
-        make_templates(room, made)
-        (room / "done").touch()
+    made = {name: folder / name for name in names}
+    if not (folder / "done").exists():
+        shutil.rmtree(folder, ignore_errors=True)
+        folder.mkdir()
+        make_templates(folder, made)
+        (folder / "done").touch()
     return made
 
 
-def make_templates(room: Path, made: dict[str, Path]) -> None:
+def make_templates(folder: Path, made: dict[str, Path]) -> None:
     import torch
     from sentence_transformers import SentenceTransformer, models
 
@@ -52,9 +52,9 @@ def make_templates(room: Path, made: dict[str, Path]) -> None:
     bare.backbone.save_pretrained(made["bare"])
     bare.tokenizer.save_pretrained(made["bare"])
     adapted = tiny_encoder(texts, EncoderConfig("mean", True, "", "", 16, 24))
-    adapted.backbone.save_pretrained(room / "base")
-    adapted.tokenizer.save_pretrained(room / "base")
-    add_lora(adapted, str(room / "base"), rank=4, alpha=8, dropout=0.0, merged=False)
+    adapted.backbone.save_pretrained(folder / "base")
+    adapted.tokenizer.save_pretrained(folder / "base")
+    add_lora(adapted, str(folder / "base"), rank=4, alpha=8, dropout=0.0, merged=False)
     with torch.no_grad():
         for name, weight in adapted.backbone.named_parameters():
             if ".lora_B." in name:

@@ -46,7 +46,7 @@ YES, NO = ("yes", "true", "t", "y", "1"), ("no", "false", "f", "n", "0")
 
 
 def flag(key: str, value: Any) -> Any:
-    """What a flag's value is."""
+    """The value of a flag."""
     _, kind, least, most = TRAINING[key]
     if isinstance(value, list) and len(value) == 1:
         (value,) = value
@@ -88,12 +88,16 @@ def training_ours(path: Path) -> Any:
     values = read_yaml(path)
     groups = (request.model, request.loss, request.data, request.publish, request.trainer)
     given = [key.replace("-", "_") for key, value in (values or {}).items() if value is not None]
-    made = {key: next(getattr(one, key) for one in groups if hasattr(one, key)) for key in given}
-    return {key: float(one) if TRAINING[key][1] == NUMBER else one for key, one in made.items()}
+    made = {
+        key: next(getattr(group, key) for group in groups if hasattr(group, key)) for key in given
+    }
+    return {
+        key: float(value) if TRAINING[key][1] == NUMBER else value for key, value in made.items()
+    }
 
 
-def training(chance: Random, room: Path) -> Case:
-    path = room / chance.choice(("train.yaml", "train.json"))
+def training(chance: Random, workdir: Path) -> Case:
+    path = workdir / chance.choice(("train.yaml", "train.json"))
     keys = chance.sample(list(TRAINING), 8)
     values: Any = {key: TRAINING[key][0] for key in [*keys, "use_cpu"]}
     if chance.random() < 0.3:

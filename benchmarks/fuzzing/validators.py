@@ -1,4 +1,4 @@
-"""A malformed checkpoint beside a sound one, and a validator that meets both."""
+"""A validator of a run that has a malformed checkpoint and a sound one."""
 
 from __future__ import annotations
 
@@ -31,17 +31,17 @@ SOUND, OTHER = 5, 10
 def figures(run: TrackedRun, step: int) -> dict[str, list[float]]:
     """Points of each measure at a step."""
     return {
-        one.metric: [
+        measure.metric: [
             point.value
-            for point in client().get_metric_history(run.id, f"val/{one.metric}")
+            for point in client().get_metric_history(run.id, f"val/{measure.metric}")
             if point.step == step
         ]
-        for one in MEASURES
+        for measure in MEASURES
     }
 
 
 def validate(run: TrackedRun, folder: Path) -> str:
-    """Validate once; what is wrong with the line that it ended with."""
+    """Validate once; returns what is wrong with the error line, if there is one."""
     config = ValidateConfig(
         measures=" ".join(map(str, MEASURES)),
         device="cpu",
@@ -59,40 +59,40 @@ def validate(run: TrackedRun, folder: Path) -> str:
 
 @cache
 def undisturbed() -> dict[str, list[float]]:
-    """What the sound checkpoint has alone."""
-    room = templates()["ours"].parent / "alone"
-    shutil.rmtree(room, ignore_errors=True)
-    beir_folder(room / "set")
-    run = fresh_run(room)
-    shutil.copytree(templates()["ours"], room / "sound")
-    publish(run, room / "sound", SOUND)
-    validate(run, room / "set")
+    """The figures of the sound checkpoint without a malformed one."""
+    folder = templates()["ours"].parent / "alone"
+    shutil.rmtree(folder, ignore_errors=True)
+    beir_folder(folder / "set")
+    run = fresh_run(folder)
+    shutil.copytree(templates()["ours"], folder / "sound")
+    publish(run, folder / "sound", SOUND)
+    validate(run, folder / "set")
     made = figures(run, SOUND)
     if any(len(values) != 1 for values in made.values()):
         raise ValueError(f"the undisturbed run has {made}")
     return made
 
 
-def validator(chance: Random, room: Path) -> Case:
+def validator(chance: Random, workdir: Path) -> Case:
     right = undisturbed()
-    beir_folder(room / "set")
-    run = fresh_run(room)
+    beir_folder(workdir / "set")
+    run = fresh_run(workdir)
     for step in (SOUND, OTHER):
-        shutil.copytree(templates()["ours"], room / str(step))
+        shutil.copytree(templates()["ours"], workdir / str(step))
     act = chance.randrange(4)
     if act == 0:  # before it is published, so that its manifest agrees
-        _, how = hurt(chance, room / str(OTHER))
-    publish(run, room / str(SOUND), SOUND)
+        _, how = hurt(chance, workdir / str(OTHER))
+    publish(run, workdir / str(SOUND), SOUND)
     with suppress(MlflowDrError):  # what is damaged before may be refused
-        publish(run, room / str(OTHER), OTHER)
-    victims = [one for one in run_checkpoints(run) if one.step == OTHER]
-    place = Path(victims[0].location.removeprefix("file://")) if victims else room
+        publish(run, workdir / str(OTHER), OTHER)
+    victims = [checkpoint for checkpoint in run_checkpoints(run) if checkpoint.step == OTHER]
+    directory = Path(victims[0].location.removeprefix("file://")) if victims else workdir
     if act == 1:
-        _, how = hurt(chance, place)
+        _, how = hurt(chance, directory)
     elif act == 2:
-        how = stray(chance, place) if chance.random() < 0.5 else beside(chance, place)
+        how = stray(chance, directory) if chance.random() < 0.5 else beside(chance, directory)
         if chance.random() < 0.3:
-            write_manifest(place)
+            write_manifest(directory)
             how += ", and in the manifest"
     elif act == 3:
         (victim,) = victims
@@ -104,7 +104,7 @@ def validator(chance: Random, room: Path) -> Case:
         how = f"{key} {how}: {value!r:.60}"
 
     def read() -> Any:
-        ended = validate(run, room / "set")
+        ended = validate(run, workdir / "set")
         nothing: dict[str, list[float]] = {name: [] for name in right}
         # what was damaged before it was published may well be another encoder
         agrees = act == 0 or figures(run, OTHER) in (right, nothing)

@@ -1,8 +1,8 @@
-"""Writes the collection beside it: a log of a German harbour, asked about in English.
+"""Writes the collection in this folder: the log of a German harbour, with English questions.
 
-Run `python examples/sea/generate.py`; the same files come every time. A question shares nothing
-with its answer but the name of a place, so an encoder finds little until it has learnt the words
-from the training questions. Those of the split `dev` are about other lines of the log.
+Run `python examples/sea/generate.py`; it writes the same files every time. A question and its
+answer share only the name of a place, so an encoder finds little until it has learnt the words
+from the training questions. The questions of the split `dev` are about other lines of the log.
 """
 
 import json
@@ -73,7 +73,7 @@ WHEN = {
 def main() -> None:
     """Write corpus, queries and judgements in BEIR's layout."""
     chance = random.Random(1)
-    room = Path(__file__).parent
+    folder = Path(__file__).parent
     kinds = (WHO, DOES, WHAT, WHERE, WHEN)
     lines: dict[tuple[str, ...], None] = {}
     while len(lines) < PASSAGES:
@@ -81,16 +81,16 @@ def main() -> None:
     corpus, queries = [], []
     qrels = {split: ["query-id\tcorpus-id\tscore"] for split in ("train", "dev")}
     for number, line in enumerate(lines, start=1):
-        said = [kind[word] for kind, word in zip(kinds, line, strict=True)]
-        chance.shuffle(said)
+        keywords = [kind[word] for kind, word in zip(kinds, line, strict=True)]
+        chance.shuffle(keywords)
         corpus.append({"_id": f"p{number}", "title": "", "text": " ".join(line) + "."})
-        queries.append({"_id": f"q{number}", "text": " ".join(said)})
+        queries.append({"_id": f"q{number}", "text": " ".join(keywords)})
         qrels["dev" if number <= DEV else "train"].append(f"q{number}\tp{number}\t1")
     for name, records in (("corpus", corpus), ("queries", queries)):
         text = "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records)
-        (room / f"{name}.jsonl").write_text(text, encoding="utf-8")
+        (folder / f"{name}.jsonl").write_text(text, encoding="utf-8")
     for split, rows in qrels.items():
-        (room / "qrels" / f"{split}.tsv").write_text("\n".join(rows) + "\n", encoding="utf-8")
+        (folder / "qrels" / f"{split}.tsv").write_text("\n".join(rows) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

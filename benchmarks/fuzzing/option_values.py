@@ -1,4 +1,4 @@
-"""What users type: subsets, measures, formats, policies, mixtures, and whole command lines."""
+"""Values of options: subsets, measures, number formats, keep rules, mixtures and devices."""
 
 from __future__ import annotations
 
@@ -54,33 +54,33 @@ def subset(text: str) -> list[Any]:
         count = 0 if kind == "full" else whole(re.split("[:@]", piece)[-1])
         listed = () if kind in ("full", "random", "queries", "bm25") else (names,)
         made.append((kind, count, tuple(names.split(",")) if kind == "pool" else listed))
-    kinds = [one[0] for one in made]
+    kinds = [part[0] for part in made]
     if len(set(made)) < len(made) or kinds.count("queries") > 1:
-        raise UnreadableError("one thing twice")
+        raise UnreadableError("a term is repeated")
     if set(kinds) == {"queries"}:
         made.append(("full", 0, ()))
     passages = [kind for kind in kinds if kind != "queries"]
     if len(passages) > 1 and {"full", "rerank"} & set(passages):
-        raise UnreadableError("what stands alone, joined")
+        raise UnreadableError("a term that cannot be joined is joined")
     return sorted(made)
 
 
 def measures(text: str) -> list[Any]:
-    """Names and cut-offs, each once."""
+    """Names and cut-offs without duplicates."""
     made: list[Any] = []
     for word in text.replace(",", " ").split():
         found = re.fullmatch(r"([a-z]+)(?:@|_at_)(\d+)", word.lower())
         if not found or ALIASES.get(found[1], found[1]) not in MEASURES or found[2].startswith("0"):
             raise UnreadableError("no measure")
-        one = (ALIASES.get(found[1], found[1]), whole(found[2]))
-        made += [one] if one not in made else []
+        measure = (ALIASES.get(found[1], found[1]), whole(found[2]))
+        made += [measure] if measure not in made else []
     if not made:
         raise UnreadableError("no measure")
     return made
 
 
 def policy(text: str) -> dict[str, int]:
-    """How many each rule keeps; 0 for no rule."""
+    """How many checkpoints each rule keeps; 0 if the rule is not given."""
     made: dict[str, int] = {}
     for word in text.replace(",", " ").split():
         found = re.fullmatch(r"(best|last|every):(\d+)", word, re.ASCII)
@@ -124,7 +124,7 @@ def number_format(text: str) -> Any:
 
 def _subset(text: str) -> Any:
     spec = parse_subset(text)
-    _ = (spec.slug, spec.shown, str(spec), spec.n_queries, spec.candidates)
+    _ = (spec.slug, spec.shown, str(spec), spec.is_full, spec.term_that_chooses("queries"))
     return sorted((term.name, term.count, term.arguments) for term in spec.terms)
 
 
@@ -160,7 +160,7 @@ SORTS: list[tuple[str, Callable[[str], Any], Callable[[str], Any], tuple[str, ..
     ),
     (
         "measure",
-        lambda text: [(one.name, one.cutoff) for one in parse_measures(text)],
+        lambda text: [(measure.name, measure.cutoff) for measure in parse_measures(text)],
         measures,
         ("mrr@10 ndcg@10 recall@100", "RR@10,R@5", "ndcg_at_10", "P@1 map@1000"),
     ),
@@ -173,7 +173,7 @@ SORTS: list[tuple[str, Callable[[str], Any], Callable[[str], Any], tuple[str, ..
     ("keep", _policy, policy, ("best:3,last:2,every:10000", "last:1", "best:5 every:100")),
     (
         "mixture",
-        lambda text: [tuple(one) for one in parse_mixture(text)],
+        lambda text: [tuple(part) for part in parse_mixture(text)],
         mixture,
         ("demo", "demo@2+msmarco@0.5", "a/b@1e3+c"),
     ),
@@ -181,14 +181,14 @@ SORTS: list[tuple[str, Callable[[str], Any], Callable[[str], Any], tuple[str, ..
 ]
 
 
-def strings(chance: Random, room: Path) -> Case:
+def strings(chance: Random, workdir: Path) -> Case:
     name, ours, right, sound = chance.choice(SORTS)
     text, how = odd.word(chance, chance.choice(sound))
     if chance.random() < 0.3:
         text, more = odd.word(chance, text)
         how += f", {more}"
-    words = [one[:8] for one in re.split(r"[\s,+:@]+", text) if one] or [name]
-    names = (name, *words, repr(text)[1:12], "subset", "measure")
+    pieces = [piece[:8] for piece in re.split(r"[\s,+:@]+", text) if piece] or [name]
+    names = (name, *pieces, repr(text)[1:12], "subset", "measure")
     return Case(f"{name} {how}: {text!r:.80}", lambda: ours(text), lambda: right(text), names)
 
 
