@@ -51,7 +51,7 @@ def command_reference() -> str:
         command = group.get_command(context, name)
         assert command is not None
         parts += [f"## mlflow-dr {name}", *_help(command.help or "")]
-        rows = [_click_row(one) for one in command.params if isinstance(one, click.Option)]
+        rows = [_click_row(param) for param in command.params if isinstance(param, click.Option)]
         if rows:
             parts.append(_table(rows))
     return "\n\n".join(parts)

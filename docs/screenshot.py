@@ -1,4 +1,4 @@
-"""The picture in README.md: `python docs/screenshot.py` makes docs/run.png.
+"""The picture in README.md: `python -m docs.screenshot` makes docs/run.png.
 
 It starts an MLflow server, trains and validates the demo on it (3 minutes on 2 cores), opens the
 curves of the run in Chromium, and takes the picture. `--tracking-uri URI --run-id RUN` takes the
@@ -11,19 +11,16 @@ import argparse
 import io
 import os
 import shutil
-import socket
 import subprocess
 import sys
 import tempfile
-import time
-import urllib.request
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 from mlflow import MlflowClient
 from PIL import Image
 from playwright.sync_api import Page, sync_playwright
+
+from benchmarks.server import Server
 
 PICTURE = Path(__file__).parent / "run.png"
 BROWSERS = ("chromium", "chromium-browser", "google-chrome")
@@ -44,47 +41,12 @@ def main() -> None:
     if given.run_id:
         take_picture(given.tracking_uri, given.run_id, given.output)
         return
-    with tempfile.TemporaryDirectory() as directory, mlflow_server(Path(directory)) as uri:
-        environment = {**os.environ, "MLFLOW_TRACKING_URI": uri}
+    with tempfile.TemporaryDirectory() as directory, Server(Path(directory)) as server:
+        environment = {**os.environ, "MLFLOW_TRACKING_URI": server.uri}
         command = ["mlflow-dr", "run", "--dataset", "demo", "--run_name", "demo"]
         subprocess.run(command, env=environment, cwd=directory, check=True)
-        (run,) = MlflowClient(uri).search_runs(["0"])
-        take_picture(uri, run.info.run_id, given.output)
-
-
-@contextmanager
-def mlflow_server(directory: Path) -> Iterator[str]:
-    """The address of an MLflow server that keeps everything in a directory."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    store = ("--backend-store-uri", f"sqlite:///{directory}/mlflow.db")
-    artifacts = ("--artifacts-destination", str(directory / "artifacts"))
-    command = [sys.executable, "-m", "mlflow", "server", "--port", str(port), "--workers", "1"]
-    with (directory / "server.log").open("w") as log:
-        server = subprocess.Popen([*command, *store, *artifacts], stdout=log, stderr=log)
-    uri = f"http://127.0.0.1:{port}"
-    try:
-        wait_for(f"{uri}/health")
-        yield uri
-    finally:
-        server.terminate()
-        server.wait()
-
-
-def wait_for(url: str) -> None:
-    """Wait until a server answers.
-
-    Raises:
-        TimeoutError: it does not.
-    """
-    for _ in range(2 * SECONDS_TO_START):
-        try:
-            with urllib.request.urlopen(url, timeout=5):
-                return
-        except OSError:
-            time.sleep(0.5)
-    raise TimeoutError(f"no answer from {url} after {SECONDS_TO_START} s")
+        (run,) = MlflowClient(server.uri).search_runs(["0"])
+        take_picture(server.uri, run.info.run_id, given.output)
 
 
 def take_picture(uri: str, run_id: str, output: Path) -> None:

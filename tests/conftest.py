@@ -9,7 +9,8 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import copy
 import json
-from collections.abc import Callable, Mapping, Sequence
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,6 +18,7 @@ import pytest
 
 if TYPE_CHECKING:
     from mlflow_dr.encoder.model import Encoder
+    from mlflow_dr.extensions import Registry
 
 SEA_TEXTS = (
     "The lighthouse keeper counts the ships that pass at night.",
@@ -38,6 +40,36 @@ def own_cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.Monk
     folder = tmp_path_factory.mktemp("cache")
     monkeypatch.setenv("MLFLOW_DR_CACHE", str(folder))
     return folder
+
+
+@pytest.fixture
+def install_package(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> Iterator[Callable[..., Path]]:
+    """A function that installs a package from outside, as pip would: its files and entry points.
+
+    Returns the directory of the files. After the test the package is gone, and so is what was
+    added to the given registries.
+    """
+    modules: set[str] = set()
+
+    def install(files: Mapping[str, str], entry_points: str, *registries: "Registry[Any]") -> Path:
+        info = tmp_path / "outside-1.0.dist-info"
+        info.mkdir()
+        (info / "METADATA").write_text("Metadata-Version: 2.1\nName: outside\nVersion: 1.0\n")
+        (info / "entry_points.txt").write_text(entry_points)
+        for name, text in files.items():
+            (tmp_path / name).parent.mkdir(exist_ok=True)
+            (tmp_path / name).write_text(text)
+            modules.add(name.partition("/")[0].removesuffix(".py"))
+        monkeypatch.syspath_prepend(tmp_path)
+        for registry in registries:
+            monkeypatch.setattr(registry, "_parts", dict(registry._parts))
+        return tmp_path
+
+    yield install
+    for name in [name for name in sys.modules if name.partition(".")[0] in modules]:
+        del sys.modules[name]
 
 
 @pytest.fixture(scope="session")

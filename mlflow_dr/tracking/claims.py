@@ -33,7 +33,6 @@ from mlflow_dr.tracking.results import PREFIX
 log = logging.getLogger(__name__)
 
 RENEWED_EVERY = 10.0
-PATIENCE = 60.0
 GIVEN_BACK = "given back"
 ATTEMPT = re.compile(r"[1-9][0-9]{0,8}")
 START_TIME = 22 - 3  # of proc(5)'s fields, counted from the one after the name
@@ -126,7 +125,7 @@ class HeartbeatMonitor:
 
     def __init__(
         self,
-        patience: float = PATIENCE,
+        patience: float,
         longest_gap: float | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
@@ -168,16 +167,12 @@ class Claims:
         client: of the tracking server.
         owner: of the claims; this process when None.
         every: seconds between two renewals.
-
-    Attributes:
-        faster: the owner of the claim that was lost last.
     """
 
     def __init__(
         self, client: MlflowClient, owner: Owner | None = None, every: float = RENEWED_EVERY
     ) -> None:
         self.owner = owner or Owner.me()
-        self.faster: Owner | None = None
         self._client = client
         self._every = every
         self._mine: dict[tuple[str, str], int] = {}
@@ -207,7 +202,6 @@ class Claims:
                 if stored is None:
                     raise
                 if stored != value:
-                    self.faster = Owner.parse(stored)
                     return False
         with self._lock:
             self._mine[checkpoint.model_id, name] = attempt

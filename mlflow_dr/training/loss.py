@@ -12,6 +12,7 @@ from torch.nn.functional import cross_entropy, kl_div, log_softmax, softmax
 from torch.utils.checkpoint import checkpoint
 
 from mlflow_dr.encoder.head import at_least_fp32
+from mlflow_dr.errors import UsageError
 from mlflow_dr.training.flags import losses
 
 SCORES_AT_ONCE = 1 << 26
@@ -120,7 +121,8 @@ def _cross_entropy(inputs: LossInputs, start: int, stop: int) -> Tensor:
 @needs_teacher
 def distillation(inputs: LossInputs) -> Tensor:
     """Kullback-Leibler divergence from a teacher's scores, as in RocketQAv2 (Ren et al. 2021)."""
-    assert inputs.teacher_scores is not None
+    if inputs.teacher_scores is None:
+        raise UsageError("the loss 'distillation' needs a teacher's scores of the passages")
     scores = inputs.own_scores()
     wanted = softmax(inputs.teacher_scores.to(scores.dtype) / inputs.teacher_temperature, dim=1)
     return kl_div(log_softmax(scores, dim=1), wanted, reduction="batchmean")

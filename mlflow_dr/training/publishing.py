@@ -35,7 +35,7 @@ from mlflow_dr.training.resume import complete_checkpoints_until, incomplete_rea
 
 log = logging.getLogger(__name__)
 
-WAITING_SNAPSHOTS = 2
+WAITING_COPIES = 2
 ATTEMPTS = 4
 ATTEMPTS_WHEN_REFUSED = 2  # a proxy may have answered instead of the server
 SECONDS_BETWEEN_ATTEMPTS = 5.0
@@ -130,7 +130,7 @@ class Publisher:
         self._has_published = False
         self._submitted: set[int] = set()
         self._queue: queue.Queue[tuple[int, CheckpointSource, dict[str, Tensor]] | None]
-        self._queue = queue.Queue(WAITING_SNAPSHOTS)
+        self._queue = queue.Queue(WAITING_COPIES)
         # memory is used again: writing to fresh pages takes several times as long
         self._spare: list[dict[str, Tensor]] = []
         self._spare_source = source
@@ -170,7 +170,7 @@ class Publisher:
             log.info("step %d is published already", step)
             return False
         if wait:
-            return self._publish(step, source, source.state())
+            return self._publish(self._run, step, source, source.state())
         if source is not self._spare_source:  # its tensors have other shapes
             self.wait()
             self._spare.clear()
@@ -178,7 +178,9 @@ class Publisher:
         weights = copy_to_host(source.state(), self._spare.pop() if self._spare else None)
         self._submitted.add(step)
         if self._thread is None:
-            self._thread = threading.Thread(target=self._work, name="publisher", daemon=True)
+            self._thread = threading.Thread(
+                target=self._work, args=(self._run,), name="publisher", daemon=True
+            )
             self._thread.start()
         self._queue.put((step, source, weights))
         return True
@@ -204,11 +206,11 @@ class Publisher:
         kept = f"; the encoder is saved in {self._kept}, publish it later by publish_checkpoint"
         return TrackingError(f"{self._reason[:LONGEST_REASON]}{kept if self._kept else ''}")
 
-    def _work(self) -> None:
+    def _work(self, run: TrackedRun) -> None:
         while (item := self._queue.get()) is not None:
             step, source, weights = item
             try:
-                if self._publish(step, source, weights):
+                if self._publish(run, step, source, weights):
                     self._drop_kept()
                 else:
                     self._keep(step, source, weights)
@@ -217,14 +219,15 @@ class Publisher:
                 self._queue.task_done()
         self._queue.task_done()
 
-    def _publish(self, step: int, source: CheckpointSource, state: Mapping[str, Tensor]) -> bool:
+    def _publish(
+        self, run: TrackedRun, step: int, source: CheckpointSource, state: Mapping[str, Tensor]
+    ) -> bool:
         """Publish one state; returns whether it was, and reports what went wrong."""
-        assert self._run is not None
         try:
             attempts = 1 if self.refused else self._attempts
-            model_id = publish_state(self._run, step, source, state, attempts, self._pause)
+            model_id = publish_state(run, step, source, state, attempts, self._pause)
         except Exception as error:  # noqa: BLE001 - whatever it is, training goes on
-            self._report(self._run, step, error)
+            self._report(run, step, error)
             return False
         self.published[step] = model_id
         self._has_published = True

@@ -56,7 +56,7 @@ class Scheduler:
         self._names = [validation.name for validation in config.all_validations]
         self._token = token
         self._now_ms = now_ms
-        self._watchman = HeartbeatMonitor(config.patience_seconds)
+        self._heartbeats = HeartbeatMonitor(config.patience_seconds)
         self._snapshot = Snapshot([], over=False)
         self._waiting: dict[str, list[Checkpoint]] = {}
         self._free: dict[str, dict[str, list[str]]] = {}
@@ -136,7 +136,7 @@ class Scheduler:
             if left and self._setbacks.has_given_up(checkpoint):
                 self.unavailable.add(checkpoint.model_id)
                 continue
-            free = [name for name in left if self._watchman.is_free(checkpoint, name)]
+            free = [name for name in left if self._heartbeats.is_free(checkpoint, name)]
             at_work |= {_owner(checkpoint, name) for name in left if name not in free}
             # a validation that began in time is finished by its validator
             is_late = self._is_late(checkpoint)
@@ -205,7 +205,7 @@ class Scheduler:
 
     def note_ended(self, checkpoint: Checkpoint, name: str, state: State | None) -> None:
         """The result of a claimed validation; None if it has none yet."""
-        self._watchman.forget(checkpoint, name)
+        self._heartbeats.forget(checkpoint, name)
         if state is State.FAILED:
             self._failed_here.add((checkpoint.model_id, name))
 

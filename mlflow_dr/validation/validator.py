@@ -207,16 +207,16 @@ class _Validator:
                 for validation in validations
             }
             before = self._summaries.get(run_id, {})
-            if summaries != before:
-                with self._without_deleted(run_id):
-                    run = self._followed.run_of(checkpoints[0])
-                    for name, summary in summaries.items():
-                        if before.get(name) != summary:
-                            tag_progress(run, name, summary)
-                    self._policies.act(run, checkpoints, self._scheduler.waiting_of(run_id))
-                    self._summaries[run_id] = summaries
-                    self._summarized[run_id] = checkpoints
-            else:
+            if summaries == before:
+                self._summarized[run_id] = checkpoints
+                continue
+            with self._without_deleted(run_id):
+                run = self._followed.run_of(checkpoints[0])
+                for name, summary in summaries.items():
+                    if before.get(name) != summary:
+                        tag_progress(run, name, summary)
+                self._policies.act(run, checkpoints, self._scheduler.waiting_of(run_id))
+                self._summaries[run_id] = summaries
                 self._summarized[run_id] = checkpoints
 
     def _choose_subset(self, snapshot: Snapshot) -> bool:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import pickle
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -81,20 +81,14 @@ class FaqFormat:
 
 
 @pytest.fixture
-def package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
-    """The package as pip would install it, next to one that cannot be imported."""
-    info = tmp_path / "outside-1.0.dist-info"
-    info.mkdir()
-    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: outside\nVersion: 1.0\n")
-    (info / "entry_points.txt").write_text(
+def package(install_package: Callable[..., Path]) -> Path:
+    """The package, next to one that cannot be imported."""
+    return install_package(
+        {"outside_faq.py": PACKAGE},
         "[mlflow_dr.dataset_formats]\n"
-        "faq = outside_faq:FaqFormat\nbroken = outside_nowhere:Format\n"
+        "faq = outside_faq:FaqFormat\nbroken = outside_nowhere:Format\n",
+        dataset_formats,
     )
-    (tmp_path / "outside_faq.py").write_text(PACKAGE)
-    monkeypatch.syspath_prepend(tmp_path)
-    monkeypatch.setattr(dataset_formats, "_parts", dict(dataset_formats._parts))
-    yield tmp_path
-    sys.modules.pop("outside_faq", None)
 
 
 @pytest.fixture

@@ -1,8 +1,7 @@
 """The code of docs/extending.md works as a package from outside."""
 
-import sys
 import tomllib
-from collections.abc import Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -24,30 +23,15 @@ LINES = "what do gulls eat\tfish\nwhere is the lighthouse\ton a rock\nwho sails\
 
 
 @pytest.fixture(autouse=True)
-def other_package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+def other_package(install_package: Callable[..., Path]) -> None:
     """The package of the page, as pip would install it."""
-    site = tmp_path / "site"
-    (site / "outside").mkdir(parents=True)
-    (site / "outside" / "__init__.py").touch()
-    for block in blocks(PAGE, "python"):
-        (site / block.note.removeprefix(FILE)).write_text(block.text)
+    files = {block.note.removeprefix(FILE): block.text for block in blocks(PAGE, "python")}
     (project,) = (tomllib.loads(block.text)["project"] for block in blocks(PAGE, "toml"))
-    info = site / "outside-1.0.dist-info"
-    info.mkdir()
-    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: outside\nVersion: 1.0\n")
     points = [
         f"[{group}]\n" + "".join(f"{name} = {value}\n" for name, value in points.items())
         for group, points in project["entry-points"].items()
     ]
-    (info / "entry_points.txt").write_text("\n".join(points))
-    monkeypatch.syspath_prepend(site)
-    registered = [dict(registry._parts) for registry in REGISTRIES]
-    yield
-    for registry, parts in zip(REGISTRIES, registered, strict=True):
-        registry._parts.clear()
-        registry._parts.update(parts)
-    for name in [name for name in sys.modules if name.partition(".")[0] == "outside"]:
-        del sys.modules[name]
+    install_package({"outside/__init__.py": "", **files}, "\n".join(points), *REGISTRIES)
 
 
 def test_every_registry_has_a_part_on_the_page() -> None:

@@ -1,7 +1,7 @@
 """Parts that other packages add are found by name."""
 
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -11,18 +11,12 @@ from mlflow_dr.extensions import Registry
 
 
 @pytest.fixture
-def installed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
-    """A package from outside, as pip would install it: a module and its metadata."""
-    info = tmp_path / "outside-1.0.dist-info"
-    info.mkdir()
-    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: outside\nVersion: 1.0\n")
-    (info / "entry_points.txt").write_text(
-        "[mlflow_dr.colours]\nred = outside_colours:RED\nbroken = outside_nowhere:BLUE\n"
+def installed(install_package: Callable[..., Path]) -> None:
+    """A package from outside with a part that works and a part that does not."""
+    install_package(
+        {"outside_colours.py": "RED = '#f00'\n"},
+        "[mlflow_dr.colours]\nred = outside_colours:RED\nbroken = outside_nowhere:BLUE\n",
     )
-    (tmp_path / "outside_colours.py").write_text("RED = '#f00'\n")
-    monkeypatch.syspath_prepend(tmp_path)
-    yield tmp_path
-    sys.modules.pop("outside_colours", None)
 
 
 def colours() -> Registry[str]:
@@ -35,7 +29,7 @@ def test_a_registered_part_is_found() -> None:
     assert colours().get("green") == "#0f0"
 
 
-def test_an_entry_point_is_found_and_listed_without_loading_it(installed: Path) -> None:
+def test_an_entry_point_is_found_and_listed_without_loading_it(installed: None) -> None:
     registry = colours()
     assert registry.names() == ["broken", "green", "red"]
     assert "outside_colours" not in sys.modules
@@ -48,7 +42,7 @@ def test_an_unknown_name_names_the_nearest() -> None:
         colours().get("gren")
 
 
-def test_a_broken_package_is_named_and_the_others_work(installed: Path) -> None:
+def test_a_broken_package_is_named_and_the_others_work(installed: None) -> None:
     registry = colours()
     with pytest.raises(UsageError, match="'broken' cannot be imported from outside_nowhere:BLUE"):
         registry.get("broken")

@@ -1,7 +1,7 @@
 """A package from outside adds a subset strategy and a search back end."""
 
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -44,23 +44,15 @@ def sort_all(queries, chunk, k, ranks):
 
 
 @pytest.fixture
-def installed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """A package as pip would install it: two modules and its metadata."""
-    info = tmp_path / "outside-1.0.dist-info"
-    info.mkdir()
-    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: outside\nVersion: 1.0\n")
-    (info / "entry_points.txt").write_text(
+def installed(install_package: Callable[..., Path]) -> None:
+    """A package from outside with a strategy and a search back end."""
+    install_package(
+        {"outside_strategy.py": STRATEGY, "outside_backend.py": BACKEND},
         "[mlflow_dr.subset_strategies]\ntitled = outside_strategy:titled\n"
-        "[mlflow_dr.search_backends]\nsorting = outside_backend:sort_all\n"
+        "[mlflow_dr.search_backends]\nsorting = outside_backend:sort_all\n",
+        SUBSET_STRATEGIES,
+        SEARCH_BACKENDS,
     )
-    (tmp_path / "outside_strategy.py").write_text(STRATEGY)
-    (tmp_path / "outside_backend.py").write_text(BACKEND)
-    monkeypatch.syspath_prepend(tmp_path)
-    yield
-    for name in ("outside_strategy", "outside_backend"):
-        sys.modules.pop(name, None)
-    SUBSET_STRATEGIES._parts.pop("titled", None)
-    SEARCH_BACKENDS._parts.pop("sorting", None)
 
 
 @pytest.fixture

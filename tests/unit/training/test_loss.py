@@ -1,8 +1,7 @@
 """The objective, held against sums written out and torch's own formulas."""
 
 import math
-import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -208,21 +207,14 @@ def hinge(inputs: LossInputs) -> torch.Tensor:
 
 
 @pytest.fixture
-def other_package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+def other_package(install_package: Callable[..., Path]) -> None:
     """A package with two losses, as pip would install it."""
-    info = tmp_path / "outside_losses-1.0.dist-info"
-    info.mkdir()
-    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: outside-losses\nVersion: 1.0\n")
-    (info / "entry_points.txt").write_text(
-        "[mlflow_dr.losses]\nmargin_mse = outside_losses:margin_mse\nhinge = outside_losses:hinge\n"
+    install_package(
+        {"outside_losses.py": OUTSIDE},
+        "[mlflow_dr.losses]\n"
+        "margin_mse = outside_losses:margin_mse\nhinge = outside_losses:hinge\n",
+        losses,
     )
-    (tmp_path / "outside_losses.py").write_text(OUTSIDE)
-    monkeypatch.syspath_prepend(tmp_path)
-    registered = dict(losses._parts)
-    yield
-    losses._parts.clear()
-    losses._parts.update(registered)
-    sys.modules.pop("outside_losses", None)
 
 
 @pytest.mark.usefixtures("other_package")

@@ -32,8 +32,7 @@ from mlflow_dr.tracking.status import progress_summary, tag_progress
 from mlflow_dr.tracking.validations import chosen_metric, validation_steps
 from mlflow_dr.validation import worker
 from mlflow_dr.validation.scheduler import Scheduler
-from mlflow_dr.validation.validator import Counts, _Validator
-from mlflow_dr.validation.validator import run_validator as run_validator
+from mlflow_dr.validation.validator import Counts, _Validator, run_validator
 from tests.unit.validation.configuring import VALIDATION, configured
 
 
