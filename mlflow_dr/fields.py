@@ -77,9 +77,8 @@ Count = Annotated[int, Field(ge=1, le=LARGEST)]
 Length = Annotated[int, Field(ge=SHORTEST, le=LARGEST)]
 
 Dataset = Annotated[str | None, Field(description="demo, msmarco, a folder, or irds:<id>.")]
-RunName = Annotated[
-    str | None, Field(description="The MLflow run: its id, the beginning of its id, or its name.")
-]
+RUN = Field(description="The MLflow run: its id, the beginning of its id, or its name.")
+RunName = Annotated[str | None, RUN]
 TrackingUri = Annotated[
     str | None, Field(description="The tracking server (default: MLFLOW_TRACKING_URI).")
 ]

@@ -39,6 +39,13 @@ COMMANDS = {
     "subset": "Write a subset of a collection to files.",
     "datasets": "List the names of collections.",
 }
+MODULES = {
+    "run": "train",
+    **dict.fromkeys(("fidelity", "compare"), "evaluate"),
+    **dict.fromkeys(("ui", "status", "best", "prune"), "runs"),
+    **dict.fromkeys(("mine", "subset", "datasets"), "collections"),
+}
+"""The modules of commands that have none of their own name."""
 
 
 class _Commands(click.Group):
@@ -51,8 +58,8 @@ class _Commands(click.Group):
         if cmd_name not in COMMANDS:
             return None
         os.environ["MLFLOW_DR_COMMAND"] = cmd_name
-        module = importlib.import_module(f"mlflow_dr.cli.{cmd_name}")
-        command: click.Command = module.command
+        module = importlib.import_module(f"mlflow_dr.cli.{MODULES.get(cmd_name, cmd_name)}")
+        command: click.Command = getattr(module, f"{cmd_name}_command")
         return command
 
     def resolve_command(

@@ -17,20 +17,6 @@ from mlflow_dr.errors import UsageError
 
 AnyConfig = TypeVar("AnyConfig", bound=Config)
 
-RUN = "The MLflow run: its id, the beginning of its id, or its name."
-tracking_uri = click.option(
-    "--tracking-uri",
-    "--tracking_uri",
-    help="The tracking server (default: MLFLOW_TRACKING_URI).",
-)
-seed = click.option(
-    "--seed",
-    type=click.IntRange(min=0),
-    default=0,
-    show_default=True,
-    help="Random seed for sampling.",
-)
-
 
 class TakesSeveral(click.Command):
     """A command that takes `--query_files` for `--query-files`, and several values after one flag.

@@ -1,10 +1,13 @@
-"""`mlflow-dr train`."""
+"""`mlflow-dr train` and `mlflow-dr run`."""
 
 from __future__ import annotations
 
 import inspect
 
 import click
+
+from mlflow_dr.cli.options import TakesSeveral, takes
+from mlflow_dr.validation.config import RunConfig
 
 
 @click.command(
@@ -13,7 +16,7 @@ import click
     context_settings={"ignore_unknown_options": True, "allow_interspersed_args": False},
 )
 @click.argument("flags", nargs=-1, type=click.UNPROCESSED)
-def command(flags: tuple[str, ...]) -> None:
+def train_command(flags: tuple[str, ...]) -> None:
     """Train an encoder and publish its checkpoints to MLflow.
 
     Takes the flags of Hugging Face's TrainingArguments, of Tevatron and of GC-DPR, with dashes or
@@ -26,7 +29,7 @@ def command(flags: tuple[str, ...]) -> None:
     if {"-h", "--help"} & set(flags):
         from mlflow_dr.training.parsing import training_parser
 
-        about = inspect.cleandoc(command.help or "").replace("\b\n", "")
+        about = inspect.cleandoc(train_command.help or "").replace("\b\n", "")
         click.echo(f"{about}\n\n{training_parser().format_help()}")
         return
     from mlflow_dr.training.flags import check_flags
@@ -36,3 +39,28 @@ def command(flags: tuple[str, ...]) -> None:
     from mlflow_dr.training.train import train
 
     train(parse_training(flags))
+
+
+@click.command("run", cls=TakesSeveral, context_settings={"ignore_unknown_options": True})
+@takes(RunConfig)
+@click.argument("trainer_flags", nargs=-1, type=click.UNPROCESSED)
+def run_command(config: RunConfig, trainer_flags: tuple[str, ...]) -> int:
+    """Train and validate side by side; what `mlflow run .` calls.
+
+    Flags that are not listed go to `mlflow-dr train`, and --seed is the training's. The validator
+    takes the last GPU when there are two or more, else its share of the processor.
+
+    \b
+    Example:
+        mlflow-dr run --dataset demo --learning-rate 1e-3 --patience 3
+    """
+    from mlflow_dr.training.flags import check_flags
+
+    parameters = click.get_current_context().command.params
+    check_flags(trainer_flags, [name for parameter in parameters for name in parameter.opts])
+    training = [*(("--dataset", config.dataset) if config.dataset else ()), *trainer_flags]
+    if config.model != "auto":
+        training += ["--model", config.model]
+    from mlflow_dr.launch import launch  # five seconds of imports
+
+    return launch(config, training)

@@ -16,7 +16,7 @@ from mlflow_dr.validation.config import ValidateConfig
 
 @click.command("validate", cls=TakesSeveral)
 @takes(ValidateConfig, has_file=True)
-def command(config: ValidateConfig) -> int:
+def validate_command(config: ValidateConfig) -> int:
     """Validate each checkpoint of a run, an experiment or a directory, now and as they come.
 
     Collection, split and lengths come from the run and its checkpoints. Start any number of

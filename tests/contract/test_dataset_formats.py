@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from click.testing import CliRunner
 
-from mlflow_dr.cli.datasets import command
+from mlflow_dr.cli.collections import datasets_command
 from mlflow_dr.collection.catalogue import open_collection, open_examples
 from mlflow_dr.collection.formats import Collection, chosen_split, dataset_formats
 from mlflow_dr.errors import DataError, UsageError
@@ -134,7 +134,7 @@ def test_errors_of_the_format_name_the_line(package: Path, faq: Path) -> None:
 
 
 def test_the_format_is_listed_and_suggested(package: Path) -> None:
-    listed = CliRunner().invoke(command)
+    listed = CliRunner().invoke(datasets_command)
     assert listed.exit_code == 0
     assert "faq:FILE\n          from a .faq file: a question" in listed.output
     with pytest.raises(UsageError, match="did you mean 'faq'"):

@@ -9,8 +9,9 @@ import click
 import pytest
 from mlflow import MlflowClient
 
-from mlflow_dr.cli import evaluate, validate
+from mlflow_dr.cli.evaluate import evaluate_command
 from mlflow_dr.cli.options import from_flags
+from mlflow_dr.cli.validate import validate_command
 from mlflow_dr.collection.asyncval import AsyncvalFiles
 from mlflow_dr.encoder.directory import save_encoder
 from mlflow_dr.encoder.model import Encoder
@@ -56,7 +57,7 @@ def called(command: click.Command, *argv: object) -> Any:
 
 def planned(argv: list[str]) -> ValidateConfig:
     """The configuration that `validate` makes of some flags."""
-    with validate.command.make_context("validate", ["--run-id", "0", *argv]) as context:
+    with validate_command.make_context("validate", ["--run-id", "0", *argv]) as context:
         values = dict(context.params)
     return from_flags(ValidateConfig, values, values.pop("config"))
 
@@ -157,18 +158,18 @@ def test_a_configuration_file_and_other_flags(tmp_path: Path) -> None:
     ],
 )
 def test_files_and_a_dataset_together_are_refused(flags: list[str], message: str) -> None:
-    for command, given in ((validate.command, ["--run-id", "0"]), (evaluate.command, ["tiny"])):
+    for command, given in ((validate_command, ["--run-id", "0"]), (evaluate_command, ["tiny"])):
         with pytest.raises(UsageError, match=message):
             called(command, *given, *flags)
 
 
 def test_evaluate_needs_a_dataset_and_a_single_query_set(files: Path) -> None:
     with pytest.raises(UsageError, match="give --dataset, or --candidate-dir, --query-file"):
-        called(evaluate.command, "tiny")
+        called(evaluate_command, "tiny")
     argv = flags(files, "dev.query.json")
     argv += ["--query_files", str(files / "test.json")]
     with pytest.raises(UsageError, match=r"--split dev\.query or test"):
-        called(evaluate.command, "tiny", *argv)
+        called(evaluate_command, "tiny", *argv)
 
 
 def test_evaluate(
@@ -177,7 +178,7 @@ def test_evaluate(
     save_encoder(tmp_path / "encoder", encoder)
     output = tmp_path / "report.json"
     argv = [*flags(files, "test.json"), "--output", output, "--device", "cpu"]
-    called(evaluate.command, tmp_path / "encoder", *argv, "--metrics", "RR@10", "nDCG@10")
+    called(evaluate_command, tmp_path / "encoder", *argv, "--metrics", "RR@10", "nDCG@10")
     report = json.loads(output.read_text())
     assert list(report["queries"]) == ["q2"]
     assert list(report["measures"]) == ["mrr@10", "ndcg@10"]
@@ -186,7 +187,7 @@ def test_evaluate(
 
 def test_an_encoder_after_an_option_is_not_taken_as_its_value() -> None:
     argv = ["--dataset", "demo", "--metrics", "RR@10", "encoder"]
-    with evaluate.command.make_context("evaluate", argv) as context:
+    with evaluate_command.make_context("evaluate", argv) as context:
         assert (context.params["measures"], context.params["encoder"]) == (("RR@10",), "encoder")
 
 
@@ -205,7 +206,7 @@ def test_a_directory_of_checkpoints_is_validated_at_their_steps(
     argv += ["--depth", "100", "--q_max_len", "16", "--tokenizer_name_or_path"]
     argv += [str(files / "output/checkpoint-500"), "--ckpts_dir", str(files / "output")]
     argv += ["--run-id", run.id, "--once", "--device", "cpu", "--dtype", "fp32"]
-    assert called(validate.command, *argv, "--tracking-uri", client.tracking_uri) == 0
+    assert called(validate_command, *argv, "--tracking-uri", client.tracking_uri) == 0
     for name in ("val-dev_query", "val-test"):
         points = client.get_metric_history(run.id, f"{name}/mrr_at_10")
         assert sorted(point.step for point in points) == [500, 1000]

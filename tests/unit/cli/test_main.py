@@ -6,7 +6,7 @@ import sys
 import pytest
 
 from mlflow_dr import cli
-from mlflow_dr.cli import datasets
+from mlflow_dr.cli.collections import datasets_command
 
 
 @pytest.mark.parametrize(
@@ -26,25 +26,17 @@ def test_only_an_interrupt_exits_as_stopped(
     def fails() -> None:
         raise raised
 
-    monkeypatch.setattr(datasets.command, "callback", fails)
+    monkeypatch.setattr(datasets_command, "callback", fails)
     monkeypatch.setattr("sys.argv", ["mlflow-dr", "datasets"])
     assert cli._run() == code
     assert message in capsys.readouterr().err
 
 
-COMMANDS_WITH_A_CONFIGURATION = (
-    "compare",
-    "evaluate",
-    "fidelity",
-    "mine",
-    "run",
-    "subset",
-    "validate",
-)
+MODULES_OF_COMMANDS = ("collections", "evaluate", "runs", "train", "validate")
 
 
 def test_the_help_of_a_command_needs_neither_torch_nor_mlflow() -> None:
-    names = ", ".join(f"mlflow_dr.cli.{name}" for name in COMMANDS_WITH_A_CONFIGURATION)
+    names = ", ".join(f"mlflow_dr.cli.{name}" for name in MODULES_OF_COMMANDS)
     code = f"import sys, {names}; print({{'torch', 'mlflow'}} & set(sys.modules))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "set()"

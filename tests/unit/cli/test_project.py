@@ -9,7 +9,9 @@ import mlflow
 import pytest
 from mlflow import MlflowClient
 
-from mlflow_dr.cli import evaluate, mine, validate
+from mlflow_dr.cli.collections import mine_command
+from mlflow_dr.cli.evaluate import evaluate_command
+from mlflow_dr.cli.validate import validate_command
 from mlflow_dr.encoder.directory import save_encoder
 from mlflow_dr.encoder.model import Encoder
 from mlflow_dr.errors import MlflowDrError
@@ -51,7 +53,7 @@ def artifact(run: TrackedRun, name: str) -> str:
 
 
 def test_evaluate_logs_its_report(project: TrackedRun, folder: Path, encoder: Path) -> None:
-    called(evaluate.command, encoder, "--dataset", folder, "--measures", "mrr@10")
+    called(evaluate_command, encoder, "--dataset", folder, "--measures", "mrr@10")
     report = json.loads(artifact(project, "report.json"))
     metrics = project.fetch().data.metrics
     assert metrics["mrr_at_10"] == report["measures"]["mrr@10"]
@@ -59,7 +61,7 @@ def test_evaluate_logs_its_report(project: TrackedRun, folder: Path, encoder: Pa
 
 
 def test_mine_logs_its_negatives(project: TrackedRun, folder: Path, tmp_path: Path) -> None:
-    called(mine.command, "--dataset", folder, "--output", tmp_path / "mined.jsonl")
+    called(mine_command, "--dataset", folder, "--output", tmp_path / "mined.jsonl")
     assert project.fetch().data.metrics["mined/queries"] == 1
     assert "1 queries with" in artifact(project, "mined.txt")
 
@@ -75,7 +77,7 @@ def test_validate_logs_its_work_on_another_run(
     run = TrackedRun(client, client.create_run(experiment, run_name="one of these tests"))
     publish(run, encoder, 5)
     argv = ["--dataset", folder, "--measures", "mrr@10", "--once", "--device", "cpu"]
-    assert called(validate.command, "--run-id", "one of these tests", *argv) == 0
+    assert called(validate_command, "--run-id", "one of these tests", *argv) == 0
     assert project.fetch().data.metrics == {"validated/done": 1, "validated/failed": 0}
     link = f"#/experiments/{experiment}/runs/{run.id}/model-metrics?workflowType=machine_learning"
     assert link in capsys.readouterr().err
@@ -89,8 +91,8 @@ def test_existing_files_are_not_overwritten(
     path.write_text("mine")
     for flag in ("--output", "--ranking"):
         with pytest.raises(MlflowDrError, match="exists already; --force replaces it"):
-            called(evaluate.command, encoder, "--dataset", folder, flag, path)
+            called(evaluate_command, encoder, "--dataset", folder, flag, path)
     assert path.read_text() == "mine"
     argv = ["--output", path, "--force", "--measures", "mrr@10"]
-    called(evaluate.command, encoder, "--dataset", folder, *argv)
+    called(evaluate_command, encoder, "--dataset", folder, *argv)
     assert json.loads(path.read_text())["measures"]

@@ -10,7 +10,7 @@ import pytest
 from mlflow import MlflowClient
 
 from mlflow_dr import launch
-from mlflow_dr.cli import run
+from mlflow_dr.cli.train import run_command
 from mlflow_dr.errors import MlflowDrError
 from mlflow_dr.tracking.runs import TrackedRun
 from mlflow_dr.training.parsing import parse_training
@@ -30,7 +30,7 @@ def folder(beir_folder: Callable[..., Path]) -> Path:
 
 
 def called(*argv: object) -> Any:
-    return run.command.main([str(word) for word in argv], "mlflow-dr", standalone_mode=False)
+    return run_command.main([str(word) for word in argv], "mlflow-dr", standalone_mode=False)
 
 
 def test_the_dataset_comes_from_the_flags_or_the_file_or_is_the_demo(

@@ -8,7 +8,7 @@ import click
 import pytest
 from mlflow import MlflowClient
 
-from mlflow_dr.cli import ui
+from mlflow_dr.cli.runs import ui_command
 from mlflow_dr.tracking.runs import TrackedRun
 from mlflow_dr.tracking.status import curves_url
 from mlflow_dr.tracking.validations import bind_name
@@ -16,7 +16,7 @@ from mlflow_dr.tracking.validations import bind_name
 
 def called(client: MlflowClient, port: int) -> Any:
     argv = ["--port", str(port), "--tracking-uri", client.tracking_uri]
-    return ui.command.main(argv, "mlflow-dr", standalone_mode=False)
+    return ui_command.main(argv, "mlflow-dr", standalone_mode=False)
 
 
 def test_a_taken_port_is_reported_and_a_free_one_is_suggested(client: MlflowClient) -> None:

@@ -4,8 +4,8 @@ from operator import attrgetter
 
 import pytest
 
-from mlflow_dr.cli import validate
 from mlflow_dr.cli.options import from_flags
+from mlflow_dr.cli.validate import validate_command
 from mlflow_dr.errors import UsageError
 from mlflow_dr.validation.config import ValidateConfig
 
@@ -38,7 +38,7 @@ OF_THE_VALIDATION = {
 
 
 def planned(argv: list[str]) -> ValidateConfig:
-    with validate.command.make_context("validate", argv) as context:
+    with validate_command.make_context("validate", argv) as context:
         values = dict(context.params)
     return from_flags(ValidateConfig, values, values.pop("config"))
 

@@ -12,7 +12,7 @@ import pytest
 from click.testing import CliRunner
 from mlflow import MlflowClient
 
-from mlflow_dr.cli.best import command
+from mlflow_dr.cli.runs import best_command
 from mlflow_dr.decisions.best import Best, against_runner_up, best_summary, find_best, mark_best
 from mlflow_dr.decisions.significance import difference
 from mlflow_dr.errors import (
@@ -203,7 +203,7 @@ def best(run: TrackedRun, client: MlflowClient) -> Callable[..., str]:
 
     def best(*argv: object) -> str:
         done = CliRunner().invoke(
-            command,
+            best_command,
             ["--run-id", run.id, "--tracking-uri", client.tracking_uri, *map(str, argv)],
             catch_exceptions=False,
         )
@@ -323,7 +323,7 @@ def test_a_directory_of_somebody_elses_trainer(
 def test_no_such_run(client: MlflowClient) -> None:
     with pytest.raises(TrackingError, match="no run '0123'"):
         CliRunner().invoke(
-            command,
+            best_command,
             ["--run-id", "0123", "--tracking-uri", client.tracking_uri],
             catch_exceptions=False,
         )

@@ -10,7 +10,7 @@ from click.testing import CliRunner, Result
 from mlflow import MlflowClient
 from mlflow.store.artifact.local_artifact_repo import LocalArtifactRepository
 
-from mlflow_dr.cli.prune import command
+from mlflow_dr.cli.runs import prune_command
 from mlflow_dr.decisions.pruning import delete_unneeded, parse_keep_rules
 from mlflow_dr.encoder.directory import load_encoder, save_encoder
 from mlflow_dr.encoder.model import Encoder
@@ -45,7 +45,7 @@ def validated(run: TrackedRun, make_tiny: Callable[..., Encoder], tmp_path: Path
 
 def prune(client: MlflowClient, *argv: object) -> Result:
     flags = [*map(str, argv), "--tracking-uri", client.tracking_uri]
-    return CliRunner().invoke(command, flags, catch_exceptions=False, standalone_mode=False)
+    return CliRunner().invoke(prune_command, flags, catch_exceptions=False, standalone_mode=False)
 
 
 def lines(result: Result) -> dict[int, tuple[str, str]]:

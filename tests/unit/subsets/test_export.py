@@ -8,7 +8,7 @@ import pyarrow.parquet as pq
 import pytest
 from click.testing import CliRunner
 
-from mlflow_dr.cli.subset import command
+from mlflow_dr.cli.collections import subset_command
 from mlflow_dr.collection.catalogue import open_collection
 from mlflow_dr.encoder.directory import save_encoder
 from mlflow_dr.encoder.model import Encoder
@@ -94,7 +94,7 @@ def test_a_split_with_a_slash(subset: Subset, tmp_path: Path, layout: str) -> No
 
 def test_the_command(folder: Path, tmp_path: Path) -> None:
     argv = ["--dataset", folder, "--subset", "bm25@1", "--output", tmp_path / "small"]
-    result = CliRunner().invoke(command, list(map(str, argv)))
+    result = CliRunner().invoke(subset_command, list(map(str, argv)))
     assert result.exit_code == 0, result.output
     assert "passages (judged 3, bm25@1" in result.output
     assert set(open_collection(str(tmp_path / "small")).corpus().ids.to_pylist()) >= {"p0", "p3"}
@@ -103,7 +103,7 @@ def test_the_command(folder: Path, tmp_path: Path) -> None:
 def test_subsets_by_query_cannot_be_written_as_a_folder(folder: Path, tmp_path: Path) -> None:
     (tmp_path / "top.tsv").write_text("q1\tp1\t1\n")
     argv = ["--dataset", folder, "--subset", f"rerank:{tmp_path}/top.tsv@1", "--output"]
-    result = CliRunner().invoke(command, [*map(str, argv), str(tmp_path / "small")])
+    result = CliRunner().invoke(subset_command, [*map(str, argv), str(tmp_path / "small")])
     assert isinstance(result.exception, UsageError)
     assert "write ranking:FILE@K instead" in str(result.exception)
 

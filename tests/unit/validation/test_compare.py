@@ -13,7 +13,7 @@ import pytest
 from click.testing import CliRunner
 from mlflow import MlflowClient
 
-from mlflow_dr.cli.compare import command
+from mlflow_dr.cli.evaluate import compare_command
 from mlflow_dr.collection.beir import BeirFolder
 from mlflow_dr.decisions.comparison import Comparison, comparison_text
 from mlflow_dr.encoder.directory import load_encoder, save_encoder
@@ -283,12 +283,12 @@ def test_the_command_prints_and_writes(
     validated(2)
     operands = [f"{run.id}@1", f"{run.id}@2"]
     argv = [*operands, "--tracking-uri", client.tracking_uri, "--output", str(tmp_path / "out")]
-    done = CliRunner().invoke(command, [*argv, "--changed", "3"], catch_exceptions=False)
+    done = CliRunner().invoke(compare_command, [*argv, "--changed", "3"], catch_exceptions=False)
     assert done.exit_code == 0
     assert done.output == comparison_text(compared(*operands), 3) + "\n"
     assert {path.name for path in (tmp_path / "out").iterdir()} == {"values.csv", "differences.png"}
     with pytest.raises(UsageError, match="1 encoders to compare; expected 2 to 26"):
-        CliRunner().invoke(command, argv[1:], catch_exceptions=False)
+        CliRunner().invoke(compare_command, argv[1:], catch_exceptions=False)
 
 
 def test_the_only_validation_name_is_the_default() -> None:

@@ -1,4 +1,4 @@
-"""`mlflow-dr subset`."""
+"""`mlflow-dr datasets`, `mine` and `subset`: what is made of a collection, and written."""
 
 from __future__ import annotations
 
@@ -7,7 +7,8 @@ from typing import Annotated, Literal
 import click
 from pydantic import Field
 
-from mlflow_dr.cli.options import TakesSeveral, takes
+from mlflow_dr.cli.options import TakesSeveral, find_project_run, takes
+from mlflow_dr.collection.catalogue import ENTRIES, all_formats
 from mlflow_dr.config import Flag
 from mlflow_dr.fields import (
     CollectionConfig,
@@ -20,6 +21,45 @@ from mlflow_dr.fields import (
     Seed,
     Subsets,
 )
+from mlflow_dr.mining.mine import MiningConfig, mine
+
+
+@click.command("datasets")
+def datasets_command() -> None:
+    """List the datasets that can be named.
+
+    \b
+    Example:
+        mlflow-dr datasets
+    """
+    for entry in ENTRIES:
+        click.echo(f"{entry.name:10}{entry.sizes}\n{'':10}from {entry.source}")
+    for form in all_formats():
+        click.echo(f"{form.pattern}\n{'':10}from {form.description}")
+
+
+@click.command("mine", cls=TakesSeveral)
+@takes(MiningConfig)
+def mine_command(config: MiningConfig) -> None:
+    """Find hard negatives for training queries: `mlflow-dr train --train-dir` reads the file.
+
+    BM25 or an encoder ranks passages for every query; the highest-ranked ones that are not relevant
+    become its negatives. If a query has several positives, margins count from the one with the
+    lowest score.
+
+    \b
+    Example:
+        mlflow-dr mine --dataset path/to/beir --output mined.jsonl
+        mlflow-dr mine --dataset path/to/beir --output mined.jsonl.gz --with models:/m-0123 \\
+            --relative-margin 0.05 --negatives 10
+    """
+    run = find_project_run(config.tracking_uri)
+    mined = mine(config)
+    lines = mined.summary(config.negatives)
+    for line in lines:
+        click.echo(line)
+    if run is not None:
+        run.log_report(mined.figures(), {"mined.txt": "\n".join(lines) + "\n"})
 
 
 class SubsetConfig(CollectionConfig):
@@ -45,7 +85,7 @@ class SubsetConfig(CollectionConfig):
 
 @click.command("subset", cls=TakesSeveral)
 @takes(SubsetConfig)
-def command(config: SubsetConfig) -> None:
+def subset_command(config: SubsetConfig) -> None:
     """Write a subset of a collection, ahead of the validations that use it.
 
     \b

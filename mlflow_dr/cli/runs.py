@@ -1,0 +1,207 @@
+"""`mlflow-dr best`, `status`, `prune` and `ui`: what there is of a run."""
+
+from __future__ import annotations
+
+import os
+import socket
+import sys
+from typing import Annotated
+
+import click
+from pydantic import Field
+
+from mlflow_dr.cli.options import TakesSeveral, takes
+from mlflow_dr.config import Config, Flag
+from mlflow_dr.fields import RUN, File, RunName, Seed, TrackingUri
+
+HOST = "127.0.0.1"
+PORTS_TRIED = 20
+
+MetricName = Annotated[
+    str | None,
+    Field(
+        description="Metric that decides which are best, such as val/mrr_at_10 (default: the first "
+        "measure of the validation that was started first)."
+    ),
+]
+
+
+class StatusConfig(Config):
+    """`mlflow-dr status`: the run."""
+
+    run_id: Annotated[str, RUN]
+    tracking_uri: TrackingUri = None
+
+
+class BestConfig(StatusConfig):
+    """`mlflow-dr best`: the run, the metric, and what is done with the checkpoint."""
+
+    metric: MetricName = None
+    download: File | None = None
+    """Download the checkpoint's files into this new or empty directory, and verify them."""
+    register_as: Annotated[str | None, Flag("--register")] = None
+    """Register it as a version of this model, and let the alias `best` point to it."""
+    seed: Seed = 0
+
+
+@click.command("best", cls=TakesSeveral)
+@takes(BestConfig)
+def best_command(config: BestConfig) -> None:
+    """Show a run's best checkpoint, and whether its lead over the runner-up is significant.
+
+    The test is a paired randomisation test over the queries, with a bootstrap interval of the mean
+    difference. The run and the checkpoint are tagged mlflow_dr.best.<validation>.
+
+    \b
+    Example:
+        mlflow-dr best --run-id 0123456789abcdef0123456789abcdef --download best-encoder
+    """
+    from mlflow_dr.decisions.best import best_summary, find_best, mark_best
+    from mlflow_dr.tracking import fetching, registry
+    from mlflow_dr.tracking.client import connect
+    from mlflow_dr.tracking.runs import resolve_run
+
+    run = resolve_run(connect(config.tracking_uri, may_create=False), config.run_id)
+    best = find_best(run, config.metric)
+    click.echo(best_summary(run, best, config.seed))
+    mark_best(run, best)
+    if config.download is not None:
+        fetching.download(best.checkpoint, config.download)
+        click.echo(f"  downloaded  {config.download}")
+    if (name := config.register_as) is not None:
+        version = registry.register(run, best.checkpoint, name)
+        click.echo(f"  registered  models:/{name}/{version} and models:/{name}@best")
+
+
+@click.command("status", cls=TakesSeveral)
+@takes(StatusConfig)
+def status_command(config: StatusConfig) -> None:
+    """Show the validations of a run's checkpoints: state, owner, age, lag and failures.
+
+    \b
+    Example:
+        mlflow-dr status --run-id 0123456789abcdef0123456789abcdef
+    """
+    from mlflow_dr.tracking.client import connect
+    from mlflow_dr.tracking.runs import resolve_run
+    from mlflow_dr.tracking.server import ServerClock
+    from mlflow_dr.tracking.status import run_status, status_table
+
+    run = resolve_run(connect(config.tracking_uri, may_create=False), config.run_id)
+    lines = run_status(run, ServerClock().now_ms())
+    click.echo(status_table(lines) if lines else f"run {run.label} has published no checkpoint yet")
+
+
+class PruneConfig(Config):
+    """`mlflow-dr prune`: the runs, and what is kept of them."""
+
+    run_id: RunName = None
+    deleted: bool = False
+    """Instead of one run: the checkpoints of all deleted runs."""
+    experiment: str | None = None
+    """With --deleted: only runs of this experiment."""
+    keep: str | None = None
+    """Rules that say what is kept, such as best:3,last:2,every:10000."""
+    metric: MetricName = None
+    unvalidated: bool = False
+    """Also delete checkpoints that are not validated yet."""
+    dry_run: bool = False
+    """Only print what would be deleted and what is kept."""
+    tracking_uri: TrackingUri = None
+
+
+@click.command("prune", cls=TakesSeveral)
+@takes(PruneConfig)
+def prune_command(config: PruneConfig) -> None:
+    """Delete the files of checkpoints that are no longer needed; their metrics stay.
+
+    These are always kept: checkpoints that are being published or validated, that are tagged as
+    best, or that are versions of registered models. Of deleted runs all others are deleted;
+    `mlflow gc` would leave them behind.
+
+    \b
+    Example:
+        mlflow-dr prune --run-id 0123456789abcdef0123456789abcdef --keep best:3,last:2 --dry-run
+        mlflow-dr prune --deleted --experiment msmarco
+    """
+    if bool(config.run_id) == config.deleted or bool(config.keep) == config.deleted:
+        raise click.UsageError("pass --run-id and --keep, or pass --deleted")
+    if config.deleted and (config.metric or config.unvalidated):
+        raise click.UsageError("--metric and --unvalidated need --run-id")
+    if config.experiment and not config.deleted:
+        raise click.UsageError("--experiment needs --deleted")
+
+    from mlflow_dr.decisions.pruning import (
+        carry_out,
+        parse_keep_rules,
+        pruning_summary,
+        review,
+        review_orphans,
+    )
+    from mlflow_dr.tracking.client import connect, limit_mlflow_retries
+    from mlflow_dr.tracking.runs import resolve_run
+
+    rules = parse_keep_rules(config.keep) if config.keep else None
+    limit_mlflow_retries()
+    client = connect(config.tracking_uri, may_create=False)
+    if config.run_id and rules:
+        verdicts = review(
+            resolve_run(client, config.run_id), rules, config.metric, config.unvalidated
+        )
+    else:
+        verdicts = review_orphans(client, config.experiment)
+    done = []
+    for verdict in carry_out(client, verdicts, config.dry_run):
+        click.echo(verdict)
+        done.append(verdict)
+    click.echo(pruning_summary(done, config.dry_run))
+
+
+class UiConfig(Config):
+    """`mlflow-dr ui`: where the pages are served."""
+
+    port: Annotated[int, Field(ge=1, le=65535)] = 5000
+    """Port of MLflow's web pages."""
+    tracking_uri: TrackingUri = None
+
+
+@click.command("ui", cls=TakesSeveral)
+@takes(UiConfig)
+def ui_command(config: UiConfig) -> None:
+    """Start MLflow's web pages, and print the link to the curves of the latest run.
+
+    If a tracking server is running, it already has these pages, and only the link is printed.
+
+    \b
+    Example:
+        mlflow-dr ui --port 5001
+    """
+    from mlflow_dr.tracking.client import connect, is_server
+    from mlflow_dr.tracking.client import tracking_uri as chosen_uri
+    from mlflow_dr.tracking.status import curves_url, latest_run
+
+    client = connect(config.tracking_uri, may_create=False)
+    uri, port = chosen_uri(), config.port
+    base = uri if is_server(uri) else f"http://{HOST}:{port}"
+    if not is_server(uri) and not _is_free(port):
+        others = range(port + 1, port + PORTS_TRIED)
+        other = next((other for other in others if _is_free(other)), None) or "another number"
+        raise click.ClickException(
+            f"port {port} is taken; pass --port {other} (make ui PORT={other})"
+        )
+    run = latest_run(client)
+    click.echo(f"curves of {run.label}: {curves_url(run, base)}" if run else f"no run yet: {base}")
+    if not is_server(uri):
+        sys.stdout.flush()
+        argv = ["server", "--backend-store-uri", uri, "--host", HOST, "--port", str(port)]
+        os.execv(sys.executable, [sys.executable, "-m", "mlflow", *argv])
+
+
+def _is_free(port: int) -> bool:
+    with socket.socket() as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind((HOST, port))
+        except OSError:
+            return False
+    return True
