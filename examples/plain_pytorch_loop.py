@@ -12,8 +12,8 @@ import torch
 from torch.nn.functional import cross_entropy, normalize
 
 from mlflow_dr import flush_checkpoints, open_collection, publish_checkpoint
+from mlflow_dr.encoder.backbone import tiny_encoder
 from mlflow_dr.encoder.config import EncoderConfig
-from mlflow_dr.encoder.tiny import tiny_encoder
 
 # 600 German passages and English questions; yours may be "msmarco" or any folder
 SEA = str(Path(__file__).parent / "sea")

@@ -21,8 +21,8 @@ from sentence_transformers import (
 from sentence_transformers.sentence_transformer.losses import MultipleNegativesRankingLoss
 
 from mlflow_dr import PublishCallback, open_collection, save_encoder
+from mlflow_dr.encoder.backbone import tiny_encoder
 from mlflow_dr.encoder.config import EncoderConfig
-from mlflow_dr.encoder.tiny import tiny_encoder
 
 # 600 German passages and English questions; yours may be "msmarco" or any folder
 SEA = str(Path(__file__).parent / "sea")

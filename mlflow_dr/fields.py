@@ -10,8 +10,8 @@ from pydantic import AfterValidator, BeforeValidator, Field, Strict
 
 from mlflow_dr.collection.asyncval import given_collection
 from mlflow_dr.config import Config, Flag, as_tuple, checked
+from mlflow_dr.devices import dtype_name
 from mlflow_dr.encoder.config import SHORTEST, EncoderConfig, changes_of
-from mlflow_dr.engines.devices import dtype_name
 from mlflow_dr.errors import UsageError, quoted
 from mlflow_dr.retrieval.measures import parse_measures
 from mlflow_dr.subsets.spec import parse_subset

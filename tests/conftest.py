@@ -95,9 +95,9 @@ def make_tiny(texts: list[str]) -> Callable[..., "Encoder"]:
     def make(seed: int = 0, projections: Sequence[Any] = (), **settings: Any) -> "Encoder":
         import torch
 
+        from mlflow_dr.encoder.backbone import tiny_encoder
         from mlflow_dr.encoder.config import EncoderConfig
         from mlflow_dr.encoder.model import Encoder
-        from mlflow_dr.encoder.tiny import tiny_encoder
 
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)

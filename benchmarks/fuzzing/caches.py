@@ -25,8 +25,8 @@ def tiny() -> Any:
     """A small encoder, the same in every process."""
     import torch
 
+    from mlflow_dr.encoder.backbone import tiny_encoder
     from mlflow_dr.encoder.config import EncoderConfig
-    from mlflow_dr.encoder.tiny import tiny_encoder
 
     torch.manual_seed(0)
     texts = [f"{title} {text}" for _, title, text in PASSAGES] + [text for _, text, _ in QUERIES]
@@ -67,7 +67,7 @@ def examples(workdir: Path) -> Any:
 
 def tokens(workdir: Path) -> Any:
     from mlflow_dr.collection.training_files import corpus_of_file
-    from mlflow_dr.encoder.token_cache import corpus_tokens, subset_tokens
+    from mlflow_dr.encoder.token_table import corpus_tokens, subset_tokens
     from mlflow_dr.encoder.tokenize import TextTokenizer
 
     encoder = tiny()

@@ -13,7 +13,7 @@ from benchmarks.fuzzing import odd
 from benchmarks.fuzzing.case import AnyOf, Case, Kind, UnreadableError
 from mlflow_dr.collection.catalogue import parse_mixture
 from mlflow_dr.decisions.pruning import parse_keep_rules
-from mlflow_dr.engines.devices import resolve_device, resolve_dtype
+from mlflow_dr.devices import resolve_device, resolve_dtype
 from mlflow_dr.retrieval.measures import parse_measures
 from mlflow_dr.subsets.spec import parse_subset
 

@@ -42,7 +42,7 @@ def validate_command(config: ValidateConfig) -> int:
     if config.checkpoints_dir and not (config.run_id or dataset or config.validations):
         raise click.UsageError("a new run names no dataset; give --dataset")
 
-    from mlflow_dr.engines.devices import resolve_device, resolve_dtype
+    from mlflow_dr.devices import resolve_device, resolve_dtype
     from mlflow_dr.tracking.client import connect, limit_mlflow_retries
     from mlflow_dr.tracking.server import Patience
     from mlflow_dr.tracking.status import curves_hint

@@ -1,4 +1,4 @@
-"""sentence-transformers' Transformer module, which refuses files that do not belong together.
+"""Backbones: sentence-transformers' Transformer module with more checks, and the tiny model.
 
 The library itself gives random values to weights that are missing from the file, asks the hub about
 adapters, and does not check that the tokenizer fits the backbone. Import this file late: it imports
@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import inspect
 import threading
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,8 @@ from sentence_transformers.base.modules import Transformer
 
 from mlflow_dr.encoder import lora
 from mlflow_dr.encoder.checks import is_sentence_transformer, transformer_directories
+from mlflow_dr.encoder.config import EncoderConfig
+from mlflow_dr.encoder.model import Encoder
 from mlflow_dr.encoder.tokenize import highest_id
 from mlflow_dr.errors import CheckpointError, quoted
 
@@ -30,6 +33,13 @@ CLASSIFIER = "ForSequenceClassification"
 MOST_LAYERS = 1000
 MOST_EMBEDDED = 1 << 34
 """Most numbers in a table of token vectors; the largest known tables have 2^31."""
+
+# the tiny model
+LAYERS, WIDTH, HEADS, INNER = 2, 128, 2, 512
+VOCABULARY_SIZE = 8192
+ALPHABET_SIZE = 1000
+SPECIAL_TOKENS = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
+POSITIONS = 512
 
 _lock = threading.Lock()
 _settings_before: list[tuple[int, bool]] = []
@@ -187,3 +197,55 @@ def quiet_transformers() -> Iterator[None]:
                 messages.set_verbosity(level)
                 if had_bars:
                     messages.enable_progress_bar()
+
+
+def tiny_encoder(texts: Iterable[str], config: EncoderConfig) -> Encoder:
+    """`--model tiny`: a new two-layer BERT, with a vocabulary learnt from the training text.
+
+    It learns to retrieve in a minute or two on a laptop's processor, and needs no download. Its
+    weights depend on torch's random state, so set torch's seed before.
+
+    Args:
+        texts: the WordPiece vocabulary is learnt from them.
+        config: the encoder's settings.
+    """
+    tokenizer = transformers.BertTokenizer(_vocabulary(list(texts)), model_max_length=POSITIONS)
+    backbone = transformers.BertModel(
+        transformers.BertConfig(
+            vocab_size=len(tokenizer),
+            hidden_size=WIDTH,
+            num_hidden_layers=LAYERS,
+            num_attention_heads=HEADS,
+            intermediate_size=INNER,
+            max_position_embeddings=POSITIONS,
+            pad_token_id=tokenizer.pad_token_id,
+        ),
+        add_pooling_layer=False,
+    )
+    return Encoder(backbone, tokenizer, config)
+
+
+def _vocabulary(texts: list[str]) -> dict[str, int]:
+    """WordPiece's vocabulary, the same for the same texts in every process.
+
+    The learner itself numbers the pieces of one character in the order of a hash map, which differs
+    from process to process, and breaks ties between pieces by these numbers. So these pieces are
+    given first, in a fixed order.
+    """
+    from tokenizers import BertWordPieceTokenizer
+
+    learner = BertWordPieceTokenizer(lowercase=True)
+    counts: Counter[str] = Counter()
+    for text in texts:
+        counts.update(learner.normalize(text))
+    common = sorted(counts, key=lambda character: (-counts[character], character))[:ALPHABET_SIZE]
+    alphabet = sorted(character for character in common if not character.isspace())
+    learner.train_from_iterator(
+        texts,
+        vocab_size=VOCABULARY_SIZE,
+        show_progress=False,
+        limit_alphabet=len(alphabet),
+        initial_alphabet=alphabet,
+        special_tokens=[*SPECIAL_TOKENS, *(f"##{character}" for character in alphabet)],
+    )
+    return learner.get_vocab()

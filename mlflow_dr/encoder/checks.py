@@ -22,8 +22,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from mlflow_dr.collection.records import Passage, Query
-from mlflow_dr.encoder.head import SUPPORTED, TOKENS
-from mlflow_dr.encoder.model import Encoder, positions
+from mlflow_dr.encoder.model import SUPPORTED, TOKENS, Encoder, positions
 from mlflow_dr.encoder.tokenize import TextTokenizer
 from mlflow_dr.errors import CheckpointError, MlflowDrError, one_line, quoted
 

@@ -33,8 +33,7 @@ from mlflow_dr.encoder.checks import (
 )
 from mlflow_dr.encoder.config import EncoderConfig
 from mlflow_dr.encoder.files import encoder_directory
-from mlflow_dr.encoder.head import TOKENS
-from mlflow_dr.encoder.model import Encoder, positions, with_settings
+from mlflow_dr.encoder.model import TOKENS, Encoder, positions, with_settings
 from mlflow_dr.errors import CheckpointError, one_line, quoted
 from mlflow_dr.files import grant_umask_modes
 

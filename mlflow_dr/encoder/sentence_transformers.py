@@ -31,8 +31,7 @@ from mlflow_dr.encoder.checks import (
     listed_modules,
 )
 from mlflow_dr.encoder.config import EncoderConfig
-from mlflow_dr.encoder.head import SUPPORTED, is_normalized
-from mlflow_dr.encoder.model import Encoder, is_static, positions
+from mlflow_dr.encoder.model import SUPPORTED, Encoder, is_normalized, is_static, positions
 from mlflow_dr.errors import CheckpointError, UsageError
 
 log = logging.getLogger(__name__)

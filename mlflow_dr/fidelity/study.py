@@ -14,8 +14,8 @@ from mlflow_dr.cache import cache_entry, sound_entry
 from mlflow_dr.collection.catalogue import open_collection
 from mlflow_dr.collection.formats import chosen_split
 from mlflow_dr.collection.jsonl import state_of
+from mlflow_dr.devices import resolve_device, resolve_dtype
 from mlflow_dr.encoder.model import Encoder
-from mlflow_dr.engines.devices import resolve_device, resolve_dtype
 from mlflow_dr.errors import CheckpointError, UsageError
 from mlflow_dr.fidelity.agreement import Curve, FidelityResult, compare_curves
 from mlflow_dr.fidelity.config import FidelityConfig

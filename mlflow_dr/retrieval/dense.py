@@ -14,16 +14,15 @@ from torch import Tensor
 
 from mlflow_dr.collection.corpus import Corpus
 from mlflow_dr.collection.records import Query
+from mlflow_dr.devices import resolve_device, resolve_dtype, torch_dtype
 from mlflow_dr.encoder.model import Encoder
-from mlflow_dr.encoder.token_cache import corpus_tokens
+from mlflow_dr.encoder.token_table import TokenTable, corpus_tokens, token_table
 from mlflow_dr.encoder.tokenize import TextTokenizer
-from mlflow_dr.engines.devices import resolve_device, resolve_dtype, torch_dtype
 from mlflow_dr.errors import CheckpointError
 from mlflow_dr.progress import progress_bar
 from mlflow_dr.retrieval.encode import check_finite, encode_all, encode_batches
 from mlflow_dr.retrieval.ranking import SearchResult
 from mlflow_dr.retrieval.search import AUTO, OVERFLOW, SearchBackend, TopK, find_backend
-from mlflow_dr.stores.token_table import TokenTable, token_table
 
 PASSAGES_PER_CHUNK = 16384
 # queries that are merged at a time; merging takes several times the memory of their results

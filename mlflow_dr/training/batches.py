@@ -14,7 +14,7 @@ from torch.utils.data import Dataset
 
 from mlflow_dr.collection.formats import Examples
 from mlflow_dr.collection.records import Example
-from mlflow_dr.encoder.token_cache import corpus_tokens, query_tokens
+from mlflow_dr.encoder.token_table import corpus_tokens, query_tokens
 from mlflow_dr.encoder.tokenize import TextTokenizer
 from mlflow_dr.errors import DataError, UsageError
 from mlflow_dr.training.bi_encoder import PASSAGE, QUERY

@@ -14,7 +14,6 @@ from mlflow_dr.encoder.directory import load_encoder
 from mlflow_dr.encoder.files import encoder_directory
 from mlflow_dr.encoder.lora import add_lora
 from mlflow_dr.encoder.model import Encoder, untie, with_projection
-from mlflow_dr.encoder.tiny import tiny_encoder
 from mlflow_dr.encoder.tokenize import TextTokenizer, append_eos
 from mlflow_dr.errors import CheckpointError, UsageError, one_line
 from mlflow_dr.tracking.encoders import MODEL_SCHEME
@@ -46,6 +45,8 @@ def build_encoder(request: TrainingRequest, data: TrainingData, start: str) -> E
             raise UsageError(
                 "--tokenizer_name cannot be used with tiny, which has its own vocabulary"
             )
+        from mlflow_dr.encoder.backbone import tiny_encoder
+
         encoder = tiny_encoder(_texts(data), request.fresh_encoder_config())
         if model.attn_implementation:
             encoder.backbone.set_attn_implementation(model.attn_implementation)

@@ -11,7 +11,7 @@ from torch import Tensor, distributed
 from torch.nn.functional import cross_entropy, kl_div, log_softmax, softmax
 from torch.utils.checkpoint import checkpoint
 
-from mlflow_dr.encoder.head import at_least_fp32
+from mlflow_dr.encoder.model import at_least_fp32
 from mlflow_dr.errors import UsageError
 from mlflow_dr.training.flags import losses
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from mlflow_dr.collection.catalogue import IR_DATASETS_PREFIX, parse_mixture
 from mlflow_dr.collection.irds import IrDataset
-from mlflow_dr.engines.devices import resolve_device, resolve_dtype
+from mlflow_dr.devices import resolve_device, resolve_dtype
 
 
 @dataclass(frozen=True)

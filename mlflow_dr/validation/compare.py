@@ -209,7 +209,7 @@ def _measure(text: str | None) -> Measure | None:
 
 
 def _check_device(config: CompareConfig) -> None:
-    from mlflow_dr.engines.devices import resolve_device, resolve_dtype
+    from mlflow_dr.devices import resolve_device, resolve_dtype
 
     resolve_dtype(config.dtype, resolve_device(config.device))
 

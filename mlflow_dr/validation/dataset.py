@@ -11,12 +11,11 @@ import pyarrow as pa
 from mlflow_dr.collection.corpus import Corpus
 from mlflow_dr.collection.formats import Collection
 from mlflow_dr.collection.records import Topics
-from mlflow_dr.encoder.token_cache import corpus_tokens, subset_tokens
+from mlflow_dr.encoder.token_table import TokenTable, corpus_tokens, subset_tokens
 from mlflow_dr.encoder.tokenize import TextTokenizer
 from mlflow_dr.files import digest_of
 from mlflow_dr.retrieval.dense import SearchRequest
 from mlflow_dr.retrieval.ranking import check_trec_ids
-from mlflow_dr.stores.token_table import TokenTable
 from mlflow_dr.subsets.subset import Subset
 
 log = logging.getLogger(__name__)

@@ -11,10 +11,10 @@ from typing import TYPE_CHECKING, Any
 from mlflow_dr.cache import unchanged_cache
 from mlflow_dr.collection.catalogue import open_collection
 from mlflow_dr.collection.formats import chosen_split
+from mlflow_dr.devices import resolve_device, resolve_dtype, torch_dtype
 from mlflow_dr.encoder.directory import load_encoder
 from mlflow_dr.encoder.model import Encoder
 from mlflow_dr.encoder.tokenize import TextTokenizer
-from mlflow_dr.engines.devices import resolve_device, resolve_dtype, torch_dtype
 from mlflow_dr.errors import UsageError
 from mlflow_dr.files import atomic_write
 from mlflow_dr.retrieval.dense import dense_search, rows_to_encode

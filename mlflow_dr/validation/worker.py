@@ -10,11 +10,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from mlflow_dr.collection.records import Passage, Query
+from mlflow_dr.devices import resolve_device, torch_dtype
 from mlflow_dr.encoder.directory import load_encoder
 from mlflow_dr.encoder.files import encoder_defect
 from mlflow_dr.encoder.model import Encoder
+from mlflow_dr.encoder.token_table import token_table
 from mlflow_dr.encoder.tokenize import TextTokenizer
-from mlflow_dr.engines.devices import resolve_device, torch_dtype
 from mlflow_dr.errors import (
     CheckpointError,
     LostError,
@@ -26,7 +27,6 @@ from mlflow_dr.errors import (
 )
 from mlflow_dr.files import is_full
 from mlflow_dr.retrieval.encode import encode_all
-from mlflow_dr.stores.token_table import token_table
 from mlflow_dr.tracking.artifacts import log_per_query_values
 from mlflow_dr.tracking.checkpoints import Checkpoint, checkpoint_by_id, is_deleted
 from mlflow_dr.tracking.encoders import encoder_errors, local_cause

@@ -304,9 +304,9 @@ def tiny_directory(collection: Path, tmp_path_factory: pytest.TempPathFactory) -
     """The directory of an untrained tiny encoder with the vocabulary of the collection."""
     import torch
 
+    from mlflow_dr.encoder.backbone import tiny_encoder
     from mlflow_dr.encoder.config import EncoderConfig
     from mlflow_dr.encoder.directory import save_encoder
-    from mlflow_dr.encoder.tiny import tiny_encoder
 
     lines = (collection / "corpus.jsonl").read_text().splitlines()
     directory = tmp_path_factory.mktemp("encoders") / "tiny"

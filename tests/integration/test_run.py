@@ -200,7 +200,7 @@ def test_a_stop_before_training_begins_marks_the_run_as_killed(
 SEVERAL = """
 import sys
 from mlflow_dr import launch
-from mlflow_dr.engines.share import Share
+from mlflow_dr.launch import Share
 from mlflow_dr.validation.config import RunConfig
 
 one_core = {"OMP_NUM_THREADS": "1"}

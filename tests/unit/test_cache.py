@@ -18,9 +18,9 @@ from mlflow_dr.cache import CHECKSUMS, cache_entry, sound_entry
 from mlflow_dr.collection.corpus import Corpus, cached_corpus
 from mlflow_dr.collection.examples import RawExample, cached_examples
 from mlflow_dr.collection.records import Passage, Query, Topics
+from mlflow_dr.encoder.token_table import cached_token_table
 from mlflow_dr.fidelity.study import StudyCache
 from mlflow_dr.retrieval.bm25 import bm25_index
-from mlflow_dr.stores.token_table import cached_token_table
 from mlflow_dr.subsets.spec import SubsetTerm
 from mlflow_dr.subsets.strategies import SubsetSources
 

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from mlflow_dr.encoder.config import POOLINGS
-from mlflow_dr.encoder.head import TOKENS, apply_head, pooling_module
+from mlflow_dr.encoder.model import TOKENS, apply_head, pooling_module
 
 LENGTHS = (1, 4, 7, 7)
 

@@ -2,8 +2,8 @@
 
 import torch
 
+from mlflow_dr.encoder.backbone import tiny_encoder
 from mlflow_dr.encoder.config import EncoderConfig
-from mlflow_dr.encoder.tiny import tiny_encoder
 from mlflow_dr.encoder.tokenize import TextTokenizer
 
 

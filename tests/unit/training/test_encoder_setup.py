@@ -14,10 +14,10 @@ from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import Whitespace
 from transformers import PreTrainedTokenizerFast
 
+from mlflow_dr.encoder import token_table
 from mlflow_dr.encoder.directory import load_encoder, save_encoder
 from mlflow_dr.encoder.model import Encoder
 from mlflow_dr.errors import CheckpointError, DataError, UsageError
-from mlflow_dr.stores import token_table
 from mlflow_dr.training.arguments import TrainingRequest
 from mlflow_dr.training.batches import LateTokens, TrainingSet
 from mlflow_dr.training.data import Mixture, TrainingData, open_data
@@ -290,7 +290,7 @@ def test_token_table_false_tokenises_late(build: Callable[..., Built], own_cache
 def test_dataset_proc_num(
     build: Callable[..., Built], monkeypatch: pytest.MonkeyPatch, asked: str, used: list[int]
 ) -> None:
-    """Of queries and passages; here as threads, `tests/unit/stores` has real processes."""
+    """Of queries and passages; as threads here, and as processes in `test_token_table.py`."""
     pools: list[int] = []
 
     def pool(workers: int, _: object) -> ThreadPoolExecutor:

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from mlflow_dr.engines import devices
+from mlflow_dr import devices
 from mlflow_dr.errors import UsageError
 from mlflow_dr.training.arguments import (
     DataArguments,

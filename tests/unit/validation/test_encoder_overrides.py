@@ -6,10 +6,10 @@ from typing import Any
 
 import pytest
 
+from mlflow_dr.encoder.backbone import tiny_encoder
 from mlflow_dr.encoder.config import EncoderConfig
 from mlflow_dr.encoder.directory import save_encoder
 from mlflow_dr.encoder.model import Encoder
-from mlflow_dr.encoder.tiny import tiny_encoder
 from mlflow_dr.errors import UsageError
 from mlflow_dr.tracking.directories import FollowedDirectory
 from mlflow_dr.tracking.following import FollowedRun

@@ -14,11 +14,11 @@ import torch
 from torch import Tensor
 
 from mlflow_dr.collection.beir import BeirFolder
+from mlflow_dr.encoder import token_table
 from mlflow_dr.encoder.model import Encoder
 from mlflow_dr.errors import CheckpointError, DataError, DeviceError, UsageError
 from mlflow_dr.retrieval import dense, encode
 from mlflow_dr.retrieval.measures import parse_measures
-from mlflow_dr.stores import token_table
 from mlflow_dr.validation.dataset import EvalDataset
 from mlflow_dr.validation.evaluate import Report, evaluate
 from mlflow_dr.validation.validations import EvalConfig

@@ -11,9 +11,9 @@ import pytest
 
 from mlflow_dr.collection.corpus import Corpus
 from mlflow_dr.collection.records import Example, Query
-from mlflow_dr.encoder import token_cache
+from mlflow_dr.encoder import token_table
 from mlflow_dr.encoder.model import Encoder
-from mlflow_dr.encoder.token_cache import corpus_tokens, query_tokens, subset_tokens
+from mlflow_dr.encoder.token_table import corpus_tokens, query_tokens, subset_tokens
 from mlflow_dr.encoder.tokenize import TextTokenizer
 
 
@@ -61,7 +61,7 @@ def test_tables_have_the_tokenizers_ids(encoder: Encoder, corpus: Corpus) -> Non
 def test_queries_are_read_in_batches(
     encoder: Encoder, corpus: Corpus, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(token_cache, "TEXTS_PER_BATCH", 4)
+    monkeypatch.setattr(token_table, "TEXTS_PER_BATCH", 4)
     text_tokenizer = TextTokenizer(encoder.tokenizer, encoder.settings)
     asked = Asked(corpus, 10)
     queries = query_tokens(asked, text_tokenizer)

@@ -9,8 +9,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-import mlflow_dr.stores.token_table as token_table_module
-from mlflow_dr.stores.token_table import TokenTable, cached_token_table, token_table
+import mlflow_dr.encoder.token_table as token_table_module
+from mlflow_dr.encoder.token_table import TokenTable, cached_token_table, token_table
 
 ROWS = [[5, 6, 7], [8], [9, 10], [11, 12, 13, 14]]
 
@@ -126,7 +126,7 @@ def test_no_process_is_started_for_little_text(
 
 SCRIPT = """
 print("here", flush=True)
-import mlflow_dr.stores.token_table as module
+import mlflow_dr.encoder.token_table as module
 module.TEXTS_WORTH_A_PROCESS = 1
 module.usable_cores = lambda: 2
 texts = [[b"ab", b"c"], [b"def"]]

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from mlflow_dr.engines.devices import resolve_device, resolve_dtype, torch_dtype
+from mlflow_dr.devices import resolve_device, resolve_dtype, torch_dtype
 from mlflow_dr.errors import DeviceError
 
 CPU = torch.device("cpu")

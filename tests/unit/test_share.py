@@ -5,8 +5,8 @@ import os
 import pytest
 import torch
 
-from mlflow_dr.engines.share import share_machine, visible_gpus
 from mlflow_dr.errors import DeviceError
+from mlflow_dr.launch import share_machine, visible_gpus
 
 
 @pytest.mark.parametrize(

@@ -1,1 +1,0 @@
-"""Where encoding runs: this process and its devices."""

@@ -1,1 +1,0 @@
-"""How text reaches memory: the token table."""
