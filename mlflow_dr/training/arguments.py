@@ -13,7 +13,7 @@ from mlflow_dr.encoder.config import (
     DEFAULT_QUERY_LENGTH,
     EncoderConfig,
 )
-from mlflow_dr.training.bi_encoder import PASSAGE, QUERY
+from mlflow_dr.training.batches import PASSAGE, QUERY
 from mlflow_dr.training.flags import check_values, flag, upsample_rates
 from mlflow_dr.training.loss import Objective
 

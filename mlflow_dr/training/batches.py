@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import random
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple, Protocol
 
 import numpy as np
@@ -17,11 +17,13 @@ from mlflow_dr.collection.records import Example
 from mlflow_dr.encoder.token_table import corpus_tokens, query_tokens
 from mlflow_dr.encoder.tokenize import TextTokenizer
 from mlflow_dr.errors import DataError, UsageError
-from mlflow_dr.training.bi_encoder import PASSAGE, QUERY
 
 log = logging.getLogger(__name__)
 
+Texts = Mapping[str, Tensor]
+"""`input_ids` and `attention_mask`, each `(n_texts, length)`."""
 
+QUERY, PASSAGE = "query", "passage"
 NO_ROWS = np.empty(0, np.int64)
 
 
@@ -285,3 +287,18 @@ class Collator:
             "input_ids": torch.from_numpy(ids),
             "attention_mask": torch.from_numpy(mask.astype(np.int64)),
         }
+
+
+def inverse(rows: Sequence[Tensor]) -> Tensor:
+    """The position of each row in the concatenation of groups of rows, `(n_rows,) int64`."""
+    order = torch.cat(list(rows))
+    positions = torch.empty_like(order)
+    positions[order] = torch.arange(len(order), device=order.device)
+    return positions
+
+
+def cut(texts: Texts, rows: Tensor | slice) -> Texts:
+    """Some of the texts, without columns that are padding in all of them."""
+    mask = texts["attention_mask"][rows]
+    longest = max(1, int(mask.sum(dim=1).max()))
+    return {name: values[rows, :longest] for name, values in texts.items()}

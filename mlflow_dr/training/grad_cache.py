@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from mlflow_dr.errors import UsageError
-from mlflow_dr.training.bi_encoder import Texts, cut, inverse
+from mlflow_dr.training.batches import Texts, cut, inverse
 
 Encode = Callable[[Mapping[str, Texts]], Mapping[str, Tensor]]
 """Some roles' texts -> vectors of each, `(n_texts, dim)`; called once for each chunk."""

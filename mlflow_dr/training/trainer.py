@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 import shutil
 import sys
 from collections.abc import Iterator, Mapping
@@ -17,7 +18,7 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from torch import Tensor, distributed
+from torch import Tensor, distributed, nn
 from torch.utils.data import DataLoader, Dataset
 from transformers import Trainer, TrainerCallback, TrainerState, TrainingArguments
 from transformers.trainer import TRAINER_STATE_NAME
@@ -29,8 +30,8 @@ from mlflow_dr.encoder.directory import restore_encoder, save_encoder
 from mlflow_dr.encoder.model import Encoder
 from mlflow_dr.errors import CheckpointError, MlflowDrError, TrainingError, one_line
 from mlflow_dr.files import grant_umask_modes, is_full
-from mlflow_dr.training.batches import Collator, Group
-from mlflow_dr.training.bi_encoder import PASSAGE, QUERY, BiEncoder
+from mlflow_dr.retrieval.encode import plan_batches
+from mlflow_dr.training.batches import PASSAGE, QUERY, Collator, Group, Texts, cut, inverse
 from mlflow_dr.training.grad_cache import cached_vectors
 from mlflow_dr.training.loss import Objective
 from mlflow_dr.training.resume import mark_complete
@@ -39,6 +40,56 @@ log = logging.getLogger(__name__)
 
 PROGRESS_FILE = "mlflow_dr_progress.json"
 IDS_SHOWN = 8
+# a CPU is as fast with small batches, and they have less padding
+TOKENS_PER_BATCH = 2048
+
+
+class BiEncoder(nn.Module):
+    """Makes vectors of queries and passages, with shared or separate weights.
+
+    One call takes both, because DistributedDataParallel reduces gradients once per call.
+
+    Args:
+        encoder: the encoder; queries have separate weights if it has a query encoder.
+    """
+
+    def __init__(self, encoder: Encoder) -> None:
+        super().__init__()
+        self.encoder = encoder
+
+    def forward(self, texts: Mapping[str, Texts]) -> dict[str, Tensor]:
+        """Role -> vectors of its texts, `(n_texts, dim)`."""
+        encoders = {QUERY: self.encoder.query_encoder, PASSAGE: self.encoder}
+        return {role: encode_in_batches(encoders[role], values) for role, values in texts.items()}
+
+    def activation_checkpointing_enable(
+        self, activation_checkpointing_kwargs: dict[str, Any] | None = None, **options: Any
+    ) -> None:
+        """Recompute activations in the backward pass, not keep them. Trainer calls this."""
+        for encoder in self.encoder.distinct_encoders:
+            encoder.backbone.activation_checkpointing_enable(
+                activation_checkpointing_kwargs=activation_checkpointing_kwargs, **options
+            )
+
+
+def encode_in_batches(encoder: nn.Module, texts: Texts) -> Tensor:
+    """The vectors of texts, `(n_texts, dim)`; a CPU encodes batches of texts of similar length.
+
+    Args:
+        encoder: called with `input_ids` and `attention_mask`.
+        texts: texts, padded at the right.
+    """
+    mask = texts["attention_mask"]
+    if mask.device.type != "cpu":
+        return encoder(**texts)
+    lengths = mask.sum(dim=1)
+    total = int(lengths.sum())
+    batches = plan_batches(lengths.numpy(), TOKENS_PER_BATCH)
+    if len(batches) < 2 or mask.numel() <= math.ceil(1.05 * total) <= 2 * TOKENS_PER_BATCH:
+        return encoder(**texts)
+    order = [torch.from_numpy(rows) for rows in batches]
+    vectors = [encoder(**cut(texts, rows)) for rows in order]
+    return torch.cat(vectors)[inverse(order)]
 
 
 class RetrieverTrainer(Trainer):

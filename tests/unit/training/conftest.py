@@ -15,8 +15,7 @@ from mlflow_dr.collection.corpus import Corpus
 from mlflow_dr.collection.records import Example, Query
 from mlflow_dr.encoder.directory import save_encoder
 from mlflow_dr.encoder.model import Encoder
-from mlflow_dr.training.batches import TrainingSet, training_set
-from mlflow_dr.training.bi_encoder import Texts
+from mlflow_dr.training.batches import Texts, TrainingSet, training_set
 from mlflow_dr.training.encoder_setup import collator_of
 from mlflow_dr.training.loss import Objective
 

@@ -7,14 +7,8 @@ import torch
 from torch import Tensor
 
 from mlflow_dr.encoder.model import Encoder, untie
-from mlflow_dr.training.bi_encoder import (
-    TOKENS_PER_BATCH,
-    BiEncoder,
-    Texts,
-    cut,
-    encode_in_batches,
-    inverse,
-)
+from mlflow_dr.training.batches import Texts, cut, inverse
+from mlflow_dr.training.trainer import TOKENS_PER_BATCH, BiEncoder, encode_in_batches
 
 LONG = [5 + 37 * i % 90 for i in range(120)]  # 6,000 tokens, of 120 x 94 padded
 

@@ -13,15 +13,16 @@ from torch import Tensor, nn
 from mlflow_dr.encoder.lora import add_lora
 from mlflow_dr.encoder.model import Encoder, untie, with_projection
 from mlflow_dr.errors import UsageError
-from mlflow_dr.training.bi_encoder import BiEncoder, Texts
+from mlflow_dr.training.batches import Texts
 from mlflow_dr.training.grad_cache import cached_vectors
 from mlflow_dr.training.loss import Objective
+from mlflow_dr.training.trainer import BiEncoder
 
 RAGGED = {"query": 2, "passage": 3}
 
 
 class Encode:
-    """The towers; remembers which texts it was given in which call, and with or without a graph."""
+    """The bi-encoder; remembers which texts it was given in which call, and with or without a graph."""
 
     def __init__(self, encoder: Encoder) -> None:
         self.distinct_encoders = BiEncoder(encoder)
