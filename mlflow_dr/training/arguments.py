@@ -17,16 +17,12 @@ from mlflow_dr.training.batches import PASSAGE, QUERY
 from mlflow_dr.training.flags import check_values, flag, upsample_rates
 from mlflow_dr.training.loss import Objective
 
-
-class CheckedArguments:
-    """Flags whose values are checked, also if they are given in Python."""
-
-    def __post_init__(self) -> None:
-        check_values(vars(self))
+WITHOUT_MEANING = "Flag of GC-DPR; accepted, without effect."
+AVERAGE_RANK = "Flag of GC-DPR's average rank, which is not supported."
 
 
 @dataclass
-class ModelArguments(CheckedArguments):
+class ModelArguments:
     """Flags of the encoder."""
 
     model_name_or_path: str = flag(
@@ -96,11 +92,10 @@ class ModelArguments(CheckedArguments):
     def __post_init__(self) -> None:
         if self.lora_name_or_path:
             self.lora = True
-        super().__post_init__()
 
 
 @dataclass
-class LossArguments(CheckedArguments):
+class LossArguments:
     """Flags of the loss and of the gradient cache."""
 
     loss: str = flag(
@@ -145,7 +140,7 @@ class LossArguments(CheckedArguments):
 
 
 @dataclass
-class DataArguments(CheckedArguments):
+class DataArguments:
     """Flags of the training data."""
 
     recipe: str | None = flag(
@@ -192,13 +187,9 @@ class DataArguments(CheckedArguments):
     )
     passage_field_separator: str = flag(" ", "Text between the title and the text of a passage.")
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        upsample_rates(self.train_files_upsample_rates)
-
 
 @dataclass
-class PublishArguments(CheckedArguments):
+class PublishArguments:
     """Flags of MLflow."""
 
     publish_steps: int = flag(
@@ -212,6 +203,48 @@ class PublishArguments(CheckedArguments):
     publish_initial: bool = flag(True, "Also publish the encoder before the first step.")
     tracking_uri: str | None = flag(None, "The tracking server (default: MLFLOW_TRACKING_URI).")
     experiment_name: str | None = flag(None, "The experiment of a new run.")
+
+
+@dataclass
+class GcDprArguments:
+    """Flags of GC-DPR."""
+
+    train_file: str | None = flag(
+        None, "GC-DPR: files of training examples, a pattern or separated by commas; see --dataset."
+    )
+    dev_file: str | None = flag(
+        None,
+        "GC-DPR: a file of examples; its questions are validated on its own passages. The same "
+        "as --validation_dataset pool:FILE.",
+    )
+    encoder_model_type: str | None = flag(
+        None, "GC-DPR: hf_bert stands for any Hugging Face model."
+    )
+    sequence_length: int | None = flag(None, "Longest query and longest passage, in tokens.")
+    projection_dim: int | None = flag(
+        None, "GC-DPR: output size of a linear layer after the pooling; 0 for no layer."
+    )
+    hard_negatives: int | None = flag(
+        None, "GC-DPR: hard negatives per query; see --train_n_passages."
+    )
+    shuffle_positive_ctx: bool | None = flag(
+        None,
+        "GC-DPR: use another positive in each epoch; see --positive_passage_no_shuffle.",
+        nargs="?",
+        const=True,
+    )
+    adam_betas: str | None = flag(None, 'Both of Adam\'s betas, such as "(0.9, 0.999)".')
+    pretrained_file: str | None = flag(None, WITHOUT_MEANING)
+    dev_batch_size: str | None = flag(None, WITHOUT_MEANING)
+    fp16_opt_level: str | None = flag(None, WITHOUT_MEANING)
+    global_loss_buf_sz: str | None = flag(None, WITHOUT_MEANING)
+    checkpoint_file_name: str | None = flag(None, WITHOUT_MEANING)
+    train_rolling_loss_step: str | None = flag(None, WITHOUT_MEANING)
+    val_av_rank_start_epoch: str | None = flag(None, AVERAGE_RANK)
+    val_av_rank_hard_neg: str | None = flag(None, AVERAGE_RANK)
+    val_av_rank_other_neg: str | None = flag(None, AVERAGE_RANK)
+    val_av_rank_bsz: str | None = flag(None, AVERAGE_RANK)
+    val_av_rank_max_qs: str | None = flag(None, AVERAGE_RANK)
 
 
 # ruff does not see that `flag` makes dataclass fields
@@ -252,7 +285,6 @@ class RetrieverTrainingArguments(TrainingArguments):
     )
 
     def __post_init__(self) -> None:
-        check_values(vars(self))
         # Trainer warns about the usual names, because it has newer ones
         for usual, newer in (
             ("gradient_checkpointing", "activation_checkpointing"),
@@ -276,6 +308,11 @@ class TrainingRequest:
     publish: PublishArguments
     trainer: RetrieverTrainingArguments
     bare_pooling: str = "cls"
+
+    def __post_init__(self) -> None:
+        for arguments in (self.model, self.loss, self.data, self.publish, self.trainer):
+            check_values(vars(arguments))
+        upsample_rates(self.data.train_files_upsample_rates)
 
     def encoder_changes(self) -> dict[str, Any]:
         """The settings of the encoder that flags change."""

@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import field
 from functools import cache
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import yaml
 
@@ -20,8 +20,6 @@ from mlflow_dr.encoder.config import POOLINGS, SHORTEST
 from mlflow_dr.errors import UsageError, did_you_mean
 from mlflow_dr.extensions import Registry
 
-OWN_SOURCES = ("arguments.py", "gc_dpr.py")
-HF_CLASS = "TrainingArguments"
 PARSER_FLAGS = ("--config", "--help", "-h")
 HELP = "`mlflow-dr train --help` lists all"
 
@@ -111,50 +109,27 @@ def known_flags() -> frozenset[str]:
     """Every spelling of every training flag; empty if transformers' source is not found."""
     package = importlib.util.find_spec("transformers")
     directories = (package and package.submodule_search_locations) or []
-    sources = [Path(directory) / "training_args.py" for directory in directories]
-    if not sources or not sources[0].is_file():
+    theirs = [Path(directory) / "training_args.py" for directory in directories]
+    if not theirs or not theirs[0].is_file():
         return frozenset()
-    files = [sources[0], *(Path(__file__).with_name(name) for name in OWN_SOURCES)]
-    field_nodes: dict[str, ast.expr | None] = {}
-    for file in files:
-        for node in ast.parse(file.read_text(encoding="utf-8")).body:
-            if isinstance(node, ast.ClassDef):
-                field_nodes |= _fields(node, every=node.name == HF_CLASS)
-    names = {
-        spelling for name, value in field_nodes.items() for spelling in _spellings(name, value)
-    }
-    return frozenset({*names, *PARSER_FLAGS})
+    names = set(PARSER_FLAGS)
+    for file in (theirs[0], Path(__file__).with_name("arguments.py")):
+        for kind in ast.parse(file.read_text(encoding="utf-8")).body:
+            for line in kind.body if isinstance(kind, ast.ClassDef) else ():
+                match line:
+                    case ast.AnnAssign(target=ast.Name(id=name), value=ast.Call() as made):
+                        names |= _spellings(name, made)
+    return frozenset(names)
 
 
-def _fields(node: ast.ClassDef, every: bool) -> dict[str, ast.expr | None]:
-    """The fields of a dataclass that are flags: all if `every`, else those that `flag` makes."""
-    return {
-        line.target.id: line.value
-        for line in node.body
-        if isinstance(line, ast.AnnAssign) and isinstance(line.target, ast.Name)
-        if every or _is_call(line.value, "flag")
-    }
-
-
-def _spellings(name: str, value: ast.expr | None) -> Iterator[str]:
-    yield from (f"--{name}", dashed(name))
-    default = value
-    if isinstance(value, ast.Call):
-        strings = (node.value for node in value.args[2:] if isinstance(node, ast.Constant))
-        for alias in strings if _is_call(value, "flag") else ():
-            yield from (str(alias), dashed(str(alias)))
-        named = [word.value for word in value.keywords if word.arg == "default"]
-        default = next(iter([*named, *value.args[:1]]), None)
-    if (
-        isinstance(default, ast.Constant) and default.value is True
-    ):  # HfArgumentParser adds the opposite
-        yield from (f"--no_{name}", f"--no-{name.replace('_', '-')}")
-
-
-def _is_call(value: ast.expr | None, name: str) -> bool:
-    return (
-        isinstance(value, ast.Call) and isinstance(value.func, ast.Name) and value.func.id == name
-    )
+def _spellings(name: str, made: ast.Call) -> set[str]:
+    """The spellings of a flag whose field is made by `field(...)` or `flag(...)`."""
+    aliases = (str(node.value) for node in made.args[2:] if isinstance(node, ast.Constant))
+    spellings = {f"--{name}", *aliases}
+    defaults = [word.value for word in made.keywords if word.arg == "default"] or made.args
+    if defaults and isinstance(defaults[0], ast.Constant) and defaults[0].value is True:
+        spellings.add(f"--no_{name}")  # HfArgumentParser adds the opposite
+    return spellings | {dashed(spelling) for spelling in spellings}
 
 
 LARGEST = 2**31 - 1
@@ -176,70 +151,48 @@ CHOICES: Mapping[str, tuple[str, ...]] = {
 }
 
 
-class Range(NamedTuple):
-    """The values that a number may have; NaN is in no range.
-
-    Attributes:
-        text: the range, as it follows "it must be ".
-        contains: whether a number is in it.
-    """
-
-    text: str
-    contains: Callable[[float], bool]
-
-
-def at_least(lowest: int) -> Range:
-    """Numbers that are `lowest` or more."""
-    return Range(f"at least {lowest}", lambda value: value >= lowest)
-
-
-POSITIVE = Range("above 0", lambda value: value > 0)
-COUNT = at_least(1)
-BELOW_ONE = Range("at least 0 and below 1", lambda value: 0 <= value < 1)
-SHARE = Range("from 0 to 1", lambda value: 0 <= value <= 1)
-STEPS = Range("at least 1, or -1 for whole epochs", lambda value: value >= 1 or value == -1)
-
-RANGES: Mapping[str, Range] = {
-    "learning_rate": at_least(0),
-    "weight_decay": at_least(0),
-    "adam_beta1": BELOW_ONE,
-    "adam_beta2": BELOW_ONE,
-    "adam_epsilon": POSITIVE,
-    "max_grad_norm": at_least(0),
-    "num_train_epochs": POSITIVE,
-    "max_steps": STEPS,
-    "warmup_steps": at_least(0),
-    "logging_steps": POSITIVE,
-    "save_steps": POSITIVE,
-    "save_total_limit": at_least(0),
-    "seed": at_least(0),
-    "data_seed": at_least(0),
-    "label_smoothing_factor": BELOW_ONE,
-    "dataloader_num_workers": at_least(0),
-    "per_device_train_batch_size": COUNT,
-    "gradient_accumulation_steps": COUNT,
-    "temperature": POSITIVE,
-    "distil_weight": SHARE,
-    "distil_temperature": POSITIVE,
-    "gc_q_chunk_size": COUNT,
-    "gc_p_chunk_size": COUNT,
-    "dataset_proc_num": COUNT,
-    "train_n_passages": COUNT,
-    "q_max_len": at_least(SHORTEST),
-    "p_max_len": at_least(SHORTEST),
-    "projection_in_dim": COUNT,
-    "projection_out_dim": COUNT,
-    "dropout": BELOW_ONE,
-    "lora_r": COUNT,
-    "lora_alpha": COUNT,
-    "lora_dropout": BELOW_ONE,
-    "publish_steps": at_least(0),
-    "publish_per_epoch": COUNT,
-    "projection_dim": at_least(0),
-    "sequence_length": at_least(SHORTEST),
-    "hard_negatives": at_least(0),
-    "other_negatives": at_least(0),
+RANGES: Mapping[str, tuple[Callable[[float], bool], tuple[str, ...]]] = {
+    "at least 0": (
+        lambda value: value >= 0,
+        (
+            *("learning_rate", "weight_decay", "max_grad_norm", "warmup_steps", "save_total_limit"),
+            *("seed", "data_seed", "dataloader_num_workers", "publish_steps", "projection_dim"),
+            *("hard_negatives", "other_negatives"),
+        ),
+    ),
+    "at least 1": (
+        lambda value: value >= 1,
+        (
+            *("per_device_train_batch_size", "gradient_accumulation_steps", "gc_q_chunk_size"),
+            *("gc_p_chunk_size", "dataset_proc_num", "train_n_passages", "projection_in_dim"),
+            *("projection_out_dim", "lora_r", "lora_alpha", "publish_per_epoch"),
+        ),
+    ),
+    f"at least {SHORTEST}": (
+        lambda value: value >= SHORTEST,
+        ("q_max_len", "p_max_len", "sequence_length"),
+    ),
+    "above 0": (
+        lambda value: value > 0,
+        (
+            *("adam_epsilon", "num_train_epochs", "logging_steps", "save_steps"),
+            *("temperature", "distil_temperature"),
+        ),
+    ),
+    "at least 0 and below 1": (
+        lambda value: 0 <= value < 1,
+        ("adam_beta1", "adam_beta2", "label_smoothing_factor", "dropout", "lora_dropout"),
+    ),
+    "from 0 to 1": (lambda value: 0 <= value <= 1, ("distil_weight",)),
+    "at least 1, or -1 for whole epochs": (
+        lambda value: value >= 1 or value == -1,
+        ("max_steps",),
+    ),
 }
+"""A range, as it follows "it must be " -> whether a number is in it, and its flags.
+
+NaN is in no range.
+"""
 
 
 def check_values(values: Mapping[str, Any], typed: Callable[[str], str] = str) -> None:
@@ -252,16 +205,17 @@ def check_values(values: Mapping[str, Any], typed: Callable[[str], str] = str) -
     Raises:
         UsageError: with the name and the values that it may have.
     """
-    for name, allowed in RANGES.items():
-        value = values.get(name)
-        if not isinstance(value, int | float) or isinstance(value, bool):
-            continue
-        largest = LARGEST_SEED if name in SEEDS else LARGEST
-        if allowed.contains(value) and value <= largest:
-            continue
-        expected = f"at most {largest}" if value > largest else allowed.text
-        shown = value if isinstance(value, float) or abs(value) < 10**15 else "too large"
-        raise UsageError(f"{_named(name, typed)} is {shown}; it must be {expected}")
+    for expected, (contains, names) in RANGES.items():
+        for name in names:
+            value = values.get(name)
+            if not isinstance(value, int | float):
+                continue
+            largest = LARGEST_SEED if name in SEEDS else LARGEST
+            if contains(value) and value <= largest:
+                continue
+            shown = value if isinstance(value, float) or abs(value) < 10**15 else "too large"
+            allowed = f"at most {largest}" if value > largest else expected
+            raise UsageError(f"{_named(name, typed)} is {shown}; it must be {allowed}")
     check_choices(values, typed)
 
 

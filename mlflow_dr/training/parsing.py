@@ -1,35 +1,59 @@
-"""Flags and a `--config` file become a training request."""
+"""Flags and a `--config` file become a training request.
+
+Flags of `train_dense_encoder.py` (DPR, GC-DPR) are translated to ours; those that differ only in
+name (`--batch_size`, `--adam_eps`, ...) are aliases in `arguments.py`.
+"""
 
 from __future__ import annotations
 
 import argparse
 import json
 import logging
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import fields
+from glob import glob
 from pathlib import Path
 from typing import Any, NoReturn
 
 from transformers import HfArgumentParser
 
 from mlflow_dr import compat
-from mlflow_dr.errors import MlflowDrError, UsageError
+from mlflow_dr.collection.catalogue import JOIN, POOL_PREFIX
+from mlflow_dr.errors import UsageError
 from mlflow_dr.training.arguments import (
     DataArguments,
+    GcDprArguments,
     LossArguments,
     ModelArguments,
     PublishArguments,
     RetrieverTrainingArguments,
     TrainingRequest,
 )
-from mlflow_dr.training.flags import check_values, read_flags, unknown_flag
-from mlflow_dr.training.gc_dpr import GcDprArguments, is_gc_dpr, translated
+from mlflow_dr.training.flags import check_values, numbers_of, read_flags, unknown_flag
 from mlflow_dr.training.recipes import as_flags, recipe_flags, recipe_of
 
 log = logging.getLogger(__name__)
 
 LONGEST = 300
 MAPPINGS = {field.name for field in fields(RetrieverTrainingArguments) if "dict" in str(field.type)}
+WITHOUT_EFFECT = (
+    "pretrained_file",
+    "dev_batch_size",
+    "fp16_opt_level",
+    "global_loss_buf_sz",
+    "checkpoint_file_name",
+    "train_rolling_loss_step",
+    "local_rank",
+)
+GC_DPR_FLAGS = (
+    "train_file",
+    "dev_file",
+    "pretrained_model_cfg",
+    "encoder_model_type",
+    "model_file",
+)
+"""A command line with one of these comes from GC-DPR, so the recipe is `dpr`."""
+MAY_DIFFER = {"q_max_len", "p_max_len"}
 
 
 class _Parser(HfArgumentParser):
@@ -93,8 +117,6 @@ def parse_training(argv: Sequence[str], processes: int = 1) -> TrainingRequest:
         model, loss, data, publish, _, trainer, _ = parser.parse_args_into_dataclasses(
             flags, look_for_args_file=False
         )
-    except MlflowDrError:
-        raise
     except (ValueError, ImportError, TypeError) as error:
         raise UsageError(" ".join(str(error).split())) from error
     if "publish_steps" in typed:
@@ -197,3 +219,105 @@ def _typed_value(value: Any, action: argparse.Action) -> str:
     if isinstance(value, bool) and action.choices:
         return "yes" if value else "no"
     return json.dumps(value) if isinstance(value, dict) else str(value)
+
+
+def translated(given: Mapping[str, Any], typed: Mapping[str, str]) -> dict[str, str]:
+    """Our flags for GC-DPR's, name -> value; flags of the user override them.
+
+    Args:
+        given: name -> value of all training flags; None for a flag that the user did not give.
+        typed: name -> spelling of the flags that the user gave; an alias has both names.
+
+    Raises:
+        UsageError: a flag is not supported, its file does not exist, or the flag that it stands
+            for is given, too.
+    """
+    names = [field.name for field in fields(GcDprArguments) if given.get(field.name) is not None]
+    if refused := [f"--{name}" for name in names if name.startswith("val_av_rank_")]:
+        raise UsageError(
+            f"{', '.join(refused)}: the average rank is not supported; leave the flag out. "
+            "Validators measure MRR, nDCG and recall on --dev_file or --validation_dataset"
+        )
+    if (kind := given.get("encoder_model_type")) not in (None, "hf_bert"):
+        raise UsageError(
+            f"--encoder_model_type {kind} is not supported; use hf_bert, and name a Hugging Face "
+            "model by --pretrained_model_cfg, such as roberta-base"
+        )
+    validates = {"dev_file", "model_file"} & set(typed)
+    if validates and not {"train_file", "dataset_name"} & set(typed):
+        raise UsageError(
+            f"--{min(validates)} needs --train_file, the training data; to measure an encoder "
+            "without training, use `mlflow-dr evaluate`"
+        )
+    values: dict[str, str] = {}
+    for name, translate in _TRANSLATIONS.items():
+        if name not in names:
+            continue
+        translation = translate(given[name])
+        if twice := sorted((set(translation) - MAY_DIFFER) & set(typed)):
+            raise UsageError(
+                f"{typed[name]} and {typed[twice[0]]} set the same value; give only one of them"
+            )
+        values |= translation
+    if without := [f"--{name}" for name in WITHOUT_EFFECT if name in typed]:
+        log.warning("%s: accepted, without effect", ", ".join(without))
+    return values
+
+
+def is_gc_dpr(typed: Collection[str]) -> bool:
+    """Whether a command line with these flags comes from GC-DPR."""
+    return not set(typed).isdisjoint(GC_DPR_FLAGS)
+
+
+def _train_file(pattern: str) -> dict[str, str]:
+    files = _files(pattern, "--train_file")
+    if len(files) > 1 and (bad := next((file for file in files if JOIN in file), None)):
+        raise UsageError(
+            f"--train_file {bad}: rename the file; {JOIN} in it separates names of files"
+        )
+    return {"dataset_name": JOIN.join(files)}
+
+
+def _dev_file(pattern: str) -> dict[str, str]:
+    files = _files(pattern, "--dev_file")
+    if len(files) > 1:
+        raise UsageError(f"--dev_file {pattern!r} matches {len(files)} files; name one")
+    return {"validation_dataset": POOL_PREFIX + files[0]}
+
+
+def _files(pattern: str, flag_name: str) -> list[str]:
+    """Files of a path, a pattern (sorted by name), or several of these separated by commas."""
+    parts = [pattern] if Path(pattern).exists() else pattern.split(",")
+    files: list[str] = []
+    for part in map(str.strip, parts):
+        matches = [part] if Path(part).exists() else sorted(glob(part))  # noqa: PTH207 - Path.glob takes no absolute pattern
+        if not matches:
+            raise UsageError(f"{flag_name}: no file matches {part!r}")
+        files += matches
+    return files
+
+
+def _projection(size: int) -> dict[str, str]:
+    if not size:
+        return {"add_pooler": "false"}
+    return {"add_pooler": "true", "projection_out_dim": str(size)}
+
+
+def _betas(text: str) -> dict[str, str]:
+    pair = numbers_of(text, "--adam_betas", "(0.9, 0.999)")
+    if len(pair) != 2:
+        raise UsageError(f"--adam_betas is {text[:80]!r}; expected two numbers: (0.9, 0.999)")
+    both = dict(zip(("adam_beta1", "adam_beta2"), pair, strict=True))
+    check_values(both, lambda name: "--adam_betas")
+    return {name: str(value) for name, value in both.items()}
+
+
+_TRANSLATIONS: Mapping[str, Callable[[Any], dict[str, str]]] = {
+    "train_file": _train_file,
+    "dev_file": _dev_file,
+    "hard_negatives": lambda count: {"train_n_passages": str(1 + count)},
+    "shuffle_positive_ctx": lambda shuffle: {"positive_passage_no_shuffle": str(not shuffle)},
+    "sequence_length": lambda length: dict.fromkeys(("q_max_len", "p_max_len"), str(length)),
+    "projection_dim": _projection,
+    "adam_betas": _betas,
+}

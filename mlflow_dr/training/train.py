@@ -37,7 +37,6 @@ from mlflow_dr.training.checkpoint_source import EncoderSource
 from mlflow_dr.training.data import TrainingData, open_data
 from mlflow_dr.training.encoder_setup import build_encoder, collator_of, mixed_training_set
 from mlflow_dr.training.flags import MERGED
-from mlflow_dr.training.params import note_changes, params_of
 from mlflow_dr.training.publishing import (
     Publisher,
     publish_missed_checkpoints,
@@ -50,7 +49,9 @@ from mlflow_dr.training.resume import (
     check_output_dir,
     find_resumption,
     locked_output,
+    note_changes,
     output_directories,
+    params_of,
 )
 from mlflow_dr.training.trainer import RetrieverTrainer
 

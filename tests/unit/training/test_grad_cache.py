@@ -22,7 +22,7 @@ RAGGED = {"query": 2, "passage": 3}
 
 
 class Encode:
-    """The bi-encoder; remembers which texts it was given in which call, and with or without a graph."""
+    """The bi-encoder; remembers the texts of each call, and whether it had a graph."""
 
     def __init__(self, encoder: Encoder) -> None:
         self.distinct_encoders = BiEncoder(encoder)

@@ -1,6 +1,6 @@
 """Numbers that are refused before training begins."""
 
-from dataclasses import fields
+from dataclasses import fields, replace
 from pathlib import Path
 
 import pytest
@@ -8,13 +8,13 @@ import pytest
 from mlflow_dr.errors import UsageError
 from mlflow_dr.training.arguments import (
     DataArguments,
+    GcDprArguments,
     LossArguments,
     ModelArguments,
     PublishArguments,
     RetrieverTrainingArguments,
 )
 from mlflow_dr.training.flags import CHOICES, RANGES, check_values, numbers_of, upsample_rates
-from mlflow_dr.training.gc_dpr import GcDprArguments
 from mlflow_dr.training.parsing import parse_training
 
 NAN, INF = float("nan"), float("inf")
@@ -108,12 +108,15 @@ def test_values_of_a_file_are_refused_with_the_file(
 
 
 def test_values_from_python_are_checked_too() -> None:
-    with pytest.raises(UsageError, match="learning_rate is nan"):
-        RetrieverTrainingArguments(learning_rate=NAN)
-    with pytest.raises(UsageError, match="q_max_len is 0; it must be at least 3"):
-        DataArguments(q_max_len=0)
-    with pytest.raises(UsageError, match="pooling is 'middle'"):
-        ModelArguments(pooling="middle")
+    good = parse_training(["--use_cpu"])
+    for part, values, message in (
+        ("trainer", RetrieverTrainingArguments(learning_rate=NAN), "learning_rate is nan"),
+        ("data", DataArguments(q_max_len=0), "q_max_len is 0; it must be at least 3"),
+        ("data", DataArguments(train_files_upsample_rates="[0]"), "expected whole numbers above 0"),
+        ("model", ModelArguments(pooling="middle"), "pooling is 'middle'"),
+    ):
+        with pytest.raises(UsageError, match=message):
+            replace(good, **{part: values})
 
 
 def test_every_range_and_choice_belongs_to_a_flag() -> None:
@@ -125,7 +128,8 @@ def test_every_range_and_choice_belongs_to_a_flag() -> None:
         GcDprArguments,
         RetrieverTrainingArguments,
     )
-    assert {*RANGES, *CHOICES} <= {field.name for kind in kinds for field in fields(kind)}
+    ranged = {name for _, names in RANGES.values() for name in names}
+    assert {*ranged, *CHOICES} <= {field.name for kind in kinds for field in fields(kind)}
 
 
 def test_lists_of_numbers() -> None:
