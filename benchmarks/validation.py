@@ -21,9 +21,8 @@ import pytrec_eval
 import torch
 
 from benchmarks.machine import machine, print_table, seconds_of
-from mlflow_dr.collection.catalogue import open_collection
+from mlflow_dr.collection.catalogue import Collection, open_collection, validation_split
 from mlflow_dr.collection.corpus import Corpus, cached_corpus
-from mlflow_dr.collection.formats import Collection, validation_split
 from mlflow_dr.collection.records import Topics
 from mlflow_dr.encoder.config import EncoderConfig
 from mlflow_dr.encoder.directory import load_encoder

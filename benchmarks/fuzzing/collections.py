@@ -9,9 +9,8 @@ from typing import Any
 
 from benchmarks.fuzzing import damage, odd, reading
 from benchmarks.fuzzing.case import Case, Kind, UnreadableError
-from mlflow_dr.collection.catalogue import open_collection
+from mlflow_dr.collection.catalogue import Collection, open_collection
 from mlflow_dr.collection.corpus import Corpus
-from mlflow_dr.collection.formats import Collection
 from mlflow_dr.retrieval.measures import measure_ranking, parse_measures
 
 PASSAGES = [

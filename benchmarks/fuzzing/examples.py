@@ -16,8 +16,7 @@ from benchmarks.fuzzing import damage, reading
 from benchmarks.fuzzing.case import Case, Kind, UnreadableError
 from benchmarks.fuzzing.collections import PASSAGES, hurt, jsonl
 from benchmarks.fuzzing.layouts import BY_ID, records_of
-from mlflow_dr.collection.catalogue import open_examples
-from mlflow_dr.collection.formats import Examples
+from mlflow_dr.collection.catalogue import Examples, open_examples
 
 Side = list[tuple[Any, float | None]]
 """Passages, each with its score."""

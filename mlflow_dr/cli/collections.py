@@ -97,12 +97,10 @@ def subset_command(config: SubsetConfig) -> None:
     if config.tokenizer and config.layout != "asyncval":
         raise click.UsageError("--tokenizer writes token ids; they need --format asyncval")
 
-    from mlflow_dr.collection.catalogue import open_collection
-    from mlflow_dr.collection.formats import chosen_split
-    from mlflow_dr.subsets.export import write_subset
+    from mlflow_dr.collection.catalogue import chosen_split, open_collection
     from mlflow_dr.subsets.spec import parse_subset
     from mlflow_dr.subsets.strategies import SubsetSources
-    from mlflow_dr.subsets.subset import make_subset
+    from mlflow_dr.subsets.subset import make_subset, write_subset
 
     spec = parse_subset(config.subset[0], config.seed, config.judged)
     tokens = None

@@ -16,8 +16,8 @@ from urllib.parse import quote, unquote_to_bytes
 
 import msgspec
 
+from mlflow_dr.collection.catalogue import Examples, check_split
 from mlflow_dr.collection.corpus import Corpus, cached_corpus
-from mlflow_dr.collection.formats import Examples, check_split
 from mlflow_dr.collection.jsonl import (
     Id,
     TextOrTokens,

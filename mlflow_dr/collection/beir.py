@@ -13,9 +13,9 @@ from typing import Any
 
 import msgspec
 
+from mlflow_dr.collection.catalogue import check_split
 from mlflow_dr.collection.corpus import Corpus, cached_corpus
 from mlflow_dr.collection.examples import JudgedExamples
-from mlflow_dr.collection.formats import check_split
 from mlflow_dr.collection.jsonl import (
     Id,
     answers_of,

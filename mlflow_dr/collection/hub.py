@@ -21,9 +21,9 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from mlflow_dr.cache import cache_entry
+from mlflow_dr.collection.catalogue import check_split
 from mlflow_dr.collection.corpus import SCHEMA, Corpus, check_ids
 from mlflow_dr.collection.examples import CachedExamples, RawExample, cached_examples
-from mlflow_dr.collection.formats import check_split
 from mlflow_dr.collection.irds import topics_of
 from mlflow_dr.collection.jsonl import check_complete, read_records, state_of
 from mlflow_dr.collection.qrels import checked_topics

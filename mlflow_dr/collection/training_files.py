@@ -15,10 +15,10 @@ from pathlib import Path
 from typing import Any, ClassVar, Protocol
 
 from mlflow_dr.collection.beir import json_corpus
+from mlflow_dr.collection.catalogue import check_split
 from mlflow_dr.collection.corpus import Corpus
 from mlflow_dr.collection.dpr import DprRecord, DprRecordWithOthers, table_corpus
 from mlflow_dr.collection.examples import CachedExamples, RawExample, cached_examples
-from mlflow_dr.collection.formats import check_split
 from mlflow_dr.collection.jsonl import (
     SUFFIXES,
     check_complete,

@@ -20,8 +20,8 @@ from typing import TypeVar
 import numpy as np
 
 from mlflow_dr.cache import cache_entry, sound_entry
+from mlflow_dr.collection.catalogue import Examples
 from mlflow_dr.collection.corpus import Corpus
-from mlflow_dr.collection.formats import Examples
 from mlflow_dr.collection.records import Passage, Query
 from mlflow_dr.encoder.tokenize import TextTokenizer
 from mlflow_dr.files import digest_of, usable_cores

@@ -11,8 +11,7 @@ from pathlib import Path
 import numpy as np
 
 from mlflow_dr.cache import cache_entry, sound_entry
-from mlflow_dr.collection.catalogue import open_collection
-from mlflow_dr.collection.formats import chosen_split
+from mlflow_dr.collection.catalogue import chosen_split, open_collection
 from mlflow_dr.collection.jsonl import state_of
 from mlflow_dr.devices import resolve_device, resolve_dtype
 from mlflow_dr.encoder.model import Encoder

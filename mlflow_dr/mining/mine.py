@@ -17,10 +17,9 @@ import msgspec
 import numpy as np
 from pydantic import Field, model_validator
 
-from mlflow_dr.collection.catalogue import open_collection, open_examples
+from mlflow_dr.collection.catalogue import Collection, Examples, open_collection, open_examples
 from mlflow_dr.collection.corpus import Corpus
 from mlflow_dr.collection.examples import JudgedExamples
-from mlflow_dr.collection.formats import Collection, Examples
 from mlflow_dr.collection.records import Example, Query
 from mlflow_dr.config import Config, Flag
 from mlflow_dr.errors import DataError, UnavailableError, UsageError, quoted

@@ -8,8 +8,8 @@ from typing import NamedTuple
 
 import numpy as np
 
+from mlflow_dr.collection.catalogue import Examples
 from mlflow_dr.collection.corpus import Corpus
-from mlflow_dr.collection.formats import Examples
 from mlflow_dr.collection.records import Example, Passage, Query
 from mlflow_dr.errors import DataError
 

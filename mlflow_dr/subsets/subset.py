@@ -1,21 +1,35 @@
-"""A subset: passages of a corpus with their origin, and the queries that search them."""
+"""A subset: passages of a corpus with their origin, and the queries that search them.
+
+It is written as a BEIR folder, in one file or in shards, or as Asyncval's files.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
+from pathlib import Path
+from typing import Any
 
+import msgspec
 import numpy as np
 import pyarrow as pa
+import pyarrow.parquet as pq
 
 from mlflow_dr.collection.corpus import Corpus
-from mlflow_dr.collection.records import Topics
-from mlflow_dr.files import digest_of
+from mlflow_dr.collection.records import Passage, Query, Topics
+from mlflow_dr.errors import UsageError
+from mlflow_dr.files import atomic_write, digest_of
+from mlflow_dr.progress import progress_bar
 from mlflow_dr.subsets.spec import ALL, SubsetSpec, SubsetTerm
 from mlflow_dr.subsets.strategies import SubsetSources
 
 JUDGED = "judged"
+BEIR, ASYNCVAL = "beir", "asyncval"
+ROWS_PER_GROUP = 8192
+
+Tokens = Callable[[Sequence[str]], Sequence[Sequence[int]]]
+"""Texts to token ids, without special tokens."""
 
 
 @dataclass(frozen=True)
@@ -132,3 +146,132 @@ def _joined(parts: Sequence[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
         places = slice(None) if len(part) == len(rows) else np.searchsorted(rows, part)
         origins[places] |= 1 << bit
     return rows, origins
+
+
+def write_subset(
+    output: Path,
+    subset: Subset,
+    split: str,
+    layout: str = BEIR,
+    shards: int = 1,
+    tokens: Tokens | None = None,
+) -> None:
+    """Write a subset, its queries and judgements, and where its passages come from.
+
+    - `beir`: `corpus.jsonl`, `queries.jsonl`, `qrels/<split>.tsv`; of several shards
+      `corpus-00000-of-00004.jsonl` and so on.
+    - `asyncval`: `candidates/split00.jsonl` and so on, `queries.<split>.jsonl`,
+      `qrels.<split>.tsv`; lines of `text_id` and `text`, title in front.
+
+    Both have `subset.parquet`: passage ids and origins. In the names of files a split's slashes are
+    underscores.
+
+    Args:
+        output: the new folder; it is complete, or it does not exist.
+        subset: what is written.
+        split: names the judgements.
+        layout: `beir` or `asyncval`.
+        shards: files of passages, of nearly equal numbers.
+        tokens: makes the token ids of texts that Asyncval itself expects; with its layout only.
+
+    Raises:
+        UsageError: the folder exists, or the subset cannot be written in this layout.
+    """
+    if output.exists():
+        raise UsageError(f"{output}: exists already; name another folder")
+    if subset.candidates is not None:
+        raise UsageError(
+            f"subset {subset.spec.shown} gives each query its own passages, which no folder can "
+            "express; write ranking:FILE@K instead"
+        )
+    if subset.corpus.tokenised and layout == BEIR:
+        raise UsageError("the corpus is token ids; it can be written with --format asyncval only")
+    if not 1 <= shards <= len(subset):
+        raise UsageError(f"{shards} shards of {len(subset)} passages; expected 1 to {len(subset)}")
+    split = split.replace("/", "_")
+    names = _corpus_files(layout, shards)
+    record = _beir if layout == BEIR else _asyncval(tokens)
+    with atomic_write(output) as partial:
+        (partial / Path(names[0]).parent).mkdir(parents=True)
+        _write_passages([partial / name for name in names], subset, record)
+        of_split = "" if layout == BEIR else f".{split}"
+        _write_lines(partial / f"queries{of_split}.jsonl", _queries(subset.topics, layout, tokens))
+        _write_qrels(partial, subset.topics, split, layout)
+        pq.write_table(subset.table(), partial / "subset.parquet", compression="zstd")
+
+
+def _corpus_files(layout: str, shards: int) -> list[str]:
+    if layout == ASYNCVAL:
+        return [f"candidates/split{shard:02}.jsonl" for shard in range(shards)]
+    if shards == 1:
+        return ["corpus.jsonl"]
+    return [f"corpus-{shard:05}-of-{shards:05}.jsonl" for shard in range(shards)]
+
+
+def _write_passages(
+    paths: Sequence[Path],
+    subset: Subset,
+    records: Callable[[Sequence[Passage]], Iterator[Mapping[str, Any]]],
+) -> None:
+    with progress_bar(len(subset), "writing the subset", "passages") as bar:
+        for path, rows in zip(paths, np.array_split(subset.rows, len(paths)), strict=True):
+            with path.open("wb") as file:
+                for start in range(0, len(rows), ROWS_PER_GROUP):
+                    group = subset.corpus.passages(rows[start : start + ROWS_PER_GROUP])
+                    for record in records(group):
+                        file.write(msgspec.json.encode(record) + b"\n")
+                    bar.update(len(group))
+
+
+def _write_lines(path: Path, records: Iterator[Mapping[str, Any]]) -> None:
+    with path.open("wb") as file:
+        for record in records:
+            file.write(msgspec.json.encode(record) + b"\n")
+
+
+def _write_qrels(directory: Path, topics: Topics, split: str, layout: str) -> None:
+    path = directory / (f"qrels/{split}.tsv" if layout == BEIR else f"qrels.{split}.tsv")
+    path.parent.mkdir(exist_ok=True)
+    with path.open("w", encoding="utf-8") as file:
+        if layout == BEIR:
+            file.write("query-id\tcorpus-id\tscore\n")
+        for query in topics.queries:
+            for passage_id, relevance in topics.qrels[query.id].items():
+                iteration = "" if layout == BEIR else "\t0"
+                file.write(f"{query.id}{iteration}\t{passage_id}\t{relevance}\n")
+
+
+def _queries(topics: Topics, layout: str, tokens: Tokens | None) -> Iterator[Mapping[str, Any]]:
+    if layout == BEIR:
+        for query in topics.queries:
+            answers = {"metadata": {"answers": list(query.answers)}} if query.answers else {}
+            yield {"_id": query.id, "text": query.text, **answers}
+        return
+    yield from _texts(list(topics.queries), [query.text for query in topics.queries], tokens)
+
+
+def _beir(passages: Sequence[Passage]) -> Iterator[Mapping[str, Any]]:
+    for passage in passages:
+        yield {"_id": passage.id, "title": passage.title, "text": passage.text}
+
+
+def _asyncval(
+    tokens: Tokens | None,
+) -> Callable[[Sequence[Passage]], Iterator[Mapping[str, Any]]]:
+    def records(passages: Sequence[Passage]) -> Iterator[Mapping[str, Any]]:
+        texts = [f"{passage.title} {passage.text}".strip() for passage in passages]
+        return _texts(list(passages), texts, tokens)
+
+    return records
+
+
+def _texts(
+    items: Sequence[Passage | Query], texts: Sequence[str], tokens: Tokens | None
+) -> Iterator[Mapping[str, Any]]:
+    """Lines of `text_id` and `text`: token ids where they are known or made, else the text."""
+    made = tokens(texts) if tokens is not None else [None] * len(texts)
+    for item, text, ids in zip(items, texts, made, strict=True):
+        if item.tokens is not None:
+            yield {"text_id": item.id, "text": list(item.tokens)}
+        else:
+            yield {"text_id": item.id, "text": text if ids is None else list(ids)}

@@ -21,8 +21,8 @@ from mlflow_dr.errors import UsageError
 if TYPE_CHECKING:
     import pandas as pd
 
+    from mlflow_dr.collection.catalogue import Collection
     from mlflow_dr.collection.corpus import Corpus
-    from mlflow_dr.collection.formats import Collection
     from mlflow_dr.collection.records import Topics
 
 INTERFACE = ("name", "source", "splits", "corpus", "topics")
@@ -199,8 +199,7 @@ def from_dense_retrieval(
         UsageError: an unknown collection or split, or one without judged queries.
         DataError: the collection's files are damaged.
     """
-    from mlflow_dr.collection.catalogue import open_collection
-    from mlflow_dr.collection.formats import chosen_split
+    from mlflow_dr.collection.catalogue import chosen_split, open_collection
 
     if isinstance(collection, str | Path):
         collection = open_collection(str(collection))

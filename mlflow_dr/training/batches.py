@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from mlflow_dr.collection.formats import Examples
+from mlflow_dr.collection.catalogue import Examples
 from mlflow_dr.collection.records import Example
 from mlflow_dr.encoder.token_table import corpus_tokens, query_tokens
 from mlflow_dr.encoder.tokenize import TextTokenizer

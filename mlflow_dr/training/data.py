@@ -10,8 +10,14 @@ import numpy as np
 import torch
 from torch.utils.data import Dataset
 
-from mlflow_dr.collection.catalogue import open_collection, open_examples, parse_mixture
-from mlflow_dr.collection.formats import Collection, Examples, chosen_split
+from mlflow_dr.collection.catalogue import (
+    Collection,
+    Examples,
+    chosen_split,
+    open_collection,
+    open_examples,
+    parse_mixture,
+)
 from mlflow_dr.collection.training_files import TrainingFiles
 from mlflow_dr.errors import UsageError
 from mlflow_dr.training.arguments import DataArguments

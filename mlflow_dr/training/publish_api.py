@@ -11,8 +11,7 @@ from typing import Any
 import torch
 from transformers import TrainerState, TrainingArguments
 
-from mlflow_dr.collection.catalogue import open_collection
-from mlflow_dr.collection.formats import chosen_split
+from mlflow_dr.collection.catalogue import chosen_split, open_collection
 from mlflow_dr.errors import TrackingError, UsageError
 from mlflow_dr.tracking.checkpoints import fail_pending_checkpoints
 from mlflow_dr.tracking.client import connect, tracking_uri

@@ -14,8 +14,7 @@ from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from mlflow_dr.collection.catalogue import open_collection
-from mlflow_dr.collection.formats import chosen_split
+from mlflow_dr.collection.catalogue import chosen_split, open_collection
 from mlflow_dr.collection.records import Query
 from mlflow_dr.decisions.best import find_best
 from mlflow_dr.decisions.comparison import (

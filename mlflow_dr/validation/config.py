@@ -8,8 +8,7 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import AfterValidator, BeforeValidator, Field, model_validator
 
-from mlflow_dr.collection.catalogue import ENTRIES, HUB_NAME, open_collection
-from mlflow_dr.collection.formats import check_split
+from mlflow_dr.collection.catalogue import ENTRIES, HUB_NAME, check_split, open_collection
 from mlflow_dr.config import Config, ConfigError, Flag, checked, string_keys, within
 from mlflow_dr.devices import dtype_name
 from mlflow_dr.fields import (

@@ -8,8 +8,8 @@ from functools import cached_property
 import numpy as np
 import pyarrow as pa
 
+from mlflow_dr.collection.catalogue import Collection
 from mlflow_dr.collection.corpus import Corpus
-from mlflow_dr.collection.formats import Collection
 from mlflow_dr.collection.records import Topics
 from mlflow_dr.encoder.token_table import TokenTable, corpus_tokens, subset_tokens
 from mlflow_dr.encoder.tokenize import TextTokenizer

@@ -9,8 +9,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from mlflow_dr.cache import unchanged_cache
-from mlflow_dr.collection.catalogue import open_collection
-from mlflow_dr.collection.formats import chosen_split
+from mlflow_dr.collection.catalogue import chosen_split, open_collection
 from mlflow_dr.devices import resolve_device, resolve_dtype, torch_dtype
 from mlflow_dr.encoder.directory import load_encoder
 from mlflow_dr.encoder.model import Encoder

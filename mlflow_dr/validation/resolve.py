@@ -10,8 +10,7 @@ from dataclasses import replace
 from functools import partial
 from typing import Any, NamedTuple
 
-from mlflow_dr.collection.catalogue import open_collection
-from mlflow_dr.collection.formats import chosen_split
+from mlflow_dr.collection.catalogue import chosen_split, open_collection
 from mlflow_dr.devices import AUTO, resolve_device, resolve_dtype
 from mlflow_dr.errors import (
     CheckpointError,

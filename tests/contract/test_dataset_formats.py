@@ -13,8 +13,13 @@ import pytest
 from click.testing import CliRunner
 
 from mlflow_dr.cli.collections import datasets_command
-from mlflow_dr.collection.catalogue import open_collection, open_examples
-from mlflow_dr.collection.formats import Collection, chosen_split, dataset_formats
+from mlflow_dr.collection.catalogue import (
+    Collection,
+    chosen_split,
+    dataset_formats,
+    open_collection,
+    open_examples,
+)
 from mlflow_dr.errors import DataError, UsageError
 
 # the example of docs/extending.md: questions and answers in a file of two columns
@@ -25,7 +30,7 @@ from pathlib import Path
 
 from mlflow_dr.collection.corpus import cached_corpus
 from mlflow_dr.collection.examples import JudgedExamples
-from mlflow_dr.collection.formats import check_split
+from mlflow_dr.collection.catalogue import check_split
 from mlflow_dr.collection.jsonl import state_of
 from mlflow_dr.collection.qrels import checked_topics
 from mlflow_dr.collection.records import Passage, Query

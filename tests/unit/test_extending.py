@@ -8,8 +8,7 @@ import pytest
 import torch
 from recipes import FILE, ROOT, blocks
 
-from mlflow_dr.collection.catalogue import all_formats, open_collection
-from mlflow_dr.collection.formats import dataset_formats
+from mlflow_dr.collection.catalogue import all_formats, dataset_formats, open_collection
 from mlflow_dr.errors import DataError
 from mlflow_dr.retrieval.search import SEARCH_BACKENDS, find_backend
 from mlflow_dr.subsets.spec import parse_subset

@@ -64,7 +64,7 @@ HOMES = {
     "sentence_transformers": ["encoder/"],
     "scipy": ["decisions/significance.py"],
     "xxhash": ["cache.py"],
-    "matplotlib": ["decisions/comparison.py", "fidelity/pictures.py"],
+    "matplotlib": ["decisions/comparison.py", "fidelity/report.py"],
 }
 
 

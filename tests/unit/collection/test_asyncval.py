@@ -19,8 +19,7 @@ from mlflow_dr.collection.asyncval import (
     given_collection,
 )
 from mlflow_dr.collection.beir import BeirFolder
-from mlflow_dr.collection.catalogue import open_collection
-from mlflow_dr.collection.formats import Collection
+from mlflow_dr.collection.catalogue import Collection, open_collection
 from mlflow_dr.collection.records import Passage, Query
 from mlflow_dr.encoder.config import EncoderConfig
 from mlflow_dr.encoder.model import Encoder

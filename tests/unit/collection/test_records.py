@@ -2,7 +2,7 @@
 
 import pytest
 
-from mlflow_dr.collection.formats import validation_split
+from mlflow_dr.collection.catalogue import validation_split
 
 
 @pytest.mark.parametrize(

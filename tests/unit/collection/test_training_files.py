@@ -17,10 +17,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from mlflow_dr.collection.catalogue import open_collection, open_examples
+from mlflow_dr.collection.catalogue import Examples, chosen_split, open_collection, open_examples
 from mlflow_dr.collection.corpus import Corpus, cached_corpus
 from mlflow_dr.collection.examples import CachedExamples
-from mlflow_dr.collection.formats import Examples, chosen_split
 from mlflow_dr.collection.records import Passage, Query
 from mlflow_dr.collection.training_files import TrainingFiles, corpus_of_file
 from mlflow_dr.errors import DataError, UsageError

@@ -12,8 +12,14 @@ import pytest
 from matplotlib.text import Text
 
 from mlflow_dr.fidelity.agreement import Curve, FidelityResult, compare_curves
-from mlflow_dr.fidelity.pictures import curves_figure, time_figure
-from mlflow_dr.fidelity.report import fidelity_metrics, recommendation, report_text, write_files
+from mlflow_dr.fidelity.report import (
+    curves_figure,
+    fidelity_metrics,
+    recommendation,
+    report_text,
+    time_figure,
+    write_files,
+)
 
 MakeCurve = Callable[..., Curve]
 MakeResult = Callable[..., FidelityResult]

@@ -14,10 +14,9 @@ from mlflow_dr.encoder.directory import save_encoder
 from mlflow_dr.encoder.model import Encoder
 from mlflow_dr.encoder.tokenize import plain_tokens
 from mlflow_dr.errors import UsageError
-from mlflow_dr.subsets.export import write_subset
 from mlflow_dr.subsets.spec import parse_subset
 from mlflow_dr.subsets.strategies import SubsetSources
-from mlflow_dr.subsets.subset import Subset, make_subset
+from mlflow_dr.subsets.subset import Subset, make_subset, write_subset
 
 
 @pytest.fixture
