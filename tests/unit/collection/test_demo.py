@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from mlflow_dr.collection import demo, docstrings
+from mlflow_dr.collection import demo
 from mlflow_dr.collection.beir import BeirFolder
-from mlflow_dr.collection.docstrings import Pair, harvest
+from mlflow_dr.collection.demo import Pair, harvest
 from mlflow_dr.errors import DataError
 from mlflow_dr.files import build_once
 
@@ -228,7 +228,7 @@ def test_an_interrupted_build_leaves_no_files_and_no_processes(
             raise KeyboardInterrupt
 
     monkeypatch.setattr(subprocess, "Popen", Recorded)
-    monkeypatch.setattr(docstrings, "progress_bar", lambda *_: Interrupted())
+    monkeypatch.setattr(demo, "progress_bar", lambda *_: Interrupted())
     with pytest.raises(KeyboardInterrupt):
         build_once(
             tmp_path / "cache" / "demo", lambda partial: demo.write_demo(partial, [package], 2)
@@ -239,7 +239,7 @@ def test_an_interrupted_build_leaves_no_files_and_no_processes(
 
 
 def test_a_worker_that_dies_is_an_error(package: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(docstrings, "WORKER", "raise SystemExit(3)")
+    monkeypatch.setattr(demo, "WORKER", "raise SystemExit(3)")
     with pytest.raises(DataError, match=r"ended with code 3 at .*m000\.py or before"):
         harvest([package], workers=2)
 
@@ -247,7 +247,7 @@ def test_a_worker_that_dies_is_an_error(package: Path, monkeypatch: pytest.Monke
 def test_a_script_without_a_main_guard_can_harvest(package: Path) -> None:
     script = f"""
 from pathlib import Path
-from mlflow_dr.collection.docstrings import harvest
+from mlflow_dr.collection.demo import harvest
 print(len(harvest([Path({str(package)!r})], workers=2)))
 """
     written(package.parent / "script.py", script)
