@@ -84,7 +84,7 @@ def fidelity_command(config: FidelityConfig) -> None:
     from mlflow_dr.tracking.artifacts import log_study
     from mlflow_dr.tracking.checkpoints import run_checkpoints
     from mlflow_dr.tracking.client import connect
-    from mlflow_dr.tracking.directories import found_checkpoints
+    from mlflow_dr.tracking.following import found_checkpoints
     from mlflow_dr.tracking.runs import resolve_run
 
     client = connect(config.tracking_uri, may_create=False) if config.run_id else None

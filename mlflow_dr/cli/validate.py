@@ -73,8 +73,7 @@ def _followed(
 ) -> Iterator[Any]:
     """What is followed; a run that is made for a directory names the dataset, and ends with it."""
     from mlflow_dr.collection.catalogue import open_collection
-    from mlflow_dr.tracking.directories import FollowedDirectory
-    from mlflow_dr.tracking.following import FollowedExperiment, FollowedRun
+    from mlflow_dr.tracking.following import FollowedDirectory, FollowedExperiment, FollowedRun
     from mlflow_dr.tracking.runs import DATASET_TAG, open_run, resolve_run
 
     directory = config.checkpoints_dir

@@ -6,6 +6,7 @@ import logging
 import platform
 import time
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -20,8 +21,6 @@ from mlflow_dr.fidelity.agreement import Curve, FidelityResult, compare_curves
 from mlflow_dr.fidelity.config import FidelityConfig
 from mlflow_dr.files import digest_of
 from mlflow_dr.subsets.spec import FULL
-from mlflow_dr.subsets.strategies import SubsetSources
-from mlflow_dr.subsets.subset import make_subset
 from mlflow_dr.tracking.checkpoints import Checkpoint, checkpoint_of_step
 from mlflow_dr.tracking.runs import TrackedRun
 from mlflow_dr.validation.dataset import EvalDataset
@@ -227,20 +226,19 @@ def _datasets(
         raise UsageError("no collection is given; pass --dataset")
     collection = open_collection(dataset)
     full = EvalDataset(collection, chosen_split(collection, split))
-    published = None if run is None else lambda step: checkpoint_of_step(run, step)
-    sources = SubsetSources(
-        full.corpus,
-        full.topics,
-        device=settings.device,
-        dtype=settings.dtype,
-        search_backend=settings.search_backend,
-        published=published,
-    )
+    published = run and partial(checkpoint_of_step, run)
     datasets = [full]
     for spec in config.specs:
-        subset = make_subset(spec, sources)
-        log.info("%s: %d passages, %d queries", spec.shown, len(subset), len(subset.topics.queries))
-        datasets.append(EvalDataset(collection, full.split, full.tokens, subset))
+        data = full.on_subset(
+            spec,
+            device=settings.device,
+            dtype=settings.dtype,
+            search_backend=settings.search_backend,
+            published=published,
+        )
+        queries = len(data.topics.queries)
+        log.info("%s: %d passages, %d queries", spec.shown, data.n_passages, queries)
+        datasets.append(data)
     return datasets
 
 

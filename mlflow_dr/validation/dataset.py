@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from functools import cached_property
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -16,7 +17,9 @@ from mlflow_dr.encoder.tokenize import TextTokenizer
 from mlflow_dr.files import digest_of
 from mlflow_dr.retrieval.dense import SearchRequest
 from mlflow_dr.retrieval.ranking import check_trec_ids
-from mlflow_dr.subsets.subset import Subset
+from mlflow_dr.subsets.spec import SubsetSpec
+from mlflow_dr.subsets.strategies import SubsetSources
+from mlflow_dr.subsets.subset import Subset, make_subset
 
 log = logging.getLogger(__name__)
 
@@ -76,6 +79,19 @@ class EvalDataset:
         self.tokens = tokens or CorpusTokens(collection)
         self.subset = subset
         self._has_warned = False
+
+    def on_subset(self, spec: SubsetSpec, **options: Any) -> EvalDataset:
+        """The same queries on a subset of the corpus.
+
+        Args:
+            spec: the subset.
+            options: other fields of `SubsetSources`, such as the device.
+
+        Raises:
+            UsageError: a term of the subset cannot be chosen here.
+        """
+        sources = SubsetSources(self.corpus, self.topics, **options)
+        return EvalDataset(self.collection, self.split, self.tokens, make_subset(spec, sources))
 
     @property
     def corpus(self) -> Corpus:

@@ -25,8 +25,6 @@ from mlflow_dr.retrieval.measures import (
 )
 from mlflow_dr.retrieval.ranking import Ranking, SearchResult, named_ranking, write_ranking
 from mlflow_dr.subsets.spec import FULL, parse_subset
-from mlflow_dr.subsets.strategies import SubsetSources
-from mlflow_dr.subsets.subset import make_subset
 from mlflow_dr.tracking.encoders import encoder_errors, local_encoder
 from mlflow_dr.validation.config import EvaluateConfig
 from mlflow_dr.validation.dataset import EvalDataset
@@ -171,17 +169,13 @@ def evaluate_encoder(config: EvaluateConfig, run: TrackedRun | None = None) -> R
         )
     data = EvalDataset(collection, split)
     if config.subset:
-        spec = parse_subset(config.subset[0], config.seed, config.judged)
-        sources = SubsetSources(
-            data.corpus,
-            data.topics,
+        data = data.on_subset(
+            parse_subset(config.subset[0], config.seed, config.judged),
             device=config.device,
             dtype=dtype,
             search_backend=config.search_backend,
             tracking_uri=config.tracking_uri,
         )
-        subset = make_subset(spec, sources)
-        data = EvalDataset(collection, split, data.tokens, subset)
     if config.ranking is not None:
         data.check_ids()
     report = evaluate(encoder, data, settings)

@@ -21,8 +21,7 @@ from mlflow_dr.errors import (
 )
 from mlflow_dr.retrieval.measures import check_depth
 from mlflow_dr.subsets.spec import SubsetSpec
-from mlflow_dr.subsets.strategies import SubsetSources
-from mlflow_dr.subsets.subset import Subset, make_subset
+from mlflow_dr.subsets.subset import Subset
 from mlflow_dr.tracking.artifacts import log_subset
 from mlflow_dr.tracking.checkpoints import (
     Checkpoint,
@@ -96,8 +95,15 @@ class EvalDatasets:
         if key not in self._data:
             data = EvalDataset(tokens.collection, split, tokens)
             if spec != SubsetSpec():
-                subset = _make_subset(run, spec, data, validation.settings)
-                data = EvalDataset(tokens.collection, split, tokens, subset)
+                settings = validation.settings
+                device = resolve_device(settings.device)
+                data = data.on_subset(
+                    spec,
+                    device=str(device),
+                    dtype=resolve_dtype(settings.dtype, device),
+                    search_backend=settings.search_backend,
+                    published=partial(checkpoint_of_step, run),
+                )
             self._data[key] = data
         return name, self._data[key]
 
@@ -329,22 +335,6 @@ def named_data(run: TrackedRun, dataset: str | None, split: str | None) -> tuple
     if not split and (name == own or open_collection(name).name == own):
         split = data.params.get(SPLIT_PARAM)
     return name, split or None
-
-
-def _make_subset(
-    run: TrackedRun, spec: SubsetSpec, data: EvalDataset, settings: EvalConfig
-) -> Subset:
-    device = resolve_device(settings.device)
-    dtype = resolve_dtype(settings.dtype, device)
-    sources = SubsetSources(
-        data.corpus,
-        data.topics,
-        device=str(device),
-        dtype=dtype,
-        search_backend=settings.search_backend,
-        published=lambda step: checkpoint_of_step(run, step),
-    )
-    return make_subset(spec, sources)
 
 
 def _shown(data: EvalDataset) -> str:

@@ -17,7 +17,7 @@ from mlflow_dr.encoder.directory import save_encoder
 from mlflow_dr.encoder.model import Encoder
 from mlflow_dr.errors import UsageError
 from mlflow_dr.retrieval.measures import parse_measures
-from mlflow_dr.tracking.directories import FollowedDirectory
+from mlflow_dr.tracking.following import FollowedDirectory
 from mlflow_dr.tracking.runs import TrackedRun, name_collection
 from mlflow_dr.validation.config import ValidateConfig
 from mlflow_dr.validation.validator import run_validator

@@ -31,7 +31,7 @@ from mlflow_dr.tracking.checkpoints import (
     run_checkpoints,
 )
 from mlflow_dr.tracking.client import connect
-from mlflow_dr.tracking.directories import register_directory
+from mlflow_dr.tracking.following import register_directory
 from mlflow_dr.tracking.results import record_result
 from mlflow_dr.tracking.runs import TrackedRun
 from mlflow_dr.tracking.validations import bind_name

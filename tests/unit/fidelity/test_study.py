@@ -27,7 +27,7 @@ from mlflow_dr.fidelity.report import values_table
 from mlflow_dr.retrieval import dense
 from mlflow_dr.retrieval.measures import parse_measures
 from mlflow_dr.tracking.checkpoints import publish, run_checkpoints
-from mlflow_dr.tracking.directories import found_checkpoints
+from mlflow_dr.tracking.following import found_checkpoints
 from mlflow_dr.tracking.runs import TrackedRun
 from mlflow_dr.validation.dataset import EvalDataset
 from mlflow_dr.validation.evaluate import evaluate

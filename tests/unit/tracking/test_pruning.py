@@ -18,8 +18,8 @@ from mlflow_dr.tracking.checkpoints import (
     run_checkpoints,
 )
 from mlflow_dr.tracking.claims import Claims, Owner
-from mlflow_dr.tracking.directories import register_directory
 from mlflow_dr.tracking.fetching import checkpoint_files
+from mlflow_dr.tracking.following import register_directory
 from mlflow_dr.tracking.pruning import (
     RunState,
     Stored,

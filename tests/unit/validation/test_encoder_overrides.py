@@ -11,8 +11,7 @@ from mlflow_dr.encoder.config import EncoderConfig
 from mlflow_dr.encoder.directory import save_encoder
 from mlflow_dr.encoder.model import Encoder
 from mlflow_dr.errors import UsageError
-from mlflow_dr.tracking.directories import FollowedDirectory
-from mlflow_dr.tracking.following import FollowedRun
+from mlflow_dr.tracking.following import FollowedDirectory, FollowedRun
 from mlflow_dr.tracking.runs import TrackedRun
 from mlflow_dr.tracking.validations import stored_config
 from mlflow_dr.validation.validator import Counts, run_validator

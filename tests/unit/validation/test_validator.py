@@ -24,8 +24,7 @@ from mlflow_dr.encoder.model import Encoder
 from mlflow_dr.errors import TrackingError, UsageError
 from mlflow_dr.tracking.checkpoints import publish, run_checkpoints
 from mlflow_dr.tracking.claims import Claims, Owner, latest_claim
-from mlflow_dr.tracking.directories import FollowedDirectory
-from mlflow_dr.tracking.following import FollowedExperiment, FollowedRun
+from mlflow_dr.tracking.following import FollowedDirectory, FollowedExperiment, FollowedRun
 from mlflow_dr.tracking.results import State, failure_reason, validation_state
 from mlflow_dr.tracking.runs import DATASET_TAG, TrackedRun
 from mlflow_dr.tracking.status import progress_summary, tag_progress
