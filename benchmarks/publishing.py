@@ -24,8 +24,7 @@ from mlflow_dr.encoder.directory import load_encoder, save_encoder
 from mlflow_dr.encoder.model import Encoder
 from mlflow_dr.tracking.client import connect
 from mlflow_dr.tracking.runs import TrackedRun, open_run
-from mlflow_dr.training.checkpoint_source import EncoderSource
-from mlflow_dr.training.publishing import Publisher
+from mlflow_dr.training.publishing import EncoderSource, Publisher
 
 
 def blocking(run: TrackedRun, encoder: Encoder) -> float:

@@ -24,7 +24,12 @@ from torch import Tensor
 from mlflow_dr.encoder import lora
 from mlflow_dr.encoder import sentence_transformers as st
 from mlflow_dr.encoder.checks import (
+    KIND,
+    LENGTHS,
+    LIBRARY,
     MODULES,
+    ROUTER,
+    SETTINGS,
     SOURCES,
     check_agreement,
     check_description,
@@ -33,7 +38,7 @@ from mlflow_dr.encoder.checks import (
 )
 from mlflow_dr.encoder.config import EncoderConfig
 from mlflow_dr.encoder.files import encoder_directory
-from mlflow_dr.encoder.model import TOKENS, Encoder, positions, with_settings
+from mlflow_dr.encoder.model import TOKENS, Encoder, is_adapted, positions, with_settings
 from mlflow_dr.errors import CheckpointError, one_line, quoted
 from mlflow_dr.files import grant_umask_modes
 
@@ -44,6 +49,8 @@ QUERY_FOLDER = "query"
 LAYOUT = 2
 OWN_SETTINGS = {"title_separator": str, "strip_question_mark": bool}
 LONGEST_BY_DEFAULT = 512
+TYPE = LIBRARY + "models.{}"
+"""The name of a module's class that all versions of sentence-transformers know."""
 
 
 def load_encoder(
@@ -179,7 +186,6 @@ def save_encoder(
     encoder: Encoder,
     state: Mapping[str, Tensor] | None = None,
     merged: bool = True,
-    is_query_encoder: bool = False,
 ) -> None:
     """Write an encoder so that mlflow_dr, sentence-transformers and AutoModel can load it.
 
@@ -190,27 +196,110 @@ def save_encoder(
             `encoder.state_dict()`, such as a copy of those of an encoder that is being trained.
         merged: whether adapters become part of the backbone's weights; without this only the
             adapters are written.
-        is_query_encoder: whether `SentenceTransformer.encode` cuts texts at the queries' length
-            instead of the passages'.
     """
     state = state if state is not None else encoder.state_dict()
+    length = encoder.settings.passage_max_length
+    modules = _save_part(directory, encoder, state, merged, length)
+    if encoder.untied_query_encoder is not None:
+        query_encoder = encoder.untied_query_encoder
+        query_modules = _save_part(
+            directory / QUERY_FOLDER,
+            query_encoder,
+            _part_of(state, "untied_query_encoder."),
+            merged,
+            query_encoder.settings.query_max_length,
+        )
+        _write_router(directory, modules, query_modules)
+
+
+def _save_part(
+    directory: Path, encoder: Encoder, state: Mapping[str, Tensor], merged: bool, length: int
+) -> list[tuple[str, str]]:
+    """Write one encoder, without an untied query encoder.
+
+    Args:
+        directory: does not exist yet.
+        encoder: what to write.
+        state: its weights.
+        merged: as in `save_encoder`.
+        length: the most tokens of a text that `SentenceTransformer.encode` is given, neither as a
+            query nor as a document.
+
+    Returns:
+        Type and folder of its modules.
+    """
     directory.mkdir(parents=True)
     _save_backbone(directory, encoder, _part_of(state, "backbone."), merged)
     head = copy.deepcopy(encoder.head)
     head.load_state_dict(_part_of(state, "head."))
-    settings = encoder.settings
-    length = settings.query_max_length if is_query_encoder else settings.passage_max_length
-    source = SOURCES[1 if encoder.is_static else 0]
-    st.write_description(directory, settings, source, list(head), length)
-    own = {name: getattr(settings, name) for name in OWN_SETTINGS}
-    values = {"layout": LAYOUT, "encoder": own}
-    (directory / CONFIG).write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
+    modules = [(SOURCES[1 if encoder.is_static else 0], "")]
+    for index, module in enumerate(head, start=1):
+        folder = _module_folder(index, module)
+        (directory / folder).mkdir()
+        module.save(str(directory / folder))
+        modules.append((type(module).__name__, folder))
+    _write_modules(directory, modules)
+    config = encoder.settings
+    query, passage = config.query_max_length, config.passage_max_length
+    lengths = {} if query == passage else {"query_length": query, "document_length": passage}
+    if not encoder.is_static:
+        values = {"max_seq_length": length, "do_lower_case": config.lowercase, **lengths}
+        _write(directory / LENGTHS, values)
+    _write(
+        directory / SETTINGS,
+        {
+            "model_type": KIND,
+            "prompts": {"query": config.query_prompt, "document": config.passage_prompt},
+            "default_prompt_name": None,
+            "similarity_fn_name": "cosine" if config.normalize else "dot",
+        },
+    )
+    own = {name: getattr(config, name) for name in OWN_SETTINGS}
+    _write(directory / CONFIG, {"layout": LAYOUT, "encoder": own})
     grant_umask_modes(directory)  # safetensors writes files that only their owner can read
-    if encoder.untied_query_encoder is not None:
-        query_state = _part_of(state, "untied_query_encoder.")
-        query_directory = directory / QUERY_FOLDER
-        save_encoder(query_directory, encoder.untied_query_encoder, query_state, merged, True)
-        st.write_router(directory, QUERY_FOLDER)
+    return modules
+
+
+def _write_router(
+    directory: Path, modules: list[tuple[str, str]], query_modules: list[tuple[str, str]]
+) -> None:
+    """Describe an encoder of documents and one of queries to sentence-transformers.
+
+    Args:
+        directory: the encoder of documents; the encoder of queries is inside it.
+        modules: type and folder of the modules of documents.
+        query_modules: those of queries, in the folder of the encoder of queries.
+    """
+    routes = {
+        "document": [(kind, path or ".") for kind, path in modules],
+        "query": [
+            (kind, f"{QUERY_FOLDER}/{path}" if path else QUERY_FOLDER)
+            for kind, path in query_modules
+        ],
+    }
+    types = {path: TYPE.format(kind) for route in routes.values() for kind, path in route}
+    _write(
+        directory / ROUTER,
+        {
+            "types": types,
+            "structure": {name: [path for _, path in route] for name, route in routes.items()},
+            "parameters": {"default_route": "document", "allow_empty_key": True},
+        },
+    )
+    _write_modules(directory, [("Router", "")])
+
+
+def _write_modules(directory: Path, modules: list[tuple[str, str]]) -> None:
+    described = [
+        {"idx": index, "name": str(index), "path": path, "type": TYPE.format(kind)}
+        for index, (kind, path) in enumerate(modules)
+    ]
+    _write(directory / MODULES, described)
+
+
+def _module_folder(index: int, module: object) -> str:
+    """The folder of a module of the head, counted from 1."""
+    return f"{index}_{type(module).__name__}"
 
 
 def _save_backbone(
@@ -225,10 +314,10 @@ def _save_backbone(
         table.save(str(directory))
         return
     with quiet_transformers():
-        if lora.is_adapted(backbone) and not merged:
+        if is_adapted(backbone) and not merged:
             lora.save_adapter(directory, backbone, state)
         else:
-            if lora.is_adapted(backbone):
+            if is_adapted(backbone):
                 backbone, state = lora.merged_weights(backbone, state)
             backbone.save_pretrained(directory, state_dict=state)
     encoder.tokenizer.save_pretrained(directory)
@@ -246,7 +335,7 @@ def restore_encoder(directory: Path, encoder: Encoder, trust_remote_code: bool =
         CheckpointError: the directory is damaged, or its encoder has another shape.
     """
     with checkpoint_errors(directory):
-        if not lora.is_adapted(encoder.backbone):
+        if not is_adapted(encoder.backbone):
             saved = load_encoder(
                 directory, trust_remote_code=trust_remote_code, safetensors_only=True
             )
@@ -255,7 +344,7 @@ def restore_encoder(directory: Path, encoder: Encoder, trust_remote_code: bool =
         lora.restore_adapter(directory, encoder.backbone)
         for index, module in enumerate(encoder.head, start=1):
             if module.state_dict():
-                folder = directory / st.module_folder(index, module)
+                folder = directory / _module_folder(index, module)
                 module.load_state_dict(load_file(folder / "model.safetensors"))
         if encoder.untied_query_encoder is not None:
             restore_encoder(
@@ -266,3 +355,7 @@ def restore_encoder(directory: Path, encoder: Encoder, trust_remote_code: bool =
 def _part_of(state: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
     """The weights of one module, under the names that they have in it."""
     return {key.removeprefix(prefix): v for key, v in state.items() if key.startswith(prefix)}
+
+
+def _write(path: Path, values: Any) -> None:
+    path.write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")

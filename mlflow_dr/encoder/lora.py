@@ -98,11 +98,6 @@ def add_lora(
         part.backbone.peft_config["default"].base_model_name_or_path = base
 
 
-def is_adapted(backbone: Any) -> bool:
-    """Whether a backbone has adapters."""
-    return hasattr(backbone, "peft_config") and hasattr(backbone, "get_base_model")
-
-
 def merged_weights(backbone: Any, state: Mapping[str, Tensor]) -> tuple[Any, dict[str, Tensor]]:
     """A backbone without its adapters, and its weights with the adapters' products added.
 

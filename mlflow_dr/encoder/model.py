@@ -127,6 +127,11 @@ def is_static(backbone: Any) -> bool:
     return type(backbone).__name__ == "StaticEmbedding"
 
 
+def is_adapted(backbone: Any) -> bool:
+    """Whether a backbone has adapters."""
+    return hasattr(backbone, "peft_config") and hasattr(backbone, "get_base_model")
+
+
 def positions(backbone: Any) -> int | None:
     """The most tokens of a text that a backbone has positions for; None without a limit."""
     limit: int | None = getattr(getattr(backbone, "config", None), "max_position_embeddings", None)

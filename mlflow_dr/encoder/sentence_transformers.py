@@ -1,4 +1,4 @@
-"""Directories of sentence-transformers: loaded by the library itself, and written.
+"""Directories of sentence-transformers, loaded by the library itself; ours are among them.
 
 An encoder gives the vectors that the library gives (`encode_query`, `encode_document`), and its dot
 product is the library's `similarity`. Layout:
@@ -7,7 +7,6 @@ https://sbert.net/docs/package_reference/sentence_transformer/models.html, of ve
 
 from __future__ import annotations
 
-import json
 import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -19,16 +18,11 @@ from torch import nn
 from mlflow_dr import compat
 from mlflow_dr.encoder.checks import (
     INCLUDE_PROMPT,
-    KIND,
-    LENGTHS,
     LIBRARY,
-    MODULES,
-    ROUTER,
     ROUTERS,
     SETTINGS,
     SOURCES,
     all_modules,
-    listed_modules,
 )
 from mlflow_dr.encoder.config import EncoderConfig
 from mlflow_dr.encoder.model import SUPPORTED, Encoder, is_normalized, is_static, positions
@@ -129,83 +123,6 @@ def _static_tokenizer(tokenizer: Any) -> Any:
     return PreTrainedTokenizerFast(tokenizer_object=plain)
 
 
-def write_description(
-    directory: Path, config: EncoderConfig, source: str, head: Sequence[Any], length: int
-) -> None:
-    """Describe an encoder to sentence-transformers, and write its head with the weights.
-
-    Args:
-        directory: the encoder's directory, with backbone and tokenizer.
-        config: prompts and lengths.
-        source: the kind of the backbone, one of `SOURCES`.
-        head: the modules after the backbone.
-        length: the most tokens of a text that is neither called a query nor a document.
-    """
-    kinds = [source]
-    for index, module in enumerate(head, start=1):
-        kinds.append(type(module).__name__)
-        folder = directory / module_folder(index, module)
-        folder.mkdir()
-        module.save(str(folder))
-    modules = [
-        {
-            "idx": index,
-            "name": str(index),
-            "path": "" if index == 0 else f"{index}_{kind}",
-            "type": f"{LIBRARY}models.{kind}",  # the name that all versions know
-        }
-        for index, kind in enumerate(kinds)
-    ]
-    _write(directory / MODULES, modules)
-    query, passage = config.query_max_length, config.passage_max_length
-    lengths = {} if query == passage else {"query_length": query, "document_length": passage}
-    if source == SOURCES[0]:
-        values = {"max_seq_length": length, "do_lower_case": config.lowercase, **lengths}
-        _write(directory / LENGTHS, values)
-    _write(
-        directory / SETTINGS,
-        {
-            "model_type": KIND,
-            "prompts": {"query": config.query_prompt, "document": config.passage_prompt},
-            "default_prompt_name": None,
-            "similarity_fn_name": "cosine" if is_normalized(head) else "dot",
-        },
-    )
-
-
-def module_folder(index: int, module: object) -> str:
-    """The folder of a module of the head, counted from 1."""
-    return f"{index}_{type(module).__name__}"
-
-
-def write_router(directory: Path, query_folder: str) -> None:
-    """Describe an encoder of documents and one of queries to sentence-transformers.
-
-    Args:
-        directory: the described encoder of documents; the encoder of queries is inside it.
-        query_folder: the folder of the encoder of queries.
-    """
-    routes = {
-        "document": listed_modules(directory),
-        "query": [
-            (kind, f"{query_folder}/{path}" if path else query_folder)
-            for kind, path in listed_modules(directory / query_folder)
-        ],
-    }
-    _write(
-        directory / ROUTER,
-        {
-            "types": {path or ".": kind for route in routes.values() for kind, path in route},
-            "structure": {
-                name: [path or "." for _, path in route] for name, route in routes.items()
-            },
-            "parameters": {"default_route": "document", "allow_empty_key": True},
-        },
-    )
-    router = {"idx": 0, "name": "0", "path": "", "type": f"{LIBRARY}models.Router"}
-    _write(directory / MODULES, [router])
-
-
 def _modules_of(model: Any, task: str, name: object) -> list[Any]:
     """The modules for the texts of a task; of a router, those of the task's route."""
     modules: list[Any] = []
@@ -255,7 +172,3 @@ def _max_length(source: Any, task: str) -> int:
     configured = source.processing_kwargs.get("text", {}).get("max_length")
     limits = (configured or by_task or source.max_seq_length, positions(source.model))
     return min((int(limit) for limit in limits if limit and limit < UNLIMITED), default=UNLIMITED)
-
-
-def _write(path: Path, values: Any) -> None:
-    path.write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")

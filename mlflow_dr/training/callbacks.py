@@ -13,6 +13,8 @@ from torch import distributed
 from transformers import TrainerCallback, TrainerState
 from transformers.trainer_utils import SaveStrategy
 
+from mlflow_dr.training.arguments import TrainingRequest
+
 log = logging.getLogger(__name__)
 
 SUMMARY = {
@@ -105,6 +107,37 @@ class StopCallback(TrainerCallback):
         if self.reason is not None and not control.should_training_stop:
             control.should_training_stop = True
             control.should_save = args.save_strategy != SaveStrategy.NO
+
+
+def every_steps(every: int, epoch: int = 0) -> Callable[[int], bool]:
+    """A function that says after which steps a checkpoint is published.
+
+    Args:
+        every: steps between two checkpoints; 0 for none.
+        epoch: steps of an epoch, if the steps are counted anew in each epoch and the end of an
+            epoch has a checkpoint, too; 0 to count from the start of training.
+    """
+
+    def publishes(step: int) -> bool:
+        counted = step % epoch if epoch else step
+        return every > 0 and counted % every == 0
+
+    return publishes
+
+
+def publish_schedule(request: TrainingRequest, examples: int) -> Callable[[int], bool]:
+    """When a training on this number of examples publishes.
+
+    GC-DPR's `--eval_per_epoch n` means every `ceil(steps of an epoch / n)` steps of an epoch, and
+    its end.
+    """
+    if request.publish.publish_per_epoch is None:
+        return every_steps(request.publish.publish_steps)
+    trainer = request.trainer
+    batch = trainer.per_device_train_batch_size * trainer.world_size
+    batches = examples // batch if trainer.dataloader_drop_last else math.ceil(examples / batch)
+    epoch = max(1, math.ceil(batches / trainer.gradient_accumulation_steps))
+    return every_steps(math.ceil(epoch / request.publish.publish_per_epoch), epoch)
 
 
 class ScheduledPublishing(TrainerCallback):

@@ -1,4 +1,4 @@
-"""Sources of checkpoints: our encoder, models of other libraries, a directory."""
+"""Checkpoints of other people's models: of sentence-transformers, of transformers, a directory."""
 
 from __future__ import annotations
 
@@ -7,19 +7,18 @@ import shutil
 from collections.abc import Mapping
 from dataclasses import fields
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 
 from mlflow_dr import compat
 from mlflow_dr.encoder import checks
 from mlflow_dr.encoder import sentence_transformers as st
 from mlflow_dr.encoder.config import EncoderConfig
-from mlflow_dr.encoder.directory import CONFIG, load_encoder, save_encoder
-from mlflow_dr.encoder.lora import is_adapted
+from mlflow_dr.encoder.directory import CONFIG, load_encoder
 from mlflow_dr.encoder.model import Encoder, positions
 from mlflow_dr.errors import CheckpointError, UsageError
+from mlflow_dr.training.publishing import CheckpointSource, EncoderSource
 
 BACKBONE_CONFIG = "config.json"
 WEIGHTS = "model*.safetensors"
@@ -30,52 +29,6 @@ TRAINER_FILES = (
     *("mlflow_dr_*.json", "*.partial", ".*", "__pycache__"),
 )
 NEEDED = ("pooling", "normalize")
-
-
-class CheckpointSource(Protocol):
-    """Weights that are copied in one thread and written in another."""
-
-    def state(self) -> Mapping[str, Tensor]:
-        """The weights as they are now, not copied. The training thread calls this."""
-
-    def save(self, directory: Path, state: Mapping[str, Tensor]) -> None:
-        """Write a directory that `load_encoder` reads. The publisher's thread calls this.
-
-        Args:
-            directory: a path that does not exist yet.
-            state: the weights that `state` returned, or a copy in host memory.
-        """
-
-
-class EncoderSource:
-    """An encoder of ours.
-
-    Args:
-        encoder: the encoder.
-        merged: whether adapters are merged into the published weights, or published alone.
-    """
-
-    def __init__(self, encoder: Encoder, merged: bool = True) -> None:
-        self.encoder = encoder
-        self._merged = merged
-        frozen = {name for name, weight in encoder.named_parameters() if not weight.requires_grad}
-        self._constant = frozen if is_adapted(encoder.backbone) else set()
-
-    def state(self) -> Mapping[str, Tensor]:
-        """The encoder's weights; with adapters, only those that change.
-
-        Weights that are sharded among processes (FSDP) are gathered; every process must call this.
-        """
-        weights = self.encoder.state_dict()
-        if any(isinstance(weight, DTensor) for weight in weights.values()):
-            return {name: _gathered(weight) for name, weight in weights.items()}
-        return {name: weight for name, weight in weights.items() if name not in self._constant}
-
-    def save(self, directory: Path, state: Mapping[str, Tensor]) -> None:
-        """Write a directory that transformers, sentence-transformers and mlflow_dr load."""
-        if self._constant - state.keys():
-            state = {**self.encoder.state_dict(), **state}
-        save_encoder(directory, self.encoder, state, self._merged)
 
 
 class SentenceTransformerSource:
@@ -134,10 +87,6 @@ class DirectorySource:
     def save(self, directory: Path, state: Mapping[str, Tensor]) -> None:
         """Copy the directory, without files that trainers write to resume from."""
         shutil.copytree(self._directory, directory, ignore=shutil.ignore_patterns(*TRAINER_FILES))
-
-
-def _gathered(weight: Tensor) -> Tensor:
-    return weight.full_tensor() if isinstance(weight, DTensor) else weight
 
 
 def source_of(model: Any, tokenizer: Any = None, **settings: Any) -> CheckpointSource:

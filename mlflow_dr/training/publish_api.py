@@ -16,11 +16,11 @@ from mlflow_dr.errors import TrackingError, UsageError
 from mlflow_dr.tracking.checkpoints import fail_pending_checkpoints
 from mlflow_dr.tracking.client import connect, tracking_uri
 from mlflow_dr.tracking.runs import TrackedRun, active_run_id, find_run, name_collection
-from mlflow_dr.training.callbacks import ScheduledPublishing
-from mlflow_dr.training.checkpoint_source import CheckpointSource, source_of, unwrapped
+from mlflow_dr.training.callbacks import ScheduledPublishing, every_steps
+from mlflow_dr.training.checkpoint_source import source_of, unwrapped
 from mlflow_dr.training.publishing import (
+    CheckpointSource,
     Publisher,
-    PublishSchedule,
     close_at_exit,
     published_checkpoints,
 )
@@ -241,7 +241,7 @@ class PublishCallback(ScheduledPublishing):
     ) -> None:
         if isinstance(every, int) and every < 0:
             raise UsageError(f"every is {every}; expected a number of steps, or None for each save")
-        schedule = PublishSchedule(every) if isinstance(every, int) else every
+        schedule = every_steps(every) if isinstance(every, int) else every
         super().__init__(self._publish, schedule, initial, final)
         self._run_id = run_id
         self._tokenizer = tokenizer

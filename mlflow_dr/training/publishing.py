@@ -3,21 +3,22 @@
 from __future__ import annotations
 
 import logging
-import math
 import queue
 import shutil
 import threading
 import time
 import weakref
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 from pathlib import Path
+from typing import Protocol
 
 import torch
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 
 from mlflow_dr import compat
-from mlflow_dr.encoder.directory import restore_encoder
+from mlflow_dr.encoder.directory import save_encoder
+from mlflow_dr.encoder.model import Encoder, is_adapted
 from mlflow_dr.errors import MlflowDrError, TrackingError, one_line
 from mlflow_dr.files import atomic_write, grant_umask_modes, scratch
 from mlflow_dr.tracking.checkpoints import (
@@ -29,9 +30,6 @@ from mlflow_dr.tracking.checkpoints import (
 )
 from mlflow_dr.tracking.client import is_permanent, tracking_errors
 from mlflow_dr.tracking.runs import TrackedRun
-from mlflow_dr.training.arguments import TrainingRequest
-from mlflow_dr.training.checkpoint_source import CheckpointSource, DirectorySource, EncoderSource
-from mlflow_dr.training.resume import complete_checkpoints_until, incomplete_reason
 
 log = logging.getLogger(__name__)
 
@@ -43,38 +41,54 @@ LONGEST_REASON = 300
 FAILURE_TAG = "mlflow_dr.unpublished_steps"
 
 
-@dataclass(frozen=True)
-class PublishSchedule:
-    """After which steps a checkpoint is published.
+class CheckpointSource(Protocol):
+    """Weights that are copied in one thread and written in another."""
 
-    Attributes:
-        every: steps between two checkpoints; 0 for none.
-        epoch: steps of an epoch, if the steps are counted anew in each epoch and the end of an
-            epoch has a checkpoint, too; 0 to count from the start of training.
+    def state(self) -> Mapping[str, Tensor]:
+        """The weights as they are now, not copied. The training thread calls this."""
+
+    def save(self, directory: Path, state: Mapping[str, Tensor]) -> None:
+        """Write a directory that `load_encoder` reads. The publisher's thread calls this.
+
+        Args:
+            directory: a path that does not exist yet.
+            state: the weights that `state` returned, or a copy in host memory.
+        """
+
+
+class EncoderSource:
+    """An encoder of ours.
+
+    Args:
+        encoder: the encoder.
+        merged: whether adapters are merged into the published weights, or published alone.
     """
 
-    every: int
-    epoch: int = 0
+    def __init__(self, encoder: Encoder, merged: bool = True) -> None:
+        self.encoder = encoder
+        self._merged = merged
+        frozen = {name for name, weight in encoder.named_parameters() if not weight.requires_grad}
+        self._constant = frozen if is_adapted(encoder.backbone) else set()
 
-    def __call__(self, step: int) -> bool:
-        """Whether a checkpoint is published after this step."""
-        counted = step % self.epoch if self.epoch else step
-        return bool(self.every) and counted % self.every == 0
+    def state(self) -> Mapping[str, Tensor]:
+        """The encoder's weights; with adapters, only those that change.
+
+        Weights that are sharded among processes (FSDP) are gathered; every process must call this.
+        """
+        weights = self.encoder.state_dict()
+        if any(isinstance(weight, DTensor) for weight in weights.values()):
+            return {name: _gathered(weight) for name, weight in weights.items()}
+        return {name: weight for name, weight in weights.items() if name not in self._constant}
+
+    def save(self, directory: Path, state: Mapping[str, Tensor]) -> None:
+        """Write a directory that transformers, sentence-transformers and mlflow_dr load."""
+        if self._constant - state.keys():
+            state = {**self.encoder.state_dict(), **state}
+        save_encoder(directory, self.encoder, state, self._merged)
 
 
-def publish_schedule(request: TrainingRequest, examples: int) -> PublishSchedule:
-    """When a training on this number of examples publishes.
-
-    GC-DPR's `--eval_per_epoch n` means every `ceil(steps of an epoch / n)` steps of an epoch, and
-    its end.
-    """
-    if request.publish.publish_per_epoch is None:
-        return PublishSchedule(request.publish.publish_steps)
-    trainer = request.trainer
-    batch = trainer.per_device_train_batch_size * trainer.world_size
-    batches = examples // batch if trainer.dataloader_drop_last else math.ceil(examples / batch)
-    epoch = max(1, math.ceil(batches / trainer.gradient_accumulation_steps))
-    return PublishSchedule(math.ceil(epoch / request.publish.publish_per_epoch), epoch)
+def _gathered(weight: Tensor) -> Tensor:
+    return weight.full_tensor() if isinstance(weight, DTensor) else weight
 
 
 class Publisher:
@@ -367,57 +381,3 @@ def _mark_failed(run: TrackedRun, model_id: str) -> None:
         mark_upload_failed(run, model_id)
     except Exception as error:  # noqa: BLE001 - the reason of the upload's failure says more
         log.error("models:/%s is left PENDING: %s", model_id, one_line(error))
-
-
-def publish_missed_checkpoints(
-    request: TrainingRequest,
-    publisher: Publisher,
-    source: EncoderSource,
-    checkpoint: Path,
-    schedule: PublishSchedule,
-) -> None:
-    """Publish the steps that a killed training could not publish, from the trainer's checkpoints.
-
-    Steps after the checkpoint that is resumed from are trained again, and published then.
-
-    Args:
-        request: the resumed training.
-        publisher: of its run.
-        source: the encoder as it is before the first step. Its adapters are overwritten by those of
-            the checkpoints; resuming restores them.
-        checkpoint: what is resumed from.
-        schedule: after which steps there is a checkpoint.
-
-    Raises:
-        TrackingError: the first of them is refused for a reason that will last.
-    """
-
-    def publish(step: int, weights: CheckpointSource) -> None:
-        publisher.publish(step, weights, wait=True)
-        if publisher.refused and (error := publisher.error()) is not None:
-            raise error
-
-    if request.publish.publish_initial and 0 not in publisher.published:
-        publish(0, source)
-    complete = complete_checkpoints_until(checkpoint)
-    steps = range(1, max(complete, default=0) + 1)
-    missed = [step for step in steps if schedule(step) and step not in publisher.published]
-    for step in missed:
-        if step in complete and (reason := incomplete_reason(complete[step])):
-            log.warning("%s: %s", complete.pop(step), reason)
-        if step not in complete:
-            continue
-        log.info("step %d was not published; publishing %s", step, complete[step])
-        if request.model.lora:
-            # the base that an adapter names need not be found: tiny, a published checkpoint and one
-            # of two encoders are not
-            restore_encoder(complete[step], source.encoder, request.model.trust_remote_code)
-            publish(step, source)
-        else:
-            publish(step, DirectorySource(complete[step]))
-    if lost := [str(step) for step in missed if step not in complete]:
-        log.warning(
-            "step %s was not published before the training was stopped, and %s has no complete "
-            "checkpoint of it",
-            *(", ".join(lost), checkpoint.parent),
-        )

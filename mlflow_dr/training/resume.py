@@ -1,4 +1,4 @@
-"""Resuming a training: its run, and which of its checkpoints are complete.
+"""Resuming a training: its run, its flags, and which of its checkpoints are complete.
 
 Trainer writes a checkpoint file by file, so one that a crash interrupted looks like any other. Here
 a list of its files with their sizes and SHA-256 is written last, when everything is on the disk. A
@@ -37,6 +37,31 @@ NO_LOCKS = frozenset(
 RUN_FILE = "mlflow_dr_run.json"
 COMPLETE_FILE = "mlflow_dr_complete.json"
 LAST = "true"
+
+RESUMED_TAG = "mlflow_dr.resumed"
+LONGEST_TAG = 5000
+ALWAYS_LOGGED = (
+    "learning_rate",
+    "per_device_train_batch_size",
+    "num_train_epochs",
+    "max_steps",
+    "lr_scheduler_type",
+    "warmup_steps",
+    "weight_decay",
+    "gradient_accumulation_steps",
+    "seed",
+    "bf16",
+    "fp16",
+)
+NEVER_LOGGED = {"output_dir", "logging_dir", "run_name", "hub_token", "push_to_hub_token"}
+# flags (or their beginnings) that a resumed training may change without training differently
+WITHOUT_EFFECT = (
+    *("resume_from_checkpoint", "overwrite_output_dir", "model", "publish_", "save_", "logging_"),
+    *("log_", "eval_", "do_", "dataloader_num_workers", "dataloader_prefetch_factor"),
+    *("dataloader_p", "dataset_proc_num", "cache_dir", "token_table", "disable_tqdm", "report_to"),
+    *("torch_compile", "gc_", "grad_cache", "use_cpu", "local_rank", "ddp_", "skip_memory_metrics"),
+    *("tracking_uri", "experiment_name", "validation_", "include_", "average_tokens", "run_name"),
+)
 
 
 @dataclass(frozen=True)
@@ -271,32 +296,6 @@ def _write(path: Path, values: dict[str, Any]) -> None:
             os.fsync(file.fileno())
 
 
-RESUMED_TAG = "mlflow_dr.resumed"
-LONGEST_TAG = 5000
-ALWAYS_LOGGED = (
-    "learning_rate",
-    "per_device_train_batch_size",
-    "num_train_epochs",
-    "max_steps",
-    "lr_scheduler_type",
-    "warmup_steps",
-    "weight_decay",
-    "gradient_accumulation_steps",
-    "seed",
-    "bf16",
-    "fp16",
-)
-NEVER_LOGGED = {"output_dir", "logging_dir", "run_name", "hub_token", "push_to_hub_token"}
-# flags (or their beginnings) that a resumed training may change without training differently
-WITHOUT_EFFECT = (
-    *("resume_from_checkpoint", "overwrite_output_dir", "model", "publish_", "save_", "logging_"),
-    *("log_", "eval_", "do_", "dataloader_num_workers", "dataloader_prefetch_factor"),
-    *("dataloader_p", "dataset_proc_num", "cache_dir", "token_table", "disable_tqdm", "report_to"),
-    *("torch_compile", "gc_", "grad_cache", "use_cpu", "local_rank", "ddp_", "skip_memory_metrics"),
-    *("tracking_uri", "experiment_name", "validation_", "include_", "average_tokens", "run_name"),
-)
-
-
 def params_of(request: TrainingRequest) -> dict[str, Any]:
     """The params of a run: all flags of ours, and those of Hugging Face with another value."""
     defaults = _defaults()
@@ -306,12 +305,14 @@ def params_of(request: TrainingRequest) -> dict[str, Any]:
         if name in ALWAYS_LOGGED
         or (isinstance(value, bool | int | float | str) and value != defaults.get(name, value))
     }
+    per_epoch = request.publish.publish_per_epoch
     own = {
         "model": request.model.model_name_or_path,
         **asdict(request.model),
         **asdict(request.loss),
         **asdict(request.data),
-        **_published(request),
+        "publish_per_epoch": per_epoch,
+        "publish_steps": request.publish.publish_steps if per_epoch is None else None,
     }
     both = {**chosen, **own}
     return {
@@ -319,14 +320,6 @@ def params_of(request: TrainingRequest) -> dict[str, Any]:
         for name, value in both.items()
         if value not in (None, "") and name not in NEVER_LOGGED
     }
-
-
-def _published(request: TrainingRequest) -> dict[str, Any]:
-    """The flag that says when checkpoints are published."""
-    publish = request.publish
-    if publish.publish_per_epoch is not None:
-        return {"publish_per_epoch": publish.publish_per_epoch}
-    return {"publish_steps": publish.publish_steps}
 
 
 def note_changes(run: TrackedRun, request: TrainingRequest, checkpoint: str) -> None:

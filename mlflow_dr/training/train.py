@@ -6,7 +6,7 @@ import logging
 import os
 import signal
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from types import FrameType
@@ -16,6 +16,7 @@ from transformers import TrainerCallback, set_seed
 from transformers.trainer_utils import SaveStrategy
 
 from mlflow_dr import compat
+from mlflow_dr.encoder.directory import restore_encoder
 from mlflow_dr.errors import TrackingError
 from mlflow_dr.tracking.checkpoints import fail_pending_checkpoints
 from mlflow_dr.tracking.client import connect
@@ -32,22 +33,29 @@ from mlflow_dr.tracking.runs import (
 )
 from mlflow_dr.tracking.stop_request import StopWatcher, clear_stop_request
 from mlflow_dr.training.arguments import TrainingRequest
-from mlflow_dr.training.callbacks import MetricCallback, ScheduledPublishing, StopCallback
-from mlflow_dr.training.checkpoint_source import EncoderSource
+from mlflow_dr.training.callbacks import (
+    MetricCallback,
+    ScheduledPublishing,
+    StopCallback,
+    publish_schedule,
+)
+from mlflow_dr.training.checkpoint_source import DirectorySource
 from mlflow_dr.training.data import TrainingData, open_data
 from mlflow_dr.training.encoder_setup import build_encoder, collator_of, mixed_training_set
 from mlflow_dr.training.flags import MERGED
 from mlflow_dr.training.publishing import (
+    CheckpointSource,
+    EncoderSource,
     Publisher,
-    publish_missed_checkpoints,
-    publish_schedule,
     published_checkpoints,
 )
 from mlflow_dr.training.resume import (
     Resumption,
     begin_output,
     check_output_dir,
+    complete_checkpoints_until,
     find_resumption,
+    incomplete_reason,
     locked_output,
     note_changes,
     output_directories,
@@ -190,7 +198,7 @@ def _train(
             ending.enter_context(_closing(publisher, request, stop))
             if resumption is not None and resumption.checkpoint is not None:
                 begin = resumption.checkpoint
-                publish_missed_checkpoints(request, publisher, source, begin, schedule)
+                _publish_missed_checkpoints(request, publisher, source, begin, schedule)
             callbacks.append(metrics)
             ending.callback(StopWatcher(run, stop.ask).close)
         initial = request.publish.publish_initial
@@ -239,6 +247,60 @@ def _open_run(
     keep_in = Path(str(request.trainer.output_dir))
     publisher = Publisher(run, source, published, keep_in=keep_in, on_refused=stop.ask)
     return publisher, MetricCallback(run.log_metrics, last_step)
+
+
+def _publish_missed_checkpoints(
+    request: TrainingRequest,
+    publisher: Publisher,
+    source: EncoderSource,
+    checkpoint: Path,
+    schedule: Callable[[int], bool],
+) -> None:
+    """Publish the steps that a killed training could not publish, from the trainer's checkpoints.
+
+    Steps after the checkpoint that is resumed from are trained again, and published then.
+
+    Args:
+        request: the resumed training.
+        publisher: of its run.
+        source: the encoder as it is before the first step. Its adapters are overwritten by those of
+            the checkpoints; resuming restores them.
+        checkpoint: what is resumed from.
+        schedule: after which steps there is a checkpoint.
+
+    Raises:
+        TrackingError: the first of them is refused for a reason that will last.
+    """
+
+    def publish(step: int, weights: CheckpointSource) -> None:
+        publisher.publish(step, weights, wait=True)
+        if publisher.refused and (error := publisher.error()) is not None:
+            raise error
+
+    if request.publish.publish_initial and 0 not in publisher.published:
+        publish(0, source)
+    complete = complete_checkpoints_until(checkpoint)
+    steps = range(1, max(complete, default=0) + 1)
+    missed = [step for step in steps if schedule(step) and step not in publisher.published]
+    for step in missed:
+        if step in complete and (reason := incomplete_reason(complete[step])):
+            log.warning("%s: %s", complete.pop(step), reason)
+        if step not in complete:
+            continue
+        log.info("step %d was not published; publishing %s", step, complete[step])
+        if request.model.lora:
+            # the base that an adapter names need not be found: tiny, a published checkpoint and one
+            # of two encoders are not
+            restore_encoder(complete[step], source.encoder, request.model.trust_remote_code)
+            publish(step, source)
+        else:
+            publish(step, DirectorySource(complete[step]))
+    if lost := [str(step) for step in missed if step not in complete]:
+        log.warning(
+            "step %s was not published before the training was stopped, and %s has no complete "
+            "checkpoint of it",
+            *(", ".join(lost), checkpoint.parent),
+        )
 
 
 @contextmanager

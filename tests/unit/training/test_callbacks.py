@@ -9,8 +9,12 @@ import pytest
 from transformers import TrainerControl, TrainerState, TrainingArguments
 
 from mlflow_dr.encoder.model import Encoder
-from mlflow_dr.training.callbacks import MetricCallback, ScheduledPublishing, StopCallback
-from mlflow_dr.training.publishing import PublishSchedule
+from mlflow_dr.training.callbacks import (
+    MetricCallback,
+    ScheduledPublishing,
+    StopCallback,
+    every_steps,
+)
 
 Written = list[tuple[int, Mapping[str, float]]]
 Make = Callable[..., Any]
@@ -19,7 +23,7 @@ Make = Callable[..., Any]
 def publishing(every: int, initial: bool = False) -> tuple[list[int], ScheduledPublishing]:
     """The published steps, and the publisher that records them."""
     steps: list[int] = []
-    return steps, ScheduledPublishing(steps.append, PublishSchedule(every), initial)
+    return steps, ScheduledPublishing(steps.append, every_steps(every), initial)
 
 
 def writing(last_step: int | None = None) -> tuple[Written, MetricCallback]:

@@ -19,12 +19,11 @@ from mlflow_dr.encoder.model import Encoder
 from mlflow_dr.encoder.tokenize import TextTokenizer
 from mlflow_dr.errors import CheckpointError, UsageError
 from mlflow_dr.training.checkpoint_source import (
-    CheckpointSource,
-    EncoderSource,
     check_directory,
     source_of,
     unwrapped,
 )
+from mlflow_dr.training.publishing import CheckpointSource, EncoderSource
 
 
 @pytest.fixture

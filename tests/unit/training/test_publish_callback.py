@@ -36,9 +36,8 @@ from mlflow_dr.tracking.checkpoints import announce_checkpoint, run_checkpoints
 from mlflow_dr.tracking.fetching import checkpoint_files
 from mlflow_dr.tracking.runs import RUN_VARIABLE, TrackedRun
 from mlflow_dr.training import publish_api
-from mlflow_dr.training.callbacks import ScheduledPublishing
-from mlflow_dr.training.checkpoint_source import EncoderSource
-from mlflow_dr.training.publishing import Publisher, PublishSchedule
+from mlflow_dr.training.callbacks import ScheduledPublishing, every_steps
+from mlflow_dr.training.publishing import EncoderSource, Publisher
 
 QUIET: dict[str, Any] = {"use_cpu": True, "disable_tqdm": True, "logging_steps": 100}
 
@@ -265,7 +264,7 @@ def test_a_schedule_with_a_publisher_leaves_it_open(
     run: TrackedRun, tiny: Encoder, tmp_path: Path
 ) -> None:
     publisher = Publisher(run, EncoderSource(tiny), published={4: "m-4"})
-    publishing = ScheduledPublishing(publisher.publish, PublishSchedule(2), initial=False)
+    publishing = ScheduledPublishing(publisher.publish, every_steps(2), initial=False)
     hf_trainer(tiny, tmp_path, publishing).train()
     assert publisher.last_step == 6
     publisher.publish(7)

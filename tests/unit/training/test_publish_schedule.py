@@ -1,21 +1,22 @@
 """At which steps checkpoints are published."""
 
 import math
+from collections.abc import Callable
 
 import pytest
 
 from mlflow_dr.errors import UsageError
+from mlflow_dr.training.callbacks import every_steps, publish_schedule
 from mlflow_dr.training.parsing import parse_training
-from mlflow_dr.training.publishing import PublishSchedule, publish_schedule
 
 
-def steps(due: PublishSchedule, last: int) -> list[int]:
+def steps(due: Callable[[int], bool], last: int) -> list[int]:
     return [step for step in range(1, last + 1) if due(step)]
 
 
 def test_every_few_steps() -> None:
-    assert steps(PublishSchedule(3), 9) == [3, 6, 9]
-    assert steps(PublishSchedule(0), 9) == []
+    assert steps(every_steps(3), 9) == [3, 6, 9]
+    assert steps(every_steps(0), 9) == []
 
 
 @pytest.mark.parametrize("times", [1, 2, 3, 5])

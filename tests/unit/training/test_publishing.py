@@ -17,8 +17,8 @@ from mlflow_dr.tracking.checkpoints import ready_steps, run_checkpoints
 from mlflow_dr.tracking.client import tracking_uri
 from mlflow_dr.tracking.fetching import checkpoint_files
 from mlflow_dr.tracking.runs import TrackedRun
-from mlflow_dr.training.checkpoint_source import DirectorySource, EncoderSource
-from mlflow_dr.training.publishing import FAILURE_TAG, Publisher
+from mlflow_dr.training.checkpoint_source import DirectorySource
+from mlflow_dr.training.publishing import FAILURE_TAG, EncoderSource, Publisher
 
 
 class Unreliable:
