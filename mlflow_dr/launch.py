@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from types import FrameType
-from typing import IO
+from typing import IO, TYPE_CHECKING
 
 import psutil
 
@@ -25,6 +25,9 @@ from mlflow_dr.tracking.runs import RUN_VARIABLE, TrackedRun, is_over, open_run
 from mlflow_dr.tracking.status import curve_summary
 from mlflow_dr.tracking.validations import MAIN_PARAM
 from mlflow_dr.validation.config import RunConfig
+
+if TYPE_CHECKING:
+    from mlflow_dr.training.arguments import TrainingRequest
 
 TORCHRUN = ("-m", "torch.distributed.run", "--standalone")
 SECONDS_BETWEEN_CHECKS = 0.2
@@ -50,24 +53,24 @@ def launch(config: RunConfig, training: Sequence[str]) -> int:
         DeviceError: fewer GPUs than training processes.
         ChildError: the trainer or the validator ended with an error; its exit code is theirs.
     """
-    share = share_machine(trainers=config.gpus)
-    device = share.validator_device
+    trainer_variables, validator_variables, device = share_machine(trainers=config.gpus)
     validation = config.validation(device=device)
     name = validation.all_validations[0].name
     resolve_dtype(config.dtype, resolve_device(device))
-    plan = _plan(training, config.gpus)
-    client = connect(config.tracking_uri or plan.uri)
-    run = open_run(client, config.experiment_name or plan.experiment, plan.run_id, plan.name)
+    request, validated, resumed = _checked_training(training, config.gpus)
+    client = connect(config.tracking_uri or request.publish.tracking_uri)
+    experiment = config.experiment_name or request.publish.experiment_name
+    run = open_run(client, experiment, resumed, request.trainer.run_name)
     if not config.keep_up:
         run.set_param_once(MAIN_PARAM, name)
-    validation = validation.replaced(run_id=run.id, dataset=plan.validated)
+    validation = validation.replaced(run_id=run.id, dataset=validated)
     with scratch() as directory, _Stop() as stop:
         directory.mkdir()
         file = directory / "validate.json"
         file.write_text(validation.model_dump_json(exclude_unset=True), encoding="utf-8")
-        trainer = Child.start("train", training, run, share.trainer, config.gpus)
-        validator = Child.start("validate", ["--config", str(file)], run, share.validator)
-        if share.validator_yields:
+        trainer = Child.start("train", training, run, trainer_variables, config.gpus)
+        validator = Child.start("validate", ["--config", str(file)], run, validator_variables)
+        if device == "cpu":  # the trainer comes first
             with suppress(psutil.NoSuchProcess):  # `_wait` reports it if it ended
                 psutil.Process(validator.process.pid).nice(LOWER_PRIORITY)
         _wait(run, trainer, validator, stop)
@@ -88,26 +91,14 @@ def launch(config: RunConfig, training: Sequence[str]) -> int:
     return 0
 
 
-@dataclass(frozen=True)
-class _Plan:
-    """What a training's flags say about its run.
+def _checked_training(
+    training: Sequence[str], processes: int
+) -> tuple[TrainingRequest, str, str | None]:
+    """What a training's flags say; what would be refused is refused before a run is created.
 
-    Attributes:
-        validated: the collection that validators search.
-        run_id: the run that the training resumes; None for a new one.
-        uri: the tracking server.
-        experiment: the experiment.
-        name: of the run.
+    Returns:
+        The request, the collection that validators search, and the run that it resumes.
     """
-
-    validated: str
-    run_id: str | None
-    uri: str | None
-    experiment: str | None
-    name: str | None
-
-
-def _plan(training: Sequence[str], processes: int) -> _Plan:
     from mlflow_dr.training import resume
     from mlflow_dr.training.data import validated_collection
     from mlflow_dr.training.parsing import parse_training
@@ -116,17 +107,10 @@ def _plan(training: Sequence[str], processes: int) -> _Plan:
     validated = validated_collection(request.data)
     output, saves = str(request.trainer.output_dir), request.trainer.save_strategy != "no"
     resumption = resume.find_resumption(output, request.trainer.resume_from_checkpoint)
-    in_use = resume.output_directories(output, saves, resumption)
-    with resume.locked_output(*in_use):  # refuses before a run is created
+    with resume.locked_output(*resume.output_directories(output, saves, resumption)):
         if resumption is None and saves:
             resume.check_output_dir(output, request.trainer.overwrite_output_dir)
-    return _Plan(
-        validated.name,
-        resumption.run_id if resumption else None,
-        request.publish.tracking_uri,
-        request.publish.experiment_name,
-        request.trainer.run_name,
-    )
+    return request, validated.name, resumption.run_id if resumption else None
 
 
 @dataclass
@@ -297,26 +281,9 @@ def _print(text: str) -> None:
     print(text, flush=True)  # noqa: T201 - the children's output is ours
 
 
-@dataclass(frozen=True)
-class Share:
-    """The devices and cores of a trainer and of a validator.
-
-    Attributes:
-        trainer: environment variables of the trainer.
-        validator: environment variables of the validator.
-        validator_device: the validator's `--device`.
-        validator_yields: whether the validator runs at a lower priority.
-    """
-
-    trainer: Mapping[str, str]
-    validator: Mapping[str, str]
-    validator_device: str
-    validator_yields: bool
-
-
 def share_machine(
     gpus: Sequence[str] | None = None, cores: int | None = None, trainers: int = 1
-) -> Share:
+) -> tuple[dict[str, str], dict[str, str], str]:
     """Divide a machine between a trainer and a validator.
 
     Each training process gets one GPU, and the validator gets the last GPU if one is left. If none
@@ -327,6 +294,9 @@ def share_machine(
         gpus: names of the GPUs as in CUDA_VISIBLE_DEVICES; this machine's when None.
         cores: number of cores; this machine's when None.
         trainers: number of training processes.
+
+    Returns:
+        Environment variables of the trainer and of the validator, and the validator's `--device`.
 
     Raises:
         DeviceError: several training processes have fewer GPUs.
@@ -340,15 +310,10 @@ def share_machine(
         )
     if len(gpus) > trainers:
         training = ",".join(gpus[:trainers])
-        return Share({GPUS: training}, {GPUS: gpus[-1]}, "cuda:0", False)
+        return {GPUS: training}, {GPUS: gpus[-1]}, "cuda:0"
     validator = max(1, cores - 2 * trainers) if gpus else max(1, cores // 4)
     trainer = max(1, (cores - validator) // trainers)
-    return Share(
-        {THREADS: str(trainer)},
-        {THREADS: str(validator), GPUS: ""},
-        "cpu",
-        True,
-    )
+    return {THREADS: str(trainer)}, {THREADS: str(validator), GPUS: ""}, "cpu"
 
 
 def visible_gpus() -> list[str]:

@@ -38,7 +38,7 @@ from mlflow_dr.encoder.checks import (
 )
 from mlflow_dr.encoder.config import EncoderConfig
 from mlflow_dr.encoder.files import encoder_directory
-from mlflow_dr.encoder.model import TOKENS, Encoder, is_adapted, positions, with_settings
+from mlflow_dr.encoder.model import TOKENS, Encoder, is_adapted, positions, shortest, with_settings
 from mlflow_dr.errors import CheckpointError, one_line, quoted
 from mlflow_dr.files import grant_umask_modes
 
@@ -146,10 +146,8 @@ def _load_bare(
         **options,
     )
     tokenizer: Any = source.tokenizer
-    limits = (tokenizer.model_max_length, positions(source.model))
-    longest = min(
-        (int(limit) for limit in limits if limit and limit < st.UNLIMITED),
-        default=LONGEST_BY_DEFAULT,
+    longest = shortest(
+        tokenizer.model_max_length, positions(source.model), default=LONGEST_BY_DEFAULT
     )
     if "pooling" not in changes:
         pooling = bare_pooling or usual_pooling(source.config)
@@ -230,7 +228,7 @@ def _save_part(
     """
     directory.mkdir(parents=True)
     _save_backbone(directory, encoder, _part_of(state, "backbone."), merged)
-    head = copy.deepcopy(encoder.head)
+    head: Any = copy.deepcopy(encoder.head)
     head.load_state_dict(_part_of(state, "head."))
     modules = [(SOURCES[1 if encoder.is_static else 0], "")]
     for index, module in enumerate(head, start=1):

@@ -28,6 +28,8 @@ log = logging.getLogger(__name__)
 TOKENS, SENTENCE = "token_embeddings", "sentence_embedding"
 SUPPORTED = ("Pooling", "Dense", "Normalize", "LayerNorm", "Dropout")
 """The modules of a head."""
+UNLIMITED = 1_000_000
+"""Tokenizers without a limit have a much larger `model_max_length`."""
 
 
 class Encoder(nn.Module):
@@ -144,6 +146,11 @@ def positions(backbone: Any) -> int | None:
         if isinstance(padding, int) and isinstance(table, nn.Embedding):
             return limit - padding - 1
     return limit
+
+
+def shortest(*limits: Any, default: int) -> int:
+    """The smallest of several limits of a text's length; None, 0 and huge numbers are no limits."""
+    return min((int(limit) for limit in limits if limit and limit < UNLIMITED), default=default)
 
 
 def _check_lengths(backbone: Any, config: EncoderConfig) -> None:

@@ -25,15 +25,21 @@ from mlflow_dr.encoder.checks import (
     all_modules,
 )
 from mlflow_dr.encoder.config import EncoderConfig
-from mlflow_dr.encoder.model import SUPPORTED, Encoder, is_normalized, is_static, positions
+from mlflow_dr.encoder.model import (
+    SUPPORTED,
+    UNLIMITED,
+    Encoder,
+    is_normalized,
+    is_static,
+    positions,
+    shortest,
+)
 from mlflow_dr.errors import CheckpointError, UsageError
 
 log = logging.getLogger(__name__)
 
 # task -> names of its prompt, in the library's order
 PROMPTS = {"query": ("query",), "document": ("document", "passage", "corpus")}
-UNLIMITED = 1_000_000
-"""Tokenizers without a limit have a much larger `model_max_length`."""
 
 
 def load_model(directory: Path, backbone: type[nn.Module], **options: Any) -> Any:
@@ -170,5 +176,5 @@ def _max_length(source: Any, task: str) -> int:
         return int((source.tokenizer.truncation or {}).get("max_length", UNLIMITED))
     by_task = source.query_length if task == "query" else source.document_length
     configured = source.processing_kwargs.get("text", {}).get("max_length")
-    limits = (configured or by_task or source.max_seq_length, positions(source.model))
-    return min((int(limit) for limit in limits if limit and limit < UNLIMITED), default=UNLIMITED)
+    limit = configured or by_task or source.max_seq_length
+    return shortest(limit, positions(source.model), default=UNLIMITED)

@@ -16,7 +16,7 @@ from mlflow_dr.encoder import checks
 from mlflow_dr.encoder import sentence_transformers as st
 from mlflow_dr.encoder.config import EncoderConfig
 from mlflow_dr.encoder.directory import CONFIG, load_encoder
-from mlflow_dr.encoder.model import Encoder, positions
+from mlflow_dr.encoder.model import Encoder, positions, shortest
 from mlflow_dr.errors import CheckpointError, UsageError
 from mlflow_dr.training.publishing import CheckpointSource, EncoderSource
 
@@ -178,8 +178,7 @@ def _encoder(model: Any, tokenizer: Any, settings: dict[str, Any]) -> Encoder:
     if not callable(getattr(tokenizer, "save_pretrained", None)):
         raise UsageError(f"{name} needs its tokenizer to be published; give tokenizer=")
     _check_settings(settings, name)
-    limits = (tokenizer.model_max_length, positions(model))
-    longest = min((int(limit) for limit in limits if limit and limit < st.UNLIMITED), default=0)
+    longest = shortest(tokenizer.model_max_length, positions(model), default=0)
     lengths = {"query_max_length": longest, "passage_max_length": longest} if longest else {}
     return Encoder(model.base_model, tokenizer, EncoderConfig(**{**lengths, **settings}))
 

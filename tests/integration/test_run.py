@@ -200,11 +200,10 @@ def test_a_stop_before_training_begins_marks_the_run_as_killed(
 SEVERAL = """
 import sys
 from mlflow_dr import launch
-from mlflow_dr.launch import Share
 from mlflow_dr.validation.config import RunConfig
 
 one_core = {"OMP_NUM_THREADS": "1"}
-launch.share_machine = lambda trainers: Share(one_core, {}, "cpu", True)
+launch.share_machine = lambda trainers: (one_core, {}, "cpu")
 flags = "--dataset {0} --model tiny --max_steps 4 --publish_steps 2 --logging_steps 1"
 flags += " --use_cpu --per_device_train_batch_size 4 --negatives_x_device --output_dir {1}"
 config = RunConfig(measures="mrr@10", poll_seconds=0.2, gpus=2)

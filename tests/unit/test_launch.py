@@ -14,7 +14,7 @@ import pytest
 
 from mlflow_dr import launch
 from mlflow_dr.errors import UsageError
-from mlflow_dr.launch import SECONDS_TO_STOP, Child, _plan, _signal
+from mlflow_dr.launch import SECONDS_TO_STOP, Child, _checked_training, _signal
 from mlflow_dr.tracking.runs import TrackedRun
 from mlflow_dr.training.resume import begin_output, locked_output
 
@@ -111,8 +111,8 @@ def test_negatives_across_devices_are_checked_with_the_future_number_of_processe
     folder = beir_folder({"p": "gulls"}, {"q": "birds"}, train={"q": {"p": 1}}, dev={"q": {"p": 1}})
     flags = ["--dataset", str(folder), "--negatives_x_device", "--use_cpu"]
     with caplog.at_level(logging.WARNING, "mlflow_dr"):
-        plan = _plan([*flags, "--output_dir", str(tmp_path / "out")], gpus)
-    assert (plan.validated, plan.run_id) == (str(folder), None)
+        plan = _checked_training([*flags, "--output_dir", str(tmp_path / "out")], gpus)
+    assert plan[1:] == (str(folder), None)
     assert ("there is one training process" in caplog.text) == (gpus == 1)
 
 
@@ -123,14 +123,14 @@ def test_an_output_directory_in_use_is_refused_before_there_is_a_run(
     folder = beir_folder({"p": "gulls"}, {"q": "birds"}, train={"q": {"p": 1}}, dev={"q": {"p": 1}})
     flags = ["--dataset", str(folder), "--use_cpu", "--output_dir", str(tmp_path / "out")]
     with locked_output(tmp_path / "out"):
-        assert _plan(flags, 1).run_id is None
+        assert _checked_training(flags, 1)[2] is None
         with pytest.raises(UsageError, match="another training"):
-            _plan([*flags, "--save_steps", "2"], 1)
+            _checked_training([*flags, "--save_steps", "2"], 1)
     begin_output(tmp_path / "out", "run-1")
     (tmp_path / "out" / "checkpoint-2").mkdir()
     with pytest.raises(UsageError, match="has checkpoints of another training"):
-        _plan([*flags, "--save_steps", "2"], 1)
+        _checked_training([*flags, "--save_steps", "2"], 1)
     resumed = [*flags, "--resume_from_checkpoint"]
-    assert _plan(resumed, 1).run_id == "run-1"
+    assert _checked_training(resumed, 1)[2] == "run-1"
     with locked_output(tmp_path / "out"), pytest.raises(UsageError, match="another training"):
-        _plan(resumed, 1)
+        _checked_training(resumed, 1)

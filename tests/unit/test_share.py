@@ -16,43 +16,41 @@ from mlflow_dr.launch import share_machine, visible_gpus
 def test_without_a_gpu_the_validator_gets_a_quarter_of_the_cores(
     cores: int, trainer: int, validator: int
 ) -> None:
-    share = share_machine(gpus=[], cores=cores)
-    assert share.trainer == {"OMP_NUM_THREADS": str(trainer)}
-    assert share.validator == {"OMP_NUM_THREADS": str(validator), "CUDA_VISIBLE_DEVICES": ""}
-    assert share.validator_device == "cpu"
-    assert share.validator_yields
+    for_trainer, for_validator, device = share_machine(gpus=[], cores=cores)
+    assert for_trainer == {"OMP_NUM_THREADS": str(trainer)}
+    assert for_validator == {"OMP_NUM_THREADS": str(validator), "CUDA_VISIBLE_DEVICES": ""}
+    assert device == "cpu"
 
 
 @pytest.mark.parametrize(("cores", "trainer", "validator"), [(1, 1, 1), (4, 2, 2), (16, 2, 14)])
 def test_a_trainer_with_the_only_gpu_leaves_all_cores_but_two(
     cores: int, trainer: int, validator: int
 ) -> None:
-    share = share_machine(gpus=["0"], cores=cores)
-    assert share.trainer == {"OMP_NUM_THREADS": str(trainer)}
-    assert share.validator == {"OMP_NUM_THREADS": str(validator), "CUDA_VISIBLE_DEVICES": ""}
-    assert share.validator_device == "cpu"
+    for_trainer, for_validator, device = share_machine(gpus=["0"], cores=cores)
+    assert for_trainer == {"OMP_NUM_THREADS": str(trainer)}
+    assert for_validator == {"OMP_NUM_THREADS": str(validator), "CUDA_VISIBLE_DEVICES": ""}
+    assert device == "cpu"
 
 
 @pytest.mark.parametrize("gpus", [["0", "1"], ["4", "7", "2"], ["GPU-a", "GPU-b"]])
 def test_with_several_gpus_the_trainer_gets_the_first_and_the_validator_the_last(
     gpus: list[str],
 ) -> None:
-    share = share_machine(gpus=gpus, cores=8)
-    assert share.trainer == {"CUDA_VISIBLE_DEVICES": gpus[0]}
-    assert share.validator == {"CUDA_VISIBLE_DEVICES": gpus[-1]}
-    assert share.validator_device == "cuda:0"
-    assert not share.validator_yields
+    for_trainer, for_validator, device = share_machine(gpus=gpus, cores=8)
+    assert for_trainer == {"CUDA_VISIBLE_DEVICES": gpus[0]}
+    assert for_validator == {"CUDA_VISIBLE_DEVICES": gpus[-1]}
+    assert device == "cuda:0"
 
 
 def test_each_training_process_gets_a_gpu_and_the_validator_the_last() -> None:
     gpus = ["0", "1", "2", "3"]
-    share = share_machine(gpus=gpus, cores=8, trainers=3)
-    assert share.trainer == {"CUDA_VISIBLE_DEVICES": "0,1,2"}
-    assert share.validator == {"CUDA_VISIBLE_DEVICES": "3"}
-    share = share_machine(gpus=gpus, cores=16, trainers=4)
-    assert share.trainer == {"OMP_NUM_THREADS": "2"}
-    assert share.validator == {"OMP_NUM_THREADS": "8", "CUDA_VISIBLE_DEVICES": ""}
-    assert share.validator_device == "cpu"
+    for_trainer, for_validator, device = share_machine(gpus=gpus, cores=8, trainers=3)
+    assert for_trainer == {"CUDA_VISIBLE_DEVICES": "0,1,2"}
+    assert for_validator == {"CUDA_VISIBLE_DEVICES": "3"}
+    for_trainer, for_validator, device = share_machine(gpus=gpus, cores=16, trainers=4)
+    assert for_trainer == {"OMP_NUM_THREADS": "2"}
+    assert for_validator == {"OMP_NUM_THREADS": "8", "CUDA_VISIBLE_DEVICES": ""}
+    assert device == "cpu"
 
 
 @pytest.mark.parametrize(("gpus", "trainers"), [([], 2), (["0"], 2), (["0", "1"], 3)])
