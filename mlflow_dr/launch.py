@@ -107,9 +107,8 @@ def _checked_training(
     validated = validated_collection(request.data)
     output, saves = str(request.trainer.output_dir), request.trainer.save_strategy != "no"
     resumption = resume.find_resumption(output, request.trainer.resume_from_checkpoint)
-    with resume.locked_output(*resume.output_directories(output, saves, resumption)):
-        if resumption is None and saves:
-            resume.check_output_dir(output, request.trainer.overwrite_output_dir)
+    with resume.claimed_output(output, resumption, saves, request.trainer.overwrite_output_dir):
+        pass
     return request, validated.name, resumption.run_id if resumption else None
 
 

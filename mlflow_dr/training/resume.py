@@ -15,7 +15,7 @@ import re
 import shutil
 import socket
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import MISSING, asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
@@ -134,35 +134,36 @@ def _named(checkpoint: Path) -> Resumption:
     return Resumption(run_id, checkpoint)
 
 
-def output_directories(
-    output_dir: str | Path, saves: bool, resumption: Resumption | None
-) -> list[Path]:
-    """The directories that a training locks.
+@contextmanager
+def claimed_output(
+    output_dir: str | Path, resumption: Resumption | None, saves: bool, overwrite: bool = False
+) -> Iterator[None]:
+    """Lock the directories that a training uses; the locks end with this process.
 
     Args:
         output_dir: the directory of the training's checkpoints.
-        saves: whether the training saves checkpoints.
         resumption: what it resumes from.
-    """
-    own = Path(output_dir)
-    if resumption is None:
-        return [own] if saves else []
-    begun = resumption.checkpoint.parent if resumption.checkpoint else own
-    return [own, begun] if saves else [begun]
-
-
-@contextmanager
-def locked_output(*directories: str | Path) -> Iterator[None]:
-    """Lock output directories against other trainings; the lock ends with this process.
+        saves: whether the training saves checkpoints.
+        overwrite: whether checkpoints of another training may be there.
 
     Raises:
-        UsageError: another training has locked a directory, or it cannot be written to.
+        UsageError: another training has locked a directory or has checkpoints there, or it cannot
+            be written to.
     """
-    if not directories:
-        yield
-        return
-    first, *rest = dict.fromkeys(Path(name).expanduser().absolute() for name in directories)
-    with _lock(first), locked_output(*rest):
+    own = Path(output_dir)
+    directories = [own] if saves else []
+    if resumption is not None:
+        directories.append(resumption.checkpoint.parent if resumption.checkpoint else own)
+    with ExitStack() as locks:
+        for directory in dict.fromkeys(path.expanduser().absolute() for path in directories):
+            locks.enter_context(_lock(directory))
+        others = list(checkpoints(own).values()) if saves and resumption is None else []
+        if others and not overwrite:
+            raise UsageError(
+                f"{own} has checkpoints of another training (such as {others[-1].name}); resume it "
+                "by --resume_from_checkpoint, remove them by --overwrite_output_dir, or give "
+                "another --output_dir"
+            )
         yield
 
 
@@ -191,21 +192,6 @@ def _lock(directory: Path) -> Iterator[None]:
         yield
     finally:
         lock.release()
-
-
-def check_output_dir(output_dir: str | Path, overwrite: bool) -> None:
-    """Refuse an output directory with checkpoints of another training, unless `overwrite`.
-
-    Raises:
-        UsageError: there are such checkpoints.
-    """
-    directory = Path(output_dir)
-    if not overwrite and (paths := list(checkpoints(directory).values())):
-        raise UsageError(
-            f"{directory} has checkpoints of another training (such as {paths[-1].name}); resume "
-            "it by --resume_from_checkpoint, remove them by --overwrite_output_dir, or give "
-            "another --output_dir"
-        )
 
 
 def begin_output(output_dir: str | Path, run_id: str) -> None:

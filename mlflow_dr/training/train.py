@@ -52,13 +52,11 @@ from mlflow_dr.training.publishing import (
 from mlflow_dr.training.resume import (
     Resumption,
     begin_output,
-    check_output_dir,
+    claimed_output,
     complete_checkpoints_until,
     find_resumption,
     incomplete_reason,
-    locked_output,
     note_changes,
-    output_directories,
     params_of,
 )
 from mlflow_dr.training.trainer import RetrieverTrainer
@@ -94,16 +92,14 @@ def train(request: TrainingRequest) -> str:
         logging.getLogger("mlflow_dr").setLevel(logging.WARNING)
         _train(request, open_data(request.data), None, resumption)
         return ""
-    with locked_output(*output_directories(str(arguments.output_dir), _saves(request), resumption)):
+    output, overwrites = str(arguments.output_dir), arguments.overwrite_output_dir
+    with claimed_output(output, resumption, _saves(request), overwrites):
         return _train_first(request, resumption)
 
 
 def _train_first(request: TrainingRequest, resumption: Resumption | None) -> str:
     """Train in the process that writes to MLflow and saves; returns the run's id."""
     arguments = request.trainer
-    begins_output = resumption is None and _saves(request)
-    if begins_output:
-        check_output_dir(str(arguments.output_dir), arguments.overwrite_output_dir)
     client = connect(request.publish.tracking_uri)
     data = open_data(request.data)
     run = open_run(
@@ -114,7 +110,7 @@ def _train_first(request: TrainingRequest, resumption: Resumption | None) -> str
     )
     log.info("run %s (%s)", run.id, run.name)
     with run.finish_on_exit("training"), system_metrics(run):
-        if begins_output:
+        if resumption is None and _saves(request):
             begin_output(str(arguments.output_dir), run.id)
         if resumption is not None:
             note_changes(run, request, resumption.name)

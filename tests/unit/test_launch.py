@@ -16,7 +16,7 @@ from mlflow_dr import launch
 from mlflow_dr.errors import UsageError
 from mlflow_dr.launch import SECONDS_TO_STOP, Child, _checked_training, _signal
 from mlflow_dr.tracking.runs import TrackedRun
-from mlflow_dr.training.resume import begin_output, locked_output
+from mlflow_dr.training.resume import begin_output, claimed_output
 
 STUBBORN = "import signal, time; signal.signal(signal.SIGTERM, signal.SIG_IGN); time.sleep(600)"
 PARENT = f"""
@@ -122,7 +122,7 @@ def test_an_output_directory_in_use_is_refused_before_there_is_a_run(
     """A run that is resumed twice would be ended for the training that has it."""
     folder = beir_folder({"p": "gulls"}, {"q": "birds"}, train={"q": {"p": 1}}, dev={"q": {"p": 1}})
     flags = ["--dataset", str(folder), "--use_cpu", "--output_dir", str(tmp_path / "out")]
-    with locked_output(tmp_path / "out"):
+    with claimed_output(tmp_path / "out", None, saves=True):
         assert _checked_training(flags, 1)[2] is None
         with pytest.raises(UsageError, match="another training"):
             _checked_training([*flags, "--save_steps", "2"], 1)
@@ -132,5 +132,8 @@ def test_an_output_directory_in_use_is_refused_before_there_is_a_run(
         _checked_training([*flags, "--save_steps", "2"], 1)
     resumed = [*flags, "--resume_from_checkpoint"]
     assert _checked_training(resumed, 1)[2] == "run-1"
-    with locked_output(tmp_path / "out"), pytest.raises(UsageError, match="another training"):
+    with (
+        claimed_output(tmp_path / "out", None, saves=True, overwrite=True),
+        pytest.raises(UsageError, match="another training"),
+    ):
         _checked_training(resumed, 1)

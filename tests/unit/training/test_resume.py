@@ -11,16 +11,15 @@ from filelock import FileLock
 from mlflow_dr.errors import UsageError
 from mlflow_dr.training.resume import (
     COMPLETE_FILE,
+    LOCK_FILE,
     RUN_FILE,
     Resumption,
     begin_output,
-    check_output_dir,
     checkpoints,
+    claimed_output,
     complete_checkpoints_until,
     find_resumption,
-    locked_output,
     mark_complete,
-    output_directories,
 )
 
 
@@ -126,10 +125,10 @@ def test_nothing_to_resume_is_one_line(tmp_path: Path, exists: bool) -> None:
 def test_checkpoints_of_another_training_are_not_mixed_with_new_ones(output: Path) -> None:
     (output / "mine.txt").write_text("kept")
     with pytest.raises(UsageError, match=r"checkpoint-100.*--overwrite_output_dir") as caught:
-        check_output_dir(output, overwrite=False)
+        claim(output)
     assert "\n" not in str(caught.value)
     assert find_resumption(output, "true") == Resumption("run-1", output / "checkpoint-100")
-    check_output_dir(output, overwrite=True)
+    claim(output, overwrite=True)
     begin_output(output, "run-2")
     assert find_resumption(output, "true") == Resumption("run-2", None)
     assert checkpoints(output) == {}
@@ -201,10 +200,17 @@ def test_a_damaged_run_file_is_one_line_with_a_hint(output: Path, text: str) -> 
     assert named == Resumption("run-1", output / "checkpoint-100")
 
 
+def claim(
+    output: Path, resumption: Resumption | None = None, saves: bool = True, overwrite: bool = False
+) -> None:
+    with claimed_output(output, resumption, saves, overwrite):
+        pass
+
+
 HOLDING = """
 import sys, time
-from mlflow_dr.training.resume import locked_output
-with locked_output(sys.argv[1]):
+from mlflow_dr.training.resume import claimed_output
+with claimed_output(sys.argv[1], None, saves=True):
     print("locked", flush=True)
     time.sleep(600)
 """
@@ -218,11 +224,8 @@ def test_a_second_training_in_an_output_directory_is_refused(tmp_path: Path) -> 
     )
     try:
         assert first.stdout is not None and first.stdout.readline() == "locked\n"
-        with (
-            pytest.raises(UsageError, match=f"another training .process {first.pid} on") as caught,
-            locked_output(tmp_path / "other", out),
-        ):
-            pass
+        with pytest.raises(UsageError, match=f"another training .process {first.pid} on") as caught:
+            claim(tmp_path / "other", Resumption("run-1", out / "checkpoint-5"))
         assert str(out) in str(caught.value)
         assert "\n" not in str(caught.value)
     finally:
@@ -230,29 +233,33 @@ def test_a_second_training_in_an_output_directory_is_refused(tmp_path: Path) -> 
         first.wait()
         assert first.stdout is not None
         first.stdout.close()
-    with locked_output(out, out, tmp_path / "other"):
-        pass
-    with locked_output():
-        pass
+    claim(out, Resumption("run-1", out / "checkpoint-5"))
 
 
 def test_an_output_directory_that_cannot_be_written_is_one_line(tmp_path: Path) -> None:
     (tmp_path / "out").write_text("a file")
-    with (
-        pytest.raises(UsageError, match="out: cannot be written to"),
-        locked_output(tmp_path / "out"),
-    ):
-        pass
+    with pytest.raises(UsageError, match="out: cannot be written to"):
+        claim(tmp_path / "out")
 
 
-def test_the_directories_that_a_training_locks(tmp_path: Path) -> None:
-    named = Resumption("run-1", tmp_path / "begun" / "checkpoint-5")
-    anew = Resumption("run-1", None)
-    assert output_directories("out", False, None) == []
-    assert output_directories("out", True, None) == [Path("out")]
-    assert output_directories("out", False, named) == [tmp_path / "begun"]
-    assert output_directories("out", True, named) == [Path("out"), tmp_path / "begun"]
-    assert output_directories("out", False, anew) == [Path("out")]
+@pytest.mark.parametrize(
+    ("resumed", "saves", "expected"),
+    [
+        (None, False, []),
+        (None, True, ["out"]),
+        ("begun/checkpoint-5", False, ["begun"]),
+        ("begun/checkpoint-5", True, ["begun", "out"]),
+        ("", False, ["out"]),
+    ],
+)
+def test_the_directories_that_a_training_locks(
+    tmp_path: Path, resumed: str | None, saves: bool, expected: list[str]
+) -> None:
+    resumption = None
+    if resumed is not None:
+        resumption = Resumption("run-1", tmp_path / resumed if resumed else None)
+    claim(tmp_path / "out", resumption, saves)
+    assert sorted(path.parent.name for path in tmp_path.rglob(LOCK_FILE)) == expected
 
 
 def test_a_read_only_directory_can_be_resumed_from(
@@ -262,6 +269,5 @@ def test_a_read_only_directory_can_be_resumed_from(
         raise OSError(errno.EROFS, "Read-only file system")
 
     monkeypatch.setattr(FileLock, "acquire", read_only)
-    with locked_output(tmp_path):
-        pass
+    claim(tmp_path)
     assert f"{tmp_path} cannot be locked" in caplog.text

@@ -31,7 +31,7 @@ from mlflow_dr.training.data import open_data
 from mlflow_dr.training.loss import Objective
 from mlflow_dr.training.parsing import parse_training
 from mlflow_dr.training.publishing import Publisher
-from mlflow_dr.training.resume import locked_output, mark_complete
+from mlflow_dr.training.resume import claimed_output, mark_complete
 from mlflow_dr.training.train import train
 from mlflow_dr.training.trainer import RetrieverTrainer
 
@@ -637,7 +637,7 @@ def test_a_second_training_in_one_output_directory_is_refused(
     """It is refused before it has a run; a training that saves nothing may share the directory."""
     flags = {"output_dir": tmp_path / "out"}
     before = len(client.search_runs([experiment]))
-    with locked_output(tmp_path / "out"):
+    with claimed_output(tmp_path / "out", None, saves=True):
         with pytest.raises(UsageError, match=r"another training .* is writing there"):
             trained(save_steps=2, **flags)
         assert len(client.search_runs([experiment])) == before
