@@ -22,6 +22,7 @@ from sentence_transformers.base.modules import Transformer
 from mlflow_dr.encoder import lora
 from mlflow_dr.encoder.checks import is_sentence_transformer, transformer_directories
 from mlflow_dr.encoder.config import EncoderConfig
+from mlflow_dr.encoder.files import adapter_chain
 from mlflow_dr.encoder.model import Encoder
 from mlflow_dr.encoder.tokenize import highest_id
 from mlflow_dr.errors import CheckpointError, quoted
@@ -67,7 +68,7 @@ class Backbone(Transformer):
             directory = Path(model_name_or_path) / options[name].pop("subfolder", "")
         model_options = options["model_kwargs"]
         model_options |= {"dtype": torch.float32, "weights_only": True}
-        *self._adapters, base = lora.adapter_chain(directory, model_options.get("cache_dir"))
+        *self._adapters, base = adapter_chain(directory, model_options.get("cache_dir"))
         if is_sentence_transformer(base) and base != directory:
             base = next(iter(transformer_directories(base)), base)
         self._base = base

@@ -1,4 +1,4 @@
-"""An encoder's files: the directory of a name, whether it is complete, and its training step."""
+"""An encoder's files: the directory of a name, its base, whether it is complete, and its step."""
 
 from __future__ import annotations
 
@@ -6,13 +6,14 @@ import json
 import re
 from pathlib import Path
 
-from mlflow_dr.errors import UsageError, one_line
+from mlflow_dr.errors import CheckpointError, UnavailableError, UsageError, one_line, quoted
 
 # what is downloaded from the hub
 PATTERNS = ("*.json", "*.txt", "*.model", "*.safetensors", "*.jinja", "*.py", "*_Dense/*.bin")
 PICKLED_WEIGHTS = ("pytorch_model*.bin",)
 
-CONFIGS = ("config.json", "adapter_config.json", "modules.json", "mlflow_dr.json")
+ADAPTER_CONFIG = "adapter_config.json"
+CONFIGS = ("config.json", ADAPTER_CONFIG, "modules.json", "mlflow_dr.json")
 INDEXES = ("model.safetensors.index.json", "pytorch_model.bin.index.json")
 WEIGHTS = ("*.safetensors", "pytorch_model*.bin", "adapter_model.bin")
 
@@ -61,6 +62,41 @@ def _from_hub(name: str, cache_dir: str | None) -> Path:
             "connect to the network, or name a directory"
         )
     return directory
+
+
+def adapter_chain(directory: Path, cache_dir: str | None = None) -> list[Path]:
+    """The directories of adapters that are based on one another, outermost first, then their base.
+
+    Args:
+        directory: with adapters, or the base itself.
+        cache_dir: the folder for files from the hub; Hugging Face's own cache when None.
+
+    Raises:
+        UnavailableError: a base is not on this machine and cannot be downloaded.
+        CheckpointError: a description is malformed, or adapters are based on themselves.
+    """
+    chain = [directory]
+    while (path := chain[-1] / ADAPTER_CONFIG).exists():
+        try:
+            name = json.loads(path.read_text(encoding="utf-8"))["base_model_name_or_path"]
+            if not name:
+                raise ValueError("base_model_name_or_path is empty")
+            base = encoder_directory(name, cache_dir)
+        except UsageError as error:
+            raise UnavailableError(
+                f"{chain[-1]} has adapters of another backbone: {error}"
+            ) from error
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise CheckpointError(
+                f"{path}: does not name a backbone ({one_line(error)})"
+            ) from error
+        if any(base.resolve() == other.resolve() for other in chain):
+            raise CheckpointError(
+                f"{path}: base_model_name_or_path {quoted(name)} leads back to adapters that are "
+                "based on it"
+            )
+        chain.append(base)
+    return chain
 
 
 def encoder_defect(directory: Path) -> str:

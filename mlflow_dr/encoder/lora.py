@@ -5,7 +5,6 @@ Hu et al., LoRA: Low-Rank Adaptation of Large Language Models, ICLR 2022; the la
 
 from __future__ import annotations
 
-import json
 import re
 import warnings
 from collections.abc import Collection, Iterator, Mapping, Sequence
@@ -17,18 +16,16 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from mlflow_dr.encoder.files import encoder_directory
+from mlflow_dr.encoder.files import ADAPTER_CONFIG
 from mlflow_dr.encoder.model import Encoder
 from mlflow_dr.errors import (
     CheckpointError,
     MissingExtraError,
-    UnavailableError,
     UsageError,
     one_line,
     quoted,
 )
 
-CONFIG = "adapter_config.json"
 WEIGHTS = "adapter_model.safetensors"
 # attention and feed-forward in most decoders; other backbones get adapters on all linear layers
 USUAL_TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "down_proj", "up_proj", "gate_proj")
@@ -132,41 +129,6 @@ def save_adapter(directory: Path, backbone: Any, state: Mapping[str, Tensor]) ->
     (directory / "README.md").unlink(missing_ok=True)  # peft's empty model card
 
 
-def adapter_chain(directory: Path, cache_dir: str | None = None) -> list[Path]:
-    """The directories of adapters that are based on one another, outermost first, then their base.
-
-    Args:
-        directory: with adapters, or the base itself.
-        cache_dir: the folder for files from the hub; Hugging Face's own cache when None.
-
-    Raises:
-        UnavailableError: a base is not on this machine and cannot be downloaded.
-        CheckpointError: a description is malformed, or adapters are based on themselves.
-    """
-    chain = [directory]
-    while (path := chain[-1] / CONFIG).exists():
-        try:
-            name = json.loads(path.read_text(encoding="utf-8"))["base_model_name_or_path"]
-            if not name:
-                raise ValueError("base_model_name_or_path is empty")
-            base = encoder_directory(name, cache_dir)
-        except UsageError as error:
-            raise UnavailableError(
-                f"{chain[-1]} has adapters of another backbone: {error}"
-            ) from error
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            raise CheckpointError(
-                f"{path}: does not name a backbone ({one_line(error)})"
-            ) from error
-        if any(base.resolve() == other.resolve() for other in chain):
-            raise CheckpointError(
-                f"{path}: base_model_name_or_path {quoted(name)} leads back to adapters that are "
-                "based on it"
-            )
-        chain.append(base)
-    return chain
-
-
 def with_adapters(directory: Path, backbone: Any) -> Any:
     """A bare backbone with a directory's adapters merged into it.
 
@@ -208,8 +170,8 @@ def _checked_config(peft: Any, directory: Path) -> Any:
         parts = [value] if isinstance(value, str) else list(value or ())
         if wrong := [part for part in parts if not PLAIN_NAME.fullmatch(str(part))]:
             raise CheckpointError(
-                f"{directory / CONFIG}: {name} has the regular expression {quoted(wrong[0])}; "
-                "expected names of layers"
+                f"{directory / ADAPTER_CONFIG}: {name} has the regular expression "
+                f"{quoted(wrong[0])}; expected names of layers"
             )
     return config
 

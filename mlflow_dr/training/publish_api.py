@@ -92,7 +92,7 @@ def publish_checkpoint(
         return None
     key = (tracking_uri(), active_run_id(run_id))
     source = _source(key, model, tokenizer, settings, keep=not wait)
-    publisher = _publisher(key, dataset, split)
+    publisher = _publisher(key, source, dataset, split)
     if not wait and publisher.refused and (error := publisher.error()) is not None:
         raise error
     is_new = publisher.publish(step, source, wait)
@@ -150,7 +150,9 @@ def prepared_run(run_id: str, dataset: str | None, split: str | None) -> Tracked
     return run
 
 
-def _publisher(key: tuple[str, str], dataset: str | None, split: str | None) -> Publisher:
+def _publisher(
+    key: tuple[str, str], source: CheckpointSource, dataset: str | None, split: str | None
+) -> Publisher:
     """The publisher of a run; dataset and split are noted on the run once."""
     note = (*key, dataset, split)
     if key in _publishers and note in _noted:
@@ -159,7 +161,7 @@ def _publisher(key: tuple[str, str], dataset: str | None, split: str | None) -> 
     _noted.add(note)
     if key not in _publishers:
         keep_in = Path(UNPUBLISHED, run.id)
-        publisher = Publisher(run, published=published_checkpoints(run), keep_in=keep_in)
+        publisher = Publisher(run, source, published_checkpoints(run), keep_in=keep_in)
         close_at_exit(publisher)
         _publishers[key] = publisher
     return _publishers[key]

@@ -122,7 +122,7 @@ class Publisher:
     def __init__(
         self,
         run: TrackedRun | None,
-        source: CheckpointSource | None = None,
+        source: CheckpointSource,
         published: Mapping[int, str] | None = None,
         attempts: int = ATTEMPTS,
         pause: float = SECONDS_BETWEEN_ATTEMPTS,
@@ -172,8 +172,6 @@ class Publisher:
         if self._is_closed:
             raise RuntimeError(f"step {step} was published after the publisher was closed")
         source = source or self._source
-        if source is None:
-            raise RuntimeError(f"step {step} has no source of weights")
         self.last_step = step
         if self._run is None:
             source.state()  # this process helps to gather the weights
