@@ -105,9 +105,10 @@ def _checked_training(
 
     request = parse_training(training, processes)
     validated = validated_collection(request.data)
-    output, saves = str(request.trainer.output_dir), request.trainer.save_strategy != "no"
-    resumption = resume.find_resumption(output, request.trainer.resume_from_checkpoint)
-    with resume.claimed_output(output, resumption, saves, request.trainer.overwrite_output_dir):
+    trainer = request.trainer
+    output, overwrites = str(trainer.output_dir), trainer.overwrite_output_dir
+    resumption = resume.find_resumption(output, trainer.resume_from_checkpoint)
+    with resume.claimed_output(output, resumption, request.saves, overwrites):
         pass
     return request, validated.name, resumption.run_id if resumption else None
 

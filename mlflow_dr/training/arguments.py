@@ -314,6 +314,11 @@ class TrainingRequest:
             check_values(vars(arguments))
         upsample_rates(self.data.train_files_upsample_rates)
 
+    @property
+    def saves(self) -> bool:
+        """Whether the training saves checkpoints to resume from."""
+        return bool(self.trainer.save_strategy != SaveStrategy.NO)
+
     def encoder_changes(self) -> dict[str, Any]:
         """The settings of the encoder that flags change."""
         settings = {

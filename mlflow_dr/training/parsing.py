@@ -108,9 +108,8 @@ def parse_training(argv: Sequence[str], processes: int = 1) -> TrainingRequest:
     check_values(given, lambda name: typed.get(name, name))
     translations = translated(given, typed)
     values = {**given, **translations}
-    recipe = recipe_of(
-        values["dataset_name"], values["train_dir"], values["recipe"], gc_dpr=is_gc_dpr(typed)
-    )
+    is_gc_dpr = not typed.keys().isdisjoint(GC_DPR_FLAGS)
+    recipe = recipe_of(values["dataset_name"], values["train_dir"], values["recipe"], is_gc_dpr)
     flags = [*recipe_flags(recipe, bool(given["use_cpu"])), *as_flags(translations), *argv]
     flags += _consequences(given, typed)
     try:
@@ -262,11 +261,6 @@ def translated(given: Mapping[str, Any], typed: Mapping[str, str]) -> dict[str, 
     if without := [f"--{name}" for name in WITHOUT_EFFECT if name in typed]:
         log.warning("%s: accepted, without effect", ", ".join(without))
     return values
-
-
-def is_gc_dpr(typed: Collection[str]) -> bool:
-    """Whether a command line with these flags comes from GC-DPR."""
-    return not set(typed).isdisjoint(GC_DPR_FLAGS)
 
 
 def _train_file(pattern: str) -> dict[str, str]:

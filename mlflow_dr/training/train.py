@@ -13,7 +13,6 @@ from types import FrameType
 
 from torch import distributed
 from transformers import TrainerCallback, set_seed
-from transformers.trainer_utils import SaveStrategy
 
 from mlflow_dr import compat
 from mlflow_dr.encoder.directory import restore_encoder
@@ -93,7 +92,7 @@ def train(request: TrainingRequest) -> str:
         _train(request, open_data(request.data), None, resumption)
         return ""
     output, overwrites = str(arguments.output_dir), arguments.overwrite_output_dir
-    with claimed_output(output, resumption, _saves(request), overwrites):
+    with claimed_output(output, resumption, request.saves, overwrites):
         return _train_first(request, resumption)
 
 
@@ -110,17 +109,13 @@ def _train_first(request: TrainingRequest, resumption: Resumption | None) -> str
     )
     log.info("run %s (%s)", run.id, run.name)
     with run.finish_on_exit("training"), system_metrics(run):
-        if resumption is None and _saves(request):
+        if resumption is None and request.saves:
             begin_output(str(arguments.output_dir), run.id)
         if resumption is not None:
             note_changes(run, request, resumption.name)
         _describe(run, request, data)
         _train(request, data, run, resumption)
     return run.id
-
-
-def _saves(request: TrainingRequest) -> bool:
-    return bool(request.trainer.save_strategy != SaveStrategy.NO)
 
 
 def _describe(run: TrackedRun, request: TrainingRequest, data: TrainingData) -> None:
@@ -321,7 +316,7 @@ def _closing(publisher: Publisher, request: TrainingRequest, stop: StopCallback)
         log.error("%s", error)
         return
     stopped = "training has stopped: " if publisher.refused else ""
-    hint = "; continue it with --resume_from_checkpoint" if _saves(request) else ""
+    hint = "; continue it with --resume_from_checkpoint" if request.saves else ""
     raise TrackingError(f"{stopped}{error}{hint}")
 
 
