@@ -21,6 +21,7 @@ from mlflow_dr import compat
 from mlflow_dr.collection.catalogue import JOIN, POOL_PREFIX
 from mlflow_dr.errors import UsageError
 from mlflow_dr.training.arguments import (
+    WITHOUT_MEANING,
     DataArguments,
     GcDprArguments,
     LossArguments,
@@ -36,15 +37,10 @@ log = logging.getLogger(__name__)
 
 LONGEST = 300
 MAPPINGS = {field.name for field in fields(RetrieverTrainingArguments) if "dict" in str(field.type)}
-WITHOUT_EFFECT = (
-    "pretrained_file",
-    "dev_batch_size",
-    "fp16_opt_level",
-    "global_loss_buf_sz",
-    "checkpoint_file_name",
-    "train_rolling_loss_step",
+WITHOUT_EFFECT = [
+    *(field.name for field in fields(GcDprArguments) if field.metadata["help"] == WITHOUT_MEANING),
     "local_rank",
-)
+]
 GC_DPR_FLAGS = (
     "train_file",
     "dev_file",
