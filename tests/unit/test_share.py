@@ -61,10 +61,10 @@ def test_more_training_processes_than_gpus_are_refused(gpus: list[str], trainers
 
 def test_only_usable_cores_are_counted(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(os, "sched_getaffinity", lambda pid: set(range(12)), raising=False)
-    assert share_machine(gpus=[]).trainer == {"OMP_NUM_THREADS": "9"}
+    assert share_machine(gpus=[])[0] == {"OMP_NUM_THREADS": "9"}
     monkeypatch.delattr(os, "sched_getaffinity")
     monkeypatch.setattr(os, "cpu_count", lambda: 8)
-    assert share_machine(gpus=[]).trainer == {"OMP_NUM_THREADS": "6"}
+    assert share_machine(gpus=[])[0] == {"OMP_NUM_THREADS": "6"}
 
 
 @pytest.mark.parametrize(
