@@ -37,7 +37,6 @@ from mlflow_dr.tracking.status import progress_summary, run_status, status_table
 from mlflow_dr.tracking.validations import (
     chosen_metric,
     recorded_values,
-    run_metrics,
     run_validations,
     subset_encoder_steps,
 )
@@ -238,7 +237,6 @@ def server(chance: Random, workdir: Path) -> Case:
             str,
             (
                 bound,
-                run_metrics(run),
                 chosen_metric(run, "val/mrr_at_10"),
                 subset_encoder_steps(bound),
             ),

@@ -54,19 +54,19 @@ class Best:
         return self.runner_up is not None and self.runner_up.value == self.first.value
 
 
-def find_best(run: TrackedRun, metric: str | None = None) -> Best:
+def find_best(run: TrackedRun, metric: Metric | str | None = None) -> Best:
     """The READY checkpoint with the highest value of a metric; among equal values the earliest.
 
     Args:
         run: whose checkpoints.
-        metric: a measure of a validation, such as `val/mrr_at_10`; the first measure of the
-            validation that began first when None.
+        metric: a measure of a validation, or its name, such as `val/mrr_at_10`; the first measure
+            of the validation that began first when None.
 
     Raises:
         UsageError: the run has no such metric.
         TrackingError: there is no value yet, or the server does not answer.
     """
-    chosen = chosen_metric(run, metric)
+    chosen = metric if isinstance(metric, Metric) else chosen_metric(run, metric)
     checkpoints = run_checkpoints(run)
     ready = [checkpoint for checkpoint in checkpoints if checkpoint.ready]
     scored = [

@@ -59,9 +59,14 @@ def bind_name(run: TrackedRun, name: str, config: Mapping[str, object]) -> dict[
         UsageError: the name was bound before, to something malformed.
         TrackingError: the server does not answer.
     """
-    return _config(
-        run, name, run.set_param_once(f"{PREFIX}{name}", json.dumps(config, sort_keys=True))
-    )
+    text = run.set_param_once(f"{PREFIX}{name}", json.dumps(config, sort_keys=True))
+    bound = parse_config(text)
+    if bound is None:
+        raise UsageError(
+            f"run {run.id}: param {PREFIX}{name} is not the configuration of a validation: "
+            f"{text!r:.80}; choose another --name for this validation"
+        )
+    return bound
 
 
 def check_same_config(
@@ -89,27 +94,6 @@ def _shown(config: Mapping[str, object], key: str) -> str:
     return repr(config[key]) if key in config else "not given"
 
 
-def stored_config(run: TrackedRun, name: str) -> dict[str, object] | None:
-    """The configuration that a validation's name is bound to on this run, if any.
-
-    Raises:
-        UsageError: it is bound to something malformed.
-        TrackingError: the server does not answer.
-    """
-    text = run.fetch().data.params.get(f"{PREFIX}{name}")
-    return _config(run, name, text) if text else None
-
-
-def _config(run: TrackedRun, name: str, text: str) -> dict[str, object]:
-    config = parse_config(text)
-    if config is None:
-        raise UsageError(
-            f"run {run.id}: param {PREFIX}{name} is not the configuration of a validation: "
-            f"{text!r:.80}; choose another --name for this validation"
-        )
-    return config
-
-
 def run_validations(run: TrackedRun) -> dict[str, dict[str, object]]:
     """The configuration that each validation's name is bound to on a run, by name.
 
@@ -118,7 +102,10 @@ def run_validations(run: TrackedRun) -> dict[str, dict[str, object]]:
     Raises:
         TrackingError: the server does not answer.
     """
-    params = run.fetch().data.params
+    return _configs(run.fetch().data.params)
+
+
+def _configs(params: Mapping[str, str]) -> dict[str, dict[str, object]]:
     return {
         key.removeprefix(PREFIX): config
         for key, value in sorted(params.items())
@@ -160,39 +147,31 @@ def metric_points(checkpoints: Iterable[Checkpoint], metric: Metric) -> list[tup
     ]
 
 
-def run_metrics(run: TrackedRun) -> dict[str, list[Metric]]:
-    """The metrics of each validation of a run, in the order of its measures.
-
-    Raises:
-        TrackingError: the server does not answer.
-    """
-    return {
-        name: [
-            Metric(name, key)
-            for key in str(config.get("measures", "")).replace("@", "_at_").split()
-        ]
-        for name, config in run_validations(run).items()
-    }
-
-
 def chosen_metric(run: TrackedRun, asked: str | None = None) -> Metric:
     """The metric that decides: higher is better.
 
     Args:
         run: whose.
-        asked: `NAME/MEASURE`, or a measure of the run's main validation, which is the one that was
-            begun first; its first measure when None. `mrr@10` stands for `mrr_at_10`.
+        asked: `NAME/MEASURE`, or a measure of the run's main validation; its first measure when
+            None. `mrr@10` stands for `mrr_at_10`. The main validation is the one that was begun
+            first, according to a param of the run; else `val`, else the first by name.
 
     Raises:
         UsageError: the run has no such metric.
         TrackingError: it has no validation yet, or the server does not answer.
     """
-    by_validation = {name: keys for name, keys in run_metrics(run).items() if keys}
+    params = run.fetch().data.params
+    by_validation = {
+        name: [Metric(name, key) for key in measures.replace("@", "_at_").split()]
+        for name, config in _configs(params).items()
+        if (measures := str(config.get("measures", "")).strip())
+    }
     if not by_validation:
         raise TrackingError(
             f"run {run.id} has no validation yet; `mlflow-dr validate --run-id {run.id}` starts one"
         )
-    first = main_validation(run, by_validation)
+    named = (params.get(MAIN_PARAM), FIRST_NAME)
+    first = next((name for name in named if name in by_validation), min(by_validation))
     if asked is None:
         return by_validation[first][0]
     name, slash, key = asked.rpartition("/")
@@ -203,24 +182,6 @@ def chosen_metric(run: TrackedRun, asked: str | None = None) -> Metric:
         )
         raise UsageError(f"run {run.id} has no metric {asked!r} to choose by; it has: {metrics}")
     return wanted
-
-
-def main_validation(run: TrackedRun, names: Iterable[str]) -> str:
-    """The validation that decides about a run's checkpoints if the user names none.
-
-    It is the one that was started first, according to a param of the run; else `val`, else the
-    first by name.
-
-    Args:
-        run: of the validations.
-        names: of its validations, at least one.
-
-    Raises:
-        TrackingError: the server does not answer.
-    """
-    names = list(names)
-    noted = run.fetch().data.params.get(MAIN_PARAM)
-    return next((name for name in (noted, FIRST_NAME) if name in names), min(names))
 
 
 def tag_validation_steps(run: TrackedRun, every: Mapping[str, int]) -> None:

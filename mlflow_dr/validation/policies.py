@@ -73,7 +73,7 @@ class Policies:
         top = max(points, key=lambda point: (point[1], -point[0]), default=None)
         if top is not None and self._marked.get(run.id) != top:
             # other validators mark, too, so the run is read again
-            mark_best(run, find_best(run, str(metric)))
+            mark_best(run, find_best(run, metric))
             self._marked[run.id] = top
         if config.patience is not None:
             # an expensive validation has too few points; the cheap one that it refines has all

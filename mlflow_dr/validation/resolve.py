@@ -45,7 +45,6 @@ from mlflow_dr.tracking.validations import (
     bind_name,
     check_same_config,
     run_validations,
-    stored_config,
     tag_validation_steps,
 )
 from mlflow_dr.validation.config import ValidateConfig
@@ -367,16 +366,14 @@ def _bind_settings(
     """
     settings = validation.settings
     device = resolve_device(settings.device)
-    stored = stored_config(run, validation.name) or {}
-    while True:
-        dtype = str(stored.get("dtype", AUTO)) if settings.dtype == AUTO else settings.dtype
-        chosen = replace(settings, device=str(device), dtype=resolve_dtype(dtype, device))
-        config = {**_result_config(data, chosen), **changes}
-        bound = bind_name(run, validation.name, config)
-        if bound.get("dtype") == config["dtype"] or stored == bound or settings.dtype != AUTO:
-            check_same_config(run, validation.name, bound, config)
-            return chosen
-        stored = bound  # a validator on another kind of machine was faster
+    chosen = replace(settings, device=str(device), dtype=resolve_dtype(settings.dtype, device))
+    config = {**_result_config(data, chosen), **changes}
+    bound = bind_name(run, validation.name, config)
+    if settings.dtype == AUTO:
+        chosen = replace(chosen, dtype=resolve_dtype(str(bound.get("dtype", AUTO)), device))
+        config["dtype"] = chosen.dtype
+    check_same_config(run, validation.name, bound, config)
+    return chosen
 
 
 def _result_config(data: EvalDataset, settings: EvalConfig) -> dict[str, object]:

@@ -31,7 +31,7 @@ from mlflow_dr.validation.worker import Job, Worker
 log = logging.getLogger(__name__)
 
 SECONDS_TO_RECORD = 5.0  # when it is to end at once
-SECONDS_BETWEEN_SUMMARIES = 10.0  # while there is work
+SECONDS_BETWEEN_SUMMARIES = 10.0  # of a run, while there is work
 # of a validator's time, while there is work; what is published now does not change the oldest
 SHARE_OF_SNAPSHOTS = {"oldest": 0.01, "newest": 0.1, "bisect": 0.1}
 
@@ -168,7 +168,8 @@ class _Validator:
             self._followed.checkpoints.mark_done(checkpoint)
         if start >= self._summarize_at or not self._scheduler.has_free:
             self._patiently(partial(self._summarize, snapshot))
-            self._summarize_at = start + SECONDS_BETWEEN_SUMMARIES
+            # several validators share this work
+            self._summarize_at = start + SECONDS_BETWEEN_SUMMARIES * self._scheduler.validators
         # where thousands wait, a snapshot takes long, and is taken less often
         share = SHARE_OF_SNAPSHOTS[self._config.order]
         return snapshot, end + max(self._config.poll_seconds, (end - start) / share)

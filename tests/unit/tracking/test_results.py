@@ -29,7 +29,6 @@ from mlflow_dr.tracking.validations import (
     check_same_config,
     metric_value,
     run_validations,
-    stored_config,
 )
 
 DATASET = ("demo", "abc")
@@ -161,11 +160,11 @@ def test_a_failure_is_recorded_with_its_reason(
 def test_a_name_stands_for_one_configuration(run: TrackedRun) -> None:
     """Of several that bind it at the same time, too: MLflow takes a param's first value."""
     first, second = {"measures": "mrr@10"}, {"measures": "ndcg@10"}
-    assert stored_config(run, "val") is None
+    assert run_validations(run).get("val") is None
     assert bind_name(run, "val", first) == first
     assert bind_name(run, "val", first) == first
     assert bind_name(run, "val", second) == first
-    assert stored_config(run, "val") == first
+    assert run_validations(run).get("val") == first
     assert bind_name(run, "other", second) == second
     check_same_config(run, "val", first, first)
     with pytest.raises(UsageError, match=r"mrr@10.*ndcg@10.*--name"):
@@ -211,8 +210,6 @@ def test_a_malformed_record_counts_as_a_failure(
 @pytest.mark.parametrize("text", ["abc", "[1]", "[" * 5000], ids=lambda text: text[:20])
 def test_a_name_without_a_configuration(run: TrackedRun, text: str) -> None:
     run.log_params({f"{PREFIX}val": text, f"{PREFIX}test": "{}"})
-    with pytest.raises(UsageError, match="another --name"):
-        stored_config(run, "val")
     with pytest.raises(UsageError, match="another --name"):
         bind_name(run, "val", {"depth": 10})
     assert list(run_validations(run)) == ["test"]

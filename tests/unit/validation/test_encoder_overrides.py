@@ -13,7 +13,7 @@ from mlflow_dr.encoder.model import Encoder
 from mlflow_dr.errors import UsageError
 from mlflow_dr.tracking.following import FollowedDirectory, FollowedRun
 from mlflow_dr.tracking.runs import TrackedRun
-from mlflow_dr.tracking.validations import stored_config
+from mlflow_dr.tracking.validations import run_validations
 from mlflow_dr.validation.validator import Counts, run_validator
 from tests.unit.validation.configuring import VALIDATION, configured
 
@@ -39,7 +39,7 @@ def test_a_length_that_no_checkpoint_allows_reserves_no_name(
     publishing(1)
     with pytest.raises(UsageError, match="passage_max_length is 100000"):
         validated(run, p_max_len=100_000)
-    assert stored_config(run, "val") is None
+    assert run_validations(run).get("val") is None
     assert validated(run, p_max_len=16).done == 1
     with pytest.raises(UsageError, match="another configuration"):
         validated(run)
@@ -55,7 +55,7 @@ def test_a_tokenizer_that_does_not_fit_reserves_no_name(
     save_encoder(tmp_path / "larger", tiny_encoder(many * 3, EncoderConfig()))
     with pytest.raises(UsageError, match="step 1 cannot be read with tokenizer"):
         validated(run, tokenizer=str(tmp_path / "larger"))
-    assert stored_config(run, "val") is None
+    assert run_validations(run).get("val") is None
     assert validated(run).done == 1
 
 
@@ -65,10 +65,10 @@ def test_a_name_is_reserved_with_the_first_checkpoint(
     with pytest.raises(UsageError, match="no split 'test'"):
         validated(run, {**VALIDATION, "split": "test"}, pooling="max")
     assert validated(run, pooling="max").done == 0
-    assert stored_config(run, "val") is None
+    assert run_validations(run).get("val") is None
     publishing(1)
     assert validated(run, pooling="max").done == 1
-    assert (stored_config(run, "val") or {})["pooling"] == "max"
+    assert (run_validations(run).get("val") or {})["pooling"] == "max"
 
 
 def test_a_directory_that_has_no_checkpoints_yet(
@@ -80,7 +80,7 @@ def test_a_directory_that_has_no_checkpoints_yet(
     def save(seconds: float) -> None:
         if not (tmp_path / "output/checkpoint-3").exists():
             save_encoder(tmp_path / "output/checkpoint-3", make_tiny())
-        elif stored_config(run, "val"):
+        elif run_validations(run).get("val"):
             run.finish("FINISHED")
 
     plan = configured(VALIDATION, pooling="mean", poll_seconds=0.01)
