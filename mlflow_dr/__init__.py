@@ -16,7 +16,8 @@ from mlflow_dr.version import VERSION
 
 if TYPE_CHECKING:
     from mlflow_dr.collection.catalogue import open_collection
-    from mlflow_dr.encoder.directory import load_encoder, save_encoder
+    from mlflow_dr.encoder.directory import load_encoder
+    from mlflow_dr.encoder.saving import save_encoder
     from mlflow_dr.mining.mine import MiningConfig, mine
     from mlflow_dr.mining.rule import Rule
     from mlflow_dr.training.parsing import parse_training
@@ -64,7 +65,7 @@ _HOMES = {
     "open_collection": "mlflow_dr.collection.catalogue",
     "parse_training": "mlflow_dr.training.parsing",
     "publish_checkpoint": "mlflow_dr.training.publish_api",
-    "save_encoder": "mlflow_dr.encoder.directory",
+    "save_encoder": "mlflow_dr.encoder.saving",
     "train": "mlflow_dr.training.train",
 }
 

@@ -17,8 +17,8 @@ from benchmarks.server import Server
 from mlflow_dr.collection.catalogue import open_collection
 from mlflow_dr.encoder.backbone import tiny_encoder
 from mlflow_dr.encoder.config import EncoderConfig
-from mlflow_dr.encoder.directory import save_encoder
 from mlflow_dr.encoder.model import Encoder
+from mlflow_dr.encoder.saving import save_encoder
 from mlflow_dr.errors import MlflowDrError
 from mlflow_dr.tracking.artifacts import per_query_values
 from mlflow_dr.tracking.checkpoints import checkpoint_by_id, publish

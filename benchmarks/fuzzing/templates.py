@@ -33,9 +33,9 @@ def make_templates(folder: Path, made: dict[str, Path]) -> None:
 
     from mlflow_dr.encoder.backbone import tiny_encoder
     from mlflow_dr.encoder.config import EncoderConfig
-    from mlflow_dr.encoder.directory import save_encoder
     from mlflow_dr.encoder.lora import add_lora
     from mlflow_dr.encoder.model import untie, with_projection
+    from mlflow_dr.encoder.saving import save_encoder
 
     torch.manual_seed(0)
     texts = [f"{title} {text}" for _, title, text in PASSAGES] + QUERY_TEXTS

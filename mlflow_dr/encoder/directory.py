@@ -1,36 +1,30 @@
-"""The encoder's directory, which `mlflow_dr`, sentence-transformers and AutoModel all load.
+"""Loading an encoder from a directory: ours, one of sentence-transformers, or a bare backbone's.
 
-config.json, model.safetensors, tokenizer*      the backbone, for AutoModel
-modules.json, 1_Pooling/, 2_Dense/, ...         the rest, as sentence-transformers writes it
-mlflow_dr.json                                  settings that sentence-transformers does not have
-query/                                          the encoder of queries, if it is another one
-adapter_config.json, adapter_model.safetensors  instead of a backbone: adapters of another one
+sentence-transformers reads its own directories and ours. An encoder gives the vectors that the
+library gives (`encode_query`, `encode_document`), and its dot product is the library's
+`similarity`. Layout, of versions 2 to 6:
+https://sbert.net/docs/package_reference/sentence_transformer/models.html
 """
 
 from __future__ import annotations
 
-import copy
 import json
 import logging
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from safetensors.torch import load_file
-from torch import Tensor
-
-from mlflow_dr.encoder import lora
-from mlflow_dr.encoder import sentence_transformers as st
+from mlflow_dr import compat
 from mlflow_dr.encoder.checks import (
-    KIND,
-    LENGTHS,
+    INCLUDE_PROMPT,
     LIBRARY,
     MODULES,
-    ROUTER,
+    ROUTERS,
     SETTINGS,
     SOURCES,
+    all_modules,
     check_agreement,
     check_description,
     checkpoint_errors,
@@ -38,19 +32,27 @@ from mlflow_dr.encoder.checks import (
 )
 from mlflow_dr.encoder.config import EncoderConfig
 from mlflow_dr.encoder.files import encoder_directory
-from mlflow_dr.encoder.model import TOKENS, Encoder, is_adapted, positions, shortest, with_settings
-from mlflow_dr.errors import CheckpointError, one_line, quoted
-from mlflow_dr.files import grant_umask_modes
+from mlflow_dr.encoder.model import (
+    SUPPORTED,
+    TOKENS,
+    UNLIMITED,
+    Encoder,
+    is_normalized,
+    is_static,
+    positions,
+    shortest,
+    with_settings,
+)
+from mlflow_dr.errors import CheckpointError, UsageError, one_line, quoted
 
 log = logging.getLogger(__name__)
 
 CONFIG = "mlflow_dr.json"
-QUERY_FOLDER = "query"
 LAYOUT = 2
 OWN_SETTINGS = {"title_separator": str, "strip_question_mark": bool}
 LONGEST_BY_DEFAULT = 512
-TYPE = LIBRARY + "models.{}"
-"""The name of a module's class that all versions of sentence-transformers know."""
+# task -> names of its prompt, in the library's order
+PROMPTS = {"query": ("query",), "document": ("document", "passage", "corpus")}
 
 
 def load_encoder(
@@ -116,10 +118,20 @@ def load_encoder(
 
 def _load_described(directory: Path, backbone_class: type, options: dict[str, Any]) -> Encoder:
     """An encoder that the files of sentence-transformers describe; ours are among them."""
+    from sentence_transformers import SentenceTransformer
+
     is_ours = os.path.lexists(directory / CONFIG)  # a dangling link counts, too
     own = _own_settings(directory / CONFIG) if is_ours else {}
-    model = st.load_model(directory, backbone_class, **options)
-    encoder = st.encoder_from_model(model, directory, own)
+    kinds = [kind for kind, _ in all_modules(directory) if kind.endswith(".Transformer")]
+    model = compat.load_with_module_classes(
+        SentenceTransformer,
+        str(directory),
+        dict.fromkeys(kinds, backbone_class),
+        device="cpu",
+        local_files_only=True,
+        **options,
+    )
+    encoder = encoder_from_model(model, directory, own)
     if not is_ours:
         check_agreement(model, encoder, directory)
     return encoder
@@ -179,181 +191,118 @@ def _own_settings(path: Path) -> dict[str, Any]:
     return own
 
 
-def save_encoder(
-    directory: Path,
-    encoder: Encoder,
-    state: Mapping[str, Tensor] | None = None,
-    merged: bool = True,
-) -> None:
-    """Write an encoder so that mlflow_dr, sentence-transformers and AutoModel can load it.
+def encoder_from_model(model: Any, name: object, own: Mapping[str, Any] | None = None) -> Encoder:
+    """An encoder made of the modules of a SentenceTransformer; they share their weights.
 
     Args:
-        directory: does not exist yet.
-        encoder: what to write.
-        state: weights to write instead of the encoder's own, under the names of
-            `encoder.state_dict()`, such as a copy of those of an encoder that is being trained.
-        merged: whether adapters become part of the backbone's weights; without this only the
-            adapters are written.
+        model: the library's model.
+        name: what an error names.
+        own: settings that the library does not have.
+
+    Raises:
+        CheckpointError: the model has modules or settings that are not supported.
     """
-    state = state if state is not None else encoder.state_dict()
-    length = encoder.settings.passage_max_length
-    modules = _save_part(directory, encoder, state, merged, length)
-    if encoder.untied_query_encoder is not None:
-        query_encoder = encoder.untied_query_encoder
-        query_modules = _save_part(
-            directory / QUERY_FOLDER,
-            query_encoder,
-            _part_of(state, "untied_query_encoder."),
-            merged,
-            query_encoder.settings.query_max_length,
+    query, document = (_modules_of(model, task, name) for task in PROMPTS)
+    is_cosine = model.similarity_fn_name == "cosine"
+    try:
+        config = EncoderConfig(
+            query_prompt=_prompt(model, "query"),
+            passage_prompt=_prompt(model, "document"),
+            query_max_length=_max_length(query[0], "query"),
+            passage_max_length=_max_length(document[0], "document"),
+            **(own or {}),
         )
-        _write_router(directory, modules, query_modules)
+        untied = None if query == document else _encoder_of_modules(query, config, is_cosine)
+        return _encoder_of_modules(document, config, is_cosine, untied)
+    except (UsageError, ValueError) as error:
+        raise CheckpointError(f"{name}: {error}") from error
 
 
-def _save_part(
-    directory: Path, encoder: Encoder, state: Mapping[str, Tensor], merged: bool, length: int
-) -> list[tuple[str, str]]:
-    """Write one encoder, without an untied query encoder.
+def _encoder_of_modules(
+    modules: Sequence[Any],
+    config: EncoderConfig,
+    is_cosine: bool,
+    untied_query_encoder: Encoder | None = None,
+) -> Encoder:
+    from sentence_transformers.sentence_transformer.modules import Normalize
 
-    Args:
-        directory: does not exist yet.
-        encoder: what to write.
-        state: its weights.
-        merged: as in `save_encoder`.
-        length: the most tokens of a text that `SentenceTransformer.encode` is given, neither as a
-            query nor as a document.
+    source, *head = modules
+    if (config.query_prompt or config.passage_prompt) and not all(
+        getattr(module, "include_prompt", True) for module in head
+    ):
+        raise UsageError(INCLUDE_PROMPT)
+    if is_cosine and not is_normalized(head):
+        head.append(Normalize())
+    if is_static(source):
+        backbone, tokenizer = source, _static_tokenizer(source.tokenizer)
+    else:
+        backbone, tokenizer = source.model, source.tokenizer
+        limit = positions(backbone) or UNLIMITED  # the other task may have another backbone
+        config = replace(
+            config,
+            query_max_length=min(config.query_max_length, limit),
+            passage_max_length=min(config.passage_max_length, limit),
+        )
+    return Encoder(backbone, tokenizer, config, untied_query_encoder, head)
 
-    Returns:
-        Type and folder of its modules.
-    """
-    directory.mkdir(parents=True)
-    _save_backbone(directory, encoder, _part_of(state, "backbone."), merged)
-    head: Any = copy.deepcopy(encoder.head)
-    head.load_state_dict(_part_of(state, "head."))
-    modules = [(SOURCES[1 if encoder.is_static else 0], "")]
-    for index, module in enumerate(head, start=1):
-        folder = _module_folder(index, module)
-        (directory / folder).mkdir()
-        module.save(str(directory / folder))
-        modules.append((type(module).__name__, folder))
-    _write_modules(directory, modules)
-    config = encoder.settings
-    query, passage = config.query_max_length, config.passage_max_length
-    lengths = {} if query == passage else {"query_length": query, "document_length": passage}
-    if not encoder.is_static:
-        values = {"max_seq_length": length, "do_lower_case": config.lowercase, **lengths}
-        _write(directory / LENGTHS, values)
-    _write(
-        directory / SETTINGS,
-        {
-            "model_type": KIND,
-            "prompts": {"query": config.query_prompt, "document": config.passage_prompt},
-            "default_prompt_name": None,
-            "similarity_fn_name": "cosine" if config.normalize else "dot",
-        },
-    )
-    own = {name: getattr(config, name) for name in OWN_SETTINGS}
-    _write(directory / CONFIG, {"layout": LAYOUT, "encoder": own})
-    grant_umask_modes(directory)  # safetensors writes files that only their owner can read
+
+def _static_tokenizer(tokenizer: Any) -> Any:
+    """The tokenizer of a table of token vectors, as transformers' class without special tokens."""
+    from tokenizers import Tokenizer
+    from tokenizers.processors import Sequence
+    from transformers import PreTrainedTokenizerFast
+
+    plain = Tokenizer.from_str(tokenizer.to_str())
+    plain.post_processor = Sequence([])
+    return PreTrainedTokenizerFast(tokenizer_object=plain)
+
+
+def _modules_of(model: Any, task: str, name: object) -> list[Any]:
+    """The modules for the texts of a task; of a router, those of the task's route."""
+    modules: list[Any] = []
+    for module in model:
+        if type(module).__name__ in ROUTERS:
+            modules += module.sub_modules[compat.text_route(module, task)]
+        else:
+            modules.append(module)
+    kinds = [_kind(module) for module in modules]
+    wrong = [kind for kind in kinds[:1] if kind not in SOURCES]
+    wrong += [kind for kind in kinds[1:] if kind not in SUPPORTED]
+    if wrong or not modules:
+        raise CheckpointError(
+            f"{name}: a {wrong[0] if wrong else 'missing'} module is not supported; expected "
+            f"{' or '.join(SOURCES)}, then {', '.join(SUPPORTED)}"
+        )
     return modules
 
 
-def _write_router(
-    directory: Path, modules: list[tuple[str, str]], query_modules: list[tuple[str, str]]
-) -> None:
-    """Describe an encoder of documents and one of queries to sentence-transformers.
-
-    Args:
-        directory: the encoder of documents; the encoder of queries is inside it.
-        modules: type and folder of the modules of documents.
-        query_modules: those of queries, in the folder of the encoder of queries.
-    """
-    routes = {
-        "document": [(kind, path or ".") for kind, path in modules],
-        "query": [
-            (kind, f"{QUERY_FOLDER}/{path}" if path else QUERY_FOLDER)
-            for kind, path in query_modules
-        ],
-    }
-    types = {path: TYPE.format(kind) for route in routes.values() for kind, path in route}
-    _write(
-        directory / ROUTER,
-        {
-            "types": types,
-            "structure": {name: [path for _, path in route] for name, route in routes.items()},
-            "parameters": {"default_route": "document", "allow_empty_key": True},
-        },
-    )
-    _write_modules(directory, [("Router", "")])
+def _kind(module: object) -> str:
+    """The library's name of a module; the module's class may be derived from the library's."""
+    kinds = type(module).__mro__
+    names = (kind.__name__ for kind in kinds if kind.__module__.startswith(LIBRARY))
+    return next(names, kinds[0].__name__)
 
 
-def _write_modules(directory: Path, modules: list[tuple[str, str]]) -> None:
-    described = [
-        {"idx": index, "name": str(index), "path": path, "type": TYPE.format(kind)}
-        for index, (kind, path) in enumerate(modules)
-    ]
-    _write(directory / MODULES, described)
+def _prompt(model: Any, task: str) -> str:
+    """What the library puts before a task's texts: the task's prompt, or the default prompt."""
+    names = [*PROMPTS[task], model.default_prompt_name]
+    name = next((name for name in PROMPTS[task] if name in model.prompts), names[-1])
+    prompt = str(model.prompts.get(name) or "")
+    unused = [other for other in names if other != name and model.prompts.get(other)]
+    if not prompt and unused:
+        log.warning(
+            "the model has a prompt %r, which sentence-transformers does not put before a %s, so "
+            "it is not used; name it %r in %s to use it",
+            *(unused[0], task, PROMPTS[task][0], SETTINGS),
+        )
+    return prompt
 
 
-def _module_folder(index: int, module: object) -> str:
-    """The folder of a module of the head, counted from 1."""
-    return f"{index}_{type(module).__name__}"
-
-
-def _save_backbone(
-    directory: Path, encoder: Encoder, state: dict[str, Tensor], merged: bool
-) -> None:
-    from mlflow_dr.encoder.backbone import quiet_transformers
-
-    backbone = encoder.backbone
-    if encoder.is_static:
-        table = copy.deepcopy(backbone)
-        table.load_state_dict(state)
-        table.save(str(directory))
-        return
-    with quiet_transformers():
-        if is_adapted(backbone) and not merged:
-            lora.save_adapter(directory, backbone, state)
-        else:
-            if is_adapted(backbone):
-                backbone, state = lora.merged_weights(backbone, state)
-            backbone.save_pretrained(directory, state_dict=state)
-    encoder.tokenizer.save_pretrained(directory)
-
-
-def restore_encoder(directory: Path, encoder: Encoder, trust_remote_code: bool = False) -> None:
-    """Read weights that `save_encoder(..., merged=False)` wrote back into an encoder.
-
-    Args:
-        directory: what `save_encoder` wrote.
-        encoder: gets the weights; one with adapters gets the weights that are not its base's.
-        trust_remote_code: whether code in the directory may run.
-
-    Raises:
-        CheckpointError: the directory is damaged, or its encoder has another shape.
-    """
-    with checkpoint_errors(directory):
-        if not is_adapted(encoder.backbone):
-            saved = load_encoder(
-                directory, trust_remote_code=trust_remote_code, safetensors_only=True
-            )
-            encoder.load_state_dict(saved.state_dict())
-            return
-        lora.restore_adapter(directory, encoder.backbone)
-        for index, module in enumerate(encoder.head, start=1):
-            if module.state_dict():
-                folder = directory / _module_folder(index, module)
-                module.load_state_dict(load_file(folder / "model.safetensors"))
-        if encoder.untied_query_encoder is not None:
-            restore_encoder(
-                directory / QUERY_FOLDER, encoder.untied_query_encoder, trust_remote_code
-            )
-
-
-def _part_of(state: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
-    """The weights of one module, under the names that they have in it."""
-    return {key.removeprefix(prefix): v for key, v in state.items() if key.startswith(prefix)}
-
-
-def _write(path: Path, values: Any) -> None:
-    path.write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
+def _max_length(source: Any, task: str) -> int:
+    """The most tokens of a text: the library's limit, or the backbone's positions if fewer."""
+    if is_static(source):
+        return int((source.tokenizer.truncation or {}).get("max_length", UNLIMITED))
+    by_task = source.query_length if task == "query" else source.document_length
+    configured = source.processing_kwargs.get("text", {}).get("max_length")
+    limit = configured or by_task or source.max_seq_length
+    return shortest(limit, positions(source.model), default=UNLIMITED)

@@ -13,9 +13,8 @@ from torch import Tensor, nn
 
 from mlflow_dr import compat
 from mlflow_dr.encoder import checks
-from mlflow_dr.encoder import sentence_transformers as st
 from mlflow_dr.encoder.config import EncoderConfig
-from mlflow_dr.encoder.directory import CONFIG, load_encoder
+from mlflow_dr.encoder.directory import CONFIG, encoder_from_model, load_encoder
 from mlflow_dr.encoder.model import Encoder, positions, shortest
 from mlflow_dr.errors import CheckpointError, UsageError
 from mlflow_dr.training.publishing import CheckpointSource, EncoderSource
@@ -46,7 +45,7 @@ class SentenceTransformerSource:
 
     def __init__(self, model: Any) -> None:
         try:
-            st.encoder_from_model(model, "this SentenceTransformer")
+            encoder_from_model(model, "this SentenceTransformer")
         except CheckpointError as error:
             raise UsageError(str(error)) from error
         if model.similarity_fn_name not in checks.SIMILARITIES:

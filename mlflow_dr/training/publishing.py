@@ -17,8 +17,8 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from mlflow_dr import compat
-from mlflow_dr.encoder.directory import save_encoder
 from mlflow_dr.encoder.model import Encoder, is_adapted
+from mlflow_dr.encoder.saving import save_encoder
 from mlflow_dr.errors import MlflowDrError, TrackingError, one_line
 from mlflow_dr.files import atomic_write, grant_umask_modes, scratch
 from mlflow_dr.tracking.checkpoints import (

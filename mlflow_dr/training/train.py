@@ -15,7 +15,7 @@ from torch import distributed
 from transformers import TrainerCallback, set_seed
 
 from mlflow_dr import compat
-from mlflow_dr.encoder.directory import restore_encoder
+from mlflow_dr.encoder.saving import restore_encoder
 from mlflow_dr.errors import TrackingError
 from mlflow_dr.tracking.checkpoints import fail_pending_checkpoints
 from mlflow_dr.tracking.client import connect

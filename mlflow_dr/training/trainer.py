@@ -26,8 +26,8 @@ from transformers.trainer_callback import PrinterCallback
 from transformers.trainer_utils import rotate_checkpoints
 
 from mlflow_dr import compat
-from mlflow_dr.encoder.directory import restore_encoder, save_encoder
 from mlflow_dr.encoder.model import Encoder
+from mlflow_dr.encoder.saving import restore_encoder, save_encoder
 from mlflow_dr.errors import CheckpointError, MlflowDrError, TrainingError, one_line
 from mlflow_dr.files import grant_umask_modes, is_full
 from mlflow_dr.retrieval.encode import plan_batches

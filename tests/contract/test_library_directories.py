@@ -24,8 +24,9 @@ from sentence_transformers.sentence_transformer.modules import (
 from torch import nn
 
 from mlflow_dr.collection.records import Passage, Query
-from mlflow_dr.encoder.directory import load_encoder, save_encoder
+from mlflow_dr.encoder.directory import load_encoder
 from mlflow_dr.encoder.model import Encoder
+from mlflow_dr.encoder.saving import save_encoder
 from mlflow_dr.encoder.token_table import token_table
 from mlflow_dr.encoder.tokenize import TextTokenizer
 from mlflow_dr.errors import CheckpointError

@@ -306,7 +306,7 @@ def tiny_directory(collection: Path, tmp_path_factory: pytest.TempPathFactory) -
 
     from mlflow_dr.encoder.backbone import tiny_encoder
     from mlflow_dr.encoder.config import EncoderConfig
-    from mlflow_dr.encoder.directory import save_encoder
+    from mlflow_dr.encoder.saving import save_encoder
 
     lines = (collection / "corpus.jsonl").read_text().splitlines()
     directory = tmp_path_factory.mktemp("encoders") / "tiny"
@@ -387,7 +387,8 @@ def publish_noise(
 def _save_noise(source: Path, directory: Path, seed: int) -> None:
     import torch
 
-    from mlflow_dr.encoder.directory import load_encoder, save_encoder
+    from mlflow_dr.encoder.directory import load_encoder
+    from mlflow_dr.encoder.saving import save_encoder
 
     encoder = load_encoder(source)
     noise = torch.Generator().manual_seed(seed)

@@ -211,7 +211,8 @@ def test_nothing_to_resume_is_one_line(trainings: Trainings, tmp_path: Path) -> 
 def test_a_nan_loss_is_one_line_and_a_failed_run(
     trainings: Trainings, tmp_path: Path, tiny_directory: Path
 ) -> None:
-    from mlflow_dr.encoder.directory import load_encoder, save_encoder
+    from mlflow_dr.encoder.directory import load_encoder
+    from mlflow_dr.encoder.saving import save_encoder
 
     encoder = load_encoder(tiny_directory)
     next(encoder.parameters()).data.fill_(float("nan"))

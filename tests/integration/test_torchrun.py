@@ -27,7 +27,8 @@ def free_port() -> int:
 @pytest.fixture(scope="module")
 def still_directory(tiny_directory: Path, tmp_path_factory: Any) -> Path:
     """The tiny encoder without dropout, because dropout differs between one process and two."""
-    from mlflow_dr.encoder.directory import load_encoder, save_encoder
+    from mlflow_dr.encoder.directory import load_encoder
+    from mlflow_dr.encoder.saving import save_encoder
 
     encoder = load_encoder(tiny_directory)
     encoder.backbone.config.hidden_dropout_prob = 0.0

@@ -6,8 +6,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 import mlflow_dr
-from mlflow_dr.encoder.directory import save_encoder
 from mlflow_dr.encoder.model import Encoder
+from mlflow_dr.encoder.saving import save_encoder
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 

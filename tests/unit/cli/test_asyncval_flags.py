@@ -13,8 +13,8 @@ from mlflow_dr.cli.evaluate import evaluate_command
 from mlflow_dr.cli.options import from_flags
 from mlflow_dr.cli.validate import validate_command
 from mlflow_dr.collection.asyncval import AsyncvalFiles
-from mlflow_dr.encoder.directory import save_encoder
 from mlflow_dr.encoder.model import Encoder
+from mlflow_dr.encoder.saving import save_encoder
 from mlflow_dr.errors import UsageError
 from mlflow_dr.retrieval.measures import parse_measures
 from mlflow_dr.tracking.following import FollowedDirectory

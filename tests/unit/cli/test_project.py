@@ -12,8 +12,8 @@ from mlflow import MlflowClient
 from mlflow_dr.cli.collections import mine_command
 from mlflow_dr.cli.evaluate import evaluate_command
 from mlflow_dr.cli.validate import validate_command
-from mlflow_dr.encoder.directory import save_encoder
 from mlflow_dr.encoder.model import Encoder
+from mlflow_dr.encoder.saving import save_encoder
 from mlflow_dr.errors import MlflowDrError
 from mlflow_dr.tracking.checkpoints import publish
 from mlflow_dr.tracking.runs import RUN_VARIABLE, TrackedRun

@@ -12,8 +12,9 @@ from mlflow.store.artifact.local_artifact_repo import LocalArtifactRepository
 
 from mlflow_dr.cli.runs import prune_command
 from mlflow_dr.decisions.pruning import delete_unneeded, parse_keep_rules
-from mlflow_dr.encoder.directory import load_encoder, save_encoder
+from mlflow_dr.encoder.directory import load_encoder
 from mlflow_dr.encoder.model import Encoder
+from mlflow_dr.encoder.saving import save_encoder
 from mlflow_dr.errors import ForbiddenError, TrackingError, UsageError
 from mlflow_dr.tracking.checkpoints import Checkpoint, publish, run_checkpoints
 from mlflow_dr.tracking.claims import Claims, Owner

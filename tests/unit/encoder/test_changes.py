@@ -14,8 +14,9 @@ from transformers import AutoTokenizer, LlamaTokenizer, PreTrainedTokenizerFast,
 
 from mlflow_dr.collection.records import Passage
 from mlflow_dr.encoder.config import EncoderConfig
-from mlflow_dr.encoder.directory import load_encoder, save_encoder
+from mlflow_dr.encoder.directory import load_encoder
 from mlflow_dr.encoder.model import Encoder, untie, with_projection
+from mlflow_dr.encoder.saving import save_encoder
 from mlflow_dr.encoder.tokenize import TextTokenizer, append_eos
 from mlflow_dr.errors import UsageError
 

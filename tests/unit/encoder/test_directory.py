@@ -18,8 +18,9 @@ from transformers import AutoModel, AutoTokenizer
 
 from mlflow_dr.collection.records import Passage, Query
 from mlflow_dr.encoder.config import EncoderConfig
-from mlflow_dr.encoder.directory import load_encoder, save_encoder
+from mlflow_dr.encoder.directory import load_encoder
 from mlflow_dr.encoder.model import Encoder
+from mlflow_dr.encoder.saving import save_encoder
 from mlflow_dr.encoder.token_table import token_table
 from mlflow_dr.encoder.tokenize import TextTokenizer
 from mlflow_dr.errors import CheckpointError, UsageError

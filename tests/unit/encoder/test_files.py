@@ -5,9 +5,9 @@ from pathlib import Path
 
 import pytest
 
-from mlflow_dr.encoder.directory import save_encoder
 from mlflow_dr.encoder.files import encoder_defect, signature_of, step_of
 from mlflow_dr.encoder.model import Encoder
+from mlflow_dr.encoder.saving import save_encoder
 
 
 @pytest.fixture

@@ -22,9 +22,10 @@ from transformers import (
 
 from mlflow_dr.encoder import lora
 from mlflow_dr.encoder.config import EncoderConfig
-from mlflow_dr.encoder.directory import load_encoder, save_encoder
+from mlflow_dr.encoder.directory import load_encoder
 from mlflow_dr.encoder.lora import add_lora
 from mlflow_dr.encoder.model import Encoder, is_adapted, untie, with_projection
+from mlflow_dr.encoder.saving import save_encoder
 from mlflow_dr.errors import CheckpointError, MissingExtraError, UsageError
 
 Make = Callable[..., Encoder]

@@ -8,8 +8,9 @@ from sentence_transformers import SentenceTransformer
 from torch import Tensor
 
 from mlflow_dr.collection.records import Passage, Query
-from mlflow_dr.encoder.directory import load_encoder, save_encoder
+from mlflow_dr.encoder.directory import load_encoder
 from mlflow_dr.encoder.model import Encoder
+from mlflow_dr.encoder.saving import save_encoder
 from mlflow_dr.encoder.tokenize import TextTokenizer
 from mlflow_dr.errors import UsageError
 

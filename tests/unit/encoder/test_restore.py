@@ -6,9 +6,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from mlflow_dr.encoder.directory import restore_encoder, save_encoder
 from mlflow_dr.encoder.lora import add_lora
 from mlflow_dr.encoder.model import Encoder, untie, with_projection
+from mlflow_dr.encoder.saving import restore_encoder, save_encoder
 from mlflow_dr.errors import CheckpointError
 
 Make = Callable[..., Encoder]

@@ -17,8 +17,9 @@ from scipy import stats
 
 from mlflow_dr.cli import fidelity as cli
 from mlflow_dr.collection.beir import BeirFolder
-from mlflow_dr.encoder.directory import load_encoder, save_encoder
+from mlflow_dr.encoder.directory import load_encoder
 from mlflow_dr.encoder.model import Encoder
+from mlflow_dr.encoder.saving import save_encoder
 from mlflow_dr.errors import UsageError
 from mlflow_dr.fidelity import study as studying
 from mlflow_dr.fidelity.agreement import FidelityResult

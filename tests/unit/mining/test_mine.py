@@ -11,8 +11,8 @@ import pytest
 
 import mlflow_dr
 from mlflow_dr.collection.catalogue import open_examples
-from mlflow_dr.encoder.directory import save_encoder
 from mlflow_dr.encoder.model import Encoder
+from mlflow_dr.encoder.saving import save_encoder
 from mlflow_dr.errors import CheckpointError, DataError, UsageError
 from mlflow_dr.mining import mine as module
 from mlflow_dr.mining.mine import MiningConfig, mine

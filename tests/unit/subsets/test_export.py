@@ -10,8 +10,8 @@ from click.testing import CliRunner
 
 from mlflow_dr.cli.collections import subset_command
 from mlflow_dr.collection.catalogue import open_collection
-from mlflow_dr.encoder.directory import save_encoder
 from mlflow_dr.encoder.model import Encoder
+from mlflow_dr.encoder.saving import save_encoder
 from mlflow_dr.encoder.tokenize import plain_tokens
 from mlflow_dr.errors import UsageError
 from mlflow_dr.subsets.spec import parse_subset

@@ -13,8 +13,8 @@ from mlflow import MlflowClient
 from mlflow.models import EvaluationResult
 
 from mlflow_dr.collection.beir import BeirFolder
-from mlflow_dr.encoder.directory import save_encoder
 from mlflow_dr.encoder.model import Encoder
+from mlflow_dr.encoder.saving import save_encoder
 from mlflow_dr.errors import DataError, UsageError
 from mlflow_dr.retrieval.measures import parse_measures
 from mlflow_dr.tracking.checkpoints import publish

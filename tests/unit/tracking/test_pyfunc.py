@@ -16,8 +16,9 @@ from sentence_transformers import SentenceTransformer
 from transformers import AutoModel
 
 from mlflow_dr import pyfunc
-from mlflow_dr.encoder.directory import load_encoder, save_encoder
+from mlflow_dr.encoder.directory import load_encoder
 from mlflow_dr.encoder.model import Encoder
+from mlflow_dr.encoder.saving import save_encoder
 from mlflow_dr.errors import CheckpointError, UsageError
 from mlflow_dr.tracking.checkpoints import checkpoint_by_id, prepare_upload, publish
 from mlflow_dr.tracking.fetching import checkpoint_files

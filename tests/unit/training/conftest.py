@@ -13,8 +13,8 @@ import torch
 
 from mlflow_dr.collection.corpus import Corpus
 from mlflow_dr.collection.records import Example, Query
-from mlflow_dr.encoder.directory import save_encoder
 from mlflow_dr.encoder.model import Encoder
+from mlflow_dr.encoder.saving import save_encoder
 from mlflow_dr.training.batches import Texts, TrainingSet, training_set
 from mlflow_dr.training.encoder_setup import collator_of
 from mlflow_dr.training.loss import Objective

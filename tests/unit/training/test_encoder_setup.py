@@ -15,8 +15,9 @@ from tokenizers.pre_tokenizers import Whitespace
 from transformers import PreTrainedTokenizerFast
 
 from mlflow_dr.encoder import token_table
-from mlflow_dr.encoder.directory import load_encoder, save_encoder
+from mlflow_dr.encoder.directory import load_encoder
 from mlflow_dr.encoder.model import Encoder
+from mlflow_dr.encoder.saving import save_encoder
 from mlflow_dr.errors import CheckpointError, DataError, UsageError
 from mlflow_dr.training.arguments import TrainingRequest
 from mlflow_dr.training.batches import LateTokens, TrainingSet

@@ -10,8 +10,9 @@ import torch
 from transformers import PreTrainedTokenizerFast
 
 from mlflow_dr.collection.records import Passage, Query
-from mlflow_dr.encoder.directory import load_encoder, save_encoder
+from mlflow_dr.encoder.directory import load_encoder
 from mlflow_dr.encoder.model import Encoder
+from mlflow_dr.encoder.saving import save_encoder
 from mlflow_dr.encoder.tokenize import TextTokenizer
 from mlflow_dr.errors import UsageError
 from mlflow_dr.training.arguments import TrainingRequest

@@ -29,8 +29,9 @@ from transformers import (
 )
 
 from mlflow_dr import PublishCallback
-from mlflow_dr.encoder.directory import load_encoder, save_encoder
+from mlflow_dr.encoder.directory import load_encoder
 from mlflow_dr.encoder.model import Encoder
+from mlflow_dr.encoder.saving import save_encoder
 from mlflow_dr.errors import TrackingError, UsageError
 from mlflow_dr.tracking.checkpoints import announce_checkpoint, run_checkpoints
 from mlflow_dr.tracking.fetching import checkpoint_files

@@ -11,8 +11,9 @@ import torch
 from mlflow.entities import LoggedModelStatus
 from mlflow.exceptions import MlflowException
 
-from mlflow_dr.encoder.directory import load_encoder, save_encoder
+from mlflow_dr.encoder.directory import load_encoder
 from mlflow_dr.encoder.model import Encoder
+from mlflow_dr.encoder.saving import save_encoder
 from mlflow_dr.tracking.checkpoints import ready_steps, run_checkpoints
 from mlflow_dr.tracking.client import tracking_uri
 from mlflow_dr.tracking.fetching import checkpoint_files

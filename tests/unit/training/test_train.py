@@ -18,8 +18,9 @@ from mlflow import MlflowClient
 from mlflow.exceptions import MlflowException
 
 from mlflow_dr import publish_checkpoint
-from mlflow_dr.encoder.directory import load_encoder, save_encoder
+from mlflow_dr.encoder.directory import load_encoder
 from mlflow_dr.encoder.model import Encoder
+from mlflow_dr.encoder.saving import save_encoder
 from mlflow_dr.errors import CheckpointError, TrackingError, TrainingError, UsageError
 from mlflow_dr.tracking.checkpoints import ready_steps, run_checkpoints
 from mlflow_dr.tracking.fetching import checkpoint_files

@@ -14,9 +14,10 @@ import torch
 from torch import Tensor
 from transformers import TrainerCallback
 
-from mlflow_dr.encoder.directory import load_encoder, save_encoder
+from mlflow_dr.encoder.directory import load_encoder
 from mlflow_dr.encoder.lora import add_lora
 from mlflow_dr.encoder.model import Encoder, untie, with_projection
+from mlflow_dr.encoder.saving import save_encoder
 from mlflow_dr.errors import TrainingError
 from mlflow_dr.training.batches import TrainingSet
 from mlflow_dr.training.callbacks import StopCallback

@@ -5,8 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from mlflow_dr.encoder.directory import save_encoder
 from mlflow_dr.encoder.model import Encoder
+from mlflow_dr.encoder.saving import save_encoder
 from mlflow_dr.tracking.checkpoints import publish
 from mlflow_dr.tracking.runs import TrackedRun
 

@@ -16,8 +16,9 @@ from mlflow import MlflowClient
 from mlflow_dr.cli.evaluate import compare_command
 from mlflow_dr.collection.beir import BeirFolder
 from mlflow_dr.decisions.comparison import Comparison, comparison_text
-from mlflow_dr.encoder.directory import load_encoder, save_encoder
+from mlflow_dr.encoder.directory import load_encoder
 from mlflow_dr.encoder.model import Encoder
+from mlflow_dr.encoder.saving import save_encoder
 from mlflow_dr.errors import DataError, TrackingError, UsageError
 from mlflow_dr.retrieval.measures import parse_measures
 from mlflow_dr.tracking.artifacts import log_per_query_values

@@ -8,8 +8,8 @@ import pytest
 
 from mlflow_dr.encoder.backbone import tiny_encoder
 from mlflow_dr.encoder.config import EncoderConfig
-from mlflow_dr.encoder.directory import save_encoder
 from mlflow_dr.encoder.model import Encoder
+from mlflow_dr.encoder.saving import save_encoder
 from mlflow_dr.errors import UsageError
 from mlflow_dr.tracking.following import FollowedDirectory, FollowedRun
 from mlflow_dr.tracking.runs import TrackedRun

@@ -11,8 +11,8 @@ import mlflow
 import pytest
 from mlflow import MlflowClient
 
-from mlflow_dr.encoder.directory import save_encoder
 from mlflow_dr.encoder.model import Encoder
+from mlflow_dr.encoder.saving import save_encoder
 from mlflow_dr.errors import DataError
 from mlflow_dr.tracking.checkpoints import run_checkpoints
 from mlflow_dr.tracking.runs import TrackedRun

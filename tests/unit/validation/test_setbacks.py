@@ -9,8 +9,8 @@ import pytest
 import torch
 from mlflow.store.artifact.local_artifact_repo import LocalArtifactRepository
 
-from mlflow_dr.encoder.directory import save_encoder
 from mlflow_dr.encoder.model import Encoder
+from mlflow_dr.encoder.saving import save_encoder
 from mlflow_dr.errors import MissingExtraError, UnavailableError
 from mlflow_dr.tracking import fetching
 from mlflow_dr.tracking.checkpoints import Checkpoint, publish, run_checkpoints
