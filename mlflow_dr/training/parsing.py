@@ -31,7 +31,7 @@ from mlflow_dr.training.arguments import (
     TrainingRequest,
 )
 from mlflow_dr.training.flags import check_values, numbers_of, read_flags, unknown_flag
-from mlflow_dr.training.recipes import as_flags, recipe_flags, recipe_of
+from mlflow_dr.training.recipes import JUDGED, as_flags, recipe_flags, recipe_of
 
 log = logging.getLogger(__name__)
 
@@ -121,7 +121,8 @@ def parse_training(argv: Sequence[str], processes: int = 1) -> TrainingRequest:
                 "give only one of them"
             )
         publish.publish_per_epoch = None
-    request = TrainingRequest(model, loss, data, publish, trainer, recipe.bare_pooling)
+    bare_pooling = "mean" if recipe is JUDGED else "cls"
+    request = TrainingRequest(model, loss, data, publish, trainer, bare_pooling)
     _refuse_what_would_be_ignored(request, typed, processes)
     return request
 

@@ -3,116 +3,93 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
 from pathlib import Path
 
 from mlflow_dr.collection.catalogue import IR_DATASETS_PREFIX, parse_mixture
 from mlflow_dr.collection.irds import IrDataset
 from mlflow_dr.devices import resolve_device, resolve_dtype
 
+Recipe = Mapping[str, str]
+"""Defaults of training flags: name -> value."""
 
-@dataclass(frozen=True)
-class Recipe:
-    """Defaults of flags.
-
-    Attributes:
-        flags: name -> value.
-        bare_pooling: the pooling of a backbone, if its directory does not name one.
-    """
-
-    flags: Mapping[str, str] = field(default_factory=dict)
-    bare_pooling: str = "cls"
-
-
-TINY = Recipe(
+TINY: Recipe = {
     # two layers from scratch learn to retrieve in 300 steps at this rate
-    {
-        "model_name_or_path": "tiny",
-        "pooling": "mean",
-        "normalize": "true",
-        "temperature": "0.05",
-        "q_max_len": "32",
-        "p_max_len": "64",
-        "train_n_passages": "1",
-        "per_device_train_batch_size": "128",
-        "learning_rate": "2e-3",
-        "lr_scheduler_type": "linear",
-        "warmup_steps": "30",
-        "max_steps": "300",
-        "publish_steps": "50",
-    }
-)
+    "model_name_or_path": "tiny",
+    "pooling": "mean",
+    "normalize": "true",
+    "temperature": "0.05",
+    "q_max_len": "32",
+    "p_max_len": "64",
+    "train_n_passages": "1",
+    "per_device_train_batch_size": "128",
+    "learning_rate": "2e-3",
+    "lr_scheduler_type": "linear",
+    "warmup_steps": "30",
+    "max_steps": "300",
+    "publish_steps": "50",
+}
 
-MSMARCO = Recipe(
+MSMARCO: Recipe = {
     # as in Tevatron's example for MS MARCO passage ranking
-    {
-        "model_name_or_path": "bert-base-uncased",
-        "q_max_len": "16",
-        "p_max_len": "128",
-        "train_n_passages": "8",
-        "per_device_train_batch_size": "8",
-        "learning_rate": "5e-6",
-        "num_train_epochs": "3",
-        "publish_steps": "10000",
-    }
-)
+    "model_name_or_path": "bert-base-uncased",
+    "q_max_len": "16",
+    "p_max_len": "128",
+    "train_n_passages": "8",
+    "per_device_train_batch_size": "8",
+    "learning_rate": "5e-6",
+    "num_train_epochs": "3",
+    "publish_steps": "10000",
+}
 
-JUDGED = Recipe(
+JUDGED: Recipe = {
     # collections that have only relevance judgements have no hard negatives
-    {
-        "train_n_passages": "1",
-        "per_device_train_batch_size": "64",
-        "learning_rate": "3e-5",
-        "normalize": "true",
-        "temperature": "0.05",
-    },
-    bare_pooling="mean",
-)
+    "train_n_passages": "1",
+    "per_device_train_batch_size": "64",
+    "learning_rate": "3e-5",
+    "normalize": "true",
+    "temperature": "0.05",
+}
 
 # training files come with hard negatives; the flags' own defaults are Tevatron's
-TRAINING_FILES = Recipe()
+TRAINING_FILES: Recipe = {}
 
-DPR = Recipe(
+DPR: Recipe = {
     # Karpukhin et al. 2020 and Gao et al. 2021, as GC-DPR's README trains on Natural Questions
-    {
-        "pooling": "cls",
-        "normalize": "false",
-        "untie_encoder": "true",
-        "temperature": "1.0",
-        "passage_field_separator": " [SEP] ",
-        "strip_question_mark": "true",
-        "positive_passage_no_shuffle": "true",
-        "negatives_x_device": "true",
-        "q_max_len": "256",
-        "p_max_len": "256",
-        "train_n_passages": "2",
-        "per_device_train_batch_size": "128",
-        "grad_cache": "true",
-        "gc_q_chunk_size": "16",
-        "gc_p_chunk_size": "8",
-        "learning_rate": "2e-5",
-        "lr_scheduler_type": "linear",
-        "warmup_steps": "1237",
-        "max_grad_norm": "2.0",
-        "num_train_epochs": "40",
-        "publish_per_epoch": "1",
-    }
-)
+    "pooling": "cls",
+    "normalize": "false",
+    "untie_encoder": "true",
+    "temperature": "1.0",
+    "passage_field_separator": " [SEP] ",
+    "strip_question_mark": "true",
+    "positive_passage_no_shuffle": "true",
+    "negatives_x_device": "true",
+    "q_max_len": "256",
+    "p_max_len": "256",
+    "train_n_passages": "2",
+    "per_device_train_batch_size": "128",
+    "grad_cache": "true",
+    "gc_q_chunk_size": "16",
+    "gc_p_chunk_size": "8",
+    "learning_rate": "2e-5",
+    "lr_scheduler_type": "linear",
+    "warmup_steps": "1237",
+    "max_grad_norm": "2.0",
+    "num_train_epochs": "40",
+    "publish_per_epoch": "1",
+}
 
-GC_DPR = Recipe(
+GC_DPR: Recipe = {
     # the defaults of GC-DPR's program; lengths are the published 256
-    {
-        **DPR.flags,
-        "per_device_train_batch_size": "2",
-        "grad_cache": "false",
-        "learning_rate": "1e-5",
-        "warmup_steps": "100",
-        "max_grad_norm": "1.0",
-        "num_train_epochs": "3",
-        "logging_steps": "100",
-        "seed": "0",
-    }
-)
+    **DPR,
+    "per_device_train_batch_size": "2",
+    "grad_cache": "false",
+    "learning_rate": "1e-5",
+    "warmup_steps": "100",
+    "max_grad_norm": "1.0",
+    "num_train_epochs": "3",
+    "logging_steps": "100",
+    "seed": "0",
+}
 
 RECIPES = {"demo": TINY, "msmarco": MSMARCO}
 NAMED = {**RECIPES, "judged": JUDGED, "tevatron": TRAINING_FILES, "dpr": DPR}
@@ -152,7 +129,7 @@ def _is_judged(name: str) -> bool:
 
 def recipe_flags(recipe: Recipe, use_cpu: bool = False) -> list[str]:
     """Command-line flags of a recipe, to stand before those of the user, which override them."""
-    values = dict(recipe.flags)
+    values = dict(recipe)
     device = resolve_device("cpu" if use_cpu else "auto")
     if device.type == "cpu":
         values["use_cpu"] = "true"  # without it, Trainer refuses bf16 on a CPU
