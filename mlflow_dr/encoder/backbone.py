@@ -52,14 +52,12 @@ class Backbone(Transformer):
 
     Args:
         model_name_or_path: the directory of the weights.
-        options: the other arguments of the library's module.
+        options: the other arguments of the library's module. Of `processor_kwargs`,
+            `tokenizer_directory` is the directory of another tokenizer.
 
     Raises:
         CheckpointError: files are missing or damaged, or do not belong together.
     """
-
-    tokenizer_directory: Path | None = None
-    """The directory of another tokenizer; set in a derived class, as the library makes objects."""
 
     def __init__(self, model_name_or_path: str, **options: Any) -> None:
         directory = Path(model_name_or_path)
@@ -72,7 +70,7 @@ class Backbone(Transformer):
         if is_sentence_transformer(base) and base != directory:
             base = next(iter(transformer_directories(base)), base)
         self._base = base
-        tokenizer = self.tokenizer_directory or directory
+        tokenizer = options["processor_kwargs"].pop("tokenizer_directory", directory)
         if self._adapters and not any((tokenizer / name).exists() for name in TOKENIZER_FILES):
             tokenizer = base
         with quiet_transformers():

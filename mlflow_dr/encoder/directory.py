@@ -89,15 +89,13 @@ def load_encoder(
         CheckpointError: its files are damaged, missing or of an unknown kind.
     """
     directory = encoder_directory(str(name), cache_dir)
-    tokenizer_directory = encoder_directory(tokenizer, cache_dir) if tokenizer else None
-    from mlflow_dr.encoder.backbone import Backbone
-
-    backbone_class = type("Backbone", (Backbone,), {"tokenizer_directory": tokenizer_directory})
     options: dict[str, Any] = {
         "model_kwargs": {"trust_remote_code": trust_remote_code, "cache_dir": cache_dir},
         "processor_kwargs": {"trust_remote_code": trust_remote_code},
         "config_kwargs": {"trust_remote_code": trust_remote_code},
     }
+    if tokenizer:
+        options["processor_kwargs"]["tokenizer_directory"] = encoder_directory(tokenizer, cache_dir)
     if attention:
         options["model_kwargs"]["attn_implementation"] = attention
     if safetensors_only:
@@ -105,20 +103,20 @@ def load_encoder(
     with checkpoint_errors(directory):
         if is_sentence_transformer(directory):
             check_description(directory, "normalize" in changes, safetensors_only)
-            encoder = _load_described(directory, backbone_class, options)
+            encoder = _load_described(directory, options)
             encoder = with_settings(encoder, changes)
         elif (directory / CONFIG).exists():
             raise CheckpointError(f"{directory}: {CONFIG} without {MODULES}; publish it again")
         else:
-            encoder = _load_bare(
-                directory, str(name), backbone_class, options, changes, bare_pooling
-            )
+            encoder = _load_bare(directory, str(name), options, changes, bare_pooling)
     return encoder.eval()
 
 
-def _load_described(directory: Path, backbone_class: type, options: dict[str, Any]) -> Encoder:
+def _load_described(directory: Path, options: dict[str, Any]) -> Encoder:
     """An encoder that the files of sentence-transformers describe; ours are among them."""
     from sentence_transformers import SentenceTransformer
+
+    from mlflow_dr.encoder.backbone import Backbone
 
     is_ours = os.path.lexists(directory / CONFIG)  # a dangling link counts, too
     own = _own_settings(directory / CONFIG) if is_ours else {}
@@ -126,7 +124,7 @@ def _load_described(directory: Path, backbone_class: type, options: dict[str, An
     model = compat.load_with_module_classes(
         SentenceTransformer,
         str(directory),
-        dict.fromkeys(kinds, backbone_class),
+        dict.fromkeys(kinds, Backbone),
         device="cpu",
         local_files_only=True,
         **options,
@@ -140,18 +138,17 @@ def _load_described(directory: Path, backbone_class: type, options: dict[str, An
 def _load_bare(
     directory: Path,
     name: str,
-    backbone_class: type,
     options: dict[str, Any],
     changes: dict[str, Any],
     bare_pooling: str | None,
 ) -> Encoder:
     """An encoder with a backbone whose directory does not say how vectors are made."""
-    from mlflow_dr.encoder.backbone import refuse_classifier, usual_pooling
+    from mlflow_dr.encoder.backbone import Backbone, refuse_classifier, usual_pooling
 
     if "pooling" not in changes and bare_pooling is None:
         refuse_classifier(directory)
     text = {"method": "forward", "method_output_name": "last_hidden_state"}
-    source = backbone_class(
+    source = Backbone(
         str(directory),
         modality_config={"text": text},
         module_output_name=TOKENS,
