@@ -8,6 +8,7 @@ os.environ["TOKENIZERS_PARALLELISM"] = "false"
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import copy
+import gc
 import json
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -32,6 +33,46 @@ SEA_TEXTS = (
     "The ferry leaves the island at six and returns at noon.",
     "Divers found the wreck upright on a sandy bed.",
 )
+
+
+# these files of tests/integration start no MLflow server that they could share
+WITHOUT_SERVER = ("test_run.py", "test_torchrun.py", "test_resume.py", "test_cli.py")
+# the longest first, so that all processes of a parallel run end at about the same time
+LONGEST_FIRST = ("integration", "contract", "unit/training", "unit/validation", "unit/fidelity")
+
+
+def _group(nodeid: str) -> str:
+    """What one process of a parallel run gets at once: a file, or all files that use one server."""
+    path = Path(nodeid.partition("::")[0])
+    if path.parent.name == "integration" and path.name not in WITHOUT_SERVER:
+        return "server"
+    return str(path)
+
+
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    from xdist.scheduler import LoadScopeScheduling
+
+    class Scheduling(LoadScopeScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            return _group(nodeid)
+
+    config.option.loadscopereorder = False  # the order is that of `_order`
+    return Scheduling(config, log)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    items.sort(key=lambda item: _order(item.nodeid))
+
+
+def _order(nodeid: str) -> tuple[bool, int]:
+    places = [nodeid.startswith(f"tests/{name}/") for name in LONGEST_FIRST]
+    return (_group(nodeid) != "server", places.index(True) if any(places) else len(places))
+
+
+def pytest_collection_finish() -> None:
+    """Leave what is imported by now out of garbage collections."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(autouse=True)
