@@ -6,8 +6,10 @@ package. Entry points are loaded when their name is first asked for.
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
-from importlib.metadata import EntryPoint, entry_points
+from functools import lru_cache
+from importlib.metadata import EntryPoint, EntryPoints, entry_points
 from typing import Generic, TypeVar
 
 from mlflow_dr.errors import UsageError, did_you_mean, one_line
@@ -75,4 +77,10 @@ class Registry(Generic[T]):
         return name in self._parts or name in self._entry_points()
 
     def _entry_points(self) -> dict[str, EntryPoint]:
-        return {point.name: point for point in entry_points(group=self.group)}
+        return {point.name: point for point in _installed(tuple(sys.path)).select(group=self.group)}
+
+
+@lru_cache(maxsize=1)
+def _installed(path: tuple[str, ...]) -> EntryPoints:
+    """The entry points of all packages on `sys.path`; reading them takes 15 ms."""
+    return entry_points()

@@ -49,7 +49,11 @@ def _group(nodeid: str) -> str:
     return str(path)
 
 
+@pytest.hookimpl(optionalhook=True)
 def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    """Of `--dist loadfile`: groups instead of files."""
+    if config.option.dist != "loadfile":
+        return None
     from xdist.scheduler import LoadScopeScheduling
 
     class Scheduling(LoadScopeScheduling):
@@ -81,6 +85,26 @@ def own_cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.Monk
     folder = tmp_path_factory.mktemp("cache")
     monkeypatch.setenv("MLFLOW_DR_CACHE", str(folder))
     return folder
+
+
+@pytest.fixture(scope="session")
+def empty_store(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A database of MLflow's without runs, to be copied: making one takes longer than a second.
+
+    It is made once for all processes of a test run.
+    """
+    from filelock import FileLock
+    from mlflow import MlflowClient
+
+    directory = tmp_path_factory.getbasetemp()
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        directory = directory.parent
+    path = directory / "empty.db"
+    with FileLock(directory / "empty.lock"):
+        if not path.exists():
+            MlflowClient(f"sqlite:///{directory}/begun.db").search_experiments()
+            (directory / "begun.db").rename(path)
+    return path
 
 
 @pytest.fixture

@@ -1,6 +1,7 @@
 """A published checkpoint loads in five ways, which give the same vectors."""
 
 import json
+import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -29,8 +30,9 @@ TOLERANCE = 1e-6
 
 
 @pytest.fixture
-def client(tmp_path: Path) -> Iterator[MlflowClient]:
+def client(empty_store: Path, tmp_path: Path) -> Iterator[MlflowClient]:
     before = mlflow.get_tracking_uri()
+    shutil.copy(empty_store, tmp_path / "mlflow.db")
     yield connect(f"sqlite:///{tmp_path}/mlflow.db")
     mlflow.set_tracking_uri(before)
 

@@ -3,14 +3,17 @@
 import inspect
 import json
 import os
+import shutil
 import signal
 import socket
+import sqlite3
 import subprocess
 import sys
 import time
 import urllib.error
 import urllib.request
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import closing
 from importlib import import_module
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
@@ -91,7 +94,9 @@ def artifact_store(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def serve(environment: dict[str, str]) -> Iterator[Callable[..., tuple[str, subprocess.Popen]]]:
+def serve(
+    environment: dict[str, str], empty_store: Path
+) -> Iterator[Callable[..., tuple[str, subprocess.Popen]]]:
     """Starts a real MLflow server: its room, its artifact store, a port if need be, and flags.
 
     Returns its address and its process.
@@ -102,6 +107,10 @@ def serve(environment: dict[str, str]) -> Iterator[Callable[..., tuple[str, subp
         directory: Path, store: Path, port: int | None = None, *more: str
     ) -> tuple[str, subprocess.Popen]:
         port = port or _free_port()
+        if not (directory / "mlflow.db").exists():
+            shutil.copy(empty_store, directory / "mlflow.db")
+            with closing(sqlite3.connect(directory / "mlflow.db")) as database, database:
+                database.execute("UPDATE experiments SET artifact_location = 'mlflow-artifacts:/0'")
         argv = [sys.executable, "-m", "mlflow", "server", "--host", "127.0.0.1"]
         argv += ["--port", str(port), "--backend-store-uri", f"sqlite:///{directory}/mlflow.db"]
         argv += ["--workers", "1", "--artifacts-destination", str(store), *more]
@@ -400,7 +409,7 @@ def _save_noise(source: Path, directory: Path, seed: int) -> None:
 
 @pytest.fixture(scope="session")
 def forked(
-    forks: Forks, server: str, tmp_path_factory: pytest.TempPathFactory
+    forks: Forks, request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
 ) -> Callable[..., Ended]:
     """Runs `mlflow-dr` in one or more processes at once; how each ended and what all printed.
 
@@ -417,9 +426,11 @@ def forked(
         then: Mapping[str, Callable[[int], None]] | None = None,
         **variables: str,
     ) -> Ended:
+        if "MLFLOW_TRACKING_URI" not in variables:
+            variables["MLFLOW_TRACKING_URI"] = request.getfixturevalue("server")
         started = forks.start(
             *argv,
-            variables={"MLFLOW_TRACKING_URI": server, **variables},
+            variables=variables,
             directory=tmp_path_factory.mktemp("cwd"),
             die=die,
             times=times,

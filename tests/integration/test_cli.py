@@ -70,10 +70,11 @@ def failure(command: Callable[..., tuple[int, str, str]]) -> Failure:
 
 
 @pytest.fixture(scope="module")
-def store(tmp_path_factory: pytest.TempPathFactory) -> MlflowClient:
+def store(empty_store: Path, tmp_path_factory: pytest.TempPathFactory) -> MlflowClient:
     """A store in a sqlite file; nothing is published to it."""
     uri = mlflow.get_tracking_uri()
-    client = connect(f"sqlite:///{tmp_path_factory.mktemp('store')}/mlflow.db")
+    path = shutil.copy(empty_store, tmp_path_factory.mktemp("store"))
+    client = connect(f"sqlite:///{path}")
     mlflow.set_tracking_uri(uri)
     return client
 

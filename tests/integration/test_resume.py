@@ -1,6 +1,7 @@
 """A training that is killed, or asked to stop, and goes on: as if it had never been stopped."""
 
 import random
+import shutil
 import signal
 from collections import Counter
 from collections.abc import Callable
@@ -96,9 +97,11 @@ def trainings(
     forked: Callable[..., Any],
     collection: Path,
     tiny_directory: Path,
+    empty_store: Path,
     tmp_path_factory: pytest.TempPathFactory,
 ) -> Trainings:
     directory = tmp_path_factory.mktemp("store")
+    shutil.copy(empty_store, directory / "mlflow.db")
     client = MlflowClient(f"sqlite:///{directory}/mlflow.db")
     client.create_experiment("resume", (directory / "artifacts").as_uri())
     return Trainings(forked, client, dataset=collection, model=tiny_directory)

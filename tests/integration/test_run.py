@@ -2,6 +2,7 @@
 
 import os
 import re
+import shutil
 import signal
 import subprocess
 import time
@@ -21,9 +22,10 @@ FOREVER = {"model": "tiny", "max_steps": 100_000, "publish_steps": 20, "p_max_le
 
 
 @pytest.fixture(scope="module")
-def store(tmp_path_factory: pytest.TempPathFactory) -> MlflowClient:
+def store(empty_store: Path, tmp_path_factory: pytest.TempPathFactory) -> MlflowClient:
     """A store in a sqlite file, as a user has it who runs no server."""
     directory = tmp_path_factory.mktemp("store")
+    shutil.copy(empty_store, directory / "mlflow.db")
     client = MlflowClient(f"sqlite:///{directory}/mlflow.db")
     client.create_experiment(EXPERIMENT, str(directory / "artifacts"))
     return client
@@ -204,20 +206,33 @@ from mlflow_dr.validation.config import RunConfig
 
 one_core = {"OMP_NUM_THREADS": "1"}
 launch.share_machine = lambda trainers: (one_core, {}, "cpu")
-flags = "--dataset {0} --model tiny --max_steps 4 --publish_steps 2 --logging_steps 1"
-flags += " --use_cpu --per_device_train_batch_size 4 --negatives_x_device --output_dir {1}"
+flags = "--dataset {0} --output_dir {1} --model {2} --max_steps 4 --publish_steps 2"
+flags += " --logging_steps 1 --per_device_train_batch_size 4 --p_max_len 16 --negatives_x_device"
+flags += " --use_cpu --fsdp full_shard"
 config = RunConfig(measures="mrr@10", poll_seconds=0.2, gpus=2)
 sys.exit(launch.launch(config, flags.format(*sys.argv[1:]).split()))
 """
 
 
 def test_several_training_processes_use_torchrun_and_write_one_run(
-    call: Call, store: MlflowClient, collection: Path, tmp_path: Path, points: Callable
+    call: Call,
+    store: MlflowClient,
+    collection: Path,
+    tiny_directory: Path,
+    tmp_path: Path,
+    points: Callable,
+    checkpoints: Callable,
 ) -> None:
-    """Two processes on the processor, where `--gpus 2` would put each on a GPU."""
-    experiment = store.create_experiment("several", str(tmp_path / "artifacts"))
+    """Two processes on the processor, where `--gpus 2` would put each on a GPU.
+
+    Their sharded weights (FSDP) are published complete: at the start the encoder that went in, and
+    at the end another.
+    """
+    from mlflow_dr.encoder.directory import load_encoder
+
+    experiment = store.create_experiment("several", (tmp_path / "artifacts").as_uri())
     done = call(
-        *("python", "-c", SEVERAL, collection, tmp_path / "outputs"),
+        *("python", "-c", SEVERAL, collection, tmp_path / "outputs", tiny_directory),
         MLFLOW_TRACKING_URI=store.tracking_uri,
         MLFLOW_EXPERIMENT_NAME="several",
     )
@@ -227,6 +242,20 @@ def test_several_training_processes_use_torchrun_and_write_one_run(
     losses = store.get_metric_history(run.info.run_id, "train/loss")
     assert sorted(point.step for point in losses) == [1, 2, 3, 4]
     assert sorted(points(store, run.info.run_id, "val")["mrr_at_10"]) == [0, 2, 4]
+    published = checkpoints(store, run.info.run_id)
+    assert {step: model.status.name for step, model in published.items()} == dict.fromkeys(
+        (0, 2, 4), "READY"
+    )
+    before, first, last = (
+        load_encoder(directory).state_dict()
+        for directory in (
+            tiny_directory,
+            *(Path(published[step].artifact_location.removeprefix("file://")) for step in (0, 4)),
+        )
+    )
+    assert before.keys() == first.keys() == last.keys()
+    assert all(before[name].equal(first[name]) for name in before)
+    assert not all(before[name].equal(last[name]) for name in before)
 
 
 def test_a_training_without_improvement_ends_early(

@@ -1,6 +1,7 @@
 """Training in two processes that torchrun starts, on a processor."""
 
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -56,10 +57,12 @@ def ended(
     call: Callable[..., subprocess.CompletedProcess],
     collection: Path,
     still_directory: Path,
+    empty_store: Path,
     tmp_path_factory: Any,
 ) -> SimpleNamespace:
     """Two processes, stopped by SIGTERM and resumed, and one process with twice the batch."""
     directory = tmp_path_factory.mktemp("torchrun")
+    shutil.copy(empty_store, directory / "mlflow.db")
     uri = f"sqlite:///{directory}/mlflow.db"
     client = MlflowClient(uri)
     client.create_experiment("torchrun", (directory / "artifacts").as_uri())
@@ -165,45 +168,3 @@ def test_only_the_first_process_logs(ended: SimpleNamespace) -> None:
     spoken = [line for line in lines if line.startswith("step ") and " of " in line]
     assert len(spoken) == STEPS - int(ended.stopped.saved[0].removeprefix("checkpoint-"))
     assert {lines[line] for line in spoken} == {1}
-
-
-def test_sharded_weights_of_two_processes_are_published_complete(
-    torchrun: Callable[..., subprocess.Popen],
-    collection: Path,
-    still_directory: Path,
-    tmp_path: Path,
-) -> None:
-    """FSDP; at the start it is the encoder that went in, and at the end another."""
-    from mlflow_dr.encoder.directory import load_encoder
-
-    uri = f"sqlite:///{tmp_path}/mlflow.db"
-    client = MlflowClient(uri)
-    client.create_experiment("fsdp", (tmp_path / "artifacts").as_uri())
-    process = torchrun(
-        *("--dataset", collection, "--model", still_directory, "--experiment_name", "fsdp"),
-        *("--max_steps", 2, "--publish_steps", 0, "--per_device_train_batch_size", 4),
-        *("--p_max_len", 16, "--logging_steps", 1, "--use_cpu", "--fsdp", "full_shard"),
-        MLFLOW_TRACKING_URI=uri,
-    )
-    printed, _ = process.communicate(timeout=SECONDS)
-    assert process.returncode == 0, printed
-    experiment = client.get_experiment_by_name("fsdp").experiment_id
-    (run,) = client.search_runs([experiment])
-    assert [step for step, _ in points(client, run.info.run_id)] == [1, 2]
-    models = {
-        model.tags["mlflow_dr.step"]: model for model in client.search_logged_models([experiment])
-    }
-    assert {step: str(model.status) for step, model in models.items()} == {
-        "0": "READY",
-        "2": "READY",
-    }
-    before, first, last = (
-        load_encoder(directory).state_dict()
-        for directory in (
-            still_directory,
-            *(Path(models[step].artifact_location.removeprefix("file://")) for step in "02"),
-        )
-    )
-    assert before.keys() == first.keys() == last.keys()
-    assert all(before[name].equal(first[name]) for name in before)
-    assert not all(before[name].equal(last[name]) for name in before)

@@ -1,6 +1,8 @@
 """A real MLflow store (sqlite) for the unit tests; one for all of them, a run for each."""
 
+import shutil
 from collections.abc import Iterator
+from pathlib import Path
 from uuid import uuid4
 
 import mlflow
@@ -12,8 +14,9 @@ from mlflow_dr.tracking.runs import TrackedRun
 
 
 @pytest.fixture(scope="session")
-def client(tmp_path_factory: pytest.TempPathFactory) -> Iterator[MlflowClient]:
+def client(empty_store: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[MlflowClient]:
     directory = tmp_path_factory.mktemp("store")
+    shutil.copy(empty_store, directory / "mlflow.db")
     before = mlflow.get_tracking_uri()
     yield connect(f"sqlite:///{directory}/mlflow.db")
     mlflow.set_tracking_uri(before)

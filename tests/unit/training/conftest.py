@@ -22,15 +22,12 @@ from mlflow_dr.training.loss import Objective
 COLOURS = ("red", "green", "blue", "white", "black", "pink", "brown", "grey")
 
 
-@pytest.fixture(scope="session", autouse=True)
+@pytest.fixture(autouse=True)
 def quick_collections() -> None:
     """Trainers run the garbage collector at their end.
 
-    Freezing imported objects makes this fast.
+    Freezing what is left of earlier tests and of imports makes this fast.
     """
-    import mlflow_dr.training.train  # noqa: F401
-
-    gc.collect()
     gc.freeze()
 
 
