@@ -77,6 +77,8 @@ def _json_lines(path: Path, record_type: type[T]) -> Iterator[tuple[str, T]]:
     file = str(path)
     for number, line in read_lines(path):
         try:
+            if not line.isascii():
+                line.decode()  # msgspec does not check the bytes of fields that it skips
             record = decode(line)
         except MALFORMED as error:
             raise DataError(f"{path}:{number}: {_fault(error, line)}") from error

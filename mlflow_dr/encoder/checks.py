@@ -144,6 +144,8 @@ def _check_module(directory: Path, kind: str, path: str, has_prompts: bool) -> N
     if name == "Transformer":
         _check_transformer(directory, path)
     file = directory / path / "config.json"
+    if name in ("Pooling", "Dense") and not file.exists():
+        raise CheckpointError(f"{file} is missing")
     if path and file.exists():
         with _malformed(file):
             settings = dict(json.loads(file.read_bytes()))

@@ -61,7 +61,7 @@ def read_manifest(directory: Path, digest: str | None) -> Manifest:
         raise CheckpointError(f"{MANIFEST} is not the one that was published (SHA-256 differs)")
     try:
         files = msgspec.json.decode(path.read_bytes(), type=Manifest)
-    except (msgspec.DecodeError, RecursionError) as error:
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
         raise CheckpointError(f"{MANIFEST} is malformed ({str(error)[:200]})") from error
     if not files:
         raise CheckpointError(f"{MANIFEST} lists no files")

@@ -8,6 +8,7 @@ import tracemalloc
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import pytest
 
 from mlflow_dr.collection import jsonl
@@ -107,6 +108,16 @@ def test_text_that_is_not_utf8(tmp_path: Path, steps: int) -> None:
     path.write_bytes(b'[{"a": 1},\n{"b": "' + "é".encode("latin-1") + b'"}]')
     with pytest.raises(DataError, match=r"a\.json:2: not UTF-8 text .*at byte 18\)"):
         items(path)
+
+
+def test_a_skipped_field_that_is_not_utf8(tmp_path: Path) -> None:
+    class Named(msgspec.Struct):
+        a: int
+
+    path = tmp_path / "a.jsonl"
+    path.write_bytes(b'{"a": 1}\n{"a": 2, "b": "\xe9"}\n')
+    with pytest.raises(DataError, match=r"a\.jsonl:2: not JSON .*position 15"):
+        list(read_records(path, Named))
 
 
 def test_a_truncated_packed_array(tmp_path: Path) -> None:

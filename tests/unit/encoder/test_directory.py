@@ -548,6 +548,12 @@ def test_a_truncated_file_of_a_sentence_transformer(library_directory: Path, nam
     refused(library_directory, f"{name}: not as sentence-transformers writes it")
 
 
+@pytest.mark.parametrize("name", ["1_Pooling/config.json", "2_Dense/config.json"])
+def test_a_missing_file_of_a_sentence_transformer(library_directory: Path, name: str) -> None:
+    (library_directory / name).unlink()
+    refused(library_directory, f"{name} is missing")
+
+
 def test_an_empty_directory(tmp_path: Path) -> None:
     refused(tmp_path, "cannot be read")
 

@@ -99,9 +99,13 @@ def test_a_malformed_manifest_is_refused_on_one_line(tmp_path: Path, files: Any)
     assert len(str(caught.value)) < 500
 
 
-@pytest.mark.parametrize("text", ["", "{", "[" * 100_000, '{"a": ' + "9" * 5000 + "}"], ids=len)
-def test_a_manifest_that_is_not_json(tmp_path: Path, text: str) -> None:
-    (tmp_path / MANIFEST).write_text(text)
+@pytest.mark.parametrize(
+    "text",
+    [b"", b"{", b"[" * 100_000, b'{"a": ' + b"9" * 5000 + b"}", b'{"\xff": {}}'],
+    ids=len,
+)
+def test_a_manifest_that_is_not_json(tmp_path: Path, text: bytes) -> None:
+    (tmp_path / MANIFEST).write_bytes(text)
     with pytest.raises(CheckpointError, match=r"manifest\.json is malformed"):
         read_manifest(tmp_path, None)
 
