@@ -153,6 +153,44 @@ def server(
     return serve(tmp_path_factory.mktemp("server"), artifact_store)[0]
 
 
+class SpareServer:
+    """A server for the tests that kill it, or that change all of its runs.
+
+    Attributes:
+        directory: has its database, `mlflow.db`.
+        store: the folder in which it keeps its artifacts.
+        uri: its address.
+    """
+
+    def __init__(self, serve: Callable[..., tuple[str, subprocess.Popen]], directory: Path) -> None:
+        self.directory, self.store = directory, directory / "artifacts"
+        self._serve = serve
+        self.uri, self._process = serve(directory, self.store)
+
+    def kill(self) -> None:
+        os.killpg(self._process.pid, signal.SIGKILL)
+        self._process.wait()
+
+    def start_again(self) -> None:
+        """At the same address, unless it runs."""
+        if self._process.poll() is not None:
+            port = int(self.uri.rpartition(":")[2])
+            _, self._process = self._serve(self.directory, self.store, port)
+
+
+@pytest.fixture(scope="session")
+def _spare_server(
+    serve: Callable[..., tuple[str, subprocess.Popen]], tmp_path_factory: pytest.TempPathFactory
+) -> SpareServer:
+    return SpareServer(serve, tmp_path_factory.mktemp("spare"))
+
+
+@pytest.fixture
+def spare_server(_spare_server: SpareServer) -> SpareServer:
+    _spare_server.start_again()  # if a test before has failed
+    return _spare_server
+
+
 @pytest.fixture(scope="session")
 def wait_until_healthy() -> Callable[..., None]:
     """A function that waits for a server: its address, its process and its log, if any."""

@@ -3,12 +3,12 @@
 import os
 import re
 import shutil
-import signal
 import time
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 from mlflow import MlflowClient
@@ -37,28 +37,22 @@ def test_eight_simultaneous_validators_evaluate_each_checkpoint_once(
 
 def test_the_server_is_unreachable_when_an_evaluation_ends(
     forked: Forked,
-    serve: Callable,
+    spare_server: Any,
     publish_noise: Callable[..., str],
     points: Callable,
-    tmp_path: Path,
 ) -> None:
     """The validator holds before it records; then the server is killed, and comes back."""
-    uri, server = serve(tmp_path, tmp_path / "artifacts")
-    client = MlflowClient(uri)
+    client = MlflowClient(spare_server.uri)
     run_id = publish_noise(1, 2, client=client)
-    port = int(uri.rpartition(":")[2])
-
-    def kill_server(pid: int) -> None:
-        os.killpg(server.pid, signal.SIGKILL)
-        server.wait()
 
     def serve_again(pid: int) -> None:
         time.sleep(1)
-        serve(tmp_path, tmp_path / "artifacts", port)
+        spare_server.start_again()
 
     ended = forked(
-        *("validate", "--run-id", run_id, "--tracking-uri", uri, "--poll-seconds", 0.3),
-        then={"step 1: ": kill_server, "warning: ": serve_again},
+        *("validate", "--run-id", run_id, "--poll-seconds", 0.3),
+        *("--tracking-uri", spare_server.uri),
+        then={"step 1: ": lambda pid: spare_server.kill(), "warning: ": serve_again},
     )
     assert ended.code == 0, ended.printed
     assert evaluated(ended.printed) == {1: 1, 2: 1}

@@ -1,11 +1,10 @@
 """Somebody else's process against a real server: what it leaves, and what it is asked."""
 
-import os
-import signal
 import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import mlflow
 import pytest
@@ -52,21 +51,19 @@ def test_submitted_checkpoints_are_published_before_the_process_ends(
 
 
 def test_the_watcher_outlives_its_server(
-    serve: Callable, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    spare_server: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
     before = mlflow.get_tracking_uri()
-    uri, server = serve(tmp_path, tmp_path / "artifacts")
-    client = MlflowClient(uri)
+    client = MlflowClient(spare_server.uri)
     run = TrackedRun(client, client.create_run("0"))
     asked: list[str] = []
     watcher = StopWatcher(run, asked.append, seconds=0.1)
     try:
-        os.killpg(server.pid, signal.SIGKILL)
-        server.wait()
+        spare_server.kill()
         time.sleep(1)
         assert watcher._thread.is_alive()
-        serve(tmp_path, tmp_path / "artifacts", int(uri.rpartition(":")[2]))
+        spare_server.start_again()
         assert asked == []
         request_stop(run, "the curve is flat")
         deadline = time.monotonic() + 120

@@ -7,6 +7,7 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 from mlflow import MlflowClient
@@ -98,27 +99,28 @@ def test_an_interrupted_prune_is_finished_by_the_next(
 
 
 def test_files_that_mlflow_leaves_of_deleted_runs_are_removed(
-    serve: Callable,
+    spare_server: Any,
     publish_noise: Callable[..., str],
     call: Callable[..., subprocess.CompletedProcess],
     forked: Forked,
-    tmp_path: Path,
 ) -> None:
     """After `mlflow gc` the server still lists checkpoints of deleted runs."""
-    store = tmp_path / "store"
-    uri, _ = serve(tmp_path, store)
+    uri, store = spare_server.uri, spare_server.store
     client = MlflowClient(uri)
-    kept, deleted, gone = (publish_noise(step, client=client) for step in (1, 2, 3))
+    experiment = client.create_experiment("of three runs")
+    kept, deleted, gone = (
+        publish_noise(step, client=client, experiment=experiment) for step in (1, 2, 3)
+    )
     client.delete_run(gone)
     collected = call(
         *(sys.executable, "-m", "mlflow", "gc", "--tracking-uri", uri),
-        *("--backend-store-uri", f"sqlite:///{tmp_path}/mlflow.db"),
+        *("--backend-store-uri", f"sqlite:///{spare_server.directory}/mlflow.db"),
         *("--artifacts-destination", store),
         MLFLOW_TRACKING_URI=uri,
     )
     assert collected.returncode == 0, collected.stderr
     client.delete_run(deleted)
-    models = {model.source_run_id: model for model in client.search_logged_models(["0"])}
+    models = {model.source_run_id: model for model in client.search_logged_models([experiment])}
     assert set(models) == {kept, deleted, gone}
     assert all(files(store, model.model_id) for model in models.values())
 
@@ -135,7 +137,7 @@ def test_files_that_mlflow_leaves_of_deleted_runs_are_removed(
     )
     remaining = {run for run, model in models.items() if files(store, model.model_id)}
     assert remaining == {kept}
-    listed = {model.source_run_id for model in client.search_logged_models(["0"])}
+    listed = {model.source_run_id for model in client.search_logged_models([experiment])}
     assert listed == {kept, deleted}
 
 
