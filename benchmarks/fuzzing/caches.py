@@ -97,16 +97,14 @@ def top_passages(workdir: Path) -> Any:
 
 
 def fidelity(workdir: Path) -> Any:
-    from mlflow_dr.fidelity.study import StudyCache
+    from mlflow_dr.fidelity.study import cached_array, store_array
 
-    kept = StudyCache([("a", 1), ("b", 2)])
-    values = [np.array([0.5, 0.25, 1.0]), np.array([0.0, 1 / 3, 0.125])]
-    before = [kept.values("one"), kept.seconds("here")]
-    if all(array is None for array in before[0]) and not len(before[1]):
-        kept.store_values("one", values)
-        kept.store_seconds("here", [1.5, 2.5])
-        before = [kept.values("one"), kept.seconds("here")]
-    return [[None if array is None else array.tolist() for array in before[0]], list(before[1])]
+    values = {"a": [0.5, 0.25, 1.0], "b": [0.0, 1 / 3, 0.125], "seconds": [1.5, 2.5]}
+    if all(cached_array(key) is None for key in values):
+        for key, numbers in values.items():
+            store_array(key, np.array(numbers))
+    arrays = [cached_array(key) for key in values]
+    return [None if array is None else array.tolist() for array in arrays]
 
 
 def entry(read: Callable[[Path], Any], folders: tuple[str, ...]) -> Callable[[Random, Path], Case]:

@@ -6,7 +6,6 @@ import logging
 import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import NamedTuple
 
 from mlflow_dr.collection.corpus import Corpus
 from mlflow_dr.collection.jsonl import checked_id
@@ -43,16 +42,22 @@ def read_qrels(path: Path) -> dict[str, dict[str, int]]:
             whole number up to 32,767, or contradicts an earlier line.
     """
     qrels: dict[str, dict[str, int]] = {}
-    header: _Columns | None = None
+    indexes: list[int] = []
+    width = 0
     for number, line in read_lines(path):
         location = f"{path}:{number}"
         text = decoded(line, path, number)
         cells = text.split("\t") if "\t" in text else text.split()
         columns = [cell.strip() for cell in cells]
-        if number == 1 and (header := _header(columns)):
+        if number == 1 and (indexes := _header(columns)):
+            width = len(columns)
             continue
+        if indexes and len(columns) != width:
+            raise DataError(f"{location}: {len(columns)} columns; the first line names {width}")
         query_id, passage_id, relevance_text = (
-            header.of(columns, location) if header else _unnamed(columns, location, number == 1)
+            [columns[index] for index in indexes]
+            if indexes
+            else _unnamed(columns, location, number == 1)
         )
         relevance = int(relevance_text) if re.fullmatch(r"-?\d{1,20}", relevance_text) else None
         if relevance is None or relevance not in RELEVANCES:
@@ -70,38 +75,11 @@ def read_qrels(path: Path) -> dict[str, dict[str, int]]:
     return qrels
 
 
-class _Columns(NamedTuple):
-    """The columns of a file with a header.
-
-    Attributes:
-        indexes: of query, passage and relevance.
-        number: how many there are.
-    """
-
-    indexes: tuple[int, int, int]
-    number: int
-
-    def of(self, columns: Sequence[str], location: str) -> list[str]:
-        """Query, passage and relevance of a line.
-
-        Raises:
-            DataError: its number of columns differs from the header's.
-        """
-        if len(columns) != self.number:
-            raise DataError(
-                f"{location}: {len(columns)} columns; the first line names {self.number}"
-            )
-        return [columns[index] for index in self.indexes]
-
-
-def _header(columns: Sequence[str]) -> _Columns | None:
-    """The columns that a header names; None for any other line."""
+def _header(columns: Sequence[str]) -> list[int]:
+    """Which columns a header names query, passage and relevance; empty for any other line."""
     names = [column.lower().replace("_", "").replace("-", "") for column in columns]
     matches = [[i for i, name in enumerate(names) if name in spellings] for spellings in NAMES]
-    if any(len(indexes) != 1 for indexes in matches):
-        return None
-    query, passage, relevance = (indexes[0] for indexes in matches)
-    return _Columns((query, passage, relevance), len(columns))
+    return [] if any(len(indexes) != 1 for indexes in matches) else [i for (i,) in matches]
 
 
 def _unnamed(columns: Sequence[str], location: str, is_first: bool) -> Sequence[str]:

@@ -116,8 +116,9 @@ class _Study:
             changes,
         )
         # values are in the order of the queries, which a collection's digest does not depend on
-        digests_of = [(data.digest, digest_of(*data.topics.qrels)) for data in datasets]
-        self._cache = StudyCache([(*common, *digests) for digests in digests_of])
+        self._data_keys = [
+            digest_of(*common, data.digest, digest_of(*data.topics.qrels)) for data in datasets
+        ]
 
     def all_values(
         self, checkpoints: Sequence[Checkpoint]
@@ -147,14 +148,15 @@ class _Study:
             CheckpointError: the checkpoint cannot be read, or gives NaN.
         """
         identity = _identity(checkpoint)
-        results = self._cache.values(identity)
+        keys = [digest_of(LAYOUT, "values", identity, data_key) for data_key in self._data_keys]
+        results = [cached_array(key) for key in keys]
         missing = [index for index, values in enumerate(results) if values is None]
         if missing:
             pairs = [(self._datasets[index], self._settings) for index in missing]
             reports = evaluate_all(load_checkpoint(checkpoint, self._changes), pairs)
             for index, report in zip(missing, reports, strict=True):
                 results[index] = self._values_of_report(report, self._datasets[index])
-            self._cache.store_values(identity, results)
+                store_array(keys[index], results[index])
         return [values for values in results if values is not None]
 
     def seconds(self, checkpoints: Sequence[Checkpoint]) -> list[float]:
@@ -167,9 +169,10 @@ class _Study:
             UsageError: none of the checkpoints can be read any more.
         """
         for checkpoint in reversed(checkpoints):
-            identity = f"{_identity(checkpoint)} on {self._settings.device}"
-            if cached := self._cache.seconds(identity):
-                return cached
+            where = (platform.node(), self._settings.device)
+            key = digest_of(LAYOUT, "seconds", *where, _identity(checkpoint), *self._data_keys)
+            if (cached := cached_array(key)) is not None:
+                return cached.tolist()
             try:
                 encoder = load_checkpoint(checkpoint, self._changes)
             except CheckpointError as error:
@@ -179,7 +182,7 @@ class _Study:
             smallest = min(self._datasets, key=lambda data: data.n_passages)
             evaluate(encoder, smallest, self._settings, quiet=True)
             seconds = [self._shortest(encoder, data) for data in self._datasets]
-            self._cache.store_seconds(identity, seconds)
+            store_array(key, np.array(seconds))
             return seconds
         raise UsageError("none of the checkpoints can be read any more to be timed")
 
@@ -250,48 +253,15 @@ def _identity(checkpoint: Checkpoint) -> str:
     return "\n".join(state_of(path) for path in paths if path.is_file())
 
 
-class StudyCache:
-    """Values and times of a study in the user's cache, by checkpoint and strategy.
-
-    Args:
-        strategies: all that the values of each strategy depend on, except the checkpoint.
-    """
-
-    def __init__(self, strategies: Sequence[tuple[object, ...]]) -> None:
-        self._strategies = strategies
-
-    def values(self, checkpoint: str) -> list[np.ndarray | None]:
-        """Values of each query by strategy, `(n_queries,) float64`; None where none are cached."""
-        return [_read(key) for key in self._keys(checkpoint)]
-
-    def store_values(self, checkpoint: str, values: Sequence[np.ndarray | None]) -> None:
-        """Store the values of each strategy that are not None."""
-        for key, array in zip(self._keys(checkpoint), values, strict=True):
-            if array is not None:
-                _store(key, array)
-
-    def seconds(self, timing: str) -> list[float]:
-        """The time of each strategy, measured together on this machine; empty if none is cached."""
-        seconds = _read(self._timing_key(timing))
-        return [] if seconds is None else seconds.tolist()
-
-    def store_seconds(self, timing: str, seconds: Sequence[float]) -> None:
-        """Store the time of each strategy; `timing` names the checkpoint and the device."""
-        _store(self._timing_key(timing), np.array(seconds))
-
-    def _keys(self, checkpoint: str) -> list[str]:
-        return [digest_of(LAYOUT, "values", checkpoint, *strategy) for strategy in self._strategies]
-
-    def _timing_key(self, timing: str) -> str:
-        return digest_of(LAYOUT, "seconds", platform.node(), timing, *self._strategies)
-
-
-def _read(key: str) -> np.ndarray | None:
+def cached_array(key: str) -> np.ndarray | None:
+    """Values or times of a study in the user's cache; None where none are cached."""
     entry = sound_entry(CACHE_KIND, key)
     return None if entry is None else np.load(entry / VALUES)
 
 
-def _store(key: str, values: np.ndarray) -> None:
+def store_array(key: str, values: np.ndarray) -> None:
+    """Store values or times of a study in the user's cache."""
+
     def write(partial: Path) -> None:
         partial.mkdir()
         np.save(partial / VALUES, values)

@@ -19,7 +19,7 @@ from mlflow_dr.collection.corpus import Corpus, cached_corpus
 from mlflow_dr.collection.examples import RawExample, cached_examples
 from mlflow_dr.collection.records import Passage, Query, Topics
 from mlflow_dr.encoder.token_table import cached_token_table
-from mlflow_dr.fidelity.study import StudyCache
+from mlflow_dr.fidelity.study import cached_array, store_array
 from mlflow_dr.retrieval.bm25 import bm25_index
 from mlflow_dr.subsets.spec import SubsetTerm
 from mlflow_dr.subsets.strategies import SubsetSources
@@ -61,10 +61,10 @@ def top_passages() -> list[Any]:
 
 
 def fidelity() -> list[Any]:
-    kept = StudyCache([("bm25@2",)])
-    if kept.values("step 4")[0] is None:
-        kept.store_values("step 4", [np.array([0.5, 0.25])])
-    return [values.tolist() for values in kept.values("step 4") if values is not None]
+    if cached_array("bm25@2 of step 4") is None:
+        store_array("bm25@2 of step 4", np.array([0.5, 0.25]))
+    values = cached_array("bm25@2 of step 4")
+    return [] if values is None else values.tolist()
 
 
 def _corpus() -> Corpus:

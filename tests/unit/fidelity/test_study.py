@@ -15,7 +15,7 @@ import pytest
 from mlflow import MlflowClient
 from scipy import stats
 
-from mlflow_dr.cli import fidelity as cli
+from mlflow_dr.cli.evaluate import fidelity_command
 from mlflow_dr.collection.beir import BeirFolder
 from mlflow_dr.encoder.directory import load_encoder
 from mlflow_dr.encoder.model import Encoder
@@ -115,7 +115,7 @@ def study(run: TrackedRun, *subsets: str, **others: Any) -> FidelityResult:
 
 
 def called(*argv: object) -> Any:
-    return cli.command.main([str(word) for word in argv], "mlflow-dr", standalone_mode=False)
+    return fidelity_command.main([str(word) for word in argv], "mlflow-dr", standalone_mode=False)
 
 
 def test_one_pass_over_the_corpus_for_each_checkpoint(
