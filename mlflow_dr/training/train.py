@@ -182,15 +182,16 @@ def _train(
         log.info("training %s on %d examples", request.model.model_name_or_path, len(training_set))
         schedule = publish_schedule(request, len(training_set))
         source = EncoderSource(encoder, merged=request.model.lora_publish == MERGED)
-        publisher = Publisher(run, source)
+        published, last_step = _resumed_run(run, resumption) if run and resumption else ({}, None)
+        keep_in = Path(str(request.trainer.output_dir))
+        publisher = Publisher(run, source, published, keep_in=keep_in, on_refused=stop.ask)
         callbacks: list[TrainerCallback] = []
         if run is not None:
-            publisher, metrics = _open_run(run, request, source, resumption, stop)
             ending.enter_context(_closing(publisher, request, stop))
             if resumption is not None and resumption.checkpoint is not None:
                 begin = resumption.checkpoint
                 _publish_missed_checkpoints(request, publisher, source, begin, schedule)
-            callbacks.append(metrics)
+            callbacks.append(MetricCallback(run.log_metrics, last_step))
             ending.callback(StopWatcher(run, stop.ask).close)
         initial = request.publish.publish_initial
         callbacks += [ScheduledPublishing(publisher.publish, schedule, initial), stop]
@@ -214,30 +215,19 @@ def _train(
         log.info("training ended as asked: %s", stop.reason)
 
 
-def _open_run(
-    run: TrackedRun,
-    request: TrainingRequest,
-    source: EncoderSource,
-    resumption: Resumption | None,
-    stop: StopCallback,
-) -> tuple[Publisher, MetricCallback]:
-    """What writes checkpoints and metrics to the run; nothing is written twice after a resumption.
+def _resumed_run(run: TrackedRun, resumption: Resumption) -> tuple[dict[int, str], int | None]:
+    """Make a run ready to be continued.
 
-    Training is asked to stop if nothing can be published.
+    Returns:
+        Step -> model id of its checkpoints, and the last step that has a loss; none of these are
+        written twice.
     """
-    published: dict[int, str] = {}
-    last_step = None
-    if resumption is not None:
-        clear_stop_request(run)
-        fail_pending_checkpoints(run)
-        published = published_checkpoints(run)
-        last_step = run.last_step(LOSS_METRIC)
-        for problem in resumption.damaged:
-            log.warning("%s; this checkpoint is not used", problem)
-        log.info("resuming run %s from %s", run.id, resumption.name)
-    keep_in = Path(str(request.trainer.output_dir))
-    publisher = Publisher(run, source, published, keep_in=keep_in, on_refused=stop.ask)
-    return publisher, MetricCallback(run.log_metrics, last_step)
+    clear_stop_request(run)
+    fail_pending_checkpoints(run)
+    for problem in resumption.damaged:
+        log.warning("%s; this checkpoint is not used", problem)
+    log.info("resuming run %s from %s", run.id, resumption.name)
+    return published_checkpoints(run), run.last_step(LOSS_METRIC)
 
 
 def _publish_missed_checkpoints(
