@@ -14,7 +14,7 @@ from mlflow_dr.training.encoder_setup import load_dpr_weights
 
 @pytest.fixture
 def make(make_small: Callable[..., Encoder]) -> Callable[..., Encoder]:
-    """A function from a seed to an encoder of two towers with different weights."""
+    """A function from a seed to two encoders with different weights."""
 
     def make(seed: int = 0, size: int | None = None) -> Encoder:
         encoder = make_small(seed=seed, pooling="cls")
@@ -32,11 +32,11 @@ def make(make_small: Callable[..., Encoder]) -> Callable[..., Encoder]:
 def dpr_file(path: Path, encoder: Encoder, **more: Any) -> str:
     """What DPR saves of two BERTs: an unused pooler, positions, and a projection where it has."""
     state: dict[str, torch.Tensor] = {}
-    for prefix, tower in (("question_model.", encoder.query_encoder), ("ctx_model.", encoder)):
-        part = dict(tower.backbone.state_dict())
+    for prefix, side in (("question_model.", encoder.query_encoder), ("ctx_model.", encoder)):
+        part = dict(side.backbone.state_dict())
         part["pooler.dense.weight"] = torch.zeros(16, 16)
         part["embeddings.position_ids"] = torch.arange(128)
-        for module in tower.head:
+        for module in side.head:
             for name, value in module.state_dict().items():
                 part[f"encode_proj.{name.removeprefix('linear.')}"] = value
         state |= {prefix + name: value for name, value in part.items()}
@@ -59,7 +59,7 @@ def test_both_encoders_get_the_weights_of_the_file(
         assert torch.equal(
             our_encoder(ids, torch.ones_like(ids)), their_encoder(ids, torch.ones_like(ids))
         )
-    assert not torch.equal(*(tower(ids, torch.ones_like(ids)) for tower in ours.distinct_encoders))
+    assert not torch.equal(*(side(ids, torch.ones_like(ids)) for side in ours.distinct_encoders))
 
 
 def test_a_file_of_another_shape_is_refused(

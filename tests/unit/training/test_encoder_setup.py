@@ -42,8 +42,8 @@ class Built(NamedTuple):
         return mixed_training_set(self.request, self.data, self.encoder)
 
     def text(self, ids: Any, queries: bool = False) -> str:
-        tower = self.encoder.query_encoder if queries else self.encoder
-        return tower.tokenizer.decode(ids, skip_special_tokens=True)
+        side = self.encoder.query_encoder if queries else self.encoder
+        return side.tokenizer.decode(ids, skip_special_tokens=True)
 
 
 @pytest.fixture

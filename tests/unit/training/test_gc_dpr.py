@@ -304,10 +304,10 @@ def test_dropout_is_set_in_the_backbone(directory: Path) -> None:
     argv += ["--sequence_length", "32", "--use_cpu"]
     for value in (0.0, 0.25):
         _, _, encoder = built([*argv, "--dropout", str(value)])
-        for tower in encoder.distinct_encoders:
-            config = tower.backbone.config
+        for part in encoder.distinct_encoders:
+            config = part.backbone.config
             assert config.hidden_dropout_prob == config.attention_probs_dropout_prob == value
-            dropouts = [m for m in tower.backbone.modules() if isinstance(m, torch.nn.Dropout)]
+            dropouts = [m for m in part.backbone.modules() if isinstance(m, torch.nn.Dropout)]
             assert {module.p for module in dropouts} == {value}
 
 

@@ -25,7 +25,7 @@ class Encode:
     """The bi-encoder; remembers the texts of each call, and whether it had a graph."""
 
     def __init__(self, encoder: Encoder) -> None:
-        self.distinct_encoders = BiEncoder(encoder)
+        self.bi_encoder = BiEncoder(encoder)
         self.calls: list[tuple[bool, dict[str, Texts]]] = []
 
     def __call__(self, texts: Mapping[str, Texts]) -> dict[str, Tensor]:
@@ -34,7 +34,7 @@ class Encode:
             role: {name: inputs[name] for name in ("input_ids", "attention_mask")}
             for role, inputs in texts.items()
         }
-        return self.distinct_encoders(bare)
+        return self.bi_encoder(bare)
 
     def first_pass(self) -> list[dict[str, Texts]]:
         return [texts for with_graph, texts in self.calls if not with_graph]

@@ -287,8 +287,8 @@ def test_gradient_checkpointing_recomputes_layers(make_small: Make, make_trainer
         encoder: Encoder = make_small(0.2)
         encoder.untied_query_encoder = make_small(0.2, seed=1)
         counted: list[int] = []
-        for tower in (encoder, encoder.query_encoder):
-            layer = tower.backbone.encoder.layer[0].attention.self
+        for part in (encoder, encoder.query_encoder):
+            layer = part.backbone.encoder.layer[0].attention.self
             layer.register_forward_hook(lambda *_, seen=counted: seen.append(1))
         trainer = make_trainer(encoder, max_steps=2, **flags)
         trainer.train()
@@ -338,7 +338,7 @@ def test_lora_is_published_merged_or_as_adapters(
     assert (vectors - load_encoder(saved, normalize=True)(IDS, MASK)).abs().max() > 1e-3
 
 
-@pytest.mark.parametrize("start", ["two towers", "models:/", "tiny"])
+@pytest.mark.parametrize("start", ["two encoders", "models:/", "tiny"])
 def test_missed_checkpoints_of_adapters_are_published(
     trained: Make,
     published: Make,
@@ -348,9 +348,9 @@ def test_missed_checkpoints_of_adapters_are_published(
 ) -> None:
     """As it would have been published."""
     model = start
-    if start == "two towers":
-        save_encoder(tmp_path / "towers", make_untied_encoder())
-        model = str(tmp_path / "towers")
+    if start == "two encoders":
+        save_encoder(tmp_path / "untied", make_untied_encoder())
+        model = str(tmp_path / "untied")
     elif start == "models:/":
         model = run_checkpoints(trained(max_steps=1))[0].uri
     flags = {"model": model, "output_dir": tmp_path / "out", "save_steps": 2}
