@@ -84,21 +84,18 @@ def open_data(arguments: DataArguments) -> TrainingData:
             )
         path = Path(arguments.train_dir).expanduser()
         examples = open_examples(path, collections[0].corpus)
-        return TrainingData(
-            [WeightedExamples(str(path), str(path.resolve()), examples, None, rates[0])],
-            validated,
-            split,
-        )
-    parts = [
-        WeightedExamples(
-            collection.name,
-            collection.source,
-            _examples(collection, arguments.other_negatives),
-            weight,
-            rate,
-        )
-        for collection, (_, weight), rate in zip(collections, named, rates, strict=True)
-    ]
+        parts = [WeightedExamples(str(path), str(path.resolve()), examples, None, rates[0])]
+    else:
+        parts = [
+            WeightedExamples(
+                collection.name,
+                collection.source,
+                _examples(collection, arguments.other_negatives),
+                weight,
+                rate,
+            )
+            for collection, (_, weight), rate in zip(collections, named, rates, strict=True)
+        ]
     return TrainingData(parts, validated, split)
 
 
