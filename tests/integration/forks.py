@@ -15,7 +15,7 @@ from typing import BinaryIO, TextIO
 import psutil
 
 SCRIPT = Path(__file__).parent / "forked_commands.py"
-SECONDS_TO_BEGIN = 60
+SECONDS_TO_BEGIN = 300
 READY = "ready\n"
 NO_MOMENT = ("nowhere", signal.SIGKILL)
 

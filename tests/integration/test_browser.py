@@ -21,7 +21,7 @@ FLAGS = [
     *("--headless=new", "--no-sandbox", "--disable-gpu", "--disable-background-networking"),
     *("--disable-component-update", "--disable-sync"),
 ]
-SECONDS_FOR_THE_PAGE = 60
+SECONDS_FOR_THE_PAGE = 300
 SHOWN = ("val/mrr_at_10", "val/ndcg_at_10", "val/recall_at_100", "train/loss")
 
 

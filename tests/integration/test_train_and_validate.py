@@ -41,7 +41,7 @@ def test_every_checkpoint_has_one_point_for_each_metric(
         found["mrr_at_10"].values(), found["recall_at_100"].values(), strict=True
     ):
         assert 0 < mrr < recall <= 1
-    assert all(0 < lag < 60 for (lag,) in found["lag_seconds"].values())
+    assert all(0 < lag < 600 for (lag,) in found["lag_seconds"].values())
 
 
 def test_points_name_the_collection_they_were_measured_on(

@@ -212,10 +212,18 @@ def test_a_claim_that_stands_still_is_taken_over(
     client.set_terminated(run.id)
     slept = 0
 
+    def beat() -> str:
+        claim = latest_claim(run_checkpoints(run)[0], "val")
+        assert claim is not None
+        return claim.beat
+
     def sleep(seconds: float) -> None:
         nonlocal slept
         slept += 1
+        before, deadline = beat(), time.monotonic() + 120
         time.sleep(0.2)
+        while slept <= 3 and beat() == before and time.monotonic() < deadline:
+            time.sleep(0.01)
         if slept == 3:  # it dies
             owner._closed.set()
             owner._thread.join()
