@@ -6,7 +6,7 @@ import functools
 import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Annotated, Any, Literal, NamedTuple, TypeVar, get_args, get_origin
+from typing import Any, Literal, TypeVar, get_args, get_origin
 
 import click
 from pydantic.fields import FieldInfo
@@ -129,13 +129,13 @@ def _names(name: str, field: FieldInfo) -> list[str]:
 
 def _parameter(name: str, field: FieldInfo) -> Callable[..., Any]:
     """The click option, or argument, of a field."""
-    flag, kind = flag_of(field), _kind(field.annotation)
+    flag, (kind, multiple) = flag_of(field), _click_type(field.annotation)
     if flag.positional:
-        count = -1 if kind.multiple else 1
-        return click.argument(name, nargs=count, required=field.is_required(), type=kind.type)
+        count = -1 if multiple else 1
+        return click.argument(name, nargs=count, required=field.is_required(), type=kind)
     names = _names(name, field)
     help_text = field.description or ""
-    if kind.type is click.BOOL:
+    if kind is click.BOOL:
         names = [f"{names[0]}/{flag.off}" if flag.off else names[0], *names[1:]]
         return click.option(*names, name, is_flag=True, default=None, help=help_text)
     if field.default not in (None, (), PydanticUndefined):
@@ -143,33 +143,25 @@ def _parameter(name: str, field: FieldInfo) -> Callable[..., Any]:
     return click.option(
         *names,
         name,
-        type=kind.type,
-        multiple=kind.multiple or flag.several,
+        type=kind,
+        multiple=multiple or flag.several,
         required=field.is_required(),
         default=None,
         help=help_text,
     )
 
 
-class _Kind(NamedTuple):
+def _click_type(annotation: Any) -> tuple[Any, bool]:
     """The click type of a field, and whether the field takes several values."""
-
-    type: Any
-    multiple: bool = False
-
-
-def _kind(annotation: Any) -> _Kind:
     origin, arguments = get_origin(annotation), get_args(annotation)
-    if origin is Annotated:
-        return _kind(arguments[0])
     if origin is tuple:
-        return _Kind(_kind(arguments[0]).type, multiple=True)
+        return _click_type(arguments[0])[0], True
     if origin is Literal:
-        return _Kind(click.Choice(arguments))
-    if arguments:  # ... | None
-        return _kind(arguments[0])
+        return click.Choice(arguments), False
+    if arguments:  # Annotated, or ... | None
+        return _click_type(arguments[0])
     types = {bool: click.BOOL, int: click.INT, float: click.FLOAT}
-    return _Kind(types.get(annotation, click.STRING))
+    return types.get(annotation, click.STRING), False
 
 
 def find_project_run(tracking_uri: str | None) -> Any:

@@ -97,7 +97,7 @@ class HubCollection:
     @cached_property
     def _judged_files(self) -> dict[str, HubFiles]:
         with self._no_such_path():
-            by_stem = download_existing(self._repos[0], JUDGED_STEMS)
+            by_stem, _ = _files_by_stem(self._repos[0], JUDGED_STEMS)
         return {stem: files for stem, files in by_stem.items() if _is_judged(files)}
 
     def corpus(self) -> Corpus:
@@ -243,16 +243,8 @@ def download_files(repo: str, stem: str) -> HubFiles:
     return by_stem[stem]
 
 
-def download_existing(repo: str, stems: Sequence[str]) -> dict[str, HubFiles]:
-    """The files of those stems that the repository has.
-
-    Raises:
-        DataError: the hub cannot be reached and the cache has nothing of the repository.
-    """
-    return _files_by_stem(repo, stems)[0]
-
-
 def _files_by_stem(repo: str, stems: Sequence[str]) -> tuple[dict[str, HubFiles], Path]:
+    """The files of those stems that the repository has, and the folder that they are in."""
     folder = _snapshot(repo, [p for stem in stems for s in SUFFIXES for p in _patterns(stem, s)])
     by_stem: dict[str, HubFiles] = {}
     for stem in stems:

@@ -36,8 +36,7 @@ from mlflow_dr.fields import (
     TrustRemoteCode,
 )
 from mlflow_dr.files import atomic_write
-from mlflow_dr.mining.queries import ExcludedPassages, MiningQueries, mining_queries
-from mlflow_dr.mining.rule import Rule, choose
+from mlflow_dr.mining.rule import ExcludedPassages, MiningQueries, Rule, choose, mining_queries
 from mlflow_dr.retrieval.answers import AnswerFinder
 from mlflow_dr.retrieval.bm25 import WORDS, Bm25Retriever, Bm25Settings, warn_of_no_matches
 from mlflow_dr.retrieval.ranking import Retriever, SearchResult

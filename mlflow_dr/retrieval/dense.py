@@ -5,7 +5,7 @@ Memory does not grow with the corpus: vectors are compared with the queries and 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -124,7 +124,7 @@ def dense_search(
     searches = [
         _Search(
             request,
-            vectors[_indices(positions, request.queries, vectors.device)],
+            vectors[[positions[id(query)] for query in request.queries]],
             tie_ranks,
             search,
         )
@@ -153,14 +153,6 @@ def rows_to_encode(requests: Sequence[SearchRequest], n_passages: int) -> np.nda
         for rows in (*groups, *request.extra_rows):
             wanted[rows] = True
     return np.flatnonzero(wanted)
-
-
-def _indices(
-    positions: Mapping[int, int], queries: Sequence[Query], device: torch.device
-) -> Tensor:
-    return torch.tensor(
-        [positions[id(query)] for query in queries], dtype=torch.long, device=device
-    )
 
 
 class _Search:

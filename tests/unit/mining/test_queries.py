@@ -9,7 +9,7 @@ import pytest
 from mlflow_dr.collection.corpus import TOKENISED_SCHEMA, Corpus
 from mlflow_dr.collection.records import Example, Query
 from mlflow_dr.errors import DataError
-from mlflow_dr.mining.queries import ExcludedPassages, MiningQueries, mining_queries
+from mlflow_dr.mining.rule import ExcludedPassages, MiningQueries, mining_queries
 
 
 class Given:
