@@ -155,8 +155,9 @@ class _Study:
             pairs = [(self._datasets[index], self._settings) for index in missing]
             reports = evaluate_all(load_checkpoint(checkpoint, self._changes), pairs)
             for index, report in zip(missing, reports, strict=True):
-                results[index] = self._values_of_report(report, self._datasets[index])
-                store_array(keys[index], results[index])
+                values = self._values_of_report(report, self._datasets[index])
+                results[index] = values
+                store_array(keys[index], values)
         return [values for values in results if values is not None]
 
     def seconds(self, checkpoints: Sequence[Checkpoint]) -> list[float]:
@@ -172,7 +173,7 @@ class _Study:
             where = (platform.node(), self._settings.device)
             key = digest_of(LAYOUT, "seconds", *where, _identity(checkpoint), *self._data_keys)
             if (cached := cached_array(key)) is not None:
-                return cached.tolist()
+                return list(map(float, cached))
             try:
                 encoder = load_checkpoint(checkpoint, self._changes)
             except CheckpointError as error:
