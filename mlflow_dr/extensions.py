@@ -9,8 +9,8 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable
 from functools import lru_cache
-from importlib.metadata import EntryPoint, EntryPoints, entry_points
-from typing import Generic, TypeVar
+from importlib.metadata import EntryPoint, entry_points
+from typing import Any, Generic, TypeVar
 
 from mlflow_dr.errors import UsageError, did_you_mean, one_line
 
@@ -81,6 +81,6 @@ class Registry(Generic[T]):
 
 
 @lru_cache(maxsize=1)
-def _installed(path: tuple[str, ...]) -> EntryPoints:
+def _installed(path: tuple[str, ...]) -> Any:
     """The entry points of all packages on `sys.path`; reading them takes 15 ms."""
     return entry_points()
