@@ -1,8 +1,8 @@
 """Collections on the Hugging Face hub in Tevatron's layout: one repository for each table.
 
 Source: Gao et al., Tevatron: An Efficient and Flexible Toolkit for Dense Retrieval, 2022.
-The files are fetched as they are and read as plain JSON lines or Parquet, without the loading
-scripts beside them.
+`datasets` reads their files but, from release 4 on, refuses the loading scripts beside them; so
+the files are fetched as they are and read as plain JSON lines or Parquet.
 """
 
 from __future__ import annotations
@@ -14,29 +14,35 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path
-from typing import NamedTuple
+from tempfile import TemporaryDirectory
+from typing import Any, NamedTuple
 
-from mlflow_dr.collection.beir import PassageRecord
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from mlflow_dr.cache import cache_entry
 from mlflow_dr.collection.catalogue import check_split
-from mlflow_dr.collection.corpus import Corpus, cached_corpus
+from mlflow_dr.collection.corpus import SCHEMA, Corpus, check_ids
 from mlflow_dr.collection.examples import CachedExamples, RawExample, cached_examples
 from mlflow_dr.collection.irds import topics_of
 from mlflow_dr.collection.jsonl import check_complete, read_records, state_of
 from mlflow_dr.collection.qrels import checked_topics
-from mlflow_dr.collection.records import Passage, Query, Topics, unique
+from mlflow_dr.collection.records import Passage, Query, Topics
 from mlflow_dr.collection.training_files import (
     ExampleRecord,
     find_layout,
     layout_of,
     read_examples,
 )
-from mlflow_dr.errors import DataError, one_line
+from mlflow_dr.errors import DataError, one_line, quoted
 from mlflow_dr.files import digest_of
 
 log = logging.getLogger(__name__)
 
 JUDGED_STEMS = ("dev", "validation", "test")
-SUFFIXES = (".parquet", ".jsonl.gz", ".jsonl")
+PASSAGE_COLUMNS = ("docid", "title", "text")
+TITLE = "title"
+READERS = {".parquet": "parquet", ".jsonl.gz": "json", ".jsonl": "json"}
 
 
 def msmarco_passage(name: str = "msmarco") -> HubCollection:
@@ -101,11 +107,11 @@ class HubCollection:
         return {stem: files for stem, files in by_stem.items() if _is_judged(files)}
 
     def corpus(self) -> Corpus:
-        """The passages.
+        """The passages, mapped from the Arrow file that `datasets` made of them.
 
         Raises:
-            DataError: they are neither on the hub nor in the cache, lack an id or a text, or repeat
-                an id, with file:line.
+            DataError: they are neither on the hub nor in the cache, lack a column or a value, or
+                repeat an id.
         """
         return self._corpus
 
@@ -189,16 +195,97 @@ def _with_advice(files: HubFiles) -> Iterator[None]:
         raise DataError(f"Hugging Face {files.repo}: {error}; {files.advice}") from error
 
 
+def _rows(files: HubFiles, directory: Path) -> Any:
+    """The files' rows as one `datasets.Dataset` of Arrow files, which are written to `directory`.
+
+    Raises:
+        DataError: a file is damaged, or its rows differ in their columns.
+    """
+    from datasets import load_dataset
+
+    names = [str(file) for file in files.files]
+    try:
+        return load_dataset(
+            READERS[files.suffix], data_files=names, split="train", cache_dir=str(directory)
+        )
+    except Exception as error:
+        cause = one_line(error.__cause__ or error)
+        raise DataError(f"{files.location}: cannot be read ({cause}); {files.advice}") from error
+
+
 def _corpus(files: HubFiles) -> Corpus:
-    """The passages, read once and then mapped from the user's cache."""
+    """The fetched passages; they are read, checked and digested once."""
 
-    def read() -> Iterator[tuple[str, Passage]]:
-        with _with_advice(files):
-            for file in files.files:
-                for location, record in read_records(file, PassageRecord):
-                    yield location, record.passage(location)
+    def write(partial: Path) -> None:
+        partial.mkdir()
+        with TemporaryDirectory(dir=partial) as directory:
+            for number, part in enumerate(_rows(files, Path(directory)).cache_files):
+                Path(part["filename"]).rename(partial / f"rows-{number:05}.arrow")
+        table = _table(partial, files.location)
+        log.info("%s: checking %d passages, once", files.location, len(table))
+        check_passages(table, files.location)
+        (partial / "digest").write_text(Corpus(table).digest)
 
-    return cached_corpus(files.digest, unique("passage", read), location=files.location)
+    directory = cache_entry("hub", files.digest, write)
+    return Corpus(_table(directory, files.location), (directory / "digest").read_text())
+
+
+def _table(directory: Path, location: str) -> pa.Table:
+    """The passages, mapped from the Arrow files that `datasets` has written."""
+    from datasets import Dataset, concatenate_datasets
+
+    parts = [Dataset.from_file(str(path)) for path in sorted(directory.glob("rows-*.arrow"))]
+    return passage_table(concatenate_datasets(parts).with_format("arrow")[:], location)
+
+
+def passage_table(table: pa.Table, location: str) -> pa.Table:
+    """Columns `id`, `title`, `text` as strings; only a column of another type is copied.
+
+    Raises:
+        DataError: `docid` or `text` is missing, or a column is of another type.
+    """
+    if TITLE not in table.column_names:
+        table = table.append_column(TITLE, pa.nulls(len(table)))
+    if missing := [name for name in PASSAGE_COLUMNS if name not in table.column_names]:
+        raise DataError(
+            f"{location}: no column {', '.join(missing)}; it has {', '.join(table.column_names)}, "
+            f"expected {', '.join(PASSAGE_COLUMNS)} ({TITLE} may be left out)"
+        )
+    columns = [table[name] for name in PASSAGE_COLUMNS]
+    for name, column in zip(PASSAGE_COLUMNS, columns, strict=True):
+        kind = column.type
+        is_text = pa.types.is_string(kind) or pa.types.is_large_string(kind)
+        is_number = name == "docid" and pa.types.is_integer(kind)
+        is_untitled = name == TITLE and pa.types.is_null(kind)
+        if not (is_text or is_number or is_untitled):
+            raise DataError(f"{location}: column {name} holds {kind}, expected strings")
+    passages = pa.table(columns, names=SCHEMA.names).cast(SCHEMA)
+    if passages["title"].null_count:
+        passages = passages.set_column(1, SCHEMA.field("title"), passages["title"].fill_null(""))
+    return passages
+
+
+def check_passages(passages: pa.Table, location: str) -> None:
+    """Refuse passages without id or text, and ids that are used twice.
+
+    Raises:
+        DataError: with how many there are.
+    """
+    for name in ("id", "text"):
+        if missing := passages[name].null_count:
+            raise DataError(f"{location}: {missing} of {len(passages)} passages have no {name}")
+    ids = passages["id"]
+    try:
+        check_ids(ids)
+    except DataError as error:
+        raise DataError(f"{location}: {error}") from error
+    if (distinct := pc.count_distinct(ids).as_py()) != len(ids):
+        counts = pc.value_counts(ids)
+        repeated = counts.filter(pc.greater(counts.field("counts"), 1)).field("values")[0]
+        raise DataError(
+            f"{location}: {len(ids) - distinct} passages repeat an id (such as "
+            f"{quoted(repeated.as_py())})"
+        )
 
 
 class HubFiles(NamedTuple):
@@ -206,6 +293,7 @@ class HubFiles(NamedTuple):
 
     repo: str
     commit: str
+    suffix: str
     files: list[Path]
 
     @property
@@ -245,13 +333,13 @@ def download_files(repo: str, stem: str) -> HubFiles:
 
 def _files_by_stem(repo: str, stems: Sequence[str]) -> tuple[dict[str, HubFiles], Path]:
     """The files of those stems that the repository has, and the folder that they are in."""
-    folder = _snapshot(repo, [p for stem in stems for s in SUFFIXES for p in _patterns(stem, s)])
+    folder = _snapshot(repo, [p for stem in stems for s in READERS for p in _patterns(stem, s)])
     by_stem: dict[str, HubFiles] = {}
     for stem in stems:
-        for suffix in SUFFIXES:  # a repository may offer the same rows in two formats
+        for suffix in READERS:  # a repository may offer the same rows in two formats
             patterns = _patterns(stem, suffix)
             if paths := sorted(path for pattern in patterns for path in _matching(folder, pattern)):
-                by_stem.setdefault(stem, HubFiles(repo, folder.name, paths))
+                by_stem.setdefault(stem, HubFiles(repo, folder.name, suffix, paths))
     for files in by_stem.values():
         try:
             check_complete(files.files)

@@ -57,6 +57,7 @@ HOMES = {
     "bm25s": ["retrieval/bm25.py"],
     "Stemmer": ["retrieval/bm25.py"],
     "regex": ["retrieval/answers.py"],
+    "datasets": ["collection/hub.py"],
     "pytrec_eval": ["retrieval/measures.py"],
     "ir_measures": ["retrieval/measures.py"],
     "psutil": ["launch.py"],
@@ -120,7 +121,7 @@ LATE = ["mlflow_dr.encoder.backbone"]
 @pytest.mark.parametrize("path", modules(), ids=lambda path: str(path.relative_to(PACKAGE)))
 def test_optional_libraries_are_imported_late(path: Path) -> None:
     early = {name.split(".")[0] for name in imports(path, top_level_only=True)}
-    late = {"faiss", "ir_datasets", "pytrec_eval", "ir_measures", "bm25s", "Stemmer"}
+    late = {"faiss", "ir_datasets", "datasets", "pytrec_eval", "ir_measures", "bm25s", "Stemmer"}
     assert not early & (late | {"scipy", "matplotlib"})
     assert not set(imports(path, top_level_only=True)) & set(LATE)
     if path.name != "backbone.py":

@@ -74,11 +74,13 @@ class HubCache:
 
 @pytest.fixture(autouse=True)
 def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> HubCache:
-    """An empty cache, without network; the library settles its own when it is imported."""
+    """An empty cache, without network; both libraries settle theirs when they are imported."""
+    import datasets.config
     from huggingface_hub import constants
 
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "datasets")
     monkeypatch.setenv("MLFLOW_DR_CACHE", str(tmp_path / "cache"))
     return HubCache(tmp_path / "hub")
 
@@ -150,18 +152,21 @@ def test_equal_contents_have_equal_digests_whatever_the_format(hub: HubCache) ->
     assert msmarco_passage().corpus().digest == cached_corpus("same", same).digest
 
 
-def test_passages_are_read_and_digested_once(
+def test_passages_are_checked_and_digested_once(
     hub: HubCache, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     hub.put(CORPUS, "corpus.jsonl.gz", PASSAGES)
     digest = msmarco_passage().corpus().digest
-    monkeypatch.setattr(hub_module, "read_records", lambda *_: pytest.fail("read again"))
+    monkeypatch.setattr(hub_module, "check_passages", lambda *_: pytest.fail("checked again"))
     monkeypatch.setattr(Corpus, "digest", property(lambda corpus: corpus._digest))
     assert msmarco_passage().corpus().digest == digest
 
 
 def test_a_file_that_was_replaced_is_read_again(hub: HubCache) -> None:
-    """Commit, size and time stay the same."""
+    """Commit, size and time stay the same.
+
+    `datasets` alone would return the rows it read before.
+    """
     file = hub.put(CORPUS, "corpus.jsonl", PASSAGES)
     before, state = msmarco_passage().corpus(), file.stat()
     time.sleep(0.02)  # longer than the clock of a file system needs to tick
@@ -178,7 +183,7 @@ def test_damaged_rows_in_the_cache_are_read_again(
     hub.put(CORPUS, "corpus.jsonl", PASSAGES)
     before = msmarco_passage().corpus()
     passages = next(before.batches())
-    (rows,) = (tmp_path / "cache/corpora").glob("*/*.arrow")
+    (rows,) = (tmp_path / "cache/hub").glob("*/*.arrow")
     rows.write_bytes(rows.read_bytes().replace(b"project", b"prospect"))
     after = msmarco_passage().corpus()
     assert (next(after.batches()), after.digest) == (passages, before.digest)
@@ -314,30 +319,20 @@ def test_a_repository_without_the_file_is_an_error_that_names_it(hub: HubCache) 
 def test_a_truncated_file_is_an_error_that_says_how_to_replace_it(hub: HubCache) -> None:
     file = hub.put(CORPUS, "corpus.jsonl.gz", PASSAGES)
     file.write_bytes(file.read_bytes()[:-20])
-    with pytest.raises(
-        DataError, match=r"corpus.jsonl.gz:\d: the compressed file is damaged .*--force-download"
-    ):
+    with pytest.raises(DataError, match=r"corpus.jsonl.gz\): cannot be read .*--force-download"):
         msmarco_passage().corpus()
 
 
-@pytest.mark.parametrize(
-    ("content", "message"),
-    [
-        (b"", r"corpus.jsonl\): the corpus has no passages"),
-        (b'{"docid": "0", "tit\n', r"corpus.jsonl:1: not JSON"),
-    ],
-)
-def test_a_file_that_is_no_json_lines_is_an_error(
-    hub: HubCache, content: bytes, message: str
-) -> None:
+@pytest.mark.parametrize("content", [b"", b'{"docid": "0", "tit\n'])
+def test_a_file_that_is_no_json_lines_is_an_error(hub: HubCache, content: bytes) -> None:
     hub.put(CORPUS, "corpus.jsonl", content)
-    with pytest.raises(DataError, match=message):
+    with pytest.raises(DataError, match=r"corpus.jsonl\): cannot be read"):
         msmarco_passage().corpus()
 
 
-def test_a_missing_column_of_the_corpus_is_an_error_that_names_it(hub: HubCache) -> None:
-    hub.put(CORPUS, "corpus.jsonl.gz", [{"number": "0", "text": "a"}])
-    expected = r"corpus.jsonl.gz:1: the passage has no '_id' \(nor 'docid'\); if a file is damaged"
+def test_a_missing_column_of_the_corpus_is_an_error_that_names_the_columns(hub: HubCache) -> None:
+    hub.put(CORPUS, "corpus.jsonl.gz", [{"_id": "0", "text": "a"}])
+    expected = r"no column docid; it has _id, text, title, expected docid, title, text"
     with pytest.raises(DataError, match=expected):
         msmarco_passage().corpus()
 
@@ -387,13 +382,13 @@ def test_no_row_to_train_on_is_an_error(hub: HubCache) -> None:
 def test_repeated_passage_ids_are_an_error_every_time(hub: HubCache) -> None:
     hub.put(CORPUS, "corpus.jsonl.gz", [*PASSAGES, PASSAGES[1]])
     for _ in range(2):
-        with pytest.raises(DataError, match=r"gz:4: passage id '1' is used twice; .* at \S+:2"):
+        with pytest.raises(DataError, match=r"1 passages repeat an id \(such as '1'\)"):
             msmarco_passage().corpus()
 
 
 def test_a_passage_without_text_is_an_error(hub: HubCache) -> None:
     hub.put(CORPUS, "corpus.jsonl.gz", [*PASSAGES, {"docid": "3", "title": "", "text": None}])
-    with pytest.raises(DataError, match=r"corpus.jsonl.gz:4: the passage has no 'text'"):
+    with pytest.raises(DataError, match="1 of 4 passages have no text"):
         msmarco_passage().corpus()
 
 
@@ -526,7 +521,7 @@ def test_a_missing_file_of_a_numbered_series_is_named(hub: HubCache) -> None:
     ("rows", "message"),
     [
         ([dict(PASSAGES[0], docid="0\x00tail")], r"id '0\\x00tail' has a NUL character"),
-        ([PASSAGES[0], dict(PASSAGES[1], docid="0")], r"jsonl:2: passage id '0' is used twice"),
+        ([PASSAGES[0], dict(PASSAGES[1], docid="0")], r"1 passages repeat an id \(such as '0'\)"),
     ],
 )
 def test_ids_that_are_ambiguous(hub: HubCache, rows: list[dict[str, Any]], message: str) -> None:
