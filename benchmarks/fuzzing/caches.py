@@ -6,6 +6,7 @@ import os
 import shutil
 from collections.abc import Callable
 from functools import cache
+from itertools import product
 from pathlib import Path
 from random import Random
 from typing import Any
@@ -173,12 +174,8 @@ def replaced(chance: Random, workdir: Path) -> Case:
 def kept(chance: Random, workdir: Path) -> Case:
     """Values of a study: they may be lost, but never wrong."""
     case = entry(fidelity, ("fidelity",))(chance, workdir)
-    values, seconds = case.right()
-    a, b = values
-    some = [[first, other] for first in (a, None) for other in (b, None)]
-    return case._replace(
-        right=lambda: AnyOf([pair, times] for pair in some for times in (seconds, []))
-    )
+    lossy = [(array, None) for array in case.right()]
+    return case._replace(right=lambda: AnyOf(list(map(list, product(*lossy)))))
 
 
 KINDS = [
