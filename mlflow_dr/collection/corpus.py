@@ -74,8 +74,12 @@ class Corpus:
             self._digest = content.hexdigest()
         return self._digest
 
-    def batches(self) -> Iterator[list[Passage]]:
-        """All passages in order, a few thousand at a time."""
+    def batches(self, rows: np.ndarray | None = None) -> Iterator[list[Passage]]:
+        """Passages a few thousand at a time: all in order, or those at some rows, `(n,) int64`."""
+        if rows is not None:
+            for start in range(0, len(rows), ROWS_PER_BATCH):
+                yield self.passages(rows[start : start + ROWS_PER_BATCH])
+            return
         for batch in self._batches:
             columns = (batch.column(name).to_pylist() for name in self._schema.names)
             yield [Passage(*values) for values in zip(*columns, strict=True)]

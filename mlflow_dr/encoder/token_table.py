@@ -22,7 +22,7 @@ import numpy as np
 from mlflow_dr.cache import cache_entry, sound_entry
 from mlflow_dr.collection.catalogue import Examples
 from mlflow_dr.collection.corpus import Corpus
-from mlflow_dr.collection.records import Passage, Query
+from mlflow_dr.collection.records import Query
 from mlflow_dr.encoder.tokenize import TextTokenizer
 from mlflow_dr.files import digest_of, usable_cores
 from mlflow_dr.progress import progress_bar
@@ -33,6 +33,8 @@ KIND = "tokens"
 LAYOUT = 1
 # a worker takes seconds to start
 TEXTS_WORTH_A_PROCESS = 100_000
+QUERIES_PER_BATCH = 8192
+MOST_OF_A_CORPUS = 0.5
 
 
 class TokenTable:
@@ -199,10 +201,6 @@ def _write(
     np.save(directory / "offsets.npy", offsets)
 
 
-TEXTS_PER_BATCH = 8192
-MOST_OF_A_CORPUS = 0.5
-
-
 def corpus_tokens(corpus: Corpus, text_tokenizer: TextTokenizer, processes: int = 1) -> TokenTable:
     """The passages of a corpus as token ids, made once for each tokenizer and its settings.
 
@@ -238,7 +236,7 @@ def subset_tokens(corpus: Corpus, rows: np.ndarray, text_tokenizer: TextTokenize
         return corpus_tokens(corpus, text_tokenizer)
     table = cached_token_table(
         f"{key}:{sha256(rows.astype('<i8').tobytes()).hexdigest()}",
-        _passages(corpus, rows),
+        corpus.batches(rows),
         text_tokenizer.passage_ids,
         text_tokenizer.vocabulary_size,
         total=len(rows),
@@ -266,12 +264,7 @@ def _key(corpus: Corpus, text_tokenizer: TextTokenizer) -> str:
     return f"{corpus.digest}:{text_tokenizer.passage_digest()}"
 
 
-def _passages(corpus: Corpus, rows: np.ndarray) -> Iterator[list[Passage]]:
-    for start in range(0, len(rows), TEXTS_PER_BATCH):
-        yield corpus.passages(rows[start : start + TEXTS_PER_BATCH])
-
-
 def _queries(examples: Examples) -> Iterator[list[Query]]:
-    for start in range(0, len(examples), TEXTS_PER_BATCH):
-        stop = min(start + TEXTS_PER_BATCH, len(examples))
+    for start in range(0, len(examples), QUERIES_PER_BATCH):
+        stop = min(start + QUERIES_PER_BATCH, len(examples))
         yield [examples[index].query for index in range(start, stop)]

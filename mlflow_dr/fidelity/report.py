@@ -14,6 +14,9 @@ from mlflow_dr.fidelity.agreement import FIGURES, Curve, Estimate, FidelityResul
 from mlflow_dr.files import atomic_write
 from mlflow_dr.terminal import in_columns
 
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
 REPORT, TABLE, VALUES = "report.txt", "table.csv", "values.parquet"
 CURVES, TIME = "curves.png", "time_against_fidelity.png"
 SIZES = ("subset", "passages", "queries", "seconds")
@@ -206,10 +209,6 @@ def _write_table(findings: FidelityResult, path: Path) -> None:
             chosen = findings.steps[curve.best]
             is_best = subset is not None and subset is findings.recommended
             rows.writerow([*sizes, *shown, chosen, "yes" if is_best else ""])
-
-
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure
 
 
 def draw_curves(findings: FidelityResult, path: Path) -> None:

@@ -170,8 +170,8 @@ class _Study:
             UsageError: none of the checkpoints can be read any more.
         """
         for checkpoint in reversed(checkpoints):
-            where = (platform.node(), self._settings.device)
-            key = digest_of(LAYOUT, "seconds", *where, _identity(checkpoint), *self._data_keys)
+            machine = (platform.node(), self._settings.device)
+            key = digest_of(LAYOUT, "seconds", *machine, _identity(checkpoint), *self._data_keys)
             if (cached := cached_array(key)) is not None:
                 return list(map(float, cached))
             try:

@@ -26,7 +26,6 @@ from mlflow_dr.subsets.strategies import SubsetSources
 
 JUDGED = "judged"
 BEIR, ASYNCVAL = "beir", "asyncval"
-ROWS_PER_GROUP = 8192
 
 Tokens = Callable[[Sequence[str]], Sequence[Sequence[int]]]
 """Texts to token ids, without special tokens."""
@@ -213,14 +212,14 @@ def _write_passages(
     subset: Subset,
     records: Callable[[Sequence[Passage]], Iterator[Mapping[str, Any]]],
 ) -> None:
+    def lines(rows: np.ndarray) -> Iterator[Mapping[str, Any]]:
+        for group in subset.corpus.batches(rows):
+            yield from records(group)
+            bar.update(len(group))
+
     with progress_bar(len(subset), "writing the subset", "passages") as bar:
         for path, rows in zip(paths, np.array_split(subset.rows, len(paths)), strict=True):
-            with path.open("wb") as file:
-                for start in range(0, len(rows), ROWS_PER_GROUP):
-                    group = subset.corpus.passages(rows[start : start + ROWS_PER_GROUP])
-                    for record in records(group):
-                        file.write(msgspec.json.encode(record) + b"\n")
-                    bar.update(len(group))
+            _write_lines(path, lines(rows))
 
 
 def _write_lines(path: Path, records: Iterator[Mapping[str, Any]]) -> None:

@@ -36,6 +36,8 @@ log = logging.getLogger(__name__)
 SECONDS_BETWEEN_FULL_SNAPSHOTS = 600.0
 SECONDS_BETWEEN_STATES = 30.0
 LONGEST_UPLOAD_MS = 3_600_000
+NOT_UTF8 = "its name is not UTF-8"
+NO_STEP = "neither its name nor a trainer_state.json says a step"
 
 
 class Snapshot(NamedTuple):
@@ -255,8 +257,12 @@ class OpenCheckpoints:
         return min(left, default=newest)
 
 
-NOT_UTF8 = "its name is not UTF-8"
-NO_STEP = "neither its name nor a trainer_state.json says a step"
+class _Seen(NamedTuple):
+    """A directory at the last snapshot, and what it lacks to be complete."""
+
+    signature: tuple[tuple[str, int, int], ...]
+    step: int | None
+    lacks: str
 
 
 class FollowedDirectory:
@@ -325,9 +331,7 @@ class FollowedDirectory:
         """Complete checkpoints that have not changed since the last snapshot, with their steps."""
         before, self._seen = self._seen, {}
         complete: dict[Path, int] = {}
-        for path in sorted(self._directory.iterdir()):
-            if not path.is_dir() or path.name.startswith("."):
-                continue
+        for path in _folders(self._directory):
             if not _is_text(path):  # MLflow cannot store it
                 self._log(path, NOT_UTF8)
                 continue
@@ -362,15 +366,19 @@ def found_checkpoints(directory: Path) -> list[Checkpoint]:
     if not directory.is_dir():
         raise UsageError(f"{directory}: no such directory")
     checkpoints: list[Checkpoint] = []
-    for path in sorted(directory.absolute().iterdir()):
-        if not path.is_dir() or path.name.startswith("."):
-            continue
+    for path in _folders(directory.absolute()):
         step, lacks = step_of(path), encoder_defect(path)
         if step is None or lacks:
             log.info("%s is passed over: %s", path, NO_STEP if step is None else lacks)
             continue
         checkpoints.append(_unregistered(path, step))
     return sorted(checkpoints, key=lambda checkpoint: checkpoint.step)
+
+
+def _folders(directory: Path) -> list[Path]:
+    """The folders in a directory that may be checkpoints, by name."""
+    paths = sorted(directory.iterdir())
+    return [path for path in paths if path.is_dir() and not path.name.startswith(".")]
 
 
 def _unregistered(path: Path, step: int) -> Checkpoint:
@@ -397,14 +405,6 @@ def _is_text(path: Path) -> bool:
 
 def _shown(path: Path) -> str:
     return str(path).encode(errors="backslashreplace").decode()
-
-
-class _Seen(NamedTuple):
-    """A directory at the last snapshot, and what it lacks to be complete."""
-
-    signature: tuple[tuple[str, int, int], ...]
-    step: int | None
-    lacks: str
 
 
 def register_directory(run: TrackedRun, directory: Path, step: int) -> str:
