@@ -33,7 +33,7 @@ KIND = "tokens"
 LAYOUT = 1
 # a worker takes seconds to start
 TEXTS_WORTH_A_PROCESS = 100_000
-QUERIES_PER_BATCH = 8192
+TEXTS_PER_BATCH = 8192
 MOST_OF_A_CORPUS = 0.5
 
 
@@ -265,6 +265,6 @@ def _key(corpus: Corpus, text_tokenizer: TextTokenizer) -> str:
 
 
 def _queries(examples: Examples) -> Iterator[list[Query]]:
-    for start in range(0, len(examples), QUERIES_PER_BATCH):
-        stop = min(start + QUERIES_PER_BATCH, len(examples))
+    for start in range(0, len(examples), TEXTS_PER_BATCH):
+        stop = min(start + TEXTS_PER_BATCH, len(examples))
         yield [examples[index].query for index in range(start, stop)]
