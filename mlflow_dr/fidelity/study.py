@@ -233,13 +233,7 @@ def _datasets(
     published = run and partial(checkpoint_of_step, run)
     datasets = [full]
     for spec in config.specs:
-        data = full.on_subset(
-            spec,
-            device=settings.device,
-            dtype=settings.dtype,
-            search_backend=settings.search_backend,
-            published=published,
-        )
+        data = full.on_subset(spec, settings, published=published)
         queries = len(data.topics.queries)
         log.info("%s: %d passages, %d queries", spec.shown, data.n_passages, queries)
         datasets.append(data)

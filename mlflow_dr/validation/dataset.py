@@ -12,6 +12,7 @@ import pyarrow as pa
 from mlflow_dr.collection.catalogue import Collection
 from mlflow_dr.collection.corpus import Corpus
 from mlflow_dr.collection.records import Topics
+from mlflow_dr.devices import resolve_device, resolve_dtype
 from mlflow_dr.encoder.token_table import TokenTable, corpus_tokens, subset_tokens
 from mlflow_dr.encoder.tokenize import TextTokenizer
 from mlflow_dr.files import digest_of
@@ -20,6 +21,7 @@ from mlflow_dr.retrieval.ranking import check_trec_ids
 from mlflow_dr.subsets.spec import SubsetSpec
 from mlflow_dr.subsets.strategies import SubsetSources
 from mlflow_dr.subsets.subset import Subset, make_subset
+from mlflow_dr.validation.validations import EvalConfig
 
 log = logging.getLogger(__name__)
 
@@ -80,17 +82,27 @@ class EvalDataset:
         self.subset = subset
         self._has_warned = False
 
-    def on_subset(self, spec: SubsetSpec, **options: Any) -> EvalDataset:
+    def on_subset(self, spec: SubsetSpec, settings: EvalConfig, **options: Any) -> EvalDataset:
         """The same queries on a subset of the corpus.
 
         Args:
             spec: the subset.
-            options: other fields of `SubsetSources`, such as the device.
+            settings: device, number format and search back end of the encoders that choose it.
+            options: other fields of `SubsetSources`: where checkpoints are found.
 
         Raises:
+            DeviceError: no such device, or it does not have the number format.
             UsageError: a term of the subset cannot be chosen here.
         """
-        sources = SubsetSources(self.corpus, self.topics, **options)
+        device = resolve_device(settings.device)
+        sources = SubsetSources(
+            self.corpus,
+            self.topics,
+            device=str(device),
+            dtype=resolve_dtype(settings.dtype, device),
+            search_backend=settings.search_backend,
+            **options,
+        )
         return EvalDataset(self.collection, self.split, self.tokens, make_subset(spec, sources))
 
     @property

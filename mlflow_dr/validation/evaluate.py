@@ -153,7 +153,7 @@ def evaluate_encoder(config: EvaluateConfig, run: TrackedRun | None = None) -> R
         CheckpointError: the encoder's files are damaged.
     """
     settings = config.eval_config()
-    dtype = resolve_dtype(settings.dtype, resolve_device(settings.device))
+    resolve_dtype(settings.dtype, resolve_device(settings.device))  # refuses early
     name, split = config.one_dataset(config.split)
     for path in (config.output, config.ranking):
         if path is not None and not path.absolute().parent.is_dir():
@@ -169,13 +169,8 @@ def evaluate_encoder(config: EvaluateConfig, run: TrackedRun | None = None) -> R
         )
     data = EvalDataset(collection, split)
     if config.subset:
-        data = data.on_subset(
-            parse_subset(config.subset[0], config.seed, config.judged),
-            device=config.device,
-            dtype=dtype,
-            search_backend=config.search_backend,
-            tracking_uri=config.tracking_uri,
-        )
+        spec = parse_subset(config.subset[0], config.seed, config.judged)
+        data = data.on_subset(spec, settings, tracking_uri=config.tracking_uri)
     if config.ranking is not None:
         data.check_ids()
     report = evaluate(encoder, data, settings)

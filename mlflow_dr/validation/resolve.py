@@ -94,15 +94,8 @@ class EvalDatasets:
         if key not in self._data:
             data = EvalDataset(tokens.collection, split, tokens)
             if spec != SubsetSpec():
-                settings = validation.settings
-                device = resolve_device(settings.device)
-                data = data.on_subset(
-                    spec,
-                    device=str(device),
-                    dtype=resolve_dtype(settings.dtype, device),
-                    search_backend=settings.search_backend,
-                    published=partial(checkpoint_of_step, run),
-                )
+                published = partial(checkpoint_of_step, run)
+                data = data.on_subset(spec, validation.settings, published=published)
             self._data[key] = data
         return name, self._data[key]
 
