@@ -18,11 +18,16 @@ from mlflow_dr.devices import resolve_device, resolve_dtype, torch_dtype
 from mlflow_dr.encoder.model import Encoder
 from mlflow_dr.encoder.token_table import TokenTable, corpus_tokens, token_table
 from mlflow_dr.encoder.tokenize import TextTokenizer
-from mlflow_dr.errors import CheckpointError
 from mlflow_dr.progress import progress_bar
 from mlflow_dr.retrieval.encode import check_finite, encode_all, encode_batches
 from mlflow_dr.retrieval.ranking import SearchResult
-from mlflow_dr.retrieval.search import AUTO, OVERFLOW, SearchBackend, TopK, find_backend
+from mlflow_dr.retrieval.search import (
+    AUTO,
+    SearchBackend,
+    TopK,
+    exact_scores,
+    find_backend,
+)
 
 PASSAGES_PER_CHUNK = 16384
 # queries that are merged at a time; merging takes several times the memory of their results
@@ -206,16 +211,11 @@ def rank_candidates(
         scores: their scores, `(n_candidates,) float32`.
         k: how many to keep.
         ranks: order of passages whose scores are equal, `(n_passages,) int64`.
-
-    Raises:
-        CheckpointError: the scores overflow.
     """
     width = min(k, max((len(rows) for rows in candidates), default=0))
     best = np.full((len(candidates), width), -1, np.int64)
     values = np.full((len(candidates), width), -np.inf, np.float32)
     for index, (rows, of_query) in enumerate(zip(candidates, scores, strict=True)):
-        if not np.isfinite(of_query).all():
-            raise CheckpointError(OVERFLOW)
         order = np.lexsort((ranks[rows], -of_query))[:width]
         best[index, : len(order)] = rows[order]
         values[index, : len(order)] = of_query[order]
@@ -240,10 +240,10 @@ class _PairScores:
         self._positions[chunk_rows] = np.arange(len(chunk_rows))
         positions = self._positions[self._rows]
         (pairs,) = np.nonzero(positions >= 0)
-        for block in np.array_split(pairs, 1 + len(pairs) // QUERIES_PER_MERGE):
-            left = queries[torch.from_numpy(self._queries[block]).to(queries.device)]
-            right = chunk[torch.from_numpy(positions[block].astype(np.int64)).to(chunk.device)]
-            self._scores[block] = (left * right).sum(dim=1).cpu().numpy()
+        query_rows = torch.from_numpy(self._queries[pairs]).to(queries.device)
+        passage_rows = torch.from_numpy(positions[pairs].astype(np.int64)).to(chunk.device)
+        scores = exact_scores(queries, chunk, query_rows, passage_rows)
+        self._scores[pairs] = scores.cpu().numpy()
         self._positions[chunk_rows] = -1
 
     def scores(self) -> list[np.ndarray]:

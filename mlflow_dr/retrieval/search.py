@@ -1,7 +1,9 @@
 """Exact nearest neighbours by dot product, over a corpus that streams past in chunks.
 
-Equal scores are ordered by a rank that the caller gives each passage, also at the cut, so that the
-result does not depend on how the corpus was split into chunks.
+Matrix products round differently in each library, and for each size of a matrix. So a back end only
+finds candidates, with a margin. The scores of candidates that may be among the best are computed
+again, pair by pair. The result is the same in any chunks, and by any back end. Equal scores are
+ordered by a rank that the caller gives each passage, also at the cut.
 """
 
 from __future__ import annotations
@@ -11,30 +13,32 @@ from collections.abc import Callable
 import numpy as np
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 from mlflow_dr.errors import CheckpointError, MissingExtraError, UsageError
 from mlflow_dr.extensions import Registry
 
 SCORES_PER_BLOCK = 1 << 26
+NUMBERS_PER_BLOCK = {"cpu": 1 << 17, "cuda": 1 << 24}  # on a processor they fit its cache
+MARGIN = 16  # candidates beyond k
+ROUNDING = 2.0**-24  # relative, of one operation in fp32
 OVERFLOW = (
     "dot products of queries and passages overflow fp32; the encoder's vectors are so large that "
     "its weights must be broken"
 )
 
-SearchBackend = Callable[[Tensor, Tensor, int, Tensor], tuple[Tensor, Tensor]]
-"""Finds the best k passages of a chunk of the corpus for each query, exactly.
+SearchBackend = Callable[[Tensor, Tensor, int], tuple[Tensor, Tensor]]
+"""Finds the best k passages of a chunk of the corpus for each query.
 
 Args, in this order:
     queries: `(n_queries, dim) float32`, on the encoder's device.
     chunk: vectors of passages, `(n, dim) float32`, on the same device; n is at most about 16,384.
     k: how many passages, 1 <= k <= n.
-    ranks: order of passages whose scores are equal, `(n,) int64`: the smaller rank comes first,
-        also when only some of the passages with the k-th score belong to the best k.
 
 Returns:
     Scores (dot products) `(n_queries, k) float32` and positions in the chunk `(n_queries, k)
-    int64`, on the same device. Their order does not matter: the caller sorts them by score and
-    rank. A position of -1, or a score that is not finite, ends the search with an error.
+    int64`, on the same device, in any order. The scores may be rounded as a matrix product in fp32
+    rounds. A position of -1, or a score that is not finite, ends the search with an error.
 
 Another package adds one by `@SEARCH_BACKENDS.register("NAME")`, or by an entry point in the group
 `mlflow_dr.search_backends`; `--search-backend NAME` chooses it.
@@ -89,75 +93,120 @@ class TopK:
         Raises:
             CheckpointError: the scores overflow.
         """
-        scores, places = search(queries, chunk, min(self._k, len(chunk)), self._ranks[rows])
-        # FAISS gives position -1 where a score is NaN or minus infinity
-        if bool((places < 0).any()) or not bool(scores.isfinite().all()):
-            raise CheckpointError(OVERFLOW)
-        self._merge(scores, rows[places])
+        floors = torch.full((len(queries),), -torch.inf, device=queries.device)
+        if self.scores.shape[1] == self._k:
+            floors = self.scores[:, -1]
+        self._widen(len(chunk))
+        k = min(self._k, len(chunk))
+        longest = torch.linalg.vector_norm(chunk, dim=1).max()
+        errors = (
+            (chunk.shape[1] + 2) * ROUNDING * longest * torch.linalg.vector_norm(queries, dim=1)
+        )
+        left = torch.arange(len(queries), device=queries.device)
+        wanted = min(k + MARGIN, len(chunk))
+        while len(left):
+            scores, positions = search(queries[left], chunk, wanted)
+            # FAISS gives position -1 where a score is NaN or minus infinity
+            if bool((positions < 0).any()) or not bool(scores.isfinite().all()):
+                raise CheckpointError(OVERFLOW)
+            is_open = scores >= (floors[left] - errors[left])[:, None]
+            # a passage that was not found may score as much as the last one that was, and an error
+            lowest = scores.amin(dim=1) + errors[left]
+            scores = _exact_where(is_open, queries[left], chunk, positions)
+            needed = torch.maximum(scores.topk(k, dim=1).values[:, -1], floors[left])
+            is_done = lowest < needed if wanted < len(chunk) else torch.ones_like(left).bool()
+            self._merge(left[is_done], scores[is_done], rows[positions[is_done]])
+            left, wanted = left[~is_done], min(2 * wanted, len(chunk))
 
-    def _merge(self, scores: Tensor, rows: Tensor) -> None:
-        scores = torch.cat([self.scores, scores], dim=1)
-        rows = torch.cat([self.rows, rows], dim=1)
-        order = _best_first(scores, self._ranks[rows])[:, : self._k]
-        self.scores = scores.gather(1, order)
-        self.rows = rows.gather(1, order)
+    def _widen(self, n: int) -> None:
+        """Make room for the passages of a chunk, up to k."""
+        added = min(n, self._k - self.scores.shape[1])
+        self.scores = functional.pad(self.scores, (0, added), value=-torch.inf)
+        self.rows = functional.pad(self.rows, (0, added), value=-1)
+
+    def _merge(self, queries: Tensor, scores: Tensor, rows: Tensor) -> None:
+        """Put the candidates of some queries among their best.
+
+        Args:
+            queries: `(n,) int64`.
+            scores: `(n, n_candidates) float32`; minus infinity marks no candidate.
+            rows: `(n, n_candidates) int64`.
+        """
+        counts = scores.isfinite().sum(dim=1)
+        touched = counts.nonzero().flatten()
+        if not len(touched):
+            return
+        queries, width = queries[touched], self.scores.shape[1]
+        scores, columns = scores[touched].topk(int(counts.max()), dim=1)
+        rows = rows[touched].gather(1, columns)
+        scores = torch.cat([self.scores[queries], scores], dim=1)
+        rows = torch.cat([self.rows[queries], rows], dim=1)
+        order = _best_first(scores, self._ranks[rows])[:, :width]
+        self.scores[queries] = scores.gather(1, order)
+        self.rows[queries] = rows.gather(1, order)
+
+
+def _exact_where(is_open: Tensor, queries: Tensor, chunk: Tensor, positions: Tensor) -> Tensor:
+    """Exact scores of the candidates that may be among the best, minus infinity for the others."""
+    scores = torch.full(positions.shape, -torch.inf, device=queries.device)
+    scores[is_open] = exact_scores(queries, chunk, is_open.nonzero()[:, 0], positions[is_open])
+    return scores
+
+
+def exact_scores(
+    queries: Tensor, passages: Tensor, query_rows: Tensor, passage_rows: Tensor
+) -> Tensor:
+    """Dot products of pairs; the same bits in whatever company a pair is computed.
+
+    Products of fp32 numbers are exact in fp64, and their sum is rounded to fp32 once.
+
+    Args:
+        queries: `(n_queries, dim) float32`.
+        passages: `(n_passages, dim) float32`.
+        query_rows: the query of each pair, `(n,) int64`.
+        passage_rows: the passage of each pair, `(n,) int64`.
+
+    Returns:
+        `(n,) float32`.
+
+    Raises:
+        CheckpointError: a product overflows fp32.
+    """
+    scores = torch.empty(len(query_rows), device=queries.device)
+    size = max(1, NUMBERS_PER_BLOCK[queries.device.type] // queries.shape[1])
+    for start in range(0, len(scores), size):
+        pairs = slice(start, start + size)
+        left, right = queries[query_rows[pairs]].double(), passages[passage_rows[pairs]].double()
+        if queries.device.type == "cpu":  # several times as fast as PyTorch's sum
+            left, right = left.numpy(), right.numpy()
+            scores[pairs] = torch.from_numpy(np.einsum("ij,ij->i", left, right)).float()
+        else:
+            scores[pairs] = (left * right).sum(dim=1).float()
+    if not bool(scores.isfinite().all()):
+        raise CheckpointError(OVERFLOW)
+    return scores
 
 
 @SEARCH_BACKENDS.register("torch")
-def search_torch(queries: Tensor, chunk: Tensor, k: int, ranks: Tensor) -> tuple[Tensor, Tensor]:
+def search_torch(queries: Tensor, chunk: Tensor, k: int) -> tuple[Tensor, Tensor]:
     """The best k of a chunk by matrix product and top-k, on whichever device the vectors are."""
     block = max(1, SCORES_PER_BLOCK // max(1, len(chunk)))
-    parts = [_block_top(part, chunk, k, ranks) for part in queries.split(block)]
-    scores, places = zip(*parts, strict=True)
-    return torch.cat(scores), torch.cat(places)
-
-
-def _block_top(queries: Tensor, chunk: Tensor, k: int, ranks: Tensor) -> tuple[Tensor, Tensor]:
-    scores = queries @ chunk.T
-    best, places = scores.topk(min(k + 1, len(chunk)), dim=1)
-    unclear = _cut_through_equals(best, k)
-    best, places = best[:, :k], places[:, :k]
-    if len(unclear):
-        order = _best_first(scores[unclear], ranks.expand(len(unclear), -1))[:, :k]
-        best[unclear] = scores[unclear].gather(1, order)
-        places[unclear] = order
-    return best, places
+    parts = [(part @ chunk.T).topk(k, dim=1) for part in queries.split(block)]
+    scores, positions = zip(*parts, strict=True)
+    return torch.cat(scores), torch.cat(positions)
 
 
 @SEARCH_BACKENDS.register("faiss")
-def search_faiss(queries: Tensor, chunk: Tensor, k: int, ranks: Tensor) -> tuple[Tensor, Tensor]:
+def search_faiss(queries: Tensor, chunk: Tensor, k: int) -> tuple[Tensor, Tensor]:
     """The best k of a chunk by FAISS' brute-force search on the processor.
 
     Raises:
         MissingExtraError: FAISS is not installed.
     """
     faiss = _faiss()
-    wanted = min(k + 1, len(chunk))
-    texts, base = queries.numpy(), chunk.numpy()
-    scores, indices = faiss.knn(texts, base, wanted, metric=faiss.METRIC_INNER_PRODUCT)
-    best, places = torch.from_numpy(scores), torch.from_numpy(indices)
-    unclear = _cut_through_equals(best, k)
-    best, places = best[:, :k].clone(), places[:, :k].clone()
-    while len(unclear):
-        wanted = min(2 * wanted, len(chunk))
-        scores, indices = faiss.knn(
-            texts[unclear.numpy()], base, wanted, metric=faiss.METRIC_INNER_PRODUCT
-        )
-        wide, wide_places = torch.from_numpy(scores), torch.from_numpy(indices)
-        order = _best_first(wide, ranks[wide_places])[:, :k]
-        best[unclear] = wide.gather(1, order)
-        places[unclear] = wide_places.gather(1, order)
-        # a query whose last column still has the k-th score may have more of them beyond it
-        cut = wide[:, k - 1] == wide[:, -1] if wanted < len(chunk) else torch.zeros(0).bool()
-        unclear = unclear[cut] if len(cut) else unclear[:0]
-    return best, places
-
-
-def _cut_through_equals(best: Tensor, k: int) -> Tensor:
-    """Queries whose k-th and (k+1)-th score are equal, so that the ranks must decide."""
-    if best.shape[1] <= k:
-        return torch.empty(0, dtype=torch.int64)
-    return (best[:, k - 1] == best[:, k]).nonzero().flatten()
+    metric = faiss.METRIC_INNER_PRODUCT
+    scores, positions = faiss.knn(queries.numpy(), chunk.numpy(), k, metric=metric)
+    return torch.from_numpy(scores), torch.from_numpy(positions)
 
 
 def _best_first(scores: Tensor, ranks: Tensor) -> Tensor:

@@ -151,6 +151,25 @@ def test_more_duplicates_than_k(backend: Backend, n_queries: int, k: int) -> Non
         np.testing.assert_array_equal(rows, brute_force(queries, corpus, k, ranks)[1])
 
 
+@pytest.mark.parametrize("n_queries", [1, 25])
+def test_scores_have_the_same_bits_in_any_chunks(backend: Backend, n_queries: int) -> None:
+    """Matrix products round differently for each shape, so copies of a passage might not tie."""
+    rng = np.random.default_rng(n_queries)
+    queries = rng.standard_normal((n_queries, 384)).astype(np.float32)
+    corpus = rng.standard_normal((2000, 384)).astype(np.float32)
+    corpus[1600:] = corpus[:400]  # a fifth are copies
+    ranks = rng.permutation(2000)
+    expected = brute_force(queries, corpus, 401, ranks)
+    for chunks in (
+        split(np.arange(2000), 2000),
+        split(np.arange(2000), 37),
+        split(rng.permutation(2000), 501),
+    ):
+        scores, rows = found(backend, queries, corpus, 401, ranks, chunks)
+        np.testing.assert_array_equal(rows, expected[1])
+        np.testing.assert_array_equal(scores, expected[0].astype(np.float32))
+
+
 def test_all_scores_equal(backend: Backend) -> None:
     queries, corpus = np.ones((25, 4), np.float32), np.ones((300, 4), np.float32)
     ranks = np.random.default_rng(0).permutation(300)

@@ -4,13 +4,14 @@ import tomllib
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from recipes import FILE, ROOT, blocks
 
 from mlflow_dr.collection.catalogue import all_formats, dataset_formats, open_collection
 from mlflow_dr.errors import DataError
-from mlflow_dr.retrieval.search import SEARCH_BACKENDS, find_backend
+from mlflow_dr.retrieval.search import SEARCH_BACKENDS, TopK, find_backend
 from mlflow_dr.subsets.spec import parse_subset
 from mlflow_dr.subsets.strategies import SUBSET_STRATEGIES, SubsetSources
 from mlflow_dr.training.flags import losses
@@ -78,6 +79,7 @@ def test_a_loss() -> None:
 def test_a_search_backend() -> None:
     queries, chunk = torch.eye(2, 3), torch.tensor([[1.0, 0, 0], [1, 1, 0], [1, 1, 0], [0, 0, 1]])
     search = find_backend("sorting", torch.device("cpu"))
-    scores, positions = search(queries, chunk, 2, torch.tensor([3, 2, 1, 0]))
-    assert scores.tolist() == [[1, 1], [1, 1]]
-    assert positions.tolist() == [[2, 1], [2, 1]]
+    top = TopK(2, 2, np.array([3, 2, 1, 0]))
+    top.update(queries, chunk, torch.arange(4), search)
+    assert top.scores.tolist() == [[1, 1], [1, 1]]
+    assert top.rows.tolist() == [[2, 1], [2, 1]]

@@ -4,6 +4,7 @@ from collections.abc import Callable
 
 import numpy as np
 import pytest
+import torch
 
 from mlflow_dr.collection.records import Passage, Query
 from mlflow_dr.encoder.model import Encoder
@@ -14,6 +15,7 @@ from mlflow_dr.retrieval import dense, encode
 from mlflow_dr.retrieval.dense import SearchRequest, dense_search, rank_candidates
 from mlflow_dr.retrieval.encode import encode_all
 from mlflow_dr.retrieval.ranking import SearchResult
+from mlflow_dr.retrieval.search import exact_scores
 
 ASKED = ([0, 19, 7], [], [3], [5, 5], [19])
 
@@ -133,5 +135,9 @@ def test_equal_candidates_are_ordered_by_rank() -> None:
         [np.array([4, 2, 9])], [np.array([1.0, 1.0, 1.0], np.float32)], 2, np.arange(10)[::-1]
     )
     assert found.rows.tolist() == [[9, 4]]
+
+
+def test_a_requested_score_that_overflows_is_refused() -> None:
+    vectors = torch.full((1, 4), 1e30)
     with pytest.raises(CheckpointError, match="overflow"):
-        rank_candidates([np.array([1])], [np.array([np.inf], np.float32)], 2, np.arange(3))
+        exact_scores(vectors, vectors, torch.tensor([0]), torch.tensor([0]))

@@ -35,11 +35,10 @@ def titled(term, sources):
 BACKEND = '''
 import torch
 
-def sort_all(queries, chunk, k, ranks):
-    """Sort all scores of a chunk: by descending score, then by ascending rank."""
-    by_rank = ranks.argsort()
-    scores, order = (queries @ chunk[by_rank].T).sort(dim=1, descending=True, stable=True)
-    return scores[:, :k], by_rank[order[:, :k]]
+def sort_all(queries, chunk, k):
+    """Sort all scores of a chunk."""
+    scores, order = (queries @ chunk.T).sort(dim=1, descending=True)
+    return scores[:, :k], order[:, :k]
 '''
 
 
@@ -130,10 +129,10 @@ def test_a_search_back_end_by_decorator(
 
     @SEARCH_BACKENDS.register("counting")
     def counting(
-        queries: torch.Tensor, chunk: torch.Tensor, k: int, ranks: torch.Tensor
+        queries: torch.Tensor, chunk: torch.Tensor, k: int
     ) -> tuple[torch.Tensor, torch.Tensor]:
         called.append(len(chunk))
-        return search_torch(queries, chunk, k, ranks)
+        return search_torch(queries, chunk, k)
 
     next(DenseRetriever(encoder, "cpu", "fp32", "counting").search(sources.corpus, QUERIES, 5))
     assert called == [8]
