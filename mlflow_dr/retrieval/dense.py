@@ -19,7 +19,13 @@ from mlflow_dr.encoder.model import Encoder
 from mlflow_dr.encoder.token_table import TokenTable, corpus_tokens, token_table
 from mlflow_dr.encoder.tokenize import TextTokenizer
 from mlflow_dr.progress import progress_bar
-from mlflow_dr.retrieval.encode import check_finite, encode_all, encode_batches
+from mlflow_dr.retrieval.encode import (
+    TOKENS_PER_BATCH,
+    check_finite,
+    encode_all,
+    encode_batches,
+    plan_batches,
+)
 from mlflow_dr.retrieval.ranking import SearchResult
 from mlflow_dr.retrieval.search import (
     AUTO,
@@ -257,7 +263,8 @@ def _chunks(
     rows: list[np.ndarray] = []
     vectors: list[Tensor] = []
     gathered = 0
-    for batch_rows, batch in encode_batches(encoder, table, pad_id, rows=wanted):
+    batches = plan_batches(table.lengths, TOKENS_PER_BATCH[encoder.device.type], wanted)
+    for batch_rows, batch in encode_batches(encoder, table, pad_id, batches):
         rows.append(batch_rows)
         vectors.append(batch)
         gathered += len(batch_rows)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 import torch
@@ -15,19 +15,26 @@ from mlflow_dr.errors import CheckpointError
 TOKENS_PER_BATCH = {"cpu": 4096, "cuda": 65536}
 
 
-def plan_batches(lengths: np.ndarray, max_tokens: int) -> list[np.ndarray]:
+def plan_batches(
+    lengths: np.ndarray, max_tokens: int, rows: np.ndarray | None = None
+) -> list[np.ndarray]:
     """Rows in batches whose padded size stays within a token budget, the longest first.
 
-    The longest first, so that a batch that does not fit into memory fails at once.
+    The longest first, so that a batch that does not fit into memory fails at once. A shard i of n
+    is `batches[i::n]`: whoever encodes a batch, it has the same rows, so its vectors have the same
+    bits, and shards take the same time.
 
     Args:
-        lengths: tokens of each row, `(n_rows,) int64`.
+        lengths: tokens of each row of a table, `(n_rows,) int64`.
         max_tokens: rows x longest row of a batch; a single row may exceed it.
+        rows: which rows, `(n,) int64`; all when None.
 
     Returns:
         Row numbers of each batch, `(n_in_batch,) int64`; each row is in exactly one.
     """
-    order = np.argsort(-lengths, kind="stable")
+    if rows is None:
+        rows = np.arange(len(lengths))
+    order = rows[np.argsort(-lengths[rows], kind="stable")]
     batches, start = [], 0
     while start < len(order):
         longest = max(1, int(lengths[order[start]]))
@@ -39,11 +46,7 @@ def plan_batches(lengths: np.ndarray, max_tokens: int) -> list[np.ndarray]:
 
 @torch.inference_mode()
 def encode_batches(
-    encoder: Encoder,
-    table: TokenTable,
-    pad_id: int,
-    max_tokens: int | None = None,
-    rows: np.ndarray | None = None,
+    encoder: Encoder, table: TokenTable, pad_id: int, batches: Sequence[np.ndarray]
 ) -> Iterator[tuple[np.ndarray, Tensor]]:
     """Vectors of the rows of a table, batch by batch.
 
@@ -51,8 +54,7 @@ def encode_batches(
         encoder: on its device and in its dtype.
         table: token ids.
         pad_id: the token id of padding.
-        max_tokens: token budget of a batch; chosen by device when None.
-        rows: which rows, `(n_rows,) int64`; all when None.
+        batches: rows of each batch, `(n_in_batch,) int64`.
 
     Yields:
         Row numbers `(n,) int64` and their vectors `(n, dim) float32` on the encoder's device.
@@ -60,15 +62,12 @@ def encode_batches(
     NaN is let through: `check_finite` is for the caller, who may gather batches first.
     """
     device = encoder.device
-    budget = max_tokens or TOKENS_PER_BATCH[device.type]
-    lengths = table.lengths if rows is None else table.lengths[rows]
-    for places in plan_batches(lengths, budget):
-        of_batch = places if rows is None else rows[places]
-        ids, mask = (torch.from_numpy(array) for array in table.padded(of_batch, pad_id))
+    for rows in batches:
+        ids, mask = (torch.from_numpy(array) for array in table.padded(rows, pad_id))
         if device.type == "cuda":
             ids, mask = ids.pin_memory(), mask.pin_memory()
         yield (
-            of_batch,
+            rows,
             encoder(ids.to(device, non_blocking=True), mask.to(device, non_blocking=True)),
         )
 
@@ -76,7 +75,8 @@ def encode_batches(
 def encode_all(encoder: Encoder, table: TokenTable, pad_id: int, what: str = "text") -> Tensor:
     """Vectors of every row in row order, `(n_rows, dim) float32` on the encoder's device."""
     vectors = torch.empty(len(table), encoder.dimension, device=encoder.device)
-    for rows, batch in encode_batches(encoder, table, pad_id):
+    batches = plan_batches(table.lengths, TOKENS_PER_BATCH[encoder.device.type])
+    for rows, batch in encode_batches(encoder, table, pad_id, batches):
         vectors[torch.from_numpy(rows).to(vectors.device)] = batch
     check_finite(vectors, what)
     return vectors

@@ -53,6 +53,25 @@ def test_the_longest_rows_come_first_and_equal_ones_in_their_order() -> None:
     assert order == sorted(range(200), key=lambda row: (-LENGTHS[row], row))
 
 
+def test_only_some_rows_are_planned_by_their_own_lengths() -> None:
+    rows = np.arange(3, 200, 7)
+    batches = plan_batches(LENGTHS, 100, rows)
+    assert sorted(np.concatenate(batches).tolist()) == rows.tolist()
+    own = plan_batches(LENGTHS[rows], 100)
+    assert [rows[places].tolist() for places in own] == [batch.tolist() for batch in batches]
+
+
+def test_vectors_of_a_shard_have_the_bits_of_the_whole(encoder: Encoder, table: TokenTable) -> None:
+    batches = plan_batches(table.lengths, 64)
+    vectors = np.zeros((60, 128), np.float32)
+    for shard in range(7):
+        for rows, batch in encode_batches(encoder, table, 0, batches[shard::7]):
+            vectors[rows] = batch
+    whole = {rows[0]: batch for rows, batch in encode_batches(encoder, table, 0, batches)}
+    for rows in batches:
+        np.testing.assert_array_equal(vectors[rows], whole[rows[0]].numpy())
+
+
 def test_no_rows_are_no_batches() -> None:
     assert plan_batches(np.array([], dtype=np.int64), 100) == []
 
@@ -60,15 +79,17 @@ def test_no_rows_are_no_batches() -> None:
 def test_vectors_do_not_depend_on_the_budget_of_a_batch(
     encoder: Encoder, table: TokenTable
 ) -> None:
-    def vectors(max_tokens: int | None) -> torch.Tensor:
+    def vectors(max_tokens: int) -> torch.Tensor:
         found = torch.full((60, 128), torch.nan)
-        for rows, batch in encode_batches(encoder, table, pad_id=0, max_tokens=max_tokens):
+        for rows, batch in encode_batches(
+            encoder, table, 0, plan_batches(LENGTHS[:60], max_tokens)
+        ):
             assert batch.dtype == torch.float32
             found[torch.from_numpy(rows)] = batch
         return found
 
     alone = vectors(1)
-    for max_tokens in (64, 500, None):
+    for max_tokens in (64, 500, 10**6):
         torch.testing.assert_close(vectors(max_tokens), alone, rtol=0, atol=1e-5)
 
 
@@ -83,7 +104,8 @@ def test_encode_all_keeps_the_order_of_the_rows(encoder: Encoder, table: TokenTa
 
 
 def test_no_gradients_are_kept(encoder: Encoder, table: TokenTable) -> None:
-    assert not any(batch.requires_grad for _, batch in encode_batches(encoder, table, 0))
+    batches = [np.arange(10), np.arange(10, 60)]
+    assert not any(batch.requires_grad for _, batch in encode_batches(encoder, table, 0, batches))
 
 
 def test_weights_with_nan_are_refused(encoder: Encoder, table: TokenTable) -> None:
