@@ -35,6 +35,8 @@ COMMANDS = {
     "compare": "Compare encoders query by query, and test the difference.",
     "prune": "Delete the files of checkpoints that are no longer needed.",
     "evaluate": "Measure one encoder on one collection, without tracking.",
+    "encode": "Encode passages or queries into files of vectors.",
+    "search": "Rank passages for queries, from files of vectors.",
     "mine": "Find hard negatives for training queries, by BM25 or an encoder.",
     "subset": "Write a subset of a collection to files.",
     "datasets": "List the names of collections.",
@@ -43,6 +45,7 @@ MODULES = {
     "run": "train",
     **dict.fromkeys(("fidelity", "compare"), "evaluate"),
     **dict.fromkeys(("ui", "status", "best", "prune"), "runs"),
+    **dict.fromkeys(("encode", "search"), "vectors"),
     **dict.fromkeys(("mine", "subset", "datasets"), "collections"),
 }
 """The modules of commands that have none of their own name."""

@@ -102,15 +102,20 @@ class Corpus:
         return rows.fill_null(-1).to_numpy(zero_copy_only=False).astype(np.int64)
 
     def tie_ranks(self) -> np.ndarray:
-        """Each passage's rank among equal scores, `(n_passages,) int64`, smaller first.
+        """Each passage's rank among equal scores, `(n_passages,) int64`; see `tie_ranks`."""
+        return tie_ranks(self._ids)
 
-        Equal scores are ordered as trec_eval orders them, by descending passage id (`strcmp`), so
-        that a ranking that is cut at depth k has the passages that trec_eval would keep.
-        """
-        order = pc.sort_indices(self._ids, sort_keys=[("", "descending")]).to_numpy()
-        ranks = np.empty(len(order), dtype=np.int64)
-        ranks[order] = np.arange(len(order))
-        return ranks
+
+def tie_ranks(ids: pa.ChunkedArray) -> np.ndarray:
+    """The rank of each passage among equal scores, `(n_passages,) int64`, smaller first.
+
+    Equal scores are ordered as trec_eval orders them, by descending passage id (`strcmp`), so that
+    a ranking that is cut at depth k has the passages that trec_eval would keep.
+    """
+    order = pc.sort_indices(ids, sort_keys=[("", "descending")]).to_numpy()
+    ranks = np.empty(len(order), dtype=np.int64)
+    ranks[order] = np.arange(len(order))
+    return ranks
 
 
 def check_ids(ids: pa.Array | pa.ChunkedArray) -> None:

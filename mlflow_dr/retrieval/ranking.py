@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import math
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from heapq import nlargest
 from pathlib import Path
 from typing import NamedTuple, Protocol
@@ -23,8 +23,13 @@ from mlflow_dr.files import atomic_write, decoded, read_lines
 Ranking = Mapping[str, Sequence[tuple[str, float]]]
 """query id -> (passage id, score), the best first."""
 
-UNWRITABLE = r"[\pZ\x09-\x0d\x1c-\x1f\x{85}]|^$"
-"""Ids that a TREC run file cannot hold: an empty one, or one with white space as in `str.split`."""
+TREC, MSMARCO, TEVATRON = "trec", "msmarco", "tevatron"
+BLANK = r"[\pZ\x09-\x0d\x1c-\x1f\x{85}]"  # white space as in `str.split`
+UNWRITABLE = {
+    TREC: rf"{BLANK}|^$",
+    **dict.fromkeys((MSMARCO, TEVATRON), rf"[\t\n\r]|^{BLANK}|{BLANK}$|^$"),
+}
+"""Ids that a ranking file of each layout cannot hold."""
 
 
 class SearchResult(NamedTuple):
@@ -62,7 +67,7 @@ class Retriever(Protocol):
 
 def named_ranking(
     queries: Sequence[Query],
-    corpus: Corpus,
+    ids: pa.ChunkedArray,
     rows: np.ndarray,
     scores: np.ndarray,
     depth: int,
@@ -72,20 +77,20 @@ def named_ranking(
 
     Args:
         queries: the queries, in the order of `rows`.
-        corpus: knows the passages' ids.
-        rows: corpus rows, the best first, `(n_queries, k) int64`; -1 where there is none.
+        ids: of the passages, by row.
+        rows: rows of passages, the best first, `(n_queries, k) int64`; -1 where there is none.
         scores: `(n_queries, k) float32`.
         depth: passages to keep for each query.
         keep_own_id: keep a passage that has the query's own id. BEIR leaves it out, because in
             some of its collections the queries are passages of the corpus.
     """
     used, places = np.unique(rows, return_inverse=True)
-    names = corpus.ids.take(used[used >= 0]).to_pylist()
+    names = ids.take(used[used >= 0]).to_pylist()
     if len(names) < len(used):
         names.insert(0, None)
-    ids = np.array(names, dtype=object)[places.reshape(rows.shape)]
+    found = np.array(names, dtype=object)[places.reshape(rows.shape)]
     ranking = {}
-    for query, passage_ids, values in zip(queries, ids, scores.tolist(), strict=True):
+    for query, passage_ids, values in zip(queries, found, scores.tolist(), strict=True):
         scored = zip(passage_ids, values, strict=True)
         kept = [
             (pid, score)
@@ -96,31 +101,48 @@ def named_ranking(
     return ranking
 
 
-def write_ranking(path: Path, ranking: Ranking, tag: str = "mlflow_dr") -> None:
-    """Write a TREC run file: `query-id Q0 passage-id rank score tag`.
+def write_ranking(
+    path: Path, rankings: Iterable[Ranking], layout: str = TREC, tag: str = "mlflow_dr"
+) -> None:
+    """Write a ranking to a file.
+
+    Args:
+        path: the file.
+        rankings: parts of the ranking, each with queries of its own.
+        layout: `trec` (query-id Q0 passage-id rank score tag), `msmarco` (query-id passage-id rank)
+            or `tevatron` (query-id passage-id score), the last two between tabs.
+        tag: names the ranking in TREC's layout.
 
     Raises:
-        DataError: see `check_trec_ids`.
+        DataError: see `check_ranking_ids`.
     """
-    passages = {passage_id for ranked in ranking.values() for passage_id, _ in ranked}
-    check_trec_ids(pa.array([*ranking, *passages], pa.string()))
     with atomic_write(path) as partial, partial.open("w", encoding="utf-8") as file:
-        for query_id, ranked in ranking.items():
-            for rank, (passage_id, score) in enumerate(ranked, start=1):
-                file.write(f"{query_id} Q0 {passage_id} {rank} {score:.9g} {tag}\n")
+        for ranking in rankings:
+            passages = {passage_id for ranked in ranking.values() for passage_id, _ in ranked}
+            check_ranking_ids(pa.array([*ranking, *passages], pa.string()), layout)
+            for query_id, ranked in ranking.items():
+                for rank, (passage_id, score) in enumerate(ranked, start=1):
+                    if layout == TREC:
+                        line = f"{query_id} Q0 {passage_id} {rank} {score:.9g} {tag}"
+                    elif layout == MSMARCO:
+                        line = f"{query_id}\t{passage_id}\t{rank}"
+                    else:
+                        line = f"{query_id}\t{passage_id}\t{score:.9g}"
+                    file.write(f"{line}\n")
 
 
-def check_trec_ids(ids: pa.Array | pa.ChunkedArray) -> None:
-    """Refuse ids that a TREC run file cannot express, before hours are spent on its ranking.
+def check_ranking_ids(ids: pa.Array | pa.ChunkedArray, layout: str = TREC) -> None:
+    """Refuse ids that a ranking file cannot express, before hours are spent on its ranking.
 
     Raises:
-        DataError: an id is empty or holds white space.
+        DataError: an id is empty or holds white space that the layout cannot hold.
     """
-    refused = ids.filter(pc.match_substring_regex(ids, UNWRITABLE))
+    refused = ids.filter(pc.match_substring_regex(ids, UNWRITABLE[layout]))
     if len(refused):
         raise DataError(
-            f"id {quoted(refused[0].as_py())}: a TREC run file cannot hold white space in ids, nor "
-            f"an empty one ({len(refused):,} of {len(ids):,} are such); ask for no ranking"
+            f"id {quoted(refused[0].as_py())}: a ranking file ({layout}) cannot hold "
+            f"{'white space' if layout == TREC else 'tabs, or white space at the ends,'} in ids, "
+            f"nor an empty one ({len(refused):,} of {len(ids):,} are such); ask for no ranking"
         )
 
 
@@ -152,7 +174,10 @@ def read_ranking(path: Path, k: int, queries: Sequence[Query], corpus: Corpus) -
         DataError: no such file, a malformed line, or no line at all that is about these queries
             and passages.
     """
-    top_passages = _read(path, k, {query.id for query in queries})
+    best = _read(path, k, {query.id for query in queries})
+    top_passages = {
+        query_id: [passage_id for passage_id, _ in passages] for query_id, passages in best.items()
+    }
     ids = sorted(
         {passage_id for passage_ids in top_passages.values() for passage_id in passage_ids}
     )
@@ -183,8 +208,34 @@ def read_ranking(path: Path, k: int, queries: Sequence[Query], corpus: Corpus) -
     ]
 
 
-def _read(path: Path, k: int, wanted: set[str]) -> dict[str, list[str]]:
-    """The ids of each wanted query's best k passages, the best first."""
+def merged_ranking(paths: Sequence[Path], depth: int) -> Ranking:
+    """The best passages of each query in several ranking files, such as those of shards.
+
+    Args:
+        paths: the files, `.gz` or plain, with scores.
+        depth: passages to keep for each query.
+
+    Raises:
+        DataError: no such file, a malformed line, or ranks instead of scores.
+    """
+    merged: dict[str, list[tuple[str, float]]] = {}
+    for path in paths:
+        for query_id, passages in _read(path, depth, None).items():
+            scores = dict(merged.get(query_id, ()))
+            for passage_id, score in passages:
+                scores[passage_id] = max(score, scores.get(passage_id, -math.inf))
+            merged[query_id] = _best(scores, depth)
+    return merged
+
+
+def _read(path: Path, k: int, wanted: set[str] | None) -> dict[str, list[tuple[str, float]]]:
+    """The best k passages of each wanted query and their scores, the best first.
+
+    Args:
+        path: the file.
+        k: passages of each query.
+        wanted: the queries; None for all, and for a file that must have scores.
+    """
     kept: dict[str, dict[str, float]] = {}
     columns, is_rank = 0, False
     for number, line in read_lines(path):
@@ -192,6 +243,8 @@ def _read(path: Path, k: int, wanted: set[str]) -> dict[str, list[str]]:
         if not columns:
             columns = len(fields)
             is_rank = columns == SHORT_COLUMNS and fields[2].isdecimal()
+            if is_rank and wanted is None:
+                raise DataError(f"{path}:{number}: ranks without scores cannot be merged")
         if len(fields) != columns or columns not in (TREC_COLUMNS, SHORT_COLUMNS):
             raise DataError(
                 f"{path}:{number}: {len(fields)} columns; expected TREC's query-id Q0 passage-id "
@@ -199,7 +252,7 @@ def _read(path: Path, k: int, wanted: set[str]) -> dict[str, list[str]]:
             )
         query_id, passage_id = fields[0], fields[2 if columns == TREC_COLUMNS else 1]
         score = _score(fields[4 if columns == TREC_COLUMNS else 2], is_rank, path, number)
-        if query_id not in wanted:
+        if wanted is not None and query_id not in wanted:
             continue
         scores = kept.setdefault(query_id, {})
         if not passage_id or "\0" in passage_id:
@@ -215,10 +268,7 @@ def _read(path: Path, k: int, wanted: set[str]) -> dict[str, list[str]]:
             f"{path}: no query has a passage of rank 0 or 1; if the third column has scores, write "
             "them with a decimal point"
         )
-    return {
-        query_id: [passage_id for passage_id, _ in _best(scores, k)]
-        for query_id, scores in kept.items()
-    }
+    return {query_id: _best(scores, k) for query_id, scores in kept.items()}
 
 
 def _columns(text: str) -> list[str]:

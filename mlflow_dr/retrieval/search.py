@@ -178,8 +178,8 @@ def exact_scores(
         pairs = slice(start, start + size)
         left, right = queries[query_rows[pairs]].double(), passages[passage_rows[pairs]].double()
         if queries.device.type == "cpu":  # several times as fast as PyTorch's sum
-            left, right = left.numpy(), right.numpy()
-            scores[pairs] = torch.from_numpy(np.einsum("ij,ij->i", left, right)).float()
+            sums = np.einsum("ij,ij->i", left.numpy(), right.numpy())
+            scores[pairs] = torch.from_numpy(sums).float()
         else:
             scores[pairs] = (left * right).sum(dim=1).float()
     if not bool(scores.isfinite().all()):

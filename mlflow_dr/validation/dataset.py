@@ -17,7 +17,7 @@ from mlflow_dr.encoder.token_table import TokenTable, corpus_tokens, subset_toke
 from mlflow_dr.encoder.tokenize import TextTokenizer
 from mlflow_dr.files import digest_of
 from mlflow_dr.retrieval.dense import SearchRequest
-from mlflow_dr.retrieval.ranking import check_trec_ids
+from mlflow_dr.retrieval.ranking import check_ranking_ids
 from mlflow_dr.subsets.spec import SubsetSpec
 from mlflow_dr.subsets.strategies import SubsetSources
 from mlflow_dr.subsets.subset import Subset, make_subset
@@ -147,9 +147,9 @@ class EvalDataset:
         Raises:
             DataError: the id of a query, or of a passage that is searched, has white space.
         """
-        check_trec_ids(pa.array([query.id for query in self.topics.queries], pa.string()))
+        check_ranking_ids(pa.array([query.id for query in self.topics.queries], pa.string()))
         ids = self.corpus.ids
-        check_trec_ids(ids if self.subset is None else ids.take(pa.array(self.subset.rows)))
+        check_ranking_ids(ids if self.subset is None else ids.take(pa.array(self.subset.rows)))
 
     def search(self, k: int) -> SearchRequest:
         """The search for k passages of each query."""

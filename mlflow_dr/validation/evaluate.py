@@ -135,7 +135,7 @@ def _measure(
     """The values of each query, and the ranking that they measure."""
     topics = data.topics
     ranking = named_ranking(
-        topics.queries, data.corpus, result.rows, result.scores, depth, settings.keep_own_id
+        topics.queries, data.corpus.ids, result.rows, result.scores, depth, settings.keep_own_id
     )
     return measure_ranking(ranking, topics.qrels, settings.measures), ranking
 
@@ -179,7 +179,7 @@ def evaluate_encoder(config: EvaluateConfig, run: TrackedRun | None = None) -> R
         with atomic_write(config.output) as partial:
             partial.write_text(text)
     if config.ranking is not None:
-        write_ranking(config.ranking, report.ranking)
+        write_ranking(config.ranking, [report.ranking])
     if run is not None:
         values = {measure.metric: value for measure, value in report.measures.items()}
         run.log_report({**values, "seconds": report.seconds}, {REPORT: text})

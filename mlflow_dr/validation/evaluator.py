@@ -170,5 +170,5 @@ def _trec(report: Report) -> str:
 
     with tempfile.TemporaryDirectory(prefix="mlflow_dr-") as directory:
         path = Path(directory) / "ranking.trec"
-        write_ranking(path, report.ranking)
+        write_ranking(path, [report.ranking])
         return path.read_text(encoding="utf-8")

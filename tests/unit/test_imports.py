@@ -18,6 +18,7 @@ FLOORS = {
     "training": 7,
     "validation": 7,
     "mining": 7,
+    "vectors": 7,
     "pyfunc": 7,
     "fields": 6,
     "subsets": 5,

@@ -1,0 +1,75 @@
+"""`mlflow-dr encode` and `search`: vectors that are kept, and searched."""
+
+from __future__ import annotations
+
+import click
+
+from mlflow_dr.cli.options import TakesSeveral, takes
+from mlflow_dr.vectors.config import EncodeConfig, SearchConfig
+
+
+@click.command("encode", cls=TakesSeveral)
+@takes(EncodeConfig)
+def encode_command(config: EncodeConfig) -> int:
+    """Encode the passages of a collection, or the queries of a split, into files of vectors.
+
+    ENCODER is a directory, a hub name, or models:/<id> or models:/NAME@best for a published
+    checkpoint. Each shard has a manifest of its own and needs no other shard. A command that was
+    stopped goes on where it was.
+
+    \b
+    Example:
+        mlflow-dr encode models:/m-0123 --dataset msmarco --output passages
+        mlflow-dr encode models:/m-0123 --dataset msmarco --output passages --shard 0/4
+        mlflow-dr encode models:/m-0123 --dataset msmarco --split dev --output queries
+        mlflow-dr encode --check passages
+    """
+    if config.check is not None:
+        from mlflow_dr.vectors.encoding import check_vectors
+
+        faults = check_vectors(config.check)
+        for fault in faults:
+            click.echo(fault)
+        if not faults:
+            click.echo(f"{config.check} is complete")
+        return 1 if faults else 0
+
+    from mlflow_dr.vectors.encoding import encode
+
+    manifest = encode(config)
+    of = f"shard {manifest.shard}/{manifest.shards}, " if manifest.shards > 1 else ""
+    click.echo(
+        f"{of}{manifest.rows} of {manifest.texts} {manifest.kind}, {manifest.dimension} "
+        f"dimensions, {manifest.vector_dtype}"
+    )
+    click.echo(f"wrote {config.output}")
+    return 0
+
+
+@click.command("search", cls=TakesSeveral)
+@takes(SearchConfig)
+def search_command(config: SearchConfig) -> None:
+    """Rank the passages of a folder of vectors for queries, exactly, and measure the ranking.
+
+    SOURCES is a folder that `encode` has written, or Parquet files of other programs with an id and
+    a vector in each row. With --merge, SOURCES are the rankings of all shards. Memory does not grow
+    with the number of passages.
+
+    \b
+    Example:
+        mlflow-dr search passages --queries queries --output dev.trec
+        mlflow-dr search passages --split dev --depth 1000 --output dev.trec
+        mlflow-dr search passages --queries queries --shard 0/2 --output part0.trec
+        mlflow-dr search --merge part0.trec part1.trec --dataset msmarco --output dev.trec
+    """
+    from mlflow_dr.vectors.searching import search
+
+    found = search(config)
+    for name, value in found.measures.items():
+        click.echo(f"{name}\t{value:.4f}")
+    if config.merge:
+        click.echo(f"{found.queries} queries")
+    else:
+        click.echo(f"{found.queries} queries, {found.passages} passages")
+    if config.output is not None:
+        click.echo(f"wrote {config.output}")

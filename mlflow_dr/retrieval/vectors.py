@@ -1,0 +1,421 @@
+"""Vectors on disk: Parquet or NumPy files, and a manifest for each shard, which is written last.
+
+A Parquet file has the columns `docid` (string) and `vector` (fixed-size list of fp32 or fp16). A
+NumPy file `NAME.npy` has the vectors, and `NAME.ids` the ids, one on each line. Parquet files of
+other programs are read, too.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, Literal
+
+import msgspec
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+
+from mlflow_dr.errors import DataError, UsageError, one_line, quoted
+from mlflow_dr.files import digest_of, file_sha256
+
+LAYOUT = 1
+"""To be increased when batches are planned in another way, so that shards do not fit together."""
+
+PARQUET, NPY, TEVATRON = "parquet", "npy", "tevatron"
+DOCID, VECTOR = "docid", "vector"
+ID_COLUMNS = (DOCID, "id", "_id", "doc_id", "passage_id", "text_id", "query_id", "qid", "pid")
+VECTOR_COLUMNS = (VECTOR, "vectors", "embedding", "embeddings", "emb", "dense_vector")
+MANIFEST = re.compile(r"manifest(-[0-9]+-of-[0-9]+)?\.json")
+
+
+class VectorFile(msgspec.Struct, frozen=True):
+    """What a manifest says of a file."""
+
+    name: str
+    rows: int
+    bytes: int
+    sha256: str
+
+
+class VectorManifest(msgspec.Struct, frozen=True, kw_only=True):
+    """What the vectors of a shard are, and where.
+
+    Attributes:
+        kind: `passages` or `queries`.
+        dataset: the name of the collection.
+        split: whose queries they are.
+        texts: passages of the corpus, or queries of the split, in all shards together.
+        texts_digest: of their ids and texts.
+        encoder: its name.
+        encoder_digest: of its weights, settings and tokenizer.
+        settings: prompts, lengths, pooling and so on.
+        dimension: of a vector.
+        similarity: `cosine` if vectors have length 1, else `dot`.
+        dtype: the number format in which the encoder computes.
+        vector_dtype: the number format in which vectors are stored.
+        file_format: `parquet`, `npy` or `tevatron`.
+        tokens_per_batch: the token budget by which batches are planned.
+        shard: the number of this shard, from 0.
+        shards: how many there are.
+        rows: vectors of this shard.
+        files: in the order of their rows.
+        layout: see `LAYOUT`.
+    """
+
+    kind: Literal["passages", "queries"]
+    dataset: str
+    split: str | None
+    texts: int
+    texts_digest: str
+    encoder: str
+    encoder_digest: str
+    settings: dict[str, Any]
+    dimension: int
+    similarity: str
+    dtype: str
+    vector_dtype: Literal["fp32", "fp16"]
+    file_format: Literal["parquet", "npy", "tevatron"]
+    tokens_per_batch: int
+    shard: int
+    shards: int
+    rows: int = 0
+    files: tuple[VectorFile, ...] = ()
+    layout: int = LAYOUT
+
+    @property
+    def suffix(self) -> str:
+        """What the names of a shard's files have; empty if there is one shard only."""
+        return f"-{self.shard:05}-of-{self.shards:05}" if self.shards > 1 else ""
+
+    @property
+    def name(self) -> str:
+        """The name of the manifest's own file."""
+        return f"manifest{self.suffix}.json"
+
+    def difference(self, other: VectorManifest) -> str:
+        """Why two shards do not belong together; empty if they do."""
+        for field, noun in (
+            ("layout", "version of the plan of batches"),
+            ("kind", "kind of text"),
+            ("encoder_digest", "encoder"),
+            ("texts_digest", "corpus or queries"),
+            ("dtype", "number format"),
+            ("vector_dtype", "number format of vectors"),
+            ("file_format", "format of files"),
+            ("tokens_per_batch", "number of tokens per batch"),
+            ("shards", "number of shards"),
+        ):
+            ours, theirs = getattr(self, field), getattr(other, field)
+            if ours != theirs:
+                return f"another {noun}: {theirs}, not {ours}"
+        return ""
+
+
+class _Part(msgspec.Struct, frozen=True):
+    """A file of vectors and its columns."""
+
+    path: Path
+    rows: int
+    id_column: str = DOCID
+    vector_column: str = VECTOR
+
+    def ids(self) -> pa.ChunkedArray:
+        """Ids, `(rows,)` strings."""
+        if self.path.suffix == ".npy":
+            text = self.path.with_suffix(".ids").read_text(encoding="utf-8")
+            return pa.chunked_array([pa.array(text.split("\n")[:-1], pa.string())])
+        column = pq.read_table(self.path, columns=[self.id_column])[self.id_column]
+        return column.cast(pa.string())
+
+    def chunks(self, start: int, stop: int, size: int) -> Iterator[np.ndarray]:
+        """Vectors of some of its rows, `(<= size, dimension) float32`."""
+        if self.path.suffix == ".npy":
+            vectors = np.load(self.path, mmap_mode="r")
+            for first in range(start, stop, size):
+                yield np.array(vectors[first : min(first + size, stop)], np.float32)
+            return
+        with pq.ParquetFile(self.path) as file:
+            groups = [file.metadata.row_group(i).num_rows for i in range(file.num_row_groups)]
+            ends = np.cumsum(groups)
+            wanted = [i for i, end in enumerate(ends) if end > start and end - groups[i] < stop]
+            first = int(ends[wanted[0]] - groups[wanted[0]]) if wanted else 0
+            batches = file.iter_batches(size, row_groups=wanted, columns=[self.vector_column])
+            for batch in batches:
+                part = batch.column(0)
+                part = part[max(0, start - first) : max(0, stop - first)]
+                first += batch.num_rows
+                if len(part):
+                    yield self._numbers(part)
+
+    def _numbers(self, column: pa.Array) -> np.ndarray:
+        lengths = pc.unique(pc.list_value_length(column))
+        if column.null_count or len(lengths) != 1 or lengths[0].as_py() in (None, 0):
+            raise DataError(
+                f"{self.path}: column {self.vector_column} has missing vectors, or vectors of "
+                "different lengths"
+            )
+        numbers = column.flatten().to_numpy(zero_copy_only=False)
+        return np.array(numbers.reshape(len(column), -1), np.float32)  # PyTorch needs writable ones
+
+
+class Vectors:
+    """Vectors of a folder, by row; the rows of its files follow each other.
+
+    Args:
+        parts: the files.
+        ids: of all rows.
+        dimension: of a vector.
+        manifests: of the shards; none for files of other programs.
+    """
+
+    def __init__(
+        self,
+        parts: list[_Part],
+        ids: pa.ChunkedArray,
+        dimension: int,
+        manifests: list[VectorManifest],
+    ) -> None:
+        self._parts = parts
+        self.ids = ids
+        self.dimension = dimension
+        self.manifest = manifests[0] if manifests else None
+        files = [file.sha256 for manifest in manifests for file in manifest.files]
+        sizes = [f"{part.path.name} {part.path.stat().st_size}" for part in parts]
+        self.digest = digest_of(*(files or sizes))
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    def chunks(self, start: int, stop: int, size: int) -> Iterator[tuple[int, np.ndarray]]:
+        """Some of the vectors, streamed from the files.
+
+        Args:
+            start: the first row.
+            stop: the row after the last.
+            size: the most rows of a chunk.
+
+        Yields:
+            The first row of a chunk, and its vectors `(n, dimension) float32`.
+
+        Raises:
+            DataError: a file is damaged, or a vector has NaN or infinity.
+        """
+        before = 0
+        for part in self._parts:
+            first = max(start - before, 0)
+            row = before + first
+            for vectors in _readable(part, first, min(stop - before, part.rows), size):
+                if vectors.shape[1] != self.dimension:
+                    raise DataError(
+                        f"{part.path}: vectors of {vectors.shape[1]} dimensions; the other files "
+                        f"have {self.dimension}"
+                    )
+                finite = np.isfinite(vectors).all(axis=1)
+                if not finite.all():
+                    name = self.ids[row + int(np.argmin(finite))].as_py()
+                    raise DataError(f"{part.path}: the vector of {quoted(name)} is not finite")
+                yield row, vectors
+                row += len(vectors)
+            before += part.rows
+
+    def read(self) -> np.ndarray:
+        """All of them, `(n, dimension) float32`; for queries.
+
+        Raises:
+            DataError: see `chunks`.
+        """
+        vectors = np.empty((len(self), self.dimension), np.float32)
+        for row, chunk in self.chunks(0, len(self), len(self)):
+            vectors[row : row + len(chunk)] = chunk
+        return vectors
+
+
+def _readable(part: _Part, start: int, stop: int, size: int) -> Iterator[np.ndarray]:
+    if start >= stop:
+        return
+    try:
+        yield from part.chunks(start, stop, size)
+    except (pa.ArrowException, OSError, ValueError, EOFError) as error:
+        raise DataError(f"{part.path}: cannot be read ({one_line(error)})") from error
+
+
+def open_vectors(path: Path) -> Vectors:
+    """The vectors of a folder that `mlflow-dr encode` has written, or of other Parquet files.
+
+    Sizes and numbers of rows are checked; `encode --check` compares the bytes, too.
+
+    Args:
+        path: the folder, or one Parquet file.
+
+    Raises:
+        UsageError: no vectors are there, or shards are missing.
+        DataError: a file is damaged, shards do not belong together, or an id is missing or used
+            twice.
+    """
+    manifests = read_manifests(path)
+    if manifests:
+        _check_shards(path, manifests)
+        files = [file for each in manifests for file in each.files]
+        parts = [_Part(path / file.name, file.rows) for file in files if not _has_ids(file)]
+        dimension = manifests[0].dimension
+    else:
+        parts, dimension = _other_parts(path)
+    try:
+        chunks = [chunk for part in parts for chunk in part.ids().chunks]
+        ids = pa.chunked_array(chunks, pa.string())
+    except (pa.ArrowException, OSError, ValueError) as error:
+        raise DataError(f"{path}: the ids cannot be read ({one_line(error)})") from error
+    if len(ids) != sum(part.rows for part in parts):
+        raise DataError(f"{path}: there are not as many ids as vectors; encode again")
+    _check_ids(path, ids)
+    return Vectors(parts, ids, dimension, manifests)
+
+
+def read_manifests(path: Path) -> list[VectorManifest]:
+    """The manifests of a folder, by shard.
+
+    Raises:
+        UsageError: there is no such folder.
+        DataError: a manifest is malformed.
+    """
+    if not path.exists():
+        raise UsageError(f"{path}: no such folder")
+    if path.is_file():
+        return []
+    found = []
+    for file in path.iterdir():
+        if MANIFEST.fullmatch(file.name):
+            try:
+                manifest = msgspec.json.decode(file.read_bytes(), type=VectorManifest)
+            except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
+                raise DataError(f"{file}: not a manifest of vectors ({one_line(error)})") from error
+            if manifest.name != file.name:
+                raise DataError(f"{file}: is of shard {manifest.shard} of {manifest.shards}")
+            found.append(manifest)
+    return sorted(found, key=lambda manifest: (manifest.shards, manifest.shard))
+
+
+def damage(path: Path, manifest: VectorManifest, with_bytes: bool) -> str:
+    """What is wrong with the files of a shard; empty if nothing is.
+
+    Args:
+        path: the folder.
+        manifest: of the shard.
+        with_bytes: whether the SHA-256 of each file is compared, too.
+    """
+    for listed in manifest.files:
+        file = path / listed.name
+        if not file.is_file():
+            return f"{listed.name} is missing"
+        size = file.stat().st_size
+        if size != listed.bytes:
+            return f"{listed.name} has {size:,} bytes, not {listed.bytes:,}"
+        if with_bytes and file_sha256(file) != listed.sha256:
+            return f"{listed.name} has other bytes than were written (SHA-256 differs)"
+    if sum(_rows_of(manifest)) != manifest.rows:
+        return f"{manifest.name} contradicts itself: its files do not have {manifest.rows} rows"
+    return ""
+
+
+def missing_shards(manifests: list[VectorManifest]) -> list[int]:
+    """The shards that have no manifest."""
+    present = {manifest.shard for manifest in manifests}
+    return sorted(set(range(manifests[0].shards)) - present)
+
+
+def _rows_of(manifest: VectorManifest) -> list[int]:
+    return [file.rows for file in manifest.files if not _has_ids(file)]
+
+
+def _has_ids(file: VectorFile) -> bool:
+    return file.name.endswith(".ids")
+
+
+def _check_shards(path: Path, manifests: list[VectorManifest]) -> None:
+    first = manifests[0]
+    for manifest in manifests:
+        if difference := first.difference(manifest):
+            raise DataError(f"{path}: {manifest.name} is of {difference} (as {first.name})")
+        if problem := damage(path, manifest, with_bytes=False):
+            raise DataError(f"{path}: {problem}; encode this shard again")
+    if first.file_format == TEVATRON:
+        raise UsageError(f"{path}: pickles are written for Tevatron and never read; {REENCODE}")
+    if missing := missing_shards(manifests):
+        numbers = ", ".join(map(str, missing[:10]))
+        raise UsageError(
+            f"{path}: of {first.shards} shards {len(missing)} are missing ({numbers}); encode them "
+            f"with --shard {missing[0]}/{first.shards}"
+        )
+    if (rows := sum(manifest.rows for manifest in manifests)) != first.texts:
+        raise DataError(f"{path}: the shards have {rows:,} vectors of {first.texts:,} texts")
+
+
+REENCODE = "encode with --format parquet or npy"
+
+
+def _other_parts(path: Path) -> tuple[list[_Part], int]:
+    """Parquet files of other programs, in the order of their names, and the dimension."""
+    files = [path] if path.is_file() else sorted(path.glob("*.parquet"))
+    files = [file for file in files if file.suffix == ".parquet"]
+    if not files:
+        pickles = path.suffix == ".pkl" or any(path.glob("*.pkl"))
+        why = f"pickles are never read, because they can run code; {REENCODE}" if pickles else ""
+        raise UsageError(f"{path}: no vectors here; " + (why or "expected *.parquet or a manifest"))
+    parts, dimension = [], 0
+    for file in files:
+        try:
+            with pq.ParquetFile(file) as opened:
+                schema, rows = opened.schema_arrow, opened.metadata.num_rows
+        except (pa.ArrowException, OSError) as error:
+            raise DataError(f"{file}: not a Parquet file ({one_line(error)})") from error
+        part = _Part(file, rows, _id_column(file, schema), _vector_column(file, schema))
+        if rows and not dimension:
+            dimension = next(_readable(part, 0, 1, 1)).shape[1]
+        parts.append(part)
+    return parts, dimension
+
+
+def _id_column(file: Path, schema: pa.Schema) -> str:
+    names = [field.name for field in schema if _is_id(field.type)]
+    return _chosen(file, [name for name in ID_COLUMNS if name in names] or names, "id", ID_COLUMNS)
+
+
+def _vector_column(file: Path, schema: pa.Schema) -> str:
+    names = [field.name for field in schema if _is_vector(field.type)]
+    preferred = [name for name in VECTOR_COLUMNS if name in names]
+    return _chosen(file, preferred or names, "vector", VECTOR_COLUMNS)
+
+
+def _chosen(file: Path, names: list[str], what: str, known: tuple[str, ...]) -> str:
+    if not names or (len(names) > 1 and names[0] not in known):
+        having = f"several ({', '.join(names)})" if names else "none"
+        raise DataError(f"{file}: expected one {what} column, called {known[0]}; it has {having}")
+    return names[0]
+
+
+def _is_id(kind: pa.DataType) -> bool:
+    return bool(
+        pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_integer(kind)
+    )
+
+
+def _is_vector(kind: pa.DataType) -> bool:
+    is_list = (
+        pa.types.is_list(kind) or pa.types.is_large_list(kind) or pa.types.is_fixed_size_list(kind)
+    )
+    return is_list and bool(pa.types.is_floating(kind.value_type))
+
+
+def _check_ids(path: Path, ids: pa.ChunkedArray) -> None:
+    if ids.null_count or len(ids.filter(pc.equal(ids, ""))):
+        raise DataError(f"{path}: a vector has no id")
+    if pc.count_distinct(ids).as_py() < len(ids):
+        counts = pc.value_counts(ids)
+        twice = counts.field("values").filter(pc.greater(counts.field("counts"), 1))
+        raise DataError(
+            f"{path}: id {quoted(twice[0].as_py())} is used twice ({len(twice):,} are); a ranking "
+            "by ids would be wrong"
+        )

@@ -1,0 +1,1 @@
+"""Vectors of passages and queries: encoded into files, searched, indexed."""

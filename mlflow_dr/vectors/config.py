@@ -1,0 +1,127 @@
+"""Configurations of the commands that keep vectors: `encode` and `search`."""
+
+from __future__ import annotations
+
+import re
+from typing import Annotated, Literal, Self
+
+from pydantic import AfterValidator, Field, model_validator
+
+from mlflow_dr.config import ConfigError, Flag, checked
+from mlflow_dr.errors import UsageError, quoted
+from mlflow_dr.fields import (
+    CollectionConfig,
+    Count,
+    Depth,
+    Device,
+    Dtype,
+    EncoderOverrides,
+    File,
+    Files,
+    Force,
+    KeepOwnId,
+    Measures,
+    SearchBackendName,
+    TrackingUri,
+    TrustRemoteCode,
+)
+from mlflow_dr.retrieval.measures import DEFAULT_MEASURES
+
+SHARD = re.compile(r"([0-9]{1,9})/([0-9]{1,9})")
+
+
+def parse_shard(text: str) -> tuple[int, int]:
+    """The number of a shard, from 0, and how many there are, of `0/4` to `3/4`.
+
+    Raises:
+        UsageError: it is something else.
+    """
+    found = SHARD.fullmatch(text)
+    number, count = map(int, found.groups()) if found else (0, 0)
+    if not number < count:
+        example = f"0/{count} to {count - 1}/{count}" if count else "0/4 to 3/4 of 4 shards"
+        raise UsageError(f"shard {quoted(text)}: shards are numbered from 0; expected {example}")
+    return number, count
+
+
+Shard = Annotated[
+    str,
+    AfterValidator(checked(parse_shard)),
+    Field(description="I/N: only this shard of N, numbered from 0."),
+]
+
+
+class EncodeConfig(CollectionConfig, EncoderOverrides):
+    """`mlflow-dr encode`: the vectors of a corpus, or of the queries of a split."""
+
+    encoder: Annotated[str, Flag(positional=True)] = ""
+    split: str | None = None
+    """Encode the queries of this split instead of the passages."""
+    output: File | None = None
+    """The folder to write. If it has a part of these vectors already, that is kept."""
+    shard: Shard = "0/1"
+    file_format: Annotated[Literal["parquet", "npy", "tevatron"], Flag("--format")] = "parquet"
+    """Parquet files, NumPy files with a text file of ids each, or Tevatron's pickles."""
+    device: Device = "auto"
+    dtype: Dtype = "auto"
+    """How the encoder computes: auto (bf16 where the hardware multiplies it, else fp32), fp32, bf16
+    or fp16. With fp16 the vectors are stored in fp16, too; a processor computes them in fp32."""
+    tokens_per_batch: Count | None = None
+    """Tokens of a batch, with padding (default: by device). All shards need the same number."""
+    check: File | None = None
+    """Only say what is missing or damaged in this folder."""
+    log: bool = False
+    """Store the manifest with the checkpoint's run."""
+    force: Force = False
+    trust_remote_code: TrustRemoteCode = False
+    tracking_uri: TrackingUri = None
+
+    @model_validator(mode="after")
+    def _check_given(self) -> Self:
+        if self.check is None and not self.encoder:
+            raise ConfigError("encoder", " is missing: a directory, a hub name or models:/...")
+        if self.check is None and self.output is None:
+            raise ConfigError("output", " is missing: the folder to write")
+        if self.log and not self.encoder.startswith("models:/"):
+            raise ConfigError("log", " needs a published checkpoint, models:/...")
+        return self
+
+
+class SearchConfig(CollectionConfig):
+    """`mlflow-dr search`: vectors of queries against vectors of passages."""
+
+    sources: Annotated[Files, Flag(positional=True), Field(min_length=1)]
+    queries: File | None = None
+    """A folder with the vectors of the queries (default: encode the queries of --split now)."""
+    split: str | None = None
+    """Whose queries and judgements (default: those of the vectors of --queries, or dev, or
+    test)."""
+    encoder: str | None = None
+    """What encodes the queries (default: the encoder of the passages)."""
+    depth: Depth = None
+    measures: Measures = DEFAULT_MEASURES
+    output: File | None = None
+    """Write the ranking to this file."""
+    file_format: Annotated[Literal["trec", "msmarco", "tevatron"], Flag("--format")] = "trec"
+    """TREC's columns, MS MARCO's query, passage and rank, or Tevatron's query, passage and
+    score."""
+    shard: Shard = "0/1"
+    merge: bool = False
+    """The arguments are rankings of all shards; join them."""
+    keep_own_id: KeepOwnId = False
+    device: Device = "auto"
+    dtype: Dtype = "auto"
+    search_backend: SearchBackendName = "auto"
+    force: Force = False
+    trust_remote_code: TrustRemoteCode = False
+    tracking_uri: TrackingUri = None
+
+    @model_validator(mode="after")
+    def _check_given(self) -> Self:
+        if not self.merge and len(self.sources) > 1:
+            raise ConfigError("sources", ": several are joined by --merge; search takes one folder")
+        if self.shard != "0/1" and self.output is None:
+            raise ConfigError("shard", " needs --output, for the ranking that --merge joins")
+        if self.shard != "0/1" and self.file_format == "msmarco":
+            raise ConfigError("file_format", " msmarco has no scores to merge; use trec")
+        return self
