@@ -1,16 +1,12 @@
-"""Encoding and search in one pass: the corpus streams through the encoder into the search.
-
-Memory does not grow with the corpus: vectors are compared with the queries and then dropped.
-"""
+"""Encoding and search in one pass: an engine does the shards, and their results are merged."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from mlflow_dr.collection.corpus import Corpus
 from mlflow_dr.collection.records import Query
@@ -18,26 +14,23 @@ from mlflow_dr.devices import resolve_device, resolve_dtype, torch_dtype
 from mlflow_dr.encoder.model import Encoder
 from mlflow_dr.encoder.token_table import TokenTable, corpus_tokens, token_table
 from mlflow_dr.encoder.tokenize import TextTokenizer
+from mlflow_dr.engines.engine import Engine, split_shards
+from mlflow_dr.engines.local import LocalEngine
 from mlflow_dr.progress import progress_bar
 from mlflow_dr.retrieval.encode import (
     TOKENS_PER_BATCH,
     check_finite,
-    encode_all,
-    encode_batches,
     plan_batches,
 )
 from mlflow_dr.retrieval.ranking import SearchResult
-from mlflow_dr.retrieval.search import (
-    AUTO,
-    SearchBackend,
-    TopK,
-    exact_scores,
-    find_backend,
+from mlflow_dr.retrieval.search import AUTO, TopK, find_backend
+from mlflow_dr.retrieval.shard_search import (
+    QUERIES_PER_MERGE,
+    EncodeShard,
+    SearchShard,
+    ShardResult,
+    VectorRequest,
 )
-
-PASSAGES_PER_CHUNK = 16384
-# queries that are merged at a time; merging takes several times the memory of their results
-QUERIES_PER_MERGE = 65536
 
 
 class SearchRequest(NamedTuple):
@@ -105,50 +98,71 @@ def dense_search(
     tie_ranks: np.ndarray,
     quiet: bool = False,
     backend: str = AUTO,
+    engine: Engine | None = None,
 ) -> list[SearchResult]:
     """The best passages of each query, by dot product of vectors that are made on the way.
 
     Each query, and each passage that some request searches, is encoded once.
 
     Args:
-        encoder: on its device and in its dtype, in evaluation mode.
+        encoder: in evaluation mode; on its device and in its dtype, if there is no engine.
         text_tokenizer: how the encoder's passages became token ids.
         requests: what to search.
         table: the corpus as token ids.
         tie_ranks: order of passages whose scores are equal, `(n_passages,) int64`.
         quiet: no progress bar.
         backend: a name in `SEARCH_BACKENDS`, or `auto`.
+        engine: where the encoder is loaded; this process when None.
 
     Raises:
         UsageError: no such back end.
         CheckpointError: the encoder gives NaN or infinity, or vectors whose products overflow.
     """
-    search = find_backend(backend, encoder.device)
-    query_encoder = encoder.query_encoder
-    query_tokenizer = TextTokenizer(query_encoder.tokenizer, query_encoder.settings)
+    find_backend(backend, encoder.device)
+    engine = engine or LocalEngine(encoder.device, encoder)
     distinct = list(
         {id(query): query for request in requests for query in request.queries}.values()
     )
     positions = {id(query): position for position, query in enumerate(distinct)}
-    ids = token_table(query_tokenizer.query_ids(distinct))
-    vectors = encode_all(query_encoder, ids, query_tokenizer.pad_id, "query")
-    searches = [
-        _Search(
-            request,
-            vectors[[positions[id(query)] for query in request.queries]],
-            tie_ranks,
-            search,
-        )
-        for request in requests
-    ]
+    work = SearchShard(
+        _query_vectors(engine, encoder.query_encoder, distinct),
+        [
+            VectorRequest(
+                np.array([positions[id(query)] for query in request.queries], np.int64),
+                request.k if request.candidates is None else 0,
+                request.within,
+                request.candidates or request.extra_rows,
+            )
+            for request in requests
+        ],
+        tie_ranks,
+        text_tokenizer.pad_id,
+        backend,
+    )
+    merges = [_Merge(request, tie_ranks) for request in requests]
     rows = rows_to_encode(requests, len(table))
+    batches = plan_batches(table.lengths, TOKENS_PER_BATCH[engine.device.type], rows)
     total = len(table) if rows is None else len(rows)
     with progress_bar(total, "encoding the corpus", "passages", quiet) as bar:
-        for chunk_rows, chunk in _chunks(encoder, table, text_tokenizer.pad_id, rows, bar):
-            check_finite(chunk, "passage")
-            for searcher in searches:
-                searcher.update(chunk, chunk_rows)
-    return [searcher.result() for searcher in searches]
+        shards = split_shards(batches, engine.n_shards)
+        for results in engine.map(work, table, shards, bar.update):
+            for merge, result in zip(merges, results, strict=True):
+                merge.add(result)
+    return [merge.result() for merge in merges]
+
+
+def _query_vectors(engine: Engine, encoder: Encoder, queries: Sequence[Query]) -> np.ndarray:
+    """The vector of each query, `(n_queries, dim) float32`."""
+    tokenizer = TextTokenizer(encoder.tokenizer, encoder.settings)
+    table = token_table(tokenizer.query_ids(queries))
+    batches = plan_batches(table.lengths, TOKENS_PER_BATCH[engine.device.type])
+    work = EncodeShard(tokenizer.pad_id, of_queries=True)
+    vectors = np.empty((len(table), encoder.dimension), np.float32)
+    shards = split_shards(batches, engine.n_shards)
+    for rows, part in engine.map(work, table, shards, progress=lambda _: None):
+        vectors[rows] = part
+    check_finite(torch.from_numpy(vectors), "query")
+    return vectors
 
 
 def rows_to_encode(requests: Sequence[SearchRequest], n_passages: int) -> np.ndarray | None:
@@ -166,44 +180,35 @@ def rows_to_encode(requests: Sequence[SearchRequest], n_passages: int) -> np.nda
     return np.flatnonzero(wanted)
 
 
-class _Search:
-    """The state of one request while the passages stream past."""
+class _Merge:
+    """The result of one request, from the results of shards."""
 
-    def __init__(
-        self, request: SearchRequest, queries: Tensor, tie_ranks: np.ndarray, search: SearchBackend
-    ) -> None:
+    def __init__(self, request: SearchRequest, tie_ranks: np.ndarray) -> None:
         self._request = request
-        self._queries = queries
         self._ranks = tie_ranks
-        self._search = search
-        self._pairs = _PairScores(request.candidates or request.extra_rows, len(tie_ranks))
-        self._groups = () if request.candidates else queries.split(QUERIES_PER_MERGE)
+        starts = range(0, max(1, len(request.queries)), QUERIES_PER_MERGE)
+        self._groups = [slice(start, start + QUERIES_PER_MERGE) for start in starts]
         self._best = [
-            TopK(len(group), request.k, tie_ranks, queries.device) for group in self._groups
+            TopK(len(request.queries[group]), request.k, tie_ranks) for group in self._groups
         ]
-        self._within: Tensor | None = None
-        if request.within is not None:
-            self._within = torch.zeros(len(tie_ranks), dtype=torch.bool, device=queries.device)
-            self._within[torch.from_numpy(request.within).to(queries.device)] = True
+        counts = [len(rows) for rows in request.candidates or request.extra_rows]
+        self._ends = np.cumsum(counts)
+        self._scores = np.empty(sum(counts), np.float32)
 
-    def update(self, chunk: Tensor, rows: Tensor) -> None:
-        self._pairs.update(self._queries, chunk, rows)
-        if self._within is not None:
-            searched = self._within[rows]
-            chunk, rows = chunk[searched], rows[searched]
-        if len(rows):
-            for group, best in zip(self._groups, self._best, strict=True):
-                best.update(group, chunk, rows, self._search)
+    def add(self, result: ShardResult) -> None:
+        self._scores[result.pairs] = result.pair_scores
+        for group, best in zip(self._groups, self._best, strict=True):
+            scores, rows = result.scores[group], result.rows[group]
+            best.merge(torch.from_numpy(scores), torch.from_numpy(rows))
 
     def result(self) -> SearchResult:
+        scores = np.split(self._scores, self._ends[:-1]) if len(self._ends) else []
         if self._request.candidates is not None:
-            return rank_candidates(
-                self._request.candidates, self._pairs.scores(), self._request.k, self._ranks
-            )
+            return rank_candidates(self._request.candidates, scores, self._request.k, self._ranks)
         return SearchResult(
-            np.concatenate([best.rows.cpu().numpy() for best in self._best]),
-            np.concatenate([best.scores.cpu().numpy() for best in self._best]),
-            self._pairs.scores(),
+            np.concatenate([best.rows.numpy() for best in self._best]),
+            np.concatenate([best.scores.numpy() for best in self._best]),
+            scores,
         )
 
 
@@ -226,56 +231,3 @@ def rank_candidates(
         best[index, : len(order)] = rows[order]
         values[index, : len(order)] = of_query[order]
     return SearchResult(best, values, [])
-
-
-class _PairScores:
-    """Scores of given pairs of query and passage, filled while the passages stream past."""
-
-    def __init__(self, rows: Sequence[np.ndarray], n_passages: int) -> None:
-        counts = np.array([len(of_query) for of_query in rows], np.int64)
-        self._ends = np.cumsum(counts)
-        self._queries = np.repeat(np.arange(len(rows)), counts)
-        self._rows = np.concatenate(rows) if len(rows) else np.empty(0, np.int64)
-        self._scores = np.empty(len(self._rows), np.float32)
-        self._positions = np.full(n_passages if len(self._rows) else 0, -1, np.int32)
-
-    def update(self, queries: Tensor, chunk: Tensor, rows: Tensor) -> None:
-        if not len(self._rows):
-            return
-        chunk_rows = rows.cpu().numpy()
-        self._positions[chunk_rows] = np.arange(len(chunk_rows))
-        positions = self._positions[self._rows]
-        (pairs,) = np.nonzero(positions >= 0)
-        query_rows = torch.from_numpy(self._queries[pairs]).to(queries.device)
-        passage_rows = torch.from_numpy(positions[pairs].astype(np.int64)).to(chunk.device)
-        scores = exact_scores(queries, chunk, query_rows, passage_rows)
-        self._scores[pairs] = scores.cpu().numpy()
-        self._positions[chunk_rows] = -1
-
-    def scores(self) -> list[np.ndarray]:
-        return np.split(self._scores, self._ends[:-1]) if len(self._ends) else []
-
-
-def _chunks(
-    encoder: Encoder, table: TokenTable, pad_id: int, wanted: np.ndarray | None, bar: Any
-) -> Iterator[tuple[Tensor, Tensor]]:
-    """Encoded batches gathered into chunks that are worth a search: rows and vectors."""
-    rows: list[np.ndarray] = []
-    vectors: list[Tensor] = []
-    gathered = 0
-    batches = plan_batches(table.lengths, TOKENS_PER_BATCH[encoder.device.type], wanted)
-    for batch_rows, batch in encode_batches(encoder, table, pad_id, batches):
-        rows.append(batch_rows)
-        vectors.append(batch)
-        gathered += len(batch_rows)
-        bar.update(len(batch_rows))
-        if gathered >= PASSAGES_PER_CHUNK:
-            yield _joined(rows, vectors)
-            rows, vectors, gathered = [], [], 0
-    if rows:
-        yield _joined(rows, vectors)
-
-
-def _joined(rows: list[np.ndarray], vectors: list[Tensor]) -> tuple[Tensor, Tensor]:
-    joined = torch.cat(vectors)
-    return torch.from_numpy(np.concatenate(rows)).to(joined.device), joined

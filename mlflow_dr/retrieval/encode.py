@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator
 
 import numpy as np
 import torch
@@ -46,7 +46,7 @@ def plan_batches(
 
 @torch.inference_mode()
 def encode_batches(
-    encoder: Encoder, table: TokenTable, pad_id: int, batches: Sequence[np.ndarray]
+    encoder: Encoder, table: TokenTable, pad_id: int, batches: Iterable[np.ndarray]
 ) -> Iterator[tuple[np.ndarray, Tensor]]:
     """Vectors of the rows of a table, batch by batch.
 

@@ -74,10 +74,14 @@ class TopK:
     """
 
     def __init__(
-        self, n_queries: int, k: int, ranks: np.ndarray, device: torch.device | str = "cpu"
+        self,
+        n_queries: int,
+        k: int,
+        ranks: np.ndarray | Tensor,
+        device: torch.device | str = "cpu",
     ) -> None:
         self._k = k
-        self._ranks = torch.from_numpy(ranks).to(device)
+        self._ranks = torch.as_tensor(ranks, device=device)
         self.scores = torch.empty(n_queries, 0, device=device)
         self.rows = torch.empty(n_queries, 0, dtype=torch.int64, device=device)
 
@@ -93,9 +97,7 @@ class TopK:
         Raises:
             CheckpointError: the scores overflow.
         """
-        floors = torch.full((len(queries),), -torch.inf, device=queries.device)
-        if self.scores.shape[1] == self._k:
-            floors = self.scores[:, -1]
+        floors = self._floors()
         self._widen(len(chunk))
         k = min(self._k, len(chunk))
         longest = torch.linalg.vector_norm(chunk, dim=1).max()
@@ -117,6 +119,27 @@ class TopK:
             is_done = lowest < needed if wanted < len(chunk) else torch.ones_like(left).bool()
             self._merge(left[is_done], scores[is_done], rows[positions[is_done]])
             left, wanted = left[~is_done], min(2 * wanted, len(chunk))
+
+    def merge(self, scores: Tensor, rows: Tensor) -> None:
+        """Merge the best passages of another part of the corpus.
+
+        Args:
+            scores: the best first, `(n_queries, n) float32`.
+            rows: `(n_queries, n) int64`.
+        """
+        if not self.scores.shape[1]:
+            self.scores, self.rows = scores.clone(), rows.clone()
+            return
+        floors = self._floors()
+        self._widen(scores.shape[1])
+        scores = scores.masked_fill(scores < floors[:, None], -torch.inf)
+        self._merge(torch.arange(len(scores), device=scores.device), scores, rows)
+
+    def _floors(self) -> Tensor:
+        """The lowest score of each query's best k; minus infinity where there are fewer."""
+        if self.scores.shape[1] == self._k:
+            return self.scores[:, -1].clone()
+        return torch.full((len(self.scores),), -torch.inf, device=self.scores.device)
 
     def _widen(self, n: int) -> None:
         """Make room for the passages of a chunk, up to k."""

@@ -10,10 +10,12 @@ from typing import TYPE_CHECKING, Any
 
 from mlflow_dr.cache import unchanged_cache
 from mlflow_dr.collection.catalogue import chosen_split, open_collection
-from mlflow_dr.devices import resolve_device, resolve_dtype, torch_dtype
+from mlflow_dr.devices import resolve_device, resolve_dtype
 from mlflow_dr.encoder.directory import load_encoder
 from mlflow_dr.encoder.model import Encoder
 from mlflow_dr.encoder.tokenize import TextTokenizer
+from mlflow_dr.engines.engine import Engine
+from mlflow_dr.engines.local import LocalEngine
 from mlflow_dr.errors import UsageError
 from mlflow_dr.files import atomic_write
 from mlflow_dr.retrieval.dense import dense_search, rows_to_encode
@@ -58,16 +60,23 @@ class Report:
 
 
 def evaluate(
-    encoder: Encoder, data: EvalDataset, settings: EvalConfig, quiet: bool = False
+    encoder: Encoder,
+    data: EvalDataset,
+    settings: EvalConfig,
+    quiet: bool = False,
+    engine: Engine | None = None,
 ) -> Report:
     """Encode queries and corpus, search exactly, measure; see `evaluate_all`."""
-    (report,) = evaluate_all(encoder, [(data, settings)], quiet)
+    (report,) = evaluate_all(encoder, [(data, settings)], quiet, engine)
     return report
 
 
 @unchanged_cache()
 def evaluate_all(
-    encoder: Encoder, requests: Sequence[tuple[EvalDataset, EvalConfig]], quiet: bool = False
+    encoder: Encoder,
+    requests: Sequence[tuple[EvalDataset, EvalConfig]],
+    quiet: bool = False,
+    engine: Engine | None = None,
 ) -> list[Report]:
     """Encode several sets of queries and their common corpus once, search exactly, measure each.
 
@@ -78,6 +87,7 @@ def evaluate_all(
         encoder: moved to the device, and into the number format.
         requests: datasets over one corpus, on one device and in one number format.
         quiet: no progress bar.
+        engine: where encoding runs; this process when None.
 
     Returns:
         A report for each, with the seconds and passages of all together.
@@ -97,8 +107,8 @@ def evaluate_all(
         if not settings.keep_own_id:
             data.warn_of_own_ids()
     depths = [check_depth(settings.measures, settings.depth) for _, settings in requests]
-    device = resolve_device(common.device)
-    dtype = resolve_dtype(common.dtype, device)
+    engine = engine or LocalEngine(resolve_device(common.device))
+    dtype = resolve_dtype(common.dtype, engine.device)
     text_tokenizer = TextTokenizer(encoder.tokenizer, encoder.settings)
     searches = [
         data.search(depth + (0 if settings.keep_own_id else 1))
@@ -108,14 +118,16 @@ def evaluate_all(
     table = tokens.table(text_tokenizer, rows)
 
     start = time.perf_counter()
+    engine.load(encoder, dtype)
     results = dense_search(
-        encoder.eval().to(device, torch_dtype(dtype)),
+        encoder,
         text_tokenizer,
         searches,
         table,
         tokens.tie_ranks,
         quiet=quiet,
         backend=common.search_backend,
+        engine=engine,
     )
     measured = [
         _measure(data, settings, depth, result)

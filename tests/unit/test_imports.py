@@ -25,6 +25,7 @@ FLOORS = {
     "decisions": 5,
     "tracking": 4,
     "retrieval": 4,
+    "engines": 4,
     "encoder": 3,
     "collection": 1,
     "config": 0,
@@ -41,6 +42,7 @@ FLOORS = {
 }
 # siblings on one floor that may look at each other, one way
 ALLOWED_BESIDE = {
+    ("retrieval", "engines"),
     ("files", "errors"),
     ("cache", "errors"),
     ("cache", "files"),

@@ -25,7 +25,7 @@ from mlflow_dr.fidelity import study as studying
 from mlflow_dr.fidelity.agreement import FidelityResult
 from mlflow_dr.fidelity.config import FidelityConfig
 from mlflow_dr.fidelity.report import values_table
-from mlflow_dr.retrieval import dense
+from mlflow_dr.retrieval import shard_search
 from mlflow_dr.retrieval.measures import parse_measures
 from mlflow_dr.tracking.checkpoints import publish, run_checkpoints
 from mlflow_dr.tracking.following import found_checkpoints
@@ -88,13 +88,14 @@ def published(run: TrackedRun, output: Path, folder: Path) -> TrackedRun:
 def encoded(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """How many passages each pass over the corpus has encoded."""
     counts: list[int] = []
-    real = dense.encode_batches
+    real = shard_search.SearchShard.__call__
 
-    def counting(encoder: Any, table: Any, pad_id: int, batches: list[np.ndarray]) -> Any:
+    def counting(self: Any, encoder: Any, table: Any, batches: Any) -> Any:
+        batches = list(batches)
         counts.append(sum(map(len, batches)))
-        return real(encoder, table, pad_id, batches)
+        return real(self, encoder, table, batches)
 
-    monkeypatch.setattr(dense, "encode_batches", counting)
+    monkeypatch.setattr(shard_search.SearchShard, "__call__", counting)
     return counts
 
 

@@ -1,6 +1,7 @@
 """Encoding and search in one pass, against NumPy."""
 
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 import pytest
@@ -11,7 +12,7 @@ from mlflow_dr.encoder.model import Encoder
 from mlflow_dr.encoder.token_table import TokenTable, token_table
 from mlflow_dr.encoder.tokenize import TextTokenizer
 from mlflow_dr.errors import CheckpointError
-from mlflow_dr.retrieval import dense, encode
+from mlflow_dr.retrieval import dense, encode, shard_search
 from mlflow_dr.retrieval.dense import SearchRequest, dense_search, rank_candidates
 from mlflow_dr.retrieval.encode import encode_all
 from mlflow_dr.retrieval.ranking import SearchResult
@@ -54,8 +55,9 @@ def test_the_best_and_the_requested_rows_do_not_depend_on_blocks(
     setting: Setting, chunk: int, merge: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(encode.TOKENS_PER_BATCH, "cpu", 40)
-    monkeypatch.setattr(dense, "PASSAGES_PER_CHUNK", chunk)
-    monkeypatch.setattr(dense, "QUERIES_PER_MERGE", merge)
+    monkeypatch.setattr(shard_search, "PASSAGES_PER_CHUNK", chunk)
+    for module in (dense, shard_search):
+        monkeypatch.setattr(module, "QUERIES_PER_MERGE", merge)
     found = setting.search(6, ASKED)
     assert found.rows.shape == found.scores.shape == (5, 6)
     best = -np.sort(-setting.scores, axis=1)[:, :6]
@@ -97,7 +99,7 @@ def test_several_searches_of_subsets_share_one_pass(
     setting: Setting, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Each search gives what it gives alone, and only requested passages are encoded."""
-    monkeypatch.setattr(dense, "PASSAGES_PER_CHUNK", 4)
+    monkeypatch.setattr(shard_search, "PASSAGES_PER_CHUNK", 4)
     ranks = np.arange(len(setting.table))
     few, other = np.array([1, 4, 6, 7, 18]), np.array([0, 4, 5])
     candidates = [np.array([3, 1, 8]), np.array([2]), np.array([], np.int64)]
@@ -107,14 +109,14 @@ def test_several_searches_of_subsets_share_one_pass(
         SearchRequest(setting.queries[2:], 2, candidates=candidates),
     ]
     encoded = []
-    real = dense.encode_batches
+    real = shard_search.SearchShard.__call__
 
-    def counted(*args: object, **more: object):
-        for rows, vectors in real(*args, **more):
-            encoded.extend(rows.tolist())
-            yield rows, vectors
+    def counted(self: Any, encoder: Any, table: Any, batches: Any) -> Any:
+        batches = list(batches)
+        encoded.extend(np.concatenate(batches).tolist())
+        return real(self, encoder, table, batches)
 
-    monkeypatch.setattr(dense, "encode_batches", counted)
+    monkeypatch.setattr(shard_search.SearchShard, "__call__", counted)
     found = dense_search(
         setting.encoder, setting.text_tokenizer, searches, setting.table, ranks, quiet=True
     )

@@ -17,7 +17,7 @@ from mlflow_dr.collection.beir import BeirFolder
 from mlflow_dr.encoder import token_table
 from mlflow_dr.encoder.model import Encoder
 from mlflow_dr.errors import CheckpointError, DataError, DeviceError, UsageError
-from mlflow_dr.retrieval import dense, encode
+from mlflow_dr.retrieval import encode, shard_search
 from mlflow_dr.retrieval.measures import parse_measures
 from mlflow_dr.validation.dataset import EvalDataset
 from mlflow_dr.validation.evaluate import Report, evaluate
@@ -207,7 +207,7 @@ def test_the_result_does_not_depend_on_the_size_of_a_chunk(
     encoder: Encoder, folder: Path, size: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     whole = evaluated(encoder, folder)
-    monkeypatch.setattr(dense, "PASSAGES_PER_CHUNK", size)
+    monkeypatch.setattr(shard_search, "PASSAGES_PER_CHUNK", size)
     report = evaluated(encoder, folder)
     assert report.measures == whole.measures
     for query_id, found in whole.ranking.items():

@@ -1,0 +1,1 @@
+"""Where encoding runs: this process, or several processes, each with a device."""
