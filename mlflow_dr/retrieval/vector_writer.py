@@ -7,12 +7,14 @@ killed goes on from that count.
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import pickle
 import shutil
 import time
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from io import BytesIO
 from pathlib import Path
 from typing import Any
@@ -63,6 +65,7 @@ def write_shard(
     batches: Sequence[np.ndarray],
     ids: pa.ChunkedArray,
     encode: Encode,
+    *,
     replace: bool = False,
 ) -> VectorManifest:
     """Encode a shard into files, or go on where a killed process has stopped.
@@ -86,6 +89,9 @@ def write_shard(
         CheckpointError: the encoder gives NaN.
         OSError: the disk is full, or the folder is read-only.
     """
+    finished = _finished(output, manifest, replace)
+    if finished is not None:
+        return finished
     output.mkdir(parents=True, exist_ok=True)
     rows = np.sort(np.concatenate(batches)) if len(batches) else np.empty(0, np.int64)
     taken = ids.take(pa.array(rows))
@@ -95,6 +101,9 @@ def write_shard(
     with FileLock(f"{folder}.lock"):
         finished = _finished(output, manifest, replace)
         if finished is None:
+            _remove_others(output, manifest)
+            for remains in output.glob(f".{manifest.kind}{manifest.suffix}[.-]*"):
+                shutil.rmtree(remains, ignore_errors=True)
             folder.mkdir(exist_ok=True)
             _encode_into(folder, manifest, batches, rows, taken, encode, replace)
             finished = _write_files(output, manifest, folder, taken)
@@ -104,21 +113,32 @@ def write_shard(
 
 
 def _finished(output: Path, manifest: VectorManifest, replace: bool) -> VectorManifest | None:
-    """The shard's manifest if it is complete; removes what is damaged or to be replaced."""
-    for other in read_manifests(output):
+    """The shard's manifest if the shard is complete.
+
+    Raises:
+        UsageError: the folder has vectors of something else, and they are not to be replaced.
+    """
+    others = read_manifests(output) if output.exists() else []
+    for other in others:
         difference = manifest.difference(other)
         if difference and not replace:
             raise UsageError(
                 f"{output} has vectors of {difference}; choose another folder, or replace them by "
                 "--force"
             )
-        if difference or other.shard == manifest.shard:
-            if not (difference or damage(output, other, with_bytes=True)):
-                return other
+        is_same = not difference and other.shard == manifest.shard
+        if is_same and not damage(output, other, with_bytes=True):
+            return other
+    return None
+
+
+def _remove_others(output: Path, manifest: VectorManifest) -> None:
+    """Remove what is damaged, or is to be replaced."""
+    for other in read_manifests(output):
+        if manifest.difference(other) or other.shard == manifest.shard:
             (output / other.name).unlink()
             for file in other.files:
                 (output / file.name).unlink(missing_ok=True)
-    return None
 
 
 def _encode_into(
@@ -132,17 +152,16 @@ def _encode_into(
 ) -> None:
     """Write the vectors of a shard into one file, `(len(rows), dimension)`."""
     shape, dtype = (len(rows), manifest.dimension), NUMBERS[manifest.vector_dtype]
-    key = digest_of(*(value for name, value in _plain(manifest).items() if name != "encoder"))
-    path, done = folder / VECTORS, _batches_done(folder, key, replace)
+    names_only = ("encoder", "dataset")
+    key = digest_of(*(v for name, v in _plain(manifest).items() if name not in names_only))
+    path, done = folder / VECTORS, min(_batches_done(folder, key, replace), len(batches))
     header = _npy_header(shape, dtype)
     size = len(header) + len(rows) * manifest.dimension * dtype.itemsize
     if not path.is_file() or path.stat().st_size != size:
         done = 0
     file = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
     try:
-        os.ftruncate(file, size)
-        if hasattr(os, "posix_fallocate"):
-            os.posix_fallocate(file, 0, size)  # a disk that is too small is known at once
+        _allocate(file, size)
         os.pwrite(file, header, 0)
         writer = _RowWriter(file, len(header), rows, ids, manifest)
         total = sum(map(len, batches))
@@ -156,9 +175,21 @@ def _encode_into(
                 if time.monotonic() - saved > SECONDS_BETWEEN_SAVES:
                     _save(file, folder, _Progress(key, done))
                     saved = time.monotonic()
-        _save(file, folder, _Progress(key, done))
     finally:
+        with suppress(OSError):  # a full disk is reported as such
+            _save(file, folder, _Progress(key, done))
         os.close(file)
+
+
+def _allocate(file: int, size: int) -> None:
+    """Give a file its size; a disk that is too small is known at once."""
+    os.ftruncate(file, size)
+    if hasattr(os, "posix_fallocate"):
+        try:
+            os.posix_fallocate(file, 0, size)
+        except OSError as error:
+            if error.errno not in (errno.EOPNOTSUPP, errno.EINVAL):  # a file system without it
+                raise
 
 
 class _RowWriter:
@@ -245,10 +276,8 @@ def _write_files(
         ids: of the vectors.
     """
     write = {PARQUET: _parquet_files, NPY: _npy_files, TEVATRON: _pickle_files}
-    files: list[VectorFile] = []
-    if len(ids):
-        stem = output / f"{manifest.kind}{manifest.suffix}"
-        files = write[manifest.file_format](stem, folder / VECTORS, ids)
+    stem = output / f"{manifest.kind}{manifest.suffix}"
+    files = write[manifest.file_format](stem, folder / VECTORS, ids)
     finished = msgspec.structs.replace(manifest, rows=len(ids), files=tuple(files))
     with atomic_write(output / manifest.name) as partial:
         partial.write_text(json.dumps(_plain(finished), indent=1) + "\n", encoding="utf-8")
@@ -261,7 +290,8 @@ def _parquet_files(stem: Path, source: Path, ids: pa.ChunkedArray) -> list[Vecto
     kind = pa.list_(pa.from_numpy_dtype(vectors.dtype), vectors.shape[1])
     schema = pa.schema([pa.field(DOCID, pa.string()), pa.field(VECTOR, kind)])
     files = []
-    for number, first in enumerate(range(0, len(ids), per_file)):
+    # a shard without rows has a file, too: `datasets` takes what most files of a folder are
+    for number, first in enumerate(range(0, max(1, len(ids)), per_file)):
         path = stem.with_name(f"{stem.name}-{number:05}.parquet")
         last = min(first + per_file, len(ids))
         with (

@@ -125,7 +125,7 @@ class _Part(msgspec.Struct, frozen=True):
     def ids(self) -> pa.ChunkedArray:
         """Ids, `(rows,)` strings."""
         if self.path.suffix == ".npy":
-            text = self.path.with_suffix(".ids").read_text(encoding="utf-8")
+            text = self.path.with_suffix(".ids").read_bytes().decode()  # no other line ends
             return pa.chunked_array([pa.array(text.split("\n")[:-1], pa.string())])
         column = pq.read_table(self.path, columns=[self.id_column])[self.id_column]
         return column.cast(pa.string())

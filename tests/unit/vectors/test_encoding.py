@@ -1,0 +1,167 @@
+"""Encoding a collection into files of vectors, and checking them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from mlflow_dr.collection.catalogue import open_collection
+from mlflow_dr.encoder.model import Encoder
+from mlflow_dr.encoder.saving import save_encoder
+from mlflow_dr.encoder.token_table import token_table
+from mlflow_dr.encoder.tokenize import TextTokenizer
+from mlflow_dr.errors import UsageError
+from mlflow_dr.retrieval.encode import encode_all
+from mlflow_dr.retrieval.vectors import open_vectors
+from mlflow_dr.tracking.checkpoints import publish
+from mlflow_dr.tracking.runs import TrackedRun
+from mlflow_dr.vectors import encoding
+from mlflow_dr.vectors.config import EncodeConfig
+from mlflow_dr.vectors.encoding import check_vectors, encode, encoder_digest
+
+
+@pytest.fixture
+def folder(beir_folder: Callable[..., Path], texts: list[str]) -> Path:
+    corpus = {f"p{n}": " ".join(texts[: n % 5 + 1]) + f" {n}" for n in range(40)}
+    queries = {f"q{n}": text for n, text in enumerate(texts)}
+    return beir_folder(corpus, queries, dev={q: {"p1": 1} for q in queries})
+
+
+@pytest.fixture
+def encoder(make_untied_encoder: Callable[..., Encoder], tmp_path: Path) -> Encoder:
+    made = make_untied_encoder()
+    save_encoder(tmp_path / "encoder", made)
+    return made
+
+
+def asked(folder: Path, **others: Any) -> EncodeConfig:
+    values = {"dtype": "fp32", "output": folder.parent / "vectors", "tokens_per_batch": 60}
+    return EncodeConfig(
+        **{
+            "encoder": str(folder.parent / "encoder"),
+            "dataset": str(folder),
+            "device": "cpu",
+            **values,
+            **others,
+        }
+    )
+
+
+def test_passages_and_queries_have_the_vectors_of_their_encoders(
+    folder: Path, encoder: Encoder, tmp_path: Path
+) -> None:
+    encode(asked(folder))
+    encode(asked(folder, split="dev", output=tmp_path / "queries"))
+    collection = open_collection(str(folder))
+    for output, part, kind in (
+        ("vectors", encoder, "passages"),
+        ("queries", encoder.query_encoder, "queries"),
+    ):
+        tokenizer = TextTokenizer(part.tokenizer, part.settings)
+        ids = (
+            tokenizer.passage_ids(collection.corpus().passages(range(40)))
+            if kind == "passages"
+            else tokenizer.query_ids(collection.topics("dev").queries)
+        )
+        expected = encode_all(part, token_table(ids), tokenizer.pad_id).numpy()
+        opened = open_vectors(tmp_path / output)
+        np.testing.assert_allclose(opened.read(), expected, atol=1e-6)
+        assert opened.manifest is not None
+        assert (opened.manifest.kind, opened.manifest.similarity) == (kind, "cosine")
+        assert opened.manifest.encoder_digest == encoder_digest(encoder)
+    assert open_vectors(tmp_path / "queries").ids.to_pylist() == [f"q{n}" for n in range(10)]
+
+
+@pytest.mark.parametrize("shards", [2, 7, 60])
+def test_shards_have_the_bits_of_the_whole(
+    folder: Path, encoder: Encoder, tmp_path: Path, shards: int
+) -> None:
+    encode(asked(folder))
+    for shard in reversed(range(shards)):
+        encode(asked(folder, output=tmp_path / "shards", shard=f"{shard}/{shards}"))
+    whole, parts = open_vectors(tmp_path / "vectors"), open_vectors(tmp_path / "shards")
+    order = np.argsort([int(name[1:]) for name in parts.ids.to_pylist()])
+    np.testing.assert_array_equal(parts.read()[order], whole.read())
+    assert check_vectors(tmp_path / "shards") == []
+
+
+def test_half_precision_is_stored_and_computed_in_fp32_on_a_processor(
+    folder: Path, encoder: Encoder, tmp_path: Path
+) -> None:
+    encode(asked(folder))
+    manifest = encode(asked(folder, output=tmp_path / "half", dtype="fp16"))
+    assert (manifest.dtype, manifest.vector_dtype) == ("fp32", "fp16")
+    whole = open_vectors(tmp_path / "vectors").read()
+    half = open_vectors(tmp_path / "half").read()
+    np.testing.assert_array_equal(half, whole.astype(np.float16).astype(np.float32))
+
+
+def test_nothing_is_encoded_twice(
+    folder: Path, encoder: Encoder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first = encode(asked(folder))
+    monkeypatch.setattr(encoding, "encode_batches", lambda *_: pytest.fail("encoded"))
+    assert encode(asked(folder)) == first
+
+
+def test_what_is_missing_or_damaged_is_said(folder: Path, encoder: Encoder, tmp_path: Path) -> None:
+    output = tmp_path / "vectors"
+    with pytest.raises(UsageError, match="no such folder"):
+        check_vectors(output)
+    for shard in (0, 2, 3):
+        encode(asked(folder, shard=f"{shard}/5"))
+    assert check_vectors(output) == ["--shard 1/5 is missing", "--shard 4/5 is missing"]
+    (file,) = output.glob("*00002-of-00005*.parquet")
+    content = file.read_bytes()
+    file.write_bytes(content[:60] + b"XY" + content[62:])
+    (output / ".encode-00004-of-00005").mkdir()
+    assert check_vectors(output) == [
+        "encode-00004-of-00005 is not finished; run the same command again",
+        f"{file.name} has other bytes than were written (SHA-256 differs); encode with --shard 2/5",
+        *("--shard 1/5 is missing", "--shard 4/5 is missing"),
+    ]
+    (output / ".encode-00004-of-00005").rmdir()
+    for shard in (1, 2, 4):
+        encode(asked(folder, shard=f"{shard}/5"))
+    assert check_vectors(output) == []
+
+
+def test_the_digest_of_an_encoder_is_of_weights_and_settings(
+    make_tiny: Callable[..., Encoder],
+) -> None:
+    encoders = [
+        make_tiny(),
+        make_tiny(),
+        make_tiny(seed=1),
+        make_tiny(query_prompt="find "),
+        make_tiny(passage_max_length=64),
+        make_tiny(pooling="mean"),
+    ]
+    digests = [encoder_digest(encoder) for encoder in encoders]
+    assert digests[0] == digests[1]
+    assert len(set(digests)) == 5
+
+
+def test_the_manifest_is_stored_with_the_checkpoints_run(
+    folder: Path, encoder: Encoder, run: TrackedRun, tmp_path: Path
+) -> None:
+    model = publish(run, tmp_path / "encoder", 30)
+    uri = f"models:/{model}"
+    manifest = encode(asked(folder, encoder=uri, log=True))
+    (entry,) = run.client.list_artifacts(run.id, "vectors")
+    assert entry.path == f"vectors/step-00000030-{model}"
+    (file,) = run.client.list_artifacts(run.id, entry.path)
+    text = Path(run.client.download_artifacts(run.id, file.path, str(tmp_path))).read_text()
+    assert manifest.encoder_digest in text
+    assert manifest.files[0].sha256 in text
+
+
+def test_an_unknown_split_or_collection(folder: Path, encoder: Encoder) -> None:
+    with pytest.raises(UsageError, match="has no split 'tset'"):
+        encode(asked(folder, split="tset"))
+    with pytest.raises(UsageError, match="give --dataset"):
+        encode(asked(folder, dataset=None))
