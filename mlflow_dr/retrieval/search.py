@@ -9,6 +9,7 @@ ordered by a rank that the caller gives each passage, also at the cut.
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 import torch
@@ -226,7 +227,7 @@ def search_faiss(queries: Tensor, chunk: Tensor, k: int) -> tuple[Tensor, Tensor
     Raises:
         MissingExtraError: FAISS is not installed.
     """
-    faiss = _faiss()
+    faiss = load_faiss()
     metric = faiss.METRIC_INNER_PRODUCT
     scores, positions = faiss.knn(queries.numpy(), chunk.numpy(), k, metric=metric)
     return torch.from_numpy(scores), torch.from_numpy(positions)
@@ -239,7 +240,12 @@ def _best_first(scores: Tensor, ranks: Tensor) -> Tensor:
     return by_rank.gather(1, by_score)
 
 
-def _faiss():  # type: ignore[no-untyped-def]
+def load_faiss() -> Any:
+    """The library, which either of two packages brings.
+
+    Raises:
+        MissingExtraError: neither is installed.
+    """
     try:
         import faiss
     except ImportError as error:
