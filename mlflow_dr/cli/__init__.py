@@ -37,6 +37,7 @@ COMMANDS = {
     "evaluate": "Measure one encoder on one collection, without tracking.",
     "encode": "Encode passages or queries into files of vectors.",
     "search": "Rank passages for queries, from files of vectors.",
+    "index": "Build a FAISS index of vectors, and measure its recall.",
     "mine": "Find hard negatives for training queries, by BM25 or an encoder.",
     "subset": "Write a subset of a collection to files.",
     "datasets": "List the names of collections.",
@@ -45,7 +46,7 @@ MODULES = {
     "run": "train",
     **dict.fromkeys(("fidelity", "compare"), "evaluate"),
     **dict.fromkeys(("ui", "status", "best", "prune"), "runs"),
-    **dict.fromkeys(("encode", "search"), "vectors"),
+    **dict.fromkeys(("encode", "search", "index"), "vectors"),
     **dict.fromkeys(("mine", "subset", "datasets"), "collections"),
 }
 """The modules of commands that have none of their own name."""

@@ -1,11 +1,11 @@
-"""`mlflow-dr encode` and `search`: vectors that are kept, and searched."""
+"""`mlflow-dr encode`, `search` and `index`: vectors that are kept, searched and indexed."""
 
 from __future__ import annotations
 
 import click
 
 from mlflow_dr.cli.options import TakesSeveral, takes
-from mlflow_dr.vectors.config import EncodeConfig, SearchConfig
+from mlflow_dr.vectors.config import EncodeConfig, IndexConfig, SearchConfig
 
 
 @click.command("encode", cls=TakesSeveral)
@@ -73,3 +73,35 @@ def search_command(config: SearchConfig) -> None:
         click.echo(f"{found.queries} queries, {found.passages} passages")
     if config.output is not None:
         click.echo(f"wrote {config.output}")
+
+
+@click.command("index", cls=TakesSeveral)
+@takes(IndexConfig)
+def index_command(config: IndexConfig) -> None:
+    """Build a FAISS index of vectors, and measure what it loses against exact search.
+
+    VECTORS is a folder that `encode` has written, or Parquet files of other programs. The index is
+    pyserini's: the files `index` and `docid`. Kinds are `fast` (clusters, in fp16), `small` (a bit
+    per dimension, then 8), `exact`, and every factory string of FAISS. Similarity is the inner
+    product.
+
+    \b
+    Example:
+        mlflow-dr index passages --output passages.index
+        mlflow-dr index passages --output small.index --factory small --queries queries
+        mlflow-dr index passages --output hnsw.index --factory HNSW32 --recall 0.95
+    """
+    from mlflow_dr.vectors.indexing import index
+
+    manifest = index(config)
+    settings = "".join(f", {name} {value}" for name, value in manifest["settings"].items())
+    click.echo(f"{manifest['factory']}{settings}, {manifest['passages']} passages")
+    if manifest["queries"]:
+        for k in (10, 100):
+            click.echo(f"recall@{k}\t{manifest[f'recall_at_{k}']:.4f}")
+        seconds, exact = manifest["seconds"], manifest["exact_seconds"]
+        click.echo(
+            f"{seconds * 1000:.3f} ms a query, {exact / seconds:.1f} times as fast as exact search "
+            f"({exact * 1000:.3f} ms; {manifest['queries']} queries at once)"
+        )
+    click.echo(f"wrote {config.output}")

@@ -168,7 +168,6 @@ def build_index(
             test.update(chunk, start)
         settings = tune(index, test, recall) if len(test) else {}
         manifest = {
-            "kind": "mlflow_dr.index",
             "factory": chosen,
             "similarity": "dot",
             "dimension": vectors.dimension,

@@ -1,4 +1,4 @@
-"""Files that are kept with a run: per-query values, subsets, and studies of fidelity."""
+"""Files that are kept with a run: per-query values, subsets, studies of fidelity, indexes."""
 
 from __future__ import annotations
 
@@ -21,6 +21,7 @@ from mlflow_dr.tracking.runs import TrackedRun
 VALUES_FOLDER = "validation"
 SUBSETS_FOLDER = "subsets"
 STUDY_FOLDER = "fidelity"
+INDEX_FOLDER = "indexes"
 QUERY_ID = "query_id"
 
 PerQuery = Mapping[str, Mapping[Any, float]]
@@ -151,3 +152,21 @@ def log_study(run: TrackedRun, metrics: Mapping[str, float], files: Iterable[Pat
     with tracking_errors(f"storing the study of fidelity with run {run.id}"):
         for file in files:
             run.client.log_artifact(run.id, str(file), STUDY_FOLDER)
+
+
+def log_index(run: TrackedRun, checkpoint: Checkpoint, directory: Path) -> None:
+    """Store an index, its manifest last; a later one of the same name replaces it.
+
+    Args:
+        run: of the checkpoint.
+        checkpoint: whose vectors are indexed.
+        directory: the index.
+
+    Raises:
+        TrackingError: the server did not take it.
+    """
+    step = f"step-{checkpoint.step:08}-{checkpoint.model_id}"
+    with tracking_errors(f"storing the index with run {run.id}"):
+        for name in ("docid", "index", "manifest.json"):
+            folder = f"{INDEX_FOLDER}/{step}/{directory.name}"
+            run.client.log_artifact(run.id, str(directory / name), folder)

@@ -1,4 +1,4 @@
-"""Configurations of the commands that keep vectors: `encode` and `search`."""
+"""Configurations of the commands that keep vectors: `encode`, `search` and `index`."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Annotated, Literal, Self
 
 from pydantic import AfterValidator, Field, model_validator
 
-from mlflow_dr.config import ConfigError, Flag, checked
+from mlflow_dr.config import Config, ConfigError, Flag, checked
 from mlflow_dr.errors import UsageError, quoted
 from mlflow_dr.fields import (
     CollectionConfig,
@@ -22,6 +22,7 @@ from mlflow_dr.fields import (
     KeepOwnId,
     Measures,
     SearchBackendName,
+    Seed,
     TrackingUri,
     TrustRemoteCode,
 )
@@ -125,3 +126,22 @@ class SearchConfig(CollectionConfig):
         if self.shard != "0/1" and self.file_format == "msmarco":
             raise ConfigError("file_format", " msmarco has no scores to merge; use trec")
         return self
+
+
+class IndexConfig(Config):
+    """`mlflow-dr index`: vectors of passages in a FAISS index."""
+
+    vectors: Annotated[File, Flag(positional=True)]
+    output: File
+    """The folder to write; it must not exist yet."""
+    factory: str = "fast"
+    """fast, small, exact, or FAISS's factory string, such as IVF4096,PQ64."""
+    queries: File | None = None
+    """A folder with vectors of queries to measure on (default: passages that are kept out of
+    training)."""
+    recall: Annotated[float, Field(gt=0, le=1)] = 0.99
+    """Search more clusters, or neighbours, until this recall@100 is reached."""
+    seed: Seed = 0
+    log: bool = False
+    """Store the index with the checkpoint's run."""
+    tracking_uri: TrackingUri = None

@@ -1,0 +1,71 @@
+"""Indexes vectors of passages, and stores the index with the run of the checkpoint."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from mlflow_dr.errors import UsageError
+from mlflow_dr.retrieval.faiss_index import build_index
+from mlflow_dr.retrieval.vectors import Vectors, open_vectors
+from mlflow_dr.tracking.encoders import MODEL_SCHEME, resolve_encoder
+from mlflow_dr.vectors.config import IndexConfig
+
+
+def index(config: IndexConfig) -> dict[str, Any]:
+    """Build an index of the vectors of a folder, and compare it with exact search.
+
+    Args:
+        config: the vectors, the kind of index and the folder to write.
+
+    Returns:
+        The manifest of the index.
+
+    Raises:
+        UsageError: no vectors, queries of another encoder, a factory string that FAISS refuses, or
+            an output that exists.
+        DataError: a file is damaged, or an id that pyserini cannot read.
+        TrackingError: the index was built, but the server did not take it.
+    """
+    vectors = open_vectors(config.vectors)
+    if vectors.manifest is not None and vectors.manifest.kind == "queries":
+        raise UsageError(f"{config.vectors} has vectors of queries; name those of passages")
+    checkpoint: Any = None
+    if config.log:
+        name = vectors.manifest.encoder if vectors.manifest else ""
+        if not name.startswith(MODEL_SCHEME):
+            raise UsageError(
+                f"--log needs vectors of a published checkpoint; {config.vectors} was encoded by "
+                f"{name or 'another program'}"
+            )
+        checkpoint = resolve_encoder(name, config.tracking_uri)
+    queries = _queries(config, vectors)
+    manifest = build_index(
+        vectors, config.output, config.factory, queries, config.recall, config.seed
+    )
+    if checkpoint is not None:
+        from mlflow_dr.tracking.artifacts import log_index
+        from mlflow_dr.tracking.client import connect
+        from mlflow_dr.tracking.runs import find_run
+
+        client = connect(config.tracking_uri, may_create=False)
+        log_index(find_run(client, checkpoint.run_id), checkpoint, config.output)
+    return manifest
+
+
+def _queries(config: IndexConfig, passages: Vectors) -> np.ndarray | None:
+    if config.queries is None:
+        return None
+    queries = open_vectors(config.queries)
+    ours, theirs = passages.manifest, queries.manifest
+    if ours and theirs and ours.encoder_digest != theirs.encoder_digest:
+        raise UsageError(f"{config.queries} was encoded by another encoder than {config.vectors}")
+    if not len(queries):
+        raise UsageError(f"{config.queries} has no queries")
+    if queries.dimension != passages.dimension:
+        raise UsageError(
+            f"{config.queries} has {queries.dimension} dimensions and {config.vectors} "
+            f"{passages.dimension}; they are of different encoders"
+        )
+    return queries.read()
