@@ -89,27 +89,38 @@ def write_shard(
         CheckpointError: the encoder gives NaN.
         OSError: the disk is full, or the folder is read-only.
     """
+    folder = output / f".encode{manifest.suffix}"
     finished = _finished(output, manifest, replace)
     if finished is not None:
+        _clean(output, manifest, folder)
         return finished
     output.mkdir(parents=True, exist_ok=True)
     rows = np.sort(np.concatenate(batches)) if len(batches) else np.empty(0, np.int64)
     taken = ids.take(pa.array(rows))
     if manifest.file_format == NPY:
         _check_lines(taken)
-    folder = output / f".encode{manifest.suffix}"
     with FileLock(f"{folder}.lock"):
         finished = _finished(output, manifest, replace)
         if finished is None:
             _remove_others(output, manifest)
-            for remains in output.glob(f".{manifest.kind}{manifest.suffix}[.-]*"):
-                shutil.rmtree(remains, ignore_errors=True)
             folder.mkdir(exist_ok=True)
             _encode_into(folder, manifest, batches, rows, taken, encode, replace)
             finished = _write_files(output, manifest, folder, taken)
-        shutil.rmtree(folder, ignore_errors=True)
-        Path(f"{folder}.lock").unlink()  # who waits for it finds that the shard is finished
+        _clean(output, manifest, folder)
     return finished
+
+
+def _clean(output: Path, manifest: VectorManifest, folder: Path) -> None:
+    """Remove the remains of killed processes, after a shard is finished.
+
+    The lock goes, too: a process that waits for it finds that the shard is finished.
+    """
+    for stem in (f".{manifest.kind}{manifest.suffix}", f".{manifest.name}"):
+        for remains in output.glob(f"{stem}[.-]*"):
+            shutil.rmtree(remains, ignore_errors=True)
+    shutil.rmtree(folder, ignore_errors=True)
+    with suppress(OSError):
+        Path(f"{folder}.lock").unlink(missing_ok=True)
 
 
 def _finished(output: Path, manifest: VectorManifest, replace: bool) -> VectorManifest | None:

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import errno
+import itertools
 import os
 import pickle
 import re
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from threading import Thread
@@ -292,3 +294,42 @@ def test_a_missing_shard_is_named(tmp_path: Path) -> None:
         write(tmp_path, about(shard, 5))
     with pytest.raises(UsageError, match=r"of 5 shards 2 are missing \(1, 4\).*--shard 1/5"):
         open_vectors(tmp_path)
+
+
+EVENTS = {"open", "os.rename", "os.remove", "os.rmdir", "os.mkdir", "os.truncate"}
+
+
+def killed_at(event: int, act: Callable[[], object]) -> bool:
+    """Whether a child process that does this is killed, at its n-th operation on a file."""
+    child = os.fork()
+    if child:
+        return os.waitpid(child, 0)[1] != 0
+    left = itertools.count(event, -1)
+
+    def hook(name: str, _: object) -> None:
+        if name in EVENTS and next(left) == 0:
+            os._exit(9)
+
+    sys.addaudithook(hook)
+    try:
+        act()
+    finally:
+        os._exit(0)
+
+
+@pytest.mark.parametrize("file_format", ["parquet", "npy"])
+def test_a_process_killed_at_any_operation_on_a_file_leaves_nothing_behind(
+    tmp_path: Path, file_format: str
+) -> None:
+    manifest = about(file_format=file_format)
+    write(tmp_path / "whole", manifest)
+    expected = files(tmp_path / "whole")
+    for event in itertools.count():
+        folder = tmp_path / str(event)
+        if not killed_at(event, lambda folder=folder: write(folder, manifest)):  # type: ignore[misc]
+            break
+        if (folder / "manifest.json").exists():  # then all is there
+            assert {name: (folder / name).read_bytes() for name in expected} == expected
+        write(folder, manifest)
+        assert files(folder) == expected, event
+    assert event > 10
