@@ -28,6 +28,8 @@ PARQUET, NPY, TEVATRON = "parquet", "npy", "tevatron"
 DOCID, VECTOR = "docid", "vector"
 ID_COLUMNS = (DOCID, "id", "_id", "doc_id", "passage_id", "text_id", "query_id", "qid", "pid")
 VECTOR_COLUMNS = (VECTOR, "vectors", "embedding", "embeddings", "emb", "dense_vector")
+ROWS_READ = 8192
+BYTES_READ = 1 << 20
 MANIFEST = re.compile(r"manifest(-[0-9]+-of-[0-9]+)?\.json")
 
 
@@ -130,25 +132,37 @@ class _Part(msgspec.Struct, frozen=True):
         column = pq.read_table(self.path, columns=[self.id_column])[self.id_column]
         return column.cast(pa.string())
 
-    def chunks(self, start: int, stop: int, size: int) -> Iterator[np.ndarray]:
-        """Vectors of some of its rows, `(<= size, dimension) float32`."""
+    def chunks(self, start: int, stop: int) -> Iterator[np.ndarray]:
+        """Vectors of some of its rows, a few thousand at a time, `(n, dimension) float32`."""
         if self.path.suffix == ".npy":
-            vectors = np.load(self.path, mmap_mode="r")
-            for first in range(start, stop, size):
-                yield np.array(vectors[first : min(first + size, stop)], np.float32)
+            yield from self._npy_chunks(start, stop)
             return
-        with pq.ParquetFile(self.path) as file:
-            groups = [file.metadata.row_group(i).num_rows for i in range(file.num_row_groups)]
-            ends = np.cumsum(groups)
-            wanted = [i for i, end in enumerate(ends) if end > start and end - groups[i] < stop]
-            first = int(ends[wanted[0]] - groups[wanted[0]]) if wanted else 0
-            batches = file.iter_batches(size, row_groups=wanted, columns=[self.vector_column])
-            for batch in batches:
-                part = batch.column(0)
-                part = part[max(0, start - first) : max(0, stop - first)]
-                first += batch.num_rows
-                if len(part):
-                    yield self._numbers(part)
+        # one group of rows at a time, by a small buffer: otherwise Arrow reads a file as a whole
+        with pq.ParquetFile(self.path, pre_buffer=False, buffer_size=BYTES_READ) as file:
+            first = 0
+            for group in range(file.num_row_groups):
+                last = first + file.metadata.row_group(group).num_rows
+                if first < stop and last > start:
+                    columns = [self.vector_column]
+                    for batch in file.iter_batches(ROWS_READ, row_groups=[group], columns=columns):
+                        part = batch.column(0)[max(0, start - first) : max(0, stop - first)]
+                        first += batch.num_rows
+                        if len(part):
+                            yield self._numbers(part)
+                first = last
+
+    def _npy_chunks(self, start: int, stop: int) -> Iterator[np.ndarray]:
+        """Read and not mapped, so that memory does not fill with the pages of the file."""
+        mapped: np.memmap[Any, Any] = np.load(self.path, mmap_mode="r")
+        width, dtype, offset = mapped.shape[1], mapped.dtype, mapped.offset
+        if mapped.shape[0] < stop:
+            raise ValueError(f"it has {mapped.shape[0]} rows")
+        with self.path.open("rb") as file:
+            file.seek(offset + start * width * dtype.itemsize)
+            for first in range(start, stop, ROWS_READ):
+                count = min(ROWS_READ, stop - first)
+                numbers = np.fromfile(file, dtype, count * width)
+                yield np.asarray(numbers.reshape(count, width), np.float32)
 
     def _numbers(self, column: pa.Array) -> np.ndarray:
         lengths = pc.unique(pc.list_value_length(column))
@@ -158,7 +172,7 @@ class _Part(msgspec.Struct, frozen=True):
                 "different lengths"
             )
         numbers = column.flatten().to_numpy(zero_copy_only=False)
-        return np.array(numbers.reshape(len(column), -1), np.float32)  # PyTorch needs writable ones
+        return np.asarray(numbers.reshape(len(column), -1), np.float32)
 
 
 class Vectors:
@@ -203,11 +217,25 @@ class Vectors:
         Raises:
             DataError: a file is damaged, or a vector has NaN or infinity.
         """
+        chunk, row, filled = np.empty((0, self.dimension), np.float32), start, 0
+        for vectors in self._pieces(start, stop):
+            while len(vectors):
+                if not len(chunk):
+                    chunk = np.empty((min(size, stop - row), self.dimension), np.float32)
+                taken = vectors[: len(chunk) - filled]
+                chunk[filled : filled + len(taken)] = taken
+                vectors, filled = vectors[len(taken) :], filled + len(taken)
+                if filled == len(chunk):
+                    yield row, chunk
+                    row, filled, chunk = row + filled, 0, chunk[:0]
+
+    def _pieces(self, start: int, stop: int) -> Iterator[np.ndarray]:
+        """Vectors as the files give them, checked."""
         before = 0
         for part in self._parts:
             first = max(start - before, 0)
             row = before + first
-            for vectors in _readable(part, first, min(stop - before, part.rows), size):
+            for vectors in _readable(part, first, min(stop - before, part.rows)):
                 if vectors.shape[1] != self.dimension:
                     raise DataError(
                         f"{part.path}: vectors of {vectors.shape[1]} dimensions; the other files "
@@ -217,7 +245,7 @@ class Vectors:
                 if not finite.all():
                     name = self.ids[row + int(np.argmin(finite))].as_py()
                     raise DataError(f"{part.path}: the vector of {quoted(name)} is not finite")
-                yield row, vectors
+                yield vectors
                 row += len(vectors)
             before += part.rows
 
@@ -227,17 +255,16 @@ class Vectors:
         Raises:
             DataError: see `chunks`.
         """
-        vectors = np.empty((len(self), self.dimension), np.float32)
-        for row, chunk in self.chunks(0, len(self), len(self)):
-            vectors[row : row + len(chunk)] = chunk
-        return vectors
+        for _, vectors in self.chunks(0, len(self), len(self)):
+            return vectors
+        return np.empty((0, self.dimension), np.float32)
 
 
-def _readable(part: _Part, start: int, stop: int, size: int) -> Iterator[np.ndarray]:
+def _readable(part: _Part, start: int, stop: int) -> Iterator[np.ndarray]:
     if start >= stop:
         return
     try:
-        yield from part.chunks(start, stop, size)
+        yield from part.chunks(start, stop)
     except (pa.ArrowException, OSError, ValueError, EOFError) as error:
         raise DataError(f"{part.path}: cannot be read ({one_line(error)})") from error
 
@@ -373,7 +400,7 @@ def _other_parts(path: Path) -> tuple[list[_Part], int]:
             raise DataError(f"{file}: not a Parquet file ({one_line(error)})") from error
         part = _Part(file, rows, _id_column(file, schema), _vector_column(file, schema))
         if rows and not dimension:
-            dimension = next(_readable(part, 0, 1, 1)).shape[1]
+            dimension = next(_readable(part, 0, 1)).shape[1]
         parts.append(part)
     return parts, dimension
 
