@@ -76,7 +76,7 @@ def test_passages_and_queries_have_the_vectors_of_their_encoders(
     assert open_vectors(tmp_path / "queries").ids.to_pylist() == [f"q{n}" for n in range(10)]
 
 
-@pytest.mark.parametrize("shards", [2, 7, 60])
+@pytest.mark.parametrize("shards", [2, 7])
 def test_shards_have_the_bits_of_the_whole(
     folder: Path, encoder: Encoder, tmp_path: Path, shards: int
 ) -> None:
