@@ -129,6 +129,8 @@ def _finished(output: Path, manifest: VectorManifest, replace: bool) -> VectorMa
     Raises:
         UsageError: the folder has vectors of something else, and they are not to be replaced.
     """
+    if output.exists() and not output.is_dir():
+        raise UsageError(f"{output} is a file; expected a folder to write")
     others = read_manifests(output) if output.exists() else []
     for other in others:
         difference = manifest.difference(other)

@@ -99,11 +99,14 @@ class VectorManifest(msgspec.Struct, frozen=True, kw_only=True):
 
     def difference(self, other: VectorManifest) -> str:
         """Why two shards do not belong together; empty if they do."""
+        if self.encoder_digest != other.encoder_digest:
+            return f"another encoder ({other.encoder})"
+        if self.texts_digest != other.texts_digest:
+            of = f"queries ({other.dataset}, {other.split})" if other.split else other.dataset
+            return f"other texts ({of})"
         for field, noun in (
             ("layout", "version of the plan of batches"),
             ("kind", "kind of text"),
-            ("encoder_digest", "encoder"),
-            ("texts_digest", "corpus or queries"),
             ("dtype", "number format"),
             ("vector_dtype", "number format of vectors"),
             ("file_format", "format of files"),

@@ -204,7 +204,7 @@ def _queries(config: SearchConfig, passages: Vectors) -> _QueryVectors:
             opened.ids.to_pylist(),
             opened.read(),
             about.encoder_digest if about else None,
-            about.dataset if about else None,
+            about.dataset if about and about.kind == "queries" else None,
             about.split if about else None,
         )
     name = config.encoder or (passages.manifest.encoder if passages.manifest else None)

@@ -176,8 +176,8 @@ def test_a_working_file_that_is_cut_starts_again(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("change", "what"),
     [
-        ({"encoder_digest": "y"}, "another encoder"),
-        ({"texts_digest": "u"}, "another corpus or queries"),
+        ({"encoder_digest": "y"}, "another encoder (e)"),
+        ({"texts_digest": "u"}, "other texts (d)"),
         ({"dtype": "bf16"}, "another number format: fp32, not bf16"),
         ({"tokens_per_batch": 2}, "another number of tokens per batch"),
         ({"shards": 2}, "another number of shards: 1, not 2"),
