@@ -63,7 +63,7 @@ def published(run: TrackedRun, steps: Sequence[int], directory: Path) -> None:
 def waiting(seconds: float) -> Callable[..., list[Report]]:
     """An evaluation that waits and gives the same figures for all checkpoints."""
 
-    def evaluate_all(encoder: object, asked: Sequence[Any], quiet: bool = False) -> list[Report]:
+    def evaluate_all(encoder: object, asked: Sequence[Any], *_: object) -> list[Report]:
         time.sleep(seconds)
         per_query = {f"q{number}": {MEASURE: 0.5} for number in range(24)}
         return [

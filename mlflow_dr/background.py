@@ -1,9 +1,12 @@
-"""Work in a background thread, such as writing figures while the next ones are computed."""
+"""Work in the background: threads, such as one that writes figures, and processes."""
 
 from __future__ import annotations
 
+import sys
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from types import ModuleType
 from typing import Generic, TypeVar
 
 Result = TypeVar("Result")
@@ -46,3 +49,17 @@ class BackgroundTask(Generic[Result]):
             self._error = error
         finally:
             self._done.set()
+
+
+@contextmanager
+def main_module_hidden() -> Iterator[None]:
+    """Keep processes that start meanwhile from running the user's script.
+
+    A script without `if __name__ == "__main__"` would train in each of them.
+    """
+    main = sys.modules["__main__"]
+    sys.modules["__main__"] = ModuleType("__main__")
+    try:
+        yield
+    finally:
+        sys.modules["__main__"] = main

@@ -42,6 +42,20 @@ def resolve_device(name: str = AUTO) -> torch.device:
     return torch.device("cuda", device.index or 0)
 
 
+def resolve_devices(names: str = AUTO) -> list[torch.device]:
+    """The devices of one name or of several between commas; they are all of one type.
+
+    Raises:
+        DeviceError: as `resolve_device`, or processors and CUDA devices together.
+    """
+    devices = [resolve_device(name) for name in names.split(",")]
+    if len({device.type for device in devices}) > 1:
+        raise DeviceError(
+            f"devices {names!r} are of two types, which round differently; use one type"
+        )
+    return devices
+
+
 def resolve_dtype(name: str | torch.dtype, device: torch.device) -> str:
     """The number format of a name: `fp32`, `bf16` or `fp16`.
 

@@ -33,6 +33,16 @@ def check_device(name: str) -> None:
         )
 
 
+def check_devices(names: str) -> None:
+    """Refuse names, between commas, of which one is not a device's.
+
+    Raises:
+        UsageError: with what is expected.
+    """
+    for name in names.split(","):
+        check_device(name)
+
+
 def check_search_backend(name: str) -> None:
     """Refuse a search back end that does not exist.
 
@@ -108,6 +118,21 @@ Depth = Annotated[
 ]
 Device = Annotated[
     str, AfterValidator(checked(check_device)), Field(description="auto, cpu, cuda or cuda:<n>.")
+]
+Devices = Annotated[
+    str,
+    AfterValidator(checked(check_devices)),
+    Field(
+        description="auto, cpu, cuda or cuda:<n>; several between commas, such as cuda:0,cuda:1, "
+        "encode side by side."
+    ),
+]
+EngineName = Annotated[
+    Literal["local", "ray"],
+    Field(
+        description="Where encoding runs: local on this machine, or ray on every device of a Ray "
+        "cluster (RAY_ADDRESS; without it, one of this machine is started)."
+    ),
 ]
 Dtype = Annotated[
     str,

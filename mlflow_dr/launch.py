@@ -16,7 +16,7 @@ from typing import IO, TYPE_CHECKING
 
 import psutil
 
-from mlflow_dr.devices import resolve_device, resolve_dtype
+from mlflow_dr.engines.opening import RAY, check_devices_and_dtype
 from mlflow_dr.errors import ChildError, DeviceError
 from mlflow_dr.files import scratch, usable_cores
 from mlflow_dr.retrieval.measures import parse_measures
@@ -54,9 +54,10 @@ def launch(config: RunConfig, training: Sequence[str]) -> int:
         ChildError: the trainer or the validator ended with an error; its exit code is theirs.
     """
     trainer_variables, validator_variables, device = share_machine(trainers=config.gpus)
-    validation = config.validation(device=device)
+    # Ray has devices of its own
+    validation = config.validation(**({} if config.engine == RAY else {"device": device}))
     name = validation.all_validations[0].name
-    resolve_dtype(config.dtype, resolve_device(device))
+    check_devices_and_dtype(config.engine, device, config.dtype)
     request, validated, resumed = _checked_training(training, config.gpus)
     client = connect(config.tracking_uri or request.publish.tracking_uri)
     experiment = config.experiment_name or request.publish.experiment_name

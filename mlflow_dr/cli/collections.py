@@ -13,7 +13,7 @@ from mlflow_dr.config import Flag
 from mlflow_dr.fields import (
     CollectionConfig,
     Count,
-    Device,
+    Devices,
     Dtype,
     File,
     Judged,
@@ -78,7 +78,7 @@ class SubsetConfig(CollectionConfig):
     """Passage files."""
     tokenizer: str | None = None
     """Write token ids of this tokenizer, as Asyncval itself expects them."""
-    device: Device = "auto"
+    device: Devices = "auto"
     dtype: Dtype = "auto"
     search_backend: SearchBackendName = "auto"
 

@@ -42,14 +42,15 @@ def validate_command(config: ValidateConfig) -> int:
     if config.checkpoints_dir and not (config.run_id or dataset or config.validations):
         raise click.UsageError("a new run names no dataset; give --dataset")
 
-    from mlflow_dr.devices import resolve_device, resolve_dtype
+    from mlflow_dr.engines.opening import check_devices_and_dtype
     from mlflow_dr.tracking.client import connect, limit_mlflow_retries
     from mlflow_dr.tracking.server import Patience
     from mlflow_dr.tracking.status import curves_hint
     from mlflow_dr.validation.validator import run_validator
 
     for validation in config.all_validations:
-        resolve_dtype(validation.settings.dtype, resolve_device(validation.settings.device))
+        settings = validation.settings
+        check_devices_and_dtype(settings.engine, settings.device, settings.dtype)
     project = find_project_run(config.tracking_uri)
     limit_mlflow_retries()
     # a run that exists is followed; a new one may be the first of its store

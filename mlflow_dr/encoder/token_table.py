@@ -6,19 +6,17 @@ There are two files: the token ids of all texts end to end, and the offset of ea
 
 from __future__ import annotations
 
-import sys
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
-from contextlib import contextmanager
 from hashlib import sha256
 from multiprocessing import current_process, get_context
 from pathlib import Path
-from types import ModuleType
-from typing import TypeVar
+from typing import NamedTuple, TypeVar
 
 import numpy as np
 
+from mlflow_dr.background import main_module_hidden
 from mlflow_dr.cache import cache_entry, sound_entry
 from mlflow_dr.collection.catalogue import Examples
 from mlflow_dr.collection.corpus import Corpus
@@ -37,6 +35,28 @@ TEXTS_PER_BATCH = 8192
 MOST_OF_A_CORPUS = 0.5
 
 
+class TableReference(NamedTuple):
+    """How another process that has the same cache opens a token table.
+
+    Attributes:
+        entry: the key of the cache entry.
+        rows: see `TokenTable.spread`; None if every row of the table is in the entry.
+        n_texts: rows of the table.
+    """
+
+    entry: str
+    rows: np.ndarray | None
+    n_texts: int
+
+    def open(self) -> TokenTable | None:
+        """The table, or None if this machine's cache does not have it, undamaged."""
+        directory = sound_entry(KIND, self.entry)
+        if directory is None:
+            return None
+        table = _open(directory, self.entry)
+        return table if self.rows is None else table.spread(self.rows, self.n_texts)
+
+
 class TokenTable:
     """Token ids by row, memory-mapped.
 
@@ -44,15 +64,24 @@ class TokenTable:
         ids: token ids of all texts, end to end, `(n_tokens,) uint16 or uint32`.
         starts: the offset of each text in `ids`, `(n_texts,) int64`.
         lengths: number of tokens of each text, `(n_texts,) int64`.
+        reference: opens it in another process; None if it is in no file.
 
     Attributes:
         lengths: number of tokens of each text, `(n_texts,) int64`.
+        reference: opens it in another process; None if it is in no file.
     """
 
-    def __init__(self, ids: np.ndarray, starts: np.ndarray, lengths: np.ndarray) -> None:
+    def __init__(
+        self,
+        ids: np.ndarray,
+        starts: np.ndarray,
+        lengths: np.ndarray,
+        reference: TableReference | None = None,
+    ) -> None:
         self._ids = ids
         self._starts = starts
         self.lengths = lengths
+        self.reference = reference
 
     def __len__(self) -> int:
         return len(self.lengths)
@@ -71,7 +100,16 @@ class TokenTable:
         """
         starts, lengths = np.zeros(n_texts, np.int64), np.zeros(n_texts, np.int64)
         starts[rows], lengths[rows] = self._starts, self.lengths
-        return TokenTable(self._ids, starts, lengths)
+        reference = self.reference and self.reference._replace(rows=rows, n_texts=n_texts)
+        return TokenTable(self._ids, starts, lengths, reference)
+
+    def part(self, rows: np.ndarray) -> TokenTable:
+        """A copy of the tokens of some rows, which can be sent to another process.
+
+        Args:
+            rows: those of `padded` have to be among them, `(n,) int64`.
+        """
+        return _TablePart(self, np.sort(rows))
 
     def padded(self, rows: np.ndarray, pad_id: int) -> tuple[np.ndarray, np.ndarray]:
         """Texts side by side, padded at the right to the longest of them.
@@ -86,6 +124,20 @@ class TokenTable:
         offsets = np.where(mask, self._starts[rows][:, None] + columns, 0)
         ids = np.where(mask, self._ids[offsets], pad_id).astype(np.int64)
         return ids, mask.astype(np.int64)
+
+
+class _TablePart(TokenTable):
+    """The tokens of some rows of a table, found by their row numbers in that table."""
+
+    def __init__(self, table: TokenTable, rows: np.ndarray) -> None:
+        lengths = table.lengths[rows]
+        starts = np.cumsum(lengths) - lengths
+        places = np.repeat(table._starts[rows] - starts, lengths) + np.arange(lengths.sum())
+        super().__init__(table._ids[places], starts, lengths)
+        self._rows = rows
+
+    def padded(self, rows: np.ndarray, pad_id: int) -> tuple[np.ndarray, np.ndarray]:
+        return super().padded(np.searchsorted(self._rows, rows), pad_id)
 
 
 def cached_token_table(
@@ -109,18 +161,27 @@ def cached_token_table(
         processes: largest number of worker processes; a small table or one core gets none.
     """
     dtype = np.uint16 if vocabulary_size <= 1 << 16 else np.uint32
+    entry = digest_of(LAYOUT, key)
     directory = cache_entry(
         KIND,
-        digest_of(LAYOUT, key),
+        entry,
         lambda partial: _write(
             partial, _tokenised(texts, tokenize, total, processes), dtype, total, description
         ),
     )
+    return _open(directory, entry)
+
+
+def _open(directory: Path, entry: str) -> TokenTable:
+    """Map a table of the cache; the size of the file tells whether an id has two or four bytes."""
     offsets = np.load(directory / "offsets.npy")
     path = directory / "ids.bin"
-    empty = path.stat().st_size == 0
-    ids = np.empty(0, dtype) if empty else np.memmap(path, dtype=dtype, mode="r")
-    return TokenTable(ids, offsets[:-1], np.diff(offsets))
+    size = path.stat().st_size
+    dtype = np.uint16 if size == 2 * offsets[-1] else np.uint32
+    ids = np.memmap(path, dtype=dtype, mode="r") if size else np.empty(0, dtype)
+    return TokenTable(
+        ids, offsets[:-1], np.diff(offsets), TableReference(entry, None, len(offsets) - 1)
+    )
 
 
 def is_cached(key: str) -> bool:
@@ -151,27 +212,12 @@ def _tokenised(
     with ProcessPoolExecutor(workers, get_context("spawn")) as pool:
         waiting: deque[Future[TokenTable]] = deque()
         for group in texts:
-            with _main_module_hidden():
+            with main_module_hidden():
                 waiting.append(pool.submit(_tokenised_group, tokenize, group))
             if len(waiting) > 2 * workers:
                 yield waiting.popleft().result()
         while waiting:
             yield waiting.popleft().result()
-
-
-@contextmanager
-def _main_module_hidden() -> Iterator[None]:
-    """Keep processes that start meanwhile from running the user's script.
-
-    A script without `if __name__ == "__main__"` would train in each of them and wait there for the
-    table that this process is making.
-    """
-    main = sys.modules["__main__"]
-    sys.modules["__main__"] = ModuleType("__main__")
-    try:
-        yield
-    finally:
-        sys.modules["__main__"] = main
 
 
 def _tokenised_group(

@@ -45,11 +45,18 @@ class Engine(Protocol):
 
     Attributes:
         device: the device of each worker; of several on one machine, the first.
-        n_shards: into how many shards a plan should be split.
     """
 
     device: torch.device
-    n_shards: int
+
+    @property
+    def n_shards(self) -> int:
+        """Into how many shards a plan should be split."""
+        ...
+
+    def resolve_dtype(self, dtype: str) -> str:
+        """The number format of a name on the engine's devices; see `devices.resolve_dtype`."""
+        ...
 
     def load(self, encoder: Encoder, dtype: str) -> None:
         """Bring an encoder to all workers, instead of the one before.

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator, Sequence
 import numpy as np
 import torch
 
-from mlflow_dr.devices import torch_dtype
+from mlflow_dr.devices import resolve_dtype, torch_dtype
 from mlflow_dr.encoder.model import Encoder
 from mlflow_dr.encoder.token_table import TokenTable
 from mlflow_dr.engines.engine import Batches, Result, Work
@@ -26,6 +26,10 @@ class LocalEngine:
     def __init__(self, device: torch.device, encoder: Encoder | None = None) -> None:
         self.device = device
         self._encoder = encoder
+
+    def resolve_dtype(self, dtype: str) -> str:
+        """See `Engine.resolve_dtype`."""
+        return resolve_dtype(dtype, self.device)
 
     def load(self, encoder: Encoder, dtype: str) -> None:
         """See `Engine.load`."""

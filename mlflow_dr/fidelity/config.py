@@ -12,9 +12,10 @@ from mlflow_dr.fields import (
     CheckpointsDir,
     CollectionConfig,
     Count,
-    Device,
+    Devices,
     Dtype,
     EncoderOverrides,
+    EngineName,
     Every,
     File,
     Judged,
@@ -41,10 +42,11 @@ class FidelityConfig(CollectionConfig, EncoderOverrides):
     seed: Seed = 0
     measure: str = DEFAULT_MEASURES.split()[0]
     """The measure that orders the checkpoints: mrr, ndcg, recall, map, precision or success, @k."""
-    device: Device = "auto"
+    device: Devices = "auto"
     dtype: Dtype = "auto"
     keep_own_id: KeepOwnId = False
     search_backend: SearchBackendName = "auto"
+    engine: EngineName = "local"
     steps: tuple[int, ...] = ()
     """Only the checkpoints of these steps."""
     every: Every = 1

@@ -6,6 +6,7 @@ import logging
 import platform
 import time
 from collections.abc import Sequence
+from contextlib import closing
 from functools import partial
 from pathlib import Path
 
@@ -14,8 +15,9 @@ import numpy as np
 from mlflow_dr.cache import cache_entry, sound_entry
 from mlflow_dr.collection.catalogue import chosen_split, open_collection
 from mlflow_dr.collection.jsonl import state_of
-from mlflow_dr.devices import resolve_device, resolve_dtype
 from mlflow_dr.encoder.model import Encoder
+from mlflow_dr.engines.engine import Engine
+from mlflow_dr.engines.opening import device_names, open_engine
 from mlflow_dr.errors import CheckpointError, UsageError
 from mlflow_dr.fidelity.agreement import Curve, FidelityResult, compare_curves
 from mlflow_dr.fidelity.config import FidelityConfig
@@ -57,22 +59,23 @@ def study_fidelity(
         DataError: the collection's files are damaged.
     """
     chosen = _chosen(checkpoints, config)
-    device = resolve_device(config.device)
-    dtype = resolve_dtype(config.dtype, device)
-    settings = EvalConfig(
-        (config.parsed_measure,),
-        None,
-        str(device),
-        dtype,
-        config.keep_own_id,
-        config.search_backend,
-    )
-    datasets = _datasets(config, settings, run)
-    study = _Study(datasets, settings, config)
-    values, skipped = study.all_values(chosen)
-    left = [checkpoint for checkpoint in chosen if checkpoint.step in values]
-    _check_count(len(left), f"{len(skipped)} could not be read")
-    seconds = study.seconds(left)
+    device = device_names(config.engine, config.device)
+    with closing(open_engine(config.engine, device)) as engine:
+        settings = EvalConfig(
+            (config.parsed_measure,),
+            None,
+            device,
+            engine.resolve_dtype(config.dtype),
+            config.keep_own_id,
+            config.search_backend,
+            config.engine,
+        )
+        datasets = _datasets(config, settings, run)
+        study = _Study(datasets, settings, config, engine)
+        values, skipped = study.all_values(chosen)
+        left = [checkpoint for checkpoint in chosen if checkpoint.step in values]
+        _check_count(len(left), f"{len(skipped)} could not be read")
+        seconds = study.seconds(left)
     curves = [
         Curve(
             name=data.subset.spec.shown if data.subset else FULL,
@@ -101,8 +104,13 @@ class _Study:
     """Measures checkpoints, and caches what it measured."""
 
     def __init__(
-        self, datasets: Sequence[EvalDataset], settings: EvalConfig, config: FidelityConfig
+        self,
+        datasets: Sequence[EvalDataset],
+        settings: EvalConfig,
+        config: FidelityConfig,
+        engine: Engine,
     ) -> None:
+        self._engine = engine
         self._datasets = datasets
         self._settings = settings
         self._changes = config.encoder_changes
@@ -153,7 +161,9 @@ class _Study:
         missing = [index for index, values in enumerate(results) if values is None]
         if missing:
             pairs = [(self._datasets[index], self._settings) for index in missing]
-            reports = evaluate_all(load_checkpoint(checkpoint, self._changes), pairs)
+            reports = evaluate_all(
+                load_checkpoint(checkpoint, self._changes), pairs, False, self._engine
+            )
             for index, report in zip(missing, reports, strict=True):
                 values = self._values_of_report(report, self._datasets[index])
                 results[index] = values
@@ -170,7 +180,7 @@ class _Study:
             UsageError: none of the checkpoints can be read any more.
         """
         for checkpoint in reversed(checkpoints):
-            machine = (platform.node(), self._settings.device)
+            machine = (platform.node(), self._settings.engine, self._settings.device)
             key = digest_of(LAYOUT, "seconds", *machine, _identity(checkpoint), *self._data_keys)
             if (cached := cached_array(key)) is not None:
                 return list(map(float, cached))
@@ -181,7 +191,7 @@ class _Study:
                 continue
             log.info("timing the full corpus and each subset on step %d", checkpoint.step)
             smallest = min(self._datasets, key=lambda data: data.n_passages)
-            evaluate(encoder, smallest, self._settings, quiet=True)
+            evaluate(encoder, smallest, self._settings, True, self._engine)
             seconds = [self._shortest(encoder, data) for data in self._datasets]
             store_array(key, np.array(seconds))
             return seconds
@@ -193,7 +203,7 @@ class _Study:
         while not times or (
             len(times) < ENOUGH_TIMES and time.perf_counter() - start < ENOUGH_SECONDS
         ):
-            times.append(evaluate(encoder, data, self._settings).seconds)
+            times.append(evaluate(encoder, data, self._settings, False, self._engine).seconds)
         return min(times)
 
     def _values_of_report(self, report: Report, data: EvalDataset) -> np.ndarray:

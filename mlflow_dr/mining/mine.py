@@ -26,7 +26,7 @@ from mlflow_dr.errors import DataError, UnavailableError, UsageError, quoted
 from mlflow_dr.fields import (
     LARGEST,
     Count,
-    Device,
+    Devices,
     Dtype,
     File,
     Force,
@@ -86,7 +86,7 @@ class MiningConfig(Config):
     """BM25's b."""
     language: str = "english"
     """BM25's stop words and stemmer (Snowball's languages), or none."""
-    device: Device = "auto"
+    device: Devices = "auto"
     dtype: Dtype = "auto"
     search_backend: SearchBackendName = "auto"
     trust_remote_code: TrustRemoteCode = False

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from contextlib import closing
 from typing import NamedTuple
 
 import numpy as np
@@ -10,12 +11,13 @@ import torch
 
 from mlflow_dr.collection.corpus import Corpus
 from mlflow_dr.collection.records import Query
-from mlflow_dr.devices import resolve_device, resolve_dtype, torch_dtype
+from mlflow_dr.devices import resolve_devices, resolve_dtype
 from mlflow_dr.encoder.model import Encoder
 from mlflow_dr.encoder.token_table import TokenTable, corpus_tokens, token_table
 from mlflow_dr.encoder.tokenize import TextTokenizer
 from mlflow_dr.engines.engine import Engine, split_shards
 from mlflow_dr.engines.local import LocalEngine
+from mlflow_dr.engines.opening import open_engine
 from mlflow_dr.progress import progress_bar
 from mlflow_dr.retrieval.encode import (
     TOKENS_PER_BATCH,
@@ -56,7 +58,7 @@ class DenseRetriever:
 
     Args:
         encoder: encodes queries and passages.
-        device: see `resolve_device`.
+        device: see `resolve_devices`.
         dtype: see `resolve_dtype`.
         backend: a name in `SEARCH_BACKENDS`, or `auto`.
 
@@ -66,9 +68,10 @@ class DenseRetriever:
     """
 
     def __init__(self, encoder: Encoder, device: str, dtype: str, backend: str = AUTO) -> None:
-        target = resolve_device(device)
+        target = resolve_devices(device)[0]
         find_backend(backend, target)
-        self._encoder = encoder.eval().to(target, torch_dtype(resolve_dtype(dtype, target)))
+        self._encoder = encoder
+        self._device, self._dtype = device, resolve_dtype(dtype, target)
         self._backend = backend
 
     def search(
@@ -80,14 +83,18 @@ class DenseRetriever:
     ) -> Iterator[SearchResult]:
         """See `Retriever`; one pass over the corpus serves all queries."""
         tokenizer = TextTokenizer(self._encoder.tokenizer, self._encoder.settings)
-        yield from dense_search(
-            self._encoder,
-            tokenizer,
-            [SearchRequest(queries, k, extra_rows=extra_rows)],
-            corpus_tokens(corpus, tokenizer),
-            corpus.tie_ranks(),
-            backend=self._backend,
-        )
+        with closing(open_engine(device=self._device)) as engine:
+            engine.load(self._encoder, self._dtype)
+            results = dense_search(
+                self._encoder,
+                tokenizer,
+                [SearchRequest(queries, k, extra_rows=extra_rows)],
+                corpus_tokens(corpus, tokenizer),
+                corpus.tie_ranks(),
+                backend=self._backend,
+                engine=engine,
+            )
+        yield from results
 
 
 def dense_search(
@@ -118,8 +125,8 @@ def dense_search(
         UsageError: no such back end.
         CheckpointError: the encoder gives NaN or infinity, or vectors whose products overflow.
     """
-    find_backend(backend, encoder.device)
     engine = engine or LocalEngine(encoder.device, encoder)
+    find_backend(backend, engine.device)
     distinct = list(
         {id(query): query for request in requests for query in request.queries}.values()
     )
@@ -199,7 +206,7 @@ class _Merge:
         self._scores[result.pairs] = result.pair_scores
         for group, best in zip(self._groups, self._best, strict=True):
             scores, rows = result.scores[group], result.rows[group]
-            best.merge(torch.from_numpy(scores), torch.from_numpy(rows))
+            best.merge(torch.tensor(scores), torch.tensor(rows))
 
     def result(self) -> SearchResult:
         scores = np.split(self._scores, self._ends[:-1]) if len(self._ends) else []

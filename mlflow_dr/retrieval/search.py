@@ -125,11 +125,11 @@ class TopK:
         """Merge the best passages of another part of the corpus.
 
         Args:
-            scores: the best first, `(n_queries, n) float32`.
-            rows: `(n_queries, n) int64`.
+            scores: the best first, `(n_queries, n) float32`; may be kept and changed.
+            rows: `(n_queries, n) int64`; may be kept and changed.
         """
         if not self.scores.shape[1]:
-            self.scores, self.rows = scores.clone(), rows.clone()
+            self.scores, self.rows = scores, rows
             return
         floors = self._floors()
         self._widen(scores.shape[1])

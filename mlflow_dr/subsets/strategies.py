@@ -41,7 +41,7 @@ class SubsetSources:
             `corpus.rows_of(ids)` finds rows by id (-1 where there is none).
         topics: the queries, and the judgements of each.
         seed: random seed; a strategy that uses it says so by `uses_seed`.
-        device: where encoders run; see `resolve_device`.
+        device: where encoders run; see `resolve_devices`.
         dtype: their number format; see `resolve_dtype`.
         search_backend: compares vectors; see `SEARCH_BACKENDS`.
         published: finds the checkpoint of a training step of the run, if there is a run.

@@ -208,9 +208,9 @@ def _measure(text: str | None) -> Measure | None:
 
 
 def _check_device(config: CompareConfig) -> None:
-    from mlflow_dr.devices import resolve_device, resolve_dtype
+    from mlflow_dr.devices import resolve_devices, resolve_dtype
 
-    resolve_dtype(config.dtype, resolve_device(config.device))
+    resolve_dtype(config.dtype, resolve_devices(config.device)[0])
 
 
 def _kept_values(operand: Operand, name: str) -> tuple[PerQuery | None, str]:

@@ -17,9 +17,10 @@ from mlflow_dr.fields import (
     CollectionConfig,
     Count,
     Depth,
-    Device,
+    Devices,
     Dtype,
     EncoderOverrides,
+    EngineName,
     Every,
     File,
     Force,
@@ -74,10 +75,11 @@ class MeasureConfig(Config):
 
     measures: Measures = DEFAULT_MEASURES
     depth: Depth = None
-    device: Device = "auto"
+    device: Devices = "auto"
     dtype: Dtype = "auto"
     keep_own_id: KeepOwnId = False
     search_backend: SearchBackendName = "auto"
+    engine: EngineName = "local"
 
     def eval_config(self) -> EvalConfig:
         """The settings of an evaluation.
@@ -89,7 +91,13 @@ class MeasureConfig(Config):
         check_depth(measures, self.depth)
         dtype = dtype_name(self.dtype)
         return EvalConfig(
-            measures, self.depth, self.device, dtype, self.keep_own_id, self.search_backend
+            measures,
+            self.depth,
+            self.device,
+            dtype,
+            self.keep_own_id,
+            self.search_backend,
+            self.engine,
         )
 
 
@@ -137,7 +145,7 @@ class CompareConfig(Config):
     show the texts of its queries."""
     split: str | None = None
     """The queries to evaluate on (default: the validation's, else dev or test)."""
-    device: Device = "auto"
+    device: Devices = "auto"
     dtype: Dtype = "auto"
     output: File | None = None
     """Write the values of all queries (CSV) and a picture of the differences to this folder."""
@@ -311,6 +319,7 @@ class RunConfig(PolicyConfig):
     measures: Measures = DEFAULT_MEASURES
     depth: Depth = None
     dtype: Dtype = "auto"
+    engine: EngineName = "local"
     subset: Subsets = ()
     judged: Judged = "relevant"
     refine: Refine = None

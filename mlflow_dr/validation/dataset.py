@@ -12,9 +12,10 @@ import pyarrow as pa
 from mlflow_dr.collection.catalogue import Collection
 from mlflow_dr.collection.corpus import Corpus
 from mlflow_dr.collection.records import Topics
-from mlflow_dr.devices import resolve_device, resolve_dtype
+from mlflow_dr.devices import AUTO, resolve_devices, resolve_dtype
 from mlflow_dr.encoder.token_table import TokenTable, corpus_tokens, subset_tokens
 from mlflow_dr.encoder.tokenize import TextTokenizer
+from mlflow_dr.engines.opening import LOCAL
 from mlflow_dr.files import digest_of
 from mlflow_dr.retrieval.dense import SearchRequest
 from mlflow_dr.retrieval.ranking import check_ranking_ids
@@ -87,19 +88,21 @@ class EvalDataset:
 
         Args:
             spec: the subset.
-            settings: device, number format and search back end of the encoders that choose it.
+            settings: device, number format and search back end of the encoders that choose it; with
+                Ray, they run on this machine all the same.
             options: other fields of `SubsetSources`: where checkpoints are found.
 
         Raises:
             DeviceError: no such device, or it does not have the number format.
             UsageError: a term of the subset cannot be chosen here.
         """
-        device = resolve_device(settings.device)
+        is_local = settings.engine == LOCAL
+        devices = resolve_devices(settings.device if is_local else AUTO)
         sources = SubsetSources(
             self.corpus,
             self.topics,
-            device=str(device),
-            dtype=resolve_dtype(settings.dtype, device),
+            device=",".join(map(str, devices)),
+            dtype=resolve_dtype(settings.dtype if is_local else AUTO, devices[0]),
             search_backend=settings.search_backend,
             **options,
         )

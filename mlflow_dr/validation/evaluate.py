@@ -5,17 +5,17 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Sequence
+from contextlib import closing, nullcontext
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from mlflow_dr.cache import unchanged_cache
 from mlflow_dr.collection.catalogue import chosen_split, open_collection
-from mlflow_dr.devices import resolve_device, resolve_dtype
 from mlflow_dr.encoder.directory import load_encoder
 from mlflow_dr.encoder.model import Encoder
 from mlflow_dr.encoder.tokenize import TextTokenizer
 from mlflow_dr.engines.engine import Engine
-from mlflow_dr.engines.local import LocalEngine
+from mlflow_dr.engines.opening import check_devices_and_dtype, open_engine
 from mlflow_dr.errors import UsageError
 from mlflow_dr.files import atomic_write
 from mlflow_dr.retrieval.dense import dense_search, rows_to_encode
@@ -87,7 +87,7 @@ def evaluate_all(
         encoder: moved to the device, and into the number format.
         requests: datasets over one corpus, on one device and in one number format.
         quiet: no progress bar.
-        engine: where encoding runs; this process when None.
+        engine: where encoding runs; opened as the settings say when None.
 
     Returns:
         A report for each, with the seconds and passages of all together.
@@ -102,13 +102,12 @@ def evaluate_all(
     tokens, common = requests[0][0].tokens, requests[0][1]
     for data, settings in requests:
         is_same = data.corpus.digest == tokens.corpus.digest
-        if not is_same or (settings.device, settings.dtype) != (common.device, common.dtype):
+        places = {(each.engine, each.device, each.dtype) for each in (settings, common)}
+        if not is_same or len(places) > 1:
             raise ValueError("one pass is over one corpus, on one device and in one number format")
         if not settings.keep_own_id:
             data.warn_of_own_ids()
     depths = [check_depth(settings.measures, settings.depth) for _, settings in requests]
-    engine = engine or LocalEngine(resolve_device(common.device))
-    dtype = resolve_dtype(common.dtype, engine.device)
     text_tokenizer = TextTokenizer(encoder.tokenizer, encoder.settings)
     searches = [
         data.search(depth + (0 if settings.keep_own_id else 1))
@@ -117,18 +116,21 @@ def evaluate_all(
     rows = rows_to_encode(searches, len(tokens.corpus))
     table = tokens.table(text_tokenizer, rows)
 
-    start = time.perf_counter()
-    engine.load(encoder, dtype)
-    results = dense_search(
-        encoder,
-        text_tokenizer,
-        searches,
-        table,
-        tokens.tie_ranks,
-        quiet=quiet,
-        backend=common.search_backend,
-        engine=engine,
-    )
+    opened = nullcontext(engine) if engine else closing(open_engine(common.engine, common.device))
+    with opened as engine:
+        start = time.perf_counter()
+        dtype = engine.resolve_dtype(common.dtype)
+        engine.load(encoder, dtype)
+        results = dense_search(
+            encoder,
+            text_tokenizer,
+            searches,
+            table,
+            tokens.tie_ranks,
+            quiet=quiet,
+            backend=common.search_backend,
+            engine=engine,
+        )
     measured = [
         _measure(data, settings, depth, result)
         for (data, settings), depth, result in zip(requests, depths, results, strict=True)
@@ -165,7 +167,7 @@ def evaluate_encoder(config: EvaluateConfig, run: TrackedRun | None = None) -> R
         CheckpointError: the encoder's files are damaged.
     """
     settings = config.eval_config()
-    resolve_dtype(settings.dtype, resolve_device(settings.device))  # refuses early
+    check_devices_and_dtype(settings.engine, settings.device, settings.dtype)
     name, split = config.one_dataset(config.split)
     for path in (config.output, config.ranking):
         if path is not None and not path.absolute().parent.is_dir():

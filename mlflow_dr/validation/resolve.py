@@ -11,7 +11,8 @@ from functools import partial
 from typing import Any, NamedTuple
 
 from mlflow_dr.collection.catalogue import chosen_split, open_collection
-from mlflow_dr.devices import AUTO, resolve_device, resolve_dtype
+from mlflow_dr.devices import AUTO
+from mlflow_dr.engines.opening import Engines, device_names
 from mlflow_dr.errors import (
     CheckpointError,
     MlflowDrError,
@@ -64,9 +65,10 @@ class ResolvedValidation(NamedTuple):
     settings: EvalConfig
 
     @property
-    def group(self) -> tuple[str, str, str]:
+    def group(self) -> tuple[str, str, str, str]:
         """A key that is equal for validations that can encode a corpus together."""
-        return self.data.corpus.digest, self.settings.device, self.settings.dtype
+        settings = self.settings
+        return self.data.corpus.digest, settings.engine, settings.device, settings.dtype
 
     @property
     def shown_dataset(self) -> tuple[str, str]:
@@ -75,9 +77,14 @@ class ResolvedValidation(NamedTuple):
 
 
 class EvalDatasets:
-    """Collections, their token tables and their subsets, each opened once."""
+    """Collections, their token tables and their subsets, each opened once.
 
-    def __init__(self) -> None:
+    Args:
+        engines: know their devices and number formats.
+    """
+
+    def __init__(self, engines: Engines | None = None) -> None:
+        self._engines = engines or Engines()
         self._tokens: dict[str, CorpusTokens] = {}
         self._data: dict[tuple[str, str, SubsetSpec, str], EvalDataset] = {}
 
@@ -114,7 +121,7 @@ class EvalDatasets:
             TrackingError: the server does not answer.
         """
         name, data = self.open(run, validation)
-        settings = _bind_settings(run, validation, data, changes)
+        settings = _bind_settings(run, validation, data, changes, self._engines)
         passages = data.n_passages
         if validation.split is None and data.split == TEST_SPLIT:
             log.warning(
@@ -152,6 +159,7 @@ class ValidationResolver:
         config: has the validations.
         patiently: repeats requests while the server is away.
         sleep: waits; passed in by tests.
+        engines: know their devices and number formats.
     """
 
     def __init__(
@@ -160,12 +168,13 @@ class ValidationResolver:
         config: ValidateConfig,
         patiently: Patience,
         sleep: Callable[[float], None] = time.sleep,
+        engines: Engines | None = None,
     ) -> None:
         self._followed = followed
         self._config = config
         self._patiently = patiently
         self._sleep = sleep
-        self._datasets = EvalDatasets()
+        self._datasets = EvalDatasets(engines)
         self._resolved: dict[str, list[ResolvedValidation]] = {}
 
     def __len__(self) -> int:
@@ -350,7 +359,11 @@ def _describe_subset(subset: Subset, dataset: str, split: str) -> dict[str, obje
 
 
 def _bind_settings(
-    run: TrackedRun, validation: Validation, data: EvalDataset, changes: Mapping[str, Any]
+    run: TrackedRun,
+    validation: Validation,
+    data: EvalDataset,
+    changes: Mapping[str, Any],
+    engines: Engines,
 ) -> EvalConfig:
     """Settings with device and number format; the format `auto` is the one that the name has.
 
@@ -358,12 +371,13 @@ def _bind_settings(
         UsageError: the name stands for another configuration on this run.
     """
     settings = validation.settings
-    device = resolve_device(settings.device)
-    chosen = replace(settings, device=str(device), dtype=resolve_dtype(settings.dtype, device))
+    device = device_names(settings.engine, settings.device)
+    engine = engines.get(settings.engine, device)
+    chosen = replace(settings, device=device, dtype=engine.resolve_dtype(settings.dtype))
     config = {**_result_config(data, chosen), **changes}
     bound = bind_name(run, validation.name, config)
     if settings.dtype == AUTO:
-        chosen = replace(chosen, dtype=resolve_dtype(str(bound.get("dtype", AUTO)), device))
+        chosen = replace(chosen, dtype=engine.resolve_dtype(str(bound.get("dtype", AUTO))))
         config["dtype"] = chosen.dtype
     check_same_config(run, validation.name, bound, config)
     return chosen

@@ -25,10 +25,11 @@ class EvalConfig:
     Attributes:
         measures: what is measured.
         depth: passages kept for each query; the largest cut-off when None.
-        device: `auto`, `cpu`, `cuda` or `cuda:<n>`.
+        device: `auto`, `cpu`, `cuda` or `cuda:<n>`, or several between commas.
         dtype: `auto`, `fp32`, `bf16` or `fp16`.
         keep_own_id: keep a passage whose id is the query's id.
         search_backend: what compares vectors: `auto`, `faiss`, `torch`, or another package's.
+        engine: where encoding runs: `local` or `ray`.
     """
 
     measures: tuple[Measure, ...]
@@ -37,6 +38,7 @@ class EvalConfig:
     dtype: str = "auto"
     keep_own_id: bool = False
     search_backend: str = "auto"
+    engine: str = "local"
 
     def __post_init__(self) -> None:
         check_types(self)

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from functools import partial
 
 from mlflow_dr.background import BackgroundTask
+from mlflow_dr.engines.opening import Engines, device_names
 from mlflow_dr.errors import TrackingError, UnavailableError
 from mlflow_dr.tracking.checkpoints import Checkpoint, is_deleted
 from mlflow_dr.tracking.claims import Claims
@@ -121,12 +122,14 @@ class _Validator:
         self._config = config
         self._sleep = sleep
         self._patiently = Patience(followed.client, config.poll_seconds, sleep)
-        self._worker = Worker(config, self._patiently, names_runs=followed.run is None)
+        self._engines = Engines()
+        names_runs = followed.run is None
+        self._worker = Worker(config, self._patiently, names_runs, self._engines)
         self._auto_subset = AutoSubset(config)
         self._setbacks = Setbacks(config.poll_seconds)
         token, now_ms = claims.owner.token, self._worker.now_ms
         self._scheduler = Scheduler(config, token, now_ms, self._setbacks)
-        self._resolver = ValidationResolver(followed, config, self._patiently, sleep)
+        self._resolver = ValidationResolver(followed, config, self._patiently, sleep, self._engines)
         self._policies = Policies(config)
         self._summaries: dict[str, dict[str, str]] = {}
         self._summarized: dict[str, list[Checkpoint]] = {}
@@ -136,6 +139,9 @@ class _Validator:
         self._recording: tuple[Job, BackgroundTask[dict[str, State]]] | None = None
 
     def run(self) -> Counts:
+        settings = self._config.all_validations[0].settings
+        device = device_names(settings.engine, settings.device)
+        self._engines.get(settings.engine, device)  # there may be no such cluster
         if self._followed.run is not None:
             self._resolver.resolve_ahead(self._followed.run)
         has_asked = False
@@ -378,3 +384,4 @@ class _Validator:
                 self._finish_recording(SECONDS_TO_RECORD)
         finally:
             self._claims.close()
+            self._engines.close()

@@ -9,6 +9,8 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+import torch
+
 from mlflow_dr.collection.records import Passage, Query
 from mlflow_dr.devices import resolve_device, torch_dtype
 from mlflow_dr.encoder.directory import load_encoder
@@ -16,6 +18,7 @@ from mlflow_dr.encoder.files import encoder_defect
 from mlflow_dr.encoder.model import Encoder
 from mlflow_dr.encoder.token_table import token_table
 from mlflow_dr.encoder.tokenize import TextTokenizer
+from mlflow_dr.engines.opening import LOCAL, Engines
 from mlflow_dr.errors import (
     CheckpointError,
     LostError,
@@ -88,9 +91,13 @@ class Worker:
         config: how encoders are read.
         patiently: repeats requests while the server is away.
         names_runs: whether log lines name the run, because there may be several.
+        engines: where encoding runs.
     """
 
-    def __init__(self, config: ValidateConfig, patiently: Patience, names_runs: bool) -> None:
+    def __init__(
+        self, config: ValidateConfig, patiently: Patience, names_runs: bool, engines: Engines
+    ) -> None:
+        self._engines = engines
         self._config = config
         self._patiently = patiently
         self._names_runs = names_runs
@@ -148,7 +155,8 @@ class Worker:
             encoder = self._patiently(load, UnavailableError)
             with encoder_errors(checkpoint.uri):
                 check_vectors(encoder, validations[0].settings)
-            return dict(zip(names, _reports(encoder, validations), strict=True))
+            reports = _reports(encoder, validations, self._engines)
+            return dict(zip(names, reports, strict=True))
         except CheckpointError as error:
             if self._is_deleted(job):
                 log.warning("%s is passed over: it was deleted", self._shown(job))
@@ -237,7 +245,12 @@ def check_vectors(encoder: Encoder, settings: EvalConfig) -> None:
         CheckpointError: the encoder gives NaN.
         Exception: as the libraries raise.
     """
-    encoder.eval().to(resolve_device(settings.device), torch_dtype(settings.dtype))
+    device, dtype = torch.device("cpu"), torch_dtype(settings.dtype)
+    if settings.engine == LOCAL and "," not in settings.device:
+        device = resolve_device(settings.device)  # others encode in other processes
+    elif dtype == torch.float16:
+        dtype = torch.float32  # a processor does not compute in fp16
+    encoder.eval().to(device, dtype)
     query_encoder = encoder.query_encoder
     query_tokenizer = TextTokenizer(query_encoder.tokenizer, query_encoder.settings)
     passage_tokenizer = TextTokenizer(encoder.tokenizer, encoder.settings)
@@ -247,7 +260,9 @@ def check_vectors(encoder: Encoder, settings: EvalConfig) -> None:
     encode_all(encoder, token_table(passage_ids), passage_tokenizer.pad_id, "passage")
 
 
-def _reports(encoder: Encoder, validations: Sequence[ResolvedValidation]) -> Sequence[Report]:
+def _reports(
+    encoder: Encoder, validations: Sequence[ResolvedValidation], engines: Engines
+) -> Sequence[Report]:
     """Evaluate an encoder that gives vectors.
 
     Raises:
@@ -255,10 +270,11 @@ def _reports(encoder: Encoder, validations: Sequence[ResolvedValidation]) -> Seq
         OSError: the disk is full.
         MlflowDrError: as it was raised.
     """
+    settings = validations[0].settings
+    pairs = [(validation.data, validation.settings) for validation in validations]
     try:
-        return evaluate_all(
-            encoder, [(validation.data, validation.settings) for validation in validations]
-        )
+        engine = engines.get(settings.engine, settings.device)
+        return evaluate_all(encoder, pairs, False, engine)
     except MlflowDrError:
         raise
     except Exception as error:

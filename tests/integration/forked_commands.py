@@ -26,7 +26,7 @@ from transformers import BertModel, BertTokenizer  # noqa: F401
 
 from mlflow_dr import cli
 from mlflow_dr.mining import mine  # noqa: F401
-from mlflow_dr.retrieval import dense
+from mlflow_dr.retrieval import shard_search
 from mlflow_dr.tracking import pruning, results
 from mlflow_dr.tracking.claims import Claims
 from mlflow_dr.tracking.runs import TrackedRun
@@ -92,7 +92,7 @@ def amid(function: Callable[..., Any], die: Callable[[], None]) -> Callable[...,
 
 MOMENTS: dict[str, tuple[Any, str, Wrapper]] = {
     "loading": (worker, "load_encoder", before),
-    "encoding": (dense, "encode_batches", amid),
+    "encoding": (shard_search, "encode_batches", amid),
     "before-claiming": (Claims, "claim", before),
     "after-claiming": (Claims, "claim", after),
     "before-recording": (worker, "record_result", before),

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from mlflow_dr.devices import resolve_device, resolve_dtype, torch_dtype
+from mlflow_dr.devices import resolve_device, resolve_devices, resolve_dtype, torch_dtype
 from mlflow_dr.errors import DeviceError
 
 CPU = torch.device("cpu")
@@ -66,6 +66,19 @@ def test_bf16_on_processors_that_multiply_it(
     monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: avx512)
     monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: amx)
     assert resolve_dtype("auto", CPU) == expected
+
+
+@two_new
+def test_several_devices_of_one_type(gpus: None) -> None:
+    assert [str(device) for device in resolve_devices("cuda:1,cuda:0")] == ["cuda:1", "cuda:0"]
+    assert [str(device) for device in resolve_devices("cpu,cpu")] == ["cpu", "cpu"]
+    assert len(resolve_devices("auto")) == 1
+
+
+@two_new
+def test_devices_of_two_types_are_refused(gpus: None) -> None:
+    with pytest.raises(DeviceError, match="two types"):
+        resolve_devices("cpu,cuda:0")
 
 
 @two_new

@@ -1,6 +1,7 @@
 """The token table: ids by row, padding, and the table in the cache."""
 
 import multiprocessing as mp
+import pickle
 import subprocess
 import sys
 from collections.abc import Iterator, Sequence
@@ -54,6 +55,43 @@ def test_the_cached_table_equals_one_in_memory() -> None:
     assert table.lengths.tolist() == [3, 1, 2, 4]
     ids, _ = table.padded(np.array([1, 2]), pad_id=0)
     assert ids.tolist() == [[4, 0], [2, 1]]
+
+
+def test_a_cached_table_is_opened_by_its_reference_in_another_process() -> None:
+    table = cached()
+    reference = pickle.loads(pickle.dumps(table.reference))
+    opened = reference.open()
+    assert opened is not None
+    assert rows_of(opened) == rows_of(table)
+    assert token_table(ROWS).reference is None
+
+
+def test_a_spread_table_is_opened_by_its_reference() -> None:
+    table = cached().spread(np.array([1, 3, 5, 7]), 9)
+    assert table.reference is not None
+    opened = table.reference.open()
+    assert opened is not None
+    assert rows_of(opened) == rows_of(table)
+
+
+def test_a_reference_to_a_missing_or_damaged_table_opens_nothing(own_cache: Path) -> None:
+    reference = cached().reference
+    assert reference is not None
+    (ids,) = own_cache.rglob("ids.bin")
+    ids.write_bytes(b"x" * 20)
+    assert reference.open() is None
+    assert reference._replace(entry="0" * 64).open() is None
+
+
+@pytest.mark.parametrize("vocabulary_size", [100, 1 << 17])
+def test_a_part_has_the_tokens_of_its_rows_and_no_file(vocabulary_size: int) -> None:
+    table = cached(vocabulary_size=vocabulary_size).spread(np.array([1, 3, 5, 7]), 9)
+    part = pickle.loads(pickle.dumps(table.part(np.array([7, 1, 5]))))
+    rows = np.array([5, 7, 1])
+    for array, other in zip(part.padded(rows, 0), table.padded(rows, 0), strict=True):
+        np.testing.assert_array_equal(array, other)
+    assert part.reference is None
+    assert not isinstance(part._ids, np.memmap)
 
 
 def test_texts_are_tokenised_once_for_each_key() -> None:

@@ -318,9 +318,9 @@ def test_several_validations_encode_the_corpus_once(
     calls: list[int] = []
     real = worker.evaluate_all
 
-    def counted(encoder: Encoder, asked: Any) -> Any:
+    def counted(encoder: Encoder, asked: Any, *more: Any) -> Any:
         calls.append(len(asked))
-        return real(encoder, asked)
+        return real(encoder, asked, *more)
 
     monkeypatch.setattr(worker, "evaluate_all", counted)
     assert watch(run, *both, follow=False).done == 1

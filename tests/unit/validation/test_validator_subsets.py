@@ -87,9 +87,9 @@ def test_subsets_and_the_whole_corpus_are_read_from_one_pass(
     calls = []
     real = worker.evaluate_all
 
-    def counted(encoder: Encoder, asked: Sequence[Any], **more: Any) -> Any:
+    def counted(encoder: Encoder, asked: Sequence[Any], *more: Any) -> Any:
         calls.append(len(asked))
-        return real(encoder, asked, **more)
+        return real(encoder, asked, *more)
 
     monkeypatch.setattr(worker, "evaluate_all", counted)
     validated(run, "full", "random:2", "bm25@1", "queries:2")
