@@ -1,0 +1,41 @@
+"""The function for Ray Train's `ValidationConfig`."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from mlflow_dr.encoder.model import Encoder
+from mlflow_dr.encoder.saving import save_encoder
+from mlflow_dr.errors import UsageError
+from mlflow_dr.ray import validation_fn
+from mlflow_dr.validation.config import EvaluateConfig
+from mlflow_dr.validation.evaluate import evaluate_encoder
+
+train = pytest.importorskip("ray.train")
+
+
+@pytest.fixture
+def directory(make_tiny: Callable[..., Encoder], tmp_path: Path) -> Path:
+    save_encoder(tmp_path / "encoder", make_tiny(pooling="mean"))
+    return tmp_path / "encoder"
+
+
+def test_ray_train_gets_what_evaluate_measures(directory: Path) -> None:
+    settings = json.loads('{"dataset": "demo", "measures": "mrr@10 ndcg@10", "device": "cpu"}')
+    config = train.ValidationConfig(
+        fn=validation_fn, task_config=train.ValidationTaskConfig(fn_kwargs=settings)
+    )
+    checkpoint = train.Checkpoint.from_directory(str(directory))
+    values = config.fn(checkpoint, **config.task_config.fn_kwargs)
+    report = evaluate_encoder(EvaluateConfig(encoder=str(directory), **settings))
+    assert values.pop("seconds") > 0
+    assert values == {measure.metric: value for measure, value in report.measures.items()}
+    assert sorted(values) == ["mrr_at_10", "ndcg_at_10"]
+
+
+def test_a_setting_that_does_not_exist_is_refused(directory: Path) -> None:
+    checkpoint = train.Checkpoint.from_directory(str(directory))
+    with pytest.raises(UsageError, match="no key 'datset'"):
+        validation_fn(checkpoint, datset="demo")
