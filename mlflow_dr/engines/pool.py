@@ -37,7 +37,7 @@ class Lost(NamedTuple):
     reason: str
 
 
-@dataclass
+@dataclass(eq=False)
 class _Member(Generic[Handle]):
     """A worker as the engine sees it.
 

@@ -73,7 +73,7 @@ class ShardActor:
         return self._worker.answer(request, *arguments)
 
 
-@dataclass
+@dataclass(eq=False)
 class RayWorker:
     """An actor, and the answer that it owes.
 
@@ -288,7 +288,7 @@ def _connect(ray: Any) -> bool:
         if address
         else {
             "address": "local",
-            "num_cpus": torch.get_num_threads(),
+            "num_cpus": max(torch.get_num_threads(), torch.cuda.device_count()),
             "include_dashboard": False,
         }
     )
