@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 
 from mlflow_dr.collection.catalogue import chosen_split, open_collection
 from mlflow_dr.devices import AUTO
-from mlflow_dr.engines.opening import Engines, device_names
+from mlflow_dr.engines.opening import LOCAL, Engines, device_names
 from mlflow_dr.errors import (
     CheckpointError,
     MlflowDrError,
@@ -133,7 +133,7 @@ class EvalDatasets:
             "validation %r of run %s: %s/%s, %d queries, %d passages%s, %s on %s",
             *(validation.name, run.id, name, data.split, len(data.topics.queries), passages),
             f" ({data.subset.spec.shown})" if data.subset else "",
-            *(settings.dtype, settings.device),
+            *(settings.dtype, settings.device if settings.engine == LOCAL else settings.engine),
         )
         profile = profile_of(passages, data.topics, data.split)
         if data.subset:
