@@ -38,6 +38,7 @@ COMMANDS = {
     "encode": "Encode passages or queries into files of vectors.",
     "search": "Rank passages for queries, from files of vectors.",
     "index": "Build a FAISS index of vectors, and measure its recall.",
+    "convert": "Write a ranking in another format.",
     "mine": "Find hard negatives for training queries, by BM25 or an encoder.",
     "subset": "Write a subset of a collection to files.",
     "datasets": "List the names of collections.",
@@ -46,7 +47,7 @@ MODULES = {
     "run": "train",
     **dict.fromkeys(("fidelity", "compare"), "evaluate"),
     **dict.fromkeys(("ui", "status", "best", "prune"), "runs"),
-    **dict.fromkeys(("encode", "search", "index"), "vectors"),
+    **dict.fromkeys(("encode", "search", "index", "convert"), "vectors"),
     **dict.fromkeys(("mine", "subset", "datasets"), "collections"),
 }
 """The modules of commands that have none of their own name."""

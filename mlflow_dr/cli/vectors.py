@@ -1,14 +1,15 @@
-"""`mlflow-dr encode`, `search` and `index`: vectors that are kept, searched and indexed."""
+"""`mlflow-dr encode`, `search`, `index` and `convert`: vectors that are kept, and rankings."""
 
 from __future__ import annotations
 
 import click
 
 from mlflow_dr.cli.options import TakesSeveral, takes
-from mlflow_dr.vectors.config import EncodeConfig, IndexConfig, SearchConfig
+from mlflow_dr.cli.tevatron import EncodeCommand, SearchCommand
+from mlflow_dr.vectors.config import ConvertConfig, EncodeConfig, IndexConfig, SearchConfig
 
 
-@click.command("encode", cls=TakesSeveral)
+@click.command("encode", cls=EncodeCommand)
 @takes(EncodeConfig)
 def encode_command(config: EncodeConfig) -> int:
     """Encode the passages of a collection, or the queries of a split, into files of vectors.
@@ -46,7 +47,7 @@ def encode_command(config: EncodeConfig) -> int:
     return 0
 
 
-@click.command("search", cls=TakesSeveral)
+@click.command("search", cls=SearchCommand)
 @takes(SearchConfig)
 def search_command(config: SearchConfig) -> None:
     """Rank the passages of a folder of vectors for queries, exactly, and measure the ranking.
@@ -104,4 +105,23 @@ def index_command(config: IndexConfig) -> None:
             f"{seconds * 1000:.3f} ms a query, {exact / seconds:.1f} times as fast as exact search "
             f"({exact * 1000:.3f} ms; {manifest['queries']} queries at once)"
         )
+    click.echo(f"wrote {config.output}")
+
+
+@click.command("convert", cls=TakesSeveral)
+@takes(ConvertConfig)
+def convert_command(config: ConvertConfig) -> None:
+    """Write a ranking in another format.
+
+    Read are TREC's six columns, and `query-id passage-id score`, as Tevatron writes it.
+
+    \b
+    Example:
+        mlflow-dr convert --input rank.txt --output rank.trec
+        mlflow-dr convert --input rank.txt --output rank.tsv --format msmarco
+    """
+    from mlflow_dr.vectors.searching import convert
+
+    queries = convert(config)
+    click.echo(f"{queries} queries")
     click.echo(f"wrote {config.output}")

@@ -8,7 +8,7 @@ other programs are read, too.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -52,7 +52,8 @@ class VectorManifest(msgspec.Struct, frozen=True, kw_only=True):
         texts: passages of the corpus, or queries of the split, in all shards together.
         texts_digest: of their ids and texts.
         encoder: its name.
-        encoder_digest: of its weights, settings and tokenizer.
+        encoder_digest: of its weights, pooling and tokenizer, on which it depends whether vectors
+            of queries and passages can be compared.
         settings: prompts, lengths, pooling and so on.
         dimension: of a vector.
         similarity: `cosine` if vectors have length 1, else `dot`.
@@ -104,6 +105,8 @@ class VectorManifest(msgspec.Struct, frozen=True, kw_only=True):
         if self.texts_digest != other.texts_digest:
             of = f"queries ({other.dataset}, {other.split})" if other.split else other.dataset
             return f"other texts ({of})"
+        if self.settings != other.settings:
+            return "another pooling, prompt or length"
         for field, noun in (
             ("layout", "version of the plan of batches"),
             ("kind", "kind of text"),
@@ -199,6 +202,7 @@ class Vectors:
         self.ids = ids
         self.dimension = dimension
         self.manifest = manifests[0] if manifests else None
+        self.n_missing_shards = len(missing_shards(manifests)) if manifests else 0
         files = [file.sha256 for manifest in manifests for file in manifest.files]
         sizes = [f"{part.path.name} {part.path.stat().st_size}" for part in parts]
         self.digest = digest_of(*(files or sizes))
@@ -272,35 +276,47 @@ def _readable(part: _Part, start: int, stop: int) -> Iterator[np.ndarray]:
         raise DataError(f"{part.path}: cannot be read ({one_line(error)})") from error
 
 
-def open_vectors(path: Path) -> Vectors:
-    """The vectors of a folder that `mlflow-dr encode` has written, or of other Parquet files.
+def open_vectors(*paths: Path, partial: bool = False) -> Vectors:
+    """The vectors of folders that `mlflow-dr encode` has written, or of other Parquet files.
 
     Sizes and numbers of rows are checked; `encode --check` compares the bytes, too.
 
     Args:
-        path: the folder, or one Parquet file.
+        paths: a folder or a Parquet file; several if shards are in folders of their own.
+        partial: whether shards may be missing.
 
     Raises:
         UsageError: no vectors are there, or shards are missing.
         DataError: a file is damaged, shards do not belong together, or an id is missing or used
             twice.
     """
-    manifests = read_manifests(path)
-    if manifests:
-        _check_shards(path, manifests)
-        files = [file for each in manifests for file in each.files]
-        parts = [_Part(path / file.name, file.rows) for file in files if not _has_ids(file)]
+    shown = ", ".join(map(str, paths))
+    found = [(manifest, path) for path in paths for manifest in read_manifests(path)]
+    found.sort(key=lambda pair: (pair[0].shards, pair[0].shard))
+    manifests = [manifest for manifest, _ in found]
+    if found:
+        if without := set(paths) - {path for _, path in found}:
+            raise UsageError(f"{min(without)}: no manifest of vectors")
+        _check_shards(shown, found, partial)
+        parts = [
+            _Part(path / file.name, file.rows)
+            for manifest, path in found
+            for file in manifest.files
+            if not _has_ids(file)
+        ]
         dimension = manifests[0].dimension
     else:
-        parts, dimension = _other_parts(path)
+        others = [_other_parts(path) for path in paths]
+        parts = [part for some, _ in others for part in some]
+        dimension = next((dimension for _, dimension in others if dimension), 0)
     try:
         chunks = [chunk for part in parts for chunk in part.ids().chunks]
         ids = pa.chunked_array(chunks, pa.string())
     except (pa.ArrowException, OSError, ValueError) as error:
-        raise DataError(f"{path}: the ids cannot be read ({one_line(error)})") from error
+        raise DataError(f"{shown}: the ids cannot be read ({one_line(error)})") from error
     if len(ids) != sum(part.rows for part in parts):
-        raise DataError(f"{path}: there are not as many ids as vectors; encode again")
-    _check_ids(path, ids)
+        raise DataError(f"{shown}: there are not as many ids as vectors; encode again")
+    _check_ids(shown, ids)
     return Vectors(parts, ids, dimension, manifests)
 
 
@@ -364,23 +380,29 @@ def _has_ids(file: VectorFile) -> bool:
     return file.name.endswith(".ids")
 
 
-def _check_shards(path: Path, manifests: list[VectorManifest]) -> None:
-    first = manifests[0]
-    for manifest in manifests:
+def _check_shards(shown: str, found: Sequence[tuple[VectorManifest, Path]], partial: bool) -> None:
+    first, shards = found[0][0], set[int]()
+    for manifest, path in found:
         if difference := first.difference(manifest):
             raise DataError(f"{path}: {manifest.name} is of {difference} (as {first.name})")
         if problem := damage(path, manifest, with_bytes=False):
             raise DataError(f"{path}: {problem}; encode this shard again")
+        if manifest.shard in shards:
+            raise UsageError(f"{path}: another folder has {manifest.name}, too")
+        shards.add(manifest.shard)
     if first.file_format == TEVATRON:
-        raise UsageError(f"{path}: pickles are written for Tevatron and never read; {REENCODE}")
+        raise UsageError(f"{shown}: pickles are written for Tevatron and never read; {REENCODE}")
+    if partial:
+        return
+    manifests = [manifest for manifest, _ in found]
     if missing := missing_shards(manifests):
         numbers = ", ".join(map(str, missing[:10]))
         raise UsageError(
-            f"{path}: of {first.shards} shards {len(missing)} are missing ({numbers}); encode them "
-            f"with --shard {missing[0]}/{first.shards}"
+            f"{shown}: of {first.shards} shards {len(missing)} are missing ({numbers}); encode "
+            f"them with --shard {missing[0]}/{first.shards}, or search with --partial"
         )
     if (rows := sum(manifest.rows for manifest in manifests)) != first.texts:
-        raise DataError(f"{path}: the shards have {rows:,} vectors of {first.texts:,} texts")
+        raise DataError(f"{shown}: the shards have {rows:,} vectors of {first.texts:,} texts")
 
 
 REENCODE = "encode with --format parquet or npy"
@@ -439,7 +461,7 @@ def _is_vector(kind: pa.DataType) -> bool:
     return is_list and bool(pa.types.is_floating(kind.value_type))
 
 
-def _check_ids(path: Path, ids: pa.ChunkedArray) -> None:
+def _check_ids(path: str, ids: pa.ChunkedArray) -> None:
     if ids.null_count or len(ids.filter(pc.equal(ids, ""))):
         raise DataError(f"{path}: a vector has no id")
     if pc.count_distinct(ids).as_py() < len(ids):

@@ -1,9 +1,9 @@
-"""Configurations of the commands that keep vectors: `encode`, `search` and `index`."""
+"""Configurations of `encode`, `search`, `index` and `convert`."""
 
 from __future__ import annotations
 
 import re
-from typing import Annotated, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import AfterValidator, Field, model_validator
 
@@ -69,6 +69,12 @@ class EncodeConfig(CollectionConfig, EncoderOverrides):
     or fp16. With fp16 the vectors are stored in fp16, too; a processor computes them in fp32."""
     tokens_per_batch: Count | None = None
     """Tokens of a batch, with padding (default: by device). All shards need the same number."""
+    query_prompt: Annotated[str | None, Flag("--query-prompt", "--query-prefix")] = None
+    """Put this before each query instead of the encoder's own prompt."""
+    passage_prompt: Annotated[str | None, Flag("--passage-prompt", "--passage-prefix")] = None
+    """Put this before each passage instead of the encoder's own prompt."""
+    append_eos_token: bool = False
+    """End each text with the tokenizer's end-of-sequence token, as the encoder was trained."""
     check: File | None = None
     """Only say what is missing or damaged in this folder."""
     log: bool = False
@@ -76,6 +82,13 @@ class EncodeConfig(CollectionConfig, EncoderOverrides):
     force: Force = False
     trust_remote_code: TrustRemoteCode = False
     tracking_uri: TrackingUri = None
+
+    @property
+    def encoder_changes(self) -> dict[str, Any]:
+        """The given values, as `load_encoder` takes them."""
+        prompts = {"query_prompt": self.query_prompt, "passage_prompt": self.passage_prompt}
+        given = {name: prompt for name, prompt in prompts.items() if prompt is not None}
+        return super().encoder_changes | given
 
     @model_validator(mode="after")
     def _check_given(self) -> Self:
@@ -107,6 +120,8 @@ class SearchConfig(CollectionConfig):
     """TREC's columns, MS MARCO's query, passage and rank, or Tevatron's query, passage and
     score."""
     shard: Shard = "0/1"
+    partial: bool = False
+    """Search the shards that are there, although others are missing."""
     merge: bool = False
     """The arguments are rankings of all shards; join them."""
     keep_own_id: KeepOwnId = False
@@ -119,8 +134,6 @@ class SearchConfig(CollectionConfig):
 
     @model_validator(mode="after")
     def _check_given(self) -> Self:
-        if not self.merge and len(self.sources) > 1:
-            raise ConfigError("sources", ": several are joined by --merge; search takes one folder")
         if self.shard != "0/1" and self.output is None:
             raise ConfigError("shard", " needs --output, for the ranking that --merge joins")
         if self.shard != "0/1" and self.file_format == "msmarco":
@@ -145,3 +158,18 @@ class IndexConfig(Config):
     log: bool = False
     """Store the index with the checkpoint's run."""
     tracking_uri: TrackingUri = None
+
+
+class ConvertConfig(Config):
+    """`mlflow-dr convert`: a ranking in another format."""
+
+    input: File
+    """The ranking: TREC's columns, or query, passage and score."""
+    output: File
+    """The file to write."""
+    file_format: Annotated[Literal["trec", "msmarco", "tevatron"], Flag("--format")] = "trec"
+    """TREC's columns, MS MARCO's query, passage and rank, or Tevatron's query, passage and
+    score."""
+    remove_query: bool = False
+    """Leave out a passage whose id is the query's id."""
+    force: Force = False

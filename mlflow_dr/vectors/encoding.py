@@ -17,10 +17,11 @@ from mlflow_dr.cache import unchanged_cache
 from mlflow_dr.collection.catalogue import Collection, check_split, open_collection
 from mlflow_dr.collection.records import Topics
 from mlflow_dr.devices import dtype_name, resolve_device, resolve_dtype, torch_dtype
+from mlflow_dr.encoder.config import EncoderConfig
 from mlflow_dr.encoder.directory import load_encoder
 from mlflow_dr.encoder.model import Encoder
 from mlflow_dr.encoder.token_table import TokenTable, corpus_tokens, token_table
-from mlflow_dr.encoder.tokenize import TextTokenizer
+from mlflow_dr.encoder.tokenize import TextTokenizer, append_eos
 from mlflow_dr.errors import UsageError
 from mlflow_dr.files import usable_cores
 from mlflow_dr.retrieval.encode import TOKENS_PER_BATCH, encode_batches, plan_batches
@@ -58,6 +59,9 @@ def encode(config: EncodeConfig) -> VectorManifest:
     if config.split is not None:
         check_split(collection, config.split)
     encoder = named_encoder(config, config.encoder)
+    if config.append_eos_token:
+        for part in encoder.distinct_encoders:
+            append_eos(part.tokenizer)
     texts = _passages(encoder, collection)
     if config.split is not None:
         texts = query_texts(encoder, collection.topics(config.split))
@@ -139,11 +143,15 @@ def named_encoder(config: Any, name: str) -> Encoder:
 
 
 def encoder_digest(encoder: Encoder) -> str:
-    """Of the weights, settings and tokenizers of an encoder, 64 hexadecimal characters."""
+    """Of the weights, poolings and tokenizers of an encoder, 64 hexadecimal characters.
+
+    Prompts and lengths are not part of it: queries and passages may be encoded with different ones.
+    """
     digest = hashlib.sha256()
     for part in encoder.distinct_encoders:
-        tokenizer = TextTokenizer(part.tokenizer, part.settings)
-        described = (asdict(part.settings), tokenizer.query_digest(), tokenizer.passage_digest())
+        tokenizer = TextTokenizer(part.tokenizer, EncoderConfig()).passage_digest()
+        settings = part.settings
+        described = (settings.pooling, settings.normalize, settings.lowercase, tokenizer)
         digest.update(repr(described).encode())
     for name, weights in sorted(encoder.state_dict().items()):
         digest.update(f"{name} {tuple(weights.shape)} {weights.dtype}".encode())

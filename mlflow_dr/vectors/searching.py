@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterable, Iterator
 from typing import NamedTuple
 
@@ -14,6 +15,7 @@ from mlflow_dr.collection.corpus import tie_ranks
 from mlflow_dr.collection.records import Query, Topics
 from mlflow_dr.devices import resolve_device, resolve_dtype, torch_dtype
 from mlflow_dr.errors import UsageError, quoted
+from mlflow_dr.fields import LARGEST
 from mlflow_dr.progress import progress_bar
 from mlflow_dr.retrieval.encode import encode_all
 from mlflow_dr.retrieval.measures import (
@@ -32,8 +34,10 @@ from mlflow_dr.retrieval.ranking import (
 )
 from mlflow_dr.retrieval.search import TopK, find_backend
 from mlflow_dr.retrieval.vectors import Vectors, open_vectors
-from mlflow_dr.vectors.config import SearchConfig, parse_shard
+from mlflow_dr.vectors.config import ConvertConfig, SearchConfig, parse_shard
 from mlflow_dr.vectors.encoding import encoder_digest, named_encoder, query_texts
+
+log = logging.getLogger(__name__)
 
 PASSAGES_PER_CHUNK = 32768
 RESULTS_PER_MERGE = 1 << 21
@@ -80,7 +84,13 @@ def search(config: SearchConfig) -> Found:
         raise UsageError(f"{config.output} exists already; --force replaces it")
     if config.merge:
         return _merge(config)
-    passages = open_vectors(config.sources[0])
+    passages = open_vectors(*config.sources, partial=config.partial)
+    if passages.n_missing_shards:
+        log.warning(
+            "searching without %d of %d shards; join the rankings of all by --merge",
+            passages.n_missing_shards,
+            passages.manifest.shards if passages.manifest else 0,
+        )
     if not len(passages):
         raise UsageError(f"{config.sources[0]}: there are no vectors to search")
     if passages.manifest is not None and passages.manifest.kind == "queries":
@@ -111,7 +121,7 @@ def search(config: SearchConfig) -> Found:
                 named, passages.ids, rows[part], scores[part], depth, config.keep_own_id
             )
 
-    measures = _finish(config, rankings(), topics if shards == 1 else None)
+    measures = _finish(config, rankings(), topics if shards == 1 and not config.partial else None)
     return Found(measures, len(queries.ids), stop - start)
 
 
@@ -156,6 +166,25 @@ def exact_search(
             bar.update(len(chunk))
     found = np.concatenate([top.rows.cpu().numpy() for top in best])
     return found, np.concatenate([top.scores.cpu().numpy() for top in best])
+
+
+def convert(config: ConvertConfig) -> int:
+    """Write a ranking in another format; how many queries it has.
+
+    Raises:
+        UsageError: the output exists.
+        DataError: a malformed line, or ids that do not fit the format.
+    """
+    if config.output.exists() and not config.force:
+        raise UsageError(f"{config.output} exists already; --force replaces it")
+    ranking = merged_ranking([config.input], LARGEST)
+    if config.remove_query:
+        ranking = {
+            query_id: [pair for pair in passages if pair[0] != query_id]
+            for query_id, passages in ranking.items()
+        }
+    write_ranking(config.output, [ranking], config.file_format)
+    return len(ranking)
 
 
 def _merge(config: SearchConfig) -> Found:
