@@ -91,7 +91,7 @@ def search(config: SearchConfig) -> Found:
             passages.n_missing_shards,
             passages.manifest.shards if passages.manifest else 0,
         )
-    if not len(passages):
+    if not len(passages) and not config.partial:
         raise UsageError(f"{config.sources[0]}: there are no vectors to search")
     if passages.manifest is not None and passages.manifest.kind == "queries":
         raise UsageError(f"{config.sources[0]} has vectors of queries; name those of passages")

@@ -39,7 +39,6 @@ def test_what_encode_needs(values: dict[str, Any], message: str) -> None:
     ("values", "message"),
     [
         ({"sources": ()}, "sources"),
-        ({"sources": (Path("a"), Path("b"))}, "joined by --merge"),
         ({"sources": (Path("a"),), "shard": "0/2"}, "shard needs --output"),
         (
             {"sources": ("a",), "shard": "0/2", "output": "o", "file_format": "msmarco"},

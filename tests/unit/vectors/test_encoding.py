@@ -130,20 +130,16 @@ def test_what_is_missing_or_damaged_is_said(folder: Path, encoder: Encoder, tmp_
     assert check_vectors(output) == []
 
 
-def test_the_digest_of_an_encoder_is_of_weights_and_settings(
+def test_the_digest_of_an_encoder_is_of_weights_and_pooling(
     make_tiny: Callable[..., Encoder],
 ) -> None:
-    encoders = [
-        make_tiny(),
-        make_tiny(),
-        make_tiny(seed=1),
-        make_tiny(query_prompt="find "),
-        make_tiny(passage_max_length=64),
-        make_tiny(pooling="mean"),
-    ]
-    digests = [encoder_digest(encoder) for encoder in encoders]
-    assert digests[0] == digests[1]
-    assert len(set(digests)) == 5
+    same = [{}, {}, {"query_prompt": "find "}, {"passage_max_length": 64}]
+    others = [{"seed": 1}, {"pooling": "mean"}, {"normalize": True}]
+    (first, *rest), different = (
+        [encoder_digest(make_tiny(**settings)) for settings in some] for some in (same, others)
+    )
+    assert set(rest) == {first}
+    assert len({first, *different}) == 4
 
 
 def test_the_manifest_is_stored_with_the_checkpoints_run(

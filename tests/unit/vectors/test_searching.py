@@ -20,9 +20,9 @@ from mlflow_dr.retrieval.vectors import open_vectors
 from mlflow_dr.validation.config import EvaluateConfig
 from mlflow_dr.validation.evaluate import evaluate_encoder
 from mlflow_dr.vectors import searching
-from mlflow_dr.vectors.config import EncodeConfig, SearchConfig
+from mlflow_dr.vectors.config import ConvertConfig, EncodeConfig, SearchConfig
 from mlflow_dr.vectors.encoding import encode
-from mlflow_dr.vectors.searching import exact_search, search
+from mlflow_dr.vectors.searching import convert, exact_search, search
 
 
 @pytest.fixture
@@ -125,6 +125,66 @@ def test_merged_shards_are_the_whole(
     ).measures
     assert output.read_bytes() == evaluated[0]
     assert {str(name): value for name, value in measures.items()} == evaluated[1]
+
+
+def test_shards_may_be_in_folders_of_their_own(
+    folder: Path, evaluated: tuple[bytes, dict[str, float]], caplog: pytest.LogCaptureFixture
+) -> None:
+    queries, everything = encoded(folder, "queries", split="dev"), encoded(folder, "all", shards=3)
+    shards = []
+    for shard in range(3):
+        path = folder.parent / f"passages{shard}"
+        path.mkdir()
+        for file in everything.glob(f"*-0000{shard}-of-00003*"):
+            shutil.copy(file, path)
+        shards.append(path)
+    values = {"queries": queries, "device": "cpu", "depth": 20, "measures": "mrr@10 recall@5"}
+    whole = folder.parent / "whole"
+    search(SearchConfig(sources=tuple(reversed(shards)), output=whole, **values))
+    assert whole.read_bytes() == evaluated[0]
+
+    with pytest.raises(UsageError, match=r"2 are missing \(1, 2\)"):
+        search(SearchConfig(sources=(shards[0],), **values))
+    with pytest.raises(UsageError, match="another folder has manifest-00000-of-00003"):
+        search(SearchConfig(sources=(shards[0], everything), **values))
+    with pytest.raises(UsageError, match="no manifest"):
+        search(SearchConfig(sources=(shards[0], folder), **values))
+    parts = [folder.parent / f"part{shard}" for shard in range(3)]
+    for path, part in zip(shards, parts, strict=True):
+        found = search(SearchConfig(sources=(path,), partial=True, output=part, **values))
+        assert found.measures == {}
+    assert caplog.messages[-1].startswith("searching without 2 of 3 shards")
+    merged = folder.parent / "merged"
+    search(SearchConfig(sources=tuple(parts), merge=True, depth=20, output=merged))
+    assert merged.read_bytes() == evaluated[0]
+
+
+def test_queries_may_have_another_length_than_was_said_with_the_passages(folder: Path) -> None:
+    passages = encoded(folder, "passages", p_max_len=16)
+    queries = encoded(folder, "queries", split="dev", q_max_len=12, query_prompt="get ")
+    assert searched(passages, queries=queries)
+    short, long = (
+        encoded(folder, f"cut{length}", shards=2, p_max_len=length) for length in (8, 16)
+    )
+    for part, shard in ((short, 1), (long, 0)):
+        for file in part.glob(f"*-0000{shard}-of-00002*"):
+            file.unlink()
+    with pytest.raises(DataError, match="pooling, prompt or length"):
+        open_vectors(short, long)
+
+
+def test_a_ranking_is_converted(folder: Path, evaluated: tuple[bytes, dict[str, float]]) -> None:
+    own, base = folder.parent / "evaluated.trec", folder.parent
+    for layout, source in (("tevatron", own), ("trec", base / "tevatron"), ("msmarco", own)):
+        count = convert(ConvertConfig(input=source, output=base / layout, file_format=layout))
+        assert count == 9
+    assert (base / "trec").read_bytes() == evaluated[0]
+    assert (base / "msmarco").read_text().splitlines()[0].split("\t")[2] == "1"
+    (base / "same").write_text("q1\tq1\t2.5\nq1\tp1\t1.5\n")
+    convert(ConvertConfig(input=base / "same", output=base / "other", remove_query=True))
+    assert (base / "other").read_text() == "q1 Q0 p1 1 1.5 mlflow_dr\n"
+    with pytest.raises(UsageError, match="exists already"):
+        convert(ConvertConfig(input=own, output=base / "other"))
 
 
 def test_the_layouts_of_a_ranking(folder: Path) -> None:
