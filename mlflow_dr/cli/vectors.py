@@ -82,9 +82,9 @@ def index_command(config: IndexConfig) -> None:
     """Build a FAISS index of vectors, and measure what it loses against exact search.
 
     VECTORS is a folder that `encode` has written, or Parquet files of other programs. The index is
-    pyserini's: the files `index` and `docid`. Kinds are `fast` (clusters, in fp16), `small` (a bit
-    per dimension, then 8), `exact`, and every factory string of FAISS. Similarity is the inner
-    product.
+    pyserini's: the files `index` and `docid`. Kinds are `fast` (clusters in 4 bits for two
+    dimensions, the best again in fp16), `small` (in 8 bits), `exact`, and every factory string of
+    FAISS. Similarity is the inner product.
 
     \b
     Example:

@@ -32,15 +32,23 @@ from mlflow_dr.retrieval.search import TopK, load_faiss, search_faiss
 from mlflow_dr.retrieval.vectors import Vectors
 
 INDEX, IDS, MANIFEST = "index", "docid", "manifest.json"
-PRESETS = {"exact": "Flat", "fast": "IVF{n},SQfp16", "small": "IVF{n},RaBitQfs,Refine(SQ8)"}
-"""FAISS's factory strings by our names; `{n}` is the number of clusters."""
+PRESETS = {
+    "exact": "Flat",
+    "fast": "IVF{n},PQ{m}x4fs,Refine(SQfp16)",
+    "small": "IVF{n},PQ{m}x4fs,Refine(SQ8)",
+}
+"""FAISS's factory strings by our names, for `{n}` clusters and `{m}` parts of a vector.
+
+Of 4 bits for each part, FAISS scans many vectors at a time; the best are scored again in fp16.
+"""
+FEWEST_CLUSTERED = 10_000  # with fewer passages, a flat index is as fast
 CUT_OFFS = (10, 100)
 MOST_QUERIES = 1000
 TIES = 100  # passages beyond the cut that are looked at for scores equal to the last one
 PASSAGES_PER_CHUNK = 16384
 FEWEST_TRAINED = 1 << 16
 TRAINED_PER_CLUSTER = 64
-FEWEST_PER_CLUSTER = 39  # FAISS warns below
+CLUSTERS_PER_ROOT = 2  # of the number of passages
 MOST_CLUSTERS = 1 << 16
 REFINED = (4, 8, 16, 32)  # times as many candidates as wanted that are scored again
 PLATEAU = 0.001  # of recall, from twice the effort
@@ -99,19 +107,18 @@ class HeldOutQueries:
             found: rows of each query, the best first, `(n_queries, > k) int64`; -1 for none.
             k: the cut-off.
         """
-        hits, wanted = 0, 0
-        best_rows, best_scores = self._best.rows.numpy(), self._best.scores.numpy()
-        for own, rows, scores, mine in zip(
-            self._own_rows, best_rows, best_scores, found, strict=True
-        ):
-            scores, rows = scores[rows != own], rows[rows != own]
-            count = min(k, len(rows))
-            if not count:
-                continue
-            right = rows[scores >= scores[count - 1]]
-            hits += np.isin(mine[(mine >= 0) & (mine != own)][:count], right).sum()
-            wanted += count
-        return float(hits / wanted) if wanted else math.nan
+        own = self._own_rows[:, None]
+        rows, scores = self._best.rows.numpy(), self._best.scores.numpy()
+        others, mine = rows != own, (found >= 0) & (found != own)
+        counts = np.minimum(others.sum(axis=1), k)
+        if not counts.sum():
+            return math.nan
+        is_last = others & (np.cumsum(others, axis=1) == counts[:, None])
+        last = np.where(is_last, scores, np.inf).min(axis=1, keepdims=True)
+        right = np.where(others & (scores >= last), rows, -1)
+        mine &= np.cumsum(mine, axis=1) <= counts[:, None]
+        hits = (found[:, :, None] == right[:, None, :]).any(axis=2) & mine
+        return float(hits.sum() / counts.sum())
 
 
 def build_index(
@@ -132,7 +139,7 @@ def build_index(
         factory: a name in `PRESETS`, or FAISS's factory string. Similarity is the inner product.
         queries: vectors of queries to measure on, `(n, dim) float32`. When None, passages that are
             kept out of training.
-        recall: recall@100 up to which more clusters, or neighbours, are searched.
+        recall: recall@10 and @100 up to which more clusters, or neighbours, are searched.
         seed: of the passages that are trained and measured on.
 
     Returns:
@@ -149,7 +156,9 @@ def build_index(
         raise DataError("there are no vectors to index")
     check_docids(vectors.ids)
     drawn = draw_rows(len(vectors), seed) if queries is None else np.empty(0, np.int64)
-    chosen, index = new_index(factory, vectors.dimension, len(vectors) - len(drawn))
+    if queries is not None and len(queries) > MOST_QUERIES:
+        queries = np.random.default_rng(seed).permutation(queries)[:MOST_QUERIES]
+    chosen, index = new_index(factory, vectors.dimension, len(vectors))
     with atomic_write(output) as folder, disk_errors(folder.parent):
         folder.mkdir()
         sample = training_rows(index, len(vectors), drawn, seed)
@@ -194,17 +203,21 @@ def build_index(
     return manifest
 
 
-def new_index(factory: str, dimension: int, n_training: int) -> tuple[str, Any]:
+def new_index(factory: str, dimension: int, n_passages: int) -> tuple[str, Any]:
     """An empty index, and the FAISS factory string that made it.
 
     Args:
         factory: a name in `PRESETS`, or a factory string.
         dimension: of the vectors.
-        n_training: passages that can be trained on; where they are few, presets have few clusters.
+        n_passages: how many there are.
     """
     faiss = load_faiss()
-    clusters = min(4 * math.isqrt(n_training), n_training // FEWEST_PER_CLUSTER, MOST_CLUSTERS)
-    chosen = PRESETS.get(factory, factory).replace("{n}", str(max(1, clusters)))
+    preset = PRESETS.get(factory, factory)
+    if factory in PRESETS and n_passages < FEWEST_CLUSTERED:
+        preset = PRESETS["exact"]
+    clusters = min(CLUSTERS_PER_ROOT * math.isqrt(n_passages), MOST_CLUSTERS)
+    parts = max(size for size in range(1, dimension // 2 + 2) if dimension % size == 0)
+    chosen = preset.replace("{n}", str(clusters)).replace("{m}", str(parts))
     with refusals(factory):
         return chosen, faiss.index_factory(dimension, chosen, faiss.METRIC_INNER_PRODUCT)
 
@@ -248,14 +261,14 @@ def all_chunks(vectors: Vectors, description: str) -> Iterator[tuple[int, np.nda
 
 
 def tune(index: Any, test: HeldOutQueries, target: float) -> dict[str, int]:
-    """Set how much of an index is searched, so that recall@100 is reached at the least cost.
+    """Set how much of an index is searched, so that a recall is reached at the least cost.
 
     FAISS stores the settings with the index, so that pyserini searches with them.
 
     Args:
         index: with all vectors.
         test: the queries.
-        target: recall@100.
+        target: recall at each cut-off.
 
     Returns:
         The settings by FAISS's names: `nprobe` clusters or `efSearch` neighbours are searched, and
@@ -273,7 +286,7 @@ def tune(index: Any, test: HeldOutQueries, target: float) -> dict[str, int]:
     def recall_with(name: str, value: int) -> float:
         space.set_index_parameter(index, name, value)
         settings[name] = value
-        return test.recall(search(index, test)[0], max(CUT_OFFS))
+        return min(recalls(index, test))
 
     for factor in REFINED if "k_factor_rf" in names else (0,):
         reached = recall_with("k_factor_rf", factor) if factor else 0.0
@@ -313,25 +326,31 @@ def least_effort(recall_at: Callable[[int], float], first: int, limit: int, targ
 
 
 def measure(index: Any, test: HeldOutQueries) -> dict[str, Any]:
-    """Recall, and seconds for each query when all are searched at once; None without queries."""
+    """Recall at each cut-off, and seconds for a query at depth 100, all queries at once.
+
+    The values are None if there are no queries.
+    """
     names = [f"recall_at_{k}" for k in CUT_OFFS]
     if not len(test):
         return dict.fromkeys([*names, "seconds", "exact_seconds"])
-    found, seconds = search(index, test)
-    values = (test.recall(found, k) for k in CUT_OFFS)
+    values = recalls(index, test)
+    begun = time.perf_counter()
+    index.search(test.vectors, max(CUT_OFFS))
     return {
         **dict(zip(names, values, strict=True)),
-        "seconds": seconds,
+        "seconds": (time.perf_counter() - begun) / len(test),
         "exact_seconds": test.exact_seconds,
         "threads": load_faiss().omp_get_max_threads(),
     }
 
 
-def search(index: Any, test: HeldOutQueries) -> tuple[np.ndarray, float]:
-    """What the index finds: rows, `(n_queries, k) int64`, -1 for none; and seconds for a query."""
-    begun = time.perf_counter()
-    _, rows = index.search(test.vectors, min(index.ntotal, max(CUT_OFFS) + 1))
-    return rows, (time.perf_counter() - begun) / len(test)
+def recalls(index: Any, test: HeldOutQueries) -> list[float]:
+    """Recall at each cut-off, of a search to that depth: refinement depends on the depth."""
+    values = []
+    for k in CUT_OFFS:
+        _, found = index.search(test.vectors, k + 1)
+        values.append(test.recall(found, k))
+    return values
 
 
 def check_docids(ids: pa.Array | pa.ChunkedArray) -> None:

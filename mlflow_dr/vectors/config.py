@@ -153,7 +153,7 @@ class IndexConfig(Config):
     """A folder with vectors of queries to measure on (default: passages that are kept out of
     training)."""
     recall: Annotated[float, Field(gt=0, le=1)] = 0.99
-    """Search more clusters, or neighbours, until this recall@100 is reached."""
+    """Search more clusters, or neighbours, until this recall@10 and @100 are reached."""
     seed: Seed = 0
     log: bool = False
     """Store the index with the checkpoint's run."""

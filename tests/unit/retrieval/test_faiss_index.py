@@ -11,11 +11,13 @@ import pytest
 
 from mlflow_dr.errors import DataError, UsageError
 from mlflow_dr.retrieval.faiss_index import (
+    PRESETS,
     HeldOutQueries,
     build_index,
     check_docids,
     draw_rows,
     least_effort,
+    new_index,
 )
 from mlflow_dr.retrieval.vectors import Vectors, open_vectors
 
@@ -62,18 +64,18 @@ def read_as_pyserini(directory: Path) -> tuple[faiss.Index, list[str]]:
 def test_pyserini_finds_the_nearest_passages_in_an_index(
     factory: str, make_vectors: MakeVectors, tmp_path: Path
 ) -> None:
-    array = clustered(3000)
-    ids = [f"id {row}" for row in range(3000)]
+    array = clustered(10_000 if factory in PRESETS else 3000, 64)
+    ids = [f"id {row}" for row in range(len(array))]
     manifest = build_index(make_vectors(array, ids), tmp_path / "index", factory)
 
     index, read_ids = read_as_pyserini(tmp_path / "index")
     assert read_ids == ids
-    queries = clustered(50, seed=1)
+    queries = clustered(50, 64, seed=1)
     _, found = index.search(queries, 10)
     best = np.argsort(-queries @ array.T, axis=1)[:, :10]
     recall = np.mean([np.isin(mine, right) for mine, right in zip(found, best, strict=True)])
-    assert recall >= 0.95
-    assert manifest["recall_at_100"] >= 0.95
+    assert recall >= 0.9
+    assert manifest["recall_at_10"] >= 0.9
     assert manifest == json.loads((tmp_path / "index" / "manifest.json").read_text())
 
 
@@ -96,7 +98,8 @@ def test_settings_that_reach_the_recall_are_stored_in_the_index(
     quick = build_index(vectors, tmp_path / "quick", "IVF64,Flat", recall=0.5)
 
     assert quick["settings"]["nprobe"] < thorough["settings"]["nprobe"]
-    assert thorough["recall_at_100"] >= 0.999 > quick["recall_at_100"] >= 0.5
+    assert min(thorough["recall_at_10"], thorough["recall_at_100"]) >= 0.999
+    assert 0.999 > min(quick["recall_at_10"], quick["recall_at_100"]) >= 0.5
     index, _ = read_as_pyserini(tmp_path / "quick")
     assert faiss.extract_index_ivf(index).nprobe == quick["settings"]["nprobe"]
 
@@ -104,7 +107,7 @@ def test_settings_that_reach_the_recall_are_stored_in_the_index(
 def test_the_same_seed_gives_the_same_bytes(make_vectors: MakeVectors, tmp_path: Path) -> None:
     vectors = make_vectors(clustered(2000))
     for name in ("first", "second"):
-        build_index(vectors, tmp_path / name, "fast", seed=3)
+        build_index(vectors, tmp_path / name, "IVF20,PQ8x4fs,RFlat", seed=3)
 
     for file in ("index", "docid"):
         assert (tmp_path / "first" / file).read_bytes() == (tmp_path / "second" / file).read_bytes()
@@ -115,7 +118,15 @@ def test_given_queries_are_measured_on(make_vectors: MakeVectors, tmp_path: Path
     manifest = build_index(make_vectors(clustered(1000)), tmp_path / "index", "fast", queries)
 
     assert (manifest["queries"], manifest["queries_are"]) == (70, "given")
-    assert manifest["recall_at_100"] >= 0.99
+    assert manifest["factory"] == "Flat"  # of all presets, where there are few passages
+    assert manifest["recall_at_100"] == 1
+
+
+@pytest.mark.parametrize(("dimension", "parts"), [(384, 192), (7, 1), (9, 3), (1, 1), (10, 5)])
+def test_presets_fit_any_dimension(dimension: int, parts: int) -> None:
+    factory, index = new_index("fast", dimension, 1_000_000)
+    assert factory == f"IVF2000,PQ{parts}x4fs,Refine(SQfp16)"
+    assert index.d == dimension
 
 
 def test_held_out_passages_are_not_trained_on() -> None:
