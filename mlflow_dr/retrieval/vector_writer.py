@@ -67,6 +67,7 @@ def write_shard(
     encode: Encode,
     *,
     replace: bool = False,
+    quiet: bool = False,
 ) -> VectorManifest:
     """Encode a shard into files, or go on where a killed process has stopped.
 
@@ -79,6 +80,7 @@ def write_shard(
         ids: of all texts.
         encode: makes the vectors.
         replace: whether vectors of another encoder, corpus or format are replaced.
+        quiet: no progress bar.
 
     Returns:
         The complete manifest.
@@ -104,7 +106,8 @@ def write_shard(
         if finished is None:
             _remove_others(output, manifest)
             folder.mkdir(exist_ok=True)
-            _encode_into(folder, manifest, batches, rows, taken, encode, replace)
+            done = _batches_done(folder, _key(manifest), replace)
+            _encode_into(folder, manifest, batches, done, taken, rows, encode, quiet)
             finished = _write_files(output, manifest, folder, taken)
         _clean(output, manifest, folder)
     return finished
@@ -158,16 +161,26 @@ def _encode_into(
     folder: Path,
     manifest: VectorManifest,
     batches: Sequence[np.ndarray],
-    rows: np.ndarray,
+    done: int,
     ids: pa.ChunkedArray,
+    rows: np.ndarray,
     encode: Encode,
-    replace: bool,
+    quiet: bool,
 ) -> None:
-    """Write the vectors of a shard into one file, `(len(rows), dimension)`."""
+    """Write the vectors of a shard into one file, `(len(rows), dimension)`.
+
+    Args:
+        folder: of the file.
+        manifest: of the shard.
+        batches: all of the shard.
+        done: how many of them an earlier process has written.
+        ids: of the shard's vectors.
+        rows: of the shard's vectors, ascending, `(n,) int64`.
+        encode: makes the vectors.
+        quiet: no progress bar.
+    """
     shape, dtype = (len(rows), manifest.dimension), NUMBERS[manifest.vector_dtype]
-    names_only = ("encoder", "dataset")
-    key = digest_of(*(v for name, v in _plain(manifest).items() if name not in names_only))
-    path, done = folder / VECTORS, min(_batches_done(folder, key, replace), len(batches))
+    key, path, done = _key(manifest), folder / VECTORS, min(done, len(batches))
     header = _npy_header(shape, dtype)
     size = len(header) + len(rows) * manifest.dimension * dtype.itemsize
     if not path.is_file() or path.stat().st_size != size:
@@ -179,7 +192,7 @@ def _encode_into(
         writer = _RowWriter(file, len(header), rows, ids, manifest)
         total = sum(map(len, batches))
         saved = time.monotonic()
-        with progress_bar(total, f"encoding the {manifest.kind}", manifest.kind) as bar:
+        with progress_bar(total, f"encoding the {manifest.kind}", manifest.kind, quiet) as bar:
             bar.update(sum(map(len, batches[:done])))
             for batch_rows, vectors in encode(batches[done:]):
                 writer.write(batch_rows, vectors)
@@ -262,6 +275,12 @@ def _save(file: int, folder: Path, progress: _Progress) -> None:
     os.fsync(file)
     with atomic_write(folder / PROGRESS) as partial:
         partial.write_bytes(msgspec.json.encode(progress))
+
+
+def _key(manifest: VectorManifest) -> str:
+    """Of what the vectors depend on; names of encoder and collection may change."""
+    names = ("encoder", "dataset")
+    return digest_of(*(value for name, value in _plain(manifest).items() if name not in names))
 
 
 def _plain(manifest: VectorManifest) -> dict[str, Any]:
