@@ -37,11 +37,12 @@ def encode_command(config: EncodeConfig) -> int:
 
     from mlflow_dr.vectors.encoding import encode
 
-    manifest = encode(config)
-    of = f"shard {manifest.shard}/{manifest.shards}, " if manifest.shards > 1 else ""
+    manifests = encode(config)
+    first, rows = manifests[0], sum(manifest.rows for manifest in manifests)
+    of = f"shard {first.shard}/{first.shards}, " if len(manifests) < first.shards else ""
     click.echo(
-        f"{of}{manifest.rows} of {manifest.texts} {manifest.kind}, {manifest.dimension} "
-        f"dimensions, {manifest.vector_dtype}"
+        f"{of}{rows} of {first.texts} {first.kind}, {first.dimension} dimensions, "
+        f"{first.vector_dtype}"
     )
     click.echo(f"wrote {config.output}")
     return 0

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from typing import Annotated, Any, Literal, Self
 
 from pydantic import AfterValidator, Field, model_validator
@@ -14,8 +15,10 @@ from mlflow_dr.fields import (
     Count,
     Depth,
     Device,
+    Devices,
     Dtype,
     EncoderOverrides,
+    EngineName,
     File,
     Files,
     Force,
@@ -45,6 +48,19 @@ def parse_shard(text: str) -> tuple[int, int]:
     return number, count
 
 
+def parse_shards(text: str) -> tuple[Sequence[int], int]:
+    """Which shards, and how many there are, of `0/4` (one of them) or `all/4`.
+
+    Raises:
+        UsageError: it is something else.
+    """
+    which, _, count = text.partition("/")
+    if which == "all" and SHARD.fullmatch(f"0/{count}") and int(count):
+        return range(int(count)), int(count)
+    number, shards = parse_shard(text)
+    return [number], shards
+
+
 Shard = Annotated[
     str,
     AfterValidator(checked(parse_shard)),
@@ -60,10 +76,13 @@ class EncodeConfig(CollectionConfig, EncoderOverrides):
     """Encode the queries of this split instead of the passages."""
     output: File | None = None
     """The folder to write. If it has a part of these vectors already, that is kept."""
-    shard: Shard = "0/1"
+    shard: Annotated[str, AfterValidator(checked(parse_shards))] | None = None
+    """I/N: only this shard of N, numbered from 0; all/N: all of them, one after another or on
+    several devices (default: all/1, on several devices all/64)."""
+    engine: EngineName = "local"
     file_format: Annotated[Literal["parquet", "npy", "tevatron"], Flag("--format")] = "parquet"
     """Parquet files, NumPy files with a text file of ids each, or Tevatron's pickles."""
-    device: Device = "auto"
+    device: Devices = "auto"
     dtype: Dtype = "auto"
     """How the encoder computes: auto (bf16 where the hardware multiplies it, else fp32), fp32, bf16
     or fp16. With fp16 the vectors are stored in fp16, too; a processor computes them in fp32."""

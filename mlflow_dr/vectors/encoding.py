@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator, Sequence
-from dataclasses import asdict
+from collections.abc import Iterable, Mapping, Sequence
+from contextlib import closing
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -16,87 +17,180 @@ import torch
 from mlflow_dr.cache import unchanged_cache
 from mlflow_dr.collection.catalogue import Collection, check_split, open_collection
 from mlflow_dr.collection.records import Topics
-from mlflow_dr.devices import dtype_name, resolve_device, resolve_dtype, torch_dtype
+from mlflow_dr.devices import dtype_name
 from mlflow_dr.encoder.config import EncoderConfig
 from mlflow_dr.encoder.directory import load_encoder
 from mlflow_dr.encoder.model import Encoder
 from mlflow_dr.encoder.token_table import TokenTable, corpus_tokens, token_table
 from mlflow_dr.encoder.tokenize import TextTokenizer, append_eos
-from mlflow_dr.errors import UsageError
+from mlflow_dr.engines.engine import Engine
+from mlflow_dr.engines.opening import open_engine
+from mlflow_dr.errors import UnavailableError, UsageError
 from mlflow_dr.files import usable_cores
+from mlflow_dr.progress import progress_bar
 from mlflow_dr.retrieval.encode import TOKENS_PER_BATCH, encode_batches, plan_batches
 from mlflow_dr.retrieval.vector_writer import write_shard
 from mlflow_dr.retrieval.vectors import VectorManifest, damage, missing_shards, read_manifests
 from mlflow_dr.tracking.encoders import encoder_errors, local_encoder, resolve_encoder
-from mlflow_dr.vectors.config import EncodeConfig, parse_shard
+from mlflow_dr.vectors.config import EncodeConfig, parse_shards
 
 HALF = "fp16"
+SHARDS_OF_SEVERAL = 64
+"""Into how many shards several devices encode, however many they are."""
+
+
+@dataclass(frozen=True)
+class WriteShard:
+    """Encodes a shard and writes its files; see `Work`. They are written where the worker is.
+
+    Attributes:
+        output: the folder.
+        manifest: of each shard, but for its number.
+        numbers: the first row of a shard -> its number.
+        ids: of all texts.
+        pad_id: the token id of padding.
+        replace: whether vectors of another encoder, corpus or format are replaced.
+        quiet: no progress bar.
+    """
+
+    output: Path
+    manifest: VectorManifest
+    numbers: Mapping[int, int]
+    ids: pa.ChunkedArray
+    pad_id: int
+    replace: bool
+    quiet: bool
+
+    def __call__(
+        self, encoder: Encoder, table: TokenTable, batches: Iterable[np.ndarray]
+    ) -> VectorManifest:
+        """The manifest of the shard."""
+        shard = list(batches)
+        number = self.numbers[int(shard[0][0])]
+        of_kind = encoder if self.manifest.kind == "passages" else encoder.query_encoder
+        return write_shard(
+            self.output,
+            msgspec.structs.replace(self.manifest, shard=number),
+            shard,
+            self.ids,
+            lambda left: encode_batches(of_kind, table, self.pad_id, left),
+            replace=self.replace,
+            quiet=self.quiet,
+        )
 
 
 @unchanged_cache()
-def encode(config: EncodeConfig) -> VectorManifest:
-    """Encode a shard of a corpus, or of the queries of a split, into files.
+def encode(config: EncodeConfig) -> list[VectorManifest]:
+    """Encode a corpus, or the queries of a split, into files; all shards or one of them.
 
     Args:
         config: the encoder, the collection and the folder.
 
     Returns:
-        The manifest of the shard.
+        The manifests of the shards.
 
     Raises:
         UsageError: an unknown dataset, split, device or encoder, or a folder with other vectors.
         DataError: the collection's files are damaged, or ids do not fit the format.
         CheckpointError: the encoder's files are damaged, or it gives NaN.
+        UnavailableError: there is no Ray cluster, or its nodes do not share the folder.
     """
     assert config.output is not None
-    device = resolve_device(config.device)
-    dtype = dtype_name(config.dtype)
-    computed = "fp32" if dtype == HALF and device.type == "cpu" else resolve_dtype(dtype, device)
     name, _ = config.named_dataset()
     if name is None:
         raise UsageError("give --dataset, or --candidate-dir, --query-files and --qrel-files")
     collection = open_collection(name)
     if config.split is not None:
         check_split(collection, config.split)
-    encoder = named_encoder(config, config.encoder)
-    if config.append_eos_token:
-        for part in encoder.distinct_encoders:
-            append_eos(part.tokenizer)
-    texts = _passages(encoder, collection)
-    if config.split is not None:
-        texts = query_texts(encoder, collection.topics(config.split))
-    budget = config.tokens_per_batch or TOKENS_PER_BATCH[device.type]
-    shard, shards = parse_shard(config.shard)
-    batches = plan_batches(texts.table.lengths, budget)[shard::shards]
-    manifest = VectorManifest(
-        kind="passages" if config.split is None else "queries",
-        dataset=name,
-        split=config.split,
-        texts=len(texts.table),
-        texts_digest=texts.digest,
-        encoder=config.encoder,
-        encoder_digest=encoder_digest(encoder),
-        settings=asdict(texts.encoder.settings),
-        dimension=encoder.dimension,
-        similarity="cosine" if texts.encoder.settings.normalize else "dot",
-        dtype=computed,
-        vector_dtype="fp16" if dtype == HALF else "fp32",
-        file_format=config.file_format,
-        tokens_per_batch=budget,
-        shard=shard,
-        shards=shards,
-    )
-
-    def encoded(batches: Sequence[np.ndarray]) -> Iterator[tuple[np.ndarray, torch.Tensor]]:
-        target = texts.encoder.eval().to(device, torch_dtype(computed))
-        return encode_batches(target, texts.table, texts.pad_id, batches)
-
-    finished = write_shard(
-        config.output, manifest, batches, texts.ids, encoded, replace=config.force
-    )
+    with closing(open_engine(config.engine, config.device)) as engine:
+        is_half = dtype_name(config.dtype) == HALF
+        dtype = "fp32" if is_half and engine.device.type == "cpu" else config.dtype
+        dtype = engine.resolve_dtype(dtype)
+        encoder = named_encoder(config, config.encoder)
+        if config.append_eos_token:
+            for part in encoder.distinct_encoders:
+                append_eos(part.tokenizer)
+        texts = _passages(encoder, collection)
+        if config.split is not None:
+            texts = query_texts(encoder, collection.topics(config.split))
+        numbers, shards = parse_shards(config.shard or _all_shards(engine))
+        manifest = VectorManifest(
+            kind="passages" if config.split is None else "queries",
+            dataset=name,
+            split=config.split,
+            texts=len(texts.table),
+            texts_digest=texts.digest,
+            encoder=config.encoder,
+            encoder_digest=encoder_digest(encoder),
+            settings=asdict(texts.encoder.settings),
+            dimension=encoder.dimension,
+            similarity="cosine" if texts.encoder.settings.normalize else "dot",
+            dtype=dtype,
+            vector_dtype="fp16" if is_half else "fp32",
+            file_format=config.file_format,
+            tokens_per_batch=config.tokens_per_batch or TOKENS_PER_BATCH[engine.device.type],
+            shard=numbers[0],
+            shards=shards,
+        )
+        finished = _write_shards(config, engine, encoder, texts, manifest, numbers)
     if config.log:
         _log(config, finished)
     return finished
+
+
+def _all_shards(engine: Engine) -> str:
+    return f"all/{SHARDS_OF_SEVERAL if engine.n_shards > 1 else 1}"
+
+
+def _write_shards(
+    config: EncodeConfig,
+    engine: Engine,
+    encoder: Encoder,
+    texts: Texts,
+    manifest: VectorManifest,
+    numbers: Sequence[int],
+) -> list[VectorManifest]:
+    """Let an engine write shards; their manifests by number."""
+    assert config.output is not None
+    output, lengths = config.output.absolute(), texts.table.lengths
+    batches = plan_batches(lengths, manifest.tokens_per_batch)
+    of_shard = {number: batches[number :: manifest.shards] for number in numbers}
+    # an engine has no use for a shard without texts
+    finished = [
+        write_shard(
+            output,
+            msgspec.structs.replace(manifest, shard=number),
+            [],
+            texts.ids,
+            lambda _: iter(()),
+            replace=config.force,
+        )
+        for number, shard in of_shard.items()
+        if not shard
+    ]
+    full = {number: shard for number, shard in of_shard.items() if shard}
+    work = WriteShard(
+        output,
+        manifest,
+        {int(shard[0][0]): number for number, shard in full.items()},
+        texts.ids,
+        texts.pad_id,
+        config.force,
+        quiet=engine.n_shards > 1,
+    )
+    total = sum(len(batch) for shard in full.values() for batch in shard)
+    engine.load(encoder, manifest.dtype)
+    kind = manifest.kind
+    with progress_bar(total, f"encoding the {kind}", kind, quiet=not work.quiet) as bar:
+        finished += engine.map(work, texts.table, list(full.values()), bar.update)
+    here = {found.name for found in read_manifests(output)}
+    if elsewhere := [each.name for each in finished if each.name not in here]:
+        raise UnavailableError(
+            f"{output}: {elsewhere[0]} was written on another machine; choose a folder that all "
+            "nodes of the cluster share",
+            lasting=True,
+        )
+    return sorted(finished, key=lambda each: each.shard)
 
 
 def check_vectors(path: Path) -> list[str]:
@@ -192,8 +286,8 @@ def query_texts(encoder: Encoder, topics: Topics) -> Texts:
     return Texts(table, ids, topics.digest, query_encoder, tokenizer.pad_id)
 
 
-def _log(config: EncodeConfig, manifest: VectorManifest) -> None:
-    """Store a manifest with the run of the encoder's checkpoint."""
+def _log(config: EncodeConfig, manifests: Sequence[VectorManifest]) -> None:
+    """Store manifests with the run of the encoder's checkpoint."""
     from mlflow_dr.tracking.client import connect
     from mlflow_dr.tracking.runs import find_run
 
@@ -201,6 +295,11 @@ def _log(config: EncodeConfig, manifest: VectorManifest) -> None:
     checkpoint = resolve_encoder(config.encoder, config.tracking_uri)
     assert not isinstance(checkpoint, str)
     folder = f"vectors/step-{checkpoint.step:08}-{checkpoint.model_id}"
-    text = msgspec.json.format(msgspec.json.encode(manifest)).decode() + "\n"
-    file = f"{folder}/{manifest.kind}-{manifest.texts_digest[:12]}-{manifest.name}"
-    find_run(client, checkpoint.run_id).log_report({}, {file: text})
+    files = {
+        f"{folder}/{each.kind}-{each.texts_digest[:12]}-{each.name}": msgspec.json.format(
+            msgspec.json.encode(each)
+        ).decode()
+        + "\n"
+        for each in manifests
+    }
+    find_run(client, checkpoint.run_id).log_report({}, files)

@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 
 from mlflow_dr.errors import UsageError
-from mlflow_dr.vectors.config import EncodeConfig, SearchConfig, parse_shard
+from mlflow_dr.vectors.config import EncodeConfig, SearchConfig, parse_shard, parse_shards
 
 
 def test_shards_are_numbered_from_zero() -> None:
@@ -20,6 +20,14 @@ def test_shards_that_do_not_exist(text: str) -> None:
         parse_shard(text.replace("0/0", "0/0/4"))
     with pytest.raises(UsageError, match="shard"):
         EncodeConfig(encoder="e", dataset="d", output=Path("o"), shard=text)
+
+
+def test_all_shards() -> None:
+    assert parse_shards("all/3") == (range(3), 3)
+    assert parse_shards("2/3") == ([2], 3)
+    for text in ("all/0", "all", "all/x", "every/3", "all/1/2"):
+        with pytest.raises(UsageError, match="shard"):
+            parse_shards(text)
 
 
 @pytest.mark.parametrize(

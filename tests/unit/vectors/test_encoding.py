@@ -89,11 +89,35 @@ def test_shards_have_the_bits_of_the_whole(
     assert check_vectors(tmp_path / "shards") == []
 
 
+def test_all_shards_by_one_command(folder: Path, encoder: Encoder, tmp_path: Path) -> None:
+    for split in (None, "dev"):
+        for shard in range(5):
+            encode(asked(folder, output=tmp_path / f"one{split}", shard=f"{shard}/5", split=split))
+        output = tmp_path / f"all{split}"
+        manifests = encode(asked(folder, output=output, shard="all/5", split=split))
+        assert [manifest.shard for manifest in manifests] == list(range(5))
+        for path in (tmp_path / f"one{split}").iterdir():
+            assert (output / path.name).read_bytes() == path.read_bytes()
+
+
+def test_several_devices_write_the_same_shards_however_many_they_are(
+    folder: Path, encoder: Encoder, tmp_path: Path
+) -> None:
+    manifests = encode(asked(folder, device="cpu,cpu"))
+    assert {manifest.shards for manifest in manifests} == {64}
+    assert sum(manifest.rows for manifest in manifests) == 40
+    assert check_vectors(tmp_path / "vectors") == []
+    encode(asked(folder, output=tmp_path / "one"))
+    whole, parts = open_vectors(tmp_path / "one"), open_vectors(tmp_path / "vectors")
+    order = np.argsort([int(name[1:]) for name in parts.ids.to_pylist()])
+    np.testing.assert_array_equal(parts.read()[order], whole.read())
+
+
 def test_half_precision_is_stored_and_computed_in_fp32_on_a_processor(
     folder: Path, encoder: Encoder, tmp_path: Path
 ) -> None:
     encode(asked(folder))
-    manifest = encode(asked(folder, output=tmp_path / "half", dtype="fp16"))
+    (manifest,) = encode(asked(folder, output=tmp_path / "half", dtype="fp16"))
     assert (manifest.dtype, manifest.vector_dtype) == ("fp32", "fp16")
     whole = open_vectors(tmp_path / "vectors").read()
     half = open_vectors(tmp_path / "half").read()
@@ -147,7 +171,7 @@ def test_the_manifest_is_stored_with_the_checkpoints_run(
 ) -> None:
     model = publish(run, tmp_path / "encoder", 30)
     uri = f"models:/{model}"
-    manifest = encode(asked(folder, encoder=uri, log=True))
+    (manifest,) = encode(asked(folder, encoder=uri, log=True))
     (entry,) = run.client.list_artifacts(run.id, "vectors")
     assert entry.path == f"vectors/step-00000030-{model}"
     (file,) = run.client.list_artifacts(run.id, entry.path)
