@@ -26,9 +26,9 @@ def encode_command(config: EncodeConfig) -> int:
         mlflow-dr encode --check passages
     """
     if config.check is not None:
-        from mlflow_dr.vectors.encoding import check_vectors
+        from mlflow_dr.vectors.encoding import missing_vectors
 
-        faults = check_vectors(config.check)
+        faults = missing_vectors(config.check)
         for fault in faults:
             click.echo(fault)
         if not faults:

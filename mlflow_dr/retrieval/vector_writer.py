@@ -30,17 +30,16 @@ from torch import Tensor
 from mlflow_dr.errors import CheckpointError, DataError, UsageError, quoted
 from mlflow_dr.files import atomic_write, digest_of, file_sha256
 from mlflow_dr.progress import progress_bar
-from mlflow_dr.retrieval.vectors import (
-    DOCID,
+from mlflow_dr.retrieval.vector_manifest import (
     NPY,
     PARQUET,
     TEVATRON,
-    VECTOR,
     VectorFile,
     VectorManifest,
     damage,
     read_manifests,
 )
+from mlflow_dr.retrieval.vectors import DOCID, VECTOR
 
 BYTES_PER_FILE = 1 << 30
 BYTES_PER_GROUP = 1 << 24

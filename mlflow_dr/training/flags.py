@@ -26,11 +26,11 @@ HELP = "`mlflow-dr train --help` lists all"
 
 def flag(default: Any, help: str, *aliases: str, **options: Any) -> Any:
     """A dataclass field for HfArgumentParser; aliases are spelled with dashes or underscores."""
-    spellings = dict.fromkeys(s for name in aliases for s in (name, dashed(name)))
+    spellings = dict.fromkeys(s for name in aliases for s in (name, _dashed(name)))
     return field(default=default, metadata={"help": help, "aliases": list(spellings), **options})
 
 
-def dashed(name: str) -> str:
+def _dashed(name: str) -> str:
     """A flag's name with dashes instead of underscores."""
     return "--" + name.removeprefix("--").replace("_", "-")
 
@@ -129,7 +129,7 @@ def _spellings(name: str, made: ast.Call) -> set[str]:
     defaults = [word.value for word in made.keywords if word.arg == "default"] or made.args
     if defaults and isinstance(defaults[0], ast.Constant) and defaults[0].value is True:
         spellings.add(f"--no_{name}")  # HfArgumentParser adds the opposite
-    return spellings | {dashed(spelling) for spelling in spellings}
+    return spellings | {_dashed(spelling) for spelling in spellings}
 
 
 LARGEST = 2**31 - 1

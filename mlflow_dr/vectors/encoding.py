@@ -29,8 +29,13 @@ from mlflow_dr.errors import UnavailableError, UsageError
 from mlflow_dr.files import usable_cores
 from mlflow_dr.progress import progress_bar
 from mlflow_dr.retrieval.encode import TOKENS_PER_BATCH, encode_batches, plan_batches
+from mlflow_dr.retrieval.vector_manifest import (
+    VectorManifest,
+    damage,
+    missing_shards,
+    read_manifests,
+)
 from mlflow_dr.retrieval.vector_writer import write_shard
-from mlflow_dr.retrieval.vectors import VectorManifest, damage, missing_shards, read_manifests
 from mlflow_dr.tracking.encoders import encoder_errors, local_encoder, resolve_encoder
 from mlflow_dr.vectors.config import EncodeConfig, parse_shards
 
@@ -193,7 +198,7 @@ def _write_shards(
     return sorted(finished, key=lambda each: each.shard)
 
 
-def check_vectors(path: Path) -> list[str]:
+def missing_vectors(path: Path) -> list[str]:
     """What is missing or damaged in a folder of vectors; nothing if it is complete.
 
     Raises:

@@ -22,8 +22,9 @@ import torch
 
 from mlflow_dr.errors import CheckpointError, DataError, UsageError
 from mlflow_dr.retrieval import vector_writer
+from mlflow_dr.retrieval.vector_manifest import VectorManifest
 from mlflow_dr.retrieval.vector_writer import write_shard
-from mlflow_dr.retrieval.vectors import VectorManifest, open_vectors
+from mlflow_dr.retrieval.vectors import open_vectors
 
 NUMBERS = np.random.default_rng(0).standard_normal((40, 6)).astype(np.float32)
 IDS = pa.chunked_array([[f"p {n}" for n in range(15)], [f"p {n}" for n in range(15, 40)]])

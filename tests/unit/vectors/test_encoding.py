@@ -21,7 +21,7 @@ from mlflow_dr.tracking.checkpoints import publish
 from mlflow_dr.tracking.runs import TrackedRun
 from mlflow_dr.vectors import encoding
 from mlflow_dr.vectors.config import EncodeConfig
-from mlflow_dr.vectors.encoding import check_vectors, encode, encoder_digest
+from mlflow_dr.vectors.encoding import encode, encoder_digest, missing_vectors
 
 
 @pytest.fixture
@@ -86,7 +86,7 @@ def test_shards_have_the_bits_of_the_whole(
     whole, parts = open_vectors(tmp_path / "vectors"), open_vectors(tmp_path / "shards")
     order = np.argsort([int(name[1:]) for name in parts.ids.to_pylist()])
     np.testing.assert_array_equal(parts.read()[order], whole.read())
-    assert check_vectors(tmp_path / "shards") == []
+    assert missing_vectors(tmp_path / "shards") == []
 
 
 def test_all_shards_by_one_command(folder: Path, encoder: Encoder, tmp_path: Path) -> None:
@@ -106,7 +106,7 @@ def test_several_devices_write_the_same_shards_however_many_they_are(
     manifests = encode(asked(folder, device="cpu,cpu"))
     assert {manifest.shards for manifest in manifests} == {64}
     assert sum(manifest.rows for manifest in manifests) == 40
-    assert check_vectors(tmp_path / "vectors") == []
+    assert missing_vectors(tmp_path / "vectors") == []
     encode(asked(folder, output=tmp_path / "one"))
     whole, parts = open_vectors(tmp_path / "one"), open_vectors(tmp_path / "vectors")
     order = np.argsort([int(name[1:]) for name in parts.ids.to_pylist()])
@@ -135,15 +135,15 @@ def test_nothing_is_encoded_twice(
 def test_what_is_missing_or_damaged_is_said(folder: Path, encoder: Encoder, tmp_path: Path) -> None:
     output = tmp_path / "vectors"
     with pytest.raises(UsageError, match="no such folder"):
-        check_vectors(output)
+        missing_vectors(output)
     for shard in (0, 2, 3):
         encode(asked(folder, shard=f"{shard}/5"))
-    assert check_vectors(output) == ["--shard 1/5 is missing", "--shard 4/5 is missing"]
+    assert missing_vectors(output) == ["--shard 1/5 is missing", "--shard 4/5 is missing"]
     (file,) = output.glob("*00002-of-00005*.parquet")
     content = file.read_bytes()
     file.write_bytes(content[:60] + b"XY" + content[62:])
     (output / ".encode-00004-of-00005").mkdir()
-    assert check_vectors(output) == [
+    assert missing_vectors(output) == [
         "encode-00004-of-00005 is not finished; run the same command again",
         f"{file.name} has other bytes than were written (SHA-256 differs); encode with --shard 2/5",
         *("--shard 1/5 is missing", "--shard 4/5 is missing"),
@@ -151,7 +151,7 @@ def test_what_is_missing_or_damaged_is_said(folder: Path, encoder: Encoder, tmp_
     (output / ".encode-00004-of-00005").rmdir()
     for shard in (1, 2, 4):
         encode(asked(folder, shard=f"{shard}/5"))
-    assert check_vectors(output) == []
+    assert missing_vectors(output) == []
 
 
 def test_the_digest_of_an_encoder_is_of_weights_and_pooling(
