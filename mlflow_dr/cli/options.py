@@ -27,7 +27,7 @@ class TakesSeveral(click.Command):
 
     def __init__(self, name: str | None, **settings: Any) -> None:
         super().__init__(name, **settings)
-        self.context_settings = {"token_normalize_func": dashed, **self.context_settings}
+        self.context_settings = {"token_normalize_func": with_dashes, **self.context_settings}
 
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
         """Repeat a flag that may be repeated before each of its values, then parse."""
@@ -35,12 +35,12 @@ class TakesSeveral(click.Command):
         if has_argument and args and args[0].startswith("-"):
             return super().parse_args(ctx, args)
         options = [param for param in self.params if getattr(param, "multiple", False)]
-        names = {name for option in options for name in map(dashed, option.opts)}
+        names = {name for option in options for name in map(with_dashes, option.opts)}
         spread: list[str] = []
         option, values = "", 0
         for word in args:
             if word.startswith("-"):
-                option, values = word if dashed(word) in names else "", 0
+                option, values = word if with_dashes(word) in names else "", 0
             elif option:
                 spread += [option] if values else []
                 values += 1
@@ -48,7 +48,7 @@ class TakesSeveral(click.Command):
         return super().parse_args(ctx, spread)
 
 
-def dashed(name: str) -> str:
+def with_dashes(name: str) -> str:
     """The name of a flag with dashes for underscores."""
     return name.replace("_", "-")
 
@@ -125,7 +125,7 @@ def _names(name: str, field: FieldInfo) -> list[str]:
     flag = flag_of(field)
     if flag.positional:
         return [name.upper()]
-    return list(dict.fromkeys([*flag.names, f"--{dashed(name)}"]))
+    return list(dict.fromkeys([*flag.names, f"--{with_dashes(name)}"]))
 
 
 def _parameter(name: str, field: FieldInfo) -> Callable[..., Any]:

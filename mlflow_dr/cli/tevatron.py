@@ -13,7 +13,7 @@ from pathlib import Path
 
 import click
 
-from mlflow_dr.cli.options import TakesSeveral, dashed
+from mlflow_dr.cli.options import TakesSeveral, with_dashes
 from mlflow_dr.errors import UsageError
 from mlflow_dr.files import is_path
 
@@ -189,7 +189,7 @@ def _split(args: list[str], values: set[str], switches: set[str]) -> tuple[Given
     words = iter(args)
     for word in words:
         flag, equals, value = word.partition("=")
-        name = dashed(flag)
+        name = with_dashes(flag)
         if name in values:
             given[name] = value if equals else next(words, "")
             if not given[name]:

@@ -160,31 +160,17 @@ def build_index(
     if queries is not None and len(queries) > MOST_QUERIES:
         queries = np.random.default_rng(seed).permutation(queries)[:MOST_QUERIES]
     chosen, index = new_index(factory, vectors.dimension, len(vectors))
-    with atomic_write(output) as folder, disk_errors(folder.parent):
+    with atomic_write(output) as folder, refusals(chosen), disk_errors(folder.parent):
         folder.mkdir()
-        sample = training_rows(index, len(vectors), drawn, seed)
-        known = rows_of(vectors, np.concatenate([drawn, sample]))
-        if len(sample):
-            with refusals(chosen):
-                index.train(known[len(drawn) :])
-        if queries is None:
-            test = HeldOutQueries(known[: len(drawn)].copy(), drawn, len(vectors))
-        else:
-            test = HeldOutQueries(queries, np.full(len(queries), -1), len(vectors))
-        del known
-        for start, chunk in all_chunks(vectors, "adding vectors"):
-            with refusals(chosen):
-                index.add(chunk)
-            test.update(chunk, start)
-        settings = tune(index, test, recall) if len(test) else {}
+        test, n_trained = fill(index, vectors, drawn, queries, seed)
         manifest = {
             "factory": chosen,
             "similarity": "dot",
             "dimension": vectors.dimension,
             "passages": len(vectors),
             "faiss": load_faiss().__version__,
-            "settings": settings,
-            "trained_on": len(sample),
+            "settings": tune(index, test, recall) if len(test) else {},
+            "trained_on": n_trained,
             "seed": seed,
             "queries": len(test),
             "queries_are": "passages" if queries is None else "given",
@@ -202,6 +188,36 @@ def build_index(
         }
         (folder / MANIFEST).write_text(json.dumps(manifest, indent=1) + "\n", encoding="utf-8")
     return manifest
+
+
+def fill(
+    index: Any, vectors: Vectors, drawn: np.ndarray, queries: np.ndarray | None, seed: int
+) -> tuple[HeldOutQueries, int]:
+    """Train an index, add all vectors, and search them exactly.
+
+    Args:
+        index: an empty one.
+        vectors: of the passages.
+        drawn: rows of passages that stand for queries, `(n,) int64`; they are not trained on.
+        queries: vectors of queries instead, `(n, dim) float32`.
+        seed: of the sample that is trained on.
+
+    Returns:
+        The queries with their exact results, and the number of passages that were trained on.
+    """
+    sample = training_rows(index, len(vectors), drawn, seed)
+    known = rows_of(vectors, np.concatenate([drawn, sample]))
+    if len(sample):
+        index.train(known[len(drawn) :])
+    if queries is None:
+        test = HeldOutQueries(known[: len(drawn)].copy(), drawn, len(vectors))
+    else:
+        test = HeldOutQueries(queries, np.full(len(queries), -1), len(vectors))
+    del known
+    for start, chunk in all_chunks(vectors, "adding vectors"):
+        index.add(chunk)
+        test.update(chunk, start)
+    return test, len(sample)
 
 
 def new_index(factory: str, dimension: int, n_passages: int) -> tuple[str, Any]:
@@ -383,7 +399,9 @@ def refusals(factory: str) -> Iterator[None]:
         yield
     except RuntimeError as error:
         found = FAISS_ERROR.search(str(error))
-        words = " ".join((found[1] if found else str(error)).split())
+        if not found:
+            raise
+        words = " ".join(found[1].split())
         raise UsageError(f"--factory {quoted(factory)}: FAISS says: {words}") from error
 
 
