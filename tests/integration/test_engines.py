@@ -12,7 +12,7 @@ import pytest
 from mlflow import MlflowClient
 
 QUALITY = ("mrr_at_10", "ndcg_at_10", "recall_at_100")
-STEPS = [1, 2, 3]
+STEPS = [1, 2]
 
 
 @pytest.fixture
@@ -52,13 +52,14 @@ def test_a_validator_on_ray_loses_an_actor_and_writes_all_points(
     for line in validator.stdout:
         printed.append(line)
         if line.startswith("step 1:"):
+            started = psutil.Process(validator.pid).children(recursive=True)
             actors = encoding(validator, "ray::ShardActor")
             assert len(actors) == 2
             actors[0].send_signal(signal.SIGKILL)
-    left = psutil.Process(os.getpid()).children(recursive=True)
     assert validator.wait() == 0, printed
     assert not any("Traceback" in line for line in printed)
-    assert not [child for child in left if "ray" in child.name()]
+    _, left = psutil.wait_procs(started, timeout=60)
+    assert not left
     on_ray, calm = points(client, run_id, "val"), points(client, run_id, "calm")
     for metric in QUALITY:
         assert sorted(on_ray[metric]) == STEPS
@@ -72,7 +73,7 @@ def test_a_validator_that_is_stopped_leaves_no_processes(
     start: Callable[..., subprocess.Popen],
     server: str,
 ) -> None:
-    run_id = publish_noise(*STEPS, status="RUNNING")
+    run_id = publish_noise(1, status="RUNNING")
     validator = start(
         *(sys.executable, "-m", "mlflow_dr", "validate", "--run-id", run_id),
         *("--device", "cpu,cpu", "--poll-seconds", "0.2"),
@@ -81,7 +82,7 @@ def test_a_validator_that_is_stopped_leaves_no_processes(
     printed = []
     for line in validator.stdout:
         printed.append(line)
-        if line.startswith("step 3:"):
+        if line.startswith("step 1:"):
             children = encoding(validator, "multiprocessing")
             assert len(children) >= 2
             os.killpg(validator.pid, number) if number == signal.SIGINT else validator.kill()
