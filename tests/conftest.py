@@ -11,6 +11,7 @@ import copy
 import gc
 import itertools
 import json
+import signal
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -19,6 +20,8 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 if TYPE_CHECKING:
+    from forks import Forks
+
     from mlflow_dr.encoder.model import Encoder
     from mlflow_dr.extensions import Registry
 
@@ -65,6 +68,11 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
     return Scheduling(config, log)
 
 
+def pytest_configure() -> None:
+    """Have Ctrl-C raise also where a shell runs pytest in its background, and Python ignores it."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     items.sort(key=lambda item: _order(item.nodeid))
 
@@ -96,6 +104,12 @@ def own_cache(cache_folders: Iterator[Path], monkeypatch: pytest.MonkeyPatch) ->
     return folder
 
 
+def _shared_by_all(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A directory that all processes of a test run share."""
+    directory = tmp_path_factory.getbasetemp()
+    return directory.parent if "PYTEST_XDIST_WORKER" in os.environ else directory
+
+
 @pytest.fixture(scope="session")
 def empty_store(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A database of MLflow's without runs, to be copied: making one takes longer than a second.
@@ -105,15 +119,45 @@ def empty_store(tmp_path_factory: pytest.TempPathFactory) -> Path:
     from filelock import FileLock
     from mlflow import MlflowClient
 
-    directory = tmp_path_factory.getbasetemp()
-    if "PYTEST_XDIST_WORKER" in os.environ:
-        directory = directory.parent
+    directory = _shared_by_all(tmp_path_factory)
     path = directory / "empty.db"
     with FileLock(directory / "empty.lock"):
         if not path.exists():
             MlflowClient(f"sqlite:///{directory}/begun.db").search_experiments()
             (directory / "begun.db").rename(path)
     return path
+
+
+@pytest.fixture(scope="session")
+def environment(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    """What our processes see: a cache and a temporary folder of their own, no network."""
+    directory = tmp_path_factory.mktemp("processes")
+    (directory / "tmp").mkdir()
+    hidden = ("MLFLOW_", "PYTEST_", "COV_")
+    kept = {key: value for key, value in os.environ.items() if not key.startswith(hidden)}
+    return {
+        **kept,
+        "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
+        "MLFLOW_DR_CACHE": str(directory / "cache"),
+        "TMPDIR": str(directory / "tmp"),
+        "HF_HUB_OFFLINE": "1",
+        "MLFLOW_DISABLE_TELEMETRY": "true",
+        "MLFLOW_ASYNC_LOGGING_BUFFERING_SECONDS": "1",  # its thread ends when told to, not later
+        "OMP_NUM_THREADS": "1",
+        "PYTHONUNBUFFERED": "1",
+    }
+
+
+@pytest.fixture(scope="session")
+def forks(
+    environment: dict[str, str], tmp_path_factory: pytest.TempPathFactory
+) -> Iterator["Forks"]:
+    """The process that commands are forks of, so that they need not import torch and mlflow."""
+    from forks import Forks
+
+    forks = Forks(environment, _shared_by_all(tmp_path_factory) / "forks")
+    yield forks
+    forks.close()
 
 
 @pytest.fixture

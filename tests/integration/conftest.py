@@ -8,7 +8,6 @@ import signal
 import socket
 import sqlite3
 import subprocess
-import sys
 import time
 import urllib.error
 import urllib.request
@@ -22,6 +21,7 @@ from typing import NamedTuple
 import mlflow
 import psutil
 import pytest
+from asking import NAMES
 from forks import NO_MOMENT, Fork, Forks
 from mlflow import MlflowClient
 from mlflow.entities import LoggedModel
@@ -68,65 +68,40 @@ class Ended(NamedTuple):
 
 
 @pytest.fixture(scope="session")
-def environment(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
-    """What our processes see: a cache and a temporary folder of their own, no network."""
-    directory = tmp_path_factory.mktemp("processes")
-    (directory / "tmp").mkdir()
-    hidden = ("MLFLOW_", "PYTEST_", "COV_")
-    kept = {key: value for key, value in os.environ.items() if not key.startswith(hidden)}
-    return {
-        **kept,
-        "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
-        "MLFLOW_DR_CACHE": str(directory / "cache"),
-        "TMPDIR": str(directory / "tmp"),
-        "HF_HUB_OFFLINE": "1",
-        "MLFLOW_DISABLE_TELEMETRY": "true",
-        "MLFLOW_ASYNC_LOGGING_BUFFERING_SECONDS": "1",  # its thread ends when told to, not later
-        "OMP_NUM_THREADS": "1",
-        "PYTHONUNBUFFERED": "1",
-    }
-
-
-@pytest.fixture(scope="session")
 def artifact_store(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder in which the server keeps its artifacts."""
     return tmp_path_factory.mktemp("artifacts")
 
 
 @pytest.fixture(scope="session")
-def serve(
-    environment: dict[str, str], empty_store: Path
-) -> Iterator[Callable[..., tuple[str, subprocess.Popen]]]:
+def serve(forks: Forks, empty_store: Path) -> Iterator[Callable[..., tuple[str, Fork]]]:
     """Starts a real MLflow server: its room, its artifact store, a port if need be, and flags.
 
     Returns its address and its process.
     """
-    running: list[subprocess.Popen] = []
+    running: list[Fork] = []
 
     def serve(
         directory: Path, store: Path, port: int | None = None, *more: str
-    ) -> tuple[str, subprocess.Popen]:
+    ) -> tuple[str, Fork]:
         port = port or _free_port()
         if not (directory / "mlflow.db").exists():
             shutil.copy(empty_store, directory / "mlflow.db")
             with closing(sqlite3.connect(directory / "mlflow.db")) as database, database:
                 database.execute("UPDATE experiments SET artifact_location = 'mlflow-artifacts:/0'")
-        argv = [sys.executable, "-m", "mlflow", "server", "--host", "127.0.0.1"]
+        argv = ["mlflow", "server", "--host", "127.0.0.1"]
         argv += ["--port", str(port), "--backend-store-uri", f"sqlite:///{directory}/mlflow.db"]
         argv += ["--workers", "1", "--artifacts-destination", str(store), *more]
         with (directory / "log").open("w") as log:
-            process = subprocess.Popen(
-                argv,
-                cwd=directory,
-                env={
-                    **environment,
+            process = forks.start(
+                *argv,
+                directory=directory,
+                variables={
                     "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false",
                     "MLFLOW_FLASK_SERVER_SECRET_KEY": "for tests",
                     "MLFLOW_AUTH_ADMIN_PASSWORD": ADMIN_PASSWORD,
                 },
-                stdout=log,
-                stderr=subprocess.STDOUT,
-                start_new_session=True,
+                output=log,
             )
         running.append(process)
         _wait_until_healthy(f"http://127.0.0.1:{port}", process, directory / "log")
@@ -145,7 +120,7 @@ def _free_port() -> int:
 
 @pytest.fixture(scope="session")
 def server(
-    serve: Callable[..., tuple[str, subprocess.Popen]],
+    serve: Callable[..., tuple[str, Fork]],
     artifact_store: Path,
     tmp_path_factory: pytest.TempPathFactory,
 ) -> str:
@@ -162,7 +137,7 @@ class SpareServer:
         uri: its address.
     """
 
-    def __init__(self, serve: Callable[..., tuple[str, subprocess.Popen]], directory: Path) -> None:
+    def __init__(self, serve: Callable[..., tuple[str, Fork]], directory: Path) -> None:
         self.directory, self.store = directory, directory / "artifacts"
         self._serve = serve
         self.uri, self._process = serve(directory, self.store)
@@ -180,7 +155,7 @@ class SpareServer:
 
 @pytest.fixture(scope="session")
 def _spare_server(
-    serve: Callable[..., tuple[str, subprocess.Popen]], tmp_path_factory: pytest.TempPathFactory
+    serve: Callable[..., tuple[str, Fork]], tmp_path_factory: pytest.TempPathFactory
 ) -> SpareServer:
     return SpareServer(serve, tmp_path_factory.mktemp("spare"))
 
@@ -197,7 +172,9 @@ def wait_until_healthy() -> Callable[..., None]:
     return _wait_until_healthy
 
 
-def _wait_until_healthy(uri: str, process: subprocess.Popen, log: Path | None = None) -> None:
+def _wait_until_healthy(
+    uri: str, process: subprocess.Popen | Fork, log: Path | None = None
+) -> None:
     deadline = time.monotonic() + SECONDS_TO_START
     while time.monotonic() < deadline and process.poll() is None:
         try:
@@ -210,7 +187,7 @@ def _wait_until_healthy(uri: str, process: subprocess.Popen, log: Path | None = 
     pytest.fail(f"no MLflow server after {SECONDS_TO_START} s:\n{output}")
 
 
-def _stop_group(process: subprocess.Popen) -> None:
+def _stop_group(process: Fork) -> None:
     for number in (signal.SIGTERM, signal.SIGKILL):
         try:
             os.killpg(process.pid, number)
@@ -229,27 +206,20 @@ def client(server: str) -> MlflowClient:
 
 
 @pytest.fixture(scope="session")
-def forks(environment: dict[str, str], tmp_path_factory: pytest.TempPathFactory) -> Iterator[Forks]:
-    """The process that `mlflow-dr` commands are forks of."""
-    forks = Forks(environment, tmp_path_factory.mktemp("forks"))
-    yield forks
-    forks.close()
-
-
-@pytest.fixture(scope="session")
 def start(
     environment: dict[str, str], forks: Forks, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[Callable[..., subprocess.Popen | Fork]]:
     """Starts a command with its variables as keywords and its output as one text stream.
 
-    `mlflow-dr` is forked. Commands that a failed test leaves running are killed at the end.
+    The commands of `NAMES` are forked, and so are they and Python where forks start them; those
+    with a path are not. Commands that a failed test leaves running are killed at the end.
     """
     running: list[subprocess.Popen] = []
 
     def start(*argv: object, **variables: str) -> subprocess.Popen | Fork:
         directory = tmp_path_factory.mktemp("cwd")
-        if argv[0] == "mlflow-dr":
-            return forks.start(*argv[1:], variables=variables, directory=directory)[0]
+        if argv[0] in NAMES:
+            return forks.start(*argv, variables=variables, directory=directory)
         process = subprocess.Popen(
             [str(word) for word in argv],
             cwd=directory,
@@ -277,13 +247,13 @@ def start(
 def call(
     environment: dict[str, str], forks: Forks, tmp_path_factory: pytest.TempPathFactory
 ) -> Callable[..., subprocess.CompletedProcess]:
-    """Runs a command to its end; its variables are given as keywords. `mlflow-dr` is forked."""
+    """Runs a command to its end, forked as `start` says; its variables are given as keywords."""
 
     def call(*argv: object, **variables: str) -> subprocess.CompletedProcess:
         directory = tmp_path_factory.mktemp("cwd")
-        if argv[0] == "mlflow-dr":
+        if argv[0] in NAMES:
             return forks.call(
-                *argv[1:],
+                *argv,
                 variables=variables,
                 directory=directory,
                 timeout=SECONDS_FOR_A_COMMAND,
@@ -466,7 +436,8 @@ def forked(
     ) -> Ended:
         if "MLFLOW_TRACKING_URI" not in variables:
             variables["MLFLOW_TRACKING_URI"] = request.getfixturevalue("server")
-        started = forks.start(
+        started = forks.start_several(
+            "mlflow-dr",
             *argv,
             variables=variables,
             directory=tmp_path_factory.mktemp("cwd"),

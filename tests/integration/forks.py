@@ -1,18 +1,21 @@
 """Commands in forks of one process (`forked_commands.py`), as tests start, read and end them."""
 
-import json
 import os
 import select
 import signal
+import socket
 import subprocess
 import sys
+import tempfile
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
-from typing import BinaryIO, TextIO
+from typing import IO, TextIO
 
 import psutil
+from asking import ask, write_stand_ins
+from filelock import FileLock
 
 SCRIPT = Path(__file__).parent / "forked_commands.py"
 SECONDS_TO_BEGIN = 300
@@ -29,10 +32,11 @@ class Fork:
         stdout: what it prints, if that is read here.
     """
 
-    def __init__(self, state: BinaryIO, stdout: TextIO | None) -> None:
+    def __init__(self, connection: socket.socket, stdout: TextIO | None) -> None:
         self.returncode: int | None = None
         self.stdout = stdout
-        self._state = state
+        self._connection = connection
+        self._answers = connection.makefile("rb", buffering=0)
         self.pid = self._next(SECONDS_TO_BEGIN)
 
     def poll(self) -> int | None:
@@ -49,7 +53,8 @@ class Fork:
         """
         if self.returncode is None:
             self.returncode = self._next(timeout)
-            self._state.close()
+            self._answers.close()
+            self._connection.close()
         return self.returncode
 
     def communicate(self, timeout: float | None = None) -> tuple[str, None]:
@@ -82,39 +87,55 @@ class Fork:
 
     def _next(self, timeout: float | None) -> int:
         """The next number that its attendant says."""
-        if not select.select([self._state], [], [], timeout)[0]:
-            raise subprocess.TimeoutExpired(["mlflow-dr"], timeout or 0)
-        if not (line := self._state.readline()):
+        if not select.select([self._connection], [], [], timeout)[0]:
+            raise subprocess.TimeoutExpired(["a fork"], timeout or 0)
+        if not (line := self._answers.readline()):
             raise ChildProcessError("the attendant of the command has died")
         return int(line)
 
 
 class Forks:
-    """The process that forks.
+    """The process that forks; it is started if no other process of this test run has started it.
 
     Args:
-        variables: what it sees of the environment.
-        directory: an empty directory for pipes.
+        variables: what the commands see of the environment.
+        directory: of the process; the same in all processes of a test run.
 
     Raises:
         ChildProcessError: it has not come to begin.
     """
 
     def __init__(self, variables: Mapping[str, str], directory: Path) -> None:
-        self._variables = dict(variables)
+        self._running: list[Fork] = []
         self._directory = directory
-        self._number = 0
-        self._process = subprocess.Popen(
-            [sys.executable, SCRIPT],
-            stdin=subprocess.PIPE,
+        stand_ins = directory / "bin"
+        path = f"{stand_ins}{os.pathsep}{variables['PATH']}"
+        self._variables = {**variables, "PATH": path}
+        with FileLock(f"{directory}.lock"):
+            directory.mkdir(exist_ok=True)
+            self._used = socket.socket(socket.AF_UNIX)
+            try:
+                self._used.connect(str(directory / "users"))
+            except OSError:
+                self._begin(variables)
+                stand_ins.mkdir(exist_ok=True)
+                write_stand_ins(stand_ins, str(directory / "commands"))
+                self._used.connect(str(directory / "users"))
+
+    def _begin(self, variables: Mapping[str, str]) -> None:
+        for name in ("users", "commands"):
+            (self._directory / name).unlink(missing_ok=True)
+        process = subprocess.Popen(
+            [sys.executable, SCRIPT, self._directory],
             stdout=subprocess.PIPE,
-            env=self._variables,
+            env=dict(variables),
             text=True,
             start_new_session=True,
         )
-        if self._process.stdout.readline() != READY:  # its errors go where pytest's do
-            raise ChildProcessError(f"{SCRIPT.name} ended with {self._process.wait()}")
-        self._running: list[Fork] = []
+        with process.stdout as printed:
+            if printed.readline() != READY:  # its errors go where pytest's do
+                raise ChildProcessError(f"{SCRIPT.name} ended with {process.wait()}")
+        process.returncode = 0  # it ends after its last user
 
     def start(
         self,
@@ -122,17 +143,33 @@ class Forks:
         variables: Mapping[str, str],
         directory: Path,
         die: tuple[str, signal.Signals] = NO_MOMENT,
+        output: IO[str] | None = None,
+    ) -> Fork:
+        """Start a command, which prints to a file or, without one, to its `stdout`."""
+        if output is not None:
+            return self._ask(argv, variables, directory, die, output.fileno(), output.fileno())
+        (fork,) = self.start_several(*argv, variables=variables, directory=directory, die=die)
+        return fork
+
+    def start_several(
+        self,
+        *argv: object,
+        variables: Mapping[str, str],
+        directory: Path,
+        die: tuple[str, signal.Signals] = NO_MOMENT,
         times: int = 1,
     ) -> list[Fork]:
-        """Start a command, several times at once; all print to the first one's `stdout`."""
-        pipe = self._pipe()
-        stdout: TextIO | None = None
+        """Start a command several times at once; all print to the first one's `stdout`."""
+        reading, writing = os.pipe()
+        stdout = open(reading, encoding="utf-8")  # noqa: PTH123, SIM115 - the fork closes it
         started: list[Fork] = []
-        for _ in range(times):
-            state = self._send(argv, variables, directory, die, pipe, pipe)
-            stdout = stdout or pipe.open(encoding="utf-8")
-            started.append(Fork(state, None if started else stdout))
-        self._running += started
+        try:
+            for _ in range(times):
+                fork = self._ask(argv, variables, directory, die, writing, writing)
+                started.append(fork)
+        finally:
+            os.close(writing)
+        started[0].stdout = stdout
         return started
 
     def call(
@@ -143,56 +180,48 @@ class Forks:
         Raises:
             subprocess.TimeoutExpired: it does not come; the command is killed.
         """
-        output, errors = self._path(), self._path()
-        output.touch()
-        errors.touch()
-        fork = Fork(self._send(argv, variables, directory, NO_MOMENT, output, errors), None)
-        try:
-            code = fork.wait(timeout)
-        finally:
-            fork.kill()
-        printed = output.read_text(encoding="utf-8"), errors.read_text(encoding="utf-8")
-        return subprocess.CompletedProcess(["mlflow-dr", *map(str, argv)], code, *printed)
+        with tempfile.TemporaryFile("w+") as output, tempfile.TemporaryFile("w+") as errors:
+            fork = self._ask(
+                argv, variables, directory, NO_MOMENT, output.fileno(), errors.fileno()
+            )
+            try:
+                code = fork.wait(timeout)
+            finally:
+                fork.kill()
+            printed = []
+            for file in (output, errors):
+                file.seek(0)
+                printed.append(file.read())
+        return subprocess.CompletedProcess([str(word) for word in argv], code, *printed)
 
     def close(self) -> None:
-        """End the process and kill what a failed test has left running."""
+        """Kill what a failed test has left running; the process ends after its last user."""
         for fork in self._running:
             if fork.stdout:
                 fork.stdout.close()
             fork.kill()
-        self._process.stdin.close()
-        self._process.stdout.close()
-        self._process.wait(timeout=120)
+        self._used.close()
 
-    def _send(
+    def _ask(
         self,
-        argv: Sequence[object],
+        argv: tuple[object, ...],
         variables: Mapping[str, str],
         directory: Path,
         die: tuple[str, signal.Signals],
-        output: Path,
-        errors: Path,
-    ) -> BinaryIO:
-        """The pipe that says how the command goes."""
-        state, (moment, number) = self._pipe(), die
+        output: int,
+        errors: int,
+    ) -> Fork:
+        moment, number = die
         order = {
             "argv": [str(word) for word in argv],
             "variables": {**self._variables, **variables},
             "directory": str(directory),
-            "output": str(output),
-            "errors": str(errors),
-            "state": str(state),
             "moment": moment,
             "number": int(number),
         }
-        print(json.dumps(order), file=self._process.stdin, flush=True)
-        return state.open("rb", buffering=0)
-
-    def _path(self) -> Path:
-        self._number += 1
-        return self._directory / str(self._number)
-
-    def _pipe(self) -> Path:
-        path = self._path()
-        os.mkfifo(path)
-        return path
+        with open(os.devnull) as nothing:  # noqa: PTH123
+            files = [nothing.fileno(), output, errors]
+            connection = ask(str(self._directory / "commands"), order, files)
+        fork = Fork(connection, None)
+        self._running.append(fork)
+        return fork

@@ -5,6 +5,7 @@ import json
 import re
 import signal
 import subprocess
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -62,7 +63,7 @@ def test_bm25_needs_neither_torch_nor_mlflow(call: Call, collection: Path, tmp_p
         "assert _run() == 0\n"
         "print(sorted({'torch', 'mlflow', 'transformers'} & set(sys.modules)))\n"
     )
-    done = call("python", "-c", code)
+    done = call(sys.executable, "-c", code)
     assert done.stdout.splitlines()[-1:] == ["[]"], done.stderr
 
 

@@ -1,6 +1,5 @@
 """Somebody else's process against a real server: what it leaves, and what it is asked."""
 
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -39,7 +38,7 @@ def test_submitted_checkpoints_are_published_before_the_process_ends(
     script = tmp_path / "loop.py"
     script.write_text(LOOP.format(end=end))
     run_id = client.create_run("0").info.run_id
-    done = call(sys.executable, script, tiny_directory, run_id, MLFLOW_TRACKING_URI=server)
+    done = call("python", script, tiny_directory, run_id, MLFLOW_TRACKING_URI=server)
     assert done.returncode == (1 if end else 0), done.stderr
     assert "Traceback" not in done.stderr
     found = checkpoints(client, run_id)

@@ -3,7 +3,6 @@
 import re
 import signal
 import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -113,7 +112,7 @@ def test_files_that_mlflow_leaves_of_deleted_runs_are_removed(
     )
     client.delete_run(gone)
     collected = call(
-        *(sys.executable, "-m", "mlflow", "gc", "--tracking-uri", uri),
+        *("mlflow", "gc", "--tracking-uri", uri),
         *("--backend-store-uri", f"sqlite:///{spare_server.directory}/mlflow.db"),
         *("--artifacts-destination", store),
         MLFLOW_TRACKING_URI=uri,

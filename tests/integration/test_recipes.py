@@ -103,7 +103,9 @@ def test_the_recipes_run(
     failures = []
     for location, argv in lines():
         run = small_command(argv, names)
-        done = forks.call(*run, variables=variables, directory=directory, timeout=SECONDS)
+        done = forks.call(
+            "mlflow-dr", *run, variables=variables, directory=directory, timeout=SECONDS
+        )
         if done.returncode:
             failures.append(
                 f"{location}: mlflow-dr {shlex.join(run)}\n{done.stdout}\n{done.stderr}"

@@ -158,10 +158,15 @@ def descendants(process: subprocess.Popen) -> list[psutil.Process]:
 
 
 def test_ctrl_c_stops_trainer_and_validator_after_the_step(
-    start: Start, store: MlflowClient, variables: dict[str, str], collection: Path, tmp_path: Path
+    start: Start,
+    store: MlflowClient,
+    variables: dict[str, str],
+    environment: dict[str, str],
+    collection: Path,
+    tmp_path: Path,
 ) -> None:
     argv = project_run(collection, tmp_path, **FOREVER, poll_seconds=0.2)
-    process = start(*argv, **variables)
+    process = start(*argv, **variables, PATH=environment["PATH"])  # with real children
     for line in process.stdout:
         if line.startswith("[validate] step 0: "):
             break
@@ -181,10 +186,15 @@ def test_ctrl_c_stops_trainer_and_validator_after_the_step(
 
 
 def test_a_stop_before_training_begins_marks_the_run_as_killed(
-    start: Start, store: MlflowClient, variables: dict[str, str], collection: Path
+    start: Start,
+    store: MlflowClient,
+    variables: dict[str, str],
+    environment: dict[str, str],
+    collection: Path,
 ) -> None:
     argv = [word for key, value in FOREVER.items() for word in (f"--{key}", value)]
-    process = start("mlflow-dr", "run", "--dataset", collection, *argv, **variables)
+    path = environment["PATH"]  # so that its children take their time to begin
+    process = start("mlflow-dr", "run", "--dataset", collection, *argv, **variables, PATH=path)
     deadline = time.monotonic() + 600
     while len(descendants(process)) < 2 and time.monotonic() < deadline:
         time.sleep(0.02)

@@ -5,7 +5,6 @@ import shutil
 import signal
 import socket
 import subprocess
-import sys
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
@@ -44,7 +43,7 @@ def torchrun(start: Callable[..., subprocess.Popen]) -> Callable[..., subprocess
     """Starts `mlflow-dr train` in two processes on this machine."""
 
     def torchrun(*argv: object, **variables: str) -> subprocess.Popen:
-        command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", 2]
+        command = ["python", "-m", "torch.distributed.run", "--nproc-per-node", 2]
         command += ["--master-port", free_port(), "-m", "mlflow_dr", "train", *argv]
         return start(*command, **variables)
 
