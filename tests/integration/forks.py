@@ -19,6 +19,7 @@ from filelock import FileLock
 
 SCRIPT = Path(__file__).parent / "forked_commands.py"
 SECONDS_TO_BEGIN = 300
+SECONDS_FOR_A_COMMAND = 600
 READY = "ready\n"
 NO_MOMENT = ("nowhere", signal.SIGKILL)
 
@@ -173,7 +174,11 @@ class Forks:
         return started
 
     def call(
-        self, *argv: object, variables: Mapping[str, str], directory: Path, timeout: float
+        self,
+        *argv: object,
+        variables: Mapping[str, str],
+        directory: Path,
+        timeout: float = SECONDS_FOR_A_COMMAND,
     ) -> subprocess.CompletedProcess:
         """Run a command to its end.
 

@@ -15,7 +15,6 @@ from recipes import FILE, PARSED_ONLY, ROOT, blocks, command_lines, project_comm
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs" / "guides").glob("*.md"))]
 # tests/integration/test_run.py runs a trainer and a validator, tests/unit/cli/test_ui.py the pages
 RUN_ELSEWHERE = {"run", "ui"}
-SECONDS = 600
 SMALL_TRAINING = [
     *("--model", "tiny", "--max_steps", "2", "--publish_steps", "0", "--publish_initial", "false"),
     *("--p_max_len", "32", "--per_device_train_batch_size", "4", "--token_table", "false"),
@@ -103,9 +102,7 @@ def test_the_recipes_run(
     failures = []
     for location, argv in lines():
         run = small_command(argv, names)
-        done = forks.call(
-            "mlflow-dr", *run, variables=variables, directory=directory, timeout=SECONDS
-        )
+        done = forks.call("mlflow-dr", *run, variables=variables, directory=directory)
         if done.returncode:
             failures.append(
                 f"{location}: mlflow-dr {shlex.join(run)}\n{done.stdout}\n{done.stderr}"

@@ -1,6 +1,5 @@
 """The examples run."""
 
-import os
 import shutil
 import subprocess
 import sys
@@ -8,6 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from forks import Forks
 from mlflow import MlflowClient
 
 from mlflow_dr.tracking.checkpoints import run_checkpoints
@@ -38,38 +38,31 @@ def test_the_sea_is_what_its_generator_writes(tmp_path: Path) -> None:
         assert (tmp_path / name).read_bytes() == (EXAMPLES / "sea" / name).read_bytes()
 
 
-def test_evaluating_from_python(minilm: Path, beir_folder: Callable[..., Path]) -> None:
+def test_evaluating_from_python(
+    forks: Forks, minilm: Path, beir_folder: Callable[..., Path], tmp_path: Path
+) -> None:
     folder = beir_folder(
         {"p1": "The lighthouse stands on a rock.", "p2": "Gulls eat fish."},
         {"q1": "what do gulls eat", "q2": "where is the lighthouse"},
         test={"q1": {"p2": 1}, "q2": {"p1": 1}},
     )
-    done = subprocess.run(
-        [sys.executable, EXAMPLES / "evaluate_from_python.py", minilm, folder],
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+    script = EXAMPLES / "evaluate_from_python.py"
+    done = forks.call("python", script, minilm, folder, variables={}, directory=tmp_path)
     assert done.returncode == 0, done.stderr
     assert "ndcg@10: 1.0000" in done.stdout
 
 
 @pytest.mark.parametrize("example", ["plain_pytorch_loop.py", "sentence_transformers_trainer.py"])
 def test_a_training_loop_of_another_library_is_validated(
-    example: str, client: MlflowClient, experiment: str, tmp_path: Path
+    example: str, forks: Forks, client: MlflowClient, experiment: str, tmp_path: Path
 ) -> None:
-    hidden = ("MLFLOW_RUN_ID", "MLFLOW_EXPERIMENT_ID")
-    done = subprocess.run(
-        [sys.executable, "-W", "error::DeprecationWarning:__main__", EXAMPLES / example],
-        cwd=tmp_path,
-        env={
-            **{key: value for key, value in os.environ.items() if key not in hidden},
+    done = forks.call(
+        *("python", "-W", "error::DeprecationWarning:__main__", EXAMPLES / example),
+        directory=tmp_path,
+        variables={
             "MLFLOW_TRACKING_URI": tracking_uri(),
             "MLFLOW_EXPERIMENT_NAME": client.get_experiment(experiment).name,
         },
-        capture_output=True,
-        text=True,
-        check=False,
     )
     assert done.returncode == 0, done.stderr
     run = find_run(client, done.stdout.rpartition("mlflow-dr validate --run-id ")[2].strip())

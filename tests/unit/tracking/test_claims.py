@@ -1,12 +1,11 @@
 import socket
-import subprocess
-import sys
 import threading
 import time
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from forks import Forks
 from mlflow import MlflowClient
 from mlflow.exceptions import MlflowException
 
@@ -177,7 +176,9 @@ def test_a_claim_is_free_when_its_heartbeat_has_stood_still(
     assert free_after(10)
 
 
-def test_the_owner_is_known_to_be_gone_on_its_own_machine_only() -> None:
+def test_the_owner_is_known_to_be_gone_on_its_own_machine_only(
+    forks: Forks, tmp_path: Path
+) -> None:
     me = Owner.me()
     assert not me.is_dead
     assert replace(me, started=me.started + 1).is_dead  # the id was given to another process
@@ -186,7 +187,7 @@ def test_the_owner_is_known_to_be_gone_on_its_own_machine_only() -> None:
         "import json; from mlflow_dr.tracking.claims import Owner; "
         "print(json.dumps(vars(Owner.me())))"
     )
-    ended = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    ended = forks.call("python", "-c", code, variables={}, directory=tmp_path)
     owner = Owner.parse(ended.stdout)
     assert owner is not None
     assert owner.is_dead

@@ -1,12 +1,11 @@
 """Which run and which checkpoint a training goes on from."""
 
 import errno
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 from filelock import FileLock
+from forks import Forks
 
 from mlflow_dr.errors import UsageError
 from mlflow_dr.training.resume import (
@@ -216,12 +215,10 @@ with claimed_output(sys.argv[1], None, saves=True):
 """
 
 
-def test_a_second_training_in_an_output_directory_is_refused(tmp_path: Path) -> None:
+def test_a_second_training_in_an_output_directory_is_refused(forks: Forks, tmp_path: Path) -> None:
     """It is refused until the first process has ended, also when that was killed."""
     out = tmp_path / "out"
-    first = subprocess.Popen(
-        [sys.executable, "-c", HOLDING, str(out)], stdout=subprocess.PIPE, text=True
-    )
+    first = forks.start("python", "-c", HOLDING, out, variables={}, directory=tmp_path)
     try:
         assert first.stdout is not None and first.stdout.readline() == "locked\n"
         with pytest.raises(UsageError, match=f"another training .process {first.pid} on") as caught:

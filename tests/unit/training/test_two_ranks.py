@@ -1,10 +1,7 @@
 """Two processes with half the batch each, held against one process with the whole batch."""
 
 import copy
-import os
 import socket
-import subprocess
-import sys
 from collections.abc import Callable
 from itertools import product
 from pathlib import Path
@@ -12,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from forks import Forks
 
 from mlflow_dr.encoder.lora import add_lora
 from mlflow_dr.encoder.model import Encoder, untie
@@ -164,7 +162,9 @@ kept: list[list[Found]] = []
 
 
 @pytest.fixture
-def ranks(cases: dict[str, Any], encoders: dict[str, Encoder], tmp_path: Path) -> list[Found]:
+def ranks(
+    forks: Forks, cases: dict[str, Any], encoders: dict[str, Encoder], tmp_path: Path
+) -> list[Found]:
     """The results of each rank, computed once in two processes for all tests of this file."""
     if not kept:
         kept.append([{}, {}])
@@ -176,13 +176,7 @@ def ranks(cases: dict[str, Any], encoders: dict[str, Encoder], tmp_path: Path) -
             free.bind(("127.0.0.1", 0))
             port = free.getsockname()[1]
         script = Path(__file__).parent / "two_ranks.py"
-        done = subprocess.run(
-            [sys.executable, str(script), str(directory), str(port)],
-            env={**os.environ, "TOKENIZERS_PARALLELISM": "false"},
-            capture_output=True,
-            text=True,
-            timeout=600,
-        )
+        done = forks.call(*("python", script, directory, port), variables={}, directory=directory)
         assert done.returncode == 0, done.stderr[-3000:]
         kept[0] = [torch.load(directory / f"{rank}.pt", weights_only=False) for rank in range(2)]
     return kept[0]
