@@ -42,6 +42,10 @@ from mlflow.store.tracking import sqlalchemy_store  # noqa: F401
 from transformers import BertModel, BertTokenizer  # noqa: F401
 
 from mlflow_dr import cli
+from mlflow_dr.encoder.backbone import tiny_encoder
+from mlflow_dr.encoder.config import EncoderConfig
+from mlflow_dr.encoder.directory import load_encoder
+from mlflow_dr.encoder.saving import save_encoder
 from mlflow_dr.mining import mine  # noqa: F401
 from mlflow_dr.retrieval import shard_search
 from mlflow_dr.tracking import pruning, results
@@ -50,6 +54,7 @@ from mlflow_dr.tracking.runs import TrackedRun
 from mlflow_dr.training import publishing, train, trainer
 from mlflow_dr.training.loss import Objective
 from mlflow_dr.validation import worker
+from mlflow_dr.validation.validations import EvalConfig
 
 NOWHERE = "nowhere"
 READ_AT_ONCE = 65536
@@ -127,6 +132,7 @@ MOMENTS: dict[str, tuple[Any, str, Wrapper]] = {
 
 
 def main(folder: Path) -> None:
+    _load_an_encoder()
     commands, users = (_listening(folder / name) for name in ("commands", "users"))
     print("ready", flush=True)
     gc.collect()
@@ -152,6 +158,15 @@ def main(folder: Path) -> None:
             ended.close()
             if not using:
                 return
+
+
+def _load_an_encoder() -> None:
+    """Have what libraries prepare when they first load an encoder prepared before the forks."""
+    texts = ["The ferry leaves the island."]
+    with tempfile.TemporaryDirectory() as name:
+        directory = Path(name) / "encoder"
+        save_encoder(directory, tiny_encoder(texts, EncoderConfig("mean")))
+        worker.check_vectors(load_encoder(directory), EvalConfig((), device="cpu", dtype="fp32"))
 
 
 def _listening(path: Path) -> socket.socket:

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 DEPTH = 100
+PASSAGES = 150
 Ranked = dict[str, list[tuple[str, float]]]
 
 
@@ -21,19 +22,34 @@ class Evaluated(NamedTuple):
 
 
 @pytest.fixture(scope="module")
+def part(collection: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The first passages of the collection, with their queries."""
+    folder = tmp_path_factory.mktemp("part")
+    (folder / "qrels").mkdir()
+    for name in ("corpus.jsonl", "queries.jsonl"):
+        lines = (collection / name).read_text().splitlines(keepends=True)
+        (folder / name).write_text("".join(lines[:PASSAGES]))
+    head, *rows = (collection / "qrels" / "dev.tsv").read_text().splitlines(keepends=True)
+    numbers = {row: int(row.split("\t")[1].removeprefix("p")) for row in rows}
+    kept = [row for row in rows if numbers[row] < PASSAGES]
+    (folder / "qrels" / "dev.tsv").write_text("".join([head, *kept]))
+    return folder
+
+
+@pytest.fixture(scope="module")
 def evaluated(
     call: Callable[..., subprocess.CompletedProcess],
     minilm: Path,
-    collection: Path,
+    part: Path,
     tmp_path_factory: pytest.TempPathFactory,
 ) -> Evaluated:
     directory = tmp_path_factory.mktemp("evaluate")
-    argv = ["mlflow-dr", "evaluate", minilm, "--dataset", collection, "--dtype", "fp32"]
+    argv = ["mlflow-dr", "evaluate", minilm, "--dataset", part, "--dtype", "fp32"]
     argv += ["--device", "cpu", "--output", directory / "r.json", "--ranking", directory / "f.trec"]
     done = call(*argv)
     assert done.returncode == 0, done.stderr
     report = json.loads((directory / "r.json").read_text())
-    return Evaluated(report, _ranking(directory / "f.trec"), _qrels(collection), done.stdout)
+    return Evaluated(report, _ranking(directory / "f.trec"), _qrels(part), done.stdout)
 
 
 def _ranking(path: Path) -> Ranked:
@@ -59,13 +75,13 @@ def _texts(collection: Path, file: str) -> dict[str, str]:
 
 
 def test_the_report_says_what_was_measured_on_what(
-    evaluated: Evaluated, minilm: Path, collection: Path
+    evaluated: Evaluated, minilm: Path, part: Path
 ) -> None:
     report = evaluated.report
     assert report["encoder"] == str(minilm)
-    assert report["dataset"] == str(collection)
+    assert report["dataset"] == str(part)
     assert (report["split"], report["depth"], report["dtype"]) == ("dev", DEPTH, "fp32")
-    assert report["passages"] == 300
+    assert report["passages"] == PASSAGES
     assert report["seconds"] > 0
     assert list(report["measures"]) == ["mrr@10", "ndcg@10", "recall@100"]
     assert report["queries"].keys() == evaluated.qrels.keys()
@@ -91,14 +107,14 @@ def test_measures_are_trec_evals_on_the_written_ranking(evaluated: Evaluated) ->
 
 @pytest.fixture(scope="module")
 def theirs(
-    minilm: Path, collection: Path, evaluated: Evaluated
+    minilm: Path, part: Path, evaluated: Evaluated
 ) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
     """sentence-transformers' vectors of all passages and of the queries of dev, by id."""
     import torch
     from sentence_transformers import SentenceTransformer
 
     model = SentenceTransformer(str(minilm), device="cpu").to(torch.float32)
-    passages, queries = _texts(collection, "corpus.jsonl"), _texts(collection, "queries.jsonl")
+    passages, queries = _texts(part, "corpus.jsonl"), _texts(part, "queries.jsonl")
     queries = {query: queries[query] for query in evaluated.qrels}
     return (
         dict(zip(passages, model.encode(list(passages.values())), strict=True)),
@@ -123,7 +139,7 @@ def test_the_ranking_is_sentence_transformers_brute_force(
 
 
 def test_vectors_are_sentence_transformers(
-    minilm: Path, collection: Path, theirs: tuple[dict[str, np.ndarray], dict[str, np.ndarray]]
+    minilm: Path, part: Path, theirs: tuple[dict[str, np.ndarray], dict[str, np.ndarray]]
 ) -> None:
     from mlflow_dr.collection.records import Passage
     from mlflow_dr.encoder.directory import load_encoder
@@ -131,7 +147,7 @@ def test_vectors_are_sentence_transformers(
     from mlflow_dr.encoder.tokenize import TextTokenizer
     from mlflow_dr.retrieval.encode import encode_all
 
-    records = [json.loads(x) for x in (collection / "corpus.jsonl").read_text().splitlines()[:60]]
+    records = [json.loads(x) for x in (part / "corpus.jsonl").read_text().splitlines()[:60]]
     passages = [Passage(record["_id"], record["title"], record["text"]) for record in records]
     encoder = load_encoder(minilm)
     text_tokenizer = TextTokenizer(encoder.tokenizer, encoder.settings)
