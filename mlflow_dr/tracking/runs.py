@@ -45,13 +45,18 @@ LATEST_RUNS = 200  # runs whose names are compared with an unknown name
 
 
 class TrackedRun:
-    """An MLflow run that is written to by its id; it never becomes the active run."""
+    """An MLflow run that is written to by its id; it never becomes the active run.
+
+    Attributes:
+        seen: the run as it was fetched last.
+    """
 
     def __init__(self, client: MlflowClient, run: Run) -> None:
         self.client = client
         self.id: str = run.info.run_id
         self.experiment_id: str = run.info.experiment_id
         self.name: str = run.info.run_name or self.id
+        self.seen = run
 
     @property
     def label(self) -> str:
@@ -61,7 +66,8 @@ class TrackedRun:
     def fetch(self) -> Run:
         """The current state of the run on the server."""
         with tracking_errors(f"run {self.id}"):
-            return self.client.get_run(self.id)
+            self.seen = self.client.get_run(self.id)
+        return self.seen
 
     def log_params(self, params: Mapping[str, Any]) -> None:
         """Log params that are not logged yet; `mlflow run` logs its own before a command starts."""
@@ -78,12 +84,16 @@ class TrackedRun:
     def set_param_once(self, key: str, text: str) -> str:
         """Write a param once; the first writer decides its value.
 
+        No request is made if the run had the param when it was fetched last.
+
         Returns:
             The value of the param: this text, or an earlier one.
 
         Raises:
             TrackingError: the server does not answer.
         """
+        if (known := self.seen.data.params.get(key)) is not None:
+            return str(known)
         with tracking_errors(f"param {key!r} of run {self.id}"):
             try:
                 # the server refuses a second value

@@ -82,12 +82,14 @@ def progress_summary(checkpoints: Iterable[Checkpoint], name: str) -> str:
 
 
 def tag_progress(run: TrackedRun, name: str, curve_summary: str) -> None:
-    """Tag a run with the progress of a validation.
+    """Tag a run with the progress of a validation, unless it had that tag when it was fetched.
 
     Raises:
         TrackingError: the server does not answer.
     """
-    run.set_tags({f"{PREFIX}{name}.status": curve_summary})
+    key = f"{PREFIX}{name}.status"
+    if run.seen.data.tags.get(key) != curve_summary:
+        run.set_tags({key: curve_summary})
 
 
 def status_table(lines: Sequence[Line]) -> str:

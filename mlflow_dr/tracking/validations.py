@@ -188,12 +188,13 @@ def tag_validation_steps(run: TrackedRun, every: Mapping[str, int]) -> None:
     """Tag a run with the steps that validations take; of several validators' steps all count.
 
     Args:
+        run: as it was fetched a moment ago.
         every: validation -> it takes the steps that are multiples of this; 0 if it chooses them.
 
     Raises:
         TrackingError: the server does not answer.
     """
-    earlier = validation_steps(run)
+    earlier = _steps(run.seen.data.tags)
     wanted = {name: math.gcd(earlier.get(name, 0), number) for name, number in every.items()}
     run.set_tags(
         {
@@ -212,9 +213,13 @@ def validation_steps(run: TrackedRun) -> dict[str, int]:
     Raises:
         TrackingError: the server does not answer.
     """
+    return _steps(run.fetch().data.tags)
+
+
+def _steps(tags: Mapping[str, str]) -> dict[str, int]:
     return {
         key.removeprefix(PREFIX).removesuffix(EVERY): int(value)
-        for key, value in run.fetch().data.tags.items()
+        for key, value in tags.items()
         if key.startswith(PREFIX) and key.endswith(EVERY) and value.isdecimal()
     }
 

@@ -232,6 +232,8 @@ class ValidationResolver:
             TrackingError: the server does not answer.
         """
         if run.id not in self._resolved:
+            if not is_ahead:  # else it was fetched a moment ago
+                run.fetch()
             changes = self._config.encoder_changes
             validations = self._config.all_validations
             try:
@@ -257,6 +259,7 @@ class ValidationResolver:
         """Record on a run which validation decides, and the steps of each validation."""
         config = self._config
         validations = config.all_validations
+        run.fetch()  # opening the datasets may have taken minutes
         if not config.keep_up:
             run.set_param_once(MAIN_PARAM, validations[0].name)
         skips = config.keep_up or config.max_lag_seconds is not None
@@ -325,10 +328,15 @@ def _is_readable(checkpoint: Checkpoint, changes: Mapping[str, Any]) -> bool:
 def named_data(run: TrackedRun, dataset: str | None, split: str | None) -> tuple[str, str | None]:
     """The dataset and split to use: as given, else the run's; its split is of its own dataset.
 
+    Args:
+        run: as it was fetched last.
+        dataset: its name, if it was given.
+        split: of the queries, if it was given.
+
     Raises:
         UsageError: neither names a dataset, or there is no dataset of the given name.
     """
-    data = run.fetch().data
+    data = run.seen.data
     own = data.tags.get(DATASET_TAG) or data.params.get(DATASET_PARAM)
     name = dataset or own
     if not name:

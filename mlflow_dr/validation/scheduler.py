@@ -55,6 +55,7 @@ class Scheduler:
         self._config = config
         self._names = [validation.name for validation in config.all_validations]
         self._token = token
+        self._at_work = [token]
         self._now_ms = now_ms
         self._heartbeats = HeartbeatMonitor(config.patience_seconds)
         self._snapshot = Snapshot([], over=False)
@@ -147,27 +148,35 @@ class Scheduler:
                 self._waiting[checkpoint.run_id].append(checkpoint)
                 if free and not is_late:
                     self._free[checkpoint.run_id][checkpoint.model_id] = free
-        self.validators = len(at_work - {""})
+        self._at_work = sorted(at_work - {""})
+        self.validators = len(self._at_work)
         return done
 
     def candidates(self) -> Iterator[tuple[Checkpoint, Sequence[str]]]:
         """Checkpoints to try, with their free validations; the run that was served least is first.
 
-        If other validators are at work, it begins at a random one of the next few, so that they
-        rarely claim the same checkpoint. It ends early when so many claims were lost that asking
-        the server again is cheaper.
+        If other validators are at work, it begins with those of the next few that a hash gives to
+        this one, so that they rarely claim the same checkpoint. It ends early when so many claims
+        were lost that asking the server again is cheaper.
         """
         for run_id in sorted(self._free, key=lambda run_id: self._served[run_id]):
             ordered = self._in_order(run_id)
             if self.validators > 1:
                 few = list(islice(ordered, CHOSEN_AMONG * self.validators))
                 random.shuffle(few)
+                few.sort(key=self._is_for_another)
                 ordered = chain(few, ordered)
             for checkpoint in ordered:
                 if run_id in self._refused | self._put_off or self.is_stale:
                     break
                 if not self._is_late(checkpoint):
                     yield checkpoint, self._free[run_id][checkpoint.model_id]
+
+    def _is_for_another(self, checkpoint: Checkpoint) -> bool:
+        """Whether another validator at work has the higher hash with a checkpoint."""
+        model_id = checkpoint.model_id
+        highest = max(self._at_work, key=lambda token: random.Random(token + model_id).random())
+        return highest != self._token
 
     def limit(self, run_id: str, names: Sequence[str]) -> bool:
         """Do only these validations on a run from now on; returns whether that is a change."""

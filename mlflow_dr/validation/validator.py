@@ -146,7 +146,8 @@ class _Validator:
             self._resolver.resolve_ahead(self._followed.run)
         has_asked = False
         while True:
-            self._finish_recording()
+            if not self._scheduler.has_free:  # else there is an evaluation to do meanwhile
+                self._finish_recording()
             snapshot, work_until = self._take_snapshot()
             if self._config.keep_up and self._patiently(partial(self._choose_subset, snapshot)):
                 self._followed.checkpoints.request_all()
