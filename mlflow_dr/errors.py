@@ -9,6 +9,7 @@ The command line prints the message on one line and exits with `exit_code`: 2 fo
     ├── DataError            a file of a collection that is missing, malformed or contradicts itself
     ├── TrainingError        training cannot go on: its loss is not a number
     ├── CheckpointError      a checkpoint that cannot be trusted or loaded
+    │   ├── OverdueError         ... whose validation took too long
     │   └── UnavailableError     ... that cannot be fetched or read on this machine
     │       └── LostError            ... because its files are gone from the store
     ├── TrackingError        the tracking server cannot be reached, or a run cannot be used
@@ -88,6 +89,10 @@ class DataError(MlflowDrError):
 
 class CheckpointError(MlflowDrError):
     """A checkpoint cannot be trusted (bytes, shapes, NaN) or loaded."""
+
+
+class OverdueError(CheckpointError):
+    """The validation of a checkpoint took longer than it may."""
 
 
 class UnavailableError(CheckpointError):

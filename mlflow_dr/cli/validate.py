@@ -25,8 +25,9 @@ def validate_command(config: ValidateConfig) -> int:
 
     A --config file may have several validations by name, under the key `validations`.
 
-    The exit code is 1 when a checkpoint is FAILED (no encoder can be read from its files), or when
-    some could not be fetched or read on this machine and are left to other validators.
+    The exit code is 1 when a checkpoint is FAILED (no encoder can be read from its files, or it
+    took longer than --max-seconds), or when some could not be fetched or read on this machine and
+    are left to other validators.
 
     \b
     Example:

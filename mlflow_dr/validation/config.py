@@ -266,6 +266,9 @@ class ValidateConfig(ValidationDefaults, EncoderOverrides, PolicyConfig):
     every: Every = 1
     max_lag_seconds: Annotated[Seconds | None, Flag("--max-lag")] = None
     """Skip checkpoints that were published more than this many seconds ago."""
+    max_seconds: Seconds | None = None
+    """Stop the validation of a checkpoint that takes longer, and record it as failed. Tokenising a
+    corpus and waiting for the server do not count."""
     retry_failed: bool = False
     """Try again what was recorded as failed."""
     follow: Annotated[bool, Flag(off="--once")] = True

@@ -18,7 +18,7 @@ from mlflow_dr.engines.engine import Engine
 from mlflow_dr.engines.opening import check_devices_and_dtype, open_engine
 from mlflow_dr.errors import UsageError
 from mlflow_dr.files import atomic_write
-from mlflow_dr.retrieval.dense import dense_search, rows_to_encode
+from mlflow_dr.retrieval.dense import SearchRequest, dense_search, rows_to_encode
 from mlflow_dr.retrieval.measures import (
     Measure,
     check_depth,
@@ -107,12 +107,9 @@ def evaluate_all(
             raise ValueError("one pass is over one corpus, on one device and in one number format")
         if not settings.keep_own_id:
             data.warn_of_own_ids()
-    depths = [check_depth(settings.measures, settings.depth) for _, settings in requests]
+    depths = _depths(requests)
     text_tokenizer = TextTokenizer(encoder.tokenizer, encoder.settings)
-    searches = [
-        data.search(depth + (0 if settings.keep_own_id else 1))
-        for depth, (data, settings) in zip(depths, requests, strict=True)
-    ]
+    searches = _searches(requests)
     rows = rows_to_encode(searches, len(tokens.corpus))
     table = tokens.table(text_tokenizer, rows)
 
@@ -140,6 +137,30 @@ def evaluate_all(
     return [
         Report(mean_values(per_query), per_query, ranking, seconds, passages, dtype)
         for per_query, ranking in measured
+    ]
+
+
+def tokenise(encoder: Encoder, requests: Sequence[tuple[EvalDataset, EvalConfig]]) -> None:
+    """Make what `evaluate_all` makes of a corpus only once, whatever the weights.
+
+    Args:
+        encoder: has the tokenizer.
+        requests: as `evaluate_all` takes them.
+    """
+    tokens = requests[0][0].tokens
+    rows = rows_to_encode(_searches(requests), len(tokens.corpus))
+    tokens.table(TextTokenizer(encoder.tokenizer, encoder.settings), rows)
+    tokens.tie_ranks  # noqa: B018 - computed once
+
+
+def _depths(requests: Sequence[tuple[EvalDataset, EvalConfig]]) -> list[int]:
+    return [check_depth(settings.measures, settings.depth) for _, settings in requests]
+
+
+def _searches(requests: Sequence[tuple[EvalDataset, EvalConfig]]) -> list[SearchRequest]:
+    return [
+        data.search(depth + (0 if settings.keep_own_id else 1))
+        for depth, (data, settings) in zip(_depths(requests), requests, strict=True)
     ]
 
 

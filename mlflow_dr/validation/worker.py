@@ -23,6 +23,7 @@ from mlflow_dr.errors import (
     CheckpointError,
     LostError,
     MlflowDrError,
+    OverdueError,
     TrackingError,
     UnavailableError,
     UsageError,
@@ -30,6 +31,7 @@ from mlflow_dr.errors import (
 )
 from mlflow_dr.files import is_full
 from mlflow_dr.retrieval.encode import encode_all
+from mlflow_dr.time_limit import TimeIsUp, TimeLimit
 from mlflow_dr.tracking.artifacts import log_per_query_values
 from mlflow_dr.tracking.checkpoints import Checkpoint, checkpoint_by_id, is_deleted
 from mlflow_dr.tracking.encoders import encoder_errors, local_cause
@@ -44,7 +46,7 @@ from mlflow_dr.tracking.results import (
 from mlflow_dr.tracking.runs import TrackedRun
 from mlflow_dr.tracking.server import Patience, ServerClock
 from mlflow_dr.validation.config import ValidateConfig
-from mlflow_dr.validation.evaluate import Report, evaluate_all
+from mlflow_dr.validation.evaluate import Report, evaluate_all, tokenise
 from mlflow_dr.validation.validations import EvalConfig
 
 if TYPE_CHECKING:
@@ -102,6 +104,7 @@ class Worker:
         self._patiently = patiently
         self._names_runs = names_runs
         self._clock = ServerClock()
+        TimeLimit(config.max_seconds)  # refuses early
 
     def now_ms(self) -> int:
         """The server's time, in ms since 1970."""
@@ -117,6 +120,7 @@ class Worker:
         results: dict[str, Report | CheckpointError | None] = {}
         left: list[ResolvedValidation] = []
         setback: UnavailableError | None = None
+        limit = TimeLimit(self._config.max_seconds)
         for validation in job.validations:
             if validation_state(job.checkpoint, validation.name) is State.RECORDED:
                 results[validation.name] = None
@@ -124,7 +128,7 @@ class Worker:
                 left.append(validation)
         if left:
             try:
-                results |= self._evaluate(job, left)
+                results |= self._evaluate(job, left, limit)
             except UnavailableError as error:
                 setback = error
         return JobResult(results, setback, time.monotonic() - start)
@@ -142,7 +146,7 @@ class Worker:
         }
 
     def _evaluate(
-        self, job: Job, validations: Sequence[ResolvedValidation]
+        self, job: Job, validations: Sequence[ResolvedValidation], limit: TimeLimit
     ) -> Mapping[str, Report | CheckpointError]:
         """A report of each validation, or why there is none; nothing where it is put off.
 
@@ -150,13 +154,20 @@ class Worker:
             UnavailableError: this validator cannot have the checkpoint, for now or at all.
         """
         checkpoint, names = job.checkpoint, [validation.name for validation in validations]
+
+        def load() -> Encoder:
+            with limit:
+                return load_checkpoint(checkpoint, self._config.encoder_changes)
+
         try:
-            load = partial(load_checkpoint, checkpoint, self._config.encoder_changes)
             encoder = self._patiently(load, UnavailableError)
-            with encoder_errors(checkpoint.uri):
+            with encoder_errors(checkpoint.uri), limit:
                 check_vectors(encoder, validations[0].settings)
-            reports = _reports(encoder, validations, self._engines)
+            reports = _reports(encoder, validations, self._engines, limit)
             return dict(zip(names, reports, strict=True))
+        except TimeIsUp:
+            error = OverdueError(f"it took longer than {limit.seconds:g} s (--max-seconds)")
+            return dict.fromkeys(names, error)
         except CheckpointError as error:
             if self._is_deleted(job):
                 log.warning("%s is passed over: it was deleted", self._shown(job))
@@ -187,7 +198,11 @@ class Worker:
         checkpoint, run, name = job.checkpoint, job.run, validation.name
         dataset = validation.shown_dataset
         if isinstance(result, CheckpointError):
-            log.error("%s cannot be validated: %s", self._shown(job), result)
+            if isinstance(result, OverdueError):
+                text = "%s is stopped and recorded as failed: %s; --retry-failed tries it again"
+                log.warning(text, self._shown(job), result)
+            else:
+                log.error("%s cannot be validated: %s", self._shown(job), result)
             self._patiently(partial(mark_failed, run, checkpoint, name, str(result)))
             return State.FAILED
         if result is None:
@@ -261,11 +276,15 @@ def check_vectors(encoder: Encoder, settings: EvalConfig) -> None:
 
 
 def _reports(
-    encoder: Encoder, validations: Sequence[ResolvedValidation], engines: Engines
+    encoder: Encoder,
+    validations: Sequence[ResolvedValidation],
+    engines: Engines,
+    limit: TimeLimit,
 ) -> Sequence[Report]:
     """Evaluate an encoder that gives vectors.
 
     Raises:
+        TimeIsUp: it takes too long.
         UnavailableError: something breaks that may be this machine's fault as well.
         OSError: the disk is full.
         MlflowDrError: as it was raised.
@@ -274,7 +293,10 @@ def _reports(
     pairs = [(validation.data, validation.settings) for validation in validations]
     try:
         engine = engines.get(settings.engine, settings.device)
-        return evaluate_all(encoder, pairs, False, engine)
+        if limit.seconds is not None:
+            tokenise(encoder, pairs)  # done for all checkpoints
+        with limit:
+            return evaluate_all(encoder, pairs, False, engine)
     except MlflowDrError:
         raise
     except Exception as error:

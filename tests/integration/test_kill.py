@@ -136,3 +136,38 @@ def test_a_validator_stopped_while_waiting_ends_at_once(
     assert ended.printed[-2:] == ["", "stopped"]  # click ends the terminal's line of ^C
     assert client.get_run(run_id).info.status == "RUNNING"
     client.set_terminated(run_id)
+
+
+def test_a_checkpoint_that_takes_too_long_is_left_for_the_next(
+    forked: Forked,
+    publish_noise: Callable[..., str],
+    points: Callable,
+    checkpoints: Callable,
+    client: MlflowClient,
+    tmp_path: Path,
+) -> None:
+    """The signal is that of the timer, and comes in the middle of encoding."""
+    steps = [1, 2, 3]
+    run_id = publish_noise(*steps)
+    file = tmp_path / "validate.yaml"
+    file.write_text("max_seconds: 1000\n")
+    again = ["validate", "--run-id", run_id, "--config", file]
+    ended = forked(*again, die=("encoding", signal.SIGALRM))
+    assert ended.code == 1, ended.printed
+    reason = "it took longer than 1000 s (--max-seconds)"
+    assert (
+        f"warning: step 1 is stopped and recorded as failed: {reason}; "
+        "--retry-failed tries it again"
+    ) in ended.printed
+    assert sorted(points(client, run_id, "val")["mrr_at_10"]) == [2, 3]
+    tag = "mlflow_dr.validation.val.failed"
+    assert checkpoints(client, run_id)[1].tags[tag] == reason
+
+    assert forked("validate", "--run-id", run_id).code == 1  # nobody tries it unasked
+    assert sorted(points(client, run_id, "val")["mrr_at_10"]) == [2, 3]
+    ended = forked("validate", "--run-id", run_id, "--max-seconds", 1000, "--retry-failed")
+    assert ended.code == 0, ended.printed
+    for metric, by_step in points(client, run_id, "val").items():
+        assert {step: len(values) for step, values in by_step.items()} == dict.fromkeys(steps, 1), (
+            metric
+        )

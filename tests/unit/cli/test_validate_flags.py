@@ -13,6 +13,7 @@ FLAGS = {
     "--order bisect": ("order", "bisect"),
     "--every 7": ("every", 7),
     "--max-lag 60": ("max_lag_seconds", 60.0),
+    "--max-seconds 90": ("max_seconds", 90.0),
     "--retry-failed": ("retry_failed", True),
     "--poll-seconds 5": ("poll_seconds", 5.0),
     "--once": ("follow", False),
@@ -72,7 +73,7 @@ def test_flags_of_several_validations() -> None:
     assert str(dear.refines.measure) == "ndcg@5"
 
 
-@pytest.mark.parametrize("flag", ["--poll-seconds", "--max-lag", "--min-delta"])
+@pytest.mark.parametrize("flag", ["--poll-seconds", "--max-lag", "--max-seconds", "--min-delta"])
 @pytest.mark.parametrize("value", ["nan", "inf", "-1"])
 def test_numbers_out_of_range_are_refused(flag: str, value: str) -> None:
     with pytest.raises(UsageError, match=rf"{flag} is {value}.*; expected a"):

@@ -32,6 +32,7 @@ def test_a_file_overrides_the_flags(tmp_path: Path) -> None:
         """
         order: bisect
         max_lag_seconds: 60
+        max_seconds: 90
         validations:
           dev: {dataset: msmarco, split: dev, measures: mrr@10 recall@1000, depth: 1000}
           covid:
@@ -42,6 +43,7 @@ def test_a_file_overrides_the_flags(tmp_path: Path) -> None:
         """,
     )
     assert (config.order, config.every, config.max_lag_seconds) == ("bisect", 100, 60.0)
+    assert config.max_seconds == 90.0
     dev, covid, plain = config.all_validations
     assert (dev.name, dev.dataset, dev.split, dev.settings.depth) == ("dev", "msmarco", "dev", 1000)
     assert dev.settings.measures == parse_measures("mrr@10 recall@1000")
