@@ -3,6 +3,7 @@
 import os
 import re
 import shutil
+import signal
 import time
 from collections import Counter
 from collections.abc import Callable
@@ -10,6 +11,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import psutil
 import pytest
 from mlflow import MlflowClient
 
@@ -45,6 +47,12 @@ def test_the_server_is_unreachable_when_an_evaluation_ends(
     client = MlflowClient(spare_server.uri)
     run_id = publish_noise(1, 2, client=client)
 
+    def kill_server(pid: int) -> None:
+        while psutil.Process(pid).status() != psutil.STATUS_STOPPED:
+            time.sleep(0.05)
+        spare_server.kill()
+        os.kill(pid, signal.SIGCONT)
+
     def serve_again(pid: int) -> None:
         time.sleep(1)
         spare_server.start_again()
@@ -52,7 +60,8 @@ def test_the_server_is_unreachable_when_an_evaluation_ends(
     ended = forked(
         *("validate", "--run-id", run_id, "--poll-seconds", 0.3),
         *("--tracking-uri", spare_server.uri),
-        then={"step 1: ": lambda pid: spare_server.kill(), "warning: ": serve_again},
+        die=("before-recording-2", signal.SIGSTOP),
+        then={"step 1: ": kill_server, "warning: ": serve_again},
     )
     assert ended.code == 0, ended.printed
     assert evaluated(ended.printed) == {1: 1, 2: 1}
