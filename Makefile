@@ -48,7 +48,7 @@ demo: $(VENV)/.installed
 	@echo "the curves: make ui"
 
 test: $(VENV)/.installed-dev browser
-	python -m pytest --numprocesses 2 --dist loadfile
+	python -m pytest --numprocesses 3 --dist loadfile
 
 ui: $(VENV)/.installed
 	@mlflow-dr ui --port $(PORT)
