@@ -27,7 +27,7 @@ from mlflow_dr.validation.config import ValidateConfig
 from mlflow_dr.validation.policies import AutoSubset, Policies
 from mlflow_dr.validation.resolve import ResolvedValidation, ValidationResolver
 from mlflow_dr.validation.scheduler import Scheduler, Setbacks
-from mlflow_dr.validation.worker import Job, Worker
+from mlflow_dr.validation.worker import Job, JobResult, Worker
 
 log = logging.getLogger(__name__)
 
@@ -155,6 +155,9 @@ class _Validator:
             runs_before = len(self._resolver)
             if self._work_until(work_until) or self._scheduler.is_stale:
                 continue
+            if self._recording is not None:
+                self._finish_recording()
+                continue  # this snapshot is from before
             if len(self._resolver) > runs_before:
                 continue
             is_waiting = self._scheduler.is_waiting
@@ -322,12 +325,18 @@ class _Validator:
         if result.report is not None:
             self._auto_subset.note_speed(result.report, result.seconds)
         self._finish_recording()
-        record = partial(self._worker.record, job, result)
+        record = partial(self._record, job, result)
         self._recording = job, BackgroundTask(record, name="recording")
         if result.setback is None:
             self._setbacks.note_success()
         else:
             self._put_off(job, result.setback)
+
+    def _record(self, job: Job, result: JobResult) -> dict[str, State]:
+        """Record what was computed, and renew the claims of what is done no longer."""
+        states = self._worker.record(job, result)
+        self._claims.drop(job.checkpoint, *_done(states), finished=True)
+        return states
 
     def _put_off(self, job: Job, setback: UnavailableError) -> None:
         """Give back a checkpoint that cannot be read here now, and wait a little.
@@ -366,7 +375,7 @@ class _Validator:
     def _end(self, job: Job, states: Mapping[str, State]) -> None:
         """Drop the claims of a job, and count what has become of it."""
         names = [validation.name for validation in job.validations]
-        done = [name for name in names if states.get(name) is State.DONE]
+        done = _done(states)
         left = [name for name in names if name not in done]
         self._claims.drop(job.checkpoint, *done, finished=True)
         self._claims.drop(job.checkpoint, *left, finished=False)
@@ -386,3 +395,7 @@ class _Validator:
         finally:
             self._claims.close()
             self._engines.close()
+
+
+def _done(states: Mapping[str, State]) -> list[str]:
+    return [name for name, state in states.items() if state is State.DONE]

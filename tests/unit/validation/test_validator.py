@@ -29,7 +29,7 @@ from mlflow_dr.tracking.results import State, failure_reason, validation_state
 from mlflow_dr.tracking.runs import DATASET_TAG, TrackedRun
 from mlflow_dr.tracking.status import progress_summary, tag_progress
 from mlflow_dr.tracking.validations import chosen_metric, validation_steps
-from mlflow_dr.validation import worker
+from mlflow_dr.validation import validator, worker
 from mlflow_dr.validation.scheduler import Scheduler
 from mlflow_dr.validation.validator import Counts, _Validator, run_validator
 from tests.unit.validation.configuring import VALIDATION, configured
@@ -304,6 +304,35 @@ def test_nothing_is_claimed_while_another_checkpoint_is_evaluated(
     monkeypatch.setattr(worker, "evaluate_all", evaluate_all)
     assert watch(run, VALIDATION, follow=False, poll_seconds=5.0).done == 3
     assert claimed == [1, 2, 3]
+
+
+def test_figures_are_recorded_during_the_next_evaluation(
+    client: MlflowClient,
+    run: TrackedRun,
+    publishing: Callable[[int], str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Also where evaluating takes so long that the server is asked again before."""
+    for step in (1, 2):
+        publishing(step)
+    monkeypatch.setitem(validator.SHARE_OF_SNAPSHOTS, "oldest", 1e9)
+    begun: list[threading.Event] = [threading.Event(), threading.Event()]
+    evaluate, record, evaluated = worker.evaluate_all, worker.record_result, iter(begun)
+
+    def evaluate_all(*asked: Any) -> Any:
+        next(evaluated).set()
+        return evaluate(*asked)
+
+    def record_result(*args: Any) -> Any:
+        assert begun[1].wait(300)
+        return record(*args)
+
+    monkeypatch.setattr(worker, "evaluate_all", evaluate_all)
+    monkeypatch.setattr(worker, "record_result", record_result)
+    assert watch(run, VALIDATION, follow=False, poll_seconds=1e-6).done == 2
+    assert steps(client, run) == [1, 2]
+    for checkpoint in run_checkpoints(run):
+        assert not latest_claim(checkpoint, "val").given_back
 
 
 def test_several_validations_encode_the_corpus_once(
