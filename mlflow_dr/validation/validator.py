@@ -34,7 +34,7 @@ log = logging.getLogger(__name__)
 SECONDS_TO_RECORD = 5.0  # when it is to end at once
 SECONDS_BETWEEN_SUMMARIES = 10.0  # of a run, while there is work
 # of a validator's time, while there is work; what is published now does not change the oldest
-SHARE_OF_SNAPSHOTS = {"oldest": 0.01, "newest": 0.1, "bisect": 0.1}
+SHARE_OF_SNAPSHOTS = {"oldest": 0.02, "newest": 0.1, "bisect": 0.1}
 
 
 @dataclass
@@ -136,6 +136,7 @@ class _Validator:
         self._summarize_at = -float("inf")
         self._done: set[str] = set()  # model ids
         self._counts = Counts()
+        self._computed: tuple[Job, JobResult] | None = None
         self._recording: tuple[Job, BackgroundTask[dict[str, State]]] | None = None
 
     def run(self) -> Counts:
@@ -155,7 +156,7 @@ class _Validator:
             runs_before = len(self._resolver)
             if self._work_until(work_until) or self._scheduler.is_stale:
                 continue
-            if self._recording is not None:
+            if self._computed or self._recording:
                 self._finish_recording()
                 continue  # this snapshot is from before
             if len(self._resolver) > runs_before:
@@ -176,10 +177,13 @@ class _Validator:
         end = time.monotonic()
         for checkpoint in self._scheduler.see(snapshot, end - start):
             self._followed.checkpoints.mark_done(checkpoint)
-        if start >= self._summarize_at or not self._scheduler.has_free:
+        scheduler = self._scheduler
+        # while others are at work, they do it, too
+        is_last = not scheduler.has_free and (scheduler.validators == 1 or not scheduler.is_waiting)
+        if is_last or start >= self._summarize_at:
             self._patiently(partial(self._summarize, snapshot))
             # several validators share this work
-            self._summarize_at = start + SECONDS_BETWEEN_SUMMARIES * self._scheduler.validators
+            self._summarize_at = start + SECONDS_BETWEEN_SUMMARIES * scheduler.validators
         # where thousands wait, a snapshot takes long, and is taken less often
         share = SHARE_OF_SNAPSHOTS[self._config.order]
         return snapshot, end + max(self._config.poll_seconds, (end - start) / share)
@@ -316,7 +320,11 @@ class _Validator:
         return claimed
 
     def _work(self, job: Job) -> None:
-        """Evaluate what was claimed; the figures are recorded in the background."""
+        """Evaluate what was claimed, and record the figures of the job before in the background.
+
+        They wait until this job is claimed, because their requests would delay that.
+        """
+        self._start_recording()
         try:
             result = self._worker.evaluate(job)
         except BaseException:
@@ -325,12 +333,19 @@ class _Validator:
         if result.report is not None:
             self._auto_subset.note_speed(result.report, result.seconds)
         self._finish_recording()
-        record = partial(self._record, job, result)
-        self._recording = job, BackgroundTask(record, name="recording")
+        self._computed = job, result
         if result.setback is None:
             self._setbacks.note_success()
         else:
             self._put_off(job, result.setback)
+
+    def _start_recording(self) -> None:
+        """Record what was computed last, in the background."""
+        if self._computed is None:
+            return
+        (job, result), self._computed = self._computed, None
+        task = BackgroundTask(partial(self._record, job, result), name="recording")
+        self._recording = job, task
 
     def _record(self, job: Job, result: JobResult) -> dict[str, State]:
         """Record what was computed, and renew the claims of what is done no longer."""
@@ -359,6 +374,7 @@ class _Validator:
 
         If it is interrupted, `close` finishes them.
         """
+        self._start_recording()
         if self._recording is None:
             return
         (job, recording), states = self._recording, None

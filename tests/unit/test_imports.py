@@ -39,6 +39,7 @@ FLOORS = {
     "files": 0,
     "errors": 0,
     "terminal": 0,
+    "time_limit": 0,
     "version": 0,
 }
 # siblings on one floor that may look at each other, one way
@@ -48,6 +49,7 @@ ALLOWED_BESIDE = {
     ("cache", "errors"),
     ("cache", "files"),
     ("errors", "terminal"),
+    ("time_limit", "errors"),
     ("extensions", "errors"),
     ("config", "errors"),
     ("config", "terminal"),
