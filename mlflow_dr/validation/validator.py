@@ -136,6 +136,8 @@ class _Validator:
         self._summarize_at = -float("inf")
         self._done: set[str] = set()  # model ids
         self._counts = Counts()
+        # by figures, which validations are left to do for a checkpoint
+        self._chooses = config.keep_up or len(config.cheap) < len(config.all_validations)
         self._computed: tuple[Job, JobResult] | None = None
         self._recording: tuple[Job, BackgroundTask[dict[str, State]]] | None = None
 
@@ -147,7 +149,7 @@ class _Validator:
             self._resolver.resolve_ahead(self._followed.run)
         has_asked = False
         while True:
-            if not self._scheduler.has_free:  # else there is an evaluation to do meanwhile
+            if self._chooses or not self._scheduler.has_free:  # else it is done meanwhile
                 self._finish_recording()
             snapshot, work_until = self._take_snapshot()
             if self._config.keep_up and self._patiently(partial(self._choose_subset, snapshot)):
