@@ -65,7 +65,7 @@ def test_the_documented_commands_give_trec_evals_values(
     for line in lines:
         argv = shlex.split(line)[1:]
         argv += ["--dtype", "fp32"] if argv[0] in ("encode", "evaluate") else []
-        done = forks.call(*argv, variables={}, directory=tmp_path, timeout=300)
+        done = forks.call("mlflow-dr", *argv, variables={}, directory=tmp_path, timeout=300)
         assert done.returncode == 0, f"{line}\n{done.stdout}\n{done.stderr}"
 
     def columns(name: str) -> list[list[str]]:
