@@ -19,12 +19,14 @@ def all_kinds() -> list[Kind]:
         rankings,
         training_flags,
         validators,
+        vectors,
     )
 
     return [
         *collections.KINDS,
         *examples.KINDS,
         *rankings.KINDS,
+        *vectors.KINDS,
         *caches.KINDS,
         *encoders.KINDS,
         *checkpoints.KINDS,

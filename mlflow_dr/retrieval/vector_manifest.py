@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import msgspec
 
@@ -20,9 +20,9 @@ MANIFEST = re.compile(r"manifest(-[0-9]+-of-[0-9]+)?\.json")
 class VectorFile(msgspec.Struct, frozen=True):
     """What a manifest says of a file."""
 
-    name: str
-    rows: int
-    bytes: int
+    name: Annotated[str, msgspec.Meta(pattern=r"^[a-z0-9-]{1,200}\.[a-z]{1,10}$")]
+    rows: Annotated[int, msgspec.Meta(ge=0)]
+    bytes: Annotated[int, msgspec.Meta(ge=0)]
     sha256: str
 
 
@@ -122,7 +122,7 @@ def read_manifests(path: Path) -> list[VectorManifest]:
         if MANIFEST.fullmatch(file.name):
             try:
                 manifest = msgspec.json.decode(file.read_bytes(), type=VectorManifest)
-            except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
+            except (msgspec.DecodeError, OSError, UnicodeDecodeError, RecursionError) as error:
                 raise DataError(f"{file}: not a manifest of vectors ({one_line(error)})") from error
             if manifest.name != file.name:
                 raise DataError(f"{file}: is of shard {manifest.shard} of {manifest.shards}")

@@ -8,6 +8,7 @@ other programs are read, too.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from mlflow_dr.errors import DataError, UsageError, one_line, quoted
+from mlflow_dr.errors import DataError, MlflowDrError, UsageError, one_line, quoted
 from mlflow_dr.files import digest_of
 from mlflow_dr.retrieval.vector_manifest import (
     TEVATRON,
@@ -183,10 +184,28 @@ class Vectors:
 def _readable(part: _Part, start: int, stop: int) -> Iterator[np.ndarray]:
     if start >= stop:
         return
+    with _errors_of_files(part.path):
+        rows = 0
+        for vectors in part.chunks(start, stop):
+            rows += len(vectors)
+            yield vectors
+        if rows < stop - start:
+            raise DataError(f"{part.path}: has {rows:,} vectors where {stop - start:,} should be")
+
+
+@contextmanager
+def _errors_of_files(path: Path) -> Iterator[None]:
+    """Turn what the libraries raise for damaged files, errors of any kind, into one line.
+
+    Raises:
+        DataError: with the path.
+    """
     try:
-        yield from part.chunks(start, stop)
-    except (pa.ArrowException, OSError, ValueError, EOFError) as error:
-        raise DataError(f"{part.path}: cannot be read ({one_line(error)})") from error
+        yield
+    except MlflowDrError:
+        raise
+    except Exception as error:
+        raise DataError(f"{path}: cannot be read ({one_line(error)})") from error
 
 
 def open_vectors(*paths: Path, partial: bool = False) -> Vectors:
@@ -222,11 +241,11 @@ def open_vectors(*paths: Path, partial: bool = False) -> Vectors:
         others = [_other_parts(path) for path in paths]
         parts = [part for some, _ in others for part in some]
         dimension = next((dimension for _, dimension in others if dimension), 0)
-    try:
-        chunks = [chunk for part in parts for chunk in part.ids().chunks]
-        ids = pa.chunked_array(chunks, pa.string())
-    except (pa.ArrowException, OSError, ValueError) as error:
-        raise DataError(f"{shown}: the ids cannot be read ({one_line(error)})") from error
+    chunks: list[pa.Array] = []
+    for part in parts:
+        with _errors_of_files(part.path):
+            chunks += part.ids().chunks
+    ids = pa.chunked_array(chunks, pa.string())
     if len(ids) != sum(part.rows for part in parts):
         raise DataError(f"{shown}: there are not as many ids as vectors; encode again")
     _check_ids(shown, ids)
@@ -271,11 +290,8 @@ def _other_parts(path: Path) -> tuple[list[_Part], int]:
         raise UsageError(f"{path}: no vectors here; " + (why or "expected *.parquet or a manifest"))
     parts, dimension = [], 0
     for file in files:
-        try:
-            with pq.ParquetFile(file) as opened:
-                schema, rows = opened.schema_arrow, opened.metadata.num_rows
-        except (pa.ArrowException, OSError) as error:
-            raise DataError(f"{file}: not a Parquet file ({one_line(error)})") from error
+        with _errors_of_files(file), pq.ParquetFile(file) as opened:
+            schema, rows = opened.schema_arrow, opened.metadata.num_rows
         part = _Part(file, rows, _id_column(file, schema), _vector_column(file, schema))
         if rows and not dimension:
             dimension = next(_readable(part, 0, 1)).shape[1]

@@ -122,7 +122,7 @@ def test_columns_that_cannot_be_chosen(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
-        ("a.parquet", b"PAR1 and no more", "not a Parquet file"),
+        ("a.parquet", b"PAR1 and no more", "cannot be read"),
         ("a.pkl", b"", "pickles are never read"),
         ("manifest.json", b"{}", "not a manifest of vectors"),
         ("manifest.json", b"[1", "not a manifest of vectors"),
@@ -145,7 +145,7 @@ def test_a_truncated_file(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"a\.parquet|cannot be read"):
         read(tmp_path)
     (tmp_path / "a.parquet").write_bytes(whole[:middle])
-    with pytest.raises(DataError, match="not a Parquet file"):
+    with pytest.raises(DataError, match="cannot be read"):
         read(tmp_path)
 
 
