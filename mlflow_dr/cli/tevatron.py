@@ -115,11 +115,6 @@ def encode_flags(given: Given, rest: list[str]) -> list[str]:
         flags += [ours, given[name]] if name in given else []
     if pooling := given.get("--pooling"):
         flags += ["--pooling", POOLINGS.get(pooling, pooling)]
-    if file := given.get("--dataset-path") or given.get("--encode-in-path"):
-        raise UsageError(
-            f"{file}: passages and queries are read from a collection; put them into a folder with "
-            "corpus.jsonl, queries.jsonl and qrels/SPLIT.tsv, and name it by --dataset_name"
-        )
     for number, count in (
         ("--encode-shard-index", "--encode-num-shard"),
         ("--dataset-shard-index", "--dataset-number-of-shards"),
@@ -128,13 +123,10 @@ def encode_flags(given: Given, rest: list[str]) -> list[str]:
             shown = f"{given.get(number, '0').lstrip('0') or '0'}/{given.get(count, '1')}"
             flags += ["--shard", shown]
     is_query = "true" in (given.get("--encode-is-query"), given.get("--encode-is-qry"))
-    name, split = _dataset(given.get("--dataset-name", ""), is_query)
-    split = given.get("--dataset-split") or split
-    flags += ["--dataset", name] if name else []
-    if is_query and split:
-        flags += ["--split", split]
-    elif is_query and not any(word.startswith("--split") for word in rest):
-        raise UsageError("--encode_is_query needs --dataset_split, whose queries are encoded")
+    if file := given.get("--dataset-path") or given.get("--encode-in-path"):
+        flags += ["--texts", file, *(["--texts-are-queries"] if is_query else [])]
+    else:
+        flags += _dataset_flags(given, rest, is_query)
     dtypes = [name for name in ("fp16", "bf16") if given.get(f"--{name}") == "true"]
     if len(dtypes) > 1:
         raise UsageError("--fp16 and --bf16 exclude each other")
@@ -167,6 +159,22 @@ def search_flags(given: Given, rest: list[str]) -> list[str]:
         flags += [ours, given[name]] if name in given else []
     if given and not any(word.startswith("--format") for word in rest):
         flags += ["--format", "tevatron"]
+    return flags
+
+
+def _dataset_flags(given: Given, rest: list[str], is_query: bool) -> list[str]:
+    """Our flags for the dataset and the split.
+
+    Raises:
+        UsageError: queries are encoded, and no split is named.
+    """
+    name, split = _dataset(given.get("--dataset-name", ""), is_query)
+    split = given.get("--dataset-split") or split
+    flags = ["--dataset", name] if name else []
+    if is_query and split:
+        flags += ["--split", split]
+    elif is_query and not any(word.startswith("--split") for word in rest):
+        raise UsageError("--encode_is_query needs --dataset_split, whose queries are encoded")
     return flags
 
 

@@ -88,6 +88,11 @@ class EncodeConfig(CollectionConfig, EncoderOverrides):
     or fp16. With fp16 the vectors are stored in fp16, too; a processor computes them in fp32."""
     tokens_per_batch: Count | None = None
     """Tokens of a batch, with padding (default: by device). All shards need the same number."""
+    texts: Files = ()
+    """Encode the records of JSON or Parquet files instead of a dataset: each an id (docid, query_id
+    or text_id), a text (text or query), and maybe a title."""
+    texts_are_queries: bool = False
+    """The records of --texts are queries."""
     query_prompt: Annotated[str | None, Flag("--query-prompt", "--query-prefix")] = None
     """Put this before each query instead of the encoder's own prompt."""
     passage_prompt: Annotated[str | None, Flag("--passage-prompt", "--passage-prefix")] = None
@@ -117,6 +122,10 @@ class EncodeConfig(CollectionConfig, EncoderOverrides):
             raise ConfigError("output", " is missing: the folder to write")
         if self.log and not self.encoder.startswith("models:/"):
             raise ConfigError("log", " needs a published checkpoint, models:/...")
+        if self.texts and (self.dataset or self.candidate_dir or self.split):
+            raise ConfigError("texts", " stand for a dataset; leave out --dataset and --split")
+        if self.texts_are_queries and not self.texts:
+            raise ConfigError("texts_are_queries", " needs --texts; use --split with a dataset")
         return self
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import closing
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -15,8 +15,10 @@ import pyarrow as pa
 import torch
 
 from mlflow_dr.cache import unchanged_cache
-from mlflow_dr.collection.catalogue import Collection, check_split, open_collection
-from mlflow_dr.collection.records import Topics
+from mlflow_dr.collection.catalogue import check_split, open_collection
+from mlflow_dr.collection.corpus import Corpus
+from mlflow_dr.collection.records import Query, Topics
+from mlflow_dr.collection.text_files import read_text_files
 from mlflow_dr.devices import dtype_name
 from mlflow_dr.encoder.config import EncoderConfig
 from mlflow_dr.encoder.directory import load_encoder
@@ -101,12 +103,7 @@ def encode(config: EncodeConfig) -> list[VectorManifest]:
         UnavailableError: there is no Ray cluster, or its nodes do not share the folder.
     """
     assert config.output is not None
-    name, _ = config.named_dataset()
-    if name is None:
-        raise UsageError("give --dataset, or --candidate-dir, --query-files and --qrel-files")
-    collection = open_collection(name)
-    if config.split is not None:
-        check_split(collection, config.split)
+    name, is_query, tokenise = _source(config)
     with closing(open_engine(config.engine, config.device)) as engine:
         is_half = dtype_name(config.dtype) == HALF
         dtype = "fp32" if is_half and engine.device.type == "cpu" else config.dtype
@@ -115,12 +112,10 @@ def encode(config: EncodeConfig) -> list[VectorManifest]:
         if config.append_eos_token:
             for part in encoder.distinct_encoders:
                 append_eos(part.tokenizer)
-        texts = _passages(encoder, collection)
-        if config.split is not None:
-            texts = query_texts(encoder, collection.topics(config.split))
+        texts = tokenise(encoder)
         numbers, shards = parse_shards(config.shard or _all_shards(engine))
         manifest = VectorManifest(
-            kind="passages" if config.split is None else "queries",
+            kind="queries" if is_query else "passages",
             dataset=name,
             split=config.split,
             texts=len(texts.table),
@@ -276,19 +271,43 @@ class Texts(NamedTuple):
     pad_id: int
 
 
-def _passages(encoder: Encoder, collection: Collection) -> Texts:
-    corpus, tokenizer = collection.corpus(), TextTokenizer(encoder.tokenizer, encoder.settings)
+def _source(config: EncodeConfig) -> tuple[str, bool, Callable[[Encoder], Texts]]:
+    """The name of the collection, whether queries are encoded, and what makes tokens of texts."""
+    if config.texts:
+        corpus = read_text_files(config.texts)
+        if not config.texts_are_queries:
+            return "", False, lambda encoder: _passages(encoder, corpus)
+        passages = (passage for batch in corpus.batches() for passage in batch)
+        queries = [Query(each.id, each.text, (), each.tokens) for each in passages]
+        return "", True, lambda encoder: _query_tokens(encoder, queries, corpus.digest)
+    name, _ = config.named_dataset()
+    if name is None:
+        raise UsageError("give --dataset, or --candidate-dir, --query-files and --qrel-files")
+    collection = open_collection(name)
+    if config.split is None:
+        return name, False, lambda encoder: _passages(encoder, collection.corpus())
+    check_split(collection, config.split)
+    topics = collection.topics(config.split)
+    return name, True, lambda encoder: query_texts(encoder, topics)
+
+
+def _passages(encoder: Encoder, corpus: Corpus) -> Texts:
+    tokenizer = TextTokenizer(encoder.tokenizer, encoder.settings)
     table = corpus_tokens(corpus, tokenizer, usable_cores())
     return Texts(table, corpus.ids, corpus.digest, encoder, tokenizer.pad_id)
 
 
 def query_texts(encoder: Encoder, topics: Topics) -> Texts:
     """The queries of a split as tokens."""
+    return _query_tokens(encoder, topics.queries, topics.digest)
+
+
+def _query_tokens(encoder: Encoder, queries: Sequence[Query], digest: str) -> Texts:
     query_encoder = encoder.query_encoder
     tokenizer = TextTokenizer(query_encoder.tokenizer, query_encoder.settings)
-    table = token_table(tokenizer.query_ids(topics.queries))
-    ids = pa.chunked_array([pa.array([query.id for query in topics.queries], pa.string())])
-    return Texts(table, ids, topics.digest, query_encoder, tokenizer.pad_id)
+    table = token_table(tokenizer.query_ids(queries))
+    ids = pa.chunked_array([pa.array([query.id for query in queries], pa.string())])
+    return Texts(table, ids, digest, query_encoder, tokenizer.pad_id)
 
 
 def _log(config: EncodeConfig, manifests: Sequence[VectorManifest]) -> None:

@@ -282,7 +282,7 @@ def _topics(
     dataset, split = config.named_dataset()[0], config.split
     if dataset is None and queries is not None:
         dataset, split = queries.dataset, split or queries.split
-    if dataset is None:
+    if not dataset:  # files of texts have none
         return None
     collection = open_collection(dataset)
     about = passages.manifest if passages else None

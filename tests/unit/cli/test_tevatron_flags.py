@@ -105,6 +105,14 @@ def test_adapters_prompts_and_pooling_are_taken() -> None:
     assert config.encoder_changes["query_prompt"] == "query:"
 
 
+@pytest.mark.parametrize("flag", ["--encode_in_path", "--dataset_path"])
+def test_files_of_texts_are_encoded_as_in_tevatron(flag: str) -> None:
+    line = f"--model_name_or_path m --dataset_name json {flag} x.jsonl --encode_output_path out"
+    passages = EncodeConfig(encoder="m", texts=(Path("x.jsonl"),), output=Path("out"))
+    assert encoding(line) == passages
+    assert encoding(f"{line} --encode_is_query") == passages.replaced(texts_are_queries=True)
+
+
 def test_our_own_flags_are_left_as_they_are() -> None:
     assert encoding("my-encoder --dataset demo --split dev --output q --shard 1/2") == EncodeConfig(
         encoder="my-encoder", dataset="demo", split="dev", output=Path("q"), shard="1/2"
@@ -162,7 +170,6 @@ def test_flags_without_effect_are_named_once(caplog: pytest.LogCaptureFixture) -
     [
         ("--model_name_or_path m --dataset_name d --encode_is_query", "--dataset_split"),
         ("--model_name_or_path m --fp16 --bf16", "exclude each other"),
-        ("--model_name_or_path m --encode_in_path corpus.json", "corpus.json: .*queries.jsonl"),
         ("--model_name_or_path", "needs a value"),
         ("--model_name_or_path m --dataset d --dataset_shard_index 4 --output o", "4/1.*0/1"),
     ],
