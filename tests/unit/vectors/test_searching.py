@@ -173,6 +173,30 @@ def test_queries_may_have_another_length_than_was_said_with_the_passages(folder:
         open_vectors(short, long)
 
 
+def test_files_of_texts_have_the_vectors_of_their_collection(
+    folder: Path, evaluated: tuple[bytes, dict[str, float]]
+) -> None:
+    base = folder.parent
+    paths = {}
+    for name, texts in (("corpus", {}), ("queries", {"texts_are_queries": True})):
+        paths[name] = base / f"of-{name}"
+        encode(
+            EncodeConfig(
+                encoder=str(base / "encoder"),
+                texts=(folder / f"{name}.jsonl",),
+                output=paths[name],
+                **{"device": "cpu", "dtype": "fp32", "tokens_per_batch": 4096, **texts},
+            )
+        )
+    values = {"queries": paths["queries"], "depth": 20, "output": base / "found"}
+    assert searched(paths["corpus"], **values) == {}
+    judged = {line.split()[0] for line in evaluated[0].decode().splitlines()}
+    lines = (base / "found").read_text().splitlines(keepends=True)
+    assert "".join(line for line in lines if line.split()[0] in judged).encode() == evaluated[0]
+    measured = searched(paths["corpus"], dataset=str(folder), split="dev", depth=20)
+    assert measured == evaluated[1]
+
+
 def test_a_ranking_is_converted(folder: Path, evaluated: tuple[bytes, dict[str, float]]) -> None:
     own, base = folder.parent / "evaluated.trec", folder.parent
     for layout, source in (("tevatron", own), ("trec", base / "tevatron"), ("msmarco", own)):
