@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from mlflow_dr.collection.corpus import Corpus, cached_corpus
-from mlflow_dr.collection.jsonl import checked_id, read_records, state_of
+from mlflow_dr.collection.jsonl import checked_id, read_records, state_of, text_and_tokens
 from mlflow_dr.collection.records import Passage, unique
 from mlflow_dr.errors import DataError, quoted
 
@@ -42,7 +42,7 @@ def read_text_files(files: Sequence[Path]) -> Corpus:
 
 def _passage(record: Mapping[str, Any], location: str) -> Passage:
     name = next((record[key] for key in IDS if key in record), None)
-    text = next((record[key] for key in TEXTS if key in record), None)
+    text: Any = next((record[key] for key in TEXTS if key in record), None)
     title = record.get("title") or ""
     is_tokens = isinstance(text, list) and all(type(token) is int for token in text)
     if not isinstance(name, str | int) or not (isinstance(text, str) or is_tokens):
@@ -52,5 +52,5 @@ def _passage(record: Mapping[str, Any], location: str) -> Passage:
         )
     if not isinstance(title, str):
         raise DataError(f"{location}: title is {quoted(title)}; expected text")
-    plain, tokens = ("", text) if is_tokens else (text, None)
+    plain, tokens = text_and_tokens(text)
     return Passage(checked_id(str(name), location), title, plain, tokens)
