@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import logging
 from typing import Any
 
 import numpy as np
 
 from mlflow_dr.errors import UsageError
-from mlflow_dr.retrieval.faiss_index import build_index
+from mlflow_dr.retrieval.faiss_index import CUT_OFFS, build_index
 from mlflow_dr.retrieval.vectors import Vectors, open_vectors
 from mlflow_dr.tracking.encoders import MODEL_SCHEME, resolve_encoder
 from mlflow_dr.vectors.config import IndexConfig
+
+log = logging.getLogger(__name__)
 
 
 def index(config: IndexConfig) -> dict[str, Any]:
@@ -44,6 +47,13 @@ def index(config: IndexConfig) -> dict[str, Any]:
     manifest = build_index(
         vectors, config.output, config.factory, queries, config.recall, config.seed
     )
+    lowest = min(manifest[f"recall_at_{k}"] or 0.0 for k in CUT_OFFS)
+    if manifest["queries"] and lowest < config.recall:
+        log.warning(
+            "recall is %.4f, below --recall %g, and more effort does not help; another --factory "
+            "finds more, or one that scores the best again (Refine)",
+            *(lowest, config.recall),
+        )
     if checkpoint is not None:
         from mlflow_dr.tracking.artifacts import log_index
         from mlflow_dr.tracking.client import connect

@@ -75,6 +75,15 @@ def test_the_command_prints_recall_and_speed(
     assert lines[4] == f"wrote {tmp_path / 'index'}"
 
 
+def test_a_recall_that_cannot_be_reached_is_said(
+    encoded: Encode, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    passages = encoded("passages")
+    index(IndexConfig(vectors=passages, output=tmp_path / "coarse", factory="SQ4", recall=1.0))
+    assert len(caplog.messages) == 1
+    assert "below --recall 1, and more effort does not help" in caplog.messages[0]
+
+
 def test_the_index_is_stored_with_the_checkpoints_run(
     encoded: Encode, run: TrackedRun, tmp_path: Path
 ) -> None:
