@@ -327,7 +327,7 @@ def tiny_directory(collection: Path, tmp_path_factory: pytest.TempPathFactory) -
     directory = tmp_path_factory.mktemp("encoders") / "tiny"
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(1)
-        config = EncoderConfig("mean", normalize=True, passage_max_length=32)
+        config = EncoderConfig("mean", normalize=True, passage_max_length=64)
         save_encoder(directory, tiny_encoder((json.loads(line)["text"] for line in lines), config))
     return directory
 
