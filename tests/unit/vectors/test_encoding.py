@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow.parquet as pq
 import pytest
 
 from mlflow_dr.collection.catalogue import open_collection
@@ -87,6 +88,23 @@ def test_shards_have_the_bits_of_the_whole(
     order = np.argsort([int(name[1:]) for name in parts.ids.to_pylist()])
     np.testing.assert_array_equal(parts.read()[order], whole.read())
     assert missing_vectors(tmp_path / "shards") == []
+
+
+@pytest.mark.parametrize("shards", [1, 3, 40])
+def test_other_libraries_read_the_files_as_they_are(
+    folder: Path, encoder: Encoder, tmp_path: Path, shards: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    datasets = pytest.importorskip("datasets")
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    encode(asked(folder, shard=f"all/{shards}"))
+    vectors = open_vectors(tmp_path / "vectors")
+    rows = datasets.load_dataset(str(tmp_path / "vectors"), split="train").with_format("numpy")
+    assert rows["docid"][:].tolist() == vectors.ids.to_pylist()
+    np.testing.assert_array_equal(rows["vector"][:], vectors.read())
+    for file in (tmp_path / "vectors").glob("*.parquet"):  # as Anserini names the parts
+        with pq.ParquetFile(file) as opened:
+            paths = [opened.schema.column(number).path for number in range(2)]
+        assert paths == ["docid", "vector.list.element"]
 
 
 def test_all_shards_by_one_command(folder: Path, encoder: Encoder, tmp_path: Path) -> None:
