@@ -43,7 +43,15 @@ ENCODE_VALUES = {
     "--dataset-shard-index",
     "--pooling",
 }
-ENCODE_SWITCHES = {"--encode-is-query", "--encode-is-qry", "--fp16", "--bf16"}
+ENCODE_SWITCHES = {
+    "--encode-is-query",
+    "--encode-is-qry",
+    "--fp16",
+    "--bf16",
+    "--normalize",
+    "--append-eos-token",
+}
+BOOLEANS = ("true", "false")  # may follow a switch, as Hugging Face's parser has it
 ENCODE_IGNORED = {
     "--output-dir",
     "--per-device-eval-batch-size",
@@ -122,6 +130,9 @@ def encode_flags(given: Given, rest: list[str]) -> list[str]:
         if number in given or count in given:
             shown = f"{given.get(number, '0').lstrip('0') or '0'}/{given.get(count, '1')}"
             flags += ["--shard", shown]
+    for switch, off in (("--normalize", ["--no-normalize"]), ("--append-eos-token", [])):
+        if switch in given:
+            flags += [switch] if given[switch] == "true" else off
     is_query = "true" in (given.get("--encode-is-query"), given.get("--encode-is-qry"))
     if file := given.get("--dataset-path") or given.get("--encode-in-path"):
         flags += ["--texts", file, *(["--texts-are-queries"] if is_query else [])]
@@ -194,16 +205,19 @@ def _split(args: list[str], values: set[str], switches: set[str]) -> tuple[Given
     """Tevatron's flags on a command line, and the rest of it."""
     given: dict[str, str] = {}
     rest: list[str] = []
-    words = iter(args)
-    for word in words:
+    words = [*args][::-1]
+    while words:
+        word = words.pop()
         flag, equals, value = word.partition("=")
         name = with_dashes(flag)
         if name in values:
-            given[name] = value if equals else next(words, "")
+            given[name] = value if equals or not words else words.pop()
             if not given[name]:
                 raise UsageError(f"{flag} needs a value")
         elif name in switches:
-            given[name] = value.lower() if equals else "true"
+            if not equals:
+                value = words.pop() if words and words[-1].lower() in BOOLEANS else "true"
+            given[name] = value.lower()
         else:
             rest.append(word)
     return given, rest

@@ -113,6 +113,12 @@ def test_files_of_texts_are_encoded_as_in_tevatron(flag: str) -> None:
     assert encoding(f"{line} --encode_is_query") == passages.replaced(texts_are_queries=True)
 
 
+def test_switches_may_have_a_value() -> None:
+    line = "--tf32 True --normalize False --fp16 true --encode_is_query=True --dataset_split dev"
+    config = encoding(f"--model_name_or_path m --dataset_name d --encode_output_path o {line}")
+    assert (config.normalize, config.dtype, config.split) == (False, "fp16", "dev")
+
+
 def test_our_own_flags_are_left_as_they_are() -> None:
     assert encoding("my-encoder --dataset demo --split dev --output q --shard 1/2") == EncodeConfig(
         encoder="my-encoder", dataset="demo", split="dev", output=Path("q"), shard="1/2"
