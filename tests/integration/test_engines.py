@@ -6,6 +6,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 
 import psutil
 import pytest
@@ -24,8 +25,12 @@ def short_folder() -> Iterator[str]:
 
 def encoding(process: subprocess.Popen, name: str) -> list[psutil.Process]:
     """The processes below one that encode for it."""
-    below = psutil.Process(process.pid).children(recursive=True)
-    return [child for child in below if name in " ".join(child.cmdline())]
+    found = []
+    for child in psutil.Process(process.pid).children(recursive=True):
+        with suppress(psutil.NoSuchProcess):
+            if name in " ".join(child.cmdline()):
+                found.append(child)
+    return found
 
 
 def test_a_validator_on_ray_loses_an_actor_and_writes_all_points(
