@@ -98,7 +98,13 @@ def engine(request: pytest.FixtureRequest, shared_cache: Path) -> Iterator[Any]:
         if isinstance(engine, WorkerPool):
             engine.await_answers()  # starts workers, with that cache
         yield engine
+        processes = [
+            member.handle.process
+            for member in getattr(engine, "_members", [])
+            if hasattr(member.handle, "process")
+        ]
         engine.close()
+        assert not any(process.is_alive() for process in processes)
 
 
 @pytest.fixture(scope="module")
@@ -247,17 +253,3 @@ def test_workers_that_end_again_and_again_are_given_up(
     monkeypatch.setattr(pool, "MOST_LOSSES", 1)
     with pytest.raises(UnavailableError, match="workers end again and again"):
         list(workers(engine).map(Deadly(), scene.table, [[np.arange(3)]], print))
-
-
-def test_closed_processes_are_gone(scene: Scene, tmp_path: Path) -> None:
-    engine = open_engine(device="cpu,cpu")
-    engine.load(scene.encoder, "fp32")
-    results = engine.map(encode_work(scene), scene.table, [[np.arange(3)]] * 4, print)
-    next(results)
-    pids = [member.handle.process.pid for member in engine._members]
-    folder = Path(engine._folder.name)
-    engine.close()
-    assert not folder.exists()
-    for pid in pids:
-        with pytest.raises(ProcessLookupError):
-            os.kill(pid, 0)
