@@ -34,6 +34,7 @@ from mlflow_dr.encoder.directory import load_encoder
 from mlflow_dr.encoder.token_table import TokenTable, corpus_tokens
 from mlflow_dr.encoder.tokenize import TextTokenizer
 from mlflow_dr.engines.ray import RayEngine
+from mlflow_dr.engines.worker import Answer
 from mlflow_dr.retrieval.dense import SearchRequest, dense_search
 from mlflow_dr.retrieval.ranking import SearchResult
 
@@ -55,7 +56,7 @@ class Measured(RayEngine):
         return self._actors
 
     def send(self, handle: Any, request: str, *arguments: Any) -> None:
-        self.asked.append((time.perf_counter(), id(handle), request))
+        self.asked.append((time.perf_counter(), handle, request))
         super().send(handle, request, *arguments)
         if request == "do" and self.kill_after == 0:
             ray.kill(handle.actor)
@@ -64,7 +65,9 @@ class Measured(RayEngine):
     def wait(self, handles: Any) -> Any:
         answers = super().wait(handles)
         now = time.perf_counter()
-        self.done += [(now, id(handles[number])) for number, _ in answers]
+        self.done += [
+            (now, handles[number]) for number, answer in answers if isinstance(answer, Answer)
+        ]
         return answers
 
     def idle_seconds(self, since: float, until: float) -> list[float]:
@@ -72,8 +75,8 @@ class Measured(RayEngine):
         idle = []
         there = {who for when, who, _ in self.asked if when < since}
         for who in there & {who for when, who in self.done if when > since}:
-            events = [(when, 1) for when, other, _ in self.asked if other == who]
-            events += [(when, -1) for when, other in self.done if other == who]
+            events = [(when, 1) for when, other, _ in self.asked if other is who]
+            events += [(when, -1) for when, other in self.done if other is who]
             total, begun = 0.0, None
             for when, change in sorted(events):
                 if change == 1 and begun is not None:

@@ -229,7 +229,7 @@ class RayEngine(WorkerPool[RayWorker]):
                     f"a Ray node has no module {missing!r}; install mlflow_dr and what it needs on "
                     "all nodes"
                 ) from error
-            return Lost(one_line(error))
+            return Lost(one_line(error).partition(" class_name:")[0])
         return answer
 
     def _head_answers(self) -> bool:
