@@ -52,6 +52,7 @@ CLUSTERS_PER_ROOT = 2  # of the number of passages
 MOST_CLUSTERS = 1 << 16
 REFINED = (4, 8, 16, 32)  # times as many candidates as wanted that are scored again
 PLATEAU = 0.001  # of recall, from twice the effort
+WORTHWHILE = 0.75  # of the clusters, for twice as many candidates that are scored again
 FAISS_ERROR = re.compile(
     r"Error in .*? at \S+:\d+: (?:Error: )?(?:'.*?' failed: (?=\S))?(.*)", re.S
 )
@@ -305,12 +306,20 @@ def tune(index: Any, test: HeldOutQueries, target: float) -> dict[str, int]:
         settings[name] = value
         return min(recalls(index, test))
 
+    efforts = sorted(names & limits.keys())
+    best: dict[str, int] = {}
     for factor in REFINED if "k_factor_rf" in names else (0,):
         reached = recall_with("k_factor_rf", factor) if factor else 0.0
-        for name in sorted(names & limits.keys()):
+        for name in efforts:
             reached = least_effort(partial(recall_with, name), *limits[name], target)
-        if reached >= target:
+        if best and any(settings[name] > WORTHWHILE * best[name] for name in efforts):
             break
+        if reached >= target:
+            best = dict(settings)
+            if not efforts:
+                break
+    for name, value in best.items():
+        recall_with(name, value)
     return settings
 
 
