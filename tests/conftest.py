@@ -6,6 +6,8 @@ import os
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+# else Ray's actors wait for all other tests
+os.environ["RAY_worker_niceness"] = "0"  # noqa: SIM112
 
 import copy
 import gc
@@ -42,7 +44,15 @@ SEA_TEXTS = (
 # these files of tests/integration start no MLflow server that they could share
 WITHOUT_SERVER = ("test_run.py", "test_torchrun.py", "test_resume.py", "test_cli.py")
 # the longest first, so that all processes of a parallel run end at about the same time
-LONGEST_FIRST = ("integration", "contract", "unit/training", "unit/validation", "unit/fidelity")
+LONGEST_FIRST = (
+    "contract/test_engines.py",
+    "unit/test_ray.py",
+    "integration/",
+    "contract/",
+    "unit/training/",
+    "unit/validation/",
+    "unit/fidelity/",
+)
 
 
 def _group(nodeid: str) -> str:
@@ -78,7 +88,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 def _order(nodeid: str) -> tuple[bool, int]:
-    places = [nodeid.startswith(f"tests/{name}/") for name in LONGEST_FIRST]
+    places = [nodeid.startswith(f"tests/{name}") for name in LONGEST_FIRST]
     return (_group(nodeid) != "server", places.index(True) if any(places) else len(places))
 
 
