@@ -1,7 +1,7 @@
 """What an engine is: it has an encoder on one or more devices, and runs work on shards there.
 
 A shard is a part of the batches of one plan (`plan_batches`), so a batch has the same rows, and its
-vectors have the same bits, whoever encodes it.
+vectors have the same bits wherever it is encoded.
 """
 
 from __future__ import annotations

@@ -21,7 +21,7 @@ def plan_batches(
     """Rows in batches whose padded size stays within a token budget, the longest first.
 
     The longest first, so that a batch that does not fit into memory fails at once. A shard i of n
-    is `batches[i::n]`: whoever encodes a batch, it has the same rows, so its vectors have the same
+    is `batches[i::n]`: a batch has the same rows in every process, so its vectors have the same
     bits, and shards take the same time.
 
     Args:
