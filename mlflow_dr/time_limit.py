@@ -10,6 +10,7 @@ from typing import Any
 
 from mlflow_dr.errors import UsageError
 
+SECONDS_UNTIL_TRIED_AGAIN = 0.001
 SECONDS_UNTIL_REPEATED = 10.0  # Python ignores what is raised in some places, as in destructors
 
 
@@ -42,7 +43,6 @@ class TimeLimit:
         if seconds is not None and threading.current_thread() is not threading.main_thread():
             raise UsageError("a limit of seconds can only be set in the main thread of a process")
         self._left = seconds or 0.0
-        self._counts = False
         self._begun = 0.0
         self._handler: Any = None
         self._timer = (0.0, 0.0)
@@ -52,24 +52,25 @@ class TimeLimit:
             return
         if self._left <= 0:
             raise TimeIsUp
-        self._begun, self._counts = time.monotonic(), True
+        self._begun = time.monotonic()
         self._handler = signal.signal(signal.SIGALRM, self._interrupt)
         self._timer = signal.setitimer(signal.ITIMER_REAL, self._left, SECONDS_UNTIL_REPEATED)
 
     def __exit__(self, *_: object) -> None:
         if self.seconds is None:
             return
-        try:
-            self._counts = False
-        finally:
-            taken = time.monotonic() - self._begun
-            self._left -= taken
-            delay, interval = self._timer
-            signal.setitimer(signal.ITIMER_REAL, 0)
-            signal.signal(signal.SIGALRM, self._handler)
-            if delay:
-                signal.setitimer(signal.ITIMER_REAL, max(delay - taken, 1e-6), interval)
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, self._handler)
+        taken = time.monotonic() - self._begun
+        self._left -= taken
+        delay, interval = self._timer
+        if delay:
+            signal.setitimer(signal.ITIMER_REAL, max(delay - taken, 1e-6), interval)
 
     def _interrupt(self, number: int, frame: FrameType | None) -> None:
-        if self._counts:
+        # Raised in one of the two methods, it would leave the timer and the handler behind.
+        code = frame and frame.f_code
+        if code is TimeLimit.__enter__.__code__:
+            signal.setitimer(signal.ITIMER_REAL, SECONDS_UNTIL_TRIED_AGAIN, SECONDS_UNTIL_REPEATED)
+        elif code is not TimeLimit.__exit__.__code__:
             raise TimeIsUp

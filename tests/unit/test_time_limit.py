@@ -49,6 +49,20 @@ def test_all_blocks_count_together() -> None:
         pytest.fail("nothing is left")
 
 
+def test_nothing_is_left_behind_when_the_time_is_up_as_a_block_begins_or_ends() -> None:
+    handler = signal.getsignal(signal.SIGALRM)
+    for _ in range(100):
+        limit = TimeLimit(0.002)
+        with pytest.raises(TimeIsUp):
+            while True:
+                with limit:
+                    sum(range(10))
+        assert signal.getsignal(signal.SIGALRM) is handler
+        assert signal.getitimer(signal.ITIMER_REAL)[1] == 0
+        with pytest.raises(TimeIsUp), limit:
+            pytest.fail("nothing is left")
+
+
 def test_what_is_between_blocks_is_not_stopped(other_timer: list[int]) -> None:
     limit = TimeLimit(1000)
     with limit:
