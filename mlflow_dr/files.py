@@ -135,15 +135,19 @@ def grant_umask_modes(directory: Path) -> None:
 
 
 @contextmanager
-def scratch() -> Iterator[Path]:
+def scratch(parent: Path | None = None) -> Iterator[Path]:
     """A path for a temporary directory, which is removed afterwards.
 
     The remains of processes that were killed are removed first: their lock files are not locked any
     more. A lock file is made before its directory and removed after it, so that no directory is
     ever without one. The block may be entered in one thread and left in another.
+
+    Args:
+        parent: the folder it is in; the system's folder for temporary files when None.
     """
-    _sweep()
-    lock = _fresh_lock()
+    parent = parent or Path(tempfile.gettempdir())
+    _sweep(parent)
+    lock = _fresh_lock(parent)
     folder = _locked_folder(lock)
     try:
         folder.mkdir(mode=0o700)
@@ -153,10 +157,10 @@ def scratch() -> Iterator[Path]:
         lock.release()
 
 
-def _fresh_lock() -> BaseFileLock:
+def _fresh_lock(parent: Path) -> BaseFileLock:
     """A lock that is held, under a new name."""
     while True:
-        path = Path(tempfile.gettempdir(), f"{SCRATCH}{uuid.uuid4().hex}{LOCK}")
+        path = parent / f"{SCRATCH}{uuid.uuid4().hex}{LOCK}"
         lock = FileLock(path, blocking=False, thread_local=False)
         with suppress(Timeout):  # another process removes it before it is locked
             lock.acquire()
@@ -165,8 +169,8 @@ def _fresh_lock() -> BaseFileLock:
             lock.release()
 
 
-def _sweep() -> None:
-    for path in Path(tempfile.gettempdir()).glob(f"{SCRATCH}*{LOCK}"):
+def _sweep(parent: Path) -> None:
+    for path in parent.glob(f"{SCRATCH}*{LOCK}"):
         try:
             with FileLock(path, blocking=False) as lock:
                 _remove(lock)

@@ -15,6 +15,7 @@ FLOORS = {
     "cli": 9,
     "launch": 8,
     "fidelity": 8,
+    "loaders": 8,
     "training": 7,
     "validation": 7,
     "mining": 7,

@@ -1,0 +1,166 @@
+"""One cell of the study, measured in a fresh process: `python -m mlflow_dr.loaders.cell`.
+
+    python -m mlflow_dr.loaders.cell SPEC.json RESULT.json
+
+SPEC.json is written by `write_spec`. RESULT.json gets a flat object of names and numbers; what this
+machine does not tell is left out. A cell that cannot be measured ends with exit code 2 and one line
+on stderr.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any, TypeVar
+
+from mlflow_dr.encoder.config import SHORTEST, check_types
+from mlflow_dr.errors import UsageError, one_line, quoted
+
+T = TypeVar("T")
+
+NO_MODEL = "none"
+CHOICES = {
+    "payload": ("lookup", "text", "ids"),
+    "start_method": ("fork", "spawn", "forkserver"),
+    "cache": ("warm", "cold"),
+    "ranker": ("bi", "cross"),
+    "backend": ("gloo", "nccl"),
+}
+SMALLEST = {
+    **{"workers": 0, "prefetch": 1, "ranks": 1, "max_length": SHORTEST, "batch_size": 1},
+    **{"samples": 1, "seconds": 0, "model_batches": 1, "seed": 0},
+}
+
+
+@dataclass(frozen=True)
+class Cell:
+    """What differs between the cells of a study.
+
+    Attributes:
+        store: the document store's name.
+        workers: processes or threads that fetch documents; 0 leaves it to the training process.
+        threads: whether the workers are threads.
+        payload: what arrives: `lookup` fetches documents and sends only their number and size,
+            `text` sends their texts, `ids` their token ids, padded.
+        start_method: how worker processes start: `fork`, `spawn` or `forkserver`.
+        prefetch: batches that each worker makes ahead.
+        pin_memory: whether batches are copied to pinned memory, from which a GPU copies faster.
+        ramdisk: whether the store's files are copied to a RAM disk first.
+        ranks: training processes, each with its own workers.
+        cache: `cold` empties the page cache of the store's files first.
+        model: an encoder's directory or hub name, trained on the batches; `none` trains nothing.
+        ranker: `bi` compares the vectors of queries and documents; `cross` reads both as one text.
+
+    Raises:
+        UsageError: a value is not allowed, or does not go together with another one.
+    """
+
+    store: str = "lookup"
+    workers: int = 0
+    threads: bool = False
+    payload: str = "ids"
+    start_method: str = "fork"
+    prefetch: int = 2
+    pin_memory: bool = False
+    ramdisk: bool = False
+    ranks: int = 1
+    cache: str = "warm"
+    model: str = NO_MODEL
+    ranker: str = "bi"
+
+    def __post_init__(self) -> None:
+        _check(self)
+        if self.threads and not self.workers:
+            raise UsageError("threads needs at least 1 worker")
+        if self.store == "tokens" and self.payload == "text":
+            raise UsageError("store 'tokens' has no texts; its payloads are lookup and ids")
+        if self.ramdisk and self.cache == "cold":
+            raise UsageError("a RAM disk is never cold; use cache warm")
+        if self.model != NO_MODEL and self.payload != "ids":
+            raise UsageError(f"a model takes payload ids, not {self.payload}")
+
+    @property
+    def processes(self) -> int:
+        """The number of worker processes of each rank."""
+        return 0 if self.threads else self.workers
+
+
+@dataclass(frozen=True)
+class Workload:
+    """What all cells of a study share.
+
+    Attributes:
+        directory: the directory of the cell's store, which differs between stores.
+        rows: an .npy file of int64, the rows that are fetched, in this order.
+        tokenizer: the directory or hub name of an encoder, whose tokenizer makes token ids.
+        max_length: the most tokens of a document.
+        batch_size: documents of a batch, on each rank.
+        samples: the most documents of the supply pass, over all ranks.
+        seconds: how long the supply pass takes, at most.
+        model_batches: training steps with a model.
+        seed: random seed of the model's dropout.
+        device: auto, cpu, cuda or cuda:<n>.
+        backend: how ranks communicate: `gloo` or `nccl`.
+
+    Raises:
+        UsageError: a value is not allowed.
+    """
+
+    directory: str
+    rows: str
+    tokenizer: str = ""
+    max_length: int = 128
+    batch_size: int = 64
+    samples: int = 100_000
+    seconds: float = 3.0
+    model_batches: int = 20
+    seed: int = 0
+    device: str = "auto"
+    backend: str = "gloo"
+
+    def __post_init__(self) -> None:
+        _check(self)
+
+
+def write_spec(path: Path, cell: Cell, workload: Workload) -> None:
+    """Write what a process of this module reads."""
+    spec = {"cell": asdict(cell), "workload": asdict(workload)}
+    path.write_text(json.dumps(spec, indent=1), encoding="utf-8")
+
+
+def read_spec(path: Path) -> tuple[Cell, Workload]:
+    """Read what `write_spec` wrote.
+
+    Raises:
+        UsageError: it cannot be read, or a key or value is not allowed.
+    """
+    try:
+        spec = json.loads(path.read_text(encoding="utf-8"))
+        cell, workload = spec["cell"], spec["workload"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UsageError(f"{path}: cannot be read ({one_line(error)})") from error
+    return _made(Cell, cell), _made(Workload, workload)
+
+
+def _made(kind: type[T], values: Mapping[str, Any]) -> T:
+    known = [field.name for field in fields(kind)]  # type: ignore[arg-type]
+    if unknown := sorted(set(values) - set(known)):
+        raise UsageError(f"unknown key {quoted(unknown[0])}; known are {', '.join(known)}")
+    try:
+        return kind(**values)
+    except TypeError as error:  # a value is missing
+        raise UsageError(one_line(error)) from error
+
+
+def _check(settings: Any) -> None:
+    """Refuse values of another type, names that are unknown and numbers that are too small."""
+    check_types(settings)
+    for field in fields(settings):
+        value = getattr(settings, field.name)
+        if field.name in CHOICES and value not in CHOICES[field.name]:
+            expected = ", ".join(CHOICES[field.name])
+            raise UsageError(f"{field.name} {quoted(value)}: expected {expected}")
+        if field.name in SMALLEST and value < SMALLEST[field.name]:
+            raise UsageError(f"{field.name} is {value}; expected at least {SMALLEST[field.name]}")
