@@ -24,6 +24,7 @@ Texts = Mapping[str, Tensor]
 """`input_ids` and `attention_mask`, each `(n_texts, length)`."""
 
 QUERY, PASSAGE = "query", "passage"
+N_TOKENS, QUERY_IDS = "n_tokens", "query_ids"
 NO_ROWS = np.empty(0, np.int64)
 
 
@@ -263,8 +264,8 @@ class Collator:
 
         Returns:
             `query` and `passage`: token ids and masks, `(n, length)` and `(n * group, length)`;
-            `keys`, `(n * group,) int64`; `teacher`, `(n, group) float32`, if all have scores; and
-            `query_ids`.
+            `keys`, `(n * group,) int64`; `teacher`, `(n, group) float32`, if all have scores;
+            `query_ids`; and `n_tokens`, the number of tokens that are not padding.
         """
         passages = [passage for group in groups for passage in group.passages]
         batch: dict[str, Any] = {
@@ -275,7 +276,8 @@ class Collator:
         scores = [group.scores for group in groups if group.scores is not None]
         if len(scores) == len(groups):
             batch["teacher"] = torch.from_numpy(np.stack(scores).astype(np.float32))
-        batch["query_ids"] = [group.query_id for group in groups]
+        batch[QUERY_IDS] = [group.query_id for group in groups]
+        batch[N_TOKENS] = sum(len(group.query) for group in groups) + sum(map(len, passages))
         return batch
 
     def _padded(self, rows: Sequence[np.ndarray], role: str) -> dict[str, Tensor]:

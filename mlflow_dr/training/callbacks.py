@@ -14,6 +14,7 @@ from transformers import TrainerCallback, TrainerState
 from transformers.trainer_utils import SaveStrategy
 
 from mlflow_dr.training.arguments import TrainingRequest
+from mlflow_dr.training.data_metrics import DataMetrics
 
 log = logging.getLogger(__name__)
 
@@ -35,13 +36,18 @@ class MetricCallback(TrainerCallback):
     Args:
         write: takes metrics and their step.
         last_step: the last step whose metrics the run has; a resumed training logs it again.
+        data: metrics that are written with each loss.
     """
 
     def __init__(
-        self, write: Callable[[Mapping[str, float], int], None], last_step: int | None = None
+        self,
+        write: Callable[[Mapping[str, float], int], None],
+        last_step: int | None = None,
+        data: DataMetrics | None = None,
     ) -> None:
         self._write = write
         self._last_step = last_step
+        self._data = data
 
     def on_train_begin(self, args: Any, state: TrainerState, control: Any, **_: Any) -> None:
         """Write the metrics before the checkpoint to resume from that a killed training lost.
@@ -52,6 +58,8 @@ class MetricCallback(TrainerCallback):
             for logs in state.log_history:
                 if not SUMMARY.keys() & logs.keys():
                     self._write_once(logs, int(logs["step"]))
+        if self._data is not None:
+            self._data.begin()
 
     def on_log(
         self, args: Any, state: TrainerState, control: Any, logs: Any = None, **_: Any
@@ -59,16 +67,23 @@ class MetricCallback(TrainerCallback):
         """Write the metrics of this step."""
         if not state.is_world_process_zero:
             return
-        self._write_once(logs or {}, state.global_step)
-        if logs and "loss" in logs and not sys.stderr.isatty():
+        logs = logs or {}
+        data = None
+        if self._data is not None and "loss" in logs:
+            data = self._data.take(args.world_size)
+        self._write_once(logs, state.global_step, data)
+        if "loss" in logs and not sys.stderr.isatty():
             log.info("step %d of %d: loss %.4f", state.global_step, state.max_steps, logs["loss"])
 
-    def _write_once(self, logs: Mapping[str, Any], step: int) -> None:
+    def _write_once(
+        self, logs: Mapping[str, Any], step: int, data: Mapping[str, float] | None = None
+    ) -> None:
         values = {
             f"train/{SUMMARY.get(name, name)}": float(value)
             for name, value in logs.items()
             if isinstance(value, int | float) and name not in NOT_METRICS
         }
+        values.update(data or {})
         if "train/mean_loss" in values:
             values.pop("train/epoch", None)  # the last step has it
         elif self._last_step is not None and step <= self._last_step:

@@ -17,6 +17,7 @@ from transformers import TrainerCallback, set_seed
 from mlflow_dr import compat
 from mlflow_dr.encoder.saving import restore_encoder
 from mlflow_dr.errors import TrackingError
+from mlflow_dr.process_tree import Sampler
 from mlflow_dr.tracking.checkpoints import fail_pending_checkpoints
 from mlflow_dr.tracking.client import connect
 from mlflow_dr.tracking.context import system_metrics
@@ -40,6 +41,7 @@ from mlflow_dr.training.callbacks import (
 )
 from mlflow_dr.training.checkpoint_source import DirectorySource
 from mlflow_dr.training.data import TrainingData, open_data
+from mlflow_dr.training.data_metrics import DataMetrics, Supply
 from mlflow_dr.training.encoder_setup import build_encoder, collator_of, mixed_training_set
 from mlflow_dr.training.flags import MERGED
 from mlflow_dr.training.publishing import (
@@ -186,12 +188,14 @@ def _train(
         keep_in = Path(str(request.trainer.output_dir))
         publisher = Publisher(run, source, published, keep_in=keep_in, on_refused=stop.ask)
         callbacks: list[TrainerCallback] = []
+        supply = Supply()
         if run is not None:
             ending.enter_context(_closing(publisher, request, stop))
             if resumption is not None and resumption.checkpoint is not None:
                 begin = resumption.checkpoint
                 _publish_missed_checkpoints(request, publisher, source, begin, schedule)
-            callbacks.append(MetricCallback(run.log_metrics, last_step))
+            data_metrics = DataMetrics(supply, ending.enter_context(Sampler()))
+            callbacks.append(MetricCallback(run.log_metrics, last_step, data_metrics))
             ending.callback(StopWatcher(run, stop.ask).close)
         initial = request.publish.publish_initial
         callbacks += [ScheduledPublishing(publisher.publish, schedule, initial), stop]
@@ -205,6 +209,7 @@ def _train(
             request.loss.chunk_sizes(),
             run.id if run else "",
             request.model.trust_remote_code,
+            supply,
         )
         ending.enter_context(_stop_on_signals(stop, says=run is not None))
         trainer.resume(resumption.checkpoint if resumption else None)

@@ -31,7 +31,17 @@ from mlflow_dr.encoder.saving import restore_encoder, save_encoder
 from mlflow_dr.errors import CheckpointError, MlflowDrError, TrainingError, one_line
 from mlflow_dr.files import grant_umask_modes, is_full
 from mlflow_dr.retrieval.encode import plan_batches
-from mlflow_dr.training.batches import PASSAGE, QUERY, Collator, Group, Texts, cut, inverse
+from mlflow_dr.training.batches import (
+    PASSAGE,
+    QUERY,
+    QUERY_IDS,
+    Collator,
+    Group,
+    Texts,
+    cut,
+    inverse,
+)
+from mlflow_dr.training.data_metrics import Supply
 from mlflow_dr.training.grad_cache import cached_vectors
 from mlflow_dr.training.loss import Objective
 from mlflow_dr.training.resume import mark_complete
@@ -105,6 +115,7 @@ class RetrieverTrainer(Trainer):
         chunk_sizes: texts in a chunk of the gradient cache, by role; None without the cache.
         run_id: the MLflow run, noted in checkpoints to resume from.
         trust_remote_code: whether code in a checkpoint may run when training resumes from it.
+        supply: counts the batches that the data loader gives.
     """
 
     def __init__(
@@ -118,6 +129,7 @@ class RetrieverTrainer(Trainer):
         chunk_sizes: Mapping[str, int] | None = None,
         run_id: str = "",
         trust_remote_code: bool = False,
+        supply: Supply | None = None,
     ) -> None:
         arguments.remove_unused_columns = False
         arguments.disable_tqdm = arguments.disable_tqdm or not sys.stderr.isatty()
@@ -140,17 +152,30 @@ class RetrieverTrainer(Trainer):
         self._run_id = run_id
         self._trust_remote_code = trust_remote_code
         self.resumed_progress: dict[str, float] | None = None
+        self._supply = supply or Supply()
 
     def get_train_dataloader(self) -> DataLoader[Any]:
         """Trainer's data loader, with a random generator of its own to seed its workers.
 
         Persistent workers are seeded once. With torch's global generator, a resumed training would
         seed them at another step, and dropout would then draw other numbers.
+
+        Trainer copies batches to the device before it uses them. If accelerate's loader did it, the
+        copy would wait for the step before, and this would count as waiting for data.
         """
         loader = super().get_train_dataloader()
         inner = getattr(loader, "base_dataloader", loader)  # accelerate wraps it
         inner.generator = torch.Generator().manual_seed(self.args.seed)
+        if inner is not loader and not self.accelerator.non_blocking:
+            loader.device = None
         return loader
+
+    def get_batch_samples(
+        self, epoch_iterator: Iterator[Any], num_batches: int, device: torch.device
+    ) -> tuple[list[Any], Any]:
+        """The batches of a step, as Trainer takes them, counted by the supply."""
+        batches = self._supply.timed(epoch_iterator)
+        return super().get_batch_samples(batches, num_batches, device)
 
     def compute_loss(
         self,
@@ -179,7 +204,7 @@ class RetrieverTrainer(Trainer):
             distributed.all_reduce(broken, distributed.ReduceOp.MAX)
         if not bool(broken):
             return
-        ids = ", ".join(map(repr, inputs.get("query_ids", [])[:IDS_SHOWN]))
+        ids = ", ".join(map(repr, inputs.get(QUERY_IDS, [])[:IDS_SHOWN]))
         raise TrainingError(
             f"the loss of step {self.state.global_step + 1} is {loss.item()} (queries {ids}, ...); "
             "try a lower --learning_rate or --max_grad_norm, or bf16 instead of fp16; published "

@@ -63,6 +63,24 @@ def test_trainer_has_the_methods_that_ours_overrides(name: str) -> None:
     assert name in vars(RetrieverTrainer), f"{name} is not overridden any more; remove it there"
 
 
+def test_trainer_takes_batches_by_the_public_method_that_ours_overrides() -> None:
+    from transformers import Trainer
+
+    name = "Trainer.get_batch_samples"
+    parameters = tuple(inspect.signature(Trainer.get_batch_samples).parameters)[1:]
+    assert parameters == ("epoch_iterator", "num_batches", "device"), upgraded("transformers", name)
+    assert "get_batch_samples(" in inspect.getsource(Trainer._run_epoch), name
+
+
+def test_accelerates_loader_leaves_batches_where_they_are_without_a_device() -> None:
+    from accelerate.data_loader import DataLoaderShard
+
+    loader = DataLoaderShard([torch.ones(1)] * 2, device="meta")
+    assert next(iter(loader)).device.type == "meta"
+    loader.device = None
+    assert next(iter(loader)).device.type == "cpu", upgraded("accelerate", "DataLoaderShard.device")
+
+
 def test_the_overrides_are_all_listed() -> None:
     from transformers import Trainer
 

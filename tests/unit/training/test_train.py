@@ -128,6 +128,11 @@ def test_a_training_is_a_run_with_its_losses_and_checkpoints(
     run = trained(run_name="mine")
     assert (run.status, run.name) == ("FINISHED", "mine")
     assert [step for step, _ in run.points()] == [1, 2, 3, 4]
+    for name in ("wait_fraction", "padding_fraction"):
+        points = run.points(f"data/{name}")
+        assert [step for step, _ in points] == [1, 2, 3, 4]
+        assert all(0 < value < 1 for _, value in points)
+    assert all(value > 50 for _, value in run.points("data/memory_private_mb"))
     assert ready_steps(run) == {0, 2, 4}
     assert len(run_checkpoints(run)) == 3
     params = run.fetch().data.params
@@ -453,7 +458,8 @@ def test_a_resumed_training_has_the_same_run_and_losses(
     resumed = trained("--resume_from_checkpoint", **SAVING, output_dir=tmp_path / "two")
     assert resumed.id == first.id
     assert resumed.status == "FINISHED"
-    assert [step for step, _ in resumed.points()] == list(range(1, 8))
+    for name in ("train/loss", "data/wait_p99_ms", "data/samples_per_second"):
+        assert [step for step, _ in resumed.points(name)] == list(range(1, 8))
     assert resumed.losses() == pytest.approx(undisturbed.losses(), rel=1e-6)
     steps = [checkpoint.step for checkpoint in run_checkpoints(resumed)]
     assert sorted(steps) == sorted({0, 2, 4, 6, 7, stopped})
