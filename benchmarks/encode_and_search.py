@@ -29,12 +29,13 @@ import torch
 from benchmarks.machine import machine
 from mlflow_dr.collection.catalogue import open_collection
 from mlflow_dr.encoder.directory import load_encoder
-from mlflow_dr.encoder.token_table import TokenTable, corpus_tokens
+from mlflow_dr.encoder.token_table import corpus_tokens
 from mlflow_dr.encoder.tokenize import TextTokenizer
 from mlflow_dr.retrieval.encode import TOKENS_PER_BATCH, encode_batches, plan_batches
 from mlflow_dr.retrieval.vector_manifest import VectorManifest
 from mlflow_dr.retrieval.vector_writer import write_shard
 from mlflow_dr.retrieval.vectors import open_vectors
+from mlflow_dr.stores.token_table import TokenTable
 from mlflow_dr.vectors.searching import exact_search
 
 DIMENSION = 384

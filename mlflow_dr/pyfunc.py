@@ -19,11 +19,11 @@ from mlflow_dr.collection.records import Passage, Query
 from mlflow_dr.devices import resolve_device
 from mlflow_dr.encoder.directory import load_encoder
 from mlflow_dr.encoder.model import Encoder
-from mlflow_dr.encoder.token_table import token_table
 from mlflow_dr.encoder.tokenize import TextTokenizer
 from mlflow_dr.errors import UsageError
 from mlflow_dr.files import scratch
 from mlflow_dr.retrieval.encode import encode_all
+from mlflow_dr.stores.token_table import token_table
 from mlflow_dr.tracking.manifest import MANIFEST, link_listed_files, read_manifest, unlisted_files
 from mlflow_dr.tracking.mlmodel import MODULES
 

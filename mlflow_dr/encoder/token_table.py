@@ -1,7 +1,6 @@
-"""A tokenised corpus on disk: written once per corpus, tokenizer, length and template, then mapped.
+"""Token tables in the cache: made once per corpus, tokenizer, length and template, then mapped.
 
 Every checkpoint of a run encodes the same corpus with the same tokenizer, so it is tokenised once.
-There are two files: the token ids of all texts end to end, and the offset of each text.
 """
 
 from __future__ import annotations
@@ -11,8 +10,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
 from hashlib import sha256
 from multiprocessing import current_process, get_context
-from pathlib import Path
-from typing import NamedTuple, TypeVar
+from typing import TypeVar
 
 import numpy as np
 
@@ -23,121 +21,15 @@ from mlflow_dr.collection.corpus import Corpus
 from mlflow_dr.collection.records import Query
 from mlflow_dr.encoder.tokenize import TextTokenizer
 from mlflow_dr.files import digest_of, usable_cores
-from mlflow_dr.progress import progress_bar
+from mlflow_dr.stores.token_table import KIND, TokenTable, map_table, token_table, write_table
 
 T = TypeVar("T")
 
-KIND = "tokens"
 LAYOUT = 1
 # a worker takes seconds to start
 TEXTS_WORTH_A_PROCESS = 100_000
 TEXTS_PER_BATCH = 8192
 MOST_OF_A_CORPUS = 0.5
-
-
-class TableReference(NamedTuple):
-    """How another process that has the same cache opens a token table.
-
-    Attributes:
-        entry: the key of the cache entry.
-        rows: see `TokenTable.spread`; None if every row of the table is in the entry.
-        n_texts: rows of the table.
-    """
-
-    entry: str
-    rows: np.ndarray | None
-    n_texts: int
-
-    def open(self) -> TokenTable | None:
-        """The table, or None if this machine's cache does not have it, undamaged."""
-        directory = sound_entry(KIND, self.entry)
-        if directory is None:
-            return None
-        table = _open(directory, self.entry)
-        return table if self.rows is None else table.spread(self.rows, self.n_texts)
-
-
-class TokenTable:
-    """Token ids by row, memory-mapped.
-
-    Args:
-        ids: token ids of all texts, end to end, `(n_tokens,) uint16 or uint32`.
-        starts: the offset of each text in `ids`, `(n_texts,) int64`.
-        lengths: number of tokens of each text, `(n_texts,) int64`.
-        reference: opens it in another process; None if it is in no file.
-
-    Attributes:
-        lengths: number of tokens of each text, `(n_texts,) int64`.
-        reference: opens it in another process; None if it is in no file.
-    """
-
-    def __init__(
-        self,
-        ids: np.ndarray,
-        starts: np.ndarray,
-        lengths: np.ndarray,
-        reference: TableReference | None = None,
-    ) -> None:
-        self._ids = ids
-        self._starts = starts
-        self.lengths = lengths
-        self.reference = reference
-
-    def __len__(self) -> int:
-        return len(self.lengths)
-
-    def __getitem__(self, row: int) -> np.ndarray:
-        """Token ids of one text, `(length,) uint16 or uint32`."""
-        start = self._starts[row]
-        return self._ids[start : start + self.lengths[row]]
-
-    def spread(self, rows: np.ndarray, n_texts: int) -> TokenTable:
-        """A table of more texts; those at `rows` have this table's tokens, others none.
-
-        Args:
-            rows: the row of each text in the new table, `(n,) int64`.
-            n_texts: rows of the new table.
-        """
-        starts, lengths = np.zeros(n_texts, np.int64), np.zeros(n_texts, np.int64)
-        starts[rows], lengths[rows] = self._starts, self.lengths
-        reference = self.reference and self.reference._replace(rows=rows, n_texts=n_texts)
-        return TokenTable(self._ids, starts, lengths, reference)
-
-    def part(self, rows: np.ndarray) -> TokenTable:
-        """A copy of the tokens of some rows, which can be sent to another process.
-
-        Args:
-            rows: those of `padded` have to be among them, `(n,) int64`.
-        """
-        return _TablePart(self, np.sort(rows))
-
-    def padded(self, rows: np.ndarray, pad_id: int) -> tuple[np.ndarray, np.ndarray]:
-        """Texts side by side, padded at the right to the longest of them.
-
-        Returns:
-            Token ids and mask (1 for a token, 0 for padding), both `(n_rows, longest) int64`.
-        """
-        lengths = self.lengths[rows]
-        longest = int(lengths.max())
-        columns = np.arange(longest)
-        mask = columns < lengths[:, None]
-        offsets = np.where(mask, self._starts[rows][:, None] + columns, 0)
-        ids = np.where(mask, self._ids[offsets], pad_id).astype(np.int64)
-        return ids, mask.astype(np.int64)
-
-
-class _TablePart(TokenTable):
-    """The tokens of some rows of a table, found by their row numbers in that table."""
-
-    def __init__(self, table: TokenTable, rows: np.ndarray) -> None:
-        lengths = table.lengths[rows]
-        starts = np.cumsum(lengths) - lengths
-        places = np.repeat(table._starts[rows] - starts, lengths) + np.arange(lengths.sum())
-        super().__init__(table._ids[places], starts, lengths)
-        self._rows = rows
-
-    def padded(self, rows: np.ndarray, pad_id: int) -> tuple[np.ndarray, np.ndarray]:
-        return super().padded(np.searchsorted(self._rows, rows), pad_id)
 
 
 def cached_token_table(
@@ -165,35 +57,16 @@ def cached_token_table(
     directory = cache_entry(
         KIND,
         entry,
-        lambda partial: _write(
+        lambda partial: write_table(
             partial, _tokenised(texts, tokenize, total, processes), dtype, total, description
         ),
     )
-    return _open(directory, entry)
-
-
-def _open(directory: Path, entry: str) -> TokenTable:
-    """Map a table of the cache; the size of the file tells whether an id has two or four bytes."""
-    offsets = np.load(directory / "offsets.npy")
-    path = directory / "ids.bin"
-    size = path.stat().st_size
-    dtype = np.uint16 if size == 2 * offsets[-1] else np.uint32
-    ids = np.memmap(path, dtype=dtype, mode="r") if size else np.empty(0, dtype)
-    return TokenTable(
-        ids, offsets[:-1], np.diff(offsets), TableReference(entry, None, len(offsets) - 1)
-    )
+    return map_table(directory, entry)
 
 
 def is_cached(key: str) -> bool:
     """Whether the cache has the token table of this key, undamaged."""
     return sound_entry(KIND, digest_of(LAYOUT, key)) is not None
-
-
-def token_table(token_ids: Sequence[Sequence[int]]) -> TokenTable:
-    """A token table in memory, for a few thousand texts such as the queries of a split."""
-    lengths = np.fromiter((len(ids) for ids in token_ids), np.int64, len(token_ids))
-    ids = np.fromiter((i for text in token_ids for i in text), np.uint32, int(lengths.sum()))
-    return TokenTable(ids, np.cumsum(lengths) - lengths, lengths)
 
 
 def _tokenised(
@@ -224,27 +97,6 @@ def _tokenised_group(
     tokenize: Callable[[Sequence[T]], Sequence[Sequence[int]]], group: Sequence[T]
 ) -> TokenTable:
     return token_table(tokenize(group))
-
-
-def _write(
-    directory: Path,
-    groups: Iterable[TokenTable],
-    dtype: type[np.unsignedinteger],
-    total: int,
-    description: str,
-) -> None:
-    directory.mkdir()
-    lengths: list[np.ndarray] = []
-    with (
-        (directory / "ids.bin").open("wb") as file,
-        progress_bar(total, description, "texts") as bar,
-    ):
-        for table in groups:
-            file.write(table._ids.astype(dtype).tobytes())
-            lengths.append(table.lengths)
-            bar.update(len(table))
-    offsets = np.concatenate([[0], np.cumsum(np.concatenate(lengths))]).astype(np.int64)
-    np.save(directory / "offsets.npy", offsets)
 
 
 def corpus_tokens(corpus: Corpus, text_tokenizer: TextTokenizer, processes: int = 1) -> TokenTable:

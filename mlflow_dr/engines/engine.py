@@ -13,7 +13,7 @@ import numpy as np
 import torch
 
 from mlflow_dr.encoder.model import Encoder
-from mlflow_dr.encoder.token_table import TokenTable
+from mlflow_dr.stores.token_table import TokenTable
 
 SHARDS_PER_WORKER = 8
 """More shards leave workers idle for less time at the end, and cost more to merge."""

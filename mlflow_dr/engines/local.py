@@ -9,8 +9,8 @@ import torch
 
 from mlflow_dr.devices import resolve_dtype, torch_dtype
 from mlflow_dr.encoder.model import Encoder
-from mlflow_dr.encoder.token_table import TokenTable
 from mlflow_dr.engines.engine import Batches, Result, Work
+from mlflow_dr.stores.token_table import TokenTable
 
 
 class LocalEngine:

@@ -18,10 +18,10 @@ import torch
 
 from mlflow_dr.devices import resolve_dtype
 from mlflow_dr.encoder.model import Encoder
-from mlflow_dr.encoder.token_table import TokenTable
 from mlflow_dr.engines.engine import SHARDS_PER_WORKER, Batches, Result, Work
 from mlflow_dr.engines.worker import Answer
 from mlflow_dr.errors import UnavailableError
+from mlflow_dr.stores.token_table import TokenTable
 
 log = logging.getLogger(__name__)
 

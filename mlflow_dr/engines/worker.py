@@ -15,9 +15,9 @@ import torch
 from mlflow_dr.cache import unchanged_cache
 from mlflow_dr.devices import torch_dtype
 from mlflow_dr.encoder.model import Encoder
-from mlflow_dr.encoder.token_table import TableReference, TokenTable
 from mlflow_dr.engines.engine import Work
 from mlflow_dr.errors import one_line
+from mlflow_dr.stores.token_table import TableReference, TokenTable
 
 SavedEncoder = Path | np.ndarray
 """A file, or the bytes of one."""

@@ -13,7 +13,7 @@ from mlflow_dr.collection.corpus import Corpus
 from mlflow_dr.collection.records import Query
 from mlflow_dr.devices import resolve_devices, resolve_dtype
 from mlflow_dr.encoder.model import Encoder
-from mlflow_dr.encoder.token_table import TokenTable, corpus_tokens, token_table
+from mlflow_dr.encoder.token_table import corpus_tokens
 from mlflow_dr.encoder.tokenize import TextTokenizer
 from mlflow_dr.engines.engine import Engine, split_shards
 from mlflow_dr.engines.local import LocalEngine
@@ -33,6 +33,7 @@ from mlflow_dr.retrieval.shard_search import (
     ShardResult,
     VectorRequest,
 )
+from mlflow_dr.stores.token_table import TokenTable, token_table
 
 
 class SearchRequest(NamedTuple):

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from mlflow_dr.encoder.model import Encoder
-from mlflow_dr.encoder.token_table import TokenTable
 from mlflow_dr.errors import CheckpointError
+from mlflow_dr.stores.token_table import TokenTable
 
 TOKENS_PER_BATCH = {"cpu": 4096, "cuda": 65536}
 

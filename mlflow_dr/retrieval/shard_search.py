@@ -14,9 +14,9 @@ import torch
 from torch import Tensor
 
 from mlflow_dr.encoder.model import Encoder
-from mlflow_dr.encoder.token_table import TokenTable
 from mlflow_dr.retrieval.encode import check_finite, encode_batches
 from mlflow_dr.retrieval.search import SearchBackend, TopK, exact_scores, find_backend
+from mlflow_dr.stores.token_table import TokenTable
 
 PASSAGES_PER_CHUNK = 16384
 # queries that are merged at a time; merging takes several times the memory of their results

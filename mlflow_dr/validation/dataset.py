@@ -13,12 +13,13 @@ from mlflow_dr.collection.catalogue import Collection
 from mlflow_dr.collection.corpus import Corpus
 from mlflow_dr.collection.records import Topics
 from mlflow_dr.devices import AUTO, resolve_devices, resolve_dtype
-from mlflow_dr.encoder.token_table import TokenTable, corpus_tokens, subset_tokens
+from mlflow_dr.encoder.token_table import corpus_tokens, subset_tokens
 from mlflow_dr.encoder.tokenize import TextTokenizer
 from mlflow_dr.engines.opening import LOCAL
 from mlflow_dr.files import digest_of
 from mlflow_dr.retrieval.dense import SearchRequest
 from mlflow_dr.retrieval.ranking import check_ranking_ids
+from mlflow_dr.stores.token_table import TokenTable
 from mlflow_dr.subsets.spec import SubsetSpec
 from mlflow_dr.subsets.strategies import SubsetSources
 from mlflow_dr.subsets.subset import Subset, make_subset

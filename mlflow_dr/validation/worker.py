@@ -16,7 +16,6 @@ from mlflow_dr.devices import resolve_device, torch_dtype
 from mlflow_dr.encoder.directory import load_encoder
 from mlflow_dr.encoder.files import encoder_defect
 from mlflow_dr.encoder.model import Encoder
-from mlflow_dr.encoder.token_table import token_table
 from mlflow_dr.encoder.tokenize import TextTokenizer
 from mlflow_dr.engines.opening import LOCAL, Engines
 from mlflow_dr.errors import (
@@ -31,6 +30,7 @@ from mlflow_dr.errors import (
 )
 from mlflow_dr.files import is_full
 from mlflow_dr.retrieval.encode import encode_all
+from mlflow_dr.stores.token_table import token_table
 from mlflow_dr.time_limit import TimeIsUp, TimeLimit
 from mlflow_dr.tracking.artifacts import log_per_query_values
 from mlflow_dr.tracking.checkpoints import Checkpoint, checkpoint_by_id, is_deleted

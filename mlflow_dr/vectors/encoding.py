@@ -23,7 +23,7 @@ from mlflow_dr.devices import dtype_name
 from mlflow_dr.encoder.config import EncoderConfig
 from mlflow_dr.encoder.directory import load_encoder
 from mlflow_dr.encoder.model import Encoder
-from mlflow_dr.encoder.token_table import TokenTable, corpus_tokens, token_table
+from mlflow_dr.encoder.token_table import corpus_tokens
 from mlflow_dr.encoder.tokenize import TextTokenizer, append_eos
 from mlflow_dr.engines.engine import Engine
 from mlflow_dr.engines.opening import open_engine
@@ -38,6 +38,7 @@ from mlflow_dr.retrieval.vector_manifest import (
     read_manifests,
 )
 from mlflow_dr.retrieval.vector_writer import write_shard
+from mlflow_dr.stores.token_table import TokenTable, token_table
 from mlflow_dr.tracking.encoders import encoder_errors, local_encoder, resolve_encoder
 from mlflow_dr.vectors.config import EncodeConfig, parse_shards
 

@@ -15,7 +15,7 @@ import torch
 from mlflow_dr.collection.records import Passage, Query
 from mlflow_dr.devices import torch_dtype
 from mlflow_dr.encoder.model import Encoder
-from mlflow_dr.encoder.token_table import TokenTable, cached_token_table, token_table
+from mlflow_dr.encoder.token_table import cached_token_table
 from mlflow_dr.encoder.tokenize import TextTokenizer
 from mlflow_dr.engines import pool
 from mlflow_dr.engines.opening import open_engine
@@ -25,6 +25,7 @@ from mlflow_dr.retrieval import encode
 from mlflow_dr.retrieval.dense import SearchRequest, dense_search
 from mlflow_dr.retrieval.ranking import SearchResult
 from mlflow_dr.retrieval.shard_search import EncodeShard, SearchShard
+from mlflow_dr.stores.token_table import TokenTable, token_table
 
 N_PASSAGES, N_QUERIES, DEPTH = 120, 7, 9
 

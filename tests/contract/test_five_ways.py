@@ -17,9 +17,9 @@ from mlflow_dr.collection.records import Passage
 from mlflow_dr.encoder.directory import load_encoder
 from mlflow_dr.encoder.model import Encoder
 from mlflow_dr.encoder.saving import save_encoder
-from mlflow_dr.encoder.token_table import token_table
 from mlflow_dr.encoder.tokenize import TextTokenizer
 from mlflow_dr.retrieval.encode import encode_all
+from mlflow_dr.stores.token_table import token_table
 from mlflow_dr.tracking.checkpoints import Checkpoint, checkpoint_by_id, prepare_upload, publish
 from mlflow_dr.tracking.client import connect
 from mlflow_dr.tracking.fetching import checkpoint_files

@@ -143,9 +143,9 @@ def test_vectors_are_sentence_transformers(
 ) -> None:
     from mlflow_dr.collection.records import Passage
     from mlflow_dr.encoder.directory import load_encoder
-    from mlflow_dr.encoder.token_table import token_table
     from mlflow_dr.encoder.tokenize import TextTokenizer
     from mlflow_dr.retrieval.encode import encode_all
+    from mlflow_dr.stores.token_table import token_table
 
     records = [json.loads(x) for x in (part / "corpus.jsonl").read_text().splitlines()[:60]]
     passages = [Passage(record["_id"], record["title"], record["text"]) for record in records]

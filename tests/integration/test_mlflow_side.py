@@ -45,9 +45,9 @@ def expected(model_id: str, client: MlflowClient, on_server: None) -> tuple[np.n
     """The vectors as a validation makes them, of queries and of passages."""
     from mlflow_dr.collection.records import Passage, Query
     from mlflow_dr.encoder.directory import load_encoder
-    from mlflow_dr.encoder.token_table import token_table
     from mlflow_dr.encoder.tokenize import TextTokenizer
     from mlflow_dr.retrieval.encode import encode_all
+    from mlflow_dr.stores.token_table import token_table
 
     with checkpoint_files(checkpoint_by_id(client, model_id)) as directory:
         encoder = load_encoder(directory)

@@ -109,9 +109,9 @@ def test_a_published_checkpoint_loads_with_sentence_transformers(
 
     from mlflow_dr.collection.records import Query
     from mlflow_dr.encoder.directory import load_encoder
-    from mlflow_dr.encoder.token_table import token_table
     from mlflow_dr.encoder.tokenize import TextTokenizer
     from mlflow_dr.retrieval.encode import encode_all
+    from mlflow_dr.stores.token_table import token_table
 
     directory = _stored(artifact_store, checkpoints(client, followed.run_id)[20].model_id)
     texts = ["Return the number of items.", "Open a file and read its first line"]

@@ -21,10 +21,10 @@ from mlflow_dr.encoder.config import EncoderConfig
 from mlflow_dr.encoder.directory import load_encoder
 from mlflow_dr.encoder.model import Encoder
 from mlflow_dr.encoder.saving import save_encoder
-from mlflow_dr.encoder.token_table import token_table
 from mlflow_dr.encoder.tokenize import TextTokenizer
 from mlflow_dr.errors import CheckpointError, UsageError
 from mlflow_dr.retrieval.encode import encode_all
+from mlflow_dr.stores.token_table import token_table
 
 Make = Callable[..., Encoder]
 

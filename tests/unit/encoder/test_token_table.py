@@ -1,5 +1,6 @@
 """The token table: ids by row, padding, and the table in the cache."""
 
+import mmap
 import multiprocessing as mp
 import pickle
 import subprocess
@@ -11,7 +12,9 @@ import numpy as np
 import pytest
 
 import mlflow_dr.encoder.token_table as token_table_module
-from mlflow_dr.encoder.token_table import TokenTable, cached_token_table, token_table
+from mlflow_dr.encoder.token_table import cached_token_table
+from mlflow_dr.errors import DataError
+from mlflow_dr.stores.token_table import TokenTable, map_table, token_table
 
 ROWS = [[5, 6, 7], [8], [9, 10], [11, 12, 13, 14]]
 
@@ -91,7 +94,7 @@ def test_a_part_has_the_tokens_of_its_rows_and_no_file(vocabulary_size: int) -> 
     for array, other in zip(part.padded(rows, 0), table.padded(rows, 0), strict=True):
         np.testing.assert_array_equal(array, other)
     assert part.reference is None
-    assert not isinstance(part._ids, np.memmap)
+    assert part.directory is None
 
 
 def test_texts_are_tokenised_once_for_each_key() -> None:
@@ -101,9 +104,45 @@ def test_texts_are_tokenised_once_for_each_key() -> None:
     assert rows_of(cached("two", texts=[["zz"]])) == [[2]]
 
 
+def test_a_cached_table_is_sent_as_its_path() -> None:
+    """Also one that has more rows than its files."""
+    table = cached_token_table("key", [["t"]], lambda _: [range(9999)], 1 << 15, total=1)
+    assert len(table[0].tobytes()) > 1000
+    for sent in (table, table.spread(np.array([2]), 4)):
+        copy = pickle.dumps(sent)
+        assert len(copy) < 1000
+        assert rows_of(pickle.loads(copy)) == rows_of(sent)
+
+
+def test_a_table_in_memory_is_sent_with_its_tokens() -> None:
+    assert rows_of(pickle.loads(pickle.dumps(token_table(ROWS)))) == ROWS
+
+
+def test_many_rows_are_read_at_once() -> None:
+    for table in (
+        token_table(ROWS),
+        cached(texts=[["a", "b c", "d"]]).spread(np.array([3, 1, 0]), 5),
+    ):
+        rows = [3, 0, 3, 1]
+        assert [ids.tolist() for ids in table.get_many(rows)] == [rows_of(table)[r] for r in rows]
+        assert table.get_many([]) == []
+
+
+@pytest.mark.parametrize("file", ["ids.bin", "offsets.npy"])
+def test_a_file_that_was_cut_off_is_an_error(own_cache: Path, file: str) -> None:
+    directory = cached().directory
+    assert directory is not None
+    content = (directory / file).read_bytes()
+    (directory / file).write_bytes(content[:-3])
+    with pytest.raises(DataError, match="not the undamaged files of a token table"):
+        map_table(directory)
+
+
 def test_ids_are_mapped_not_read() -> None:
-    cached()
-    assert isinstance(cached()._ids, np.memmap)
+    """As a plain array, because slices of `np.memmap` are slow."""
+    ids = cached()._ids
+    assert type(ids) is np.ndarray
+    assert isinstance(ids.base, memoryview) and isinstance(ids.base.obj, mmap.mmap)
 
 
 @pytest.mark.parametrize(("vocabulary_size", "dtype"), [(65536, "uint16"), (65537, "uint32")])

@@ -9,11 +9,11 @@ import pytest
 import torch
 
 from mlflow_dr.encoder.model import Encoder
-from mlflow_dr.encoder.token_table import TokenTable, token_table
 from mlflow_dr.engines.engine import split_shards
 from mlflow_dr.engines.pool import Lost, WorkerPool
 from mlflow_dr.engines.worker import Answer
 from mlflow_dr.errors import CheckpointError, UnavailableError
+from mlflow_dr.stores.token_table import TokenTable, token_table
 
 SHARDS = split_shards([np.arange(start, start + 2) for start in range(0, 24, 2)], 12)
 TABLE = token_table([[5]] * 24)

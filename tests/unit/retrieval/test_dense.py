@@ -9,7 +9,6 @@ import torch
 
 from mlflow_dr.collection.records import Passage, Query
 from mlflow_dr.encoder.model import Encoder
-from mlflow_dr.encoder.token_table import TokenTable, token_table
 from mlflow_dr.encoder.tokenize import TextTokenizer
 from mlflow_dr.errors import CheckpointError
 from mlflow_dr.retrieval import dense, encode, shard_search
@@ -17,6 +16,7 @@ from mlflow_dr.retrieval.dense import SearchRequest, dense_search, rank_candidat
 from mlflow_dr.retrieval.encode import encode_all
 from mlflow_dr.retrieval.ranking import SearchResult
 from mlflow_dr.retrieval.search import exact_scores
+from mlflow_dr.stores.token_table import TokenTable, token_table
 
 ASKED = ([0, 19, 7], [], [3], [5, 5], [19])
 

@@ -8,9 +8,9 @@ import pytest
 import torch
 
 from mlflow_dr.encoder.model import Encoder
-from mlflow_dr.encoder.token_table import TokenTable, token_table
 from mlflow_dr.errors import CheckpointError
 from mlflow_dr.retrieval.encode import check_finite, encode_all, encode_batches, plan_batches
+from mlflow_dr.stores.token_table import TokenTable, token_table
 
 LENGTHS = np.random.default_rng(0).integers(1, 40, size=200)
 

@@ -257,7 +257,7 @@ def test_another_checkpoint_does_not_tokenise_the_corpus_again(
 ) -> None:
     prepared = EvalDataset(BeirFolder(folder), "dev")
     first = evaluate(make_tiny(seed=1), prepared, settings(), quiet=True)
-    monkeypatch.setattr(token_table, "_write", lambda *_: pytest.fail("tokenised again"))
+    monkeypatch.setattr(token_table, "write_table", lambda *_: pytest.fail("tokenised again"))
     second = evaluate(make_tiny(seed=2), prepared, settings(), quiet=True)
     anew = evaluated(make_tiny(seed=2), folder)
     assert first.ranking != second.ranking

@@ -13,11 +13,11 @@ import pytest
 from mlflow_dr.collection.catalogue import open_collection
 from mlflow_dr.encoder.model import Encoder
 from mlflow_dr.encoder.saving import save_encoder
-from mlflow_dr.encoder.token_table import token_table
 from mlflow_dr.encoder.tokenize import TextTokenizer
 from mlflow_dr.errors import UsageError
 from mlflow_dr.retrieval.encode import encode_all
 from mlflow_dr.retrieval.vectors import open_vectors
+from mlflow_dr.stores.token_table import token_table
 from mlflow_dr.tracking.checkpoints import publish
 from mlflow_dr.tracking.runs import TrackedRun
 from mlflow_dr.vectors import encoding

@@ -1,0 +1,33 @@
+"""The ids of a corpus in a file, for stores that are read by row."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from mlflow_dr.collection.corpus import Corpus
+
+IDS_PER_BATCH = 1 << 16
+
+
+def write_ids(corpus: Corpus, path: Path) -> None:
+    """Write the ids of a corpus, in order."""
+    table = pa.table({"id": corpus.ids})
+    with pa.OSFile(str(path), "wb") as sink, pa.ipc.new_file(sink, table.schema) as file:
+        file.write_table(table, max_chunksize=IDS_PER_BATCH)
+
+
+def rows_in_file(ids: Sequence[str], path: Path) -> np.ndarray:
+    """The rows of some ids, `(len(ids),) int64`; -1 for an id that the file does not have."""
+    wanted = pa.array(ids, pa.string()).dictionary_encode()
+    with pa.memory_map(str(path)) as source:
+        stored = pa.ipc.open_file(source).read_all()["id"]
+        places = pc.index_in(stored, value_set=wanted.dictionary)
+        rows = pc.indices_nonzero(pc.is_valid(places)).to_numpy().astype(np.int64)
+        found = np.full(len(wanted.dictionary), -1, np.int64)
+        found[places.drop_null().to_numpy()] = rows
+    return found[wanted.indices.to_numpy()]

@@ -1,0 +1,30 @@
+"""A store that reads nothing."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+
+from mlflow_dr.collection.corpus import Corpus
+from mlflow_dr.collection.records import Passage
+from mlflow_dr.stores.base import STORES, DocumentStore
+
+NOTHING = Passage("", "", "")
+
+
+@STORES.register("null")
+class NullStore(DocumentStore):
+    """The same empty passage for every row: what everything around a store costs."""
+
+    @classmethod
+    def write_files(cls, corpus: Corpus, directory: Path) -> None:
+        """There is nothing to write."""
+
+    def open_files(self) -> Passage:
+        """The passage."""
+        return NOTHING
+
+    def read(self, opened: Passage, rows: np.ndarray) -> list[Passage]:
+        """The passage, for each row."""
+        return [opened] * len(rows)
