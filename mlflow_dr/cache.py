@@ -1,16 +1,18 @@
 """The user's cache: entries that are made once, and made again if they are damaged.
 
 An entry is a directory. Its file `checksums` is written last. It has the entry's name and the size,
-checksum and name of each other file. A process compares them when it first opens an entry, and
-later only checks whether the files were changed since. So a file that was cut off, changed,
-removed, added or taken from another entry is never read.
+checksum and name of each other file. The process that first opens an entry after a start of the
+machine compares them, and notes the state of the files (inodes, sizes and times of change) in the
+hidden file `.checked`. Whoever opens the entry later compares the state only, so that opening does
+not read gigabytes from disk. So a file that was cut off, changed, removed, added or taken from
+another entry is never read.
 """
 
 from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import xxhash
@@ -22,6 +24,9 @@ LAYOUT = 2
 """To be increased when the layout of entries changes, so that older entries are not found."""
 
 CHECKSUMS = "checksums"
+CHECKED = ".checked"
+BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
+"""Another one after each start of a machine; only Linux has it."""
 BYTES_AT_A_TIME = 1 << 20
 
 State = tuple[tuple[str, int, int, int, int], ...]
@@ -107,14 +112,15 @@ def _build(partial: Path, entry: Path, build: Callable[[Path], None]) -> None:
     build(partial)
     lines = "\n".join(_lines(partial, entry))
     (partial / CHECKSUMS).write_text(lines, encoding="utf-8")
-    _sound[entry] = _state(partial, entry)
+    _note(entry, _state(partial, entry), partial)
 
 
 def _damage(entry: Path) -> str:
     """What is wrong with an entry; an empty string if nothing is."""
     try:
         state = _state(entry, entry)
-        if _sound.get(entry) == state:
+        if _sound.get(entry) == state or _was_checked(entry, state):
+            _sound[entry] = state
             return ""
         if not (entry / CHECKSUMS).is_file():
             return "it has no checksums"
@@ -128,8 +134,36 @@ def _damage(entry: Path) -> str:
             line for line in (*actual, *stored) if (line in actual) != (line in stored)
         ] or actual
         return f"{lines[0].split(' ')[-1][:40]!r} is not as it was written"
-    _sound[entry] = state
+    _note(entry, state, entry)
     return ""
+
+
+def _note(entry: Path, state: State, folder: Path) -> None:
+    """Note that an entry, whose files are in `folder` now, is undamaged."""
+    _sound[entry] = state
+    if seen := _seen(state):
+        with suppress(OSError):  # a cache that this user cannot write to is checked by each process
+            (folder / CHECKED).write_text(seen, encoding="utf-8")
+
+
+def _was_checked(entry: Path, state: State) -> bool:
+    """Whether a process has found these files undamaged since the machine was started."""
+    try:
+        return (entry / CHECKED).read_text(encoding="utf-8", errors="replace") == _seen(state)
+    except OSError:
+        return False
+
+
+def _seen(state: State) -> str:
+    """Names the state of files on this machine since its start; empty if that cannot be known.
+
+    After a start the files are read again, because a machine that has lost its power may have lost
+    what was not on its disk yet.
+    """
+    try:
+        return digest_of(BOOT_ID.read_text(encoding="utf-8"), state)
+    except OSError:
+        return ""
 
 
 def _lines(folder: Path, entry: Path) -> list[str]:

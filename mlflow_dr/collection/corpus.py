@@ -13,15 +13,21 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from mlflow_dr.cache import cache_entry
+from mlflow_dr.collection.columns import Strings, extent, strings
 from mlflow_dr.collection.records import Passage
 from mlflow_dr.errors import DataError, quoted
 from mlflow_dr.files import digest_of
+from mlflow_dr.mapped_file import MappedFile
 from mlflow_dr.progress import progress_bar
 
 SCHEMA = pa.schema([("id", pa.string()), ("title", pa.string()), ("text", pa.string())])
 TOKENS = pa.field("tokens", pa.list_(pa.int32()))
 TOKENISED_SCHEMA = SCHEMA.append(TOKENS)
 ROWS_PER_BATCH = 8192
+MANY = 0.05
+"""Share of a corpus from which on reading all of it is quicker than reading single pages."""
+_new = tuple.__new__
+"""`_new(Passage, values)` takes half the time of `Passage(*values)`."""
 
 
 class Corpus:
@@ -33,25 +39,36 @@ class Corpus:
         digest: digest of the contents; computed from the table when not given.
         directory: the directory that `table` is mapped from, so that a process that is sent the
             corpus maps it, too, instead of receiving its passages.
+        mapped: the file of `table`.
+
+    Attributes:
+        directory: the directory that the corpus is mapped from; None if it is in memory.
     """
 
     def __init__(
-        self, table: pa.Table, digest: str | None = None, directory: Path | None = None
+        self,
+        table: pa.Table,
+        digest: str | None = None,
+        directory: Path | None = None,
+        mapped: MappedFile | None = None,
     ) -> None:
-        self._directory = directory
+        self.directory = directory
+        self._mapped = mapped
         self._schema = TOKENISED_SCHEMA if TOKENS.name in table.column_names else SCHEMA
         self._table = table.select(self._schema.names)
         self._batches = self._table.to_batches(max_chunksize=ROWS_PER_BATCH)
         self._starts = np.cumsum([0] + [len(batch) for batch in self._batches])
+        self._strings: list[tuple[Strings, Strings, Strings] | None] = [None] * len(self._batches)
         self._ids: pa.ChunkedArray = table["id"]
+        self._ids_are_read = False
         self._digest = digest
 
     def __len__(self) -> int:
         return int(self._starts[-1])
 
     def __reduce__(self) -> tuple[Callable[..., Corpus], tuple[Any, ...]]:
-        if self._directory is not None:
-            return open_corpus, (self._directory,)
+        if self.directory is not None:
+            return open_corpus, (self.directory,)
         return Corpus, (self._table, self._digest)
 
     @property
@@ -62,6 +79,10 @@ class Corpus:
     @property
     def ids(self) -> pa.ChunkedArray:
         """Passage ids, `(n_passages,)` strings."""
+        if not self._ids_are_read:
+            for chunk in self._ids.chunks:
+                self._prefetch([chunk])
+            self._ids_are_read = True
         return self._ids
 
     @property
@@ -78,32 +99,77 @@ class Corpus:
         """Passages a few thousand at a time: all in order, or those at some rows, `(n,) int64`."""
         if rows is not None:
             for start in range(0, len(rows), ROWS_PER_BATCH):
-                yield self.passages(rows[start : start + ROWS_PER_BATCH])
+                some = rows[start : start + ROWS_PER_BATCH]
+                if len(rows) > MANY * len(self):
+                    for chunk in np.unique(self._places(some)[0]).tolist():
+                        self._prefetch(self._batches[chunk].columns)
+                yield self.passages(some)
             return
-        for batch in self._batches:
+        for batch, following in zip(self._batches, [*self._batches[1:], None], strict=True):
+            if following is not None:
+                self._prefetch(following.columns)
             columns = (batch.column(name).to_pylist() for name in self._schema.names)
             yield [Passage(*values) for values in zip(*columns, strict=True)]
 
     def passages(self, rows: Iterable[int]) -> list[Passage]:
-        """The passages at these rows, in this order, with repeats."""
-        return [self[int(row)] for row in rows]
+        """The passages at these rows, in this order, with repeats.
+
+        Raises:
+            IndexError: there is no such row.
+        """
+        wanted = rows if isinstance(rows, np.ndarray) else np.fromiter(rows, np.int64)
+        chunks, places = self._places(wanted)
+        if self.tokenised:
+            return [self._tokenised(*place) for place in zip(chunks, places, strict=True)]
+        passages = []
+        for chunk, place in zip(chunks.tolist(), places.tolist(), strict=True):
+            ids, titles, texts = self._strings[chunk] or self._read(chunk)
+            values = (
+                str(ids.data[ids.offsets[place] : ids.offsets[place + 1]], "utf-8"),
+                str(titles.data[titles.offsets[place] : titles.offsets[place + 1]], "utf-8"),
+                str(texts.data[texts.offsets[place] : texts.offsets[place + 1]], "utf-8"),
+                None,
+            )
+            passages.append(_new(Passage, values))
+        return passages
 
     def __getitem__(self, row: int) -> Passage:
-        if not 0 <= row < len(self):
-            raise IndexError(f"row {row} of a corpus of {len(self)} passages")
-        chunk = int(np.searchsorted(self._starts, row, side="right")) - 1
-        batch, offset = self._batches[chunk], row - int(self._starts[chunk])
-        return Passage(*(batch.column(name)[offset].as_py() for name in self._schema.names))
+        return self.passages([row])[0]
+
+    def _places(self, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """The batch of each row, and its row there."""
+        outside = (rows < 0) | (rows >= len(self))
+        if outside.any():
+            raise IndexError(f"row {rows[outside][0]} of a corpus of {len(self)} passages")
+        chunks = np.searchsorted(self._starts, rows, side="right") - 1
+        return chunks, rows - self._starts[chunks]
+
+    def _read(self, chunk: int) -> tuple[Strings, Strings, Strings]:
+        """Views of the columns of a batch."""
+        ids, titles, texts = (strings(column) for column in self._batches[chunk].columns[:3])
+        self._strings[chunk] = ids, titles, texts
+        return ids, titles, texts
+
+    def _tokenised(self, chunk: int, place: int) -> Passage:
+        columns = self._batches[chunk].columns
+        return Passage(*(column[int(place)].as_py() for column in columns))
+
+    def _prefetch(self, arrays: list[pa.Array]) -> None:
+        """Have parts of the file read that are about to be read in order."""
+        if self._mapped is not None:
+            start, stop = extent(arrays)
+            base = pa.py_buffer(self._mapped.data).address
+            self._mapped.prefetch(start - base, stop - base)
 
     def rows_of(self, ids: Sequence[str]) -> np.ndarray:
         """Row numbers of passages, `(len(ids),) int64`; -1 where the corpus has no such id."""
         wanted = pa.array(ids, type=self._ids.type)
-        rows = pc.index_in(wanted, value_set=self._ids)
+        rows = pc.index_in(wanted, value_set=self.ids)
         return rows.fill_null(-1).to_numpy(zero_copy_only=False).astype(np.int64)
 
     def tie_ranks(self) -> np.ndarray:
         """Each passage's rank among equal scores, `(n_passages,) int64`; see `tie_ranks`."""
-        return tie_ranks(self._ids)
+        return tie_ranks(self.ids)
 
 
 def tie_ranks(ids: pa.ChunkedArray) -> np.ndarray:
@@ -134,8 +200,9 @@ def check_ids(ids: pa.Array | pa.ChunkedArray) -> None:
 
 def open_corpus(directory: Path) -> Corpus:
     """The corpus that a `CorpusWriter` wrote into this folder, mapped from it."""
-    table = pa.ipc.open_file(pa.memory_map(str(directory / "corpus.arrow"))).read_all()
-    return Corpus(table, (directory / "digest").read_text(), directory)
+    mapped = MappedFile(directory / "corpus.arrow")
+    table = pa.ipc.open_file(pa.BufferReader(pa.py_buffer(mapped.data))).read_all()
+    return Corpus(table, (directory / "digest").read_text(), directory, mapped)
 
 
 def cached_corpus(

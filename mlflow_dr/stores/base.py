@@ -143,7 +143,8 @@ class DocumentStore(ABC):
 
     def files(self) -> list[Path]:
         """The files of the store, for their size, their pages in memory, or a copy."""
-        return sorted(path for path in self.directory.rglob("*") if path.is_file())
+        paths = (path for path in self.directory.rglob("*") if not path.name.startswith("."))
+        return sorted(path for path in paths if path.is_file())
 
     def close(self) -> None:
         """Close the files; reading opens them again."""

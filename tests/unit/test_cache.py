@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from mlflow_dr.cache import CHECKSUMS, cache_entry, sound_entry
+from mlflow_dr.cache import CHECKED, CHECKSUMS, cache_entry, file_checksum, sound_entry
 from mlflow_dr.collection.corpus import Corpus, cached_corpus
 from mlflow_dr.collection.examples import RawExample, cached_examples
 from mlflow_dr.collection.records import Passage, Query, Topics
@@ -131,24 +131,27 @@ def test_a_damaged_entry_is_rebuilt_with_one_log_line(
 ) -> None:
     expected = use()
     (entry,) = [path for path in (own_cache / kind).iterdir() if path.is_dir()]
-    names = sorted(path.relative_to(entry) for path in entry.rglob("*") if path.is_file())
+    names = files_of(entry)
     assert len(names) > 1
     for name in names:
-        if damage in (cut_off, emptied) and (entry / name).stat().st_size == 0:
+        if damage in (cut_off, emptied) and name.stat().st_size == 0:
             continue
-        damage(entry / name)
+        damage(name)
         caplog.clear()
         assert use() == expected
         (line,) = [record.getMessage() for record in caplog.records]
         assert f"{entry} in the cache is damaged" in line
         assert "made again" in line
         assert "\n" not in line
-        assert sorted(path.relative_to(entry) for path in entry.rglob("*") if path.is_file()) == (
-            names
-        )
+        assert files_of(entry) == names
         caplog.clear()
         assert use() == expected
         assert not caplog.records
+
+
+def files_of(entry: Path) -> list[Path]:
+    """Without the hidden one, which is no part of the entry."""
+    return sorted(path for path in entry.rglob("*") if path.is_file() and path.name != CHECKED)
 
 
 @pytest.fixture
@@ -174,6 +177,66 @@ def test_an_undamaged_entry_is_not_read_again(
     monkeypatch.setattr("mlflow_dr.cache.file_checksum", lambda path: pytest.fail("read again"))
     assert text(make_entry()) == "made 0"
     assert sound_entry("kind", "key") == make_entry()
+
+
+@pytest.fixture
+def forget(monkeypatch: pytest.MonkeyPatch) -> Callable[[], object]:
+    """Forgets the entries that this process has opened, as a new process has not opened any."""
+    return lambda: monkeypatch.setattr("mlflow_dr.cache._sound", {})
+
+
+def test_another_process_does_not_read_it_again(
+    make_entry: Callable[..., Path], forget: Callable[[], object], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    make_entry()
+    forget()
+    monkeypatch.setattr("mlflow_dr.cache.file_checksum", lambda path: pytest.fail("read again"))
+    assert text(make_entry()) == "made 0"
+
+
+@pytest.mark.parametrize("boot_id", ["another", None])
+def test_after_a_start_of_the_machine_an_entry_is_read_once(
+    make_entry: Callable[..., Path],
+    forget: Callable[[], object],
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+    boot_id: str | None,
+) -> None:
+    """Without a name of the start, each process reads it."""
+    make_entry()
+    forget()
+    if boot_id:
+        (tmp_path / "boot_id").write_text(boot_id)
+    monkeypatch.setattr("mlflow_dr.cache.BOOT_ID", tmp_path / "boot_id")
+    read: list[Path] = []
+    checksum = file_checksum
+    monkeypatch.setattr("mlflow_dr.cache.file_checksum", lambda p: read.append(p) or checksum(p))
+    for times in (1, 1) if boot_id else (1, 2):
+        assert text(make_entry()) == "made 0"
+        assert len(read) == times
+        forget()
+
+
+@pytest.mark.parametrize("damage", [flipped, cut_off, Path.unlink, moved])
+def test_another_process_finds_damage(
+    make_entry: Callable[..., Path],
+    forget: Callable[[], object],
+    damage: Callable[[Path], object],
+) -> None:
+    damage(make_entry() / "text")
+    forget()
+    assert text(make_entry()) == "made 1"
+
+
+def test_a_cache_that_cannot_be_written_to_is_read(
+    make_entry: Callable[..., Path], forget: Callable[[], object]
+) -> None:
+    """Root may write anywhere, so a folder is in the place of the file."""
+    entry = make_entry()
+    (entry / CHECKED).unlink()
+    (entry / CHECKED).mkdir()
+    forget()
+    assert text(make_entry()) == "made 0"
 
 
 def test_damage_to_an_entry_in_use_is_found(
