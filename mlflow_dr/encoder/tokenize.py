@@ -32,8 +32,8 @@ PROBES = (
 )
 
 
-def plain_tokens(name: str) -> Callable[[Sequence[str]], list[list[int]]]:
-    """A function from texts to token ids without special tokens.
+def load_tokenizer(name: str) -> Any:
+    """A Hugging Face tokenizer.
 
     Args:
         name: the tokenizer's directory or hub name.
@@ -44,11 +44,23 @@ def plain_tokens(name: str) -> Callable[[Sequence[str]], list[list[int]]]:
     from transformers import AutoTokenizer
 
     try:
-        tokenizer = AutoTokenizer.from_pretrained(name)
+        return AutoTokenizer.from_pretrained(name)
     except (OSError, ValueError) as error:
         raise UsageError(
             f"{name!r}: no tokenizer in a directory of this name, on the hub or in its cache"
         ) from error
+
+
+def plain_tokens(name: str) -> Callable[[Sequence[str]], list[list[int]]]:
+    """A function from texts to token ids without special tokens.
+
+    Args:
+        name: the tokenizer's directory or hub name.
+
+    Raises:
+        UsageError: no tokenizer has this name.
+    """
+    tokenizer = load_tokenizer(name)
     return lambda texts: tokenizer(list(texts), add_special_tokens=False)["input_ids"]
 
 

@@ -10,15 +10,24 @@ on stderr.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+import os
+import signal
+import sys
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
+from types import FrameType
 from typing import Any, TypeVar
 
 from mlflow_dr.encoder.config import SHORTEST, check_types
-from mlflow_dr.errors import UsageError, one_line, quoted
+from mlflow_dr.errors import MlflowDrError, UsageError, one_line, quoted
+from mlflow_dr.terminal import one_line_of
 
 T = TypeVar("T")
+Figures = dict[str, Any]
+"""What is measured, by name."""
+
+MB = 1_000_000
 
 NO_MODEL = "none"
 CHOICES = {
@@ -32,6 +41,9 @@ SMALLEST = {
     **{"workers": 0, "prefetch": 1, "ranks": 1, "max_length": SHORTEST, "batch_size": 1},
     **{"samples": 1, "seconds": 0, "model_batches": 1, "seed": 0},
 }
+
+
+WRONG, INTERRUPTED, SIGNALLED = 2, 130, 128
 
 
 @dataclass(frozen=True)
@@ -164,3 +176,47 @@ def _check(settings: Any) -> None:
             raise UsageError(f"{field.name} {quoted(value)}: expected {expected}")
         if field.name in SMALLEST and value < SMALLEST[field.name]:
             raise UsageError(f"{field.name} is {value}; expected at least {SMALLEST[field.name]}")
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Measure the cell of a spec, and write its figures.
+
+    Args:
+        arguments: the paths of the spec and of the result; those of the command line when None.
+
+    Returns:
+        The exit code: 0, or 2 after a message on stderr.
+    """
+    given = sys.argv[1:] if arguments is None else list(arguments)
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"
+    signal.signal(signal.SIGTERM, end_process)
+    try:
+        if len(given) != 2:
+            raise UsageError("expected python -m mlflow_dr.loaders.cell SPEC.json RESULT.json")
+        from mlflow_dr.loaders.measuring import measured
+
+        figures = measured(*read_spec(Path(given[0])))
+        Path(given[1]).write_text(json.dumps(figures), encoding="utf-8")
+    except KeyboardInterrupt:
+        return INTERRUPTED
+    except Exception as error:  # noqa: BLE001 - every error of a cell is one line of the study
+        print(f"Error: {message_of(error)}", file=sys.stderr)  # noqa: T201
+        return WRONG
+    return 0
+
+
+def end_process(number: int, frame: FrameType | None) -> None:
+    """End this process by an exception, so that copies on a RAM disk are removed."""
+    raise SystemExit(SIGNALLED + number)
+
+
+def message_of(error: Exception) -> str:
+    """An error on one line; of one in a worker process, what was raised there."""
+    text = str(error)
+    if text.startswith("Caught "):  # torch puts the worker's traceback into the message
+        return one_line_of(text.strip().splitlines()[-1].removeprefix("mlflow_dr.errors."), 500)
+    return one_line_of(text, 500) if isinstance(error, MlflowDrError) else one_line(error)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

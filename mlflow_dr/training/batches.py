@@ -281,14 +281,27 @@ class Collator:
         return batch
 
     def _padded(self, rows: Sequence[np.ndarray], role: str) -> dict[str, Tensor]:
-        lengths = np.fromiter(map(len, rows), np.int64, len(rows))
-        mask = np.arange(int(lengths.max())) < lengths[:, None]
-        ids = np.full(mask.shape, self._pad_ids[role], np.int64)
-        ids[mask] = np.concatenate(rows)
-        return {
-            "input_ids": torch.from_numpy(ids),
-            "attention_mask": torch.from_numpy(mask.astype(np.int64)),
-        }
+        return padded(rows, self._pad_ids[role])
+
+
+def padded(rows: Sequence[Sequence[int] | np.ndarray], pad_id: int) -> dict[str, Tensor]:
+    """Texts side by side, padded at the right to the longest of them.
+
+    Args:
+        rows: token ids of each text.
+        pad_id: the token id that pads.
+
+    Returns:
+        `input_ids` and `attention_mask` (1 for a token), each `(n_rows, longest) int64`.
+    """
+    lengths = np.fromiter(map(len, rows), np.int64, len(rows))
+    mask = np.arange(int(lengths.max())) < lengths[:, None]
+    ids = np.full(mask.shape, pad_id, np.int64)
+    ids[mask] = np.concatenate(rows)
+    return {
+        "input_ids": torch.from_numpy(ids),
+        "attention_mask": torch.from_numpy(mask.astype(np.int64)),
+    }
 
 
 def inverse(rows: Sequence[Tensor]) -> Tensor:
