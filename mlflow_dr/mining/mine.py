@@ -278,14 +278,14 @@ def _miner(request: MiningConfig) -> Retriever:
     if request.miner.lower() == BM25:
         return Bm25Retriever(request.bm25)
     # BM25 needs no torch, which takes seconds to import
-    from mlflow_dr.encoder.directory import load_encoder
     from mlflow_dr.retrieval.dense import DenseRetriever
-    from mlflow_dr.tracking.encoders import encoder_errors, local_encoder
+    from mlflow_dr.tracking.encoders import open_encoder
 
     name = request.miner
     try:
-        with local_encoder(name, request.tracking_uri) as directory, encoder_errors(name):
-            encoder = load_encoder(directory, trust_remote_code=request.trust_remote_code)
+        encoder = open_encoder(
+            name, request.tracking_uri, trust_remote_code=request.trust_remote_code
+        )
     except (UsageError, UnavailableError) as error:
         hint = f"did you mean {BM25}? " if difflib.get_close_matches(name.lower(), [BM25]) else ""
         if isinstance(error, UnavailableError) and not hint:

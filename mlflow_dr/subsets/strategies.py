@@ -181,15 +181,12 @@ def _encoder(term: SubsetTerm, sources: SubsetSources) -> list[np.ndarray]:
         TrackingError: no such model, or no server.
     """
     # imports mlflow and torch
-    from mlflow_dr.encoder.directory import load_encoder
     from mlflow_dr.encoder.files import encoder_directory
     from mlflow_dr.retrieval.dense import DenseRetriever
-    from mlflow_dr.tracking.encoders import encoder_errors, local_encoder, resolve_encoder
+    from mlflow_dr.tracking.encoders import local_encoder, open_encoder, resolve_encoder
 
     def retriever(source: Checkpoint | str) -> Retriever:
-        name = source if isinstance(source, str) else source.uri
-        with local_encoder(source) as directory, encoder_errors(name):
-            encoder = load_encoder(directory)
+        encoder = open_encoder(source)
         return DenseRetriever(encoder, sources.device, sources.dtype, sources.search_backend)
 
     if term.step is None:

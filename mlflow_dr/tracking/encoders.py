@@ -6,7 +6,7 @@ import errno
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from mlflow_dr.errors import (
     CheckpointError,
@@ -19,6 +19,7 @@ from mlflow_dr.errors import (
 from mlflow_dr.files import is_full
 
 if TYPE_CHECKING:  # importing mlflow takes seconds, and other encoders do not need it
+    from mlflow_dr.encoder.model import Encoder
     from mlflow_dr.tracking.checkpoints import Checkpoint
 
 MODEL_SCHEME = "models:/"
@@ -32,6 +33,33 @@ NETWORK_LIBRARIES = {"requests", "urllib3", "httpx", "httpcore"}
 HUB = "huggingface_hub"  # its other errors come from malformed configurations
 ABOUT_FILES = (CheckpointError, MissingExtraError)
 NO_MEMORY = ("out of memory", "can't allocate memory", "not enough memory", "CUDA error")
+
+
+def open_encoder(
+    source: Checkpoint | str,
+    tracking_uri: str | None = None,
+    label: str | None = None,
+    **options: Any,
+) -> Encoder:
+    """The encoder of a checkpoint or a name, on the processor in fp32.
+
+    Args:
+        source: as `local_encoder` takes it.
+        tracking_uri: the server of `models:/`; the environment's when None.
+        label: what errors name; the name or URI of the source when None.
+        options: of `load_encoder`.
+
+    Raises:
+        UsageError: no encoder has this name.
+        TrackingError: no such model, or no server.
+        UnavailableError: it cannot be read on this machine.
+        CheckpointError: it cannot be read anywhere.
+    """
+    from mlflow_dr.encoder.directory import load_encoder  # imports torch
+
+    label = label or (source if isinstance(source, str) else source.uri)
+    with local_encoder(source, tracking_uri) as directory, encoder_errors(label):
+        return load_encoder(directory, **options)
 
 
 @contextmanager

@@ -8,7 +8,6 @@ from __future__ import annotations
 import logging
 import re
 from collections.abc import Mapping, Sequence
-from contextlib import nullcontext
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
@@ -31,8 +30,7 @@ from mlflow_dr.retrieval.measures import DEFAULT_MEASURES, Measure, parse_measur
 from mlflow_dr.tracking.artifacts import PerQuery, per_query_values
 from mlflow_dr.tracking.checkpoints import Checkpoint, checkpoint_of_step
 from mlflow_dr.tracking.client import connect
-from mlflow_dr.tracking.encoders import MODEL_SCHEME, encoder_errors
-from mlflow_dr.tracking.fetching import checkpoint_files
+from mlflow_dr.tracking.encoders import MODEL_SCHEME, open_encoder
 from mlflow_dr.tracking.registry import checkpoint_by_uri
 from mlflow_dr.tracking.runs import TrackedRun, find_run, resolve_run
 from mlflow_dr.tracking.validations import (
@@ -271,7 +269,6 @@ def _evaluate(
     basis: Mapping[str, object],
 ) -> tuple[PerQuery, Lengths]:
     """The values of an encoder on the collection that was named, and its lengths."""
-    from mlflow_dr.encoder.directory import load_encoder
     from mlflow_dr.validation.evaluate import evaluate
 
     depth = basis.get("depth")
@@ -284,17 +281,16 @@ def _evaluate(
     )
     log.info("%s is evaluated on %s/%s", operand.label, data.collection.name, data.split)
     checkpoint = operand.checkpoint
-    source = nullcontext(operand.given) if checkpoint is None else checkpoint_files(checkpoint)
-    with source as files, encoder_errors(operand.label):
-        encoder = load_encoder(
-            files,
-            trust_remote_code=config.trust_remote_code,
-            safetensors_only=checkpoint is not None and not checkpoint.directory,
-            **{
-                **operand.encoder_changes,
-                **changes_of(None, None, config.q_max_len, config.p_max_len),
-            },
-        )
+    encoder = open_encoder(
+        checkpoint or operand.given,
+        label=operand.label,
+        trust_remote_code=config.trust_remote_code,
+        safetensors_only=checkpoint is not None and not checkpoint.directory,
+        **{
+            **operand.encoder_changes,
+            **changes_of(None, None, config.q_max_len, config.p_max_len),
+        },
+    )
     queries = encoder.query_encoder.settings.query_max_length
     lengths = Lengths(queries, encoder.settings.passage_max_length)
     return evaluate(encoder, data, settings).per_query, lengths

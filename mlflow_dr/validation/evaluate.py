@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING, Any
 
 from mlflow_dr.cache import unchanged_cache
 from mlflow_dr.collection.catalogue import chosen_split, open_collection
-from mlflow_dr.encoder.directory import load_encoder
 from mlflow_dr.encoder.model import Encoder
 from mlflow_dr.encoder.tokenize import TextTokenizer
 from mlflow_dr.engines.engine import Engine
@@ -27,7 +26,7 @@ from mlflow_dr.retrieval.measures import (
 )
 from mlflow_dr.retrieval.ranking import Ranking, SearchResult, named_ranking, write_ranking
 from mlflow_dr.subsets.spec import FULL, parse_subset
-from mlflow_dr.tracking.encoders import encoder_errors, local_encoder
+from mlflow_dr.tracking.encoders import open_encoder
 from mlflow_dr.validation.config import EvaluateConfig
 from mlflow_dr.validation.dataset import EvalDataset
 from mlflow_dr.validation.validations import EvalConfig
@@ -197,11 +196,12 @@ def evaluate_encoder(config: EvaluateConfig, run: TrackedRun | None = None) -> R
             raise UsageError(f"{path} exists already; --force replaces it")
     collection = open_collection(name)
     split = chosen_split(collection, split)
-    encoder_files = local_encoder(config.encoder, config.tracking_uri)
-    with encoder_files as directory, encoder_errors(config.encoder):
-        encoder = load_encoder(
-            directory, trust_remote_code=config.trust_remote_code, **config.encoder_changes
-        )
+    encoder = open_encoder(
+        config.encoder,
+        config.tracking_uri,
+        trust_remote_code=config.trust_remote_code,
+        **config.encoder_changes,
+    )
     data = EvalDataset(collection, split)
     if config.subset:
         spec = parse_subset(config.subset[0], config.seed, config.judged)

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import closing
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import msgspec
 import numpy as np
@@ -21,7 +21,6 @@ from mlflow_dr.collection.records import Query, Topics
 from mlflow_dr.collection.text_files import read_text_files
 from mlflow_dr.devices import dtype_name
 from mlflow_dr.encoder.config import EncoderConfig
-from mlflow_dr.encoder.directory import load_encoder
 from mlflow_dr.encoder.model import Encoder
 from mlflow_dr.encoder.token_table import corpus_tokens
 from mlflow_dr.encoder.tokenize import TextTokenizer, append_eos
@@ -39,7 +38,7 @@ from mlflow_dr.retrieval.vector_manifest import (
 )
 from mlflow_dr.retrieval.vector_writer import write_shard
 from mlflow_dr.stores.token_table import TokenTable, token_table
-from mlflow_dr.tracking.encoders import encoder_errors, local_encoder, resolve_encoder
+from mlflow_dr.tracking.encoders import open_encoder, resolve_encoder
 from mlflow_dr.vectors.config import EncodeConfig, parse_shards
 
 HALF = "fp16"
@@ -109,7 +108,12 @@ def encode(config: EncodeConfig) -> list[VectorManifest]:
         is_half = dtype_name(config.dtype) == HALF
         dtype = "fp32" if is_half and engine.device.type == "cpu" else config.dtype
         dtype = engine.resolve_dtype(dtype)
-        encoder = named_encoder(config, config.encoder)
+        encoder = open_encoder(
+            config.encoder,
+            config.tracking_uri,
+            trust_remote_code=config.trust_remote_code,
+            **config.encoder_changes,
+        )
         if config.append_eos_token:
             for part in encoder.distinct_encoders:
                 append_eos(part.tokenizer)
@@ -218,23 +222,6 @@ def missing_vectors(path: Path) -> list[str]:
         if not faults and rows != first.texts:
             faults.append(f"the shards have {rows:,} vectors of {first.texts:,} texts")
     return faults
-
-
-def named_encoder(config: Any, name: str) -> Encoder:
-    """The encoder of a name, on the processor in fp32.
-
-    Args:
-        config: with `tracking_uri`, `trust_remote_code` and, of `EncoderOverrides`, what replaces
-            the encoder's settings.
-        name: a directory, a hub name or `models:/...`.
-
-    Raises:
-        UsageError: no encoder has this name.
-        CheckpointError: the encoder's files are damaged.
-    """
-    changes = getattr(config, "encoder_changes", {})
-    with local_encoder(name, config.tracking_uri) as directory, encoder_errors(name):
-        return load_encoder(directory, trust_remote_code=config.trust_remote_code, **changes)
 
 
 def encoder_digest(encoder: Encoder) -> str:

@@ -34,8 +34,9 @@ from mlflow_dr.retrieval.ranking import (
 )
 from mlflow_dr.retrieval.search import TopK, find_backend
 from mlflow_dr.retrieval.vectors import Vectors, open_vectors
+from mlflow_dr.tracking.encoders import open_encoder
 from mlflow_dr.vectors.config import ConvertConfig, SearchConfig, parse_shard
-from mlflow_dr.vectors.encoding import encoder_digest, named_encoder, query_texts
+from mlflow_dr.vectors.encoding import encoder_digest, query_texts
 
 log = logging.getLogger(__name__)
 
@@ -247,7 +248,7 @@ def _queries(config: SearchConfig, passages: Vectors) -> _QueryVectors:
         raise UsageError("give --dataset, whose queries are searched for")
     collection = open_collection(dataset)
     split = chosen_split(collection, config.split)
-    encoder = named_encoder(config, name)
+    encoder = open_encoder(name, config.tracking_uri, trust_remote_code=config.trust_remote_code)
     digest = encoder_digest(encoder)
     texts = query_texts(encoder, collection.topics(split))
     device = resolve_device(config.device)
