@@ -202,6 +202,17 @@ class CollectionConfig(Config):
         name, splits = given_collection(self.dataset, files, FILE_FIELDS)
         return name, tuple(splits)
 
+    def required_dataset(self) -> tuple[str, tuple[str, ...]]:
+        """As `named_dataset`, where a dataset is needed.
+
+        Raises:
+            UsageError: no dataset, or as `named_dataset`.
+        """
+        name, splits = self.named_dataset()
+        if name is None:
+            raise UsageError("give --dataset, or --candidate-dir, --query-files and --qrel-files")
+        return name, splits
+
     def one_dataset(self, split: str | None) -> tuple[str, str | None]:
         """The dataset's name and the split, where exactly one of each is needed.
 
@@ -211,9 +222,7 @@ class CollectionConfig(Config):
         Raises:
             UsageError: no dataset, or several query files and no split.
         """
-        name, splits = self.named_dataset()
-        if name is None:
-            raise UsageError("give --dataset, or --candidate-dir, --query-files and --qrel-files")
+        name, splits = self.required_dataset()
         if len(splits) > 1 and not split:
             raise UsageError(f"several query files: choose one by --split {' or '.join(splits)}")
         return name, split or next(iter(splits), None)

@@ -124,6 +124,34 @@ class Vectors:
     def __len__(self) -> int:
         return len(self.ids)
 
+    def check_queries(
+        self, name: object, of: object, shape: tuple[int, ...], encoder_digest: str | None
+    ) -> None:
+        """Refuse vectors of queries that cannot be compared with these passages.
+
+        Args:
+            name: of the queries, for the message.
+            of: the folder of these passages, for the message.
+            shape: of the queries, `(n, dimension)`.
+            encoder_digest: of the encoder of the queries; None if it is not known.
+
+        Raises:
+            UsageError: there are none, or they are of another encoder.
+        """
+        about = self.manifest
+        if about and encoder_digest not in (None, about.encoder_digest):
+            raise UsageError(
+                f"{name}: encoded by another encoder than {of} ({about.encoder}); encode both by "
+                "one checkpoint"
+            )
+        if not shape[0]:
+            raise UsageError(f"{name}: there are no queries")
+        if shape[1] != self.dimension:
+            raise UsageError(
+                f"{name}: {shape[1]} dimensions, but {of} has {self.dimension}; they are of "
+                "different encoders"
+            )
+
     def chunks(self, start: int, stop: int, size: int) -> Iterator[tuple[int, np.ndarray]]:
         """Some of the vectors, streamed from the files.
 

@@ -268,9 +268,7 @@ def _source(config: EncodeConfig) -> tuple[str, bool, Callable[[Encoder], Texts]
         passages = (passage for batch in corpus.batches() for passage in batch)
         queries = [Query(each.id, each.text, (), each.tokens) for each in passages]
         return "", True, lambda encoder: _query_tokens(encoder, queries, corpus.digest)
-    name, _ = config.named_dataset()
-    if name is None:
-        raise UsageError("give --dataset, or --candidate-dir, --query-files and --qrel-files")
+    name, _ = config.required_dataset()
     collection = open_collection(name)
     if config.split is None:
         return name, False, lambda encoder: _passages(encoder, collection.corpus())

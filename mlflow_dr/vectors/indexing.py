@@ -68,14 +68,7 @@ def _queries(config: IndexConfig, passages: Vectors) -> np.ndarray | None:
     if config.queries is None:
         return None
     queries = open_vectors(config.queries)
-    ours, theirs = passages.manifest, queries.manifest
-    if ours and theirs and ours.encoder_digest != theirs.encoder_digest:
-        raise UsageError(f"{config.queries} was encoded by another encoder than {config.vectors}")
-    if not len(queries):
-        raise UsageError(f"{config.queries} has no queries")
-    if queries.dimension != passages.dimension:
-        raise UsageError(
-            f"{config.queries} has {queries.dimension} dimensions and {config.vectors} "
-            f"{passages.dimension}; they are of different encoders"
-        )
+    digest = queries.manifest.encoder_digest if queries.manifest else None
+    shape = (len(queries), queries.dimension)
+    passages.check_queries(config.queries, config.vectors, shape, digest)
     return queries.read()

@@ -97,7 +97,12 @@ def search(config: SearchConfig) -> Found:
     if passages.manifest is not None and passages.manifest.kind == "queries":
         raise UsageError(f"{config.sources[0]} has vectors of queries; name those of passages")
     queries = _queries(config, passages)
-    _check_fit(config, passages, queries)
+    passages.check_queries(
+        config.queries or "the queries",
+        config.sources[0],
+        queries.vectors.shape,
+        queries.encoder_digest,
+    )
     topics = _topics(config, queries, passages)
     depth = _depth(config, topics is not None)
     if config.output is not None:
@@ -258,22 +263,6 @@ def _queries(config: SearchConfig, passages: Vectors) -> _QueryVectors:
     target = texts.encoder.eval().to(device, torch_dtype(resolve_dtype(dtype, device)))
     vectors = encode_all(target, texts.table, texts.pad_id, "query").cpu().numpy()
     return _QueryVectors(texts.ids.to_pylist(), vectors, digest, dataset, split)
-
-
-def _check_fit(config: SearchConfig, passages: Vectors, queries: _QueryVectors) -> None:
-    about = passages.manifest
-    if about and queries.encoder_digest not in (None, about.encoder_digest):
-        raise UsageError(
-            f"the queries were encoded by another encoder than the passages of {config.sources[0]} "
-            f"({about.encoder}); encode both by one checkpoint"
-        )
-    if not len(queries.ids):
-        raise UsageError("there are no queries to search for")
-    if queries.vectors.shape[1] != passages.dimension:
-        raise UsageError(
-            f"the queries have {queries.vectors.shape[1]} dimensions and the passages "
-            f"{passages.dimension}; they are of different encoders"
-        )
 
 
 def _topics(
