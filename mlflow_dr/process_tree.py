@@ -102,6 +102,7 @@ class TreeSample(NamedTuple):
         private: bytes of memory, as in `Memory`; so are `file`, `shmem` and `locked`.
         cpu: CPU seconds so far.
         read_bytes: bytes read from disk so far.
+        by_pages: whether memory was read by pages for this sample; otherwise it is an estimate.
     """
 
     time: float
@@ -111,6 +112,7 @@ class TreeSample(NamedTuple):
     locked: int
     cpu: float
     read_bytes: int
+    by_pages: bool = False
 
 
 class Sampler:
@@ -166,33 +168,34 @@ class Sampler:
         try:
             while not self._closed.is_set():
                 pids = tree(self._pid)
-                self._read_memory_if_due(pids)
+                by_pages = self._read_memory_if_due(pids)
                 began = time.thread_time()
-                self._sample(pids)
+                self._sample(pids, by_pages)
                 self.cpu_s = time.thread_time()
                 pause = max(self._pause, (self.cpu_s - began) / OTHER_SHARE)
                 self._closed.wait(pause)
         except Exception as error:  # noqa: BLE001 - figures are not worth the training
             log.warning("memory and disk reads are not measured any more: %s", error)
 
-    def _read_memory_if_due(self, pids: Sequence[int]) -> None:
+    def _read_memory_if_due(self, pids: Sequence[int]) -> bool:
         now = time.monotonic()
         if now < self._memory_due:
-            return
+            return False
         began = time.thread_time()
         anon = _private_rss(pids)
         self._memory = _sum_memory(pid for pid in pids if not self._closed.is_set())
         self._anon = anon
         self._memory_due = now + (time.thread_time() - began) / MEMORY_SHARE
+        return True
 
-    def _sample(self, pids: Sequence[int]) -> None:
+    def _sample(self, pids: Sequence[int], by_pages: bool) -> None:
         anon = _private_rss(pids)
         grown = sum(anon[pid] - self._anon[pid] for pid in anon.keys() & self._anon.keys())
         private = max(0, self._memory.private + grown)
         memory = self._memory._replace(private=private)
         if not self._closed.is_set():
-            sample = TreeSample(time.monotonic(), *memory, _cpu(pids), _read_bytes(pids))
-            self.samples.append(sample)
+            now, cpu, read = time.monotonic(), _cpu(pids), _read_bytes(pids)
+            self.samples.append(TreeSample(now, *memory, cpu, read, by_pages))
 
 
 def _children(pid: int) -> list[int]:

@@ -5,14 +5,15 @@ from __future__ import annotations
 import os
 import sys
 import time
-from contextlib import ExitStack
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from mlflow_dr.errors import DataError, DeviceError, UsageError, one_line
+from mlflow_dr.errors import ChildError, DataError, DeviceError, UsageError, one_line
 from mlflow_dr.loaders.cell import MB, NO_MODEL, Cell, Figures, Workload
 from mlflow_dr.loaders.page_cache import evict, ram_disk, read_ahead_kb
 from mlflow_dr.loaders.ranks import Rank, measured_by_ranks
@@ -94,14 +95,32 @@ def _measured_here(cell: Cell, workload: Workload, rank: Rank) -> Figures:
             cell.workers, cell.threads, cell.start_method, cell.prefetch, cell.pin_memory
         )
         rank.meet(workload.backend)
-        supplied, following = SupplyPass(feed, batches, loading, sampler).measure(workload.seconds)
-        figures |= supplied
-        if training is not None:
-            steps = min(workload.model_batches, len(batches) - 2)
-            figures |= training.measure(following, steps)
-            figures["headroom"] = figures["samples_per_s"] / figures["model_samples_per_s"]
+        supply = SupplyPass(feed, batches, loading, sampler)
+        with _lost_workers():
+            supplied, following = supply.measure(workload.seconds)
+            figures |= supplied
+            if training is not None:
+                steps = min(workload.model_batches, len(batches) - 2)
+                figures |= training.measure(following, steps)
+                figures["headroom"] = figures["samples_per_s"] / figures["model_samples_per_s"]
         rank.leave()
     return figures
+
+
+@contextmanager
+def _lost_workers() -> Iterator[None]:
+    """Say what it means that a worker process does not answer any more."""
+    try:
+        yield
+    except (ConnectionError, EOFError, RuntimeError) as error:
+        if isinstance(error, RuntimeError) and "DataLoader worker" not in str(error):
+            raise
+        if str(error).startswith("Caught "):
+            raise  # the worker's own error
+        raise ChildError(
+            f"a worker process ended before it should ({one_line(error)}); it may have been "
+            "killed because memory ran out"
+        ) from error
 
 
 def _rows(workload: Workload, rank: Rank) -> np.ndarray:

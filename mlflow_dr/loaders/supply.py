@@ -162,7 +162,7 @@ class SupplyPass:
         sampled = [
             (float(np.interp(sample.time, (start.wall, end.wall), taken)), sample.private)
             for sample in list(self._sampler.samples)
-            if start.wall < sample.time < end.wall
+            if sample.by_pages and start.wall < sample.time < end.wall
         ]
         points = [(float(size), first.private), *sampled, (float(taken[1]), last.private)]
         samples, private = np.array(points, dtype=np.float64).T

@@ -146,6 +146,7 @@ def test_a_sampler_follows_memory_and_cpu_time(proc: str, monkeypatch: pytest.Mo
         last = sampler.latest
     assert last is not None
     first = sampler.samples[0]
+    assert first.by_pages
     assert last.time > first.time
     assert last.cpu >= first.cpu > 0
     assert sampler.cpu_s > 0

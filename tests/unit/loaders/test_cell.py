@@ -4,6 +4,7 @@ import os
 import signal
 import subprocess
 import sys
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ from mlflow_dr.loaders.cell import (
     read_spec,
     write_spec,
 )
+from mlflow_dr.loaders.feed import Feed
 from mlflow_dr.loaders.measuring import measured
 from mlflow_dr.loaders.page_cache import RAM_DISK, ram_disk
 
@@ -163,6 +165,17 @@ def test_a_process_that_is_ended_removes_its_ram_disk(lookup_directory: Path) ->
     finally:
         signal.signal(signal.SIGTERM, handler)
     assert set(RAM_DISK.iterdir()) == before
+
+
+def test_a_killed_worker_is_named_as_such(
+    workload: Workload, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def killed(feed: Feed, rows: Sequence[int], worker: int) -> None:
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    monkeypatch.setattr(Feed, "batch", killed)  # in workers that are forked from this process
+    with pytest.raises(ChildError, match=r"a worker process ended.*memory ran out"):
+        measured(Cell("lookup", 1, payload="text"), workload)
 
 
 def test_the_message_of_a_worker_process_is_that_of_its_error() -> None:
