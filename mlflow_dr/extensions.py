@@ -1,4 +1,4 @@
-"""Parts that other packages add: dataset formats, subset strategies, losses, search back ends.
+"""Parts that other packages add: dataset formats, subset strategies, losses and so on.
 
 A part is registered under a name, by a decorator in Python or by an entry point of an installed
 package. Entry points are loaded when their name is first asked for.

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import pyarrow as pa
 
-OFFSET_FORMATS = {pa.string(): ("i", 4), pa.large_string(): ("q", 8)}
+OFFSET_FORMATS: dict[pa.DataType, tuple[Literal["i", "q"], int]] = {
+    pa.string(): ("i", 4),
+    pa.large_string(): ("q", 8),
+}
 
 
 class Strings(NamedTuple):

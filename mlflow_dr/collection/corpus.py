@@ -231,18 +231,18 @@ def cached_corpus(
 
 
 class CorpusWriter:
-    """Writes passages into a new directory, a batch at a time; `open_corpus` maps them.
+    """Writes passages into a directory, a batch at a time; `open_corpus` maps them.
 
     The first passage decides whether the corpus has text or tokens.
 
     Args:
-        directory: the folder, which does not exist yet.
+        directory: the folder, which is made if it does not exist yet.
         total: number of passages, where known, for the progress bar.
         quiet: whether there is no progress bar.
     """
 
     def __init__(self, directory: Path, total: int | None = None, quiet: bool = False) -> None:
-        directory.mkdir()
+        directory.mkdir(exist_ok=True)
         self._directory = directory
         self._buffer: list[Passage] = []
         self._written = 0

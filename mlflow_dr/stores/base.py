@@ -5,7 +5,8 @@ from __future__ import annotations
 import json
 import os
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
 from typing import Any, ClassVar
@@ -43,6 +44,8 @@ class DocumentStore(ABC):
 
     holds: ClassVar[str] = TEXT
     """What `get_many` gives: `text` (passages) or `tokens` (arrays of token ids)."""
+    holds_tokenised: ClassVar[bool] = False
+    """Whether it can hold a corpus that has token ids and no text."""
     files_of: ClassVar[str] = ""
     """The store whose files are read, where it is another one."""
     open_after_fork: ClassVar[bool] = False
@@ -78,7 +81,7 @@ class DocumentStore(ABC):
         Raises:
             UsageError: it cannot hold this corpus.
         """
-        if corpus.tokenised:
+        if corpus.tokenised and not cls.holds_tokenised:
             raise UsageError(
                 f"document store {name!r}: it holds text, but this corpus has only token ids; use "
                 "the store 'corpus'"
@@ -135,11 +138,15 @@ class DocumentStore(ABC):
             DataError: the corpus has no passage of an id.
         """
         self._described()
-        rows = rows_in_file(ids, self.directory / IDS)
+        rows = self.find(ids)
         if (rows < 0).any():
             unknown = ids[int(np.argmax(rows < 0))]
             raise DataError(f"{self.directory}: no passage has the id {quoted(unknown)}")
         return rows
+
+    def find(self, ids: Sequence[str]) -> np.ndarray:
+        """The rows of passages, `(len(ids),) int64`; -1 for an id that the corpus does not have."""
+        return rows_in_file(ids, self.directory / IDS)
 
     def files(self) -> list[Path]:
         """The files of the store, for their size, their pages in memory, or a copy."""
@@ -173,19 +180,16 @@ class DocumentStore(ABC):
             self.close()  # what was opened before a fork shares its position with the parent
         if self._opened is None:
             self._described()
-            try:
+            with self._readable():
                 self._opened = self.open_files()
-            except MlflowDrError:
-                raise
-            except Exception as error:
-                raise self.damage(one_line(error)) from error
             self._process = process
         return self._opened
 
     def _described(self) -> dict[str, Any]:
         """What `build` wrote down at its end, after a check that the files have their sizes."""
         if not self._description:
-            self._description = self.describe()
+            with self._readable():
+                self._description = self.describe()
         return self._description
 
     def describe(self) -> dict[str, Any]:
@@ -194,16 +198,23 @@ class DocumentStore(ABC):
         Raises:
             DataError: a file is missing or has another size than it was written with.
         """
-        try:
-            text = (self.directory / DESCRIPTION).read_text(encoding="utf-8")
-            description: dict[str, Any] = json.loads(text)
-            sizes = _sizes(self.directory)
-        except (OSError, ValueError) as error:
-            raise self.damage(one_line(error)) from error
+        text = (self.directory / DESCRIPTION).read_text(encoding="utf-8")
+        description: dict[str, Any] = json.loads(text)
+        sizes = _sizes(self.directory)
         for name, size in description["files"].items():
             if sizes.get(name) != size:
                 raise self.damage(f"{name} has {sizes.get(name, 0)} bytes instead of {size}")
         return description
+
+    @contextmanager
+    def _readable(self) -> Iterator[None]:
+        """Errors in the block are errors of damaged files, except our own."""
+        try:
+            yield
+        except MlflowDrError:
+            raise
+        except Exception as error:
+            raise self.damage(one_line(error)) from error
 
     def damage(self, what: str) -> DataError:
         """The error of files that cannot be read."""

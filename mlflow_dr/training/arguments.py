@@ -171,6 +171,11 @@ class DataArguments:
     token_table: bool = flag(
         True, "Tokenise all passages once before training; otherwise each passage when it is read."
     )
+    document_store: str = flag(
+        "corpus",
+        "With --token_table false, where passages are read: corpus, lookup, memory, or another "
+        "document store.",
+    )
     validation_split: str | None = flag(None, "The split to validate on (default: dev, else test).")
     train_n_passages: int = flag(
         8, "Passages per query: one positive, and hard negatives.", "--train_group_size"

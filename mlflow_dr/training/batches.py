@@ -17,6 +17,7 @@ from mlflow_dr.collection.records import Example
 from mlflow_dr.encoder.token_table import corpus_tokens, query_tokens
 from mlflow_dr.encoder.tokenize import TextTokenizer
 from mlflow_dr.errors import DataError, UsageError
+from mlflow_dr.stores.store import DocumentStore, open_store, store_directory
 
 log = logging.getLogger(__name__)
 
@@ -31,7 +32,8 @@ NO_ROWS = np.empty(0, np.int64)
 class TokenRows(Protocol):
     """Token ids by row: a token table, or texts that are tokenised when they are read."""
 
-    def __getitem__(self, row: int) -> np.ndarray: ...
+    def get_many(self, rows: np.ndarray) -> Sequence[np.ndarray]:
+        """Token ids of some rows, each `(length,)`, in the order of the rows."""
 
 
 class Group(NamedTuple):
@@ -49,6 +51,14 @@ class Group(NamedTuple):
     query: np.ndarray
     passages: Sequence[np.ndarray]
     keys: np.ndarray
+    scores: np.ndarray | None
+
+
+class _Choice(NamedTuple):
+    """Which passages a query gets, and a teacher's scores of them."""
+
+    query_id: str
+    rows: np.ndarray
     scores: np.ndarray | None
 
 
@@ -106,10 +116,36 @@ class TrainingSet(Dataset[Group]):
         return len(self._examples)
 
     def __getitem__(self, index: int) -> Group:
-        return self.group(index, int(self._epoch))
+        return self.groups([(index, int(self._epoch))])[0]
 
-    def group(self, index: int, visit: int) -> Group:
-        """The example at an index, with the passages of its n-th visit, counted from 0."""
+    def __getitems__(self, indices: Sequence[int]) -> list[Group]:
+        epoch = int(self._epoch)
+        return self.groups([(index, epoch) for index in indices])
+
+    def groups(self, visits: Sequence[tuple[int, int]]) -> list[Group]:
+        """Examples with their passages; the passages of all are read at once.
+
+        Args:
+            visits: the index of each example, and which visit of it this is, counted from 0.
+        """
+        chosen = [self._choose(index, visit) for index, visit in visits]
+        queries = self._queries.get_many(np.array([index for index, _ in visits], np.int64))
+        rows = [choice.rows for choice in chosen]
+        passages = self._passages.get_many(np.concatenate([NO_ROWS, *rows]))
+        ends = np.cumsum([len(some) for some in rows]).tolist()
+        return [
+            Group(
+                choice.query_id,
+                query,
+                passages[end - len(choice.rows) : end],
+                choice.rows + self._first_key,
+                choice.scores,
+            )
+            for choice, query, end in zip(chosen, queries, ends, strict=True)
+        ]
+
+    def _choose(self, index: int, visit: int) -> _Choice:
+        """The passages of an example at its n-th visit."""
         example = self._examples[index]
         name = example.query.id
         n_positives = len(example.positives)
@@ -125,13 +161,7 @@ class TrainingSet(Dataset[Group]):
         negatives = self._rotated(name, "negatives", len(pool), self._n_negatives, visit)
         chosen = [*positive, *(n_positives + index for index in negatives)]
         rows = np.concatenate([np.concatenate([example.positives, pool])[chosen], others])
-        return Group(
-            name,
-            self._queries[index],
-            [self._passages[int(row)] for row in rows],
-            rows + self._first_key,
-            self._scores(name, example.scores, chosen, len(others)),
-        )
+        return _Choice(name, rows, self._scores(name, example.scores, chosen, len(others)))
 
     def _rotated(self, query_id: str, role: str, total: int, count: int, visit: int) -> list[int]:
         """The next `count` of `total` indices; those after the ones of the visit before."""
@@ -183,15 +213,20 @@ class TrainingSet(Dataset[Group]):
 
 
 class LateTokens:
-    """Token ids of passages that are tokenised when they are read."""
+    """Token ids of passages that are read from a document store and tokenised when needed.
 
-    def __init__(self, examples: Examples, text_tokenizer: TextTokenizer) -> None:
-        self._corpus = examples.passages
+    Args:
+        store: the passages; it holds text.
+        text_tokenizer: makes the token ids.
+    """
+
+    def __init__(self, store: DocumentStore, text_tokenizer: TextTokenizer) -> None:
+        self._store = store
         self._text_tokenizer = text_tokenizer
 
-    def __getitem__(self, row: int) -> np.ndarray:
-        """Token ids of one passage, `(length,) int64`."""
-        return np.asarray(self._text_tokenizer.passage_ids([self._corpus[row]])[0])
+    def get_many(self, rows: np.ndarray) -> list[np.ndarray]:
+        """Token ids of passages, each `(length,) int64`; one call of the tokenizer for all."""
+        return [*map(np.asarray, self._text_tokenizer.passage_ids(self._store.get_many(rows)))]
 
 
 def check_negatives(examples: Examples, n_passages: int, name: str) -> None:
@@ -225,7 +260,7 @@ def training_set(
     tokenizing_queries: TextTokenizer,
     tokenizing_passages: TextTokenizer,
     *,
-    table: bool = True,
+    store: str | None = None,
     processes: int = 1,
     **options: Any,
 ) -> TrainingSet:
@@ -235,15 +270,17 @@ def training_set(
         examples: the examples.
         tokenizing_queries: how queries are tokenised.
         tokenizing_passages: how passages are tokenised.
-        table: whether all passages are tokenised once before training; otherwise each when read.
+        store: the name of the document store from which passages are read and tokenised during
+            training; None if all are tokenised once before it.
         processes: largest number of processes that tokenise.
         options: further arguments of `TrainingSet`.
     """
-    passages: TokenRows = (
-        corpus_tokens(examples.passages, tokenizing_passages, processes)
-        if table
-        else LateTokens(examples, tokenizing_passages)
-    )
+    passages: TokenRows
+    if store is None:
+        passages = corpus_tokens(examples.passages, tokenizing_passages, processes)
+    else:
+        opened = open_store(store, store_directory(store, examples.passages))
+        passages = LateTokens(opened, tokenizing_passages)
     queries = query_tokens(examples, tokenizing_queries, processes)
     return TrainingSet(examples, queries, passages, **options)
 

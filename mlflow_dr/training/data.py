@@ -189,10 +189,24 @@ class Mixture(Dataset[Group]):
         return int(self._starts[-1])
 
     def __getitem__(self, index: int) -> Group:
+        return self.__getitems__([index])[0]
+
+    def __getitems__(self, indices: Sequence[int]) -> list[Group]:
+        visits = [self._visit(index) for index in indices]
+        groups: list[Group | None] = [None] * len(visits)
+        for part in {part for part, _ in visits}:
+            mine = [place for place, (other, _) in enumerate(visits) if other == part]
+            read = self._parts[part].groups([visits[place][1] for place in mine])
+            for place, group in zip(mine, read, strict=True):
+                groups[place] = group
+        return [group for group in groups if group is not None]
+
+    def _visit(self, index: int) -> tuple[int, tuple[int, int]]:
+        """The part of an example of the mixture, its index there, and which visit this is."""
         part = int(np.searchsorted(self._starts, index, side="right")) - 1
         position = int(self._epoch) * self._counts[part] + index - int(self._starts[part])
         visit, position = divmod(position, len(self._parts[part]))
-        return self._parts[part].group(int(self._order(part, visit)[position]), visit)
+        return part, (int(self._order(part, visit)[position]), visit)
 
     def _order(self, part: int, visit: int) -> np.ndarray:
         if (part, visit) not in self._orders:

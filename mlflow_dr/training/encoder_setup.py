@@ -127,7 +127,7 @@ def mixed_training_set(
                 part.examples,
                 queries,
                 passages,
-                table=request.data.token_table,
+                store=None if request.data.token_table else request.data.document_store,
                 processes=request.data.dataset_proc_num,
                 n_passages=request.data.train_n_passages,
                 seed=seed,

@@ -20,6 +20,8 @@ from transformers import HfArgumentParser
 from mlflow_dr import compat
 from mlflow_dr.collection.catalogue import JOIN, POOL_PREFIX
 from mlflow_dr.errors import UsageError
+from mlflow_dr.stores.base import TEXT
+from mlflow_dr.stores.store import STORES
 from mlflow_dr.training.arguments import (
     WITHOUT_MEANING,
     DataArguments,
@@ -124,6 +126,7 @@ def parse_training(argv: Sequence[str], processes: int = 1) -> TrainingRequest:
     bare_pooling = "mean" if recipe is JUDGED else "cls"
     request = TrainingRequest(model, loss, data, publish, trainer, bare_pooling)
     _refuse_what_would_be_ignored(request, typed, processes)
+    _check_store(data, typed)
     return request
 
 
@@ -187,6 +190,21 @@ def _refuse_what_would_be_ignored(
     is_alone = max(trainer.world_size, processes) == 1
     if loss.negatives_x_device and is_alone and "negatives_x_device" in typed:
         log.warning("--negatives_x_device has no effect: there is one training process")
+
+
+def _check_store(data: DataArguments, typed: Collection[str]) -> None:
+    """Refuse a document store that is unknown, or that would not be read."""
+    name = data.document_store
+    if STORES.get(name).holds != TEXT:
+        raise UsageError(
+            f"--document_store {name}: it holds token ids, which training reads by --token_table "
+            "true; leave both flags out, or name a store of text"
+        )
+    if "document_store" in typed and data.token_table:
+        raise UsageError(
+            f"--document_store {name} would not be read, because all passages are tokenised before "
+            "training; add --token_table false"
+        )
 
 
 def _file_flags(parser: argparse.ArgumentParser, file: str | None) -> list[str]:

@@ -58,7 +58,8 @@ NEVER_LOGGED = {"output_dir", "logging_dir", "run_name", "hub_token", "push_to_h
 WITHOUT_EFFECT = (
     *("resume_from_checkpoint", "overwrite_output_dir", "model", "publish_", "save_", "logging_"),
     *("log_", "eval_", "do_", "dataloader_num_workers", "dataloader_prefetch_factor"),
-    *("dataloader_p", "dataset_proc_num", "cache_dir", "token_table", "disable_tqdm", "report_to"),
+    *("dataloader_p", "dataset_proc_num", "cache_dir", "token_table", "document_store"),
+    *("disable_tqdm", "report_to"),
     *("torch_compile", "gc_", "grad_cache", "use_cpu", "local_rank", "ddp_", "skip_memory_metrics"),
     *("tracking_uri", "experiment_name", "validation_", "include_", "average_tokens", "run_name"),
 )

@@ -22,7 +22,10 @@ PACKAGE = Path(mlflow_dr.__file__).parent
 WRITTEN = re.compile(r'"(mlflow_dr\.(?!json")[a-z_.]+)"')
 ENTRY_POINT_GROUPS = {
     f"mlflow_dr.{kind}"
-    for kind in ("dataset_formats", "subset_strategies", "losses", "search_backends")
+    for kind in (
+        *("dataset_formats", "subset_strategies", "losses", "search_backends"),
+        "document_stores",
+    )
 }
 BASH = [block for page in PAGES for block in blocks(page, "bash")]
 EXAMPLE = re.compile(r"^ *Example:\n((?: +\S.*\n?)+)", re.M)

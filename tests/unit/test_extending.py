@@ -12,13 +12,14 @@ from recipes import FILE, ROOT, blocks
 from mlflow_dr.collection.catalogue import all_formats, dataset_formats, open_collection
 from mlflow_dr.errors import DataError
 from mlflow_dr.retrieval.search import SEARCH_BACKENDS, TopK, find_backend
+from mlflow_dr.stores.store import STORES, open_store, store_directory
 from mlflow_dr.subsets.spec import parse_subset
 from mlflow_dr.subsets.strategies import SUBSET_STRATEGIES, SubsetSources
 from mlflow_dr.training.flags import losses
 from mlflow_dr.training.loss import Objective
 
 PAGE = ROOT / "docs" / "extending.md"
-REGISTRIES = [dataset_formats, SUBSET_STRATEGIES, losses, SEARCH_BACKENDS]
+REGISTRIES = [dataset_formats, SUBSET_STRATEGIES, losses, SEARCH_BACKENDS, STORES]
 LINES = "what do gulls eat\tfish\nwhere is the lighthouse\ton a rock\nwho sails\tthe captain\n"
 
 
@@ -83,3 +84,12 @@ def test_a_search_backend() -> None:
     top.update(queries, chunk, torch.arange(4), search)
     assert top.scores.tolist() == [[1, 1], [1, 1]]
     assert top.rows.tolist() == [[2, 1], [2, 1]]
+
+
+def test_a_document_store(tmp_path: Path) -> None:
+    file = tmp_path / "questions.faq"
+    file.write_text(LINES)
+    corpus = open_collection(str(file)).corpus()
+    with open_store("sqlite", store_directory("sqlite", corpus)) as store:
+        assert store.get_many([2, 0, 2]) == corpus.passages([2, 0, 2])
+        assert store.rows_of(["answer-2"]).tolist() == [1]

@@ -11,9 +11,10 @@ import pytest
 
 from mlflow_dr.collection.corpus import TOKENS, Corpus, cached_corpus
 from mlflow_dr.collection.records import Passage
+from mlflow_dr.encoder.token_table import cached_token_table
 from mlflow_dr.errors import DataError, UsageError
 from mlflow_dr.stores import lookup
-from mlflow_dr.stores.store import STORES, DocumentStore, open_store, store_directory
+from mlflow_dr.stores.store import DocumentStore, open_store, store_directory
 
 PASSAGES = [Passage(f"p{row}", "", f"ship {row}") for row in range(20)]
 
@@ -78,7 +79,7 @@ def test_the_null_store_reads_nothing(make_corpus: Callable[..., Corpus]) -> Non
 
 
 def test_a_closed_store_can_be_read_again(make_corpus: Callable[..., Corpus]) -> None:
-    for name in STORES.names():
+    for name in ("lookup", "lookup:pread", "memory", "corpus", "null"):
         with opened(name, make_corpus()) as store:
             first = store.get_many([1])
             store.close()
@@ -99,3 +100,35 @@ def test_a_store_is_sent_as_its_path(make_corpus: Callable[..., Corpus]) -> None
     sent = pickle.dumps(store)
     assert len(sent) < 1000
     assert pickle.loads(sent).get_many([5]) == PASSAGES[5:6]
+
+
+def test_the_store_of_a_cached_corpus_is_its_own_file(make_corpus: Callable[..., Corpus]) -> None:
+    corpus = make_corpus()
+    assert store_directory("corpus", corpus) == corpus.directory
+    assert opened("corpus", corpus).get_many([7]) == PASSAGES[7:8]
+
+
+def test_a_corpus_in_memory_is_written_for_its_store(own_cache: Path) -> None:
+    """Also one of token ids."""
+    texts: dict[str, Any] = {"id": ["a", "b"], "title": ["", "t"], "text": ["x", ""]}
+    tokens = pa.array([[1], [2, 3]], TOKENS.type)
+    for table in (pa.table(texts), pa.table({**texts, "tokens": tokens})):
+        corpus = Corpus(table)
+        store = opened("corpus", corpus)
+        assert store.get_many([1, 0]) == corpus.passages([1, 0])
+        assert store.rows_of(["b"]).tolist() == [1]
+
+
+def test_a_token_table_is_the_store_of_its_directory(own_cache: Path) -> None:
+    table = cached_token_table("key", [[b"ab", b"c"]], list, 256, total=2)
+    assert table.directory is not None
+    with open_store("tokens", table.directory) as store:
+        assert [ids.tolist() for ids in store.get_many([1, 0])] == [[99], [97, 98]]
+        assert store.holds == "tokens"
+        with pytest.raises(UsageError, match="no passage ids; ask the corpus"):
+            store.rows_of(["a"])
+
+
+def test_a_corpus_alone_gives_no_tokens(make_corpus: Callable[..., Corpus]) -> None:
+    with pytest.raises(UsageError, match="'tokens' needs a tokenizer, too"):
+        store_directory("tokens", make_corpus())

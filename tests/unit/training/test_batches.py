@@ -15,14 +15,15 @@ from mlflow_dr.collection.records import Example
 from mlflow_dr.encoder.model import Encoder
 from mlflow_dr.encoder.tokenize import TextTokenizer
 from mlflow_dr.errors import DataError, UsageError
+from mlflow_dr.stores.token_table import token_table
 from mlflow_dr.training.batches import (
     Collator,
     Group,
-    LateTokens,
     TrainingSet,
     check_negatives,
     training_set,
 )
+from mlflow_dr.training.data import Mixture
 
 Make = Callable[..., Any]
 
@@ -46,8 +47,8 @@ def make_group(make_examples: Make) -> Make:
     ) -> TrainingSet:
         row = (query_id, named("p", positives), named("n", negatives), scores)
         examples = make_examples(row)
-        tokens = [np.array([10 + number]) for number in range(positives + negatives)]
-        return TrainingSet(examples, [np.array([1])], tokens, n_passages, seed, **options)
+        tokens = token_table([[10 + number] for number in range(positives + negatives)])
+        return TrainingSet(examples, token_table([[1]]), tokens, n_passages, seed, **options)
 
     return make
 
@@ -220,8 +221,8 @@ def test_no_positives_is_an_error(make_group: Make) -> None:
 
 def test_the_token_table_has_the_tokenizers_ids(colours: Any, tiny: Encoder, set_of: Make) -> None:
     text_tokenizer = TextTokenizer(tiny.tokenizer, tiny.settings)
-    for table in (True, False):
-        chosen = set_of(tiny, colours, 4, table=table)
+    for store in (None, "corpus", "lookup"):
+        chosen = set_of(tiny, colours, 4, store=store)
         for index in range(len(colours)):
             group = chosen[index]
             example: Example = colours[index]
@@ -235,14 +236,44 @@ def test_late_tokens_equal_those_of_the_table(colours: Any, tiny: Encoder, own_c
     """And no table of the passages is made."""
     settings = replace(tiny.settings, passage_prompt="ship: ", passage_max_length=6)
     text_tokenizer = TextTokenizer(tiny.tokenizer, settings)
-    late = LateTokens(colours, text_tokenizer)
-    training_set(colours, text_tokenizer, text_tokenizer, table=False, n_passages=1, seed=0)
+    options: dict[str, Any] = {"n_passages": 1, "seed": 0}
+    late = training_set(colours, text_tokenizer, text_tokenizer, store="lookup", **options)
     assert len([path for path in (own_cache / "tokens").iterdir() if path.is_dir()]) == 1
-    table = training_set(colours, text_tokenizer, text_tokenizer, n_passages=1, seed=0)
+    table = training_set(colours, text_tokenizer, text_tokenizer, **options)
     assert len([path for path in (own_cache / "tokens").iterdir() if path.is_dir()]) == 2
-    for row in range(len(colours.passages)):
-        assert late[row].tolist() == table._passages[row].tolist()
-        assert len(late[row]) == 6
+    rows = np.arange(len(colours.passages))
+    for ids, others in zip(
+        late._passages.get_many(rows), table._passages.get_many(rows), strict=True
+    ):
+        assert ids.tolist() == others.tolist()
+        assert len(ids) == 6
+
+
+def test_a_batch_has_the_groups_of_its_examples_and_is_read_at_once(
+    colours: Any, tiny: Encoder, set_of: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The tokenizer is called once for all passages of a batch."""
+    calls: list[int] = []
+    passage_ids = TextTokenizer.passage_ids
+
+    def counted(self: TextTokenizer, passages: Any) -> list[list[int]]:
+        calls.append(len(passages))
+        return passage_ids(self, passages)
+
+    late, ahead = set_of(tiny, colours, 3, store="lookup"), set_of(tiny, colours, 3)
+    for chosen in (late, ahead, Mixture([ahead, late], [2.0, 1.0], seed=0)):
+        chosen.set_epoch(2)
+        indices = [3, 0, 3, len(chosen) - 1]
+        alone = [chosen[index] for index in indices]
+        for group, other in zip(chosen.__getitems__(indices), alone, strict=True):
+            assert (group.query_id, group.scores) == (other.query_id, other.scores)
+            np.testing.assert_array_equal(group.query, other.query)
+            np.testing.assert_array_equal(group.keys, other.keys)
+            for ids, expected in zip(group.passages, other.passages, strict=True):
+                np.testing.assert_array_equal(ids, expected)
+    monkeypatch.setattr(TextTokenizer, "passage_ids", counted)
+    late.__getitems__([0, 1, 2])
+    assert calls == [9]
 
 
 def test_a_batch_is_padded_token_ids_in_order() -> None:

@@ -277,14 +277,30 @@ def tables_in(cache: Path) -> int:
     return sum(path.is_dir() for path in (cache / "tokens").iterdir())
 
 
-def test_token_table_false_tokenises_late(build: Callable[..., Built], own_cache: Path) -> None:
-    late, ahead = build("--token_table", "false").set, None
+@pytest.mark.parametrize("store", [(), ("--document-store", "lookup")], ids=str)
+def test_token_table_false_tokenises_late(
+    build: Callable[..., Built], own_cache: Path, store: tuple[str, ...]
+) -> None:
+    late = build("--token_table", "false", *store).set
     assert isinstance(late._passages, LateTokens)
     assert tables_in(own_cache) == 1  # of the queries
     ahead = build().set
     assert tables_in(own_cache) == 2
     for index in range(len(ahead)):
         assert late[index].passages[0].tolist() == ahead[index].passages[0].tolist()
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--document_store", "lookup"], "lookup would not be read, .* add --token_table false"),
+        (["--token_table", "false", "--document_store", "look"], "'look'; .*'lookup'.*known"),
+        (["--token_table", "false", "--document_store", "tokens"], "by --token_table true"),
+    ],
+)
+def test_a_document_store_that_cannot_be_read_is_refused(flags: list[str], message: str) -> None:
+    with pytest.raises(UsageError, match=message):
+        parse_training(flags)
 
 
 @pytest.mark.parametrize(("asked", "used"), [("1", []), ("2", [2, 2]), ("12", [3, 3])])

@@ -189,7 +189,7 @@ def test_the_positive_is_the_first_unless_they_are_shuffled(directory: Path) -> 
 
     def positives(more: Sequence[str]) -> set[tuple[int, ...]]:
         training_set = mixed_training_set(*built([*argv, *more]))
-        return {tuple(training_set.group(0, visit).passages[0]) for visit in range(4)}
+        return {tuple(training_set.groups([(0, visit)])[0].passages[0]) for visit in range(4)}
 
     assert len(positives([])) == 1
     assert len(positives(["--shuffle_positive_ctx"])) == 2

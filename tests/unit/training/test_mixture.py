@@ -4,10 +4,10 @@ from collections import Counter
 from collections.abc import Callable
 from typing import Any
 
-import numpy as np
 import pytest
 from torch.utils.data import DataLoader
 
+from mlflow_dr.stores.token_table import token_table
 from mlflow_dr.training.batches import Group, TrainingSet
 from mlflow_dr.training.data import Mixture
 
@@ -24,7 +24,7 @@ def mixed(make_examples: Make) -> Make:
             names = [f"{'abc'[number]}{index}" for index in range(size)]
             rows = [(name, [f"{name} {n}" for n in range(3)], []) for name in names]
             examples = make_examples(*rows)
-            tokens = [np.array([1])] * 3 * size
+            tokens = token_table([[1]] * 3 * size)
             first_key = 1000 * number
             parts.append(TrainingSet(examples, tokens, tokens, 1, seed=0, first_key=first_key))
         return Mixture(parts, weights, seed)

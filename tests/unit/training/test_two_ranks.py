@@ -13,6 +13,7 @@ from forks import Forks
 
 from mlflow_dr.encoder.lora import add_lora
 from mlflow_dr.encoder.model import Encoder, untie
+from mlflow_dr.stores.token_table import token_table
 from mlflow_dr.training.batches import Group, Texts, TrainingSet
 from mlflow_dr.training.data import Mixture
 from mlflow_dr.training.encoder_setup import collator_of
@@ -94,8 +95,8 @@ def sets_of(encoder: Encoder, colours: Any, set_of: Callable[..., TrainingSet]) 
 
     def listed(first_key: int) -> TrainingSet:
         chosen = set_of(encoder, colours, 2, first_key=first_key)
-        queries = [chosen._queries[row] for row in range(len(colours))]
-        passages = [chosen._passages[row] for row in range(len(colours.passages))]
+        queries = token_table(chosen._queries.get_many(range(len(colours))))
+        passages = token_table(chosen._passages.get_many(range(len(colours.passages))))
         return TrainingSet(colours.examples, queries, passages, 2, seed=0, first_key=first_key)
 
     return {"one set": listed(0), "mixture": Mixture([listed(0), listed(1000)], [2.0, 1.0], seed=0)}
