@@ -21,6 +21,7 @@ from mlflow_dr.files import is_full
 if TYPE_CHECKING:  # importing mlflow takes seconds, and other encoders do not need it
     from mlflow_dr.encoder.model import Encoder
     from mlflow_dr.tracking.checkpoints import Checkpoint
+    from mlflow_dr.tracking.runs import TrackedRun
 
 MODEL_SCHEME = "models:/"
 # faults of the machine or the network; a missing file is the checkpoint's fault
@@ -100,6 +101,22 @@ def resolve_encoder(name: str, tracking_uri: str | None = None) -> Checkpoint | 
     from mlflow_dr.tracking.registry import checkpoint_by_uri
 
     return checkpoint_by_uri(connect(tracking_uri, may_create=False), name)
+
+
+def checkpoint_and_run(name: str, tracking_uri: str | None = None) -> tuple[Checkpoint, TrackedRun]:
+    """The checkpoint of a name `models:/...`, and its run.
+
+    Raises:
+        UsageError: the version of a registered model is not a checkpoint.
+        TrackingError: no such model or run, or no server.
+    """
+    from mlflow_dr.tracking.client import connect
+    from mlflow_dr.tracking.registry import checkpoint_by_uri
+    from mlflow_dr.tracking.runs import find_run
+
+    client = connect(tracking_uri, may_create=False)
+    checkpoint = checkpoint_by_uri(client, name)
+    return checkpoint, find_run(client, checkpoint.run_id)
 
 
 @contextmanager

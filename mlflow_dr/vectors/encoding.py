@@ -38,7 +38,7 @@ from mlflow_dr.retrieval.vector_manifest import (
 )
 from mlflow_dr.retrieval.vector_writer import write_shard
 from mlflow_dr.stores.token_table import TokenTable, token_table
-from mlflow_dr.tracking.encoders import open_encoder, resolve_encoder
+from mlflow_dr.tracking.encoders import checkpoint_and_run, open_encoder
 from mlflow_dr.vectors.config import EncodeConfig, parse_shards
 
 HALF = "fp16"
@@ -298,12 +298,7 @@ def _query_tokens(encoder: Encoder, queries: Sequence[Query], digest: str) -> Te
 
 def _log(config: EncodeConfig, manifests: Sequence[VectorManifest]) -> None:
     """Store manifests with the run of the encoder's checkpoint."""
-    from mlflow_dr.tracking.client import connect
-    from mlflow_dr.tracking.runs import find_run
-
-    client = connect(config.tracking_uri, may_create=False)
-    checkpoint = resolve_encoder(config.encoder, config.tracking_uri)
-    assert not isinstance(checkpoint, str)
+    checkpoint, run = checkpoint_and_run(config.encoder, config.tracking_uri)
     folder = f"vectors/step-{checkpoint.step:08}-{checkpoint.model_id}"
     files = {
         f"{folder}/{each.kind}-{each.texts_digest[:12]}-{each.name}": msgspec.json.format(
@@ -312,4 +307,4 @@ def _log(config: EncodeConfig, manifests: Sequence[VectorManifest]) -> None:
         + "\n"
         for each in manifests
     }
-    find_run(client, checkpoint.run_id).log_report({}, files)
+    run.log_report({}, files)

@@ -10,7 +10,7 @@ import numpy as np
 from mlflow_dr.errors import UsageError
 from mlflow_dr.retrieval.faiss_index import CUT_OFFS, build_index
 from mlflow_dr.retrieval.vectors import Vectors, open_vectors
-from mlflow_dr.tracking.encoders import MODEL_SCHEME, resolve_encoder
+from mlflow_dr.tracking.encoders import MODEL_SCHEME, checkpoint_and_run
 from mlflow_dr.vectors.config import IndexConfig
 
 log = logging.getLogger(__name__)
@@ -34,7 +34,7 @@ def index(config: IndexConfig) -> dict[str, Any]:
     vectors = open_vectors(config.vectors)
     if vectors.manifest is not None and vectors.manifest.kind == "queries":
         raise UsageError(f"{config.vectors} has vectors of queries; name those of passages")
-    checkpoint: Any = None
+    published = None
     if config.log:
         name = vectors.manifest.encoder if vectors.manifest else ""
         if not name.startswith(MODEL_SCHEME):
@@ -42,7 +42,7 @@ def index(config: IndexConfig) -> dict[str, Any]:
                 f"--log needs vectors of a published checkpoint; {config.vectors} was encoded by "
                 f"{name or 'another program'}"
             )
-        checkpoint = resolve_encoder(name, config.tracking_uri)
+        published = checkpoint_and_run(name, config.tracking_uri)
     queries = _queries(config, vectors)
     manifest = build_index(
         vectors, config.output, config.factory, queries, config.recall, config.seed
@@ -54,13 +54,11 @@ def index(config: IndexConfig) -> dict[str, Any]:
             "finds more, or one that scores the best again (Refine)",
             *(lowest, config.recall),
         )
-    if checkpoint is not None:
+    if published is not None:
         from mlflow_dr.tracking.artifacts import log_index
-        from mlflow_dr.tracking.client import connect
-        from mlflow_dr.tracking.runs import find_run
 
-        client = connect(config.tracking_uri, may_create=False)
-        log_index(find_run(client, checkpoint.run_id), checkpoint, config.output)
+        checkpoint, run = published
+        log_index(run, checkpoint, config.output)
     return manifest
 
 
