@@ -34,7 +34,7 @@ from mlflow_dr.encoder.tokenize import TextTokenizer
 from mlflow_dr.retrieval.encode import TOKENS_PER_BATCH, encode_batches, plan_batches
 from mlflow_dr.retrieval.vector_manifest import VectorManifest
 from mlflow_dr.retrieval.vector_writer import write_shard
-from mlflow_dr.retrieval.vectors import open_vectors
+from mlflow_dr.retrieval.vectors import Vectors, open_vectors
 from mlflow_dr.stores.token_table import TokenTable
 from mlflow_dr.vectors.searching import exact_search
 
@@ -124,39 +124,40 @@ def write_random(folder: Path, vectors: int, file_format: str) -> dict[str, floa
     return {"MB": memory_mb()["VmHWM"] - before, "us a vector": 1e6 * seconds / vectors}
 
 
-def search_random(folder: Path) -> dict[str, float]:
-    """Search them; the peak of memory beyond that at the start, and the time."""
+def searched(folder: Path, search: Callable[[np.ndarray, Vectors], None]) -> dict[str, float]:
+    """The peak of memory of a search beyond that at the start, and its time."""
     generator = torch.Generator().manual_seed(1)
     queries = torch.randn(QUERIES, DIMENSION, generator=generator).numpy()
     before = memory_mb()["VmHWM"]
     start, wall = time.process_time(), time.perf_counter()
-    passages = open_vectors(folder)
-    exact_search(queries, passages, DEPTH, "cpu", "auto")
+    search(queries, open_vectors(folder))
     return {
         "MB": memory_mb()["VmHWM"] - before,
         "CPU s": time.process_time() - start,
         "wall s": time.perf_counter() - wall,
     }
+
+
+def search_random(folder: Path) -> dict[str, float]:
+    """Search the random vectors exactly."""
+
+    def search(queries: np.ndarray, passages: Vectors) -> None:
+        exact_search(queries, passages, DEPTH, "cpu", "auto")
+
+    return searched(folder, search)
 
 
 def search_flat(folder: Path) -> dict[str, float]:
     """The same by a flat FAISS index, which holds all vectors in memory, and rounds its scores."""
     import faiss
 
-    generator = torch.Generator().manual_seed(1)
-    queries = torch.randn(QUERIES, DIMENSION, generator=generator).numpy()
-    before = memory_mb()["VmHWM"]
-    start, wall = time.process_time(), time.perf_counter()
-    passages = open_vectors(folder)
-    index = faiss.IndexFlatIP(DIMENSION)
-    for _, chunk in passages.chunks(0, len(passages), 65536):
-        index.add(chunk)
-    index.search(queries, DEPTH)
-    return {
-        "MB": memory_mb()["VmHWM"] - before,
-        "CPU s": time.process_time() - start,
-        "wall s": time.perf_counter() - wall,
-    }
+    def search(queries: np.ndarray, passages: Vectors) -> None:
+        index = faiss.IndexFlatIP(DIMENSION)
+        for _, chunk in passages.chunks(0, len(passages), 65536):
+            index.add(chunk)
+        index.search(queries, DEPTH)
+
+    return searched(folder, search)
 
 
 STEPS: dict[str, Callable[..., dict[str, float]]] = {
