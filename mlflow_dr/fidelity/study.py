@@ -235,7 +235,6 @@ def _datasets(
     dataset, splits = config.named_dataset()
     split = config.split or next(iter(splits), None)
     if run is not None:
-        run.fetch()
         dataset, split = named_data(run, dataset, split)
     if dataset is None:
         raise UsageError("no collection is given; pass --dataset")

@@ -232,8 +232,6 @@ class ValidationResolver:
             TrackingError: the server does not answer.
         """
         if run.id not in self._resolved:
-            if not is_ahead:  # else it was fetched a moment ago
-                run.fetch()
             changes = self._config.encoder_changes
             validations = self._config.all_validations
             try:
@@ -329,14 +327,14 @@ def named_data(run: TrackedRun, dataset: str | None, split: str | None) -> tuple
     """The dataset and split to use: as given, else the run's; its split is of its own dataset.
 
     Args:
-        run: as it was fetched last.
+        run: is fetched, because it may have been told its dataset a moment ago.
         dataset: its name, if it was given.
         split: of the queries, if it was given.
 
     Raises:
         UsageError: neither names a dataset, or there is no dataset of the given name.
     """
-    data = run.seen.data
+    data = run.fetch().data
     own = data.tags.get(DATASET_TAG) or data.params.get(DATASET_PARAM)
     name = dataset or own
     if not name:

@@ -21,7 +21,6 @@ def test_the_split_of_the_run_applies_only_to_its_dataset(
     other = beir_folder({"p": "kelp"}, {"q": "what grows"}, "other", test={"q": {"p": 1}})
     run.log_params({"dataset": str(folder), "validation_split": "dev"})
     monkeypatch.chdir(folder.parent)
-    run.fetch()
     assert named_data(run, None, None) == (str(folder), "dev")
     assert named_data(run, str(folder), None) == (str(folder), "dev")
     assert named_data(run, folder.name, None) == (folder.name, "dev")
@@ -33,7 +32,6 @@ def test_the_split_of_the_run_applies_only_to_its_dataset(
 
 def test_a_split_of_a_run_without_a_dataset_is_ignored(run: TrackedRun, folder: Path) -> None:
     run.log_params({"validation_split": "0.1"})
-    run.fetch()
     assert named_data(run, str(folder), None) == (str(folder), None)
     with pytest.raises(UsageError, match="names no dataset"):
         named_data(run, None, None)
