@@ -70,6 +70,23 @@ def file_sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
+def sizes_and_digests(directory: Path, left_out: str) -> dict[str, dict[str, int | str]]:
+    """The files of a directory and below it: name -> `bytes` and `sha256`.
+
+    Args:
+        directory: of the files.
+        left_out: name of a file at its top that is not listed, such as the list itself.
+    """
+    return {
+        path.relative_to(directory).as_posix(): {
+            "bytes": path.stat().st_size,
+            "sha256": file_sha256(path),
+        }
+        for path in sorted(directory.rglob("*"))
+        if path.is_file() and path != directory / left_out
+    }
+
+
 def build_once(
     target: Path,
     build: Callable[[Path], None],

@@ -11,7 +11,7 @@ import msgspec
 from mlflow.entities import FileInfo
 
 from mlflow_dr.errors import CheckpointError, TrackingError
-from mlflow_dr.files import file_sha256
+from mlflow_dr.files import file_sha256, sizes_and_digests
 
 MANIFEST = "manifest.json"
 LONGEST_PART = 255  # bytes of the name of a file or folder
@@ -30,14 +30,7 @@ Manifest = dict[str, FileEntry]
 
 def write_manifest(directory: Path) -> str:
     """List every file of a directory in `manifest.json`; returns the SHA-256 of that file."""
-    files = {
-        path.relative_to(directory).as_posix(): {
-            "bytes": path.stat().st_size,
-            "sha256": file_sha256(path),
-        }
-        for path in sorted(directory.rglob("*"))
-        if path.is_file() and path.name != MANIFEST
-    }
+    files = sizes_and_digests(directory, MANIFEST)
     target = directory / MANIFEST
     target.write_text(json.dumps(files, indent=1) + "\n", encoding="utf-8")
     return file_sha256(target)

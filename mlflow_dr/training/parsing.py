@@ -39,7 +39,7 @@ log = logging.getLogger(__name__)
 
 LONGEST = 300
 MAPPINGS = {field.name for field in fields(RetrieverTrainingArguments) if "dict" in str(field.type)}
-WITHOUT_EFFECT = [
+ACCEPTED_ONLY = [
     *(field.name for field in fields(GcDprArguments) if field.metadata["help"] == WITHOUT_MEANING),
     "local_rank",
 ]
@@ -273,7 +273,7 @@ def translated(given: Mapping[str, Any], typed: Mapping[str, str]) -> dict[str, 
                 f"{typed[name]} and {typed[twice[0]]} set the same value; give only one of them"
             )
         values |= translation
-    if without := [f"--{name}" for name in WITHOUT_EFFECT if name in typed]:
+    if without := [f"--{name}" for name in ACCEPTED_ONLY if name in typed]:
         log.warning("%s: accepted, without effect", ", ".join(without))
     return values
 

@@ -23,7 +23,7 @@ from typing import Any
 from filelock import FileLock, Timeout
 
 from mlflow_dr.errors import UsageError
-from mlflow_dr.files import atomic_write, file_sha256
+from mlflow_dr.files import atomic_write, file_sha256, sizes_and_digests
 from mlflow_dr.tracking.runs import TrackedRun
 from mlflow_dr.training.arguments import RetrieverTrainingArguments, TrainingRequest
 
@@ -55,7 +55,7 @@ ALWAYS_LOGGED = (
 )
 NEVER_LOGGED = {"output_dir", "logging_dir", "run_name", "hub_token", "push_to_hub_token"}
 # flags (or their beginnings) that a resumed training may change without training differently
-WITHOUT_EFFECT = (
+MAY_CHANGE = (
     *("resume_from_checkpoint", "overwrite_output_dir", "model", "publish_", "save_", "logging_"),
     *("log_", "eval_", "do_", "dataloader_num_workers", "dataloader_prefetch_factor"),
     *("dataloader_p", "dataset_proc_num", "cache_dir", "token_table", "document_store"),
@@ -205,13 +205,10 @@ def begin_output(output_dir: str | Path, run_id: str) -> None:
 
 def mark_complete(checkpoint: Path, run_id: str) -> None:
     """Mark a checkpoint as complete, when all its files are on the disk."""
-    files: dict[str, dict[str, Any]] = {}
-    for path in sorted(checkpoint.rglob("*")):
-        if path.is_file() and path != checkpoint / COMPLETE_FILE:
-            with path.open("rb") as file:
-                os.fsync(file.fileno())
-            name = path.relative_to(checkpoint).as_posix()
-            files[name] = {"bytes": path.stat().st_size, "sha256": file_sha256(path)}
+    files = sizes_and_digests(checkpoint, COMPLETE_FILE)
+    for name in files:
+        with (checkpoint / name).open("rb") as file:
+            os.fsync(file.fileno())
     _write(checkpoint / COMPLETE_FILE, {"run_id": run_id, "files": files})
 
 
@@ -353,7 +350,7 @@ def changes(before: Mapping[str, str], request: TrainingRequest) -> dict[str, tu
     names = [
         name
         for name in {**before, **params_of(request)}
-        if name in now and not name.startswith(WITHOUT_EFFECT) and name not in NEVER_LOGGED
+        if name in now and not name.startswith(MAY_CHANGE) and name not in NEVER_LOGGED
     ]
     defaults = _defaults()
     pairs = {name: (str(before.get(name, defaults.get(name))), str(now[name])) for name in names}
