@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 from mlflow import MlflowClient
 
+from mlflow_dr.engines.processes import ProcessEngine
 from mlflow_dr.errors import UsageError
 from mlflow_dr.retrieval import shard_search
 from mlflow_dr.retrieval.encode import encode_batches
@@ -100,6 +101,42 @@ def test_a_checkpoint_that_takes_too_long_is_recorded_as_failed_and_the_next_is_
     assert watch(run, *BOTH, retry_failed=True).done == 1
     points = client.get_metric_history(run.id, "val/seconds")
     assert sorted(point.step for point in points) == [1, 2, 3]
+
+
+def test_processes_that_were_stopped_midway_encode_the_next_checkpoint(
+    client: MlflowClient,
+    run: TrackedRun,
+    publishing: Callable[[int], str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Their late answers about the checkpoint before do not become its figures."""
+    for step in (1, 2):
+        publishing(step)
+    asked: list[str] = []
+    send, wait = ProcessEngine.send, ProcessEngine.wait
+
+    def noted(engine: ProcessEngine, handle: Any, request: str, *arguments: Any) -> None:
+        asked.append(request)
+        send(engine, handle, request, *arguments)
+
+    def stopped(engine: ProcessEngine, handles: Any) -> Any:
+        if "do" in asked and "stopped" not in asked:
+            asked.append("stopped")
+            time_is_up()
+        return wait(engine, handles)
+
+    monkeypatch.setattr(ProcessEngine, "send", noted)
+    monkeypatch.setattr(ProcessEngine, "wait", stopped)
+    counts = watch(run, {**VALIDATION, "device": "cpu,cpu"}, max_seconds=MOST, order="oldest")
+    assert (counts.done, counts.failed) == (1, 1)
+    slow, _ = run_checkpoints(run)
+    assert failure_reason(slow, "val") == REASON
+    claim = latest_claim(slow, "val")
+    assert claim is not None and claim.given_back
+    assert watch(run, {**VALIDATION, "name": "calm"}).done == 2
+    (point,) = client.get_metric_history(run.id, "val/mrr_at_10")
+    calm = {each.step: each.value for each in client.get_metric_history(run.id, "calm/mrr_at_10")}
+    assert (point.step, point.value) == (2, calm[2])
 
 
 def test_reading_a_checkpoint_counts(
