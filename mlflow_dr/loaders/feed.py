@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import math
 import os
 import threading
@@ -11,6 +10,7 @@ from collections import deque
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from itertools import count, islice
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -73,6 +73,7 @@ class Feed:
         self._max_length = max_length
         # in shared memory, where worker processes write and this one reads
         self._table = torch.zeros(max(1, workers), COLUMNS, dtype=torch.float64).share_memory_()
+        self._seconds: Any = None
 
     def __getitems__(self, rows: Sequence[int]) -> Any:
         """The batch of these rows, made by this process."""
@@ -90,27 +91,39 @@ class Feed:
             For `lookup` the number of documents and of their characters (or tokens); for `text`
             their texts; for `ids` `input_ids` and `attention_mask`, `(n_rows, length) int64`.
         """
-        spent = self._table[worker].numpy()
         began = time.thread_time()
         documents: Any = self._store.get_many(rows)
         if self._payload == "lookup":
-            texts = documents if self._has_ids else (document.text for document in documents)
-            size = sum(map(len, texts))
-        fetched = time.thread_time()
-        spent[LOOKUP] += fetched - began
-        if self._payload == "lookup":
-            return len(documents), size
-        if not self._has_ids:
-            if self._tokenizer is None:
-                texts = _texts(documents)
-                spent[COLLATE] += time.thread_time() - fetched
-                return texts
+            batch = len(documents), self._size(documents)
+            self._spent(worker, LOOKUP, began)
+            return batch
+        began = self._spent(worker, LOOKUP, began)
+        if self._tokenizer is not None:
             documents = self._tokenizer.passage_ids(documents)
-        tokenised = time.thread_time()
-        spent[TOKENIZE] += tokenised - fetched
-        batch = padded([ids[: self._max_length] for ids in documents], self._pad_id)
-        spent[COLLATE] += time.thread_time() - tokenised
-        return batch
+            began = self._spent(worker, TOKENIZE, began)
+        if self._payload == "text":
+            documents = _texts(documents)
+        else:
+            documents = padded([ids[: self._max_length] for ids in documents], self._pad_id)
+        self._spent(worker, COLLATE, began)
+        return documents
+
+    def _size(self, documents: Sequence[Any]) -> int:
+        if self._has_ids:
+            return sum([len(ids) for ids in documents])
+        return sum([len(passage.text) for passage in documents])
+
+    def _spent(self, worker: int, part: int, began: float) -> float:
+        """Write down the CPU time of a part until now, and return the time."""
+        now = time.thread_time()
+        if self._seconds is None:
+            # faster than an array, for a few microseconds count here
+            self._seconds = memoryview(self._table.view(-1).numpy())
+        self._seconds[worker * COLUMNS + part] += now - began
+        return now
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_seconds": None}
 
     @property
     def _has_ids(self) -> bool:
@@ -253,17 +266,17 @@ class ThreadLoader:
         self._local = threading.local()
 
     def __iter__(self) -> Iterator[Any]:
-        numbers = itertools.count()
+        numbers = count()
         workers = self._loading.workers
         rows = iter(self._batches)
         waiting: deque[Future[Any]] = deque()
         pool = ThreadPoolExecutor(workers, initializer=self._begin, initargs=(numbers,))
         try:
-            for some in itertools.islice(rows, workers * self._loading.prefetch):
+            for some in islice(rows, workers * self._loading.prefetch):
                 waiting.append(pool.submit(self._made, some))
             while waiting:
                 batch = waiting.popleft().result()
-                for some in itertools.islice(rows, 1):
+                for some in islice(rows, 1):
                     waiting.append(pool.submit(self._made, some))
                 yield batch
         finally:

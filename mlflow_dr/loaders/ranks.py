@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import ctypes
 import json
 import os
+import signal
 import subprocess
 import sys
 import tempfile
@@ -19,6 +21,7 @@ from mlflow_dr.errors import ChildError
 from mlflow_dr.loaders.cell import Cell, Figures, Workload, write_spec
 
 RANK, WORLD_SIZE, MEETING = "RANK", "WORLD_SIZE", "MLFLOW_DR_MEETING"
+PARENT_DEATH_SIGNAL = 1  # of Linux's prctl
 POLL_SECONDS = 0.05
 SECONDS_TO_STOP = 5.0
 
@@ -44,6 +47,11 @@ class Rank(NamedTuple):
         if not meeting:
             return cls()
         return cls(int(os.environ[RANK]), int(os.environ[WORLD_SIZE]), meeting)
+
+    def end_with_parent(self) -> None:
+        """Have this process ended when the one that started it ends, even if that one is killed."""
+        if self.world_size > 1:
+            ctypes.CDLL(None).prctl(PARENT_DEATH_SIGNAL, signal.SIGTERM)
 
     def meet(self, backend: str) -> None:
         """Wait for the other ranks, so that all begin at the same time."""

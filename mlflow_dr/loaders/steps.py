@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import suppress
 from itertools import pairwise
 from typing import Any
 
@@ -14,7 +13,7 @@ from torch.nn import functional
 
 from mlflow_dr.encoder.model import Encoder, is_static, positions
 from mlflow_dr.errors import UsageError
-from mlflow_dr.loaders.cell import MB, Figures
+from mlflow_dr.loaders.cell import Figures
 from mlflow_dr.loaders.supply import wait_percentiles
 
 QUERY_TOKENS = 16
@@ -127,7 +126,7 @@ class TrainingPass:
         if self._device.type == "cuda":
             torch.cuda.synchronize(self._device)
             busy, idle = device_times(events)
-            figures |= {"device_idle_fraction": idle / (busy + idle), **_pinned_memory()}
+            figures |= {"device_idle_fraction": idle / (busy + idle)}
         return {**figures, "model_samples_per_s": samples / busy}
 
     def _warmed_up(self, batch: Batch) -> tuple[nn.Module, torch.optim.Optimizer]:
@@ -175,11 +174,3 @@ def device_times(events: Sequence[tuple[Any, Any]]) -> tuple[float, float]:
     busy = sum(begin.elapsed_time(end) for begin, end in events)
     idle = sum(end.elapsed_time(following) for (_, end), (following, _) in pairwise(events))
     return busy / 1000, idle / 1000
-
-
-def _pinned_memory() -> Figures:
-    """The most pinned memory so far; nothing where this version of torch does not say."""
-    with suppress(AttributeError, KeyError):
-        statistics = torch.cuda.host_memory_stats()
-        return {"pinned_mb": statistics["allocated_bytes.peak"] / MB}
-    return {}

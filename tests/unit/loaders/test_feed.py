@@ -72,6 +72,22 @@ def test_each_payload_is_that_of_the_rows(workload: Workload) -> None:
         assert found == ids + [0] * (workload.max_length - len(ids))
 
 
+def test_a_token_table_gives_the_token_ids_that_are_made_of_texts(
+    workload: Workload, tmp_path: Path
+) -> None:
+    rows = list(range(40))
+    late = feed_of(workload, "ids").batch(rows, 0)
+    lengths = late["attention_mask"].sum(dim=1)
+    np.save(tmp_path / "offsets.npy", np.concatenate([[0], np.cumsum(lengths.numpy())]))
+    ids = late["input_ids"][late["attention_mask"].bool()]
+    (tmp_path / "ids.bin").write_bytes(ids.numpy().astype(np.uint16).tobytes())
+    store = open_store("tokens", tmp_path)
+    batch = Feed(store, "ids", None, 0, workload.max_length, 0).batch(rows, 0)
+    assert all(batch[name].equal(late[name]) for name in ("input_ids", "attention_mask"))
+    assert batch["input_ids"].dtype == late["input_ids"].dtype
+    assert Feed(store, "lookup", None, 0, 16, 0).batch(rows, 0) == (40, len(ids))
+
+
 @pytest.mark.parametrize("loading", [THREADS, PROCESSES], ids=["threads", "processes"])
 def test_workers_write_down_the_cpu_time_of_each_part(workload: Workload, loading: Loading) -> None:
     feed = feed_of(workload, "ids", loading.workers)
