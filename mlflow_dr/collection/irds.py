@@ -94,7 +94,7 @@ class IrDataset:
     @cached_property
     def _corpus(self) -> Corpus:
         with reading(self.name):
-            owner = _library().docs_parent_id(self._id)
+            owner = library().docs_parent_id(self._id)
             # the published count: `docs_count()` opens stores, and changes when one is built
             count = self._dataset.docs_metadata().get("count")
         passages = unique("passage", lambda: _passages(self._dataset, self.name))
@@ -227,13 +227,13 @@ def _docs_handler(dataset: Any, location: str) -> Any:
 
 def _members(dataset_id: str) -> dict[str, Any]:
     """The datasets below an id, by their full ids."""
-    below = [other for other in _library().registry if other.startswith(f"{dataset_id}/")]
+    below = [other for other in library().registry if other.startswith(f"{dataset_id}/")]
     return {member: _loaded(member) for member in below}
 
 
 def _loaded(dataset_id: str) -> Any:
     """The dataset object of an id; nothing is read yet."""
-    registry = _library().registry
+    registry = library().registry
     with reading(f"irds:{dataset_id}"):
         try:
             return registry[dataset_id]
@@ -245,8 +245,8 @@ def _loaded(dataset_id: str) -> Any:
             ) from None
 
 
-def _library() -> Any:
-    """The module ir_datasets.
+def library() -> Any:
+    """The module ir_datasets, imported now.
 
     Raises:
         MissingExtraError: it is not installed.

@@ -15,7 +15,7 @@ import numpy as np
 
 from mlflow_dr.cache import cache_entry
 from mlflow_dr.collection.corpus import Corpus
-from mlflow_dr.errors import DataError, MlflowDrError, UsageError, one_line, quoted
+from mlflow_dr.errors import DataError, UsageError, one_line, quoted
 from mlflow_dr.extensions import Registry
 from mlflow_dr.stores.ids import rows_in_file, write_ids
 
@@ -208,12 +208,10 @@ class DocumentStore(ABC):
 
     @contextmanager
     def _readable(self) -> Iterator[None]:
-        """Errors in the block are errors of damaged files, except our own."""
+        """Errors of files in the block become ours."""
         try:
             yield
-        except MlflowDrError:
-            raise
-        except Exception as error:
+        except (OSError, ValueError, KeyError, EOFError) as error:
             raise self.damage(one_line(error)) from error
 
     def damage(self, what: str) -> DataError:

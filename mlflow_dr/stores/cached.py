@@ -11,7 +11,7 @@ import numpy as np
 from mlflow_dr.collection.corpus import Corpus, CorpusWriter, open_corpus
 from mlflow_dr.collection.records import Passage
 from mlflow_dr.errors import UsageError
-from mlflow_dr.stores.base import STORES, TOKENS, DocumentStore
+from mlflow_dr.stores.base import DESCRIPTION, STORES, TOKENS, DocumentStore
 from mlflow_dr.stores.token_table import TokenTable, map_table
 
 
@@ -44,6 +44,8 @@ class CorpusStore(DocumentStore):
 
     def describe(self) -> dict[str, Any]:
         """The file itself says whether it is complete, and how many passages it has."""
+        if (self.directory / DESCRIPTION).exists():
+            return super().describe()
         return {"passages": len(open_corpus(self.directory))}
 
     def find(self, ids: Sequence[str]) -> np.ndarray:

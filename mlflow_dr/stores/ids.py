@@ -9,7 +9,9 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from mlflow_dr.collection.columns import strings
 from mlflow_dr.collection.corpus import Corpus
+from mlflow_dr.mapped_file import MappedFile
 
 IDS_PER_BATCH = 1 << 16
 
@@ -31,3 +33,27 @@ def rows_in_file(ids: Sequence[str], path: Path) -> np.ndarray:
         found = np.full(len(wanted.dictionary), -1, np.int64)
         found[places.drop_null().to_numpy()] = rows
     return found[wanted.indices.to_numpy()]
+
+
+class MappedIds:
+    """The ids in a file of `write_ids`, mapped.
+
+    Args:
+        path: the file.
+    """
+
+    def __init__(self, path: Path) -> None:
+        source = pa.BufferReader(pa.py_buffer(MappedFile(path).data))
+        chunks = pa.ipc.open_file(source).read_all()["id"].chunks
+        self._strings = [strings(chunk) for chunk in chunks]
+        self._starts = np.cumsum([0, *map(len, chunks)])
+
+    def get_many(self, rows: np.ndarray) -> list[str]:
+        """The ids at some rows, in this order."""
+        chunks = np.searchsorted(self._starts, rows, side="right") - 1
+        ids = []
+        places = (rows - self._starts[chunks]).tolist()
+        for chunk, place in zip(chunks.tolist(), places, strict=True):
+            offsets, data = self._strings[chunk]
+            ids.append(str(data[offsets[place] : offsets[place + 1]], "utf-8"))
+        return ids

@@ -8,7 +8,15 @@ from __future__ import annotations
 from pathlib import Path
 
 from mlflow_dr.collection.corpus import Corpus
-from mlflow_dr.stores import cached, lookup, plain  # noqa: F401 - they register stores
+from mlflow_dr.stores import (  # noqa: F401 - they register stores
+    arrow,
+    cached,
+    compressed,
+    databases,
+    irds,
+    lookup,
+    plain,
+)
 from mlflow_dr.stores.base import STORES, DocumentStore
 
 __all__ = ["STORES", "DocumentStore", "open_store", "store_directory"]

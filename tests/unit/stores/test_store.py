@@ -13,7 +13,7 @@ from mlflow_dr.collection.corpus import TOKENS, Corpus, cached_corpus
 from mlflow_dr.collection.records import Passage
 from mlflow_dr.encoder.token_table import cached_token_table
 from mlflow_dr.errors import DataError, UsageError
-from mlflow_dr.stores import lookup
+from mlflow_dr.stores import records
 from mlflow_dr.stores.store import DocumentStore, open_store, store_directory
 
 PASSAGES = [Passage(f"p{row}", "", f"ship {row}") for row in range(20)]
@@ -42,7 +42,7 @@ def test_an_interrupted_build_leaves_no_files(
     own_cache: Path, make_corpus: Callable[..., Corpus], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     corpus = make_corpus()
-    monkeypatch.setattr(lookup, "SEPARATORS", [])
+    monkeypatch.setattr(records, "SEPARATORS", [])
     with pytest.raises(DataError, match="use the store 'corpus'"):
         store_directory("lookup", corpus)
     assert [path.suffix for path in (own_cache / "stores").iterdir()] == [".lock"]
