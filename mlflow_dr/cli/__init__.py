@@ -41,6 +41,7 @@ COMMANDS = {
     "convert": "Write a ranking in another format.",
     "mine": "Find hard negatives for training queries, by BM25 or an encoder.",
     "subset": "Write a subset of a collection to files.",
+    "loaders": "Measure ways to load documents: speed, memory, where time goes.",
     "datasets": "List the names of collections.",
 }
 MODULES = {

@@ -81,7 +81,7 @@ def fidelity_command(config: FidelityConfig) -> None:
     from mlflow_dr.fidelity.report import fidelity_metrics, report_text, write_files
     from mlflow_dr.fidelity.study import study_fidelity
     from mlflow_dr.files import scratch
-    from mlflow_dr.tracking.artifacts import log_study
+    from mlflow_dr.tracking.artifacts import FIDELITY_FOLDER, log_study
     from mlflow_dr.tracking.checkpoints import run_checkpoints
     from mlflow_dr.tracking.client import connect
     from mlflow_dr.tracking.following import found_checkpoints
@@ -101,4 +101,6 @@ def fidelity_command(config: FidelityConfig) -> None:
         write_files(result, config.output)
     if run is not None and not config.no_log:
         with scratch() as directory:
-            log_study(run, fidelity_metrics(result), write_files(result, directory))
+            log_study(
+                run, fidelity_metrics(result), write_files(result, directory), FIDELITY_FOLDER
+            )

@@ -94,6 +94,22 @@ class Cell:
             raise UsageError(f"a model takes payload ids, not {self.payload}")
 
     @property
+    def label(self) -> str:
+        """The store, and what is not as usual: `lookup, 2 workers, spawn`."""
+        kind = "thread" if self.threads else "worker"
+        parts = [
+            self.store,
+            *([f"{self.workers} {kind}{'s' * (self.workers > 1)}"] if self.workers else []),
+            *([self.start_method] if self.start_method != "fork" else []),
+            *([f"prefetch {self.prefetch}"] if self.prefetch != 2 else []),
+            *(["pinned"] if self.pin_memory else []),
+            *(["RAM disk"] if self.ramdisk else []),
+            *([f"{self.ranks} ranks"] if self.ranks > 1 else []),
+            *([self.cache] if self.cache != "warm" else []),
+        ]
+        return ", ".join(parts)
+
+    @property
     def processes(self) -> int:
         """The number of worker processes of each rank."""
         return 0 if self.threads else self.workers

@@ -20,7 +20,7 @@ from mlflow_dr.tracking.runs import TrackedRun
 
 VALUES_FOLDER = "validation"
 SUBSETS_FOLDER = "subsets"
-STUDY_FOLDER = "fidelity"
+FIDELITY_FOLDER, LOADERS_FOLDER = "fidelity", "loaders"
 INDEX_FOLDER = "indexes"
 QUERY_ID = "query_id"
 
@@ -142,16 +142,18 @@ def log_subset(
             run.client.log_artifact(run.id, str(directory / file), SUBSETS_FOLDER)
 
 
-def log_study(run: TrackedRun, metrics: Mapping[str, float], files: Iterable[Path]) -> None:
-    """Log a study's metrics, and its files into the folder `fidelity`; later ones replace them.
+def log_study(
+    run: TrackedRun, metrics: Mapping[str, float], files: Iterable[Path], folder: str
+) -> None:
+    """Log a study's metrics, and its files into a folder; later ones replace them.
 
     Raises:
         TrackingError: the server did not take it.
     """
     run.log_report(metrics, {})
-    with tracking_errors(f"storing the study of fidelity with run {run.id}"):
+    with tracking_errors(f"storing the study of {folder} with run {run.id}"):
         for file in files:
-            run.client.log_artifact(run.id, str(file), STUDY_FOLDER)
+            run.client.log_artifact(run.id, str(file), folder)
 
 
 def log_index(run: TrackedRun, checkpoint: Checkpoint, directory: Path) -> None:

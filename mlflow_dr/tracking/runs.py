@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 import os
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -24,6 +25,7 @@ from mlflow.entities import (
 )
 from mlflow.exceptions import MlflowException
 from mlflow.tracking.context.registry import resolve_tags
+from mlflow.utils.mlflow_tags import MLFLOW_PARENT_RUN_ID
 
 from mlflow_dr.errors import RunGoneError, TrackingError, UsageError, did_you_mean
 from mlflow_dr.tracking.client import URI_VARIABLE, connect, shown_uri, tracking_errors
@@ -37,7 +39,7 @@ RUN_VARIABLE = "MLFLOW_RUN_ID"
 DATASET_PARAM, SPLIT_PARAM = "dataset", "validation_split"
 DATASET_TAG = "mlflow_dr.dataset"
 LONGEST_PARAM = 6000
-PARAMS_PER_REQUEST = 100
+PARAMS_PER_REQUEST, METRICS_PER_REQUEST = 100, 1000
 OWN_TAGS = "mlflow_dr."
 SHORT_ID, SHORTEST_ID, LONGEST_ID = 8, 4, 32  # characters
 CANDIDATES = 5  # runs that an error lists
@@ -126,6 +128,38 @@ class TrackedRun:
             self.client.log_batch(self.id, metrics=metrics)
             for name, text in files.items():
                 self.client.log_text(self.id, text, name)
+
+    def log_child(
+        self,
+        name: str,
+        params: Mapping[str, Any],
+        metrics: Sequence[Mapping[str, float]],
+    ) -> None:
+        """Log a child run that is finished.
+
+        Args:
+            name: of the child run.
+            params: its params.
+            metrics: its metrics at step 0, 1, ...
+
+        Raises:
+            TrackingError: the server did not take it.
+        """
+        now = int(time.time() * 1000)
+        points = [
+            Metric(key, float(value), now, step)
+            for step, values in enumerate(metrics)
+            for key, value in values.items()
+            if math.isfinite(value)
+        ]
+        with tracking_errors(f"logging a child of run {self.id}"):
+            tags = {**dict(resolve_tags()), MLFLOW_PARENT_RUN_ID: self.id}
+            child = self.client.create_run(self.experiment_id, tags=tags, run_name=name).info.run_id
+            pairs = [Param(key, str(value)[:LONGEST_PARAM]) for key, value in params.items()]
+            self.client.log_batch(child, params=pairs)
+            for start in range(0, len(points), METRICS_PER_REQUEST):
+                self.client.log_batch(child, points[start : start + METRICS_PER_REQUEST])
+            self.client.set_terminated(child, "FINISHED")
 
     def last_step(self, metric: str) -> int | None:
         """The last step that has a value of a metric; None if there is none."""

@@ -1,5 +1,7 @@
 """The examples run."""
 
+import os
+import shlex
 import shutil
 import subprocess
 import sys
@@ -10,6 +12,9 @@ import pytest
 from forks import Forks
 from mlflow import MlflowClient
 
+from mlflow_dr.cli.loaders import loaders_command
+from mlflow_dr.cli.options import from_flags
+from mlflow_dr.loaders.config import LoadersConfig
 from mlflow_dr.tracking.checkpoints import run_checkpoints
 from mlflow_dr.tracking.client import tracking_uri
 from mlflow_dr.tracking.following import FollowedRun
@@ -83,3 +88,26 @@ def test_a_training_loop_of_another_library_is_validated(
     assert curve[0] < 0.1 and curve[-1] > 0.8, curve
     assert len({point.value for point in points}) > 1, "every checkpoint has the same weights"
     assert list(tmp_path.iterdir()) == [], "the example left files behind"
+
+
+@pytest.mark.parametrize(
+    ("small", "studies", "cells"), [("", 4, 12 + 5 + 2 + 2), ("1", 3, 6 + 3 + 2)]
+)
+def test_the_experiments_of_a_paper_are_studies(
+    small: str, studies: int, cells: int, tmp_path: Path
+) -> None:
+    command = tmp_path / "mlflow-dr"
+    command.write_text('#!/bin/sh\nprintf "%s\\n" "$*" >> calls\n')
+    command.chmod(0o755)
+    script = EXAMPLES / "moving_stuff_around.sh"
+    variables = {"PATH": f"{tmp_path}:{os.environ['PATH']}", "SMALL": small}
+    subprocess.run(["sh", script, "--no-log"], check=True, cwd=tmp_path, env=variables)
+    lines = (tmp_path / "calls").read_text().splitlines()
+    configs = []
+    for name, *words in map(shlex.split, lines):
+        with loaders_command.make_context(name, words) as context:
+            configs.append(from_flags(LoadersConfig, context.params))
+    assert len(configs) == studies
+    assert sum(len(config.cells) for config in configs) == cells
+    assert all(cell.ranker == "cross" for config in configs for cell in config.cells)
+    assert all(config.no_log for config in configs)

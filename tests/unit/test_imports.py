@@ -78,7 +78,7 @@ HOMES = {
     "sentence_transformers": ["encoder/"],
     "scipy": ["decisions/significance.py"],
     "xxhash": ["cache.py"],
-    "matplotlib": ["decisions/comparison.py", "fidelity/report.py"],
+    "matplotlib": ["decisions/comparison.py", "fidelity/report.py", "loaders/"],
 }
 
 
