@@ -127,17 +127,23 @@ class Sampler:
     Args:
         pid: the process on top; None for this one.
         pause: seconds between two samples.
+        memory_share: CPU time of reading memory by pages, as a share of the time until it is read
+            again.
 
     Attributes:
         samples: the last 10,000 samples, the oldest first.
         cpu_s: CPU seconds that the thread has taken.
     """
 
-    def __init__(self, pid: int | None = None, pause: float = PAUSE) -> None:
+    def __init__(
+        self, pid: int | None = None, pause: float = PAUSE, memory_share: float = MEMORY_SHARE
+    ) -> None:
         self.samples: deque[TreeSample] = deque(maxlen=SAMPLES_KEPT)
         self.cpu_s = 0.0
         self._pid = os.getpid() if pid is None else pid
         self._pause = pause
+        self._memory_share = memory_share
+        self._begun = threading.Event()
         self._closed = threading.Event()
         self._memory = Memory()
         self._anon: dict[int, int] = {}
@@ -148,6 +154,11 @@ class Sampler:
     def latest(self) -> TreeSample | None:
         """The last sample; None before the first one."""
         return self.samples[-1] if self.samples else None
+
+    def first(self) -> TreeSample | None:
+        """Wait for the first sample, in which memory is read by pages; None after an error."""
+        self._begun.wait()
+        return self.samples[0] if self.samples else None
 
     def close(self) -> None:
         """End the thread; this does not wait for what it is just reading."""
@@ -172,10 +183,13 @@ class Sampler:
                 began = time.thread_time()
                 self._sample(pids, by_pages)
                 self.cpu_s = time.thread_time()
+                self._begun.set()
                 pause = max(self._pause, (self.cpu_s - began) / OTHER_SHARE)
                 self._closed.wait(pause)
         except Exception as error:  # noqa: BLE001 - figures are not worth the training
             log.warning("memory and disk reads are not measured any more: %s", error)
+        finally:
+            self._begun.set()
 
     def _read_memory_if_due(self, pids: Sequence[int]) -> bool:
         now = time.monotonic()
@@ -185,7 +199,7 @@ class Sampler:
         anon = _private_rss(pids)
         self._memory = _sum_memory(pid for pid in pids if not self._closed.is_set())
         self._anon = anon
-        self._memory_due = now + (time.thread_time() - began) / MEMORY_SHARE
+        self._memory_due = now + (time.thread_time() - began) / self._memory_share
         return True
 
     def _sample(self, pids: Sequence[int], by_pages: bool) -> None:

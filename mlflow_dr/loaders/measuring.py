@@ -17,10 +17,8 @@ from mlflow_dr.errors import ChildError, DataError, DeviceError, UsageError, one
 from mlflow_dr.loaders.cell import MB, NO_MODEL, Cell, Figures, Workload
 from mlflow_dr.loaders.page_cache import evict, ram_disk, read_ahead_kb
 from mlflow_dr.loaders.ranks import Rank, measured_by_ranks
-from mlflow_dr.process_tree import Sampler, tree_read_bytes
+from mlflow_dr.process_tree import tree_read_bytes
 from mlflow_dr.stores.store import STORES, DocumentStore, open_store
-
-SAMPLING_SECONDS = 0.5
 
 
 def measured(cell: Cell, workload: Workload) -> Figures:
@@ -83,10 +81,7 @@ def _measured_here(cell: Cell, workload: Workload, rank: Rank) -> Figures:
     from mlflow_dr.loaders.feed import Batches, Feed, Loading
     from mlflow_dr.loaders.supply import SupplyPass
 
-    with (
-        open_store(cell.store, Path(workload.directory)) as store,
-        Sampler(pause=SAMPLING_SECONDS) as sampler,
-    ):
+    with open_store(cell.store, Path(workload.directory)) as store:
         training = None if cell.model == NO_MODEL else _training_pass(cell, workload, rank)
         tokenizer, pad_id = _tokenizer(cell, workload, store, training)
         figures = _opened(store, rows)
@@ -96,7 +91,7 @@ def _measured_here(cell: Cell, workload: Workload, rank: Rank) -> Figures:
             cell.workers, cell.threads, cell.start_method, cell.prefetch, cell.pin_memory
         )
         rank.meet(workload.backend)
-        supply = SupplyPass(feed, batches, loading, sampler)
+        supply = SupplyPass(feed, batches, loading)
         with _lost_workers():
             supplied, following = supply.measure(workload.seconds)
             figures |= supplied

@@ -13,9 +13,19 @@ import numpy as np
 from mlflow_dr.errors import UsageError
 from mlflow_dr.loaders.cell import MB, Figures
 from mlflow_dr.loaders.feed import COLLATE, LOOKUP, TOKENIZE, Batches, Feed, Loading, batch_loader
-from mlflow_dr.process_tree import Memory, Sampler, tree_cpu, tree_memory, tree_read_bytes
+from mlflow_dr.process_tree import (
+    Memory,
+    Sampler,
+    TreeSample,
+    tree_cpu,
+    tree_memory,
+    tree_read_bytes,
+)
 
 SAMPLES_OF_SLOPE = 100_000
+SAMPLING_SECONDS = 0.5
+# reading memory takes longer during the pass than before it, when its time is measured
+MEMORY_SHARE = 1 / 600
 
 
 class Clocks(NamedTuple):
@@ -53,14 +63,12 @@ class SupplyPass:
         feed: makes the batches.
         batches: their rows.
         loading: the workers.
-        sampler: reads memory meanwhile.
     """
 
-    def __init__(self, feed: Feed, batches: Batches, loading: Loading, sampler: Sampler) -> None:
+    def __init__(self, feed: Feed, batches: Batches, loading: Loading) -> None:
         self._feed = feed
         self._batches = batches
         self._loading = loading
-        self._sampler = sampler
         self._loader = batch_loader(feed, batches, loading)
 
     def measure(self, seconds: float) -> tuple[Figures, Iterator[Any]]:
@@ -81,17 +89,17 @@ class SupplyPass:
         iterator = iter(self._loader)
         next(iterator)
         first_batch_s = time.monotonic() - began
-        first = tree_memory(os.getpid())
-        for _ in range(self._made_ahead):
-            next(iterator)
-        workers = self._feed.times()
-        start = self._clocks()
-        self._batches.deadline = start.wall + seconds
-        waits = self._take_all(iterator)
-        end = self._clocks()
+        with Sampler(pause=SAMPLING_SECONDS, memory_share=MEMORY_SHARE) as sampler:
+            sampler.first()  # so that the pass has no more readings than it is long enough for
+            for _ in range(self._made_ahead):
+                next(iterator)
+            workers = self._feed.times()
+            start = self._clocks(sampler)
+            self._batches.deadline = start.wall + seconds
+            waits = self._take_all(iterator)
+            end = self._clocks(sampler)
         last = tree_memory(os.getpid())
         read_bytes = tree_read_bytes(os.getpid()) - read_before
-        samples = self._batches.handed_out * self._batches.size
         figures = {
             "first_batch_s": first_batch_s,
             "start_s": max(0.0, workers.ready - began),
@@ -100,11 +108,15 @@ class SupplyPass:
             "batches": len(waits),
             **cpu_parts(start, end, self._loading),
             **wait_percentiles(waits),
-            **self._memory(start, end, first, last),
+            **self._memory(start, end, list(sampler.samples), last),
             "read_mb": read_bytes / MB,
-            "read_kb_per_sample": read_bytes / 1024 / samples,
+            "read_kb_per_sample": read_bytes / 1024 / self._samples,
         }
         return self._second_epoch(iterator, figures)
+
+    @property
+    def _samples(self) -> int:
+        return self._batches.handed_out * self._batches.size
 
     @property
     def _made_ahead(self) -> int:
@@ -119,12 +131,12 @@ class SupplyPass:
                 "documents or make smaller batches"
             )
 
-    def _clocks(self) -> Clocks:
+    def _clocks(self, sampler: Sampler) -> Clocks:
         times = self._feed.times()
         return Clocks(
             time.monotonic(),
             time.process_time(),
-            self._sampler.cpu_s,
+            sampler.cpu_s,
             float(times.parts[LOOKUP]),
             float(times.parts[TOKENIZE]),
             float(times.parts[COLLATE]),
@@ -156,26 +168,30 @@ class SupplyPass:
         next(following)
         return {**figures, "epoch_stall_s": time.monotonic() - began}, following
 
-    def _memory(self, start: Clocks, end: Clocks, first: Memory, last: Memory) -> Figures:
+    def _memory(
+        self, start: Clocks, end: Clocks, samples: Sequence[TreeSample], last: Memory
+    ) -> Figures:
+        """Memory by pages, at the first batch, meanwhile and after the last one."""
         size = self._batches.size
-        taken = np.array([1 + self._made_ahead, self._batches.handed_out]) * size
-        sampled = [
-            (float(np.interp(sample.time, (start.wall, end.wall), taken)), sample.private)
-            for sample in list(self._sampler.samples)
-            if sample.by_pages and start.wall < sample.time < end.wall
+        taken = (size, size * (1 + self._made_ahead), self._samples)
+        times = (samples[0].time if samples else start.wall, start.wall, end.wall)
+        points = [
+            [float(np.interp(sample.time, times, taken)), sample.private / MB]
+            for sample in samples
+            if sample.by_pages and sample.time < end.wall
         ]
-        points = [(float(size), first.private), *sampled, (float(taken[1]), last.private)]
-        samples, private = np.array(points, dtype=np.float64).T
-        slope = np.polyfit(samples, private, 1)[0]
+        points.append([float(self._samples), last.private / MB])
+        counts, private = np.array(points).T
+        slope = np.polyfit(counts, private, 1)[0] if len(points) > 1 else 0.0
         return {
-            "private_start_mb": first.private / MB,
+            "private_start_mb": points[0][1],
             "private_end_mb": last.private / MB,
-            "private_peak_mb": float(private.max()) / MB,
-            "private_mb_per_100k": float(slope) * SAMPLES_OF_SLOPE / MB,
+            "private_peak_mb": max([*private, *(sample.private / MB for sample in samples)]),
+            "private_mb_per_100k": float(slope) * SAMPLES_OF_SLOPE,
             "file_mb": last.file / MB,
             "shmem_mb": last.shmem / MB,
             "locked_mb": last.locked / MB,
-            "memory_series": [[count, memory / MB] for count, memory in points],
+            "memory_series": points,
         }
 
 
