@@ -123,7 +123,7 @@ class SupplyPass:
         return self._loading.workers * self._loading.prefetch
 
     def _check_batches(self) -> None:
-        needed = 2 + self._made_ahead
+        needed = 3 + self._made_ahead
         if len(self._batches) < needed:
             raise UsageError(
                 f"{len(self._batches)} batches of {self._batches.size} documents are too few to "
