@@ -143,7 +143,7 @@ def by_place(stores: dict[str, DocumentStore]) -> dict[str, dict[str, dict[str, 
             for place, queue in zip(places, queues, strict=True)
         ]
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore", DeprecationWarning)  # of forks beside threads
+            warnings.simplefilter("ignore")  # of forks beside threads
             for process in processes:
                 process.start()
         for place, queue in zip(places, queues, strict=True):
