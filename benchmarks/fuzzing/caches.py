@@ -114,7 +114,9 @@ def entry(read: Callable[[Path], Any], folders: tuple[str, ...]) -> Callable[[Ra
     def make(chance: Random, workdir: Path) -> Case:
         right = read(workdir)
         folder = cache_dir() / chance.choice(folders)
-        files = sorted(file for file in folder.rglob("*") if file.is_file())
+        # a hidden file is no part of an entry
+        paths = (path for path in folder.rglob("*") if not path.name.startswith("."))
+        files = sorted(path for path in paths if path.is_file())
         path = chance.choice([file for file in files if file.suffix != ".lock"] * 9 + files)
         act = chance.randrange(14)
         how = f"{path.relative_to(cache_dir()).parts[-1]}: "

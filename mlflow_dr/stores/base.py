@@ -129,7 +129,7 @@ class DocumentStore(ABC):
         if wanted.min() < 0 or wanted.max() >= len(self):
             outside = wanted[(wanted < 0) | (wanted >= len(self))][0]
             raise IndexError(f"row {outside} of a document store of {len(self)} passages")
-        return self.read(self._files(), wanted)
+        return self.read(self.opened(), wanted)
 
     def rows_of(self, ids: Sequence[str]) -> np.ndarray:
         """The rows of passages, `(len(ids),) int64`; reads all ids, so call it before training.
@@ -173,8 +173,12 @@ class DocumentStore(ABC):
     def __reduce__(self) -> tuple[Callable[..., DocumentStore], tuple[Path]]:
         return type(self), (self.directory,)
 
-    def _files(self) -> Any:
-        """What `open_files` returned in this process."""
+    def opened(self) -> Any:
+        """What `open_files` returns in this process; the files are opened now, if they are not.
+
+        Raises:
+            DataError: the files are missing or damaged.
+        """
         process = os.getpid()
         if self._opened is not None and process != self._process and not self.open_after_fork:
             self.close()  # what was opened before a fork shares its position with the parent

@@ -50,7 +50,7 @@ class CorpusStore(DocumentStore):
 
     def find(self, ids: Sequence[str]) -> np.ndarray:
         """See `DocumentStore.find`."""
-        corpus: Corpus = self._files()
+        corpus: Corpus = self.opened()
         return corpus.rows_of(ids)
 
 

@@ -279,8 +279,9 @@ def training_set(
     if store is None:
         passages = corpus_tokens(examples.passages, tokenizing_passages, processes)
     else:
-        opened = open_store(store, store_directory(store, examples.passages))
-        passages = LateTokens(opened, tokenizing_passages)
+        documents = open_store(store, store_directory(store, examples.passages))
+        documents.opened()  # before workers are forked, which share what is in memory
+        passages = LateTokens(documents, tokenizing_passages)
     queries = query_tokens(examples, tokenizing_queries, processes)
     return TrainingSet(examples, queries, passages, **options)
 
