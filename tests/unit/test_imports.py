@@ -20,6 +20,7 @@ FLOORS = {
     "validation": 7,
     "mining": 7,
     "vectors": 7,
+    "reader": 7,
     "pyfunc": 7,
     "ray": 8,
     "fields": 6,
