@@ -8,11 +8,9 @@ Checkpoints during Training, SIGIR 2022. A passage or query is a line
 from __future__ import annotations
 
 import logging
-import os
 from collections.abc import Iterator, Sequence
 from functools import cached_property, partial
 from pathlib import Path
-from urllib.parse import quote, unquote_to_bytes
 
 import msgspec
 
@@ -28,9 +26,10 @@ from mlflow_dr.collection.jsonl import (
     state_of,
     text_and_tokens,
 )
+from mlflow_dr.collection.locations import absolute, quoted_path, unquoted_path
 from mlflow_dr.collection.qrels import checked_topics, read_qrels
 from mlflow_dr.collection.records import Passage, Query, Topics, unique
-from mlflow_dr.errors import DataError, UsageError, quoted
+from mlflow_dr.errors import DataError, UsageError
 
 log = logging.getLogger(__name__)
 
@@ -62,9 +61,9 @@ class AsyncvalFiles:
     """
 
     def __init__(self, candidates: Path, queries: Sequence[Path], qrels: Sequence[Path]) -> None:
-        self._candidates = _absolute(candidates)
-        self._query_files = [_absolute(path) for path in queries]
-        self._qrel_files = [_absolute(path) for path in qrels]
+        self._candidates = absolute(candidates)
+        self._query_files = [absolute(path) for path in queries]
+        self._qrel_files = [absolute(path) for path in qrels]
         if not queries or len(qrels) not in (1, len(queries)):
             raise UsageError(
                 f"{len(queries)} query files and {len(qrels)} files of judgements; expected some "
@@ -82,8 +81,8 @@ class AsyncvalFiles:
         """What `open_collection` opens again, from any folder of this machine."""
         files = [("queries", path) for path in self._query_files]
         files += [("qrels", path) for path in self._qrel_files]
-        listed = "&".join(f"{key}={_quoted(path)}" for key, path in files)
-        return f"{PREFIX}{_quoted(self._candidates)}?{listed}"
+        listed = "&".join(f"{key}={quoted_path(path)}" for key, path in files)
+        return f"{PREFIX}{quoted_path(self._candidates)}?{listed}"
 
     @property
     def source(self) -> str:
@@ -162,8 +161,8 @@ def asyncval_files(location: str) -> AsyncvalFiles:
             "with as many queries= and qrels= as there are files"
         )
     for key, _, path in pairs:
-        files[key].append(_unquoted(path))
-    return AsyncvalFiles(_unquoted(candidates), files["queries"], files["qrels"])
+        files[key].append(unquoted_path(path))
+    return AsyncvalFiles(unquoted_path(candidates), files["queries"], files["qrels"])
 
 
 def given_collection(
@@ -195,21 +194,6 @@ def given_collection(
         )
     collection = AsyncvalFiles(candidates[0], queries, qrels)
     return collection.name, collection.splits
-
-
-def _absolute(path: Path) -> Path:
-    """The absolute path; links stay, because a split has the name that the user gave its file."""
-    return path.expanduser().absolute()
-
-
-def _quoted(path: Path) -> str:
-    return quote(os.fsencode(path))
-
-
-def _unquoted(text: str) -> Path:
-    if "\0" in text or "%00" in text:
-        raise UsageError(f"{quoted(text)}: no file can have a NUL character in its name")
-    return Path(os.fsdecode(unquote_to_bytes(text)))
 
 
 def _stem(path: Path) -> str:

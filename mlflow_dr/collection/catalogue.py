@@ -180,6 +180,13 @@ def _is_beir(path: Path) -> bool:
     return path.is_dir() and ((path / "qrels").is_dir() or not has_training_files(path))
 
 
+def _is_question_folder(path: Path) -> bool:
+    from mlflow_dr.collection.question_answering import question_files
+
+    has_passages = path.is_dir() and any(path.glob("psgs*.tsv*"))
+    return has_passages and not (path / "qrels").is_dir() and bool(question_files(path))
+
+
 def _absolute(location: str) -> Path:
     return Path(location).expanduser().resolve()
 
@@ -198,9 +205,27 @@ ENTRIES = (
         "ir_datasets msmarco-passage/dev/small",
         partial(_opened, "hub:msmarco_passage"),
     ),
+    Entry(
+        "nq",
+        "21,015,324 passages of Wikipedia; train 58,880, dev 8,757 and test 3,610 questions",
+        "DPR's published files of Natural Questions; passages 4.4 GiB, examples 2.2 GiB (gzip)",
+        partial(_opened, "question_answering:nq"),
+    ),
+    Entry(
+        "trivia",
+        "21,015,324 passages of Wikipedia; train 60,413, dev 8,837 and test 11,313 questions",
+        "DPR's published files of TriviaQA; passages 4.4 GiB, examples 1.7 GiB (gzip)",
+        partial(_opened, "question_answering:trivia"),
+    ),
 )
 
 BUILT_IN = {
+    "dpr": BuiltInFormat(
+        "dpr:PASSAGES?queries=FILE[,FILE]",
+        "DPR's passages (psgs*.tsv) and questions with answers; or a folder with both (*qas*)",
+        "question_answering:question_location",
+        recognises=_is_question_folder,
+    ),
     "beir": BuiltInFormat(
         "FOLDER",
         "a folder in BEIR's layout: corpus.jsonl, queries.jsonl, qrels/<split>.tsv",
@@ -285,6 +310,7 @@ def open_collection(name: str) -> Collection:
         "a file of training examples",
         "pool:<file>",
         "asyncval:<files>",
+        "dpr:<files>",
         "irds:<id>",
         *others,
     ]

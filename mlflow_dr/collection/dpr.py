@@ -96,7 +96,27 @@ def table_corpus(path: Path) -> Corpus:
 
 
 def _rows(path: Path) -> Iterator[tuple[str, Passage]]:
-    """Rows as DPR's own reader has them, each with the line on which it begins."""
+    """The passages as DPR's own reader has them, each with the line on which it begins."""
+    for location, row in table_rows(path):
+        if row[0] == COLUMNS[0]:
+            continue
+        if len(row) != len(COLUMNS) or not row[0]:
+            raise DataError(
+                f"{location}: {len(row)} columns, the first of them {quoted(row[0])}; "
+                f"expected {', '.join(COLUMNS)}, separated by tabs"
+            )
+        passage_id, text, title = row
+        yield location, Passage(checked_id(passage_id, location), title, text)
+
+
+def table_rows(path: Path) -> Iterator[tuple[str, list[str]]]:
+    """The rows of a table with tabs between its cells, each with the line on which it begins.
+
+    A cell may be quoted (`"`), with doubled quotation marks and line ends in it.
+
+    Raises:
+        DataError: the file is missing or damaged, or a quotation mark is not closed.
+    """
     csv.field_size_limit(LONGEST_LINE)
     last = 0
     with opened(path) as file:
@@ -111,15 +131,8 @@ def _rows(path: Path) -> Iterator[tuple[str, Passage]]:
                         f"{location}: a quotation mark is not closed on this line: the quoted text "
                         f'goes on to line {last}; double each " in the text (""), and quote it'
                     )
-                if not row or row[0] == COLUMNS[0]:
-                    continue
-                if len(row) != len(COLUMNS) or not row[0]:
-                    raise DataError(
-                        f"{location}: {len(row)} columns, the first of them {quoted(row[0])}; "
-                        f"expected {', '.join(COLUMNS)}, separated by tabs"
-                    )
-                passage_id, text, title = row
-                yield location, Passage(checked_id(passage_id, location), title, text)
+                if row:
+                    yield location, row
         except csv.Error as error:
             raise DataError(
                 f"{path}:{last + 1}: cannot be read ({error}); a quotation mark on this line may "

@@ -56,7 +56,11 @@ class Example(NamedTuple):
 
 
 class Topics(NamedTuple):
-    """The queries of one split and their relevance judgements, each query judged at least once."""
+    """The queries of one split, and what says which passages are right.
+
+    Each query is judged at least once; or there are no judgements at all, and a passage is right
+    that holds one of the query's answers.
+    """
 
     queries: Sequence[Query]
     qrels: Qrels
@@ -65,11 +69,16 @@ class Topics(NamedTuple):
     def digest(self) -> str:
         """Digest of the queries' ids, texts, tokens and judgements, whatever their order."""
         lines = sorted(
-            f"{query.id}\t{query.text}\t{sorted(self.qrels[query.id].items())}"
+            f"{query.id}\t{query.text}\t{sorted(self.qrels.get(query.id, {}).items())}"
             + ("" if query.tokens is None else f"\t{list(query.tokens)}")
             for query in self.queries
         )
         return digest_of(*lines)
+
+    @property
+    def answers_digest(self) -> str:
+        """Digest of the queries' ids and answers, whatever their order."""
+        return digest_of(*sorted(f"{query.id}\t{list(query.answers)}" for query in self.queries))
 
 
 R = TypeVar("R", Passage, Query)

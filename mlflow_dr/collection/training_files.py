@@ -35,7 +35,8 @@ log = logging.getLogger(__name__)
 
 TRAIN = re.compile(r"(^|[._-])train", re.IGNORECASE)
 OTHER = re.compile(
-    r"(^|[._-])(corpus|psgs|queries|dev|valid|validation|val|test|eval)([._\d-]|$)", re.IGNORECASE
+    r"(^|[._-])(corpus|psgs|queries|qas?|dev|valid|validation|val|test|eval)([._\d-]|$)",
+    re.IGNORECASE,
 )
 POOL_SPLIT = "dev"
 
@@ -140,7 +141,7 @@ class TrainingFiles:
 
     def _corpus_of_ids(self) -> Corpus:
         folder = self._path if self._path.is_dir() else self._path.parent
-        if file := _passages_beside(folder):
+        if file := passages_beside(folder):
             return corpus_of_file(file)
         if self._given_corpus:
             return self._given_corpus()
@@ -256,7 +257,7 @@ def corpus_of_file(path: Path) -> Corpus:
     return table_corpus(path) if is_table else json_corpus(path)
 
 
-def _passages_beside(folder: Path) -> Path | None:
+def passages_beside(folder: Path) -> Path | None:
     """The file of passages in a folder: `corpus.jsonl`, or DPR's `psgs*.tsv`; None without one.
 
     Raises:

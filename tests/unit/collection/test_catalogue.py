@@ -55,7 +55,9 @@ def test_a_catalogue_name_comes_before_a_folder_of_that_name(
 
 @pytest.mark.parametrize("name", ["nowhere", "", "./nowhere", "/nowhere/at/all"])
 def test_an_unknown_name_lists_what_there_is(name: str) -> None:
-    with pytest.raises(UsageError, match=r"demo, msmarco, a folder.*irds:<id>, or owner/name"):
+    with pytest.raises(
+        UsageError, match=r"msmarco, nq, trivia, a folder.*irds:<id>, or owner/name"
+    ):
         open_collection(name)
 
 
