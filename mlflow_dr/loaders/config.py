@@ -7,7 +7,7 @@ from typing import Annotated, Literal, NamedTuple, Self
 
 from pydantic import AfterValidator, BeforeValidator, Field, model_validator
 
-from mlflow_dr.config import Config, Flag, as_tuple, checked, within
+from mlflow_dr.config import Config, ConfigError, Flag, as_tuple, checked, within
 from mlflow_dr.errors import UsageError, quoted
 from mlflow_dr.fields import (
     Count,
@@ -18,7 +18,7 @@ from mlflow_dr.fields import (
     Seed,
     TrackingUri,
 )
-from mlflow_dr.loaders.cell import Cell
+from mlflow_dr.loaders.cell import NO_MODEL, Cell
 
 THREADS = "threads:"
 MOST_WORKERS = 1024
@@ -132,6 +132,8 @@ class LoadersConfig(Config):
     def _check_cells(self) -> Self:
         with within("cells"):
             self.cells  # noqa: B018 - raises
+        if self.tokenizer and self.model != NO_MODEL:
+            raise ConfigError("tokenizer", " cannot be chosen with --model, which has its own")
         return self
 
     @property

@@ -82,8 +82,7 @@ def _measured_here(cell: Cell, workload: Workload, rank: Rank) -> Figures:
     from mlflow_dr.loaders.supply import SupplyPass
 
     with open_store(cell.store, Path(workload.directory)) as store:
-        training = None if cell.model == NO_MODEL else _training_pass(cell, workload, rank)
-        tokenizer, pad_id = _tokenizer(cell, workload, store, training)
+        tokenizer, pad_id = _tokenizer(cell, workload, store)
         figures = _opened(store, rows)
         feed = Feed(store, cell.payload, tokenizer, pad_id, workload.max_length, cell.workers)
         batches = Batches(rows, workload.batch_size)
@@ -95,7 +94,9 @@ def _measured_here(cell: Cell, workload: Workload, rank: Rank) -> Figures:
         with _lost_workers():
             supplied, following = supply.measure(workload.seconds)
             figures |= supplied
-            if training is not None:
+            if cell.model != NO_MODEL:
+                # loaded now, so that its memory is none of the supply's
+                training = _training_pass(cell, workload, rank)
                 steps = min(workload.model_batches, len(batches) - 2)
                 figures |= training.measure(following, steps)
                 figures["headroom"] = figures["samples_per_s"] / figures["model_samples_per_s"]
@@ -148,25 +149,17 @@ def _opened(store: DocumentStore, rows: np.ndarray) -> Figures:
     return {"open_s": open_s, "open_read_mb": (tree_read_bytes(os.getpid()) - read_before) / MB}
 
 
-def _tokenizer(
-    cell: Cell, workload: Workload, store: DocumentStore, training: Any
-) -> tuple[Any, int]:
+def _tokenizer(cell: Cell, workload: Workload, store: DocumentStore) -> tuple[Any, int]:
     """What makes token ids, if the cell needs any made, and the id that pads."""
-    if cell.payload != "ids":
-        return None, 0
-    if store.holds == "tokens" and training is None:
-        return None, 0  # any id pads as well, because the mask leaves it out
+    if cell.payload != "ids" or (store.holds == "tokens" and cell.model == NO_MODEL):
+        return None, 0  # any id pads as well where no model reads it
     from mlflow_dr.encoder.config import EncoderConfig
+    from mlflow_dr.encoder.files import encoder_directory
     from mlflow_dr.encoder.tokenize import TextTokenizer, load_tokenizer
 
-    if training is not None:
-        encoder = training.encoder
-        made = TextTokenizer(encoder.tokenizer, encoder.settings)
-    else:
-        from mlflow_dr.encoder.files import encoder_directory
-
-        config = EncoderConfig(passage_max_length=workload.max_length)
-        made = TextTokenizer(load_tokenizer(str(encoder_directory(workload.tokenizer))), config)
+    config = EncoderConfig(passage_max_length=workload.max_length)
+    directory = encoder_directory(workload.tokenizer or cell.model)
+    made = TextTokenizer(load_tokenizer(str(directory)), config)
     return (None if store.holds == "tokens" else made), made.pad_id
 
 

@@ -58,6 +58,7 @@ def test_workers_that_are_no_number_are_refused(text: str) -> None:
         ({"store": "tokens", "payload": "text"}, "has no texts"),
         ({"ramdisk": "yes", "cache": "cold"}, "never cold"),
         ({"model": "tiny", "payload": "lookup"}, "payload ids"),
+        ({"model": "tiny", "tokenizer": "other"}, "has its own"),
         ({"repeats": 0}, "at least 1"),
         ({"seconds": 0.0}, "above 0"),
     ],
