@@ -122,7 +122,7 @@ def _stores(study: LoaderStudy) -> str:
     plain = [
         cell
         for cell in _single(study)
-        if cell.cell.store not in ("tokens", "null") and not cell.cell.workers
+        if cell.cell.store not in ("tokens", "null") and cell.cell.label == cell.cell.store
     ]
     if len({cell.cell.store for cell in plain}) < 2:
         return ""

@@ -71,6 +71,7 @@ def usual(measured: MakeCell, study: MakeStudy) -> LoaderStudy:
         measured("tokens", 800_000, 180, workers=2, threads=True, model_takes=1000),
         measured("memory", 6000, 2200, workers=2, start_method="forkserver", model_takes=1000),
         measured("lookup", 7000, 320, ranks=2, model_takes=1000),
+        measured("lookup", 3000, 160, cache="cold", model_takes=1000),
         Measured(Cell(store="lookup", ramdisk=True), [], "/dev/shm has 60 MB; 381 MB are needed"),
     )
 
@@ -79,7 +80,7 @@ def test_the_table_has_a_line_for_each_cell(usual: LoaderStudy) -> None:
     text = report_text(usual)
     lines = text.splitlines()
     assert lines[0] == (
-        "7 ways to load documents, of 100 passages of sea; token ids reach the training process"
+        "8 ways to load documents, of 100 passages of sea; token ids reach the training process"
     )
     line = next(line for line in lines if line.startswith("memory, 2 workers, forkserver"))
     assert line.split("  ")[0] == "memory, 2 workers, forkserver"
@@ -151,7 +152,7 @@ def test_files_have_every_figure(usual: LoaderStudy, tmp_path: Path) -> None:
     assert files[0].read_text() == report_text(usual) + "\n"
     with files[1].open() as file:
         rows = list(csv.DictReader(file))
-    assert len(rows) == 7 * 3
+    assert len(rows) == 8 * 3
     assert rows[0]["cell"] == "memory"
     assert [float(row["samples_per_s"]) for row in rows[:3]] == pytest.approx([3420, 3800, 4560])
     assert "memory_series" not in rows[0]
@@ -167,13 +168,13 @@ def test_pictures_name_every_cell(usual: LoaderStudy) -> None:
     shown = [text.get_text() for text in figure.axes[0].get_legend().get_texts()]
     assert shown == ["memory", "lookup", "tokens", "tokens, threads", "what the model takes"]
     figure = PICTURES["where_time_goes.png"](usual, 1000)
-    assert len(figure.axes[0].get_yticklabels()) == 7
+    assert len(figure.axes[0].get_yticklabels()) == 8
 
 
 def test_metrics_are_finite_numbers(usual: LoaderStudy) -> None:
     assert study_metrics(usual) == {
         "loaders/lookup/build_seconds": 0.5,
-        "loaders/cells": 7,
+        "loaders/cells": 8,
         "loaders/passages": 100,
         "loaders/model_samples_per_s": 1000,
     }
