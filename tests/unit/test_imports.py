@@ -68,7 +68,7 @@ HOMES = {
     "ir_datasets": ["collection/irds.py", "stores/irds.py"],
     "bm25s": ["retrieval/bm25.py"],
     "Stemmer": ["retrieval/bm25.py"],
-    "regex": ["retrieval/answers.py"],
+    "regex": ["retrieval/answers.py", "reader/scoring.py"],
     "datasets": ["collection/hub.py", "stores/arrow.py"],
     "zstandard": ["stores/compressed.py"],
     "lmdb": ["stores/databases.py"],
