@@ -95,7 +95,7 @@ def memory_growth(study: LoaderStudy, appetite: float) -> Figure:
     """Private memory over the documents loaded, by store and start method."""
     figure, (panel,) = _figure("Private memory while documents are loaded", 1)
     stores = list(dict.fromkeys(cell.cell.store for cell in study.measured))
-    for cell in study.measured:
+    for number, cell in enumerate(study.measured):
         points: Sequence[Sequence[float]] = cell.repeats[-1].get("memory_series", [])
         if not points:
             continue
@@ -104,10 +104,12 @@ def memory_growth(study: LoaderStudy, appetite: float) -> Figure:
             xs,
             ys,
             START_LINES[cell.cell.start_method],
-            marker=".",
+            marker=MARKERS[number % len(MARKERS)],
+            markersize=5,
             color=COLOURS[stores.index(cell.cell.store) % len(COLOURS)],
             label=cell.cell.label,
         )
+    panel.set_xscale("log")
     panel.set_yscale("log")
     panel.set_xlabel("documents loaded")
     panel.set_ylabel("private memory of all processes, MB")
