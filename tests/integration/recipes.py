@@ -101,7 +101,7 @@ def check_command(argv: list[str]) -> None:
             source = (ROOT / f"{module.replace('.', '/')}.py").read_text(encoding="utf-8")
             for flag in (word for word in rest if word.startswith("--")):
                 assert f'"{flag}"' in source, f"{module} has no {flag}"
-        case ["python", script, *_]:
+        case ["python", script, *_] | [_, "sh", script, *_]:
             assert (ROOT / script).is_file(), script
         case ["mlflow", "models", "serve", *_] | ["curl", *_] | ["pre-commit", *_]:
             pass
