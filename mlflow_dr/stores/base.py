@@ -23,7 +23,7 @@ KIND = "stores"
 LAYOUT = 1
 DESCRIPTION = "store.json"
 IDS = "ids.arrow"
-TEXT, TOKENS = "text", "tokens"
+TEXT, TOKENS, NOTHING = "text", "tokens", "nothing"
 
 
 class DocumentStore(ABC):
@@ -43,11 +43,14 @@ class DocumentStore(ABC):
     """
 
     holds: ClassVar[str] = TEXT
-    """What `get_many` gives: `text` (passages) or `tokens` (arrays of token ids)."""
+    """What `get_many` gives: `text` (passages), `tokens` (arrays of token ids) or `nothing` (empty
+    passages)."""
     holds_tokenised: ClassVar[bool] = False
     """Whether it can hold a corpus that has token ids and no text."""
     files_of: ClassVar[str] = ""
     """The store whose files are read, where it is another one."""
+    works_in_forks: ClassVar[bool] = True
+    """Whether forked processes can read it."""
     open_after_fork: ClassVar[bool] = False
     """Whether a forked process may read what was opened before."""
 

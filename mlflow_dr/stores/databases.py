@@ -100,6 +100,8 @@ class LmdbStore(DocumentStore):
 class LanceStore(DocumentStore):
     """A Lance dataset, read by `take`; it has threads, so forked processes cannot read it."""
 
+    works_in_forks = False
+
     def __init__(self, directory: Path) -> None:
         super().__init__(directory)
         self._made_in = os.getpid()

@@ -8,14 +8,16 @@ import numpy as np
 
 from mlflow_dr.collection.corpus import Corpus
 from mlflow_dr.collection.records import Passage
-from mlflow_dr.stores.base import STORES, DocumentStore
+from mlflow_dr.stores.base import NOTHING, STORES, DocumentStore
 
-NOTHING = Passage("", "", "")
+EMPTY = Passage("", "", "")
 
 
 @STORES.register("null")
 class NullStore(DocumentStore):
     """The same empty passage for every row: what everything around a store costs."""
+
+    holds = NOTHING
 
     @classmethod
     def write_files(cls, corpus: Corpus, directory: Path) -> None:
@@ -23,7 +25,7 @@ class NullStore(DocumentStore):
 
     def open_files(self) -> Passage:
         """The passage."""
-        return NOTHING
+        return EMPTY
 
     def read(self, opened: Passage, rows: np.ndarray) -> list[Passage]:
         """The passage, for each row."""

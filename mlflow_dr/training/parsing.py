@@ -12,6 +12,7 @@ import logging
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import fields
 from glob import glob
+from multiprocessing import get_all_start_methods, get_start_method
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -20,7 +21,7 @@ from transformers import HfArgumentParser
 from mlflow_dr import compat
 from mlflow_dr.collection.catalogue import JOIN, POOL_PREFIX
 from mlflow_dr.errors import UsageError
-from mlflow_dr.stores.base import TEXT
+from mlflow_dr.stores.base import TEXT, TOKENS
 from mlflow_dr.stores.store import STORES
 from mlflow_dr.training.arguments import (
     WITHOUT_MEANING,
@@ -126,7 +127,7 @@ def parse_training(argv: Sequence[str], processes: int = 1) -> TrainingRequest:
     bare_pooling = "mean" if recipe is JUDGED else "cls"
     request = TrainingRequest(model, loss, data, publish, trainer, bare_pooling)
     _refuse_what_would_be_ignored(request, typed, processes)
-    _check_store(data, typed)
+    _check_store(data, trainer.dataloader_num_workers, typed)
     return request
 
 
@@ -192,18 +193,28 @@ def _refuse_what_would_be_ignored(
         log.warning("--negatives_x_device has no effect: there is one training process")
 
 
-def _check_store(data: DataArguments, typed: Collection[str]) -> None:
-    """Refuse a document store that is unknown, or that would not be read."""
+def _check_store(data: DataArguments, n_workers: int, typed: Collection[str]) -> None:
+    """Refuse a document store that is unknown, cannot be trained with, or would not be read."""
     name = data.document_store
-    if STORES.get(name).holds != TEXT:
+    store = STORES.get(name)
+    if store.holds == TOKENS:
         raise UsageError(
             f"--document_store {name}: it holds token ids, which training reads by --token_table "
             "true; leave both flags out, or name a store of text"
         )
+    if store.holds != TEXT:
+        raise UsageError(f"--document_store {name}: it holds no text; name a store of text")
     if "document_store" in typed and data.token_table:
         raise UsageError(
             f"--document_store {name} would not be read, because all passages are tokenised before "
             "training; add --token_table false"
+        )
+    # the first one is the default; asking for it by `get_start_method` would make it final
+    method = get_start_method(allow_none=True) or get_all_start_methods()[0]
+    if n_workers and not store.works_in_forks and method == "fork":
+        raise UsageError(
+            f"--document_store {name}: forked processes cannot read it; use "
+            "--dataloader_num_workers 0, or another store"
         )
 
 

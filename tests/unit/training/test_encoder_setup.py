@@ -296,9 +296,17 @@ def test_token_table_false_tokenises_late(
         (["--document_store", "lookup"], "lookup would not be read, .* add --token_table false"),
         (["--token_table", "false", "--document_store", "look"], "'look'; .*'lookup'.*known"),
         (["--token_table", "false", "--document_store", "tokens"], "by --token_table true"),
+        (["--token_table", "false", "--document_store", "null"], "null: it holds no text"),
+        (
+            ["--token_table=false", "--document_store=lance", "--dataloader_num_workers=1"],
+            "forked processes cannot read it; use --dataloader_num_workers 0",
+        ),
     ],
 )
-def test_a_document_store_that_cannot_be_read_is_refused(flags: list[str], message: str) -> None:
+def test_a_document_store_that_cannot_be_read_is_refused(
+    flags: list[str], message: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("mlflow_dr.training.parsing.get_start_method", lambda **_: "fork")
     with pytest.raises(UsageError, match=message):
         parse_training(flags)
 
