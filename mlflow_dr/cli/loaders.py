@@ -23,11 +23,11 @@ def loaders_command(config: LoadersConfig) -> None:
         mlflow-dr loaders --dataset msmarco --store lookup ir_datasets --workers 0 2 threads:2
         mlflow-dr loaders --store lookup --cache warm cold --payload lookup --output study
     """
-    from mlflow_dr.loaders.report import report_text, write_files
+    from mlflow_dr.loaders.report import study_text, write_study
     from mlflow_dr.loaders.study import logged_study
 
     study = logged_study(config)
-    click.echo(report_text(study))
+    click.echo(study_text(study))
     if config.output is not None:
-        write_files(study, config.output)
+        write_study(study, config.output)
         click.echo(f"wrote {config.output}")

@@ -194,7 +194,7 @@ def _check(settings: Any) -> None:
             raise UsageError(f"{field.name} is {value}; expected at least {SMALLEST[field.name]}")
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
+def measure_cell(arguments: Sequence[str] | None = None) -> int:
     """Measure the cell of a spec, and write its figures.
 
     Args:
@@ -235,4 +235,4 @@ def message_of(error: Exception) -> str:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(measure_cell())

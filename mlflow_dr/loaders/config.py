@@ -19,6 +19,7 @@ from mlflow_dr.fields import (
     TrackingUri,
 )
 from mlflow_dr.loaders.cell import NO_MODEL, Cell
+from mlflow_dr.stores.store import STORES
 
 THREADS = "threads:"
 MOST_WORKERS = 1024
@@ -49,8 +50,6 @@ def parse_workers(text: str) -> Workers:
 
 
 def _check_store(name: str) -> None:
-    from mlflow_dr.stores.store import STORES  # loads entry points
-
     STORES.get(name)
 
 
@@ -132,6 +131,14 @@ class LoadersConfig(Config):
     def _check_cells(self) -> Self:
         with within("cells"):
             self.cells  # noqa: B018 - raises
+        for cell in self.cells:
+            forks = cell.processes and cell.start_method == "fork"
+            if forks and not STORES.get(cell.store).works_in_forks:
+                raise ConfigError(
+                    "start_method",
+                    f" is fork, which the store {cell.store} does not survive; "
+                    "use spawn or forkserver",
+                )
         if self.tokenizer and self.model != NO_MODEL:
             raise ConfigError("tokenizer", " cannot be chosen with --model, which has its own")
         return self

@@ -30,7 +30,7 @@ ALIKE = 0.1
 ENOUGH_SAMPLES = 50_000  # to say how memory grows
 
 
-def report_text(study: LoaderStudy) -> str:
+def study_text(study: LoaderStudy) -> str:
     """The table, what was not measured and why, and the findings in words."""
     repeats = max(len(measured.repeats) for measured in study.measured)
     what = {"ids": "token ids", "text": "texts", "lookup": "nothing"}[study.payload]
@@ -74,7 +74,7 @@ def _shown(value: float, form: str) -> str:
 def findings(study: LoaderStudy) -> list[str]:
     """What the figures say, a sentence or two each."""
     said = [_best(study), _late_tokenizing(study), _stores(study), _memory(study), _growth(study)]
-    return [text for text in [*said, recommendation(study)] if text]
+    return [text for text in [*said, advised_flags(study)] if text]
 
 
 def appetite(study: LoaderStudy) -> float:
@@ -169,7 +169,7 @@ def _growth(study: LoaderStudy) -> str:
     return f"Private memory was still growing at the end of: {names}."
 
 
-def recommendation(study: LoaderStudy) -> str:
+def advised_flags(study: LoaderStudy) -> str:
     """Flags of `mlflow-dr train`: the least memory that is fast enough, else the fastest."""
     possible = [
         cell
@@ -221,14 +221,14 @@ def _times(ratio: float) -> str:
     return f"{ratio:.0f} times" if ratio >= 10 else f"{ratio:.1f} times"
 
 
-def write_files(study: LoaderStudy, directory: Path) -> list[Path]:
+def write_study(study: LoaderStudy, directory: Path) -> list[Path]:
     """Write the report, a table with every figure of every repeat, and the pictures.
 
     Returns:
         The files.
     """
     writers: dict[str, Callable[[Path], object]] = {
-        REPORT: lambda path: path.write_text(report_text(study) + "\n", encoding="utf-8"),
+        REPORT: lambda path: path.write_text(study_text(study) + "\n", encoding="utf-8"),
         TABLE: lambda path: _write_table(study.measured, path),
         **{name: partial(_draw, study, draw) for name, draw in PICTURES.items()},
     }

@@ -33,7 +33,7 @@ from mlflow_dr.loaders.documents import (
     sampled_rows,
     tiny_encoder_directory,
 )
-from mlflow_dr.loaders.report import study_metrics, write_files
+from mlflow_dr.loaders.report import study_metrics, write_study
 from mlflow_dr.loaders.results import LoaderStudy, Measured
 from mlflow_dr.progress import progress_bar
 from mlflow_dr.stores.store import open_store, store_directory
@@ -70,7 +70,7 @@ def logged_study(config: LoadersConfig) -> LoaderStudy:
         study = study_loaders(config)
         for measured in study.measured:
             run.log_child(measured.cell.label, asdict(measured.cell), measured.metrics)
-        log_study(run, study_metrics(study), write_files(study, directory), LOADERS_FOLDER)
+        log_study(run, study_metrics(study), write_study(study, directory), LOADERS_FOLDER)
     return study
 
 
@@ -227,7 +227,7 @@ def _measure(cell: Cell, workload: Workload, file: Path) -> None:
             said = one_line_of(lines[-1], MOST_OF_A_MESSAGE) if lines else "it said nothing"
             if process.returncode < 0:
                 said = f"killed by {signal.Signals(-process.returncode).name}"
-            raise ChildError(said.removeprefix("error: "))
+            raise ChildError(said.removeprefix("Error: "))
 
 
 @contextmanager

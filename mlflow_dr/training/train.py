@@ -12,7 +12,7 @@ from pathlib import Path
 from types import FrameType
 
 from torch import distributed
-from transformers import TrainerCallback, set_seed
+from transformers import TrainerCallback, TrainingArguments, set_seed
 
 from mlflow_dr import compat
 from mlflow_dr.encoder.saving import restore_encoder
@@ -175,11 +175,9 @@ def _train(
         name = _start(request, run, resumption)
         start = ending.enter_context(local_encoder(name, request.publish.tracking_uri))
         ending.callback(_leave_group)
+        _use_one_gpu(request.trainer)
         set_seed(request.trainer.seed)
         encoder = build_encoder(request, data, start)
-        if request.trainer.n_gpu > 1:
-            log.warning("%d GPUs are visible; training uses the first one", request.trainer.n_gpu)
-            compat.use_one_gpu(request.trainer)
         training_set = mixed_training_set(request, data, encoder)
         log.info("training %s on %d examples", request.model.model_name_or_path, len(training_set))
         schedule = publish_schedule(request, len(training_set))
@@ -218,6 +216,13 @@ def _train(
         raise KeyboardInterrupt
     if stop.reason:
         log.info("training ended as asked: %s", stop.reason)
+
+
+def _use_one_gpu(arguments: TrainingArguments) -> None:
+    """Have Trainer use one GPU in each process; with more it would use DataParallel."""
+    if arguments.n_gpu > 1:
+        log.warning("%d GPUs are visible; training uses the first one", arguments.n_gpu)
+        compat.use_one_gpu(arguments)
 
 
 def _resumed_run(run: TrackedRun, resumption: Resumption) -> tuple[dict[int, str], int | None]:

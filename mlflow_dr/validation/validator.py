@@ -10,7 +10,6 @@ import logging
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
 from functools import partial
 
 from mlflow_dr.background import BackgroundTask
@@ -27,7 +26,7 @@ from mlflow_dr.validation.config import ValidateConfig
 from mlflow_dr.validation.policies import AutoSubset, Policies
 from mlflow_dr.validation.resolve import ResolvedValidation, ValidationResolver
 from mlflow_dr.validation.scheduler import Scheduler, Setbacks
-from mlflow_dr.validation.worker import Job, JobResult, Worker
+from mlflow_dr.validation.worker import Counts, Job, JobResult, Worker
 
 log = logging.getLogger(__name__)
 
@@ -35,46 +34,6 @@ SECONDS_TO_RECORD = 5.0  # when it is to end at once
 SECONDS_BETWEEN_SUMMARIES = 10.0  # of a run, while there is work
 # of a validator's time, while there is work; what is published now does not change the oldest
 SHARE_OF_SNAPSHOTS = {"oldest": 0.02, "newest": 0.1, "bisect": 0.1}
-
-
-@dataclass
-class Counts:
-    """How many checkpoints were validated, and how many were not.
-
-    Attributes:
-        done: validated.
-        validations: of these checkpoints, all together.
-        nothing: why nothing could be done; empty if something was done, now or before.
-        failed: noted as FAILED, because no encoder can be read from them.
-        passed_over: noted as FAILED before, or by another validator.
-        unavailable: left to other validators, because they cannot be fetched or read here.
-    """
-
-    done: int = 0
-    validations: int = 0
-    nothing: str = ""
-    failed: int = 0
-    passed_over: int = 0
-    unavailable: int = 0
-
-    @property
-    def checkpoints(self) -> str:
-        """How much was validated, for a log line."""
-        several = f" ({self.validations} validations)" if self.validations > self.done else ""
-        return f"{self.done} checkpoints{several}"
-
-    @property
-    def are_good(self) -> bool:
-        """Whether everything that was to be done is done."""
-        return not (self.failed or self.passed_over or self.unavailable or self.nothing)
-
-    def __str__(self) -> str:
-        text = f"{self.failed} failed"
-        if self.passed_over:
-            text += f", {self.passed_over} passed over that had FAILED (--retry-failed)"
-        if self.unavailable:
-            text += f", {self.unavailable} left that cannot be read here"
-        return text
 
 
 def run_validator(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -84,6 +85,46 @@ class JobResult(NamedTuple):
         """One of the reports, if there is any."""
         reports = (result for result in self.results.values() if isinstance(result, Report))
         return next(reports, None)
+
+
+@dataclass
+class Counts:
+    """How many checkpoints were validated, and how many were not.
+
+    Attributes:
+        done: validated.
+        validations: of these checkpoints, all together.
+        nothing: why nothing could be done; empty if something was done, now or before.
+        failed: noted as FAILED, because no encoder can be read from them.
+        passed_over: noted as FAILED before, or by another validator.
+        unavailable: left to other validators, because they cannot be fetched or read here.
+    """
+
+    done: int = 0
+    validations: int = 0
+    nothing: str = ""
+    failed: int = 0
+    passed_over: int = 0
+    unavailable: int = 0
+
+    @property
+    def checkpoints(self) -> str:
+        """How much was validated, for a log line."""
+        several = f" ({self.validations} validations)" if self.validations > self.done else ""
+        return f"{self.done} checkpoints{several}"
+
+    @property
+    def are_good(self) -> bool:
+        """Whether everything that was to be done is done."""
+        return not (self.failed or self.passed_over or self.unavailable or self.nothing)
+
+    def __str__(self) -> str:
+        text = f"{self.failed} failed"
+        if self.passed_over:
+            text += f", {self.passed_over} passed over that had FAILED (--retry-failed)"
+        if self.unavailable:
+            text += f", {self.unavailable} left that cannot be read here"
+        return text
 
 
 class Worker:

@@ -10,11 +10,11 @@ import pytest
 from mlflow_dr.loaders.cell import Cell
 from mlflow_dr.loaders.pictures import PICTURES
 from mlflow_dr.loaders.report import (
+    advised_flags,
     findings,
-    recommendation,
-    report_text,
     study_metrics,
-    write_files,
+    study_text,
+    write_study,
 )
 from mlflow_dr.loaders.results import LoaderStudy, Measured
 
@@ -77,7 +77,7 @@ def usual(measured: MakeCell, study: MakeStudy) -> LoaderStudy:
 
 
 def test_the_table_has_a_line_for_each_cell(usual: LoaderStudy) -> None:
-    text = report_text(usual)
+    text = study_text(usual)
     lines = text.splitlines()
     assert lines[0] == (
         "8 ways to load documents, of 100 passages of sea; token ids reach the training process"
@@ -110,7 +110,7 @@ def test_without_a_model_the_fastest_way_is_recommended(
     assert "105 times what tokenising at load time does in a CPU second" in " ".join(
         findings(found)
     )
-    assert recommendation(found) == (
+    assert advised_flags(found) == (
         "Use `mlflow-dr train --token_table true --dataloader_num_workers 0`."
     )
 
@@ -123,7 +123,7 @@ def test_a_model_that_takes_more_than_any_cell_supplies_gets_the_fastest(
         measured("lookup", 8000, 400, workers=2, model_takes=9000),
     )
     assert "takes 3 workers to keep up" in " ".join(findings(found))
-    assert recommendation(found) == (
+    assert advised_flags(found) == (
         "Use `mlflow-dr train --token_table false --document_store lookup --dataloader_num_workers "
         "2`."
     )
@@ -147,9 +147,9 @@ def test_growing_memory_is_named(measured: MakeCell, study: MakeStudy) -> None:
 
 
 def test_files_have_every_figure(usual: LoaderStudy, tmp_path: Path) -> None:
-    files = write_files(usual, tmp_path / "study")
+    files = write_study(usual, tmp_path / "study")
     assert [file.name for file in files] == ["report.txt", "table.csv", *PICTURES]
-    assert files[0].read_text() == report_text(usual) + "\n"
+    assert files[0].read_text() == study_text(usual) + "\n"
     with files[1].open() as file:
         rows = list(csv.DictReader(file))
     assert len(rows) == 8 * 3

@@ -14,7 +14,8 @@ from mlflow_dr.errors import UsageError
 from mlflow_dr.tracking.following import FollowedDirectory, FollowedRun
 from mlflow_dr.tracking.runs import TrackedRun
 from mlflow_dr.tracking.validations import run_validations
-from mlflow_dr.validation.validator import Counts, run_validator
+from mlflow_dr.validation.validator import run_validator
+from mlflow_dr.validation.worker import Counts
 from tests.unit.validation.configuring import VALIDATION, configured
 
 

@@ -20,7 +20,8 @@ from mlflow_dr.tracking.following import FollowedRun
 from mlflow_dr.tracking.results import State, failure_reason, validation_state
 from mlflow_dr.tracking.runs import TrackedRun
 from mlflow_dr.validation import worker
-from mlflow_dr.validation.validator import Counts, run_validator
+from mlflow_dr.validation.validator import run_validator
+from mlflow_dr.validation.worker import Counts
 from tests.unit.validation.configuring import VALIDATION, configured
 
 BOTH = (VALIDATION, {**VALIDATION, "measures": "recall@3", "name": "test", "split": "test"})

@@ -21,7 +21,8 @@ from mlflow_dr.tracking.runs import TrackedRun
 from mlflow_dr.tracking.validations import Metric, metric_points
 from mlflow_dr.validation import worker
 from mlflow_dr.validation.scheduler import TRIES, TRIES_IN_A_ROW
-from mlflow_dr.validation.validator import Counts, run_validator
+from mlflow_dr.validation.validator import run_validator
+from mlflow_dr.validation.worker import Counts
 from tests.unit.validation.configuring import VALIDATION, configured
 
 

@@ -21,7 +21,8 @@ from mlflow_dr.tracking.validations import recorded_values
 from mlflow_dr.validation import worker
 from mlflow_dr.validation.config import ValidateConfig
 from mlflow_dr.validation.policies import CHOSEN_PARAM
-from mlflow_dr.validation.validator import Counts, run_validator
+from mlflow_dr.validation.validator import run_validator
+from mlflow_dr.validation.worker import Counts
 
 SETTINGS = {"measures": "mrr@10 recall@1", "device": "cpu", "dtype": "fp32"}
 
