@@ -108,8 +108,15 @@ Measures = Annotated[
     AfterValidator(checked(parse_measures)),
     Flag("--measures", "--metrics", several=True),
     Field(
-        description="What to measure: mrr, ndcg, recall, map, precision, success or accuracy, "
-        "each with @k."
+        description="What to measure: mrr, ndcg, recall, map, precision or success, each with @k; "
+        "accuracy@k where queries have answers."
+    ),
+]
+Match = Annotated[
+    Literal["string", "regex", "kilt"],
+    Field(
+        description="When a passage holds an answer: string (its words in a row), regex (answers "
+        "are regular expressions, as CuratedTREC's), or kilt (KILT's rule)."
     ),
 ]
 Depth = Annotated[

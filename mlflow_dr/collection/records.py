@@ -75,6 +75,11 @@ class Topics(NamedTuple):
         )
         return digest_of(*lines)
 
+    def of(self, queries: Sequence[Query]) -> Topics:
+        """Some of the queries, with their judgements."""
+        qrels = {query.id: self.qrels[query.id] for query in queries if query.id in self.qrels}
+        return Topics(queries, qrels)
+
     @property
     def answers_digest(self) -> str:
         """Digest of the queries' ids and answers, whatever their order."""

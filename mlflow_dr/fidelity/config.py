@@ -20,6 +20,7 @@ from mlflow_dr.fields import (
     File,
     Judged,
     KeepOwnId,
+    Match,
     RunName,
     SearchBackendName,
     Seed,
@@ -41,7 +42,9 @@ class FidelityConfig(CollectionConfig, EncoderOverrides):
     judged: Judged = "relevant"
     seed: Seed = 0
     measure: str = DEFAULT_MEASURES.split()[0]
-    """The measure that orders the checkpoints: mrr, ndcg, recall, map, precision or success, @k."""
+    """The measure that orders the checkpoints: mrr, ndcg, recall, map, precision or success, @k;
+    accuracy@k where queries have answers."""
+    match: Match = "string"
     device: Devices = "auto"
     dtype: Dtype = "auto"
     keep_own_id: KeepOwnId = False

@@ -69,6 +69,7 @@ def study_fidelity(
             config.keep_own_id,
             config.search_backend,
             config.engine,
+            config.match,
         )
         datasets = _datasets(config, settings, run)
         study = _Study(datasets, settings, config, engine)
@@ -81,7 +82,7 @@ def study_fidelity(
             name=data.subset.spec.shown if data.subset else FULL,
             slug=data.subset.spec.slug if data.subset else FULL,
             passages=data.n_passages,
-            query_ids=tuple(data.topics.qrels),
+            query_ids=_query_ids(data),
             values=np.array([of_step[index] for of_step in values.values()]),
             seconds=seconds[index],
         )
@@ -125,7 +126,13 @@ class _Study:
         )
         # values are in the order of the queries, which a collection's digest does not depend on
         self._data_keys = [
-            digest_of(*common, data.digest, digest_of(*data.topics.qrels)) for data in datasets
+            digest_of(
+                *common,
+                data.digest,
+                digest_of(*_query_ids(data)),
+                *data.answers_config(settings).values(),
+            )
+            for data in datasets
         ]
 
     def all_values(
@@ -208,7 +215,7 @@ class _Study:
 
     def _values_of_report(self, report: Report, data: EvalDataset) -> np.ndarray:
         per_query = report.per_query
-        return np.array([per_query[query_id][self._measure] for query_id in data.topics.qrels])
+        return np.array([per_query[query_id][self._measure] for query_id in _query_ids(data)])
 
 
 def _chosen(checkpoints: Sequence[Checkpoint], config: FidelityConfig) -> list[Checkpoint]:
@@ -240,6 +247,7 @@ def _datasets(
         raise UsageError("no collection is given; pass --dataset")
     collection = open_collection(dataset)
     full = EvalDataset(collection, chosen_split(collection, split))
+    full.check_measures(settings)
     published = run and partial(checkpoint_of_step, run)
     datasets = [full]
     for spec in config.specs:
@@ -248,6 +256,11 @@ def _datasets(
         log.info("%s: %d passages, %d queries", spec.shown, data.n_passages, queries)
         datasets.append(data)
     return datasets
+
+
+def _query_ids(data: EvalDataset) -> tuple[str, ...]:
+    topics = data.topics
+    return tuple(topics.qrels or (query.id for query in topics.queries))
 
 
 def _identity(checkpoint: Checkpoint) -> str:

@@ -30,6 +30,7 @@ from mlflow_dr.fields import (
     Dtype,
     File,
     Force,
+    Match,
     SearchBackendName,
     Seed,
     TrackingUri,
@@ -37,7 +38,7 @@ from mlflow_dr.fields import (
 )
 from mlflow_dr.files import atomic_write
 from mlflow_dr.mining.rule import ExcludedPassages, MiningQueries, Rule, choose, mining_queries
-from mlflow_dr.retrieval.answers import AnswerFinder
+from mlflow_dr.retrieval.answers import AnswerFinder, warn_of_faults
 from mlflow_dr.retrieval.bm25 import WORDS, Bm25Retriever, Bm25Settings, warn_of_no_matches
 from mlflow_dr.retrieval.ranking import Retriever, SearchResult
 
@@ -78,8 +79,7 @@ class MiningConfig(Config):
     """A negative scores at least this."""
     exclude_answers: Annotated[bool, Flag(off="--keep-answers")] = True
     """Exclude passages that contain an answer, if the collection has answers."""
-    match: Literal["string", "regex"] = "string"
-    """How answers are matched; regex if they are regular expressions (CuratedTREC)."""
+    match: Match = "string"
     k1: float = 0.9
     """BM25's k1."""
     b: float = 0.4
@@ -195,7 +195,7 @@ def mine(request: MiningConfig) -> MiningResult:
         )
     finder = AnswerFinder(corpus, match=request.match)
     if request.exclude_answers:
-        _check_answers(finder, queries)
+        warn_of_faults(finder, queries.queries)
     most = max(len(rows) for rows in queries.positives)
     # excluded passages make room for others; a query with many positives does not set k
     k = request.depth + min(most, request.depth)
@@ -208,20 +208,6 @@ def mine(request: MiningConfig) -> MiningResult:
         _check_found(request, mined)
     mined.seconds = time.perf_counter() - start
     return mined
-
-
-def _check_answers(finder: AnswerFinder, queries: MiningQueries) -> None:
-    """Warn of answers that are not regular expressions before the search begins."""
-    faults = [
-        f"query {quoted(query.id)}, {fault}"
-        for query in queries.queries
-        for fault in finder.faults(query.answers)
-    ]
-    if faults:
-        log.warning(
-            "%d answers are not regular expressions, so that no passage holds them (such as %s)",
-            *(len(faults), faults[0]),
-        )
 
 
 @contextmanager
@@ -270,7 +256,10 @@ def _examples(request: MiningConfig, collection: Collection) -> Examples:
 def _judged(request: MiningConfig, collection: Collection, corpus: Corpus) -> Iterator[Example]:
     """Relevant passages of the collection that a training file may leave out."""
     if request.train_dir is not None and TRAIN in collection.splits:
-        examples = JudgedExamples(collection.topics(TRAIN), corpus)
+        topics = collection.topics(TRAIN)
+        if not topics.qrels:
+            return
+        examples = JudgedExamples(topics, corpus)
         yield from (examples[index] for index in range(len(examples)))
 
 

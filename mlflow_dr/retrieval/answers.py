@@ -4,26 +4,35 @@ By `string`, an answer is held where its tokens follow each other in the passage
 does not count), after Unicode's canonical decomposition (NFD) and in lower case. A token is a run
 of letters, digits and marks, or any other single character that is neither white space nor a
 control character. By `regex`, an answer is a regular expression of the `regex` module, searched for
-in the text without regard to case, after NFD of both.
+in the text without regard to case, after NFD of both. By `kilt`, an answer is held where it is a
+part of the text, after both are in lower case, without ASCII punctuation and articles, and with
+single blanks; `cat` is held by `cats`.
 
-Source: Karpukhin et al., Dense Passage Retrieval for Open-Domain Question Answering, EMNLP 2020,
+Sources: Petroni et al., KILT: a Benchmark for Knowledge Intensive Language Tasks, NAACL 2021;
+Karpukhin et al., Dense Passage Retrieval for Open-Domain Question Answering, EMNLP 2020,
 whose code takes the tokens from DrQA (Chen et al., ACL 2017).
 """
 
 from __future__ import annotations
 
+import logging
+import re
+import string
 import unicodedata
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import lru_cache
 from typing import Any
 
 import regex
 
 from mlflow_dr.collection.corpus import Corpus
+from mlflow_dr.collection.records import Query
 from mlflow_dr.errors import DataError, UsageError, quoted
 
-STRING, REGEX = "string", "regex"
-MATCHES = (STRING, REGEX)
+log = logging.getLogger(__name__)
+
+STRING, REGEX, KILT = "string", "regex", "kilt"
+MATCHES = (STRING, REGEX, KILT)
 PASSAGES_KEPT = 1 << 18
 SECONDS_PER_MATCH = 5.0
 """Processor time of one search; some expressions would take years on a long text."""
@@ -32,6 +41,9 @@ LONGEST_PATTERN = 10_000
 """Characters of a regular expression; of a million, compiling takes a minute."""
 
 FLAGS = regex.IGNORECASE | regex.UNICODE | regex.MULTILINE
+
+NO_PUNCTUATION = str.maketrans("", "", string.punctuation)
+ARTICLE = re.compile(r"\b(?:a|an|the)\b")
 
 _TOKEN = regex.compile(r"[\p{L}\p{N}\p{M}]+|[^\p{Z}\p{C}]")
 
@@ -49,7 +61,8 @@ class AnswerFinder:
     Args:
         corpus: the passages.
         kept: passages whose tokens are kept; of a 120-word passage they take about 1 KB.
-        match: `string`, or `regex` where answers are regular expressions (CuratedTREC's are).
+        match: `string`, `kilt`, or `regex` where answers are regular expressions (CuratedTREC's
+            are).
 
     Raises:
         UsageError: no such way to match.
@@ -57,7 +70,7 @@ class AnswerFinder:
 
     def __init__(self, corpus: Corpus, kept: int = PASSAGES_KEPT, match: str = STRING) -> None:
         if match not in MATCHES:
-            raise UsageError(f"match {match!r}: expected {' or '.join(MATCHES)}")
+            raise UsageError(f"match {match!r}: expected one of {', '.join(MATCHES)}")
         self._corpus = corpus
         self._match = match
         self._text = lru_cache(kept)(self._read)
@@ -65,19 +78,19 @@ class AnswerFinder:
     def sought(self, answers: Sequence[str]) -> tuple[Any, ...]:
         """Answers as `holds` takes them.
 
-        By `string`, one without any token (empty, or white space) is left out: DPR's rule would
-        find it in every passage. By `regex`, one that is no regular expression is left out, as DPR
-        does; `faults` says which.
+        By `string` and `kilt`, one without any token (empty, or white space) is left out: DPR's
+        rule would find it in every passage. By `regex`, one that is no regular expression is left
+        out, as DPR does; `faults` says which.
         """
         if self._match == REGEX:
             patterns = map(_pattern, dict.fromkeys(answers))
             return tuple(pattern for pattern in patterns if not isinstance(pattern, str))
-        texts = (_spaced(answer) for answer in answers)
-        return tuple(dict.fromkeys(text for text in texts if text.strip()))
+        form = FORMS[self._match]
+        return tuple(dict.fromkeys(form(answer) for answer in answers if answer_tokens(answer)))
 
     def faults(self, answers: Sequence[str]) -> list[str]:
         """Which answers should be regular expressions and are not, with the reason."""
-        if self._match == STRING:
+        if self._match != REGEX:
             return []
         return [fault for answer in answers if isinstance(fault := _pattern(answer), str)]
 
@@ -105,8 +118,7 @@ class AnswerFinder:
             ) from None
 
     def _read(self, row: int) -> str:
-        text = self._corpus[row].text
-        return _spaced(text) if self._match == STRING else unicodedata.normalize("NFD", text)
+        return FORMS[self._match](self._corpus[row].text)
 
 
 def _pattern(answer: str) -> regex.Pattern[str] | str:
@@ -122,3 +134,35 @@ def _pattern(answer: str) -> regex.Pattern[str] | str:
 def _spaced(text: str) -> str:
     """Tokens between blanks, which no token holds: a sequence of tokens is a substring."""
     return f" {' '.join(answer_tokens(text))} "
+
+
+def _kilt_form(text: str) -> str:
+    """Lower case, no ASCII punctuation, no articles, single blanks."""
+    plain = text.lower().translate(NO_PUNCTUATION)
+    return " ".join(ARTICLE.sub(" ", plain).split())
+
+
+def _decomposed(text: str) -> str:
+    return unicodedata.normalize("NFD", text)
+
+
+FORMS: Mapping[str, Callable[[str], str]] = {
+    STRING: _spaced,
+    REGEX: _decomposed,
+    KILT: _kilt_form,
+}
+"""What a passage is searched as, by the way to match."""
+
+
+def warn_of_faults(finder: AnswerFinder, queries: Iterable[Query]) -> None:
+    """Warn of answers that are not regular expressions, with their number and an example."""
+    faults = [
+        f"query {quoted(query.id)}, {fault}"
+        for query in queries
+        for fault in finder.faults(query.answers)
+    ]
+    if faults:
+        log.warning(
+            "%d answers are not regular expressions, so that no passage holds them (such as %s)",
+            *(len(faults), faults[0]),
+        )

@@ -11,11 +11,14 @@ import re
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 
-from mlflow_dr.collection.records import Qrels
+import numpy as np
+
+from mlflow_dr.collection.records import Qrels, Query, Topics
 from mlflow_dr.errors import UsageError, did_you_mean, quoted
 from mlflow_dr.retrieval.ranking import Ranking
 
 DEFAULT_MEASURES = "mrr@10 ndcg@10 recall@100"
+DEFAULT_OF_ANSWERS = "accuracy@1 accuracy@5 accuracy@20 accuracy@100"
 
 LIBRARY_NAMES = {
     "mrr": "RR",
@@ -24,7 +27,7 @@ LIBRARY_NAMES = {
     "map": "AP",
     "precision": "P",
     "success": "Success",
-    "accuracy": "Success",  # DPR's top-k accuracy
+    "accuracy": "Success",  # of answers instead of judgements
     "err": "ERR",
     "rbp": "RBP",
     "judged": "Judged",
@@ -37,8 +40,8 @@ TREC_NAMES = {
     "map": "map_cut",
     "precision": "P",
     "success": "success",
-    "accuracy": "success",
 }
+ACCURACY = "accuracy"
 DEFAULT_PARAMETERS = {"rel": 1.0, "p": 0.8}
 HIGHEST_RELEVANCE = 4  # of ERR
 SPELLING = re.compile(
@@ -107,6 +110,73 @@ def check_depth(measures: Sequence[Measure], depth: int | None) -> int:
     return depth
 
 
+def check_topics(location: str, topics: Topics, measures: Sequence[Measure]) -> None:
+    """Refuse measures of judgements or answers that a split does not have.
+
+    Raises:
+        UsageError: with the measures that it can be measured by.
+    """
+    if answers_depth(measures) and not any(query.answers for query in topics.queries):
+        raise UsageError(
+            f"{location} has no answers, so {ACCURACY} cannot be measured; use success@k, which "
+            "is of judgements"
+        )
+    judged = [measure for measure in measures if measure.name != ACCURACY]
+    if judged and not topics.qrels:
+        raise UsageError(
+            f"{location} has answers and no judgements, so {judged[0]} cannot be measured; use "
+            f"--measures {DEFAULT_OF_ANSWERS!r}"
+        )
+
+
+def measure_topics(
+    topics: Topics, ranking: Ranking, measures: Sequence[Measure], hits: np.ndarray | None = None
+) -> dict[str, dict[Measure, float]]:
+    """Measure a ranking by judgements and by answers, query by query.
+
+    Args:
+        topics: the queries.
+        ranking: see `measure_ranking`.
+        measures: see `parse_measures`.
+        hits: see `measure_answers`; None where no measure needs answers.
+    """
+    judged = measure_ranking(ranking, topics.qrels, measures)
+    if hits is None:
+        return judged
+    found = measure_answers(topics.queries, hits, measures)
+    return {
+        query_id: {
+            measure: values[measure] if measure in values else judged[query_id][measure]
+            for measure in measures
+        }
+        for query_id, values in found.items()
+    }
+
+
+def measure_answers(
+    queries: Sequence[Query], hits: np.ndarray, measures: Sequence[Measure]
+) -> dict[str, dict[Measure, float]]:
+    """DPR's top-k accuracy of each query: 1 if one of the first k passages holds an answer, else 0.
+
+    Args:
+        queries: the queries.
+        hits: whether each passage holds an answer, the best first, `(n_queries, depth) bool`.
+        measures: those that are not `accuracy` are left out.
+    """
+    values: dict[str, dict[Measure, float]] = {query.id: {} for query in queries}
+    for measure in measures:
+        if measure.name == ACCURACY:
+            found: np.ndarray = np.any(hits[:, : measure.cutoff], axis=1)
+            for query, is_found in zip(queries, found.tolist(), strict=True):
+                values[query.id][measure] = float(is_found)
+    return values
+
+
+def answers_depth(measures: Sequence[Measure]) -> int:
+    """How many passages of a ranking are looked at for answers; 0 if no measure needs them."""
+    return max((measure.cutoff for measure in measures if measure.name == ACCURACY), default=0)
+
+
 def measure_ranking(
     ranking: Ranking, qrels: Qrels, measures: Sequence[Measure]
 ) -> dict[str, dict[Measure, float]]:
@@ -117,11 +187,12 @@ def measure_ranking(
             (by descending passage id).
         qrels: query id -> passage id -> relevance. Each of its queries is measured; a query that
             the ranking lacks has 0 everywhere.
-        measures: see `parse_measures`.
+        measures: see `parse_measures`; `accuracy` is left out, see `measure_answers`.
 
     Returns:
         query id -> measure -> value.
     """
+    measures = [measure for measure in measures if measure.name != ACCURACY]
     values = {query_id: dict.fromkeys(measures, 0.0) for query_id in qrels}
     evaluations: dict[tuple[int | None, int], dict[Measure, str]] = defaultdict(dict)
     for measure in measures:
@@ -161,6 +232,8 @@ def _measure(word: str) -> Measure:
             f"measure {quoted(word)}: expected one of {', '.join(LIBRARY_NAMES)} with a cut-off, "
             f"such as ndcg@10{near}"
         )
+    if name == ACCURACY and match[2]:
+        raise UsageError(f"measure {quoted(word)}: {ACCURACY} has no parameters")
     parameters = dict(re.findall(r"([a-z]+)[=_]([\d.]+)", match[2]))
     import ir_measures
 

@@ -84,21 +84,39 @@ def named_ranking(
         keep_own_id: keep a passage that has the query's own id. BEIR leaves it out, because in
             some of its collections the queries are passages of the corpus.
     """
+    if not keep_own_id:
+        rows, scores = without_own_ids(queries, ids, rows, scores)
+    found = _names(ids, rows[:, :depth])
+    return {
+        query.id: [pair for pair in zip(names, values, strict=True) if pair[0] is not None]
+        for query, names, values in zip(queries, found, scores[:, :depth].tolist(), strict=True)
+    }
+
+
+def without_own_ids(
+    queries: Sequence[Query], ids: pa.ChunkedArray, rows: np.ndarray, scores: np.ndarray
+) -> tuple[np.ndarray, np.ndarray]:
+    """What was found, without passages that have their query's id; see `named_ranking`.
+
+    Returns:
+        Rows and scores in the same shapes; a row that is left out is -1 at the end.
+    """
+    own = np.array([query.id for query in queries], dtype=object)[:, None]
+    is_own = _names(ids, rows) == own
+    if not is_own.any():
+        return rows, scores
+    order = np.argsort(is_own, axis=1, kind="stable")
+    kept = np.where(is_own, -1, rows)
+    return np.take_along_axis(kept, order, 1), np.take_along_axis(scores, order, 1)
+
+
+def _names(ids: pa.ChunkedArray, rows: np.ndarray) -> np.ndarray:
+    """The ids at these rows, None where a row is -1, in the same shape."""
     used, places = np.unique(rows, return_inverse=True)
     names = ids.take(used[used >= 0]).to_pylist()
     if len(names) < len(used):
         names.insert(0, None)
-    found = np.array(names, dtype=object)[places.reshape(rows.shape)]
-    ranking = {}
-    for query, passage_ids, values in zip(queries, found, scores.tolist(), strict=True):
-        scored = zip(passage_ids, values, strict=True)
-        kept = [
-            (pid, score)
-            for pid, score in scored
-            if pid is not None and (keep_own_id or pid != query.id)
-        ]
-        ranking[query.id] = kept[:depth]
-    return ranking
+    return np.array(names, dtype=object)[places.reshape(rows.shape)]
 
 
 def write_ranking(

@@ -119,13 +119,17 @@ def _chosen_topics(term: SubsetTerm, sources: SubsetSources) -> Topics:
     topics = sources.topics
     positions = _union(term.strategy.choose(term, sources))
     queries = [topics.queries[position] for position in positions]
-    return Topics(queries, {query.id: topics.qrels[query.id] for query in queries})
+    return topics.of(queries)
 
 
 def _judged_rows(spec: SubsetSpec, corpus: Corpus, topics: Topics) -> list[np.ndarray]:
     """The judged passages of each query that are always included."""
     ids = [
-        [pid for pid, rel in topics.qrels[query.id].items() if rel > 0 or spec.judged == ALL]
+        [
+            pid
+            for pid, rel in topics.qrels.get(query.id, {}).items()
+            if rel > 0 or spec.judged == ALL
+        ]
         for query in topics.queries
     ]
     rows = corpus.rows_of([pid for of_query in ids for pid in of_query])
@@ -182,6 +186,11 @@ def write_subset(
         raise UsageError(
             f"subset {subset.spec.shown} gives each query its own passages, which no folder can "
             "express; write ranking:FILE@K instead"
+        )
+    if not subset.topics.qrels:
+        raise UsageError(
+            "the queries have answers and no judgements, which neither layout can express; choose "
+            "a split with judgements"
         )
     if subset.corpus.tokenised and layout == BEIR:
         raise UsageError("the corpus is token ids; it can be written with --format asyncval only")

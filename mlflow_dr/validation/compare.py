@@ -26,7 +26,12 @@ from mlflow_dr.decisions.comparison import (
 )
 from mlflow_dr.encoder.config import changes_of
 from mlflow_dr.errors import MlflowDrError, NoValuesError, TrackingError, UsageError
-from mlflow_dr.retrieval.measures import DEFAULT_MEASURES, Measure, parse_measures
+from mlflow_dr.retrieval.measures import (
+    DEFAULT_MEASURES,
+    Measure,
+    answers_depth,
+    parse_measures,
+)
 from mlflow_dr.tracking.artifacts import PerQuery, per_query_values
 from mlflow_dr.tracking.checkpoints import Checkpoint, checkpoint_of_step
 from mlflow_dr.tracking.client import connect
@@ -48,6 +53,7 @@ log = logging.getLogger(__name__)
 
 # keys of a validation's configuration that must be equal for values to be comparable
 COMPARABLE = ("corpus", "topics", "subset", "keep_own_id")
+OF_ANSWERS = ("match", "answers")
 FULL_CORPUS = "full"
 AUTO = "auto"
 RUN = re.compile(r"([^/\\]+?)(?:@(\d+))?")
@@ -170,8 +176,10 @@ def compare(config: CompareConfig) -> Comparison:
     ]
     basis = measured[0].config if measured else {}
     data = _eval_dataset(config, basis)
-    _refuse_other_queries(measured, data, basis)
     measures = parse_measures(str(basis.get("measures") or config.measure or DEFAULT_MEASURES))
+    compared = measure or measures[0]
+    match = str(basis.get("match", config.match))
+    _refuse_other_queries(measured, data, basis, compared, match)
     tables: list[PerQuery] = []
     lengths: list[Lengths] = []
     for operand, (values, why_not) in zip(operands, kept, strict=True):
@@ -187,7 +195,7 @@ def compare(config: CompareConfig) -> Comparison:
     comparison = compare_values(
         [operand.label for operand in operands],
         tables,
-        str(measure or measures[0]),
+        str(compared),
         config.seed,
         {query.id: query.text for query in _queries(config.name, measured, data)},
     )
@@ -234,16 +242,20 @@ def _eval_dataset(config: CompareConfig, basis: Mapping[str, object]) -> EvalDat
 
 
 def _refuse_other_queries(
-    measured: Sequence[Operand], data: EvalDataset | None, basis: Mapping[str, object]
+    measured: Sequence[Operand],
+    data: EvalDataset | None,
+    basis: Mapping[str, object],
+    measure: Measure,
+    match: str,
 ) -> None:
     """Refuse to compare values that were measured on different queries, passages or judgements.
 
     Raises:
         UsageError: with both configurations.
     """
+    keys = COMPARABLE + (OF_ANSWERS if answers_depth([measure]) else ())
     configs = [
-        (operand.label, {key: operand.config.get(key) for key in COMPARABLE})
-        for operand in measured
+        (operand.label, {key: operand.config.get(key) for key in keys}) for operand in measured
     ]
     if data is not None:
         now = {
@@ -251,6 +263,7 @@ def _refuse_other_queries(
             "topics": data.topics.digest,
             "subset": FULL_CORPUS,
             "keep_own_id": basis.get("keep_own_id", False),
+            **data.answers_config(EvalConfig((measure,), match=match)),
         }
         configs.append((f"{data.collection.name}/{data.split}", now))
     for label, config in configs[1:]:
@@ -278,6 +291,7 @@ def _evaluate(
         config.device,
         str(basis.get("dtype", AUTO)) if config.dtype == AUTO else config.dtype,
         bool(basis.get("keep_own_id", False)),
+        match=str(basis.get("match", config.match)),
     )
     log.info("%s is evaluated on %s/%s", operand.label, data.collection.name, data.split)
     checkpoint = operand.checkpoint

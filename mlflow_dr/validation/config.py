@@ -27,6 +27,7 @@ from mlflow_dr.fields import (
     Judged,
     KeepOwnId,
     Length,
+    Match,
     Measures,
     RunName,
     SearchBackendName,
@@ -74,6 +75,7 @@ class MeasureConfig(Config):
     """What is measured, and where it is computed."""
 
     measures: Measures = DEFAULT_MEASURES
+    match: Match = "string"
     depth: Depth = None
     device: Devices = "auto"
     dtype: Dtype = "auto"
@@ -98,6 +100,7 @@ class MeasureConfig(Config):
             self.keep_own_id,
             self.search_backend,
             self.engine,
+            self.match,
         )
 
 
@@ -145,6 +148,7 @@ class CompareConfig(Config):
     show the texts of its queries."""
     split: str | None = None
     """The queries to evaluate on (default: the validation's, else dev or test)."""
+    match: Match = "string"
     device: Devices = "auto"
     dtype: Dtype = "auto"
     output: File | None = None
@@ -320,6 +324,7 @@ class RunConfig(PolicyConfig):
     gpus: Count = 1
     """Training processes, each on a GPU of its own (torchrun); the validator uses another one."""
     measures: Measures = DEFAULT_MEASURES
+    match: Match = "string"
     depth: Depth = None
     dtype: Dtype = "auto"
     engine: EngineName = "local"

@@ -18,6 +18,8 @@ from mlflow_dr.encoder.tokenize import TextTokenizer
 from mlflow_dr.engines.opening import LOCAL
 from mlflow_dr.files import digest_of
 from mlflow_dr.retrieval.dense import SearchRequest
+from mlflow_dr.retrieval.matching import AnswerMatcher
+from mlflow_dr.retrieval.measures import answers_depth, check_topics
 from mlflow_dr.retrieval.ranking import check_ranking_ids
 from mlflow_dr.stores.token_table import TokenTable
 from mlflow_dr.subsets.spec import SubsetSpec
@@ -38,6 +40,7 @@ class CorpusTokens:
     def __init__(self, collection: Collection) -> None:
         self.collection = collection
         self._tables: dict[tuple[str, bytes | None], TokenTable] = {}
+        self._matchers: dict[str, AnswerMatcher] = {}
 
     @cached_property
     def corpus(self) -> Corpus:
@@ -48,6 +51,12 @@ class CorpusTokens:
     def tie_ranks(self) -> np.ndarray:
         """Each passage's rank among equal scores, `(n_passages,) int64`."""
         return self.corpus.tie_ranks()
+
+    def matcher(self, match: str) -> AnswerMatcher:
+        """Finds answers in the corpus; its tokens are made once for all checkpoints."""
+        if match not in self._matchers:
+            self._matchers[match] = AnswerMatcher(self.corpus, match)
+        return self._matchers[match]
 
     def table(self, text_tokenizer: TextTokenizer, rows: np.ndarray | None = None) -> TokenTable:
         """The corpus, or these rows of it, as token ids: made once per tokenizer and settings."""
@@ -144,6 +153,27 @@ class EvalDataset:
                 "--keep-own-id",
                 *(self.collection.name, self.split, len(relevant), relevant[0]),
             )
+
+    def check_measures(self, settings: EvalConfig) -> None:
+        """Refuse measures of judgements or answers that the split does not have.
+
+        Raises:
+            UsageError: with the measures that it can be measured by.
+        """
+        check_topics(f"{self.collection.name}/{self.split}", self.topics, settings.measures)
+
+    def answers_config(self, settings: EvalConfig) -> dict[str, object]:
+        """What values that are measured by answers depend on; empty if no measure needs them."""
+        if not answers_depth(settings.measures):
+            return {}
+        return {"match": settings.match, "answers": self.topics.answers_digest}
+
+    def keeps_own_id(self, settings: EvalConfig) -> bool:
+        """Whether a passage that has its query's id is kept.
+
+        Leaving it out is a convention of judged queries; other questions are numbered in a file.
+        """
+        return settings.keep_own_id or not self.topics.qrels
 
     def check_ids(self) -> None:
         """Refuse ids that a ranking file cannot hold.

@@ -20,11 +20,18 @@ from mlflow_dr.files import atomic_write
 from mlflow_dr.retrieval.dense import SearchRequest, dense_search, rows_to_encode
 from mlflow_dr.retrieval.measures import (
     Measure,
+    answers_depth,
     check_depth,
     mean_values,
-    measure_ranking,
+    measure_topics,
 )
-from mlflow_dr.retrieval.ranking import Ranking, SearchResult, named_ranking, write_ranking
+from mlflow_dr.retrieval.ranking import (
+    Ranking,
+    SearchResult,
+    named_ranking,
+    without_own_ids,
+    write_ranking,
+)
 from mlflow_dr.subsets.spec import FULL, parse_subset
 from mlflow_dr.tracking.encoders import open_encoder
 from mlflow_dr.validation.config import EvaluateConfig
@@ -95,7 +102,8 @@ def evaluate_all(
         CheckpointError: the encoder gives NaN.
         DataError: a file in the cache was damaged during the evaluation.
         DeviceError: no such device.
-        UsageError: a measure's cut-off is above the depth.
+        UsageError: a measure's cut-off is above the depth, or the split lacks judgements or
+            answers that it needs.
         ValueError: corpora, devices or formats differ.
     """
     tokens, common = requests[0][0].tokens, requests[0][1]
@@ -104,6 +112,7 @@ def evaluate_all(
         places = {(each.engine, each.device, each.dtype) for each in (settings, common)}
         if not is_same or len(places) > 1:
             raise ValueError("one pass is over one corpus, on one device and in one number format")
+        data.check_measures(settings)
         if not settings.keep_own_id:
             data.warn_of_own_ids()
     depths = _depths(requests)
@@ -117,6 +126,9 @@ def evaluate_all(
         start = time.perf_counter()
         dtype = engine.resolve_dtype(common.dtype)
         engine.load(encoder, dtype)
+        for data, settings in requests:
+            if found := answers_depth(settings.measures):
+                data.tokens.matcher(settings.match).prepare(len(data.topics.queries), found)
         results = dense_search(
             encoder,
             text_tokenizer,
@@ -158,7 +170,7 @@ def _depths(requests: Sequence[tuple[EvalDataset, EvalConfig]]) -> list[int]:
 
 def _searches(requests: Sequence[tuple[EvalDataset, EvalConfig]]) -> list[SearchRequest]:
     return [
-        data.search(depth + (0 if settings.keep_own_id else 1))
+        data.search(depth + (0 if data.keeps_own_id(settings) else 1))
         for depth, (data, settings) in zip(_depths(requests), requests, strict=True)
     ]
 
@@ -167,11 +179,15 @@ def _measure(
     data: EvalDataset, settings: EvalConfig, depth: int, result: SearchResult
 ) -> tuple[dict[str, dict[Measure, float]], Ranking]:
     """The values of each query, and the ranking that they measure."""
-    topics = data.topics
-    ranking = named_ranking(
-        topics.queries, data.corpus.ids, result.rows, result.scores, depth, settings.keep_own_id
-    )
-    return measure_ranking(ranking, topics.qrels, settings.measures), ranking
+    topics, ids = data.topics, data.corpus.ids
+    rows, scores = result.rows, result.scores
+    if not data.keeps_own_id(settings):
+        rows, scores = without_own_ids(topics.queries, ids, rows, scores)
+    ranking = named_ranking(topics.queries, ids, rows, scores, depth, keep_own_id=True)
+    hits = None
+    if found := answers_depth(settings.measures):
+        hits = data.tokens.matcher(settings.match).hits(topics.queries, rows[:, :found])
+    return measure_topics(topics, ranking, settings.measures, hits), ranking
 
 
 def evaluate_encoder(config: EvaluateConfig, run: TrackedRun | None = None) -> Report:
@@ -203,6 +219,7 @@ def evaluate_encoder(config: EvaluateConfig, run: TrackedRun | None = None) -> R
         **config.encoder_changes,
     )
     data = EvalDataset(collection, split)
+    data.check_measures(settings)
     if config.subset:
         spec = parse_subset(config.subset[0], config.seed, config.judged)
         data = data.on_subset(spec, settings, tracking_uri=config.tracking_uri)

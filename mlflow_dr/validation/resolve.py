@@ -377,6 +377,7 @@ def _bind_settings(
         UsageError: the name stands for another configuration on this run.
     """
     settings = validation.settings
+    data.check_measures(settings)
     device = device_names(settings.engine, settings.device)
     engine = engines.get(settings.engine, device)
     chosen = replace(settings, device=device, dtype=engine.resolve_dtype(settings.dtype))
@@ -401,4 +402,5 @@ def _result_config(data: EvalDataset, settings: EvalConfig) -> dict[str, object]
         "depth": check_depth(settings.measures, settings.depth),
         "dtype": settings.dtype,
         "keep_own_id": settings.keep_own_id,
+        **data.answers_config(settings),
     }

@@ -30,6 +30,7 @@ class EvalConfig:
         keep_own_id: keep a passage whose id is the query's id.
         search_backend: what compares vectors: `auto`, `faiss`, `torch`, or another package's.
         engine: where encoding runs: `local` or `ray`.
+        match: when a passage holds an answer: `string`, `regex` or `kilt`.
     """
 
     measures: tuple[Measure, ...]
@@ -39,6 +40,7 @@ class EvalConfig:
     keep_own_id: bool = False
     search_backend: str = "auto"
     engine: str = "local"
+    match: str = "string"
 
     def __post_init__(self) -> None:
         check_types(self)

@@ -23,6 +23,7 @@ from mlflow_dr.fields import (
     Files,
     Force,
     KeepOwnId,
+    Match,
     Measures,
     SearchBackendName,
     Seed,
@@ -31,6 +32,7 @@ from mlflow_dr.fields import (
 )
 from mlflow_dr.retrieval.measures import DEFAULT_MEASURES
 
+RESULTS = ("json", "dpr")
 SHARD = re.compile(r"([0-9]{1,9})/([0-9]{1,9})")
 
 
@@ -142,11 +144,15 @@ class SearchConfig(CollectionConfig):
     """What encodes the queries (default: the encoder of the passages)."""
     depth: Depth = None
     measures: Measures = DEFAULT_MEASURES
+    match: Match = "string"
     output: File | None = None
-    """Write the ranking to this file."""
-    file_format: Annotated[Literal["trec", "msmarco", "tevatron"], Flag("--format")] = "trec"
-    """TREC's columns, MS MARCO's query, passage and rank, or Tevatron's query, passage and
-    score."""
+    """Write the ranking to this file; to a .json file as results, with texts and answers."""
+    file_format: Annotated[
+        Literal["trec", "msmarco", "tevatron", "json", "dpr"] | None, Flag("--format")
+    ] = None
+    """TREC's columns (the default); MS MARCO's query, passage and rank; Tevatron's query, passage
+    and score; json, results as a reader takes them (the default for .json), or dpr, the same with
+    scores as strings."""
     shard: Shard = "0/1"
     partial: bool = False
     """Search the shards that are there, although others are missing."""
@@ -164,9 +170,22 @@ class SearchConfig(CollectionConfig):
     def _check_given(self) -> Self:
         if self.shard != "0/1" and self.output is None:
             raise ConfigError("shard", " needs --output, for the ranking that --merge joins")
-        if self.shard != "0/1" and self.file_format == "msmarco":
-            raise ConfigError("file_format", " msmarco has no scores to merge; use trec")
+        if self.shard != "0/1" and self.layout in ("msmarco", *RESULTS):
+            raise ConfigError("file_format", f" {self.layout} cannot be merged; use trec")
         return self
+
+    @property
+    def layout(self) -> str:
+        """The format of the output."""
+        if self.file_format is None:
+            is_json = self.output is not None and self.output.suffix == ".json"
+            return "json" if is_json else "trec"
+        return self.file_format
+
+    @property
+    def writes_results(self) -> bool:
+        """Whether results with texts and answers are written."""
+        return self.output is not None and self.layout in RESULTS
 
 
 class IndexConfig(Config):

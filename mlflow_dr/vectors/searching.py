@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import NamedTuple
 
 import numpy as np
@@ -11,18 +12,19 @@ import pyarrow as pa
 import torch
 
 from mlflow_dr.collection.catalogue import chosen_split, open_collection
-from mlflow_dr.collection.corpus import tie_ranks
+from mlflow_dr.collection.corpus import Corpus, tie_ranks
 from mlflow_dr.collection.records import Query, Topics
+from mlflow_dr.collection.results import write_results
 from mlflow_dr.devices import resolve_device, resolve_dtype, torch_dtype
 from mlflow_dr.errors import UsageError, quoted
 from mlflow_dr.fields import LARGEST
 from mlflow_dr.progress import progress_bar
 from mlflow_dr.retrieval.encode import encode_all
 from mlflow_dr.retrieval.measures import (
+    DEFAULT_OF_ANSWERS,
     Measure,
     check_depth,
-    mean_values,
-    measure_ranking,
+    check_topics,
     parse_measures,
 )
 from mlflow_dr.retrieval.ranking import (
@@ -30,6 +32,7 @@ from mlflow_dr.retrieval.ranking import (
     check_ranking_ids,
     merged_ranking,
     named_ranking,
+    without_own_ids,
     write_ranking,
 )
 from mlflow_dr.retrieval.search import TopK, find_backend
@@ -37,6 +40,7 @@ from mlflow_dr.retrieval.vectors import Vectors, open_vectors
 from mlflow_dr.tracking.encoders import open_encoder
 from mlflow_dr.vectors.config import ConvertConfig, SearchConfig, parse_shard
 from mlflow_dr.vectors.encoding import encoder_digest, query_texts
+from mlflow_dr.vectors.judging import Judge, RankingPart, corpus_rows, ranking_rows
 
 log = logging.getLogger(__name__)
 
@@ -44,6 +48,8 @@ PASSAGES_PER_CHUNK = 32768
 RESULTS_PER_MERGE = 1 << 21
 QUERIES_PER_PART = 1024
 UNJUDGED_DEPTH = 1000
+NO_ROWS = np.empty((0, 0), np.int64)
+RESULTS_DEPTH = 100  # as in DPR
 
 
 class Found(NamedTuple):
@@ -68,6 +74,15 @@ class _QueryVectors(NamedTuple):
     encoder_digest: str | None
     dataset: str | None
     split: str | None
+    texts_digest: str | None = None
+
+
+class _Split(NamedTuple):
+    """The queries that a ranking is measured with."""
+
+    location: str
+    corpus: Corpus
+    topics: Topics
 
 
 def search(config: SearchConfig) -> Found:
@@ -103,32 +118,51 @@ def search(config: SearchConfig) -> Found:
         queries.vectors.shape,
         queries.encoder_digest,
     )
-    topics = _topics(config, queries, passages)
-    depth = _depth(config, topics is not None)
-    if config.output is not None:
-        check_ranking_ids(pa.array(queries.ids, pa.string()), config.file_format)
-        check_ranking_ids(passages.ids, config.file_format)
+    split = _split(config, queries, passages)
+    depth = _depth(config, split is not None)
+    if config.output is not None and not config.writes_results:
+        check_ranking_ids(pa.array(queries.ids, pa.string()), config.layout)
+        check_ranking_ids(passages.ids, config.layout)
     shard, shards = parse_shard(config.shard)
     start, stop = (len(passages) * part // shards for part in (shard, shard + 1))
-    rows, scores = exact_search(
-        queries.vectors,
-        passages,
-        depth + (0 if config.keep_own_id else 1),
-        config.device,
-        config.search_backend,
-        (start, stop),
-    )
-
-    def rankings() -> Iterator[Ranking]:
-        for first in range(0, len(queries.ids), QUERIES_PER_PART):
-            part = slice(first, first + QUERIES_PER_PART)
-            named = [Query(name, "") for name in queries.ids[part]]
-            yield named_ranking(
-                named, passages.ids, rows[part], scores[part], depth, config.keep_own_id
+    is_measured = shards == 1 and (config.writes_results or not config.partial)
+    keep_own_id = config.keep_own_id or (split is not None and not split.topics.qrels)
+    with _judge(config, split if is_measured else None) as judge:
+        if judge is not None:
+            judge.prepare(len(queries.ids), depth)
+        rows, scores = exact_search(
+            queries.vectors,
+            passages,
+            depth + (0 if keep_own_id else 1),
+            config.device,
+            config.search_backend,
+            (start, stop),
+        )
+        parts = _parts(queries.ids, passages.ids, (rows, scores), depth, keep_own_id)
+        if judge is not None and split is not None and judge.needs_rows:
+            measured = (
+                RankingPart(ranking, corpus_rows(split.corpus, passages.ids, found))
+                for ranking, found in parts
             )
+            return Found(_finish(config, measured, judge), len(queries.ids), stop - start)
+        return Found(_finish(config, parts, judge), len(queries.ids), stop - start)
 
-    measures = _finish(config, rankings(), topics if shards == 1 and not config.partial else None)
-    return Found(measures, len(queries.ids), stop - start)
+
+def _parts(
+    query_ids: Sequence[str],
+    ids: pa.ChunkedArray,
+    found: tuple[np.ndarray, np.ndarray],
+    depth: int,
+    keep_own_id: bool,
+) -> Iterator[RankingPart]:
+    """Rankings of some queries at a time, with rows of the vectors."""
+    for first in range(0, len(query_ids), QUERIES_PER_PART):
+        queries = [Query(name, "") for name in query_ids[first : first + QUERIES_PER_PART]]
+        rows, scores = (values[first : first + QUERIES_PER_PART] for values in found)
+        if not keep_own_id:
+            rows, scores = without_own_ids(queries, ids, rows, scores)
+        ranking = named_ranking(queries, ids, rows, scores, depth, keep_own_id=True)
+        yield RankingPart(ranking, rows[:, :depth])
 
 
 def exact_search(
@@ -194,41 +228,64 @@ def convert(config: ConvertConfig) -> int:
 
 
 def _merge(config: SearchConfig) -> Found:
-    topics = _topics(config, None, None)
-    ranking = merged_ranking(config.sources, _depth(config, topics is not None))
-    return Found(_finish(config, [ranking], topics), len(ranking), 0)
+    split = _split(config, None, None)
+    ranking = merged_ranking(config.sources, _depth(config, split is not None))
+    with _judge(config, split) as judge:
+        has_rows = judge is not None and split is not None and judge.needs_rows
+        rows = ranking_rows(split.corpus, ranking) if has_rows and split else NO_ROWS
+        measures = _finish(config, [RankingPart(ranking, rows)], judge)
+    return Found(measures, len(ranking), 0)
+
+
+def _judge(config: SearchConfig, split: _Split | None) -> AbstractContextManager[Judge | None]:
+    """What measures, where there is something to measure with.
+
+    Raises:
+        UsageError: results are to be written, and nothing names a collection; or the split lacks
+            judgements or answers that the measures need.
+    """
+    if split is None:
+        if config.writes_results:
+            raise UsageError(
+                f"{config.output}: results have the texts of questions and passages; give "
+                "--dataset, or another --format"
+            )
+        return nullcontext()
+    measures = parse_measures(config.measures)
+    if not split.topics.qrels and "measures" not in config.model_fields_set:
+        measures = parse_measures(DEFAULT_OF_ANSWERS)
+    check_topics(split.location, split.topics, measures)
+    return Judge(split.corpus, split.topics, measures, config.match, config.writes_results)
 
 
 def _finish(
-    config: SearchConfig, rankings: Iterable[Ranking], topics: Topics | None
+    config: SearchConfig, parts: Iterable[RankingPart], judge: Judge | None
 ) -> dict[Measure, float]:
     """Write a ranking and measure it, some queries at a time."""
-    measures = parse_measures(config.measures)
-    per_query: dict[str, dict[Measure, float]] = {}
 
     def measured() -> Iterator[Ranking]:
-        for ranking in rankings:
-            if topics is not None:
-                qrels = {name: topics.qrels[name] for name in ranking if name in topics.qrels}
-                per_query.update(measure_ranking(ranking, qrels, measures))
-            yield ranking
+        for part in parts:
+            if judge is not None:
+                judge.measure(part)
+            yield part.ranking
 
-    if config.output is not None:
-        write_ranking(config.output, measured(), config.file_format)
-    elif topics is not None:
+    if config.output is not None and judge is not None and config.writes_results:
+        results = (result for part in parts for result in judge.results(part))
+        write_results(config.output, results, scores_as_text=config.layout == "dpr")
+    elif config.output is not None:
+        write_ranking(config.output, measured(), config.layout)
+    elif judge is not None:
         for _ in measured():
             pass
-    if topics is None:
-        return {}
-    rest = {name: judged for name, judged in topics.qrels.items() if name not in per_query}
-    return mean_values(per_query | measure_ranking({}, rest, measures))
+    return {} if judge is None else judge.means()
 
 
 def _depth(config: SearchConfig, is_judged: bool) -> int:
+    usual = RESULTS_DEPTH if config.writes_results else UNJUDGED_DEPTH
     if is_judged:
         deepest = check_depth(parse_measures(config.measures), config.depth)
-        return max(deepest, 0 if config.depth or config.output is None else UNJUDGED_DEPTH)
-    return config.depth or UNJUDGED_DEPTH
+        return max(deepest, 0 if config.depth or config.output is None else usual)
+    return config.depth or usual
 
 
 def _queries(config: SearchConfig, passages: Vectors) -> _QueryVectors:
@@ -241,6 +298,7 @@ def _queries(config: SearchConfig, passages: Vectors) -> _QueryVectors:
             about.encoder_digest if about else None,
             about.dataset if about and about.kind == "queries" else None,
             about.split if about else None,
+            about.texts_digest if about and about.kind == "queries" else None,
         )
     name = config.encoder or (passages.manifest.encoder if passages.manifest else None)
     if name is None:
@@ -265,10 +323,10 @@ def _queries(config: SearchConfig, passages: Vectors) -> _QueryVectors:
     return _QueryVectors(texts.ids.to_pylist(), vectors, digest, dataset, split)
 
 
-def _topics(
+def _split(
     config: SearchConfig, queries: _QueryVectors | None, passages: Vectors | None
-) -> Topics | None:
-    """The judgements; None where nothing names a collection that has some."""
+) -> _Split | None:
+    """The queries to measure with; None where nothing names a collection that has some."""
     dataset, split = config.named_dataset()[0], config.split
     if dataset is None and queries is not None:
         dataset, split = queries.dataset, split or queries.split
@@ -280,10 +338,17 @@ def _topics(
         raise UsageError(
             f"{config.sources[0]} has vectors of another corpus ({about.dataset}) than {dataset}"
         )
-    topics = collection.topics(chosen_split(collection, split))
+    split = chosen_split(collection, split)
+    topics = collection.topics(split)
+    told = queries.texts_digest if queries else None
+    if told and told != topics.digest and not topics.qrels:
+        raise UsageError(
+            f"{config.queries} has vectors of other questions than {dataset}/{split}, which are "
+            "told apart by their places in a file; encode these, or name the split that was encoded"
+        )
     unknown = set(queries.ids) - {query.id for query in topics.queries} if queries else set()
     if queries and len(unknown) == len(queries.ids):
         raise UsageError(
             f"no query of {config.queries} is judged in {dataset}, such as {quoted(min(unknown))}"
         )
-    return topics
+    return _Split(f"{dataset}/{split}", collection.corpus(), topics)

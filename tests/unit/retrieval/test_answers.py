@@ -154,9 +154,29 @@ def test_a_search_that_would_take_years(monkeypatch: pytest.MonkeyPatch) -> None
         matches("a" * 100 + "b", "(a|aa)+$")
 
 
+@pytest.mark.parametrize(
+    ("text", "answer", "holds"),
+    [
+        ("The Cats' home", "cat", True),
+        ("a man, a plan", "Man plan", True),
+        ("theatre", "the", True),  # nothing is left of the answer
+        ("U.S. Navy", "us navy", True),
+        ("Beyonce\u0301", "Beyonc\u00e9", False),
+        ("caf\u00e9 \u2013 bar", "caf\u00e9 bar", False),
+        ("anything", "\u200b", False),
+        ("", "cat", False),
+    ],
+)
+def test_answers_are_found_by_kilts_rule(text: str, answer: str, holds: bool) -> None:
+    corpus = Corpus(pa.table({"id": ["p0"], "title": [""], "text": [text]}))
+    found = AnswerFinder(corpus, match="kilt")
+    assert found.holds(0, found.sought([answer])) is holds
+    assert not found.faults(["("])
+
+
 def test_an_unknown_way_to_match_is_refused() -> None:
-    with pytest.raises(UsageError, match="match 'kilt': expected string or regex"):
-        AnswerFinder(Corpus(pa.table({"id": [], "title": [], "text": []})), match="kilt")
+    with pytest.raises(UsageError, match="match 'glob': expected one of string, regex, kilt"):
+        AnswerFinder(Corpus(pa.table({"id": [], "title": [], "text": []})), match="glob")
 
 
 @pytest.mark.parametrize("answer", ["", "  ", "\u200b", "\n\u00a0"])

@@ -28,7 +28,6 @@ TREC = {
     "map": "map_cut",
     "precision": "P",
     "success": "success",
-    "accuracy": "success",
 }
 NAMES = ("mrr", *TREC, "err", "rbp", "judged")
 ALL = tuple(Measure(f"{name}@{cut}") for name in NAMES for cut in CUTS)
@@ -55,7 +54,7 @@ def plain(measure: Measure, ranked: list[str], judged: dict[str, int]) -> float:
             return sum(found) / relevant
         case "precision":
             return sum(hits) / k
-        case "success" | "accuracy":
+        case "success":
             return float(any(hits))
         case "err":
             stops = [(2**gain - 1) / 16 for gain in gains]

@@ -50,7 +50,7 @@ def test_what_encode_needs(values: dict[str, Any], message: str) -> None:
         ({"sources": (Path("a"),), "shard": "0/2"}, "shard needs --output"),
         (
             {"sources": ("a",), "shard": "0/2", "output": "o", "file_format": "msmarco"},
-            "no scores to merge",
+            "msmarco cannot be merged",
         ),
     ],
 )
