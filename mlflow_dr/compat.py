@@ -42,6 +42,17 @@ def flag_actions(parser: argparse.ArgumentParser) -> dict[str, argparse.Action]:
     return dict(parser._option_string_actions)
 
 
+ATTENTIONS = ("_supports_sdpa", "_supports_flash_attn", "_supports_flex_attn")
+"""transformers: what a class of models says about the attention that it can use."""
+
+
+def with_attention_of_backbone(kind: Any) -> Any:
+    """transformers: let a class of models use any attention; its backbone checks which it has."""
+    for name in ATTENTIONS:
+        setattr(kind, name, True)
+    return kind
+
+
 def use_one_gpu(arguments: Any) -> None:
     """transformers: keep Trainer from `nn.DataParallel`, which would split the batch."""
     arguments._n_gpu = 1

@@ -94,7 +94,7 @@ class Backbone(Transformer):
         is_peft_model: bool,
         **options: Any,
     ) -> Any:
-        if _has_unused_pooler(config):
+        if has_unused_pooler(config):
             options["add_pooling_layer"] = False
         loaded: Any = super()._load_model(
             str(self._base),
@@ -156,7 +156,7 @@ def usual_pooling(config: Any) -> str:
     return "last" if looks_left else "mean"
 
 
-def _has_unused_pooler(config: Any) -> bool:
+def has_unused_pooler(config: Any) -> bool:
     """Whether AutoModel would add BERT's pooler, which the vectors do not depend on."""
     kind = transformers.MODEL_MAPPING.get(type(config), None)
     return isinstance(kind, type) and "add_pooling_layer" in inspect.signature(kind).parameters

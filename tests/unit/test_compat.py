@@ -228,3 +228,10 @@ def test_sentence_transformers_loads_with_other_classes_and_names_routes() -> No
         (Router, "_resolve_route"),
     ):
         assert hasattr(kind, name), upgraded("sentence-transformers", f"{kind.__name__}.{name}")
+
+
+@pytest.mark.parametrize("name", compat.ATTENTIONS)
+def test_a_class_of_models_says_which_attention_it_can_use(name: str) -> None:
+    from transformers import PreTrainedModel
+
+    assert getattr(PreTrainedModel, name, None) is False, upgraded("transformers", name)

@@ -58,6 +58,7 @@ ALLOWED_BESIDE = {
     ("extensions", "errors"),
     ("config", "errors"),
     ("config", "terminal"),
+    ("reader", "training"),
 }
 
 HOMES = {

@@ -58,3 +58,26 @@ def write_results(tmp_path: Path) -> Callable[..., Path]:
         return path
 
     return write
+
+
+@pytest.fixture
+def make_reader(tokenizer: Any) -> Callable[[], Any]:
+    """A function that makes a small reader, the same at every call."""
+
+    def make() -> Any:
+        import torch
+
+        from mlflow_dr.reader.model import ExtractiveReader
+
+        torch.manual_seed(5)
+        config = transformers.BertConfig(
+            vocab_size=len(VOCABULARY),
+            hidden_size=16,
+            num_hidden_layers=1,
+            num_attention_heads=2,
+            intermediate_size=32,
+            max_position_embeddings=128,
+        )
+        return ExtractiveReader(config).eval()
+
+    return make

@@ -1,0 +1,203 @@
+"""DPR's reader: a backbone, the start and end of answers, and the relevance of passages.
+
+Source: Karpukhin et al., Dense Passage Retrieval for Open-Domain Question Answering, EMNLP 2020,
+section 6.1.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+from transformers import AutoConfig, AutoModel, AutoTokenizer, PreTrainedConfig, PreTrainedModel
+
+from mlflow_dr import compat
+from mlflow_dr.encoder.checks import checkpoint_errors
+from mlflow_dr.encoder.files import encoder_directory
+from mlflow_dr.errors import CheckpointError, UsageError
+from mlflow_dr.files import grant_umask_modes
+from mlflow_dr.tracking.encoders import open_encoder
+
+ARCHITECTURE = "ExtractiveReader"
+TOKENS_PER_BATCH = 4096
+TOKENS_PER_CUDA_BATCH = 65_536
+LONGER = 1.1
+"""Longest over shortest sequence of a batch; so at least 91 % of its tokens are no padding."""
+INITIAL_SPREAD = 0.02
+
+
+class ReaderLogits(NamedTuple):
+    """What a reader says on sequences; all fp32.
+
+    Attributes:
+        starts: of each token as the first of an answer, `(n, length)`; -inf for padding.
+        ends: of each token as the last, `(n, length)`; -inf for padding.
+        relevance: of each passage, `(n,)`.
+    """
+
+    starts: Tensor
+    ends: Tensor
+    relevance: Tensor
+
+
+@compat.with_attention_of_backbone
+class ExtractiveReader(PreTrainedModel):
+    """A backbone with two linear layers. Its directory is the backbone's, with the layers' weights.
+
+    Args:
+        config: the backbone's.
+    """
+
+    config_class = PreTrainedConfig
+    base_model_prefix = "backbone"
+    supports_gradient_checkpointing = True
+
+    def __init__(self, config: PreTrainedConfig) -> None:
+        super().__init__(config)
+        from mlflow_dr.encoder.backbone import has_unused_pooler
+
+        options = {"add_pooling_layer": False} if has_unused_pooler(config) else {}
+        self.backbone = AutoModel.from_config(config, **options)
+        self.qa_outputs = nn.Linear(config.hidden_size, 2)
+        self.qa_classifier = nn.Linear(config.hidden_size, 1)
+        self.post_init()
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor) -> ReaderLogits:
+        """Logits of sequences, which are read in batches of similar lengths.
+
+        Args:
+            input_ids: `(n, length) int64`, padded at the right.
+            attention_mask: 1 for a token, 0 for padding, `(n, length)`.
+        """
+        lengths = attention_mask.sum(dim=1).cpu().numpy()
+        is_cuda = input_ids.device.type == "cuda"
+        batches = length_batches(lengths, TOKENS_PER_CUDA_BATCH if is_cuda else TOKENS_PER_BATCH)
+        longest = input_ids.shape[1]
+        parts = []
+        for rows in batches:
+            some = torch.from_numpy(rows).to(input_ids.device)
+            width = max(1, int(lengths[rows].max()))
+            mask = attention_mask[some, :width]
+            states = self.backbone(
+                input_ids=input_ids[some, :width], attention_mask=mask
+            ).last_hidden_state
+            spans = self.qa_outputs(states).float().masked_fill(mask[..., None] == 0, -torch.inf)
+            spans = functional.pad(spans, (0, 0, 0, longest - width), value=-torch.inf)
+            parts.append((spans, self.qa_classifier(states[:, 0]).float()[:, 0]))
+        order = torch.from_numpy(np.argsort(np.concatenate(batches))).to(input_ids.device)
+        spans, relevance = (torch.cat(some)[order] for some in zip(*parts, strict=True))
+        return ReaderLogits(spans[..., 0], spans[..., 1], relevance)
+
+
+def length_batches(lengths: np.ndarray, max_tokens: int) -> list[np.ndarray]:
+    """Rows in batches of similar lengths, the longest first.
+
+    Args:
+        lengths: tokens of each row, `(n,)`.
+        max_tokens: rows x longest row of a batch; a single row may exceed it.
+
+    Returns:
+        Row numbers of each batch, `(n_in_batch,) int64`; each row is in exactly one.
+    """
+    order = np.argsort(-lengths, kind="stable")
+    batches: list[np.ndarray] = []
+    start = 0
+    while start < len(order):
+        longest = max(1, int(lengths[order[start]]))
+        room = order[start : start + max(1, max_tokens // longest)]
+        count = int((lengths[room] * LONGER >= longest).sum()) or 1
+        batches.append(order[start : start + count])
+        start += count
+    return batches
+
+
+def reader_loss(
+    relevance: Tensor, starts: Tensor, ends: Tensor, spans: Tensor, span_mask: Tensor
+) -> Tensor:
+    """The sum over questions of two negative log-likelihoods: of the positive, and of its answers.
+
+    Args:
+        relevance: of each question's passages, the positive first, `(n_questions, n_passages)`;
+            -inf where a question has fewer.
+        starts: logits of the positive's tokens, `(n_questions, length)`.
+        ends: the same.
+        spans: first and last token of each answer, `(n_questions, n_spans, 2) int64`.
+        span_mask: whether it is an answer, `(n_questions, n_spans) bool`; one at least is.
+
+    Returns:
+        A number. The likelihood of the answers is the sum over all of their places.
+    """
+    chosen = functional.log_softmax(relevance, dim=1)[:, 0]
+    scores = functional.log_softmax(starts, dim=1).gather(1, spans[..., 0])
+    scores = scores + functional.log_softmax(ends, dim=1).gather(1, spans[..., 1])
+    answers = scores.masked_fill(~span_mask, -torch.inf).logsumexp(dim=1)
+    return -(chosen + answers).sum()
+
+
+def new_reader(name: str, tracking_uri: str | None = None) -> tuple[ExtractiveReader, Any]:
+    """A reader on a backbone, with new layers from torch's random state, and its tokenizer.
+
+    Args:
+        name: an encoder or a bare backbone: a directory, a hub name, or `models:/...`.
+        tracking_uri: the server of `models:/`.
+
+    Raises:
+        UsageError: no encoder has this name, or it has no transformer.
+        CheckpointError: its files are damaged or missing.
+    """
+    encoder = open_encoder(name, tracking_uri, bare_pooling="cls")
+    if not isinstance(encoder.backbone, PreTrainedModel):
+        raise UsageError(f"{name}: has no transformer to read with; choose another model")
+    reader = ExtractiveReader(encoder.backbone.config)
+    reader.backbone = encoder.backbone
+    for layer in (reader.qa_outputs, reader.qa_classifier):
+        nn.init.normal_(layer.weight, std=INITIAL_SPREAD)
+        nn.init.zeros_(layer.bias)
+    return reader, encoder.tokenizer
+
+
+def save_reader(directory: Path, reader: ExtractiveReader, tokenizer: Any) -> None:
+    """Write a reader with its tokenizer: configuration and safetensors."""
+    from mlflow_dr.encoder.backbone import quiet_transformers
+
+    with quiet_transformers():
+        reader.save_pretrained(directory)
+        tokenizer.save_pretrained(directory)
+    grant_umask_modes(directory)
+
+
+def load_reader(name: str) -> tuple[ExtractiveReader, Any]:
+    """A reader in fp32 on the processor, and its tokenizer.
+
+    Args:
+        name: a directory that `save_reader` wrote, or a hub name.
+
+    Raises:
+        UsageError: no model has this name.
+        CheckpointError: it is no reader, or its files are damaged.
+    """
+    from mlflow_dr.encoder.backbone import quiet_transformers
+
+    directory = encoder_directory(name)
+    with checkpoint_errors(directory), quiet_transformers():
+        config = AutoConfig.from_pretrained(directory)
+        if ARCHITECTURE not in (config.architectures or []):
+            raise CheckpointError(
+                f"{directory}: is no reader (architectures are {config.architectures}); train one "
+                "by `mlflow-dr reader-train`"
+            )
+        loaded: Any = ExtractiveReader.from_pretrained(
+            directory,
+            config=config,
+            dtype=torch.float32,
+            use_safetensors=True,
+            output_loading_info=True,
+        )
+        reader, loading = loaded
+        if missing := sorted(loading["missing_keys"]):
+            raise CheckpointError(f"{directory}: has no weights of {missing[0]}; get it again")
+        return reader.eval(), AutoTokenizer.from_pretrained(directory)
