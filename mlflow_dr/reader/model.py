@@ -20,11 +20,10 @@ from mlflow_dr.encoder.checks import checkpoint_errors
 from mlflow_dr.encoder.files import encoder_directory
 from mlflow_dr.errors import CheckpointError, UsageError
 from mlflow_dr.files import grant_umask_modes
+from mlflow_dr.retrieval.encode import TOKENS_PER_BATCH
 from mlflow_dr.tracking.encoders import open_encoder
 
 ARCHITECTURE = "ExtractiveReader"
-TOKENS_PER_BATCH = 4096
-TOKENS_PER_CUDA_BATCH = 65_536
 LONGER = 1.1
 """Longest over shortest sequence of a batch; so at least 91 % of its tokens are no padding."""
 INITIAL_SPREAD = 0.02
@@ -74,8 +73,7 @@ class ExtractiveReader(PreTrainedModel):
             attention_mask: 1 for a token, 0 for padding, `(n, length)`.
         """
         lengths = attention_mask.sum(dim=1).cpu().numpy()
-        is_cuda = input_ids.device.type == "cuda"
-        batches = length_batches(lengths, TOKENS_PER_CUDA_BATCH if is_cuda else TOKENS_PER_BATCH)
+        batches = length_batches(lengths, TOKENS_PER_BATCH[input_ids.device.type])
         longest = input_ids.shape[1]
         parts = []
         for rows in batches:
@@ -85,12 +83,15 @@ class ExtractiveReader(PreTrainedModel):
             states = self.backbone(
                 input_ids=input_ids[some, :width], attention_mask=mask
             ).last_hidden_state
-            spans = self.qa_outputs(states).float().masked_fill(mask[..., None] == 0, -torch.inf)
+            with torch.autocast(input_ids.device.type, enabled=False):  # logits in fp32
+                states = states.float()
+                spans = self.qa_outputs(states).masked_fill(mask[..., None] == 0, -torch.inf)
+                relevance = self.qa_classifier(states[:, 0])[:, 0]
             spans = functional.pad(spans, (0, 0, 0, longest - width), value=-torch.inf)
-            parts.append((spans, self.qa_classifier(states[:, 0]).float()[:, 0]))
+            parts.append((spans, relevance))
         order = torch.from_numpy(np.argsort(np.concatenate(batches))).to(input_ids.device)
-        spans, relevance = (torch.cat(some)[order] for some in zip(*parts, strict=True))
-        return ReaderLogits(spans[..., 0], spans[..., 1], relevance)
+        all_spans, all_relevance = (torch.cat(some)[order] for some in zip(*parts, strict=True))
+        return ReaderLogits(all_spans[..., 0], all_spans[..., 1], all_relevance)
 
 
 def length_batches(lengths: np.ndarray, max_tokens: int) -> list[np.ndarray]:

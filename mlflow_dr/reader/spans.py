@@ -20,19 +20,15 @@ class Span(NamedTuple):
     score: float
 
 
-def best_span(starts: np.ndarray, ends: np.ndarray, max_answer_length: int) -> Span | None:
+def best_span(starts: np.ndarray, ends: np.ndarray, max_answer_length: int) -> Span:
     """The span with the highest score; of equal scores the one that starts, then ends, first.
 
     Args:
-        starts: logits of the passage's tokens, `(n_tokens,)`; tokens that were cut off have none.
+        starts: logits of the passage's tokens, `(n_tokens,)`, at least one; those that were cut off
+            have none.
         ends: the same for the end.
         max_answer_length: the most tokens of an answer.
-
-    Returns:
-        The span; None if there are no tokens.
     """
-    if not len(starts):
-        return None
     length = min(max_answer_length, len(starts))
     padded = np.concatenate([ends.astype(np.float64), np.full(length - 1, -np.inf)])
     scores = starts.astype(np.float64)[:, None] + np.lib.stride_tricks.sliding_window_view(

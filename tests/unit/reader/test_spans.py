@@ -19,10 +19,6 @@ def test_the_best_span_is_that_of_a_search_over_all_spans(length: int) -> None:
         assert best_span(starts, ends, length) == expected
 
 
-def test_a_passage_without_tokens_has_no_span() -> None:
-    assert best_span(np.empty(0), np.empty(0), 10) is None
-
-
 def test_a_span_grows_to_whole_words_also_behind_the_cut() -> None:
     words = [0, 1, 1, 1, 2, None, None]
     assert whole_words(2, 2, words) == (1, 3)

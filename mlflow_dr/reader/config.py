@@ -1,0 +1,105 @@
+"""Configurations of `reader-data`, `reader-train` and `reader-predict`."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+from pydantic import Field
+
+from mlflow_dr.config import Config, Flag
+from mlflow_dr.fields import Count, Device, Dtype, File, Force, Seed, TrackingUri
+
+Number = Annotated[int, Field(ge=0)]
+Positive = Annotated[float, Field(gt=0)]
+GoldPassages = Annotated[
+    File | None,
+    Flag("--gold-passages", "--gold-passages-src"),
+    Field(
+        description="DPR's file of gold passages: passages of a question's own article are its "
+        "positives."
+    ),
+]
+SequenceLength = Annotated[
+    int, Field(ge=16, description="Longest sequence of question, title and passage, in tokens.")
+]
+
+
+class ReaderDataConfig(Config):
+    """`mlflow-dr reader-data`: the reader's data of a retriever's results."""
+
+    results: Annotated[File, Flag("--results", "--retriever-results")]
+    """A retriever's results: JSON as `dense_retriever` of DPR writes it, or JSON lines."""
+    model: Annotated[str, Flag("--model", "--pretrained-model-cfg")] = "bert-base-uncased"
+    """The model whose tokenizer is used."""
+    is_train_set: bool = False
+    """Choose positives and negatives to learn from; without it, the data is for prediction."""
+    gold_passages: GoldPassages = None
+
+
+class ReaderTrainConfig(Config):
+    """`mlflow-dr reader-train`: a reader learns from a retriever's results."""
+
+    train_file: File
+    """A retriever's results with `has_answer` for each passage."""
+    gold_passages: GoldPassages = None
+    model: Annotated[str, Flag("--model", "--pretrained-model-cfg")] = "bert-base-uncased"
+    """What the reader begins with: a directory, a hub name, or models:/... of an encoder."""
+    output_dir: File
+    """Where the reader is written, and checkpoints to resume from."""
+    batch_size: Count = 16
+    """Questions in a step of one process, before --gradient-accumulation-steps."""
+    passages_per_question: Annotated[int, Field(ge=2)] = 24
+    """Passages of a question in a step: one positive, and negatives."""
+    sequence_length: SequenceLength = 350
+    max_n_answers: Count = 10
+    """Most places of answers in a passage that are learnt from."""
+    learning_rate: Positive = 1e-5
+    """Largest learning rate; it falls linearly to 0."""
+    warmup_steps: Number = 0
+    """Steps while the learning rate rises."""
+    weight_decay: Annotated[float, Field(ge=0)] = 0.0
+    """Weight decay of Adam."""
+    adam_eps: Positive = 1e-8
+    """Adam's epsilon."""
+    max_grad_norm: Positive = 1.0
+    """Longest gradient; longer ones are scaled down to it."""
+    num_train_epochs: Positive = 3.0
+    """Visits of each question."""
+    max_steps: Count | None = None
+    """Steps, instead of --num-train-epochs."""
+    gradient_accumulation_steps: Count = 1
+    """Batches of a step."""
+    log_batch_step: Count = 100
+    """Steps between two logged losses."""
+    save_steps: Count | None = None
+    """Steps between two checkpoints to resume from (default: none)."""
+    resume: bool = False
+    """Resume from the last checkpoint in --output-dir."""
+    seed: Seed = 0
+    device: Device = "auto"
+    dtype: Dtype = "auto"
+    tracking_uri: TrackingUri = None
+    force: Force = False
+
+
+class ReaderPredictConfig(Config):
+    """`mlflow-dr reader-predict`: answers of a reader, from a retriever's results."""
+
+    reader: Annotated[str, Flag(positional=True)]
+    results: Annotated[File, Flag("--results", "--dev-file")]
+    """A retriever's results: JSON as `dense_retriever` of DPR writes it, or JSON lines."""
+    gold_passages: GoldPassages = None
+    output: Annotated[File | None, Flag("--output", "--prediction-results-file")] = None
+    """The file of predictions to write, in DPR's layout."""
+    eval_top_docs: Annotated[tuple[Count, ...], Flag("--eval-top-docs")] = ()
+    """Numbers of passages, each of which is evaluated by itself (default: all that are read)."""
+    passages_per_question: Annotated[
+        int, Flag("--passages-per-question", "--passages-per-question-predict"), Field(ge=1, le=100)
+    ] = 50
+    """Passages of a question that are read."""
+    max_answer_length: Count = 10
+    """Longest answer, in tokens."""
+    sequence_length: SequenceLength = 350
+    device: Device = "auto"
+    dtype: Dtype = "auto"
+    force: Force = False

@@ -1,0 +1,235 @@
+"""Answers of a reader: the best passage, then its best span, for several numbers of passages."""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+
+from mlflow_dr.devices import resolve_device, resolve_dtype, torch_dtype
+from mlflow_dr.errors import CheckpointError, UsageError
+from mlflow_dr.files import atomic_write
+from mlflow_dr.progress import progress_bar
+from mlflow_dr.reader.config import ReaderPredictConfig
+from mlflow_dr.reader.data import PassageText, ReaderData, ReaderQuestion
+from mlflow_dr.reader.model import ExtractiveReader, load_reader
+from mlflow_dr.reader.preprocessing import reader_data
+from mlflow_dr.reader.scoring import exact_match, f1
+from mlflow_dr.reader.sequences import SequenceBuilder
+from mlflow_dr.reader.spans import best_passages, best_span, whole_words
+from mlflow_dr.reader.training import check_length
+from mlflow_dr.training.batches import padded
+
+log = logging.getLogger(__name__)
+
+SEQUENCES_AT_A_TIME = 512
+
+
+class Answer(NamedTuple):
+    """An answer that a reader found.
+
+    Attributes:
+        text: cut from the passage.
+        decoded: the text of its tokens, as DPR decodes it: for an uncased model without capitals
+            and accents, and with blanks around punctuation.
+        score: the sum of the logits of its first and its last token.
+        relevance: the logit of the passage.
+        place: the passage's place in the retriever's order, from 0.
+        passage: the passage.
+    """
+
+    text: str
+    decoded: str
+    score: float
+    relevance: float
+    place: int
+    passage: PassageText
+
+
+class QuestionAnswers(NamedTuple):
+    """A question with an answer for each number of passages; None where no passage has a token."""
+
+    question: str
+    gold_answers: list[str]
+    answers: dict[int, Answer | None]
+
+
+class ReaderPredictor:
+    """Finds answers with a reader.
+
+    Args:
+        reader: on its device and in its dtype.
+        tokenizer: the reader's.
+        counts: numbers of passages.
+        length: the most tokens of a sequence.
+        max_answer_length: the most tokens of an answer, before it is extended to whole words.
+    """
+
+    def __init__(
+        self,
+        reader: ExtractiveReader,
+        tokenizer: Any,
+        counts: Sequence[int],
+        length: int = 350,
+        max_answer_length: int = 10,
+    ) -> None:
+        self._reader = reader
+        self._tokenizer = tokenizer
+        self._counts = list(dict.fromkeys(counts))
+        self._length = length
+        self._max_answer_length = max_answer_length
+
+    def predict(self, data: ReaderData) -> Iterator[QuestionAnswers]:
+        """The answers of each question, in order.
+
+        Raises:
+            CheckpointError: the reader gives NaN.
+        """
+        per_call = max(1, SEQUENCES_AT_A_TIME // max(self._counts))
+        for start in range(0, len(data), per_call):
+            questions = [data[index] for index in range(start, min(start + per_call, len(data)))]
+            yield from self._some(data, questions)
+
+    def _some(
+        self, data: ReaderData, questions: Sequence[ReaderQuestion]
+    ) -> Iterator[QuestionAnswers]:
+        most = max(self._counts)
+        pairs = [
+            [data.sequence(question, int(row)) for row in question.others[:most]]
+            for question in questions
+        ]
+        sequences = [ids[: self._length] for some in pairs for ids, _ in some]
+        starts, ends, relevance = self._logits(sequences)
+        first = 0
+        for question, some in zip(questions, pairs, strict=True):
+            rows = slice(first, first + len(some))
+            first += len(some)
+            offsets = np.array([offset for _, offset in some], np.int64)
+            lengths = np.array([min(len(ids), self._length) for ids, _ in some], np.int64)
+            chosen = best_passages(relevance[rows], offsets < lengths, self._counts)
+            answers: dict[int, Answer | None] = dict.fromkeys(self._counts)
+            for count, place in zip(self._counts, chosen, strict=True):
+                if place < 0:
+                    continue
+                row, cut = rows.start + place, slice(offsets[place], lengths[place])
+                span = best_span(starts[row, cut], ends[row, cut], self._max_answer_length)
+                passage = data.passage(int(question.others[place]))
+                ids = some[place][0][offsets[place] :]
+                texts = self._texts(data.builder, passage, ids, span.start, span.end)
+                logit = float(relevance[row])
+                answers[count] = Answer(*texts, span.score, logit, place, passage)
+            yield QuestionAnswers(question.question, question.answers, answers)
+
+    @torch.inference_mode()
+    def _logits(self, sequences: Sequence[np.ndarray]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        if not sequences:
+            empty = np.empty((0, 0), np.float32)
+            return empty, empty, np.empty(0, np.float32)
+        batch = padded(sequences, self._tokenizer.pad_token_id or 0)
+        device = self._reader.device
+        logits = self._reader(**{name: value.to(device) for name, value in batch.items()})
+        starts, ends, relevance = (values.cpu().numpy() for values in logits)
+        if np.isnan(relevance).any() or np.isnan(starts).any() or np.isnan(ends).any():
+            raise CheckpointError("the reader gives NaN; its weights are broken (try --dtype fp32)")
+        return starts, ends, relevance
+
+    def _texts(
+        self, builder: SequenceBuilder, passage: PassageText, ids: np.ndarray, start: int, end: int
+    ) -> tuple[str, str]:
+        """A span as it is in the passage, and as its tokens are decoded."""
+        offsets, words = builder.words(passage.text)
+        start, end = whole_words(start, end, words)
+        decoded = self._tokenizer.decode(
+            ids[start : end + 1].tolist(),
+            skip_special_tokens=True,
+            clean_up_tokenization_spaces=True,
+        )
+        return passage.text[offsets[start, 0] : offsets[end, 1]], decoded
+
+
+def predict_answers(config: ReaderPredictConfig) -> dict[str, float]:
+    """Answer the questions of a file of results, and measure the answers.
+
+    Returns:
+        For each number of passages n: `em@n` and `f1@n` of answers cut from the text, and
+        `em_decoded@n` of DPR's decoded texts.
+
+    Raises:
+        UsageError: the output exists, or more passages are evaluated than are read.
+        DataError: the results cannot be read.
+        CheckpointError: the reader is damaged, or is none.
+    """
+    counts = config.eval_top_docs or (config.passages_per_question,)
+    if max(counts) > config.passages_per_question:
+        raise UsageError(
+            f"--eval-top-docs {max(counts)}: only {config.passages_per_question} passages are "
+            "read; pass a larger --passages-per-question"
+        )
+    if config.output and config.output.exists() and not config.force:
+        raise UsageError(f"{config.output} exists already; --force replaces it")
+    loaded: tuple[Any, Any] = load_reader(config.reader)
+    reader, tokenizer = loaded
+    check_length(reader, config.sequence_length)
+    device = resolve_device(config.device)
+    reader.to(device)
+    reader.backbone.to(torch_dtype(resolve_dtype(config.dtype, device)))
+    data = reader_data(
+        config.results, SequenceBuilder(tokenizer), training=False, gold=config.gold_passages
+    )
+    predictor = ReaderPredictor(
+        reader, tokenizer, counts, config.sequence_length, config.max_answer_length
+    )
+    found = []
+    with progress_bar(len(data), "reading", "questions") as bar:
+        for answers in predictor.predict(data):
+            found.append(answers)
+            bar.update(1)
+    if config.output:
+        write_predictions(config.output, found)
+    return measure_answers(found)
+
+
+def measure_answers(found: Sequence[QuestionAnswers]) -> dict[str, float]:
+    """Mean `em@n`, `f1@n` and `em_decoded@n` over questions; see `predict_answers`."""
+    measures: dict[str, float] = {}
+    for count in found[0].answers if found else ():
+        rows = [(q.answers[count], q.gold_answers) for q in found]
+        texts = [(answer.text if answer else "", gold) for answer, gold in rows]
+        decoded = [(answer.decoded if answer else "", gold) for answer, gold in rows]
+        measures[f"em@{count}"] = float(np.mean([exact_match(*pair) for pair in texts]))
+        measures[f"f1@{count}"] = float(np.mean([f1(*pair) for pair in texts]))
+        measures[f"em_decoded@{count}"] = float(np.mean([exact_match(*pair) for pair in decoded]))
+    return measures
+
+
+def write_predictions(path: Path, found: Sequence[QuestionAnswers]) -> None:
+    """Write answers as DPR's reader does, with `decoded_text` added."""
+    with atomic_write(path) as partial:
+        content = [_record(answers) for answers in found]
+        partial.write_text(json.dumps(content, indent=4), encoding="utf-8")
+
+
+def _record(found: QuestionAnswers) -> Mapping[str, Any]:
+    predictions = []
+    for count, answer in found.answers.items():
+        prediction: dict[str, Any] = {"text": "", "passage_idx": None}
+        if answer is not None:
+            prediction = {
+                "text": answer.text,
+                "score": answer.score,
+                "relevance_score": answer.relevance,
+                "passage_idx": answer.place,
+                "passage": answer.passage.text,
+                "decoded_text": answer.decoded,
+            }
+        predictions.append({"top_k": count, "prediction": prediction})
+    return {
+        "question": found.question,
+        "gold_answers": found.gold_answers,
+        "predictions": predictions,
+    }

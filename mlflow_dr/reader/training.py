@@ -1,0 +1,229 @@
+"""Training the reader by Hugging Face's Trainer."""
+
+from __future__ import annotations
+
+import logging
+import math
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from transformers import Trainer, TrainingArguments, set_seed
+from transformers.trainer_callback import PrinterCallback
+from transformers.trainer_utils import get_last_checkpoint
+
+from mlflow_dr import compat
+from mlflow_dr.devices import resolve_device, resolve_dtype
+from mlflow_dr.encoder.model import positions
+from mlflow_dr.errors import CheckpointError, MlflowDrError, TrainingError, UsageError, one_line
+from mlflow_dr.reader.batches import ReaderCollator, ReaderTrainingSet, by_question
+from mlflow_dr.reader.config import ReaderTrainConfig
+from mlflow_dr.reader.model import (
+    ExtractiveReader,
+    length_batches,
+    new_reader,
+    reader_loss,
+    save_reader,
+)
+from mlflow_dr.reader.preprocessing import reader_data
+from mlflow_dr.reader.sequences import SequenceBuilder
+from mlflow_dr.retrieval.encode import TOKENS_PER_BATCH
+
+log = logging.getLogger(__name__)
+
+
+class ReaderTraining(NamedTuple):
+    """What a training did.
+
+    Attributes:
+        steps: those that were done, in all.
+        questions: those that were learnt from.
+        loss: mean loss of a step.
+        real_tokens: share of the tokens that are not padding.
+    """
+
+    steps: int
+    questions: int
+    loss: float
+    real_tokens: float
+
+
+class ReaderTrainer(Trainer):
+    """Trainer with the reader's loss. Arguments as Hugging Face's Trainer."""
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(**options)
+        self.remove_callback(PrinterCallback)
+        self._tokens = self._computed = 0
+
+    @property
+    def real_tokens(self) -> float:
+        """Share of the tokens so far that are not padding; 1 before the first."""
+        return self._tokens / self._computed if self._computed else 1.0
+
+    def compute_loss(
+        self,
+        model: Any,
+        inputs: Mapping[str, Tensor],
+        return_outputs: bool = False,
+        num_items_in_batch: Any = None,
+    ) -> Any:
+        """The loss of one batch, summed over its questions."""
+        logits = model(inputs["input_ids"], inputs["attention_mask"])
+        relevance, positives = by_question(logits.relevance, inputs["places"])
+        loss = reader_loss(
+            relevance,
+            logits.starts[positives],
+            logits.ends[positives],
+            inputs["spans"],
+            inputs["span_mask"],
+        )
+        if not math.isfinite(float(loss.detach())):
+            raise TrainingError(
+                f"the loss of step {self.state.global_step + 1} is {loss.item()}; try a lower "
+                "--learning-rate or --dtype fp32"
+            )
+        self._count(inputs["attention_mask"])
+        return (loss, logits) if return_outputs else loss
+
+    def _count(self, mask: Tensor) -> None:
+        lengths = mask.sum(dim=1).cpu().numpy()
+        self._tokens += int(lengths.sum())
+        batches = length_batches(lengths, TOKENS_PER_BATCH[mask.device.type])
+        self._computed += sum(len(rows) * int(lengths[rows].max()) for rows in batches)
+
+    def _run_epoch(self, *arguments: Any, **options: Any) -> None:
+        """Run one epoch; the training set gets its number here, also after resuming."""
+        self.train_dataset.set_epoch(options["epoch"])  # type: ignore[union-attr]
+        super()._run_epoch(*arguments, **options)
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Log as Trainer does, with the loss on one line."""
+        super().log(logs, start_time)
+        if "loss" in logs and self.is_world_process_zero():
+            log.info("step %d: loss %.4f", self.state.global_step, logs["loss"])
+
+
+def train_reader(config: ReaderTrainConfig) -> ReaderTraining:
+    """Train a reader and write it to `output_dir`.
+
+    Under torchrun every process calls this; the first one writes.
+
+    Raises:
+        UsageError: the output exists, there is nothing to resume from, or the model is none to read
+            with.
+        DataError: the results cannot be read, or there is nothing to learn from.
+        CheckpointError: the model's files, or the checkpoint to resume from, are damaged.
+        TrainingError: the loss is not a finite number.
+    """
+    checkpoint = _checkpoint(config)
+    arguments = training_arguments(config)
+    set_seed(config.seed)
+    reader, tokenizer = new_reader(config.model, config.tracking_uri)
+    check_length(reader, config.sequence_length)
+    with arguments.main_process_first(desc="preparing the reader's data"):
+        data = reader_data(
+            config.train_file, SequenceBuilder(tokenizer), training=True, gold=config.gold_passages
+        )
+    training_set = ReaderTrainingSet(
+        data,
+        config.sequence_length,
+        config.passages_per_question,
+        config.max_n_answers,
+        config.seed,
+    )
+    if arguments.n_gpu > 1:
+        log.warning("%d GPUs are visible; training uses the first one", arguments.n_gpu)
+        compat.use_one_gpu(arguments)
+    trainer = ReaderTrainer(
+        model=reader,
+        args=arguments,
+        train_dataset=training_set,
+        data_collator=ReaderCollator(tokenizer.pad_token_id or 0),
+        processing_class=tokenizer,
+    )
+    log.info("training %s on %d questions", config.model, len(training_set))
+    result = _resumed(trainer, checkpoint)
+    if trainer.is_world_process_zero():
+        save_reader(config.output_dir, reader, tokenizer)
+    return ReaderTraining(
+        trainer.state.global_step, len(training_set), result.training_loss, trainer.real_tokens
+    )
+
+
+def training_arguments(config: ReaderTrainConfig) -> TrainingArguments:
+    """Hugging Face's arguments of a configuration."""
+    device = resolve_device(config.device)
+    dtype = resolve_dtype(config.dtype, device)
+    return TrainingArguments(
+        output_dir=str(config.output_dir),
+        per_device_train_batch_size=config.batch_size,
+        gradient_accumulation_steps=config.gradient_accumulation_steps,
+        learning_rate=config.learning_rate,
+        warmup_steps=config.warmup_steps,
+        weight_decay=config.weight_decay,
+        adam_epsilon=config.adam_eps,
+        max_grad_norm=config.max_grad_norm,
+        num_train_epochs=config.num_train_epochs,
+        max_steps=config.max_steps or -1,
+        logging_steps=config.log_batch_step,
+        save_strategy="steps" if config.save_steps else "no",
+        save_steps=config.save_steps or 500,
+        seed=config.seed,
+        bf16=dtype == "bf16",
+        fp16=dtype == "fp16",
+        use_cpu=device.type == "cpu",
+        remove_unused_columns=False,
+        disable_tqdm=not sys.stderr.isatty(),
+        report_to="none",
+        ddp_find_unused_parameters=False,
+    )
+
+
+def check_length(reader: ExtractiveReader, length: int) -> None:
+    """Refuse sequences that are longer than the backbone's positions.
+
+    Raises:
+        UsageError: with both numbers.
+    """
+    most = positions(reader.backbone)
+    if most is not None and length > most:
+        raise UsageError(
+            f"--sequence-length {length}: the model reads at most {most} tokens; pass that or less"
+        )
+
+
+def _checkpoint(config: ReaderTrainConfig) -> str | None:
+    """The checkpoint to resume from; None if training begins."""
+    output = Path(config.output_dir)
+    last = get_last_checkpoint(str(output)) if output.is_dir() else None
+    if config.resume:
+        if last is None:
+            raise UsageError(
+                f"{output}: no checkpoint to resume from; train without --resume, and with "
+                "--save-steps to have some"
+            )
+        return last
+    if not config.force and (last or (output / "config.json").exists()):
+        raise UsageError(
+            f"{output} has a reader or its checkpoints already; --resume continues the training, "
+            "--force trains anew"
+        )
+    return None
+
+
+def _resumed(trainer: ReaderTrainer, checkpoint: str | None) -> Any:
+    try:
+        return trainer.train(resume_from_checkpoint=checkpoint)
+    except (MlflowDrError, torch.OutOfMemoryError):
+        raise
+    except (OSError, ValueError, RuntimeError, KeyError) as error:
+        if checkpoint is None:
+            raise
+        raise CheckpointError(
+            f"{checkpoint}: does not fit this training ({one_line(error)}); resume with the flags "
+            "that the training began with, or train anew with --force"
+        ) from error

@@ -1,0 +1,74 @@
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from mlflow_dr.errors import TrainingError, UsageError
+from mlflow_dr.reader.config import ReaderPredictConfig, ReaderTrainConfig
+from mlflow_dr.reader.model import load_reader
+from mlflow_dr.reader.prediction import predict_answers
+from mlflow_dr.reader.training import train_reader
+
+
+@pytest.fixture
+def config(
+    write_results: Callable[..., Path],
+    make_reader: Callable[[], Any],
+    tokenizer: Any,
+    tmp_path: Path,
+) -> ReaderTrainConfig:
+    make_reader().backbone.save_pretrained(tmp_path / "backbone")
+    tokenizer.save_pretrained(tmp_path / "backbone")
+    return ReaderTrainConfig(
+        train_file=write_results(),
+        model=str(tmp_path / "backbone"),
+        output_dir=tmp_path / "reader",
+        batch_size=1,
+        passages_per_question=3,
+        sequence_length=64,
+        learning_rate=0.02,
+        max_steps=24,
+        device="cpu",
+        dtype="fp32",
+    )
+
+
+def test_a_reader_learns_the_answer_of_a_question(
+    config: ReaderTrainConfig, tmp_path: Path
+) -> None:
+    done = train_reader(config)
+    assert (done.steps, done.questions) == (24, 1)
+    assert done.real_tokens > 0.9
+    predict = ReaderPredictConfig(
+        reader=str(tmp_path / "reader"),
+        results=config.train_file,
+        eval_top_docs=(5,),
+        sequence_length=64,
+        device="cpu",
+        dtype="fp32",
+    )
+    assert predict_answers(predict)["em@5"] == 0.5  # the other question has no passage with it
+    with pytest.raises(UsageError, match="--resume continues"):
+        train_reader(config)
+    with pytest.raises(UsageError, match="no checkpoint to resume from"):
+        train_reader(config.replaced(resume=True))
+
+
+def test_a_resumed_training_ends_with_the_same_weights(
+    config: ReaderTrainConfig, tmp_path: Path
+) -> None:
+    whole = config.replaced(max_steps=4, save_steps=2)
+    train_reader(whole)
+    expected = load_reader(str(tmp_path / "reader"))[0].state_dict()
+    (tmp_path / "reader" / "checkpoint-4").rename(tmp_path / "aside")
+    train_reader(whole.replaced(resume=True))
+    resumed = load_reader(str(tmp_path / "reader"))[0].state_dict()
+    for name, weight in expected.items():
+        torch.testing.assert_close(resumed[name], weight, rtol=0, atol=0)
+
+
+def test_a_loss_that_is_no_number_ends_the_training(config: ReaderTrainConfig) -> None:
+    with pytest.raises(TrainingError, match="try a lower --learning-rate"):
+        train_reader(config.replaced(learning_rate=1e30))
