@@ -11,10 +11,10 @@ from typing import Any, NamedTuple
 import numpy as np
 import pyarrow as pa
 
+from mlflow_dr.collection.results import ResultPassage
 from mlflow_dr.errors import DataError
 from mlflow_dr.mapped_file import MappedFile
 from mlflow_dr.progress import progress_bar
-from mlflow_dr.reader.results import RetrievedPassage
 from mlflow_dr.reader.sequences import SequenceBuilder
 
 TOKENS = pa.list_(pa.int32())
@@ -52,7 +52,7 @@ class QuestionPassages(NamedTuple):
 
     question: str
     answers: Sequence[str]
-    passages: Sequence[RetrievedPassage]
+    passages: Sequence[ResultPassage]
     spans: Sequence[Sequence[tuple[int, int]]]
 
 
@@ -199,7 +199,7 @@ def write_reader_data(
         for question in questions:
             own = []
             for passage in question.passages:
-                values = (str(passage.id or ""), passage.title or "", passage.text)
+                values = (str(passage.id), passage.title or "", passage.text)
                 key = hashlib.blake2b("\0".join(values).encode(), digest_size=16).digest()
                 if key not in rows:
                     rows[key] = len(rows)

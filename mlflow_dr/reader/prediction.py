@@ -30,7 +30,7 @@ log = logging.getLogger(__name__)
 SEQUENCES_AT_A_TIME = 512
 
 
-class Answer(NamedTuple):
+class FoundAnswer(NamedTuple):
     """An answer that a reader found.
 
     Attributes:
@@ -56,7 +56,7 @@ class QuestionAnswers(NamedTuple):
 
     question: str
     gold_answers: list[str]
-    answers: dict[int, Answer | None]
+    answers: dict[int, FoundAnswer | None]
 
 
 class ReaderPredictor:
@@ -112,7 +112,7 @@ class ReaderPredictor:
             offsets = np.array([offset for _, offset in some], np.int64)
             lengths = np.array([min(len(ids), self._length) for ids, _ in some], np.int64)
             chosen = best_passages(relevance[rows], offsets < lengths, self._counts)
-            answers: dict[int, Answer | None] = dict.fromkeys(self._counts)
+            answers: dict[int, FoundAnswer | None] = dict.fromkeys(self._counts)
             for count, place in zip(self._counts, chosen, strict=True):
                 if place < 0:
                     continue
@@ -122,7 +122,7 @@ class ReaderPredictor:
                 ids = some[place][0][offsets[place] :]
                 texts = self._texts(data.builder, passage, ids, span.start, span.end)
                 logit = float(relevance[row])
-                answers[count] = Answer(*texts, span.score, logit, place, passage)
+                answers[count] = FoundAnswer(*texts, span.score, logit, place, passage)
             yield QuestionAnswers(question.question, question.answers, answers)
 
     @torch.inference_mode()
@@ -153,7 +153,7 @@ class ReaderPredictor:
 
 
 def predict_answers(config: ReaderPredictConfig) -> dict[str, float]:
-    """Answer the questions of a file of results, and measure the answers.
+    """FoundAnswer the questions of a file of results, and measure the answers.
 
     Returns:
         For each number of passages n: `em@n` and `f1@n` of answers cut from the text, and

@@ -16,14 +16,10 @@ from pathlib import Path
 
 from mlflow_dr.cache import cache_entry
 from mlflow_dr.collection.jsonl import state_of
+from mlflow_dr.collection.results import Result, ResultPassage, read_results
 from mlflow_dr.errors import DataError
 from mlflow_dr.reader.data import QuestionPassages, ReaderData, write_reader_data
-from mlflow_dr.reader.results import (
-    GoldTitles,
-    RetrievalResult,
-    RetrievedPassage,
-    read_results,
-)
+from mlflow_dr.reader.gold import GoldTitles
 from mlflow_dr.reader.sequences import SequenceBuilder, as_characters, find_spans
 
 log = logging.getLogger(__name__)
@@ -106,16 +102,16 @@ def selected(
         if training:
             yield from _for_training(some, builder, gold, limits, skipped)
             continue
-        for result in some:
+        for _, result in some:
             question = gold.original(result.question)
-            passages = result.passages[: limits.max_predicted]
-            yield QuestionPassages(question, result.answers, passages, [])
+            passages = result.ctxs[: limits.max_predicted]
+            yield QuestionPassages(question, result.answer_list, passages, [])
     for reason, count in (+skipped).items():
         log.warning("%s: left out %d %s", results, count, reason)
 
 
 def _for_training(
-    results: Sequence[RetrievalResult],
+    results: Sequence[tuple[str, Result]],
     builder: SequenceBuilder,
     gold: GoldTitles,
     limits: ReaderLimits,
@@ -124,15 +120,15 @@ def _for_training(
     candidates = [
         [
             passage
-            for passage in result.passages[: limits.max_passages]
-            if _has_answer(passage, result)
+            for passage in result.ctxs[: limits.max_passages]
+            if _has_answer(passage, location)
         ]
-        for result in results
+        for location, result in results
     ]
     passages = iter(builder.bare([passage.text for some in candidates for passage in some]))
-    answers = iter(builder.bare([answer for result in results for answer in result.answers]))
-    for result, some in zip(results, candidates, strict=True):
-        sought = [as_characters(next(answers)) for _ in result.answers]
+    answers = iter(builder.bare([text for _, result in results for text in result.answer_list]))
+    for (_, result), some in zip(results, candidates, strict=True):
+        sought = [as_characters(next(answers)) for _ in result.answer_list]
         skipped[NO_TOKENS] += sought.count("")
         spans = [find_spans(as_characters(next(passages)), sought) for _ in some]
         with_spans = [pair for pair in zip(some, spans, strict=True) if pair[1]]
@@ -143,15 +139,17 @@ def _for_training(
         if not positives:
             skipped[NO_POSITIVES] += 1
             continue
-        negatives = [p for p in result.passages[: limits.max_passages] if not p.has_answer]
+        negatives = [p for p in result.ctxs[: limits.max_passages] if not p.has_answer]
         chosen = [*(p for p, _ in positives), *negatives[: limits.negatives(len(positives))]]
-        yield QuestionPassages(question, result.answers, chosen, [spans for _, spans in positives])
+        yield QuestionPassages(
+            question, result.answer_list, chosen, [spans for _, spans in positives]
+        )
 
 
-def _has_answer(passage: RetrievedPassage, result: RetrievalResult) -> bool:
+def _has_answer(passage: ResultPassage, location: str) -> bool:
     if passage.has_answer is None:
         raise DataError(
-            f"{result.location}: a passage has no has_answer (true or false), which says whether "
+            f"{location}: a passage has no has_answer (true or false), which says whether "
             "it has an answer; write the results by `mlflow-dr search --format dpr`, or DPR's "
             "dense_retriever"
         )

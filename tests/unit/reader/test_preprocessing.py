@@ -87,7 +87,7 @@ def test_other_results_or_lengths_are_prepared_again(
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"ctxs": [{"text": "cat"}]}, r"results.json\[0\]: a passage has no has_answer"),
+        ({"ctxs": [{"id": 1, "text": "cat"}]}, r"results.json\[0\]: a passage has no has_answer"),
         ({"answers": ["red"]}, "no question has a passage in which an answer is found"),
         ({"answers": [""]}, "no question has a passage in which an answer is found"),
         ({"ctxs": []}, "no question has a passage in which an answer is found"),
@@ -106,5 +106,5 @@ def test_bad_results_are_one_line(
 def test_a_gold_file_of_another_layout_is_refused(
     write_results: Write, builder: SequenceBuilder
 ) -> None:
-    with pytest.raises(DataError, match="expected DPR's file of gold passages"):
+    with pytest.raises(DataError, match=r"gold\.json: no file of gold"):
         reader_data(write_results(), builder, training=True, gold=write_results([], "gold.json"))
