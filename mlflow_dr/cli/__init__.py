@@ -40,6 +40,9 @@ COMMANDS = {
     "index": "Build a FAISS index of vectors, and measure its recall.",
     "convert": "Write a ranking in another format.",
     "mine": "Find hard negatives for training queries, by BM25 or an encoder.",
+    "reader-data": "Prepare a retriever's results for the reader.",
+    "reader-train": "Train a reader, which finds answers in passages.",
+    "reader-predict": "Answer questions with a reader, and measure exact match.",
     "subset": "Write a subset of a collection to files.",
     "loaders": "Measure ways to load documents: speed, memory, where time goes.",
     "datasets": "List the names of collections.",
@@ -50,6 +53,7 @@ MODULES = {
     **dict.fromkeys(("ui", "status", "best", "prune"), "runs"),
     **dict.fromkeys(("encode", "search", "index", "convert"), "vectors"),
     **dict.fromkeys(("mine", "subset", "datasets"), "collections"),
+    **dict.fromkeys(("reader-data", "reader-train", "reader-predict"), "reader"),
 }
 """The modules of commands that have none of their own name."""
 
@@ -65,7 +69,7 @@ class _Commands(click.Group):
             return None
         os.environ["MLFLOW_DR_COMMAND"] = cmd_name
         module = importlib.import_module(f"mlflow_dr.cli.{MODULES.get(cmd_name, cmd_name)}")
-        command: click.Command = getattr(module, f"{cmd_name}_command")
+        command: click.Command = getattr(module, f"{cmd_name.replace('-', '_')}_command")
         return command
 
     def resolve_command(

@@ -17,7 +17,9 @@ from pathlib import Path
 from mlflow_dr.cache import cache_entry
 from mlflow_dr.collection.jsonl import state_of
 from mlflow_dr.collection.results import Result, ResultPassage, read_results
+from mlflow_dr.encoder.tokenize import load_tokenizer
 from mlflow_dr.errors import DataError
+from mlflow_dr.reader.config import ReaderDataConfig
 from mlflow_dr.reader.data import QuestionPassages, ReaderData, write_reader_data
 from mlflow_dr.reader.gold import GoldTitles
 from mlflow_dr.reader.sequences import SequenceBuilder, as_characters, find_spans
@@ -57,6 +59,13 @@ class ReaderLimits:
         """The most negatives of a question."""
         wanted = self.negatives_per_positive * positives
         return min(max(wanted, self.min_negatives), self.max_negatives)
+
+
+def prepare_data(config: ReaderDataConfig) -> ReaderData:
+    """The reader's data of a configuration; see `reader_data`."""
+    builder = SequenceBuilder(load_tokenizer(config.model))
+    training, gold = config.is_train_set, config.gold_passages
+    return reader_data(config.results, builder, training=training, gold=gold)
 
 
 def reader_data(
