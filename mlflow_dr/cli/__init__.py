@@ -39,6 +39,8 @@ COMMANDS = {
     "search": "Rank passages for queries, from files of vectors.",
     "index": "Build a FAISS index of vectors, and measure its recall.",
     "convert": "Write a ranking in another format.",
+    "import": "Write an encoder from a checkpoint of DPR or GC-DPR.",
+    "export": "Write an encoder as a checkpoint of DPR and GC-DPR.",
     "mine": "Find hard negatives for training queries, by BM25 or an encoder.",
     "reader-data": "Prepare a retriever's results for the reader.",
     "reader-train": "Train a reader, which finds answers in passages.",
@@ -52,6 +54,7 @@ MODULES = {
     **dict.fromkeys(("fidelity", "compare"), "evaluate"),
     **dict.fromkeys(("ui", "status", "best", "prune"), "runs"),
     **dict.fromkeys(("encode", "search", "index", "convert"), "vectors"),
+    **dict.fromkeys(("import", "export"), "dpr"),
     **dict.fromkeys(("mine", "subset", "datasets"), "collections"),
     **dict.fromkeys(("reader-data", "reader-train", "reader-predict"), "reader"),
 }

@@ -39,6 +39,9 @@ class EncoderConfig:
         lowercase: whether text is lower-cased before it is tokenised.
         strip_question_mark: whether one `?` at the end of a query is removed, as DPR does in
             training.
+        title_as_pair: whether title and text are tokenised one by one and cut together, each to
+            half the length if both are longer, as DPR does; the tokenizer's own separator is then
+            between them.
     """
 
     pooling: str = "cls"
@@ -50,6 +53,7 @@ class EncoderConfig:
     title_separator: str = " "
     lowercase: bool = False
     strip_question_mark: bool = False
+    title_as_pair: bool = False
 
     def __post_init__(self) -> None:
         check_types(self)

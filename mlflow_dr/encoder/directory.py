@@ -50,6 +50,8 @@ log = logging.getLogger(__name__)
 CONFIG = "mlflow_dr.json"
 LAYOUT = 2
 OWN_SETTINGS = {"title_separator": str, "strip_question_mark": bool}
+OPTIONAL_SETTINGS = {"title_as_pair": bool}
+"""Settings that are written only where they are not False."""
 LONGEST_BY_DEFAULT = 512
 # task -> names of its prompt, in the library's order
 PROMPTS = {"query": ("query",), "document": ("document", "passage", "corpus")}
@@ -182,7 +184,8 @@ def _own_settings(path: Path) -> dict[str, Any]:
             f"{path}: layout {quoted(layout)} was written by another version of mlflow_dr; this "
             f"version reads layout {LAYOUT}"
         )
-    if {name: type(value) for name, value in own.items()} != OWN_SETTINGS:
+    kinds = {name: type(value) for name, value in own.items()}
+    if kinds not in (OWN_SETTINGS, OWN_SETTINGS | OPTIONAL_SETTINGS):
         expected = ", ".join(f"{name} ({kind.__name__})" for name, kind in OWN_SETTINGS.items())
         raise CheckpointError(f"{path}: encoder is {quoted(own)}; expected {expected}")
     return own

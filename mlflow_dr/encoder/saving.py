@@ -29,7 +29,13 @@ from mlflow_dr.encoder.checks import (
     SOURCES,
     checkpoint_errors,
 )
-from mlflow_dr.encoder.directory import CONFIG, LAYOUT, OWN_SETTINGS, load_encoder
+from mlflow_dr.encoder.directory import (
+    CONFIG,
+    LAYOUT,
+    OPTIONAL_SETTINGS,
+    OWN_SETTINGS,
+    load_encoder,
+)
 from mlflow_dr.encoder.model import Encoder, is_adapted
 from mlflow_dr.files import grant_umask_modes
 
@@ -112,6 +118,7 @@ def _save_part(
         },
     )
     own = {name: getattr(config, name) for name in OWN_SETTINGS}
+    own |= {name: True for name in OPTIONAL_SETTINGS if getattr(config, name)}
     _write(directory / CONFIG, {"layout": LAYOUT, "encoder": own})
     grant_umask_modes(directory)  # safetensors writes files that only their owner can read
     return modules

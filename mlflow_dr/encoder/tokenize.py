@@ -110,7 +110,36 @@ class TextTokenizer:
         if any(passage.tokens is not None for passage in passages):
             tokens = [passage.tokens or () for passage in passages]
             return self._framed(tokens, config.passage_prompt, config.passage_max_length)
+        if config.title_as_pair:
+            return self._pair_ids(passages)
         return self._ids(self.passage_texts(passages), config.passage_max_length)
+
+    def _pair_ids(self, passages: Sequence[Passage]) -> list[list[int]]:
+        """Token ids of titles and texts, the longer of the two cut until both fit, as DPR does."""
+        config, separator = self._config, self._tokenizer.sep_token_id
+        titles = [f"{config.passage_prompt}{passage.title}" for passage in passages]
+        texts = [passage.text.strip() for passage in passages]
+        if config.lowercase:
+            titles, texts = ([text.lower() for text in part] for part in (titles, texts))
+        before, after = self._frame
+        room = max(0, config.passage_max_length - len(before) - len(after) - 1)
+        ids: list[list[int]] = []
+        for passage, title_ids, text_ids in zip(
+            passages, self._all_bare(titles), self._all_bare(texts), strict=True
+        ):
+            if not passage.title:
+                ids.append([*before, *(title_ids + text_ids)[: room + 1], *after])
+                continue
+            if len(title_ids) + len(text_ids) > room:
+                # tokens are dropped one by one from the longer part, of equal ones from the text
+                kept = max(room - len(text_ids), min(len(title_ids), room - room // 2))
+                title_ids, text_ids = title_ids[:kept], text_ids[: room - kept]
+            ids.append([*before, *title_ids, separator, *text_ids, *after])
+        return ids
+
+    def _all_bare(self, texts: Sequence[str]) -> list[list[int]]:
+        options = {"add_special_tokens": False, "verbose": False}
+        return list(self._tokenizer(list(texts), **options)["input_ids"]) if texts else []
 
     def query_digest(self) -> str:
         """A digest of the tokenizer and all settings that `query_ids` depends on."""
@@ -130,6 +159,7 @@ class TextTokenizer:
             config.passage_prompt,
             config.title_separator,
             config.lowercase,
+            *(["pair"] if config.title_as_pair else []),
         )
 
     def _digest(self, max_length: int, *settings: object) -> str:

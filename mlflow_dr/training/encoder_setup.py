@@ -2,20 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import torch
-from torch import Tensor, nn
+from torch import nn
 
 from mlflow_dr.encoder.directory import load_encoder
+from mlflow_dr.encoder.dpr_checkpoint import load_dpr_weights, read_dpr_checkpoint
 from mlflow_dr.encoder.files import encoder_directory
 from mlflow_dr.encoder.lora import add_lora
 from mlflow_dr.encoder.model import Encoder, untie, with_projection
 from mlflow_dr.encoder.tokenize import TextTokenizer, append_eos
-from mlflow_dr.errors import CheckpointError, UsageError, one_line
+from mlflow_dr.errors import UsageError
 from mlflow_dr.tracking.encoders import MODEL_SCHEME
 from mlflow_dr.training.arguments import ModelArguments, TrainingRequest
 from mlflow_dr.training.batches import Collator, TrainingSet, check_negatives, training_set
@@ -75,7 +75,8 @@ def build_encoder(request: TrainingRequest, data: TrainingData, start: str) -> E
     if model.untie_encoder:
         untie(encoder)
     if model.model_file:
-        load_dpr_weights(model.model_file, encoder)
+        checkpoint = read_dpr_checkpoint(Path(model.model_file).expanduser())
+        load_dpr_weights(checkpoint, encoder)
     if model.lora:
         _add_adapters(encoder, model)
     if model.fix_ctx_encoder:
@@ -237,91 +238,3 @@ def freeze_passages(encoder: Encoder) -> None:
         )
     encoder.requires_grad_(False)
     encoder.untied_query_encoder.requires_grad_(True)
-
-
-WEIGHTS = "model_dict"
-QUERIES, PASSAGES = "question_model.", "ctx_model."
-PROJECTION = "encode_proj."
-UNUSED = ("pooler.", "embeddings.position_ids")
-
-
-def load_dpr_weights(file: str, encoder: Encoder) -> None:
-    """Replace an encoder's weights by those of a DPR checkpoint; code in the file is not run.
-
-    Args:
-        file: a checkpoint that DPR wrote by `torch.save`: `model_dict` with `question_model.*` and
-            `ctx_model.*`.
-        encoder: an encoder with separate weights for queries.
-
-    Raises:
-        UsageError: there is no such file, or the encoder has another shape.
-        CheckpointError: the file is damaged, of another kind, or would run code.
-    """
-    if encoder.untied_query_encoder is None:
-        raise UsageError(
-            "--model_file has separate encoders of queries and passages; add --untie_encoder"
-        )
-    state = _read(Path(file).expanduser())
-    for prefix, side in ((QUERIES, encoder.untied_query_encoder), (PASSAGES, encoder)):
-        part = {
-            name.removeprefix(prefix): value
-            for name, value in state.items()
-            if name.startswith(prefix)
-        }
-        if not part:
-            raise CheckpointError(
-                f"{file}: {WEIGHTS} has no {prefix}*; expected a bi-encoder of DPR"
-            )
-        _load(file, side, part)
-
-
-def _load(file: str, encoder: Encoder, part: Mapping[str, Tensor]) -> None:
-    layer = {
-        name.removeprefix(PROJECTION): value
-        for name, value in part.items()
-        if name.startswith(PROJECTION)
-    }
-    weights = {
-        name: value for name, value in part.items() if not name.startswith((PROJECTION, *UNUSED))
-    }
-    projections: list[Any] = [module for module in encoder.head if hasattr(module, "linear")]
-    if bool(layer) != bool(projections):
-        size = len(layer["weight"]) if "weight" in layer else 0
-        raise UsageError(f"--model_file {file} needs --projection_dim {size}")
-    try:
-        missing, unexpected = encoder.backbone.load_state_dict(weights, strict=False)
-        if layer:
-            projections[0].linear.load_state_dict(layer)
-    except RuntimeError as error:
-        raise UsageError(
-            f"--model_file {file}: its weights do not have the model's shapes; name the model that "
-            f"it was trained from by --pretrained_model_cfg ({one_line(error)[:200]})"
-        ) from error
-    missing = [name for name in missing if not name.startswith(UNUSED)]
-    if missing or unexpected:
-        what, name = ("lacks", missing[0]) if missing else ("has an unknown", unexpected[0])
-        raise UsageError(
-            f"--model_file {file} {what} {name}; name the model that it was trained from by "
-            "--pretrained_model_cfg"
-        )
-
-
-def _read(path: Path) -> dict[str, Tensor]:
-    if not path.is_file():
-        raise UsageError(f"--model_file {path}: no such file")
-    try:
-        content: Any = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # a damaged file raises anything
-        raise CheckpointError(
-            f"--model_file {path}: the file is damaged, or has objects whose code would run; if "
-            f"you trust it, save only its weights: torch.save({{'{WEIGHTS}': torch.load(FILE, "
-            f"weights_only=False)['{WEIGHTS}']}}, NEW_FILE) ({type(error).__name__})"
-        ) from error
-    state = content.get(WEIGHTS) if isinstance(content, dict) else None
-    if not isinstance(state, dict) or not all(
-        isinstance(name, str) and isinstance(value, Tensor) for name, value in state.items()
-    ):
-        raise CheckpointError(
-            f"--model_file {path}: no tensors in {WEIGHTS}; expected a checkpoint of DPR"
-        )
-    return state

@@ -7,9 +7,14 @@ from typing import Any
 import pytest
 import torch
 
+from mlflow_dr.encoder import dpr_checkpoint
+from mlflow_dr.encoder.dpr_checkpoint import read_dpr_checkpoint
 from mlflow_dr.encoder.model import Encoder, untie, with_projection
 from mlflow_dr.errors import CheckpointError, UsageError
-from mlflow_dr.training.encoder_setup import load_dpr_weights
+
+
+def load_dpr_weights(file: str, encoder: Encoder) -> None:
+    dpr_checkpoint.load_dpr_weights(read_dpr_checkpoint(Path(file)), encoder)
 
 
 @pytest.fixture

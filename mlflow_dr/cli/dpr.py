@@ -1,0 +1,91 @@
+"""`mlflow-dr import` and `export`: checkpoints of DPR and GC-DPR."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import click
+
+from mlflow_dr.cli.options import takes
+from mlflow_dr.config import Config, Flag
+from mlflow_dr.errors import UsageError
+from mlflow_dr.fields import File, Force, Length, TrackingUri, TrustRemoteCode
+
+
+class ImportConfig(Config):
+    """`mlflow-dr import`: an encoder from a checkpoint of DPR."""
+
+    checkpoint: Annotated[File, Flag(positional=True)]
+    output: File
+    """The folder to write; it must not exist yet."""
+    backbone: str | None = None
+    """Directory or hub name of the BERT that it was trained from, for configuration and vocabulary
+    (default: what the checkpoint says)."""
+    max_length: Length | None = None
+    """Longest question and passage, in tokens (default: what the checkpoint says, else 512)."""
+
+
+class ExportConfig(Config):
+    """`mlflow-dr export`: a checkpoint of DPR from an encoder."""
+
+    encoder: Annotated[str, Flag(positional=True)]
+    output: File
+    """The file to write."""
+    backbone: str = "bert-base-uncased"
+    """What the file names as the BERT that it was trained from; its vocabulary has to be the
+    encoder's."""
+    force: Force = False
+    trust_remote_code: TrustRemoteCode = False
+    tracking_uri: TrackingUri = None
+
+
+@click.command("import")
+@takes(ImportConfig)
+def import_command(config: ImportConfig) -> None:
+    """Write the encoder of a checkpoint that DPR or GC-DPR saved into a directory.
+
+    Both generations are read: flat settings, and those of hydra. No code in the file is run, and of
+    its optimizer nothing is read. Vectors are those of DPR's own programs.
+
+    \b
+    Example:
+        mlflow-dr import dpr_biencoder.39 --output my-encoder
+        mlflow-dr import hf_bert_base.cp --backbone bert-base-uncased --output my-encoder
+    """
+    from mlflow_dr.encoder.dpr_checkpoint import import_dpr
+    from mlflow_dr.encoder.saving import save_encoder
+    from mlflow_dr.files import atomic_write
+
+    if config.output.exists():
+        raise UsageError(f"{config.output} exists already; name another folder")
+    encoder = import_dpr(config.checkpoint, config.backbone, config.max_length)
+    with atomic_write(config.output) as partial:
+        save_encoder(partial, encoder)
+    click.echo(
+        f"two BERTs, {encoder.dimension} dimensions, {encoder.settings.passage_max_length} tokens"
+    )
+    click.echo(f"wrote {config.output}")
+
+
+@click.command("export")
+@takes(ExportConfig)
+def export_command(config: ExportConfig) -> None:
+    """Write an encoder as a checkpoint that DPR and GC-DPR load.
+
+    ENCODER is a directory, a hub name, or models:/<id> or models:/NAME@best for a published
+    checkpoint. Its backbones are BERTs, and its vector is that of the first token, as in DPR.
+
+    \b
+    Example:
+        mlflow-dr export models:/m-0123 --output dpr_biencoder.39
+    """
+    from mlflow_dr.encoder.dpr_checkpoint import export_dpr
+    from mlflow_dr.tracking.encoders import open_encoder
+
+    if config.output.exists() and not config.force:
+        raise UsageError(f"{config.output} exists already; --force replaces it")
+    encoder = open_encoder(
+        config.encoder, config.tracking_uri, trust_remote_code=config.trust_remote_code
+    )
+    export_dpr(encoder, config.output, config.backbone)
+    click.echo(f"wrote {config.output}")
