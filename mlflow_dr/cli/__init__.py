@@ -44,6 +44,7 @@ COMMANDS = {
     "mine": "Find hard negatives for training queries, by BM25 or an encoder.",
     "reader-data": "Prepare a retriever's results for the reader.",
     "reader-train": "Train a reader, which finds answers in passages.",
+    "reader-validate": "Measure each checkpoint of a reader's run.",
     "reader-predict": "Answer questions with a reader, and measure exact match.",
     "subset": "Write a subset of a collection to files.",
     "loaders": "Measure ways to load documents: speed, memory, where time goes.",
@@ -56,7 +57,9 @@ MODULES = {
     **dict.fromkeys(("encode", "search", "index", "convert"), "vectors"),
     **dict.fromkeys(("import", "export"), "dpr"),
     **dict.fromkeys(("mine", "subset", "datasets"), "collections"),
-    **dict.fromkeys(("reader-data", "reader-train", "reader-predict"), "reader"),
+    **dict.fromkeys(
+        tuple(f"reader-{name}" for name in ("data", "train", "validate", "predict")), "reader"
+    ),
 }
 """The modules of commands that have none of their own name."""
 

@@ -1,11 +1,16 @@
-"""`mlflow-dr reader-data`, `reader-train` and `reader-predict`: answers from passages."""
+"""`mlflow-dr reader-data`, `-train`, `-validate` and `-predict`: answers from passages."""
 
 from __future__ import annotations
 
 import click
 
 from mlflow_dr.cli.options import TakesSeveral, takes
-from mlflow_dr.reader.config import ReaderDataConfig, ReaderPredictConfig, ReaderTrainConfig
+from mlflow_dr.reader.config import (
+    ReaderDataConfig,
+    ReaderPredictConfig,
+    ReaderTrainConfig,
+    ReaderValidateConfig,
+)
 
 
 @click.command("reader-data", cls=TakesSeveral)
@@ -32,7 +37,8 @@ def reader_data_command(config: ReaderDataConfig) -> None:
 def reader_train_command(config: ReaderTrainConfig) -> None:
     """Train DPR's reader: which passage has the answer, and where it begins and ends.
 
-    The reader is written to --output-dir, a directory that has everything to read with.
+    The reader is written to --output-dir, a directory that has everything to read with. Losses and
+    checkpoints go to an MLflow run, and `reader-validate` measures the checkpoints.
 
     \b
     Example:
@@ -42,11 +48,33 @@ def reader_train_command(config: ReaderTrainConfig) -> None:
     from mlflow_dr.reader.training import train_reader
 
     done = train_reader(config)
+    if done is None:  # another process of torchrun prints
+        return
     click.echo(
         f"{done.steps} steps, {done.questions} questions, mean loss {done.loss:.4f}, "
         f"{done.real_tokens:.0%} of the tokens were no padding"
     )
     click.echo(f"wrote {config.output_dir}")
+
+
+@click.command("reader-validate", cls=TakesSeveral)
+@takes(ReaderValidateConfig)
+def reader_validate_command(config: ReaderValidateConfig) -> int:
+    """Measure each checkpoint of a reader's run, now and as they come.
+
+    Several validators, on any machines, share the checkpoints of a run. The figures are written to
+    the run and to the checkpoint, at the checkpoint's step, such as `reader/em_at_10`.
+
+    \b
+    Example:
+        mlflow-dr reader-validate --run-id RUN --results dev.json --eval-top-docs 1 5 10
+        mlflow-dr reader-validate --run-id RUN --results dev.json --once
+    """
+    from mlflow_dr.reader.validation import validate_reader
+
+    counts = validate_reader(config)
+    click.echo(f"{counts.done} checkpoints validated, {counts.failed} failed")
+    return 1 if counts.failed else 0
 
 
 @click.command("reader-predict", cls=TakesSeveral)

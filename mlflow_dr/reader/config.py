@@ -7,7 +7,7 @@ from typing import Annotated
 from pydantic import Field
 
 from mlflow_dr.config import Config, Flag
-from mlflow_dr.fields import Count, Device, Dtype, File, Force, Seed, TrackingUri
+from mlflow_dr.fields import RUN, Count, Device, Dtype, File, Force, Seed, TrackingUri
 
 Number = Annotated[int, Field(ge=0)]
 Positive = Annotated[float, Field(gt=0)]
@@ -78,19 +78,22 @@ class ReaderTrainConfig(Config):
     seed: Seed = 0
     device: Device = "auto"
     dtype: Dtype = "auto"
+    publish_steps: Count = 500
+    """Steps between two published checkpoints; the last step is always published."""
     tracking_uri: TrackingUri = None
+    experiment_name: str | None = None
+    """The experiment of a new run."""
+    run_name: str | None = None
+    """The name of the MLflow run."""
     force: Force = False
 
 
-class ReaderPredictConfig(Config):
-    """`mlflow-dr reader-predict`: answers of a reader, from a retriever's results."""
+class ReaderEvalConfig(Config):
+    """How a reader answers the questions of a retriever's results."""
 
-    reader: Annotated[str, Flag(positional=True)]
     results: Annotated[File, Flag("--results", "--dev-file")]
     """A retriever's results: JSON as `dense_retriever` of DPR writes it, or JSON lines."""
     gold_passages: GoldPassages = None
-    output: Annotated[File | None, Flag("--output", "--prediction-results-file")] = None
-    """The file of predictions to write, in DPR's layout."""
     eval_top_docs: Annotated[tuple[Count, ...], Flag("--eval-top-docs")] = ()
     """Numbers of passages, each of which is evaluated by itself (default: all that are read)."""
     passages_per_question: Annotated[
@@ -102,4 +105,25 @@ class ReaderPredictConfig(Config):
     sequence_length: SequenceLength = 350
     device: Device = "auto"
     dtype: Dtype = "auto"
+
+
+class ReaderPredictConfig(ReaderEvalConfig):
+    """`mlflow-dr reader-predict`: answers of a reader, from a retriever's results."""
+
+    reader: Annotated[str, Flag(positional=True)]
+    output: Annotated[File | None, Flag("--output", "--prediction-results-file")] = None
+    """The file of predictions to write, in DPR's layout."""
     force: Force = False
+
+
+class ReaderValidateConfig(ReaderEvalConfig):
+    """`mlflow-dr reader-validate`: figures of each checkpoint of a reader's run."""
+
+    run_id: Annotated[str, RUN]
+    name: Annotated[str, Field(pattern=r"^[\w\- ]+$")] = "reader"
+    """Prefix of the metrics; a name stands for one configuration on a run."""
+    tracking_uri: TrackingUri = None
+    follow: Annotated[bool, Flag(off="--once")] = True
+    """Go on until the run has ended; --once ends when nothing is left to do now."""
+    poll_seconds: Positive = 2.0
+    """Seconds between two requests to the server."""

@@ -6,6 +6,7 @@ section 6.1.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -22,11 +23,32 @@ from mlflow_dr.errors import CheckpointError, UsageError
 from mlflow_dr.files import grant_umask_modes
 from mlflow_dr.retrieval.encode import TOKENS_PER_BATCH
 from mlflow_dr.tracking.encoders import open_encoder
+from mlflow_dr.tracking.mlmodel import is_reader
 
-ARCHITECTURE = "ExtractiveReader"
 LONGER = 1.1
 """Longest over shortest sequence of a batch; so at least 91 % of its tokens are no padding."""
 INITIAL_SPREAD = 0.02
+
+
+class ReaderSource:
+    """The weights of a reader that is trained, for the publisher.
+
+    Args:
+        reader: the reader.
+        tokenizer: the reader's.
+    """
+
+    def __init__(self, reader: ExtractiveReader, tokenizer: Any) -> None:
+        self._reader = reader
+        self._tokenizer = tokenizer
+
+    def state(self) -> Mapping[str, Tensor]:
+        """The reader's weights."""
+        return self._reader.state_dict()
+
+    def save(self, directory: Path, state: Mapping[str, Tensor]) -> None:
+        """Write a directory that `load_reader` reads."""
+        save_reader(directory, self._reader, self._tokenizer, state)
 
 
 class ReaderLogits(NamedTuple):
@@ -161,12 +183,24 @@ def new_reader(name: str, tracking_uri: str | None = None) -> tuple[ExtractiveRe
     return reader, encoder.tokenizer
 
 
-def save_reader(directory: Path, reader: ExtractiveReader, tokenizer: Any) -> None:
-    """Write a reader with its tokenizer: configuration and safetensors."""
+def save_reader(
+    directory: Path,
+    reader: ExtractiveReader,
+    tokenizer: Any,
+    state: Mapping[str, Tensor] | None = None,
+) -> None:
+    """Write a reader with its tokenizer: configuration and safetensors.
+
+    Args:
+        directory: it may exist.
+        reader: the reader.
+        tokenizer: the reader's.
+        state: weights to write instead of the reader's own.
+    """
     from mlflow_dr.encoder.backbone import quiet_transformers
 
     with quiet_transformers():
-        reader.save_pretrained(directory)
+        reader.save_pretrained(directory, state_dict=dict(state) if state else None)
         tokenizer.save_pretrained(directory)
     grant_umask_modes(directory)
 
@@ -186,7 +220,7 @@ def load_reader(name: str) -> tuple[ExtractiveReader, Any]:
     directory = encoder_directory(name)
     with checkpoint_errors(directory), quiet_transformers():
         config = AutoConfig.from_pretrained(directory)
-        if ARCHITECTURE not in (config.architectures or []):
+        if not is_reader(directory):
             raise CheckpointError(
                 f"{directory}: is no reader (architectures are {config.architectures}); train one "
                 "by `mlflow-dr reader-train`"

@@ -15,7 +15,7 @@ from mlflow_dr.devices import resolve_device, resolve_dtype, torch_dtype
 from mlflow_dr.errors import CheckpointError, UsageError
 from mlflow_dr.files import atomic_write
 from mlflow_dr.progress import progress_bar
-from mlflow_dr.reader.config import ReaderPredictConfig
+from mlflow_dr.reader.config import ReaderEvalConfig, ReaderPredictConfig
 from mlflow_dr.reader.data import PassageText, ReaderData, ReaderQuestion
 from mlflow_dr.reader.model import ExtractiveReader, load_reader
 from mlflow_dr.reader.preprocessing import reader_data
@@ -153,49 +153,74 @@ class ReaderPredictor:
 
 
 def predict_answers(config: ReaderPredictConfig) -> dict[str, float]:
-    """FoundAnswer the questions of a file of results, and measure the answers.
+    """Answer the questions of a file of results, and measure the answers.
 
     Returns:
-        For each number of passages n: `em@n` and `f1@n` of answers cut from the text, and
-        `em_decoded@n` of DPR's decoded texts.
+        As `measure_answers`.
 
     Raises:
         UsageError: the output exists, or more passages are evaluated than are read.
         DataError: the results cannot be read.
         CheckpointError: the reader is damaged, or is none.
     """
-    counts = config.eval_top_docs or (config.passages_per_question,)
-    if max(counts) > config.passages_per_question:
-        raise UsageError(
-            f"--eval-top-docs {max(counts)}: only {config.passages_per_question} passages are "
-            "read; pass a larger --passages-per-question"
-        )
+    check_counts(config)
     if config.output and config.output.exists() and not config.force:
         raise UsageError(f"{config.output} exists already; --force replaces it")
-    loaded: tuple[Any, Any] = load_reader(config.reader)
-    reader, tokenizer = loaded
+    found = find_answers(*load_reader(config.reader), config)
+    if config.output:
+        write_predictions(config.output, found)
+    return measure_answers(found)
+
+
+def check_counts(config: ReaderEvalConfig) -> None:
+    """Refuse to evaluate more passages than are read.
+
+    Raises:
+        UsageError: with both numbers.
+    """
+    most = max(config.eval_top_docs, default=0)
+    if most > config.passages_per_question:
+        raise UsageError(
+            f"--eval-top-docs {most}: only {config.passages_per_question} passages are read; pass "
+            "a larger --passages-per-question"
+        )
+
+
+def find_answers(reader: Any, tokenizer: Any, config: ReaderEvalConfig) -> list[QuestionAnswers]:
+    """The answers of a reader to the questions of a file of results, in order.
+
+    Args:
+        reader: as `load_reader` gives it; it is moved to the device.
+        tokenizer: the reader's.
+        config: of the results, and of how they are read.
+    """
     check_length(reader, config.sequence_length)
     device = resolve_device(config.device)
     reader.to(device)
     reader.backbone.to(torch_dtype(resolve_dtype(config.dtype, device)))
-    data = reader_data(
-        config.results, SequenceBuilder(tokenizer), training=False, gold=config.gold_passages
-    )
+    builder = SequenceBuilder(tokenizer)
+    data = reader_data(config.results, builder, training=False, gold=config.gold_passages)
     predictor = ReaderPredictor(
-        reader, tokenizer, counts, config.sequence_length, config.max_answer_length
+        reader,
+        tokenizer,
+        config.eval_top_docs or (config.passages_per_question,),
+        config.sequence_length,
+        config.max_answer_length,
     )
     found = []
     with progress_bar(len(data), "reading", "questions") as bar:
         for answers in predictor.predict(data):
             found.append(answers)
             bar.update(1)
-    if config.output:
-        write_predictions(config.output, found)
-    return measure_answers(found)
+    return found
 
 
 def measure_answers(found: Sequence[QuestionAnswers]) -> dict[str, float]:
-    """Mean `em@n`, `f1@n` and `em_decoded@n` over questions; see `predict_answers`."""
+    """Means over questions, for each number of passages n.
+
+    Returns:
+        `em@n` and `f1@n` of answers cut from the text, and `em_decoded@n` of DPR's decoded texts.
+    """
     measures: dict[str, float] = {}
     for count in found[0].answers if found else ():
         rows = [(q.answers[count], q.gold_answers) for q in found]

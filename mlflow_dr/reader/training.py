@@ -23,6 +23,7 @@ from mlflow_dr.reader.batches import ReaderCollator, ReaderTrainingSet, by_quest
 from mlflow_dr.reader.config import ReaderTrainConfig
 from mlflow_dr.reader.model import (
     ExtractiveReader,
+    ReaderSource,
     length_batches,
     new_reader,
     reader_loss,
@@ -31,8 +32,16 @@ from mlflow_dr.reader.model import (
 from mlflow_dr.reader.preprocessing import reader_data
 from mlflow_dr.reader.sequences import SequenceBuilder
 from mlflow_dr.retrieval.encode import TOKENS_PER_BATCH
+from mlflow_dr.tracking.client import connect
+from mlflow_dr.tracking.runs import TrackedRun, open_run
+from mlflow_dr.training.callbacks import MetricCallback, ScheduledPublishing, every_steps
+from mlflow_dr.training.publishing import Publisher, published_checkpoints
 
 log = logging.getLogger(__name__)
+
+LOSS_METRIC = "train/loss"
+RUN_FILE = "mlflow_run_id.txt"
+"""Names the run in the output directory, for a training that is resumed."""
 
 
 class ReaderTraining(NamedTuple):
@@ -100,17 +109,14 @@ class ReaderTrainer(Trainer):
         self.train_dataset.set_epoch(options["epoch"])  # type: ignore[union-attr]
         super()._run_epoch(*arguments, **options)
 
-    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Log as Trainer does, with the loss on one line."""
-        super().log(logs, start_time)
-        if "loss" in logs and self.is_world_process_zero():
-            log.info("step %d: loss %.4f", self.state.global_step, logs["loss"])
 
-
-def train_reader(config: ReaderTrainConfig) -> ReaderTraining:
+def train_reader(config: ReaderTrainConfig) -> ReaderTraining | None:
     """Train a reader and write it to `output_dir`.
 
     Under torchrun every process calls this; the first one writes.
+
+    Returns:
+        What was done; None in all processes but the first.
 
     Raises:
         UsageError: the output exists, there is nothing to resume from, or the model is none to read
@@ -121,6 +127,8 @@ def train_reader(config: ReaderTrainConfig) -> ReaderTraining:
     """
     checkpoint = _checkpoint(config)
     arguments = training_arguments(config)
+    if arguments.process_index > 0:
+        logging.getLogger("mlflow_dr").setLevel(logging.WARNING)
     set_seed(config.seed)
     reader, tokenizer = new_reader(config.model, config.tracking_uri)
     check_length(reader, config.sequence_length)
@@ -145,13 +153,41 @@ def train_reader(config: ReaderTrainConfig) -> ReaderTraining:
         data_collator=ReaderCollator(tokenizer.pad_token_id or 0),
         processing_class=tokenizer,
     )
-    log.info("training %s on %d questions", config.model, len(training_set))
-    result = _resumed(trainer, checkpoint)
-    if trainer.is_world_process_zero():
-        save_reader(config.output_dir, reader, tokenizer)
+    if arguments.process_index > 0:
+        _resumed(trainer, checkpoint)
+        return None
+    run = open_reader_run(config, checkpoint)
+    with run.finish_on_exit("training the reader"):
+        log.info("training %s on %d questions", config.model, len(training_set))
+        publisher = Publisher(run, ReaderSource(reader, tokenizer), published_checkpoints(run))
+        schedule = every_steps(config.publish_steps)
+        last_step = run.last_step(LOSS_METRIC) if checkpoint else None
+        trainer.add_callback(MetricCallback(run.log_metrics, last_step))
+        trainer.add_callback(ScheduledPublishing(publisher.publish, schedule, initial=False))
+        try:
+            result = _resumed(trainer, checkpoint)
+            save_reader(config.output_dir, reader, tokenizer)
+        finally:
+            publisher.close()
+        if (error := publisher.error()) is not None:
+            raise error
     return ReaderTraining(
         trainer.state.global_step, len(training_set), result.training_loss, trainer.real_tokens
     )
+
+
+def open_reader_run(config: ReaderTrainConfig, checkpoint: str | None) -> TrackedRun:
+    """The run of a training: a new one, or that of the training which is resumed."""
+    client = connect(config.tracking_uri)
+    note = config.output_dir / RUN_FILE
+    run_id = note.read_text(encoding="utf-8").strip() if checkpoint and note.exists() else None
+    run = open_run(client, config.experiment_name, run_id, config.run_name)
+    note.parent.mkdir(parents=True, exist_ok=True)
+    note.write_text(run.id, encoding="utf-8")
+    log.info("run %s (%s)", run.id, run.name)
+    if run_id is None:
+        run.log_params({name: str(value) for name, value in config.model_dump().items()})
+    return run
 
 
 def training_arguments(config: ReaderTrainConfig) -> TrainingArguments:
@@ -216,8 +252,11 @@ def _checkpoint(config: ReaderTrainConfig) -> str | None:
 
 
 def _resumed(trainer: ReaderTrainer, checkpoint: str | None) -> Any:
+    from mlflow_dr.encoder.backbone import quiet_transformers
+
     try:
-        return trainer.train(resume_from_checkpoint=checkpoint)
+        with quiet_transformers():
+            return trainer.train(resume_from_checkpoint=checkpoint)
     except (MlflowDrError, torch.OutOfMemoryError):
         raise
     except (OSError, ValueError, RuntimeError, KeyError) as error:

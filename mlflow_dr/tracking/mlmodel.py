@@ -26,6 +26,9 @@ import yaml
 
 from mlflow_dr.version import VERSION
 
+READER = "ExtractiveReader"
+"""The architecture in the configuration of a reader, which is no encoder."""
+
 MLMODEL = "MLmodel"
 REQUIREMENTS = "requirements.txt"
 PYTHON_ENV = "python_env.yaml"
@@ -51,9 +54,11 @@ def is_description(name: str) -> bool:
 def write_mlmodel(directory: Path) -> None:
     """Describe an encoder's directory to MLflow, as a function from texts to vectors.
 
+    A reader's directory is described as what it is, without a function that MLflow could call.
+
     Args:
-        directory: as `save_encoder` or sentence-transformers wrote it. Only an earlier description
-            in it is changed.
+        directory: as `save_encoder`, sentence-transformers or `save_reader` wrote it. Only an
+            earlier description in it is changed.
     """
     python = platform.python_version()
     versions = _versions()
@@ -70,6 +75,11 @@ def write_mlmodel(directory: Path) -> None:
         "dependencies": [f"python={python}", "pip", {"pip": requirements}],
     }
     _write(directory / CONDA_ENV, conda)
+    if is_reader(directory):
+        of_reader = {"mlflow_dr_reader": {"code": None}}
+        values = {"flavors": of_reader, "mlflow_version": versions["mlflow"]}
+        _write(directory / MLMODEL, values)
+        return
     flavors: dict[str, dict[str, Any]] = {
         "python_function": {
             "loader_module": LOADER,
@@ -88,6 +98,14 @@ def write_mlmodel(directory: Path) -> None:
         "signature": _signature(_vector_size(directory) or ANY_SIZE),
     }
     _write(directory / MLMODEL, model)
+
+
+def is_reader(directory: Path) -> bool:
+    """Whether a directory is a reader's."""
+    try:
+        return READER in (_json(directory / "config.json").get("architectures") or ())
+    except (OSError, TypeError, ValueError, AttributeError, RecursionError):
+        return False
 
 
 def _write_sentence_transformers_folder(directory: Path) -> bool:

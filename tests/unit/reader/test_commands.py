@@ -4,6 +4,7 @@ from pathlib import Path
 from typing import Any
 
 from click.testing import CliRunner
+from mlflow import MlflowClient
 
 from mlflow_dr.cli import group
 
@@ -19,6 +20,7 @@ def test_a_reader_goes_from_results_to_predictions(
     make_reader: Callable[[], Any],
     tokenizer: Any,
     tmp_path: Path,
+    client: MlflowClient,
 ) -> None:
     results = write_results()
     model, reader = tmp_path / "model", tmp_path / "reader"
@@ -30,6 +32,7 @@ def test_a_reader_goes_from_results_to_predictions(
         *("reader-train", "--train_file", results, "--pretrained_model_cfg", model),
         *("--output_dir", reader, "--sequence_length", 64, "--max_steps", 1, "--device", "cpu"),
         *("--batch_size", 1, "--passages_per_question", 2),
+        *("--tracking_uri", client.tracking_uri),
     )
     assert "1 steps, 1 questions, mean loss" in trained
     predictions = tmp_path / "predictions.json"

@@ -4,12 +4,15 @@ from typing import Any
 
 import pytest
 import torch
+from mlflow import MlflowClient
 
 from mlflow_dr.errors import TrainingError, UsageError
 from mlflow_dr.reader.config import ReaderPredictConfig, ReaderTrainConfig
 from mlflow_dr.reader.model import load_reader
 from mlflow_dr.reader.prediction import predict_answers
-from mlflow_dr.reader.training import train_reader
+from mlflow_dr.reader.training import RUN_FILE, train_reader
+from mlflow_dr.tracking.checkpoints import run_checkpoints
+from mlflow_dr.tracking.runs import find_run
 
 
 @pytest.fixture
@@ -18,6 +21,7 @@ def config(
     make_reader: Callable[[], Any],
     tokenizer: Any,
     tmp_path: Path,
+    client: MlflowClient,
 ) -> ReaderTrainConfig:
     make_reader().backbone.save_pretrained(tmp_path / "backbone")
     tokenizer.save_pretrained(tmp_path / "backbone")
@@ -32,6 +36,8 @@ def config(
         max_steps=24,
         device="cpu",
         dtype="fp32",
+        tracking_uri=client.tracking_uri,
+        log_batch_step=2,
     )
 
 
@@ -39,6 +45,7 @@ def test_a_reader_learns_the_answer_of_a_question(
     config: ReaderTrainConfig, tmp_path: Path
 ) -> None:
     done = train_reader(config)
+    assert done is not None
     assert (done.steps, done.questions) == (24, 1)
     assert done.real_tokens > 0.9
     predict = ReaderPredictConfig(
@@ -57,16 +64,22 @@ def test_a_reader_learns_the_answer_of_a_question(
 
 
 def test_a_resumed_training_ends_with_the_same_weights(
-    config: ReaderTrainConfig, tmp_path: Path
+    config: ReaderTrainConfig, tmp_path: Path, client: MlflowClient
 ) -> None:
     whole = config.replaced(max_steps=4, save_steps=2)
     train_reader(whole)
     expected = load_reader(str(tmp_path / "reader"))[0].state_dict()
+    run_id = (tmp_path / "reader" / RUN_FILE).read_text()
     (tmp_path / "reader" / "checkpoint-4").rename(tmp_path / "aside")
     train_reader(whole.replaced(resume=True))
     resumed = load_reader(str(tmp_path / "reader"))[0].state_dict()
     for name, weight in expected.items():
         torch.testing.assert_close(resumed[name], weight, rtol=0, atol=0)
+    run = find_run(client, run_id)
+    assert [checkpoint.step for checkpoint in run_checkpoints(run)] == [4]
+    losses = client.get_metric_history(run_id, "train/loss")
+    assert sorted(point.step for point in losses) == [2, 4]
+    assert run.fetch().info.status == "FINISHED"
 
 
 def test_a_loss_that_is_no_number_ends_the_training(config: ReaderTrainConfig) -> None:
