@@ -33,10 +33,10 @@ ENOUGH_SAMPLES = 50_000  # to say how memory grows
 def study_text(study: LoaderStudy) -> str:
     """The table, what was not measured and why, and the findings in words."""
     repeats = max(len(measured.repeats) for measured in study.measured)
-    what = {"ids": "token ids", "text": "texts", "lookup": "nothing"}[study.payload]
+    what = {"ids": "token ids reach", "text": "texts reach", "lookup": "nothing reaches"}
     lines = [
         f"{len(study.measured)} ways to load documents, of {study.passages} passages of "
-        f"{study.dataset}; {what} reach the training process",
+        f"{study.dataset}; {what[study.payload]} the training process",
         f"medians of {repeats} repeats on {platform.node()}, {os.cpu_count()} cores",
         "",
         in_columns([HEADS, *(_row(measured) for measured in study.measured)]),

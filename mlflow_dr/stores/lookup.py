@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import weakref
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
 
@@ -128,7 +129,15 @@ class MemoryStore(Lookup):
     open_after_fork = True
 
     def open_files(self) -> list[Passage]:
-        """Read all passages."""
+        """Read all passages, in a thread, because malloc gives threads memory of their own.
+
+        What reading leaves free between a million passages would otherwise be used by everything
+        that the main thread does later. Tokenising then takes a quarter longer.
+        """
+        with ThreadPoolExecutor(1) as pool:
+            return pool.submit(self._all).result()
+
+    def _all(self) -> list[Passage]:
         batches = MappedRecords(self.directory).batches()
         return [passage for passages in batches for passage in passages]
 
