@@ -28,6 +28,7 @@ from mlflow_dr.training.batches import padded
 log = logging.getLogger(__name__)
 
 SEQUENCES_AT_A_TIME = 512
+MEASURES = ("em", "f1", "em_decoded")
 
 
 class FoundAnswer(NamedTuple):
@@ -80,7 +81,7 @@ class ReaderPredictor:
     ) -> None:
         self._reader = reader
         self._tokenizer = tokenizer
-        self._counts = list(dict.fromkeys(counts))
+        self._counts = counts
         self._length = length
         self._max_answer_length = max_answer_length
 
@@ -186,6 +187,16 @@ def check_counts(config: ReaderEvalConfig) -> None:
         )
 
 
+def passage_counts(config: ReaderEvalConfig) -> list[int]:
+    """The numbers of passages that are evaluated."""
+    return list(dict.fromkeys(config.eval_top_docs)) or [config.passages_per_question]
+
+
+def measure_names(config: ReaderEvalConfig) -> list[str]:
+    """The names of the figures that `measure_answers` gives."""
+    return [f"{name}@{count}" for count in passage_counts(config) for name in MEASURES]
+
+
 def find_answers(reader: Any, tokenizer: Any, config: ReaderEvalConfig) -> list[QuestionAnswers]:
     """The answers of a reader to the questions of a file of results, in order.
 
@@ -203,7 +214,7 @@ def find_answers(reader: Any, tokenizer: Any, config: ReaderEvalConfig) -> list[
     predictor = ReaderPredictor(
         reader,
         tokenizer,
-        config.eval_top_docs or (config.passages_per_question,),
+        passage_counts(config),
         config.sequence_length,
         config.max_answer_length,
     )
@@ -226,9 +237,13 @@ def measure_answers(found: Sequence[QuestionAnswers]) -> dict[str, float]:
         rows = [(q.answers[count], q.gold_answers) for q in found]
         texts = [(answer.text if answer else "", gold) for answer, gold in rows]
         decoded = [(answer.decoded if answer else "", gold) for answer, gold in rows]
-        measures[f"em@{count}"] = float(np.mean([exact_match(*pair) for pair in texts]))
-        measures[f"f1@{count}"] = float(np.mean([f1(*pair) for pair in texts]))
-        measures[f"em_decoded@{count}"] = float(np.mean([exact_match(*pair) for pair in decoded]))
+        scores = (
+            [exact_match(*pair) for pair in texts],
+            [f1(*pair) for pair in texts],
+            [exact_match(*pair) for pair in decoded],
+        )
+        for name, values in zip(MEASURES, scores, strict=True):
+            measures[f"{name}@{count}"] = float(np.mean(values))
     return measures
 
 

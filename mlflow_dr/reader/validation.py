@@ -12,7 +12,12 @@ from mlflow_dr.errors import CheckpointError, UnavailableError
 from mlflow_dr.files import file_sha256
 from mlflow_dr.reader.config import ReaderValidateConfig
 from mlflow_dr.reader.model import load_reader
-from mlflow_dr.reader.prediction import check_counts, find_answers, measure_answers
+from mlflow_dr.reader.prediction import (
+    check_counts,
+    find_answers,
+    measure_answers,
+    measure_names,
+)
 from mlflow_dr.tracking.checkpoints import Checkpoint
 from mlflow_dr.tracking.claims import Claims, HeartbeatMonitor
 from mlflow_dr.tracking.client import connect
@@ -95,7 +100,8 @@ class _ReaderValidator:
         self._clock = ServerClock()
         self._dataset = (config.results.name, file_sha256(config.results)[:16])
         settings = {name: str(getattr(config, name)) for name in SETTINGS}
-        wanted: dict[str, object] = {"results": self._dataset[1], **settings}
+        measures = " ".join(measure_names(config))
+        wanted = {"results": self._dataset[1], "measures": measures, **settings}
         bound = self._patiently(partial(bind_name, run, config.name, wanted))
         check_same_config(run, config.name, bound, wanted)
 

@@ -6,6 +6,7 @@ from typing import Any
 import pytest
 from mlflow import MlflowClient
 
+from mlflow_dr.decisions.best import find_best
 from mlflow_dr.errors import UsageError
 from mlflow_dr.reader.config import ReaderPredictConfig, ReaderValidateConfig
 from mlflow_dr.reader.model import ReaderSource, save_reader
@@ -66,6 +67,8 @@ def test_each_checkpoint_of_a_run_is_measured_once(
         assert metrics[f"reader/{name.replace('@', '_at_')}"] == value
     history = run.client.get_metric_history(run.id, "reader/em_at_5")
     assert sorted(point.step for point in history) == [2, 4]
+    assert find_best(run).checkpoint.step == 2
+    assert str(find_best(run, "reader/f1@5").metric) == "reader/f1_at_5"
     flavors = (tmp_path / "again" / "MLmodel").read_text()
     assert "mlflow_dr_reader" in flavors and "python_function" not in flavors
 
