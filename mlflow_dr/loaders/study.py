@@ -14,7 +14,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from filelock import FileLock, Timeout
 
@@ -91,38 +91,74 @@ def study_loaders(config: LoadersConfig) -> LoaderStudy:
     """
     with ExitStack() as ending:
         ending.enter_context(_only_study())
-        dataset = config.dataset or DEFAULT_DATASET
-        corpus = enlarged(open_collection(dataset).corpus(), config.passages, config.seed)
-        model = ""
-        if config.model not in (NO_MODEL, TINY):
-            model = ending.enter_context(local_encoder(config.model, config.tracking_uri))
-        elif config.model == TINY or (config.needs_tokenizer and not config.tokenizer):
-            model = str(tiny_encoder_directory(corpus, config.max_length))
-        tokenizer = config.tokenizer or model
-        directories, seconds = _built_stores(config, corpus, tokenizer)
-        state = _state_directory(config, corpus)
-        rows = sampled_rows(state, len(corpus), config.samples, config.seed)
-        workloads = {
-            store: Workload(
-                directory=str(directory),
-                tokenizer=tokenizer,
-                max_length=config.max_length,
-                rows=str(rows),
-                batch_size=config.batch_size,
-                samples=config.samples,
-                seconds=config.seconds,
-                model_batches=config.model_batches,
-                seed=config.seed,
-                device=config.device,
-                backend=config.backend,
-            )
-            for store, directory in directories.items()
-        }
-        measured = _measure_all(config, workloads, model, state)
+        work = _prepare(config, ending)
+        measured = _measure_all(config, work.workloads, work.model, work.state)
         if not any(cell.repeats for cell in measured):
             raise ChildError(f"no cell could be measured: {measured[0].problem}")
-        shutil.rmtree(state)
-    return LoaderStudy(dataset, len(corpus), config.payload, config.model, measured, seconds)
+        shutil.rmtree(work.state)
+    return LoaderStudy(
+        dataset=config.dataset or DEFAULT_DATASET,
+        passages=work.passages,
+        payload=config.payload,
+        model=config.model,
+        cells=measured,
+        build_seconds=work.build_seconds,
+    )
+
+
+class _Work(NamedTuple):
+    """What cells need.
+
+    Attributes:
+        workloads: store -> what its cells load.
+        model: directory or hub name of the encoder that is trained.
+        state: where figures are kept until the study is complete.
+        passages: how many there are.
+        build_seconds: store -> how long its files took to build.
+    """
+
+    workloads: dict[str, Workload]
+    model: str
+    state: Path
+    passages: int
+    build_seconds: dict[str, float]
+
+
+def _prepare(config: LoadersConfig, ending: ExitStack) -> _Work:
+    """Make what cells need; no file is mapped any more when it returns.
+
+    Raises:
+        UsageError: an unknown dataset or encoder, or too few passages.
+        DataError: the dataset's files are damaged, or a store gives other documents than the rest.
+    """
+    dataset = open_collection(config.dataset or DEFAULT_DATASET)
+    corpus = enlarged(dataset.corpus(), config.passages, config.seed)
+    model = ""
+    if config.model not in (NO_MODEL, TINY):
+        model = ending.enter_context(local_encoder(config.model, config.tracking_uri))
+    elif config.model == TINY or (config.needs_tokenizer and not config.tokenizer):
+        model = str(tiny_encoder_directory(corpus, config.max_length))
+    tokenizer = config.tokenizer or model
+    directories, seconds = _built_stores(config, corpus, tokenizer)
+    state = _state_directory(config, corpus)
+    rows = sampled_rows(state, len(corpus), config.samples, config.seed)
+    workloads = {
+        store: Workload(
+            directory=str(directory),
+            tokenizer=tokenizer,
+            max_length=config.max_length,
+            rows=str(rows),
+            batch_size=config.batch_size,
+            samples=config.samples,
+            seconds=config.seconds,
+            model_batches=config.model_batches,
+            seed=config.seed,
+            device=config.device,
+            backend=config.backend,
+        )
+        for store, directory in directories.items()
+    }
+    return _Work(workloads, model, state, len(corpus), seconds)
 
 
 def _built_stores(

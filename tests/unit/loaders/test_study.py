@@ -2,6 +2,7 @@
 
 import logging
 from collections.abc import Callable
+from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
 
@@ -13,7 +14,7 @@ from mlflow_dr.errors import ChildError, UsageError
 from mlflow_dr.files import cache_dir
 from mlflow_dr.loaders.cell import Workload
 from mlflow_dr.loaders.config import LoadersConfig
-from mlflow_dr.loaders.study import _measure_all, logged_study, study_loaders
+from mlflow_dr.loaders.study import _measure_all, _prepare, logged_study, study_loaders
 from mlflow_dr.tracking.client import tracking_uri
 
 
@@ -64,6 +65,14 @@ def test_what_is_measured_is_not_measured_again(
     workloads = {"lookup": replace(workload, seconds=600.0)}
     measured = _measure_all(lookup, workloads, "", tmp_path)
     assert [cell["samples"] for cell in measured] == [7, 392]
+
+
+def test_no_file_of_a_store_stays_mapped_while_cells_are_measured(
+    config: LoadersConfig, own_cache: Path
+) -> None:
+    with ExitStack() as ending:
+        _prepare(config.replaced(store=("corpus", "lookup", "tokens")), ending)
+    assert str(own_cache) not in Path("/proc/self/maps").read_text()
 
 
 def test_a_cell_that_cannot_be_measured_is_passed_over(
