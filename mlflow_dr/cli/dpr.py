@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Annotated
 
 import click
@@ -42,10 +43,11 @@ class ExportConfig(Config):
 @click.command("import")
 @takes(ImportConfig)
 def import_command(config: ImportConfig) -> None:
-    """Write the encoder of a checkpoint that DPR or GC-DPR saved into a directory.
+    """Write the encoder or reader of a checkpoint of DPR or GC-DPR into a directory.
 
-    Both generations are read: flat settings, and those of hydra. No code in the file is run, and of
-    its optimizer nothing is read. Vectors are those of DPR's own programs.
+    CHECKPOINT is a file that they saved, or a directory with the DPRReader of transformers. Both
+    generations are read: flat settings, and those of hydra. No code in the file is run, and of its
+    optimizer nothing is read. Vectors and logits are those of DPR's own programs.
 
     \b
     Example:
@@ -55,9 +57,18 @@ def import_command(config: ImportConfig) -> None:
     from mlflow_dr.encoder.dpr_checkpoint import import_dpr
     from mlflow_dr.encoder.saving import save_encoder
     from mlflow_dr.files import atomic_write
+    from mlflow_dr.reader.dpr_checkpoint import import_dpr_reader, is_dpr_reader
+    from mlflow_dr.reader.model import save_reader
 
     if config.output.exists():
         raise UsageError(f"{config.output} exists already; name another folder")
+    if is_dpr_reader(config.checkpoint):
+        reader, tokenizer = import_dpr_reader(config.checkpoint, config.backbone)
+        with atomic_write(config.output) as partial:
+            save_reader(partial, reader, tokenizer)
+        click.echo(f"a reader, {reader.config.num_hidden_layers} layers")
+        click.echo(f"wrote {config.output}")
+        return
     encoder = import_dpr(config.checkpoint, config.backbone, config.max_length)
     with atomic_write(config.output) as partial:
         save_encoder(partial, encoder)
@@ -70,20 +81,28 @@ def import_command(config: ImportConfig) -> None:
 @click.command("export")
 @takes(ExportConfig)
 def export_command(config: ExportConfig) -> None:
-    """Write an encoder as a checkpoint that DPR and GC-DPR load.
+    """Write an encoder or a reader as a checkpoint that DPR and GC-DPR load.
 
-    ENCODER is a directory, a hub name, or models:/<id> or models:/NAME@best for a published
-    checkpoint. Its backbones are BERTs, and its vector is that of the first token, as in DPR.
+    ENCODER is a directory, also of a reader, a hub name, or models:/<id> or models:/NAME@best for a
+    published checkpoint. Its backbones are BERTs, and its vector is that of the first token, as in
+    DPR.
 
     \b
     Example:
         mlflow-dr export models:/m-0123 --output dpr_biencoder.39
     """
     from mlflow_dr.encoder.dpr_checkpoint import export_dpr
+    from mlflow_dr.reader.dpr_checkpoint import export_dpr_reader
+    from mlflow_dr.reader.model import load_reader
     from mlflow_dr.tracking.encoders import open_encoder
+    from mlflow_dr.tracking.mlmodel import is_reader
 
     if config.output.exists() and not config.force:
         raise UsageError(f"{config.output} exists already; --force replaces it")
+    if is_reader(Path(config.encoder)):
+        export_dpr_reader(*load_reader(config.encoder), config.output, config.backbone)
+        click.echo(f"wrote {config.output}")
+        return
     encoder = open_encoder(
         config.encoder, config.tracking_uri, trust_remote_code=config.trust_remote_code
     )
