@@ -109,7 +109,7 @@ Measures = Annotated[
     Flag("--measures", "--metrics", several=True),
     Field(
         description="What to measure: mrr, ndcg, recall, map, precision or success, each with @k; "
-        "accuracy@k where queries have answers."
+        "accuracy@k where queries have answers; average_rank@k and nll@k of pool:FILE."
     ),
 ]
 Match = Annotated[

@@ -27,6 +27,7 @@ from mlflow_dr.collection.jsonl import (
     read_records,
     state_of,
 )
+from mlflow_dr.collection.rank_pool import RankPool, rank_pool
 from mlflow_dr.collection.records import Query, Topics
 from mlflow_dr.collection.tevatron import TevatronIdRecord, TevatronRecord, TevatronTokenRecord
 from mlflow_dr.errors import DataError, UsageError
@@ -173,6 +174,7 @@ class PassagePool:
             raise UsageError(
                 f"{self.name}: no such file; expected pool:FILE with training examples"
             )
+        self._path = path
         self._files = TrainingFiles(path)
         self.source = f"questions and passages of {self._files.source}"
 
@@ -210,6 +212,23 @@ class PassagePool:
     def examples(self) -> CachedExamples:
         """The examples themselves."""
         return self._files.examples()
+
+    def rank_pool(self) -> RankPool:
+        """Questions and all of their passages, each text once, as DPR's average rank takes them.
+
+        Raises:
+            DataError: a malformed record, passages by id, or no question with a positive.
+        """
+        return self._rank_pool
+
+    @cached_property
+    def _rank_pool(self) -> RankPool:
+        files = training_files(self._path)
+        layout = find_layout(files)
+        if layout.by_id:
+            raise DataError(f"{self.name}: its passages are ids; average rank needs their texts")
+        layout = DprRecordWithOthers if layout is DprRecord else layout
+        return rank_pool(self.name, read_examples(files, layout))
 
 
 def find_layout(files: Sequence[Path]) -> type[ExampleRecord]:

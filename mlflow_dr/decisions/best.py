@@ -80,7 +80,11 @@ def find_best(run: TrackedRun, metric: Metric | str | None = None) -> Best:
             f"yet; `mlflow-dr validate --run-id {run.id}` measures them"
         )
     scored.sort(
-        key=lambda entry: (-entry.value, entry.checkpoint.step, entry.checkpoint.created_ms)
+        key=lambda entry: (
+            -chosen.sign * entry.value,
+            entry.checkpoint.step,
+            entry.checkpoint.created_ms,
+        )
     )
     first = scored[0]
     marked = (

@@ -149,7 +149,7 @@ def select(
     Args:
         checkpoints: all of the run, as they were seen last.
         rules: what is kept.
-        metric: orders the best, higher is better; None where no rule needs it.
+        metric: orders the best; None where no rule needs it.
         validations: name of each validation of the run -> it takes the steps that are multiples of
             this number; 0 where it chooses them itself.
         reasons: model id -> another reason to keep it.
@@ -185,7 +185,9 @@ def _kept_by_rules(
             for checkpoint in by_step
             if (value := metric_value(checkpoint, metric)) is not None and not math.isnan(value)
         ]
-        scored.sort(key=lambda pair: -pair[0])  # of equal values the earlier step is better
+        scored.sort(
+            key=lambda pair: -metric.sign * pair[0]
+        )  # of equal values the earlier step is better
         for rank, (_, model_id) in enumerate(scored[: rules.best], start=1):
             kept[model_id].append(f"best {rank} of {metric}")
     for checkpoint in by_step[-rules.last :] if rules.last else ():

@@ -37,6 +37,7 @@ def plateau(
     waiting: Collection[int] = (),
     since: int | None = None,
     metric: str = "the measure",
+    sign: int = 1,
 ) -> str | None:
     """Why training may stop: none of the last checkpoints is better than those before them.
 
@@ -52,6 +53,7 @@ def plateau(
         waiting: steps of checkpoints that are still to be done.
         since: count checkpoints after this step only; those before it are compared with.
         metric: its name, for the reason.
+        sign: what values were multiplied by so that higher is better, for the reason.
 
     Returns:
         The reason; None where training is to go on.
@@ -77,8 +79,9 @@ def plateau(
     many = "1 checkpoint" if patience == 1 else f"{patience} checkpoints"
     by = f" by more than {min_delta:g}" if min_delta else ""
     return (
-        f"{metric} has not risen{by} for {many}: best {values[best]:.4f} at step {best}, "
-        f"last {_shown(values[last])} at step {last}"
+        f"{metric} has not {'risen' if sign > 0 else 'fallen'}{by} for {many}: best "
+        f"{sign * values[best]:.4f} at step {best}, last {_shown(values[last], sign)} at step "
+        f"{last}"
     )
 
 
@@ -111,7 +114,8 @@ def stop_if_plateau(
         UsageError: patience or min_delta makes no sense.
         TrackingError: the server does not answer.
     """
-    points = metric_points(checkpoints, metric)
+    sign = metric.sign
+    points = [(step, sign * value) for step, value in metric_points(checkpoints, metric)]
     candidates = checkpoints if waiting is None else waiting
     left = {
         checkpoint.step for checkpoint in candidates if _is_waiting(checkpoint, metric.validation)
@@ -123,7 +127,13 @@ def stop_if_plateau(
         return None
     since = state.data.tags.get(PLATEAU_TAG)
     reason = plateau(
-        points, patience, min_delta, left, since=int(since) if since else None, metric=str(metric)
+        points,
+        patience,
+        min_delta,
+        left,
+        since=int(since) if since else None,
+        metric=str(metric),
+        sign=sign,
     )
     if reason is not None:
         request_stop(run, reason)
@@ -137,5 +147,5 @@ def _is_waiting(checkpoint: Checkpoint, validation: str) -> bool:
     return checkpoint.ready and not checkpoint.is_pruned and is_open
 
 
-def _shown(value: float) -> str:
-    return "nan" if value == -math.inf else f"{value:.4f}"
+def _shown(value: float, sign: int) -> str:
+    return "nan" if value == -math.inf else f"{sign * value:.4f}"

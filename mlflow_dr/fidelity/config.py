@@ -27,7 +27,7 @@ from mlflow_dr.fields import (
     Subsets,
     TrackingUri,
 )
-from mlflow_dr.retrieval.measures import DEFAULT_MEASURES, Measure, parse_measures
+from mlflow_dr.retrieval.measures import DEFAULT_MEASURES, Measure, of_pool, parse_measures
 from mlflow_dr.subsets.spec import SubsetSpec, parse_subset
 
 
@@ -79,6 +79,8 @@ class FidelityConfig(CollectionConfig, EncoderOverrides):
         measures = parse_measures(self.measure)
         if len(measures) > 1:
             raise UsageError(f"--measure orders the checkpoints; give one, not {len(measures)}")
+        if of_pool(measures):
+            raise UsageError(f"{self.measure} is of a pool and not of a ranking; give another")
         slugs = [spec.slug for spec in self.specs]
         if not slugs:
             raise UsageError("no subset to study; give --subset, once for each")

@@ -31,6 +31,8 @@ LIBRARY_NAMES = {
     "err": "ERR",
     "rbp": "RBP",
     "judged": "Judged",
+    "average_rank": "",  # of a pool, and so is NLL: ir_measures has neither
+    "nll": "",
 }
 ALIASES = {"rr": "mrr", "r": "recall", "p": "precision", "ap": "map", "hit": "success"}
 TREC_NAMES = {
@@ -42,10 +44,13 @@ TREC_NAMES = {
     "success": "success",
 }
 ACCURACY = "accuracy"
+OF_POOL = ("average_rank", "nll")
+"""Measures of a pool of passages, see `average_rank.py`; lower is better."""
 DEFAULT_PARAMETERS = {"rel": 1.0, "p": 0.8}
 HIGHEST_RELEVANCE = 4  # of ERR
 SPELLING = re.compile(
-    r"([a-z]+)(\((?:[a-z]+=[\d.]+(?:, *)?)*\)|(?:_[a-z]+_[\d.]+)*)(?:@|_at_)([1-9]\d{0,6})"
+    r"(average_rank|[a-z]+)"
+    r"(\((?:[a-z]+=[\d.]+(?:, *)?)*\)|(?:_[a-z]+_[\d.]+)*)(?:@|_at_)([1-9]\d{0,6})"
 )
 
 
@@ -61,7 +66,7 @@ class Measure(str):
     @property
     def name(self) -> str:
         """The name without parameters and cut-off: `precision`."""
-        return self.partition("@")[0].partition("_")[0]
+        return next((name for name in OF_POOL if self.startswith(name)), re.split("[@_]", self)[0])
 
     @property
     def cutoff(self) -> int:
@@ -127,6 +132,21 @@ def check_topics(location: str, topics: Topics, measures: Sequence[Measure]) -> 
             f"{location} has answers and no judgements, so {judged[0]} cannot be measured; use "
             f"--measures {DEFAULT_OF_ANSWERS!r}"
         )
+
+
+def of_pool(measures: Sequence[Measure]) -> bool:
+    """Whether the measures are of a pool.
+
+    Raises:
+        UsageError: only some of them are.
+    """
+    names = {measure.name in OF_POOL for measure in measures}
+    if len(names) > 1:
+        raise UsageError(
+            f"{' and '.join(OF_POOL)} are of a pool of passages and not of a ranking; measure them "
+            "in a validation of their own"
+        )
+    return True in names
 
 
 def measure_topics(
@@ -232,8 +252,10 @@ def _measure(word: str) -> Measure:
             f"measure {quoted(word)}: expected one of {', '.join(LIBRARY_NAMES)} with a cut-off, "
             f"such as ndcg@10{near}"
         )
-    if name == ACCURACY and match[2]:
-        raise UsageError(f"measure {quoted(word)}: {ACCURACY} has no parameters")
+    if name in (ACCURACY, *OF_POOL):
+        if match[2]:
+            raise UsageError(f"measure {quoted(word)}: {name} has no parameters")
+        return Measure(f"{name}@{match[3]}")
     parameters = dict(re.findall(r"([a-z]+)[=_]([\d.]+)", match[2]))
     import ir_measures
 

@@ -15,7 +15,7 @@ from mlflow_dr.tracking.claims import latest_claim
 from mlflow_dr.tracking.client import is_server, shown_uri, tracking_errors, tracking_uri
 from mlflow_dr.tracking.results import PREFIX, State, failure_reason, validation_state
 from mlflow_dr.tracking.runs import TrackedRun
-from mlflow_dr.tracking.validations import recorded_values, run_validations
+from mlflow_dr.tracking.validations import recorded_values, run_validations, sign_of
 
 CLAIMED = "claimed"
 PRUNED = "pruned"
@@ -165,7 +165,8 @@ def curve_summary(run: TrackedRun, name: str, metrics: Sequence[str]) -> str:
     ]
     lines = ["", f"run {run.id}: {len(curve)} checkpoints validated"]
     if curve:
-        best = max(curve, key=lambda point: point[1][metrics[0]])
+        sign = sign_of(metrics[0])
+        best = max(curve, key=lambda point: sign * point[1][metrics[0]])
         for label, (checkpoint, values) in zip(
             ("first", "last", "best"), (curve[0], curve[-1], best), strict=True
         ):

@@ -34,6 +34,19 @@ class Metric(NamedTuple):
     def __str__(self) -> str:
         return f"{self.validation}/{self.key}"
 
+    @property
+    def sign(self) -> int:
+        """What a value is multiplied by so that higher is better: 1 or -1."""
+        return sign_of(self.key)
+
+
+LOWER_IS_BETTER = ("average_rank", "nll")
+
+
+def sign_of(measure: str) -> int:
+    """1 for a measure that should rise, -1 for one that should fall."""
+    return -1 if measure.startswith(LOWER_IS_BETTER) else 1
+
 
 def parse_config(text: str) -> dict[str, object] | None:
     """The configuration in a param of a run; None if the param is malformed."""

@@ -18,7 +18,7 @@ from mlflow_dr.training.flags import check_values, flag, upsample_rates
 from mlflow_dr.training.loss import Objective
 
 WITHOUT_MEANING = "Flag of GC-DPR; accepted, without effect."
-AVERAGE_RANK = "Flag of GC-DPR's average rank, which is not supported."
+AVERAGE_RANK = "Flag of GC-DPR's average rank, which a validator measures here."
 
 
 @dataclass

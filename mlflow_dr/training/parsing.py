@@ -260,8 +260,8 @@ def translated(given: Mapping[str, Any], typed: Mapping[str, str]) -> dict[str, 
     names = [field.name for field in fields(GcDprArguments) if given.get(field.name) is not None]
     if refused := [f"--{name}" for name in names if name.startswith("val_av_rank_")]:
         raise UsageError(
-            f"{', '.join(refused)}: the average rank is not supported; leave the flag out. "
-            "Validators measure MRR, nDCG and recall on --dev_file or --validation_dataset"
+            f"{', '.join(refused)}: average rank is measured outside the training; leave the flag "
+            "out, and run `mlflow-dr validate --dataset pool:DEV_FILE --measures average_rank@30`"
         )
     if (kind := given.get("encoder_model_type")) not in (None, "hf_bert"):
         raise UsageError(

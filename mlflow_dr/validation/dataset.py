@@ -11,15 +11,17 @@ import pyarrow as pa
 
 from mlflow_dr.collection.catalogue import Collection
 from mlflow_dr.collection.corpus import Corpus
+from mlflow_dr.collection.rank_pool import RankPool
 from mlflow_dr.collection.records import Topics
 from mlflow_dr.devices import AUTO, resolve_devices, resolve_dtype
 from mlflow_dr.encoder.token_table import corpus_tokens, subset_tokens
 from mlflow_dr.encoder.tokenize import TextTokenizer
 from mlflow_dr.engines.opening import LOCAL
+from mlflow_dr.errors import UsageError
 from mlflow_dr.files import digest_of
 from mlflow_dr.retrieval.dense import SearchRequest
 from mlflow_dr.retrieval.matching import AnswerMatcher
-from mlflow_dr.retrieval.measures import answers_depth, check_topics
+from mlflow_dr.retrieval.measures import OF_POOL, answers_depth, check_topics, of_pool
 from mlflow_dr.retrieval.ranking import check_ranking_ids
 from mlflow_dr.stores.token_table import TokenTable
 from mlflow_dr.subsets.spec import SubsetSpec
@@ -160,7 +162,26 @@ class EvalDataset:
         Raises:
             UsageError: with the measures that it can be measured by.
         """
+        if of_pool(settings.measures):
+            self.rank_pool  # noqa: B018 - refuses
+            return
         check_topics(f"{self.collection.name}/{self.split}", self.topics, settings.measures)
+
+    @cached_property
+    def rank_pool(self) -> RankPool:
+        """The questions and passages of average rank.
+
+        Raises:
+            UsageError: the collection has none, or a subset is searched.
+        """
+        make = getattr(self.collection, "rank_pool", None)
+        if make is None or self.subset is not None:
+            raise UsageError(
+                f"{' and '.join(OF_POOL)} are measured on all passages of training examples: name "
+                "the file as pool:FILE, without a subset"
+            )
+        pool: RankPool = make()
+        return pool
 
     def answers_config(self, settings: EvalConfig) -> dict[str, object]:
         """What values that are measured by answers depend on; empty if no measure needs them."""

@@ -24,6 +24,7 @@ from mlflow_dr.retrieval.measures import (
     check_depth,
     mean_values,
     measure_topics,
+    of_pool,
 )
 from mlflow_dr.retrieval.ranking import (
     Ranking,
@@ -36,6 +37,7 @@ from mlflow_dr.subsets.spec import FULL, parse_subset
 from mlflow_dr.tracking.encoders import open_encoder
 from mlflow_dr.validation.config import EvaluateConfig
 from mlflow_dr.validation.dataset import EvalDataset
+from mlflow_dr.validation.pool import measure_pool
 from mlflow_dr.validation.validations import EvalConfig
 
 if TYPE_CHECKING:  # without a run no mlflow is needed, which takes seconds to import
@@ -77,7 +79,6 @@ def evaluate(
     return report
 
 
-@unchanged_cache()
 def evaluate_all(
     encoder: Encoder,
     requests: Sequence[tuple[EvalDataset, EvalConfig]],
@@ -106,6 +107,29 @@ def evaluate_all(
             answers that it needs.
         ValueError: corpora, devices or formats differ.
     """
+    searched = [pair for pair in requests if not of_pool(pair[1].measures)]
+    found = iter(_search_all(encoder, searched, quiet, engine) if searched else ())
+    return [
+        _pool_report(encoder, data, settings) if of_pool(settings.measures) else next(found)
+        for data, settings in requests
+    ]
+
+
+def _pool_report(encoder: Encoder, data: EvalDataset, settings: EvalConfig) -> Report:
+    start = time.perf_counter()
+    per_query, dtype = measure_pool(encoder, data.rank_pool, settings)
+    seconds = time.perf_counter() - start
+    return Report(mean_values(per_query), per_query, {}, seconds, len(data.rank_pool.corpus), dtype)
+
+
+@unchanged_cache()
+def _search_all(
+    encoder: Encoder,
+    requests: Sequence[tuple[EvalDataset, EvalConfig]],
+    quiet: bool,
+    engine: Engine | None,
+) -> list[Report]:
+    """Reports of requests that are of a ranking."""
     tokens, common = requests[0][0].tokens, requests[0][1]
     for data, settings in requests:
         is_same = data.corpus.digest == tokens.corpus.digest
@@ -158,6 +182,9 @@ def tokenise(encoder: Encoder, requests: Sequence[tuple[EvalDataset, EvalConfig]
         encoder: has the tokenizer.
         requests: as `evaluate_all` takes them.
     """
+    requests = [pair for pair in requests if not of_pool(pair[1].measures)]
+    if not requests:
+        return
     tokens = requests[0][0].tokens
     rows = rows_to_encode(_searches(requests), len(tokens.corpus))
     tokens.table(TextTokenizer(encoder.tokenizer, encoder.settings), rows)

@@ -70,7 +70,7 @@ class Policies:
             self._metrics[run.id] = chosen_metric(run, config.metric)
         metric = self._metrics[run.id]
         points = metric_points(checkpoints, metric)
-        top = max(points, key=lambda point: (point[1], -point[0]), default=None)
+        top = max(points, key=lambda point: (metric.sign * point[1], -point[0]), default=None)
         if top is not None and self._marked.get(run.id) != top:
             # other validators mark, too, so the run is read again
             mark_best(run, find_best(run, metric))

@@ -13,7 +13,7 @@ from mlflow_dr.tracking.checkpoints import Checkpoint
 from mlflow_dr.tracking.claims import HeartbeatMonitor, latest_claim
 from mlflow_dr.tracking.following import Snapshot
 from mlflow_dr.tracking.results import State, has_record, validation_state
-from mlflow_dr.tracking.validations import recorded_values
+from mlflow_dr.tracking.validations import recorded_values, sign_of
 from mlflow_dr.validation.config import ValidateConfig
 from mlflow_dr.validation.validations import Refines
 
@@ -371,10 +371,11 @@ def _owner(checkpoint: Checkpoint, name: str) -> str:
 def _best(checkpoints: Sequence[Checkpoint], refines: Refines) -> set[str]:
     """The model ids of each run's best checkpoints so far by a cheap validation."""
     ranked: dict[str, list[tuple[float, int, str]]] = defaultdict(list)
+    sign = sign_of(refines.measure)
     for checkpoint in checkpoints:
         value = recorded_values(checkpoint, refines.name).get(refines.measure.metric)
         if value is not None:
-            ranked[checkpoint.run_id].append((-value, checkpoint.step, checkpoint.model_id))
+            ranked[checkpoint.run_id].append((-sign * value, checkpoint.step, checkpoint.model_id))
     return {
         model_id for scored in ranked.values() for _, _, model_id in sorted(scored)[: refines.best]
     }

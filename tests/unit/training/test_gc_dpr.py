@@ -18,7 +18,7 @@ from mlflow_dr.errors import UsageError
 from mlflow_dr.training.arguments import TrainingRequest
 from mlflow_dr.training.data import open_data, validated_collection
 from mlflow_dr.training.encoder_setup import build_encoder, collator_of, mixed_training_set
-from mlflow_dr.training.parsing import WITHOUT_EFFECT, parse_training
+from mlflow_dr.training.parsing import ACCEPTED_ONLY, parse_training
 
 PROGRAMS_FLAGS = """
     --pretrained_model_cfg tiny --encoder_model_type hf_bert --pretrained_file x
@@ -84,7 +84,7 @@ def test_all_flags_of_the_program(directory: Path, caplog: pytest.LogCaptureFixt
         line.getMessage() for line in caplog.records if "without effect" in line.getMessage()
     ]
     assert len(messages) == 1
-    assert all(f"--{name}" in messages[0] for name in WITHOUT_EFFECT)
+    assert all(f"--{name}" in messages[0] for name in ACCEPTED_ONLY)
 
 
 def test_flags_override_the_recipe_of_dpr(directory: Path) -> None:
