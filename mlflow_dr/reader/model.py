@@ -39,16 +39,16 @@ class ReaderSource:
     """
 
     def __init__(self, reader: ExtractiveReader, tokenizer: Any) -> None:
-        self._reader = reader
-        self._tokenizer = tokenizer
+        self.reader = reader
+        self.tokenizer = tokenizer
 
     def state(self) -> Mapping[str, Tensor]:
         """The reader's weights."""
-        return self._reader.state_dict()
+        return self.reader.state_dict()
 
     def save(self, directory: Path, state: Mapping[str, Tensor]) -> None:
         """Write a directory that `load_reader` reads."""
-        save_reader(directory, self._reader, self._tokenizer, state)
+        save_reader(directory, self.reader, self.tokenizer, state)
 
 
 class ReaderLogits(NamedTuple):

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import logging
 import math
+import os
+import shutil
 import sys
 from collections.abc import Mapping
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -32,10 +35,18 @@ from mlflow_dr.reader.model import (
 from mlflow_dr.reader.preprocessing import reader_data
 from mlflow_dr.reader.sequences import SequenceBuilder
 from mlflow_dr.retrieval.encode import TOKENS_PER_BATCH
+from mlflow_dr.tracking.checkpoints import fail_pending_checkpoints
 from mlflow_dr.tracking.client import connect
 from mlflow_dr.tracking.runs import TrackedRun, open_run
-from mlflow_dr.training.callbacks import MetricCallback, ScheduledPublishing, every_steps
+from mlflow_dr.tracking.stop_request import StopWatcher, clear_stop_request
+from mlflow_dr.training.callbacks import (
+    MetricCallback,
+    ScheduledPublishing,
+    StopCallback,
+    every_steps,
+)
 from mlflow_dr.training.publishing import Publisher, published_checkpoints
+from mlflow_dr.training.train import stop_on_signals
 
 log = logging.getLogger(__name__)
 
@@ -124,6 +135,9 @@ def train_reader(config: ReaderTrainConfig) -> ReaderTraining | None:
         DataError: the results cannot be read, or there is nothing to learn from.
         CheckpointError: the model's files, or the checkpoint to resume from, are damaged.
         TrainingError: the loss is not a finite number.
+        TrackingError: the tracking server cannot be reached, or the last checkpoint was not
+            published.
+        KeyboardInterrupt: SIGINT or SIGTERM came; the step was finished and the reader published.
     """
     checkpoint = _checkpoint(config)
     arguments = training_arguments(config)
@@ -146,34 +160,50 @@ def train_reader(config: ReaderTrainConfig) -> ReaderTraining | None:
     if arguments.n_gpu > 1:
         log.warning("%d GPUs are visible; training uses the first one", arguments.n_gpu)
         compat.use_one_gpu(arguments)
+    stop = StopCallback()
     trainer = ReaderTrainer(
         model=reader,
         args=arguments,
         train_dataset=training_set,
         data_collator=ReaderCollator(tokenizer.pad_token_id or 0),
         processing_class=tokenizer,
+        callbacks=[stop],
     )
     if arguments.process_index > 0:
-        _resumed(trainer, checkpoint)
+        with stop_on_signals(stop, says=False):
+            _train(trainer, checkpoint)
         return None
+    log.info("training %s on %d questions", config.model, len(training_set))
+    loss = _train_tracked(trainer, stop, config, checkpoint)
+    return ReaderTraining(trainer.state.global_step, len(training_set), loss, trainer.real_tokens)
+
+
+def _train_tracked(
+    trainer: ReaderTrainer, stop: StopCallback, config: ReaderTrainConfig, checkpoint: str | None
+) -> float:
+    """Train in the process that writes to MLflow; returns the mean loss."""
     run = open_reader_run(config, checkpoint)
-    with run.finish_on_exit("training the reader"):
-        log.info("training %s on %d questions", config.model, len(training_set))
-        publisher = Publisher(run, ReaderSource(reader, tokenizer), published_checkpoints(run))
-        schedule = every_steps(config.publish_steps)
+    reader: Any = trainer.model
+    source = ReaderSource(reader, trainer.processing_class)
+    with run.finish_on_exit("training the reader"), ExitStack() as ending:
+        publisher = Publisher(run, source, published_checkpoints(run), on_refused=stop.ask)
+        ending.callback(publisher.close)
+        ending.callback(StopWatcher(run, stop.ask).close)
+        ending.enter_context(stop_on_signals(stop, says=True))
         last_step = run.last_step(LOSS_METRIC) if checkpoint else None
+        schedule = every_steps(config.publish_steps)
         trainer.add_callback(MetricCallback(run.log_metrics, last_step))
         trainer.add_callback(ScheduledPublishing(publisher.publish, schedule, initial=False))
-        try:
-            result = _resumed(trainer, checkpoint)
-            save_reader(config.output_dir, reader, tokenizer)
-        finally:
-            publisher.close()
+        loss = _train(trainer, checkpoint)
+        publisher.close()
+        if stop.killed:
+            raise KeyboardInterrupt
+        save_reader(config.output_dir, source.reader, source.tokenizer)
         if (error := publisher.error()) is not None:
             raise error
-    return ReaderTraining(
-        trainer.state.global_step, len(training_set), result.training_loss, trainer.real_tokens
-    )
+        if stop.reason:
+            log.info("training ended as asked: %s", stop.reason)
+    return loss
 
 
 def open_reader_run(config: ReaderTrainConfig, checkpoint: str | None) -> TrackedRun:
@@ -185,7 +215,10 @@ def open_reader_run(config: ReaderTrainConfig, checkpoint: str | None) -> Tracke
     note.parent.mkdir(parents=True, exist_ok=True)
     note.write_text(run.id, encoding="utf-8")
     log.info("run %s (%s)", run.id, run.name)
-    if run_id is None:
+    if run_id is not None:
+        clear_stop_request(run)
+        fail_pending_checkpoints(run)
+    else:
         run.log_params({name: str(value) for name, value in config.model_dump().items()})
     return run
 
@@ -248,15 +281,19 @@ def _checkpoint(config: ReaderTrainConfig) -> str | None:
             f"{output} has a reader or its checkpoints already; --resume continues the training, "
             "--force trains anew"
         )
+    if int(os.environ.get("RANK", "0")) == 0:
+        for old in output.glob("checkpoint-*"):  # they would be resumed from
+            shutil.rmtree(old)
     return None
 
 
-def _resumed(trainer: ReaderTrainer, checkpoint: str | None) -> Any:
+def _train(trainer: ReaderTrainer, checkpoint: str | None) -> float:
+    """Train to the end, from a checkpoint or from the start; returns the mean loss."""
     from mlflow_dr.encoder.backbone import quiet_transformers
 
     try:
         with quiet_transformers():
-            return trainer.train(resume_from_checkpoint=checkpoint)
+            return float(trainer.train(resume_from_checkpoint=checkpoint).training_loss)
     except (MlflowDrError, torch.OutOfMemoryError):
         raise
     except (OSError, ValueError, RuntimeError, KeyError) as error:

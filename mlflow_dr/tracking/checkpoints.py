@@ -16,7 +16,7 @@ from mlflow_dr.errors import TrackingError, UsageError
 from mlflow_dr.files import grant_umask_modes
 from mlflow_dr.tracking.client import all_pages, tracking_errors
 from mlflow_dr.tracking.manifest import verify_upload, write_manifest
-from mlflow_dr.tracking.mlmodel import write_mlmodel
+from mlflow_dr.tracking.mlmodel import is_reader, write_mlmodel
 from mlflow_dr.tracking.runs import TrackedRun
 
 log = logging.getLogger(__name__)
@@ -26,7 +26,7 @@ DIRECTORY_TAG = "mlflow_dr.directory"
 MANIFEST_TAG = "mlflow_dr.manifest_sha256"
 PRUNED_TAG = "mlflow_dr.pruned"
 BEGUN, TAKEN_BACK = "begun", "taken back"
-MODEL_TYPE = "dense_retriever"
+MODEL_TYPE, READER_TYPE = "dense_retriever", "reader"
 READY = LoggedModelStatus.READY
 PER_REQUEST = 1000
 STEP = re.compile(r"[0-9]{1,18}")  # a metric's step has 64 bits
@@ -99,14 +99,21 @@ def prepare_upload(directory: Path) -> str:
     return write_manifest(directory)
 
 
-def announce_checkpoint(run: TrackedRun, step: int, manifest: str) -> str:
+def model_type_of(directory: Path) -> str:
+    """What MLflow shows as the type of a checkpoint's model."""
+    return READER_TYPE if is_reader(directory) else MODEL_TYPE
+
+
+def announce_checkpoint(
+    run: TrackedRun, step: int, manifest: str, model_type: str = MODEL_TYPE
+) -> str:
     """Announce a checkpoint (PENDING); returns its model id."""
     model = run.client.create_logged_model(
         run.experiment_id,
         name=f"step-{step}",
         source_run_id=run.id,
         tags={STEP_TAG: str(step), MANIFEST_TAG: manifest},
-        model_type=MODEL_TYPE,
+        model_type=model_type,
     )
     return str(model.model_id)
 
@@ -143,7 +150,8 @@ def publish(run: TrackedRun, directory: Path, step: int) -> str:
         TrackingError: the server did not take it.
     """
     with tracking_errors(f"publishing step {step}"):
-        model_id = announce_checkpoint(run, step, prepare_upload(directory))
+        manifest = prepare_upload(directory)
+        model_id = announce_checkpoint(run, step, manifest, model_type_of(directory))
         upload_checkpoint(run, model_id, directory, step)
     return model_id
 

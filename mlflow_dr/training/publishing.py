@@ -24,6 +24,7 @@ from mlflow_dr.files import atomic_write, grant_umask_modes, scratch
 from mlflow_dr.tracking.checkpoints import (
     announce_checkpoint,
     mark_upload_failed,
+    model_type_of,
     prepare_upload,
     run_checkpoints,
     upload_checkpoint,
@@ -353,12 +354,12 @@ def publish_state(
     """
     with scratch() as directory:
         source.save(directory, state)
-        manifest = prepare_upload(directory)
+        manifest, model_type = prepare_upload(directory), model_type_of(directory)
         model_id: str | None = None
         refusals = 0
         for attempt in range(1, attempts + 1):
             try:
-                model_id = model_id or announce_checkpoint(run, step, manifest)
+                model_id = model_id or announce_checkpoint(run, step, manifest, model_type)
                 upload_checkpoint(run, model_id, directory, step)
                 log.info("step %d published as models:/%s", step, model_id)
                 return model_id

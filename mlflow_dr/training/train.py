@@ -209,7 +209,7 @@ def _train(
             request.model.trust_remote_code,
             supply,
         )
-        ending.enter_context(_stop_on_signals(stop, says=run is not None))
+        ending.enter_context(stop_on_signals(stop, says=run is not None))
         trainer.resume(resumption.checkpoint if resumption else None)
     # with an exit code from another process, torchrun would kill the first one
     if stop.killed and run is not None:
@@ -327,10 +327,14 @@ def _leave_group() -> None:
 
 
 @contextmanager
-def _stop_on_signals(stop: StopCallback, says: bool) -> Iterator[None]:
+def stop_on_signals(stop: StopCallback, says: bool) -> Iterator[None]:
     """On SIGINT or SIGTERM end cleanly after the step; on a second signal, end at once.
 
     Under torchrun one Ctrl-C arrives twice, from the terminal and from torchrun.
+
+    Args:
+        stop: a callback of the trainer.
+        says: whether this process says on stderr that it is stopping.
     """
     first_times: dict[int, float] = {}
 

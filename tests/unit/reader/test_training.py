@@ -1,3 +1,4 @@
+import signal
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,7 @@ from mlflow_dr.errors import TrainingError, UsageError
 from mlflow_dr.reader.config import ReaderPredictConfig, ReaderTrainConfig
 from mlflow_dr.reader.model import load_reader
 from mlflow_dr.reader.prediction import predict_answers
-from mlflow_dr.reader.training import RUN_FILE, train_reader
+from mlflow_dr.reader.training import RUN_FILE, ReaderTrainer, train_reader
 from mlflow_dr.tracking.checkpoints import run_checkpoints
 from mlflow_dr.tracking.runs import find_run
 
@@ -61,6 +62,33 @@ def test_a_reader_learns_the_answer_of_a_question(
         train_reader(config)
     with pytest.raises(UsageError, match="no checkpoint to resume from"):
         train_reader(config.replaced(resume=True))
+    (tmp_path / "reader" / "checkpoint-99").mkdir()
+    train_reader(config.replaced(force=True, max_steps=1))
+    assert not (tmp_path / "reader" / "checkpoint-99").exists()
+
+
+def test_ctrl_c_ends_after_the_step_and_the_training_is_resumed(
+    config: ReaderTrainConfig, client: MlflowClient, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    compute = ReaderTrainer.compute_loss
+
+    def interrupted(trainer: ReaderTrainer, *arguments: Any, **options: Any) -> Any:
+        if trainer.state.global_step == 2:
+            signal.raise_signal(signal.SIGINT)
+        return compute(trainer, *arguments, **options)
+
+    saved = config.replaced(max_steps=6, save_steps=100)
+    with monkeypatch.context() as patch:
+        patch.setattr(ReaderTrainer, "compute_loss", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            train_reader(saved)
+    run = find_run(client, (config.output_dir / RUN_FILE).read_text())
+    assert run.fetch().info.status == "KILLED"
+    assert [checkpoint.step for checkpoint in run_checkpoints(run)] == [3]
+    assert not (config.output_dir / "config.json").exists()
+    done = train_reader(saved.replaced(resume=True))
+    assert done is not None and done.steps == 6
+    assert [checkpoint.step for checkpoint in run_checkpoints(run)] == [3, 6]
 
 
 def test_a_resumed_training_ends_with_the_same_weights(
