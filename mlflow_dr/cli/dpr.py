@@ -16,7 +16,10 @@ from mlflow_dr.fields import File, Force, Length, TrackingUri, TrustRemoteCode
 class ImportConfig(Config):
     """`mlflow-dr import`: an encoder from a checkpoint of DPR."""
 
-    checkpoint: Annotated[File, Flag(positional=True)]
+    checkpoint: Annotated[str, Flag(positional=True)]
+    passages: str | None = None
+    """Directory or hub name of transformers' DPRContextEncoder, where CHECKPOINT is a
+    DPRQuestionEncoder."""
     output: File
     """The folder to write; it must not exist yet."""
     backbone: str | None = None
@@ -47,14 +50,17 @@ def import_command(config: ImportConfig) -> None:
 
     CHECKPOINT is a file that they saved, or a directory with the DPRReader of transformers. Both
     generations are read: flat settings, and those of hydra. No code in the file is run, and of its
-    optimizer nothing is read. Vectors and logits are those of DPR's own programs.
+    optimizer nothing is read. Vectors and logits are those of DPR's own programs. With
+    --passages, CHECKPOINT and that are the two encoders that transformers has of DPR.
 
     \b
     Example:
         mlflow-dr import dpr_biencoder.39 --output my-encoder
         mlflow-dr import hf_bert_base.cp --backbone bert-base-uncased --output my-encoder
+        mlflow-dr import facebook/dpr-question_encoder-single-nq-base --output my-encoder \\
+            --passages facebook/dpr-ctx_encoder-single-nq-base
     """
-    from mlflow_dr.encoder.dpr_checkpoint import import_dpr
+    from mlflow_dr.encoder.dpr_checkpoint import import_dpr, import_dpr_encoders
     from mlflow_dr.encoder.saving import save_encoder
     from mlflow_dr.files import atomic_write
     from mlflow_dr.reader.dpr_checkpoint import import_dpr_reader, is_dpr_reader
@@ -62,14 +68,20 @@ def import_command(config: ImportConfig) -> None:
 
     if config.output.exists():
         raise UsageError(f"{config.output} exists already; name another folder")
-    if is_dpr_reader(config.checkpoint):
-        reader, tokenizer = import_dpr_reader(config.checkpoint, config.backbone)
+    path = Path(config.checkpoint).expanduser()
+    if config.passages is None and is_dpr_reader(path):
+        reader, tokenizer = import_dpr_reader(path, config.backbone)
         with atomic_write(config.output) as partial:
             save_reader(partial, reader, tokenizer)
         click.echo(f"a reader, {reader.config.num_hidden_layers} layers")
         click.echo(f"wrote {config.output}")
         return
-    encoder = import_dpr(config.checkpoint, config.backbone, config.max_length)
+    if config.passages is None:
+        encoder = import_dpr(path, config.backbone, config.max_length)
+    elif config.backbone is None:
+        encoder = import_dpr_encoders(config.checkpoint, config.passages, config.max_length)
+    else:
+        raise UsageError("--backbone and --passages exclude each other; give one of them")
     with atomic_write(config.output) as partial:
         save_encoder(partial, encoder)
     click.echo(

@@ -1,5 +1,7 @@
 """Checkpoints of DPR and GC-DPR: two BERTs in one file of `torch.save`, read without running code.
 
+transformers has the same encoders in two directories, `DPRQuestionEncoder` and `DPRContextEncoder`.
+
 `model_dict` has `question_model.*` and `ctx_model.*`, and a projection `encode_proj.*` if there is
 one; `encoder_params` has the settings: flat, or since 2021 an object of OmegaConf.
 Layout: Karpukhin et al., Dense Passage Retrieval for Open-Domain Question Answering, EMNLP 2020.
@@ -15,6 +17,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from mlflow_dr.encoder.checks import checkpoint_errors
 from mlflow_dr.encoder.config import EncoderConfig
 from mlflow_dr.encoder.files import encoder_directory
 from mlflow_dr.encoder.model import Encoder, positions, projections_of, with_projection
@@ -27,6 +30,7 @@ PROJECTION = "encode_proj."
 UNUSED = ("pooler.", "embeddings.position_ids")
 SEPARATOR = " [SEP] "
 USUAL_LENGTH = 512
+TRANSFORMERS = ("question_encoder.", "ctx_encoder.")
 SIDES = (("queries", QUERIES), ("passages", PASSAGES))
 
 
@@ -217,8 +221,66 @@ def import_dpr(path: Path, backbone: str | None = None, length: int | None = Non
             f"{path} does not name the model that it was trained from; give --backbone"
         )
     directory = encoder_directory(str(name))
+    return _encoder(checkpoint, (directory, directory), length)
+
+
+def import_dpr_encoders(queries: str, passages: str, length: int | None = None) -> Encoder:
+    """The encoder of two directories of transformers.
+
+    Args:
+        queries: directory or hub name of a `DPRQuestionEncoder`.
+        passages: of a `DPRContextEncoder`.
+        length: the most tokens of a text; 512 when None.
+
+    Raises:
+        UsageError: no such directory, or one of another kind.
+        CheckpointError: the weights are damaged.
+    """
+    state: dict[str, Tensor] = {}
+    directories = (encoder_directory(queries), encoder_directory(passages))
+    for directory, theirs, ours in zip(directories, TRANSFORMERS, (QUERIES, PASSAGES), strict=True):
+        weights = _transformers_weights(directory)
+        part = {
+            name.removeprefix(theirs).removeprefix("bert_model."): value
+            for name, value in weights.items()
+            if name.startswith(theirs)
+        }
+        if not part:
+            raise UsageError(
+                f"{directory}: expected {theirs}*, the weights of a DPR encoder of transformers; "
+                "name the encoder of questions, and by --passages that of passages"
+            )
+        state |= {f"{ours}{name}": value for name, value in part.items()}
+    checkpoint = DprCheckpoint(f"{queries} and {passages}", state, {})
+    return _encoder(checkpoint, directories, length)
+
+
+def _transformers_weights(directory: Path) -> dict[str, Tensor]:
+    from safetensors.torch import load_file
+
+    with checkpoint_errors(directory):
+        if (directory / "model.safetensors").is_file():
+            return load_file(directory / "model.safetensors")
+        weights: dict[str, Tensor] = torch.load(
+            directory / "pytorch_model.bin", map_location="cpu", weights_only=True
+        )
+    return weights
+
+
+def _encoder(
+    checkpoint: DprCheckpoint, directories: tuple[Path, Path], length: int | None
+) -> Encoder:
+    """An encoder with the weights of a checkpoint.
+
+    Args:
+        checkpoint: has the weights.
+        directories: configuration and tokenizer of the question's BERT and of the passage's.
+        length: the most tokens of a text, if it was given.
+    """
     size = len(checkpoint.part(PASSAGES).get(f"{PROJECTION}weight", ()))
-    passages, queries = (_untrained(directory, settings, length, size) for _ in range(2))
+    queries, passages = (
+        _untrained(directory, checkpoint.settings, length, size) for directory in directories
+    )
     encoder = Encoder(
         passages.backbone, passages.tokenizer, passages.settings, queries, list(passages.head)
     )
@@ -230,15 +292,17 @@ def _untrained(
     directory: Path, settings: Mapping[str, Any], length: int | None, size: int
 ) -> Encoder:
     """One encoder with DPR's settings, whose weights are still random."""
-    from transformers import AutoConfig, AutoModel, AutoTokenizer
+    from transformers import AutoConfig, AutoModel, AutoTokenizer, BertConfig
 
     options = {"do_lower_case": True} if settings.get("do_lower_case") else {}
     try:
         config = AutoConfig.from_pretrained(directory)
+        if config.model_type == "dpr":
+            config = BertConfig.from_dict({**config.to_dict(), "model_type": "bert"})
         if config.model_type != "bert":
             raise UsageError(f"{directory} is a {config.model_type}; expected a BERT, as DPR's are")
         model = AutoModel.from_config(config, add_pooling_layer=False)
-        tokenizer = AutoTokenizer.from_pretrained(directory, **options)
+        tokenizer = AutoTokenizer.from_pretrained(directory, tokenizer_type="bert", **options)
     except (OSError, ValueError) as error:
         raise UsageError(
             f"{directory}: no configuration and tokenizer of a BERT ({one_line(error)})"

@@ -8,10 +8,16 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 
 from mlflow_dr.collection.records import Passage
 from mlflow_dr.encoder.directory import load_encoder
-from mlflow_dr.encoder.dpr_checkpoint import export_dpr, import_dpr, read_dpr_checkpoint
+from mlflow_dr.encoder.dpr_checkpoint import (
+    export_dpr,
+    import_dpr,
+    import_dpr_encoders,
+    read_dpr_checkpoint,
+)
 from mlflow_dr.encoder.model import Encoder, untie, with_projection
 from mlflow_dr.encoder.saving import save_encoder
 from mlflow_dr.encoder.tokenize import TextTokenizer
@@ -57,6 +63,34 @@ def test_vectors_survive_export_and_import(
     assert again.settings == found.settings
     assert again.query_encoder.settings.query_max_length == found.settings.query_max_length
     assert import_dpr(tmp_path / "dpr_biencoder.0", length=40).settings.passage_max_length == 40
+
+
+@pytest.mark.parametrize("size", [0, 24])
+def test_vectors_are_those_of_transformers(
+    make_tiny: Callable[..., Encoder], tmp_path: Path, size: int
+) -> None:
+    kinds = (transformers.DPRQuestionEncoder, transformers.DPRContextEncoder)
+    tokenizer = make_tiny().tokenizer
+    shape = {"hidden_size": 8, "num_attention_heads": 2, "intermediate_size": 8}
+    config = transformers.DPRConfig(
+        vocab_size=len(tokenizer), num_hidden_layers=1, projection_dim=size, **shape
+    )
+    expected = []
+    for kind in kinds:
+        model = kind(config).eval()
+        model.save_pretrained(tmp_path / kind.__name__)
+        tokenizer.save_pretrained(tmp_path / kind.__name__)
+        with torch.no_grad():
+            expected.append(model(IDS, (IDS > 0).long()).pooler_output)
+    paths = [str(tmp_path / kind.__name__) for kind in kinds]
+    found = import_dpr_encoders(*paths)
+    save_encoder(tmp_path / "ours", found)
+    for encoder in (found, load_encoder(tmp_path / "ours")):
+        passages, queries = vectors(encoder)
+        assert torch.allclose(queries, expected[0], atol=1e-5)
+        assert torch.allclose(passages, expected[1], atol=1e-5)
+    with pytest.raises(UsageError, match=r"expected question_encoder\.\*"):
+        import_dpr_encoders(*paths[::-1])
 
 
 def hydra_settings(monkeypatch: pytest.MonkeyPatch) -> Any:
