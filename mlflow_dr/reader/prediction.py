@@ -157,7 +157,7 @@ def predict_answers(config: ReaderPredictConfig) -> dict[str, float]:
     """Answer the questions of a file of results, and measure the answers.
 
     Returns:
-        As `measure_answers`.
+        As `reader_measures`.
 
     Raises:
         UsageError: the output exists, or more passages are evaluated than are read.
@@ -170,7 +170,7 @@ def predict_answers(config: ReaderPredictConfig) -> dict[str, float]:
     found = find_answers(*load_reader(config.reader), config)
     if config.output:
         write_predictions(config.output, found)
-    return measure_answers(found)
+    return reader_measures(found)
 
 
 def check_counts(config: ReaderEvalConfig) -> None:
@@ -193,7 +193,7 @@ def passage_counts(config: ReaderEvalConfig) -> list[int]:
 
 
 def measure_names(config: ReaderEvalConfig) -> list[str]:
-    """The names of the figures that `measure_answers` gives."""
+    """The names of the figures that `reader_measures` gives."""
     return [f"{name}@{count}" for count in passage_counts(config) for name in MEASURES]
 
 
@@ -226,7 +226,7 @@ def find_answers(reader: Any, tokenizer: Any, config: ReaderEvalConfig) -> list[
     return found
 
 
-def measure_answers(found: Sequence[QuestionAnswers]) -> dict[str, float]:
+def reader_measures(found: Sequence[QuestionAnswers]) -> dict[str, float]:
     """Means over questions, for each number of passages n.
 
     Returns:

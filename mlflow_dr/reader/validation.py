@@ -15,8 +15,8 @@ from mlflow_dr.reader.model import load_reader
 from mlflow_dr.reader.prediction import (
     check_counts,
     find_answers,
-    measure_answers,
     measure_names,
+    reader_measures,
 )
 from mlflow_dr.tracking.checkpoints import Checkpoint
 from mlflow_dr.tracking.claims import Claims, HeartbeatMonitor
@@ -174,5 +174,5 @@ class _ReaderValidator:
                 return load_reader(str(directory))
 
         found = find_answers(*self._patiently(load, UnavailableError), self._config)
-        values = {key.replace("@", "_at_"): value for key, value in measure_answers(found).items()}
+        values = {key.replace("@", "_at_"): value for key, value in reader_measures(found).items()}
         return {**values, "seconds": time.monotonic() - start}
