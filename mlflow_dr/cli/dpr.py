@@ -106,17 +106,16 @@ def export_command(config: ExportConfig) -> None:
     from mlflow_dr.encoder.dpr_checkpoint import export_dpr
     from mlflow_dr.reader.dpr_checkpoint import export_dpr_reader
     from mlflow_dr.reader.model import load_reader
-    from mlflow_dr.tracking.encoders import open_encoder
+    from mlflow_dr.tracking.encoders import local_encoder, open_encoder
     from mlflow_dr.tracking.mlmodel import is_reader
 
     if config.output.exists() and not config.force:
         raise UsageError(f"{config.output} exists already; --force replaces it")
-    if is_reader(Path(config.encoder)):
-        export_dpr_reader(*load_reader(config.encoder), config.output, config.backbone)
-        click.echo(f"wrote {config.output}")
-        return
-    encoder = open_encoder(
-        config.encoder, config.tracking_uri, trust_remote_code=config.trust_remote_code
-    )
-    export_dpr(encoder, config.output, config.backbone)
+    with local_encoder(config.encoder, config.tracking_uri) as directory:
+        if is_reader(Path(directory)):
+            export_dpr_reader(*load_reader(directory), config.output, config.backbone)
+        else:
+            code = config.trust_remote_code
+            encoder = open_encoder(directory, label=config.encoder, trust_remote_code=code)
+            export_dpr(encoder, config.output, config.backbone)
     click.echo(f"wrote {config.output}")

@@ -82,9 +82,10 @@ def reader_validate_command(config: ReaderValidateConfig) -> int:
 def reader_predict_command(config: ReaderPredictConfig) -> None:
     """Answer questions from a retriever's passages, and measure exact match and F1.
 
-    READER is a directory that `reader-train` has written. Of the first n passages, the one with the
-    highest relevance is chosen, and then its best span. `em@n` and `f1@n` are of answers as they
-    are in the text, `em_decoded@n` of the text that DPR makes of their tokens.
+    READER is a directory that `reader-train` has written, or models:/<id> of a checkpoint. Of the
+    first n passages, the one with the highest relevance is chosen, and then its best span. `em@n`
+    and `f1@n` are of answers as they are in the text, `em_decoded@n` of the text that DPR makes of
+    their tokens.
 
     \b
     Example:

@@ -43,7 +43,7 @@ class ReaderTrainConfig(Config):
     """A retriever's results with `has_answer` for each passage."""
     gold_passages: GoldPassages = None
     model: Annotated[str, Flag("--model", "--pretrained-model-cfg")] = "bert-base-uncased"
-    """What the reader begins with: a directory, a hub name, or models:/... of an encoder."""
+    """The encoder or reader to begin with: a directory, a hub name, or models:/<id>."""
     output_dir: File
     """Where the reader is written, and checkpoints to resume from."""
     batch_size: Count = 16
@@ -113,6 +113,7 @@ class ReaderPredictConfig(ReaderEvalConfig):
     reader: Annotated[str, Flag(positional=True)]
     output: Annotated[File | None, Flag("--output", "--prediction-results-file")] = None
     """The file of predictions to write, in DPR's layout."""
+    tracking_uri: TrackingUri = None
     force: Force = False
 
 

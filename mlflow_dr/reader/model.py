@@ -22,7 +22,7 @@ from mlflow_dr.encoder.files import encoder_directory
 from mlflow_dr.errors import CheckpointError, UsageError
 from mlflow_dr.files import grant_umask_modes
 from mlflow_dr.retrieval.encode import TOKENS_PER_BATCH
-from mlflow_dr.tracking.encoders import open_encoder
+from mlflow_dr.tracking.encoders import local_encoder, open_encoder
 from mlflow_dr.tracking.mlmodel import is_reader
 
 LONGER = 1.1
@@ -162,17 +162,20 @@ def reader_loss(
 
 
 def new_reader(name: str, tracking_uri: str | None = None) -> tuple[ExtractiveReader, Any]:
-    """A reader on a backbone, with new layers from torch's random state, and its tokenizer.
+    """A reader to train, and its tokenizer; the layers on a backbone are new and random.
 
     Args:
-        name: an encoder or a bare backbone: a directory, a hub name, or `models:/...`.
+        name: a reader, an encoder or a bare backbone: a directory, a hub name, or `models:/...`.
         tracking_uri: the server of `models:/`.
 
     Raises:
         UsageError: no encoder has this name, or it has no transformer.
         CheckpointError: its files are damaged or missing.
     """
-    encoder = open_encoder(name, tracking_uri, bare_pooling="cls")
+    with local_encoder(name, tracking_uri) as directory:
+        if is_reader(Path(directory)):
+            return load_reader(directory)
+        encoder = open_encoder(directory, label=name, bare_pooling="cls")
     if not isinstance(encoder.backbone, PreTrainedModel):
         raise UsageError(f"{name}: has no transformer to read with; choose another model")
     reader = ExtractiveReader(encoder.backbone.config)
@@ -203,6 +206,16 @@ def save_reader(
         reader.save_pretrained(directory, state_dict=dict(state) if state else None)
         tokenizer.save_pretrained(directory)
     grant_umask_modes(directory)
+
+
+def open_reader(name: str, tracking_uri: str | None = None) -> tuple[ExtractiveReader, Any]:
+    """As `load_reader`; the name may also be `models:/...` of a published reader.
+
+    Raises:
+        TrackingError: no such model, or no server.
+    """
+    with local_encoder(name, tracking_uri) as directory:
+        return load_reader(directory)
 
 
 def load_reader(name: str) -> tuple[ExtractiveReader, Any]:

@@ -17,7 +17,7 @@ from mlflow_dr.files import atomic_write
 from mlflow_dr.progress import progress_bar
 from mlflow_dr.reader.config import ReaderEvalConfig, ReaderPredictConfig
 from mlflow_dr.reader.data import PassageText, ReaderData, ReaderQuestion
-from mlflow_dr.reader.model import ExtractiveReader, load_reader
+from mlflow_dr.reader.model import ExtractiveReader, open_reader
 from mlflow_dr.reader.preprocessing import reader_data
 from mlflow_dr.reader.scoring import exact_match, f1
 from mlflow_dr.reader.sequences import SequenceBuilder
@@ -167,7 +167,7 @@ def predict_answers(config: ReaderPredictConfig) -> dict[str, float]:
     check_counts(config)
     if config.output and config.output.exists() and not config.force:
         raise UsageError(f"{config.output} exists already; --force replaces it")
-    found = find_answers(*load_reader(config.reader), config)
+    found = find_answers(*open_reader(config.reader, config.tracking_uri), config)
     if config.output:
         write_predictions(config.output, found)
     return reader_measures(found)

@@ -78,5 +78,8 @@ def test_an_encoder_is_no_reader_but_one_begins_with_it(
     with pytest.raises(CheckpointError, match="is no reader"):
         load_reader(str(tmp_path))
     reader, _ = new_reader(str(tmp_path))
+    save_reader(tmp_path / "reader", reader, tokenizer)
+    continued, _ = new_reader(str(tmp_path / "reader"))
+    assert torch.equal(continued.qa_outputs.weight, reader.qa_outputs.weight)
     own = reader.backbone.state_dict()
     assert all(torch.equal(weight, own[name]) for name, weight in backbone.state_dict().items())

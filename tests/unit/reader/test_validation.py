@@ -56,9 +56,10 @@ def test_each_checkpoint_of_a_run_is_measured_once(
     assert validate_reader(config, never) == ReaderCounts(done=2, failed=1)
     assert validate_reader(config, never) == ReaderCounts(done=0, failed=0)
     first = run_checkpoints(run)[0]
+    assert first.step == 2
     download(first, tmp_path / "again")
     alone = ReaderPredictConfig(
-        reader=str(tmp_path / "again"),
+        reader=first.uri,
         **{name: getattr(config, name) for name in ("results", "eval_top_docs", "device", "dtype")},
         sequence_length=64,
     )
