@@ -41,6 +41,7 @@ COMMANDS = {
     "convert": "Write a ranking in another format.",
     "import": "Write an encoder from a checkpoint of DPR or GC-DPR.",
     "export": "Write an encoder as a checkpoint of DPR and GC-DPR.",
+    "dpr": "Run a program of GC-DPR by its own name and flags.",
     "mine": "Find hard negatives for training queries, by BM25 or an encoder.",
     "reader-data": "Prepare a retriever's results for the reader.",
     "reader-train": "Train a reader, which finds answers in passages.",
@@ -56,6 +57,7 @@ MODULES = {
     **dict.fromkeys(("ui", "status", "best", "prune"), "runs"),
     **dict.fromkeys(("encode", "search", "index", "convert"), "vectors"),
     **dict.fromkeys(("import", "export"), "dpr"),
+    "dpr": "dpr_programs",
     **dict.fromkeys(("mine", "subset", "datasets"), "collections"),
     **dict.fromkeys(
         tuple(f"reader-{name}" for name in ("data", "train", "validate", "predict")), "reader"

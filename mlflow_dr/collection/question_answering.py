@@ -140,6 +140,7 @@ def question_folder(folder: Path) -> QuestionCollection:
 def question_location(location: str) -> QuestionCollection:
     """The collection of a folder, or of a location `psgs_w100.tsv?queries=nq-dev.csv,nq-test.csv`.
 
+    Passages without questions (`psgs_w100.tsv`) can be encoded, and have no split.
     Characters of a path that have a meaning there are written as in a URL (`%2C` for a comma).
 
     Raises:
@@ -147,7 +148,9 @@ def question_location(location: str) -> QuestionCollection:
     """
     if absolute(Path(location)).is_dir():
         return question_folder(absolute(Path(location)))
-    passages_text, _, listed = location.partition("?")
+    passages_text, mark, listed = location.partition("?")
+    if passages_text and not mark:
+        return _passages_alone(absolute(unquoted_path(passages_text)))
     parts = [part.partition("=") for part in listed.split("&")]
     files = [name for key, _, names in parts if key == "queries" for name in names.split(",")]
     if not passages_text or any(key != "queries" for key, _, _ in parts) or not all(files):
@@ -163,6 +166,13 @@ def question_location(location: str) -> QuestionCollection:
     name = f"{PREFIX}{quoted_path(passages)}?queries={queries}"
     source = f"passages {passages}; questions {', '.join(map(str, paths))}"
     return QuestionCollection(name, source, lambda: passages, _by_split(paths))
+
+
+def _passages_alone(passages: Path) -> QuestionCollection:
+    if not passages.is_file():
+        raise UsageError(f"{passages}: no such file")
+    source = f"passages {passages}"
+    return QuestionCollection(PREFIX + quoted_path(passages), source, lambda: passages, {})
 
 
 def _by_split(files: Sequence[Path]) -> dict[str, File]:

@@ -83,7 +83,7 @@ def test_files_are_named_and_their_name_opens_them_again(
 @pytest.mark.parametrize(
     ("name", "message"),
     [
-        ("psgs_small.tsv", r"expected dpr:PASSAGES\?queries=FILE"),
+        ("none.tsv", r"none\.tsv: no such file"),
         ("psgs_small.tsv?qrels=x", r"expected dpr:PASSAGES\?queries=FILE"),
         ("psgs_small.tsv?queries=", r"expected dpr:PASSAGES\?queries=FILE"),
         ("psgs_small.tsv?queries=qas-dev.tsv,none.tsv", r"none\.tsv: no such file"),
