@@ -96,7 +96,7 @@ class LoadersConfig(Config):
     what the model takes: a directory, a hub name, or tiny."""
     ranker: Literal["bi", "cross"] = "bi"
     """Query and document one by one with in-batch negatives, or as one text."""
-    model_batches: Count = 4
+    model_batches: Count = 2
     """Training steps of each cell, in the first repeat."""
     tokenizer: Annotated[str | None, Flag("--tokenizer", "--tokenizer-name-or-path")] = None
     """The tokenizer of this directory or hub name (default: the model's, else one that is learnt
@@ -107,7 +107,7 @@ class LoadersConfig(Config):
     """Documents of a batch."""
     samples: Count = 300_000
     """Documents that a cell loads at most."""
-    seconds: Annotated[float, Field(gt=0, le=10**6)] = 1.5
+    seconds: Annotated[float, Field(gt=0, le=10**6)] = 1.0
     """How long a cell loads at most, from its first batch."""
     repeats: Annotated[Count, Flag("--repeats")] = 3
     """How often each cell is measured; the table has medians."""
