@@ -232,12 +232,12 @@ def load_reader(name: str) -> tuple[ExtractiveReader, Any]:
 
     directory = encoder_directory(name)
     with checkpoint_errors(directory), quiet_transformers():
-        config = AutoConfig.from_pretrained(directory)
         if not is_reader(directory):
             raise CheckpointError(
-                f"{directory}: is no reader (architectures are {config.architectures}); train one "
-                "by `mlflow-dr reader-train`"
+                f"{directory}: is no reader; train one by `mlflow-dr reader-train`, or import one "
+                "of DPR by `mlflow-dr import`"
             )
+        config = AutoConfig.from_pretrained(directory)
         loaded: Any = ExtractiveReader.from_pretrained(
             directory,
             config=config,

@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterable
 from functools import partial
 from typing import NamedTuple
 
+from mlflow_dr.collection.jsonl import state_of
 from mlflow_dr.errors import CheckpointError, UnavailableError
 from mlflow_dr.files import file_sha256
 from mlflow_dr.reader.config import ReaderValidateConfig
@@ -72,6 +73,7 @@ def validate_reader(
         UnavailableError: a checkpoint cannot be fetched or read on this machine.
     """
     check_counts(config)
+    state_of(config.results)  # refuses a missing file
     run = resolve_run(connect(config.tracking_uri, may_create=False), config.run_id)
     claims = Claims(run.client)
     try:

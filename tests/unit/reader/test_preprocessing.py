@@ -103,6 +103,15 @@ def test_bad_results_are_one_line(
         reader_data(write_results([first | change]), builder, training=True)
 
 
+def test_empty_results_are_refused_and_empty_questions_are_read(
+    write_results: Write, builder: SequenceBuilder
+) -> None:
+    odd = [{"question": "", "answers": "x", "ctxs": []}]
+    assert len(reader_data(write_results(odd), builder, training=False)[0].tokens) == 0
+    with pytest.raises(DataError, match="there are no questions"):
+        reader_data(write_results([]), builder, training=False)
+
+
 def test_a_gold_file_of_another_layout_is_refused(
     write_results: Write, builder: SequenceBuilder
 ) -> None:

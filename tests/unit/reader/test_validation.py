@@ -7,7 +7,7 @@ import pytest
 from mlflow import MlflowClient
 
 from mlflow_dr.decisions.best import find_best
-from mlflow_dr.errors import UsageError
+from mlflow_dr.errors import DataError, UsageError
 from mlflow_dr.reader.config import ReaderPredictConfig, ReaderValidateConfig
 from mlflow_dr.reader.model import ReaderSource, save_reader
 from mlflow_dr.reader.prediction import predict_answers
@@ -85,6 +85,8 @@ def test_a_name_stands_for_one_configuration(
     assert validate_reader(config.replaced(results=others, name="other"), never).done == 0
     with pytest.raises(UsageError, match="only 3 passages are read"):
         validate_reader(config.replaced(passages_per_question=3), never)
+    with pytest.raises(DataError, match="cannot be read"):
+        validate_reader(config.replaced(results=others.with_name("missing.json")), never)
 
 
 def test_once_ends_while_the_run_goes_on(config: ReaderValidateConfig) -> None:
