@@ -239,6 +239,8 @@ def evaluate_encoder(config: EvaluateConfig, run: TrackedRun | None = None) -> R
             raise UsageError(f"{path} exists already; --force replaces it")
     collection = open_collection(name)
     split = chosen_split(collection, split)
+    if config.ranking is not None and of_pool(settings.measures):
+        raise UsageError("--ranking: measures of a pool have no ranking; leave it out")
     encoder = open_encoder(
         config.encoder,
         config.tracking_uri,

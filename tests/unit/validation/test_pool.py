@@ -17,8 +17,9 @@ from mlflow_dr.retrieval.encode import encode_all
 from mlflow_dr.retrieval.measures import parse_measures
 from mlflow_dr.stores.token_table import token_table
 from mlflow_dr.subsets.spec import parse_subset
+from mlflow_dr.validation.config import EvaluateConfig
 from mlflow_dr.validation.dataset import EvalDataset
-from mlflow_dr.validation.evaluate import Report, evaluate, evaluate_all
+from mlflow_dr.validation.evaluate import Report, evaluate, evaluate_all, evaluate_encoder
 from mlflow_dr.validation.validations import EvalConfig
 
 
@@ -96,6 +97,12 @@ def test_other_collections_subsets_and_mixed_measures_are_refused(
         evaluated(f"pool:{file}", "average_rank@30", "random:2")
     with pytest.raises(UsageError, match="measure them in a validation of their own"):
         evaluated(f"pool:{file}", "average_rank@30 mrr@10")
+
+
+def test_a_pool_has_no_ranking(file: Path, tmp_path: Path) -> None:
+    values = {"encoder": "none", "dataset": f"pool:{file}", "measures": "average_rank@30"}
+    with pytest.raises(UsageError, match="measures of a pool have no ranking"):
+        evaluate_encoder(EvaluateConfig(**values, ranking=tmp_path / "x.trec"))
 
 
 def test_a_rank_that_does_not_fall_is_a_plateau() -> None:
