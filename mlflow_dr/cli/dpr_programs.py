@@ -74,7 +74,7 @@ def dpr_command(program: str, flags: Sequence[str]) -> int:
     """
     from mlflow_dr.cli import group
 
-    for command in translated(program, flags):
+    for command in commands_for(program, flags):
         click.echo(f"mlflow-dr {shlex.join(command)}", err=True)
         result = group.main(command, standalone_mode=False, prog_name="mlflow-dr")
         if isinstance(result, int) and result:
@@ -82,7 +82,7 @@ def dpr_command(program: str, flags: Sequence[str]) -> int:
     return 0
 
 
-def translated(program: str, flags: Sequence[str]) -> list[Command]:
+def commands_for(program: str, flags: Sequence[str]) -> list[Command]:
     """The commands that do what a program of GC-DPR does.
 
     Raises:

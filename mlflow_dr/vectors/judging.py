@@ -78,6 +78,10 @@ class Judge:
             looked_at = depth if self._marks_answers else answers_depth(self._measures)
             self._matcher.prepare(queries, looked_at)
 
+    def with_corpus_rows(self, part: RankingPart, ids: pa.ChunkedArray) -> RankingPart:
+        """A part whose rows are of vectors, with rows of the corpus; see `corpus_rows`."""
+        return part._replace(rows=corpus_rows(self._corpus, ids, part.rows))
+
     def measure(self, part: RankingPart) -> np.ndarray | None:
         """Keep the values of a part; returns which passages hold an answer, if that is asked."""
         queries = [self._by_id.get(name) or Query(name, "") for name in part.ranking]

@@ -40,7 +40,7 @@ from mlflow_dr.retrieval.vectors import Vectors, open_vectors
 from mlflow_dr.tracking.encoders import open_encoder
 from mlflow_dr.vectors.config import ConvertConfig, SearchConfig, parse_shard
 from mlflow_dr.vectors.encoding import encoder_digest, query_texts
-from mlflow_dr.vectors.judging import Judge, RankingPart, corpus_rows, ranking_rows
+from mlflow_dr.vectors.judging import Judge, RankingPart, ranking_rows
 
 log = logging.getLogger(__name__)
 
@@ -100,17 +100,7 @@ def search(config: SearchConfig) -> Found:
         raise UsageError(f"{config.output} exists already; --force replaces it")
     if config.merge:
         return _merge(config)
-    passages = open_vectors(*config.sources, partial=config.partial)
-    if passages.n_missing_shards:
-        log.warning(
-            "searching without %d of %d shards; join the rankings of all by --merge",
-            passages.n_missing_shards,
-            passages.manifest.shards if passages.manifest else 0,
-        )
-    if not len(passages) and not config.partial:
-        raise UsageError(f"{config.sources[0]}: there are no vectors to search")
-    if passages.manifest is not None and passages.manifest.kind == "queries":
-        raise UsageError(f"{config.sources[0]} has vectors of queries; name those of passages")
+    passages = _open_passages(config)
     queries = _queries(config, passages)
     passages.check_queries(
         config.queries or "the queries",
@@ -139,13 +129,30 @@ def search(config: SearchConfig) -> Found:
             (start, stop),
         )
         parts = _parts(queries.ids, passages.ids, (rows, scores), depth, keep_own_id)
-        if judge is not None and split is not None and judge.needs_rows:
-            measured = (
-                RankingPart(ranking, corpus_rows(split.corpus, passages.ids, found))
-                for ranking, found in parts
-            )
-            return Found(_finish(config, measured, judge), len(queries.ids), stop - start)
+        if judge is not None and judge.needs_rows:
+            parts = (judge.with_corpus_rows(part, passages.ids) for part in parts)
         return Found(_finish(config, parts, judge), len(queries.ids), stop - start)
+
+
+def _open_passages(config: SearchConfig) -> Vectors:
+    """The vectors that are searched.
+
+    Raises:
+        UsageError: there are none, or they are of queries.
+        DataError: a file is damaged or missing.
+    """
+    passages = open_vectors(*config.sources, partial=config.partial)
+    if passages.n_missing_shards:
+        log.warning(
+            "searching without %d of %d shards; join the rankings of all by --merge",
+            passages.n_missing_shards,
+            passages.manifest.shards if passages.manifest else 0,
+        )
+    if not len(passages) and not config.partial:
+        raise UsageError(f"{config.sources[0]}: there are no vectors to search")
+    if passages.manifest is not None and passages.manifest.kind == "queries":
+        raise UsageError(f"{config.sources[0]} has vectors of queries; name those of passages")
+    return passages
 
 
 def _parts(

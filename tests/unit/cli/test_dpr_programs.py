@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 from recipes import check_ours
 
-from mlflow_dr.cli.dpr_programs import translated
+from mlflow_dr.cli.dpr_programs import commands_for
 from mlflow_dr.errors import UsageError
 
 LINES = [
@@ -46,14 +46,14 @@ def files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 @pytest.mark.parametrize("line", LINES)
 def test_lines_of_the_originals_become_commands_that_parse(line: str) -> None:
     program, *flags = shlex.split(line)
-    commands = translated(program, flags)
+    commands = commands_for(program, flags)
     assert commands
     for command in commands:
         check_ours(command)
 
 
 def test_a_search_asks_for_the_accuracies_up_to_its_depth(files: Path) -> None:
-    (command,) = translated(*_split(LINES[2]))
+    (command,) = commands_for(*_split(LINES[2]))
     text = shlex.join(command)
     assert command[:2] == ["search", "emb"]
     assert f"--dataset dpr:{files}/psgs.tsv?queries={files}/qas-dev.tsv --split dev" in (
@@ -61,7 +61,7 @@ def test_a_search_asks_for_the_accuracies_up_to_its_depth(files: Path) -> None:
     )
     assert "--measures 'accuracy@1 accuracy@5 accuracy@20' --encoder models:/m-1" in text
     assert "--output r.json --format dpr --match regex --device cpu" in text
-    (command,) = translated(*_split(LINES[4]))
+    (command,) = commands_for(*_split(LINES[4]))
     assert command[-4:] == ["--measures", "accuracy@1", "--queries", "q"]
 
 
@@ -80,7 +80,7 @@ def test_a_search_asks_for_the_accuracies_up_to_its_depth(files: Path) -> None:
 )
 def test_what_cannot_be_done_gets_one_line(line: str, message: str) -> None:
     with pytest.raises(UsageError, match=message) as caught:
-        translated(*_split(line))
+        commands_for(*_split(line))
     assert "\n" not in str(caught.value)
 
 
