@@ -183,14 +183,13 @@ def _train(
         schedule = publish_schedule(request, len(training_set))
         source = EncoderSource(encoder, merged=request.model.lora_publish == MERGED)
         published, last_step = _resumed_run(run, resumption) if run and resumption else ({}, None)
-        keep_in = Path(str(request.trainer.output_dir))
-        publisher = Publisher(run, source, published, keep_in=keep_in, on_refused=stop.ask)
+        output = Path(str(request.trainer.output_dir))
+        publisher = Publisher(run, source, published, keep_in=output, on_refused=stop.ask)
         callbacks: list[TrainerCallback] = []
         supply = Supply()
         if run is not None:
             ending.enter_context(_closing(publisher, request, stop))
-            if resumption is not None and resumption.checkpoint is not None:
-                begin = resumption.checkpoint
+            if resumption is not None and (begin := resumption.checkpoint) is not None:
                 _publish_missed_checkpoints(request, publisher, source, begin, schedule)
             data_metrics = DataMetrics(supply, ending.enter_context(Sampler()))
             callbacks.append(MetricCallback(run.log_metrics, last_step, data_metrics))
