@@ -27,7 +27,7 @@ T = TypeVar("T")
 
 LAYOUT = 1
 # a worker takes seconds to start
-TEXTS_WORTH_A_PROCESS = 100_000
+TEXTS_WORTH_A_PROCESS = 50_000
 TEXTS_PER_BATCH = 8192
 MOST_OF_A_CORPUS = 0.5
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from itertools import product
 from typing import Annotated, Literal, NamedTuple, Self
 
@@ -60,6 +61,7 @@ WorkerCounts = Annotated[
     tuple[Annotated[str, AfterValidator(checked(parse_workers))], ...], BeforeValidator(as_tuple)
 ]
 USUAL = ("memory", "lookup", "ir_datasets", "arrow", "tokens")
+USUALLY_TRAINED = ("lookup", "lookup, 2 workers", "tokens", "tokens, 2 workers")
 AXES = ("workers", "start_method", "prefetch", "pin_memory", "ramdisk", "ranks", "cache")
 
 
@@ -92,12 +94,12 @@ class LoadersConfig(Config):
     payload: Literal["ids", "text", "lookup"] = "ids"
     """What reaches the training process: padded token ids, texts, or nothing (lookup only)."""
     model: str = "none"
-    """Train this encoder for a few batches in each cell, to compare what the loader supplies with
+    """Train this encoder for a few batches, to compare what the loader supplies with
     what the model takes: a directory, a hub name, or tiny."""
     ranker: Literal["bi", "cross"] = "bi"
     """Query and document one by one with in-batch negatives, or as one text."""
     model_batches: Count = 2
-    """Training steps of each cell, in the first repeat."""
+    """Training steps of a cell, in the first repeat."""
     tokenizer: Annotated[str | None, Flag("--tokenizer", "--tokenizer-name-or-path")] = None
     """The tokenizer of this directory or hub name (default: the model's, else one that is learnt
     from the passages)."""
@@ -167,12 +169,20 @@ class LoadersConfig(Config):
         return any(cell.payload == "ids" or cell.store == "tokens" for cell in self.cells)
 
     def _usual_cells(self) -> list[Cell]:
-        return [
+        """Every usual store with and without workers, and four others.
+
+        The model is trained in some of them only, because loading it takes longer than the rest.
+        """
+        cells = [
             *(self._cell(store, workers) for store in USUAL for workers in ("0", "2")),
             self._cell("tokens", f"{THREADS}2"),
             self._cell("memory", "2", start_method="forkserver"),
             self._cell("lookup", "0", ramdisk="yes"),
             self._cell("lookup", "0", ranks=2),
+        ]
+        return [
+            cell if cell.label in USUALLY_TRAINED else replace(cell, model=NO_MODEL)
+            for cell in cells
         ]
 
     def _cell(

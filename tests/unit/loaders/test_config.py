@@ -19,6 +19,13 @@ def test_the_usual_study_has_fourteen_cells() -> None:
     ]
 
 
+def test_the_usual_study_trains_in_some_cells_and_another_one_in_all() -> None:
+    cells = LoadersConfig(model="tiny").cells
+    trained = [cell.label for cell in cells if cell.model == "tiny"]
+    assert trained == ["lookup", "lookup, 2 workers", "tokens", "tokens, 2 workers"]
+    assert {cell.model for cell in LoadersConfig(model="tiny", cache="cold").cells} == {"tiny"}
+
+
 def test_every_combination_is_a_cell() -> None:
     assert labels(store=("lookup", "tokens"), workers=("0", "threads:2"), ranks=(1, 2)) == [
         *("lookup", "lookup, 2 ranks", "lookup, 2 threads", "lookup, 2 threads, 2 ranks"),
