@@ -141,7 +141,10 @@ def test_a_sampler_follows_memory_and_cpu_time(proc: str, monkeypatch: pytest.Mo
     monkeypatch.setattr(process_tree, "OTHER_SHARE", 1)
     with Sampler(pause=0.001) as sampler:
         assert sampler.first() is not None
-        data = b"1" * 32 * MB
+        # not from malloc, which would first use what this process has left free
+        data = mmap.mmap(-1, 32 * MB, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+        for offset in range(0, len(data), mmap.PAGESIZE):
+            data[offset] = 1
         samples_of(sampler, len(sampler.samples) + 2)
         last = sampler.latest
     assert last is not None
@@ -153,7 +156,7 @@ def test_a_sampler_follows_memory_and_cpu_time(proc: str, monkeypatch: pytest.Mo
     assert sampler.cpu_s > 0
     if proc == "proc":
         assert last.private - first.private > 30 * MB
-    del data
+    data.close()
 
 
 def test_a_closed_sampler_takes_no_more_samples() -> None:
