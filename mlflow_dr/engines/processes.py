@@ -65,9 +65,9 @@ class ProcessEngine(WorkerPool[WorkerProcess]):
 
     def stop(self, handle: WorkerProcess) -> None:
         """See `WorkerPool.stop`."""
-        handle.connection.close()
         handle.process.kill()
         handle.process.join()
+        handle.connection.close()
         self._free.add(handle.place)
 
     def close(self) -> None:
@@ -130,13 +130,12 @@ def _serve(connection: Connection, device: str, threads: int) -> None:
     threading.Thread(target=_end_with_parent, daemon=True).start()
     os.environ["OMP_NUM_THREADS"] = str(threads)  # of FAISS, which is imported later
     worker = ShardWorker(torch.device(device), threads)
-    connection.send(Answer())
-    while True:
-        try:
+    with suppress(EOFError, OSError):  # the other end is closed, also while an answer is sent
+        connection.send(Answer())
+        while True:
             request, arguments = connection.recv()
-        except EOFError:
-            return
-        connection.send(worker.answer(request, *arguments))
+            answer = worker.answer(request, *arguments)
+            connection.send(answer)
 
 
 def _end_with_parent() -> None:
