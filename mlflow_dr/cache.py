@@ -3,9 +3,9 @@
 An entry is a directory. Its file `checksums` is written last. It has the entry's name and the size,
 checksum and name of each other file. The process that first opens an entry after a start of the
 machine compares them, and notes the state of the files (inodes, sizes and times of change) in the
-hidden file `.checked`. Whoever opens the entry later compares the state only, so that opening does
-not read gigabytes from disk. So a file that was cut off, changed, removed, added or taken from
-another entry is never read.
+hidden file `.checked`. Processes that open the entry later compare the state only, because
+reading gigabytes from disk takes minutes. So a file that was cut off, changed, removed, added or
+taken from another entry is never read.
 """
 
 from __future__ import annotations

@@ -25,7 +25,7 @@ class RankPool(NamedTuple):
         corpus: the passages, each title and text once.
         positives: the first positive of each question, `(n_queries,) int64`.
         negatives: hard negatives of each question, in the file's order, `(n,) int64`.
-        others: negatives that are not hard, likewise.
+        others: of each question, the rows of negatives that are not hard.
     """
 
     queries: Sequence[Query]

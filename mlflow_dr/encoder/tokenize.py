@@ -131,7 +131,7 @@ class TextTokenizer:
                 ids.append([*before, *(title_ids + text_ids)[: room + 1], *after])
                 continue
             if len(title_ids) + len(text_ids) > room:
-                # tokens are dropped one by one from the longer part, of equal ones from the text
+                # tokens are dropped one by one from the longer part, or from the text
                 kept = max(room - len(text_ids), min(len(title_ids), room - room // 2))
                 title_ids, text_ids = title_ids[:kept], text_ids[: room - kept]
             ids.append([*before, *title_ids, separator, *text_ids, *after])

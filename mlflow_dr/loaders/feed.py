@@ -187,7 +187,7 @@ class Batches:
         self.handed_out, self.complete = 0, False
         for number in range(len(self)):
             self.handed_out += 1
-            # known before the batch is made, so that whoever gets it knows that it is the last
+            # known before the batch is made, so that its consumer knows that it is the last
             self.complete = number + 1 == len(self) or time.monotonic() >= self.deadline
             yield self._rows[number * self.size : (number + 1) * self.size].tolist()
             if self.complete:

@@ -1,4 +1,4 @@
-"""Batches of documents are the same whoever makes them, and their makers say what they took."""
+"""Batches are the same from processes, workers and threads, and each says what it took."""
 
 import time
 from pathlib import Path
