@@ -13,8 +13,10 @@ import gc
 import json
 import os
 import signal
+import subprocess
 import sys
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from types import FrameType
@@ -30,6 +32,8 @@ Figures = dict[str, Any]
 
 MB = 1_000_000
 
+PREFIX = "Error: "
+"""Of the line on stderr that says why a cell is not measured."""
 NO_MODEL = "none"
 CHOICES = {
     "payload": ("lookup", "text", "ids"),
@@ -217,7 +221,7 @@ def measure_cell(arguments: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         return INTERRUPTED
     except Exception as error:  # noqa: BLE001 - every error of a cell is one line of the study
-        print(f"Error: {message_of(error)}", file=sys.stderr)  # noqa: T201
+        print(f"{PREFIX}{message_of(error)}", file=sys.stderr)  # noqa: T201
         return WRONG
     return 0
 
@@ -233,6 +237,25 @@ def message_of(error: Exception) -> str:
     if text.startswith("Caught "):  # torch puts the worker's traceback into the message
         return one_line_of(text.strip().splitlines()[-1].removeprefix("mlflow_dr.errors."), 500)
     return one_line_of(text, 500) if isinstance(error, MlflowDrError) else one_line(error)
+
+
+def process_failure(status: int, messages: str) -> str:
+    """Why a process of `measure_cell` failed, from its exit status and what it wrote to stderr."""
+    if status < 0:
+        return f"killed by {signal.Signals(-status).name}"
+    lines = [line for line in messages.splitlines() if line.strip()]
+    return one_line_of(lines[-1], 500).removeprefix(PREFIX) if lines else f"exit code {status}"
+
+
+def end_processes(processes: Sequence[subprocess.Popen[Any]], seconds: float) -> None:
+    """End the processes that have not ended: by SIGTERM, and after some seconds by SIGKILL."""
+    for process in processes:
+        process.terminate()
+    for process in processes:
+        with suppress(subprocess.TimeoutExpired):
+            process.wait(seconds)
+        process.kill()
+        process.wait()
 
 
 if __name__ == "__main__":

@@ -132,8 +132,8 @@ class LoadersConfig(Config):
     @model_validator(mode="after")
     def _check_cells(self) -> Self:
         with within("cells"):
-            self.cells  # noqa: B018 - raises
-        for cell in self.cells:
+            cells = self.cells
+        for cell in cells:
             forks = cell.processes and cell.start_method == "fork"
             if forks and not STORES.get(cell.store).works_in_forks:
                 raise ConfigError(

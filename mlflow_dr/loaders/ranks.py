@@ -11,14 +11,20 @@ import sys
 import tempfile
 import time
 from collections.abc import Sequence
-from contextlib import suppress
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 
 from mlflow_dr.errors import ChildError
-from mlflow_dr.loaders.cell import Cell, Figures, Workload, write_spec
+from mlflow_dr.loaders.cell import (
+    Cell,
+    Figures,
+    Workload,
+    end_processes,
+    process_failure,
+    write_spec,
+)
 
 RANK, WORLD_SIZE, MEETING = "RANK", "WORLD_SIZE", "MLFLOW_DR_MEETING"
 PARENT_DEATH_SIGNAL = 1  # of Linux's prctl
@@ -97,7 +103,7 @@ def measured_by_ranks(cell: Cell, workload: Workload) -> Figures:
                 processes.append(_started(rank, cell.ranks, spec, folder))
             _wait(processes, folder)
         finally:
-            _end(processes)
+            end_processes(processes, SECONDS_TO_STOP)
         files = [_result(folder, rank) for rank in range(cell.ranks)]
         return added([json.loads(path.read_text(encoding="utf-8")) for path in files])
 
@@ -113,32 +119,15 @@ def _started(rank: int, world_size: int, spec: Path, folder: Path) -> subprocess
 
 def _wait(processes: Sequence[subprocess.Popen[bytes]], folder: Path) -> None:
     """Wait until all ranks have ended, or one has failed."""
-    while any(process.poll() is None for process in processes):
-        for rank, process in enumerate(processes):
-            if process.poll():
-                raise ChildError(f"rank {rank}: {_last_message(folder, rank, process.returncode)}")
+    while True:
+        statuses = [process.poll() for process in processes]
+        for rank, status in enumerate(statuses):
+            if status:
+                messages = _messages(folder, rank).read_text(encoding="utf-8", errors="replace")
+                raise ChildError(f"rank {rank}: {process_failure(status, messages)}")
+        if None not in statuses:
+            return
         time.sleep(POLL_SECONDS)
-    for rank, process in enumerate(processes):
-        if process.returncode:
-            raise ChildError(f"rank {rank}: {_last_message(folder, rank, process.returncode)}")
-
-
-def _last_message(folder: Path, rank: int, status: int) -> str:
-    lines = _messages(folder, rank).read_text(encoding="utf-8", errors="replace").splitlines()
-    said = [line for line in lines if line.strip()]
-    if status < 0 or not said:
-        return f"it was killed by signal {-status}" if status < 0 else f"exit code {status}"
-    return said[-1].removeprefix("Error: ")
-
-
-def _end(processes: Sequence[subprocess.Popen[bytes]]) -> None:
-    for process in processes:
-        process.terminate()
-    for process in processes:
-        with suppress(subprocess.TimeoutExpired):
-            process.wait(SECONDS_TO_STOP)
-        process.kill()
-        process.wait()
 
 
 def _result(folder: Path, rank: int) -> Path:

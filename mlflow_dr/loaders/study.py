@@ -6,12 +6,11 @@ import json
 import logging
 import platform
 import shutil
-import signal
 import subprocess
 import sys
 import time
 from collections.abc import Iterator, Mapping
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -25,7 +24,14 @@ from mlflow_dr.encoder.token_table import corpus_tokens
 from mlflow_dr.encoder.tokenize import TextTokenizer
 from mlflow_dr.errors import ChildError, UsageError
 from mlflow_dr.files import atomic_write, cache_dir, digest_of, scratch, usable_cores
-from mlflow_dr.loaders.cell import NO_MODEL, Cell, Workload, write_spec
+from mlflow_dr.loaders.cell import (
+    NO_MODEL,
+    Cell,
+    Workload,
+    end_processes,
+    process_failure,
+    write_spec,
+)
 from mlflow_dr.loaders.config import LoadersConfig
 from mlflow_dr.loaders.documents import (
     check_stores,
@@ -37,7 +43,6 @@ from mlflow_dr.loaders.report import study_metrics, write_study
 from mlflow_dr.loaders.results import LoaderStudy, Measured
 from mlflow_dr.progress import progress_bar
 from mlflow_dr.stores.store import open_store, store_directory
-from mlflow_dr.terminal import one_line_of
 from mlflow_dr.tracking.artifacts import LOADERS_FOLDER, log_study
 from mlflow_dr.tracking.client import connect
 from mlflow_dr.tracking.encoders import local_encoder
@@ -50,7 +55,6 @@ LAYOUT = 1
 DEFAULT_DATASET = "demo"
 TINY, TOKENS = "tiny", "tokens"
 SECONDS_TO_STOP = 10.0
-MOST_OF_A_MESSAGE = 500
 
 
 def logged_study(config: LoadersConfig) -> LoaderStudy:
@@ -219,11 +223,12 @@ def _measure_all(
         model: directory or hub name of the encoder that is trained.
         state: where the figures of each process are kept.
     """
-    found: dict[Cell, list[dict[str, Any]]] = {cell: [] for cell in config.cells}
+    cells = config.cells
+    found: dict[Cell, list[dict[str, Any]]] = {cell: [] for cell in cells}
     problems: dict[Cell, str] = {}
-    with progress_bar(len(found) * config.repeats, "measuring", "cells") as bar:
+    with progress_bar(len(cells) * config.repeats, "measuring", "cells") as bar:
         for repeat in range(config.repeats):
-            for number, cell in enumerate(config.cells):
+            for number, cell in enumerate(cells):
                 # what the model takes does not depend on the cell, so one repeat is enough
                 trains = cell.model != NO_MODEL and repeat == 0
                 spec = replace(cell, model=model if trains else NO_MODEL)
@@ -237,7 +242,7 @@ def _measure_all(
                 if cell not in problems:
                     found[cell].append(json.loads(file.read_text(encoding="utf-8")))
                 bar.update(1)
-    return [Measured(cell, found[cell], problems.get(cell, "")) for cell in config.cells]
+    return [Measured(cell, found[cell], problems.get(cell, "")) for cell in cells]
 
 
 def _measure(cell: Cell, workload: Workload, file: Path) -> None:
@@ -256,28 +261,12 @@ def _measure(cell: Cell, workload: Workload, file: Path) -> None:
             stderr=subprocess.PIPE,
             text=True,
         )
-        with _stopped(process):
+        try:
             _, messages = process.communicate()
+        finally:
+            end_processes([process], SECONDS_TO_STOP)
         if process.returncode:
-            lines = [line for line in messages.splitlines() if line.strip()]
-            said = one_line_of(lines[-1], MOST_OF_A_MESSAGE) if lines else "it said nothing"
-            if process.returncode < 0:
-                said = f"killed by {signal.Signals(-process.returncode).name}"
-            raise ChildError(said.removeprefix("Error: "))
-
-
-@contextmanager
-def _stopped(process: subprocess.Popen[str]) -> Iterator[None]:
-    """End a process with the block, if it has not ended by then."""
-    try:
-        yield
-    finally:
-        if process.poll() is None:
-            process.terminate()
-            with suppress(subprocess.TimeoutExpired):
-                process.wait(SECONDS_TO_STOP)
-            process.kill()
-            process.wait()
+            raise ChildError(process_failure(process.returncode, messages))
 
 
 @contextmanager
