@@ -1,8 +1,8 @@
 """The function for Ray Train's `ValidationConfig`."""
 
-import json
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -12,6 +12,8 @@ from mlflow_dr.errors import UsageError
 from mlflow_dr.ray import validation_fn
 from mlflow_dr.validation.config import EvaluateConfig
 from mlflow_dr.validation.evaluate import evaluate_encoder
+
+SEA = Path(__file__).parents[2] / "examples/sea"
 
 train = pytest.importorskip("ray.train")
 
@@ -23,7 +25,7 @@ def directory(make_tiny: Callable[..., Encoder], tmp_path: Path) -> Path:
 
 
 def test_ray_train_gets_what_evaluate_measures(directory: Path) -> None:
-    settings = json.loads('{"dataset": "demo", "measures": "mrr@10 ndcg@10", "device": "cpu"}')
+    settings: dict[str, Any] = {"dataset": str(SEA), "measures": "mrr@10 ndcg@10", "device": "cpu"}
     config = train.ValidationConfig(
         fn=validation_fn, task_config=train.ValidationTaskConfig(fn_kwargs=settings)
     )
