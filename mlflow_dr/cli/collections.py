@@ -59,7 +59,7 @@ def mine_command(config: MiningConfig) -> None:
     for line in lines:
         click.echo(line)
     if run is not None:
-        run.log_report(mined.figures(), {"mined.txt": "\n".join(lines) + "\n"})
+        run.log_report({}, {"mined.txt": "\n".join(lines) + "\n"})
 
 
 class SubsetConfig(CollectionConfig):

@@ -78,7 +78,7 @@ def fidelity_command(config: FidelityConfig) -> None:
     if dataset and splits:
         config.one_dataset(config.split)
 
-    from mlflow_dr.fidelity.report import fidelity_metrics, report_text, write_files
+    from mlflow_dr.fidelity.report import report_text, write_files
     from mlflow_dr.fidelity.study import study_fidelity
     from mlflow_dr.files import scratch
     from mlflow_dr.tracking.artifacts import FIDELITY_FOLDER, log_study
@@ -101,6 +101,4 @@ def fidelity_command(config: FidelityConfig) -> None:
         write_files(result, config.output)
     if run is not None and not config.no_log:
         with scratch() as directory:
-            log_study(
-                run, fidelity_metrics(result), write_files(result, directory), FIDELITY_FOLDER
-            )
+            log_study(run, write_files(result, directory), FIDELITY_FOLDER)

@@ -103,21 +103,6 @@ def write_files(findings: FidelityResult, directory: Path) -> list[Path]:
     return [directory / name for name in writers]
 
 
-def fidelity_metrics(findings: FidelityResult) -> dict[str, float]:
-    """The figures that are defined, named as MLflow allows: `fidelity/bm25_at_50/tau`."""
-    full = findings.full
-    metrics = {"fidelity/full/seconds": full.seconds, "fidelity/full/passages": full.passages}
-    for subset in findings.subsets:
-        figures = {name: _estimate(subset, name).value for name in FIGURES}
-        figures |= {"seconds": subset.curve.seconds, "passages": subset.curve.passages}
-        metrics |= {
-            f"fidelity/{subset.curve.slug}/{name}": value
-            for name, value in figures.items()
-            if not np.isnan(value)
-        }
-    return metrics
-
-
 def values_table(findings: FidelityResult) -> pa.Table:
     """The values of all queries: columns `strategy`, `step`, `query_id` and `value`."""
     curves = [findings.full, *(subset.curve for subset in findings.subsets)]

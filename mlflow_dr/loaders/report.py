@@ -42,6 +42,9 @@ def study_text(study: LoaderStudy) -> str:
         in_columns([HEADS, *(_row(measured) for measured in study.measured)]),
         "",
     ]
+    if study.build_seconds:
+        times = (f"{store} {seconds:.1f} s" for store, seconds in study.build_seconds.items())
+        lines += [f"building took: {', '.join(times)}", ""]
     if failed := [measured for measured in study.cells if not measured.repeats]:
         lines.append("not measured:")
         lines += [f"  {measured.cell.label}: {measured.problem}" for measured in failed]
@@ -191,15 +194,6 @@ def advised_flags(study: LoaderStudy) -> str:
     return (
         f"Use `mlflow-dr train --token_table {table} --dataloader_num_workers {best.cell.workers}`."
     )
-
-
-def study_metrics(study: LoaderStudy) -> dict[str, float]:
-    """The figures of the study as a whole, as metrics."""
-    metrics = {f"loaders/{store}/build_seconds": s for store, s in study.build_seconds.items()}
-    metrics |= {"loaders/cells": len(study.measured), "loaders/passages": study.passages}
-    if not math.isnan(takes := appetite(study)):
-        metrics["loaders/model_samples_per_s"] = takes
-    return metrics
 
 
 def _single(study: LoaderStudy) -> list[Measured]:

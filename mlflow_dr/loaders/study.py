@@ -39,7 +39,7 @@ from mlflow_dr.loaders.documents import (
     sampled_rows,
     tiny_encoder_directory,
 )
-from mlflow_dr.loaders.report import study_metrics, write_study
+from mlflow_dr.loaders.report import write_study
 from mlflow_dr.loaders.results import LoaderStudy, Measured
 from mlflow_dr.progress import progress_bar
 from mlflow_dr.stores.store import open_store, store_directory
@@ -74,7 +74,7 @@ def logged_study(config: LoadersConfig) -> LoaderStudy:
         study = study_loaders(config)
         for measured in study.measured:
             run.log_child(measured.cell.label, asdict(measured.cell), measured.metrics)
-        log_study(run, study_metrics(study), write_study(study, directory), LOADERS_FOLDER)
+        log_study(run, write_study(study, directory), LOADERS_FOLDER)
     return study
 
 

@@ -140,16 +140,6 @@ class MiningResult:
     left_out: Counter[str] = field(default_factory=Counter)
     seconds: float = 0.0
 
-    def figures(self) -> dict[str, float]:
-        """The counts, by the names that they have as metrics."""
-        return {
-            "mined/queries": self.queries,
-            "mined/negatives": self.negatives,
-            "mined/queries_with_fewer": self.short,
-            "mined/queries_without": self.without,
-            "mined/seconds": self.seconds,
-        }
-
     def summary(self, wanted: int) -> list[str]:
         """What was mined, in a few lines; `wanted` negatives were asked for."""
         mean = self.negatives / max(1, self.queries)

@@ -142,15 +142,12 @@ def log_subset(
             run.client.log_artifact(run.id, str(directory / file), SUBSETS_FOLDER)
 
 
-def log_study(
-    run: TrackedRun, metrics: Mapping[str, float], files: Iterable[Path], folder: str
-) -> None:
-    """Log a study's metrics, and its files into a folder; later ones replace them.
+def log_study(run: TrackedRun, files: Iterable[Path], folder: str) -> None:
+    """Log the files of a study into a folder; later ones replace them.
 
     Raises:
         TrackingError: the server did not take it.
     """
-    run.log_report(metrics, {})
     with tracking_errors(f"storing the study of {folder} with run {run.id}"):
         for file in files:
             run.client.log_artifact(run.id, str(file), folder)

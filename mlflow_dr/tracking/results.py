@@ -22,6 +22,9 @@ from mlflow_dr.tracking.runs import TrackedRun
 
 PREFIX = "mlflow_dr.validation."
 LONGEST_TAG = 5000
+TIMING = "timing/"
+TIMINGS = frozenset(("seconds", "lag_seconds", "passages_per_second", "questions_per_second"))
+"""Figures of a record that are no measures of retrieval."""
 
 
 class State(Enum):
@@ -40,11 +43,19 @@ def validation_state(checkpoint: Checkpoint, name: str) -> State:
         values = parse_record(record)
         if values is None:  # a record cannot be replaced
             return State.FAILED
-        written = {f"{name}/{key}" for key in values}
+        written = {metric_name(name, key) for key in values}
         return State.DONE if written <= checkpoint.metrics else State.RECORDED
     if f"{PREFIX}{name}.failed" in checkpoint.tags:
         return State.FAILED
     return State.OPEN
+
+
+def metric_name(validation: str, key: str) -> str:
+    """The metric of a figure in a record: `val/mrr_at_10`, `timing/val/seconds`.
+
+    MLflow shows the metrics of one prefix together, so measures and timings have different ones.
+    """
+    return f"{TIMING if key in TIMINGS else ''}{validation}/{key}"
 
 
 def is_finished(checkpoint: Checkpoint, name: str) -> bool:
@@ -138,7 +149,7 @@ def _write_metrics(
         )
     metrics = [
         Metric(
-            f"{name}/{key}",
+            metric_name(name, key),
             value,
             checkpoint.created_ms,
             checkpoint.step,

@@ -25,6 +25,7 @@ SUMMARY = {
     "train_samples_per_second": "samples_per_second",
     "train_steps_per_second": "steps_per_second",
 }
+SUMMARY_TAG = "mlflow_dr.training_summary"
 NOT_METRICS = ("total_flos", "step")
 SUMMARY_KEY = "train_runtime"
 """Trainer logs this once, after the last step and before its callbacks end the run."""
@@ -37,6 +38,7 @@ class MetricCallback(TrainerCallback):
         write: takes metrics and their step.
         last_step: the last step whose metrics the run has; a resumed training logs it again.
         data: metrics that are written with each loss.
+        summarise: takes Trainer's figures of the whole training; they have no curve.
     """
 
     def __init__(
@@ -44,8 +46,10 @@ class MetricCallback(TrainerCallback):
         write: Callable[[Mapping[str, float], int], None],
         last_step: int | None = None,
         data: DataMetrics | None = None,
+        summarise: Callable[[Mapping[str, float]], None] = lambda values: None,
     ) -> None:
         self._write = write
+        self._summarise = summarise
         self._last_step = last_step
         self._data = data
 
@@ -68,6 +72,9 @@ class MetricCallback(TrainerCallback):
         if not state.is_world_process_zero:
             return
         logs = logs or {}
+        if SUMMARY.keys() & logs.keys():
+            self._summarise({SUMMARY[name]: logs[name] for name in SUMMARY if name in logs})
+            return
         data = None
         if self._data is not None and "loss" in logs:
             data = self._data.take(args.world_size)
@@ -79,14 +86,12 @@ class MetricCallback(TrainerCallback):
         self, logs: Mapping[str, Any], step: int, data: Mapping[str, float] | None = None
     ) -> None:
         values = {
-            f"train/{SUMMARY.get(name, name)}": float(value)
+            f"train/{name}": float(value)
             for name, value in logs.items()
             if isinstance(value, int | float) and name not in NOT_METRICS
         }
         values.update(data or {})
-        if "train/mean_loss" in values:
-            values.pop("train/epoch", None)  # the last step has it
-        elif self._last_step is not None and step <= self._last_step:
+        if self._last_step is not None and step <= self._last_step:
             values = {}
         if values := {name: value for name, value in values.items() if math.isfinite(value)}:
             self._write(values, step)

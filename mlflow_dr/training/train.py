@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import os
 import signal
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from pathlib import Path
 from types import FrameType
 
@@ -34,6 +36,7 @@ from mlflow_dr.tracking.runs import (
 from mlflow_dr.tracking.stop_request import StopWatcher, clear_stop_request
 from mlflow_dr.training.arguments import TrainingRequest
 from mlflow_dr.training.callbacks import (
+    SUMMARY_TAG,
     MetricCallback,
     ScheduledPublishing,
     StopCallback,
@@ -192,7 +195,8 @@ def _train(
             if resumption is not None and (begin := resumption.checkpoint) is not None:
                 _publish_missed_checkpoints(request, publisher, source, begin, schedule)
             data_metrics = DataMetrics(supply, ending.enter_context(Sampler()))
-            callbacks.append(MetricCallback(run.log_metrics, last_step, data_metrics))
+            summarise = partial(_note_summary, run)
+            callbacks.append(MetricCallback(run.log_metrics, last_step, data_metrics, summarise))
             ending.callback(StopWatcher(run, stop.ask).close)
         initial = request.publish.publish_initial
         callbacks += [ScheduledPublishing(publisher.publish, schedule, initial), stop]
@@ -215,6 +219,14 @@ def _train(
         raise KeyboardInterrupt
     if stop.reason:
         log.info("training ended as asked: %s", stop.reason)
+
+
+def _note_summary(run: TrackedRun, values: Mapping[str, float]) -> None:
+    """Tag a run with the figures of the whole training."""
+    try:
+        run.set_tags({SUMMARY_TAG: json.dumps(values)})
+    except TrackingError as error:  # the training itself has ended well
+        log.warning("the summary of the training is not on the run: %s", error)
 
 
 def _use_one_gpu(arguments: TrainingArguments) -> None:

@@ -263,7 +263,7 @@ def evaluate_encoder(config: EvaluateConfig, run: TrackedRun | None = None) -> R
         write_ranking(config.ranking, [report.ranking])
     if run is not None:
         values = {measure.metric: value for measure, value in report.measures.items()}
-        run.log_report({**values, "seconds": report.seconds}, {REPORT: text})
+        run.log_report(values, {REPORT: text})
     return report
 
 

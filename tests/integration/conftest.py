@@ -460,7 +460,7 @@ def forked(
 
 @pytest.fixture(scope="session")
 def points() -> Callable[[MlflowClient, str, str], Points]:
-    """A validation's points of a run: metric without prefix -> step -> values.
+    """A validation's points of a run, timings too: metric without prefix -> step -> values.
 
     They are read from the run and from its checkpoints, and must be the same.
     """
@@ -468,15 +468,15 @@ def points() -> Callable[[MlflowClient, str, str], Points]:
     def points(client: MlflowClient, run_id: str, name: str) -> Points:
         on_run: Points = {}
         for key in client.get_run(run_id).data.metrics:
-            if key.startswith(f"{name}/"):
-                steps = on_run.setdefault(key.removeprefix(f"{name}/"), {})
+            if key.removeprefix("timing/").startswith(f"{name}/"):
+                steps = on_run.setdefault(key.rpartition("/")[2], {})
                 for point in client.get_metric_history(run_id, key):
                     steps.setdefault(point.step, []).append(point.value)
         on_models: Points = {}
         for model in models_of(client, run_id):
             for metric in client.get_logged_model(model.model_id).metrics or ():
-                if metric.key.startswith(f"{name}/"):
-                    steps = on_models.setdefault(metric.key.removeprefix(f"{name}/"), {})
+                if metric.key.removeprefix("timing/").startswith(f"{name}/"):
+                    steps = on_models.setdefault(metric.key.rpartition("/")[2], {})
                     steps.setdefault(metric.step, []).append(metric.value)
         assert on_run == on_models
         return on_run

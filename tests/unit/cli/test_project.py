@@ -62,7 +62,7 @@ def test_evaluate_logs_its_report(project: TrackedRun, folder: Path, encoder: Pa
 
 def test_mine_logs_its_negatives(project: TrackedRun, folder: Path, tmp_path: Path) -> None:
     called(mine_command, "--dataset", folder, "--output", tmp_path / "mined.jsonl")
-    assert project.fetch().data.metrics["mined/queries"] == 1
+    assert project.fetch().data.metrics == {}
     assert "1 queries with" in artifact(project, "mined.txt")
 
 
@@ -78,7 +78,8 @@ def test_validate_logs_its_work_on_another_run(
     publish(run, encoder, 5)
     argv = ["--dataset", folder, "--measures", "mrr@10", "--once", "--device", "cpu"]
     assert called(validate_command, "--run-id", "one of these tests", *argv) == 0
-    assert project.fetch().data.metrics == {"validated/done": 1, "validated/failed": 0}
+    assert project.fetch().data.metrics == {}
+    assert artifact(project, "validated.txt").startswith("validated 1 checkpoints of run ")
     link = f"#/experiments/{experiment}/runs/{run.id}/model-metrics?workflowType=machine_learning"
     assert link in capsys.readouterr().err
 

@@ -14,7 +14,6 @@ from matplotlib.text import Text
 from mlflow_dr.fidelity.agreement import Curve, FidelityResult, compare_curves
 from mlflow_dr.fidelity.report import (
     curves_figure,
-    fidelity_metrics,
     recommendation,
     report_text,
     time_figure,
@@ -120,19 +119,6 @@ def test_the_table_shows_figures_with_their_intervals(
     assert cells[5][:3] == ["1.000", "to", "1.000"]
     assert cells[6][4:7] == ["-", "-", "0.4000"]
     assert cells[8][:4] == ["full+queries:10", "100", "10", "9.00"]
-
-
-def test_metrics_are_those_that_are_defined(
-    make_curve: MakeCurve, make_findings: MakeResult
-) -> None:
-    findings = make_findings(make_curve("bm25@20", GOOD, 2.0), make_curve("random:5", CONSTANT))
-    metrics = fidelity_metrics(findings)
-    assert metrics["fidelity/full/seconds"] == 10
-    assert metrics["fidelity/bm25_at_20/tau"] == 1
-    assert metrics["fidelity/bm25_at_20/seconds"] == 2
-    assert {key for key in metrics if key.startswith("fidelity/random_5/")} == {
-        f"fidelity/random_5/{name}" for name in ("regret", "inflation", "seconds", "passages")
-    }
 
 
 def test_the_files_have_the_figures_of_the_table(

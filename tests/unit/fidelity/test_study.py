@@ -299,10 +299,7 @@ def test_the_command_prints_logs_and_writes(
     assert re.search(r"^full +56 +8 +\d+\.\d\d +- +- +- +- +step \d+$", printed, re.MULTILINE)
     assert re.search(r"^bm25@2 +\d+ +8 +\d", printed, re.MULTILINE)
     assert (tmp_path / "study/report.txt").read_text() == printed
-    metrics = published.fetch().data.metrics
-    assert metrics["fidelity/full/passages"] == PASSAGES
-    assert metrics["fidelity/random_12/passages"] >= 12
-    assert {"fidelity/bm25_at_2/regret", "fidelity/bm25_at_2/inflation"} <= set(metrics)
+    assert published.fetch().data.metrics == {}  # a table and pictures say more than bars
     files = {file.path for file in client.list_artifacts(published.id, "fidelity")}
     names = ("report.txt", "table.csv", "values.parquet", "curves.png", "time_against_fidelity.png")
     assert files == {f"fidelity/{name}" for name in names}

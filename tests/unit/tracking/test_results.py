@@ -105,7 +105,7 @@ def test_a_result_is_on_run_and_checkpoint_with_the_checkpoints_time(
     metrics = {
         metric.key: metric for metric in client.get_logged_model(checkpoint.model_id).metrics
     }
-    assert set(metrics) == {"val/mrr_at_10", "val/seconds", "val/lag_seconds"}
+    assert set(metrics) == {"val/mrr_at_10", "timing/val/seconds", "timing/val/lag_seconds"}
     assert metrics["val/mrr_at_10"].dataset_digest == "abc"
     assert validation_state(only(run), "val") is State.DONE
     assert validation_state(only(run), "other") is State.OPEN
@@ -118,7 +118,7 @@ def test_a_second_result_changes_nothing(
     first = record_result(run, only(run), "val", FIGURES, DATASET)
     second = record_result(run, only(run), "val", {**FIGURES, "seconds": 9.0}, DATASET)
     assert second == first
-    for key in ("val/mrr_at_10", "val/seconds", "val/lag_seconds"):
+    for key in ("val/mrr_at_10", "timing/val/seconds", "timing/val/lag_seconds"):
         assert len(points(client, run, key)) == 1
 
 
@@ -132,7 +132,7 @@ def test_a_record_without_metrics_gets_its_metrics_without_evaluation(
     write_recorded(run, only(run), "val", DATASET)
     write_recorded(run, only(run), "val", DATASET)
     assert validation_state(only(run), "val") is State.DONE
-    assert len(points(client, run, "val/seconds")) == 1
+    assert len(points(client, run, "timing/val/seconds")) == 1
 
 
 def test_metrics_only_on_the_run_are_completed_without_duplicates(
@@ -142,9 +142,9 @@ def test_metrics_only_on_the_run_are_completed_without_duplicates(
     checkpoint = only(run)
     record = json.dumps({"values": FIGURES, "written_ms": 1})
     client.log_model_params(checkpoint.model_id, {f"{PREFIX}val": record})
-    client.log_metric(run.id, "val/seconds", 3.0, timestamp=checkpoint.created_ms, step=50)
+    client.log_metric(run.id, "timing/val/seconds", 3.0, timestamp=checkpoint.created_ms, step=50)
     write_recorded(run, only(run), "val", DATASET)
-    assert len(points(client, run, "val/seconds")) == 1
+    assert len(points(client, run, "timing/val/seconds")) == 1
     assert validation_state(only(run), "val") is State.DONE
 
 

@@ -90,7 +90,7 @@ def test_a_checkpoint_that_takes_too_long_is_recorded_as_failed_and_the_next_is_
     assert not counts.are_good
     _, slow, _ = run_checkpoints(run)
     for name in ("val", "test"):
-        points = client.get_metric_history(run.id, f"{name}/seconds")
+        points = client.get_metric_history(run.id, f"timing/{name}/seconds")
         assert sorted(point.step for point in points) == [1, 3]
         assert validation_state(slow, name) is State.FAILED
         assert failure_reason(slow, name) == REASON
@@ -100,7 +100,7 @@ def test_a_checkpoint_that_takes_too_long_is_recorded_as_failed_and_the_next_is_
     assert {record.levelname for record in caplog.records} == {"WARNING"}
     assert watch(run, *BOTH).passed_over == 1
     assert watch(run, *BOTH, retry_failed=True).done == 1
-    points = client.get_metric_history(run.id, "val/seconds")
+    points = client.get_metric_history(run.id, "timing/val/seconds")
     assert sorted(point.step for point in points) == [1, 2, 3]
 
 

@@ -73,7 +73,7 @@ def test_each_checkpoint_is_validated_once_over_two_calls(
     publishing(20)
     assert watch(run, VALIDATION, follow=False, sleep=no_sleep).done == 1
     assert steps(client, run) == [5, 10, 20]
-    assert steps(client, run, "val/seconds") == [5, 10, 20]
+    assert steps(client, run, "timing/val/seconds") == [5, 10, 20]
 
 
 def test_the_validator_waits_for_checkpoints_until_the_run_ends(
