@@ -23,6 +23,7 @@ import pytest
 
 if TYPE_CHECKING:
     from forks import Forks
+    from hub_endpoint import HubEndpoint
 
     from mlflow_dr.encoder.model import Encoder
     from mlflow_dr.extensions import Registry
@@ -168,6 +169,23 @@ def forks(
     forks = Forks(environment, _shared_by_all(tmp_path_factory) / "forks")
     yield forks
     forks.close()
+
+
+@pytest.fixture
+def hub_endpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator["HubEndpoint"]:
+    """An empty hub on this machine, where the hub's library looks, and an empty cache of it."""
+    from hub_endpoint import HubEndpoint
+    from huggingface_hub import constants
+
+    endpoint = HubEndpoint()
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(constants, "ENDPOINT", endpoint.url)
+    template = f"{endpoint.url}/{{repo_id}}/resolve/{{revision}}/{{filename}}"
+    monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
+    yield endpoint
+    endpoint.close()
 
 
 @pytest.fixture

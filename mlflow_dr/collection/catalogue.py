@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import logging
 import math
-import re
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from importlib import import_module
@@ -19,6 +18,7 @@ from typing import NamedTuple, Protocol
 import numpy as np
 
 from mlflow_dr.collection.corpus import Corpus
+from mlflow_dr.collection.locations import hub_name
 from mlflow_dr.collection.records import Example, Topics
 from mlflow_dr.errors import UsageError, did_you_mean
 from mlflow_dr.extensions import Registry
@@ -28,10 +28,10 @@ log = logging.getLogger(__name__)
 
 IR_DATASETS_PREFIX = "irds:"
 POOL_PREFIX = "pool:"
-HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 
 JOIN = "+"
 WEIGHT = "@"
+LENGTH_OF_COMMIT = 40
 PREFERRED_SPLITS = ("dev", "validation", "valid", "val", "test")
 
 
@@ -256,8 +256,9 @@ BUILT_IN = {
         True,
     ),
     "hub": BuiltInFormat(
-        "HUB/NAME",
-        "Hugging Face in Tevatron's layout, such as Tevatron/wikipedia-nq",
+        "OWNER/NAME[/CONFIG][@REVISION][:SPLIT]",
+        "Hugging Face hub, such as mteb/scifact or Tevatron/wikipedia-nq: collections of BEIR, "
+        "MTEB, NanoBEIR, MIRACL and BRIGHT, and training examples",
         "hub:hub_collection",
     ),
 }
@@ -281,7 +282,7 @@ def open_collection(name: str) -> Collection:
 
     The name is one of these, tried in this order: a name of the catalogue; `FORMAT:LOCATION` with
     the name of a dataset format, such as `irds:vaswani`; a file or folder that a format recognises;
-    `owner/name` on the Hugging Face hub.
+    `owner/name` on the Hugging Face hub, also with a configuration, revision and split.
 
     Raises:
         UsageError: no dataset has this name.
@@ -299,7 +300,7 @@ def open_collection(name: str) -> Collection:
         path = _absolute(name)
         recognised = next(form for form in all_formats() if form.recognises(path))
         return recognised.open(str(path))
-    if HUB_NAME.fullmatch(name):
+    if hub_name(name):
         return BUILT_IN["hub"].open(name)
     names = [entry.name for entry in ENTRIES]
     hint = did_you_mean(prefix, [*names, *dataset_formats.names()])
@@ -376,7 +377,8 @@ def parse_mixture(text: str) -> list[tuple[str, float | None]]:
     """The names and weights of several training sets: `A@3+B@1`.
 
     `+` joins the parts, `@` separates a name from its weight. A path that exists is always a name,
-    whether it is the complete text or one part, even if it contains these characters.
+    whether it is the complete text or one part, even if it contains these characters. What follows
+    the `@` of a name on the hub and is no number is its revision.
 
     Returns:
         Names and weights; None for a name without a weight.
@@ -405,6 +407,8 @@ def _part(part: str, mixture: str) -> tuple[str, float | None]:
         weight = float(weight_text)
     except ValueError:
         weight = math.nan
+    if hub_name(part) and (math.isnan(weight) or len(weight_text) == LENGTH_OF_COMMIT):
+        return part, None  # a revision
     if not (math.isfinite(weight) and weight > 0):
         raise UsageError(
             f"{mixture!r}: the weight of {name!r} is {weight_text!r}, not a positive number"

@@ -1,4 +1,4 @@
-"""Collections on the Hugging Face hub in Tevatron's layout: one repository for each table.
+"""Collections on the Hugging Face hub; those in Tevatron's layout have a repository for each table.
 
 Source: Gao et al., Tevatron: An Efficient and Flexible Toolkit for Dense Retrieval, 2022.
 `datasets` reads their files but, from release 4 on, refuses the loading scripts beside them; so
@@ -8,24 +8,33 @@ the files are fetched as they are and read as plain JSON lines or Parquet.
 from __future__ import annotations
 
 import logging
-import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any, NamedTuple
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.compute as pc
 
 from mlflow_dr.cache import cache_entry
-from mlflow_dr.collection.catalogue import check_split
+from mlflow_dr.collection.catalogue import Examples, check_split
 from mlflow_dr.collection.corpus import SCHEMA, Corpus, check_ids
 from mlflow_dr.collection.examples import CachedExamples, RawExample, cached_examples
+from mlflow_dr.collection.hub_files import (
+    READERS,
+    HubFiles,
+    card_configs,
+    download_files,
+    files_by_stem,
+    repository_files,
+)
+from mlflow_dr.collection.hub_tables import HubTables, find_tables
 from mlflow_dr.collection.irds import topics_of
-from mlflow_dr.collection.jsonl import check_complete, read_records, state_of
+from mlflow_dr.collection.jsonl import read_records
+from mlflow_dr.collection.locations import HubName, hub_name
 from mlflow_dr.collection.qrels import checked_topics
 from mlflow_dr.collection.records import Passage, Query, Topics
 from mlflow_dr.collection.training_files import (
@@ -34,15 +43,13 @@ from mlflow_dr.collection.training_files import (
     layout_of,
     read_examples,
 )
-from mlflow_dr.errors import DataError, one_line, quoted
-from mlflow_dr.files import digest_of
+from mlflow_dr.errors import DataError, UsageError, one_line, quoted
 
 log = logging.getLogger(__name__)
 
 JUDGED_STEMS = ("dev", "validation", "test")
 PASSAGE_COLUMNS = ("docid", "title", "text")
 TITLE = "title"
-READERS = {".parquet": "parquet", ".jsonl.gz": "json", ".jsonl": "json"}
 
 
 def msmarco_passage(name: str = "msmarco") -> HubCollection:
@@ -58,15 +65,112 @@ def msmarco_passage(name: str = "msmarco") -> HubCollection:
     )
 
 
-def hub_collection(repo: str) -> HubCollection:
-    """The collection of a repository `owner/name`, whose passages are in `owner/name-corpus`.
+def hub_collection(text: str) -> HubCollection | HubDataset:
+    """The collection of a name on the hub, such as `mteb/scifact@REVISION:test`.
 
-    For a name that ends in `-new`, Tevatron's mark of examples by id, it is `owner/...-corpus-new`.
+    Raises:
+        UsageError: this is no name on the hub.
     """
-    if repo == "Tevatron/msmarco-passage":
-        return msmarco_passage(repo)
-    corpus = re.sub(r"(-new)?$", r"-corpus\1", repo, count=1)
-    return HubCollection(repo, examples=repo, corpus=corpus)
+    name = hub_name(text)
+    if name is None:
+        raise UsageError(
+            f"{text!r} is no name on the hub; expected OWNER/NAME[/CONFIG][@REVISION][:SPLIT]"
+        )
+    if text == "Tevatron/msmarco-passage":
+        return msmarco_passage(text)
+    return HubDataset(text, name)
+
+
+class HubDataset:
+    """A repository of the hub; its layout is recognised when it is first read.
+
+    Args:
+        text: what the user calls it.
+        name: the parts of that.
+    """
+
+    def __init__(self, text: str, name: HubName) -> None:
+        self.name = text
+        self.source = f"Hugging Face {text}"
+        self._name = name
+
+    @property
+    def splits(self) -> Sequence[str]:
+        """Splits that have judged queries; only the split of the name, if it has one.
+
+        Raises:
+            DataError: they can neither be downloaded nor found in the cache.
+            UsageError: there is no such collection or split.
+        """
+        if self._name.split:
+            check_split(self._collection, self._name.split)
+            return [self._name.split]
+        return self._collection.splits
+
+    def corpus(self) -> Corpus:
+        """The passages; see `splits` for the errors."""
+        return self._collection.corpus()
+
+    def topics(self, split: str) -> Topics:
+        """The judged queries of one split; see `splits` for the errors."""
+        return self._collection.topics(split)
+
+    def examples(self) -> Examples:
+        """The training examples, of the split `train`; see `splits` for the errors."""
+        return self._collection.examples()
+
+    @cached_property
+    def _collection(self) -> HubTables | HubCollection:
+        name = self._name
+        with no_such_path(self.name):
+            files = repository_files(name.repo, name.revision)
+            tables = find_tables(files, card_configs(name.repo, files, name.revision))
+        if tables:
+            return HubTables(self.name, name.repo, name.revision, name.config, tables)
+        # Tevatron marks examples by id by `-new`
+        corpus = re.sub(r"(-new)?$", r"-corpus\1", name.repo, count=1)
+        folder = _examples_folder(self.name, name, files)
+        return HubCollection(self.name, name.repo, corpus, None, name.revision, folder)
+
+
+def _examples_folder(text: str, name: HubName, files: Sequence[str]) -> str:
+    """The folder of a repository that has its training examples; empty for the usual places.
+
+    Raises:
+        UsageError: there is none of that name, or there are several and none is named.
+        DataError: nothing in the repository looks like training examples or judged queries.
+    """
+    data_files = [path for path in files if path.endswith(tuple(READERS))]
+    folders: set[str] = set()
+    for path in data_files:
+        folder, _, file = path.rpartition("/")
+        if re.split(r"[.-]", file)[0] in ("train", *JUDGED_STEMS):
+            folders.add("" if folder == "data" else folder)
+    if name.config in folders:
+        return name.config
+    if not folders:
+        raise DataError(
+            f"Hugging Face {name.repo}: its files ({quoted(', '.join(files))}) are in no known "
+            "layout; expected tables of passages, queries and judgements, or files of training "
+            "examples whose names begin with train"
+        )
+    names = sorted(filter(None, folders))
+    if not name.config and len(folders) == 1:
+        return names[0]
+    problem = f"has no configuration {name.config!r}" if name.config else "has several"
+    raise UsageError(
+        f"{text}: the repository {problem}; name one of them, such as {name.repo}/"
+        f"{(names or ['NAME'])[0]}; it has: {', '.join(names) or 'none'}"
+    )
+
+
+@contextmanager
+def no_such_path(name: str) -> Iterator[None]:
+    """Errors about a repository that the user named say that it is not a local path either."""
+    try:
+        yield
+    except DataError as error:
+        raise DataError(f"{error}; there is no file or folder {name!r} here either") from error
 
 
 class HubCollection:
@@ -80,16 +184,25 @@ class HubCollection:
         judged: split -> id in ir_datasets whose judgements name this corpus' passages; without it
             the splits are the `dev`, `validation` and `test` files beside the examples, and the
             positives of a query in them its relevant passages.
+        revision: a branch, tag or commit of `examples`; the default branch when None.
+        folder: where in `examples` the files are, if not at the top or in `data/`.
     """
 
     def __init__(
-        self, name: str, examples: str, corpus: str, judged: Mapping[str, str] | None = None
+        self,
+        name: str,
+        examples: str,
+        corpus: str,
+        judged: Mapping[str, str] | None = None,
+        revision: str | None = None,
+        folder: str = "",
     ) -> None:
         self.name = name
         queries = f"; ir_datasets {', '.join(judged.values())}" if judged else ""
         self.source = f"Hugging Face {examples} and {corpus}{queries}"
         self._repos = (examples, corpus)
         self._judged = judged
+        self._revision, self._folder = revision, folder
 
     @property
     def splits(self) -> Sequence[str]:
@@ -102,8 +215,7 @@ class HubCollection:
 
     @cached_property
     def _judged_files(self) -> dict[str, HubFiles]:
-        with self._no_such_path():
-            by_stem, _ = _files_by_stem(self._repos[0], JUDGED_STEMS)
+        by_stem, _ = files_by_stem(self._repos[0], JUDGED_STEMS, self._revision, self._folder)
         return {stem: files for stem, files in by_stem.items() if _is_judged(files)}
 
     def corpus(self) -> Corpus:
@@ -138,25 +250,12 @@ class HubCollection:
             DataError: they can neither be downloaded nor found in the cache, are of no known
                 layout, or none of them is usable.
         """
-        with self._no_such_path():
-            files = download_files(self._repos[0], "train")
+        files = download_files(self._repos[0], "train", self._revision, self._folder)
         with _with_advice(files):
             layout = find_layout(files.files)
         corpus = self._corpus if layout.by_id else None
         key = f"{layout.layout}:{files.digest}"
         return cached_examples(key, _raw_examples(files, layout), files.location, corpus)
-
-    @contextmanager
-    def _no_such_path(self) -> Iterator[None]:
-        """Errors about a repository that the user named say that it is not a local path either."""
-        try:
-            yield
-        except DataError as error:
-            if self.name != self._repos[0]:
-                raise
-            raise DataError(
-                f"{error}; there is no file or folder {self.name!r} here either"
-            ) from error
 
 
 def _is_judged(files: HubFiles) -> bool:
@@ -286,94 +385,3 @@ def check_passages(passages: pa.Table, location: str) -> None:
             f"{location}: {len(ids) - distinct} passages repeat an id (such as "
             f"{quoted(repeated.as_py())})"
         )
-
-
-class HubFiles(NamedTuple):
-    """Data files of one format, of one repository at one commit, on this machine."""
-
-    repo: str
-    commit: str
-    suffix: str
-    files: list[Path]
-
-    @property
-    def location(self) -> str:
-        """The repository and its first file, for messages."""
-        more = f" and {len(self.files) - 1} more" if len(self.files) > 1 else ""
-        return f"Hugging Face {self.repo} ({self.files[0].name}{more})"
-
-    @property
-    def digest(self) -> str:
-        """Names the commit and the present contents of its files; the key of a cache."""
-        return digest_of("hub", self.repo, self.commit, *map(state_of, self.files))
-
-    @property
-    def advice(self) -> str:
-        """What to do about a damaged file."""
-        return (
-            "if a file is damaged, "
-            f"`hf download --force-download --repo-type dataset {self.repo}` replaces it"
-        )
-
-
-def download_files(repo: str, stem: str) -> HubFiles:
-    """The files `<stem>.*` or `<stem>-*.*` of a repository, downloaded unless they are cached.
-
-    Raises:
-        DataError: the hub cannot be reached and the cache lacks them, or the repository does.
-    """
-    by_stem, folder = _files_by_stem(repo, [stem])
-    if stem not in by_stem:
-        raise DataError(
-            f"Hugging Face {repo}: no {stem}.jsonl.gz, .jsonl or .parquet in {folder}; expected "
-            f"Tevatron's layout; `hf download --repo-type dataset {repo}` completes the folder"
-        )
-    return by_stem[stem]
-
-
-def _files_by_stem(repo: str, stems: Sequence[str]) -> tuple[dict[str, HubFiles], Path]:
-    """The files of those stems that the repository has, and the folder that they are in."""
-    folder = _snapshot(repo, [p for stem in stems for s in READERS for p in _patterns(stem, s)])
-    by_stem: dict[str, HubFiles] = {}
-    for stem in stems:
-        for suffix in READERS:  # a repository may offer the same rows in two formats
-            patterns = _patterns(stem, suffix)
-            if paths := sorted(path for pattern in patterns for path in _matching(folder, pattern)):
-                by_stem.setdefault(stem, HubFiles(repo, folder.name, suffix, paths))
-    for files in by_stem.values():
-        try:
-            check_complete(files.files)
-        except DataError as error:
-            raise DataError(
-                f"Hugging Face {repo}: {error}; `hf download --repo-type dataset {repo}` completes "
-                "the folder"
-            ) from error
-    return by_stem, folder
-
-
-def _snapshot(repo: str, patterns: Sequence[str]) -> Path:
-    from huggingface_hub import constants, snapshot_download
-    from huggingface_hub.errors import LocalEntryNotFoundError
-
-    try:
-        return Path(snapshot_download(repo, repo_type="dataset", allow_patterns=list(patterns)))
-    except LocalEntryNotFoundError as error:
-        offline = " (HF_HUB_OFFLINE is set)" if constants.HF_HUB_OFFLINE else ""
-        raise DataError(
-            f"Hugging Face {repo}: incomplete in the cache {constants.HF_HUB_CACHE}, and the hub "
-            f"cannot be reached{offline}; connect to the network, unset HF_HUB_OFFLINE, or point "
-            f"HF_HUB_CACHE to a cache that `hf download --repo-type dataset {repo}` has filled"
-        ) from error
-    except Exception as error:
-        raise DataError(f"Hugging Face {repo}: cannot be downloaded ({one_line(error)})") from error
-
-
-def _matching(folder: Path, pattern: str) -> list[Path]:
-    """Files by name, with broken links, which `glob` skips in a pattern without `*`."""
-    if "*" in pattern:
-        return list(folder.glob(pattern))
-    return [folder / pattern] if os.path.lexists(folder / pattern) else []
-
-
-def _patterns(stem: str, suffix: str) -> list[str]:
-    return [f"{stem}{suffix}", f"{stem}-*{suffix}", f"data/{stem}-*{suffix}"]

@@ -1,12 +1,43 @@
-"""Paths within the name of a dataset, such as `asyncval:corpus?queries=dev.json`."""
+"""Names of datasets: paths in them, such as `asyncval:corpus?queries=dev.json`, and hub names."""
 
 from __future__ import annotations
 
 import os
+import re
 from pathlib import Path
+from typing import NamedTuple
 from urllib.parse import quote, unquote_to_bytes
 
 from mlflow_dr.errors import UsageError, quoted
+
+HUB_NAME = re.compile(
+    r"(?P<repo>[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*)(/(?P<config>[\w.-]+))?"
+    r"(@(?P<revision>[^\s:@+]+))?(:(?P<split>[\w.-]+))?"
+)
+
+
+class HubName(NamedTuple):
+    """A name on the Hugging Face hub, such as `mteb/scifact@REVISION:test`.
+
+    Attributes:
+        repo: `owner/name`.
+        config: which of several collections of the repository; empty for the only one.
+        revision: a branch, tag or commit; None for the default branch.
+        split: the only split that is meant; empty for all.
+    """
+
+    repo: str
+    config: str
+    revision: str | None
+    split: str
+
+
+def hub_name(text: str) -> HubName | None:
+    """The parts of `OWNER/NAME[/CONFIG][@REVISION][:SPLIT]`; None for any other text."""
+    match = HUB_NAME.fullmatch(text)
+    if match is None:
+        return None
+    return HubName(match["repo"], match["config"] or "", match["revision"], match["split"] or "")
 
 
 def absolute(path: Path) -> Path:

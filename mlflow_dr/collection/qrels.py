@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import logging
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from mlflow_dr.collection.corpus import Corpus
-from mlflow_dr.collection.jsonl import checked_id
+from mlflow_dr.collection.jsonl import checked_id, read_records
 from mlflow_dr.collection.records import Qrels, Query, Topics
 from mlflow_dr.errors import DataError, quoted
 from mlflow_dr.files import decoded, read_lines
@@ -75,9 +76,50 @@ def read_qrels(path: Path) -> dict[str, dict[str, int]]:
     return qrels
 
 
+def read_qrels_records(path: Path) -> dict[str, dict[str, int]]:
+    """Judgements from records, such as `{"query-id": "q", "corpus-id": "p", "score": 1}`.
+
+    Without a score a passage is relevant (1). A list of ids judges several passages at once.
+
+    Raises:
+        DataError: a field is missing, an id cannot be used, a relevance is not a whole number up to
+            32,767, or contradicts an earlier record.
+    """
+    qrels: dict[str, dict[str, int]] = {}
+    for location, record in read_records(path, dict):
+        query_id, passages, relevance = (_field(record, spellings) for spellings in NAMES)
+        relevance = 1 if relevance is None else relevance
+        ids = passages if isinstance(passages, list) else [passages]
+        if not all(isinstance(value, str | int) for value in (query_id, *ids)):
+            raise DataError(
+                f"{location}: expected query-id, corpus-id and score (optional), not "
+                f"{quoted(record)}"
+            )
+        if not isinstance(relevance, int | float) or relevance not in RELEVANCES:
+            raise DataError(f"{location}: relevance {quoted(relevance)} is not {EXPECTED}")
+        judged = qrels.setdefault(checked_id(query_id, location), {})
+        for passage_id in ids:
+            known = judged.setdefault(checked_id(passage_id, location), int(relevance))
+            if known != relevance:
+                raise DataError(
+                    f"{location}: query {quoted(query_id)} and passage {quoted(passage_id)} have "
+                    f"relevance {int(relevance)} here and {known} in an earlier record"
+                )
+    return qrels
+
+
+def _field(record: Mapping[str, Any], spellings: Collection[str]) -> Any:
+    """The first value whose name is one of these, without case, `-` and `_`."""
+    return next((value for key, value in record.items() if _plain(key) in spellings), None)
+
+
+def _plain(name: str) -> str:
+    return name.lower().replace("_", "").replace("-", "")
+
+
 def _header(columns: Sequence[str]) -> list[int]:
     """Which columns a header names query, passage and relevance; empty for any other line."""
-    names = [column.lower().replace("_", "").replace("-", "") for column in columns]
+    names = [_plain(column) for column in columns]
     matches = [[i for i, name in enumerate(names) if name in spellings] for spellings in NAMES]
     return [] if any(len(indexes) != 1 for indexes in matches) else [i for (i,) in matches]
 

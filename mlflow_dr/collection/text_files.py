@@ -12,7 +12,7 @@ from mlflow_dr.collection.records import Passage, unique
 from mlflow_dr.errors import DataError, quoted
 
 IDS = ("docid", "query_id", "text_id", "_id", "id")
-TEXTS = ("text", "query", "query_text", "document_text")
+TEXTS = ("text", "query", "query_text", "document_text", "content")
 
 
 def read_text_files(files: Sequence[Path]) -> Corpus:
@@ -30,7 +30,7 @@ def read_text_files(files: Sequence[Path]) -> Corpus:
         tokenised: bool | None = None
         for file in files:
             for location, record in read_records(file, dict):
-                passage = _passage(record, location)
+                passage = text_of(record, location)
                 if tokenised not in (None, passage.tokens is not None):
                     raise DataError(f"{location}: some texts are token ids, and others are not")
                 tokenised = passage.tokens is not None
@@ -40,7 +40,12 @@ def read_text_files(files: Sequence[Path]) -> Corpus:
     return cached_corpus(key, unique("text", read), location=", ".join(map(str, files)))
 
 
-def _passage(record: Mapping[str, Any], location: str) -> Passage:
+def text_of(record: Mapping[str, Any], location: str) -> Passage:
+    """A record with an id, a text and maybe a title, whichever names these have.
+
+    Raises:
+        DataError: it lacks one of them.
+    """
     name = next((record[key] for key in IDS if key in record), None)
     text: Any = next((record[key] for key in TEXTS if key in record), None)
     title = record.get("title") or ""

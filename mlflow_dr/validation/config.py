@@ -8,7 +8,8 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import AfterValidator, BeforeValidator, Field, model_validator
 
-from mlflow_dr.collection.catalogue import ENTRIES, HUB_NAME, check_split, open_collection
+from mlflow_dr.collection.catalogue import ENTRIES, check_split, open_collection
+from mlflow_dr.collection.locations import hub_name
 from mlflow_dr.config import Config, ConfigError, Flag, checked, string_keys, within
 from mlflow_dr.devices import dtype_name
 from mlflow_dr.fields import (
@@ -362,7 +363,7 @@ def _check_dataset(config: ValidationDefaults) -> None:
     dataset = config.dataset
     if dataset is None or dataset in {entry.name for entry in ENTRIES}:
         return
-    if HUB_NAME.fullmatch(dataset) and not Path(dataset).exists():
+    if hub_name(dataset) and not Path(dataset).exists():
         return
     with within("dataset"):
         collection = open_collection(dataset)

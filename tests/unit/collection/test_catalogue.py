@@ -14,7 +14,7 @@ from mlflow_dr.collection.catalogue import (
     open_collection,
     open_examples,
 )
-from mlflow_dr.collection.hub import HubCollection
+from mlflow_dr.collection.hub import HubDataset
 from mlflow_dr.collection.irds import IrDataset
 from mlflow_dr.errors import UsageError
 
@@ -71,7 +71,7 @@ def test_owner_and_name_are_a_repository_of_the_hub_unless_they_are_a_folder(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     collection = open_collection("owner/name")
-    assert isinstance(collection, HubCollection)
+    assert isinstance(collection, HubDataset)
     assert collection.name == "owner/name"
     beir_folder({"p": "t"}, {"q": "t"}, folder="owner/name", dev={"q": {"p": 1}})
     assert isinstance(open_collection("owner/name"), BeirFolder)
@@ -80,8 +80,8 @@ def test_owner_and_name_are_a_repository_of_the_hub_unless_they_are_a_folder(
 @pytest.mark.parametrize(
     ("name", "source"),
     [
-        ("Tevatron/wikipedia-nq", "Tevatron/wikipedia-nq and Tevatron/wikipedia-nq-corpus"),
-        ("a/b-new", "a/b-new and a/b-corpus-new"),
+        ("Tevatron/wikipedia-nq", "Tevatron/wikipedia-nq"),
+        ("mteb/nq/en@v1:dev", "mteb/nq/en@v1:dev"),
         (
             "Tevatron/msmarco-passage",
             "Tevatron/msmarco-passage and Tevatron/msmarco-passage-corpus; ir_datasets "
@@ -89,7 +89,7 @@ def test_owner_and_name_are_a_repository_of_the_hub_unless_they_are_a_folder(
         ),
     ],
 )
-def test_the_repositories_of_a_name(name: str, source: str) -> None:
+def test_the_source_of_a_name(name: str, source: str) -> None:
     collection = open_collection(name)
     assert (collection.name, collection.source) == (name, f"Hugging Face {source}")
 
