@@ -97,14 +97,19 @@ class ExtractiveReader(PreTrainedModel):
         lengths = attention_mask.sum(dim=1).cpu().numpy()
         batches = length_batches(lengths, TOKENS_PER_BATCH[input_ids.device.type])
         longest = input_ids.shape[1]
+        # looked up once: each lookup has a gradient of the size of the vocabulary
+        embeddings = self.get_input_embeddings()(input_ids) if torch.is_grad_enabled() else None
         parts = []
         for rows in batches:
             some = torch.from_numpy(rows).to(input_ids.device)
             width = max(1, int(lengths[rows].max()))
             mask = attention_mask[some, :width]
-            states = self.backbone(
-                input_ids=input_ids[some, :width], attention_mask=mask
-            ).last_hidden_state
+            tokens = (
+                {"input_ids": input_ids[some, :width]}
+                if embeddings is None
+                else {"inputs_embeds": embeddings[some, :width]}
+            )
+            states = self.backbone(**tokens, attention_mask=mask).last_hidden_state
             with torch.autocast(input_ids.device.type, enabled=False):  # logits in fp32
                 states = states.float()
                 spans = self.qa_outputs(states).masked_fill(mask[..., None] == 0, -torch.inf)
