@@ -36,7 +36,7 @@ from mlflow_dr.tracking.client import connect
 from mlflow_dr.tracking.following import FollowedRun
 from mlflow_dr.tracking.results import mark_failed
 from mlflow_dr.tracking.runs import TrackedRun, find_run
-from mlflow_dr.validation import worker
+from mlflow_dr.validation import encoders
 from mlflow_dr.validation.config import ValidateConfig
 from mlflow_dr.validation.evaluate import Report
 from mlflow_dr.validation.validator import run_validator
@@ -238,8 +238,8 @@ def main(checkpoints: int, validators: int, poll_seconds: float, seconds: float)
     with (
         tempfile.TemporaryDirectory() as name,
         Server(Path(name)) as server,
-        mock.patch.object(worker, "load_encoder", lambda *_, **__: None),
-        mock.patch.object(worker, "check_vectors", lambda *_: None),
+        mock.patch.object(encoders, "load_encoder", lambda *_, **__: None),
+        mock.patch.object(encoders, "check_vectors", lambda *_: None),
     ):
         directory = Path(name) / "encoder"
         directory.mkdir()
@@ -248,10 +248,10 @@ def main(checkpoints: int, validators: int, poll_seconds: float, seconds: float)
         for count in (10, checkpoints):
             requests, milliseconds = cost_of_a_poll(client, directory, count)
             print(f"a poll, {count:5} checkpoints done: {requests} requests, {milliseconds:.1f} ms")
-        with mock.patch.object(worker, "evaluate_all", waiting(0.0)):
+        with mock.patch.object(encoders, "evaluate_all", waiting(0.0)):
             longest = begun_after(client, directory, poll_seconds, count=10)
         print(f"READY to claimed, polling every {poll_seconds} s: at most {longest:.2f} s")
-        with mock.patch.object(worker, "evaluate_all", waiting(seconds)):
+        with mock.patch.object(encoders, "evaluate_all", waiting(seconds)):
             held_up, other, twice = share_of_traffic(
                 client, directory, checkpoints, validators, seconds
             )
@@ -260,7 +260,7 @@ def main(checkpoints: int, validators: int, poll_seconds: float, seconds: float)
             f"traffic {100 * held_up:.1f} % of the time, not evaluating {100 * other:.1f} %; "
             f"{twice} done twice"
         )
-        with mock.patch.object(worker, "evaluate_all", waiting(SLOW)):
+        with mock.patch.object(encoders, "evaluate_all", waiting(SLOW)):
             for number in (1, 2):
                 done, gap, ended = covers_evenly(client, directory, number, 30, SLOW / 3)
                 print(

@@ -9,7 +9,7 @@ from typing import NamedTuple
 from mlflow_dr.decisions.comparison import aligned_values
 from mlflow_dr.decisions.significance import Difference, difference
 from mlflow_dr.errors import NoValuesError, TrackingError
-from mlflow_dr.retrieval.measures import parse_measures
+from mlflow_dr.retrieval.measures import recorded_measures
 from mlflow_dr.tracking.artifacts import per_query_values
 from mlflow_dr.tracking.checkpoints import Checkpoint, run_checkpoints
 from mlflow_dr.tracking.registry import BEST_TAG, tag_best, untag_best
@@ -129,7 +129,7 @@ def against_runner_up(run: TrackedRun, best: Best, seed: int = 0) -> Difference 
     pair = (best.runner_up.checkpoint, best.checkpoint)
     tables = [per_query_values(run, checkpoint, best.metric.validation) for checkpoint in pair]
     _, values = aligned_values(
-        [checkpoint.uri for checkpoint in pair], tables, *parse_measures(best.metric.key)
+        [checkpoint.uri for checkpoint in pair], tables, *recorded_measures(best.metric.key)
     )
     return difference(values[0], values[1], seed)
 

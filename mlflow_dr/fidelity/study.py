@@ -26,10 +26,10 @@ from mlflow_dr.subsets.spec import FULL
 from mlflow_dr.tracking.checkpoints import Checkpoint, checkpoint_of_step
 from mlflow_dr.tracking.runs import TrackedRun
 from mlflow_dr.validation.dataset import EvalDataset
+from mlflow_dr.validation.encoders import load_checkpoint
 from mlflow_dr.validation.evaluate import Report, evaluate, evaluate_all
 from mlflow_dr.validation.resolve import named_data
 from mlflow_dr.validation.validations import EvalConfig
-from mlflow_dr.validation.worker import load_checkpoint
 
 log = logging.getLogger(__name__)
 

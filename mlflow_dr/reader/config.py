@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import Annotated, NamedTuple
 
 from pydantic import Field
 
 from mlflow_dr.config import Config, Flag
-from mlflow_dr.fields import RUN, Count, Device, Dtype, File, Force, Seed, TrackingUri
+from mlflow_dr.fields import Count, Device, Dtype, File, Force, Seed, TrackingUri
+from mlflow_dr.validation.config import FollowConfig
+from mlflow_dr.validation.validations import Refines
 
 Number = Annotated[int, Field(ge=0)]
 Positive = Annotated[float, Field(gt=0)]
@@ -107,6 +109,18 @@ class ReaderEvalConfig(Config):
     dtype: Dtype = "auto"
 
 
+class ReaderValidation(NamedTuple):
+    """What is measured on every checkpoint of a reader.
+
+    Attributes:
+        name: prefixes the metrics.
+        refines: None, for every checkpoint is measured.
+    """
+
+    name: str
+    refines: Refines | None = None
+
+
 class ReaderPredictConfig(ReaderEvalConfig):
     """`mlflow-dr reader-predict`: answers of a reader, from a retriever's results."""
 
@@ -117,14 +131,13 @@ class ReaderPredictConfig(ReaderEvalConfig):
     force: Force = False
 
 
-class ReaderValidateConfig(ReaderEvalConfig):
-    """`mlflow-dr reader-validate`: figures of each checkpoint of a reader's run."""
+class ReaderValidateConfig(ReaderEvalConfig, FollowConfig):
+    """`mlflow-dr reader-validate`: figures of each checkpoint of a reader."""
 
-    run_id: Annotated[str, RUN]
     name: Annotated[str, Field(pattern=r"^[\w\- ]+$")] = "reader"
     """Prefix of the metrics; a name stands for one configuration on a run."""
-    tracking_uri: TrackingUri = None
-    follow: Annotated[bool, Flag(off="--once")] = True
-    """Go on until the run has ended; --once ends when nothing is left to do now."""
-    poll_seconds: Positive = 2.0
-    """Seconds between two requests to the server."""
+
+    @property
+    def all_validations(self) -> tuple[ReaderValidation]:
+        """The validation."""
+        return (ReaderValidation(self.name),)

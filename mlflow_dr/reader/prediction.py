@@ -23,6 +23,7 @@ from mlflow_dr.reader.scoring import exact_match, f1
 from mlflow_dr.reader.sequences import SequenceBuilder
 from mlflow_dr.reader.spans import best_passages, best_span, whole_words
 from mlflow_dr.reader.training import check_length
+from mlflow_dr.retrieval.measures import Measure, mean_values
 from mlflow_dr.training.batches import padded
 
 log = logging.getLogger(__name__)
@@ -153,11 +154,11 @@ class ReaderPredictor:
         return passage.text[offsets[start, 0] : offsets[end, 1]], decoded
 
 
-def predict_answers(config: ReaderPredictConfig) -> dict[str, float]:
+def predict_answers(config: ReaderPredictConfig) -> dict[Measure, float]:
     """Answer the questions of a file of results, and measure the answers.
 
     Returns:
-        As `reader_measures`.
+        Means of `question_measures`.
 
     Raises:
         UsageError: the output exists, or more passages are evaluated than are read.
@@ -167,10 +168,11 @@ def predict_answers(config: ReaderPredictConfig) -> dict[str, float]:
     check_counts(config)
     if config.output and config.output.exists() and not config.force:
         raise UsageError(f"{config.output} exists already; --force replaces it")
-    found = find_answers(*open_reader(config.reader, config.tracking_uri), config)
+    reader, tokenizer = open_reader(config.reader, config.tracking_uri)
+    found = find_answers(reader, tokenizer, config, prediction_data(tokenizer, config))
     if config.output:
         write_predictions(config.output, found)
-    return reader_measures(found)
+    return mean_values(question_measures(found))
 
 
 def check_counts(config: ReaderEvalConfig) -> None:
@@ -193,24 +195,35 @@ def passage_counts(config: ReaderEvalConfig) -> list[int]:
 
 
 def measure_names(config: ReaderEvalConfig) -> list[str]:
-    """The names of the figures that `reader_measures` gives."""
+    """The names of the figures that `question_measures` gives."""
     return [f"{name}@{count}" for count in passage_counts(config) for name in MEASURES]
 
 
-def find_answers(reader: Any, tokenizer: Any, config: ReaderEvalConfig) -> list[QuestionAnswers]:
-    """The answers of a reader to the questions of a file of results, in order.
+def prediction_data(tokenizer: Any, config: ReaderEvalConfig) -> ReaderData:
+    """The questions and passages of a file of results, as a reader with this tokenizer reads them.
+
+    Raises:
+        DataError: the results cannot be read.
+    """
+    builder = SequenceBuilder(tokenizer)
+    return reader_data(config.results, builder, training=False, gold=config.gold_passages)
+
+
+def find_answers(
+    reader: Any, tokenizer: Any, config: ReaderEvalConfig, data: ReaderData
+) -> list[QuestionAnswers]:
+    """The answers of a reader to questions, in order.
 
     Args:
-        reader: as `load_reader` gives it; it is moved to the device.
+        reader: as `load_reader` gives it; it is moved to the device, into the number format.
         tokenizer: the reader's.
-        config: of the results, and of how they are read.
+        config: how passages are read.
+        data: the questions and passages.
     """
     check_length(reader, config.sequence_length)
     device = resolve_device(config.device)
     reader.to(device)
     reader.backbone.to(torch_dtype(resolve_dtype(config.dtype, device)))
-    builder = SequenceBuilder(tokenizer)
-    data = reader_data(config.results, builder, training=False, gold=config.gold_passages)
     predictor = ReaderPredictor(
         reader,
         tokenizer,
@@ -226,25 +239,25 @@ def find_answers(reader: Any, tokenizer: Any, config: ReaderEvalConfig) -> list[
     return found
 
 
-def reader_measures(found: Sequence[QuestionAnswers]) -> dict[str, float]:
-    """Means over questions, for each number of passages n.
+def question_measures(found: Sequence[QuestionAnswers]) -> dict[str, dict[Measure, float]]:
+    """The values of each question, by its index, for each number of passages n.
 
     Returns:
-        `em@n` and `f1@n` of answers cut from the text, and `em_decoded@n` of DPR's decoded texts.
+        `em@n` and `f1@n` of the answer that is cut from the text, and `em_decoded@n` of DPR's
+        decoded text.
     """
-    measures: dict[str, float] = {}
-    for count in found[0].answers if found else ():
-        rows = [(q.answers[count], q.gold_answers) for q in found]
-        texts = [(answer.text if answer else "", gold) for answer, gold in rows]
-        decoded = [(answer.decoded if answer else "", gold) for answer, gold in rows]
-        scores = (
-            [exact_match(*pair) for pair in texts],
-            [f1(*pair) for pair in texts],
-            [exact_match(*pair) for pair in decoded],
-        )
-        for name, values in zip(MEASURES, scores, strict=True):
-            measures[f"{name}@{count}"] = float(np.mean(values))
-    return measures
+    return {
+        str(index): {
+            Measure(f"{name}@{count}"): float(score(text, question.gold_answers))
+            for count, answer in question.answers.items()
+            for name, score, text in (
+                ("em", exact_match, answer.text if answer else ""),
+                ("f1", f1, answer.text if answer else ""),
+                ("em_decoded", exact_match, answer.decoded if answer else ""),
+            )
+        }
+        for index, question in enumerate(found)
+    }
 
 
 def write_predictions(path: Path, found: Sequence[QuestionAnswers]) -> None:

@@ -1,180 +1,166 @@
-"""Validating the checkpoints of a reader's run, while it is trained or later."""
+"""Validating the checkpoints of readers by the loop that validates encoders."""
 
 from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from mlflow_dr.collection.jsonl import state_of
-from mlflow_dr.errors import CheckpointError, UnavailableError
+from mlflow_dr.devices import AUTO, resolve_device, resolve_dtype
+from mlflow_dr.errors import UsageError
 from mlflow_dr.files import file_sha256
 from mlflow_dr.reader.config import ReaderValidateConfig
+from mlflow_dr.reader.data import ReaderData
 from mlflow_dr.reader.model import load_reader
 from mlflow_dr.reader.prediction import (
     check_counts,
     find_answers,
     measure_names,
-    reader_measures,
+    prediction_data,
+    question_measures,
 )
+from mlflow_dr.reader.sequences import SequenceBuilder
+from mlflow_dr.retrieval.measures import mean_values
+from mlflow_dr.time_limit import TimeLimit
 from mlflow_dr.tracking.checkpoints import Checkpoint
-from mlflow_dr.tracking.claims import Claims, HeartbeatMonitor
 from mlflow_dr.tracking.client import connect
+from mlflow_dr.tracking.encoders import encoder_errors
 from mlflow_dr.tracking.fetching import checkpoint_files
-from mlflow_dr.tracking.following import FollowedRun
-from mlflow_dr.tracking.results import (
-    State,
-    is_finished,
-    mark_failed,
-    record_result,
-    validation_state,
-    write_recorded,
-)
+from mlflow_dr.tracking.following import Followed, FollowedExperiment, FollowedRun
 from mlflow_dr.tracking.runs import TrackedRun, resolve_run
-from mlflow_dr.tracking.server import Patience, ServerClock
+from mlflow_dr.tracking.server import Patience
 from mlflow_dr.tracking.validations import bind_name, check_same_config
+from mlflow_dr.validation.evaluate import Report
+from mlflow_dr.validation.validator import validate_checkpoints
+from mlflow_dr.validation.worker import Counts
 
 log = logging.getLogger(__name__)
 
-PATIENCE = 60.0
-SETTINGS = (
-    *("eval_top_docs", "passages_per_question", "max_answer_length", "sequence_length"),
-    *("gold_passages", "dtype"),
-)
-"""What figures depend on, beside the results themselves."""
-
-
-class ReaderCounts(NamedTuple):
-    """How many checkpoints were validated, and how many could not be."""
-
-    done: int
-    failed: int
+DIGITS = 16
+SETTINGS = ("passages_per_question", "max_answer_length", "sequence_length")
+"""What figures depend on, beside the results, the measures and the number format."""
 
 
 def validate_reader(
     config: ReaderValidateConfig, sleep: Callable[[float], None] = time.sleep
-) -> ReaderCounts:
-    """Validate the checkpoints of a reader's run until it has ended, newest first.
-
-    Other validators may do the same: each checkpoint is claimed first, and the claim of a validator
-    that has died is taken over.
+) -> Counts:
+    """Validate the checkpoints of a reader until its run has ended; see `validate_checkpoints`.
 
     Args:
         config: what is done.
         sleep: waits; passed in by tests.
 
     Raises:
-        UsageError: the name stands for another configuration on this run, or as
-            `check_counts`.
+        UsageError: neither or both of run and experiment, or as `check_counts`.
         DataError: the results cannot be read.
-        TrackingError: there is no such run, or the server refuses the figures.
-        UnavailableError: a checkpoint cannot be fetched or read on this machine.
     """
     check_counts(config)
     state_of(config.results)  # refuses a missing file
-    run = resolve_run(connect(config.tracking_uri, may_create=False), config.run_id)
-    claims = Claims(run.client)
-    try:
-        return _ReaderValidator(run, config, claims, sleep).work()
-    finally:
-        claims.close()
+    if bool(config.run_id) == bool(config.experiment):
+        raise UsageError("give --run-id or --experiment")
+    return validate_checkpoints(_followed(config), config, ReaderKind(config), sleep)
 
 
-class _ReaderValidator:
-    """The loop of one validator."""
+def _followed(config: ReaderValidateConfig) -> Followed:
+    client = connect(config.tracking_uri, may_create=False)
+    patiently = Patience(client, config.poll_seconds)
+    if config.experiment is not None:
+        return patiently(partial(FollowedExperiment, client, config.experiment))
+    return FollowedRun(patiently(partial(resolve_run, client, str(config.run_id))))
 
-    def __init__(
-        self,
-        run: TrackedRun,
-        config: ReaderValidateConfig,
-        claims: Claims,
-        sleep: Callable[[float], None],
-    ) -> None:
-        self._run = run
+
+class ResolvedReading(NamedTuple):
+    """A validation of readers on a run.
+
+    Attributes:
+        name: prefixes the metrics.
+        shown_dataset: name and digest of the results.
+        config: with the number format that the name stands for.
+    """
+
+    name: str
+    shown_dataset: tuple[str, str]
+    config: ReaderValidateConfig
+
+    @property
+    def group(self) -> str:
+        """The name, because each is evaluated alone."""
+        return self.name
+
+
+class ReaderKind:
+    """Readers, which are evaluated by their answers; see `CheckpointKind`.
+
+    Args:
+        config: of the results, and of how they are read.
+    """
+
+    awaited_steps: frozenset[int] = frozenset()
+
+    def __init__(self, config: ReaderValidateConfig) -> None:
         self._config = config
-        self._claims = claims
-        self._sleep = sleep
-        self._followed = FollowedRun(run)
-        self._heartbeats = HeartbeatMonitor(PATIENCE)
-        self._patiently = Patience(run.client, config.poll_seconds, sleep)
-        self._clock = ServerClock()
-        self._dataset = (config.results.name, file_sha256(config.results)[:16])
-        settings = {name: str(getattr(config, name)) for name in SETTINGS}
-        measures = " ".join(measure_names(config))
-        wanted = {"results": self._dataset[1], "measures": measures, **settings}
-        bound = self._patiently(partial(bind_name, run, config.name, wanted))
+        self._dataset = (config.results.name, file_sha256(config.results)[:DIGITS])
+        self._data: dict[str, ReaderData] = {}
+
+    def start(self) -> None:
+        """Refuse a device or number format that this machine does not have."""
+        resolve_dtype(self._config.dtype, resolve_device(self._config.device))
+
+    def has_data(self, params: Mapping[str, str]) -> bool:
+        """Yes: the configuration names the results."""
+        return True
+
+    def resolve(self, run: TrackedRun, is_ahead: bool) -> list[ResolvedReading]:
+        """The validation on a run; `auto` is the number format that its name has."""
+        config, device = self._config, resolve_device(self._config.device)
+        gold = config.gold_passages and file_sha256(config.gold_passages)[:DIGITS]
+        wanted: dict[str, object] = {
+            "results": self._dataset[1],
+            "gold_passages": gold or "none",
+            "measures": " ".join(measure_names(config)),
+            "dtype": resolve_dtype(config.dtype, device),
+            **{name: getattr(config, name) for name in SETTINGS},
+        }
+        bound = bind_name(run, config.name, wanted)
+        if config.dtype == AUTO:
+            wanted["dtype"] = resolve_dtype(str(bound.get("dtype", AUTO)), device)
         check_same_config(run, config.name, bound, wanted)
+        log.info("validation %r of run %s: %s", config.name, run.id, config.results)
+        return [ResolvedReading(config.name, self._dataset, config.replaced(dtype=wanted["dtype"]))]
 
-    def work(self) -> ReaderCounts:
-        """Validate what is there and what comes."""
-        counts = {State.DONE: 0, State.FAILED: 0}
-        has_asked = False
-        while True:
-            snapshot = self._patiently(self._followed.snapshot)
-            left = [checkpoint for checkpoint in snapshot.checkpoints if self._is_left(checkpoint)]
-            free = [c for c in left if self._heartbeats.is_free(c, self._config.name)]
-            if self._work_on(reversed(free), counts):
-                has_asked = False
-            elif not self._config.follow or (snapshot.over and not left):
-                return ReaderCounts(counts[State.DONE], counts[State.FAILED])
-            elif not left and snapshot.over is None and not has_asked:
-                has_asked = True  # nothing is left: the next snapshot tells whether the run is over
-            else:
-                self._sleep(self._config.poll_seconds)
-                has_asked = False
+    def load(self, checkpoint: Checkpoint) -> tuple[Any, Any]:
+        """The reader of a checkpoint, and its tokenizer."""
+        with checkpoint_files(checkpoint) as directory, encoder_errors(checkpoint.uri):
+            return load_reader(str(directory))
 
-    def _work_on(self, free: Iterable[Checkpoint], counts: dict[State, int]) -> bool:
-        """Validate the first checkpoint that can be claimed; returns whether there was one."""
-        for checkpoint in free:
-            if self._patiently(partial(self._claims.claim, checkpoint, self._config.name)):
-                counts[self._validate(checkpoint)] += 1
-                return True
-        return False
+    def evaluate(
+        self,
+        model: tuple[Any, Any],
+        checkpoint: Checkpoint,
+        validations: Sequence[ResolvedReading],
+        limit: TimeLimit,
+    ) -> list[Report]:
+        """Answer the questions and measure the answers."""
+        (reader, tokenizer), (validation,) = model, validations
+        config, data = validation.config, self._prepared(tokenizer)
+        start = time.perf_counter()
+        with limit:
+            found = find_answers(reader, tokenizer, config, data)
+        values = question_measures(found)
+        seconds = time.perf_counter() - start
+        most = config.passages_per_question
+        passages = sum(min(most, len(data[index].others)) for index in range(len(data)))
+        return [Report(mean_values(values), values, {}, seconds, passages, config.dtype)]
 
-    def _is_left(self, checkpoint: Checkpoint) -> bool:
-        if is_finished(checkpoint, self._config.name) or checkpoint.is_pruned:
-            self._followed.checkpoints.mark_done(checkpoint)
-            return False
-        return checkpoint.has_all_files
+    def close(self) -> None:
+        """Nothing is held."""
 
-    def _validate(self, checkpoint: Checkpoint) -> State:
-        """Evaluate a claimed checkpoint and write its figures."""
-        name = self._config.name
-        is_finished_now = False
-        run, dataset = self._run, self._dataset
-        try:
-            if validation_state(checkpoint, name) is State.RECORDED:
-                written = self._patiently(lambda: write_recorded(run, checkpoint, name, dataset))
-            else:
-                values = self._evaluate(checkpoint)
-                now_ms = self._clock.now_ms()
-                written = self._patiently(
-                    lambda: record_result(run, checkpoint, name, values, dataset, now_ms)
-                )
-            is_finished_now = True
-            figures = ", ".join(f"{key} {value:.4f}" for key, value in written.items())
-            log.info("step %d: %s", checkpoint.step, figures)
-            return State.DONE
-        except UnavailableError:
-            raise
-        except CheckpointError as error:
-            self._patiently(partial(mark_failed, self._run, checkpoint, name, str(error)))
-            is_finished_now = True
-            log.warning("step %d: %s", checkpoint.step, error)
-            return State.FAILED
-        finally:
-            self._claims.drop(checkpoint, name, finished=is_finished_now)
-
-    def _evaluate(self, checkpoint: Checkpoint) -> dict[str, float]:
-        """Figures by the name of their metric."""
-        start = time.monotonic()
-
-        def load() -> tuple[object, object]:
-            with checkpoint_files(checkpoint) as directory:
-                return load_reader(str(directory))
-
-        found = find_answers(*self._patiently(load, UnavailableError), self._config)
-        values = {key.replace("@", "_at_"): value for key, value in reader_measures(found).items()}
-        return {**values, "seconds": time.monotonic() - start}
+    def _prepared(self, tokenizer: Any) -> ReaderData:
+        """The questions and passages, made once for each tokenizer."""
+        key = SequenceBuilder(tokenizer).digest
+        if key not in self._data:
+            self._data[key] = prediction_data(tokenizer, self._config)
+        return self._data[key]

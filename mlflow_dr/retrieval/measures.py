@@ -46,6 +46,8 @@ TREC_NAMES = {
 ACCURACY = "accuracy"
 OF_POOL = ("average_rank", "nll")
 """Measures of a pool of passages, see `average_rank.py`; lower is better."""
+OF_READER = re.compile(r"(em|f1|em_decoded)(@|_at_)[1-9]\d{0,6}")
+"""Measures of a reader's answers: exact match, words in common, and exact match of decoded text."""
 DEFAULT_PARAMETERS = {"rel": 1.0, "p": 0.8}
 HIGHEST_RELEVANCE = 4  # of ERR
 SPELLING = re.compile(
@@ -97,6 +99,17 @@ def parse_measures(text: str) -> tuple[Measure, ...]:
     if not measures:
         raise UsageError(f"no measure given; for example: {DEFAULT_MEASURES!r}")
     return measures
+
+
+def recorded_measures(text: str) -> tuple[Measure, ...]:
+    """As `parse_measures`, and also measures of a reader's answers, which only validators record.
+
+    Raises:
+        UsageError: as `parse_measures`.
+    """
+    if all(OF_READER.fullmatch(word) for word in text.split()) and text.strip():
+        return tuple(Measure(word.replace("_at_", "@")) for word in text.split())
+    return parse_measures(text)
 
 
 def check_depth(measures: Sequence[Measure], depth: int | None) -> int:

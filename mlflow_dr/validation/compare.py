@@ -28,9 +28,10 @@ from mlflow_dr.encoder.config import changes_of
 from mlflow_dr.errors import MlflowDrError, NoValuesError, TrackingError, UsageError
 from mlflow_dr.retrieval.measures import (
     DEFAULT_MEASURES,
+    OF_READER,
     Measure,
     answers_depth,
-    parse_measures,
+    recorded_measures,
 )
 from mlflow_dr.tracking.artifacts import PerQuery, per_query_values
 from mlflow_dr.tracking.checkpoints import Checkpoint, checkpoint_of_step
@@ -52,7 +53,7 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 # keys of a validation's configuration that must be equal for values to be comparable
-COMPARABLE = ("corpus", "topics", "subset", "keep_own_id")
+COMPARABLE = ("corpus", "topics", "subset", "keep_own_id", "results", "gold_passages")
 OF_ANSWERS = ("match", "answers")
 FULL_CORPUS = "full"
 AUTO = "auto"
@@ -139,7 +140,7 @@ def find_operands(
                 f"run {named.id} has no validation {name!r} to choose its best checkpoint by; give "
                 "another --name, or RUN@STEP"
             )
-        metric = (measure or parse_measures(str(config["measures"]))[0]).metric
+        metric = (measure or recorded_measures(str(config["measures"]))[0]).metric
         return Operand(text, named, find_best(named, f"{name}/{metric}").checkpoint, config)
 
     return [find(text) for text in operands]
@@ -176,7 +177,7 @@ def compare(config: CompareConfig) -> Comparison:
     ]
     basis = measured[0].config if measured else {}
     data = _eval_dataset(config, basis)
-    measures = parse_measures(str(basis.get("measures") or config.measure or DEFAULT_MEASURES))
+    measures = recorded_measures(str(basis.get("measures") or config.measure or DEFAULT_MEASURES))
     compared = measure or measures[0]
     match = str(basis.get("match", config.match))
     _refuse_other_queries(measured, data, basis, compared, match)
@@ -184,6 +185,8 @@ def compare(config: CompareConfig) -> Comparison:
     lengths: list[Lengths] = []
     for operand, (values, why_not) in zip(operands, kept, strict=True):
         if values is None:
+            if OF_READER.fullmatch(measures[0]):
+                raise UsageError(f"{why_not}; validate it by `mlflow-dr reader-validate` first")
             if data is None:
                 raise UsageError(f"{why_not}; give --dataset to evaluate it now")
             values, own_lengths = _evaluate(operand, config, data, measures, basis)
@@ -207,7 +210,7 @@ def compare(config: CompareConfig) -> Comparison:
 def _measure(text: str | None) -> Measure | None:
     if text is None:
         return None
-    measures = parse_measures(text)
+    measures = recorded_measures(text)
     if len(measures) != 1:
         raise UsageError(f"expected one measure, not {len(measures)}: {text!r}")
     return measures[0]

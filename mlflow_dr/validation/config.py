@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
@@ -45,6 +46,7 @@ from mlflow_dr.validation.validations import (
     FIRST_NAME,
     NOT_IN_NAME,
     EvalConfig,
+    NamedValidation,
     Validation,
     joined_name,
     refining,
@@ -180,6 +182,41 @@ class PolicyConfig(Config):
     """Remove the files of all other checkpoints, such as best:3,last:2,every:10000."""
 
 
+class FollowConfig(PolicyConfig):
+    """Which checkpoints a validator takes, whatever it does with them."""
+
+    run_id: RunName = None
+    experiment: str | None = None
+    """All runs of this experiment, instead of one run."""
+    order: Literal["oldest", "newest", "bisect"] = "oldest"
+    """Which checkpoint comes first. bisect: the newest, then the one farthest from all that are
+    done."""
+    every: Every = 1
+    max_lag_seconds: Annotated[Seconds | None, Flag("--max-lag")] = None
+    """Skip checkpoints that were published more than this many seconds ago."""
+    max_seconds: Seconds | None = None
+    """Stop the validation of a checkpoint that takes longer, and record it as failed. Tokenising
+    and waiting for the server do not count."""
+    retry_failed: bool = False
+    """Try again what was recorded as failed."""
+    follow: Annotated[bool, Flag(off="--once")] = True
+    """Wait for more checkpoints until the run has ended, or validate what is published and end."""
+    poll_seconds: PollSeconds = 2.0
+    patience_seconds: Annotated[Seconds, Flag(in_file_only=True)] = PATIENCE
+    """Take over a claim whose heartbeat stands still for this long."""
+    tracking_uri: TrackingUri = None
+
+    @property
+    def all_validations(self) -> Sequence[NamedValidation]:
+        """The validations of each checkpoint; the first one decides which checkpoint is best."""
+        raise NotImplementedError
+
+    @property
+    def chooses_subset(self) -> bool:
+        """Whether a validator chooses among the validations by its speed."""
+        return False
+
+
 class ValidationDefaults(CollectionConfig, MeasureConfig):
     """The settings of validations; each validation of a file may replace some of them."""
 
@@ -239,7 +276,7 @@ class ValidationDefaults(CollectionConfig, MeasureConfig):
 FIELDS = tuple(ValidationDefaults.model_fields)
 
 
-class ValidateConfig(ValidationDefaults, EncoderOverrides, PolicyConfig):
+class ValidateConfig(ValidationDefaults, EncoderOverrides, FollowConfig):
     """`mlflow-dr validate`: what one validator does.
 
         order: bisect
@@ -253,9 +290,6 @@ class ValidateConfig(ValidationDefaults, EncoderOverrides, PolicyConfig):
     takes it from the rest of the file and the flags.
     """
 
-    run_id: RunName = None
-    experiment: str | None = None
-    """All runs of this experiment, instead of one run."""
     checkpoints_dir: CheckpointsDir = None
     name: ValidationName = FIRST_NAME
     validations: Annotated[
@@ -265,23 +299,6 @@ class ValidateConfig(ValidationDefaults, EncoderOverrides, PolicyConfig):
         Flag(in_file_only=True),
     ] = None
     keep_up: KeepUp = False
-    order: Literal["oldest", "newest", "bisect"] = "oldest"
-    """Which checkpoint comes first. bisect: the newest, then the one farthest from all that are
-    done."""
-    every: Every = 1
-    max_lag_seconds: Annotated[Seconds | None, Flag("--max-lag")] = None
-    """Skip checkpoints that were published more than this many seconds ago."""
-    max_seconds: Seconds | None = None
-    """Stop the validation of a checkpoint that takes longer, and record it as failed. Tokenising a
-    corpus and waiting for the server do not count."""
-    retry_failed: bool = False
-    """Try again what was recorded as failed."""
-    follow: Annotated[bool, Flag(off="--once")] = True
-    """Wait for more checkpoints until the run has ended, or validate what is published and end."""
-    poll_seconds: PollSeconds = 2.0
-    patience_seconds: Annotated[Seconds, Flag(in_file_only=True)] = PATIENCE
-    """Take over a claim whose heartbeat stands still for this long."""
-    tracking_uri: TrackingUri = None
 
     @model_validator(mode="after")
     def _check(self) -> Self:
@@ -306,6 +323,11 @@ class ValidateConfig(ValidationDefaults, EncoderOverrides, PolicyConfig):
             with within(key):
                 made += self.replaced_by(values).made(name)
         return tuple(made)
+
+    @property
+    def chooses_subset(self) -> bool:
+        """Whether a validator chooses a subset that keeps up with the trainer."""
+        return self.keep_up
 
     @property
     def cheap(self) -> tuple[Validation, ...]:

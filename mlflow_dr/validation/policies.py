@@ -17,9 +17,9 @@ from mlflow_dr.tracking.checkpoints import Checkpoint
 from mlflow_dr.tracking.client import server_responds
 from mlflow_dr.tracking.runs import TrackedRun
 from mlflow_dr.tracking.validations import Metric, chosen_metric, metric_points
-from mlflow_dr.validation.config import ValidateConfig
+from mlflow_dr.validation.config import FollowConfig, ValidateConfig
 from mlflow_dr.validation.evaluate import Report
-from mlflow_dr.validation.resolve import ResolvedValidation
+from mlflow_dr.validation.resolve import RetrievalValidation
 
 log = logging.getLogger(__name__)
 
@@ -34,7 +34,7 @@ class Policies:
         config: the policies, and the validations.
     """
 
-    def __init__(self, config: ValidateConfig) -> None:
+    def __init__(self, config: FollowConfig) -> None:
         self._config = config
         self._keep = parse_keep_rules(config.keep) if config.keep else None
         # validation -> the metric whose best checkpoints it is done for
@@ -177,7 +177,7 @@ class AutoSubset:
     def names(
         self,
         run: TrackedRun,
-        validations: Sequence[ResolvedValidation],
+        validations: Sequence[RetrievalValidation],
         checkpoints: Sequence[Checkpoint],
         validators: int,
         is_over: bool | None = None,

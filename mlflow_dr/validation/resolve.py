@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Mapping
-from contextlib import suppress
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from typing import Any, NamedTuple
@@ -13,23 +12,12 @@ from typing import Any, NamedTuple
 from mlflow_dr.collection.catalogue import chosen_split, open_collection
 from mlflow_dr.devices import AUTO
 from mlflow_dr.engines.opening import LOCAL, Engines, device_names
-from mlflow_dr.errors import (
-    CheckpointError,
-    MlflowDrError,
-    TrackingError,
-    UnavailableError,
-    UsageError,
-)
+from mlflow_dr.errors import MlflowDrError, TrackingError, UsageError
 from mlflow_dr.retrieval.measures import check_depth
 from mlflow_dr.subsets.spec import SubsetSpec
 from mlflow_dr.subsets.subset import Subset
 from mlflow_dr.tracking.artifacts import log_subset
-from mlflow_dr.tracking.checkpoints import (
-    Checkpoint,
-    checkpoint_of_step,
-    ready_steps,
-    run_checkpoints,
-)
+from mlflow_dr.tracking.checkpoints import checkpoint_of_step, ready_steps
 from mlflow_dr.tracking.datasets import profile_of, shown_name
 from mlflow_dr.tracking.following import Followed
 from mlflow_dr.tracking.runs import (
@@ -45,20 +33,19 @@ from mlflow_dr.tracking.validations import (
     MAIN_PARAM,
     bind_name,
     check_same_config,
-    run_validations,
     tag_validation_steps,
 )
-from mlflow_dr.validation.config import ValidateConfig
+from mlflow_dr.validation.config import FollowConfig
 from mlflow_dr.validation.dataset import CorpusTokens, EvalDataset
+from mlflow_dr.validation.kinds import CheckpointKind, ResolvedValidation
 from mlflow_dr.validation.validations import EvalConfig, Validation
-from mlflow_dr.validation.worker import load_checkpoint
 
 TEST_SPLIT = "test"
 log = logging.getLogger(__name__)
 
 
-class ResolvedValidation(NamedTuple):
-    """A validation on one run: what is searched, with which device and number format."""
+class RetrievalValidation(NamedTuple):
+    """A validation of encoders on a run: what is searched, with which device and number format."""
 
     name: str
     data: EvalDataset
@@ -108,7 +95,7 @@ class EvalDatasets:
 
     def resolve(
         self, run: TrackedRun, validation: Validation, changes: Mapping[str, Any]
-    ) -> ResolvedValidation:
+    ) -> RetrievalValidation:
         """A validation on a run; its name stands for this configuration from now on.
 
         Args:
@@ -148,7 +135,7 @@ class EvalDatasets:
             context=f"validation {validation.name}",
             collection=name,
         )
-        return ResolvedValidation(validation.name, data, settings)
+        return RetrievalValidation(validation.name, data, settings)
 
 
 class ValidationResolver:
@@ -157,30 +144,30 @@ class ValidationResolver:
     Args:
         followed: whose runs.
         config: has the validations.
+        kind: of the checkpoints.
         patiently: repeats requests while the server is away.
         sleep: waits; passed in by tests.
-        engines: know their devices and number formats.
     """
 
     def __init__(
         self,
         followed: Followed,
-        config: ValidateConfig,
+        config: FollowConfig,
+        kind: CheckpointKind,
         patiently: Patience,
         sleep: Callable[[float], None] = time.sleep,
-        engines: Engines | None = None,
     ) -> None:
         self._followed = followed
         self._config = config
+        self._kind = kind
         self._patiently = patiently
         self._sleep = sleep
-        self._datasets = EvalDatasets(engines)
-        self._resolved: dict[str, list[ResolvedValidation]] = {}
+        self._resolved: dict[str, Sequence[ResolvedValidation]] = {}
 
     def __len__(self) -> int:
         return len(self._resolved)
 
-    def known(self, run_id: str) -> list[ResolvedValidation] | None:
+    def known(self, run_id: str) -> Sequence[ResolvedValidation] | None:
         """The validations of a run; empty if it is skipped, None if it is not resolved yet."""
         return self._resolved.get(run_id)
 
@@ -206,42 +193,33 @@ class ValidationResolver:
         self._patiently(partial(self.resolve, run, is_ahead=True))
 
     def is_early(self, run: TrackedRun) -> bool:
-        """Whether a checkpoint that chooses a subset is not published yet.
+        """Whether a checkpoint that the validations need is not published yet.
 
         Raises:
             TrackingError: the server does not answer.
         """
-        validations = self._config.all_validations
-        parts = [part for validation in validations for part in validation.subset.terms]
-        steps = {part.step for part in parts if part.step is not None}
+        steps = self._kind.awaited_steps
         if not self._config.follow or not steps or is_over(run.fetch()):
             return False
         # a step below a published one will never be published
         return max(steps) > max(ready_steps(run), default=-1)
 
-    def resolve(self, run: TrackedRun, is_ahead: bool = False) -> list[ResolvedValidation]:
+    def resolve(self, run: TrackedRun, is_ahead: bool = False) -> Sequence[ResolvedValidation]:
         """The validations on a run; empty if it is one of several and they do not fit it.
 
         Args:
             run: whose checkpoints are validated.
-            is_ahead: whether there may be no checkpoint yet to try changes of encoders with. Then
-                the datasets are opened, and no name is bound.
+            is_ahead: whether there may be no checkpoint yet; see `CheckpointKind.resolve`.
 
         Raises:
             UsageError: the validations do not fit the only run that is followed.
             TrackingError: the server does not answer.
         """
         if run.id not in self._resolved:
-            changes = self._config.encoder_changes
-            validations = self._config.all_validations
             try:
-                if not check_encoder_overrides(run, validations, changes) and is_ahead:
-                    for validation in validations:
-                        self._datasets.open(run, validation)
+                resolved = self._kind.resolve(run, is_ahead)
+                if resolved is None:
                     return []
-                resolved = [
-                    self._datasets.resolve(run, validation, changes) for validation in validations
-                ]
                 self._note(run)
                 self._resolved[run.id] = resolved
             except TrackingError:
@@ -258,9 +236,9 @@ class ValidationResolver:
         config = self._config
         validations = config.all_validations
         run.fetch()  # opening the datasets may have taken minutes
-        if not config.keep_up:
+        if not config.chooses_subset:
             run.set_param_once(MAIN_PARAM, validations[0].name)
-        skips = config.keep_up or config.max_lag_seconds is not None
+        skips = config.chooses_subset or config.max_lag_seconds is not None
         tag_validation_steps(
             run,
             {
@@ -273,54 +251,9 @@ class ValidationResolver:
         """Whether the run has what the validations need, or is over, or publishes already."""
         state = run.fetch()
         check_alive(state)
-        params = state.data.params
-        is_known = all(
-            (validation.dataset or DATASET_PARAM in params)
-            and (validation.split or SPLIT_PARAM in params)
-            for validation in self._config.all_validations
-        )
-        is_known = is_known or is_over(state) or bool(self._followed.snapshot().checkpoints)
+        is_known = self._kind.has_data(state.data.params) or is_over(state)
+        is_known = is_known or bool(self._followed.snapshot().checkpoints)
         return is_known and not self.is_early(run)
-
-
-def check_encoder_overrides(
-    run: TrackedRun, validations: tuple[Validation, ...], changes: Mapping[str, Any]
-) -> bool:
-    """Whether a checkpoint can be read with the overrides of encoders, before a name is bound.
-
-    A name always stands for one configuration, so a wrong tokenizer or length would make it
-    useless. Nothing is read if there are no overrides, or if all names are bound already.
-
-    Returns:
-        Whether there was a checkpoint that can be read.
-
-    Raises:
-        UsageError: a checkpoint can only be read without the overrides.
-    """
-    names = {validation.name for validation in validations}
-    if not changes or run_validations(run).keys() >= names:
-        return True
-    return any(
-        _is_readable(checkpoint, changes)
-        for checkpoint in run_checkpoints(run)
-        if checkpoint.ready and not checkpoint.is_pruned
-    )
-
-
-def _is_readable(checkpoint: Checkpoint, changes: Mapping[str, Any]) -> bool:
-    try:
-        load_checkpoint(checkpoint, changes)
-    except UnavailableError:
-        return False
-    except CheckpointError as error:
-        with suppress(CheckpointError):
-            load_checkpoint(checkpoint, {})
-            overrides = ", ".join(f"{key} {value}" for key, value in changes.items())
-            raise UsageError(
-                f"step {checkpoint.step} cannot be read with {overrides}: {error}"
-            ) from error
-        return False
-    return True
 
 
 def named_data(run: TrackedRun, dataset: str | None, split: str | None) -> tuple[str, str | None]:

@@ -14,7 +14,7 @@ from mlflow_dr.tracking.claims import HeartbeatMonitor, latest_claim
 from mlflow_dr.tracking.following import Snapshot
 from mlflow_dr.tracking.results import State, has_record, validation_state
 from mlflow_dr.tracking.validations import recorded_values, sign_of
-from mlflow_dr.validation.config import ValidateConfig
+from mlflow_dr.validation.config import FollowConfig
 from mlflow_dr.validation.validations import Refines
 
 LOST_CLAIMS = 2  # after so many the server is asked again
@@ -43,7 +43,7 @@ class Scheduler:
 
     def __init__(
         self,
-        config: ValidateConfig,
+        config: FollowConfig,
         token: str,
         now_ms: Callable[[], int],
         setbacks: Setbacks | None = None,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 from mlflow_dr.encoder.config import check_types
 from mlflow_dr.errors import UsageError, quoted
@@ -58,6 +58,18 @@ class Refines(NamedTuple):
     name: str
     measure: Measure
     best: int
+
+
+class NamedValidation(Protocol):
+    """A validation of any kind of checkpoints."""
+
+    @property
+    def name(self) -> str:
+        """Prefixes the metrics."""
+
+    @property
+    def refines(self) -> Refines | None:
+        """Which checkpoints it is done for; every checkpoint when None."""
 
 
 @dataclass(frozen=True)

@@ -11,9 +11,9 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from functools import partial
+from typing import cast
 
 from mlflow_dr.background import BackgroundTask
-from mlflow_dr.engines.opening import Engines, device_names
 from mlflow_dr.errors import TrackingError, UnavailableError
 from mlflow_dr.tracking.checkpoints import Checkpoint, is_deleted
 from mlflow_dr.tracking.claims import Claims
@@ -22,9 +22,11 @@ from mlflow_dr.tracking.results import State
 from mlflow_dr.tracking.runs import run_is_gone
 from mlflow_dr.tracking.server import Patience
 from mlflow_dr.tracking.status import progress_summary, tag_progress
-from mlflow_dr.validation.config import ValidateConfig
+from mlflow_dr.validation.config import FollowConfig, ValidateConfig
+from mlflow_dr.validation.encoders import EncoderKind
+from mlflow_dr.validation.kinds import CheckpointKind, ResolvedValidation
 from mlflow_dr.validation.policies import AutoSubset, Policies
-from mlflow_dr.validation.resolve import ResolvedValidation, ValidationResolver
+from mlflow_dr.validation.resolve import RetrievalValidation, ValidationResolver
 from mlflow_dr.validation.scheduler import Scheduler, Setbacks
 from mlflow_dr.validation.worker import Counts, Job, JobResult, Worker
 
@@ -42,6 +44,17 @@ def run_validator(
     sleep: Callable[[float], None] = time.sleep,
     claims: Claims | None = None,
 ) -> Counts:
+    """Validate encoders until the run has ended; see `validate_checkpoints`."""
+    return validate_checkpoints(followed, config, EncoderKind(config), sleep, claims)
+
+
+def validate_checkpoints(
+    followed: Followed,
+    config: FollowConfig,
+    kind: CheckpointKind,
+    sleep: Callable[[float], None] = time.sleep,
+    claims: Claims | None = None,
+) -> Counts:
     """Validate checkpoints until the run has ended, and write the figures to their runs.
 
     Other validators may follow the same run: each checkpoint is claimed before it is validated, and
@@ -50,6 +63,7 @@ def run_validator(
     Args:
         followed: a run, an experiment or a directory.
         config: what is done.
+        kind: what the checkpoints are.
         sleep: waits; passed in by tests.
         claims: makes and renews claims; passed in by tests.
 
@@ -59,7 +73,7 @@ def run_validator(
         UnavailableError: checkpoint after checkpoint cannot be fetched or read on this machine.
         OSError: the disk is full.
     """
-    validator = _Validator(followed, config, sleep, claims or Claims(followed.client))
+    validator = _Validator(followed, config, kind, sleep, claims or Claims(followed.client))
     try:
         return validator.run()
     finally:
@@ -72,7 +86,8 @@ class _Validator:
     def __init__(
         self,
         followed: Followed,
-        config: ValidateConfig,
+        config: FollowConfig,
+        kind: CheckpointKind,
         sleep: Callable[[float], None],
         claims: Claims,
     ) -> None:
@@ -81,14 +96,15 @@ class _Validator:
         self._config = config
         self._sleep = sleep
         self._patiently = Patience(followed.client, config.poll_seconds, sleep)
-        self._engines = Engines()
-        names_runs = followed.run is None
-        self._worker = Worker(config, self._patiently, names_runs, self._engines)
-        self._auto_subset = AutoSubset(config)
+        self._kind = kind
+        self._worker = Worker(config, kind, self._patiently, names_runs=followed.run is None)
+        self._auto_subset = (
+            AutoSubset(config) if isinstance(config, ValidateConfig) and config.keep_up else None
+        )
         self._setbacks = Setbacks(config.poll_seconds)
         token, now_ms = claims.owner.token, self._worker.now_ms
         self._scheduler = Scheduler(config, token, now_ms, self._setbacks)
-        self._resolver = ValidationResolver(followed, config, self._patiently, sleep, self._engines)
+        self._resolver = ValidationResolver(followed, config, kind, self._patiently, sleep)
         self._policies = Policies(config)
         self._summaries: dict[str, dict[str, str]] = {}
         self._summarized: dict[str, list[Checkpoint]] = {}
@@ -96,14 +112,14 @@ class _Validator:
         self._done: set[str] = set()  # model ids
         self._counts = Counts()
         # by figures, which validations are left to do for a checkpoint
-        self._chooses = config.keep_up or len(config.cheap) < len(config.all_validations)
+        self._chooses = config.chooses_subset or any(
+            validation.refines for validation in config.all_validations
+        )
         self._computed: tuple[Job, JobResult] | None = None
         self._recording: tuple[Job, BackgroundTask[dict[str, State]]] | None = None
 
     def run(self) -> Counts:
-        settings = self._config.all_validations[0].settings
-        device = device_names(settings.engine, settings.device)
-        self._engines.get(settings.engine, device)  # there may be no such cluster
+        self._kind.start()
         if self._followed.run is not None:
             self._resolver.resolve_ahead(self._followed.run)
         has_asked = False
@@ -111,7 +127,7 @@ class _Validator:
             if self._chooses or not self._scheduler.has_free:  # else it is done meanwhile
                 self._finish_recording()
             snapshot, work_until = self._take_snapshot()
-            if self._config.keep_up and self._patiently(partial(self._choose_subset, snapshot)):
+            if self._patiently(partial(self._choose_subset, snapshot)):
                 self._followed.checkpoints.request_all()
                 continue
             runs_before = len(self._resolver)
@@ -155,7 +171,8 @@ class _Validator:
         while job := self._patiently(self._claim_next):
             has_worked = True
             self._work(job)
-            is_undecided = self._config.keep_up and not self._auto_subset.has_chosen(job.run.id)
+            subset = self._auto_subset
+            is_undecided = subset is not None and not subset.has_chosen(job.run.id)
             if self._setbacks.is_in_one or is_undecided or time.monotonic() >= deadline:
                 break
         return has_worked
@@ -196,16 +213,19 @@ class _Validator:
                 self._summarized[run_id] = checkpoints
 
     def _choose_subset(self, snapshot: Snapshot) -> bool:
-        """Do only what there is time for; returns whether that has changed."""
+        """With --keep-up, do only what there is time for; returns whether that has changed."""
+        if self._auto_subset is None:
+            return False
         is_changed = False
         for run_id, checkpoints in snapshot.by_run().items():
             validations = self._resolver.known(run_id)
             if not validations:
                 continue
+            retrieval = cast("Sequence[RetrievalValidation]", validations)
             with self._without_deleted(run_id):
                 run, validators = self._followed.run_of(checkpoints[0]), self._scheduler.validators
                 names = self._auto_subset.names(
-                    run, validations, checkpoints, validators, snapshot.over
+                    run, retrieval, checkpoints, validators, snapshot.over
                 )
                 is_changed |= self._scheduler.limit(run_id, names)
         return is_changed
@@ -241,7 +261,7 @@ class _Validator:
                     self._scheduler.put_off(run.id)
                     continue
                 validations = self._resolver.resolve(run)
-                if is_new and self._config.keep_up:
+                if is_new and self._config.chooses_subset:
                     return None  # the next snapshot tells which of them are done
                 if not validations:
                     self._scheduler.refuse(run.id)
@@ -291,7 +311,7 @@ class _Validator:
         except BaseException:
             self._end(job, {})
             raise
-        if result.report is not None:
+        if result.report is not None and self._auto_subset is not None:
             self._auto_subset.note_speed(result.report, result.seconds)
         self._finish_recording()
         self._computed = job, result
@@ -371,7 +391,7 @@ class _Validator:
                 self._finish_recording(SECONDS_TO_RECORD)
         finally:
             self._claims.close()
-            self._engines.close()
+            self._kind.close()
 
 
 def _done(states: Mapping[str, State]) -> list[str]:

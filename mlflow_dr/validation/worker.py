@@ -4,21 +4,14 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
-import torch
-
-from mlflow_dr.collection.records import Passage, Query
-from mlflow_dr.devices import resolve_device, torch_dtype
-from mlflow_dr.encoder.directory import load_encoder
 from mlflow_dr.encoder.files import encoder_defect
-from mlflow_dr.encoder.model import Encoder
-from mlflow_dr.encoder.tokenize import TextTokenizer
-from mlflow_dr.engines.opening import LOCAL, Engines
 from mlflow_dr.errors import (
     CheckpointError,
     LostError,
@@ -26,17 +19,13 @@ from mlflow_dr.errors import (
     OverdueError,
     TrackingError,
     UnavailableError,
-    UsageError,
     one_line,
 )
 from mlflow_dr.files import is_full
-from mlflow_dr.retrieval.encode import encode_all
-from mlflow_dr.stores.token_table import token_table
 from mlflow_dr.time_limit import TimeIsUp, TimeLimit
 from mlflow_dr.tracking.artifacts import log_per_query_values
 from mlflow_dr.tracking.checkpoints import Checkpoint, checkpoint_by_id, is_deleted
-from mlflow_dr.tracking.encoders import encoder_errors, local_cause
-from mlflow_dr.tracking.fetching import checkpoint_files
+from mlflow_dr.tracking.encoders import local_cause
 from mlflow_dr.tracking.results import (
     State,
     mark_failed,
@@ -46,16 +35,11 @@ from mlflow_dr.tracking.results import (
 )
 from mlflow_dr.tracking.runs import TrackedRun
 from mlflow_dr.tracking.server import Patience, ServerClock
-from mlflow_dr.validation.config import ValidateConfig
-from mlflow_dr.validation.evaluate import Report, evaluate_all, tokenise
-from mlflow_dr.validation.validations import EvalConfig
-
-if TYPE_CHECKING:
-    from mlflow_dr.validation.resolve import ResolvedValidation
+from mlflow_dr.validation.config import FollowConfig
+from mlflow_dr.validation.evaluate import Report
+from mlflow_dr.validation.kinds import CheckpointKind, ResolvedValidation
 
 log = logging.getLogger(__name__)
-
-TEXT = "text"
 
 
 class Job(NamedTuple):
@@ -95,7 +79,7 @@ class Counts:
         done: validated.
         validations: of these checkpoints, all together.
         nothing: why nothing could be done; empty if something was done, now or before.
-        failed: noted as FAILED, because no encoder can be read from them.
+        failed: noted as FAILED, because nothing can be read from them.
         passed_over: noted as FAILED before, or by another validator.
         unavailable: left to other validators, because they cannot be fetched or read here.
     """
@@ -131,16 +115,16 @@ class Worker:
     """Evaluates jobs and records what came of them.
 
     Args:
-        config: how encoders are read.
+        config: how long an evaluation may take.
+        kind: reads and evaluates checkpoints.
         patiently: repeats requests while the server is away.
         names_runs: whether log lines name the run, because there may be several.
-        engines: where encoding runs.
     """
 
     def __init__(
-        self, config: ValidateConfig, patiently: Patience, names_runs: bool, engines: Engines
+        self, config: FollowConfig, kind: CheckpointKind, patiently: Patience, names_runs: bool
     ) -> None:
-        self._engines = engines
+        self._kind = kind
         self._config = config
         self._patiently = patiently
         self._names_runs = names_runs
@@ -196,15 +180,14 @@ class Worker:
         """
         checkpoint, names = job.checkpoint, [validation.name for validation in validations]
 
-        def load() -> Encoder:
+        def load() -> Any:
             with limit:
-                return load_checkpoint(checkpoint, self._config.encoder_changes)
+                return self._kind.load(checkpoint)
 
         try:
-            encoder = self._patiently(load, UnavailableError)
-            with encoder_errors(checkpoint.uri), limit:
-                check_vectors(encoder, validations[0].settings)
-            reports = _reports(encoder, validations, self._engines, limit)
+            model = self._patiently(load, UnavailableError)
+            with _evaluation_errors():
+                reports = self._kind.evaluate(model, checkpoint, validations, limit)
             return dict(zip(names, reports, strict=True))
         except TimeIsUp:
             error = OverdueError(f"it took longer than {limit.seconds:g} s (--max-seconds)")
@@ -264,80 +247,17 @@ class Worker:
         return f"{run}step {job.checkpoint.step}"
 
 
-def load_checkpoint(checkpoint: Checkpoint, changes: Mapping[str, Any]) -> Encoder:
-    """The encoder of a checkpoint; a published one has to be in safetensors format.
-
-    Args:
-        checkpoint: published, or found in a directory.
-        changes: what replaces settings of the encoder.
+@contextmanager
+def _evaluation_errors() -> Iterator[None]:
+    """Turn what breaks an evaluation into an error that puts the checkpoint off.
 
     Raises:
-        UnavailableError: it cannot be fetched or read on this machine.
-        CheckpointError: it cannot be read anywhere.
-        UsageError: it can only be read without the changes.
-        OSError: the disk is full.
-    """
-    with checkpoint_files(checkpoint) as directory:
-        return _load(checkpoint, directory, changes)
-
-
-def _load(checkpoint: Checkpoint, directory: Path, changes: Mapping[str, Any]) -> Encoder:
-    name = checkpoint.directory or checkpoint.uri
-    try:
-        with encoder_errors(name):
-            return load_encoder(directory, safetensors_only=not checkpoint.directory, **changes)
-    except UsageError as error:
-        if changes:
-            _load(checkpoint, directory, {})
-            raise  # the changes are the user's
-        kind = UnavailableError if local_cause(error) else CheckpointError
-        raise kind(f"{name} cannot be read: {error}") from error
-
-
-def check_vectors(encoder: Encoder, settings: EvalConfig) -> None:
-    """Encode a query and a passage, to find an encoder that cannot encode any text.
-
-    Raises:
-        CheckpointError: the encoder gives NaN.
-        Exception: as the libraries raise.
-    """
-    device, dtype = torch.device("cpu"), torch_dtype(settings.dtype)
-    if settings.engine == LOCAL and "," not in settings.device:
-        device = resolve_device(settings.device)  # others encode in other processes
-    elif dtype == torch.float16:
-        dtype = torch.float32  # a processor does not compute in fp16
-    encoder.eval().to(device, dtype)
-    query_encoder = encoder.query_encoder
-    query_tokenizer = TextTokenizer(query_encoder.tokenizer, query_encoder.settings)
-    passage_tokenizer = TextTokenizer(encoder.tokenizer, encoder.settings)
-    query_ids = query_tokenizer.query_ids([Query("", TEXT)])
-    passage_ids = passage_tokenizer.passage_ids([Passage("", TEXT, TEXT)])
-    encode_all(query_encoder, token_table(query_ids), query_tokenizer.pad_id, "query")
-    encode_all(encoder, token_table(passage_ids), passage_tokenizer.pad_id, "passage")
-
-
-def _reports(
-    encoder: Encoder,
-    validations: Sequence[ResolvedValidation],
-    engines: Engines,
-    limit: TimeLimit,
-) -> Sequence[Report]:
-    """Evaluate an encoder that gives vectors.
-
-    Raises:
-        TimeIsUp: it takes too long.
-        UnavailableError: something breaks that may be this machine's fault as well.
+        UnavailableError: something broke that may be this machine's fault as well.
         OSError: the disk is full.
         MlflowDrError: as it was raised.
     """
-    settings = validations[0].settings
-    pairs = [(validation.data, validation.settings) for validation in validations]
     try:
-        engine = engines.get(settings.engine, settings.device)
-        if limit.seconds is not None:
-            tokenise(encoder, pairs)  # done for all checkpoints
-        with limit:
-            return evaluate_all(encoder, pairs, False, engine)
+        yield
     except MlflowDrError:
         raise
     except Exception as error:

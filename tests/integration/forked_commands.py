@@ -53,7 +53,7 @@ from mlflow_dr.tracking.claims import Claims
 from mlflow_dr.tracking.runs import TrackedRun
 from mlflow_dr.training import publishing, train, trainer
 from mlflow_dr.training.loss import Objective
-from mlflow_dr.validation import worker
+from mlflow_dr.validation import encoders, worker
 from mlflow_dr.validation.validations import EvalConfig
 
 NOWHERE = "nowhere"
@@ -109,7 +109,7 @@ def amid(function: Callable[..., Any], die: Callable[[], None]) -> Callable[...,
 
 
 MOMENTS: dict[str, tuple[Any, str, Wrapper]] = {
-    "loading": (worker, "load_encoder", before),
+    "loading": (encoders, "load_encoder", before),
     "encoding": (shard_search, "encode_batches", amid),
     "before-claiming": (Claims, "claim", before),
     "after-claiming": (Claims, "claim", after),
@@ -166,7 +166,7 @@ def _load_an_encoder() -> None:
     with tempfile.TemporaryDirectory() as name:
         directory = Path(name) / "encoder"
         save_encoder(directory, tiny_encoder(texts, EncoderConfig("mean")))
-        worker.check_vectors(load_encoder(directory), EvalConfig((), device="cpu", dtype="fp32"))
+        encoders.check_vectors(load_encoder(directory), EvalConfig((), device="cpu", dtype="fp32"))
 
 
 def _listening(path: Path) -> socket.socket:

@@ -59,6 +59,7 @@ ALLOWED_BESIDE = {
     ("config", "errors"),
     ("config", "terminal"),
     ("reader", "training"),
+    ("reader", "validation"),
 }
 
 HOMES = {

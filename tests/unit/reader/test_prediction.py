@@ -9,7 +9,7 @@ import pytest
 from mlflow_dr.errors import CheckpointError, UsageError
 from mlflow_dr.reader.config import ReaderPredictConfig
 from mlflow_dr.reader.model import save_reader
-from mlflow_dr.reader.prediction import ReaderPredictor, predict_answers, reader_measures
+from mlflow_dr.reader.prediction import ReaderPredictor, predict_answers, question_measures
 from mlflow_dr.reader.preprocessing import reader_data
 from mlflow_dr.reader.sequences import SequenceBuilder
 
@@ -40,7 +40,7 @@ def test_answers_are_cut_from_the_text(
     assert first.answers[50] is not None
     assert first.answers[50].place == 4
     assert second.answers[50] is not None
-    assert reader_measures([first])["em@2"] == 0.0
+    assert question_measures([first])["0"]["em@2"] == 0.0
 
 
 def test_passages_without_room_and_questions_without_passages_have_no_answer(
@@ -52,7 +52,8 @@ def test_passages_without_room_and_questions_without_passages_have_no_answer(
     data = reader_data(path, builder, training=False)
     found = list(Oracle(None, tokenizer, [5], length=9).predict(data))  # type: ignore[arg-type]
     assert [answers.answers for answers in found] == [{5: None}, {5: None}]
-    assert reader_measures(found) == {"em@5": 0.0, "f1@5": 0.0, "em_decoded@5": 0.0}
+    nothing = {"em@5": 0.0, "f1@5": 0.0, "em_decoded@5": 0.0}
+    assert question_measures(found) == {"0": nothing, "1": nothing}
 
 
 def test_predictions_are_written_as_dpr_does(

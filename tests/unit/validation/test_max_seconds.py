@@ -19,7 +19,7 @@ from mlflow_dr.tracking.claims import latest_claim
 from mlflow_dr.tracking.following import FollowedRun
 from mlflow_dr.tracking.results import State, failure_reason, validation_state
 from mlflow_dr.tracking.runs import TrackedRun
-from mlflow_dr.validation import worker
+from mlflow_dr.validation import encoders
 from mlflow_dr.validation.validator import run_validator
 from mlflow_dr.validation.worker import Counts
 from tests.unit.validation.configuring import VALIDATION, configured
@@ -44,7 +44,7 @@ def overdue(monkeypatch: pytest.MonkeyPatch) -> Callable[[int], None]:
     """Have the time be up in the middle of encoding, for the evaluation of this number."""
 
     def make_overdue(number: int) -> None:
-        real, evaluated = worker.evaluate_all, []
+        real, evaluated = encoders.evaluate_all, []
 
         def evaluate_all(*asked: Any) -> Any:
             evaluated.append(asked)
@@ -54,7 +54,7 @@ def overdue(monkeypatch: pytest.MonkeyPatch) -> Callable[[int], None]:
                 patch.setattr(shard_search, "encode_batches", cut_off)
                 return real(*asked)
 
-        monkeypatch.setattr(worker, "evaluate_all", evaluate_all)
+        monkeypatch.setattr(encoders, "evaluate_all", evaluate_all)
 
     return make_overdue
 
@@ -144,7 +144,7 @@ def test_reading_a_checkpoint_counts(
     run: TrackedRun, publishing: Callable[[int], str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     publishing(1)
-    monkeypatch.setattr(worker, "load_encoder", time_is_up)
+    monkeypatch.setattr(encoders, "load_encoder", time_is_up)
     assert watch(run, VALIDATION, max_seconds=MOST).failed == 1
     assert failure_reason(run_checkpoints(run)[0], "val") == REASON
 
@@ -155,14 +155,14 @@ def test_tokenising_the_corpus_does_not_count(
     """It is done once, and would otherwise be stopped at each checkpoint anew."""
     publishing(1)
     counting: list[bool] = []
-    real = worker.tokenise
+    real = encoders.tokenise
 
     def tokenise(*asked: Any) -> None:
         # a limit handles the signal while it counts
         counting.append("TimeLimit" in repr(signal.getsignal(signal.SIGALRM)))
         real(*asked)
 
-    monkeypatch.setattr(worker, "tokenise", tokenise)
+    monkeypatch.setattr(encoders, "tokenise", tokenise)
     assert watch(run, VALIDATION, max_seconds=MOST).done == 1
     assert counting == [False]
 
@@ -171,7 +171,7 @@ def test_without_a_limit_nothing_is_stopped(
     run: TrackedRun, publishing: Callable[[int], str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     publishing(1)
-    monkeypatch.setattr(worker, "tokenise", lambda *_: pytest.fail("the corpus is read twice"))
+    monkeypatch.setattr(encoders, "tokenise", lambda *_: pytest.fail("the corpus is read twice"))
     assert watch(run, VALIDATION).done == 1
 
 

@@ -19,7 +19,7 @@ from mlflow_dr.tracking.following import FollowedRun
 from mlflow_dr.tracking.results import State, failure_reason, validation_state
 from mlflow_dr.tracking.runs import TrackedRun
 from mlflow_dr.tracking.validations import Metric, metric_points
-from mlflow_dr.validation import worker
+from mlflow_dr.validation import encoders
 from mlflow_dr.validation.scheduler import TRIES, TRIES_IN_A_ROW
 from mlflow_dr.validation.validator import run_validator
 from mlflow_dr.validation.worker import Counts
@@ -137,7 +137,7 @@ def test_what_this_machine_lacks_does_not_fail_a_checkpoint(
     def load(*_: Any, **__: Any) -> Encoder:
         raise error
 
-    monkeypatch.setattr(worker, "load_encoder", load)
+    monkeypatch.setattr(encoders, "load_encoder", load)
     counts = validated()
     assert (counts.done, counts.failed, counts.unavailable) == (0, 0, 1)
     assert states(run) == [State.OPEN]
@@ -152,7 +152,7 @@ def test_an_interrupted_evaluation_does_not_fail_a_checkpoint(
 ) -> None:
     publishing(1)
     publishing(2)
-    real, calls = worker.evaluate_all, []
+    real, calls = encoders.evaluate_all, []
 
     def broken(*asked: Any) -> Any:
         calls.append(1)
@@ -162,7 +162,7 @@ def test_an_interrupted_evaluation_does_not_fail_a_checkpoint(
             raise IndexError("a damaged cache, say")
         return real(*asked)
 
-    monkeypatch.setattr(worker, "evaluate_all", broken)
+    monkeypatch.setattr(encoders, "evaluate_all", broken)
     counts = validated()
     assert (counts.done, counts.failed, counts.unavailable) == (1, 0, 1)
     assert State.FAILED not in states(run)

@@ -29,7 +29,7 @@ from mlflow_dr.tracking.results import State, failure_reason, validation_state
 from mlflow_dr.tracking.runs import DATASET_TAG, TrackedRun
 from mlflow_dr.tracking.status import progress_summary, tag_progress
 from mlflow_dr.tracking.validations import chosen_metric, validation_steps
-from mlflow_dr.validation import validator, worker
+from mlflow_dr.validation import encoders, validator, worker
 from mlflow_dr.validation.scheduler import Scheduler
 from mlflow_dr.validation.validator import Counts, _Validator, run_validator
 from tests.unit.validation.configuring import VALIDATION, configured
@@ -255,7 +255,7 @@ def test_an_error_that_ends_the_validator_gives_the_claim_back(
     def interrupted(*_: Any) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("mlflow_dr.validation.worker.evaluate_all", interrupted)
+    monkeypatch.setattr("mlflow_dr.validation.encoders.evaluate_all", interrupted)
     with pytest.raises(KeyboardInterrupt):
         watch(run, VALIDATION)
     assert latest_claim(run_checkpoints(run)[0], "val").given_back
@@ -292,7 +292,7 @@ def test_nothing_is_claimed_while_another_checkpoint_is_evaluated(
     for step in range(3):
         publishing(step)
     claimed: list[int] = []
-    real = worker.evaluate_all
+    real = encoders.evaluate_all
 
     def evaluate_all(*asked: Any) -> Any:
         done = real(*asked)
@@ -301,7 +301,7 @@ def test_nothing_is_claimed_while_another_checkpoint_is_evaluated(
         )
         return done
 
-    monkeypatch.setattr(worker, "evaluate_all", evaluate_all)
+    monkeypatch.setattr(encoders, "evaluate_all", evaluate_all)
     assert watch(run, VALIDATION, follow=False, poll_seconds=5.0).done == 3
     assert claimed == [1, 2, 3]
 
@@ -317,7 +317,7 @@ def test_figures_are_recorded_during_the_next_evaluation(
         publishing(step)
     monkeypatch.setitem(validator.SHARE_OF_SNAPSHOTS, "oldest", 1e9)
     begun: list[threading.Event] = [threading.Event(), threading.Event()]
-    evaluate, record, evaluated = worker.evaluate_all, worker.record_result, iter(begun)
+    evaluate, record, evaluated = encoders.evaluate_all, worker.record_result, iter(begun)
 
     def evaluate_all(*asked: Any) -> Any:
         next(evaluated).set()
@@ -327,7 +327,7 @@ def test_figures_are_recorded_during_the_next_evaluation(
         assert begun[1].wait(300)
         return record(*args)
 
-    monkeypatch.setattr(worker, "evaluate_all", evaluate_all)
+    monkeypatch.setattr(encoders, "evaluate_all", evaluate_all)
     monkeypatch.setattr(worker, "record_result", record_result)
     assert watch(run, VALIDATION, follow=False, poll_seconds=1e-6).done == 2
     assert steps(client, run) == [1, 2]
@@ -345,13 +345,13 @@ def test_several_validations_encode_the_corpus_once(
     publishing(1)
     both = (VALIDATION, {**VALIDATION, "measures": "recall@3", "name": "test", "split": "test"})
     calls: list[int] = []
-    real = worker.evaluate_all
+    real = encoders.evaluate_all
 
     def counted(encoder: Encoder, asked: Any, *more: Any) -> Any:
         calls.append(len(asked))
         return real(encoder, asked, *more)
 
-    monkeypatch.setattr(worker, "evaluate_all", counted)
+    monkeypatch.setattr(encoders, "evaluate_all", counted)
     assert watch(run, *both, follow=False).done == 1
     assert calls == [2]
     monkeypatch.undo()
@@ -416,7 +416,7 @@ def test_a_newly_published_checkpoint_comes_first_in_newest_order(
 ) -> None:
     for step in (1, 2, 3):
         publishing(step)
-    real = worker.evaluate_all
+    real = encoders.evaluate_all
 
     def evaluate_all(*asked: Any) -> Any:
         if not [checkpoint for checkpoint in run_checkpoints(run) if checkpoint.step == 8]:
@@ -424,7 +424,7 @@ def test_a_newly_published_checkpoint_comes_first_in_newest_order(
         time.sleep(0.3)
         return real(*asked)
 
-    monkeypatch.setattr(worker, "evaluate_all", evaluate_all)
+    monkeypatch.setattr(encoders, "evaluate_all", evaluate_all)
     with caplog.at_level("INFO", logger="mlflow_dr"):
         watch(run, VALIDATION, follow=False, order=order, poll_seconds=0.1)
     done = [re.match(r"step (\d+): mrr", message) for message in caplog.messages]
@@ -510,7 +510,7 @@ def test_a_deleted_run_of_an_experiment_is_passed_over(
     followed, (first, second) = two_runs
     name, real = {
         "before": ("mlflow_dr.validation.validator._Validator.run", _Validator.run),
-        "evaluated": ("mlflow_dr.validation.worker.evaluate_all", worker.evaluate_all),
+        "evaluated": ("mlflow_dr.validation.encoders.evaluate_all", encoders.evaluate_all),
         "noted": ("mlflow_dr.validation.validator.tag_progress", tag_progress),
     }[when]
 

@@ -18,7 +18,7 @@ from mlflow_dr.tracking.pruning import delete_files
 from mlflow_dr.tracking.results import State, mark_failed, validation_state
 from mlflow_dr.tracking.runs import TrackedRun
 from mlflow_dr.tracking.validations import recorded_values
-from mlflow_dr.validation import worker
+from mlflow_dr.validation import encoders
 from mlflow_dr.validation.config import ValidateConfig
 from mlflow_dr.validation.policies import CHOSEN_PARAM
 from mlflow_dr.validation.validator import run_validator
@@ -86,13 +86,13 @@ def test_subsets_and_the_whole_corpus_are_read_from_one_pass(
 ) -> None:
     publishing(1)
     calls = []
-    real = worker.evaluate_all
+    real = encoders.evaluate_all
 
     def counted(encoder: Encoder, asked: Sequence[Any], *more: Any) -> Any:
         calls.append(len(asked))
         return real(encoder, asked, *more)
 
-    monkeypatch.setattr(worker, "evaluate_all", counted)
+    monkeypatch.setattr(encoders, "evaluate_all", counted)
     validated(run, "full", "random:2", "bm25@1", "queries:2")
     assert calls == [4]
     # each has the figures that it has alone
