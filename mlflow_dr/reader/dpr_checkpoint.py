@@ -25,6 +25,8 @@ ENCODER, BACKBONE = "encoder.", "backbone."
 OF_TRANSFORMERS = "span_predictor."
 LAYERS = ("qa_outputs.", "qa_classifier.")
 LONGEST = 350
+SINCE_2021 = "encoder"
+"""Of settings: DPR's programs, since they are configured by hydra, tell question from passage."""
 
 
 def is_dpr_reader(path: Path) -> bool:
@@ -41,6 +43,8 @@ def is_dpr_reader(path: Path) -> bool:
 
 def import_dpr_reader(path: Path, backbone: str | None = None) -> tuple[ExtractiveReader, Any]:
     """The reader of a checkpoint, which gives the logits of DPR's own programs, and its tokenizer.
+
+    Segment ids are all 0, or, if the checkpoint was saved by DPR since 2021, 1 after the question.
 
     Args:
         path: a checkpoint of DPR, or a directory with transformers' `DPRReader`.
@@ -69,6 +73,8 @@ def import_dpr_reader(path: Path, backbone: str | None = None) -> tuple[Extracti
             f"{directory}: no configuration and tokenizer of a BERT ({one_line(error)})"
         ) from error
     _load(reader, checkpoint.state, path)
+    if SINCE_2021 in checkpoint.settings:
+        reader.config.segment_separator = tokenizer.sep_token_id
     return reader.eval(), tokenizer
 
 
@@ -119,8 +125,13 @@ def export_dpr_reader(reader: ExtractiveReader, tokenizer: Any, path: Path, back
         backbone: what DPR's programs are told that it was trained from: a directory or hub name.
 
     Raises:
-        UsageError: the backbone is no BERT.
+        UsageError: the backbone is no BERT, or GC-DPR would compute other logits.
     """
+    if getattr(reader.config, "segment_separator", None) is not None:
+        raise UsageError(
+            "GC-DPR's programs cannot use this reader: it was trained by DPR since 2021, with "
+            "segment ids of question and passage"
+        )
     if reader.config.model_type != "bert":
         raise UsageError("DPR's programs cannot use this reader: its backbone is no BERT")
     width = reader.config.hidden_size

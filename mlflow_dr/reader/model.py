@@ -70,7 +70,8 @@ class ExtractiveReader(PreTrainedModel):
     """A backbone with two linear layers. Its directory is the backbone's, with the layers' weights.
 
     Args:
-        config: the backbone's.
+        config: the backbone's. With `segment_separator`, the id of [SEP], tokens after the first
+            [SEP] have segment id 1, as in DPR since 2021; without it all have 0.
     """
 
     config_class = PreTrainedConfig
@@ -99,6 +100,8 @@ class ExtractiveReader(PreTrainedModel):
         longest = input_ids.shape[1]
         # looked up once: each lookup has a gradient of the size of the vocabulary
         embeddings = self.get_input_embeddings()(input_ids) if torch.is_grad_enabled() else None
+        separator = getattr(self.config, "segment_separator", None)
+        segments = None if separator is None else segment_ids(input_ids, separator)
         parts = []
         for rows in batches:
             some = torch.from_numpy(rows).to(input_ids.device)
@@ -109,6 +112,8 @@ class ExtractiveReader(PreTrainedModel):
                 if embeddings is None
                 else {"inputs_embeds": embeddings[some, :width]}
             )
+            if segments is not None:
+                tokens["token_type_ids"] = segments[some, :width]
             states = self.backbone(**tokens, attention_mask=mask).last_hidden_state
             with torch.autocast(input_ids.device.type, enabled=False):  # logits in fp32
                 states = states.float()
@@ -119,6 +124,12 @@ class ExtractiveReader(PreTrainedModel):
         order = torch.from_numpy(np.argsort(np.concatenate(batches))).to(input_ids.device)
         all_spans, all_relevance = (torch.cat(some)[order] for some in zip(*parts, strict=True))
         return ReaderLogits(all_spans[..., 0], all_spans[..., 1], all_relevance)
+
+
+def segment_ids(input_ids: Tensor, separator: int) -> Tensor:
+    """0 up to the first separator of each sequence, then 1, `(n, length) int64`."""
+    is_separator = (input_ids == separator).long()
+    return (is_separator.cumsum(dim=1) - is_separator).clamp(max=1)
 
 
 def length_batches(lengths: np.ndarray, max_tokens: int) -> list[np.ndarray]:

@@ -181,3 +181,25 @@ def test_published_files_come_from_the_cache_or_are_fetched(
     assert path.read_bytes() == b"content"
     with pytest.raises(DataError, match=r"other cannot be fetched .* put it at"):
         fetched((tmp_path / "other").as_uri())
+
+
+def test_questions_of_trivia_qa_in_its_own_layout(write: Write) -> None:
+    answer = {"Value": "Paris", "Aliases": ["Paris", "Lutetia"], "Type": "WikipediaEntity"}
+    data = [
+        {"Question": "capital?", "QuestionId": "tc_1", "Answer": answer, "SearchResults": []},
+        {"Question": "test?", "QuestionId": "tc_2"},
+    ]
+    path = write("web-dev.json.gz", json.dumps({"Data": data, "Domain": "Web"}, indent=4))
+    assert read_questions(path) == [
+        Query("tc_1", "capital?", ("Paris", "Lutetia")),
+        Query("tc_2", "test?"),
+    ]
+    for wrong, error in (
+        ({"Question": "no id"}, "no file of TriviaQA"),
+        ({"Question": "twice", "QuestionId": "tc_1"}, "tc_1"),
+        ({"Question": "blank", "QuestionId": " "}, r"Data\[2\]"),
+    ):
+        with pytest.raises(DataError, match=error):
+            read_questions(write("wrong.json", json.dumps({"Data": [*data, wrong]})))
+    with pytest.raises(DataError, match="no file of TriviaQA"):
+        read_questions(write("cut.json", json.dumps({"Data": data})[:-9]))

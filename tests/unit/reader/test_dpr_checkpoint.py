@@ -9,7 +9,7 @@ from click.testing import CliRunner
 
 from mlflow_dr.cli import group
 from mlflow_dr.errors import UsageError
-from mlflow_dr.reader.dpr_checkpoint import import_dpr_reader
+from mlflow_dr.reader.dpr_checkpoint import export_dpr_reader, import_dpr_reader
 from mlflow_dr.reader.model import load_reader, save_reader
 
 IDS = torch.tensor([[2, 9, 3, 7, 3, 6, 7, 8], [2, 9, 3, 7, 3, 6, 0, 0]])
@@ -72,3 +72,29 @@ def test_a_reader_of_transformers_is_imported(tokenizer: Any, tmp_path: Path) ->
     for mine, wanted in ((starts, expected.start_logits), (ends, expected.end_logits)):
         torch.testing.assert_close(mine[mask == 1], wanted[mask == 1], rtol=0, atol=1e-5)
     torch.testing.assert_close(relevance, expected.relevance_logits, rtol=0, atol=1e-5)
+
+
+def test_a_reader_of_dpr_since_2021_has_segment_ids(
+    make_reader: Callable[[], Any], tokenizer: Any, tmp_path: Path
+) -> None:
+    save_reader(tmp_path / "reader", make_reader(), tokenizer)
+    run("export", tmp_path / "reader", "--output", tmp_path / "2020.cp", "--backbone", "a-bert")
+    content = torch.load(tmp_path / "2020.cp", weights_only=True)
+    settings = {"do_lower_case": True, "encoder": content["encoder_params"]}
+    torch.save({**content, "encoder_params": settings}, tmp_path / "2021.cp")
+    imported = tmp_path / "imported"
+    run("import", tmp_path / "2021.cp", "--output", imported, "--backbone", tmp_path / "reader")
+    reader = load_reader(str(imported))[0]
+    states = reader.backbone(
+        input_ids=IDS[:1], token_type_ids=torch.tensor([[0, 0, 0, 1, 1, 1, 1, 1]])
+    ).last_hidden_state
+    expected = reader.qa_classifier(states[:, 0])[:, 0]
+    torch.testing.assert_close(logits(reader).relevance[:1], expected, rtol=0, atol=1e-5)
+    reader.train()  # with embeddings that are looked up once
+    for module in reader.modules():
+        if isinstance(module, torch.nn.Dropout):
+            module.p = 0.0
+    trained = reader(IDS, (IDS != 0).long()).relevance[:1]
+    torch.testing.assert_close(trained, expected, rtol=0, atol=1e-5)
+    with pytest.raises(UsageError, match="segment ids"):
+        export_dpr_reader(reader, tokenizer, tmp_path / "back.cp", "a-bert")
