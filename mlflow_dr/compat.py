@@ -23,6 +23,12 @@ TRAINER_OVERRIDES: Mapping[str, tuple[str, ...]] = {
     "_run_epoch": ("model", "epoch", "train_dataloader", "steps_in_epoch"),
 }
 """transformers: the private methods that our trainer overrides -> their first parameters."""
+JAX_TRAINER_OVERRIDES: Mapping[str, tuple[str, ...]] = {
+    "_wrap_model": ("model",),
+    "_clip_grad_norm": ("model",),
+    "_get_grad_norm": ("model", "grad_norm"),
+}
+"""transformers: those that the trainer of `--engine jax` overrides, too."""
 
 
 def register_before_thread_pools_end(function: Callable[[], None]) -> None:
@@ -53,9 +59,18 @@ def with_attention_of_backbone(kind: Any) -> Any:
     return kind
 
 
-def use_one_gpu(arguments: Any) -> None:
-    """transformers: keep Trainer from `nn.DataParallel`, which would split the batch."""
-    arguments._n_gpu = 1
+def use_devices(arguments: Any, count: int) -> None:
+    """transformers: say how many devices a process uses; its batch is that many times as large.
+
+    With more than one, Trainer wraps the model in `nn.DataParallel`, unless it is wrapped already.
+    """
+    arguments._n_gpu = count
+
+
+def find_processes(arguments: Any) -> None:
+    """transformers: have arguments find the processes again, after their variables were set."""
+    vars(arguments).pop("_setup_devices", None)
+    arguments.device  # noqa: B018 - a property that sets up the processes
 
 
 def loss_progress(trainer: Any) -> tuple[Any, float, int]:

@@ -27,6 +27,7 @@ LONGEST_LOG_LINE = 4000  # characters, below the level of a warning
 COMMANDS = {
     "run": "Train and validate side by side; what `mlflow run .` calls.",
     "train": "Train an encoder and publish its checkpoints to MLflow.",
+    "jax-train": "Train on TPUs, as Tevatron's jax_train does.",
     "validate": "Validate each checkpoint of a run, now and as they come.",
     "fidelity": "Find the subset that chooses the right checkpoint sooner.",
     "ui": "Start MLflow's pages on the curves of the latest run.",
@@ -52,7 +53,7 @@ COMMANDS = {
     "datasets": "List the names of collections.",
 }
 MODULES = {
-    "run": "train",
+    **dict.fromkeys(("run", "jax-train"), "train"),
     **dict.fromkeys(("fidelity", "compare"), "evaluate"),
     **dict.fromkeys(("ui", "status", "best", "prune"), "runs"),
     **dict.fromkeys(("encode", "search", "index", "convert"), "vectors"),

@@ -36,9 +36,35 @@ def train_command(flags: tuple[str, ...]) -> None:
 
     check_flags(flags)  # before five seconds of imports
     from mlflow_dr.training.parsing import parse_training
-    from mlflow_dr.training.train import train
+    from mlflow_dr.training.train import compile_only, train
 
-    train(parse_training(flags))
+    request = parse_training(flags)
+    if request.engine.compile_only:
+        click.echo(compile_only(request))
+    else:
+        train(request)
+
+
+@click.command(
+    "jax-train",
+    add_help_option=False,
+    context_settings={"ignore_unknown_options": True, "allow_interspersed_args": False},
+)
+@click.argument("flags", nargs=-1, type=click.UNPROCESSED)
+@click.pass_context
+def jax_train_command(context: click.Context, flags: tuple[str, ...]) -> None:
+    """Train on TPUs, as Tevatron's jax_train does.
+
+    The same as `mlflow-dr train --engine jax --negatives_x_device`, whose flags it takes.
+
+    \b
+    Example:
+        mlflow-dr jax-train --dataset_name demo --model_name_or_path tiny --do_train
+    """
+    if {"-h", "--help"} & set(flags):
+        click.echo(inspect.cleandoc(jax_train_command.help or "").replace("\b\n", ""))
+        return
+    context.invoke(train_command, flags=("--engine", "jax", "--negatives_x_device", "true", *flags))
 
 
 @click.command("run", cls=TakesSeveral, context_settings={"ignore_unknown_options": True})

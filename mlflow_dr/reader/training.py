@@ -159,7 +159,7 @@ def train_reader(config: ReaderTrainConfig) -> ReaderTraining | None:
     )
     if arguments.n_gpu > 1:
         log.warning("%d GPUs are visible; training uses the first one", arguments.n_gpu)
-        compat.use_one_gpu(arguments)
+        compat.use_devices(arguments, 1)
     stop = StopCallback()
     trainer = ReaderTrainer(
         model=reader,

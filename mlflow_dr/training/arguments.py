@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from transformers import TrainingArguments
@@ -14,7 +14,7 @@ from mlflow_dr.encoder.config import (
     EncoderConfig,
 )
 from mlflow_dr.training.batches import PASSAGE, QUERY
-from mlflow_dr.training.flags import check_values, flag, upsample_rates
+from mlflow_dr.training.flags import TORCH, check_values, flag, upsample_rates
 from mlflow_dr.training.loss import Objective
 
 WITHOUT_MEANING = "Flag of GC-DPR; accepted, without effect."
@@ -211,6 +211,25 @@ class PublishArguments:
 
 
 @dataclass
+class EngineArguments:
+    """Flags of the library that computes the steps."""
+
+    engine: str = flag(TORCH, "torch, or jax for TPUs (needs the extra jax).", "--training_engine")
+    coordinator: str | None = flag(
+        None,
+        "With --engine jax on several hosts: address and port of the first one, or `auto` for "
+        "Cloud TPU, Slurm, Kubernetes and MPI.",
+    )
+    n_hosts: int | None = flag(None, "Number of hosts, with --coordinator HOST:PORT.")
+    host_index: int | None = flag(None, "This host, counted from 0, with --coordinator HOST:PORT.")
+    compile_only: str | None = flag(
+        None,
+        "Train nothing: compile a step of --engine jax for a TPU, such as v5e:2x4, and print "
+        "whether it fits into its memory (needs libtpu, no TPU).",
+    )
+
+
+@dataclass
 class GcDprArguments:
     """Flags of GC-DPR."""
 
@@ -313,9 +332,12 @@ class TrainingRequest:
     publish: PublishArguments
     trainer: RetrieverTrainingArguments
     bare_pooling: str = "cls"
+    engine: EngineArguments = field(default_factory=EngineArguments)
 
     def __post_init__(self) -> None:
-        for arguments in (self.model, self.loss, self.data, self.publish, self.trainer):
+        for arguments in (
+            *(self.model, self.loss, self.data, self.publish, self.trainer, self.engine),
+        ):
             check_values(vars(arguments))
         upsample_rates(self.data.train_files_upsample_rates)
 

@@ -295,7 +295,7 @@ class Collator:
     """
 
     def __init__(self, query_pad_id: int, passage_pad_id: int) -> None:
-        self._pad_ids = {QUERY: query_pad_id, PASSAGE: passage_pad_id}
+        self.pad_ids = {QUERY: query_pad_id, PASSAGE: passage_pad_id}
 
     def __call__(self, groups: Sequence[Group]) -> dict[str, Any]:
         """A batch.
@@ -319,7 +319,7 @@ class Collator:
         return batch
 
     def _padded(self, rows: Sequence[np.ndarray], role: str) -> dict[str, Tensor]:
-        return padded(rows, self._pad_ids[role])
+        return padded(rows, self.pad_ids[role])
 
 
 def padded(rows: Sequence[Sequence[int] | np.ndarray], pad_id: int) -> dict[str, Tensor]:

@@ -154,7 +154,7 @@ def publish_schedule(request: TrainingRequest, examples: int) -> Callable[[int],
     if request.publish.publish_per_epoch is None:
         return every_steps(request.publish.publish_steps)
     trainer = request.trainer
-    batch = trainer.per_device_train_batch_size * trainer.world_size
+    batch = trainer.train_batch_size * trainer.world_size
     batches = examples // batch if trainer.dataloader_drop_last else math.ceil(examples / batch)
     epoch = max(1, math.ceil(batches / trainer.gradient_accumulation_steps))
     return every_steps(math.ceil(epoch / request.publish.publish_per_epoch), epoch)

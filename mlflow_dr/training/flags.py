@@ -138,6 +138,7 @@ SEEDS = ("seed", "data_seed")
 LONGEST_SHOWN = 40
 RECIPE_NAMES = ("demo", "msmarco", "judged", "tevatron", "dpr")
 MERGED, ADAPTER = "merged", "adapter"
+TORCH, JAX = "torch", "jax"
 OWN_LOSSES = ("contrastive", "distillation")
 
 losses: Registry[Any] = Registry("loss", "mlflow_dr.losses")
@@ -147,6 +148,7 @@ CHOICES: Mapping[str, tuple[str, ...]] = {
     "pooling": tuple(POOLINGS),
     "lora_publish": (MERGED, ADAPTER),
     "recipe": RECIPE_NAMES,
+    "engine": (TORCH, JAX),
     "encoder_model_type": ("hf_bert", "pytext_bert", "fairseq_roberta"),
 }
 
@@ -157,7 +159,7 @@ RANGES: Mapping[str, tuple[Callable[[float], bool], tuple[str, ...]]] = {
         (
             *("learning_rate", "weight_decay", "max_grad_norm", "warmup_steps", "save_total_limit"),
             *("seed", "data_seed", "dataloader_num_workers", "publish_steps", "projection_dim"),
-            *("hard_negatives", "other_negatives"),
+            *("hard_negatives", "other_negatives", "host_index"),
         ),
     ),
     "at least 1": (
@@ -165,7 +167,7 @@ RANGES: Mapping[str, tuple[Callable[[float], bool], tuple[str, ...]]] = {
         (
             *("per_device_train_batch_size", "gradient_accumulation_steps", "gc_q_chunk_size"),
             *("gc_p_chunk_size", "dataset_proc_num", "train_n_passages", "projection_in_dim"),
-            *("projection_out_dim", "lora_r", "lora_alpha", "publish_per_epoch"),
+            *("projection_out_dim", "lora_r", "lora_alpha", "publish_per_epoch", "n_hosts"),
         ),
     ),
     f"at least {SHORTEST}": (

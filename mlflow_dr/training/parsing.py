@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from transformers import HfArgumentParser
+from transformers.training_args import OptimizerNames
 
 from mlflow_dr import compat
 from mlflow_dr.collection.catalogue import JOIN, POOL_PREFIX
@@ -26,6 +27,7 @@ from mlflow_dr.stores.store import STORES
 from mlflow_dr.training.arguments import (
     WITHOUT_MEANING,
     DataArguments,
+    EngineArguments,
     GcDprArguments,
     LossArguments,
     ModelArguments,
@@ -33,7 +35,15 @@ from mlflow_dr.training.arguments import (
     RetrieverTrainingArguments,
     TrainingRequest,
 )
-from mlflow_dr.training.flags import check_values, numbers_of, read_flags, unknown_flag
+from mlflow_dr.training.flags import (
+    JAX,
+    OWN_LOSSES,
+    TORCH,
+    check_values,
+    numbers_of,
+    read_flags,
+    unknown_flag,
+)
 from mlflow_dr.training.recipes import JUDGED, as_flags, recipe_flags, recipe_of
 
 log = logging.getLogger(__name__)
@@ -52,6 +62,7 @@ GC_DPR_FLAGS = (
     "model_file",
 )
 """A command line with one of these comes from GC-DPR, so the recipe is `dpr`."""
+JAX_OPTIMIZERS = ("adamw_torch", "adamw_torch_fused")
 MAY_DIFFER = {"q_max_len", "p_max_len"}
 
 
@@ -70,6 +81,7 @@ def training_parser() -> HfArgumentParser:
         LossArguments,
         DataArguments,
         PublishArguments,
+        EngineArguments,
         GcDprArguments,
         RetrieverTrainingArguments,
     )
@@ -112,7 +124,7 @@ def parse_training(argv: Sequence[str], processes: int = 1) -> TrainingRequest:
     flags = [*recipe_flags(recipe, bool(given["use_cpu"])), *as_flags(translations), *argv]
     flags += _consequences(given, typed)
     try:
-        model, loss, data, publish, _, trainer, _ = parser.parse_args_into_dataclasses(
+        model, loss, data, publish, engine, _, trainer, _ = parser.parse_args_into_dataclasses(
             flags, look_for_args_file=False
         )
     except (ValueError, ImportError, TypeError) as error:
@@ -125,7 +137,8 @@ def parse_training(argv: Sequence[str], processes: int = 1) -> TrainingRequest:
             )
         publish.publish_per_epoch = None
     bare_pooling = "mean" if recipe is JUDGED else "cls"
-    request = TrainingRequest(model, loss, data, publish, trainer, bare_pooling)
+    request = TrainingRequest(model, loss, data, publish, trainer, bare_pooling, engine)
+    _refuse_what_the_engine_lacks(request, typed, processes)
     _refuse_what_would_be_ignored(request, typed, processes)
     _check_store(data, trainer.dataloader_num_workers, typed)
     return request
@@ -142,6 +155,9 @@ def _consequences(given: Mapping[str, Any], typed: Collection[str]) -> list[str]
             flags += [f"--{other}", value]
     if given["fp16"] and "bf16" not in typed:
         flags += ["--bf16", "false"]
+    if given["engine"] == JAX:
+        # torch's part stays on the processor; what that can do says nothing on bf16 on a TPU
+        flags += ["--use_cpu", "true", *([] if "bf16" in typed else ["--bf16", "false"])]
     return flags
 
 
@@ -188,9 +204,44 @@ def _refuse_what_would_be_ignored(
         )
     if trainer.fp16 and trainer.device.type == "cpu":
         raise UsageError("--fp16 needs a GPU; on a CPU use --bf16, or neither")
-    is_alone = max(trainer.world_size, processes) == 1
+    is_alone = max(trainer.world_size, processes) == 1 and request.engine.engine == TORCH
     if loss.negatives_x_device and is_alone and "negatives_x_device" in typed:
         log.warning("--negatives_x_device has no effect: there is one training process")
+
+
+def _refuse_what_the_engine_lacks(
+    request: TrainingRequest, typed: Mapping[str, str], processes: int
+) -> None:
+    """Refuse flags that the engine does not have."""
+    engine, trainer = request.engine, request.trainer
+    if engine.engine == TORCH:
+        names = ("coordinator", "n_hosts", "host_index", "compile_only")
+        if given := [typed[name] for name in names if name in typed]:
+            raise UsageError(f"{given[0]} needs --engine jax")
+        return
+    optimizer = OptimizerNames(trainer.optim).value
+    wrong = {
+        "--fsdp": trainer.fsdp,
+        "--deepspeed": trainer.deepspeed,
+        "--lora": request.model.lora,
+        "--fp16": trainer.fp16,
+        "--torch_compile": trainer.torch_compile,
+        "--neftune_noise_alpha": trainer.neftune_noise_alpha,
+        "--auto_find_batch_size": trainer.auto_find_batch_size,
+        "--use_liger_kernel": trainer.use_liger_kernel,
+        f"--optim {optimizer}": optimizer not in JAX_OPTIMIZERS,
+        f"--loss {request.loss.loss}": request.loss.loss not in OWN_LOSSES,
+    }
+    if refused := [name for name, value in wrong.items() if value]:
+        hint = "; use --bf16" if "--fp16" in refused else ""
+        raise UsageError(
+            f"--engine jax does not have {', '.join(refused)}{hint}; leave it out, or use "
+            "--engine torch"
+        )
+    if processes > 1:
+        raise UsageError(
+            "--engine jax drives all devices of a host by one process; leave --gpus out"
+        )
 
 
 def _check_store(data: DataArguments, n_workers: int, typed: Collection[str]) -> None:

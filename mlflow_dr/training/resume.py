@@ -59,7 +59,7 @@ MAY_CHANGE = (
     *("resume_from_checkpoint", "overwrite_output_dir", "model", "publish_", "save_", "logging_"),
     *("log_", "eval_", "do_", "dataloader_num_workers", "dataloader_prefetch_factor"),
     *("dataloader_p", "dataset_proc_num", "cache_dir", "token_table", "document_store"),
-    *("disable_tqdm", "report_to"),
+    *("disable_tqdm", "report_to", "engine"),
     *("torch_compile", "gc_", "grad_cache", "use_cpu", "local_rank", "ddp_", "skip_memory_metrics"),
     *("tracking_uri", "experiment_name", "validation_", "include_", "average_tokens", "run_name"),
 )
@@ -295,6 +295,7 @@ def params_of(request: TrainingRequest) -> dict[str, Any]:
         **asdict(request.model),
         **asdict(request.loss),
         **asdict(request.data),
+        "engine": request.engine.engine,
         "publish_per_epoch": per_epoch,
         "publish_steps": request.publish.publish_steps if per_epoch is None else None,
     }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import logging
 import os
@@ -18,7 +19,7 @@ from transformers import TrainerCallback, TrainingArguments, set_seed
 
 from mlflow_dr import compat
 from mlflow_dr.encoder.saving import restore_encoder
-from mlflow_dr.errors import TrackingError
+from mlflow_dr.errors import MissingExtraError, TrackingError
 from mlflow_dr.process_tree import Sampler
 from mlflow_dr.tracking.checkpoints import fail_pending_checkpoints
 from mlflow_dr.tracking.client import connect
@@ -46,7 +47,7 @@ from mlflow_dr.training.checkpoint_source import DirectorySource
 from mlflow_dr.training.data import TrainingData, open_data
 from mlflow_dr.training.data_metrics import DataMetrics, Supply
 from mlflow_dr.training.encoder_setup import build_encoder, collator_of, mixed_training_set
-from mlflow_dr.training.flags import MERGED
+from mlflow_dr.training.flags import MERGED, TORCH
 from mlflow_dr.training.publishing import (
     CheckpointSource,
     EncoderSource,
@@ -88,20 +89,62 @@ def train(request: TrainingRequest) -> str:
             published; its encoder is saved in `output_dir` then.
         CheckpointError: the checkpoint to resume from does not fit.
         TrainingError: the loss is not a finite number.
+        MissingExtraError: JAX is not installed.
+        DeviceError: JAX cannot use its devices.
         KeyboardInterrupt: SIGINT or SIGTERM came; the step was finished and its encoder published.
     """
     arguments = request.trainer
+    kind = trainer_kind(request)
     resumption = find_resumption(str(arguments.output_dir), arguments.resume_from_checkpoint)
     if arguments.process_index > 0:
         logging.getLogger("mlflow_dr").setLevel(logging.WARNING)
-        _train(request, open_data(request.data), None, resumption)
+        _train(request, kind, open_data(request.data), None, resumption)
         return ""
     output, overwrites = str(arguments.output_dir), arguments.overwrite_output_dir
     with claimed_output(output, resumption, request.saves, overwrites):
-        return _train_first(request, resumption)
+        return _train_first(request, kind, resumption)
 
 
-def _train_first(request: TrainingRequest, resumption: Resumption | None) -> str:
+def trainer_kind(request: TrainingRequest) -> type[RetrieverTrainer]:
+    """The trainer of `--engine`. JAX's joins its hosts now: it says which process is the first.
+
+    Raises:
+        MissingExtraError: JAX is not installed.
+        UsageError: flags of hosts are missing.
+        DeviceError: JAX cannot use its devices, or its hosts do not find each other.
+    """
+    if request.engine.engine == TORCH:
+        _use_one_gpu(request.trainer)
+        return RetrieverTrainer
+    _check_jax()
+    from mlflow_dr.jax_engine.trainer import JaxTrainer
+
+    JaxTrainer.join(request.trainer, request.engine)
+    return JaxTrainer
+
+
+def compile_only(request: TrainingRequest) -> str:
+    """Compile a step for the TPUs of `--compile-only`; says what it needs on each device.
+
+    Raises:
+        MissingExtraError: JAX or libtpu is not installed.
+        UsageError: there are no such TPUs, or the encoder is not written in JAX.
+        TrainingError: the step does not fit.
+    """
+    _check_jax()
+    from mlflow_dr.jax_engine.compile_only import compile_for
+
+    return compile_for(request)
+
+
+def _check_jax() -> None:
+    if importlib.util.find_spec("jax") is None:
+        raise MissingExtraError('--engine jax needs JAX: pip install "mlflow_dr[jax]"')
+
+
+def _train_first(
+    request: TrainingRequest, kind: type[RetrieverTrainer], resumption: Resumption | None
+) -> str:
     """Train in the process that writes to MLflow and saves; returns the run's id."""
     arguments = request.trainer
     client = connect(request.publish.tracking_uri)
@@ -119,7 +162,7 @@ def _train_first(request: TrainingRequest, resumption: Resumption | None) -> str
         if resumption is not None:
             note_changes(run, request, resumption.name)
         _describe(run, request, data)
-        _train(request, data, run, resumption)
+        _train(request, kind, data, run, resumption)
     return run.id
 
 
@@ -168,6 +211,7 @@ def _start(request: TrainingRequest, run: TrackedRun | None, resumption: Resumpt
 
 def _train(
     request: TrainingRequest,
+    kind: type[RetrieverTrainer],
     data: TrainingData,
     run: TrackedRun | None,
     resumption: Resumption | None,
@@ -178,7 +222,6 @@ def _train(
         name = _start(request, run, resumption)
         start = ending.enter_context(local_encoder(name, request.publish.tracking_uri))
         ending.callback(_leave_group)
-        _use_one_gpu(request.trainer)
         set_seed(request.trainer.seed)
         encoder = build_encoder(request, data, start)
         training_set = mixed_training_set(request, data, encoder)
@@ -200,7 +243,7 @@ def _train(
             ending.callback(StopWatcher(run, stop.ask).close)
         initial = request.publish.publish_initial
         callbacks += [ScheduledPublishing(publisher.publish, schedule, initial), stop]
-        trainer = RetrieverTrainer(
+        trainer = kind(
             encoder,
             request.trainer,
             training_set,
@@ -233,7 +276,7 @@ def _use_one_gpu(arguments: TrainingArguments) -> None:
     """Have Trainer use one GPU in each process; with more it would use DataParallel."""
     if arguments.n_gpu > 1:
         log.warning("%d GPUs are visible; training uses the first one", arguments.n_gpu)
-        compat.use_one_gpu(arguments)
+        compat.use_devices(arguments, 1)
 
 
 def _resumed_run(run: TrackedRun, resumption: Resumption) -> tuple[dict[int, str], int | None]:

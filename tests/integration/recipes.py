@@ -131,8 +131,8 @@ def check_ours(argv: list[str]) -> None:
     from mlflow_dr.training.parsing import parse_training
 
     name, *rest = argv
-    if name == "train":
-        parse_training(rest)
+    if name in ("train", "jax-train"):
+        parse_training(rest if name == "train" else ["--engine", "jax", *rest])
         return
     command = group.get_command(click.Context(group), name)
     assert command is not None, f"mlflow-dr {name}"

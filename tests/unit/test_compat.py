@@ -125,8 +125,8 @@ def test_training_arguments_take_the_number_of_gpus() -> None:
 
     arguments = TrainingArguments(use_cpu=True)
     assert arguments.n_gpu == 0
-    compat.use_one_gpu(arguments)
-    assert arguments.n_gpu == 1, upgraded("transformers", "TrainingArguments._n_gpu")
+    compat.use_devices(arguments, 3)
+    assert arguments.n_gpu == 3, upgraded("transformers", "TrainingArguments._n_gpu")
 
 
 def test_a_compiled_module_has_the_original_inside() -> None:

@@ -202,7 +202,10 @@ def scored(tmp_path: Path, texts: list[str]) -> Path:
 
 @pytest.fixture
 def make_trainer(tmp_path: Path, colours: Listed, set_of: Callable[..., TrainingSet]) -> Callable:
-    """A function from an encoder and training arguments to a trainer of it, on the colours."""
+    """A function from an encoder and training arguments to a trainer of it, on the colours.
+
+    `kind` is the trainer's class; torch's by default.
+    """
 
     def make(
         encoder: Encoder,
@@ -211,6 +214,7 @@ def make_trainer(tmp_path: Path, colours: Listed, set_of: Callable[..., Training
         training_set: Any = None,
         objective: Objective | None = None,
         chunk_sizes: Mapping[str, int] | None = None,
+        kind: Any = None,
         **arguments: Any,
     ) -> Any:
         from mlflow_dr.training.arguments import RetrieverTrainingArguments
@@ -226,7 +230,7 @@ def make_trainer(tmp_path: Path, colours: Listed, set_of: Callable[..., Training
             "warmup_steps": 0,
             **arguments,
         }
-        return RetrieverTrainer(
+        return (kind or RetrieverTrainer)(
             encoder,
             RetrieverTrainingArguments(output_dir=str(directory), **settings),
             training_set or set_of(encoder, colours),
