@@ -17,9 +17,15 @@ from jax.experimental import topologies
 from mlflow_dr.encoder.model import Encoder
 from mlflow_dr.errors import MissingExtraError, UsageError, one_line
 from mlflow_dr.jax_engine.batch import padded_length
-from mlflow_dr.jax_engine.devices import compiled, is_out_of_memory, keep_compiled, mesh_of
+from mlflow_dr.jax_engine.devices import (
+    compiled,
+    is_out_of_memory,
+    keep_compiled,
+    memory_limit,
+    mesh_of,
+)
 from mlflow_dr.jax_engine.encoder import weights_of
-from mlflow_dr.jax_engine.memory import GIGABYTE, Memory, larger_than_memory, memory_limit
+from mlflow_dr.jax_engine.memory import GIGABYTE, Memory, larger_than_memory
 from mlflow_dr.jax_engine.step import IDS, IS_REAL, KEYS, MASK, TEACHER, Step, StepConfig
 from mlflow_dr.tracking.encoders import local_encoder
 from mlflow_dr.training.arguments import TrainingRequest
