@@ -66,7 +66,7 @@ def check_policy(text: str) -> None:
     parse_keep_rules(text)
 
 
-def _joined(value: Any) -> Any:
+def joined(value: Any) -> Any:
     """Several words as one text."""
     return " ".join(map(str, value)) if isinstance(value, list | tuple) else value
 
@@ -104,7 +104,7 @@ Every = Annotated[Count, Field(description="Only checkpoints whose step this num
 Seed = Annotated[int, Field(ge=0, le=LARGEST, description="Random seed for sampling.")]
 Measures = Annotated[
     str,
-    BeforeValidator(_joined),
+    BeforeValidator(joined),
     AfterValidator(checked(parse_measures)),
     Flag("--measures", "--metrics", several=True),
     Field(

@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from types import FrameType
-from typing import IO, TYPE_CHECKING
+from typing import IO, TYPE_CHECKING, NamedTuple
 
 import psutil
 
@@ -37,13 +37,14 @@ GPUS = "CUDA_VISIBLE_DEVICES"
 THREADS = "OMP_NUM_THREADS"
 
 
-def launch(config: RunConfig, training: Sequence[str]) -> int:
+def launch(config: RunConfig, training: Sequence[str], run: TrackedRun | None = None) -> int:
     """Train and validate; returns when both have ended.
 
     Args:
         config: what the validator does, and how many GPUs train.
         training: flags of `mlflow-dr train`; the collection that they name is opened first, so that
             what must be built is built once.
+        run: what both write to; as `open_run` when None.
 
     Returns:
         0, or 130 after Ctrl-C or SIGTERM.
@@ -59,37 +60,82 @@ def launch(config: RunConfig, training: Sequence[str]) -> int:
     name = validation.all_validations[0].name
     check_devices_and_dtype(config.engine, device, config.dtype)
     request, validated, resumed = _checked_training(training, config.gpus)
-    client = connect(config.tracking_uri or request.publish.tracking_uri)
-    experiment = config.experiment_name or request.publish.experiment_name
-    run = open_run(client, experiment, resumed, request.trainer.run_name)
+    if run is None:
+        client = connect(config.tracking_uri or request.publish.tracking_uri)
+        experiment = config.experiment_name or request.publish.experiment_name
+        run = open_run(client, experiment, resumed, request.trainer.run_name)
     if not config.keep_up:
         run.set_param_once(MAIN_PARAM, name)
     validation = validation.replaced(run_id=run.id, dataset=validated)
-    with scratch() as directory, _Stop() as stop:
+    with scratch() as directory:
         directory.mkdir()
         file = directory / "validate.json"
         file.write_text(validation.model_dump_json(exclude_unset=True), encoding="utf-8")
-        trainer = Child.start("train", training, run, trainer_variables, config.gpus)
-        validator = Child.start("validate", ["--config", str(file)], run, validator_variables)
-        if device == "cpu":  # the trainer comes first
+        train = Command("train", training, trainer_variables, config.gpus)
+        validate = Command("validate", ["--config", str(file)], validator_variables)
+        children, is_stopped = run_both(run, train, validate)
+    measures = parse_measures(config.measures)
+    _print(curve_summary(run, name, [measure.metric for measure in measures]))
+    if is_stopped:
+        return 130
+    hint = f"`mlflow-dr validate --run-id {run.id}` validates what is missing"
+    check_ended(children, f"published checkpoints stay: {hint}")
+    return 0
+
+
+class Command(NamedTuple):
+    """A command of ours that runs as a process.
+
+    Attributes:
+        name: such as `train`.
+        flags: of the command.
+        variables: environment variables beside our own.
+        processes: more than one are started by torchrun.
+    """
+
+    name: str
+    flags: Sequence[str]
+    variables: Mapping[str, str]
+    processes: int = 1
+
+
+def run_both(run: TrackedRun, train: Command, validate: Command) -> tuple[list[Child], bool]:
+    """Run a trainer and a validator until both have ended.
+
+    Args:
+        run: what both write to.
+        train: the trainer.
+        validate: the validator; on a processor the trainer comes first.
+
+    Returns:
+        The two processes, and whether Ctrl-C or SIGTERM stopped them.
+    """
+    with _Stop() as stop:
+        trainer, validator = (Child.start(command, run) for command in (train, validate))
+        if not validate.variables.get(GPUS):
             with suppress(psutil.NoSuchProcess):  # `_wait` reports it if it ended
                 psutil.Process(validator.process.pid).nice(LOWER_PRIORITY)
         _wait(run, trainer, validator, stop)
-    measures = parse_measures(config.measures)
-    _print(curve_summary(run, name, [measure.metric for measure in measures]))
-    failed = [child for child in (trainer, validator) if child.failed]
-    if stop.received:
-        return 130
+    return [trainer, validator], stop.received is not None
+
+
+def check_ended(children: Sequence[Child], hint: str) -> None:
+    """Refuse children that ended with an error.
+
+    Args:
+        children: those that have ended.
+        hint: what to do.
+
+    Raises:
+        ChildError: the trainer or the validator ended with an error; its exit code is theirs.
+    """
+    failed = [child for child in children if child.failed]
     if failed:
         names = " and ".join(child.command for child in failed)
-        error = ChildError(
-            f"{names} ended with an error, which is shown above; published checkpoints stay: "
-            f"`mlflow-dr validate --run-id {run.id}` validates what is missing"
-        )
+        error = ChildError(f"{names} ended with an error, which is shown above; {hint}")
         codes = [child.code for child in failed if child.code > 0]
         error.exit_code = codes[0] if codes else error.exit_code
         raise error
-    return 0
 
 
 def _checked_training(
@@ -125,28 +171,18 @@ class Child:
     is_run_ended: bool = False
 
     @classmethod
-    def start(
-        cls,
-        command: str,
-        flags: Sequence[str],
-        run: TrackedRun,
-        variables: Mapping[str, str],
-        processes: int = 1,
-    ) -> Child:
+    def start(cls, command: Command, run: TrackedRun) -> Child:
         """Start `mlflow-dr <command>` in a process group of its own, so that we get Ctrl-C.
 
         Args:
-            command: `train` or `validate`.
-            flags: of the command.
-            run: what both write to.
-            variables: environment variables beside our own.
-            processes: more than one are started by torchrun.
+            command: what it does.
+            run: what it writes to.
         """
-        module = ["-m", "mlflow_dr", command]
-        if processes > 1:
-            module = [*TORCHRUN, "--nproc-per-node", str(processes), *module]
+        module = ["-m", "mlflow_dr", command.name]
+        if command.processes > 1:
+            module = [*TORCHRUN, "--nproc-per-node", str(command.processes), *module]
         process = subprocess.Popen(
-            [sys.executable, "-u", *module, *flags],
+            [sys.executable, "-u", *module, *command.flags],
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,
@@ -154,7 +190,7 @@ class Child:
             start_new_session=True,
             env={
                 **os.environ,
-                **variables,
+                **command.variables,
                 RUN_VARIABLE: run.id,
                 URI_VARIABLE: tracking_uri(),
                 # between passing SIGTERM on to its children and killing them (torch 2.13; where it
@@ -163,9 +199,10 @@ class Child:
                 "PYTHONUNBUFFERED": "1",  # of torchrun's own children, too
             },
         )
-        reader = threading.Thread(target=_pass_on, args=(process.stdout, command), daemon=True)
+        passed_on = (process.stdout, command.name)
+        reader = threading.Thread(target=_pass_on, args=passed_on, daemon=True)
         reader.start()
-        return cls(command, process, reader)
+        return cls(command.name, process, reader)
 
     @property
     def ended(self) -> bool:

@@ -43,7 +43,10 @@ SEA_TEXTS = (
 
 
 # these files of tests/integration start no MLflow server that they could share
-WITHOUT_SERVER = ("test_run.py", "test_torchrun.py", "test_resume.py", "test_cli.py")
+WITHOUT_SERVER = (
+    *("test_run.py", "test_torchrun.py", "test_resume.py", "test_cli.py"),
+    "test_qa.py",
+)
 # the longest first, so that all processes of a parallel run end at about the same time
 LONGEST_FIRST = (
     "contract/test_engines.py",

@@ -48,6 +48,7 @@ COMMANDS = {
     "reader-train": "Train a reader, which finds answers in passages.",
     "reader-validate": "Measure each checkpoint of a reader's run.",
     "reader-predict": "Answer questions with a reader, and measure exact match.",
+    "qa": "Train a retriever and a reader and answer questions with them.",
     "subset": "Write a subset of a collection to files.",
     "loaders": "Measure ways to load documents: speed, memory, waiting.",
     "datasets": "List the names of collections.",

@@ -6,6 +6,7 @@ import argparse
 import glob
 import logging
 import shlex
+import shutil
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
@@ -14,6 +15,7 @@ import click
 
 from mlflow_dr.collection.locations import absolute, quoted_path
 from mlflow_dr.errors import UsageError, did_you_mean
+from mlflow_dr.files import atomic_write
 
 log = logging.getLogger(__name__)
 
@@ -29,6 +31,10 @@ IGNORED = (
     *("train_rolling_loss_step", "checkpoint_file_name", "dropout"),
 )
 IGNORED_SWITCHES = ("do_lower_case", "save_or_load_index", "fully_resumable")
+AVERAGE_RANK = (
+    *("val_av_rank_start_epoch", "val_av_rank_hard_neg", "val_av_rank_other_neg"),
+    *("val_av_rank_bsz", "val_av_rank_max_qs"),
+)
 TRAINING = {
     "batch_size": "batch-size",
     "output_dir": "output-dir",
@@ -79,6 +85,8 @@ def dpr_command(program: str, flags: Sequence[str]) -> int:
         result = group.main(command, standalone_mode=False, prog_name="mlflow-dr")
         if isinstance(result, int) and result:
             return result
+        if command[0] == "train":
+            _keep_encoder(str(result), list(flags))
     return 0
 
 
@@ -89,6 +97,11 @@ def commands_for(program: str, flags: Sequence[str]) -> list[Command]:
         UsageError: no such program or flag, or one that has no counterpart.
     """
     name = program.removesuffix(".py")
+    if Path(name).name == "download_data":
+        raise UsageError(
+            f"{program}: not needed; --dataset nq and --dataset trivia fetch DPR's files, and the "
+            "other commands take files that you have"
+        )
     if name not in PROGRAMS:
         expected = ", ".join(PROGRAMS)
         near = did_you_mean(name, PROGRAMS) or ";"
@@ -140,7 +153,43 @@ def _required(program: str, given: Mapping[str, Any], *names: str) -> None:
 
 
 def _train(flags: Command) -> list[Command]:
-    return [["train", *flags]]
+    given, rest = _train_parser().parse_known_args(flags)
+    if any(getattr(given, name) is not None for name in AVERAGE_RANK):
+        log.warning(
+            "--val_av_rank_*: validators measure the average rank, from the first checkpoint on: "
+            "`mlflow-dr validate --run-id RUN --measures 'average_rank@30 nll@16'`"
+        )
+    output = ["--output_dir", given.output_dir] if given.output_dir else []
+    return [["train", *rest, *output]]
+
+
+def _train_parser() -> argparse.ArgumentParser:
+    """Of the flags of train_dense_encoder that are not those of `train`."""
+    parser = _Parser(prog="train_dense_encoder", add_help=False, allow_abbrev=False)
+    for name in AVERAGE_RANK:
+        parser.add_argument(f"--{name}", f"--{name.replace('_', '-')}", dest=name)
+    parser.add_argument("--output_dir", "--output-dir")
+    parser.add_argument("--checkpoint_file_name", default="dpr_biencoder")
+    return parser
+
+
+def _keep_encoder(run_id: str, flags: Command) -> None:
+    """Put the last encoder of a training where GC-DPR saves its checkpoints."""
+    from mlflow_dr.tracking.checkpoints import run_checkpoints
+    from mlflow_dr.tracking.client import connect
+    from mlflow_dr.tracking.fetching import checkpoint_files
+    from mlflow_dr.tracking.runs import find_run
+
+    given, _ = _train_parser().parse_known_args(flags)
+    if given.output_dir is None:
+        return
+    ready = [c for c in run_checkpoints(find_run(connect(), run_id)) if c.has_all_files]
+    target = Path(given.output_dir) / given.checkpoint_file_name
+    with checkpoint_files(max(ready, key=lambda c: c.step)) as directory:
+        shutil.rmtree(target, ignore_errors=True)
+        with atomic_write(target) as partial:
+            shutil.copytree(directory, partial)
+    click.echo(f"wrote {target}, which --model_file takes")
 
 
 def _encode(flags: Command) -> list[Command]:
@@ -214,7 +263,7 @@ def _read(flags: Command) -> list[Command]:
     reader = _reader(given) if "model_file" in given else given.get("output_dir")
     if "train_file" in given:
         _required(program, given, "output_dir")
-        command = ["reader-train", "--train-file", given["train_file"]]
+        command = ["reader-train", "--train-file", _file(program, given["train_file"])]
         start = {} if "model_file" in given else {"pretrained_model_cfg": "model"}
         gold = {"gold_passages_src": "gold-passages"}
         command += _options(given, {**TRAINING, **length, **start, **gold})
@@ -225,7 +274,8 @@ def _read(flags: Command) -> list[Command]:
     if "dev_file" in given:
         if reader is None:
             raise UsageError(f"{program} needs --model_file, or --train_file and --output_dir")
-        command = ["reader-predict", str(reader), "--results", given["dev_file"]]
+        dev_file = _file(program, given["dev_file"])
+        command = ["reader-predict", str(reader), "--results", dev_file]
         command += _options(given, {**PREDICTING, **length})
         command += [w for n in given.get("eval_top_docs", []) for w in ("--eval-top-docs", str(n))]
         commands.append(command + _machine(given))
@@ -264,6 +314,21 @@ def _sources(pattern: str) -> list[str]:
     found = sorted(path for path in matching if Path(path).is_dir())
     folder = pattern.rstrip("*").rstrip("_")
     return found or ([folder] if folder else [pattern])
+
+
+def _file(program: str, pattern: str) -> str:
+    """The file of a pattern; a name that matches nothing is refused when it is opened.
+
+    Raises:
+        UsageError: several files match.
+    """
+    found = sorted(glob.glob(pattern))  # noqa: PTH207 - a pattern may be absolute
+    if len(found) > 1:
+        raise UsageError(
+            f"{program}: {len(found)} files match {pattern}, such as {found[0]} and {found[1]}; a "
+            "reader reads one file of results, so join them, or name one"
+        )
+    return found[0] if found else pattern
 
 
 def _encoder(given: Mapping[str, Any]) -> str:

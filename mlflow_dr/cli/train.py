@@ -16,7 +16,7 @@ from mlflow_dr.validation.config import RunConfig
     context_settings={"ignore_unknown_options": True, "allow_interspersed_args": False},
 )
 @click.argument("flags", nargs=-1, type=click.UNPROCESSED)
-def train_command(flags: tuple[str, ...]) -> None:
+def train_command(flags: tuple[str, ...]) -> str | None:
     """Train an encoder and publish its checkpoints to MLflow.
 
     Takes the flags of Hugging Face's TrainingArguments, of Tevatron and of GC-DPR, with dashes or
@@ -31,7 +31,7 @@ def train_command(flags: tuple[str, ...]) -> None:
 
         about = inspect.cleandoc(train_command.help or "").replace("\b\n", "")
         click.echo(f"{about}\n\n{training_parser().format_help()}")
-        return
+        return None
     from mlflow_dr.training.flags import check_flags
 
     check_flags(flags)  # before five seconds of imports
@@ -41,8 +41,8 @@ def train_command(flags: tuple[str, ...]) -> None:
     request = parse_training(flags)
     if request.engine.compile_only:
         click.echo(compile_only(request))
-    else:
-        train(request)
+        return None
+    return train(request)
 
 
 @click.command(

@@ -101,6 +101,14 @@ class BeirFolder:
             )
         return names
 
+    def passages_file(self) -> Path:
+        """`corpus.jsonl`, or `corpus.jsonl.gz`.
+
+        Raises:
+            DataError: there is neither.
+        """
+        return _existing(self._folder / "corpus.jsonl")
+
     def corpus(self) -> Corpus:
         """The passages of `corpus.jsonl`.
 
@@ -111,7 +119,7 @@ class BeirFolder:
 
     @cached_property
     def _corpus(self) -> Corpus:
-        return json_corpus(_existing(self._folder / "corpus.jsonl"))
+        return json_corpus(self.passages_file())
 
     def topics(self, split: str) -> Topics:
         """The judged queries of one split."""

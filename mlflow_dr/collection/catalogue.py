@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import logging
 import math
+import os
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from importlib import import_module
@@ -28,6 +29,9 @@ log = logging.getLogger(__name__)
 
 IR_DATASETS_PREFIX = "irds:"
 POOL_PREFIX = "pool:"
+
+DATA_VARIABLE = "MLFLOW_DR_DATA"
+"""Names folders in which datasets are looked up by name."""
 
 JOIN = "+"
 WEIGHT = "@"
@@ -199,6 +203,12 @@ ENTRIES = (
         partial(_opened, "demo:demo_collection"),
     ),
     Entry(
+        "demo-qa",
+        "about 4,000 passages, one question with an answer each; train and dev split",
+        "passages of demo that have a ``term``, which is the answer",
+        partial(_opened, "demo:question_demo"),
+    ),
+    Entry(
         "msmarco",
         "8,841,823 passages; train 400,782 and dev 6,980 queries",
         "Hugging Face Tevatron/msmarco-passage and Tevatron/msmarco-passage-corpus; "
@@ -281,8 +291,9 @@ def open_collection(name: str) -> Collection:
     """The collection that a name stands for.
 
     The name is one of these, tried in this order: a name of the catalogue; `FORMAT:LOCATION` with
-    the name of a dataset format, such as `irds:vaswani`; a file or folder that a format recognises;
-    `owner/name` on the Hugging Face hub, also with a configuration, revision and split.
+    the name of a dataset format, such as `irds:vaswani`; a file or folder that a format recognises,
+    in the current directory or in a folder of `$MLFLOW_DR_DATA`; `owner/name` on the Hugging Face
+    hub, also with a configuration, revision and split.
 
     Raises:
         UsageError: no dataset has this name.
@@ -296,8 +307,8 @@ def open_collection(name: str) -> Collection:
             pattern = dataset_formats.get(prefix).pattern
             raise UsageError(f"dataset {name!r}: nothing follows the colon; expected {pattern}")
         return dataset_formats.get(prefix).open(location)
-    if is_path(name):
-        path = _absolute(name)
+    path = dataset_path(name)
+    if path is not None:
         recognised = next(form for form in all_formats() if form.recognises(path))
         return recognised.open(str(path))
     if hub_name(name):
@@ -319,6 +330,20 @@ def open_collection(name: str) -> Collection:
         f"no dataset {name!r}{hint or ';'} a dataset is one of {', '.join(expected)}, or "
         "owner/name on the Hugging Face hub; `mlflow-dr datasets` lists them"
     )
+
+
+def dataset_path(name: str) -> Path | None:
+    """The file or folder that a name stands for; None if there is none.
+
+    A relative name is looked up in the current directory, then in the folders of
+    `$MLFLOW_DR_DATA`, which are separated as those of `$PATH`.
+    """
+    if is_path(name):
+        return _absolute(name)
+    for folder in filter(None, os.environ.get(DATA_VARIABLE, "").split(os.pathsep)):
+        if name and is_path(os.path.join(folder, name)):  # noqa: PTH118 - may be no path at all
+            return _absolute(os.path.join(folder, name))  # noqa: PTH118
+    return None
 
 
 def open_examples(source: str | Path, corpus: Callable[[], Corpus] | None = None) -> Examples:

@@ -66,6 +66,11 @@ MOST_WORKERS = 16
 WORKER = "from mlflow_dr.collection.demo import _work; _work()"
 
 BLOCKS = ("body", "handlers", "orelse", "finalbody", "cases")
+TERM = re.compile(r"``([^`\n]+)``")
+TERM_CHARACTERS = range(2, 41)
+CONSTANTS = {"None", "True", "False"}
+"""Terms that nearly every passage has."""
+
 PARAGRAPH_BREAK = re.compile(r"\n\s*\n")
 
 
@@ -97,6 +102,42 @@ def demo_collection() -> BeirFolder:
     return BeirFolder(folder, name="demo", source=f"docstrings of {', '.join(versions)}")
 
 
+def question_demo() -> BeirFolder:
+    """The queries of the demo collection whose passages have an answer, with that answer.
+
+    The answer is the first term that the passage puts into double back quotes, such as ``axis``.
+
+    Raises:
+        DataError: as `demo_collection`.
+    """
+    from mlflow_dr.collection.beir import BeirFolder
+
+    whole = demo_collection()
+    folder = cache_entry(
+        "demo-qa", digest_of(LAYOUT, whole.source), lambda partial: write_questions(partial, whole)
+    )
+    source = f"terms in {whole.source}"
+    return BeirFolder(folder, name="demo-qa", source=source)
+
+
+def write_questions(folder: Path, whole: BeirFolder) -> None:
+    """Write the queries whose passages have an answer as a new BEIR folder."""
+    corpus = whole.corpus()
+    texts = {passage.id: passage.text for batch in corpus.batches() for passage in batch}
+    pairs = []
+    for split in whole.splits:
+        topics = whole.topics(split)
+        for query in topics.queries:
+            passage = texts[next(iter(topics.qrels[query.id]))]
+            if answer := next(filter(_is_answer, TERM.findall(passage)), None):
+                pairs.append(Pair(query.text, passage, answer))
+    _write_pairs(folder, pairs)
+
+
+def _is_answer(term: str) -> bool:
+    return len(term) in TERM_CHARACTERS and term == term.strip() and term not in CONSTANTS
+
+
 def installed_sources() -> list[Source]:
     """Python's standard library and those of `PACKAGES` that are installed, sorted by name."""
     library = Path(sysconfig.get_path("stdlib"))
@@ -124,15 +165,21 @@ def write_demo(folder: Path, roots: Sequence[Path], workers: int | None = None) 
             f"{', '.join(map(str, roots))}; is this Python installed without its sources? "
             "Name another --dataset"
         )
+    _write_pairs(folder, pairs)
+
+
+def _write_pairs(folder: Path, pairs: Sequence[Pair]) -> None:
     (folder / "qrels").mkdir(parents=True)
     names = ("corpus.jsonl", "queries.jsonl", "qrels/train.tsv", "qrels/dev.tsv")
     lines: dict[str, list[bytes]] = {name: [] for name in names}
     for split in ("train", "dev"):
         lines[f"qrels/{split}.tsv"].append(b"query-id\tcorpus-id\tscore")
-    for number, (query, passage) in enumerate(pairs):
+    for number, (query, passage, answer) in enumerate(pairs):
         record = {"_id": f"p{number}", "title": "", "text": passage}
         lines["corpus.jsonl"].append(msgspec.json.encode(record))
-        lines["queries.jsonl"].append(msgspec.json.encode({"_id": f"q{number}", "text": query}))
+        answers = {"answers": [answer]} if answer else {}
+        question = {"_id": f"q{number}", "text": query, **answers}
+        lines["queries.jsonl"].append(msgspec.json.encode(question))
         lines[f"qrels/{_split(query)}.tsv"].append(b"q%d\tp%d\t1" % (number, number))
     for name, content in lines.items():
         (folder / name).write_bytes(b"\n".join(content) + b"\n")
@@ -145,10 +192,11 @@ def _split(query: str) -> str:
 
 
 class Pair(NamedTuple):
-    """A docstring's first paragraph and the rest of it."""
+    """A docstring's first paragraph and the rest of it, and an answer in that."""
 
     query: str
     passage: str
+    answer: str = ""
 
 
 def harvest(roots: Sequence[Path], workers: int | None = None) -> list[Pair]:

@@ -10,7 +10,7 @@ import json
 import logging
 import re
 from collections import defaultdict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import IO, Annotated, Any, TypeVar
@@ -96,6 +96,13 @@ def _fault(error: Exception, raw: Any) -> str:
     if reason.startswith("no ") and not field:
         reason += f"; it has {fields_of(msgspec.json.decode(raw) if type(raw) is bytes else raw)}"
     return f"{field.strip('.`')}: {reason.replace('Expected', 'expected')}".removeprefix(": ")
+
+
+def write_lines(path: Path, records: Iterable[Mapping[str, Any]]) -> None:
+    """Write records as lines of JSON."""
+    with path.open("wb") as file:
+        for record in records:
+            file.write(msgspec.json.encode(record) + b"\n")
 
 
 def fields_of(record: Mapping[str, Any]) -> str:

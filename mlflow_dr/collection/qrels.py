@@ -32,6 +32,18 @@ NUMBER = re.compile(r"-?\d+(\.\d+)?")
 EXPECTED = f"a whole number from {RELEVANCES[0]:,} to {RELEVANCES[-1]:,}"
 
 
+def write_qrels(path: Path, topics: Topics, as_trec: bool = False) -> None:
+    """Write judgements in BEIR's layout with its header, or in TREC's four columns."""
+    path.parent.mkdir(exist_ok=True)
+    with path.open("w", encoding="utf-8") as file:
+        if not as_trec:
+            file.write("query-id\tcorpus-id\tscore\n")
+        for query in topics.queries:
+            for passage_id, relevance in topics.qrels[query.id].items():
+                iteration = "\t0" if as_trec else ""
+                file.write(f"{query.id}{iteration}\t{passage_id}\t{relevance}\n")
+
+
 def read_qrels(path: Path) -> dict[str, dict[str, int]]:
     """Judgements from a BEIR file (`query-id  corpus-id  score`) or a TREC file of four columns.
 

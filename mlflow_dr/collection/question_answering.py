@@ -72,6 +72,15 @@ class QuestionCollection:
         """
         return self._corpus
 
+    def passages_file(self) -> Path:
+        """The file of passages; it is fetched first where that is needed."""
+        return self._passages()
+
+    @property
+    def has_examples(self) -> bool:
+        """Whether there are training examples."""
+        return self._training is not None
+
     @cached_property
     def _corpus(self) -> Corpus:
         return corpus_of_file(self._passages())

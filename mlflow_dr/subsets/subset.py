@@ -11,12 +11,13 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-import msgspec
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
 from mlflow_dr.collection.corpus import Corpus
+from mlflow_dr.collection.jsonl import write_lines
+from mlflow_dr.collection.qrels import write_qrels
 from mlflow_dr.collection.records import Passage, Query, Topics
 from mlflow_dr.errors import UsageError
 from mlflow_dr.files import atomic_write, digest_of
@@ -203,8 +204,9 @@ def write_subset(
         (partial / Path(names[0]).parent).mkdir(parents=True)
         _write_passages([partial / name for name in names], subset, record)
         of_split = "" if layout == BEIR else f".{split}"
-        _write_lines(partial / f"queries{of_split}.jsonl", _queries(subset.topics, layout, tokens))
-        _write_qrels(partial, subset.topics, split, layout)
+        write_lines(partial / f"queries{of_split}.jsonl", _queries(subset.topics, layout, tokens))
+        qrels = f"qrels/{split}.tsv" if layout == BEIR else f"qrels.{split}.tsv"
+        write_qrels(partial / qrels, subset.topics, as_trec=layout == ASYNCVAL)
         pq.write_table(subset.table(), partial / "subset.parquet", compression="zstd")
 
 
@@ -228,25 +230,7 @@ def _write_passages(
 
     with progress_bar(len(subset), "writing the subset", "passages") as bar:
         for path, rows in zip(paths, np.array_split(subset.rows, len(paths)), strict=True):
-            _write_lines(path, lines(rows))
-
-
-def _write_lines(path: Path, records: Iterator[Mapping[str, Any]]) -> None:
-    with path.open("wb") as file:
-        for record in records:
-            file.write(msgspec.json.encode(record) + b"\n")
-
-
-def _write_qrels(directory: Path, topics: Topics, split: str, layout: str) -> None:
-    path = directory / (f"qrels/{split}.tsv" if layout == BEIR else f"qrels.{split}.tsv")
-    path.parent.mkdir(exist_ok=True)
-    with path.open("w", encoding="utf-8") as file:
-        if layout == BEIR:
-            file.write("query-id\tcorpus-id\tscore\n")
-        for query in topics.queries:
-            for passage_id, relevance in topics.qrels[query.id].items():
-                iteration = "" if layout == BEIR else "\t0"
-                file.write(f"{query.id}{iteration}\t{passage_id}\t{relevance}\n")
+            write_lines(path, lines(rows))
 
 
 def _queries(topics: Topics, layout: str, tokens: Tokens | None) -> Iterator[Mapping[str, Any]]:

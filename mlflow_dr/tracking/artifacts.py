@@ -20,7 +20,7 @@ from mlflow_dr.tracking.runs import TrackedRun
 
 VALUES_FOLDER = "validation"
 SUBSETS_FOLDER = "subsets"
-FIDELITY_FOLDER, LOADERS_FOLDER = "fidelity", "loaders"
+FIDELITY_FOLDER, LOADERS_FOLDER, QA_FOLDER = "fidelity", "loaders", "qa"
 INDEX_FOLDER = "indexes"
 QUERY_ID = "query_id"
 

@@ -152,14 +152,24 @@ class TrackedRun:
             for key, value in values.items()
             if math.isfinite(value)
         ]
+        child = self.create_child(name).id
         with tracking_errors(f"logging a child of run {self.id}"):
-            tags = {**dict(resolve_tags()), MLFLOW_PARENT_RUN_ID: self.id}
-            child = self.client.create_run(self.experiment_id, tags=tags, run_name=name).info.run_id
             pairs = [Param(key, str(value)[:LONGEST_PARAM]) for key, value in params.items()]
             self.client.log_batch(child, params=pairs)
             for start in range(0, len(points), METRICS_PER_REQUEST):
                 self.client.log_batch(child, points[start : start + METRICS_PER_REQUEST])
             self.client.set_terminated(child, "FINISHED")
+
+    def create_child(self, name: str) -> TrackedRun:
+        """Create a run that MLflow's pages show below this one; it is running.
+
+        Raises:
+            TrackingError: the server did not take it.
+        """
+        tags = {**dict(resolve_tags()), MLFLOW_PARENT_RUN_ID: self.id}
+        with tracking_errors(f"creating a child of run {self.id}"):
+            child = self.client.create_run(self.experiment_id, tags=tags, run_name=name)
+        return TrackedRun(self.client, child)
 
     def last_step(self, metric: str) -> int | None:
         """The last step that has a value of a metric; None if there is none."""

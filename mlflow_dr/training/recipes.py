@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from pathlib import Path
 
-from mlflow_dr.collection.catalogue import IR_DATASETS_PREFIX, parse_mixture
+from mlflow_dr.collection.catalogue import (
+    IR_DATASETS_PREFIX,
+    dataset_path,
+    parse_mixture,
+)
 from mlflow_dr.collection.irds import IrDataset
 from mlflow_dr.devices import resolve_device, resolve_dtype
 
@@ -91,7 +94,7 @@ GC_DPR: Recipe = {
     "seed": "0",
 }
 
-RECIPES = {"demo": TINY, "msmarco": MSMARCO}
+RECIPES = {"demo": TINY, "demo-qa": TINY, "msmarco": MSMARCO}
 NAMED = {**RECIPES, "judged": JUDGED, "tevatron": TRAINING_FILES, "dpr": DPR}
 
 
@@ -124,7 +127,8 @@ def _is_judged(name: str) -> bool:
     """Whether a collection has only relevance judgements to train on, so no hard negatives."""
     if name.startswith(IR_DATASETS_PREFIX):
         return not IrDataset(name.removeprefix(IR_DATASETS_PREFIX)).has_negatives
-    return name == "demo" or (Path(name).expanduser() / "qrels").is_dir()
+    path = dataset_path(name)
+    return name in ("demo", "demo-qa") or (path is not None and (path / "qrels").is_dir())
 
 
 def recipe_flags(recipe: Recipe, use_cpu: bool = False) -> list[str]:

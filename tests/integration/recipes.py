@@ -138,7 +138,7 @@ def check_ours(argv: list[str]) -> None:
     assert command is not None, f"mlflow-dr {name}"
     try:
         with command.make_context(name, rest) as context:
-            if name == "run":
+            if name in ("run", "qa"):
                 check_flags(context.params["trainer_flags"])
     except click.BadParameter as error:
         if "does not exist" not in error.format_message():

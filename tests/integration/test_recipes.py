@@ -13,8 +13,9 @@ from mlflow import MlflowClient
 from recipes import FILE, PARSED_ONLY, ROOT, blocks, command_lines, project_command
 
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs" / "guides").glob("*.md"))]
-# tests/integration/test_run.py runs a trainer and a validator, tests/unit/cli/test_ui.py the pages
-RUN_ELSEWHERE = {"run", "ui"}
+# tests/integration/test_run.py runs a trainer and a validator, test_qa.py both kinds of them,
+# tests/unit/cli/test_ui.py the pages
+RUN_ELSEWHERE = {"run", "qa", "ui"}
 SMALL_TRAINING = [
     *("--model", "tiny", "--max_steps", "2", "--publish_steps", "0", "--publish_initial", "false"),
     *("--p_max_len", "32", "--per_device_train_batch_size", "4", "--token_table", "false"),

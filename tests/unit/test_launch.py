@@ -14,7 +14,7 @@ import pytest
 
 from mlflow_dr import launch
 from mlflow_dr.errors import UsageError
-from mlflow_dr.launch import SECONDS_TO_STOP, Child, _checked_training, _signal
+from mlflow_dr.launch import SECONDS_TO_STOP, Child, Command, _checked_training, _signal
 from mlflow_dr.tracking.runs import TrackedRun
 from mlflow_dr.training.resume import begin_output, claimed_output
 
@@ -65,7 +65,7 @@ def test_torchrun_waits_for_its_children_as_long_as_we_do(
         "print(getattr(C(1, 1, 1), 'shutdown_timeout', 'unknown'))"
     )
     monkeypatch.setattr(launch, "TORCHRUN", ("-c", printing))
-    child = Child.start("train", [], run, {}, processes=2)
+    child = Child.start(Command("train", [], {}, processes=2), run)
     with child.process:
         child.reader.join(timeout=600)
     last = capsys.readouterr().out.splitlines()[-1].removeprefix("[train] ")
@@ -90,7 +90,7 @@ def test_a_childs_error_is_printed_once(
 ) -> None:
     code = f"import os, sys; print('begun', flush=True); {ending}"
     monkeypatch.setattr(launch, "TORCHRUN", ("-c", code))
-    child = Child.start("train", [], run, {}, processes=2)
+    child = Child.start(Command("train", [], {}, processes=2), run)
     with child.process:
         child.reader.join(timeout=600)
     child.report_death()

@@ -84,7 +84,7 @@ def test_server_and_experiment_apply_to_trainer_and_validator(
     def stop(run: TrackedRun, *_: object) -> None:
         raise RuntimeError(run.id)
 
-    monkeypatch.setattr(launch.Child, "start", lambda command, flags, run, *_: stop(run))
+    monkeypatch.setattr(launch.Child, "start", lambda command, run: stop(run))
     named = {"tracking_uri": client.tracking_uri, "experiment_name": "spelt", "run_name": "mine"}
     argv = [word for name, value in named.items() for word in (f"--{name}", value)]
     if in_file:

@@ -1,5 +1,6 @@
 """What `--dataset` may name."""
 
+import os
 from collections.abc import Callable
 from pathlib import Path
 
@@ -17,6 +18,7 @@ from mlflow_dr.collection.catalogue import (
 from mlflow_dr.collection.hub import HubDataset
 from mlflow_dr.collection.irds import IrDataset
 from mlflow_dr.errors import UsageError
+from mlflow_dr.training.recipes import JUDGED, recipe_of
 
 
 def test_a_folder_is_opened_as_beir_under_its_absolute_path(
@@ -108,3 +110,18 @@ def test_every_entry_says_what_it_is() -> None:
     assert all(entry.sizes and entry.source for entry in ENTRIES)
     assert len({entry.name for entry in ENTRIES}) == len(ENTRIES)
     assert all(form.pattern and form.description for form in all_formats())
+
+
+def test_a_name_is_looked_up_in_the_folders_of_a_variable(
+    beir_folder: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = beir_folder({"p": "gulls"}, {"q": "birds"}, dev={"q": {"p": 1}})
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    with pytest.raises(UsageError, match="no dataset 'collection'"):
+        open_collection("collection")
+    monkeypatch.setenv("MLFLOW_DR_DATA", os.pathsep.join([str(tmp_path / "none"), str(tmp_path)]))
+    assert open_collection("collection").name == str(folder)
+    assert recipe_of("collection") is JUDGED
+    with pytest.raises(UsageError, match="no dataset ''"):
+        open_collection("")

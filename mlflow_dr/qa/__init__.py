@@ -1,0 +1,1 @@
+"""Question answering from beginning to end: retriever, results, reader, predictions and a page."""
