@@ -41,9 +41,9 @@ class QaConfig(Config):
     """The questions to measure on (default: dev, else test)."""
     output: File | None = None
     """The folder of all that is written (default: qa-DATASET). A finished part in it is kept."""
-    train_questions: Count = 2000
+    train_questions: Count = 1500
     """Use a random sample of this many questions of the training split."""
-    dev_questions: Count = 400
+    dev_questions: Count = 300
     """Measure on a random sample of this many questions."""
     seed: Seed = 0
     match: Match = "string"
@@ -54,15 +54,15 @@ class QaConfig(Config):
     """Passages of each question that are found for the reader."""
     reader_model: str | None = None
     """The encoder or reader that the reader begins with (default: the best retriever)."""
-    reader_steps: Count = 300
+    reader_steps: Count = 250
     """Training steps of the reader."""
-    reader_publish_steps: Count = 75
+    reader_publish_steps: Count = 50
     """Steps between two checkpoints of the reader, each of which is measured."""
-    reader_batch_size: Count = 16
+    reader_batch_size: Count = 8
     """Questions in a step of the reader."""
     reader_learning_rate: Annotated[float, Field(gt=0)] | None = None
     """Largest learning rate of the reader (default: 1e-3 with tiny, else 1e-4)."""
-    passages_per_question: Annotated[int, Field(ge=2)] = 8
+    passages_per_question: Annotated[int, Field(ge=2)] = 4
     """Passages of a question in a step of the reader."""
     sequence_length: Annotated[int, Field(ge=16)] = 256
     """Longest sequence of the reader, in tokens."""

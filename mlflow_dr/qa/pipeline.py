@@ -154,7 +154,7 @@ class Pipeline:
         flags += ["--overwrite_output_dir", "true", "--seed", str(config.seed)]
         flags += ["--model", config.model]
         if config.model == TINY and "--recipe" not in self._training:
-            flags += ["--recipe", "demo", "--publish_steps", "100"]  # learns from scratch
+            flags += ["--recipe", "demo", "--max_steps", "150"]  # learns from scratch
         validation = RunConfig(
             measures=self._measures,
             match=config.match,
