@@ -244,7 +244,7 @@ class Pipeline:
     def predictions(self) -> Mapping[str, Any]:
         """Answer the questions with the best reader."""
         config = self._config
-        return predict_answers(
+        found = predict_answers(
             ReaderPredictConfig(
                 reader=self._parts[READER]["best"],
                 results=self._folder / f"{DEV}.json",
@@ -256,6 +256,7 @@ class Pipeline:
                 force=True,
             )
         )
+        return {str(measure): value for measure, value in found.items()}
 
     @contextmanager
     def _child(self, name: str) -> Iterator[TrackedRun]:
