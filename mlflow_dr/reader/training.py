@@ -45,6 +45,7 @@ from mlflow_dr.training.callbacks import (
     StopCallback,
     every_steps,
 )
+from mlflow_dr.training.encoder_setup import set_dropout
 from mlflow_dr.training.publishing import Publisher, published_checkpoints
 from mlflow_dr.training.train import stop_on_signals
 
@@ -146,6 +147,8 @@ def train_reader(config: ReaderTrainConfig) -> ReaderTraining | None:
     set_seed(config.seed)
     reader, tokenizer = new_reader(config.model, config.tracking_uri)
     check_length(reader, config.sequence_length)
+    if config.dropout is not None:
+        set_dropout(reader, config.dropout)
     with arguments.main_process_first(desc="preparing the reader's data"):
         data = reader_data(
             config.train_file, SequenceBuilder(tokenizer), training=True, gold=config.gold_passages

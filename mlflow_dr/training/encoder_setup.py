@@ -62,7 +62,8 @@ def build_encoder(request: TrainingRequest, data: TrainingData, start: str) -> E
         )
     check_separator(encoder.tokenizer, request.data.passage_field_separator)
     if model.dropout is not None:
-        set_dropout(encoder, model.dropout)
+        for side in encoder.distinct_encoders:
+            set_dropout(side.backbone, model.dropout)
     if model.do_lower_case:
         lower_case(encoder)
     if model.append_eos_token:
@@ -193,15 +194,14 @@ DROPOUTS = (
 BERT_SEPARATOR = "[SEP]"
 
 
-def set_dropout(encoder: Encoder, probability: float) -> None:
-    """Set the dropout of the backbones and of their configurations, which checkpoints save."""
-    for side in encoder.distinct_encoders:
-        for part in (side.backbone.config, *side.backbone.modules()):
-            for name in DROPOUTS:
-                if isinstance(getattr(part, name, None), float):
-                    setattr(part, name, probability)
-            if isinstance(part, nn.Dropout):
-                part.p = probability
+def set_dropout(model: Any, probability: float) -> None:
+    """Set the dropout of a transformer and of its configuration, which checkpoints save."""
+    for part in (model.config, *model.modules()):
+        for name in DROPOUTS:
+            if isinstance(getattr(part, name, None), float):
+                setattr(part, name, probability)
+        if isinstance(part, nn.Dropout):
+            part.p = probability
 
 
 def lower_case(encoder: Encoder) -> None:

@@ -63,7 +63,9 @@ def test_a_reader_learns_the_answer_of_a_question(
     with pytest.raises(UsageError, match="no checkpoint to resume from"):
         train_reader(config.replaced(resume=True))
     (tmp_path / "reader" / "checkpoint-99").mkdir()
-    train_reader(config.replaced(force=True, max_steps=1))
+    train_reader(config.replaced(force=True, max_steps=1, dropout=0.0))
+    saved = load_reader(str(tmp_path / "reader"))[0].config
+    assert (saved.hidden_dropout_prob, saved.attention_probs_dropout_prob) == (0.0, 0.0)
     assert not (tmp_path / "reader" / "checkpoint-99").exists()
 
 
