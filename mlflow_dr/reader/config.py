@@ -7,7 +7,7 @@ from typing import Annotated, NamedTuple
 from pydantic import Field
 
 from mlflow_dr.config import Config, Flag
-from mlflow_dr.fields import Count, Device, Dtype, File, Force, Seed, TrackingUri
+from mlflow_dr.fields import RUN, Count, Device, Dtype, File, Force, Seed, TrackingUri
 from mlflow_dr.validation.config import FollowConfig
 from mlflow_dr.validation.validations import Refines
 
@@ -134,8 +134,9 @@ class ReaderPredictConfig(ReaderEvalConfig):
 
 
 class ReaderValidateConfig(ReaderEvalConfig, FollowConfig):
-    """`mlflow-dr reader-validate`: figures of each checkpoint of a reader."""
+    """`mlflow-dr reader-validate`: figures of each checkpoint of a reader's run."""
 
+    run_id: Annotated[str, RUN]
     name: Annotated[str, Field(pattern=r"^[\w\- ]+$")] = "reader"
     """Prefix of the metrics; a name stands for one configuration on a run."""
 

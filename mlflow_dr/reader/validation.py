@@ -10,7 +10,6 @@ from typing import Any, NamedTuple
 
 from mlflow_dr.collection.jsonl import state_of
 from mlflow_dr.devices import AUTO, resolve_device, resolve_dtype
-from mlflow_dr.errors import UsageError
 from mlflow_dr.files import file_sha256
 from mlflow_dr.reader.config import ReaderValidateConfig
 from mlflow_dr.reader.data import ReaderData
@@ -25,11 +24,11 @@ from mlflow_dr.reader.prediction import (
 from mlflow_dr.reader.sequences import SequenceBuilder
 from mlflow_dr.retrieval.measures import mean_values
 from mlflow_dr.time_limit import TimeLimit
-from mlflow_dr.tracking.checkpoints import Checkpoint
+from mlflow_dr.tracking.checkpoints import READER_TYPE, Checkpoint
 from mlflow_dr.tracking.client import connect
 from mlflow_dr.tracking.encoders import encoder_errors
 from mlflow_dr.tracking.fetching import checkpoint_files
-from mlflow_dr.tracking.following import Followed, FollowedExperiment, FollowedRun
+from mlflow_dr.tracking.following import FollowedRun
 from mlflow_dr.tracking.runs import TrackedRun, resolve_run
 from mlflow_dr.tracking.server import Patience
 from mlflow_dr.tracking.validations import bind_name, check_same_config
@@ -54,22 +53,15 @@ def validate_reader(
         sleep: waits; passed in by tests.
 
     Raises:
-        UsageError: neither or both of run and experiment, or as `check_counts`.
+        UsageError: as `check_counts`.
         DataError: the results cannot be read.
     """
     check_counts(config)
     state_of(config.results)  # refuses a missing file
-    if bool(config.run_id) == bool(config.experiment):
-        raise UsageError("give --run-id or --experiment")
-    return validate_checkpoints(_followed(config), config, ReaderKind(config), sleep)
-
-
-def _followed(config: ReaderValidateConfig) -> Followed:
     client = connect(config.tracking_uri, may_create=False)
     patiently = Patience(client, config.poll_seconds)
-    if config.experiment is not None:
-        return patiently(partial(FollowedExperiment, client, config.experiment))
-    return FollowedRun(patiently(partial(resolve_run, client, str(config.run_id))))
+    run = patiently(partial(resolve_run, client, config.run_id))
+    return validate_checkpoints(FollowedRun(run), config, ReaderKind(config), sleep)
 
 
 class ResolvedReading(NamedTuple):
@@ -98,6 +90,7 @@ class ReaderKind:
         config: of the results, and of how they are read.
     """
 
+    model_type = READER_TYPE
     awaited_steps: frozenset[int] = frozenset()
 
     def __init__(self, config: ReaderValidateConfig) -> None:

@@ -35,7 +35,7 @@ NEAREST = 4  # steps that are named where one is missing
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A published encoder, as the tracking server shows it.
+    """A published encoder or reader, as the tracking server shows it.
 
     Attributes:
         model_id: MLflow's id of the LoggedModel.
@@ -51,6 +51,7 @@ class Checkpoint:
         tags: its tags.
         metrics: names of the metrics it has.
         directory: of a checkpoint that was not published but found; a path on that machine.
+        model_type: `MODEL_TYPE` of encoders or `READER_TYPE`.
     """
 
     model_id: str
@@ -66,6 +67,7 @@ class Checkpoint:
     tags: Mapping[str, str]
     metrics: frozenset[str]
     directory: str = ""
+    model_type: str = MODEL_TYPE
 
     @property
     def uri(self) -> str:
@@ -295,4 +297,5 @@ def _checkpoint(model: LoggedModel) -> Checkpoint:
         tags=tags,
         metrics=frozenset(metric.key for metric in model.metrics or ()),
         directory=tags.get(DIRECTORY_TAG, ""),
+        model_type=model.model_type or MODEL_TYPE,
     )

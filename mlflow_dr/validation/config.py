@@ -186,8 +186,6 @@ class FollowConfig(PolicyConfig):
     """Which checkpoints a validator takes, whatever it does with them."""
 
     run_id: RunName = None
-    experiment: str | None = None
-    """All runs of this experiment, instead of one run."""
     order: Literal["oldest", "newest", "bisect"] = "oldest"
     """Which checkpoint comes first. bisect: the newest, then the one farthest from all that are
     done."""
@@ -290,6 +288,8 @@ class ValidateConfig(ValidationDefaults, EncoderOverrides, FollowConfig):
     takes it from the rest of the file and the flags.
     """
 
+    experiment: str | None = None
+    """All runs of this experiment, instead of one run."""
     checkpoints_dir: CheckpointsDir = None
     name: ValidationName = FIRST_NAME
     validations: Annotated[

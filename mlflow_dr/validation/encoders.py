@@ -19,7 +19,7 @@ from mlflow_dr.errors import CheckpointError, UnavailableError, UsageError
 from mlflow_dr.retrieval.encode import encode_all
 from mlflow_dr.stores.token_table import token_table
 from mlflow_dr.time_limit import TimeLimit
-from mlflow_dr.tracking.checkpoints import Checkpoint, run_checkpoints
+from mlflow_dr.tracking.checkpoints import MODEL_TYPE, Checkpoint, run_checkpoints
 from mlflow_dr.tracking.encoders import encoder_errors, local_cause
 from mlflow_dr.tracking.fetching import checkpoint_files
 from mlflow_dr.tracking.runs import DATASET_PARAM, SPLIT_PARAM, TrackedRun
@@ -38,6 +38,8 @@ class EncoderKind:
     Args:
         config: has the validations, and how encoders are read.
     """
+
+    model_type = MODEL_TYPE
 
     def __init__(self, config: ValidateConfig) -> None:
         self._config = config

@@ -31,6 +31,10 @@ class CheckpointKind(Protocol):
     """How checkpoints of a kind are read and evaluated."""
 
     @property
+    def model_type(self) -> str:
+        """What MLflow shows as the type of such models."""
+
+    @property
     def awaited_steps(self) -> Collection[int]:
         """The steps of checkpoints that are needed before a run can be resolved."""
 

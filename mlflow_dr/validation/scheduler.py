@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator, Sequence
 from itertools import chain, islice
 
 from mlflow_dr.errors import UnavailableError
-from mlflow_dr.tracking.checkpoints import Checkpoint
+from mlflow_dr.tracking.checkpoints import MODEL_TYPE, Checkpoint
 from mlflow_dr.tracking.claims import HeartbeatMonitor, latest_claim
 from mlflow_dr.tracking.following import Snapshot
 from mlflow_dr.tracking.results import State, has_record, validation_state
@@ -24,6 +24,7 @@ CHOSEN_AMONG = 2  # checkpoints for each validator at work
 TRIES = 5  # to fetch one checkpoint
 TRIES_IN_A_ROW = 12  # to fetch any
 LONGEST_WAIT = 60.0
+OTHER_COMMAND = "`mlflow-dr validate` is for encoders, `mlflow-dr reader-validate` for readers"
 
 
 class Scheduler:
@@ -34,6 +35,7 @@ class Scheduler:
         token: the validator's own, in its claims.
         now_ms: the server's time, in ms since 1970.
         setbacks: which checkpoints could not be fetched.
+        model_type: of the checkpoints that are validated; others are skipped.
 
     Attributes:
         unavailable: checkpoints that are left to others, because they could not be fetched here.
@@ -47,7 +49,9 @@ class Scheduler:
         token: str,
         now_ms: Callable[[], int],
         setbacks: Setbacks | None = None,
+        model_type: str = MODEL_TYPE,
     ) -> None:
+        self._model_type = model_type
         self.unavailable: set[str] = set()
         self.passed_over: set[str] = set()
         self.validators = 1
@@ -91,6 +95,9 @@ class Scheduler:
         ready = [checkpoint for checkpoint in self._snapshot.checkpoints if checkpoint.ready]
         if not ready:
             return "no checkpoint is published yet"
+        ready = [checkpoint for checkpoint in ready if checkpoint.model_type == self._model_type]
+        if not ready:
+            return f"no checkpoint is a {self._model_type} ({OTHER_COMMAND})"
         accepted = [checkpoint for checkpoint in ready if checkpoint.run_id not in self._refused]
         if not accepted:
             runs = len({checkpoint.run_id for checkpoint in ready})
@@ -235,7 +242,8 @@ class Scheduler:
         ]
 
     def _is_selected(self, checkpoint: Checkpoint) -> bool:
-        return checkpoint.ready and checkpoint.step % self._config.every == 0
+        is_of_kind = checkpoint.model_type == self._model_type
+        return is_of_kind and checkpoint.ready and checkpoint.step % self._config.every == 0
 
     def _is_open(self, checkpoint: Checkpoint, name: str) -> bool:
         state = validation_state(checkpoint, name)

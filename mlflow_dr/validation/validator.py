@@ -103,7 +103,7 @@ class _Validator:
         )
         self._setbacks = Setbacks(config.poll_seconds)
         token, now_ms = claims.owner.token, self._worker.now_ms
-        self._scheduler = Scheduler(config, token, now_ms, self._setbacks)
+        self._scheduler = Scheduler(config, token, now_ms, self._setbacks, kind.model_type)
         self._resolver = ValidationResolver(followed, config, kind, self._patiently, sleep)
         self._policies = Policies(config)
         self._summaries: dict[str, dict[str, str]] = {}

@@ -15,10 +15,12 @@ from mlflow_dr.reader.validation import validate_reader
 from mlflow_dr.tracking.artifacts import per_query_values
 from mlflow_dr.tracking.checkpoints import publish, run_checkpoints
 from mlflow_dr.tracking.fetching import download
+from mlflow_dr.tracking.following import FollowedRun
 from mlflow_dr.tracking.runs import TrackedRun
 from mlflow_dr.tracking.stop_request import stop_request
 from mlflow_dr.validation.compare import compare
-from mlflow_dr.validation.config import CompareConfig
+from mlflow_dr.validation.config import CompareConfig, ValidateConfig
+from mlflow_dr.validation.validator import run_validator
 
 
 def never(seconds: float) -> None:
@@ -125,7 +127,8 @@ def test_reader_validation_has_the_rules_of_validators(
     uri = run.client.tracking_uri
     asked = CompareConfig(operands=operands, name="every 2", measure="f1@5", tracking_uri=uri)
     assert compare(asked).measure == "f1@5"
+    encoders = ValidateConfig(dataset="demo", follow=False)
+    others = run_validator(FollowedRun(run), encoders, never)
+    assert "no checkpoint is a dense_retriever" in others.nothing
     with pytest.raises(UsageError, match="reader-validate"):
         compare(asked.replaced(operands=(f"{run.id}@2", f"{run.id}@3")))
-    with pytest.raises(UsageError, match="--run-id or --experiment"):
-        validate_reader(config.replaced(run_id=None), never)
