@@ -43,6 +43,15 @@ def register_before_thread_pools_end(function: Callable[[], None]) -> None:
     register(function)
 
 
+def is_generated_name(name: str) -> bool:
+    """mlflow: whether it has made up the name of a run, such as `tasteful-stoat-947`."""
+    from mlflow.utils.name_utils import _GENERATOR_NOUNS, _GENERATOR_PREDICATES
+
+    first, _, rest = name.partition("-")
+    noun, _, number = rest.rpartition("-")
+    return first in _GENERATOR_PREDICATES and noun in _GENERATOR_NOUNS and number.isdecimal()
+
+
 def flag_actions(parser: argparse.ArgumentParser) -> dict[str, argparse.Action]:
     """argparse: the actions of a parser by each spelling of their flag."""
     return dict(parser._option_string_actions)

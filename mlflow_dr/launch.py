@@ -61,9 +61,11 @@ def launch(config: RunConfig, training: Sequence[str], run: TrackedRun | None = 
     check_devices_and_dtype(config.engine, device, config.dtype)
     request, validated, resumed = _checked_training(training, config.gpus)
     if run is None:
+        from mlflow_dr.training.run_params import run_name
+
         client = connect(config.tracking_uri or request.publish.tracking_uri)
         experiment = config.experiment_name or request.publish.experiment_name
-        run = open_run(client, experiment, resumed, request.trainer.run_name)
+        run = open_run(client, experiment, resumed, request.trainer.run_name, run_name(request))
     if not config.keep_up:
         run.set_param_once(MAIN_PARAM, name)
     validation = validation.replaced(run_id=run.id, dataset=validated)

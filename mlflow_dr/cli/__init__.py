@@ -10,6 +10,7 @@ import gc
 import importlib
 import logging
 import os
+import shlex
 import signal
 import sys
 from types import FrameType
@@ -18,7 +19,13 @@ from typing import NoReturn
 import click
 
 from mlflow_dr.errors import MlflowDrError, did_you_mean, one_line
-from mlflow_dr.terminal import guard_streams, log_line, one_line_of
+from mlflow_dr.terminal import (
+    guard_streams,
+    log_line,
+    one_line_of,
+    shortened,
+    without_secrets,
+)
 from mlflow_dr.version import VERSION
 
 INTERRUPTED = 130
@@ -108,6 +115,8 @@ def group() -> None:
 def main() -> NoReturn:
     """Run the command line; every known error becomes one line and an exit code."""
     guard_streams()
+    typed = without_secrets(shlex.join(["mlflow-dr", *sys.argv[1:]]))
+    os.environ.setdefault("MLFLOW_DR_COMMAND_LINE", shortened(typed, LONGEST_LOG_LINE))
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s")
     package = logging.getLogger("mlflow_dr")
     package.setLevel(logging.INFO)

@@ -7,11 +7,12 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 from mlflow_dr.decisions.comparison import aligned_values
-from mlflow_dr.decisions.significance import Difference, difference
-from mlflow_dr.errors import NoValuesError, TrackingError
+from mlflow_dr.decisions.significance import Difference, difference, mean_interval
+from mlflow_dr.errors import DataError, NoValuesError, TrackingError
 from mlflow_dr.retrieval.measures import recorded_measures
 from mlflow_dr.tracking.artifacts import per_query_values
 from mlflow_dr.tracking.checkpoints import Checkpoint, run_checkpoints
+from mlflow_dr.tracking.descriptions import describe_run
 from mlflow_dr.tracking.registry import BEST_TAG, tag_best, untag_best
 from mlflow_dr.tracking.runs import TrackedRun
 from mlflow_dr.tracking.validations import Metric, chosen_metric, metric_value
@@ -103,12 +104,33 @@ def find_best(run: TrackedRun, metric: Metric | str | None = None) -> Best:
 def mark_best(run: TrackedRun, best: Best) -> None:
     """Tag the run with its best checkpoint, and that checkpoint with its value; untag all others.
 
+    The run's description then says so, too.
+
     Raises:
         TrackingError: the server did not take it.
     """
-    name = best.metric.validation
-    tag_best(run, name, best.checkpoint, str(best.metric), best.first.value)
+    name, checkpoint = best.metric.validation, best.checkpoint
+    interval = value_interval(run, checkpoint, best.metric)
+    shown = f"95 % interval {interval[0]:.4f} to {interval[1]:.4f}" if interval else ""
+    tag_best(run, name, checkpoint, str(best.metric), best.first.value, shown)
     untag_best(run, name, best.marked_before)
+    describe_run(run)
+
+
+def value_interval(
+    run: TrackedRun, checkpoint: Checkpoint, metric: Metric
+) -> tuple[float, float] | None:
+    """The 95 % bootstrap interval over queries of a metric; None without values of single queries.
+
+    Raises:
+        TrackingError: the server does not answer.
+    """
+    try:
+        table = per_query_values(run, checkpoint, metric.validation)
+        _, values = aligned_values([checkpoint.uri], [table], *recorded_measures(metric.key))
+    except (NoValuesError, DataError):  # there are none, or they are damaged
+        return None
+    return mean_interval(values[0])
 
 
 def against_runner_up(run: TrackedRun, best: Best, seed: int = 0) -> Difference | None:

@@ -14,6 +14,7 @@ from typing import NamedTuple
 import numpy as np
 
 RESAMPLES = 9999
+FEW_RESAMPLES = 1999  # for an interval that is only shown
 CONFIDENCE = 0.95
 PER_BATCH = 1 << 20  # values of queries that are in memory at a time
 ROUNDING = 1e-12  # of the largest sum there can be; sums that differ by less are equal
@@ -93,6 +94,19 @@ def randomisation_test(
         flips = np.unpackbits(drawn, axis=1, count=count)
         extreme += int((np.abs(_sums(flips, changes)) >= observed).sum())
     return extreme / (resamples + 1)
+
+
+def mean_interval(values: np.ndarray, seed: int = 0) -> tuple[float, float]:
+    """The 95 % percentile interval of a mean over queries.
+
+    Args:
+        values: of each query, `(n_queries,) float64`.
+        seed: of what is drawn.
+
+    Raises:
+        ValueError: there are none, or one is not a finite number.
+    """
+    return bootstrap_interval(np.zeros_like(values), values, seed, resamples=FEW_RESAMPLES)
 
 
 def bootstrap_interval(

@@ -45,6 +45,7 @@ from mlflow_dr.progress import progress_bar
 from mlflow_dr.stores.store import open_store, store_directory
 from mlflow_dr.tracking.artifacts import LOADERS_FOLDER, log_study
 from mlflow_dr.tracking.client import connect
+from mlflow_dr.tracking.descriptions import dated_name
 from mlflow_dr.tracking.encoders import local_encoder
 from mlflow_dr.tracking.runs import open_run
 from mlflow_dr.version import VERSION
@@ -67,7 +68,8 @@ def logged_study(config: LoadersConfig) -> LoaderStudy:
     if config.no_log:
         return study_loaders(config)
     client = connect(config.tracking_uri)
-    run = open_run(client, config.experiment_name, name=config.run_name)
+    usual = dated_name("loaders", config.dataset or DEFAULT_DATASET)
+    run = open_run(client, config.experiment_name, name=config.run_name, default_name=usual)
     log.info("run %s (%s)", run.id, run.name)
     with run.finish_on_exit("the study"), scratch() as directory:
         run.log_params({"dataset": config.dataset, **config.given()})

@@ -82,6 +82,11 @@ class ResolvedReading(NamedTuple):
         """The name, because each is evaluated alone."""
         return self.name
 
+    @property
+    def query_texts(self) -> Mapping[str, str]:
+        """None; the results have them."""
+        return {}
+
 
 class ReaderKind:
     """Readers, which are evaluated by their answers; see `CheckpointKind`.

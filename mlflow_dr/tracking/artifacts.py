@@ -10,6 +10,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 from mlflow.exceptions import MlflowException
+from pyarrow import csv
 
 from mlflow_dr import compat
 from mlflow_dr.errors import DataError, NoValuesError
@@ -22,25 +23,31 @@ VALUES_FOLDER = "validation"
 SUBSETS_FOLDER = "subsets"
 FIDELITY_FOLDER, LOADERS_FOLDER, QA_FOLDER = "fidelity", "loaders", "qa"
 INDEX_FOLDER = "indexes"
-QUERY_ID = "query_id"
+QUERY_ID, QUERY = "query_id", "query"
+MOST_ROWS = 2000  # of a CSV
 
 PerQuery = Mapping[str, Mapping[Any, float]]
 """query id -> measure -> value."""
 
 
 def log_per_query_values(
-    run: TrackedRun, checkpoint: Checkpoint, name: str, per_query: PerQuery
+    run: TrackedRun,
+    checkpoint: Checkpoint,
+    name: str,
+    per_query: PerQuery,
+    texts: Mapping[str, str] | None = None,
 ) -> None:
     """Store the values of each query: a column `query_id`, and one of each measure.
 
-    This takes two requests, and one more for the first file of a run. The same values give the same
-    bytes, so writing them again changes nothing.
+    Up to `MOST_ROWS` queries are also stored as CSV, with their texts, which MLflow's pages show.
+    The same values give the same bytes, so writing them again changes nothing.
 
     Args:
         run: of the checkpoint.
         checkpoint: the validated one.
         name: of the validation.
         per_query: each query with the same measures.
+        texts: of the queries, by id.
 
     Raises:
         TrackingError: the server did not take them.
@@ -48,9 +55,14 @@ def log_per_query_values(
     with scratch() as directory:
         directory.mkdir()
         file = directory / _file(checkpoint)
-        pq.write_table(_table(per_query), file)
+        table = _table(per_query)
+        pq.write_table(table, file)
+        if len(per_query) <= MOST_ROWS:
+            shown = pa.array([(texts or {}).get(query_id, "") for query_id in per_query])
+            csv.write_csv(table.add_column(1, QUERY, shown), file.with_suffix(".csv"))
         with tracking_errors(f"storing the values of step {checkpoint.step}"):
-            run.client.log_artifact(run.id, str(file), _folder(name))
+            for written in sorted(directory.iterdir()):
+                run.client.log_artifact(run.id, str(written), _folder(name))
             # a login page in answer to an upload also has status 200
             store = compat.artifact_store(run.client, run.id)
             stored = {entry.path for entry in store.list_artifacts(_folder(name))}

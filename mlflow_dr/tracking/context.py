@@ -23,6 +23,8 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 COMMAND_VARIABLE = "MLFLOW_DR_COMMAND"
+COMMAND_LINE_VARIABLE = "MLFLOW_DR_COMMAND_LINE"  # as the user typed it, also in child processes
+COMMAND_LINE_TAG = "mlflow_dr.command_line"
 PACKAGES = ("torch", "transformers")
 
 
@@ -41,6 +43,8 @@ class DenseRetrievalRunContext(RunContextProvider):
             "mlflow_dr.host": platform.node(),
             "mlflow_dr.cores": str(os.cpu_count()),
         }
+        if line := os.environ.get(COMMAND_LINE_VARIABLE):
+            tags[COMMAND_LINE_TAG] = line
         for package in PACKAGES:
             try:
                 tags[f"mlflow_dr.{package}"] = metadata.version(package)
@@ -51,18 +55,20 @@ class DenseRetrievalRunContext(RunContextProvider):
 
 @contextmanager
 def system_metrics(run: TrackedRun) -> Iterator[None]:
-    """Log the machine's figures as `system/...` in the block, if MLflow is set to log them.
+    """Log the machine's figures as `system/...` in the block, unless MLflow is set not to.
 
     MLflow does it only for its active run, and our run never is one. MLflow's settings apply:
-    `MLFLOW_ENABLE_SYSTEM_METRICS_LOGGING` or `mlflow.enable_system_metrics_logging()`, and those of
-    the interval, the samples and the node. If the run already has such figures, their steps
-    continue.
+    `MLFLOW_ENABLE_SYSTEM_METRICS_LOGGING=false` or `mlflow.disable_system_metrics_logging()`, and
+    those of the interval, the samples and the node. If the run already has such figures, their
+    steps continue.
     """
     from mlflow.environment_variables import MLFLOW_ENABLE_SYSTEM_METRICS_LOGGING
 
-    if not MLFLOW_ENABLE_SYSTEM_METRICS_LOGGING.get():
+    variable = MLFLOW_ENABLE_SYSTEM_METRICS_LOGGING
+    if variable.is_set() and not variable.get():
         yield
         return
+    logging.getLogger("mlflow.system_metrics").setLevel(logging.WARNING)  # it says when it begins
     from mlflow.system_metrics.system_metrics_monitor import SystemMetricsMonitor
 
     from mlflow_dr.tracking.client import tracking_uri

@@ -13,6 +13,7 @@ from mlflow.store.artifact.utils.models import get_model_name_and_version
 from mlflow_dr.errors import UsageError
 from mlflow_dr.tracking.checkpoints import Checkpoint, checkpoint_by_id
 from mlflow_dr.tracking.client import all_pages, tracking_errors
+from mlflow_dr.tracking.descriptions import BEST_VALUE
 from mlflow_dr.tracking.runs import TrackedRun
 
 BEST_ALIAS = "best"
@@ -98,14 +99,17 @@ def _version_of(client: MlflowClient, checkpoint: Checkpoint, name: str) -> Mode
 BEST_TAG = "mlflow_dr.best."
 
 
-def tag_best(run: TrackedRun, name: str, best: Checkpoint, metric: str, value: float) -> None:
-    """Tag a run's best checkpoint by a validation, and the run with its name.
+def tag_best(
+    run: TrackedRun, name: str, best: Checkpoint, metric: str, value: float, interval: str
+) -> None:
+    """Tag a run's best checkpoint by a validation, and the run with its name and its value.
 
     Args:
         name: of the validation.
         best: the best checkpoint.
         metric: the metric that it is best by.
         value: its value of the metric.
+        interval: of the value, in words; empty if it is not known.
 
     Raises:
         TrackingError: the server did not take it.
@@ -113,7 +117,13 @@ def tag_best(run: TrackedRun, name: str, best: Checkpoint, metric: str, value: f
     shown = f"{value:.6g}"
     with tracking_errors(f"tagging step {best.step} as best"):
         run.client.set_logged_model_tags(best.model_id, {BEST_TAG + name: shown})
-    run.set_tags({BEST_TAG + name: f"step {best.step}, {best.uri}, {metric} {shown}"})
+    about = f" ({interval})" if interval else ""
+    run.set_tags(
+        {
+            BEST_TAG + name: f"step {best.step}, {best.uri}, {metric} {shown}",
+            f"{BEST_VALUE}{metric}": f"{value:.4f}{about} at step {best.step}",
+        }
+    )
 
 
 def untag_best(run: TrackedRun, name: str, checkpoints: Iterable[Checkpoint]) -> None:

@@ -27,6 +27,7 @@ from mlflow.exceptions import MlflowException
 from mlflow.tracking.context.registry import resolve_tags
 from mlflow.utils.mlflow_tags import MLFLOW_PARENT_RUN_ID
 
+from mlflow_dr import compat
 from mlflow_dr.errors import RunGoneError, TrackingError, UsageError, did_you_mean
 from mlflow_dr.tracking.client import URI_VARIABLE, connect, shown_uri, tracking_errors
 from mlflow_dr.tracking.datasets import CollectionSource
@@ -247,6 +248,7 @@ def open_run(
     experiment: str | None = None,
     run_id: str | None = None,
     name: str | None = None,
+    default_name: str | None = None,
 ) -> TrackedRun:
     """An existing run: the given one, or that of `mlflow run` or a parent process; else a new one.
 
@@ -254,20 +256,24 @@ def open_run(
         client: of the tracking server.
         experiment: name of the experiment of a new run; MLflow's own variables when None.
         run_id: of an existing run that continues.
-        name: of the run; an existing run is renamed. When None, MLflow chooses the name.
+        name: of the run; an existing run is renamed.
+        default_name: instead of a name that MLflow would choose, or has chosen.
     """
     context = dict(resolve_tags())
     if run_id := run_id or os.environ.get(RUN_VARIABLE):
         run = find_run(client, run_id)
         run.set_tags({k: v for k, v in context.items() if k.startswith(OWN_TAGS)})
         status = "RUNNING" if is_over(run.fetch()) else None
+        name = name or (default_name if compat.is_generated_name(run.name) else None)
         if status or name:
             with tracking_errors(f"updating run {run_id}"):
                 client.update_run(run_id, status=status, name=name)
             run = find_run(client, run_id)
         return run
     with tracking_errors("creating a run"):
-        created = client.create_run(_experiment(client, experiment), tags=context, run_name=name)
+        created = client.create_run(
+            _experiment(client, experiment), tags=context, run_name=name or default_name
+        )
     return TrackedRun(client, created)
 
 

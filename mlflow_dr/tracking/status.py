@@ -13,6 +13,7 @@ from mlflow_dr.terminal import in_columns
 from mlflow_dr.tracking.checkpoints import Checkpoint, run_checkpoints
 from mlflow_dr.tracking.claims import latest_claim
 from mlflow_dr.tracking.client import is_server, shown_uri, tracking_errors, tracking_uri
+from mlflow_dr.tracking.descriptions import charts_address
 from mlflow_dr.tracking.results import PREFIX, State, failure_reason, validation_state
 from mlflow_dr.tracking.runs import TrackedRun
 from mlflow_dr.tracking.validations import recorded_values, run_validations, sign_of
@@ -196,10 +197,7 @@ def curves_url(run: TrackedRun, pages: str) -> str:
     """
     address = urlsplit(pages)
     host = address.netloc.rpartition("@")[2]
-    return (
-        f"{address.scheme}://{host}{address.path.rstrip('/')}/#/experiments/{run.experiment_id}"
-        f"/runs/{run.id}/model-metrics?workflowType=machine_learning"
-    )
+    return f"{address.scheme}://{host}{address.path.rstrip('/')}/{charts_address(run)}"
 
 
 def latest_run(client: MlflowClient) -> TrackedRun | None:

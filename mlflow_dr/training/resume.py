@@ -16,7 +16,7 @@ import shutil
 import socket
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
-from dataclasses import MISSING, asdict, dataclass, field, fields
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +25,8 @@ from filelock import FileLock, Timeout
 from mlflow_dr.errors import UsageError
 from mlflow_dr.files import atomic_write, file_sha256, sizes_and_digests
 from mlflow_dr.tracking.runs import TrackedRun
-from mlflow_dr.training.arguments import RetrieverTrainingArguments, TrainingRequest
+from mlflow_dr.training.arguments import TrainingRequest
+from mlflow_dr.training.run_params import NEVER_LOGGED, all_flags, default_flags, params_of
 
 log = logging.getLogger(__name__)
 
@@ -40,20 +41,6 @@ LAST = "true"
 
 RESUMED_TAG = "mlflow_dr.resumed"
 LONGEST_TAG = 5000
-ALWAYS_LOGGED = (
-    "learning_rate",
-    "per_device_train_batch_size",
-    "num_train_epochs",
-    "max_steps",
-    "lr_scheduler_type",
-    "warmup_steps",
-    "weight_decay",
-    "gradient_accumulation_steps",
-    "seed",
-    "bf16",
-    "fp16",
-)
-NEVER_LOGGED = {"output_dir", "logging_dir", "run_name", "hub_token", "push_to_hub_token"}
 # flags (or their beginnings) that a resumed training may change without training differently
 MAY_CHANGE = (
     *("resume_from_checkpoint", "overwrite_output_dir", "model", "publish_", "save_", "logging_"),
@@ -280,33 +267,6 @@ def _write(path: Path, values: dict[str, Any]) -> None:
             os.fsync(file.fileno())
 
 
-def params_of(request: TrainingRequest) -> dict[str, Any]:
-    """The params of a run: all flags of ours, and those of Hugging Face with another value."""
-    defaults = _defaults()
-    chosen = {
-        name: value
-        for name, value in request.trainer.to_dict().items()
-        if name in ALWAYS_LOGGED
-        or (isinstance(value, bool | int | float | str) and value != defaults.get(name, value))
-    }
-    per_epoch = request.publish.publish_per_epoch
-    own = {
-        "model": request.model.model_name_or_path,
-        **asdict(request.model),
-        **asdict(request.loss),
-        **asdict(request.data),
-        "engine": request.engine.engine,
-        "publish_per_epoch": per_epoch,
-        "publish_steps": request.publish.publish_steps if per_epoch is None else None,
-    }
-    both = {**chosen, **own}
-    return {
-        name: value
-        for name, value in both.items()
-        if value not in (None, "") and name not in NEVER_LOGGED
-    }
-
-
 def note_changes(run: TrackedRun, request: TrainingRequest, checkpoint: str) -> None:
     """Log the flags that a resumed training changes, and note them on the run.
 
@@ -347,23 +307,15 @@ def changes(before: Mapping[str, str], request: TrainingRequest) -> dict[str, tu
         before: the params of a run; a missing one had its default.
         request: the resumed training.
     """
-    now = {**request.trainer.to_dict(), **params_of(request)}
+    now = {**request.trainer.to_dict(), **all_flags(request)}
     names = [
         name
         for name in {**before, **params_of(request)}
         if name in now and not name.startswith(MAY_CHANGE) and name not in NEVER_LOGGED
     ]
-    defaults = _defaults()
+    defaults = default_flags()
     pairs = {name: (str(before.get(name, defaults.get(name))), str(now[name])) for name in names}
     return {name: pair for name, pair in sorted(pairs.items()) if not _is_same(*pair)}
-
-
-def _defaults() -> dict[str, Any]:
-    return {
-        field.name: field.default
-        for field in fields(RetrieverTrainingArguments)
-        if field.default is not MISSING
-    }
 
 
 def _noted(text: str) -> dict[str, dict[str, str]]:

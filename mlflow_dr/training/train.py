@@ -24,6 +24,7 @@ from mlflow_dr.process_tree import Sampler
 from mlflow_dr.tracking.checkpoints import fail_pending_checkpoints
 from mlflow_dr.tracking.client import connect
 from mlflow_dr.tracking.context import system_metrics
+from mlflow_dr.tracking.descriptions import describe_run
 from mlflow_dr.tracking.encoders import MODEL_SCHEME, local_encoder
 from mlflow_dr.tracking.registry import checkpoint_by_uri
 from mlflow_dr.tracking.runs import (
@@ -62,8 +63,8 @@ from mlflow_dr.training.resume import (
     find_resumption,
     incomplete_reason,
     note_changes,
-    params_of,
 )
+from mlflow_dr.training.run_params import encoder_params, params_of, run_name
 from mlflow_dr.training.trainer import RetrieverTrainer
 
 log = logging.getLogger(__name__)
@@ -154,6 +155,7 @@ def _train_first(
         request.publish.experiment_name,
         resumption.run_id if resumption else None,
         arguments.run_name,
+        run_name(request),
     )
     log.info("run %s (%s)", run.id, run.name)
     with run.finish_on_exit("training"), system_metrics(run):
@@ -187,6 +189,7 @@ def _describe(run: TrackedRun, request: TrainingRequest, data: TrainingData) -> 
             profile={"examples": len(part.examples), "split": "train"},
             context="training",
         )
+    describe_run(run)
 
 
 def _start(request: TrainingRequest, run: TrackedRun | None, resumption: Resumption | None) -> str:
@@ -224,6 +227,8 @@ def _train(
         ending.callback(_leave_group)
         set_seed(request.trainer.seed)
         encoder = build_encoder(request, data, start)
+        if run is not None:
+            run.log_params(encoder_params(encoder))
         training_set = mixed_training_set(request, data, encoder)
         log.info("training %s on %d examples", request.model.model_name_or_path, len(training_set))
         schedule = publish_schedule(request, len(training_set))

@@ -26,6 +26,10 @@ class ResolvedValidation(Protocol):
     def shown_dataset(self) -> tuple[str, str]:
         """Name and digest of the dataset, as MLflow shows them."""
 
+    @property
+    def query_texts(self) -> Mapping[str, str]:
+        """The texts of the queries, by id, where they are known."""
+
 
 class CheckpointKind(Protocol):
     """How checkpoints of a kind are read and evaluated."""

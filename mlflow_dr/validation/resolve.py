@@ -62,6 +62,11 @@ class RetrievalValidation(NamedTuple):
         """Name and digest of the dataset, as MLflow shows them."""
         return _shown(self.data), self.data.digest
 
+    @property
+    def query_texts(self) -> dict[str, str]:
+        """The texts of the queries, by id."""
+        return {query.id: query.text for query in self.data.topics.queries}
+
 
 class EvalDatasets:
     """Collections, their token tables and their subsets, each opened once.

@@ -25,6 +25,7 @@ from mlflow_dr.files import is_full
 from mlflow_dr.time_limit import TimeIsUp, TimeLimit
 from mlflow_dr.tracking.artifacts import log_per_query_values
 from mlflow_dr.tracking.checkpoints import Checkpoint, checkpoint_by_id, is_deleted
+from mlflow_dr.tracking.descriptions import describe_checkpoint
 from mlflow_dr.tracking.encoders import local_cause
 from mlflow_dr.tracking.results import (
     State,
@@ -164,11 +165,14 @@ class Worker:
         Raises:
             TrackingError: the server refuses the figures.
         """
-        return {
+        states = {
             validation.name: self._record(job, validation, result.results[validation.name])
             for validation in job.validations
             if validation.name in result.results
         }
+        if State.DONE in states.values():
+            self._patiently(partial(describe_checkpoint, job.run, job.checkpoint.model_id))
+        return states
 
     def _evaluate(
         self, job: Job, validations: Sequence[ResolvedValidation], limit: TimeLimit
@@ -232,7 +236,8 @@ class Worker:
         if result is None:
             write = partial(write_recorded, run, checkpoint, name, dataset)
         else:
-            self._patiently(partial(log_per_query_values, run, checkpoint, name, result.per_query))
+            per_query, texts = result.per_query, validation.query_texts
+            self._patiently(partial(log_per_query_values, run, checkpoint, name, per_query, texts))
             values, now_ms = _figures(result), self.now_ms()
             write = partial(record_result, run, checkpoint, name, values, dataset, now_ms)
         figures = self._patiently(write)

@@ -1,7 +1,7 @@
 """A real MLflow store (sqlite) for the unit tests; one for all of them, a run for each."""
 
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from uuid import uuid4
 
@@ -9,8 +9,14 @@ import mlflow
 import pytest
 from mlflow import MlflowClient
 
+from mlflow_dr.tracking.artifacts import log_per_query_values
+from mlflow_dr.tracking.checkpoints import Checkpoint, publish, run_checkpoints
 from mlflow_dr.tracking.client import connect
+from mlflow_dr.tracking.results import record_result
 from mlflow_dr.tracking.runs import TrackedRun
+from mlflow_dr.tracking.validations import bind_name
+
+MEASURES = "mrr@10 ndcg@10"
 
 
 @pytest.fixture(scope="session")
@@ -31,3 +37,37 @@ def experiment(client: MlflowClient, tmp_path_factory: pytest.TempPathFactory) -
 def run(client: MlflowClient, experiment: str) -> TrackedRun:
     # MLflow's own names repeat where a test has set the random seed
     return TrackedRun(client, client.create_run(experiment, run_name=f"run-{uuid4()}"))
+
+
+@pytest.fixture
+def measured(run: TrackedRun, tmp_path: Path) -> Callable[..., Checkpoint]:
+    """Publishes the checkpoint of a step and records a validation of it.
+
+    Its arguments: the step, the figure, and as keywords the reciprocal ranks of queries q0, q1 ...
+    if they are kept, and the validation's name.
+    """
+    directory = tmp_path / "published"
+    directory.mkdir()
+    (directory / "model.safetensors").write_bytes(b"weights")
+
+    def measured(
+        step: int, value: float, ranks: Sequence[float] | None = None, name: str = "val"
+    ) -> Checkpoint:
+        bind_name(run, name, {"measures": MEASURES})
+        published = [checkpoint for checkpoint in run_checkpoints(run) if checkpoint.step == step]
+        if not published:
+            publish(run, directory, step)
+        checkpoint = next(
+            checkpoint for checkpoint in run_checkpoints(run) if checkpoint.step == step
+        )
+        figures = {"mrr_at_10": value, "ndcg_at_10": 1 - value, "seconds": 2.0}
+        record_result(run, checkpoint, name, figures, ("sea", "0"))
+        if ranks is not None:
+            log_per_query_values(run, checkpoint, name, per_query(ranks))
+        return next(checkpoint for checkpoint in run_checkpoints(run) if checkpoint.step == step)
+
+    return measured
+
+
+def per_query(ranks: Sequence[float]) -> Mapping[str, Mapping[str, float]]:
+    return {f"q{n}": {"mrr@10": value, "ndcg@10": 1 - value} for n, value in enumerate(ranks)}
