@@ -39,6 +39,7 @@ COMMANDS = {
     "fidelity": "Find the subset that chooses the right checkpoint sooner.",
     "ui": "Start MLflow's pages on the curves of the latest run.",
     "status": "Show the state, owner, age and lag of each validation.",
+    "report": "Write a page about a run: curves, best, queries, speed, cost.",
     "best": "Show a run's best checkpoint; download or register it.",
     "compare": "Compare encoders query by query, and test the difference.",
     "prune": "Delete the files of checkpoints that are no longer needed.",

@@ -23,8 +23,9 @@ VALUES_FOLDER = "validation"
 SUBSETS_FOLDER = "subsets"
 FIDELITY_FOLDER, LOADERS_FOLDER, QA_FOLDER = "fidelity", "loaders", "qa"
 INDEX_FOLDER = "indexes"
+REPORT_FOLDER = "report"
 QUERY_ID, QUERY = "query_id", "query"
-MOST_ROWS = 2000  # of a CSV
+MOST_ROWS = 10_000  # of a CSV
 
 PerQuery = Mapping[str, Mapping[Any, float]]
 """query id -> measure -> value."""
@@ -109,6 +110,21 @@ def per_query_values(
         query_id: dict(zip(measures, row, strict=True))
         for query_id, row in zip(ids, rows, strict=True)
     }
+
+
+def query_texts(run: TrackedRun, checkpoint: Checkpoint, name: str) -> dict[str, str]:
+    """The texts of the queries that a validation has stored, by id; empty if it has not."""
+    path = f"{_folder(name)}/{Path(_file(checkpoint)).with_suffix('.csv')}"
+    with scratch() as directory:
+        directory.mkdir()
+        try:
+            file = run.client.download_artifacts(run.id, path, str(directory))
+            types = csv.ConvertOptions(column_types={QUERY_ID: pa.string(), QUERY: pa.string()})
+            parsing = csv.ParseOptions(newlines_in_values=True)
+            table = csv.read_csv(file, parse_options=parsing, convert_options=types)
+            return dict(zip(table[QUERY_ID].to_pylist(), table[QUERY].to_pylist(), strict=True))
+        except (MlflowException, OSError, pa.ArrowException, KeyError):
+            return {}
 
 
 def _table(per_query: PerQuery) -> pa.Table:

@@ -19,6 +19,8 @@ from mlflow_dr.tracking.runs import DATASET_PARAM, TrackedRun
 from mlflow_dr.tracking.validations import CONTEXT_TAG, recorded_values
 
 DESCRIPTION_TAG = "mlflow_dr.description"
+REPORT_TAG = "mlflow_dr.report"
+FILES = ("report.html", "curve.png")  # of a report, that a description shows
 BEST_VALUE = "best "  # the beginning of the tag that is a column of the list of runs
 LONGEST_PART = 40
 LONGEST_COMMAND = 1000
@@ -65,23 +67,28 @@ def describe_run(run: TrackedRun) -> None:
 
 
 def _description(run: TrackedRun, state: Run) -> str:
-    """What is trained and validated, the best so far, the charts and the command."""
+    """The best so far and the links first, because MLflow's page folds the rest."""
     params, tags = state.data.params, state.data.tags
-    parts = []
-    trained = ", ".join(f"**{name}**{about}" for name, about in _datasets(state, "training"))
-    if model := params.get("model"):
-        parts.append(f"Trains **{model}** on {trained or params.get(DATASET_PARAM, '?')}.")
-    for key in sorted(params):
-        if key.startswith(PREFIX):
-            name = key.removeprefix(PREFIX)
-            for dataset, about in _datasets(state, f"validation {name}"):
-                parts.append(f"Validation `{name}`: **{dataset}**{about}.")
-    parts += [
+    parts = [
         f"{key.capitalize()}: **{value}**"
         for key, value in sorted(tags.items())
         if key.startswith(BEST_VALUE)
     ]
-    parts.append(f"[Curves of the figures]({charts_address(run)})")
+    links = [f"[Curves]({charts_address(run)})"]
+    page, picture = (f"get-artifact?path=report%2F{name}&run_uuid={run.id}" for name in FILES)
+    if REPORT_TAG in tags:
+        links.append(f"[Report]({page})")
+    parts.append(" | ".join(links))
+    trained = ", ".join(f"**{name}**{about}" for name, about in _datasets(state, "training"))
+    if model := params.get("model"):
+        parts.append(f"Trains **{model}** on {trained or params.get(DATASET_PARAM, '?')}.")
+    for key in sorted(params):
+        name = key.removeprefix(PREFIX)
+        if name != key:
+            for dataset, about in _datasets(state, f"validation {name}"):
+                parts.append(f"Validation `{name}`: **{dataset}**{about}.")
+    if REPORT_TAG in tags:
+        parts.append(f"![The curve]({picture})")
     if command := tags.get(COMMAND_LINE_TAG):
         parts.append(f"```bash\n{command[:LONGEST_COMMAND]}\n```")
     return "\n\n".join(parts)

@@ -174,9 +174,12 @@ class TrackedRun:
 
     def last_step(self, metric: str) -> int | None:
         """The last step that has a value of a metric; None if there is none."""
+        return max((point.step for point in self.metric_history(metric)), default=None)
+
+    def metric_history(self, metric: str) -> list[Metric]:
+        """All values of a metric."""
         with tracking_errors(f"metrics of run {self.id}"):
-            history = self.client.get_metric_history(self.id, metric)
-        return max((metric.step for metric in history), default=None)
+            return list(self.client.get_metric_history(self.id, metric))
 
     def set_tags(self, tags: Mapping[str, str]) -> None:
         """Set tags on the run."""

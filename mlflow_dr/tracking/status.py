@@ -9,7 +9,7 @@ from urllib.parse import urlsplit
 
 from mlflow import MlflowClient
 
-from mlflow_dr.terminal import in_columns
+from mlflow_dr.terminal import in_columns, time_span
 from mlflow_dr.tracking.checkpoints import Checkpoint, run_checkpoints
 from mlflow_dr.tracking.claims import latest_claim
 from mlflow_dr.tracking.client import is_server, shown_uri, tracking_errors, tracking_uri
@@ -103,8 +103,8 @@ def status_table(lines: Sequence[Line]) -> str:
                 line.validation or "-",
                 line.state,
                 line.owner or "-",
-                _span(line.age),
-                "-" if line.lag is None else _span(line.lag),
+                time_span(line.age),
+                "-" if line.lag is None else time_span(line.lag),
                 line.note,
             )
             for line in lines
@@ -133,14 +133,6 @@ def _line(checkpoint: Checkpoint, name: str, now_ms: int) -> Line:
     since = checkpoint.ready_ms if checkpoint.ready else checkpoint.created_ms
     age = max(0, now_ms - since) / 1000
     return Line(checkpoint.step, name, shown, owner, age, lag, "; ".join(notes))
-
-
-def _span(seconds: float) -> str:
-    """Seconds in a readable unit."""
-    for size, unit in ((86400, "d"), (3600, "h"), (60, "min")):
-        if seconds >= size:
-            return f"{seconds / size:.1f} {unit}"
-    return f"{seconds:.1f} s"
 
 
 LOCAL_PORT = 5000

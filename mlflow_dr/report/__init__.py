@@ -1,0 +1,1 @@
+"""A run on one page: curves, the best checkpoint, queries, speed and cost."""
