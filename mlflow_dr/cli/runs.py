@@ -1,11 +1,12 @@
-"""`mlflow-dr best`, `status`, `prune` and `ui`: what there is of a run."""
+"""`mlflow-dr best`, `status`, `runs`, `prune` and `ui`: what there is of a run."""
 
 from __future__ import annotations
 
 import os
 import socket
 import sys
-from typing import Annotated
+import time
+from typing import Annotated, Any
 
 import click
 from pydantic import Field
@@ -16,6 +17,7 @@ from mlflow_dr.fields import RUN, File, RunName, Seed, TrackingUri
 
 HOST = "127.0.0.1"
 PORTS_TRIED = 20
+LATEST_RUNS = 10  # of an experiment, that `status` shows
 
 MetricName = Annotated[
     str | None,
@@ -27,15 +29,35 @@ MetricName = Annotated[
 
 
 class StatusConfig(Config):
-    """`mlflow-dr status`: the run."""
+    """`mlflow-dr status`: the run or the experiment, and how much is shown."""
 
-    run_id: Annotated[str, RUN]
+    run_id: RunName = None
+    experiment: str | None = None
+    """Instead of one run: the latest runs of this experiment."""
+    shows_all: Annotated[bool, Flag("--all")] = False
+    """Also show a row for each checkpoint that is done."""
+    watch: bool = False
+    """Show it again when it changes, until the run is over and nothing is left to do."""
+    poll_seconds: Annotated[float, Field(ge=0.1, le=3600)] = 5.0
+    """With --watch: time between two requests."""
     tracking_uri: TrackingUri = None
 
 
-class BestConfig(StatusConfig):
+class RunsConfig(Config):
+    """`mlflow-dr runs`: which runs."""
+
+    experiment: str | None = None
+    """Only runs of this experiment."""
+    limit: Annotated[int, Field(ge=1, le=1000)] = 20
+    """The number of runs."""
+    tracking_uri: TrackingUri = None
+
+
+class BestConfig(Config):
     """`mlflow-dr best`: the run, the metric, and what is done with the checkpoint."""
 
+    run_id: Annotated[str, RUN]
+    tracking_uri: TrackingUri = None
     metric: MetricName = None
     download: File | None = None
     """Download the checkpoint's files into this new or empty directory, and verify them."""
@@ -76,20 +98,66 @@ def best_command(config: BestConfig) -> None:
 @click.command("status", cls=TakesSeveral)
 @takes(StatusConfig)
 def status_command(config: StatusConfig) -> None:
-    """Show the validations of a run's checkpoints: state, owner, age, lag and failures.
+    """Show how far the validations of a run are: figures, best checkpoint, what is open or failed.
+
+    Checkpoints that are done are summed up; --all shows a row for each.
 
     \b
     Example:
-        mlflow-dr status --run-id 0123456789abcdef0123456789abcdef
+        mlflow-dr status --run-id 0123456789abcdef0123456789abcdef --watch
+        mlflow-dr status --experiment msmarco
     """
+    if bool(config.run_id) == bool(config.experiment):
+        raise click.UsageError("give --run-id or --experiment; `mlflow-dr runs` lists runs")
     from mlflow_dr.tracking.client import connect
+
+    client = connect(config.tracking_uri, may_create=False)
+    before = ""
+    while True:
+        text, is_complete = _status(client, config)
+        if config.watch and before and text != before and sys.stdout.isatty():
+            click.clear()
+        if text != before:
+            click.echo(text)
+        before = text
+        if is_complete or not config.watch:
+            return
+        time.sleep(config.poll_seconds)
+
+
+def _status(client: Any, config: StatusConfig) -> tuple[str, bool]:
+    """The text of one moment, and whether nothing more will change."""
+    from mlflow_dr.tracking.overview import experiment_runs, run_overview
     from mlflow_dr.tracking.runs import resolve_run
     from mlflow_dr.tracking.server import ServerClock
-    from mlflow_dr.tracking.status import run_status, status_table
 
-    run = resolve_run(connect(config.tracking_uri, may_create=False), config.run_id)
-    lines = run_status(run, ServerClock().now_ms())
-    click.echo(status_table(lines) if lines else f"run {run.label} has published no checkpoint yet")
+    if config.run_id is not None:
+        runs = [resolve_run(client, config.run_id)]
+    else:
+        runs = experiment_runs(client, config.experiment, LATEST_RUNS)
+    now_ms = ServerClock().now_ms()
+    overviews = [run_overview(run, now_ms, config.shows_all) for run in runs]
+    text = "\n\n".join(overview.text for overview in overviews)
+    is_complete = all(overview.is_complete for overview in overviews)
+    return text or f"experiment {config.experiment!r} has no run of mlflow-dr yet", is_complete
+
+
+@click.command("runs", cls=TakesSeveral)
+@takes(RunsConfig)
+def runs_command(config: RunsConfig) -> None:
+    """List the latest runs: state, collection, model, validated checkpoints and the best value.
+
+    \b
+    Example:
+        mlflow-dr runs --experiment msmarco
+    """
+    from mlflow_dr.tracking.client import connect
+    from mlflow_dr.tracking.overview import experiment_runs, runs_table
+    from mlflow_dr.tracking.server import ServerClock
+
+    client = connect(config.tracking_uri, may_create=False)
+    runs = experiment_runs(client, config.experiment, config.limit)
+    click.echo(runs_table(runs, ServerClock().now_ms()) if runs else "no run of mlflow-dr yet")
 
 
 class PruneConfig(Config):

@@ -14,14 +14,14 @@ from mlflow_dr.tracking.checkpoints import Checkpoint, run_checkpoints
 from mlflow_dr.tracking.claims import latest_claim
 from mlflow_dr.tracking.client import is_server, shown_uri, tracking_errors, tracking_uri
 from mlflow_dr.tracking.descriptions import charts_address
-from mlflow_dr.tracking.results import PREFIX, State, failure_reason, validation_state
+from mlflow_dr.tracking.results import PREFIX, TIMINGS, State, failure_reason, validation_state
 from mlflow_dr.tracking.runs import TrackedRun
 from mlflow_dr.tracking.validations import recorded_values, run_validations, sign_of
 
 CLAIMED = "claimed"
 PRUNED = "pruned"
 LONGEST_NOTE = 60
-HEADS = ("step", "validation", "state", "owner", "age", "lag", "note")
+HEADS = ("step", "validation", "state", "figure", "owner", "age", "lag", "note")
 
 
 class Line(NamedTuple):
@@ -32,6 +32,7 @@ class Line(NamedTuple):
         validation: its name.
         state: `pending` (being published), `lost` (never to be), `open`, `claimed`, `recorded`,
             `done`, `failed` or `pruned` (its files were deleted before it was done).
+        figure: its first measure and the value.
         owner: the validator that claimed it last, as host:pid.
         age: seconds since it was READY.
         lag: seconds from READY to the metrics.
@@ -41,6 +42,7 @@ class Line(NamedTuple):
     step: int
     validation: str
     state: str
+    figure: str
     owner: str
     age: float
     lag: float | None
@@ -58,10 +60,14 @@ def run_status(run: TrackedRun, now_ms: int | None = None) -> list[Line]:
         TrackingError: the server does not answer.
     """
     now_ms = now_ms or time.time_ns() // 1_000_000
-    names = list(run_validations(run)) or [""]
-    return [
-        _line(checkpoint, name, now_ms) for checkpoint in run_checkpoints(run) for name in names
-    ]
+    return status_lines(run_checkpoints(run), list(run_validations(run)), now_ms)
+
+
+def status_lines(
+    checkpoints: Iterable[Checkpoint], names: Sequence[str], now_ms: int
+) -> list[Line]:
+    """Each validation of these names of each checkpoint; one line of each without names."""
+    return [_line(checkpoint, name, now_ms) for checkpoint in checkpoints for name in names or [""]]
 
 
 def progress_summary(checkpoints: Iterable[Checkpoint], name: str) -> str:
@@ -102,6 +108,7 @@ def status_table(lines: Sequence[Line]) -> str:
                 str(line.step),
                 line.validation or "-",
                 line.state,
+                line.figure or "-",
                 line.owner or "-",
                 time_span(line.age),
                 "-" if line.lag is None else time_span(line.lag),
@@ -116,7 +123,9 @@ def status_table(lines: Sequence[Line]) -> str:
 def _line(checkpoint: Checkpoint, name: str, now_ms: int) -> Line:
     claim = latest_claim(checkpoint, name)
     state = validation_state(checkpoint, name)
-    lag = recorded_values(checkpoint, name).get("lag_seconds")
+    values = recorded_values(checkpoint, name)
+    lag = values.get("lag_seconds")
+    figure = next((f"{key} {values[key]:.4f}" for key in values if key not in TIMINGS), "")
     notes = [PRUNED] if checkpoint.is_pruned else []
     if state is State.FAILED:
         notes.append(failure_reason(checkpoint, name)[:LONGEST_NOTE])
@@ -132,7 +141,7 @@ def _line(checkpoint: Checkpoint, name: str, now_ms: int) -> Line:
     owner = str(claim.owner) if claim is not None and claim.owner is not None else ""
     since = checkpoint.ready_ms if checkpoint.ready else checkpoint.created_ms
     age = max(0, now_ms - since) / 1000
-    return Line(checkpoint.step, name, shown, owner, age, lag, "; ".join(notes))
+    return Line(checkpoint.step, name, shown, figure, owner, age, lag, "; ".join(notes))
 
 
 LOCAL_PORT = 5000

@@ -52,8 +52,15 @@ def test_each_state(run_in_all_states: TrackedRun) -> None:
 def test_the_status_as_a_table(run_in_all_states: TrackedRun) -> None:
     now = max(checkpoint.ready_ms for checkpoint in run_checkpoints(run_in_all_states)) + 7_200_000
     head, first, *_ = status_table(run_status(run_in_all_states, now)).splitlines()
-    assert head.split() == ["step", "validation", "state", "owner", "age", "lag", "note"]
-    assert first.split() == ["1", "val", "done", "far:7", "2.0", "h", "1.5", "min"]
+    assert head.split() == ["step", "validation", "state", "figure", "owner", "age", "lag", "note"]
+    assert first.split() == [
+        "1",
+        "val",
+        "done",
+        "mrr_at_10",
+        "0.5000",
+        *["far:7", "2.0", "h", "1.5", "min"],
+    ]
 
 
 def test_files_that_were_removed(run_in_all_states: TrackedRun) -> None:
