@@ -1,8 +1,8 @@
-"""The picture in README.md: `python -m docs.screenshot` makes docs/run.png.
+"""The pictures in README.md and the guides: `python -m docs.screenshot` makes docs/*.png.
 
-It starts an MLflow server, trains and validates the demo on it (3 minutes on 2 cores), opens the
-curves of the run in Chromium, and takes the picture. `--tracking-uri URI --run-id RUN` takes the
-picture of a finished run instead.
+It starts an MLflow server, trains and validates the demo on it (3 minutes on 2 cores), writes a
+report, opens MLflow's pages and the report in Chromium, and takes the pictures. `--tracking-uri URI
+--run-id RUN` takes the pictures of a finished run instead.
 """
 
 from __future__ import annotations
@@ -14,78 +14,146 @@ import shutil
 import subprocess
 import sys
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
+from typing import NamedTuple
 
 from mlflow import MlflowClient
 from PIL import Image
 from playwright.sync_api import Page, sync_playwright
 
 from benchmarks.server import Server
+from mlflow_dr.decisions.best import find_best
+from mlflow_dr.tracking.client import connect
+from mlflow_dr.tracking.descriptions import BEST_VALUE, charts_address
+from mlflow_dr.tracking.runs import TrackedRun, find_run
 
-PICTURE = Path(__file__).parent / "run.png"
+FOLDER = Path(__file__).parent
 BROWSERS = ("chromium", "chromium-browser", "google-chrome")
 FLAGS = ["--headless=new", "--no-sandbox", "--disable-gpu", "--hide-scrollbars"]
 SHOWN = ("train/loss", "val/mrr_at_10", "val/ndcg_at_10", "val/recall_at_100")
-SIZE = {"width": 1280, "height": 1060}
-SECONDS_TO_START = 60
+SECONDS_TO_START = 120
 COLOURS = 64
+TRAINING = "?workflowType=machine_learning"
+
+
+class Picture(NamedTuple):
+    """A page, what is done on it, and the size of the picture."""
+
+    address: str
+    prepare: Callable[[Page], None]
+    size: tuple[int, int]
 
 
 def main() -> None:
-    """Make the picture."""
+    """Make the pictures."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--tracking-uri", help="Of a server that has the run.")
     parser.add_argument("--run-id", help="A finished run on it.")
-    parser.add_argument("--output", type=Path, default=PICTURE)
+    parser.add_argument("--output", type=Path, default=FOLDER, help="The folder of the pictures.")
     given = parser.parse_args()
     if given.run_id:
-        take_picture(given.tracking_uri, given.run_id, given.output)
+        take_pictures(given.tracking_uri, given.run_id, given.output)
         return
     with tempfile.TemporaryDirectory() as directory, Server(Path(directory)) as server:
         environment = {**os.environ, "MLFLOW_TRACKING_URI": server.uri}
-        command = ["mlflow-dr", "run", "--dataset", "demo", "--run_name", "demo"]
+        command = ["mlflow-dr", "run", "--dataset", "demo"]
         subprocess.run(command, env=environment, cwd=directory, check=True)
         (run,) = MlflowClient(server.uri).search_runs(["0"])
-        take_picture(server.uri, run.info.run_id, given.output)
+        take_pictures(server.uri, run.info.run_id, given.output)
 
 
-def take_picture(uri: str, run_id: str, output: Path) -> None:
-    """Save a picture of the curves of a run, as MLflow's pages show them."""
-    experiment = MlflowClient(uri).get_run(run_id).info.experiment_id
-    with sync_playwright() as driver:
-        path = next(filter(None, map(shutil.which, BROWSERS)))
-        browser = driver.chromium.launch(executable_path=path, args=FLAGS)
-        page = browser.new_page(viewport=SIZE)
-        page.set_default_timeout(1000 * SECONDS_TO_START)
-        page.route(
-            lambda url: not url.startswith((uri, "data:", "blob:")), lambda route: route.abort()
-        )
-        page.goto(
-            f"{uri}/#/experiments/{experiment}/runs/{run_id}/model-metrics"
-            "?workflowType=machine_learning"
-        )
-        show_charts(page)
-        picture = page.screenshot()
-        browser.close()
+def take_pictures(uri: str, run_id: str, output: Path) -> None:
+    """Save pictures of the list of runs, a run, its curves, its best checkpoint and its report."""
+    with tempfile.TemporaryDirectory() as directory:
+        report = Path(directory) / "report.html"
+        argv = ["mlflow-dr", "report", run_id, "--tracking-uri", uri, "--output", str(report)]
+        subprocess.run(argv, check=True)
+        run = find_run(connect(uri), run_id)
+        with sync_playwright() as driver:
+            path = next(filter(None, map(shutil.which, BROWSERS)))
+            browser = driver.chromium.launch(executable_path=path, args=FLAGS)
+            page = browser.new_page()
+            page.set_default_timeout(1000 * SECONDS_TO_START)
+            allowed = (uri, "data:", "blob:", "file:")
+            page.route(lambda url: not url.startswith(allowed), lambda route: route.abort())
+            for name, picture in pictures(uri, run, report).items():
+                width, height = picture.size
+                page.set_viewport_size({"width": width, "height": height})
+                page.goto("about:blank")  # MLflow's pages differ after the # alone
+                page.goto(picture.address)
+                picture.prepare(page)
+                save(page.screenshot(), output / name)
+            browser.close()
+
+
+def pictures(uri: str, run: TrackedRun, report: Path) -> dict[str, Picture]:
+    """The pictures by the names of their files."""
+    experiment = f"{uri}/#/experiments/{run.experiment_id}"
+    best = find_best(run)
+    checkpoint = f"{experiment}/models/{best.checkpoint.model_id}{TRAINING}"
+    column = f"{BEST_VALUE}{best.metric}"
+    return {
+        "run-list.png": Picture(
+            f"{experiment}/runs{TRAINING}", lambda page: show_column(page, run, column), (1700, 480)
+        ),
+        "run-page.png": Picture(
+            f"{experiment}/runs/{run.id}{TRAINING}",
+            lambda page: show_text(page, "Best val/"),
+            (1280, 900),
+        ),
+        "run.png": Picture(f"{uri}/{charts_address(run)}", show_charts, (1280, 1060)),
+        "model-page.png": Picture(checkpoint, lambda page: show_text(page, "Step "), (1280, 760)),
+        "report.png": Picture(report.as_uri(), lambda page: None, (1150, 1250)),
+    }
+
+
+def save(picture: bytes, path: Path) -> None:
+    """Save a picture with few colours."""
     image = Image.open(io.BytesIO(picture)).convert("RGB")
-    image.quantize(COLOURS).save(output, optimize=True)
-    sys.stdout.write(f"{output}: {output.stat().st_size} bytes\n")
+    image.quantize(COLOURS).save(path, optimize=True)
+    sys.stdout.write(f"{path}: {path.stat().st_size} bytes\n")
+
+
+def show_text(page: Page, text: str) -> None:
+    """Wait until a page shows a text."""
+    page.get_by_text(text).first.wait_for()
+    settle(page)
+
+
+def show_column(page: Page, run: TrackedRun, column: str) -> None:
+    """Let the list of runs show a tag as a column, and leave out columns that say little."""
+    page.get_by_text(run.name).first.wait_for()
+    settle(page)
+    page.get_by_role("button", name="Columns").click()
+    search = page.get_by_placeholder("Search columns")
+    for name in ("Source", column):
+        search.fill(name)
+        page.get_by_text(name, exact=True).last.click()
+    page.keyboard.press("Escape")
+    settle(page)
 
 
 def show_charts(page: Page) -> None:
     """Leave only the charts of the loss and of the measures, and wait until they are drawn."""
     search = page.get_by_placeholder("Search metric charts")
     search.fill("|".join(f"{name}$" for name in SHOWN))
-    assistant = page.locator('[data-component-id="mlflow.assistant.chat_panel.close"]')
     cards = page.get_by_test_id("experiment-view-compare-runs-card")
     for name in SHOWN:
         card = cards.filter(has=page.locator(f'h4[title="{name}"]'))
         card.scroll_into_view_if_needed()
         card.locator(".scatterlayer path.js-line").first.wait_for()
-    if assistant.count():
-        assistant.click()
+    settle(page)
     cards.first.scroll_into_view_if_needed()
     page.wait_for_timeout(2000)  # charts are drawn again at their new width
+
+
+def settle(page: Page) -> None:
+    """Close MLflow's assistant, and wait until the page is drawn at its new width."""
+    assistant = page.locator('[data-component-id="mlflow.assistant.chat_panel.close"]')
+    if assistant.count():
+        assistant.first.click()
+    page.wait_for_timeout(3000)
 
 
 if __name__ == "__main__":

@@ -121,7 +121,7 @@ def tag_best(
     run.set_tags(
         {
             BEST_TAG + name: f"step {best.step}, {best.uri}, {metric} {shown}",
-            f"{BEST_VALUE}{metric}": f"{value:.4f}{about} at step {best.step}",
+            f"{BEST_VALUE}{metric}": f"{value:.4f} at step {best.step}{about}",
         }
     )
 

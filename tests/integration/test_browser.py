@@ -2,12 +2,13 @@
 
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import TYPE_CHECKING
 
 import pytest
+from mlflow import MlflowClient
 
 from mlflow_dr.tracking.status import curves_url
 
@@ -100,8 +101,27 @@ def test_the_overview_shows_collection_checkpoints_and_how_far_validation_is(
 ) -> None:
     page.goto(f"{server}/#/experiments/0/runs/{followed.run_id}")
     close_assistant(page)
+    page.get_by_text("Best val/mrr_at_10: ").first.wait_for()  # the first line of the description
     for shown in (collection.name, "5 of 5 checkpoints done", "val/mrr_at_10", "step-20"):
         page.get_by_text(shown).first.wait_for(state="attached")
     figures = page.get_by_role("row").filter(has_text="val/mrr_at_10")
     assert "step-20" in figures.first.inner_text()
     page.screenshot(path=output / "run-overview.png")
+    assert (
+        page.get_by_role("link", name="Curves")
+        .get_attribute("href")
+        .endswith(f"/runs/{followed.run_id}/model-metrics?workflowType=machine_learning")
+    )
+
+
+def test_a_checkpoint_says_its_figures_and_how_to_load_it(
+    page: "Page", server: str, followed: SimpleNamespace, checkpoints: Callable, output: Path
+) -> None:
+    model_id = checkpoints(MlflowClient(server), followed.run_id)[20].model_id
+    page.goto(f"{server}/#/experiments/0/models/{model_id}?workflowType=machine_learning")
+    page.get_by_text("Step 20 of run").first.wait_for()
+    close_assistant(page)
+    loading = f'encoder = mlflow.sentence_transformers.load_model("models:/{model_id}")'
+    page.get_by_text(loading).first.wait_for()
+    assert "mrr_at_10" in page.get_by_text("ndcg_at_10").first.inner_text()
+    page.screenshot(path=output / "model-page.png")
