@@ -680,14 +680,15 @@ def test_changed_flags_of_a_resumed_training_are_logged_and_noted(
     assert json.loads(second.fetch().data.tags["mlflow_dr.resumed"]) == noted
 
 
-def test_system_metrics_are_on_the_run_if_mlflow_logs_them(
+def test_system_metrics_are_on_the_run_unless_mlflow_logs_none(
     trained: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """At MLflow's own interval, and further where a training is resumed."""
     name = "system/cpu_utilization_percentage"
-    assert trained(max_steps=1).points(name) == []
-    monkeypatch.setenv("MLFLOW_ENABLE_SYSTEM_METRICS_LOGGING", "true")
     monkeypatch.setenv("MLFLOW_SYSTEM_METRICS_SAMPLING_INTERVAL", "0.01")
+    monkeypatch.setenv("MLFLOW_ENABLE_SYSTEM_METRICS_LOGGING", "false")
+    assert trained(max_steps=1).points(name) == []
+    monkeypatch.delenv("MLFLOW_ENABLE_SYSTEM_METRICS_LOGGING")
     flags = {"output_dir": tmp_path / "out", "save_steps": 4}
     first = trained(**flags)
     steps = [step for step, _ in first.points(name)]
