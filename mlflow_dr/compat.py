@@ -43,13 +43,17 @@ def register_before_thread_pools_end(function: Callable[[], None]) -> None:
     register(function)
 
 
-def is_generated_name(name: str) -> bool:
-    """mlflow: whether it has made up the name of a run, such as `tasteful-stoat-947`."""
-    from mlflow.utils.name_utils import _GENERATOR_NOUNS, _GENERATOR_PREDICATES
+def is_generated_name(name_utils: Any, name: str) -> bool:
+    """mlflow: whether it has made up the name of a run, such as `tasteful-stoat-947`.
 
+    Args:
+        name_utils: mlflow's module of that name.
+        name: of the run.
+    """
     first, _, rest = name.partition("-")
     noun, _, number = rest.rpartition("-")
-    return first in _GENERATOR_PREDICATES and noun in _GENERATOR_NOUNS and number.isdecimal()
+    is_made_of = first in name_utils._GENERATOR_PREDICATES and noun in name_utils._GENERATOR_NOUNS
+    return is_made_of and number.isdecimal()
 
 
 def flag_actions(parser: argparse.ArgumentParser) -> dict[str, argparse.Action]:

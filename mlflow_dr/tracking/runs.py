@@ -25,6 +25,7 @@ from mlflow.entities import (
 )
 from mlflow.exceptions import MlflowException
 from mlflow.tracking.context.registry import resolve_tags
+from mlflow.utils import name_utils
 from mlflow.utils.mlflow_tags import MLFLOW_PARENT_RUN_ID
 
 from mlflow_dr import compat
@@ -267,7 +268,7 @@ def open_run(
         run = find_run(client, run_id)
         run.set_tags({k: v for k, v in context.items() if k.startswith(OWN_TAGS)})
         status = "RUNNING" if is_over(run.fetch()) else None
-        name = name or (default_name if compat.is_generated_name(run.name) else None)
+        name = name or (default_name if compat.is_generated_name(name_utils, run.name) else None)
         if status or name:
             with tracking_errors(f"updating run {run_id}"):
                 client.update_run(run_id, status=status, name=name)

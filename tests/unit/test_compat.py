@@ -238,8 +238,9 @@ def test_a_class_of_models_says_which_attention_it_can_use(name: str) -> None:
 
 
 def test_mlflow_makes_up_names_of_runs_from_its_lists() -> None:
-    from mlflow.utils.name_utils import _generate_random_name
+    from mlflow.utils import name_utils
 
-    assert compat.is_generated_name(_generate_random_name()), upgraded("mlflow", "name_utils")
+    made_up = name_utils._generate_random_name()
+    assert compat.is_generated_name(name_utils, made_up), upgraded("mlflow", "name_utils")
     for chosen in ("sea-tiny-1129-0741", "first", "my-bert-2", ""):
-        assert not compat.is_generated_name(chosen)
+        assert not compat.is_generated_name(name_utils, chosen)
