@@ -33,7 +33,7 @@ BROWSERS = ("chromium", "chromium-browser", "google-chrome")
 FLAGS = ["--headless=new", "--no-sandbox", "--disable-gpu", "--hide-scrollbars"]
 SHOWN = ("train/loss", "val/mrr_at_10", "val/ndcg_at_10", "val/recall_at_100")
 SECONDS_TO_START = 120
-COLOURS = 64
+COLOURS = 128
 TRAINING = "?workflowType=machine_learning"
 
 
@@ -99,8 +99,8 @@ def pictures(uri: str, run: TrackedRun, report: Path) -> dict[str, Picture]:
         ),
         "run-page.png": Picture(
             f"{experiment}/runs/{run.id}{TRAINING}",
-            lambda page: show_text(page, "Best val/"),
-            (1280, 900),
+            show_description,
+            (1500, 1150),
         ),
         "run.png": Picture(f"{uri}/{charts_address(run)}", show_charts, (1280, 1060)),
         "model-page.png": Picture(checkpoint, lambda page: show_text(page, "Step "), (1280, 760)),
@@ -118,6 +118,13 @@ def save(picture: bytes, path: Path) -> None:
 def show_text(page: Page, text: str) -> None:
     """Wait until a page shows a text."""
     page.get_by_text(text).first.wait_for()
+    settle(page)
+
+
+def show_description(page: Page) -> None:
+    """Unfold the description of a run, which has the curve of its report."""
+    show_text(page, "Best ")
+    page.get_by_text("Show more").first.click()
     settle(page)
 
 

@@ -71,7 +71,7 @@ def _draw_measure(panel: Any, report: RunReport) -> None:
     for number, curve in enumerate(curves):
         colour = COLOURS[number % len(COLOURS)]
         line = "-o" if curve.subset == FULL else "--s"
-        about = "full corpus" if curve.subset == FULL else curve.subset
+        about = "full corpus" if curve.subset == FULL else curve.subset.partition(", ")[0]
         panel.plot(
             *_points(curve, key), line, color=colour, markersize=4, label=f"{curve.name}: {about}"
         )

@@ -8,7 +8,7 @@ from statistics import median
 from mlflow_dr import pages
 from mlflow_dr.decisions.comparison import changes_figure
 from mlflow_dr.report.contents import Curve, Query, RunReport
-from mlflow_dr.report.figures import lag_figure, overview_figure, shown_measure
+from mlflow_dr.report.figures import FULL, lag_figure, overview_figure, shown_measure
 from mlflow_dr.terminal import time_span
 from mlflow_dr.tracking.context import COMMAND_LINE_TAG
 from mlflow_dr.tracking.runs import DATASET_PARAM
@@ -90,7 +90,7 @@ def _query_table(queries: Sequence[Query], before: int, after: int) -> str:
 def _checkpoints(report: RunReport) -> Iterator[str]:
     yield pages.heading("All checkpoints")
     for curve in report.curves:
-        about = "the full corpus" if curve.subset == "full" else curve.subset
+        about = "the full corpus" if curve.subset == FULL else curve.subset
         yield pages.paragraph(f"Validation {curve.name}: {about}")
         heads = ("step", *map(shown_measure, curve.measures), "seconds", "lag, s")
         rows = [

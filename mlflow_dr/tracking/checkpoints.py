@@ -51,11 +51,7 @@ class Checkpoint:
         tags: its tags.
         metrics: names of the metrics it has.
         directory: of a checkpoint that was not published but found; a path on that machine.
-<<<<<<< HEAD
         model_type: `MODEL_TYPE` of encoders or `READER_TYPE`.
-=======
-        model_type: `dense_retriever` or `reader`.
->>>>>>> 788537f (Runs and checkpoints explain themselves in MLflow: names, descriptions, the best value as a tag, params that count, CSV of single queries, figures of the machine)
     """
 
     model_id: str
