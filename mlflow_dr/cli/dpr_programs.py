@@ -28,7 +28,7 @@ COMMON_SWITCHES = ("no_cuda", "fp16")
 IGNORED = (
     *("encoder_model_type", "pretrained_file", "projection_dim", "local_rank", "fp16_opt_level"),
     *("num_workers", "validation_workers", "index_buffer", "dev_batch_size", "adam_betas"),
-    *("train_rolling_loss_step", "checkpoint_file_name", "dropout"),
+    *("train_rolling_loss_step", "checkpoint_file_name"),
 )
 IGNORED_SWITCHES = ("do_lower_case", "save_or_load_index", "fully_resumable")
 AVERAGE_RANK = (
@@ -41,6 +41,7 @@ TRAINING = {
     "learning_rate": "learning-rate",
     "warmup_steps": "warmup-steps",
     "weight_decay": "weight-decay",
+    "dropout": "dropout",
     "adam_eps": "adam-eps",
     "max_grad_norm": "max-grad-norm",
     "num_train_epochs": "num-train-epochs",

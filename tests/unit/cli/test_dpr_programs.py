@@ -27,7 +27,7 @@ LINES = [
     " --train_file r.json --dev_file r.json --learning_rate 1e-5 --eval_step 2000"
     " --eval_top_docs 50 --warmup_steps 0 --sequence_length 350 --batch_size 16"
     " --passages_per_question 24 --num_train_epochs 2 --dev_batch_size 72"
-    " --passages_per_question_predict 50 --output_dir reader",
+    " --passages_per_question_predict 50 --output_dir reader --dropout 0.1",
     "train_reader --prediction_results_file p.json --eval_top_docs 10 20 --dev_file r.json"
     " --model_file reader --dev_batch_size 80 --passages_per_question_predict 100",
 ]
