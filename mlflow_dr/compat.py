@@ -7,7 +7,8 @@ which library it was. Nothing heavy is imported here before it is needed.
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -84,6 +85,25 @@ def find_processes(arguments: Any) -> None:
     """transformers: have arguments find the processes again, after their variables were set."""
     vars(arguments).pop("_setup_devices", None)
     arguments.device  # noqa: B018 - a property that sets up the processes
+
+
+def register_attention(name: str, attention: Callable[..., Any]) -> None:
+    """transformers: an attention that backbones can be set to; it gets no mask."""
+    from transformers import AttentionInterface, AttentionMaskInterface
+
+    AttentionInterface.register(name, attention)
+    AttentionMaskInterface.register(name, lambda *_, **__: None)
+
+
+@contextmanager
+def attention_set(config: Any, name: str) -> Iterator[None]:
+    """transformers: compute with an attention of this name, and with the one before afterwards."""
+    before = config._attn_implementation
+    config._attn_implementation = name
+    try:
+        yield
+    finally:
+        config._attn_implementation = before
 
 
 def loss_progress(trainer: Any) -> tuple[Any, float, int]:

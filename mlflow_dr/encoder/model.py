@@ -139,13 +139,20 @@ def positions(backbone: Any) -> int | None:
     limit: int | None = getattr(getattr(backbone, "config", None), "max_position_embeddings", None)
     if not limit or limit < 0:
         return None
+    return limit - first_position(backbone)
+
+
+def first_position(backbone: Any) -> int:
+    """The position number of a text's first token.
+
+    It is 0, but models like RoBERTa and MPNet count from the padding token's id + 1.
+    """
     for module in backbone.modules():
-        # models like RoBERTa and MPNet count positions from the padding token's id + 1
         table = getattr(module, "position_embeddings", None)
         padding = getattr(module, "padding_idx", None)
         if isinstance(padding, int) and isinstance(table, nn.Embedding):
-            return limit - padding - 1
-    return limit
+            return padding + 1
+    return 0
 
 
 def shortest(*limits: Any, default: int) -> int:

@@ -2,17 +2,32 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterable, Iterator
 
 import numpy as np
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 from mlflow_dr.encoder.model import Encoder
-from mlflow_dr.errors import CheckpointError
-from mlflow_dr.stores.token_table import TokenTable
+from mlflow_dr.encoder.packed import can_pack, encode_packed
+from mlflow_dr.errors import CheckpointError, one_line
+from mlflow_dr.stores.token_table import TokenTable, pad
+
+log = logging.getLogger(__name__)
 
 TOKENS_PER_BATCH = {"cpu": 4096, "cuda": 65536}
+PROOF_TEXTS = 4
+MOST_DEVIATION = {
+    torch.float64: 1e-6,
+    torch.float32: 1e-5,
+    torch.bfloat16: 1e-3,
+    torch.float16: 1e-4,
+}
+"""1 - cosine similarity of a vector computed with and without padding, by number format."""
+_unpacked: set[str] = set()
+"""Kinds of backbones of which a warning was given."""
 
 
 def plan_batches(
@@ -61,15 +76,63 @@ def encode_batches(
 
     NaN is let through: `check_finite` is for the caller, who may gather batches first.
     """
-    device = encoder.device
+    encode = _BatchEncoder(encoder, table, pad_id)
     for rows in batches:
-        ids, mask = (torch.from_numpy(array) for array in table.padded(rows, pad_id))
+        yield rows, encode(rows)
+
+
+class _BatchEncoder:
+    """Encodes batches without padding, if the first batch shows that the vectors are the same."""
+
+    def __init__(self, encoder: Encoder, table: TokenTable, pad_id: int) -> None:
+        self._encoder, self._table, self._pad_id = encoder, table, pad_id
+        self._is_packed: bool | None = None if can_pack(encoder) else False
+
+    def __call__(self, rows: np.ndarray) -> Tensor:
+        """The vectors of the texts in these rows, `(n, dim) float32`."""
+        ids, lengths = self._table.packed(rows)
+        if self._is_packed is None:
+            self._is_packed = self._is_proven(ids, lengths)
+        return self._packed(ids, lengths) if self._is_packed else self._padded(ids, lengths)
+
+    def _is_proven(self, ids: np.ndarray, lengths: np.ndarray) -> bool:
+        """Whether a few texts of a batch, and the beginning of one, have the same vectors."""
+        ends = np.cumsum(lengths)
+        chosen = np.unique(np.linspace(0, len(lengths) - 1, PROOF_TEXTS).astype(int))
+        texts = [ids[ends[text] - lengths[text] : ends[text]] for text in chosen]
+        texts.append(texts[-1][: 1 + len(texts[-1]) // 2])
+        sizes = np.array([len(text) for text in texts])
+        sample = np.concatenate(texts), sizes
+        expected, kind = self._padded(*sample), type(self._encoder.backbone).__name__
+        try:
+            found = self._packed(*sample)
+        except Exception as error:  # noqa: BLE001 - a backbone's own code refuses in its own way
+            reason = one_line(error)
+        else:
+            likeness = functional.cosine_similarity(found, expected)
+            dtype = next(self._encoder.parameters()).dtype
+            if bool((likeness > 1 - MOST_DEVIATION[dtype]).all()):
+                return True
+            if not bool(expected.isfinite().all()):  # broken weights prove nothing
+                return False
+            reason = f"vectors differ, cosine similarity {likeness.min():.3g}"
+        if kind not in _unpacked:
+            _unpacked.add(kind)
+            log.warning("%s is encoded with padding, which is slower (%s)", kind, reason)
+        return False
+
+    def _packed(self, ids: np.ndarray, lengths: np.ndarray) -> Tensor:
+        return encode_packed(self._encoder, self._on_device(ids), lengths.tolist())
+
+    def _padded(self, ids: np.ndarray, lengths: np.ndarray) -> Tensor:
+        padded, mask = pad(ids, lengths, self._pad_id)
+        return self._encoder(self._on_device(padded), self._on_device(mask))
+
+    def _on_device(self, array: np.ndarray) -> Tensor:
+        tensor, device = torch.from_numpy(array), self._encoder.device
         if device.type == "cuda":
-            ids, mask = ids.pin_memory(), mask.pin_memory()
-        yield (
-            rows,
-            encoder(ids.to(device, non_blocking=True), mask.to(device, non_blocking=True)),
-        )
+            tensor = tensor.pin_memory()
+        return tensor.to(device, non_blocking=True)
 
 
 def encode_all(encoder: Encoder, table: TokenTable, pad_id: int, what: str = "text") -> Tensor:

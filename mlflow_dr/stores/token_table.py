@@ -115,9 +115,20 @@ class TokenTable:
         """A copy of the tokens of some rows, which can be sent to another process.
 
         Args:
-            rows: those of `padded` have to be among them, `(n,) int64`.
+            rows: those of `packed` and `padded` have to be among them, `(n,) int64`.
         """
         return _TablePart(self, np.sort(rows))
+
+    def packed(self, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Texts end to end.
+
+        Returns:
+            Token ids `(n_tokens,) int64`, and the tokens of each text `(n_rows,) int64`.
+        """
+        starts = self._starts[rows]
+        lengths = self._ends[rows] - starts
+        offsets = np.repeat(starts - np.cumsum(lengths) + lengths, lengths)
+        return self._ids[offsets + np.arange(len(offsets))].astype(np.int64), lengths
 
     def padded(self, rows: np.ndarray, pad_id: int) -> tuple[np.ndarray, np.ndarray]:
         """Texts side by side, padded at the right to the longest of them.
@@ -125,13 +136,15 @@ class TokenTable:
         Returns:
             Token ids and mask (1 for a token, 0 for padding), both `(n_rows, longest) int64`.
         """
-        starts = self._starts[rows]
-        lengths = self._ends[rows] - starts
-        columns = np.arange(int(lengths.max()))
-        mask = columns < lengths[:, None]
-        offsets = np.where(mask, starts[:, None] + columns, 0)
-        ids = np.where(mask, self._ids[offsets], pad_id).astype(np.int64)
-        return ids, mask.astype(np.int64)
+        return pad(*self.packed(rows), pad_id)
+
+
+def pad(ids: np.ndarray, lengths: np.ndarray, pad_id: int) -> tuple[np.ndarray, np.ndarray]:
+    """Texts side by side instead of end to end; see `TokenTable.packed` and `TokenTable.padded`."""
+    mask = np.arange(int(lengths.max())) < lengths[:, None]
+    padded = np.full(mask.shape, pad_id, np.int64)
+    padded[mask] = ids
+    return padded, mask.astype(np.int64)
 
 
 class _TablePart(TokenTable):
@@ -145,8 +158,8 @@ class _TablePart(TokenTable):
         super().__init__(table._ids[places], starts, ends)
         self._rows = rows
 
-    def padded(self, rows: np.ndarray, pad_id: int) -> tuple[np.ndarray, np.ndarray]:
-        return super().padded(np.searchsorted(self._rows, rows), pad_id)
+    def packed(self, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        return super().packed(np.searchsorted(self._rows, rows))
 
 
 def token_table(token_ids: Sequence[Sequence[int]]) -> TokenTable:

@@ -244,3 +244,21 @@ def test_mlflow_makes_up_names_of_runs_from_its_lists() -> None:
     assert compat.is_generated_name(name_utils, made_up), upgraded("mlflow", "name_utils")
     for chosen in ("sea-tiny-1129-0741", "first", "my-bert-2", ""):
         assert not compat.is_generated_name(name_utils, chosen)
+
+
+def test_transformers_takes_an_attention_of_ours() -> None:
+    from transformers import BertConfig, BertModel
+
+    def ours(*_: object, **__: object) -> tuple[torch.Tensor, None]:
+        called.append(True)
+        return torch.zeros(1, 5, 2, 4), None
+
+    called: list[bool] = []
+    sizes = {"num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 8}
+    model = BertModel(BertConfig(vocab_size=9, hidden_size=8, **sizes), add_pooling_layer=False)
+    compat.register_attention("test_of_ours", ours)
+    before = model.config._attn_implementation
+    with compat.attention_set(model.config, "test_of_ours"):
+        model(torch.zeros(1, 5, dtype=torch.int64))
+    assert called, upgraded("transformers", "config._attn_implementation, or AttentionInterface")
+    assert model.config._attn_implementation == before

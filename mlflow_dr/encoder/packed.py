@@ -1,0 +1,219 @@
+"""Token vectors of texts that lie end to end, without padding and without a mask.
+
+A backbone that takes its attention from transformers' `AttentionInterface` calls `attend`, which
+keeps each text to itself. Texts of equal length are computed together. On CUDA, half-precision
+numbers go through the kernel for texts of several lengths.
+https://huggingface.co/docs/transformers/attention_interface
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Sequence
+from itertools import accumulate, groupby
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from mlflow_dr import compat
+from mlflow_dr.encoder.model import Encoder, apply_head, first_position, is_adapted
+
+ATTENTION = "mlflow_dr_packed"
+"""The name of `attend` in transformers."""
+# these change the attention, and `attend` does not compute them
+UNSUPPORTED = ("softcap", "s_aux", "position_bias", "head_mask")
+
+
+class PackedTexts(NamedTuple):
+    """Where each text begins and ends, among texts that lie end to end.
+
+    Attributes:
+        lengths: tokens of each text; texts of equal length are beside each other.
+        ends: 0 and the end of each text, `(n_texts + 1,) int32`, on the device.
+    """
+
+    lengths: Sequence[int]
+    ends: Tensor
+
+    @classmethod
+    def of(cls, lengths: Sequence[int], device: torch.device) -> PackedTexts:
+        """Texts of these lengths."""
+        ends = torch.tensor([0, *accumulate(lengths)], dtype=torch.int32)
+        return cls(lengths, ends.to(device, non_blocking=True))
+
+
+def attend(
+    module: Any,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    dropout: float = 0.0,
+    scaling: float | None = None,
+    sliding_window: int | None = None,
+    is_causal: bool | None = None,
+    packed_texts: PackedTexts | None = None,
+    **options: Any,
+) -> tuple[Tensor, None]:
+    """Attention within each text; transformers calls it in each layer.
+
+    Args:
+        module: the layer's attention.
+        query: `(1, n_heads, n_tokens, dim)`.
+        key: `(1, n_key_heads, n_tokens, dim)`.
+        value: as `key`.
+        attention_mask: None.
+        dropout: the share of weights that are dropped.
+        scaling: of the products; `dim ** -0.5` when None.
+        sliding_window: tokens that are as far apart as this, or further, do not see each other.
+        is_causal: whether a token sees only those before it; the module's own when None.
+        packed_texts: which tokens are of which text.
+        options: others of transformers.
+
+    Returns:
+        `(1, n_tokens, n_heads, dim)`, and no weights.
+
+    Raises:
+        NotImplementedError: this attention cannot be computed so.
+    """
+    asked = [name for name in UNSUPPORTED if options.get(name) is not None]
+    if packed_texts is None or attention_mask is not None or asked or len(query) != 1:
+        raise NotImplementedError(f"attention of packed texts with {asked or 'a mask'}")
+    causal = bool(getattr(module, "is_causal", True) if is_causal is None else is_causal)
+    settings = _Attention(scaling, causal, sliding_window, dropout)
+    if query.device.type == "cuda" and query.dtype != torch.float32 and not dropout:
+        return _attend_varlen(query, key, value, packed_texts, settings)[None], None
+    parts, start = [], 0
+    for length, texts in groupby(packed_texts.lengths):
+        count = sum(1 for _ in texts)
+        stop = start + count * length
+        group = (
+            states[0, :, start:stop].unflatten(1, (count, length)).transpose(0, 1)
+            for states in (query, key, value)
+        )
+        parts.append(_attend_equal(*group, settings))
+        start = stop
+    return torch.cat(parts)[None] if len(parts) > 1 else parts[0][None], None
+
+
+class _Attention(NamedTuple):
+    """What is computed; see `attend`."""
+
+    scaling: float | None
+    is_causal: bool
+    window: int | None
+    dropout: float
+
+
+def _attend_equal(query: Tensor, key: Tensor, value: Tensor, settings: _Attention) -> Tensor:
+    """Attention within texts of one length.
+
+    Args:
+        query: `(n_texts, n_heads, length, dim)`.
+        key: `(n_texts, n_key_heads, length, dim)`.
+        value: as `key`.
+        settings: what is computed.
+
+    Returns:
+        `(n_texts * length, n_heads, dim)`.
+    """
+    length, causal, mask = query.shape[2], settings.is_causal, None
+    if settings.window is not None and settings.window < length:
+        places = torch.arange(length, device=query.device)
+        distance = places[:, None] - places
+        mask = distance.abs() < settings.window
+        mask, causal = mask & (distance >= 0) if causal else mask, False
+    attended = functional.scaled_dot_product_attention(
+        query,
+        key,
+        value,
+        attn_mask=mask,
+        dropout_p=settings.dropout,
+        is_causal=causal,
+        scale=settings.scaling,
+        enable_gqa=query.shape[1] != key.shape[1],
+    )
+    return attended.transpose(1, 2).flatten(0, 1)
+
+
+def _attend_varlen(
+    query: Tensor, key: Tensor, value: Tensor, texts: PackedTexts, settings: _Attention
+) -> Tensor:
+    """Attention within texts by the CUDA kernel for several lengths; no synchronisation.
+
+    Args:
+        query: `(1, n_heads, n_tokens, dim)`, fp16 or bf16.
+        key: `(1, n_key_heads, n_tokens, dim)`.
+        value: as `key`.
+        texts: which tokens are of which text.
+        settings: what is computed.
+
+    Returns:
+        `(n_tokens, n_heads, dim)`.
+    """
+    from torch.nn.attention.varlen import varlen_attn
+
+    reach = -1 if settings.window is None else settings.window - 1
+    longest = max(texts.lengths)
+    attended: Any = varlen_attn(
+        *(states[0].transpose(0, 1) for states in (query, key, value)),
+        texts.ends,
+        texts.ends,
+        longest,
+        longest,
+        scale=settings.scaling,
+        window_size=(reach, 0 if settings.is_causal else reach),
+        enable_gqa=query.shape[1] != key.shape[1],
+    )
+    out: Tensor = attended
+    return out
+
+
+def can_pack(encoder: Encoder) -> bool:
+    """Whether packed texts are worth a try: a transformer that takes position numbers."""
+    if encoder.is_static or not hasattr(encoder.backbone, "config"):
+        return False
+    return "position_ids" in inspect.signature(_model(encoder).forward).parameters
+
+
+def encode_packed(encoder: Encoder, ids: Tensor, lengths: Sequence[int]) -> Tensor:
+    """Vectors of texts that lie end to end.
+
+    Args:
+        encoder: in evaluation mode; `can_pack` holds.
+        ids: token ids of all texts, `(n_tokens,) int64`, on the encoder's device.
+        lengths: tokens of each text; texts of equal length are beside each other.
+
+    Returns:
+        `(n_texts, dimension) float32`; see `Encoder.forward`.
+    """
+    compat.register_attention(ATTENTION, attend)
+    device, model = ids.device, _model(encoder)
+    sizes = torch.tensor(lengths)
+    starts, longest = sizes.cumsum(0) - sizes, max(lengths)
+    columns = torch.arange(longest)
+    mask = columns < sizes[:, None]
+    positions = columns.expand(len(sizes), -1)[mask] + first_position(encoder.backbone)
+    options = {"use_cache": False} if getattr(model.config, "use_cache", False) else {}
+    with compat.attention_set(model.config, ATTENTION):
+        states = encoder.backbone(
+            input_ids=ids[None],
+            position_ids=positions[None].to(device, non_blocking=True),
+            packed_texts=PackedTexts.of(lengths, device),
+            **options,
+        )[0][0]
+    # the head takes texts side by side; where one is shorter, it ignores what stands there
+    sources = torch.where(mask, starts[:, None] + columns, 0).to(device, non_blocking=True)
+    features = {
+        "token_embeddings": states[sources],
+        "attention_mask": mask.long().to(device, non_blocking=True),
+    }
+    return apply_head(encoder.head, features)
+
+
+def _model(encoder: Encoder) -> Any:
+    """The backbone below its adapters."""
+    backbone = encoder.backbone
+    return backbone.get_base_model() if is_adapted(backbone) else backbone

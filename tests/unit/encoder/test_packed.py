@@ -1,0 +1,152 @@
+"""Texts end to end have the vectors that each has alone."""
+
+import logging
+from collections.abc import Iterator
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import transformers
+
+from mlflow_dr.encoder.config import EncoderConfig
+from mlflow_dr.encoder.model import Encoder
+from mlflow_dr.encoder.packed import ATTENTION, PackedTexts, attend, can_pack, encode_packed
+from mlflow_dr.retrieval import encode
+from mlflow_dr.retrieval.encode import encode_batches
+from mlflow_dr.stores.token_table import TokenTable, token_table
+
+SIZES: dict[str, Any] = {
+    "vocab_size": 100,
+    "hidden_size": 32,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "intermediate_size": 64,
+    "max_position_embeddings": 100,
+    "pad_token_id": 0,
+}
+GROUPED = {"num_key_value_heads": 2, "head_dim": 8}  # fewer heads of keys than of queries
+DISTIL = {"vocab_size": 100, "dim": 32, "n_layers": 2, "n_heads": 4, "hidden_dim": 64}
+T5 = {"vocab_size": 100, "d_model": 32, "d_kv": 8, "num_layers": 2, "num_heads": 4, "d_ff": 64}
+SPECIAL = {"bos_token_id": 1, "eos_token_id": 2, "cls_token_id": 1, "sep_token_id": 2}
+PACKED: dict[str, dict[str, Any]] = {
+    "Bert": SIZES,
+    "Roberta": {**SIZES, "pad_token_id": 1},
+    "DistilBert": DISTIL,
+    "ModernBert": {
+        **SIZES,
+        **SPECIAL,
+        "num_hidden_layers": 3,
+        "local_attention": 16,
+        "global_attn_every_n_layers": 3,
+    },
+    "Electra": {**SIZES, "embedding_size": 16},
+    "Llama": {**SIZES, **GROUPED},
+    "Qwen3": {**SIZES, **GROUPED},
+    "Mistral": {**SIZES, **GROUPED, "sliding_window": 12},
+}
+PADDED: dict[str, dict[str, Any]] = {
+    "MPNet": SIZES,
+    "Gemma2": {**SIZES, **GROUPED, "sliding_window": 12},
+    "T5": T5,
+}
+LENGTHS = [40, 40, 39, 33, 7, 7, 7, 2, 1]
+
+
+def encoder_of(kind: str, settings: dict[str, Any]) -> Encoder:
+    """A small encoder with random weights, large enough that attention matters."""
+    torch.manual_seed(0)
+    model = getattr(transformers, f"{kind}EncoderModel" if kind == "T5" else f"{kind}Model")
+    backbone = model(getattr(transformers, f"{kind}Config")(**settings))
+    with torch.no_grad():
+        for weight in backbone.parameters():
+            weight.mul_(4 if weight.dim() > 1 else 1)
+    config = EncoderConfig(
+        pooling="mean", normalize=True, query_max_length=64, passage_max_length=64
+    )
+    return Encoder(backbone, SimpleNamespace(pad_token_id=0), config).eval()
+
+
+@pytest.fixture(scope="module")
+def table() -> TokenTable:
+    generator = np.random.default_rng(0)
+    return token_table([generator.integers(5, 100, length).tolist() for length in LENGTHS])
+
+
+@pytest.fixture(autouse=True)
+def no_warning_given(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    monkeypatch.setattr(encode, "_unpacked", set())
+    yield
+
+
+@torch.inference_mode()
+def one_by_one(encoder: Encoder, table: TokenTable) -> torch.Tensor:
+    texts = [torch.from_numpy(table[row].astype(np.int64))[None] for row in range(len(table))]
+    return torch.cat([encoder(ids, torch.ones_like(ids)) for ids in texts])
+
+
+@pytest.mark.parametrize("kind", PACKED)
+def test_packed_texts_have_the_vectors_that_each_has_alone(kind: str, table: TokenTable) -> None:
+    encoder = encoder_of(kind, PACKED[kind])
+    alone = one_by_one(encoder, table)
+    assert can_pack(encoder)
+    before = encoder.backbone.config._attn_implementation
+    ids, lengths = table.packed(np.arange(len(table)))
+    with torch.inference_mode():
+        packed = encode_packed(encoder, torch.from_numpy(ids), lengths.tolist())
+    torch.testing.assert_close(packed, alone, rtol=0, atol=2e-6)
+    assert encoder.backbone.config._attn_implementation == before != ATTENTION
+
+
+@pytest.mark.parametrize("kind", PADDED)
+def test_other_backbones_are_padded_and_it_is_said_once(
+    kind: str, table: TokenTable, caplog: pytest.LogCaptureFixture
+) -> None:
+    encoder = encoder_of(kind, PADDED[kind])
+    alone = one_by_one(encoder, table)
+    with caplog.at_level(logging.WARNING):
+        for _ in range(2):
+            ((_, vectors),) = encode_batches(encoder, table, 0, [np.arange(len(table))])
+    torch.testing.assert_close(vectors, alone, rtol=0, atol=2e-6)
+    warned = [record.message for record in caplog.records if "padding" in record.message]
+    assert len(warned) == (kind != "T5"), warned  # it takes no position numbers, so none is tried
+
+
+def test_a_single_text_proves_the_backbone_too(table: TokenTable) -> None:
+    encoder = encoder_of("MPNet", PADDED["MPNet"])
+    ((_, vectors),) = encode_batches(encoder, table, 0, [np.array([0])])
+    torch.testing.assert_close(vectors, one_by_one(encoder, table)[:1], rtol=0, atol=2e-6)
+
+
+def test_batches_are_packed_where_it_is_proven(
+    table: TokenTable, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    encoder = encoder_of("Bert", PACKED["Bert"])
+    monkeypatch.setattr(encoder, "forward", None)
+    encode_of_batch = encode._BatchEncoder(encoder, table, 0)
+    encode_of_batch._is_packed = True
+    assert encode_of_batch(np.arange(4)).shape == (4, 32)
+
+
+def test_gradients_of_packed_texts_are_those_of_texts_alone(table: TokenTable) -> None:
+    encoder = encoder_of("Bert", PACKED["Bert"])
+    weight = encoder.backbone.encoder.layer[0].attention.self.query.weight
+    ids, lengths = table.packed(np.arange(4))
+    (found,) = torch.autograd.grad(
+        encode_packed(encoder, torch.from_numpy(ids), lengths.tolist())[:, 0].sum(), [weight]
+    )
+    texts = [torch.from_numpy(table[row].astype(np.int64))[None] for row in range(4)]
+    alone = torch.cat([encoder(text, torch.ones_like(text)) for text in texts])
+    (expected,) = torch.autograd.grad(alone[:, 0].sum(), [weight])
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("option", ["softcap", "s_aux", "position_bias"])
+def test_attention_that_cannot_be_computed_is_refused(option: str) -> None:
+    states = torch.zeros(1, 4, 3, 8)
+    texts = PackedTexts.of([2, 1], torch.device("cpu"))
+    module = SimpleNamespace(is_causal=False)
+    attend(module, states, states, states, None, packed_texts=texts)
+    with pytest.raises(NotImplementedError, match=option):
+        attend(module, states, states, states, None, packed_texts=texts, **{option: 1.0})
