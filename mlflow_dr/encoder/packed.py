@@ -172,8 +172,12 @@ def _attend_varlen(
 
 
 def can_pack(encoder: Encoder) -> bool:
-    """Whether packed texts are worth a try: a transformer that takes position numbers."""
-    if encoder.is_static or not hasattr(encoder.backbone, "config"):
+    """Whether packed texts are worth a try: a transformer that takes position numbers.
+
+    An encoder with a `forward` of its own computes more than backbone and head.
+    """
+    has_own_forward = type(encoder).forward is not Encoder.forward
+    if encoder.is_static or has_own_forward or not hasattr(encoder.backbone, "config"):
         return False
     return "position_ids" in inspect.signature(_model(encoder).forward).parameters
 

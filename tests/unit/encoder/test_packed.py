@@ -119,6 +119,16 @@ def test_a_single_text_proves_the_backbone_too(table: TokenTable) -> None:
     torch.testing.assert_close(vectors, one_by_one(encoder, table)[:1], rtol=0, atol=2e-6)
 
 
+def test_an_encoder_with_a_forward_of_its_own_is_not_packed() -> None:
+    class Doubled(Encoder):
+        def forward(self, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> torch.Tensor:
+            return 2 * super().forward(input_ids, attention_mask)
+
+    encoder = encoder_of("Bert", PACKED["Bert"])
+    assert can_pack(encoder)
+    assert not can_pack(Doubled(encoder.backbone, encoder.tokenizer, encoder.settings))
+
+
 def test_batches_are_packed_where_it_is_proven(
     table: TokenTable, monkeypatch: pytest.MonkeyPatch
 ) -> None:
