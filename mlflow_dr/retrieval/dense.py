@@ -25,9 +25,8 @@ from mlflow_dr.retrieval.encode import (
     plan_batches,
 )
 from mlflow_dr.retrieval.ranking import SearchResult
-from mlflow_dr.retrieval.search import AUTO, TopK, find_backend
+from mlflow_dr.retrieval.search import AUTO, TopK, find_backend, queries_per_merge
 from mlflow_dr.retrieval.shard_search import (
-    QUERIES_PER_MERGE,
     EncodeShard,
     SearchShard,
     ShardResult,
@@ -194,8 +193,9 @@ class _Merge:
     def __init__(self, request: SearchRequest, tie_ranks: np.ndarray) -> None:
         self._request = request
         self._ranks = tie_ranks
-        starts = range(0, max(1, len(request.queries)), QUERIES_PER_MERGE)
-        self._groups = [slice(start, start + QUERIES_PER_MERGE) for start in starts]
+        size = queries_per_merge(request.k)
+        starts = range(0, max(1, len(request.queries)), size)
+        self._groups = [slice(start, start + size) for start in starts]
         self._best = [
             TopK(len(request.queries[group]), request.k, tie_ranks) for group in self._groups
         ]

@@ -8,7 +8,8 @@ ordered by a rank that the caller gives each passage, also at the cut.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
@@ -19,7 +20,11 @@ from torch.nn import functional
 from mlflow_dr.errors import CheckpointError, MissingExtraError, UsageError
 from mlflow_dr.extensions import Registry
 
-SCORES_PER_BLOCK = 1 << 26
+SCORES_PER_BLOCK = {"cpu": 1 << 22, "cuda": 1 << 26}  # on a processor they fit its cache
+PASSAGES_PER_BLOCK = 64
+# a chunk has many times more passages than are kept, because each chunk is merged
+FEWEST_PER_CHUNK, MOST_PER_CHUNK = 16384, 131072
+RESULTS_PER_MERGE = 1 << 21
 NUMBERS_PER_BLOCK = {"cpu": 1 << 17, "cuda": 1 << 24}  # on a processor they fit its cache
 MARGIN = 16  # candidates beyond k
 ROUNDING = 2.0**-24  # relative, of one operation in fp32
@@ -33,7 +38,7 @@ SearchBackend = Callable[[Tensor, Tensor, int], tuple[Tensor, Tensor]]
 
 Args, in this order:
     queries: `(n_queries, dim) float32`, on the encoder's device.
-    chunk: vectors of passages, `(n, dim) float32`, on the same device; n is at most about 16,384.
+    chunk: vectors of passages, `(n, dim) float32`, on the same device; n is at most about 131,072.
     k: how many passages, 1 <= k <= n.
 
 Returns:
@@ -50,18 +55,28 @@ SEARCH_BACKENDS: Registry[SearchBackend] = Registry("search back end", "mlflow_d
 
 
 def find_backend(name: str, device: torch.device) -> SearchBackend:
-    """The search back end of a name; `auto` is FAISS on the processor and torch elsewhere.
+    """The search back end of a name; `auto` is `torch`.
 
     Raises:
         UsageError: there is none of that name, or it does not run on the device.
     """
     if name == AUTO:
-        name = "faiss" if device.type == "cpu" else "torch"
+        name = "torch"
     if name == "faiss" and device.type != "cpu":
         raise UsageError(
             "search back end 'faiss' needs --device cpu; use 'torch' on an accelerator"
         )
     return SEARCH_BACKENDS.get(name)
+
+
+def passages_per_chunk(k: int) -> int:
+    """How many passages should be searched at a time for the best k."""
+    return min(max(FEWEST_PER_CHUNK, 128 * k), MOST_PER_CHUNK)
+
+
+def queries_per_merge(k: int) -> int:
+    """How many queries should be merged at a time; it takes several times their results' memory."""
+    return max(64, RESULTS_PER_MERGE // max(1, k))
 
 
 class TopK:
@@ -98,13 +113,18 @@ class TopK:
         Raises:
             CheckpointError: the scores overflow.
         """
-        floors = self._floors()
-        self._widen(len(chunk))
-        k = min(self._k, len(chunk))
         longest = torch.linalg.vector_norm(chunk, dim=1).max()
         errors = (
             (chunk.shape[1] + 2) * ROUNDING * longest * torch.linalg.vector_norm(queries, dim=1)
         )
+        floors = self._floors()
+        if search is search_torch and self.scores.shape[1] == self._k:
+            query_rows, positions = _pairs_above(queries, chunk, floors - errors)
+            scores = exact_scores(queries, chunk, query_rows, positions)
+            self._merge(*_side_by_side(query_rows, scores, rows[positions]))
+            return
+        self._widen(len(chunk))
+        k = min(self._k, len(chunk))
         left = torch.arange(len(queries), device=queries.device)
         wanted = min(k + MARGIN, len(chunk))
         while len(left):
@@ -177,6 +197,65 @@ def _exact_where(is_open: Tensor, queries: Tensor, chunk: Tensor, positions: Ten
     return scores
 
 
+def _pairs_above(queries: Tensor, chunk: Tensor, floors: Tensor) -> tuple[Tensor, Tensor]:
+    """The pairs whose rounded score reaches their query's floor.
+
+    The best of each block of passages is looked at first, because most blocks have none.
+
+    Args:
+        queries: `(n_queries, dim) float32`.
+        chunk: `(n, dim) float32`.
+        floors: of each query, `(n_queries,) float32`.
+
+    Returns:
+        The query of each pair, ascending, and the passage's position in the chunk, `(n,) int64`.
+
+    Raises:
+        CheckpointError: the scores overflow.
+    """
+    n_blocks = -(-len(chunk) // PASSAGES_PER_BLOCK)
+    width = n_blocks * PASSAGES_PER_BLOCK
+    height = max(1, SCORES_PER_BLOCK[queries.device.type] // width)
+    scores = queries.new_full((min(height, len(queries)), width), -torch.inf)
+    found: list[tuple[Tensor, Tensor]] = []
+    for start in range(0, len(queries), height):
+        part, lowest = queries[start : start + height], floors[start : start + height, None]
+        with fp32_products():
+            scores[: len(part), : len(chunk)] = part @ chunk.T
+        blocks = scores[: len(part)].view(len(part), n_blocks, PASSAGES_PER_BLOCK)
+        peaks = blocks.amax(dim=2)
+        if not bool(peaks.isfinite().all()):
+            raise CheckpointError(OVERFLOW)
+        rows, numbers = (peaks >= lowest).nonzero().unbind(1)
+        hits, columns = (blocks[rows, numbers] >= lowest[rows]).nonzero().unbind(1)
+        found.append((start + rows[hits], numbers[hits] * PASSAGES_PER_BLOCK + columns))
+    query_rows, positions = zip(*found, strict=True)
+    return torch.cat(query_rows), torch.cat(positions)
+
+
+def _side_by_side(queries: Tensor, scores: Tensor, rows: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Pairs of query and passage, in one line for each query.
+
+    Args:
+        queries: ascending, `(n_pairs,) int64`.
+        scores: `(n_pairs,) float32`.
+        rows: of the passages, `(n_pairs,) int64`.
+
+    Returns:
+        The queries that have pairs `(n,) int64`, their scores `(n, longest) float32`, filled up
+        with minus infinity, and their rows `(n, longest) int64`.
+    """
+    present, counts = queries.unique_consecutive(return_counts=True)
+    if not len(present):
+        return present, scores[None][:0], rows[None][:0]
+    mask = torch.arange(int(counts.max()), device=counts.device) < counts[:, None]
+    side_by_side = scores.new_full(mask.shape, -torch.inf)
+    side_by_side[mask] = scores
+    of_rows = rows.new_zeros(mask.shape)
+    of_rows[mask] = rows
+    return present, side_by_side, of_rows
+
+
 def exact_scores(
     queries: Tensor, passages: Tensor, query_rows: Tensor, passage_rows: Tensor
 ) -> Tensor:
@@ -214,8 +293,9 @@ def exact_scores(
 @SEARCH_BACKENDS.register("torch")
 def search_torch(queries: Tensor, chunk: Tensor, k: int) -> tuple[Tensor, Tensor]:
     """The best k of a chunk by matrix product and top-k, on whichever device the vectors are."""
-    block = max(1, SCORES_PER_BLOCK // max(1, len(chunk)))
-    parts = [(part @ chunk.T).topk(k, dim=1) for part in queries.split(block)]
+    block = max(1, SCORES_PER_BLOCK[queries.device.type] // max(1, len(chunk)))
+    with fp32_products():
+        parts = [(part @ chunk.T).topk(k, dim=1) for part in queries.split(block)]
     scores, positions = zip(*parts, strict=True)
     return torch.cat(scores), torch.cat(positions)
 
@@ -231,6 +311,17 @@ def search_faiss(queries: Tensor, chunk: Tensor, k: int) -> tuple[Tensor, Tensor
     metric = faiss.METRIC_INNER_PRODUCT
     scores, positions = faiss.knn(queries.numpy(), chunk.numpy(), k, metric=metric)
     return torch.from_numpy(scores), torch.from_numpy(positions)
+
+
+@contextmanager
+def fp32_products() -> Iterator[None]:
+    """Matrix products round as fp32 does, whatever was set; TF32 would exceed the error bound."""
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("highest")
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(before)
 
 
 def _best_first(scores: Tensor, ranks: Tensor) -> Tensor:

@@ -15,12 +15,15 @@ from torch import Tensor
 
 from mlflow_dr.encoder.model import Encoder
 from mlflow_dr.retrieval.encode import check_finite, encode_batches
-from mlflow_dr.retrieval.search import SearchBackend, TopK, exact_scores, find_backend
+from mlflow_dr.retrieval.search import (
+    SearchBackend,
+    TopK,
+    exact_scores,
+    find_backend,
+    passages_per_chunk,
+    queries_per_merge,
+)
 from mlflow_dr.stores.token_table import TokenTable
-
-PASSAGES_PER_CHUNK = 16384
-# queries that are merged at a time; merging takes several times the memory of their results
-QUERIES_PER_MERGE = 65536
 
 
 class VectorRequest(NamedTuple):
@@ -110,7 +113,8 @@ class SearchShard:
         vectors = torch.from_numpy(self.vectors).to(encoder.device)
         ranks = torch.from_numpy(self.tie_ranks).to(encoder.device)
         searches = [_Search(request, vectors, ranks, search) for request in self.requests]
-        for rows, chunk in _chunks(encoder, table, self.pad_id, batches):
+        size = passages_per_chunk(max((request.k for request in self.requests), default=0))
+        for rows, chunk in _chunks(encoder, table, self.pad_id, batches, size):
             check_finite(chunk, "passage")
             for searcher in searches:
                 searcher.update(chunk, rows)
@@ -127,7 +131,7 @@ class _Search:
         self._queries = vectors[torch.from_numpy(request.queries).to(device)]
         self._search = search
         self._pairs = _PairScores(request.pairs, len(ranks))
-        self._groups = self._queries.split(QUERIES_PER_MERGE) if request.k else ()
+        self._groups = self._queries.split(queries_per_merge(request.k)) if request.k else ()
         self._best = [TopK(len(group), request.k, ranks, device) for group in self._groups]
         self._within: Tensor | None = None
         if request.within is not None:
@@ -186,9 +190,9 @@ class _PairScores:
 
 
 def _chunks(
-    encoder: Encoder, table: TokenTable, pad_id: int, batches: Iterable[np.ndarray]
+    encoder: Encoder, table: TokenTable, pad_id: int, batches: Iterable[np.ndarray], size: int
 ) -> Iterator[tuple[Tensor, Tensor]]:
-    """Encoded batches gathered into chunks that are worth a search: rows and vectors."""
+    """Encoded batches gathered into chunks of at least this size: rows and vectors."""
     rows: list[np.ndarray] = []
     vectors: list[Tensor] = []
     gathered = 0
@@ -196,7 +200,7 @@ def _chunks(
         rows.append(batch_rows)
         vectors.append(batch)
         gathered += len(batch_rows)
-        if gathered >= PASSAGES_PER_CHUNK:
+        if gathered >= size:
             yield _joined(rows, vectors)
             rows, vectors, gathered = [], [], 0
     if rows:

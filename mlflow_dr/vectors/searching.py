@@ -35,7 +35,7 @@ from mlflow_dr.retrieval.ranking import (
     without_own_ids,
     write_ranking,
 )
-from mlflow_dr.retrieval.search import TopK, find_backend
+from mlflow_dr.retrieval.search import TopK, find_backend, passages_per_chunk, queries_per_merge
 from mlflow_dr.retrieval.vectors import Vectors, open_vectors
 from mlflow_dr.tracking.encoders import open_encoder
 from mlflow_dr.vectors.config import ConvertConfig, SearchConfig, parse_shard
@@ -44,8 +44,6 @@ from mlflow_dr.vectors.judging import Judge, RankingPart, ranking_rows
 
 log = logging.getLogger(__name__)
 
-PASSAGES_PER_CHUNK = 32768
-RESULTS_PER_MERGE = 1 << 21
 QUERIES_PER_PART = 1024
 UNJUDGED_DEPTH = 1000
 NO_ROWS = np.empty((0, 0), np.int64)
@@ -201,11 +199,10 @@ def exact_search(
     find = find_backend(backend, target)
     start, stop = rows or (0, len(passages))
     ranks = tie_ranks(passages.ids)
-    # merging takes several times the memory of its results
-    groups = torch.from_numpy(queries).to(target).split(max(64, RESULTS_PER_MERGE // k))
+    groups = torch.from_numpy(queries).to(target).split(queries_per_merge(k))
     best = [TopK(len(group), k, ranks, target) for group in groups]
     with progress_bar(stop - start, "searching", "passages") as bar:
-        for first, vectors in passages.chunks(start, stop, PASSAGES_PER_CHUNK):
+        for first, vectors in passages.chunks(start, stop, passages_per_chunk(k)):
             chunk = torch.from_numpy(vectors).to(target)
             chunk_rows = torch.arange(first, first + len(chunk), device=target)
             for group, top in zip(groups, best, strict=True):

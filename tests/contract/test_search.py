@@ -11,9 +11,13 @@ import torch
 
 from mlflow_dr.errors import CheckpointError, MissingExtraError, UsageError
 from mlflow_dr.retrieval.search import (
+    SCORES_PER_BLOCK,
     SearchBackend,
     TopK,
     find_backend,
+    fp32_products,
+    passages_per_chunk,
+    queries_per_merge,
     search_faiss,
     search_torch,
 )
@@ -210,14 +214,44 @@ def test_scores_that_overflow_never_become_a_passage(
 def test_blocks_of_queries_are_put_together_in_their_order(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr("mlflow_dr.retrieval.search.SCORES_PER_BLOCK", 700)
+    monkeypatch.setitem(SCORES_PER_BLOCK, "cpu", 700)
     queries, corpus, ranks = tied_vectors(25, 300)
-    _, rows = found(Backend(search_torch, "cpu"), queries, corpus, 10, ranks)
-    np.testing.assert_array_equal(rows, brute_force(queries, corpus, 10, ranks)[1])
+    for chunks in (None, split(np.arange(300), 70)):
+        _, rows = found(Backend(search_torch, "cpu"), queries, corpus, 10, ranks, chunks)
+        np.testing.assert_array_equal(rows, brute_force(queries, corpus, 10, ranks)[1])
+
+
+@pytest.mark.parametrize("value", [3e38, float("nan")])
+def test_an_overflow_in_a_later_chunk_is_refused(backend: Backend, value: float) -> None:
+    queries, corpus, ranks = real_vectors(25, 300)
+    corpus[200, :2] = value, -value
+    queries[3, :2] = 3e38
+    with pytest.raises(CheckpointError, match="overflow"):
+        found(backend, queries, corpus, 5, ranks, split(np.arange(300), 100))
+
+
+def test_products_are_fp32_whatever_was_set() -> None:
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("medium")
+    try:
+        with fp32_products():
+            assert torch.get_float32_matmul_precision() == "highest"
+        assert torch.get_float32_matmul_precision() == "medium"
+    finally:
+        torch.set_float32_matmul_precision(before)
+
+
+def test_deep_rankings_have_large_chunks_and_small_groups() -> None:
+    assert [passages_per_chunk(k) for k in (0, 10, 100, 1000, 9999)] == [
+        *(16384, 16384, 16384),
+        *(128_000, 131_072),
+    ]
+    assert all(k * queries_per_merge(k) <= 1 << 21 for k in (10, 1000, 10_000))
+    assert queries_per_merge(10**6) == 64
 
 
 def test_the_search_of_each_device() -> None:
-    assert find_backend("auto", torch.device("cpu")) is search_faiss
+    assert find_backend("auto", torch.device("cpu")) is search_torch
     assert find_backend("auto", torch.device("cuda:0")) is search_torch
     assert find_backend("torch", torch.device("cpu")) is search_torch
     with pytest.raises(UsageError, match="'faiss' needs --device cpu"):

@@ -86,8 +86,8 @@ def test_rows_and_scores_are_those_of_an_evaluation(
     file_format: str,
     shards: int,
 ) -> None:
-    monkeypatch.setattr(searching, "PASSAGES_PER_CHUNK", 11)
-    monkeypatch.setattr(searching, "RESULTS_PER_MERGE", 64)
+    monkeypatch.setattr(searching, "passages_per_chunk", lambda _: 11)
+    monkeypatch.setattr(searching, "queries_per_merge", lambda _: 3)
     monkeypatch.setattr(searching, "QUERIES_PER_PART", 3)
     queries = encoded(folder, "queries", split="dev")
     passages = encoded(folder, "passages", shards=shards, file_format=file_format)
