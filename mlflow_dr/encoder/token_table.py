@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
 from hashlib import sha256
 from multiprocessing import current_process, get_context
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 
@@ -82,24 +82,33 @@ def _tokenised(
             yield token_table(tokenize(group))
         return
     # new processes, because a forked one would share threads and locks of torch and tokenizers
-    with ProcessPoolExecutor(workers, get_context("spawn")) as pool:
+    context = get_context("spawn")
+    with ProcessPoolExecutor(workers, context, _set_tokenizer, (tokenize,)) as pool:
         waiting: deque[Future[TokenTable]] = deque()
         for group in texts:
             with main_module_hidden():
-                waiting.append(pool.submit(_tokenised_group, tokenize, group))
+                waiting.append(pool.submit(_tokenised_group, group))
             if len(waiting) > 2 * workers:
                 yield waiting.popleft().result()
         while waiting:
             yield waiting.popleft().result()
 
 
-def _tokenised_group(
-    tokenize: Callable[[Sequence[T]], Sequence[Sequence[int]]], group: Sequence[T]
+_of_worker: list[Callable[[Sequence[Any]], Sequence[Sequence[int]]]] = []
+"""What a worker process tokenises by; sent once, so that it can keep the words that it has seen."""
+
+
+def _set_tokenizer(tokenize: Callable[[Sequence[Any]], Sequence[Sequence[int]]]) -> None:
+    _of_worker[:] = [tokenize]
+
+
+def _tokenised_group(group: Sequence[Any]) -> TokenTable:
+    return token_table(_of_worker[0](group))
+
+
+def corpus_tokens(
+    corpus: Corpus, text_tokenizer: TextTokenizer, processes: int | None = None
 ) -> TokenTable:
-    return token_table(tokenize(group))
-
-
-def corpus_tokens(corpus: Corpus, text_tokenizer: TextTokenizer, processes: int = 1) -> TokenTable:
     """The passages of a corpus as token ids, made once for each tokenizer and its settings.
 
     Training and validation share the table if corpus and tokenizer are the same.
@@ -107,7 +116,7 @@ def corpus_tokens(corpus: Corpus, text_tokenizer: TextTokenizer, processes: int 
     Args:
         corpus: the passages.
         text_tokenizer: makes the token ids.
-        processes: the most worker processes that tokenise.
+        processes: the most worker processes that tokenise; as many as there are cores when None.
     """
     return cached_token_table(
         _key(corpus, text_tokenizer),
@@ -115,7 +124,7 @@ def corpus_tokens(corpus: Corpus, text_tokenizer: TextTokenizer, processes: int 
         text_tokenizer.passage_ids,
         text_tokenizer.vocabulary_size,
         total=len(corpus),
-        processes=processes,
+        processes=processes or usable_cores(),
     )
 
 

@@ -8,6 +8,7 @@ import logging
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from functools import cached_property
+from itertools import chain
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -21,6 +22,10 @@ log = logging.getLogger(__name__)
 SETTINGS_FILE = "tokenizer_config.json"
 CHAT_TEMPLATE = ".jinja"
 NO_RULES = {"is_local", "local_files_only", "model_max_length", "processor_class"}
+
+TEXTS_WORTH_WORDS = 1024  # fewer have few words in common
+TEXTS_TO_PROVE = 64
+MOST_WORDS = 1 << 19  # about 100 MB
 
 # short texts, because the length may be short
 PROBES = (
@@ -77,6 +82,8 @@ class TextTokenizer:
         self._config = config
         self.pad_id: int = tokenizer.pad_token_id or 0
         self.vocabulary_size = highest_id(tokenizer) + 1
+        self._word_ids: dict[str, list[int]] = {}
+        self._words_proven: bool | None = None
 
     def query_ids(self, queries: Sequence[Query]) -> list[list[int]]:
         """Token ids of queries, with prompt and special tokens.
@@ -242,6 +249,40 @@ class TextTokenizer:
             return []
         if self._config.lowercase:
             texts = [self._lowered(text) for text in texts]
+        if self._can_cache_words(texts):
+            return self._framed(self._ids_by_word(texts), "", max_length)
+        return self._ids_of_whole(texts, max_length)
+
+    def _can_cache_words(self, texts: list[str]) -> bool:
+        """Whether there are many texts, and the first of them prove that words are independent."""
+        if self._words_proven is None and len(texts) >= TEXTS_WORTH_WORDS:
+            self._words_proven = self._splits_at_blanks and self._are_equal_by_word(texts)
+        return bool(self._words_proven) and len(texts) >= TEXTS_WORTH_WORDS
+
+    @property
+    def _splits_at_blanks(self) -> bool:
+        rules = _backend_rules(self._tokenizer) or {}
+        return (rules.get("pre_tokenizer") or {}).get("type") == "BertPreTokenizer"
+
+    def _are_equal_by_word(self, texts: list[str]) -> bool:
+        sample = [*PROBES, *texts[:: max(1, len(texts) // TEXTS_TO_PROVE)]]
+        return self._ids_by_word(sample) == self._all_bare(sample)
+
+    def _ids_by_word(self, texts: Sequence[str]) -> list[list[int]]:
+        """Token ids without special tokens; each distinct word is tokenised once."""
+        if len(self._word_ids) > MOST_WORDS:
+            self._word_ids.clear()
+        known = self._word_ids
+        split = [text.split(" ") for text in texts]
+        new = list({word for words in split for word in words if word not in known})
+        self._bare("a")  # leaves the backend without truncation and padding
+        encodings = self._tokenizer.backend_tokenizer.encode_batch_fast(
+            new, add_special_tokens=False
+        )
+        known.update((word, encoding.ids) for word, encoding in zip(new, encodings, strict=True))
+        return [list(chain.from_iterable(map(known.__getitem__, words))) for words in split]
+
+    def _ids_of_whole(self, texts: list[str], max_length: int) -> list[list[int]]:
         try:
             encoded = self._tokenizer(
                 texts,

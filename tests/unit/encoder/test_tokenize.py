@@ -8,13 +8,15 @@ from typing import Any
 import pytest
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
+from tokenizers.normalizers import Replace
 from tokenizers.pre_tokenizers import PreTokenizer, Whitespace
 from tokenizers.processors import TemplateProcessing
-from transformers import BertJapaneseTokenizer, PreTrainedTokenizerFast
+from transformers import BertJapaneseTokenizer, BertTokenizer, PreTrainedTokenizerFast
 
 from mlflow_dr.collection.records import Passage, Query
+from mlflow_dr.encoder import tokenize
 from mlflow_dr.encoder.config import EncoderConfig
-from mlflow_dr.encoder.tokenize import TextTokenizer, highest_id
+from mlflow_dr.encoder.tokenize import PROBES, TextTokenizer, highest_id
 from mlflow_dr.errors import DataError
 
 WORDS = ["[PAD]", "[UNK]", "red", "blue", "Red", "query", "passage", "|", "title", "long"]
@@ -279,3 +281,49 @@ def test_a_tokenizer_that_rewrites_texts_refuses_tokenised_ones() -> None:
     made = tokenizer()
     made._tokenizer.post_processor = TemplateProcessing(single="$A:0 $A:0", special_tokens=[])
     assert TextTokenizer(made, EncoderConfig()).passage_ids([Passage("1", "", "red")]) == [[2, 2]]
+
+
+def bert_tokenizer() -> BertTokenizer:
+    pieces = ["ship", "##s", "iron", "sea", ",", ".", "a", "b", "##b", "naive", "[", "]", "mask"]
+    names = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *pieces]
+    return BertTokenizer({name: number for number, name in enumerate(names)}, model_max_length=512)
+
+
+@pytest.mark.parametrize("length", [4, 9, 64])
+@pytest.mark.parametrize("side", ["right", "left"])
+def test_words_that_are_tokenised_once_give_the_ids_of_whole_texts(
+    length: int, side: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made_of = bert_tokenizer()
+    made_of.truncation_side = side
+    made = TextTokenizer(made_of, EncoderConfig(passage_max_length=length))
+    odd = [
+        "ships, iron",
+        " sea  sea ",
+        "",
+        "a[MASK]b [SEP] sea\nships\tnaïve",
+        "xyz ab. abb",
+        "[ a ]",
+    ]
+    passages = [Passage(str(n), "", text) for n, text in enumerate([*PROBES, *odd] * 3)]
+    whole = made.passage_ids(passages)
+    monkeypatch.setattr(tokenize, "TEXTS_WORTH_WORDS", 10)
+    for most in (1 << 19, 3):  # the second time all words are forgotten on the way
+        monkeypatch.setattr(tokenize, "MOST_WORDS", most)
+        assert made.passage_ids(passages[:30]) == whole[:30]
+        assert made.passage_ids(passages) == whole
+        assert made._words_proven and made._word_ids
+
+
+def test_texts_whose_words_depend_on_each_other_are_tokenised_whole(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(tokenize, "TEXTS_WORTH_WORDS", 2)
+    made_of = bert_tokenizer()
+    made_of.backend_tokenizer.normalizer = Replace("iron sea", "ship")
+    made = TextTokenizer(made_of, EncoderConfig(passage_max_length=16))
+    assert made.passage_ids([Passage("1", "", "iron sea")] * 2) == [[2, 5, 3]] * 2
+    assert made._words_proven is False
+    other = text_tokenizer()
+    assert tokens_of(other.passage_ids([Passage("1", "", "red blue")] * 2)) == ["red blue"] * 2
+    assert other._words_proven is False

@@ -318,9 +318,9 @@ def test_dataset_proc_num(
     """Of queries and passages; as threads here, and as processes in `test_token_table.py`."""
     pools: list[int] = []
 
-    def pool(workers: int, _: object) -> ThreadPoolExecutor:
+    def pool(workers: int, _: object, *initializer: Any) -> ThreadPoolExecutor:
         pools.append(workers)
-        return ThreadPoolExecutor(workers)
+        return ThreadPoolExecutor(workers, "", *initializer)
 
     monkeypatch.setattr(token_table, "TEXTS_WORTH_A_PROCESS", 1)
     monkeypatch.setattr(token_table, "usable_cores", lambda: 3)
