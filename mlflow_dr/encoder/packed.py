@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Sequence
+from contextlib import nullcontext
 from itertools import accumulate, groupby
 from typing import Any, NamedTuple
 
@@ -18,7 +19,8 @@ from torch import Tensor
 from torch.nn import functional
 
 from mlflow_dr import compat
-from mlflow_dr.encoder.model import Encoder, apply_head, first_position, is_adapted
+from mlflow_dr.encoder.first_token import last_attention, only_first_tokens, reads_first_tokens
+from mlflow_dr.encoder.model import TOKENS, Encoder, apply_head, first_position, is_adapted
 
 ATTENTION = "mlflow_dr_packed"
 """The name of `attend` in transformers."""
@@ -196,22 +198,25 @@ def encode_packed(encoder: Encoder, ids: Tensor, lengths: Sequence[int]) -> Tens
     compat.register_attention(ATTENTION, attend)
     device, model = ids.device, _model(encoder)
     sizes = torch.tensor(lengths)
-    starts, longest = sizes.cumsum(0) - sizes, max(lengths)
-    columns = torch.arange(longest)
+    columns = torch.arange(max(lengths))
     mask = columns < sizes[:, None]
     positions = columns.expand(len(sizes), -1)[mask] + first_position(encoder.backbone)
     options = {"use_cache": False} if getattr(model.config, "use_cache", False) else {}
-    with compat.attention_set(model.config, ATTENTION):
+    last = last_attention(model) if reads_first_tokens(encoder.head) else None
+    only_first = nullcontext() if last is None else only_first_tokens(last, lengths)
+    with compat.attention_set(model.config, ATTENTION), only_first:
         states = encoder.backbone(
             input_ids=ids[None],
             position_ids=positions[None].to(device, non_blocking=True),
             packed_texts=PackedTexts.of(lengths, device),
             **options,
         )[0][0]
-    # the head takes texts side by side; where one is shorter, it ignores what stands there
-    sources = torch.where(mask, starts[:, None] + columns, 0).to(device, non_blocking=True)
+    if last is not None:
+        mask, sources = mask[:, :1], torch.arange(len(sizes))[:, None]
+    else:  # the head takes texts side by side, and ignores what is beyond the end of a text
+        sources = torch.where(mask, (sizes.cumsum(0) - sizes)[:, None] + columns, 0)
     features = {
-        "token_embeddings": states[sources],
+        TOKENS: states[sources.to(device, non_blocking=True)],
         "attention_mask": mask.long().to(device, non_blocking=True),
     }
     return apply_head(encoder.head, features)

@@ -54,7 +54,7 @@ PADDED: dict[str, dict[str, Any]] = {
 LENGTHS = [40, 40, 39, 33, 7, 7, 7, 2, 1]
 
 
-def encoder_of(kind: str, settings: dict[str, Any]) -> Encoder:
+def encoder_of(kind: str, settings: dict[str, Any], pooling: str = "mean") -> Encoder:
     """A small encoder with random weights, large enough that attention matters."""
     torch.manual_seed(0)
     model = getattr(transformers, f"{kind}EncoderModel" if kind == "T5" else f"{kind}Model")
@@ -63,7 +63,7 @@ def encoder_of(kind: str, settings: dict[str, Any]) -> Encoder:
         for weight in backbone.parameters():
             weight.mul_(4 if weight.dim() > 1 else 1)
     config = EncoderConfig(
-        pooling="mean", normalize=True, query_max_length=64, passage_max_length=64
+        pooling=pooling, normalize=True, query_max_length=64, passage_max_length=64
     )
     return Encoder(backbone, SimpleNamespace(pad_token_id=0), config).eval()
 
@@ -97,6 +97,26 @@ def test_packed_texts_have_the_vectors_that_each_has_alone(kind: str, table: Tok
         packed = encode_packed(encoder, torch.from_numpy(ids), lengths.tolist())
     torch.testing.assert_close(packed, alone, rtol=0, atol=2e-6)
     assert encoder.backbone.config._attn_implementation == before != ATTENTION
+
+
+@pytest.mark.parametrize("kind", ["Bert", "Roberta", "Electra", "DistilBert"])
+@pytest.mark.parametrize("pooling", ["cls", "cls+mean"])
+def test_vectors_of_first_tokens_are_those_that_each_text_has_alone(
+    kind: str, pooling: str, table: TokenTable
+) -> None:
+    encoder = encoder_of(kind, PACKED[kind], pooling)
+    alone = one_by_one(encoder, table)
+    ids, lengths = table.packed(np.arange(len(table)))
+    rows: list[int] = []
+    for module in encoder.backbone.modules():
+        if isinstance(module, torch.nn.LayerNorm):
+            module.register_forward_hook(lambda _, __, out: rows.append(out.shape[1]))
+    with torch.inference_mode():
+        packed = encode_packed(encoder, torch.from_numpy(ids), lengths.tolist())
+    torch.testing.assert_close(packed, alone, rtol=0, atol=2e-6)
+    is_short = pooling == "cls" and kind != "DistilBert"
+    assert rows[-1] == (len(LENGTHS) if is_short else sum(LENGTHS))
+    torch.testing.assert_close(one_by_one(encoder, table), alone, rtol=0, atol=0)
 
 
 @pytest.mark.parametrize("kind", PADDED)
