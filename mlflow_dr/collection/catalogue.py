@@ -21,6 +21,7 @@ import numpy as np
 from mlflow_dr.collection.corpus import Corpus
 from mlflow_dr.collection.locations import hub_name
 from mlflow_dr.collection.records import Example, Topics
+from mlflow_dr.collection.suites import suite_members
 from mlflow_dr.errors import UsageError, did_you_mean
 from mlflow_dr.extensions import Registry
 from mlflow_dr.files import is_path
@@ -308,11 +309,16 @@ def open_collection(name: str) -> Collection:
             raise UsageError(f"dataset {name!r}: nothing follows the colon; expected {pattern}")
         return dataset_formats.get(prefix).open(location)
     path = dataset_path(name)
-    if path is not None:
+    if path is not None and not name.endswith((".yaml", ".yml")):
         recognised = next(form for form in all_formats() if form.recognises(path))
         return recognised.open(str(path))
     if hub_name(name):
         return BUILT_IN["hub"].open(name)
+    if members := suite_members(name):
+        raise UsageError(
+            f"{name} is a suite of {len(members)} collections; this takes one of them, such as "
+            f"{members[0].settings['dataset']}"
+        )
     names = [entry.name for entry in ENTRIES]
     hint = did_you_mean(prefix, [*names, *dataset_formats.names()])
     others = [f"{other}:..." for other in dataset_formats.names() if other not in BUILT_IN]

@@ -35,6 +35,7 @@ from mlflow_dr.collection.hub_tables import HubTables, find_tables
 from mlflow_dr.collection.irds import topics_of
 from mlflow_dr.collection.jsonl import read_records
 from mlflow_dr.collection.locations import HubName, hub_name
+from mlflow_dr.collection.pairs import PairRecord
 from mlflow_dr.collection.qrels import checked_topics
 from mlflow_dr.collection.records import Passage, Query, Topics
 from mlflow_dr.collection.training_files import (
@@ -263,7 +264,7 @@ def _is_judged(files: HubFiles) -> bool:
     with _with_advice(files):
         first = next(read_records(files.files[0], dict), None)
         layout = layout_of(first[1]) if first else None
-        if layout is None:
+        if layout is None or layout is PairRecord:  # its passages have no ids to be judged by
             return False
         raw = next(read_examples(files.files[:1], layout))
         return len(raw.positives) > 0

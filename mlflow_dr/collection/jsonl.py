@@ -1,4 +1,4 @@
-"""Files of records: JSON lines, one JSON array, or Parquet; the first two also as `.gz`.
+"""Files of records: JSON lines, one JSON array, Parquet or CSV; all but Parquet also as `.gz`.
 
 The types of a record's fields are those of a `msgspec.Struct`; msgspec checks them as it decodes.
 """
@@ -6,6 +6,8 @@ The types of a record's fields are those of a `msgspec.Struct`; msgspec checks t
 from __future__ import annotations
 
 import codecs
+import csv
+import io
 import json
 import logging
 import re
@@ -35,7 +37,8 @@ Score = Annotated[float, msgspec.Meta(ge=-3.4e38, le=3.4e38)]
 T = TypeVar("T")
 MALFORMED = (msgspec.DecodeError, UnicodeDecodeError, RecursionError)
 
-SUFFIXES = (".jsonl", ".json", ".jsonl.gz", ".json.gz", ".parquet")
+CSV = (".csv", ".csv.gz")
+SUFFIXES = (".jsonl", ".json", ".jsonl.gz", ".json.gz", ".parquet", *CSV)
 UNFINISHED = (".part", ".partial", ".tmp", ".temp", ".incomplete", ".crdownload", ".download")
 SHARD = re.compile(r"(.*?)(\d+)-of-(\d+)(.*)")
 BYTES_TO_PEEK = 1024
@@ -50,19 +53,24 @@ SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")
 def read_records(path: Path, record_type: type[T]) -> Iterator[tuple[str, T]]:
     """The records of a file, one at a time, each with its location for messages.
 
-    The location is `file:line` in JSON lines, and `file[index]`, from 0, in an array or Parquet.
+    The location is `file:line` in JSON lines, and `file[index]`, from 0, in other files.
 
     Args:
-        path: JSON lines or a JSON array, `.gz` or plain, or Parquet.
+        path: JSON lines, a JSON array or CSV with a header, `.gz` or plain, or Parquet.
         record_type: a `msgspec.Struct`, or `dict`.
 
     Raises:
         DataError: the file is missing, truncated or damaged, or a record is not of this type.
     """
-    if path.suffix != ".parquet" and not _is_array(path):
+    if path.suffix == ".parquet":
+        items = _parquet_rows(path)
+    elif path.name.endswith(CSV):
+        items = _csv_rows(path)
+    elif _is_array(path):
+        items = _array_items(path)
+    else:
         yield from _json_lines(path, record_type)
         return
-    items = _parquet_rows(path) if path.suffix == ".parquet" else _array_items(path)
     for index, item in enumerate(items):
         location = f"{path}[{index}]"
         try:
@@ -244,6 +252,25 @@ def _parquet_rows(path: Path) -> Iterator[Any]:
             f"{path}[{index}]: the Parquet file cannot be read ({reason}); if it is damaged, get "
             "it again"
         ) from error
+
+
+def _csv_rows(path: Path) -> Iterator[Any]:
+    """The rows of a table with a header; each has a text in each column."""
+    csv.field_size_limit(LONGEST_LINE)
+    index = 0
+    with opened(path) as file:
+        rows = csv.DictReader(io.TextIOWrapper(file, "utf-8-sig", newline=""), strict=True)
+        try:
+            for row in rows:
+                if None in row or None in row.values():
+                    raise DataError(
+                        f"{path}[{index}]: the row has more or fewer cells than the header "
+                        f"({', '.join(rows.fieldnames or ())})"
+                    )
+                yield row
+                index += 1
+        except (csv.Error, UnicodeDecodeError) as error:
+            raise DataError(f"{path}[{index}]: not CSV ({error})") from error
 
 
 def _is_array(path: Path) -> bool:

@@ -27,6 +27,7 @@ from mlflow_dr.collection.jsonl import (
     read_records,
     state_of,
 )
+from mlflow_dr.collection.pairs import PairRecord, is_pair, read_pairs
 from mlflow_dr.collection.rank_pool import RankPool, rank_pool
 from mlflow_dr.collection.records import Query, Topics
 from mlflow_dr.collection.tevatron import TevatronIdRecord, TevatronRecord, TevatronTokenRecord
@@ -241,7 +242,8 @@ def find_layout(files: Sequence[Path]) -> type[ExampleRecord]:
         for location, record in read_records(file, dict):
             if layout := layout_of(record):
                 return layout
-            layouts = "; ".join(f"{kind.layout} ({kind.fields})" for kind in LAYOUTS.values())
+            kinds: list[type[ExampleRecord]] = [*LAYOUTS.values(), PairRecord]
+            layouts = "; ".join(f"{kind.layout} ({kind.fields})" for kind in kinds)
             raise DataError(
                 f"{location}: a record with the fields {fields_of(record)}; training examples have "
                 f"those of one of: {layouts}"
@@ -251,7 +253,8 @@ def find_layout(files: Sequence[Path]) -> type[ExampleRecord]:
 
 def layout_of(record: Mapping[str, Any]) -> type[ExampleRecord] | None:
     """The layout of a record; None for an unknown one."""
-    return next((layout for field, layout in LAYOUTS.items() if field in record), None)
+    pairs = PairRecord if is_pair(record) else None
+    return next((layout for field, layout in LAYOUTS.items() if field in record), pairs)
 
 
 def read_examples(files: Sequence[Path], layout: type[ExampleRecord]) -> Iterator[RawExample]:
@@ -260,6 +263,9 @@ def read_examples(files: Sequence[Path], layout: type[ExampleRecord]) -> Iterato
     Raises:
         DataError: a file is damaged or a record is not in this layout, with file:line.
     """
+    if layout is PairRecord:
+        yield from read_pairs(files)
+        return
     indexes = count()
     for file in files:
         for location, record in read_records(file, layout):

@@ -117,10 +117,12 @@ class ReaderValidation(NamedTuple):
     Attributes:
         name: prefixes the metrics.
         refines: None, for every checkpoint is measured.
+        mean_of: nothing, for a reader is measured on one set of questions.
     """
 
     name: str
     refines: Refines | None = None
+    mean_of: tuple[str, ...] = ()
 
 
 class ReaderPredictConfig(ReaderEvalConfig):

@@ -11,8 +11,10 @@ from pydantic import AfterValidator, BeforeValidator, Field, model_validator
 
 from mlflow_dr.collection.catalogue import ENTRIES, check_split, open_collection
 from mlflow_dr.collection.locations import hub_name
+from mlflow_dr.collection.suites import Member, suite_members
 from mlflow_dr.config import Config, ConfigError, Flag, checked, string_keys, within
 from mlflow_dr.devices import dtype_name
+from mlflow_dr.errors import UsageError
 from mlflow_dr.fields import (
     LARGEST,
     CheckpointsDir,
@@ -85,6 +87,10 @@ class MeasureConfig(Config):
     keep_own_id: KeepOwnId = False
     search_backend: SearchBackendName = "auto"
     engine: EngineName = "local"
+    query_prompt: Annotated[str | None, Flag("--query-prompt", "--query-prefix")] = None
+    """Text that is put before each query (default: the encoder's own)."""
+    passage_prompt: Annotated[str | None, Flag("--passage-prompt", "--passage-prefix")] = None
+    """Text that is put before each passage (default: the encoder's own)."""
 
     def eval_config(self) -> EvalConfig:
         """The settings of an evaluation.
@@ -104,6 +110,8 @@ class MeasureConfig(Config):
             self.search_backend,
             self.engine,
             self.match,
+            self.query_prompt,
+            self.passage_prompt,
         )
 
 
@@ -232,9 +240,13 @@ class ValidationDefaults(CollectionConfig, MeasureConfig):
         A validation of one of several splits is called NAME-SPLIT. One of a subset is called
         NAME-SUBSET, because values on a subset are higher and do not belong on the same curve.
 
+        A suite is a validation called NAME-COLLECTION for each collection, and their mean.
+
         Raises:
             UsageError: a depth below a measure's cut-off, or names that make no sense together.
         """
+        if members := suite_members(self.dataset):
+            return self._suite(name, members)
         settings = self.eval_config()
         dataset, file_splits = self.named_dataset()
         splits = self.split or file_splits
@@ -252,6 +264,28 @@ class ValidationDefaults(CollectionConfig, MeasureConfig):
         if self.refine is None:
             return validations
         return validations + refining(self.refine, validations, self.seed, self.judged)
+
+    def _suite(self, name: str, members: Sequence[Member]) -> tuple[Validation, ...]:
+        """The mean of a suite, then its validations; a mean of each subset."""
+        if self.refine is not None:
+            raise UsageError("refine: a suite has no single best checkpoint; leave it out")
+        made: list[Validation] = []
+        for member in members:
+            with within(f"{self.dataset}: {member.name}"):
+                made += self.replaced_by(dict(member.settings)).made(f"{name}-{member.name}")
+        if len({validation.settings.measures for validation in made}) > 1:
+            raise UsageError(f"{self.dataset}: all collections of a suite need the same measures")
+        means = [
+            Validation(
+                made[0].settings,
+                joined_name(name, spec),
+                self.dataset,
+                subset=spec,
+                mean_of=tuple(each.name for each in made if each.subset == spec),
+            )
+            for spec in dict.fromkeys(validation.subset for validation in made)
+        ]
+        return (*means, *made)
 
     def replaced_by(self, values: dict[str, Any]) -> ValidationDefaults:
         """The same settings with these values; a collection replaces the other one as a whole.
@@ -307,6 +341,8 @@ class ValidateConfig(ValidationDefaults, EncoderOverrides, FollowConfig):
         names = [validation.name for validation in self.all_validations]
         if repeated := {name for name in names if names.count(name) > 1}:
             raise ConfigError("", f"two validations are called {min(repeated)!r}")
+        if self.keep_up and any(validation.mean_of for validation in self.all_validations):
+            raise ConfigError("keep_up", " chooses among subsets of one collection, not of a suite")
         if self.keep_up and len({validation.subset for validation in self.cheap}) < 2:
             raise ConfigError("keep_up", " chooses among subsets; give at least two")
         return self
@@ -383,6 +419,8 @@ class RunConfig(PolicyConfig):
 def _check_dataset(config: ValidationDefaults) -> None:
     """Refuse a dataset or split that does not exist; nothing is downloaded or built for it."""
     dataset = config.dataset
+    if suite_members(dataset):
+        return
     if dataset is None or dataset in {entry.name for entry in ENTRIES}:
         return
     if hub_name(dataset) and not Path(dataset).exists():

@@ -26,7 +26,12 @@ from mlflow_dr.tracking.runs import DATASET_PARAM, SPLIT_PARAM, TrackedRun
 from mlflow_dr.tracking.validations import run_validations
 from mlflow_dr.validation.config import ValidateConfig
 from mlflow_dr.validation.evaluate import Report, evaluate_all, tokenise
-from mlflow_dr.validation.resolve import EvalDatasets, RetrievalValidation
+from mlflow_dr.validation.resolve import (
+    EvalDatasets,
+    ResolvedMean,
+    RetrievalValidation,
+    resolve_mean,
+)
 from mlflow_dr.validation.validations import EvalConfig, Validation
 
 TEXT = "text"
@@ -45,6 +50,8 @@ class EncoderKind:
         self._config = config
         self._engines = Engines()
         self._datasets = EvalDatasets(self._engines)
+        self._kept: tuple[str, Encoder] | None = None
+        self._dtype = ""  # of the encoder that is kept
 
     @property
     def awaited_steps(self) -> set[int]:
@@ -66,18 +73,37 @@ class EncoderKind:
             for validation in self._config.all_validations
         )
 
-    def resolve(self, run: TrackedRun, is_ahead: bool) -> list[RetrievalValidation] | None:
+    def resolve(
+        self, run: TrackedRun, is_ahead: bool
+    ) -> list[RetrievalValidation | ResolvedMean] | None:
         """The validations on a run; nothing is bound yet if overrides of encoders are untried."""
         validations, changes = self._config.all_validations, self._config.encoder_changes
         if not check_encoder_overrides(run, validations, changes) and is_ahead:
             for validation in validations:
-                self._datasets.open(run, validation)
+                if not validation.mean_of:
+                    self._datasets.open(run, validation)
             return None
-        return [self._datasets.resolve(run, validation, changes) for validation in validations]
+        searching = {
+            validation.name: self._datasets.resolve(run, validation, changes)
+            for validation in validations
+            if not validation.mean_of
+        }
+        means = [
+            resolve_mean(run, validation, searching)
+            for validation in validations
+            if validation.mean_of
+        ]
+        return [*searching.values(), *means]
 
     def load(self, checkpoint: Checkpoint) -> Encoder:
-        """The encoder of a checkpoint; see `load_checkpoint`."""
-        return load_checkpoint(checkpoint, self._config.encoder_changes)
+        """The encoder of a checkpoint; that of a suite is kept for its other collections."""
+        if self._kept is not None and self._kept[0] == checkpoint.model_id:
+            return self._kept[1]
+        self._kept, self._dtype = None, ""  # before another one takes memory
+        encoder = load_checkpoint(checkpoint, self._config.encoder_changes)
+        if any(validation.mean_of for validation in self._config.all_validations):
+            self._kept = checkpoint.model_id, encoder
+        return encoder
 
     def evaluate(
         self,
@@ -88,6 +114,10 @@ class EncoderKind:
     ) -> Sequence[Report]:
         """Encode, search and measure."""
         settings = validations[0].settings
+        if self._dtype not in ("", settings.dtype):  # it has lost digits
+            self._kept = None
+            model = self.load(checkpoint)
+        self._dtype = settings.dtype if self._kept else ""
         with encoder_errors(checkpoint.uri), limit:
             check_vectors(model, settings)
         pairs = [(validation.data, validation.settings) for validation in validations]

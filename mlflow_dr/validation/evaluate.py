@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from mlflow_dr.cache import unchanged_cache
 from mlflow_dr.collection.catalogue import chosen_split, open_collection
-from mlflow_dr.encoder.model import Encoder
+from mlflow_dr.encoder.model import Encoder, with_settings
 from mlflow_dr.encoder.tokenize import TextTokenizer
 from mlflow_dr.engines.engine import Engine
 from mlflow_dr.engines.opening import check_devices_and_dtype, open_engine
@@ -133,13 +133,19 @@ def _search_all(
     tokens, common = requests[0][0].tokens, requests[0][1]
     for data, settings in requests:
         is_same = data.corpus.digest == tokens.corpus.digest
-        places = {(each.engine, each.device, each.dtype) for each in (settings, common)}
+        places = {
+            (each.engine, each.device, each.dtype, each.query_prompt, each.passage_prompt)
+            for each in (settings, common)
+        }
         if not is_same or len(places) > 1:
-            raise ValueError("one pass is over one corpus, on one device and in one number format")
+            raise ValueError(
+                "one pass is over one corpus, on one device, in one number format, with one prompt"
+            )
         data.check_measures(settings)
         if not settings.keep_own_id:
             data.warn_of_own_ids()
     depths = _depths(requests)
+    encoder = with_settings(encoder, common.prompts)
     text_tokenizer = TextTokenizer(encoder.tokenizer, encoder.settings)
     searches = _searches(requests)
     rows = rows_to_encode(searches, len(tokens.corpus))
@@ -186,6 +192,7 @@ def tokenise(encoder: Encoder, requests: Sequence[tuple[EvalDataset, EvalConfig]
     if not requests:
         return
     tokens = requests[0][0].tokens
+    encoder = with_settings(encoder, requests[0][1].prompts)
     rows = rows_to_encode(_searches(requests), len(tokens.corpus))
     tokens.table(TextTokenizer(encoder.tokenizer, encoder.settings), rows)
     tokens.tie_ranks  # noqa: B018 - computed once

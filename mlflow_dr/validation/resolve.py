@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from typing import Any, NamedTuple
@@ -13,6 +13,7 @@ from mlflow_dr.collection.catalogue import chosen_split, open_collection
 from mlflow_dr.devices import AUTO
 from mlflow_dr.engines.opening import LOCAL, Engines, device_names
 from mlflow_dr.errors import MlflowDrError, TrackingError, UsageError
+from mlflow_dr.files import digest_of
 from mlflow_dr.retrieval.measures import check_depth
 from mlflow_dr.subsets.spec import SubsetSpec
 from mlflow_dr.subsets.subset import Subset
@@ -52,10 +53,11 @@ class RetrievalValidation(NamedTuple):
     settings: EvalConfig
 
     @property
-    def group(self) -> tuple[str, str, str, str]:
+    def group(self) -> Hashable:
         """A key that is equal for validations that can encode a corpus together."""
         settings = self.settings
-        return self.data.corpus.digest, settings.engine, settings.device, settings.dtype
+        place = settings.engine, settings.device, settings.dtype
+        return self.data.corpus.digest, *place, *settings.prompts.items()
 
     @property
     def shown_dataset(self) -> tuple[str, str]:
@@ -66,6 +68,54 @@ class RetrievalValidation(NamedTuple):
     def query_texts(self) -> dict[str, str]:
         """The texts of the queries, by id."""
         return {query.id: query.text for query in self.data.topics.queries}
+
+
+class ResolvedMean(NamedTuple):
+    """The mean of a suite on a run, which is computed from the records of its validations."""
+
+    name: str
+    members: Sequence[RetrievalValidation]
+    settings: EvalConfig
+    dataset: str
+
+    @property
+    def group(self) -> Hashable:
+        """A key that no other validation has."""
+        return ("mean", self.name)
+
+    @property
+    def shown_dataset(self) -> tuple[str, str]:
+        """Name of the suite, and a digest of its datasets, as MLflow shows them."""
+        return shown_name(self.dataset), digest_of(
+            *sorted(each.data.digest for each in self.members)
+        )
+
+    @property
+    def config(self) -> dict[str, object]:
+        """Everything except the checkpoint that the values depend on."""
+        members = sorted(self.members, key=lambda member: member.name)
+        return {
+            "mean_of": " ".join(member.name for member in members),
+            "corpus": digest_of(*(member.data.corpus.digest for member in members)),
+            "topics": digest_of(*(member.data.topics.digest for member in members)),
+            "measures": " ".join(map(str, self.settings.measures)),
+        }
+
+
+def resolve_mean(
+    run: TrackedRun, validation: Validation, searching: Mapping[str, RetrievalValidation]
+) -> ResolvedMean:
+    """The mean of a suite; its name stands for these validations from now on.
+
+    Raises:
+        UsageError: the name stands for another configuration.
+        TrackingError: the server does not answer.
+    """
+    members = [searching[name] for name in validation.mean_of]
+    mean = ResolvedMean(validation.name, members, validation.settings, validation.dataset or "")
+    bound = bind_name(run, mean.name, mean.config)
+    check_same_config(run, mean.name, bound, mean.config)
+    return mean
 
 
 class EvalDatasets:
@@ -341,4 +391,5 @@ def _result_config(data: EvalDataset, settings: EvalConfig) -> dict[str, object]
         "dtype": settings.dtype,
         "keep_own_id": settings.keep_own_id,
         **data.answers_config(settings),
+        **settings.prompts,
     }

@@ -12,7 +12,7 @@ from mlflow_dr.errors import UnavailableError
 from mlflow_dr.tracking.checkpoints import MODEL_TYPE, Checkpoint
 from mlflow_dr.tracking.claims import HeartbeatMonitor, latest_claim
 from mlflow_dr.tracking.following import Snapshot
-from mlflow_dr.tracking.results import State, has_record, validation_state
+from mlflow_dr.tracking.results import State, has_record, is_finished, validation_state
 from mlflow_dr.tracking.validations import recorded_values, sign_of
 from mlflow_dr.validation.config import FollowConfig
 from mlflow_dr.validation.validations import Refines
@@ -58,6 +58,9 @@ class Scheduler:
         self._setbacks = setbacks or Setbacks(config.poll_seconds)
         self._config = config
         self._names = [validation.name for validation in config.all_validations]
+        self._mean_of = {
+            validation.name: validation.mean_of for validation in config.all_validations
+        }
         self._token = token
         self._at_work = [token]
         self._now_ms = now_ms
@@ -246,8 +249,10 @@ class Scheduler:
         return is_of_kind and checkpoint.ready and checkpoint.step % self._config.every == 0
 
     def _is_open(self, checkpoint: Checkpoint, name: str) -> bool:
-        state = validation_state(checkpoint, name)
-        if checkpoint.is_pruned and state is not State.RECORDED:
+        state, mean_of = validation_state(checkpoint, name), self._mean_of[name]
+        if not all(is_finished(checkpoint, other) for other in mean_of):
+            return False
+        if checkpoint.is_pruned and state is not State.RECORDED and not mean_of:
             return False
         if state is State.FAILED:
             is_tried = (checkpoint.model_id, name) in self._failed_here

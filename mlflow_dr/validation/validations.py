@@ -31,6 +31,8 @@ class EvalConfig:
         search_backend: what compares vectors: `auto`, `faiss`, `torch`, or another package's.
         engine: where encoding runs: `local` or `ray`.
         match: when a passage holds an answer: `string`, `regex` or `kilt`.
+        query_prompt: put before every query; the encoder's own prompt when None.
+        passage_prompt: put before every passage; the encoder's own prompt when None.
     """
 
     measures: tuple[Measure, ...]
@@ -41,9 +43,17 @@ class EvalConfig:
     search_backend: str = "auto"
     engine: str = "local"
     match: str = "string"
+    query_prompt: str | None = None
+    passage_prompt: str | None = None
 
     def __post_init__(self) -> None:
         check_types(self)
+
+    @property
+    def prompts(self) -> dict[str, str]:
+        """The given prompts, as settings of an encoder."""
+        prompts = {"query_prompt": self.query_prompt, "passage_prompt": self.passage_prompt}
+        return {name: prompt for name, prompt in prompts.items() if prompt is not None}
 
 
 class Refines(NamedTuple):
@@ -71,6 +81,10 @@ class NamedValidation(Protocol):
     def refines(self) -> Refines | None:
         """Which checkpoints it is done for; every checkpoint when None."""
 
+    @property
+    def mean_of(self) -> Sequence[str]:
+        """The validations whose mean it is; empty for one that evaluates."""
+
 
 @dataclass(frozen=True)
 class Validation:
@@ -83,6 +97,7 @@ class Validation:
         split: the split; the run's own, or the collection's development split, when None.
         subset: what is searched.
         refines: which checkpoints it is done for; every checkpoint when None.
+        mean_of: the validations whose mean it is; empty for one that searches.
     """
 
     settings: EvalConfig
@@ -91,6 +106,7 @@ class Validation:
     split: str | None = None
     subset: SubsetSpec = field(default_factory=SubsetSpec)
     refines: Refines | None = None
+    mean_of: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         if not NAME.fullmatch(self.name):

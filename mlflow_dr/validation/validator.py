@@ -113,7 +113,7 @@ class _Validator:
         self._counts = Counts()
         # by figures, which validations are left to do for a checkpoint
         self._chooses = config.chooses_subset or any(
-            validation.refines for validation in config.all_validations
+            validation.refines or validation.mean_of for validation in config.all_validations
         )
         self._computed: tuple[Job, JobResult] | None = None
         self._recording: tuple[Job, BackgroundTask[dict[str, State]]] | None = None

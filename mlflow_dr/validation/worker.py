@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from statistics import fmean
 from typing import Any, NamedTuple
 
 from mlflow_dr.encoder.files import encoder_defect
@@ -29,6 +30,7 @@ from mlflow_dr.tracking.descriptions import describe_checkpoint
 from mlflow_dr.tracking.encoders import local_cause
 from mlflow_dr.tracking.results import (
     State,
+    failure_reason,
     mark_failed,
     record_result,
     validation_state,
@@ -36,9 +38,11 @@ from mlflow_dr.tracking.results import (
 )
 from mlflow_dr.tracking.runs import TrackedRun
 from mlflow_dr.tracking.server import Patience, ServerClock
+from mlflow_dr.tracking.validations import recorded_values
 from mlflow_dr.validation.config import FollowConfig
 from mlflow_dr.validation.evaluate import Report
 from mlflow_dr.validation.kinds import CheckpointKind, ResolvedValidation
+from mlflow_dr.validation.resolve import ResolvedMean
 
 log = logging.getLogger(__name__)
 
@@ -182,6 +186,9 @@ class Worker:
         Raises:
             UnavailableError: this validator cannot have the checkpoint, for now or at all.
         """
+        if isinstance(validations[0], ResolvedMean):
+            mean = self._mean(job, validations[0])
+            return {} if mean is None else {validations[0].name: mean}
         checkpoint, names = job.checkpoint, [validation.name for validation in validations]
 
         def load() -> Any:
@@ -208,6 +215,26 @@ class Worker:
             if isinstance(error, LostError):
                 return dict.fromkeys(names, error)
             raise
+
+    def _mean(self, job: Job, mean: ResolvedMean) -> Report | CheckpointError | None:
+        """The mean of what is recorded for a suite's validations; None if one is missing."""
+        find = partial(checkpoint_by_id, job.run.client, job.checkpoint.model_id)
+        checkpoint = self._patiently(find)
+        values: list[dict[str, float]] = []
+        for member in mean.members:
+            if validation_state(checkpoint, member.name) is State.FAILED:
+                reason = failure_reason(checkpoint, member.name)
+                return CheckpointError(f"{member.name} has failed: {reason}")
+            values.append(recorded_values(checkpoint, member.name))
+        if not all(values):
+            return None
+        seconds = [each["seconds"] for each in values]
+        passages = sum(each["seconds"] * each["passages_per_second"] for each in values)
+        measures = {
+            measure: fmean(each[measure.metric] for each in values)
+            for measure in mean.settings.measures
+        }
+        return Report(measures, {}, {}, sum(seconds), round(passages), mean.settings.dtype)
 
     def _is_deleted(self, job: Job) -> bool:
         """Whether the files of a checkpoint, or all of it, were deleted in the meantime."""
@@ -237,7 +264,9 @@ class Worker:
             write = partial(write_recorded, run, checkpoint, name, dataset)
         else:
             per_query, texts = result.per_query, validation.query_texts
-            self._patiently(partial(log_per_query_values, run, checkpoint, name, per_query, texts))
+            log_values = partial(log_per_query_values, run, checkpoint, name, per_query, texts)
+            if per_query:  # a mean has none
+                self._patiently(log_values)
             values, now_ms = _figures(result), self.now_ms()
             write = partial(record_result, run, checkpoint, name, values, dataset, now_ms)
         figures = self._patiently(write)

@@ -554,11 +554,11 @@ def test_a_truncated_array_leaves_nothing_behind(
 
 
 def test_an_unknown_layout_is_one_error_with_its_fields(write: Callable[..., Path]) -> None:
-    path = write("a.jsonl", {"anchor": "q", "positive": "p"})
+    path = write("a.jsonl", {"premise": "q", "hypothesis": "p"})
     with pytest.raises(DataError) as caught:
         open_examples(path)
     message = str(caught.value)
-    assert message.startswith(f"{path}:1: a record with the fields anchor, positive; ")
+    assert message.startswith(f"{path}:1: a record with the fields premise, hypothesis; ")
     for field in ("positive_passages", "positive_document_ids", "positives", "positive_ctxs"):
         assert field in message
     assert "\n" not in message
