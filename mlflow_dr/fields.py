@@ -14,11 +14,18 @@ from mlflow_dr.devices import dtype_name
 from mlflow_dr.encoder.config import SHORTEST, EncoderConfig, changes_of
 from mlflow_dr.errors import UsageError, quoted
 from mlflow_dr.retrieval.measures import parse_measures
+from mlflow_dr.retrieval.vector_form import parse_dims, parse_precisions
 from mlflow_dr.subsets.spec import parse_subset
 
 DEVICE = re.compile(r"auto|cpu|cuda(:[0-9]{1,4})?")
 LARGEST = 10**15  # of counts, seeds and seconds
 FILE_FIELDS = ("dataset", "candidate_dir", "query_files", "qrel_files")
+
+
+def _as_texts(value: Any) -> Any:
+    """Whole numbers of a YAML file as texts."""
+    values = value if isinstance(value, list | tuple) else [value]
+    return tuple(str(each) if type(each) is int else each for each in values)
 
 
 def check_device(name: str) -> None:
@@ -170,6 +177,23 @@ Subsets = Annotated[
         description="Encode only a part of the corpus, and the judged passages: random:N, bm25@K, "
         "ranking:FILE@K, pool:FILE,FILE@K, encoder:NAME@K, rerank:FILE@K, queries:N, full; joined "
         "by +."
+    ),
+]
+Dims = Annotated[
+    Texts,
+    BeforeValidator(_as_texts),
+    AfterValidator(checked(parse_dims)),
+    Field(
+        description="Measure vectors of fewer dimensions, too, such as 64,256: the first of each "
+        "vector, in validations called NAME-64d."
+    ),
+]
+Precisions = Annotated[
+    Texts,
+    AfterValidator(checked(parse_precisions)),
+    Field(
+        description="Measure passages stored as int8 or binary, too, such as int8,binary, in "
+        "validations called NAME-int8."
     ),
 ]
 Judged = Annotated[

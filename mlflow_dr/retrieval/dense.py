@@ -32,6 +32,14 @@ from mlflow_dr.retrieval.shard_search import (
     ShardResult,
     VectorRequest,
 )
+from mlflow_dr.retrieval.vector_form import (
+    ALL,
+    INT8,
+    VectorForm,
+    check_dims,
+    ranges_of,
+    sampled_rows,
+)
 from mlflow_dr.stores.token_table import TokenTable, token_table
 
 
@@ -44,6 +52,7 @@ class SearchRequest(NamedTuple):
         within: search only these rows of the corpus, ascending, `(n,) int64`; all when None.
         candidates: the only rows that each query ranks; None for no such limit.
         extra_rows: rows to score whatever their rank: nothing, or one array per query.
+        form: the form in which passages are stored.
     """
 
     queries: Sequence[Query]
@@ -51,6 +60,7 @@ class SearchRequest(NamedTuple):
     within: np.ndarray | None = None
     candidates: Sequence[np.ndarray] | None = None
     extra_rows: Sequence[np.ndarray] = ()
+    form: VectorForm = ALL
 
 
 class DenseRetriever:
@@ -122,14 +132,16 @@ def dense_search(
         engine: where the encoder is loaded; this process when None.
 
     Raises:
-        UsageError: no such back end.
+        UsageError: no such back end, or a form with more dimensions than there are.
         CheckpointError: the encoder gives NaN or infinity, or vectors whose products overflow.
     """
+    check_dims([request.form.dims for request in requests], encoder.dimension)
     engine = engine or LocalEngine(encoder.device, encoder)
     find_backend(backend, engine.device)
     distinct = list(
         {id(query): query for request in requests for query in request.queries}.values()
     )
+    ranges = _ranges(engine, requests, table, text_tokenizer.pad_id, encoder.dimension)
     positions = {id(query): position for position, query in enumerate(distinct)}
     work = SearchShard(
         _query_vectors(engine, encoder.query_encoder, distinct),
@@ -139,8 +151,10 @@ def dense_search(
                 request.k if request.candidates is None else 0,
                 request.within,
                 request.candidates or request.extra_rows,
+                request.form,
+                request_ranges,
             )
-            for request in requests
+            for request, request_ranges in zip(requests, ranges, strict=True)
         ],
         tie_ranks,
         text_tokenizer.pad_id,
@@ -165,11 +179,47 @@ def _query_vectors(engine: Engine, encoder: Encoder, queries: Sequence[Query]) -
     batches = plan_batches(table.lengths, TOKENS_PER_BATCH[engine.device.type])
     work = EncodeShard(tokenizer.pad_id, of_queries=True)
     vectors = np.empty((len(table), encoder.dimension), np.float32)
-    shards = split_shards(batches, engine.n_shards)
-    for rows, part in engine.map(work, table, shards, progress=lambda _: None):
+    for rows, part in engine.map(
+        work, table, split_shards(batches, engine.n_shards), progress=lambda _: None
+    ):
         vectors[rows] = part
     check_finite(torch.from_numpy(vectors), "query")
     return vectors
+
+
+def _ranges(
+    engine: Engine,
+    requests: Sequence[SearchRequest],
+    table: TokenTable,
+    pad_id: int,
+    dimension: int,
+) -> list[np.ndarray | None]:
+    """For each request in int8, the range of each dimension in a sample of its passages.
+
+    The sample is encoded once more. It depends only on what the request searches, so its ranges
+    are the same whichever requests share the pass.
+    """
+    vectors: dict[bytes, torch.Tensor] = {}
+    ranges: list[np.ndarray | None] = []
+    for request in requests:
+        if request.form.precision != INT8:
+            ranges.append(None)
+            continue
+        rows = rows_to_encode([request], len(table))
+        sample = sampled_rows(np.arange(len(table)) if rows is None else rows)
+        key = sample.tobytes()
+        if key not in vectors:
+            batches = plan_batches(table.lengths, TOKENS_PER_BATCH[engine.device.type], sample)
+            found = np.empty((len(sample), dimension), np.float32)
+            shards = split_shards(batches, engine.n_shards)
+            for part_rows, part in engine.map(
+                EncodeShard(pad_id), table, shards, progress=lambda _: None
+            ):
+                found[np.searchsorted(sample, part_rows)] = part
+            vectors[key] = torch.from_numpy(found)
+            check_finite(vectors[key], "passage")
+        ranges.append(ranges_of(request.form.truncated(vectors[key]).numpy()))
+    return ranges
 
 
 def rows_to_encode(requests: Sequence[SearchRequest], n_passages: int) -> np.ndarray | None:

@@ -23,6 +23,7 @@ from mlflow_dr.retrieval.search import (
     passages_per_chunk,
     queries_per_merge,
 )
+from mlflow_dr.retrieval.vector_form import ALL, VectorForm
 from mlflow_dr.stores.token_table import TokenTable
 
 
@@ -34,12 +35,16 @@ class VectorRequest(NamedTuple):
         k: passages per query; 0 for no search.
         within: search only these rows of the corpus, `(n,) int64`; all when None.
         pairs: rows of the corpus to score for each query, whatever their rank; may be none.
+        form: the form in which passages are stored.
+        ranges: of each dimension, for int8, `(2, dims) float32`.
     """
 
     queries: np.ndarray
     k: int
     within: np.ndarray | None
     pairs: Sequence[np.ndarray]
+    form: VectorForm = ALL
+    ranges: np.ndarray | None = None
 
 
 class ShardResult(NamedTuple):
@@ -128,7 +133,9 @@ class _Search:
         self, request: VectorRequest, vectors: Tensor, ranks: Tensor, search: SearchBackend
     ) -> None:
         device = vectors.device
-        self._queries = vectors[torch.from_numpy(request.queries).to(device)]
+        self._form, self._ranges = request.form, request.ranges
+        queries = vectors[torch.from_numpy(request.queries).to(device)]
+        self._queries = self._form.truncated(queries)
         self._search = search
         self._pairs = _PairScores(request.pairs, len(ranks))
         self._groups = self._queries.split(queries_per_merge(request.k)) if request.k else ()
@@ -139,6 +146,7 @@ class _Search:
             self._within[torch.from_numpy(request.within).to(device)] = True
 
     def update(self, chunk: Tensor, rows: Tensor) -> None:
+        chunk = self._form.stored(chunk, self._ranges)
         self._pairs.update(self._queries, chunk, rows)
         if self._within is not None:
             searched = self._within[rows]

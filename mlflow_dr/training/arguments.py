@@ -13,6 +13,8 @@ from mlflow_dr.encoder.config import (
     DEFAULT_QUERY_LENGTH,
     EncoderConfig,
 )
+from mlflow_dr.encoder.model import Encoder
+from mlflow_dr.retrieval.vector_form import check_dims, parse_dims
 from mlflow_dr.training.batches import PASSAGE, QUERY
 from mlflow_dr.training.flags import TORCH, check_values, flag, upsample_rates
 from mlflow_dr.training.loss import Objective
@@ -113,6 +115,11 @@ class LossArguments:
         0.0, "Weight of the KL divergence from a teacher's scores in the loss, 0 to 1."
     )
     distil_temperature: float = flag(0.02, "Divides the teacher's scores.")
+    matryoshka_dims: str | None = flag(
+        None,
+        "Train the first dimensions of vectors, too, so that they can be used alone: 64,256. The "
+        "losses of all dimensions and of each number are added up.",
+    )
     grad_cache: bool = flag(
         False, "Encode the batch in chunks; the gradient is the same, with less memory."
     )
@@ -121,8 +128,23 @@ class LossArguments:
         32, "Passages in a chunk of the gradient cache.", "--ctx_chunk_size"
     )
 
-    def objective(self) -> Objective:
-        """The objective that these flags describe."""
+    def __post_init__(self) -> None:
+        self._dims()  # refuses
+
+    def _dims(self) -> tuple[int, ...]:
+        return parse_dims([self.matryoshka_dims]) if self.matryoshka_dims is not None else ()
+
+    def objective(self, encoder: Encoder | None = None) -> Objective:
+        """The objective that these flags describe.
+
+        Args:
+            encoder: what is trained, to normalise vectors of fewer dimensions as it does.
+
+        Raises:
+            UsageError: its vectors have fewer dimensions than `--matryoshka_dims`.
+        """
+        if encoder is not None:
+            check_dims(self._dims(), encoder.dimension)
         return Objective(
             temperature=self.temperature,
             across_devices=self.negatives_x_device,
@@ -130,6 +152,8 @@ class LossArguments:
             distil_weight=self.distil_weight,
             distil_temperature=self.distil_temperature,
             loss=self.loss,
+            matryoshka_dims=self._dims(),
+            normalize=encoder is not None and encoder.settings.normalize,
         )
 
     def chunk_sizes(self) -> dict[str, int] | None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -13,6 +13,7 @@ from torch.utils.checkpoint import checkpoint
 
 from mlflow_dr.encoder.model import at_least_fp32
 from mlflow_dr.errors import UsageError
+from mlflow_dr.retrieval.vector_form import VectorForm
 from mlflow_dr.training.flags import losses
 
 SCORES_AT_ONCE = 1 << 26
@@ -141,6 +142,9 @@ class Objective:
         distil_temperature: divides the teacher's scores.
         scores_at_once: elements of the largest score matrix that is held at once.
         loss: the name of a registered loss.
+        matryoshka_dims: the loss is also that of so many of the first dimensions, added up; see
+            `VectorForm`.
+        normalize: whether vectors of fewer dimensions get length 1 again.
     """
 
     temperature: float = 1.0
@@ -150,6 +154,8 @@ class Objective:
     distil_temperature: float = 1.0
     scores_at_once: int = SCORES_AT_ONCE
     loss: str = "contrastive"
+    matryoshka_dims: tuple[int, ...] = ()
+    normalize: bool = False
 
     @property
     def needs_teacher(self) -> bool:
@@ -194,10 +200,19 @@ class Objective:
         )
         total = inputs.queries.new_zeros(())
         with torch.autocast(queries.device.type, enabled=False):
-            if self.distil_weight < 1:
-                total = (1 - self.distil_weight) * losses.get(self.loss)(inputs)
-            if self.distil_weight > 0 and teacher is not None:
-                total = total + self.distil_weight * distillation(inputs)
+            for dims in (None, *self.matryoshka_dims):
+                form = VectorForm(dims, normalize=self.normalize)
+                vectors = form.truncated(inputs.queries), form.truncated(inputs.passages)
+                total = total + self._loss(replace(inputs, queries=vectors[0], passages=vectors[1]))
+        return total
+
+    def _loss(self, inputs: LossInputs) -> Tensor:
+        """The loss of vectors of one number of dimensions."""
+        total = inputs.queries.new_zeros(())
+        if self.distil_weight < 1:
+            total = (1 - self.distil_weight) * losses.get(self.loss)(inputs)
+        if self.distil_weight > 0 and inputs.teacher_scores is not None:
+            total = total + self.distil_weight * distillation(inputs)
         return total
 
 

@@ -253,7 +253,7 @@ def _train(
             request.trainer,
             training_set,
             collator_of(encoder),
-            request.loss.objective(),
+            request.loss.objective(encoder),
             callbacks,
             request.loss.chunk_sizes(),
             run.id if run else "",

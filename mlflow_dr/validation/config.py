@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
@@ -22,6 +23,7 @@ from mlflow_dr.fields import (
     Count,
     Depth,
     Devices,
+    Dims,
     Dtype,
     EncoderOverrides,
     EngineName,
@@ -33,6 +35,7 @@ from mlflow_dr.fields import (
     Length,
     Match,
     Measures,
+    Precisions,
     RunName,
     SearchBackendName,
     Seed,
@@ -43,6 +46,7 @@ from mlflow_dr.fields import (
     check_policy,
 )
 from mlflow_dr.retrieval.measures import DEFAULT_MEASURES, check_depth, parse_measures
+from mlflow_dr.retrieval.vector_form import ALL, forms, parse_dims, parse_precisions
 from mlflow_dr.subsets.spec import SubsetSpec, parse_subset
 from mlflow_dr.validation.validations import (
     FIRST_NAME,
@@ -233,12 +237,15 @@ class ValidationDefaults(CollectionConfig, MeasureConfig):
     judged: Judged = "relevant"
     seed: Seed = 0
     refine: Refine = None
+    dims: Dims = ()
+    precision: Precisions = ()
 
     def made(self, name: str) -> tuple[Validation, ...]:
-        """The validations of this name: one for each split and subset, and those that refine them.
+        """The validations of this name: of each split, subset and form, and those that refine them.
 
         A validation of one of several splits is called NAME-SPLIT. One of a subset is called
-        NAME-SUBSET, because values on a subset are higher and do not belong on the same curve.
+        NAME-SUBSET, because values on a subset are higher and do not belong on the same curve. So
+        are those of fewer dimensions or bits: NAME-64d, NAME-int8, NAME-64d-int8.
 
         A suite is a validation called NAME-COLLECTION for each collection, and their mean.
 
@@ -257,13 +264,21 @@ class ValidationDefaults(CollectionConfig, MeasureConfig):
             SubsetSpec()
         ]
         validations = tuple(
-            Validation(settings, joined_name(called, spec), dataset, split, spec)
+            Validation(
+                replace(settings, dims=form.dims, precision=form.precision),
+                joined_name(called, spec, form),
+                dataset,
+                split,
+                spec,
+            )
             for called, split in named
             for spec in specs
+            for form in forms(parse_dims(self.dims), parse_precisions(self.precision))
         )
         if self.refine is None:
             return validations
-        return validations + refining(self.refine, validations, self.seed, self.judged)
+        whole = [each for each in validations if each.settings.form() == ALL]
+        return validations + refining(self.refine, whole, self.seed, self.judged)
 
     def _suite(self, name: str, members: Sequence[Member]) -> tuple[Validation, ...]:
         """The mean of a suite, then its validations; a mean of each subset."""
@@ -277,13 +292,17 @@ class ValidationDefaults(CollectionConfig, MeasureConfig):
             raise UsageError(f"{self.dataset}: all collections of a suite need the same measures")
         means = [
             Validation(
-                made[0].settings,
-                joined_name(name, spec),
+                replace(made[0].settings, dims=form.dims, precision=form.precision),
+                joined_name(name, spec, form),
                 self.dataset,
                 subset=spec,
-                mean_of=tuple(each.name for each in made if each.subset == spec),
+                mean_of=tuple(
+                    each.name
+                    for each in made
+                    if (each.subset, each.settings.form()) == (spec, form)
+                ),
             )
-            for spec in dict.fromkeys(validation.subset for validation in made)
+            for spec, form in dict.fromkeys((each.subset, each.settings.form()) for each in made)
         ]
         return (*means, *made)
 
@@ -390,6 +409,8 @@ class RunConfig(PolicyConfig):
     subset: Subsets = ()
     judged: Judged = "relevant"
     refine: Refine = None
+    dims: Dims = ()
+    precision: Precisions = ()
     keep_up: KeepUp = False
     name: ValidationName = FIRST_NAME
     poll_seconds: PollSeconds = 2.0

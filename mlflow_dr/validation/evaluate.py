@@ -147,7 +147,10 @@ def _search_all(
     depths = _depths(requests)
     encoder = with_settings(encoder, common.prompts)
     text_tokenizer = TextTokenizer(encoder.tokenizer, encoder.settings)
-    searches = _searches(requests)
+    searches = [
+        search._replace(form=settings.form(encoder.settings.normalize))
+        for search, (_, settings) in zip(_searches(requests), requests, strict=True)
+    ]
     rows = rows_to_encode(searches, len(tokens.corpus))
     table = tokens.table(text_tokenizer, rows)
 

@@ -392,4 +392,5 @@ def _result_config(data: EvalDataset, settings: EvalConfig) -> dict[str, object]
         "keep_own_id": settings.keep_own_id,
         **data.answers_config(settings),
         **settings.prompts,
+        **settings.form().config,
     }

@@ -10,6 +10,7 @@ from typing import NamedTuple, Protocol
 from mlflow_dr.encoder.config import check_types
 from mlflow_dr.errors import UsageError, quoted
 from mlflow_dr.retrieval.measures import Measure
+from mlflow_dr.retrieval.vector_form import ALL, FLOAT32, VectorForm
 from mlflow_dr.subsets.spec import MOST_DIGITS, RELEVANT, SubsetSpec, parse_subset
 
 # what MLflow allows in a metric's name, less the slash and the dot, which have a meaning here
@@ -33,6 +34,8 @@ class EvalConfig:
         match: when a passage holds an answer: `string`, `regex` or `kilt`.
         query_prompt: put before every query; the encoder's own prompt when None.
         passage_prompt: put before every passage; the encoder's own prompt when None.
+        dims: only so many of the first dimensions of vectors; all when None.
+        precision: how passages are stored: `float32`, `int8` or `binary`.
     """
 
     measures: tuple[Measure, ...]
@@ -45,9 +48,19 @@ class EvalConfig:
     match: str = "string"
     query_prompt: str | None = None
     passage_prompt: str | None = None
+    dims: int | None = None
+    precision: str = FLOAT32
 
     def __post_init__(self) -> None:
         check_types(self)
+
+    def form(self, normalize: bool = False) -> VectorForm:
+        """The form in which passages are stored.
+
+        Args:
+            normalize: whether the encoder's vectors have length 1.
+        """
+        return VectorForm(self.dims, self.precision, normalize)
 
     @property
     def prompts(self) -> dict[str, str]:
@@ -116,9 +129,9 @@ class Validation:
             )
 
 
-def joined_name(name: str, subset: SubsetSpec) -> str:
-    """The name of a validation on a subset."""
-    return "-".join(filter(None, (name, subset.slug)))
+def joined_name(name: str, subset: SubsetSpec, form: VectorForm = ALL) -> str:
+    """The name of a validation on a subset, of vectors in some form."""
+    return "-".join(filter(None, (name, subset.slug, form.slug)))
 
 
 def refining(

@@ -156,7 +156,10 @@ def test_the_gradient_equals_that_of_the_whole_batch(
     for accumulation in (1, 2, 3, 4):
         batches = [make_batch(5, n_passages, seed) for seed in range(accumulation)]
         sizes = {"query": 2, "passage": 4}
-        got, expected = both(encoder, batches, Objective(temperature), sizes)
+        # the first dimensions have a loss of their own every other time
+        dims = (3, 8)[: 2 * (accumulation % 2)]
+        objective = Objective(temperature, matryoshka_dims=dims, normalize=True)
+        got, expected = both(encoder, batches, objective, sizes)
         assert_equal(got, expected)
         assert len(got) == (37 if tied else 2 * 37)
 

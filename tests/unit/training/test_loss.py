@@ -269,3 +269,56 @@ def test_a_loss_is_registered_by_a_decorator() -> None:
         assert Objective(loss="zero")(*vectors(2, 1)) == 0
     finally:
         losses._parts.pop("zero")
+
+
+@pytest.mark.parametrize("normalize", [True, False])
+def test_the_losses_of_fewer_dimensions_are_added(normalize: bool) -> None:
+    queries, passages = vectors(4, 3)
+    if normalize:
+        queries, passages = (torch.nn.functional.normalize(each, dim=1) for each in vectors(4, 3))
+    objective = Objective(0.5, matryoshka_dims=(2, 5), normalize=normalize)
+    expected = written_out(queries, passages, 0.5)
+    for dims in (2, 5):
+        small = [each[:, :dims] for each in (queries, passages)]
+        if normalize:
+            small = [torch.nn.functional.normalize(each, dim=1) for each in small]
+        expected += written_out(small[0], small[1], 0.5)
+    assert objective(queries, passages).item() == pytest.approx(expected, rel=1e-12)
+
+
+def test_fewer_dimensions_train_as_with_the_library() -> None:
+    """The sum is that of `MatryoshkaLoss` around `MultipleNegativesRankingLoss`."""
+    from sentence_transformers.sentence_transformer.losses import MultipleNegativesRankingLoss
+    from sentence_transformers.util import dot_score
+
+    queries, passages = (torch.nn.functional.normalize(each, dim=1) for each in vectors(4, 1))
+
+    class Given(torch.nn.Module):
+        """A model that gives these vectors."""
+
+        def forward(self, features: dict[str, Tensor]) -> dict[str, Tensor]:
+            return features
+
+        def get_embedding_dimension(self) -> int:
+            return 8
+
+    from sentence_transformers.sentence_transformer.losses import MatryoshkaLoss
+
+    model: Any = Given()
+    ranking = MultipleNegativesRankingLoss(model, scale=2.0, similarity_fct=dot_score)
+    features = [{"sentence_embedding": each.clone()} for each in (queries, passages)]
+    theirs = MatryoshkaLoss(model, ranking, [8, 4, 2])(features, torch.zeros(4))
+    ours = Objective(0.5, matryoshka_dims=(4, 2), normalize=True)(queries, passages)
+    assert ours.item() == pytest.approx(theirs.item(), rel=1e-6)
+
+
+def test_matryoshka_dims_are_checked(make_tiny: Callable[..., Encoder], tmp_path: Path) -> None:
+    argv = ["--output_dir", str(tmp_path), "--dataset_name", "demo", "--matryoshka_dims"]
+    arguments = parse_training([*argv, "8,16"]).loss
+    encoder = make_tiny(normalize=True)
+    objective = arguments.objective(encoder)
+    assert (objective.matryoshka_dims, objective.normalize) == ((8, 16), True)
+    with pytest.raises(UsageError, match="dims 99999: the encoder's vectors have"):
+        parse_training([*argv, "99999"]).loss.objective(encoder)
+    with pytest.raises(UsageError, match="dims 'many': expected whole numbers"):
+        parse_training([*argv, "many"])

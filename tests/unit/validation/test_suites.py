@@ -240,3 +240,47 @@ def test_collections_with_other_measures_have_no_mean(folders: list[Path], tmp_p
     file.write_text("sea: {dataset: nowhere, colour: red}\n")
     with pytest.raises(UsageError, match="sea: no key 'colour'"):
         ValidateConfig(dataset=str(file))
+
+
+def test_fewer_dimensions_and_bits_have_curves_of_their_own(
+    client: MlflowClient,
+    run: TrackedRun,
+    publishing: Callable[[int], Path],
+    folders: list[Path],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    passes: list[int] = []
+    evaluate_all = worker.evaluate_all
+    monkeypatch.setattr(
+        worker,
+        "evaluate_all",
+        lambda encoder, pairs, *rest: (
+            passes.append(len(pairs)) or evaluate_all(encoder, pairs, *rest)
+        ),
+    )
+    publishing(1)
+    sizes = {"dims": "4,16", "precision": "binary", "measures": "mrr@10"}
+    watch(run, "+".join(map(str, folders)), **sizes)
+    assert passes == [6, 6]  # each corpus is encoded once
+    found = values(client, run)
+    suffixes = ("", "-binary", "-4d", "-4d-binary", "-16d", "-16d-binary")
+    for suffix in suffixes:
+        each = [found[f"val-{name}{suffix}/mrr_at_10"] for name in ("sea", "sky")]
+        assert found[f"val{suffix}/mrr_at_10"] == pytest.approx(sum(each) / 2)
+    assert found["val/mrr_at_10"] > found["val-4d-binary/mrr_at_10"]
+    with pytest.raises(UsageError, match=r"dims 4096: the encoder's vectors have"):
+        watch(run, folders[0], dims=[4096], name="large", measures="mrr@10")
+
+
+def test_sizes_of_a_file_may_be_numbers(folders: list[Path]) -> None:
+    config = ValidateConfig(
+        dataset=str(folders[0]), dims=[8, 16], precision="int8", refine="full@2", subset="bm25@2"
+    )
+    names = [validation.name for validation in config.all_validations]
+    slug = "val-bm25_at_2"
+    assert names == [
+        *(slug, f"{slug}-int8", f"{slug}-8d", f"{slug}-8d-int8", f"{slug}-16d", f"{slug}-16d-int8"),
+        "val",
+    ]
+    with pytest.raises(UsageError, match="dims 'x': expected whole numbers"):
+        ValidateConfig(dims="x")
