@@ -23,8 +23,8 @@ from mlflow_dr.tracking.runs import TrackedRun
 from mlflow_dr.tracking.validations import chosen_metric
 from mlflow_dr.validation import encoders
 from mlflow_dr.validation.config import ValidateConfig
+from mlflow_dr.validation.validator import run_validator
 from mlflow_dr.validation.worker import Counts
-from tests.unit.validation.configuring import run_validator
 
 if TYPE_CHECKING:
     from hub_endpoint import HubEndpoint
@@ -250,9 +250,9 @@ def test_fewer_dimensions_and_bits_have_curves_of_their_own(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     passes: list[int] = []
-    evaluate_all = worker.evaluate_all
+    evaluate_all = encoders.evaluate_all
     monkeypatch.setattr(
-        worker,
+        encoders,
         "evaluate_all",
         lambda encoder, pairs, *rest: (
             passes.append(len(pairs)) or evaluate_all(encoder, pairs, *rest)
