@@ -91,6 +91,11 @@ class ResolvedMean(NamedTuple):
         )
 
     @property
+    def query_texts(self) -> dict[str, str]:
+        """Nothing: a mean has no values of single queries."""
+        return {}
+
+    @property
     def config(self) -> dict[str, object]:
         """Everything except the checkpoint that the values depend on."""
         members = sorted(self.members, key=lambda member: member.name)
