@@ -34,8 +34,14 @@ from mlflow_dr.training.data import open_data
 from mlflow_dr.training.encoder_setup import build_encoder
 
 # libtpu asks the network which TPU a machine has, and writes to stderr that it has none
-QUIET = {"TPU_SKIP_MDS_QUERY": "1", "TPU_MIN_LOG_LEVEL": "3", "TPU_STDERR_LOG_LEVEL": "3"}
-NO_LIBRARY = ("libtpu", "TPU library", "tpu platform", "backend 'tpu'")
+QUIET = {
+    "TPU_SKIP_MDS_QUERY": "1",
+    "TPU_ACCELERATOR_TYPE": "v5litepod-1",
+    "TPU_WORKER_HOSTNAMES": "localhost",
+    "TPU_MIN_LOG_LEVEL": "3",
+    "TPU_STDERR_LOG_LEVEL": "3",
+}
+NO_LIBRARY = "TPU support not installed"
 
 
 def compile_for(request: TrainingRequest) -> str:
@@ -88,8 +94,7 @@ def tpu_devices(name: str) -> list[Any]:
     try:
         return list(topologies.get_topology_desc(platform="tpu", topology_name=name).devices)
     except (RuntimeError, ValueError, NotImplementedError, AttributeError) as error:
-        text = str(error)
-        if any(word in text for word in NO_LIBRARY) and name.partition(":")[0] not in text:
+        if NO_LIBRARY in str(error):
             raise MissingExtraError(
                 "--compile-only needs libtpu: pip install libtpu, or name its file by "
                 f"TPU_LIBRARY_PATH ({one_line(error)})"

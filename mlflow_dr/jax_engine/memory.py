@@ -19,7 +19,7 @@ log = logging.getLogger(__name__)
 
 GIGABYTE = 1e9
 MOST_TRIES = 8
-ASKED = re.compile(r"(?:allocat\w+|[Uu]sed|require\w*)\s+([\d.]+\s*[KMGT]?i?B?\b(?:ytes)?)")
+ASKED = re.compile(r"(?:allocat\w+|[Uu]sed|require\w*)\s+([\d.]+\s*(?:bytes|[KMGT]i?B?))")
 """How XLA's messages say how much memory was asked for."""
 
 
@@ -89,7 +89,7 @@ def larger_than_memory(
     """
     device = step.mesh.devices.flat[0]
     limit = memory_limit(device)
-    asked = f"{memory.total / GIGABYTE:.2f} GB" if memory else _asked(error)
+    asked = f"{memory.total / GIGABYTE:.2f} GB" if memory else asked_for(error)
     has = f", which has {limit / GIGABYTE:.2f} GB" if limit else ""
     size = chunk_that_fits(step, trained, frozen, batch)
     hint = (
@@ -101,7 +101,8 @@ def larger_than_memory(
     return TrainingError(f"a step asks for {asked} of memory on each device{has}; {hint}")
 
 
-def _asked(error: BaseException | None) -> str:
+def asked_for(error: BaseException | None) -> str:
+    """How much memory XLA's message says was asked for."""
     found = ASKED.search(str(error))
     return found[1] if found else "more"
 

@@ -10,8 +10,7 @@ import torch
 from transformers import TrainerCallback
 
 from mlflow_dr.encoder.directory import load_encoder
-from mlflow_dr.errors import CheckpointError, DeviceError, TrainingError
-from mlflow_dr.jax_engine import devices
+from mlflow_dr.errors import CheckpointError, TrainingError
 from mlflow_dr.jax_engine.trainer import JaxTrainer
 from mlflow_dr.training.callbacks import StopCallback
 from mlflow_dr.training.loss import Objective
@@ -179,21 +178,3 @@ def test_a_step_beyond_the_memory_is_refused_with_a_chunk_that_fits(
     monkeypatch.setattr(memory, "memory_limit", limit)
     with pytest.raises(TrainingError, match=r"a step asks for .* GB.*--gc_p_chunk_size \d+ would"):
         train(JaxTrainer, per_device_train_batch_size=64, max_steps=1)
-
-
-@pytest.mark.parametrize(
-    ("text", "message"),
-    [
-        ("The TPU is already in use by process with pid 7.", "another process holds the TPU"),
-        ("Unable to initialize backend 'tpu'", "set JAX_PLATFORMS=cpu"),
-    ],
-)
-def test_devices_that_cannot_be_used_are_one_line(
-    monkeypatch: pytest.MonkeyPatch, text: str, message: str
-) -> None:
-    def fails() -> None:
-        raise RuntimeError(text)
-
-    monkeypatch.setattr(devices.jax, "devices", fails)
-    with pytest.raises(DeviceError, match=message):
-        devices.find_devices()
