@@ -14,6 +14,7 @@ FULL = "full"
 STEP = re.compile(r"step-(\d{1,18})")
 LONGEST_SLUG = 100
 MOST_DIGITS = 12  # of a number of passages or queries
+PERCENT = re.compile(r"\d{1,3}(?:\.\d{1,6})?%")
 RELEVANT, ALL = "relevant", "all"
 
 
@@ -23,13 +24,15 @@ class SubsetTerm:
 
     Attributes:
         name: the strategy's.
-        count: N or K; 0 for a strategy without.
+        count: N or K; 0 for a strategy without, and where a share is given.
         arguments: the texts between `:` and `@`, such as files, or an encoder.
+        percent: N as a share of all, above 0 and up to 100; 0 where a number is given.
     """
 
     name: str
     count: int = 0
     arguments: tuple[str, ...] = ()
+    percent: float = 0.0
 
     def __str__(self) -> str:
         """As it is written, with absolute paths."""
@@ -44,7 +47,8 @@ class SubsetTerm:
     def slug(self) -> str:
         """For names of metrics and files."""
         arguments = tuple(_last(name).partition(".")[0] for name in self.arguments)
-        return re.sub(r"[^\w\-]", "_", self._written(arguments, "_", "_", "_at_"))
+        text = self._written(arguments, "_", "_", "_at_").replace("%", "_percent")
+        return re.sub(r"[^\w\-]", "_", text)
 
     @property
     def strategy(self) -> SubsetStrategy:
@@ -61,7 +65,13 @@ class SubsetTerm:
         match = STEP.fullmatch(self.arguments[0]) if self.name == "encoder" else None
         return int(match[1]) if match else None
 
+    def count_of(self, total: int) -> int:
+        """N, as a number of things of which there are `total`; of a share at least 1."""
+        return self.count if self.count else max(1, round(total * self.percent / 100))
+
     def _written(self, arguments: tuple[str, ...], comma: str, colon: str, at: str) -> str:
+        if self.percent:
+            return f"{self.name}{colon}{self.percent:.10g}%"
         if not self.count:
             return self.name
         if arguments:
@@ -174,6 +184,8 @@ def _term(text: str, subset: str) -> SubsetTerm:
         strategy = SUBSET_STRATEGIES.get(name)
         if not strategy.separator:
             return SubsetTerm(name)
+        if rest.endswith("%") and strategy.takes_share:
+            return SubsetTerm(name, percent=_percent(rest, text))
         if not strategy.argument_form:
             return SubsetTerm(name, _count(rest, text))
         argument, at, count = rest.rpartition("@")
@@ -205,6 +217,15 @@ def _count(text: str, term: str) -> int:
             f"{MOST_DIGITS} digits"
         )
     return int(text)
+
+
+def _percent(text: str, term: str) -> float:
+    percent = float(text[:-1]) if PERCENT.fullmatch(text) else 0.0
+    if not 0 < percent <= 100:
+        raise UsageError(
+            f"subset {quoted(term)}: {quoted(text)} is not a share above 0% and up to 100%"
+        )
+    return percent
 
 
 def _absolute(name: str) -> str:

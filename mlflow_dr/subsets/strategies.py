@@ -82,6 +82,7 @@ class SubsetStrategy:
             per query of `sources.topics.queries` and in their order; each query ranks only its own.
             `queries`: positions in `sources.topics.queries`, in one array. `corpus`: all rows.
         uses_seed: whether the choice depends on `sources.seed`.
+        takes_share: whether N may be a share, such as `5%`; see `SubsetTerm.count_of`.
 
     Raises:
         UsageError: the form is not one of these.
@@ -91,6 +92,7 @@ class SubsetStrategy:
     choose: Choose
     chooses: Literal["passages", "candidates", "queries", "corpus"] = "passages"
     uses_seed: bool = False
+    takes_share: bool = False
 
     def __post_init__(self) -> None:
         if not FORM.fullmatch(self.form):
@@ -123,6 +125,7 @@ def subset_strategy(
     form: str,
     chooses: Literal["passages", "candidates", "queries", "corpus"] = "passages",
     uses_seed: bool = False,
+    takes_share: bool = False,
 ) -> Callable[[Choose], SubsetStrategy]:
     """Decorate a function to register it as a subset strategy; see `SubsetStrategy`.
 
@@ -131,7 +134,7 @@ def subset_strategy(
     """
 
     def decorate(choose: Choose) -> SubsetStrategy:
-        strategy = SubsetStrategy(form, choose, chooses, uses_seed)
+        strategy = SubsetStrategy(form, choose, chooses, uses_seed, takes_share)
         return SUBSET_STRATEGIES.register(strategy.name)(strategy)
 
     return decorate
@@ -142,21 +145,21 @@ def _full(term: SubsetTerm, sources: SubsetSources) -> list[np.ndarray]:
     return [np.arange(len(sources.corpus))]
 
 
-@subset_strategy("random:N", uses_seed=True)
+@subset_strategy("random:N", uses_seed=True, takes_share=True)
 def _random(term: SubsetTerm, sources: SubsetSources) -> list[np.ndarray]:
     """N passages at random; a smaller sample is part of a larger one."""
     by_id = np.argsort(sources.corpus.tie_ranks())
     order = np.random.default_rng(sources.seed).permutation(len(by_id))
-    return [by_id[order[: term.count]]]
+    return [by_id[order[: term.count_of(len(by_id))]]]
 
 
-@subset_strategy("queries:N", chooses="queries", uses_seed=True)
+@subset_strategy("queries:N", chooses="queries", uses_seed=True, takes_share=True)
 def _queries(term: SubsetTerm, sources: SubsetSources) -> list[np.ndarray]:
     """N queries at random; a smaller sample is part of a larger one."""
     queries = sources.topics.queries
     by_id = np.array(sorted(range(len(queries)), key=lambda position: queries[position].id))
     order = np.random.default_rng(sources.seed).permutation(len(by_id))
-    return [by_id[order[: term.count]]]
+    return [by_id[order[: term.count_of(len(by_id))]]]
 
 
 @subset_strategy("bm25@K")

@@ -13,6 +13,8 @@ from mlflow_dr.subsets.spec import ALL, SubsetSpec, SubsetTerm, parse_subset
     [
         ("full", ""),
         ("random:2000", "random_2000"),
+        ("random:5%", "random_5_percent"),
+        ("bm25@5+random:2.5%", "bm25_at_5-random_2_5_percent"),
         ("bm25@50", "bm25_at_50"),
         ("bm25@50+random:10000", "bm25_at_50-random_10000"),
         ("encoder:sentence-transformers/all-MiniLM-L6-v2@10", "encoder_all-MiniLM-L6-v2_at_10"),
@@ -50,6 +52,25 @@ def test_too_long_specifications_are_refused_in_one_short_line(text: str) -> Non
     with pytest.raises(UsageError, match=r"^subset '") as error:
         parse_subset(text)
     assert len(str(error.value)) < 500
+
+
+@pytest.mark.parametrize("share", ["0%", "101%", "1000%", "-5%", "5.%", "%", "x%", "1e1%", "nan%"])
+def test_a_share_is_above_0_and_up_to_100_percent(share: str) -> None:
+    with pytest.raises(UsageError, match=r"^subset .* is not a share above 0% and up to 100%"):
+        parse_subset(f"random:{share}")
+
+
+def test_a_share_is_rounded_to_whole_passages_and_is_at_least_one() -> None:
+    (term,) = parse_subset("random:5%").terms
+    assert [term.count_of(total) for total in (3, 50, 1010, 20_958)] == [1, 2, 50, 1048]
+    assert parse_subset("random:100%").terms[0].count_of(7) == 7
+    assert parse_subset("random:12").terms[0].count_of(7) == 12
+
+
+@pytest.mark.parametrize("text", ["bm25@5%", "ranking:file@5%"])
+def test_only_random_samples_take_a_share(text: str) -> None:
+    with pytest.raises(UsageError, match="whole number"):
+        parse_subset(text)
 
 
 def test_a_step_of_thousands_of_digits_is_refused() -> None:
