@@ -179,6 +179,22 @@ Subsets = Annotated[
         "by +."
     ),
 ]
+Estimated = Annotated[
+    bool,
+    Field(
+        description="Estimate the values on the full corpus, with 95 % intervals, from the random "
+        "sample that --subset names, such as random:5%. The validation is called NAME-est."
+    ),
+]
+TargetError = Annotated[
+    float | None,
+    Field(
+        gt=0,
+        lt=1,
+        description="With --estimate, choose the size of the random sample so that intervals are "
+        "about this far from the value on either side, such as 0.01.",
+    ),
+]
 Dims = Annotated[
     Texts,
     BeforeValidator(_as_texts),

@@ -26,7 +26,9 @@ def evaluate_command(config: EvaluateConfig) -> None:
 
     report = evaluate_encoder(config, find_project_run(config.tracking_uri))
     for name, value in report.measures.items():
-        click.echo(f"{name}\t{value:.4f}")
+        interval = report.intervals.get(name)
+        ends = f"\t95 % interval {interval.low:.4f} to {interval.high:.4f}" if interval else ""
+        click.echo(f"{name}\t{value:.4f}{ends}")
     click.echo(
         f"{report.passages} passages in {report.seconds:.1f} s "
         f"({report.passages / report.seconds:.0f} a second, {report.dtype})"

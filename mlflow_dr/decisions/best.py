@@ -15,17 +15,25 @@ from mlflow_dr.tracking.checkpoints import Checkpoint, run_checkpoints
 from mlflow_dr.tracking.descriptions import describe_run
 from mlflow_dr.tracking.registry import BEST_TAG, tag_best, untag_best
 from mlflow_dr.tracking.runs import TrackedRun
-from mlflow_dr.tracking.validations import Metric, chosen_metric, metric_value
+from mlflow_dr.tracking.validations import Metric, chosen_metric, metric_error, metric_value
 
 
 class Scored(NamedTuple):
-    """A checkpoint and its value."""
+    """A checkpoint and its value.
+
+    Attributes:
+        checkpoint: which.
+        value: of the metric.
+        error: half the width of its 95 % interval if it is an estimate, else 0.
+    """
 
     checkpoint: Checkpoint
     value: float
+    error: float = 0.0
 
     def __str__(self) -> str:
-        return f"step {self.checkpoint.step}, {self.checkpoint.uri}, {self.value:.4f}"
+        interval = f" (estimate, 95 % +-{self.error:.4f})" if self.error else ""
+        return f"step {self.checkpoint.step}, {self.checkpoint.uri}, {self.value:.4f}{interval}"
 
 
 @dataclass(frozen=True)
@@ -71,7 +79,7 @@ def find_best(run: TrackedRun, metric: Metric | str | None = None) -> Best:
     checkpoints = run_checkpoints(run)
     ready = [checkpoint for checkpoint in checkpoints if checkpoint.ready]
     scored = [
-        Scored(checkpoint, value)
+        Scored(checkpoint, value, metric_error(checkpoint, chosen))
         for checkpoint in ready
         if (value := metric_value(checkpoint, chosen)) is not None and not math.isnan(value)
     ]
@@ -136,6 +144,8 @@ def value_interval(
 def against_runner_up(run: TrackedRun, best: Best, seed: int = 0) -> Difference | None:
     """The difference between the best checkpoint and the second best; None if there is no other.
 
+    If their values are estimates, its interval has the errors of these, too.
+
     Args:
         run: whose checkpoints they are.
         best: what `find_best` has found.
@@ -153,7 +163,9 @@ def against_runner_up(run: TrackedRun, best: Best, seed: int = 0) -> Difference 
     _, values = aligned_values(
         [checkpoint.uri for checkpoint in pair], tables, *recorded_measures(best.metric.key)
     )
-    return difference(values[0], values[1], seed)
+    change = difference(values[0], values[1], seed)
+    errors = (best.runner_up.error, best.first.error)
+    return change.widened(*errors) if any(errors) else change
 
 
 def best_summary(run: TrackedRun, best: Best, seed: int = 0) -> str:

@@ -64,6 +64,7 @@ def compare_values(
     measure: str,
     seed: int = 0,
     texts: Mapping[str, str] | None = None,
+    errors: Sequence[float] = (),
 ) -> Comparison:
     """Compare encoders with the first of them.
 
@@ -73,6 +74,8 @@ def compare_values(
         measure: what is compared.
         seed: random seed of the test and the bootstrap.
         texts: of the queries, by id.
+        errors: half the widths of the intervals of means that are estimates, and 0 of others; none
+            are estimates when empty.
 
     Raises:
         UsageError: fewer than two encoders, or more than there are letters.
@@ -81,6 +84,11 @@ def compare_values(
     check_count(len(labels))
     ids, values = aligned_values(labels, tables, measure)
     differences = tuple(difference(values[0], other, seed) for other in values[1:])
+    if any(errors):
+        differences = tuple(
+            result.widened(errors[0], error)
+            for result, error in zip(differences, errors[1:], strict=True)
+        )
     measures = [
         name for name in tables[0][ids[0]] if all(name in table[ids[0]] for table in tables)
     ]

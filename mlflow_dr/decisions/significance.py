@@ -8,6 +8,7 @@ multiple test procedure, Scandinavian Journal of Statistics 6, 1979.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -36,6 +37,16 @@ class Difference(NamedTuple):
     high: float
     p_value: float
     queries: int
+
+    def widened(self, *errors: float) -> Difference:
+        """The same difference, if values are estimates; the p-value is still of the queries only.
+
+        Args:
+            errors: half the widths of the 95 % intervals of the values. They add as independent
+                ones do, which is cautious: two estimates from one sample err alike.
+        """
+        low = self.mean - math.hypot(self.mean - self.low, *errors)
+        return self._replace(low=low, high=self.mean + math.hypot(self.high - self.mean, *errors))
 
     def __str__(self) -> str:
         return f"95 % interval {self.low:+.4f} to {self.high:+.4f}, p {self.p_value:.4f}"

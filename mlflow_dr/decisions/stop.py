@@ -5,13 +5,14 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Collection, Iterable
+from statistics import median
 
 from mlflow_dr.errors import UsageError
 from mlflow_dr.tracking.checkpoints import Checkpoint
 from mlflow_dr.tracking.results import State, validation_state
 from mlflow_dr.tracking.runs import TrackedRun, is_over
 from mlflow_dr.tracking.stop_request import STOP_TAG, request_stop
-from mlflow_dr.tracking.validations import Metric, metric_points
+from mlflow_dr.tracking.validations import Metric, metric_error, metric_points
 
 log = logging.getLogger(__name__)
 
@@ -103,7 +104,8 @@ def stop_if_plateau(
         checkpoints: of that run, as they were seen last.
         metric: the metric that should rise.
         patience: how many checkpoints in a row may pass without an improvement.
-        min_delta: an increase must exceed this to count as an improvement.
+        min_delta: an increase must exceed this to count as an improvement. If the values are
+            estimates, it must also exceed half the width of their intervals, the median of them.
         waiting: those that some validator will still do; when None, all that are READY and neither
             done nor failed.
 
@@ -116,6 +118,8 @@ def stop_if_plateau(
     """
     sign = metric.sign
     points = [(step, sign * value) for step, value in metric_points(checkpoints, metric)]
+    errors = [metric_error(each, metric) for each in checkpoints if each.ready]
+    min_delta = max(min_delta, median([error for error in errors if error] or [0.0]))
     candidates = checkpoints if waiting is None else waiting
     left = {
         checkpoint.step for checkpoint in candidates if _is_waiting(checkpoint, metric.validation)

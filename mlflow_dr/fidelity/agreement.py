@@ -226,6 +226,8 @@ class Curve:
         query_ids: of its queries.
         values: of each query, `(n_checkpoints, n_queries) float64`.
         seconds: of encoding, searching and measuring one checkpoint.
+        intervals: if the values are estimates, both ends of the 95 % interval of each checkpoint's
+            mean, `(n_checkpoints, 2) float64`; else None.
     """
 
     name: str
@@ -234,6 +236,7 @@ class Curve:
     query_ids: tuple[str, ...]
     values: np.ndarray
     seconds: float
+    intervals: np.ndarray | None = None
 
     @cached_property
     def means(self) -> np.ndarray:
@@ -254,11 +257,26 @@ class StudiedSubset:
         curve: what it gave.
         agreement: with the full corpus.
         share: its seconds divided by the full corpus's.
+        errors: its values less those of the full corpus, of each checkpoint.
+        covered: of estimates, whether the full corpus's value is within the interval, of each
+            checkpoint; else None.
     """
 
     curve: Curve
     agreement: Agreement
     share: float
+    errors: np.ndarray
+    covered: np.ndarray | None = None
+
+    @property
+    def is_estimate(self) -> bool:
+        """Whether its values are estimates of the full corpus's."""
+        return self.curve.intervals is not None
+
+    @property
+    def worst(self) -> int:
+        """The index of the checkpoint whose value is farthest from the full corpus's."""
+        return int(np.abs(self.errors).argmax())
 
 
 @dataclass(frozen=True)
@@ -331,7 +349,12 @@ def compare_curves(
     def compared(curve: Curve) -> StudiedSubset:
         own = np.array([indices[query_id] for query_id in curve.query_ids], np.int64)
         figures = agreement(full.values, curve.values, own, resamples)
-        return StudiedSubset(curve, figures, curve.seconds / full.seconds)
+        covered = None
+        if curve.intervals is not None:
+            low, high = _rounded(curve.intervals.T)
+            covered = (low <= full.means) & (full.means <= high)
+        errors = curve.means - full.means
+        return StudiedSubset(curve, figures, curve.seconds / full.seconds, errors, covered)
 
     return FidelityResult(
         measure,

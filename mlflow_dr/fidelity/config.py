@@ -27,6 +27,7 @@ from mlflow_dr.fields import (
     Subsets,
     TrackingUri,
 )
+from mlflow_dr.retrieval.estimate import check_estimable
 from mlflow_dr.retrieval.measures import DEFAULT_MEASURES, Measure, of_pool, parse_measures
 from mlflow_dr.subsets.spec import SubsetSpec, parse_subset
 
@@ -39,6 +40,8 @@ class FidelityConfig(CollectionConfig, EncoderOverrides):
     split: str | None = None
     """The queries (default: the run's on its own collection, else dev, else test)."""
     subset: Subsets = ()
+    estimate: bool = False
+    """Also study the estimates from each --subset that has a random sample, such as random:5%."""
     judged: Judged = "relevant"
     seed: Seed = 0
     measure: str = DEFAULT_MEASURES.split()[0]
@@ -82,6 +85,10 @@ class FidelityConfig(CollectionConfig, EncoderOverrides):
         if of_pool(measures):
             raise UsageError(f"{self.measure} is of a pool and not of a ranking; give another")
         slugs = [spec.slug for spec in self.specs]
+        if self.estimate:
+            check_estimable(measures)
+            if not any(spec.sample for spec in self.specs):
+                raise UsageError("--estimate needs a --subset with a random sample: random:5%")
         if not slugs:
             raise UsageError("no subset to study; give --subset, once for each")
         if "" in slugs:

@@ -46,11 +46,25 @@ def report_text(findings: FidelityResult) -> str:
         in_columns(_rows(findings)),
         "",
     ]
+    if estimates := [
+        estimate_text(findings, each) for each in findings.subsets if each.is_estimate
+    ]:
+        lines += [*estimates, ""]
     if findings.skipped:
         lines.append(f"checkpoints passed over: {len(findings.skipped)}")
         lines += [f"  step {step}: {reason}" for step, reason in findings.skipped.items()]
         lines.append("")
     return "\n".join([*lines, recommendation(findings)])
+
+
+def estimate_text(findings: FidelityResult, studied: StudiedSubset) -> str:
+    """How near estimates are to the full corpus's values, in a line."""
+    covered = np.zeros(0) if studied.covered is None else studied.covered
+    return (
+        f"{studied.curve.name}: off by {studied.errors.mean():+.4f} on average, at worst by "
+        f"{studied.errors[studied.worst]:+.4f} (step {findings.steps[studied.worst]}); the full "
+        f"corpus's value is within the interval of {covered.sum()} of {len(covered)} checkpoints"
+    )
 
 
 def recommendation(findings: FidelityResult) -> str:
@@ -168,6 +182,8 @@ def _praise(findings: FidelityResult, best: StudiedSubset) -> str:
             f"tolerance of {findings.tolerance:g}: {REFINE} lets the full corpus decide among the "
             "best. "
         )
+    if best.is_estimate:
+        return text + estimate_text(findings, best) + "."
     return (
         f"{text}Its values differ by {figures.inflation.value:+.4f} from the full corpus's: "
         "compare them with each other only."
@@ -180,7 +196,7 @@ def _write_table(findings: FidelityResult, path: Path) -> None:
     heads += [f"{name}{end}" for name in FIGURES for end in ("", "_low", "_high")]
     with path.open("w", encoding="utf-8", newline="") as file:
         rows = csv.writer(file)
-        rows.writerow([*heads, "chosen_step", "recommended"])
+        rows.writerow([*heads, "chosen_step", "recommended", "worst_error", "covered"])
         for curve, subset in (
             (findings.full, None),
             *((subset.curve, subset) for subset in findings.subsets),
@@ -193,7 +209,10 @@ def _write_table(findings: FidelityResult, path: Path) -> None:
             sizes = [curve.name, curve.passages, len(curve.query_ids), curve.seconds, share]
             chosen = findings.steps[curve.best]
             is_best = subset is not None and subset is findings.recommended
-            rows.writerow([*sizes, *shown, chosen, "yes" if is_best else ""])
+            worst = "" if subset is None else subset.errors[subset.worst]
+            covered = "" if subset is None or subset.covered is None else subset.covered.mean()
+            recommended = "yes" if is_best else ""
+            rows.writerow([*sizes, *shown, chosen, recommended, worst, covered])
 
 
 def draw_curves(findings: FidelityResult, path: Path) -> None:
@@ -222,6 +241,8 @@ def curves_figure(findings: FidelityResult) -> Figure:
         panel.plot(
             findings.steps, curve.means, line, color=colour, linewidth=width, label=curve.name
         )
+        if curve.intervals is not None:
+            panel.fill_between(findings.steps, *curve.intervals.T, color=colour, alpha=0.15)
         best = findings.steps[curve.best], curve.means[curve.best]
         panel.plot(*best, "o", color=colour, markersize=size, zorder=4)
     panel.set_xlabel("training step")

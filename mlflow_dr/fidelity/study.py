@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from contextlib import closing
 from functools import partial
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 
@@ -71,24 +72,17 @@ def study_fidelity(
             config.engine,
             config.match,
         )
-        datasets = _datasets(config, settings, run)
-        study = _Study(datasets, settings, config, engine)
+        studied = _studied(config, settings, run)
+        study = _Study(studied, config, engine)
         values, skipped = study.all_values(chosen)
         left = [checkpoint for checkpoint in chosen if checkpoint.step in values]
         _check_count(len(left), f"{len(skipped)} could not be read")
         seconds = study.seconds(left)
     curves = [
-        Curve(
-            name=data.subset.spec.shown if data.subset else FULL,
-            slug=data.subset.spec.slug if data.subset else FULL,
-            passages=data.n_passages,
-            query_ids=_query_ids(data),
-            values=np.array([of_step[index] for of_step in values.values()]),
-            seconds=seconds[index],
-        )
-        for index, data in enumerate(datasets)
+        _curve(*pair, np.array([of_step[index] for of_step in values.values()]), seconds[index])
+        for index, pair in enumerate(studied)
     ]
-    full = datasets[0]
+    full = studied[0].data
     return compare_curves(
         config.parsed_measure,
         full.collection.name,
@@ -101,19 +95,35 @@ def study_fidelity(
     )
 
 
+class _Studied(NamedTuple):
+    """The full corpus or a subset, and whether values are estimated from it."""
+
+    data: EvalDataset
+    settings: EvalConfig
+
+
+def _curve(data: EvalDataset, settings: EvalConfig, values: np.ndarray, seconds: float) -> Curve:
+    """The curve of what `_Study.values` has given for each checkpoint."""
+    ids = _query_ids(data)
+    spec = data.subset.spec if data.subset else None
+    return Curve(
+        name=(f"{spec.shown}, estimated" if settings.estimate else spec.shown) if spec else FULL,
+        slug=(f"{spec.slug}-est" if settings.estimate else spec.slug) if spec else FULL,
+        passages=data.n_passages,
+        query_ids=ids,
+        values=values[:, : len(ids)],
+        seconds=seconds,
+        intervals=values[:, len(ids) :] if settings.estimate else None,
+    )
+
+
 class _Study:
     """Measures checkpoints, and caches what it measured."""
 
-    def __init__(
-        self,
-        datasets: Sequence[EvalDataset],
-        settings: EvalConfig,
-        config: FidelityConfig,
-        engine: Engine,
-    ) -> None:
+    def __init__(self, studied: Sequence[_Studied], config: FidelityConfig, engine: Engine) -> None:
         self._engine = engine
-        self._datasets = datasets
-        self._settings = settings
+        self._studied = studied
+        settings = self._settings = studied[0].settings
         self._changes = config.encoder_changes
         self._measure = config.parsed_measure
         changes = sorted(config.encoder_changes.items())
@@ -131,8 +141,9 @@ class _Study:
                 data.digest,
                 digest_of(*_query_ids(data)),
                 *data.answers_config(settings).values(),
+                *(["estimate"] if own.estimate else []),
             )
-            for data in datasets
+            for data, own in studied
         ]
 
     def all_values(
@@ -159,6 +170,8 @@ class _Study:
     def values(self, checkpoint: Checkpoint) -> list[np.ndarray]:
         """Values of each query, of the full corpus and of each subset, `(n_queries,) float64`.
 
+        Those of estimates are followed by the two ends of the interval of their mean.
+
         Raises:
             CheckpointError: the checkpoint cannot be read, or gives NaN.
         """
@@ -167,12 +180,12 @@ class _Study:
         results = [cached_array(key) for key in keys]
         missing = [index for index, values in enumerate(results) if values is None]
         if missing:
-            pairs = [(self._datasets[index], self._settings) for index in missing]
+            pairs = [self._studied[index] for index in missing]
             reports = evaluate_all(
                 load_checkpoint(checkpoint, self._changes), pairs, False, self._engine
             )
             for index, report in zip(missing, reports, strict=True):
-                values = self._values_of_report(report, self._datasets[index])
+                values = self._values_of_report(report, self._studied[index].data)
                 results[index] = values
                 store_array(keys[index], values)
         return [values for values in results if values is not None]
@@ -197,25 +210,27 @@ class _Study:
                 log.warning("step %d cannot be timed: %s", checkpoint.step, error)
                 continue
             log.info("timing the full corpus and each subset on step %d", checkpoint.step)
-            smallest = min(self._datasets, key=lambda data: data.n_passages)
-            evaluate(encoder, smallest, self._settings, True, self._engine)
-            seconds = [self._shortest(encoder, data) for data in self._datasets]
+            smallest = min(self._studied, key=lambda each: each.data.n_passages)
+            evaluate(encoder, *smallest, True, self._engine)
+            seconds = [self._shortest(encoder, each) for each in self._studied]
             store_array(key, np.array(seconds))
             return seconds
         raise UsageError("none of the checkpoints can be read any more to be timed")
 
-    def _shortest(self, encoder: Encoder, data: EvalDataset) -> float:
+    def _shortest(self, encoder: Encoder, studied: _Studied) -> float:
         start = time.perf_counter()
         times: list[float] = []
         while not times or (
             len(times) < ENOUGH_TIMES and time.perf_counter() - start < ENOUGH_SECONDS
         ):
-            times.append(evaluate(encoder, data, self._settings, False, self._engine).seconds)
+            times.append(evaluate(encoder, *studied, False, self._engine).seconds)
         return min(times)
 
     def _values_of_report(self, report: Report, data: EvalDataset) -> np.ndarray:
         per_query = report.per_query
-        return np.array([per_query[query_id][self._measure] for query_id in _query_ids(data)])
+        values = [per_query[query_id][self._measure] for query_id in _query_ids(data)]
+        interval = report.intervals.get(self._measure)
+        return np.array([*values, *(interval[1:] if interval else ())])
 
 
 def _chosen(checkpoints: Sequence[Checkpoint], config: FidelityConfig) -> list[Checkpoint]:
@@ -235,10 +250,10 @@ def _check_count(count: int, about: str) -> None:
         raise UsageError(f"{count} checkpoints to study ({about}); an order needs {FEWEST} or more")
 
 
-def _datasets(
+def _studied(
     config: FidelityConfig, settings: EvalConfig, run: TrackedRun | None
-) -> list[EvalDataset]:
-    """The full corpus, then each subset of it."""
+) -> list[_Studied]:
+    """The full corpus, then each subset of it, and the estimates from those with a sample."""
     dataset, splits = config.named_dataset()
     split = config.split or next(iter(splits), None)
     if run is not None:
@@ -249,13 +264,15 @@ def _datasets(
     full = EvalDataset(collection, chosen_split(collection, split))
     full.check_measures(settings)
     published = run and partial(checkpoint_of_step, run)
-    datasets = [full]
+    studied = [_Studied(full, settings)]
     for spec in config.specs:
         data = full.on_subset(spec, settings, published=published)
         queries = len(data.topics.queries)
         log.info("%s: %d passages, %d queries", spec.shown, data.n_passages, queries)
-        datasets.append(data)
-    return datasets
+        studied.append(_Studied(data, settings))
+        if config.estimate and spec.sample:
+            studied.append(_Studied(data, settings.estimating(spec)))
+    return studied
 
 
 def _query_ids(data: EvalDataset) -> tuple[str, ...]:

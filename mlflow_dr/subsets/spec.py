@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from mlflow_dr.errors import UsageError, did_you_mean, quoted
@@ -16,6 +16,7 @@ LONGEST_SLUG = 100
 MOST_DIGITS = 12  # of a number of passages or queries
 PERCENT = re.compile(r"\d{1,3}(?:\.\d{1,6})?%")
 RELEVANT, ALL = "relevant", "all"
+AUTO = "auto"
 
 
 @dataclass(frozen=True)
@@ -26,7 +27,8 @@ class SubsetTerm:
         name: the strategy's.
         count: N or K; 0 for a strategy without, and where a share is given.
         arguments: the texts between `:` and `@`, such as files, or an encoder.
-        percent: N as a share of all, above 0 and up to 100; 0 where a number is given.
+        percent: N as a share of all, above 0 and up to 100; 0 where a number is given. If both are
+            0, as in `random:auto`, the size is still to be chosen.
     """
 
     name: str
@@ -66,12 +68,23 @@ class SubsetTerm:
         return int(match[1]) if match else None
 
     def count_of(self, total: int) -> int:
-        """N, as a number of things of which there are `total`; of a share at least 1."""
+        """N, as a number of things of which there are `total`; of a share at least 1.
+
+        Raises:
+            UsageError: the size was not chosen.
+        """
+        if self.is_auto:
+            raise UsageError(f"subset {self}: use it with --estimate and --target-error")
         return self.count if self.count else max(1, round(total * self.percent / 100))
 
+    @property
+    def is_auto(self) -> bool:
+        """Whether this is a sample whose size is still to be chosen."""
+        return self.strategy.takes_share and not (self.count or self.percent)
+
     def _written(self, arguments: tuple[str, ...], comma: str, colon: str, at: str) -> str:
-        if self.percent:
-            return f"{self.name}{colon}{self.percent:.10g}%"
+        if self.percent or self.is_auto:
+            return f"{self.name}{colon}{f'{self.percent:.10g}%' if self.percent else AUTO}"
         if not self.count:
             return self.name
         if arguments:
@@ -126,6 +139,33 @@ class SubsetSpec:
     def is_full(self) -> bool:
         """Whether the whole corpus is searched."""
         return self.term_that_chooses("corpus") is not None
+
+    @property
+    def sample(self) -> SubsetTerm | None:
+        """The term that draws passages at random, from which values can be estimated."""
+        drawn = (term for term in self.terms if term.strategy.takes_share)
+        return next((term for term in drawn if term.strategy.chooses == "passages"), None)
+
+    def check_estimable(self) -> None:
+        """Refuse a subset from which values on the full corpus cannot be estimated.
+
+        Raises:
+            UsageError: the subset has no random sample, or something else that forbids it.
+        """
+        why = ""
+        if self.term_that_chooses("candidates"):
+            why = "each query ranks its own passages only, so nothing is left to estimate"
+        elif self.term_that_chooses("queries"):
+            why = "an estimate is of all queries; leave out queries:N"
+        elif self.sample is None:
+            why = "an estimate needs a random sample, such as random:5%"
+        if why:
+            raise UsageError(f"subset {self.shown}: {why}")
+
+    def sized(self, percent: float) -> SubsetSpec:
+        """The same subset with a sample of this size in place of `random:auto`."""
+        terms = [replace(term, percent=percent) if term.is_auto else term for term in self.terms]
+        return replace(self, terms=tuple(terms))
 
     def term_that_chooses(self, what: str) -> SubsetTerm | None:
         """The first term whose strategy chooses `passages`, `candidates`, `queries` or `corpus`."""
@@ -183,6 +223,8 @@ def _term(text: str, subset: str) -> SubsetTerm:
     if _begins_term(text):
         strategy = SUBSET_STRATEGIES.get(name)
         if not strategy.separator:
+            return SubsetTerm(name)
+        if rest == AUTO and strategy.takes_share and strategy.chooses == "passages":
             return SubsetTerm(name)
         if rest.endswith("%") and strategy.takes_share:
             return SubsetTerm(name, percent=_percent(rest, text))

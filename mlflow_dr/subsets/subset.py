@@ -68,6 +68,16 @@ class Subset:
         return {name: int((self.origins >> bit & 1).sum()) for bit, name in enumerate(self.names)}
 
     @cached_property
+    def sample(self) -> np.ndarray:
+        """The passages that only the random sample has chosen, rows ascending, `(n,) int64`."""
+        (bit,) = (
+            bit
+            for bit, name in enumerate(self.names)
+            if self.spec.sample is not None and name == self.spec.sample.shown
+        )
+        return self.rows[self.origins == 1 << bit]
+
+    @cached_property
     def digest(self) -> str:
         """A digest of passages, queries and candidates, however they were chosen."""
         ids = sorted(self.corpus.ids.take(pa.array(self.rows)).to_pylist())

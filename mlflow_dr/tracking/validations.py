@@ -151,6 +151,13 @@ def metric_value(checkpoint: Checkpoint, metric: Metric) -> float | None:
     return None if value is None else float(value)
 
 
+def metric_error(checkpoint: Checkpoint, metric: Metric) -> float:
+    """Half the width of the 95 % interval of a value that is an estimate; 0 of a measured one."""
+    values = recorded_values(checkpoint, metric.validation)
+    ends = [values.get(f"{metric.key}/{end}") for end in ("low", "high")]
+    return 0.0 if ends[0] is None or ends[1] is None else (ends[1] - ends[0]) / 2
+
+
 def metric_points(checkpoints: Iterable[Checkpoint], metric: Metric) -> list[tuple[int, float]]:
     """Step and value of each checkpoint that has one."""
     return [

@@ -40,7 +40,9 @@ from mlflow_dr.tracking.encoders import MODEL_SCHEME, open_encoder
 from mlflow_dr.tracking.registry import checkpoint_by_uri
 from mlflow_dr.tracking.runs import TrackedRun, find_run, resolve_run
 from mlflow_dr.tracking.validations import (
+    Metric,
     config_differences,
+    metric_error,
     run_validations,
     validation_collection,
 )
@@ -201,6 +203,12 @@ def compare(config: CompareConfig) -> Comparison:
         str(compared),
         config.seed,
         {query.id: query.text for query in _queries(config.name, measured, data)},
+        [
+            metric_error(operand.checkpoint, Metric(config.name, compared.metric))
+            if operand.checkpoint is not None
+            else 0.0
+            for operand in operands
+        ],
     )
     if config.output is not None:
         write_comparison(comparison, config.output)

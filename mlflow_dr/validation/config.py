@@ -27,6 +27,7 @@ from mlflow_dr.fields import (
     Dtype,
     EncoderOverrides,
     EngineName,
+    Estimated,
     Every,
     File,
     Force,
@@ -40,6 +41,7 @@ from mlflow_dr.fields import (
     SearchBackendName,
     Seed,
     Subsets,
+    TargetError,
     Texts,
     TrackingUri,
     TrustRemoteCode,
@@ -144,10 +146,26 @@ class EvaluateConfig(CollectionConfig, MeasureConfig, EncoderOverrides):
     """Write the ranking to this TREC run file."""
     force: Force = False
     subset: Annotated[Subsets, Field(max_length=1)] = ()
+    estimate: Estimated = False
+    target_error: TargetError = None
     judged: Judged = "relevant"
     seed: Seed = 0
     trust_remote_code: TrustRemoteCode = False
     tracking_uri: TrackingUri = None
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        self.spec_and_settings()
+        return self
+
+    def spec_and_settings(self) -> tuple[SubsetSpec, EvalConfig]:
+        """The subset, and how it is evaluated.
+
+        Raises:
+            UsageError: settings that make no sense together.
+        """
+        ((spec, settings),) = specs_and_settings(self)
+        return spec, settings
 
 
 class CompareConfig(Config):
@@ -234,6 +252,8 @@ class ValidationDefaults(CollectionConfig, MeasureConfig):
     """The queries to evaluate on (default: the run's on its own collection, else dev, else test).
     Each of several splits is a validation called NAME-SPLIT."""
     subset: Subsets = ()
+    estimate: Estimated = False
+    target_error: TargetError = None
     judged: Judged = "relevant"
     seed: Seed = 0
     refine: Refine = None
@@ -254,25 +274,21 @@ class ValidationDefaults(CollectionConfig, MeasureConfig):
         """
         if members := suite_members(self.dataset):
             return self._suite(name, members)
-        settings = self.eval_config()
         dataset, file_splits = self.named_dataset()
         splits = self.split or file_splits
         named: list[tuple[str, str | None]] = [(name, splits[0] if splits else None)]
         if len(splits) > 1:
             named = [(f"{name}-{NOT_IN_NAME.sub('_', split)}", split) for split in splits]
-        specs = [parse_subset(text, self.seed, self.judged) for text in self.subset] or [
-            SubsetSpec()
-        ]
         validations = tuple(
             Validation(
                 replace(settings, dims=form.dims, precision=form.precision),
-                joined_name(called, spec, form),
+                joined_name(called, spec, form, settings.estimate),
                 dataset,
                 split,
                 spec,
             )
             for called, split in named
-            for spec in specs
+            for spec, settings in specs_and_settings(self)
             for form in forms(parse_dims(self.dims), parse_precisions(self.precision))
         )
         if self.refine is None:
@@ -282,6 +298,8 @@ class ValidationDefaults(CollectionConfig, MeasureConfig):
 
     def _suite(self, name: str, members: Sequence[Member]) -> tuple[Validation, ...]:
         """The mean of a suite, then its validations; a mean of each subset."""
+        if self.estimate:
+            raise UsageError("estimate: the mean of a suite has no interval; leave it out")
         if self.refine is not None:
             raise UsageError("refine: a suite has no single best checkpoint; leave it out")
         made: list[Validation] = []
@@ -322,6 +340,27 @@ class ValidationDefaults(CollectionConfig, MeasureConfig):
         if "dataset" in values:
             _check_dataset(made)
         return made
+
+
+def specs_and_settings(
+    config: EvaluateConfig | ValidationDefaults,
+) -> list[tuple[SubsetSpec, EvalConfig]]:
+    """The subsets of a configuration, the full corpus if it names none, each with its settings.
+
+    Raises:
+        UsageError: settings that make no sense together.
+    """
+    settings = config.eval_config()
+    specs = [parse_subset(text, config.seed, config.judged) for text in config.subset]
+    if config.target_error is not None and not config.estimate:
+        raise UsageError("--target-error is of --estimate; give both")
+    if not config.estimate:
+        return [(spec, settings) for spec in specs or [SubsetSpec()]]
+    if not specs and config.target_error is not None:
+        specs = [parse_subset("random:auto", config.seed, config.judged)]
+    if not any(spec != SubsetSpec() for spec in specs):
+        raise UsageError("--estimate needs a sample of the corpus, such as --subset random:5%")
+    return [(spec, settings.estimating(spec, config.target_error)) for spec in specs]
 
 
 FIELDS = tuple(ValidationDefaults.model_fields)
@@ -407,6 +446,8 @@ class RunConfig(PolicyConfig):
     dtype: Dtype = "auto"
     engine: EngineName = "local"
     subset: Subsets = ()
+    estimate: Estimated = False
+    target_error: TargetError = None
     judged: Judged = "relevant"
     refine: Refine = None
     dims: Dims = ()

@@ -20,6 +20,7 @@ from mlflow_dr.engines.opening import LOCAL
 from mlflow_dr.errors import UsageError
 from mlflow_dr.files import digest_of
 from mlflow_dr.retrieval.dense import SearchRequest
+from mlflow_dr.retrieval.estimate import share_for
 from mlflow_dr.retrieval.matching import AnswerMatcher
 from mlflow_dr.retrieval.measures import OF_POOL, answers_depth, check_topics, of_pool
 from mlflow_dr.retrieval.ranking import check_ranking_ids
@@ -110,6 +111,10 @@ class EvalDataset:
         """
         is_local = settings.engine == LOCAL
         devices = resolve_devices(settings.device if is_local else AUTO)
+        if settings.target_error is not None:
+            percent = 100 * share_for(settings.target_error, len(self.topics.queries))
+            spec = spec.sized(float(f"{percent:.2g}"))
+            log.info("--target-error %g: the sample is %s", settings.target_error, spec.shown)
         sources = SubsetSources(
             self.corpus,
             self.topics,

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import closing, nullcontext
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from mlflow_dr.cache import unchanged_cache
 from mlflow_dr.collection.catalogue import chosen_split, open_collection
@@ -18,6 +18,7 @@ from mlflow_dr.engines.opening import check_devices_and_dtype, open_engine
 from mlflow_dr.errors import UsageError
 from mlflow_dr.files import atomic_write
 from mlflow_dr.retrieval.dense import SearchRequest, dense_search, rows_to_encode
+from mlflow_dr.retrieval.estimate import Estimate, Interval
 from mlflow_dr.retrieval.measures import (
     Measure,
     answers_depth,
@@ -33,10 +34,11 @@ from mlflow_dr.retrieval.ranking import (
     without_own_ids,
     write_ranking,
 )
-from mlflow_dr.subsets.spec import FULL, parse_subset
+from mlflow_dr.subsets.spec import FULL, SubsetSpec
 from mlflow_dr.tracking.encoders import open_encoder
 from mlflow_dr.validation.config import EvaluateConfig
 from mlflow_dr.validation.dataset import EvalDataset
+from mlflow_dr.validation.estimating import SubsetEstimator
 from mlflow_dr.validation.pool import measure_pool
 from mlflow_dr.validation.validations import EvalConfig
 
@@ -57,6 +59,7 @@ class Report:
         seconds: wall time of encoding, searching and measuring.
         passages: number of passages encoded.
         dtype: number format that was used.
+        intervals: measure -> its mean and 95 % interval, if values are estimates; else empty.
     """
 
     measures: dict[Measure, float]
@@ -65,6 +68,7 @@ class Report:
     seconds: float
     passages: int
     dtype: str
+    intervals: Mapping[Measure, Interval] = field(default_factory=dict)
 
 
 def evaluate(
@@ -147,10 +151,11 @@ def _search_all(
     depths = _depths(requests)
     encoder = with_settings(encoder, common.prompts)
     text_tokenizer = TextTokenizer(encoder.tokenizer, encoder.settings)
-    searches = [
-        search._replace(form=settings.form(encoder.settings.normalize))
-        for search, (_, settings) in zip(_searches(requests), requests, strict=True)
+    estimators = [
+        SubsetEstimator(data, settings) if settings.estimate else None
+        for data, settings in requests
     ]
+    searches = _searches(requests, estimators, encoder.settings.normalize)
     rows = rows_to_encode(searches, len(tokens.corpus))
     table = tokens.table(text_tokenizer, rows)
 
@@ -172,15 +177,20 @@ def _search_all(
             backend=common.search_backend,
             engine=engine,
         )
+    tails = iter(results[len(requests) :])
     measured = [
         _measure(data, settings, depth, result)
-        for (data, settings), depth, result in zip(requests, depths, results, strict=True)
+        if estimator is None
+        else _estimate(data, settings, depth, result, estimator.estimates(result, next(tails)))
+        for (data, settings), depth, estimator, result in zip(
+            requests, depths, estimators, results[: len(requests)], strict=True
+        )
     ]
     seconds = time.perf_counter() - start
     passages = len(table) if rows is None else len(rows)
     return [
-        Report(mean_values(per_query), per_query, ranking, seconds, passages, dtype)
-        for per_query, ranking in measured
+        Report(mean_values(per_query), per_query, ranking, seconds, passages, dtype, intervals)
+        for per_query, ranking, intervals in measured
     ]
 
 
@@ -205,17 +215,56 @@ def _depths(requests: Sequence[tuple[EvalDataset, EvalConfig]]) -> list[int]:
     return [check_depth(settings.measures, settings.depth) for _, settings in requests]
 
 
-def _searches(requests: Sequence[tuple[EvalDataset, EvalConfig]]) -> list[SearchRequest]:
-    return [
-        data.search(depth + (0 if data.keeps_own_id(settings) else 1))
+def _searches(
+    requests: Sequence[tuple[EvalDataset, EvalConfig]],
+    estimators: Sequence[SubsetEstimator | None] = (),
+    normalize: bool = False,
+) -> list[SearchRequest]:
+    """A search for each request, then one in the sample of each that estimates."""
+    searches = [
+        data.search(depth + (0 if data.keeps_own_id(settings) else 1))._replace(
+            form=settings.form(normalize)
+        )
         for depth, (data, settings) in zip(_depths(requests), requests, strict=True)
     ]
+    for index, estimator in enumerate(estimators):
+        if estimator is not None:
+            rows = estimator.relevant_rows()
+            searches[index] = searches[index]._replace(extra_rows=rows)
+            searches.append(estimator.request()._replace(form=searches[index].form))
+    return searches
 
 
-def _measure(
-    data: EvalDataset, settings: EvalConfig, depth: int, result: SearchResult
-) -> tuple[dict[str, dict[Measure, float]], Ranking]:
-    """The values of each query, and the ranking that they measure."""
+class Measured(NamedTuple):
+    """The values of each query, the ranking, and the intervals of means that are estimates."""
+
+    per_query: dict[str, dict[Measure, float]]
+    ranking: Ranking
+    intervals: Mapping[Measure, Interval]
+
+
+def _estimate(
+    data: EvalDataset,
+    settings: EvalConfig,
+    depth: int,
+    result: SearchResult,
+    estimates: Mapping[Measure, Estimate],
+) -> Measured:
+    """The values on the full corpus; the ranking is the subset's."""
+    measured = _measure(data, settings, depth, result)
+    per_query = {
+        query.id: {measure: float(estimates[measure].per_query[index]) for measure in estimates}
+        for index, query in enumerate(data.topics.queries)
+    }
+    return Measured(
+        {query_id: per_query[query_id] for query_id in measured.per_query},
+        measured.ranking,
+        {measure: each.mean for measure, each in estimates.items()},
+    )
+
+
+def _measure(data: EvalDataset, settings: EvalConfig, depth: int, result: SearchResult) -> Measured:
+    """The values on what was searched."""
     topics, ids = data.topics, data.corpus.ids
     rows, scores = result.rows, result.scores
     if not data.keeps_own_id(settings):
@@ -224,7 +273,7 @@ def _measure(
     hits = None
     if found := answers_depth(settings.measures):
         hits = data.tokens.matcher(settings.match).hits(topics.queries, rows[:, :found])
-    return measure_topics(topics, ranking, settings.measures, hits), ranking
+    return Measured(measure_topics(topics, ranking, settings.measures, hits), ranking, {})
 
 
 def evaluate_encoder(config: EvaluateConfig, run: TrackedRun | None = None) -> Report:
@@ -239,7 +288,7 @@ def evaluate_encoder(config: EvaluateConfig, run: TrackedRun | None = None) -> R
         DataError: the collection's files are damaged, or no ranking can be written of its ids.
         CheckpointError: the encoder's files are damaged.
     """
-    settings = config.eval_config()
+    spec, settings = config.spec_and_settings()
     check_devices_and_dtype(settings.engine, settings.device, settings.dtype)
     name, split = config.one_dataset(config.split)
     for path in (config.output, config.ranking):
@@ -259,8 +308,7 @@ def evaluate_encoder(config: EvaluateConfig, run: TrackedRun | None = None) -> R
     )
     data = EvalDataset(collection, split)
     data.check_measures(settings)
-    if config.subset:
-        spec = parse_subset(config.subset[0], config.seed, config.judged)
+    if spec != SubsetSpec():
         data = data.on_subset(spec, settings, tracking_uri=config.tracking_uri)
     if config.ranking is not None:
         data.check_ids()
@@ -272,18 +320,28 @@ def evaluate_encoder(config: EvaluateConfig, run: TrackedRun | None = None) -> R
     if config.ranking is not None:
         write_ranking(config.ranking, [report.ranking])
     if run is not None:
-        values = {measure.metric: value for measure, value in report.measures.items()}
-        run.log_report(values, {REPORT: text})
+        run.log_report(metric_values(report), {REPORT: text})
     return report
 
 
+def metric_values(report: Report) -> dict[str, float]:
+    """The measures as MLflow names them, and the ends of their intervals."""
+    values = {measure.metric: value for measure, value in report.measures.items()}
+    for measure, interval in report.intervals.items():
+        values[f"{measure.metric}/low"] = interval.low
+        values[f"{measure.metric}/high"] = interval.high
+    return values
+
+
 def _as_json(config: EvaluateConfig, dataset: str, split: str, report: Report) -> dict[str, Any]:
+    intervals = {name: [each.low, each.high] for name, each in report.intervals.items()}
     return {
         "encoder": config.encoder,
         "dataset": dataset,
         "split": split,
         "subset": config.subset[0] if config.subset else FULL,
         "measures": report.measures,
+        **({"intervals": intervals} if intervals else {}),
         "queries": report.per_query,
         "depth": check_depth(list(report.measures), config.depth),
         "dtype": report.dtype,

@@ -133,7 +133,7 @@ class EvalDatasets:
     def __init__(self, engines: Engines | None = None) -> None:
         self._engines = engines or Engines()
         self._tokens: dict[str, CorpusTokens] = {}
-        self._data: dict[tuple[str, str, SubsetSpec, str], EvalDataset] = {}
+        self._data: dict[tuple[str, str, SubsetSpec, float | None, str], EvalDataset] = {}
 
     def open(self, run: TrackedRun, validation: Validation) -> tuple[str, EvalDataset]:
         """The dataset's name, and what a validation of a run searches."""
@@ -144,7 +144,7 @@ class EvalDatasets:
         split = chosen_split(tokens.collection, split)
         # encoder:step-N is another checkpoint on another run
         by_step = any(part.step is not None for part in spec.terms)
-        key = (name, split, spec, run.id if by_step else "")
+        key = (name, split, spec, validation.settings.target_error, run.id if by_step else "")
         if key not in self._data:
             data = EvalDataset(tokens.collection, split, tokens)
             if spec != SubsetSpec():
@@ -395,6 +395,7 @@ def _result_config(data: EvalDataset, settings: EvalConfig) -> dict[str, object]
         "depth": check_depth(settings.measures, settings.depth),
         "dtype": settings.dtype,
         "keep_own_id": settings.keep_own_id,
+        **({"estimate": True} if settings.estimate else {}),
         **data.answers_config(settings),
         **settings.prompts,
         **settings.form().config,

@@ -9,6 +9,7 @@ from typing import NamedTuple, Protocol
 
 from mlflow_dr.encoder.config import check_types
 from mlflow_dr.errors import UsageError, quoted
+from mlflow_dr.retrieval.estimate import check_estimable
 from mlflow_dr.retrieval.measures import Measure
 from mlflow_dr.retrieval.vector_form import ALL, FLOAT32, VectorForm
 from mlflow_dr.subsets.spec import MOST_DIGITS, RELEVANT, SubsetSpec, parse_subset
@@ -17,6 +18,7 @@ from mlflow_dr.subsets.spec import MOST_DIGITS, RELEVANT, SubsetSpec, parse_subs
 NAME = re.compile(r"[\w\- ]+")
 NOT_IN_NAME = re.compile(r"[^\w\- ]")
 FIRST_NAME = "val"
+ESTIMATE_SLUG = "est"
 
 
 @dataclass(frozen=True)
@@ -36,6 +38,8 @@ class EvalConfig:
         passage_prompt: put before every passage; the encoder's own prompt when None.
         dims: only so many of the first dimensions of vectors; all when None.
         precision: how passages are stored: `float32`, `int8` or `binary`.
+        estimate: estimate the values on the full corpus from the random sample of the subset.
+        target_error: half the width of the intervals for which `random:auto` is sized.
     """
 
     measures: tuple[Measure, ...]
@@ -50,9 +54,30 @@ class EvalConfig:
     passage_prompt: str | None = None
     dims: int | None = None
     precision: str = FLOAT32
+    estimate: bool = False
+    target_error: float | None = None
 
     def __post_init__(self) -> None:
         check_types(self)
+        if self.estimate:
+            check_estimable(self.measures)
+
+    def estimating(self, spec: SubsetSpec, target_error: float | None = None) -> EvalConfig:
+        """The same settings, to estimate from a subset; the full corpus needs no estimate.
+
+        Raises:
+            UsageError: the subset or a measure does not allow it.
+        """
+        if spec == SubsetSpec():
+            return self
+        spec.check_estimable()
+        is_auto = any(term.is_auto for term in spec.terms)
+        if is_auto != (target_error is not None):
+            raise UsageError(
+                f"subset {spec.shown}: --target-error chooses the size of random:auto; give both, "
+                "or a size"
+            )
+        return replace(self, estimate=True, target_error=target_error)
 
     def form(self, normalize: bool = False) -> VectorForm:
         """The form in which passages are stored.
@@ -129,9 +154,15 @@ class Validation:
             )
 
 
-def joined_name(name: str, subset: SubsetSpec, form: VectorForm = ALL) -> str:
-    """The name of a validation on a subset, of vectors in some form."""
-    return "-".join(filter(None, (name, subset.slug, form.slug)))
+def joined_name(
+    name: str, subset: SubsetSpec, form: VectorForm = ALL, is_estimate: bool = False
+) -> str:
+    """The name of a validation on a subset, of vectors in some form.
+
+    Estimates are called alike whatever the subset.
+    """
+    slug = ESTIMATE_SLUG if is_estimate else subset.slug
+    return "-".join(filter(None, (name, slug, form.slug)))
 
 
 def refining(
@@ -157,12 +188,14 @@ def refining(
     for cheap in validations:
         if cheap.subset == spec:
             raise UsageError(f"refine {text!r} is what validation {cheap.name!r} does already")
-        name = joined_name(cheap.name.removesuffix(f"-{cheap.subset.slug}"), spec)
+        slug = ESTIMATE_SLUG if cheap.settings.estimate else cheap.subset.slug
+        name = joined_name(cheap.name.removesuffix(f"-{slug}"), spec)
         if name in {validation.name for validation in added}:
             raise UsageError(
                 f"refine {text!r}: several subsets would share the validation {name!r}; give one "
                 "--subset"
             )
         refines = Refines(cheap.name, cheap.settings.measures[0], int(count))
-        added.append(replace(cheap, name=name, subset=spec, refines=refines))
+        settings = replace(cheap.settings, estimate=False, target_error=None)
+        added.append(replace(cheap, settings=settings, name=name, subset=spec, refines=refines))
     return tuple(added)

@@ -40,7 +40,7 @@ from mlflow_dr.tracking.runs import TrackedRun
 from mlflow_dr.tracking.server import Patience, ServerClock
 from mlflow_dr.tracking.validations import recorded_values
 from mlflow_dr.validation.config import FollowConfig
-from mlflow_dr.validation.evaluate import Report
+from mlflow_dr.validation.evaluate import Report, metric_values
 from mlflow_dr.validation.kinds import CheckpointKind, ResolvedValidation
 from mlflow_dr.validation.resolve import ResolvedMean
 
@@ -305,7 +305,7 @@ def _evaluation_errors() -> Iterator[None]:
 def _figures(report: Report) -> dict[str, float]:
     """A report as metrics, named as MLflow allows."""
     return {
-        **{measure.metric: value for measure, value in report.measures.items()},
+        **metric_values(report),
         "seconds": report.seconds,
         "passages_per_second": report.passages / report.seconds,
     }

@@ -44,14 +44,18 @@ def measured(run: TrackedRun, tmp_path: Path) -> Callable[..., Checkpoint]:
     """Publishes the checkpoint of a step and records a validation of it.
 
     Its arguments: the step, the figure, and as keywords the reciprocal ranks of queries q0, q1 ...
-    if they are kept, and the validation's name.
+    if they are kept, the validation's name, and half of the interval if the figure is an estimate.
     """
     directory = tmp_path / "published"
     directory.mkdir()
     (directory / "model.safetensors").write_bytes(b"weights")
 
     def measured(
-        step: int, value: float, ranks: Sequence[float] | None = None, name: str = "val"
+        step: int,
+        value: float,
+        ranks: Sequence[float] | None = None,
+        name: str = "val",
+        error: float = 0.0,
     ) -> Checkpoint:
         bind_name(run, name, {"measures": MEASURES})
         published = [checkpoint for checkpoint in run_checkpoints(run) if checkpoint.step == step]
@@ -61,6 +65,8 @@ def measured(run: TrackedRun, tmp_path: Path) -> Callable[..., Checkpoint]:
             checkpoint for checkpoint in run_checkpoints(run) if checkpoint.step == step
         )
         figures = {"mrr_at_10": value, "ndcg_at_10": 1 - value, "seconds": 2.0}
+        if error:
+            figures |= {"mrr_at_10/low": value - error, "mrr_at_10/high": value + error}
         record_result(run, checkpoint, name, figures, ("sea", "0"))
         if ranks is not None:
             log_per_query_values(run, checkpoint, name, per_query(ranks))

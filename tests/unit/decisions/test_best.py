@@ -62,6 +62,23 @@ def test_the_highest_value_is_best(run: TrackedRun, measured: Measured) -> None:
     assert find_best(run, "val/ndcg@10") == find_best(run, "val/ndcg_at_10")
 
 
+def test_estimates_are_shown_with_their_intervals_which_widen_the_difference(
+    run: TrackedRun, measured: Measured
+) -> None:
+    ranks = [[0.2, 0.5, 0.1, 0.4], [0.3, 0.5, 0.3, 0.5]]
+    for step, (values, error) in enumerate(zip(ranks, (0.03, 0.04), strict=True)):
+        measured(step, float(np.mean(values)), values, error=error)
+    best = find_best(run)
+    assert str(best.first).endswith("0.4000 (estimate, 95 % +-0.0400)")
+    change, of_queries = against_runner_up(run, best), difference(*map(np.array, ranks))
+    assert change is not None and change.p_value == of_queries.p_value
+    for end in ("low", "high"):
+        wide = abs(getattr(change, end) - change.mean)
+        assert wide == pytest.approx(
+            math.hypot(getattr(of_queries, end) - of_queries.mean, 0.03, 0.04)
+        )
+
+
 def test_among_equal_checkpoints_the_earliest_is_best(run: TrackedRun, measured: Measured) -> None:
     for step in (30, 20, 10):
         measured(step, 0.5)

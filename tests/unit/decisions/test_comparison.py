@@ -46,6 +46,16 @@ def test_each_is_compared_with_the_first() -> None:
     assert found.means["mrr@10"] == pytest.approx([first.mean(), second.mean(), third.mean()])
 
 
+def test_the_errors_of_estimates_widen_the_intervals() -> None:
+    plain, wide = comparison(OLD, NEW, ODD), comparison(OLD, NEW, ODD, errors=(0.1, 0.0, 0.2))
+    for number, error in enumerate((0.1, math.hypot(0.1, 0.2))):
+        before, after = plain.differences[number], wide.differences[number]
+        assert (after.mean, after.p_value) == (before.mean, before.p_value)
+        assert after.high - after.mean == pytest.approx(
+            math.hypot(before.high - before.mean, error)
+        )
+
+
 def test_means_are_shown_for_the_measures_that_all_have() -> None:
     tables = [table(OLD, ndcg=0.5, recall=1.0), table(NEW, recall=0.0)]
     assert list(compare_values(["a", "b"], tables, "mrr@10").means) == ["mrr@10", "recall"]

@@ -105,13 +105,16 @@ def falling_run(run: TrackedRun, tmp_path: Path) -> TrackedRun:
     return run
 
 
-def add(run: TrackedRun, directory: Path, step: int, value: float | None) -> None:
+def add(
+    run: TrackedRun, directory: Path, step: int, value: float | None, error: float = 0.0
+) -> None:
     model_id = publish(run, directory, step)
     (checkpoint,) = [
         checkpoint for checkpoint in run_checkpoints(run) if checkpoint.model_id == model_id
     ]
     if value is not None:
-        record_result(run, checkpoint, "val", {MRR.key: value}, ("sea", "0"))
+        ends = {f"{MRR.key}/low": value - error, f"{MRR.key}/high": value + error} if error else {}
+        record_result(run, checkpoint, "val", {MRR.key: value, **ends}, ("sea", "0"))
 
 
 def stop_reason(run: TrackedRun, patience: int = 3) -> str | None:
@@ -125,6 +128,18 @@ def test_the_request_is_made_once(falling_run: TrackedRun) -> None:
     request_stop(falling_run, "somebody else's")
     assert stop_reason(falling_run) is None
     assert stop_request(falling_run) == "somebody else's"
+
+
+@pytest.mark.parametrize(("error", "stops"), [(0.0, False), (0.01, False), (0.03, True)])
+def test_a_rise_of_an_estimate_must_exceed_its_error(
+    run: TrackedRun, tmp_path: Path, error: float, stops: bool
+) -> None:
+    (tmp_path / "weights").write_text("1")
+    for step, value in ((10, 0.3), (20, 0.31), (30, 0.32)):
+        add(run, tmp_path, step, value, error)
+    reason = stop_reason(run, patience=2)
+    assert (reason is not None) is stops
+    assert not stops or "has not risen by more than 0.03 for 2 checkpoints" in str(reason)
 
 
 def test_a_finished_run_gets_no_stop_request(falling_run: TrackedRun) -> None:

@@ -1,5 +1,6 @@
 """Studies of tiny encoders over a small collection and a real store."""
 
+import csv
 import os
 import re
 import shutil
@@ -24,7 +25,7 @@ from mlflow_dr.errors import UsageError
 from mlflow_dr.fidelity import study as studying
 from mlflow_dr.fidelity.agreement import FidelityResult
 from mlflow_dr.fidelity.config import FidelityConfig
-from mlflow_dr.fidelity.report import values_table
+from mlflow_dr.fidelity.report import report_text, values_table, write_files
 from mlflow_dr.retrieval import shard_search
 from mlflow_dr.retrieval.measures import parse_measures
 from mlflow_dr.tracking.checkpoints import publish, run_checkpoints
@@ -102,7 +103,7 @@ def encoded(monkeypatch: pytest.MonkeyPatch) -> list[int]:
 @pytest.fixture
 def untimed(monkeypatch: pytest.MonkeyPatch) -> None:
     """Seconds are not measured, so that only the study's own passes are counted."""
-    timed = lambda self, checkpoints: [float(10 - number) for number in range(len(self._datasets))]  # noqa: E731
+    timed = lambda self, checkpoints: [float(10 - number) for number in range(len(self._studied))]  # noqa: E731
     monkeypatch.setattr(studying._Study, "seconds", timed)
 
 
@@ -349,3 +350,35 @@ def test_a_directory_that_was_replaced_is_another_checkpoint(tmp_path: Path) -> 
     weights.write_text("two")
     os.utime(weights, ns=(state.st_atime_ns, state.st_mtime_ns))
     assert studying._identity(checkpoint) != before  # type: ignore[arg-type]
+
+
+def test_estimates_have_rows_with_their_errors_and_intervals(
+    published: TrackedRun, untimed: None, encoded: list[int], tmp_path: Path
+) -> None:
+    found = study(published, "random:60%", "bm25@2+random:100%", estimate=True)
+    assert encoded == [PASSAGES] * len(STEPS)
+    naive, sampled, _, complete = found.subsets
+    assert (sampled.curve.name, sampled.curve.slug) == (
+        "random:60%, seed 1, estimated",
+        "random_60_percent-seed_1-est",
+    )
+    assert not naive.is_estimate and sampled.is_estimate
+    assert sampled.curve.passages == naive.curve.passages
+    # everything is in the sample, so the estimate is the value
+    assert complete.curve.means == pytest.approx(found.full.means)
+    assert complete.covered is not None and complete.covered.all()
+    write_files(found, tmp_path)
+    with (tmp_path / "table.csv").open() as file:
+        rows = {row["subset"]: row for row in csv.DictReader(file)}
+    assert rows["bm25@2+random:100%, seed 1, estimated"]["covered"] == "1.0"
+    worst = np.abs(sampled.curve.means - found.full.means).max()
+    row = rows["random:60%, seed 1, estimated"]
+    assert abs(float(row["worst_error"])) == pytest.approx(worst)
+    text = report_text(found)
+    assert "random:60%, seed 1, estimated: off by" in text
+    assert f"of {len(STEPS)} checkpoints" in text
+    again = study(published, "random:60%", estimate=True)
+    assert encoded == [PASSAGES] * len(STEPS)  # all is cached
+    assert again.subsets[1].curve.intervals == pytest.approx(sampled.curve.intervals)
+    with pytest.raises(UsageError, match="--estimate needs a --subset with a random sample"):
+        asked("bm25@2", estimate=True)

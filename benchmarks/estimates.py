@@ -1,0 +1,296 @@
+"""Estimates of the full corpus's values from samples, against these values.
+
+    python -m benchmarks.estimates --run-id RUN --dataset irds:vaswani --share 10
+
+Every checkpoint of a run encodes the queries and the corpus once (kept in --vectors). Then samples
+are drawn with five seeds, and each way to estimate is compared with the full corpus: the mean error
+over checkpoints and seeds (bias), the worst checkpoint, how often the full corpus's value is within
+the 95 % interval, Kendall's tau and the regret. `cv` takes the error at the middle checkpoint, as
+if that had been validated in full, off all others.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+from scipy.stats import kendalltau
+
+from benchmarks.machine import machine
+from mlflow_dr.collection.catalogue import open_collection
+from mlflow_dr.encoder.token_table import corpus_tokens
+from mlflow_dr.encoder.tokenize import TextTokenizer
+from mlflow_dr.retrieval import estimate as estimating
+from mlflow_dr.retrieval.encode import encode_all
+from mlflow_dr.retrieval.estimate import Estimate, RelevantPassages, Sample, estimate
+from mlflow_dr.retrieval.measures import Measure, parse_measures
+from mlflow_dr.stores.token_table import token_table
+from mlflow_dr.tracking.checkpoints import run_checkpoints
+from mlflow_dr.tracking.client import connect
+from mlflow_dr.tracking.runs import resolve_run
+from mlflow_dr.validation.worker import load_checkpoint
+
+MEASURES = parse_measures("mrr@10 ndcg@10 recall@100")
+DEPTH = 110
+OURS = "L-moments, 8"
+
+
+class Judged(NamedTuple):
+    """Rows and gains of the relevant passages of each query."""
+
+    rows: list[list[int]]
+    gains: list[list[int]]
+
+
+def by_sums(excess: np.ndarray) -> float:
+    """L-moments summed over queries, in which queries with large scales count more."""
+    size = excess.shape[1]
+    mean = excess.mean(axis=1)
+    second = 2 * (excess * np.arange(size)[::-1] / (size - 1)).mean(axis=1) - mean
+    return float(np.clip(2 - mean.sum() / second.sum(), *estimating.SHAPES))
+
+
+def by_moments(excess: np.ndarray) -> float:
+    ratios = excess / np.maximum(excess.mean(axis=1, keepdims=True), 1e-12)
+    return float(np.clip(0.5 * (1 - 1 / ((ratios - 1) ** 2).mean()), *estimating.SHAPES))
+
+
+def by_likelihood(excess: np.ndarray) -> float:
+    """The best of a grid, the scale of each query at its own best."""
+    best = (-np.inf, 0.0)
+    for shape in np.arange(-0.8, 0.45, 0.05) + 0.001:
+        scale = excess.mean(axis=1, keepdims=True) * (1 - shape)
+        for _ in range(15):
+            scale = np.maximum(
+                (1 + shape) * (excess / (1 + shape * excess / scale)).mean(axis=1, keepdims=True),
+                -1.001 * min(shape, 0) * excess[:, :1] + 1e-12,
+            )
+        logarithms = np.log(np.maximum(1 + shape * excess / scale, 1e-12))
+        value = -float((np.log(scale) + (1 + 1 / shape) * logarithms).sum())
+        best = max(best, (value, float(shape)))
+    return best[1]
+
+
+def exponential(excess: np.ndarray) -> float:
+    return 0.0
+
+
+WAYS: dict[str, tuple[Callable[[np.ndarray], float], int]] = {
+    OURS: (estimating.tail_shape, 8),
+    "L-moments, 6": (estimating.tail_shape, 6),
+    "L-moments, 16": (estimating.tail_shape, 16),
+    "L-moments, 32": (estimating.tail_shape, 32),
+    "sums of L-moments, 8": (by_sums, 8),
+    "moments, 8": (by_moments, 8),
+    "moments, 16": (by_moments, 16),
+    "likelihood, 16": (by_likelihood, 16),
+    "exponential, 16": (exponential, 16),
+}
+
+
+class Subset:
+    """Which passages are encoded: judged ones, tops of another encoder, and a random sample."""
+
+    def __init__(self, judged: Judged, n: int, share: float, seed: int, tops: np.ndarray) -> None:
+        known = np.zeros(n, bool)
+        known[[row for rows in judged.rows for row in rows]] = True
+        known[tops] = True
+        drawn = np.zeros(n, bool)
+        drawn[np.random.default_rng(seed).permutation(n)[: round(share * n)]] = True
+        self.known, self.sample = np.flatnonzero(known), np.flatnonzero(drawn & ~known)
+        self.unseen = n - len(self.known) - len(self.sample)
+
+
+def flat(judged: Judged, scores: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Query, row and gain of all relevant passages, by query and descending score."""
+    query = np.repeat(np.arange(len(judged.rows)), [len(rows) for rows in judged.rows])
+    rows = np.array([row for rows in judged.rows for row in rows])
+    gains = np.array([gain for gains in judged.gains for gain in gains])
+    order = np.lexsort((-scores[query, rows], query))
+    return query[order], rows[order], gains[order]
+
+
+def count_above(scores: np.ndarray, query: np.ndarray, levels: np.ndarray) -> np.ndarray:
+    parts = [
+        (scores[query[some]] > levels[some, None]).sum(axis=1)
+        for some in np.array_split(np.arange(len(query)), 1 + len(query) // 256)
+    ]
+    return np.concatenate(parts)
+
+
+def view(scores: np.ndarray, judged: Judged, subset: Subset) -> tuple[Sample, RelevantPassages]:
+    query, rows, gain = flat(judged, scores)
+    level = scores[query, rows]
+    part = scores[:, subset.sample]
+    depth = min(DEPTH, part.shape[1])
+    best = np.argsort(-part, axis=1)[:, :depth]
+    above = count_above(part, query, level)
+    seen = above + count_above(scores[:, subset.known], query, level)
+    sample = Sample(
+        np.take_along_axis(part, best, 1), subset.sample[best], part.shape[1], subset.unseen
+    )
+    above = np.minimum(above, depth)
+    return sample, RelevantPassages(query, level.astype(np.float64), seen, above, gain)
+
+
+def full_values(scores: np.ndarray, judged: Judged) -> np.ndarray:
+    """The values of the full corpus, `(n_measures,)`: an estimate without anything unseen."""
+    query, rows, gain = flat(judged, scores)
+    level = scores[query, rows].astype(np.float64)
+    seen = count_above(scores, query, level)
+    empty = Sample(np.zeros((1, 1)), np.zeros((1, 1), np.int64), 0, 0)
+    exact = RelevantPassages(query, level, seen, np.zeros_like(seen), gain)
+    return values_of(estimate(empty, exact, judged.gains, MEASURES))
+
+
+def values_of(results: dict[Measure, Estimate]) -> np.ndarray:
+    return np.array([results[measure].mean.value for measure in MEASURES])
+
+
+def by_way(
+    name: str, sample: Sample, relevant: RelevantPassages, judged: Judged
+) -> dict[Measure, Estimate]:
+    kept = estimating.tail_shape, estimating.FEWEST
+    estimating.tail_shape, estimating.FEWEST = WAYS[name]  # type: ignore[assignment]
+    try:
+        return estimate(sample, relevant, judged.gains, MEASURES)
+    finally:
+        estimating.tail_shape, estimating.FEWEST = kept
+
+
+def vectors(arguments: argparse.Namespace) -> tuple[Judged, list[Path]]:
+    """The judgements, and a file of vectors for each checkpoint, by step."""
+    run = resolve_run(connect(None), arguments.run_id)
+    collection = open_collection(arguments.dataset)
+    corpus, topics = collection.corpus(), collection.topics(arguments.split)
+    chosen = np.random.default_rng(7).permutation(len(topics.queries))[: arguments.queries]
+    queries = [topics.queries[index] for index in sorted(chosen)]
+    pairs = [
+        [
+            (row, gain)
+            for row, gain in zip(
+                corpus.rows_of(list(topics.qrels[query.id])).tolist(),
+                topics.qrels[query.id].values(),
+                strict=True,
+            )
+            if gain > 0 and row >= 0
+        ]
+        for query in queries
+    ]
+    judged = Judged(
+        [[r for r, _ in some] for some in pairs], [[g for _, g in some] for some in pairs]
+    )
+    arguments.vectors.mkdir(parents=True, exist_ok=True)
+    files: list[Path] = []
+    for checkpoint in sorted(run_checkpoints(run), key=lambda each: each.step):
+        if not checkpoint.ready or not checkpoint.step:
+            continue
+        name = f"{run.id[:8]}-{collection.name}-{len(queries)}-{checkpoint.step:08}.npz"
+        files.append(arguments.vectors / name)
+        if not files[-1].exists():
+            encoder = load_checkpoint(checkpoint, {}).eval()
+            tokenizer = TextTokenizer(encoder.tokenizer, encoder.settings)
+            table = token_table(tokenizer.query_ids(queries))
+            of_queries = encode_all(encoder.query_encoder, table, tokenizer.pad_id, "query")
+            tokens = corpus_tokens(corpus, tokenizer)
+            of_passages = encode_all(encoder, tokens, tokenizer.pad_id, "passage")
+            np.savez(files[-1], queries=of_queries.numpy(), passages=of_passages.numpy())
+    return judged, files
+
+
+def all_scores(files: list[Path]) -> Iterator[np.ndarray]:
+    for path in files:
+        with np.load(path) as arrays:
+            yield arrays["queries"] @ arrays["passages"].T
+
+
+def study(arguments: argparse.Namespace, judged: Judged, files: list[Path]) -> None:
+    tops = np.empty(0, np.int64)
+    if arguments.tops:
+        first = next(all_scores(files))
+        tops = np.unique(np.argsort(-first, axis=1)[:, : arguments.tops])
+        files = files[1:]
+    ways = list(WAYS) if arguments.all_ways else [OURS]
+    seeds = range(arguments.seeds)
+    shape = (len(files), len(seeds), len(MEASURES))
+    full = np.zeros((len(files), 1, len(MEASURES)))
+    naive, covered = np.zeros(shape), np.zeros(shape, bool)
+    found = {name: np.zeros(shape) for name in ways}
+    encoded = 0
+    for index, scores in enumerate(all_scores(files)):
+        full[index, 0] = full_values(scores, judged)
+        for seed in seeds:
+            subset = Subset(judged, scores.shape[1], arguments.share / 100, seed, tops)
+            encoded = len(subset.known) + len(subset.sample)
+            sample, relevant = view(scores, judged, subset)
+            naive[index, seed] = values_of(
+                estimate(sample._replace(unseen=0), relevant, judged.gains, MEASURES)
+            )
+            for name in ways:
+                results = by_way(name, sample, relevant, judged)
+                found[name][index, seed] = values_of(results)
+                if name == OURS:
+                    covered[index, seed] = [
+                        results[measure].mean.low <= value <= results[measure].mean.high
+                        for measure, value in zip(MEASURES, full[index, 0], strict=True)
+                    ]
+    n_passages = scores.shape[1]
+    print(
+        f"{arguments.dataset}: {len(files)} checkpoints, {len(judged.rows)} queries, {encoded} of "
+        f"{n_passages} passages encoded ({encoded / n_passages:.1%}), of which {len(subset.sample)}"
+        f" are the sample; {arguments.seeds} seeds; {machine()}"
+    )
+    print("full corpus", *(f"{name} {a:.3f} to {b:.3f};" for name, a, b in spans(full)))
+    show("the subset itself", naive, full)
+    for name in ways:
+        show(name, found[name], full)
+    print("within the 95 % interval:", f"{covered.mean():.1%}", np.round(covered.mean((0, 1)), 3))
+
+
+def spans(full: np.ndarray) -> list[tuple[str, float, float]]:
+    values = full[:, 0]
+    return list(zip(MEASURES, values.min(axis=0), values.max(axis=0), strict=True))
+
+
+def show(name: str, values: np.ndarray, full: np.ndarray) -> None:
+    """Bias, worst checkpoint, the same with a control variate, tau and regret."""
+    errors = values - full
+    middle = len(full) // 2
+    left = np.delete(errors - errors[middle], middle, axis=0)
+    taus, regrets = [], []
+    for of_seed in np.moveaxis(values, 1, 0):
+        for column in range(len(MEASURES)):
+            truth = full[:, 0, column]
+            taus.append(kendalltau(of_seed[:, column], truth).statistic)
+            regrets.append(truth.max() - truth[of_seed[:, column].argmax()])
+    print(
+        f"{name:22} bias {row(errors.mean((0, 1)))}  max {row(np.abs(errors.mean(1)).max(0))}  "
+        f"cv: bias {row(left.mean((0, 1)))}  max {row(np.abs(left.mean(1)).max(0))}  "
+        f"tau {np.mean(taus):.3f}  regret {np.mean(regrets):.4f}"
+    )
+
+
+def row(values: np.ndarray) -> str:
+    return " ".join(f"{value:+.4f}" for value in values)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--run-id", required=True)
+    parser.add_argument("--dataset", required=True)
+    parser.add_argument("--split", default="test")
+    parser.add_argument("--queries", type=int, default=500)
+    parser.add_argument("--share", type=float, default=10.0, help="of the corpus, in percent")
+    parser.add_argument("--tops", type=int, default=0, help="of the first checkpoint, by query")
+    parser.add_argument("--seeds", type=int, default=5)
+    parser.add_argument("--all-ways", action="store_true", help="also those that were not chosen")
+    parser.add_argument("--vectors", type=Path, default=Path("vectors"))
+    arguments = parser.parse_args()
+    study(arguments, *vectors(arguments))
+
+
+if __name__ == "__main__":
+    main()

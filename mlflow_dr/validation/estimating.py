@@ -1,0 +1,120 @@
+"""Estimates on the full corpus's scale, from what a search of a subset has found."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from mlflow_dr.collection.records import Query
+from mlflow_dr.errors import UsageError
+from mlflow_dr.retrieval.dense import SearchRequest
+from mlflow_dr.retrieval.estimate import (
+    Estimate,
+    RelevantPassages,
+    Sample,
+    check_sample,
+    estimate,
+    tail_size,
+)
+from mlflow_dr.retrieval.measures import Measure
+from mlflow_dr.retrieval.ranking import SearchResult, without_own_ids
+from mlflow_dr.subsets.subset import Subset
+from mlflow_dr.validation.dataset import EvalDataset
+from mlflow_dr.validation.validations import EvalConfig
+
+
+class SubsetEstimator:
+    """Estimates the measures of a validation on the full corpus.
+
+    Args:
+        data: is on a subset with a random sample.
+        settings: the measures.
+
+    Raises:
+        UsageError: the subset has no sample, or one that is too small.
+    """
+
+    def __init__(self, data: EvalDataset, settings: EvalConfig) -> None:
+        if data.subset is None:
+            raise UsageError("the full corpus needs no estimate")
+        self._subset: Subset = data.subset
+        self._data, self._measures = data, settings.measures
+        self._keeps_own_id = data.keeps_own_id(settings)
+        self._unseen = len(data.corpus) - len(self._subset)
+        check_sample(len(self._subset.sample), self._unseen)
+        qrels = data.topics.qrels
+        self._gains = [
+            [gain for gain in qrels.get(query.id, {}).values() if gain > 0]
+            for query in self._queries
+        ]
+        self._relevant = [self._rows(query) for query in self._queries]
+
+    @property
+    def _queries(self) -> Sequence[Query]:
+        return self._data.topics.queries
+
+    def _rows(self, query: Query) -> dict[int, int]:
+        """Row and relevance of the relevant passages of a query that can be found."""
+        judged = {
+            passage_id: gain
+            for passage_id, gain in self._data.topics.qrels.get(query.id, {}).items()
+            if gain > 0 and (self._keeps_own_id or passage_id != query.id)
+        }
+        rows = self._data.corpus.rows_of(list(judged)).tolist()
+        return {row: gain for row, gain in zip(rows, judged.values(), strict=True) if row >= 0}
+
+    def relevant_rows(self) -> list[np.ndarray]:
+        """The rows whose scores are needed, of each query."""
+        return [np.array(list(rows), np.int64) for rows in self._relevant]
+
+    def request(self) -> SearchRequest:
+        """The search for the highest scores of the sample."""
+        sample = self._subset.sample
+        deepest = max(measure.cutoff for measure in self._measures)
+        size = tail_size(deepest, len(sample), self._unseen)
+        depth = min(len(sample), 2 * size + 8)  # the jackknife leaves out some of them
+        return SearchRequest(self._queries, max(1, depth), sample)
+
+    def estimates(self, found: SearchResult, tails: SearchResult) -> dict[Measure, Estimate]:
+        """The measures on the full corpus.
+
+        Args:
+            found: the best passages of the subset, with the scores of `relevant_rows`.
+            tails: what `request` has found.
+        """
+        rows, scores = tails.rows, tails.scores
+        ranked = found.rows
+        if not self._keeps_own_id:
+            ids = self._data.corpus.ids
+            rows, scores = without_own_ids(self._queries, ids, rows, scores)
+            ranked, _ = without_own_ids(self._queries, ids, ranked, found.scores)
+        sample = Sample(scores, rows, len(self._subset.sample), self._unseen)
+        passages = self._passages(ranked, found.extra_scores, scores)
+        return estimate(sample, passages, self._gains, self._measures)
+
+    def _passages(
+        self, ranked: np.ndarray, extra_scores: Sequence[np.ndarray], tails: np.ndarray
+    ) -> RelevantPassages:
+        """The relevant passages, those of each query in the order in which they rank."""
+        parts: list[tuple[int, float, int, int, int]] = []
+        depth = ranked.shape[1]
+        for query, relevant in enumerate(self._relevant):
+            position = {row: rank for rank, row in enumerate(ranked[query].tolist())}
+            scored = zip(relevant.items(), extra_scores[query].tolist(), strict=True)
+            ordered = sorted(
+                (position.get(row, depth), -score, gain) for (row, gain), score in scored
+            )
+            above = np.searchsorted(-tails[query], [score for _, score, _ in ordered])
+            parts += [
+                (query, -score, seen, int(count), gain)
+                for (seen, score, gain), count in zip(ordered, above, strict=True)
+            ]
+        query, score, seen, in_sample, gain = zip(*parts, strict=True) if parts else ((),) * 5
+        return RelevantPassages(
+            np.array(query, np.int64),
+            np.array(score, np.float64),
+            np.array(seen, np.int64),
+            np.array(in_sample, np.int64),
+            np.array(gain, np.int64),
+        )
