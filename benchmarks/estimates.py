@@ -31,7 +31,7 @@ from mlflow_dr.stores.token_table import token_table
 from mlflow_dr.tracking.checkpoints import run_checkpoints
 from mlflow_dr.tracking.client import connect
 from mlflow_dr.tracking.runs import resolve_run
-from mlflow_dr.validation.worker import load_checkpoint
+from mlflow_dr.validation.encoders import load_checkpoint
 
 MEASURES = parse_measures("mrr@10 ndcg@10 recall@100")
 DEPTH = 110
