@@ -98,6 +98,7 @@ class Subset:
         known = np.zeros(n, bool)
         known[[row for rows in judged.rows for row in rows]] = True
         known[tops] = True
+        self.is_thinned = len(tops) > 0
         drawn = np.zeros(n, bool)
         drawn[np.random.default_rng(seed).permutation(n)[: round(share * n)]] = True
         self.known, self.sample = np.flatnonzero(known), np.flatnonzero(drawn & ~known)
@@ -130,7 +131,11 @@ def view(scores: np.ndarray, judged: Judged, subset: Subset) -> tuple[Sample, Re
     above = count_above(part, query, level)
     seen = above + count_above(scores[:, subset.known], query, level)
     sample = Sample(
-        np.take_along_axis(part, best, 1), subset.sample[best], part.shape[1], subset.unseen
+        np.take_along_axis(part, best, 1),
+        subset.sample[best],
+        part.shape[1],
+        subset.unseen,
+        subset.is_thinned,
     )
     above = np.minimum(above, depth)
     return sample, RelevantPassages(query, level.astype(np.float64), seen, above, gain)

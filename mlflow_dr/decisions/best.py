@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 from mlflow_dr.decisions.comparison import aligned_values
+from mlflow_dr.decisions.correction import find_correction
 from mlflow_dr.decisions.significance import Difference, difference, mean_interval
 from mlflow_dr.errors import DataError, NoValuesError, TrackingError
 from mlflow_dr.retrieval.measures import recorded_measures
@@ -15,7 +16,13 @@ from mlflow_dr.tracking.checkpoints import Checkpoint, run_checkpoints
 from mlflow_dr.tracking.descriptions import describe_run
 from mlflow_dr.tracking.registry import BEST_TAG, tag_best, untag_best
 from mlflow_dr.tracking.runs import TrackedRun
-from mlflow_dr.tracking.validations import Metric, chosen_metric, metric_error, metric_value
+from mlflow_dr.tracking.validations import (
+    Metric,
+    chosen_metric,
+    metric_error,
+    metric_value,
+    run_validations,
+)
 
 
 class Scored(NamedTuple):
@@ -178,6 +185,10 @@ def best_summary(run: TrackedRun, best: Best, seed: int = 0) -> str:
     lines = [f"best checkpoint of run {run.id} by {best.metric}: {best.first}"]
     if best.checkpoint.is_pruned:
         lines.append("  its files were deleted; its figures are all that is left")
+    if best.first.error:
+        known = find_correction(run_checkpoints(run), run_validations(run), best.metric)
+        if known is not None:
+            lines.append(f"  corrected   {best.first.value - known.error:.4f}: {known}")
     if best.runner_up is None:
         return "\n".join([*lines, "  no other checkpoint has a value"])
     tie = " (as good; among equal values the earliest is best)" if best.is_tied else ""

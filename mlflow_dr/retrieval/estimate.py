@@ -44,12 +44,15 @@ class Sample(NamedTuple):
         rows: the passages that have them, `(n_queries, depth) int64`.
         size: how many passages the sample has.
         unseen: how many passages of the corpus are not encoded.
+        is_thinned: whether other terms of the subset have chosen passages by their scores. They are
+            then missing at the far end of the tail, and more of them than the fit knows.
     """
 
     scores: np.ndarray
     rows: np.ndarray
     size: int
     unseen: int
+    is_thinned: bool = False
 
 
 class RelevantPassages(NamedTuple):
@@ -152,6 +155,9 @@ def estimate(
 ) -> dict[Measure, Estimate]:
     """Estimate measures on the whole corpus.
 
+    Unseen passages can only lower a value, so no interval ends above the value on the subset. If
+    the sample is thinned, the estimate may be too low, and the interval ends there.
+
     The interval joins two errors: that of the fitted tails, by a jackknife that leaves out a tenth
     of the sample at a time, and that of the unseen passages around their expected number.
 
@@ -200,7 +206,10 @@ def _estimate(
         variance += (GROUPS - 1) * np.var([expected(*part)[0].mean() for part in parts])
     error = NORMAL_95 * float(np.sqrt(variance))
     mean = float(per_query.mean())
-    return Estimate(per_query, Interval(mean, max(0.0, mean - error), min(1.0, mean + error)))
+    of_subset, _ = _moments(relevant.seen, np.zeros(len(relevant.seen)), values)
+    bound = max(mean, float((weights * of_subset).sum()) / len(gains))
+    high = bound if sample.is_thinned else min(bound, mean + error)
+    return Estimate(per_query, Interval(mean, max(0.0, mean - error), high))
 
 
 def measure_weights(
@@ -348,7 +357,7 @@ def _parts(sample: Sample, relevant: RelevantPassages) -> Iterator[tuple[Sample,
         size = round(sample.size * (1 - 1 / GROUPS))
         in_sample = above[relevant.query, np.minimum(relevant.in_sample, depth)]
         yield (
-            Sample(scores, sample.rows, size, sample.unseen),
+            sample._replace(scores=scores, size=size),
             relevant._replace(in_sample=in_sample),
         )
 

@@ -89,7 +89,8 @@ class SubsetEstimator:
             ids = self._data.corpus.ids
             rows, scores = without_own_ids(self._queries, ids, rows, scores)
             ranked, _ = without_own_ids(self._queries, ids, ranked, found.scores)
-        sample = Sample(scores, rows, len(self._subset.sample), self._unseen)
+        is_thinned = len(self._subset.spec.terms) > 1
+        sample = Sample(scores, rows, len(self._subset.sample), self._unseen, is_thinned)
         passages = self._passages(ranked, found.extra_scores, scores)
         return estimate(sample, passages, self._gains, self._measures)
 

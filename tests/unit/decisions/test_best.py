@@ -79,6 +79,27 @@ def test_estimates_are_shown_with_their_intervals_which_widen_the_difference(
         )
 
 
+def test_estimates_are_corrected_by_full_validations(run: TrackedRun, measured: Measured) -> None:
+    data = {"corpus": "c", "topics": "t", "split": "dev", "keep_own_id": False}
+    estimated = {"measures": "mrr@10 ndcg@10", "subset": "random:5%, d", "estimate": True, **data}
+    bind_name(run, "val-est", estimated)
+    bind_name(run, "val", {"measures": "mrr@10 ndcg@10", "subset": "full", **data})
+    other = {"measures": "mrr@10 ndcg@10", "subset": "full", **data, "topics": "others"}
+    bind_name(run, "others", other)
+    for step, value in ((10, 0.40), (20, 0.50), (30, 0.45)):
+        measured(step, value, name="val-est", error=0.02)
+    best = find_best(run, "val-est/mrr@10")
+    assert "corrected" not in best_summary(run, best)
+    for step in (10, 20, 30):
+        measured(step, 0.1, name="others")
+    assert "corrected" not in best_summary(run, best)
+    measured(10, 0.37)
+    measured(30, 0.44)
+    lines = best_summary(run, best).splitlines()
+    assert lines[1] == "  corrected   0.4800: estimates are +0.0200 off at steps 10, 30, by val"
+    assert "corrected" not in best_summary(run, find_best(run, "val/mrr@10"))
+
+
 def test_among_equal_checkpoints_the_earliest_is_best(run: TrackedRun, measured: Measured) -> None:
     for step in (30, 20, 10):
         measured(step, 0.5)

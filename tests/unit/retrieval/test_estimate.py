@@ -148,6 +148,18 @@ def test_better_relevant_passages_and_fewer_unseen_ones_give_higher_values(
         assert raised[measure].mean.value > before[measure].mean.value
 
 
+def test_no_interval_ends_above_the_value_on_the_subset(simulated: Simulated) -> None:
+    sample, relevant = simulated.sampled(0.05)
+    gains = simulated.gains.tolist()
+    on_subset = estimate(sample._replace(unseen=0), relevant, gains, MEASURES)
+    free = estimate(sample, relevant, gains, MEASURES)
+    thinned = estimate(sample._replace(is_thinned=True), relevant, gains, MEASURES)
+    for measure in MEASURES:
+        bound = on_subset[measure].mean.value
+        assert free[measure].mean.high <= bound
+        assert thinned[measure].mean == pytest.approx(free[measure].mean._replace(high=bound))
+
+
 def test_larger_samples_have_shorter_intervals(simulated: Simulated) -> None:
     widths = [
         [result.mean.high - result.mean.low for result in simulated.estimates(share).values()]
