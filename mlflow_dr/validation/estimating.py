@@ -99,23 +99,25 @@ class SubsetEstimator:
     ) -> RelevantPassages:
         """The relevant passages, those of each query in the order in which they rank."""
         parts: list[tuple[int, float, int, int, int]] = []
-        depth = ranked.shape[1]
+        depth = int(ranked.shape[1])
         for query, relevant in enumerate(self._relevant):
-            position = {row: rank for rank, row in enumerate(ranked[query].tolist())}
-            scored = zip(relevant.items(), extra_scores[query].tolist(), strict=True)
+            rank_of: dict[int, int] = dict(zip(ranked[query].tolist(), range(depth), strict=True))
+            scores = extra_scores[query].tolist()
             ordered = sorted(
-                (position.get(row, depth), -score, gain) for (row, gain), score in scored
+                (rank_of[row] if row in rank_of else depth, -float(score), gain)
+                for (row, gain), score in zip(relevant.items(), scores, strict=True)
             )
-            above = np.searchsorted(-tails[query], [score for _, score, _ in ordered])
+            above = np.searchsorted(-tails[query], [score for _, score, _ in ordered]).tolist()
             parts += [
                 (query, -score, seen, int(count), gain)
                 for (seen, score, gain), count in zip(ordered, above, strict=True)
             ]
-        query, score, seen, in_sample, gain = zip(*parts, strict=True) if parts else ((),) * 5
+        columns = np.array(parts, np.float64).reshape(-1, 5).T
+        query_of, score_of, seen_of, in_sample, gain_of = columns
         return RelevantPassages(
-            np.array(query, np.int64),
-            np.array(score, np.float64),
-            np.array(seen, np.int64),
-            np.array(in_sample, np.int64),
-            np.array(gain, np.int64),
+            query_of.astype(np.int64),
+            score_of,
+            seen_of.astype(np.int64),
+            in_sample.astype(np.int64),
+            gain_of.astype(np.int64),
         )
