@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Sequence
 
 import numpy as np
@@ -101,10 +102,11 @@ class SubsetEstimator:
         parts: list[tuple[int, float, int, int, int]] = []
         depth = int(ranked.shape[1])
         for query, relevant in enumerate(self._relevant):
-            rank_of: dict[int, int] = dict(zip(ranked[query].tolist(), range(depth), strict=True))
+            ranks = zip(ranked[query].tolist(), range(depth), strict=True)
+            rank_of: defaultdict[int, int] = defaultdict(lambda: depth, ranks)
             scores = extra_scores[query].tolist()
             ordered = sorted(
-                (rank_of[row] if row in rank_of else depth, -float(score), gain)
+                (rank_of[row], -float(score), gain)
                 for (row, gain), score in zip(relevant.items(), scores, strict=True)
             )
             above = np.searchsorted(-tails[query], [score for _, score, _ in ordered]).tolist()
