@@ -137,6 +137,8 @@ def value_interval(
 ) -> tuple[float, float] | None:
     """The 95 % bootstrap interval over queries of a metric; None without values of single queries.
 
+    It is wider by the error of an estimate.
+
     Raises:
         TrackingError: the server does not answer.
     """
@@ -145,7 +147,9 @@ def value_interval(
         _, values = aligned_values([checkpoint.uri], [table], *recorded_measures(metric.key))
     except (NoValuesError, DataError):  # there are none, or they are damaged
         return None
-    return mean_interval(values[0])
+    low, high = mean_interval(values[0])
+    mean, error = float(values[0].mean()), metric_error(checkpoint, metric)
+    return mean - math.hypot(mean - low, error), mean + math.hypot(high - mean, error)
 
 
 def against_runner_up(run: TrackedRun, best: Best, seed: int = 0) -> Difference | None:
