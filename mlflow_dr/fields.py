@@ -174,9 +174,9 @@ Subsets = Annotated[
     Texts,
     AfterValidator(checked(lambda texts: [parse_subset(text) for text in texts])),
     Field(
-        description="Encode only a part of the corpus, and the judged passages: random:N, bm25@K, "
-        "ranking:FILE@K, pool:FILE,FILE@K, encoder:NAME@K, rerank:FILE@K, queries:N, full; joined "
-        "by +."
+        description="Encode only a part of the corpus, and the judged passages: random:N or "
+        "random:P%, bm25@K, ranking:FILE@K, pool:FILE,FILE@K, encoder:NAME@K, rerank:FILE@K, "
+        "queries:N, full; joined by +."
     ),
 ]
 Estimated = Annotated[

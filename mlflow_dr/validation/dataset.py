@@ -20,7 +20,7 @@ from mlflow_dr.engines.opening import LOCAL
 from mlflow_dr.errors import UsageError
 from mlflow_dr.files import digest_of
 from mlflow_dr.retrieval.dense import SearchRequest
-from mlflow_dr.retrieval.estimate import share_for
+from mlflow_dr.retrieval.estimate import FEW_IN_SAMPLE, share_for
 from mlflow_dr.retrieval.matching import AnswerMatcher
 from mlflow_dr.retrieval.measures import OF_POOL, answers_depth, check_topics, of_pool
 from mlflow_dr.retrieval.ranking import check_ranking_ids
@@ -123,7 +123,14 @@ class EvalDataset:
             search_backend=settings.search_backend,
             **options,
         )
-        return EvalDataset(self.collection, self.split, self.tokens, make_subset(spec, sources))
+        subset = make_subset(spec, sources)
+        if settings.estimate and len(subset.sample) < FEW_IN_SAMPLE:
+            log.warning(
+                "%s: the sample adds only %d passages to those that are judged or chosen by other "
+                "terms; with fewer than %d, estimates are rough",
+                *(spec.shown, len(subset.sample), FEW_IN_SAMPLE),
+            )
+        return EvalDataset(self.collection, self.split, self.tokens, subset)
 
     @property
     def corpus(self) -> Corpus:

@@ -155,6 +155,7 @@ def test_the_target_error_sizes_the_sample(
     ]
     assert passages[0] > passages[1]
     assert "--target-error 0.08: the sample is random:24%" in caplog.text
+    assert "random:24%: the sample adds only" in caplog.text
     low, high = json.loads((tmp_path / "0.03.json").read_text())["intervals"]["mrr@10"]
     assert 0 <= low < high <= 1
 
