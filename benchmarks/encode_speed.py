@@ -64,10 +64,8 @@ def texts_of(length: int, n: int) -> TokenTable:
 def flop_of(encoder: Encoder, lengths: np.ndarray) -> float:
     """FLOP of linear layers and attention for texts of these lengths."""
     config = encoder.backbone.config
-    layers, width, inner = (
-        *(config.num_hidden_layers, config.hidden_size),
-        config.intermediate_size,
-    )
+    layers, width = config.num_hidden_layers, config.hidden_size
+    inner = config.intermediate_size
     of_token = 2 * layers * (4 * width * width + 2 * width * inner)
     return float(lengths.sum() * of_token + (lengths**2).sum() * 4 * layers * width)
 

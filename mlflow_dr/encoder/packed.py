@@ -14,6 +14,7 @@ from contextlib import nullcontext
 from itertools import accumulate, groupby
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import functional
@@ -42,8 +43,8 @@ class PackedTexts(NamedTuple):
     @classmethod
     def of(cls, lengths: Sequence[int], device: torch.device) -> PackedTexts:
         """Texts of these lengths."""
-        ends = torch.tensor([0, *accumulate(lengths)], dtype=torch.int32)
-        return cls(lengths, ends.to(device, non_blocking=True))
+        ends = np.array([0, *accumulate(lengths)], np.int32)
+        return cls(lengths, _on_device(ends, device))
 
 
 def attend(
@@ -91,11 +92,11 @@ def attend(
     for length, texts in groupby(packed_texts.lengths):
         count = sum(1 for _ in texts)
         stop = start + count * length
-        group = (
+        of_query, of_key, of_value = (
             states[0, :, start:stop].unflatten(1, (count, length)).transpose(0, 1)
             for states in (query, key, value)
         )
-        parts.append(_attend_equal(*group, settings))
+        parts.append(_attend_equal(of_query, of_key, of_value, settings))
         start = stop
     return torch.cat(parts)[None] if len(parts) > 1 else parts[0][None], None
 
@@ -160,7 +161,9 @@ def _attend_varlen(
     reach = -1 if settings.window is None else settings.window - 1
     longest = max(texts.lengths)
     attended: Any = varlen_attn(
-        *(states[0].transpose(0, 1) for states in (query, key, value)),
+        query[0].transpose(0, 1),
+        key[0].transpose(0, 1),
+        value[0].transpose(0, 1),
         texts.ends,
         texts.ends,
         longest,
@@ -197,29 +200,36 @@ def encode_packed(encoder: Encoder, ids: Tensor, lengths: Sequence[int]) -> Tens
     """
     compat.register_attention(ATTENTION, attend)
     device, model = ids.device, _model(encoder)
-    sizes = torch.tensor(lengths)
-    columns = torch.arange(max(lengths))
+    sizes, columns = np.array(lengths), np.arange(max(lengths))
     mask = columns < sizes[:, None]
-    positions = columns.expand(len(sizes), -1)[mask] + first_position(encoder.backbone)
+    positions = np.broadcast_to(columns, mask.shape)[mask] + first_position(encoder.backbone)
     options = {"use_cache": False} if getattr(model.config, "use_cache", False) else {}
     last = last_attention(model) if reads_first_tokens(encoder.head) else None
     only_first = nullcontext() if last is None else only_first_tokens(last, lengths)
     with compat.attention_set(model.config, ATTENTION), only_first:
         states = encoder.backbone(
             input_ids=ids[None],
-            position_ids=positions[None].to(device, non_blocking=True),
+            position_ids=_on_device(positions[None], device),
             packed_texts=PackedTexts.of(lengths, device),
             **options,
         )[0][0]
     if last is not None:
-        mask, sources = mask[:, :1], torch.arange(len(sizes))[:, None]
+        mask, sources = mask[:, :1], np.arange(len(sizes))[:, None]
     else:  # the head takes texts side by side, and ignores what is beyond the end of a text
-        sources = torch.where(mask, (sizes.cumsum(0) - sizes)[:, None] + columns, 0)
+        sources = np.where(mask, (sizes.cumsum() - sizes)[:, None] + columns, 0)
     features = {
-        TOKENS: states[sources.to(device, non_blocking=True)],
-        "attention_mask": mask.long().to(device, non_blocking=True),
+        TOKENS: states[_on_device(sources, device)],
+        "attention_mask": _on_device(mask.astype(np.int64), device),
     }
     return apply_head(encoder.head, features)
+
+
+def _on_device(array: np.ndarray, device: torch.device) -> Tensor:
+    """An array on a device, without waiting for it."""
+    tensor = torch.from_numpy(array)
+    if device.type == "cuda":
+        tensor = tensor.pin_memory()
+    return tensor.to(device, non_blocking=True)
 
 
 def _model(encoder: Encoder) -> Any:

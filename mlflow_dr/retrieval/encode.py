@@ -12,7 +12,7 @@ from torch.nn import functional
 
 from mlflow_dr.encoder.model import Encoder
 from mlflow_dr.encoder.packed import can_pack, encode_packed
-from mlflow_dr.errors import CheckpointError, one_line
+from mlflow_dr.errors import CheckpointError, DeviceError, one_line
 from mlflow_dr.stores.token_table import TokenTable, pad
 
 log = logging.getLogger(__name__)
@@ -87,9 +87,32 @@ class _BatchEncoder:
     def __init__(self, encoder: Encoder, table: TokenTable, pad_id: int) -> None:
         self._encoder, self._table, self._pad_id = encoder, table, pad_id
         self._is_packed: bool | None = None if can_pack(encoder) else False
+        self._parts = 1  # in which a batch is encoded
 
     def __call__(self, rows: np.ndarray) -> Tensor:
-        """The vectors of the texts in these rows, `(n, dim) float32`."""
+        """The vectors of the texts in these rows, `(n, dim) float32`.
+
+        Raises:
+            DeviceError: the device has too little memory for a single text.
+        """
+        while True:
+            parts = np.array_split(rows, min(self._parts, len(rows)))
+            try:
+                return torch.cat([self._vectors(part) for part in parts])
+            except torch.OutOfMemoryError as error:
+                if len(parts) == len(rows):
+                    longest = int(self._table.lengths[rows].max())
+                    raise DeviceError(
+                        f"{self._encoder.device} has too little memory for a text of {longest} "
+                        "tokens; use another device, a smaller passage length or --dtype bf16"
+                    ) from error
+            self._parts *= 2
+            log.warning(
+                "%s is out of memory: batches are encoded in %d parts",
+                *(self._encoder.device, self._parts),
+            )
+
+    def _vectors(self, rows: np.ndarray) -> Tensor:
         ids, lengths = self._table.packed(rows)
         if self._is_packed is None:
             self._is_packed = self._is_proven(ids, lengths)
@@ -106,6 +129,8 @@ class _BatchEncoder:
         expected, kind = self._padded(*sample), type(self._encoder.backbone).__name__
         try:
             found = self._packed(*sample)
+        except torch.OutOfMemoryError:
+            raise
         except Exception as error:  # noqa: BLE001 - a backbone's own code refuses in its own way
             reason = one_line(error)
         else:

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 import transformers
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from mlflow_dr.encoder.config import EncoderConfig
 from mlflow_dr.encoder.model import Encoder
@@ -180,3 +181,18 @@ def test_attention_that_cannot_be_computed_is_refused(option: str) -> None:
     attend(module, states, states, states, None, packed_texts=texts)
     with pytest.raises(NotImplementedError, match=option):
         attend(module, states, states, states, None, packed_texts=texts, **{option: 1.0})
+
+
+def test_nothing_is_asked_of_the_device_on_the_way(table: TokenTable) -> None:
+    """A question to a CUDA device would wait for it; fake tensors have no answers."""
+    for pooling in ("mean", "cls"):
+        encoder = encoder_of("Bert", PACKED["Bert"], pooling)
+        ids, lengths = table.packed(np.arange(4))
+        with FakeTensorMode(allow_non_fake_inputs=True), torch.inference_mode():
+            vectors = encode_packed(encoder, torch.from_numpy(ids), lengths.tolist())
+        assert vectors.shape == (4, 32)
+        with (
+            FakeTensorMode(allow_non_fake_inputs=True),
+            pytest.raises(Exception, match="_local_scalar"),
+        ):
+            torch.from_numpy(ids).sum().item()

@@ -1,14 +1,15 @@
 """Encoding a token table: which rows go into which batch, and the vectors that come out."""
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import pytest
 import torch
 
 from mlflow_dr.encoder.model import Encoder
-from mlflow_dr.errors import CheckpointError
+from mlflow_dr.errors import CheckpointError, DeviceError
+from mlflow_dr.retrieval import encode
 from mlflow_dr.retrieval.encode import check_finite, encode_all, encode_batches, plan_batches
 from mlflow_dr.stores.token_table import TokenTable, token_table
 
@@ -122,3 +123,34 @@ def test_vectors_that_are_not_finite_are_counted(value: float) -> None:
     message = re.escape("for 2 of 5 passage vectors; the weights are broken or overflow")
     with pytest.raises(CheckpointError, match=message):
         check_finite(vectors, "passage")
+
+
+def test_a_device_that_is_out_of_memory_gets_smaller_batches(
+    encoder: Encoder,
+    table: TokenTable,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """Once; later batches are small from the beginning."""
+
+    def limited(encoder: Encoder, ids: torch.Tensor, lengths: Sequence[int]) -> torch.Tensor:
+        sizes.append(len(ids))
+        if len(ids) > most:
+            raise torch.OutOfMemoryError("no memory left")
+        return real(encoder, ids, lengths)
+
+    real, sizes = encode.encode_packed, list[int]()
+    batches = plan_batches(table.lengths, 256)
+    whole = [vectors for _, vectors in encode_batches(encoder, table, 0, batches)]
+    monkeypatch.setattr(encode, "encode_packed", limited)
+    most = 200
+    with caplog.at_level("WARNING"):
+        parts = [vectors for _, vectors in encode_batches(encoder, table, 0, batches)]
+    torch.testing.assert_close(parts, whole, rtol=0, atol=1e-5)
+    assert sum(size > most for size in sizes) == 1
+    assert [r.message for r in caplog.records] == [
+        "cpu is out of memory: batches are encoded in 2 parts"
+    ]
+    most = 5
+    with pytest.raises(DeviceError, match="cpu has too little memory for a text of 39 tokens"):
+        list(encode_batches(encoder, table, 0, [np.argsort(-table.lengths)[:2]]))
