@@ -48,8 +48,13 @@ def model_of(name: str, pooling: str) -> Encoder:
         return load_encoder(MINILM, pooling=pooling).eval()
     layers, width, heads = SIZES[name]
     torch.manual_seed(0)
-    sizes = {"num_hidden_layers": layers, "hidden_size": width, "num_attention_heads": heads}
-    backbone = BertModel(BertConfig(**sizes, intermediate_size=4 * width), add_pooling_layer=False)
+    config = BertConfig(
+        num_hidden_layers=layers,
+        hidden_size=width,
+        num_attention_heads=heads,
+        intermediate_size=4 * width,
+    )
+    backbone = BertModel(config, add_pooling_layer=False)
     tokenizer = AutoTokenizer.from_pretrained(MINILM)
     return Encoder(backbone, tokenizer, EncoderConfig(pooling=pooling, normalize=True)).eval()
 
@@ -125,9 +130,14 @@ class Ways:
         self._device = encoder.device
 
     def _padded(self, ids: np.ndarray, lengths: np.ndarray, fixed: int = 0) -> Tensor:
-        ids, mask = (torch.from_numpy(part).to(self._device) for part in pad(ids, lengths, 0))
-        missing = max(0, fixed - ids.shape[1])
-        return self._encoder(functional.pad(ids, (0, missing)), functional.pad(mask, (0, missing)))
+        missing = max(0, fixed - int(lengths.max()))
+        vectors: Tensor = self._encoder(
+            *(
+                functional.pad(torch.from_numpy(part), (0, missing)).to(self._device)
+                for part in pad(ids, lengths, 0)
+            )
+        )
+        return vectors
 
     def fixed(self) -> Tensor:
         return torch.cat([self._padded(*packed, fixed=FIXED) for packed in self._packed])

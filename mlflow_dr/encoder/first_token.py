@@ -6,7 +6,7 @@ afterwards. This serves packed texts (`packed.py`) and backbones that are built 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from itertools import accumulate, groupby
@@ -19,7 +19,7 @@ from torch.nn import functional
 from mlflow_dr.encoder.model import TOKENS, input_of
 
 
-def reads_first_tokens(head: Sequence[Any]) -> bool:
+def reads_first_tokens(head: Iterable[Any]) -> bool:
     """Whether a head takes the vector of the first token and looks at no other."""
     readers = [module for module in head if input_of(module) == TOKENS]
     modes = [getattr(module, "pooling_mode", None) for module in readers]
