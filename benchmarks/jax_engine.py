@@ -54,7 +54,7 @@ def encoder_of(layers: int) -> Encoder:
     )
     encoder.backbone.encoder.layer = encoder.backbone.encoder.layer[:layers]
     encoder.backbone.config.num_hidden_layers = layers
-    set_dropout(encoder, 0.0)
+    set_dropout(encoder.backbone, 0.0)
     return encoder
 
 

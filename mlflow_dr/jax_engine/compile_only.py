@@ -61,7 +61,7 @@ def compile_for(request: TrainingRequest) -> str:
     encoder = _encoder(request)
     step = Step(
         encoder,
-        StepConfig.of(request.trainer, request.loss.objective(), request.loss.chunk_sizes()),
+        StepConfig.of(request.trainer, request.loss.objective(encoder), request.loss.chunk_sizes()),
         mesh_of(devices),
         dict.fromkeys(weights_of(encoder), 0.0),
     )

@@ -345,7 +345,7 @@ def _head_module(module: Any, name: str) -> Callable[[Weights, Features, Array, 
     if kind == "Dense":
         return _projection(module, name, reads, writes)
     operations: dict[str, Callable[[Weights, Array, _Dropout], Array]] = {
-        "Normalize": lambda weights, x, dropout: _unit(x),
+        "Normalize": lambda weights, x, dropout: unit_vectors(x),
         "LayerNorm": lambda weights, x, dropout: _norm(weights, f"{name}.norm", x, module.norm.eps),
         "Dropout": lambda weights, x, dropout: dropout(x, module.dropout),
     }
@@ -374,7 +374,7 @@ def _projection(
     return project
 
 
-def _unit(x: Array) -> Array:
+def unit_vectors(x: Array) -> Array:
     """Vectors of length 1; a vector of zeros stays, and has no gradient."""
     squares = (x * x).sum(axis=-1, keepdims=True)
     length = jnp.sqrt(jnp.where(squares > 0, squares, 1))

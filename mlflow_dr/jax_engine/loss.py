@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import jax
 import jax.numpy as jnp
@@ -10,6 +10,7 @@ from jax import Array
 from jax.scipy.special import logsumexp, xlogy
 
 from mlflow_dr.errors import UsageError
+from mlflow_dr.jax_engine.encoder import unit_vectors
 from mlflow_dr.training.flags import OWN_LOSSES
 from mlflow_dr.training.loss import Objective
 
@@ -62,6 +63,17 @@ def summed_loss(objective: Objective, inputs: LossInputs) -> Array:
     With `across_devices` the passages of all devices are negatives. It must be called inside
     `shard_map`, over the axis `DEVICES`.
     """
+    total = _loss(objective, inputs)
+    for dims in objective.matryoshka_dims:
+        vectors = inputs.queries[:, :dims], inputs.passages[:, :dims]
+        if objective.normalize:
+            vectors = unit_vectors(vectors[0]), unit_vectors(vectors[1])
+        total = total + _loss(objective, replace(inputs, queries=vectors[0], passages=vectors[1]))
+    return total
+
+
+def _loss(objective: Objective, inputs: LossInputs) -> Array:
+    """The summed loss of vectors of one number of dimensions."""
     weight = objective.distil_weight
     total = jnp.zeros((), inputs.queries.dtype)
     if weight < 1:

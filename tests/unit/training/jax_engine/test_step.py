@@ -18,7 +18,13 @@ from mlflow_dr.training.loss import Objective
 
 Make = Callable[..., Any]
 N_QUERIES, N_REAL, GROUP = 8, 7, 2
-MIXED = {"temperature": 0.05, "distil_weight": 0.3, "distil_temperature": 0.5}
+MIXED: dict[str, Any] = {
+    "temperature": 0.05,
+    "distil_weight": 0.3,
+    "distil_temperature": 0.5,
+    "matryoshka_dims": (8,),
+    "normalize": True,
+}
 
 
 @pytest.fixture
@@ -79,7 +85,7 @@ def test_loss_and_gradient_are_those_of_torch(
     sizes: dict[str, int] | None,
     scores_at_once: int,
 ) -> None:
-    """A short batch, duplicates and a teacher; all devices have the passages of all."""
+    """A short batch, duplicates, a teacher, fewer dimensions; devices have the passages of all."""
     loss, gradient = of_torch(encoder, Objective(**MIXED), inputs)
     objective = Objective(across_devices=n_devices > 1, scores_at_once=scores_at_once, **MIXED)
     step = step_of(encoder, n_devices, StepConfig(objective, sizes))
