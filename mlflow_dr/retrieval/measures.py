@@ -10,6 +10,7 @@ from __future__ import annotations
 import re
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
+from itertools import islice
 
 import numpy as np
 
@@ -17,6 +18,7 @@ from mlflow_dr.collection.records import Qrels, Query, Topics
 from mlflow_dr.errors import UsageError, did_you_mean, quoted
 from mlflow_dr.retrieval.ranking import Ranking
 
+QUERIES_AT_A_TIME = 1024  # trec_eval's code takes a copy of their rankings
 DEFAULT_MEASURES = "mrr@10 ndcg@10 recall@100"
 DEFAULT_OF_ANSWERS = "accuracy@1 accuracy@5 accuracy@20 accuracy@100"
 
@@ -298,10 +300,12 @@ def _trec_eval(
     import pytrec_eval
 
     evaluator = pytrec_eval.RelevanceEvaluator(qrels, set(names.values()), relevance_level=relevant)
-    run = {query_id: dict(passages[:depth]) for query_id, passages in ranking.items() if passages}
     keys = {measure: name.replace(".", "_") for measure, name in names.items()}
-    for query_id, results in evaluator.evaluate(run).items():
-        values[query_id] |= {measure: results[key] for measure, key in keys.items()}
+    items = iter(ranking.items())
+    while group := list(islice(items, QUERIES_AT_A_TIME)):
+        run = {query_id: dict(passages[:depth]) for query_id, passages in group if passages}
+        for query_id, results in evaluator.evaluate(run).items():
+            values[query_id] |= {measure: results[key] for measure, key in keys.items()}
 
 
 def _err(passage_ids: Sequence[str], judged: Mapping[str, int], measure: Measure) -> float:

@@ -101,13 +101,23 @@ def without_own_ids(
     Returns:
         Rows and scores in the same shapes; a row that is left out is -1 at the end.
     """
-    own = np.array([query.id for query in queries], dtype=object)[:, None]
-    is_own = _names(ids, rows) == own
+    is_own = rows == _own_rows(queries, ids)[:, None]
     if not is_own.any():
         return rows, scores
     order = np.argsort(is_own, axis=1, kind="stable")
     kept = np.where(is_own, -1, rows)
     return np.take_along_axis(kept, order, 1), np.take_along_axis(scores, order, 1)
+
+
+def _own_rows(queries: Sequence[Query], ids: pa.ChunkedArray) -> np.ndarray:
+    """The row of the passage that has a query's id, `(n_queries,) int64`; -2 where none has."""
+    names = [query.id for query in queries]
+    distinct = pa.array(dict.fromkeys(names), ids.type)
+    positions = pc.index_in(ids, value_set=distinct)  # the smaller set is the one that is hashed
+    (rows,) = np.nonzero(positions.is_valid().to_numpy())
+    found = distinct.take(positions.drop_null().combine_chunks()).to_pylist()
+    row_of = dict(zip(found, rows.tolist(), strict=True))
+    return np.array([row_of.get(name, -2) for name in names], np.int64)
 
 
 def _names(ids: pa.ChunkedArray, rows: np.ndarray) -> np.ndarray:

@@ -11,6 +11,7 @@ import pytest
 import pytrec_eval
 
 from mlflow_dr.errors import UsageError
+from mlflow_dr.retrieval import measures
 from mlflow_dr.retrieval.measures import (
     DEFAULT_MEASURES,
     Measure,
@@ -292,3 +293,12 @@ def test_the_depth_is_the_largest_cut_off_unless_a_larger_one_is_given() -> None
     assert check_depth(measures, 1000) == 1000
     with pytest.raises(UsageError, match="depth 99 is too shallow for recall@100; use 100 or more"):
         check_depth(measures, 99)
+
+
+def test_queries_are_measured_in_groups(monkeypatch: pytest.MonkeyPatch) -> None:
+    ranking = {f"q{n}": [("a", 2.0), ("b", 1.0)][n % 3 :] for n in range(7)}
+    qrels = {f"q{n}": {"b": 1} for n in range(8)}
+    expected = measure_ranking(ranking, qrels, parse_measures("mrr@10 ndcg@10"))
+    monkeypatch.setattr(measures, "QUERIES_AT_A_TIME", 2)
+    assert measure_ranking(ranking, qrels, parse_measures("mrr@10 ndcg@10")) == expected
+    assert [values["mrr@10"] for values in expected.values()][:3] == [0.5, 1.0, 0.0]

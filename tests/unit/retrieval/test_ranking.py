@@ -15,6 +15,7 @@ from mlflow_dr.retrieval.ranking import (
     UNWRITABLE,
     check_ranking_ids,
     named_ranking,
+    without_own_ids,
     write_ranking,
 )
 
@@ -107,3 +108,15 @@ def test_white_space_is_what_splits_a_line() -> None:
     refused = pc.match_substring_regex(pa.array(ids), UNWRITABLE[TREC]).to_pylist()
     assert refused == [len(passage_id.split()) == 2 for passage_id in ids]
     check_ranking_ids(pa.array(["p1", "字3"]))
+
+
+def test_own_ids_are_found_in_chunks_and_for_repeated_queries() -> None:
+    ids = pa.chunked_array([["a", "b"], ["c", "7", "d"]])
+    queries = [Query(name, "") for name in ("7", "x", "a", "7")]
+    rows = np.array([[0, 3, 1], [0, 1, 2], [0, -1, -1], [3, 0, -1]])
+    scores = np.array([[3.0, 2.0, 1.0]] * 4, np.float32)
+    kept, values = without_own_ids(queries, ids, rows, scores)
+    assert kept.tolist() == [[0, 1, -1], [0, 1, 2], [-1, -1, -1], [0, -1, -1]]
+    assert values[:2].tolist() == [[3, 1, 2], [3, 2, 1]]
+    same, _ = without_own_ids(queries[1:2], ids, rows[1:2], scores[1:2])
+    assert same is not None and same.tolist() == [[0, 1, 2]]
