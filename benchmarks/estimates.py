@@ -212,10 +212,29 @@ def all_scores(files: list[Path]) -> Iterator[np.ndarray]:
             yield arrays["queries"] @ arrays["passages"].T
 
 
+class Half:
+    """A smaller collection: the second half of the queries, and every second passage."""
+
+    def __init__(self, judged: Judged, n: int) -> None:
+        self.start = len(judged.rows) // 2
+        rows, gains = judged.rows[self.start :], judged.gains[self.start :]
+        kept = np.arange(n) % 2 == 1
+        kept[[row for some in rows for row in some]] = True
+        number = np.cumsum(kept) - 1
+        self.passages = np.flatnonzero(kept)
+        self.judged = Judged([number[some].tolist() for some in rows], gains)
+
+    def scores(self, scores: np.ndarray) -> np.ndarray:
+        return scores[self.start :][:, self.passages]
+
+
 def study(arguments: argparse.Namespace, judged: Judged, files: list[Path]) -> None:
+    half = Half(judged, next(all_scores(files)).shape[1]) if arguments.half else None
+    judged = half.judged if half else judged
     tops = np.empty(0, np.int64)
     if arguments.tops:
         first = next(all_scores(files))
+        first = half.scores(first) if half else first
         tops = np.unique(np.argsort(-first, axis=1)[:, : arguments.tops])
         files = files[1:]
     ways = list(WAYS) if arguments.all_ways else [OURS]
@@ -226,6 +245,7 @@ def study(arguments: argparse.Namespace, judged: Judged, files: list[Path]) -> N
     found = {name: np.zeros(shape) for name in ways}
     encoded = 0
     for index, scores in enumerate(all_scores(files)):
+        scores = half.scores(scores) if half else scores
         full[index, 0] = full_values(scores, judged)
         for seed in seeds:
             subset = Subset(judged, scores.shape[1], arguments.share / 100, seed, tops)
@@ -290,6 +310,7 @@ def main() -> None:
     parser.add_argument("--queries", type=int, default=500)
     parser.add_argument("--share", type=float, default=10.0, help="of the corpus, in percent")
     parser.add_argument("--tops", type=int, default=0, help="of the first checkpoint, by query")
+    parser.add_argument("--half", action="store_true", help="of the queries and of the passages")
     parser.add_argument("--seeds", type=int, default=5)
     parser.add_argument("--all-ways", action="store_true", help="also those that were not chosen")
     parser.add_argument("--vectors", type=Path, default=Path("vectors"))
