@@ -32,7 +32,7 @@ FOLDER = Path(__file__).parent
 BROWSERS = ("chromium", "chromium-browser", "google-chrome")
 FLAGS = ["--headless=new", "--no-sandbox", "--disable-gpu", "--hide-scrollbars"]
 SHOWN = ("train/loss", "val/mrr_at_10", "val/ndcg_at_10", "val/recall_at_100")
-SECONDS_TO_START = 120
+SECONDS_TO_START = 300
 COLOURS = 128
 TRAINING = "?workflowType=machine_learning"
 
