@@ -177,10 +177,10 @@ def test_gradients_of_packed_texts_are_those_of_texts_alone(table: TokenTable) -
 def test_attention_that_cannot_be_computed_is_refused(option: str) -> None:
     states = torch.zeros(1, 4, 3, 8)
     texts = PackedTexts.of([2, 1], torch.device("cpu"))
-    module = SimpleNamespace(is_causal=False)
+    module, asked = SimpleNamespace(is_causal=False), dict[str, Any]({option: 1.0})
     attend(module, states, states, states, None, packed_texts=texts)
     with pytest.raises(NotImplementedError, match=option):
-        attend(module, states, states, states, None, packed_texts=texts, **{option: 1.0})
+        attend(module, states, states, states, None, packed_texts=texts, **asked)
 
 
 def test_nothing_is_asked_of_the_device_on_the_way(table: TokenTable) -> None:

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from mlflow_dr.encoder.model import Encoder
+from mlflow_dr.encoder.packed import encode_packed
 from mlflow_dr.errors import CheckpointError, DeviceError
 from mlflow_dr.retrieval import encode
 from mlflow_dr.retrieval.encode import check_finite, encode_all, encode_batches, plan_batches
@@ -139,7 +140,7 @@ def test_a_device_that_is_out_of_memory_gets_smaller_batches(
             raise torch.OutOfMemoryError("no memory left")
         return real(encoder, ids, lengths)
 
-    real, sizes = encode.encode_packed, list[int]()
+    real, sizes = encode_packed, list[int]()
     batches = plan_batches(table.lengths, 256)
     whole = [vectors for _, vectors in encode_batches(encoder, table, 0, batches)]
     monkeypatch.setattr(encode, "encode_packed", limited)
