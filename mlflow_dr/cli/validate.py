@@ -76,6 +76,7 @@ def _followed(
 ) -> Iterator[Any]:
     """What is followed; a run that is made for a directory names the dataset, and ends with it."""
     from mlflow_dr.collection.catalogue import open_collection
+    from mlflow_dr.collection.suites import suite_members
     from mlflow_dr.tracking.descriptions import dated_name
     from mlflow_dr.tracking.following import FollowedDirectory, FollowedExperiment, FollowedRun
     from mlflow_dr.tracking.runs import DATASET_TAG, open_run, resolve_run
@@ -90,7 +91,8 @@ def _followed(
         else:
             yield FollowedDirectory(run, directory, is_mine=False)
     else:
-        tags = {DATASET_TAG: open_collection(dataset).name} if dataset else {}
+        is_one = dataset is not None and not suite_members(dataset)
+        tags = {DATASET_TAG: open_collection(str(dataset)).name} if is_one else {}
         usual = dated_name(dataset or "validation", str(directory))
         run = patiently(partial(open_run, client, default_name=usual))
         patiently(partial(run.set_tags, tags))

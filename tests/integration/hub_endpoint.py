@@ -72,6 +72,7 @@ class HubEndpoint:
             found = self._repositories.get((repo, revision))
             body = json.dumps(_listing(parts, *found) if found else {}).encode()
         else:
+            parts += [""] * (5 - len(parts))
             repo, revision, path = "/".join(parts[1:3]), parts[4], "/".join(parts[5:])
             found = self._repositories.get((repo, revision))
             if found and path not in found[1]:
