@@ -12,7 +12,7 @@ from mlflow_dr.qa.config import QaConfig
 @takes(QaConfig)
 @click.argument("trainer_flags", nargs=-1, type=click.UNPROCESSED)
 def qa_command(config: QaConfig, trainer_flags: tuple[str, ...]) -> None:
-    """Train a retriever and a reader and answer questions with them.
+    """Train a retriever and a reader, and answer questions.
 
     Both trainings are validated while they go on. --output gets the results of the retriever, the
     predictions and a page with all figures. If interrupted, the same command goes on after the last

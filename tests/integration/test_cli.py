@@ -124,9 +124,10 @@ def test_datasets_lists_the_catalogue(command: Callable) -> None:
     code, output, _ = command("datasets")
     assert code == 0
     assert [line.split()[0] for line in output.splitlines()[::2]] == [
-        *("demo", "msmarco", "nq", "trivia"),
+        *("demo", "demo-qa", "msmarco", "nq", "trivia"),
         *("dpr:PASSAGES?queries=FILE[,FILE]", "FOLDER", "FILE", "irds:ID"),
-        *("asyncval:CANDIDATES?queries=FILE&qrels=FILE", "pool:FILE", "HUB/NAME"),
+        *("asyncval:CANDIDATES?queries=FILE&qrels=FILE", "pool:FILE"),
+        "OWNER/NAME[/CONFIG][@REVISION][:SPLIT]",
     ]
 
 
