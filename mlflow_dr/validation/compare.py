@@ -276,7 +276,8 @@ def _refuse_other_queries(
             "keep_own_id": basis.get("keep_own_id", False),
             **data.answers_config(EvalConfig((measure,), match=match)),
         }
-        configs.append((f"{data.collection.name}/{data.split}", now))
+        # readers' validations have keys that this lacks
+        configs.append((f"{data.collection.name}/{data.split}", {**dict.fromkeys(keys), **now}))
     for label, config in configs[1:]:
         if config != configs[0][1]:
             raise UsageError(
