@@ -95,7 +95,13 @@ GC_DPR: Recipe = {
 }
 
 RECIPES = {"demo": TINY, "demo-qa": TINY, "msmarco": MSMARCO}
-NAMED = {**RECIPES, "judged": JUDGED, "tevatron": TRAINING_FILES, "dpr": DPR}
+NAMED = {
+    "demo": TINY,
+    "msmarco": MSMARCO,
+    "judged": JUDGED,
+    "tevatron": TRAINING_FILES,
+    "dpr": DPR,
+}
 
 
 def recipe_of(

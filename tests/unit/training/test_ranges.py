@@ -8,6 +8,7 @@ import pytest
 from mlflow_dr.errors import UsageError
 from mlflow_dr.training.arguments import (
     DataArguments,
+    EngineArguments,
     GcDprArguments,
     LossArguments,
     ModelArguments,
@@ -127,6 +128,7 @@ def test_every_range_and_choice_belongs_to_a_flag() -> None:
         PublishArguments,
         GcDprArguments,
         RetrieverTrainingArguments,
+        EngineArguments,
     )
     ranged = {name for _, names in RANGES.values() for name in names}
     assert {*ranged, *CHOICES} <= {field.name for kind in kinds for field in fields(kind)}

@@ -222,7 +222,8 @@ def losses(
         chosen = {**FLAGS, "model": model, "dataset": dataset, **flags}
         argv = [str(arg) for name, value in chosen.items() for arg in (f"--{name}", value)]
         request = parse_training(argv)
-        train_module._train(request, open_data(request.data), None, None)
+        kind = train_module.trainer_kind(request)
+        train_module._train(request, kind, open_data(request.data), None, None)
         history = trainers[-1].state.log_history
         return [entry["loss"] for entry in history if "loss" in entry]
 
