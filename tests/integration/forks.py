@@ -88,7 +88,9 @@ class Fork:
 
     def _next(self, timeout: float | None) -> int:
         """The next number that its attendant says."""
-        if not select.select([self._connection], [], [], timeout)[0]:
+        waiting = select.poll()  # select() takes no descriptor above 1,023
+        waiting.register(self._connection, select.POLLIN)
+        if not waiting.poll(None if timeout is None else timeout * 1000):
             raise subprocess.TimeoutExpired(["a fork"], timeout or 0)
         if not (line := self._answers.readline()):
             raise ChildProcessError("the attendant of the command has died")

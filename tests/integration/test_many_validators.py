@@ -76,13 +76,13 @@ def test_status_shows_who_did_what(
 ) -> None:
     run_id = publish_noise(10, 20)
     assert forked("validate", "--run-id", run_id, "--every", 20).code == 0
-    ended = forked("status", "--run-id", run_id)
+    ended = forked("status", "--run-id", run_id, "--all")
     assert ended.code == 0
-    head, first, second = (line.split() for line in ended.printed)
-    assert head == ["step", "validation", "state", "owner", "age", "lag", "note"]
+    _, _, head, first, second = (line.split() for line in ended.printed)
+    assert head == ["step", "validation", "state", "figure", "owner", "age", "lag", "note"]
     assert first[:4] == ["10", "val", "open", "-"]
-    assert second[:3] == ["20", "val", "done"]
-    assert second[3].startswith(f"{os.uname().nodename}:")
+    assert second[:4] == ["20", "val", "done", "mrr_at_10"]
+    assert second[5].startswith(f"{os.uname().nodename}:")
 
 
 def test_checkpoints_saved_by_sentence_transformers_are_validated(

@@ -64,7 +64,8 @@ def test_pruning_keeps_the_best_checkpoint_and_all_figures(
     ended = forked("evaluate", f"models:/{models[other].model_id}", *argv)
     assert ended.code == 1
     assert "its files were deleted" in ended.printed[-1]
-    states = [line.split() for line in forked("status", "--run-id", run_id).printed[1:]]
+    shown = forked("status", "--run-id", run_id, "--all").printed
+    states = [line.split() for line in shown[3:]]  # after the run, its validation and the heads
     assert [state[2] for state in states] == ["done"] * 3
     assert sum(state[-1] == "pruned" for state in states) == 2
 
