@@ -6,6 +6,12 @@ import os
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+# JAX: four devices on the processor, and programs that are compiled quickly
+os.environ["JAX_PLATFORMS"] = "cpu"
+os.environ["XLA_FLAGS"] = (
+    "--xla_force_host_platform_device_count=4 --xla_backend_optimization_level=0 "
+    "--xla_cpu_use_fusion_emitters=false"
+)
 # else Ray's actors wait for all other tests
 os.environ["RAY_worker_niceness"] = "0"  # noqa: SIM112
 

@@ -1,19 +1,9 @@
-"""JAX in the tests: four devices on the processor, and programs that are compiled quickly."""
+"""JAX in the tests: programs are compiled once, and encoders are small."""
 
-import os
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
-
-# before JAX reads them
-FLAGS = (
-    "--xla_force_host_platform_device_count=4",
-    "--xla_backend_optimization_level=0",
-    "--xla_cpu_use_fusion_emitters=false",
-)
-os.environ["XLA_FLAGS"] = " ".join(FLAGS)
-os.environ["JAX_PLATFORMS"] = "cpu"
 
 jax = pytest.importorskip("jax", reason="the extra jax is not installed")
 

@@ -106,14 +106,16 @@ def test_adamw_is_that_of_torch(in_fp64: None, encoder: Encoder) -> None:
     """Two steps with clipping and decay."""
     optimizer = torch.optim.AdamW(encoder.parameters(), lr=0.1, weight_decay=0.1)
     step = step_of(encoder, 1, StepConfig(Objective()))
-    state = {name: jax.numpy.array(w) for name, w in weights_of(encoder).items()}
+    state = {name: jax.numpy.array(w.copy()) for name, w in weights_of(encoder).items()}
     moments = [{name: w * 0 for name, w in state.items()} for _ in range(2)]
     update = step.lower_update(state).compile()
     generator = torch.Generator().manual_seed(0)
     for number in (1, 2):
         for weight in encoder.parameters():
             weight.grad = torch.randn(weight.shape, generator=generator, dtype=weight.dtype)
-        gradient = {n: jax.numpy.array(w.grad.numpy()) for n, w in encoder.named_parameters()}
+        gradient = {  # copies: JAX reads them in the background, and torch changes its own
+            n: jax.numpy.array(w.grad.numpy().copy()) for n, w in encoder.named_parameters()
+        }
         norm = torch.nn.utils.clip_grad_norm_(encoder.parameters(), 0.5).item()
         optimizer.step()
         scalars = step.scalars_of_update(0.1, number, norm, 0.5)
