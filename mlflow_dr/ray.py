@@ -28,16 +28,16 @@ def validation_fn(checkpoint: Any, **settings: Any) -> dict[str, float]:
             `engine` and so on.
 
     Returns:
-        The measures, named as MLflow allows, such as `mrr_at_10`, and `seconds`.
+        The measures, named as MLflow allows, such as `mrr_at_10`, the ends of their intervals with
+        `estimate`, and `seconds`.
 
     Raises:
         UsageError: settings that make no sense together, or an unknown dataset.
         CheckpointError: no encoder can be read from the directory, or it gives NaN.
     """
     from mlflow_dr.validation.config import EvaluateConfig
-    from mlflow_dr.validation.evaluate import evaluate_encoder
+    from mlflow_dr.validation.evaluate import evaluate_encoder, metric_values
 
     with checkpoint.as_directory() as directory:
         report = evaluate_encoder(EvaluateConfig(encoder=str(directory), **settings))
-    values = {measure.metric: value for measure, value in report.measures.items()}
-    return {**values, "seconds": report.seconds}
+    return {**metric_values(report), "seconds": report.seconds}
