@@ -5,11 +5,9 @@ A page says `<!-- commands -->` or `<!-- training flags -->` where the generated
 
 from __future__ import annotations
 
-import argparse
 import inspect
 import re
 from collections.abc import Iterable
-from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -58,25 +56,17 @@ def command_reference() -> str:
 
 
 def training_reference() -> str:
-    """Every flag of `mlflow-dr train`: first those of mlflow_dr, then those of transformers."""
-    from transformers import TrainingArguments
+    """Every flag of `mlflow-dr train`, section by section."""
+    from mlflow_dr.training.flag_help import flag_sections
 
-    from mlflow_dr.training.parsing import training_parser
-
-    inherited = {field.name for field in fields(TrainingArguments)}
-    own: list[tuple[str, str, str]] = []
-    others: list[tuple[str, str, str]] = []
-    for action in training_parser()._actions:
-        name = action.dest.removeprefix("no_")
-        (others if name in inherited else own).append(_argparse_row(action))
-    return "\n\n".join(
-        [
-            "## Flags of mlflow_dr",
-            _table(own),
-            "## Flags of Hugging Face's TrainingArguments",
-            _table(others),
+    parts = []
+    for title, flags in flag_sections(everything=True).items():
+        rows = [
+            (_names(flag.names), f"`{flag.default}`" if flag.default else "", flag.meaning)
+            for flag in flags
         ]
-    )
+        parts += [f"## {title}", _table(rows)]
+    return "\n\n".join(parts)
 
 
 def _help(text: str) -> Iterable[str]:
@@ -96,18 +86,6 @@ def _click_row(option: click.Option) -> tuple[str, str, str]:
     else:
         shown = " ".join(map(str, default)) if isinstance(default, tuple) else str(default)
     return _names(names), f"`{shown}`" if shown else "", option.help or ""
-
-
-def _argparse_row(action: argparse.Action) -> tuple[str, str, str]:
-    default = action.default
-    shown = "" if default in (None, argparse.SUPPRESS, "") else f"`{default}`"
-    text = (action.help or "").replace("%%", "%").replace("%(default)s", str(default))
-    return _names(_without_dashed(action.option_strings)), shown, text
-
-
-def _without_dashed(names: Iterable[str]) -> list[str]:
-    """Names without those that only have dashes for underscores."""
-    return list({name.replace("-", "_"): name for name in reversed(list(names))}.values())[::-1]
 
 
 def _names(names: Iterable[str]) -> str:

@@ -9,6 +9,10 @@ import click
 from mlflow_dr.cli.options import TakesSeveral, takes
 from mlflow_dr.validation.config import RunConfig
 
+HELP_WIDTH = 100
+ALL_FLAGS = {"--help-all", "--help_all"}
+HELP_FLAGS = {"-h", "--help", *ALL_FLAGS}
+
 
 @click.command(
     "train",
@@ -20,17 +24,16 @@ def train_command(flags: tuple[str, ...]) -> str | None:
     """Train an encoder and publish its checkpoints to MLflow.
 
     Takes the flags of Hugging Face's TrainingArguments, of Tevatron and of GC-DPR, with dashes or
-    underscores, and --config FILE (YAML or JSON).
+    underscores, and --config FILE (YAML or JSON). The recipe of a collection may set other defaults
+    than those listed. --help lists the usual flags, and --help-all lists all.
 
     \b
     Example:
         mlflow-dr train --dataset demo --model tiny --max-steps 300 --publish-steps 50
     """
-    if {"-h", "--help"} & set(flags):
-        from mlflow_dr.training.parsing import training_parser
-
+    if asked := HELP_FLAGS & set(flags):
         about = inspect.cleandoc(train_command.help or "").replace("\b\n", "")
-        click.echo(f"{about}\n\n{training_parser().format_help()}")
+        click.echo(f"{about}\n\n{_flags_text(bool(asked & ALL_FLAGS))}")
         return None
     from mlflow_dr.training.flags import check_flags
 
@@ -43,6 +46,23 @@ def train_command(flags: tuple[str, ...]) -> str | None:
         click.echo(compile_only(request))
         return None
     return train(request)
+
+
+def _flags_text(everything: bool) -> str:
+    """The flags with their defaults, section by section."""
+    from mlflow_dr.training.flag_help import flag_sections
+
+    formatter = click.HelpFormatter(max_width=HELP_WIDTH)
+    for title, flags in flag_sections(everything).items():
+        with formatter.section(title):
+            defaults = [f"  [default: {flag.default}]" if flag.default else "" for flag in flags]
+            formatter.write_dl(
+                [
+                    (", ".join(flag.names), flag.meaning + default)
+                    for flag, default in zip(flags, defaults, strict=True)
+                ]
+            )
+    return formatter.getvalue().rstrip()
 
 
 @click.command(
@@ -61,7 +81,7 @@ def jax_train_command(context: click.Context, flags: tuple[str, ...]) -> None:
     Example:
         mlflow-dr jax-train --dataset_name demo --model_name_or_path tiny --do_train
     """
-    if {"-h", "--help"} & set(flags):
+    if HELP_FLAGS & set(flags):
         click.echo(inspect.cleandoc(jax_train_command.help or "").replace("\b\n", ""))
         return
     context.invoke(train_command, flags=("--engine", "jax", "--negatives_x_device", "true", *flags))

@@ -20,8 +20,8 @@ from mlflow_dr.encoder.config import POOLINGS, SHORTEST
 from mlflow_dr.errors import UsageError, did_you_mean
 from mlflow_dr.extensions import Registry
 
-PARSER_FLAGS = ("--config", "--help", "-h")
-HELP = "`mlflow-dr train --help` lists all"
+PARSER_FLAGS = ("--config", "--help", "-h", "--help_all", "--help-all")
+HELP = "`mlflow-dr train --help-all` lists all"
 
 
 def flag(default: Any, help: str, *aliases: str, **options: Any) -> Any:

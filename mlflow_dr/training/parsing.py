@@ -92,6 +92,12 @@ def training_parser() -> HfArgumentParser:
         "--config",
         help="A YAML or JSON file of these flags; flags of the command line override it.",
     )
+    parser.add_argument(
+        "--help_all",
+        "--help-all",
+        action="store_true",
+        help="Show all flags, also those of GC-DPR and Hugging Face's.",
+    )
     return parser
 
 

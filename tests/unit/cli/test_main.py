@@ -4,9 +4,11 @@ import subprocess
 import sys
 
 import pytest
+from click.testing import CliRunner
 
 from mlflow_dr import cli
 from mlflow_dr.cli.collections import datasets_command
+from mlflow_dr.cli.train import train_command
 
 
 @pytest.mark.parametrize(
@@ -30,6 +32,19 @@ def test_only_an_interrupt_exits_as_stopped(
     monkeypatch.setattr("sys.argv", ["mlflow-dr", "datasets"])
     assert cli._run() == code
     assert message in capsys.readouterr().err
+
+
+def test_the_help_of_train_has_the_usual_flags_and_help_all_has_all() -> None:
+    usual, everything = (
+        CliRunner().invoke(train_command, [flag]).output for flag in ("--help", "--help-all")
+    )
+    others = ("--val_av_rank_bsz", "--fsdp", "--do_train")
+    for flag in ("--temperature", "--batch_size", "--learning_rate"):
+        assert flag in usual.split()
+    assert "[default: 0.0]" in usual  # of --distil_weight
+    assert not [flag for flag in others if flag in usual.split()]
+    assert not [flag for flag in others if flag not in everything.split()]
+    assert everything.startswith(usual.rstrip())
 
 
 MODULES_OF_COMMANDS = ("collections", "evaluate", "runs", "train", "validate")

@@ -22,7 +22,7 @@ def test_the_known_flags_are_those_of_the_parser() -> None:
         (["--lerning-rate=1"], "unknown flag --lerning-rate; did you mean --learning_rate?"),
         (["--trian_file", "x"], "unknown flag --trian_file; did you mean --train_file?"),
         (["--measurs", "x"], "did you mean --measures?"),
-        (["--zzzzzz"], "unknown flag --zzzzzz; `mlflow-dr train --help` lists all"),
+        (["--zzzzzz"], "unknown flag --zzzzzz; `mlflow-dr train --help-all` lists all"),
         (["--pooling", "clss"], "^pooling is 'clss'; expected cls, mean, .* or weighted_mean"),
         (["--lora-publish=both"], "^lora-publish is 'both'; expected merged or adapter"),
         (["--recipe", "DPR"], "^recipe is 'DPR'; expected demo, msmarco, .* or dpr"),
