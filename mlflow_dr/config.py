@@ -129,7 +129,7 @@ def as_tuple(value: Any) -> Any:
     """A list, or a value by itself, as a tuple; for fields that take several values."""
     if isinstance(value, list):
         return tuple(value)
-    return (value,) if isinstance(value, str | Path) else value
+    return (value,) if isinstance(value, str | Path | int) else value
 
 
 @contextmanager

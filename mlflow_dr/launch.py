@@ -37,7 +37,7 @@ GPUS = "CUDA_VISIBLE_DEVICES"
 THREADS = "OMP_NUM_THREADS"
 
 
-def launch(config: RunConfig, training: Sequence[str], run: TrackedRun | None = None) -> int:
+def launch(config: RunConfig, training: Sequence[str], run: TrackedRun | None = None) -> TrackedRun:
     """Train and validate; returns when both have ended.
 
     Args:
@@ -47,12 +47,13 @@ def launch(config: RunConfig, training: Sequence[str], run: TrackedRun | None = 
         run: what both write to; as `open_run` when None.
 
     Returns:
-        0, or 130 after Ctrl-C or SIGTERM.
+        The run.
 
     Raises:
         UsageError: a flag or value that the trainer or the validator refuses, or nothing to resume.
         DeviceError: fewer GPUs than training processes.
         ChildError: the trainer or the validator ended with an error; its exit code is theirs.
+        KeyboardInterrupt: after Ctrl-C or SIGTERM, when both have ended.
     """
     trainer_variables, validator_variables, device = share_machine(trainers=config.gpus)
     # Ray has devices of its own
@@ -79,10 +80,10 @@ def launch(config: RunConfig, training: Sequence[str], run: TrackedRun | None = 
     measures = parse_measures(config.measures)
     _print(curve_summary(run, name, [measure.metric for measure in measures]))
     if is_stopped:
-        return 130
+        raise KeyboardInterrupt
     hint = f"`mlflow-dr validate --run-id {run.id}` validates what is missing"
     check_ended(children, f"published checkpoints stay: {hint}")
-    return 0
+    return run
 
 
 class Command(NamedTuple):

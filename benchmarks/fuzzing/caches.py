@@ -98,7 +98,7 @@ def top_passages(workdir: Path) -> Any:
 
 
 def fidelity(workdir: Path) -> Any:
-    from mlflow_dr.fidelity.study import cached_array, store_array
+    from mlflow_dr.fidelity_study.study import cached_array, store_array
 
     values = {"a": [0.5, 0.25, 1.0], "b": [0.0, 1 / 3, 0.125], "seconds": [1.5, 2.5]}
     if all(cached_array(key) is None for key in values):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import click
 
 from mlflow_dr.cli.options import TakesSeveral, find_project_run, takes
-from mlflow_dr.fidelity.config import FidelityConfig
+from mlflow_dr.fidelity_study.config import FidelityConfig
 from mlflow_dr.validation.config import CompareConfig, EvaluateConfig
 
 
@@ -72,35 +72,8 @@ def fidelity_command(config: FidelityConfig) -> None:
         mlflow-dr fidelity --checkpoints-dir output --dataset path/to/beir \\
             --subset ranking:bm25.run@20 encoder:path/to/model@20 --output study
     """
-    if not (config.run_id or config.checkpoints_dir):
-        raise click.UsageError("give --run-id or --checkpoints-dir")
-    dataset, splits = config.named_dataset()
-    if not (config.run_id or dataset):
-        raise click.UsageError("without a run, give --dataset")
-    if dataset and splits:
-        config.one_dataset(config.split)
+    config.check_source()  # before seconds of imports
+    from mlflow_dr.fidelity_study.report import report_text
+    from mlflow_dr.fidelity_study.run_study import fidelity
 
-    from mlflow_dr.fidelity.report import report_text, write_files
-    from mlflow_dr.fidelity.study import study_fidelity
-    from mlflow_dr.files import scratch
-    from mlflow_dr.tracking.artifacts import FIDELITY_FOLDER, log_study
-    from mlflow_dr.tracking.checkpoints import run_checkpoints
-    from mlflow_dr.tracking.client import connect
-    from mlflow_dr.tracking.following import found_checkpoints
-    from mlflow_dr.tracking.runs import resolve_run
-
-    client = connect(config.tracking_uri, may_create=False) if config.run_id else None
-    run = resolve_run(client, config.run_id) if client and config.run_id else None
-    if config.checkpoints_dir is not None:
-        checkpoints = found_checkpoints(config.checkpoints_dir)
-    else:
-        checkpoints = (
-            [checkpoint for checkpoint in run_checkpoints(run) if checkpoint.ready] if run else []
-        )
-    result = study_fidelity(checkpoints, config, run)
-    click.echo(report_text(result))
-    if config.output is not None:
-        write_files(result, config.output)
-    if run is not None and not config.no_log:
-        with scratch() as directory:
-            log_study(run, write_files(result, directory), FIDELITY_FOLDER)
+    click.echo(report_text(fidelity(config)))

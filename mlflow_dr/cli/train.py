@@ -90,7 +90,7 @@ def jax_train_command(context: click.Context, flags: tuple[str, ...]) -> None:
 @click.command("run", cls=TakesSeveral, context_settings={"ignore_unknown_options": True})
 @takes(RunConfig)
 @click.argument("trainer_flags", nargs=-1, type=click.UNPROCESSED)
-def run_command(config: RunConfig, trainer_flags: tuple[str, ...]) -> int:
+def run_command(config: RunConfig, trainer_flags: tuple[str, ...]) -> None:
     """Train and validate side by side; what `mlflow run .` calls.
 
     Flags that are not listed go to `mlflow-dr train`, and --seed is the training's. The validator
@@ -109,4 +109,4 @@ def run_command(config: RunConfig, trainer_flags: tuple[str, ...]) -> int:
         training += ["--model", config.model]
     from mlflow_dr.launch import launch  # five seconds of imports
 
-    return launch(config, training)
+    launch(config, training)

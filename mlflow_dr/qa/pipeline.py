@@ -162,8 +162,7 @@ class Pipeline:
             poll_seconds=config.poll_seconds,
         )
         with self._child("retriever") as run:
-            if launch(validation, [*flags, *self._training], run):
-                raise KeyboardInterrupt
+            launch(validation, [*flags, *self._training], run)
             name = validation.validation().all_validations[0].name
             return _best_and_curve(run, name, self._measures.split()[0])
 

@@ -405,6 +405,18 @@ class ValidateConfig(ValidationDefaults, EncoderOverrides, FollowConfig):
             raise ConfigError("keep_up", " chooses among subsets; give at least two")
         return self
 
+    def check_source(self) -> None:
+        """Refuse a configuration that does not say where checkpoints are.
+
+        Raises:
+            UsageError: with the flags that say it.
+        """
+        if bool(self.run_id or self.checkpoints_dir) == bool(self.experiment):
+            raise UsageError("give --run-id, --experiment or --checkpoints-dir")
+        dataset, _ = self.named_dataset()
+        if self.checkpoints_dir and not (self.run_id or dataset or self.validations):
+            raise UsageError("a new run names no dataset; give --dataset")
+
     @cached_property
     def all_validations(self) -> tuple[Validation, ...]:
         """Those of a file's `validations`, or else of the flags."""

@@ -220,7 +220,7 @@ flags = "--dataset {0} --output_dir {1} --model {2} --max_steps 4 --publish_step
 flags += " --logging_steps 1 --per_device_train_batch_size 4 --p_max_len 16 --negatives_x_device"
 flags += " --use_cpu --fsdp full_shard"
 config = RunConfig(measures="mrr@10", poll_seconds=0.2, gpus=2)
-sys.exit(launch.launch(config, flags.format(*sys.argv[1:]).split()))
+launch.launch(config, flags.format(*sys.argv[1:]).split())
 """
 
 

@@ -19,7 +19,7 @@ from mlflow_dr.collection.corpus import Corpus, cached_corpus
 from mlflow_dr.collection.examples import RawExample, cached_examples
 from mlflow_dr.collection.records import Passage, Query, Topics
 from mlflow_dr.encoder.token_table import cached_token_table
-from mlflow_dr.fidelity.study import cached_array, store_array
+from mlflow_dr.fidelity_study.study import cached_array, store_array
 from mlflow_dr.retrieval.bm25 import bm25_index
 from mlflow_dr.subsets.spec import SubsetTerm
 from mlflow_dr.subsets.strategies import SubsetSources

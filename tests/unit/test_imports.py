@@ -15,7 +15,7 @@ FLOORS = {
     "cli": 10,
     "qa": 9,
     "launch": 8,
-    "fidelity": 8,
+    "fidelity_study": 8,
     "loaders": 8,
     "jax_engine": 8,
     "training": 7,
@@ -90,7 +90,7 @@ HOMES = {
     "scipy": ["decisions/significance.py"],
     "xxhash": ["cache.py"],
     "matplotlib": [
-        *("decisions/comparison.py", "fidelity/report.py", "loaders/", "pages.py"),
+        *("decisions/comparison.py", "fidelity_study/report.py", "loaders/", "pages.py"),
         *("report/figures.py", "qa/page.py"),
     ],
 }

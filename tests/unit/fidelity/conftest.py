@@ -5,7 +5,7 @@ from collections.abc import Callable, Sequence
 import numpy as np
 import pytest
 
-from mlflow_dr.fidelity.agreement import Curve, FidelityResult, compare_curves
+from mlflow_dr.fidelity_study.agreement import Curve, FidelityResult, compare_curves
 
 STEPS = (100, 200, 300, 400, 500)
 FULL = np.array([0.1, 0.3, 0.42, 0.4, 0.5])

@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from mlflow_dr.fidelity import agreement as module
-from mlflow_dr.fidelity.agreement import FIGURES, agreement, spread
+from mlflow_dr.fidelity_study import agreement as module
+from mlflow_dr.fidelity_study.agreement import FIGURES, agreement, spread
 
 RESAMPLES = 200
 

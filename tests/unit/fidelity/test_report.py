@@ -11,8 +11,8 @@ import pyarrow.parquet as pq
 import pytest
 from matplotlib.text import Text
 
-from mlflow_dr.fidelity.agreement import Curve, FidelityResult, compare_curves
-from mlflow_dr.fidelity.report import (
+from mlflow_dr.fidelity_study.agreement import Curve, FidelityResult, compare_curves
+from mlflow_dr.fidelity_study.report import (
     curves_figure,
     recommendation,
     report_text,

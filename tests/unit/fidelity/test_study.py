@@ -22,10 +22,10 @@ from mlflow_dr.encoder.directory import load_encoder
 from mlflow_dr.encoder.model import Encoder
 from mlflow_dr.encoder.saving import save_encoder
 from mlflow_dr.errors import UsageError
-from mlflow_dr.fidelity import study as studying
-from mlflow_dr.fidelity.agreement import FidelityResult
-from mlflow_dr.fidelity.config import FidelityConfig
-from mlflow_dr.fidelity.report import report_text, values_table, write_files
+from mlflow_dr.fidelity_study import study as studying
+from mlflow_dr.fidelity_study.agreement import FidelityResult
+from mlflow_dr.fidelity_study.config import FidelityConfig
+from mlflow_dr.fidelity_study.report import report_text, values_table, write_files
 from mlflow_dr.retrieval import shard_search
 from mlflow_dr.retrieval.measures import parse_measures
 from mlflow_dr.tracking.checkpoints import publish, run_checkpoints

@@ -10,7 +10,13 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from mlflow_dr.fidelity.agreement import FIGURES, Curve, Estimate, FidelityResult, StudiedSubset
+from mlflow_dr.fidelity_study.agreement import (
+    FIGURES,
+    Curve,
+    Estimate,
+    FidelityResult,
+    StudiedSubset,
+)
 from mlflow_dr.files import atomic_write
 from mlflow_dr.terminal import in_columns
 

@@ -20,8 +20,8 @@ from mlflow_dr.encoder.model import Encoder
 from mlflow_dr.engines.engine import Engine
 from mlflow_dr.engines.opening import device_names, open_engine
 from mlflow_dr.errors import CheckpointError, UsageError
-from mlflow_dr.fidelity.agreement import Curve, FidelityResult, compare_curves
-from mlflow_dr.fidelity.config import FidelityConfig
+from mlflow_dr.fidelity_study.agreement import Curve, FidelityResult, compare_curves
+from mlflow_dr.fidelity_study.config import FidelityConfig
 from mlflow_dr.files import digest_of
 from mlflow_dr.subsets.spec import FULL
 from mlflow_dr.tracking.checkpoints import Checkpoint, checkpoint_of_step

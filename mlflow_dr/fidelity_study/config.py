@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from typing import Annotated, Self
 
-from pydantic import Field, model_validator
+from pydantic import BeforeValidator, Field, model_validator
 
+from mlflow_dr.config import as_tuple
 from mlflow_dr.errors import UsageError
 from mlflow_dr.fields import (
     LARGEST,
@@ -53,7 +54,7 @@ class FidelityConfig(CollectionConfig, EncoderOverrides):
     keep_own_id: KeepOwnId = False
     search_backend: SearchBackendName = "auto"
     engine: EngineName = "local"
-    steps: tuple[int, ...] = ()
+    steps: Annotated[tuple[int, ...], BeforeValidator(as_tuple)] = ()
     """Only the checkpoints of these steps."""
     every: Every = 1
     tolerance: Annotated[float, Field(ge=0, le=LARGEST)] = 0.005
@@ -76,6 +77,20 @@ class FidelityConfig(CollectionConfig, EncoderOverrides):
     def specs(self) -> tuple[SubsetSpec, ...]:
         """The subsets that are compared with the full corpus."""
         return tuple(parse_subset(text, self.seed, self.judged) for text in self.subset)
+
+    def check_source(self) -> None:
+        """Refuse a configuration that does not say where checkpoints and queries are.
+
+        Raises:
+            UsageError: with the flags that say it.
+        """
+        if not (self.run_id or self.checkpoints_dir):
+            raise UsageError("give --run-id or --checkpoints-dir")
+        dataset, splits = self.named_dataset()
+        if not (self.run_id or dataset):
+            raise UsageError("without a run, give --dataset")
+        if dataset and splits:
+            self.one_dataset(self.split)
 
     @model_validator(mode="after")
     def _check(self) -> Self:
