@@ -61,6 +61,7 @@ COMMANDS = {
     "subset": "Write a subset of a collection to files.",
     "loaders": "Measure ways to load documents: speed, memory, waiting.",
     "datasets": "List the names of collections.",
+    "doctor": "Check machine, server and hub, before something fails.",
 }
 MODULES = {
     **dict.fromkeys(("run", "jax-train"), "train"),
@@ -69,6 +70,7 @@ MODULES = {
     **dict.fromkeys(("encode", "search", "index", "convert"), "vectors"),
     **dict.fromkeys(("import", "export"), "dpr"),
     "dpr": "dpr_programs",
+    "doctor": "machine",
     **dict.fromkeys(("mine", "subset", "datasets"), "collections"),
     **dict.fromkeys(
         tuple(f"reader-{name}" for name in ("data", "train", "validate", "predict")), "reader"

@@ -80,7 +80,7 @@ def connect(uri: str | None = None, may_create: bool = True) -> MlflowClient:
     if uri:
         mlflow.set_tracking_uri(uri)
     uri = tracking_uri()
-    if not may_create and (missing := _missing_file(uri)):
+    if not may_create and (missing := missing_file(uri)):
         raise TrackingError(
             f"there is no tracking store {shown_uri(uri)} ({missing} does not exist): run this in "
             f"the directory of the training, or set {URI_VARIABLE} or --tracking-uri"
@@ -150,7 +150,7 @@ def _check_answer(is_expected: object) -> None:
         raise OSError("the server's answer is not about what was asked for")
 
 
-def _missing_file(uri: str) -> str:
+def missing_file(uri: str) -> str:
     """The missing file of a sqlite store; empty if it exists, and for all other stores."""
     path = uri.removeprefix(SQLITE).partition("?")[0]
     is_file = uri.startswith(SQLITE) and path not in ("", ":memory:")

@@ -15,6 +15,7 @@ FLOORS = {
     "cli": 10,
     "qa": 9,
     "launch": 8,
+    "doctor": 8,
     "fidelity_study": 8,
     "loaders": 8,
     "jax_engine": 8,

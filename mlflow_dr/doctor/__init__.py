@@ -1,0 +1,1 @@
+"""What would fail on this machine, found out before it fails."""
