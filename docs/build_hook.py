@@ -48,11 +48,19 @@ def command_reference() -> str:
     for name in COMMANDS:
         command = group.get_command(context, name)
         assert command is not None
-        parts += [f"## mlflow-dr {name}", *_help(command.help or "")]
-        rows = [_click_row(param) for param in command.params if isinstance(param, click.Option)]
-        if rows:
-            parts.append(_table(rows))
+        parts += _command_part(name, command)
+        if isinstance(command, click.Group):
+            for sub, below in command.commands.items():
+                parts += _command_part(f"{name} {sub}", below)
     return "\n\n".join(parts)
+
+
+def _command_part(name: str, command: click.Command) -> Iterable[str]:
+    yield f"## mlflow-dr {name}"
+    yield from _help(command.help or "")
+    rows = [_click_row(param) for param in command.params if isinstance(param, click.Option)]
+    if rows:
+        yield _table(rows)
 
 
 def training_reference() -> str:

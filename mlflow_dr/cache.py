@@ -25,6 +25,8 @@ LAYOUT = 2
 
 CHECKSUMS = "checksums"
 CHECKED = ".checked"
+"""Its time of change is when a process last opened the entry."""
+ABOUT = ".about"
 BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
 """Another one after each start of a machine; only Linux has it."""
 BYTES_AT_A_TIME = 1 << 20
@@ -34,7 +36,7 @@ _sound: dict[Path, State] = {}
 """The undamaged entries that this process has opened -> the state of their files at that time."""
 
 
-def cache_entry(kind: str, key: str, build: Callable[[Path], None]) -> Path:
+def cache_entry(kind: str, key: str, build: Callable[[Path], None], about: str = "") -> Path:
     """The directory of an entry; it is made first if it is missing or damaged.
 
     If several processes ask for an entry at the same time, one makes it and the others wait. A
@@ -45,9 +47,20 @@ def cache_entry(kind: str, key: str, build: Callable[[Path], None]) -> Path:
         kind: the folder of the cache.
         key: has everything that the entry depends on.
         build: makes a directory at the path that it gets, and writes the files into it.
+        about: what the entry is, for `mlflow-dr cache`.
     """
     entry = _entry_path(kind, key)
-    return build_once(entry, lambda partial: _build(partial, entry, build), _damage)
+    return build_once(entry, lambda partial: _build(partial, entry, build, about), _damage)
+
+
+def about_entry(entry: Path | None) -> str:
+    """What an entry was said to be when it was made; empty if nothing was said, and for None."""
+    if entry is None or not (entry / ABOUT).is_file():
+        return ""
+    try:
+        return (entry / ABOUT).read_text(encoding="utf-8", errors="replace")
+    except OSError:
+        return ""
 
 
 def sound_entry(kind: str, key: str) -> Path | None:
@@ -108,8 +121,10 @@ def _entry_path(kind: str, key: str) -> Path:
     return cache_dir() / kind / digest_of(LAYOUT, kind, key)
 
 
-def _build(partial: Path, entry: Path, build: Callable[[Path], None]) -> None:
+def _build(partial: Path, entry: Path, build: Callable[[Path], None], about: str) -> None:
     build(partial)
+    if about:
+        (partial / ABOUT).write_text(about, encoding="utf-8", errors="replace")
     lines = "\n".join(_lines(partial, entry))
     (partial / CHECKSUMS).write_text(lines, encoding="utf-8")
     _note(entry, _state(partial, entry), partial)
@@ -119,8 +134,12 @@ def _damage(entry: Path) -> str:
     """What is wrong with an entry; an empty string if nothing is."""
     try:
         state = _state(entry, entry)
-        if _sound.get(entry) == state or _was_checked(entry, state):
+        if _sound.get(entry) == state:
+            return ""
+        if _was_checked(entry, state):
             _sound[entry] = state
+            with suppress(OSError):  # another user's
+                os.utime(entry / CHECKED)
             return ""
         if not (entry / CHECKSUMS).is_file():
             return "it has no checksums"

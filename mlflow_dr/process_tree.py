@@ -69,6 +69,24 @@ def tree(pid: int) -> list[int]:
     return found
 
 
+def files_in_use(folder: Path) -> dict[Path, int]:
+    """The files below a folder that live processes have open or mapped -> one of these processes.
+
+    Only Linux says this, and only of processes that this user may look into.
+    """
+    top = f"{folder.resolve()}/"
+    found: dict[Path, int] = {}
+    for process in PROC.glob("[0-9]*"):
+        with suppress(*GONE, OSError):
+            lines = (process / "maps").read_text(errors="replace").splitlines()
+            names = [line.split(maxsplit=5)[-1] for line in lines if top in line]
+            with suppress(*GONE, OSError):
+                names += [str(link.readlink()) for link in (process / "fd").iterdir()]
+            paths = [Path(name) for name in names if name.startswith(top)]
+            found.update(dict.fromkeys(paths, int(process.name)))
+    return found
+
+
 def tree_memory(pid: int) -> Memory:
     """The memory of a tree of processes, in bytes.
 

@@ -62,6 +62,7 @@ COMMANDS = {
     "loaders": "Measure ways to load documents: speed, memory, waiting.",
     "datasets": "List the names of collections.",
     "doctor": "Check machine, server and hub, before something fails.",
+    "cache": "List what is kept in the cache, and remove it.",
 }
 MODULES = {
     **dict.fromkeys(("run", "jax-train"), "train"),
@@ -70,7 +71,7 @@ MODULES = {
     **dict.fromkeys(("encode", "search", "index", "convert"), "vectors"),
     **dict.fromkeys(("import", "export"), "dpr"),
     "dpr": "dpr_programs",
-    "doctor": "machine",
+    **dict.fromkeys(("doctor", "cache"), "machine"),
     **dict.fromkeys(("mine", "subset", "datasets"), "collections"),
     **dict.fromkeys(
         tuple(f"reader-{name}" for name in ("data", "train", "validate", "predict")), "reader"

@@ -356,7 +356,7 @@ def _imported(
         partial.mkdir()
         write(partial / kind, path, backbone)
 
-    return str(cache_entry("imported", key, build) / kind)
+    return str(cache_entry("imported", key, build, str(path)) / kind)
 
 
 def _import_encoder(directory: Path, path: Path, backbone: str | None) -> None:

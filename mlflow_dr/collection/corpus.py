@@ -227,7 +227,7 @@ def cached_corpus(
         if len(writer) == 0:
             raise DataError(f"{location}: the corpus has no passages")
 
-    return open_corpus(cache_entry("corpora", key, write))
+    return open_corpus(cache_entry("corpora", key, write, location))
 
 
 class CorpusWriter:

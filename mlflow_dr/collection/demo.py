@@ -98,6 +98,7 @@ def demo_collection() -> BeirFolder:
         "demo",
         digest_of(LAYOUT, *versions),
         lambda partial: write_demo(partial, [source.root for source in sources]),
+        f"docstrings of {len(sources)} packages",
     )
     return BeirFolder(folder, name="demo", source=f"docstrings of {', '.join(versions)}")
 
@@ -114,7 +115,10 @@ def question_demo() -> BeirFolder:
 
     whole = demo_collection()
     folder = cache_entry(
-        "demo-qa", digest_of(LAYOUT, whole.source), lambda partial: write_questions(partial, whole)
+        "demo-qa",
+        digest_of(LAYOUT, whole.source),
+        lambda partial: write_questions(partial, whole),
+        "terms in docstrings",
     )
     source = f"terms in {whole.source}"
     return BeirFolder(folder, name="demo-qa", source=source)

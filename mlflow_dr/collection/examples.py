@@ -251,6 +251,7 @@ def cached_examples(
         "examples",
         digest_of(LAYOUT, key, "inline" if corpus is None else corpus.digest),
         lambda partial: _write(partial, records, location, corpus),
+        location,
     )
     if skipped := (directory / "skipped").read_text(encoding="utf-8"):
         log.warning("%s: left out: %s", location, skipped)

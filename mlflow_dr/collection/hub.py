@@ -326,7 +326,7 @@ def _corpus(files: HubFiles) -> Corpus:
         check_passages(table, files.location)
         (partial / "digest").write_text(Corpus(table).digest)
 
-    directory = cache_entry("hub", files.digest, write)
+    directory = cache_entry("hub", files.digest, write, files.location)
     return Corpus(_table(directory, files.location), (directory / "digest").read_text())
 
 

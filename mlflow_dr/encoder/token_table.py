@@ -15,7 +15,7 @@ from typing import Any, TypeVar
 import numpy as np
 
 from mlflow_dr.background import main_module_hidden
-from mlflow_dr.cache import cache_entry, sound_entry
+from mlflow_dr.cache import about_entry, cache_entry, sound_entry
 from mlflow_dr.collection.catalogue import Examples
 from mlflow_dr.collection.corpus import Corpus
 from mlflow_dr.collection.records import Query
@@ -40,6 +40,7 @@ def cached_token_table(
     total: int,
     description: str = "tokenising the corpus",
     processes: int = 1,
+    about: str = "",
 ) -> TokenTable:
     """The token table of `texts`, from the user's cache or made now and kept there.
 
@@ -51,6 +52,7 @@ def cached_token_table(
         total: number of texts, for the progress bar.
         description: the text of the progress bar.
         processes: largest number of worker processes; a small table or one core gets none.
+        about: what the texts are, for `mlflow-dr cache`.
     """
     dtype = np.uint16 if vocabulary_size <= 1 << 16 else np.uint32
     entry = digest_of(LAYOUT, key)
@@ -60,6 +62,7 @@ def cached_token_table(
         lambda partial: write_table(
             partial, _tokenised(texts, tokenize, total, processes), dtype, total, description
         ),
+        about,
     )
     return map_table(directory, entry)
 
@@ -125,6 +128,7 @@ def corpus_tokens(
         text_tokenizer.vocabulary_size,
         total=len(corpus),
         processes=processes or usable_cores(),
+        about=_about(corpus, len(corpus)),
     )
 
 
@@ -148,6 +152,7 @@ def subset_tokens(corpus: Corpus, rows: np.ndarray, text_tokenizer: TextTokenize
         text_tokenizer.vocabulary_size,
         total=len(rows),
         description="tokenising the subset",
+        about=_about(corpus, len(rows)),
     )
     return table.spread(rows, len(corpus))
 
@@ -164,7 +169,13 @@ def query_tokens(
         total=len(examples),
         description="tokenising the queries",
         processes=processes,
+        about=f"{len(examples):,} queries of training examples",
     )
+
+
+def _about(corpus: Corpus, count: int) -> str:
+    source = about_entry(corpus.directory)
+    return f"{count:,} passages{' of ' if source else ''}{source}"
 
 
 def _key(corpus: Corpus, text_tokenizer: TextTokenizer) -> str:

@@ -55,6 +55,7 @@ def enlarged(corpus: Corpus, n_passages: int | None, seed: int) -> Corpus:
             generated_passages(corpus, n_passages - len(corpus), seed),
         ),
         n_passages,
+        "passages of a loader study",
     )
 
 

@@ -98,7 +98,7 @@ def reader_data(
         questions = selected(results, builder, training, GoldTitles(gold), limits)
         write_reader_data(directory, questions, builder, results)
 
-    return ReaderData(cache_entry("reader", key, write), builder)
+    return ReaderData(cache_entry("reader", key, write, str(results)), builder)
 
 
 def selected(

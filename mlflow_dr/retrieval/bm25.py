@@ -19,7 +19,7 @@ from typing import Any
 
 import numpy as np
 
-from mlflow_dr.cache import cache_entry
+from mlflow_dr.cache import about_entry, cache_entry
 from mlflow_dr.collection.corpus import Corpus
 from mlflow_dr.collection.records import Query
 from mlflow_dr.errors import DataError, MissingExtraError, UsageError
@@ -178,7 +178,12 @@ def bm25_index(corpus: Corpus, settings: Bm25Settings | None = None) -> Bm25:
     terms = Terms(settings.language)
     bm25s = _bm25s()
     key = digest_of(LAYOUT, corpus.digest, *astuple(settings))
-    directory = cache_entry("bm25", key, lambda partial: _write(partial, corpus, settings, terms))
+    directory = cache_entry(
+        "bm25",
+        key,
+        lambda partial: _write(partial, corpus, settings, terms),
+        about_entry(corpus.directory),
+    )
     index = bm25s.BM25.load(directory, mmap=True, show_progress=False)
     # plain views of the mapped files: every slice of a memmap object costs as much as a term
     index.scores = {

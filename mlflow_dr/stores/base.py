@@ -13,7 +13,7 @@ from typing import Any, ClassVar
 
 import numpy as np
 
-from mlflow_dr.cache import cache_entry
+from mlflow_dr.cache import about_entry, cache_entry
 from mlflow_dr.collection.corpus import Corpus
 from mlflow_dr.errors import DataError, UsageError, one_line, quoted
 from mlflow_dr.extensions import Registry
@@ -95,7 +95,12 @@ class DocumentStore(ABC):
             cls.build(corpus, partial)
 
         files_of = cls.files_of or name.partition(":")[0]
-        return cache_entry(KIND, f"{LAYOUT}:{files_of}:{corpus.digest}", build)
+        return cache_entry(
+            KIND,
+            f"{LAYOUT}:{files_of}:{corpus.digest}",
+            build,
+            f"{files_of} of {about_entry(corpus.directory)}",
+        )
 
     @abstractmethod
     def open_files(self) -> Any:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 
-from mlflow_dr.cache import cache_entry
+from mlflow_dr.cache import about_entry, cache_entry
 from mlflow_dr.collection.corpus import Corpus
 from mlflow_dr.collection.records import Topics
 from mlflow_dr.errors import UsageError
@@ -243,13 +243,14 @@ def _cached_top_passages(
     queries = sources.topics.queries
     texts = [repr((query.id, query.text, list(query.tokens or ()))) for query in queries]
     key = digest_of(LAYOUT, sources.corpus.digest, *identity, k, *texts)
+    about = about_entry(sources.corpus.directory)
 
     def write(partial: Path) -> None:
         results = retriever().search(sources.corpus, queries, k)
         partial.mkdir()
         np.save(partial / ROWS, np.concatenate([result.rows for result in results]))
 
-    ranked = np.load(cache_entry(CACHE_KIND, key, write) / ROWS)
+    ranked = np.load(cache_entry(CACHE_KIND, key, write, about) / ROWS)
     return [rows[rows >= 0] for rows in ranked]
 
 

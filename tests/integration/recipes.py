@@ -136,6 +136,8 @@ def check_ours(argv: list[str]) -> None:
         return
     command = group.get_command(click.Context(group), name)
     assert command is not None, f"mlflow-dr {name}"
+    if isinstance(command, click.Group) and rest:
+        command, rest = command.commands[rest[0]], rest[1:]
     try:
         with command.make_context(name, rest) as context:
             if name in ("run", "qa"):

@@ -151,7 +151,8 @@ def test_a_damaged_entry_is_rebuilt_with_one_log_line(
 
 def files_of(entry: Path) -> list[Path]:
     """Without the hidden one, which is no part of the entry."""
-    return sorted(path for path in entry.rglob("*") if path.is_file() and path.name != CHECKED)
+    files = (path for path in entry.rglob("*") if path.is_file())
+    return sorted(path for path in files if not path.name.startswith("."))
 
 
 @pytest.fixture

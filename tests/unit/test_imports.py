@@ -40,6 +40,7 @@ FLOORS = {
     "background": 0,
     "progress": 0,
     "cache": 0,
+    "cache_entries": 1,
     "devices": 1,
     "compat": 0,
     "extensions": 0,
