@@ -5,12 +5,11 @@ ENCODER is a directory or a Hugging Face name, DATASET anything that `mlflow-dr 
 
 import sys
 
-from mlflow_dr import EvaluateConfig, evaluate_encoder
+import mlflow_dr
 
 encoder, dataset = sys.argv[1:]
-config = EvaluateConfig(encoder=encoder, dataset=dataset, measures="ndcg@10 recall@100")
-report = evaluate_encoder(config)
+report = mlflow_dr.evaluate(encoder, dataset, measures="ndcg@10 recall@100")
 for measure, value in report.measures.items():
     print(f"{measure}: {value:.4f}")
-worst = min(report.per_query, key=lambda query: report.per_query[query]["ndcg@10"])
+worst = report.frame()["ndcg@10"].idxmin()
 print(f"the worst query is {worst}; it found {report.ranking[worst][:3]}")

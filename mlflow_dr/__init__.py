@@ -2,9 +2,8 @@
 
 What the command line does can be done from Python; the names below are imported when they are used.
 
-    from mlflow_dr import EvaluateConfig, evaluate_encoder
-    config = EvaluateConfig(encoder="my-encoder", dataset="irds:vaswani", measures="ndcg@10")
-    report = evaluate_encoder(config)
+    import mlflow_dr
+    report = mlflow_dr.evaluate("my-encoder", "irds:vaswani", measures="ndcg@10")
     report.measures["ndcg@10"]
 """
 
@@ -15,78 +14,62 @@ from typing import TYPE_CHECKING, Any
 from mlflow_dr.version import VERSION
 
 if TYPE_CHECKING:
+    from mlflow_dr.api import (
+        compare,
+        encode,
+        evaluate,
+        fidelity,
+        load_encoder,
+        mine,
+        run,
+        search,
+        train,
+        validate,
+    )
     from mlflow_dr.collection.catalogue import open_collection
-    from mlflow_dr.encoder.directory import load_encoder
     from mlflow_dr.encoder.saving import save_encoder
-    from mlflow_dr.mining.mine import MiningConfig, mine
-    from mlflow_dr.mining.rule import Rule
     from mlflow_dr.retrieval.vectors import open_vectors
-    from mlflow_dr.training.parsing import parse_training
     from mlflow_dr.training.publish_api import (
         PublishCallback,
         flush_checkpoints,
         publish_checkpoint,
     )
-    from mlflow_dr.training.train import train
-    from mlflow_dr.validation.compare import compare
-    from mlflow_dr.validation.config import CompareConfig, EvaluateConfig
-    from mlflow_dr.validation.evaluate import evaluate_encoder
-    from mlflow_dr.vectors.config import EncodeConfig, SearchConfig
-    from mlflow_dr.vectors.encoding import encode
-    from mlflow_dr.vectors.searching import search
 
 __version__ = VERSION
 
 __all__ = [
-    "CompareConfig",
-    "EncodeConfig",
-    "EvaluateConfig",
-    "MiningConfig",
     "PublishCallback",
-    "Rule",
-    "SearchConfig",
     "compare",
     "encode",
-    "evaluate_encoder",
+    "evaluate",
+    "fidelity",
     "flush_checkpoints",
     "load_encoder",
     "mine",
     "open_collection",
     "open_vectors",
-    "parse_training",
     "publish_checkpoint",
+    "run",
     "save_encoder",
     "search",
     "train",
+    "validate",
 ]
 
 _HOMES = {
-    "CompareConfig": "mlflow_dr.validation.config",
-    "MiningConfig": "mlflow_dr.mining.mine",
-    "EncodeConfig": "mlflow_dr.vectors.config",
-    "EvaluateConfig": "mlflow_dr.validation.config",
-    "PublishCallback": "mlflow_dr.training.publish_api",
-    "Rule": "mlflow_dr.mining.rule",
-    "SearchConfig": "mlflow_dr.vectors.config",
-    "compare": "mlflow_dr.validation.compare",
-    "encode": "mlflow_dr.vectors.encoding",
-    "evaluate_encoder": "mlflow_dr.validation.evaluate",
-    "flush_checkpoints": "mlflow_dr.training.publish_api",
-    "load_encoder": "mlflow_dr.encoder.directory",
-    "mine": "mlflow_dr.mining.mine",
-    "open_collection": "mlflow_dr.collection.catalogue",
-    "open_vectors": "mlflow_dr.retrieval.vectors",
-    "parse_training": "mlflow_dr.training.parsing",
-    "publish_checkpoint": "mlflow_dr.training.publish_api",
-    "save_encoder": "mlflow_dr.encoder.saving",
-    "search": "mlflow_dr.vectors.searching",
-    "train": "mlflow_dr.training.train",
+    "PublishCallback": "training.publish_api",
+    "flush_checkpoints": "training.publish_api",
+    "open_collection": "collection.catalogue",
+    "open_vectors": "retrieval.vectors",
+    "publish_checkpoint": "training.publish_api",
+    "save_encoder": "encoder.saving",
 }
+"""The modules of the names that are not in `api`."""
 
 
 def __getattr__(name: str) -> Any:
-    if name not in _HOMES:
+    if name not in __all__:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     import importlib
 
-    return getattr(importlib.import_module(_HOMES[name]), name)
+    return getattr(importlib.import_module(f"{__name__}.{_HOMES.get(name, 'api')}"), name)

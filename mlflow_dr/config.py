@@ -20,6 +20,7 @@ from typing import Any, Self
 
 import yaml
 from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic.fields import FieldInfo
 from pydantic_core import ErrorDetails
 
 from mlflow_dr.errors import MlflowDrError, UsageError, did_you_mean, quoted
@@ -66,6 +67,11 @@ class Flag:
         self.positional = positional
         self.several = several
         self.in_file_only = in_file_only
+
+
+def flag_of(field: FieldInfo) -> Flag:
+    """How a field is given on the command line."""
+    return next((flag for flag in field.metadata if isinstance(flag, Flag)), Flag())
 
 
 class ConfigError(UsageError):

@@ -302,3 +302,10 @@ class EncoderOverrides(Config):
         return changes_of(
             self.pooling, self.normalize, query_length, passage_length, self.tokenizer
         )
+
+
+class LoadConfig(EncoderOverrides):
+    """How `mlflow_dr.load_encoder` reads an encoder."""
+
+    trust_remote_code: TrustRemoteCode = False
+    tracking_uri: TrackingUri = None

@@ -12,7 +12,7 @@ import click
 from pydantic.fields import FieldInfo
 from pydantic_core import PydanticUndefined
 
-from mlflow_dr.config import Config, ConfigError, Flag, read_mapping
+from mlflow_dr.config import Config, ConfigError, flag_of, read_mapping
 from mlflow_dr.errors import UsageError
 
 AnyConfig = TypeVar("AnyConfig", bound=Config)
@@ -114,11 +114,6 @@ def from_flags(
         field = model.model_fields.get(name)
         shown = _names(name, field)[0] if field else error.key
         raise UsageError(f"{shown}{error.problem}") from error
-
-
-def flag_of(field: FieldInfo) -> Flag:
-    """How a field is given on the command line."""
-    return next((flag for flag in field.metadata if isinstance(flag, Flag)), Flag())
 
 
 def _names(name: str, field: FieldInfo) -> list[str]:

@@ -104,9 +104,6 @@ def run_command(config: RunConfig, trainer_flags: tuple[str, ...]) -> None:
 
     parameters = click.get_current_context().command.params
     check_flags(trainer_flags, [name for parameter in parameters for name in parameter.opts])
-    training = [*(("--dataset", config.dataset) if config.dataset else ()), *trainer_flags]
-    if config.model != "auto":
-        training += ["--model", config.model]
     from mlflow_dr.launch import launch  # five seconds of imports
 
-    launch(config, training)
+    launch(config, [*config.training_flags, *trainer_flags])

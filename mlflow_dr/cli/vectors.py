@@ -59,14 +59,19 @@ def search_command(config: SearchConfig) -> None:
 
     \b
     Example:
+        mlflow-dr search passages --question "what do gulls eat"
         mlflow-dr search passages --queries queries --output dev.trec
         mlflow-dr search passages --split dev --depth 1000 --output dev.trec
         mlflow-dr search passages --queries queries --shard 0/2 --output part0.trec
         mlflow-dr search --merge part0.trec part1.trec --dataset msmarco --output dev.trec
     """
+    from mlflow_dr.vectors.found import hits_text
     from mlflow_dr.vectors.searching import search
 
     found = search(config)
+    if found.hits:
+        click.echo(hits_text(found))
+        return
     for name, value in found.measures.items():
         click.echo(f"{name}\t{value:.4f}")
     if config.merge:

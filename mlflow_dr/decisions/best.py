@@ -65,6 +65,11 @@ class Best:
         return self.first.checkpoint
 
     @property
+    def uri(self) -> str:
+        """The name of the best one, `models:/<id>`."""
+        return self.checkpoint.uri
+
+    @property
     def is_tied(self) -> bool:
         """Whether the runner-up is as good."""
         return self.runner_up is not None and self.runner_up.value == self.first.value

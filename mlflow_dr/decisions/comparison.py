@@ -11,19 +11,22 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from mlflow_dr import pages
 from mlflow_dr.decisions.significance import Difference, difference, holm
 from mlflow_dr.errors import DataError, UsageError
 from mlflow_dr.files import atomic_write
 from mlflow_dr.terminal import in_columns
 
 if TYPE_CHECKING:
+    import pandas as pd
     from matplotlib.figure import Figure
 
 LETTERS = string.ascii_uppercase
 VALUES, PICTURE = "values.csv", "differences.png"
+SHOWN_CHANGED = 10
 LONGEST_TEXT = 80
 LONGEST_LABEL = 100
-WIDTH, HEIGHT = 9.0, 3.4  # inches, of each panel of the picture
+WIDTH, HEIGHT, DPI = 9.0, 3.4, 120  # inches, of each panel of the picture; dots per inch
 BETTER, WORSE = "tab:blue", "tab:red"
 
 
@@ -56,6 +59,18 @@ class Comparison:
         """Changes from the first encoder, query by query, `(n_encoders - 1, n_queries)`."""
         changes: np.ndarray = self.values[1:] - self.values[0]
         return changes
+
+    def frame(self) -> pd.DataFrame:
+        """A row for each query, named by its id: its text, and a column for each encoder."""
+        import pandas as pd
+
+        columns = dict(zip(LETTERS, self.values, strict=False))
+        texts = [self.texts.get(query_id, "") for query_id in self.query_ids]
+        return pd.DataFrame({"query": texts, **columns}, index=self.query_ids)
+
+    def _repr_html_(self) -> str:
+        text = comparison_text(self, SHOWN_CHANGED)
+        return f"{pages.code(text)}\n{pages.picture(differences_figure(self))}"
 
 
 def compare_values(
@@ -184,7 +199,7 @@ def write_comparison(comparison: Comparison, directory: Path) -> None:
         comparison: what was found.
         directory: is created if it does not exist.
     """
-    heads = [f"{a} {b}" for a, b in zip(LETTERS, comparison.labels, strict=False)]
+    heads = _heads(comparison)
     with (
         atomic_write(directory / VALUES) as partial,
         partial.open("w", encoding="utf-8", newline="") as file,
@@ -193,6 +208,13 @@ def write_comparison(comparison: Comparison, directory: Path) -> None:
         rows.writerow(["query_id", "query", *heads])
         for query_id, values in zip(comparison.query_ids, comparison.values.T, strict=True):
             rows.writerow([query_id, comparison.texts.get(query_id, ""), *values.tolist()])
+    with atomic_write(directory / PICTURE) as partial:
+        differences_figure(comparison).savefig(partial, format="png", dpi=DPI)
+
+
+def differences_figure(comparison: Comparison) -> Figure:
+    """The picture of the differences from the first encoder."""
+    heads = _heads(comparison)
     titles = [
         f"{_end(heads[index])}\nless {_end(heads[0])}\n"
         f"{result.mean:+.4f} on average; {_counts(change)}"
@@ -200,8 +222,11 @@ def write_comparison(comparison: Comparison, directory: Path) -> None:
             zip(comparison.differences, comparison.changes, strict=True), start=1
         )
     ]
-    with atomic_write(directory / PICTURE) as partial:
-        draw_changes(partial, titles, comparison.changes, comparison.measure)
+    return changes_figure(titles, comparison.changes, comparison.measure)
+
+
+def _heads(comparison: Comparison) -> list[str]:
+    return [f"{a} {b}" for a, b in zip(LETTERS, comparison.labels, strict=False)]
 
 
 def _counts(change: np.ndarray) -> str:
@@ -255,20 +280,14 @@ def aligned_values(
     return ids, values
 
 
-def draw_changes(path: Path, titles: Sequence[str], changes: np.ndarray, measure: str) -> None:
-    """Write a PNG with one bar for the change of each query, sorted.
+def changes_figure(titles: Sequence[str], changes: np.ndarray, measure: str) -> Figure:
+    """A panel with one bar for the change of each query, sorted.
 
     Args:
-        path: where.
         titles: of each panel.
         changes: `(n_panels, n_queries) float64`.
         measure: what has changed.
     """
-    changes_figure(titles, changes, measure).savefig(path, format="png", dpi=120)
-
-
-def changes_figure(titles: Sequence[str], changes: np.ndarray, measure: str) -> Figure:
-    """The picture that `draw_changes` writes."""
     # half a second to import; drawn without pyplot, which keeps every figure in memory
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure

@@ -21,6 +21,7 @@ from mlflow_dr.encoder.config import POOLINGS, EncoderConfig
 from mlflow_dr.errors import UsageError
 
 if TYPE_CHECKING:
+    from sentence_transformers import SentenceTransformer
     from sentence_transformers.sentence_transformer.modules import Pooling
 
 log = logging.getLogger(__name__)
@@ -122,6 +123,12 @@ class Encoder(nn.Module):
     def device(self) -> torch.device:
         """The device of the weights."""
         return next(self.parameters()).device
+
+    def sentence_transformer(self) -> SentenceTransformer:
+        """A copy as sentence-transformers' object, on the same device."""
+        from mlflow_dr.encoder.saving import as_sentence_transformer
+
+        return as_sentence_transformer(self)
 
 
 def is_static(backbone: Any) -> bool:

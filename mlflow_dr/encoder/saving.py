@@ -13,7 +13,7 @@ import copy
 import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 from safetensors.torch import load_file
 from torch import Tensor
@@ -37,7 +37,13 @@ from mlflow_dr.encoder.directory import (
     load_encoder,
 )
 from mlflow_dr.encoder.model import Encoder, is_adapted
-from mlflow_dr.files import grant_umask_modes
+from mlflow_dr.errors import UsageError, quoted
+from mlflow_dr.files import grant_umask_modes, scratch
+
+if TYPE_CHECKING:
+    from sentence_transformers import SentenceTransformer
+
+LoadedEncoder: TypeAlias = "Encoder | SentenceTransformer"
 
 QUERY_FOLDER = "query"
 TYPE = LIBRARY + "models.{}"
@@ -73,6 +79,36 @@ def save_encoder(
             query_encoder.settings.query_max_length,
         )
         _write_router(directory, modules, query_modules)
+
+
+def save_loaded_encoder(directory: Path, encoder: LoadedEncoder) -> None:
+    """Write an encoder of ours or of sentence-transformers into a directory.
+
+    Args:
+        directory: does not exist yet.
+        encoder: what to write.
+
+    Raises:
+        UsageError: it is something else.
+    """
+    if isinstance(encoder, Encoder):
+        save_encoder(directory, encoder)
+        return
+    if not any(kind.__name__ == "SentenceTransformer" for kind in type(encoder).__mro__):
+        raise UsageError(
+            "expected the name of an encoder, what `load_encoder` gives, or a SentenceTransformer, "
+            f"not {quoted(encoder)}"
+        )
+    encoder.save_pretrained(str(directory), create_model_card=False)
+
+
+def as_sentence_transformer(encoder: Encoder) -> SentenceTransformer:
+    """A copy of an encoder as sentence-transformers' object, on the same device."""
+    from sentence_transformers import SentenceTransformer
+
+    with scratch() as directory:
+        save_encoder(directory, encoder)
+        return SentenceTransformer(str(directory), device=str(encoder.device))
 
 
 def _save_part(

@@ -11,9 +11,14 @@ import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
+
+from mlflow_dr import pages
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 CONFIDENCE = 0.95
 RESAMPLES = 1000
@@ -325,6 +330,19 @@ class FidelityResult:
         """The fastest subset that may be trusted, where it is faster than the full corpus."""
         faster = [subset for subset in self.trusted if subset.share < 1]
         return min(faster, key=lambda subset: subset.curve.seconds, default=None)
+
+    def frame(self) -> pd.DataFrame:
+        """A row for the full corpus and for each subset; empty cells where undefined."""
+        import pandas as pd
+
+        from mlflow_dr.fidelity_study.report import COLUMNS, table_rows
+
+        return pd.DataFrame(table_rows(self), columns=COLUMNS).set_index("subset")
+
+    def _repr_html_(self) -> str:
+        from mlflow_dr.fidelity_study.report import curves_figure, report_text
+
+        return f"{pages.code(report_text(self))}\n{pages.picture(curves_figure(self))}"
 
 
 def compare_curves(

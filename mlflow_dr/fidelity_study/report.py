@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -27,6 +28,11 @@ REPORT, TABLE, VALUES = "report.txt", "table.csv", "values.parquet"
 CURVES, TIME = "curves.png", "time_against_fidelity.png"
 SIZES = ("subset", "passages", "queries", "seconds")
 HEADS = (*SIZES, "Kendall's tau", "Pearson", "regret", "inflation", "chooses")
+COLUMNS = (
+    *("subset", "passages", "queries", "seconds", "share_of_seconds"),
+    *(f"{name}{end}" for name in FIGURES for end in ("", "_low", "_high")),
+    *("chosen_step", "recommended", "worst_error", "covered"),
+)
 FORMATS = {"tau": ".3f", "pearson": ".3f", "regret": ".4f", "inflation": "+.4f"}
 MARK, REFINE = "*", "`--refine full@3`"
 
@@ -197,28 +203,29 @@ def _praise(findings: FidelityResult, best: StudiedSubset) -> str:
 
 
 def _write_table(findings: FidelityResult, path: Path) -> None:
-    """The table with its numbers as they are; what is undefined is left empty."""
-    heads = ["subset", "passages", "queries", "seconds", "share_of_seconds"]
-    heads += [f"{name}{end}" for name in FIGURES for end in ("", "_low", "_high")]
     with path.open("w", encoding="utf-8", newline="") as file:
         rows = csv.writer(file)
-        rows.writerow([*heads, "chosen_step", "recommended", "worst_error", "covered"])
-        for curve, subset in (
-            (findings.full, None),
-            *((subset.curve, subset) for subset in findings.subsets),
-        ):
-            figures: list[float] = (
-                [] if subset is None else [x for e in subset.agreement for x in e]
-            )
-            shown = ["" if np.isnan(value) else value for value in figures] or [""] * 12
-            share = 1.0 if subset is None else subset.share
-            sizes = [curve.name, curve.passages, len(curve.query_ids), curve.seconds, share]
-            chosen = findings.steps[curve.best]
-            is_best = subset is not None and subset is findings.recommended
-            worst = "" if subset is None else subset.errors[subset.worst]
-            covered = "" if subset is None or subset.covered is None else subset.covered.mean()
-            recommended = "yes" if is_best else ""
-            rows.writerow([*sizes, *shown, chosen, recommended, worst, covered])
+        rows.writerow(COLUMNS)
+        rows.writerows(table_rows(findings))
+
+
+def table_rows(findings: FidelityResult) -> Iterator[list[Any]]:
+    """The full corpus and each subset with the numbers of `COLUMNS`; empty where undefined."""
+    full = findings.full
+    chosen = findings.steps[full.best]
+    yield [*_numbers(full, 1.0), *[""] * len(FIGURES) * 3, chosen, "", "", ""]
+    for subset in findings.subsets:
+        curve = subset.curve
+        figures = ["" if np.isnan(x) else x for estimate in subset.agreement for x in estimate]
+        chosen = findings.steps[curve.best]
+        recommended = "yes" if subset is findings.recommended else ""
+        worst = subset.errors[subset.worst]
+        covered = "" if subset.covered is None else subset.covered.mean()
+        yield [*_numbers(curve, subset.share), *figures, chosen, recommended, worst, covered]
+
+
+def _numbers(curve: Curve, share: float) -> list[Any]:
+    return [curve.name, curve.passages, len(curve.query_ids), curve.seconds, share]
 
 
 def draw_curves(findings: FidelityResult, path: Path) -> None:

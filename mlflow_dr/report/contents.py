@@ -8,7 +8,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
@@ -27,6 +27,9 @@ from mlflow_dr.tracking.validations import (
     run_validations,
     sign_of,
 )
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 log = logging.getLogger(__name__)
 
@@ -117,6 +120,21 @@ class RunReport:
     loading: Mapping[str, float]
     summary: Mapping[str, float]
 
+    def frame(self) -> pd.DataFrame:
+        """A row for each validation and checkpoint: its step, its figures and timings."""
+        import pandas as pd
+
+        return pd.DataFrame(
+            {"validation": curve.name, "step": step, **values}
+            for curve in self.curves
+            for step, values in zip(curve.steps, curve.values, strict=True)
+        )
+
+    def _repr_html_(self) -> str:
+        from mlflow_dr.report.page import curve_section
+
+        return curve_section(self)
+
 
 def read_report(run: TrackedRun, metric: str | None = None) -> RunReport:
     """Read what a report of a run says.
@@ -154,7 +172,7 @@ def read_report(run: TrackedRun, metric: str | None = None) -> RunReport:
         changes=changes,
         curves=curves,
         states={name: _states(checkpoints, name) for name in names},
-        losses=_history(run, "train/loss"),
+        losses=training_losses(run),
         loading=_loading(run),
         summary=_summary(run.seen.data.tags.get(SUMMARY_TAG, "")),
     )
@@ -256,6 +274,11 @@ def _queries(run: TrackedRun, best: Best) -> tuple[np.ndarray, list[Query], list
 def _states(checkpoints: Sequence[Checkpoint], name: str) -> dict[str, int]:
     states = [validation_state(checkpoint, name) for checkpoint in checkpoints if checkpoint.ready]
     return {state.value: states.count(state) for state in State if state in states}
+
+
+def training_losses(run: TrackedRun) -> list[tuple[int, float]]:
+    """The loss of each step that has one."""
+    return _history(run, "train/loss")
 
 
 def _history(run: TrackedRun, metric: str) -> list[tuple[int, float]]:

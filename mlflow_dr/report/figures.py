@@ -42,10 +42,20 @@ def overview_figure(report: RunReport) -> Figure:
             panel.plot(*_points(first, key), "-o", color=colour, markersize=4, label=label)
         _finish(panel, f"other measures ({first.name})")
     if report.losses:
-        panel = left.pop(0)
-        panel.plot(*zip(*report.losses, strict=True), color=COLOURS[6])
-        _finish(panel, "training loss")
+        _draw_losses(left.pop(0), report.losses)
     return figure
+
+
+def loss_figure(losses: Sequence[tuple[int, float]]) -> Figure:
+    """The training loss by step."""
+    figure, (panel,) = _figure(1)
+    _draw_losses(panel, losses)
+    return figure
+
+
+def _draw_losses(panel: Any, losses: Sequence[tuple[int, float]]) -> None:
+    panel.plot(*zip(*losses, strict=True), color=COLOURS[6])
+    _finish(panel, "training loss")
 
 
 def lag_figure(report: RunReport) -> Figure:

@@ -8,13 +8,24 @@ from statistics import median
 from mlflow_dr import pages
 from mlflow_dr.decisions.comparison import changes_figure
 from mlflow_dr.report.contents import Curve, Query, RunReport
-from mlflow_dr.report.figures import FULL, lag_figure, overview_figure, shown_measure
+from mlflow_dr.report.figures import (
+    FULL,
+    curve_figure,
+    lag_figure,
+    overview_figure,
+    shown_measure,
+)
 from mlflow_dr.terminal import time_span
 from mlflow_dr.tracking.context import COMMAND_LINE_TAG
 from mlflow_dr.tracking.runs import DATASET_PARAM
 from mlflow_dr.tracking.validations import validation_collection
 
 MS = 1000
+
+
+def curve_section(report: RunReport) -> str:
+    """The best checkpoint and the curve, as HTML for a notebook."""
+    return "\n".join([*_summary(report), pages.picture(curve_figure(report))])
 
 
 def report_page(report: RunReport) -> str:

@@ -101,6 +101,15 @@ def training_parser() -> HfArgumentParser:
     return parser
 
 
+def training_argv(flags: Mapping[str, Any]) -> list[str]:
+    """Flags of Python, name -> value, as words of a command line; None stands for no flag.
+
+    Raises:
+        UsageError: an unknown flag, or a value that does not fit.
+    """
+    return _flag_words(training_parser(), {f"--{name}": value for name, value in flags.items()})
+
+
 def parse_training(argv: Sequence[str], processes: int = 1) -> TrainingRequest:
     """A training request from flags.
 
@@ -278,21 +287,33 @@ def _check_store(data: DataArguments, n_workers: int, typed: Collection[str]) ->
 def _file_flags(parser: argparse.ArgumentParser, file: str | None) -> list[str]:
     if file is None:
         return []
-    actions = compat.flag_actions(parser)
-    flags: list[str] = []
-    for name, value in read_flags(Path(file), actions).items():
-        if value is None:
-            continue
-        items = value if isinstance(value, list) else [value]
-        if any(isinstance(item, list) for item in items):
-            raise UsageError(f"{file}: {name}: expected a value, or a list of values")
-        if any(isinstance(item, dict) for item in items) and actions[name].dest not in MAPPINGS:
-            raise UsageError(f"{file}: {name}: expected a value, not a mapping")
-        flags += [name, *(_typed_value(item, actions[name]) for item in items)]
+    values = read_flags(Path(file), compat.flag_actions(parser))
     try:
-        parser.parse_args(flags)
+        return _flag_words(parser, values)
     except UsageError as error:
         raise UsageError(f"{file}: {error}") from error
+
+
+def _flag_words(parser: argparse.ArgumentParser, values: Mapping[str, Any]) -> list[str]:
+    """Names and values of flags as words of a command line; None stands for no flag.
+
+    Raises:
+        UsageError: an unknown flag, or a value that does not fit.
+    """
+    actions = compat.flag_actions(parser)
+    flags: list[str] = []
+    for name, value in values.items():
+        if value is None:
+            continue
+        if name not in actions:
+            raise UsageError(unknown_flag(name, actions))
+        items = list(value) if isinstance(value, list | tuple) else [value]
+        if any(isinstance(item, list | tuple) for item in items):
+            raise UsageError(f"{name}: expected a value, or a list of values")
+        if any(isinstance(item, dict) for item in items) and actions[name].dest not in MAPPINGS:
+            raise UsageError(f"{name}: expected a value, not a mapping")
+        flags += [name, *(_typed_value(item, actions[name]) for item in items)]
+    parser.parse_args(flags)
     return flags
 
 

@@ -390,6 +390,7 @@ class ValidateConfig(ValidationDefaults, EncoderOverrides, FollowConfig):
         Field(min_length=1),
         Flag(in_file_only=True),
     ] = None
+    """Several validations: the settings of each by its name."""
     keep_up: KeepUp = False
 
     @model_validator(mode="after")
@@ -475,6 +476,12 @@ class RunConfig(PolicyConfig):
     def _check(self) -> Self:
         self.validation()  # refuses what the validator would refuse later
         return self
+
+    @property
+    def training_flags(self) -> list[str]:
+        """The flags of `mlflow-dr train` for the collection and the encoder."""
+        dataset = ["--dataset", self.dataset] if self.dataset else []
+        return dataset + ([] if self.model == "auto" else ["--model", self.model])
 
     def validation(self, **values: Any) -> ValidateConfig:
         """What the validator does.

@@ -9,6 +9,7 @@ from contextlib import closing, nullcontext
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from mlflow_dr import pages
 from mlflow_dr.cache import unchanged_cache
 from mlflow_dr.collection.catalogue import chosen_split, open_collection
 from mlflow_dr.encoder.model import Encoder, with_settings
@@ -43,6 +44,8 @@ from mlflow_dr.validation.pool import measure_pool
 from mlflow_dr.validation.validations import EvalConfig
 
 if TYPE_CHECKING:  # without a run no mlflow is needed, which takes seconds to import
+    import pandas as pd
+
     from mlflow_dr.tracking.runs import TrackedRun
 
 REPORT = "report.json"
@@ -69,6 +72,26 @@ class Report:
     passages: int
     dtype: str
     intervals: Mapping[Measure, Interval] = field(default_factory=dict)
+
+    def frame(self) -> pd.DataFrame:
+        """A row for each query, named by its id; a column for each measure."""
+        import pandas as pd
+
+        return pd.DataFrame.from_dict(self.per_query, orient="index", columns=list(self.measures))
+
+    def _repr_html_(self) -> str:
+        rows = [
+            (name, value, *self.intervals.get(name, (None, None, None))[1:])
+            for name, value in self.measures.items()
+        ]
+        about = (
+            f"{len(self.per_query)} queries; {self.passages} passages in {self.seconds:.1f} s, "
+            f"{self.dtype}"
+        )
+        width = 4 if self.intervals else 2
+        heads = ("measure", "mean", "low", "high")
+        table = pages.table(heads[:width], [row[:width] for row in rows])
+        return f"{table}\n{pages.paragraph(about, kind='quiet')}"
 
 
 def evaluate(

@@ -27,6 +27,7 @@ from mlflow_dr.fields import (
     Measures,
     SearchBackendName,
     Seed,
+    Texts,
     TrackingUri,
     TrustRemoteCode,
 )
@@ -135,6 +136,8 @@ class SearchConfig(CollectionConfig):
     """`mlflow-dr search`: vectors of queries against vectors of passages."""
 
     sources: Annotated[Files, Flag(positional=True), Field(min_length=1)]
+    question: Texts = ()
+    """Search for this text, and show the passages that are found (10, or --depth)."""
     queries: File | None = None
     """A folder with the vectors of the queries (default: encode the queries of --split now)."""
     split: str | None = None
@@ -168,6 +171,9 @@ class SearchConfig(CollectionConfig):
 
     @model_validator(mode="after")
     def _check_given(self) -> Self:
+        names = ("queries", "split", "output", "shard", "merge")
+        if self.question and (others := [name for name in names if name in self.model_fields_set]):
+            raise ConfigError("question", f" shows passages; leave out --{others[0]}")
         if self.shard != "0/1" and self.output is None:
             raise ConfigError("shard", " needs --output, for the ranking that --merge joins")
         if self.shard != "0/1" and self.layout in ("msmarco", *RESULTS):

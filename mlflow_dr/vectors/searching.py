@@ -13,7 +13,7 @@ import torch
 
 from mlflow_dr.collection.catalogue import chosen_split, open_collection
 from mlflow_dr.collection.corpus import Corpus, tie_ranks
-from mlflow_dr.collection.records import Query, Topics
+from mlflow_dr.collection.records import Passage, Query, Topics
 from mlflow_dr.collection.results import write_results
 from mlflow_dr.devices import resolve_device, resolve_dtype, torch_dtype
 from mlflow_dr.errors import UsageError, quoted
@@ -40,28 +40,16 @@ from mlflow_dr.retrieval.vectors import Vectors, open_vectors
 from mlflow_dr.tracking.encoders import open_encoder
 from mlflow_dr.vectors.config import ConvertConfig, SearchConfig, parse_shard
 from mlflow_dr.vectors.encoding import encoder_digest, query_texts
-from mlflow_dr.vectors.judging import Judge, RankingPart, ranking_rows
+from mlflow_dr.vectors.found import Found, Hit
+from mlflow_dr.vectors.judging import Judge, RankingPart, corpus_rows, ranking_rows
 
 log = logging.getLogger(__name__)
 
 QUERIES_PER_PART = 1024
 UNJUDGED_DEPTH = 1000
+DEPTH_OF_QUESTIONS = 10
 NO_ROWS = np.empty((0, 0), np.int64)
 RESULTS_DEPTH = 100  # as in DPR
-
-
-class Found(NamedTuple):
-    """What a search found.
-
-    Attributes:
-        measures: mean values over queries; empty if there are no judgements.
-        queries: how many were searched for.
-        passages: how many were searched.
-    """
-
-    measures: dict[Measure, float]
-    queries: int
-    passages: int
 
 
 class _QueryVectors(NamedTuple):
@@ -127,9 +115,31 @@ def search(config: SearchConfig) -> Found:
             (start, stop),
         )
         parts = _parts(queries.ids, passages.ids, (rows, scores), depth, keep_own_id)
+        if config.question:
+            hits = [hit for part in parts for hit in _hits(config, part, passages)]
+            return Found({}, len(queries.ids), stop - start, hits)
         if judge is not None and judge.needs_rows:
             parts = (judge.with_corpus_rows(part, passages.ids) for part in parts)
         return Found(_finish(config, parts, judge), len(queries.ids), stop - start)
+
+
+def _hits(config: SearchConfig, part: RankingPart, passages: Vectors) -> Iterator[Hit]:
+    """The passages of some questions, with the texts of the collection."""
+    dataset = _dataset(config, passages)
+    corpus = open_collection(dataset).corpus() if dataset else None
+    rows = corpus_rows(corpus, passages.ids, part.rows) if corpus else part.rows
+    for (number, ranked), of_question in zip(part.ranking.items(), rows, strict=True):
+        found = of_question[: len(ranked)]
+        texts = corpus.passages(found) if corpus else [Passage(name, "", "") for name, _ in ranked]
+        for rank, ((name, score), passage) in enumerate(zip(ranked, texts, strict=True), start=1):
+            question = config.question[int(number)]
+            yield Hit(question, rank, score, name, passage.title, passage.text)
+
+
+def _dataset(config: SearchConfig, passages: Vectors | None) -> str | None:
+    """The collection that is named, or else that of the vectors."""
+    about = passages.manifest if passages else None
+    return config.named_dataset()[0] or (about.dataset if about else None)
 
 
 def _open_passages(config: SearchConfig) -> Vectors:
@@ -285,6 +295,8 @@ def _finish(
 
 
 def _depth(config: SearchConfig, is_judged: bool) -> int:
+    if config.question:
+        return config.depth or DEPTH_OF_QUESTIONS
     usual = RESULTS_DEPTH if config.writes_results else UNJUDGED_DEPTH
     if is_judged:
         deepest = check_depth(parse_measures(config.measures), config.depth)
@@ -310,14 +322,17 @@ def _queries(config: SearchConfig, passages: Vectors) -> _QueryVectors:
             "give --queries, the vectors of the queries; or --encoder and --dataset, whose queries "
             "are encoded now"
         )
-    dataset = config.named_dataset()[0] or (passages.manifest and passages.manifest.dataset)
-    if not dataset:
-        raise UsageError("give --dataset, whose queries are searched for")
-    collection = open_collection(dataset)
-    split = chosen_split(collection, config.split)
+    dataset, split = _dataset(config, passages), None
+    topics = Topics([Query(str(n), text) for n, text in enumerate(config.question)], {})
+    if not config.question:
+        if not dataset:
+            raise UsageError("give --dataset, whose queries are searched for")
+        collection = open_collection(dataset)
+        split = chosen_split(collection, config.split)
+        topics = collection.topics(split)
     encoder = open_encoder(name, config.tracking_uri, trust_remote_code=config.trust_remote_code)
     digest = encoder_digest(encoder)
-    texts = query_texts(encoder, collection.topics(split))
+    texts = query_texts(encoder, topics)
     device = resolve_device(config.device)
     dtype = passages.manifest.dtype if passages.manifest else config.dtype
     if config.dtype != "auto":
@@ -331,6 +346,8 @@ def _split(
     config: SearchConfig, queries: _QueryVectors | None, passages: Vectors | None
 ) -> _Split | None:
     """The queries to measure with; None where nothing names a collection that has some."""
+    if config.question:
+        return None
     dataset, split = config.named_dataset()[0], config.split
     if dataset is None and queries is not None:
         dataset, split = queries.dataset, split or queries.split

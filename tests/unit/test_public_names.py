@@ -19,7 +19,7 @@ def test_every_public_name_is_there() -> None:
 
 def test_the_example_runs(make_tiny: Callable[..., Encoder], tmp_path: Path) -> None:
     save_encoder(tmp_path / "my-encoder", make_tiny(pooling="mean", normalize=True))
-    example = re.search(r"\n\n(    from mlflow_dr import .*)", mlflow_dr.__doc__ or "", re.DOTALL)
+    example = re.search(r"\n\n(    import mlflow_dr\n.*)", mlflow_dr.__doc__ or "", re.DOTALL)
     assert example is not None
     code = textwrap.dedent(example[1]).replace("my-encoder", str(tmp_path / "my-encoder"))
     *statements, value = code.replace("irds:vaswani", str(EXAMPLES / "sea")).strip().splitlines()
