@@ -50,6 +50,12 @@ def is_path(text: str) -> bool:
         return False
 
 
+def nearest_existing(path: Path) -> Path:
+    """A path, or the nearest folder above it that exists."""
+    path = path.absolute()
+    return next(folder for folder in (path, *path.parents) if folder.exists())
+
+
 def usable_cores() -> int:
     """The number of cores that this process may use."""
     if hasattr(os, "sched_getaffinity"):

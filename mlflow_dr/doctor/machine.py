@@ -17,7 +17,7 @@ from filelock import FileLock
 from mlflow_dr.devices import TORCH_NAMES, resolve_device, resolve_dtype, torch_dtype
 from mlflow_dr.doctor.finding import Finding, Level
 from mlflow_dr.errors import DeviceError, MlflowDrError, one_line
-from mlflow_dr.files import atomic_write, cache_dir, usable_cores
+from mlflow_dr.files import atomic_write, cache_dir, nearest_existing, usable_cores
 from mlflow_dr.terminal import byte_count
 
 if TYPE_CHECKING:
@@ -197,9 +197,3 @@ def check_disks() -> Iterator[Finding]:
             f"{byte_count(shutil.disk_usage(shared).total)}, too little for "
             "--dataloader_num_workers; start the container with --shm-size=8g",
         )
-
-
-def nearest_existing(path: Path) -> Path:
-    """A path, or the nearest folder above it that exists."""
-    path = path.absolute()
-    return next(folder for folder in (path, *path.parents) if folder.exists())

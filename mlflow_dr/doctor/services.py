@@ -12,8 +12,9 @@ from urllib.error import HTTPError
 
 from mlflow_dr.background import BackgroundTask
 from mlflow_dr.doctor.finding import Finding, caught
-from mlflow_dr.doctor.machine import nearest_existing, use_files
+from mlflow_dr.doctor.machine import use_files
 from mlflow_dr.errors import MlflowDrError, one_line
+from mlflow_dr.files import nearest_existing
 
 Result = TypeVar("Result")
 

@@ -45,6 +45,7 @@ from mlflow_dr.training.callbacks import (
     StopCallback,
     every_steps,
 )
+from mlflow_dr.training.disk_use import DiskUse, bytes_of
 from mlflow_dr.training.encoder_setup import set_dropout
 from mlflow_dr.training.publishing import Publisher, published_checkpoints
 from mlflow_dr.training.train import stop_on_signals
@@ -196,6 +197,8 @@ def _train_tracked(
         last_step = run.last_step(LOSS_METRIC) if checkpoint else None
         schedule = every_steps(config.publish_steps)
         trainer.add_callback(MetricCallback(run.log_metrics, last_step))
+        size = bytes_of(reader.state_dict().values())
+        trainer.add_callback(DiskUse(run, size, schedule, initial=False))
         trainer.add_callback(ScheduledPublishing(publisher.publish, schedule, initial=False))
         loss = _train(trainer, checkpoint)
         publisher.close()

@@ -31,6 +31,7 @@ from mlflow_dr.tracking.checkpoints import (
 )
 from mlflow_dr.tracking.client import is_permanent, tracking_errors
 from mlflow_dr.tracking.runs import TrackedRun
+from mlflow_dr.training.disk_use import bytes_of
 
 log = logging.getLogger(__name__)
 
@@ -80,6 +81,12 @@ class EncoderSource:
         if any(isinstance(weight, DTensor) for weight in weights.values()):
             return {name: _gathered(weight) for name, weight in weights.items()}
         return {name: weight for name, weight in weights.items() if name not in self._constant}
+
+    @property
+    def bytes(self) -> int:
+        """About the size of a published checkpoint."""
+        weights = self.encoder.state_dict() if self._merged else self.state()
+        return bytes_of(weights.values())
 
     def save(self, directory: Path, state: Mapping[str, Tensor]) -> None:
         """Write a directory that transformers, sentence-transformers and mlflow_dr load."""

@@ -47,6 +47,7 @@ from mlflow_dr.training.callbacks import (
 from mlflow_dr.training.checkpoint_source import DirectorySource
 from mlflow_dr.training.data import TrainingData, open_data
 from mlflow_dr.training.data_metrics import DataMetrics, Supply
+from mlflow_dr.training.disk_use import DiskUse
 from mlflow_dr.training.encoder_setup import build_encoder, collator_of, mixed_training_set
 from mlflow_dr.training.flags import MERGED, TORCH
 from mlflow_dr.training.publishing import (
@@ -247,6 +248,8 @@ def _train(
             callbacks.append(MetricCallback(run.log_metrics, last_step, data_metrics, summarise))
             ending.callback(StopWatcher(run, stop.ask).close)
         initial = request.publish.publish_initial
+        if run is not None:
+            callbacks.append(DiskUse(run, source.bytes, schedule, initial))
         callbacks += [ScheduledPublishing(publisher.publish, schedule, initial), stop]
         trainer = kind(
             encoder,
