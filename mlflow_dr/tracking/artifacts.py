@@ -86,7 +86,7 @@ def per_query_values(
         directory.mkdir()
         with tracking_errors(f"values of step {checkpoint.step}"):
             try:
-                file = Path(run.client.download_artifacts(run.id, path, str(directory)))
+                file = _downloaded(run, path, directory)
             except (MlflowException, OSError):
                 entries = run.client.list_artifacts(run.id, _folder(name))
                 if path in {entry.path for entry in entries}:
@@ -118,13 +118,20 @@ def query_texts(run: TrackedRun, checkpoint: Checkpoint, name: str) -> dict[str,
     with scratch() as directory:
         directory.mkdir()
         try:
-            file = run.client.download_artifacts(run.id, path, str(directory))
+            file = _downloaded(run, path, directory)
             types = csv.ConvertOptions(column_types={QUERY_ID: pa.string(), QUERY: pa.string()})
             parsing = csv.ParseOptions(newlines_in_values=True)
             table = csv.read_csv(file, parse_options=parsing, convert_options=types)
             return dict(zip(table[QUERY_ID].to_pylist(), table[QUERY].to_pylist(), strict=True))
         except (MlflowException, OSError, pa.ArrowException, KeyError):
             return {}
+
+
+def _downloaded(run: TrackedRun, path: str, directory: Path) -> Path:
+    # MlflowClient.download_artifacts calls every error "no such path"
+    file = directory / Path(path).name
+    compat.download_file(compat.artifact_store(run.client, run.id), path, str(file))
+    return file
 
 
 def _table(per_query: PerQuery) -> pa.Table:

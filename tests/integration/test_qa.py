@@ -1,6 +1,7 @@
 """`mlflow-dr qa`, and GC-DPR's page line by line: small trainings in real processes."""
 
 import json
+import re
 import shlex
 import shutil
 from collections.abc import Callable
@@ -217,7 +218,10 @@ def test_the_lines_of_gc_dprs_page_run(call: Callable[..., SimpleNamespace], fol
     assert all(len(record["ctxs"]) == 20 for record in results)
     assert {"id", "title", "text", "score", "has_answer"} == results[0]["ctxs"][0].keys()
     assert "accuracy@5" in printed[4]
-    assert f"{len(CITIES) - len(DEV)} questions" in printed[5]
+    # the retriever may find no passage with the answer of some questions
+    found, left_out = re.match(r"(\d+) questions", printed[5]), re.search(r"out (\d+)", printed[5])
+    assert found is not None
+    assert int(found[1]) + int(left_out[1] if left_out else 0) == len(CITIES) - len(DEV)
     assert "em@5" in printed[6]
     assert [word for word in ("em@10", "em@20") if word in printed[7]] == ["em@10", "em@20"]
     answered = json.loads((folder / "results.json").read_text())

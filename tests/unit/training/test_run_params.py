@@ -7,7 +7,7 @@ USUAL = ["--dataset", "sea", "--model", "tiny", "--use_cpu"]
 
 
 def test_what_is_off_has_no_params() -> None:
-    params = params_of(parse_training([*USUAL, "--gc_p_chunk_size", "8"]))
+    params = params_of(parse_training([*USUAL, "--bf16", "false", "--gc_p_chunk_size", "8"]))
     absent = {*PARTS, *(name for names in PARTS.values() for name in names), "document_store"}
     assert not absent & params.keys()
     assert [name for name, value in params.items() if value is False] == ["bf16", "fp16"]
