@@ -11,7 +11,7 @@ from contextlib import ExitStack
 from itertools import islice, repeat
 from math import isnan, nan
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import pyarrow as pa
@@ -22,6 +22,9 @@ from mlflow_dr.collection.records import Example, Passage, Query, Topics
 from mlflow_dr.errors import DataError
 from mlflow_dr.files import digest_of
 from mlflow_dr.progress import progress_bar
+
+if TYPE_CHECKING:
+    from mlflow_dr.collection.catalogue import Examples
 
 log = logging.getLogger(__name__)
 
@@ -291,6 +294,25 @@ def _write(
         raise DataError(f"{location}: none of {read} records can be trained on: {problems}")
     (directory / "digest").write_text(content.hexdigest())
     (directory / "skipped").write_text(str(skipped), encoding="utf-8")
+
+
+def topics_of_examples(examples: Examples, rows: Iterable[int]) -> Topics:
+    """Queries of training examples, with their positives as relevant passages.
+
+    The positives of examples with the same id and text are merged; if an id comes with another
+    text, the example's number is appended to it.
+    """
+    queries: dict[str, Query] = {}
+    qrels: dict[str, dict[str, int]] = {}
+    for number in rows:
+        query, positives = examples[number][:2]
+        earlier = queries.get(query.id, query)
+        if (earlier.text, earlier.tokens) != (query.text, query.tokens):
+            query = query._replace(id=f"{query.id}#{number}")
+        queries[query.id] = query
+        judged = qrels.setdefault(query.id, {})
+        judged |= {passage.id: 1 for passage in examples.passages.passages(positives)}
+    return Topics(list(queries.values()), qrels)
 
 
 class CachedExamples:

@@ -18,7 +18,12 @@ from mlflow_dr.collection.beir import json_corpus
 from mlflow_dr.collection.catalogue import check_split
 from mlflow_dr.collection.corpus import Corpus
 from mlflow_dr.collection.dpr import DprRecord, DprRecordWithOthers, table_corpus
-from mlflow_dr.collection.examples import CachedExamples, RawExample, cached_examples
+from mlflow_dr.collection.examples import (
+    CachedExamples,
+    RawExample,
+    cached_examples,
+    topics_of_examples,
+)
 from mlflow_dr.collection.jsonl import (
     SUFFIXES,
     check_complete,
@@ -29,7 +34,7 @@ from mlflow_dr.collection.jsonl import (
 )
 from mlflow_dr.collection.pairs import PairRecord, is_pair, read_pairs
 from mlflow_dr.collection.rank_pool import RankPool, rank_pool
-from mlflow_dr.collection.records import Query, Topics
+from mlflow_dr.collection.records import Topics
 from mlflow_dr.collection.tevatron import TevatronIdRecord, TevatronRecord, TevatronTokenRecord
 from mlflow_dr.errors import DataError, UsageError
 
@@ -186,9 +191,6 @@ class PassagePool:
     def topics(self, split: str) -> Topics:
         """The questions; all positives of a question are relevant.
 
-        The positives of examples with the same id and text are merged; if an id comes with another
-        text, the example's number is appended to it.
-
         Raises:
             UsageError: another split than `dev`.
         """
@@ -198,17 +200,7 @@ class PassagePool:
     @cached_property
     def _topics(self) -> Topics:
         examples = self.examples()
-        queries: dict[str, Query] = {}
-        qrels: dict[str, dict[str, int]] = {}
-        for number in range(len(examples)):
-            query, positives = examples[number][:2]
-            earlier = queries.get(query.id, query)
-            if (earlier.text, earlier.tokens) != (query.text, query.tokens):
-                query = query._replace(id=f"{query.id}#{number}")
-            queries[query.id] = query
-            judged = qrels.setdefault(query.id, {})
-            judged |= {passage.id: 1 for passage in examples.passages.passages(positives)}
-        return Topics(list(queries.values()), qrels)
+        return topics_of_examples(examples, range(len(examples)))
 
     def examples(self) -> CachedExamples:
         """The examples themselves."""

@@ -29,7 +29,7 @@ from mlflow_dr.tracking.runs import TrackedRun
 from mlflow_dr.validation.dataset import EvalDataset
 from mlflow_dr.validation.encoders import load_checkpoint
 from mlflow_dr.validation.evaluate import Report, evaluate, evaluate_all
-from mlflow_dr.validation.resolve import named_data
+from mlflow_dr.validation.resolve import named_data, with_held_out
 from mlflow_dr.validation.validations import EvalConfig
 
 log = logging.getLogger(__name__)
@@ -260,7 +260,7 @@ def _studied(
         dataset, split = named_data(run, dataset, split)
     if dataset is None:
         raise UsageError("no collection is given; pass --dataset")
-    collection = open_collection(dataset)
+    collection = with_held_out(run, open_collection(dataset), split)
     full = EvalDataset(collection, chosen_split(collection, split))
     full.check_measures(settings)
     published = run and partial(checkpoint_of_step, run)

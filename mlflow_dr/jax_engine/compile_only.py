@@ -108,7 +108,7 @@ def tpu_devices(name: str) -> list[Any]:
 def _encoder(request: TrainingRequest) -> Encoder:
     """The encoder of a request; its weights are only counted."""
     with local_encoder(request.model.model_name_or_path, request.publish.tracking_uri) as start:
-        return build_encoder(request, open_data(request.data), start)
+        return build_encoder(request, open_data(request.data, request.trainer.seed), start)
 
 
 def _weight_shapes(encoder: Encoder, step: Step) -> tuple[dict[str, Any], dict[str, Any]]:

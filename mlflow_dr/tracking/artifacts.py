@@ -13,17 +13,20 @@ from mlflow.exceptions import MlflowException
 from pyarrow import csv
 
 from mlflow_dr import compat
-from mlflow_dr.errors import DataError, NoValuesError
+from mlflow_dr.collection.held_out import HELD_OUT
+from mlflow_dr.collection.records import Query, Topics
+from mlflow_dr.errors import DataError, NoValuesError, UsageError
 from mlflow_dr.files import scratch
 from mlflow_dr.tracking.checkpoints import Checkpoint
 from mlflow_dr.tracking.client import tracking_errors
-from mlflow_dr.tracking.runs import TrackedRun
+from mlflow_dr.tracking.runs import SPLIT_PARAM, TrackedRun
 
 VALUES_FOLDER = "validation"
 SUBSETS_FOLDER = "subsets"
 FIDELITY_FOLDER, LOADERS_FOLDER, QA_FOLDER = "fidelity", "loaders", "qa"
 INDEX_FOLDER = "indexes"
 REPORT_FOLDER = "report"
+HELD_OUT_FOLDER, QUERIES_FILE = "held_out", "queries.jsonl"
 QUERY_ID, QUERY = "query_id", "query"
 MOST_ROWS = 10_000  # of a CSV
 
@@ -175,6 +178,57 @@ def log_subset(
         (directory / text).write_text(json.dumps(about, indent=1) + "\n", encoding="utf-8")
         for file in (table, text):  # the text comes last and shows that both are stored
             run.client.log_artifact(run.id, str(directory / file), SUBSETS_FOLDER)
+
+
+def keep_held_out(run: TrackedRun, held_out: Topics | None) -> None:
+    """Store the training queries that a run holds out, unless they are stored already.
+
+    Args:
+        run: of the training, which may be resumed.
+        held_out: None if the training holds none out.
+
+    Raises:
+        UsageError: the run has trained with other queries held out, or with none.
+        TrackingError: the server did not take them.
+    """
+    split = run.fetch().data.params.get(SPLIT_PARAM)
+    if held_out is None:
+        if split == HELD_OUT:
+            raise UsageError(
+                f"run {run.id} holds queries out of training; give --validation_fraction and "
+                "--seed as before"
+            )
+        return
+    if split == HELD_OUT and held_out_topics(run).digest == held_out.digest:
+        return
+    if split is not None:
+        raise UsageError(
+            f"run {run.id} has been trained without holding out these queries; give the data, "
+            "--validation_fraction and --seed as before, or begin a new run"
+        )
+    lines = [
+        json.dumps({**query._asdict(), "relevant": held_out.qrels[query.id]}) + "\n"
+        for query in held_out.queries
+    ]
+    with tracking_errors(f"storing held-out queries of run {run.id}"), scratch() as directory:
+        directory.mkdir()
+        (directory / QUERIES_FILE).write_text("".join(lines), encoding="utf-8")
+        run.client.log_artifact(run.id, str(directory / QUERIES_FILE), HELD_OUT_FOLDER)
+
+
+def held_out_topics(run: TrackedRun) -> Topics:
+    """The training queries that a run holds out, with their relevant passages.
+
+    Raises:
+        TrackingError: it has none, or they cannot be fetched.
+    """
+    path = f"{HELD_OUT_FOLDER}/{QUERIES_FILE}"
+    with tracking_errors(f"fetching held-out queries of run {run.id}"), scratch() as directory:
+        directory.mkdir()
+        file = run.client.download_artifacts(run.id, path, str(directory))
+        records = list(map(json.loads, Path(file).read_text(encoding="utf-8").splitlines()))
+    qrels = {record["id"]: record.pop("relevant") for record in records}
+    return Topics([Query(**record) for record in records], qrels)
 
 
 def log_study(run: TrackedRun, files: Iterable[Path], folder: str) -> None:

@@ -201,6 +201,11 @@ class DataArguments:
         "document store.",
     )
     validation_split: str | None = flag(None, "The split to validate on (default: dev, else test).")
+    validation_fraction: float | None = flag(
+        None,
+        "Hold this share of the training queries out, such as 0.05, and validate on them: the "
+        "split `held-out`.",
+    )
     train_n_passages: int = flag(
         8, "Passages per query: one positive, and hard negatives.", "--train_group_size"
     )

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -18,11 +19,15 @@ from mlflow_dr.collection.catalogue import (
     open_examples,
     parse_mixture,
 )
+from mlflow_dr.collection.held_out import HELD_OUT, check_in_corpus, hold_out
+from mlflow_dr.collection.records import Topics
 from mlflow_dr.collection.training_files import TrainingFiles
 from mlflow_dr.errors import UsageError
 from mlflow_dr.training.arguments import DataArguments
 from mlflow_dr.training.batches import Group, TrainingSet
 from mlflow_dr.training.flags import upsample_rates
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -52,15 +57,21 @@ class TrainingData:
         parts: the datasets to train on, mixed by weight.
         collection: the collection to validate on; None if none has judged queries.
         split: its split.
+        held_out: the training queries of that split, with `--validation_fraction`.
     """
 
     parts: list[WeightedExamples]
     collection: Collection | None
     split: str
+    held_out: Topics | None = None
 
 
-def open_data(arguments: DataArguments) -> TrainingData:
+def open_data(arguments: DataArguments, seed: int = 0) -> TrainingData:
     """Open the datasets that the flags name.
+
+    Args:
+        arguments: the flags.
+        seed: of the queries that are held out.
 
     Raises:
         UsageError: there is no such dataset or split, a dataset has no training examples, or flags
@@ -76,7 +87,9 @@ def open_data(arguments: DataArguments) -> TrainingData:
     rates = _rates(arguments, [weight for _, weight in named])
     collections = [open_collection(name) for name, _ in named]
     validated = _validated(arguments, collections)
-    split = chosen_split(validated, arguments.validation_split) if validated is not None else ""
+    split = ""
+    if validated is not None and not arguments.validation_fraction:
+        split = chosen_split(validated, arguments.validation_split)
     if arguments.train_dir is not None:
         if arguments.other_negatives:
             raise UsageError(
@@ -96,7 +109,22 @@ def open_data(arguments: DataArguments) -> TrainingData:
             )
             for collection, (_, weight), rate in zip(collections, named, rates, strict=True)
         ]
+    if arguments.validation_fraction:
+        return _holding_out(parts, collections[0], arguments, seed)
     return TrainingData(parts, validated, split)
+
+
+def _holding_out(
+    parts: Sequence[WeightedExamples], collection: Collection, arguments: DataArguments, seed: int
+) -> TrainingData:
+    """The data with a share of the first dataset's queries held out, to be validated on."""
+    fraction = arguments.validation_fraction or 0.0
+    left, held_out = hold_out([part.examples for part in parts], fraction, seed)
+    if arguments.train_dir is not None:
+        check_in_corpus(held_out, collection)
+    kept = [replace(part, examples=examples) for part, examples in zip(parts, left, strict=True)]
+    log.info("%d queries are held out of training, to be validated on", len(held_out.queries))
+    return TrainingData(kept, collection, HELD_OUT, held_out)
 
 
 def _examples(collection: Collection, n_others: int) -> Examples:
@@ -145,6 +173,13 @@ def validated_collection(arguments: DataArguments) -> Collection:
 
 
 def _validated(arguments: DataArguments, trained: Sequence[Collection]) -> Collection | None:
+    if arguments.validation_fraction:
+        if other := arguments.validation_dataset or arguments.validation_split:
+            raise UsageError(
+                f"--validation_fraction validates on held-out training queries, not on {other}; "
+                "leave one of them out (more validations: `mlflow-dr validate --name NAME`)"
+            )
+        return trained[0]
     if arguments.validation_dataset is None:
         return next((collection for collection in trained if collection.splits), None)
     named = open_collection(arguments.validation_dataset)

@@ -185,6 +185,7 @@ RANGES: Mapping[str, tuple[Callable[[float], bool], tuple[str, ...]]] = {
         lambda value: 0 <= value < 1,
         ("adam_beta1", "adam_beta2", "label_smoothing_factor", "dropout", "lora_dropout"),
     ),
+    "above 0 and below 1": (lambda value: 0 < value < 1, ("validation_fraction",)),
     "from 0 to 1": (lambda value: 0 <= value <= 1, ("distil_weight",)),
     "at least 1, or -1 for whole epochs": (
         lambda value: value >= 1 or value == -1,

@@ -21,6 +21,7 @@ from mlflow_dr import compat
 from mlflow_dr.encoder.saving import restore_encoder
 from mlflow_dr.errors import MissingExtraError, TrackingError
 from mlflow_dr.process_tree import Sampler
+from mlflow_dr.tracking.artifacts import keep_held_out
 from mlflow_dr.tracking.checkpoints import fail_pending_checkpoints
 from mlflow_dr.tracking.client import connect
 from mlflow_dr.tracking.context import system_metrics
@@ -100,7 +101,7 @@ def train(request: TrainingRequest) -> str:
     resumption = find_resumption(str(arguments.output_dir), arguments.resume_from_checkpoint)
     if arguments.process_index > 0:
         logging.getLogger("mlflow_dr").setLevel(logging.WARNING)
-        _train(request, kind, open_data(request.data), None, resumption)
+        _train(request, kind, open_data(request.data, arguments.seed), None, resumption)
         return ""
     output, overwrites = str(arguments.output_dir), arguments.overwrite_output_dir
     with claimed_output(output, resumption, request.saves, overwrites):
@@ -150,7 +151,7 @@ def _train_first(
     """Train in the process that writes to MLflow and saves; returns the run's id."""
     arguments = request.trainer
     client = connect(request.publish.tracking_uri)
-    data = open_data(request.data)
+    data = open_data(request.data, arguments.seed)
     run = open_run(
         client,
         request.publish.experiment_name,
@@ -171,6 +172,7 @@ def _train_first(
 
 def _describe(run: TrackedRun, request: TrainingRequest, data: TrainingData) -> None:
     """Show the training data and parameters on the run, and what validators need to know."""
+    keep_held_out(run, data.held_out)  # before the param that names it to validators
     params = {DATASET_PARAM: request.data.dataset_name, **params_of(request)}
     if data.collection is not None:
         run.set_tags({DATASET_TAG: data.collection.name})

@@ -178,7 +178,7 @@ def compare(config: CompareConfig) -> Comparison:
         operand for operand, (values, _) in zip(operands, kept, strict=True) if values is not None
     ]
     basis = measured[0].config if measured else {}
-    data = _eval_dataset(config, basis)
+    data = _eval_dataset(config, basis, measured[0].run if measured else None)
     measures = recorded_measures(str(basis.get("measures") or config.measure or DEFAULT_MEASURES))
     compared = measure or measures[0]
     match = str(basis.get("match", config.match))
@@ -241,14 +241,17 @@ def _kept_values(operand: Operand, name: str) -> tuple[PerQuery | None, str]:
         return None, str(error)
 
 
-def _eval_dataset(config: CompareConfig, basis: Mapping[str, object]) -> EvalDataset | None:
-    """The collection that was named."""
+def _eval_dataset(
+    config: CompareConfig, basis: Mapping[str, object], run: TrackedRun | None
+) -> EvalDataset | None:
+    """The collection that was named, with the queries that the run holds out."""
     if config.dataset is None:
         return None
     from mlflow_dr.validation.dataset import EvalDataset
+    from mlflow_dr.validation.resolve import with_held_out
 
-    collection = open_collection(config.dataset)
     split = config.split or str(basis.get("split", ""))
+    collection = with_held_out(run, open_collection(config.dataset), split)
     return EvalDataset(collection, chosen_split(collection, split or None))
 
 
@@ -351,13 +354,16 @@ def _queries(name: str, measured: Sequence[Operand], data: EvalDataset | None) -
     """The queries, if the collection was named or is on this machine."""
     if data is not None:
         return data.topics.queries
+    from mlflow_dr.validation.resolve import with_held_out
+
     operand = measured[0]
     collection = validation_collection(operand.run, name) if operand.run else None
     if collection is None or not Path(collection).exists():
         log.info("--dataset %s would show the texts of the queries", collection or "NAME")
         return ()
     try:
-        topics = open_collection(collection).topics(str(operand.config.get("split")))
+        split = str(operand.config.get("split"))
+        topics = with_held_out(operand.run, open_collection(collection), split).topics(split)
     except MlflowDrError as error:
         log.info("the texts of the queries cannot be shown: %s", error)
         return ()

@@ -9,7 +9,8 @@ from dataclasses import replace
 from functools import partial
 from typing import Any, NamedTuple
 
-from mlflow_dr.collection.catalogue import chosen_split, open_collection
+from mlflow_dr.collection.catalogue import Collection, chosen_split, open_collection
+from mlflow_dr.collection.held_out import HELD_OUT, WithHeldOut
 from mlflow_dr.devices import AUTO
 from mlflow_dr.engines.opening import LOCAL, Engines, device_names
 from mlflow_dr.errors import MlflowDrError, TrackingError, UsageError
@@ -17,7 +18,7 @@ from mlflow_dr.files import digest_of
 from mlflow_dr.retrieval.measures import check_depth
 from mlflow_dr.subsets.spec import SubsetSpec
 from mlflow_dr.subsets.subset import Subset
-from mlflow_dr.tracking.artifacts import log_subset
+from mlflow_dr.tracking.artifacts import held_out_topics, log_subset
 from mlflow_dr.tracking.checkpoints import checkpoint_of_step, ready_steps
 from mlflow_dr.tracking.datasets import profile_of, shown_name
 from mlflow_dr.tracking.following import Followed
@@ -141,12 +142,15 @@ class EvalDatasets:
         if name not in self._tokens:
             self._tokens[name] = CorpusTokens(open_collection(name))
         tokens, spec = self._tokens[name], validation.subset
-        split = chosen_split(tokens.collection, split)
+        collection = with_held_out(run, tokens.collection, split)
+        split = chosen_split(collection, split)
         # encoder:step-N is another checkpoint on another run
-        by_step = any(part.step is not None for part in spec.terms)
-        key = (name, split, spec, validation.settings.target_error, run.id if by_step else "")
+        is_own = any(part.step is not None for part in spec.terms)
+        # and other runs hold out other queries
+        is_own = is_own or collection is not tokens.collection
+        key = (name, split, spec, validation.settings.target_error, run.id if is_own else "")
         if key not in self._data:
-            data = EvalDataset(tokens.collection, split, tokens)
+            data = EvalDataset(collection, split, tokens)
             if spec != SubsetSpec():
                 published = partial(checkpoint_of_step, run)
                 data = data.on_subset(spec, validation.settings, published=published)
@@ -314,6 +318,17 @@ class ValidationResolver:
         is_known = self._kind.has_data(state.data.params) or is_over(state)
         is_known = is_known or bool(self._followed.snapshot().checkpoints)
         return is_known and not self.is_early(run)
+
+
+def with_held_out(run: TrackedRun | None, collection: Collection, split: str | None) -> Collection:
+    """A collection with the queries that a run holds out of its training, if they are asked for.
+
+    Raises:
+        TrackingError: the run holds none out, or they cannot be fetched.
+    """
+    if run is None or split != HELD_OUT or split in collection.splits:
+        return collection
+    return WithHeldOut(collection, held_out_topics(run))
 
 
 def named_data(run: TrackedRun, dataset: str | None, split: str | None) -> tuple[str, str | None]:
