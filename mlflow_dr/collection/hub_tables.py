@@ -9,7 +9,6 @@ et al., BRIGHT, 2025.
 
 from __future__ import annotations
 
-import logging
 import re
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
@@ -28,8 +27,6 @@ from mlflow_dr.collection.text_files import read_text_files, text_of
 from mlflow_dr.errors import DataError, UsageError, quoted
 from mlflow_dr.files import decoded, read_lines
 
-log = logging.getLogger(__name__)
-
 CORPUS, QUERIES, QRELS = "corpus", "queries", "qrels"
 ROLES = {CORPUS: CORPUS, QUERIES: QUERIES, "query": QUERIES, QRELS: QRELS}
 SUFFIX = re.compile(r"\.(parquet|(jsonl|json|tsv)(\.gz)?)$")
@@ -39,6 +36,7 @@ UNNAMED_SPLIT = "train"
 """What `datasets` calls the only split of a table that was uploaded without one."""
 OTHER_CONFIG = "default"
 MIRACL = re.compile(r"([^/]+)-([^-/]+)/(topics|qrels)/[^/]+-([^-/]+)\.tsv")
+NONE_EXCLUDED = "N/A"  # in BRIGHT
 GOLD = {"documents": ("", "gold_ids"), "long_documents": ("-long", "gold_ids_long")}
 """BRIGHT's corpora -> what the collection's name ends in, and the field of relevant passages."""
 
@@ -285,10 +283,9 @@ class HubTables:
         return repo, None, qrels
 
     def _gold_topics(self, files: Sequence[Any], location: str) -> Topics:
-        """BRIGHT's: each example lists the ids of its relevant documents."""
+        """BRIGHT's: each example lists the ids of its relevant and of its excluded documents."""
         queries: list[Query] = []
         qrels: dict[str, dict[str, int]] = {}
-        n_excluding = 0
         for file in files:
             for place, record in read_records(file, dict):
                 gold = record.get(self._tables.gold)
@@ -296,16 +293,10 @@ class HubTables:
                     raise DataError(
                         f"{place}: {self._tables.gold} is {quoted(gold)}; expected a list of ids"
                     )
-                query = _query(record, place)
+                excluded = sorted(set(record.get("excluded_ids") or ()) - {NONE_EXCLUDED})
+                query = _query(record, place)._replace(excluded=excluded)
                 queries.append(query)
                 qrels[query.id] = dict.fromkeys((checked_id(one, place) for one in gold), 1)
-                n_excluding += bool(set(record.get("excluded_ids") or ()) - {"N/A"})
-        if n_excluding:
-            log.warning(
-                "%s: %d queries name passages that BRIGHT leaves out of their rankings "
-                "(excluded_ids); here these are ranked, so figures are lower than BRIGHT's",
-                *(location, n_excluding),
-            )
         return checked_topics(location, queries, qrels, self._corpus)
 
     def _download(self, paths: Sequence[str]) -> Sequence[Any]:

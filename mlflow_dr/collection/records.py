@@ -30,12 +30,14 @@ class Query(NamedTuple):
     """One question put to the corpus, with its short answers where the collection has them.
 
     A source that is tokenised already has `tokens`, ids without special tokens, and no text.
+    `excluded` are ids of passages that the collection leaves out of this query's ranking.
     """
 
     id: str
     text: str
     answers: Sequence[str] = ()
     tokens: Sequence[int] | None = None
+    excluded: Sequence[str] = ()
 
 
 class Example(NamedTuple):
@@ -71,6 +73,7 @@ class Topics(NamedTuple):
         lines = sorted(
             f"{query.id}\t{query.text}\t{sorted(self.qrels.get(query.id, {}).items())}"
             + ("" if query.tokens is None else f"\t{list(query.tokens)}")
+            + (f"\texcluded {sorted(query.excluded)}" if query.excluded else "")
             for query in self.queries
         )
         return digest_of(*lines)

@@ -82,10 +82,10 @@ def named_ranking(
         scores: `(n_queries, k) float32`.
         depth: passages to keep for each query.
         keep_own_id: keep a passage that has the query's own id. BEIR leaves it out, because in
-            some of its collections the queries are passages of the corpus.
+            some of its collections the queries are passages of the corpus. Passages that a query
+            names as excluded are always left out, as in BRIGHT.
     """
-    if not keep_own_id:
-        rows, scores = without_own_ids(queries, ids, rows, scores)
+    rows, scores = without_excluded(queries, ids, rows, scores, keep_own_id)
     found = _names(ids, rows[:, :depth])
     return {
         query.id: [pair for pair in zip(names, values, strict=True) if pair[0] is not None]
@@ -93,31 +93,56 @@ def named_ranking(
     }
 
 
-def without_own_ids(
-    queries: Sequence[Query], ids: pa.ChunkedArray, rows: np.ndarray, scores: np.ndarray
+def without_excluded(
+    queries: Sequence[Query],
+    ids: pa.ChunkedArray,
+    rows: np.ndarray,
+    scores: np.ndarray,
+    keep_own_id: bool = False,
 ) -> tuple[np.ndarray, np.ndarray]:
-    """What was found, without passages that have their query's id; see `named_ranking`.
+    """What was found, without passages that are excluded for their query; see `named_ranking`.
 
     Returns:
         Rows and scores in the same shapes; a row that is left out is -1 at the end.
     """
-    is_own = rows == _own_rows(queries, ids)[:, None]
-    if not is_own.any():
+    is_excluded = _is_excluded(queries, ids, rows, keep_own_id)
+    if not is_excluded.any():
         return rows, scores
-    order = np.argsort(is_own, axis=1, kind="stable")
-    kept = np.where(is_own, -1, rows)
+    order = np.argsort(is_excluded, axis=1, kind="stable")
+    kept = np.where(is_excluded, -1, rows)
     return np.take_along_axis(kept, order, 1), np.take_along_axis(scores, order, 1)
 
 
-def _own_rows(queries: Sequence[Query], ids: pa.ChunkedArray) -> np.ndarray:
-    """The row of the passage that has a query's id, `(n_queries,) int64`; -2 where none has."""
-    names = [query.id for query in queries]
+def n_excluded(queries: Sequence[Query], keep_own_id: bool) -> int:
+    """How many passages `without_excluded` may take from a query: so many more are searched."""
+    return max((len(query.excluded) for query in queries), default=0) + (not keep_own_id)
+
+
+def _is_excluded(
+    queries: Sequence[Query], ids: pa.ChunkedArray, rows: np.ndarray, keep_own_id: bool
+) -> np.ndarray:
+    """Whether the passage at each row is excluded, in the shape of `rows`."""
+    own = [] if keep_own_id else [query.id for query in queries]
+    row_of = _rows_by_id(ids, [*own, *(name for query in queries for name in query.excluded)])
+    is_excluded = np.zeros(rows.shape, bool)
+    if own:
+        is_excluded |= rows == np.array([row_of.get(name, -2) for name in own], np.int64)[:, None]
+    for index, query in enumerate(queries):
+        if query.excluded:
+            excluded = [row_of[name] for name in query.excluded if name in row_of]
+            is_excluded[index] |= np.isin(rows[index], excluded)
+    return is_excluded
+
+
+def _rows_by_id(ids: pa.ChunkedArray, names: Sequence[str]) -> dict[str, int]:
+    """The row of each passage that has one of these ids."""
+    if not names:
+        return {}
     distinct = pa.array(dict.fromkeys(names), ids.type)
     positions = pc.index_in(ids, value_set=distinct)  # the smaller set is the one that is hashed
     (rows,) = np.nonzero(positions.is_valid().to_numpy())
     found = distinct.take(positions.drop_null().combine_chunks()).to_pylist()
-    row_of = dict(zip(found, rows.tolist(), strict=True))
-    return np.array([row_of.get(name, -2) for name in names], np.int64)
+    return dict(zip(found, rows.tolist(), strict=True))
 
 
 def _names(ids: pa.ChunkedArray, rows: np.ndarray) -> np.ndarray:

@@ -19,7 +19,7 @@ from mlflow_dr.retrieval.estimate import (
     tail_size,
 )
 from mlflow_dr.retrieval.measures import Measure
-from mlflow_dr.retrieval.ranking import SearchResult, without_own_ids
+from mlflow_dr.retrieval.ranking import SearchResult, without_excluded
 from mlflow_dr.subsets.subset import Subset
 from mlflow_dr.validation.dataset import EvalDataset
 from mlflow_dr.validation.validations import EvalConfig
@@ -84,16 +84,16 @@ class SubsetEstimator:
             found: the best passages of the subset, with the scores of `relevant_rows`.
             tails: what `request` has found.
         """
-        rows, scores = tails.rows, tails.scores
-        ranked = found.rows
-        if not self._keeps_own_id:
-            ids = self._data.corpus.ids
-            rows, scores = without_own_ids(self._queries, ids, rows, scores)
-            ranked, _ = without_own_ids(self._queries, ids, ranked, found.scores)
+        rows, scores = self._without_excluded(tails)
+        ranked, _ = self._without_excluded(found)
         is_thinned = len(self._subset.spec.terms) > 1
         sample = Sample(scores, rows, len(self._subset.sample), self._unseen, is_thinned)
         passages = self._passages(ranked, found.extra_scores, scores)
         return estimate(sample, passages, self._gains, self._measures)
+
+    def _without_excluded(self, found: SearchResult) -> tuple[np.ndarray, np.ndarray]:
+        ids = self._data.corpus.ids
+        return without_excluded(self._queries, ids, found.rows, found.scores, self._keeps_own_id)
 
     def _passages(
         self, ranked: np.ndarray, extra_scores: Sequence[np.ndarray], tails: np.ndarray

@@ -31,8 +31,9 @@ from mlflow_dr.retrieval.measures import (
 from mlflow_dr.retrieval.ranking import (
     Ranking,
     SearchResult,
+    n_excluded,
     named_ranking,
-    without_own_ids,
+    without_excluded,
     write_ranking,
 )
 from mlflow_dr.subsets.spec import FULL, SubsetSpec
@@ -245,7 +246,7 @@ def _searches(
 ) -> list[SearchRequest]:
     """A search for each request, then one in the sample of each that estimates."""
     searches = [
-        data.search(depth + (0 if data.keeps_own_id(settings) else 1))._replace(
+        data.search(depth + n_excluded(data.topics.queries, data.keeps_own_id(settings)))._replace(
             form=settings.form(normalize)
         )
         for depth, (data, settings) in zip(_depths(requests), requests, strict=True)
@@ -289,9 +290,8 @@ def _estimate(
 def _measure(data: EvalDataset, settings: EvalConfig, depth: int, result: SearchResult) -> Measured:
     """The values on what was searched."""
     topics, ids = data.topics, data.corpus.ids
-    rows, scores = result.rows, result.scores
-    if not data.keeps_own_id(settings):
-        rows, scores = without_own_ids(topics.queries, ids, rows, scores)
+    keep_own_id = data.keeps_own_id(settings)
+    rows, scores = without_excluded(topics.queries, ids, result.rows, result.scores, keep_own_id)
     ranking = named_ranking(topics.queries, ids, rows, scores, depth, keep_own_id=True)
     hits = None
     if found := answers_depth(settings.measures):

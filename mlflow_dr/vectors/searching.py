@@ -31,8 +31,9 @@ from mlflow_dr.retrieval.ranking import (
     Ranking,
     check_ranking_ids,
     merged_ranking,
+    n_excluded,
     named_ranking,
-    without_own_ids,
+    without_excluded,
     write_ranking,
 )
 from mlflow_dr.retrieval.search import TopK, find_backend, passages_per_chunk, queries_per_merge
@@ -103,18 +104,19 @@ def search(config: SearchConfig) -> Found:
     start, stop = (len(passages) * part // shards for part in (shard, shard + 1))
     is_measured = shards == 1 and (config.writes_results or not config.partial)
     keep_own_id = config.keep_own_id or (split is not None and not split.topics.qrels)
+    known = split.topics.queries if split is not None else ()
     with _judge(config, split if is_measured else None) as judge:
         if judge is not None:
             judge.prepare(len(queries.ids), depth)
         rows, scores = exact_search(
             queries.vectors,
             passages,
-            depth + (0 if keep_own_id else 1),
+            depth + n_excluded(known, keep_own_id),
             config.device,
             config.search_backend,
             (start, stop),
         )
-        parts = _parts(queries.ids, passages.ids, (rows, scores), depth, keep_own_id)
+        parts = _parts(queries.ids, known, passages.ids, (rows, scores), depth, keep_own_id)
         if config.question:
             hits = [hit for part in parts for hit in _hits(config, part, passages)]
             return Found({}, len(queries.ids), stop - start, hits)
@@ -165,17 +167,19 @@ def _open_passages(config: SearchConfig) -> Vectors:
 
 def _parts(
     query_ids: Sequence[str],
+    known: Sequence[Query],
     ids: pa.ChunkedArray,
     found: tuple[np.ndarray, np.ndarray],
     depth: int,
     keep_own_id: bool,
 ) -> Iterator[RankingPart]:
     """Rankings of some queries at a time, with rows of the vectors."""
+    excluded = {query.id: query.excluded for query in known if query.excluded}
     for first in range(0, len(query_ids), QUERIES_PER_PART):
-        queries = [Query(name, "") for name in query_ids[first : first + QUERIES_PER_PART]]
+        names = query_ids[first : first + QUERIES_PER_PART]
+        queries = [Query(name, "", excluded=excluded.get(name, ())) for name in names]
         rows, scores = (values[first : first + QUERIES_PER_PART] for values in found)
-        if not keep_own_id:
-            rows, scores = without_own_ids(queries, ids, rows, scores)
+        rows, scores = without_excluded(queries, ids, rows, scores, keep_own_id)
         ranking = named_ranking(queries, ids, rows, scores, depth, keep_own_id=True)
         yield RankingPart(ranking, rows[:, :depth])
 

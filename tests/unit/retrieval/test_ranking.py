@@ -14,8 +14,9 @@ from mlflow_dr.retrieval.ranking import (
     TREC,
     UNWRITABLE,
     check_ranking_ids,
+    n_excluded,
     named_ranking,
-    without_own_ids,
+    without_excluded,
     write_ranking,
 )
 
@@ -115,8 +116,21 @@ def test_own_ids_are_found_in_chunks_and_for_repeated_queries() -> None:
     queries = [Query(name, "") for name in ("7", "x", "a", "7")]
     rows = np.array([[0, 3, 1], [0, 1, 2], [0, -1, -1], [3, 0, -1]])
     scores = np.array([[3.0, 2.0, 1.0]] * 4, np.float32)
-    kept, values = without_own_ids(queries, ids, rows, scores)
+    kept, values = without_excluded(queries, ids, rows, scores)
     assert kept.tolist() == [[0, 1, -1], [0, 1, 2], [-1, -1, -1], [0, -1, -1]]
     assert values[:2].tolist() == [[3, 1, 2], [3, 2, 1]]
-    same, _ = without_own_ids(queries[1:2], ids, rows[1:2], scores[1:2])
+    same, _ = without_excluded(queries[1:2], ids, rows[1:2], scores[1:2])
     assert same is not None and same.tolist() == [[0, 1, 2]]
+
+
+def test_passages_that_a_query_excludes_are_not_in_its_ranking() -> None:
+    ids = pa.chunked_array([["a", "b"], ["c", "7", "d"]])
+    queries = [Query("7", "", excluded=["b", "unknown"]), Query("x", "", excluded=["d", "a"])]
+    rows = np.array([[0, 3, 1, 2], [4, 0, 1, -1]])
+    scores = np.array([[4.0, 3.0, 2.0, 1.0]] * 2, np.float32)
+    assert n_excluded(queries, keep_own_id=False) == 3
+    kept, _ = without_excluded(queries, ids, rows, scores)
+    assert kept.tolist() == [[0, 2, -1, -1], [1, -1, -1, -1]]
+    with_own, values = without_excluded(queries, ids, rows, scores, keep_own_id=True)
+    assert with_own.tolist() == [[0, 3, 2, -1], [1, -1, -1, -1]]
+    assert values[0].tolist() == [4, 3, 1, 2]
