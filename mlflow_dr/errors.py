@@ -16,6 +16,7 @@ The command line prints the message on one line and exits with `exit_code`: 2 fo
     │   ├── RunGoneError     ... because it was deleted or never existed
     │   ├── NoValuesError    ... because it has no values of single queries of a checkpoint
     │   └── ForbiddenError   ... because the server does not allow it to this user
+    ├── HubError             the Hugging Face hub cannot be reached, or refuses an upload
     ├── MissingExtraError    an optional dependency is not installed
     └── ChildError           a trainer or validator started by `mlflow-dr run` ended with an error
 """
@@ -130,6 +131,10 @@ class NoValuesError(TrackingError):
 
 class ForbiddenError(TrackingError):
     """The tracking server or its artifact store does not allow a request to this user."""
+
+
+class HubError(MlflowDrError):
+    """The Hugging Face hub cannot be reached, or refuses an upload."""
 
 
 class MissingExtraError(MlflowDrError):

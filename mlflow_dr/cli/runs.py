@@ -63,6 +63,13 @@ class BestConfig(Config):
     """Download the checkpoint's files into this new or empty directory, and verify them."""
     register_as: Annotated[str | None, Flag("--register")] = None
     """Register it as a version of this model, and let the alias `best` point to it."""
+    push: str | None = None
+    """Upload it to this repository (OWNER/NAME) of the Hugging Face hub, with a card of its
+    figures."""
+    licence: Annotated[str | None, Flag("--license", "--licence")] = None
+    """With --push: the licence on the card, such as apache-2.0."""
+    private: bool = False
+    """With --push: make the repository private if it is new."""
     seed: Seed = 0
 
 
@@ -83,6 +90,12 @@ def best_command(config: BestConfig) -> None:
     from mlflow_dr.tracking.client import connect
     from mlflow_dr.tracking.runs import resolve_run
 
+    if config.push is not None:
+        from mlflow_dr.report.pushing import check_repository
+
+        check_repository(config.push, config.licence)
+    elif config.licence or config.private:
+        raise click.UsageError("--license and --private need --push")
     run = resolve_run(connect(config.tracking_uri, may_create=False), config.run_id)
     best = find_best(run, config.metric)
     click.echo(best_summary(run, best, config.seed))
@@ -93,6 +106,14 @@ def best_command(config: BestConfig) -> None:
     if (name := config.register_as) is not None:
         version = registry.register(run, best.checkpoint, name)
         click.echo(f"  registered  models:/{name}/{version} and models:/{name}@best")
+    if config.push is not None:
+        from mlflow_dr.report.contents import read_report
+        from mlflow_dr.report.pushing import push
+
+        address = push(read_report(run, config.metric), config.push, config.licence, config.private)
+        click.echo(f"  pushed      {address}")
+        if config.licence is None:
+            click.echo("  the card names no licence; pass --license", err=True)
 
 
 @click.command("status", cls=TakesSeveral)

@@ -79,13 +79,13 @@ def _description(run: TrackedRun, state: Run) -> str:
     if REPORT_TAG in tags:
         links.append(f"[Report]({page})")
     parts.append(" | ".join(links))
-    trained = ", ".join(f"**{name}**{about}" for name, about in _datasets(state, "training"))
+    trained = ", ".join(f"**{name}**{about}" for name, about in run_datasets(state, "training"))
     if model := params.get("model"):
         parts.append(f"Trains **{model}** on {trained or params.get(DATASET_PARAM, '?')}.")
     for key in sorted(params):
         name = key.removeprefix(PREFIX)
         if name != key:
-            for dataset, about in _datasets(state, f"validation {name}"):
+            for dataset, about in run_datasets(state, f"validation {name}"):
                 parts.append(f"Validation `{name}`: **{dataset}**{about}.")
     if REPORT_TAG in tags:
         parts.append(f"![The curve]({picture})")
@@ -94,8 +94,13 @@ def _description(run: TrackedRun, state: Run) -> str:
     return "\n\n".join(parts)
 
 
-def _datasets(state: Run, context: str) -> Iterable[tuple[str, str]]:
-    """Name, and sizes in words, of the datasets that a run uses in a context."""
+def run_datasets(state: Run, context: str) -> Iterable[tuple[str, str]]:
+    """Name, and sizes in words, of the datasets that a run uses in a context.
+
+    Args:
+        state: of the run.
+        context: `training`, or `validation NAME`.
+    """
     inputs = state.inputs.dataset_inputs if state.inputs else ()
     for entry in inputs:
         if context not in {tag.value for tag in entry.tags if tag.key == CONTEXT_TAG}:
