@@ -39,7 +39,7 @@ def report(run: TrackedRun, make_tiny: Callable[..., Any], tmp_path: Path) -> Ru
         log_per_query_values(run, checkpoint, "val", values)
     run.log_params({"model": "org/small-bert", "dataset": "mteb/scifact:test", "pooling": "mean"})
     run.set_tags({"mlflow_dr.command_line": COMMAND})
-    run.log_collection("harbour", "7", "", {"passages": 600, "split": "dev"}, "validation val")
+    run.log_collection("port", "7", "", {"passages": 600, "split": "dev"}, "validation val")
     run.fetch()
     return read_report(run)
 
@@ -82,7 +82,7 @@ def test_the_card_has_figures_collection_command_and_licence(
     (result,) = model["results"]
     assert model["name"] == "retriever"
     assert [metric["value"] for metric in result["metrics"]] == [0.75]
-    assert "| val | harbour (split dev, 600 passages) | mrr@10 | 0.7500 | 0.5000 to 1.0000 |" in card
+    assert "| val | port (split dev, 600 passages) | mrr@10 | 0.7500 | 0.5000 to 1.0000 |" in card
     assert "![The curve of mrr@10 over the training](curve.png)" in card
     assert "mlflow-dr train --dataset /home/me/sea" in card
     assert "secret" not in card
