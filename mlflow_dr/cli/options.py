@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, Literal, TypeVar, get_args, get_origin
 
 import click
+from click.shell_completion import CompletionItem
 from pydantic.fields import FieldInfo
 from pydantic_core import PydanticUndefined
 
@@ -126,9 +127,13 @@ def _names(name: str, field: FieldInfo) -> list[str]:
 def _parameter(name: str, field: FieldInfo) -> Callable[..., Any]:
     """The click option, or argument, of a field."""
     flag, (kind, multiple) = flag_of(field), _click_type(field.annotation)
+    complete = complete_paths if name in NAMES_OR_PATHS else None
     if flag.positional:
         count = -1 if multiple else 1
-        return click.argument(name, nargs=count, required=field.is_required(), type=kind)
+        required = field.is_required()
+        return click.argument(
+            name, nargs=count, required=required, type=kind, shell_complete=complete
+        )
     names = _names(name, field)
     help_text = field.description or ""
     if kind is click.BOOL:
@@ -144,6 +149,7 @@ def _parameter(name: str, field: FieldInfo) -> Callable[..., Any]:
         required=field.is_required(),
         default=None,
         help=help_text,
+        shell_complete=complete,
     )
 
 
@@ -156,8 +162,28 @@ def _click_type(annotation: Any) -> tuple[Any, bool]:
         return click.Choice(arguments), False
     if arguments:  # Annotated, or ... | None
         return _click_type(arguments[0])
-    types = {bool: click.BOOL, int: click.INT, float: click.FLOAT}
+    types: dict[Any, click.ParamType[Any]] = {
+        bool: click.BOOL,
+        int: click.INT,
+        float: click.FLOAT,
+        Path: click.Path(),
+    }
     return types.get(annotation, click.STRING), False
+
+
+NAMES_OR_PATHS = ("dataset", "encoder", "operands", "model", "tokenizer")
+
+
+def complete_paths(
+    context: click.Context, parameter: click.Parameter, incomplete: str
+) -> list[CompletionItem]:
+    """Files and folders, for the completion of a shell; collections, too, for a dataset."""
+    names: list[str] = []
+    if parameter.name == "dataset":
+        from mlflow_dr.collection.catalogue import ENTRIES
+
+        names = [entry.name for entry in ENTRIES if entry.name.startswith(incomplete)]
+    return [*map(CompletionItem, names), CompletionItem(incomplete, type="file")]
 
 
 def find_project_run(tracking_uri: str | None) -> Any:

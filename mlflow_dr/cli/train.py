@@ -5,8 +5,9 @@ from __future__ import annotations
 import inspect
 
 import click
+from click.shell_completion import CompletionItem
 
-from mlflow_dr.cli.options import TakesSeveral, takes
+from mlflow_dr.cli.options import TakesSeveral, complete_paths, takes
 from mlflow_dr.validation.config import RunConfig
 
 HELP_WIDTH = 100
@@ -14,12 +15,33 @@ ALL_FLAGS = {"--help-all", "--help_all"}
 HELP_FLAGS = {"-h", "--help", *ALL_FLAGS}
 
 
+class _HandsFlagsOn(click.Command):
+    """A command that hands flags on to the training; a shell completes them, too."""
+
+    def shell_complete(self, ctx: click.Context, incomplete: str) -> list[CompletionItem]:
+        items = super().shell_complete(ctx, incomplete)
+        if not incomplete.startswith("-"):
+            return items
+        from mlflow_dr.training.flags import known_flags
+
+        # each flag has a spelling with underscores and one with dashes
+        other = "_" if "-" in incomplete.removeprefix("--") else "-"
+        flags = known_flags() - {item.value for item in items}
+        names = [name for name in sorted(flags) if name.startswith(incomplete)]
+        return items + [CompletionItem(name) for name in names if other not in name[2:]]
+
+
+class _Run(_HandsFlagsOn, TakesSeveral):
+    """`mlflow-dr run`."""
+
+
 @click.command(
     "train",
+    cls=_HandsFlagsOn,
     add_help_option=False,
     context_settings={"ignore_unknown_options": True, "allow_interspersed_args": False},
 )
-@click.argument("flags", nargs=-1, type=click.UNPROCESSED)
+@click.argument("flags", nargs=-1, type=click.UNPROCESSED, shell_complete=complete_paths)
 def train_command(flags: tuple[str, ...]) -> str | None:
     """Train an encoder and publish its checkpoints to MLflow.
 
@@ -67,6 +89,7 @@ def _flags_text(everything: bool) -> str:
 
 @click.command(
     "jax-train",
+    cls=_HandsFlagsOn,
     add_help_option=False,
     context_settings={"ignore_unknown_options": True, "allow_interspersed_args": False},
 )
@@ -87,7 +110,7 @@ def jax_train_command(context: click.Context, flags: tuple[str, ...]) -> None:
     context.invoke(train_command, flags=("--engine", "jax", "--negatives_x_device", "true", *flags))
 
 
-@click.command("run", cls=TakesSeveral, context_settings={"ignore_unknown_options": True})
+@click.command("run", cls=_Run, context_settings={"ignore_unknown_options": True})
 @takes(RunConfig)
 @click.argument("trainer_flags", nargs=-1, type=click.UNPROCESSED)
 def run_command(config: RunConfig, trainer_flags: tuple[str, ...]) -> None:
