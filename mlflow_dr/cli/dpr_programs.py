@@ -86,7 +86,7 @@ def dpr_command(program: str, flags: Sequence[str]) -> int:
         result = group.main(command, standalone_mode=False, prog_name="mlflow-dr")
         if isinstance(result, int) and result:
             return result
-        if command[0] == "train":
+        if command[0] == "train" and result:  # else nothing was trained, or another process writes
             _keep_encoder(str(result), list(flags))
     return 0
 

@@ -32,7 +32,11 @@ class TakesSeveral(click.Command):
 
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
         """Repeat a flag that may be repeated before each of its values, then parse."""
-        has_argument = any(isinstance(param, click.Argument) for param in self.params)
+        # flags that are handed on are no argument that could be taken for a value
+        has_argument = any(
+            isinstance(param, click.Argument) and param.type is not click.UNPROCESSED
+            for param in self.params
+        )
         if has_argument and args and args[0].startswith("-"):
             return super().parse_args(ctx, args)
         options = [param for param in self.params if getattr(param, "multiple", False)]

@@ -6,7 +6,9 @@ from pathlib import Path
 import pytest
 from recipes import check_ours
 
-from mlflow_dr.cli.dpr_programs import commands_for
+from mlflow_dr.cli import dpr_programs
+from mlflow_dr.cli.dpr_programs import commands_for, dpr_command
+from mlflow_dr.cli.train import train_command
 from mlflow_dr.errors import UsageError
 
 LINES = [
@@ -63,6 +65,19 @@ def test_a_search_asks_for_the_accuracies_up_to_its_depth(files: Path) -> None:
     assert "--output r.json --format dpr --match regex --device cpu" in text
     (command,) = commands_for(*_split(LINES[4]))
     assert command[-4:] == ["--measures", "accuracy@1", "--queries", "q"]
+
+
+@pytest.mark.parametrize(("run_id", "kept"), [("0123", ["0123"]), (None, []), ("", [])])
+def test_only_a_training_has_an_encoder_to_keep(
+    monkeypatch: pytest.MonkeyPatch, run_id: str | None, kept: list[str]
+) -> None:
+    """--compile_only and --help train nothing; of several processes the first one writes."""
+    written: list[str] = []
+    monkeypatch.setattr(train_command, "callback", lambda flags: run_id)
+    monkeypatch.setattr(dpr_programs, "_keep_encoder", lambda run, flags: written.append(run))
+    argv = ["train_dense_encoder", "--train_file", "train1.json", "--compile_only", "v5e:2x4"]
+    assert dpr_command.main(argv, "mlflow-dr", standalone_mode=False) == 0
+    assert written == kept
 
 
 @pytest.mark.parametrize(

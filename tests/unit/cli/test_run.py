@@ -64,6 +64,14 @@ def test_flags_that_the_validator_would_refuse_stop_run_before_training(
     assert not launched
 
 
+@pytest.mark.parametrize("several", [["mrr@10 ndcg@10"], ["mrr@10", "ndcg@10"]])
+def test_measures_are_one_value_or_several(launched: list[Any], several: list[str]) -> None:
+    called("--measures", *several, "--learning_rate", "1e-3", "--use_cpu", "--subset", "full")
+    ((config, training),) = launched
+    assert config.measures == "mrr@10 ndcg@10"
+    assert parse_training(training).trainer.learning_rate == 1e-3
+
+
 def test_the_summary_shows_the_curve_of_the_first_validation(launched: list[Any]) -> None:
     called("--name", "small", "--subset", "random:5", "--subset", "full", "--judged", "all")
     called("--seed", "5")
