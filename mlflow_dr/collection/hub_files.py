@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 from mlflow_dr.collection.jsonl import check_complete, state_of
 from mlflow_dr.errors import DataError, one_line
 from mlflow_dr.files import digest_of
+from mlflow_dr.hub import hub_is_away
 
 log = logging.getLogger(__name__)
 
@@ -54,9 +55,9 @@ def repository_files(repo: str, revision: str | None = None) -> list[str]:
     Raises:
         DataError: there is no such repository, or nothing of it is cached.
     """
-    from huggingface_hub import HfApi, constants
+    from huggingface_hub import HfApi
 
-    if not constants.HF_HUB_OFFLINE:
+    if not hub_is_away():
         try:
             info = HfApi().dataset_info(repo, revision=revision)
             return sorted(file.rfilename for file in info.siblings or ())
@@ -161,7 +162,11 @@ def snapshot(repo: str, allowed: Sequence[str], revision: str | None = None) -> 
     try:
         return Path(
             snapshot_download(
-                repo, repo_type="dataset", revision=revision, allow_patterns=list(allowed)
+                repo,
+                repo_type="dataset",
+                revision=revision,
+                allow_patterns=list(allowed),
+                local_files_only=hub_is_away(),
             )
         )
     except LocalEntryNotFoundError as error:

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Collection
 from pathlib import Path
 
 from mlflow_dr.errors import CheckpointError, UnavailableError, UsageError, one_line, quoted
+from mlflow_dr.hub import hub_is_away
 
 # what is downloaded from the hub
 PATTERNS = ("*.json", "*.txt", "*.model", "*.safetensors", "*.jinja", "*.py", "*_Dense/*.bin")
@@ -47,14 +49,24 @@ def encoder_directory(name: str, cache_dir: str | None = None) -> Path:
 def _from_hub(name: str, cache_dir: str | None) -> Path:
     from huggingface_hub import snapshot_download
 
+    is_away = hub_is_away()
+
+    def fetch(patterns: Collection[str]) -> Path:
+        fetched = snapshot_download(
+            name, cache_dir=cache_dir, allow_patterns=[*patterns], local_files_only=is_away
+        )
+        return Path(fetched)
+
     try:
-        directory = Path(snapshot_download(name, cache_dir=cache_dir, allow_patterns=[*PATTERNS]))
+        directory = fetch(PATTERNS)
         if not any(directory.glob("*.safetensors")):
-            snapshot_download(name, cache_dir=cache_dir, allow_patterns=[*PICKLED_WEIGHTS])
+            fetch(PICKLED_WEIGHTS)
     except (OSError, ValueError) as error:
+        known = "hub has no model of that name"
+        where = "cache has no such model, and the hub cannot be reached" if is_away else known
         raise UsageError(
-            f"{name!r} is not a directory, and the Hugging Face hub has no model of that name "
-            f"({type(error).__name__}); check the name and the network, or name a directory"
+            f"{name!r} is not a directory, and the Hugging Face {where} ({type(error).__name__}); "
+            "check the name and the network, or name a directory"
         ) from error
     if not any((directory / file).exists() for file in (*CONFIGS, "tokenizer_config.json")):
         raise UsageError(

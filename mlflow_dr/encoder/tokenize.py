@@ -16,6 +16,7 @@ from typing import Any
 from mlflow_dr.collection.records import Passage, Query
 from mlflow_dr.encoder.config import EncoderConfig
 from mlflow_dr.errors import CheckpointError, DataError, UsageError, one_line
+from mlflow_dr.hub import hub_is_away
 
 log = logging.getLogger(__name__)
 
@@ -48,8 +49,9 @@ def load_tokenizer(name: str) -> Any:
     """
     from transformers import AutoTokenizer
 
+    options = {} if Path(name).is_dir() else {"local_files_only": hub_is_away()}
     try:
-        return AutoTokenizer.from_pretrained(name)
+        return AutoTokenizer.from_pretrained(name, **options)
     except (OSError, ValueError) as error:
         raise UsageError(
             f"{name!r}: no tokenizer in a directory of this name, on the hub or in its cache"

@@ -48,6 +48,7 @@ FLOORS = {
     "compat": 0,
     "extensions": 0,
     "files": 0,
+    "hub": 0,
     "mapped_file": 0,
     "errors": 0,
     "process_tree": 0,
@@ -60,6 +61,8 @@ FLOORS = {
 ALLOWED_BESIDE = {
     ("retrieval", "engines"),
     ("files", "errors"),
+    ("hub", "background"),
+    ("hub", "errors"),
     ("cache", "errors"),
     ("cache", "files"),
     ("errors", "terminal"),
