@@ -188,8 +188,8 @@ def text_route(router: Any, task: str) -> Any:
     return router._resolve_route(task=task, modality="text")
 
 
-def processor_has_bf16() -> bool:
-    """torch: whether the processor multiplies bf16 matrices natively."""
+def processor_instructions_for_bf16() -> tuple[bool, bool]:
+    """torch: whether the processor has AMX, and whether it has AVX512-BF16."""
     import torch
 
-    return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+    return torch.cpu._is_amx_tile_supported(), torch.cpu._is_avx512_bf16_supported()

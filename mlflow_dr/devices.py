@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import cache
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from mlflow_dr import compat
@@ -59,8 +61,8 @@ def resolve_devices(names: str = AUTO) -> list[torch.device]:
 def resolve_dtype(name: str | torch.dtype, device: torch.device) -> str:
     """The number format of a name: `fp32`, `bf16` or `fp16`.
 
-    `auto` is bf16 where the hardware multiplies it natively (CUDA from Ampere on; processors with
-    AMX or AVX512-BF16) and fp32 elsewhere.
+    `auto` is bf16 where the hardware multiplies it faster (CUDA from Ampere on; processors with
+    AMX, and AMD's with AVX512-BF16) and fp32 elsewhere.
 
     Args:
         name: one of these names, PyTorch's name (`float32`, `torch.bfloat16`) or a `torch.dtype`.
@@ -71,7 +73,7 @@ def resolve_dtype(name: str | torch.dtype, device: torch.device) -> str:
     """
     name = dtype_name(name)
     if name == AUTO:
-        return "bf16" if _native_bf16(device) else "fp32"
+        return "bf16" if _is_bf16_faster(device) else "fp32"
     if name == "fp16" and device.type == "cpu":
         raise DeviceError("dtype fp16 needs a CUDA device; on a processor use bf16 or fp32")
     return name
@@ -98,9 +100,22 @@ def torch_dtype(name: str) -> torch.dtype:
     return dtype
 
 
-def _native_bf16(device: torch.device) -> bool:
+def _is_bf16_faster(device: torch.device) -> bool:
     import torch
 
     if device.type == "cuda":
         return torch.cuda.get_device_capability(device)[0] >= 8
-    return compat.processor_has_bf16()
+    has_amx, has_avx512 = compat.processor_instructions_for_bf16()
+    # Intel's multiply bf16 by AVX512 at 0.6 times the speed of fp32, AMD's at twice the speed
+    return has_amx or (has_avx512 and processor_vendor() != "GenuineIntel")
+
+
+@cache
+def processor_vendor() -> str:
+    """Linux's name of who made the processor, such as `AuthenticAMD`; empty where it has none."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        return ""
+    vendors = (line.partition(":")[2].strip() for line in lines if line.startswith("vendor_id"))
+    return next(vendors, "")

@@ -152,8 +152,8 @@ Dtype = Annotated[
     str,
     AfterValidator(checked(dtype_name)),
     Field(
-        description="Number format: auto (bf16 where the hardware multiplies it, else fp32), fp32, "
-        "bf16 or fp16. PyTorch's names (float32, bfloat16, float16) work, too."
+        description="Number format: auto (bf16 where it is faster, else fp32), fp32, bf16 or "
+        "fp16. PyTorch's names (float32, bfloat16, float16) work, too."
     ),
 ]
 KeepOwnId = Annotated[

@@ -87,8 +87,8 @@ class EncodeConfig(CollectionConfig, EncoderOverrides):
     """Parquet files, NumPy files with a text file of ids each, or Tevatron's pickles."""
     device: Devices = "auto"
     dtype: Dtype = "auto"
-    """How the encoder computes: auto (bf16 where the hardware multiplies it, else fp32), fp32, bf16
-    or fp16. With fp16 the vectors are stored in fp16, too; a processor computes them in fp32."""
+    """How the encoder computes: auto (bf16 where it is faster, else fp32), fp32, bf16 or fp16. With
+    fp16 the vectors are stored in fp16, too; a processor computes them in fp32."""
     tokens_per_batch: Count | None = None
     """Tokens of a batch, with padding (default: by device). All shards need the same number."""
     texts: Files = ()

@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from mlflow_dr import devices
 from mlflow_dr.devices import resolve_device, resolve_devices, resolve_dtype, torch_dtype
 from mlflow_dr.errors import DeviceError
 
@@ -57,12 +58,19 @@ def test_unknown_device_names(name: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("avx512", "amx", "expected"),
-    [(False, False, "fp32"), (True, False, "bf16"), (False, True, "bf16")],
+    ("vendor", "avx512", "amx", "expected"),
+    [
+        ("AuthenticAMD", False, False, "fp32"),
+        ("AuthenticAMD", True, False, "bf16"),
+        ("GenuineIntel", True, False, "fp32"),
+        ("GenuineIntel", True, True, "bf16"),
+        ("", False, True, "bf16"),
+    ],
 )
-def test_bf16_on_processors_that_multiply_it(
-    monkeypatch: pytest.MonkeyPatch, avx512: bool, amx: bool, expected: str
+def test_bf16_on_processors_that_multiply_it_faster(
+    monkeypatch: pytest.MonkeyPatch, vendor: str, avx512: bool, amx: bool, expected: str
 ) -> None:
+    monkeypatch.setattr(devices, "processor_vendor", lambda: vendor)
     monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: avx512)
     monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: amx)
     assert resolve_dtype("auto", CPU) == expected

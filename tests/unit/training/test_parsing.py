@@ -111,7 +111,7 @@ def test_a_mapping_instead_of_a_value_is_refused(tmp_path: Path, name: str) -> N
 def test_fp16_replaces_bf16_only_if_it_is_true(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(devices, "_native_bf16", lambda device: True)
+    monkeypatch.setattr(devices, "_is_bf16_faster", lambda device: True)
     file = tmp_path / "train.yaml"
     file.write_text("fp16: false\n")
     assert parse_training(["--use_cpu", "--config", str(file)]).trainer.bf16
