@@ -62,11 +62,10 @@ def _from_hub(name: str, cache_dir: str | None) -> Path:
         if not any(directory.glob("*.safetensors")):
             fetch(PICKLED_WEIGHTS)
     except (OSError, ValueError) as error:
-        known = "hub has no model of that name"
-        where = "cache has no such model, and the hub cannot be reached" if is_away else known
+        why = "cannot be reached, nor has its cache the model" if is_away else "has no such model"
         raise UsageError(
-            f"{name!r} is not a directory, and the Hugging Face {where} ({type(error).__name__}); "
-            "check the name and the network, or name a directory"
+            f"{name!r} is not a directory, and the Hugging Face hub {why} "
+            f"({type(error).__name__}); check the name and the network, or name a directory"
         ) from error
     if not any((directory / file).exists() for file in (*CONFIGS, "tokenizer_config.json")):
         raise UsageError(
