@@ -236,6 +236,7 @@ class _Stop:
     """The signal that asks us to stop: cleanly at first, at once if it comes again.
 
     Ctrl-C on `mlflow run` reaches us twice, as the terminal's SIGINT and as MLflow's SIGTERM.
+    Signals reach the main thread alone; in any other thread nothing is done.
     """
 
     def __init__(self) -> None:
@@ -243,9 +244,9 @@ class _Stop:
         self.deadline = float("inf")
 
     def __enter__(self) -> _Stop:
-        self._before = {
-            number: signal.signal(number, self._ask) for number in (signal.SIGINT, signal.SIGTERM)
-        }
+        is_main = threading.current_thread() is threading.main_thread()
+        numbers = (signal.SIGINT, signal.SIGTERM) if is_main else ()
+        self._before = {number: signal.signal(number, self._ask) for number in numbers}
         return self
 
     def __exit__(self, *_: object) -> None:

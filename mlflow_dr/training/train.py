@@ -7,6 +7,7 @@ import json
 import logging
 import os
 import signal
+import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
@@ -394,12 +395,16 @@ def _leave_group() -> None:
 def stop_on_signals(stop: StopCallback, says: bool) -> Iterator[None]:
     """On SIGINT or SIGTERM end cleanly after the step; on a second signal, end at once.
 
-    Under torchrun one Ctrl-C arrives twice, from the terminal and from torchrun.
+    Under torchrun one Ctrl-C arrives twice, from the terminal and from torchrun. Signals reach the
+    main thread alone; in any other thread nothing is done.
 
     Args:
         stop: a callback of the trainer.
         says: whether this process says on stderr that it is stopping.
     """
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
     first_times: dict[int, float] = {}
 
     def ask(number: int, frame: FrameType | None) -> None:

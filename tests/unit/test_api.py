@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import typing
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -225,16 +226,18 @@ def test_negatives_are_mined(folder: Path, tmp_path: Path) -> None:
 def test_a_run_is_trained_validated_and_studied(
     store: MlflowClient, experiment: str, folder: Path, tmp_path: Path
 ) -> None:
-    run = mlflow_dr.train(
-        *(folder, "tiny"),
-        max_steps=4,
-        publish_steps=2,
-        logging_steps=1,
-        learning_rate=1e-2,
-        output_dir=tmp_path / "output",
-        experiment_name=store.get_experiment(experiment).name,
-        use_cpu=True,
-    )
+    with ThreadPoolExecutor(1) as threads:  # as in a thread of an application
+        run = threads.submit(
+            mlflow_dr.train,
+            *(folder, "tiny"),
+            max_steps=4,
+            publish_steps=2,
+            logging_steps=1,
+            learning_rate=1e-2,
+            output_dir=tmp_path / "output",
+            experiment_name=store.get_experiment(experiment).name,
+            use_cpu=True,
+        ).result()
     assert run.steps == [0, 2, 4]
     assert list(run.frame()["step"]) == [1, 2, 3, 4]
     assert "<svg" in run._repr_html_()

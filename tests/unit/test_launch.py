@@ -7,6 +7,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import psutil
@@ -14,7 +15,7 @@ import pytest
 
 from mlflow_dr import launch
 from mlflow_dr.errors import UsageError
-from mlflow_dr.launch import SECONDS_TO_STOP, Child, Command, _checked_training, _signal
+from mlflow_dr.launch import SECONDS_TO_STOP, Child, Command, _checked_training, _signal, _Stop
 from mlflow_dr.tracking.runs import TrackedRun
 from mlflow_dr.training.resume import begin_output, claimed_output
 
@@ -54,6 +55,18 @@ def _lives(process: psutil.Process) -> bool:
         return process.status() != psutil.STATUS_ZOMBIE
     except psutil.NoSuchProcess:
         return False
+
+
+def test_a_trainer_and_a_validator_may_be_started_in_any_thread() -> None:
+    before = signal.getsignal(signal.SIGINT)
+
+    def start() -> object:
+        with _Stop() as stop:
+            return stop.received
+
+    with ThreadPoolExecutor(1) as threads:
+        assert threads.submit(start).result() is None
+    assert signal.getsignal(signal.SIGINT) is before
 
 
 def test_torchrun_waits_for_its_children_as_long_as_we_do(
