@@ -24,15 +24,7 @@ def evaluate_command(config: EvaluateConfig) -> None:
     """
     from mlflow_dr.validation.evaluate import evaluate_encoder
 
-    report = evaluate_encoder(config, find_project_run(config.tracking_uri))
-    for name, value in report.measures.items():
-        interval = report.intervals.get(name)
-        ends = f"\t95 % interval {interval.low:.4f} to {interval.high:.4f}" if interval else ""
-        click.echo(f"{name}\t{value:.4f}{ends}")
-    click.echo(
-        f"{report.passages} passages in {report.seconds:.1f} s "
-        f"({report.passages / report.seconds:.0f} a second, {report.dtype})"
-    )
+    click.echo(evaluate_encoder(config, find_project_run(config.tracking_uri)))
 
 
 @click.command("compare", cls=TakesSeveral)

@@ -69,6 +69,9 @@ class Best:
         """The name of the best one, `models:/<id>`."""
         return self.checkpoint.uri
 
+    def __repr__(self) -> str:
+        return f"{self.first} ({self.metric})"
+
     @property
     def is_tied(self) -> bool:
         """Whether the runner-up is as good."""

@@ -68,9 +68,11 @@ class Comparison:
         texts = [self.texts.get(query_id, "") for query_id in self.query_ids]
         return pd.DataFrame({"query": texts, **columns}, index=self.query_ids)
 
+    def __repr__(self) -> str:
+        return comparison_text(self, SHOWN_CHANGED)
+
     def _repr_html_(self) -> str:
-        text = comparison_text(self, SHOWN_CHANGED)
-        return f"{pages.code(text)}\n{pages.picture(differences_figure(self))}"
+        return f"{pages.code(repr(self))}\n{pages.picture(differences_figure(self))}"
 
 
 def compare_values(

@@ -339,10 +339,15 @@ class FidelityResult:
 
         return pd.DataFrame(table_rows(self), columns=COLUMNS).set_index("subset")
 
-    def _repr_html_(self) -> str:
-        from mlflow_dr.fidelity_study.report import curves_figure, report_text
+    def __repr__(self) -> str:
+        from mlflow_dr.fidelity_study.report import report_text
 
-        return f"{pages.code(report_text(self))}\n{pages.picture(curves_figure(self))}"
+        return report_text(self)
+
+    def _repr_html_(self) -> str:
+        from mlflow_dr.fidelity_study.report import curves_figure
+
+        return f"{pages.code(repr(self))}\n{pages.picture(curves_figure(self))}"
 
 
 def compare_curves(

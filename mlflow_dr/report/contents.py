@@ -130,6 +130,9 @@ class RunReport:
             for step, values in zip(curve.steps, curve.values, strict=True)
         )
 
+    def __repr__(self) -> str:
+        return f"{len(self.curves[0].steps)} checkpoints of run {self.run.name}; best: {self.best}"
+
     def _repr_html_(self) -> str:
         from mlflow_dr.report.page import curve_section
 

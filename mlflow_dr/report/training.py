@@ -38,9 +38,12 @@ class TrainedRun:
 
         return pd.DataFrame(self.losses, columns=["step", "loss"])
 
-    def _repr_html_(self) -> str:
+    def __repr__(self) -> str:
         steps = ", ".join(map(str, self.steps))
-        shown = [pages.paragraph(f"Run {self.name} ({self.id}); checkpoints of steps {steps}")]
+        return f"run {self.name} ({self.id}); checkpoints of steps {steps}"
+
+    def _repr_html_(self) -> str:
+        shown = [pages.paragraph(repr(self))]
         if self.losses:
             shown.append(pages.picture(loss_figure(self.losses)))
         return "\n".join(shown)

@@ -80,6 +80,15 @@ class Report:
 
         return pd.DataFrame.from_dict(self.per_query, orient="index", columns=list(self.measures))
 
+    def __repr__(self) -> str:
+        lines = []
+        for name, value in self.measures.items():
+            interval = self.intervals.get(name)
+            ends = f"\t95 % interval {interval.low:.4f} to {interval.high:.4f}" if interval else ""
+            lines.append(f"{name}\t{value:.4f}{ends}")
+        speed = f"{self.passages / self.seconds:.0f} a second, {self.dtype}"
+        return "\n".join([*lines, f"{self.passages} passages in {self.seconds:.1f} s ({speed})"])
+
     def _repr_html_(self) -> str:
         rows = [
             (name, value, *self.intervals.get(name, (None, None, None))[1:])

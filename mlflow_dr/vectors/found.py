@@ -49,6 +49,10 @@ class Found(NamedTuple):
             return pd.DataFrame(self.hits, columns=Hit._fields)
         return pd.DataFrame(self.measures.items(), columns=["measure", "mean"])
 
+    def __repr__(self) -> str:
+        lines = [f"{name}\t{value:.4f}" for name, value in self.measures.items()]
+        return hits_text(self) if self.hits else "\n".join([*lines, f"{self.queries} queries"])
+
     def _repr_html_(self) -> str:
         if not self.hits:
             return pages.table(("measure", "mean"), self.measures.items())

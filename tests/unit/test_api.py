@@ -171,6 +171,7 @@ def test_an_encoder_is_a_name_or_an_object(
     frame = reports[0].frame()
     assert (list(frame.index), list(frame.columns)) == (["q1", "q2"], ["mrr@10", "ndcg@10"])
     assert "<td>mrr@10</td>" in reports[0]._repr_html_()
+    assert repr(reports[0]).startswith("mrr@10\t")
     assert next(encoder.parameters()).dtype.is_floating_point
 
     loaded = mlflow_dr.load_encoder(directory, q_max_len=7)
@@ -193,6 +194,7 @@ def test_encoders_are_compared(
     assert list(frame.columns) == ["query", "A", "B"]
     assert frame.loc["q1", "query"] == "what do gulls eat"
     assert "<svg" in comparison._repr_html_()
+    assert "mean of 2 queries" in repr(comparison)
 
 
 def test_a_question_is_searched(directory: Path, folder: Path, tmp_path: Path) -> None:
@@ -207,7 +209,9 @@ def test_a_question_is_searched(directory: Path, folder: Path, tmp_path: Path) -
     frame = found.frame()
     assert list(frame["rank"]) == [1, 2, 1, 2]
     assert "what do gulls eat" in found._repr_html_()
+    assert repr(found).startswith("what do gulls eat\n1  ")
     measured = mlflow_dr.search(None, vectors, split="dev", measures="mrr@10")
+    assert repr(measured).startswith("mrr@10\t")
     assert measured.frame()["mean"][0] == report.frame()["mrr@10"].mean()
 
     argv = [str(vectors.path), "--question", "what do gulls eat", "--depth", "1"]
@@ -241,10 +245,13 @@ def test_a_run_is_trained_validated_and_studied(
     assert run.steps == [0, 2, 4]
     assert list(run.frame()["step"]) == [1, 2, 3, 4]
     assert "<svg" in run._repr_html_()
+    assert repr(run) == f"run {run.name} ({run.id}); checkpoints of steps 0, 2, 4"
 
     curve = mlflow_dr.validate(run, measures="mrr@10", once=True, **FAST)
     assert list(curve.frame()["step"]) == run.steps
     assert "<svg" in curve._repr_html_()
+    assert repr(curve) == f"3 checkpoints of run {run.name}; best: {curve.best}"
+    assert curve.best.uri in repr(curve.best)
     best = mlflow_dr.load_encoder(curve.best)
     report = mlflow_dr.evaluate(best, folder, measures="mrr@10", **FAST)
     assert report.measures["mrr@10"] == pytest.approx(curve.best.first.value)
@@ -252,6 +259,7 @@ def test_a_run_is_trained_validated_and_studied(
     study = mlflow_dr.fidelity(run, subset="random:1", steps=[0, 2, 4], resamples=10, **FAST)
     assert list(study.frame().index) == ["full", "random:1"]
     assert "<svg" in study._repr_html_()
+    assert "random:1" in repr(study)
 
 
 def test_flags_of_training_that_do_not_exist_are_named(folder: Path) -> None:
