@@ -1,6 +1,7 @@
 """What `mkdocs build` makes itself: the home page from README.md, and the reference of all flags.
 
-A page says `<!-- commands -->` or `<!-- training flags -->` where the generated part belongs.
+A page says `<!-- commands -->`, `<!-- training flags -->` or `<!-- recipes -->` where the generated
+part belongs.
 """
 
 from __future__ import annotations
@@ -27,10 +28,18 @@ def on_page_markdown(markdown: str, page: Any, **_: Any) -> str:
     for mark, generated in (
         ("<!-- commands -->", command_reference),
         ("<!-- training flags -->", training_reference),
+        ("<!-- recipes -->", recipe_files),
     ):
         if mark in markdown:
             markdown = markdown.replace(mark, generated())
     return markdown
+
+
+def recipe_files() -> str:
+    """The recipes of examples/recipes as they are."""
+    files = sorted((ROOT / "examples" / "recipes").glob("*.yaml"))
+    parts = [f"## {file.name}\n\n```yaml\n{file.read_text(encoding='utf-8')}```" for file in files]
+    return "\n\n".join(parts)
 
 
 def home() -> str:
