@@ -611,8 +611,8 @@ def test_code_in_the_directory_is_not_run(saved: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("name", "message"),
     [
-        ("nobody/no-such-model", "not a directory, and the Hugging Face hub has no model"),
-        ("no-such-model", "not a directory, and the Hugging Face hub has no model"),
+        ("nobody/no-such-model", "not a directory, and the Hugging Face hub cannot be reached"),
+        ("no-such-model", "not a directory, and the Hugging Face hub cannot be reached"),
         ("./no-such-model", "not a directory"),
         ("/no/such/model", "not a directory"),
         ("~/no-such-model", "not a directory"),
