@@ -40,7 +40,7 @@ def check_device(name: str) -> None:
         )
 
 
-def check_devices(names: str) -> None:
+def check_device_names(names: str) -> None:
     """Refuse names, between commas, of which one is not a device's.
 
     Raises:
@@ -135,7 +135,7 @@ Device = Annotated[
 ]
 Devices = Annotated[
     str,
-    AfterValidator(checked(check_devices)),
+    AfterValidator(checked(check_device_names)),
     Field(
         description="auto, cpu, cuda or cuda:<n>; several between commas, such as cuda:0,cuda:1, "
         "encode side by side."

@@ -60,7 +60,7 @@ class MeasureOptions(TypedDict, total=False):
     passage_prompt: str
 
 
-class EncoderOverrides(TypedDict, total=False):
+class EncoderOptions(TypedDict, total=False):
     """What replaces settings of the encoder's directory."""
 
     pooling: str
@@ -81,16 +81,14 @@ class SubsetOptions(TypedDict, total=False):
     seed: int
 
 
-class LoadOptions(EncoderOverrides, total=False):
+class LoadOptions(EncoderOptions, total=False):
     """The keywords of `load_encoder`."""
 
     trust_remote_code: bool
     tracking_uri: str
 
 
-class EvaluateOptions(
-    CollectionFiles, MeasureOptions, EncoderOverrides, SubsetOptions, total=False
-):
+class EvaluateOptions(CollectionFiles, MeasureOptions, EncoderOptions, SubsetOptions, total=False):
     """The keywords of `evaluate`."""
 
     split: str
@@ -120,9 +118,7 @@ class CompareOptions(TypedDict, total=False):
     tracking_uri: str
 
 
-class ValidateOptions(
-    CollectionFiles, MeasureOptions, EncoderOverrides, SubsetOptions, total=False
-):
+class ValidateOptions(CollectionFiles, MeasureOptions, EncoderOptions, SubsetOptions, total=False):
     """The keywords of `validate`."""
 
     dataset: PathLike
@@ -148,7 +144,7 @@ class ValidateOptions(
     tracking_uri: str
 
 
-class FidelityOptions(CollectionFiles, EncoderOverrides, total=False):
+class FidelityOptions(CollectionFiles, EncoderOptions, total=False):
     """The keywords of `fidelity`."""
 
     checkpoints_dir: PathLike
@@ -174,7 +170,7 @@ class FidelityOptions(CollectionFiles, EncoderOverrides, total=False):
     tracking_uri: str
 
 
-class EncodeOptions(CollectionFiles, EncoderOverrides, total=False):
+class EncodeOptions(CollectionFiles, EncoderOptions, total=False):
     """The keywords of `encode`."""
 
     split: str

@@ -32,7 +32,7 @@ MEMORY_SHARE = 1 / 250
 OTHER_SHARE = 1 / 1000
 
 
-class Memory(NamedTuple):
+class MemoryUse(NamedTuple):
     """Memory in bytes; a page that n processes share counts 1/n in each of them.
 
     Attributes:
@@ -87,7 +87,7 @@ def files_in_use(folder: Path) -> dict[Path, int]:
     return found
 
 
-def tree_memory(pid: int) -> Memory:
+def tree_memory(pid: int) -> MemoryUse:
     """The memory of a tree of processes, in bytes.
 
     This takes 20 to 30 ms of CPU time for each GB and process. Without Linux's `smaps_rollup` the
@@ -117,7 +117,7 @@ class TreeSample(NamedTuple):
 
     Attributes:
         time: when, by `time.monotonic`.
-        private: bytes of memory, as in `Memory`; so are `file`, `shmem` and `locked`.
+        private: bytes of memory, as in `MemoryUse`; so are `file`, `shmem` and `locked`.
         cpu: CPU seconds so far.
         read_bytes: bytes read from disk so far.
         by_pages: whether memory was read by pages for this sample; otherwise it is an estimate.
@@ -163,7 +163,7 @@ class Sampler:
         self._memory_share = memory_share
         self._begun = threading.Event()
         self._closed = threading.Event()
-        self._memory = Memory()
+        self._memory = MemoryUse()
         self._anon: dict[int, int] = {}
         self._memory_due = 0.0
         threading.Thread(target=self._run, name="process tree sampler", daemon=True).start()
@@ -240,22 +240,22 @@ def _children(pid: int) -> list[int]:
     return children
 
 
-def _sum_memory(pids: Iterable[int]) -> Memory:
-    total = Memory()
+def _sum_memory(pids: Iterable[int]) -> MemoryUse:
+    total = MemoryUse()
     for pid in pids:
         with suppress(*GONE):
-            total = Memory(*map(sum, zip(total, _memory(pid), strict=True)))
+            total = MemoryUse(*map(sum, zip(total, _memory(pid), strict=True)))
     return total
 
 
-def _memory(pid: int) -> Memory:
+def _memory(pid: int) -> MemoryUse:
     try:
         rollup = dict(_sizes(PROC / str(pid) / "smaps_rollup"))
     except FileNotFoundError:
         rollup = {}
     if MEMORY_FIELDS[0] not in rollup:
-        return Memory(private=psutil.Process(pid).memory_full_info().uss)
-    return Memory(*(rollup.get(name, 0) for name in MEMORY_FIELDS))
+        return MemoryUse(private=psutil.Process(pid).memory_full_info().uss)
+    return MemoryUse(*(rollup.get(name, 0) for name in MEMORY_FIELDS))
 
 
 def _private_rss(pids: Iterable[int]) -> dict[int, int]:

@@ -48,8 +48,8 @@ def report_command(config: ReportConfig) -> None:
         TABLES,
         check_picture,
         log_report,
-        write_page,
         write_picture,
+        write_report_page,
     )
     from mlflow_dr.tracking.client import connect
     from mlflow_dr.tracking.runs import resolve_run
@@ -61,7 +61,7 @@ def report_command(config: ReportConfig) -> None:
     if config.layout == "html":
         name = re.sub(r"[^\w.+@-]+", "-", run.name)
         path = config.output or Path(f"{name}.html")
-        write_page(report, path)
+        write_report_page(report, path)
         click.echo(f"wrote {path}")
     elif config.output is not None:
         config.output.write_text(TABLES[config.layout](report) + "\n", encoding="utf-8")

@@ -97,7 +97,7 @@ def table_corpus(path: Path) -> Corpus:
 
 def _rows(path: Path) -> Iterator[tuple[str, Passage]]:
     """The passages as DPR's own reader has them, each with the line on which it begins."""
-    for location, row in table_rows(path):
+    for location, row in tsv_rows(path):
         if row[0] == COLUMNS[0]:
             continue
         if len(row) != len(COLUMNS) or not row[0]:
@@ -109,7 +109,7 @@ def _rows(path: Path) -> Iterator[tuple[str, Passage]]:
         yield location, Passage(checked_id(passage_id, location), title, text)
 
 
-def table_rows(path: Path) -> Iterator[tuple[str, list[str]]]:
+def tsv_rows(path: Path) -> Iterator[tuple[str, list[str]]]:
     """The rows of a table with tabs between its cells, each with the line on which it begins.
 
     A cell may be quoted (`"`), with doubled quotation marks and line ends in it.

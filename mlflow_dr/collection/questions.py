@@ -16,7 +16,7 @@ from pathlib import Path
 
 import msgspec
 
-from mlflow_dr.collection.dpr import table_rows
+from mlflow_dr.collection.dpr import tsv_rows
 from mlflow_dr.collection.jsonl import Id, answers_of, checked_id, fields_of, first_id, read_records
 from mlflow_dr.collection.records import Query, unique
 from mlflow_dr.errors import DataError, quoted
@@ -116,7 +116,7 @@ def read_questions(path: Path) -> list[Query]:
 
 
 def _table_questions(path: Path) -> Iterator[tuple[str, Query]]:
-    for index, (location, row) in enumerate(table_rows(path)):
+    for index, (location, row) in enumerate(tsv_rows(path)):
         if len(row) != COLUMNS:
             raise DataError(
                 f"{location}: {len(row)} columns, the first of them {quoted(row[0])}; expected a "

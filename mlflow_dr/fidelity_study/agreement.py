@@ -27,7 +27,7 @@ DIGITS = 12  # values that differ by less are equal, because sums are rounded
 CELLS = 1 << 22  # numbers that are in memory at a time
 
 
-class Estimate(NamedTuple):
+class StudyFigure(NamedTuple):
     """A figure and the ends of its interval; NaN where they are not defined."""
 
     value: float
@@ -56,10 +56,10 @@ class Agreement(NamedTuple):
         inflation: how much higher the subset's values are, on average over the checkpoints.
     """
 
-    tau: Estimate
-    pearson: Estimate
-    regret: Estimate
-    inflation: Estimate
+    tau: StudyFigure
+    pearson: StudyFigure
+    regret: StudyFigure
+    inflation: StudyFigure
 
 
 class Spread(NamedTuple):
@@ -108,7 +108,7 @@ def agreement(
     full = full[:, np.concatenate([own, others])]  # the subset's queries first
     figures = _figures(means(subset), means(full))
     if resamples == 0 or n_own == 1:
-        return Agreement(*map(Estimate, figures.tolist()))
+        return Agreement(*map(StudyFigure, figures.tolist()))
     drawn = [
         _figures(
             _rounded(counts[:, :n_own] @ subset.T / n_own), _rounded(counts @ full.T / n_queries)
@@ -117,7 +117,10 @@ def agreement(
     ]
     intervals = map(_interval, np.concatenate(drawn).T)
     return Agreement(
-        *(Estimate(value, *ends) for value, ends in zip(figures.tolist(), intervals, strict=True))
+        *(
+            StudyFigure(value, *ends)
+            for value, ends in zip(figures.tolist(), intervals, strict=True)
+        )
     )
 
 
@@ -221,7 +224,7 @@ TOLERANCE = 0.005
 
 
 @dataclass(frozen=True)
-class Curve:
+class SubsetCurve:
     """The values of every checkpoint on the full corpus or on one subset.
 
     Attributes:
@@ -267,7 +270,7 @@ class StudiedSubset:
             checkpoint; else None.
     """
 
-    curve: Curve
+    curve: SubsetCurve
     agreement: Agreement
     share: float
     errors: np.ndarray
@@ -304,7 +307,7 @@ class FidelityResult:
     collection: str
     split: str
     steps: tuple[int, ...]
-    full: Curve
+    full: SubsetCurve
     subsets: tuple[StudiedSubset, ...]
     spread: Spread
     tolerance: float = TOLERANCE
@@ -335,9 +338,9 @@ class FidelityResult:
         """A row for the full corpus and for each subset; empty cells where undefined."""
         import pandas as pd
 
-        from mlflow_dr.fidelity_study.report import COLUMNS, table_rows
+        from mlflow_dr.fidelity_study.report import COLUMNS, finding_rows
 
-        return pd.DataFrame(table_rows(self), columns=COLUMNS).set_index("subset")
+        return pd.DataFrame(finding_rows(self), columns=COLUMNS).set_index("subset")
 
     def __repr__(self) -> str:
         from mlflow_dr.fidelity_study.report import report_text
@@ -355,7 +358,7 @@ def compare_curves(
     collection: str,
     split: str,
     steps: Sequence[int],
-    curves: Sequence[Curve],
+    curves: Sequence[SubsetCurve],
     tolerance: float = TOLERANCE,
     skipped: Mapping[int, str] | None = None,
     resamples: int = RESAMPLES,
@@ -369,7 +372,7 @@ def compare_curves(
     full, *subsets = curves
     indices = {query_id: index for index, query_id in enumerate(full.query_ids)}
 
-    def compared(curve: Curve) -> StudiedSubset:
+    def compared(curve: SubsetCurve) -> StudiedSubset:
         own = np.array([indices[query_id] for query_id in curve.query_ids], np.int64)
         figures = agreement(full.values, curve.values, own, resamples)
         covered = None

@@ -13,10 +13,10 @@ import pyarrow.parquet as pq
 
 from mlflow_dr.fidelity_study.agreement import (
     FIGURES,
-    Curve,
-    Estimate,
     FidelityResult,
     StudiedSubset,
+    StudyFigure,
+    SubsetCurve,
 )
 from mlflow_dr.files import atomic_write
 from mlflow_dr.terminal import in_columns
@@ -135,7 +135,7 @@ def values_table(findings: FidelityResult) -> pa.Table:
     return pa.concat_tables(_values(findings.steps, curve) for curve in curves).combine_chunks()
 
 
-def _values(steps: tuple[int, ...], curve: Curve) -> pa.Table:
+def _values(steps: tuple[int, ...], curve: SubsetCurve) -> pa.Table:
     n_queries = len(curve.query_ids)
     return pa.table(
         {
@@ -163,18 +163,18 @@ def _rows(findings: FidelityResult) -> list[tuple[str, ...]]:
     return rows
 
 
-def _size(curve: Curve) -> tuple[str, ...]:
+def _size(curve: SubsetCurve) -> tuple[str, ...]:
     sizes = (str(curve.passages), str(len(curve.query_ids)))
     return curve.name, *sizes, f"{curve.seconds:.2f}"
 
 
-def _interval(estimate: Estimate, form: str) -> str:
+def _interval(estimate: StudyFigure, form: str) -> str:
     ends = (estimate.low, estimate.high)
     return f"{ends[0]:{form}} to {ends[1]:{form}}" if estimate.has_interval else ""
 
 
-def _estimate(compared: StudiedSubset, name: str) -> Estimate:
-    estimate: Estimate = getattr(compared.agreement, name)
+def _estimate(compared: StudiedSubset, name: str) -> StudyFigure:
+    estimate: StudyFigure = getattr(compared.agreement, name)
     return estimate
 
 
@@ -206,10 +206,10 @@ def _write_table(findings: FidelityResult, path: Path) -> None:
     with path.open("w", encoding="utf-8", newline="") as file:
         rows = csv.writer(file)
         rows.writerow(COLUMNS)
-        rows.writerows(table_rows(findings))
+        rows.writerows(finding_rows(findings))
 
 
-def table_rows(findings: FidelityResult) -> Iterator[list[Any]]:
+def finding_rows(findings: FidelityResult) -> Iterator[list[Any]]:
     """The full corpus and each subset with the numbers of `COLUMNS`; empty where undefined."""
     full = findings.full
     chosen = findings.steps[full.best]
@@ -224,7 +224,7 @@ def table_rows(findings: FidelityResult) -> Iterator[list[Any]]:
         yield [*_numbers(curve, subset.share), *figures, chosen, recommended, worst, covered]
 
 
-def _numbers(curve: Curve, share: float) -> list[Any]:
+def _numbers(curve: SubsetCurve, share: float) -> list[Any]:
     return [curve.name, curve.passages, len(curve.query_ids), curve.seconds, share]
 
 
@@ -318,7 +318,7 @@ def _style(index: int) -> tuple[str, str]:
 
 
 def _point(
-    panel: Any, seconds: float, estimate: Estimate, colour: str, label: dict[str, str]
+    panel: Any, seconds: float, estimate: StudyFigure, colour: str, label: dict[str, str]
 ) -> None:
     """A figure with its interval; without a figure only the entry in the legend."""
     if estimate.has_interval:

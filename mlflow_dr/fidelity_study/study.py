@@ -20,7 +20,7 @@ from mlflow_dr.encoder.model import Encoder
 from mlflow_dr.engines.engine import Engine
 from mlflow_dr.engines.opening import device_names, open_engine
 from mlflow_dr.errors import CheckpointError, UsageError
-from mlflow_dr.fidelity_study.agreement import Curve, FidelityResult, compare_curves
+from mlflow_dr.fidelity_study.agreement import FidelityResult, SubsetCurve, compare_curves
 from mlflow_dr.fidelity_study.config import FidelityConfig
 from mlflow_dr.files import digest_of
 from mlflow_dr.subsets.spec import FULL
@@ -102,11 +102,13 @@ class _Studied(NamedTuple):
     settings: EvalConfig
 
 
-def _curve(data: EvalDataset, settings: EvalConfig, values: np.ndarray, seconds: float) -> Curve:
+def _curve(
+    data: EvalDataset, settings: EvalConfig, values: np.ndarray, seconds: float
+) -> SubsetCurve:
     """The curve of what `_Study.values` has given for each checkpoint."""
     ids = _query_ids(data)
     spec = data.subset.spec if data.subset else None
-    return Curve(
+    return SubsetCurve(
         name=(f"{spec.shown}, estimated" if settings.estimate else spec.shown) if spec else FULL,
         slug=(f"{spec.slug}-est" if settings.estimate else spec.slug) if spec else FULL,
         passages=data.n_passages,

@@ -25,7 +25,7 @@ from mlflow_dr.jax_engine.devices import (
     mesh_of,
 )
 from mlflow_dr.jax_engine.encoder import weights_of
-from mlflow_dr.jax_engine.memory import GIGABYTE, Memory, larger_than_memory
+from mlflow_dr.jax_engine.memory import GIGABYTE, StepMemory, larger_than_memory
 from mlflow_dr.jax_engine.step import IDS, IS_REAL, KEYS, MASK, TEACHER, Step, StepConfig
 from mlflow_dr.tracking.encoders import local_encoder
 from mlflow_dr.training.arguments import TrainingRequest
@@ -70,7 +70,7 @@ def compile_for(request: TrainingRequest) -> str:
     began = time.perf_counter()
     lowered = step.lower_gradient(trained, frozen, batch)
     try:
-        memory = Memory.of(compiled(lowered, f"the step for {name}"), trained)
+        memory = StepMemory.of(compiled(lowered, f"the step for {name}"), trained)
     except jax.errors.JaxRuntimeError as error:
         if not is_out_of_memory(error):
             raise
@@ -151,7 +151,7 @@ def batch_shapes(request: TrainingRequest, encoder: Encoder, step: Step) -> dict
 
 
 def _report(
-    name: str, devices: list[Any], batch: Mapping[str, Any], memory: Memory, seconds: float
+    name: str, devices: list[Any], batch: Mapping[str, Any], memory: StepMemory, seconds: float
 ) -> str:
     limit = memory_limit(devices[0])
     count = len(devices)

@@ -119,7 +119,7 @@ class _Dropout:
 
 
 @dataclass(frozen=True)
-class Backbone:
+class JaxBackbone:
     """Settings of a backbone that its weights do not show.
 
     Attributes:
@@ -280,7 +280,7 @@ def _encode_function(encoder: Encoder, prefix: str, dtype: Any, recompute: bool)
     return encode
 
 
-def _backbone(encoder: Encoder, prefix: str, recompute: bool) -> Backbone:
+def _backbone(encoder: Encoder, prefix: str, recompute: bool) -> JaxBackbone:
     """The settings of an encoder's backbone.
 
     Raises:
@@ -303,7 +303,7 @@ def _backbone(encoder: Encoder, prefix: str, recompute: bool) -> Backbone:
             f"the backbone's configuration has {what}, which --engine jax does not have (known "
             f"activations: {', '.join(ACTIVATIONS)}); use --engine torch"
         )
-    return Backbone(
+    return JaxBackbone(
         prefix=prefix,
         names=NAMES[kind],
         n_layers=int(config.num_hidden_layers),

@@ -20,7 +20,7 @@ CONTRASTIVE, DISTILLATION = OWN_LOSSES
 
 
 @dataclass(frozen=True)
-class LossInputs:
+class LossArrays:
     """The vectors of a batch on one device, at least in fp32.
 
     Attributes:
@@ -57,7 +57,7 @@ def check_objective(objective: Objective) -> None:
         )
 
 
-def summed_loss(objective: Objective, inputs: LossInputs) -> Array:
+def summed_loss(objective: Objective, inputs: LossArrays) -> Array:
     """The sum of the losses of this device's queries; to be divided by their number on all devices.
 
     With `across_devices` the passages of all devices are negatives. It must be called inside
@@ -72,7 +72,7 @@ def summed_loss(objective: Objective, inputs: LossInputs) -> Array:
     return total
 
 
-def _loss(objective: Objective, inputs: LossInputs) -> Array:
+def _loss(objective: Objective, inputs: LossArrays) -> Array:
     """The summed loss of vectors of one number of dimensions."""
     weight = objective.distil_weight
     total = jnp.zeros((), inputs.queries.dtype)
@@ -84,7 +84,7 @@ def _loss(objective: Objective, inputs: LossInputs) -> Array:
     return total
 
 
-def _contrastive(objective: Objective, inputs: LossInputs) -> Array:
+def _contrastive(objective: Objective, inputs: LossArrays) -> Array:
     """InfoNCE; a score matrix that is too large is computed in parts, forward and backward."""
     passages, keys = inputs.passages, inputs.keys if objective.mask_duplicates else None
     is_real = jnp.repeat(inputs.is_real, inputs.group)
@@ -117,7 +117,7 @@ def _contrastive(objective: Objective, inputs: LossInputs) -> Array:
     return (losses * inputs.is_real).sum()
 
 
-def _distillation(objective: Objective, inputs: LossInputs) -> Array:
+def _distillation(objective: Objective, inputs: LossArrays) -> Array:
     """Kullback-Leibler divergence from a teacher's scores."""
     if inputs.teacher is None:
         raise UsageError("the loss 'distillation' needs a teacher's scores of the passages")

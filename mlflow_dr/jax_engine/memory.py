@@ -24,7 +24,7 @@ ASKED = re.compile(r"(?:allocat\w+|[Uu]sed|require\w*)\s+([\d.]+\s*(?:bytes|[KMG
 
 
 @dataclass(frozen=True)
-class Memory:
+class StepMemory:
     """Bytes that a step uses on each device.
 
     Attributes:
@@ -40,7 +40,7 @@ class Memory:
     temporary: int
 
     @classmethod
-    def of(cls, function: Any, trained: Mapping[str, Any]) -> Memory:
+    def of(cls, function: Any, trained: Mapping[str, Any]) -> StepMemory:
         """The memory of a compiled gradient.
 
         Args:
@@ -74,7 +74,7 @@ def larger_than_memory(
     trained: Any,
     frozen: Any,
     batch: Batch,
-    memory: Memory | None = None,
+    memory: StepMemory | None = None,
     error: BaseException | None = None,
 ) -> TrainingError:
     """The error for a step that needs more memory than a device has.
@@ -130,7 +130,7 @@ def chunk_that_fits(step: Step, trained: Any, frozen: Any, batch: Batch) -> int 
         smaller = step.with_chunks({QUERY: size, PASSAGE: size})
         try:
             lowered = smaller.lower_gradient(trained, frozen, batch)
-            memory = Memory.of(compiled(lowered, f"the step for chunks of {size}"), trained)
+            memory = StepMemory.of(compiled(lowered, f"the step for chunks of {size}"), trained)
         except jax.errors.JaxRuntimeError as error:
             if not is_out_of_memory(error):
                 raise

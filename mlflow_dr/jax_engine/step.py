@@ -23,7 +23,7 @@ from transformers import TrainingArguments
 
 from mlflow_dr.encoder.model import Encoder
 from mlflow_dr.jax_engine.encoder import Encode, Weights, encode_functions
-from mlflow_dr.jax_engine.loss import DEVICES, LossInputs, check_objective, summed_loss
+from mlflow_dr.jax_engine.loss import DEVICES, LossArrays, check_objective, summed_loss
 from mlflow_dr.training.batches import PASSAGE, QUERY
 from mlflow_dr.training.loss import Objective
 
@@ -210,7 +210,7 @@ class Step:
                 role: self._vectors(role, weights, batch, jax.random.fold_in(key, position))
                 for position, role in enumerate((QUERY, PASSAGE))
             }
-            inputs = LossInputs(
+            inputs = LossArrays(
                 vectors[QUERY], vectors[PASSAGE], batch[IS_REAL], batch[KEYS], batch.get(TEACHER)
             )
             return summed_loss(config.objective, inputs) / n_real

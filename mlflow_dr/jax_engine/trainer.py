@@ -32,7 +32,7 @@ from mlflow_dr.jax_engine.devices import (
     to_host,
 )
 from mlflow_dr.jax_engine.encoder import weights_of
-from mlflow_dr.jax_engine.memory import Memory, larger_than_memory
+from mlflow_dr.jax_engine.memory import StepMemory, larger_than_memory
 from mlflow_dr.jax_engine.step import Step, StepConfig
 from mlflow_dr.training.batches import PASSAGE, QUERY, Collator, Group
 from mlflow_dr.training.data_metrics import Supply
@@ -189,7 +189,7 @@ class JaxTrainer(RetrieverTrainer):
                 function = compiled(lowered, f"the step for passages of {length} tokens")
             except jax.errors.JaxRuntimeError as error:
                 raise self._failed(error, batch) from error
-            memory = Memory.of(function, state.trained)
+            memory = StepMemory.of(function, state.trained)
             if not memory.fits(self._device):
                 raise larger_than_memory(self._step, state.trained, state.frozen, batch, memory)
             log.info("a step uses %.2f GB on each device", memory.total / 1e9)

@@ -80,7 +80,7 @@ def generated_passages(corpus: Corpus, count: int, seed: int) -> Iterator[Passag
             yield Passage(f"{prefix}{start + number}", "", text)
 
 
-def sampled_rows(directory: Path, n_passages: int, count: int, seed: int) -> Path:
+def write_sampled_rows(directory: Path, n_passages: int, count: int, seed: int) -> Path:
     """Write the rows that every cell reads, in this order, `(count,) int64`; returns the file."""
     path = directory / "rows.npy"
     rows = np.random.default_rng(seed).integers(n_passages, size=count, dtype=np.int64)

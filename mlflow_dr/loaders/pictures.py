@@ -6,7 +6,7 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from mlflow_dr.loaders.results import LoaderStudy, Measured
+from mlflow_dr.loaders.results import CellFigures, LoaderStudy
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -83,7 +83,7 @@ def speed_by_workers(study: LoaderStudy, appetite: float) -> Figure:
     return figure
 
 
-def _is_plain(measured: Measured, axis: str) -> bool:
+def _is_plain(measured: CellFigures, axis: str) -> bool:
     """Whether a cell differs from the usual ones in this axis alone."""
     cell = measured.cell
     if cell.ramdisk or cell.cache != "warm" or cell.start_method != "fork" or cell.pin_memory:
@@ -139,7 +139,7 @@ def where_time_goes(study: LoaderStudy, appetite: float) -> Figure:
     return figure
 
 
-def _parts(measured: Measured, names: Mapping[str, str]) -> dict[str, float]:
+def _parts(measured: CellFigures, names: Mapping[str, str]) -> dict[str, float]:
     return {name: 0.0 if math.isnan(measured[name]) else measured[name] for name in names}
 
 

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 
 from mlflow_dr.files import atomic_write
 from mlflow_dr.loaders.pictures import PICTURES
-from mlflow_dr.loaders.results import LoaderStudy, Measured
+from mlflow_dr.loaders.results import CellFigures, LoaderStudy
 from mlflow_dr.terminal import in_columns
 
 if TYPE_CHECKING:
@@ -52,7 +52,7 @@ def study_text(study: LoaderStudy) -> str:
     return "\n".join([*lines, *findings(study)])
 
 
-def _row(measured: Measured) -> tuple[str, ...]:
+def _row(measured: CellFigures) -> tuple[str, ...]:
     rates, loaded = measured.values("samples_per_cpu_s"), measured["samples"]
     return (
         measured.cell.label,
@@ -196,18 +196,18 @@ def advised_flags(study: LoaderStudy) -> str:
     )
 
 
-def _single(study: LoaderStudy) -> list[Measured]:
+def _single(study: LoaderStudy) -> list[CellFigures]:
     return [cell for cell in study.measured if cell.cell.ranks == 1]
 
 
-def _named(measured: Measured) -> str:
+def _named(measured: CellFigures) -> str:
     cell = measured.cell
     if cell.workers:
         return cell.label
     return cell.label.replace(cell.store, f"{cell.store} without workers", 1)
 
 
-def _gigabytes(measured: Measured) -> str:
+def _gigabytes(measured: CellFigures) -> str:
     return f"{measured['private_end_mb'] / 1024:.2f} GB"
 
 
@@ -236,7 +236,7 @@ def _draw(study: LoaderStudy, draw: Callable[[LoaderStudy, float], Figure], path
     draw(study, appetite(study)).savefig(path, format="png")
 
 
-def _write_table(measured: Sequence[Measured], path: Path) -> None:
+def _write_table(measured: Sequence[CellFigures], path: Path) -> None:
     names = list(dict.fromkeys(name for cell in measured for name in cell.names))
     with path.open("w", encoding="utf-8", newline="") as file:
         rows = csv.writer(file)

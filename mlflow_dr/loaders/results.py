@@ -11,7 +11,7 @@ from mlflow_dr.loaders.cell import Cell
 
 
 @dataclass(frozen=True)
-class Measured:
+class CellFigures:
     """One cell's figures.
 
     Attributes:
@@ -65,10 +65,10 @@ class LoaderStudy:
     passages: int
     payload: str
     model: str
-    cells: Sequence[Measured]
+    cells: Sequence[CellFigures]
     build_seconds: Mapping[str, float] = field(default_factory=dict)
 
     @property
-    def measured(self) -> list[Measured]:
+    def measured(self) -> list[CellFigures]:
         """The cells that have figures."""
         return [cell for cell in self.cells if cell.repeats]

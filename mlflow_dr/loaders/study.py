@@ -36,11 +36,11 @@ from mlflow_dr.loaders.config import LoadersConfig
 from mlflow_dr.loaders.documents import (
     check_stores,
     enlarged,
-    sampled_rows,
     tiny_encoder_directory,
+    write_sampled_rows,
 )
 from mlflow_dr.loaders.report import write_study
-from mlflow_dr.loaders.results import LoaderStudy, Measured
+from mlflow_dr.loaders.results import CellFigures, LoaderStudy
 from mlflow_dr.progress import progress_bar
 from mlflow_dr.stores.store import open_store, store_directory
 from mlflow_dr.tracking.artifacts import LOADERS_FOLDER, log_study
@@ -147,7 +147,7 @@ def _prepare(config: LoadersConfig, ending: ExitStack) -> _Work:
     tokenizer = config.tokenizer or model
     directories, seconds = _built_stores(config, corpus, tokenizer)
     state = _state_directory(config, corpus)
-    rows = sampled_rows(state, len(corpus), config.samples, config.seed)
+    rows = write_sampled_rows(state, len(corpus), config.samples, config.seed)
     workloads = {
         store: Workload(
             directory=str(directory),
@@ -216,7 +216,7 @@ def _state_directory(config: LoadersConfig, corpus: Corpus) -> Path:
 
 def _measure_all(
     config: LoadersConfig, workloads: Mapping[str, Workload], model: str, state: Path
-) -> list[Measured]:
+) -> list[CellFigures]:
     """The figures of all cells; each repeat measures every cell once, in the same order.
 
     Args:
@@ -244,7 +244,7 @@ def _measure_all(
                 if cell not in problems:
                     found[cell].append(json.loads(file.read_text(encoding="utf-8")))
                 bar.update(1)
-    return [Measured(cell, found[cell], problems.get(cell, "")) for cell in cells]
+    return [CellFigures(cell, found[cell], problems.get(cell, "")) for cell in cells]
 
 
 def _measure(cell: Cell, workload: Workload, file: Path) -> None:

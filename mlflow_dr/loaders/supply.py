@@ -14,7 +14,7 @@ from mlflow_dr.errors import UsageError
 from mlflow_dr.loaders.cell import MB, Figures
 from mlflow_dr.loaders.feed import COLLATE, LOOKUP, TOKENIZE, Batches, Feed, Loading, batch_loader
 from mlflow_dr.process_tree import (
-    Memory,
+    MemoryUse,
     Sampler,
     TreeSample,
     tree_cpu,
@@ -169,7 +169,7 @@ class SupplyPass:
         return {**figures, "epoch_stall_s": time.monotonic() - began}, following
 
     def _memory(
-        self, start: Clocks, end: Clocks, samples: Sequence[TreeSample], last: Memory
+        self, start: Clocks, end: Clocks, samples: Sequence[TreeSample], last: MemoryUse
     ) -> Figures:
         """Memory by pages, at the first batch, meanwhile and after the last one."""
         size = self._batches.size

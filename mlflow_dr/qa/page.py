@@ -20,7 +20,9 @@ PAGE = "page.html"
 EXAMPLES = 12
 
 
-def write_page(folder: Path, dataset: str, parts: FinishedParts, runs: Mapping[str, str]) -> Path:
+def write_qa_page(
+    folder: Path, dataset: str, parts: FinishedParts, runs: Mapping[str, str]
+) -> Path:
     """Write the page of finished parts.
 
     Args:

@@ -16,7 +16,7 @@ from typing import Any
 from mlflow_dr.decisions.best import find_best, mark_best
 from mlflow_dr.launch import Command, check_ended, launch, run_both, share_machine
 from mlflow_dr.qa.config import TINY, QaConfig
-from mlflow_dr.qa.page import write_page
+from mlflow_dr.qa.page import write_qa_page
 from mlflow_dr.qa.progress import FILE as PARTS
 from mlflow_dr.qa.progress import FinishedParts
 from mlflow_dr.qa.questions import DEV, TRAIN, open_questions, prepare_questions
@@ -87,7 +87,7 @@ def answer_questions(config: QaConfig, training: Sequence[str] = ()) -> Path:
         for name, work in pipeline.work.items():
             log.info("%s: %s", name, "finished before" if name in parts else "begins")
             parts.do(name, work)
-        page = write_page(folder, config.dataset, parts, {"question answering": run.id})
+        page = write_qa_page(folder, config.dataset, parts, {"question answering": run.id})
         files = [page, folder / PARTS, folder / "predictions.json"]
         log_study(run, files, QA_FOLDER)
         _log_curves(run, parts)

@@ -16,7 +16,7 @@ from mlflow_dr.decisions.best import Best, against_runner_up, find_best
 from mlflow_dr.decisions.significance import Difference, mean_interval
 from mlflow_dr.errors import DataError, NoValuesError, UsageError
 from mlflow_dr.retrieval.measures import recorded_measures
-from mlflow_dr.tracking.artifacts import per_query_values, query_texts
+from mlflow_dr.tracking.artifacts import per_query_values, stored_query_texts
 from mlflow_dr.tracking.checkpoints import Checkpoint, run_checkpoints
 from mlflow_dr.tracking.results import TIMINGS, State, validation_state
 from mlflow_dr.tracking.runs import TrackedRun
@@ -79,7 +79,7 @@ class Curve:
         return [values[key] for values in self.values if key in values]
 
 
-class Query(NamedTuple):
+class ComparedQuery(NamedTuple):
     """A query whose value differs between the best checkpoint and the next."""
 
     query_id: str
@@ -111,8 +111,8 @@ class RunReport:
     metric: Metric
     best: Best
     change: Difference | None
-    won: Sequence[Query]
-    lost: Sequence[Query]
+    won: Sequence[ComparedQuery]
+    lost: Sequence[ComparedQuery]
     changes: np.ndarray
     curves: Sequence[Curve]
     states: Mapping[str, Mapping[str, int]]
@@ -250,7 +250,9 @@ def _column(table: Table, key: str) -> np.ndarray:
     return np.array([value for value in rows if value is not None], np.float64)
 
 
-def _queries(run: TrackedRun, best: Best) -> tuple[np.ndarray, list[Query], list[Query]]:
+def _queries(
+    run: TrackedRun, best: Best
+) -> tuple[np.ndarray, list[ComparedQuery], list[ComparedQuery]]:
     """The change of each query from the runner-up to the best, and those that changed most."""
     if best.runner_up is None:
         return np.zeros(0), [], []
@@ -260,9 +262,9 @@ def _queries(run: TrackedRun, best: Best) -> tuple[np.ndarray, list[Query], list
     except (NoValuesError, DataError):
         return np.zeros(0), [], []
     measure = str(*recorded_measures(best.metric.key))
-    texts = query_texts(run, best.checkpoint, best.metric.validation)
+    texts = stored_query_texts(run, best.checkpoint, best.metric.validation)
     queries = [
-        Query(query_id, texts.get(query_id, ""), before[query_id][measure], values[measure])
+        ComparedQuery(query_id, texts.get(query_id, ""), before[query_id][measure], values[measure])
         for query_id, values in after.items()
         if measure in values and measure in before.get(query_id, {})
     ]

@@ -7,7 +7,7 @@ from statistics import median
 
 from mlflow_dr import pages
 from mlflow_dr.decisions.comparison import changes_figure
-from mlflow_dr.report.contents import Curve, Query, RunReport
+from mlflow_dr.report.contents import ComparedQuery, Curve, RunReport
 from mlflow_dr.report.figures import (
     FULL,
     curve_figure,
@@ -93,7 +93,7 @@ def _lead(report: RunReport) -> Iterator[str]:
             yield _query_table(queries, runner_up.checkpoint.step, best.checkpoint.step)
 
 
-def _query_table(queries: Sequence[Query], before: int, after: int) -> str:
+def _query_table(queries: Sequence[ComparedQuery], before: int, after: int) -> str:
     rows = [(query.query_id, query.text, query.before, query.after) for query in queries]
     return pages.table(("id", "query", f"step {before}", f"step {after}"), rows)
 

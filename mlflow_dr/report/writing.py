@@ -30,7 +30,7 @@ def check_picture(path: Path) -> None:
         raise UsageError(f"{path}: the name of a picture ends in {', '.join(PICTURES)}")
 
 
-def write_page(report: RunReport, path: Path) -> None:
+def write_report_page(report: RunReport, path: Path) -> None:
     """Write the page."""
     with atomic_write(path) as partial:
         partial.write_text(report_page(report), encoding="utf-8")
@@ -52,7 +52,7 @@ def log_report(report: RunReport) -> None:
     """
     with scratch() as directory:
         directory.mkdir()
-        write_page(report, directory / PAGE)
+        write_report_page(report, directory / PAGE)
         for kind in (".svg", ".png"):
             write_picture(report, directory / f"curve{kind}")
         (directory / TABLE).write_text(markdown_table(report) + "\n", encoding="utf-8")

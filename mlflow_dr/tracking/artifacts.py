@@ -115,7 +115,7 @@ def per_query_values(
     }
 
 
-def query_texts(run: TrackedRun, checkpoint: Checkpoint, name: str) -> dict[str, str]:
+def stored_query_texts(run: TrackedRun, checkpoint: Checkpoint, name: str) -> dict[str, str]:
     """The texts of the queries that a validation has stored, by id; empty if it has not."""
     path = f"{_folder(name)}/{Path(_file(checkpoint)).with_suffix('.csv')}"
     with scratch() as directory:

@@ -168,19 +168,7 @@ def _search_all(
 ) -> list[Report]:
     """Reports of requests that are of a ranking."""
     tokens, common = requests[0][0].tokens, requests[0][1]
-    for data, settings in requests:
-        is_same = data.corpus.digest == tokens.corpus.digest
-        places = {
-            (each.engine, each.device, each.dtype, each.query_prompt, each.passage_prompt)
-            for each in (settings, common)
-        }
-        if not is_same or len(places) > 1:
-            raise ValueError(
-                "one pass is over one corpus, on one device, in one number format, with one prompt"
-            )
-        data.check_measures(settings)
-        if not settings.keep_own_id:
-            data.warn_of_own_ids()
+    _check_requests(requests)
     depths = _depths(requests)
     encoder = with_settings(encoder, common.prompts)
     text_tokenizer = TextTokenizer(encoder.tokenizer, encoder.settings)
@@ -225,6 +213,29 @@ def _search_all(
         Report(mean_values(per_query), per_query, ranking, seconds, passages, dtype, intervals)
         for per_query, ranking, intervals in measured
     ]
+
+
+def _check_requests(requests: Sequence[tuple[EvalDataset, EvalConfig]]) -> None:
+    """Refuse what one pass cannot do; warn of relevant passages that are left out.
+
+    Raises:
+        UsageError: a measure needs judgements or answers that a split lacks.
+        ValueError: corpora, devices, formats or prompts differ.
+    """
+    tokens, common = requests[0][0].tokens, requests[0][1]
+    for data, settings in requests:
+        is_same = data.corpus.digest == tokens.corpus.digest
+        places = {
+            (each.engine, each.device, each.dtype, each.query_prompt, each.passage_prompt)
+            for each in (settings, common)
+        }
+        if not is_same or len(places) > 1:
+            raise ValueError(
+                "one pass is over one corpus, on one device, in one number format, with one prompt"
+            )
+        data.check_measures(settings)
+        if not settings.keep_own_id:
+            data.warn_of_own_ids()
 
 
 def tokenise(encoder: Encoder, requests: Sequence[tuple[EvalDataset, EvalConfig]]) -> None:

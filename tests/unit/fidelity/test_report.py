@@ -11,7 +11,7 @@ import pyarrow.parquet as pq
 import pytest
 from matplotlib.text import Text
 
-from mlflow_dr.fidelity_study.agreement import Curve, FidelityResult, compare_curves
+from mlflow_dr.fidelity_study.agreement import FidelityResult, SubsetCurve, compare_curves
 from mlflow_dr.fidelity_study.report import (
     curves_figure,
     recommendation,
@@ -20,7 +20,7 @@ from mlflow_dr.fidelity_study.report import (
     write_files,
 )
 
-MakeCurve = Callable[..., Curve]
+MakeCurve = Callable[..., SubsetCurve]
 MakeResult = Callable[..., FidelityResult]
 
 GOOD = (0.2, 0.4, 0.55, 0.5, 0.6)  # the full corpus's order

@@ -13,8 +13,8 @@ from mlflow_dr.loaders.documents import (
     WORDS_PER_PASSAGE,
     check_stores,
     enlarged,
-    sampled_rows,
     tiny_encoder_directory,
+    write_sampled_rows,
 )
 from mlflow_dr.stores.store import DocumentStore, open_store, store_directory
 
@@ -65,10 +65,10 @@ def test_a_dataset_without_words_cannot_be_enlarged() -> None:
 
 
 def test_rows_are_the_same_for_the_same_seed(tmp_path: Path) -> None:
-    rows = np.load(sampled_rows(tmp_path, 7, 100, seed=3))
+    rows = np.load(write_sampled_rows(tmp_path, 7, 100, seed=3))
     assert rows.dtype == np.int64
     assert set(rows.tolist()) == set(range(7))
-    assert (np.load(sampled_rows(tmp_path, 7, 100, seed=3)) == rows).all()
+    assert (np.load(write_sampled_rows(tmp_path, 7, 100, seed=3)) == rows).all()
 
 
 def test_the_tiny_encoder_is_made_once(corpus: Corpus) -> None:

@@ -15,9 +15,9 @@ from mlflow_dr.loaders.report import (
     study_text,
     write_study,
 )
-from mlflow_dr.loaders.results import LoaderStudy, Measured
+from mlflow_dr.loaders.results import CellFigures, LoaderStudy
 
-MakeCell = Callable[..., Measured]
+MakeCell = Callable[..., CellFigures]
 MakeStudy = Callable[..., LoaderStudy]
 
 
@@ -25,7 +25,7 @@ MakeStudy = Callable[..., LoaderStudy]
 def measured() -> MakeCell:
     """Makes a measured cell of three repeats; the rate is documents a second."""
 
-    def make(store: str, rate: float, private: float = 170.0, **settings: Any) -> Measured:
+    def make(store: str, rate: float, private: float = 170.0, **settings: Any) -> CellFigures:
         figures = {
             "samples": 1000,
             "samples_per_s": rate,
@@ -45,7 +45,7 @@ def measured() -> MakeCell:
             figures["model_samples_per_s"] = takes
         figures |= settings.pop("figures", {})
         repeats = [{**figures, "samples_per_s": rate * factor} for factor in (0.9, 1.0, 1.2)]
-        return Measured(Cell(store=store, **settings), repeats)
+        return CellFigures(Cell(store=store, **settings), repeats)
 
     return make
 
@@ -54,7 +54,7 @@ def measured() -> MakeCell:
 def study(measured: MakeCell) -> Callable[..., LoaderStudy]:
     """Makes a study of cells."""
 
-    def make(*cells: Measured, payload: str = "ids") -> LoaderStudy:
+    def make(*cells: CellFigures, payload: str = "ids") -> LoaderStudy:
         return LoaderStudy("sea", 100, payload, "tiny", cells, {"lookup": 0.5})
 
     return make
@@ -71,7 +71,9 @@ def usual(measured: MakeCell, study: MakeStudy) -> LoaderStudy:
         measured("memory", 6000, 2200, workers=2, start_method="forkserver", model_takes=1000),
         measured("lookup", 7000, 320, ranks=2, model_takes=1000),
         measured("lookup", 3000, 160, cache="cold", model_takes=1000),
-        Measured(Cell(store="lookup", ramdisk=True), [], "/dev/shm has 60 MB; 381 MB are needed"),
+        CellFigures(
+            Cell(store="lookup", ramdisk=True), [], "/dev/shm has 60 MB; 381 MB are needed"
+        ),
     )
 
 
