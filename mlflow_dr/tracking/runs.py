@@ -220,18 +220,23 @@ class TrackedRun:
             self.client.log_inputs(self.id, [entry])
 
     @contextmanager
-    def finish_on_exit(self, what: str) -> Iterator[None]:
+    def finish_on_exit(self, what: str, before: Run | None = None) -> Iterator[None]:
         """End the run with the block: FINISHED, FAILED after an error, KILLED after Ctrl-C.
 
         Args:
             what: what the block does, for the log.
+            before: a run that continues, as it was; one that had ended stays so when its
+                continuation is refused by a UsageError.
         """
         try:
             yield
         except BaseException as error:
             status = "KILLED" if isinstance(error, KeyboardInterrupt) else "FAILED"
             try:
-                self._end(status, what)
+                if isinstance(error, UsageError) and before is not None and is_over(before):
+                    self.finish(before.info.status, before.info.end_time)
+                else:
+                    self._end(status, what)
             except TrackingError as second:  # the first error says more
                 log.error("%s", second)
             raise
@@ -241,10 +246,10 @@ class TrackedRun:
         self.finish(status)
         log.info("run %s: %s %s", self.id, what, status.lower())
 
-    def finish(self, status: str) -> None:
+    def finish(self, status: str, milliseconds: int | None = None) -> None:
         """End the run with a status, after pending metrics: `FINISHED`, `FAILED` or `KILLED`."""
         with tracking_errors(f"ending run {self.id}"):
-            self.client.set_terminated(self.id, status)
+            self.client.set_terminated(self.id, status, milliseconds)
 
 
 def open_run(

@@ -153,6 +153,7 @@ def _train_first(
     arguments = request.trainer
     client = connect(request.publish.tracking_uri)
     data = open_data(request.data, arguments.seed)
+    before = find_run(client, resumption.run_id).seen if resumption else None
     run = open_run(
         client,
         request.publish.experiment_name,
@@ -161,9 +162,10 @@ def _train_first(
         run_name(request),
     )
     log.info("run %s (%s)", run.id, run.name)
-    with run.finish_on_exit("training"), system_metrics(run):
+    with run.finish_on_exit("training", before), system_metrics(run):
         if resumption is None and request.saves:
             begin_output(str(arguments.output_dir), run.id)
+        keep_held_out(run, data.held_out)  # before the param that names it to validators
         if resumption is not None:
             note_changes(run, request, resumption.name)
         _describe(run, request, data)
@@ -173,7 +175,6 @@ def _train_first(
 
 def _describe(run: TrackedRun, request: TrainingRequest, data: TrainingData) -> None:
     """Show the training data and parameters on the run, and what validators need to know."""
-    keep_held_out(run, data.held_out)  # before the param that names it to validators
     params = {DATASET_PARAM: request.data.dataset_name, **params_of(request)}
     if data.collection is not None:
         run.set_tags({DATASET_TAG: data.collection.name})

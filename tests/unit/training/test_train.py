@@ -479,6 +479,12 @@ def test_resuming_a_finished_training_does_nothing_twice(trained: Make, tmp_path
     assert again.status == "FINISHED"
     assert len(run_checkpoints(again)) == 3
     assert [step for step, _ in again.points()] == [1, 2, 3, 4]
+    info = again.fetch().info
+    for refused in ({"validation_fraction": 0.2, "learning_rate": 1}, {"model": "nowhere/there"}):
+        with pytest.raises(UsageError):
+            trained("--resume_from_checkpoint", **{**options, **refused})
+        assert (again.status, again.seen.info.end_time) == (info.status, info.end_time)
+    assert "mlflow_dr.resumed" not in again.seen.data.tags
 
 
 def test_without_a_checkpoint_resuming_starts_no_run(
