@@ -16,6 +16,7 @@ from mlflow_dr.version import VERSION
 if TYPE_CHECKING:
     from mlflow_dr.api import (
         compare,
+        curve,
         encode,
         evaluate,
         fidelity,
@@ -40,6 +41,7 @@ __version__ = VERSION
 __all__ = [
     "PublishCallback",
     "compare",
+    "curve",
     "encode",
     "evaluate",
     "fidelity",

@@ -114,11 +114,12 @@ def run(
     from mlflow_dr.report.contents import read_report
     from mlflow_dr.training.parsing import training_argv
 
-    own = {key: value for key, value in flags.items() if key in known_keywords(RunConfig)}
-    others = {key: value for key, value in flags.items() if key not in own}
+    known = known_keywords(RunConfig)
+    own = {key: value for key, value in flags.items() if key in known}
+    others = {key: value for key, value in flags.items() if key not in known}
     with _named_or_none(model) as name:
         config = make_config(RunConfig, own, dataset=dataset, model=name)
-        tracked = launch(config, [*config.training_flags, *training_argv(others)])
+        tracked = launch(config, [*config.training_flags, *training_argv(others, known)])
     tracked.fetch()
     return read_report(tracked, config.metric)
 
@@ -154,6 +155,32 @@ def validate(run: str | Run | None = None, **options: Unpack[ValidateOptions]) -
         raise UsageError("an experiment has no curve of its own")
     tracked.fetch()
     return read_report(tracked, metric)
+
+
+def curve(
+    run: str | Run, *, metric: str | None = None, tracking_uri: str | None = None
+) -> RunReport:
+    """Read the curves of a run, also while it is going on, as `mlflow-dr report` does.
+
+    Args:
+        run: what `train` returned, the id of a run, the beginning of its id, or its name.
+        metric: decides which checkpoint is best (default: the first measure of the validation that
+            began first).
+        tracking_uri: the tracking server (default: MLFLOW_TRACKING_URI).
+
+    Returns:
+        The curves, and the best checkpoint.
+
+    Raises:
+        UsageError: the run has no such metric.
+        TrackingError: no such run, no server, or no checkpoint has a value.
+    """
+    from mlflow_dr.report.contents import read_report
+    from mlflow_dr.tracking.client import connect
+    from mlflow_dr.tracking.runs import resolve_run
+
+    client = connect(tracking_uri, may_create=False)
+    return read_report(resolve_run(client, _run_id(run) or ""), metric)
 
 
 @keywords(EvaluateOptions, EvaluateConfig)
@@ -261,7 +288,7 @@ def encode(
 
     with _named(encoder) as name:
         config = make_config(EncodeConfig, options, encoder=name, dataset=dataset, output=output)
-        return VectorFolder(Path(output), encode_config(config))
+        return VectorFolder(Path(output), encode_config(config), encoder)
 
 
 @keywords(SearchOptions, SearchConfig)
@@ -281,9 +308,15 @@ def search(question: Texts | None, sources: Paths, **options: Unpack[SearchOptio
         DataError: a file is damaged.
         CheckpointError: the encoder gives NaN.
     """
+    from mlflow_dr.vectors.folder import VectorFolder
     from mlflow_dr.vectors.searching import search as search_config
 
-    with _named_or_none(options.get("encoder")) as name:
+    if question is not None and not question:
+        raise UsageError("question is empty; give a text, or None for the queries of a split")
+    encoder = options.get("encoder")
+    if encoder is None and isinstance(sources, VectorFolder):
+        encoder = sources.encoder
+    with _named_or_none(encoder) as name:
         others = {**options, "encoder": name}
         return search_config(make_config(SearchConfig, others, question=question, sources=sources))
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import argparse
 import json
 import logging
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import fields
 from glob import glob
 from multiprocessing import get_all_start_methods, get_start_method
@@ -101,13 +101,22 @@ def training_parser() -> HfArgumentParser:
     return parser
 
 
-def training_argv(flags: Mapping[str, Any]) -> list[str]:
+def training_argv(flags: Mapping[str, Any], others: Iterable[str] = ()) -> list[str]:
     """Flags of Python, name -> value, as words of a command line; None stands for no flag.
+
+    Args:
+        flags: name -> value.
+        others: names of further flags of the command, for suggestions.
 
     Raises:
         UsageError: an unknown flag, or a value that does not fit.
     """
-    return _flag_words(training_parser(), {f"--{name}": value for name, value in flags.items()})
+    parser = training_parser()
+    known = compat.flag_actions(parser)
+    names = {name: f"--{name}" for name in flags}
+    if unknown := [name for name in names.values() if name not in known]:
+        raise UsageError(unknown_flag(unknown[0], [*known, *(f"--{name}" for name in others)]))
+    return _flag_words(parser, {names[name]: value for name, value in flags.items()})
 
 
 def parse_training(argv: Sequence[str], processes: int = 1) -> TrainingRequest:
@@ -305,8 +314,6 @@ def _flag_words(parser: argparse.ArgumentParser, values: Mapping[str, Any]) -> l
     for name, value in values.items():
         if value is None:
             continue
-        if name not in actions:
-            raise UsageError(unknown_flag(name, actions))
         items = list(value) if isinstance(value, list | tuple) else [value]
         if any(isinstance(item, list | tuple) for item in items):
             raise UsageError(f"{name}: expected a value, or a list of values")

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from mlflow_dr import pages
+from mlflow_dr.options import AnyEncoder
 from mlflow_dr.retrieval.vector_manifest import VectorManifest
 from mlflow_dr.retrieval.vectors import Vectors, open_vectors
 
@@ -22,10 +23,12 @@ class VectorFolder:
     Attributes:
         path: of the folder.
         manifests: of the shards that were written.
+        encoder: what has encoded them.
     """
 
     path: Path
     manifests: Sequence[VectorManifest]
+    encoder: AnyEncoder
 
     def __fspath__(self) -> str:
         return str(self.path)
@@ -45,6 +48,10 @@ class VectorFolder:
 
         vectors = self.open()
         return pd.DataFrame(vectors.read(), index=vectors.ids.to_pylist())
+
+    def __repr__(self) -> str:
+        rows = sum(manifest.rows for manifest in self.manifests)
+        return f"{self.path}: {rows} vectors of {self.manifests[0].dimension} dimensions"
 
     def _repr_html_(self) -> str:
         first = self.manifests[0]

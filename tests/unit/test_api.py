@@ -198,7 +198,9 @@ def test_encoders_are_compared(
 
 
 def test_a_question_is_searched(directory: Path, folder: Path, tmp_path: Path) -> None:
-    vectors = mlflow_dr.encode(directory, folder, output=tmp_path / "vectors", **FAST)
+    loaded = mlflow_dr.load_encoder(directory)
+    vectors = mlflow_dr.encode(loaded, folder, output=tmp_path / "vectors", **FAST)
+    assert repr(vectors) == f"{tmp_path}/vectors: 3 vectors of {loaded.dimension} dimensions"
     assert vectors.frame().shape == (3, vectors.open().dimension)
     assert "3 passages" in vectors._repr_html_()
     found = mlflow_dr.search(list(QUERIES.values()), vectors, depth=2)
@@ -215,11 +217,14 @@ def test_a_question_is_searched(directory: Path, folder: Path, tmp_path: Path) -
     assert measured.frame()["mean"][0] == report.frame()["mrr@10"].mean()
 
     argv = [str(vectors.path), "--question", "what do gulls eat", "--depth", "1"]
+    argv += ["--encoder", str(directory)]
     printed = CliRunner().invoke(search_command, argv).output.splitlines()
     assert printed[0] == "what do gulls eat"
     assert printed[1].split(maxsplit=3)[2:] == [ids[0], TEXTS[ids[0]]]
     with pytest.raises(UsageError, match="question shows passages; leave out --split"):
         mlflow_dr.search("what", vectors, split="dev")
+    with pytest.raises(UsageError, match="question is empty"):
+        mlflow_dr.search([], vectors)
 
 
 def test_negatives_are_mined(folder: Path, tmp_path: Path) -> None:
@@ -252,6 +257,7 @@ def test_a_run_is_trained_validated_and_studied(
     assert "<svg" in curve._repr_html_()
     assert repr(curve) == f"3 checkpoints of run {run.name}; best: {curve.best}"
     assert curve.best.uri in repr(curve.best)
+    assert mlflow_dr.curve(run.name).frame().equals(curve.frame())
     best = mlflow_dr.load_encoder(curve.best)
     report = mlflow_dr.evaluate(best, folder, measures="mrr@10", **FAST)
     assert report.measures["mrr@10"] == pytest.approx(curve.best.first.value)
@@ -265,6 +271,8 @@ def test_a_run_is_trained_validated_and_studied(
 def test_flags_of_training_that_do_not_exist_are_named(folder: Path) -> None:
     with pytest.raises(UsageError, match="unknown flag --learning_rat; did you mean --learning_r"):
         mlflow_dr.train(folder, learning_rat=1)
+    with pytest.raises(UsageError, match="unknown flag --mesures; did you mean --measures"):
+        mlflow_dr.run(folder, "tiny", mesures="mrr@10")
     with pytest.raises(UsageError, match="compile_only trains nothing"):
         mlflow_dr.train(folder, engine="jax", compile_only="v5e:2x4")
 
