@@ -326,7 +326,8 @@ class ContentDigest:
             self._update(name + ITEMS, column.flatten())
         elif pa.types.is_string(column.type):
             self._lengths[name].update(_plain(pc.binary_length(column), "<i8"))
-            self._bytes[name].update("".join(column.to_pylist()).encode())
+            values = strings(column)
+            self._bytes[name].update(values.data[values.offsets[0] : values.offsets[-1]])
         else:
             wide = "<f8" if pa.types.is_floating(column.type) else "<i8"
             self._bytes[name].update(_plain(column, wide))

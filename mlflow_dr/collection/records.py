@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from array import array
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import NamedTuple, TypeVar
 
@@ -93,20 +94,26 @@ R = TypeVar("R", Passage, Query)
 
 
 def unique(kind: str, read: Callable[[], Iterable[tuple[str, R]]]) -> Iterator[R]:
-    """All records of a source, after a check that no id is used twice.
+    """All records of a source, and at the end a check that no id is used twice.
 
     Args:
         kind: what the records are, for messages.
-        read: yields the records with their locations; called again to find the first of two.
+        read: yields the records with their locations; called again to find the two.
 
     Raises:
         DataError: an id is used twice, with both locations.
     """
-    ids: set[str] = set()
-    for location, record in read():
-        if record.id in ids:
-            first = next(earlier for earlier, other in read() if other.id == record.id)
+    hashes = array("q")  # 8 bytes for each id; the ids themselves would need ten times as much
+    for _, record in read():
+        hashes.append(hash(record.id))
+        yield record
+    in_order = np.sort(np.frombuffer(hashes, np.int64))
+    suspects = set(in_order[1:][in_order[1:] == in_order[:-1]].tolist())
+    first_uses: dict[str, str] = {}
+    for location, record in read() if suspects else ():
+        if hash(record.id) not in suspects:
+            continue
+        if (first := first_uses.get(record.id)) is not None:
             also = f"; its first use is at {first}" if first != location else ""
             raise DataError(f"{location}: {kind} id {quoted(record.id)} is used twice{also}")
-        ids.add(record.id)
-        yield record
+        first_uses[record.id] = location
