@@ -391,7 +391,8 @@ def _named(encoder: AnyEncoder) -> Iterator[str]:
         return
     from mlflow_dr.encoder.saving import LoadedEncoder, save_loaded_encoder
 
-    with scratch() as directory:
+    with scratch() as folder:
+        directory = folder / "loaded"  # a run is called after it
         save_loaded_encoder(directory, cast(LoadedEncoder, encoder))
         yield str(directory)
 

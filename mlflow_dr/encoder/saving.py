@@ -106,7 +106,9 @@ def as_sentence_transformer(encoder: Encoder) -> SentenceTransformer:
     """A copy of an encoder as sentence-transformers' object, on the same device."""
     from sentence_transformers import SentenceTransformer
 
-    with scratch() as directory:
+    from mlflow_dr.encoder.backbone import quiet_transformers
+
+    with scratch() as directory, quiet_transformers():
         save_encoder(directory, encoder)
         return SentenceTransformer(str(directory), device=str(encoder.device))
 
