@@ -61,6 +61,7 @@ def launch(config: RunConfig, training: Sequence[str], run: TrackedRun | None = 
     name = validation.all_validations[0].name
     check_devices_and_dtype(config.engine, device, config.dtype)
     request, validated, resumed = _checked_training(training, config.gpus)
+    validation = validation.replaced(dataset=validated)
     if run is None:
         from mlflow_dr.training.run_params import run_name
 
@@ -69,7 +70,7 @@ def launch(config: RunConfig, training: Sequence[str], run: TrackedRun | None = 
         run = open_run(client, experiment, resumed, request.trainer.run_name, run_name(request))
     if not config.keep_up:
         run.set_param_once(MAIN_PARAM, name)
-    validation = validation.replaced(run_id=run.id, dataset=validated)
+    validation = validation.replaced(run_id=run.id)
     with scratch() as directory:
         directory.mkdir()
         file = directory / "validate.json"
@@ -147,20 +148,20 @@ def _checked_training(
     """What a training's flags say; what would be refused is refused before a run is created.
 
     Returns:
-        The request, the collection that validators search, and the run that it resumes.
+        The request, the collection or suite that validators search, and the run that it resumes.
     """
     from mlflow_dr.training import resume
-    from mlflow_dr.training.data import validated_collection
+    from mlflow_dr.training.data import validated_dataset
     from mlflow_dr.training.parsing import parse_training
 
     request = parse_training(training, processes)
-    validated = validated_collection(request.data)
+    validated = validated_dataset(request.data)
     trainer = request.trainer
     output, overwrites = str(trainer.output_dir), trainer.overwrite_output_dir
     resumption = resume.find_resumption(output, trainer.resume_from_checkpoint)
     with resume.claimed_output(output, resumption, request.saves, overwrites):
         pass
-    return request, validated.name, resumption.run_id if resumption else None
+    return request, validated, resumption.run_id if resumption else None
 
 
 @dataclass

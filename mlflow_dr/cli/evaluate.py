@@ -12,7 +12,7 @@ from mlflow_dr.validation.config import CompareConfig, EvaluateConfig
 @click.command("evaluate", cls=TakesSeveral)
 @takes(EvaluateConfig)
 def evaluate_command(config: EvaluateConfig) -> None:
-    """Measure one encoder on one collection, without tracking.
+    """Measure one encoder on a collection or a suite, without tracking.
 
     ENCODER is a directory (ours, sentence-transformers' or a bare backbone's), a hub name, or
     models:/<id> or models:/NAME@best for a published checkpoint. Under `mlflow run` the report is
@@ -21,6 +21,7 @@ def evaluate_command(config: EvaluateConfig) -> None:
     \b
     Example:
         mlflow-dr evaluate my-encoder --dataset irds:vaswani --measures "ndcg@10 recall@100"
+        mlflow-dr evaluate my-encoder --dataset nanobeir --measures ndcg@10
     """
     from mlflow_dr.validation.evaluate import evaluate_encoder
 

@@ -184,7 +184,7 @@ class DataArguments:
         "ids are those of the collection, unless the folder has a corpus.",
     )
     validation_dataset: str | None = flag(
-        None, "The collection to validate on (default: the first one of --dataset)."
+        None, "The collection or suite to validate on (default: the first of --dataset)."
     )
     dataset_proc_num: int = flag(
         12, "Largest number of processes that tokenise; at most the number of cores.", "--num_proc"

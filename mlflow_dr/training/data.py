@@ -21,6 +21,7 @@ from mlflow_dr.collection.catalogue import (
 )
 from mlflow_dr.collection.held_out import HELD_OUT, check_in_corpus, hold_out
 from mlflow_dr.collection.records import Topics
+from mlflow_dr.collection.suites import suite_members
 from mlflow_dr.collection.training_files import TrainingFiles
 from mlflow_dr.errors import UsageError
 from mlflow_dr.training.arguments import DataArguments
@@ -55,7 +56,8 @@ class TrainingData:
 
     Attributes:
         parts: the datasets to train on, mixed by weight.
-        collection: the collection to validate on; None if none has judged queries.
+        collection: the collection to validate on; None if none has judged queries, or it is a
+            suite.
         split: its split.
         held_out: the training queries of that split, with `--validation_fraction`.
     """
@@ -156,23 +158,26 @@ def _rates(arguments: DataArguments, weights: Sequence[float | None]) -> list[in
     return rates
 
 
-def validated_collection(arguments: DataArguments) -> Collection:
-    """The collection to validate on.
+def validated_dataset(arguments: DataArguments) -> str:
+    """What validators search: the name of a collection or of a suite.
 
     Raises:
         UsageError: no dataset that the flags name has judged queries.
     """
     names = [name for name, _ in parse_mixture(arguments.dataset_name)]
     collection = _validated(arguments, [open_collection(name) for name in names])
-    if collection is None:
-        raise UsageError(
-            f"{arguments.dataset_name} has no judged queries; name a collection that has some by "
-            "--validation_dataset, or train without validation by `mlflow-dr train`"
-        )
-    return collection
+    if collection is not None:
+        return collection.name
+    if arguments.validation_dataset is not None:
+        return arguments.validation_dataset
+    raise UsageError(
+        f"{arguments.dataset_name} has no judged queries; name a collection that has some by "
+        "--validation_dataset, or train without validation by `mlflow-dr train`"
+    )
 
 
 def _validated(arguments: DataArguments, trained: Sequence[Collection]) -> Collection | None:
+    """The collection to validate on; None if none has judged queries, or a suite was named."""
     if arguments.validation_fraction:
         if other := arguments.validation_dataset or arguments.validation_split:
             raise UsageError(
@@ -182,6 +187,13 @@ def _validated(arguments: DataArguments, trained: Sequence[Collection]) -> Colle
         return trained[0]
     if arguments.validation_dataset is None:
         return next((collection for collection in trained if collection.splits), None)
+    if suite_members(arguments.validation_dataset):
+        if arguments.validation_split:
+            raise UsageError(
+                f"--validation_split {arguments.validation_split} is of one collection; in a suite "
+                "name the split of each: OWNER/NAME:SPLIT, or `split` in its file"
+            )
+        return None
     named = open_collection(arguments.validation_dataset)
     if not named.splits:
         raise UsageError(f"--validation_dataset {named.name} has no judged queries")

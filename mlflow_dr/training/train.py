@@ -179,6 +179,8 @@ def _describe(run: TrackedRun, request: TrainingRequest, data: TrainingData) -> 
     if data.collection is not None:
         run.set_tags({DATASET_TAG: data.collection.name})
         params = {**params, DATASET_PARAM: data.collection.name, SPLIT_PARAM: data.split}
+    elif suite := request.data.validation_dataset:
+        log.info("validators need --dataset %s, unless `mlflow-dr run` has started them", suite)
     else:
         log.warning(
             "%s has no judged queries, so validators cannot evaluate on it; name a collection that "

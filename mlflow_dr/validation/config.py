@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
@@ -62,6 +62,7 @@ from mlflow_dr.validation.validations import (
 
 PATIENCE = 60.0
 OF_A_COLLECTION = tuple(CollectionConfig.model_fields)
+NO_INTERVAL = "estimate: the mean of a suite has no interval; leave it out"
 
 Seconds = Annotated[float, Field(gt=0, le=LARGEST)]
 KeepRules = Annotated[str, AfterValidator(checked(check_policy))]
@@ -135,7 +136,7 @@ class EvaluatorConfig(MeasureConfig):
 
 
 class EvaluateConfig(CollectionConfig, MeasureConfig, EncoderOverrides):
-    """`mlflow-dr evaluate`: one encoder on one collection."""
+    """`mlflow-dr evaluate`: one encoder on a collection, or on each collection of a suite."""
 
     encoder: Annotated[str, Flag(positional=True)]
     split: str | None = None
@@ -156,7 +157,28 @@ class EvaluateConfig(CollectionConfig, MeasureConfig, EncoderOverrides):
     @model_validator(mode="after")
     def _check(self) -> Self:
         self.spec_and_settings()
+        if members := self.members:
+            if self.ranking is not None:
+                raise UsageError("ranking: a suite has one for each collection; name a collection")
+            if self.estimate:
+                raise UsageError(NO_INTERVAL)
+            check_same_measures(self.dataset, (member.eval_config() for member in members.values()))
         return self
+
+    @property
+    def members(self) -> dict[str, EvaluateConfig]:
+        """The configuration of each collection of a suite; empty for a single collection.
+
+        Raises:
+            ConfigError: a key or value of a suite's file that is wrong.
+        """
+        left_out = {*OF_A_COLLECTION, "output", "ranking"}
+        given = {key: value for key, value in self.given().items() if key not in left_out}
+        made: dict[str, EvaluateConfig] = {}
+        for member in suite_members(self.dataset):
+            with within(f"{self.dataset}: {member.name}"):
+                made[member.name] = EvaluateConfig(**{**given, **member.settings})
+        return made
 
     def spec_and_settings(self) -> tuple[SubsetSpec, EvalConfig]:
         """The subset, and how it is evaluated.
@@ -299,15 +321,14 @@ class ValidationDefaults(CollectionConfig, MeasureConfig):
     def _suite(self, name: str, members: Sequence[Member]) -> tuple[Validation, ...]:
         """The mean of a suite, then its validations; a mean of each subset."""
         if self.estimate:
-            raise UsageError("estimate: the mean of a suite has no interval; leave it out")
+            raise UsageError(NO_INTERVAL)
         if self.refine is not None:
             raise UsageError("refine: a suite has no single best checkpoint; leave it out")
         made: list[Validation] = []
         for member in members:
             with within(f"{self.dataset}: {member.name}"):
                 made += self.replaced_by(dict(member.settings)).made(f"{name}-{member.name}")
-        if len({validation.settings.measures for validation in made}) > 1:
-            raise UsageError(f"{self.dataset}: all collections of a suite need the same measures")
+        check_same_measures(self.dataset, (validation.settings for validation in made))
         means = [
             Validation(
                 replace(made[0].settings, dims=form.dims, precision=form.precision),
@@ -361,6 +382,12 @@ def specs_and_settings(
     if not any(spec != SubsetSpec() for spec in specs):
         raise UsageError("--estimate needs a sample of the corpus, such as --subset random:5%")
     return [(spec, settings.estimating(spec, config.target_error)) for spec in specs]
+
+
+def check_same_measures(suite: str | None, settings: Iterable[EvalConfig]) -> None:
+    """Refuse collections of a suite whose measures have no mean."""
+    if len({each.measures for each in settings}) > 1:
+        raise UsageError(f"{suite}: all collections of a suite need the same measures")
 
 
 FIELDS = tuple(ValidationDefaults.model_fields)

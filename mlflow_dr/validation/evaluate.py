@@ -1,4 +1,4 @@
-"""Evaluate one encoder on one collection: encode, search exactly, measure, report."""
+"""Evaluate one encoder on a collection or a suite: encode, search exactly, measure, report."""
 
 from __future__ import annotations
 
@@ -7,11 +7,12 @@ import time
 from collections.abc import Mapping, Sequence
 from contextlib import closing, nullcontext
 from dataclasses import dataclass, field
+from statistics import fmean
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from mlflow_dr import pages
 from mlflow_dr.cache import unchanged_cache
-from mlflow_dr.collection.catalogue import chosen_split, open_collection
+from mlflow_dr.collection.catalogue import Collection, chosen_split, open_collection
 from mlflow_dr.encoder.model import Encoder, with_settings
 from mlflow_dr.encoder.tokenize import TextTokenizer
 from mlflow_dr.engines.engine import Engine
@@ -37,6 +38,7 @@ from mlflow_dr.retrieval.ranking import (
     write_ranking,
 )
 from mlflow_dr.subsets.spec import FULL, SubsetSpec
+from mlflow_dr.terminal import in_columns
 from mlflow_dr.tracking.encoders import open_encoder
 from mlflow_dr.validation.config import EvaluateConfig
 from mlflow_dr.validation.dataset import EvalDataset
@@ -64,6 +66,7 @@ class Report:
         passages: number of passages encoded.
         dtype: number format that was used.
         intervals: measure -> its mean and 95 % interval, if values are estimates; else empty.
+        collections: of the mean of a suite that was evaluated now, the report of each collection.
     """
 
     measures: dict[Measure, float]
@@ -73,23 +76,43 @@ class Report:
     passages: int
     dtype: str
     intervals: Mapping[Measure, Interval] = field(default_factory=dict)
+    collections: Mapping[str, Report] = field(default_factory=dict)
 
     def frame(self) -> pd.DataFrame:
-        """A row for each query, named by its id; a column for each measure."""
+        """A row for each query, or each collection of a suite; a column for each measure."""
         import pandas as pd
 
-        return pd.DataFrame.from_dict(self.per_query, orient="index", columns=list(self.measures))
+        rows = {name: report.measures for name, report in self.collections.items()}
+        columns = list(self.measures)
+        return pd.DataFrame.from_dict(rows or self.per_query, orient="index", columns=columns)
 
     def __repr__(self) -> str:
+        if self.collections:
+            rows = [(name, *map("{:.4f}".format, values)) for name, *values in self._suite_rows()]
+            heads = ("collection", *map(str, self.measures))
+            return f"{in_columns([heads, *rows])}\n{self._cost}"
         lines = []
         for name, value in self.measures.items():
             interval = self.intervals.get(name)
             ends = f"\t95 % interval {interval.low:.4f} to {interval.high:.4f}" if interval else ""
             lines.append(f"{name}\t{value:.4f}{ends}")
+        return "\n".join([*lines, self._cost])
+
+    @property
+    def _cost(self) -> str:
         speed = f"{self.passages / self.seconds:.0f} a second, {self.dtype}"
-        return "\n".join([*lines, f"{self.passages} passages in {self.seconds:.1f} s ({speed})"])
+        return f"{self.passages} passages in {self.seconds:.1f} s ({speed})"
+
+    def _suite_rows(self) -> list[tuple[Any, ...]]:
+        """A row for each collection of a suite, and one for their mean."""
+        rows = {**self.collections, "mean": self}
+        return [(name, *report.measures.values()) for name, report in rows.items()]
 
     def _repr_html_(self) -> str:
+        if self.collections:
+            heads = ("collection", *map(str, self.measures))
+            table = pages.table(heads, self._suite_rows())
+            return f"{table}\n{pages.paragraph(self._cost, kind='quiet')}"
         rows = [
             (name, value, *self.intervals.get(name, (None, None, None))[1:])
             for name, value in self.measures.items()
@@ -323,40 +346,43 @@ def evaluate_encoder(config: EvaluateConfig, run: TrackedRun | None = None) -> R
     """Evaluate an encoder without tracking, and write a report and a ranking to files.
 
     Args:
-        config: the encoder, the collection and the files.
+        config: the encoder, the collection or suite, and the files.
         run: gets the measures as metrics and the report as an artifact.
+
+    Returns:
+        The report; of a suite, the means with the report of each collection.
 
     Raises:
         UsageError: an unknown dataset, split, device or encoder, or a file that exists already.
         DataError: the collection's files are damaged, or no ranking can be written of its ids.
         CheckpointError: the encoder's files are damaged.
     """
-    spec, settings = config.spec_and_settings()
-    check_devices_and_dtype(settings.engine, settings.device, settings.dtype)
-    name, split = config.one_dataset(config.split)
-    for path in (config.output, config.ranking):
-        if path is not None and not path.absolute().parent.is_dir():
-            raise UsageError(f"{path}: the folder {path.absolute().parent} does not exist")
-        if path is not None and path.is_file() and not config.force:
-            raise UsageError(f"{path} exists already; --force replaces it")
-    collection = open_collection(name)
-    split = chosen_split(collection, split)
-    if config.ranking is not None and of_pool(settings.measures):
-        raise UsageError("--ranking: measures of a pool have no ranking; leave it out")
+    members = config.members
+    configs = list(members.values()) or [config]
+    for each in configs:
+        check_devices_and_dtype(each.engine, each.device, each.dtype)
+    _check_files(config)
+    opened = [_opened(each) for each in configs]
     encoder = open_encoder(
         config.encoder,
         config.tracking_uri,
         trust_remote_code=config.trust_remote_code,
         **config.encoder_changes,
     )
-    data = EvalDataset(collection, split)
-    data.check_measures(settings)
-    if spec != SubsetSpec():
-        data = data.on_subset(spec, settings, tracking_uri=config.tracking_uri)
+    datasets = [_dataset(each, *pair) for each, pair in zip(configs, opened, strict=True)]
     if config.ranking is not None:
-        data.check_ids()
-    report = evaluate(encoder, data, settings)
-    text = json.dumps(_as_json(config, name, split, report)) + "\n"
+        datasets[0].check_ids()
+    reports = [
+        evaluate(encoder, data, each.spec_and_settings()[1])
+        for each, data in zip(configs, datasets, strict=True)
+    ]
+    report = _mean_report(dict(zip(members, reports, strict=True))) if members else reports[0]
+    values = list(map(_as_json, configs, datasets, reports))
+    if members:
+        collections = dict(zip(members, values, strict=True))
+        about = {"encoder": config.encoder, "dataset": config.dataset, "measures": report.measures}
+        values = [{**about, "collections": collections}]
+    text = json.dumps(values[0]) + "\n"
     if config.output is not None:
         with atomic_write(config.output) as partial:
             partial.write_text(text)
@@ -367,16 +393,58 @@ def evaluate_encoder(config: EvaluateConfig, run: TrackedRun | None = None) -> R
     return report
 
 
+def _check_files(config: EvaluateConfig) -> None:
+    """Refuse files that cannot be written, before anything is encoded."""
+    for path in (config.output, config.ranking):
+        if path is not None and not path.absolute().parent.is_dir():
+            raise UsageError(f"{path}: the folder {path.absolute().parent} does not exist")
+        if path is not None and path.is_file() and not config.force:
+            raise UsageError(f"{path} exists already; --force replaces it")
+    if config.ranking is not None and of_pool(config.eval_config().measures):
+        raise UsageError("--ranking: measures of a pool have no ranking; leave it out")
+
+
+def _opened(config: EvaluateConfig) -> tuple[Collection, str]:
+    """The collection, and the split to evaluate on."""
+    name, split = config.one_dataset(config.split)
+    collection = open_collection(name)
+    return collection, chosen_split(collection, split)
+
+
+def _dataset(config: EvaluateConfig, collection: Collection, split: str) -> EvalDataset:
+    """What is searched: the collection, or the subset of it."""
+    spec, settings = config.spec_and_settings()
+    data = EvalDataset(collection, split)
+    data.check_measures(settings)
+    if spec == SubsetSpec():
+        return data
+    return data.on_subset(spec, settings, tracking_uri=config.tracking_uri)
+
+
+def _mean_report(reports: Mapping[str, Report]) -> Report:
+    """The means of a suite; each collection counts the same."""
+    each = list(reports.values())
+    measures = {
+        measure: fmean(report.measures[measure] for report in each) for measure in each[0].measures
+    }
+    seconds = sum(report.seconds for report in each)
+    passages = sum(report.passages for report in each)
+    return Report(measures, {}, {}, seconds, passages, each[0].dtype, collections=reports)
+
+
 def metric_values(report: Report) -> dict[str, float]:
-    """The measures as MLflow names them, and the ends of their intervals."""
+    """The measures as MLflow names them, the ends of their intervals, and those of a suite."""
     values = {measure.metric: value for measure, value in report.measures.items()}
     for measure, interval in report.intervals.items():
         values[f"{measure.metric}/low"] = interval.low
         values[f"{measure.metric}/high"] = interval.high
+    for name, each in report.collections.items():
+        values |= {f"{name}/{key}": value for key, value in metric_values(each).items()}
     return values
 
 
-def _as_json(config: EvaluateConfig, dataset: str, split: str, report: Report) -> dict[str, Any]:
+def _as_json(config: EvaluateConfig, data: EvalDataset, report: Report) -> dict[str, Any]:
+    dataset, split = config.one_dataset(data.split)
     intervals = {name: [each.low, each.high] for name, each in report.intervals.items()}
     return {
         "encoder": config.encoder,

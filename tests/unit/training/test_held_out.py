@@ -14,7 +14,7 @@ from mlflow_dr.collection.held_out import HELD_OUT, SomeExamples, hold_out
 from mlflow_dr.errors import TrackingError, UsageError
 from mlflow_dr.tracking.artifacts import held_out_topics, keep_held_out
 from mlflow_dr.tracking.runs import TrackedRun
-from mlflow_dr.training.data import TrainingData, open_data, validated_collection
+from mlflow_dr.training.data import TrainingData, open_data, validated_dataset
 from mlflow_dr.training.parsing import parse_training
 from mlflow_dr.validation.resolve import EvalDatasets
 from mlflow_dr.validation.validations import EvalConfig, Validation
@@ -161,7 +161,7 @@ def _write_examples(path: Path, prefix: str) -> Path:
 def test_a_training_file_needs_no_judged_queries(run: TrackedRun, tmp_path: Path) -> None:
     file = _write_examples(tmp_path / "train.jsonl", "x")
     argv = ("--dataset", str(file), "--validation_fraction", "0.3")
-    assert validated_collection(parse_training(argv).data).name == str(file)
+    assert validated_dataset(parse_training(argv).data) == str(file)
     data = opened(*argv)
     keep_held_out(run, data.held_out)
     run.log_params({"dataset": str(file), "validation_split": data.split})

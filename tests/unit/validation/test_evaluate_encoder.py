@@ -13,7 +13,7 @@ from mlflow import MlflowClient
 
 from mlflow_dr.encoder.model import Encoder
 from mlflow_dr.encoder.saving import save_encoder
-from mlflow_dr.errors import DataError
+from mlflow_dr.errors import DataError, UsageError
 from mlflow_dr.tracking.checkpoints import run_checkpoints
 from mlflow_dr.tracking.runs import TrackedRun
 from mlflow_dr.validation import evaluate as evaluate_module
@@ -105,3 +105,37 @@ def test_a_subset_by_a_checkpoint_of_the_server_that_is_named(
         assert evaluate_encoder(request).passages in (2, 3)
     finally:
         mlflow.set_tracking_uri(before)
+
+
+def test_a_suite_has_a_line_for_each_collection_and_their_mean(
+    encoder: str, folder: Path, beir_folder: Callable[..., Path], run: TrackedRun, tmp_path: Path
+) -> None:
+    passages = {f"p{number}": f"ships {number}" for number in range(5)}
+    other = beir_folder(passages, {"q": "ships 4"}, folder="other", dev={"q": {"p4": 1}})
+    suite = tmp_path / "suite.yaml"
+    suite.write_text(f"sea: {folder}\nsky: {{dataset: {other}, query_prompt: 'of '}}\n")
+    output = tmp_path / "report.json"
+    report = evaluate_encoder(asked(encoder, suite, measures="mrr@10", output=output), run)
+    sea = evaluate_encoder(asked(encoder, folder, measures="mrr@10"))
+    sky = evaluate_encoder(asked(encoder, other, measures="mrr@10", query_prompt="of "))
+    ((mean),) = report.measures.values()
+    each = [next(iter(one.measures.values())) for one in (sea, sky)]
+    assert mean == pytest.approx(sum(each) / 2)
+    lines = [line.split() for line in repr(report).splitlines()]
+    values = [f"{value:.4f}" for value in (*each, mean)]
+    assert lines[:4] == [
+        ["collection", "mrr@10"],
+        *map(list, zip(("sea", "sky", "mean"), values, strict=True)),
+    ]
+    assert report.frame().index.tolist() == ["sea", "sky"]
+    assert "<td>sky</td>" in report._repr_html_()
+    written = json.loads(output.read_text())
+    assert written["measures"] == report.measures
+    assert written["collections"]["sky"]["queries"] == {"q": sky.per_query["q"]}
+    assert run.fetch().data.metrics.keys() == {*("mrr_at_10", "sea/mrr_at_10", "sky/mrr_at_10")}
+    for refused in ({"ranking": tmp_path / "ranking"}, {"estimate": True, "subset": "random:5"}):
+        with pytest.raises(UsageError, match=r"of a suite has no interval|a suite has one for"):
+            asked(encoder, suite, **refused)
+    with pytest.raises(UsageError, match="sky: no key 'dims'"):
+        suite.write_text(f"sea: {folder}\nsky: {{dataset: {other}, dims: 8}}\n")
+        asked(encoder, suite)

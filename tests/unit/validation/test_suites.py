@@ -21,8 +21,11 @@ from mlflow_dr.tracking.following import FollowedRun
 from mlflow_dr.tracking.results import mark_failed, record_result
 from mlflow_dr.tracking.runs import TrackedRun
 from mlflow_dr.tracking.validations import chosen_metric
+from mlflow_dr.training.data import validated_dataset
+from mlflow_dr.training.parsing import parse_training
 from mlflow_dr.validation import encoders
 from mlflow_dr.validation.config import ValidateConfig
+from mlflow_dr.validation.validate import validate
 from mlflow_dr.validation.validator import run_validator
 from mlflow_dr.validation.worker import Counts
 
@@ -179,6 +182,32 @@ def test_a_mean_waits_for_other_validators_and_fails_with_its_collections(
     assert (point.step, point.value) == (1, pytest.approx((0.25 + sky.value) / 2))
     tags = client.get_logged_model(second.model_id).tags
     assert "val-sky has failed: it is damaged" in tags["mlflow_dr.validation.val.failed"]
+
+
+def test_a_directory_of_checkpoints_on_a_suite(
+    client: MlflowClient,
+    publishing: Callable[[int], Path],
+    folders: list[Path],
+    experiment: str,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("MLFLOW_EXPERIMENT_ID", experiment)
+    directory = publishing(1)
+    fields = {"checkpoints_dir": directory.parent, "measures": "mrr@10", **HERE}
+    followed, counts = validate(ValidateConfig(dataset="+".join(map(str, folders)), **fields))
+    assert followed.run is not None
+    assert counts.validations == 3
+    found = values(client, followed.run)
+    each = [found[f"val-{name}/mrr_at_10"] for name in ("sea", "sky")]
+    assert found["val/mrr_at_10"] == pytest.approx(sum(each) / 2)
+
+
+def test_training_leaves_a_suite_to_validators(folders: list[Path]) -> None:
+    suite = "+".join(map(str, folders))
+    flags = ["--dataset", str(folders[0]), "--validation_dataset", suite]
+    assert validated_dataset(parse_training(flags).data) == suite
+    with pytest.raises(UsageError, match="--validation_split dev is of one collection"):
+        validated_dataset(parse_training([*flags, "--validation_split", "dev"]).data)
 
 
 def test_each_collection_of_a_suite_may_have_prompts_and_subsets(
