@@ -30,9 +30,9 @@ from mlflow_dr.options import (
     Paths,
     SearchOptions,
     Texts,
-    TrainingFlag,
     ValidateOptions,
 )
+from mlflow_dr.training_options import RunOptions, TrainOptions
 from mlflow_dr.validation.config import CompareConfig, EvaluateConfig, RunConfig, ValidateConfig
 from mlflow_dr.vectors.config import EncodeConfig, SearchConfig
 
@@ -58,14 +58,17 @@ class Run(Protocol):
 
 
 def train(
-    dataset: PathLike | None = None, model: AnyEncoder | None = None, **flags: TrainingFlag
+    dataset: PathLike | None = None,
+    model: AnyEncoder | None = None,
+    **flags: Unpack[TrainOptions],
 ) -> TrainedRun:
     """Train an encoder and publish its checkpoints to MLflow, as `mlflow-dr train` does.
 
     Args:
         dataset: the collection to train on; the built-in demo when None.
         model: the encoder to begin with; what the recipe of the collection says when None.
-        flags: all other flags of `mlflow-dr train`, such as `learning_rate=1e-5`.
+        flags: all other flags of `mlflow-dr train`, such as `learning_rate=1e-5`; `config` names a
+            file of flags.
 
     Returns:
         The run; it has no id in the processes of torchrun after the first.
@@ -92,7 +95,9 @@ def train(
 
 
 def run(
-    dataset: PathLike | None = None, model: AnyEncoder | None = None, **flags: TrainingFlag
+    dataset: PathLike | None = None,
+    model: AnyEncoder | None = None,
+    **flags: Unpack[RunOptions],
 ) -> RunReport:
     """Train, and validate each checkpoint at the same time, as `mlflow-dr run` does.
 

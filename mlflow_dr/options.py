@@ -28,9 +28,6 @@ Texts: TypeAlias = str | Sequence[str]
 AnyEncoder: TypeAlias = "PathLike | PublishedCheckpoint | LoadedEncoder"
 """A directory, a hub name, `models:/...`, a checkpoint such as `curve.best`, or an encoder of
 `load_encoder` or of sentence-transformers, which is copied into a temporary directory."""
-TrainingFlag: TypeAlias = (
-    "str | int | float | os.PathLike[str] | Sequence[Any] | Mapping[str, Any] | None"
-)
 
 Match: TypeAlias = Literal["string", "regex", "kilt"]
 EngineName: TypeAlias = Literal["local", "ray"]

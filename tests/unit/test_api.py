@@ -26,7 +26,16 @@ from mlflow_dr.fields import LoadConfig
 from mlflow_dr.keywords import keyword_of, known_keywords, make_config
 from mlflow_dr.mining.mine import MiningConfig
 from mlflow_dr.tracking.runs import TrackedRun
-from mlflow_dr.validation.config import CompareConfig, EvaluateConfig, ValidateConfig
+from mlflow_dr.training.arguments import (
+    DataArguments,
+    EngineArguments,
+    LossArguments,
+    ModelArguments,
+    PublishArguments,
+    RetrieverTrainingArguments,
+)
+from mlflow_dr.training_options import RunOptions, TrainingFlags, TrainOptions
+from mlflow_dr.validation.config import CompareConfig, EvaluateConfig, RunConfig, ValidateConfig
 from mlflow_dr.vectors.config import EncodeConfig, SearchConfig
 
 # each with its TypedDict, and the fields that are arguments or make no sense in Python
@@ -135,6 +144,26 @@ def test_keywords_are_the_flags(name: str) -> None:
         assert line in f"{getattr(mlflow_dr, name).__doc__}\n"
         if not known_keywords(model)[keyword].is_opposite:
             assert shown[keyword].default == about.default
+
+
+def test_keywords_of_training_are_its_flags() -> None:
+    """All of ours, and of Hugging Face's only such as exist; with the same types."""
+    ours = (ModelArguments, LossArguments, DataArguments, PublishArguments, EngineArguments)
+    theirs = typing.get_type_hints(RetrieverTrainingArguments)
+    flags = {name: kind for part in ours for name, kind in typing.get_type_hints(part).items()}
+    arguments = {"model_name_or_path", "dataset_name", "compile_only"}
+    common = typing.get_type_hints(TrainingFlags)
+    assert flags.keys() - arguments - {"engine"} <= common.keys()
+    assert common.keys() - {"config"} <= flags.keys() | theirs.keys()
+    for name, given in common.items():
+        kind = plain({**theirs, **flags, "config": str}[name])
+        if kind in (bool, int, float):
+            assert given == kind, name
+
+    own = {keyword_of(name, about) for name, about in RunConfig.model_fields.items()}
+    added = typing.get_type_hints(RunOptions).keys() - common.keys()
+    assert added - {"training_engine"} == own - common.keys() - {"dataset", "model"}
+    assert typing.get_type_hints(TrainOptions).keys() - common.keys() == {"engine"}
 
 
 def test_each_spelling_of_a_flag_is_a_keyword(tmp_path: Path) -> None:
