@@ -14,6 +14,8 @@ from mlflow_dr.files import is_path
 
 JOIN = "+"
 NANOBEIR = re.compile(r"nanobeir(-[a-z]{2,3})?")
+NANOBEIR_REPO = re.compile(r"[^/]+/NanoBEIR-[a-z]{2,3}")
+ENGLISH, TRANSLATED = "sentence-transformers/NanoBEIR-en", "lightonai/NanoBEIR"
 NANOBEIR_NAMES = (
     *("ClimateFEVER", "DBPedia", "FEVER", "FiQA2018", "HotpotQA", "MSMARCO", "NFCorpus", "NQ"),
     *("QuoraRetrieval", "SCIDOCS", "ArguAna", "SciFact", "Touche2020"),
@@ -36,9 +38,9 @@ class Member(NamedTuple):
 def suite_members(text: str | None) -> list[Member]:
     """The collections of a suite; empty for the name of anything else.
 
-    A suite is `nanobeir`, or `nanobeir-LANGUAGE`; a YAML file whose keys are names and whose values
-    are collections, or settings with a `dataset`; or several of these and of collections, joined by
-    `+`.
+    A suite is `nanobeir`, `nanobeir-LANGUAGE`, or a repository such as `OWNER/NanoBEIR-LANGUAGE`; a
+    YAML file whose keys are names and whose values are collections, or settings with a `dataset`;
+    or several of these and of collections, joined by `+`.
 
     Raises:
         UsageError: the file cannot be read or has no collections, or two have one name.
@@ -59,11 +61,11 @@ def _members(text: str) -> Iterator[Member]:
         if text.endswith((".yaml", ".yml")) and Path(text).is_file():
             yield from _file_members(Path(text).expanduser())
         return
-    if match := NANOBEIR.fullmatch(text):
-        repo = f"sentence-transformers/NanoBEIR{match[1] or '-en'}"
+    if repository := _nanobeir_repository(text):
+        repo, at, revision = repository.partition("@")
         for name in NANOBEIR_NAMES:
             # NanoBEIR's own evaluator keeps such passages
-            settings = {"dataset": f"{repo}/Nano{name}", "keep_own_id": True}
+            settings = {"dataset": f"{repo}/Nano{name}{at}{revision}", "keep_own_id": True}
             yield Member(f"Nano{name}", settings)
         return
     if JOIN not in text:
@@ -72,6 +74,16 @@ def _members(text: str) -> Iterator[Member]:
         if not part:
             raise UsageError(f"dataset {text!r}: a part without a name; a suite is NAME+NAME")
         yield from list(_members(part)) or [Member(_short_name(part), {"dataset": part})]
+
+
+def _nanobeir_repository(text: str) -> str:
+    """The repository of a NanoBEIR, with its revision; empty for the name of anything else."""
+    if match := NANOBEIR.fullmatch(text):
+        return TRANSLATED + match[1] if match[1] not in (None, "-en") else ENGLISH
+    name = hub_name(text)
+    if name is None or name.config or name.split or not NANOBEIR_REPO.fullmatch(name.repo):
+        return ""
+    return text
 
 
 def _file_members(path: Path) -> Iterator[Member]:

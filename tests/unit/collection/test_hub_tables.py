@@ -150,6 +150,16 @@ def test_nanobeir_with_a_repository_for_each_collection(hub_endpoint: HubEndpoin
     check(open_collection("zeta-alpha-ai/NanoSea"), "test", PLAIN)
 
 
+def test_nanobeir_with_a_configuration_for_each_collection(hub_endpoint: HubEndpoint) -> None:
+    """Whose splits are the tables."""
+    files = {
+        f"NanoSea_fr/{table}-00000-of-00001.parquet": content
+        for table, content in (("corpus", CORPUS), ("queries", QUERIES), ("qrels", QRELS))
+    }
+    hub_endpoint.put("someone/NanoBEIR-clean", files)
+    check(open_collection("someone/NanoBEIR-clean/NanoSea_fr"), "test", JUDGED)
+
+
 def test_nanobeir_with_a_split_for_each_collection(hub_endpoint: HubEndpoint) -> None:
     names, files = ("NanoSea", "NanoSky"), {}
     for name in names:

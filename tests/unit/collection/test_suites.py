@@ -12,10 +12,13 @@ from mlflow_dr.errors import UsageError
 def test_nanobeir_has_thirteen_collections_in_each_language() -> None:
     members = suite_members("nanobeir")
     assert len(members) == 13
-    repo = "sentence-transformers/NanoBEIR"
-    dataset = {"dataset": f"{repo}-en/NanoSciFact", "keep_own_id": True}
+    repo = "sentence-transformers/NanoBEIR-en"
+    dataset = {"dataset": f"{repo}/NanoSciFact", "keep_own_id": True}
     assert Member("NanoSciFact", dataset) in members
-    assert suite_members("nanobeir-de")[0].settings["dataset"] == f"{repo}-de/NanoClimateFEVER"
+    assert suite_members("nanobeir-en") == suite_members(repo) == members
+    assert suite_members("nanobeir-de") == suite_members("lightonai/NanoBEIR-de")
+    (first, *_) = suite_members("someone/NanoBEIR-sr@v1")
+    assert first.settings["dataset"] == "someone/NanoBEIR-sr/NanoClimateFEVER@v1"
 
 
 def test_nanobeir_has_the_names_of_the_librarys_evaluator() -> None:
@@ -45,7 +48,18 @@ def test_a_file_has_collections_and_their_settings(tmp_path: Path) -> None:
     ]
 
 
-@pytest.mark.parametrize("text", [None, "demo", "mteb/scifact", "irds:vaswani", "nanobeir-english"])
+@pytest.mark.parametrize(
+    "text",
+    [
+        None,
+        "demo",
+        "mteb/scifact",
+        "irds:vaswani",
+        "nanobeir-english",
+        "a/NanoBEIR-de/NanoNQ",
+        "a/NanoNQ",
+    ],
+)
 def test_other_names_are_no_suites(text: str | None) -> None:
     assert suite_members(text) == []
 
