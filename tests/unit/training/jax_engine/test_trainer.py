@@ -142,12 +142,19 @@ def test_weights_are_copied_only_when_they_are_asked_for(
     assert seen == {1: False, 2: True, 3: False, 4: True}
 
 
-def test_a_loss_that_is_no_number_ends_the_training(train: Make, make_backbone: Make) -> None:
+@pytest.mark.parametrize(("words", "step"), [(None, "1"), ("grey", r"\d")])
+def test_a_loss_that_is_no_number_ends_the_training(
+    train: Make, make_backbone: Make, words: str | None, step: str
+) -> None:
+    """Also where it is so on one device only: the texts of one example have the word."""
     encoder = make_backbone("bert", normalize=True)
+    ids = (
+        encoder.tokenizer(words, add_special_tokens=False)["input_ids"] if words else slice(8, None)
+    )
     with torch.no_grad():
-        encoder.backbone.embeddings.word_embeddings.weight[8:] = torch.nan
-    with pytest.raises(TrainingError, match=r"the loss of step 1 is nan \(queries"):
-        train(JaxTrainer, encoder=encoder)
+        encoder.backbone.embeddings.word_embeddings.weight[ids] = torch.nan
+    with pytest.raises(TrainingError, match=rf"the loss of step {step} is nan \(queries"):
+        train(JaxTrainer, encoder=encoder, objective=Objective(temperature=0.05))
 
 
 def test_a_checkpoint_of_another_architecture_is_refused(train: Make, make_backbone: Make) -> None:
@@ -167,14 +174,14 @@ def test_a_step_beyond_the_memory_is_refused_with_a_chunk_that_fits(
     def limit(device: Any) -> int:
         return needed[0] - 1 if needed else 1 << 62
 
-    real = memory.Memory.of
+    real = memory.StepMemory.of
 
     def of(function: Any, trained: Any) -> Any:
         found = real(function, trained)
         needed.append(found.total)
         return found
 
-    monkeypatch.setattr(memory.Memory, "of", of)
+    monkeypatch.setattr(memory.StepMemory, "of", of)
     monkeypatch.setattr(memory, "memory_limit", limit)
     with pytest.raises(TrainingError, match=r"a step asks for .* GB.*--gc_p_chunk_size \d+ would"):
         train(JaxTrainer, per_device_train_batch_size=64, max_steps=1)
