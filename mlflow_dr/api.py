@@ -196,7 +196,7 @@ def evaluate(
 
     Args:
         encoder: what is measured.
-        dataset: demo, msmarco, a folder, or irds:<id>.
+        dataset: demo, msmarco, a folder, irds:<id>, or a suite such as nanobeir.
         options: the flags of `mlflow-dr evaluate`.
 
     Returns:
