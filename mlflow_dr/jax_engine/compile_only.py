@@ -20,7 +20,6 @@ from mlflow_dr.jax_engine.batch import padded_length
 from mlflow_dr.jax_engine.devices import (
     compiled,
     is_out_of_memory,
-    keep_compiled,
     memory_limit,
     mesh_of,
 )
@@ -57,7 +56,6 @@ def compile_for(request: TrainingRequest) -> str:
     """
     name = str(request.engine.compile_only)
     devices = tpu_devices(name)
-    keep_compiled()
     encoder = _encoder(request)
     step = Step(
         encoder,
