@@ -148,6 +148,7 @@ class FidelityOptions(CollectionFiles, EncoderOptions, total=False):
     dataset: PathLike
     split: str
     subset: Texts
+    against: Texts
     estimate: bool
     judged: Judged
     seed: int

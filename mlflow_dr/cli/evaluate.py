@@ -51,12 +51,13 @@ def compare_command(config: CompareConfig) -> None:
 @click.command("fidelity", cls=TakesSeveral)
 @takes(FidelityConfig)
 def fidelity_command(config: FidelityConfig) -> None:
-    """Find the subset of the corpus that chooses the right checkpoint in the least time.
+    """Find the subset or small collection that chooses the right checkpoint in the least time.
 
-    Each checkpoint is measured on the full corpus and, from the same vectors, on every subset. For
-    each subset: passages, seconds, Kendall's tau and Pearson with the full corpus, the regret of
-    its best checkpoint and how much higher its values are, with intervals over queries; and which
-    subset to validate on. Stop it and start it again: what is measured is kept.
+    Each checkpoint is measured on the full corpus and, from the same vectors, on every subset, and
+    on each collection of --against. For each: passages, seconds, Kendall's tau and Pearson with the
+    full corpus, the regret of its best checkpoint and how much higher its values are, with
+    intervals over queries; and which one to validate on. Stop it and start it again: what is
+    measured is kept.
 
     \b
     Example:
@@ -64,6 +65,7 @@ def fidelity_command(config: FidelityConfig) -> None:
             --subset random:1000 bm25@10 bm25@50 bm25@10+random:1000
         mlflow-dr fidelity --checkpoints-dir output --dataset path/to/beir \\
             --subset ranking:bm25.run@20 encoder:path/to/model@20 --output study
+        mlflow-dr fidelity --run-id RUN --dataset mteb/scifact --against zeta-alpha-ai/NanoSciFact
     """
     config.check_source()  # before seconds of imports
     from mlflow_dr.fidelity_study.report import report_text

@@ -73,7 +73,7 @@ def _members(text: str) -> Iterator[Member]:
     for part in (part.strip() for part in text.split(JOIN)):
         if not part:
             raise UsageError(f"dataset {text!r}: a part without a name; a suite is NAME+NAME")
-        yield from list(_members(part)) or [Member(_short_name(part), {"dataset": part})]
+        yield from list(_members(part)) or [Member(short_name(part), {"dataset": part})]
 
 
 def _nanobeir_repository(text: str) -> str:
@@ -101,8 +101,10 @@ def _file_members(path: Path) -> Iterator[Member]:
         yield Member(name, {str(key): setting for key, setting in settings.items()})
 
 
-def _short_name(dataset: str) -> str:
-    """The last part of a collection's name, without revision, split and suffix."""
+def short_name(dataset: str) -> str:
+    """The last part of a collection's name, without revision, split and suffix; also in a join."""
+    if JOIN in dataset and not is_path(dataset):
+        return JOIN.join(short_name(part.strip()) for part in dataset.split(JOIN))
     if name := hub_name(dataset):
         return name.config or name.repo.partition("/")[2]
     prefix, colon, location = dataset.partition(":")

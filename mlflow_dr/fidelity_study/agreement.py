@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import numpy as np
 
 from mlflow_dr import pages
+from mlflow_dr.fidelity_study.resampling import Pairing, independent, paired
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -86,6 +87,7 @@ def agreement(
     own: np.ndarray | None = None,
     resamples: int = RESAMPLES,
     seed: int = 0,
+    pairing: Pairing | None = None,
 ) -> Agreement:
     """Compare a subset's values with those of the full corpus, checkpoint by checkpoint.
 
@@ -101,19 +103,19 @@ def agreement(
         own: which of the queries the subset's are, `(n_own,) int64`; the same ones when None.
         resamples: how many; the intervals are undefined when 0, or when the subset has one query.
         seed: of what is drawn.
+        pairing: which queries are drawn together, instead of `own`.
     """
     n_queries, n_own = full.shape[1], subset.shape[1]
-    own = np.arange(n_own) if own is None else own
-    others = np.setdiff1d(np.arange(n_queries), own)
-    full = full[:, np.concatenate([own, others])]  # the subset's queries first
     figures = _figures(means(subset), means(full))
     if resamples == 0 or n_own == 1:
         return Agreement(*map(StudyFigure, figures.tolist()))
+    pairing = pairing or paired(np.arange(n_own) if own is None else own, (n_queries,))
     drawn = [
         _figures(
-            _rounded(counts[:, :n_own] @ subset.T / n_own), _rounded(counts @ full.T / n_queries)
+            _rounded(counts[:, pairing.subset] @ subset.T / n_own),
+            _rounded(counts[:, pairing.full] @ full.T / n_queries),
         )
-        for counts in _draws((n_own, len(others)), resamples, seed, len(full))
+        for counts in _draws(pairing.sizes, resamples, seed, len(full))
     ]
     intervals = map(_interval, np.concatenate(drawn).T)
     return Agreement(
@@ -124,7 +126,12 @@ def agreement(
     )
 
 
-def spread(full: np.ndarray, resamples: int = RESAMPLES, seed: int = 0) -> Spread:
+def spread(
+    full: np.ndarray,
+    resamples: int = RESAMPLES,
+    seed: int = 0,
+    sizes: Sequence[int] | None = None,
+) -> Spread:
     """How far the checkpoints lie apart, and how far they would if all were equal.
 
     Resampled means minus the observed means show what chance makes of equal checkpoints.
@@ -133,11 +140,12 @@ def spread(full: np.ndarray, resamples: int = RESAMPLES, seed: int = 0) -> Sprea
         full: values of each query, `(n_checkpoints, n_queries) float64`.
         resamples: how many.
         seed: of what is drawn.
+        sizes: how many queries each collection of a suite has.
     """
     observed = means(full)
     by_chance = [
         np.ptp(_rounded(counts @ full.T / full.shape[1]) - observed, axis=1)
-        for counts in _draws((full.shape[1],), resamples, seed, len(full))
+        for counts in _draws(sizes or (full.shape[1],), resamples, seed, len(full))
     ]
     limit = np.quantile(np.concatenate(by_chance), CONFIDENCE) if by_chance else math.nan
     return Spread(float(np.ptp(observed)), float(limit))
@@ -225,10 +233,10 @@ TOLERANCE = 0.005
 
 @dataclass(frozen=True)
 class SubsetCurve:
-    """The values of every checkpoint on the full corpus or on one subset.
+    """The values of every checkpoint on the full corpus, on a subset, or on another collection.
 
     Attributes:
-        name: the subset as it was asked for, or `full`.
+        name: the subset or collection as it was asked for, or `full`.
         slug: its name in metrics and files.
         passages: how many it encodes.
         query_ids: of its queries.
@@ -236,6 +244,9 @@ class SubsetCurve:
         seconds: of encoding, searching and measuring one checkpoint.
         intervals: if the values are estimates, both ends of the 95 % interval of each checkpoint's
             mean, `(n_checkpoints, 2) float64`; else None.
+        sizes: how many of the queries are of each collection of a suite; empty if it is no suite.
+        is_other: whether it has a corpus of its own, and is no subset.
+        has_own_queries: whether its queries are not among those of the full corpus.
     """
 
     name: str
@@ -245,11 +256,22 @@ class SubsetCurve:
     values: np.ndarray
     seconds: float
     intervals: np.ndarray | None = None
+    sizes: tuple[int, ...] = ()
+    is_other: bool = False
+    has_own_queries: bool = False
+
+    @cached_property
+    def weighted(self) -> np.ndarray:
+        """The values, of a suite times weights by which each collection counts the same."""
+        if not self.sizes:
+            return self.values
+        weights = [sum(self.sizes) / (len(self.sizes) * size) for size in self.sizes]
+        return self.values * np.repeat(weights, self.sizes)
 
     @cached_property
     def means(self) -> np.ndarray:
         """Of each checkpoint, `(n_checkpoints,) float64`."""
-        return means(self.values)
+        return means(self.weighted)
 
     @cached_property
     def best(self) -> int:
@@ -301,6 +323,7 @@ class FidelityResult:
         spread: how far the checkpoints lie apart.
         tolerance: the regret that is accepted.
         skipped: why a step's checkpoint could not be studied.
+        collections: of a suite, what was found on each collection.
     """
 
     measure: str
@@ -312,6 +335,7 @@ class FidelityResult:
     spread: Spread
     tolerance: float = TOLERANCE
     skipped: Mapping[int, str] = field(default_factory=dict)
+    collections: Mapping[str, FidelityResult] = field(default_factory=dict)
 
     @property
     def trusted(self) -> list[StudiedSubset]:
@@ -366,15 +390,20 @@ def compare_curves(
     """Compare curves with the first of them, the full corpus's; see `FidelityResult`.
 
     Args:
-        curves: the full corpus's, then those of subsets, whose queries are among its.
+        curves: the full corpus's, then those of subsets and of other collections.
         resamples: of the bootstrap.
     """
     full, *subsets = curves
     indices = {query_id: index for index, query_id in enumerate(full.query_ids)}
 
     def compared(curve: SubsetCurve) -> StudiedSubset:
-        own = np.array([indices[query_id] for query_id in curve.query_ids], np.int64)
-        figures = agreement(full.values, curve.values, own, resamples)
+        sizes = full.sizes or (len(full.query_ids),)
+        if curve.has_own_queries:
+            pairing = independent(sizes, curve.sizes or (len(curve.query_ids),))
+        else:
+            own = [indices[query_id] for query_id in curve.query_ids]
+            pairing = paired(np.array(own, np.int64), sizes)
+        figures = agreement(full.weighted, curve.weighted, None, resamples, pairing=pairing)
         covered = None
         if curve.intervals is not None:
             low, high = _rounded(curve.intervals.T)
@@ -389,7 +418,7 @@ def compare_curves(
         tuple(steps),
         full,
         tuple(map(compared, subsets)),
-        spread(full.values, resamples),
+        spread(full.weighted, resamples, sizes=full.sizes),
         tolerance,
         skipped or {},
     )

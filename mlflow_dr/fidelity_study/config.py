@@ -6,6 +6,7 @@ from typing import Annotated, Self
 
 from pydantic import BeforeValidator, Field, model_validator
 
+from mlflow_dr.collection.suites import short_name, suite_members
 from mlflow_dr.config import as_tuple
 from mlflow_dr.errors import UsageError
 from mlflow_dr.fields import (
@@ -26,6 +27,7 @@ from mlflow_dr.fields import (
     SearchBackendName,
     Seed,
     Subsets,
+    Texts,
     TrackingUri,
 )
 from mlflow_dr.retrieval.estimate import check_estimable
@@ -41,6 +43,9 @@ class FidelityConfig(CollectionConfig, EncoderOverrides):
     split: str | None = None
     """The queries (default: the run's on its own collection, else dev, else test)."""
     subset: Subsets = ()
+    against: Texts = ()
+    """Other collections, smaller than --dataset, with passages and queries of their own, such as
+    NanoBEIR's; suites, if --dataset is a suite."""
     estimate: bool = False
     """Also study the estimates from each --subset that has a random sample, such as random:5%."""
     judged: Judged = "relevant"
@@ -104,8 +109,20 @@ class FidelityConfig(CollectionConfig, EncoderOverrides):
             check_estimable(measures)
             if not any(spec.sample for spec in self.specs):
                 raise UsageError("--estimate needs a --subset with a random sample: random:5%")
-        if not slugs:
-            raise UsageError("no subset to study; give --subset, once for each")
+            if suite_members(self.dataset):
+                raise UsageError("--estimate: the mean of a suite has no interval; leave it out")
+        if not slugs and not self.against:
+            raise UsageError("no subset to study; give --subset, once for each, or --against")
+        names = list(map(short_name, self.against))
+        if repeated := [name for name in names if names.count(name) > 1]:
+            raise UsageError(f"--against: two collections are called {repeated[0]!r}")
+        sizes = [len(suite_members(name)) for name in (self.dataset, *self.against)]
+        for name, size in zip(self.against, sizes[1:], strict=True):
+            if size != sizes[0]:
+                raise UsageError(
+                    f"--against {name} has {size or 1} collections, and --dataset has "
+                    f"{sizes[0] or 1}; each is compared with its own, in this order"
+                )
         if "" in slugs:
             raise UsageError("the others are compared with --subset full; leave it out")
         if repeated := [spec.shown for spec in self.specs if slugs.count(spec.slug) > 1]:

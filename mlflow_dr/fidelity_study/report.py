@@ -52,12 +52,14 @@ def report_text(findings: FidelityResult) -> str:
     n_queries = len(findings.full.query_ids)
     lines = [
         f"{findings.measure} of {len(findings.steps)} checkpoints (steps {findings.steps[0]} to "
-        f"{findings.steps[-1]}) of {n_queries} queries of {findings.collection}/{findings.split}, "
-        "with 95 % intervals over queries",
+        f"{findings.steps[-1]}) of {n_queries} queries of {_shown(findings)}, with 95 % intervals "
+        "over queries",
         "",
         in_columns(_rows(findings)),
         "",
     ]
+    if findings.collections:
+        lines += ["of each collection:", "", in_columns(_collection_rows(findings)), ""]
     if estimates := [
         estimate_text(findings, each) for each in findings.subsets if each.is_estimate
     ]:
@@ -98,11 +100,12 @@ def recommendation(findings: FidelityResult) -> str:
         findings.subsets,
         key=lambda subset: (np.nan_to_num(subset.agreement.tau.value), -subset.share),
     )
+    refine = "" if closest.curve.is_other else f" ({REFINE} of `mlflow-dr validate`)"
     return (
         f"None of these subsets can be trusted: none chooses a checkpoint within "
         f"{findings.tolerance:g} {measure} of the best and orders them better than chance would. "
-        f"Let the full corpus decide among the best that {closest.curve.name} finds ({REFINE} of "
-        "`mlflow-dr validate`), or study larger subsets."
+        f"Let the full corpus decide among the best that {closest.curve.name} finds{refine}, or "
+        "study larger subsets."
     )
 
 
@@ -163,6 +166,20 @@ def _rows(findings: FidelityResult) -> list[tuple[str, ...]]:
     return rows
 
 
+def _collection_rows(findings: FidelityResult) -> list[tuple[str, ...]]:
+    """The rows of each collection of a suite."""
+    rows: list[tuple[str, ...]] = [("collection", *HEADS)]
+    for name, found in findings.collections.items():
+        first, *others = _rows(found)[1:]
+        rows += [(name, *first), *(("", *row) for row in others)]
+    return rows
+
+
+def _shown(findings: FidelityResult) -> str:
+    """The collection and its split; a suite has no split."""
+    return f"{findings.collection}/{findings.split}".rstrip("/")
+
+
 def _size(curve: SubsetCurve) -> tuple[str, ...]:
     sizes = (str(curve.passages), str(len(curve.query_ids)))
     return curve.name, *sizes, f"{curve.seconds:.2f}"
@@ -191,9 +208,10 @@ def _praise(findings: FidelityResult, best: StudiedSubset) -> str:
     if figures.regret.high > findings.tolerance:
         text += (
             f"On other queries the regret might be {figures.regret.high:.4f}, more than the "
-            f"tolerance of {findings.tolerance:g}: {REFINE} lets the full corpus decide among the "
-            "best. "
+            f"tolerance of {findings.tolerance:g}: "
         )
+        text += "let" if curve.is_other else f"{REFINE} lets"
+        text += " the full corpus decide among the best. "
     if best.is_estimate:
         return text + estimate_text(findings, best) + "."
     return (
@@ -210,7 +228,10 @@ def _write_table(findings: FidelityResult, path: Path) -> None:
 
 
 def finding_rows(findings: FidelityResult) -> Iterator[list[Any]]:
-    """The full corpus and each subset with the numbers of `COLUMNS`; empty where undefined."""
+    """The full corpus and each subset with the numbers of `COLUMNS`; empty where undefined.
+
+    Those of each collection of a suite follow.
+    """
     full = findings.full
     chosen = findings.steps[full.best]
     yield [*_numbers(full, 1.0), *[""] * len(FIGURES) * 3, chosen, "", "", ""]
@@ -222,6 +243,8 @@ def finding_rows(findings: FidelityResult) -> Iterator[list[Any]]:
         worst = subset.errors[subset.worst]
         covered = "" if subset.covered is None else subset.covered.mean()
         yield [*_numbers(curve, subset.share), *figures, chosen, recommended, worst, covered]
+    for name, found in findings.collections.items():
+        yield from ([f"{name}: {row[0]}", *row[1:]] for row in finding_rows(found))
 
 
 def _numbers(curve: SubsetCurve, share: float) -> list[Any]:
@@ -242,7 +265,7 @@ def curves_figure(findings: FidelityResult) -> Figure:
     """The picture that `draw_curves` writes; a dot marks the checkpoint that a curve chooses."""
     curves = [findings.full, *(subset.curve for subset in findings.subsets)]
     figure = _figure(
-        f"{findings.collection}/{findings.split}: validated on subsets and on the full corpus\n"
+        f"{_shown(findings)}: validated on subsets and on the full corpus\n"
         "(dot: the checkpoint that is chosen)",
         HEIGHT,
         len(curves),
@@ -270,7 +293,7 @@ def time_figure(findings: FidelityResult) -> Figure:
 
     seconds = [findings.full.seconds, *(subset.curve.seconds for subset in findings.subsets)]
     figure = _figure(
-        f"{findings.collection}/{findings.split}, {len(findings.steps)} checkpoints: time and "
+        f"{_shown(findings)}, {len(findings.steps)} checkpoints: time and "
         "agreement of subsets\n(points with 95 % intervals over queries; square: full corpus)",
         1.4 * HEIGHT,
         len(seconds),

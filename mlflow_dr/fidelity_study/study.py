@@ -1,4 +1,4 @@
-"""A study of fidelity: every checkpoint once on the full corpus, and every subset read from it."""
+"""A study of fidelity: every checkpoint once on each corpus, and every subset read from that."""
 
 from __future__ import annotations
 
@@ -7,29 +7,34 @@ import platform
 import time
 from collections.abc import Sequence
 from contextlib import closing
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import NamedTuple
+from statistics import fmean
 
 import numpy as np
 
 from mlflow_dr.cache import cache_entry, sound_entry
-from mlflow_dr.collection.catalogue import chosen_split, open_collection
 from mlflow_dr.collection.jsonl import state_of
+from mlflow_dr.collection.suites import short_name
 from mlflow_dr.encoder.model import Encoder
 from mlflow_dr.engines.engine import Engine
 from mlflow_dr.engines.opening import device_names, open_engine
 from mlflow_dr.errors import CheckpointError, UsageError
-from mlflow_dr.fidelity_study.agreement import FidelityResult, SubsetCurve, compare_curves
+from mlflow_dr.fidelity_study.agreement import FidelityResult, compare_curves
 from mlflow_dr.fidelity_study.config import FidelityConfig
+from mlflow_dr.fidelity_study.data import (
+    StudiedData,
+    StudyRow,
+    member_curve,
+    study_rows,
+    suite_curve,
+)
 from mlflow_dr.files import digest_of
-from mlflow_dr.subsets.spec import FULL
-from mlflow_dr.tracking.checkpoints import Checkpoint, checkpoint_of_step
+from mlflow_dr.tracking.checkpoints import Checkpoint
 from mlflow_dr.tracking.runs import TrackedRun
-from mlflow_dr.validation.dataset import EvalDataset
 from mlflow_dr.validation.encoders import load_checkpoint
 from mlflow_dr.validation.evaluate import Report, evaluate, evaluate_all
-from mlflow_dr.validation.resolve import named_data, with_held_out
 from mlflow_dr.validation.validations import EvalConfig
 
 log = logging.getLogger(__name__)
@@ -45,7 +50,7 @@ def study_fidelity(
 ) -> FidelityResult:
     """Measure checkpoints on the full corpus and on subsets, and compare.
 
-    The corpus is encoded once for each checkpoint, and every subset is read from that one pass.
+    Each corpus is encoded once for each checkpoint, and every subset is read from that one pass.
     Values are cached at once, so that an interrupted study, or one with another subset, resumes
     where it left off. Times are measured on the last checkpoint, on which the full corpus and each
     subset are validated separately.
@@ -72,80 +77,64 @@ def study_fidelity(
             config.engine,
             config.match,
         )
-        studied = _studied(config, settings, run)
-        study = _Study(studied, config, engine)
+        rows = study_rows(config, settings, run)
+        study = _Study(rows, config, engine)
         values, skipped = study.all_values(chosen)
         left = [checkpoint for checkpoint in chosen if checkpoint.step in values]
         _check_count(len(left), f"{len(skipped)} could not be read")
-        seconds = study.seconds(left)
+        seconds = iter(study.seconds(left))
+    by_data = (np.array(each) for each in zip(*values.values(), strict=True))
     curves = [
-        _curve(*pair, np.array([of_step[index] for of_step in values.values()]), seconds[index])
-        for index, pair in enumerate(studied)
+        [member_curve(row, data, next(by_data), next(seconds)) for data in row.members]
+        for row in rows
     ]
-    full = studied[0].data
-    return compare_curves(
+    compare = partial(
+        compare_curves,
         config.parsed_measure,
-        full.collection.name,
-        full.split,
-        list(values),
-        curves,
-        config.tolerance,
-        skipped,
-        config.resamples,
+        steps=list(values),
+        tolerance=config.tolerance,
+        skipped=skipped,
+        resamples=config.resamples,
     )
-
-
-class _Studied(NamedTuple):
-    """The full corpus or a subset, and whether values are estimated from it."""
-
-    data: EvalDataset
-    settings: EvalConfig
-
-
-def _curve(
-    data: EvalDataset, settings: EvalConfig, values: np.ndarray, seconds: float
-) -> SubsetCurve:
-    """The curve of what `_Study.values` has given for each checkpoint."""
-    ids = _query_ids(data)
-    spec = data.subset.spec if data.subset else None
-    return SubsetCurve(
-        name=(f"{spec.shown}, estimated" if settings.estimate else spec.shown) if spec else FULL,
-        slug=(f"{spec.slug}-est" if settings.estimate else spec.slug) if spec else FULL,
-        passages=data.n_passages,
-        query_ids=ids,
-        values=values[:, : len(ids)],
-        seconds=seconds,
-        intervals=values[:, len(ids) :] if settings.estimate else None,
+    full = rows[0]
+    each = [
+        compare(member.data.collection.name, member.data.split, curves=list(of_rows))
+        for member, of_rows in zip(full.members, zip(*curves, strict=True), strict=True)
+    ]
+    if not full.names:
+        return each[0]
+    mean = compare(
+        short_name(config.dataset or ""), "", curves=list(map(suite_curve, rows, curves))
     )
+    return replace(mean, collections=dict(zip(full.names, each, strict=True)))
 
 
 class _Study:
     """Measures checkpoints, and caches what it measured."""
 
-    def __init__(self, studied: Sequence[_Studied], config: FidelityConfig, engine: Engine) -> None:
+    def __init__(self, rows: Sequence[StudyRow], config: FidelityConfig, engine: Engine) -> None:
         self._engine = engine
-        self._studied = studied
-        settings = self._settings = studied[0].settings
+        studied = self._studied = [data for row in rows for data in row.members]
+        self._n_full = len(rows[0].members)
+        self._settings = studied[0].settings
         self._changes = config.encoder_changes
         self._measure = config.parsed_measure
         changes = sorted(config.encoder_changes.items())
-        common = (
-            self._measure,
-            settings.dtype,
-            settings.keep_own_id,
-            settings.search_backend,
-            changes,
-        )
         # values are in the order of the queries, which a collection's digest does not depend on
         self._data_keys = [
             digest_of(
-                *common,
+                self._measure,
+                own.dtype,
+                own.keep_own_id,
+                own.search_backend,
+                [*changes, *own.prompts.items()],
                 data.digest,
-                digest_of(*_query_ids(data)),
-                *data.answers_config(settings).values(),
+                digest_of(*each.query_ids),
+                *data.answers_config(own).values(),
                 *(["estimate"] if own.estimate else []),
             )
-            for data, own in studied
+            for each in studied
+            for data, own in [each]
         ]
 
     def all_values(
@@ -162,7 +151,7 @@ class _Study:
                 skipped[step] = str(error)
                 log.warning("step %d is passed over: %s", step, error)
                 continue
-            full_mean = by_step[step][0].mean()
+            full_mean = fmean(values.mean() for values in by_step[step][: self._n_full])
             log.info(
                 "checkpoint %d of %d: step %d: %s %.4f on the full corpus",
                 *(number, len(checkpoints), step, self._measure, full_mean),
@@ -180,14 +169,19 @@ class _Study:
         identity = _identity(checkpoint)
         keys = [digest_of(LAYOUT, "values", identity, data_key) for data_key in self._data_keys]
         results = [cached_array(key) for key in keys]
-        missing = [index for index, values in enumerate(results) if values is None]
-        if missing:
-            pairs = [self._studied[index] for index in missing]
-            reports = evaluate_all(
-                load_checkpoint(checkpoint, self._changes), pairs, False, self._engine
-            )
-            for index, report in zip(missing, reports, strict=True):
-                values = self._values_of_report(report, self._studied[index].data)
+        missing: dict[tuple[object, ...], list[int]] = {}  # one pass for each corpus
+        for index, (values, (data, own)) in enumerate(zip(results, self._studied, strict=True)):
+            if values is None:
+                key = (data.corpus.digest, own.query_prompt, own.passage_prompt)
+                missing.setdefault(key, []).append(index)
+        if not missing:
+            return [values for values in results if values is not None]
+        encoder = load_checkpoint(checkpoint, self._changes)
+        for indices in missing.values():
+            pairs = [self._studied[index] for index in indices]
+            reports = evaluate_all(encoder, pairs, False, self._engine)
+            for index, report in zip(indices, reports, strict=True):
+                values = self._values_of_report(report, self._studied[index])
                 results[index] = values
                 store_array(keys[index], values)
         return [values for values in results if values is not None]
@@ -219,7 +213,7 @@ class _Study:
             return seconds
         raise UsageError("none of the checkpoints can be read any more to be timed")
 
-    def _shortest(self, encoder: Encoder, studied: _Studied) -> float:
+    def _shortest(self, encoder: Encoder, studied: StudiedData) -> float:
         start = time.perf_counter()
         times: list[float] = []
         while not times or (
@@ -228,9 +222,9 @@ class _Study:
             times.append(evaluate(encoder, *studied, False, self._engine).seconds)
         return min(times)
 
-    def _values_of_report(self, report: Report, data: EvalDataset) -> np.ndarray:
+    def _values_of_report(self, report: Report, studied: StudiedData) -> np.ndarray:
         per_query = report.per_query
-        values = [per_query[query_id][self._measure] for query_id in _query_ids(data)]
+        values = [per_query[query_id][self._measure] for query_id in studied.query_ids]
         interval = report.intervals.get(self._measure)
         return np.array([*values, *(interval[1:] if interval else ())])
 
@@ -250,36 +244,6 @@ def _chosen(checkpoints: Sequence[Checkpoint], config: FidelityConfig) -> list[C
 def _check_count(count: int, about: str) -> None:
     if count < FEWEST:
         raise UsageError(f"{count} checkpoints to study ({about}); an order needs {FEWEST} or more")
-
-
-def _studied(
-    config: FidelityConfig, settings: EvalConfig, run: TrackedRun | None
-) -> list[_Studied]:
-    """The full corpus, then each subset of it, and the estimates from those with a sample."""
-    dataset, splits = config.named_dataset()
-    split = config.split or next(iter(splits), None)
-    if run is not None:
-        dataset, split = named_data(run, dataset, split)
-    if dataset is None:
-        raise UsageError("no collection is given; pass --dataset")
-    collection = with_held_out(run, open_collection(dataset), split)
-    full = EvalDataset(collection, chosen_split(collection, split))
-    full.check_measures(settings)
-    published = run and partial(checkpoint_of_step, run)
-    studied = [_Studied(full, settings)]
-    for spec in config.specs:
-        data = full.on_subset(spec, settings, published=published)
-        queries = len(data.topics.queries)
-        log.info("%s: %d passages, %d queries", spec.shown, data.n_passages, queries)
-        studied.append(_Studied(data, settings))
-        if config.estimate and spec.sample:
-            studied.append(_Studied(data, settings.estimating(spec)))
-    return studied
-
-
-def _query_ids(data: EvalDataset) -> tuple[str, ...]:
-    topics = data.topics
-    return tuple(topics.qrels or (query.id for query in topics.queries))
 
 
 def _identity(checkpoint: Checkpoint) -> str:
