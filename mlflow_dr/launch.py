@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import signal
 import subprocess
@@ -17,17 +18,19 @@ from typing import IO, TYPE_CHECKING, NamedTuple
 import psutil
 
 from mlflow_dr.engines.opening import RAY, check_devices_and_dtype
-from mlflow_dr.errors import ChildError, DeviceError
+from mlflow_dr.errors import ChildError, DeviceError, MlflowDrError
 from mlflow_dr.files import scratch, usable_cores
 from mlflow_dr.retrieval.measures import parse_measures
 from mlflow_dr.tracking.client import URI_VARIABLE, connect, tracking_uri
 from mlflow_dr.tracking.runs import RUN_VARIABLE, TrackedRun, is_over, open_run
-from mlflow_dr.tracking.status import curve_summary
+from mlflow_dr.tracking.status import curve_summary, report_hint
 from mlflow_dr.tracking.validations import MAIN_PARAM
 from mlflow_dr.validation.config import RunConfig
 
 if TYPE_CHECKING:
     from mlflow_dr.training.arguments import TrainingRequest
+
+log = logging.getLogger(__name__)
 
 TORCHRUN = ("-m", "torch.distributed.run", "--standalone")
 SECONDS_BETWEEN_CHECKS = 0.2
@@ -84,7 +87,20 @@ def launch(config: RunConfig, training: Sequence[str], run: TrackedRun | None = 
         raise KeyboardInterrupt
     hint = f"`mlflow-dr validate --run-id {run.id}` validates what is missing"
     check_ended(children, f"published checkpoints stay: {hint}")
+    _write_report(run)
     return run
+
+
+def _write_report(run: TrackedRun) -> None:
+    """Keep a report with the run, and say where it is; a run without figures has none."""
+    from mlflow_dr.report.contents import read_report
+    from mlflow_dr.report.writing import log_report
+
+    try:
+        log_report(read_report(run))
+        _print(report_hint(run))
+    except MlflowDrError as error:  # the training itself has ended well
+        log.warning("no report was written: %s", error)
 
 
 class Command(NamedTuple):

@@ -25,6 +25,7 @@ from mlflow_dr.reader.prediction import predict_answers
 from mlflow_dr.tracking.artifacts import QA_FOLDER, log_study
 from mlflow_dr.tracking.checkpoints import run_checkpoints
 from mlflow_dr.tracking.client import connect
+from mlflow_dr.tracking.descriptions import dated_name, describe_run
 from mlflow_dr.tracking.results import TIMINGS
 from mlflow_dr.tracking.runs import TrackedRun, is_over, open_run
 from mlflow_dr.tracking.status import curves_hint
@@ -79,10 +80,12 @@ def answer_questions(config: QaConfig, training: Sequence[str] = ()) -> Path:
     settings = {part: {name: values[name] for name in names} for part, names in SETTINGS.items()}
     settings["retriever"]["training"] = shlex.join(training)
     parts = FinishedParts(folder, settings, config.force)
-    run = open_run(connect(config.tracking_uri), config.experiment_name)
+    usual = dated_name(config.dataset, "qa", config.model)
+    run = open_run(connect(config.tracking_uri), config.experiment_name, default_name=usual)
     log.info("run %s (%s); all files are written to %s", run.id, run.name, folder)
     with run.finish_on_exit("question answering"):
-        run.log_params(config.given())
+        run.log_params({"dataset": config.dataset, "model": config.model, **config.given()})
+        describe_run(run)
         pipeline = Pipeline(config, folder, run, parts, training)
         for name, work in pipeline.work.items():
             log.info("%s: %s", name, "finished before" if name in parts else "begins")

@@ -105,6 +105,10 @@ class ReaderData:
         """Number of different passages."""
         return len(self._passages)
 
+    def texts(self) -> list[str]:
+        """The texts of the questions."""
+        return [self._questions.value("question", index) for index in range(len(self))]
+
     def __getitem__(self, index: int) -> ReaderQuestion:
         values = self._questions
         rows = values.numbers("passages", index)

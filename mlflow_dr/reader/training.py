@@ -37,6 +37,7 @@ from mlflow_dr.reader.sequences import SequenceBuilder
 from mlflow_dr.retrieval.encode import TOKENS_PER_BATCH
 from mlflow_dr.tracking.checkpoints import fail_pending_checkpoints
 from mlflow_dr.tracking.client import connect
+from mlflow_dr.tracking.descriptions import dated_name, describe_run
 from mlflow_dr.tracking.runs import TrackedRun, open_run
 from mlflow_dr.tracking.stop_request import StopWatcher, clear_stop_request
 from mlflow_dr.training.callbacks import (
@@ -217,7 +218,8 @@ def open_reader_run(config: ReaderTrainConfig, checkpoint: str | None) -> Tracke
     client = connect(config.tracking_uri)
     note = config.output_dir / RUN_FILE
     run_id = note.read_text(encoding="utf-8").strip() if checkpoint and note.exists() else None
-    run = open_run(client, config.experiment_name, run_id, config.run_name)
+    usual = dated_name(config.train_file.stem, "reader", config.model)
+    run = open_run(client, config.experiment_name, run_id, config.run_name, usual)
     note.parent.mkdir(parents=True, exist_ok=True)
     note.write_text(run.id, encoding="utf-8")
     log.info("run %s (%s)", run.id, run.name)
@@ -226,6 +228,7 @@ def open_reader_run(config: ReaderTrainConfig, checkpoint: str | None) -> Tracke
         fail_pending_checkpoints(run)
     else:
         run.log_params({name: str(value) for name, value in config.model_dump().items()})
+    describe_run(run)
     return run
 
 

@@ -71,21 +71,18 @@ class ResolvedReading(NamedTuple):
         name: prefixes the metrics.
         shown_dataset: name and digest of the results.
         config: with the number format that the name stands for.
+        query_texts: the questions by their index; filled when they are read.
     """
 
     name: str
     shown_dataset: tuple[str, str]
     config: ReaderValidateConfig
+    query_texts: Mapping[str, str]
 
     @property
     def group(self) -> str:
         """The name, because each is evaluated alone."""
         return self.name
-
-    @property
-    def query_texts(self) -> Mapping[str, str]:
-        """None; the results have them."""
-        return {}
 
 
 class ReaderKind:
@@ -102,6 +99,7 @@ class ReaderKind:
         self._config = config
         self._dataset = (config.results.name, file_sha256(config.results)[:DIGITS])
         self._data: dict[str, ReaderData] = {}
+        self._texts: dict[str, str] = {}
 
     def start(self) -> None:
         """Refuse a device or number format that this machine does not have."""
@@ -127,7 +125,8 @@ class ReaderKind:
             wanted["dtype"] = resolve_dtype(str(bound.get("dtype", AUTO)), device)
         check_same_config(run, config.name, bound, wanted)
         log.info("validation %r of run %s: %s", config.name, run.id, config.results)
-        return [ResolvedReading(config.name, self._dataset, config.replaced(dtype=wanted["dtype"]))]
+        config = config.replaced(dtype=wanted["dtype"])
+        return [ResolvedReading(config.name, self._dataset, config, self._texts)]
 
     def load(self, checkpoint: Checkpoint) -> tuple[Any, Any]:
         """The reader of a checkpoint, and its tokenizer."""
@@ -161,4 +160,5 @@ class ReaderKind:
         key = SequenceBuilder(tokenizer).digest
         if key not in self._data:
             self._data[key] = prediction_data(tokenizer, self._config)
+            self._texts |= {str(row): text for row, text in enumerate(self._data[key].texts())}
         return self._data[key]

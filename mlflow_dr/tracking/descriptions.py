@@ -22,6 +22,7 @@ DESCRIPTION_TAG = "mlflow_dr.description"
 REPORT_TAG = "mlflow_dr.report"
 FILES = ("report.html", "curve.png")  # of a report, that a description shows
 BEST_VALUE = "best "  # the beginning of the tag that is a column of the list of runs
+READER_DATA_PARAM = "train_file"
 LONGEST_PART = 40
 LONGEST_COMMAND = 1000
 SEPARATORS = re.compile(r"[^A-Za-z0-9.+@_-]+")
@@ -81,7 +82,8 @@ def _description(run: TrackedRun, state: Run) -> str:
     parts.append(" | ".join(links))
     trained = ", ".join(f"**{name}**{about}" for name, about in run_datasets(state, "training"))
     if model := params.get("model"):
-        parts.append(f"Trains **{model}** on {trained or params.get(DATASET_PARAM, '?')}.")
+        given = params.get(DATASET_PARAM) or params.get(READER_DATA_PARAM, "?")
+        parts.append(f"Trains **{model}** on {trained or given}.")
     for key in sorted(params):
         name = key.removeprefix(PREFIX)
         if name != key:

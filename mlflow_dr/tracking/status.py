@@ -13,7 +13,8 @@ from mlflow_dr.terminal import in_columns, time_span
 from mlflow_dr.tracking.checkpoints import Checkpoint, run_checkpoints
 from mlflow_dr.tracking.claims import latest_claim
 from mlflow_dr.tracking.client import is_server, shown_uri, tracking_errors, tracking_uri
-from mlflow_dr.tracking.descriptions import charts_address
+from mlflow_dr.tracking.descriptions import REPORT_TAG, charts_address
+from mlflow_dr.tracking.fetching import local_directory
 from mlflow_dr.tracking.results import PREFIX, TIMINGS, State, failure_reason, validation_state
 from mlflow_dr.tracking.runs import TrackedRun
 from mlflow_dr.tracking.validations import recorded_values, run_validations, sign_of
@@ -187,6 +188,15 @@ def curves_hint(run: TrackedRun) -> str:
         f"curves: mlflow server --backend-store-uri {shown_uri()} --port {LOCAL_PORT} "
         f"(or `mlflow-dr ui`), and then\n  {curves_url(run, f'http://127.0.0.1:{LOCAL_PORT}')}"
     )
+
+
+def report_hint(run: TrackedRun) -> str:
+    """Where the report of a run is: its file, or the page of MLflow that shows it."""
+    artifact = run.fetch().data.tags.get(REPORT_TAG, "")
+    if (directory := local_directory(run.seen.info.artifact_uri)) is not None:
+        return f"report: {directory / artifact}"
+    pages, _, _ = curves_url(run, tracking_uri()).partition("/model-metrics")
+    return f"report: {pages}/artifacts/{artifact}"
 
 
 def curves_url(run: TrackedRun, pages: str) -> str:

@@ -114,6 +114,8 @@ def test_the_run_ends_with_a_summary(
     models = {model.model_id: step for step, model in checkpoints(store, run_id).items()}
     assert curve[models[best]] == max(curve.values())
     assert f"curves: mlflow server --backend-store-uri {store.tracking_uri}" in printed
+    (report,) = re.findall(r"^report: (\S+)$", printed, re.MULTILINE)
+    assert project.run.info.run_name in Path(report).read_text()
 
 
 def test_tevatrons_flags_are_parameters_of_the_training_entry(

@@ -43,12 +43,16 @@ def config(
 
 
 def test_a_reader_learns_the_answer_of_a_question(
-    config: ReaderTrainConfig, tmp_path: Path
+    config: ReaderTrainConfig, client: MlflowClient, tmp_path: Path
 ) -> None:
     done = train_reader(config)
     assert done is not None
     assert (done.steps, done.questions) == (24, 1)
     assert done.real_tokens > 0.9
+    run = client.get_run((tmp_path / "reader" / RUN_FILE).read_text())
+    assert run.info.run_name.startswith(f"{config.train_file.stem}-reader-backbone-")
+    text = run.data.tags["mlflow.note.content"]
+    assert f"Trains **{config.model}** on {config.train_file}." in text
     predict = ReaderPredictConfig(
         reader=str(tmp_path / "reader"),
         results=config.train_file,

@@ -12,7 +12,7 @@ from mlflow_dr.reader.config import ReaderPredictConfig, ReaderValidateConfig
 from mlflow_dr.reader.model import ReaderSource, save_reader
 from mlflow_dr.reader.prediction import predict_answers
 from mlflow_dr.reader.validation import validate_reader
-from mlflow_dr.tracking.artifacts import per_query_values
+from mlflow_dr.tracking.artifacts import per_query_values, stored_query_texts
 from mlflow_dr.tracking.checkpoints import publish, run_checkpoints
 from mlflow_dr.tracking.fetching import download
 from mlflow_dr.tracking.following import FollowedRun
@@ -78,6 +78,8 @@ def test_each_checkpoint_of_a_run_is_measured_once(
     assert sorted(point.step for point in history) == [2, 4]
     assert find_best(run).checkpoint.step == 2
     assert str(find_best(run, "reader/f1@5").metric) == "reader/f1_at_5"
+    texts = {record["question"] for record in json.loads(config.results.read_text())}
+    assert set(stored_query_texts(run, first, "reader").values()) == texts
     flavors = (tmp_path / "again" / "MLmodel").read_text()
     assert "mlflow_dr_reader" in flavors and "python_function" not in flavors
 
