@@ -1,5 +1,6 @@
 """The trainer of `--engine jax`, held against torch's on the same batches."""
 
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -91,6 +92,20 @@ def test_a_resumed_training_has_the_bits_of_one_without_a_stop(train: Make) -> N
         resumed._encoder.parameters(), complete._encoder.parameters(), strict=True
     ):
         assert torch.equal(ours, theirs)
+
+
+def test_a_training_that_was_killed_after_any_step_goes_on_with_the_same_bits(
+    train: Make, tmp_path: Path
+) -> None:
+    """What a kill leaves: the checkpoints up to some step."""
+    settings = {**SAVING, "save_steps": 1, "dropout": 0.2}
+    complete = train(JaxTrainer, **settings)
+    for step in range(complete.state.max_steps - 1, 0, -1):
+        shutil.rmtree(tmp_path / "output" / f"checkpoint-{step + 1}")
+        resumed = train(JaxTrainer, resumes=True, **{**settings, "save_strategy": "no"})
+        assert logged(resumed) == logged(complete)
+        weights = zip(resumed._encoder.parameters(), complete._encoder.parameters(), strict=True)
+        assert all(torch.equal(ours, theirs) for ours, theirs in weights)
 
 
 @pytest.mark.parametrize("kinds", [(None, JaxTrainer), (JaxTrainer, None)], ids=["ours", "torchs"])
