@@ -1,8 +1,9 @@
 """The pictures in README.md and the guides: `python -m docs.screenshot` makes docs/*.png.
 
-It starts an MLflow server, trains and validates the demo on it (3 minutes on 2 cores), writes a
-report, opens MLflow's pages and the report in Chromium, and takes the pictures. `--tracking-uri URI
---run-id RUN` takes the pictures of a finished run instead.
+It starts an MLflow server, trains and validates the demo on it, at first for too few steps and then
+with its recipe (5 minutes on 2 cores), writes a report, opens MLflow's pages and the report in
+Chromium, and takes the pictures. `--tracking-uri URI --run-id RUN` takes the pictures of a finished
+run instead.
 """
 
 from __future__ import annotations
@@ -31,6 +32,7 @@ from mlflow_dr.tracking.runs import TrackedRun, find_run
 FOLDER = Path(__file__).parent
 BROWSERS = ("chromium", "chromium-browser", "google-chrome")
 FLAGS = ["--headless=new", "--no-sandbox", "--disable-gpu", "--hide-scrollbars"]
+FEWER_STEPS = ["--max_steps", "100", "--publish_steps", "100", "--publish_initial", "false"]
 SHOWN = ("train/loss", "val/mrr_at_10", "val/ndcg_at_10", "val/recall_at_100")
 SECONDS_TO_START = 300
 COLOURS = 128
@@ -58,8 +60,9 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as directory, Server(Path(directory)) as server:
         environment = {**os.environ, "MLFLOW_TRACKING_URI": server.uri}
         command = ["mlflow-dr", "run", "--dataset", "demo"]
-        subprocess.run(command, env=environment, cwd=directory, check=True)
-        (run,) = MlflowClient(server.uri).search_runs(["0"])
+        for more in (FEWER_STEPS, []):
+            subprocess.run([*command, *more], env=environment, cwd=directory, check=True)
+        run = MlflowClient(server.uri).search_runs(["0"])[0]
         take_pictures(server.uri, run.info.run_id, given.output)
 
 
@@ -95,15 +98,15 @@ def pictures(uri: str, run: TrackedRun, report: Path) -> dict[str, Picture]:
     column = f"{BEST_VALUE}{best.metric}"
     return {
         "run-list.png": Picture(
-            f"{experiment}/runs{TRAINING}", lambda page: show_column(page, run, column), (1700, 480)
+            f"{experiment}/runs{TRAINING}", lambda page: show_column(page, run, column), (1700, 420)
         ),
         "run-page.png": Picture(
             f"{experiment}/runs/{run.id}{TRAINING}",
             show_description,
-            (1500, 1150),
+            (1500, 925),
         ),
         "run.png": Picture(f"{uri}/{charts_address(run)}", show_charts, (1280, 1060)),
-        "model-page.png": Picture(checkpoint, lambda page: show_text(page, "Step "), (1280, 760)),
+        "model-page.png": Picture(checkpoint, lambda page: show_text(page, "Step "), (1280, 675)),
         "report.png": Picture(report.as_uri(), lambda page: None, (1150, 1250)),
     }
 
@@ -138,6 +141,9 @@ def show_column(page: Page, run: TrackedRun, column: str) -> None:
         search.fill(name)
         page.get_by_text(name, exact=True).last.click()
     page.keyboard.press("Escape")
+    settle(page)
+    header = page.locator(".ag-header-cell", has_text=column)
+    header.locator(".ag-header-cell-resize").dblclick()  # as wide as its values
     settle(page)
 
 

@@ -34,6 +34,7 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 MOST_INTERVALS = 200  # checkpoints of a curve
+MEAN = "mean"
 MOST_QUERIES = 10  # that are shown as won, and as lost
 SUMMARY_TAG = "mlflow_dr.training_summary"
 LOADING = {
@@ -53,7 +54,8 @@ class Curve:
 
     Attributes:
         name: of the validation.
-        subset: the passages that are searched; `full` is the whole corpus.
+        subset: the passages that are searched; `full` is the whole corpus, and `mean` says that it
+            is the mean of a suite.
         measures: keys of its measures, such as `mrr_at_10`.
         checkpoints: that have figures, by step.
         values: of each checkpoint, by measure; timings too.
@@ -214,7 +216,7 @@ def _curve(
             intervals[checkpoint.step] = _intervals(run, checkpoint, name, keys)
     return Curve(
         name,
-        str(config.get("subset", "full")),
+        MEAN if "mean_of" in config else str(config.get("subset", "full")),
         tuple(measures),
         tuple(checkpoint for checkpoint, _ in found),
         tuple(values for _, values in found),

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from mlflow_dr.report.contents import Curve, RunReport
+from mlflow_dr.report.contents import MEAN, Curve, RunReport
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -80,7 +80,7 @@ def _draw_measure(panel: Any, report: RunReport) -> None:
     curves = [curve for curve in report.curves if key in curve.measures]
     for number, curve in enumerate(curves):
         colour = COLOURS[number % len(COLOURS)]
-        line = "-o" if curve.subset == FULL else "--s"
+        line = "-o" if curve.subset in (FULL, MEAN) else "--s"
         about = "full corpus" if curve.subset == FULL else curve.subset.partition(", ")[0]
         panel.plot(
             *_points(curve, key), line, color=colour, markersize=4, label=f"{curve.name}: {about}"
@@ -112,6 +112,7 @@ def _points(curve: Curve, key: str) -> tuple[list[int], list[float]]:
 def _finish(panel: Any, title: str) -> None:
     panel.set_title(title, fontsize=10, parse_math=False)
     panel.set_xlabel("training step")
+    panel.xaxis.get_major_locator().set_params(integer=True)
     panel.grid(alpha=0.25)
     if panel.get_legend_handles_labels()[0]:
         legend = panel.legend(fontsize=8)

@@ -9,7 +9,7 @@ from typing import Any
 import yaml
 
 from mlflow_dr.collection.locations import hub_name
-from mlflow_dr.report.contents import Curve, RunReport
+from mlflow_dr.report.contents import MEAN, Curve, RunReport
 from mlflow_dr.report.figures import FULL, shown_measure
 from mlflow_dr.terminal import printable, without_secrets
 from mlflow_dr.tracking.context import COMMAND_LINE_TAG
@@ -66,7 +66,7 @@ def _result(report: RunReport, curve: Curve) -> dict[str, Any]:
     return {
         "task": TASK,
         "dataset": {
-            "name": _short(dataset) + ("" if curve.subset == FULL else " (subset)"),
+            "name": _short(dataset) + ("" if curve.subset in (FULL, MEAN) else " (subset)"),
             "type": _repository(dataset) or _short(dataset),
         },
         "metrics": [
