@@ -18,11 +18,11 @@ from typing import IO, TYPE_CHECKING, NamedTuple
 import psutil
 
 from mlflow_dr.engines.opening import RAY, check_devices_and_dtype
-from mlflow_dr.errors import ChildError, DeviceError, MlflowDrError
+from mlflow_dr.errors import ChildError, DeviceError, MlflowDrError, UsageError
 from mlflow_dr.files import scratch, usable_cores
 from mlflow_dr.retrieval.measures import parse_measures
 from mlflow_dr.tracking.client import URI_VARIABLE, connect, tracking_uri
-from mlflow_dr.tracking.runs import RUN_VARIABLE, TrackedRun, is_over, open_run
+from mlflow_dr.tracking.runs import RUN_VARIABLE, TrackedRun, find_run, is_over, open_run
 from mlflow_dr.tracking.status import curve_summary, report_hint
 from mlflow_dr.tracking.validations import MAIN_PARAM
 from mlflow_dr.validation.config import RunConfig
@@ -65,10 +65,12 @@ def launch(config: RunConfig, training: Sequence[str], run: TrackedRun | None = 
     check_devices_and_dtype(config.engine, device, config.dtype)
     request, validated, resumed = _checked_training(training, config.gpus)
     validation = validation.replaced(dataset=validated)
+    before = None
     if run is None:
         from mlflow_dr.training.run_params import run_name
 
         client = connect(config.tracking_uri or request.publish.tracking_uri)
+        before = find_run(client, resumed).seen if resumed else None
         experiment = config.experiment_name or request.publish.experiment_name
         run = open_run(client, experiment, resumed, request.trainer.run_name, run_name(request))
     if not config.keep_up:
@@ -81,6 +83,8 @@ def launch(config: RunConfig, training: Sequence[str], run: TrackedRun | None = 
         train = Command("train", training, trainer_variables, config.gpus)
         validate = Command("validate", ["--config", str(file)], validator_variables)
         children, is_stopped = run_both(run, train, validate)
+    if before is not None and is_over(before) and children[0].code == UsageError.exit_code:
+        run.finish(before.info.status, before.info.end_time)  # the trainer refused to resume it
     measures = parse_measures(config.measures)
     _print(curve_summary(run, name, [measure.metric for measure in measures]))
     if is_stopped:

@@ -9,15 +9,18 @@ import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from types import SimpleNamespace
 
 import psutil
 import pytest
 
 from mlflow_dr import launch
-from mlflow_dr.errors import UsageError
+from mlflow_dr.errors import ChildError, UsageError
 from mlflow_dr.launch import SECONDS_TO_STOP, Child, Command, _checked_training, _signal, _Stop
+from mlflow_dr.tracking.client import tracking_uri
 from mlflow_dr.tracking.runs import TrackedRun
 from mlflow_dr.training.resume import begin_output, claimed_output
+from mlflow_dr.validation.config import RunConfig
 
 STUBBORN = "import signal, time; signal.signal(signal.SIGTERM, signal.SIG_IGN); time.sleep(600)"
 PARENT = f"""
@@ -150,3 +153,23 @@ def test_an_output_directory_in_use_is_refused_before_there_is_a_run(
         pytest.raises(UsageError, match="another training"),
     ):
         _checked_training(resumed, 1)
+
+
+def test_a_run_that_the_trainer_refuses_to_resume_stays_as_it_was(
+    run: TrackedRun,
+    beir_folder: Callable[..., Path],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    run.finish("FINISHED")
+    before = run.fetch().info
+    begin_output(tmp_path, run.id)
+    refused = SimpleNamespace(command="train", code=UsageError.exit_code, failed=True)
+    monkeypatch.setattr(launch, "run_both", lambda *_: ([refused], False))
+    folder = beir_folder({"p": "gulls"}, {"q": "birds"}, train={"q": {"p": 1}}, dev={"q": {"p": 1}})
+    flags = ["--dataset", str(folder), "--use_cpu", "--output_dir", str(tmp_path)]
+    config = RunConfig(tracking_uri=tracking_uri())
+    with pytest.raises(ChildError, match="train ended with an error"):
+        launch.launch(config, [*flags, "--resume_from_checkpoint"])
+    after = run.fetch().info
+    assert (after.status, after.end_time) == (before.status, before.end_time)
