@@ -94,7 +94,8 @@ def answer_questions(config: QaConfig, training: Sequence[str] = ()) -> Path:
         files = [page, folder / PARTS, folder / "predictions.json"]
         log_study(run, files, QA_FOLDER)
         _log_curves(run, parts)
-    log.info("%s", curves_hint(run))
+    for line in curves_hint(run).splitlines():
+        log.info("%s", line)
     return page
 
 
