@@ -27,8 +27,8 @@ LONGEST_PART = 40
 LONGEST_COMMAND = 1000
 SEPARATORS = re.compile(r"[^A-Za-z0-9.+@_-]+")
 LOADING = """```python
-import mlflow
-encoder = mlflow.sentence_transformers.load_model("{uri}")
+from mlflow.sentence_transformers import load_model
+encoder = load_model("{uri}")
 vectors = encoder.encode_query(["a question"])
 ```"""
 

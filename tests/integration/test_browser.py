@@ -121,7 +121,7 @@ def test_a_checkpoint_says_its_figures_and_how_to_load_it(
     page.goto(f"{server}/#/experiments/0/models/{model_id}?workflowType=machine_learning")
     page.get_by_text("Step 20 of run").first.wait_for()
     close_assistant(page)
-    loading = f'encoder = mlflow.sentence_transformers.load_model("models:/{model_id}")'
+    loading = f'encoder = load_model("models:/{model_id}")'
     page.get_by_text(loading).first.wait_for()
     assert "mrr_at_10" in page.get_by_text("ndcg_at_10").first.inner_text()
     page.screenshot(path=output / "model-page.png")

@@ -62,4 +62,4 @@ def test_a_checkpoint_says_its_figures_and_how_to_load_it(
     text = run_checkpoints(run)[0].tags[MLFLOW_RUN_NOTE]
     assert "`val`: mrr_at_10 **0.2500**, ndcg_at_10 **0.7500**\n" in text
     assert "2.0" not in text  # seconds
-    assert f'mlflow.sentence_transformers.load_model("models:/{checkpoint.model_id}")' in text
+    assert f'encoder = load_model("models:/{checkpoint.model_id}")' in text
