@@ -270,6 +270,7 @@ def _source(config: EncodeConfig) -> tuple[str, bool, Callable[[Encoder], Texts]
         return "", True, lambda encoder: _query_tokens(encoder, queries, corpus.digest)
     name, _ = config.required_dataset()
     collection = open_collection(name)
+    name = collection.name  # a path is absolute in it, so the vectors can be moved
     if config.split is None:
         return name, False, lambda encoder: _passages(encoder, collection.corpus())
     check_split(collection, config.split)

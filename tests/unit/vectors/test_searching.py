@@ -77,6 +77,15 @@ def evaluated(folder: Path) -> tuple[bytes, dict[str, float]]:
     return (folder.parent / "evaluated.trec").read_bytes(), measures
 
 
+def test_vectors_know_their_collection_from_any_directory(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(folder.parent)
+    vectors = encoded(folder, "vectors", dataset=folder.name)
+    monkeypatch.chdir(tmp_path)
+    assert searched(vectors, split="dev").keys() == {"mrr@10", "recall@5"}
+
+
 @pytest.mark.parametrize("file_format", ["parquet", "npy"])
 @pytest.mark.parametrize("shards", [1, 2, 7])
 def test_rows_and_scores_are_those_of_an_evaluation(
