@@ -7,7 +7,7 @@ from statistics import median
 
 from mlflow_dr import pages
 from mlflow_dr.decisions.comparison import changes_figure
-from mlflow_dr.report.contents import ComparedQuery, Curve, RunReport
+from mlflow_dr.report.contents import MEAN, ComparedQuery, Curve, RunReport
 from mlflow_dr.report.figures import (
     FULL,
     curve_figure,
@@ -54,6 +54,8 @@ def _summary(report: RunReport) -> Iterator[str]:
         f"Best: step {best.checkpoint.step}, {measure} {best.first.value:.4f}{about}", kind="lead"
     )
     dataset = validation_collection(report.run, report.metric.validation)
+    if report.curves[0].subset == MEAN:
+        dataset = "several collections, their mean"
     model = state.data.params.get("model", "an encoder")
     trained_on = state.data.params.get(DATASET_PARAM)
     begun = f"Training of {model}" + (f" on {trained_on}" if trained_on else "")

@@ -195,8 +195,8 @@ def report_hint(run: TrackedRun) -> str:
     artifact = run.fetch().data.tags.get(REPORT_TAG, "")
     if (directory := local_directory(run.seen.info.artifact_uri)) is not None:
         return f"report: {directory / artifact}"
-    pages, _, _ = curves_url(run, tracking_uri()).partition("/model-metrics")
-    return f"report: {pages}/artifacts/{artifact}"
+    page = curves_url(run, tracking_uri()).replace("/model-metrics", f"/artifacts/{artifact}")
+    return f"report: {page}"
 
 
 def curves_url(run: TrackedRun, pages: str) -> str:

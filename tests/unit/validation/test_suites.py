@@ -17,6 +17,7 @@ from mlflow_dr.encoder.model import Encoder
 from mlflow_dr.encoder.saving import save_encoder
 from mlflow_dr.errors import UsageError
 from mlflow_dr.report.contents import read_report
+from mlflow_dr.report.page import report_page
 from mlflow_dr.tracking.checkpoints import publish, run_checkpoints
 from mlflow_dr.tracking.following import FollowedRun
 from mlflow_dr.tracking.results import mark_failed, record_result
@@ -157,7 +158,9 @@ def test_each_checkpoint_is_loaded_once_and_each_corpus_encoded_once(
             for name in ("val-sea", "val-sky", "val")
         )
         assert mean == pytest.approx((sea + sky) / 2)
-    assert [curve.subset for curve in read_report(run).curves] == ["mean", "full", "full"]
+    report = read_report(run)
+    assert [curve.subset for curve in report.curves] == ["mean", "full", "full"]
+    assert "Validation val on several collections, their mean;" in report_page(report)
     assert watch(run, suite, measures="mrr@10").validations == 0  # nothing is done twice
     assert watch(run, f"{folders[1]}+{folders[0]}", measures="mrr@10").validations == 0
     third = tmp_path / "third.yaml"
