@@ -208,7 +208,22 @@ def _refuse_what_would_be_ignored(
     trainer, loss = request.trainer, request.loss
     if "do_train" in typed and not trainer.do_train:
         raise UsageError("--do_train false leaves nothing to do; `mlflow-dr train` always trains")
-    if trainer.do_eval or trainer.do_predict:
+    unfit = {
+        "--label_smoothing_factor": trainer.label_smoothing_factor,
+        "--neftune_noise_alpha": trainer.neftune_noise_alpha,
+        "--use_liger_kernel": trainer.use_liger_kernel,
+        "--train_sampling_strategy group_by_length": "group"
+        in str(trainer.train_sampling_strategy),
+        "--debug": bool(trainer.debug),
+    }
+    if refused := [name for name, value in unfit.items() if value]:
+        raise UsageError(f"{', '.join(refused)} does not fit a retriever's training; leave it out")
+    if trainer.push_to_hub:
+        raise UsageError(
+            "--push_to_hub: checkpoints go to MLflow; `mlflow-dr best --push OWNER/NAME` uploads "
+            "the best one"
+        )
+    if trainer.do_eval or trainer.do_predict or trainer.eval_on_start:
         raise UsageError(
             "training does not evaluate; `mlflow-dr validate --run-id RUN` evaluates its "
             "checkpoints at the same time, and `mlflow-dr run` starts both"
@@ -250,9 +265,7 @@ def _refuse_what_the_engine_lacks(
         "--lora": request.model.lora,
         "--fp16": trainer.fp16,
         "--torch_compile": trainer.torch_compile,
-        "--neftune_noise_alpha": trainer.neftune_noise_alpha,
         "--auto_find_batch_size": trainer.auto_find_batch_size,
-        "--use_liger_kernel": trainer.use_liger_kernel,
         f"--optim {optimizer}": optimizer not in JAX_OPTIMIZERS,
         f"--loss {request.loss.loss}": request.loss.loss not in OWN_LOSSES,
     }

@@ -20,7 +20,7 @@ from transformers import TrainerCallback, TrainingArguments, set_seed
 
 from mlflow_dr import compat
 from mlflow_dr.encoder.saving import restore_encoder
-from mlflow_dr.errors import MissingExtraError, TrackingError
+from mlflow_dr.errors import MissingExtraError, TrackingError, UsageError
 from mlflow_dr.process_tree import Sampler
 from mlflow_dr.tracking.artifacts import keep_held_out
 from mlflow_dr.tracking.checkpoints import fail_pending_checkpoints
@@ -257,6 +257,7 @@ def _train(
         if run is not None:
             callbacks.append(DiskUse(run, source.bytes, schedule, initial))
         callbacks += [ScheduledPublishing(publisher.publish, schedule, initial), stop]
+        ending.enter_context(_library_errors())
         trainer = kind(
             encoder,
             request.trainer,
@@ -276,6 +277,19 @@ def _train(
         raise KeyboardInterrupt
     if stop.reason:
         log.info("training ended as asked: %s", stop.reason)
+
+
+@contextmanager
+def _library_errors() -> Iterator[None]:
+    """Turn what Trainer says of missing packages and of its flags into one line."""
+    try:
+        yield
+    except (ImportError, ValueError, RuntimeError) as error:
+        is_plain = isinstance(error, ImportError) or "installed" in str(error)
+        is_of_flags = isinstance(error, ValueError) and "distributed training" in str(error)
+        if not is_plain and not is_of_flags:
+            raise
+        raise UsageError(" ".join(str(error).split())) from error
 
 
 def _note_summary(run: TrackedRun, values: Mapping[str, float]) -> None:

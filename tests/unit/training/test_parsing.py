@@ -284,3 +284,19 @@ def test_every_flag_is_in_the_help_with_an_explanation() -> None:
         for field in fields(kind):
             assert f"--{field.name}" in text
             assert field.metadata["help"]
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        ("--label_smoothing_factor 0.1", "--label_smoothing_factor does not fit a retriever"),
+        ("--neftune_noise_alpha 5", "--neftune_noise_alpha does not fit a retriever"),
+        ("--train_sampling_strategy group_by_length", "group_by_length does not fit a retriever"),
+        ("--debug underflow_overflow", "--debug does not fit a retriever"),
+        ("--push_to_hub", "`mlflow-dr best --push OWNER/NAME` uploads the best"),
+        ("--eval_on_start", "training does not evaluate"),
+    ],
+)
+def test_flags_of_other_trainings_are_refused(flags: str, message: str) -> None:
+    with pytest.raises(UsageError, match=message):
+        parse_training(["--dataset", "demo", "--model", "tiny", "--use_cpu", *flags.split()])
