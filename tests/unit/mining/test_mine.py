@@ -310,11 +310,9 @@ def test_the_search_depth_covers_the_rule_and_the_positives(
     assert asked == [21, 40, 56]
 
 
-def test_from_python_in_two_lines(folder: Path) -> None:
-    request = mlflow_dr.MiningConfig(
-        dataset=str(folder), output=folder.parent / "m.jsonl", negatives=3, depth=10
-    )
-    assert mlflow_dr.mine(request).negatives == 90
+def test_from_python_in_one_line(folder: Path) -> None:
+    found = mlflow_dr.mine(folder, output=folder.parent / "m.jsonl", negatives=3, depth=10)
+    assert found.negatives == 90
 
 
 def test_other_terms_find_other_negatives(folder: Path) -> None:

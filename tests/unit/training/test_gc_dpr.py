@@ -10,13 +10,14 @@ import torch
 from transformers import PreTrainedTokenizerFast
 
 from mlflow_dr.collection.records import Passage, Query
+from mlflow_dr.collection.catalogue import open_collection
 from mlflow_dr.encoder.directory import load_encoder
 from mlflow_dr.encoder.model import Encoder
 from mlflow_dr.encoder.saving import save_encoder
 from mlflow_dr.encoder.tokenize import TextTokenizer
 from mlflow_dr.errors import UsageError
 from mlflow_dr.training.arguments import TrainingRequest
-from mlflow_dr.training.data import open_data, validated_collection
+from mlflow_dr.training.data import open_data, validated_dataset
 from mlflow_dr.training.encoder_setup import build_encoder, collator_of, mixed_training_set
 from mlflow_dr.training.parsing import ACCEPTED_ONLY, parse_training
 
@@ -229,7 +230,7 @@ def test_the_development_file_is_validated_on(directory: Path) -> None:
         "--dev_file",
         f"{directory}/nq-dev.json",
     ]
-    collection = validated_collection(parse_training(argv).data)
+    collection = open_collection(validated_dataset(parse_training(argv).data))
     assert len(collection.topics("dev").queries) == 3
     assert len(collection.corpus()) == 12
 
