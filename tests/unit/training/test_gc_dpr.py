@@ -9,8 +9,8 @@ import pytest
 import torch
 from transformers import PreTrainedTokenizerFast
 
-from mlflow_dr.collection.records import Passage, Query
 from mlflow_dr.collection.catalogue import open_collection
+from mlflow_dr.collection.records import Passage, Query
 from mlflow_dr.encoder.directory import load_encoder
 from mlflow_dr.encoder.model import Encoder
 from mlflow_dr.encoder.saving import save_encoder
