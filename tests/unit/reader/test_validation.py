@@ -22,6 +22,8 @@ from mlflow_dr.validation.compare import compare
 from mlflow_dr.validation.config import CompareConfig, ValidateConfig
 from mlflow_dr.validation.validator import run_validator
 
+SEA = Path(__file__).parents[3] / "examples" / "sea"
+
 
 def never(seconds: float) -> None:
     raise AssertionError("nothing is left to wait for")
@@ -129,7 +131,7 @@ def test_reader_validation_has_the_rules_of_validators(
     uri = run.client.tracking_uri
     asked = CompareConfig(operands=operands, name="every 2", measure="f1@5", tracking_uri=uri)
     assert compare(asked).measure == "f1@5"
-    encoders = ValidateConfig(dataset="demo", follow=False)
+    encoders = ValidateConfig(dataset=str(SEA), follow=False)
     others = run_validator(FollowedRun(run), encoders, never)
     assert "no checkpoint is a dense_retriever" in others.nothing
     with pytest.raises(UsageError, match="reader-validate"):
