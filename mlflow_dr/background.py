@@ -42,6 +42,11 @@ class BackgroundTask(Generic[Result]):
             raise error
         return self._result
 
+    @property
+    def is_done(self) -> bool:
+        """Whether the function has ended."""
+        return self._done.is_set()
+
     def _run(self, act: Callable[[], Result]) -> None:
         try:
             self._result = act()

@@ -55,13 +55,12 @@ def _problem(url: str) -> str:
     """Why a hub cannot be asked; empty if it answers, whatever it says."""
     from huggingface_hub import get_session
 
-    answers: list[object] = []
-
     def ask() -> None:
-        answers.append(get_session().head(url, timeout=SECONDS_TO_ANSWER))
+        get_session().head(url, timeout=SECONDS_TO_ANSWER)
 
+    task = BackgroundTask(ask, "asking the hub")
     try:
-        BackgroundTask(ask, "asking the hub").wait(SECONDS_WITH_NAMES)
+        task.wait(SECONDS_WITH_NAMES)
     except Exception as error:  # noqa: BLE001 - of the library's HTTP client
         return one_line(error)
-    return "" if answers else f"no answer within {SECONDS_WITH_NAMES:.0f} s"
+    return "" if task.is_done else f"no answer within {SECONDS_WITH_NAMES:.0f} s"

@@ -7,7 +7,7 @@ import urllib.request
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 from urllib.error import HTTPError
 
 from mlflow_dr.background import BackgroundTask
@@ -106,12 +106,11 @@ def _within(name: str, act: Callable[[], Result], seconds: float = SECONDS_FOR_N
     Raises:
         MlflowDrError: it took longer.
     """
-    done: list[Any] = []
-    BackgroundTask(lambda: done.append(act()), "doctor").wait(seconds)
-    if not done:
+    task = BackgroundTask(act, "doctor")
+    result = task.wait(seconds)
+    if not task.is_done:
         raise MlflowDrError(
             f"{name} gave no answer within {seconds:.0f} s; check the address, the network and "
             "proxies"
         )
-    result: Result = done[0]
-    return result
+    return cast(Result, result)

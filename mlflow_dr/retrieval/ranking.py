@@ -71,9 +71,8 @@ def named_ranking(
     rows: np.ndarray,
     scores: np.ndarray,
     depth: int,
-    keep_own_id: bool = False,
 ) -> dict[str, list[tuple[str, float]]]:
-    """A ranking by ids.
+    """A ranking by ids, of what `without_excluded` has left.
 
     Args:
         queries: the queries, in the order of `rows`.
@@ -81,11 +80,7 @@ def named_ranking(
         rows: rows of passages, the best first, `(n_queries, k) int64`; -1 where there is none.
         scores: `(n_queries, k) float32`.
         depth: passages to keep for each query.
-        keep_own_id: keep a passage that has the query's own id. BEIR leaves it out, because in
-            some of its collections the queries are passages of the corpus. Passages that a query
-            names as excluded are always left out, as in BRIGHT.
     """
-    rows, scores = without_excluded(queries, ids, rows, scores, keep_own_id)
     found = _names(ids, rows[:, :depth])
     return {
         query.id: [pair for pair in zip(names, values, strict=True) if pair[0] is not None]
@@ -100,11 +95,21 @@ def without_excluded(
     scores: np.ndarray,
     keep_own_id: bool = False,
 ) -> tuple[np.ndarray, np.ndarray]:
-    """What was found, without passages that are excluded for their query; see `named_ranking`.
+    """What was found, without passages that are excluded for their query, as in BRIGHT.
+
+    Args:
+        queries: the queries, in the order of `rows`.
+        ids: of the passages, by row.
+        rows: rows of passages, the best first, `(n_queries, k) int64`; -1 where there is none.
+        scores: `(n_queries, k) float32`.
+        keep_own_id: keep a passage that has the query's own id. BEIR leaves it out, because in
+            some of its collections the queries are passages of the corpus.
 
     Returns:
         Rows and scores in the same shapes; a row that is left out is -1 at the end.
     """
+    if not n_excluded(queries, keep_own_id):
+        return rows, scores
     is_excluded = _is_excluded(queries, ids, rows, keep_own_id)
     if not is_excluded.any():
         return rows, scores

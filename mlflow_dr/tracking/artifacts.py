@@ -225,8 +225,8 @@ def held_out_topics(run: TrackedRun) -> Topics:
     path = f"{HELD_OUT_FOLDER}/{QUERIES_FILE}"
     with tracking_errors(f"fetching held-out queries of run {run.id}"), scratch() as directory:
         directory.mkdir()
-        file = run.client.download_artifacts(run.id, path, str(directory))
-        records = list(map(json.loads, Path(file).read_text(encoding="utf-8").splitlines()))
+        file = _downloaded(run, path, directory)
+        records = list(map(json.loads, file.read_text(encoding="utf-8").splitlines()))
     qrels = {record["id"]: record.pop("relevant") for record in records}
     return Topics([Query(**record) for record in records], qrels)
 

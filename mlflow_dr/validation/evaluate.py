@@ -335,7 +335,7 @@ def _measure(data: EvalDataset, settings: EvalConfig, depth: int, result: Search
     topics, ids = data.topics, data.corpus.ids
     keep_own_id = data.keeps_own_id(settings)
     rows, scores = without_excluded(topics.queries, ids, result.rows, result.scores, keep_own_id)
-    ranking = named_ranking(topics.queries, ids, rows, scores, depth, keep_own_id=True)
+    ranking = named_ranking(topics.queries, ids, rows, scores, depth)
     hits = None
     if found := answers_depth(settings.measures):
         hits = data.tokens.matcher(settings.match).hits(topics.queries, rows[:, :found])

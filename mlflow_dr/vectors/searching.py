@@ -180,7 +180,7 @@ def _parts(
         queries = [Query(name, "", excluded=excluded.get(name, ())) for name in names]
         rows, scores = (values[first : first + QUERIES_PER_PART] for values in found)
         rows, scores = without_excluded(queries, ids, rows, scores, keep_own_id)
-        ranking = named_ranking(queries, ids, rows, scores, depth, keep_own_id=True)
+        ranking = named_ranking(queries, ids, rows, scores, depth)
         yield RankingPart(ranking, rows[:, :depth])
 
 

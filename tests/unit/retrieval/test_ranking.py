@@ -34,6 +34,11 @@ ROWS = np.array([[1, 4, 0], [3, 1, 4]])
 SCORES = np.array([[3.0, 2.0, 1.0], [0.5, 0.25, -0.5]], dtype=np.float32)
 
 
+def left(corpus: Corpus) -> tuple[np.ndarray, np.ndarray]:
+    """What is ranked: without passages that have their query's id."""
+    return without_excluded(QUERIES, corpus.ids, ROWS, SCORES)
+
+
 def read_trec(path: Path) -> dict[str, list[tuple[str, float]]]:
     """As trec_eval reads it: its own order, by score and then by descending id; ranks ignored."""
     found: dict[str, list[tuple[str, float]]] = {}
@@ -47,7 +52,7 @@ def read_trec(path: Path) -> dict[str, list[tuple[str, float]]]:
 
 
 def test_rows_become_ids_in_their_order(corpus: Corpus) -> None:
-    ranking = named_ranking(QUERIES, corpus.ids, ROWS, SCORES, depth=3, keep_own_id=True)
+    ranking = named_ranking(QUERIES, corpus.ids, ROWS, SCORES, depth=3)
     assert ranking == {
         "q1": [("q1", 3.0), ("p4", 2.0), ("p0", 1.0)],
         "q2": [("字3", 0.5), ("q1", 0.25), ("p4", -0.5)],
@@ -55,7 +60,7 @@ def test_rows_become_ids_in_their_order(corpus: Corpus) -> None:
 
 
 def test_a_passage_with_a_querys_id_is_left_out_for_this_query_only(corpus: Corpus) -> None:
-    ranking = named_ranking(QUERIES, corpus.ids, ROWS, SCORES, depth=3)
+    ranking = named_ranking(QUERIES, corpus.ids, *left(corpus), depth=3)
     assert [pid for pid, _ in ranking["q1"]] == ["p4", "p0"]
     assert [pid for pid, _ in ranking["q2"]] == ["字3", "q1", "p4"]
 
@@ -64,18 +69,18 @@ def test_a_passage_with_a_querys_id_is_left_out_for_this_query_only(corpus: Corp
 def test_the_depth_is_reached_when_the_querys_own_id_is_left_out(
     corpus: Corpus, depth: int
 ) -> None:
-    ranking = named_ranking(QUERIES, corpus.ids, ROWS, SCORES, depth)
+    ranking = named_ranking(QUERIES, corpus.ids, *left(corpus), depth)
     assert [pid for pid, _ in ranking["q1"]] == ["p4", "p0"][:depth]
     assert [pid for pid, _ in ranking["q2"]] == ["字3", "q1"][:depth]
 
 
 def test_a_corpus_smaller_than_the_depth(corpus: Corpus) -> None:
-    ranking = named_ranking(QUERIES, corpus.ids, ROWS, SCORES, depth=100)
+    ranking = named_ranking(QUERIES, corpus.ids, *left(corpus), depth=100)
     assert [len(found) for found in ranking.values()] == [2, 3]
 
 
 def test_the_ranking_file_is_what_trec_eval_reads(corpus: Corpus, tmp_path: Path) -> None:
-    ranking = named_ranking(QUERIES, corpus.ids, ROWS, SCORES, depth=2)
+    ranking = named_ranking(QUERIES, corpus.ids, *left(corpus), depth=2)
     write_ranking(tmp_path / "ranking.trec", [ranking], tag="mine")
     assert (tmp_path / "ranking.trec").read_text(encoding="utf-8") == (
         "q1 Q0 p4 1 2 mine\nq1 Q0 p0 2 1 mine\nq2 Q0 字3 1 0.5 mine\nq2 Q0 q1 2 0.25 mine\n"
