@@ -33,7 +33,8 @@ from mlflow_dr.options import (
     ValidateOptions,
 )
 from mlflow_dr.training_options import RunOptions, TrainOptions
-from mlflow_dr.validation.config import CompareConfig, EvaluateConfig, RunConfig, ValidateConfig
+from mlflow_dr.validation.config import RunConfig, ValidateConfig
+from mlflow_dr.validation.evaluate_config import CompareConfig, EvaluateConfig
 from mlflow_dr.vectors.config import EncodeConfig, SearchConfig
 
 if TYPE_CHECKING:  # torch and mlflow take seconds to import

@@ -6,7 +6,7 @@ import click
 
 from mlflow_dr.cli.options import TakesSeveral, find_project_run, takes
 from mlflow_dr.fidelity_study.config import FidelityConfig
-from mlflow_dr.validation.config import CompareConfig, EvaluateConfig
+from mlflow_dr.validation.evaluate_config import CompareConfig, EvaluateConfig
 
 
 @click.command("evaluate", cls=TakesSeveral)

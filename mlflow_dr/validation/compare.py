@@ -46,7 +46,7 @@ from mlflow_dr.tracking.validations import (
     run_validations,
     validation_collection,
 )
-from mlflow_dr.validation.config import CompareConfig
+from mlflow_dr.validation.evaluate_config import CompareConfig
 from mlflow_dr.validation.validations import EvalConfig
 
 if TYPE_CHECKING:

@@ -40,9 +40,9 @@ from mlflow_dr.retrieval.ranking import (
 from mlflow_dr.subsets.spec import FULL, SubsetSpec
 from mlflow_dr.terminal import in_columns
 from mlflow_dr.tracking.encoders import open_encoder
-from mlflow_dr.validation.config import EvaluateConfig
 from mlflow_dr.validation.dataset import EvalDataset
 from mlflow_dr.validation.estimating import SubsetEstimator
+from mlflow_dr.validation.evaluate_config import EvaluateConfig
 from mlflow_dr.validation.pool import measure_pool
 from mlflow_dr.validation.validations import EvalConfig
 

@@ -33,8 +33,8 @@ from mlflow_dr.tracking.evaluations import (
 
 if TYPE_CHECKING:
     from mlflow_dr.encoder.model import Encoder
-    from mlflow_dr.validation.config import EvaluatorConfig
     from mlflow_dr.validation.evaluate import Report
+    from mlflow_dr.validation.evaluate_config import EvaluatorConfig
 
 log = logging.getLogger(__name__)
 
@@ -74,9 +74,9 @@ class DenseRetrievalEvaluator(ModelEvaluator):
             DataError: the collection's files are damaged, or no ranking can be written of its ids.
         """
         from mlflow_dr.config import within
-        from mlflow_dr.validation.config import EvaluatorConfig
         from mlflow_dr.validation.dataset import EvalDataset
         from mlflow_dr.validation.evaluate import evaluate
+        from mlflow_dr.validation.evaluate_config import EvaluatorConfig
 
         if extra_metrics or custom_artifacts or predictions:
             raise UsageError(

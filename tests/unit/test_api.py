@@ -35,7 +35,8 @@ from mlflow_dr.training.arguments import (
     RetrieverTrainingArguments,
 )
 from mlflow_dr.training_options import RunOptions, TrainingFlags, TrainOptions
-from mlflow_dr.validation.config import CompareConfig, EvaluateConfig, RunConfig, ValidateConfig
+from mlflow_dr.validation.config import RunConfig, ValidateConfig
+from mlflow_dr.validation.evaluate_config import CompareConfig, EvaluateConfig
 from mlflow_dr.vectors.config import EncodeConfig, SearchConfig
 
 # each with its TypedDict, and the fields that are arguments or make no sense in Python

@@ -10,8 +10,8 @@ from mlflow_dr.encoder.model import Encoder
 from mlflow_dr.encoder.saving import save_encoder
 from mlflow_dr.errors import UsageError
 from mlflow_dr.ray import validation_fn
-from mlflow_dr.validation.config import EvaluateConfig
 from mlflow_dr.validation.evaluate import evaluate_encoder
+from mlflow_dr.validation.evaluate_config import EvaluateConfig
 
 SEA = Path(__file__).parents[2] / "examples/sea"
 

@@ -19,7 +19,8 @@ from mlflow_dr.tracking.following import FollowedRun
 from mlflow_dr.tracking.runs import TrackedRun
 from mlflow_dr.tracking.stop_request import stop_request
 from mlflow_dr.validation.compare import compare
-from mlflow_dr.validation.config import CompareConfig, ValidateConfig
+from mlflow_dr.validation.config import ValidateConfig
+from mlflow_dr.validation.evaluate_config import CompareConfig
 from mlflow_dr.validation.validator import run_validator
 
 SEA = Path(__file__).parents[3] / "examples" / "sea"

@@ -18,7 +18,7 @@ from mlflow_dr.retrieval.search import SEARCH_BACKENDS, search_torch
 from mlflow_dr.subsets.spec import SubsetTerm, parse_subset
 from mlflow_dr.subsets.strategies import SUBSET_STRATEGIES, SubsetSources, subset_strategy
 from mlflow_dr.subsets.subset import make_subset
-from mlflow_dr.validation.config import EvaluateConfig
+from mlflow_dr.validation.evaluate_config import EvaluateConfig
 
 QUERIES = [Query("q1", "the ship"), Query("q2", "the tide")]
 STRATEGY = '''

@@ -27,9 +27,9 @@ from mlflow_dr.tracking.results import record_result
 from mlflow_dr.tracking.runs import TrackedRun
 from mlflow_dr.validation import evaluate as evaluating
 from mlflow_dr.validation.compare import compare, find_operands
-from mlflow_dr.validation.config import CompareConfig
 from mlflow_dr.validation.dataset import EvalDataset
 from mlflow_dr.validation.evaluate import Report, evaluate
+from mlflow_dr.validation.evaluate_config import CompareConfig
 from mlflow_dr.validation.resolve import EvalDatasets
 from mlflow_dr.validation.validations import EvalConfig, Validation
 

@@ -17,8 +17,8 @@ from mlflow_dr.errors import DataError, UsageError
 from mlflow_dr.tracking.checkpoints import run_checkpoints
 from mlflow_dr.tracking.runs import TrackedRun
 from mlflow_dr.validation import evaluate as evaluate_module
-from mlflow_dr.validation.config import EvaluateConfig
 from mlflow_dr.validation.evaluate import evaluate_encoder
+from mlflow_dr.validation.evaluate_config import EvaluateConfig
 
 
 @pytest.fixture

@@ -15,8 +15,8 @@ from mlflow_dr.collection.corpus import Corpus
 from mlflow_dr.encoder.model import Encoder
 from mlflow_dr.encoder.saving import save_encoder
 from mlflow_dr.errors import DataError, UsageError
-from mlflow_dr.validation.config import EvaluateConfig
 from mlflow_dr.validation.evaluate import evaluate_encoder
+from mlflow_dr.validation.evaluate_config import EvaluateConfig
 from mlflow_dr.vectors.config import EncodeConfig, SearchConfig
 from mlflow_dr.vectors.encoding import encode
 from mlflow_dr.vectors.judging import corpus_rows, ranking_rows
