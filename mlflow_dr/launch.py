@@ -172,14 +172,16 @@ def _checked_training(
     """
     from mlflow_dr.training import resume
     from mlflow_dr.training.data import validated_dataset
+    from mlflow_dr.training.encoder_setup import check_encoder
     from mlflow_dr.training.parsing import parse_training
 
     request = parse_training(training, processes)
     validated = validated_dataset(request.data)
-    trainer = request.trainer
-    output, overwrites = str(trainer.output_dir), trainer.overwrite_output_dir
+    trainer, output = request.trainer, request.output
     resumption = resume.find_resumption(output, trainer.resume_from_checkpoint)
-    with resume.claimed_output(output, resumption, request.saves, overwrites):
+    if resumption is None:
+        check_encoder(request)
+    with resume.claimed_output(output, resumption, request.saves, trainer.overwrite_output_dir):
         pass
     return request, validated, resumption.run_id if resumption else None
 

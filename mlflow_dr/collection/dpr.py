@@ -13,8 +13,8 @@ from typing import ClassVar
 import msgspec
 
 from mlflow_dr.collection.corpus import Corpus, cached_corpus
-from mlflow_dr.collection.examples import RawExample
 from mlflow_dr.collection.jsonl import Id, answers_of, checked_id, first_id, state_of
+from mlflow_dr.collection.raw_examples import RawExample
 from mlflow_dr.collection.records import Passage, Query, unique
 from mlflow_dr.errors import DataError, quoted
 from mlflow_dr.files import LONGEST_LINE, bounded_lines, opened

@@ -22,7 +22,7 @@ import pyarrow.compute as pc
 from mlflow_dr.cache import cache_entry
 from mlflow_dr.collection.catalogue import Examples, check_split
 from mlflow_dr.collection.corpus import SCHEMA, Corpus, check_ids
-from mlflow_dr.collection.examples import CachedExamples, RawExample, cached_examples
+from mlflow_dr.collection.examples import CachedExamples, cached_examples
 from mlflow_dr.collection.hub_files import (
     READERS,
     HubFiles,
@@ -37,6 +37,7 @@ from mlflow_dr.collection.jsonl import read_records
 from mlflow_dr.collection.locations import HubName, hub_name
 from mlflow_dr.collection.pairs import PairRecord
 from mlflow_dr.collection.qrels import checked_topics
+from mlflow_dr.collection.raw_examples import RawExample
 from mlflow_dr.collection.records import Passage, Query, Topics
 from mlflow_dr.collection.training_files import (
     ExampleRecord,

@@ -19,8 +19,9 @@ from urllib.parse import urlsplit
 
 from mlflow_dr.collection.catalogue import Examples, check_split
 from mlflow_dr.collection.corpus import Corpus, cached_corpus
-from mlflow_dr.collection.examples import JudgedExamples, RawExample, cached_examples
+from mlflow_dr.collection.examples import JudgedExamples, cached_examples
 from mlflow_dr.collection.qrels import EXPECTED, RELEVANCES, checked_topics
+from mlflow_dr.collection.raw_examples import RawExample
 from mlflow_dr.collection.records import Passage, Query, Topics, unique
 from mlflow_dr.errors import DataError, MissingExtraError, MlflowDrError, UsageError
 

@@ -13,8 +13,8 @@ from itertools import groupby
 from pathlib import Path
 from typing import Any, ClassVar
 
-from mlflow_dr.collection.examples import RawExample
 from mlflow_dr.collection.jsonl import read_records
+from mlflow_dr.collection.raw_examples import RawExample
 from mlflow_dr.collection.records import Passage, Query
 from mlflow_dr.errors import DataError, quoted
 

@@ -10,7 +10,7 @@ import numpy as np
 import pyarrow as pa
 
 from mlflow_dr.collection.corpus import SCHEMA, Corpus
-from mlflow_dr.collection.examples import RawExample
+from mlflow_dr.collection.raw_examples import RawExample
 from mlflow_dr.collection.records import Passage, Query
 from mlflow_dr.errors import DataError
 

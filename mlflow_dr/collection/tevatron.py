@@ -12,7 +12,6 @@ from typing import ClassVar
 
 import msgspec
 
-from mlflow_dr.collection.examples import RawExample
 from mlflow_dr.collection.jsonl import (
     Id,
     Score,
@@ -22,6 +21,7 @@ from mlflow_dr.collection.jsonl import (
     first_id,
     text_and_tokens,
 )
+from mlflow_dr.collection.raw_examples import RawExample
 from mlflow_dr.collection.records import Passage, Query
 from mlflow_dr.errors import DataError
 

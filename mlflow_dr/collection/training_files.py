@@ -18,12 +18,7 @@ from mlflow_dr.collection.beir import json_corpus
 from mlflow_dr.collection.catalogue import check_split
 from mlflow_dr.collection.corpus import Corpus
 from mlflow_dr.collection.dpr import DprRecord, DprRecordWithOthers, table_corpus
-from mlflow_dr.collection.examples import (
-    CachedExamples,
-    RawExample,
-    cached_examples,
-    topics_of_examples,
-)
+from mlflow_dr.collection.examples import CachedExamples, cached_examples, topics_of_examples
 from mlflow_dr.collection.jsonl import (
     SUFFIXES,
     check_complete,
@@ -34,6 +29,7 @@ from mlflow_dr.collection.jsonl import (
 )
 from mlflow_dr.collection.pairs import PairRecord, is_pair, read_pairs
 from mlflow_dr.collection.rank_pool import RankPool, rank_pool
+from mlflow_dr.collection.raw_examples import RawExample
 from mlflow_dr.collection.records import Topics
 from mlflow_dr.collection.tevatron import TevatronIdRecord, TevatronRecord, TevatronTokenRecord
 from mlflow_dr.errors import DataError, UsageError

@@ -14,8 +14,7 @@ import jax
 import numpy as np
 import torch
 from torch import Tensor, distributed, nn
-from torch.utils.data import Dataset
-from transformers import TrainerCallback, TrainingArguments
+from transformers import TrainingArguments
 
 from mlflow_dr import compat
 from mlflow_dr.encoder.model import Encoder
@@ -34,10 +33,8 @@ from mlflow_dr.jax_engine.devices import (
 from mlflow_dr.jax_engine.encoder import weights_of
 from mlflow_dr.jax_engine.memory import StepMemory, larger_than_memory
 from mlflow_dr.jax_engine.step import Step, StepConfig
-from mlflow_dr.training.batches import PASSAGE, QUERY, Collator, Group
-from mlflow_dr.training.data_metrics import Supply
-from mlflow_dr.training.loss import Objective
-from mlflow_dr.training.trainer import RetrieverTrainer
+from mlflow_dr.training.batches import PASSAGE, QUERY
+from mlflow_dr.training.trainer import RetrieverTrainer, TrainerParts
 
 if TYPE_CHECKING:
     from mlflow_dr.training.arguments import EngineArguments
@@ -46,42 +43,20 @@ log = logging.getLogger(__name__)
 
 
 class JaxTrainer(RetrieverTrainer):
-    """A trainer whose gradients and weights are JAX's; its arguments are those of its base.
+    """A trainer whose gradients and weights are JAX's.
 
     Raises:
         UsageError: the encoder or the loss is not written in JAX.
         DeviceError: JAX cannot use its devices.
     """
 
-    def __init__(
-        self,
-        encoder: Encoder,
-        arguments: TrainingArguments,
-        training_set: Dataset[Group],
-        collator: Collator,
-        objective: Objective,
-        callbacks: list[TrainerCallback],
-        chunk_sizes: Mapping[str, int] | None = None,
-        run_id: str = "",
-        trust_remote_code: bool = False,
-        supply: Supply | None = None,
-    ) -> None:
+    def __init__(self, parts: TrainerParts) -> None:
+        encoder, arguments = parts.encoder, parts.arguments
         devices = find_devices()
         compat.use_devices(arguments, jax.local_device_count())
-        super().__init__(
-            encoder,
-            arguments,
-            training_set,
-            collator,
-            objective,
-            callbacks,
-            chunk_sizes,
-            run_id,
-            trust_remote_code,
-            supply,
-        )
+        super().__init__(parts)
         keep_compiled()
-        self._pad_ids = collator.pad_ids
+        self._pad_ids = parts.collator.pad_ids
         self._device = jax.local_devices()[0]
         names = {id(weight): name for name, weight in encoder.named_parameters()}
         self._names = {id(weight): names[id(weight)] for weight in encoder.parameters()}
@@ -89,7 +64,7 @@ class JaxTrainer(RetrieverTrainer):
         decay = arguments.weight_decay
         self._step = Step(
             encoder,
-            StepConfig.of(arguments, objective, chunk_sizes),
+            StepConfig.of(arguments, parts.objective, parts.chunk_sizes),
             mesh_of(devices),
             {
                 name: decay if name in decayed else 0.0

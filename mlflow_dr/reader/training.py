@@ -18,7 +18,6 @@ from transformers import Trainer, TrainingArguments, set_seed
 from transformers.trainer_callback import PrinterCallback
 from transformers.trainer_utils import get_last_checkpoint
 
-from mlflow_dr import compat
 from mlflow_dr.devices import resolve_device, resolve_dtype
 from mlflow_dr.encoder.model import positions
 from mlflow_dr.errors import CheckpointError, MlflowDrError, TrainingError, UsageError, one_line
@@ -48,8 +47,8 @@ from mlflow_dr.training.callbacks import (
 )
 from mlflow_dr.training.disk_use import DiskUse, bytes_of
 from mlflow_dr.training.encoder_setup import set_dropout
+from mlflow_dr.training.process import stop_on_signals, use_one_gpu
 from mlflow_dr.training.publishing import Publisher, published_checkpoints
-from mlflow_dr.training.train import stop_on_signals
 
 log = logging.getLogger(__name__)
 
@@ -162,9 +161,7 @@ def train_reader(config: ReaderTrainConfig) -> ReaderTraining | None:
         config.max_n_answers,
         config.seed,
     )
-    if arguments.n_gpu > 1:
-        log.warning("%d GPUs are visible; training uses the first one", arguments.n_gpu)
-        compat.use_devices(arguments, 1)
+    use_one_gpu(arguments)
     stop = StopCallback()
     trainer = ReaderTrainer(
         model=reader,

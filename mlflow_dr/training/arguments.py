@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from transformers import TrainingArguments
@@ -18,9 +19,6 @@ from mlflow_dr.retrieval.vector_form import check_dims, parse_dims
 from mlflow_dr.training.batches import PASSAGE, QUERY
 from mlflow_dr.training.flags import TORCH, check_values, flag, upsample_rates
 from mlflow_dr.training.loss import Objective
-
-WITHOUT_MEANING = "Flag of GC-DPR; accepted, without effect."
-AVERAGE_RANK = "Flag of GC-DPR's average rank, which a validator measures here."
 
 
 @dataclass
@@ -258,48 +256,6 @@ class EngineArguments:
     )
 
 
-@dataclass
-class GcDprArguments:
-    """Flags of GC-DPR."""
-
-    train_file: str | None = flag(
-        None, "GC-DPR: files of training examples, a pattern or separated by commas; see --dataset."
-    )
-    dev_file: str | None = flag(
-        None,
-        "GC-DPR: a file of examples; its questions are validated on its own passages. The same "
-        "as --validation_dataset pool:FILE.",
-    )
-    encoder_model_type: str | None = flag(
-        None, "GC-DPR: hf_bert stands for any Hugging Face model."
-    )
-    sequence_length: int | None = flag(None, "Longest query and longest passage, in tokens.")
-    projection_dim: int | None = flag(
-        None, "GC-DPR: output size of a linear layer after the pooling; 0 for no layer."
-    )
-    hard_negatives: int | None = flag(
-        None, "GC-DPR: hard negatives per query; see --train_n_passages."
-    )
-    shuffle_positive_ctx: bool | None = flag(
-        None,
-        "GC-DPR: use another positive in each epoch; see --positive_passage_no_shuffle.",
-        nargs="?",
-        const=True,
-    )
-    adam_betas: str | None = flag(None, 'Both of Adam\'s betas, such as "(0.9, 0.999)".')
-    pretrained_file: str | None = flag(None, WITHOUT_MEANING)
-    dev_batch_size: str | None = flag(None, WITHOUT_MEANING)
-    fp16_opt_level: str | None = flag(None, WITHOUT_MEANING)
-    global_loss_buf_sz: str | None = flag(None, WITHOUT_MEANING)
-    checkpoint_file_name: str | None = flag(None, WITHOUT_MEANING)
-    train_rolling_loss_step: str | None = flag(None, WITHOUT_MEANING)
-    val_av_rank_start_epoch: str | None = flag(None, AVERAGE_RANK)
-    val_av_rank_hard_neg: str | None = flag(None, AVERAGE_RANK)
-    val_av_rank_other_neg: str | None = flag(None, AVERAGE_RANK)
-    val_av_rank_bsz: str | None = flag(None, AVERAGE_RANK)
-    val_av_rank_max_qs: str | None = flag(None, AVERAGE_RANK)
-
-
 # ruff does not see that `flag` makes dataclass fields
 # ruff: noqa: RUF009
 @dataclass
@@ -369,6 +325,11 @@ class TrainingRequest:
         ):
             check_values(vars(arguments))
         upsample_rates(self.data.train_files_upsample_rates)
+
+    @property
+    def output(self) -> Path:
+        """The directory of checkpoints to resume from."""
+        return Path(str(self.trainer.output_dir))
 
     @property
     def saves(self) -> bool:

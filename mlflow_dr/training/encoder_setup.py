@@ -16,7 +16,7 @@ from mlflow_dr.encoder.lora import add_lora
 from mlflow_dr.encoder.model import Encoder, untie, with_projection
 from mlflow_dr.encoder.tokenize import TextTokenizer, append_eos
 from mlflow_dr.errors import UsageError
-from mlflow_dr.tracking.encoders import MODEL_SCHEME
+from mlflow_dr.tracking.encoders import MODEL_SCHEME, resolve_encoder
 from mlflow_dr.training.arguments import ModelArguments, TrainingRequest
 from mlflow_dr.training.batches import Collator, TrainingSet, check_negatives, training_set
 from mlflow_dr.training.data import Mixture, TrainingData
@@ -83,6 +83,21 @@ def build_encoder(request: TrainingRequest, data: TrainingData, start: str) -> E
     if model.fix_ctx_encoder:
         freeze_passages(encoder)
     return encoder
+
+
+def check_encoder(request: TrainingRequest) -> None:
+    """Fetch the encoder to begin with; refuse one that does not exist.
+
+    Raises:
+        UsageError: there is no such encoder.
+        TrackingError: there is no such checkpoint, or no server.
+    """
+    model = request.model
+    if model.model_name_or_path == TINY:
+        return
+    source = resolve_encoder(model.model_name_or_path, request.publish.tracking_uri)
+    if isinstance(source, str):
+        encoder_directory(source, model.cache_dir)
 
 
 def _add_adapters(encoder: Encoder, model: ModelArguments) -> None:

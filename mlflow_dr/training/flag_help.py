@@ -11,12 +11,12 @@ from mlflow_dr import compat
 from mlflow_dr.training.arguments import (
     DataArguments,
     EngineArguments,
-    GcDprArguments,
     LossArguments,
     ModelArguments,
     PublishArguments,
     RetrieverTrainingArguments,
 )
+from mlflow_dr.training.gc_dpr import GcDprArguments
 from mlflow_dr.training.parsing import training_parser
 
 USUAL = ("learning_rate", "num_train_epochs", "max_steps", "bf16", "seed")

@@ -1,69 +1,46 @@
 """Flags and a `--config` file become a training request.
 
-Flags of `train_dense_encoder.py` (DPR, GC-DPR) are translated to ours; those that differ only in
-name (`--batch_size`, `--adam_eps`, ...) are aliases in `arguments.py`.
+`gc_dpr.py` translates GC-DPR's flags to ours, and `checks.py` refuses flags that would do nothing.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import logging
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import fields
-from glob import glob
-from multiprocessing import get_all_start_methods, get_start_method
 from pathlib import Path
 from typing import Any, NoReturn
 
 from transformers import HfArgumentParser
-from transformers.training_args import OptimizerNames
 
 from mlflow_dr import compat
-from mlflow_dr.collection.catalogue import JOIN, POOL_PREFIX
 from mlflow_dr.errors import UsageError
-from mlflow_dr.stores.base import TEXT, TOKENS
-from mlflow_dr.stores.store import STORES
 from mlflow_dr.training.arguments import (
-    WITHOUT_MEANING,
     DataArguments,
     EngineArguments,
-    GcDprArguments,
     LossArguments,
     ModelArguments,
     PublishArguments,
     RetrieverTrainingArguments,
     TrainingRequest,
 )
+from mlflow_dr.training.checks import (
+    check_store,
+    refuse_what_the_engine_lacks,
+    refuse_what_would_be_ignored,
+)
 from mlflow_dr.training.flags import (
     JAX,
-    OWN_LOSSES,
-    TORCH,
     check_values,
-    numbers_of,
     read_flags,
     unknown_flag,
 )
+from mlflow_dr.training.gc_dpr import GC_DPR_FLAGS, GcDprArguments, translated
 from mlflow_dr.training.recipes import JUDGED, as_flags, recipe_flags, recipe_of
-
-log = logging.getLogger(__name__)
 
 LONGEST = 300
 MAPPINGS = {field.name for field in fields(RetrieverTrainingArguments) if "dict" in str(field.type)}
-ACCEPTED_ONLY = [
-    *(field.name for field in fields(GcDprArguments) if field.metadata["help"] == WITHOUT_MEANING),
-    "local_rank",
-]
-GC_DPR_FLAGS = (
-    "train_file",
-    "dev_file",
-    "pretrained_model_cfg",
-    "encoder_model_type",
-    "model_file",
-)
-"""A command line with one of these comes from GC-DPR, so the recipe is `dpr`."""
-JAX_OPTIMIZERS = ("adamw_torch", "adamw_torch_fused")
-MAY_DIFFER = {"q_max_len", "p_max_len"}
 
 
 class _Parser(HfArgumentParser):
@@ -162,9 +139,9 @@ def parse_training(argv: Sequence[str], processes: int = 1) -> TrainingRequest:
         publish.publish_per_epoch = None
     bare_pooling = "mean" if recipe is JUDGED else "cls"
     request = TrainingRequest(model, loss, data, publish, trainer, bare_pooling, engine)
-    _refuse_what_the_engine_lacks(request, typed, processes)
-    _refuse_what_would_be_ignored(request, typed, processes)
-    _check_store(data, trainer.dataloader_num_workers, typed)
+    refuse_what_the_engine_lacks(request, typed, processes)
+    refuse_what_would_be_ignored(request, typed, processes)
+    check_store(data, trainer.dataloader_num_workers, typed)
     return request
 
 
@@ -199,111 +176,6 @@ def _typed(
                 (action.dest, name.removeprefix("--").replace("-", "_")), spelled
             )
     return typed
-
-
-def _refuse_what_would_be_ignored(
-    request: TrainingRequest, typed: Collection[str], processes: int
-) -> None:
-    """Refuse flags that would have no effect, or that do not work together."""
-    trainer, loss = request.trainer, request.loss
-    if "do_train" in typed and not trainer.do_train:
-        raise UsageError("--do_train false leaves nothing to do; `mlflow-dr train` always trains")
-    unfit = {
-        "--label_smoothing_factor": trainer.label_smoothing_factor,
-        "--neftune_noise_alpha": trainer.neftune_noise_alpha,
-        "--use_liger_kernel": trainer.use_liger_kernel,
-        "--train_sampling_strategy group_by_length": "group"
-        in str(trainer.train_sampling_strategy),
-        "--debug": bool(trainer.debug),
-    }
-    if refused := [name for name, value in unfit.items() if value]:
-        raise UsageError(f"{', '.join(refused)} does not fit a retriever's training; leave it out")
-    if trainer.push_to_hub:
-        raise UsageError(
-            "--push_to_hub: checkpoints go to MLflow; `mlflow-dr best --push OWNER/NAME` uploads "
-            "the best one"
-        )
-    if trainer.do_eval or trainer.do_predict or trainer.eval_on_start:
-        raise UsageError(
-            "training does not evaluate; `mlflow-dr validate --run-id RUN` evaluates its "
-            "checkpoints at the same time, and `mlflow-dr run` starts both"
-        )
-    if loss.grad_cache and (trainer.fsdp or trainer.deepspeed):
-        raise UsageError(
-            "--grad_cache cannot be used with --fsdp or --deepspeed; use it under torchrun without "
-            "them, or leave it out"
-        )
-    if trainer.fsdp and trainer.resume_from_checkpoint:
-        raise UsageError("--resume_from_checkpoint cannot be used with --fsdp yet")
-    zero = getattr(trainer, "hf_deepspeed_config", None)
-    if zero is not None and zero.is_zero3():
-        raise UsageError(
-            "ZeRO stage 3 shards the weights, so they cannot be published; use stage 1 or 2, or "
-            "--fsdp"
-        )
-    if trainer.fp16 and trainer.device.type == "cpu":
-        raise UsageError("--fp16 needs a GPU; on a CPU use --bf16, or neither")
-    is_alone = max(trainer.world_size, processes) == 1 and request.engine.engine == TORCH
-    if loss.negatives_x_device and is_alone and "negatives_x_device" in typed:
-        log.warning("--negatives_x_device has no effect: there is one training process")
-
-
-def _refuse_what_the_engine_lacks(
-    request: TrainingRequest, typed: Mapping[str, str], processes: int
-) -> None:
-    """Refuse flags that the engine does not have."""
-    engine, trainer = request.engine, request.trainer
-    if engine.engine == TORCH:
-        names = ("coordinator", "n_hosts", "host_index", "compile_only")
-        if given := [typed[name] for name in names if name in typed]:
-            raise UsageError(f"{given[0]} needs --engine jax")
-        return
-    optimizer = OptimizerNames(trainer.optim).value
-    wrong = {
-        "--fsdp": trainer.fsdp,
-        "--deepspeed": trainer.deepspeed,
-        "--lora": request.model.lora,
-        "--fp16": trainer.fp16,
-        "--torch_compile": trainer.torch_compile,
-        "--auto_find_batch_size": trainer.auto_find_batch_size,
-        f"--optim {optimizer}": optimizer not in JAX_OPTIMIZERS,
-        f"--loss {request.loss.loss}": request.loss.loss not in OWN_LOSSES,
-    }
-    if refused := [name for name, value in wrong.items() if value]:
-        hint = "; use --bf16" if "--fp16" in refused else ""
-        raise UsageError(
-            f"--engine jax does not have {', '.join(refused)}{hint}; leave it out, or use "
-            "--engine torch"
-        )
-    if processes > 1:
-        raise UsageError(
-            "--engine jax drives all devices of a host by one process; leave --gpus out"
-        )
-
-
-def _check_store(data: DataArguments, n_workers: int, typed: Collection[str]) -> None:
-    """Refuse a document store that is unknown, cannot be trained with, or would not be read."""
-    name = data.document_store
-    store = STORES.get(name)
-    if store.holds == TOKENS:
-        raise UsageError(
-            f"--document_store {name}: it holds token ids, which training reads by --token_table "
-            "true; leave both flags out, or name a store of text"
-        )
-    if store.holds != TEXT:
-        raise UsageError(f"--document_store {name}: it holds no text; name a store of text")
-    if "document_store" in typed and data.token_table:
-        raise UsageError(
-            f"--document_store {name} would not be read, because all passages are tokenised before "
-            "training; add --token_table false"
-        )
-    # the first one is the default; asking for it by `get_start_method` would make it final
-    method = get_start_method(allow_none=True) or get_all_start_methods()[0]
-    if n_workers and not store.works_in_forks and method == "fork":
-        raise UsageError(
-            f"--document_store {name}: forked processes cannot read it; use "
-            "--dataloader_num_workers 0, or another store"
-        )
 
 
 def _file_flags(parser: argparse.ArgumentParser, file: str | None) -> list[str]:
@@ -342,100 +214,3 @@ def _typed_value(value: Any, action: argparse.Action) -> str:
     if isinstance(value, bool) and action.choices:
         return "yes" if value else "no"
     return json.dumps(value) if isinstance(value, dict) else str(value)
-
-
-def translated(given: Mapping[str, Any], typed: Mapping[str, str]) -> dict[str, str]:
-    """Our flags for GC-DPR's, name -> value; flags of the user override them.
-
-    Args:
-        given: name -> value of all training flags; None for a flag that the user did not give.
-        typed: name -> spelling of the flags that the user gave; an alias has both names.
-
-    Raises:
-        UsageError: a flag is not supported, its file does not exist, or the flag that it stands
-            for is given, too.
-    """
-    names = [field.name for field in fields(GcDprArguments) if given.get(field.name) is not None]
-    if refused := [f"--{name}" for name in names if name.startswith("val_av_rank_")]:
-        raise UsageError(
-            f"{', '.join(refused)}: average rank is measured outside the training; leave the flag "
-            "out, and run `mlflow-dr validate --dataset pool:DEV_FILE --measures average_rank@30`"
-        )
-    if (kind := given.get("encoder_model_type")) not in (None, "hf_bert"):
-        raise UsageError(
-            f"--encoder_model_type {kind} is not supported; use hf_bert, and name a Hugging Face "
-            "model by --pretrained_model_cfg, such as roberta-base"
-        )
-    validates = {"dev_file", "model_file"} & set(typed)
-    if validates and not {"train_file", "dataset_name"} & set(typed):
-        raise UsageError(
-            f"--{min(validates)} needs --train_file, the training data; to measure an encoder "
-            "without training, use `mlflow-dr evaluate`"
-        )
-    values: dict[str, str] = {}
-    for name, translate in _TRANSLATIONS.items():
-        if name not in names:
-            continue
-        translation = translate(given[name])
-        if twice := sorted((set(translation) - MAY_DIFFER) & set(typed)):
-            raise UsageError(
-                f"{typed[name]} and {typed[twice[0]]} set the same value; give only one of them"
-            )
-        values |= translation
-    if without := [f"--{name}" for name in ACCEPTED_ONLY if name in typed]:
-        log.warning("%s: accepted, without effect", ", ".join(without))
-    return values
-
-
-def _train_file(pattern: str) -> dict[str, str]:
-    files = _files(pattern, "--train_file")
-    if len(files) > 1 and (bad := next((file for file in files if JOIN in file), None)):
-        raise UsageError(
-            f"--train_file {bad}: rename the file; {JOIN} in it separates names of files"
-        )
-    return {"dataset_name": JOIN.join(files)}
-
-
-def _dev_file(pattern: str) -> dict[str, str]:
-    files = _files(pattern, "--dev_file")
-    if len(files) > 1:
-        raise UsageError(f"--dev_file {pattern!r} matches {len(files)} files; name one")
-    return {"validation_dataset": POOL_PREFIX + files[0]}
-
-
-def _files(pattern: str, flag_name: str) -> list[str]:
-    """Files of a path, a pattern (sorted by name), or several of these separated by commas."""
-    parts = [pattern] if Path(pattern).exists() else pattern.split(",")
-    files: list[str] = []
-    for part in map(str.strip, parts):
-        matches = [part] if Path(part).exists() else sorted(glob(part))  # noqa: PTH207 - Path.glob takes no absolute pattern
-        if not matches:
-            raise UsageError(f"{flag_name}: no file matches {part!r}")
-        files += matches
-    return files
-
-
-def _projection(size: int) -> dict[str, str]:
-    if not size:
-        return {"add_pooler": "false"}
-    return {"add_pooler": "true", "projection_out_dim": str(size)}
-
-
-def _betas(text: str) -> dict[str, str]:
-    pair = numbers_of(text, "--adam_betas", "(0.9, 0.999)")
-    if len(pair) != 2:
-        raise UsageError(f"--adam_betas is {text[:80]!r}; expected two numbers: (0.9, 0.999)")
-    both = dict(zip(("adam_beta1", "adam_beta2"), pair, strict=True))
-    check_values(both, lambda name: "--adam_betas")
-    return {name: str(value) for name, value in both.items()}
-
-
-_TRANSLATIONS: Mapping[str, Callable[[Any], dict[str, str]]] = {
-    "train_file": _train_file,
-    "dev_file": _dev_file,
-    "hard_negatives": lambda count: {"train_n_passages": str(1 + count)},
-    "shuffle_positive_ctx": lambda shuffle: {"positive_passage_no_shuffle": str(not shuffle)},
-    "sequence_length": lambda length: dict.fromkeys(("q_max_len", "p_max_len"), str(length)),
-    "projection_dim": _projection,
-    "adam_betas": _betas,
-}

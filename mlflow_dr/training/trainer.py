@@ -10,8 +10,9 @@ import logging
 import math
 import shutil
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -102,10 +103,11 @@ def encode_in_batches(encoder: nn.Module, texts: Texts) -> Tensor:
     return torch.cat(vectors)[inverse(order)]
 
 
-class RetrieverTrainer(Trainer):
-    """Trainer for an encoder, with queries and passages in each batch.
+@dataclass(frozen=True)
+class TrainerParts:
+    """What a trainer of an encoder is made of.
 
-    Args:
+    Attributes:
         encoder: the encoder to train.
         arguments: Hugging Face's training arguments.
         training_set: groups of a query and its passages.
@@ -118,19 +120,23 @@ class RetrieverTrainer(Trainer):
         supply: counts the batches that the data loader gives.
     """
 
-    def __init__(
-        self,
-        encoder: Encoder,
-        arguments: TrainingArguments,
-        training_set: Dataset[Group],
-        collator: Collator,
-        objective: Objective,
-        callbacks: list[TrainerCallback],
-        chunk_sizes: Mapping[str, int] | None = None,
-        run_id: str = "",
-        trust_remote_code: bool = False,
-        supply: Supply | None = None,
-    ) -> None:
+    encoder: Encoder
+    arguments: TrainingArguments
+    training_set: Dataset[Group]
+    collator: Collator
+    objective: Objective
+    callbacks: Sequence[TrainerCallback] = ()
+    chunk_sizes: Mapping[str, int] | None = None
+    run_id: str = ""
+    trust_remote_code: bool = False
+    supply: Supply = field(default_factory=Supply)
+
+
+class RetrieverTrainer(Trainer):
+    """Trainer for an encoder, with queries and passages in each batch."""
+
+    def __init__(self, parts: TrainerParts) -> None:
+        arguments = parts.arguments
         arguments.remove_unused_columns = False
         arguments.disable_tqdm = arguments.disable_tqdm or not sys.stderr.isatty()
         arguments.logging_nan_inf_filter = False  # `_check` does it
@@ -139,20 +145,20 @@ class RetrieverTrainer(Trainer):
         if arguments.ddp_broadcast_buffers is None:
             arguments.ddp_broadcast_buffers = False
         super().__init__(
-            model=BiEncoder(encoder),
+            model=BiEncoder(parts.encoder),
             args=arguments,
-            train_dataset=training_set,
-            data_collator=collator,
-            callbacks=[*callbacks, _Progress(self)],
+            train_dataset=parts.training_set,
+            data_collator=parts.collator,
+            callbacks=[*parts.callbacks, _Progress(self)],
         )
         self.remove_callback(PrinterCallback)
-        self._encoder = encoder
-        self._objective = objective
-        self._chunk_sizes = chunk_sizes
-        self._run_id = run_id
-        self._trust_remote_code = trust_remote_code
+        self._encoder = parts.encoder
+        self._objective = parts.objective
+        self._chunk_sizes = parts.chunk_sizes
+        self._run_id = parts.run_id
+        self._trust_remote_code = parts.trust_remote_code
         self.resumed_progress: dict[str, float] | None = None
-        self._supply = supply or Supply()
+        self._supply = parts.supply
 
     def get_train_dataloader(self) -> DataLoader[Any]:
         """Trainer's data loader, with a random generator of its own to seed its workers.

@@ -16,7 +16,8 @@ import pytest
 
 from mlflow_dr.cache import CHECKED, CHECKSUMS, cache_entry, file_checksum, sound_entry
 from mlflow_dr.collection.corpus import Corpus, cached_corpus
-from mlflow_dr.collection.examples import RawExample, cached_examples
+from mlflow_dr.collection.examples import cached_examples
+from mlflow_dr.collection.raw_examples import RawExample
 from mlflow_dr.collection.records import Passage, Query, Topics
 from mlflow_dr.encoder.token_table import cached_token_table
 from mlflow_dr.fidelity_study.study import cached_array, store_array

@@ -22,6 +22,7 @@ from mlflow_dr.tracking.runs import TrackedRun
 from mlflow_dr.training.resume import begin_output, claimed_output
 from mlflow_dr.validation.config import RunConfig
 
+TINY = ("--model", "tiny", "--use_cpu")
 STUBBORN = "import signal, time; signal.signal(signal.SIGTERM, signal.SIG_IGN); time.sleep(600)"
 PARENT = f"""
 import subprocess, sys, time
@@ -125,11 +126,20 @@ def test_negatives_across_devices_are_checked_with_the_future_number_of_processe
     caplog: pytest.LogCaptureFixture,
 ) -> None:
     folder = beir_folder({"p": "gulls"}, {"q": "birds"}, train={"q": {"p": 1}}, dev={"q": {"p": 1}})
-    flags = ["--dataset", str(folder), "--negatives_x_device", "--use_cpu"]
+    flags = ["--dataset", str(folder), "--negatives_x_device", *TINY]
     with caplog.at_level(logging.WARNING, "mlflow_dr"):
         plan = _checked_training([*flags, "--output_dir", str(tmp_path / "out")], gpus)
     assert plan[1:] == (str(folder), None)
     assert ("there is one training process" in caplog.text) == (gpus == 1)
+
+
+def test_an_encoder_that_does_not_exist_is_refused_before_there_is_a_run(
+    beir_folder: Callable[..., Path], tmp_path: Path
+) -> None:
+    folder = beir_folder({"p": "gulls"}, {"q": "birds"}, train={"q": {"p": 1}}, dev={"q": {"p": 1}})
+    flags = ["--dataset", str(folder), "--use_cpu", "--output_dir", str(tmp_path / "out")]
+    with pytest.raises(UsageError, match=r"nowhere: not a directory"):
+        _checked_training([*flags, "--model", str(tmp_path / "nowhere")], 1)
 
 
 def test_an_output_directory_in_use_is_refused_before_there_is_a_run(
@@ -137,7 +147,7 @@ def test_an_output_directory_in_use_is_refused_before_there_is_a_run(
 ) -> None:
     """A run that is resumed twice would be ended for the training that has it."""
     folder = beir_folder({"p": "gulls"}, {"q": "birds"}, train={"q": {"p": 1}}, dev={"q": {"p": 1}})
-    flags = ["--dataset", str(folder), "--use_cpu", "--output_dir", str(tmp_path / "out")]
+    flags = ["--dataset", str(folder), *TINY, "--output_dir", str(tmp_path / "out")]
     with claimed_output(tmp_path / "out", None, saves=True):
         assert _checked_training(flags, 1)[2] is None
         with pytest.raises(UsageError, match="another training"):
@@ -167,7 +177,7 @@ def test_a_run_that_the_trainer_refuses_to_resume_stays_as_it_was(
     refused = SimpleNamespace(command="train", code=UsageError.exit_code, failed=True)
     monkeypatch.setattr(launch, "run_both", lambda *_: ([refused], False))
     folder = beir_folder({"p": "gulls"}, {"q": "birds"}, train={"q": {"p": 1}}, dev={"q": {"p": 1}})
-    flags = ["--dataset", str(folder), "--use_cpu", "--output_dir", str(tmp_path)]
+    flags = ["--dataset", str(folder), *TINY, "--output_dir", str(tmp_path)]
     config = RunConfig(tracking_uri=tracking_uri())
     with pytest.raises(ChildError, match="train ended with an error"):
         launch.launch(config, [*flags, "--resume_from_checkpoint"])

@@ -14,7 +14,8 @@ import pytest
 
 import mlflow_dr.collection.examples as examples_module
 from mlflow_dr.collection.corpus import Corpus, cached_corpus
-from mlflow_dr.collection.examples import CachedExamples, RawExample, cached_examples
+from mlflow_dr.collection.examples import CachedExamples, cached_examples
+from mlflow_dr.collection.raw_examples import RawExample
 from mlflow_dr.collection.records import Example, Passage, Query
 from mlflow_dr.errors import DataError
 

@@ -220,7 +220,7 @@ def make_trainer(tmp_path: Path, colours: Listed, set_of: Callable[..., Training
         **arguments: Any,
     ) -> Any:
         from mlflow_dr.training.arguments import RetrieverTrainingArguments
-        from mlflow_dr.training.trainer import RetrieverTrainer
+        from mlflow_dr.training.trainer import RetrieverTrainer, TrainerParts
 
         settings: dict[str, Any] = {
             "per_device_train_batch_size": 4,
@@ -232,15 +232,16 @@ def make_trainer(tmp_path: Path, colours: Listed, set_of: Callable[..., Training
             "warmup_steps": 0,
             **arguments,
         }
-        return (kind or RetrieverTrainer)(
+        parts = TrainerParts(
             encoder,
             RetrieverTrainingArguments(output_dir=str(directory), **settings),
             training_set or set_of(encoder, colours),
             collator_of(encoder),
             objective or Objective(temperature=0.05),
-            list(callbacks),
+            callbacks,
             chunk_sizes,
             "run-1",
         )
+        return (kind or RetrieverTrainer)(parts)
 
     return make

@@ -306,7 +306,7 @@ def test_token_table_false_tokenises_late(
 def test_a_document_store_that_cannot_be_read_is_refused(
     flags: list[str], message: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("mlflow_dr.training.parsing.get_start_method", lambda **_: "fork")
+    monkeypatch.setattr("mlflow_dr.training.checks.get_start_method", lambda **_: "fork")
     with pytest.raises(UsageError, match=message):
         parse_training(flags)
 

@@ -19,7 +19,8 @@ from mlflow_dr.errors import UsageError
 from mlflow_dr.training.arguments import TrainingRequest
 from mlflow_dr.training.data import open_data, validated_dataset
 from mlflow_dr.training.encoder_setup import build_encoder, collator_of, mixed_training_set
-from mlflow_dr.training.parsing import ACCEPTED_ONLY, parse_training
+from mlflow_dr.training.gc_dpr import ACCEPTED_ONLY
+from mlflow_dr.training.parsing import parse_training
 
 PROGRAMS_FLAGS = """
     --pretrained_model_cfg tiny --encoder_model_type hf_bert --pretrained_file x

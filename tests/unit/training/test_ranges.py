@@ -9,13 +9,13 @@ from mlflow_dr.errors import UsageError
 from mlflow_dr.training.arguments import (
     DataArguments,
     EngineArguments,
-    GcDprArguments,
     LossArguments,
     ModelArguments,
     PublishArguments,
     RetrieverTrainingArguments,
 )
 from mlflow_dr.training.flags import CHOICES, RANGES, check_values, numbers_of, upsample_rates
+from mlflow_dr.training.gc_dpr import GcDprArguments
 from mlflow_dr.training.parsing import parse_training
 
 NAN, INF = float("nan"), float("inf")

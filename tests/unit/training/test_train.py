@@ -28,7 +28,6 @@ from mlflow_dr.tracking.runs import TrackedRun
 from mlflow_dr.tracking.stop_request import StopWatcher, request_stop
 from mlflow_dr.training import publishing
 from mlflow_dr.training import train as train_module
-from mlflow_dr.training.data import open_data
 from mlflow_dr.training.loss import Objective
 from mlflow_dr.training.parsing import parse_training
 from mlflow_dr.training.publishing import Publisher
@@ -223,7 +222,7 @@ def losses(
         argv = [str(arg) for name, value in chosen.items() for arg in (f"--{name}", value)]
         request = parse_training(argv)
         kind = train_module.trainer_kind(request)
-        train_module._train(request, kind, open_data(request.data), None, None)
+        train_module._train_silently(request, kind, None)
         history = trainers[-1].state.log_history
         return [entry["loss"] for entry in history if "loss" in entry]
 
@@ -485,6 +484,27 @@ def test_resuming_a_finished_training_does_nothing_twice(trained: Make, tmp_path
             trained("--resume_from_checkpoint", **{**options, **refused})
         assert (again.status, again.seen.info.end_time) == (info.status, info.end_time)
     assert "mlflow_dr.resumed" not in again.seen.data.tags
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        ({"model": "nowhere/at/all"}, "not a directory"),
+        ({"model": "tiny", "tokenizer_name": "bert-base-uncased"}, "cannot be used with tiny"),
+        ({"fix_ctx_encoder": True}, "fix_ctx_encoder"),
+    ],
+)
+def test_an_encoder_that_cannot_be_trained_starts_no_run(
+    trained: Make,
+    client: MlflowClient,
+    experiment: str,
+    flags: dict[str, Any],
+    message: str,
+) -> None:
+    before = client.search_runs([experiment])
+    with pytest.raises(UsageError, match=message):
+        trained(**flags)
+    assert len(client.search_runs([experiment])) == len(before)
 
 
 def test_without_a_checkpoint_resuming_starts_no_run(

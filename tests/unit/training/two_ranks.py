@@ -28,7 +28,7 @@ from transformers.models.bert.modeling_bert import BertModel  # noqa: F401 - bef
 from mlflow_dr.training.arguments import RetrieverTrainingArguments
 from mlflow_dr.training.grad_cache import cached_vectors
 from mlflow_dr.training.loss import Objective
-from mlflow_dr.training.trainer import BiEncoder, RetrieverTrainer
+from mlflow_dr.training.trainer import BiEncoder, RetrieverTrainer, TrainerParts
 
 RANKS = 2
 Reduced = list[tuple[int, int]]
@@ -113,7 +113,7 @@ def trained(case: Mapping[str, Any], given: Mapping[str, Any], directory: Path) 
     encoder = given["encoders"][case["encoder"]]
     counting = Counting()
     watched = Watched(**asdict(case["objective"]))
-    trainer = RetrieverTrainer(
+    parts = TrainerParts(
         encoder,
         RetrieverTrainingArguments(
             output_dir=str(directory / case["directory"]), **case["arguments"]
@@ -124,6 +124,7 @@ def trained(case: Mapping[str, Any], given: Mapping[str, Any], directory: Path) 
         [counting],
         case["sizes"],
     )
+    trainer = RetrieverTrainer(parts)
     counting.trainer = trainer
     trainer.resume(directory / case["directory"] / case["resumed"] if case["resumed"] else None)
     return {
