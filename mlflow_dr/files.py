@@ -16,13 +16,15 @@ import zlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import IO
+from typing import IO, TypeAlias
 
 from filelock import BaseFileLock, FileLock, Timeout
 
 from mlflow_dr.errors import DataError
 
 log = logging.getLogger(__name__)
+
+PathLike: TypeAlias = str | os.PathLike[str]
 
 CACHE_VARIABLE = "MLFLOW_DR_CACHE"
 SCRATCH = "mlflow_dr-scratch-"

@@ -35,8 +35,9 @@ def validation_fn(checkpoint: Any, **settings: Any) -> dict[str, float]:
         UsageError: settings that make no sense together, or an unknown dataset.
         CheckpointError: no encoder can be read from the directory, or it gives NaN.
     """
-    from mlflow_dr.validation.evaluate import evaluate_encoder, metric_values
+    from mlflow_dr.validation.evaluate import evaluate_encoder
     from mlflow_dr.validation.evaluate_config import EvaluateConfig
+    from mlflow_dr.validation.report import metric_values
 
     with checkpoint.as_directory() as directory:
         report = evaluate_encoder(EvaluateConfig(encoder=str(directory), **settings))

@@ -34,7 +34,8 @@ from mlflow_dr.files import digest_of
 from mlflow_dr.tracking.checkpoints import Checkpoint
 from mlflow_dr.tracking.runs import TrackedRun
 from mlflow_dr.validation.encoders import load_checkpoint
-from mlflow_dr.validation.evaluate import Report, evaluate, evaluate_all
+from mlflow_dr.validation.evaluate import evaluate, evaluate_all
+from mlflow_dr.validation.report import Report
 from mlflow_dr.validation.validations import EvalConfig
 
 log = logging.getLogger(__name__)

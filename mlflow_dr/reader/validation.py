@@ -32,7 +32,7 @@ from mlflow_dr.tracking.following import FollowedRun
 from mlflow_dr.tracking.runs import TrackedRun, resolve_run
 from mlflow_dr.tracking.server import Patience
 from mlflow_dr.tracking.validations import bind_name, check_same_config
-from mlflow_dr.validation.evaluate import Report
+from mlflow_dr.validation.report import Report
 from mlflow_dr.validation.validator import validate_checkpoints
 from mlflow_dr.validation.worker import Counts
 

@@ -25,7 +25,8 @@ from mlflow_dr.tracking.fetching import checkpoint_files
 from mlflow_dr.tracking.runs import DATASET_PARAM, SPLIT_PARAM, TrackedRun
 from mlflow_dr.tracking.validations import run_validations
 from mlflow_dr.validation.config import ValidateConfig
-from mlflow_dr.validation.evaluate import Report, evaluate_all, tokenise
+from mlflow_dr.validation.evaluate import evaluate_all, tokenise
+from mlflow_dr.validation.report import Report
 from mlflow_dr.validation.resolve import (
     EvalDatasets,
     ResolvedMean,

@@ -33,8 +33,8 @@ from mlflow_dr.tracking.evaluations import (
 
 if TYPE_CHECKING:
     from mlflow_dr.encoder.model import Encoder
-    from mlflow_dr.validation.evaluate import Report
     from mlflow_dr.validation.evaluate_config import EvaluatorConfig
+    from mlflow_dr.validation.report import Report
 
 log = logging.getLogger(__name__)
 

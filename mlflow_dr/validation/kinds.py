@@ -8,7 +8,7 @@ from typing import Any, Protocol
 from mlflow_dr.time_limit import TimeLimit
 from mlflow_dr.tracking.checkpoints import Checkpoint
 from mlflow_dr.tracking.runs import TrackedRun
-from mlflow_dr.validation.evaluate import Report
+from mlflow_dr.validation.report import Report
 
 
 class ResolvedValidation(Protocol):

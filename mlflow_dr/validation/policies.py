@@ -18,7 +18,7 @@ from mlflow_dr.tracking.client import server_responds
 from mlflow_dr.tracking.runs import TrackedRun
 from mlflow_dr.tracking.validations import Metric, chosen_metric, metric_points
 from mlflow_dr.validation.config import FollowConfig, ValidateConfig
-from mlflow_dr.validation.evaluate import Report
+from mlflow_dr.validation.report import Report
 from mlflow_dr.validation.resolve import RetrievalValidation
 
 log = logging.getLogger(__name__)

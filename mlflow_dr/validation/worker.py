@@ -40,8 +40,8 @@ from mlflow_dr.tracking.runs import TrackedRun
 from mlflow_dr.tracking.server import Patience, ServerClock
 from mlflow_dr.tracking.validations import recorded_values
 from mlflow_dr.validation.config import FollowConfig
-from mlflow_dr.validation.evaluate import Report, metric_values
 from mlflow_dr.validation.kinds import CheckpointKind, ResolvedValidation
+from mlflow_dr.validation.report import Report, metric_values
 from mlflow_dr.validation.resolve import ResolvedMean
 
 log = logging.getLogger(__name__)

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from mlflow_dr import pages
-from mlflow_dr.options import AnyEncoder
+from mlflow_dr.encoder.arguments import AnyEncoder
 from mlflow_dr.retrieval.vector_manifest import VectorManifest
 from mlflow_dr.retrieval.vectors import Vectors, open_vectors
 

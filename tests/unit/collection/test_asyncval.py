@@ -27,7 +27,8 @@ from mlflow_dr.encoder.tokenize import TextTokenizer
 from mlflow_dr.errors import DataError, UsageError
 from mlflow_dr.retrieval.measures import parse_measures
 from mlflow_dr.validation.dataset import CorpusTokens, EvalDataset
-from mlflow_dr.validation.evaluate import Report, evaluate_all
+from mlflow_dr.validation.evaluate import evaluate_all
+from mlflow_dr.validation.report import Report
 from mlflow_dr.validation.validations import EvalConfig
 
 Write = Callable[..., Path]

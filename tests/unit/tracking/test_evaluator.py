@@ -21,8 +21,9 @@ from mlflow_dr.tracking.checkpoints import publish
 from mlflow_dr.tracking.datasets import CollectionDataset
 from mlflow_dr.tracking.runs import TrackedRun
 from mlflow_dr.validation.dataset import EvalDataset
-from mlflow_dr.validation.evaluate import Report, evaluate
+from mlflow_dr.validation.evaluate import evaluate
 from mlflow_dr.validation.evaluator import DenseRetrievalEvaluator
+from mlflow_dr.validation.report import Report
 from mlflow_dr.validation.validations import EvalConfig
 
 MEASURES = "mrr@10 ndcg@5 recall@3"

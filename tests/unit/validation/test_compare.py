@@ -28,8 +28,9 @@ from mlflow_dr.tracking.runs import TrackedRun
 from mlflow_dr.validation import evaluate as evaluating
 from mlflow_dr.validation.compare import compare, find_operands
 from mlflow_dr.validation.dataset import EvalDataset
-from mlflow_dr.validation.evaluate import Report, evaluate
+from mlflow_dr.validation.evaluate import evaluate
 from mlflow_dr.validation.evaluate_config import CompareConfig
+from mlflow_dr.validation.report import Report
 from mlflow_dr.validation.resolve import EvalDatasets
 from mlflow_dr.validation.validations import EvalConfig, Validation
 

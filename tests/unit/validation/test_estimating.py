@@ -21,8 +21,9 @@ from mlflow_dr.tracking.following import FollowedRun
 from mlflow_dr.tracking.runs import TrackedRun
 from mlflow_dr.validation.config import ValidateConfig
 from mlflow_dr.validation.dataset import EvalDataset
-from mlflow_dr.validation.evaluate import Report, evaluate, evaluate_encoder
+from mlflow_dr.validation.evaluate import evaluate, evaluate_encoder
 from mlflow_dr.validation.evaluate_config import EvaluateConfig
+from mlflow_dr.validation.report import Report
 from mlflow_dr.validation.validations import EvalConfig
 from mlflow_dr.validation.validator import run_validator
 

@@ -20,7 +20,8 @@ from mlflow_dr.errors import CheckpointError, DataError, DeviceError, UsageError
 from mlflow_dr.retrieval import encode, shard_search
 from mlflow_dr.retrieval.measures import parse_measures
 from mlflow_dr.validation.dataset import EvalDataset
-from mlflow_dr.validation.evaluate import Report, evaluate
+from mlflow_dr.validation.evaluate import evaluate
+from mlflow_dr.validation.report import Report
 from mlflow_dr.validation.validations import EvalConfig
 
 MEASURES = "mrr@10 ndcg@10 recall@20 map@5"

@@ -18,8 +18,9 @@ from mlflow_dr.retrieval.measures import parse_measures
 from mlflow_dr.stores.token_table import token_table
 from mlflow_dr.subsets.spec import parse_subset
 from mlflow_dr.validation.dataset import EvalDataset
-from mlflow_dr.validation.evaluate import Report, evaluate, evaluate_all, evaluate_encoder
+from mlflow_dr.validation.evaluate import evaluate, evaluate_all, evaluate_encoder
 from mlflow_dr.validation.evaluate_config import EvaluateConfig
+from mlflow_dr.validation.report import Report
 from mlflow_dr.validation.validations import EvalConfig
 
 

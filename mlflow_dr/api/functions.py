@@ -5,34 +5,36 @@ Each function makes the configuration that its command makes, and calls what its
 
 from __future__ import annotations
 
-import os
-from collections.abc import Iterator
-from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Protocol, Unpack, cast
+from typing import TYPE_CHECKING, Protocol, Unpack
 
-from mlflow_dr.errors import UsageError
-from mlflow_dr.fidelity_study.config import FidelityConfig
-from mlflow_dr.fields import LoadConfig
-from mlflow_dr.files import scratch
-from mlflow_dr.keywords import keywords, known_keywords, make_config
-from mlflow_dr.mining.mine import MiningConfig, MiningResult
-from mlflow_dr.options import (
-    AnyEncoder,
+from mlflow_dr.api.keywords import keywords, known_keywords, make_config
+from mlflow_dr.api.options import (
     CompareOptions,
     EncodeOptions,
     EvaluateOptions,
     FidelityOptions,
     LoadOptions,
     MineOptions,
-    PathLike,
     Paths,
     SearchOptions,
     Texts,
     ValidateOptions,
 )
-from mlflow_dr.training_options import RunOptions, TrainOptions
+from mlflow_dr.api.training_options import RunOptions, TrainOptions
+from mlflow_dr.encoder.arguments import (
+    AnyEncoder,
+    encoder_name,
+    named_encoder,
+    named_or_none,
+)
+from mlflow_dr.errors import UsageError
+from mlflow_dr.fidelity_study.config import FidelityConfig
+from mlflow_dr.fields import LoadConfig
+from mlflow_dr.files import PathLike
+from mlflow_dr.mining.mine import MiningConfig, MiningResult
 from mlflow_dr.validation.config import RunConfig, ValidateConfig
 from mlflow_dr.validation.evaluate_config import CompareConfig, EvaluateConfig
 from mlflow_dr.vectors.config import EncodeConfig, SearchConfig
@@ -43,7 +45,7 @@ if TYPE_CHECKING:  # torch and mlflow take seconds to import
     from mlflow_dr.fidelity_study.agreement import FidelityResult
     from mlflow_dr.report.contents import RunReport
     from mlflow_dr.report.training import TrainedRun
-    from mlflow_dr.validation.evaluate import Report
+    from mlflow_dr.validation.report import Report
     from mlflow_dr.vectors.folder import VectorFolder
     from mlflow_dr.vectors.found import Found
 
@@ -85,7 +87,7 @@ def train(
     from mlflow_dr.training.parsing import parse_training, training_argv
     from mlflow_dr.training.train import train as train_request
 
-    with _named_or_none(model) as name:
+    with named_or_none(model) as name:
         request = parse_training(training_argv({"dataset": dataset, "model": name, **flags}))
         if request.engine.compile_only:
             raise UsageError("compile_only trains nothing; use `mlflow-dr train --compile-only`")
@@ -123,7 +125,7 @@ def run(
     known = known_keywords(RunConfig)
     own = {key: value for key, value in flags.items() if key in known}
     others = {key: value for key, value in flags.items() if key not in known}
-    with _named_or_none(model) as name:
+    with named_or_none(model) as name:
         config = make_config(RunConfig, own, dataset=dataset, model=name)
         tracked = launch(config, [*config.training_flags, *training_argv(others, known)])
     tracked.fetch()
@@ -210,7 +212,7 @@ def evaluate(
     """
     from mlflow_dr.validation.evaluate import evaluate_encoder
 
-    with _named(encoder) as name:
+    with named_encoder(encoder) as name:
         return evaluate_encoder(make_config(EvaluateConfig, options, encoder=name, dataset=dataset))
 
 
@@ -236,10 +238,12 @@ def compare(*encoders: AnyEncoder, **options: Unpack[CompareOptions]) -> Compari
     from mlflow_dr.validation.compare import compare as compare_config
 
     with ExitStack() as stack:
-        names = [stack.enter_context(_named(encoder)) for encoder in encoders]
+        names = [stack.enter_context(named_encoder(encoder)) for encoder in encoders]
         config = make_config(CompareConfig, options, operands=names)
         comparison = compare_config(config)
-    loaded = {name for name, given in zip(names, encoders, strict=True) if _name(given) is None}
+    loaded = {
+        name for name, given in zip(names, encoders, strict=True) if encoder_name(given) is None
+    }
     labels = tuple(LOADED if label in loaded else label for label in comparison.labels)
     return replace(comparison, labels=labels)
 
@@ -292,7 +296,7 @@ def encode(
     from mlflow_dr.vectors.encoding import encode as encode_config
     from mlflow_dr.vectors.folder import VectorFolder
 
-    with _named(encoder) as name:
+    with named_encoder(encoder) as name:
         config = make_config(EncodeConfig, options, encoder=name, dataset=dataset, output=output)
         return VectorFolder(Path(output), encode_config(config), encoder)
 
@@ -322,7 +326,7 @@ def search(question: Texts | None, sources: Paths, **options: Unpack[SearchOptio
     encoder = options.get("encoder")
     if encoder is None and isinstance(sources, VectorFolder):
         encoder = sources.encoder
-    with _named_or_none(encoder) as name:
+    with named_or_none(encoder) as name:
         others = {**options, "encoder": name}
         return search_config(make_config(SearchConfig, others, question=question, sources=sources))
 
@@ -345,7 +349,7 @@ def mine(dataset: PathLike, *, output: PathLike, **options: Unpack[MineOptions])
     """
     from mlflow_dr.mining.mine import mine as mine_config
 
-    with _named_or_none(options.get("miner")) as name:
+    with named_or_none(options.get("miner")) as name:
         others = {**options, "miner": name}
         return mine_config(make_config(MiningConfig, others, dataset=dataset, output=output))
 
@@ -369,42 +373,13 @@ def load_encoder(encoder: AnyEncoder, **options: Unpack[LoadOptions]) -> Encoder
     from mlflow_dr.tracking.encoders import open_encoder
 
     config = make_config(LoadConfig, options)
-    with _named(encoder) as name:
+    with named_encoder(encoder) as name:
         return open_encoder(
             name,
             config.tracking_uri,
             trust_remote_code=config.trust_remote_code,
             **config.encoder_changes,
         )
-
-
-def _name(encoder: AnyEncoder) -> str | None:
-    """The name of an encoder; None for one that is loaded."""
-    if isinstance(encoder, str | os.PathLike):
-        return os.fspath(encoder)
-    uri = getattr(encoder, "uri", None)
-    return uri if isinstance(uri, str) else None
-
-
-@contextmanager
-def _named(encoder: AnyEncoder) -> Iterator[str]:
-    """The name of an encoder, valid inside the `with` block.
-
-    An encoder that is loaded is written into a temporary directory, so that nothing changes it.
-    """
-    if (name := _name(encoder)) is not None:
-        yield name
-        return
-    from mlflow_dr.encoder.saving import LoadedEncoder, save_loaded_encoder
-
-    with scratch() as folder:
-        directory = folder / "loaded"  # a run is called after it
-        save_loaded_encoder(directory, cast(LoadedEncoder, encoder))
-        yield str(directory)
-
-
-def _named_or_none(encoder: AnyEncoder | None) -> AbstractContextManager[str | None]:
-    return nullcontext() if encoder is None else _named(encoder)
 
 
 def _run_id(run: str | Run | None) -> str | None:

@@ -1,4 +1,4 @@
-"""The keywords of the functions in `api.py`, for type checkers: the flags with underscores.
+"""The keywords of the functions in `functions.py`, for type checkers: the flags with underscores.
 
 What a flag means, what it may be and its default are in the configuration of its command, from
 which these names and types follow; a test holds that they do.
@@ -6,29 +6,14 @@ which these names and types follow; a test holds that they do.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any, Literal, Protocol, TypeAlias, TypedDict
+from typing import Any, Literal, TypeAlias, TypedDict
 
-if TYPE_CHECKING:
-    from mlflow_dr.encoder.saving import LoadedEncoder
+from mlflow_dr.encoder.arguments import AnyEncoder
+from mlflow_dr.files import PathLike
 
-
-class PublishedCheckpoint(Protocol):
-    """A checkpoint, such as `curve.best`."""
-
-    @property
-    def uri(self) -> str:
-        """Its name, `models:/<id>`."""
-
-
-PathLike: TypeAlias = str | os.PathLike[str]
 Paths: TypeAlias = PathLike | Sequence[PathLike]
 Texts: TypeAlias = str | Sequence[str]
-AnyEncoder: TypeAlias = "PathLike | PublishedCheckpoint | LoadedEncoder"
-"""A directory, a hub name, `models:/...`, a checkpoint such as `curve.best`, or an encoder of
-`load_encoder` or of sentence-transformers, which is copied into a temporary directory."""
-
 Match: TypeAlias = Literal["string", "regex", "kilt"]
 EngineName: TypeAlias = Literal["local", "ray"]
 Judged: TypeAlias = Literal["relevant", "all"]

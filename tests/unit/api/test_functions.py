@@ -15,15 +15,18 @@ from click.testing import CliRunner
 from mlflow import MlflowClient
 
 import mlflow_dr
-from mlflow_dr import options
+from mlflow_dr.api import options
+from mlflow_dr.api.keywords import keyword_of, known_keywords, make_config
+from mlflow_dr.api.training_options import RunOptions, TrainingFlags, TrainOptions
 from mlflow_dr.cli.vectors import search_command
 from mlflow_dr.config import Config
+from mlflow_dr.encoder.arguments import PublishedCheckpoint
 from mlflow_dr.encoder.model import Encoder
 from mlflow_dr.encoder.saving import save_encoder
 from mlflow_dr.errors import UsageError
 from mlflow_dr.fidelity_study.config import FidelityConfig
 from mlflow_dr.fields import LoadConfig
-from mlflow_dr.keywords import keyword_of, known_keywords, make_config
+from mlflow_dr.files import PathLike
 from mlflow_dr.mining.mine import MiningConfig
 from mlflow_dr.tracking.runs import TrackedRun
 from mlflow_dr.training.arguments import (
@@ -34,7 +37,6 @@ from mlflow_dr.training.arguments import (
     PublishArguments,
     RetrieverTrainingArguments,
 )
-from mlflow_dr.training_options import RunOptions, TrainingFlags, TrainOptions
 from mlflow_dr.validation.config import RunConfig, ValidateConfig
 from mlflow_dr.validation.evaluate_config import CompareConfig, EvaluateConfig
 from mlflow_dr.vectors.config import EncodeConfig, SearchConfig
@@ -103,7 +105,7 @@ def plain(annotation: Any) -> Any:
 
 # what a keyword may be where a configuration has another type
 WIDER = {
-    Path: options.PathLike,
+    Path: PathLike,
     tuple[Path, ...]: options.Paths,
     tuple[str, ...]: options.Texts,
     tuple[int, ...]: int | Sequence[int],
@@ -116,6 +118,7 @@ def test_types_of_keywords_are_those_of_the_flags(
     name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     keywords, model, _ = FUNCTIONS[name]
+    monkeypatch.setattr(options, "PublishedCheckpoint", PublishedCheckpoint, raising=False)
     monkeypatch.setattr(options, "LoadedEncoder", Encoder, raising=False)
     types = typing.get_type_hints(keywords)
     for keyword, given in types.items():

@@ -1,4 +1,4 @@
-"""The keywords of `train` and `run` in `api.py`, for type checkers: the flags with underscores.
+"""The keywords of `train` and `run`, for type checkers: the flags with underscores.
 
 They are our flags and the usual ones of Hugging Face's TrainingArguments; a test holds that they
 exist. The other flags and spellings work, too, but type checkers do not know them.
@@ -9,7 +9,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal, TypedDict
 
-from mlflow_dr.options import EngineName, Judged, Match, PathLike, Texts
+from mlflow_dr.api.options import EngineName, Judged, Match, Texts
+from mlflow_dr.files import PathLike
 
 TrainingEngine = Literal["torch", "jax"]
 
