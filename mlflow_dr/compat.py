@@ -14,6 +14,8 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     import argparse
 
+    from torch import Tensor
+
 TRAINER_OVERRIDES: Mapping[str, tuple[str, ...]] = {
     "_save": ("output_dir", "state_dict"),
     "_save_checkpoint": ("model", "trial"),
@@ -193,3 +195,32 @@ def processor_instructions_for_bf16() -> tuple[bool, bool]:
     import torch
 
     return torch.cpu._is_amx_tile_supported(), torch.cpu._is_avx512_bf16_supported()
+
+
+def processor_has_avx512() -> bool:
+    """torch: whether the processor has AVX512."""
+    import torch
+
+    return torch.cpu._is_avx512_supported()
+
+
+def onednn_linear(layer: Any, n_rows: int, *, has_gelu: bool = False) -> Callable[[Tensor], Tensor]:
+    """torch: a linear layer computed by oneDNN, from a copy of its weight in oneDNN's order.
+
+    Args:
+        layer: an `nn.Linear` on a processor, fp32 or bf16.
+        n_rows: about how many rows are computed at once.
+        has_gelu: whether an exact GELU is applied to what comes out.
+    """
+    import torch
+
+    operators = torch.ops.mkldnn
+    weight = operators._reorder_linear_weight(layer.weight.detach(), n_rows)
+    bias = None if layer.bias is None else layer.bias.detach()
+    last: tuple[str, list[float], str] = ("gelu", [], "none") if has_gelu else ("none", [], "")
+
+    def forward(inputs: Tensor) -> Tensor:
+        outputs: Tensor = operators._linear_pointwise(inputs, weight, bias, *last)
+        return outputs
+
+    return forward

@@ -13,6 +13,8 @@ if TYPE_CHECKING:
     import torch
 
 AUTO = "auto"
+AMD, INTEL = "AuthenticAMD", "GenuineIntel"
+"""Linux's names of those who make processors."""
 TORCH_NAMES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
 """Our name of each number format -> PyTorch's."""
 
@@ -107,7 +109,15 @@ def _is_bf16_faster(device: torch.device) -> bool:
         return torch.cuda.get_device_capability(device)[0] >= 8
     has_amx, has_avx512 = compat.processor_instructions_for_bf16()
     # Intel's multiply bf16 by AVX512 at 0.6 times the speed of fp32, AMD's at twice the speed
-    return has_amx or (has_avx512 and processor_vendor() != "GenuineIntel")
+    return has_amx or (has_avx512 and processor_vendor() != INTEL)
+
+
+def is_onednn_faster(device: torch.device) -> bool:
+    """Whether oneDNN multiplies matrices faster than what PyTorch uses by itself.
+
+    It does on AMD's processors with AVX512, where MKL makes no use of it.
+    """
+    return device.type == "cpu" and processor_vendor() == AMD and compat.processor_has_avx512()
 
 
 @cache

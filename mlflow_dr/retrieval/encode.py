@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import AbstractContextManager, nullcontext
 
 import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import functional
 
+from mlflow_dr.devices import is_onednn_faster
 from mlflow_dr.encoder.model import Encoder
+from mlflow_dr.encoder.onednn import OneDnnLayers
 from mlflow_dr.encoder.packed import can_pack, encode_packed
 from mlflow_dr.errors import CheckpointError, DeviceError, one_line
 from mlflow_dr.stores.token_table import TokenTable, pad
@@ -26,8 +29,8 @@ MOST_DEVIATION = {
     torch.float16: 1e-4,
 }
 """1 - cosine similarity of a vector computed with and without padding, by number format."""
-_unpacked: set[str] = set()
-"""Kinds of backbones of which a warning was given."""
+_warnings: set[str] = set()
+"""Those that were given, without their reasons."""
 
 
 def plan_batches(
@@ -82,11 +85,13 @@ def encode_batches(
 
 
 class _BatchEncoder:
-    """Encodes batches without padding, if the first batch shows that the vectors are the same."""
+    """Encodes batches in the fastest way that the first batch shows to give the same vectors."""
 
     def __init__(self, encoder: Encoder, table: TokenTable, pad_id: int) -> None:
         self._encoder, self._table, self._pad_id = encoder, table, pad_id
-        self._is_packed: bool | None = None if can_pack(encoder) else False
+        self._kind = type(encoder.backbone).__name__
+        self._layers: OneDnnLayers | None = None
+        self._is_packed: bool | None = None
         self._parts = 1  # in which a batch is encoded
 
     def __call__(self, rows: np.ndarray) -> Tensor:
@@ -115,43 +120,70 @@ class _BatchEncoder:
     def _vectors(self, rows: np.ndarray) -> Tensor:
         ids, lengths = self._table.packed(rows)
         if self._is_packed is None:
-            self._is_packed = self._is_proven(ids, lengths)
+            self._is_packed = self._choose_way(ids, lengths)
         return self._packed(ids, lengths) if self._is_packed else self._padded(ids, lengths)
 
-    def _is_proven(self, ids: np.ndarray, lengths: np.ndarray) -> bool:
-        """Whether a few texts of a batch, and the beginning of one, have the same vectors."""
+    def _choose_way(self, ids: np.ndarray, lengths: np.ndarray) -> bool:
+        """Encode a few texts of a batch, and the beginning of one, in the plain way and others.
+
+        oneDNN's layers are kept if the vectors are the same. Returns whether packed texts' are.
+        """
+        is_onednn = is_onednn_faster(self._encoder.device) and not self._encoder.is_static
+        is_packable = can_pack(self._encoder)
+        if not is_onednn and not is_packable:
+            return False
+        self._layers = None
         ends = np.cumsum(lengths)
         chosen = np.unique(np.linspace(0, len(lengths) - 1, PROOF_TEXTS).astype(int))
         texts = [ids[ends[text] - lengths[text] : ends[text]] for text in chosen]
         texts.append(texts[-1][: 1 + len(texts[-1]) // 2])
-        sizes = np.array([len(text) for text in texts])
-        sample = np.concatenate(texts), sizes
-        expected, kind = self._padded(*sample), type(self._encoder.backbone).__name__
+        sample = np.concatenate(texts), np.array([len(text) for text in texts])
+        expected = self._padded(*sample)
+        if not bool(expected.isfinite().all()):  # broken weights prove nothing
+            return False
+        if is_onednn:
+            self._layers = OneDnnLayers(self._encoder.backbone, TOKENS_PER_BATCH["cpu"])
+            reason = self._difference(lambda: self._padded(*sample), expected)
+            if reason:
+                self._layers = None
+                self._warn(f"{self._kind} is encoded without oneDNN, which is slower ({reason})")
+        if is_packable:
+            reason = self._difference(lambda: self._packed(*sample), expected)
+            if not reason:
+                return True
+            self._warn(f"{self._kind} is encoded with padding, which is slower ({reason})")
+        return False
+
+    def _difference(self, encode: Callable[[], Tensor], expected: Tensor) -> str:
+        """What is wrong with a way to encode; nothing if the vectors are as expected."""
         try:
-            found = self._packed(*sample)
+            found = encode()
         except torch.OutOfMemoryError:
             raise
         except Exception as error:  # noqa: BLE001 - a backbone's own code refuses in its own way
-            reason = one_line(error)
-        else:
-            likeness = functional.cosine_similarity(found, expected)
-            dtype = next(self._encoder.parameters()).dtype
-            if bool((likeness > 1 - MOST_DEVIATION[dtype]).all()):
-                return True
-            if not bool(expected.isfinite().all()):  # broken weights prove nothing
-                return False
-            reason = f"vectors differ, cosine similarity {likeness.min():.3g}"
-        if kind not in _unpacked:
-            _unpacked.add(kind)
-            log.warning("%s is encoded with padding, which is slower (%s)", kind, reason)
-        return False
+            return one_line(error)
+        likeness = functional.cosine_similarity(found, expected)
+        dtype = next(self._encoder.parameters()).dtype
+        is_same = bool((likeness > 1 - MOST_DEVIATION[dtype]).all())
+        return "" if is_same else f"vectors differ, cosine similarity {likeness.min():.3g}"
+
+    def _warn(self, message: str) -> None:
+        if message.partition(" (")[0] not in _warnings:
+            _warnings.add(message.partition(" (")[0])
+            log.warning(message)
 
     def _packed(self, ids: np.ndarray, lengths: np.ndarray) -> Tensor:
-        return encode_packed(self._encoder, self._on_device(ids), lengths.tolist())
+        with self._used_layers():
+            return encode_packed(self._encoder, self._on_device(ids), lengths.tolist())
 
     def _padded(self, ids: np.ndarray, lengths: np.ndarray) -> Tensor:
         padded, mask = pad(ids, lengths, self._pad_id)
-        return self._encoder(self._on_device(padded), self._on_device(mask))
+        with self._used_layers():
+            vectors: Tensor = self._encoder(self._on_device(padded), self._on_device(mask))
+        return vectors
+
+    def _used_layers(self) -> AbstractContextManager[None]:
+        return nullcontext() if self._layers is None else self._layers.used()
 
     def _on_device(self, array: np.ndarray) -> Tensor:
         tensor, device = torch.from_numpy(array), self._encoder.device

@@ -177,6 +177,23 @@ def test_torch_says_whether_the_processor_has_bf16() -> None:
     assert [type(has) for has in found] == [bool, bool]
 
 
+def test_torch_says_whether_the_processor_has_avx512() -> None:
+    assert type(compat.processor_has_avx512()) is bool, upgraded("torch", "_is_avx512_supported")
+
+
+@pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="PyTorch without oneDNN")
+@pytest.mark.parametrize("has_gelu", [True, False])
+@torch.inference_mode()
+def test_torch_computes_linear_layers_by_onednn(has_gelu: bool) -> None:
+    layer, inputs = torch.nn.Linear(16, 8), torch.randn(5, 16)
+    try:
+        found = compat.onednn_linear(layer, 5, has_gelu=has_gelu)(inputs)
+    except (AttributeError, RuntimeError, TypeError) as error:
+        pytest.fail(f"{upgraded('torch', 'torch.ops.mkldnn._linear_pointwise')} ({error})")
+    expected = layer(inputs)
+    torch.testing.assert_close(found, torch.nn.functional.gelu(expected) if has_gelu else expected)
+
+
 @pytest.mark.parametrize("name", compat.MLFLOW_OVERRIDES)
 def test_mlflows_base_client_has_the_methods_that_ours_overrides(name: str) -> None:
     from mlflow.tracking._tracking_service.client import TrackingServiceClient

@@ -76,6 +76,24 @@ def test_bf16_on_processors_that_multiply_it_faster(
     assert resolve_dtype("auto", CPU) == expected
 
 
+@pytest.mark.parametrize(
+    ("vendor", "avx512", "device", "expected"),
+    [
+        ("AuthenticAMD", True, "cpu", True),
+        ("AuthenticAMD", False, "cpu", False),
+        ("GenuineIntel", True, "cpu", False),
+        ("", True, "cpu", False),
+        ("AuthenticAMD", True, "cuda", False),
+    ],
+)
+def test_processors_on_which_onednn_is_faster(
+    monkeypatch: pytest.MonkeyPatch, vendor: str, avx512: bool, device: str, expected: bool
+) -> None:
+    monkeypatch.setattr(devices, "processor_vendor", lambda: vendor)
+    monkeypatch.setattr(torch.cpu, "_is_avx512_supported", lambda: avx512)
+    assert devices.is_onednn_faster(torch.device(device)) is expected
+
+
 @two_new
 def test_several_devices_of_one_type(gpus: None) -> None:
     assert [str(device) for device in resolve_devices("cuda:1,cuda:0")] == ["cuda:1", "cuda:0"]

@@ -11,6 +11,7 @@ import torch
 import transformers
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+from mlflow_dr.encoder import packed
 from mlflow_dr.encoder.config import EncoderConfig
 from mlflow_dr.encoder.model import Encoder
 from mlflow_dr.encoder.packed import ATTENTION, PackedTexts, attend, can_pack, encode_packed
@@ -77,7 +78,7 @@ def table() -> TokenTable:
 
 @pytest.fixture(autouse=True)
 def no_warning_given(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    monkeypatch.setattr(encode, "_unpacked", set())
+    monkeypatch.setattr(encode, "_warnings", set())
     yield
 
 
@@ -196,3 +197,71 @@ def test_nothing_is_asked_of_the_device_on_the_way(table: TokenTable) -> None:
             pytest.raises(Exception, match="_local_scalar"),
         ):
             torch.from_numpy(ids).sum().item()
+
+
+def states_of(length: int, scale: float = 1.0) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Queries, keys and values of 3 texts and 4 heads, bf16."""
+    generator = torch.Generator().manual_seed(0)
+    query, key, value = (
+        torch.randn(1, 4, 3 * length, 16, generator=generator).bfloat16() for _ in range(3)
+    )
+    return query * scale, key, value
+
+
+@torch.inference_mode()
+def attended(states: tuple[torch.Tensor, ...], length: int) -> torch.Tensor:
+    """What `attend` gives for these texts."""
+    texts = PackedTexts.of([length] * 3, torch.device("cpu"))
+    found, _ = attend(SimpleNamespace(is_causal=False), *states, None, packed_texts=texts)
+    return found
+
+
+def exactly(states: tuple[torch.Tensor, ...], length: int) -> torch.Tensor:
+    """The same in fp64."""
+    query, key, value = (part[0].unflatten(1, (3, length)).double() for part in states)
+    weights = (query @ key.transpose(2, 3) / 4).softmax(dim=-1)
+    return (weights @ value).flatten(1, 2).transpose(0, 1)[None]
+
+
+@pytest.mark.parametrize("length", [1, 7, 64, 200])
+def test_attention_by_exponentials(length: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    used: list[bool] = []
+
+    def watched(*args: Any) -> torch.Tensor | None:
+        found = by_exponentials(*args)
+        used.append(found is not None)
+        return found
+
+    by_exponentials = packed._attend_by_exponentials
+    monkeypatch.setattr(packed, "_attend_by_exponentials", watched)
+    states = states_of(length)
+    found = attended(states, length).double()
+    assert used == [True]
+    torch.testing.assert_close(found, exactly(states, length), rtol=0, atol=0.02)
+
+
+@pytest.mark.parametrize("sign", [1, -1])
+def test_exponentials_that_overflow_or_vanish_are_not_used(sign: int) -> None:
+    """Products of all tokens with one key are 200 in size; a softmax does not mind."""
+    length = 8
+    query, key, value = states_of(length)
+    query, key = torch.ones_like(query), torch.zeros_like(key)
+    key[:] = sign * 50
+    states = query, key, value
+    found = attended(states, length).double()
+    assert bool(found.isfinite().all())
+    torch.testing.assert_close(found, exactly(states, length), rtol=0, atol=0.02)
+
+
+def test_attention_to_nan_is_nan() -> None:
+    query, key, value = states_of(8)
+    query[0, 0, 0, 0] = torch.nan
+    assert bool(attended((query, key, value), 8)[0, 0, 0].isnan().all())
+
+
+def test_long_texts_do_not_have_all_their_weights_in_memory() -> None:
+    settings = packed._Attention(None, is_causal=False, window=None, dropout=0.0)
+    with torch.inference_mode():
+        for length, expected in ((512, True), (513, False)):
+            states = torch.zeros(1, 1, length, 2, dtype=torch.bfloat16)
+            assert packed._suits_exponentials(states, states, settings) is expected

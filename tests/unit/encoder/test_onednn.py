@@ -1,0 +1,158 @@
+"""Linear layers computed by oneDNN give what PyTorch's give."""
+
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+from transformers import BertConfig, BertModel, DistilBertConfig, DistilBertModel
+
+from mlflow_dr.encoder.config import EncoderConfig
+from mlflow_dr.encoder.model import Encoder
+from mlflow_dr.encoder.onednn import OneDnnLayers
+from mlflow_dr.retrieval import encode
+from mlflow_dr.retrieval.encode import encode_batches
+from mlflow_dr.stores.token_table import TokenTable, token_table
+
+pytestmark = pytest.mark.skipif(
+    not torch.backends.mkldnn.is_available(), reason="this build of PyTorch has no oneDNN"
+)
+SIZES: dict[str, Any] = {
+    "vocab_size": 100,
+    "hidden_size": 32,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "intermediate_size": 64,
+}
+DISTIL: dict[str, Any] = {
+    "vocab_size": 100,
+    "dim": 32,
+    "n_layers": 2,
+    "n_heads": 4,
+    "hidden_dim": 64,
+}
+
+
+class Tokenizer:
+    pad_token_id = 0
+
+
+def bert(**settings: Any) -> BertModel:
+    torch.manual_seed(0)
+    return BertModel(BertConfig(**SIZES, **settings), add_pooling_layer=False).eval()
+
+
+def encoder_of(backbone: nn.Module) -> Encoder:
+    return Encoder(backbone, Tokenizer(), EncoderConfig(pooling="mean", normalize=True)).eval()
+
+
+@pytest.fixture(scope="module")
+def table() -> TokenTable:
+    generator = np.random.default_rng(0)
+    return token_table([generator.integers(5, 100, length).tolist() for length in (30, 30, 9, 1)])
+
+
+@pytest.fixture(autouse=True)
+def no_warning_given(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    monkeypatch.setattr(encode, "_warnings", set())
+    yield
+
+
+def calls_of_gelu(model: nn.Module) -> int:
+    events = torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU])
+    with events, torch.inference_mode():
+        model(torch.arange(20)[None])
+    return sum(event.count for event in events.key_averages() if event.key == "aten::gelu")
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("activation", ["gelu", "gelu_new", "relu"])
+@torch.inference_mode()
+def test_states_are_the_same(dtype: torch.dtype, activation: str) -> None:
+    model = bert(hidden_act=activation).to(dtype)
+    ids = torch.arange(60).reshape(3, 20)
+    expected = model(ids).last_hidden_state
+    layers = OneDnnLayers(model, 60)
+    with layers.used():
+        found = model(ids).last_hidden_state
+    exact = 1e-5 if dtype == torch.float32 else 0.05
+    torch.testing.assert_close(found, expected, rtol=0, atol=exact)
+    torch.testing.assert_close(model(ids).last_hidden_state, expected, rtol=0, atol=0)
+
+
+def test_layers_have_their_own_methods_again_after_an_error() -> None:
+    model = bert()
+    with pytest.raises(ValueError, match="stop"), OneDnnLayers(model, 60).used():
+        raise ValueError("stop")
+    assert not any("forward" in vars(module) for module in model.modules())
+
+
+def test_gelu_is_computed_with_the_layer_before_it() -> None:
+    model = bert()
+    assert calls_of_gelu(model) == 2
+    with OneDnnLayers(model, 20).used():
+        assert calls_of_gelu(model) == 0
+
+
+def test_subclasses_of_linear_layers_are_left_alone() -> None:
+    class Halved(nn.Linear):
+        def forward(self, input: torch.Tensor) -> torch.Tensor:
+            return super().forward(input) / 2
+
+    model = nn.Sequential(Halved(8, 8), nn.Linear(8, 4, bias=False))
+    inputs = torch.randn(3, 8)
+    with torch.inference_mode():
+        expected = model(inputs)
+        with OneDnnLayers(model, 3).used():
+            assert [("forward" in vars(module)) for module in model] == [False, True]
+            torch.testing.assert_close(model(inputs), expected)
+
+
+@pytest.mark.parametrize("kind", ["bert", "distilbert"])
+@pytest.mark.parametrize("is_faster", [True, False])
+def test_vectors_are_the_same(
+    kind: str, is_faster: bool, table: TokenTable, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    torch.manual_seed(0)
+    backbone = bert() if kind == "bert" else DistilBertModel(DistilBertConfig(**DISTIL)).eval()
+    encoder, rows = encoder_of(backbone), np.arange(len(table))
+    monkeypatch.setattr(encode, "is_onednn_faster", lambda device: not is_faster)
+    ((_, expected),) = encode_batches(encoder, table, 0, [rows])
+    monkeypatch.setattr(encode, "is_onednn_faster", lambda device: is_faster)
+    made: list[OneDnnLayers] = []
+    monkeypatch.setattr(
+        encode, "OneDnnLayers", lambda *args: made.append(OneDnnLayers(*args)) or made[0]
+    )
+    ((_, found),) = encode_batches(encoder, table, 0, [rows])
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-5)
+    assert len(made) == is_faster
+
+
+def test_a_backbone_with_other_vectors_is_encoded_without_and_it_is_said(
+    table: TokenTable, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    class Odd(BertModel):
+        """Its weights differ in each pass, as those of layers that are made anew do."""
+
+        def forward(self, *args: Any, **options: Any) -> Any:
+            layer = self.encoder.layer[0].intermediate.dense
+            weight = nn.Parameter(layer.weight * -1, requires_grad=False)
+            kept, layer.weight = layer.weight, weight
+            try:
+                return super().forward(*args, **options)
+            finally:
+                layer.weight = kept
+
+    torch.manual_seed(0)
+    backbone = Odd(BertConfig(**SIZES, initializer_range=0.5), add_pooling_layer=False).eval()
+    encoder = encoder_of(backbone)
+    monkeypatch.setattr(encode, "is_onednn_faster", lambda device: False)
+    ((_, expected),) = encode_batches(encoder, table, 0, [np.arange(4)])
+    monkeypatch.setattr(encode, "is_onednn_faster", lambda device: True)
+    for _ in range(2):
+        ((_, found),) = encode_batches(encoder, table, 0, [np.arange(4)])
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-6)
+    (message,) = [record.message for record in caplog.records]
+    assert message.startswith("Odd is encoded without oneDNN, which is slower (vectors differ")
