@@ -224,3 +224,19 @@ def onednn_linear(layer: Any, n_rows: int, *, has_gelu: bool = False) -> Callabl
         return outputs
 
     return forward
+
+
+def onednn_product(left: Tensor, right: Tensor) -> Tensor:
+    """torch: all dot products of rows, computed by oneDNN.
+
+    Args:
+        left: `(n, dim)` on a processor.
+        right: `(m, dim)`.
+
+    Returns:
+        `(n, m)`, of the same number format.
+    """
+    import torch
+
+    product: Tensor = torch.ops.mkldnn._linear_pointwise(left, right, None, "none", [], "")
+    return product

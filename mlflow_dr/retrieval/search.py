@@ -8,8 +8,7 @@ ordered by a rank that the caller gives each passage, also at the cut.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -17,6 +16,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from mlflow_dr import compat
+from mlflow_dr.devices import is_onednn_faster
 from mlflow_dr.errors import CheckpointError, MissingExtraError, UsageError
 from mlflow_dr.extensions import Registry
 
@@ -220,8 +221,7 @@ def _pairs_above(queries: Tensor, chunk: Tensor, floors: Tensor) -> tuple[Tensor
     found: list[tuple[Tensor, Tensor]] = []
     for start in range(0, len(queries), height):
         part, lowest = queries[start : start + height], floors[start : start + height, None]
-        with fp32_products():
-            scores[: len(part), : len(chunk)] = part @ chunk.T
+        scores[: len(part), : len(chunk)] = dot_products(part, chunk)
         blocks = scores[: len(part)].view(len(part), n_blocks, PASSAGES_PER_BLOCK)
         peaks = blocks.amax(dim=2)
         if not bool(peaks.isfinite().all()):
@@ -294,8 +294,7 @@ def exact_scores(
 def search_torch(queries: Tensor, chunk: Tensor, k: int) -> tuple[Tensor, Tensor]:
     """The best k of a chunk by matrix product and top-k, on whichever device the vectors are."""
     block = max(1, SCORES_PER_BLOCK[queries.device.type] // max(1, len(chunk)))
-    with fp32_products():
-        parts = [(part @ chunk.T).topk(k, dim=1) for part in queries.split(block)]
+    parts = [dot_products(part, chunk).topk(k, dim=1) for part in queries.split(block)]
     scores, positions = zip(*parts, strict=True)
     return torch.cat(scores), torch.cat(positions)
 
@@ -313,13 +312,22 @@ def search_faiss(queries: Tensor, chunk: Tensor, k: int) -> tuple[Tensor, Tensor
     return torch.from_numpy(scores), torch.from_numpy(positions)
 
 
-@contextmanager
-def fp32_products() -> Iterator[None]:
-    """Matrix products round as fp32 does, whatever was set; TF32 would exceed the error bound."""
+def dot_products(queries: Tensor, passages: Tensor) -> Tensor:
+    """All dot products, rounded as fp32 does, whatever was set; TF32 would exceed the error bound.
+
+    Args:
+        queries: `(n_queries, dim) float32`.
+        passages: `(n_passages, dim) float32`.
+
+    Returns:
+        `(n_queries, n_passages) float32`.
+    """
     before = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision("highest")
     try:
-        yield
+        if is_onednn_faster(queries.device):
+            return compat.onednn_product(queries, passages)
+        return queries @ passages.T
     finally:
         torch.set_float32_matmul_precision(before)
 

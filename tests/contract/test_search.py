@@ -10,12 +10,13 @@ import pytest
 import torch
 
 from mlflow_dr.errors import CheckpointError, MissingExtraError, UsageError
+from mlflow_dr.retrieval import search
 from mlflow_dr.retrieval.search import (
     SCORES_PER_BLOCK,
     SearchBackend,
     TopK,
+    dot_products,
     find_backend,
-    fp32_products,
     passages_per_chunk,
     queries_per_merge,
     search_faiss,
@@ -230,15 +231,22 @@ def test_an_overflow_in_a_later_chunk_is_refused(backend: Backend, value: float)
         found(backend, queries, corpus, 5, ranks, split(np.arange(300), 100))
 
 
-def test_products_are_fp32_whatever_was_set() -> None:
+@pytest.mark.parametrize("is_onednn", [True, False])
+def test_products_are_fp32_whatever_was_set(
+    is_onednn: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(search, "is_onednn_faster", lambda device: is_onednn)
+    queries, corpus = (torch.from_numpy(vectors) for vectors in real_vectors(25, 300)[:2])
     before = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision("medium")
     try:
-        with fp32_products():
-            assert torch.get_float32_matmul_precision() == "highest"
+        found = dot_products(queries, corpus)
         assert torch.get_float32_matmul_precision() == "medium"
     finally:
         torch.set_float32_matmul_precision(before)
+    exact = queries.double() @ corpus.double().T
+    sizes = queries.double().norm(dim=1)[:, None] * corpus.double().norm(dim=1)
+    assert bool(((found - exact).abs() <= queries.shape[1] * 2.0**-24 * sizes).all())
 
 
 def test_deep_rankings_have_large_chunks_and_small_groups() -> None:

@@ -194,6 +194,16 @@ def test_torch_computes_linear_layers_by_onednn(has_gelu: bool) -> None:
     torch.testing.assert_close(found, torch.nn.functional.gelu(expected) if has_gelu else expected)
 
 
+@pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="PyTorch without oneDNN")
+@pytest.mark.parametrize("shape", [(0, 4, 8), (1, 1, 3), (5, 70, 32)])
+@torch.inference_mode()
+def test_torch_computes_dot_products_by_onednn(shape: tuple[int, int, int]) -> None:
+    n, m, dim = shape
+    left, right = torch.randn(n, dim), torch.randn(m, 2 * dim)[:, ::2]
+    found = compat.onednn_product(left, right)
+    torch.testing.assert_close(found, left @ right.T, msg=upgraded("torch", "_linear_pointwise"))
+
+
 @pytest.mark.parametrize("name", compat.MLFLOW_OVERRIDES)
 def test_mlflows_base_client_has_the_methods_that_ours_overrides(name: str) -> None:
     from mlflow.tracking._tracking_service.client import TrackingServiceClient
