@@ -27,6 +27,7 @@ from mlflow_dr.retrieval import estimate as estimating
 from mlflow_dr.retrieval.encode import encode_all
 from mlflow_dr.retrieval.estimate import Estimate, RelevantPassages, Sample, estimate
 from mlflow_dr.retrieval.measures import Measure, parse_measures
+from mlflow_dr.retrieval.tails import SHAPES, Tail, fit_tail
 from mlflow_dr.stores.token_table import token_table
 from mlflow_dr.tracking.checkpoints import run_checkpoints
 from mlflow_dr.tracking.client import connect
@@ -35,7 +36,8 @@ from mlflow_dr.validation.encoders import load_checkpoint
 
 MEASURES = parse_measures("mrr@10 ndcg@10 recall@100")
 DEPTH = 110
-OURS = "L-moments, 8"
+OURS = "several scales, 8"
+FitTail = Callable[[np.ndarray, int], Tail]
 
 
 class Judged(NamedTuple):
@@ -45,17 +47,18 @@ class Judged(NamedTuple):
     gains: list[list[int]]
 
 
-def by_sums(excess: np.ndarray) -> float:
-    """L-moments summed over queries, in which queries with large scales count more."""
+def by_l_moments(excess: np.ndarray) -> float:
+    """2 less the ratio of the first L-moment by the second; each query by its own scale."""
     size = excess.shape[1]
     mean = excess.mean(axis=1)
     second = 2 * (excess * np.arange(size)[::-1] / (size - 1)).mean(axis=1) - mean
-    return float(np.clip(2 - mean.sum() / second.sum(), *estimating.SHAPES))
+    ratio = float((second[mean > 0] / mean[mean > 0]).mean())
+    return float(np.clip(2 - 1 / ratio, *SHAPES))
 
 
 def by_moments(excess: np.ndarray) -> float:
     ratios = excess / np.maximum(excess.mean(axis=1, keepdims=True), 1e-12)
-    return float(np.clip(0.5 * (1 - 1 / ((ratios - 1) ** 2).mean()), *estimating.SHAPES))
+    return float(np.clip(0.5 * (1 - 1 / ((ratios - 1) ** 2).mean()), *SHAPES))
 
 
 def by_likelihood(excess: np.ndarray) -> float:
@@ -78,16 +81,28 @@ def exponential(excess: np.ndarray) -> float:
     return 0.0
 
 
-WAYS: dict[str, tuple[Callable[[np.ndarray], float], int]] = {
-    OURS: (estimating.tail_shape, 8),
-    "L-moments, 6": (estimating.tail_shape, 6),
-    "L-moments, 16": (estimating.tail_shape, 16),
-    "L-moments, 32": (estimating.tail_shape, 32),
-    "sums of L-moments, 8": (by_sums, 8),
-    "moments, 8": (by_moments, 8),
-    "moments, 16": (by_moments, 16),
-    "likelihood, 16": (by_likelihood, 16),
-    "exponential, 16": (exponential, 16),
+def one_scale(shape_of: Callable[[np.ndarray], float]) -> FitTail:
+    """A way to fit tails in which the scale of each query is its mean excess times 1 - shape."""
+
+    def fit(scores: np.ndarray, size: int) -> Tail:
+        threshold = scores[:, size].astype(np.float64)
+        excess = scores[:, :size] - threshold[:, None]
+        shape = shape_of(excess)
+        scales = excess.mean(axis=1, keepdims=True) * (1 - shape)
+        return Tail(threshold, shape, scales, np.ones_like(scales))
+
+    return fit
+
+
+WAYS: dict[str, tuple[FitTail, int]] = {
+    OURS: (fit_tail, 8),
+    "several scales, 6": (fit_tail, 6),
+    "several scales, 16": (fit_tail, 16),
+    "several scales, 32": (fit_tail, 32),
+    "L-moments, 8": (one_scale(by_l_moments), 8),
+    "moments, 16": (one_scale(by_moments), 16),
+    "likelihood, 16": (one_scale(by_likelihood), 16),
+    "exponential, 16": (one_scale(exponential), 16),
 }
 
 
@@ -158,12 +173,12 @@ def values_of(results: dict[Measure, Estimate]) -> np.ndarray:
 def by_way(
     name: str, sample: Sample, relevant: RelevantPassages, judged: Judged
 ) -> dict[Measure, Estimate]:
-    kept = estimating.tail_shape, estimating.FEWEST
-    estimating.tail_shape, estimating.FEWEST = WAYS[name]  # type: ignore[assignment]
+    kept = estimating.fit_tail, estimating.FEWEST
+    estimating.fit_tail, estimating.FEWEST = WAYS[name]  # type: ignore[assignment]
     try:
         return estimate(sample, relevant, judged.gains, MEASURES)
     finally:
-        estimating.tail_shape, estimating.FEWEST = kept
+        estimating.fit_tail, estimating.FEWEST = kept  # type: ignore[assignment]
 
 
 def vectors(arguments: argparse.Namespace) -> tuple[Judged, list[Path]]:
@@ -193,7 +208,7 @@ def vectors(arguments: argparse.Namespace) -> tuple[Judged, list[Path]]:
     for checkpoint in sorted(run_checkpoints(run), key=lambda each: each.step):
         if not checkpoint.ready or not checkpoint.step:
             continue
-        name = f"{run.id[:8]}-{collection.name}-{len(queries)}-{checkpoint.step:08}.npz"
+        name = f"{run.id[:8]}-{Path(collection.name).name}-{len(queries)}-{checkpoint.step:08}.npz"
         files.append(arguments.vectors / name)
         if not files[-1].exists():
             encoder = load_checkpoint(checkpoint, {}).eval()

@@ -1,17 +1,14 @@
 """Measures on a whole corpus, estimated from a random sample of its passages.
 
 All relevant passages are encoded. The rank of each is 1, plus the encoded passages above it, plus
-the others above it, whose number is unknown. That number is Poisson, and its mean comes from the
-scores of the sample: above a threshold, excesses follow a generalised Pareto distribution, whose
-scale is the query's own and whose shape is common to all queries. A measure is a sum over relevant
-passages of a weight times a function of the rank, so its expectation is exact.
+the others above it. Their number is unknown, but its distribution follows from the scores of the
+sample and their tail. A measure is a sum over relevant passages of a weight times a function of the
+rank, so its expectation is exact.
 
 Sources: Krichene and Rendle, On Sampled Metrics for Item Recommendation, KDD 2020 (values on
 samples are biased, and can be corrected). Li, Jin, Gao and Liu, On Sampling Top-K Recommendation
-Evaluation, KDD 2020. Pickands, Statistical Inference Using Extreme Order Statistics, Annals of
-Statistics 1975 (excesses are generalised Pareto). Hosking and Wallis, Parameter and Quantile
-Estimation for the Generalized Pareto Distribution, Technometrics 1987 (probability-weighted
-moments). Wolter, Introduction to Variance Estimation, 2007 (the jackknife that deletes groups).
+Evaluation, KDD 2020. Wolter, Introduction to Variance Estimation, 2007 (the jackknife that deletes
+groups). The tails have sources of their own.
 """
 
 from __future__ import annotations
@@ -23,15 +20,16 @@ import numpy as np
 
 from mlflow_dr.errors import UsageError
 from mlflow_dr.retrieval.measures import HIGHEST_RELEVANCE, Measure
+from mlflow_dr.retrieval.tails import fit_tail
 
 FEWEST = 8  # passages in a tail, and the fewest of a sample
 PER_CUTOFF = 3  # a tail reaches down to this multiple of the cut-off, on the scale of the corpus
 GROUPS = 10  # of the jackknife
 FEW_IN_SAMPLE = 200  # below, the tails of the sample are no tails of the corpus
-SHAPES = (-1.0, 0.45)  # L-moments exist for all, and variances up to 0.5
 NORMAL_95 = 1.96
 ERROR_FACTOR = 0.2  # 95 % error of one query, from a sample of half of the corpus
 CELLS = 1 << 22  # numbers that are in memory at a time
+LEAST_WEIGHT = 1e-4  # of a scale that counts
 ESTIMABLE = ("mrr", "ndcg", "recall", "map", "precision", "success", "err", "rbp")
 
 
@@ -71,6 +69,28 @@ class RelevantPassages(NamedTuple):
     seen: np.ndarray
     in_sample: np.ndarray
     gain: np.ndarray
+
+
+class Unseen(NamedTuple):
+    """How many passages that were not encoded are above each relevant one.
+
+    The number is negative binomial: it is Poisson, and its mean is known from so many gaps between
+    scores of the sample. Its expectation depends on the scale of the query's tail.
+
+    Attributes:
+        mean: the expected number for each scale, `(n, n_scales) float64`.
+        weights: the probability of each scale, `(n, n_scales) float64`.
+        gaps: the gaps, `(n,) float64`.
+    """
+
+    mean: np.ndarray
+    weights: np.ndarray
+    gaps: np.ndarray
+
+    @property
+    def expected(self) -> np.ndarray:
+        """The expected number, `(n,) float64`."""
+        return np.asarray((self.mean * self.weights).sum(axis=1))
 
 
 class Interval(NamedTuple):
@@ -158,8 +178,8 @@ def estimate(
     Unseen passages can only lower a value, so no interval ends above the value on the subset. If
     the sample is thinned, the estimate may be too low, and the interval ends there.
 
-    The interval joins two errors: that of the fitted tails, by a jackknife that leaves out a tenth
-    of the sample at a time, and that of the unseen passages around their expected number.
+    The interval joins two errors: that of the sample, by a jackknife that leaves out a tenth of it
+    at a time, and that of the number of unseen passages, given the sample.
 
     Args:
         sample: the highest scores of the sample; its depth is at least `tail_size` and one more.
@@ -176,39 +196,46 @@ def estimate(
     check_sample(sample.size, sample.unseen)
     if np.isnan(sample.scores).any() or np.isnan(relevant.score).any():
         raise ValueError("a score is NaN")
+    parts = [(sample, relevant), *_parts(sample, relevant)]
+    sizes = {each: tail_size(each.cutoff, sample.size, sample.unseen) for each in measures}
+    unseen = {size: [unseen_above(*part, size) for part in parts] for size in {*sizes.values()}}
+    seen = [passages.seen for _, passages in parts]
     return {
-        measure: _estimate(sample, relevant, gains, measure, parts)
-        for parts in [list(_parts(sample, relevant))]
-        for measure in measures
+        measure: _estimate(measure, seen, unseen[size], relevant, gains, sample.is_thinned)
+        for measure, size in sizes.items()
     }
 
 
 def _estimate(
-    sample: Sample,
+    measure: Measure,
+    seen: Sequence[np.ndarray],
+    unseen: Sequence[Unseen],
     relevant: RelevantPassages,
     gains: Sequence[Sequence[int]],
-    measure: Measure,
-    parts: Sequence[tuple[Sample, RelevantPassages]],
+    is_thinned: bool,
 ) -> Estimate:
+    """The estimate from the passages above relevant ones: by the sample, then by its parts."""
     weights = measure_weights(measure, relevant, gains)
     values = rank_values(measure)
-    size = tail_size(measure.cutoff, sample.size, sample.unseen)
 
-    def expected(part: Sample, passages: RelevantPassages) -> tuple[np.ndarray, np.ndarray]:
-        """Values of the queries, and their standard deviations."""
-        means, spreads = _moments(passages.seen, expected_unseen(part, passages, size), values)
-        by_query = [np.bincount(relevant.query, weights * x, len(gains)) for x in (means, spreads)]
-        return by_query[0], by_query[1]
+    def by_query(values: np.ndarray) -> np.ndarray:
+        return np.bincount(relevant.query, weights * values, len(gains))
 
-    per_query, spread = expected(sample, relevant)
+    means, spreads = _moments(seen[0], unseen[0], values)
+    per_query, spread = by_query(means), by_query(spreads)
     variance = np.square(spread).sum() / len(gains) ** 2
-    if parts:
-        variance += (GROUPS - 1) * np.var([expected(*part)[0].mean() for part in parts])
+    if len(seen) > 1:
+        of_parts = [
+            by_query(_moments(*part, values)[0]).mean()
+            for part in zip(seen[1:], unseen[1:], strict=True)
+        ]
+        variance += (GROUPS - 1) * np.var(of_parts)
     error = NORMAL_95 * float(np.sqrt(variance))
     mean = float(per_query.mean())
-    of_subset, _ = _moments(relevant.seen, np.zeros(len(relevant.seen)), values)
-    bound = max(mean, float((weights * of_subset).sum()) / len(gains))
-    high = bound if sample.is_thinned else min(bound, mean + error)
+    ranks = np.append(values, 0.0)
+    of_subset = by_query(ranks[np.minimum(seen[0], measure.cutoff)])
+    bound = max(mean, float(of_subset.mean()))
+    high = bound if is_thinned else min(bound, mean + error)
     return Estimate(per_query, Interval(mean, max(0.0, mean - error), high))
 
 
@@ -265,12 +292,12 @@ def rank_values(measure: Measure) -> np.ndarray:
     return np.ones_like(ranks)
 
 
-def expected_unseen(sample: Sample, relevant: RelevantPassages, size: int) -> np.ndarray:
-    """How many unseen passages are expected above each relevant one, `(n,) float64`.
+def unseen_above(sample: Sample, relevant: RelevantPassages, size: int) -> Unseen:
+    """How many passages that were not encoded are above each relevant one.
 
-    The threshold of a query is the score below its `size` highest. The scale is their mean excess
-    times one less the shape. Above the threshold, the share of the sample that is in the tail is
-    multiplied by the tail's survival function; below it, passages of the sample are counted.
+    If `n` passages of a sample are above a score, about `n + 1/2` of its `size + 1` gaps are, and
+    each gap has as many unseen passages on average. Above the threshold of the tail, which is a
+    score of the sample itself, all gaps are multiplied by the tail's survival function.
 
     Args:
         sample: the highest scores of the sample.
@@ -278,66 +305,44 @@ def expected_unseen(sample: Sample, relevant: RelevantPassages, size: int) -> np
         size: how many scores a tail has; fewer where the sample has fewer.
     """
     if not sample.unseen:
-        return np.zeros(len(relevant.score))
+        nothing = np.zeros((len(relevant.score), 1))
+        return Unseen(nothing, nothing + 1, nothing[:, 0] + 1)
     size = min(size, int(np.isfinite(sample.scores).sum(axis=1).min()) - 1)
-    in_sample = relevant.in_sample
-    threshold = sample.scores[:, size].astype(np.float64)
-    excess = sample.scores[:, :size] - threshold[:, None]
-    mean, shape = excess.mean(axis=1), tail_shape(excess)
-    scale = (mean * (1 - shape))[relevant.query]
-    above = np.maximum(relevant.score - threshold[relevant.query], 0)
-    steps = np.divide(above, scale, out=np.where(above > 0, np.inf, 0.0), where=scale > 0)
-    if abs(shape) < 1e-6:
-        survival = np.exp(-steps)
-    else:
-        survival = np.maximum(1 + shape * np.minimum(steps, 1e9), 0) ** (-1 / shape)
-    counted = np.where(in_sample > size, in_sample + 0.5, size * survival)
-    return np.asarray(sample.unseen * counted / sample.size)
+    tail = fit_tail(sample.scores, size)
+    is_counted = relevant.in_sample > size
+    gaps = np.where(is_counted, relevant.in_sample + 0.5, size + 1.0)
+    survival = tail.survival(relevant.query, relevant.score)
+    share = gaps[:, None] * np.where(is_counted[:, None], 1, survival) / (sample.size + 1)
+    return Unseen(sample.unseen * share, tail.weights[relevant.query], gaps)
 
 
-def tail_shape(excess: np.ndarray) -> float:
-    """The shape of the generalised Pareto distribution, common to all queries.
-
-    By L-moments it is 2 less their ratio, the first by the second. Each query is divided by its own
-    scale, and the ratio is the mean over queries. For exponential tails that has no bias at any
-    size, unlike moments and likelihood. Other shapes come out closer to 0, by a sixth with eight
-    scores. That is kept: queries differ in shape, and the heavier tails decide further out.
-
-    Args:
-        excess: scores less their threshold, descending, `(n_queries, size) float64`.
-    """
-    size = excess.shape[1]
-    mean = excess.mean(axis=1)
-    weight = np.arange(size)[::-1] / (size - 1)
-    second = 2 * (excess * weight).mean(axis=1) - mean
-    has_tail = mean > 0  # of queries whose scores are all equal nothing can be learnt
-    if not has_tail.any():
-        return 0.0
-    ratio = float((second[has_tail] / mean[has_tail]).mean())
-    return float(np.clip(2 - 1 / max(ratio, 1e-6), *SHAPES))
-
-
-def _moments(
-    seen: np.ndarray, unseen: np.ndarray, values: np.ndarray
-) -> tuple[np.ndarray, np.ndarray]:
+def _moments(seen: np.ndarray, unseen: Unseen, values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Mean and standard deviation of a function of the rank, for each relevant passage.
 
     Args:
         seen: encoded passages above it, `(n,) int64`.
-        unseen: the expected number of others above it, `(n,) float64`.
+        unseen: the others above it.
         values: of the ranks 1, 2 and so on; 0 for all others, `(cutoff,) float64`.
     """
     cutoff = len(values)
     counts = np.arange(cutoff)
-    factorial = np.concatenate([[0.0], np.cumsum(np.log(np.arange(1, cutoff)))])  # its logarithm
     padded = np.concatenate([values, [0.0]])
-    mean, square = np.zeros(len(seen)), np.zeros(len(seen))
-    for pairs in np.array_split(np.flatnonzero(seen < cutoff), 1 + len(seen) * cutoff // CELLS):
-        expected = np.maximum(unseen[pairs], 1e-300)[:, None]
-        probability = np.exp(counts * np.log(expected) - expected - factorial)
-        of_rank = padded[np.minimum(seen[pairs, None] + counts, cutoff)]
-        mean[pairs] = (probability * of_rank).sum(axis=1)
-        square[pairs] = (probability * of_rank**2).sum(axis=1)
+    moments = np.zeros((2, len(seen)))
+    is_possible = (unseen.weights > LEAST_WEIGHT) & (seen < cutoff)[:, None]
+    passage, scale = np.nonzero(is_possible)
+    for part in np.array_split(np.arange(len(passage)), 1 + len(passage) * cutoff // CELLS):
+        row = passage[part]
+        gaps = unseen.gaps[row, None]
+        mean = np.maximum(unseen.mean[row, scale[part]], 1e-300)[:, None]
+        ratios = (gaps + counts[:-1]) / counts[1:] * (mean / (gaps + mean))
+        none = -gaps * np.log1p(mean / gaps)
+        probability = np.exp(np.hstack([none, none + np.log(ratios).cumsum(axis=1)]))
+        probability *= unseen.weights[row, scale[part], None]
+        of_rank = padded[np.minimum(seen[row, None] + counts, cutoff)]
+        for moment, power in zip(moments, (of_rank, of_rank**2), strict=True):
+            moment += np.bincount(row, (probability * power).sum(axis=1), len(seen))
+    weight = np.maximum(np.where(is_possible, unseen.weights, 0).sum(axis=1), LEAST_WEIGHT)
+    mean, square = moments / weight
     return mean, np.sqrt(np.maximum(square - mean**2, 0))
 
 

@@ -12,9 +12,8 @@ from mlflow_dr.retrieval.estimate import (
     Sample,
     check_estimable,
     estimate,
-    expected_unseen,
-    tail_shape,
     tail_size,
+    unseen_above,
 )
 from mlflow_dr.retrieval.measures import Measure, mean_values, measure_ranking, parse_measures
 
@@ -30,10 +29,15 @@ class Simulated:
     """Scores of all passages, and passages with a relevance of 1 to 3."""
 
     def __init__(
-        self, n_queries: int = 60, n_passages: int = 4000, shape: float = -0.2, seed: int = 0
+        self,
+        n_queries: int = 60,
+        n_passages: int = 4000,
+        shape: float = -0.2,
+        seed: int = 0,
+        between: float = 0.3,
     ) -> None:
         random = np.random.default_rng(seed)
-        scale = np.exp(random.normal(0, 0.3, (n_queries, 1)))
+        scale = np.exp(random.normal(0, between, (n_queries, 1)))
         quantile = random.random((n_queries, n_passages))
         self.scores = scale * (quantile**-shape - 1) / shape
         self.gains = random.integers(1, 4, (n_queries, 4))
@@ -118,20 +122,26 @@ def test_estimates_are_unbiased_and_their_intervals_cover(shape: float) -> None:
         exact = estimate(sample._replace(unseen=0), relevant, simulated.gains.tolist(), MEASURES)
         naive.append([exact[measure].mean.value - truth[measure] for measure in MEASURES])
     assert np.mean(naive, axis=0).min() > 0.1
-    assert np.abs(np.mean(errors, axis=0)).max() < 0.04  # of 60 queries, from 200 passages
+    assert np.abs(np.mean(errors, axis=0)).max() < 0.03  # of 60 queries, from 200 passages
     assert np.mean(covered) > 0.85
 
 
-def test_the_expected_number_of_unseen_passages_is_the_true_one(simulated: Simulated) -> None:
-    expected = true = 0.0
-    for seed in range(10):
+@pytest.mark.parametrize("shape", [-0.2, 0.1])
+def test_the_expected_number_of_unseen_passages_is_the_true_one(shape: float) -> None:
+    """Wherever it is between 1 and 60; by queries whose tails have nearly the same scale."""
+    expected, true = np.zeros(2), np.zeros(2)
+    for seed in range(8):
+        simulated = Simulated(200, shape=shape, seed=seed, between=0.02)
         sample, relevant = simulated.sampled(0.05, seed)
         size = tail_size(10, sample.size, sample.unseen)
-        rare = relevant.in_sample < 3
-        expected += expected_unseen(sample, relevant, size)[rare].sum()
+        found = unseen_above(sample, relevant, size).expected
         scores = simulated.scores[relevant.query]
-        true += ((scores > relevant.score[:, None]).sum(axis=1) - relevant.seen)[rare].sum()
-    assert expected == pytest.approx(true, rel=0.15)
+        unseen = (scores > relevant.score[:, None]).sum(axis=1) - relevant.seen
+        for end, (low, high) in enumerate([(1, 10), (10, 60)]):
+            inside = (found >= low) & (found < high)
+            expected[end] += found[inside].sum()
+            true[end] += unseen[inside].sum()
+    assert expected == pytest.approx(true, rel=0.1)
 
 
 def test_better_relevant_passages_and_fewer_unseen_ones_give_higher_values(
@@ -168,22 +178,12 @@ def test_larger_samples_have_shorter_intervals(simulated: Simulated) -> None:
     assert (np.diff(widths, axis=0) < 0).all()
 
 
-@pytest.mark.parametrize("shape", [-0.4, -0.2, 0.0, 0.2])
-def test_the_shape_of_tails_is_found_whatever_their_scales(shape: float) -> None:
-    random = np.random.default_rng(1)
-    uniform = random.random((3000, 8))
-    tails = -np.log(uniform) if shape == 0 else (uniform**-shape - 1) / shape
-    tails = -np.sort(-tails * np.exp(random.normal(0, 1, (3000, 1))), axis=1)
-    assert tail_shape(tails) == pytest.approx(shape, abs=0.08)
-
-
 def test_equal_scores_give_values_between_those_of_a_perfect_and_a_hopeless_encoder(
     simulated: Simulated,
 ) -> None:
     sample, relevant = simulated.sampled(0.05)
     equal = sample._replace(scores=np.ones_like(sample.scores))
     same = relevant._replace(score=np.ones_like(relevant.score))
-    assert tail_shape(np.zeros((5, 8))) == 0
     for result in estimate(equal, same, simulated.gains.tolist(), MEASURES).values():
         assert 0 <= result.mean.low <= result.mean.value <= result.mean.high < 0.1
 
