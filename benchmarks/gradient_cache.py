@@ -40,7 +40,7 @@ TEMPERATURE = 0.05
 def step_of(dataset: str, batch: int, chunk: int | None, dtype: str) -> Callable[[], float]:
     """One step of mlflow_dr; without the gradient cache if `chunk` is None."""
     encoder = load_encoder(MODEL, **LENGTHS).train()
-    text_tokenizer = TextTokenizer(encoder.tokenizer, encoder.settings)
+    text_tokenizer = TextTokenizer.of(encoder)
     examples = open_collection(dataset).examples()
     groups = training_set(examples, text_tokenizer, text_tokenizer, n_passages=1, seed=0)
     inputs = Collator(text_tokenizer.pad_id, text_tokenizer.pad_id)(

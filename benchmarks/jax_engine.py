@@ -59,7 +59,7 @@ def encoder_of(layers: int) -> Encoder:
 
 
 def training_set_of(encoder: Encoder, dataset: str) -> Any:
-    tokenizer = TextTokenizer(encoder.tokenizer, encoder.settings)
+    tokenizer = TextTokenizer.of(encoder)
     return training_set(
         open_collection(dataset).examples(), tokenizer, tokenizer, n_passages=1, seed=0
     )

@@ -103,7 +103,7 @@ class Scene:
     def __init__(self, dataset: str, split: str, passages: int) -> None:
         collection = open_collection(dataset)
         self.encoder = load_encoder(MODEL)
-        self.tokenizer = TextTokenizer(self.encoder.tokenizer, self.encoder.settings)
+        self.tokenizer = TextTokenizer.of(self.encoder)
         corpus = collection.corpus()
         self.table: TokenTable = corpus_tokens(corpus, self.tokenizer)
         self.ranks = corpus.tie_ranks()

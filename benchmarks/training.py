@@ -100,7 +100,7 @@ def flags(steps: int, batch: int, dtype: str, directory: str) -> dict[str, Any]:
 
 def ours(dataset: str, lengths: tuple[int, int], arguments: dict[str, Any]) -> Callable[[], object]:
     encoder = load_encoder(MODEL, query_max_length=lengths[0], passage_max_length=lengths[1])
-    text_tokenizer = TextTokenizer(encoder.tokenizer, encoder.settings)
+    text_tokenizer = TextTokenizer.of(encoder)
     examples = open_collection(dataset).examples()
     groups = training_set(examples, text_tokenizer, text_tokenizer, n_passages=1, seed=0)
     collator = Collator(text_tokenizer.pad_id, text_tokenizer.pad_id)

@@ -40,8 +40,8 @@ class TextsToVectors:
     def __init__(self, encoder: Encoder) -> None:
         self._encoder = encoder
         self._text_tokenizer = {
-            QUERY: TextTokenizer(encoder.query_encoder.tokenizer, encoder.query_encoder.settings),
-            PASSAGE: TextTokenizer(encoder.tokenizer, encoder.settings),
+            QUERY: TextTokenizer.of(encoder.query_encoder),
+            PASSAGE: TextTokenizer.of(encoder),
         }
         # a server calls it from several threads, and a tokenizer's length limit is shared state
         self._lock = threading.Lock()

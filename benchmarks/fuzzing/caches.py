@@ -72,7 +72,7 @@ def tokens(workdir: Path) -> Any:
     from mlflow_dr.encoder.tokenize import TextTokenizer
 
     encoder = tiny()
-    text_tokenizer = TextTokenizer(encoder.tokenizer, encoder.settings)
+    text_tokenizer = TextTokenizer.of(encoder)
     corpus = corpus_of_file(_corpus_file(workdir))
     rows = np.array([1, 3])
     made = [subset_tokens(corpus, rows, text_tokenizer), corpus_tokens(corpus, text_tokenizer)]

@@ -6,6 +6,7 @@ import json
 import re
 import shutil
 import tempfile
+import time
 import uuid
 from functools import cache
 from pathlib import Path
@@ -33,7 +34,7 @@ from mlflow_dr.tracking.client import connect
 from mlflow_dr.tracking.fetching import checkpoint_files
 from mlflow_dr.tracking.results import PREFIX, failure_reason, validation_state
 from mlflow_dr.tracking.runs import TrackedRun
-from mlflow_dr.tracking.status import progress_summary, run_status, status_table
+from mlflow_dr.tracking.status import progress_summary, status_lines, status_table
 from mlflow_dr.tracking.validations import (
     chosen_metric,
     recorded_values,
@@ -230,9 +231,11 @@ def server(chance: Random, workdir: Path) -> Case:
                     str(recorded_values(checkpoint, name)),
                 ]
             shown.append(f"{checkpoint.is_fully_pruned} {checkpoint.is_pruned} {checkpoint.uri}")
-        shown += status_table(run_status(run)).splitlines()
-        shown += [progress_summary(checkpoints, "val")]
         bound = run_validations(run)
+        lines = status_lines(checkpoints, list(bound), time.time_ns() // 1_000_000)
+        table = status_table(lines).splitlines()
+        shown += table
+        shown += [progress_summary(checkpoints, "val")]
         shown += map(
             str,
             (
@@ -241,11 +244,7 @@ def server(chance: Random, workdir: Path) -> Case:
                 subset_encoder_steps(bound),
             ),
         )
-        bad = [
-            problem
-            for line in status_table(run_status(run)).splitlines()
-            if (problem := unprintable(line))
-        ]
+        bad = [problem for line in table if (problem := unprintable(line))]
         others = [checkpoint.step for checkpoint in checkpoints if checkpoint is not mine]
         return [others, str(validation_state(mine, "val")), dict(recorded_values(mine, "val")), bad]
 

@@ -271,7 +271,7 @@ def check_agreement(model: Any, encoder: Encoder, name: object) -> None:
 
 
 def _vectors(encoder: Encoder, task: str) -> Tensor:
-    text_tokenizer = TextTokenizer(encoder.tokenizer, encoder.settings)
+    text_tokenizer = TextTokenizer.of(encoder)
     if task == "query":
         rows = text_tokenizer.query_ids([Query("", text) for text in TEXTS])
     else:

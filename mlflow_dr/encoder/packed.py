@@ -47,7 +47,7 @@ class PackedTexts(NamedTuple):
     def of(cls, lengths: Sequence[int], device: torch.device) -> PackedTexts:
         """Texts of these lengths."""
         ends = np.array([0, *accumulate(lengths)], np.int32)
-        return cls(lengths, _on_device(ends, device))
+        return cls(lengths, on_device(ends, device))
 
 
 def attend(
@@ -247,7 +247,7 @@ def encode_packed(encoder: Encoder, ids: Tensor, lengths: Sequence[int]) -> Tens
     with compat.attention_set(model.config, ATTENTION), only_first:
         states = encoder.backbone(
             input_ids=ids[None],
-            position_ids=_on_device(positions[None], device),
+            position_ids=on_device(positions[None], device),
             packed_texts=PackedTexts.of(lengths, device),
             **options,
         )[0][0]
@@ -256,13 +256,13 @@ def encode_packed(encoder: Encoder, ids: Tensor, lengths: Sequence[int]) -> Tens
     else:  # the head takes texts side by side, and ignores what is beyond the end of a text
         sources = np.where(mask, (sizes.cumsum() - sizes)[:, None] + columns, 0)
     features = {
-        TOKENS: states[_on_device(sources, device)],
-        "attention_mask": _on_device(mask.astype(np.int64), device),
+        TOKENS: states[on_device(sources, device)],
+        "attention_mask": on_device(mask.astype(np.int64), device),
     }
     return apply_head(encoder.head, features)
 
 
-def _on_device(array: np.ndarray, device: torch.device) -> Tensor:
+def on_device(array: np.ndarray, device: torch.device) -> Tensor:
     """An array on a device, without waiting for it."""
     tensor = torch.from_numpy(array)
     if device.type == "cuda":

@@ -11,12 +11,15 @@ from functools import cached_property
 from itertools import chain
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from mlflow_dr.collection.records import Passage, Query
 from mlflow_dr.encoder.config import EncoderConfig
 from mlflow_dr.errors import CheckpointError, DataError, UsageError, one_line
 from mlflow_dr.hub import hub_is_away
+
+if TYPE_CHECKING:
+    from mlflow_dr.encoder.model import Encoder
 
 log = logging.getLogger(__name__)
 
@@ -86,6 +89,11 @@ class TextTokenizer:
         self.vocabulary_size = highest_id(tokenizer) + 1
         self._word_ids: dict[str, list[int]] = {}
         self._words_proven: bool | None = None
+
+    @classmethod
+    def of(cls, encoder: Encoder) -> TextTokenizer:
+        """The tokenizer of an encoder; of its queries, if `encoder.query_encoder` is given."""
+        return cls(encoder.tokenizer, encoder.settings)
 
     def query_ids(self, queries: Sequence[Query]) -> list[list[int]]:
         """Token ids of queries, with prompt and special tokens.

@@ -12,7 +12,9 @@ import pyarrow.compute as pc
 from mlflow_dr.cache import cache_entry
 from mlflow_dr.collection.corpus import Corpus, cached_corpus
 from mlflow_dr.collection.records import Passage
-from mlflow_dr.encoder.tokenize import TextTokenizer
+from mlflow_dr.encoder.config import EncoderConfig
+from mlflow_dr.encoder.files import encoder_directory
+from mlflow_dr.encoder.tokenize import TextTokenizer, load_tokenizer
 from mlflow_dr.errors import DataError, UsageError, quoted
 from mlflow_dr.files import digest_of
 from mlflow_dr.stores.store import DocumentStore
@@ -88,6 +90,20 @@ def write_sampled_rows(directory: Path, n_passages: int, count: int, seed: int) 
     return path
 
 
+def document_tokenizer(name: str, max_length: int) -> TextTokenizer:
+    """The tokenizer of an encoder, without its prompts: cells load documents, whatever is trained.
+
+    Args:
+        name: directory or hub name of the encoder.
+        max_length: the most tokens of a document.
+
+    Raises:
+        UsageError: no encoder has this name.
+    """
+    tokenizer = load_tokenizer(str(encoder_directory(name)))
+    return TextTokenizer(tokenizer, EncoderConfig(passage_max_length=max_length))
+
+
 def tiny_encoder_directory(corpus: Corpus, max_length: int) -> Path:
     """A small encoder whose vocabulary is learnt from the corpus, made once and cached."""
 
@@ -95,7 +111,6 @@ def tiny_encoder_directory(corpus: Corpus, max_length: int) -> Path:
         import torch
 
         from mlflow_dr.encoder.backbone import tiny_encoder
-        from mlflow_dr.encoder.config import EncoderConfig
         from mlflow_dr.encoder.saving import save_encoder
 
         some = islice(chain.from_iterable(corpus.batches()), PASSAGES_OF_VOCABULARY)

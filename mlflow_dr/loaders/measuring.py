@@ -153,13 +153,9 @@ def _tokenizer(cell: Cell, workload: Workload, store: DocumentStore) -> tuple[An
     """What makes token ids, if the cell needs any made, and the id that pads."""
     if cell.payload != "ids" or (store.holds == "tokens" and cell.model == NO_MODEL):
         return None, 0  # any id pads as well where no model reads it
-    from mlflow_dr.encoder.config import EncoderConfig
-    from mlflow_dr.encoder.files import encoder_directory
-    from mlflow_dr.encoder.tokenize import TextTokenizer, load_tokenizer
+    from mlflow_dr.loaders.documents import document_tokenizer
 
-    config = EncoderConfig(passage_max_length=workload.max_length)
-    directory = encoder_directory(workload.tokenizer or cell.model)
-    made = TextTokenizer(load_tokenizer(str(directory)), config)
+    made = document_tokenizer(workload.tokenizer or cell.model, workload.max_length)
     return (None if store.holds == "tokens" else made), made.pad_id
 
 

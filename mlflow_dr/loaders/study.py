@@ -19,9 +19,7 @@ from filelock import FileLock, Timeout
 
 from mlflow_dr.collection.catalogue import open_collection
 from mlflow_dr.collection.corpus import Corpus
-from mlflow_dr.encoder.directory import load_encoder
 from mlflow_dr.encoder.token_table import corpus_tokens
-from mlflow_dr.encoder.tokenize import TextTokenizer
 from mlflow_dr.errors import ChildError, UsageError
 from mlflow_dr.files import atomic_write, cache_dir, digest_of, scratch, usable_cores
 from mlflow_dr.loaders.cell import (
@@ -35,6 +33,7 @@ from mlflow_dr.loaders.cell import (
 from mlflow_dr.loaders.config import LoadersConfig
 from mlflow_dr.loaders.documents import (
     check_stores,
+    document_tokenizer,
     enlarged,
     tiny_encoder_directory,
     write_sampled_rows,
@@ -183,8 +182,7 @@ def _built_stores(
         for store in dict.fromkeys(cell.store for cell in config.cells):
             begun = time.monotonic()
             if store == TOKENS:
-                encoder = load_encoder(tokenizer, passage_max_length=config.max_length)
-                text_tokenizer = TextTokenizer(encoder.tokenizer, encoder.settings)
+                text_tokenizer = document_tokenizer(tokenizer, config.max_length)
                 table = corpus_tokens(corpus, text_tokenizer, usable_cores())
                 directories[store] = Path(str(table.directory))  # it is in the cache
             else:

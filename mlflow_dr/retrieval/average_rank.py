@@ -69,20 +69,3 @@ def batch_nll(
         loss = torch.nn.functional.cross_entropy(scores, target, reduction="none")
         losses[start : start + size] = loss.double().cpu().numpy()
     return losses
-
-
-def filled_up(count: int, size: int, most: int | None = None) -> np.ndarray:
-    """Which items DPR's validation takes: the last batch is filled up with the first items.
-
-    Args:
-        count: number of items.
-        size: questions of a batch.
-        most: it stops when more than this many are in.
-
-    Returns:
-        Indexes of items, with repeats, `(n,) int64`.
-    """
-    batches = -(-count // size)
-    if most is not None:
-        batches = min(batches, most // size + 1)
-    return np.arange(batches * size) % count

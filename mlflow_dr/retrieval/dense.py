@@ -92,7 +92,7 @@ class DenseRetriever:
         extra_rows: Sequence[np.ndarray] = (),
     ) -> Iterator[SearchResult]:
         """See `Retriever`; one pass over the corpus serves all queries."""
-        tokenizer = TextTokenizer(self._encoder.tokenizer, self._encoder.settings)
+        tokenizer = TextTokenizer.of(self._encoder)
         with closing(open_engine(device=self._device)) as engine:
             engine.load(self._encoder, self._dtype)
             results = dense_search(
@@ -174,7 +174,7 @@ def dense_search(
 
 def _query_vectors(engine: Engine, encoder: Encoder, queries: Sequence[Query]) -> np.ndarray:
     """The vector of each query, `(n_queries, dim) float32`."""
-    tokenizer = TextTokenizer(encoder.tokenizer, encoder.settings)
+    tokenizer = TextTokenizer.of(encoder)
     table = token_table(tokenizer.query_ids(queries))
     batches = plan_batches(table.lengths, TOKENS_PER_BATCH[engine.device.type])
     work = EncodeShard(tokenizer.pad_id, of_queries=True)

@@ -14,7 +14,7 @@ from torch.nn import functional
 from mlflow_dr.devices import is_onednn_faster
 from mlflow_dr.encoder.model import Encoder
 from mlflow_dr.encoder.onednn import OneDnnLayers
-from mlflow_dr.encoder.packed import can_pack, encode_packed
+from mlflow_dr.encoder.packed import can_pack, encode_packed, on_device
 from mlflow_dr.errors import CheckpointError, DeviceError, one_line
 from mlflow_dr.stores.token_table import TokenTable, pad
 
@@ -174,22 +174,18 @@ class _BatchEncoder:
 
     def _packed(self, ids: np.ndarray, lengths: np.ndarray) -> Tensor:
         with self._used_layers():
-            return encode_packed(self._encoder, self._on_device(ids), lengths.tolist())
+            device = self._encoder.device
+            return encode_packed(self._encoder, on_device(ids, device), lengths.tolist())
 
     def _padded(self, ids: np.ndarray, lengths: np.ndarray) -> Tensor:
         padded, mask = pad(ids, lengths, self._pad_id)
+        device = self._encoder.device
         with self._used_layers():
-            vectors: Tensor = self._encoder(self._on_device(padded), self._on_device(mask))
+            vectors: Tensor = self._encoder(on_device(padded, device), on_device(mask, device))
         return vectors
 
     def _used_layers(self) -> AbstractContextManager[None]:
         return nullcontext() if self._layers is None else self._layers.used()
-
-    def _on_device(self, array: np.ndarray) -> Tensor:
-        tensor, device = torch.from_numpy(array), self._encoder.device
-        if device.type == "cuda":
-            tensor = tensor.pin_memory()
-        return tensor.to(device, non_blocking=True)
 
 
 def encode_all(encoder: Encoder, table: TokenTable, pad_id: int, what: str = "text") -> Tensor:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 from urllib.parse import urlsplit
@@ -17,7 +16,7 @@ from mlflow_dr.tracking.descriptions import REPORT_TAG, charts_address
 from mlflow_dr.tracking.fetching import local_directory
 from mlflow_dr.tracking.results import PREFIX, TIMINGS, State, failure_reason, validation_state
 from mlflow_dr.tracking.runs import TrackedRun
-from mlflow_dr.tracking.validations import recorded_values, run_validations, sign_of
+from mlflow_dr.tracking.validations import recorded_values, sign_of
 
 CLAIMED = "claimed"
 PRUNED = "pruned"
@@ -48,20 +47,6 @@ class Line(NamedTuple):
     age: float
     lag: float | None
     note: str
-
-
-def run_status(run: TrackedRun, now_ms: int | None = None) -> list[Line]:
-    """Each validation of each checkpoint of a run, by step.
-
-    Args:
-        run: of the checkpoints.
-        now_ms: the server's time, in ms since 1970; this machine's when None.
-
-    Raises:
-        TrackingError: the server does not answer.
-    """
-    now_ms = now_ms or time.time_ns() // 1_000_000
-    return status_lines(run_checkpoints(run), list(run_validations(run)), now_ms)
 
 
 def status_lines(

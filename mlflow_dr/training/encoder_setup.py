@@ -176,11 +176,7 @@ def _absolute(name: str) -> str:
 
 
 def _tokenizings(encoder: Encoder) -> tuple[TextTokenizer, TextTokenizer]:
-    query_encoder = encoder.query_encoder
-    return (
-        TextTokenizer(query_encoder.tokenizer, query_encoder.settings),
-        TextTokenizer(encoder.tokenizer, encoder.settings),
-    )
+    return TextTokenizer.of(encoder.query_encoder), TextTokenizer.of(encoder)
 
 
 def _texts(data: TrainingData) -> Iterator[str]:

@@ -177,8 +177,8 @@ def check_vectors(encoder: Encoder, settings: EvalConfig) -> None:
         dtype = torch.float32  # a processor does not compute in fp16
     encoder.eval().to(device, dtype)
     query_encoder = encoder.query_encoder
-    query_tokenizer = TextTokenizer(query_encoder.tokenizer, query_encoder.settings)
-    passage_tokenizer = TextTokenizer(encoder.tokenizer, encoder.settings)
+    query_tokenizer = TextTokenizer.of(query_encoder)
+    passage_tokenizer = TextTokenizer.of(encoder)
     query_ids = query_tokenizer.query_ids([Query("", TEXT)])
     passage_ids = passage_tokenizer.passage_ids([Passage("", TEXT, TEXT)])
     encode_all(query_encoder, token_table(query_ids), query_tokenizer.pad_id, "query")

@@ -116,7 +116,7 @@ def _search_all(
     _check_requests(requests)
     depths = _depths(requests)
     encoder = with_settings(encoder, common.prompts)
-    text_tokenizer = TextTokenizer(encoder.tokenizer, encoder.settings)
+    text_tokenizer = TextTokenizer.of(encoder)
     estimators = [
         SubsetEstimator(data, settings) if settings.estimate else None
         for data, settings in requests
@@ -196,7 +196,7 @@ def tokenise(encoder: Encoder, requests: Sequence[tuple[EvalDataset, EvalConfig]
     tokens = requests[0][0].tokens
     encoder = with_settings(encoder, requests[0][1].prompts)
     rows = rows_to_encode(_searches(requests), len(tokens.corpus))
-    tokens.table(TextTokenizer(encoder.tokenizer, encoder.settings), rows)
+    tokens.table(TextTokenizer.of(encoder), rows)
     tokens.tie_ranks  # noqa: B018 - computed once
 
 

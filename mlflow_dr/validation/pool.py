@@ -46,8 +46,8 @@ def measure_pool(
     dtype = resolve_dtype(settings.dtype, device)
     encoder.eval().to(device, torch_dtype(dtype))
     query_encoder = encoder.query_encoder
-    query_tokenizer = TextTokenizer(query_encoder.tokenizer, query_encoder.settings)
-    passage_tokenizer = TextTokenizer(encoder.tokenizer, encoder.settings)
+    query_tokenizer = TextTokenizer.of(query_encoder)
+    passage_tokenizer = TextTokenizer.of(encoder)
     query_table = token_table(query_tokenizer.query_ids(pool.queries))
     table = corpus_tokens(pool.corpus, passage_tokenizer)
     queries = encode_all(query_encoder, query_table, query_tokenizer.pad_id, "query").float()

@@ -279,7 +279,7 @@ def _source(config: EncodeConfig) -> tuple[str, bool, Callable[[Encoder], Texts]
 
 
 def _passages(encoder: Encoder, corpus: Corpus) -> Texts:
-    tokenizer = TextTokenizer(encoder.tokenizer, encoder.settings)
+    tokenizer = TextTokenizer.of(encoder)
     table = corpus_tokens(corpus, tokenizer, usable_cores())
     return Texts(table, corpus.ids, corpus.digest, encoder, tokenizer.pad_id)
 
@@ -291,7 +291,7 @@ def query_texts(encoder: Encoder, topics: Topics) -> Texts:
 
 def _query_tokens(encoder: Encoder, queries: Sequence[Query], digest: str) -> Texts:
     query_encoder = encoder.query_encoder
-    tokenizer = TextTokenizer(query_encoder.tokenizer, query_encoder.settings)
+    tokenizer = TextTokenizer.of(query_encoder)
     table = token_table(tokenizer.query_ids(queries))
     ids = pa.chunked_array([pa.array([query.id for query in queries], pa.string())])
     return Texts(table, ids, digest, query_encoder, tokenizer.pad_id)

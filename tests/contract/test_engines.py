@@ -39,7 +39,7 @@ class Scene:
         passages = [" ".join(rng.choice(words, 1 + number % 11)) for number in range(100)]
         passages += passages[: N_PASSAGES - 100]
         self.encoder = encoder
-        self.tokenizer = TextTokenizer(encoder.tokenizer, encoder.settings)
+        self.tokenizer = TextTokenizer.of(encoder)
         ids = self.tokenizer.passage_ids([Passage("", "", text) for text in passages])
         self.table: TokenTable = token_table(ids)
         self.cached = cached_token_table(

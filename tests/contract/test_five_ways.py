@@ -63,7 +63,7 @@ def by_auto_model(directory: Path) -> np.ndarray:
 def by_mlflow_dr(checkpoint: Checkpoint) -> np.ndarray:
     with checkpoint_files(checkpoint) as directory:
         encoder = load_encoder(directory, safetensors_only=True)
-    text_tokenizer = TextTokenizer(encoder.tokenizer, encoder.settings)
+    text_tokenizer = TextTokenizer.of(encoder)
     ids = text_tokenizer.passage_ids([Passage("", "", text) for text in TEXTS])
     return encode_all(encoder, token_table(ids), text_tokenizer.pad_id, "passage").numpy()
 

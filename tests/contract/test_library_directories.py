@@ -113,7 +113,7 @@ def saved(tmp_path: Path, parts: list[nn.Module], **options: Any) -> Path:
 
 def vectors(encoder: Encoder, what: str, texts: list[str]) -> np.ndarray:
     encoder_of_text = encoder.query_encoder if what == "query" else encoder
-    made = TextTokenizer(encoder_of_text.tokenizer, encoder_of_text.settings)
+    made = TextTokenizer.of(encoder_of_text)
     if what == "query":
         ids = made.query_ids([Query("", text) for text in texts])
     else:

@@ -150,7 +150,7 @@ def test_vectors_are_sentence_transformers(
     records = [json.loads(x) for x in (part / "corpus.jsonl").read_text().splitlines()[:60]]
     passages = [Passage(record["_id"], record["title"], record["text"]) for record in records]
     encoder = load_encoder(minilm)
-    text_tokenizer = TextTokenizer(encoder.tokenizer, encoder.settings)
+    text_tokenizer = TextTokenizer.of(encoder)
     table = token_table(text_tokenizer.passage_ids(passages))
     assert table.lengths.max() == encoder.settings.passage_max_length  # some are truncated
     ours = encode_all(encoder, table, text_tokenizer.pad_id)

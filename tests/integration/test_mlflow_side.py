@@ -51,7 +51,7 @@ def expected(model_id: str, client: MlflowClient, on_server: None) -> tuple[np.n
 
     with checkpoint_files(checkpoint_by_id(client, model_id)) as directory:
         encoder = load_encoder(directory)
-    text_tokenizer = TextTokenizer(encoder.tokenizer, encoder.settings)
+    text_tokenizer = TextTokenizer.of(encoder)
     queries = text_tokenizer.query_ids([Query("", text) for text in QUERIES])
     passages = text_tokenizer.passage_ids([Passage("", "", text) for text in PASSAGES])
     assert max(map(len, passages)) == encoder.settings.passage_max_length

@@ -116,7 +116,7 @@ def test_a_published_checkpoint_loads_with_sentence_transformers(
     directory = _stored(artifact_store, checkpoints(client, followed.run_id)[20].model_id)
     texts = ["Return the number of items.", "Open a file and read its first line"]
     encoder = load_encoder(directory, safetensors_only=True)
-    text_tokenizer = TextTokenizer(encoder.tokenizer, encoder.settings)
+    text_tokenizer = TextTokenizer.of(encoder)
     queries = [Query(str(number), text) for number, text in enumerate(texts)]
     ours = encode_all(
         encoder, token_table(text_tokenizer.query_ids(queries)), text_tokenizer.pad_id

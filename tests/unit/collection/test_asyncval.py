@@ -507,7 +507,7 @@ def test_ids_are_cut_and_framed_as_by_asyncvals_tokenizer(
 
 def test_queries_of_text_and_of_token_ids_side_by_side(encoder: Encoder, bare: Tokens) -> None:
     """Two validations over one corpus put their queries together."""
-    made = TextTokenizer(encoder.tokenizer, encoder.settings)
+    made = TextTokenizer.of(encoder)
     texts = ["the ship", "gulls at night", "storm"]
     queries = [Query("1", texts[0]), Query("2", "", (), bare(texts[1])), Query("3", texts[2])]
     assert made.query_ids(queries) == made.query_ids([Query("", text) for text in texts])

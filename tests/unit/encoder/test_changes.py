@@ -136,7 +136,7 @@ def test_the_end_token_is_saved_with_the_encoder(make_tiny: Make, tmp_path: Path
     settings = encoder.settings
     save_encoder(tmp_path / "saved", Encoder(encoder.backbone, tokenizer, settings))
     loaded = load_encoder(tmp_path / "saved")
-    rows = TextTokenizer(loaded.tokenizer, loaded.settings).passage_ids(
+    rows = TextTokenizer.of(loaded).passage_ids(
         [Passage("1", "", "a b"), Passage("2", "", "a b c d e a b")]
     )
     assert rows == [[4, 5, 3], [4, 5, 11, 12, 3]]

@@ -48,7 +48,7 @@ def tables_in(cache: Path) -> int:
 
 
 def test_tables_have_the_tokenizers_ids(encoder: Encoder, corpus: Corpus) -> None:
-    text_tokenizer = TextTokenizer(encoder.tokenizer, encoder.settings)
+    text_tokenizer = TextTokenizer.of(encoder)
     passages = corpus_tokens(corpus, text_tokenizer)
     expected = text_tokenizer.passage_ids(corpus.passages(range(len(corpus))))
     assert [passages[row].tolist() for row in range(len(passages))] == expected
@@ -62,7 +62,7 @@ def test_queries_are_read_in_batches(
     encoder: Encoder, corpus: Corpus, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(token_table, "TEXTS_PER_BATCH", 4)
-    text_tokenizer = TextTokenizer(encoder.tokenizer, encoder.settings)
+    text_tokenizer = TextTokenizer.of(encoder)
     asked = Asked(corpus, 10)
     queries = query_tokens(asked, text_tokenizer)
     expected = text_tokenizer.query_ids([asked[index].query for index in range(10)])
@@ -90,7 +90,7 @@ def test_equal_tokenizers_share_a_table(encoder: Encoder, corpus: Corpus, own_ca
 def test_other_contents_have_another_table(
     encoder: Encoder, corpus: Corpus, own_cache: Path
 ) -> None:
-    text_tokenizer = TextTokenizer(encoder.tokenizer, encoder.settings)
+    text_tokenizer = TextTokenizer.of(encoder)
     query_tokens(Asked(corpus, 3), text_tokenizer)
     assert len(query_tokens(Asked(corpus, 4, "others"), text_tokenizer)) == 4
     corpus_tokens(corpus, text_tokenizer)
@@ -100,7 +100,7 @@ def test_other_contents_have_another_table(
 
 
 def test_a_subset_is_tokenised_alone(encoder: Encoder, corpus: Corpus, own_cache: Path) -> None:
-    text_tokenizer = TextTokenizer(encoder.tokenizer, encoder.settings)
+    text_tokenizer = TextTokenizer.of(encoder)
     some = np.array([1, 4, 7])
     part = subset_tokens(corpus, some, text_tokenizer)
     assert len(part) == len(corpus)
@@ -118,5 +118,5 @@ def test_a_subset_is_tokenised_alone(encoder: Encoder, corpus: Corpus, own_cache
 
 
 def test_most_of_a_corpus_is_tokenised_completely(encoder: Encoder, corpus: Corpus) -> None:
-    text_tokenizer = TextTokenizer(encoder.tokenizer, encoder.settings)
+    text_tokenizer = TextTokenizer.of(encoder)
     assert (subset_tokens(corpus, np.arange(6), text_tokenizer).lengths > 0).all()

@@ -74,13 +74,13 @@ OVER_LONG = " ".join(SENTENCES) + " The last words are beyond the longest length
 
 
 def query_vectors(encoder: Encoder, texts: list[str]) -> np.ndarray:
-    made = TextTokenizer(encoder.tokenizer, encoder.settings)
+    made = TextTokenizer.of(encoder)
     ids = made.query_ids([Query("", text) for text in texts])
     return encode_all(encoder, token_table(ids), made.pad_id).numpy()
 
 
 def passage_vectors(encoder: Encoder, texts: list[str]) -> np.ndarray:
-    made = TextTokenizer(encoder.tokenizer, encoder.settings)
+    made = TextTokenizer.of(encoder)
     ids = made.passage_ids([Passage("", "", text) for text in texts])
     return encode_all(encoder, token_table(ids), made.pad_id).numpy()
 

@@ -167,7 +167,7 @@ def test_the_longer_of_title_and_text_is_cut(
     make_tiny: Callable[..., Encoder], texts: list[str], length: int
 ) -> None:
     encoder = make_tiny(**DPR, passage_max_length=length, title_as_pair=True)
-    tokenizer = TextTokenizer(encoder.tokenizer, encoder.settings)
+    tokenizer = TextTokenizer.of(encoder)
     cls, sep = encoder.tokenizer.cls_token_id, encoder.tokenizer.sep_token_id
     the = encoder.tokenizer("the " * 9, add_special_tokens=False)["input_ids"][:1]
     cases = [("the " * t, "the " * n) for t in (0, 1, 3, 5, 9) for n in (0, 1, 4, 5, 9)]
@@ -184,8 +184,5 @@ def test_the_longer_of_title_and_text_is_cut(
 
 def test_the_digest_of_titles_in_one_text_stays(make_tiny: Callable[..., Encoder]) -> None:
     one, pair = (make_tiny(**DPR, title_as_pair=as_pair) for as_pair in (False, True))
-    digests = {
-        TextTokenizer(encoder.tokenizer, encoder.settings).passage_digest()
-        for encoder in (one, pair)
-    }
+    digests = {TextTokenizer.of(encoder).passage_digest() for encoder in (one, pair)}
     assert len(digests) == 2

@@ -36,9 +36,9 @@ def both(encoder: Encoder) -> tuple[Tensor, Tensor]:
     return (
         vectors(
             query_encoder,
-            TextTokenizer(query_encoder.tokenizer, query_encoder.settings).query_ids(queries),
+            TextTokenizer.of(query_encoder).query_ids(queries),
         ),
-        vectors(encoder, TextTokenizer(encoder.tokenizer, encoder.settings).passage_ids(passages)),
+        vectors(encoder, TextTokenizer.of(encoder).passage_ids(passages)),
     )
 
 
@@ -60,7 +60,7 @@ def test_sentence_transformers_uses_the_encoder_of_each_task(
     torch.testing.assert_close(got, queries, rtol=0, atol=1e-6)
     got = torch.from_numpy(peer.encode_document(PASSAGES))
     torch.testing.assert_close(got, passages, rtol=0, atol=1e-6)
-    as_passages = TextTokenizer(untied_encoder.tokenizer, untied_encoder.settings)
+    as_passages = TextTokenizer.of(untied_encoder)
     rows = as_passages.query_ids([Query(text, text) for text in QUERIES])
     swapped = vectors(untied_encoder, rows)
     assert (queries - swapped).abs().max() > 1e-3  # the encoders differ

@@ -69,9 +69,7 @@ def test_each_kind_of_text_has_its_own_length() -> None:
 
 def test_special_tokens_count_towards_the_length(make_tiny: Callable[..., Any]) -> None:
     encoder = make_tiny(passage_max_length=6)
-    (ids,) = TextTokenizer(encoder.tokenizer, encoder.settings).passage_ids(
-        [Passage("1", "", "ship " * 20)]
-    )
+    (ids,) = TextTokenizer.of(encoder).passage_ids([Passage("1", "", "ship " * 20)])
     assert len(ids) == 6
     assert (ids[0], ids[-1]) == (encoder.tokenizer.cls_token_id, encoder.tokenizer.sep_token_id)
 
@@ -241,7 +239,7 @@ def test_tokenised_texts_get_prompt_and_special_tokens(
 ) -> None:
     """The tokens equal those of the text itself; the length counts all of them."""
     encoder = make_tiny(query_prompt="ship: ", passage_prompt="the ", passage_max_length=8)
-    made = TextTokenizer(encoder.tokenizer, encoder.settings)
+    made = TextTokenizer.of(encoder)
     text = "the tide tables are printed a year ahead"
     bare = encoder.tokenizer(text, add_special_tokens=False)["input_ids"]
     assert made.query_ids([Query("1", "", (), bare)]) == made.query_ids([Query("1", text)])
@@ -259,7 +257,7 @@ def test_a_prompt_longer_than_the_length_is_cut_like_a_text(
     make_tiny: Callable[..., Any],
 ) -> None:
     encoder = make_tiny(passage_prompt="the ship, the ship, the ship: ", passage_max_length=5)
-    made = TextTokenizer(encoder.tokenizer, encoder.settings)
+    made = TextTokenizer.of(encoder)
     bare = encoder.tokenizer("the tide tables", add_special_tokens=False)["input_ids"]
     assert made.passage_ids([Passage("1", "", "", bare)]) == made.passage_ids(
         [Passage("1", "", "the tide tables")]

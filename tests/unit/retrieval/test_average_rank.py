@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from mlflow_dr.retrieval import average_rank
-from mlflow_dr.retrieval.average_rank import batch_nll, filled_up, own_ranks
+from mlflow_dr.retrieval.average_rank import batch_nll, own_ranks
 from mlflow_dr.retrieval.measures import OF_POOL, Measure, of_pool, parse_measures
 from mlflow_dr.tracking.validations import LOWER_IS_BETTER, Metric
 
@@ -46,13 +46,6 @@ def test_the_loss_is_over_the_passages_of_a_batch() -> None:
             own = float(queries[number] @ passages[rows[number][0]])
             expected = math.log(sum(map(math.exp, scores))) - own
             assert losses[number] == pytest.approx(expected, abs=1e-5)
-
-
-def test_dpr_fills_the_last_batch_up_and_stops_above_its_limit() -> None:
-    assert filled_up(120, 16).tolist() == [*range(120), *range(8)]
-    assert len(filled_up(120, 16, 100)) == 112
-    assert len(filled_up(120, 16, 96)) == 112
-    assert len(filled_up(120, 7, 10_000)) == 126
 
 
 def test_names_of_measures_of_a_pool() -> None:

@@ -26,7 +26,7 @@ class Setting:
 
     def __init__(self, encoder: Encoder, texts: list[str]) -> None:
         self.encoder = encoder
-        self.text_tokenizer = TextTokenizer(encoder.tokenizer, encoder.settings)
+        self.text_tokenizer = TextTokenizer.of(encoder)
         self.queries = [Query(str(number), text) for number, text in enumerate(texts[:5])]
         passages = [Passage(str(n), "", text) for n, text in enumerate(texts + texts[::-1])]
         self.table: TokenTable = token_table(self.text_tokenizer.passage_ids(passages))

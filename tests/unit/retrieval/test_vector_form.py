@@ -89,7 +89,7 @@ def test_one_pass_ranks_every_form_as_the_library_does(
     encoder = make_tiny(pooling="mean", normalize=normalize)
     corpus = _corpus(texts)
     queries = [Query(f"q{number}", text) for number, text in enumerate(texts)]
-    tokenizer = TextTokenizer(encoder.tokenizer, encoder.settings)
+    tokenizer = TextTokenizer.of(encoder)
     table = corpus_tokens(corpus, tokenizer)
     wanted = forms((8, 24), ("int8", "binary"))
     requests = [
@@ -127,7 +127,7 @@ def test_more_dimensions_than_there_are(
     make_tiny: Callable[..., Encoder], texts: list[str]
 ) -> None:
     encoder = make_tiny()
-    tokenizer = TextTokenizer(encoder.tokenizer, encoder.settings)
+    tokenizer = TextTokenizer.of(encoder)
     corpus = _corpus(texts)
     request = SearchRequest([Query("q", "t")], 1, form=VectorForm(10_000))
     with pytest.raises(UsageError, match=rf"dims 10000: .* have {encoder.dimension} dimensions"):

@@ -1,4 +1,5 @@
 import json
+import time
 from pathlib import Path
 
 import pytest
@@ -13,8 +14,8 @@ from mlflow_dr.tracking.checkpoints import (
 from mlflow_dr.tracking.claims import Claims, Owner
 from mlflow_dr.tracking.results import mark_failed, record_result
 from mlflow_dr.tracking.runs import TrackedRun
-from mlflow_dr.tracking.status import progress_summary, run_status, status_table
-from mlflow_dr.tracking.validations import bind_name
+from mlflow_dr.tracking.status import Line, progress_summary, status_lines, status_table
+from mlflow_dr.tracking.validations import bind_name, run_validations
 
 ELSEWHERE = Owner("far", 7, "another boot", 1, "token")
 
@@ -37,6 +38,12 @@ def run_in_all_states(run: TrackedRun, tmp_path: Path) -> TrackedRun:
     assert claims.claim(run_checkpoints(run)[2], "val")
     mark_failed(run, failed, "val", "the weights hold NaN")
     return run
+
+
+def run_status(run: TrackedRun, now_ms: int | None = None) -> list[Line]:
+    """The lines of all validations of a run."""
+    now_ms = now_ms or time.time_ns() // 1_000_000
+    return status_lines(run_checkpoints(run), list(run_validations(run)), now_ms)
 
 
 def test_each_state(run_in_all_states: TrackedRun) -> None:

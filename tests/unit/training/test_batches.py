@@ -220,7 +220,7 @@ def test_no_positives_is_an_error(make_group: Make) -> None:
 
 
 def test_the_token_table_has_the_tokenizers_ids(colours: Any, tiny: Encoder, set_of: Make) -> None:
-    text_tokenizer = TextTokenizer(tiny.tokenizer, tiny.settings)
+    text_tokenizer = TextTokenizer.of(tiny)
     for store in (None, "corpus", "lookup"):
         chosen = set_of(tiny, colours, 4, store=store)
         for index in range(len(colours)):

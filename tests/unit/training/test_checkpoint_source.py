@@ -51,7 +51,7 @@ def tiny(make_tiny: Callable[..., Encoder]) -> Encoder:
 
 
 def vectors(encoder: Encoder, texts: list[str]) -> np.ndarray:
-    ids = TextTokenizer(encoder.tokenizer, encoder.settings).query_ids(
+    ids = TextTokenizer.of(encoder).query_ids(
         [Query(str(number), text) for number, text in enumerate(texts)]
     )
     rows = []

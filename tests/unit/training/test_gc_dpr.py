@@ -244,7 +244,7 @@ def test_tokens_are_those_of_dpr_and_saved_in_the_checkpoint(
     save_encoder(tmp_path / "saved", encoder)
     for loaded in (encoder, load_encoder(tmp_path / "saved")):
         tokenizer = loaded.tokenizer
-        queries = TextTokenizer(loaded.query_encoder.tokenizer, loaded.query_encoder.settings)
+        queries = TextTokenizer.of(loaded.query_encoder)
         passages = TextTokenizer(tokenizer, loaded.settings)
         asked = [Query("1", text) for text in ("what is aaa?", "what is aaa??", "what is aaa? ")]
         expected = ["what is aaa", "what is aaa?", "what is aaa?"]
@@ -328,7 +328,7 @@ def test_lower_case_with_a_tokenizer_that_keeps_case(
     _, _, encoder = built([*argv, "--model", str(tmp_path / "cased"), "--do_lower_case"])
     assert encoder.settings.lowercase
     assert encoder.query_encoder.settings.lowercase
-    ids = TextTokenizer(encoder.tokenizer, encoder.settings).passage_ids(
+    ids = TextTokenizer.of(encoder).passage_ids(
         [Passage("1", "The Lighthouse", "Counts THE ships")]
     )
     expected = encoder.tokenizer("the lighthouse [SEP] counts the ships")["input_ids"]

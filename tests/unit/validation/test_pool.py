@@ -65,7 +65,7 @@ def test_a_pool_has_each_text_once_and_each_question_has_a_rank(
     )
     assert list(judged.measures) == ["mrr@10"]
     assert (len(report.per_query), report.passages, report.dtype) == (6, 13, "fp32")
-    tokenizer = TextTokenizer(encoder.tokenizer, encoder.settings)
+    tokenizer = TextTokenizer.of(encoder)
     passages = pool.corpus.passages(range(13))
     queries, vectors = (
         encode_all(encoder, token_table(ids), tokenizer.pad_id).numpy()

@@ -62,7 +62,7 @@ def test_passages_and_queries_have_the_vectors_of_their_encoders(
         ("vectors", encoder, "passages"),
         ("queries", encoder.query_encoder, "queries"),
     ):
-        tokenizer = TextTokenizer(part.tokenizer, part.settings)
+        tokenizer = TextTokenizer.of(part)
         ids = (
             tokenizer.passage_ids(collection.corpus().passages(range(40)))
             if kind == "passages"
