@@ -22,7 +22,7 @@ LARGEST = 10**15  # of counts, seeds and seconds
 FILE_FIELDS = ("dataset", "candidate_dir", "query_files", "qrel_files")
 
 
-def _as_texts(value: Any) -> Any:
+def as_texts(value: Any) -> Any:
     """Whole numbers of a YAML file as texts."""
     values = value if isinstance(value, list | tuple) else [value]
     return tuple(str(each) if type(each) is int else each for each in values)
@@ -197,7 +197,7 @@ TargetError = Annotated[
 ]
 Dims = Annotated[
     Texts,
-    BeforeValidator(_as_texts),
+    BeforeValidator(as_texts),
     AfterValidator(checked(parse_dims)),
     Field(
         description="Measure vectors of fewer dimensions, too, such as 64,256: the first of each "

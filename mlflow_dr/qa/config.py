@@ -9,24 +9,12 @@ from typing import Annotated, Self
 from pydantic import AfterValidator, BeforeValidator, Field, model_validator
 
 from mlflow_dr.config import Config, ConfigError, Flag, checked
-from mlflow_dr.errors import UsageError, quoted
 from mlflow_dr.fields import Count, File, Match, Seed, Subsets, TrackingUri, joined
+from mlflow_dr.reader.config import parse_counts
 
 NOT_IN_FOLDER = re.compile(r"[^\w.-]+")
 TINY = "tiny"
 TINY_READER_RATE, READER_RATE = 1e-3, 1e-4
-
-
-def parse_counts(text: str) -> tuple[int, ...]:
-    """Numbers from 1 on, such as `1 5 10`.
-
-    Raises:
-        UsageError: there is something else, or nothing.
-    """
-    words = text.replace(",", " ").split()
-    if not words or not all(word.isascii() and word.isdecimal() and int(word) for word in words):
-        raise UsageError(f"{quoted(text)}: expected numbers of passages, such as 1 5 10")
-    return tuple(dict.fromkeys(map(int, words)))
 
 
 class QaConfig(Config):
@@ -69,7 +57,7 @@ class QaConfig(Config):
     eval_top_docs: Annotated[
         str,
         BeforeValidator(joined),
-        AfterValidator(checked(parse_counts)),
+        AfterValidator(checked(lambda text: parse_counts([text]))),
         Flag("--eval-top-docs", several=True),
     ] = "1 5 10"
     """Numbers of passages that the reader chooses from, in one word such as "1 5 10"; each is
@@ -95,7 +83,7 @@ class QaConfig(Config):
     @property
     def top_docs(self) -> tuple[int, ...]:
         """Numbers of passages that the reader chooses from."""
-        return parse_counts(self.eval_top_docs)
+        return parse_counts([self.eval_top_docs])
 
     @property
     def folder(self) -> Path:

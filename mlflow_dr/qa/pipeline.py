@@ -252,7 +252,7 @@ class Pipeline:
                 reader=self._parts[READER]["best"],
                 results=self._folder / f"{DEV}.json",
                 output=self._folder / "predictions.json",
-                eval_top_docs=config.top_docs,
+                eval_top_docs=(config.eval_top_docs,),
                 passages_per_question=max(config.top_docs),
                 sequence_length=config.sequence_length,
                 tracking_uri=config.tracking_uri,

@@ -2,15 +2,30 @@
 
 from __future__ import annotations
 
+import re
+from collections.abc import Sequence
 from typing import Annotated, NamedTuple
 
-from pydantic import Field
+from pydantic import AfterValidator, BeforeValidator, Field
 
-from mlflow_dr.config import Config, Flag
-from mlflow_dr.fields import RUN, Count, Device, Dtype, File, Force, Seed, TrackingUri
+from mlflow_dr.config import Config, Flag, checked
+from mlflow_dr.errors import UsageError, quoted
+from mlflow_dr.fields import (
+    RUN,
+    Count,
+    Device,
+    Dtype,
+    File,
+    Force,
+    Seed,
+    Texts,
+    TrackingUri,
+    as_texts,
+)
 from mlflow_dr.validation.config import FollowConfig
 from mlflow_dr.validation.validations import Refines
 
+COUNT = re.compile("[1-9][0-9]{0,8}")
 Number = Annotated[int, Field(ge=0)]
 Positive = Annotated[float, Field(gt=0)]
 GoldPassages = Annotated[
@@ -92,14 +107,33 @@ class ReaderTrainConfig(Config):
     force: Force = False
 
 
+def parse_counts(texts: Sequence[str]) -> tuple[int, ...]:
+    """Numbers from 1 on, such as `1 5 10` or `1,5,10`.
+
+    Raises:
+        UsageError: there is something else, or nothing.
+    """
+    text = " ".join(texts)
+    words = text.replace(",", " ").split()
+    if not words or not all(COUNT.fullmatch(word) for word in words):
+        raise UsageError(f"{quoted(text)}: expected numbers of passages, such as 1 5 10")
+    return tuple(dict.fromkeys(map(int, words)))
+
+
 class ReaderEvalConfig(Config):
     """How a reader answers the questions of a retriever's results."""
 
     results: Annotated[File, Flag("--results", "--dev-file")]
     """A retriever's results: JSON as `dense_retriever` of DPR writes it, or JSON lines."""
     gold_passages: GoldPassages = None
-    eval_top_docs: Annotated[tuple[Count, ...], Flag("--eval-top-docs")] = ()
-    """Numbers of passages, each of which is evaluated by itself (default: all that are read)."""
+    eval_top_docs: Annotated[
+        Texts,
+        BeforeValidator(as_texts),
+        AfterValidator(checked(lambda texts: texts and parse_counts(texts))),
+        Flag("--eval-top-docs"),
+    ] = ()
+    """Numbers of passages, such as 1,5,10; each is evaluated by itself (default: all that are
+    read)."""
     passages_per_question: Annotated[
         int, Flag("--passages-per-question", "--passages-per-question-predict"), Field(ge=1, le=100)
     ] = 50
@@ -109,6 +143,15 @@ class ReaderEvalConfig(Config):
     sequence_length: SequenceLength = 350
     device: Device = "auto"
     dtype: Dtype = "auto"
+
+    @property
+    def top_docs(self) -> tuple[int, ...]:
+        """Numbers of passages that the reader chooses from."""
+        return (
+            parse_counts(self.eval_top_docs)
+            if self.eval_top_docs
+            else (self.passages_per_question,)
+        )
 
 
 class ReaderValidation(NamedTuple):

@@ -181,7 +181,7 @@ def check_counts(config: ReaderEvalConfig) -> None:
     Raises:
         UsageError: with both numbers.
     """
-    most = max(config.eval_top_docs, default=0)
+    most = max(config.top_docs)
     if most > config.passages_per_question:
         raise UsageError(
             f"--eval-top-docs {most}: only {config.passages_per_question} passages are read; pass "
@@ -189,14 +189,9 @@ def check_counts(config: ReaderEvalConfig) -> None:
         )
 
 
-def passage_counts(config: ReaderEvalConfig) -> list[int]:
-    """The numbers of passages that are evaluated."""
-    return list(dict.fromkeys(config.eval_top_docs)) or [config.passages_per_question]
-
-
 def measure_names(config: ReaderEvalConfig) -> list[str]:
     """The names of the figures that `question_measures` gives."""
-    return [f"{name}@{count}" for count in passage_counts(config) for name in MEASURES]
+    return [f"{name}@{count}" for count in config.top_docs for name in MEASURES]
 
 
 def prediction_data(tokenizer: Any, config: ReaderEvalConfig) -> ReaderData:
@@ -227,7 +222,7 @@ def find_answers(
     predictor = ReaderPredictor(
         reader,
         tokenizer,
-        passage_counts(config),
+        config.top_docs,
         config.sequence_length,
         config.max_answer_length,
     )

@@ -6,6 +6,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from mlflow_dr.config import ConfigError
 from mlflow_dr.errors import CheckpointError, UsageError
 from mlflow_dr.reader.config import ReaderPredictConfig
 from mlflow_dr.reader.model import save_reader
@@ -95,3 +96,15 @@ def test_a_reader_with_broken_weights_is_refused(
     data = reader_data(write_results(), builder, training=False)
     with pytest.raises(CheckpointError, match="gives NaN"):
         list(ReaderPredictor(reader, tokenizer, [1]).predict(data))
+
+
+@pytest.mark.parametrize("words", [("1", "5"), ("1,5",), "1 5", (1, 5), (1, 5, 1)])
+def test_numbers_of_passages_are_several_words_or_between_commas(words: Any) -> None:
+    config = ReaderPredictConfig(reader="r", results=Path("r.json"), eval_top_docs=words)
+    assert config.top_docs == (1, 5)
+
+
+@pytest.mark.parametrize("words", ["0", "1;5", "-1", "1,x", "9" * 5000])
+def test_what_is_no_number_of_passages_is_refused(words: str) -> None:
+    with pytest.raises(ConfigError, match=r"expected numbers of passages, such as 1 5 10"):
+        ReaderPredictConfig(reader="r", results=Path("r.json"), eval_top_docs=(words,))
