@@ -67,12 +67,18 @@ def main() -> None:
 
 
 def take_pictures(uri: str, run_id: str, output: Path) -> None:
-    """Save pictures of the list of runs, a run, its curves, its best checkpoint and its report."""
+    """Save pictures of the list of runs, a run, its curves, its best checkpoint and its report.
+
+    Raises:
+        SystemExit: the run lacks a metric whose chart is shown.
+    """
+    run = find_run(connect(uri), run_id)
+    if missing := [name for name in SHOWN if name not in run.fetch().data.metrics]:
+        raise SystemExit(f"run {run_id} has no {', '.join(missing)}, whose charts are shown")
     with tempfile.TemporaryDirectory() as directory:
         report = Path(directory) / "report.html"
         argv = ["mlflow-dr", "report", run_id, "--tracking-uri", uri, "--output", str(report)]
         subprocess.run(argv, check=True)
-        run = find_run(connect(uri), run_id)
         with sync_playwright() as driver:
             path = next(filter(None, map(shutil.which, BROWSERS)))
             browser = driver.chromium.launch(executable_path=path, args=FLAGS)

@@ -1,4 +1,4 @@
-"""A real MLflow store (sqlite) for the unit tests; one for all of them, a run for each."""
+"""A real MLflow store (sqlite) for the unit tests: an experiment for a file, a run for a test."""
 
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -28,9 +28,16 @@ def client(empty_store: Path, tmp_path_factory: pytest.TempPathFactory) -> Itera
     mlflow.set_tracking_uri(before)
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def experiment(client: MlflowClient, tmp_path_factory: pytest.TempPathFactory) -> str:
-    return client.create_experiment("tests", str(tmp_path_factory.mktemp("artifacts")))
+    """One for each file of tests: of data sets with one name and digest, it keeps the first."""
+    name = f"tests-{uuid4()}"
+    return client.create_experiment(name, str(tmp_path_factory.mktemp("artifacts")))
+
+
+@pytest.fixture(scope="module")
+def experiment_name(client: MlflowClient, experiment: str) -> str:
+    return str(client.get_experiment(experiment).name)
 
 
 @pytest.fixture

@@ -133,9 +133,13 @@ def test_only_the_first_and_the_last_step_are_published(
 
 
 def test_the_run_of_the_trainers_own_callback_ends_after_the_last_checkpoint_is_ready(
-    run: TrackedRun, tiny: Encoder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    run: TrackedRun,
+    experiment_name: str,
+    tiny: Encoder,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setenv("MLFLOW_EXPERIMENT_NAME", "tests")
+    monkeypatch.setenv("MLFLOW_EXPERIMENT_NAME", experiment_name)
     trainer = hf_trainer(
         tiny,
         tmp_path,

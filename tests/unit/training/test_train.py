@@ -74,13 +74,16 @@ def elsewhere(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
 
 
 @pytest.fixture
-def trained(client: MlflowClient, experiment: str, folder: Path, saved: Path) -> Callable[..., Run]:
+def trained(
+    client: MlflowClient, experiment_name: str, folder: Path, saved: Path
+) -> Callable[..., Run]:
     """A function from flags to the run of their training; of `saved` on `folder` by default."""
 
     def trained(
         *argv: object, model: object = saved, dataset: object = folder, **flags: Any
     ) -> Run:
-        chosen = {"model": model, "dataset": dataset, "experiment_name": "tests", **FLAGS, **flags}
+        usual = {"model": model, "dataset": dataset, "experiment_name": experiment_name}
+        chosen = {**usual, **FLAGS, **flags}
         given = {name: value for name, value in chosen.items() if value is not None}
         pairs = [str(arg) for name, value in given.items() for arg in (f"--{name}", value)]
         return run_of(train(parse_training([*map(str, argv), *pairs])))

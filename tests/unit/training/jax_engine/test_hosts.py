@@ -25,12 +25,12 @@ N_STEPS = 20
 
 
 @pytest.fixture
-def flags(folder: Path, saved: Path) -> list[str]:
+def flags(folder: Path, saved: Path, experiment_name: str) -> list[str]:
     given = {
         "engine": "jax",
         "model": saved,
         "dataset": folder,
-        "experiment_name": "tests",
+        "experiment_name": experiment_name,
         "max_steps": N_STEPS,
         "per_device_train_batch_size": 1,
         "negatives_x_device": True,
