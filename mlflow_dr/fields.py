@@ -201,15 +201,15 @@ Dims = Annotated[
     AfterValidator(checked(parse_dims)),
     Field(
         description="Measure vectors of fewer dimensions, too, such as 64,256: the first of each "
-        "vector, in validations called NAME-64d."
+        "vector. Their figures are called 64d; a validation of them is called NAME-64d."
     ),
 ]
 Precisions = Annotated[
     Texts,
     AfterValidator(checked(parse_precisions)),
     Field(
-        description="Measure passages stored as int8 or binary, too, such as int8,binary, in "
-        "validations called NAME-int8."
+        description="Measure passages stored as int8 or binary, too, such as int8,binary. Their "
+        "figures are called int8; a validation of them is called NAME-int8."
     ),
 ]
 Judged = Annotated[

@@ -74,6 +74,8 @@ class EvaluateOptions(CollectionFiles, MeasureOptions, EncoderOptions, SubsetOpt
     """The keywords of `evaluate`."""
 
     split: str
+    dims: Texts | int | Sequence[int]
+    precision: Texts
     output: PathLike
     ranking: PathLike
     force: bool

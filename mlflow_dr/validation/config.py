@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
@@ -39,7 +38,7 @@ from mlflow_dr.fields import (
     check_policy,
 )
 from mlflow_dr.retrieval.measures import DEFAULT_MEASURES
-from mlflow_dr.retrieval.vector_form import ALL, forms, parse_dims, parse_precisions
+from mlflow_dr.retrieval.vector_form import ALL
 from mlflow_dr.validation.evaluate_config import (
     NO_INTERVAL,
     OF_A_COLLECTION,
@@ -130,8 +129,6 @@ class ValidationDefaults(CollectionConfig, SubsetConfig):
     """The queries to evaluate on (default: the run's on its own collection, else dev, else test).
     Each of several splits is a validation called NAME-SPLIT."""
     refine: Refine = None
-    dims: Dims = ()
-    precision: Precisions = ()
 
     def made(self, name: str) -> tuple[Validation, ...]:
         """The validations of this name: of each split, subset and form, and those that refine them.
@@ -154,7 +151,7 @@ class ValidationDefaults(CollectionConfig, SubsetConfig):
             named = [(f"{name}-{NOT_IN_NAME.sub('_', split)}", split) for split in splits]
         validations = tuple(
             Validation(
-                replace(settings, dims=form.dims, precision=form.precision),
+                settings.of_form(form),
                 joined_name(called, spec, form, settings.estimate),
                 dataset,
                 split,
@@ -162,7 +159,7 @@ class ValidationDefaults(CollectionConfig, SubsetConfig):
             )
             for called, split in named
             for spec, settings in self.specs_and_settings()
-            for form in forms(parse_dims(self.dims), parse_precisions(self.precision))
+            for form in self.forms
         )
         if self.refine is None:
             return validations
@@ -182,7 +179,7 @@ class ValidationDefaults(CollectionConfig, SubsetConfig):
         check_same_measures(self.dataset, (validation.settings for validation in made))
         means = [
             Validation(
-                replace(made[0].settings, dims=form.dims, precision=form.precision),
+                made[0].settings.of_form(form),
                 joined_name(name, spec, form),
                 self.dataset,
                 subset=spec,

@@ -6,6 +6,7 @@ import json
 import time
 from collections.abc import Mapping, Sequence
 from contextlib import closing, nullcontext
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from mlflow_dr.cache import unchanged_cache
@@ -130,9 +131,7 @@ def _search_all(
         start = time.perf_counter()
         dtype = engine.resolve_dtype(common.dtype)
         engine.load(encoder, dtype)
-        for data, settings in requests:
-            if found := answers_depth(settings.measures):
-                data.tokens.matcher(settings.match).prepare(len(data.topics.queries), found)
+        _prepare_answers(requests)
         results = dense_search(
             encoder,
             text_tokenizer,
@@ -158,6 +157,13 @@ def _search_all(
         Report(mean_values(per_query), per_query, ranking, seconds, passages, dtype, intervals)
         for per_query, ranking, intervals in measured
     ]
+
+
+def _prepare_answers(requests: Sequence[tuple[EvalDataset, EvalConfig]]) -> None:
+    """Start processes that look for answers while the search goes on, if they are worth it."""
+    for data, settings in requests:
+        if found := answers_depth(settings.measures):
+            data.tokens.matcher(settings.match).prepare(len(data.topics.queries), found)
 
 
 def _check_requests(requests: Sequence[tuple[EvalDataset, EvalConfig]]) -> None:
@@ -294,10 +300,7 @@ def evaluate_encoder(config: EvaluateConfig, run: TrackedRun | None = None) -> R
     datasets = [_dataset(each, *pair) for each, pair in zip(configs, opened, strict=True)]
     if config.ranking is not None:
         datasets[0].check_ids()
-    reports = [
-        evaluate(encoder, data, each.spec_and_settings()[1])
-        for each, data in zip(configs, datasets, strict=True)
-    ]
+    reports = [_report(encoder, *pair) for pair in zip(configs, datasets, strict=True)]
     report = mean_report(dict(zip(members, reports, strict=True))) if members else reports[0]
     values = list(map(_as_json, configs, datasets, reports))
     if members:
@@ -313,6 +316,15 @@ def evaluate_encoder(config: EvaluateConfig, run: TrackedRun | None = None) -> R
     if run is not None:
         run.log_report(metric_values(report), {REPORT: text})
     return report
+
+
+def _report(encoder: Encoder, config: EvaluateConfig, data: EvalDataset) -> Report:
+    """The report of a collection, with those of the other forms of vectors, encoded once."""
+    _, settings = config.spec_and_settings()
+    requests = [(data, settings.of_form(form)) for form in config.forms]
+    report, *others = evaluate_all(encoder, requests)
+    slugs = [form.slug for form in config.forms[1:]]
+    return replace(report, forms=dict(zip(slugs, others, strict=True)))
 
 
 def _check_files(config: EvaluateConfig) -> None:
@@ -343,17 +355,25 @@ def _dataset(config: EvaluateConfig, collection: Collection, split: str) -> Eval
     return data.on_subset(spec, settings, tracking_uri=config.tracking_uri)
 
 
+def _figures(report: Report) -> dict[str, Any]:
+    intervals = {name: [each.low, each.high] for name, each in report.intervals.items()}
+    return {
+        "measures": report.measures,
+        **({"intervals": intervals} if intervals else {}),
+        "queries": report.per_query,
+    }
+
+
 def _as_json(config: EvaluateConfig, data: EvalDataset, report: Report) -> dict[str, Any]:
     dataset, split = config.one_dataset(data.split)
-    intervals = {name: [each.low, each.high] for name, each in report.intervals.items()}
+    forms = {name: _figures(each) for name, each in report.forms.items()}
     return {
         "encoder": config.encoder,
         "dataset": dataset,
         "split": split,
         "subset": config.subset[0] if config.subset else FULL,
-        "measures": report.measures,
-        **({"intervals": intervals} if intervals else {}),
-        "queries": report.per_query,
+        **_figures(report),
+        **({"forms": forms} if forms else {}),
         "depth": check_depth(list(report.measures), config.depth),
         "dtype": report.dtype,
         "seconds": report.seconds,

@@ -16,6 +16,7 @@ from mlflow_dr.fields import (
     CollectionConfig,
     Depth,
     Devices,
+    Dims,
     Dtype,
     EncoderOverrides,
     EngineName,
@@ -27,6 +28,7 @@ from mlflow_dr.fields import (
     Length,
     Match,
     Measures,
+    Precisions,
     SearchBackendName,
     Seed,
     Subsets,
@@ -36,6 +38,7 @@ from mlflow_dr.fields import (
     TrustRemoteCode,
 )
 from mlflow_dr.retrieval.measures import DEFAULT_MEASURES, check_depth, parse_measures
+from mlflow_dr.retrieval.vector_form import VectorForm, forms, parse_dims, parse_precisions
 from mlflow_dr.subsets.spec import SubsetSpec, parse_subset
 from mlflow_dr.validation.validations import FIRST_NAME, EvalConfig
 
@@ -83,13 +86,20 @@ class MeasureConfig(Config):
 
 
 class SubsetConfig(MeasureConfig):
-    """What is measured on which part of the corpus."""
+    """What is measured on which part of the corpus, and of which vectors."""
 
     subset: Subsets = ()
     estimate: Estimated = False
     target_error: TargetError = None
     judged: Judged = "relevant"
     seed: Seed = 0
+    dims: Dims = ()
+    precision: Precisions = ()
+
+    @property
+    def forms(self) -> list[VectorForm]:
+        """The forms of vectors that are measured, as they are first."""
+        return forms(parse_dims(self.dims), parse_precisions(self.precision))
 
     def specs_and_settings(self) -> list[tuple[SubsetSpec, EvalConfig]]:
         """The subsets, the full corpus if none is named, each with its settings.

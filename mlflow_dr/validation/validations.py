@@ -79,6 +79,10 @@ class EvalConfig:
             )
         return replace(self, estimate=True, target_error=target_error)
 
+    def of_form(self, form: VectorForm) -> EvalConfig:
+        """The same settings, of vectors in a form."""
+        return replace(self, dims=form.dims, precision=form.precision)
+
     def form(self, normalize: bool = False) -> VectorForm:
         """The form in which passages are stored.
 

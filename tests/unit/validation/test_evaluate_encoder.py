@@ -11,13 +11,17 @@ import mlflow
 import pytest
 from mlflow import MlflowClient
 
+from mlflow_dr.collection.catalogue import open_collection
+from mlflow_dr.encoder.directory import load_encoder
 from mlflow_dr.encoder.model import Encoder
 from mlflow_dr.encoder.saving import save_encoder
 from mlflow_dr.errors import DataError, UsageError
+from mlflow_dr.retrieval.vector_form import VectorForm
 from mlflow_dr.tracking.checkpoints import run_checkpoints
 from mlflow_dr.tracking.runs import TrackedRun
 from mlflow_dr.validation import evaluate as evaluate_module
-from mlflow_dr.validation.evaluate import evaluate_encoder
+from mlflow_dr.validation.dataset import EvalDataset
+from mlflow_dr.validation.evaluate import evaluate, evaluate_encoder
 from mlflow_dr.validation.evaluate_config import EvaluateConfig
 
 
@@ -46,7 +50,7 @@ def test_ids_that_no_ranking_holds_are_refused_before_anything_is_encoded(
     folder = beir_folder(passages, {query_id: "which ship"}, dev={query_id: {"p1": 1}})
     evaluated = evaluate_encoder(asked(encoder, folder, output=tmp_path / "first.json"))
     assert evaluated.ranking.keys() == {query_id}
-    monkeypatch.setattr(evaluate_module, "evaluate", lambda *_: pytest.fail("encoded"))
+    monkeypatch.setattr(evaluate_module, "evaluate_all", lambda *_: pytest.fail("encoded"))
     with pytest.raises(DataError, match="cannot hold white space in ids"):
         evaluate_encoder(asked(encoder, folder, ranking=tmp_path / "ranking.trec"))
 
@@ -136,6 +140,46 @@ def test_a_suite_has_a_line_for_each_collection_and_their_mean(
     for refused in ({"ranking": tmp_path / "ranking"}, {"estimate": True, "subset": "random:5"}):
         with pytest.raises(UsageError, match=r"of a suite has no interval|a suite has one for"):
             asked(encoder, suite, **refused)
-    with pytest.raises(UsageError, match="sky: no key 'dims'"):
-        suite.write_text(f"sea: {folder}\nsky: {{dataset: {other}, dims: 8}}\n")
+    with pytest.raises(UsageError, match="sky: no key 'refine'"):
+        suite.write_text(f"sea: {folder}\nsky: {{dataset: {other}, refine: full@3}}\n")
         asked(encoder, suite)
+
+
+def test_fewer_dimensions_and_bits_have_figures_of_their_own(
+    encoder: str, folder: Path, run: TrackedRun, tmp_path: Path
+) -> None:
+    output = tmp_path / "report.json"
+    forms = {"dims": ("4",), "precision": ("int8",)}
+    report = evaluate_encoder(
+        asked(encoder, folder, measures="mrr@10", output=output, **forms), run
+    )
+    assert list(report.forms) == ["int8", "4d", "4d-int8"]
+    data = EvalDataset(open_collection(str(folder)), "dev")
+    for name, form in (("int8", VectorForm(None, "int8")), ("4d", VectorForm(4, "float32"))):
+        settings = asked(encoder, folder, measures="mrr@10").eval_config().of_form(form)
+        alone = evaluate(load_encoder(encoder), data, settings, quiet=True)
+        assert report.forms[name].per_query == alone.per_query
+    alone = evaluate_encoder(asked(encoder, folder, measures="mrr@10"))
+    assert report.per_query == alone.per_query
+    lines = [line.partition("\t")[0] for line in repr(report).splitlines()[:-1]]
+    assert lines == ["mrr@10", "int8 mrr@10", "4d mrr@10", "4d-int8 mrr@10"]
+    assert "<td>4d mrr@10</td>" in report._repr_html_()
+    written = json.loads(output.read_text())
+    assert written["forms"]["4d"]["queries"] == report.forms["4d"].per_query
+    names = {"mrr_at_10", "int8/mrr_at_10", "4d/mrr_at_10", "4d-int8/mrr_at_10"}
+    assert run.fetch().data.metrics.keys() == names
+    with pytest.raises(UsageError, match="dims"):
+        evaluate_encoder(asked(encoder, folder, dims=("99999",)))
+
+
+def test_a_suite_has_a_line_for_each_collection_in_each_form(
+    encoder: str, folder: Path, beir_folder: Callable[..., Path]
+) -> None:
+    other = beir_folder({"p": "a tug"}, {"q": "a ship"}, folder="other", dev={"q": {"p": 1}})
+    suite = f"{folder}+{other}"
+    report = evaluate_encoder(asked(encoder, Path(suite), measures="mrr@10", dims=("4",)))
+    rows = [line.rsplit(maxsplit=1)[0].strip() for line in repr(report).splitlines()[1:-1]]
+    names = [folder.name, other.name, "mean"]
+    assert rows == [f"{name}{form}" for name in names for form in ("", " 4d")]
+    of_form = [each.forms["4d"].measures["mrr@10"] for each in report.collections.values()]
+    assert report.forms["4d"].measures["mrr@10"] == pytest.approx(sum(of_form) / 2)
