@@ -53,6 +53,9 @@ WITHOUT_SERVER = (
     *("test_run.py", "test_torchrun.py", "test_resume.py", "test_cli.py"),
     "test_qa.py",
 )
+# these share another one, because all of them together would be the last to end
+WITH_SECOND_SERVER = ("test_engines.py", "test_recipes.py")
+SERVERS = ("server", "second server")
 # the longest first, so that all processes of a parallel run end at about the same time
 LONGEST_FIRST = (
     "contract/test_engines.py",
@@ -68,9 +71,9 @@ LONGEST_FIRST = (
 def _group(nodeid: str) -> str:
     """What one process of a parallel run gets at once: a file, or all files that use one server."""
     path = Path(nodeid.partition("::")[0])
-    if path.parent.name == "integration" and path.name not in WITHOUT_SERVER:
-        return "server"
-    return str(path)
+    if path.parent.name != "integration" or path.name in WITHOUT_SERVER:
+        return str(path)
+    return SERVERS[path.name in WITH_SECOND_SERVER]
 
 
 @pytest.hookimpl(optionalhook=True)
@@ -97,9 +100,11 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     items.sort(key=lambda item: _order(item.nodeid))
 
 
-def _order(nodeid: str) -> tuple[bool, int]:
+def _order(nodeid: str) -> tuple[int, int]:
     places = [nodeid.startswith(f"tests/{name}") for name in LONGEST_FIRST]
-    return (_group(nodeid) != "server", places.index(True) if any(places) else len(places))
+    group = _group(nodeid)
+    first = SERVERS.index(group) if group in SERVERS else len(SERVERS)
+    return (first, places.index(True) if any(places) else len(places))
 
 
 def pytest_collection_finish() -> None:
