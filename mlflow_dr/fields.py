@@ -93,7 +93,13 @@ Texts = Annotated[tuple[str, ...], BeforeValidator(as_tuple)]
 Count = Annotated[int, Field(ge=1, le=LARGEST)]
 Length = Annotated[int, Field(ge=SHORTEST, le=LARGEST)]
 
-Dataset = Annotated[str | None, Field(description="demo, msmarco, a folder, or irds:<id>.")]
+Dataset = Annotated[
+    str | None,
+    Field(
+        description="demo, msmarco, a folder, irds:<id>, a hub name such as mteb/scifact, or what "
+        "else `mlflow-dr datasets` lists."
+    ),
+]
 RUN = Field(description="The MLflow run: its id, the beginning of its id, or its name.")
 RunName = Annotated[str | None, RUN]
 TrackingUri = Annotated[
@@ -166,8 +172,8 @@ SearchBackendName = Annotated[
     str,
     AfterValidator(checked(check_search_backend)),
     Field(
-        description="What compares vectors: auto (faiss on the processor, torch elsewhere), faiss, "
-        "torch, or the search back end of another package."
+        description="What compares vectors: torch (auto), faiss, or the search back end of another "
+        "package."
     ),
 ]
 Subsets = Annotated[
@@ -200,16 +206,16 @@ Dims = Annotated[
     BeforeValidator(as_texts),
     AfterValidator(checked(parse_dims)),
     Field(
-        description="Measure vectors of fewer dimensions, too, such as 64,256: the first of each "
-        "vector. Their figures are called 64d; a validation of them is called NAME-64d."
+        description="Also measure vectors that keep only their first dimensions, such as 64,256. "
+        "These figures have 64d in their names."
     ),
 ]
 Precisions = Annotated[
     Texts,
     AfterValidator(checked(parse_precisions)),
     Field(
-        description="Measure passages stored as int8 or binary, too, such as int8,binary. Their "
-        "figures are called int8; a validation of them is called NAME-int8."
+        description="Also measure passages that are stored as int8 or binary, such as int8,binary. "
+        "These figures have int8 in their names."
     ),
 ]
 Judged = Annotated[

@@ -199,7 +199,7 @@ def evaluate(
 
     Args:
         encoder: what is measured.
-        dataset: demo, msmarco, a folder, irds:<id>, or a suite such as nanobeir.
+        dataset: demo, msmarco, a folder, irds:<id>, a hub name, or a suite such as nanobeir.
         options: the flags of `mlflow-dr evaluate`.
 
     Returns:
@@ -281,7 +281,7 @@ def encode(
 
     Args:
         encoder: what encodes.
-        dataset: demo, msmarco, a folder, or irds:<id>.
+        dataset: demo, msmarco, a folder, irds:<id>, or a hub name.
         output: the folder to write. If it has a part of these vectors already, that is kept.
         options: the flags of `mlflow-dr encode`.
 
@@ -336,7 +336,7 @@ def mine(dataset: PathLike, *, output: PathLike, **options: Unpack[MineOptions])
     """Find hard negatives for training queries; `train_dir` of `train` reads the file.
 
     Args:
-        dataset: demo, msmarco, a folder, or irds:<id>.
+        dataset: demo, msmarco, a folder, irds:<id>, or a hub name.
         output: the training file to write, as JSON lines; compressed if it ends in .gz.
         options: the flags of `mlflow-dr mine`; `miner` is the flag `--with`.
 

@@ -54,10 +54,10 @@ def fidelity_command(config: FidelityConfig) -> None:
     """Find the subset or small collection that chooses the right checkpoint in the least time.
 
     Each checkpoint is measured on the full corpus and, from the same vectors, on every subset, and
-    on each collection of --against. For each: passages, seconds, Kendall's tau and Pearson with the
-    full corpus, the regret of its best checkpoint and how much higher its values are, with
-    intervals over queries; and which one to validate on. Stop it and start it again: what is
-    measured is kept.
+    on each collection of --against. The report shows for each its passages and seconds, Kendall's
+    tau and Pearson with the full corpus, the regret of its best checkpoint and how much higher its
+    values are, with intervals over queries. It says which one to validate on. If the study is
+    stopped, start it again: what is measured is kept.
 
     \b
     Example:

@@ -15,7 +15,8 @@ def loaders_command(config: LoadersConfig) -> None:
 
     Each combination of document store, workers and the other options is a cell: a fresh process
     that loads the same passages in the same order. The report says how fast each is, how much
-    memory it takes and where the time goes. Stop it and start it again: what is measured is kept.
+    memory it takes and where the time goes. If the study is stopped, start it again: what is
+    measured is kept.
 
     \b
     Example:

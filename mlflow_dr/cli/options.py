@@ -91,7 +91,7 @@ def takes(
 CONFIG_OPTION = click.option(
     "--config",
     type=click.Path(path_type=Path),
-    help="A YAML file with these options by name; what it says goes before other flags.",
+    help="A YAML file with these options by name; its values replace those of flags.",
 )
 
 

@@ -15,8 +15,8 @@ def encode_command(config: EncodeConfig) -> int:
     """Encode the passages of a collection, or the queries of a split, into files of vectors.
 
     ENCODER is a directory, a hub name, or models:/<id> or models:/NAME@best for a published
-    checkpoint. Each shard has a manifest of its own and needs no other shard. A command that was
-    stopped goes on where it was.
+    checkpoint. Each shard has a manifest of its own and needs no other shard. If the command is
+    stopped, start it again: it continues where it was.
 
     \b
     Example:
@@ -88,9 +88,9 @@ def index_command(config: IndexConfig) -> None:
     """Build a FAISS index of vectors, and measure what it loses against exact search.
 
     VECTORS is a folder that `encode` has written, or Parquet files of other programs. The index is
-    pyserini's: the files `index` and `docid`. Kinds are `fast` (clusters in 4 bits for two
-    dimensions, the best again in fp16), `small` (in 8 bits), `exact`, and every factory string of
-    FAISS. Similarity is the inner product.
+    pyserini's: the files `index` and `docid`. Kinds are `fast` (clusters, scanned with 4
+    bits for two dimensions; the best are scored again in fp16), `small` (again in 8 bits), `exact`,
+    and every factory string of FAISS. Similarity is the inner product.
 
     \b
     Example:

@@ -52,7 +52,8 @@ class MiningConfig(Config):
     """`mlflow-dr mine`: what is searched for which queries, and what makes a negative."""
 
     dataset: str
-    """demo, msmarco, a folder, or irds:<id>."""
+    """demo, msmarco, a folder, irds:<id>, a hub name such as mteb/scifact, or what else
+    `mlflow-dr datasets` lists."""
     output: File
     """The training file to write, as JSON lines; compressed if it ends in .gz."""
     train_dir: str | None = None
