@@ -193,8 +193,8 @@ class CompareConfig(Config):
     measure: str | None = None
     """The measure to compare (default: the validation's first measure)."""
     dataset: str | None = None
-    """As of `mlflow-dr evaluate`. Encoders that have no values on it are evaluated now, and the texts
-    of its queries are shown."""
+    """As of `mlflow-dr evaluate`. Encoders without values on it are evaluated now, and the texts of
+    its queries are shown."""
     split: str | None = None
     """The queries to evaluate on (default: the validation's, else dev or test)."""
     match: Match = "string"

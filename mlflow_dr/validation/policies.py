@@ -16,6 +16,7 @@ from mlflow_dr.errors import ForbiddenError, TrackingError
 from mlflow_dr.tracking.checkpoints import Checkpoint
 from mlflow_dr.tracking.client import server_responds
 from mlflow_dr.tracking.runs import TrackedRun
+from mlflow_dr.tracking.status import progress_summary
 from mlflow_dr.tracking.validations import Metric, chosen_metric, metric_points
 from mlflow_dr.validation.config import FollowConfig, ValidateConfig
 from mlflow_dr.validation.report import Report
@@ -25,6 +26,34 @@ log = logging.getLogger(__name__)
 
 ENOUGH_CHECKPOINTS = 3
 CHOSEN_PARAM = "mlflow_dr.keep_up"
+
+
+class RunSummaries:
+    """How far the validations of each run have come, as it was shown on the run last."""
+
+    def __init__(self) -> None:
+        self._shown: dict[str, dict[str, str]] = {}
+        self._seen: dict[str, Sequence[Checkpoint]] = {}
+
+    def changed(
+        self, run_id: str, checkpoints: Sequence[Checkpoint], names: Sequence[str]
+    ) -> dict[str, str]:
+        """The summaries of these validations that are not shown yet."""
+        if not names or self._seen.get(run_id) == checkpoints:
+            return {}
+        shown = self._shown.get(run_id, {})
+        summaries = {name: progress_summary(checkpoints, name) for name in names}
+        changed = {name: text for name, text in summaries.items() if shown.get(name) != text}
+        if not changed:
+            self._seen[run_id] = checkpoints
+        return changed
+
+    def note(
+        self, run_id: str, checkpoints: Sequence[Checkpoint], summaries: Mapping[str, str]
+    ) -> None:
+        """Remember that these summaries are shown."""
+        self._shown.setdefault(run_id, {}).update(summaries)
+        self._seen[run_id] = checkpoints
 
 
 class Policies:

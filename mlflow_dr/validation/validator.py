@@ -21,11 +21,11 @@ from mlflow_dr.tracking.following import Followed, Snapshot
 from mlflow_dr.tracking.results import State
 from mlflow_dr.tracking.runs import run_is_gone
 from mlflow_dr.tracking.server import Patience
-from mlflow_dr.tracking.status import progress_summary, tag_progress
+from mlflow_dr.tracking.status import tag_progress
 from mlflow_dr.validation.config import FollowConfig, ValidateConfig
 from mlflow_dr.validation.encoders import EncoderKind
 from mlflow_dr.validation.kinds import CheckpointKind, ResolvedValidation
-from mlflow_dr.validation.policies import AutoSubset, Policies
+from mlflow_dr.validation.policies import AutoSubset, Policies, RunSummaries
 from mlflow_dr.validation.resolve import RetrievalValidation, ValidationResolver
 from mlflow_dr.validation.scheduler import Scheduler, Setbacks
 from mlflow_dr.validation.worker import Counts, Job, JobResult, Worker
@@ -106,8 +106,7 @@ class _Validator:
         self._scheduler = Scheduler(config, token, now_ms, self._setbacks, kind.model_type)
         self._resolver = ValidationResolver(followed, config, kind, self._patiently, sleep)
         self._policies = Policies(config)
-        self._summaries: dict[str, dict[str, str]] = {}
-        self._summarized: dict[str, list[Checkpoint]] = {}
+        self._summaries = RunSummaries()
         self._summarize_at = -float("inf")
         self._done: set[str] = set()  # model ids
         self._counts = Counts()
@@ -192,25 +191,16 @@ class _Validator:
     def _summarize(self, snapshot: Snapshot) -> None:
         """Show on each run how far it has come, and apply the policies, where something is new."""
         for run_id, checkpoints in snapshot.by_run().items():
-            validations = self._resolver.known(run_id)
-            if not validations or self._summarized.get(run_id) == checkpoints:
-                continue
-            summaries = {
-                validation.name: progress_summary(checkpoints, validation.name)
-                for validation in validations
-            }
-            before = self._summaries.get(run_id, {})
-            if summaries == before:
-                self._summarized[run_id] = checkpoints
+            names = [validation.name for validation in self._resolver.known(run_id) or ()]
+            changed = self._summaries.changed(run_id, checkpoints, names)
+            if not changed:
                 continue
             with self._without_deleted(run_id):
                 run = self._followed.run_of(checkpoints[0])
-                for name, summary in summaries.items():
-                    if before.get(name) != summary:
-                        tag_progress(run, name, summary)
+                for name, summary in changed.items():
+                    tag_progress(run, name, summary)
                 self._policies.act(run, checkpoints, self._scheduler.waiting_of(run_id))
-                self._summaries[run_id] = summaries
-                self._summarized[run_id] = checkpoints
+                self._summaries.note(run_id, checkpoints, changed)
 
     def _choose_subset(self, snapshot: Snapshot) -> bool:
         """With --keep-up, do only what there is time for; returns whether that has changed."""

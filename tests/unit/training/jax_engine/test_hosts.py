@@ -21,7 +21,7 @@ from mlflow_dr.training.parsing import parse_training
 from mlflow_dr.training.train import train
 
 Make = Callable[..., Any]
-N_STEPS = 20
+N_STEPS = 10
 
 
 @pytest.fixture
@@ -35,7 +35,7 @@ def flags(folder: Path, saved: Path, experiment_name: str) -> list[str]:
         "per_device_train_batch_size": 1,
         "negatives_x_device": True,
         "logging_steps": 1,
-        "publish_steps": 10,
+        "publish_steps": N_STEPS // 2,
         "learning_rate": 1e-3,
         "warmup_steps": 2,
         "dropout": 0.1,
@@ -85,7 +85,7 @@ def test_two_hosts_train_as_one(
     )
     for run_id in (alone, runs[0].info.run_id):
         found = run_checkpoints(TrackedRun(client, client.get_run(run_id)))
-        assert sorted(checkpoint.step for checkpoint in found) == [0, 10, 20]
+        assert sorted(checkpoint.step for checkpoint in found) == [0, N_STEPS // 2, N_STEPS]
         assert all(checkpoint.ready for checkpoint in found)
 
 
