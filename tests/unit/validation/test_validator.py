@@ -702,7 +702,7 @@ def test_a_poll_makes_no_request_for_an_unchanged_run(
         if len(polls) == 4:
             client.set_terminated(run.id)
 
-    monkeypatch.setattr("mlflow_dr.validation.validator.progress_summary", counted)
+    monkeypatch.setattr("mlflow_dr.validation.policies.progress_summary", counted)
     watch(run, VALIDATION, sleep=sleep)
     assert polls[0] == polls[1] < polls[2] == polls[3]
     assert client.get_run(run.id).data.tags["mlflow_dr.validation.val.status"].startswith("2 of 2")
