@@ -200,7 +200,7 @@ def best_summary(run: TrackedRun, best: Best, seed: int = 0) -> str:
     if best.first.error:
         known = find_correction(run_checkpoints(run), run_validations(run), best.metric)
         if known is not None:
-            lines.append(f"  corrected   {best.first.value - known.error:.4f}: {known}")
+            lines.append(f"  corrected   {best.first.value - known.shared:.4f}: {known}")
     if best.runner_up is None:
         return "\n".join([*lines, "  no other checkpoint has a value"])
     tie = " (as good; among equal values the earliest is best)" if best.is_tied else ""

@@ -29,7 +29,8 @@ FEW_IN_SAMPLE = 200  # below, the tails of the sample are no tails of the corpus
 NORMAL_95 = 1.96
 ERROR_FACTOR = 0.2  # 95 % error of one query, from a sample of half of the corpus
 CELLS = 1 << 22  # numbers that are in memory at a time
-LEAST_WEIGHT = 1e-4  # of a scale that counts
+LEAST_WEIGHT = 1e-3  # of a scale that counts
+FAR = 30  # if so many times the cut-off are expected, the chance of fewer than that is below 1e-9
 ESTIMABLE = ("mrr", "ndcg", "recall", "map", "precision", "success", "err", "rbp")
 
 
@@ -328,8 +329,9 @@ def _moments(seen: np.ndarray, unseen: Unseen, values: np.ndarray) -> tuple[np.n
     counts = np.arange(cutoff)
     padded = np.concatenate([values, [0.0]])
     moments = np.zeros((2, len(seen)))
-    is_possible = (unseen.weights > LEAST_WEIGHT) & (seen < cutoff)[:, None]
-    passage, scale = np.nonzero(is_possible)
+    weights = np.where(unseen.weights > LEAST_WEIGHT, unseen.weights, 0)
+    counts_at_all = (unseen.mean < FAR * cutoff) & (seen < cutoff)[:, None]
+    passage, scale = np.nonzero((weights > 0) & counts_at_all)
     for part in np.array_split(np.arange(len(passage)), 1 + len(passage) * cutoff // CELLS):
         row = passage[part]
         gaps = unseen.gaps[row, None]
@@ -337,12 +339,11 @@ def _moments(seen: np.ndarray, unseen: Unseen, values: np.ndarray) -> tuple[np.n
         ratios = (gaps + counts[:-1]) / counts[1:] * (mean / (gaps + mean))
         none = -gaps * np.log1p(mean / gaps)
         probability = np.exp(np.hstack([none, none + np.log(ratios).cumsum(axis=1)]))
-        probability *= unseen.weights[row, scale[part], None]
+        probability *= weights[row, scale[part], None]
         of_rank = padded[np.minimum(seen[row, None] + counts, cutoff)]
         for moment, power in zip(moments, (of_rank, of_rank**2), strict=True):
             moment += np.bincount(row, (probability * power).sum(axis=1), len(seen))
-    weight = np.maximum(np.where(is_possible, unseen.weights, 0).sum(axis=1), LEAST_WEIGHT)
-    mean, square = moments / weight
+    mean, square = moments / weights.sum(axis=1)
     return mean, np.sqrt(np.maximum(square - mean**2, 0))
 
 

@@ -109,8 +109,9 @@ def _posterior(excess: np.ndarray, shape: float) -> tuple[np.ndarray, np.ndarray
     means = own_centre[:, None] + SCALES / np.sqrt(precision)
     scales = np.exp(means) * (1 - shape)
     inside = 1 + shape * excess[:, :, None] / scales[:, None, :]
-    logs = np.log(np.maximum(inside, 1e-12)).sum(axis=1)
-    likelihood = -size * np.log(scales) - (1 / shape + 1) * logs
+    factors = np.maximum(inside, 1e-12)  # logarithms of products of a few cost less than of each
+    logs = [np.log(factors[:, i : i + 8].prod(axis=1)) for i in range(0, size, 8)]
+    likelihood = -size * np.log(scales) - (1 / shape + 1) * sum(logs)
     likelihood = np.where(inside.min(axis=1) > 0, likelihood, IMPOSSIBLE)
     joint = likelihood - (means - centre) ** 2 / (2 * between)
     highest = joint.max(axis=1, keepdims=True)

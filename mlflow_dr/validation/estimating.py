@@ -49,21 +49,28 @@ class SubsetEstimator:
             [gain for gain in qrels.get(query.id, {}).values() if gain > 0]
             for query in self._queries
         ]
-        self._relevant = [self._rows(query) for query in self._queries]
+        self._relevant = self._relevant_rows()
 
     @property
     def _queries(self) -> Sequence[Query]:
         return self._data.topics.queries
 
-    def _rows(self, query: Query) -> dict[int, int]:
-        """Row and relevance of the relevant passages of a query that can be found."""
-        judged = {
-            passage_id: gain
-            for passage_id, gain in self._data.topics.qrels.get(query.id, {}).items()
+    def _relevant_rows(self) -> list[dict[int, int]]:
+        """Row and relevance of the relevant passages that can be found, for each query."""
+        qrels = self._data.topics.qrels
+        judged = [
+            (position, passage_id, gain)
+            for position, query in enumerate(self._queries)
+            for passage_id, gain in qrels.get(query.id, {}).items()
             if gain > 0 and (self._keeps_own_id or passage_id != query.id)
-        }
-        rows = self._data.corpus.rows_of(list(judged)).tolist()
-        return {row: gain for row, gain in zip(rows, judged.values(), strict=True) if row >= 0}
+        ]
+        # one look-up for all queries, because each goes through all ids of the corpus
+        rows = self._data.corpus.rows_of([passage_id for _, passage_id, _ in judged]).tolist()
+        relevant: list[dict[int, int]] = [{} for _ in self._queries]
+        for (position, _, gain), row in zip(judged, rows, strict=True):
+            if row >= 0:
+                relevant[position][row] = gain
+        return relevant
 
     def relevant_rows(self) -> list[np.ndarray]:
         """The rows whose scores are needed, of each query."""

@@ -12,6 +12,7 @@ from mlflow_dr.retrieval.estimate import (
     Sample,
     check_estimable,
     estimate,
+    share_for,
     tail_size,
     unseen_above,
 )
@@ -176,6 +177,20 @@ def test_larger_samples_have_shorter_intervals(simulated: Simulated) -> None:
         for share in (0.05, 0.2, 0.6)
     ]
     assert (np.diff(widths, axis=0) < 0).all()
+
+
+def test_intervals_are_in_proportion_to_the_target_error_whatever_the_queries() -> None:
+    """Here every query has a relevant passage near the top, and MRR errs twice as much as usual."""
+    ratios = []
+    for n_queries, target in ((60, 0.08), (60, 0.03), (240, 0.03), (240, 0.04)):
+        share = share_for(target, n_queries)
+        estimates = [Simulated(n_queries, seed=seed).estimates(share, seed) for seed in range(3)]
+        intervals = [[found[measure].mean for measure in MEASURES[:2]] for found in estimates]
+        widths = [[each.value - each.low for each in pair] for pair in intervals]
+        ratios.append(np.mean(widths, axis=0) / target)
+    of_mrr, of_ndcg = np.transpose(ratios)
+    assert of_ndcg == pytest.approx(1, abs=0.25)
+    assert of_mrr == pytest.approx(2, abs=0.5)
 
 
 def test_equal_scores_give_values_between_those_of_a_perfect_and_a_hopeless_encoder(
