@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, TypeVar, get_args, get_origin
 
@@ -188,6 +188,18 @@ def complete_paths(
 
         names = [entry.name for entry in ENTRIES if entry.name.startswith(incomplete)]
     return [*map(CompletionItem, names), CompletionItem(incomplete, type="file")]
+
+
+def check_trainer_flags(flags: Sequence[str]) -> None:
+    """Refuse flags that the current command would hand on in vain, before seconds of imports.
+
+    Raises:
+        UsageError: a flag that training does not have; near ones of this command are suggested.
+    """
+    from mlflow_dr.training.flags import check_flags
+
+    parameters = click.get_current_context().command.params
+    check_flags(flags, [name for parameter in parameters for name in parameter.opts])
 
 
 def find_project_run(tracking_uri: str | None) -> Any:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import click
 
-from mlflow_dr.cli.options import TakesSeveral, takes
+from mlflow_dr.cli.options import TakesSeveral, check_trainer_flags, takes
 from mlflow_dr.qa.config import QaConfig
 
 
@@ -23,10 +23,7 @@ def qa_command(config: QaConfig, trainer_flags: tuple[str, ...]) -> None:
         mlflow-dr qa --dataset demo-qa --output answers
         mlflow-dr qa --dataset path/to/dpr --model my-encoder --max_steps 500 --reader-steps 600
     """
-    from mlflow_dr.training.flags import check_flags
-
-    parameters = click.get_current_context().command.params
-    check_flags(trainer_flags, [name for parameter in parameters for name in parameter.opts])
+    check_trainer_flags(trainer_flags)
     from mlflow_dr.qa.pipeline import answer_questions  # five seconds of imports
 
     click.echo(f"wrote {answer_questions(config, trainer_flags)}")

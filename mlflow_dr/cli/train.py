@@ -7,7 +7,7 @@ import inspect
 import click
 from click.shell_completion import CompletionItem
 
-from mlflow_dr.cli.options import TakesSeveral, complete_paths, takes
+from mlflow_dr.cli.options import TakesSeveral, check_trainer_flags, complete_paths, takes
 from mlflow_dr.validation.config import RunConfig
 
 HELP_WIDTH = 100
@@ -123,10 +123,7 @@ def run_command(config: RunConfig, trainer_flags: tuple[str, ...]) -> None:
     Example:
         mlflow-dr run --dataset demo --learning-rate 1e-3 --patience 3
     """
-    from mlflow_dr.training.flags import check_flags
-
-    parameters = click.get_current_context().command.params
-    check_flags(trainer_flags, [name for parameter in parameters for name in parameter.opts])
+    check_trainer_flags(trainer_flags)
     from mlflow_dr.launch import launch  # five seconds of imports
 
     launch(config, [*config.training_flags, *trainer_flags])

@@ -48,6 +48,22 @@ class DprCheckpoint(NamedTuple):
     state: dict[str, Tensor]
     settings: dict[str, Any]
 
+    def backbone_directory(self, backbone: str | None) -> Path:
+        """The directory of the model that it was trained from.
+
+        Args:
+            backbone: directory or hub name; as the checkpoint says when None.
+
+        Raises:
+            UsageError: the checkpoint names none, or there is no such model.
+        """
+        name = backbone or self.settings.get("pretrained_model_cfg")
+        if not name:
+            raise UsageError(
+                f"{self.file} does not name the model that it was trained from; give --backbone"
+            )
+        return encoder_directory(str(name))
+
     def part(self, prefix: str) -> dict[str, Tensor]:
         """The weights of one encoder.
 
@@ -214,13 +230,7 @@ def import_dpr(path: Path, backbone: str | None = None, length: int | None = Non
         CheckpointError: the checkpoint is damaged, of another kind, or would run code.
     """
     checkpoint = read_dpr_checkpoint(path)
-    settings = checkpoint.settings
-    name = backbone or settings.get("pretrained_model_cfg")
-    if not name:
-        raise UsageError(
-            f"{path} does not name the model that it was trained from; give --backbone"
-        )
-    directory = encoder_directory(str(name))
+    directory = checkpoint.backbone_directory(backbone)
     return _encoder(checkpoint, (directory, directory), length)
 
 

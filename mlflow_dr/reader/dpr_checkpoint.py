@@ -58,12 +58,7 @@ def import_dpr_reader(path: Path, backbone: str | None = None) -> tuple[Extracti
     if path.is_dir():
         return _of_transformers(path, backbone)
     checkpoint = read_dpr_checkpoint(path)
-    name = backbone or checkpoint.settings.get("pretrained_model_cfg")
-    if not name:
-        raise UsageError(
-            f"{path} does not name the model that it was trained from; give --backbone"
-        )
-    directory = encoder_directory(str(name))
+    directory = checkpoint.backbone_directory(backbone)
     options = {"do_lower_case": True} if checkpoint.settings.get("do_lower_case") else {}
     try:
         reader = ExtractiveReader(AutoConfig.from_pretrained(directory))

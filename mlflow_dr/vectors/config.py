@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
 from pydantic import AfterValidator, Field, model_validator
@@ -117,12 +118,23 @@ class EncodeConfig(CollectionConfig, EncoderOverrides):
         given = {name: prompt for name, prompt in prompts.items() if prompt is not None}
         return super().encoder_changes | given
 
+    @property
+    def folder(self) -> Path:
+        """The absolute path of the folder to write.
+
+        Raises:
+            ConfigError: none is given.
+        """
+        if self.output is None:
+            raise ConfigError("output", " is missing: the folder to write")
+        return self.output.absolute()
+
     @model_validator(mode="after")
     def _check_given(self) -> Self:
         if self.check is None and not self.encoder:
             raise ConfigError("encoder", " is missing: a directory, a hub name or models:/...")
-        if self.check is None and self.output is None:
-            raise ConfigError("output", " is missing: the folder to write")
+        if self.check is None:
+            self.folder  # noqa: B018 - refuses
         if self.log and not self.encoder.startswith("models:/"):
             raise ConfigError("log", " needs a published checkpoint, models:/...")
         if self.texts and (self.dataset or self.candidate_dir or self.split):

@@ -102,7 +102,6 @@ def encode(config: EncodeConfig) -> list[VectorManifest]:
         CheckpointError: the encoder's files are damaged, or it gives NaN.
         UnavailableError: there is no Ray cluster, or its nodes do not share the folder.
     """
-    assert config.output is not None
     name, is_query, tokenise = _source(config)
     with closing(open_engine(config.engine, config.device)) as engine:
         is_half = dtype_name(config.dtype) == HALF
@@ -156,8 +155,7 @@ def _write_shards(
     numbers: Sequence[int],
 ) -> list[VectorManifest]:
     """Let an engine write shards; their manifests by number."""
-    assert config.output is not None
-    output, lengths = config.output.absolute(), texts.table.lengths
+    output, lengths = config.folder, texts.table.lengths
     batches = plan_batches(lengths, manifest.tokens_per_batch)
     of_shard = {number: batches[number :: manifest.shards] for number in numbers}
     # an engine has no use for a shard without texts

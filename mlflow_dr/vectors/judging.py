@@ -82,13 +82,20 @@ class Judge:
         """A part whose rows are of vectors, with rows of the corpus; see `corpus_rows`."""
         return part._replace(rows=corpus_rows(self._corpus, ids, part.rows))
 
-    def measure(self, part: RankingPart) -> np.ndarray | None:
-        """Keep the values of a part; returns which passages hold an answer, if that is asked."""
-        queries = [self._by_id.get(name) or Query(name, "") for name in part.ranking]
-        hits = None
-        if self.needs_rows:
-            depth = part.rows.shape[1] if self._marks_answers else answers_depth(self._measures)
-            hits = self._matcher.hits(queries, part.rows[:, :depth])
+    def measure(self, part: RankingPart) -> None:
+        """Keep the values of a part."""
+        self._measure(part, self._hits(part) if self.needs_rows else None)
+
+    def _hits(self, part: RankingPart) -> np.ndarray:
+        """Which passages hold an answer, `(n_queries, <= depth) bool`."""
+        depth = part.rows.shape[1] if self._marks_answers else answers_depth(self._measures)
+        return self._matcher.hits(self._queries(part), part.rows[:, :depth])
+
+    def _queries(self, part: RankingPart) -> list[Query]:
+        return [self._by_id.get(name) or Query(name, "") for name in part.ranking]
+
+    def _measure(self, part: RankingPart, hits: np.ndarray | None) -> None:
+        queries = self._queries(part)
         known = [index for index, query in enumerate(queries) if query.id in self._by_id]
         self._values |= measure_topics(
             self._topics.of([queries[index] for index in known]),
@@ -96,7 +103,6 @@ class Judge:
             self._measures,
             None if hits is None else hits[known],
         )
-        return hits
 
     def results(self, part: RankingPart) -> Iterator[Result]:
         """The results of a part, which is also measured.
@@ -104,8 +110,8 @@ class Judge:
         Raises:
             DataError: a query is none of the collection's.
         """
-        hits = self.measure(part)
-        assert hits is not None
+        hits = self._hits(part)
+        self._measure(part, hits)
         for (name, ranked), rows, held in zip(
             part.ranking.items(), part.rows, hits.tolist(), strict=True
         ):
