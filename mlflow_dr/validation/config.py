@@ -42,7 +42,7 @@ from mlflow_dr.retrieval.vector_form import ALL
 from mlflow_dr.validation.evaluate_config import (
     NO_INTERVAL,
     OF_A_COLLECTION,
-    SubsetConfig,
+    RetrievalConfig,
     check_same_measures,
 )
 from mlflow_dr.validation.validations import (
@@ -122,7 +122,7 @@ class FollowConfig(PolicyConfig):
         return False
 
 
-class ValidationDefaults(CollectionConfig, SubsetConfig):
+class ValidationDefaults(CollectionConfig, RetrievalConfig):
     """The settings of validations; each validation of a file may replace some of them."""
 
     split: Texts = ()

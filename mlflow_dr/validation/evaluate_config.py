@@ -85,7 +85,7 @@ class MeasureConfig(Config):
         )
 
 
-class SubsetConfig(MeasureConfig):
+class RetrievalConfig(MeasureConfig):
     """What is measured on which part of the corpus, and of which vectors."""
 
     subset: Subsets = ()
@@ -133,7 +133,7 @@ class EvaluatorConfig(MeasureConfig):
     """Keep the TREC run file."""
 
 
-class EvaluateConfig(CollectionConfig, SubsetConfig, EncoderOverrides):
+class EvaluateConfig(CollectionConfig, RetrievalConfig, EncoderOverrides):
     """`mlflow-dr evaluate`: one encoder on a collection, or on each collection of a suite."""
 
     encoder: Annotated[str, Flag(positional=True)]
