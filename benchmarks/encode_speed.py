@@ -5,16 +5,19 @@
 
 Peaks are matrix products of the model's largest layer, by the usual kernel and, on a processor, by
 oneDNN's with weights in its own order. The same texts of random tokens are encoded in several
-ways, in turn. Useful FLOP are those of tokens that are not padding.
+ways, in turn, and by OpenVINO where that is installed. Useful FLOP are those of tokens that are not
+padding.
 """
 
 from __future__ import annotations
 
+import copy
 import os
 import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from importlib.util import find_spec
 from typing import Any
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -29,9 +32,11 @@ from transformers import AutoTokenizer, BertConfig, BertModel
 
 from benchmarks.machine import machine
 from mlflow_dr.devices import resolve_device, torch_dtype
+from mlflow_dr.encoder import packed
 from mlflow_dr.encoder.config import EncoderConfig
 from mlflow_dr.encoder.directory import load_encoder
-from mlflow_dr.encoder.model import Encoder
+from mlflow_dr.encoder.model import TOKENS, Encoder, apply_head
+from mlflow_dr.encoder.onednn import OneDnnLayers
 from mlflow_dr.encoder.packed import encode_packed
 from mlflow_dr.retrieval.encode import TOKENS_PER_BATCH, plan_batches
 from mlflow_dr.stores.token_table import TokenTable, pad, token_table
@@ -102,23 +107,12 @@ def cost(run: Callable[[], object], device: torch.device) -> float:
 
 
 @contextmanager
-def prepacked(encoder: Encoder, rows: int) -> Iterator[None]:
-    """Linear layers with weights in oneDNN's order."""
-    operators: Any = torch.ops.mkldnn
-    layers: list[Any] = [m for m in encoder.backbone.modules() if isinstance(m, nn.Linear)]
-
-    def forward_of(layer: Any) -> Callable[[Tensor], Tensor]:
-        ordered = operators._reorder_linear_weight(layer.weight, rows)
-        forward: Callable[[Tensor], Tensor] = lambda x: operators._linear_pointwise(  # noqa: E731
-            x, ordered, layer.bias, "none", [], ""
-        )
-        return forward
-
-    for layer in layers:
-        layer.forward = forward_of(layer)
+def plain_attention() -> Iterator[None]:
+    """PyTorch's attention, where ours would be by exponentials."""
+    before = packed._suits_exponentials
+    packed._suits_exponentials = lambda *_: False
     yield
-    for layer in layers:
-        del layer.forward
+    packed._suits_exponentials = before
 
 
 class Ways:
@@ -128,6 +122,7 @@ class Ways:
         self._encoder = encoder
         self._packed = [table.packed(rows) for rows in batches]
         self._device = encoder.device
+        self._openvino: Any = None
 
     def _padded(self, ids: np.ndarray, lengths: np.ndarray, fixed: int = 0) -> Tensor:
         missing = max(0, fixed - int(lengths.max()))
@@ -146,6 +141,17 @@ class Ways:
         return torch.cat([self._padded(*packed) for packed in self._packed])
 
     def end_to_end(self) -> Tensor:
+        with plain_attention():
+            return self._end_to_end()
+
+    def with_our_attention(self) -> Tensor:
+        return self._end_to_end()
+
+    def with_onednn(self) -> Tensor:
+        with OneDnnLayers(self._encoder.backbone, TOKENS_PER_BATCH["cpu"]).used():
+            return self._end_to_end()
+
+    def _end_to_end(self) -> Tensor:
         return torch.cat(
             [
                 encode_packed(
@@ -155,9 +161,45 @@ class Ways:
             ]
         )
 
-    def with_prepacked_layers(self) -> Tensor:
-        with prepacked(self._encoder, TOKENS_PER_BATCH["cpu"]):
-            return self.end_to_end()
+    def openvino(self) -> Tensor:
+        """Batches padded as in `padded`; the model is converted by the first call."""
+        if self._openvino is None:
+            self._openvino = openvino_of(self._encoder)
+        parts = []
+        for ids, lengths in self._packed:
+            padded, mask = pad(ids, lengths, 0)
+            states = self._openvino({"input_ids": padded, "attention_mask": mask})[0]
+            features = {TOKENS: torch.from_numpy(states), "attention_mask": torch.from_numpy(mask)}
+            parts.append(apply_head(self._encoder.head, features))
+        return torch.cat(parts)
+
+
+def openvino_of(encoder: Encoder) -> Any:
+    """The backbone, converted and compiled by OpenVINO for one thread."""
+    import openvino
+
+    class States(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            # converting wants fp32; OpenVINO computes in the format that is asked for
+            self.model = copy.deepcopy(encoder.backbone).float()
+
+        def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+            states: Tensor = self.model(input_ids, attention_mask)[0]
+            return states
+
+    dtype = next(encoder.parameters()).dtype
+    ids = torch.ones(2, 8, dtype=torch.int64)
+    start = time.process_time()
+    converted = openvino.convert_model(
+        States(), example_input={"input_ids": ids, "attention_mask": ids}
+    )
+    hint = {torch.float32: "f32", torch.bfloat16: "bf16"}[dtype]
+    compiled = openvino.Core().compile_model(
+        converted, "CPU", {"INFERENCE_NUM_THREADS": 1, "INFERENCE_PRECISION_HINT": hint}
+    )
+    print(f"converting for OpenVINO: {time.process_time() - start:.1f} CPU seconds")
+    return compiled
 
 
 @click.command()
@@ -189,10 +231,15 @@ def main(
     for name, value in peaks.items():
         print(f"peak, {name} kernel: {value / 1e9:.1f} GFLOP/s")
     candidates = {"padded": ways.padded, "end to end": ways.end_to_end}
+    if dtype == "bf16" and target.type == "cpu":
+        candidates["our attention"] = ways.with_our_attention
     if length < FIXED:
         candidates = {f"padded to {FIXED}": ways.fixed, **candidates}
     if target.type == "cpu" and peaks["pre-packed"]:
-        candidates["end to end, pre-packed"] = ways.with_prepacked_layers
+        candidates["oneDNN's layers"] = ways.with_onednn
+    if target.type == "cpu" and find_spec("openvino"):
+        candidates["OpenVINO"] = ways.openvino
+        ways.openvino()
     taken: dict[str, list[float]] = {name: [] for name in candidates}
     for _ in range(rounds):
         for name, run in candidates.items():

@@ -24,6 +24,7 @@ from benchmarks.machine import machine, print_table, seconds_of
 from mlflow_dr.collection.catalogue import Collection, open_collection, validation_split
 from mlflow_dr.collection.corpus import Corpus, cached_corpus
 from mlflow_dr.collection.records import Topics
+from mlflow_dr.devices import torch_dtype
 from mlflow_dr.encoder.config import EncoderConfig
 from mlflow_dr.encoder.directory import load_encoder
 from mlflow_dr.encoder.tokenize import TextTokenizer
@@ -78,10 +79,11 @@ def ours(prepared: EvalDataset, dtype: str, forget: bool = False) -> Report:
     return report
 
 
-def peer(prepared: EvalDataset, settings: EncoderConfig) -> float:
+def peer(prepared: EvalDataset, settings: EncoderConfig, dtype: str) -> float:
     from sentence_transformers import SentenceTransformer
 
-    model = SentenceTransformer(MODEL, device="cuda" if torch.cuda.is_available() else "cpu")
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    model = SentenceTransformer(MODEL, device=device, model_kwargs={"dtype": torch_dtype(dtype)})
     texts = TextTokenizer(model.tokenizer, settings).passage_texts(
         [passage for batch in prepared.corpus.batches() for passage in batch]
     )
@@ -119,7 +121,7 @@ def main(dataset: str, split: str | None, passages: int, rounds: int) -> None:
     print(f"{dataset}/{split}: {passages_here} passages, {queries_here} queries")
     settings = load_encoder(MODEL).settings
     fp32, bf16 = ours(prepared, "fp32"), ours(prepared, "bf16")
-    theirs = peer(prepared, settings)
+    theirs = peer(prepared, settings, "fp32")
     print(
         f"nDCG@10: sentence-transformers {theirs:.4f}, mlflow_dr fp32 "
         f"{fp32.measures['ndcg@10']:.4f}, bf16 {bf16.measures['ndcg@10']:.4f}"
@@ -127,7 +129,8 @@ def main(dataset: str, split: str | None, passages: int, rounds: int) -> None:
     peers = "sentence-transformers fp32"
     taken = seconds_of(
         {
-            peers: lambda: peer(prepared, settings),
+            peers: lambda: peer(prepared, settings, "fp32"),
+            "sentence-transformers bf16": lambda: peer(prepared, settings, "bf16"),
             "mlflow_dr fp32, first checkpoint": lambda: ours(prepared, "fp32", forget=True),
             "mlflow_dr fp32, every later one": lambda: ours(prepared, "fp32"),
             "mlflow_dr bf16, every later one": lambda: ours(prepared, "bf16"),
