@@ -226,17 +226,18 @@ def onednn_linear(layer: Any, n_rows: int, *, has_gelu: bool = False) -> Callabl
     return forward
 
 
-def onednn_product(left: Tensor, right: Tensor) -> Tensor:
-    """torch: all dot products of rows, computed by oneDNN.
+def onednn_product(left: Tensor, right: Tensor, added: Tensor | None = None) -> Tensor:
+    """torch: all dot products of rows, computed by oneDNN; nothing has a gradient.
 
     Args:
-        left: `(n, dim)` on a processor.
+        left: `(..., n, dim)` on a processor.
         right: `(m, dim)`.
+        added: to each row of the result, `(m,)`.
 
     Returns:
-        `(n, m)`, of the same number format.
+        `(..., n, m)`, of the same number format.
     """
     import torch
 
-    product: Tensor = torch.ops.mkldnn._linear_pointwise(left, right, None, "none", [], "")
+    product: Tensor = torch.ops.mkldnn._linear_pointwise(left, right, added, "none", [], "")
     return product

@@ -1,19 +1,27 @@
-"""Linear layers computed by oneDNN, with weights in its own order.
+"""Linear layers computed by oneDNN.
 
 PyTorch multiplies fp32 matrices by MKL, which uses AVX512 on Intel's processors only; oneDNN uses
-it on all. An exact GELU behind a layer is computed with it.
+it on all. Encoding has copies of the weights in oneDNN's own order, and an exact GELU behind a
+layer is computed with it. Training takes the weights as they are.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from functools import partial
+from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 from torch.nn import functional
 
 from mlflow_dr import compat
+from mlflow_dr.devices import is_onednn_faster
+
+if TYPE_CHECKING:
+    from transformers import TrainingArguments
 
 
 class OneDnnLayers:
@@ -48,6 +56,59 @@ class OneDnnLayers:
         finally:  # the methods of their classes are found again
             for layer, _ in self._forwards:
                 layer.__dict__.pop("forward", None)
+
+
+@contextmanager
+def trained_by_onednn(model: nn.Module, arguments: TrainingArguments) -> Iterator[None]:
+    """Compute linear layers in fp32 by oneDNN, where that is faster; other formats as always.
+
+    Activations that are computed again in the backward pass need this, too, so it is meant for a
+    whole training.
+
+    Args:
+        model: the model that is trained.
+        arguments: say on which device, and whether torch compiles or shards the model.
+    """
+    is_plain = not arguments.torch_compile and not arguments.fsdp
+    is_used = is_plain and is_onednn_faster(arguments.device)
+    layers = [layer for layer in model.modules() if is_used and type(layer) is nn.Linear]
+    for layer in layers:
+        layer.forward = partial(_linear, layer)  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        for layer in layers:
+            layer.__dict__.pop("forward", None)
+
+
+def _linear(layer: nn.Linear, inputs: Tensor) -> Tensor:
+    is_fp32 = inputs.dtype == layer.weight.dtype == torch.float32
+    if not is_fp32 or torch.is_autocast_enabled(inputs.device.type):
+        return functional.linear(inputs, layer.weight, layer.bias)
+    outputs: Tensor = _Linear.apply(inputs, layer.weight, layer.bias)
+    return outputs
+
+
+class _Linear(torch.autograd.Function):
+    """`torch.nn.functional.linear` by oneDNN."""
+
+    @staticmethod
+    def forward(ctx: Any, inputs: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        ctx.save_for_backward(inputs, weight)
+        return compat.onednn_product(inputs, weight, bias)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        inputs, weight = ctx.saved_tensors
+        of_inputs, of_weight, of_bias = ctx.needs_input_grad
+        rows = gradient.flatten(0, -2)
+        product = compat.onednn_product
+        return (
+            product(gradient, weight.T) if of_inputs else None,
+            product(rows.T, inputs.flatten(0, -2).T) if of_weight else None,
+            rows.sum(dim=0) if of_bias else None,
+        )
 
 
 def _with_gelu(model: nn.Module) -> Iterator[tuple[nn.Module, nn.Module]]:

@@ -20,6 +20,7 @@ from transformers.trainer_utils import get_last_checkpoint
 
 from mlflow_dr.devices import resolve_device, resolve_dtype
 from mlflow_dr.encoder.model import positions
+from mlflow_dr.encoder.onednn import trained_by_onednn
 from mlflow_dr.errors import CheckpointError, MlflowDrError, TrainingError, UsageError, one_line
 from mlflow_dr.reader.batches import ReaderCollator, ReaderTrainingSet, by_question
 from mlflow_dr.reader.config import ReaderTrainConfig
@@ -80,6 +81,12 @@ class ReaderTrainer(Trainer):
         super().__init__(**options)
         self.remove_callback(PrinterCallback)
         self._tokens = self._computed = 0
+
+    def train(self, *arguments: Any, **options: Any) -> Any:
+        """Train as Trainer does; linear layers are computed by oneDNN where that is faster."""
+        assert self.model is not None
+        with trained_by_onednn(self.model, self.args):
+            return super().train(*arguments, **options)
 
     @property
     def real_tokens(self) -> float:

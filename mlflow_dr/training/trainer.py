@@ -28,6 +28,7 @@ from transformers.trainer_utils import rotate_checkpoints
 
 from mlflow_dr import compat
 from mlflow_dr.encoder.model import Encoder
+from mlflow_dr.encoder.onednn import trained_by_onednn
 from mlflow_dr.encoder.saving import restore_encoder, save_encoder
 from mlflow_dr.errors import CheckpointError, MlflowDrError, TrainingError, one_line
 from mlflow_dr.files import grant_umask_modes, is_full
@@ -159,6 +160,11 @@ class RetrieverTrainer(Trainer):
         self._trust_remote_code = parts.trust_remote_code
         self.resumed_progress: dict[str, float] | None = None
         self._supply = parts.supply
+
+    def train(self, *arguments: Any, **options: Any) -> Any:
+        """Train as Trainer does; linear layers are computed by oneDNN where that is faster."""
+        with trained_by_onednn(self._encoder, self.args):
+            return super().train(*arguments, **options)
 
     def get_train_dataloader(self) -> DataLoader[Any]:
         """Trainer's data loader, with a random generator of its own to seed its workers.

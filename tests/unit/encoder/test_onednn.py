@@ -1,20 +1,30 @@
 """Linear layers computed by oneDNN give what PyTorch's give."""
 
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from torch import nn
-from transformers import BertConfig, BertModel, DistilBertConfig, DistilBertModel
+from transformers import (
+    BertConfig,
+    BertModel,
+    DistilBertConfig,
+    DistilBertModel,
+    TrainingArguments,
+)
 
+from mlflow_dr import compat
+from mlflow_dr.encoder import onednn
 from mlflow_dr.encoder.config import EncoderConfig
 from mlflow_dr.encoder.model import Encoder
-from mlflow_dr.encoder.onednn import OneDnnLayers
+from mlflow_dr.encoder.onednn import OneDnnLayers, trained_by_onednn
 from mlflow_dr.retrieval import encode
 from mlflow_dr.retrieval.encode import encode_batches
 from mlflow_dr.stores.token_table import TokenTable, token_table
+from mlflow_dr.training.encoder_setup import set_dropout
 
 pytestmark = pytest.mark.skipif(
     not torch.backends.mkldnn.is_available(), reason="this build of PyTorch has no oneDNN"
@@ -156,3 +166,73 @@ def test_a_backbone_with_other_vectors_is_encoded_without_and_it_is_said(
     torch.testing.assert_close(found, expected, rtol=0, atol=1e-6)
     (message,) = [record.message for record in caplog.records]
     assert message.startswith("Odd is encoded without oneDNN, which is slower (vectors differ")
+
+
+def gradients(model: BertModel, ids: torch.Tensor) -> dict[str, torch.Tensor]:
+    model.zero_grad()
+    model(ids).last_hidden_state.square().mean().backward()
+    return {
+        name: weight.grad.clone()
+        for name, weight in model.named_parameters()
+        if weight.grad is not None
+    }
+
+
+def arguments(folder: Path, **flags: Any) -> TrainingArguments:
+    return TrainingArguments(output_dir=str(folder), use_cpu=True, report_to="none", **flags)
+
+
+@pytest.mark.parametrize("recomputes", [True, False])
+@pytest.mark.parametrize("frozen", ["", "weight", "bias"])
+def test_gradients_are_the_same(
+    recomputes: bool, frozen: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, ids = bert().train(), torch.arange(60).reshape(3, 20)
+    set_dropout(model, 0.0)
+    if recomputes:
+        model.activation_checkpointing_enable({"use_reentrant": False})
+    for name, weight in model.named_parameters():
+        weight.requires_grad_(not frozen or not name.endswith(frozen))
+    expected = gradients(model, ids)
+    products: list[int] = []
+    product = compat.onednn_product
+    monkeypatch.setattr(onednn, "is_onednn_faster", lambda device: True)
+    monkeypatch.setattr(
+        compat, "onednn_product", lambda *args: (products.append(1), product(*args))[1]
+    )
+    with trained_by_onednn(model, arguments(tmp_path)):
+        found = gradients(model, ids)
+    assert products
+    assert found.keys() == expected.keys()
+    for name, gradient in expected.items():
+        torch.testing.assert_close(found[name], gradient, rtol=1e-4, atol=1e-6)
+    assert not any("forward" in vars(module) for module in model.modules())
+
+
+@pytest.mark.parametrize("case", ["slower", "compiled", "autocast", "fp64"])
+def test_other_trainings_are_as_always(
+    case: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(onednn, "is_onednn_faster", lambda device: case != "slower")
+    monkeypatch.setattr(compat, "onednn_product", lambda *args: pytest.fail("oneDNN was used"))
+    model = bert().train()
+    model = model.double() if case == "fp64" else model
+    flags = {"torch_compile": True} if case == "compiled" else {}
+    with (
+        trained_by_onednn(model, arguments(tmp_path, **flags)),
+        torch.autocast("cpu", torch.bfloat16, enabled=case == "autocast"),
+    ):
+        gradients(model, torch.arange(20)[None])
+
+
+def test_a_layer_without_bias_and_one_row_is_trained(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(onednn, "is_onednn_faster", lambda device: True)
+    layer = nn.Linear(4, 3, bias=False)
+    inputs = torch.randn(1, 4, requires_grad=True)
+    with trained_by_onednn(nn.Sequential(layer), arguments(tmp_path)):
+        layer(inputs).sum().backward()
+    assert inputs.grad is not None and layer.weight.grad is not None
+    torch.testing.assert_close(inputs.grad, layer.weight.sum(dim=0)[None])
+    torch.testing.assert_close(layer.weight.grad, inputs.detach().expand(3, 4))
