@@ -104,6 +104,9 @@ def unknown_flag(word: str, known: Iterable[str]) -> str:
     return f"unknown {kind} {name}{hint} {HELP}"
 
 
+FILES_WITH_FLAGS = ("arguments.py", "gc_dpr.py")
+
+
 @cache
 def known_flags() -> frozenset[str]:
     """Every spelling of every training flag; empty if transformers' source is not found."""
@@ -113,7 +116,8 @@ def known_flags() -> frozenset[str]:
     if not theirs or not theirs[0].is_file():
         return frozenset()
     names = set(PARSER_FLAGS)
-    for file in (theirs[0], Path(__file__).with_name("arguments.py")):
+    ours = [Path(__file__).with_name(file) for file in FILES_WITH_FLAGS]
+    for file in (theirs[0], *ours):
         for kind in ast.parse(file.read_text(encoding="utf-8")).body:
             for line in kind.body if isinstance(kind, ast.ClassDef) else ():
                 match line:
