@@ -180,7 +180,8 @@ def _checked_training(
     trainer, output = request.trainer, request.output
     resumption = resume.find_resumption(output, trainer.resume_from_checkpoint)
     if resumption is None:
-        check_encoder(request)
+        model = request.model
+        check_encoder(model.model_name_or_path, request.publish.tracking_uri, model.cache_dir)
     with resume.claimed_output(output, resumption, request.saves, trainer.overwrite_output_dir):
         pass
     return request, validated, resumption.run_id if resumption else None

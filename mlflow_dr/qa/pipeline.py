@@ -30,6 +30,7 @@ from mlflow_dr.tracking.results import TIMINGS
 from mlflow_dr.tracking.runs import TrackedRun, is_over, open_run
 from mlflow_dr.tracking.status import curves_hint
 from mlflow_dr.tracking.validations import recorded_values
+from mlflow_dr.training.encoder_setup import check_encoder
 from mlflow_dr.validation.config import RunConfig
 from mlflow_dr.vectors.config import EncodeConfig, SearchConfig
 from mlflow_dr.vectors.encoding import encode
@@ -80,6 +81,8 @@ def answer_questions(config: QaConfig, training: Sequence[str] = ()) -> Path:
     settings = {part: {name: values[name] for name in names} for part, names in SETTINGS.items()}
     settings["retriever"]["training"] = shlex.join(training)
     parts = FinishedParts(folder, settings, config.force)
+    if "retriever" not in parts:
+        check_encoder(config.model, config.tracking_uri)
     usual = dated_name(config.dataset, "qa", config.model)
     run = open_run(connect(config.tracking_uri), config.experiment_name, default_name=usual)
     log.info("run %s (%s); all files are written to %s", run.id, run.name, folder)

@@ -85,19 +85,21 @@ def build_encoder(request: TrainingRequest, data: TrainingData, start: str) -> E
     return encoder
 
 
-def check_encoder(request: TrainingRequest) -> None:
-    """Fetch the encoder to begin with; refuse one that does not exist.
+def check_encoder(name: str, tracking_uri: str | None = None, cache_dir: str | None = None) -> None:
+    """Refuse an encoder to begin with that does not exist; one of the hub is fetched.
+
+    Args:
+        name: as `--model` takes it.
+        tracking_uri: the server of `models:/`; the environment's when None.
+        cache_dir: the folder for files from the hub; Hugging Face's own cache when None.
 
     Raises:
         UsageError: there is no such encoder.
         TrackingError: there is no such checkpoint, or no server.
     """
-    model = request.model
-    if model.model_name_or_path == TINY:
-        return
-    source = resolve_encoder(model.model_name_or_path, request.publish.tracking_uri)
-    if isinstance(source, str):
-        encoder_directory(source, model.cache_dir)
+    source = resolve_encoder(name, tracking_uri)
+    if isinstance(source, str) and source != TINY:
+        encoder_directory(source, cache_dir)
 
 
 def _add_adapters(encoder: Encoder, model: ModelArguments) -> None:

@@ -5,6 +5,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from mlflow import MlflowClient
 
 from mlflow_dr.collection.beir import BeirFolder
 from mlflow_dr.collection.catalogue import open_collection
@@ -12,6 +13,7 @@ from mlflow_dr.collection.demo import Pair, _write_pairs, write_questions
 from mlflow_dr.config import ConfigError
 from mlflow_dr.errors import MlflowDrError, UsageError
 from mlflow_dr.qa.config import QaConfig
+from mlflow_dr.qa.pipeline import answer_questions
 from mlflow_dr.qa.questions import prepare_questions
 
 TEXTS = {"p1": "The gull is white.", "p2": "The tug is red.", "p3": "A gull can fly."}
@@ -129,3 +131,21 @@ def test_the_demo_has_the_first_term_of_a_passage_as_the_answer(tmp_path: Path) 
     write_questions(tmp_path / "qa", BeirFolder(tmp_path / "whole"))
     queries = [json.loads(q) for q in (tmp_path / "qa" / "queries.jsonl").read_text().splitlines()]
     assert [query["answers"] for query in queries] == [["axis"], ["size"]]
+
+
+def test_a_model_that_does_not_exist_is_refused_before_there_is_a_run(
+    asked: Path, tmp_path: Path, client: MlflowClient
+) -> None:
+    model, output = str(tmp_path / "nowhere"), tmp_path / "out"
+    name = f"questions-{tmp_path.name}"
+    config = QaConfig(
+        dataset=str(asked),
+        model=model,
+        output=output,
+        tracking_uri=client.tracking_uri,
+        experiment_name=name,
+    )
+    with pytest.raises(UsageError, match="nowhere: not a directory"):
+        answer_questions(config, [])
+    assert client.get_experiment_by_name(name) is None
+    assert not output.exists()
