@@ -15,7 +15,11 @@ from mlflow_dr.validation.evaluate_config import EvaluateConfig
 
 SEA = Path(__file__).parents[2] / "examples/sea"
 
-train = pytest.importorskip("ray.train")
+
+@pytest.fixture
+def train() -> Any:
+    """Ray Train; not imported where no test of it runs."""
+    return pytest.importorskip("ray.train")
 
 
 @pytest.fixture
@@ -24,7 +28,7 @@ def directory(make_tiny: Callable[..., Encoder], tmp_path: Path) -> Path:
     return tmp_path / "encoder"
 
 
-def test_ray_train_gets_what_evaluate_measures(directory: Path) -> None:
+def test_ray_train_gets_what_evaluate_measures(directory: Path, train: Any) -> None:
     settings: dict[str, Any] = {"dataset": str(SEA), "measures": "mrr@10 ndcg@10", "device": "cpu"}
     config = train.ValidationConfig(
         fn=validation_fn, task_config=train.ValidationTaskConfig(fn_kwargs=settings)
@@ -37,7 +41,7 @@ def test_ray_train_gets_what_evaluate_measures(directory: Path) -> None:
     assert sorted(values) == ["mrr_at_10", "ndcg_at_10"]
 
 
-def test_a_setting_that_does_not_exist_is_refused(directory: Path) -> None:
+def test_a_setting_that_does_not_exist_is_refused(directory: Path, train: Any) -> None:
     checkpoint = train.Checkpoint.from_directory(str(directory))
     with pytest.raises(UsageError, match="no key 'datset'"):
         validation_fn(checkpoint, datset="demo")
