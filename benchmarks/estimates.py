@@ -199,7 +199,8 @@ def vectors(arguments: argparse.Namespace) -> tuple[Judged, list[Path]]:
     run = resolve_run(connect(None), arguments.run_id)
     collection = open_collection(arguments.dataset)
     corpus, topics = collection.corpus(), collection.topics(arguments.split)
-    chosen = np.random.default_rng(7).permutation(len(topics.queries))[: arguments.queries]
+    order = np.random.default_rng(7).permutation(len(topics.queries))
+    chosen = order[arguments.skip : arguments.skip + arguments.queries]
     queries = [topics.queries[index] for index in sorted(chosen)]
     pairs = [
         [
@@ -221,7 +222,8 @@ def vectors(arguments: argparse.Namespace) -> tuple[Judged, list[Path]]:
     for checkpoint in sorted(run_checkpoints(run), key=lambda each: each.step):
         if not checkpoint.ready or not checkpoint.step:
             continue
-        name = f"{run.id[:8]}-{Path(collection.name).name}-{len(queries)}-{checkpoint.step:08}.npz"
+        of = f"{Path(collection.name).name}-{arguments.skip}-{len(queries)}"
+        name = f"{run.id[:8]}-{of}-{checkpoint.step:08}.npz"
         files.append(arguments.vectors / name)
         if not files[-1].exists():
             encoder = load_checkpoint(checkpoint, {}).eval()
@@ -387,6 +389,7 @@ def main() -> None:
     parser.add_argument("--dataset", required=True)
     parser.add_argument("--split", default="test")
     parser.add_argument("--queries", type=int, default=500)
+    parser.add_argument("--skip", type=int, default=0, help="other queries: those after so many")
     parser.add_argument("--share", type=float, default=10.0, help="of the corpus, in percent")
     parser.add_argument("--target-error", type=float, help="chooses the share instead of --share")
     parser.add_argument("--tops", type=int, default=0, help="of the first checkpoint, by query")

@@ -3,7 +3,7 @@
 An estimate's error is much the same at all checkpoints of a run: they share the sample and the
 queries (a difference estimator; Cochran, Sampling Techniques, 1977). But it also has a part of its
 own at each checkpoint, which would be wrong to take off the others. So only that share of the mean
-error is taken off by which its square exceeds what chance alone would give (Efron and Morris,
+error is taken off by which its square exceeds what that part alone would give (Efron and Morris,
 Data Analysis Using Stein's Estimator, Journal of the American Statistical Association 1975). That
 does not change the order of checkpoints.
 """
@@ -19,6 +19,7 @@ from mlflow_dr.retrieval.estimate import NORMAL_95
 from mlflow_dr.tracking.checkpoints import Checkpoint
 from mlflow_dr.tracking.validations import Metric, metric_points
 
+OWN_PART = 1 / 3  # of an error's variance; on twelve curves it is 0.27 on average, 0.08 to 0.69
 SAME_DATA = ("corpus", "topics", "split", "keep_own_id")
 FULL_CORPUS = "full"
 
@@ -54,8 +55,8 @@ def shared_error(errors: Sequence[float], half_widths: Sequence[float]) -> float
         half_widths: from each of these estimates to the end of its 95 % interval.
     """
     mean = float(np.mean(errors))
-    by_chance = float(np.mean(np.square(half_widths))) / NORMAL_95**2 / len(errors)
-    return mean * mean**2 / (mean**2 + by_chance) if mean else 0.0
+    own = OWN_PART * float(np.mean(np.square(half_widths))) / NORMAL_95**2 / len(errors)
+    return mean * mean**2 / (mean**2 + own) if mean else 0.0
 
 
 def find_correction(
