@@ -8,6 +8,7 @@ from uuid import uuid4
 import mlflow
 import pytest
 from mlflow import MlflowClient
+from mlflow.tracking import fluent
 
 from mlflow_dr.tracking.artifacts import log_per_query_values
 from mlflow_dr.tracking.checkpoints import Checkpoint, publish, run_checkpoints
@@ -41,7 +42,9 @@ def experiment_name(client: MlflowClient, experiment: str) -> str:
 
 
 @pytest.fixture
-def run(client: MlflowClient, experiment: str) -> TrackedRun:
+def run(client: MlflowClient, experiment: str, monkeypatch: pytest.MonkeyPatch) -> TrackedRun:
+    # a test elsewhere may have left an experiment active, and MLflow refuses runs of others then
+    monkeypatch.setattr(fluent, "_active_experiment_id", None)
     # MLflow's own names repeat where a test has set the random seed
     return TrackedRun(client, client.create_run(experiment, run_name=f"run-{uuid4()}"))
 
