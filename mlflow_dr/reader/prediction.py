@@ -5,13 +5,15 @@ from __future__ import annotations
 import json
 import logging
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 
-from mlflow_dr.devices import resolve_device, resolve_dtype, torch_dtype
+from mlflow_dr.devices import is_onednn_faster, resolve_device, resolve_dtype, torch_dtype
+from mlflow_dr.encoder.onednn import OneDnnLayers
 from mlflow_dr.errors import CheckpointError, UsageError
 from mlflow_dr.files import atomic_write
 from mlflow_dr.progress import progress_bar
@@ -23,6 +25,7 @@ from mlflow_dr.reader.scoring import exact_match, f1
 from mlflow_dr.reader.sequences import SequenceBuilder
 from mlflow_dr.reader.spans import best_passages, best_span, whole_words
 from mlflow_dr.reader.training import check_length
+from mlflow_dr.retrieval.encode import TOKENS_PER_BATCH
 from mlflow_dr.retrieval.measures import Measure, mean_values
 from mlflow_dr.training.batches import padded
 
@@ -227,7 +230,10 @@ def find_answers(
         config.max_answer_length,
     )
     found = []
-    with progress_bar(len(data), "reading", "questions") as bar:
+    layers: AbstractContextManager[None] = nullcontext()
+    if is_onednn_faster(device):
+        layers = OneDnnLayers(reader.backbone, TOKENS_PER_BATCH[device.type]).used()
+    with layers, progress_bar(len(data), "reading", "questions") as bar:
         for answers in predictor.predict(data):
             found.append(answers)
             bar.update(1)
