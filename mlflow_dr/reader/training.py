@@ -10,10 +10,10 @@ import sys
 from collections.abc import Mapping
 from contextlib import ExitStack
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import Trainer, TrainingArguments, set_seed
 from transformers.trainer_callback import PrinterCallback
 from transformers.trainer_utils import get_last_checkpoint
@@ -84,8 +84,7 @@ class ReaderTrainer(Trainer):
 
     def train(self, *arguments: Any, **options: Any) -> Any:
         """Train as Trainer does; linear layers are computed by oneDNN where that is faster."""
-        assert self.model is not None
-        with trained_by_onednn(self.model, self.args):
+        with trained_by_onednn(cast("nn.Module", self.model), self.args):
             return super().train(*arguments, **options)
 
     @property
