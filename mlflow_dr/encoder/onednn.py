@@ -7,8 +7,8 @@ layer is computed with it. Training takes the weights as they are.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -46,20 +46,14 @@ class OneDnnLayers:
                 if activation is not None:
                     self._forwards.append((activation, _unchanged))
 
-    @contextmanager
-    def used(self) -> Iterator[None]:
+    def used(self) -> AbstractContextManager[None]:
         """Compute these layers by oneDNN."""
-        for layer, forward in self._forwards:
-            layer.forward = forward
-        try:
-            yield
-        finally:  # the methods of their classes are found again
-            for layer, _ in self._forwards:
-                layer.__dict__.pop("forward", None)
+        return _computing(self._forwards)
 
 
-@contextmanager
-def trained_by_onednn(model: nn.Module, arguments: TrainingArguments) -> Iterator[None]:
+def trained_by_onednn(
+    model: nn.Module, arguments: TrainingArguments
+) -> AbstractContextManager[None]:
     """Compute linear layers in fp32 by oneDNN, where that is faster; other formats as always.
 
     Activations that are computed again in the backward pass need this, too, so it is meant for a
@@ -72,13 +66,19 @@ def trained_by_onednn(model: nn.Module, arguments: TrainingArguments) -> Iterato
     is_plain = not arguments.torch_compile and not arguments.fsdp
     is_used = is_plain and is_onednn_faster(arguments.device)
     layers = [layer for layer in model.modules() if is_used and type(layer) is nn.Linear]
-    for layer in layers:
-        layer.forward = partial(_linear, layer)  # type: ignore[method-assign]
+    return _computing([(layer, partial(_linear, layer)) for layer in layers])
+
+
+@contextmanager
+def _computing(forwards: Sequence[tuple[nn.Module, Callable[..., Tensor]]]) -> Iterator[None]:
+    """Compute modules by other functions than the methods of their classes."""
+    for module, forward in forwards:
+        module.forward = forward
     try:
         yield
-    finally:
-        for layer in layers:
-            layer.__dict__.pop("forward", None)
+    finally:  # the methods of their classes are found again
+        for module, _ in forwards:
+            module.__dict__.pop("forward", None)
 
 
 def _linear(layer: nn.Linear, inputs: Tensor) -> Tensor:
