@@ -9,12 +9,14 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import wraps
 from typing import Any
 
 import mlflow
+import requests
 from mlflow import MlflowClient
 from mlflow.entities import LoggedModel, LoggedModelStatus, Run
-from mlflow.exceptions import MlflowException
+from mlflow.exceptions import MlflowException, RestException
 from mlflow.tracking._tracking_service.client import TrackingServiceClient
 
 from mlflow_dr import compat
@@ -29,11 +31,22 @@ FORBIDDEN = 403
 PASSING = {408, 429, 499}  # timeout, too many requests: another try may succeed
 DENIED = "PERMISSION_DENIED"
 NOBODY = "Connection refused"
+NO_ANSWER = (
+    *(requests.exceptions.ConnectionError, requests.exceptions.Timeout),
+    requests.exceptions.RetryError,  # 429 or 5xx again and again
+)
 RETRIES = "MLFLOW_HTTP_REQUEST_MAX_RETRIES"
 FEW_RETRIES = "2"
 SECONDS_TO_CONNECT = 2.0
 FEWEST_TRIES = 2  # one late answer does not mean that the server is away
 SECONDS_BETWEEN_TRIES = 0.1  # twice as long each time
+BROKEN_ANSWERS = 4  # of one request in a row
+REPEATABLE = (  # requests that may reach the server twice
+    *("get_run", "get_metric_history", "get_experiment_by_name", "get_logged_model"),
+    *("search_experiments", "search_runs", "search_logged_models"),
+    *("log_batch", "log_param", "log_inputs", "set_tag", "set_logged_model_tags"),
+    *("update_run", "set_terminated"),
+)
 AT_ONCE = {"MLFLOW_HTTP_REQUEST_TIMEOUT": "10", RETRIES: "0"}
 SQLITE = "sqlite:///"
 LONGEST_REASON = 300  # characters of a message of MLflow or a driver
@@ -113,10 +126,14 @@ def connect(uri: str | None = None, may_create: bool = True) -> MlflowClient:
 
 
 class _TrackingClient(TrackingServiceClient):
-    """MLflow's client below `MlflowClient`, with a check that an answer is about what was asked.
+    """MLflow's client below `MlflowClient`, which does not trust the server's answers.
 
     MLflow takes an empty answer with status 200 for a run or a model without an id and without an
-    artifact location. Artifacts would then go into the working directory.
+    artifact location. Artifacts would then go into the working directory. So answers are checked
+    to be about what was asked.
+
+    MLflow repeats a request that gets no answer, or one with status 429 or 5xx. It does not if the
+    answer breaks off or makes no sense. Then this client repeats those of REPEATABLE.
     """
 
     def create_run(self, *args: Any, **kwargs: Any) -> Run:
@@ -143,6 +160,34 @@ class _TrackingClient(TrackingServiceClient):
         model = super().finalize_logged_model(model_id, status)
         _check_answer((model.model_id, model.status) == (model_id, status))
         return model
+
+
+def _repeated(request: Callable[..., Any]) -> Callable[..., Any]:
+    """A method of `_TrackingClient` that is called again after a broken answer."""
+
+    @wraps(request)
+    def repeating(client: TrackingServiceClient, *args: Any, **kwargs: Any) -> Any:
+        for tries in range(1, BROKEN_ANSWERS):
+            try:
+                return request(client, *args, **kwargs)
+            except Exception as error:
+                if not (is_server(client.tracking_uri) and _is_broken_answer(error)):
+                    raise
+            time.sleep(2 ** (tries - 1) * SECONDS_BETWEEN_TRIES)
+        return request(client, *args, **kwargs)
+
+    return repeating
+
+
+for _name in REPEATABLE:
+    setattr(_TrackingClient, _name, _repeated(getattr(_TrackingClient, _name)))
+
+
+def _is_broken_answer(error: Exception) -> bool:
+    """Whether the server answered, and neither as MLflow does nor with a refusal."""
+    if isinstance(error, RestException) or not is_transient(error):
+        return False
+    return not any(isinstance(cause, NO_ANSWER) for cause in _chain(error))
 
 
 def _check_answer(is_expected: object) -> None:
