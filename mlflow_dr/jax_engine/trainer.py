@@ -33,7 +33,7 @@ from mlflow_dr.jax_engine.devices import (
 from mlflow_dr.jax_engine.encoder import weights_of
 from mlflow_dr.jax_engine.memory import StepMemory, larger_than_memory
 from mlflow_dr.jax_engine.step import Step, StepConfig
-from mlflow_dr.training.batches import PASSAGE, QUERY
+from mlflow_dr.training.batches import PASSAGE, QUERY, QUERY_IDS
 from mlflow_dr.training.trainer import RetrieverTrainer, TrainerParts
 
 if TYPE_CHECKING:
@@ -141,7 +141,7 @@ class JaxTrainer(RetrieverTrainer):
             raise self._failed(error, batch) from error
         state.n_batches += 1
         result = torch.tensor(value)
-        self._check(result, inputs)
+        self.losses.note(result, self.state.global_step + 1, inputs[QUERY_IDS])
         return result / n_batches
 
     def _passage_length(self, inputs: Mapping[str, Any]) -> int:

@@ -43,6 +43,7 @@ from mlflow_dr.training.data_metrics import DataMetrics, Supply
 from mlflow_dr.training.disk_use import DiskUse
 from mlflow_dr.training.encoder_setup import build_encoder, collator_of, mixed_training_set
 from mlflow_dr.training.flags import MERGED, TORCH
+from mlflow_dr.training.loss_check import LossCheck
 from mlflow_dr.training.missed_checkpoints import publish_missed_checkpoints
 from mlflow_dr.training.process import leave_group, stop_on_signals, use_one_gpu
 from mlflow_dr.training.publishing import (
@@ -251,7 +252,12 @@ def _train(
         published, last_step = _resumed_run(run, resumption) if run and resumption else ({}, None)
         publisher = Publisher(run, source, published, keep_in=request.output, on_refused=stop.ask)
         callbacks: list[TrainerCallback] = []
-        supply, initial = Supply(), request.publish.publish_initial
+        supply, losses, initial = Supply(), LossCheck(), request.publish.publish_initial
+
+        def publish(step: int) -> bool:
+            losses.check()
+            return publisher.publish(step)
+
         if run is not None:
             ending.enter_context(_closing(publisher, request, stop))
             if resumption is not None and (begin := resumption.checkpoint) is not None:
@@ -260,7 +266,7 @@ def _train(
             callbacks.append(_metric_callback(run, DataMetrics(supply, sampler), last_step))
             callbacks.append(DiskUse(run, source.bytes, schedule, initial))
             ending.callback(StopWatcher(run, stop.ask).close)
-        callbacks += [ScheduledPublishing(publisher.publish, schedule, initial), stop]
+        callbacks += [ScheduledPublishing(publish, schedule, initial), stop]
         ending.enter_context(_library_errors())
         parts = TrainerParts(
             encoder,
@@ -273,6 +279,7 @@ def _train(
             run.id if run else "",
             request.model.trust_remote_code,
             supply,
+            losses,
         )
         trainer = kind(parts)
         ending.enter_context(stop_on_signals(stop, says=run is not None))

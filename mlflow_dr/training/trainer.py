@@ -30,7 +30,7 @@ from mlflow_dr import compat
 from mlflow_dr.encoder.model import Encoder
 from mlflow_dr.encoder.onednn import trained_by_onednn
 from mlflow_dr.encoder.saving import restore_encoder, save_encoder
-from mlflow_dr.errors import CheckpointError, MlflowDrError, TrainingError, one_line
+from mlflow_dr.errors import CheckpointError, MlflowDrError, one_line
 from mlflow_dr.files import grant_umask_modes, is_full
 from mlflow_dr.retrieval.encode import plan_batches
 from mlflow_dr.training.batches import (
@@ -46,12 +46,12 @@ from mlflow_dr.training.batches import (
 from mlflow_dr.training.data_metrics import Supply
 from mlflow_dr.training.grad_cache import cached_vectors
 from mlflow_dr.training.loss import Objective
+from mlflow_dr.training.loss_check import LossCheck
 from mlflow_dr.training.resume import mark_complete
 
 log = logging.getLogger(__name__)
 
 PROGRESS_FILE = "mlflow_dr_progress.json"
-IDS_SHOWN = 8
 # a CPU is as fast with small batches, and they have less padding
 TOKENS_PER_BATCH = 2048
 
@@ -119,6 +119,7 @@ class TrainerParts:
         run_id: the MLflow run, noted in checkpoints to resume from.
         trust_remote_code: whether code in a checkpoint may run when training resumes from it.
         supply: counts the batches that the data loader gives.
+        losses: checks losses.
     """
 
     encoder: Encoder
@@ -131,6 +132,7 @@ class TrainerParts:
     run_id: str = ""
     trust_remote_code: bool = False
     supply: Supply = field(default_factory=Supply)
+    losses: LossCheck = field(default_factory=LossCheck)
 
 
 class RetrieverTrainer(Trainer):
@@ -140,7 +142,7 @@ class RetrieverTrainer(Trainer):
         arguments = parts.arguments
         arguments.remove_unused_columns = False
         arguments.disable_tqdm = arguments.disable_tqdm or not sys.stderr.isatty()
-        arguments.logging_nan_inf_filter = False  # `_check` does it
+        arguments.logging_nan_inf_filter = False  # `LossCheck` does it
         if arguments.ddp_find_unused_parameters is None:
             arguments.ddp_find_unused_parameters = False
         if arguments.ddp_broadcast_buffers is None:
@@ -160,6 +162,7 @@ class RetrieverTrainer(Trainer):
         self._trust_remote_code = parts.trust_remote_code
         self.resumed_progress: dict[str, float] | None = None
         self._supply = parts.supply
+        self.losses = parts.losses
 
     def train(self, *arguments: Any, **options: Any) -> Any:
         """Train as Trainer does; linear layers are computed by oneDNN where that is faster."""
@@ -206,22 +209,8 @@ class RetrieverTrainer(Trainer):
         loss = self._objective(
             vectors[QUERY], vectors[PASSAGE], inputs.get("keys"), inputs.get("teacher")
         )
-        self._check(loss, inputs)
+        self.losses.note(loss, self.state.global_step + 1, inputs.get(QUERY_IDS, []))
         return (loss, vectors) if return_outputs else loss
-
-    def _check(self, loss: Tensor, inputs: Mapping[str, Any]) -> None:
-        """Stop in all processes, if the loss of one is not a finite number."""
-        broken = (~torch.isfinite(loss.detach())).any().float()
-        if self.args.world_size > 1:
-            distributed.all_reduce(broken, distributed.ReduceOp.MAX)
-        if not bool(broken):
-            return
-        ids = ", ".join(map(repr, inputs.get(QUERY_IDS, [])[:IDS_SHOWN]))
-        raise TrainingError(
-            f"the loss of step {self.state.global_step + 1} is {loss.item()} (queries {ids}, ...); "
-            "try a lower --learning_rate or --max_grad_norm, or bf16 instead of fp16; published "
-            "checkpoints are kept"
-        )
 
     def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
         """Write the encoder into Trainer's checkpoint."""
@@ -268,6 +257,7 @@ class RetrieverTrainer(Trainer):
 
         If the disk is full, this checkpoint is lost and training goes on.
         """
+        self.losses.check()
         directory = Path(str(self.args.output_dir)) / f"checkpoint-{self.state.global_step}"
         main = self.args.should_save
         if main:
@@ -328,6 +318,7 @@ class RetrieverTrainer(Trainer):
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Log as Trainer does; the mean loss at the end is that of all steps, resumed or not."""
+        self.losses.check()
         if "train_loss" in logs and self.state.global_step:
             logs["train_loss"] = compat.loss_progress(self)[1] / self.state.global_step
         super().log(logs, start_time)

@@ -24,6 +24,7 @@ from mlflow_dr.training.callbacks import StopCallback
 from mlflow_dr.training.data import Mixture
 from mlflow_dr.training.encoder_setup import collator_of
 from mlflow_dr.training.loss import Objective
+from mlflow_dr.training.loss_check import LossCheck
 from mlflow_dr.training.resume import begin_output, find_resumption
 from mlflow_dr.training.trainer import RetrieverTrainer
 
@@ -421,6 +422,35 @@ def test_a_nan_loss_stops_with_its_step_and_queries(
     for name in watched[2]:
         assert repr(name) in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("settings", "found_at"),
+    [
+        ({"logging_steps": 4}, 4),
+        ({"logging_steps": 10, "save_strategy": "steps", "save_steps": 5}, 5),
+        ({"logging_steps": 10, "max_steps": 7}, 7),
+    ],
+)
+def test_losses_are_checked_together_where_one_is_logged_or_saved(
+    make_small: Make, make_trainer: Make, tmp_path: Path, settings: dict[str, Any], found_at: int
+) -> None:
+    """As on a GPU, which would be waited for at each check."""
+
+    class Broken(TrainerCallback):
+        def on_step_end(self, args: Any, state: Any, control: Any, **options: Any) -> None:
+            steps.append(state.global_step)
+            if state.global_step == 2:
+                next(encoder.parameters()).data.fill_(float("nan"))
+
+    encoder: Encoder = make_small()
+    steps: list[int] = []
+    trainer = make_trainer(encoder, callbacks=[Broken()], **{"max_steps": 12, **settings})
+    trainer.losses = LossCheck(1000)
+    with pytest.raises(TrainingError, match=r"the loss of step 3 is nan \(queries"):
+        trainer.train()
+    assert steps == list(range(1, found_at + 1))
+    assert not any(tmp_path.glob("checkpoint-*"))
 
 
 def test_a_checkpoint_has_the_losses_since_the_last_log(
