@@ -1,3 +1,4 @@
+import json
 import socket
 import threading
 import time
@@ -13,6 +14,7 @@ from mlflow.protos.databricks_pb2 import INTERNAL_ERROR, PERMISSION_DENIED
 
 from mlflow_dr.errors import ForbiddenError, TrackingError
 from mlflow_dr.tracking.client import connect, server_responds, tracking_errors, tracking_uri
+from mlflow_dr.tracking.runs import TrackedRun
 
 
 @pytest.fixture(autouse=True)
@@ -179,3 +181,54 @@ def test_a_late_first_answer_is_requested_again(
 ) -> None:
     monkeypatch.setattr("mlflow_dr.tracking.client.SECONDS_TO_CONNECT", 0.0)
     assert server_responds(connect(server_with_answers([b"", NOTHING_THERE])))
+
+
+CUT = b"HTTP/1.0 200 OK\r\nContent-Length: 100\r\n\r\n{"
+HALF = b'HTTP/1.0 200 OK\r\n\r\n{"run": {'
+REFUSED = (
+    b"HTTP/1.0 404 Not Found\r\nContent-Type: application/json\r\n\r\n"
+    b'{"error_code": "RESOURCE_DOES_NOT_EXIST", "message": "no such run"}'
+)
+
+
+def run_answer(run_id: str) -> bytes:
+    run = {"run": {"info": {"run_id": run_id, "experiment_id": "0", "status": "RUNNING"}}}
+    return b"HTTP/1.0 200 OK\r\n\r\n" + json.dumps(run).encode()
+
+
+@pytest.mark.parametrize("broken", [CUT, HALF, PAGE, NOTHING_THERE])
+def test_a_request_whose_answer_breaks_off_or_makes_no_sense_is_repeated(
+    broken: bytes, server_with_answers: Callable[[list[bytes]], str]
+) -> None:
+    run_id = "a" * 32
+    client = connect(server_with_answers([NOTHING_THERE, broken, broken, run_answer(run_id)]))
+    run = TrackedRun(client, client.get_run(run_id))
+    assert run.fetch().info.run_id == run_id
+
+
+@pytest.mark.parametrize("answers", [[PAGE, PAGE, NOTHING_THERE], [CUT, NOTHING_THERE]])
+def test_a_tag_is_set_again_after_a_broken_answer(
+    answers: list[bytes], server_with_answers: Callable[[list[bytes]], str]
+) -> None:
+    left = [NOTHING_THERE, *answers]
+    connect(server_with_answers(left)).set_tag("a" * 32, "key", "value")
+    assert left == [NOTHING_THERE]
+
+
+def test_a_refusal_is_not_repeated(server_with_answers: Callable[[list[bytes]], str]) -> None:
+    left = [NOTHING_THERE, REFUSED, run_answer("a" * 32)]
+    client = connect(server_with_answers(left))
+    with pytest.raises(MlflowException, match="no such run"):
+        client.get_run("a" * 32)
+    assert len(left) == 1
+    assert client.get_run("a" * 32)
+
+
+def test_a_request_that_makes_something_new_is_not_repeated(
+    server_with_answers: Callable[[list[bytes]], str],
+) -> None:
+    left = [NOTHING_THERE, PAGE, run_answer("a" * 32), run_answer("b" * 32)]
+    client = connect(server_with_answers(left))
+    with pytest.raises(MlflowException):
+        client.create_run("0")
+    assert len(left) == 2
