@@ -6,10 +6,10 @@ afterwards. This serves packed texts (`packed.py`) and backbones that are built 
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from functools import partial
-from itertools import accumulate, groupby
+from itertools import groupby
 from typing import Any
 
 import torch
@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from mlflow_dr.encoder.model import TOKENS, input_of
+from mlflow_dr.encoder.varlen import PackedTexts, attend_varlen, has_varlen
 
 
 def reads_first_tokens(head: Iterable[Any]) -> bool:
@@ -39,21 +40,20 @@ def last_attention(model: Any) -> Any:
 
 
 @contextmanager
-def only_first_tokens(attention: Any, lengths: Sequence[int]) -> Iterator[None]:
+def only_first_tokens(attention: Any, texts: PackedTexts) -> Iterator[None]:
     """Let a layer give the states of first tokens only, `(1, n_texts, width)`.
 
     Args:
         attention: see `last_attention`.
-        lengths: tokens of each of the packed texts.
+        texts: the packed texts.
     """
-    starts = torch.tensor([0, *accumulate(lengths)][:-1])
     output = attention.output.forward
 
     def with_first_inputs(states: Tensor, inputs: Tensor) -> Tensor:
-        added: Tensor = output(states, inputs[:, starts.to(inputs.device)])
+        added: Tensor = output(states, inputs[:, texts.starts])
         return added
 
-    attention.self.forward = partial(_attend_first, attention.self, starts, lengths)
+    attention.self.forward = partial(_attend_first, attention.self, texts)
     attention.output.forward = with_first_inputs
     try:
         yield
@@ -62,15 +62,18 @@ def only_first_tokens(attention: Any, lengths: Sequence[int]) -> Iterator[None]:
 
 
 def _attend_first(
-    attention: Any, starts: Tensor, lengths: Sequence[int], states: Tensor, *_: Any, **__: Any
+    attention: Any, texts: PackedTexts, states: Tensor, *_: Any, **__: Any
 ) -> tuple[Tensor, None]:
     """What first tokens see of their texts, `(1, n_texts, width)`, and no weights."""
     shape = (-1, attention.num_attention_heads, attention.attention_head_size)
     tokens = states[0]
-    queries = attention.query(tokens[starts.to(tokens.device)]).view(shape)
+    queries = attention.query(tokens[texts.starts]).view(shape)
     keys, values = attention.key(tokens).view(shape), attention.value(tokens).view(shape)
+    if has_varlen(queries):
+        attended = attend_varlen(queries, keys, values, texts, attention.scaling, only_first=True)
+        return attended.flatten(1)[None], None
     parts, start, text = [], 0, 0
-    for length, group in groupby(lengths):
+    for length, group in groupby(texts.lengths):
         count = sum(1 for _ in group)
         stop = start + count * length
         key, value = (

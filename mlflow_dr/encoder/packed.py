@@ -11,7 +11,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Sequence
 from contextlib import nullcontext
-from itertools import accumulate, groupby
+from itertools import groupby
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -22,6 +22,7 @@ from torch.nn import functional
 from mlflow_dr import compat
 from mlflow_dr.encoder.first_token import last_attention, only_first_tokens, reads_first_tokens
 from mlflow_dr.encoder.model import TOKENS, Encoder, apply_head, first_position, is_adapted
+from mlflow_dr.encoder.varlen import PackedTexts, attend_varlen, has_varlen, on_device
 
 ATTENTION = "mlflow_dr_packed"
 """The name of `attend` in transformers."""
@@ -30,24 +31,6 @@ UNSUPPORTED = ("softcap", "s_aux", "position_bias", "head_mask")
 LONGEST_OF_EXPONENTIALS = 512  # tokens; the attention weights of longer texts fill the memory
 SAFE_SUMS = 1e-30, 1e30
 """Row sums of exponentials with which nothing overflows or vanishes in bf16."""
-
-
-class PackedTexts(NamedTuple):
-    """Where each text begins and ends, among texts that lie end to end.
-
-    Attributes:
-        lengths: tokens of each text; texts of equal length are beside each other.
-        ends: 0 and the end of each text, `(n_texts + 1,) int32`, on the device.
-    """
-
-    lengths: Sequence[int]
-    ends: Tensor
-
-    @classmethod
-    def of(cls, lengths: Sequence[int], device: torch.device) -> PackedTexts:
-        """Texts of these lengths."""
-        ends = np.array([0, *accumulate(lengths)], np.int32)
-        return cls(lengths, on_device(ends, device))
 
 
 def attend(
@@ -89,7 +72,7 @@ def attend(
         raise NotImplementedError(f"attention of packed texts with {asked or 'a mask'}")
     causal = bool(getattr(module, "is_causal", True) if is_causal is None else is_causal)
     settings = _Attention(scaling, causal, sliding_window, dropout)
-    if query.device.type == "cuda" and query.dtype != torch.float32 and not dropout:
+    if has_varlen(query) and not dropout:
         return _attend_varlen(query, key, value, packed_texts, settings)[None], None
     parts, start = [], 0
     for length, texts in groupby(packed_texts.lengths):
@@ -182,36 +165,11 @@ def _attend_by_exponentials(
 def _attend_varlen(
     query: Tensor, key: Tensor, value: Tensor, texts: PackedTexts, settings: _Attention
 ) -> Tensor:
-    """Attention within texts by the CUDA kernel for several lengths; no synchronisation.
-
-    Args:
-        query: `(1, n_heads, n_tokens, dim)`, fp16 or bf16.
-        key: `(1, n_key_heads, n_tokens, dim)`.
-        value: as `key`.
-        texts: which tokens are of which text.
-        settings: what is computed.
-
-    Returns:
-        `(n_tokens, n_heads, dim)`.
-    """
-    from torch.nn.attention.varlen import varlen_attn
-
+    """Attention within texts of several lengths; arguments as `attend`, result without its 1."""
     reach = -1 if settings.window is None else settings.window - 1
-    longest = max(texts.lengths)
-    attended: Any = varlen_attn(
-        query[0].transpose(0, 1),
-        key[0].transpose(0, 1),
-        value[0].transpose(0, 1),
-        texts.ends,
-        texts.ends,
-        longest,
-        longest,
-        scale=settings.scaling,
-        window_size=(reach, 0 if settings.is_causal else reach),
-        enable_gqa=query.shape[1] != key.shape[1],
-    )
-    out: Tensor = attended
-    return out
+    window = reach, 0 if settings.is_causal else reach
+    query, key, value = (states[0].transpose(0, 1) for states in (query, key, value))
+    return attend_varlen(query, key, value, texts, settings.scaling, window)
 
 
 def can_pack(encoder: Encoder) -> bool:
@@ -243,12 +201,13 @@ def encode_packed(encoder: Encoder, ids: Tensor, lengths: Sequence[int]) -> Tens
     positions = np.broadcast_to(columns, mask.shape)[mask] + first_position(encoder.backbone)
     options = {"use_cache": False} if getattr(model.config, "use_cache", False) else {}
     last = last_attention(model) if reads_first_tokens(encoder.head) else None
-    only_first = nullcontext() if last is None else only_first_tokens(last, lengths)
+    texts = PackedTexts.of(lengths, device)
+    only_first = nullcontext() if last is None else only_first_tokens(last, texts)
     with compat.attention_set(model.config, ATTENTION), only_first:
         states = encoder.backbone(
             input_ids=ids[None],
             position_ids=on_device(positions[None], device),
-            packed_texts=PackedTexts.of(lengths, device),
+            packed_texts=texts,
             **options,
         )[0][0]
     if last is not None:
@@ -260,14 +219,6 @@ def encode_packed(encoder: Encoder, ids: Tensor, lengths: Sequence[int]) -> Tens
         "attention_mask": on_device(mask.astype(np.int64), device),
     }
     return apply_head(encoder.head, features)
-
-
-def on_device(array: np.ndarray, device: torch.device) -> Tensor:
-    """An array on a device, without waiting for it."""
-    tensor = torch.from_numpy(array)
-    if device.type == "cuda":
-        tensor = tensor.pin_memory()
-    return tensor.to(device, non_blocking=True)
 
 
 def _model(encoder: Encoder) -> Any:

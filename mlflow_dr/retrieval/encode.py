@@ -14,7 +14,8 @@ from torch.nn import functional
 from mlflow_dr.devices import is_onednn_faster
 from mlflow_dr.encoder.model import Encoder
 from mlflow_dr.encoder.onednn import OneDnnLayers
-from mlflow_dr.encoder.packed import can_pack, encode_packed, on_device
+from mlflow_dr.encoder.packed import can_pack, encode_packed
+from mlflow_dr.encoder.varlen import on_device
 from mlflow_dr.errors import CheckpointError, DeviceError, one_line
 from mlflow_dr.stores.token_table import TokenTable, pad
 
@@ -82,6 +83,37 @@ def encode_batches(
     encode = _BatchEncoder(encoder, table, pad_id)
     for rows in batches:
         yield rows, encode(rows)
+
+
+def encode_to_host(
+    encoder: Encoder, table: TokenTable, pad_id: int, batches: Iterable[np.ndarray]
+) -> Iterator[tuple[np.ndarray, Tensor]]:
+    """As `encode_batches`, with vectors on the host.
+
+    A GPU computes the next batch while the vectors of one are used.
+    """
+    before: tuple[np.ndarray, Tensor, torch.Event] | None = None
+    for rows, vectors in encode_batches(encoder, table, pad_id, batches):
+        if vectors.device.type == "cpu":
+            yield rows, vectors
+            continue
+        now = rows, *_begin_copy(vectors)
+        if before is not None:
+            yield _copied(*before)
+        before = now
+    if before is not None:
+        yield _copied(*before)
+
+
+def _begin_copy(vectors: Tensor) -> tuple[Tensor, torch.Event]:
+    """A page-locked copy on the host, and the event after which it is complete."""
+    copy = vectors.to("cpu", non_blocking=True)
+    return copy, torch.cuda.current_stream(vectors.device).record_event()
+
+
+def _copied(rows: np.ndarray, copy: Tensor, event: torch.Event) -> tuple[np.ndarray, Tensor]:
+    event.synchronize()
+    return rows, copy
 
 
 class _BatchEncoder:
@@ -193,7 +225,7 @@ def encode_all(encoder: Encoder, table: TokenTable, pad_id: int, what: str = "te
     vectors = torch.empty(len(table), encoder.dimension, device=encoder.device)
     batches = plan_batches(table.lengths, TOKENS_PER_BATCH[encoder.device.type])
     for rows, batch in encode_batches(encoder, table, pad_id, batches):
-        vectors[torch.from_numpy(rows).to(vectors.device)] = batch
+        vectors[on_device(rows, vectors.device)] = batch
     check_finite(vectors, what)
     return vectors
 

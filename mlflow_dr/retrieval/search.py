@@ -23,8 +23,9 @@ from mlflow_dr.extensions import Registry
 
 SCORES_PER_BLOCK = {"cpu": 1 << 22, "cuda": 1 << 26}  # on a processor they fit its cache
 PASSAGES_PER_BLOCK = 64
-# a chunk has many times more passages than are kept, because each chunk is merged
-FEWEST_PER_CHUNK, MOST_PER_CHUNK = 16384, 131072
+# a chunk has many times more passages than are kept, because each chunk is merged; a GPU waits for
+# the host several times in each
+FEWEST_PER_CHUNK, MOST_PER_CHUNK = {"cpu": 16384, "cuda": 65536}, 131072
 RESULTS_PER_MERGE = 1 << 21
 NUMBERS_PER_BLOCK = {"cpu": 1 << 17, "cuda": 1 << 24}  # on a processor they fit its cache
 MARGIN = 16  # candidates beyond k
@@ -70,9 +71,9 @@ def find_backend(name: str, device: torch.device) -> SearchBackend:
     return SEARCH_BACKENDS.get(name)
 
 
-def passages_per_chunk(k: int) -> int:
+def passages_per_chunk(k: int, device: torch.device) -> int:
     """How many passages should be searched at a time for the best k."""
-    return min(max(FEWEST_PER_CHUNK, 128 * k), MOST_PER_CHUNK)
+    return min(max(FEWEST_PER_CHUNK[device.type], 128 * k), MOST_PER_CHUNK)
 
 
 def queries_per_merge(k: int) -> int:

@@ -14,7 +14,8 @@ import torch
 from torch import Tensor
 
 from mlflow_dr.encoder.model import Encoder
-from mlflow_dr.retrieval.encode import check_finite, encode_batches
+from mlflow_dr.encoder.varlen import on_device
+from mlflow_dr.retrieval.encode import check_finite, encode_batches, encode_to_host
 from mlflow_dr.retrieval.search import (
     SearchBackend,
     TopK,
@@ -81,8 +82,8 @@ class EncodeShard:
         """Rows `(n,) int64` and their vectors `(n, dim) float32`."""
         chosen = encoder.query_encoder if self.of_queries else encoder
         parts = [
-            (rows, vectors.cpu().numpy())
-            for rows, vectors in encode_batches(chosen, table, self.pad_id, batches)
+            (rows, vectors.numpy())
+            for rows, vectors in encode_to_host(chosen, table, self.pad_id, batches)
         ]
         rows, vectors = zip(*parts, strict=True)
         return np.concatenate(rows), np.concatenate(vectors)
@@ -118,7 +119,8 @@ class SearchShard:
         vectors = torch.from_numpy(self.vectors).to(encoder.device)
         ranks = torch.from_numpy(self.tie_ranks).to(encoder.device)
         searches = [_Search(request, vectors, ranks, search) for request in self.requests]
-        size = passages_per_chunk(max((request.k for request in self.requests), default=0))
+        most = max((request.k for request in self.requests), default=0)
+        size = passages_per_chunk(most, encoder.device)
         for rows, chunk in _chunks(encoder, table, self.pad_id, batches, size):
             check_finite(chunk, "passage")
             for searcher in searches:
@@ -217,4 +219,4 @@ def _chunks(
 
 def _joined(rows: list[np.ndarray], vectors: list[Tensor]) -> tuple[Tensor, Tensor]:
     joined = torch.cat(vectors)
-    return torch.from_numpy(np.concatenate(rows)).to(joined.device), joined
+    return on_device(np.concatenate(rows), joined.device), joined

@@ -29,7 +29,7 @@ from mlflow_dr.engines.opening import open_engine
 from mlflow_dr.errors import UnavailableError, UsageError
 from mlflow_dr.files import usable_cores
 from mlflow_dr.progress import progress_bar
-from mlflow_dr.retrieval.encode import TOKENS_PER_BATCH, encode_batches, plan_batches
+from mlflow_dr.retrieval.encode import TOKENS_PER_BATCH, encode_to_host, plan_batches
 from mlflow_dr.retrieval.vector_manifest import (
     VectorManifest,
     damage,
@@ -80,7 +80,7 @@ class WriteShard:
             msgspec.structs.replace(self.manifest, shard=number),
             shard,
             self.ids,
-            lambda left: encode_batches(of_kind, table, self.pad_id, left),
+            lambda left: encode_to_host(of_kind, table, self.pad_id, left),
             replace=self.replace,
             quiet=self.quiet,
         )

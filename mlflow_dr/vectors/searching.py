@@ -216,7 +216,7 @@ def exact_search(
     groups = torch.from_numpy(queries).to(target).split(queries_per_merge(k))
     best = [TopK(len(group), k, ranks, target) for group in groups]
     with progress_bar(stop - start, "searching", "passages") as bar:
-        for first, vectors in passages.chunks(start, stop, passages_per_chunk(k)):
+        for first, vectors in passages.chunks(start, stop, passages_per_chunk(k, target)):
             chunk = torch.from_numpy(vectors).to(target)
             chunk_rows = torch.arange(first, first + len(chunk), device=target)
             for group, top in zip(groups, best, strict=True):

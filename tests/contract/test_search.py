@@ -250,10 +250,10 @@ def test_products_are_fp32_whatever_was_set(
 
 
 def test_deep_rankings_have_large_chunks_and_small_groups() -> None:
-    assert [passages_per_chunk(k) for k in (0, 10, 100, 1000, 9999)] == [
-        *(16384, 16384, 16384),
-        *(128_000, 131_072),
-    ]
+    depths = (0, 10, 100, 1000, 9999)
+    for device, fewest in (("cpu", 16384), ("cuda", 65536)):
+        sizes = [passages_per_chunk(k, torch.device(device)) for k in depths]
+        assert sizes == [fewest, fewest, fewest, 128_000, 131_072]
     assert all(k * queries_per_merge(k) <= 1 << 21 for k in (10, 1000, 10_000))
     assert queries_per_merge(10**6) == 64
 

@@ -11,10 +11,11 @@ import torch
 import transformers
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from mlflow_dr.encoder import packed
+from mlflow_dr.encoder import first_token, packed, varlen
 from mlflow_dr.encoder.config import EncoderConfig
 from mlflow_dr.encoder.model import Encoder
-from mlflow_dr.encoder.packed import ATTENTION, PackedTexts, attend, can_pack, encode_packed
+from mlflow_dr.encoder.packed import ATTENTION, attend, can_pack, encode_packed
+from mlflow_dr.encoder.varlen import PackedTexts
 from mlflow_dr.retrieval import encode
 from mlflow_dr.retrieval.encode import encode_batches
 from mlflow_dr.stores.token_table import TokenTable, token_table
@@ -184,19 +185,102 @@ def test_attention_that_cannot_be_computed_is_refused(option: str) -> None:
         attend(module, states, states, states, None, packed_texts=texts, **asked)
 
 
-def test_nothing_is_asked_of_the_device_on_the_way(table: TokenTable) -> None:
-    """A question to a CUDA device would wait for it; fake tensors have no answers."""
-    for pooling in ("mean", "cls"):
-        encoder = encoder_of("Bert", PACKED["Bert"], pooling)
-        ids, lengths = table.packed(np.arange(4))
-        with FakeTensorMode(allow_non_fake_inputs=True), torch.inference_mode():
-            vectors = encode_packed(encoder, torch.from_numpy(ids), lengths.tolist())
-        assert vectors.shape == (4, 32)
-        with (
-            FakeTensorMode(allow_non_fake_inputs=True),
-            pytest.raises(Exception, match="_local_scalar"),
-        ):
-            torch.from_numpy(ids).sum().item()
+def varlen_by_definition(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    query_ends: torch.Tensor,
+    key_ends: torch.Tensor,
+    max_q: int,
+    max_k: int,
+    *,
+    scale: float | None,
+    window_size: tuple[int, int],
+    enable_gqa: bool,
+) -> torch.Tensor:
+    """What `torch.nn.attention.varlen.varlen_attn` is documented to compute, text by text."""
+    parts = []
+    sizes = query_ends.diff().tolist(), key_ends.diff().tolist()
+    assert (max(sizes[0]), max(sizes[1])) == (max_q, max_k)
+    assert query_ends.dtype == key_ends.dtype == torch.int32
+    for queries, keys, values in zip(
+        query.split(sizes[0]), key.split(sizes[1]), value.split(sizes[1]), strict=True
+    ):
+        # the last query is at the place of the last key
+        places = torch.arange(len(queries)) + len(keys) - len(queries)
+        offsets = torch.arange(len(keys)) - places[:, None]
+        left, right = window_size
+        mask = (offsets >= -left) | (left < 0)
+        mask &= (offsets <= right) | (right < 0)
+        attended = torch.nn.functional.scaled_dot_product_attention(
+            *(part.transpose(0, 1) for part in (queries, keys, values)),
+            attn_mask=mask,
+            scale=scale,
+            enable_gqa=enable_gqa,
+        )
+        parts.append(attended.transpose(0, 1))
+    return torch.cat(parts)
+
+
+@pytest.mark.parametrize("pooling", ["mean", "cls"])
+@pytest.mark.parametrize("kind", PACKED)
+def test_the_kernel_of_cuda_is_called_as_it_is_documented(
+    kind: str, pooling: str, table: TokenTable, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    encoder = encoder_of(kind, PACKED[kind], pooling)
+    alone = one_by_one(encoder, table)
+    calls: list[int] = []
+
+    def watched(*arguments: Any, **options: Any) -> torch.Tensor:
+        calls.append(1)
+        return varlen_by_definition(*arguments, **options)
+
+    monkeypatch.setattr("torch.nn.attention.varlen.varlen_attn", watched)
+    for module in (packed, first_token):
+        monkeypatch.setattr(module, "has_varlen", lambda _: True)
+    ids, lengths = table.packed(np.arange(len(table)))
+    with torch.inference_mode():
+        vectors = encode_packed(encoder, torch.from_numpy(ids), lengths.tolist())
+    torch.testing.assert_close(vectors, alone, rtol=0, atol=2e-6)
+    config = encoder.backbone.config
+    assert len(calls) == config.num_hidden_layers
+
+
+@pytest.mark.parametrize("pooling", ["mean", "cls"])
+@pytest.mark.parametrize("kind", PACKED)
+def test_a_batch_asks_nothing_of_the_device(
+    kind: str, pooling: str, table: TokenTable, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A GPU would be waited for, by a question or by a copy that does not go through `on_device`.
+
+    Fake tensors have no answers. CUDA's kernel computes the attention here.
+    """
+    copied: list[torch.device] = []
+    from_numpy = torch.from_numpy
+
+    def counted(array: np.ndarray, device: torch.device) -> torch.Tensor:
+        copied.append(device)
+        return from_numpy(array)
+
+    def refused(*_: Any, **__: Any) -> torch.Tensor:
+        raise AssertionError("a tensor was made of the host's numbers")
+
+    for module in (packed, varlen):
+        monkeypatch.setattr(module, "on_device", counted)
+    for module in (packed, first_token):
+        monkeypatch.setattr(module, "has_varlen", lambda _: True)
+    encoder = encoder_of(kind, PACKED[kind], pooling).bfloat16()
+    ids, lengths = table.packed(np.arange(len(table)))
+    token_ids = from_numpy(ids)
+    for name in ("from_numpy", "tensor", "as_tensor"):
+        monkeypatch.setattr(torch, name, refused)
+    with FakeTensorMode(allow_non_fake_inputs=True), torch.inference_mode():
+        vectors = encode_packed(encoder, token_ids, lengths.tolist())
+        assert vectors.shape == (len(LENGTHS), 32)
+        assert vectors.dtype == torch.float32
+        with pytest.raises(Exception, match="_local_scalar"):
+            vectors.sum().item()
+    assert len(copied) == 4  # ends and positions; places and mask for the pooling
 
 
 def states_of(length: int, scale: float = 1.0) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:

@@ -55,7 +55,7 @@ def test_the_best_and_the_requested_rows_do_not_depend_on_blocks(
     setting: Setting, chunk: int, merge: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(encode.TOKENS_PER_BATCH, "cpu", 40)
-    monkeypatch.setattr(shard_search, "passages_per_chunk", lambda _: chunk)
+    monkeypatch.setattr(shard_search, "passages_per_chunk", lambda *_: chunk)
     for module in (dense, shard_search):
         monkeypatch.setattr(module, "queries_per_merge", lambda _: merge)
     found = setting.search(6, ASKED)
@@ -99,7 +99,7 @@ def test_several_searches_of_subsets_share_one_pass(
     setting: Setting, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Each search gives what it gives alone, and only requested passages are encoded."""
-    monkeypatch.setattr(shard_search, "passages_per_chunk", lambda _: 4)
+    monkeypatch.setattr(shard_search, "passages_per_chunk", lambda *_: 4)
     ranks = np.arange(len(setting.table))
     few, other = np.array([1, 4, 6, 7, 18]), np.array([0, 4, 5])
     candidates = [np.array([3, 1, 8]), np.array([2]), np.array([], np.int64)]

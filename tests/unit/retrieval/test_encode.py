@@ -11,7 +11,13 @@ from mlflow_dr.encoder.model import Encoder
 from mlflow_dr.encoder.packed import encode_packed
 from mlflow_dr.errors import CheckpointError, DeviceError
 from mlflow_dr.retrieval import encode
-from mlflow_dr.retrieval.encode import check_finite, encode_all, encode_batches, plan_batches
+from mlflow_dr.retrieval.encode import (
+    check_finite,
+    encode_all,
+    encode_batches,
+    encode_to_host,
+    plan_batches,
+)
 from mlflow_dr.stores.token_table import TokenTable, token_table
 
 LENGTHS = np.random.default_rng(0).integers(1, 40, size=200)
@@ -93,6 +99,41 @@ def test_vectors_do_not_depend_on_the_budget_of_a_batch(
     alone = vectors(1)
     for max_tokens in (64, 500, 10**6):
         torch.testing.assert_close(vectors(max_tokens), alone, rtol=0, atol=1e-5)
+
+
+def test_vectors_on_the_host_are_those_of_encode_batches(
+    encoder: Encoder, table: TokenTable, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On a GPU, of which this is a part, each is waited for when the next batch is begun."""
+    batches = plan_batches(table.lengths, 64)
+    expected = list(encode_batches(encoder, table, 0, batches))
+    steps: list[tuple[str, int]] = []
+
+    class Event:
+        def __init__(self, number: int) -> None:
+            self.number = number
+
+        def synchronize(self) -> None:
+            steps.append(("waited", self.number))
+
+    def begin(vectors: torch.Tensor) -> tuple[torch.Tensor, Event]:
+        number = sum(step == "begun" for step, _ in steps)
+        steps.append(("begun", number))
+        return torch.zeros_like(expected[number][1], device="cpu"), Event(number)
+
+    found = list(encode_to_host(encoder, table, 0, batches))
+    for (rows, vectors), (expected_rows, expected_vectors) in zip(found, expected, strict=True):
+        assert rows.tolist() == expected_rows.tolist()
+        torch.testing.assert_close(vectors, expected_vectors, rtol=0, atol=0)
+    meta = [(rows, vectors.to("meta")) for rows, vectors in expected[:3]]
+    monkeypatch.setattr(encode, "encode_batches", lambda *_: meta)
+    monkeypatch.setattr(encode, "_begin_copy", begin)
+    found = list(encode_to_host(encoder, table, 0, batches))
+    assert [rows.tolist() for rows, _ in found] == [rows.tolist() for rows, _ in meta]
+    assert steps == [
+        *(("begun", 0), ("begun", 1), ("waited", 0)),
+        *(("begun", 2), ("waited", 1), ("waited", 2)),
+    ]
 
 
 def test_encode_all_keeps_the_order_of_the_rows(encoder: Encoder, table: TokenTable) -> None:

@@ -208,7 +208,7 @@ def test_the_result_does_not_depend_on_the_size_of_a_chunk(
     encoder: Encoder, folder: Path, size: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     whole = evaluated(encoder, folder)
-    monkeypatch.setattr(shard_search, "passages_per_chunk", lambda _: size)
+    monkeypatch.setattr(shard_search, "passages_per_chunk", lambda *_: size)
     report = evaluated(encoder, folder)
     assert report.measures == whole.measures
     for query_id, found in whole.ranking.items():

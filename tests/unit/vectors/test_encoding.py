@@ -146,7 +146,7 @@ def test_nothing_is_encoded_twice(
     folder: Path, encoder: Encoder, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     first = encode(asked(folder))
-    monkeypatch.setattr(encoding, "encode_batches", lambda *_: pytest.fail("encoded"))
+    monkeypatch.setattr(encoding, "encode_to_host", lambda *_: pytest.fail("encoded"))
     assert encode(asked(folder)) == first
 
 

@@ -95,7 +95,7 @@ def test_rows_and_scores_are_those_of_an_evaluation(
     file_format: str,
     shards: int,
 ) -> None:
-    monkeypatch.setattr(searching, "passages_per_chunk", lambda _: 11)
+    monkeypatch.setattr(searching, "passages_per_chunk", lambda *_: 11)
     monkeypatch.setattr(searching, "queries_per_merge", lambda _: 3)
     monkeypatch.setattr(searching, "QUERIES_PER_PART", 3)
     queries = encoded(folder, "queries", split="dev")

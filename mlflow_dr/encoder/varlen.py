@@ -1,0 +1,91 @@
+"""Texts that lie end to end, and CUDA's attention for texts of several lengths."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import accumulate
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+
+class PackedTexts(NamedTuple):
+    """Where each text begins and ends, among texts that lie end to end.
+
+    Attributes:
+        lengths: tokens of each text; texts of equal length are beside each other.
+        ends: 0 and the end of each text, `(n_texts + 1,) int32`, on the device.
+    """
+
+    lengths: Sequence[int]
+    ends: Tensor
+
+    @classmethod
+    def of(cls, lengths: Sequence[int], device: torch.device) -> PackedTexts:
+        """Texts of these lengths."""
+        ends = np.array([0, *accumulate(lengths)], np.int32)
+        return cls(lengths, on_device(ends, device))
+
+    @property
+    def starts(self) -> Tensor:
+        """The first token of each text, `(n_texts,) int32`, on the device."""
+        return self.ends[:-1]
+
+
+def on_device(array: np.ndarray, device: torch.device) -> Tensor:
+    """An array on a device, without waiting for it."""
+    tensor = torch.from_numpy(array)
+    if device.type == "cuda":
+        tensor = tensor.pin_memory()
+    return tensor.to(device, non_blocking=True)
+
+
+def has_varlen(states: Tensor) -> bool:
+    """Whether attention of such states has a kernel for texts of several lengths."""
+    return states.device.type == "cuda" and states.dtype in (torch.float16, torch.bfloat16)
+
+
+def attend_varlen(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    texts: PackedTexts,
+    scaling: float | None,
+    window: tuple[int, int] = (-1, -1),
+    only_first: bool = False,
+) -> Tensor:
+    """Attention within texts; nothing is asked of the device.
+
+    Args:
+        query: `(n_tokens, n_heads, dim)`, fp16 or bf16; `(n_texts, n_heads, dim)` with
+            `only_first`.
+        key: `(n_tokens, n_key_heads, dim)`.
+        value: as `key`.
+        texts: which tokens are of which text.
+        scaling: of the products; `dim ** -0.5` when None.
+        window: how many tokens before and after its own a token sees; -1 for all.
+        only_first: whether there is one query for each text, its first token.
+
+    Returns:
+        As `query`.
+    """
+    from torch.nn.attention.varlen import varlen_attn
+
+    longest, ends = max(texts.lengths), texts.ends
+    of_queries = torch.arange(len(ends), dtype=ends.dtype, device=ends.device)
+    attended: Any = varlen_attn(
+        query,
+        key,
+        value,
+        of_queries if only_first else ends,
+        ends,
+        1 if only_first else longest,
+        longest,
+        scale=scaling,
+        window_size=window,
+        enable_gqa=query.shape[1] != key.shape[1],
+    )
+    out: Tensor = attended
+    return out
