@@ -16,16 +16,18 @@ from mlflow_dr.collection.catalogue import Examples
 from mlflow_dr.collection.records import Example
 from mlflow_dr.encoder.token_table import corpus_tokens, query_tokens
 from mlflow_dr.encoder.tokenize import TextTokenizer
+from mlflow_dr.encoder.varlen import on_device
 from mlflow_dr.errors import DataError, UsageError
 from mlflow_dr.stores.store import DocumentStore, open_store, store_directory
 
 log = logging.getLogger(__name__)
 
-Texts = Mapping[str, Tensor]
-"""`input_ids` and `attention_mask`, each `(n_texts, length)`."""
+Texts = Mapping[str, Any]
+"""`input_ids` and `attention_mask`, each `(n_texts, length)`, padded at the right; may have
+`lengths`, the tokens of each text, `(n_texts,) int64`, an array on the host."""
 
 QUERY, PASSAGE = "query", "passage"
-N_TOKENS, QUERY_IDS = "n_tokens", "query_ids"
+N_TOKENS, QUERY_IDS, LENGTHS = "n_tokens", "query_ids", "lengths"
 NO_ROWS = np.empty(0, np.int64)
 
 
@@ -303,7 +305,8 @@ class Collator:
         Returns:
             `query` and `passage`: token ids and masks, `(n, length)` and `(n * group, length)`;
             `keys`, `(n * group,) int64`; `teacher`, `(n, group) float32`, if all have scores;
-            `query_ids`; and `n_tokens`, the number of tokens that are not padding.
+            `query_ids`; `n_tokens`, the number of tokens that are not padding; and `lengths`, the
+            tokens of each query and passage, by role, as arrays, which stay on the host.
         """
         passages = [passage for group in groups for passage in group.passages]
         batch: dict[str, Any] = {
@@ -315,7 +318,11 @@ class Collator:
         if len(scores) == len(groups):
             batch["teacher"] = torch.from_numpy(np.stack(scores).astype(np.float32))
         batch[QUERY_IDS] = [group.query_id for group in groups]
-        batch[N_TOKENS] = sum(len(group.query) for group in groups) + sum(map(len, passages))
+        batch[LENGTHS] = {
+            QUERY: np.array([len(group.query) for group in groups]),
+            PASSAGE: np.array([*map(len, passages)]),
+        }
+        batch[N_TOKENS] = sum(int(lengths.sum()) for lengths in batch[LENGTHS].values())
         return batch
 
     def _padded(self, rows: Sequence[np.ndarray], role: str) -> dict[str, Tensor]:
@@ -350,8 +357,25 @@ def inverse(rows: Sequence[Tensor]) -> Tensor:
     return positions
 
 
-def cut(texts: Texts, rows: Tensor | slice) -> Texts:
-    """Some of the texts, without columns that are padding in all of them."""
-    mask = texts["attention_mask"][rows]
-    longest = max(1, int(mask.sum(dim=1).max()))
-    return {name: values[rows, :longest] for name, values in texts.items()}
+def lengths_of(texts: Texts) -> np.ndarray:
+    """The tokens of each text, `(n_texts,) int64`; waits for the device if they must be counted."""
+    lengths: np.ndarray | None = texts.get(LENGTHS)
+    return texts["attention_mask"].sum(dim=1).cpu().numpy() if lengths is None else lengths
+
+
+def cut(texts: Texts, rows: np.ndarray) -> tuple[Texts, Tensor]:
+    """Some of the texts, without columns that are padding in all of them.
+
+    Args:
+        texts: with their lengths.
+        rows: which of them, `(n,) int64`.
+
+    Returns:
+        These texts, and the rows as a tensor on their device.
+    """
+    lengths = texts[LENGTHS][rows]
+    longest = max(1, int(lengths.max()))
+    chosen = on_device(rows, texts["input_ids"].device)
+    tensors = {name: values for name, values in texts.items() if name != LENGTHS}
+    some = {name: values[chosen, :longest] for name, values in tensors.items()}
+    return {**some, LENGTHS: lengths}, chosen

@@ -15,11 +15,12 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from mlflow_dr.errors import UsageError
-from mlflow_dr.training.batches import Texts, cut, inverse
+from mlflow_dr.training.batches import LENGTHS, Texts, cut, inverse, lengths_of
 
 Encode = Callable[[Mapping[str, Texts]], Mapping[str, Tensor]]
 """Some roles' texts -> vectors of each, `(n_texts, dim)`; called once for each chunk."""
@@ -133,20 +134,25 @@ def _chunked(
     texts: Mapping[str, Texts], sizes: Mapping[str, int]
 ) -> Iterator[tuple[dict[str, Texts], dict[str, Tensor]]]:
     """Chunks of each role in turn, and the last chunks of all roles together at the end."""
-    last: dict[str, Tensor] = {}
+    last: dict[str, tuple[Texts, Tensor]] = {}
     for role, role_texts in texts.items():
+        lengths = lengths_of(role_texts)
         # the longest first, so that a chunk that does not fit into memory fails at once
-        order = role_texts["attention_mask"].sum(dim=1).argsort(descending=True, stable=True)
-        for rows in order.split(sizes[role]):
+        order = np.argsort(-lengths, kind="stable")
+        for start in range(0, len(order), sizes[role]):
             if role in last:
-                before = last[role]
-                yield {role: cut(role_texts, before)}, {role: before}
-            last[role] = rows
-    yield {role: cut(texts[role], rows) for role, rows in last.items()}, last
+                chunk_texts, rows = last[role]
+                yield {role: chunk_texts}, {role: rows}
+            chunk = order[start : start + sizes[role]]
+            last[role] = cut({**role_texts, LENGTHS: lengths}, chunk)
+    yield (
+        {role: chunk_texts for role, (chunk_texts, _) in last.items()},
+        {role: rows for role, (_, rows) in last.items()},
+    )
 
 
 def _devices(texts: Mapping[str, Texts]) -> set[torch.device]:
-    return {values.device for role_texts in texts.values() for values in role_texts.values()}
+    return {role_texts["input_ids"].device for role_texts in texts.values()}
 
 
 def _random_state(texts: Mapping[str, Texts]) -> _RandomState:

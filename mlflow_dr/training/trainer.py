@@ -17,6 +17,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from safetensors import SafetensorError
 from torch import Tensor, distributed, nn
@@ -34,6 +35,7 @@ from mlflow_dr.errors import CheckpointError, MlflowDrError, one_line
 from mlflow_dr.files import grant_umask_modes, is_full
 from mlflow_dr.retrieval.encode import plan_batches
 from mlflow_dr.training.batches import (
+    LENGTHS,
     PASSAGE,
     QUERY,
     QUERY_IDS,
@@ -42,6 +44,7 @@ from mlflow_dr.training.batches import (
     Texts,
     cut,
     inverse,
+    lengths_of,
 )
 from mlflow_dr.training.data_metrics import Supply
 from mlflow_dr.training.grad_cache import cached_vectors
@@ -53,7 +56,8 @@ log = logging.getLogger(__name__)
 
 PROGRESS_FILE = "mlflow_dr_progress.json"
 # a CPU is as fast with small batches, and they have less padding
-TOKENS_PER_BATCH = 2048
+TOKENS_PER_BATCH = {"cpu": 2048, "cuda": 16384}
+LEAST_GAIN = 0.9  # the share of a batch's padded size from which a GPU gains by several batches
 
 
 class BiEncoder(nn.Module):
@@ -63,16 +67,19 @@ class BiEncoder(nn.Module):
 
     Args:
         encoder: the encoder; queries have separate weights if it has a query encoder.
+        in_batches: whether texts may be encoded in batches of similar length. Processes that
+            gather weights in each call (FSDP) must make equally many.
     """
 
-    def __init__(self, encoder: Encoder) -> None:
+    def __init__(self, encoder: Encoder, in_batches: bool = True) -> None:
         super().__init__()
         self.encoder = encoder
+        self._encode = encode_in_batches if in_batches else _encode
 
     def forward(self, texts: Mapping[str, Texts]) -> dict[str, Tensor]:
         """Role -> vectors of its texts, `(n_texts, dim)`."""
         encoders = {QUERY: self.encoder.query_encoder, PASSAGE: self.encoder}
-        return {role: encode_in_batches(encoders[role], values) for role, values in texts.items()}
+        return {role: self._encode(encoders[role], values) for role, values in texts.items()}
 
     def activation_checkpointing_enable(
         self, activation_checkpointing_kwargs: dict[str, Any] | None = None, **options: Any
@@ -85,23 +92,46 @@ class BiEncoder(nn.Module):
 
 
 def encode_in_batches(encoder: nn.Module, texts: Texts) -> Tensor:
-    """The vectors of texts, `(n_texts, dim)`; a CPU encodes batches of texts of similar length.
+    """The vectors of texts, `(n_texts, dim)`, in batches of similar length where that is faster.
 
     Args:
         encoder: called with `input_ids` and `attention_mask`.
-        texts: texts, padded at the right.
+        texts: texts; a GPU does not wait if they have their lengths.
     """
-    mask = texts["attention_mask"]
-    if mask.device.type != "cpu":
-        return encoder(**texts)
-    lengths = mask.sum(dim=1)
-    total = int(lengths.sum())
-    batches = plan_batches(lengths.numpy(), TOKENS_PER_BATCH)
-    if len(batches) < 2 or mask.numel() <= math.ceil(1.05 * total) <= 2 * TOKENS_PER_BATCH:
-        return encoder(**texts)
-    order = [torch.from_numpy(rows) for rows in batches]
-    vectors = [encoder(**cut(texts, rows)) for rows in order]
-    return torch.cat(vectors)[inverse(order)]
+    lengths, ids = lengths_of(texts), texts["input_ids"]
+    batches = batches_of_similar_length(lengths, ids.shape[1], ids.device.type)
+    if len(batches) < 2:
+        return _encode(encoder, texts)
+    parts = [cut({**texts, LENGTHS: lengths}, rows) for rows in batches]
+    vectors = [_encode(encoder, some) for some, _ in parts]
+    return torch.cat(vectors)[inverse([rows for _, rows in parts])]
+
+
+def _encode(encoder: nn.Module, texts: Texts) -> Tensor:
+    return encoder(input_ids=texts["input_ids"], attention_mask=texts["attention_mask"])
+
+
+def batches_of_similar_length(
+    lengths: np.ndarray, padded_length: int, device: str
+) -> list[np.ndarray]:
+    """Rows of texts of similar length; all in one batch where that is as fast.
+
+    Args:
+        lengths: tokens of each text, `(n_texts,) int64`.
+        padded_length: to which all texts are padded.
+        device: the type of the device.
+    """
+    most = TOKENS_PER_BATCH.get(device)
+    everything = [np.arange(len(lengths))]
+    if most is None:
+        return everything
+    batches = plan_batches(lengths, most)
+    total, size = int(lengths.sum()), len(lengths) * padded_length
+    if device == "cpu":
+        is_faster = size > math.ceil(1.05 * total) or total > 2 * most
+    else:
+        is_faster = sum(len(rows) * lengths[rows].max() for rows in batches) < LEAST_GAIN * size
+    return batches if is_faster else everything
 
 
 @dataclass(frozen=True)
@@ -148,7 +178,7 @@ class RetrieverTrainer(Trainer):
         if arguments.ddp_broadcast_buffers is None:
             arguments.ddp_broadcast_buffers = False
         super().__init__(
-            model=BiEncoder(parts.encoder),
+            model=BiEncoder(parts.encoder, not (arguments.fsdp or arguments.torch_compile)),
             args=arguments,
             train_dataset=parts.training_set,
             data_collator=parts.collator,
@@ -200,7 +230,8 @@ class RetrieverTrainer(Trainer):
         num_items_in_batch: Any = None,
     ) -> Any:
         """The loss of one batch."""
-        texts = {role: inputs[role] for role in (QUERY, PASSAGE)}
+        lengths = inputs.get(LENGTHS, {})
+        texts = {role: {**inputs[role], LENGTHS: lengths.get(role)} for role in (QUERY, PASSAGE)}
         if self._chunk_sizes:
             no_sync = partial(self.accelerator.no_sync, model)
             vectors = cached_vectors(model, texts, self._chunk_sizes, no_sync)
