@@ -29,7 +29,7 @@ from benchmarks.server import Server
 from mlflow_dr.background import BackgroundTask
 from mlflow_dr.collection.catalogue import open_collection
 from mlflow_dr.retrieval.measures import parse_measures
-from mlflow_dr.tracking import fetching
+from mlflow_dr.tracking import fetching, prefetch
 from mlflow_dr.tracking.checkpoints import publish, run_checkpoints
 from mlflow_dr.tracking.claims import Claims
 from mlflow_dr.tracking.client import connect
@@ -175,6 +175,7 @@ def share_of_traffic(
     with (
         mock.patch.object(Session, "request", traffic.timed(Session.request)),
         mock.patch.object(fetching, "_fetch", traffic.timed(fetching._fetch)),
+        mock.patch.object(prefetch._Fetch, "wait", traffic.timed(prefetch._Fetch.wait)),
         mock.patch.object(BackgroundTask, "wait", traffic.timed(BackgroundTask.wait)),
     ):
         threads = [threading.Thread(target=work) for _ in range(validators)]

@@ -27,8 +27,8 @@ from mlflow_dr.time_limit import TimeLimit
 from mlflow_dr.tracking.checkpoints import READER_TYPE, Checkpoint
 from mlflow_dr.tracking.client import connect
 from mlflow_dr.tracking.encoders import encoder_errors
-from mlflow_dr.tracking.fetching import checkpoint_files
 from mlflow_dr.tracking.following import FollowedRun
+from mlflow_dr.tracking.prefetch import CheckpointFiles
 from mlflow_dr.tracking.runs import TrackedRun, resolve_run
 from mlflow_dr.tracking.server import Patience
 from mlflow_dr.tracking.validations import bind_name, check_same_config
@@ -128,9 +128,9 @@ class ReaderKind:
         config = config.replaced(dtype=wanted["dtype"])
         return [ResolvedReading(config.name, self._dataset, config, self._texts)]
 
-    def load(self, checkpoint: Checkpoint) -> tuple[Any, Any]:
+    def load(self, checkpoint: Checkpoint, files: CheckpointFiles) -> tuple[Any, Any]:
         """The reader of a checkpoint, and its tokenizer."""
-        with checkpoint_files(checkpoint) as directory, encoder_errors(checkpoint.uri):
+        with files(checkpoint) as directory, encoder_errors(checkpoint.uri):
             return load_reader(str(directory))
 
     def evaluate(

@@ -22,6 +22,7 @@ from mlflow_dr.time_limit import TimeLimit
 from mlflow_dr.tracking.checkpoints import MODEL_TYPE, Checkpoint, run_checkpoints
 from mlflow_dr.tracking.encoders import encoder_errors, local_cause
 from mlflow_dr.tracking.fetching import checkpoint_files
+from mlflow_dr.tracking.prefetch import CheckpointFiles
 from mlflow_dr.tracking.runs import DATASET_PARAM, SPLIT_PARAM, TrackedRun
 from mlflow_dr.tracking.validations import run_validations
 from mlflow_dr.validation.config import ValidateConfig
@@ -96,12 +97,12 @@ class EncoderKind:
         ]
         return [*searching.values(), *means]
 
-    def load(self, checkpoint: Checkpoint) -> Encoder:
+    def load(self, checkpoint: Checkpoint, files: CheckpointFiles = checkpoint_files) -> Encoder:
         """The encoder of a checkpoint; that of a suite is kept for its other collections."""
         if self._kept is not None and self._kept[0] == checkpoint.model_id:
             return self._kept[1]
         self._kept, self._dtype = None, ""  # before another one takes memory
-        encoder = load_checkpoint(checkpoint, self._config.encoder_changes)
+        encoder = load_checkpoint(checkpoint, self._config.encoder_changes, files)
         if any(validation.mean_of for validation in self._config.all_validations):
             self._kept = checkpoint.model_id, encoder
         return encoder
@@ -133,12 +134,15 @@ class EncoderKind:
         self._engines.close()
 
 
-def load_checkpoint(checkpoint: Checkpoint, changes: Mapping[str, Any]) -> Encoder:
+def load_checkpoint(
+    checkpoint: Checkpoint, changes: Mapping[str, Any], files: CheckpointFiles = checkpoint_files
+) -> Encoder:
     """The encoder of a checkpoint; a published one has to be in safetensors format.
 
     Args:
         checkpoint: published, or found in a directory.
         changes: what replaces settings of the encoder.
+        files: fetches it.
 
     Raises:
         UnavailableError: it cannot be fetched or read on this machine.
@@ -146,7 +150,7 @@ def load_checkpoint(checkpoint: Checkpoint, changes: Mapping[str, Any]) -> Encod
         UsageError: it can only be read without the changes.
         OSError: the disk is full.
     """
-    with checkpoint_files(checkpoint) as directory:
+    with files(checkpoint) as directory:
         return _load(checkpoint, directory, changes)
 
 

@@ -7,6 +7,7 @@ from typing import Any, Protocol
 
 from mlflow_dr.time_limit import TimeLimit
 from mlflow_dr.tracking.checkpoints import Checkpoint
+from mlflow_dr.tracking.prefetch import CheckpointFiles
 from mlflow_dr.tracking.runs import TrackedRun
 from mlflow_dr.validation.report import Report
 
@@ -61,8 +62,12 @@ class CheckpointKind(Protocol):
             TrackingError: the server does not answer.
         """
 
-    def load(self, checkpoint: Checkpoint) -> Any:
+    def load(self, checkpoint: Checkpoint, files: CheckpointFiles) -> Any:
         """Fetch and read a checkpoint.
+
+        Args:
+            checkpoint: which one.
+            files: fetches it.
 
         Raises:
             UnavailableError: it cannot be fetched or read on this machine.

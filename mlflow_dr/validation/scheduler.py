@@ -162,12 +162,15 @@ class Scheduler:
         self.validators = len(self._at_work)
         return done
 
-    def candidates(self) -> Iterator[tuple[Checkpoint, Sequence[str]]]:
+    def candidates(self, fetched: str = "") -> Iterator[tuple[Checkpoint, Sequence[str]]]:
         """Checkpoints to try, with their free validations; the run that was served least is first.
 
         If other validators are at work, it begins with those of the next few that a hash gives to
         this one, so that they rarely claim the same checkpoint. It ends early when so many claims
         were lost that asking the server again is cheaper.
+
+        Args:
+            fetched: the model id of a checkpoint whose files are here; it comes first among these.
         """
         for run_id in sorted(self._free, key=lambda run_id: self._served[run_id]):
             ordered = self._in_order(run_id)
@@ -175,6 +178,7 @@ class Scheduler:
                 few = list(islice(ordered, CHOSEN_AMONG * self.validators))
                 random.shuffle(few)
                 few.sort(key=self._is_for_another)
+                few.sort(key=lambda checkpoint: checkpoint.model_id != fetched)
                 ordered = chain(few, ordered)
             for checkpoint in ordered:
                 if run_id in self._refused | self._put_off or self.is_stale:

@@ -18,6 +18,7 @@ from mlflow_dr.errors import TrackingError, UnavailableError
 from mlflow_dr.tracking.checkpoints import Checkpoint, is_deleted
 from mlflow_dr.tracking.claims import Claims
 from mlflow_dr.tracking.following import Followed, Snapshot
+from mlflow_dr.tracking.prefetch import CheckpointPrefetch
 from mlflow_dr.tracking.results import State
 from mlflow_dr.tracking.runs import run_is_gone
 from mlflow_dr.tracking.server import Patience
@@ -97,7 +98,9 @@ class _Validator:
         self._sleep = sleep
         self._patiently = Patience(followed.client, config.poll_seconds, sleep)
         self._kind = kind
-        self._worker = Worker(config, kind, self._patiently, names_runs=followed.run is None)
+        self._prefetch = CheckpointPrefetch()
+        names_runs = followed.run is None
+        self._worker = Worker(config, kind, self._patiently, names_runs, self._prefetch.files)
         self._auto_subset = (
             AutoSubset(config) if isinstance(config, ValidateConfig) and config.keep_up else None
         )
@@ -110,6 +113,7 @@ class _Validator:
         self._summarize_at = -float("inf")
         self._done: set[str] = set()  # model ids
         self._counts = Counts()
+        self._follows_training = True
         # by figures, which validations are left to do for a checkpoint
         self._chooses = config.chooses_subset or any(
             validation.refines or validation.mean_of for validation in config.all_validations
@@ -150,6 +154,7 @@ class _Validator:
         """What is published now, and until when to work by it."""
         start = time.monotonic()
         snapshot = self._patiently(self._followed.snapshot)
+        self._follows_training = not snapshot.over
         end = time.monotonic()
         for checkpoint in self._scheduler.see(snapshot, end - start):
             self._followed.checkpoints.mark_done(checkpoint)
@@ -243,7 +248,7 @@ class _Validator:
 
     def _claim_next(self) -> Job | None:
         """Claim the next piece of work."""
-        for checkpoint, names in self._scheduler.candidates():
+        for checkpoint, names in self._scheduler.candidates(self._prefetch.model_id):
             with self._without_deleted(checkpoint.run_id, checkpoint):
                 run = self._followed.run_of(checkpoint)
                 is_new = self._resolver.known(run.id) is None
@@ -297,7 +302,7 @@ class _Validator:
         """
         self._start_recording()
         try:
-            result = self._worker.evaluate(job)
+            result = self._worker.evaluate(job, partial(self._fetch_next, job.checkpoint))
         except BaseException:
             self._end(job, {})
             raise
@@ -309,6 +314,16 @@ class _Validator:
             self._setbacks.note_success()
         else:
             self._put_off(job, result.setback)
+
+    def _fetch_next(self, current: Checkpoint) -> None:
+        """Fetch the checkpoint that is likely to be next, in the background."""
+        if self._config.order == "newest" and self._follows_training:
+            return  # the next one is not published yet
+        means = {each.name for each in self._config.all_validations if each.mean_of}
+        for checkpoint, names in self._scheduler.candidates():
+            if checkpoint.model_id != current.model_id and not means.issuperset(names):
+                self._prefetch.begin(checkpoint)
+                return
 
     def _start_recording(self) -> None:
         """Record what was computed last, in the background."""
@@ -380,6 +395,7 @@ class _Validator:
             with suppress(Exception):  # another error ends this validator
                 self._finish_recording(SECONDS_TO_RECORD)
         finally:
+            self._prefetch.close()
             self._claims.close()
             self._kind.close()
 

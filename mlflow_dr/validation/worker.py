@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -28,6 +28,7 @@ from mlflow_dr.tracking.artifacts import log_per_query_values
 from mlflow_dr.tracking.checkpoints import Checkpoint, checkpoint_by_id, is_deleted
 from mlflow_dr.tracking.descriptions import describe_checkpoint
 from mlflow_dr.tracking.encoders import local_cause
+from mlflow_dr.tracking.prefetch import CheckpointFiles
 from mlflow_dr.tracking.results import (
     State,
     failure_reason,
@@ -124,11 +125,18 @@ class Worker:
         kind: reads and evaluates checkpoints.
         patiently: repeats requests while the server is away.
         names_runs: whether log lines name the run, because there may be several.
+        files: fetches checkpoints.
     """
 
     def __init__(
-        self, config: FollowConfig, kind: CheckpointKind, patiently: Patience, names_runs: bool
+        self,
+        config: FollowConfig,
+        kind: CheckpointKind,
+        patiently: Patience,
+        names_runs: bool,
+        files: CheckpointFiles,
     ) -> None:
+        self._files = files
         self._kind = kind
         self._config = config
         self._patiently = patiently
@@ -140,8 +148,12 @@ class Worker:
         """The server's time, in ms since 1970."""
         return self._clock.now_ms()
 
-    def evaluate(self, job: Job) -> JobResult:
+    def evaluate(self, job: Job, on_loaded: Callable[[], None]) -> JobResult:
         """Fetch the checkpoint and evaluate it, for validations without recorded figures.
+
+        Args:
+            job: what is evaluated.
+            on_loaded: called when the checkpoint is in memory.
 
         Raises:
             OSError: the disk is full.
@@ -158,7 +170,7 @@ class Worker:
                 left.append(validation)
         if left:
             try:
-                results |= self._evaluate(job, left, limit)
+                results |= self._evaluate(job, left, limit, on_loaded)
             except UnavailableError as error:
                 setback = error
         return JobResult(results, setback, time.monotonic() - start)
@@ -179,7 +191,11 @@ class Worker:
         return states
 
     def _evaluate(
-        self, job: Job, validations: Sequence[ResolvedValidation], limit: TimeLimit
+        self,
+        job: Job,
+        validations: Sequence[ResolvedValidation],
+        limit: TimeLimit,
+        on_loaded: Callable[[], None],
     ) -> Mapping[str, Report | CheckpointError]:
         """A report of each validation, or why there is none; nothing where it is put off.
 
@@ -193,10 +209,11 @@ class Worker:
 
         def load() -> Any:
             with limit:
-                return self._kind.load(checkpoint)
+                return self._kind.load(checkpoint, self._files)
 
         try:
             model = self._patiently(load, UnavailableError)
+            on_loaded()
             with _evaluation_errors():
                 reports = self._kind.evaluate(model, checkpoint, validations, limit)
             return dict(zip(names, reports, strict=True))

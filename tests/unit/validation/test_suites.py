@@ -145,7 +145,7 @@ def test_each_checkpoint_is_loaded_once_and_each_corpus_encoded_once(
     monkeypatch.setattr(
         encoders,
         "load_checkpoint",
-        lambda one, changes: loaded.append(one.step) or load(one, changes),
+        lambda one, *rest: loaded.append(one.step) or load(one, *rest),
     )
     publishing(1)
     publishing(2)

@@ -19,9 +19,11 @@ from mlflow import MlflowClient
 from mlflow.exceptions import MlflowException
 from safetensors.torch import load_file, save_file
 
+from mlflow_dr import compat
 from mlflow_dr.encoder.model import Encoder
 from mlflow_dr.encoder.saving import save_encoder
 from mlflow_dr.errors import TrackingError, UsageError
+from mlflow_dr.tracking import fetching, prefetch
 from mlflow_dr.tracking.checkpoints import publish, run_checkpoints
 from mlflow_dr.tracking.claims import Claims, Owner, latest_claim
 from mlflow_dr.tracking.following import FollowedDirectory, FollowedExperiment, FollowedRun
@@ -582,8 +584,8 @@ def test_the_server_becomes_unreachable_between_two_claims(
             raise MlflowException("no route to host")
         real(model_id, params)
 
-    def other_ones(self: Scheduler) -> Iterator[Any]:
-        found = list(candidates(self))
+    def other_ones(self: Scheduler, *rest: Any) -> Iterator[Any]:
+        found = list(candidates(self, *rest))
         yield from found if len(claimed) != 2 else reversed(found)
 
     def sleep(seconds: float) -> None:
@@ -833,3 +835,44 @@ def test_the_validator_says_why_there_is_nothing_to_do(
     assert nothing(every=2) == "--every and --max-lag leave none of 1 checkpoints"
     assert nothing() == ""
     assert nothing() == ""  # it is done
+
+
+@pytest.mark.parametrize("order", ["oldest", "newest"])
+def test_the_next_checkpoint_is_fetched_while_one_is_evaluated(
+    client: MlflowClient,
+    run: TrackedRun,
+    publishing: Callable[[int], str],
+    monkeypatch: pytest.MonkeyPatch,
+    order: str,
+) -> None:
+    """Each is fetched once. The newest of a run that goes on is not published yet."""
+    events: list[tuple[str, str]] = []
+    ids = {publishing(step): str(step) for step in (1, 2, 3)}
+    download, evaluate = compat.download_file, encoders.EncoderKind.evaluate
+
+    def downloaded(store: Any, name: str, path: str) -> None:
+        if name == "model.safetensors":
+            model_id = next(name for name in ids if name in str(store.artifact_uri))
+            events.append(("fetched", ids[model_id]))
+            fetched[ids[model_id]].set()
+        download(store, name, path)
+
+    def evaluated(self: Any, model: Any, checkpoint: Any, *rest: Any) -> Any:
+        step = str(checkpoint.step)
+        following = str(checkpoint.step + 1)
+        if following in fetched and order == "oldest":
+            assert fetched[following].wait(20)
+        events.append(("evaluated", step))
+        return evaluate(self, model, checkpoint, *rest)
+
+    fetched = {step: threading.Event() for step in ids.values()}
+    for module in (fetching, prefetch):
+        monkeypatch.setattr(module, "local_directory", lambda location: None)
+    monkeypatch.setattr(compat, "download_file", downloaded)
+    monkeypatch.setattr(encoders.EncoderKind, "evaluate", evaluated)
+    assert watch(run, VALIDATION, follow=False, order=order).done == 3
+    expected = {
+        "oldest": ["f1", "f2", "e1", "f3", "e2", "e3"],
+        "newest": ["f3", "e3", "f2", "e2", "f1", "e1"],
+    }
+    assert [kind[0] + step for kind, step in events] == expected[order]
