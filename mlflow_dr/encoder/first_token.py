@@ -69,7 +69,7 @@ def _attend_first(
     tokens = states[0]
     queries = attention.query(tokens[texts.starts]).view(shape)
     keys, values = attention.key(tokens).view(shape), attention.value(tokens).view(shape)
-    if has_varlen(queries):
+    if has_varlen(queries.device, queries.dtype):
         attended = attend_varlen(queries, keys, values, texts, attention.scaling, only_first=True)
         return attended.flatten(1)[None], None
     parts, start, text = [], 0, 0

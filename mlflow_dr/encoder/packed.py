@@ -72,7 +72,7 @@ def attend(
         raise NotImplementedError(f"attention of packed texts with {asked or 'a mask'}")
     causal = bool(getattr(module, "is_causal", True) if is_causal is None else is_causal)
     settings = _Attention(scaling, causal, sliding_window, dropout)
-    if has_varlen(query) and not dropout:
+    if has_varlen(query.device, query.dtype) and not dropout:
         return _attend_varlen(query, key, value, packed_texts, settings)[None], None
     parts, start = [], 0
     for length, texts in groupby(packed_texts.lengths):

@@ -42,9 +42,9 @@ def on_device(array: np.ndarray, device: torch.device) -> Tensor:
     return tensor.to(device, non_blocking=True)
 
 
-def has_varlen(states: Tensor) -> bool:
-    """Whether attention of such states has a kernel for texts of several lengths."""
-    return states.device.type == "cuda" and states.dtype in (torch.float16, torch.bfloat16)
+def has_varlen(device: torch.device, dtype: torch.dtype) -> bool:
+    """Whether a device has a kernel for attention of texts of several lengths, in a format."""
+    return device.type == "cuda" and dtype in (torch.float16, torch.bfloat16)
 
 
 def attend_varlen(

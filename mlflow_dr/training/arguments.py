@@ -69,7 +69,9 @@ class ModelArguments:
         const=True,
     )
     attn_implementation: str | None = flag(
-        None, "Attention implementation of transformers: sdpa, eager or flash_attention_2."
+        None,
+        "Attention implementation of transformers: sdpa, eager or flash_attention_2 (default: "
+        "sdpa, or our own where a GPU can do without padding).",
     )
     append_eos_token: bool = flag(
         False, "End each text with the tokenizer's end-of-sequence token."

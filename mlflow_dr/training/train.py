@@ -280,6 +280,7 @@ def _train(
             request.model.trust_remote_code,
             supply,
             losses,
+            packs_texts=request.model.attn_implementation is None,
         )
         trainer = kind(parts)
         ending.enter_context(stop_on_signals(stop, says=run is not None))

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import json
 import logging
-import math
 import shutil
 import sys
 from collections.abc import Iterator, Mapping, Sequence
@@ -17,10 +16,9 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from safetensors import SafetensorError
-from torch import Tensor, distributed, nn
+from torch import distributed
 from torch.utils.data import DataLoader, Dataset
 from transformers import Trainer, TrainerCallback, TrainerState, TrainingArguments
 from transformers.trainer import TRAINER_STATE_NAME
@@ -33,7 +31,6 @@ from mlflow_dr.encoder.onednn import trained_by_onednn
 from mlflow_dr.encoder.saving import restore_encoder, save_encoder
 from mlflow_dr.errors import CheckpointError, MlflowDrError, one_line
 from mlflow_dr.files import grant_umask_modes, is_full
-from mlflow_dr.retrieval.encode import plan_batches
 from mlflow_dr.training.batches import (
     LENGTHS,
     PASSAGE,
@@ -41,11 +38,8 @@ from mlflow_dr.training.batches import (
     QUERY_IDS,
     Collator,
     Group,
-    Texts,
-    cut,
-    inverse,
-    lengths_of,
 )
+from mlflow_dr.training.bi_encoder import BiEncoder
 from mlflow_dr.training.data_metrics import Supply
 from mlflow_dr.training.grad_cache import cached_vectors
 from mlflow_dr.training.loss import Objective
@@ -55,83 +49,6 @@ from mlflow_dr.training.resume import mark_complete
 log = logging.getLogger(__name__)
 
 PROGRESS_FILE = "mlflow_dr_progress.json"
-# a CPU is as fast with small batches, and they have less padding
-TOKENS_PER_BATCH = {"cpu": 2048, "cuda": 16384}
-LEAST_GAIN = 0.9  # the share of a batch's padded size from which a GPU gains by several batches
-
-
-class BiEncoder(nn.Module):
-    """Makes vectors of queries and passages, with shared or separate weights.
-
-    One call takes both, because DistributedDataParallel reduces gradients once per call.
-
-    Args:
-        encoder: the encoder; queries have separate weights if it has a query encoder.
-        in_batches: whether texts may be encoded in batches of similar length. Processes that
-            gather weights in each call (FSDP) must make equally many.
-    """
-
-    def __init__(self, encoder: Encoder, in_batches: bool = True) -> None:
-        super().__init__()
-        self.encoder = encoder
-        self._encode = encode_in_batches if in_batches else _encode
-
-    def forward(self, texts: Mapping[str, Texts]) -> dict[str, Tensor]:
-        """Role -> vectors of its texts, `(n_texts, dim)`."""
-        encoders = {QUERY: self.encoder.query_encoder, PASSAGE: self.encoder}
-        return {role: self._encode(encoders[role], values) for role, values in texts.items()}
-
-    def activation_checkpointing_enable(
-        self, activation_checkpointing_kwargs: dict[str, Any] | None = None, **options: Any
-    ) -> None:
-        """Recompute activations in the backward pass, not keep them. Trainer calls this."""
-        for encoder in self.encoder.distinct_encoders:
-            encoder.backbone.activation_checkpointing_enable(
-                activation_checkpointing_kwargs=activation_checkpointing_kwargs, **options
-            )
-
-
-def encode_in_batches(encoder: nn.Module, texts: Texts) -> Tensor:
-    """The vectors of texts, `(n_texts, dim)`, in batches of similar length where that is faster.
-
-    Args:
-        encoder: called with `input_ids` and `attention_mask`.
-        texts: texts; a GPU does not wait if they have their lengths.
-    """
-    lengths, ids = lengths_of(texts), texts["input_ids"]
-    batches = batches_of_similar_length(lengths, ids.shape[1], ids.device.type)
-    if len(batches) < 2:
-        return _encode(encoder, texts)
-    parts = [cut({**texts, LENGTHS: lengths}, rows) for rows in batches]
-    vectors = [_encode(encoder, some) for some, _ in parts]
-    return torch.cat(vectors)[inverse([rows for _, rows in parts])]
-
-
-def _encode(encoder: nn.Module, texts: Texts) -> Tensor:
-    return encoder(input_ids=texts["input_ids"], attention_mask=texts["attention_mask"])
-
-
-def batches_of_similar_length(
-    lengths: np.ndarray, padded_length: int, device: str
-) -> list[np.ndarray]:
-    """Rows of texts of similar length; all in one batch where that is as fast.
-
-    Args:
-        lengths: tokens of each text, `(n_texts,) int64`.
-        padded_length: to which all texts are padded.
-        device: the type of the device.
-    """
-    most = TOKENS_PER_BATCH.get(device)
-    everything = [np.arange(len(lengths))]
-    if most is None:
-        return everything
-    batches = plan_batches(lengths, most)
-    total, size = int(lengths.sum()), len(lengths) * padded_length
-    if device == "cpu":
-        is_faster = size > math.ceil(1.05 * total) or total > 2 * most
-    else:
-        is_faster = sum(len(rows) * lengths[rows].max() for rows in batches) < LEAST_GAIN * size
-    return batches if is_faster else everything
 
 
 @dataclass(frozen=True)
@@ -150,6 +67,7 @@ class TrainerParts:
         trust_remote_code: whether code in a checkpoint may run when training resumes from it.
         supply: counts the batches that the data loader gives.
         losses: checks losses.
+        packs_texts: whether texts may lie end to end, with an attention of our own.
     """
 
     encoder: Encoder
@@ -163,6 +81,7 @@ class TrainerParts:
     trust_remote_code: bool = False
     supply: Supply = field(default_factory=Supply)
     losses: LossCheck = field(default_factory=LossCheck)
+    packs_texts: bool = True
 
 
 class RetrieverTrainer(Trainer):
@@ -177,8 +96,9 @@ class RetrieverTrainer(Trainer):
             arguments.ddp_find_unused_parameters = False
         if arguments.ddp_broadcast_buffers is None:
             arguments.ddp_broadcast_buffers = False
+        is_plain = not arguments.fsdp and not arguments.torch_compile
         super().__init__(
-            model=BiEncoder(parts.encoder, not (arguments.fsdp or arguments.torch_compile)),
+            model=BiEncoder(parts.encoder, is_plain, parts.packs_texts and is_plain),
             args=arguments,
             train_dataset=parts.training_set,
             data_collator=parts.collator,

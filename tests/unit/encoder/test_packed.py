@@ -237,7 +237,7 @@ def test_the_kernel_of_cuda_is_called_as_it_is_documented(
 
     monkeypatch.setattr("torch.nn.attention.varlen.varlen_attn", watched)
     for module in (packed, first_token):
-        monkeypatch.setattr(module, "has_varlen", lambda _: True)
+        monkeypatch.setattr(module, "has_varlen", lambda *_: True)
     ids, lengths = table.packed(np.arange(len(table)))
     with torch.inference_mode():
         vectors = encode_packed(encoder, torch.from_numpy(ids), lengths.tolist())
@@ -268,7 +268,7 @@ def test_a_batch_asks_nothing_of_the_device(
     for module in (packed, varlen):
         monkeypatch.setattr(module, "on_device", counted)
     for module in (packed, first_token):
-        monkeypatch.setattr(module, "has_varlen", lambda _: True)
+        monkeypatch.setattr(module, "has_varlen", lambda *_: True)
     encoder = encoder_of(kind, PACKED[kind], pooling).bfloat16()
     ids, lengths = table.packed(np.arange(len(table)))
     token_ids = from_numpy(ids)

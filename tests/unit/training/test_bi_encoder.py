@@ -10,13 +10,13 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from mlflow_dr.encoder.model import Encoder, untie
 from mlflow_dr.training.batches import Texts, cut, inverse
-from mlflow_dr.training.grad_cache import cached_vectors
-from mlflow_dr.training.trainer import (
+from mlflow_dr.training.bi_encoder import (
     TOKENS_PER_BATCH,
     BiEncoder,
     batches_of_similar_length,
     encode_in_batches,
 )
+from mlflow_dr.training.grad_cache import cached_vectors
 
 LONG = [5 + 37 * i % 90 for i in range(120)]  # 6,000 tokens, of 120 x 94 padded
 

@@ -14,9 +14,9 @@ from mlflow_dr.encoder.lora import add_lora
 from mlflow_dr.encoder.model import Encoder, untie, with_projection
 from mlflow_dr.errors import UsageError
 from mlflow_dr.training.batches import Texts
+from mlflow_dr.training.bi_encoder import BiEncoder
 from mlflow_dr.training.grad_cache import cached_vectors
 from mlflow_dr.training.loss import Objective
-from mlflow_dr.training.trainer import BiEncoder
 
 RAGGED = {"query": 2, "passage": 3}
 

@@ -15,10 +15,10 @@ from mlflow_dr.encoder.lora import add_lora
 from mlflow_dr.encoder.model import Encoder, untie
 from mlflow_dr.stores.token_table import token_table
 from mlflow_dr.training.batches import Group, Texts, TrainingSet
+from mlflow_dr.training.bi_encoder import BiEncoder
 from mlflow_dr.training.data import Mixture
 from mlflow_dr.training.encoder_setup import collator_of
 from mlflow_dr.training.loss import Objective
-from mlflow_dr.training.trainer import BiEncoder
 
 SIZES = {"query": 2, "passage": 3}
 ALONE = Objective(0.05, distil_weight=0.3, distil_temperature=0.5)

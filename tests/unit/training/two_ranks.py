@@ -26,9 +26,10 @@ from transformers import TrainerCallback
 from transformers.models.bert.modeling_bert import BertModel  # noqa: F401 - before the fork
 
 from mlflow_dr.training.arguments import RetrieverTrainingArguments
+from mlflow_dr.training.bi_encoder import BiEncoder
 from mlflow_dr.training.grad_cache import cached_vectors
 from mlflow_dr.training.loss import Objective
-from mlflow_dr.training.trainer import BiEncoder, RetrieverTrainer, TrainerParts
+from mlflow_dr.training.trainer import RetrieverTrainer, TrainerParts
 
 RANKS = 2
 Reduced = list[tuple[int, int]]
