@@ -53,7 +53,10 @@ def plan_batches(
     """
     if rows is None:
         rows = np.arange(len(lengths))
-    order = rows[np.argsort(-lengths[rows], kind="stable")]
+    keys = -lengths[rows]
+    if keys.min(initial=0) > np.iinfo(np.int16).min:
+        keys = keys.astype(np.int16)  # has a faster sort
+    order = rows[np.argsort(keys, kind="stable")]
     batches, start = [], 0
     while start < len(order):
         longest = max(1, int(lengths[order[start]]))

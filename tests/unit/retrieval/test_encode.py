@@ -56,9 +56,12 @@ def test_a_row_longer_than_the_budget_is_a_batch_of_its_own() -> None:
     assert [rows.tolist() for rows in batches] == [[3], [1], [0, 2]]
 
 
-def test_the_longest_rows_come_first_and_equal_ones_in_their_order() -> None:
-    order = np.concatenate(plan_batches(LENGTHS, 100)).tolist()
-    assert order == sorted(range(200), key=lambda row: (-LENGTHS[row], row))
+@pytest.mark.parametrize("factor", [1, 5000])
+def test_the_longest_rows_come_first_and_equal_ones_in_their_order(factor: int) -> None:
+    """Also those of more tokens than a number of 16 bits can count."""
+    lengths = factor * LENGTHS
+    order = np.concatenate(plan_batches(lengths, 100)).tolist()
+    assert order == sorted(range(200), key=lambda row: (-lengths[row], row))
 
 
 def test_only_some_rows_are_planned_by_their_own_lengths() -> None:
