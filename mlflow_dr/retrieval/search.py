@@ -22,6 +22,7 @@ from mlflow_dr.errors import CheckpointError, MissingExtraError, UsageError
 from mlflow_dr.extensions import Registry
 
 SCORES_PER_BLOCK = {"cpu": 1 << 22, "cuda": 1 << 26}  # on a processor they fit its cache
+PASSAGES_PER_PRODUCT = {"cpu": 1 << 14, "cuda": 1 << 17}  # many queries share what is read of them
 PASSAGES_PER_BLOCK = 64
 # a chunk has many times more passages than are kept, because each chunk is merged; a GPU waits for
 # the host several times in each
@@ -220,27 +221,43 @@ def _pairs_above(
     Raises:
         CheckpointError: the scores overflow.
     """
-    n_blocks = -(-len(chunk) // PASSAGES_PER_BLOCK)
-    width = n_blocks * PASSAGES_PER_BLOCK
-    height = max(1, SCORES_PER_BLOCK[queries.device.type] // width)
-    scores = queries.new_full((min(height, len(queries)), width), -torch.inf)
+    device = queries.device.type
+    height = max(1, SCORES_PER_BLOCK[device] // PASSAGES_PER_PRODUCT[device])
     found: list[tuple[Tensor, Tensor, Tensor]] = []
     for start in range(0, len(queries), height):
-        part, lowest = queries[start : start + height], floors[start : start + height, None]
-        scores[: len(part), : len(chunk)] = dot_products(part, chunk)
-        blocks = scores[: len(part)].view(len(part), n_blocks, PASSAGES_PER_BLOCK)
+        some = slice(start, start + height)
+        rows, positions, left_out = _pairs_of_few(queries[some], chunk, floors[some], most)
+        found.append((start + rows, positions, start + left_out))
+    query_rows, all_positions, all_left_out = zip(*found, strict=True)
+    return torch.cat(query_rows), torch.cat(all_positions), torch.cat(all_left_out)
+
+
+def _pairs_of_few(
+    queries: Tensor, chunk: Tensor, floors: Tensor, most: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """See `_pairs_above`; for as many queries as have their products computed at a time."""
+    lowest = floors[:, None].clone()
+    counts = torch.zeros(len(queries), dtype=torch.int64, device=queries.device)
+    found: list[tuple[Tensor, Tensor]] = []
+    start = 0
+    for part in chunk.split(PASSAGES_PER_PRODUCT[queries.device.type]):
+        scores = dot_products(queries, part)
+        if missing := -len(part) % PASSAGES_PER_BLOCK:
+            scores = functional.pad(scores, (0, missing), value=-torch.inf)
+        blocks = scores.view(len(queries), -1, PASSAGES_PER_BLOCK)
         peaks = blocks.amax(dim=2)
         if not bool(peaks.isfinite().all()):
             raise CheckpointError(OVERFLOW)
         rows, numbers = (peaks >= lowest).nonzero().unbind(1)
         hits, columns = (blocks[rows, numbers] >= lowest[rows]).nonzero().unbind(1)
-        counts = rows[hits].bincount(minlength=len(part))
-        is_kept = (counts <= most)[rows[hits]]
-        hits, columns = hits[is_kept], columns[is_kept]
-        positions = numbers[hits] * PASSAGES_PER_BLOCK + columns
-        found.append((start + rows[hits], positions, start + (counts > most).nonzero().flatten()))
-    query_rows, all_positions, left_out = zip(*found, strict=True)
-    return torch.cat(query_rows), torch.cat(all_positions), torch.cat(left_out)
+        found.append((rows[hits], start + numbers[hits] * PASSAGES_PER_BLOCK + columns))
+        counts += rows[hits].bincount(minlength=len(queries))
+        lowest[counts > most] = torch.inf
+        start += len(part)
+    query_rows, positions = (torch.cat(parts) for parts in zip(*found, strict=True))
+    is_kept = (counts <= most)[query_rows]
+    query_rows, order = query_rows[is_kept].sort(stable=True)
+    return query_rows, positions[is_kept][order], (counts > most).nonzero().flatten()
 
 
 def _side_by_side(queries: Tensor, scores: Tensor, rows: Tensor) -> tuple[Tensor, Tensor, Tensor]:

@@ -12,6 +12,8 @@ import torch
 from mlflow_dr.errors import CheckpointError, MissingExtraError, UsageError
 from mlflow_dr.retrieval import search
 from mlflow_dr.retrieval.search import (
+    MOST_CANDIDATES,
+    PASSAGES_PER_PRODUCT,
     SCORES_PER_BLOCK,
     SearchBackend,
     TopK,
@@ -216,10 +218,33 @@ def test_blocks_of_queries_are_put_together_in_their_order(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setitem(SCORES_PER_BLOCK, "cpu", 700)
+    monkeypatch.setitem(PASSAGES_PER_PRODUCT, "cpu", 70)
     queries, corpus, ranks = tied_vectors(25, 300)
-    for chunks in (None, split(np.arange(300), 70)):
+    for chunks in (None, split(np.arange(300), 70), split(np.arange(300), 150)):
         _, rows = found(Backend(search_torch, "cpu"), queries, corpus, 10, ranks, chunks)
         np.testing.assert_array_equal(rows, brute_force(queries, corpus, 10, ranks)[1])
+
+
+def test_few_scores_are_computed_again_even_if_each_chunk_is_better_than_the_one_before(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """As with an encoder whose vectors depend on the length of texts, which orders batches."""
+    monkeypatch.setitem(PASSAGES_PER_PRODUCT, "cpu", 256)
+    queries, corpus, ranks = real_vectors(25, 4096)
+    k, size = 10, 1024
+    queries[5:] += 8  # the first five have few candidates
+    corpus[:, :] += np.linspace(0, 4, len(corpus), dtype=np.float32)[:, None]
+    exact, computed = search.exact_scores, []
+
+    def counted(*pairs: torch.Tensor) -> torch.Tensor:
+        computed.append(len(pairs[2]))
+        return exact(*pairs)
+
+    monkeypatch.setattr(search, "exact_scores", counted)
+    chunks = split(np.arange(len(corpus)), size)
+    _, rows = found(Backend(search_torch, "cpu"), queries, corpus, k, ranks, chunks)
+    np.testing.assert_array_equal(rows, brute_force(queries, corpus, k, ranks)[1])
+    assert sum(computed) < len(chunks) * len(queries) * (MOST_CANDIDATES * k)
 
 
 @pytest.mark.parametrize("value", [3e38, float("nan")])
