@@ -327,25 +327,55 @@ def _moments(seen: np.ndarray, unseen: Unseen, values: np.ndarray) -> tuple[np.n
         values: of the ranks 1, 2 and so on; 0 for all others, `(cutoff,) float64`.
     """
     cutoff = len(values)
-    counts = np.arange(cutoff)
-    padded = np.concatenate([values, [0.0]])
     moments = np.zeros((2, len(seen)))
     weights = np.where(unseen.weights > LEAST_WEIGHT, unseen.weights, 0)
     counts_at_all = (unseen.mean < FAR * cutoff) & (seen < cutoff)[:, None]
     passage, scale = np.nonzero((weights > 0) & counts_at_all)
+    powers = np.stack([values, values**2])
+    expect = _expect_constant if np.ptp(values) == 0 else _expect
     for part in np.array_split(np.arange(len(passage)), 1 + len(passage) * cutoff // CELLS):
         row = passage[part]
-        gaps = unseen.gaps[row, None]
-        mean = np.maximum(unseen.mean[row, scale[part]], 1e-300)[:, None]
-        ratios = (gaps + counts[:-1]) / counts[1:] * (mean / (gaps + mean))
-        none = -gaps * np.log1p(mean / gaps)
-        probability = np.exp(np.hstack([none, none + np.log(ratios).cumsum(axis=1)]))
-        probability *= weights[row, scale[part], None]
-        of_rank = padded[np.minimum(seen[row, None] + counts, cutoff)]
-        for moment, power in zip(moments, (of_rank, of_rank**2), strict=True):
-            moment += np.bincount(row, (probability * power).sum(axis=1), len(seen))
+        mean = np.maximum(unseen.mean[row, scale[part]], 1e-300)
+        expected = expect(seen[row], mean, unseen.gaps[row], powers)
+        for moment, of_scale in zip(moments, expected, strict=True):
+            moment += np.bincount(row, of_scale * weights[row, scale[part]], len(seen))
     mean, square = moments / weights.sum(axis=1)
     return mean, np.sqrt(np.maximum(square - mean**2, 0))
+
+
+def _expect(
+    seen: np.ndarray, mean: np.ndarray, gaps: np.ndarray, values: np.ndarray
+) -> Iterator[np.ndarray]:
+    """Expectations of functions of a rank; the number of unseen passages is negative binomial.
+
+    Args:
+        seen: encoded passages above, less than the cut-off, `(n,) int64`.
+        mean: of the number of unseen ones, `(n,) float64`.
+        gaps: see `Unseen`, `(n,) float64`.
+        values: of the ranks 1, 2 and so on; 0 for all others, `(n_functions, cutoff) float64`.
+
+    Yields:
+        For each function, `(n,) float64`.
+    """
+    cutoff = values.shape[1]
+    counts = np.arange(cutoff)
+    gaps, mean = gaps[:, None], mean[:, None]
+    ratios = (gaps + counts[:-1]) / counts[1:] * (mean / (gaps + mean))
+    none = -gaps * np.log1p(mean / gaps)
+    probability = np.exp(np.hstack([none, none + np.log(ratios).cumsum(axis=1)]))
+    ranks = np.minimum(seen[:, None] + counts, cutoff)
+    for of_ranks in values:
+        yield (probability * np.append(of_ranks, 0.0)[ranks]).sum(axis=1)
+
+
+def _expect_constant(
+    seen: np.ndarray, mean: np.ndarray, gaps: np.ndarray, values: np.ndarray
+) -> Iterator[np.ndarray]:
+    """`_expect` for a value that is the same up to the cut-off, as of recall: in one step."""
+    from scipy.special import betainc
+
+    within = betainc(gaps, values.shape[1] - seen, gaps / (gaps + mean))
+    return (of_ranks[0] * within for of_ranks in values)
 
 
 def _parts(sample: Sample, relevant: RelevantPassages) -> Iterator[tuple[Sample, RelevantPassages]]:

@@ -90,8 +90,8 @@ def _posterior(excess: np.ndarray, shape: float) -> tuple[np.ndarray, np.ndarray
     second is known, and what is left is the variance between queries.
 
     Args:
-        excess: scores less their threshold, `(n_queries, size) float64`; of each query, some are
-            above 0.
+        excess: scores less their threshold, descending, `(n_queries, size) float64`; of each query,
+            some are above 0.
         shape: of the distribution.
     """
     from scipy.special import digamma, polygamma
@@ -108,11 +108,15 @@ def _posterior(excess: np.ndarray, shape: float) -> tuple[np.ndarray, np.ndarray
     own_centre = (log_mean * equal_size + centre / between) / precision
     means = own_centre[:, None] + SCALES / np.sqrt(precision)
     scales = np.exp(means) * (1 - shape)
-    inside = 1 + shape * excess[:, :, None] / scales[:, None, :]
-    factors = np.maximum(inside, 1e-12)  # logarithms of products of a few cost less than of each
-    logs = [np.log(factors[:, i : i + 8].prod(axis=1)) for i in range(0, size, 8)]
-    likelihood = -size * np.log(scales) - (1 / shape + 1) * sum(logs)
-    likelihood = np.where(inside.min(axis=1) > 0, likelihood, IMPOSSIBLE)
+    ratio = shape / scales
+    logs = np.zeros_like(scales)
+    for start in range(0, size, 8):  # logarithms of products of a few cost less than of each
+        product = np.ones_like(scales)
+        for column in excess[:, start : start + 8].T:
+            product *= 1 + column[:, None] * ratio
+        logs += np.log(np.maximum(product, 1e-300))
+    likelihood = -size * np.log(scales) - (1 / shape + 1) * logs
+    likelihood = np.where(1 + excess[:, :1] * ratio > 0, likelihood, IMPOSSIBLE)
     joint = likelihood - (means - centre) ** 2 / (2 * between)
     highest = joint.max(axis=1, keepdims=True)
     weights = np.exp(joint - highest)

@@ -93,7 +93,7 @@ HOMES = {
     "ir_measures": ["retrieval/measures.py"],
     "psutil": ["launch.py", "process_tree.py"],
     "sentence_transformers": ["encoder/"],
-    "scipy": ["decisions/significance.py", "retrieval/tails.py"],
+    "scipy": ["decisions/significance.py", "retrieval/estimate.py", "retrieval/tails.py"],
     "xxhash": ["cache.py"],
     "matplotlib": [
         *("decisions/comparison.py", "fidelity_study/report.py", "loaders/", "pages.py"),

@@ -4,6 +4,7 @@ from collections.abc import Sequence
 
 import numpy as np
 import pytest
+from scipy.stats import nbinom
 
 from mlflow_dr.errors import UsageError
 from mlflow_dr.retrieval.estimate import (
@@ -12,6 +13,7 @@ from mlflow_dr.retrieval.estimate import (
     Sample,
     check_estimable,
     estimate,
+    rank_values,
     share_for,
     tail_size,
     unseen_above,
@@ -143,6 +145,26 @@ def test_the_expected_number_of_unseen_passages_is_the_true_one(shape: float) ->
             expected[end] += found[inside].sum()
             true[end] += unseen[inside].sum()
     assert expected == pytest.approx(true, rel=0.1)
+
+
+@pytest.mark.parametrize("measure", parse_measures("mrr@10 recall@10 success@10 rbp@10"), ids=str)
+def test_the_number_of_unseen_passages_is_negative_binomial(
+    simulated: Simulated, measure: Measure
+) -> None:
+    sample, relevant = simulated.sampled(0.1)
+    best = np.unique(relevant.query, return_index=True)[1]  # one relevant passage for each query
+    relevant = RelevantPassages(*(column[best] for column in relevant))
+    gains = [[1]] * len(best)
+    unseen = unseen_above(sample, relevant, tail_size(10, sample.size, sample.unseen))
+    gaps = unseen.gaps[:, None, None]
+    chance = nbinom.pmf(np.arange(10), gaps, gaps / (gaps + unseen.mean[:, :, None]))
+    chances = (chance * unseen.weights[:, :, None]).sum(axis=1)
+    values = np.append(rank_values(measure), np.zeros(10))
+    ranks = np.minimum(relevant.seen, 10)[:, None] + np.arange(10)
+    factor = 1 - measure.parameter("p") if measure.name == "rbp" else 1
+    expected = factor * (chances * values[ranks]).sum(axis=1)
+    found = estimate(sample, relevant, gains, [measure])[measure]
+    assert found.per_query == pytest.approx(expected, abs=2e-3)
 
 
 def test_better_relevant_passages_and_fewer_unseen_ones_give_higher_values(
