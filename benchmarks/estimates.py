@@ -23,6 +23,7 @@ from scipy.stats import kendalltau
 
 from benchmarks.machine import machine
 from mlflow_dr.collection.catalogue import open_collection
+from mlflow_dr.collection.records import Query, Topics
 from mlflow_dr.decisions.correction import shared_error
 from mlflow_dr.encoder.token_table import corpus_tokens
 from mlflow_dr.encoder.tokenize import TextTokenizer
@@ -48,7 +49,7 @@ from mlflow_dr.validation.evaluate import evaluate
 from mlflow_dr.validation.validations import EvalConfig
 
 MEASURES = parse_measures("mrr@10 ndcg@10 recall@100")
-DEPTH = 110
+DEPTH = 340  # three times the cut-off of recall@100, and some that the jackknife leaves out
 OURS = "several scales, 8"
 FitTail = Callable[[np.ndarray, int], Tail]
 
@@ -194,14 +195,18 @@ def by_way(
         estimating.fit_tail, estimating.FEWEST = kept  # type: ignore[assignment]
 
 
+def chosen_queries(topics: Topics, arguments: argparse.Namespace) -> list[Query]:
+    order = np.random.default_rng(7).permutation(len(topics.queries))
+    chosen = order[arguments.skip : arguments.skip + arguments.queries]
+    return [topics.queries[index] for index in sorted(chosen)]
+
+
 def vectors(arguments: argparse.Namespace) -> tuple[Judged, list[Path]]:
     """The judgements, and a file of vectors for each checkpoint, by step."""
     run = resolve_run(connect(None), arguments.run_id)
     collection = open_collection(arguments.dataset)
     corpus, topics = collection.corpus(), collection.topics(arguments.split)
-    order = np.random.default_rng(7).permutation(len(topics.queries))
-    chosen = order[arguments.skip : arguments.skip + arguments.queries]
-    queries = [topics.queries[index] for index in sorted(chosen)]
+    queries = chosen_queries(topics, arguments)
     pairs = [
         [
             (row, gain)
@@ -301,14 +306,9 @@ def study(arguments: argparse.Namespace, judged: Judged, files: list[Path]) -> N
     )
     print("full corpus", *(f"{name} {a:.3f} to {b:.3f};" for name, a, b in spans(full)))
     show("the subset itself", naive, full)
-    for name in ways:
+    for name in ways[1:]:
         show(name, found[name][0], full)
-    values, low, high = found[OURS]
-    show_corrected(values - full, values - low)
-    covered = (low <= full) & (full <= high)
-    print(f"within the 95 % interval: {covered.mean():.1%}", np.round(covered.mean((0, 1)), 3))
-    print("half the width of the interval:", row((values - low).mean((0, 1))))
-    print("1.96 times the root mean square error:", row(1.96 * rms(values - full)))
+    show_estimates(OURS, *found[OURS], full)
 
 
 def time_validations(arguments: argparse.Namespace) -> None:
@@ -318,20 +318,19 @@ def time_validations(arguments: argparse.Namespace) -> None:
     encoder = load_checkpoint(checkpoint, {}).eval()
     settings = EvalConfig(MEASURES, device="cpu", dtype="fp32")
     full = EvalDataset(open_collection(arguments.dataset), arguments.split)
+    full.topics = full.topics.of(chosen_queries(full.topics, arguments))
     spec = parse_subset(f"random:{arguments.share:g}%")
     estimating_settings = settings.estimating(spec)
     requests = [(full, settings), (full.on_subset(spec, settings), estimating_settings)]
-    seconds = []
-    for data, asked in requests:
-        times = []
-        for _ in range(4):
+    times: list[list[float]] = [[], []]
+    for _ in range(4):
+        for (data, asked), taken in zip(requests, times, strict=True):
             start = time.process_time()
             evaluate(encoder, data, asked, quiet=True)
-            times.append(time.process_time() - start)
-        seconds.append(min(times[1:]))
-        print(
-            f"{data.n_passages} passages, {len(data.topics.queries)} queries: {seconds[-1]:.2f} s"
-        )
+            taken.append(time.process_time() - start)
+    seconds = [min(taken[1:]) for taken in times]
+    for (data, _), taken in zip(requests, seconds, strict=True):
+        print(f"{data.n_passages} passages, {len(data.topics.queries)} queries: {taken:.2f} s")
     print(f"{seconds[1] / seconds[0]:.1%} of a full validation; {machine()}")
 
 
@@ -350,6 +349,18 @@ def show(name: str, values: np.ndarray, full: np.ndarray) -> None:
             taus.append(kendalltau(of_seed[:, column], truth).statistic)
             regrets.append(truth.max() - truth[of_seed[:, column].argmax()])
     print(f"{name:22} {errors_row(errors)}  tau {np.mean(taus):.3f}  regret {np.mean(regrets):.4f}")
+
+
+def show_estimates(
+    name: str, values: np.ndarray, low: np.ndarray, high: np.ndarray, full: np.ndarray
+) -> None:
+    """Errors of estimates, as they are and corrected, and of their intervals."""
+    show(name, values, full)
+    show_corrected(values - full, values - low)
+    covered = (low <= full) & (full <= high)
+    print(f"within the 95 % interval: {covered.mean():.1%}", np.round(covered.mean((0, 1)), 3))
+    print("half the width of the interval:", row((values - low).mean((0, 1))))
+    print("1.96 times the root mean square error:", row(1.96 * rms(values - full)))
 
 
 def show_corrected(errors: np.ndarray, half_widths: np.ndarray) -> None:
@@ -391,12 +402,12 @@ def main() -> None:
     parser.add_argument("--queries", type=int, default=500)
     parser.add_argument("--skip", type=int, default=0, help="other queries: those after so many")
     parser.add_argument("--share", type=float, default=10.0, help="of the corpus, in percent")
-    parser.add_argument("--target-error", type=float, help="chooses the share instead of --share")
-    parser.add_argument("--tops", type=int, default=0, help="of the first checkpoint, by query")
     parser.add_argument("--half", action="store_true", help="of the queries and of the passages")
     parser.add_argument("--seeds", type=int, default=5)
-    parser.add_argument("--all-ways", action="store_true", help="also those that were not chosen")
     parser.add_argument("--vectors", type=Path, default=Path("vectors"))
+    parser.add_argument("--target-error", type=float, help="chooses the share instead of --share")
+    parser.add_argument("--tops", type=int, default=0, help="of the first checkpoint, by query")
+    parser.add_argument("--all-ways", action="store_true", help="also those that were not chosen")
     parser.add_argument("--time", action="store_true", help="CPU seconds of a validation instead")
     arguments = parser.parse_args()
     if arguments.time:
