@@ -7,6 +7,7 @@ import json
 import logging
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
+from dataclasses import replace
 from functools import partial
 
 from transformers import TrainerCallback, set_seed
@@ -31,6 +32,7 @@ from mlflow_dr.tracking.runs import (
 )
 from mlflow_dr.tracking.stop_request import StopWatcher, clear_stop_request
 from mlflow_dr.training.arguments import TrainingRequest
+from mlflow_dr.training.batches import TrainingSet
 from mlflow_dr.training.callbacks import (
     SUMMARY_TAG,
     MetricCallback,
@@ -38,12 +40,11 @@ from mlflow_dr.training.callbacks import (
     StopCallback,
     publish_schedule,
 )
-from mlflow_dr.training.data import TrainingData, open_data
-from mlflow_dr.training.data_metrics import DataMetrics, Supply
+from mlflow_dr.training.data import Mixture, TrainingData, open_data
+from mlflow_dr.training.data_metrics import DataMetrics
 from mlflow_dr.training.disk_use import DiskUse
 from mlflow_dr.training.encoder_setup import build_encoder, collator_of, mixed_training_set
 from mlflow_dr.training.flags import MERGED, TORCH
-from mlflow_dr.training.loss_check import LossCheck
 from mlflow_dr.training.missed_checkpoints import publish_missed_checkpoints
 from mlflow_dr.training.process import leave_group, stop_on_signals, use_one_gpu
 from mlflow_dr.training.publishing import (
@@ -251,11 +252,14 @@ def _train(
         source = EncoderSource(encoder, merged=request.model.lora_publish == MERGED)
         published, last_step = _resumed_run(run, resumption) if run and resumption else ({}, None)
         publisher = Publisher(run, source, published, keep_in=request.output, on_refused=stop.ask)
+        parts, initial = (
+            _parts(request, encoder, training_set, run),
+            request.publish.publish_initial,
+        )
         callbacks: list[TrainerCallback] = []
-        supply, losses, initial = Supply(), LossCheck(), request.publish.publish_initial
 
         def publish(step: int) -> bool:
-            losses.check()
+            parts.losses.check()
             return publisher.publish(step)
 
         if run is not None:
@@ -263,26 +267,12 @@ def _train(
             if resumption is not None and (begin := resumption.checkpoint) is not None:
                 publish_missed_checkpoints(request, publisher, source, begin, schedule)
             sampler = ending.enter_context(Sampler())
-            callbacks.append(_metric_callback(run, DataMetrics(supply, sampler), last_step))
+            callbacks.append(_metric_callback(run, DataMetrics(parts.supply, sampler), last_step))
             callbacks.append(DiskUse(run, source.bytes, schedule, initial))
             ending.callback(StopWatcher(run, stop.ask).close)
         callbacks += [ScheduledPublishing(publish, schedule, initial), stop]
         ending.enter_context(_library_errors())
-        parts = TrainerParts(
-            encoder,
-            request.trainer,
-            training_set,
-            collator_of(encoder),
-            request.loss.objective(encoder),
-            callbacks,
-            request.loss.chunk_sizes(),
-            run.id if run else "",
-            request.model.trust_remote_code,
-            supply,
-            losses,
-            packs_texts=request.model.attn_implementation is None,
-        )
-        trainer = kind(parts)
+        trainer = kind(replace(parts, callbacks=callbacks))
         ending.enter_context(stop_on_signals(stop, says=run is not None))
         trainer.resume(resumption.checkpoint if resumption else None)
     # with an exit code from another process, torchrun would kill the first one
@@ -290,6 +280,26 @@ def _train(
         raise KeyboardInterrupt
     if stop.reason:
         log.info("training ended as asked: %s", stop.reason)
+
+
+def _parts(
+    request: TrainingRequest,
+    encoder: Encoder,
+    training_set: TrainingSet | Mixture,
+    run: TrackedRun | None,
+) -> TrainerParts:
+    """What a trainer is made of, without callbacks."""
+    return TrainerParts(
+        encoder,
+        request.trainer,
+        training_set,
+        collator_of(encoder),
+        request.loss.objective(encoder),
+        chunk_sizes=request.loss.chunk_sizes(),
+        run_id=run.id if run else "",
+        trust_remote_code=request.model.trust_remote_code,
+        packs_texts=request.model.attn_implementation is None,
+    )
 
 
 @contextmanager
