@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import closing
 from typing import NamedTuple
 
@@ -25,7 +25,7 @@ from mlflow_dr.retrieval.encode import (
     plan_batches,
 )
 from mlflow_dr.retrieval.ranking import SearchResult
-from mlflow_dr.retrieval.search import AUTO, TopK, find_backend, queries_per_merge
+from mlflow_dr.retrieval.search import AUTO, TopK, find_backend, queries_per_merge, stacked
 from mlflow_dr.retrieval.shard_search import (
     EncodeShard,
     SearchShard,
@@ -160,15 +160,12 @@ def dense_search(
         text_tokenizer.pad_id,
         backend,
     )
-    merges = [_Merge(request, tie_ranks) for request in requests]
     rows = rows_to_encode(requests, len(table))
     batches = plan_batches(table.lengths, TOKENS_PER_BATCH[engine.device.type], rows)
     total = len(table) if rows is None else len(rows)
     with progress_bar(total, "encoding the corpus", "passages", quiet) as bar:
         shards = split_shards(batches, engine.n_shards)
-        for results in engine.map(work, table, shards, bar.update):
-            for merge, result in zip(merges, results, strict=True):
-                merge.add(result)
+        merges = _merged(requests, tie_ranks, engine.map(work, table, shards, bar.update))
     return [merge.result() for merge in merges]
 
 
@@ -263,11 +260,20 @@ class _Merge:
         scores = np.split(self._scores, self._ends[:-1]) if len(self._ends) else []
         if self._request.candidates is not None:
             return rank_candidates(self._request.candidates, scores, self._request.k, self._ranks)
-        return SearchResult(
-            np.concatenate([best.rows.numpy() for best in self._best]),
-            np.concatenate([best.scores.numpy() for best in self._best]),
-            scores,
-        )
+        return SearchResult(*stacked(self._best), scores)
+
+
+def _merged(
+    requests: Sequence[SearchRequest],
+    tie_ranks: np.ndarray,
+    of_shards: Iterable[Sequence[ShardResult]],
+) -> list[_Merge]:
+    """The results of all shards, merged for each request."""
+    merges = [_Merge(request, tie_ranks) for request in requests]
+    for results in of_shards:
+        for merge, result in zip(merges, results, strict=True):
+            merge.add(result)
+    return merges
 
 
 def rank_candidates(

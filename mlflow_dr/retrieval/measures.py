@@ -11,6 +11,7 @@ import re
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from itertools import islice
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -229,23 +230,21 @@ def measure_ranking(
     """
     measures = [measure for measure in measures if measure.name != ACCURACY]
     values = {query_id: dict.fromkeys(measures, 0.0) for query_id in qrels}
-    evaluations: dict[tuple[int | None, int], dict[Measure, str]] = defaultdict(dict)
-    for measure in measures:
-        if measure.name == "mrr":
-            trec_name, depth = TREC_NAMES["mrr"], measure.cutoff
-        elif measure.name in TREC_NAMES:
-            trec_name, depth = f"{TREC_NAMES[measure.name]}.{measure.cutoff}", None
-        else:
-            for query_id, passages in ranking.items():
-                if query_id in qrels:
-                    passage_ids = [passage_id for passage_id, _ in passages[: measure.cutoff]]
-                    values[query_id][measure] = FORMULAS[measure.name](
-                        passage_ids, qrels[query_id], measure
+    by_formula = [measure for measure in measures if measure.name in FORMULAS]
+    evaluators = _evaluators(qrels, measures)
+    items = iter(ranking.items())
+    while group := list(islice(items, QUERIES_AT_A_TIME)):
+        for evaluator in evaluators:
+            evaluator.measure(group, values)
+        for query_id, passages in group if by_formula else ():
+            if query_id in qrels:
+                passage_ids = [passage_id for passage_id, _ in passages]
+                values[query_id] |= {
+                    measure: FORMULAS[measure.name](
+                        passage_ids[: measure.cutoff], qrels[query_id], measure
                     )
-            continue
-        evaluations[depth, int(measure.parameter("rel"))][measure] = trec_name
-    for (depth, relevant), names in evaluations.items():
-        _trec_eval(values, ranking, qrels, names, depth, relevant)
+                    for measure in by_formula
+                }
     return values
 
 
@@ -289,23 +288,52 @@ def _measure(word: str) -> Measure:
     return Measure(f"{name}{suffix}@{match[3]}")
 
 
-def _trec_eval(
-    values: dict[str, dict[Measure, float]],
-    ranking: Ranking,
-    qrels: Qrels,
-    names: Mapping[Measure, str],
-    depth: int | None,
-    relevant: int,
-) -> None:
+class _TrecEvaluator(NamedTuple):
+    """trec_eval's evaluator of some measures, and its name of each.
+
+    Attributes:
+        evaluator: of pytrec_eval.
+        keys: its name of each measure.
+        depth: it gets only so many passages of each query; None for all.
+    """
+
+    evaluator: Any
+    keys: Mapping[Measure, str]
+    depth: int | None
+
+    def measure(
+        self,
+        group: Sequence[tuple[str, Sequence[tuple[str, float]]]],
+        values: dict[str, dict[Measure, float]],
+    ) -> None:
+        """Add the values of some queries of a ranking."""
+        run = {query_id: dict(passages[: self.depth]) for query_id, passages in group if passages}
+        for query_id, results in self.evaluator.evaluate(run).items():
+            values[query_id] |= {measure: results[key] for measure, key in self.keys.items()}
+
+
+def _evaluators(qrels: Qrels, measures: Sequence[Measure]) -> list[_TrecEvaluator]:
+    """trec_eval's evaluators: each has one depth and one threshold of relevance."""
     import pytrec_eval
 
-    evaluator = pytrec_eval.RelevanceEvaluator(qrels, set(names.values()), relevance_level=relevant)
-    keys = {measure: name.replace(".", "_") for measure, name in names.items()}
-    items = iter(ranking.items())
-    while group := list(islice(items, QUERIES_AT_A_TIME)):
-        run = {query_id: dict(passages[:depth]) for query_id, passages in group if passages}
-        for query_id, results in evaluator.evaluate(run).items():
-            values[query_id] |= {measure: results[key] for measure, key in keys.items()}
+    names: dict[tuple[int | None, int], dict[Measure, str]] = defaultdict(dict)
+    for measure in measures:
+        if measure.name not in TREC_NAMES:
+            continue
+        trec_name, depth = TREC_NAMES[measure.name], None
+        if measure.name == "mrr":
+            depth = measure.cutoff
+        else:
+            trec_name = f"{trec_name}.{measure.cutoff}"
+        names[depth, int(measure.parameter("rel"))][measure] = trec_name
+    return [
+        _TrecEvaluator(
+            pytrec_eval.RelevanceEvaluator(qrels, set(asked.values()), relevance_level=relevant),
+            {measure: name.replace(".", "_") for measure, name in asked.items()},
+            depth,
+        )
+        for (depth, relevant), asked in names.items()
+    ]
 
 
 def _err(passage_ids: Sequence[str], judged: Mapping[str, int], measure: Measure) -> float:

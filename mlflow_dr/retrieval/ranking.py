@@ -30,6 +30,7 @@ UNWRITABLE = {
     **dict.fromkeys((MSMARCO, TEVATRON), rf"[\t\n\r]|^{BLANK}|{BLANK}$|^$"),
 }
 """Ids that a ranking file of each layout cannot hold."""
+NAMED_AT_A_TIME = 1 << 17  # passages
 
 
 class SearchResult(NamedTuple):
@@ -65,14 +66,11 @@ class Retriever(Protocol):
         """
 
 
-def named_ranking(
-    queries: Sequence[Query],
-    ids: pa.ChunkedArray,
-    rows: np.ndarray,
-    scores: np.ndarray,
-    depth: int,
-) -> dict[str, list[tuple[str, float]]]:
-    """A ranking by ids, of what `without_excluded` has left.
+class NamedRanking(Mapping[str, list[tuple[str, float]]]):
+    """A ranking by ids, of what `without_excluded` has left; see `Ranking`.
+
+    It keeps rows and scores, which take 12 bytes a passage. Their names would take ten times as
+    much, so they are looked up for some queries at a time, when they are read.
 
     Args:
         queries: the queries, in the order of `rows`.
@@ -81,11 +79,41 @@ def named_ranking(
         scores: `(n_queries, k) float32`.
         depth: passages to keep for each query.
     """
-    found = _names(ids, rows[:, :depth])
-    return {
-        query.id: [pair for pair in zip(names, values, strict=True) if pair[0] is not None]
-        for query, names, values in zip(queries, found, scores[:, :depth].tolist(), strict=True)
-    }
+
+    def __init__(
+        self,
+        queries: Sequence[Query],
+        ids: pa.ChunkedArray,
+        rows: np.ndarray,
+        scores: np.ndarray,
+        depth: int,
+    ) -> None:
+        self._positions = {query.id: position for position, query in enumerate(queries)}
+        self._ids = ids
+        self._rows, self._scores = rows[:, :depth], scores[:, :depth]
+        self._size = max(1, NAMED_AT_A_TIME // max(1, self._rows.shape[1]))
+        self._named: tuple[int, list[list[tuple[str, float]]]] = (-1, [])
+
+    def __getitem__(self, query_id: str) -> list[tuple[str, float]]:
+        number, place = divmod(self._positions[query_id], self._size)
+        last, named = self._named
+        if number != last:
+            named = self._name(slice(number * self._size, (number + 1) * self._size))
+            self._named = number, named
+        return named[place]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._positions)
+
+    def __len__(self) -> int:
+        return len(self._positions)
+
+    def _name(self, some: slice) -> list[list[tuple[str, float]]]:
+        names, scores = _names(self._ids, self._rows[some]), self._scores[some].tolist()
+        return [
+            [pair for pair in zip(*of_query, strict=True) if pair[0] is not None]
+            for of_query in zip(names, scores, strict=True)
+        ]
 
 
 def without_excluded(
@@ -111,11 +139,15 @@ def without_excluded(
     if not n_excluded(queries, keep_own_id):
         return rows, scores
     is_excluded = _is_excluded(queries, ids, rows, keep_own_id)
-    if not is_excluded.any():
+    (touched,) = np.nonzero(is_excluded.any(axis=1))
+    if not len(touched):
         return rows, scores
-    order = np.argsort(is_excluded, axis=1, kind="stable")
-    kept = np.where(is_excluded, -1, rows)
-    return np.take_along_axis(kept, order, 1), np.take_along_axis(scores, order, 1)
+    order = np.argsort(is_excluded[touched], axis=1, kind="stable")
+    kept = np.where(is_excluded[touched], -1, rows[touched])
+    rows, scores = rows.copy(), scores.copy()
+    rows[touched] = np.take_along_axis(kept, order, 1)
+    scores[touched] = np.take_along_axis(scores[touched], order, 1)
+    return rows, scores
 
 
 def n_excluded(queries: Sequence[Query], keep_own_id: bool) -> int:

@@ -194,6 +194,23 @@ class TopK:
         self.rows[queries] = rows.gather(1, order)
 
 
+def stacked(groups: list[TopK]) -> tuple[np.ndarray, np.ndarray]:
+    """Rows `(n_queries, k) int64` and scores `(n_queries, k) float32` of groups of queries.
+
+    Args:
+        groups: one below the other; each is taken out of the list when it has been copied, so that
+            not everything is in memory twice.
+    """
+    shape = sum(len(each.rows) for each in groups), groups[0].rows.shape[1]
+    rows, scores, start = np.empty(shape, np.int64), np.empty(shape, np.float32), 0
+    while groups:
+        group = groups.pop(0)
+        some = slice(start, start + len(group.rows))
+        rows[some], scores[some] = group.rows.cpu().numpy(), group.scores.cpu().numpy()
+        start = some.stop
+    return rows, scores
+
+
 def _exact_where(is_open: Tensor, queries: Tensor, chunk: Tensor, positions: Tensor) -> Tensor:
     """Exact scores of the candidates that may be among the best, minus infinity for the others."""
     scores = torch.full(positions.shape, -torch.inf, device=queries.device)

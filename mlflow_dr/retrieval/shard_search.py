@@ -23,6 +23,7 @@ from mlflow_dr.retrieval.search import (
     find_backend,
     passages_per_chunk,
     queries_per_merge,
+    stacked,
 )
 from mlflow_dr.retrieval.vector_form import ALL, VectorForm
 from mlflow_dr.stores.token_table import TokenTable
@@ -158,14 +159,12 @@ class _Search:
                 best.update(group, chunk, rows, self._search)
 
     def result(self) -> ShardResult:
-        rows = [best.rows.cpu().numpy() for best in self._best]
-        scores = [best.scores.cpu().numpy() for best in self._best]
-        empty = np.empty((len(self._queries), 0))
-        return ShardResult(
-            np.concatenate(rows) if rows else empty.astype(np.int64),
-            np.concatenate(scores) if scores else empty.astype(np.float32),
-            *self._pairs.found(),
-        )
+        if self._best:
+            rows, scores = stacked(self._best)
+        else:
+            shape = len(self._queries), 0
+            rows, scores = np.empty(shape, np.int64), np.empty(shape, np.float32)
+        return ShardResult(rows, scores, *self._pairs.found())
 
 
 class _PairScores:

@@ -28,10 +28,10 @@ from mlflow_dr.retrieval.measures import (
     of_pool,
 )
 from mlflow_dr.retrieval.ranking import (
+    NamedRanking,
     Ranking,
     SearchResult,
     n_excluded,
-    named_ranking,
     without_excluded,
     write_ranking,
 )
@@ -263,7 +263,7 @@ def _measure(data: EvalDataset, settings: EvalConfig, depth: int, result: Search
     topics, ids = data.topics, data.corpus.ids
     keep_own_id = data.keeps_own_id(settings)
     rows, scores = without_excluded(topics.queries, ids, result.rows, result.scores, keep_own_id)
-    ranking = named_ranking(topics.queries, ids, rows, scores, depth)
+    ranking = NamedRanking(topics.queries, ids, rows, scores, depth)
     hits = None
     if found := answers_depth(settings.measures):
         hits = data.tokens.matcher(settings.match).hits(topics.queries, rows[:, :found])

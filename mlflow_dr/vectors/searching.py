@@ -28,15 +28,21 @@ from mlflow_dr.retrieval.measures import (
     parse_measures,
 )
 from mlflow_dr.retrieval.ranking import (
+    NamedRanking,
     Ranking,
     check_ranking_ids,
     merged_ranking,
     n_excluded,
-    named_ranking,
     without_excluded,
     write_ranking,
 )
-from mlflow_dr.retrieval.search import TopK, find_backend, passages_per_chunk, queries_per_merge
+from mlflow_dr.retrieval.search import (
+    TopK,
+    find_backend,
+    passages_per_chunk,
+    queries_per_merge,
+    stacked,
+)
 from mlflow_dr.retrieval.vectors import Vectors, open_vectors
 from mlflow_dr.tracking.encoders import open_encoder
 from mlflow_dr.vectors.config import ConvertConfig, SearchConfig, parse_shard
@@ -180,7 +186,7 @@ def _parts(
         queries = [Query(name, "", excluded=excluded.get(name, ())) for name in names]
         rows, scores = (values[first : first + QUERIES_PER_PART] for values in found)
         rows, scores = without_excluded(queries, ids, rows, scores, keep_own_id)
-        ranking = named_ranking(queries, ids, rows, scores, depth)
+        ranking = NamedRanking(queries, ids, rows, scores, depth)
         yield RankingPart(ranking, rows[:, :depth])
 
 
@@ -222,8 +228,7 @@ def exact_search(
             for group, top in zip(groups, best, strict=True):
                 top.update(group, chunk, chunk_rows, find)
             bar.update(len(chunk))
-    found = np.concatenate([top.rows.cpu().numpy() for top in best])
-    return found, np.concatenate([top.scores.cpu().numpy() for top in best])
+    return stacked(best)
 
 
 def convert(config: ConvertConfig) -> int:

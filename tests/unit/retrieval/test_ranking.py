@@ -13,9 +13,9 @@ from mlflow_dr.errors import DataError
 from mlflow_dr.retrieval.ranking import (
     TREC,
     UNWRITABLE,
+    NamedRanking,
     check_ranking_ids,
     n_excluded,
-    named_ranking,
     without_excluded,
     write_ranking,
 )
@@ -52,7 +52,7 @@ def read_trec(path: Path) -> dict[str, list[tuple[str, float]]]:
 
 
 def test_rows_become_ids_in_their_order(corpus: Corpus) -> None:
-    ranking = named_ranking(QUERIES, corpus.ids, ROWS, SCORES, depth=3)
+    ranking = NamedRanking(QUERIES, corpus.ids, ROWS, SCORES, depth=3)
     assert ranking == {
         "q1": [("q1", 3.0), ("p4", 2.0), ("p0", 1.0)],
         "q2": [("字3", 0.5), ("q1", 0.25), ("p4", -0.5)],
@@ -60,7 +60,7 @@ def test_rows_become_ids_in_their_order(corpus: Corpus) -> None:
 
 
 def test_a_passage_with_a_querys_id_is_left_out_for_this_query_only(corpus: Corpus) -> None:
-    ranking = named_ranking(QUERIES, corpus.ids, *left(corpus), depth=3)
+    ranking = NamedRanking(QUERIES, corpus.ids, *left(corpus), depth=3)
     assert [pid for pid, _ in ranking["q1"]] == ["p4", "p0"]
     assert [pid for pid, _ in ranking["q2"]] == ["字3", "q1", "p4"]
 
@@ -69,18 +69,18 @@ def test_a_passage_with_a_querys_id_is_left_out_for_this_query_only(corpus: Corp
 def test_the_depth_is_reached_when_the_querys_own_id_is_left_out(
     corpus: Corpus, depth: int
 ) -> None:
-    ranking = named_ranking(QUERIES, corpus.ids, *left(corpus), depth)
+    ranking = NamedRanking(QUERIES, corpus.ids, *left(corpus), depth)
     assert [pid for pid, _ in ranking["q1"]] == ["p4", "p0"][:depth]
     assert [pid for pid, _ in ranking["q2"]] == ["字3", "q1"][:depth]
 
 
 def test_a_corpus_smaller_than_the_depth(corpus: Corpus) -> None:
-    ranking = named_ranking(QUERIES, corpus.ids, *left(corpus), depth=100)
+    ranking = NamedRanking(QUERIES, corpus.ids, *left(corpus), depth=100)
     assert [len(found) for found in ranking.values()] == [2, 3]
 
 
 def test_the_ranking_file_is_what_trec_eval_reads(corpus: Corpus, tmp_path: Path) -> None:
-    ranking = named_ranking(QUERIES, corpus.ids, *left(corpus), depth=2)
+    ranking = NamedRanking(QUERIES, corpus.ids, *left(corpus), depth=2)
     write_ranking(tmp_path / "ranking.trec", [ranking], tag="mine")
     assert (tmp_path / "ranking.trec").read_text(encoding="utf-8") == (
         "q1 Q0 p4 1 2 mine\nq1 Q0 p0 2 1 mine\nq2 Q0 字3 1 0.5 mine\nq2 Q0 q1 2 0.25 mine\n"
