@@ -7,6 +7,7 @@ layer is computed with it. Training takes the weights as they are.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from functools import partial
@@ -22,6 +23,9 @@ from mlflow_dr.devices import is_onednn_faster
 
 if TYPE_CHECKING:
     from transformers import TrainingArguments
+
+# oneDNN keeps the kernels of 1,024 shapes, and each batch has shapes of its own; it reads this once
+os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "64")
 
 
 class OneDnnLayers:
