@@ -186,6 +186,16 @@ class Scheduler:
                 if not self._is_late(checkpoint):
                     yield checkpoint, self._free[run_id][checkpoint.model_id]
 
+    def likely_after(self, current: Checkpoint) -> Checkpoint | None:
+        """The checkpoint that is likely to come after one; None if none is published that may."""
+        if self._config.order == "newest" and not self._snapshot.over:
+            return None  # it is not published yet
+        means = {name for name, members in self._mean_of.items() if members}
+        for checkpoint, names in self.candidates():
+            if checkpoint.model_id != current.model_id and not means.issuperset(names):
+                return checkpoint
+        return None
+
     def _is_for_another(self, checkpoint: Checkpoint) -> bool:
         """Whether another validator at work has the higher hash with a checkpoint."""
         model_id = checkpoint.model_id

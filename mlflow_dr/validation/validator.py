@@ -113,7 +113,6 @@ class _Validator:
         self._summarize_at = -float("inf")
         self._done: set[str] = set()  # model ids
         self._counts = Counts()
-        self._follows_training = True
         # by figures, which validations are left to do for a checkpoint
         self._chooses = config.chooses_subset or any(
             validation.refines or validation.mean_of for validation in config.all_validations
@@ -154,7 +153,6 @@ class _Validator:
         """What is published now, and until when to work by it."""
         start = time.monotonic()
         snapshot = self._patiently(self._followed.snapshot)
-        self._follows_training = not snapshot.over
         end = time.monotonic()
         for checkpoint in self._scheduler.see(snapshot, end - start):
             self._followed.checkpoints.mark_done(checkpoint)
@@ -261,14 +259,8 @@ class _Validator:
                 if not validations:
                     self._scheduler.refuse(run.id)
                     continue
-                open_validations = [
-                    validation for validation in validations if validation.name in names
-                ]
-                group = [
-                    validation
-                    for validation in open_validations
-                    if validation.group == open_validations[0].group
-                ]
+                free = [each for each in validations if each.name in names]
+                group = [each for each in free if each.group == free[0].group]
                 if claimed := self._claim(checkpoint, group):
                     return Job(checkpoint, run, claimed)
         return None
@@ -317,13 +309,8 @@ class _Validator:
 
     def _fetch_next(self, current: Checkpoint) -> None:
         """Fetch the checkpoint that is likely to be next, in the background."""
-        if self._config.order == "newest" and self._follows_training:
-            return  # the next one is not published yet
-        means = {each.name for each in self._config.all_validations if each.mean_of}
-        for checkpoint, names in self._scheduler.candidates():
-            if checkpoint.model_id != current.model_id and not means.issuperset(names):
-                self._prefetch.begin(checkpoint)
-                return
+        if checkpoint := self._scheduler.likely_after(current):
+            self._prefetch.begin(checkpoint)
 
     def _start_recording(self) -> None:
         """Record what was computed last, in the background."""
