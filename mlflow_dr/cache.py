@@ -11,6 +11,7 @@ taken from another entry is never read.
 from __future__ import annotations
 
 import os
+import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -67,6 +68,11 @@ def sound_entry(kind: str, key: str) -> Path | None:
     """The directory of an entry; None if it is missing or damaged."""
     entry = _entry_path(kind, key)
     return None if not entry.exists() or _damage(entry) else entry
+
+
+def remove_entry(kind: str, key: str) -> None:
+    """Remove an entry that is no longer needed; processes that have mapped its files keep them."""
+    shutil.rmtree(_entry_path(kind, key), ignore_errors=True)
 
 
 @contextmanager

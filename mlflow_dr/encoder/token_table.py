@@ -5,6 +5,7 @@ Every checkpoint of a run encodes the same corpus with the same tokenizer, so it
 
 from __future__ import annotations
 
+import random
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
@@ -15,7 +16,7 @@ from typing import Any, TypeVar
 import numpy as np
 
 from mlflow_dr.background import main_module_hidden
-from mlflow_dr.cache import about_entry, cache_entry, sound_entry
+from mlflow_dr.cache import about_entry, cache_entry, remove_entry, sound_entry
 from mlflow_dr.collection.catalogue import Examples
 from mlflow_dr.collection.corpus import Corpus
 from mlflow_dr.collection.records import Query
@@ -29,6 +30,7 @@ LAYOUT = 1
 # a worker takes seconds to start
 TEXTS_WORTH_A_PROCESS = 50_000
 TEXTS_PER_BATCH = 8192
+PASSAGES_PER_PART = 1 << 19
 MOST_OF_A_CORPUS = 0.5
 
 
@@ -54,14 +56,25 @@ def cached_token_table(
         processes: largest number of worker processes; a small table or one core gets none.
         about: what the texts are, for `mlflow-dr cache`.
     """
+    tables = _tokenised(texts, tokenize, total, processes)
+    return _cached(key, tables, vocabulary_size, total, description, about)
+
+
+def _cached(
+    key: str,
+    tables: Iterable[TokenTable],
+    vocabulary_size: int,
+    total: int,
+    description: str,
+    about: str,
+) -> TokenTable:
+    """The token table of a key, from the cache or joined now; see `cached_token_table`."""
     dtype = np.uint16 if vocabulary_size <= 1 << 16 else np.uint32
     entry = digest_of(LAYOUT, key)
     directory = cache_entry(
         KIND,
         entry,
-        lambda partial: write_table(
-            partial, _tokenised(texts, tokenize, total, processes), dtype, total, description
-        ),
+        lambda partial: write_table(partial, tables, dtype, total, description),
         about,
     )
     return map_table(directory, entry)
@@ -114,21 +127,60 @@ def corpus_tokens(
 ) -> TokenTable:
     """The passages of a corpus as token ids, made once for each tokenizer and its settings.
 
-    Training and validation share the table if corpus and tokenizer are the same.
+    Training and validation share the table if corpus and tokenizer are the same. A large corpus is
+    tokenised part by part, so that the parts that are done outlive a process that is killed, and
+    several processes make different parts.
 
     Args:
         corpus: the passages.
         text_tokenizer: makes the token ids.
         processes: the most worker processes that tokenise; as many as there are cores when None.
     """
+    key = _key(corpus, text_tokenizer)
+    starts = range(0, len(corpus), PASSAGES_PER_PART)
+    if len(starts) < 2 or is_cached(key):
+        return _passage_tokens(key, corpus, None, text_tokenizer, processes)
+
+    def part(start: int) -> TokenTable:
+        rows = np.arange(start, min(start + PASSAGES_PER_PART, len(corpus)))
+        return _passage_tokens(f"{key}:{start}", corpus, rows, text_tokenizer, processes)
+
+    # in an order of its own, so that processes seldom wait for one another
+    for start in random.Random().sample(starts, len(starts)):
+        if not is_cached(key):  # another process may have joined them meanwhile
+            part(start)
+    table = _cached(
+        key,
+        map(part, starts),
+        text_tokenizer.vocabulary_size,
+        len(corpus),
+        "joining the tokens",
+        _about(corpus, len(corpus)),
+    )
+    for start in starts:
+        remove_entry(KIND, digest_of(LAYOUT, f"{key}:{start}"))
+    return table
+
+
+def _passage_tokens(
+    key: str,
+    corpus: Corpus,
+    rows: np.ndarray | None,
+    text_tokenizer: TextTokenizer,
+    processes: int | None,
+) -> TokenTable:
+    """The tokens of some passages, or of all, tokenised in one go."""
+    total = len(corpus) if rows is None else len(rows)
+    is_all = total == len(corpus)
     return cached_token_table(
-        _key(corpus, text_tokenizer),
-        corpus.batches(),
+        key,
+        corpus.batches(rows),
         text_tokenizer.passage_ids,
         text_tokenizer.vocabulary_size,
-        total=len(corpus),
-        processes=processes or usable_cores(),
-        about=_about(corpus, len(corpus)),
+        total,
+        "tokenising the corpus" if is_all else f"tokenising {total:,} of {len(corpus):,} passages",
+        processes or usable_cores(),
+        _about(corpus, total),
     )
 
 
@@ -145,15 +197,8 @@ def subset_tokens(corpus: Corpus, rows: np.ndarray, text_tokenizer: TextTokenize
     key = _key(corpus, text_tokenizer)
     if len(rows) > MOST_OF_A_CORPUS * len(corpus) or is_cached(key):
         return corpus_tokens(corpus, text_tokenizer)
-    table = cached_token_table(
-        f"{key}:{sha256(rows.astype('<i8').tobytes()).hexdigest()}",
-        corpus.batches(rows),
-        text_tokenizer.passage_ids,
-        text_tokenizer.vocabulary_size,
-        total=len(rows),
-        description="tokenising the subset",
-        about=_about(corpus, len(rows)),
-    )
+    digest = sha256(rows.astype("<i8").tobytes()).hexdigest()
+    table = _passage_tokens(f"{key}:{digest}", corpus, rows, text_tokenizer, processes=1)
     return table.spread(rows, len(corpus))
 
 

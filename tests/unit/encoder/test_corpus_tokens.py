@@ -1,6 +1,8 @@
 """Token tables of a corpus and of training queries."""
 
+import random
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
@@ -10,7 +12,7 @@ import pyarrow as pa
 import pytest
 
 from mlflow_dr.collection.corpus import Corpus
-from mlflow_dr.collection.records import Example, Query
+from mlflow_dr.collection.records import Example, Passage, Query
 from mlflow_dr.encoder import token_table
 from mlflow_dr.encoder.model import Encoder
 from mlflow_dr.encoder.token_table import corpus_tokens, query_tokens, subset_tokens
@@ -120,3 +122,48 @@ def test_a_subset_is_tokenised_alone(encoder: Encoder, corpus: Corpus, own_cache
 def test_most_of_a_corpus_is_tokenised_completely(encoder: Encoder, corpus: Corpus) -> None:
     text_tokenizer = TextTokenizer.of(encoder)
     assert (subset_tokens(corpus, np.arange(6), text_tokenizer).lengths > 0).all()
+
+
+def in_parts(
+    corpus: Corpus, encoder: Encoder, monkeypatch: pytest.MonkeyPatch, fails_after: int
+) -> list[int]:
+    """Tokenise by parts of four passages; returns how many were tokenised, part by part."""
+    tokenizer = TextTokenizer.of(encoder)
+    tokenise, done = TextTokenizer.passage_ids, []
+
+    def counted(self: TextTokenizer, passages: Sequence[Passage]) -> Sequence[Sequence[int]]:
+        if len(done) == fails_after:
+            raise KeyboardInterrupt
+        done.append(len(passages))
+        return tokenise(self, passages)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(token_table, "PASSAGES_PER_PART", 4)
+        patch.setattr(TextTokenizer, "passage_ids", counted)
+        with pytest.raises(KeyboardInterrupt) if fails_after < 3 else nullcontext():
+            table = corpus_tokens(corpus, tokenizer)
+            expected = tokenise(tokenizer, corpus.passages(range(len(corpus))))
+            assert [table[row].tolist() for row in range(len(table))] == expected
+    return done
+
+
+def test_the_parts_of_a_large_corpus_outlive_an_interruption(
+    encoder: Encoder, corpus: Corpus, own_cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    random_state = random.getstate()
+    first = in_parts(corpus, encoder, monkeypatch, fails_after=2)
+    assert tables_in(own_cache) == len(first) == 2
+    second = in_parts(corpus, encoder, monkeypatch, fails_after=3)
+    assert sorted(first + second) == [2, 4, 4]
+    assert tables_in(own_cache) == 1  # the parts are removed
+    assert in_parts(corpus, encoder, monkeypatch, fails_after=3) == []
+    assert random.getstate() == random_state
+
+
+def test_a_damaged_part_is_made_again(
+    encoder: Encoder, corpus: Corpus, own_cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    in_parts(corpus, encoder, monkeypatch, fails_after=2)
+    ids = next((own_cache / "tokens").glob("*/ids.bin"))
+    ids.write_bytes(ids.read_bytes()[:-2])
+    assert len(in_parts(corpus, encoder, monkeypatch, fails_after=3)) == 2
