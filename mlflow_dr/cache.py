@@ -72,7 +72,9 @@ def sound_entry(kind: str, key: str) -> Path | None:
 
 def remove_entry(kind: str, key: str) -> None:
     """Remove an entry that is no longer needed; processes that have mapped its files keep them."""
-    shutil.rmtree(_entry_path(kind, key), ignore_errors=True)
+    entry = _entry_path(kind, key)
+    shutil.rmtree(entry, ignore_errors=True)
+    Path(f"{entry}.lock").unlink(missing_ok=True)
 
 
 @contextmanager
