@@ -42,6 +42,7 @@ from mlflow_dr.retrieval.estimate import (
     Sample,
     Unseen,
     _parts,
+    count_probabilities,
     estimate,
     measure_weights,
     rank_values,
@@ -110,14 +111,9 @@ def draw(best: np.ndarray, subset: Subset, ratio: float, seed: int) -> list[Stra
 def chances(unseen: Unseen, cutoff: int) -> np.ndarray:
     """The probability of 0, 1 and so on unseen passages above relevant ones, `(n, cutoff)`."""
     total = np.zeros((len(unseen.gaps), cutoff))
-    counts = np.arange(cutoff)
-    gaps = unseen.gaps[:, None]
-    for mean, weight in zip(unseen.mean.T[:, :, None], unseen.weights.T, strict=True):
-        mean = np.maximum(mean, 1e-300)
-        ratios = (gaps + counts[:-1]) / counts[1:] * (mean / (gaps + mean))
-        none = -gaps * np.log1p(mean / gaps)
-        logs = np.hstack([none, none + np.log(ratios).cumsum(axis=1)])
-        total += weight[:, None] * np.exp(logs)
+    for mean, weight in zip(unseen.mean.T, unseen.weights.T, strict=True):
+        probability = count_probabilities(np.maximum(mean, 1e-300), unseen.gaps, cutoff)
+        total += weight[:, None] * probability
     return total
 
 

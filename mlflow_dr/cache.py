@@ -12,11 +12,13 @@ from __future__ import annotations
 
 import os
 import shutil
+import uuid
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import xxhash
+from filelock import BaseFileLock, FileLock, Timeout
 
 from mlflow_dr.errors import DataError
 from mlflow_dr.files import build_once, cache_dir, digest_of
@@ -71,10 +73,26 @@ def sound_entry(kind: str, key: str) -> Path | None:
 
 
 def remove_entry(kind: str, key: str) -> None:
-    """Remove an entry that is no longer needed; processes that have mapped its files keep them."""
+    """Remove an entry that is no longer needed; it stays if another process is making it.
+
+    Processes that have mapped its files keep them.
+    """
     entry = _entry_path(kind, key)
-    shutil.rmtree(entry, ignore_errors=True)
-    Path(f"{entry}.lock").unlink(missing_ok=True)
+    with suppress(Timeout, OSError):
+        remove_under(FileLock(f"{entry}.lock", blocking=False), entry)
+
+
+def remove_under(lock: BaseFileLock, entry: Path) -> None:
+    """Remove an entry; it is renamed under its lock, so that no process finds a part of it.
+
+    Raises:
+        Timeout: another process has the lock.
+        OSError: the entry is missing or cannot be removed.
+    """
+    with lock:
+        target = entry.with_name(f".{entry.name}.{uuid.uuid4().hex}")
+        entry.rename(target)
+        shutil.rmtree(target)
 
 
 @contextmanager

@@ -6,9 +6,7 @@ Only what this package makes is listed and removed, whatever else is in the fold
 from __future__ import annotations
 
 import re
-import shutil
 import time
-import uuid
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
@@ -16,7 +14,7 @@ from typing import NamedTuple
 
 from filelock import FileLock, Timeout
 
-from mlflow_dr.cache import CHECKED, about_entry
+from mlflow_dr.cache import CHECKED, about_entry, remove_under
 from mlflow_dr.errors import UsageError
 from mlflow_dr.files import cache_dir
 from mlflow_dr.process_tree import files_in_use
@@ -170,10 +168,7 @@ def _remove(entry: CacheEntry) -> str:
     own = entry.path.with_name(f"{entry.name}.lock")
     lock = FileLock(study if entry.name.startswith("study-") else own, blocking=False)
     try:
-        with lock:
-            target = entry.path.with_name(f".{entry.name}.{uuid.uuid4().hex}")
-            entry.path.rename(target)
-            shutil.rmtree(target)
+        remove_under(lock, entry.path)
     except Timeout:
         return "another process is making it"
     except FileNotFoundError:

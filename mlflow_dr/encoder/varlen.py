@@ -74,12 +74,14 @@ def attend_varlen(
     from torch.nn.attention.varlen import varlen_attn
 
     longest, ends = max(texts.lengths), texts.ends
-    of_queries = torch.arange(len(ends), dtype=ends.dtype, device=ends.device)
+    of_queries = (
+        torch.arange(len(ends), dtype=ends.dtype, device=ends.device) if only_first else ends
+    )
     attended: Any = varlen_attn(
         query,
         key,
         value,
-        of_queries if only_first else ends,
+        of_queries,
         ends,
         1 if only_first else longest,
         longest,

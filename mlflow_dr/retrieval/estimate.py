@@ -358,14 +358,25 @@ def _expect(
         For each function, `(n,) float64`.
     """
     cutoff = values.shape[1]
+    probability = count_probabilities(mean, gaps, cutoff)
+    ranks = np.minimum(seen[:, None] + np.arange(cutoff), cutoff)
+    for of_ranks in values:
+        yield (probability * np.append(of_ranks, 0.0)[ranks]).sum(axis=1)
+
+
+def count_probabilities(mean: np.ndarray, gaps: np.ndarray, cutoff: int) -> np.ndarray:
+    """The negative binomial probability of 0, 1 and so on unseen passages, `(n, cutoff) float64`.
+
+    Args:
+        mean: of their number, above 0, `(n,) float64`.
+        gaps: see `Unseen`, `(n,) float64`.
+        cutoff: how many numbers.
+    """
     counts = np.arange(cutoff)
     gaps, mean = gaps[:, None], mean[:, None]
     ratios = (gaps + counts[:-1]) / counts[1:] * (mean / (gaps + mean))
     none = -gaps * np.log1p(mean / gaps)
-    probability = np.exp(np.hstack([none, none + np.log(ratios).cumsum(axis=1)]))
-    ranks = np.minimum(seen[:, None] + counts, cutoff)
-    for of_ranks in values:
-        yield (probability * np.append(of_ranks, 0.0)[ranks]).sum(axis=1)
+    return np.asarray(np.exp(np.hstack([none, none + np.log(ratios).cumsum(axis=1)])))
 
 
 def _expect_constant(

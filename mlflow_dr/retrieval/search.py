@@ -168,9 +168,9 @@ class TopK:
 
     def _widen(self, n: int) -> None:
         """Make room for the passages of a chunk, up to k."""
-        added = min(n, self._k - self.scores.shape[1])
-        self.scores = functional.pad(self.scores, (0, added), value=-torch.inf)
-        self.rows = functional.pad(self.rows, (0, added), value=-1)
+        if added := min(n, self._k - self.scores.shape[1]):  # padding by nothing makes a copy, too
+            self.scores = functional.pad(self.scores, (0, added), value=-torch.inf)
+            self.rows = functional.pad(self.rows, (0, added), value=-1)
 
     def _merge(self, queries: Tensor, scores: Tensor, rows: Tensor) -> None:
         """Put the candidates of some queries among their best.

@@ -357,10 +357,11 @@ def inverse(rows: Sequence[Tensor]) -> Tensor:
     return positions
 
 
-def lengths_of(texts: Texts) -> np.ndarray:
-    """The tokens of each text, `(n_texts,) int64`; waits for the device if they must be counted."""
-    lengths: np.ndarray | None = texts.get(LENGTHS)
-    return texts["attention_mask"].sum(dim=1).cpu().numpy() if lengths is None else lengths
+def with_lengths(texts: Texts) -> Texts:
+    """Texts with their lengths; waits for the device if they must be counted."""
+    if texts.get(LENGTHS) is not None:
+        return texts
+    return {**texts, LENGTHS: texts["attention_mask"].sum(dim=1).cpu().numpy()}
 
 
 def cut(texts: Texts, rows: np.ndarray) -> tuple[Texts, Tensor]:

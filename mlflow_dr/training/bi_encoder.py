@@ -24,7 +24,7 @@ from mlflow_dr.training.batches import (
     Texts,
     cut,
     inverse,
-    lengths_of,
+    with_lengths,
 )
 
 log = logging.getLogger(__name__)
@@ -91,11 +91,11 @@ def encode_in_batches(encoder: nn.Module, texts: Texts) -> Tensor:
         encoder: called with `input_ids` and `attention_mask`.
         texts: texts; a GPU does not wait if they have their lengths.
     """
-    lengths, ids = lengths_of(texts), texts["input_ids"]
-    batches = batches_of_similar_length(lengths, ids.shape[1], ids.device.type)
+    texts, ids = with_lengths(texts), texts["input_ids"]
+    batches = batches_of_similar_length(texts[LENGTHS], ids.shape[1], ids.device.type)
     if len(batches) < 2:
         return _encode(encoder, texts)
-    parts = [cut({**texts, LENGTHS: lengths}, rows) for rows in batches]
+    parts = [cut(texts, rows) for rows in batches]
     vectors = [_encode(encoder, some) for some, _ in parts]
     return torch.cat(vectors)[inverse([rows for _, rows in parts])]
 
@@ -147,7 +147,7 @@ def encode_end_to_end(encoder: Encoder, texts: Texts) -> Tensor:
         encoder: `can_train_packed` holds.
         texts: texts; a GPU does not wait if they have their lengths.
     """
-    lengths, ids = lengths_of(texts), texts["input_ids"]
+    lengths, ids = with_lengths(texts)[LENGTHS], texts["input_ids"]
     order = np.argsort(-lengths, kind="stable")
     sizes, columns = lengths[order], np.arange(ids.shape[1])
     places = (order[:, None] * ids.shape[1] + columns)[columns < sizes[:, None]]
@@ -162,10 +162,10 @@ def packing_defect(encoder: Encoder, texts: Texts) -> str:
     Returns:
         Empty if vectors and gradients are the same.
     """
-    lengths = lengths_of(texts)
-    by_length = np.argsort(lengths, kind="stable")
-    chosen = np.unique(np.linspace(0, len(lengths) - 1, PROOF_TEXTS).astype(int))
-    some, _ = cut({**texts, LENGTHS: lengths}, by_length[chosen])
+    texts = with_lengths(texts)
+    by_length = np.argsort(texts[LENGTHS], kind="stable")
+    chosen = np.unique(np.linspace(0, len(by_length) - 1, PROOF_TEXTS).astype(int))
+    some, _ = cut(texts, by_length[chosen])
     was_training = encoder.training
     encoder.eval()  # dropout would differ
     try:

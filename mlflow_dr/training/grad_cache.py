@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from mlflow_dr.errors import UsageError
-from mlflow_dr.training.batches import LENGTHS, Texts, cut, inverse, lengths_of
+from mlflow_dr.training.batches import LENGTHS, Texts, cut, inverse, with_lengths
 
 Encode = Callable[[Mapping[str, Texts]], Mapping[str, Tensor]]
 """Some roles' texts -> vectors of each, `(n_texts, dim)`; called once for each chunk."""
@@ -136,15 +136,15 @@ def _chunked(
     """Chunks of each role in turn, and the last chunks of all roles together at the end."""
     last: dict[str, tuple[Texts, Tensor]] = {}
     for role, role_texts in texts.items():
-        lengths = lengths_of(role_texts)
+        role_texts = with_lengths(role_texts)
         # the longest first, so that a chunk that does not fit into memory fails at once
-        order = np.argsort(-lengths, kind="stable")
+        order = np.argsort(-role_texts[LENGTHS], kind="stable")
         for start in range(0, len(order), sizes[role]):
             if role in last:
                 chunk_texts, rows = last[role]
                 yield {role: chunk_texts}, {role: rows}
             chunk = order[start : start + sizes[role]]
-            last[role] = cut({**role_texts, LENGTHS: lengths}, chunk)
+            last[role] = cut(role_texts, chunk)
     yield (
         {role: chunk_texts for role, (chunk_texts, _) in last.items()},
         {role: rows for role, (_, rows) in last.items()},

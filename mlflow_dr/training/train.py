@@ -252,10 +252,8 @@ def _train(
         source = EncoderSource(encoder, merged=request.model.lora_publish == MERGED)
         published, last_step = _resumed_run(run, resumption) if run and resumption else ({}, None)
         publisher = Publisher(run, source, published, keep_in=request.output, on_refused=stop.ask)
-        parts, initial = (
-            _parts(request, encoder, training_set, run),
-            request.publish.publish_initial,
-        )
+        parts = _parts(request, encoder, training_set, run)
+        initial = request.publish.publish_initial
         callbacks: list[TrainerCallback] = []
 
         def publish(step: int) -> bool:
