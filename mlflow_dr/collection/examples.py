@@ -35,8 +35,10 @@ log = logging.getLogger(__name__)
 LAYOUT = 2
 """Raise it when the rules of `raw_examples.py` change: examples cached before are not used then."""
 
-EXAMPLES_PER_BATCH = 8192
-LOOK_UP_BATCHES = 8  # looking up ids costs a pass over the corpus, so it is done for many examples
+EXAMPLES_PER_BATCH = 512
+"""Examples that are read before they are written: each may have a hundred passages."""
+LOOK_UP_BATCHES = 128
+"""Batches whose ids are looked up together, because that takes a pass over the corpus."""
 NO_ROWS = np.empty(0, np.int64)
 
 
