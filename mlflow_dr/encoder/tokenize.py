@@ -30,6 +30,7 @@ NO_RULES = {"is_local", "local_files_only", "model_max_length", "processor_class
 TEXTS_WORTH_WORDS = 1024  # fewer have few words in common
 TEXTS_TO_PROVE = 64
 MOST_WORDS = 1 << 19  # about 100 MB
+TEXTS_SPLIT = 256  # at a time, so that their words stay in the processor's cache
 
 # short texts, because the length may be short
 PROBES = (
@@ -283,14 +284,16 @@ class TextTokenizer:
         if len(self._word_ids) > MOST_WORDS:
             self._word_ids.clear()
         known = self._word_ids
-        split = [text.split(" ") for text in texts]
-        new = list({word for words in split for word in words if word not in known})
         self._bare("a")  # leaves the backend without truncation and padding
-        encodings = self._tokenizer.backend_tokenizer.encode_batch_fast(
-            new, add_special_tokens=False
-        )
-        known.update((word, encoding.ids) for word, encoding in zip(new, encodings, strict=True))
-        return [list(chain.from_iterable(map(known.__getitem__, words))) for words in split]
+        tokenize = self._tokenizer.backend_tokenizer.encode_batch_fast
+        ids: list[list[int]] = []
+        for start in range(0, len(texts), TEXTS_SPLIT):
+            split = [text.split(" ") for text in texts[start : start + TEXTS_SPLIT]]
+            new = list({word for words in split for word in words if word not in known})
+            encodings = tokenize(new, add_special_tokens=False)
+            known.update((word, coded.ids) for word, coded in zip(new, encodings, strict=True))
+            ids += [list(chain.from_iterable(map(known.__getitem__, words))) for words in split]
+        return ids
 
     def _ids_of_whole(self, texts: list[str], max_length: int) -> list[list[int]]:
         try:

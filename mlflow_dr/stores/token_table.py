@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from functools import cached_property
+from itertools import chain
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -165,7 +166,7 @@ class _TablePart(TokenTable):
 def token_table(token_ids: Sequence[Sequence[int]]) -> TokenTable:
     """A token table in memory, for a few thousand texts such as the queries of a split."""
     lengths = np.fromiter((len(ids) for ids in token_ids), np.int64, len(token_ids))
-    ids = np.fromiter((i for text in token_ids for i in text), np.uint32, int(lengths.sum()))
+    ids = np.fromiter(chain.from_iterable(token_ids), np.uint32, int(lengths.sum()))
     ends = np.cumsum(lengths)
     return TokenTable(ids, ends - lengths, ends)
 
