@@ -23,9 +23,7 @@ from mlflow_dr.progress import progress_bar
 SCHEMA = pa.schema([("id", pa.string()), ("title", pa.string()), ("text", pa.string())])
 TOKENS = pa.field("tokens", pa.list_(pa.int32()))
 TOKENISED_SCHEMA = SCHEMA.append(TOKENS)
-ROWS_PER_BATCH = 8192
-ROWS_CONVERTED = 1024
-"""Passages that become Arrow columns at once: so few that their Python objects fit the cache."""
+ROWS_PER_BATCH = 2048  # their Python objects fit the cache of a processor
 MANY = 0.05
 """Share of a corpus from which on reading all of it is quicker than reading single pages."""
 _new = tuple.__new__
@@ -247,22 +245,19 @@ class CorpusWriter:
         directory.mkdir(exist_ok=True)
         self._directory = directory
         self._buffer: list[Passage] = []
-        self._converted: list[pa.RecordBatch] = []
-        self._n_converted = 0
+        self._written = 0
         self._schema: pa.Schema | None = None
         self._sink = pa.OSFile(str(directory / "corpus.arrow"), "wb")
         self._bar = progress_bar(total, "reading the corpus", "passages", quiet)
 
     def __len__(self) -> int:
-        return self._n_converted + len(self._buffer)
+        return self._written + len(self._buffer)
 
     def add(self, passage: Passage) -> None:
         """Write one passage; its row is the number of passages before it."""
         self._buffer.append(passage)
-        if len(self._buffer) == ROWS_CONVERTED:
-            self._convert()
-            if self._n_converted % ROWS_PER_BATCH == 0:
-                self._write()
+        if len(self._buffer) == ROWS_PER_BATCH:
+            self._flush()
 
     def __enter__(self) -> CorpusWriter:
         return self
@@ -276,13 +271,11 @@ class CorpusWriter:
         with self._sink, self._bar:
             if error is not None:
                 return
-            self._convert()
-            self._write()
+            self._flush()
             self._file.close()
             (self._directory / "digest").write_text(self._content.hexdigest())
 
-    def _convert(self) -> None:
-        """Turn the passages that are not converted yet into Arrow columns."""
+    def _flush(self) -> None:
         if self._schema is None:
             tokenised = bool(self._buffer) and self._buffer[0].tokens is not None
             self._schema = TOKENISED_SCHEMA if tokenised else SCHEMA
@@ -293,18 +286,12 @@ class CorpusWriter:
         fields = zip(columns, self._schema, strict=False)
         arrays = [pa.array(column, field.type) for column, field in fields]
         check_ids(arrays[0])
-        self._converted.append(pa.record_batch(arrays, schema=self._schema))
-        self._n_converted += len(self._buffer)
+        batch = pa.record_batch(arrays, schema=self._schema)
+        self._file.write_batch(batch)
+        self._content.update(batch)
+        self._bar.update(len(batch))
+        self._written += len(batch)
         self._buffer.clear()
-
-    def _write(self) -> None:
-        """Write what is converted as one batch."""
-        table = pa.Table.from_batches(self._converted, self._schema)
-        self._converted.clear()
-        for batch in table.combine_chunks().to_batches():
-            self._file.write_batch(batch)
-            self._content.update(batch)
-            self._bar.update(len(batch))
 
 
 ITEMS = "[]"

@@ -134,6 +134,9 @@ def _load_described(directory: Path, options: dict[str, Any]) -> Encoder:
     encoder = encoder_from_model(model, directory, own)
     if not is_ours:
         check_agreement(model, encoder, directory)
+    # the model and its card name each other, so the weights would outlive the encoder until
+    # Python's garbage collector looks at all objects
+    model.model_card_data.model = None
     return encoder
 
 

@@ -5,7 +5,6 @@ Every checkpoint of a run encodes the same corpus with the same tokenizer, so it
 
 from __future__ import annotations
 
-import gc
 import random
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -96,7 +95,7 @@ def _tokenised(
     workers = min(processes, usable_cores(), total // TEXTS_WORTH_A_PROCESS)
     if workers < 2 or current_process().daemon:  # daemons cannot start processes
         for group in texts:
-            yield _tokenised_group(tokenize, group)
+            yield token_table(tokenize(group))
         return
     # new processes, because a forked one would share threads and locks of torch and tokenizers
     context = get_context("spawn")
@@ -104,7 +103,7 @@ def _tokenised(
         waiting: deque[Future[TokenTable]] = deque()
         for group in texts:
             with main_module_hidden():
-                waiting.append(pool.submit(_tokenised_by_worker, group))
+                waiting.append(pool.submit(_tokenised_group, group))
             if len(waiting) > 2 * workers:
                 yield waiting.popleft().result()
         while waiting:
@@ -119,21 +118,8 @@ def _set_tokenizer(tokenize: Callable[[Sequence[Any]], Sequence[Sequence[int]]])
     _of_worker[:] = [tokenize]
 
 
-def _tokenised_by_worker(group: Sequence[Any]) -> TokenTable:
-    return _tokenised_group(_of_worker[0], group)
-
-
-def _tokenised_group(
-    tokenize: Callable[[Sequence[T]], Sequence[Sequence[int]]], group: Sequence[T]
-) -> TokenTable:
-    """The token ids of a group, made without garbage collection: lists of ids have no cycles."""
-    was_enabled = gc.isenabled()
-    gc.disable()
-    try:
-        return token_table(tokenize(group))
-    finally:
-        if was_enabled:
-            gc.enable()
+def _tokenised_group(group: Sequence[Any]) -> TokenTable:
+    return token_table(_of_worker[0](group))
 
 
 def corpus_tokens(

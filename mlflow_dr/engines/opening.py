@@ -24,8 +24,10 @@ class Engines:
         """
         if self._engine is None or self._key != (name, device):
             self.close()
-            self._engine = open_engine(name, device)
-            self._key = name, device
+            engine = open_engine(name, device)
+            if isinstance(engine, LocalEngine):
+                return engine  # it has no workers, and would keep its encoder in memory
+            self._engine, self._key = engine, (name, device)
         return self._engine
 
     def close(self) -> None:

@@ -225,12 +225,12 @@ class Worker:
                 log.warning("%s is passed over: it was deleted", self._shown(job))
                 return {}
             if not isinstance(error, UnavailableError):
-                return dict.fromkeys(names, error)
+                return dict.fromkeys(names, _without_frames(error))
             if checkpoint.directory and encoder_defect(Path(checkpoint.directory)):
                 log.warning("%s is passed over: %s", self._shown(job), error)
                 return {}
             if isinstance(error, LostError):
-                return dict.fromkeys(names, error)
+                return dict.fromkeys(names, _without_frames(error))
             raise
 
     def _mean(self, job: Job, mean: ResolvedMean) -> Report | CheckpointError | None:
@@ -317,6 +317,12 @@ def _evaluation_errors() -> Iterator[None]:
         log.debug("an evaluation has broken off", exc_info=True)
         reason = f"it cannot be evaluated here: {one_line(error)}"
         raise UnavailableError(reason, lasting=local_cause(error) is None) from error
+
+
+def _without_frames(error: CheckpointError) -> CheckpointError:
+    """An error whose traceback does not keep the encoder in memory."""
+    error.__cause__ = error.__context__ = None
+    return error.with_traceback(None)
 
 
 def _figures(report: Report) -> dict[str, float]:

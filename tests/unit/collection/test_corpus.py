@@ -66,7 +66,6 @@ def test_the_digest_does_not_depend_on_the_size_of_what_is_written(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(module, "ROWS_PER_BATCH", 4)
-    monkeypatch.setattr(module, "ROWS_CONVERTED", 2)
     small = cached_corpus("small", iter(PASSAGES))
     assert small.digest == corpus_of(PASSAGES).digest
     assert [small[row] for row in range(25)] == PASSAGES

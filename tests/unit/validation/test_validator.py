@@ -1,12 +1,14 @@
 """Following a run, in one process, over a real store."""
 
 import errno
+import gc
 import json
 import re
 import shutil
 import signal
 import threading
 import time
+import weakref
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from itertools import pairwise
@@ -20,6 +22,7 @@ from mlflow.exceptions import MlflowException
 from safetensors.torch import load_file, save_file
 
 from mlflow_dr import compat
+from mlflow_dr.encoder.directory import load_encoder
 from mlflow_dr.encoder.model import Encoder
 from mlflow_dr.encoder.saving import save_encoder
 from mlflow_dr.errors import TrackingError, UsageError
@@ -76,6 +79,38 @@ def test_each_checkpoint_is_validated_once_over_two_calls(
     assert watch(run, VALIDATION, follow=False, sleep=no_sleep).done == 1
     assert steps(client, run) == [5, 10, 20]
     assert steps(client, run, "timing/val/seconds") == [5, 10, 20]
+
+
+def test_a_checkpoint_leaves_the_memory_before_the_next_is_loaded(
+    run: TrackedRun,
+    publishing: Callable[[int], str],
+    make_tiny: Callable[..., Encoder],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    save_encoder(tmp_path / "damaged", make_tiny(pooling="mean", normalize=True))
+    _nan(tmp_path / "damaged")
+    publishing(1)
+    publish(run, tmp_path / "damaged", 2)
+    publishing(3)
+    publishing(4)
+    weights: list[weakref.ref[torch.Tensor]] = []
+    left: list[int] = []
+
+    def load(*arguments: Any, **options: Any) -> Encoder:
+        left.append(sum(weight() is not None for weight in weights))
+        encoder = load_encoder(*arguments, **options)
+        weights.extend(map(weakref.ref, encoder.parameters()))
+        return encoder
+
+    monkeypatch.setattr(encoders, "load_encoder", load)
+    gc.disable()  # it would free them, but late
+    try:
+        counts = watch(run, VALIDATION, follow=False, sleep=no_sleep)
+    finally:
+        gc.enable()
+    assert (counts.done, counts.failed) == (3, 1)
+    assert left == [0, 0, 0, 0]
 
 
 def test_the_validator_waits_for_checkpoints_until_the_run_ends(
