@@ -379,10 +379,18 @@ def dot_products(queries: Tensor, passages: Tensor) -> Tensor:
 
 
 def _best_first(scores: Tensor, ranks: Tensor) -> Tensor:
-    """Columns of each line by descending score, then ascending rank."""
-    by_rank = ranks.argsort(dim=1)
-    by_score = scores.gather(1, by_rank).argsort(dim=1, descending=True, stable=True)
-    return by_rank.gather(1, by_score)
+    """Columns of each line by descending score, then ascending rank, as one sort of integers.
+
+    Args:
+        scores: `(n, n_columns) float32` without NaN.
+        ranks: `(n, n_columns) int64`, below 2^32.
+    """
+    bits = (scores + 0.0).view(torch.int32).long()  # the sum has no -0.0
+    keys = torch.where(bits < 0, bits ^ 0x7FFFFFFF, bits).bitwise_left_shift_(32)
+    keys = torch.sub(ranks, keys, out=keys)
+    if keys.device.type == "cpu":  # several times as fast as PyTorch's sort
+        return torch.from_numpy(keys.numpy().argsort(axis=1))
+    return keys.argsort(dim=1)
 
 
 def load_faiss() -> Any:
