@@ -30,7 +30,7 @@ from mlflow_dr.encoder.checks import (
     checkpoint_errors,
     is_sentence_transformer,
 )
-from mlflow_dr.encoder.config import EncoderConfig
+from mlflow_dr.encoder.config import SHORTEST, EncoderConfig
 from mlflow_dr.encoder.files import encoder_directory
 from mlflow_dr.encoder.model import (
     SUPPORTED,
@@ -163,6 +163,11 @@ def _load_bare(
     longest = shortest(
         tokenizer.model_max_length, positions(source.model), default=LONGEST_BY_DEFAULT
     )
+    if longest < SHORTEST:
+        raise CheckpointError(
+            f"{name}: config.json and tokenizer_config.json allow texts of {longest} tokens; at "
+            f"least {SHORTEST} are needed"
+        )
     if "pooling" not in changes:
         pooling = bare_pooling or usual_pooling(source.config)
         changes = {"pooling": pooling, **changes}

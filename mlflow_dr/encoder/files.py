@@ -38,6 +38,8 @@ def encoder_directory(name: str, cache_dir: str | None = None) -> Path:
     Raises:
         UsageError: neither a directory nor a model that the hub or its cache has.
     """
+    if not name.strip():
+        raise UsageError("the encoder's name is empty; expected a directory or a hub name")
     directory = Path(name).expanduser()
     if directory.is_dir():
         return directory

@@ -325,6 +325,19 @@ def test_a_bare_backbone_gets_mean_pooling_with_a_warning(
     assert not caplog.records
 
 
+def test_a_bare_backbone_for_texts_without_words_is_refused(library_directory: Path) -> None:
+    (library_directory / "modules.json").unlink()
+    path = library_directory / "tokenizer_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"model_max_length": 1}))
+    with pytest.raises(CheckpointError, match="tokenizer_config.json allow texts of 1 tokens"):
+        load_encoder(library_directory)
+
+
+def test_an_empty_name_is_not_this_directory() -> None:
+    with pytest.raises(UsageError, match="the encoder's name is empty"):
+        load_encoder("")
+
+
 def test_changes_override_the_settings_of_the_directory(saved: Path) -> None:
     settings = load_encoder(saved, query_prompt="other: ", normalize=False).settings
     assert settings == EncoderConfig(**SETTINGS | {"query_prompt": "other: ", "normalize": False})
