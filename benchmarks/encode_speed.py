@@ -40,7 +40,7 @@ from mlflow_dr.encoder.directory import load_encoder
 from mlflow_dr.encoder.model import TOKENS, Encoder, apply_head
 from mlflow_dr.encoder.onednn import OneDnnLayers
 from mlflow_dr.encoder.packed import encode_packed
-from mlflow_dr.retrieval.encode import TOKENS_PER_BATCH, plan_batches
+from mlflow_dr.retrieval.encode import TOKENS_PER_BATCH, plan_batches, tokens_per_batch
 from mlflow_dr.retrieval.measures import parse_measures
 from mlflow_dr.stores.token_table import TokenTable, pad, token_table
 from mlflow_dr.validation.dataset import EvalDataset
@@ -241,7 +241,7 @@ def main(
     """Compare ways of encoding with each other and with the machine's peak."""
     target, kind = resolve_device(device), torch_dtype(dtype)
     encoder = model_of(model, pooling)
-    budget = TOKENS_PER_BATCH[target.type]
+    budget = tokens_per_batch(encoder, target)
     table = texts_of(length, 40 * budget // length)
     plan = plan_batches(table.lengths, budget)
     chosen = plan[len(plan) // 4 :: max(1, len(plan) // (2 * batches))][:batches]

@@ -20,9 +20,9 @@ from mlflow_dr.engines.local import LocalEngine
 from mlflow_dr.engines.opening import open_engine
 from mlflow_dr.progress import progress_bar
 from mlflow_dr.retrieval.encode import (
-    TOKENS_PER_BATCH,
     check_finite,
     plan_batches,
+    tokens_per_batch,
 )
 from mlflow_dr.retrieval.ranking import SearchResult
 from mlflow_dr.retrieval.search import AUTO, TopK, find_backend, queries_per_merge, stacked
@@ -141,7 +141,7 @@ def dense_search(
     distinct = list(
         {id(query): query for request in requests for query in request.queries}.values()
     )
-    ranges = _ranges(engine, requests, table, text_tokenizer.pad_id, encoder.dimension)
+    ranges = _ranges(engine, requests, table, text_tokenizer.pad_id, encoder)
     positions = {id(query): position for position, query in enumerate(distinct)}
     work = SearchShard(
         _query_vectors(engine, encoder.query_encoder, distinct),
@@ -161,7 +161,7 @@ def dense_search(
         backend,
     )
     rows = rows_to_encode(requests, len(table))
-    batches = plan_batches(table.lengths, TOKENS_PER_BATCH[engine.device.type], rows)
+    batches = plan_batches(table.lengths, tokens_per_batch(encoder, engine.device), rows)
     total = len(table) if rows is None else len(rows)
     with progress_bar(total, "encoding the corpus", "passages", quiet) as bar:
         shards = split_shards(batches, engine.n_shards)
@@ -173,7 +173,7 @@ def _query_vectors(engine: Engine, encoder: Encoder, queries: Sequence[Query]) -
     """The vector of each query, `(n_queries, dim) float32`."""
     tokenizer = TextTokenizer.of(encoder)
     table = token_table(tokenizer.query_ids(queries))
-    batches = plan_batches(table.lengths, TOKENS_PER_BATCH[engine.device.type])
+    batches = plan_batches(table.lengths, tokens_per_batch(encoder, engine.device))
     work = EncodeShard(tokenizer.pad_id, of_queries=True)
     vectors = np.empty((len(table), encoder.dimension), np.float32)
     for rows, part in engine.map(
@@ -189,7 +189,7 @@ def _ranges(
     requests: Sequence[SearchRequest],
     table: TokenTable,
     pad_id: int,
-    dimension: int,
+    encoder: Encoder,
 ) -> list[np.ndarray | None]:
     """For each request in int8, the range of each dimension in a sample of its passages.
 
@@ -206,8 +206,8 @@ def _ranges(
         sample = sampled_rows(np.arange(len(table)) if rows is None else rows)
         key = sample.tobytes()
         if key not in vectors:
-            batches = plan_batches(table.lengths, TOKENS_PER_BATCH[engine.device.type], sample)
-            found = np.empty((len(sample), dimension), np.float32)
+            batches = plan_batches(table.lengths, tokens_per_batch(encoder, engine.device), sample)
+            found = np.empty((len(sample), encoder.dimension), np.float32)
             shards = split_shards(batches, engine.n_shards)
             for part_rows, part in engine.map(
                 EncodeShard(pad_id), table, shards, progress=lambda _: None

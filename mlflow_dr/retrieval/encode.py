@@ -22,6 +22,8 @@ from mlflow_dr.stores.token_table import TokenTable, pad
 log = logging.getLogger(__name__)
 
 TOKENS_PER_BATCH = {"cpu": 4096, "cuda": 65536}
+WIDTH_OF_FULL_BATCH, WIDTH_OF_SMALLEST_BATCH = 384, 1536
+"""On a processor, batches of wider backbones have fewer tokens, down to a quarter."""
 PROOF_TEXTS = 4
 MOST_DEVIATION = {
     torch.float64: 1e-6,
@@ -32,6 +34,15 @@ MOST_DEVIATION = {
 """1 - cosine similarity of a vector computed with and without padding, by number format."""
 _warnings: set[str] = set()
 """Those that were given, without their reasons."""
+
+
+def tokens_per_batch(encoder: Encoder, device: torch.device) -> int:
+    """How many tokens a batch should have; on a processor, what a layer computes fits its cache."""
+    most = TOKENS_PER_BATCH[device.type]
+    if device.type != "cpu":
+        return most
+    width = min(max(encoder.width, WIDTH_OF_FULL_BATCH), WIDTH_OF_SMALLEST_BATCH)
+    return most * WIDTH_OF_FULL_BATCH // width
 
 
 def plan_batches(
@@ -226,7 +237,7 @@ class _BatchEncoder:
 def encode_all(encoder: Encoder, table: TokenTable, pad_id: int, what: str = "text") -> Tensor:
     """Vectors of every row in row order, `(n_rows, dim) float32` on the encoder's device."""
     vectors = torch.empty(len(table), encoder.dimension, device=encoder.device)
-    batches = plan_batches(table.lengths, TOKENS_PER_BATCH[encoder.device.type])
+    batches = plan_batches(table.lengths, tokens_per_batch(encoder, encoder.device))
     for rows, batch in encode_batches(encoder, table, pad_id, batches):
         vectors[on_device(rows, vectors.device)] = batch
     check_finite(vectors, what)

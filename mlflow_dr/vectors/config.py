@@ -91,7 +91,8 @@ class EncodeConfig(CollectionConfig, EncoderOverrides):
     """How the encoder computes: auto (bf16 where it is faster, else fp32), fp32, bf16 or fp16. With
     fp16 the vectors are stored in fp16, too; a processor computes them in fp32."""
     tokens_per_batch: Count | None = None
-    """Tokens of a batch, with padding (default: by device). All shards need the same number."""
+    """Tokens of a batch, with padding (default: by device and encoder). All shards need the same
+    number."""
     texts: Files = ()
     """Encode the records of JSON or Parquet files instead of a dataset: each an id (docid, query_id
     or text_id), a text (text or query), and maybe a title."""

@@ -29,7 +29,7 @@ from mlflow_dr.engines.opening import open_engine
 from mlflow_dr.errors import UnavailableError, UsageError
 from mlflow_dr.files import usable_cores
 from mlflow_dr.progress import progress_bar
-from mlflow_dr.retrieval.encode import TOKENS_PER_BATCH, encode_to_host, plan_batches
+from mlflow_dr.retrieval.encode import encode_to_host, plan_batches, tokens_per_batch
 from mlflow_dr.retrieval.vector_manifest import (
     VectorManifest,
     damage,
@@ -132,7 +132,8 @@ def encode(config: EncodeConfig) -> list[VectorManifest]:
             dtype=dtype,
             vector_dtype="fp16" if is_half else "fp32",
             file_format=config.file_format,
-            tokens_per_batch=config.tokens_per_batch or TOKENS_PER_BATCH[engine.device.type],
+            tokens_per_batch=config.tokens_per_batch
+            or tokens_per_batch(texts.encoder, engine.device),
             shard=numbers[0],
             shards=shards,
         )

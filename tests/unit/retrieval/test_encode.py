@@ -17,6 +17,7 @@ from mlflow_dr.retrieval.encode import (
     encode_batches,
     encode_to_host,
     plan_batches,
+    tokens_per_batch,
 )
 from mlflow_dr.stores.token_table import TokenTable, token_table
 
@@ -34,6 +35,17 @@ def table(encoder: Encoder) -> TokenTable:
     generator = np.random.default_rng(1)
     size = len(encoder.tokenizer)
     return token_table([generator.integers(5, size, n).tolist() for n in LENGTHS[:60]])
+
+
+@pytest.mark.parametrize(
+    ("width", "expected"), [(128, 4096), (384, 4096), (768, 2048), (1024, 1536), (4096, 1024)]
+)
+def test_batches_of_wide_backbones_have_fewer_tokens_on_a_processor(
+    encoder: Encoder, monkeypatch: pytest.MonkeyPatch, width: int, expected: int
+) -> None:
+    monkeypatch.setattr(encoder.backbone.config, "hidden_size", width)
+    assert tokens_per_batch(encoder, torch.device("cpu")) == expected
+    assert tokens_per_batch(encoder, torch.device("cuda:1")) == 65536
 
 
 @pytest.mark.parametrize("max_tokens", [1, 39, 100, 1000, 10**6])
