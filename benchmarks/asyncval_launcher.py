@@ -65,7 +65,7 @@ def main() -> None:
     program.DenseModel = DenseModel
     callbacks.INTEGRATION_TO_CALLBACK["print"] = PrintFigures
     is_release = "device" in {field.name for field in fields(AsyncvalArguments)}
-    if is_release:  # version 0.2.0, which also writes rankings unless it is told not to
+    if is_release:  # version 0.2.0, which writes rankings by default
         device = "cuda:0" if torch.cuda.is_available() else "cpu"
         sys.argv += ["--device", device, "--write_run", "False"]
     elif not torch.cuda.is_available():

@@ -125,8 +125,8 @@ def group() -> None:
 
 def main() -> NoReturn:
     """Run the command line; every known error becomes one line and an exit code."""
-    # with torch imported, Python's usual 700, 10, 10 looks for garbage a sixth of the time to the
-    # first batch, and a third of the time of tokenising
+    # with torch imported, looking for garbage as often as Python does by default takes a sixth of
+    # the time to the first batch, and a third of the time of tokenising
     gc.set_threshold(2000, 10, 100)
     guard_streams()
     typed = without_secrets(shlex.join(["mlflow-dr", *sys.argv[1:]]))

@@ -19,11 +19,7 @@ from mlflow_dr.engines.engine import Engine, split_shards
 from mlflow_dr.engines.local import LocalEngine
 from mlflow_dr.engines.opening import open_engine
 from mlflow_dr.progress import progress_bar
-from mlflow_dr.retrieval.encode import (
-    check_finite,
-    plan_batches,
-    tokens_per_batch,
-)
+from mlflow_dr.retrieval.encode import check_finite, plan_batches, tokens_per_batch
 from mlflow_dr.retrieval.ranking import SearchResult
 from mlflow_dr.retrieval.search import AUTO, TopK, find_backend, queries_per_merge, stacked
 from mlflow_dr.retrieval.shard_search import (

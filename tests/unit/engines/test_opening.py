@@ -21,7 +21,9 @@ def test_the_engine_in_use_stays_until_another_one_is_asked_for() -> None:
     engines = Engines()
     first = engines.get("local", "cpu,cpu")
     assert engines.get("local", "cpu,cpu") is first
-    assert isinstance(engines.get("local", "cpu"), LocalEngine)
+    local = engines.get("local", "cpu")
+    assert isinstance(local, LocalEngine)
+    assert engines.get("local", "cpu") is not local  # it would keep an encoder in memory
     assert engines.get("local", "cpu,cpu") is not first
     engines.close()
     engines.close()
