@@ -14,7 +14,6 @@ from contextlib import nullcontext
 from itertools import groupby
 from typing import Any, NamedTuple
 
-import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import functional
@@ -22,7 +21,7 @@ from torch.nn import functional
 from mlflow_dr import compat
 from mlflow_dr.encoder.first_token import last_attention, only_first_tokens, reads_first_tokens
 from mlflow_dr.encoder.model import TOKENS, Encoder, apply_head, first_position, is_adapted
-from mlflow_dr.encoder.varlen import PackedTexts, attend_varlen, has_varlen, on_device
+from mlflow_dr.encoder.varlen import PackedTexts, attend_varlen, has_varlen
 
 ATTENTION = "mlflow_dr_packed"
 """The name of `attend` in transformers."""
@@ -195,29 +194,23 @@ def encode_packed(encoder: Encoder, ids: Tensor, lengths: Sequence[int]) -> Tens
         `(n_texts, dimension) float32`; see `Encoder.forward`.
     """
     compat.register_attention(ATTENTION, attend)
-    device, model = ids.device, _model(encoder)
-    sizes, columns = np.array(lengths), np.arange(max(lengths))
-    mask = columns < sizes[:, None]
-    positions = np.broadcast_to(columns, mask.shape)[mask] + first_position(encoder.backbone)
+    model = _model(encoder)
     options = {"use_cache": False} if getattr(model.config, "use_cache", False) else {}
     last = last_attention(model) if reads_first_tokens(encoder.head) else None
-    texts = PackedTexts.of(lengths, device)
+    texts = PackedTexts(lengths, ids.device)
     only_first = nullcontext() if last is None else only_first_tokens(last, texts)
     with compat.attention_set(model.config, ATTENTION), only_first:
         states = encoder.backbone(
             input_ids=ids[None],
-            position_ids=on_device(positions[None], device),
+            position_ids=(texts.positions + first_position(encoder.backbone))[None],
             packed_texts=texts,
             **options,
         )[0][0]
-    if last is not None:
-        mask, sources = mask[:, :1], np.arange(len(sizes))[:, None]
-    else:  # the head takes texts side by side, and ignores what is beyond the end of a text
-        sources = np.where(mask, (sizes.cumsum() - sizes)[:, None] + columns, 0)
-    features = {
-        TOKENS: states[on_device(sources, device)],
-        "attention_mask": on_device(mask.astype(np.int64), device),
-    }
+    if last is None:  # the head ignores what is beyond the end of a text
+        states, mask = texts.side_by_side(states)
+    else:
+        states, mask = states[:, None], torch.ones_like(texts.starts)[:, None]
+    features = {TOKENS: states, "attention_mask": mask.long()}
     return apply_head(encoder.head, features)
 
 

@@ -4,34 +4,52 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from itertools import accumulate
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
 
-class PackedTexts(NamedTuple):
+class PackedTexts:
     """Where each text begins and ends, among texts that lie end to end.
 
-    Attributes:
+    Only the ends are copied to the device, and everything else is computed there.
+
+    Args:
         lengths: tokens of each text; texts of equal length are beside each other.
+        device: where the texts are.
+
+    Attributes:
+        lengths: tokens of each text.
+        longest: tokens of the longest text.
         ends: 0 and the end of each text, `(n_texts + 1,) int32`, on the device.
     """
 
-    lengths: Sequence[int]
-    ends: Tensor
-
-    @classmethod
-    def of(cls, lengths: Sequence[int], device: torch.device) -> PackedTexts:
-        """Texts of these lengths."""
+    def __init__(self, lengths: Sequence[int], device: torch.device) -> None:
+        self.lengths, self.longest = lengths, max(lengths)
         ends = np.array([0, *accumulate(lengths)], np.int32)
-        return cls(lengths, on_device(ends, device))
+        self._n_tokens = int(ends[-1])
+        self.ends = on_device(ends, device)
 
     @property
     def starts(self) -> Tensor:
         """The first token of each text, `(n_texts,) int32`, on the device."""
         return self.ends[:-1]
+
+    @property
+    def positions(self) -> Tensor:
+        """The position of each token in its text, `(n_tokens,) int64`."""
+        starts = self.starts.repeat_interleave(self.ends.diff(), output_size=self._n_tokens)
+        return torch.arange(self._n_tokens, device=starts.device) - starts
+
+    def side_by_side(self, states: Tensor) -> tuple[Tensor, Tensor]:
+        """States of tokens `(n_tokens, width)` as `(n_texts, longest, width)`.
+
+        Also returns which of them are of a token, `(n_texts, longest) bool`; the others are of any.
+        """
+        places = self.starts[:, None] + torch.arange(self.longest, device=self.ends.device)
+        return states[places.clamp(max=self._n_tokens - 1)], places < self.ends[1:, None]
 
 
 def on_device(array: np.ndarray, device: torch.device) -> Tensor:
@@ -73,7 +91,7 @@ def attend_varlen(
     """
     from torch.nn.attention.varlen import varlen_attn
 
-    longest, ends = max(texts.lengths), texts.ends
+    longest, ends = texts.longest, texts.ends
     of_queries = (
         torch.arange(len(ends), dtype=ends.dtype, device=ends.device) if only_first else ends
     )

@@ -22,8 +22,10 @@ from mlflow_dr.stores.token_table import TokenTable, pad
 log = logging.getLogger(__name__)
 
 TOKENS_PER_BATCH = {"cpu": 4096, "cuda": 65536}
-WIDTH_OF_FULL_BATCH, WIDTH_OF_SMALLEST_BATCH = 384, 1536
-"""On a processor, batches of wider backbones have fewer tokens, down to a quarter."""
+"""Of a backbone whose token vectors have `USUAL_WIDTH` dimensions."""
+USUAL_WIDTH = 384
+WIDTHS = {"cpu": (384, 1536), "cuda": (96, 4096)}
+"""Between these, batches have fewer tokens the wider a backbone is."""
 PROOF_TEXTS = 4
 MOST_DEVIATION = {
     torch.float64: 1e-6,
@@ -37,12 +39,14 @@ _warnings: set[str] = set()
 
 
 def tokens_per_batch(encoder: Encoder, device: torch.device) -> int:
-    """How many tokens a batch should have; on a processor, what a layer computes fits its cache."""
-    most = TOKENS_PER_BATCH[device.type]
-    if device.type != "cpu":
-        return most
-    width = min(max(encoder.width, WIDTH_OF_FULL_BATCH), WIDTH_OF_SMALLEST_BATCH)
-    return most * WIDTH_OF_FULL_BATCH // width
+    """How many tokens a batch should have.
+
+    On a processor, what a layer computes fits its cache. On a GPU, narrow backbones have enough to
+    compute in a batch to hide the launches of its kernels, and wide ones do not fill the memory.
+    """
+    narrowest, widest = WIDTHS[device.type]
+    width = min(max(encoder.width, narrowest), widest)
+    return TOKENS_PER_BATCH[device.type] * USUAL_WIDTH // width
 
 
 def plan_batches(

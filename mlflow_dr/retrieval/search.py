@@ -121,12 +121,16 @@ class TopK:
         errors = (
             (chunk.shape[1] + 2) * ROUNDING * longest * torch.linalg.vector_norm(queries, dim=1)
         )
+        # whether no score overflows; a GPU is asked once, after everything else
+        is_sound = errors.isfinite().all()
         floors = self._floors()
         left = torch.arange(len(queries), device=queries.device)
         if search is search_torch and self.scores.shape[1] == self._k:
+            lowest = (floors - errors).nan_to_num(nan=torch.inf, neginf=torch.inf)
             most = MOST_CANDIDATES * self._k
-            query_rows, positions, left = _pairs_above(queries, chunk, floors - errors, most)
-            scores = exact_scores(queries, chunk, query_rows, positions)
+            query_rows, positions, left, is_finite = _pairs_above(queries, chunk, lowest, most)
+            scores = _pair_scores(queries, chunk, query_rows, positions)
+            is_sound = is_sound & is_finite & scores.isfinite().all()
             self._merge(*_side_by_side(query_rows, scores, rows[positions]))
         self._widen(len(chunk))
         k = min(self._k, len(chunk))
@@ -134,16 +138,18 @@ class TopK:
         while len(left):
             scores, positions = search(queries[left], chunk, wanted)
             # FAISS gives position -1 where a score is NaN or minus infinity
-            if bool((positions < 0).any()) or not bool(scores.isfinite().all()):
-                raise CheckpointError(OVERFLOW)
-            is_open = scores >= (floors[left] - errors[left])[:, None]
+            is_found = (positions >= 0) & scores.isfinite()
+            is_open = is_found & (scores >= (floors[left] - errors[left])[:, None])
             # a passage that was not found may score as much as the last one that was, and an error
             lowest = scores.amin(dim=1) + errors[left]
-            scores = _exact_where(is_open, queries[left], chunk, positions)
+            scores, is_finite = _exact_where(is_open, queries[left], chunk, positions)
+            is_sound = is_sound & is_found.all() & is_finite
             needed = torch.maximum(scores.topk(k, dim=1).values[:, -1], floors[left])
             is_done = lowest < needed if wanted < len(chunk) else torch.ones_like(left).bool()
             self._merge(left[is_done], scores[is_done], rows[positions[is_done]])
             left, wanted = left[~is_done], min(2 * wanted, len(chunk))
+        if not bool(is_sound):
+            raise CheckpointError(OVERFLOW)
 
     def merge(self, scores: Tensor, rows: Tensor) -> None:
         """Merge the best passages of another part of the corpus.
@@ -211,16 +217,23 @@ def stacked(groups: list[TopK]) -> tuple[np.ndarray, np.ndarray]:
     return rows, scores
 
 
-def _exact_where(is_open: Tensor, queries: Tensor, chunk: Tensor, positions: Tensor) -> Tensor:
-    """Exact scores of the candidates that may be among the best, minus infinity for the others."""
+def _exact_where(
+    is_open: Tensor, queries: Tensor, chunk: Tensor, positions: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Exact scores of the candidates that may be among the best, minus infinity for the others.
+
+    Also returns whether all exact scores are finite, `() bool`.
+    """
     scores = torch.full(positions.shape, -torch.inf, device=queries.device)
-    scores[is_open] = exact_scores(queries, chunk, is_open.nonzero()[:, 0], positions[is_open])
-    return scores
+    lines, columns = is_open.nonzero().unbind(1)
+    exact = _pair_scores(queries, chunk, lines, positions[lines, columns])
+    scores[lines, columns] = exact
+    return scores, exact.isfinite().all()
 
 
 def _pairs_above(
     queries: Tensor, chunk: Tensor, floors: Tensor, most: int
-) -> tuple[Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """The pairs whose rounded score reaches their query's floor.
 
     The best of each block of passages is looked at first, because most blocks have none.
@@ -233,28 +246,37 @@ def _pairs_above(
 
     Returns:
         The query of each pair, ascending, and the passage's position in the chunk, `(n,) int64`;
-        and the queries that were left out, ascending, `(n_left_out,) int64`.
-
-    Raises:
-        CheckpointError: the scores overflow.
+        the queries that were left out, ascending, `(n_left_out,) int64`; and whether all scores
+        are finite, `() bool`.
     """
     device = queries.device.type
     height = max(1, SCORES_PER_BLOCK[device] // PASSAGES_PER_PRODUCT[device])
-    found: list[tuple[Tensor, Tensor, Tensor]] = []
+    found: list[tuple[Tensor, ...]] = []
     for start in range(0, len(queries), height):
         some = slice(start, start + height)
-        rows, positions, left_out = _pairs_of_few(queries[some], chunk, floors[some], most)
-        found.append((start + rows, positions, start + left_out))
-    query_rows, all_positions, all_left_out = zip(*found, strict=True)
-    return torch.cat(query_rows), torch.cat(all_positions), torch.cat(all_left_out)
+        rows, *others = _pairs_of_few(queries[some], chunk, floors[some], most)
+        found.append((start + rows, *others))
+    query_rows, positions, counts, are_finite = (
+        torch.cat(parts) for parts in zip(*found, strict=True)
+    )
+    are_many = counts > most
+    kept = (~are_many)[query_rows].nonzero().flatten()
+    left_out = are_many.nonzero().flatten()
+    return query_rows[kept], positions[kept], left_out, are_finite.all()
 
 
 def _pairs_of_few(
     queries: Tensor, chunk: Tensor, floors: Tensor, most: int
-) -> tuple[Tensor, Tensor, Tensor]:
-    """See `_pairs_above`; for as many queries as have their products computed at a time."""
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """See `_pairs_above`; for as many queries as have their products computed at a time.
+
+    Returns:
+        The query of each pair, ascending, and the passage's position; the number of pairs of each
+        query, `(n_queries,) int64`; and whether all its scores are finite, `(n_queries,) bool`.
+    """
     lowest = floors[:, None].clone()
     counts = torch.zeros(len(queries), dtype=torch.int64, device=queries.device)
+    are_finite = torch.ones_like(counts, dtype=torch.bool)
     found: list[tuple[Tensor, Tensor]] = []
     start = 0
     for part in chunk.split(PASSAGES_PER_PRODUCT[queries.device.type]):
@@ -263,18 +285,17 @@ def _pairs_of_few(
             scores = functional.pad(scores, (0, missing), value=-torch.inf)
         blocks = scores.view(len(queries), -1, PASSAGES_PER_BLOCK)
         peaks = blocks.amax(dim=2)
-        if not bool(peaks.isfinite().all()):
-            raise CheckpointError(OVERFLOW)
+        are_finite &= peaks.isfinite().all(dim=1)
         rows, numbers = (peaks >= lowest).nonzero().unbind(1)
         hits, columns = (blocks[rows, numbers] >= lowest[rows]).nonzero().unbind(1)
-        found.append((rows[hits], start + numbers[hits] * PASSAGES_PER_BLOCK + columns))
-        counts += rows[hits].bincount(minlength=len(queries))
+        rows = rows[hits]
+        found.append((rows, start + numbers[hits] * PASSAGES_PER_BLOCK + columns))
+        counts.index_add_(0, rows, torch.ones_like(rows))
         lowest[counts > most] = torch.inf
         start += len(part)
     query_rows, positions = (torch.cat(parts) for parts in zip(*found, strict=True))
-    is_kept = (counts <= most)[query_rows]
-    query_rows, order = query_rows[is_kept].sort(stable=True)
-    return query_rows, positions[is_kept][order], (counts > most).nonzero().flatten()
+    query_rows, order = query_rows.sort(stable=True)
+    return query_rows, positions[order], counts, are_finite
 
 
 def _side_by_side(queries: Tensor, scores: Tensor, rows: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -289,14 +310,13 @@ def _side_by_side(queries: Tensor, scores: Tensor, rows: Tensor) -> tuple[Tensor
         The queries that have pairs `(n,) int64`, their scores `(n, longest) float32`, filled up
         with minus infinity, and their rows `(n, longest) int64`.
     """
-    present, counts = queries.unique_consecutive(return_counts=True)
+    present, lines, counts = queries.unique_consecutive(return_inverse=True, return_counts=True)
     if not len(present):
         return present, scores[None][:0], rows[None][:0]
-    mask = torch.arange(int(counts.max()), device=counts.device) < counts[:, None]
-    side_by_side = scores.new_full(mask.shape, -torch.inf)
-    side_by_side[mask] = scores
-    of_rows = rows.new_zeros(mask.shape)
-    of_rows[mask] = rows
+    shape = len(present), int(counts.max())
+    columns = torch.arange(len(lines), device=lines.device) - (counts.cumsum(0) - counts)[lines]
+    side_by_side, of_rows = scores.new_full(shape, -torch.inf), rows.new_zeros(shape)
+    side_by_side[lines, columns], of_rows[lines, columns] = scores, rows
     return present, side_by_side, of_rows
 
 
@@ -319,6 +339,16 @@ def exact_scores(
     Raises:
         CheckpointError: a product overflows fp32.
     """
+    scores = _pair_scores(queries, passages, query_rows, passage_rows)
+    if not bool(scores.isfinite().all()):
+        raise CheckpointError(OVERFLOW)
+    return scores
+
+
+def _pair_scores(
+    queries: Tensor, passages: Tensor, query_rows: Tensor, passage_rows: Tensor
+) -> Tensor:
+    """As `exact_scores`; those that overflow are infinite or NaN."""
     scores = torch.empty(len(query_rows), device=queries.device)
     size = max(1, NUMBERS_PER_BLOCK[queries.device.type] // queries.shape[1])
     for start in range(0, len(scores), size):
@@ -331,8 +361,6 @@ def exact_scores(
             scores[pairs] = torch.from_numpy(sums).float()
         else:
             scores[pairs] = (left * right).sum(dim=1).float()
-    if not bool(scores.isfinite().all()):
-        raise CheckpointError(OVERFLOW)
     return scores
 
 

@@ -3,11 +3,12 @@
 import math
 import sys
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from mlflow_dr.errors import CheckpointError, MissingExtraError, UsageError
 from mlflow_dr.retrieval import search
@@ -234,17 +235,49 @@ def test_few_scores_are_computed_again_even_if_each_chunk_is_better_than_the_one
     k, size = 10, 1024
     queries[5:] += 8  # the first five have few candidates
     corpus[:, :] += np.linspace(0, 4, len(corpus), dtype=np.float32)[:, None]
-    exact, computed = search.exact_scores, []
+    exact, computed = search._pair_scores, []
 
     def counted(*pairs: torch.Tensor) -> torch.Tensor:
         computed.append(len(pairs[2]))
         return exact(*pairs)
 
-    monkeypatch.setattr(search, "exact_scores", counted)
+    monkeypatch.setattr(search, "_pair_scores", counted)
     chunks = split(np.arange(len(corpus)), size)
     _, rows = found(Backend(search_torch, "cpu"), queries, corpus, k, ranks, chunks)
     np.testing.assert_array_equal(rows, brute_force(queries, corpus, k, ranks)[1])
     assert sum(computed) < len(chunks) * len(queries) * (MOST_CANDIDATES * k)
+
+
+class CountedWaits(TorchDispatchMode):
+    """Counts for what of a GPU the host would wait: values, and numbers of results."""
+
+    WAITS = ("_local_scalar_dense", "nonzero", "unique", "bincount", "masked_select")
+    waits = 0
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> torch.Tensor:
+        name = func.overloadpacket.__name__
+        of_masks = name in ("index", "index_put_") and [
+            each for each in args[1] if each is not None and each.dtype == torch.bool
+        ]
+        # filling with one number is done without looking at the mask
+        is_filling = name == "index_put_" and not args[2].dim()
+        self.waits += name.startswith(self.WAITS) or (bool(of_masks) and not is_filling)
+        done: torch.Tensor = func(*args, **kwargs or {})
+        return done
+
+
+def test_a_gpu_is_waited_for_a_few_times_in_each_chunk(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(SCORES_PER_BLOCK, "cpu", 10 * PASSAGES_PER_PRODUCT["cpu"])
+    queries, corpus, ranks = real_vectors(25, 4096)  # three blocks of queries
+    top = TopK(len(queries), 10, ranks)
+    for rows in split(np.arange(len(corpus)), 2048):
+        parts = (torch.from_numpy(part) for part in (queries, corpus[rows], rows))
+        with CountedWaits() as counted:
+            top.update(*parts, search_torch)
+    # for pairs: two for each block, and which are kept; to merge: queries and numbers of pairs
+    assert counted.waits == (3 * 2 + 2) + 4 + 1  # and once for whether anything overflowed
 
 
 @pytest.mark.parametrize("value", [3e38, float("nan")])

@@ -38,14 +38,23 @@ def table(encoder: Encoder) -> TokenTable:
 
 
 @pytest.mark.parametrize(
-    ("width", "expected"), [(128, 4096), (384, 4096), (768, 2048), (1024, 1536), (4096, 1024)]
+    ("width", "on_cpu", "on_cuda"),
+    [
+        (64, 4096, 262144),
+        (128, 4096, 196608),
+        (384, 4096, 65536),
+        (768, 2048, 32768),
+        (1024, 1536, 24576),
+        (4096, 1024, 6144),
+        (8192, 1024, 6144),
+    ],
 )
-def test_batches_of_wide_backbones_have_fewer_tokens_on_a_processor(
-    encoder: Encoder, monkeypatch: pytest.MonkeyPatch, width: int, expected: int
+def test_batches_of_wide_backbones_have_fewer_tokens(
+    encoder: Encoder, monkeypatch: pytest.MonkeyPatch, width: int, on_cpu: int, on_cuda: int
 ) -> None:
     monkeypatch.setattr(encoder.backbone.config, "hidden_size", width)
-    assert tokens_per_batch(encoder, torch.device("cpu")) == expected
-    assert tokens_per_batch(encoder, torch.device("cuda:1")) == 65536
+    assert tokens_per_batch(encoder, torch.device("cpu")) == on_cpu
+    assert tokens_per_batch(encoder, torch.device("cuda:1")) == on_cuda
 
 
 @pytest.mark.parametrize("max_tokens", [1, 39, 100, 1000, 10**6])
