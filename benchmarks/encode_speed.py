@@ -40,6 +40,7 @@ from mlflow_dr.encoder.directory import load_encoder
 from mlflow_dr.encoder.model import TOKENS, Encoder, apply_head
 from mlflow_dr.encoder.onednn import OneDnnLayers
 from mlflow_dr.encoder.packed import encode_packed
+from mlflow_dr.encoder.varlen import on_device
 from mlflow_dr.retrieval.encode import TOKENS_PER_BATCH, plan_batches, tokens_per_batch
 from mlflow_dr.retrieval.measures import parse_measures
 from mlflow_dr.stores.token_table import TokenTable, pad, token_table
@@ -134,7 +135,7 @@ class Ways:
         missing = max(0, fixed - int(lengths.max()))
         vectors: Tensor = self._encoder(
             *(
-                functional.pad(torch.from_numpy(part), (0, missing)).to(self._device)
+                functional.pad(on_device(part, self._device), (0, missing))
                 for part in pad(ids, lengths, 0)
             )
         )
@@ -160,9 +161,7 @@ class Ways:
     def _end_to_end(self) -> Tensor:
         return torch.cat(
             [
-                encode_packed(
-                    self._encoder, torch.from_numpy(ids).to(self._device), lengths.tolist()
-                )
+                encode_packed(self._encoder, on_device(ids, self._device), lengths.tolist())
                 for ids, lengths in self._packed
             ]
         )
