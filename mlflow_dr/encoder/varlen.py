@@ -46,7 +46,8 @@ class PackedTexts:
     def side_by_side(self, states: Tensor) -> tuple[Tensor, Tensor]:
         """States of tokens `(n_tokens, width)` as `(n_texts, longest, width)`.
 
-        Also returns which of them are of a token, `(n_texts, longest) bool`; the others are of any.
+        Also returns which of them are tokens of the text, `(n_texts, longest) bool`; the rest are
+        states of arbitrary tokens.
         """
         places = self.starts[:, None] + torch.arange(self.longest, device=self.ends.device)
         return states[places.clamp(max=self._n_tokens - 1)], places < self.ends[1:, None]

@@ -22,7 +22,7 @@ from mlflow_dr.stores.token_table import TokenTable, pad
 log = logging.getLogger(__name__)
 
 TOKENS_PER_BATCH = {"cpu": 4096, "cuda": 65536}
-"""Of a backbone whose token vectors have `USUAL_WIDTH` dimensions."""
+"""Of an encoder whose token vectors have `USUAL_WIDTH` dimensions, and of every reader."""
 USUAL_WIDTH = 384
 WIDTHS = {"cpu": (384, 1536), "cuda": (96, 4096)}
 """Between these, batches have fewer tokens the wider a backbone is."""
@@ -41,8 +41,8 @@ _warnings: set[str] = set()
 def tokens_per_batch(encoder: Encoder, device: torch.device) -> int:
     """How many tokens a batch should have.
 
-    On a processor, what a layer computes fits its cache. On a GPU, narrow backbones have enough to
-    compute in a batch to hide the launches of its kernels, and wide ones do not fill the memory.
+    On a processor, what a layer computes fits its cache. On a GPU, narrow backbones have many
+    tokens for each launch of a kernel, and wide ones do not fill the memory.
     """
     narrowest, widest = WIDTHS[device.type]
     width = min(max(encoder.width, narrowest), widest)

@@ -33,8 +33,8 @@ MARGIN = 16  # candidates beyond k
 MOST_CANDIDATES = 4  # times k: of more than that, the best of a chunk are chosen first
 ROUNDING = 2.0**-24  # relative, of one operation in fp32
 OVERFLOW = (
-    "dot products of queries and passages overflow fp32; the encoder's vectors are so large that "
-    "its weights must be broken"
+    "dot products of queries and passages, or lengths of their vectors, overflow fp32; the "
+    "encoder's vectors are so large that its weights must be broken"
 )
 
 SearchBackend = Callable[[Tensor, Tensor, int], tuple[Tensor, Tensor]]
@@ -126,7 +126,7 @@ class TopK:
         floors = self._floors()
         left = torch.arange(len(queries), device=queries.device)
         if search is search_torch and self.scores.shape[1] == self._k:
-            lowest = (floors - errors).nan_to_num(nan=torch.inf, neginf=torch.inf)
+            lowest = (floors - errors).masked_fill(~errors.isfinite(), torch.nan)
             most = MOST_CANDIDATES * self._k
             query_rows, positions, left, is_finite = _pairs_above(queries, chunk, lowest, most)
             scores = _pair_scores(queries, chunk, query_rows, positions)
@@ -145,7 +145,8 @@ class TopK:
             scores, is_finite = _exact_where(is_open, queries[left], chunk, positions)
             is_sound = is_sound & is_found.all() & is_finite
             needed = torch.maximum(scores.topk(k, dim=1).values[:, -1], floors[left])
-            is_done = lowest < needed if wanted < len(chunk) else torch.ones_like(left).bool()
+            is_lost = ~(is_found.all(dim=1) & errors[left].isfinite())
+            is_done = (lowest < needed) | is_lost | (wanted == len(chunk))
             self._merge(left[is_done], scores[is_done], rows[positions[is_done]])
             left, wanted = left[~is_done], min(2 * wanted, len(chunk))
         if not bool(is_sound):
@@ -241,7 +242,7 @@ def _pairs_above(
     Args:
         queries: `(n_queries, dim) float32`.
         chunk: `(n, dim) float32`.
-        floors: of each query, `(n_queries,) float32`.
+        floors: of each query, `(n_queries,) float32`; NaN for no pairs.
         most: queries with more pairs are left out.
 
     Returns:
@@ -271,8 +272,9 @@ def _pairs_of_few(
     """See `_pairs_above`; for as many queries as have their products computed at a time.
 
     Returns:
-        The query of each pair, ascending, and the passage's position; the number of pairs of each
-        query, `(n_queries,) int64`; and whether all its scores are finite, `(n_queries,) bool`.
+        The query of each pair, ascending, and the passage's position, at most `most` times the
+        queries; the number of pairs of each query, `(n_queries,) int64`; and whether all its
+        scores are finite, `(n_queries,) bool`.
     """
     lowest = floors[:, None].clone()
     counts = torch.zeros(len(queries), dtype=torch.int64, device=queries.device)
@@ -291,9 +293,12 @@ def _pairs_of_few(
         rows = rows[hits]
         found.append((rows, start + numbers[hits] * PASSAGES_PER_BLOCK + columns))
         counts.index_add_(0, rows, torch.ones_like(rows))
-        lowest[counts > most] = torch.inf
+        lowest[counts > most] = torch.nan  # no score reaches it
         start += len(part)
     query_rows, positions = (torch.cat(parts) for parts in zip(*found, strict=True))
+    if len(query_rows) > most * len(queries):  # to save memory
+        kept = (counts <= most)[query_rows].nonzero().flatten()
+        query_rows, positions = query_rows[kept], positions[kept]
     query_rows, order = query_rows.sort(stable=True)
     return query_rows, positions[order], counts, are_finite
 

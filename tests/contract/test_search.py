@@ -273,9 +273,9 @@ def test_a_gpu_is_waited_for_a_few_times_in_each_chunk(monkeypatch: pytest.Monke
     queries, corpus, ranks = real_vectors(25, 4096)  # three blocks of queries
     top = TopK(len(queries), 10, ranks)
     for rows in split(np.arange(len(corpus)), 2048):
-        parts = (torch.from_numpy(part) for part in (queries, corpus[rows], rows))
+        vectors = torch.from_numpy(queries), torch.from_numpy(corpus[rows])
         with CountedWaits() as counted:
-            top.update(*parts, search_torch)
+            top.update(*vectors, torch.from_numpy(rows), search_torch)
     # for pairs: two for each block, and which are kept; to merge: queries and numbers of pairs
     assert counted.waits == (3 * 2 + 2) + 4 + 1  # and once for whether anything overflowed
 
@@ -287,6 +287,36 @@ def test_an_overflow_in_a_later_chunk_is_refused(backend: Backend, value: float)
     queries[3, :2] = 3e38
     with pytest.raises(CheckpointError, match="overflow"):
         found(backend, queries, corpus, 5, ranks, split(np.arange(300), 100))
+
+
+def test_an_overflow_is_refused_after_one_look(backend: Backend) -> None:
+    """Else more and more passages would be asked for, up to the whole chunk."""
+    queries, corpus, ranks = real_vectors(25, 300)
+    asked: list[int] = []
+
+    def search(
+        queries: torch.Tensor, chunk: torch.Tensor, k: int
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        asked.append(k)
+        return backend.search(queries, chunk, k)
+
+    corpus[:, :2] = 3e38, -3e38
+    with pytest.raises(CheckpointError, match="overflow"):
+        found(Backend(search, backend.device), queries, corpus, 5, ranks)
+    assert len(asked) == 1
+
+
+def test_no_memory_is_filled_with_pairs_that_are_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of queries for which each passage is better than the one before, and of an overflow."""
+    monkeypatch.setitem(PASSAGES_PER_PRODUCT, "cpu", 256)
+    queries, chunk, _ = real_vectors(25, 4096)
+    queries[5:], chunk[:, 0] = np.eye(16, dtype=np.float32)[0], np.linspace(0, 4, 4096)
+    for factor in (1.0, 1e20):
+        vectors = torch.from_numpy(queries) * factor, torch.from_numpy(chunk) * factor
+        rows, _, left, is_finite = search._pairs_above(*vectors, torch.ones(25), 40)
+        assert len(rows) <= 25 * 40
+        assert bool(is_finite) == (factor == 1.0)
+        assert left.tolist()[-20:] == list(range(5, 25))
 
 
 @pytest.mark.parametrize("is_onednn", [True, False])
