@@ -33,14 +33,13 @@ from transformers import AutoTokenizer, BertConfig, BertModel
 
 from benchmarks.machine import machine
 from mlflow_dr.collection.catalogue import open_collection, validation_split
-from mlflow_dr.devices import resolve_device, torch_dtype
+from mlflow_dr.devices import on_device, resolve_device, torch_dtype
 from mlflow_dr.encoder import packed
 from mlflow_dr.encoder.config import EncoderConfig
 from mlflow_dr.encoder.directory import load_encoder
 from mlflow_dr.encoder.model import TOKENS, Encoder, apply_head
 from mlflow_dr.encoder.onednn import OneDnnLayers
 from mlflow_dr.encoder.packed import encode_packed
-from mlflow_dr.encoder.varlen import on_device
 from mlflow_dr.retrieval.encode import TOKENS_PER_BATCH, plan_batches, tokens_per_batch
 from mlflow_dr.retrieval.measures import parse_measures
 from mlflow_dr.stores.token_table import TokenTable, pad, token_table

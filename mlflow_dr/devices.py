@@ -1,7 +1,11 @@
-"""Devices and number formats by name; names are checked without importing torch."""
+"""Devices and number formats by name, and copies to and from a device.
+
+Names are checked without importing torch.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -10,6 +14,7 @@ from mlflow_dr import compat
 from mlflow_dr.errors import DeviceError
 
 if TYPE_CHECKING:
+    import numpy as np
     import torch
 
 AUTO = "auto"
@@ -129,3 +134,32 @@ def processor_vendor() -> str:
         return ""
     vendors = (line.partition(":")[2].strip() for line in lines if line.startswith("vendor_id"))
     return next(vendors, "")
+
+
+def on_device(array: np.ndarray, device: torch.device) -> torch.Tensor:
+    """An array on a device, without waiting for it."""
+    import torch
+
+    tensor = torch.from_numpy(array)
+    if device.type == "cuda":
+        tensor = tensor.pin_memory()
+    return tensor.to(device, non_blocking=True)
+
+
+def begin_host_copy(tensor: torch.Tensor) -> Callable[[], torch.Tensor]:
+    """Begin to copy a tensor to the host; a call of the result waits for the copy and gives it.
+
+    A GPU is not waited for until then. A tensor on the host is not copied.
+    """
+    import torch
+
+    copy = tensor.to("cpu", non_blocking=tensor.is_cuda)  # in page-locked memory
+    if not tensor.is_cuda:
+        return lambda: copy
+    copied = torch.cuda.current_stream(tensor.device).record_event()
+
+    def wait() -> torch.Tensor:
+        copied.synchronize()
+        return copy
+
+    return wait

@@ -10,6 +10,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from mlflow_dr.devices import on_device
+
 
 class PackedTexts:
     """Where each text begins and ends, among texts that lie end to end.
@@ -51,14 +53,6 @@ class PackedTexts:
         """
         places = self.starts[:, None] + torch.arange(self.longest, device=self.ends.device)
         return states[places.clamp(max=self._n_tokens - 1)], places < self.ends[1:, None]
-
-
-def on_device(array: np.ndarray, device: torch.device) -> Tensor:
-    """An array on a device, without waiting for it."""
-    tensor = torch.from_numpy(array)
-    if device.type == "cuda":
-        tensor = tensor.pin_memory()
-    return tensor.to(device, non_blocking=True)
 
 
 def has_varlen(device: torch.device, dtype: torch.dtype) -> bool:

@@ -11,11 +11,10 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from mlflow_dr.devices import is_onednn_faster
+from mlflow_dr.devices import begin_host_copy, is_onednn_faster, on_device
 from mlflow_dr.encoder.model import Encoder
 from mlflow_dr.encoder.onednn import OneDnnLayers
 from mlflow_dr.encoder.packed import can_pack, encode_packed
-from mlflow_dr.encoder.varlen import on_device
 from mlflow_dr.errors import CheckpointError, DeviceError, one_line
 from mlflow_dr.stores.token_table import TokenTable, pad
 
@@ -110,28 +109,17 @@ def encode_to_host(
 
     A GPU computes the next batch while the vectors of one are used.
     """
-    before: tuple[np.ndarray, Tensor, torch.Event] | None = None
+    before: tuple[np.ndarray, Callable[[], Tensor]] | None = None
     for rows, vectors in encode_batches(encoder, table, pad_id, batches):
         if vectors.device.type == "cpu":
             yield rows, vectors
             continue
-        now = rows, *_begin_copy(vectors)
+        now = rows, begin_host_copy(vectors)
         if before is not None:
-            yield _copied(*before)
+            yield before[0], before[1]()
         before = now
     if before is not None:
-        yield _copied(*before)
-
-
-def _begin_copy(vectors: Tensor) -> tuple[Tensor, torch.Event]:
-    """A page-locked copy on the host, and the event after which it is complete."""
-    copy = vectors.to("cpu", non_blocking=True)
-    return copy, torch.cuda.current_stream(vectors.device).record_event()
-
-
-def _copied(rows: np.ndarray, copy: Tensor, event: torch.Event) -> tuple[np.ndarray, Tensor]:
-    event.synchronize()
-    return rows, copy
+        yield before[0], before[1]()
 
 
 class _BatchEncoder:

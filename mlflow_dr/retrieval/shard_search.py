@@ -13,8 +13,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from mlflow_dr.devices import on_device
 from mlflow_dr.encoder.model import Encoder
-from mlflow_dr.encoder.varlen import on_device
 from mlflow_dr.retrieval.encode import check_finite, encode_batches, encode_to_host
 from mlflow_dr.retrieval.search import (
     SearchBackend,

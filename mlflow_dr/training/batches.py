@@ -14,9 +14,9 @@ from torch.utils.data import Dataset
 
 from mlflow_dr.collection.catalogue import Examples
 from mlflow_dr.collection.records import Example
+from mlflow_dr.devices import on_device
 from mlflow_dr.encoder.token_table import corpus_tokens, query_tokens
 from mlflow_dr.encoder.tokenize import TextTokenizer
-from mlflow_dr.encoder.varlen import on_device
 from mlflow_dr.errors import DataError, UsageError
 from mlflow_dr.stores.store import DocumentStore, open_store, store_directory
 

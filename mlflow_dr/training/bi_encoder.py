@@ -12,9 +12,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from mlflow_dr.devices import on_device
 from mlflow_dr.encoder.model import Encoder
 from mlflow_dr.encoder.packed import can_pack, encode_packed
-from mlflow_dr.encoder.varlen import has_varlen, on_device
+from mlflow_dr.encoder.varlen import has_varlen
 from mlflow_dr.errors import one_line
 from mlflow_dr.retrieval.encode import plan_batches
 from mlflow_dr.training.batches import (

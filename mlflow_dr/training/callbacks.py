@@ -9,10 +9,11 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
-from torch import distributed
+from torch import Tensor, distributed
 from transformers import TrainerCallback, TrainerState
 from transformers.trainer_utils import SaveStrategy
 
+from mlflow_dr.devices import begin_host_copy
 from mlflow_dr.training.arguments import TrainingRequest
 from mlflow_dr.training.data_metrics import DataMetrics
 
@@ -98,8 +99,9 @@ class MetricCallback(TrainerCallback):
 
 
 class StopCallback(TrainerCallback):
-    """Ends training after the current step when asked to, in all processes after the same step.
+    """Ends training after the current step when asked to.
 
+    Several processes end after the same step, one later: no GPU is waited for to ask the others.
     If the training saves checkpoints, it then saves one to resume from.
 
     Attributes:
@@ -110,23 +112,31 @@ class StopCallback(TrainerCallback):
     def __init__(self) -> None:
         self.reason: str | None = None
         self.killed = False
+        self._answer: Callable[[], Tensor] | None = None  # of all processes, in the step before
 
     def ask(self, reason: str, killed: bool = False) -> None:
-        """End after the current step. Any thread may call this."""
+        """End after the current step, or the next one. Any thread may call this."""
         self.killed = self.killed or killed
         self.reason = reason
 
     def on_step_end(self, args: Any, state: TrainerState, control: Any, **_: Any) -> None:
-        """Tell Trainer, after asking the other processes."""
-        if args.world_size > 1:
-            mine = float(self.reason is not None) + float(self.killed)
-            highest = torch.tensor(mine, device=args.device)
-            distributed.all_reduce(highest, distributed.ReduceOp.MAX)
-            if highest.item() > mine:
-                self.ask(self.reason or "another process was asked to stop", highest.item() > 1)
-        if self.reason is not None and not control.should_training_stop:
+        """Tell Trainer."""
+        is_asked = self.reason is not None if args.world_size == 1 else self._ask_all(args.device)
+        if is_asked and not control.should_training_stop:
             control.should_training_stop = True
             control.should_save = args.save_strategy != SaveStrategy.NO
+
+    def _ask_all(self, device: torch.device) -> bool:
+        """Whether any process was asked to stop before the last call, which all know by now."""
+        answer = self._answer
+        mine = float(self.reason is not None) + float(self.killed)
+        highest = torch.full((), mine, device=device)
+        distributed.all_reduce(highest, distributed.ReduceOp.MAX)
+        self._answer = begin_host_copy(highest)
+        before = 0.0 if answer is None else answer().item()
+        if before > mine:
+            self.ask(self.reason or "another process was asked to stop", before > 1)
+        return before > 0
 
 
 def every_steps(every: int, epoch: int = 0) -> Callable[[int], bool]:

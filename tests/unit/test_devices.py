@@ -1,10 +1,18 @@
-"""Devices and number formats by name."""
+"""Devices and number formats by name, and copies."""
 
+import numpy as np
 import pytest
 import torch
 
 from mlflow_dr import devices
-from mlflow_dr.devices import resolve_device, resolve_devices, resolve_dtype, torch_dtype
+from mlflow_dr.devices import (
+    begin_host_copy,
+    on_device,
+    resolve_device,
+    resolve_devices,
+    resolve_dtype,
+    torch_dtype,
+)
 from mlflow_dr.errors import DeviceError
 
 CPU = torch.device("cpu")
@@ -140,3 +148,16 @@ def test_fp16_needs_a_gpu() -> None:
 def test_unknown_number_formats(name: str) -> None:
     with pytest.raises(DeviceError, match="expected auto, fp32, bf16, fp16"):
         resolve_dtype(name, CPU)
+
+
+@pytest.mark.parametrize("name", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def test_copies_to_a_device_and_back(name: str) -> None:
+    if name == "cuda" and not torch.cuda.is_available():
+        pytest.skip("no CUDA device")
+    array = np.arange(100_000)
+    copied = on_device(array, torch.device(name))
+    assert copied.device.type == name
+    doubled = copied * 2
+    found = begin_host_copy(doubled)()
+    assert (found is doubled) == (name == "cpu")
+    np.testing.assert_array_equal(found.numpy(), 2 * array)

@@ -133,17 +133,15 @@ def test_vectors_on_the_host_are_those_of_encode_batches(
     expected = list(encode_batches(encoder, table, 0, batches))
     steps: list[tuple[str, int]] = []
 
-    class Event:
-        def __init__(self, number: int) -> None:
-            self.number = number
-
-        def synchronize(self) -> None:
-            steps.append(("waited", self.number))
-
-    def begin(vectors: torch.Tensor) -> tuple[torch.Tensor, Event]:
+    def begin(vectors: torch.Tensor) -> Callable[[], torch.Tensor]:
         number = sum(step == "begun" for step, _ in steps)
         steps.append(("begun", number))
-        return torch.zeros_like(expected[number][1], device="cpu"), Event(number)
+
+        def wait() -> torch.Tensor:
+            steps.append(("waited", number))
+            return torch.zeros_like(expected[number][1])
+
+        return wait
 
     found = list(encode_to_host(encoder, table, 0, batches))
     for (rows, vectors), (expected_rows, expected_vectors) in zip(found, expected, strict=True):
@@ -151,7 +149,7 @@ def test_vectors_on_the_host_are_those_of_encode_batches(
         torch.testing.assert_close(vectors, expected_vectors, rtol=0, atol=0)
     meta = [(rows, vectors.to("meta")) for rows, vectors in expected[:3]]
     monkeypatch.setattr(encode, "encode_batches", lambda *_: meta)
-    monkeypatch.setattr(encode, "_begin_copy", begin)
+    monkeypatch.setattr(encode, "begin_host_copy", begin)
     found = list(encode_to_host(encoder, table, 0, batches))
     assert [rows.tolist() for rows, _ in found] == [rows.tolist() for rows, _ in meta]
     assert steps == [

@@ -3,9 +3,12 @@
 import math
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
+from torch import distributed
 from transformers import TrainerControl, TrainerState, TrainingArguments
 
 from mlflow_dr.encoder.model import Encoder
@@ -118,3 +121,33 @@ def test_a_stop_request_ends_training_after_the_step(
     saved = [path.name for path in tmp_path.glob("checkpoint-*")]
     assert saved == (["checkpoint-1"] if saving else [])
     assert stop.reason == "test"
+
+
+@pytest.mark.parametrize(("killed", "highest"), [(False, 1.0), (True, 2.0)])
+def test_several_processes_stop_after_the_same_step(
+    monkeypatch: pytest.MonkeyPatch, killed: bool, highest: float
+) -> None:
+    """One of two is asked during step 2; both know it after step 3, of which no answer is used."""
+    stops, answers = [StopCallback(), StopCallback()], list[list[torch.Tensor]]()
+    arguments = SimpleNamespace(world_size=2, device=torch.device("cpu"), save_strategy="no")
+
+    def reduce(tensor: torch.Tensor, _: Any) -> None:
+        """Both say something before one answer is read."""
+        answers[-1].append(tensor)
+        for each in answers[-1]:
+            each.copy_(torch.stack(answers[-1]).max())
+
+    monkeypatch.setattr(distributed, "all_reduce", reduce)
+    ended = []
+    for step in (1, 2, 3):
+        answers.append([])
+        if step == 2:
+            stops[1].ask("signal", killed)
+        for number, stop in enumerate(stops):
+            control = TrainerControl()
+            stop.on_step_end(arguments, TrainerState(), control)
+            ended += [(step, number)] if control.should_training_stop else []
+    assert ended == [(3, 0), (3, 1)]
+    assert float(answers[1][0]) == highest
+    assert [stop.reason for stop in stops] == ["another process was asked to stop", "signal"]
+    assert [stop.killed for stop in stops] == [killed, killed]
