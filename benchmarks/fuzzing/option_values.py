@@ -105,6 +105,9 @@ def mixture(text: str) -> list[Any]:
         try:
             number = float(weight)
         except ValueError as error:
+            if re.fullmatch(r"[\w.-]+/[\w.-]+", name.strip(), re.ASCII) and weight.strip():
+                made.append((part.strip(), None))  # a revision of a name on the hub
+                continue
             raise UnreadableError("a weight is no number") from error
         if not 0 < number < math.inf:
             raise UnreadableError("a weight is no number above 0")

@@ -77,7 +77,7 @@ def typed(
     open_: bool = False,
 ) -> Any:
     """A value of a type that is at least `least`."""
-    if key not in values:
+    if key not in values or (default is None and values[key] is None):
         return default
     value = values[key]
     if kind is float and isinstance(value, int) and not isinstance(value, bool):
@@ -92,10 +92,17 @@ def typed(
     return value
 
 
+def only(values: dict[str, Any], key: str, default: str | None) -> Any:
+    """A string, or the only one of a list."""
+    value = values.get(key)
+    single = value[0] if isinstance(value, list) and len(value) == 1 else value
+    return typed({key: single} if key in values else {}, key, str, default)
+
+
 def plan_right(path: Path) -> Any:
     """The plan as the independent reader reads it."""
     values = mapping(read_yaml(path), set(PLAN) | {"keep_up", "patience_seconds"})
-    described = values.get("validations")
+    described = values.get("validations", {"val": {}})
     if not isinstance(described, dict) or not described:
         raise UnreadableError("no validations")
     if values.get("order", "oldest") not in ("oldest", "newest", "bisect"):
@@ -110,7 +117,9 @@ def plan_right(path: Path) -> Any:
         "poll_seconds": typed(values, "poll_seconds", float, 2.0, 0, True),
         "patience": typed(values, "patience", int, None, 1),
         "min_delta": typed(values, "min_delta", float, 0.0, 0),
-        "keep": option_values.policy(typed(values, "keep", str, "")) if "keep" in values else None,
+        "keep": option_values.policy(typed(values, "keep", str, ""))
+        if values.get("keep") is not None
+        else None,
         "metric": typed(values, "metric", str, None),
     }
     if not math.isfinite(made["min_delta"]):
@@ -156,7 +165,7 @@ def validation(name: str, given: Any) -> dict[str, Any]:
     option_values.device(typed(values, "device", str, "auto"))
     settings = {
         "dataset": typed(values, "dataset", str, None),
-        "split": typed(values, "split", str, None),
+        "split": only(values, "split", None),
         "measures": measures,
         "depth": depth,
         "dtype": option_values.FORMATS[dtype.strip().lower().removeprefix("torch.")],
@@ -164,7 +173,7 @@ def validation(name: str, given: Any) -> dict[str, Any]:
         "keep_own_id": typed(values, "keep_own_id", bool, False),
         "refines": None,
     }
-    spec = option_values.subset(typed(values, "subset", str, "full"))
+    spec = option_values.subset(only(values, "subset", "full"))
     made = {name: {**settings, **shown(spec, seed, judged)}}
     if "refine" in values:
         dear, _, count = typed(values, "refine", str, "").rpartition("@")
