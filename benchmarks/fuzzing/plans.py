@@ -95,8 +95,9 @@ def typed(
 def only(values: dict[str, Any], key: str, default: str | None) -> Any:
     """A string, or the only one of a list."""
     value = values.get(key)
-    single = value[0] if isinstance(value, list) and len(value) == 1 else value
-    return typed({key: single} if key in values else {}, key, str, default)
+    if isinstance(value, list) and len(value) == 1:
+        values = {key: value[0]}
+    return typed(values, key, str, default)
 
 
 def plan_right(path: Path) -> Any:
@@ -107,6 +108,7 @@ def plan_right(path: Path) -> Any:
         raise UnreadableError("no validations")
     if values.get("order", "oldest") not in ("oldest", "newest", "bisect"):
         raise UnreadableError("no such order")
+    keep = typed(values, "keep", str, None)
     made = {
         "order": values.get("order", "oldest"),
         "every": typed(values, "every", int, 1, 1),
@@ -117,9 +119,7 @@ def plan_right(path: Path) -> Any:
         "poll_seconds": typed(values, "poll_seconds", float, 2.0, 0, True),
         "patience": typed(values, "patience", int, None, 1),
         "min_delta": typed(values, "min_delta", float, 0.0, 0),
-        "keep": option_values.policy(typed(values, "keep", str, ""))
-        if values.get("keep") is not None
-        else None,
+        "keep": None if keep is None else option_values.policy(keep),
         "metric": typed(values, "metric", str, None),
     }
     if not math.isfinite(made["min_delta"]):

@@ -143,10 +143,10 @@ class TopK:
             # a passage that was not found may score as much as the last one that was, and an error
             lowest = scores.amin(dim=1) + errors[left]
             scores, is_finite = _exact_where(is_open, queries[left], chunk, positions)
-            is_sound = is_sound & is_found.all() & is_finite
             needed = torch.maximum(scores.topk(k, dim=1).values[:, -1], floors[left])
-            is_lost = ~(is_found.all(dim=1) & errors[left].isfinite())
-            is_done = (lowest < needed) | is_lost | (wanted == len(chunk))
+            has_overflow = ~(is_found.all(dim=1) & errors[left].isfinite())
+            is_sound = is_sound & ~has_overflow.any() & is_finite
+            is_done = (lowest < needed) | has_overflow | (wanted == len(chunk))
             self._merge(left[is_done], scores[is_done], rows[positions[is_done]])
             left, wanted = left[~is_done], min(2 * wanted, len(chunk))
         if not bool(is_sound):
@@ -296,7 +296,7 @@ def _pairs_of_few(
         lowest[counts > most] = torch.nan  # no score reaches it
         start += len(part)
     query_rows, positions = (torch.cat(parts) for parts in zip(*found, strict=True))
-    if len(query_rows) > most * len(queries):  # to save memory
+    if len(query_rows) > most * len(queries):  # only to save memory: it waits for a GPU
         kept = (counts <= most)[query_rows].nonzero().flatten()
         query_rows, positions = query_rows[kept], positions[kept]
     query_rows, order = query_rows.sort(stable=True)
