@@ -40,6 +40,7 @@ from mlflow_dr.encoder.directory import load_encoder
 from mlflow_dr.encoder.model import TOKENS, Encoder, apply_head
 from mlflow_dr.encoder.onednn import OneDnnLayers
 from mlflow_dr.encoder.packed import encode_packed
+from mlflow_dr.encoder.varlen import PackedTexts
 from mlflow_dr.retrieval.encode import TOKENS_PER_BATCH, plan_batches, tokens_per_batch
 from mlflow_dr.retrieval.measures import parse_measures
 from mlflow_dr.stores.token_table import TokenTable, pad, token_table
@@ -160,7 +161,11 @@ class Ways:
     def _end_to_end(self) -> Tensor:
         return torch.cat(
             [
-                encode_packed(self._encoder, on_device(ids, self._device), lengths.tolist())
+                encode_packed(
+                    self._encoder,
+                    on_device(ids, self._device),
+                    PackedTexts.of(lengths.tolist(), self._device),
+                )
                 for ids, lengths in self._packed
             ]
         )

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import sys
 import threading
-from collections.abc import Callable, Iterator
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from types import ModuleType
 from typing import Generic, TypeVar
 
+Item = TypeVar("Item")
 Result = TypeVar("Result")
 
 
@@ -54,6 +57,25 @@ class BackgroundTask(Generic[Result]):
             self._error = error
         finally:
             self._done.set()
+
+
+def ahead(
+    function: Callable[[Item], Result], items: Iterable[Item], n_ahead: int = 2
+) -> Iterator[tuple[Item, Callable[[], Result]]]:
+    """Call a function for each item in a thread, for a few items that are not used yet.
+
+    Yields:
+        The item, and what waits for the function's result or raises its error.
+    """
+    with ThreadPoolExecutor(1, "ahead") as executor:
+        begun: deque[tuple[Item, Future[Result]]] = deque()
+        for item in items:
+            begun.append((item, executor.submit(function, item)))
+            if len(begun) > n_ahead:
+                first, result = begun.popleft()
+                yield first, result.result
+        for first, result in begun:
+            yield first, result.result
 
 
 @contextmanager

@@ -146,6 +146,41 @@ def on_device(array: np.ndarray, device: torch.device) -> torch.Tensor:
     return tensor.to(device, non_blocking=True)
 
 
+class CopyStream:
+    """Copies arrays to a device in a stream of its own, beside what the device computes.
+
+    Any thread may copy, and another one use the copies.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        import torch
+
+        self._device = device
+        self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
+
+    def copy(self, *arrays: np.ndarray) -> Callable[[], list[torch.Tensor]]:
+        """Begin to copy; the result gives the copies to what computes with them.
+
+        The device then waits for them, but the host does not.
+        """
+        import torch
+
+        if self._stream is None:
+            return lambda: [on_device(array, self._device) for array in arrays]
+        with torch.cuda.stream(self._stream):
+            copies = [on_device(array, self._device) for array in arrays]
+            copied = self._stream.record_event()
+
+        def use() -> list[torch.Tensor]:
+            current = torch.cuda.current_stream(self._device)
+            current.wait_event(copied)
+            for tensor in copies:
+                tensor.record_stream(current)  # its memory is not used again before
+            return copies
+
+        return use
+
+
 def begin_host_copy(tensor: torch.Tensor) -> Callable[[], torch.Tensor]:
     """Begin to copy a tensor to the host; a call of the result waits for the copy and gives it.
 

@@ -9,8 +9,8 @@ https://huggingface.co/docs/transformers/attention_interface
 from __future__ import annotations
 
 import inspect
-from collections.abc import Sequence
 from contextlib import nullcontext
+from functools import partial
 from itertools import groupby
 from typing import Any, NamedTuple
 
@@ -20,6 +20,7 @@ from torch.nn import functional
 
 from mlflow_dr import compat
 from mlflow_dr.encoder.first_token import last_attention, only_first_tokens, reads_first_tokens
+from mlflow_dr.encoder.graphs import BackboneGraphs
 from mlflow_dr.encoder.model import TOKENS, Encoder, apply_head, first_position, is_adapted
 from mlflow_dr.encoder.varlen import PackedTexts, attend_varlen, has_varlen
 
@@ -182,36 +183,46 @@ def can_pack(encoder: Encoder) -> bool:
     return "position_ids" in inspect.signature(_model(encoder).forward).parameters
 
 
-def encode_packed(encoder: Encoder, ids: Tensor, lengths: Sequence[int]) -> Tensor:
+def encode_packed(
+    encoder: Encoder, ids: Tensor, texts: PackedTexts, graphs: BackboneGraphs | None = None
+) -> Tensor:
     """Vectors of texts that lie end to end.
 
     Args:
         encoder: in evaluation mode; `can_pack` holds.
         ids: token ids of all texts, `(n_tokens,) int64`, on the encoder's device.
-        lengths: tokens of each text; texts of equal length are beside each other.
+        texts: which tokens are of which text.
+        graphs: record what the backbone computes, and replay it.
 
     Returns:
         `(n_texts, dimension) float32`; see `Encoder.forward`.
     """
     compat.register_attention(ATTENTION, attend)
     model = _model(encoder)
-    options = {"use_cache": False} if getattr(model.config, "use_cache", False) else {}
     last = last_attention(model) if reads_first_tokens(encoder.head) else None
-    texts = PackedTexts(lengths, ids.device)
-    only_first = nullcontext() if last is None else only_first_tokens(last, texts)
-    with compat.attention_set(model.config, ATTENTION), only_first:
-        states = encoder.backbone(
-            input_ids=ids[None],
-            position_ids=(texts.positions + first_position(encoder.backbone))[None],
-            packed_texts=texts,
-            **options,
-        )[0][0]
+    compute = partial(_states, encoder.backbone, model.config, last)
+    states = compute(ids, texts) if graphs is None else graphs.states(compute, ids, texts)
     if last is None:  # the head ignores what is beyond the end of a text
         states, mask = texts.side_by_side(states)
     else:
-        states, mask = states[:, None], torch.ones_like(texts.starts)[:, None]
+        mask = torch.ones_like(texts.starts)[:, None]
+        states = states[: len(mask), None]  # a graph may have more texts
     features = {TOKENS: states, "attention_mask": mask.long()}
     return apply_head(encoder.head, features)
+
+
+def _states(backbone: Any, config: Any, last: Any, ids: Tensor, texts: PackedTexts) -> Tensor:
+    """Token vectors `(n_tokens, width)`; of first tokens only, if there is a last attention."""
+    options = {"use_cache": False} if getattr(config, "use_cache", False) else {}
+    only_first = nullcontext() if last is None else only_first_tokens(last, texts)
+    with compat.attention_set(config, ATTENTION), only_first:
+        states: Tensor = backbone(
+            input_ids=ids[None],
+            position_ids=(texts.positions + first_position(backbone))[None],
+            packed_texts=texts,
+            **options,
+        )[0][0]
+    return states
 
 
 def _model(encoder: Encoder) -> Any:

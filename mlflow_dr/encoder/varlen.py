@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from itertools import accumulate
 from typing import Any
 
@@ -13,46 +14,57 @@ from torch import Tensor
 from mlflow_dr.devices import on_device
 
 
+@dataclass(frozen=True)
 class PackedTexts:
     """Where each text begins and ends, among texts that lie end to end.
 
     Only the ends are copied to the device, and everything else is computed there.
 
-    Args:
-        lengths: tokens of each text; texts of equal length are beside each other.
-        device: where the texts are.
-
     Attributes:
-        lengths: tokens of each text.
-        longest: tokens of the longest text.
         ends: 0 and the end of each text, `(n_texts + 1,) int32`, on the device.
+        n_tokens: tokens of all texts.
+        longest: tokens of the longest text, or more.
+        lengths: tokens of each text; texts of equal length are beside each other. A kernel for
+            texts of several lengths does not need them.
     """
 
-    def __init__(self, lengths: Sequence[int], device: torch.device) -> None:
-        self.lengths, self.longest = lengths, max(lengths)
-        ends = np.array([0, *accumulate(lengths)], np.int32)
-        self._n_tokens = int(ends[-1])
-        self.ends = on_device(ends, device)
+    ends: Tensor
+    n_tokens: int
+    longest: int
+    lengths: Sequence[int] = ()
+
+    @classmethod
+    def of(cls, lengths: Sequence[int], device: torch.device) -> PackedTexts:
+        """Texts of these lengths, on a device; the others are as `lengths` of the class."""
+        return cls(on_device(ends_of(lengths), device), sum(lengths), max(lengths), lengths)
 
     @property
     def starts(self) -> Tensor:
-        """The first token of each text, `(n_texts,) int32`, on the device."""
-        return self.ends[:-1]
+        """The first token of each text, `(n_texts,) int32`, on the device.
+
+        Of an empty text at the end, the last token of all.
+        """
+        return self.ends[:-1].clamp(max=self.n_tokens - 1)
 
     @property
     def positions(self) -> Tensor:
         """The position of each token in its text, `(n_tokens,) int64`."""
-        starts = self.starts.repeat_interleave(self.ends.diff(), output_size=self._n_tokens)
-        return torch.arange(self._n_tokens, device=starts.device) - starts
+        starts = self.starts.repeat_interleave(self.ends.diff(), output_size=self.n_tokens)
+        return torch.arange(self.n_tokens, device=starts.device) - starts
 
-    def side_by_side(self, states: Tensor) -> tuple[Tensor, Tensor]:
-        """States of tokens `(n_tokens, width)` as `(n_texts, longest, width)`.
+    def side_by_side(self, values: Tensor) -> tuple[Tensor, Tensor]:
+        """Values of tokens `(n_tokens, ...)` as `(n_texts, longest, ...)`.
 
         Also returns which of them are tokens of the text, `(n_texts, longest) bool`; the rest are
-        states of arbitrary tokens.
+        values of arbitrary tokens.
         """
         places = self.starts[:, None] + torch.arange(self.longest, device=self.ends.device)
-        return states[places.clamp(max=self._n_tokens - 1)], places < self.ends[1:, None]
+        return values[places.clamp(max=self.n_tokens - 1)], places < self.ends[1:, None]
+
+
+def ends_of(lengths: Sequence[int]) -> np.ndarray:
+    """0 and the end of each of several texts that lie end to end, `(n_texts + 1,) int32`."""
+    return np.array([0, *accumulate(lengths)], np.int32)
 
 
 def has_varlen(device: torch.device, dtype: torch.dtype) -> bool:

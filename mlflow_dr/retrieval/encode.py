@@ -5,18 +5,23 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, nullcontext
+from functools import partial
+from typing import NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import functional
 
-from mlflow_dr.devices import begin_host_copy, is_onednn_faster, on_device
+from mlflow_dr.background import ahead
+from mlflow_dr.devices import CopyStream, begin_host_copy, is_onednn_faster, on_device
+from mlflow_dr.encoder.graphs import BackboneGraphs
 from mlflow_dr.encoder.model import Encoder
 from mlflow_dr.encoder.onednn import OneDnnLayers
 from mlflow_dr.encoder.packed import can_pack, encode_packed
+from mlflow_dr.encoder.varlen import PackedTexts, ends_of, has_varlen
 from mlflow_dr.errors import CheckpointError, DeviceError, one_line
-from mlflow_dr.stores.token_table import TokenTable, pad
+from mlflow_dr.stores.token_table import TokenTable
 
 log = logging.getLogger(__name__)
 
@@ -25,6 +30,8 @@ TOKENS_PER_BATCH = {"cpu": 4096, "cuda": 65536}
 USUAL_WIDTH = 384
 WIDTHS = {"cpu": (384, 1536), "cuda": (96, 4096)}
 """Between these, batches have fewer tokens the wider a backbone is."""
+MOST_FILLED = 0.25
+"""The share of a batch on CUDA that may be texts which only fill it."""
 PROOF_TEXTS = 4
 MOST_DEVIATION = {
     torch.float64: 1e-6,
@@ -98,8 +105,12 @@ def encode_batches(
     NaN is let through: `check_finite` is for the caller, who may gather batches first.
     """
     encode = _BatchEncoder(encoder, table, pad_id)
-    for rows in batches:
-        yield rows, encode(rows)
+    if encoder.device.type == "cuda":
+        prepared = ahead(encode.prepare, batches)
+    else:
+        prepared = ((rows, partial(encode.prepare, rows)) for rows in batches)
+    for rows, batch in prepared:
+        yield rows, encode(rows, batch)
 
 
 def encode_to_host(
@@ -122,17 +133,52 @@ def encode_to_host(
         yield before[0], before[1]()
 
 
+class _Batch(NamedTuple):
+    """A batch whose tokens are on their way to the device.
+
+    Attributes:
+        ids: token ids of all texts, end to end, `(n_tokens,) int64`.
+        lengths: tokens of each text, `(n_texts,) int64`.
+        n_fillers: how many of the texts, the last ones, only fill the batch.
+        copied: the token ids and the ends of texts on the device.
+    """
+
+    ids: np.ndarray
+    lengths: np.ndarray
+    n_fillers: int
+    copied: Callable[[], list[Tensor]]
+
+    def on_device(self) -> tuple[Tensor, PackedTexts]:
+        """Token ids, and which of them are of which text."""
+        ids, ends = self.copied()
+        lengths = self.lengths.tolist()
+        return ids, PackedTexts(ends, len(ids), max(lengths), lengths)
+
+
 class _BatchEncoder:
     """Encodes batches in the fastest way that the first batch shows to give the same vectors."""
 
     def __init__(self, encoder: Encoder, table: TokenTable, pad_id: int) -> None:
         self._encoder, self._table, self._pad_id = encoder, table, pad_id
+        self._device = encoder.device
         self._kind = type(encoder.backbone).__name__
+        self._copies = CopyStream(self._device)
         self._layers: OneDnnLayers | None = None
+        self._graphs: BackboneGraphs | None = None
         self._is_packed: bool | None = None
+        self._n_tokens = 0  # up to which batches are filled
+        if has_varlen(self._device, self._dtype) and can_pack(encoder):
+            self._n_tokens = tokens_per_batch(encoder, self._device)
         self._parts = 1  # in which a batch is encoded
 
-    def __call__(self, rows: np.ndarray) -> Tensor:
+    def prepare(self, rows: np.ndarray) -> _Batch:
+        """Read the tokens of these rows, and begin to copy them to the device.
+
+        A thread may call this for later batches.
+        """
+        return self._begun(*self._table.packed(rows), self._n_tokens)
+
+    def __call__(self, rows: np.ndarray, batch: Callable[[], _Batch]) -> Tensor:
         """The vectors of the texts in these rows, `(n, dim) float32`.
 
         Raises:
@@ -141,32 +187,54 @@ class _BatchEncoder:
         while True:
             parts = np.array_split(rows, min(self._parts, len(rows)))
             try:
-                return torch.cat([self._vectors(part) for part in parts])
+                if len(parts) == 1:
+                    return self._vectors(batch())
+                return torch.cat([self._vectors(self.prepare(part)) for part in parts])
             except torch.OutOfMemoryError as error:
                 if len(parts) == len(rows):
                     longest = int(self._table.lengths[rows].max())
                     raise DeviceError(
-                        f"{self._encoder.device} has too little memory for a text of {longest} "
+                        f"{self._device} has too little memory for a text of {longest} "
                         "tokens; use another device, a smaller passage length or --dtype bf16"
                     ) from error
             self._parts *= 2
+            self._n_tokens, self._graphs = 0, None
             log.warning(
                 "%s is out of memory: batches are encoded in %d parts",
-                *(self._encoder.device, self._parts),
+                *(self._device, self._parts),
             )
 
-    def _vectors(self, rows: np.ndarray) -> Tensor:
-        ids, lengths = self._table.packed(rows)
+    def _begun(self, ids: np.ndarray, lengths: np.ndarray, n_tokens: int = 0) -> _Batch:
+        """Texts end to end, filled up to so many tokens if they are nearly as many."""
+        fillers: list[int] = []
+        missing = n_tokens - len(ids)
+        if 0 < missing <= n_tokens * MOST_FILLED:
+            length = max(1, int(lengths[-1]))
+            count, rest = divmod(missing, length)
+            fillers = [length] * count + [rest] * (rest > 0)
+            ids = np.pad(ids, (0, missing), constant_values=ids[0])  # padding may have zeros
+            lengths = np.concatenate([lengths, np.array(fillers, lengths.dtype)])
+        copied = self._copies.copy(ids, ends_of(lengths))
+        return _Batch(ids, lengths, len(fillers), copied)
+
+    def _vectors(self, batch: _Batch) -> Tensor:
         if self._is_packed is None:
-            self._is_packed = self._choose_way(ids, lengths)
-        return self._packed(ids, lengths) if self._is_packed else self._padded(ids, lengths)
+            self._is_packed = self._choose_way(
+                batch.ids, batch.lengths[: len(batch.lengths) - batch.n_fillers]
+            )
+            if not self._is_packed:
+                self._n_tokens = 0
+            elif self._n_tokens and self._encoder.width <= USUAL_WIDTH:
+                self._graphs = BackboneGraphs(self._device, self._warn_of_graphs)
+        vectors = self._packed(batch) if self._is_packed else self._padded(batch)
+        return vectors[: len(vectors) - batch.n_fillers]
 
     def _choose_way(self, ids: np.ndarray, lengths: np.ndarray) -> bool:
         """Encode a few texts of a batch, and the beginning of one, in the plain way and others.
 
         oneDNN's layers are kept if the vectors are the same. Returns whether packed texts' are.
         """
-        is_onednn = is_onednn_faster(self._encoder.device) and not self._encoder.is_static
+        is_onednn = is_onednn_faster(self._device) and not self._encoder.is_static
         is_packable = can_pack(self._encoder)
         if not is_onednn and not is_packable:
             return False
@@ -175,18 +243,18 @@ class _BatchEncoder:
         chosen = np.unique(np.linspace(0, len(lengths) - 1, PROOF_TEXTS).astype(int))
         texts = [ids[ends[text] - lengths[text] : ends[text]] for text in chosen]
         texts.append(texts[-1][: 1 + len(texts[-1]) // 2])
-        sample = np.concatenate(texts), np.array([len(text) for text in texts])
-        expected = self._padded(*sample)
+        sample = self._begun(np.concatenate(texts), np.array([len(text) for text in texts]))
+        expected = self._padded(sample)
         if not bool(expected.isfinite().all()):  # broken weights prove nothing
             return False
         if is_onednn:
             self._layers = OneDnnLayers(self._encoder.backbone, TOKENS_PER_BATCH["cpu"])
-            reason = self._difference(lambda: self._padded(*sample), expected)
+            reason = self._difference(lambda: self._padded(sample), expected)
             if reason:
                 self._layers = None
                 self._warn(f"{self._kind} is encoded without oneDNN, which is slower ({reason})")
         if is_packable:
-            reason = self._difference(lambda: self._packed(*sample), expected)
+            reason = self._difference(lambda: self._packed(sample), expected)
             if not reason:
                 return True
             self._warn(f"{self._kind} is encoded with padding, which is slower ({reason})")
@@ -201,8 +269,7 @@ class _BatchEncoder:
         except Exception as error:  # noqa: BLE001 - a backbone's own code refuses in its own way
             return one_line(error)
         likeness = functional.cosine_similarity(found, expected)
-        dtype = next(self._encoder.parameters()).dtype
-        is_same = bool((likeness > 1 - MOST_DEVIATION[dtype]).all())
+        is_same = bool((likeness > 1 - MOST_DEVIATION[self._dtype]).all())
         return "" if is_same else f"vectors differ, cosine similarity {likeness.min():.3g}"
 
     def _warn(self, message: str) -> None:
@@ -210,17 +277,26 @@ class _BatchEncoder:
             _warnings.add(message.partition(" (")[0])
             log.warning(message)
 
-    def _packed(self, ids: np.ndarray, lengths: np.ndarray) -> Tensor:
-        with self._used_layers():
-            device = self._encoder.device
-            return encode_packed(self._encoder, on_device(ids, device), lengths.tolist())
+    def _warn_of_graphs(self, reason: str) -> None:
+        self._warn(f"{self._kind} is encoded without CUDA graphs, which may be slower ({reason})")
 
-    def _padded(self, ids: np.ndarray, lengths: np.ndarray) -> Tensor:
-        padded, mask = pad(ids, lengths, self._pad_id)
-        device = self._encoder.device
+    def _packed(self, batch: _Batch) -> Tensor:
+        ids, texts = batch.on_device()
+        graphs = self._graphs if texts.n_tokens == self._n_tokens else None
         with self._used_layers():
-            vectors: Tensor = self._encoder(on_device(padded, device), on_device(mask, device))
+            return encode_packed(self._encoder, ids, texts, graphs)
+
+    def _padded(self, batch: _Batch) -> Tensor:
+        ids, texts = batch.on_device()
+        padded, is_token = texts.side_by_side(ids)
+        padded = padded.where(is_token, self._pad_id)
+        with self._used_layers():
+            vectors: Tensor = self._encoder(padded, is_token.long())
         return vectors
+
+    @property
+    def _dtype(self) -> torch.dtype:
+        return next(self._encoder.parameters()).dtype
 
     def _used_layers(self) -> AbstractContextManager[None]:
         return nullcontext() if self._layers is None else self._layers.used()

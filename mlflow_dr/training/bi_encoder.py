@@ -15,7 +15,7 @@ from torch.nn import functional
 from mlflow_dr.devices import on_device
 from mlflow_dr.encoder.model import Encoder
 from mlflow_dr.encoder.packed import can_pack, encode_packed
-from mlflow_dr.encoder.varlen import has_varlen
+from mlflow_dr.encoder.varlen import PackedTexts, has_varlen
 from mlflow_dr.errors import one_line
 from mlflow_dr.retrieval.encode import plan_batches
 from mlflow_dr.training.batches import (
@@ -153,7 +153,7 @@ def encode_end_to_end(encoder: Encoder, texts: Texts) -> Tensor:
     sizes, columns = lengths[order], np.arange(ids.shape[1])
     places = (order[:, None] * ids.shape[1] + columns)[columns < sizes[:, None]]
     packed = ids.flatten()[on_device(places, ids.device)]
-    vectors = encode_packed(encoder, packed, sizes.tolist())
+    vectors = encode_packed(encoder, packed, PackedTexts.of(sizes.tolist(), packed.device))
     return vectors[inverse([on_device(order, ids.device)])]
 
 

@@ -2,73 +2,38 @@
 
 import logging
 from collections.abc import Iterator
+from functools import partial
 from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-import transformers
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from mlflow_dr.encoder import first_token, packed, varlen
-from mlflow_dr.encoder.config import EncoderConfig
 from mlflow_dr.encoder.model import Encoder
 from mlflow_dr.encoder.packed import ATTENTION, attend, can_pack, encode_packed
 from mlflow_dr.encoder.varlen import PackedTexts
 from mlflow_dr.retrieval import encode
 from mlflow_dr.retrieval.encode import encode_batches
 from mlflow_dr.stores.token_table import TokenTable, token_table
+from tests.unit.encoder.packing import (
+    GROUPED,
+    PACKED,
+    SIZES,
+    T5,
+    encoder_of,
+    texts_of,
+    varlen_by_definition,
+)
 
-SIZES: dict[str, Any] = {
-    "vocab_size": 100,
-    "hidden_size": 32,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "intermediate_size": 64,
-    "max_position_embeddings": 100,
-    "pad_token_id": 0,
-}
-GROUPED = {"num_key_value_heads": 2, "head_dim": 8}  # fewer heads of keys than of queries
-DISTIL = {"vocab_size": 100, "dim": 32, "n_layers": 2, "n_heads": 4, "hidden_dim": 64}
-T5 = {"vocab_size": 100, "d_model": 32, "d_kv": 8, "num_layers": 2, "num_heads": 4, "d_ff": 64}
-SPECIAL = {"bos_token_id": 1, "eos_token_id": 2, "cls_token_id": 1, "sep_token_id": 2}
-PACKED: dict[str, dict[str, Any]] = {
-    "Bert": SIZES,
-    "Roberta": {**SIZES, "pad_token_id": 1},
-    "DistilBert": DISTIL,
-    "ModernBert": {
-        **SIZES,
-        **SPECIAL,
-        "num_hidden_layers": 3,
-        "local_attention": 16,
-        "global_attn_every_n_layers": 3,
-    },
-    "Electra": {**SIZES, "embedding_size": 16},
-    "Llama": {**SIZES, **GROUPED},
-    "Qwen3": {**SIZES, **GROUPED},
-    "Mistral": {**SIZES, **GROUPED, "sliding_window": 12},
-}
 PADDED: dict[str, dict[str, Any]] = {
     "MPNet": SIZES,
     "Gemma2": {**SIZES, **GROUPED, "sliding_window": 12},
     "T5": T5,
 }
 LENGTHS = [40, 40, 39, 33, 7, 7, 7, 2, 1]
-
-
-def encoder_of(kind: str, settings: dict[str, Any], pooling: str = "mean") -> Encoder:
-    """A small encoder with random weights, large enough that attention matters."""
-    torch.manual_seed(0)
-    model = getattr(transformers, f"{kind}EncoderModel" if kind == "T5" else f"{kind}Model")
-    backbone = model(getattr(transformers, f"{kind}Config")(**settings))
-    with torch.no_grad():
-        for weight in backbone.parameters():
-            weight.mul_(4 if weight.dim() > 1 else 1)
-    config = EncoderConfig(
-        pooling=pooling, normalize=True, query_max_length=64, passage_max_length=64
-    )
-    return Encoder(backbone, SimpleNamespace(pad_token_id=0), config).eval()
 
 
 @pytest.fixture(scope="module")
@@ -97,7 +62,7 @@ def test_packed_texts_have_the_vectors_that_each_has_alone(kind: str, table: Tok
     before = encoder.backbone.config._attn_implementation
     ids, lengths = table.packed(np.arange(len(table)))
     with torch.inference_mode():
-        packed = encode_packed(encoder, torch.from_numpy(ids), lengths.tolist())
+        packed = encode_packed(encoder, torch.from_numpy(ids), texts_of(lengths))
     torch.testing.assert_close(packed, alone, rtol=0, atol=2e-6)
     assert encoder.backbone.config._attn_implementation == before != ATTENTION
 
@@ -115,7 +80,7 @@ def test_vectors_of_first_tokens_are_those_that_each_text_has_alone(
         if isinstance(module, torch.nn.LayerNorm):
             module.register_forward_hook(lambda _, __, out: rows.append(out.shape[1]))
     with torch.inference_mode():
-        packed = encode_packed(encoder, torch.from_numpy(ids), lengths.tolist())
+        packed = encode_packed(encoder, torch.from_numpy(ids), texts_of(lengths))
     torch.testing.assert_close(packed, alone, rtol=0, atol=2e-6)
     is_short = pooling == "cls" and kind != "DistilBert"
     assert rows[-1] == (len(LENGTHS) if is_short else sum(LENGTHS))
@@ -159,7 +124,8 @@ def test_batches_are_packed_where_it_is_proven(
     monkeypatch.setattr(encoder, "forward", None)
     encode_of_batch = encode._BatchEncoder(encoder, table, 0)
     encode_of_batch._is_packed = True
-    assert encode_of_batch(np.arange(4)).shape == (4, 32)
+    rows = np.arange(4)
+    assert encode_of_batch(rows, partial(encode_of_batch.prepare, rows)).shape == (4, 32)
 
 
 def test_gradients_of_packed_texts_are_those_of_texts_alone(table: TokenTable) -> None:
@@ -167,7 +133,7 @@ def test_gradients_of_packed_texts_are_those_of_texts_alone(table: TokenTable) -
     weight = encoder.backbone.encoder.layer[0].attention.self.query.weight
     ids, lengths = table.packed(np.arange(4))
     (found,) = torch.autograd.grad(
-        encode_packed(encoder, torch.from_numpy(ids), lengths.tolist())[:, 0].sum(), [weight]
+        encode_packed(encoder, torch.from_numpy(ids), texts_of(lengths))[:, 0].sum(), [weight]
     )
     texts = [torch.from_numpy(table[row].astype(np.int64))[None] for row in range(4)]
     alone = torch.cat([encoder(text, torch.ones_like(text)) for text in texts])
@@ -178,48 +144,11 @@ def test_gradients_of_packed_texts_are_those_of_texts_alone(table: TokenTable) -
 @pytest.mark.parametrize("option", ["softcap", "s_aux", "position_bias"])
 def test_attention_that_cannot_be_computed_is_refused(option: str) -> None:
     states = torch.zeros(1, 4, 3, 8)
-    texts = PackedTexts([2, 1], torch.device("cpu"))
+    texts = PackedTexts.of([2, 1], torch.device("cpu"))
     module, asked = SimpleNamespace(is_causal=False), dict[str, Any]({option: 1.0})
     attend(module, states, states, states, None, packed_texts=texts)
     with pytest.raises(NotImplementedError, match=option):
         attend(module, states, states, states, None, packed_texts=texts, **asked)
-
-
-def varlen_by_definition(
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    query_ends: torch.Tensor,
-    key_ends: torch.Tensor,
-    max_q: int,
-    max_k: int,
-    *,
-    scale: float | None,
-    window_size: tuple[int, int],
-    enable_gqa: bool,
-) -> torch.Tensor:
-    """What `torch.nn.attention.varlen.varlen_attn` is documented to compute, text by text."""
-    parts = []
-    sizes = query_ends.diff().tolist(), key_ends.diff().tolist()
-    assert (max(sizes[0]), max(sizes[1])) == (max_q, max_k)
-    assert query_ends.dtype == key_ends.dtype == torch.int32
-    for queries, keys, values in zip(
-        query.split(sizes[0]), key.split(sizes[1]), value.split(sizes[1]), strict=True
-    ):
-        # the last query is at the place of the last key
-        places = torch.arange(len(queries)) + len(keys) - len(queries)
-        offsets = torch.arange(len(keys)) - places[:, None]
-        left, right = window_size
-        mask = (offsets >= -left) | (left < 0)
-        mask &= (offsets <= right) | (right < 0)
-        attended = torch.nn.functional.scaled_dot_product_attention(
-            *(part.transpose(0, 1) for part in (queries, keys, values)),
-            attn_mask=mask,
-            scale=scale,
-            enable_gqa=enable_gqa,
-        )
-        parts.append(attended.transpose(0, 1))
-    return torch.cat(parts)
 
 
 @pytest.mark.parametrize("pooling", ["mean", "cls"])
@@ -240,7 +169,7 @@ def test_the_kernel_of_cuda_is_called_as_it_is_documented(
         monkeypatch.setattr(module, "has_varlen", lambda *_: True)
     ids, lengths = table.packed(np.arange(len(table)))
     with torch.inference_mode():
-        vectors = encode_packed(encoder, torch.from_numpy(ids), lengths.tolist())
+        vectors = encode_packed(encoder, torch.from_numpy(ids), texts_of(lengths))
     torch.testing.assert_close(vectors, alone, rtol=0, atol=2e-6)
     config = encoder.backbone.config
     assert len(calls) == config.num_hidden_layers
@@ -274,7 +203,7 @@ def test_a_batch_asks_nothing_of_the_device(
     for name in ("from_numpy", "tensor", "as_tensor"):
         monkeypatch.setattr(torch, name, refused)
     with FakeTensorMode(allow_non_fake_inputs=True), torch.inference_mode():
-        vectors = encode_packed(encoder, token_ids, lengths.tolist())
+        vectors = encode_packed(encoder, token_ids, texts_of(lengths))
         assert vectors.shape == (len(LENGTHS), 32)
         assert vectors.dtype == torch.float32
         with pytest.raises(Exception, match="_local_scalar"):
@@ -294,7 +223,7 @@ def states_of(length: int, scale: float = 1.0) -> tuple[torch.Tensor, torch.Tens
 @torch.inference_mode()
 def attended(states: tuple[torch.Tensor, ...], length: int) -> torch.Tensor:
     """What `attend` gives for these texts."""
-    texts = PackedTexts([length] * 3, torch.device("cpu"))
+    texts = PackedTexts.of([length] * 3, torch.device("cpu"))
     found, _ = attend(SimpleNamespace(is_causal=False), *states, None, packed_texts=texts)
     return found
 

@@ -1,7 +1,8 @@
 """Encoding a token table: which rows go into which batch, and the vectors that come out."""
 
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 import pytest
@@ -197,11 +198,11 @@ def test_a_device_that_is_out_of_memory_gets_smaller_batches(
 ) -> None:
     """Once; later batches are small from the beginning."""
 
-    def limited(encoder: Encoder, ids: torch.Tensor, lengths: Sequence[int]) -> torch.Tensor:
+    def limited(encoder: Encoder, ids: torch.Tensor, *others: Any) -> torch.Tensor:
         sizes.append(len(ids))
         if len(ids) > most:
             raise torch.OutOfMemoryError("no memory left")
-        return real(encoder, ids, lengths)
+        return real(encoder, ids, *others)
 
     real, sizes = encode_packed, list[int]()
     batches = plan_batches(table.lengths, 256)
