@@ -16,8 +16,7 @@ from mlflow_dr.encoder.model import Encoder
 from mlflow_dr.encoder.tokenize import TextTokenizer
 from mlflow_dr.engines.opening import LOCAL, Engines, device_names
 from mlflow_dr.errors import CheckpointError, UnavailableError, UsageError
-from mlflow_dr.retrieval.encode import encode_all
-from mlflow_dr.stores.token_table import token_table
+from mlflow_dr.retrieval.encode import check_finite
 from mlflow_dr.time_limit import TimeLimit
 from mlflow_dr.tracking.checkpoints import MODEL_TYPE, Checkpoint, run_checkpoints
 from mlflow_dr.tracking.encoders import encoder_errors, local_cause
@@ -180,13 +179,17 @@ def check_vectors(encoder: Encoder, settings: EvalConfig) -> None:
     elif dtype == torch.float16:
         dtype = torch.float32  # a processor does not compute in fp16
     encoder.eval().to(device, dtype)
-    query_encoder = encoder.query_encoder
-    query_tokenizer = TextTokenizer.of(query_encoder)
+    query_tokenizer = TextTokenizer.of(encoder.query_encoder)
     passage_tokenizer = TextTokenizer.of(encoder)
     query_ids = query_tokenizer.query_ids([Query("", TEXT)])
     passage_ids = passage_tokenizer.passage_ids([Passage("", TEXT, TEXT)])
-    encode_all(query_encoder, token_table(query_ids), query_tokenizer.pad_id, "query")
-    encode_all(encoder, token_table(passage_ids), passage_tokenizer.pad_id, "passage")
+    for of_kind, ids, what in (
+        (encoder.query_encoder, query_ids, "query"),
+        (encoder, passage_ids, "passage"),
+    ):
+        tokens = torch.tensor(ids, device=device)
+        with torch.inference_mode():
+            check_finite(of_kind(tokens, torch.ones_like(tokens)), what)
 
 
 def check_encoder_overrides(
