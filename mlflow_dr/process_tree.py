@@ -25,6 +25,17 @@ PROC = Path("/proc")
 MEMORY_FIELDS = ("Pss_Anon", "Pss_File", "Pss_Shmem", "Locked")
 # what reading a process raises that has ended, or is of another user
 GONE = (psutil.Error, FileNotFoundError, ProcessLookupError, PermissionError)
+CONTAINER = Path("/sys/fs/cgroup")
+CONTAINER_MEMORY = (
+    ("memory.max", "memory.current", "memory.stat", "inactive_file"),
+    (
+        "memory/memory.limit_in_bytes",
+        "memory/memory.usage_in_bytes",
+        "memory/memory.stat",
+        "total_inactive_file",
+    ),
+)
+"""Of control groups 2 and 1: the limit, what is used, and page cache that can be dropped."""
 PAUSE = 2.0
 SAMPLES_KEPT = 10_000
 # the CPU time of reading, as a share of the time until it is read again; 0.5 % in all
@@ -85,6 +96,16 @@ def files_in_use(folder: Path) -> dict[Path, int]:
             paths = [Path(name) for name in names if name.startswith(top)]
             found.update(dict.fromkeys(paths, int(process.name)))
     return found
+
+
+def available_memory() -> int:
+    """Bytes that this process can still have; a container may have less than the machine."""
+    left: int = psutil.virtual_memory().available
+    for limit_name, used_name, statistics, cached in CONTAINER_MEMORY:
+        with suppress(OSError, ValueError):  # there is no such file, or no limit
+            limit, used = (int((CONTAINER / name).read_text()) for name in (limit_name, used_name))
+            left = min(left, limit - used + dict(_counts(CONTAINER / statistics)).get(cached, 0))
+    return max(0, left)
 
 
 def tree_memory(pid: int) -> MemoryUse:
@@ -273,6 +294,13 @@ def _sizes(path: Path) -> Iterator[tuple[str, int]]:
         if line.endswith(" kB"):
             name, _, size = line[:-3].partition(":")
             yield name, int(size) * 1024
+
+
+def _counts(path: Path) -> Iterator[tuple[str, int]]:
+    """Names and numbers of a file that has one of each in a line."""
+    for line in path.read_text().splitlines():
+        name, _, number = line.partition(" ")
+        yield name, int(number)
 
 
 def _cpu(pids: Iterable[int]) -> float:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import accumulate
 from typing import Any
 
 import numpy as np
@@ -62,9 +61,9 @@ class PackedTexts:
         return values[places.clamp(max=self.n_tokens - 1)], places < self.ends[1:, None]
 
 
-def ends_of(lengths: Sequence[int]) -> np.ndarray:
+def ends_of(lengths: Sequence[int] | np.ndarray) -> np.ndarray:
     """0 and the end of each of several texts that lie end to end, `(n_texts + 1,) int32`."""
-    return np.array([0, *accumulate(lengths)], np.int32)
+    return np.concatenate([[0], np.cumsum(lengths)]).astype(np.int32)
 
 
 def has_varlen(device: torch.device, dtype: torch.dtype) -> bool:

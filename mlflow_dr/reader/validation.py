@@ -101,6 +101,8 @@ class ReaderKind:
         self._data: dict[str, ReaderData] = {}
         self._texts: dict[str, str] = {}
 
+    keeps_model = False
+
     def start(self) -> None:
         """Refuse a device or number format that this machine does not have."""
         resolve_dtype(self._config.dtype, resolve_device(self._config.device))

@@ -51,8 +51,6 @@ class EncoderKind:
         self._config = config
         self._engines = Engines()
         self._datasets = EvalDatasets(self._engines)
-        self._kept: tuple[str, Encoder] | None = None
-        self._dtype = ""  # of the encoder that is kept
 
     @property
     def awaited_steps(self) -> set[int]:
@@ -60,6 +58,11 @@ class EncoderKind:
         validations = self._config.all_validations
         parts = [part for validation in validations for part in validation.subset.terms]
         return {part.step for part in parts if part.step is not None}
+
+    @property
+    def keeps_model(self) -> bool:
+        """Whether there is a suite, whose collections are evaluated one by one."""
+        return any(validation.mean_of for validation in self._config.all_validations)
 
     def start(self) -> None:
         """Open the engine; there may be no such cluster."""
@@ -97,14 +100,8 @@ class EncoderKind:
         return [*searching.values(), *means]
 
     def load(self, checkpoint: Checkpoint, files: CheckpointFiles = checkpoint_files) -> Encoder:
-        """The encoder of a checkpoint; that of a suite is kept for its other collections."""
-        if self._kept is not None and self._kept[0] == checkpoint.model_id:
-            return self._kept[1]
-        self._kept, self._dtype = None, ""  # before another one takes memory
-        encoder = load_checkpoint(checkpoint, self._config.encoder_changes, files)
-        if any(validation.mean_of for validation in self._config.all_validations):
-            self._kept = checkpoint.model_id, encoder
-        return encoder
+        """The encoder of a checkpoint."""
+        return load_checkpoint(checkpoint, self._config.encoder_changes, files)
 
     def evaluate(
         self,
@@ -115,10 +112,9 @@ class EncoderKind:
     ) -> Sequence[Report]:
         """Encode, search and measure."""
         settings = validations[0].settings
-        if self._dtype not in ("", settings.dtype):  # it has lost digits
-            self._kept = None
+        dtype = next(model.parameters()).dtype
+        if dtype not in (torch.float32, torch_dtype(settings.dtype)):  # it has lost digits
             model = self.load(checkpoint)
-        self._dtype = settings.dtype if self._kept else ""
         with encoder_errors(checkpoint.uri), limit:
             check_vectors(model, settings)
         pairs = [(validation.data, validation.settings) for validation in validations]

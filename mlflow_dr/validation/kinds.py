@@ -43,6 +43,10 @@ class CheckpointKind(Protocol):
     def awaited_steps(self) -> Collection[int]:
         """The steps of checkpoints that are needed before a run can be resolved."""
 
+    @property
+    def keeps_model(self) -> bool:
+        """Whether a checkpoint's model is evaluated several times in a row."""
+
     def start(self) -> None:
         """Refuse what cannot work on this machine."""
 
@@ -63,7 +67,7 @@ class CheckpointKind(Protocol):
         """
 
     def load(self, checkpoint: Checkpoint, files: CheckpointFiles) -> Any:
-        """Fetch and read a checkpoint.
+        """Fetch and read a checkpoint; a thread may do this while another one is evaluated.
 
         Args:
             checkpoint: which one.

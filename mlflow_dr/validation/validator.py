@@ -246,7 +246,8 @@ class _Validator:
 
     def _claim_next(self) -> Job | None:
         """Claim the next piece of work."""
-        for checkpoint, names in self._scheduler.candidates(self._prefetch.model_id):
+        ready = self._worker.models.early_id or self._prefetch.model_id
+        for checkpoint, names in self._scheduler.candidates(ready):
             with self._without_deleted(checkpoint.run_id, checkpoint):
                 run = self._followed.run_of(checkpoint)
                 is_new = self._resolver.known(run.id) is None
@@ -308,9 +309,10 @@ class _Validator:
             self._put_off(job, result.setback)
 
     def _fetch_next(self, current: Checkpoint) -> None:
-        """Fetch the checkpoint that is likely to be next, in the background."""
+        """Fetch and load the checkpoint that is likely to be next, in the background."""
         if checkpoint := self._scheduler.likely_after(current):
             self._prefetch.begin(checkpoint)
+            self._worker.models.begin(checkpoint)
 
     def _start_recording(self) -> None:
         """Record what was computed last, in the background."""
@@ -382,6 +384,7 @@ class _Validator:
             with suppress(Exception):  # another error ends this validator
                 self._finish_recording(SECONDS_TO_RECORD)
         finally:
+            self._worker.models.close()
             self._prefetch.close()
             self._claims.close()
             self._kind.close()

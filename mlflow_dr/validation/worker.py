@@ -42,6 +42,7 @@ from mlflow_dr.tracking.server import Patience, ServerClock
 from mlflow_dr.tracking.validations import recorded_values
 from mlflow_dr.validation.config import FollowConfig
 from mlflow_dr.validation.kinds import CheckpointKind, ResolvedValidation
+from mlflow_dr.validation.loading import ModelLoader
 from mlflow_dr.validation.report import Report, metric_values
 from mlflow_dr.validation.resolve import ResolvedMean
 
@@ -126,6 +127,9 @@ class Worker:
         patiently: repeats requests while the server is away.
         names_runs: whether log lines name the run, because there may be several.
         files: fetches checkpoints.
+
+    Attributes:
+        models: loads the models of checkpoints.
     """
 
     def __init__(
@@ -136,8 +140,8 @@ class Worker:
         names_runs: bool,
         files: CheckpointFiles,
     ) -> None:
-        self._files = files
         self._kind = kind
+        self.models = ModelLoader(kind.load, files, kind.keeps_model)
         self._config = config
         self._patiently = patiently
         self._names_runs = names_runs
@@ -209,7 +213,7 @@ class Worker:
 
         def load() -> Any:
             with limit:
-                return self._kind.load(checkpoint, self._files)
+                return self.models.model(checkpoint)
 
         try:
             model = self._patiently(load, UnavailableError)

@@ -13,7 +13,14 @@ from pathlib import Path
 import pytest
 
 from mlflow_dr import process_tree
-from mlflow_dr.process_tree import Sampler, tree, tree_cpu, tree_memory, tree_read_bytes
+from mlflow_dr.process_tree import (
+    Sampler,
+    available_memory,
+    tree,
+    tree_cpu,
+    tree_memory,
+    tree_read_bytes,
+)
 
 MB = 2**20
 ON_LINUX = Path("/proc/self/smaps_rollup").exists()
@@ -180,3 +187,41 @@ def test_an_error_ends_a_sampler_and_nothing_else(
         assert sampler.first() is None
     assert sampler.latest is None
     assert "are not measured any more: too many open files" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("files", "expected"),
+    [
+        ({}, None),
+        ({"memory.max": "max", "memory.current": "5"}, None),
+        ({"memory.max": "9000", "memory.current": "5000"}, None),
+        (
+            {
+                "memory.max": "9000\n",
+                "memory.current": "5000\n",
+                "memory.stat": "anon 7\ninactive_file 1500\n",
+            },
+            5500,
+        ),
+        (
+            {
+                "memory/memory.limit_in_bytes": "9000",
+                "memory/memory.usage_in_bytes": "9500",
+                "memory/memory.stat": "cache 8\ntotal_inactive_file 100",
+            },
+            0,
+        ),
+    ],
+)
+def test_the_memory_that_a_container_has_left(
+    files: dict[str, str],
+    expected: int | None,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    for name, text in files.items():
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text(text)
+    monkeypatch.setattr(process_tree, "CONTAINER", tmp_path)
+    found = available_memory()
+    assert found == expected if expected is not None else found > MB

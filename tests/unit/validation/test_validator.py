@@ -34,7 +34,7 @@ from mlflow_dr.tracking.results import State, failure_reason, validation_state
 from mlflow_dr.tracking.runs import DATASET_TAG, TrackedRun
 from mlflow_dr.tracking.status import progress_summary, tag_progress
 from mlflow_dr.tracking.validations import chosen_metric, validation_steps
-from mlflow_dr.validation import encoders, validator, worker
+from mlflow_dr.validation import encoders, loading, validator, worker
 from mlflow_dr.validation.scheduler import Scheduler
 from mlflow_dr.validation.validator import Counts, _Validator, run_validator
 from tests.unit.validation.configuring import VALIDATION, configured
@@ -81,13 +81,17 @@ def test_each_checkpoint_is_validated_once_over_two_calls(
     assert steps(client, run, "timing/val/seconds") == [5, 10, 20]
 
 
-def test_a_checkpoint_leaves_the_memory_before_the_next_is_loaded(
+@pytest.mark.parametrize("available", [0, 1 << 40])
+def test_a_checkpoint_leaves_the_memory_before_the_next_is_evaluated(
     run: TrackedRun,
     publishing: Callable[[int], str],
     make_tiny: Callable[..., Encoder],
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
+    available: int,
 ) -> None:
+    """And before it is loaded, where there is little memory."""
+    monkeypatch.setattr(loading, "available_memory", lambda: available)
     save_encoder(tmp_path / "damaged", make_tiny(pooling="mean", normalize=True))
     _nan(tmp_path / "damaged")
     publishing(1)
@@ -110,7 +114,8 @@ def test_a_checkpoint_leaves_the_memory_before_the_next_is_loaded(
     finally:
         gc.enable()
     assert (counts.done, counts.failed) == (3, 1)
-    assert left == [0, 0, 0, 0]
+    n_weights = len(weights) // 4
+    assert max(left) <= (n_weights if available else 0)
 
 
 def test_the_validator_waits_for_checkpoints_until_the_run_ends(

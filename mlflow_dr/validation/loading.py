@@ -1,0 +1,93 @@
+"""Models of checkpoints in memory: the one at hand, and the next one where there is room for it."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from mlflow_dr.background import BackgroundTask
+from mlflow_dr.errors import one_line
+from mlflow_dr.process_tree import available_memory
+from mlflow_dr.tracking.checkpoints import Checkpoint
+from mlflow_dr.tracking.prefetch import CheckpointFiles
+
+log = logging.getLogger(__name__)
+
+TIMES_AVAILABLE = 4
+"""Memory that has to be available, in sizes of a model's files, which may be in half precision."""
+
+
+class ModelLoader:
+    """Loads the models of checkpoints, in the background while another one is evaluated.
+
+    Errors in the background are not reported: the model is then loaded again when it is needed.
+
+    Args:
+        load: loads a model from the files of a checkpoint.
+        files: fetches them.
+        keeps_model: whether the model of a checkpoint is needed several times in a row.
+    """
+
+    def __init__(
+        self,
+        load: Callable[[Checkpoint, CheckpointFiles], Any],
+        files: CheckpointFiles,
+        keeps_model: bool,
+    ) -> None:
+        self._load, self._files, self._keeps_model = load, files, keeps_model
+        self._size = 0  # bytes of the files of a model; unknown before the first
+        self._kept: tuple[str, Any] | None = None
+        self._early: tuple[str, BackgroundTask[Any]] | None = None
+
+    @property
+    def early_id(self) -> str:
+        """The checkpoint that is or was loaded early; empty if there is none."""
+        return "" if self._early is None else self._early[0]
+
+    def begin(self, checkpoint: Checkpoint) -> None:
+        """Begin to load a checkpoint, unless another one is, or there is little memory."""
+        is_known = self._size > 0 and not checkpoint.is_pruned
+        if not is_known or self._early or available_memory() < TIMES_AVAILABLE * self._size:
+            return
+        task = BackgroundTask(partial(self._load, checkpoint, self._measured), "loading")
+        self._early = checkpoint.model_id, task
+
+    def model(self, checkpoint: Checkpoint) -> Any:
+        """The model of a checkpoint; waits for it if it is being loaded.
+
+        Raises:
+            Exception: as `load` does.
+        """
+        if self._kept is not None and self._kept[0] == checkpoint.model_id:
+            return self._kept[1]
+        self._kept = None  # before another one takes memory
+        model = self._early_model(checkpoint) or self._load(checkpoint, self._measured)
+        if self._keeps_model:
+            self._kept = checkpoint.model_id, model
+        return model
+
+    def close(self) -> None:
+        """Forget the models. What is being loaded is not waited for."""
+        self._kept = self._early = None
+
+    def _early_model(self, checkpoint: Checkpoint) -> Any:
+        """What was loaded early, if it is this checkpoint; at most one is loaded at a time."""
+        if self._early is None:
+            return None
+        (model_id, task), self._early = self._early, None
+        try:
+            model = task.wait()
+        except Exception as error:  # noqa: BLE001 - loading it again reports it
+            log.debug("step %d was not loaded early: %s", checkpoint.step, one_line(error))
+            return None
+        return model if model_id == checkpoint.model_id else None
+
+    @contextmanager
+    def _measured(self, checkpoint: Checkpoint) -> Iterator[Path]:
+        with self._files(checkpoint) as directory:
+            self._size = sum(path.stat().st_size for path in directory.rglob("*") if path.is_file())
+            yield directory
