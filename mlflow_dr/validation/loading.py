@@ -13,7 +13,7 @@ from mlflow_dr.background import BackgroundTask
 from mlflow_dr.errors import one_line
 from mlflow_dr.process_tree import available_memory
 from mlflow_dr.tracking.checkpoints import Checkpoint
-from mlflow_dr.tracking.prefetch import CheckpointFiles
+from mlflow_dr.tracking.prefetch import CheckpointFiles, CheckpointPrefetch
 
 log = logging.getLogger(__name__)
 
@@ -22,34 +22,32 @@ TIMES_AVAILABLE = 4
 
 
 class ModelLoader:
-    """Loads the models of checkpoints, in the background while another one is evaluated.
+    """Fetches and loads models, the next one in the background while another one is evaluated.
 
     Errors in the background are not reported: the model is then loaded again when it is needed.
 
     Args:
         load: loads a model from the files of a checkpoint.
-        files: fetches them.
         keeps_model: whether the model of a checkpoint is needed several times in a row.
     """
 
     def __init__(
-        self,
-        load: Callable[[Checkpoint, CheckpointFiles], Any],
-        files: CheckpointFiles,
-        keeps_model: bool,
+        self, load: Callable[[Checkpoint, CheckpointFiles], Any], keeps_model: bool
     ) -> None:
-        self._load, self._files, self._keeps_model = load, files, keeps_model
+        self._load, self._keeps_model = load, keeps_model
+        self._prefetch = CheckpointPrefetch()
         self._size = 0  # bytes of the files of a model; unknown before the first
         self._kept: tuple[str, Any] | None = None
         self._early: tuple[str, BackgroundTask[Any]] | None = None
 
     @property
     def early_id(self) -> str:
-        """The checkpoint that is or was loaded early; empty if there is none."""
-        return "" if self._early is None else self._early[0]
+        """The checkpoint that is or was loaded or fetched early; empty if there is none."""
+        return self._prefetch.model_id if self._early is None else self._early[0]
 
     def begin(self, checkpoint: Checkpoint) -> None:
-        """Begin to load a checkpoint, unless another one is, or there is little memory."""
+        """Begin to fetch a checkpoint, and to load it where there is memory; one at a time."""
+        self._prefetch.begin(checkpoint)
         is_known = self._size > 0 and not checkpoint.is_pruned
         if not is_known or self._early or available_memory() < TIMES_AVAILABLE * self._size:
             return
@@ -71,8 +69,9 @@ class ModelLoader:
         return model
 
     def close(self) -> None:
-        """Forget the models. What is being loaded is not waited for."""
+        """Forget models and files. What is being loaded is not waited for."""
         self._kept = self._early = None
+        self._prefetch.close()
 
     def _early_model(self, checkpoint: Checkpoint) -> Any:
         """What was loaded early, if it is this checkpoint; at most one is loaded at a time."""
@@ -88,6 +87,6 @@ class ModelLoader:
 
     @contextmanager
     def _measured(self, checkpoint: Checkpoint) -> Iterator[Path]:
-        with self._files(checkpoint) as directory:
+        with self._prefetch.files(checkpoint) as directory:
             self._size = sum(path.stat().st_size for path in directory.rglob("*") if path.is_file())
             yield directory

@@ -18,7 +18,6 @@ from mlflow_dr.errors import TrackingError, UnavailableError
 from mlflow_dr.tracking.checkpoints import Checkpoint, is_deleted
 from mlflow_dr.tracking.claims import Claims
 from mlflow_dr.tracking.following import Followed, Snapshot
-from mlflow_dr.tracking.prefetch import CheckpointPrefetch
 from mlflow_dr.tracking.results import State
 from mlflow_dr.tracking.runs import run_is_gone
 from mlflow_dr.tracking.server import Patience
@@ -26,6 +25,7 @@ from mlflow_dr.tracking.status import tag_progress
 from mlflow_dr.validation.config import FollowConfig, ValidateConfig
 from mlflow_dr.validation.encoders import EncoderKind
 from mlflow_dr.validation.kinds import CheckpointKind, ResolvedValidation
+from mlflow_dr.validation.loading import ModelLoader
 from mlflow_dr.validation.policies import AutoSubset, Policies, RunSummaries
 from mlflow_dr.validation.resolve import RetrievalValidation, ValidationResolver
 from mlflow_dr.validation.scheduler import Scheduler, Setbacks
@@ -98,9 +98,9 @@ class _Validator:
         self._sleep = sleep
         self._patiently = Patience(followed.client, config.poll_seconds, sleep)
         self._kind = kind
-        self._prefetch = CheckpointPrefetch()
+        self._models = ModelLoader(kind.load, kind.keeps_model)
         names_runs = followed.run is None
-        self._worker = Worker(config, kind, self._patiently, names_runs, self._prefetch.files)
+        self._worker = Worker(config, kind, self._patiently, names_runs, self._models)
         self._auto_subset = (
             AutoSubset(config) if isinstance(config, ValidateConfig) and config.keep_up else None
         )
@@ -246,8 +246,7 @@ class _Validator:
 
     def _claim_next(self) -> Job | None:
         """Claim the next piece of work."""
-        ready = self._worker.models.early_id or self._prefetch.model_id
-        for checkpoint, names in self._scheduler.candidates(ready):
+        for checkpoint, names in self._scheduler.candidates(self._models.early_id):
             with self._without_deleted(checkpoint.run_id, checkpoint):
                 run = self._followed.run_of(checkpoint)
                 is_new = self._resolver.known(run.id) is None
@@ -311,8 +310,7 @@ class _Validator:
     def _fetch_next(self, current: Checkpoint) -> None:
         """Fetch and load the checkpoint that is likely to be next, in the background."""
         if checkpoint := self._scheduler.likely_after(current):
-            self._prefetch.begin(checkpoint)
-            self._worker.models.begin(checkpoint)
+            self._models.begin(checkpoint)
 
     def _start_recording(self) -> None:
         """Record what was computed last, in the background."""
@@ -384,8 +382,7 @@ class _Validator:
             with suppress(Exception):  # another error ends this validator
                 self._finish_recording(SECONDS_TO_RECORD)
         finally:
-            self._worker.models.close()
-            self._prefetch.close()
+            self._models.close()
             self._claims.close()
             self._kind.close()
 

@@ -28,7 +28,6 @@ from mlflow_dr.tracking.artifacts import log_per_query_values
 from mlflow_dr.tracking.checkpoints import Checkpoint, checkpoint_by_id, is_deleted
 from mlflow_dr.tracking.descriptions import describe_checkpoint
 from mlflow_dr.tracking.encoders import local_cause
-from mlflow_dr.tracking.prefetch import CheckpointFiles
 from mlflow_dr.tracking.results import (
     State,
     failure_reason,
@@ -126,10 +125,7 @@ class Worker:
         kind: reads and evaluates checkpoints.
         patiently: repeats requests while the server is away.
         names_runs: whether log lines name the run, because there may be several.
-        files: fetches checkpoints.
-
-    Attributes:
-        models: loads the models of checkpoints.
+        models: loads checkpoints.
     """
 
     def __init__(
@@ -138,10 +134,10 @@ class Worker:
         kind: CheckpointKind,
         patiently: Patience,
         names_runs: bool,
-        files: CheckpointFiles,
+        models: ModelLoader,
     ) -> None:
         self._kind = kind
-        self.models = ModelLoader(kind.load, files, kind.keeps_model)
+        self._models = models
         self._config = config
         self._patiently = patiently
         self._names_runs = names_runs
@@ -213,7 +209,7 @@ class Worker:
 
         def load() -> Any:
             with limit:
-                return self.models.model(checkpoint)
+                return self._models.model(checkpoint)
 
         try:
             model = self._patiently(load, UnavailableError)

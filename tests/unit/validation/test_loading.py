@@ -61,7 +61,10 @@ def disk(tmp_path: Path) -> Disk:
 def make_loader(disk: Disk, monkeypatch: pytest.MonkeyPatch) -> Callable[..., ModelLoader]:
     def make(available: int = 4 * SIZE, keeps_model: bool = False) -> ModelLoader:
         monkeypatch.setattr(loading, "available_memory", lambda: available)
-        return ModelLoader(disk.load, disk.files, keeps_model)
+        loader = ModelLoader(disk.load, keeps_model)
+        monkeypatch.setattr(loader._prefetch, "files", disk.files)
+        monkeypatch.setattr(loader._prefetch, "begin", lambda _: None)
+        return loader
 
     return make
 
