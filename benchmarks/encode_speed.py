@@ -41,7 +41,12 @@ from mlflow_dr.encoder.model import TOKENS, Encoder, apply_head
 from mlflow_dr.encoder.onednn import OneDnnLayers
 from mlflow_dr.encoder.packed import encode_packed
 from mlflow_dr.encoder.varlen import PackedTexts
-from mlflow_dr.retrieval.encode import TOKENS_PER_BATCH, plan_batches, tokens_per_batch
+from mlflow_dr.retrieval.encode import (
+    TOKENS_PER_BATCH,
+    encode_batches,
+    plan_batches,
+    tokens_per_batch,
+)
 from mlflow_dr.retrieval.measures import parse_measures
 from mlflow_dr.stores.token_table import TokenTable, pad, token_table
 from mlflow_dr.validation.dataset import EvalDataset
@@ -126,7 +131,7 @@ class Ways:
     """The same texts, encoded in several ways."""
 
     def __init__(self, encoder: Encoder, table: TokenTable, batches: Sequence[np.ndarray]) -> None:
-        self._encoder = encoder
+        self._encoder, self._table, self._batches = encoder, table, batches
         self._packed = [table.packed(rows) for rows in batches]
         self._device = encoder.device
         self._openvino: Any = None
@@ -169,6 +174,11 @@ class Ways:
                 for ids, lengths in self._packed
             ]
         )
+
+    def as_validators_do(self) -> Tensor:
+        """With all that the first batch proves, and with graphs on CUDA."""
+        encoded = encode_batches(self._encoder, self._table, 0, self._batches)
+        return torch.cat([vectors for _, vectors in encoded])
 
     def openvino(self) -> Tensor:
         """Batches padded as in `padded`; the model is converted by the first call."""
@@ -227,7 +237,7 @@ def ndcg(encoder: Encoder, dataset: str, dtype: str, device: str) -> float:
 @click.option("--length", default=55, show_default=True, help="Mean tokens of a text.")
 @click.option("--dtype", default="fp32", type=click.Choice(["fp32", "bf16"]))
 @click.option("--device", default="cpu", show_default=True)
-@click.option("--batches", default=2, show_default=True, help="Number of batches to encode.")
+@click.option("--batches", type=int, help="Number of batches to encode; 2, and 32 on CUDA.")
 @click.option("--rounds", default=3, show_default=True)
 @click.option("--dataset", help="Also measure nDCG@10 on this collection, in fp32 and in --dtype.")
 @torch.inference_mode()
@@ -237,7 +247,7 @@ def main(
     length: int,
     dtype: str,
     device: str,
-    batches: int,
+    batches: int | None,
     rounds: int,
     dataset: str | None,
 ) -> None:
@@ -245,6 +255,7 @@ def main(
     target, kind = resolve_device(device), torch_dtype(dtype)
     encoder = model_of(model, pooling)
     budget = tokens_per_batch(encoder, target)
+    batches = batches or (2 if target.type == "cpu" else 32)
     table = texts_of(length, 40 * budget // length)
     plan = plan_batches(table.lengths, budget)
     chosen = plan[len(plan) // 4 :: max(1, len(plan) // (2 * batches))][:batches]
@@ -262,6 +273,8 @@ def main(
         candidates["our attention"] = ways.with_our_attention
     if length < FIXED:
         candidates = {f"padded to {FIXED}": ways.fixed, **candidates}
+    if target.type == "cuda":
+        candidates["as validators do"] = ways.as_validators_do
     if target.type == "cpu" and peaks["pre-packed"]:
         candidates["oneDNN's layers"] = ways.with_onednn
     if target.type == "cpu" and find_spec("openvino"):
