@@ -62,13 +62,14 @@ class BackgroundTask(Generic[Result]):
 def ahead(
     function: Callable[[Item], Result], items: Iterable[Item], n_ahead: int = 2
 ) -> Iterator[tuple[Item, Callable[[], Result]]]:
-    """Call a function for each item in a thread, for a few items that are not used yet.
+    """Call a function for each item in a thread, a few items before they are used.
 
     Yields:
         The item, and what waits for the function's result or raises its error.
     """
-    with ThreadPoolExecutor(1, "ahead") as executor:
-        begun: deque[tuple[Item, Future[Result]]] = deque()
+    executor = ThreadPoolExecutor(1, "ahead")
+    begun: deque[tuple[Item, Future[Result]]] = deque()
+    try:
         for item in items:
             begun.append((item, executor.submit(function, item)))
             if len(begun) > n_ahead:
@@ -76,6 +77,10 @@ def ahead(
                 yield first, result.result
         for first, result in begun:
             yield first, result.result
+    except BaseException:
+        executor.shutdown(cancel_futures=True)
+        raise
+    executor.shutdown()
 
 
 @contextmanager

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -32,6 +32,8 @@ JAX_TRAINER_OVERRIDES: Mapping[str, tuple[str, ...]] = {
     "_get_grad_norm": ("model", "grad_norm"),
 }
 """transformers: those that the trainer of `--engine jax` overrides, too."""
+ABANDONED_POOL = "_cuda_endAllocateToPool", "_cuda_releasePool"
+"""torch.cuda.memory: what ends the use of a memory pool; of a device's number and a pool."""
 
 
 def register_before_thread_pools_end(function: Callable[[], None]) -> None:
@@ -91,10 +93,10 @@ def find_processes(arguments: Any) -> None:
 
 def register_attention(name: str, attention: Callable[..., Any]) -> None:
     """transformers: an attention that backbones can be set to; it gets no mask."""
-    from transformers import AttentionInterface, AttentionMaskInterface
+    from transformers import AttentionInterface
 
+    # one without a mask function has no mask, and nothing is asked of the device to find out
     AttentionInterface.register(name, attention)
-    AttentionMaskInterface.register(name, lambda *_, **__: None)
 
 
 @contextmanager
@@ -106,6 +108,26 @@ def attention_set(config: Any, name: str) -> Iterator[None]:
         yield
     finally:
         config._attn_implementation = before
+
+
+def abandon_capture(graph: Any, device: Any, memory: Any) -> None:
+    """torch: end a capture of a CUDA graph that has failed.
+
+    `capture_end` raises then, and leaves its memory pool open: nothing that another stream has used
+    would ever be free again.
+
+    Args:
+        graph: what was captured.
+        device: where.
+        memory: the pool of the graph.
+    """
+    import torch
+
+    with suppress(RuntimeError):
+        graph.capture_end()
+    for end in ABANDONED_POOL:
+        with suppress(RuntimeError):  # it has ended already
+            getattr(torch.cuda.memory, end)(device.index or 0, memory)
 
 
 def loss_progress(trainer: Any) -> tuple[Any, float, int]:

@@ -175,7 +175,7 @@ class CopyStream:
             current = torch.cuda.current_stream(self._device)
             current.wait_event(copied)
             for tensor in copies:
-                tensor.record_stream(current)  # its memory is not used again before
+                tensor.record_stream(current)  # its memory stays in use until that is done
             return copies
 
         return use

@@ -42,7 +42,7 @@ ALPHABET_SIZE = 1000
 SPECIAL_TOKENS = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
 POSITIONS = 512
 
-_lock = threading.Lock()
+_lock, _loading = threading.Lock(), threading.RLock()
 _settings_before: list[tuple[int, bool]] = []
 """transformers' verbosity and progress bars before the first caller, once for each caller."""
 
@@ -73,7 +73,7 @@ class Backbone(Transformer):
         tokenizer = options["processor_kwargs"].pop("tokenizer_directory", directory)
         if self._adapters and not any((tokenizer / name).exists() for name in TOKENIZER_FILES):
             tokenizer = base
-        with quiet_transformers():
+        with quiet_transformers(), loading_alone():
             # only the tokenizer is read from there; configuration and weights are the base's, below
             super().__init__(str(tokenizer), **options)
         _check_tokenizer(self.tokenizer, self.model, tokenizer)
@@ -196,6 +196,16 @@ def quiet_transformers() -> Iterator[None]:
                 messages.set_verbosity(level)
                 if had_bars:
                     messages.enable_progress_bar()
+
+
+@contextmanager
+def loading_alone() -> Iterator[None]:
+    """Load a model while no other thread does.
+
+    transformers changes its own classes meanwhile, and two loads at once would leave them changed.
+    """
+    with _loading:
+        yield
 
 
 def tiny_encoder(texts: Iterable[str], config: EncoderConfig) -> Encoder:

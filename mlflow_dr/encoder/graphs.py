@@ -1,8 +1,8 @@
 """CUDA graphs of a backbone: all kernels of a batch are launched at once.
 
 A small model computes a batch in about the time that Python takes to launch its kernels one by one,
-and in less where training keeps the processor busy. A graph has fixed shapes, so batches have the
-same number of tokens, and few numbers of texts and few lengths are told apart.
+or less where training keeps the processor busy. A graph has fixed shapes, so batches have the same
+number of tokens, the number of texts is rounded up, and so is the length of the longest one.
 https://pytorch.org/docs/stable/notes/cuda.html#cuda-graphs
 """
 
@@ -11,20 +11,20 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import replace
-from functools import partial
+from functools import cache, partial
 
 import torch
 from torch import Tensor
 from torch.nn import functional
 
+from mlflow_dr import compat
 from mlflow_dr.encoder.varlen import PackedTexts
 from mlflow_dr.errors import one_line
 
-BATCHES_BEFORE = 8
-"""Batches of a shape that are computed before it is recorded; it takes as long as a few of them."""
+BATCHES_BEFORE_RECORDING = 8
+"""Batches of a shape that are computed first; recording takes as long as a few of them."""
 LENGTHS_APART = 64
-MOST_DEVIATION = 1e-3
-"""1 - cosine similarity of a token vector from a graph, and without it."""
+MOST_TEXTS = 65_535  # that CUDA's kernel takes
 
 Compute = Callable[[Tensor, PackedTexts], Tensor]
 """Token ids and the texts they belong to -> vectors `(n, width)`."""
@@ -67,7 +67,7 @@ class BackboneGraphs:
             return self._graphs[shape](ids, texts)
         states = compute(ids, texts)
         self._seen[shape] += 1
-        if self._seen[shape] == BATCHES_BEFORE and not self._has_failed:
+        if self._seen[shape] == BATCHES_BEFORE_RECORDING and not self._has_failed:
             graph = self._recorded(compute, ids, texts, states)
             if graph is not None:
                 self._graphs[shape] = graph
@@ -83,10 +83,9 @@ class BackboneGraphs:
         except Exception as error:  # noqa: BLE001 - what cannot be recorded is refused in many ways
             reason = one_line(error)
         else:
-            likeness = functional.cosine_similarity(found.float(), expected.float(), dim=-1)
-            if not bool((likeness < 1 - MOST_DEVIATION).any()):  # NaN is NaN in both
+            if torch.equal(found.nan_to_num(), expected.nan_to_num()):
                 return graph
-            reason = f"token vectors differ, cosine similarity {likeness.min():.3g}"
+            reason = "token vectors differ"
         self._has_failed = True
         self._warn(reason)
         return None
@@ -99,7 +98,8 @@ class _Graph:
         self, recorder: Recorder, compute: Compute, ids: Tensor, texts: PackedTexts
     ) -> None:
         self._ids, self._ends = ids.clone(), texts.ends.clone()
-        in_place = replace(texts, ends=self._ends)
+        # without lengths: those of this batch are of no other
+        in_place = replace(texts, ends=self._ends, lengths=())
         self._replay, self._states = recorder.record(partial(compute, self._ids, in_place))
 
     def __call__(self, ids: Tensor, texts: PackedTexts) -> Tensor:
@@ -113,30 +113,58 @@ class Recorder:
     """Records graphs of a device, in a memory that they share: one runs at a time."""
 
     def __init__(self, device: torch.device) -> None:
-        self._stream = torch.cuda.Stream(device)
+        self._device = device
+        self._stream = _side_stream(device)
         self._memory = torch.cuda.graph_pool_handle()
+        torch.cuda.empty_cache()  # memory of earlier graphs; none is freed while one is recorded
 
     def record(self, compute: Callable[[], Tensor]) -> tuple[Callable[[], None], Tensor]:
-        """Record a computation; returns what replays it, and its result, which then changes."""
-        outside = torch.cuda.current_stream(self._stream.device)
+        """Record a computation; returns what replays it, and its result, which then changes.
+
+        Raises:
+            RuntimeError: it cannot be recorded, for example because it waits for the device.
+        """
+        outside = torch.cuda.current_stream(self._device)
         self._stream.wait_stream(outside)
+        try:
+            with torch.cuda.stream(self._stream):
+                self._try(compute)
+                return self._capture(compute)
+        finally:
+            outside.wait_stream(self._stream)
+
+    def _try(self, compute: Callable[[], Tensor]) -> None:
+        """Load kernels and the like, which cannot be recorded; refuse to wait for the device."""
+        before = torch.cuda.get_sync_debug_mode()
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            compute()
+        finally:
+            torch.cuda.set_sync_debug_mode(before)
+
+    def _capture(self, compute: Callable[[], Tensor]) -> tuple[Callable[[], None], Tensor]:
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.stream(self._stream):
-            compute()  # what is done once, such as loading kernels, cannot be recorded
-            # other threads may allocate memory meanwhile
-            graph.capture_begin(self._memory, capture_error_mode="thread_local")
-            try:
-                result = compute()
-            finally:
-                graph.capture_end()
-        outside.wait_stream(self._stream)
+        # other threads may allocate memory meanwhile
+        graph.capture_begin(self._memory, capture_error_mode="thread_local")
+        try:
+            result = compute()
+            graph.capture_end()
+        except BaseException:
+            compat.abandon_capture(graph, self._device, self._memory)
+            raise
         return graph.replay, result
+
+
+@cache
+def _side_stream(device: torch.device) -> torch.cuda.Stream:
+    """A stream to record in; memory that one stream has used is not for another one."""
+    return torch.cuda.Stream(device)
 
 
 def _in_few_shapes(texts: PackedTexts) -> PackedTexts:
     """The same texts and empty ones after them, a power of two in all; their length rounded up."""
     n_texts = len(texts.ends) - 1
-    added = (1 << (n_texts - 1).bit_length()) - n_texts
+    added = max(0, min(1 << (n_texts - 1).bit_length(), MOST_TEXTS) - n_texts)
     longest = -(-texts.longest // LENGTHS_APART) * LENGTHS_APART
     ends = functional.pad(texts.ends, (0, added), value=texts.n_tokens)
     return replace(texts, ends=ends, longest=longest)

@@ -34,7 +34,7 @@ class PackedTexts:
 
     @classmethod
     def of(cls, lengths: Sequence[int], device: torch.device) -> PackedTexts:
-        """Texts of these lengths, on a device; the others are as `lengths` of the class."""
+        """Texts of these lengths; their ends are copied to a device."""
         return cls(on_device(ends_of(lengths), device), sum(lengths), max(lengths), lengths)
 
     @property

@@ -244,10 +244,10 @@ def load_reader(name: str) -> tuple[ExtractiveReader, Any]:
         UsageError: no model has this name.
         CheckpointError: it is no reader, or its files are damaged.
     """
-    from mlflow_dr.encoder.backbone import quiet_transformers
+    from mlflow_dr.encoder.backbone import loading_alone, quiet_transformers
 
     directory = encoder_directory(name)
-    with checkpoint_errors(directory), quiet_transformers():
+    with checkpoint_errors(directory), quiet_transformers(), loading_alone():
         if not is_reader(directory):
             raise CheckpointError(
                 f"{directory}: is no reader; train one by `mlflow-dr reader-train`, or import one "

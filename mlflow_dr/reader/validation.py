@@ -94,14 +94,13 @@ class ReaderKind:
 
     model_type = READER_TYPE
     awaited_steps: frozenset[int] = frozenset()
+    keeps_model = False
 
     def __init__(self, config: ReaderValidateConfig) -> None:
         self._config = config
         self._dataset = (config.results.name, file_sha256(config.results)[:DIGITS])
         self._data: dict[str, ReaderData] = {}
         self._texts: dict[str, str] = {}
-
-    keeps_model = False
 
     def start(self) -> None:
         """Refuse a device or number format that this machine does not have."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from typing import NamedTuple
@@ -30,8 +30,10 @@ TOKENS_PER_BATCH = {"cpu": 4096, "cuda": 65536}
 USUAL_WIDTH = 384
 WIDTHS = {"cpu": (384, 1536), "cuda": (96, 4096)}
 """Between these, batches have fewer tokens the wider a backbone is."""
-MOST_FILLED = 0.25
-"""The share of a batch on CUDA that may be texts which only fill it."""
+WIDEST_FOR_GRAPHS = 384
+"""Dimensions of token vectors; wider backbones compute longer than Python launches."""
+MOST_FILLED = 0.125
+"""The share of a batch for a CUDA graph that may be texts which only fill it."""
 MOST_DEVIATION = {
     torch.float64: 1e-6,
     torch.float32: 1e-5,
@@ -138,20 +140,28 @@ class _Batch(NamedTuple):
     Attributes:
         ids: token ids of all texts, end to end, `(n_tokens,) int64`.
         lengths: tokens of each text, `(n_texts,) int64`.
-        n_fillers: how many of the texts, the last ones, only fill the batch.
+        fillers: tokens of each text after those, which only fills the batch.
         copied: the token ids and the ends of texts on the device.
     """
 
     ids: np.ndarray
     lengths: np.ndarray
-    n_fillers: int
+    fillers: Sequence[int]
     copied: Callable[[], list[Tensor]]
 
-    def on_device(self) -> tuple[Tensor, PackedTexts]:
-        """Token ids, and which of them are of which text."""
+    def filled(self) -> tuple[Tensor, PackedTexts]:
+        """Token ids on the device, and which of them are of which text."""
         ids, ends = self.copied()
-        lengths = self.lengths.tolist()
+        lengths = [*self.lengths.tolist(), *self.fillers]
         return ids, PackedTexts(ends, len(ids), max(lengths), lengths)
+
+    def unfilled(self) -> tuple[Tensor, PackedTexts]:
+        """The same without the texts that only fill the batch."""
+        (ids, ends), lengths = self.copied(), self.lengths.tolist()
+        n_tokens = sum(lengths)
+        return ids[:n_tokens], PackedTexts(
+            ends[: len(lengths) + 1], n_tokens, max(lengths), lengths
+        )
 
 
 class _BatchEncoder:
@@ -166,7 +176,8 @@ class _BatchEncoder:
         self._graphs: BackboneGraphs | None = None
         self._is_packed: bool | None = None
         self._n_tokens = 0  # up to which batches are filled
-        if has_varlen(self._device, self._dtype) and can_pack(encoder):
+        is_small = encoder.width <= WIDEST_FOR_GRAPHS
+        if is_small and has_varlen(self._device, self._dtype) and can_pack(encoder):
             self._n_tokens = tokens_per_batch(encoder, self._device)
         self._parts = 1  # in which a batch is encoded
 
@@ -212,21 +223,17 @@ class _BatchEncoder:
             count, rest = divmod(missing, length)
             fillers = [length] * count + [rest] * (rest > 0)
             ids = np.pad(ids, (0, missing), constant_values=ids[0])  # padding may have zeros
-            lengths = np.concatenate([lengths, np.array(fillers, lengths.dtype)])
-        copied = self._copies.copy(ids, ends_of(lengths))
-        return _Batch(ids, lengths, len(fillers), copied)
+        copied = self._copies.copy(ids, ends_of([*lengths.tolist(), *fillers]))
+        return _Batch(ids, lengths, fillers, copied)
 
     def _vectors(self, batch: _Batch) -> Tensor:
         if self._is_packed is None:
-            self._is_packed = self._choose_way(
-                batch.ids, batch.lengths[: len(batch.lengths) - batch.n_fillers]
-            )
+            self._is_packed = self._choose_way(batch.ids, batch.lengths)
             if not self._is_packed:
                 self._n_tokens = 0
-            elif self._n_tokens and self._encoder.width <= USUAL_WIDTH:
-                self._graphs = BackboneGraphs(self._device, self._warn_of_graphs)
-        vectors = self._packed(batch) if self._is_packed else self._padded(batch)
-        return vectors[: len(vectors) - batch.n_fillers]
+            elif self._n_tokens:
+                self._graphs = BackboneGraphs(self._device, partial(_warn_of_graphs, self._kind))
+        return self._packed(batch) if self._is_packed else self._padded(batch)
 
     def _choose_way(self, ids: np.ndarray, lengths: np.ndarray) -> bool:
         """Encode a text of a batch, and the first half of another, in the plain way and others.
@@ -238,7 +245,8 @@ class _BatchEncoder:
         if not is_onednn and not is_packable:
             return False
         self._layers = None
-        first, last = ids[: lengths[0]], ids[: lengths.sum()][-lengths[-1] :]
+        end = lengths.sum()
+        first, last = ids[: lengths[0]], ids[end - lengths[-1] : end]
         texts = first, last[: 1 + len(last) // 2]
         sample = self._begun(np.concatenate(texts), np.array([len(text) for text in texts]))
         expected = self._padded(sample)
@@ -249,12 +257,12 @@ class _BatchEncoder:
             reason = self._difference(lambda: self._padded(sample), expected)
             if reason:
                 self._layers = None
-                self._warn(f"{self._kind} is encoded without oneDNN, which is slower ({reason})")
+                _warn(f"{self._kind} is encoded without oneDNN, which is slower ({reason})")
         if is_packable:
             reason = self._difference(lambda: self._packed(sample), expected)
             if not reason:
                 return True
-            self._warn(f"{self._kind} is encoded with padding, which is slower ({reason})")
+            _warn(f"{self._kind} is encoded with padding, which is slower ({reason})")
         return False
 
     def _difference(self, encode: Callable[[], Tensor], expected: Tensor) -> str:
@@ -269,22 +277,14 @@ class _BatchEncoder:
         is_same = bool((likeness > 1 - MOST_DEVIATION[self._dtype]).all())
         return "" if is_same else f"vectors differ, cosine similarity {likeness.min():.3g}"
 
-    def _warn(self, message: str) -> None:
-        if message.partition(" (")[0] not in _warnings:
-            _warnings.add(message.partition(" (")[0])
-            log.warning(message)
-
-    def _warn_of_graphs(self, reason: str) -> None:
-        self._warn(f"{self._kind} is encoded without CUDA graphs, which may be slower ({reason})")
-
     def _packed(self, batch: _Batch) -> Tensor:
-        ids, texts = batch.on_device()
+        ids, texts = batch.filled()
         graphs = self._graphs if texts.n_tokens == self._n_tokens else None
         with self._used_layers():
-            return encode_packed(self._encoder, ids, texts, graphs)
+            return encode_packed(self._encoder, ids, texts, graphs)[: len(batch.lengths)]
 
     def _padded(self, batch: _Batch) -> Tensor:
-        ids, texts = batch.on_device()
+        ids, texts = batch.unfilled()
         padded, is_token = texts.side_by_side(ids)
         padded = padded.where(is_token, self._pad_id)
         with self._used_layers():
@@ -297,6 +297,17 @@ class _BatchEncoder:
 
     def _used_layers(self) -> AbstractContextManager[None]:
         return nullcontext() if self._layers is None else self._layers.used()
+
+
+def _warn(message: str) -> None:
+    """Give a warning once, whatever the reason behind it is."""
+    if message.partition(" (")[0] not in _warnings:
+        _warnings.add(message.partition(" (")[0])
+        log.warning(message)
+
+
+def _warn_of_graphs(kind: str, reason: str) -> None:
+    _warn(f"{kind} is encoded without CUDA graphs, which may be slower ({reason})")
 
 
 def encode_all(encoder: Encoder, table: TokenTable, pad_id: int, what: str = "text") -> Tensor:

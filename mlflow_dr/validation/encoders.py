@@ -61,8 +61,13 @@ class EncoderKind:
 
     @property
     def keeps_model(self) -> bool:
-        """Whether there is a suite, whose collections are evaluated one by one."""
-        return any(validation.mean_of for validation in self._config.all_validations)
+        """Whether several corpora are encoded, or one in several ways."""
+        ways = {
+            (each.dataset, settings.engine, settings.device, settings.dtype, str(settings.prompts))
+            for each in self._config.all_validations
+            for settings in [each.settings]
+        }
+        return len(ways) > 1
 
     def start(self) -> None:
         """Open the engine; there may be no such cluster."""

@@ -3,12 +3,11 @@
 import math
 import sys
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import pytest
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from mlflow_dr.errors import CheckpointError, MissingExtraError, UsageError
 from mlflow_dr.retrieval import search
@@ -25,6 +24,7 @@ from mlflow_dr.retrieval.search import (
     search_faiss,
     search_torch,
 )
+from tests.counted_waits import CountedWaits
 
 
 class Backend(NamedTuple):
@@ -246,26 +246,6 @@ def test_few_scores_are_computed_again_even_if_each_chunk_is_better_than_the_one
     _, rows = found(Backend(search_torch, "cpu"), queries, corpus, k, ranks, chunks)
     np.testing.assert_array_equal(rows, brute_force(queries, corpus, k, ranks)[1])
     assert sum(computed) < len(chunks) * len(queries) * (MOST_CANDIDATES * k)
-
-
-class CountedWaits(TorchDispatchMode):
-    """Counts for what of a GPU the host would wait: values, and numbers of results."""
-
-    WAITS = ("_local_scalar_dense", "nonzero", "unique", "bincount", "masked_select")
-    waits = 0
-
-    def __torch_dispatch__(
-        self, func: Any, types: Any, args: Any = (), kwargs: Any = None
-    ) -> torch.Tensor:
-        name = func.overloadpacket.__name__
-        of_masks = name in ("index", "index_put_") and [
-            each for each in args[1] if each is not None and each.dtype == torch.bool
-        ]
-        # filling with one number is done without looking at the mask
-        is_filling = name == "index_put_" and not args[2].dim()
-        self.waits += name.startswith(self.WAITS) or (bool(of_masks) and not is_filling)
-        done: torch.Tensor = func(*args, **kwargs or {})
-        return done
 
 
 def test_a_gpu_is_waited_for_a_few_times_in_each_chunk(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -264,6 +264,17 @@ def test_a_class_of_models_says_which_attention_it_can_use(name: str) -> None:
     assert getattr(PreTrainedModel, name, None) is False, upgraded("transformers", name)
 
 
+def test_torch_ends_the_use_of_a_memory_pool() -> None:
+    for name in compat.ABANDONED_POOL:
+        assert hasattr(torch.cuda.memory, name), upgraded("torch", name)
+
+    class Broken:
+        def capture_end(self) -> None:
+            raise RuntimeError("previous error during capture")
+
+    compat.abandon_capture(Broken(), torch.device("cuda:1"), (0, 1))
+
+
 def test_mlflow_makes_up_names_of_runs_from_its_lists() -> None:
     from mlflow.utils import name_utils
 
@@ -276,16 +287,17 @@ def test_mlflow_makes_up_names_of_runs_from_its_lists() -> None:
 def test_transformers_takes_an_attention_of_ours() -> None:
     from transformers import BertConfig, BertModel
 
-    def ours(*_: object, **__: object) -> tuple[torch.Tensor, None]:
-        called.append(True)
+    def ours(*given: object, **_: object) -> tuple[torch.Tensor, None]:
+        called.append(given[4])
         return torch.zeros(1, 5, 2, 4), None
 
-    called: list[bool] = []
+    called: list[object] = []
     sizes = {"num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 8}
     model = BertModel(BertConfig(vocab_size=9, hidden_size=8, **sizes), add_pooling_layer=False)
     compat.register_attention("test_of_ours", ours)
     before = model.config._attn_implementation
     with compat.attention_set(model.config, "test_of_ours"):
         model(torch.zeros(1, 5, dtype=torch.int64))
-    assert called, upgraded("transformers", "config._attn_implementation, or AttentionInterface")
+    # once, without a mask
+    assert called == [None], upgraded("transformers", "_attn_implementation, AttentionInterface")
     assert model.config._attn_implementation == before

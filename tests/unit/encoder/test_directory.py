@@ -6,6 +6,7 @@ import math
 import pickle
 import shutil
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,9 @@ from sentence_transformers.sentence_transformer.modules import Dense
 from torch import nn
 from transformers import AutoModel, AutoTokenizer
 
+from mlflow_dr.background import BackgroundTask
 from mlflow_dr.collection.records import Passage, Query
+from mlflow_dr.encoder.backbone import loading_alone
 from mlflow_dr.encoder.config import EncoderConfig
 from mlflow_dr.encoder.directory import load_encoder
 from mlflow_dr.encoder.model import Encoder
@@ -669,3 +672,13 @@ def test_an_old_sentence_transformers_directory(minilm: Path, tmp_path: Path) ->
     assert torch.equal(encoder.head[1].linear.weight, weights["linear.weight"])
     with pytest.raises(CheckpointError, match="2_Dense"):
         load_encoder(old, safetensors_only=True)
+
+
+def test_one_encoder_is_loaded_at_a_time(make_tiny: Callable[..., Encoder], tmp_path: Path) -> None:
+    """transformers changes its own classes meanwhile; two threads would leave them changed."""
+    save_encoder(tmp_path / "encoder", make_tiny(pooling="mean"))
+    with loading_alone():
+        task = BackgroundTask(partial(load_encoder, tmp_path / "encoder"), "loading")
+        assert task.wait(0.3) is None
+        assert not task.is_done
+    assert isinstance(task.wait(60), Encoder)

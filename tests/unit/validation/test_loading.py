@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from mlflow_dr.errors import CheckpointError
+from mlflow_dr.errors import CheckpointError, UnavailableError
 from mlflow_dr.tracking.checkpoints import PRUNED_TAG, Checkpoint
 from mlflow_dr.tracking.prefetch import CheckpointFiles
 from mlflow_dr.validation import loading
@@ -27,7 +27,9 @@ class Disk:
     Attributes:
         loaded: the step of each load, and whether it was in the main thread.
         broken: steps that cannot be loaded.
-        is_open: while it is not set, threads wait.
+        is_open: while it is not set, threads wait amid loading.
+        has_begun: whether a thread has begun to load.
+        are_here: while it is not set, files are being fetched.
     """
 
     def __init__(self, directory: Path) -> None:
@@ -35,17 +37,23 @@ class Disk:
         self.broken: set[int] = set()
         self.is_open = threading.Event()
         self.is_open.set()
+        self.has_begun = threading.Event()
+        self.are_here = threading.Event()
+        self.are_here.set()
         self._directory = directory
         (directory / "weights").write_bytes(bytes(SIZE))
 
     @contextmanager
     def files(self, _: Checkpoint) -> Iterator[Path]:
+        assert self.are_here.wait(20)
         yield self._directory
 
     def load(self, one: Checkpoint, files: CheckpointFiles) -> str:
         is_main = threading.current_thread() is threading.main_thread()
-        assert is_main or self.is_open.wait(20)
         with files(one):
+            if not is_main:
+                self.has_begun.set()
+            assert is_main or self.is_open.wait(20)
             self.loaded.append((one.step, is_main))
             if one.step in self.broken:
                 raise CheckpointError(f"step {one.step} is damaged")
@@ -106,6 +114,7 @@ def test_another_checkpoint_is_loaded_if_the_guess_was_wrong(
     loader.model(checkpoint(1))
     disk.is_open.clear()
     loader.begin(checkpoint(2))
+    assert disk.has_begun.wait(20)
     threading.Timer(0.05, disk.is_open.set).start()
     assert loader.model(checkpoint(3)) == "model 3"
     assert disk.loaded == [(1, True), (2, False), (3, True)]
@@ -138,11 +147,53 @@ def test_a_model_is_kept_for_a_suite_while_the_next_one_is_loaded(
     assert [step for step, _ in disk.loaded] == [1, 2, 1]
 
 
-def test_closing_waits_for_nothing(disk: Disk, make_loader: Callable[..., ModelLoader]) -> None:
+def test_closing_waits_for_what_is_being_loaded(
+    disk: Disk, make_loader: Callable[..., ModelLoader]
+) -> None:
+    """Python would end by an abort while a thread is amid PyTorch's own code."""
     loader = make_loader()
     loader.model(checkpoint(1))
     disk.is_open.clear()
     loader.begin(checkpoint(2))
+    assert disk.has_begun.wait(20)
+    threading.Timer(0.05, disk.is_open.set).start()
     loader.close()
-    assert loader.early_id == ""
+    assert disk.loaded == [(1, True), (2, False)]
+
+
+def test_closing_waits_for_no_files(disk: Disk, make_loader: Callable[..., ModelLoader]) -> None:
+    """They are removed once they are here, and nothing is loaded."""
+    loader = make_loader()
+    loader.model(checkpoint(1))
+    disk.are_here.clear()
+    loader.begin(checkpoint(2))
+    loader.close()
+    early = loader._early
+    assert early is not None
+    disk.are_here.set()
+    with pytest.raises(UnavailableError, match="step 2 is not needed"):
+        early.task.wait()
+    assert disk.loaded == [(1, True)]
+
+
+def test_an_interrupted_wait_leaves_the_model_to_the_next(
+    disk: Disk, make_loader: Callable[..., ModelLoader], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two loads at once would leave transformers' classes changed."""
+    loader = make_loader()
+    loader.model(checkpoint(1))
+    disk.is_open.clear()
+    loader.begin(checkpoint(2))
+    early = loader._early
+    assert early is not None
+    with monkeypatch.context() as patch:
+        patch.setattr(early.task, "wait", _interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            loader.model(checkpoint(2))
     disk.is_open.set()
+    assert loader.model(checkpoint(2)) == "model 2"
+    assert disk.loaded == [(1, True), (2, False)]
+
+
+def _interrupted() -> None:
+    raise KeyboardInterrupt
