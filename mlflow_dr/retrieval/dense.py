@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import closing
 from typing import NamedTuple
+from weakref import WeakKeyDictionary
 
 import numpy as np
 import torch
@@ -37,6 +38,10 @@ from mlflow_dr.retrieval.vector_form import (
     sampled_rows,
 )
 from mlflow_dr.stores.token_table import TokenTable, token_table
+
+_Plan = tuple[tuple[int, bytes | None], list[np.ndarray]]
+"""The most tokens of a batch and which rows, and the batches."""
+_plans: WeakKeyDictionary[TokenTable, _Plan] = WeakKeyDictionary()
 
 
 class SearchRequest(NamedTuple):
@@ -157,12 +162,21 @@ def dense_search(
         backend,
     )
     rows = rows_to_encode(requests, len(table))
-    batches = plan_batches(table.lengths, tokens_per_batch(encoder, engine.device), rows)
+    batches = _kept_plan(table, tokens_per_batch(encoder, engine.device), rows)
     total = len(table) if rows is None else len(rows)
     with progress_bar(total, "encoding the corpus", "passages", quiet) as bar:
         shards = split_shards(batches, engine.n_shards)
         merges = _merged(requests, tie_ranks, engine.map(work, table, shards, bar.update))
     return [merge.result() for merge in merges]
+
+
+def _kept_plan(table: TokenTable, max_tokens: int, rows: np.ndarray | None) -> list[np.ndarray]:
+    """See `plan_batches`. The last plan of a table is kept, as each checkpoint has the same."""
+    key = max_tokens, None if rows is None else rows.tobytes()
+    kept = _plans.get(table)
+    if kept is None or kept[0] != key:
+        kept = _plans[table] = key, plan_batches(table.lengths, max_tokens, rows)
+    return kept[1]
 
 
 def _query_vectors(engine: Engine, encoder: Encoder, queries: Sequence[Query]) -> np.ndarray:

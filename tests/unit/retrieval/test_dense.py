@@ -144,3 +144,26 @@ def test_a_requested_score_that_overflows_is_refused() -> None:
     vectors = torch.full((1, 4), 1e30)
     with pytest.raises(CheckpointError, match="overflow"):
         exact_scores(vectors, vectors, torch.tensor([0]), torch.tensor([0]))
+
+
+def test_the_plan_of_a_table_is_made_once_for_all_checkpoints(
+    setting: Setting, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    planned: list[int] = []
+    plan = dense.plan_batches
+
+    def counted(lengths: np.ndarray, *rest: Any) -> list[np.ndarray]:
+        planned.append(len(lengths))
+        return plan(lengths, *rest)
+
+    monkeypatch.setattr(dense, "plan_batches", counted)
+    table, everything = setting.table, None
+    first = dense._kept_plan(table, 64, everything)
+    assert dense._kept_plan(table, 64, everything) is first
+    some = np.arange(3, 20)
+    for rows in (some, some.copy(), some[1:], everything):
+        batches = dense._kept_plan(table, 64, rows)
+        expected = plan(table.lengths, 64, rows)
+        assert [batch.tolist() for batch in batches] == [batch.tolist() for batch in expected]
+    assert dense._kept_plan(table, 128, everything) != batches
+    assert len(planned) == 5
