@@ -236,34 +236,45 @@ class _BatchEncoder:
         return self._packed(batch) if self._is_packed else self._padded(batch)
 
     def _choose_way(self, ids: np.ndarray, lengths: np.ndarray) -> bool:
-        """Encode a text of a batch, and the first half of another, in the plain way and others.
+        """Encode a text of a batch and the beginning of another, each alone, and in faster ways.
 
-        oneDNN's layers are kept if the vectors are the same. Returns whether packed texts' are.
+        The fastest way that gives the same vectors is kept: packed or not, by oneDNN or not.
+        Returns whether texts are packed.
         """
         is_onednn = is_onednn_faster(self._device) and not self._encoder.is_static
         is_packable = can_pack(self._encoder)
+        self._layers = None
         if not is_onednn and not is_packable:
             return False
-        self._layers = None
         end = lengths.sum()
         first, last = ids[: lengths[0]], ids[end - lengths[-1] : end]
-        texts = first, last[: 1 + len(last) // 2]
-        sample = self._begun(np.concatenate(texts), np.array([len(text) for text in texts]))
-        expected = self._padded(sample)
+        texts = first, last[: 1 + len(last) // 4]
+        alone = [self._padded(self._begun(text, np.array([len(text)]))) for text in texts]
+        expected = torch.cat(alone)
         if not bool(expected.isfinite().all()):  # broken weights prove nothing
             return False
-        if is_onednn:
-            self._layers = OneDnnLayers(self._encoder.backbone, TOKENS_PER_BATCH["cpu"])
-            reason = self._difference(lambda: self._padded(sample), expected)
-            if reason:
-                self._layers = None
-                _warn(f"{self._kind} is encoded without oneDNN, which is slower ({reason})")
-        if is_packable:
-            reason = self._difference(lambda: self._packed(sample), expected)
+        sample = self._begun(np.concatenate(texts), np.array([len(text) for text in texts]))
+        onednn = (
+            [OneDnnLayers(self._encoder.backbone, TOKENS_PER_BATCH["cpu"])] if is_onednn else []
+        )
+        ways = [
+            (layers, is_packed)
+            for is_packed in ([True, False] if is_packable else [False])
+            for layers in (*onednn, None)
+        ]
+        failed: list[str] = []
+        for self._layers, is_packed in ways:
+            is_plain = self._layers is None and not is_packed
+            encode = self._packed if is_packed else self._padded
+            reason = "" if is_plain else self._difference(partial(encode, sample), expected)
             if not reason:
-                return True
-            _warn(f"{self._kind} is encoded with padding, which is slower ({reason})")
-        return False
+                break
+            failed.append(reason)
+        if is_onednn and self._layers is None:
+            _warn(f"{self._kind} is encoded without oneDNN, which is slower ({failed[-1]})")
+        if is_packable and not is_packed:
+            _warn(f"{self._kind} is encoded with padding, which is slower ({failed[len(onednn)]})")
+        return is_packed
 
     def _difference(self, encode: Callable[[], Tensor], expected: Tensor) -> str:
         """What is wrong with a way to encode; nothing if the vectors are as expected."""
