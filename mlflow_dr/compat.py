@@ -113,8 +113,8 @@ def attention_set(config: Any, name: str) -> Iterator[None]:
 def abandon_capture(graph: Any, device: Any, memory: Any) -> None:
     """torch: end a capture of a CUDA graph that has failed.
 
-    `capture_end` raises then, and leaves its memory pool open: nothing that another stream has used
-    would ever be free again.
+    If CUDA refuses to end it, its memory pool stays open, and nothing that another stream has used
+    would ever be free again. Else the graph releases the pool by itself.
 
     Args:
         graph: what was captured.
@@ -125,8 +125,10 @@ def abandon_capture(graph: Any, device: Any, memory: Any) -> None:
 
     with suppress(RuntimeError):
         graph.capture_end()
-    for end in ABANDONED_POOL:
-        with suppress(RuntimeError):  # it has ended already
+    try:
+        graph.pool()  # raises if the capture has not ended
+    except RuntimeError:
+        for end in ABANDONED_POOL:
             getattr(torch.cuda.memory, end)(device.index or 0, memory)
 
 

@@ -43,7 +43,8 @@ class TextsToVectors:
             QUERY: TextTokenizer.of(encoder.query_encoder),
             PASSAGE: TextTokenizer.of(encoder),
         }
-        # a server calls it from several threads, and a tokenizer's length limit is shared state
+        # a server calls it from several threads; a tokenizer's length limit is shared state, and so
+        # is how the backbone computes while texts are encoded
         self._lock = threading.Lock()
 
     def predict(self, model_input: Any, params: Mapping[str, Any] | None = None) -> np.ndarray:
@@ -72,8 +73,9 @@ class TextsToVectors:
                 ids = text_tokenizer.query_ids([Query("", text) for text in texts])
             else:
                 ids = text_tokenizer.passage_ids([Passage("", "", text) for text in texts])
-        encoder = self._encoder.query_encoder if kind == QUERY else self._encoder
-        return encode_all(encoder, token_table(ids), text_tokenizer.pad_id, kind).cpu().numpy()
+            encoder = self._encoder.query_encoder if kind == QUERY else self._encoder
+            vectors = encode_all(encoder, token_table(ids), text_tokenizer.pad_id, kind)
+        return vectors.cpu().numpy()
 
     def get_raw_model(self) -> Encoder:
         """The encoder, for `mlflow.pyfunc.PyFuncModel.get_raw_model`."""

@@ -8,6 +8,7 @@ https://pytorch.org/docs/stable/notes/cuda.html#cuda-graphs
 
 from __future__ import annotations
 
+import warnings
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import replace
@@ -116,7 +117,6 @@ class Recorder:
         self._device = device
         self._stream = _side_stream(device)
         self._memory = torch.cuda.graph_pool_handle()
-        torch.cuda.empty_cache()  # memory of earlier graphs; none is freed while one is recorded
 
     def record(self, compute: Callable[[], Tensor]) -> tuple[Callable[[], None], Tensor]:
         """Record a computation; returns what replays it, and its result, which then changes.
@@ -136,14 +136,17 @@ class Recorder:
     def _try(self, compute: Callable[[], Tensor]) -> None:
         """Load kernels and the like, which cannot be recorded; refuse to wait for the device."""
         before = torch.cuda.get_sync_debug_mode()
-        torch.cuda.set_sync_debug_mode("error")
-        try:
-            compute()
-        finally:
-            torch.cuda.set_sync_debug_mode(before)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # PyTorch calls this mode a prototype
+            try:
+                torch.cuda.set_sync_debug_mode("error")
+                compute()
+            finally:
+                torch.cuda.set_sync_debug_mode(before)
 
     def _capture(self, compute: Callable[[], Tensor]) -> tuple[Callable[[], None], Tensor]:
         graph = torch.cuda.CUDAGraph()
+        torch.cuda.empty_cache()  # none is freed during a capture
         # other threads may allocate memory meanwhile
         graph.capture_begin(self._memory, capture_error_mode="thread_local")
         try:

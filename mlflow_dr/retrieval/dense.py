@@ -39,8 +39,15 @@ from mlflow_dr.retrieval.vector_form import (
 )
 from mlflow_dr.stores.token_table import TokenTable, token_table
 
-_Plan = tuple[tuple[int, bytes | None], list[np.ndarray]]
-"""The most tokens of a batch and which rows, and the batches."""
+
+class _Plan(NamedTuple):
+    """What `plan_batches` was asked for a table, and the batches."""
+
+    max_tokens: int
+    rows: np.ndarray | None
+    batches: list[np.ndarray]
+
+
 _plans: WeakKeyDictionary[TokenTable, _Plan] = WeakKeyDictionary()
 
 
@@ -172,11 +179,18 @@ def dense_search(
 
 def _kept_plan(table: TokenTable, max_tokens: int, rows: np.ndarray | None) -> list[np.ndarray]:
     """See `plan_batches`. The last plan of a table is kept, as each checkpoint has the same."""
-    key = max_tokens, None if rows is None else rows.tobytes()
     kept = _plans.get(table)
-    if kept is None or kept[0] != key:
-        kept = _plans[table] = key, plan_batches(table.lengths, max_tokens, rows)
-    return kept[1]
+    if kept is None or kept.max_tokens != max_tokens or not _are_same_rows(kept.rows, rows):
+        kept = _plans[table] = _Plan(
+            max_tokens, rows, plan_batches(table.lengths, max_tokens, rows)
+        )
+    return kept.batches
+
+
+def _are_same_rows(some: np.ndarray | None, others: np.ndarray | None) -> bool:
+    return some is others or (
+        some is not None and others is not None and np.array_equal(some, others)
+    )
 
 
 def _query_vectors(engine: Engine, encoder: Encoder, queries: Sequence[Query]) -> np.ndarray:

@@ -117,11 +117,12 @@ class EncoderKind:
     ) -> Sequence[Report]:
         """Encode, search and measure."""
         settings = validations[0].settings
-        dtype = next(model.parameters()).dtype
-        if dtype not in (torch.float32, torch_dtype(settings.dtype)):  # it has lost digits
-            model = self.load(checkpoint)
-        with encoder_errors(checkpoint.uri), limit:
-            check_vectors(model, settings)
+        with limit:
+            dtype = next(model.parameters()).dtype
+            if dtype not in (torch.float32, torch_dtype(settings.dtype)):  # it has lost digits
+                model = self.load(checkpoint)
+            with encoder_errors(checkpoint.uri):
+                check_vectors(model, settings)
         pairs = [(validation.data, validation.settings) for validation in validations]
         engine = self._engines.get(settings.engine, settings.device)
         if limit.seconds is not None:

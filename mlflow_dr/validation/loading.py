@@ -36,23 +36,24 @@ class ModelLoader:
     def __init__(self, load: Load, keeps_model: bool) -> None:
         self._load, self._keeps_model = load, keeps_model
         self._prefetch = CheckpointPrefetch()
-        self._size = 0  # bytes of the files of a model; unknown before the first
+        self._size = 0  # bytes of the files of the largest model so far
         self._kept: tuple[str, Any] | None = None
         self._early: _EarlyLoad | None = None
 
     @property
-    def early_id(self) -> str:
-        """The checkpoint that is or was loaded or fetched early; empty if there is none."""
-        return self._prefetch.model_id if self._early is None else self._early.model_id
+    def ready_ids(self) -> list[str]:
+        """The checkpoint that is kept, and the one that is or was fetched or loaded early."""
+        kept = "" if self._kept is None else self._kept[0]
+        return [kept, self._prefetch.model_id if self._early is None else self._early.model_id]
 
     def begin(self, checkpoint: Checkpoint) -> None:
         """Begin to fetch a checkpoint, and to load it where there is memory; one at a time."""
         if self._early is not None:
             return
         self._prefetch.begin(checkpoint)
-        is_known = self._size > 0 and not checkpoint.is_pruned
-        if is_known and available_memory() >= TIMES_AVAILABLE * self._size:
-            self._early = _EarlyLoad(self._load, checkpoint, self._prefetch.files)
+        may_load = self._size > 0 and not checkpoint.is_pruned
+        if may_load and available_memory() >= TIMES_AVAILABLE * self._size:
+            self._early = _EarlyLoad(self._load, checkpoint, self._measured_files)
 
     def model(self, checkpoint: Checkpoint) -> Any:
         """The model of a checkpoint; waits for it if it is being loaded.
@@ -70,11 +71,16 @@ class ModelLoader:
             self._kept = checkpoint.model_id, model
         return model
 
-    def close(self) -> None:
-        """Forget models and files. What is being fetched is not waited for."""
+    def forget(self) -> None:
+        """Forget the models. What is being loaded is waited for, but nothing that is fetched."""
         self._kept = None
         if self._early is not None:
             self._early.cancel()
+            self._early = None
+
+    def close(self) -> None:
+        """Forget models and files."""
+        self.forget()
         self._prefetch.close()
 
     def _early_model(self, checkpoint: Checkpoint) -> Any:
@@ -96,7 +102,8 @@ class ModelLoader:
     @contextmanager
     def _measured_files(self, checkpoint: Checkpoint) -> Iterator[Path]:
         with self._prefetch.files(checkpoint) as directory:
-            self._size = sum(path.stat().st_size for path in directory.rglob("*") if path.is_file())
+            files = (path for path in directory.rglob("*") if path.is_file())
+            self._size = max(self._size, sum(path.stat().st_size for path in files))
             yield directory
 
 

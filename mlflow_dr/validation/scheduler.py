@@ -162,7 +162,9 @@ class Scheduler:
         self.validators = len(self._at_work)
         return done
 
-    def candidates(self, fetched: str = "") -> Iterator[tuple[Checkpoint, Sequence[str]]]:
+    def candidates(
+        self, ready_ids: Sequence[str] = ()
+    ) -> Iterator[tuple[Checkpoint, Sequence[str]]]:
         """Checkpoints to try, with their free validations; the run that was served least is first.
 
         If other validators are at work, it begins with those of the next few that a hash gives to
@@ -170,7 +172,8 @@ class Scheduler:
         were lost that asking the server again is cheaper.
 
         Args:
-            fetched: the model id of a checkpoint whose files are here; it comes first among these.
+            ready_ids: model ids of checkpoints that are here, which come first among these, in this
+                order.
         """
         for run_id in sorted(self._free, key=lambda run_id: self._served[run_id]):
             ordered = self._in_order(run_id)
@@ -178,7 +181,8 @@ class Scheduler:
                 few = list(islice(ordered, CHOSEN_AMONG * self.validators))
                 random.shuffle(few)
                 few.sort(key=self._is_for_another)
-                few.sort(key=lambda checkpoint: checkpoint.model_id != fetched)
+                for model_id in reversed(ready_ids):
+                    few.sort(key=lambda checkpoint: checkpoint.model_id != model_id)
                 ordered = chain(few, ordered)
             for checkpoint in ordered:
                 if run_id in self._refused | self._put_off or self.is_stale:

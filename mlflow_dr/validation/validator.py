@@ -146,6 +146,7 @@ class _Validator:
                 continue
             if not self._config.follow or (snapshot.over and not is_waiting):
                 return self._total()
+            self._models.forget()
             self._sleep(self._config.poll_seconds)
             has_asked = False
 
@@ -246,7 +247,7 @@ class _Validator:
 
     def _claim_next(self) -> Job | None:
         """Claim the next piece of work."""
-        for checkpoint, names in self._scheduler.candidates(self._models.early_id):
+        for checkpoint, names in self._scheduler.candidates(self._models.ready_ids):
             with self._without_deleted(checkpoint.run_id, checkpoint):
                 run = self._followed.run_of(checkpoint)
                 is_new = self._resolver.known(run.id) is None

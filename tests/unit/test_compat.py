@@ -264,15 +264,30 @@ def test_a_class_of_models_says_which_attention_it_can_use(name: str) -> None:
     assert getattr(PreTrainedModel, name, None) is False, upgraded("transformers", name)
 
 
-def test_torch_ends_the_use_of_a_memory_pool() -> None:
-    for name in compat.ABANDONED_POOL:
-        assert hasattr(torch.cuda.memory, name), upgraded("torch", name)
+@pytest.mark.parametrize("has_ended", [True, False])
+def test_torch_ends_the_use_of_a_memory_pool(
+    has_ended: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Once: a graph whose capture has ended does it by itself."""
 
-    class Broken:
+    class Graph:
         def capture_end(self) -> None:
             raise RuntimeError("previous error during capture")
 
-    compat.abandon_capture(Broken(), torch.device("cuda:1"), (0, 1))
+        def pool(self) -> tuple[int, int]:
+            if not has_ended:
+                raise RuntimeError("called without a preceding successful capture")
+            return 0, 1
+
+    ended: list[tuple[str, int, tuple[int, int]]] = []
+    for name in compat.ABANDONED_POOL:
+        assert hasattr(torch.cuda.memory, name), upgraded("torch", name)
+        monkeypatch.setattr(
+            torch.cuda.memory, name, lambda *given, name=name: ended.append((name, *given))
+        )
+    compat.abandon_capture(Graph(), torch.device("cuda:1"), (0, 1))
+    expected = [] if has_ended else [(name, 1, (0, 1)) for name in compat.ABANDONED_POOL]
+    assert ended == expected
 
 
 def test_mlflow_makes_up_names_of_runs_from_its_lists() -> None:

@@ -113,6 +113,15 @@ def test_simultaneous_requests_keep_their_own_lengths(
     assert [int(vector[0]) for vector in found] == [16, 128] * 1000
 
 
+def test_several_threads_get_the_vectors_of_one(make_tiny: Callable[..., Encoder]) -> None:
+    model = pyfunc.TextsToVectors(make_tiny(pooling="mean"))
+    expected = model.predict(TEXTS)
+    with ThreadPoolExecutor(2) as pool:
+        for found in pool.map(lambda _: model.predict(TEXTS), range(40)):
+            np.testing.assert_array_equal(found, expected)
+    np.testing.assert_array_equal(model.predict(TEXTS), expected)
+
+
 def test_mlflow_reads_the_inputs_and_outputs_of_the_model(directory: Path) -> None:
     signature = Model.load(str(directory)).signature
     assert signature.inputs == Schema([ColSpec("string")])

@@ -83,11 +83,11 @@ def test_the_next_model_is_loaded_by_a_thread(
     loader = make_loader()
     assert loader.model(checkpoint(1)) == "model 1"
     loader.begin(checkpoint(2))
-    assert loader.early_id == "m-2"
+    assert loader.ready_ids == ["", "m-2"]
     loader.begin(checkpoint(3))  # one at a time
-    assert loader.early_id == "m-2"
+    assert loader.ready_ids == ["", "m-2"]
     assert loader.model(checkpoint(2)) == "model 2"
-    assert loader.early_id == ""
+    assert loader.ready_ids == ["", ""]
     assert disk.loaded == [(1, True), (2, False)]
 
 
@@ -98,11 +98,11 @@ def test_nothing_is_loaded_early_without_memory_or_files(
     loader.begin(checkpoint(1))  # how large is it?
     loader.model(checkpoint(1))
     loader.begin(checkpoint(2))
-    assert loader.early_id == ""
+    assert loader.ready_ids == ["", ""]
     loader = make_loader()
     loader.model(checkpoint(1))
     loader.begin(replace(checkpoint(2), tags={PRUNED_TAG: "keep_best"}))
-    assert loader.early_id == ""
+    assert loader.ready_ids == ["", ""]
     assert loader.model(checkpoint(2)) == "model 2"
 
 
@@ -118,7 +118,7 @@ def test_another_checkpoint_is_loaded_if_the_guess_was_wrong(
     threading.Timer(0.05, disk.is_open.set).start()
     assert loader.model(checkpoint(3)) == "model 3"
     assert disk.loaded == [(1, True), (2, False), (3, True)]
-    assert loader.early_id == ""
+    assert loader.ready_ids == ["", ""]
 
 
 def test_an_error_is_raised_when_the_model_is_needed(
@@ -167,8 +167,8 @@ def test_closing_waits_for_no_files(disk: Disk, make_loader: Callable[..., Model
     loader.model(checkpoint(1))
     disk.are_here.clear()
     loader.begin(checkpoint(2))
-    loader.close()
     early = loader._early
+    loader.close()
     assert early is not None
     disk.are_here.set()
     with pytest.raises(UnavailableError, match="step 2 is not needed"):
@@ -193,6 +193,18 @@ def test_an_interrupted_wait_leaves_the_model_to_the_next(
     disk.is_open.set()
     assert loader.model(checkpoint(2)) == "model 2"
     assert disk.loaded == [(1, True), (2, False)]
+
+
+def test_nothing_is_held_while_a_validator_waits(
+    disk: Disk, make_loader: Callable[..., ModelLoader]
+) -> None:
+    loader = make_loader(keeps_model=True)
+    loader.model(checkpoint(1))
+    loader.begin(checkpoint(2))
+    assert loader.ready_ids == ["m-1", "m-2"]
+    loader.forget()
+    assert loader.ready_ids == ["", ""]
+    assert loader.model(checkpoint(2)) == "model 2"
 
 
 def _interrupted() -> None:

@@ -221,3 +221,14 @@ def test_a_validator_that_cannot_keep_up_covers_the_run_evenly() -> None:
 def test_without_open_checkpoints_nothing_waits() -> None:
     for order in ("oldest", "newest", "bisect"):
         assert list(in_order([], [1], order)) == []
+
+
+def test_checkpoints_that_are_here_come_first_beside_other_validators() -> None:
+    queue = scheduler()
+    seen(queue, [claimed(1, "b"), *(checkpoint(step) for step in range(2, 9))])
+    assert queue.validators == 2
+    for ready in (["run-4", "run-3"], ["run-3", "run-4"], ["", "run-4"], []):
+        few = [each.model_id for each, _ in queue.candidates(ready)]
+        named = [model_id for model_id in ready if model_id]
+        assert few[: len(named)] == named
+        assert set(few) == {f"run-{step}" for step in range(2, 9)}
