@@ -62,7 +62,7 @@ def check_search_backend(name: str) -> None:
         SEARCH_BACKENDS.get(name)
 
 
-def check_policy(text: str) -> None:
+def _check_keep_rules(text: str) -> None:
     """Refuse a rule of what to keep that does not exist.
 
     Raises:
@@ -114,6 +114,7 @@ CheckpointsDir = Annotated[
     ),
 ]
 Every = Annotated[Count, Field(description="Only checkpoints whose step this number divides.")]
+KeepRules = Annotated[str, AfterValidator(checked(_check_keep_rules))]
 Seed = Annotated[int, Field(ge=0, le=LARGEST, description="Random seed for sampling.")]
 Measures = Annotated[
     str,

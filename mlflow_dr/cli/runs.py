@@ -13,7 +13,7 @@ from pydantic import Field
 
 from mlflow_dr.cli.options import TakesSeveral, takes
 from mlflow_dr.config import Config, Flag
-from mlflow_dr.fields import RUN, File, RunName, Seed, TrackingUri
+from mlflow_dr.fields import RUN, File, KeepRules, RunName, Seed, TrackingUri
 
 HOST = "127.0.0.1"
 PORTS_TRIED = 20
@@ -189,7 +189,7 @@ class PruneConfig(Config):
     """Instead of one run: the checkpoints of all deleted runs."""
     experiment: str | None = None
     """With --deleted: only runs of this experiment."""
-    keep: str | None = None
+    keep: KeepRules | None = None
     """Rules that say what is kept, such as best:3,last:2,every:10000."""
     metric: MetricName = None
     unvalidated: bool = False

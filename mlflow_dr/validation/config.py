@@ -7,12 +7,12 @@ from functools import cached_property
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import AfterValidator, BeforeValidator, Field, model_validator
+from pydantic import BeforeValidator, Field, model_validator
 
 from mlflow_dr.collection.catalogue import ENTRIES, check_split, open_collection
 from mlflow_dr.collection.locations import hub_name
 from mlflow_dr.collection.suites import Member, suite_members
-from mlflow_dr.config import Config, ConfigError, Flag, checked, string_keys, within
+from mlflow_dr.config import Config, ConfigError, Flag, string_keys, within
 from mlflow_dr.errors import UsageError
 from mlflow_dr.fields import (
     LARGEST,
@@ -27,6 +27,7 @@ from mlflow_dr.fields import (
     Estimated,
     Every,
     Judged,
+    KeepRules,
     Match,
     Measures,
     Precisions,
@@ -35,7 +36,6 @@ from mlflow_dr.fields import (
     TargetError,
     Texts,
     TrackingUri,
-    check_policy,
 )
 from mlflow_dr.retrieval.measures import DEFAULT_MEASURES
 from mlflow_dr.retrieval.vector_form import ALL
@@ -57,7 +57,6 @@ from mlflow_dr.validation.validations import (
 PATIENCE = 60.0
 
 Seconds = Annotated[float, Field(gt=0, le=LARGEST)]
-KeepRules = Annotated[str, AfterValidator(checked(check_policy))]
 Refine = Annotated[
     str | None,
     Field(
