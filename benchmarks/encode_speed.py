@@ -48,7 +48,7 @@ from mlflow_dr.retrieval.encode import (
     tokens_per_batch,
 )
 from mlflow_dr.retrieval.measures import parse_measures
-from mlflow_dr.stores.token_table import TokenTable, pad, token_table
+from mlflow_dr.stores.token_table import TokenTable, token_table
 from mlflow_dr.validation.dataset import EvalDataset
 from mlflow_dr.validation.evaluate import evaluate
 from mlflow_dr.validation.validations import EvalConfig
@@ -127,6 +127,13 @@ def plain_attention() -> Iterator[None]:
     packed._suits_exponentials = before
 
 
+def padded(ids: np.ndarray, lengths: np.ndarray, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Token ids and mask of texts side by side."""
+    texts = PackedTexts.of(lengths.tolist(), device)
+    side_by_side, is_token = texts.side_by_side(on_device(ids, device))
+    return side_by_side.where(is_token, 0), is_token.long()
+
+
 class Ways:
     """The same texts, encoded in several ways."""
 
@@ -139,10 +146,7 @@ class Ways:
     def _padded(self, ids: np.ndarray, lengths: np.ndarray, fixed: int = 0) -> Tensor:
         missing = max(0, fixed - int(lengths.max()))
         vectors: Tensor = self._encoder(
-            *(
-                functional.pad(on_device(part, self._device), (0, missing))
-                for part in pad(ids, lengths, 0)
-            )
+            *(functional.pad(part, (0, missing)) for part in padded(ids, lengths, self._device))
         )
         return vectors
 
@@ -186,9 +190,10 @@ class Ways:
             self._openvino = openvino_of(self._encoder)
         parts = []
         for ids, lengths in self._packed:
-            padded, mask = pad(ids, lengths, 0)
-            states = self._openvino({"input_ids": padded, "attention_mask": mask})[0]
-            features = {TOKENS: torch.from_numpy(states), "attention_mask": torch.from_numpy(mask)}
+            side_by_side, mask = padded(ids, lengths, self._device)
+            inputs = {"input_ids": side_by_side.numpy(), "attention_mask": mask.numpy()}
+            states = torch.from_numpy(self._openvino(inputs)[0])
+            features = {TOKENS: states, "attention_mask": mask}
             parts.append(apply_head(self._encoder.head, features))
         return torch.cat(parts)
 

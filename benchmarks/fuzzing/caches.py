@@ -76,12 +76,12 @@ def tokens(workdir: Path) -> Any:
     corpus = corpus_of_file(_corpus_file(workdir))
     rows = np.array([1, 3])
     made = [subset_tokens(corpus, rows, text_tokenizer), corpus_tokens(corpus, text_tokenizer)]
-    ids, mask = made[1].padded(np.arange(len(corpus)), text_tokenizer.pad_id)
+    ids, lengths = made[1].packed(np.arange(len(corpus)))
     read = [
         [made[0][int(row)].tolist() for row in rows],
         [made[1][row].tolist() for row in range(len(corpus))],
     ]
-    return [read, made[1].lengths.tolist(), ids.tolist(), mask.tolist()]
+    return [read, made[1].lengths.tolist(), ids.tolist(), lengths.tolist()]
 
 
 def top_passages(workdir: Path) -> Any:

@@ -116,7 +116,7 @@ class TokenTable:
         """A copy of the tokens of some rows, which can be sent to another process.
 
         Args:
-            rows: those of `packed` and `padded` have to be among them, `(n,) int64`.
+            rows: those of `packed` have to be among them, `(n,) int64`.
         """
         return _TablePart(self, np.sort(rows))
 
@@ -130,22 +130,6 @@ class TokenTable:
         lengths = self._ends[rows] - starts
         offsets = np.repeat(starts - np.cumsum(lengths) + lengths, lengths)
         return self._ids[offsets + np.arange(len(offsets))].astype(np.int64), lengths
-
-    def padded(self, rows: np.ndarray, pad_id: int) -> tuple[np.ndarray, np.ndarray]:
-        """Texts side by side, padded at the right to the longest of them.
-
-        Returns:
-            Token ids and mask (1 for a token, 0 for padding), both `(n_rows, longest) int64`.
-        """
-        return pad(*self.packed(rows), pad_id)
-
-
-def pad(ids: np.ndarray, lengths: np.ndarray, pad_id: int) -> tuple[np.ndarray, np.ndarray]:
-    """Texts side by side instead of end to end; see `TokenTable.packed` and `TokenTable.padded`."""
-    mask = np.arange(int(lengths.max())) < lengths[:, None]
-    padded = np.full(mask.shape, pad_id, np.int64)
-    padded[mask] = ids
-    return padded, mask.astype(np.int64)
 
 
 class _TablePart(TokenTable):

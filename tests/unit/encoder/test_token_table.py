@@ -10,9 +10,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
 import mlflow_dr.encoder.token_table as token_table_module
 from mlflow_dr.encoder.token_table import cached_token_table
+from mlflow_dr.encoder.varlen import PackedTexts
 from mlflow_dr.errors import DataError
 from mlflow_dr.stores.token_table import TokenTable, map_table, token_table
 
@@ -39,15 +41,23 @@ def test_rows_come_back_as_they_were() -> None:
     assert table.lengths.tolist() == [3, 1, 2, 4]
 
 
+def padded(table: TokenTable, rows: np.ndarray, pad_id: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Texts side by side, and which places are their tokens."""
+    ids, lengths = table.packed(rows)
+    texts = PackedTexts.of(lengths.tolist(), torch.device("cpu"))
+    side_by_side, is_token = texts.side_by_side(torch.from_numpy(ids))
+    return side_by_side.where(is_token, pad_id), is_token
+
+
 def test_rows_are_padded_at_the_right_in_the_order_asked_for() -> None:
-    ids, mask = token_table(ROWS).padded(np.array([2, 0, 2]), pad_id=99)
+    ids, mask = padded(token_table(ROWS), np.array([2, 0, 2]), pad_id=99)
     assert ids.tolist() == [[9, 10, 99], [5, 6, 7], [9, 10, 99]]
     assert mask.tolist() == [[1, 1, 0], [1, 1, 1], [1, 1, 0]]
-    assert ids.dtype == mask.dtype == np.int64
+    assert ids.dtype == torch.int64
 
 
 def test_padding_stays_inside_the_table_at_its_end() -> None:
-    ids, mask = token_table([[1, 2, 3], [4]]).padded(np.array([1, 0]), pad_id=0)
+    ids, mask = padded(token_table([[1, 2, 3], [4]]), np.array([1, 0]), pad_id=0)
     assert ids.tolist() == [[4, 0, 0], [1, 2, 3]]
     assert mask.tolist() == [[1, 0, 0], [1, 1, 1]]
 
@@ -56,7 +66,7 @@ def test_the_cached_table_equals_one_in_memory() -> None:
     table = cached()
     assert rows_of(table) == [[1, 2, 3], [4], [2, 1], [1, 2, 3, 4]]
     assert table.lengths.tolist() == [3, 1, 2, 4]
-    ids, _ = table.padded(np.array([1, 2]), pad_id=0)
+    ids, _ = padded(table, np.array([1, 2]), pad_id=0)
     assert ids.tolist() == [[4, 0], [2, 1]]
 
 
@@ -91,7 +101,7 @@ def test_a_part_has_the_tokens_of_its_rows_and_no_file(vocabulary_size: int) -> 
     table = cached(vocabulary_size=vocabulary_size).spread(np.array([1, 3, 5, 7]), 9)
     part = pickle.loads(pickle.dumps(table.part(np.array([7, 1, 5]))))
     rows = np.array([5, 7, 1])
-    for array, other in zip(part.padded(rows, 0), table.padded(rows, 0), strict=True):
+    for array, other in zip(part.packed(rows), table.packed(rows), strict=True):
         np.testing.assert_array_equal(array, other)
     assert part.reference is None
     assert part.directory is None
