@@ -149,19 +149,13 @@ class _Batch(NamedTuple):
     fillers: Sequence[int]
     copied: Callable[[], list[Tensor]]
 
-    def filled(self) -> tuple[Tensor, PackedTexts]:
+    def texts(self, *, with_fillers: bool) -> tuple[Tensor, PackedTexts]:
         """Token ids on the device, and which of them are of which text."""
         ids, ends = self.copied()
-        lengths = [*self.lengths.tolist(), *self.fillers]
-        return ids, PackedTexts(ends, len(ids), max(lengths), lengths)
-
-    def unfilled(self) -> tuple[Tensor, PackedTexts]:
-        """The same without the texts that only fill the batch."""
-        (ids, ends), lengths = self.copied(), self.lengths.tolist()
+        lengths = [*self.lengths.tolist(), *(self.fillers if with_fillers else ())]
         n_tokens = sum(lengths)
-        return ids[:n_tokens], PackedTexts(
-            ends[: len(lengths) + 1], n_tokens, max(lengths), lengths
-        )
+        texts = PackedTexts(ends[: len(lengths) + 1], n_tokens, max(lengths), lengths)
+        return ids[:n_tokens], texts
 
 
 class _BatchEncoder:
@@ -289,13 +283,13 @@ class _BatchEncoder:
         return "" if is_same else f"vectors differ, cosine similarity {likeness.min():.3g}"
 
     def _packed(self, batch: _Batch) -> Tensor:
-        ids, texts = batch.filled()
+        ids, texts = batch.texts(with_fillers=True)
         graphs = self._graphs if texts.n_tokens == self._n_tokens else None
         with self._used_layers():
             return encode_packed(self._encoder, ids, texts, graphs)[: len(batch.lengths)]
 
     def _padded(self, batch: _Batch) -> Tensor:
-        ids, texts = batch.unfilled()
+        ids, texts = batch.texts(with_fillers=False)
         padded, is_token = texts.side_by_side(ids)
         padded = padded.where(is_token, self._pad_id)
         with self._used_layers():

@@ -85,11 +85,8 @@ class ModelLoader:
 
     def _early_model(self, checkpoint: Checkpoint) -> Any:
         """What was loaded early, if it is this checkpoint."""
-        if self._early is None:
-            return None
-        if self._early.model_id != checkpoint.model_id:
-            self._early.cancel()
-            self._early = None
+        if self._early is None or self._early.model_id != checkpoint.model_id:
+            self.forget()
             return None
         try:
             model = self._early.task.wait()

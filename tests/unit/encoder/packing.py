@@ -10,6 +10,7 @@ import transformers
 from mlflow_dr.encoder.config import EncoderConfig
 from mlflow_dr.encoder.model import Encoder
 from mlflow_dr.encoder.varlen import PackedTexts
+from mlflow_dr.stores.token_table import TokenTable
 
 SIZES: dict[str, Any] = {
     "vocab_size": 100,
@@ -58,6 +59,13 @@ def encoder_of(kind: str, settings: dict[str, Any], pooling: str = "mean") -> En
 
 def texts_of(lengths: np.ndarray) -> PackedTexts:
     return PackedTexts.of(lengths.tolist(), torch.device("cpu"))
+
+
+@torch.inference_mode()
+def one_by_one(encoder: Encoder, table: TokenTable) -> torch.Tensor:
+    """The vectors of texts, each encoded alone, without padding."""
+    texts = [torch.from_numpy(table[row].astype(np.int64))[None] for row in range(len(table))]
+    return torch.cat([encoder(ids, torch.ones_like(ids)) for ids in texts])
 
 
 def varlen_by_definition(

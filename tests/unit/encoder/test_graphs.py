@@ -18,7 +18,7 @@ from mlflow_dr.retrieval import encode
 from mlflow_dr.retrieval.encode import encode_batches, plan_batches
 from mlflow_dr.stores.token_table import TokenTable, token_table
 from tests.counted_waits import CountedWaits
-from tests.unit.encoder.packing import PACKED, encoder_of, varlen_by_definition
+from tests.unit.encoder.packing import PACKED, encoder_of, one_by_one, varlen_by_definition
 
 CPU = torch.device("cpu")
 N_TOKENS = 128
@@ -83,12 +83,6 @@ def vectors_of(encoder: Encoder, table: TokenTable) -> torch.Tensor:
     for rows, batch in kept:
         vectors[rows] = batch
     return vectors
-
-
-@torch.inference_mode()
-def one_by_one(encoder: Encoder, table: TokenTable) -> torch.Tensor:
-    texts = [torch.from_numpy(table[row].astype(np.int64))[None] for row in range(len(table))]
-    return torch.cat([encoder(ids, torch.ones_like(ids)) for ids in texts])
 
 
 @pytest.mark.parametrize("pooling", ["mean", "cls"])

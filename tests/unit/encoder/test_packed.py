@@ -24,6 +24,7 @@ from tests.unit.encoder.packing import (
     SIZES,
     T5,
     encoder_of,
+    one_by_one,
     texts_of,
     varlen_by_definition,
 )
@@ -46,12 +47,6 @@ def table() -> TokenTable:
 def no_warning_given(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.setattr(encode, "_warnings", set())
     yield
-
-
-@torch.inference_mode()
-def one_by_one(encoder: Encoder, table: TokenTable) -> torch.Tensor:
-    texts = [torch.from_numpy(table[row].astype(np.int64))[None] for row in range(len(table))]
-    return torch.cat([encoder(ids, torch.ones_like(ids)) for ids in texts])
 
 
 @pytest.mark.parametrize("kind", PACKED)

@@ -106,16 +106,21 @@ def test_nothing_is_loaded_early_without_memory_or_files(
     assert loader.model(checkpoint(2)) == "model 2"
 
 
-def test_another_checkpoint_is_loaded_if_the_guess_was_wrong(
-    disk: Disk, make_loader: Callable[..., ModelLoader]
-) -> None:
-    """After the wrong one is there, so that two are never loaded at once."""
-    loader = make_loader()
+def load_slowly(disk: Disk, loader: ModelLoader) -> None:
+    """Step 2 is being loaded early, and will be a little longer."""
     loader.model(checkpoint(1))
     disk.is_open.clear()
     loader.begin(checkpoint(2))
     assert disk.has_begun.wait(20)
     threading.Timer(0.05, disk.is_open.set).start()
+
+
+def test_another_checkpoint_is_loaded_if_the_guess_was_wrong(
+    disk: Disk, make_loader: Callable[..., ModelLoader]
+) -> None:
+    """After the wrong one is there, so that two are never loaded at once."""
+    loader = make_loader()
+    load_slowly(disk, loader)
     assert loader.model(checkpoint(3)) == "model 3"
     assert disk.loaded == [(1, True), (2, False), (3, True)]
     assert loader.ready_ids == ["", ""]
@@ -152,11 +157,7 @@ def test_closing_waits_for_what_is_being_loaded(
 ) -> None:
     """Python would end by an abort while a thread is amid PyTorch's own code."""
     loader = make_loader()
-    loader.model(checkpoint(1))
-    disk.is_open.clear()
-    loader.begin(checkpoint(2))
-    assert disk.has_begun.wait(20)
-    threading.Timer(0.05, disk.is_open.set).start()
+    load_slowly(disk, loader)
     loader.close()
     assert disk.loaded == [(1, True), (2, False)]
 
